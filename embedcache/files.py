@@ -273,9 +273,12 @@ def put_file(file: Path, path: Path) -> None:
 def find_files(folder: Path, pattern: str) -> Iterator[Path]:
     """Iterate over the files below a folder that match a pattern such as `*/zarr.json`; none if there is no folder.
 
-    Behind a URL, `Path.glob` would read a bracket, `?` or `*` in the URL as part of the pattern.
+    Behind a URL, `Path.glob` would read a bracket, `?` or `*` in the URL as part of the pattern. It takes a folder that
+    must not be read for an empty one.
     """
     if not is_remote(folder):
+        if folder.is_dir():
+            os.scandir(folder).close()  # raises PermissionError
         yield from folder.glob(pattern)
         return
     parts = pattern.split("/")
@@ -350,7 +353,7 @@ def flush(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, flushed; PathError if a file is in the way."""
+    """Create a folder and its parents, flushed; PathError if a file or permissions are in the way."""
     if is_remote(path):
         protocols: str | tuple[str, ...] = path.fs.protocol  # type: ignore[attr-defined]
         if _OBJECT_STORES.isdisjoint({protocols} if isinstance(protocols, str) else protocols):
@@ -364,6 +367,10 @@ def make_folder(path: Path) -> None:
             flush(created.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise PathError(f"{path} is a file, or lies below one; give the path of a folder") from error
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise PathError(f"{path}: no permission to make this folder; give the path of one elsewhere") from error
 
 
 def remove_file(path: Path, *, missing_ok: bool = False) -> None:

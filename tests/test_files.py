@@ -1,3 +1,4 @@
+import ctypes
 import errno
 import os
 import subprocess
@@ -264,3 +265,31 @@ def test_building_what_another_process_wrote_raises(tmp_path: Path, *, is_folder
         build()
     assert other.read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def drop_rights() -> None:
+    """Take from this process, if it is root's, the rights to read and write where permissions forbid it."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        if os.getuid() == 0 and ctypes.CDLL(None).prctl(24, capability, 0, 0, 0):  # PR_CAPBSET_DROP
+            os._exit(77)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_folders_without_permission(tmp_path: Path) -> None:
+    """A folder that must not be read is not empty, and one that must not be made is not unreadable."""
+    (tmp_path / "closed").mkdir(mode=0)
+    (tmp_path / "fixed").mkdir(mode=0o555)
+    code = (
+        "import sys; from pathlib import Path; from embedcache.files import find_files, make_folder\n"
+        "try: make_folder(Path('fixed/new'))\n"
+        "except OSError as error: print(error)\n"
+        "try: list(find_files(Path('closed'), '*/zarr.json'))\n"
+        "except PermissionError as error: print(error.filename)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, preexec_fn=drop_rights, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [
+        "fixed/new: no permission to make this folder; give the path of one elsewhere",
+        "closed",
+    ], done.stderr

@@ -23,7 +23,7 @@ from embedcache.errors import CorruptError
 from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import find_closest, top_k
 from embedcache.modalities import noun
-from embedcache.outputs import new_output, read_metadata, with_metadata
+from embedcache.outputs import check_output, new_output, read_metadata, with_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments
 from embedcache.provenance import INDEX_DIGEST, to_record
@@ -113,7 +113,7 @@ def build_map(
         progress: progress in items.
 
     Raises:
-        PathError: the index, its run or its cache does not exist.
+        PathError: the index, its run or its cache does not exist, or no map may be written there.
         FingerprintError: the run or the cache is not the one that the index was built from.
         CorruptError: the card or a file of the index has changed.
         MissingExtraError: umap-learn is not installed.
@@ -121,6 +121,7 @@ def build_map(
     """
     settings = merge_settings(MapSettings, settings, options)
     opened = OpenIndex(index, run=settings.run, cache=settings.cache, device=settings.device)
+    check_output(opened.path / FILE)
     computed = compute_map(opened, settings, progress=progress)
     write_map(opened, computed)
     return computed
