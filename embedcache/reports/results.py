@@ -119,15 +119,17 @@ def result_files(
     """
     if path.suffix == ".json":
         return [path]
-    files = []
+    names: list[str] = []
     for paths in recipes:
         for language in languages or ("",):
             words = [Path(dataset).name, "+".join(map(str, paths)), language, task]
             name = "_".join(re.sub(r"[^\w.=+-]+", "-", word).strip("-.") for word in words if word)
             if len(name.encode()) > _MAX_NAME:  # names of files have at most 255 bytes
                 name = f"{name[:_NUM_KEPT]}_{digest(name)[:_NUM_DIGITS]}"
-            files.append(path / f"{name}.json")
-    return files
+            if name in names:  # as of the runs a/run and a-run
+                name = f"{name}_{digest(words)[:_NUM_DIGITS]}"
+            names.append(name)
+    return [path / f"{name}.json" for name in names]
 
 
 def write_results(files: Sequence[Path], results: Mapping[str, Mapping[str, Any]]) -> None:

@@ -130,6 +130,14 @@ def test_clip_benchmark_build_reads_results(
     assert {row["dataset"] for row in (first, second, *others)} == {"cache"}
 
 
+def test_runs_whose_names_differ_in_punctuation_have_files_of_their_own(tmp_path: Path) -> None:
+    recipes = [[Path("a/run")], [Path("a-run")], [Path("a run"), Path("b")]]
+    first, second, third = result_files(tmp_path, "zeroshot_retrieval", "cache", recipes)
+    assert first == tmp_path / "cache_a-run_zeroshot_retrieval.json"
+    assert third == tmp_path / "cache_a-run+b_zeroshot_retrieval.json"
+    assert second.name.startswith("cache_a-run_zeroshot_retrieval_")
+
+
 def test_json_file_holds_all_results(retrieved: RetrievalReport, tmp_path: Path) -> None:
     results = {name: retrieval_result(retrieved, cache="cache", runs=[name]) for name in ("run", "shuffled")}
     write_results(result_files(tmp_path / "figures.json", "zeroshot_retrieval", "cache", [[Path("run")]]), results)
