@@ -45,6 +45,8 @@ class RetrievalSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if len(set(self.language)) < len(self.language):
+            raise SettingError(f"language: expected each once, got {', '.join(self.language)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,6 +156,8 @@ def test_no_run_raises(cache_path: Path) -> None:
 def test_several_languages_raise(cache_path: Path, runs: list[Path]) -> None:
     with pytest.raises(SettingError, match="language: expected one language, got de, fr; use compare_retrieval"):
         evaluate_retrieval(cache_path, runs, RetrievalSettings(language=("de", "fr")))
+    with pytest.raises(SettingError, match="language: expected each once, got de, fr, de"):
+        RetrievalSettings(language=("de", "fr", "de"))
 
 
 def test_control_must_be_shuffled(cache_path: Path, runs: list[Path]) -> None:
