@@ -36,6 +36,7 @@ from embedcache.store.rows import match_keys
 RunPaths: TypeAlias = AnyPath | Sequence[AnyPath]
 """One run, or seeds of one recipe."""
 
+_CONTROL = "shuffled pairs"
 _NO_RUN = "expected at least one run to evaluate, got none"
 
 
@@ -143,12 +144,12 @@ def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[Re
         raise SettingError(_NO_RUN)
     for path in map(Path, control_paths):  # before the others are measured
         _check_control(path, read_config(path))
-    for name, paths in group_by_recipe(run_paths).items():
+    runs, controls = group_by_recipe(run_paths), group_by_recipe(control_paths)
+    for name, paths in runs.items():
         yield RecipeRuns(name, paths, is_control=False)
-    controls = group_by_recipe(control_paths)
     for name, paths in controls.items():
-        control_name = "shuffled pairs" if len(controls) == 1 else f"shuffled pairs, {name}"
-        yield RecipeRuns(control_name, paths, is_control=True)
+        is_clear = len(controls) == 1 and _CONTROL not in runs
+        yield RecipeRuns(_CONTROL if is_clear else f"{_CONTROL}, {name}", paths, is_control=True)
 
 
 def report_line(start: str, seeds: Sequence[int], scores: Sequence[float], name: str, warning: str | None) -> str:

@@ -10,7 +10,7 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, FingerprintError, SettingError, UnknownNameError
 from embedcache.evaluate.ranking import Ranking, rank
 from embedcache.evaluate.retrieval import _recalls, compare_retrieval, evaluate_retrieval
-from embedcache.evaluate.runs import group_by_recipe, load_runs
+from embedcache.evaluate.runs import group_by_recipe, iterate_recipes, load_runs
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.metrics.intervals import Estimate
@@ -158,6 +158,15 @@ def test_several_languages_raise(cache_path: Path, runs: list[Path]) -> None:
         evaluate_retrieval(cache_path, runs, RetrievalSettings(language=("de", "fr")))
     with pytest.raises(SettingError, match="language: expected each once, got de, fr, de"):
         RetrievalSettings(language=("de", "fr", "de"))
+
+
+def test_control_does_not_take_the_name_of_a_run(runs: list[Path], tmp_path: Path) -> None:
+    run, control = (
+        Path(shutil.copytree(path, tmp_path / name)) for path, name in zip(runs, ("shuffled pairs", "c"), strict=True)
+    )
+    edit_record(control / "config.json", {'"shuffle_pairs": false': '"shuffle_pairs": true'})
+    assert [recipe.name for recipe in iterate_recipes(run, control)] == ["shuffled pairs", "shuffled pairs, c"]
+    assert [recipe.name for recipe in iterate_recipes(runs[0], control)] == ["seed", "shuffled pairs"]
 
 
 def test_control_must_be_shuffled(cache_path: Path, runs: list[Path]) -> None:
