@@ -111,7 +111,7 @@ class SearchService:
             "name": self.index.path.resolve().name,
             "version": self.index.cache.info.index_digest[:16],
             "modality": self.index.card.modality,
-            "num_items": self.index.card.num_vectors,
+            "num_items": self.index.count(Filter()),
             "run": None if self.index.run_path is None else self.index.run_path.resolve().name,
             "feature": self.index.card.feature,
             "score": self.index.card.score,

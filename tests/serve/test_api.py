@@ -20,6 +20,7 @@ from embedcache.curate.map import compute_map, read_map
 from embedcache.curate.settings import CoverageSettings, MapSettings
 from embedcache.derive.derive import Derivation, derive
 from embedcache.errors import CorruptError, DataError, FingerprintError, MissingExtraError, PathError, SettingError
+from embedcache.maintain.remove import remove_samples
 from embedcache.progress import NullProgress
 from embedcache.search.concepts import open_concepts
 from embedcache.search.index import build_index
@@ -166,6 +167,13 @@ def test_info_and_cards(client: TestClient) -> None:
     assert info["selections"] == ["few"]
     titles = [card["title"] for card in client.get("/api/cards").json()]
     assert titles == ["Index", "Run", "Cache"]
+
+
+def test_info_counts_no_removed_items(root: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(root / "cache", tmp_path / "cache")
+    remove_samples(cache, ["train/cat/00000", "val/dog/00003"])
+    info = start(index=root / "plain", cache=str(cache)).info()
+    assert (info["num_items"], info["filters"]["label"]) == (78, {"cat": 39, "dog": 39})
 
 
 def test_coverage_equals_command(client: TestClient, root: Path) -> None:
