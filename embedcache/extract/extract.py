@@ -274,13 +274,15 @@ def _check_recorded(
                 "extracted from"
             )
     info = open_indexed(path, chunk_size=settings.chunk_size)
-    in_files = [modality for modality in encoders if MODALITIES[modality].kind == "files"]
-    if in_files and info.source.get("type") == IMPORTED_SOURCE:
-        raise SettingError(
-            f"{path} was imported: expected encoders of its captions only, got one of {noun(in_files[0])}; extract "
-            "the files themselves into a new folder"
-        )
-    if any(info.num_items.get(modality) for modality in in_files):
+    in_files = [each for each in encoders if MODALITIES[each].kind == "files" and info.num_items.get(each)]
+    for modality in in_files:  # hashes of imported vectors and of files cannot be compared
+        groups = Cache(path).encoders(modality)
+        if info.source.get("type") == IMPORTED_SOURCE or any(group.is_imported for group in groups):
+            raise SettingError(
+                f"{path} has imported vectors of {noun(modality)}: expected encoders of its captions only, got one of "
+                f"{noun(modality)}; extract the files themselves into a new folder"
+            )
+    if in_files:
         try:
             _ = source.opened
         except PathError as error:

@@ -29,6 +29,7 @@ from embedcache.interop.npy import open_npy_vectors
 from embedcache.interop.parquet import open_parquet_vectors
 from embedcache.interop.settings import ImportSettings
 from embedcache.interop.vector_files import VectorImport
+from embedcache.maintain.copy import merge_caches
 from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.remove import remove_samples
 from embedcache.maintain.settings import PruneSettings
@@ -305,6 +306,25 @@ def test_captions_of_imported_vectors_are_encoded(tmp_path: Path) -> None:
     (tmp_path / "moved.npy").rename(tmp_path / "images.npy")
     _, (again,) = import_files(arrays, tmp_path / "cache", chunk_size=16)
     assert (again.imported, again.reused) == (0, 40)
+
+
+def test_merged_cache_takes_no_encoder_beside_imported_vectors(tmp_path: Path, image_folder: Path) -> None:
+    np.save(tmp_path / "images.npy", unit_rows(4))
+    paths = [str(path) for path in sorted(image_folder.glob("*.png"))[:4]]
+    pq.write_table(pa.table({"image_path": paths, "caption": CAPTIONS[:4]}), tmp_path / "rows.parquet")
+    arrays = open_npy_vectors(image_file=tmp_path / "images.npy", table=tmp_path / "rows.parquet")
+    import_files(arrays, tmp_path / "imported")
+    (tmp_path / "texts.txt").write_text("a\nb\n")
+    for name, source in (("imported", tmp_path / "imported"), ("texts", tmp_path / "texts.txt")):
+        extract(source, tmp_path / name, text_encoder=TEXT)
+    caches, both = [tmp_path / "imported", tmp_path / "texts"], tmp_path / "both"
+    merge_caches(caches, both, prefix_keys=True)
+    with pytest.raises(SettingError, match="both has imported vectors of images: expected encoders of its captions"):
+        extract(both, both, image_encoder=IMAGE)
+    assert len(Cache(both).encoders("image")) == 1
+    merge_caches(caches, tmp_path / "without", features="open_toy/mean", prefix_keys=True)
+    (report,) = extract(tmp_path / "without", tmp_path / "without", image_encoder=IMAGE)
+    assert (report.encoded, report.failures) == (4, {})
 
 
 def test_missing_modality_can_be_imported(tmp_path: Path) -> None:
