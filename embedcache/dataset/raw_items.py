@@ -53,7 +53,8 @@ def prepare_item(item: ItemLike, name: str, encoders: Sequence[OpenEncoder]) -> 
     """
     modality = encoders[0].encoder.modality
     if isinstance(item, str | Path) and not Path(item).is_file():
-        state = "is a folder" if Path(item).is_dir() else "does not exist"
+        states = ((Path(item).is_dir(), "is a folder"), (Path(item).exists(), "is a pipe or a device"))
+        state = next((words for is_so, words in states if is_so), "does not exist")
         raise PathError(f"{modality} {name} {state}: expected the path or bytes of a file, or an open item")
     try:
         if isinstance(item, str | Path):

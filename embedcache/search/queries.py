@@ -175,12 +175,14 @@ class QueryEncoder:
             next_step = f"search with --query-key, or with --query-vectors and what {_project_call(modality)} returns"
         return why_no_encoder(EncoderSpec.parse(self._tower_input(modality).spec), modality, next_step=next_step)
 
+    def _check_comparable(self, modality: Modality) -> None:
+        if (rejection := self.rejection(modality)) is not None:
+            raise DataError(f"{modality} query: {rejection}")
+
     def encoder(self, modality: Modality) -> Encoder:
         """Return the encoder of a modality, which must be the one that made the feature."""
         if modality not in self._encoders:
-            rejection = self.rejection(modality)
-            if rejection is not None:
-                raise DataError(f"{modality} query: {rejection}")
+            self._check_comparable(modality)
             source = self._tower_input(modality)
             self._open_pair()  # a damaged run is refused first
             self._encoders[modality] = reopen_encoder(
@@ -211,6 +213,7 @@ class QueryEncoder:
         if queries.texts:
             parts.append(self._encode_items("text", queries.texts))
         if len(images := list_images(queries.images)):
+            self._check_comparable("image")
             color = self.background
             parts.append(self._encode_items("image", [load_image(image, color) for image in images]))
         for modality, items in queries.items.items():

@@ -1,6 +1,7 @@
 """A pair of recordings and texts, from files to retrieval, search and export's refusal."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def test_index_of_recordings_is_searched_with_texts(sounds: Path, finished: Path
     build_index(sounds, tmp_path / "index", IndexSettings(modality="audio", run=finished, min_recall=0.5))
     (hits,) = search(tmp_path / "index", Queries(texts=["a deafening shrill tone"]))
     assert sum("deafening" in hit.captions[0] for hit in hits) > sum("quiet" in hit.captions[0] for hit in hits)
-    with pytest.raises(DataError, match="expected a run with the modality image, got one of audio and text"):
+    with pytest.raises(DataError, match="image query: expected one of the modalities of the run, audio and text"):
         search(tmp_path / "index", Queries(images=[np.zeros((4, 4, 3), np.uint8)]))  # type: ignore[list-item]
     _, of_run, _ = info_tables(OpenIndex(tmp_path / "index"))
     assert {"audio feature", "text feature"} < {name for name, _ in of_run["rows"]}
@@ -155,6 +156,9 @@ def test_invalid_recordings_are_named(finished: Path, tmp_path: Path) -> None:
         model.encode("audio", "missing.wav")
     with pytest.raises(PathError, match=f"audio {tmp_path} is a folder: expected the path"):
         model.encode("audio", tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PathError, match="/pipe is a pipe or a device: expected the path or bytes of a file"):
+        model.encode("audio", tmp_path / "pipe")
     for wrong, words in (
         (tmp_path / "0.wav", r"0.wav: truncated: 99 bytes of "),
         ([tone(0.1, 200), b""], "audio 1: empty file"),
