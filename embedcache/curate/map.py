@@ -241,7 +241,7 @@ def _about(index: OpenIndex) -> dict[str, Any]:
 
 
 def _is_valid(found: IndexMap, index: OpenIndex) -> bool:
-    """Return whether a map, which may be a stranger's, names only items and clusters that exist."""
+    """Return whether a map, which may be a stranger's, names only items and clusters that exist, and none removed."""
     nearest = np.concatenate([np.asarray(cluster.nearest, np.int64) for cluster in found.clusters])
     num_rows = index.cache.num_rows(index.card.modality)
     return bool(
@@ -251,6 +251,7 @@ def _is_valid(found: IndexMap, index: OpenIndex) -> bool:
         and max(found.rows[-1], nearest.max()) < num_rows
         and ((found.points >= 0) & (found.points <= 1)).all()
         and 0 <= found.clusters_N.min() <= found.clusters_N.max() < len(found.clusters)
+        and not index.cache.removed_items(index.card.modality)[found.rows].any()
     )
 
 

@@ -121,8 +121,9 @@ class OpenIndex:
 
     @property
     def rows(self) -> Ints:
-        """Rows of the indexed items, in the order of the index: (N,) int64."""
-        return self._index.rows
+        """Rows of the items that a search finds, in the order of the index, without those removed since: (N,) int64."""
+        is_found_N = self._subset(Filter()).is_allowed_N
+        return self._index.rows if is_found_N is None else self._index.rows[is_found_N]
 
     def search(self, queries: Queries, *, k: int | None = None, condition: Filter | None = None) -> SearchResults:
         """Search for the items nearest to each query: a list of hits per query, best first.
@@ -166,8 +167,7 @@ class OpenIndex:
 
     def values(self, name: str) -> dict[str, int]:
         """Count the items that a search finds by value of `label`, `split` or `language`; see `CacheFilters.values`."""
-        is_found_N = self._subset(Filter()).is_allowed_N
-        return self.filters.values(name, self.rows if is_found_N is None else self.rows[is_found_N])
+        return self.filters.values(name, self.rows)
 
     def _apply(self, condition: Filter) -> "_Subset":
         """Apply a filter; if few items pass, read their vectors, as a search of the index would miss most of them."""

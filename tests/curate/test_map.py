@@ -25,6 +25,7 @@ from embedcache.curate.map import (
 )
 from embedcache.curate.settings import MapSettings
 from embedcache.errors import PathError
+from embedcache.maintain.remove import remove_samples
 from embedcache.outputs import to_metadata
 from embedcache.search.concepts import Concepts
 from embedcache.search.hits import Hit
@@ -64,6 +65,18 @@ def test_map_holds_every_item_and_is_stored(index: OpenIndex) -> None:
     np.testing.assert_array_equal(read.points, built.points)
     np.testing.assert_array_equal(read.clusters_N, built.clusters_N)
     assert (read.clusters, read.projection, read.seed) == (built.clusters, "pca", 0)
+
+
+def test_items_removed_since_are_not_on_the_map(index: OpenIndex, cache_path: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(cache_path, tmp_path / "cache"))
+    path = Path(shutil.copytree(index.path, tmp_path / "index", ignore=shutil.ignore_patterns("map.parquet")))
+    build_map(path, PCA, cache=cache)
+    assert read_map(OpenIndex(path, cache=cache)) is not None
+    remove_samples(cache, ["00000", "00042"])
+    opened = OpenIndex(path, cache=cache)
+    assert read_map(opened) is None
+    expected = np.setdiff1d(np.arange(300), [0, 42]).tolist()
+    assert build_map(path, PCA, cache=cache).rows.tolist() == np.sort(opened.rows).tolist() == expected
 
 
 def test_points_are_principal_components(index: OpenIndex) -> None:
