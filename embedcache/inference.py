@@ -150,7 +150,7 @@ class Model:
     def encode_text(self, texts: str | Sequence[str], *, tensors: Literal[True]) -> Tensor: ...
 
     def encode_text(self, texts: str | Sequence[str], *, tensors: bool = False) -> Floats | Tensor:
-        """Embed texts, one batch of the encoder at a time.
+        """Embed texts, one batch of the encoder at a time; spaces around them are left out, as of captions.
 
         Args:
             texts: one text, or N, a sequence or an iterator.
@@ -164,7 +164,7 @@ class Model:
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
         listed = list_texts(texts)
-        return self._as_requested(self._encoder("text").encode(listed, _check_text), tensors=tensors)
+        return self._as_requested(self._encoder("text").encode(listed, _load_text), tensors=tensors)
 
     @overload
     def encode(self, modality: Modality, items: Any, *, tensors: Literal[False] = False) -> Floats: ...
@@ -357,7 +357,8 @@ def open_projected_encoder(
     )
 
 
-def _check_text(text: str) -> str:
+def _load_text(text: str) -> str:
+    """Return a text as a caption is stored: without spaces around it."""
     if not text.strip():
         raise DataError("expected texts with at least one word, got an empty text")
-    return text
+    return text.strip()

@@ -211,7 +211,7 @@ class QueryEncoder:
         """
         parts = [np.empty((0, self._card.width), np.float32)]
         if queries.texts:
-            parts.append(self._encode_items("text", queries.texts))
+            parts.append(self._encode_items("text", [text.strip() for text in queries.texts]))  # as captions are
         if len(images := list_images(queries.images)):
             self._check_comparable("image")
             color = self.background

@@ -1,7 +1,9 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from embedcache.arrays import Inputs, normalize
+from embedcache.arrays import Array, Inputs, normalize
 from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split, write_split
+from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.inference import load
 from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.maintain.remove import remove_samples
 from embedcache.projectors.saved import load_pair, project
@@ -41,7 +45,7 @@ from embedcache.train.train import train
 from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
 from tests.interop.cases import import_files, unit_rows, write_tree
-from tests.toy import IMAGE, TEXT
+from tests.toy import IMAGE, TEXT, ToyTexts
 
 
 def test_search_equals_brute_force(cache_path: Path, run_path: Path, index_path: Path) -> None:
@@ -147,6 +151,32 @@ def test_search_plain_texts(cache_path: Path, tmp_path: Path) -> None:
     (hits,) = search(tmp_path / "index", [caption], SearchSettings(k=1))
     assert hits[0].score == pytest.approx(1, abs=1e-3)
     assert hits[0].captions == [caption]
+
+
+class WholeTexts(ToyTexts):
+    """An encoder of texts for which the spaces around one matter."""
+
+    def prepare(self, items: Sequence[str]) -> list[Array]:
+        return super().prepare([re.sub(r"\s", "_", text) for text in items])
+
+
+def open_whole_texts(spec: EncoderSpec, **_: object) -> WholeTexts:
+    return WholeTexts(1, 0)
+
+
+@pytest.mark.slow
+def test_spaces_around_a_text_change_nothing(image_folder: Path, tmp_path: Path) -> None:
+    """They are no part of captions, either."""
+    cache, run, index = (tmp_path / name for name in ("cache", "run", "index"))
+    spec = "tests.search.test_search:open_whole_texts"
+    extract(open_source(image_folder), cache, image_encoder=[IMAGE], text_encoder=[spec], limit=30)
+    caption = Cache(cache).items("text")["text"][5].as_py()
+    build_index(cache, index, IndexSettings(modality="text"))
+    (hits,) = search(index, [f"  {caption}\n"], SearchSettings(k=1))
+    assert hits[0].score == pytest.approx(1, abs=1e-3)
+    train(cache, run, split="key", epochs=0, projector="linear", shared_width=4)
+    model = load(run)
+    np.testing.assert_array_equal(model.encode_text(f"  {caption}\n"), model.encode_text(caption))
 
 
 def test_search_with_other_run_raises(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
