@@ -1,6 +1,7 @@
 """Leaks: test samples that are in a training cache, as exact copies by hash or as near-duplicates by cosine."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 
 _NO_LIMIT = "their near-duplicates are found with --other-cosine; curate dedup shows which cosine suits the encoder"
+_OTHER_HASHES = (
+    "the hashes of imported vectors are not those of files; extract the files of both, or import the vectors of both"
+)
 _OWN_COSINE = ("image", "text")
 _REASONS_AT_ONCE = 2**20  # so that no array of Arrow exceeds 2 GiB
 
@@ -51,6 +55,11 @@ class ModalityLeaks:
     num_clusters: int | None  # 1 if all pairs were compared; None if only copies were searched
     complete: float | None  # fraction of test items whose near borders were all crossed
     recall: Recall | None  # of the near-duplicates of drawn test items; None if all pairs or only copies were compared
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether copies were searched: the hashes of imported vectors are not those of files."""
+        return self.reason != _OTHER_HASHES
 
     @property
     def is_leaked(self) -> Bools:
@@ -89,9 +98,9 @@ class ModalityLeaks:
             "cosine": self.cosine,
             "num_test_items": len(self.test.rows),
             "num_train_items": len(self.train.rows),
-            "num_samples_copied": len(self.copied_samples),
-            "num_samples_leaked": len(self.leaked_samples),
-            "num_train_samples": len(self.train_samples),
+            "num_samples_copied": len(self.copied_samples) if self.is_compared else None,
+            "num_samples_leaked": len(self.leaked_samples) if self.is_compared else None,
+            "num_train_samples": len(self.train_samples) if self.is_compared else None,
             "highest_cosine": self.highest,
             "num_clusters": self.num_clusters,
             "complete": self.complete,
@@ -179,7 +188,7 @@ def find_leaks(
     Raises:
         SettingError: one cache is given twice, both have several features in common, or a feature is named of a
             modality that one of them lacks.
-        DataError: the caches have no modality in common, or a feature has no encoded item.
+        DataError: the caches have no modality in common that can be compared, or a feature has no encoded item.
         UnknownNameError: there is no such feature.
         UnfinishedError: chunks of a feature are missing.
     """
@@ -202,6 +211,8 @@ def find_leaks(
         )
     named = _named_features(settings, feature, common)
     chosen = [_choose_features(train, test, name, named.get(name), settings) for name in common]  # all before the work
+    if all(reason == _OTHER_HASHES for _, _, reason in chosen):
+        raise DataError(f"{train.path} and {test.path} have no items to compare: {_OTHER_HASHES}")
     leaks = [_find_leaks(train, test, features, settings, progress) for features in chosen]
     return LeakReport(train=train, test=test, leaks=leaks)
 
@@ -304,11 +315,10 @@ def _choose_features(
     train: Cache, test: Cache, modality: str, name: str | None, settings: LeakSettings
 ) -> tuple[InputFeature, InputFeature, str | None]:
     """Open a feature of both caches; without a limit or of different encoders, return why only hashes are compared."""
-    if settings.cosine(modality) is None:
-        opened = [
-            open_input(cache, modality, name) if name else _any_feature(cache, modality) for cache in (train, test)
-        ]
-        return opened[0], opened[1], _NO_LIMIT
+    are_vectors = [_are_vectors_hashed(cache, modality) for cache in (train, test)]
+    if settings.cosine(modality) is None or any(are_vectors) != all(are_vectors):
+        opened = [open_input(each, modality, name) if name else _any_feature(each, modality) for each in (train, test)]
+        return opened[0], opened[1], _NO_LIMIT if any(are_vectors) == all(are_vectors) else _OTHER_HASHES
     are_imported = all(cache.info.source.get("type") == IMPORTED_SOURCE for cache in (train, test))
     step = f"; {IMPORT_TOGETHER}" if are_imported else ""
     name = name or _common_feature(train, test, modality)
@@ -324,6 +334,12 @@ def _choose_features(
     differ = "; ".join(differences[:2]) or "the features differ"
     reason = f"{names[0]} in training and {names[1]} in test are of different encoders ({differ})"
     return train_feature, test_feature, reason + step
+
+
+def _are_vectors_hashed(cache: Cache, modality: str) -> bool:
+    """Return whether the hashes of a modality are those of imported vectors, also of features derived from these."""
+    is_imported = cache.info.source.get("type") == IMPORTED_SOURCE
+    return modality != "text" and (is_imported or any(group.is_imported for group in cache.encoders(modality)))
 
 
 def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:
@@ -344,16 +360,13 @@ def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:
 
 def _any_feature(cache: Cache, modality: str) -> InputFeature:
     """Open a complete feature, for its hashes."""
-    problem: UnfinishedError | None = None
-    for feature in cache.features(modality):
-        try:
+    *others, last = cache.features(modality)
+    for feature in others:
+        with suppress(UnfinishedError):
             feature.require_complete()
-        except UnfinishedError as error:
-            problem = error
-            continue
-        return InputFeature([feature])
-    assert problem is not None
-    raise problem
+            return InputFeature([feature])
+    last.require_complete()
+    return InputFeature([last])
 
 
 def _items(cache: Cache, feature: InputFeature) -> Items:

@@ -50,6 +50,8 @@ def leak_notes(leaks: LeakReport) -> list[str]:
 
 
 def _search_note(leak: ModalityLeaks) -> str | None:
+    if not leak.is_compared:
+        return f"not compared: {leak.reason}"
     if leak.reason:
         return f"searched for copies only: {leak.reason}"
     if leak.recall is None:
@@ -65,11 +67,11 @@ def leak_table(leaks: LeakReport) -> Table:
     rows = [
         [
             f"{len(leak.test.rows):,} × {len(leak.train.rows):,} {noun(leak.modality)}",
-            leak.feature or "hashes only",
+            leak.feature or ("hashes only" if leak.is_compared else "none"),
             f"{leak.cosine:g}" if leak.feature and leak.cosine is not None else "",
-            format_count(len(leak.copied_samples)),
+            format_count(len(leak.copied_samples)) if leak.is_compared else "unknown",
             format_count(len(leak.leaked_samples)) if leak.feature else "unknown",
-            format_count(len(leak.train_samples)),
+            format_count(len(leak.train_samples)) if leak.is_compared else "unknown",
             format_fraction(leak.highest),
         ]
         for leak in leaks.leaks

@@ -34,6 +34,7 @@ from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.remove import remove_samples
 from embedcache.maintain.settings import PruneSettings
 from embedcache.progress import PlainProgress
+from embedcache.reports.leaks import leak_notes, leak_table
 from embedcache.reports.summary import failure_lines
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
@@ -410,6 +411,26 @@ def test_vectors_of_two_imports_are_imported_together(tmp_path: Path) -> None:
     for test in (paths["test"], tmp_path / "other-cache"):
         reasons = [leaks.reason for leaks in embedcache.find_leaks(paths["pool"], test).leaks]
         assert all(reason is not None and reason.endswith(advice) for reason in reasons)
+
+
+def test_leaks_do_not_compare_hashes_of_vectors_with_those_of_files(tmp_path: Path, image_folder: Path) -> None:
+    paths = [str(path) for path in sorted(image_folder.glob("*.png"))[:4]]
+    pq.write_table(pa.table({"image_path": paths, "caption": CAPTIONS[:4]}), tmp_path / "rows.parquet")
+    np.save(tmp_path / "images.npy", unit_rows(4))
+    arrays = open_npy_vectors(image_file=tmp_path / "images.npy", table=tmp_path / "rows.parquet")
+    import_files(arrays, tmp_path / "imported")
+    extract(tmp_path / "rows.parquet", tmp_path / "files", image_encoder=IMAGE)
+    words = "files and .*imported have no items to compare: the hashes of imported vectors are not those of files"
+    with pytest.raises(DataError, match=words):
+        embedcache.find_leaks(tmp_path / "files", tmp_path / "imported")
+    for name in ("imported", "files"):
+        extract(tmp_path / name, tmp_path / name, text_encoder=TEXT)
+    report = embedcache.find_leaks(tmp_path / "imported", tmp_path / "files")
+    images, texts = report.to_json()["by"]["image"], report.to_json()["by"]["text"]
+    assert (images["num_samples_copied"], images["num_samples_leaked"], images["num_train_samples"]) == (None,) * 3
+    assert (texts["num_samples_copied"], len(report.leaked_samples)) == (4, 4)
+    assert leak_notes(report)[0].startswith("images: not compared: the hashes of imported vectors are not those of")
+    assert leak_table(report)[1][0] == ["4 × 4 images", "none", "", "unknown", "unknown", "unknown", ""]
 
 
 def test_long_vectors_are_not_normalized() -> None:
