@@ -365,7 +365,8 @@ def check_length(item: FileItem, loaded: LoadedItem, modality: str) -> None:
     if item.length and loaded.num_bytes not in (None, item.length):
         raise FingerprintError(
             f"{modality} {item.path}: expected {item.length:,} bytes, as when the source was indexed, got "
-            f"{loaded.num_bytes:,}; put the old file back, or extract into a new folder"
+            f"{loaded.num_bytes:,}; put the old file back, or extract into a new folder; if all encoders had failed on "
+            "it, give its source, not the cache, with --retry-failed"
         )
 
 

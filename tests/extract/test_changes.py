@@ -140,6 +140,15 @@ def test_file_changed_after_indexing_is_rejected(source: Path, tmp_path: Path) -
         Worker(job, source=opened).run()
 
 
+def test_replaced_file_is_retried_with_its_source(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "c", chunk_size=8)
+    shutil.copy(tmp_path / "good/00003.png", source / "00003.png")
+    with pytest.raises(FingerprintError, match="00003.png: expected .*; if all encoders .* on it, give its source"):
+        retry_failed(tmp_path / "c", tmp_path / "c", image_encoder=IMAGE)
+    (report,) = retry_failed(source, tmp_path / "c", image_encoder=IMAGE)
+    assert (report.num_tried, report.num_recovered) == (2, 1)
+
+
 @pytest.mark.slow
 def test_extend_encodes_new_rows_only(tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", 20)
