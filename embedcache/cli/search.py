@@ -63,7 +63,7 @@ def search(
 
     Example: embedcache search index/ "a red bicycle" -k 5
     """
-    from embedcache.cli.console import print_table, publish, read_lines
+    from embedcache.cli.console import open_progress, print_table, publish, read_lines
     from embedcache.search.card import read_card
     from embedcache.search.queries import Queries, read_vectors
     from embedcache.search.search import search as run_search
@@ -77,7 +77,7 @@ def search(
         concept_cache=concepts,
         vectors=None if query_vectors is None else read_vectors(query_vectors),
     )
-    hit_lists = run_search(index, all_queries, settings)
+    hit_lists = run_search(index, all_queries, settings, progress=open_progress())
     results = list(zip(all_queries.names, hit_lists, strict=True))
     score = read_card(index).score
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Bools, Floats, Ints
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.dataset.labels import label_text, require_column
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.files import AnyPath, is_url
+from embedcache.progress import NullProgress, Progress, watch
 from embedcache.projectors.saved import split_path
 from embedcache.registry import unknown_name
 from embedcache.search.card import may_hold_removed, open_row_index, read_card
@@ -29,6 +31,7 @@ from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
 
+_BATCH = 4096  # queries that are searched at once
 _DEFAULT_K = 10
 _COMPARE_ALL = 20_000  # up to this many filtered items, all are compared: fast, and a graph or lists would miss most
 _MOST_EQUAL = 1024  # items of one score at the end of the hits, beyond which FAISS chooses
@@ -39,6 +42,8 @@ def search(
     index: "OpenIndex | AnyPath",
     queries: str | Sequence[str] | Queries,
     settings: SearchSettings | None = None,
+    *,
+    progress: Progress | None = None,
     **options: Any,
 ) -> SearchResults:
     """Search an index.
@@ -48,6 +53,7 @@ def search(
         queries: one text or several, or queries of all kinds.
         settings: number of results and filter; device, column of labels, and where the run and the cache are if they
             have moved, unless the index is open.
+        progress: progress in queries, of thousands.
         options: settings by their names on the command line, which replace those of `settings`.
 
     Returns:
@@ -61,7 +67,7 @@ def search(
         queries = Queries(texts=queries)
     if not isinstance(index, OpenIndex):
         index = OpenIndex(index, run=settings.run, cache=settings.cache, label=settings.label, device=settings.device)
-    return index.search(queries, k=settings.k, condition=settings.filter)
+    return index.search(queries, k=settings.k, condition=settings.filter, progress=progress)
 
 
 class OpenIndex:
@@ -125,16 +131,26 @@ class OpenIndex:
         is_found_N = self._subset(Filter()).is_allowed_N
         return self._index.rows if is_found_N is None else self._index.rows[is_found_N]
 
-    def search(self, queries: Queries, *, k: int | None = None, condition: Filter | None = None) -> SearchResults:
+    def search(
+        self,
+        queries: Queries,
+        *,
+        k: int | None = None,
+        condition: Filter | None = None,
+        progress: Progress | None = None,
+    ) -> SearchResults:
         """Search for the items nearest to each query: a list of hits per query, best first.
 
-        Raises `SettingError` if k is above what the index holds and the filter passes, `DataError` if a query cannot be
-        compared with the index or the filter passes nothing, and the errors of `QueryEncoder.encode` and
-        `CacheFilters.mask`.
+        `progress` counts the queries if there are thousands. Raises `SettingError` if k is above what the index holds
+        and the filter passes, `DataError` if a query cannot be compared with the index or the filter passes nothing,
+        and the errors of `QueryEncoder.encode` and `CacheFilters.mask`.
         """
         _check_k(k, self.card.num_vectors, f"the index holds {self.card.num_vectors} items")
-        found = self.search_vectors(self.query_encoder.encode(queries), k=k, condition=condition)
-        modality = self.card.modality
+        queries_QP, modality = self.query_encoder.encode(queries), self.card.modality
+        parts = [queries_QP[part] for part in blocks(len(queries_QP), _BATCH)]
+        shown = progress if progress is not None and len(parts) > 1 else NullProgress()
+        watched = watch(parts, shown, "searching", len(queries_QP), "queries")
+        found = chain.from_iterable(self.search_vectors(part_BP, k=k, condition=condition) for part_BP in watched)
         return SearchResults(
             Hits(hits, query=name, cache=self.cache, modality=modality)
             for name, hits in zip(queries.names, found, strict=True)

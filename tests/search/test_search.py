@@ -45,6 +45,7 @@ from embedcache.train.train import train
 from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
 from tests.interop.cases import import_files, unit_rows, write_tree
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT, ToyTexts
 
 
@@ -61,6 +62,16 @@ def test_search_equals_brute_force(cache_path: Path, run_path: Path, index_path:
         for hit in hits:
             assert hit.key == f"{hit.row:05d}"
             assert hit.captions == [texts[hit.row]]
+
+
+def test_many_queries_are_counted(index_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, progress = Queries(keys=["00007", "00003", "00007"]), RecordedProgress()
+    expected = search(index_path, queries, SearchSettings(k=3), progress=progress)
+    assert not progress.started
+    monkeypatch.setattr("embedcache.search.search._BATCH", 2)
+    assert search(index_path, queries, SearchSettings(k=3), progress=progress) == expected
+    assert (progress.started, progress.advances) == ([("searching", 3, "queries")], [2, 1])
+    assert progress.finished == ["searching"]
 
 
 def test_search_reads_the_rows_it_shows(index_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
