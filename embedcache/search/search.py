@@ -19,7 +19,7 @@ from embedcache.dataset.splits import read_split
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.files import AnyPath, is_url
-from embedcache.progress import NullProgress, Progress, watch
+from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress, watch
 from embedcache.projectors.saved import split_path
 from embedcache.registry import unknown_name
 from embedcache.search.card import may_hold_removed, open_row_index, read_card
@@ -43,7 +43,7 @@ def search(
     queries: str | Sequence[str] | Queries,
     settings: SearchSettings | None = None,
     *,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> SearchResults:
     """Search an index.
@@ -67,7 +67,7 @@ def search(
         queries = Queries(texts=queries)
     if not isinstance(index, OpenIndex):
         index = OpenIndex(index, run=settings.run, cache=settings.cache, label=settings.label, device=settings.device)
-    return index.search(queries, k=settings.k, condition=settings.filter, progress=progress)
+    return index.search(queries, k=settings.k, condition=settings.filter, progress=to_progress(progress))
 
 
 class OpenIndex:

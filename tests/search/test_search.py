@@ -70,6 +70,7 @@ def test_many_queries_are_counted(index_path: Path, monkeypatch: pytest.MonkeyPa
     assert not progress.started
     monkeypatch.setattr("embedcache.search.search._BATCH", 2)
     assert search(index_path, queries, SearchSettings(k=3), progress=progress) == expected
+    assert search(index_path, queries, SearchSettings(k=3), progress=False) == expected
     assert (progress.started, progress.advances) == ([("searching", 3, "queries")], [2, 1])
     assert progress.finished == ["searching"]
 
