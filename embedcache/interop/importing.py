@@ -14,7 +14,7 @@ from embedcache.encoders.open import IMPORTED, EncoderSpec
 from embedcache.errors import CorruptError, SettingError, SourceError, UnfinishedError, pluralize
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.settings import ImportSettings
-from embedcache.interop.vector_files import ImportedSamples, VectorImport, stored_blocks
+from embedcache.interop.vector_files import ImportedSamples, VectorImport, check_captions, stored_blocks
 from embedcache.locks import Leases
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, digest_file
@@ -108,6 +108,7 @@ def import_vectors(
     progress, settings = to_progress(progress), merge_settings(ImportSettings, settings, options)
     columns = SourceSettings(key_column=settings.key_column, caption_columns=settings.caption_columns)
     path = open_path(cache)
+    check_captions(vectors)
     hashes = _hash_files(vectors, progress)
     source = _describe(vectors, hashes, settings.model, columns)
     if info_path(path).is_file():

@@ -190,25 +190,28 @@ def check_dtype(dtype: np.dtype[np.generic] | str, location: str) -> str:
     return str(dtype)
 
 
+def check_captions(vectors: VectorImport) -> None:
+    """Check that text vectors have a table, which must hold their captions; else raise `SettingError`."""
+    for group in vectors.groups:
+        texts = [file.path for name, file in group.vectors.items() if vectors.modalities[name] == "text"]
+        if texts and group.table is None:
+            raise SettingError(
+                f"{texts[0]}: text vectors need a table with their captions, got no table; name one with --table"
+            )
+
+
 class ImportedSamples:
     """Samples of imported vectors, one per row: the source that numbers the rows of the cache.
 
     A key is the cell of the key column, otherwise the row number over all groups. A sample has an item of each modality
     of the vectors, a file if a table names it. With text vectors it has one caption, "" if the cell is blank; without
     text vectors, all captions in the table.
-
-    Raises:
-        SettingError: text vectors without a table of their captions.
     """
 
     def __init__(self, vectors: VectorImport, description: Mapping[str, Any], settings: SourceSettings) -> None:
         self._vectors, self._description, self._settings = vectors, description, settings
         self._modalities = set(vectors.modalities.values())
         self._in_files: list[str] = [modality for modality in vectors.modalities.values() if modality != "text"]
-        if "text" in self._modalities and any(group.table is None for group in vectors.groups):
-            raise SettingError(
-                f"{vectors.path}: text vectors need a table with their captions, got no table; name one with --table"
-            )
 
     def describe(self) -> Mapping[str, Any]:
         """Return the description that the cache stores."""

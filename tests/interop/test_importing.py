@@ -50,6 +50,7 @@ from embedcache.train.train import train
 from tests.crash import call, crash
 from tests.extract.cases import tree as files_of
 from tests.interop.cases import import_files, unit_rows, write_tree
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 CAPTIONS = [f"caption {row}" for row in range(40)]
@@ -341,8 +342,12 @@ def test_missing_modality_can_be_imported(tmp_path: Path) -> None:
 
 def test_text_vectors_need_captions(tmp_path: Path) -> None:
     np.save(tmp_path / "texts.npy", unit_rows(4))
-    with pytest.raises(SettingError, match="text vectors need a table with their captions"):
-        import_files(open_npy_vectors(text_file=tmp_path / "texts.npy"), tmp_path / "cache")
+    np.save(tmp_path / "images.npy", unit_rows(4))
+    both = open_npy_vectors(image_file=tmp_path / "images.npy", text_file=tmp_path / "texts.npy")
+    progress = RecordedProgress()
+    with pytest.raises(SettingError, match="/texts.npy: text vectors need a table with their captions"):
+        import_vectors(both, tmp_path / "cache", progress=progress)
+    assert not progress.started  # no file was read
     pq.write_table(pa.table({"key": ["a", "b", "c", "d"], "said": ["1", "2", "3", "4"]}), tmp_path / "rows.parquet")
     arrays = open_npy_vectors(text_file=tmp_path / "texts.npy", table=tmp_path / "rows.parquet")
     with pytest.raises(SourceError, match="need a column of captions; name one of key, said with --caption-column"):
