@@ -175,7 +175,7 @@ def _lines(services: Sequence[SearchService], settings: ServeSettings, token: st
             lines.append(f"texts are not accepted: {rejection}")
         folders = next((served.folders for served in service.shown.values()), None)
         if folders:
-            lines.append(f"{' and '.join(map(noun, service.shown))} are read below {', '.join(map(str, folders))}")
+            lines.append(f"{' and '.join(map(noun, service.shown))} are read from {', '.join(map(str, folders))}")
     address = parse_address(settings.host)
     if address is None:
         host = settings.host
