@@ -31,7 +31,8 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
         words: dict[str, Any] = {}
         for name, value in read_config(path).items():
             if name not in options:
-                raise unknown_name("option", name, options, where=f"in {path}")
+                known = [each for each, (option, _) in options.items() if len(each) > 1 or len(option.opts) == 1]
+                raise unknown_name("option", name, known, where=f"in {path}")
             option, is_off = options[name]
             if option.name in words:
                 raise SettingError(f"{path}: {name}: expected one value, got another of the same option; remove one")
