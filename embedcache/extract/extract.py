@@ -395,4 +395,7 @@ def _check_any_encoded(cache: Cache, reports: Sequence[EncoderReport]) -> None:
         if failures and sum(report.failures.values()) == cache.info.num_items[report.modality]:
             reasons = "; ".join(f"{count} {reason}" for reason, count in failures.items())
             items = f"{sum(failures.values())} {noun(report.modality)}"
-            raise SourceError(f"all {items} failed: {reasons}; repair the source and extract into a new folder")
+            raise SourceError(
+                f"all {items} failed: {reasons} (embedcache inspect {cache.path} names them); repair the source and "
+                "extract into a new folder"
+            )
