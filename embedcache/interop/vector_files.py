@@ -313,8 +313,8 @@ class ImportedSource:
     def samples(self) -> Iterator[Sample]:
         """Raise a SourceError, because there are vectors and nothing that an encoder could encode."""
         raise SourceError(
-            f"{self._location} was imported: it has vectors, and no images or texts to encode; extract from the "
-            "original images and captions"
+            f"{self._location} was imported: it has vectors, and no files or texts to encode; extract from the "
+            "original files and captions"
         )
 
     def read(self, item: FileItem) -> bytes:
