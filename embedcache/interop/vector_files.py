@@ -1,5 +1,6 @@
 """Files of vectors that an import reads, in groups whose rows belong together, and samples in tables beside them."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -11,6 +12,7 @@ import numpy as np
 from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, ItemError, SettingError, SourceError
+from embedcache.files import is_url
 from embedcache.modalities import MODALITIES
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.captions import to_scalar_columns
@@ -255,10 +257,10 @@ class ImportedSamples:
                 f"{file.path}: text vectors need a column of captions; name one of {', '.join(file.columns)} with "
                 "--caption-column"
             )
-        count = 0
+        count, folder = 0, self._folder_of_paths(group.table)
         for count, (roles, row) in enumerate(read_rows(file, columns, self._settings), start=1):
             if count <= group.num_rows:
-                yield self._sample(roles, row, first + count - 1, f"{group.table} row {count - 1:,}")
+                yield self._sample(roles, row, first + count - 1, f"{group.table} row {count - 1:,}", folder)
         if count != group.num_rows:
             vectors = next(iter(group.vectors.values())).path
             raise SourceError(
@@ -266,7 +268,14 @@ class ImportedSamples:
                 "belong together"
             )
 
-    def _sample(self, columns: TableColumns, row: Row, number: int, location: str) -> Sample:
+    def _folder_of_paths(self, table: Path) -> str:
+        """Return the folder of a table's relative paths, seen from the import's; empty if it is the same."""
+        if self._vectors.form != "npy":  # a tree has its tables in a folder of their own
+            return ""
+        folder = os.path.relpath(table.parent.resolve(), self._vectors.path.parent.resolve())
+        return "" if folder == "." else folder
+
+    def _sample(self, columns: TableColumns, row: Row, number: int, location: str, folder: str) -> Sample:
         texts = read_texts(columns, row, location)
         if "text" in self._modalities:
             if len(texts) > 1:
@@ -276,7 +285,7 @@ class ImportedSamples:
                 )
             texts = texts or (TextItem(text=""),)
         interval = read_interval(columns, row, location)
-        items = {modality: _item(columns, row, modality, interval) for modality in self._in_files}
+        items = {modality: _item(columns, row, modality, interval, folder) for modality in self._in_files}
         return _sample_of(
             items,
             key=read_key(columns, row, location) or _KEY_FORMAT.format(number),
@@ -285,12 +294,17 @@ class ImportedSamples:
         )
 
 
-def _item(columns: TableColumns, row: Row, modality: str, interval: tuple[float | None, float | None]) -> FileItem:
-    """Return the item of a row: the file that a cell names, if one does."""
+def _item(
+    columns: TableColumns, row: Row, modality: str, interval: tuple[float | None, float | None], folder: str
+) -> FileItem:
+    """Return the item of a row: the file that a cell names, if one does, in a folder if its path is relative."""
     column = columns.items.get(modality)
     cell = None if column is None or column in columns.embedded else row.get(column)
     start_s, stop_s = interval if MODALITIES[modality].has_interval else (None, None)
-    return FileItem(path=cell if isinstance(cell, str) else "", start_s=start_s, stop_s=stop_s)
+    path = cell if isinstance(cell, str) else ""
+    if folder and path and not path.startswith("/") and not is_url(path):
+        path = os.path.normpath(f"{folder}/{path}")
+    return FileItem(path=path, start_s=start_s, stop_s=stop_s)
 
 
 def _sample_of(items: Mapping[str, FileItem], **values: Any) -> Sample:

@@ -24,6 +24,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.repair import repair
 from embedcache.interop import importing
 from embedcache.interop.clip_retrieval import open_clip_retrieval
+from embedcache.interop.formats import export_vectors
 from embedcache.interop.importing import import_vectors
 from embedcache.interop.npy import open_npy_vectors
 from embedcache.interop.parquet import open_parquet_vectors
@@ -40,7 +41,8 @@ from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
-from embedcache.sources import open_source
+from embedcache.sources import open_source, reopen_source
+from embedcache.sources.base import FileItem
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
@@ -308,6 +310,26 @@ def test_captions_of_imported_vectors_are_encoded(tmp_path: Path) -> None:
     (tmp_path / "moved.npy").rename(tmp_path / "images.npy")
     _, (again,) = import_files(arrays, tmp_path / "cache", chunk_size=16)
     assert (again.imported, again.reused) == (0, 40)
+
+
+def test_paths_in_a_table_in_another_folder_than_the_array(tmp_path: Path) -> None:
+    for name in ("arrays", "tables/media"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(tmp_path / "tables/media")
+    (tmp_path / "tables/media/0.wav").write_bytes(b"sound")
+    paths = ["media/0.wav", "/elsewhere/1.wav", "http://host/2.wav", None]
+    pq.write_table(pa.table({"audio_path": paths}), tmp_path / "tables/rows.parquet")
+    for folder, expected in (("arrays", "../tables/media/0.wav"), ("linked", "../media/0.wav"), ("tables", paths[0])):
+        np.save(tmp_path / folder / "sounds.npy", unit_rows(4))
+        arrays = open_npy_vectors(
+            files={"audio": tmp_path / folder / "sounds.npy"}, table=tmp_path / "tables/rows.parquet"
+        )
+        cache, _ = import_files(arrays, tmp_path / f"{folder}-cache")
+        assert cache.items("audio")["path"].to_pylist() == [expected, *paths[1:3], ""]
+        assert reopen_source(cache.info.source).read(FileItem(path=str(expected))) == b"sound"
+        export_vectors("parquet", cache.path, tmp_path / f"{folder}.parquet")
+        first = pq.read_table(tmp_path / f"{folder}.parquet")["audio_path"][0].as_py()
+        assert Path(first).read_bytes() == b"sound"
 
 
 def test_merged_cache_takes_no_encoder_beside_imported_vectors(tmp_path: Path, image_folder: Path) -> None:
