@@ -15,7 +15,7 @@ from embedcache.extract.engines import ShardReport, job_devices, run_engine
 from embedcache.extract.precision import choose_precisions
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
-from embedcache.files import AnyPath, is_url, open_path, remove_partials
+from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.locks import divided_work, locked
 from embedcache.modalities import MODALITIES, ModalityName, count_items, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -37,7 +37,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import describe_failures, has_failed
 from embedcache.store.group import open_group
 from embedcache.store.indexing import index, open_indexed
-from embedcache.store.layout import SUBSET, info_path, read_info, write_info
+from embedcache.store.layout import SUBSET, info_path, is_cache_at, read_info, write_info
 
 _SOURCE_TYPE = "source_type"
 
@@ -155,20 +155,12 @@ def open_source_or_cache(
         SettingError: a kind or settings of a source that the cache recorded.
         PathError, SourceError, UnknownNameError: as `open_source`.
     """
-    if not (isinstance(location, str | os.PathLike) and _is_cache_at(location, cache)):
+    if not (isinstance(location, str | os.PathLike) and is_cache_at(location, cache)):
         return open_source(location, kind=kind, settings=settings)
     if kind is not None:
         raise SettingError(f"source_type: expected none, as the source is the cache itself, got {kind!r}; omit it")
     (settings or SourceSettings()).check_supported("cache")
     return RecordedSource(read_info(open_path(cache)).source)
-
-
-def _is_cache_at(location: AnyPath, cache: AnyPath) -> bool:
-    """Return whether a cache is at this location, however both are written."""
-    one, other = (str(open_path(place)).rstrip("/") for place in (location, cache))
-    if one != other and (is_url(one) or is_url(other) or os.path.realpath(one) != os.path.realpath(other)):
-        return False
-    return info_path(open_path(cache)).is_file()
 
 
 def join_encoders(

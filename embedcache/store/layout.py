@@ -1,6 +1,7 @@
 """File names of a cache, and its manifest `cache.json`."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.errors import CorruptError
-from embedcache.files import is_remote
+from embedcache.files import AnyPath, is_remote, is_url, open_path
 from embedcache.locks import LOCK
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import (
@@ -237,6 +238,14 @@ def write_info(cache_path: Path, info: CacheInfo) -> None:
         write_record(info_path(cache_path), stored, unchecked=_UNCHECKED)
     else:
         write_json(info_path(cache_path), stored)
+
+
+def is_cache_at(location: AnyPath, cache: AnyPath) -> bool:
+    """Return whether a cache is at this location, however both are written."""
+    one, other = (str(open_path(place)).rstrip("/") for place in (location, cache))
+    if one != other and (is_url(one) or is_url(other) or os.path.realpath(one) != os.path.realpath(other)):
+        return False
+    return info_path(open_path(cache)).is_file()
 
 
 def read_info(cache_path: Path) -> CacheInfo:
