@@ -344,7 +344,7 @@ def test_pipe_is_no_selection_to_train_on(folder: Path) -> None:
     done = embedcache("train", "cache", "piped", "--selection", "pipe", *settings, cwd=folder)
     assert (done.code, done.stderr.splitlines()[-1]) == (
         1,
-        "error: pipe: expected a regular file, got a pipe or a device",
+        "error: selection pipe is no file; expected Parquet with a column key, or text with one key per line",
     )
     reader = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # for which the thread waits
     writer.join()
