@@ -62,12 +62,12 @@ def search(
     Raises:
         SettingError, DataError, UnknownNameError, FingerprintError, PathError, CorruptError: see `OpenIndex`.
     """
-    settings = merge_settings(SearchSettings, settings, options)
+    settings, progress = merge_settings(SearchSettings, settings, options), to_progress(progress)
     if not isinstance(queries, Queries):
         queries = Queries(texts=queries)
     if not isinstance(index, OpenIndex):
         index = OpenIndex(index, run=settings.run, cache=settings.cache, label=settings.label, device=settings.device)
-    return index.search(queries, k=settings.k, condition=settings.filter, progress=to_progress(progress))
+    return index.search(queries, k=settings.k, condition=settings.filter, progress=progress)
 
 
 class OpenIndex:
