@@ -35,7 +35,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, has_failed
 from embedcache.store.compacted import compacted_path
 from embedcache.store.feature import Feature
-from embedcache.store.group import open_group
+from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import add_feature, commit_chunk, withdraw
@@ -146,7 +146,7 @@ def repair(
             repairable[finding.modality, finding.encoder].append(finding)
     groups = {key: open_group(cache.path, *key, cache.info) for key in repairable}
     lines = []
-    for (modality, encoder), group in sorted(groups.items(), key=lambda item: derivation_depth(cache, item[1])):
+    for (modality, encoder), group in sorted(groups.items(), key=lambda item: _turn(cache, item[1])):
         of_arrays = {finding.name for finding in repairable[modality, encoder] if finding.chunk < 0}
         if (table := compacted_path(group.path)).name in of_arrays:
             of_arrays.remove(table.name)
@@ -166,6 +166,11 @@ def repair(
             check_unchanged(writer)
             lines.append(_encode_again(cache, writer, of_chunks, progress))
     return lines
+
+
+def _turn(cache: Cache, group: EncoderGroup) -> tuple[int, bool]:
+    """Sort features after those that they are derived from, and imported vectors, which end a repair, after others."""
+    return derivation_depth(cache, group), group.is_imported
 
 
 def _encode_again(cache: Cache, writer: FeatureWriter, findings: Sequence[Finding], progress: Progress) -> str:

@@ -35,6 +35,7 @@ from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.remove import remove_samples
 from embedcache.maintain.settings import PruneSettings
 from embedcache.progress import PlainProgress
+from embedcache.registry import trust_files
 from embedcache.reports.leaks import leak_notes, leak_table
 from embedcache.reports.summary import failure_lines
 from embedcache.search.index import build_index
@@ -330,6 +331,22 @@ def test_paths_in_a_table_in_another_folder_than_the_array(tmp_path: Path) -> No
         export_vectors("parquet", cache.path, tmp_path / f"{folder}.parquet")
         first = pq.read_table(tmp_path / f"{folder}.parquet")["audio_path"][0].as_py()
         assert Path(first).read_bytes() == b"sound"
+
+
+def test_encoded_captions_are_repaired_before_imported_vectors_end_the_repair(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", unit_rows(4))
+    pq.write_table(pa.table({"caption": CAPTIONS[:4]}), tmp_path / "rows.parquet")
+    cache, _ = import_files(
+        open_npy_vectors(image_file=tmp_path / "images.npy", table=tmp_path / "rows.parquet"), tmp_path / "cache"
+    )
+    extract(cache.path, cache.path, text_encoder=TEXT)
+    before = files_of(cache.path / "text")
+    for path in (cache.path / "image/image/vector/c/0/0", cache.path / "text/open_toy/mean/c/0/0"):
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    with trust_files(), pytest.raises(SettingError, match="same embedcache import again"):
+        repair(Cache(cache.path), verify(Cache(cache.path)))
+    assert files_of(cache.path / "text") == before
+    assert [(finding.modality, finding.chunk) for finding in verify(Cache(cache.path))] == [("image", 0)]
 
 
 def test_merged_cache_takes_no_encoder_beside_imported_vectors(tmp_path: Path, image_folder: Path) -> None:
