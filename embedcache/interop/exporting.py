@@ -23,7 +23,7 @@ from embedcache.outputs import check_output
 from embedcache.projectors.saved import read_config
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.search.vectors import Vectors
-from embedcache.sources.open import IMPORTED_SOURCE
+from embedcache.sources.open import IMPORTED_SOURCE, how_to_import
 from embedcache.sources.table_columns import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
@@ -256,9 +256,9 @@ def open_exported(
         requested = [modality for modality in requested if modality in read_config(settings.run).sides] or requested
     modalities = [modality for modality in requested if cache.features(modality)]
     if not modalities:
-        raise DataError(
-            f"{cache.path}: expected {' or '.join(requested)} features, got none; add some with embedcache extract"
-        )
+        is_imported = cache.info.source.get("type") == IMPORTED_SOURCE
+        step = how_to_import(cache.info.source, requested[0]) if is_imported else "add some with embedcache extract"
+        raise DataError(f"{cache.path}: expected {' or '.join(requested)} features, got none; {step}")
     features = settings.named_features
     for modality, name in features.items():
         if modality not in modalities and cache.features(modality):
