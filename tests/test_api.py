@@ -288,7 +288,7 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
 
 
 NO_OPTIONS = {"trust", "config", "as_json", "output", "html", "image_folder", "overwrite", "quiet", "verbose"}
-OF_QUERIES = {"query", "query_image", "query_key", "query_concept", "query_vectors", "concepts"}
+OF_QUERIES = {"query", "query_image", "query_file", "query_key", "query_concept", "query_vectors", "concepts"}
 COMMANDS: dict[str, tuple[str, str, set[str]]] = {
     "extract": ("extract_features", "ExtractSettings SourceSettings", {"plan", "retry_failed", "source_type"}),
     "verify": ("verify_cache", "VerifySettings", set()),
@@ -306,7 +306,7 @@ COMMANDS: dict[str, tuple[str, str, set[str]]] = {
     "export onnx": ("export_run", "ExportSettings", set()),
     "export parquet": ("export_vectors", "VectorExportSettings", set()),
     "export atlas": ("export_vectors", "AtlasSettings", set()),
-    "import npy": ("import_vectors", "ImportSettings", {"image_file", "text_file", "table"}),
+    "import npy": ("import_vectors", "ImportSettings", {"image_file", "text_file", "file", "table"}),
 }
 """Command -> its function, the settings that the function's options are from, and words that it takes otherwise."""
 NOT_CALLED = {embedcache.Model, embedcache.SpeechModel, embedcache.LikelihoodModel, embedcache.EmbedcacheError}
