@@ -345,6 +345,25 @@ def test_captions_are_not_markup(browser: Any, tmp_path: Path) -> None:
     assert page.elsewhere == page.errors == []
 
 
+def test_image_that_cannot_be_read(browser: Any, tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 5)
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT_ENCODER])
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/cls"))
+    (tmp_path / "photos/00002.png").unlink()
+    with serving(ServePaths(index=tmp_path / "index")) as address:
+        page = Browsing(browser, address)
+        page.page.wait_for_selector('[data-key="00002"] .unread')
+        assert page.page.locator(".unread").count() == 1
+        assert page.page.locator("#sample .hit img").count() == 4
+        page.page.click('[data-key="00002"]')
+        page.wait_for("#item-title", page.page.inner_text('[data-key="00002"] .captions'))
+        page.page.wait_for_selector("#item-image", state="hidden")
+        page.page.click("#item-next" if page.page.is_enabled("#item-next") else "#item-previous")
+        page.page.wait_for_selector("#item-image", state="visible")
+        page.close()
+    assert all("404" in error or "Failed to load resource" in error for error in page.errors)
+
+
 def test_two_indexes_side_by_side(browser: Any, root: Path) -> None:
     """A text is answered by one index, and the other says why it does not; an item is answered by both."""
     with serving(ServePaths(index=root / "index"), ServePaths(index=root / "plain")) as address:

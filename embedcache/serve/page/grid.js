@@ -40,6 +40,7 @@ function card(hit, place, { index, onOpen, onSimilar, threshold }) {
   },
     isFilm || url === null ? null : element("img", {
       src: url, alt: "", loading: "lazy", decoding: "async", width: 224, height: hit.image === null ? 112 : 224,
+      onerror: (event) => event.target.replaceWith(element("span", { class: "unread" }, "cannot be read")),
     }),
     element("span", { class: "captions", lang: hit.languages[0] ?? null }, caption(hit)),
     folded(hit),
@@ -120,6 +121,7 @@ export class ItemDialog {
     byId("item-previous").addEventListener("click", () => this.show(this.place - 1));
     byId("item-next").addEventListener("click", () => this.show(this.place + 1));
     byId("item-more").addEventListener("click", () => this.similar(onSimilar));
+    byId("item-image").addEventListener("error", (event) => { event.target.hidden = true; }); // its card says so
     this.dialog.addEventListener("click", (event) => { if (event.target === this.dialog) this.dialog.close(); });
     this.dialog.addEventListener("close", () => {
       byId("item-player").replaceChildren(); // what is removed stops playing

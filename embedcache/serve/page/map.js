@@ -423,7 +423,9 @@ export class MapView {
     if (this.hovered !== point) return;
     const hit = this.captions.get(row);
     this.tip.replaceChildren(
-      this.index.image(hit, "thumbnail") ? element("img", { src: this.index.image(hit, "thumbnail"), alt: "", width: 112, height: hit.image === null ? 63 : 112 }) : "",
+      this.index.image(hit, "thumbnail") ? element("img", {
+        src: this.index.image(hit, "thumbnail"), alt: "", width: 112, height: hit.image === null ? 63 : 112, onerror: (event) => event.target.remove(),
+      }) : "",
       element("span", {}, caption(hit)));
     this.tip.hidden = false;
     const [x, y] = this.toScreen(this.points.xs[point], this.points.ys[point]);
