@@ -79,7 +79,8 @@ def cut_cache(
     """Write the samples of a selection, with their features, into a cache of its own.
 
     The new cache has the same source, so that it can be extended with other encoders; samples of the source that were
-    not selected are left out until `--extend` adds them. Memory: some 90 bytes per sample, and a chunk of each feature.
+    not selected are left out until `--extend` adds them, also those that were removed from the old cache, which a note
+    says. Memory: some 90 bytes per sample, and a chunk of each feature.
 
     Args:
         cache: path or URL of the cache.
@@ -204,6 +205,11 @@ def _copy(
     index_tables(source, out_path, chunk_size=chunk_size, progress=progress)
     out = Cache(out_path)
     _check_tables(out, segments, description)
+    if num_removed := sum(len(cache.removed) for cache in caches):
+        progress.note(  # the marks of removal are those of rows that it does not have
+            f"{out.path} does not know the {pluralize(num_removed, 'removed sample')}; delete them from the source "
+            "too, or --extend appends them again"
+        )
     remove_partials(out.path)
     request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}
     with record_stage(new_record_path(out.path, stage), stage, request) as outcome:

@@ -274,6 +274,20 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
         extract(source, tmp_path / "both", image_encoder=[IMAGE])
 
 
+def test_copy_says_that_it_does_not_know_removed_samples(small: Path, halves: list[Path], tmp_path: Path) -> None:
+    cache, half = (Path(shutil.copytree(path, tmp_path / name)) for path, name in ((small, "a"), (halves[0], "b")))
+    for path in (cache, half):
+        remove_samples(path, [Cache(path).key(1)])
+    (tmp_path / "rest.txt").write_text(f"{Cache(cache).key(0)}\n")
+    progress = RecordedProgress()
+    cut_cache(cache, tmp_path / "rest.txt", tmp_path / "cut", progress=progress)
+    merge_caches([half, halves[1]], tmp_path / "both", progress=progress)
+    cut_cache(small, tmp_path / "rest.txt", tmp_path / "other", progress=progress)
+    notes = [note for note in progress.notes if "does not know" in note]
+    step = "does not know the 1 removed sample; delete them from the source too, or --extend appends them again"
+    assert notes == [f"{tmp_path / 'cut'} {step}", f"{tmp_path / 'both'} {step}"]
+
+
 def test_merged_cache_takes_other_encoders(halves: list[Path], tmp_path: Path) -> None:
     merge_caches(halves, tmp_path / "whole")
     extract(tmp_path / "whole", tmp_path / "whole", image_encoder="tests.toy:open_other")
