@@ -1,5 +1,6 @@
 """Vectors of other tools by the name of their format: files to import, and exports of a cache."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ _OPENERS: Mapping[str, tuple[Callable[..., VectorImport], tuple[str, ...]]] = {
     "parquet": (open_parquet_vectors, ("path", "image_vector_column", "text_vector_column", "vector_columns")),
 }
 _PATHS = ("path", "image_file", "text_file", "table")
+_BY_MODALITY = ("files", "vector_columns")
 _WRITERS: Mapping[str, tuple[Callable[..., int], Sequence[Modality]]] = {
     "clip-retrieval": (write_clip_retrieval, IMAGES_AND_TEXTS),
     "npy": (write_npy, MODALITY_NAMES),
@@ -59,9 +61,17 @@ def open_vectors(format_name: str, path: AnyPath | None = None, **options: Any) 
     for name in given:
         if name not in names:
             raise unknown_name("argument", name, names, where=f"of the import format {format_name}")
+    for name, value in given.items():
+        if name in _BY_MODALITY and not _is_by_modality(value):
+            raise SettingError(f"{name}: expected modality -> name, such as {{'audio': 'clap'}}, got {value!r}")
     if "path" in names and path is None:
         raise SettingError(f"path: expected a folder or file of the format {format_name}, got none")
     return opener(**{name: Path(value) if name in _PATHS else value for name, value in given.items()})
+
+
+def _is_by_modality(value: Any) -> bool:
+    kinds = (str, os.PathLike, list, tuple)
+    return isinstance(value, Mapping) and all(isinstance(name, kinds) for name in value.values())
 
 
 @dataclass(frozen=True, kw_only=True)

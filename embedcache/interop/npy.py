@@ -53,10 +53,9 @@ def open_npy_vectors(
         if name not in MODALITIES:
             raise unknown_name("modality", name, MODALITIES)
         modality = MODALITIES[name].name
-        if path is not None and modality in given:
-            raise SettingError(
-                f"vectors: expected one .npy file of {modality} vectors, got {given[modality]} and {path}"
-            )
+        if path is not None and (modality in given or not isinstance(path, str | Path)):
+            listed = f"{given[modality]} and {path}" if modality in given else repr(path)
+            raise SettingError(f"vectors: expected one .npy file of {modality} vectors, got {listed}; name one")
         if path is not None:
             given[modality] = Path(path)
     if not given:

@@ -43,6 +43,13 @@ def test_wrong_requests_raise(labeled: Path, tmp_path: Path) -> None:
         UnknownNameError, match=r"unknown argument 'path' of the import format npy; known: files, image_file"
     ):
         open_vectors("npy", "x.npy")
+    for wrong in ("x.npy", ["x.npy"], {"audio": 3}):
+        with pytest.raises(SettingError, match=r"files: expected modality -> name, such as {'audio': 'clap'}, got "):
+            open_vectors("npy", files=wrong)
+    with pytest.raises(SettingError, match=r"expected one .npy file of audio vectors, got \['x', 'y'\]; name one"):
+        open_vectors("npy", files={"audio": ["x", "y"]})
+    with pytest.raises(SettingError, match=r"expected one .npy file of image vectors, got x and y; name one"):
+        open_vectors("npy", image_file="x", files={"image": "y"})
     with pytest.raises(SettingError, match=r"path: expected a folder or file of the format datacomp, got none"):
         open_vectors("datacomp")
     with pytest.raises(UnknownNameError, match=r"unknown export format 'csv'; .*atlas"):
