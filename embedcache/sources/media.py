@@ -193,8 +193,8 @@ def frame_rate(stream: Any) -> float:
     return rate_hz
 
 
-def is_constant(data: bytes) -> bool:
-    """Return whether the frames of a video last equally long, or nearly so, by the times in its file, not decoded."""
+def has_constant_frame_rate(data: bytes) -> bool:
+    """Return whether a video has a constant frame rate, or nearly so, by the times in its file; nothing is decoded."""
     try:
         with open_container(data, "video") as (container, _):
             times = [packet.pts for packet in container.demux(video=0) if packet.size]

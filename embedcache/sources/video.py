@@ -18,7 +18,7 @@ from embedcache.sources.media import (
     SAME_S,
     check_end,
     frame_rate,
-    is_constant,
+    has_constant_frame_rate,
     item_errors,
     open_container,
     open_stream,
@@ -80,11 +80,13 @@ class StreamedVideo:
         """All frames: (T, H, W, 3) uint8; `ItemError` if they have more than `MAX_VIDEO_PIXELS`, or are damaged."""
         with open_container(self._data, "video") as (container, _):
             stream = open_stream(container, "video", *self._interval)
-            return _read_all(_interval_frames(container, stream, *self._interval, is_even=self._is_even))
+            return _read_all(
+                _interval_frames(container, stream, *self._interval, has_constant_rate=self._has_constant_rate)
+            )
 
     @cached_property
-    def _is_even(self) -> bool:
-        return is_constant(self._data)
+    def _has_constant_rate(self) -> bool:
+        return has_constant_frame_rate(self._data)
 
     def frames(self) -> Iterator[Frame]:
         """Iterate over the frames, in order.
@@ -95,15 +97,17 @@ class StreamedVideo:
         """
         with open_container(self._data, "video") as (container, _):
             stream = open_stream(container, "video", *self._interval)
-            for frame in _interval_frames(container, stream, *self._interval, is_even=self._is_even):
+            for frame in _interval_frames(
+                container, stream, *self._interval, has_constant_rate=self._has_constant_rate
+            ):
                 yield partial(_convert, frame)
 
 
 def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None = None) -> Video | StreamedVideo:
     """Decode the frames of a video, upright; of an interval, those whose time is in it.
 
-    Of a video whose frames last differently long, as many phones record and as recorded screens have them, each step at
-    the average rate has the frame that is shown in its middle.
+    Of a video with a variable frame rate, as those of many phones and recorded screens, each step at the average rate
+    has the frame that is shown in its middle.
 
     A video with more than `MAX_VIDEO_PIXELS` in its frames is a `StreamedVideo`, of which only those who ask for all
     frames at once are refused, and whose damage is found when its frames are read. Thread-safe. Memory: the frames, and
@@ -127,7 +131,8 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
         if (duration_s or 0) * rate_hz * frame_pixels > MAX_VIDEO_PIXELS:
             return streamed
         try:
-            frames = _interval_frames(container, stream, start_s, stop_s, is_even=is_constant(data))
+            has_constant_rate = has_constant_frame_rate(data)
+            frames = _interval_frames(container, stream, start_s, stop_s, has_constant_rate=has_constant_rate)
             frames_THW3 = _read_all(frames)
         except _TooManyPixelsError:
             return streamed
@@ -140,8 +145,8 @@ def iter_frames(
     """Iterate over the upright RGB frames of a video of any length, at the constant rate that `probe_media` returns.
 
     The first frame is that shown at `start_s`; formats that store exact times are not decoded from their beginning. Of
-    a video whose frames last differently long, as many phones record, each step has the frame that is shown in its
-    middle; at a constant rate these are all frames. Memory: two frames.
+    a video with a variable frame rate each step has the frame that is shown in its middle; at a constant rate these are
+    all frames. Memory: two frames.
 
     Args:
         file: the whole file, or its path.
@@ -220,17 +225,19 @@ def _read_all(frames: Iterator[Any]) -> Array:
 
 
 def _interval_frames(
-    container: Any, stream: Any, start_s: float | None, stop_s: float | None, *, is_even: bool
+    container: Any, stream: Any, start_s: float | None, stop_s: float | None, *, has_constant_rate: bool
 ) -> Iterator[Any]:
     """Iterate over the frames of an interval; after the last one, check that none is missing.
 
-    `is_even` says that they last equally long: then these are the frames whose time is in the interval.
+    At a constant frame rate these are the frames whose time is in the interval, else those of `_shown_frames`.
     """
     shapes = set[tuple[int, int]]()
     timed = _checked_frames(container, stream, start_s, stop_s)
     bounds = start_s or 0.0, np.inf if stop_s is None else stop_s
-    inside = _frames_inside(timed, *bounds) if is_even else _shown_frames(timed, *bounds, 1 / frame_rate(stream))
-    for frame in inside:
+    shown = (
+        _frames_inside(timed, *bounds) if has_constant_rate else _shown_frames(timed, *bounds, 1 / frame_rate(stream))
+    )
+    for frame in shown:
         is_turned = round(frame.rotation / 90) % 2
         shapes.add((frame.width, frame.height) if is_turned else (frame.height, frame.width))
         yield frame
