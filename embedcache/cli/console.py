@@ -107,7 +107,7 @@ def publish(
     html: Path | None = None,
     write_page: Callable[[Path], None] | None = None,
 ) -> None:
-    """Print a report as text or as JSON, and write the requested files.
+    """Write the requested files, and print a report as text or as JSON.
 
     Args:
         show: prints the report as text.
@@ -120,16 +120,18 @@ def publish(
     """
     from embedcache.outputs import write_report_json
 
-    if as_json:
-        print_json(record())
-    else:
-        show()
-    if output is not None and write_output is not None:
-        write_output(output)
-    elif output is not None:
-        write_report_json(output, record())
-    if html is not None and write_page is not None:
-        write_page(html)
+    try:  # before printing, which ends the command where `head` reads no further
+        if output is not None and write_output is not None:
+            write_output(output)
+        elif output is not None:
+            write_report_json(output, record())
+        if html is not None and write_page is not None:
+            write_page(html)
+    finally:  # what may have taken hours is printed also if it cannot be written
+        if as_json:
+            print_json(record())
+        else:
+            show()
     for path in filter(None, (output, html)):
         print(visible(f"wrote {path}"), file=sys.stderr if as_json else sys.stdout, flush=True)
 

@@ -15,8 +15,9 @@ import pytest
 from typer.core import TyperGroup
 
 from embedcache.cli.commands import Command
+from embedcache.cli.console import publish
 from embedcache.cli.main import root_command
-from embedcache.errors import DiskFullError, SettingError
+from embedcache.errors import DiskFullError, PathError, SettingError
 from embedcache.export.settings import RECORD
 from embedcache.io_errors import disk_full_message
 from tests.cli.run import embedcache
@@ -274,3 +275,23 @@ def test_signal_ends_a_selection_with_an_explanation(folder: Path) -> None:
     *_, bar, line = shown.decode().splitlines()
     assert "3/9" in bar.split("\r")[-1]
     assert line == "Interrupted. Nothing is written; rerun the same command to start again."
+
+
+def test_files_are_written_where_nobody_reads_the_table(tmp_path: Path) -> None:
+    page, printed = tmp_path / "page.html", list[str]()
+
+    def print_to_nobody() -> None:
+        raise BrokenPipeError
+
+    def write(path: Path) -> None:
+        path.write_text("page")
+
+    def fail(path: Path) -> None:
+        raise PathError(f"{path} cannot be written")
+
+    with pytest.raises(BrokenPipeError):
+        publish(print_to_nobody, dict, as_json=False, html=page, write_page=write)
+    assert page.read_text() == "page"
+    with pytest.raises(PathError):
+        publish(lambda: printed.append("table"), dict, as_json=False, html=page, write_page=fail)
+    assert printed == ["table"]
