@@ -69,8 +69,7 @@ class ClusterAssigner:
 
     def process(self, rows_B: Ints, vectors_BP: Floats) -> list[ClusterAssignment]:
         """Assign the items of a chunk."""
-        # not `@`: it once warned of an invalid value in a product of finite vectors with one centroid
-        cosines_BK = vectors_BP[self._mask_N[rows_B]].dot(self._centroids_KP.T)
+        cosines_BK = vectors_BP[self._mask_N[rows_B]] @ self._centroids_KP.T
         clusters_B = cosines_BK.argmax(axis=1)
         cosines_B = cosines_BK[np.arange(len(clusters_B)), clusters_B]
         borders_BK = self._border_distances(cosines_BK, clusters_B, cosines_B)
