@@ -9,7 +9,7 @@ import io
 import pwd
 import wave
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from embedcache.sources.open import (
     source_credit,
 )
 from embedcache.sources.sound import decode_audio
-from embedcache.sources.video import announced_length, iter_frames
+from embedcache.sources.video import announced_length, frame_at
 from embedcache.sources.webdataset import shard_root
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader
@@ -203,11 +203,7 @@ def _middle_frame(data: bytes, item: FileItem) -> Image.Image:
     start_s, info = item.start_s or 0.0, probe_media(data).get("video")
     announced_s = None if info is None else info.duration_s
     middle_s = start_s + max(0.0, announced_length(announced_s, item.start_s, item.stop_s) or 0.0) / 2
-    with closing(iter_frames(data, middle_s, max_pixels=MAX_PIXELS)) as frames:
-        frame_HW3 = next(frames, None)
-    if frame_HW3 is None:
-        raise ItemError("no frames in the interval")
-    return Image.fromarray(np.ascontiguousarray(frame_HW3))
+    return Image.fromarray(np.ascontiguousarray(frame_at(data, middle_s, max_pixels=MAX_PIXELS)))
 
 
 def _wav(samples_n: Floats) -> bytes:

@@ -193,18 +193,24 @@ def frame_rate(stream: Any) -> float:
     return rate_hz
 
 
-def has_constant_frame_rate(data: bytes) -> bool:
-    """Return whether a video has a constant frame rate, or nearly so, by the times in its file; nothing is decoded."""
+def has_constant_frame_rate(file: bytes | Path) -> bool:
+    """Return whether a video has a constant frame rate, or nearly so, by the times in its file; nothing is decoded.
+
+    It is its average rate: a file may announce another one.
+    """
     try:
-        with open_container(data, "video") as (container, _):
-            times = [packet.pts for packet in container.demux(video=0) if packet.size]
+        with open_container(file, "video") as (container, _):
+            stream = container.streams.video[0]
+            announced = 1 / (frame_rate(stream) * stream.time_base)
+            times = [packet.pts for packet in container.demux(stream) if packet.size]
     except ItemError:  # its reason is that of decoding
         return True
     if len(times) < 3 or None in times:
         return True
     steps = np.diff(np.sort(np.array(times, np.int64)))
     step = np.median(steps)
-    return bool((np.abs(steps - step) <= step / 2).all())
+    is_announced = abs(steps.sum() - len(steps) * announced) <= announced
+    return bool(is_announced and (np.abs(steps - step) <= step / 2).all())
 
 
 def stream_duration(container: Any, stream: Any) -> float | None:

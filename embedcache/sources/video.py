@@ -139,48 +139,51 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
         return Video(frames_THW3=frames_THW3, rate_hz=rate_hz)
 
 
-def iter_frames(
-    file: bytes | Path, start_s: float = 0.0, *, max_pixels: int = MAX_VIDEO_PIXELS
-) -> Generator[Array, None, None]:
-    """Iterate over the upright RGB frames of a video of any length, at the constant rate that `probe_media` returns.
+def iter_frames(file: bytes | Path) -> Generator[Array, None, None]:
+    """Iterate over the upright RGB frames of a video of any length: those that `decode_video` returns.
 
-    The first frame is that shown at `start_s`; formats that store exact times are not decoded from their beginning. Of
-    a video with a variable frame rate each step has the frame that is shown in its middle; at a constant rate these are
-    all frames. Memory: two frames.
+    Memory: two frames.
 
     Args:
         file: the whole file, or its path.
-        start_s: time of the first frame in seconds.
-        max_pixels: largest size of a frame.
 
     Yields:
         (H, W, 3) uint8 arrays of one shape.
 
     Raises:
-        ItemError: the file cannot be decoded, has no frames, changes its size, has larger frames than `max_pixels`, or
-            ends before its announced end.
+        ItemError: the file cannot be decoded, has no frames, changes their size, or ends before its announced end.
     """
     with open_container(file, "video") as (container, _):
-        stream = open_stream(container, "video", start_s, None, max_pixels=max_pixels)
-        step_s = 1 / frame_rate(stream)
-        shown: Array | None = None
-        time_s = 0.0
-        first_s = middle_s = start_s + step_s / 2
-        for time_s, frame in stream_frames(container, stream):
-            while shown is not None and middle_s < time_s - SAME_S:
-                yield shown
-                middle_s += step_s
-            before, shown = shown, _upright(frame)
-            if before is not None and before.shape != shown.shape:
-                raise ItemError("the frames change their size")
+        stream = open_stream(container, "video", None, None)
+        has_constant_rate = has_constant_frame_rate(file)
+        for frame in _interval_frames(container, stream, None, None, has_constant_rate=has_constant_rate):
+            yield _upright(frame)
+
+
+def frame_at(data: bytes, time_s: float, *, max_pixels: int = MAX_VIDEO_PIXELS) -> Array:
+    """Return the frame of a video that is shown at a time: (H, W, 3) uint8, RGB and upright.
+
+    Formats that store exact times are not decoded from their beginning. Memory: two frames.
+
+    Args:
+        data: the whole file.
+        time_s: seconds from the start of the video.
+        max_pixels: largest size of a frame.
+
+    Raises:
+        ItemError: the file cannot be decoded, has no frames, has larger frames than `max_pixels`, or ends before the
+            time.
+    """
+    with open_container(data, "video") as (container, _):
+        stream = open_stream(container, "video", time_s, None, max_pixels=max_pixels)
+        shown = None
+        for start_s, frame in _checked_frames(container, stream, time_s, None):
+            if shown is not None and start_s > time_s + SAME_S:
+                break
+            shown = frame
         if shown is None:
             raise ItemError("no frames")
-        if middle_s == first_s and start_s < max(time_s + step_s, stream_duration(container, stream) or 0.0):
-            middle_s = min(first_s, time_s + step_s / 2)  # the last frame is shown at the start
-        while middle_s < time_s + step_s - SAME_S:
-            yield shown
-            middle_s += step_s
-        check_end(container, stream, time_s + step_s, None, None)
+        return _upright(shown)
 
 
 def check_video(video: Any, name: str) -> Video | StreamedVideo:

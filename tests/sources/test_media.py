@@ -17,7 +17,7 @@ from embedcache.processes import prefetch_map
 from embedcache.sources import sound, video
 from embedcache.sources.media import StreamInfo, announced_frames, check_container, probe_media
 from embedcache.sources.sound import decode_audio, iter_audio
-from embedcache.sources.video import StreamedVideo, Video, decode_video, iter_frames
+from embedcache.sources.video import StreamedVideo, Video, decode_video, frame_at, iter_frames
 from tests.media_files import CODECS, encode_audio, encode_video, float_wav, jpeg_video, moving_square, tone, wav
 
 
@@ -296,30 +296,41 @@ def test_frames_of_a_constant_rate_are_all_frames(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["mp4", "webm"])
-def test_frames_from_a_time_on(kind: str) -> None:
+def test_frame_at_a_time(kind: str) -> None:
     data = encode_video(moving_square(75), kind=kind)
-    whole = list(iter_frames(data))
-    for start_s, first in ((0.0, 0), (0.4, 10), (2.6, 65)):
-        np.testing.assert_array_equal(list(iter_frames(data, start_s)), whole[first:])
+    whole = decode_video(data).frames_THW3
+    for time_s, number in ((0.0, 0), (0.03, 0), (0.4, 10), (1.43, 35), (2.6, 65)):
+        np.testing.assert_array_equal(frame_at(data, time_s), whole[number])
     with pytest.raises(ItemError, match="no such interval"):
-        next(iter_frames(data, 9.0))
+        frame_at(data, 9.0)
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "webm", "avi"])
 def test_last_frame_is_shown_to_the_end(kind: str) -> None:
-    for num_frames, start_s in ((1, 0.02), (1, 0.039), (2, 0.07), (50, 1.98)):
+    for num_frames, time_s in ((1, 0.02), (1, 0.039), (2, 0.07), (50, 1.98)):
         data = encode_video(moving_square(num_frames), kind=kind)
-        np.testing.assert_array_equal(list(iter_frames(data, start_s)), list(iter_frames(data))[-1:])
+        np.testing.assert_array_equal(frame_at(data, time_s), decode_video(data).frames_THW3[-1])
 
 
 def test_frames_of_too_many_pixels_are_not_decoded() -> None:
     """Neither if the file announces their size, nor if it announces another one."""
     small, large = moving_square(2), moving_square(1, width=320)
-    assert len(list(iter_frames(jpeg_video(small), max_pixels=4_096))) == 2
+    np.testing.assert_array_equal(
+        frame_at(jpeg_video(small), 0.05, max_pixels=4_096), list(iter_frames(jpeg_video(small)))[1]
+    )
     with pytest.raises(ItemError, match="^too many pixels: 32 x 24 in one frame, more than 767$"):
-        next(iter_frames(jpeg_video(small), max_pixels=767))
+        frame_at(jpeg_video(small), 0.0, max_pixels=767)
     with pytest.raises(ItemError, match="^damaged video: "):
-        list(iter_frames(jpeg_video([small[0], *large, small[1]]), max_pixels=4_096))
+        frame_at(jpeg_video([small[0], *large, small[1]]), 0.1, max_pixels=4_096)
+
+
+@pytest.mark.parametrize("times_ms", [[0, 40, 80, 200, 240], [0, 25, 50, 90, 130, 170], list(range(0, 900, 45))])
+def test_frames_read_one_by_one_are_those_that_are_encoded(times_ms: list[int], tmp_path: Path) -> None:
+    """At a variable rate, at a nearly constant one, whose frames are all used, and at another than the announced."""
+    (tmp_path / "a.mkv").write_bytes(encode_video(moving_square(len(times_ms)), times_ms=times_ms, kind="mkv"))
+    encoded = decode_video((tmp_path / "a.mkv").read_bytes()).frames_THW3
+    np.testing.assert_array_equal(np.stack(list(iter_frames(tmp_path / "a.mkv"))), encoded)
+    assert len(encoded) / 25 == pytest.approx(times_ms[-1] / 1000 + 0.04, abs=0.04)
 
 
 def test_frames_of_varying_length_are_put_at_a_constant_rate(tmp_path: Path) -> None:
