@@ -111,10 +111,10 @@ def read_selection(path: Path | str, caches: Sequence[Cache], *, can_be_removed:
 
 def _without_removed(path: Path | str, keys: pa.Array, caches: Sequence[Cache]) -> pa.Array:
     """Return keys that no cache has, without those of samples that were removed."""
-    removed = [read_removed(cache.path, cache.info) for cache in caches if cache.info.removed] if len(keys) else []
+    removed = [read_removed(cache.path, cache.info) for cache in caches if cache.info.is_partial] if len(keys) else []
     if not removed:
         return keys
-    is_unknown = [all(of_cache.row_of(key) is None for of_cache in removed) for key in keys.to_pylist()]
+    is_unknown = [not any(of_cache.has(key) for of_cache in removed) for key in keys.to_pylist()]
     unknown = keys.filter(pa.array(is_unknown))
     if len(unknown) < len(keys):
         num_removed = len(keys) - len(unknown)

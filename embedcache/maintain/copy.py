@@ -33,6 +33,7 @@ from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.indexing import index_tables
 from embedcache.store.layout import SUBSET, checked_fit_path, fit_path
 from embedcache.store.removal import removed_hash
+from embedcache.store.removed import digest_marks, merge_marks, read_removed
 from embedcache.store.rows import iterate_keys, key_column, match_keys
 from embedcache.store.table_writer import hash_texts
 from embedcache.store.tables import BLOCK
@@ -79,8 +80,8 @@ def cut_cache(
     """Write the samples of a selection, with their features, into a cache of its own.
 
     The new cache has the same source, so that it can be extended with other encoders; samples of the source that were
-    not selected are left out until `--extend` adds them, also those that were removed from the old cache, which a note
-    says. Memory: some 90 bytes per sample, and a chunk of each feature.
+    not selected are left out until `--extend` adds them, except those that were removed from the old cache. Memory:
+    some 90 bytes per sample, and a chunk of each feature.
 
     Args:
         cache: path or URL of the cache.
@@ -201,15 +202,13 @@ def _copy(
     caches = list({id(segment.cache): segment.cache for segment in segments}.values())
     features = [features] if isinstance(features, str) else features
     named, left_out = _choose(caches, features)
-    source, chunk_size = CopySource(segments, description), caches[0].info.chunk_size
+    marks = merge_marks(read_removed(cache.path, cache.info).marks for cache in caches)
+    if marks:
+        description = {**description, SUBSET: {**description[SUBSET], "removed": digest_marks(marks)}}
+    source, chunk_size = CopySource(segments, description, out_path, marks), caches[0].info.chunk_size
     index_tables(source, out_path, chunk_size=chunk_size, progress=progress)
     out = Cache(out_path)
     _check_tables(out, segments, description)
-    if num_removed := sum(len(cache.removed) for cache in caches):
-        progress.note(  # the marks of removal are those of rows that it does not have
-            f"{out.path} does not know the {pluralize(num_removed, 'removed sample')}; delete them from the source "
-            "too, or --extend appends them again"
-        )
     remove_partials(out.path)
     request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}
     with record_stage(new_record_path(out.path, stage), stage, request) as outcome:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from embedcache.progress import Progress
 from embedcache.sources.open import merged_path
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES, Segment
+from embedcache.store.removed import Marks, write_marks
 from embedcache.store.rows import RowReader
 from embedcache.store.sample_tables import SampleTables, digest_tables_input, join_tables
 from embedcache.store.table_writer import TableWriter
@@ -79,10 +81,15 @@ def divide_segments(cache: Cache, samples: Ints, *, number: int | None, prefix: 
 
 
 class CopySource:
-    """The samples of a new cache: those of some segments, one after another; see `index_tables`."""
+    """The samples of a new cache: those of some segments, one after another; see `index_tables`.
 
-    def __init__(self, segments: Sequence[SegmentSamples], description: Mapping[str, Any]) -> None:
-        self._segments, self._description = segments, description
+    Its folder gets the marks of the samples that were removed before.
+    """
+
+    def __init__(
+        self, segments: Sequence[SegmentSamples], description: Mapping[str, Any], out_path: Path, marks: Marks
+    ) -> None:
+        self._segments, self._description, self._out_path, self._marks = segments, description, out_path, marks
 
     def describe(self) -> Mapping[str, Any]:
         """Return what the new cache records as its source."""
@@ -90,6 +97,8 @@ class CopySource:
 
     def write(self, writer: TableWriter, progress: Progress) -> list[Segment]:
         """Write the samples into tables; return their segments. Memory: some blocks of 65,536 samples."""
+        if self._marks:
+            write_marks(self._out_path, self._marks)
         bounds = np.cumsum([0, *(len(segment.samples) for segment in self._segments)]).tolist()
         hashed = [hashlib.sha256() for _ in self._segments]
         readers_of = lru_cache(maxsize=1)(_open_readers)

@@ -232,7 +232,7 @@ def _find(cache_path: Path, keys: Sequence[str]) -> _Found:
     cache = Cache(cache_path)
     removed = read_removed(cache_path, cache.info)
     found = find_keys(cache, unique)
-    unknown = [key for key, row in zip(unique, found.tolist(), strict=True) if row < 0 and removed.row_of(key) is None]
+    unknown = [key for key, row in zip(unique, found.tolist(), strict=True) if row < 0 and not removed.has(key)]
     if unknown:
         raise DataError(
             f"expected keys of {cache_path}, got {len(unknown):,} of {len(unique):,} that it does not have, first "

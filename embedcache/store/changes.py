@@ -74,7 +74,7 @@ def find_changes(
         if segment is not None:
             for modality, moved in segment.compare(sample).items():
                 relocated[modality] |= moved
-        elif removed.row_of(sample.key) is not None:
+        elif removed.has(sample.key):
             num_removed += 1
         elif new.count != max_new:
             new.add(sample)

@@ -38,7 +38,8 @@ from embedcache.store.layout import (
 from embedcache.store.table_writer import TableWriter, WrittenTables, put_tables, scratch_folder
 from embedcache.store.tables import ITEM_SCHEMAS
 
-_CACHE_FILES = {LOCK, "cache.json", "mending.json", "records", "removed.parquet", "samples.parquet", *ITEM_SCHEMAS}
+_CACHE_FILES = {"cache.json", "mending.json", "records", "removed.parquet", "removed-before.parquet", "samples.parquet"}
+_CACHE_FILES |= {LOCK, *ITEM_SCHEMAS}
 
 
 def index(

@@ -182,6 +182,11 @@ def removed_path(cache_path: Path) -> Path:
     return cache_path / "removed.parquet"
 
 
+def removed_before_path(cache_path: Path) -> Path:
+    """Return the path of the marks of samples that were removed before a cache was cut or merged from others."""
+    return cache_path / "removed-before.parquet"
+
+
 def removing_path(cache_path: Path) -> Path:
     """Return the path of the table of samples that are being removed; the file exists until the removal is finished."""
     return cache_path / "removing.parquet"
