@@ -57,7 +57,7 @@ class ConceptCounts:
     assigned: Ints
 
     def gaps(self, min_count: int) -> Ints:
-        """Return the concepts with fewer items, the emptiest first."""
+        """Return the concepts with fewer items, the emptiest first, of equal ones the first, as JSON lists them."""
         order: Ints = np.argsort(self.counts, kind="stable")
         return order[self.counts[order] < min_count]
 
