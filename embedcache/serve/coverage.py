@@ -1,9 +1,11 @@
 """Coverage for the page, read from a report or measured when the server starts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.settings import CoverageSettings
@@ -34,7 +36,7 @@ class CoverageData:
 
 
 def read_coverage(path: Path, index: OpenIndex) -> CoverageData:
-    """Read a report of `embedcache curate coverage --output`.
+    """Read a report of `embedcache curate coverage --output`, without items that were removed from the cache since.
 
     Raises:
         PathError: the file does not exist.
@@ -57,7 +59,21 @@ def read_coverage(path: Path, index: OpenIndex) -> CoverageData:
         raise DataError(
             f"{path}: expected coverage by {noun(index.card.modality)} as in the index, got {noun(modality)}"
         )
-    return data
+    return _without_removed(data, index)
+
+
+def _without_removed(data: CoverageData, index: OpenIndex) -> CoverageData:
+    """Return coverage without the removed items among the most similar ones; a warning says that counts have them."""
+    rows = {hit["row"] for hits in data.best for hit in hits}
+    gone = rows.intersection(np.flatnonzero(index.cache.removed_items(index.card.modality)).tolist())
+    if not gone:
+        return data
+    warning = (
+        "measured before samples were removed from the cache: the counts include them, the most similar items do not; "
+        "measure it again"
+    )
+    best = [[hit for hit in hits if hit["row"] not in gone] for hits in data.best]
+    return replace(data, best=best, summary={**data.summary, "warnings": [*data.summary["warnings"], warning]})
 
 
 def measure_served_coverage(

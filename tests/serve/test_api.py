@@ -189,6 +189,16 @@ def test_coverage_equals_command(client: TestClient, root: Path) -> None:
     assert client.get("/api/coverage/2").status_code == 404
 
 
+def test_report_of_coverage_names_no_removed_items(root: Path, served: SearchService, tmp_path: Path) -> None:
+    cache = shutil.copytree(root / "cache", tmp_path / "cache")
+    keys = [hit["key"] for hit in served.concept(1)["hits"]]
+    remove_samples(cache, keys[:2])
+    found = start(index=root / "plain", cache=str(cache), coverage=root / "coverage.json")
+    assert [hit["key"] for hit in found.concept(1)["hits"]] == keys[2:]
+    assert found.coverage is not None
+    assert found.coverage.summary["warnings"][-1].startswith("measured before samples were removed from the cache")
+
+
 def test_measured_coverage_equals_report(root: Path, served: SearchService) -> None:
     settings = CoverageSettings(threshold=0.5, k=24)
     assert (
