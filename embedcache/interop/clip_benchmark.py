@@ -4,7 +4,6 @@ import argparse
 import glob
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,15 +118,20 @@ def evaluate(run_path: Path, arguments: Sequence[str]) -> list[Path]:
     _patch_accuracy()
     output = f"{{dataset}}_{run_path.resolve().name}_{{language}}_{{task}}.json"
     ours = ["--model_type", MODEL, "--model", MODEL, "--pretrained", str(run_path), "--no_amp"]
-    words, started_ns = sys.argv, time.time_ns()  # its command reads them
+    pattern = re.sub(r"\{\w+\}", "*", glob.escape(_find_output(arguments) or output))
+    words, before = sys.argv, _stamps(pattern)  # its command reads them
     sys.argv = ["clip_benchmark", "eval", "--output", output, *arguments, *ours]
     try:
         command.main()
     finally:
         sys.argv = words
-    pattern = re.sub(r"\{\w+\}", "*", glob.escape(_find_output(arguments) or output))
-    written = map(Path, glob.glob(pattern))  # noqa: PTH207 - takes absolute patterns too
-    return sorted(path for path in written if path.stat().st_mtime_ns >= started_ns)
+    return sorted(path for path, stamp in _stamps(pattern).items() if before.get(path) != stamp)
+
+
+def _stamps(pattern: str) -> dict[Path, tuple[int, int]]:
+    """Return what changes when a file is written; its time alone is by the clock of the disk, which can lag ours."""
+    statuses = ((path, path.stat()) for path in map(Path, glob.glob(pattern)))  # noqa: PTH207 - absolute patterns, too
+    return {path: (status.st_ino, status.st_mtime_ns) for path, status in statuses}
 
 
 def _find_output(arguments: Sequence[str]) -> str | None:

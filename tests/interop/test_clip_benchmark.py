@@ -1,10 +1,12 @@
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,6 +203,22 @@ def test_errors(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monke
 def test_output_is_found_in_each_form(words: tuple[str, ...]) -> None:
     assert _find_output(["--dataset", "wds/photos", *words, "--quiet"]) == "a.json"
     assert _find_output(["--dataset", "wds/photos", "--quiet"]) is None
+
+
+def test_results_are_found_where_the_clock_of_the_disk_lags(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, again, new = (tmp_path / f"{name}_en.json" for name in ("old", "again", "new"))
+    for path in (old, again):
+        path.write_text("{}")
+
+    def main() -> None:
+        for path, time_s in ((again, 1), (new, 2)):
+            path.write_text("{}")
+            os.utime(path, (time_s, time_s))
+
+    monkeypatch.setitem(sys.modules, "clip_benchmark.cli", SimpleNamespace(main=main))
+    assert evaluate(runs["vectors"], ["--output", str(tmp_path / "{dataset}_{language}.json")]) == [again, new]
 
 
 def write_emoji(folder: Path, every: int) -> Path:
