@@ -4,6 +4,7 @@ Every damaged, empty or oversized item is an `ItemError` whose message is the re
 """
 
 from collections.abc import Iterator
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,14 @@ def _samples(container: Any, stream: Any, num_frames: int | None) -> Iterator[tu
     resampler = require("av", extra="media").AudioResampler(format="fltp", rate=AUDIO_RATE_HZ)
     number = -1
     for time_s, frame in stream_frames(container, stream, num_frames):
-        number = round(time_s * AUDIO_RATE_HZ) if number < 0 else number
+        if number < 0:
+            first = round(time_s * frame.sample_rate)
+            num_left_out = _num_unaligned(first, frame.sample_rate)
+            if frame.samples <= num_left_out < frame.sample_rate * PREROLL_S / 2:
+                continue
+            if num_left_out < frame.samples:
+                frame, first = _without_first(frame, num_left_out), first + num_left_out
+            number = round(first / frame.sample_rate * AUDIO_RATE_HZ)
         for resampled in resampler.resample(frame):
             yield number, resampled.to_ndarray().mean(axis=0)  # FFmpeg's own downmix of stereo is louder by sqrt(2)
             number += resampled.samples
@@ -121,6 +129,26 @@ def _samples(container: Any, stream: Any, num_frames: int | None) -> Iterator[tu
         for resampled in resampler.resample(None):
             yield number, resampled.to_ndarray().mean(axis=0)
             number += resampled.samples
+
+
+def _num_unaligned(first: int, rate_hz: int) -> int:
+    """Return how many samples, from a number on, come before the next that has the time of one at 16 kHz.
+
+    Resampled from there on, an interval has the samples that the whole recording has.
+    """
+    return -first % (rate_hz // gcd(rate_hz, AUDIO_RATE_HZ))
+
+
+def _without_first(frame: Any, num_samples: int) -> Any:
+    """Return a frame of sound without its first samples."""
+    if not num_samples:
+        return frame
+    samples, num_values = frame.to_ndarray(), num_samples * (1 if frame.format.is_planar else frame.layout.nb_channels)
+    shorter = type(frame).from_ndarray(
+        np.ascontiguousarray(samples[:, num_values:]), format=frame.format.name, layout=frame.layout.name
+    )
+    shorter.sample_rate = frame.sample_rate
+    return shorter
 
 
 def _position(time_s: float | None, otherwise: int, first: int) -> int:

@@ -50,6 +50,16 @@ def test_interval_of_a_recording(start_s: float | None, stop_s: float | None) ->
     np.testing.assert_array_equal(decode_audio(data, start_s, stop_s), decode_audio(data)[first:last])
 
 
+@pytest.mark.parametrize(("rate_hz", "channels"), [(44_100, 2), (12_345, 1)])
+def test_interval_of_a_resampled_recording(rate_hz: int, channels: int) -> None:
+    """Its start lies between two samples of the file."""
+    data = wav(tone(4, 3_000, rate_hz=rate_hz), rate_hz=rate_hz, channels=channels)
+    whole = decode_audio(data)
+    for start_s in (1.5, 2.2345):
+        first = round(start_s * 16_000)
+        np.testing.assert_array_equal(decode_audio(data, start_s, start_s + 0.5), whole[first : first + 8_000])
+
+
 @pytest.mark.parametrize("kind", ["flac", "ogg", "m4a"])
 def test_interval_of_a_compressed_recording(kind: str) -> None:
     data = encode_audio(tone(4), kind)
