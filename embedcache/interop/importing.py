@@ -16,6 +16,7 @@ from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.settings import ImportSettings
 from embedcache.interop.vector_files import ImportedSamples, VectorImport, check_captions, stored_blocks
 from embedcache.locks import Leases
+from embedcache.modalities import MODALITIES
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.records import new_record_path, record_stage
@@ -100,13 +101,13 @@ def import_vectors(
     Raises:
         FingerprintError: the cache holds other files, or these with other bytes or options.
         SourceError: a table lacks a column, or has more or fewer rows than its vectors; or no row has a vector.
-        SettingError: text vectors without their captions.
+        SettingError: text vectors without their captions, or a column of files of a modality that has no vectors.
         CorruptError: a file is damaged.
     """
     if not isinstance(vectors, VectorImport):
         raise SettingError(f"vectors: expected what open_vectors returns, got {vectors!r}; open them with open_vectors")
     progress, settings = to_progress(progress), merge_settings(ImportSettings, settings, options)
-    columns = SourceSettings(key_column=settings.key_column, caption_columns=settings.caption_columns)
+    columns = _named_columns(vectors, settings)
     path = open_path(cache)
     check_captions(vectors)
     hashes = _hash_files(vectors, progress)
@@ -122,6 +123,28 @@ def import_vectors(
         reports = [_import_feature(cache, vectors, name, source, progress) for name in vectors.modalities]
         outcome["features"] = [report.to_json() for report in reports]
     return reports
+
+
+def _named_columns(vectors: VectorImport, settings: ImportSettings) -> SourceSettings:
+    """Return the settings of tables; SettingError if there is none, or no vector, that a named column belongs to."""
+    columns = SourceSettings(
+        key_column=settings.key_column,
+        caption_columns=settings.caption_columns,
+        image_column=settings.image_column,
+        audio_column=settings.audio_column,
+        video_column=settings.video_column,
+        points_column=settings.points_column,
+    )
+    for name, value in columns.to_json().items():
+        option, modality = name.removesuffix("s"), name.removesuffix("_column")
+        if all(group.table is None for group in vectors.groups):
+            raise SettingError(f"{option}: expected vectors with a table, got {value!r} and no table; name it, too")
+        if modality in MODALITIES and modality not in vectors.modalities.values():
+            raise SettingError(
+                f"{option}: expected files whose vectors are imported, got {value!r} and no {modality} vectors; import "
+                "them, too, or omit it"
+            )
+    return columns
 
 
 def is_normalized(vectors_ND: Array) -> bool:

@@ -10,7 +10,7 @@ from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES, ModalityName
 from embedcache.search.settings import FEATURE_HELP, RUN_HELP
 from embedcache.settings import check_settings, setting
-from embedcache.sources.settings import IMAGE_FOLDERS
+from embedcache.sources.settings import IMAGE_FOLDERS, ITEM_COLUMNS
 
 _FEATURE_DEFAULT = "the run's, or the only one in the cache"
 
@@ -32,6 +32,10 @@ class ImportSettings:
         default_text="caption, text or sentence",
         metavar="COLUMN",
     )
+    image_column: str | None = setting(**ITEM_COLUMNS["image"])
+    audio_column: str | None = setting(**ITEM_COLUMNS["audio"])
+    video_column: str | None = setting(**ITEM_COLUMNS["video"])
+    points_column: str | None = setting(**ITEM_COLUMNS["points"])
     chunk_size: int | None = setting(
         None, "Items per chunk of a new cache.", ge=1, le=2**24, default_text="2048", affects_result=False
     )

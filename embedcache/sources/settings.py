@@ -15,6 +15,20 @@ IMAGE_FOLDERS: dict[str, Any] = {
     "metavar": "FOLDER",
     "default_text": "the folder of the cache's source",
 }
+ITEM_COLUMNS: dict[str, dict[str, Any]] = {
+    modality: {
+        "default": None,
+        "help": f"Table column that holds {items}, paths or URLs.",
+        "metavar": "COLUMN",
+        "default_text": f"{names}, … if present",
+    }
+    for modality, (items, names) in {
+        "image": ("images", "image, path, file_name, jpg"),
+        "audio": ("recordings", "audio, audio_path, wav, mp3"),
+        "video": ("videos", "video, video_path, mp4"),
+        "points": ("point clouds", "points_path, point_cloud, npz"),
+    }.items()
+}
 _NO_DELIMITERS = ' "\r\n'
 
 
@@ -22,30 +36,10 @@ _NO_DELIMITERS = ' "\r\n'
 class SourceSettings:
     """Settings of a source: how it is read."""
 
-    image_column: str | None = setting(
-        None,
-        "Table column that holds images, paths or URLs.",
-        metavar="COLUMN",
-        default_text="image, path, file_name, jpg, … if present",
-    )
-    audio_column: str | None = setting(
-        None,
-        "Table column that holds recordings, paths or URLs.",
-        metavar="COLUMN",
-        default_text="audio, audio_path, wav, mp3, … if present",
-    )
-    video_column: str | None = setting(
-        None,
-        "Table column that holds videos, paths or URLs.",
-        metavar="COLUMN",
-        default_text="video, video_path, mp4, … if present",
-    )
-    points_column: str | None = setting(
-        None,
-        "Table column that holds point clouds, paths or URLs.",
-        metavar="COLUMN",
-        default_text="points_path, point_cloud, npz, … if present",
-    )
+    image_column: str | None = setting(**ITEM_COLUMNS["image"])
+    audio_column: str | None = setting(**ITEM_COLUMNS["audio"])
+    video_column: str | None = setting(**ITEM_COLUMNS["video"])
+    points_column: str | None = setting(**ITEM_COLUMNS["points"])
     caption_columns: tuple[str, ...] = setting(
         (),
         "Table column that holds captions. May be repeated.",

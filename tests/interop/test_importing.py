@@ -349,6 +349,29 @@ def test_encoded_captions_are_repaired_before_imported_vectors_end_the_repair(tm
     assert [(finding.modality, finding.chunk) for finding in verify(Cache(cache.path))] == [("image", 0)]
 
 
+@pytest.mark.parametrize("modality", ["image", "audio", "video", "points"])
+@pytest.mark.parametrize("form", ["npy", "parquet"])
+def test_column_of_paths_can_be_named(form: str, modality: str, tmp_path: Path) -> None:
+    paths = [f"{row}.bin" for row in range(4)]
+    table = {"where": paths, "content": [b"1"] * 4, "vector": list(unit_rows(4))}
+    pq.write_table(pa.table(table if form == "parquet" else {"where": paths}), tmp_path / "rows.parquet")
+    np.save(tmp_path / "rows.npy", unit_rows(4))
+    files = {modality: tmp_path / "rows.npy"}
+    if form == "npy":
+        vectors = open_npy_vectors(files=files, table=tmp_path / "rows.parquet")
+    else:
+        vectors = open_parquet_vectors(tmp_path / "rows.parquet", vector_columns={modality: "vector"})
+        with pytest.raises(SourceError, match=r"rows.parquet: expected paths or URLs in column content, got bytes"):
+            import_files(vectors, tmp_path / "bytes", **{f"{modality}_column": "content"})
+    cache, _ = import_files(vectors, tmp_path / "cache", **{f"{modality}_column": "where"})
+    assert cache.items(modality)["path"].to_pylist() == paths
+    other = "audio" if modality == "image" else "image"
+    with pytest.raises(SettingError, match=f"^{other}_column: expected files .* got 'where' and no {other} vectors"):
+        import_files(vectors, tmp_path / "other", **{f"{other}_column": "where"})
+    with pytest.raises(SettingError, match="^caption_column: expected vectors with a table, got .*'where'.* no table"):
+        import_files(open_npy_vectors(files=files), tmp_path / "alone", caption_columns=("where",))
+
+
 def test_merged_cache_takes_no_encoder_beside_imported_vectors(tmp_path: Path, image_folder: Path) -> None:
     np.save(tmp_path / "images.npy", unit_rows(4))
     paths = [str(path) for path in sorted(image_folder.glob("*.png"))[:4]]
