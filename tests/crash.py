@@ -50,6 +50,14 @@ def start_call(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
     return process
 
 
+def pause(process: BaseProcess) -> None:
+    """Stop a process that was started, until it is killed or gets a SIGCONT; return once it does nothing more."""
+    assert process.pid
+    os.kill(process.pid, signal.SIGSTOP)
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0] != "T":
+        assert process.is_alive()
+
+
 def call(function: Callable[..., Any], *arguments: Any) -> None:
     """Call a function of a module in a process of its own."""
     process = start_call(function, *arguments)

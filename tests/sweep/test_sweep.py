@@ -1,11 +1,14 @@
 """Whole sweeps of a toy cache."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -27,7 +30,7 @@ from embedcache.train.data import open_data
 from embedcache.train.recipes import Recipe, TrainingLength
 from embedcache.train.trackers import TrackedRun
 from tests.cli.run import embedcache
-from tests.crash import forked_workers, start
+from tests.crash import forked_workers, pause, start
 from tests.golden.commands import ARTIFACTS
 from tests.images import write_images
 from tests.media_toy import MEDIA
@@ -376,13 +379,21 @@ def scores(study_path: Path) -> dict[str, float]:
     return {json.dumps(trial["params"]): trial["score"] for trial in read_json(study_path / "report.json")["trials"]}
 
 
-def wait_for_a_later_trial(study_path: Path) -> int:
-    """Wait until a trial after the first is running, and return its number."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for path in study_path.glob("trials/0000[1-5]"):
-            if (path / "losses.jsonl").is_file() and not (path / "config.json").is_file():
-                return int(path.name)
+def pause_in_a_later_trial(process: BaseProcess, study_path: Path) -> int:
+    """Pause the process of a study while a trial after the first is running, and return the trial's number."""
+
+    def running() -> list[int]:
+        folders = study_path.glob("trials/0000[1-5]")
+        has_begun = (path for path in folders if (path / "losses.jsonl").is_file())
+        return [int(path.name) for path in has_begun if not (path / "config.json").is_file()]
+
+    while process.is_alive():
+        if running():
+            pause(process)
+            if found := running():
+                return found[0]
+            assert process.pid
+            os.kill(process.pid, signal.SIGCONT)  # the trial has ended before the process was paused
         time.sleep(0.002)
     raise TimeoutError(f"no trial of {study_path} was running")
 
@@ -400,7 +411,7 @@ def test_killed_sweep_resumes_with_two_workers(
     words += ["--image-feature", FEATURES["image_feature"], "--text-feature", FEATURES["text_feature"]]
     words += ["--sampler", "random", "--top-configs", "1", "--seeds-per-config", "1", "--trials", "6"]
     process = start(words)
-    number = wait_for_a_later_trial(study_path)
+    number = pause_in_a_later_trial(process, study_path)
     process.kill()
     process.join()
     written = (study_path / "trials/00000/model.safetensors").stat().st_mtime_ns
