@@ -147,10 +147,10 @@ def test_truncated_file_raises(name: str) -> None:
 def test_huge_image_is_rejected_from_its_header() -> None:
     data = png_of_size(30_000, 30_000)
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(ItemError, match=r"too many pixels.*89,478,485"):
         decode_image(data)
-    seconds = time.perf_counter() - start
+    seconds = time.thread_time() - start
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seconds < 1
