@@ -308,6 +308,7 @@ def test_resume_after_kill_is_identical(cache_path: Path, tmp_path: Path) -> Non
     command = ["train", str(cache_path), str(tmp_path / "killed"), *options.split()]
     process = start(command)
     while not checkpoint_path(tmp_path / "killed").exists():
+        assert process.is_alive()
         time.sleep(0.02)
     assert process.pid
     os.kill(process.pid, signal.SIGKILL)
