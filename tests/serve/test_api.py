@@ -28,6 +28,7 @@ from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import Filter, IndexSettings, SearchSettings
 from embedcache.serve.app import make_app
+from embedcache.serve.batching import Batcher
 from embedcache.serve.coverage import measure_served_coverage
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
@@ -122,16 +123,20 @@ def test_concurrent_queries_get_own_results(client: TestClient, root: Path) -> N
 
 def test_concurrent_queries_form_batches(served: SearchService, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    real, first = served.index.query_encoder.encode, threading.Event()
+    encode, submit, have_come = served.index.query_encoder.encode, Batcher.submit, threading.Semaphore(0)
 
     def counting(queries: Queries) -> Any:
+        if not sizes:
+            assert all(have_come.acquire(timeout=20) for _ in range(12))  # while the first is answered, others gather
         sizes.append(len(queries.names))
-        if not first.is_set():
-            first.set()
-            threading.Event().wait(0.3)  # while the first is answered, others gather
-        return real(queries)
+        return encode(queries)
+
+    def submit_counted(batcher: Batcher[Any, Any], request: Any) -> Any:
+        have_come.release()
+        return submit(batcher, request)
 
     monkeypatch.setattr(served.index.query_encoder, "encode", counting)
+    monkeypatch.setattr(Batcher, "submit", submit_counted)
     with visit(served) as client, ThreadPoolExecutor(12) as threads:
         list(threads.map(lambda number: ask(client, text=f"red {number}", k=1), range(12)))
     assert sum(sizes) == 12
