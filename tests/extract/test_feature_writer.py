@@ -34,9 +34,18 @@ def test_commits_are_read_a_few_times(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def is_closed(gate: CpuGate) -> bool:
     """Return whether a thread that wants to decode has to wait."""
+    return _waits(gate, 0.05)
+
+
+def is_open(gate: CpuGate) -> bool:
+    """Return whether a thread that wants to decode does not wait; on a busy machine, it takes a while to start."""
+    return not _waits(gate, 20)
+
+
+def _waits(gate: CpuGate, timeout_s: float) -> bool:
     thread = threading.Thread(target=gate.wait, daemon=True)
     thread.start()
-    thread.join(0.05)
+    thread.join(timeout_s)
     return thread.is_alive()
 
 
@@ -48,18 +57,18 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> CpuGate:
 
 
 def test_gate_opens_after_the_last_model(gate: CpuGate) -> None:
-    assert not is_closed(gate)
+    assert is_open(gate)
     with gate.inference():
         with gate.inference():
             assert is_closed(gate)
         assert is_closed(gate)
-    assert not is_closed(gate)
+    assert is_open(gate)
 
 
 def test_gate_opens_after_an_error(gate: CpuGate) -> None:
     with pytest.raises(ZeroDivisionError), gate.inference():
         raise ZeroDivisionError
-    assert not is_closed(gate)
+    assert is_open(gate)
 
 
 @pytest.mark.parametrize(
@@ -79,4 +88,4 @@ def test_gate_stays_open_with_idle_cores(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     gate = CpuGate(device, cores=cores)
     with gate.inference():
-        assert is_closed(gate) == closed
+        assert (is_closed if closed else is_open)(gate)
