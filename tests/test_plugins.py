@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from embedcache.cli.main import root_command
 from embedcache.curate.select.select import SELECTORS
 from embedcache.derive.rules import RULES
 from embedcache.encoders.open import ENCODERS
@@ -18,6 +19,8 @@ from embedcache.projectors.base import PROJECTORS
 from embedcache.registry import Registry
 from embedcache.sources.open import SOURCES
 from embedcache.train.losses import LOSSES
+from embedcache.train.trackers import TRACKERS
+from tests.blocks import ROOT
 from tests.cli.run import embedcache, succeed
 from tests.images import write_images
 
@@ -70,8 +73,19 @@ REGISTRIES: dict[str, tuple[Registry, str]] = {
     "rules": (RULES, "Anything"),
     "selectors": (SELECTORS, "Anything"),
     "sources": (SOURCES, "Words"),
+    "trackers": (TRACKERS, "Anything"),
     "views": (VIEWS, "open_view"),
 }
+OPTIONS = {
+    "losses": ("train", "loss"),
+    "methods": ("evaluate probe", "classifier"),
+    "projectors": ("train", "projector"),
+    "rules": ("derive", "rule"),
+    "selectors": ("curate select", "method"),
+    "sources": ("extract", "source_type"),
+    "trackers": ("train", "report_to"),
+}
+"""Group -> command, and its option that takes one name of the group."""
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +198,8 @@ def test_unknown_names_list_installed_plugins(tmp_path: Path, words: tuple[str, 
     [
         ("extract", ("encoders", "sources", "views")),
         ("derive", ("rules",)),
-        ("train", ("projectors", "losses")),
-        ("sweep", ("projectors", "losses")),
+        ("train", ("projectors", "losses", "trackers")),
+        ("sweep", ("projectors", "losses", "trackers")),
         ("evaluate probe", ("methods",)),
         ("curate select", ("selectors",)),
     ],
@@ -198,6 +212,41 @@ def test_help_lists_installed_plugins(tmp_path: Path, command: str, plugins: tup
     assert list(names) == list(plugins)
     assert all("plugged" in found for found in names.values())
     assert "plugged" not in sys.modules
+
+
+@pytest.mark.parametrize("group", OPTIONS)
+def test_help_lists_built_in_names(group: str) -> None:
+    path, option = OPTIONS[group]
+    command = root_command()
+    for word in path.split():
+        command = command.commands[word]
+    (shown,) = (parameter.help for parameter in command.params if parameter.name == option)
+    unnamed = [name for name in REGISTRIES[group][0].paths if not is_named(name, shown)]
+    assert not unnamed or "…" in shown, f"name them in the help of {path} --{option}, or end its list with …"
+
+
+def test_every_registry_is_tested_here() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "embedcache").rglob("*.py"))
+    assert sorted(re.findall(r'group="embedcache\.(\w+)"', code)) == sorted(REGISTRIES)
+
+
+@pytest.mark.parametrize("group", REGISTRIES)
+def test_page_lists_built_in_names(group: str) -> None:
+    """Check the registry's row in docs/architecture.md, and the page that it links to."""
+    registry, _ = REGISTRIES[group]
+    (declared,) = (
+        path for path in (ROOT / "embedcache").rglob("*.py") if f'group="{registry.group}"' in path.read_text()
+    )
+    file = declared.relative_to(ROOT / "embedcache")
+    rows = (ROOT / "docs" / "architecture.md").read_text().splitlines()
+    (row,) = (row for row in rows if re.search(rf"\| `[A-Z]+` in `{file}` \|", row))
+    page = ROOT / "docs" / row.rpartition("](")[2].partition(")")[0]
+    unnamed = [name for name in registry.paths if not is_named(name, page.read_text())]
+    assert not unnamed or registry is NETWORKS, f"name {', '.join(unnamed)} in a table of {page}"
+
+
+def is_named(name: str, text: str) -> bool:
+    return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) is not None
 
 
 def test_the_first_package_of_a_name_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

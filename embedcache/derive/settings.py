@@ -41,7 +41,7 @@ class DeriveSettings:
     )
     rule: str | None = setting(
         None,
-        "Apply this rule: concat, mean, pca, standardize or module:attribute.",
+        "Apply this rule: concat, mean, pca, standardize, … or module:attribute.",
         metavar="NAME",
     )
     inputs: tuple[str, ...] = setting(
