@@ -51,7 +51,8 @@ def one_or_many(paths: AnyPath | Iterable[AnyPath]) -> list[AnyPath]:
 def open_path(location: AnyPath) -> Path:
     """Return a path for a local path or URL.
 
-    A URL becomes a `UPath` of universal-pathlib, which has the methods of `Path` and reads and writes through fsspec.
+    A URL becomes a `UPath` of universal-pathlib, which has the methods of `Path` and reads and writes through fsspec;
+    `file:///folder` is the local path `/folder`, so that both are known to be one.
     Credentials, regions and endpoints come from the environment, as for the service's own tools. PathError if fsspec
     does not know the protocol or the server does not answer, or if `::`, with which fsspec chains URLs, is in it but
     not in an IPv6 address.
@@ -63,6 +64,8 @@ def open_path(location: AnyPath) -> Path:
     location = write_addresses_in_full(str(location))
     if "::" in location:
         raise PathError(f"expected one URL, got several chained by a double colon: {location}; name the file itself")
+    if location.startswith("file:///"):
+        return Path(location.removeprefix("file://"))
     upath = require("upath", extra="remote")
     try:
         # Other processes write there too. With concurrent parts, s3fs would ask for the size of each file it reads.

@@ -179,6 +179,7 @@ def test_open_path_local(tmp_path: Path) -> None:
         assert isinstance(path, Path)
         assert not is_remote(path)
         assert path == Path(location)
+    assert open_path(f"file://{tmp_path}/a b") == tmp_path / "a b"
 
 
 def test_open_path_url() -> None:

@@ -178,6 +178,11 @@ def test_cache_as_its_own_source_has_no_options(extracted: Path, options: dict[s
         extract(extracted, extracted, image_encoder=IMAGE, **options)
 
 
+def test_cache_by_a_local_url_is_its_own_source(extracted: Path) -> None:
+    (report,) = extract(f"file://{extracted}", extracted, image_encoder=IMAGE)
+    assert report.encoded == 0 < report.reused
+
+
 def test_interrupted_update_needs_the_source(cache: Path, tmp_path: Path) -> None:
     update_path(cache).write_text("[]")
     with pytest.raises(UnfinishedError, match="an update of its tables was interrupted; run that command again, with"):
