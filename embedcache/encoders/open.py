@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import SettingError, UnknownNameError
+from embedcache.errors import PathError, SettingError, UnknownNameError
 from embedcache.modalities import noun
 from embedcache.provenance import check_same
 from embedcache.registry import Registry, missing_plugin_hint, names_from, unknown_name
@@ -103,6 +103,24 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
         preprocessing = {**encoder.fingerprint.preprocessing, "background": settings.background}
         encoder.fingerprint = replace(encoder.fingerprint, preprocessing=preprocessing)
     return encoder
+
+
+def check_spec(spec: str) -> None:
+    """Check what can be checked without opening a model: the family of a spec, and that its files exist.
+
+    Raises:
+        SettingError, UnknownNameError: the spec is invalid, or there is no such family.
+        PathError: the folder or file of a model does not exist.
+    """
+    parsed = EncoderSpec.parse(spec)
+    if parsed.family in (IMPORTED, DERIVED):
+        return
+    for part in filter(None, (parsed, parsed.inner)):
+        _load_opener(part)
+        named = [Path(part.model).expanduser()] if part.is_path and part.family in _FAMILIES else []
+        for path in [*named, *filter(None, [part.weights])]:
+            if not path.exists():
+                raise PathError(f"encoder {spec}: expected the files of a model, got {path}, which does not exist")
 
 
 def why_no_encoder(spec: "EncoderSpec", modality: Modality, *, next_step: str | None = None) -> str | None:

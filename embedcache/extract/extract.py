@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.devices import torch_device
-from embedcache.encoders.open import EncoderSpec
+from embedcache.encoders.open import EncoderSpec, check_spec
 from embedcache.errors import PathError, SettingError, SourceError
 from embedcache.extract.engines import ShardReport, job_devices, run_engine
 from embedcache.extract.precision import choose_precisions
@@ -331,7 +331,12 @@ def _is_gone(description: Mapping[str, Any]) -> bool:
 
 
 def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: ExtractSettings) -> None:
-    """Check, before hours of indexing, that items can be decoded, views suit the encoders, and each has its folder."""
+    """Check, before hours of indexing, that items can be decoded, views suit the encoders, and each has its folder.
+
+    Encoders that this process opens must be of known families, and their files exist.
+    """
+    for spec in [spec for specs in encoders.values() for spec in specs if settings.engine == "local"]:
+        check_spec(spec)
     for package in filter(None, (MODALITIES[modality].package for modality in encoders)):
         require(package, extra="media")
     views = [open_view(name) for name in settings.views]

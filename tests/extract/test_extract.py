@@ -307,9 +307,20 @@ def test_unknown_feature_raises(source: Path, tmp_path: Path) -> None:
         run(source, tmp_path / "c", features=("clss",))
 
 
-def test_unknown_encoder_family_raises(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="unknown encoder family 'tim'; did you mean 'timm'"):
-        extract(open_source(source), tmp_path / "c", image_encoder=["tim:resnet18"])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("tim:resnet18", "unknown encoder family 'tim'; did you mean 'timm'"),
+        ("frames:tim:resnet18", "unknown encoder family 'tim'"),
+        ("hf:/nowhere/model", "encoder hf:/nowhere/model: expected the files of a model, got /nowhere/model, which"),
+        ("frames:hf:./nowhere,rate=1", "expected the files of a model, got nowhere, which does not exist"),
+        ("timm:resnet18,weights=nowhere.pth", "expected the files of a model, got nowhere.pth, which does not exist"),
+    ],
+)
+def test_wrong_encoder_is_refused_before_indexing(source: Path, tmp_path: Path, spec: str, message: str) -> None:
+    with pytest.raises((PathError, UnknownNameError), match=message):
+        extract(open_source(source), tmp_path / "c", image_encoder=[spec])
+    assert not (tmp_path / "c").exists()
 
 
 def test_encoders_are_any_names_that_can_be_listed() -> None:
