@@ -37,13 +37,24 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line; the error of a value says what was expected, and in a file names the file."""
+        words = list(args)  # parsing takes them off the list
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
+            if isinstance(error.param, TyperArgument) and error.param.nargs < 0:  # a list without a value
+                error.param = self._first_missing(ctx, words) or error.param
             if (refused := refused_value(ctx, error)) is not None:
                 raise refused from error
             error.message = typed_refusal(error) or error.message
             raise
+
+    def _first_missing(self, ctx: Any, words: list[str]) -> Any:
+        """Return the first argument that has no value: the parser gives the last values to those behind a list."""
+        values, _, _ = self.make_parser(ctx).parse_args(words)
+        arguments = [each for each in self.params if isinstance(each, TyperArgument)]
+        given = [values.get(str(each.name)) for each in arguments]
+        num_given = sum(len(value) if isinstance(value, tuple | list) else isinstance(value, str) for value in given)
+        return arguments[num_given] if num_given < len(arguments) else None
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; the error of a setting names its option, and so does that of a feature to choose."""

@@ -103,6 +103,23 @@ def test_url_that_cannot_be_used_is_one_line(words: tuple[str, ...], message: st
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (("train",), "CACHE"),
+        (("train", "--lr", "0.1", "c"), "RUN"),
+        (("sweep", "c"), "SPACE"),
+        (("sweep", "c", "space.toml"), "STUDY"),
+        (("cache", "merge", "c"), "OUT"),
+        (("curate", "coverage", "c"), "CONCEPTS"),
+    ],
+)
+def test_first_missing_argument_is_named(words: tuple[str, ...], missing: str, tmp_path: Path) -> None:
+    done = embedcache(*words, cwd=tmp_path)
+    assert done.code == 2
+    assert f"Missing argument '{missing}'" in done.stderr
+
+
 def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
