@@ -293,10 +293,18 @@ def find_files(folder: Path, pattern: str) -> Iterator[Path]:
             yield folder.joinpath(*found)
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a path with a `~` or `~name` at its start replaced by that home; the path itself if there is none."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - that of `Path` raises a RuntimeError
+
+
 def user_folder() -> Path:
     """Return the folder of what is kept for a user: `EMBEDCACHE_HOME`, or `embedcache` in the user's cache folder."""
     home = os.environ.get("EMBEDCACHE_HOME")
-    return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedcache"
+    path = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or expand_home("~/.cache")) / "embedcache"
+    if path.parts[0] == "~":
+        raise PathError("this user has no home folder; set EMBEDCACHE_HOME to a folder for exported ONNX graphs")
+    return path
 
 
 def folder_bytes(folder: Path) -> int:

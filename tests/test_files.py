@@ -15,6 +15,7 @@ from embedcache.cli.console import read_lines
 from embedcache.errors import DataError, DiskFullError, EmbedcacheError, PathError, SettingError
 from embedcache.files import (
     building,
+    expand_home,
     find_files,
     folder_bytes,
     is_remote,
@@ -26,6 +27,7 @@ from embedcache.files import (
     remove_folder,
     remove_partials,
     replacing,
+    user_folder,
     write_atomic,
 )
 from embedcache.io_errors import disk_errors, is_io_error
@@ -171,6 +173,18 @@ def test_remote_files(tmp_path: Path) -> None:
         assert Leases(folder).acquire(1)
     remove_folder(folder)
     assert not (folder / "a" / "two").exists()
+
+
+def test_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as a number which its list of users does not have."""
+    for name in ("EMBEDCACHE_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 9)
+    assert expand_home("~/weights.pth") == Path("~/weights.pth")
+    with pytest.raises(PathError, match="has no home folder; set EMBEDCACHE_HOME"):
+        user_folder()
+    monkeypatch.setenv("HOME", "/home/me")
+    assert user_folder() == expand_home("~/.cache/embedcache") == Path("/home/me/.cache/embedcache")
 
 
 def test_open_path_local(tmp_path: Path) -> None:

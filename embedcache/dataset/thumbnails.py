@@ -9,7 +9,7 @@ import io
 import pwd
 import wave
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,14 +277,16 @@ def _held_by(folder: Path, cache: Cache) -> str | None:
     """Return what a folder holds besides items, if anything."""
     if folder == Path(folder.anchor):
         return "all files of this machine"
-    if any(home.is_relative_to(folder) for home in (Path.home().resolve(), *_homes())):
+    if any(home.is_relative_to(folder) for home in _homes()):
         return "a home"
     return "the cache" if cache.path.resolve().is_relative_to(folder) else None
 
 
 def _homes() -> Iterator[Path]:
-    """Iterate over the homes of people, and of the administrator; those of services are folders of the system."""
-    return (Path(user.pw_dir) for user in pwd.getpwall() if user.pw_uid == 0 or user.pw_uid >= _FIRST_PERSON)
+    """Iterate over the homes of people, of the administrator and of this user; others are folders of the system."""
+    with suppress(RuntimeError):  # a user without a home
+        yield Path.home().resolve()
+    yield from (Path(user.pw_dir) for user in pwd.getpwall() if user.pw_uid == 0 or user.pw_uid >= _FIRST_PERSON)
 
 
 def _recorded_folders(source: Mapping[str, Any], modality: str) -> list[Path]:

@@ -18,6 +18,7 @@ from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import PathError, SettingError, UnknownNameError
+from embedcache.files import expand_home
 from embedcache.modalities import noun
 from embedcache.provenance import check_same
 from embedcache.registry import Registry, missing_plugin_hint, names_from, unknown_name
@@ -117,7 +118,7 @@ def check_spec(spec: str) -> None:
         return
     for part in filter(None, (parsed, parsed.inner)):
         _load_opener(part)
-        named = [Path(part.model).expanduser()] if part.is_path and part.family in _FAMILIES else []
+        named = [expand_home(part.model)] if part.is_path and part.family in _FAMILIES else []
         for path in [*named, *filter(None, [part.weights])]:
             if not path.exists():
                 raise PathError(f"encoder {spec}: expected the files of a model, got {path}, which does not exist")
@@ -234,9 +235,9 @@ class EncoderSpec:
     @property
     def absolute(self) -> "EncoderSpec":
         """The same spec with absolute local paths, so that it opens from any working directory."""
-        paths = {key: Path(value).expanduser() for key, value in self.options.items() if key not in _TEXTS}
+        paths = {key: expand_home(value) for key, value in self.options.items() if key not in _TEXTS}
         options = {**self.options, **{key: str(path.absolute()) for key, path in paths.items() if path.exists()}}
-        model = str(Path(self.model).expanduser().absolute()) if self.is_path else self.model
+        model = str(expand_home(self.model).absolute()) if self.is_path else self.model
         if self.inner is not None:
             model = EncoderSpec(self.inner.family, self.inner.absolute.model).text
         return EncoderSpec(self.family, model, options)
@@ -268,7 +269,7 @@ class EncoderSpec:
             return self.family
         name = self.model or self.family.rpartition(":")[2]
         if self.is_path:
-            path = Path(self.model).expanduser()
+            path = expand_home(self.model)
             name = (path.resolve() if path.name in {"", ".."} else path).name
             name = name.removesuffix(".safetensors")
         return re.sub(r"[^\w.=+-]", "-", name.replace("/", "--")).lstrip(".") or "model"
@@ -276,7 +277,7 @@ class EncoderSpec:
     @property
     def weights(self) -> Path | None:
         """The option `weights`, a local file instead of the published weights."""
-        return Path(self.options["weights"]).expanduser() if "weights" in self.options else None
+        return expand_home(self.options["weights"]) if "weights" in self.options else None
 
     def int_option(self, name: str, *, expected: str = "a whole number of at least 1") -> int | None:
         """Return an option that is a positive whole number; None if it is not given."""

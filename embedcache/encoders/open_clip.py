@@ -26,6 +26,7 @@ from embedcache.encoders.weights import (
     translate_hub_errors,
 )
 from embedcache.errors import ArtifactError, CorruptError, SettingError, one_line
+from embedcache.files import expand_home
 from embedcache.registry import require, unknown_name
 
 _USE_FILE = "give the path of a file as pretrained="
@@ -168,7 +169,7 @@ def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
             repository = f"{owner}/{rest.partition('/')[0]}"
             find_hub_commit(repository, model=f"{spec.model} {pretrained}", next_step=_USE_FILE)
         return pretrained
-    path = Path(pretrained).expanduser()
+    path = expand_home(pretrained)
     if not path.exists() and "/" not in pretrained and not path.suffix:
         raise unknown_name("published weights", pretrained, tags, where=f"of {spec.model}")
     check_weights_file(path)

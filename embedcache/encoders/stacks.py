@@ -25,7 +25,7 @@ from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import check_weights_file, hash_weights
 from embedcache.errors import ArtifactError, CorruptError, SettingError, one_line
-from embedcache.files import replacing
+from embedcache.files import expand_home, replacing
 from embedcache.provenance import canonical_json, construct
 
 Normalization: TypeAlias = Literal["clip", "none"]
@@ -173,7 +173,7 @@ def open_stacks(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetti
     torch_device(settings.device)  # a device that does not exist is a mistake, though NumPy computes this
     if settings.precision != "float32":
         raise SettingError(f"precision: stacks cannot be computed in {settings.precision}; expected float32")
-    weights = StackWeights.load(Path(spec.model).expanduser())
+    weights = StackWeights.load(expand_home(spec.model))
     return StackEncoder(weights, model=spec.model_name, batch_size=settings.batch_size or 8)
 
 

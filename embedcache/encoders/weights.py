@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, one_line
+from embedcache.files import expand_home
 from embedcache.io_errors import io_reason, is_io_error, library_of
 from embedcache.registry import has_trust
 
@@ -86,7 +87,7 @@ class ModelFolder(NamedTuple):
 
 def find_model_folder(spec: EncoderSpec, *, next_step: str = USE_LOCAL_FOLDER) -> ModelFolder:
     """Return a model's folder; download it from the hub at the commit, tag or branch in the option `revision`."""
-    path = Path(spec.model).expanduser()
+    path = expand_home(spec.model)
     if path.is_dir():
         return ModelFolder(path)
     if spec.is_path or path.exists():

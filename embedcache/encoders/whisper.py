@@ -25,6 +25,7 @@ from embedcache.encoders.base import Backend, Encoder, Fingerprint, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import CorruptError, MissingExtraError, PathError, SettingError, one_line
+from embedcache.files import expand_home
 from embedcache.processes import num_cores
 from embedcache.registry import require, unknown_name
 
@@ -225,7 +226,7 @@ def _check_runs(library: Any, settings: EncoderSettings) -> None:
 
 
 def _find_folder(spec: EncoderSpec) -> Path:
-    path = Path(spec.model).expanduser()
+    path = expand_home(spec.model)
     if spec.is_path or path.is_dir():
         if not path.is_dir():
             raise PathError(f"expected a folder of a Whisper model, got {path}, which is not a folder")

@@ -19,7 +19,7 @@ from PIL.Image import Image, Transpose
 from embedcache.arrays import Floats
 from embedcache.encoders.base import Modality
 from embedcache.errors import ItemError, PathError, SettingError
-from embedcache.files import read_file
+from embedcache.files import expand_home, read_file
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
 from embedcache.registry import Registry, names_from
@@ -179,7 +179,7 @@ def open_noise(argument: str) -> View:
             f"from -{MAX_SNR_DB:g} to {MAX_SNR_DB:g}, such as noise:5,tape=babble.wav"
         )
     level = f"{snr_db + 0.0:g}"  # of -0.0 makes 0
-    path = Path(tape_path).expanduser().absolute()
+    path = expand_home(tape_path).absolute()
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "does not exist"
         raise PathError(f"tape {path} of the view noise:{level}: expected a recording, got a path that {state}")

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from embedcache.dataset.splits import Split, column_parts
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, one_line
-from embedcache.files import is_url, read_text, split_lines
+from embedcache.files import expand_home, is_url, read_text, split_lines
 from embedcache.io_errors import io_reason
 from embedcache.modalities import MODALITIES
 from embedcache.networks.candidates import MinedNegatives
@@ -204,7 +204,7 @@ class TaskFile:
         return names or None
 
     def _resolve(self, name: str) -> Path:
-        return self._folder / Path(name).expanduser()
+        return self._folder / expand_home(name)
 
 
 def _only_modality(cache: Cache) -> str:

@@ -97,6 +97,8 @@ def test_folders_that_are_gone_or_hold_more_are_refused(
             source_folders(described(kind, path))
     for number in (1, 999):  # homes of services
         assert source_folders(described("webdataset", f"/homes/{number}/x/a.tar")) == [Path(f"/homes/{number}/x")]
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 9)  # a user without a home
     assert source_folders(described("folder", two_caches[0] / "image")) == [two_caches[0] / "image"]
 
 
