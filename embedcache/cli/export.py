@@ -19,6 +19,7 @@ from embedcache.cli.options import (
 )
 from embedcache.errors import pluralize
 from embedcache.export.settings import RECORD, ExportSettings, HubSettings
+from embedcache.files import quoted
 from embedcache.interop.settings import AtlasSettings, MtebSettings, VectorExportSettings
 
 app = new_group("Write a run, or vectors, for other tools.")
@@ -265,7 +266,7 @@ def hub(
 
     def show() -> None:
         print_line(f"{report.url}: {pluralize(report.num_files, 'file')}, {report.num_uploaded:,} uploaded")
-        print_line(f"read it with: embedcache inspect {report.location}")
+        print_line(f"read it with: embedcache inspect {quoted(report.location)}")
 
     publish(show, lambda: to_plain(report), as_json=as_json, output=output)
 

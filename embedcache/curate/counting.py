@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.errors import FingerprintError
+from embedcache.files import quoted
 from embedcache.processes import num_cores
 from embedcache.progress import Progress
 from embedcache.search.card import IndexCard, check_card, open_row_index, read_card
@@ -275,7 +276,7 @@ def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
     """
     path = Path(path)
     card = read_card(path)
-    make = f"build one: embedcache curate index {pool.cache.path} NEW-INDEX --modality {pool.modality}"
+    make = f"build one: embedcache curate index {quoted(pool.cache.path)} NEW-INDEX --modality {pool.modality}"
     if not pool.cache.info.has_rows_of(card.index_digest):
         raise FingerprintError(f"index {path}: expected the samples of {pool.cache.path}, got others; {make}")
     requested = {

@@ -25,7 +25,7 @@ from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, check_selection_path, read_selection, write_selection
 from embedcache.dataset.similar_pairs import SimilarPairs, cosine_limit
 from embedcache.errors import DataError, SettingError, pluralize
-from embedcache.files import AnyPath
+from embedcache.files import AnyPath, quoted
 from embedcache.modalities import noun
 from embedcache.outputs import check_output, new_output, removed_table_path, with_metadata
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -253,7 +253,7 @@ def _check_any_pairs(analysis: DedupAnalysis, cosine: float | None) -> None:
     if near.limit > cosine:
         raise SettingError(
             f"cosine: expected at most {MAX_PAIRS:,} pairs above it, got more with {cosine}; give a higher one: "
-            f"embedcache curate dedup {analysis.cache.path} helps to choose it"
+            f"embedcache curate dedup {quoted(analysis.cache.path)} helps to choose it"
         )
     if not len(near.pairs.left) and not analysis.copies.num_copies:
         none = "there is only one" if len(near.highest) == 1 else "no two were in one cluster or near each other"

@@ -19,7 +19,7 @@ from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.dataset.similar_pairs import cosine_limit
 from embedcache.errors import DataError, SettingError, UnfinishedError
-from embedcache.files import AnyPath
+from embedcache.files import AnyPath, quoted
 from embedcache.metrics.neighbors import Closest
 from embedcache.modalities import MODALITIES, noun, option_of, order_pair
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -373,7 +373,7 @@ def _items(cache: Cache, feature: InputFeature) -> Items:
     items = read_items([cache], [feature], is_numbered=False)
     if not len(items.rows):
         raise DataError(
-            f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {cache.path}"
+            f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {quoted(cache.path)}"
         )
     return items
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, Floats, Ints
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
-from embedcache.files import AnyPath
+from embedcache.files import AnyPath, quoted
 from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.store.cache import Cache
@@ -127,7 +127,9 @@ def _open_tables(
     found: set[int] = set()
     for path in map(Path, paths):
         if not path.is_file():
-            raise PathError(f"negatives {path} does not exist; write it with: embedcache curate negatives CACHE {path}")
+            raise PathError(
+                f"negatives {path} does not exist; write it with: embedcache curate negatives CACHE {quoted(path)}"
+            )
         try:
             footer = read_footer(path)
             with open_table(path, footer.metadata) as table:

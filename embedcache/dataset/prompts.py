@@ -9,6 +9,7 @@ from embedcache.arrays import Floats, Ints, mean_directions
 from embedcache.dataset.inputs import InputFeature
 from embedcache.encoders.open import IMPORTED, EncoderSpec, why_no_encoder
 from embedcache.errors import DataError
+from embedcache.files import quoted
 from embedcache.projectors.saved import project
 from embedcache.store.cache import Cache
 
@@ -49,7 +50,8 @@ def has_prompts(cache: Cache) -> bool:
 def check_prompts(cache: Cache, spec: str) -> None:
     """Check that a cache holds prompts; the error names the command that extracts them with this encoder."""
     if not has_prompts(cache):
-        command = f"embedcache extract prompts:CLASSES+TEMPLATES {cache.path.name}-prompts --text-encoder {spec}"
+        out = quoted(f"{cache.path.name}-prompts")
+        command = f"embedcache extract prompts:CLASSES+TEMPLATES {out} --text-encoder {quoted(spec)}"
         instead = (
             f"import captions and prompts, with their {CLASS!r}, at once, and divide them with: embedcache cache cut"
         )

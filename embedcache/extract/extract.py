@@ -15,7 +15,7 @@ from embedcache.extract.engines import ShardReport, job_devices, run_engine
 from embedcache.extract.precision import choose_precisions
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
-from embedcache.files import AnyPath, open_path, remove_partials
+from embedcache.files import AnyPath, open_path, quoted, remove_partials
 from embedcache.locks import divided_work, locked
 from embedcache.modalities import MODALITIES, ModalityName, count_items, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -290,7 +290,8 @@ def _check_has_a_source(cache_path: Path) -> None:
     if not is_imported and info.source.get("type") != MERGED:
         return
     made, has = ("imported from", "captions") if is_imported else ("merged from caches of", "samples")
-    step = f"to encode its {has}, give it as its own source: embedcache extract {cache_path} {cache_path}"
+    command = f"embedcache extract {quoted(cache_path)} {quoted(cache_path)}"
+    step = f"to encode its {has}, give it as its own source: {command}"
     if is_imported and not info.num_items.get("text"):
         step = "it has vectors, but no texts to encode; extract the files themselves into a new folder"
     raise SettingError(f"{cache_path} was {made} {info.source['path']}, not from this source; {step}")
@@ -393,6 +394,6 @@ def _check_any_encoded(cache: Cache, reports: Sequence[EncoderReport]) -> None:
             reasons = "; ".join(f"{count} {reason}" for reason, count in failures.items())
             items = f"{sum(failures.values())} {noun(report.modality)}"
             raise SourceError(
-                f"all {items} failed: {reasons} (embedcache inspect {cache.path} names them); repair the source and "
-                "extract into a new folder"
+                f"all {items} failed: {reasons} (embedcache inspect {quoted(cache.path)} names them); repair the "
+                "source and extract into a new folder"
             )

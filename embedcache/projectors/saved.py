@@ -15,7 +15,7 @@ import numpy as np
 from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.devices import announce_device
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, one_line
-from embedcache.files import replacing
+from embedcache.files import quoted, replacing
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
@@ -218,7 +218,7 @@ def read_run(run_path: Path, *, make: str = "embedcache train CACHE {}") -> dict
         config_path(run_path),
         kind="run",
         latest_format=RUN_FORMAT,
-        make=make.format(run_path),
+        make=make.format(quoted(run_path)),
         next_step=CHANGED_CONFIG,
     )
     values.pop(DIGEST, None)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, PathError, UnfinishedError
+from embedcache.files import quoted
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
@@ -122,7 +123,7 @@ def read_card(index_path: Path) -> IndexCard:
         ArtifactError: its format is later, or the card has changed since it was written.
     """
     path = index_path / CARD
-    make = f"embedcache curate index CACHE {index_path}"
+    make = f"embedcache curate index CACHE {quoted(index_path)}"
     values = read_manifest(
         path,
         kind="index",
@@ -291,4 +292,4 @@ def check_card(index_path: Path, card: IndexCard, requested: Mapping[str, Any], 
 
 
 def _rebuild(index_path: Path) -> str:
-    return f"remove {index_path} and build it again: embedcache curate index CACHE {index_path}"
+    return f"remove {index_path} and build it again: embedcache curate index CACHE {quoted(index_path)}"

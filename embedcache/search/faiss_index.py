@@ -15,7 +15,7 @@ import numpy as np
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError
-from embedcache.files import replacing
+from embedcache.files import quoted, replacing
 from embedcache.io_errors import disk_full_message
 from embedcache.search.faiss_gpu import MOST_SELECTED, GpuSide, faiss_reason, import_faiss, num_gpus
 from embedcache.search.lists import has_block_lists, open_disk_lists
@@ -310,7 +310,9 @@ def read_index(path: Path, *, is_mapped: bool | None = None, device: str = AUTO)
     FAISS cannot map the file of an index whose lists are another file, which is always mapped.
     """
     if not path.is_file():
-        raise PathError(f"{path} does not exist; build an index with: embedcache curate index CACHE {path.parent}")
+        raise PathError(
+            f"{path} does not exist; build an index with: embedcache curate index CACHE {quoted(path.parent)}"
+        )
     if is_mapped is None:
         machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         is_mapped = path.stat().st_size > _MAPPED_FRACTION * machine_bytes

@@ -20,7 +20,7 @@ from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.devices import AUTO, announce_device, torch_device
 from embedcache.errors import DataError, SettingError
-from embedcache.files import AnyPath
+from embedcache.files import AnyPath, quoted
 from embedcache.modalities import noun
 from embedcache.processes import connected, num_cores
 from embedcache.progress import NullProgress, Progress
@@ -200,7 +200,7 @@ def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | No
         )
     if not on_demand and not feature.valid.any():
         raise DataError(
-            f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {cache.path}"
+            f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {quoted(cache.path)}"
         )
     return feature
 

@@ -10,6 +10,7 @@ import numpy as np
 from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import DataError, FingerprintError, PathError
+from embedcache.files import quoted
 from embedcache.modalities import noun
 from embedcache.outputs import read_report_json
 from embedcache.progress import Progress
@@ -47,7 +48,7 @@ def read_coverage(path: Path, index: OpenIndex) -> CoverageData:
     if not path.is_file():
         raise PathError(
             f"expected a report, got {path}, which does not exist; write it with: "
-            f"embedcache curate coverage CACHE CONCEPTS --output {path}"
+            f"embedcache curate coverage CACHE CONCEPTS --output {quoted(path)}"
         )
     values = read_report_json(path)
     data, index_digest, modality = construct(

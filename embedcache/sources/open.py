@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.files import is_url, open_path, write_addresses_in_full
+from embedcache.files import is_url, open_path, quoted, write_addresses_in_full
 from embedcache.registry import Registry, names_from
 from embedcache.settings import merge_settings
 from embedcache.sources.base import FileItem, Sample, Source
@@ -158,7 +158,7 @@ def _folder_kind(folder: Path, *, has_svg: bool) -> str:
     if all((folder / name).is_file() for name in _CACHE_FILES):
         raise SourceError(
             f"{folder} is a cache: to encode its samples with more encoders, give it as the cache, too: "
-            f"embedcache extract {folder} {folder}; or name the source it was extracted from"
+            f"embedcache extract {quoted(folder)} {quoted(folder)}; or name the source it was extracted from"
         )
     for names in (("dataset_dict.json",), ("dataset_info.json", "state.json")):  # of a DatasetDict, of a Dataset
         if all((folder / name).is_file() for name in names):

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Bools, Ints, blocks
 from embedcache.errors import AmbiguousNameError, CorruptError, DataError, UnknownNameError, pluralize
-from embedcache.files import AnyPath, find_files, open_path
+from embedcache.files import AnyPath, find_files, open_path, quoted
 from embedcache.modalities import MODALITIES, count_items, option_of
 from embedcache.registry import require, unknown_name
 from embedcache.sources.files import wrap_io_errors
@@ -379,7 +379,7 @@ class Cache:
         if self.info.source.get("type") == IMPORTED_SOURCE:
             step = how_to_import(self.info.source, modality)
             if modality == "text" and self.info.num_items.get("text"):
-                step = f"encode its captions: embedcache extract {self.path} {self.path} {option}"
+                step = f"encode its captions: embedcache extract {quoted(self.path)} {quoted(self.path)} {option}"
             return f"{self.path} has no {modality} features; {step}"
         message = f"{self.path} has no {modality} features; extract some: embedcache extract {option}"
         others = [(other, feature) for other in MODALITIES for feature in self.features(other)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import CorruptError, FingerprintError, pluralize
+from embedcache.files import quoted
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, noun
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample, Source
@@ -314,7 +315,8 @@ class _SegmentReader:
 
     def _removal(self) -> str:
         """Return the step that removes a sample from the cache."""
-        return f"remove it with: embedcache cache remove {self._cache_path} FILE-OF-KEYS --yes, which encodes nothing"
+        command = f"embedcache cache remove {quoted(self._cache_path)} FILE-OF-KEYS --yes"
+        return f"remove it with: {command}, which encodes nothing"
 
 
 def _identity(item: FileItem) -> tuple[str, float | None, float | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.errors import CorruptError
-from embedcache.files import AnyPath, is_remote, is_url, open_path
+from embedcache.files import AnyPath, is_remote, is_url, open_path, quoted
 from embedcache.locks import LOCK
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import (
@@ -276,11 +276,12 @@ def read_info(cache_path: Path) -> CacheInfo:
 def _how_to_make(path: Path) -> str:
     """Return the command that makes a cache at a path, or of what is there, if that can only be a source."""
     if is_remote(path) or not path.exists():
-        return f"embedcache extract SOURCE {path}"
+        return f"embedcache extract SOURCE {quoted(path)}"
     if path.is_dir() and ((path / LOCK).exists() or next(path.iterdir(), None) is None):
-        return f"embedcache extract SOURCE {path}"
-    names = f" (prompts:{path} if it lists classes or concepts)" if path.suffix in {".txt", ".json"} else ""
-    return f"embedcache extract {path} CACHE{names}"
+        return f"embedcache extract SOURCE {quoted(path)}"
+    prompts = f" ({quoted(f'prompts:{path}')} if it lists classes or concepts)"
+    names = prompts if path.suffix in {".txt", ".json"} else ""
+    return f"embedcache extract {quoted(path)} CACHE{names}"
 
 
 def _parse(values: Mapping[str, Any]) -> CacheInfo:

@@ -120,6 +120,22 @@ def test_first_missing_argument_is_named(words: tuple[str, ...], missing: str, t
     assert f"Missing argument '{missing}'" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (("train", "my cache", "r"), "embedcache extract SOURCE 'my cache'"),
+        (("train", "my classes.txt", "r"), "embedcache extract 'my classes.txt' CACHE ('prompts:my classes.txt' if"),
+        (("evaluate", "retrieval", "c", "my run"), "embedcache train CACHE 'my run'"),
+        (("search", "my index", "a dog"), "embedcache curate index CACHE 'my index'"),
+    ],
+)
+def test_command_in_a_message_quotes_its_paths(words: tuple[str, ...], command: str, tmp_path: Path) -> None:
+    (tmp_path / "my classes.txt").write_text("a\n")
+    done = embedcache(*words, cwd=tmp_path)
+    assert done.code == 1
+    assert command in done.stderr
+
+
 def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
