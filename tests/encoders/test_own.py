@@ -89,24 +89,45 @@ def open_motion(spec, *, modality, settings):
 
 @pytest.mark.slow
 def test_additions_of_the_page_make_a_modality(tmp_path: Path) -> None:
-    """A copy of the package with the additions of the page's table extracts and verifies."""
-    shutil.copytree(ROOT / "embedcache", tmp_path / "embedcache")
+    """A copy of the package with the additions of the page's table reads folders, tables and tars of its own."""
+    package = tmp_path / "embedcache"
+    shutil.copytree(ROOT / "embedcache", package)
     decoder = [block.code for block in blocks_of(PAGE) if block.language == "python"][-1]
-    ((entry, suffixes),) = re.findall(
-        r"`(Modality\(name=.*?\))`.*?`(\"motion\": frozenset.*?)`", PAGE.read_text(), re.DOTALL
-    )
-    _add(tmp_path / "embedcache" / "modalities.py", 'Modality(name="text"', f"{entry},\n        ")
-    _add(tmp_path / "embedcache" / "sources" / "files.py", '"image": IMAGE_SUFFIXES', f"{suffixes},\n    ")
-    (tmp_path / "embedcache" / "sources" / "motion.py").write_text(decoder)
+    for file, name, before, indent in (
+        ("modalities.py", "Modality(name=", 'Modality(name="text"', 8),
+        ("sources/files.py", '"motion": frozenset', '"image": IMAGE_SUFFIXES', 4),
+        ("sources/table_columns.py", '"motion": (', '"audio": (', 4),
+        ("sources/settings.py", "motion_column", "caption_columns: tuple", 4),
+    ):
+        ((added,),) = [re.findall(rf"^\| `embedcache/{file}` \|.*`({re.escape(name)}.*?)`", PAGE.read_text(), re.M)]
+        end = "" if file == "sources/settings.py" else ","
+        _add(package / file, before, f"{added.replace(chr(92), '')}{end}\n{' ' * indent}")
+    _add(package / "modalities.py", '"image", "text", "audio"', '"motion", ')
+    (package / "sources" / "motion.py").write_text(decoder)
     (tmp_path / "motion.py").write_text(ENCODER)
     (tmp_path / "scans").mkdir()
     steps = np.arange(30, dtype="<f4").reshape(10, 3)
     for name, data in {"a": steps.tobytes(), "b": b"short", "c": steps[:4].tobytes()}.items():
         (tmp_path / "scans" / f"{name}.imu").write_bytes(data)
     extract = ("extract", "scans", "cache", "--encoder", "motion=motion:open_motion", "--feature", "mean,steps")
-    shown = _run(tmp_path, extract, ("verify", "cache", "--reencode", "100%", "--trust"))
+    (tmp_path / "named.csv").write_text("imu\nscans/a.imu\n")
+    (tmp_path / "some.csv").write_text("walk\nscans/a.imu\nscans/c.imu\n")
+    encoder = ("--encoder", "motion=motion:open_motion")
+    shown = _run(
+        tmp_path,
+        extract,
+        ("verify", "cache", "--reencode", "100%", "--trust"),
+        ("extract", "named.csv", "named", *encoder),
+        ("extract", "some.csv", "some", "--motion-column", "walk", *encoder),
+        ("curate", "select", "some", "all.parquet", "--method", "random", "--budget", "2", "--modality", "motion"),
+        ("curate", "export", "some", "all.parquet", "shards", "--format", "webdataset"),
+        ("extract", "shards", "again", *encoder),
+    )
     assert "encoded 3 motion recordings, reused 0, failed 1: 1 expected triples of float32" in shown[0]
     assert "mean" in shown[1]
+    assert "encoded 1 motion recording," in shown[2]
+    assert "encoded 2 motion recordings" in shown[3]
+    assert "encoded 2 motion recordings" in shown[6]
 
 
 def _add(path: Path, before: str, text: str) -> None:

@@ -20,6 +20,7 @@ from embedcache.outputs import check_output, new_output
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import FileItem, Source, TextItem
 from embedcache.sources.captions import to_sidecar
+from embedcache.sources.files import MEDIA_SUFFIXES
 from embedcache.sources.open import reopen_source
 from embedcache.sources.table_columns import INTERVAL_NAMES
 from embedcache.store.cache import Cache
@@ -109,7 +110,10 @@ _FORMATS: Mapping[str, Mapping[str, bytes]] = {
     },
     "points": {"npz": rb"PK\x03\x04", "parquet": rb"PAR1", "ply": rb"ply", "las": rb"LASF"},
 }
-"""Modality -> suffix -> first bytes of its files, a regular expression; files of other formats get the first suffix."""
+"""Modality -> suffix -> first bytes of its files, a regular expression; files of other formats get the first suffix.
+
+One that is not listed has one suffix, of `MEDIA_SUFFIXES`.
+"""
 
 
 def write_shards(
@@ -213,7 +217,7 @@ def _sample_files(
     """Iterate over the files of one sample: suffix and content."""
     files = {
         name: FileItem(path=item["path"], offset=item["offset"], length=item["length"])
-        for name in _FORMATS
+        for name in (modality.name for modality in FILE_MODALITIES)
         for item in items.get(name, ())
     }
     for name, file in files.items():
@@ -240,6 +244,6 @@ def _write_shard(path: Path, samples: _Samples, part: slice, source: Source) -> 
 
 def _suffix(modality: str, data: bytes) -> str:
     """Return the suffix of a file by its first bytes, as fonts and tables have no file names."""
-    formats = _FORMATS[modality]
+    formats = _FORMATS.get(modality) or {min(MEDIA_SUFFIXES[modality]).removeprefix("."): b""}
     found = (suffix for suffix, start in formats.items() if re.match(start, data, re.DOTALL))
     return next(found, next(iter(formats)))
