@@ -7,7 +7,7 @@ from typing import Any, Literal
 from embedcache.dataset.settings import SELECTION_FORMAT, SELECTION_HELP
 from embedcache.devices import address_setting, device_setting, engine_setting
 from embedcache.errors import SettingError
-from embedcache.modalities import ModalityName, noun
+from embedcache.modalities import MODALITIES, ModalityName, noun, order_pair
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, MOVED_CACHE, MOVED_RUN, RUN_HELP
 from embedcache.settings import check_settings, setting
 
@@ -16,7 +16,7 @@ _COMMON_FEATURE = "the only one that both have"
 _COMPARED: dict[str, Any] = {
     "default": None,
     "help": "Modality of the items to compare.",
-    "default_text": "the first with features of image, audio, video, points, text, or of a run's two",
+    "default_text": f"the first with features of {', '.join(order_pair(MODALITIES))}, or of a run's two",
 }
 _ALL_PAIRS: dict[str, Any] = {
     "default": None,

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from embedcache.modalities import MODALITIES
+
 _DEFAULT_HITS = 60
 MAX_HITS = 500
 _MAX_TEXT_LENGTH = 2000
@@ -112,7 +114,7 @@ class ServerInfo(BaseModel):
     )
     num_indexes: int = Field(description="Number of indexes on this server: 1, or 2 to compare.")
     version: str = Field(description="Version of the rows; changes with the cache.")
-    modality: str = Field(description="Modality of the hits: image, text, audio, video or points.")
+    modality: str = Field(description=f"Modality of the hits: one of {', '.join(MODALITIES)}.")
     num_items: int
     accepted_queries: list[str] = Field(alias="takes", description="Accepted queries besides rows: text, image.")
     rejected_queries: dict[str, str] = Field(alias="rejects", description="text or image -> why it is not accepted.")

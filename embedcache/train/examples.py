@@ -21,6 +21,7 @@ from embedcache.arrays import Floats, Ints, normalize
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import InputFeature, Reader, open_input
 from embedcache.errors import DataError, PathError, SettingError, one_line, pluralize
+from embedcache.modalities import FILE_MODALITIES
 from embedcache.networks.words import BLANK, NUM_SPECIAL, UNKNOWN, Vocabulary, WordLists
 from embedcache.store.cache import Cache
 
@@ -131,7 +132,8 @@ def open_media(cache: Cache, modality: str, feature: str | None = None, *, in_me
         SettingError: the modality is text: texts are word numbers.
     """
     if modality == "text":
-        raise SettingError("modality: expected image, audio, video or points, got text; texts are columns of examples")
+        expected = ", ".join(modality.name for modality in FILE_MODALITIES)
+        raise SettingError(f"modality: expected one of {expected}, got text; texts are columns of examples")
     opened = open_input(cache, modality, feature)
     opened.require_complete()
     axis = None if "+" in opened.name else cache.feature(modality, opened.name).axis

@@ -11,6 +11,7 @@ import pytest
 from embedcache.errors import DataError, MissingExtraError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.modalities import MODALITIES
 from embedcache.reports.summary import describe_cache, describe_feature, failure_lines
 from embedcache.sources import SourceSettings, open_source
 from embedcache.store.cache import Cache, _with_columns_of_samples
@@ -86,7 +87,7 @@ def test_modality_without_items_has_no_features(cache: Cache, tmp_path: Path) ->
 
 
 def test_unknown_modality_raises(cache: Cache) -> None:
-    with pytest.raises(UnknownNameError, match="unknown modality 'imag'; known: image, text, audio, video, points"):
+    with pytest.raises(UnknownNameError, match=f"unknown modality 'imag'; known: {', '.join(MODALITIES)}"):
         cache.feature("imag")
     with pytest.raises(UnknownNameError, match="unknown modality 'imag'"):
         cache.features("imag")

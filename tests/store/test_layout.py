@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from embedcache.errors import CorruptError
+from embedcache.modalities import MODALITIES
 from embedcache.store import layout
 from embedcache.store.layout import CacheInfo, Segment, TableVersion, combined_digest, info_path, read_info, write_info
 
@@ -57,7 +58,7 @@ def test_all_fields_are_read_back(tmp_path: Path) -> None:
         ("num_samples", 1.0, "num_samples: expected a whole number of at least 0, got 1.0"),
         ("num_items", {"image": 0}, ""),
         ("num_items", {"image": -1}, "num_items of image: expected a whole number of at least 0, got -1"),
-        ("num_items", {"imag": 3}, "num_items: expected one of image, text, audio, video, points, got 'imag'"),
+        ("num_items", {"imag": 3}, f"num_items: expected one of {', '.join(MODALITIES)}, got 'imag'"),
         ("earlier", [{"spine": "x", "num_items": {"text": 5}}], ""),
         ("earlier", [{"spine": "x", "num_items": {"text": None}}], "num_items of text: expected a whole number"),
         ("source", [], "expected objects as source, tables and checksums"),

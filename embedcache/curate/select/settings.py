@@ -7,7 +7,7 @@ from typing import Any
 from embedcache.dataset.settings import SELECTION_HELP
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
-from embedcache.modalities import ModalityName
+from embedcache.modalities import MODALITIES, ModalityName, order_pair
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, RUN_HELP
 from embedcache.settings import check_settings, flat_settings, setting, to_json
 from embedcache.units import parse_count_or_fraction, parse_counts
@@ -92,7 +92,7 @@ class SelectSettings:
     modality: ModalityName | None = setting(
         None,
         "Modality of the items that the method compares.",
-        default_text="text with --concepts, else the first of image, audio, video, points, text",
+        default_text=f"text with --concepts, else the first of {', '.join(order_pair(MODALITIES))}",
     )
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
