@@ -1,5 +1,6 @@
 """The pages of encoders of one's own: their encoders pass their contracts, and a modality of one's own works."""
 
+import importlib
 import os
 import re
 import shutil
@@ -11,20 +12,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.errors import SettingError
 from embedcache.testing.encoders import AudioEncoderContract, ImageEncoderContract
 from tests.blocks import ROOT, blocks_of
 
 PAGE = ROOT / "docs" / "howto" / "own_modality.md"
 IMAGES = ROOT / "docs" / "howto" / "own_encoder.md"
-MODULES = {"loudness": PAGE, "my_module": IMAGES}
+MODULES = {
+    "loudness": (PAGE, 0),
+    "my_module": (IMAGES, 0),
+    "my_convolution": (IMAGES, 2),
+    "test_convolution": (IMAGES, 3),
+}
+"""Module -> page, and which of its blocks of Python it is."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Save the first block of each page as a module on the path."""
+    """Save blocks of the pages as modules on the path."""
     folder = tmp_path_factory.mktemp("own")
-    for name, page in MODULES.items():
-        code = next(block.code for block in blocks_of(page) if block.language == "python")
+    for name, (page, number) in MODULES.items():
+        code = [block.code for block in blocks_of(page) if block.language == "python"][number]
         (folder / f"{name}.py").write_text(code)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
@@ -49,6 +59,29 @@ class TestThumbnails(ImageEncoderContract):
         return "my_module:open_mine"
 
 
+class TestConvolution(ImageEncoderContract):
+    @pytest.fixture
+    def spec(self, tmp_path: Path) -> str:
+        return save_convolution(tmp_path / "weights.safetensors", first=0.0)
+
+    @pytest.fixture
+    def other_spec(self, tmp_path: Path) -> str:
+        return save_convolution(tmp_path / "others.safetensors", first=1.0)
+
+
+def save_convolution(path: Path, *, first: float) -> str:
+    spec: str = importlib.import_module("test_convolution").save(path, first)
+    return spec
+
+
+def test_convolution_refuses_other_libraries(tmp_path: Path) -> None:
+    spec = save_convolution(tmp_path / "weights.safetensors", first=0.0)
+    with pytest.raises(SettingError, match="expected auto or torch, got onnxruntime"):
+        open_encoder(spec, modality="image", settings=EncoderSettings(backend="onnxruntime"))
+    with pytest.raises(SettingError, match=r"expected a \.safetensors file, got None"):
+        open_encoder("my_convolution:open_convolution", modality="image")
+
+
 def test_plugin_is_as_short_as_the_page_says() -> None:
     code = next(block.code for block in blocks_of(PAGE) if block.language == "python")
     lines = [line for line in code.splitlines() if line.strip()]
@@ -58,6 +91,10 @@ def test_plugin_is_as_short_as_the_page_says() -> None:
 def test_page_defines_the_contract_of_this_file() -> None:
     assert "class TestLoudness(AudioEncoderContract):\n    has_weights = False\n" in PAGE.read_text()
     assert "class TestMine(ImageEncoderContract):\n    has_weights = False\n" in IMAGES.read_text()
+    assert (
+        "class TestConvolution(ImageEncoderContract):\n    @pytest.fixture\n    def spec(self, tmp_path):\n"
+        in IMAGES.read_text()
+    )
 
 
 ENCODER = """
