@@ -10,14 +10,17 @@ import pytest
 
 from embedcache.cli.main import root_command
 from embedcache.curate.select.select import SELECTORS
+from embedcache.dataset.thumbnails import source_folders
 from embedcache.derive.rules import RULES
 from embedcache.encoders.open import ENCODERS
+from embedcache.errors import PathError
 from embedcache.evaluate.classifiers import METHODS
 from embedcache.extract.views import VIEWS
 from embedcache.networks.saved import NETWORKS
 from embedcache.projectors.base import PROJECTORS
 from embedcache.registry import Registry
 from embedcache.sources.open import SOURCES
+from embedcache.store.cache import Cache
 from embedcache.train.losses import LOSSES
 from embedcache.train.trackers import TRACKERS
 from tests.blocks import ROOT
@@ -129,6 +132,10 @@ def test_plugin_of_every_kind(group: str) -> None:
 def test_installed_plugins_need_no_trust(tmp_path: Path) -> None:
     succeed("extract", "plugged:red+green", "c", "--text-encoder", "plugged:toy", cwd=tmp_path)
     assert "2 items encoded again" in succeed("verify", "c", "--reencode", "100%", cwd=tmp_path)
+    with pytest.raises(
+        PathError, match="is the plug-in 'plugged', which may read any file; name a folder of images with"
+    ):
+        source_folders(Cache(tmp_path / "c"))
     write_images(tmp_path / "photos", 3)
     words = ("--image-encoder", "plugged:toy", "--view", "plugged:90")
     assert "toy@plugged-90 (cls): encoded 3" in succeed("extract", "photos", "i", *words, cwd=tmp_path)

@@ -295,6 +295,10 @@ def _recorded_folders(source: Mapping[str, Any], modality: str) -> list[Path]:
     kind, location = base_source(source)
     missing, name_folder = not_shown(modality), _name_folder(modality)
     if kind not in SOURCES.paths and kind != IMPORTED_SOURCE:
+        if kind in SOURCES:
+            raise PathError(
+                f"{missing}the source of the cache is the plug-in {kind!r}, which may read any file{name_folder}"
+            )
         raise PathError(
             f"{missing}the cache names the source class {kind!r}, which is custom code; if you trust the "
             "cache, use --trust"
