@@ -16,6 +16,7 @@ from embedcache.encoders.open import ENCODERS
 from embedcache.errors import PathError
 from embedcache.evaluate.classifiers import METHODS
 from embedcache.extract.views import VIEWS
+from embedcache.interop.exporting import _file_root
 from embedcache.networks.saved import NETWORKS
 from embedcache.projectors.base import PROJECTORS
 from embedcache.registry import Registry
@@ -36,6 +37,8 @@ from tests.toy import open_toy as open_encoder
 
 
 class Words:
+    items_are_files = True
+
     def __init__(self, location, settings):
         self.words = location.split("+")
 
@@ -140,6 +143,18 @@ def test_installed_plugins_need_no_trust(tmp_path: Path) -> None:
     words = ("--image-encoder", "plugged:toy", "--view", "plugged:90")
     assert "toy@plugged-90 (cls): encoded 3" in succeed("extract", "photos", "i", *words, cwd=tmp_path)
     assert "toy@plugged-90/cls: 3 items encoded again" in succeed("verify", "i", "--reencode", "100%", cwd=tmp_path)
+
+
+@pytest.mark.usefixtures("installed")
+def test_exports_name_files_of_a_source(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.png")
+    for kind, location, root in (
+        ("plugged", tmp_path, tmp_path),
+        ("plugged", tmp_path / "list.txt", tmp_path),
+        ("openmoji", tmp_path, ""),
+        ("plugged:Words", tmp_path, ""),
+    ):
+        assert _file_root({"type": kind, "path": str(location), "settings": {}}) == str(root)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from embedcache.outputs import check_output
 from embedcache.projectors.saved import read_config
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.search.vectors import Vectors
-from embedcache.sources.open import IMPORTED_SOURCE, how_to_import
+from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, base_source, how_to_import
 from embedcache.sources.table_columns import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
@@ -32,7 +32,6 @@ from embedcache.store.rows import RowReader
 MODALITY_NAMES: Sequence[Modality] = tuple(modality.name for modality in MODALITIES.values())
 IMAGES_AND_TEXTS: Sequence[Modality] = ("image", "text")
 _OF_ONE_FILE = ("table", IMPORTED_SOURCE)  # or of a folder of files
-_SOURCES_WITH_FILES = ("coco", "folder", *_OF_ONE_FILE)
 
 
 class VectorExport:
@@ -230,13 +229,13 @@ class VectorExport:
 
 def _file_root(source: Mapping[str, Any]) -> str:
     """Return the local folder that a source's paths of files are relative to; empty if there is none."""
-    kind, path = source.get("type"), str(source.get("path", ""))
-    if kind == "pairs":
-        kind, _, path = path.partition(":")
+    kind, path = base_source(source)
     root = str(source.get("settings", {}).get("root", "")) if kind == "coco" else path
-    if kind not in _SOURCES_WITH_FILES or is_url(root):
+    of_class = kind in SOURCES and getattr(SOURCES.load(kind), "items_are_files", False)
+    if not (of_class or kind == IMPORTED_SOURCE) or is_url(root):
         return ""
-    return str(Path(root).parent) if kind in _OF_ONE_FILE and not Path(root).is_dir() else root
+    is_file = Path(root).is_file() or (kind in _OF_ONE_FILE and not Path(root).is_dir())
+    return str(Path(root).parent) if is_file else root
 
 
 def open_exported(

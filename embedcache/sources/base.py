@@ -62,10 +62,14 @@ class Sample:
 class Source(Protocol):
     """Where raw samples come from.
 
-    A plug-in is a class called with a location and `SourceSettings`. It may have a class attribute `credit`: the
-    attribution that every page showing its images must carry; and an attribute `skipped`: a count per kind of file that
-    the last pass over the samples left out, which is reported after indexing; and `shared_column`: the column of a
-    table whose cells may name one image in several rows, which is noted with the option that joins them.
+    A plug-in is a class called with a location and `SourceSettings`. It may have these attributes:
+
+    - `credit`, of the class: the attribution that every page showing its images must carry;
+    - `items_are_files`, of the class: whether the path of an item is that of a file, absolute or relative to the
+      location, or to its folder if it is a file; exports then name the whole path;
+    - `skipped`: a count per kind of file that the last pass over the samples left out, reported after indexing;
+    - `shared_column`: the column of a table whose cells may name one image in several rows, which is noted with the
+      option that joins them.
     """
 
     def describe(self) -> Mapping[str, Any]:

@@ -44,6 +44,8 @@ class CocoSource:
     and else to the folder of the file. The location is the path or URL of the file.
     """
 
+    items_are_files = True
+
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("coco", "root")
         self._path = open_path(location).absolute()

@@ -53,6 +53,8 @@ class FolderSource:
     folder, a path or a URL.
     """
 
+    items_are_files = True
+
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("folder", "svg")
         if settings.svg:

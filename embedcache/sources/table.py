@@ -62,6 +62,8 @@ class TableSource:
     read, and is a row with that reason: for a table that somebody else wrote.
     """
 
+    items_are_files = True
+
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("table", *ITEM_SETTINGS, *TEXT_SETTINGS, "delimiter", "root", "inside_only")
         root = settings.root and find_root(settings.root)
