@@ -4,9 +4,11 @@ Each process projects its part of every batch and holds all embeddings; the tile
 """
 
 import gc
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,8 @@ from embedcache.errors import EmbedcacheError, SettingError
 
 T = TypeVar("T")
 
+_GROUP_NUMBERS = itertools.count()
+
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
@@ -28,13 +32,27 @@ def process_group(device: str) -> Iterator[str]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    store, rank, world_size = _join_store()
+    prefix = f"group {next(_GROUP_NUMBERS)}"  # without it, processes would find the addresses of the earlier groups
+    own_store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, store=own_store, rank=rank, world_size=world_size)
     try:
         yield device
         dist.barrier()  # the first process, which the others connect to, must not exit before them
     finally:
         gc.collect()  # DistributedDataParallel's cycles hold the group; freed at exit, its threads abort the process
         dist.destroy_process_group()
+
+
+@cache
+def _join_store() -> tuple[Any, int, int]:
+    """Return the store through which the processes find each other, this one's rank, and their number.
+
+    The store of the first process must exist as long as others use it: it is kept for the next group.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    return store, rank, world_size
 
 
 def num_started() -> int:

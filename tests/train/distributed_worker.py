@@ -1,5 +1,9 @@
 """Write the gradients of every loss for a fixed batch, with and without mixup and STRUCTURE."""
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -10,7 +14,7 @@ from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train import losses
 from embedcache.train.batches import Loader
-from embedcache.train.distributed import process_group, process_rank
+from embedcache.train.distributed import process_group, process_rank, sum_over_processes
 from embedcache.train.losses import LOSSES
 from embedcache.train.pair import Objective
 from embedcache.train.pair_batches import PairBatches, PairLoader
@@ -23,6 +27,17 @@ def main(path: str) -> None:
     """Write a file that maps loss and options -> parameter -> gradient, alone or as one of several processes."""
     with process_group("cpu"):
         _write_gradients(path)
+
+
+def sum_ranks_twice(path: str) -> None:
+    """Write the sum of all ranks, computed in a process group, and again in one that is made after it."""
+    sums = []
+    for _ in range(2):
+        with process_group("cpu"):
+            rank = torch.tensor(process_rank())
+            sum_over_processes(rank)
+            sums.append(rank.item())
+    Path(f"{path}-{os.environ['RANK']}").write_text(json.dumps(sums))
 
 
 def _write_gradients(path: str) -> None:

@@ -12,7 +12,7 @@ from embedcache.settings import from_flat
 from embedcache.train.distributed import own_slice
 from embedcache.train.settings import FitSettings
 from tests.crash import call, call_together
-from tests.train.distributed_worker import main
+from tests.train.distributed_worker import main, sum_ranks_twice
 from tests.train.places import main as train_many
 from tests.train.places import train_places
 from tests.train.runs import IMAGE, TEXT, log_lines, run
@@ -34,6 +34,11 @@ def test_gradients_match_one_process(tmp_path: Path) -> None:
         for parameter, gradient in gradients.items():
             error = (found[name][parameter] - gradient).abs().max() / gradient.abs().max()
             assert error < 1e-6, (name, parameter)
+
+
+def test_processes_train_several_runs_in_turn(tmp_path: Path) -> None:
+    call_together(2, sum_ranks_twice, str(tmp_path / "sums"))
+    assert [json.loads((tmp_path / f"sums-{rank}").read_text()) for rank in (0, 1)] == [[1, 1], [1, 1]]
 
 
 def test_two_processes_train_the_same(cache_path: Path, tmp_path: Path) -> None:
