@@ -117,7 +117,7 @@ def test_map(page: Browsing) -> None:
 def test_address_of_a_tab(page: Browsing) -> None:
     page.type(TEXT)
     page.page.click("#tab-map")
-    assert page.page.url.endswith("/?tab=map&q=red+bar+left+on+white")
+    page.page.wait_for_url(lambda url: url.endswith("/?tab=map&q=red+bar+left+on+white"))
     page.page.reload()
     page.wait_for(".mapped .status", "80 of 80 visible")
     assert page.page.input_value("#query") == TEXT
