@@ -70,9 +70,9 @@ class Footer(NamedTuple):
 
 
 class OpenedTable(NamedTuple):
-    """The file of a table at some size and time: its footer, and the first row of each row group, then their number."""
+    """A table's file of an inode, size and time: its footer, and the first row of each row group, then their number."""
 
-    stamp: tuple[int, float]
+    stamp: tuple[int, int, int]
     footer: Footer
     starts: Ints
 
@@ -119,7 +119,7 @@ def read_opened(path: Path, before: OpenedTable | None) -> OpenedTable:
     Parsing a footer takes longer than reading the rows of a chunk. Another process may append samples at any time.
     """
     status = path.stat()
-    stamp = (status.st_size, status.st_mtime)
+    stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
     if before is not None and before.stamp == stamp:
         return before
     footer = read_footer(path)

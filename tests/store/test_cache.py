@@ -16,7 +16,7 @@ from embedcache.reports.summary import describe_cache, describe_feature, failure
 from embedcache.sources import SourceSettings, open_source
 from embedcache.store.cache import Cache, _with_columns_of_samples
 from embedcache.store.layout import write_info
-from embedcache.store.tables import Footer, read_footer
+from embedcache.store.tables import Footer, read_footer, read_opened
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
@@ -119,6 +119,17 @@ def test_footer_of_a_table_is_read_again_when_the_file_has_changed(
         for chunk in range(5):
             assert opened.items("text", chunk=chunk).equals(table.slice(4 * chunk, 4))
     assert len(footers) == 2
+
+
+def test_footer_is_read_again_when_another_file_of_this_size_and_time_has_taken_its_place(
+    cache: Cache, tmp_path: Path
+) -> None:
+    """Many file systems keep times to some milliseconds, and some to 2 s."""
+    path = shutil.copy2(cache.path / "samples.parquet", tmp_path / "samples.parquet")
+    opened = read_opened(path, None)
+    assert read_opened(path, opened) is opened
+    shutil.copy2(path, tmp_path / "new").replace(path)
+    assert read_opened(path, opened) is not opened
 
 
 def test_columns_are_read_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
