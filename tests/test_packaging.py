@@ -99,11 +99,29 @@ DECIDES_NOTHING = {
 }
 
 
+def needed_packages(*extras: str) -> set[str]:
+    """Return the packages that the project and some of its extras need, without itself."""
+    groups = [PROJECT["dependencies"], *(EXTRAS[name] for name in extras)]
+    return {re.split(r"[<>=;\[ ]", need)[0] for needs in groups for need in needs} - {"embedcache"}
+
+
 def test_records_name_every_library_that_decides_an_output() -> None:
     """A new dependency is recorded, or said to decide nothing."""
-    extras = [needs for name, needs in EXTRAS.items() if name not in ("dev", "docs")]
-    needed = {re.split(r"[<>=;\[ ]", need)[0] for needs in [PROJECT["dependencies"], *extras] for need in needs}
-    assert needed - {"embedcache"} - set(RECORDED_PACKAGES) == DECIDES_NOTHING
+    needed = needed_packages(*(EXTRAS.keys() - {"dev", "docs"}))
+    assert needed - set(RECORDED_PACKAGES) == DECIDES_NOTHING, (
+        "name the package in RECORDED_PACKAGES in embedcache/records.py, or here, if no artifact depends on it"
+    )
+
+
+def test_pages_name_every_dependency_and_extra() -> None:
+    reasons = (ROOT / "docs" / "decisions" / "0001-dependencies.md").read_text()
+    without_reason = [
+        name for name in needed_packages(*EXTRAS) if not re.search(rf"(?<![\w-]){name}(?![\w-])", reasons)
+    ]
+    assert not without_reason, "give a reason in docs/decisions/0001-dependencies.md"
+    page = (ROOT / "docs" / "howto" / "install.md").read_text()
+    unnamed = [name for name in EXTRAS.keys() - {"dev", "docs"} if f"`{name}`" not in page]
+    assert not unnamed, "name them in the table of extras in docs/howto/install.md"
 
 
 def test_readme_renders_on_the_index_and_its_links_are_absolute(metadata: Message) -> None:
