@@ -13,7 +13,7 @@ import pytest
 
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.select import SELECTORS, Selector, check_method_settings
-from embedcache.curate.select.settings import SelectSettings
+from embedcache.curate.select.settings import METHOD_SETTINGS, SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import SettingError
 from embedcache.testing.examples import write_examples
@@ -33,6 +33,7 @@ _VALUES: dict[str, Any] = {
     "at_least": 0.5,
     "at_most": 0.5,
 }
+"""A value of each of `METHOD_SETTINGS`."""
 
 
 class SelectorContract:
@@ -104,7 +105,7 @@ class SelectorContract:
         assert (rows % 2 == 0).all()
 
     def test_unused_setting_raises(self, selector: Selector) -> None:
-        for name in set(_VALUES) - set(selector.accepts):
+        for name in set(METHOD_SETTINGS) - set(selector.accepts):
             with pytest.raises(
                 SettingError, match=f"--method {self.name}: expected .*, got --{name.replace('_', '-')}"
             ):
