@@ -14,7 +14,7 @@ from PIL import Image
 from embedcache.curate.dedup import dedup
 from embedcache.curate.leaks import find_leaks
 from embedcache.curate.outliers import find_outliers
-from embedcache.curate.select.select import select
+from embedcache.curate.select.select import SELECTORS, select
 from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.interop.formats import export_vectors
@@ -201,6 +201,11 @@ SELECTIONS = {
     "rare-first": ["--budget", 5, "--concepts", "TEST", "--modality", "MODALITY"],
 }
 """Method -> options; of these methods each compares the items alone, or with labeled ones."""
+
+
+def test_every_method_that_compares_items_is_tested() -> None:
+    others = {"clip-score", "metaclip", "score"}  # compare pairs of a run, captions, or no items
+    assert SELECTORS.paths.keys() - SELECTIONS.keys() == others
 
 
 @pytest.mark.parametrize("method", SELECTIONS)
