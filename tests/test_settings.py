@@ -224,7 +224,7 @@ def test_json_of_a_run_keeps_its_keys() -> None:
         "split": "strict", "image_cosine": 0.995, "text_cosine": 0.9, "seed": 3, "block_rows": 1, "device": "cpu",
     }  # fmt: skip
     found = train_settings(given).to_json()
-    assert found == golden
+    assert found == golden, "a new setting has recorded_by_default=False, so that old runs resume"
     assert [list(value) if isinstance(value, dict) else name for name, value in found.items()] == [
         list(value) if isinstance(value, dict) else name for name, value in golden.items()
     ]
