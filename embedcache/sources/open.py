@@ -66,7 +66,10 @@ _WITHOUT_LOCATION = frozenset({"openmoji"})
 _PARTS = "parts"
 
 _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_SUFFIXES, "coco": JSON_SUFFIXES}
-"""Kind of source -> suffixes of the files that it reads."""
+"""Kind of source -> suffixes of the files that it reads: one that is given as a location is of this kind."""
+
+_FOLDER_SUFFIXES = {**{kind: _SUFFIXES[kind] for kind in ("webdataset", "table")}, "folder": frozenset({".npz"})}
+"""The same of a folder that holds such files, and no images or media; the first kind of which there is a file."""
 
 _CACHE_FILES = ("cache.json", "samples.parquet")
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}
@@ -74,12 +77,6 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (
     "expected a folder of images or other files, a table (.parquet, .csv, .tsv, .jsonl), WebDataset tars, COCO's "
     ".json, texts (.txt, .npy), MNIST's IDX files, a dataset of Hugging Face, a URL of these, or openmoji:"
-)
-_KINDS = (
-    (TAR_SUFFIXES, "webdataset"),
-    (TABLE_SUFFIXES, "table"),
-    (frozenset({".npz"}), "folder"),
-    (frozenset({SVG_SUFFIX}), "svg"),
 )
 
 
@@ -168,7 +165,7 @@ def _folder_kind(folder: Path, *, has_svg: bool) -> str:
         if has_suffix(name, images):
             return "folder"
         kinds.add(_kind_of(name))
-    for kind in ("idx", "webdataset", "table", "folder"):
+    for kind in ("idx", *_FOLDER_SUFFIXES):
         if kind in kinds:
             return kind
     hint = "; its .svg files are taken with --svg" if "svg" in kinds else ""
@@ -181,10 +178,8 @@ def _kind_of(name: str) -> str:
     """Return the kind of source that a file is part of, if a folder has no images or media; else an empty string."""
     if IDX_IMAGES.fullmatch(name):
         return "idx"
-    for suffixes, kind in _KINDS:
-        if has_suffix(name, suffixes):
-            return kind
-    return ""
+    kinds = (kind for kind, suffixes in _FOLDER_SUFFIXES.items() if has_suffix(name, suffixes))
+    return next(kinds, "svg" if has_suffix(name, frozenset({SVG_SUFFIX})) else "")
 
 
 def reopen_source(description: Mapping[str, Any]) -> Source:
