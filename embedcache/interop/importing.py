@@ -25,12 +25,11 @@ from embedcache.sources.open import IMPORTED_SOURCE
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
-from embedcache.store.commits import REMOVED, describe_failures, hash_item
+from embedcache.store.commits import describe_failures, hash_item
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import info_path, read_info
-from embedcache.store.removal import removed_hash
 from embedcache.store.writer import add_feature, commit_chunk, withdraw
 
 _FEATURE = "vector"
@@ -259,25 +258,17 @@ def _write_chunk(cache: Cache, group: EncoderGroup, chunk: int, vectors_BD: Arra
     texts: list[str | None] = [None] * len(vectors_BD)
     if group.modality == "text":
         texts = cache.items("text", chunk=chunk, columns=["text"])["text"].to_pylist()
-    samples_B = cache.items(group.modality, chunk=chunk, columns=["sample"])["sample"].to_numpy()
-    is_removed_B = np.isin(samples_B, cache.removed)
     is_finite_B: Bools = np.asarray(np.isfinite(vectors_BD).all(axis=1))
-    failures = [_failure(*row) for row in zip(texts, is_removed_B, is_finite_B, strict=True)]
+    failures = [_failure(*row) for row in zip(texts, is_finite_B, strict=True)]
     values = [vector if reason is None else None for vector, reason in zip(vectors_BD, failures, strict=True)]
     contents = (
         vector.tobytes() if text is None else text.encode() for vector, text in zip(vectors_BD, texts, strict=True)
     )
-    hashes = [
-        removed_hash(group.modality) if is_removed else hash_item(data)
-        for is_removed, data in zip(is_removed_B, contents, strict=True)
-    ]
-    commit_chunk(group, chunk, {_FEATURE: values}, hashes, {_FEATURE: failures})
+    commit_chunk(group, chunk, {_FEATURE: values}, list(map(hash_item, contents)), {_FEATURE: failures})
 
 
-def _failure(text: str | None, is_removed: bool, is_finite: bool) -> str | None:  # noqa: FBT001
+def _failure(text: str | None, is_finite: bool) -> str | None:  # noqa: FBT001
     """Return why an item has no vector, None if it has one; `text` is that of a caption."""
-    if is_removed:
-        return REMOVED
     if text is not None and not text.strip():
         return _EMPTY
     return None if is_finite else _NO_VECTOR

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, PathError, pluralize
+from embedcache.errors import DataError, PathError, UnfinishedError, pluralize
 from embedcache.files import AnyPath, one_or_many, open_path, remove_partials, write_atomic
 from embedcache.locks import Leases
 from embedcache.maintain.copy_source import CopySource, SegmentSamples, divide_segments
@@ -27,12 +27,10 @@ from embedcache.registry import unknown_name
 from embedcache.sources.open import merged_description
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
-from embedcache.store.commits import REMOVED
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.indexing import index_tables
 from embedcache.store.layout import SUBSET, checked_fit_path, fit_path
-from embedcache.store.removal import removed_hash
 from embedcache.store.removed import digest_marks, merge_marks, read_removed
 from embedcache.store.rows import iterate_keys, key_column, match_keys
 from embedcache.store.table_writer import hash_texts
@@ -325,7 +323,6 @@ def _copy_group(
     readers = {other.path.parents[1]: _ItemReader(other, names) for other in groups}
     rows = [(segment, segment.item_rows(modality)) for segment in segments]
     bounds = np.cumsum([0, *(len(of_segment) for _, of_segment in rows)])
-    is_removed = out.removed_items(modality)
     missing = [chunk for chunk in range(out.info.num_chunks(modality)) if not _has_all(group, chunk, names)]
     working = Leases(group.path / "chunks")  # while it exists, no other process deletes the folder
     if missing:
@@ -345,10 +342,6 @@ def _copy_group(
             own_rows = of_segment[max(place.start - start, 0) : max(place.stop - start, 0)]
             if len(own_rows):  # a cache may have no items of the modality, and so no reader
                 readers[segment.cache.path].read(own_rows, values, failures, hashes)
-        for row in np.flatnonzero(is_removed[place.start : place.stop]).tolist():
-            hashes[row] = removed_hash(modality)
-            for name in names:
-                values[name][row], failures[name][row] = None, REMOVED
         commit_chunk(group, chunk, values, hashes, failures)
         progress.advance(len(hashes))
     progress.finish()
@@ -386,7 +379,11 @@ class _ItemReader:
 
     def _open(self, chunk: int) -> None:
         commit = self._group.commit(chunk)
-        assert commit is not None  # the features are complete
+        if commit is None:  # the features were complete
+            raise UnfinishedError(
+                f"chunk {chunk} of {self._group.path} is being written again by another process; wait for it, and run "
+                "the same command again"
+            )
         self._items = {name: Feature(self._group, name).items(commit) for name in self._names}
         self._reasons = {name: list(commit.failures[name]) for name in self._names}
         self._hashes, self._chunk = list(commit.hashes), chunk

@@ -11,6 +11,7 @@ from embedcache.arrays import Ints
 from embedcache.curate.map import FILE as map_file
 from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize
 from embedcache.files import AnyPath, is_remote, open_path, remove_partials
+from embedcache.locks import locked
 from embedcache.maintain.outputs import check_removable, check_run, remove_from, remove_from_run
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, count_items, list_texts
@@ -28,6 +29,9 @@ from embedcache.store.layout import INTERRUPTED_REMOVAL, CacheInfo, read_info
 from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
 from embedcache.store.removed import read_removed
 from embedcache.store.rows import find_keys
+
+_REMOVAL = 1
+"""Lock of the cache's folder for one removal at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +162,16 @@ def remove_samples(
         CorruptError: a table or a chunk of these samples is damaged; nothing is changed.
         PathError: a file is none that samples can be removed from.
     """
-    settings, shown = merge_settings(RemoveSettings, settings, options), to_progress(progress)
+    settings, path = merge_settings(RemoveSettings, settings, options), _local(cache)
     keys = list_texts(keys, "keys")
-    plan = plan_removal(cache, keys, settings)
-    path = plan.cache
+    read_info(path)  # else the lock would make a folder of this name
+    with locked(path, _REMOVAL):
+        return _remove(path, keys, settings, to_progress(progress))
+
+
+def _remove(path: Path, keys: Sequence[str], settings: RemoveSettings, shown: Progress) -> RemovalReport:
+    """Remove samples, while no other process removes any from this cache and what was made of it."""
+    plan = plan_removal(path, keys, settings)
     cards = {index: _open_card(index, path) for index in settings.indexes}
     request = {"record_keys": settings.record_keys, "outputs": [str(output) for output in plan.outputs]}
     with record_stage(new_record_path(path, "remove"), "remove", request) as outcome:

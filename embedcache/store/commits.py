@@ -29,12 +29,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, Bools, Ints
-from embedcache.errors import CorruptError, PathError, one_line
+from embedcache.errors import CorruptError, PathError, UnfinishedError, one_line
 from embedcache.files import flush, read_file, remove_file, write_atomic
 from embedcache.io_errors import io_reason
+from embedcache.modalities import MODALITIES
 from embedcache.provenance import INDEX_DIGEST, canonical_json
 from embedcache.store.arrays import REPAIR
-from embedcache.store.columns import Column, to_array
+from embedcache.store.columns import Column, is_none, to_array
 from embedcache.store.layout import commit_path
 from embedcache.store.tables import read_table
 
@@ -98,6 +99,20 @@ class Commit:
     def is_complete(self, feature: str) -> bool:
         """Return whether every row has the feature or a reason why not."""
         return feature in self.features and PENDING not in self.failures[feature]
+
+    def check_keeps(self, earlier: "Commit", feature: str) -> None:
+        """Check that rows that had a feature in an earlier commit of the chunk have it still.
+
+        Raises:
+            UnfinishedError: their samples were removed since.
+        """
+        had, has = is_none(earlier.failures[feature]), is_none(self.failures[feature])
+        size = min(len(had), len(has))
+        if (had[:size] & ~has[:size]).any():
+            raise UnfinishedError(
+                f"samples of chunk {self.chunk} of feature {feature} were removed from the cache while it was read; "
+                "run the same command again"
+            )
 
     def stored_starts(self, feature: str, batch_size: int) -> Bools:
         """Return after how many rows from the start of the chunk extraction can begin: (R + 1,) bool.
@@ -256,6 +271,11 @@ def hash_item(data: bytes, *, interval: tuple[float | None, float | None] = (Non
     if interval != (None, None):
         content.update(canonical_json(list(interval)))
     return content.digest()
+
+
+def removed_hash(modality: str) -> bytes | None:
+    """Return the hash in the place of that of a removed item: none, or that of an empty text."""
+    return hash_item(b"") if MODALITIES[modality].kind == "texts" else None
 
 
 def number_contents(hashes: "pa.Array | pa.ChunkedArray") -> Ints:

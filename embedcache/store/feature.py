@@ -331,7 +331,7 @@ class Feature:
     def _read(self, commit: Commit, read: Callable[[Commit], T]) -> T:
         """Read files of a chunk; again with its new commit if another process has written the chunk since.
 
-        `--extend` and `--retry-failed` do: values that existed stay the same in the new files.
+        `--extend` and `--retry-failed` do: values that existed stay the same in the new files. A removal raises.
         """
         try:
             return read(commit)
@@ -339,6 +339,7 @@ class Feature:
             current = self._commit_on_disk(commit.chunk)
             if current.features[self.feature] == commit.features[self.feature]:
                 raise
+            current.check_keeps(commit, self.feature)
         return read(current)
 
     def _commit_on_disk(self, chunk: int) -> Commit:

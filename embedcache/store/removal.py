@@ -17,11 +17,11 @@ from embedcache.errors import CorruptError, PathError, UnfinishedError
 from embedcache.files import flush, put_file, remove_partials, write_atomic
 from embedcache.io_errors import disk_errors
 from embedcache.locks import Leases, locked
-from embedcache.modalities import MODALITIES, noun
+from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest_file
 from embedcache.store.cache import Cache
-from embedcache.store.commits import REMOVED, Commit, hash_item, remove_commit, write_commit
+from embedcache.store.commits import REMOVED, Commit, remove_commit, removed_hash, write_commit
 from embedcache.store.compacted import compacted_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
@@ -233,11 +233,6 @@ def _without(group: EncoderGroup, commit: Commit, rows: Sequence[int], files: di
         for reasons in failures.values():
             reasons[row] = REMOVED
     return replace(commit, index_digest=group.info.index_digest, features=files, hashes=hashes, failures=failures)
-
-
-def removed_hash(modality: str) -> bytes | None:
-    """Return the hash in the place of that of a removed item: none, or that of an empty text."""
-    return hash_item(b"") if MODALITIES[modality].kind == "texts" else None
 
 
 def _move_chunk(group: EncoderGroup, staging: Path, chunk: int) -> None:

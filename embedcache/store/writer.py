@@ -11,6 +11,7 @@ import numpy as np
 from embedcache.arrays import Array, blocks, fit_integers
 from embedcache.axis import Axis
 from embedcache.errors import ArtifactError, CorruptError, DataError, FingerprintError, PathError
+from embedcache.files import is_remote
 from embedcache.locks import locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
@@ -23,10 +24,11 @@ from embedcache.store.arrays import (
     write_chunk,
     write_metadata,
 )
-from embedcache.store.commits import PENDING, Commit, remove_commit, write_commit
+from embedcache.store.commits import PENDING, REMOVED, Commit, remove_commit, removed_hash, write_commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import ATTRIBUTE, EncoderGroup, read_feature
-from embedcache.store.layout import items_path
+from embedcache.store.layout import items_path, removed_path
+from embedcache.store.removed import read_removed_file
 from embedcache.store.tables import open_table, table_errors
 
 
@@ -103,7 +105,8 @@ def commit_chunk(
 
     Stored data stays: features that the chunk has, also those that another process committed meanwhile, and rows of a
     chunk that was not full when samples were appended (`embedcache.store.commits`). The chunk is locked. A feature that
-    gets new rows does not exist while it is written.
+    gets new rows does not exist while it is written. Items of samples that were removed from the cache are left out,
+    also if they were read before.
 
     Args:
         features: feature -> one array per item from `cast_item`, in row order; None for a failed item.
@@ -117,6 +120,7 @@ def commit_chunk(
     """
     with locked(group.path / "chunks", chunk):
         group.check_fingerprint()
+        features, hashes, failures = _without_removed(group, chunk, features, hashes, failures)
         before = group.commit(chunk)
         _check_same_items(group, hashes, chunk, before)
         if before is not None:
@@ -141,6 +145,30 @@ def commit_chunk(
             attributes=attributes if before is None else {**before.attributes, **attributes},
         )
         write_commit(group.path, commit)
+
+
+def _without_removed(
+    group: EncoderGroup,
+    chunk: int,
+    features: Mapping[str, Sequence[Array | None]],
+    hashes: Sequence[bytes | None],
+    failures: Mapping[str, Sequence[str | None]],
+) -> tuple[dict[str, list[Array | None]], list[bytes | None], dict[str, list[str | None]]]:
+    """Leave out the items of removed samples, as the table of these is now: it comes before any chunk of a removal."""
+    items, kept = {name: list(new) for name, new in features.items()}, list(hashes)
+    reasons = {name: list(failures[name]) for name in features}
+    cache_path = group.path.parents[1]
+    removed = removed_path(cache_path)
+    if not group.info.removed and (is_remote(removed) or not removed.is_file()):
+        return items, kept, reasons
+    path = items_path(cache_path, group.modality)
+    with table_errors(path), open_table(path) as table:
+        samples = table.read_row_group(chunk, columns=["sample"], use_threads=False)["sample"].to_numpy()
+    for row in np.flatnonzero(np.isin(samples[: len(kept)], read_removed_file(removed).rows)).tolist():
+        kept[row] = removed_hash(group.modality)
+        for name in items:
+            items[name][row], reasons[name][row] = None, REMOVED
+    return items, kept, reasons
 
 
 def _check_same_items(group: EncoderGroup, hashes: Sequence[bytes | None], chunk: int, before: Commit | None) -> None:

@@ -160,6 +160,13 @@ def test_second_cut_into_a_folder_is_refused(made: Path, small: Path, tmp_path: 
     assert tree(folder) == tree(small)
 
 
+def test_chunk_that_is_written_again_meanwhile_is_named(made: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(made / "c", tmp_path / "c"))
+    chunk = cache / "image/open_toy/chunks/00002.parquet"
+    with pytest.raises(UnfinishedError, match="chunk 2 of .*open_toy is being written again by another process"):
+        cut_cache(cache, made / "chosen.txt", tmp_path / "small", progress=OnceCopying(chunk.unlink))
+
+
 MERGE_KILLS = [
     *(r"samples\.parquet", r"cache\.json", r"open_toy/patches/zarr\.json"),
     *(r"open_toy@flip/cls/c/2/0", r"open_toy/chunks/00002\.parquet", r"records/merge-.*\.json"),
@@ -414,7 +421,7 @@ def test_merge_refuses_other_encoders(made: Path, tmp_path: Path) -> None:
     caches, patches = [tmp_path / "one", made / "c"], "open_toy/patches"
     report = merge_caches(caches, tmp_path / "none", prefix_keys=True, features=patches)
     assert (report.features, report.left_out) == ([], [f"image/{patches}"])
-    (tmp_path / "one/image/open_toy/chunks/00001.parquet").unlink()
+    (tmp_path / "one/image/open_toy/chunks/00002.parquet").unlink()
     with pytest.raises(UnfinishedError, match="feature open_toy/cls is not finished: 1 of 3 chunks is missing"):
         merge_caches([made / "c", tmp_path / "one"], tmp_path / "other", prefix_keys=True)
     with pytest.raises(SourceError, match="are the sources of a merged cache; extract from each of them"):

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,12 @@ from embedcache.search.faiss_index import read_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex
 from embedcache.store.cache import Cache
+from embedcache.store.commits import removed_hash
+from embedcache.store.group import create_group
 from embedcache.store.removal import start_removal
 from embedcache.store.tables import read_footer
 from embedcache.store.verify import verify
+from embedcache.store.writer import add_feature, commit_chunk
 from tests.cli.run import succeed
 from tests.crash import crash_function
 from tests.edits import edit_record
@@ -207,6 +211,44 @@ def test_removal_that_has_started_is_not_replaced(copy: Path) -> None:
     with pytest.raises(UnfinishedError, match="a removal of samples was interrupted"):
         start_removal(cache, np.array([9]), KEYS[1:])  # by a process that looked before the first one wrote
     assert remove_samples(copy / "c", KEYS[:1]).num_samples == 1
+
+
+@pytest.mark.parametrize(("modality", "name"), [("image", "open_toy/cls"), ("text", "open_toy/mean")])
+def test_items_read_before_a_removal_are_not_committed_after_it(copy: Path, modality: str, name: str) -> None:
+    cache = Cache(copy / "c")
+    read = cache.feature(modality, name)
+    fingerprint = {**read.fingerprint, "model": "late"}
+    late = create_group(cache.path, modality, "late", cache.info, spec="test:late", fingerprint=fingerprint)
+    add_feature(late, "f", read.item_shape, read.dtype)
+    commit = read.group.commit(0)
+    assert commit is not None
+    items, hashes = read.items(commit), list(commit.hashes)
+    remove_samples(cache.path, KEYS[0])
+    commit_chunk(late, 0, {"f": items}, hashes, {"f": [None] * len(items)})
+    late_commit = late.commit(0)
+    assert late_commit is not None
+    assert list(late_commit.failures["f"]) == [None, None, None, "removed"]
+    assert late_commit.hashes[3] == removed_hash(modality)
+    assert np.isnan(next(Cache(cache.path).feature(modality, "late/f").chunks())[1][3]).all()
+    assert [finding for finding in verify(Cache(cache.path)) if finding.is_damage] == []
+
+
+def test_reader_beside_a_removal_gets_no_empty_rows(copy: Path) -> None:
+    vectors, tokens = (Cache(copy / "c").feature("image", f"open_toy/{name}") for name in ("cls", "patches"))
+    assert vectors.valid.all()
+    assert tokens.valid.all()
+    remove_samples(copy / "c", KEYS[0])
+    for feature in (vectors, tokens):
+        with pytest.raises(UnfinishedError, match="samples of chunk 0 of feature .* were removed from the cache while"):
+            feature.gather_tokens(np.array([3]))
+    assert np.isfinite(vectors.gather(np.array([5]))).all()
+
+
+def test_second_removal_waits_for_the_first(copy: Path, removed: Path) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        reports = list(threads.map(lambda _: remove_samples(copy / "c", KEYS, settings_of(copy)), range(2)))
+    assert sorted((report.num_samples, report.num_before) for report in reports) == [(0, 2), (2, 0)]
+    assert tree(copy / "c") == tree(removed / "c")
 
 
 @pytest.mark.slow
