@@ -16,6 +16,7 @@ that enters them, all else for the process; `embedcache.processes.run_processes`
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -311,8 +312,19 @@ def missing_plugin_hint(name: str) -> str:
     return "" if file is None else f"{file} names it: if it is a plug-in, install its package, which is missing here"
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str = "", hint: str = "") -> UnknownNameError:
+def unknown_name(
+    kind: str,
+    name: str,
+    known: Iterable[str],
+    *,
+    where: str = "",
+    hint: str = "",
+    descriptions: Mapping[str, str] | None = None,
+) -> UnknownNameError:
     """Create the error for an unknown name, with the known names and the closest match.
+
+    The closest one is that whose description alone has the words of the unknown name, else that of the most similar
+    spelling.
 
     Args:
         kind: what it is the name of, such as `column`.
@@ -320,9 +332,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str = "",
         known: all names that there are.
         where: what has these names, with a preposition, such as `of cache/`.
         hint: the next step.
+        descriptions: what some of the names mean.
     """
     names = sorted(known)
-    close = get_close_matches(name, names, n=1, cutoff=0.5) if isinstance(name, str) else []
+    words = re.compile(rf"\b{re.escape(str(name)).replace('_', ' ')}\b", re.IGNORECASE)
+    described = [each for each, text in (descriptions or {}).items() if words.search(text)]
+    similar = get_close_matches(name, names, n=1, cutoff=0.5) if isinstance(name, str) else []
+    close = described if len(described) == 1 else similar
     parts = [f"unknown {kind} {name!r} {where}".rstrip()]
     if close:
         parts.append(f"did you mean {close[0]!r}?")

@@ -295,10 +295,10 @@ def from_flat(kind: type[S], values: Mapping[str, Any]) -> S:
         UnknownNameError: there is no setting of that name.
         SettingError: a value does not fit its declaration.
     """
-    names = [item.name for item in flat_settings(kind)]
+    descriptions = {item.name: item.declared.help for item in flat_settings(kind)}
     for name in values:
-        if name not in names:
-            raise unknown_name("setting", name, names)
+        if name not in descriptions:
+            raise unknown_name("setting", name, descriptions, descriptions=descriptions)
     nested: dict[str, Any] = {}
     for item in flat_settings(kind):
         if values.get(item.name) is not None:

@@ -87,6 +87,13 @@ def test_load_broken_builtin_raises() -> None:
         TABLE.load("broken")
 
 
+def test_unknown_name_in_the_words_of_a_description() -> None:
+    known = {"lr": "Peak learning rate.", "language": "Captions of this language.", "epochs": "Rate per epoch."}
+    assert "did you mean 'lr'?" in str(unknown_name("option", "learning_rate", known, descriptions=known))
+    assert "did you mean 'epochs'?" in str(unknown_name("option", "epoch", known, descriptions=known))
+    assert "did you mean" not in str(unknown_name("option", "rate", known, descriptions=known))
+
+
 def test_unknown_name_in_empty_registry() -> None:
     assert "there is no number here" in str(unknown_name("number", "pi", []))
     assert str(unknown_name("number", "pi", ["e"], where="of a/")) == "unknown number 'pi' of a/; known: e"

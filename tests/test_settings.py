@@ -319,6 +319,7 @@ def test_config_and_sweep_read_the_same_table(tmp_path: Path) -> None:
         ("fixed = 1", SettingError, r"all in a table \[fixed\], got both: fixed"),
         ("lr = ", SettingError, "expected TOML such as `lr = 0.001`"),
         ("lrr = 1", UnknownNameError, r"unknown option 'lrr' in .*train.toml; did you mean 'lr'"),
+        ("learning_rate = 1", UnknownNameError, "unknown option 'learning_rate' in .*; did you mean 'lr'"),
         ("epochs = -1", SettingError, "epochs: expected a whole number from 0 to 1000000, got -1"),
         (None, PathError, "cannot read .*train.toml: No such file"),
     ],

@@ -139,7 +139,9 @@ def read_space(path: Path) -> Space:
             )
         if name not in _SETTINGS:
             table = "fixed" if name in fixed else "space"
-            raise unknown_name("training setting", name, _SETTINGS, where=f"in [{table}] of {path}")
+            descriptions = {known: item.declared.help for known, item in _SETTINGS.items()}
+            where = f"in [{table}] of {path}"
+            raise unknown_name("training setting", name, _SETTINGS, where=where, descriptions=descriptions)
     for name in swept:
         _check_can_be_swept(path, name, fixed)
     space = Space(
