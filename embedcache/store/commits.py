@@ -109,10 +109,7 @@ class Commit:
         had, has = is_none(earlier.failures[feature]), is_none(self.failures[feature])
         size = min(len(had), len(has))
         if (had[:size] & ~has[:size]).any():
-            raise UnfinishedError(
-                f"samples of chunk {self.chunk} of feature {feature} were removed from the cache while it was read; "
-                "run the same command again"
-            )
+            raise UnfinishedError("samples were removed from the cache while it was read; run the same command again")
 
     def stored_starts(self, feature: str, batch_size: int) -> Bools:
         """Return after how many rows from the start of the chunk extraction can begin: (R + 1,) bool.

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.open import EncoderSpec
-from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, pluralize
+from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, UnfinishedError, pluralize
 from embedcache.files import find_files, is_remote
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
@@ -30,6 +30,7 @@ from embedcache.store.layout import (
     SAMPLES,
     commit_path,
     fit_path,
+    read_info,
     removed_path,
     removing_path,
     table_path,
@@ -80,6 +81,9 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
     Finds missing chunks, changed bytes, truncated files, chunks from another encoder or for other rows, changed
     metadata, changed or reordered tables, captions that changed after they were encoded, and items whose bytes changed
     between two encoders. Memory: one chunk.
+
+    Raises:
+        UnfinishedError: something is found, and samples were appended or removed meanwhile, which looks like damage.
     """
     progress = progress or NullProgress()
     findings, features = [*_check_removed(cache), *check_tables(cache, progress=progress)], []
@@ -104,6 +108,11 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
     }
     for modality in cache.info.num_items:
         findings += list(_check_items([groups[key] for key in sorted(groups) if key[0] == modality], progress))
+    if findings and read_info(cache.path).index_digest != cache.info.index_digest:
+        raise UnfinishedError(
+            f"{cache.path}: another process appended or removed samples while it was verified; verify it again once "
+            "that one has ended"
+        )
     return findings
 
 

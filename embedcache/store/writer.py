@@ -183,11 +183,11 @@ def _check_same_items(group: EncoderGroup, hashes: Sequence[bytes | None], chunk
         with suppress(ArtifactError, PathError):  # damaged: `verify` reports it
             if (commit := other.commit(chunk)) is not None:
                 stored[other.name] = commit
-    first = group.info.chunk_rows(group.modality, chunk).start
+    first, of_removed = group.info.chunk_rows(group.modality, chunk).start, removed_hash(group.modality)
     for name, commit in stored.items():
         for row in commit.used_rows():
             old, new = commit.hashes[row], hashes[row]
-            if old is not None and new is not None and old != new:
+            if old is not None and new not in (None, of_removed, old):
                 raise FingerprintError(
                     f"{group.modality} {_item_path(group, chunk, row)}in row {first + row} has other bytes now than "
                     f"when {name} was extracted; put the old file back, or extract into a new folder"
