@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, Floats, Ints
@@ -101,7 +102,8 @@ def read_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> HardNeg
 
     Raises:
         PathError: a file does not exist.
-        CorruptError: a file is not such a table, has changed since it was written, or a page is damaged.
+        CorruptError: a file is not such a table, has changed since it was written, as by sorting its rows, or a page is
+            damaged.
         DataError: a table is of other samples than those of the caches, or two are of one cache.
     """
     firsts = np.concatenate([[0], np.cumsum([cache.info.num_samples for cache in caches])])
@@ -109,7 +111,7 @@ def read_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> HardNeg
 
     def fill(table: pq.ParquetFile, footer: Footer, number: int) -> None:
         nonlocal negatives_SK
-        negatives_SK = _fill(table, footer, int(firsts[number]), negatives_SK, groups_S)
+        negatives_SK = _fill(table, footer, caches[number], int(firsts[number]), negatives_SK, groups_S)
 
     _open_tables(paths, caches, fill)
     alone = np.flatnonzero(groups_S < 0)
@@ -160,11 +162,14 @@ def _find_cache(path: Path, table: pq.ParquetFile, caches: Sequence[Cache]) -> i
     raise DataError(f"negatives {path}: expected those of {names}, got those of {header['cache']}; mine them again")
 
 
-def _fill(table: pq.ParquetFile, footer: Footer, first: int, negatives_SK: Array, groups_S: Ints) -> Array:
+def _fill(
+    table: pq.ParquetFile, footer: Footer, cache: Cache, first: int, negatives_SK: Array, groups_S: Ints
+) -> Array:
     """Read a table into the rows of its cache, which begin at `first`; return the negatives, wider if it has more."""
     start, num_values = first, 0
-    for batch in table.iter_batches(_READ_ROWS, columns=["group", "negatives"], use_threads=False):
+    for batch in table.iter_batches(_READ_ROWS, columns=["key", "group", "negatives"], use_threads=False):
         lists, count = batch.column("negatives"), len(batch)
+        _check_keys(batch.column("key"), cache, start - first)
         groups_S[start : start + count] = batch.column("group").to_numpy()
         lengths_B = np.diff(lists.offsets.to_numpy())
         num_values += int(np.maximum(lengths_B, 1).sum())  # an empty list counts as one
@@ -182,6 +187,19 @@ def _fill(table: pq.ParquetFile, footer: Footer, first: int, negatives_SK: Array
     # No two caches share a number then, as each is below the number of the cache's samples.
     groups_S[first:start][is_grouped] += first
     return negatives_SK
+
+
+def _check_keys(keys: pa.Array, cache: Cache, start: int) -> None:
+    """Check that rows from `start` on are those of the cache: lists hold row numbers. Removed samples have no key."""
+    expected_B = cache.column("key").slice(start, len(keys)).combine_chunks().cast(keys.type)
+    is_same_B = pc.fill_null(pc.equal(keys, expected_B), False)  # noqa: FBT003
+    others = np.setdiff1d(np.flatnonzero(~np.asarray(is_same_B)), cache.removed - start)
+    if len(others):
+        row = int(others[0])
+        raise ValueError(
+            f"row {start + row} has the key {keys[row].as_py()!r}, not {expected_B[row].as_py()!r} as in the cache; "
+            "rows must have the order of its samples"
+        )
 
 
 def _count_values(footer: Footer, found: int) -> int:

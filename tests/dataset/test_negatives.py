@@ -134,6 +134,13 @@ def test_tables_that_do_not_belong_raise(caches: list[Cache], run_path: Path, tm
         check_negatives([tmp_path / "plain.parquet"], caches)
 
 
+def test_rows_in_another_order_are_refused(caches: list[Cache], tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", caches[0], *made(40, 2, 0), 40)
+    pq.write_table(pq.read_table(tmp_path / "a.parquet").sort_by("group"), tmp_path / "sorted.parquet")
+    with pytest.raises(CorruptError, match=r"row \d+ has the key '\d+', not '\d+' as in the cache; rows must have the"):
+        read_negatives([tmp_path / "sorted.parquet"], caches)
+
+
 def test_fewer_negatives_than_the_footer_counts_are_refused(caches: list[Cache], tmp_path: Path) -> None:
     """As after a flip in the header of a page, which has no checksum: the last list would be shorter."""
     path, cache = tmp_path / "a.parquet", caches[0]
