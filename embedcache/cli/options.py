@@ -11,7 +11,7 @@ An option that several commands declare by hand is an alias here, with one meani
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
@@ -367,19 +367,24 @@ def _elements(name: str, kind: Any, words: Sequence[str]) -> Iterator[Any]:
 
 
 def by_modality(
-    option: str, words: Sequence[str] | None, example: str, *, metavar: str = "VALUE"
+    option: str,
+    words: Sequence[str] | None,
+    example: str,
+    *,
+    metavar: str = "VALUE",
+    known: Collection[str] = MODALITIES,
 ) -> dict[str, list[str]]:
-    """Return modality -> values of an option `MODALITY=VALUE` that may be repeated.
+    """Return modality -> values of an option `MODALITY=VALUE` that may be repeated, for some known modalities.
 
     Raises:
-        SettingError: a word of another form, or an unknown modality.
+        SettingError: a word of another form, or another modality.
     """
     values: dict[str, list[str]] = {}
     for word in words or ():
         modality, _, value = word.partition("=")
-        if modality not in MODALITIES or not value:
+        if modality not in known or not value:
             raise SettingError(
-                f"{option}: expected MODALITY={metavar} with a modality of {', '.join(MODALITIES)}, such as {example}, "
+                f"{option}: expected MODALITY={metavar} with a modality of {', '.join(known)}, such as {example}, "
                 f"got {word!r}"
             )
         values.setdefault(modality, []).append(value)

@@ -19,6 +19,7 @@ from embedcache.cli.options import (
 )
 from embedcache.devices import AUTO
 from embedcache.errors import SettingError
+from embedcache.modalities import FILE_MODALITIES
 from embedcache.search.settings import MOVED_CACHE, MOVED_RUN, SearchSettings
 from embedcache.serve.settings import ServeSettings
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from embedcache.search.hits import Hit
 
 _T = TypeVar("_T")
+_MODALITIES_OF_FILES = [modality.name for modality in FILE_MODALITIES]
 
 
 @with_settings(settings=SearchSettings)
@@ -71,7 +73,7 @@ def search(
     all_queries = Queries(
         texts=[*(query or ()), *(read_lines(queries) if queries else ())],
         images=query_image or (),
-        items=by_modality("--query-file", query_file, "audio=dog.wav", metavar="FILE"),
+        items=by_modality("--query-file", query_file, "audio=dog.wav", metavar="FILE", known=_MODALITIES_OF_FILES),
         keys=query_key or (),
         concepts=query_concept or (),
         concept_cache=concepts,

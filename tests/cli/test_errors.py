@@ -57,6 +57,10 @@ def test_error_of_the_system_is_one_line(name: str, monkeypatch: pytest.MonkeyPa
         (("extract", "simplecache::memory://x.tar", "c"), "chained by a double colon: simplecache::memory://x.tar;"),
         (("curate", "index", "c", "gs://b/i"), "INDEX: expected a path on this machine, got the URL gs://b/i;"),
         (("curate", "dedup", "c", "memory://d.parquet"), "path on this machine, got the URL memory://d.parquet;"),
+        (
+            ("search", "i", "--query-file", "text=a.txt"),
+            "--query-file: expected MODALITY=FILE with a modality of image, audio, video, points, such as",
+        ),
         (("export", "npy", "c", "file:///o"), "OUT: expected a path on this machine, got the URL file://o;"),
         (
             ("evaluate", "retrieval", "c", "r", "--output", "s3://b/r.json"),
