@@ -11,7 +11,7 @@ An option that several commands declare by hand is an alias here, with one meani
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
@@ -367,12 +367,7 @@ def _elements(name: str, kind: Any, words: Sequence[str]) -> Iterator[Any]:
 
 
 def by_modality(
-    option: str,
-    words: Sequence[str] | None,
-    example: str,
-    *,
-    metavar: str = "VALUE",
-    known: Collection[str] = MODALITIES,
+    option: str, words: Sequence[str] | None, example: str, *, metavar: str = "VALUE", known: Iterable[str] = MODALITIES
 ) -> dict[str, list[str]]:
     """Return modality -> values of an option `MODALITY=VALUE` that may be repeated, for some known modalities.
 
