@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -221,6 +222,7 @@ def test_gather_compares_each_file_once(tmp_path: Path, kind: str, monkeypatch: 
             path.write_bytes(
                 bytes(byte ^ 16 if number == place % len(data) else byte for number, byte in enumerate(data))
             )
+            os.utime(path, (1, 1))  # another time than before, also where the disk keeps no milliseconds
             with pytest.raises(CorruptError, match=rf"{path}.*the bytes changed on disk; repair it with"):
                 Feature(feature.group, "f").gather_tokens(rows)
         path.write_bytes(data)
