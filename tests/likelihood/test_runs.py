@@ -70,8 +70,8 @@ def folder(squares_paths: tuple[Path, Path, Path], tmp_path_factory: pytest.Temp
 
 
 def train(run: str, options: str = "", *, sizes: str = SIZES) -> list[str]:
-    line = f"train cache {run} --task likelihood --task-file tasks.toml --words words --split key {sizes} {SHORT}"
-    return [*line.split(), *options.split()]
+    line = f"--task likelihood --task-file tasks.toml --words words --split key {sizes} {SHORT} {options}"
+    return ["train", "cache", run, *line.split()]
 
 
 @pytest.fixture(scope="module")

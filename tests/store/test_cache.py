@@ -140,7 +140,7 @@ def test_columns_are_read_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_repr_has_counts(cache: Cache) -> None:
-    assert repr(cache) == f"Cache('{cache.path}': 20 samples, 20 images, 20 texts)"
+    assert repr(cache) == f"Cache({str(cache.path)!r}: 20 samples, 20 images, 20 texts)"
     assert repr(cache.features()) == "[Feature(open_toy/cls: image, (20, 48) float16)]"
     assert cache.features("text") == []
 
