@@ -119,19 +119,24 @@ def digest_input(batch: Sequence[Sample]) -> bytes:
     has five elements if it is an interval.
 
     Raises:
-        SourceError: text that is not Unicode.
+        SourceError: text that is not Unicode, or a value of a column or an item that JSON does not have.
     """
     lines = []
     for sample in batch:
         images = [[item.path, item.offset, item.length] for item in sample.images]
         texts = [[item.text, item.language] for item in sample.texts]
         others = {name: [_location(item) for item in items] for name, items in sample.files.items() if items}
-        line = _JSON.encode([sample.key, images, texts, dict(sample.columns), *([others] if others else [])])
         try:
+            line = _JSON.encode([sample.key, images, texts, dict(sample.columns), *([others] if others else [])])
             lines.append(f"{line}\n".encode())
         except UnicodeEncodeError as error:
             raise SourceError(
                 f"sample {sample.key!r} holds text that is not valid Unicode: {error.reason}; correct the source"
+            ) from error
+        except TypeError as error:
+            raise SourceError(
+                f"sample {sample.key!r}: expected texts, numbers, booleans and None in its items and columns: {error}; "
+                "correct the source"
             ) from error
     return b"".join(lines)
 

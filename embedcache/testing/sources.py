@@ -31,8 +31,13 @@ class SourceContract:
 
     def test_modalities(self, source: Source) -> None:
         samples = list(source.samples())
-        assert any(sample.images for sample in samples) == self.has_images
-        assert any(sample.texts for sample in samples) == self.has_texts
+        images, texts = (any(getattr(sample, kind) for sample in samples) for kind in ("images", "texts"))
+        assert images == self.has_images, "set has_images to whether the source has images"
+        assert texts == self.has_texts, "set has_texts to whether the source has texts"
+
+    def test_columns_hold_scalars(self, source: Source) -> None:
+        values = [value for sample in source.samples() for value in sample.columns.values()]
+        assert [value for value in values if not isinstance(value, str | int | float | None)] == []
 
     def test_keys_are_unique(self, source: Source) -> None:
         keys = [sample.key for sample in source.samples()]

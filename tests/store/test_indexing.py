@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,15 @@ def test_chunk_size_is_that_of_the_first_time(tmp_path: Path, chunk_size: int | 
 
 @pytest.mark.parametrize(
     ("sample", "words"),
-    [(Sample(key="bad", texts=(TextItem(text="\ud800"),)), "sample 'bad' holds text that is not valid Unicode")],
+    [
+        (Sample(key="bad", texts=(TextItem(text="\ud800"),)), "sample 'bad' holds text that is not valid Unicode"),
+        (
+            Sample(key="bad", columns={"when": date(2020, 1, 1)}),  # type: ignore[dict-item]
+            "sample 'bad': expected texts, numbers, .*: Object of type date is not",
+        ),
+    ],
 )
-def test_index_text_not_unicode_raises(tmp_path: Path, sample: Sample, words: str) -> None:
+def test_value_that_cannot_be_recorded_raises(tmp_path: Path, sample: Sample, words: str) -> None:
     with pytest.raises(SourceError, match=words):
         index(Rows([*rows(2).rows, sample]), tmp_path / "c")
 
