@@ -62,14 +62,14 @@ class LossContract:
         for excluded, other in ((here, there), (there, here)):
             row, column = (int(side) for side in excluded)
             low, high = (self._loss_at(loss, row, column, cosine, excluded=excluded) for cosine in (-0.5, 0.3))
-            torch.testing.assert_close(low, high)
+            torch.testing.assert_close(low, high, msg=lambda text: f"positives.excluded must count neither way: {text}")
             low, high = (self._loss_at(loss, row, column, cosine, excluded=other) for cosine in (-0.5, 0.3))
             assert low < high, "a negative pair must count"
 
     def test_other_positives_are_not_negatives(self, loss: torch.nn.Module) -> None:
         """An image and the caption of another one that belong together must not be pushed apart."""
         low, high = (self._loss_at(loss, 0, 1, cosine, positive=(0, 1)) for cosine in (-0.5, 0.0))
-        assert high <= low
+        assert high <= low, "all pairs of positives are positive, or count neither way"
 
     @staticmethod
     def _loss_at(

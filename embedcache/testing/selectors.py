@@ -78,7 +78,7 @@ class SelectorContract:
     def test_rows_ascend_with_reasons(self, selector: Selector, pools: Pools) -> None:
         found = self.select(selector, pools)
         assert found.rows.dtype == np.int64
-        assert (np.diff(found.rows) > 0).all()
+        assert (np.diff(found.rows) > 0).all(), "rows ascend, each once"
         assert len(found.reasons) == len(found.rows)
         assert all(reason.strip() for reason in found.reasons)
 
@@ -92,7 +92,7 @@ class SelectorContract:
         assert np.array_equal(first.rows, again.rows)
         assert list(first.reasons) == list(again.reasons)
         if self.budget is not None:
-            assert np.array_equal(first.rows, other.rows) != selector.uses_seed
+            assert np.array_equal(first.rows, other.rows) != selector.uses_seed, "uses_seed says what the seed changes"
 
     def test_chunk_size_changes_nothing(self, selector: Selector, pools: Pools) -> None:
         rows, other = (self.select(selector, pools, which).rows for which in ("cache", "other"))
@@ -102,7 +102,7 @@ class SelectorContract:
         keys = pools("cache", selector).cache.column("key").to_pylist()
         (tmp_path / "keys.txt").write_text("\n".join(keys[::2]))
         rows = self.select(selector, pools, selection=tmp_path / "keys.txt").rows
-        assert (rows % 2 == 0).all()
+        assert (rows % 2 == 0).all(), "select from pool.samples only"
 
     def test_unused_setting_raises(self, selector: Selector) -> None:
         for name in set(METHOD_SETTINGS) - set(selector.accepts):
