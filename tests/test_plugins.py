@@ -176,6 +176,15 @@ def test_error_in_a_plugin_names_it(tmp_path: Path, cache_path: Path, line: str)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("installed")
+def test_error_after_a_plugin_names_its_contract(tmp_path: Path, cache_path: Path) -> None:
+    """A class without the attributes of a method: the error is raised in our code."""
+    done = embedcache("curate", "select", cache_path, "s.parquet", "--method", "plugged", "--budget", 3, cwd=tmp_path)
+    assert done.code == 70
+    assert "Run the contract test of plugged (plugged 1.0)" in done.stderr
+
+
+@pytest.mark.slow
 def test_artifacts_of_plugins_that_are_not_installed(tmp_path: Path, cache_path: Path, site: Path) -> None:
     features = "--image-feature open_toy/cls --text-feature open_toy/mean"
     train = f"train {cache_path} run --projector plugged+linear --split key --epochs 1 {features}"

@@ -21,7 +21,7 @@ from embedcache.errors import (
 )
 from embedcache.io_errors import disk_full_message, io_reason, is_io_error
 from embedcache.progress import close_bars
-from embedcache.registry import plugin_of
+from embedcache.registry import plugin_of, used_plugins
 
 _BUG = 70
 _INTERRUPTED = 130
@@ -138,8 +138,13 @@ def _fail(message: str, error: Exception | None = None) -> NoReturn:
 def _report_bug(error: Exception) -> NoReturn:
     close_bars()
     traceback.print_exc()
-    plugin = plugin_of(error)
-    if plugin is None:
+    plugin, used = plugin_of(error), sorted(used_plugins() - {"embedcache"})
+    if plugin is None and used:
+        line = (
+            "This is a bug in embedcache, or of what a plug-in gave it. Run the contract test of "
+            f"{' and '.join(map(_plugin_name, used))}, see embedcache.testing: if it passes, please report the text above."
+        )
+    elif plugin is None:
         line = "This is a bug in embedcache, not an error of yours: please report it with the text above."
     else:
         line = (
