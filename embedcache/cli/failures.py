@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -142,22 +142,23 @@ def _report_bug(error: Exception) -> NoReturn:
     if plugin is None and used:
         line = (
             "This is a bug in embedcache, or of what a plug-in gave it. Run the contract test of "
-            f"{' and '.join(map(_plugin_name, used))}, see embedcache.testing: if it passes, please report the text above."
+            f"{_plugin_names(used)}, see embedcache.testing: if it passes, please report the text above."
         )
     elif plugin is None:
         line = "This is a bug in embedcache, not an error of yours: please report it with the text above."
     else:
         line = (
-            f"The error was raised in the plug-in {_plugin_name(plugin)}, or in what it called, as the text above "
+            f"The error was raised in the plug-in {_plugin_names([plugin])}, or in what it called, as the text above "
             "shows: please correct the plug-in, or report it to its author."
         )
     print(line, file=sys.stderr)
     sys.exit(_BUG)
 
 
-def _plugin_name(module: str) -> str:
-    """Return the module of a plug-in, with the package that installed it and its version."""
+def _plugin_names(modules: Sequence[str]) -> str:
+    """Return the modules of plug-ins, each with the package that installed it and its version."""
     from importlib.metadata import packages_distributions, version
 
-    packages = sorted({*packages_distributions().get(module, ())})
-    return f"{module} ({', '.join(f'{name} {version(name)}' for name in packages)})" if packages else module
+    owners = packages_distributions()
+    found = {module: [f"{name} {version(name)}" for name in sorted({*owners.get(module, ())})] for module in modules}
+    return " and ".join(f"{name} ({', '.join(packages)})" if packages else name for name, packages in found.items())
