@@ -5,6 +5,7 @@ that none of these libraries has to be imported.
 """
 
 import errno
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ _HUB_REASONS = {
 }
 """Class of the Hub's library, the more special ones first -> reason; their own texts are paragraphs."""
 _LONGEST_REASON = 300
+_ARROW_REASON = re.compile(r".* Detail: \[errno \d+\] ", re.DOTALL)
+"""What Arrow writes in front of the reason of the operating system: what it was about to do, with the file."""
 
 
 def is_io_error(error: BaseException) -> bool:
@@ -54,7 +57,8 @@ def io_reason(error: BaseException) -> str:
         return _first_line(error.__cause__)
     if isinstance(error, NotImplementedError):
         return "not supported by URLs of this protocol"
-    return (isinstance(error, OSError) and error.strerror) or _first_line(error)
+    reason = (isinstance(error, OSError) and error.strerror) or _first_line(error)
+    return _ARROW_REASON.sub("", reason)
 
 
 def library_of(kind: type) -> str:

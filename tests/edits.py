@@ -1,5 +1,8 @@
-"""Changes by hand to files that embedcache has written."""
+"""Changes by hand to files that embedcache has written, and limits of the system."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +43,14 @@ def exchange(path: Path, data: bytes | bytearray) -> None:
     other = path.with_suffix(".other")
     other.write_bytes(data)
     other.replace(path)
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Let this process open no further file."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pytest
 
 from embedcache.cli.config_files import read_config
@@ -31,7 +32,7 @@ from embedcache.files import (
     user_folder,
     write_atomic,
 )
-from embedcache.io_errors import disk_errors, is_io_error
+from embedcache.io_errors import disk_errors, io_reason, is_io_error
 from embedcache.likelihood.tasks import read_task_file
 from embedcache.locks import Leases, locked
 from embedcache.sweep.space import read_space
@@ -110,6 +111,12 @@ def test_full_disk_by_message_raises(tmp_path: Path) -> None:
         raise RuntimeError("Error in faiss: write error: No space left on device")
     with pytest.raises(RuntimeError, match="another"), disk_errors(tmp_path):
         raise RuntimeError("another")
+
+
+def test_reason_of_arrow_is_that_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Detail") as raised:
+        pa.OSFile(str(tmp_path / "nowhere"))
+    assert io_reason(raised.value) == "No such file or directory"
 
 
 def test_make_folder_at_file_raises(tmp_path: Path) -> None:

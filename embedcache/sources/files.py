@@ -3,6 +3,7 @@
 What the sources of untrusted caches read is restricted to regular local files below some folders.
 """
 
+import errno
 import fcntl
 import os
 import posixpath
@@ -43,6 +44,7 @@ _SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 SHARD_SEPARATOR = "::"
 """Separates several paths or patterns in the location of a WebDataset."""
 
+_OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE)  # too many open files
 _NOT_FOUND = 404
 _FORBIDDEN = 403
 _READ_AHEAD_BYTES = 2**18  # one request for small columns that are adjacent in the file
@@ -68,13 +70,18 @@ def file_name_beside_key(path: str | None, key: str) -> str | None:
 
 @contextmanager
 def wrap_io_errors(path: Path | str, error_class: type[EmbedcacheError] = PathError) -> Iterator[None]:
-    """Raise errors of disks and storage services as `error_class`, with the path and the reason in one line."""
+    """Raise errors of disks and storage services as `error_class`, with the path and the reason in one line.
+
+    That too many files are open is raised unchanged: no file is at fault.
+    """
     try:
         yield
     except (PathError, ItemError) as error:
         raise error_class(str(error)) from None
     except Exception as error:  # errors of storage services have no common base class
         if not is_io_error(error):
+            raise
+        if isinstance(error, OSError) and error.errno in _OF_THE_PROCESS:
             raise
         if _is_missing(error):
             raise error_class(f"no such file: {path}") from None

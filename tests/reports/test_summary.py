@@ -14,6 +14,7 @@ from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import ArtifactError, CorruptError, PathError
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
+from tests.edits import no_more_files
 from tests.golden.commands import ARTIFACTS
 
 
@@ -76,6 +77,8 @@ def test_reasons_are_counted_up_to_a_comma(tmp_path: Path) -> None:
     assert summary.notes == [f"and {len(counts) - 10} other reasons"]
     assert len(counts) == 14
     pq.write_table(pa.table({"key": ["a"], "reason": [1]}), tmp_path / "numbers.parquet")
+    with no_more_files(), pytest.raises(PathError, match=r"cannot read .*/s.parquet: Too many open files$"):
+        summarize(tmp_path / "s.parquet")
     with pytest.raises(PathError, match="expected a selection, got another Parquet file"):
         summarize(tmp_path / "numbers.parquet")
 

@@ -9,6 +9,7 @@ from embedcache.errors import ItemError
 from embedcache.sources import FileItem, open_source
 from embedcache.sources.open import MergedSource, merged_description
 from tests.cli.run import TOY, succeed
+from tests.edits import no_more_files
 from tests.images import write_images
 
 
@@ -21,6 +22,14 @@ def test_path_with_a_null_character_is_a_failed_row(tmp_path: Path) -> None:
     source = open_source(tmp_path / "table.jsonl")
     with pytest.raises(ItemError, match="expected a path without null characters, got .*x00"):
         source.read(list(source.samples())[2].images[0])
+
+
+def test_too_many_open_files_are_no_fault_of_an_item(tmp_path: Path) -> None:
+    source = open_source(write_images(tmp_path / "photos", 1))
+    (item,) = next(source.samples()).images
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        source.read(item)
+    assert source.read(item)
 
 
 @pytest.mark.parametrize("path", ["nowhere.png", "2/00000.png", "-1/00000.png", "0/nowhere.png"])
