@@ -16,6 +16,7 @@ from embedcache.cli.options import (
     SelectionArgument,
     SelectionOutput,
     TextFeature,
+    check_new_file,
     features_by_modality,
     output_argument,
     with_settings,
@@ -100,10 +101,18 @@ def sample(
     publish_size(out, num_samples, as_json=as_json, output=output)
 
 
+def _check_export(context: typer.Context, option: typer.CallbackParam, path: Path) -> Path | None:
+    """Check an output as `check_new_file` does; a folder is checked by the format, which is not known yet."""
+    return path if path.is_dir() else check_new_file(context, option, path)
+
+
 def export(
     cache: CacheArgument,
     selection: SelectionArgument,
-    out: Annotated[Path, output_argument("New file; for webdataset a new folder.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="New file; for webdataset a new folder.", callback=_check_export),
+    ],
     form: Annotated[
         Literal["datacomp", "keys", "webdataset"],
         typer.Option(

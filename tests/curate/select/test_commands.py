@@ -38,6 +38,7 @@ def command(
 
 @pytest.mark.slow
 def test_select_combine_sample_and_export(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
     for line, expected in (
         (
             "select cache a.parquet --method rare-first --concepts concepts --per-concept 9 --feature {text}",
@@ -61,6 +62,10 @@ def test_select_combine_sample_and_export(command: Command, tmp_path: Path) -> N
     kept = read_selection(tmp_path / "keys.txt", [Cache("cache")])
     assert kept.tolist() == read_selection(tmp_path / "g.parquet", [Cache("cache")]).tolist()
     assert (tmp_path / "shards" / "00000.tar").is_file()
+    for form, message in (("webdataset", "expected a new or empty folder"), ("keys", "expected a file, got a folder")):
+        code, _, err = command(f"export cache g.parquet shards --format {form}")
+        assert code == 1
+        assert message in err
 
 
 def test_feature_need_not_be_named(command: Command, tmp_path: Path) -> None:
