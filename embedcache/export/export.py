@@ -16,7 +16,7 @@ from embedcache.export.safetensors import write_safetensors
 from embedcache.export.sentence_transformers import write_sentence_transformers
 from embedcache.export.settings import RECORD, ExportSettings
 from embedcache.export.transformers import write_transformers
-from embedcache.files import AnyPath, building, remove_folder
+from embedcache.files import AnyPath, building, remove_folder, remove_leftovers
 from embedcache.outputs import read_report_json
 from embedcache.projectors.saved import config_path
 from embedcache.provenance import (
@@ -101,6 +101,7 @@ def export_run(
         "metrics": digest(metrics),
         **arguments,
     }
+    remove_leftovers(out)
     differences, is_new = _existing_differences(out, identity), False
     if differences is None:
         differences, is_new = _write(opened, out, identity, metrics, arguments), True

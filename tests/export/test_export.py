@@ -1,6 +1,7 @@
 """Properties of every export."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ from embedcache.export.card import _metrics, _weights_line, _width_notes
 from embedcache.export.code import MODEL_MODULE, copy_code
 from embedcache.export.export import export_run
 from embedcache.export.settings import RECORD, ExportSettings
+from embedcache.files import partial_path
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, project, save_pair, split_path
 from embedcache.records import record_stage
@@ -105,7 +107,10 @@ def test_export_is_reused_or_refused(run: Path, tiny: dict[str, str], tmp_path: 
     check_documented(folder, "safetensors")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "README.md").write_text("edited")
+    left = tmp_path / partial_path(folder).name.replace(f".{os.getpid()}.", f".{2**22 + 1}.")
+    left.mkdir()  # of a process that was killed when the folder was in place
     assert not export_run("safetensors", run, folder).is_new
+    assert not left.exists()
     assert (folder / "README.md").read_text() == "edited"
     other = tmp_path / "again"
     export_run("safetensors", run, other)
