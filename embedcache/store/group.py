@@ -43,6 +43,7 @@ _OTHER_NAME = (
     "an encoder of another family has this name, the model part of its spec: extract into a new folder, or name the "
     "model of your own encoder otherwise"
 )
+_WRITE_AGAIN = "restore that file, or remove it and run the same embedcache extract, derive or import again"
 _SAME_DERIVATION = "use the same inputs and parameters as before, or derive under another name"
 
 _KEPT: dict[tuple[Path, str, str], tuple[Mapping[str, Stamp], list[Commit | None]]] = {}
@@ -266,7 +267,9 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
     attributes = _read_attributes(path)
     spec, fingerprint, view = attributes.get("spec"), attributes.get("fingerprint"), attributes.get("view", "")
     if not (isinstance(spec, str) and is_fingerprint(fingerprint) and isinstance(view, str)):
-        raise CorruptError(f"{path / 'zarr.json'}: expected the spec and the fingerprint of an encoder, got others")
+        raise CorruptError(
+            f"{path / 'zarr.json'}: expected the spec and the fingerprint of an encoder, got others; {_WRITE_AGAIN}"
+        )
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint, view=view)
 
 
@@ -314,7 +317,7 @@ def read_feature(group: EncoderGroup, feature: str) -> dict[str, Any]:
     if not (_is_item_shape(shape) and isinstance(dtype, str) and dtype in _DTYPES):
         raise CorruptError(
             f"{group.path / feature / 'zarr.json'}: expected the item_shape and dtype of a feature, got "
-            f"{shape!r} and {dtype!r}; restore that file"
+            f"{shape!r} and {dtype!r}; {_WRITE_AGAIN}"
         )
     return attributes
 
@@ -342,10 +345,13 @@ def read_axis(attributes: Mapping[str, Any], name: str) -> Axis | None:
 
 def _read_attributes(path: Path) -> dict[str, Any]:
     """Read what embedcache states in the metadata of a Zarr group or array; CorruptError if it states nothing."""
-    attributes = read_metadata(path)
+    try:
+        attributes = read_metadata(path)
+    except CorruptError as error:
+        raise CorruptError(f"{error}; {_WRITE_AGAIN}") from error
     for name in ("attributes", ATTRIBUTE):
         attributes = attributes.get(name) if isinstance(attributes, dict) else None
     if not isinstance(attributes, dict):
         path = path / "zarr.json"
-        raise CorruptError(f"{path}: expected Zarr attributes of embedcache, got none; extract into a new folder")
+        raise CorruptError(f"{path}: expected Zarr attributes of embedcache, got none; {_WRITE_AGAIN}")
     return attributes

@@ -203,7 +203,8 @@ def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feat
         try:
             feature = Feature(open_group(cache.path, modality, encoder, cache.info), name)
         except (ArtifactError, PathError) as error:
-            reason = f"{error}; remove that file and run the same embedcache extract or derive again"
+            is_missing = isinstance(error, PathError)
+            reason = f"{error}; run the same embedcache extract, derive or import again" if is_missing else str(error)
             findings.append(Finding(modality=modality, encoder=encoder, name=name, can_repair=False, reason=reason))
             continue
         opened.append(feature)

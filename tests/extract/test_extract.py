@@ -18,6 +18,7 @@ from PIL import Image
 
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import (
+    CorruptError,
     FingerprintError,
     PathError,
     SettingError,
@@ -54,6 +55,17 @@ def extracted(source: Path) -> Path:
 def cache(extracted: Path, tmp_path: Path) -> Path:
     """A copy of it."""
     return Path(shutil.copytree(extracted, tmp_path / "c"))
+
+
+@pytest.mark.parametrize("name", ["image/open_toy/zarr.json", "text/open_toy/tokens/zarr.json"])
+def test_unreadable_metadata_is_written_again_once_it_is_removed(source: Path, cache: Path, name: str) -> None:
+    settings, before, path = {"features": ("cls", "tokens"), "chunk_size": 8}, tree(cache), cache / name
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CorruptError, match=f"{name} is not valid JSON: .* or remove it and run the same embedcache"):
+        run(source, cache, **settings)
+    path.unlink()
+    assert [report.encoded for report in run(source, cache, **settings)] == [0, 0]
+    assert tree(cache) == before
 
 
 def obey_permissions() -> None:

@@ -225,7 +225,7 @@ def test_metadata_of_a_single_chunk_are_repaired_if_its_commit_confirms_them(
     assert (finding.can_repair, finding.chunk, finding.location) == (can_repair, -1, "test/f")
     (group.path / "zarr.json").unlink()
     (finding,) = verify(Cache(tmp_path))
-    assert finding.line().endswith("; remove that file and run the same embedcache extract or derive again")
+    assert finding.line().endswith("zarr.json does not exist; run the same embedcache extract, derive or import again")
 
 
 def test_verify_ignores_uncounted_rows(copy: Path) -> None:
@@ -395,9 +395,11 @@ def test_verify_finds_an_encoder_of_which_nothing_can_be_read(copy: Path) -> Non
     (copy / "image/other").mkdir()
     (copy / "image/other/zarr.json").write_text("{}")
     (finding,) = verify(Cache(copy))
-    expected = "expected Zarr attributes of embedcache, got none; "
+    expected = "expected Zarr attributes of embedcache, got none; restore that file, "
     assert finding.line().startswith(f"other/: {copy}/image/other/zarr.json: {expected}")
-    assert finding.line().endswith("; remove that file and run the same embedcache extract or derive again")
+    assert finding.line().endswith(
+        "restore that file, or remove it and run the same embedcache extract, derive or import again"
+    )
 
 
 @pytest.mark.slow
