@@ -132,15 +132,15 @@ class SegmentationTask:
         return batch.num_points
 
     def measure(self) -> dict[str, float]:
-        """Compute the mean IoU on the validation frames; without any, the number of steps so far."""
+        """Compute the mean IoU on the validation frames; without any, the number of batches that the norms saw."""
         if self._validation is None:
             name = next(iter(self._labels))
             return {"steps": float(self.module.state_dict()[f"networks.{name}.input_norm.num_batches_tracked"])}
         return {f"{name} mIoU": mean_iou_of(self.module, name, self._validation) for name in self._labels}
 
     def score(self, measures: Mapping[str, float]) -> float:
-        """Return the mean over modalities, or the number of steps."""
-        return float(np.mean(list(measures.values())))
+        """Return the mean over modalities; NaN without validation frames, so that the last epoch is kept."""
+        return float("nan") if self._validation is None else float(np.mean(list(measures.values())))
 
     def watch(self) -> dict[str, float]:
         """Return nothing more to log."""

@@ -100,7 +100,7 @@ class Task(Protocol):
         ...
 
     def score(self, measures: Mapping[str, float]) -> float:
-        """Return the number by which epochs are compared; a higher one is better."""
+        """Return the number by which epochs are compared; a higher one is better. If all are NaN, the last is kept."""
         ...
 
     def watch(self) -> Mapping[str, float]:

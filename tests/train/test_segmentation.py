@@ -86,7 +86,7 @@ def adapt(runs: dict[str, Path], path: Path, **options: Any) -> Path:
         {"image": labels},
         path,
         inputs(*WIDTHS),
-        settings(init_from=words, trainable="image", **options),
+        settings(**{"init_from": words, "trainable": "image", **options}),
         num_classes=C,
     )
     return path
@@ -124,6 +124,15 @@ def test_adaptation_keeps_the_last_epoch_and_resumes_to_the_same_bits(runs: dict
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     best, last = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("model", "last"))
     assert all(torch.equal(value, last[name]) for name, value in best.items())
+
+
+@pytest.mark.parametrize("trainable", ["image-heads", "image-linear", "image-norms"])
+def test_adaptation_of_a_part_keeps_the_last_epoch(runs: dict[str, Path], tmp_path: Path, trainable: str) -> None:
+    adapt(runs, tmp_path / "run", epochs=2, trainable=trainable)
+    best, last = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("model", "last"))
+    start = load(runs["image"]).state_dict()
+    assert all(torch.equal(value, last[name]) for name, value in best.items())
+    assert any(not torch.equal(value, best[name]) for name, value in start.items())
 
 
 def test_norm_statistics_are_a_run_that_training_starts_from(runs: dict[str, Path], tmp_path: Path) -> None:
