@@ -112,11 +112,21 @@ def own_slice(count: int) -> slice:
     return slice(count * rank // processes, count * (rank + 1) // processes)
 
 
-def check_batches(num_items: int, num_batches: int = 1) -> None:
-    """Raise SettingError if `own_slice` is empty in some of these batches, which are of equal size to within one."""
-    if num_items < num_batches * num_processes():
+def check_batches(num_items: int, num_batches: int = 1, *, least: int = 1) -> None:
+    """Check that batches, which are of equal size to within one, have enough items for all processes.
+
+    Args:
+        num_items: items of all batches.
+        num_batches: number of batches.
+        least: items that each process must have: 2 for batch normalization.
+
+    Raises:
+        SettingError: some have fewer.
+    """
+    if num_items < num_batches * num_processes() * least:
+        needed = "one item" if least == 1 else f"{least} items, for batch normalization,"
         raise SettingError(
-            f"batch_size: expected at least one item per process in each batch, got {num_items // num_batches} for "
+            f"batch_size: expected at least {needed} per process in each batch, got {num_items // num_batches} for "
             f"{num_processes()} processes; raise --batch-size, or start fewer processes"
         )
 

@@ -176,7 +176,7 @@ class Objective(nn.Module):
         """Project this process's items: (b, P) float32, not normalized."""
         num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
         part_rows = max(1, MAX_VECTORS // num_tokens)
-        if len(inputs.values) <= part_rows or _has_batch_norm(tower):  # a batch that is normalized must not be divided
+        if len(inputs.values) <= part_rows or has_batch_norm(tower):  # a batch that is normalized must not be divided
             return self._project(tower, inputs.values, inputs.lengths)
         return torch.cat(
             [
@@ -200,7 +200,8 @@ class Objective(nn.Module):
         return autocast(values.device.type, self._precision)
 
 
-def _has_batch_norm(tower: nn.Module) -> bool:
+def has_batch_norm(tower: nn.Module) -> bool:
+    """Return whether a tower normalizes over the items of a batch, of which there must be two."""
     return any(isinstance(module, nn.BatchNorm1d) for module in tower.modules())
 
 

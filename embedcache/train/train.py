@@ -40,7 +40,7 @@ from embedcache.train.data import Names, Paths, TrainData, divide_pairs, name_fe
 from embedcache.train.distributed import check_batches, process_group, process_rank
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
-from embedcache.train.pair import PairTask, Validation, pair_parts
+from embedcache.train.pair import PairTask, Validation, has_batch_norm, pair_parts
 from embedcache.train.pair_batches import PairBatches, PairLoader
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
 from embedcache.train.recipes import apply_recipe
@@ -51,6 +51,7 @@ from embedcache.train.views import DrawnViews, parse_views
 
 _DEFAULT_BATCH_SIZE = 1024
 _CHECKED_ROWS = 65_536
+_MIN_ITEMS = 2  # of a batch: others are the negatives
 _STORED_NAMES = {"flops_per_pair": "flops_a_pair", "wait_fraction": "waited_share"}
 """Field of `TrainReport` -> key in `record.json`, where they differ."""
 
@@ -254,6 +255,8 @@ def _fit(
     negatives = _hard_negatives(data, training, settings, progress)
     batches, device = _make_batches(training, settings, views, negatives), settings.machine.device
     pair = _build_pair(config, data, training, settings, progress)
+    if any(map(has_batch_norm, pair.towers)):
+        check_batches(batches.smallest, least=2)
     size = count_cost(config, {modality: feature.item_shape for modality, feature in data.features.items()})
     first, second = data.readers.values()
     load = PairLoader(views[0] or first, views[1] or second, device=device)
@@ -370,4 +373,9 @@ def _make_batches(
         num_negatives=settings.num_negatives,
     )
     check_batches(batches.smallest)
+    if batches.smallest < _MIN_ITEMS:
+        raise SettingError(
+            f"batch_size: expected at least {2 * _MIN_ITEMS} samples in each batch with mixup, which makes one item of "
+            f"two, got {num_samples // batches.num_steps}; raise --batch-size, or omit --mixup"
+        )
     return batches

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedcache.errors import SettingError
 from embedcache.train.batches import Loader, RowBatches, shuffle_blocks
+from embedcache.train.distributed import check_batches
 
 
 @pytest.mark.parametrize(("count", "block_rows"), [(5000, 2), (5001, 2), (7, 1), (3, 8)])
@@ -87,3 +89,10 @@ def test_rows_are_shuffled_one_by_one_by_default() -> None:
     rows = np.arange(100, 110)
     first, second = (RowBatches(rows, batch_size=4, seed=0, **given).epoch(1) for given in ({}, {"block_rows": 1}))
     assert [batch.tolist() for batch in first] == [batch.tolist() for batch in second]
+
+
+def test_batch_normalization_needs_two_items() -> None:
+    check_batches(4, 2, least=2)
+    check_batches(3, 2)
+    with pytest.raises(SettingError, match="expected at least 2 items, for batch normalization, per process .* got 1"):
+        check_batches(3, 2, least=2)

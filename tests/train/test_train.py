@@ -292,6 +292,11 @@ def test_swapped_weights_are_refused(cache_path: Path, finished: Path, tmp_path:
         ({"device": "cuda:77"}, SettingError, "cuda:77"),
         ({"batch_size": 196}, SettingError, "batch_size: expected at most the 195 training samples, got 196; use"),
         (
+            {"batch_size": 3, "mixup": 1.0},
+            SettingError,
+            "batch_size: expected at least 4 samples in each batch with mixup, which makes one item of two, got 3",
+        ),
+        (
             {"projector": "glu", "initialization": "cca"},
             SettingError,
             "initialization: expected random, as projector glu has no linear branch, got cca",
