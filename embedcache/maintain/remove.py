@@ -162,11 +162,12 @@ def remove_samples(
         CorruptError: a table or a chunk of these samples is damaged; nothing is changed.
         PathError: a file is none that samples can be removed from.
     """
-    settings, path = merge_settings(RemoveSettings, settings, options), _local(cache)
+    settings, shown = merge_settings(RemoveSettings, settings, options), to_progress(progress)
+    path = _local(cache)
     keys = list_texts(keys, "keys")
     read_info(path)  # else the lock would make a folder of this name
     with locked(path, _REMOVAL):
-        return _remove(path, keys, settings, to_progress(progress))
+        return _remove(path, keys, settings, shown)
 
 
 def _remove(path: Path, keys: Sequence[str], settings: RemoveSettings, shown: Progress) -> RemovalReport:
