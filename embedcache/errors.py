@@ -17,7 +17,9 @@ EmbedcacheError
 """
 
 import faulthandler
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -114,6 +116,11 @@ def first_few(values: Sequence[V], num_shown: int = 3, *, show: Callable[[V], st
     """List the first values in a message and count the others: `a, b, c and 4 more`."""
     more = f" and {len(values) - num_shown:,} more" if len(values) > num_shown else ""
     return separator.join(map(show, values[:num_shown])) + more
+
+
+def quoted(path: str | os.PathLike[str]) -> str:
+    """Return a path as a word of the shell command that a message names."""
+    return shlex.quote(str(path))
 
 
 def pluralize(number: int, one: str, many: str | None = None) -> str:

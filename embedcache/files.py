@@ -6,7 +6,6 @@ import ipaddress
 import os
 import platform
 import re
-import shlex
 import shutil
 import stat
 import tempfile
@@ -81,11 +80,6 @@ def open_path(location: AnyPath) -> Path:
     except ImportError as error:
         raise PathError(f"{location} needs a package that is not installed: {error}") from None
     return cast(Path, path)
-
-
-def quoted(path: AnyPath) -> str:
-    """Return a path as a word of the shell command that a message names."""
-    return shlex.quote(str(path))
 
 
 def is_url(location: str) -> bool:

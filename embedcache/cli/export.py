@@ -17,9 +17,8 @@ from embedcache.cli.options import (
     split_at_commas,
     with_settings,
 )
-from embedcache.errors import pluralize
+from embedcache.errors import pluralize, quoted
 from embedcache.export.settings import RECORD, ExportSettings, HubSettings
-from embedcache.files import quoted
 from embedcache.interop.settings import AtlasSettings, MtebSettings, VectorExportSettings
 
 app = new_group("Write a run, or vectors, for other tools.")

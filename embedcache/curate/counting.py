@@ -10,8 +10,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
-from embedcache.errors import FingerprintError
-from embedcache.files import quoted
+from embedcache.errors import FingerprintError, quoted
 from embedcache.processes import num_cores
 from embedcache.progress import Progress
 from embedcache.search.card import IndexCard, check_card, open_row_index, read_card

@@ -24,8 +24,8 @@ from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, check_selection_path, read_selection, write_selection
 from embedcache.dataset.similar_pairs import SimilarPairs, cosine_limit
-from embedcache.errors import DataError, SettingError, pluralize
-from embedcache.files import AnyPath, quoted
+from embedcache.errors import DataError, SettingError, pluralize, quoted
+from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.outputs import check_output, new_output, removed_table_path, with_metadata
 from embedcache.progress import AnyProgress, Progress, to_progress

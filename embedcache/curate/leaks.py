@@ -18,8 +18,8 @@ from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.dataset.similar_pairs import cosine_limit
-from embedcache.errors import DataError, SettingError, UnfinishedError
-from embedcache.files import AnyPath, quoted
+from embedcache.errors import DataError, SettingError, UnfinishedError, quoted
+from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import Closest
 from embedcache.modalities import MODALITIES, noun, option_of, order_pair
 from embedcache.progress import AnyProgress, Progress, to_progress

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, Floats, Ints
-from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
-from embedcache.files import AnyPath, quoted
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line, quoted
+from embedcache.files import AnyPath
 from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.store.cache import Cache

@@ -8,8 +8,7 @@ import numpy as np
 from embedcache.arrays import Floats, Ints, mean_directions
 from embedcache.dataset.inputs import InputFeature
 from embedcache.encoders.open import IMPORTED, EncoderSpec, why_no_encoder
-from embedcache.errors import DataError
-from embedcache.files import quoted
+from embedcache.errors import DataError, quoted
 from embedcache.projectors.saved import project
 from embedcache.store.cache import Cache
 

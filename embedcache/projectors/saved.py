@@ -14,8 +14,8 @@ import numpy as np
 
 from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.devices import announce_device
-from embedcache.errors import CorruptError, DataError, EmbedcacheError, one_line
-from embedcache.files import quoted, replacing
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, one_line, quoted
+from embedcache.files import replacing
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,

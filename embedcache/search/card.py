@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embedcache.devices import AUTO
-from embedcache.errors import CorruptError, PathError, UnfinishedError
-from embedcache.files import quoted
+from embedcache.errors import CorruptError, PathError, UnfinishedError, quoted
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,

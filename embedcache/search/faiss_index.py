@@ -14,8 +14,8 @@ import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.devices import AUTO
-from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError
-from embedcache.files import quoted, replacing
+from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError, quoted
+from embedcache.files import replacing
 from embedcache.io_errors import disk_full_message
 from embedcache.search.faiss_gpu import MOST_SELECTED, GpuSide, faiss_reason, import_faiss, num_gpus
 from embedcache.search.lists import has_block_lists, open_disk_lists

@@ -19,8 +19,8 @@ from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, blocks, normal
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.devices import AUTO, announce_device, torch_device
-from embedcache.errors import DataError, SettingError
-from embedcache.files import AnyPath, quoted
+from embedcache.errors import DataError, SettingError, quoted
+from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.processes import connected, num_cores
 from embedcache.progress import NullProgress, Progress

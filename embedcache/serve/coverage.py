@@ -9,8 +9,7 @@ import numpy as np
 
 from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.settings import CoverageSettings
-from embedcache.errors import DataError, FingerprintError, PathError
-from embedcache.files import quoted
+from embedcache.errors import DataError, FingerprintError, PathError, quoted
 from embedcache.modalities import noun
 from embedcache.outputs import read_report_json
 from embedcache.progress import Progress

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.files import is_url, open_path, quoted, write_addresses_in_full
+from embedcache.errors import ItemError, PathError, SourceError, quoted
+from embedcache.files import is_url, open_path, write_addresses_in_full
 from embedcache.registry import Registry, names_from
 from embedcache.settings import merge_settings
 from embedcache.sources.base import FileItem, Sample, Source

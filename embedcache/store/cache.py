@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Bools, Ints, blocks
-from embedcache.errors import AmbiguousNameError, CorruptError, DataError, UnknownNameError, pluralize
-from embedcache.files import AnyPath, find_files, open_path, quoted
+from embedcache.errors import AmbiguousNameError, CorruptError, DataError, UnknownNameError, pluralize, quoted
+from embedcache.files import AnyPath, find_files, open_path
 from embedcache.modalities import MODALITIES, count_items, option_of
 from embedcache.registry import require, unknown_name
 from embedcache.sources.files import wrap_io_errors

@@ -10,8 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import CorruptError, FingerprintError, pluralize
-from embedcache.files import quoted
+from embedcache.errors import CorruptError, FingerprintError, pluralize, quoted
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, noun
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample, Source

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.errors import CorruptError
-from embedcache.files import AnyPath, is_remote, is_url, open_path, quoted
+from embedcache.errors import CorruptError, quoted
+from embedcache.files import AnyPath, is_remote, is_url, open_path
 from embedcache.locks import LOCK
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import (
