@@ -1,7 +1,7 @@
 """Near-duplicate groups of a strict split: connected components of all pairs of samples with items above a cosine."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +40,11 @@ def near_duplicate_groups(
     progress: Progress,
     *,
     purpose: str = "split",
+    are_useless: Callable[[Ints], bool] = lambda _: False,
 ) -> Ints:
     """Return the near-duplicate group of each sample: (S,) int64.
+
+    Groups only grow while items are compared. Once `are_useless` returns true for them, they are returned as they are.
 
     Up to 200,000 items all pairs are compared. Of more items, those within 2 √N clusters and across the 16 nearest
     borders of each item are; how many of the pairs of a random sample of items are then in one group is reported.
@@ -53,8 +56,10 @@ def near_duplicate_groups(
     use_all_pairs = len(pairs.first.rows) + len(pairs.second.rows) <= ALL_PAIRS_LIMIT
     for items, (modality, read) in zip((pairs.first, pairs.second), readers.items(), strict=True):
         nodes, cosine = np.searchsorted(samples, items.samples), settings.cosine(modality)[1]
-        compared = _ComparedItems(modality, items, nodes, cosine, settings.seed, purpose)
+        compared = _ComparedItems(modality, items, nodes, cosine, settings.seed, purpose, are_useless)
         labels = (_merge_all_pairs if use_all_pairs else _merge_clusters)(compared, read, labels, progress)
+        if compared.are_useless(labels):
+            break
     return labels
 
 
@@ -66,6 +71,7 @@ class _ComparedItems:
         items: M items.
         nodes: (M,) position of each item's sample among the samples of the split.
         cosine: above it, two items join the groups of their samples.
+        are_useless: whether groups, which only grow, need no further comparison.
     """
 
     modality: str
@@ -74,6 +80,7 @@ class _ComparedItems:
     cosine: float
     seed: int
     purpose: str
+    are_useless: Callable[[Ints], bool]
 
     @property
     def what(self) -> str:
@@ -93,7 +100,10 @@ def _merge_all_pairs(compared: _ComparedItems, read: Reader, labels: Ints, progr
 
     note_duration(progress, compared.step, len(rows) ** 2, vectors_ND.shape[1], compare=compare)
     for row, column in iterate_pairs_above(vectors_ND, compared.cosine, what=compared.step, progress=progress):
-        labels = _merge(labels, compared.nodes[row], compared.nodes[column])
+        for edges in blocks(len(row), _MAX_EDGES):
+            labels = _merge(labels, compared.nodes[row[edges]], compared.nodes[column[edges]])
+            if compared.are_useless(labels):
+                return labels
     return labels
 
 
@@ -133,6 +143,8 @@ def _merge_clusters(compared: _ComparedItems, read: Reader, labels: Ints, progre
                 num_edges += edges[-1].shape[1]
             if num_edges > _MAX_EDGES:
                 labels, edges, num_edges = _merge(labels, *np.concatenate(edges, axis=1)), [], 0
+                if compared.are_useless(labels):
+                    return labels
             progress.advance(num_done)
             measured.add(tile.num_pairs)
         if edges:

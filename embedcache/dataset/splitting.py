@@ -54,7 +54,9 @@ def make_split(
     """
     if settings.kind != "strict":
         return split_samples(caches, pairs.samples, settings, progress=progress)
-    groups = near_duplicate_groups(pairs, settings, readers, progress or NullProgress())
+    groups = near_duplicate_groups(
+        pairs, settings, readers, progress or NullProgress(), are_useless=lambda groups: _lack_parts(groups, settings)
+    )
     split = _by_groups(caches, pairs.samples, number_values(groups), settings, progress)
     _require_parts(split, groups, settings, readers, _languages(caches, pairs, list(readers)))
     return split
@@ -130,6 +132,13 @@ def _languages(caches: Sequence[Cache], pairs: Pairs, modalities: Sequence[str])
     return sorted(pc.unique(languages.drop_null()).to_pylist())
 
 
+def _lack_parts(groups: Ints, settings: SplitSettings) -> bool:
+    """Return whether groups are so large that validation or test samples are missing, however they are drawn."""
+    quotas = _quotas(settings, len(groups))
+    sizes = np.bincount(groups)
+    return int(((sizes > 0) & (sizes <= max(quotas))).sum()) < len(quotas)
+
+
 def _require_parts(
     split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str], languages: Sequence[str] = ()
 ) -> None:
@@ -150,7 +159,8 @@ def _require_parts(
         )
     raise SettingError(
         f"--split {settings.kind} leaves no validation or test samples among {len(groups):,}: the largest "
-        f"near-duplicate group has {np.bincount(groups).max():,} samples; {advice}raise {named}, or use --split key"
+        f"near-duplicate group has at least {np.bincount(groups).max():,} samples; {advice}raise {named}, or use "
+        "--split key"
     )
 
 
@@ -180,10 +190,7 @@ def _by_groups(
 ) -> Split:
     """Draw the parts of samples, ascending, by whole groups, which are numbered from 0."""
     num_samples = sum(map(len, caches))
-    quotas = [
-        _quota(settings.test_fraction, settings.max_test, len(samples)),
-        _quota(settings.val_fraction, settings.max_val, len(samples)),
-    ]
+    quotas = _quotas(settings, len(samples))
     drawn = draw_groups(key_column(caches).select(samples), groups, quotas, settings.seed, progress)
     part_S, group_S = np.full(num_samples, _CODES[""], np.int8), np.full(num_samples, -1, np.int64)
     part_S[samples] = np.array([_CODES["train"], _CODES["test"], _CODES["val"]], np.int8)[drawn + 1]
@@ -195,6 +202,14 @@ def _split(caches: Sequence[Cache], part_S: Array, group_S: Ints) -> Split:
     """Return the split of all samples by the codes of their parts, (S,) int8, and their groups, (S,) int64."""
     names = pa.array(list(_CODES), pa.string())
     return Split.of_caches(caches, Column(names.take(pa.array(part_S))), Column(pa.array(group_S)))
+
+
+def _quotas(settings: SplitSettings, count: int) -> list[int]:
+    """Return the most samples of the test and of the validation part."""
+    return [
+        _quota(settings.test_fraction, settings.max_test, count),
+        _quota(settings.val_fraction, settings.max_val, count),
+    ]
 
 
 def _quota(fraction: float, largest: int, count: int) -> int:

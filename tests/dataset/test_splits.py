@@ -341,6 +341,20 @@ def vectors_of(*groups: int) -> dict[str, Reader]:
     return {name: lambda rows: Inputs(vectors[rows]) for name in ("image", "text")}
 
 
+def test_groups_that_are_too_large_are_refused_before_all_is_compared(two_caches: list[Path]) -> None:
+    """The texts of groups that are too large for their images already are not read."""
+    data = open_data(two_caches[:1], FEATURES, memory_bytes=10**9)
+    pairs = data.pairs(None).select(np.arange(8))
+
+    def read(rows: Ints) -> Inputs:
+        raise AssertionError(rows)
+
+    for groups, size in (([0] * 8, 8), ([0, 0, 0, 0, 0, 1, 1, 1], 5), ([0, 0, 0, 0, 1, 1, 1, 2], 4)):
+        readers = {"image": vectors_of(*groups)["image"], "text": read}
+        with pytest.raises(SettingError, match=f"the largest near-duplicate group has at least {size} samples"):
+            make_split(data.caches, pairs, SplitSettings(), readers)
+
+
 def test_parts_that_are_empty_raise(two_caches: list[Path]) -> None:
     data = open_data(two_caches[:1], FEATURES, memory_bytes=10**9)
     pairs = data.pairs(None).select(np.arange(8))
@@ -354,7 +368,7 @@ def test_parts_that_are_empty_raise(two_caches: list[Path]) -> None:
         with pytest.raises(
             SettingError,
             match="^--split strict leaves no validation or test samples among 8: the largest near-duplicate group has "
-            "3 samples; raise --image-cosine 0.9 and --text-cosine 0.7, or use --split key$",
+            "at least 3 samples; raise --image-cosine 0.9 and --text-cosine 0.7, or use --split key$",
         ):
             split(vectors_of(0, 1, 1, 2, 3, 4, 1, 5), **fractions)
         with pytest.raises(
@@ -381,7 +395,7 @@ def test_captions_of_several_languages_are_a_reason(
 ) -> None:
     data = open_data(two_caches[:1], FEATURES, memory_bytes=10**9)
     monkeypatch.setattr(splitting, "caption_languages", lambda _: pa.chunked_array([languages * 20]))
-    with pytest.raises(SettingError, match=f"group has 40 samples; {advice} --image-cosine 0.9"):
+    with pytest.raises(SettingError, match=f"group has at least 40 samples; {advice} --image-cosine 0.9"):
         make_split(data.caches, data.pairs(None), SplitSettings(), vectors_of(*[0] * 40))
 
 
