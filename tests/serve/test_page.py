@@ -267,8 +267,11 @@ def test_requests_without_an_answer(browser: Any, address: str) -> None:
     page.page.click(".mapped .bars button >> nth=1")
     page.wait_for("#map .gallery", reason)
     page.page.focus(".frame")
-    page.page.keyboard.press("Enter")
+    for key in ("+", "Enter"):
+        page.page.keyboard.press(key)
     page.wait_for(".mapped .status", reason)
+    page.page.wait_for_timeout(300)  # what is visible after the movement does not replace the reason
+    assert reason in page.text(".mapped .status")
     page.page.route("**/api/cards**", lambda route: route.abort())
     page.page.click("#tab-cards")
     page.wait_for("#cards", reason)

@@ -347,8 +347,10 @@ export class MapView {
     if (!this.near(left, top, radius).length) return;
     const rows = this.near(left, top, Math.max(radius, 120), 24).map((i) => this.points.rows[i]);
     const hits = await this.index.get(`/api/items?${rows.map((row) => `rows=${row}`).join("&")}`).catch((error) => error);
-    if (hits instanceof Error) this.where.textContent = hits.message;
-    else this.search.itemDialog.open(this.index, hits, 0, () => this.frame.focus());
+    if (hits instanceof Error) {
+      clearTimeout(this.describing); // it would replace the reason
+      this.where.textContent = hits.message;
+    } else this.search.itemDialog.open(this.index, hits, 0, () => this.frame.focus());
   }
 
   onKey(event) {
