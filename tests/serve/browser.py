@@ -41,7 +41,7 @@ class Browsing:
     def __init__(self, browser: Any, address: str, **options: Any) -> None:
         self.address, self.elsewhere, self.errors = address, [], []  # type: ignore[var-annotated]
         self.page = browser.new_page(**options)
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
         self.page.on("request", self._note)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
