@@ -25,7 +25,8 @@ def vectors(rng: np.random.Generator, num: int, width: int) -> Floats:
 )
 def test_top_k_matches_full_sort(seed: int, num_queries: int, num_candidates: int, k: int, tile: int) -> None:
     rng, k = np.random.default_rng(seed), min(k, num_candidates)
-    queries, candidates = vectors(rng, num_queries, 5), vectors(rng, num_candidates, 5)
+    # not a width of 5, see `test_visits_cover_all_neighbors`
+    queries, candidates = vectors(rng, num_queries, 6), vectors(rng, num_candidates, 6)
     with patch.object(neighbors, "_TILE", tile), patch.object(neighbors, "_CANDIDATES", 2 * tile):
         rows, sims = top_k(queries, candidates, k)
     exact = queries @ candidates.T
