@@ -1,14 +1,19 @@
 """Recordings, videos and point clouds in folders, tars and tables."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from embedcache.errors import PathError, SourceError
+from embedcache.modalities import FILE_MODALITIES, MODALITIES, ModalityName
 from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_source
+from embedcache.sources.files import MEDIA_SUFFIXES
 from embedcache.sources.points import decode_points
 from embedcache.sources.sound import decode_audio
+from embedcache.sources.table_columns import MEDIA_NAMES
 from embedcache.testing.sources import SourceContract
 from tests.media_files import cloud, encode_video, moving_square, npz, points_parquet, tone, wav
 from tests.sources.files import jpeg, write, write_parquet, write_tar
@@ -29,6 +34,16 @@ def folder(tmp_path: Path) -> Path:
     return write(
         tmp_path / "f", {**files, "c.FLAC": SOUND, "d/e.opus": SOUND, "d/e.json": '{"label": 3}', "z.jpg": b""}
     )
+
+
+def test_every_table_has_all_modalities() -> None:
+    page = "see docs/howto/own_modality.md"
+    in_files = {modality.name for modality in FILE_MODALITIES}
+    assert get_args(ModalityName) == tuple(MODALITIES), page
+    assert set(MEDIA_SUFFIXES) == in_files, page
+    assert {"image", *MEDIA_NAMES} == in_files, page
+    assert {f"{name}_column" for name in in_files} <= {setting.name for setting in fields(SourceSettings)}, page
+    assert len({name[0] for name in MODALITIES}) == len(MODALITIES), "directions such as i2t would be the same"
 
 
 def test_files_of_one_name_are_one_sample(folder: Path) -> None:
