@@ -83,6 +83,7 @@ REGISTRIES: dict[str, tuple[Registry, str]] = {
     "views": (VIEWS, "open_view"),
 }
 OPTIONS = {
+    "encoders": ("extract", "image_encoder text_encoder encoder"),
     "losses": ("train", "loss"),
     "methods": ("evaluate probe", "classifier"),
     "projectors": ("train", "projector"),
@@ -91,7 +92,7 @@ OPTIONS = {
     "sources": ("extract", "source_type"),
     "trackers": ("train", "report_to"),
 }
-"""Group -> command, and its option that takes one name of the group."""
+"""Group -> command, and its options that take names of the group."""
 
 
 @pytest.fixture(scope="module")
@@ -247,13 +248,13 @@ def test_help_lists_installed_plugins(tmp_path: Path, command: str, plugins: tup
 
 @pytest.mark.parametrize("group", OPTIONS)
 def test_help_lists_built_in_names(group: str) -> None:
-    path, option = OPTIONS[group]
+    path, options = OPTIONS[group]
     command = root_command()
     for word in path.split():
         command = command.commands[word]
-    (shown,) = (parameter.help for parameter in command.params if parameter.name == option)
+    shown = " ".join(parameter.help for parameter in command.params if parameter.name in options.split())
     unnamed = [name for name in REGISTRIES[group][0].paths if not is_named(name, shown)]
-    assert not unnamed or "…" in shown, f"name them in the help of {path} --{option}, or end its list with …"
+    assert not unnamed or "…" in shown, f"name them in the help of {path} for {options}, or end the list with …"
 
 
 def test_every_registry_is_tested_here() -> None:

@@ -51,7 +51,9 @@ def extract(
     encoder: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MODALITY=SPEC", help="Encoder of any modality, such as audio=whisper:tiny.en. May be repeated."
+            metavar="MODALITY=SPEC",
+            help="Encoder of any modality, also of the families whisper, frames, stacks, geometry and fields, such as "
+            "audio=whisper:tiny.en. May be repeated.",
         ),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", metavar="", help="Estimate time, memory and disk, and stop.")] = False,
