@@ -279,7 +279,8 @@ def test_page_lists_built_in_names(group: str) -> None:
 
 
 def is_named(name: str, text: str) -> bool:
-    return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) is not None
+    """Return whether a text has a name as a word, which is no name of a file such as `table.parquet`."""
+    return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-]|\.\w)", text) is not None
 
 
 def test_the_first_package_of_a_name_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
