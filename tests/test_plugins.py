@@ -224,18 +224,23 @@ def test_unknown_names_list_installed_plugins(tmp_path: Path, words: tuple[str, 
     assert "plugged" in done.stderr.rpartition("known: ")[2]
 
 
+LISTED = {
+    "extract": ("encoders", "sources", "views"),
+    "derive": ("rules",),
+    "train": ("projectors", "losses", "trackers"),
+    "sweep": ("projectors", "losses", "trackers"),
+    "evaluate probe": ("methods",),
+    "curate select": ("selectors",),
+}
+"""Command -> the kinds of plug-ins that its help lists; the names of networks are in Python only."""
+
+
+def test_every_kind_is_listed_by_a_command() -> None:
+    assert {kind for kinds in LISTED.values() for kind in kinds} == REGISTRIES.keys() - {"networks"}
+
+
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize(
-    ("command", "plugins"),
-    [
-        ("extract", ("encoders", "sources", "views")),
-        ("derive", ("rules",)),
-        ("train", ("projectors", "losses", "trackers")),
-        ("sweep", ("projectors", "losses", "trackers")),
-        ("evaluate probe", ("methods",)),
-        ("curate select", ("selectors",)),
-    ],
-)
+@pytest.mark.parametrize(("command", "plugins"), LISTED.items())
 def test_help_lists_installed_plugins(tmp_path: Path, command: str, plugins: tuple[str, ...]) -> None:
     """There may be plug-ins of other packages that are installed."""
     shown = " ".join(succeed(*command.split(), "--help", cwd=tmp_path).split())
