@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from embedcache.errors import DiskFullError, PathError
+from embedcache.errors import DiskFullError, EmbedcacheError, PathError
 
 _SERVICES = frozenset(
     {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs", "upath", "yarl"}
@@ -69,6 +69,17 @@ def library_of(kind: type) -> str:
 def _first_line(error: BaseException) -> str:
     """Return the first line of an error's message: those of services continue with paragraphs of advice."""
     return (str(error).partition("\n")[0] or type(error).__name__)[:_LONGEST_REASON]
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Raise errors of the system as `PathError`; those of libraries for damaged files, which have no number, stay."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, EmbedcacheError) or error.errno is None:
+            raise
+        raise PathError(f"cannot read {path}: {io_reason(error)}") from error
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, Floats, Ints
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line, quoted
 from embedcache.files import AnyPath
+from embedcache.io_errors import read_errors
 from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.store.cache import Cache
@@ -133,8 +134,7 @@ def _open_tables(
                 f"negatives {path} does not exist; write it with: embedcache curate negatives CACHE {quoted(path)}"
             )
         try:
-            footer = read_footer(path)
-            with open_table(path, footer.metadata) as table:
+            with read_errors(path), open_table(path, (footer := read_footer(path)).metadata) as table:
                 number = _find_cache(path, table, caches)
                 if number in found:
                     raise DataError(

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Floats
-from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError, one_line
+from embedcache.io_errors import read_errors
 from embedcache.outputs import check_table_output, new_output, read_metadata, with_metadata
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.registry import unknown_name
@@ -99,8 +100,11 @@ def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Scor
 @contextmanager
 def _table_errors(path: Path) -> Iterator[None]:
     try:
-        yield
+        with read_errors(path):
+            yield
     except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, EmbedcacheError):
+            raise
         raise CorruptError(f"scores {path}: expected a Parquet file with a column key: {one_line(error)}") from error
 
 

@@ -14,6 +14,7 @@ from embedcache.arrays import Ints
 from embedcache.dataset.splits import check_split, warn_removed
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line, pluralize
 from embedcache.files import TEXT_ENCODING, read_file
+from embedcache.io_errors import read_errors
 from embedcache.outputs import check_table_output, new_output, read_metadata, with_metadata
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.provenance import INDEX_DIGEST
@@ -153,7 +154,8 @@ def read_selected_reasons(path: Path) -> pa.Table:
 @contextmanager
 def _selection_errors(path: Path) -> Iterator[None]:
     try:
-        yield
+        with read_errors(path):
+            yield
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         if isinstance(error, EmbedcacheError):
             raise

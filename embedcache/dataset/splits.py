@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Bools, Ints
 from embedcache.dataset.pairs import name_caches
-from embedcache.errors import CorruptError, DataError, PathError, one_line
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
 from embedcache.files import replacing
+from embedcache.io_errors import read_errors
 from embedcache.outputs import to_metadata
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.provenance import INDEX_DIGEST, digest_file, read_record
@@ -170,10 +171,13 @@ def read_split(path: Path, caches: Sequence[Cache], *, progress: Progress | None
 def _iterate_rows(path: Path) -> Iterator[pa.Table]:
     """Iterate over the rows of a split: key, part, group and, of several caches, spine. Memory: a block."""
     try:
-        for table in iterate_table(path, BLOCK, _COLUMNS.names):
-            schema = _COLUMNS if INDEX_DIGEST in table.column_names else _COLUMNS.remove(len(_COLUMNS) - 1)
-            yield table.select(schema.names).cast(schema)
+        with read_errors(path):
+            for table in iterate_table(path, BLOCK, _COLUMNS.names):
+                schema = _COLUMNS if INDEX_DIGEST in table.column_names else _COLUMNS.remove(len(_COLUMNS) - 1)
+                yield table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        if isinstance(error, EmbedcacheError):
+            raise
         raise CorruptError(
             f"{path}: expected a split with the columns key, part and group: {one_line(error)}"
         ) from error

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, one_line, pluralize
 from embedcache.files import folder_bytes, open_path
-from embedcache.io_errors import io_reason
+from embedcache.io_errors import read_errors
 from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import read_metadata, read_report_json
@@ -340,13 +340,12 @@ def _summarize_selection(path: Path) -> Summary:
     try:
         if {"group", "negatives"} <= set(schema.names):
             return _summarize_negatives(path, schema)
-        table = read_table(path, columns=["reason"])
+        with read_errors(path):
+            table = read_table(path, columns=["reason"])
         kinds = pc.replace_substring_regex(table["reason"], "(?s),.*", "")
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         if isinstance(error, EmbedcacheError):
             raise
-        if getattr(error, "errno", None) is not None:
-            raise PathError(f"cannot read {path}: {io_reason(error)}") from error
         raise PathError(f"{path}: expected a selection, got another Parquet file: {one_line(error)}") from error
     if not (metadata := read_metadata(path, schema)):
         raise PathError(f"{path}: expected a selection, got another Parquet file, which names no cache")

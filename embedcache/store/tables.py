@@ -23,9 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints
-from embedcache.errors import CorruptError, EmbedcacheError, PathError, one_line
+from embedcache.errors import CorruptError, EmbedcacheError, one_line
 from embedcache.files import check_regular, is_remote
-from embedcache.io_errors import io_reason
+from embedcache.io_errors import read_errors
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import digest
 from embedcache.sources.base import FileItem
@@ -200,12 +200,11 @@ def write_table(path: Path, table: pa.Table) -> None:
 def table_errors(path: Path) -> Iterator[None]:
     """Raise errors of reading a table as a `PathError`, or as a `CorruptError` if the file is not that table."""
     try:
-        yield
+        with read_errors(path):
+            yield
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         if isinstance(error, EmbedcacheError):
             raise
-        if getattr(error, "errno", None) is not None:
-            raise PathError(f"cannot read {path}: {io_reason(error)}") from error
         raise CorruptError(
             f"{path} cannot be read: {one_line(error)}; restore the file, or extract into a new folder"
         ) from error

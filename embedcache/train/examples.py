@@ -20,7 +20,8 @@ from scipy.sparse import csr_array
 from embedcache.arrays import Floats, Ints, normalize
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import InputFeature, Reader, open_input
-from embedcache.errors import DataError, PathError, SettingError, one_line, pluralize
+from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, one_line, pluralize
+from embedcache.io_errors import read_errors
 from embedcache.modalities import FILE_MODALITIES
 from embedcache.networks.words import BLANK, NUM_SPECIAL, UNKNOWN, Vocabulary, WordLists
 from embedcache.store.cache import Cache
@@ -270,8 +271,11 @@ def read_examples(path: Path | str) -> pa.Table:
     if not Path(path).is_file():
         raise PathError(f"expected a Parquet file of examples, got {path}, which does not exist; check the path")
     try:
-        return pq.read_table(path)
+        with read_errors(Path(path)):
+            return pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, EmbedcacheError):
+            raise
         raise DataError(f"{path}: expected a Parquet file of examples, got an error: {one_line(error)}") from error
 
 
