@@ -3,7 +3,9 @@
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +71,15 @@ def run_program(run: Callable[[], object]) -> None:
         if not is_io_error(error):
             _report_bug(error)
         _fail(f"a remote service failed: {io_reason(error)}; check the address and the network")
+    finally:
+        _end_on_interrupt()
+
+
+def _end_on_interrupt() -> None:
+    """Let Ctrl-C end the process at once from now on: while it exits, Python would print it as a traceback."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _silence_libraries() -> None:
@@ -101,6 +112,7 @@ def explain_ends(left: Callable[[], tuple[str, bool]]) -> Iterator[None]:
 
 
 def _stop(left: str, *, resumes: bool) -> NoReturn:
+    _end_on_interrupt()
     close_bars()
     aim = "resume" if resumes else "start again"
     print(f"Interrupted. {visible(left[0].upper() + left[1:])}; rerun the same command to {aim}.", file=sys.stderr)

@@ -163,6 +163,22 @@ def test_interrupt_explains_how_to_resume(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_interrupt_while_the_process_exits_is_silent(*, is_interrupted: bool) -> None:
+    program = (
+        "import atexit, os, signal\n"
+        "from embedcache.cli.failures import run_program\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background ignores SIGINT
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        f"def interrupt():\n    if {is_interrupted}: raise KeyboardInterrupt\n"
+        "run_program(interrupt)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    line = "Interrupted. Finished work is kept; rerun the same command to resume.\n" if is_interrupted else ""
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, line)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
 def test_full_disk_is_one_line_and_loses_nothing(photos: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
