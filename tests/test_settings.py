@@ -233,10 +233,6 @@ def test_json_of_a_run_keeps_its_keys() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            {"captions": "all", "loss": "info_nce"},
-            "captions: .* one positive per image; use captions=draw",
-        ),
         ({"captions": "all", "mixup": 1.0}, "captions: .* mixup mixes single captions"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "val_fraction .* test_fraction"),
         ({"initialization": "pca"}, "initialization: expected one of cca, csa"),

@@ -18,7 +18,7 @@ from embedcache.files import read_text
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.registry import unknown_name
 from embedcache.settings import Declaration, check_value, flat_settings, with_underscores
-from embedcache.train.losses import LOSSES
+from embedcache.train.losses import check_loss
 from embedcache.train.settings import TrainSettings, train_settings
 from embedcache.train.trackers import check_trackers
 
@@ -235,7 +235,7 @@ def _check_value(path: Path, space: Space, name: str, value: Any) -> None:
         settings = space.settings({name: value})
         for projector in split_names(settings.model.projector):
             PROJECTORS.load(projector)
-        LOSSES.load(settings.loss.name)
+        check_loss(settings.loss.name, settings.captions)
         torch_device(settings.machine.device)
         check_trackers(settings.machine.report_to)
     except EmbedcacheError as error:

@@ -13,10 +13,9 @@ from embedcache.train.losses import LOSSES, Positives
 
 
 class LossContract:
-    """Tests of a loss; `name` is its name. Set `has_all_captions = False` if it needs one second item per first one."""
+    """Tests of a loss; `name` is its name."""
 
     name: str
-    has_all_captions = True
 
     @pytest.fixture
     def loss(self) -> torch.nn.Module:
@@ -94,7 +93,7 @@ class LossContract:
         return value
 
     def test_several_captions_per_image(self, loss: torch.nn.Module) -> None:
-        if not self.has_all_captions:
+        if not getattr(loss, "has_all_captions", True):
             return
         first, second, _ = _batch(4, seed=0)
         positives = Positives(first=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), second=torch.arange(8))

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, softplus
 
 from embedcache.arrays import blocks
+from embedcache.errors import SettingError
 from embedcache.registry import Registry
 from embedcache.train.distributed import log_sum_over_processes, num_processes, process_rank, sum_over_processes
 
@@ -64,7 +65,11 @@ class Positives:
 
 
 class Loss(Protocol):
-    """A `torch.nn.Module` built without arguments; its parameters are trained with those of the projectors."""
+    """A `torch.nn.Module` built without arguments; its parameters are trained with those of the projectors.
+
+    One that takes one second item per first one has the class attribute `has_all_captions = False`: training on all
+    captions is then refused, see `check_loss`.
+    """
 
     def __call__(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
         """Compute the loss of a batch, a scalar.
@@ -79,12 +84,29 @@ class Loss(Protocol):
         ...
 
 
+def check_loss(name: str, captions: str) -> None:
+    """Check that a loss exists, and that it takes all captions of an image if these are the positives.
+
+    Raises:
+        UnknownNameError: there is no loss of that name.
+        SettingError: `captions` is `all`, and it takes one text per image.
+    """
+    loss = LOSSES.load(name)
+    if captions == "all" and not getattr(loss, "has_all_captions", True):
+        raise SettingError(
+            f"captions: expected draw, got all: {name} has one positive per image; use captions=draw or "
+            "loss=multi_positive"
+        )
+
+
 class InfoNce(nn.Module):
     """Symmetric InfoNCE: cross-entropy of each item's own partner among those of the batch, in both directions.
 
     Other pairs that belong together are not negatives: they are left out. The loss of CLIP, "Learning Transferable
     Visual Models From Natural Language Supervision" (2021), figure 3.
     """
+
+    has_all_captions = False
 
     def forward(self, first_BP: Tensor, second_BP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
         is_other = positives.first != positives.second

@@ -284,13 +284,10 @@ class TrainSettings:
             )
         if self.negatives and self.loss.mixup:
             raise SettingError(f"mixup: expected 0 with hard negatives, got {self.loss.mixup}; omit one of them")
-        if self.captions == "all" and (self.loss.name == "info_nce" or self.loss.mixup):
-            reason = (
-                "info_nce has one positive per image; use captions=draw or loss=multi_positive"
-                if self.loss.name == "info_nce"
-                else "mixup mixes single captions; use captions=draw or mixup=0"
+        if self.captions == "all" and self.loss.mixup:
+            raise SettingError(
+                "captions: expected draw, got all: mixup mixes single captions; use captions=draw or mixup=0"
             )
-            raise SettingError(f"captions: expected draw, got all: {reason}")
 
     @property
     def selection_path(self) -> Path | None:

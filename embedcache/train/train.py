@@ -39,7 +39,7 @@ from embedcache.train.checkpoint import (
 from embedcache.train.data import Names, Paths, TrainData, divide_pairs, name_features, open_data, view_digests
 from embedcache.train.distributed import check_batches, process_group, process_rank
 from embedcache.train.initialization import initialize
-from embedcache.train.losses import LOSSES
+from embedcache.train.losses import check_loss
 from embedcache.train.pair import PairTask, Validation, has_batch_norm, pair_parts
 from embedcache.train.pair_batches import PairBatches, PairLoader
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
@@ -163,7 +163,7 @@ def train(
     progress = to_progress(progress)
     for name in split_names(settings.model.projector):
         PROJECTORS.load(name)
-    LOSSES.load(settings.loss.name)
+    check_loss(settings.loss.name, settings.captions)
     check_trackers(settings.machine.report_to)
     settings = replace(settings, machine=name_device(settings.machine, Path(run)))
     with process_group(settings.machine.device) as device:
@@ -191,6 +191,7 @@ def train_on(
     settings = replace(settings, machine=name_device(settings.machine, run_path))
     if settings.block_rows is None:
         settings = replace(settings, block_rows=data.block_rows)
+    check_loss(settings.loss.name, settings.captions)
     _check_features(data, settings)
     check_negatives(settings.negatives_paths, data.caches)
     files = {"split": settings.split.path, "selection": settings.selection_path}

@@ -137,6 +137,10 @@ INVALID = {
         "[fixed]\ncaptions = 'all'\n[space]\nmixup = [0.0, 1.0]",
         r"mixup = 1\.0: captions: expected draw, got all",
     ),
+    "loss of one text": (
+        "[fixed]\ncaptions = 'all'\n[space]\nloss = ['siglip', 'info_nce']",
+        "loss = 'info_nce': captions: expected draw, got all",
+    ),
     "fixed and swept": ("[fixed]\nepochs = 2\n[space]\nepochs = [2, 3]", r"epochs both in \[fixed\] and in \[space\]"),
     "swept split": ("[space]\nsplit_seed = [1, 2]", "split_seed in .space., but all trials are compared on the same"),
     "swept language": ("[space]\nlanguage = ['en', 'de']", "language in .space., but all trials are compared on the"),

@@ -80,7 +80,6 @@ def dense(positives: Positives, size: int) -> Tensor:
 
 class TestInfoNce(LossContract):
     name = "info_nce"
-    has_all_captions = False
 
 
 class TestMultiPositive(LossContract):

@@ -70,12 +70,6 @@ def test_numbers_are_declared_as_documented() -> None:
             {"captions": "all", "mixup": 0.5},
             "got all: mixup .* captions; use captions=draw or mixup=0",
         ),
-        ({"loss": "info_nce"}, {"captions": "all", "loss": "info_nce"}, "got all: info_nce has one positive per image"),
-        (
-            {"loss": "info_nce", "mixup": 0.5},
-            {"captions": "all", "loss": "info_nce", "mixup": 0.5},
-            "got all: info_nce has one positive per image",
-        ),
     ],
 )
 def test_settings_that_exclude_each_other(allowed: dict[str, Any], refused: dict[str, Any], message: str) -> None:

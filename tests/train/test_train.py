@@ -288,6 +288,16 @@ def test_swapped_weights_are_refused(cache_path: Path, finished: Path, tmp_path:
         ),
         ({"projector": "lineal"}, UnknownNameError, "unknown projector 'lineal'; did you mean 'linear'"),
         ({"loss": "siglib"}, UnknownNameError, "unknown loss 'siglib'; did you mean 'siglip'"),
+        (
+            {"loss": "info_nce", "captions": "all"},
+            SettingError,
+            "captions: expected draw, got all: info_nce has one positive per image; use captions=draw or loss=multi_",
+        ),
+        (
+            {"loss": "embedcache.train.losses:InfoNce", "captions": "all"},
+            SettingError,
+            "captions: expected draw, got all: embedcache.train.losses:InfoNce has one positive per image",
+        ),
         ({"language": "xx"}, UnknownNameError, "--language"),
         ({"device": "cuda:77"}, SettingError, "cuda:77"),
         ({"batch_size": 196}, SettingError, "batch_size: expected at most the 195 training samples, got 196; use"),
