@@ -28,8 +28,8 @@ from embedcache.metrics.ranking import best_ranks
 MEANS, VARIANCES = st.floats(-3, 3), st.floats(0.2, 4)
 
 
-def sides(rows: int, *, seed: int = 0, widths: tuple[int, int] = (7, 5)) -> tuple[np.ndarray, np.ndarray]:
-    """Two features that share three directions, off center."""
+def sides(rows: int, *, seed: int = 0, widths: tuple[int, int] = (7, 6)) -> tuple[np.ndarray, np.ndarray]:
+    """Two features that share three directions, off center; no width is 5, see `test_visits_cover_all_neighbors`."""
     rng = np.random.default_rng(seed)
     shared = rng.standard_normal((rows, 3))
     return tuple(  # type: ignore[return-value]
