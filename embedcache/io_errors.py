@@ -84,12 +84,17 @@ def read_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise errors of a full disk as `DiskFullError`; some libraries report one only by its message."""
+    """Raise errors of a full disk as `DiskFullError`, which some libraries report only by its message.
+
+    Other errors of the system get the path if they name no file, as those of a write or a flush do not.
+    """
     try:
         yield
     except Exception as error:
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if not is_full and "No space left on device" not in str(error):
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                error.filename = str(path)
             raise
         raise DiskFullError(disk_full_message(f" of {path}")) from error
 

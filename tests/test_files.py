@@ -106,6 +106,13 @@ def test_full_disk_raises(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_error_of_a_write_names_the_file(tmp_path: Path) -> None:
+    for name, expected in ((None, str(tmp_path)), ("other", "other")):
+        with pytest.raises(OSError, match="Input/output error") as raised, disk_errors(tmp_path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+        assert raised.value.filename == expected
+
+
 def test_full_disk_by_message_raises(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError), disk_errors(tmp_path):
         raise RuntimeError("Error in faiss: write error: No space left on device")
