@@ -202,7 +202,7 @@ class LikelihoodModel:
             modality: as in `classify`, whose errors it raises, too.
 
         Returns:
-            Q lists of hits, the nearest first.
+            Q lists of hits, the nearest first; of equal scores the first item.
 
         Raises:
             DataError: a text has no word that the word table has.
@@ -215,7 +215,7 @@ class LikelihoodModel:
     def retrieve_texts(
         self, items: ItemsLike, texts: Sequence[str], *, k: int = 10, modality: str | None = None
     ) -> list[list[Hit]]:
-        """Find the texts that are nearest to each item: N lists of hits, the nearest first.
+        """Find the texts that are nearest to each item: N lists of hits, the nearest first, of equal scores the first.
 
         Arguments and errors are those of `retrieve`.
         """
@@ -341,9 +341,11 @@ class LikelihoodModel:
 def _nearest(queries_QP: Tensor, vectors_NP: Tensor, k: int, name_of: Callable[[int], str]) -> list[list[Hit]]:
     if k < 1:
         raise SettingError(f"k: expected at least 1, got {k}")
-    scores_QN = normalize(queries_QP, dim=1) @ normalize(vectors_NP, dim=1).T
-    top = scores_QN.topk(min(k, len(vectors_NP)), dim=1)
-    return [
-        [Hit(number, name_of(number), score) for number, score in zip(numbers, scores, strict=True)]
-        for numbers, scores in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
+    k, results = min(k, len(vectors_NP)), []
+    for scores_N in normalize(queries_QP, dim=1) @ normalize(vectors_NP, dim=1).T:
+        lowest = scores_N.topk(k).values[-1] if k else torch.inf
+        found = torch.nonzero(scores_N >= lowest)[:, 0]  # more than k, where scores are equal
+        numbers = found[scores_N[found].argsort(descending=True, stable=True)[:k]]
+        hits = zip(numbers.tolist(), scores_N[numbers].tolist(), strict=True)
+        results.append([Hit(number, name_of(number), score) for number, score in hits])
+    return results

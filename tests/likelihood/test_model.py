@@ -16,7 +16,7 @@ from embedcache.errors import CorruptError, DataError, PathError, SettingError
 from embedcache.evaluate.likelihood import evaluate_task, load_shared
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.likelihood.model import LikelihoodModel
+from embedcache.likelihood.model import LikelihoodModel, _nearest
 from embedcache.sources.base import FileItem
 from embedcache.store.cache import Cache
 from embedcache.train.examples import open_examples, open_media
@@ -114,6 +114,14 @@ def test_neighbors_in_both_directions_equal_those_of_cached_features(
     assert model.retrieve("red", [], k=3) == [[]]
     assert model.retrieve([], images) == []
     assert model.caption([]) == []
+
+
+def test_the_first_of_equal_scores_are_found() -> None:
+    vectors_NP = torch.ones(100, 4)
+    vectors_NP[60] = torch.tensor([1.0, 1.0, 1.0, -1.0])
+    for k, expected in ((3, [0, 1, 2]), (100, [*range(60), *range(61, 100), 60])):
+        (hits,) = _nearest(torch.ones(1, 4), vectors_NP, k, str)
+        assert [hit.position for hit in hits] == expected
 
 
 def test_paths_bytes_and_open_images_are_the_same_item(
