@@ -166,11 +166,10 @@ class PointObjective(nn.Module):
         self.module = module
         self.trained = tuple(name for name in module.networks if name in weights)
         self.consistency = consistency
-        if (
-            len(module.networks) == 1
-        ):  # nothing to imitate; `DistributedDataParallel` refuses parameters without a gradient
-            for name in module.networks:
-                module[name].mimic_head.requires_grad_(requires_grad=False)
+        if len(module.networks) == 1:
+            # there is nothing to imitate, and `DistributedDataParallel` refuses parameters without a gradient
+            (name,) = module.networks
+            module[name].mimic_head.requires_grad_(requires_grad=False)
         for name, weights_C in weights.items():
             self.register_buffer(f"weights_{name}", torch.from_numpy(weights_C))
 
