@@ -1,11 +1,13 @@
 """A whole encoder plug-in of both modalities, small enough to read: an image's 4 x 4 colors, a text's letters.
 
-Named `tests.toy:open_toy` on the command line. Option `delay_ms` makes each batch slow, for tests that kill.
+Named `tests.toy:open_toy` on the command line. Option `delay_ms` makes each batch slow, for tests that kill, and
+`wait_for` lets each batch of images but the first wait until a file exists.
 """
 
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL.Image import Image, Resampling
@@ -23,11 +25,12 @@ _LETTERS = 32
 
 def open_toy(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
     """Open the toy encoder; option `scale` multiplies what it gives, so that another scale is another encoder."""
-    check_options(spec, ("scale", "delay_ms"))
+    check_options(spec, ("scale", "delay_ms", "wait_for"))
     scale = float(spec.options.get("scale", 1))
     delay_s = float(spec.options.get("delay_ms", 0)) / 1000
-    kind = ToyImages if modality == "image" else ToyTexts
-    return kind(scale, delay_s)
+    if modality == "image":
+        return ToyImages(scale, delay_s, Path(spec.options.get("wait_for", "/")))
+    return ToyTexts(scale, delay_s)
 
 
 def open_other(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
@@ -53,9 +56,9 @@ class ToyImages:
     features: Mapping[str, ItemShape] = {"cls": (3 * _GRID**2,), "patches": (_GRID**2, 3)}
     batch_size = 8
 
-    def __init__(self, scale: float, delay_s: float) -> None:
+    def __init__(self, scale: float, delay_s: float, wait_for: Path) -> None:
         self.fingerprint = _fingerprint("image", scale)
-        self._scale, self._delay_s = scale, delay_s
+        self._scale, self._delay_s, self._wait_for, self._is_first = scale, delay_s, wait_for, True
 
     def prepare(self, items: Sequence[Image]) -> list[Array]:
         return [
@@ -63,6 +66,9 @@ class ToyImages:
         ]
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
+        while not (self._is_first or self._wait_for.exists()):
+            time.sleep(0.01)
+        self._is_first = False
         time.sleep(self._delay_s)
         cells = [self._scale * array.reshape(3, -1).T / 255 for array in prepared]
         outputs = {"cls": [cell.ravel() for cell in cells], "patches": cells}

@@ -50,7 +50,7 @@ def test_two_processes_give_the_bytes_of_one(source: Path, one_process: Path, tm
 def test_killed_process_leaves_its_chunks_to_others(
     source: Path, one_process: Path, tmp_path: Path, num_killed: int
 ) -> None:
-    commits = tmp_path / "c/image/open_toy/chunks"
+    commits, killed = tmp_path / "c/image/open_toy/chunks", tmp_path / "killed"
 
     def kill() -> None:
         deadline = time.monotonic() + 60
@@ -58,12 +58,14 @@ def test_killed_process_leaves_its_chunks_to_others(
             time.sleep(0.02)
         for process in running_processes()[:num_killed]:
             os.kill(process, signal.SIGKILL)
+        killed.touch()  # until then, each process works on its second chunk
 
     progress, killer = RecordedProgress(), threading.Thread(target=kill)
     killer.start()
     died = pytest.raises(UnfinishedError, match="2 of 2 worker processes died; finished chunks are stored; run")
     with forked_workers(), died if num_killed == 2 else nullcontext():
-        extract_slowly(source, tmp_path / "c", progress, delay_ms=200, devices=("cpu", "cpu"))
+        image = f"{IMAGE},wait_for={killed}"
+        extract_slowly(source, tmp_path / "c", progress, delay_ms=0, image=image, devices=("cpu", "cpu"))
     if num_killed == 1:
         assert progress.notes == ["1 of 2 worker processes died; the others finished their chunks"]
     killer.join()
