@@ -22,6 +22,8 @@ from embedcache.io_errors import read_errors
 from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.store.cache import Cache
+from embedcache.store.layout import SAMPLES
+from embedcache.store.rows import RowReader
 from embedcache.store.tables import Footer, add_footer_checksum, open_table, read_footer
 
 _SCHEMA = pa.schema(
@@ -134,14 +136,16 @@ def _open_tables(
                 f"negatives {path} does not exist; write it with: embedcache curate negatives CACHE {quoted(path)}"
             )
         try:
-            with read_errors(path), open_table(path, (footer := read_footer(path)).metadata) as table:
-                number = _find_cache(path, table, caches)
-                if number in found:
-                    raise DataError(
-                        f"negatives {path}: expected one table per cache, got a second one of {caches[number].path}"
-                    )
-                found.add(number)
-                use(table, footer, number)
+            with read_errors(path):
+                footer = read_footer(path)
+                with open_table(path, footer.metadata) as table:
+                    number = _find_cache(path, table, caches)
+                    if number in found:
+                        raise DataError(
+                            f"negatives {path}: expected one table per cache, got a second one of {caches[number].path}"
+                        )
+                    found.add(number)
+                    use(table, footer, number)
         except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
             if isinstance(error, EmbedcacheError):
                 raise
@@ -166,10 +170,11 @@ def _fill(
     table: pq.ParquetFile, footer: Footer, cache: Cache, first: int, negatives_SK: Array, groups_S: Ints
 ) -> Array:
     """Read a table into the rows of its cache, which begin at `first`; return the negatives, wider if it has more."""
-    start, num_values = first, 0
+    start, num_values, keys = first, 0, RowReader(cache, SAMPLES, ["key"], kept_rows=0)
     for batch in table.iter_batches(_READ_ROWS, columns=["key", "group", "negatives"], use_threads=False):
         lists, count = batch.column("negatives"), len(batch)
-        _check_keys(batch.column("key"), cache, start - first)
+        rows_B = np.arange(start - first, start - first + count)
+        _check_keys(batch.column("key"), cache, keys.take(rows_B)["key"], start - first)
         groups_S[start : start + count] = batch.column("group").to_numpy()
         lengths_B = np.diff(lists.offsets.to_numpy())
         num_values += int(np.maximum(lengths_B, 1).sum())  # an empty list counts as one
@@ -189,9 +194,9 @@ def _fill(
     return negatives_SK
 
 
-def _check_keys(keys: pa.Array, cache: Cache, start: int) -> None:
+def _check_keys(keys: pa.Array, cache: Cache, expected: pa.ChunkedArray, start: int) -> None:
     """Check that rows from `start` on are those of the cache: lists hold row numbers. Removed samples have no key."""
-    expected_B = cache.column("key").slice(start, len(keys)).combine_chunks().cast(keys.type)
+    expected_B = expected.combine_chunks().cast(keys.type)
     is_same_B = pc.fill_null(pc.equal(keys, expected_B), False)  # noqa: FBT003
     others = np.setdiff1d(np.flatnonzero(~np.asarray(is_same_B)), cache.removed - start)
     if len(others):
