@@ -183,7 +183,7 @@ class _Neighbors(ToyImages):
 
 
 def open_neighbors(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    return _Neighbors(1.0, 0.0)
+    return _Neighbors(1.0, 0.0, Path("/"))
 
 
 @pytest.mark.slow

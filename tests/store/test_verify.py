@@ -275,7 +275,7 @@ def test_verify_finds_unreadable_file(copy: Path, name: str, places: set[str], d
 def test_extract_restores_metadata(copy: Path, image_folder: Path) -> None:
     for name in ("image/open_toy/zarr.json", "image/open_toy/cls/zarr.json"):
         (copy / name).unlink()
-    assert "run the same embedcache extract or derive again" in verify(Cache(copy))[0].line()
+    assert "run the same embedcache extract, derive or import again" in verify(Cache(copy))[0].line()
     reports = extract(
         open_source(image_folder),
         copy,

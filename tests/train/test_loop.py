@@ -98,15 +98,22 @@ def test_gradients_of_gathered_rows_are_those_of_one_process(
 )
 def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch, asked: str, used: str, backend: str) -> None:
     calls: list[Any] = []
+    distributed._join_store.cache_clear()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(dist, "init_process_group", calls.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(
+        dist,
+        "init_process_group",
+        lambda backend, *, store, rank, world_size: calls.append((backend, rank, world_size)),
+    )
     monkeypatch.setattr(dist, "barrier", lambda: calls.append("wait"))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("leave"))
     with distributed.process_group(asked) as device:
         assert device == used
-    assert calls == [*([used] if asked == "cuda" else []), backend, "wait", "leave"]
+    distributed._join_store.cache_clear()
+    assert calls == [*([used] if asked == "cuda" else []), (backend, 1, 2), "wait", "leave"]
 
 
 @pytest.mark.parametrize(("count", "processes"), list(itertools.product((0, 1, 7, 12), (1, 2, 3, 5))))
@@ -225,8 +232,10 @@ def test_bad_losses_name_five_samples_or_the_feature(tmp_path: Path) -> None:
     data = PointData(
         features={"image": np.zeros((7, 3), np.float32)}, labels_N=np.arange(7) % 3, lengths_G=np.array([7])
     )
-    points = SegmentationTask(
-        PointNetworks(widths={"image": 3}, num_classes=3), data, {"image": data.labels_N}, from_flat(FitSettings, {})
+    networks, settings = PointNetworks(widths={"image": 3}, num_classes=3), from_flat(FitSettings, {})
+    points, validated = (
+        SegmentationTask(networks, data, {"image": data.labels_N}, settings, validation=validation)
+        for validation in (None, data)
     )
     (first,) = points.loader.epoch(0)
     assert points.count(first) == 7
@@ -236,7 +245,8 @@ def test_bad_losses_name_five_samples_or_the_feature(tmp_path: Path) -> None:
     )
     num_weights = sum(value.numel() for value in points.module.parameters())
     assert points.forward_flops == 2 * 2048 * num_weights
-    assert points.score({"a": 1.0, "b": 2.0}) == 1.5
+    assert validated.score({"a": 1.0, "b": 2.0}) == 1.5
+    assert np.isnan(points.score({"steps": 3.0}))
 
 
 def test_validation_is_of_evenly_spaced_samples(monkeypatch: pytest.MonkeyPatch) -> None:
