@@ -1,7 +1,7 @@
 """A whole encoder plug-in of both modalities, small enough to read: an image's 4 x 4 colors, a text's letters.
 
 Named `tests.toy:open_toy` on the command line. Option `delay_ms` makes each batch slow, for tests that kill, and
-`wait_for` lets each batch of images but the first wait until a file exists.
+`wait_for` lets each batch of images from the third on wait until a file exists.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class ToyImages:
 
     def __init__(self, scale: float, delay_s: float, wait_for: Path) -> None:
         self.fingerprint = _fingerprint("image", scale)
-        self._scale, self._delay_s, self._wait_for, self._is_first = scale, delay_s, wait_for, True
+        self._scale, self._delay_s, self._wait_for, self._num_batches = scale, delay_s, wait_for, 0
 
     def prepare(self, items: Sequence[Image]) -> list[Array]:
         return [
@@ -66,9 +66,9 @@ class ToyImages:
         ]
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
-        while not (self._is_first or self._wait_for.exists()):
+        self._num_batches += 1
+        while self._num_batches > 2 and not self._wait_for.exists():
             time.sleep(0.01)
-        self._is_first = False
         time.sleep(self._delay_s)
         cells = [self._scale * array.reshape(3, -1).T / 255 for array in prepared]
         outputs = {"cls": [cell.ravel() for cell in cells], "patches": cells}
