@@ -343,11 +343,11 @@ def _are_vectors_hashed(cache: Cache, modality: str) -> bool:
 
 
 def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:
-    """Return the only feature that both have by one encoder; None if there is none."""
-    others = {feature.name: feature for feature in train.features(modality)}
+    """Return the only feature that both have by one encoder, derived ones aside; None if there is none."""
+    others = {feature.name: feature for feature in train.default_features(modality)}
     both = [
         feature.name
-        for feature in test.features(modality)
+        for feature in test.default_features(modality)
         if feature.name in others and not name_differences(others[feature.name].fingerprint, feature.fingerprint)
     ]
     if len(both) > 1:

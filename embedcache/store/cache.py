@@ -343,12 +343,21 @@ class Cache:
         groups = [group for name in modalities for group in self.encoders(name)]
         return [Feature(group, name) for group in groups for name in group.features]
 
+    def default_features(self, modality: str) -> list[Feature]:
+        """Return the features of a modality that stand for it if none is named: those that were not derived.
+
+        If all features are derived, all are returned.
+        """
+        features = self.features(modality)
+        return [feature for feature in features if not feature.group.is_derived] or features
+
     def feature(self, modality: str, name: str | None = None) -> Feature:
         """Return a feature by name.
 
         Args:
             modality: name of a modality.
-            name: `encoder/feature`; `encoder` if it has one feature; None if the modality has one feature.
+            name: `encoder/feature`; `encoder` if it has one feature; None if the modality has one feature, besides
+                those that were derived from others.
 
         Raises:
             UnknownNameError: no feature has that name; the message lists those that there are.
@@ -356,7 +365,8 @@ class Cache:
         """
         features = self.features(modality)
         kind, where = f"{modality} feature", f"of {self.path}"
-        matches = [feature for feature in features if name in (None, feature.name, feature.group.name)]
+        named = [feature for feature in features if name in (feature.name, feature.group.name)]
+        matches = self.default_features(modality) if name is None else named
         if len(matches) == 1:
             return matches[0]
         names = [feature.name for feature in features]

@@ -80,6 +80,16 @@ def test_values_of_both_modalities(cache: Path) -> None:
     assert Cache(cache).feature("image", "halved/half").failures == Cache(cache).feature(*CLS).failures
 
 
+def test_derived_feature_is_the_default_only_without_another(cache: Path) -> None:
+    shutil.rmtree(cache / "text/open_toy/tokens")
+    derive(cache, halved(MEAN, shape=(32,)))
+    assert Cache(cache).feature("text").name == "open_toy/mean"
+
+    shutil.rmtree(cache / "text/halved/total")
+    shutil.rmtree(cache / "text/open_toy")
+    assert Cache(cache).feature("text").name == "halved/half"
+
+
 def test_failed_item_of_the_other_modality_keeps_its_reason(cache: Path) -> None:
     derive(cache, halved(TOKENS, CLS, shape=(-1, 32)))
     feature = Cache(cache).feature("text", "halved/half")
