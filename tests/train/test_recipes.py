@@ -100,6 +100,8 @@ def test_length_keeps_its_bounds() -> None:
         (5_499, {"lr": 1e-4}, True),
         (5_500, {}, False),
         (1_043, {"projector": "glu"}, False),
+        (1_043, {"projector": "mlp"}, True),
+        (1_043, {"projector": "mlp", "epochs": 3}, False),
         (1_043, {"epochs": 3}, False),
         (1_043, {"recipe": "auto"}, False),
         (1_043, {"shuffle_pairs": True}, False),
@@ -112,7 +114,7 @@ def test_a_closed_form_is_suggested_to_who_chose_nothing(
     assert (line is not None) == is_suggested
     if line:
         assert line.startswith(f"{num_pairs:,} training pairs: with fewer than 5,500 no ")
-        assert line.endswith("--recipe auto")
+        assert line.endswith("--recipe auto, without --projector" if "projector" in given else "--recipe auto")
 
 
 @pytest.mark.slow
