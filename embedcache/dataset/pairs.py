@@ -142,6 +142,26 @@ def caption_languages(caches: Sequence[Cache]) -> pa.ChunkedArray:
     return pa.chunked_array([chunk for table in tables for chunk in table["language"].chunks], pa.string())
 
 
+def shared_language(caches: Sequence[Cache]) -> str | None:
+    """Return the language of the first caption if every sample has a caption in it and some have others too, or None.
+
+    Args:
+        caches: caches with captions.
+    """
+    languages = pc.unique(caption_languages(caches))  # in the order of the captions
+    language: str | None = languages[0].as_py() if len(languages) > 1 else None
+    if language is None:
+        return None
+
+    for cache in caches:
+        captions = cache.items("text", columns=["sample", "language"])
+        is_in_language = pc.equal(captions["language"], language)
+        num_samples = pc.count_distinct(captions["sample"].filter(is_in_language))
+        if num_samples.as_py() < pc.count_distinct(captions["sample"]).as_py():
+            return None
+    return language
+
+
 def name_caches(caches: Sequence[Cache]) -> str:
     """Return the paths of caches for an error message."""
     return " and ".join(str(cache.path) for cache in caches)

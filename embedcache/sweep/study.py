@@ -121,8 +121,10 @@ def open_study(
         _check_folder(path)
         if manifest_path(path).is_file():
             return _reopen_study(path, requested, failed, data)
-        pairs = data.pairs(space.settings({}).language, progress=progress)
-        split = data.split(pairs, space.settings({}).split, progress=progress)
+        fixed = space.settings({})
+        language = data.choose_language(fixed.language, progress=progress)
+        pairs = data.pairs(language, progress=progress)
+        split = data.split(pairs, fixed.split, progress=progress)
         write_split(split_path(path), split)
         made = replace(requested, split_digest=digest_file(split_path(path)))
         write_record(manifest_path(path), made.to_json())

@@ -40,7 +40,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         text_feature: as `image_feature`, of the captions.
         feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`.
         part: `train`, `val` or `test` as `train_projectors` divides the samples; None: all samples.
-        language: only captions of this language; None or `any`: all.
+        language: only captions of this language; None: as in `train_projectors`; `any`: all.
         progress: progress of a strict split.
         options: how samples are divided, by the names of `SplitSettings` on the command line, such as `split="key"`.
 
@@ -73,7 +73,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
                     f"feature {side.name}: expected the same number of tokens of all items, got several; use a vector, "
                     "or extract kmeans:K or grid:K"
                 )
-        pairs = data.pairs(language)
+        pairs = data.pairs(data.choose_language(language))
         if part is not None:
             pairs = pairs.select(data.split(pairs, settings, progress=to_progress(progress)).rows(part))
         first, second = pairs.all_pairs()

@@ -232,7 +232,10 @@ class TrainSettings:
     parts: PartSettings = group(PartSettings)
     split: SplitSettings = group(SplitSettings)
     language: str | None = setting(
-        None, "Use only captions of this language; any uses all.", metavar="CODE", default_text="any"
+        None,
+        "Use only captions of this language; any uses all.",
+        metavar="CODE",
+        default_text="that of the first caption if every sample has one in it, else any",
     )
     captions: Literal["draw", "all"] = setting(
         "draw", "For several captions per sample: draw one per epoch, or use all as positives."

@@ -187,6 +187,7 @@ def train_on(
     raises ends the training.
     """
     run_path, progress = Path(run_path), progress or NullProgress()
+    settings = replace(settings, language=data.choose_language(settings.language, progress=progress))
     settings = apply_recipe(settings, data, progress)
     settings = replace(settings, machine=name_device(settings.machine, run_path))
     if settings.block_rows is None:

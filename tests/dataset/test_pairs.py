@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.dataset.inputs import open_input
-from embedcache.dataset.pairs import Items, Pairs, number_items, pair_items
+from embedcache.dataset.pairs import Items, Pairs, number_items, pair_items, shared_language
 from embedcache.errors import DataError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
+from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
@@ -106,6 +107,26 @@ def test_captions_of_a_language_are_counted_across_caches(captioned: Cache) -> N
     assert german.second.rows.tolist() == [2, 3, 5, 9, 10, 12]
     assert german.second.samples.tolist() == [1, 1, 4, 7, 7, 10]
     assert german.second.contents[:3].tolist() == german.second.contents[3:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        ([("a", "en"), ("a", "de"), ("b", "de"), ("b", "en"), ("b", "en")], "en"),
+        ([("a", "en"), ("a", "de"), ("b", "de")], None),
+        ([("a", "en"), ("b", "en")], None),
+        ([("a", None), ("a", "de"), ("b", None)], None),
+        ([("a", "de"), ("a", None), ("b", "de")], "de"),
+        ([("a", None)], None),
+    ],
+)
+def test_language_that_all_samples_share(tmp_path: Path, captions: list[tuple[str, str]], expected: str | None) -> None:
+    rows = [{"key": key, "caption": f"{key} {language}", "language": language} for key, language in captions]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(tmp_path / "t.jsonl", settings=SourceSettings(key_column="key"))
+    extract(source, tmp_path / "cache", text_encoder=[TEXT])
+    cache = Cache(tmp_path / "cache")
+    assert shared_language([cache]) == shared_language([cache, cache]) == expected
 
 
 def test_captions_that_cannot_be_paired_raise(captioned: Cache, two_caches: list[Path]) -> None:

@@ -11,14 +11,17 @@ import pytest
 
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
-from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, UnfinishedError
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnfinishedError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
+from embedcache.projectors.saved import read_config
 from embedcache.sources import open_source
+from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.train.data import _check_same_feature, open_data
 from tests.edits import edit_record
 from tests.images import write_images
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 from tests.train.runs import beats_chance, run
 
@@ -89,6 +92,29 @@ def test_unfinished_feature_is_named(two_caches: list[Path], tmp_path: Path) -> 
     (tmp_path / "c/image/open_toy/chunks/00000.parquet").unlink()
     with pytest.raises(UnfinishedError, match="open_toy/cls .*1 of 1 chunks"):
         run([two_caches[0], tmp_path / "c"], tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_captions_in_several_languages_are_trained_on_in_the_first(tmp_path: Path) -> None:
+    """Check captions in two languages, of which the encoder finds those of the second alike."""
+    folder = write_images(tmp_path / "s", 80)
+    rows = ["file_name,caption,language"]
+    for number in range(80):
+        caption = folder / f"{number:05d}.txt"
+        rows += [f"{number:05d}.png,{caption.read_text().strip()},en", f"{number:05d}.png,ein Bild,de"]
+        caption.unlink()
+    (folder / "table.csv").write_text("\n".join(rows))
+    source = open_source(folder / "table.csv", settings=SourceSettings(key_column="file_name"))
+    extract(source, tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT])
+
+    options = {"split": "strict", "image_cosine": 0.999, "text_cosine": 0.999, "epochs": 0, "batch_size": 16}
+    progress = RecordedProgress()
+    run(tmp_path / "c", tmp_path / "run", **options, progress=progress)
+    assert read_config(tmp_path / "run").training["language"] == "en"
+    assert any("only those in en" in note for note in progress.notes)
+    assert run(tmp_path / "c", tmp_path / "run", **options, language="en").reused
+    with pytest.raises(SettingError, match="use --language with one of de, en"):
+        run(tmp_path / "c", tmp_path / "any", **options, language="any")
 
 
 @pytest.mark.slow
