@@ -1,5 +1,6 @@
 """embedcache search and serve"""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from embedcache.cli.options import (
     with_settings,
 )
 from embedcache.devices import AUTO
-from embedcache.errors import SettingError
+from embedcache.errors import SettingError, quoted
 from embedcache.modalities import FILE_MODALITIES
 from embedcache.search.settings import MOVED_CACHE, MOVED_RUN, SearchSettings
 from embedcache.serve.settings import ServeSettings
@@ -79,7 +80,12 @@ def search(
         concept_cache=concepts,
         vectors=None if query_vectors is None else read_vectors(query_vectors),
     )
-    hit_lists = run_search(index, all_queries, settings, progress=open_progress())
+    progress = open_progress()
+    for text in filter(os.path.isfile, query or ()):
+        progress.note(
+            f"searching the words {text!r}; a file of that name exists: to search with it, {_file_option(text)}"
+        )
+    hit_lists = run_search(index, all_queries, settings, progress=progress)
     results = list(zip(all_queries.names, hit_lists, strict=True))
     score = read_card(index).score
 
@@ -164,6 +170,15 @@ def serve(
 
     with suppress(KeyboardInterrupt):  # Ctrl-C ends the server
         run_server(paths, settings, device=device, progress=progress, print_line=announce)
+
+
+def _file_option(path: str) -> str:
+    """Return the option that searches with a file, by its suffix; an unknown one is taken for an image."""
+    from embedcache.sources.files import MEDIA_SUFFIXES
+
+    suffix = Path(path).suffix.lower()
+    modality = next((name for name, suffixes in MEDIA_SUFFIXES.items() if suffix in suffixes), "image")
+    return f"--query-image {quoted(path)}" if modality == "image" else f"--query-file {modality}={quoted(path)}"
 
 
 def _hit_rows(hits: Sequence["Hit"], score: str) -> tuple[list[str], list[list[str]]]:

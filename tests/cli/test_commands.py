@@ -131,6 +131,22 @@ def test_search_takes_all_kinds_of_queries(folder: Path) -> None:
     assert answers[3]["hits"][0]["key"] == "00009"
 
 
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("photos/00007.png", "--query-image photos/00007.png"),
+        ("a b.WAV", "--query-file audio='a b.WAV'"),
+        ("red", None),
+    ],
+)
+def test_search_says_that_its_words_are_a_file(folder: Path, text: str, option: str | None) -> None:
+    (folder / "a b.WAV").write_bytes(b"")
+    done = embedcache("search", "index", text, "--json", cwd=folder)
+    assert [answer["query"] for answer in json.loads(done.stdout)] == [text]
+    assert ("a file of that name exists" in done.stderr) == (option is not None)
+    assert (option or "") in done.stderr
+
+
 @pytest.mark.parametrize(("factory", "column"), [("PCA8,Flat", "product"), ("PCA8,SQ8,RFlat", "cosine")])
 def test_search_says_what_its_scores_are(folder: Path, tmp_path: Path, factory: str, column: str) -> None:
     command = ["curate", "index", "cache", tmp_path / "i", "--run", "run", "--factory", factory, "--min-recall", "0"]
