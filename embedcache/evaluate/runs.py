@@ -81,33 +81,39 @@ def _check_control(path: Path, config: PairConfig) -> None:
 
 
 def group_by_recipe(
-    run_paths: RunPaths, read_recipe: Callable[[Path], Mapping[str, Any]] | None = None
+    run_paths: RunPaths, read_recipe: Callable[[Path], tuple[Mapping[str, Any], int]] | None = None
 ) -> dict[str, list[Path]]:
     """Group runs by recipe: name -> seeds, in the given order.
 
+    Runs of one recipe of which two have the same seed are not averaged: each is a group.
+
     Args:
         run_paths: runs.
-        read_recipe: returns all that decides a run except its seeds; None: of runs that are pairs.
+        read_recipe: returns all that decides a run except its seeds, and its seed; None: of runs that are pairs.
+
+    Raises:
+        SettingError: a run is named twice.
     """
-    groups: list[tuple[Mapping[str, Any], list[Path]]] = []
+    groups: list[tuple[Mapping[str, Any], dict[Path, int]]] = []
     for path in map(Path, one_or_many(run_paths)):
-        recipe = read_recipe(path) if read_recipe else _recipe(read_config(path))
-        seeds = next((paths for other, paths in groups if other == recipe), None)
+        recipe, seed = (read_recipe or _pair_recipe)(path)
+        seeds = next((seeds for other, seeds in groups if other == recipe), None)
         if seeds is None:
-            groups.append((recipe, seeds := []))
-        seeds.append(path)
-    return _name_recipes([paths for _, paths in groups])
+            groups.append((recipe, seeds := {}))
+        if path in seeds:
+            raise SettingError(f"expected each run once, got {path} twice")
+        seeds[path] = seed
+
+    recipes: list[list[Path]] = []
+    for _, seeds in groups:
+        is_averaged = len(set(seeds.values())) == len(seeds)
+        recipes += [list(seeds)] if is_averaged else [[path] for path in seeds]
+    return _name_recipes(recipes)
 
 
 def group_modules_by_recipe(run_paths: RunPaths, kind: str) -> dict[str, list[Path]]:
-    """Group runs of modules of a kind by recipe, as `group_by_recipe` does; errors are those of `read_module_config`.
-
-    Raises `SettingError` if two runs of one recipe have the same seed.
-    """
-    groups = group_by_recipe(run_paths, lambda path: _module_recipe(path, kind))
-    for paths in groups.values():
-        _check_seeds([_seed_of(path, read_module_config(path).training) for path in paths])
-    return groups
+    """Group runs of modules of a kind by recipe, as `group_by_recipe`; errors are those of `read_module_config` too."""
+    return group_by_recipe(run_paths, lambda path: _module_recipe(path, kind))
 
 
 def _seed_of(run_path: Path, training: Mapping[str, Any]) -> int:
@@ -115,15 +121,22 @@ def _seed_of(run_path: Path, training: Mapping[str, Any]) -> int:
     return construct(config_path(run_path), lambda: int(training["seed"]))
 
 
-def _module_recipe(run_path: Path, kind: str) -> dict[str, Any]:
+def _pair_recipe(run_path: Path) -> tuple[dict[str, Any], int]:
+    """Return all that decides a run that is a pair except its seeds, and its seed."""
+    config = read_config(run_path)
+    return _recipe(config), _seed_of(run_path, config.training)
+
+
+def _module_recipe(run_path: Path, kind: str) -> tuple[dict[str, Any], int]:
     """Return all that decides a run of a module except its seed, where it was trained, and the weights it starts from.
 
-    The names of the runs that it starts from belong to it.
+    The names of the runs that it starts from belong to it. The seed comes second.
     """
     config = read_module_config(run_path, kind=kind)
     values = {name: value for name, value in config.to_json().items() if name not in ("weights", "init_runs")}
     machine = {**config.training.get("machine", {}), "device": None}
-    return {**values, "training": {**config.training, "seed": None, "machine": machine}}
+    recipe = {**values, "training": {**config.training, "seed": None, "machine": machine}}
+    return recipe, _seed_of(run_path, config.training)
 
 
 class RecipeRuns(NamedTuple):
@@ -246,22 +259,21 @@ def read_run_selection(run: Run, cache: Cache) -> Ints | None:
 
 
 def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
-    """Return the recipes by name: what the names of their folders share, or their paths if that is not unique."""
+    """Return the recipes by name: what the names of their folders share, or else these names, or else the paths."""
     # without the number of a seed: `run-0` -> `run`; but `r0` stays, as `r` may be any of several
     stems = [[re.sub(r"[-_.]\d+$", "", path.name) or path.name for path in paths] for paths in recipes]
     names = [", ".join(dict.fromkeys(stem)) for stem in stems]
     if len(set(names)) < len(names):
-        names = [", ".join(map(str, paths)) for paths in recipes]
+        folders = [path.name for paths in recipes for path in paths]
+        is_unique = len(set(folders)) == len(folders)
+        names = [", ".join(path.name if is_unique else str(path) for path in paths) for paths in recipes]
     return dict(zip(names, recipes, strict=True))
 
 
-def _check_seeds(seeds: Sequence[int]) -> None:
+def _check_same_recipe(runs: Sequence[Run]) -> None:
+    seeds = [run.seed for run in runs]
     if len(set(seeds)) < len(seeds):
         raise SettingError(f"expected runs of different seeds to average, got seeds {', '.join(map(str, seeds))}")
-
-
-def _check_same_recipe(runs: Sequence[Run]) -> None:
-    _check_seeds([run.seed for run in runs])
     for run in runs[1:]:
         next_step = f"average only seeds of one recipe: evaluate {runs[0].path} and {run.path} one by one"
         check_same(f"run {runs[0].path}", _recipe(runs[0].config), _recipe(run.config), next_step=next_step)

@@ -273,7 +273,7 @@ MISTAKES = [
     ("inspect cache --output photos", "photos: expected a file, got a folder; name a file in it"),
     ("evaluate retrieval cache run --html photos", "photos: expected a file, got a folder"),
     ("evaluate retrieval cache run --control-run run", "--shuffle-pairs"),
-    ("evaluate retrieval cache run run", "seed"),
+    ("evaluate retrieval cache run run", "run twice"),
     ("evaluate retrieval cache nowhere", "nowhere does not exist"),
     ("curate index cache photos --run run", "not empty"),
     ("curate index cache other --run run --memory 4X", "invalid size '4X'"),

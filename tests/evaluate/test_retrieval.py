@@ -241,6 +241,18 @@ def test_recipes_are_named_and_compared(cache_path: Path, runs: list[Path], tmp_
     assert reports["seed"].recalls == evaluate_retrieval(cache_path, runs, settings).recalls
 
 
+def test_runs_of_one_recipe_and_one_seed_are_compared(runs: list[Path], tmp_path: Path) -> None:
+    again = Path(shutil.copytree(runs[0], tmp_path / "seed-2"))
+    assert group_by_recipe([*runs, again]) == {"seed-0": [runs[0]], "seed-1": [runs[1]], "seed-2": [again]}
+    assert list(group_by_recipe([runs[0], Path(shutil.copytree(again, tmp_path / "b"))])) == ["seed", "b"]
+    same_name = Path(shutil.copytree(again, tmp_path / "other/seed-0"))
+    assert list(group_by_recipe([runs[0], same_name])) == [str(runs[0]), str(same_name)]
+    with pytest.raises(SettingError, match="once"):
+        group_by_recipe([*runs, runs[0]])
+    with pytest.raises(SettingError, match="different seeds"):
+        load_runs([runs[0], again])
+
+
 def test_median_ranks_and_curves(cache_path: Path, runs: list[Path]) -> None:
     report, ranking = evaluate_retrieval(cache_path, runs[:1]), rank(Cache(cache_path), load_runs(runs[:1])[0])
     for direction in ("i2t", "t2i"):

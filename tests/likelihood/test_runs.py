@@ -302,7 +302,7 @@ def test_wrong_evaluations_are_one_line(folder: Path, run: Path) -> None:
             "nowhere does not exist; make one with: embedcache train CACHE nowhere --task l",
         ),
         ("cache run --task-file none.toml", "got none.toml"),
-        ("cache run run --task-file tasks.toml", "expected runs of different seeds to average, got seeds 0, 0"),
+        ("cache run run --task-file tasks.toml", "expected each run once, got run twice"),
         (
             "cache run --task-file tasks.toml --part val",
             "texts: expected val examples, got none among 60; use --part all",
