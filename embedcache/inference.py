@@ -33,6 +33,7 @@ from embedcache.transcription.model import SpeechModel, load_speech
 
 PairedItems: TypeAlias = ImageLike | ItemLike | Sequence[ImageLike | ItemLike]
 """One item, or N items, of a modality that a run pairs with texts."""
+_VECTOR_AXES = 2
 _MAKE = {
     "pair": "embedcache train CACHE {}",
     "speech": MAKE["speech"],
@@ -167,19 +168,19 @@ class Model:
         return self._as_requested(self._encoder("text").encode(listed, _load_text), tensors=tensors)
 
     @overload
-    def encode(self, modality: Modality, items: Any, *, tensors: Literal[False] = False) -> Floats: ...
+    def encode(self, items: Any, modality: Modality = "text", *, tensors: Literal[False] = False) -> Floats: ...
 
     @overload
-    def encode(self, modality: Modality, items: Any, *, tensors: Literal[True]) -> Tensor: ...
+    def encode(self, items: Any, modality: Modality = "text", *, tensors: Literal[True]) -> Tensor: ...
 
-    def encode(self, modality: Modality, items: Any, *, tensors: bool = False) -> Floats | Tensor:
-        """Embed items of either modality of the run, such as recordings, one batch of the encoder at a time.
+    def encode(self, items: Any, modality: Modality = "text", *, tensors: bool = False) -> Floats | Tensor:
+        """Embed items of either modality of the run, texts unless another is named, one batch at a time.
 
         Args:
-            modality: one of the two of the run, such as `audio`.
             items: one item, or N: images and texts as in `encode_image` and `encode_text`; others as the path or the
                 bytes of a file, or decoded: (n,) float32 mono samples in [-1, 1] at 16 kHz, a `Video`, or arrays of
                 points by name.
+            modality: one of the two of the run, such as `audio`.
             tensors: return a tensor on the device of the model, not an array.
 
         Returns:
@@ -203,20 +204,20 @@ class Model:
         return self._as_requested(np.concatenate(parts), tensors=tensors)
 
     @overload
-    def project(self, modality: Modality, vectors: Any, *, tensors: Literal[False] = False) -> Floats: ...
+    def project(self, vectors: Any, modality: Modality, *, tensors: Literal[False] = False) -> Floats: ...
 
     @overload
-    def project(self, modality: Modality, vectors: Any, *, tensors: Literal[True]) -> Tensor: ...
+    def project(self, vectors: Any, modality: Modality, *, tensors: Literal[True]) -> Tensor: ...
 
-    def project(self, modality: Modality, vectors: Any, *, tensors: bool = False) -> Floats | Tensor:
+    def project(self, vectors: Any, modality: Modality, *, tensors: bool = False) -> Floats | Tensor:
         """Embed stored features: vectors as they are in a cache, or as the tool computes them that they came from.
 
         No encoder is opened, so this is how a run on imported vectors embeds new items.
 
         Args:
-            modality: modality of the features, one of the two of the run, such as `text`.
             vectors: (N, D) of any float type, an array or a tensor, where D is the width of the run's feature, scaled
                 as those in the cache are; (D,) is one vector, and (N, T, D) are tokens, if the run takes them.
+            modality: modality of the features, one of the two of the run, such as `text`.
             tensors: return a tensor on the device of the model, not an array.
 
         Returns:
@@ -237,13 +238,25 @@ class Model:
         check_finite(values, "the array of vectors")
         return self._as_requested(project(tower, Inputs(values), device=self._device), tensors=tensors)
 
-    def similarity(self, items: PairedItems, texts: str | Sequence[str]) -> Floats:
-        """Compute the cosine similarity of every item with every text; for embeddings, use `items @ texts.T`.
+    def similarity(self, items: PairedItems | Tensor, texts: str | Sequence[str] | Array | Tensor) -> Floats:
+        """Compute the cosine similarity of every item with every text, or of vectors with vectors.
 
-        Items are of the modality that the run pairs with texts, such as images. Arguments and errors are those of
-        `encode` and `encode_text`, for N items and Q texts: (N, Q) float32, from -1 to 1.
+        An argument that is an array or a tensor of two axes is taken for vectors, (N, P) as `encode` and `project`
+        return them for items of any modality. Any other is encoded.
+
+        Args:
+            items: vectors, or items of the modality that the run pairs with texts, such as images, as in `encode`.
+            texts: vectors, or texts, as in `encode_text`.
+
+        Returns:
+            (N, Q) float32 of N items and Q texts, from -1 to 1.
+
+        Raises:
+            DataError: vectors have another width, or one holds NaN or infinity; and as in `encode`.
         """
-        similarities_NQ: Floats = np.clip(self._encode_items(items) @ self.encode_text(texts).T, -1, 1)
+        items_NP = self._to_vectors(items, self._encode_items)
+        texts_QP = self._to_vectors(texts, self.encode_text)
+        similarities_NQ: Floats = np.clip(items_NP @ texts_QP.T, -1, 1)
         return similarities_NQ
 
     def classify(
@@ -281,7 +294,21 @@ class Model:
 
     def _encode_items(self, items: PairedItems) -> Floats:
         """Embed items of the modality that the run pairs with texts, or raise a `DataError` if it has no texts."""
-        return self.encode(cast(Modality, self.config.other_modality("text")), items)
+        return self.encode(items, cast(Modality, self.config.other_modality("text")))
+
+    def _to_vectors(self, items: Any, encode: Callable[[Any], Floats]) -> Floats:
+        """Encode items, unless they are vectors in the shared space, which are scaled to length 1."""
+        if getattr(items, "ndim", None) != _VECTOR_AXES:
+            return encode(items)
+
+        vectors_NP = to_numbers(items, "vectors")
+        if vectors_NP.shape[1] != self.width:
+            raise DataError(
+                f"vectors: expected shape (N, {self.width}), as encode returns, got {vectors_NP.shape}; project stored "
+                "features with project"
+            )
+        check_finite(vectors_NP, "the array of vectors")
+        return normalize(vectors_NP)
 
     def _as_requested(self, vectors_NP: Floats, *, tensors: bool) -> Floats | Tensor:
         return torch.from_numpy(vectors_NP).to(self._device) if tensors else vectors_NP
@@ -341,7 +368,7 @@ def open_projected_encoder(
         SettingError: no encoder computed the feature.
     """
     tower_input = config.tower_input(modality)
-    next_step = f'embed vectors of that feature with project("{modality}", vectors)'
+    next_step = f'embed vectors of that feature with project(vectors, "{modality}")'
     if reason := why_no_encoder(EncoderSpec.parse(tower_input.spec), modality, next_step=next_step):
         raise SettingError(reason)
     feature, fingerprint = tower_input.feature, tower_input.fingerprint

@@ -101,6 +101,26 @@ def test_model_matches_the_cache(exact_cache: Path, image_folder: Path, run_path
     np.testing.assert_allclose(model.similarity(paths[:3], texts), images_NP[:3] @ texts_MP.T, atol=1e-4)
 
 
+def test_texts_are_encoded_and_vectors_are_compared(image_folder: Path, run_path: Path) -> None:
+    model, paths, texts = embedcache.load(run_path), sorted(image_folder.glob("*.png"))[:3], ["a red box", "a boat"]
+    images_NP, texts_QP = model.encode(paths, "image"), model.encode(texts)
+    np.testing.assert_array_equal(texts_QP, model.encode_text(texts))
+    expected_NQ = images_NP @ texts_QP.T
+    for items, others in (
+        (images_NP, texts_QP),
+        (torch.from_numpy(images_NP), 2 * texts_QP),
+        (paths, texts_QP),
+        (images_NP, texts),
+        (images_NP, np.array(texts)),
+    ):
+        np.testing.assert_allclose(model.similarity(items, others), expected_NQ, atol=1e-5)
+    assert model.similarity(texts_QP, texts_QP).diagonal() == pytest.approx(1)
+    with pytest.raises(DataError, match=r"vectors: expected shape \(N, \d+\)"):
+        model.similarity(images_NP[:, 1:], texts_QP)
+    with pytest.raises(DataError, match="NaN"):
+        model.similarity(images_NP, texts_QP * np.nan)
+
+
 def test_embedding_shapes(image_folder: Path, run_path: Path) -> None:
     model, path = embedcache.load(run_path), min(image_folder.glob("*.png"))
     for one, some, none in (
@@ -199,14 +219,14 @@ def test_stored_features_are_projected(run_path: Path, exact_cache: Path) -> Non
     model = embedcache.load(run_path)
     feature = model.config.sides["image"].feature
     stored = open_input(embedcache.Cache(exact_cache), "image", feature).read(np.arange(3)).values
-    projected = model.project("image", stored.astype(np.float64))
+    projected = model.project(stored.astype(np.float64), "image")
     np.testing.assert_allclose(projected, cached_vectors(exact_cache, run_path, "image")[:3], atol=1e-5)
     assert projected.dtype == np.float32
-    np.testing.assert_array_equal(model.project("image", stored.astype(object)), model.project("image", stored))
-    assert model.project("image", stored, tensors=True).shape == (3, model.width)
-    assert model.project("image", stored[:0]).shape == (0, model.width)
+    np.testing.assert_array_equal(model.project(stored.astype(object), "image"), model.project(stored, "image"))
+    assert model.project(stored, "image", tensors=True).shape == (3, model.width)
+    assert model.project(stored[:0], "image").shape == (0, model.width)
     width = stored.shape[-1]
-    assert model.project("image", stored.reshape(-1, width)[0]).shape == (1, model.width)
+    assert model.project(stored.reshape(-1, width)[0], "image").shape == (1, model.width)
     shape = rf"\({'N, T' if stored.ndim == 3 else 'N'}, {width}\)"
     for wrong, words in (
         (stored[..., 1:], f"vectors: expected shape {shape}, as {re.escape(feature)} has, got .*{width - 1}"),
@@ -216,9 +236,9 @@ def test_stored_features_are_projected(run_path: Path, exact_cache: Path) -> Non
         (["a"], "vectors: expected floating-point numbers"),
     ):
         with pytest.raises(DataError, match=words):
-            model.project("image", wrong)
+            model.project(wrong, "image")
     with pytest.raises(DataError, match="expected a run with the modality audio, got one of image and text"):
-        model.project("audio", stored)
+        model.project(stored, "audio")
 
 
 def test_iterators_and_tensors_with_gradients_are_items(run_path: Path) -> None:

@@ -61,7 +61,8 @@ def search(cache: embedcache.Cache, model: embedcache.Model) -> None:
 def use(cache: embedcache.Cache) -> None:
     """Models of every kind, and a loss of one's own."""
     model = embedcache.load("run")
-    rows: int = model.similarity(["a.jpg"], "a dog").shape[0]
+    vectors = model.encode(["a dog", "a cat"])
+    rows: int = model.similarity(["a.jpg"], "a dog").shape[0] + model.similarity(vectors, torch.zeros(2, 8)).shape[0]
     tensor: torch.Tensor = model.encode_image(torch.zeros(2, 3, 8, 8), tensors=True)
     best: list[str] = model.classify("a.jpg", ["cat", "dog"], template="a photo of a {}").best
     speech = embedcache.load("speech-run", kind="speech")

@@ -319,7 +319,7 @@ class QueryEncoder:
 
 
 def _project_call(modality: str) -> str:
-    return f'embedcache.load(RUN).project("{modality}", vectors)'
+    return f'embedcache.load(RUN).project(vectors, "{modality}")'
 
 
 def read_vectors(path: Path) -> Array:

@@ -111,7 +111,7 @@ def test_items_are_classified_by_prompts(
     right = np.array(scores.best) == Cache(things).column("label").to_numpy()
     assert right.mean() == pytest.approx(report.accuracies["acc1"].value)
     np.testing.assert_allclose(
-        model.similarity(items[0], "a low thing"), model.encode(modality, items[0]) @ model.encode_text("a low thing").T
+        model.similarity(items[0], "a low thing"), model.encode(items[0], modality) @ model.encode_text("a low thing").T
     )
 
 

@@ -250,7 +250,7 @@ def test_train_and_index_on_import(tree: Path, tmp_path: Path) -> None:
     build_index(cache.path, tmp_path / "index", IndexSettings(run=tmp_path / "run"))
     [hits] = search(tmp_path / "index", Queries(keys=["k7"]), SearchSettings(k=1))
     assert hits[0].key == "k7"
-    call = 'embedcache.load(RUN).project("{}", vectors)'
+    call = 'embedcache.load(RUN).project(vectors, "{}")'
     with pytest.raises(DataError, match="text query: the vectors of text_emb were imported") as refused:
         search(tmp_path / "index", ["a dog"])
     message = f"search with --query-key, or with --query-vectors and what {call.format('text')} returns"
@@ -259,12 +259,12 @@ def test_train_and_index_on_import(tree: Path, tmp_path: Path) -> None:
         search(tmp_path / "index", Queries(vectors=unit_rows(40)))
     assert str(refused.value).endswith(f"feature first: {call.format('image')} or {call.format('text')}")
     model = embedcache.load(tmp_path / "run")
-    projected = model.project("image", unit_rows(40).astype(np.float64))
+    projected = model.project(unit_rows(40).astype(np.float64), "image")
     assert projected.dtype == np.float32
     [hits] = search(tmp_path / "index", Queries(vectors=projected[7]), SearchSettings(k=1))
     assert (hits[0].key, round(hits[0].score, 5)) == ("k7", 1)
     with pytest.raises(
-        SettingError, match=r'is unknown, .* embed vectors of that feature with project\("text", vectors\)'
+        SettingError, match=r'is unknown, .* embed vectors of that feature with project\(vectors, "text"\)'
     ):
         model.encode_text("a dog")
 

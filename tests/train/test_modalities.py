@@ -140,25 +140,25 @@ def test_index_of_recordings_is_searched_with_texts(sounds: Path, finished: Path
 def test_model_encodes_recordings(sounds: Path, finished: Path, tmp_path: Path) -> None:
     model, source = load(finished), Sounds()
     files = [source.read(sample.files["audio"][0]) for _, sample in zip(range(6), source.samples(), strict=False)]
-    expected = model.project("audio", Cache(sounds).feature("audio").load()[:6])
-    np.testing.assert_allclose(model.encode("audio", files), expected, atol=1e-3)  # features are float16
+    expected = model.project(Cache(sounds).feature("audio").load()[:6], "audio")
+    np.testing.assert_allclose(model.encode(files, "audio"), expected, atol=1e-3)  # features are float16
     (tmp_path / "0.wav").write_bytes(files[0])
     for one in (files[0], tmp_path / "0.wav", str(tmp_path / "0.wav"), decode_audio(files[0])):
-        np.testing.assert_allclose(model.encode("audio", one), expected[:1], atol=1e-3)
-    assert model.encode("audio", []).shape == (0, model.width)
-    np.testing.assert_array_equal(model.encode("text", "a tone", tensors=True).numpy(), model.encode_text("a tone"))
+        np.testing.assert_allclose(model.encode(one, "audio"), expected[:1], atol=1e-3)
+    assert model.encode([], "audio").shape == (0, model.width)
+    np.testing.assert_array_equal(model.encode("a tone", "text", tensors=True).numpy(), model.encode_text("a tone"))
 
 
 def test_invalid_recordings_are_named(finished: Path, tmp_path: Path) -> None:
     model = load(finished)
     (tmp_path / "0.wav").write_bytes(wav(tone(0.1, 200))[:99])
     with pytest.raises(PathError, match=r"audio missing.wav does not exist: expected the path or bytes of a file"):
-        model.encode("audio", "missing.wav")
+        model.encode("missing.wav", "audio")
     with pytest.raises(PathError, match=f"audio {tmp_path} is a folder: expected the path"):
-        model.encode("audio", tmp_path)
+        model.encode(tmp_path, "audio")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(PathError, match="/pipe is a pipe or a device: expected the path or bytes of a file"):
-        model.encode("audio", tmp_path / "pipe")
+        model.encode(tmp_path / "pipe", "audio")
     for wrong, words in (
         (tmp_path / "0.wav", r"0.wav: truncated: 99 bytes of "),
         ([tone(0.1, 200), b""], "audio 1: empty file"),
@@ -169,9 +169,9 @@ def test_invalid_recordings_are_named(finished: Path, tmp_path: Path) -> None:
         (None, "items: expected an item, several, or a cache, got None"),
     ):
         with pytest.raises(DataError, match=words):
-            model.encode("audio", wrong)
+            model.encode(wrong, "audio")
     with pytest.raises(DataError, match="expected a run with the modality image, got one of audio and text"):
-        model.encode("image", np.zeros((8, 8, 3), np.uint8))
+        model.encode(np.zeros((8, 8, 3), np.uint8), "image")
 
 
 @pytest.mark.slow
