@@ -58,6 +58,8 @@ def test_no_package_hides_a_name() -> None:
 def test_unknown_name_raises() -> None:
     with pytest.raises(AttributeError, match="no attribute 'train_pair'; it has .*train_projectors"):
         _ = embedcache.train_pair
+    with pytest.raises(AttributeError, match="it has ExtractSettings, extract_features$"):
+        _ = embedcache.extrac
 
 
 def test_import_is_light() -> None:
