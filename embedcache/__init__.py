@@ -180,8 +180,8 @@ if not TYPE_CHECKING:  # a type checker that saw this would accept any name
         if name == "__version__":
             return import_module("importlib.metadata").version("embedcache")
         if name not in __all__:
-            similar = [known for known in __all__ if name.lower() in known.lower()]
-            raise AttributeError(f"module 'embedcache' has no attribute {name!r}; it has {', '.join(similar or __all__)}")
+            known = [public for public in __all__ if name.lower() in public.lower()] or __all__
+            raise AttributeError(f"module 'embedcache' has no attribute {name!r}; it has {', '.join(known)}")
         module, attribute = _read_homes()[name]
         return getattr(import_module(module), attribute)
 

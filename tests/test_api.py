@@ -58,8 +58,8 @@ def test_no_package_hides_a_name() -> None:
 def test_unknown_name_raises() -> None:
     with pytest.raises(AttributeError, match="no attribute 'train_pair'; it has .*train_projectors"):
         _ = embedcache.train_pair
-    with pytest.raises(AttributeError, match="it has ExtractSettings, extract_features$"):
-        _ = embedcache.extrac
+    with pytest.raises(AttributeError, match="it has ProbeSettings, evaluate_probe$"):
+        _ = embedcache.probe
 
 
 def test_import_is_light() -> None:
