@@ -1,6 +1,6 @@
 """Pairs of items of two modalities, such as images and texts: of the same sample, or with equal content."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -140,6 +140,23 @@ def caption_languages(caches: Sequence[Cache]) -> pa.ChunkedArray:
     """Return the language of each caption, or null: (T,) strings, counted across caches."""
     tables = (cache.items("text", columns=["language"]) for cache in caches)
     return pa.chunked_array([chunk for table in tables for chunk in table["language"].chunks], pa.string())
+
+
+def choose_language(
+    caches: Sequence[Cache], modalities: Collection[str], named: str | None, progress: Progress | None = None
+) -> str | None:
+    """Return the language of the captions to pair; None is all.
+
+    If none is named, it is that of the first caption, provided that no sample is lost by it: an encoder finds captions
+    alike in languages that it does not know. A note says so.
+    """
+    language = shared_language(caches) if named is None and "text" in modalities else None
+    if language is not None and progress is not None:
+        progress.note(
+            f"captions in several languages: only those in {language}, the language of the first, are used; "
+            "--language names another, or any for all"
+        )
+    return named or language
 
 
 def shared_language(caches: Sequence[Cache]) -> str | None:

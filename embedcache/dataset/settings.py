@@ -10,6 +10,7 @@ from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
 SELECTION_FORMAT = "Parquet, or a text file with one key per line"
+LANGUAGE_DEFAULT = "that of the first caption if every sample has one in it, else any"
 SELECTION_HELP = f"Use only the samples of this selection: {SELECTION_FORMAT}."
 KINDS = ("strict", "key", "column")
 """Ways to split; any other `kind` is the path of a split file."""

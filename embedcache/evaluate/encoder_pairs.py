@@ -1,14 +1,14 @@
 """Compare encoder pairs before any training: every feature of one modality with every one of another."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, Products, blocks, check_finite, distinct, normalize
 from embedcache.dataset.inputs import InputFeature, default_pair, to_unit_vectors
-from embedcache.dataset.pairs import Items
+from embedcache.dataset.pairs import Items, choose_language
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.devices import products_on
 from embedcache.encoders.image_features import FeatureName
@@ -167,6 +167,7 @@ def evaluate_pairs(
     )
     for line in (skipped := [*skipped, *also_skipped]):
         progress.note(line)
+    settings = replace(settings, language=choose_language([cache], named, settings.language, progress))
     pairs = draw_samples(cache, first_features, second_features, settings)
     sample = split_samples(pairs, cache, (first_features[0], second_features[0]), settings.split, progress)
     num_candidates = min(len(sample.val.first.rows), len(sample.val.second.rows))

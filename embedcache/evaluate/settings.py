@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from embedcache.dataset.settings import SplitSettings, with_split_seed
+from embedcache.dataset.settings import LANGUAGE_DEFAULT, SplitSettings, with_split_seed
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
@@ -148,7 +148,7 @@ class PairsSettings:
         default_text="all complete ones that no run computed",
     )
     language: str | None = setting(
-        None, "Use only captions of this language; any uses all.", metavar="CODE", default_text="any"
+        None, "Use only captions of this language; any uses all.", metavar="CODE", default_text=LANGUAGE_DEFAULT
     )
     num_samples: int = setting(5000, "Draw at most this many samples.", ge=20)
     k: int = setting(10, "Neighbors of mutual kNN.", ge=1)

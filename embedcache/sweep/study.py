@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
+from embedcache.dataset.pairs import choose_language
 from embedcache.dataset.splits import check_split, write_split
 from embedcache.locks import LOCK, locked
 from embedcache.progress import Progress
@@ -122,7 +123,7 @@ def open_study(
         if manifest_path(path).is_file():
             return _reopen_study(path, requested, failed, data)
         fixed = space.settings({})
-        language = data.choose_language(fixed.language, progress=progress)
+        language = choose_language(data.caches, data.sides, fixed.language, progress)
         pairs = data.pairs(language, progress=progress)
         split = data.split(pairs, fixed.split, progress=progress)
         write_split(split_path(path), split)

@@ -19,7 +19,7 @@ from embedcache.dataset.inputs import (
     open_input,
     view_feature,
 )
-from embedcache.dataset.pairs import Pairs, pair_items, shared_language, shared_samples
+from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import PARTS, Split, read_split, write_split
@@ -173,22 +173,6 @@ class TrainData:
         """Pair the items; arguments and errors are those of `pair_items`."""
         first, second = self.sides.values()
         return pair_items(self.caches, first, second, language=language, progress=progress)
-
-    def choose_language(self, named: str | None, *, progress: Progress | None = None) -> str | None:
-        """Return the language to train on; None is all captions.
-
-        If none is named, it is that of the first caption, provided that no sample is lost by it: an encoder finds
-        captions alike in languages that it does not know. A note says so.
-        """
-        if named is not None or "text" not in self.sides:
-            return named
-        language = shared_language(self.caches)
-        if language is not None and progress is not None:
-            progress.note(
-                f"captions in several languages: only those in {language}, the language of the first, are used; "
-                "--language names another, or any for all"
-            )
-        return language
 
     def open_views(self, modality: str, views: Iterable[str]) -> dict[str, list[InputFeature]]:
         """Open views of a side's feature in every cache: view -> features.

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from embedcache.arrays import Ints, distinct
+from embedcache.dataset.pairs import choose_language
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Part
 from embedcache.errors import DataError
@@ -73,7 +74,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
                     f"feature {side.name}: expected the same number of tokens of all items, got several; use a vector, "
                     "or extract kmeans:K or grid:K"
                 )
-        pairs = data.pairs(data.choose_language(language))
+        pairs = data.pairs(choose_language(data.caches, data.sides, language))
         if part is not None:
             pairs = pairs.select(data.split(pairs, settings, progress=to_progress(progress)).rows(part))
         first, second = pairs.all_pairs()

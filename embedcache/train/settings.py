@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from embedcache.dataset.settings import SELECTION_HELP, SplitSettings, with_split_seed
+from embedcache.dataset.settings import LANGUAGE_DEFAULT, SELECTION_HELP, SplitSettings, with_split_seed
 from embedcache.devices import AUTO, Precision, expand_precision
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, flat_settings, get_setting, group, replace_flat, setting, to_json
@@ -235,7 +235,7 @@ class TrainSettings:
         None,
         "Use only captions of this language; any uses all.",
         metavar="CODE",
-        default_text="that of the first caption if every sample has one in it, else any",
+        default_text=LANGUAGE_DEFAULT,
     )
     captions: Literal["draw", "all"] = setting(
         "draw", "For several captions per sample: draw one per epoch, or use all as positives."

@@ -9,7 +9,7 @@ import numpy as np
 
 from embedcache.arrays import blocks
 from embedcache.dataset.negatives import HardNegatives, check_negatives, read_negatives
-from embedcache.dataset.pairs import Pairs
+from embedcache.dataset.pairs import Pairs, choose_language
 from embedcache.dataset.settings import with_split_seed
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath, relative_location
@@ -187,7 +187,7 @@ def train_on(
     raises ends the training.
     """
     run_path, progress = Path(run_path), progress or NullProgress()
-    settings = replace(settings, language=data.choose_language(settings.language, progress=progress))
+    settings = replace(settings, language=choose_language(data.caches, data.sides, settings.language, progress))
     settings = apply_recipe(settings, data, progress)
     settings = replace(settings, machine=name_device(settings.machine, run_path))
     if settings.block_rows is None:
