@@ -105,7 +105,7 @@ def _compare(folder: Path, count: int) -> None:
     found: dict[str, set[tuple[int, int]]] = {}
 
     def find_pairs(*, all_pairs: bool) -> set[tuple[int, int]]:
-        settings = DedupSettings(all_pairs=all_pairs, scratch=folder)
+        settings = DedupSettings(all_pairs=all_pairs, scratch=folder, pixels=False)
         near: NearDuplicates = find_near_duplicates(vectors, rows, [LIMIT], settings)
         return set(zip(near.pairs.left.tolist(), near.pairs.right.tolist(), strict=True))
 

@@ -1,7 +1,7 @@
 """Deduplication of a cache: compare its items, choose a cosine, and write which samples stay."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from embedcache.curate.keep import (
     order_samples,
 )
 from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, assign_clusters, find_near_duplicates
+from embedcache.curate.pixels import compare_pixels, open_images
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, check_selection_path, read_selection, write_selection
-from embedcache.dataset.similar_pairs import SimilarPairs, cosine_limit
+from embedcache.dataset.similar_pairs import NOT_COMPARED, SAME_PICTURE, PairCollector, SimilarPairs, cosine_limit
 from embedcache.errors import DataError, SettingError, pluralize, quoted
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
@@ -38,7 +39,7 @@ from embedcache.store.rows import keys_at
 from embedcache.store.tables import write_table
 
 LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen
-_NO_PAIRS = SimilarPairs(left=np.empty(0, np.int64), right=np.empty(0, np.int64), cosines=np.empty(0, np.float32))
+_NO_PAIRS = PairCollector(0, LEVELS, MAX_PAIRS).pairs()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class DedupLevel:
     """Numbers of items that deduplication at one cosine would remove."""
 
     cosine: float | None  # limit; None: copies only
-    num_near: int | None  # items with another above it, copies counted once; None for copies
+    num_near: int | None  # items with another above it, equal bytes counted once; None for copies
     num_gone: int | None  # samples that would be removed; None if there are too many pairs
 
 
@@ -59,13 +60,20 @@ class DedupAnalysis:
     samples: Ints  # that are compared, ascending; also those without a usable item
     copies: Copies
     order: Ints  # samples in the order of the keep rule
-    near: NearDuplicates | None  # among the contents; None if only copies were searched
+    near: NearDuplicates | None  # among the contents; None if only equal bytes were searched
     settings: DedupSettings = field(default_factory=DedupSettings)
 
     def removed(self, cosine: float | None) -> RemovedSamples:
         """Choose the samples to remove at a cosine; None: copies only."""
-        pairs = _NO_PAIRS if self.near is None or cosine is None else self.near.pairs.between(cosine)
-        return choose_removed(self.copies, pairs, self.order)
+        return choose_removed(self.copies, self.duplicates(cosine), self.order)
+
+    def duplicates(self, cosine: float | None) -> SimilarPairs:
+        """Return the pairs of contents that are the same picture or have at least a cosine; None: the former only."""
+        if self.near is None:
+            return _NO_PAIRS
+        pairs = self.near.pairs
+        is_near = pairs.cosines >= cosine_limit(np.inf if cosine is None else cosine)
+        return pairs.select(is_near | (pairs.distances <= SAME_PICTURE))
 
     def levels(self) -> list[DedupLevel]:
         """Return what deduplication by copies and at each cosine of `LEVELS` would remove."""
@@ -96,7 +104,14 @@ class DedupAnalysis:
             "complete": None if near is None else near.complete,
             "recall": None if near is None or near.recall is None else near.recall.to_json(),
             "highest_cosine": self.highest,
+            "num_same_picture": self.num_same_picture,
         }
+
+    @property
+    def num_same_picture(self) -> int | None:
+        """Number of pairs of contents that are the same picture; None if no pixels were compared."""
+        is_compared = self.near is not None and self.near.pairs.distances.min(initial=NOT_COMPARED) < NOT_COMPARED
+        return len(self.duplicates(None).left) if is_compared else None
 
     @property
     def highest(self) -> float | None:
@@ -135,17 +150,24 @@ class DedupReport:
             "cosine": self.cosine,
             "num_removed": len(self.removed.samples),
             "num_removed_copies": int(self.removed.is_copy.sum()),
+            "num_removed_same_picture": int((self.removed.distances <= SAME_PICTURE).sum()),
             "selection": str(self.path),
             "removed": str(self.removed_path),
         }
 
 
 def analyze(
-    cache: AnyPath, settings: DedupSettings | None = None, *, progress: AnyProgress = None, **options: Any
+    cache: AnyPath,
+    settings: DedupSettings | None = None,
+    *,
+    image_folders: Sequence[Path] = (),
+    progress: AnyProgress = None,
+    **options: Any,
 ) -> DedupAnalysis:
     """Compare the items of a cache; `DedupAnalysis.levels` returns what each cosine would remove.
 
-    Time and memory as in `find_near_duplicates`.
+    Time and memory as in `find_near_duplicates`, and for images as in `compare_pixels`. Images are read only below
+    `image_folders`, or, without it, below the folder of the cache's source.
 
     Raises:
         SettingError: a cosine or `copies_only` is set, which need a file to write, or the keep rule is invalid.
@@ -160,7 +182,7 @@ def analyze(
             f"OUT: expected a .parquet file for the samples that stay, because {given} removes the others, got none; "
             f"add it after the cache, or omit {given} to get a report"
         )
-    return _compare(cache, settings, LEVELS, progress)
+    return _compare(cache, settings, image_folders, progress)
 
 
 def dedup(
@@ -168,19 +190,21 @@ def dedup(
     out: AnyPath,
     settings: DedupSettings | None = None,
     *,
+    image_folders: Sequence[Path] = (),
     progress: AnyProgress = None,
     **options: Any,
 ) -> DedupReport:
     """Write a selection of the samples that stay, and beside it, in `OUT.removed.parquet`, the removed ones.
 
-    A sample is removed if each of its items has the bytes, or a cosine of at least the limit, of an item of a sample
-    that stays. Samples without a usable item stay. Only those of `settings.selection`, if it is given, are compared and
-    stay. The selection is written last.
+    A sample is removed if each of its items has the bytes, the pixels (an image in another size, compression or
+    format), or a cosine of at least the limit, of an item of a sample that stays. Samples without a usable item stay.
+    Only those of `settings.selection`, if it is given, are compared and stay. The selection is written last.
 
     Args:
         cache: path or URL of the cache.
         out: a `.parquet` file.
         settings: the limit, `cosine` or `copies_only`, and how items are compared.
+        image_folders: read images only below these folders; empty: below the folder of the cache's source.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
 
@@ -198,7 +222,7 @@ def dedup(
     removed_path = removed_table_path(out)
     check_selection_path(out)
     check_output(removed_path)
-    analysis = _compare(cache, settings, [] if cosine is None else [cosine], progress)
+    analysis = _compare(cache, settings, image_folders, progress)
     _check_any_pairs(analysis, cosine)
     report = DedupReport(
         analysis=analysis,
@@ -214,15 +238,16 @@ def dedup(
 
 
 def _compare(
-    cache_path: AnyPath, settings: DedupSettings, levels: Sequence[float], progress: Progress | None
+    cache_path: AnyPath, settings: DedupSettings, image_folders: Sequence[Path], progress: Progress
 ) -> DedupAnalysis:
     cache = Cache(cache_path)
     modality = choose_modality(cache, settings.modality, settings.run)
     check_keep(settings.keep, cache)
-    needs_vectors = bool(levels) or settings.keep == FAR
-    vectors = (
-        Vectors(cache_path, modality, settings.feature, settings.run, device=settings.device) if needs_vectors else None
-    )
+    images = open_images(cache, image_folders) if modality == "image" and settings.pixels else None
+    has_near = not settings.copies_only or images is not None  # copies of images are looked for among similar ones
+    vectors = None
+    if has_near or settings.keep == FAR:
+        vectors = Vectors(cache_path, modality, settings.feature, settings.run, device=settings.device)
     feature = open_input(cache, modality, settings.feature) if vectors is None else vectors.feature
     samples = np.setdiff1d(np.arange(len(cache)), cache.removed, assume_unique=True)
     if settings.selection is not None:
@@ -234,8 +259,12 @@ def _compare(
             f"inspect {cache.path}"
         )
     near = None
-    if vectors is not None and levels:
+    if vectors is not None and has_near:
+        levels = LEVELS if settings.cosine is None else [settings.cosine]
         near = find_near_duplicates(vectors, copies.unique_rows, levels, settings, progress)
+        if images is not None:
+            pairs = compare_pixels(images, copies.unique_rows, near.pairs, settings.scratch, progress)
+            near = replace(near, pairs=pairs)
     centroid_cosines = None if near is None else near.centroid_cosines
     if settings.keep == FAR and vectors is not None and centroid_cosines is None:
         centroid_cosines = assign_clusters(vectors, copies.unique_rows, 1.0, settings, progress).cosines
@@ -247,15 +276,14 @@ def _compare(
 
 def _check_any_pairs(analysis: DedupAnalysis, cosine: float | None) -> None:
     near = analysis.near
-    if near is None:
+    if near is None or cosine is None:
         return
-    assert cosine is not None  # without one only copies are searched
     if near.limit > cosine:
         raise SettingError(
             f"cosine: expected at most {MAX_PAIRS:,} pairs above it, got more with {cosine}; give a higher one: "
             f"embedcache curate dedup {quoted(analysis.cache.path)} helps to choose it"
         )
-    if not len(near.pairs.left) and not analysis.copies.num_copies:
+    if not len(analysis.duplicates(cosine).left) and not analysis.copies.num_copies:
         none = "there is only one" if len(near.highest) == 1 else "no two were in one cluster or near each other"
         highest = none if analysis.highest is None else f"the highest cosine is {analysis.highest:.5f}"
         raise SettingError(
@@ -298,6 +326,7 @@ def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
             "kept_key": keys_at(cache, removed.kept),
             "cosine": removed.cosines,
             "is_copy": removed.is_copy,
+            "hash_distance": pa.array(removed.distances, mask=removed.distances == NOT_COMPARED),
         }
     )
     header = {"cache": str(cache.path), "method": "dedup"}

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Bools, Floats, Ints
+from embedcache.arrays import Array, Bools, Floats, Ints
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import read_items
-from embedcache.dataset.similar_pairs import SimilarPairs
+from embedcache.dataset.similar_pairs import NOT_COMPARED, SAME_PICTURE, SimilarPairs
 from embedcache.errors import SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, order_pair
@@ -71,11 +71,14 @@ class RemovedSamples:
     samples: Ints  # (R,)
     kept: Ints  # (R,) a sample that stays
     cosines: Floats  # (R,) of the two; for a sample with several items, the smallest of its items' cosines
-    is_copy: Bools  # (R,) whether all of its items have the bytes or text of items that stay
+    is_copy: Bools  # (R,) whether all of its items have the bytes, text or pixels of items that stay
+    distances: Array  # (R,) int16 hash distance of the two images; NOT_COMPARED of equal bytes, and without pixels
 
 
 def choose_removed(copies: Copies, pairs: SimilarPairs, order: Ints) -> RemovedSamples:
     """Visit samples in an order and remove one if each of its items equals, or is paired with, an item that stays.
+
+    Of several partners, that with the same bytes is named, else that with the same pixels, else the most similar.
 
     So each removed sample has a partner that stays, unlike with connected components: of a chain a - b - c, a and c may
     be far apart, and here both stay. SemDeDup compares with earlier samples whether they stay or not. `order` has all
@@ -91,40 +94,45 @@ def choose_removed(copies: Copies, pairs: SimilarPairs, order: Ints) -> RemovedS
     for sample in order[may_be_duplicate[order]].tolist():  # the others stay
         own = content_ids[starts[sample] : starts[sample + 1]]
         partners = [graph.partner(content, holder_C) for content in own.tolist()]
-        if all(kept >= 0 for kept, _ in partners):
-            kept, cosine = min(partners, key=lambda partner: partner[1])
-            removed.append((sample, kept, cosine))
+        if all(kept >= 0 for kept, _, _ in partners):
+            removed.append((sample, *min(partners, key=lambda partner: partner[1])))
         else:
             holder_C[own[holder_C[own] < 0]] = sample
     removed.sort()
-    samples, kept_samples, cosines = zip(*removed, strict=True) if removed else ((), (), ())
+    samples, kept_samples, cosines, distances = zip(*removed, strict=True) if removed else ((), (), (), ())
     return RemovedSamples(
         samples=np.array(samples, np.int64),
         kept=np.array(kept_samples, np.int64),
         cosines=np.minimum(np.array(cosines, np.float32), 1),
-        is_copy=np.array(cosines) == _COPY,
+        is_copy=(np.array(cosines) == _COPY) | (np.array(distances) <= SAME_PICTURE),
+        distances=np.array(distances, np.int16),
     )
 
 
 class _Graph:
-    """Near-duplicates of each content, the most similar first."""
+    """Near-duplicates of each content: the same picture first, then the most similar."""
 
     def __init__(self, pairs: SimilarPairs, num_contents: int) -> None:
         ends = np.concatenate([pairs.left, pairs.right])
         cosines = np.concatenate([pairs.cosines, pairs.cosines])
-        order = np.lexsort((-cosines, ends))
+        distances = np.concatenate([pairs.distances, pairs.distances])
+        order = np.lexsort((-cosines, distances > SAME_PICTURE, ends))
         self._others = np.concatenate([pairs.right, pairs.left])[order]
         self._cosines = cosines[order]
+        self._distances = distances[order]
         self.starts = np.concatenate([[0], np.cumsum(np.bincount(ends, minlength=num_contents))])
 
-    def partner(self, content: int, holder_C: Ints) -> tuple[int, float]:
-        """Return the sample that stays and holds the most similar content, and the cosine; (-1, 0) if none does."""
+    def partner(self, content: int, holder_C: Ints) -> tuple[int, float, int]:
+        """Return the sample that stays and holds the most similar content, -1 if none does; cosine; hash distance."""
         if holder_C[content] >= 0:
-            return int(holder_C[content]), _COPY
+            return int(holder_C[content]), _COPY, NOT_COMPARED
         here = slice(self.starts[content], self.starts[content + 1])
         holders = holder_C[self._others[here]]
         held = np.flatnonzero(holders >= 0)
-        return (int(holders[held[0]]), float(self._cosines[here][held[0]])) if len(held) else (-1, 0.0)
+        if not len(held):
+            return -1, 0.0, NOT_COMPARED
+        best = self.starts[content] + held[0]
+        return int(holders[held[0]]), float(self._cosines[best]), int(self._distances[best])
 
 
 def order_samples(keep: str, copies: Copies, cache: Cache, centroid_cosines: Floats | None) -> Ints:

@@ -7,11 +7,9 @@ comparing a random sample of items with all."""
 
 import copy
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -41,6 +39,7 @@ from embedcache.store.rows import RowReader
 
 ALL_PAIRS_LIMIT = 50_000  # up to this many items all pairs are compared: some ten seconds on two cores
 MAX_PAIRS = 20_000_000
+CANDIDATE_COSINES = (0.7, 0.8)  # images of closer pairs are read again; from the second on if there are too many
 _NUM_PROBES = 1000
 _ANY_COSINE = 0.0  # neighbors may be this far away, so that the nearest borders are crossed wherever they are
 _ROUNDING = 1e-6  # two ways of summing one cosine in float32
@@ -82,6 +81,9 @@ def find_near_duplicates(
 ) -> NearDuplicates:
     """Find the pairs of items whose cosine is at least `levels[0]`, which may rise to the next if there are too many.
 
+    For `settings.pixels`, pairs of images are returned from the first of `CANDIDATE_COSINES` on, of those that are
+    compared for `levels[0]`; the recall is that from `levels[0]` on.
+
     All pairs: every pair, N² / 2 products, `4 N P` bytes of scratch space. Clusters: nearly every pair (measured),
     about 10 N √N products with 2 √N clusters, `2 N P` bytes of scratch space in float16, whose rounding changes a
     cosine by 1e-5. Memory: pages of the scratch file, which the system may drop, about 200 bytes per item, and the
@@ -93,11 +95,13 @@ def find_near_duplicates(
         MissingExtraError: faiss is needed for clusters, or Ray for its engine, and is not installed.
     """
     progress = progress or NullProgress()
+    candidates = CANDIDATE_COSINES if settings.pixels and vectors.modality == "image" else ()
     with _arrange(vectors, rows_N, levels[0], settings, progress) as arranged:
-        collector = PairCollector(len(rows_N), levels, MAX_PAIRS)
+        collector = PairCollector(len(rows_N), sorted({*candidates, *levels}), MAX_PAIRS)
         _compare(arranged, collector, vectors.device, progress)
         pairs = collector.pairs()
-        recall = None if arranged.is_exact else _measure_recall(arranged, pairs, collector.limit, settings, progress)
+        limit = max(collector.limit, levels[0])
+        recall = None if arranged.is_exact else _measure_recall(arranged, pairs, limit, settings, progress)
     return NearDuplicates(
         pairs=pairs,
         limit=collector.limit,
@@ -166,8 +170,8 @@ def _arrange(
     complete = 1.0 if assignment is None else float(assignment.is_complete.mean())
     centroid_cosines = None if assignment is None else assignment.cosines
     del assignment  # the clusters that each item visits are in the plan
-    folder = Path(settings.scratch or tempfile.gettempdir())
-    with scratch_matrix(folder, (len(rows_N), vectors.width), np.float32 if is_exact else np.float16) as matrix_NP:
+    dtype = np.float32 if is_exact else np.float16
+    with scratch_matrix(settings.scratch, (len(rows_N), vectors.width), dtype) as matrix_NP:
         _fill(matrix_NP, vectors, rows_N, plan, progress)
         yield _Arranged(
             matrix_NP=matrix_NP, plan=plan, is_exact=is_exact, complete=complete, centroid_cosines=centroid_cosines

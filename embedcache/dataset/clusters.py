@@ -211,11 +211,13 @@ def _starts(counts_K: Ints) -> Ints:
 
 
 @contextmanager
-def scratch_matrix(folder: Path, shape: tuple[int, int], dtype: npt.DTypeLike) -> Iterator[Array]:
+def scratch_matrix(scratch: Path | str | None, shape: tuple[int, int], dtype: npt.DTypeLike) -> Iterator[Array]:
     """Create a matrix in an unnamed file, which vanishes even if the process is killed; its space is allocated at once.
 
-    Raises `PathError` if the folder does not exist, and `DiskFullError` if the matrix does not fit.
+    It is in the folder `scratch`, or, if that is None, in the system's for temporary files. Raises `PathError` if the
+    folder does not exist, and `DiskFullError` if the matrix does not fit.
     """
+    folder = Path(scratch or tempfile.gettempdir())
     if not folder.is_dir():
         raise PathError(
             f"scratch: expected an existing folder, got {folder}; create it, or give another with --scratch"

@@ -9,6 +9,8 @@ from embedcache.arrays import Array, Bools, Floats, Ints, from_sort_keys, to_sor
 
 _BELOW_ALL = np.float32(-2)
 _ALMOST_ONE = 1 - 1e-5  # equal vectors reach this in spite of rounding
+NOT_COMPARED = 256  # in place of a hash distance, of which 255 is the largest
+SAME_PICTURE = 24  # largest hash distance of an image to its copies, `docs/benchmarks/dedup.md`
 _FEW = 4  # candidates per neighbor, up to which sorting them is faster than finding the best by partition
 
 
@@ -39,11 +41,15 @@ class SimilarPairs:
     left: Ints  # (L,)
     right: Ints  # (L,)
     cosines: Floats  # (L,)
+    distances: Array  # (L,) int16 hash distances of images, see `embedcache.curate.pixels`, or NOT_COMPARED
+
+    def select(self, mask: Bools) -> "SimilarPairs":
+        """Return the pairs of a mask."""
+        return SimilarPairs(**{name: values[mask] for name, values in vars(self).items()})
 
     def between(self, low: float, high: float = np.inf) -> "SimilarPairs":
         """Return the pairs of at least one cosine and below another."""
-        mask = (self.cosines >= cosine_limit(low)) & (self.cosines < cosine_limit(high))
-        return SimilarPairs(left=self.left[mask], right=self.right[mask], cosines=self.cosines[mask])
+        return self.select((self.cosines >= cosine_limit(low)) & (self.cosines < cosine_limit(high)))
 
 
 class PairCollector:
@@ -82,7 +88,8 @@ class PairCollector:
         keys, first = np.unique(np.concatenate([np.empty(0, np.int64), *self._keys]), return_index=True)
         cosines = np.concatenate([np.empty(0, np.float32), *self._cosines])[first]
         left, right = np.divmod(keys, len(self.highest))
-        return SimilarPairs(left=left, right=right, cosines=cosines)
+        distances = np.full(len(left), NOT_COMPARED, np.int16)
+        return SimilarPairs(left=left, right=right, cosines=cosines, distances=distances)
 
     def _raise_highest(self, items: Ints, cosines: Floats) -> None:
         self.highest[items] = np.maximum(self.highest[items], cosines)

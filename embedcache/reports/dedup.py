@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Floats, Ints, distinct
+from embedcache.arrays import Array, Floats, Ints, distinct
 from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupReport
 from embedcache.curate.keep import RemovedSamples
+from embedcache.dataset.similar_pairs import NOT_COMPARED, SAME_PICTURE, SimilarPairs
 from embedcache.dataset.thumbnails import credit
 from embedcache.errors import pluralize
 from embedcache.modalities import count_items, noun
@@ -59,6 +60,8 @@ def comparison_line(analysis: DedupAnalysis) -> str:
     copies = pluralize(item_copies.num_copies, "is a byte-identical copy", "are byte-identical copies")
     if near is None:
         return f"{items}; {copies}"
+    if analysis.num_same_picture is not None:
+        copies += f"; {pluralize(analysis.num_same_picture, 'pair')} of others show the same picture"
     if near.recall is None:
         return f"{items}; {copies}; every pair was compared"
     recall = near.recall
@@ -109,7 +112,7 @@ def write_threshold_page(path: Path, analysis: DedupAnalysis, *, image_folders: 
         notes=["A sample is removed if each of its items is that close to an item of a sample that is kept."],
         table=threshold_table(analysis),
     )
-    sections = [_similarity_section(analysis, None), thresholds, *_band_sections(analysis, renderer)]
+    sections = [_similarity_section(analysis, None), thresholds, *_pair_sections(analysis, renderer)]
     _write(path, analysis, "Duplicates: choose a cosine", renderer, sections)
 
 
@@ -127,10 +130,11 @@ def write_dedup_page(path: Path, result: DedupReport, *, image_folders: Sequence
         "copies only" if result.cosine is None else f"{result.cosine:g}",
         format_count(num_removed),
         format_count(int(removed.is_copy.sum())),
+        format_count(int((removed.distances <= SAME_PICTURE).sum())),
         format_count(len(analysis.samples) - num_removed),
     ]
     sections = [
-        Section(title="Removed samples", table=(["cosine", "removed", "of these copies", "kept"], [counts])),
+        Section(title="Removed samples", table=(["cosine", "removed", "copies", "by pixels", "kept"], [counts])),
         *([] if analysis.near is None else [_similarity_section(analysis, result.cosine)]),
         Section(
             title="Borderline cases",
@@ -167,51 +171,59 @@ def _similarity_section(analysis: DedupAnalysis, limit: float | None) -> Section
     return Section(title="Similarity", notes=[note], figures=[figure])
 
 
-def _band_sections(analysis: DedupAnalysis, renderer: ItemRenderer) -> Iterator[Section]:
-    """Iterate over one section for each band of cosines that has pairs, the closest first."""
+def _pair_sections(analysis: DedupAnalysis, renderer: ItemRenderer) -> Iterator[Section]:
+    """Iterate over sections of pairs: the same picture, then one for each band of cosines, the closest first."""
     assert analysis.near is not None
-    rng = np.random.default_rng(analysis.settings.seed)
-    rows = analysis.copies.unique_rows
+    titled = {"The same picture": analysis.duplicates(None)}
     for low, high in reversed(list(pairwise((*LEVELS, np.inf)))):
-        if low < analysis.near.limit:
-            continue
-        pairs = analysis.near.pairs.between(low, high)
+        if low >= analysis.near.limit:
+            titled[f"Pairs with a cosine of {low:g} to {min(high, 1):g}"] = analysis.near.pairs.between(low, high)
+    rng = np.random.default_rng(analysis.settings.seed)
+    for title, pairs in titled.items():
         sampled = np.sort(rng.permutation(len(pairs.left))[:_EXAMPLES_PER_BAND])
         if len(sampled):
             yield Section(
-                title=f"Pairs with a cosine of {low:g} to {min(high, 1):g}",
+                title=title,
                 notes=[f"{len(sampled)} of {len(pairs.left):,}, drawn at random."],
-                examples=[
-                    QueryExample(
-                        query=renderer.render(int(rows[pairs.left[pair]])),
-                        outcome=f"cosine {format_fraction(min(pairs.cosines[pair], 1))}",
-                        is_correct=True,
-                        results=[renderer.render(int(rows[pairs.right[pair]]))],
-                    )
-                    for pair in sampled.tolist()
-                ],
+                examples=[_pair_example(analysis, pairs, pair, renderer) for pair in sampled.tolist()],
             )
+
+
+def _pair_example(analysis: DedupAnalysis, pairs: SimilarPairs, pair: int, renderer: ItemRenderer) -> QueryExample:
+    """Return two similar items side by side."""
+    rows = analysis.copies.unique_rows[[pairs.left[pair], pairs.right[pair]]]
+    is_copy = bool(pairs.distances[pair] <= SAME_PICTURE)
+    outcome = _similarity_text(pairs.cosines[[pair]], pairs.distances[[pair]], is_copy=is_copy)
+    return _side_by_side(renderer, rows, outcome)
 
 
 def _example(analysis: DedupAnalysis, removed: RemovedSamples, positions: Ints, renderer: ItemRenderer) -> QueryExample:
     """Return a kept sample beside the samples that are removed as its duplicates."""
     shown = positions[np.argsort(-removed.cosines[positions], kind="stable")][:_MAX_SHOWN_PER_GROUP]
-    cosines = removed.cosines[positions]
-    lowest, highest = format_fraction(cosines.min()), format_fraction(cosines.max())
-    similarity = f"cosine {highest}" if len(positions) == 1 else f"cosine {lowest} to {highest}"
-    if removed.is_copy[positions].all():
-        similarity = "equal bytes"
+    is_copy = bool(removed.is_copy[positions].all())
+    similarity = _similarity_text(removed.cosines[positions], removed.distances[positions], is_copy=is_copy)
     count = f", {len(positions):,} removed" if len(positions) > 1 else ""
-    return QueryExample(
-        query=renderer.render(_first_row(analysis, int(removed.kept[positions[0]]))),
-        outcome=similarity + count,
-        is_correct=True,
-        results=[renderer.render(_first_row(analysis, sample)) for sample in removed.samples[shown].tolist()],
-    )
+    samples = [removed.kept[positions[0]], *removed.samples[shown]]
+    rows = analysis.copies.item_rows[np.searchsorted(analysis.copies.samples, samples)]
+    return _side_by_side(renderer, rows, similarity + count)
 
 
-def _first_row(analysis: DedupAnalysis, sample: int) -> int:
-    return int(analysis.copies.item_rows[np.searchsorted(analysis.copies.samples, sample)])
+def _similarity_text(cosines: Floats, distances: Array, *, is_copy: bool) -> str:
+    """Describe how similar one or more items are to another, of which they all are copies or not."""
+    known = distances[distances < NOT_COMPARED]
+    if is_copy and not len(known):
+        return "equal bytes"
+    lowest, highest = (format_fraction(min(cosine, 1)) for cosine in (cosines.min(), cosines.max()))
+    similarity = f"cosine {highest}" if len(cosines) == 1 else f"cosine {lowest} to {highest}"
+    if len(known):
+        similarity += f", hash distance {known.max()}"
+    return f"same picture, {similarity}" if is_copy else similarity
+
+
+def _side_by_side(renderer: ItemRenderer, rows: Ints, outcome: str) -> QueryExample:
+    """Return the item of the first row beside those of the others."""
+    first, *others = [renderer.render(row) for row in rows.tolist()]
+    return QueryExample(query=first, outcome=outcome, is_correct=True, results=others)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from embedcache.curate.keep import RemovedSamples, find_copies
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import read_selection
-from embedcache.dataset.similar_pairs import cosine_limit
+from embedcache.dataset.similar_pairs import NOT_COMPARED, cosine_limit
 from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -72,7 +72,7 @@ def unit(path: Path) -> Floats:
 
 
 def test_copies_only(copied: Path, tmp_path: Path) -> None:
-    done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(copies_only=True))
+    done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(pixels=False, copies_only=True))
     removed = pq.read_table(done.removed_path).to_pylist()
     assert {row["key"]: row["kept_key"] for row in removed} == COPIES
     assert all(row["is_copy"] and row["cosine"] == 1 for row in removed)
@@ -108,22 +108,22 @@ def test_removed_samples_are_near_kept_ones(copied: Path, tmp_path: Path, keep: 
 def test_only_a_selection_is_compared(copied: Path, tmp_path: Path) -> None:
     keys = [f"{number:05d}" for number in range(NUM) if number not in (3, 20)]
     (tmp_path / "keys.txt").write_text("\n".join(keys))
-    settings = DedupSettings(copies_only=True, selection=tmp_path / "keys.txt")
+    settings = DedupSettings(pixels=False, copies_only=True, selection=tmp_path / "keys.txt")
     done = dedup(copied, tmp_path / "kept.parquet", settings)
     removed = pq.read_table(done.removed_path).to_pylist()
     assert {row["key"]: row["kept_key"] for row in removed} == {"00051": "00050"}
     assert pq.read_table(done.path)["key"].to_pylist() == [key for key in keys if key != "00051"]
     assert (done.to_json()["num_samples"], done.to_json()["within"]) == (58, str(tmp_path / "keys.txt"))
     assert "kept 57 of 58 samples" in dedup_line(done)
-    levels = {level.cosine: level.num_gone for level in analyze(copied, selection=settings.selection).levels()}
+    levels = {level.cosine: level.num_gone for level in analyze(copied, selection=settings.selection, pixels=False).levels()}
     assert levels[None] == 1
 
 
 def test_copies_need_no_vectors(cache_path: Path, copied: Path, tmp_path: Path) -> None:
     """Check with tokens, which have no cosine, and with the rule that does need vectors."""
-    settings = DedupSettings(copies_only=True, feature="open_toy/patches")
+    settings = DedupSettings(pixels=False, copies_only=True, feature="open_toy/patches")
     assert dedup(cache_path, tmp_path / "a.parquet", settings).analysis.feature.name == "open_toy/patches"
-    far = dedup(copied, tmp_path / "b.parquet", DedupSettings(copies_only=True, keep="far"))
+    far = dedup(copied, tmp_path / "b.parquet", DedupSettings(pixels=False, copies_only=True, keep="far"))
     assert {row["key"]: row["kept_key"] for row in pq.read_table(far.removed_path).to_pylist()} == COPIES
 
 
@@ -144,7 +144,7 @@ def test_copies_or_near_duplicates_suffice(copied: Path, tmp_path: Path) -> None
 
 
 def test_keep_rule(copied: Path, tmp_path: Path) -> None:
-    done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(copies_only=True, keep="best:score"))
+    done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(pixels=False, copies_only=True, keep="best:score"))
     rows = {row["key"]: row["kept_key"] for row in pq.read_table(done.removed_path).to_pylist()}
     assert rows == {"00003": "00051", "00050": "00051", "00020": "00057"}
     analysis = analyze(copied, DedupSettings(keep="far", all_pairs=False))
@@ -157,11 +157,11 @@ def test_keep_rule(copied: Path, tmp_path: Path) -> None:
 
 
 def test_analyze_levels(copied: Path, tmp_path: Path) -> None:
-    analysis = analyze(copied)
+    analysis = analyze(copied, pixels=False)
     levels = {level.cosine: level for level in analysis.levels()}
     assert levels[None].num_gone == 3
     for cosine in (0.9, 0.97, 0.99):
-        done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=cosine))
+        done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=cosine, pixels=False))
         assert levels[cosine].num_gone == len(done.removed.samples)
         row = next(row for row in threshold_table(analysis)[1] if row[0] == f"{cosine:g}")
         assert row[2] == f"{len(done.removed.samples)}"
@@ -169,7 +169,7 @@ def test_analyze_levels(copied: Path, tmp_path: Path) -> None:
     assert sum(written["histogram"]["counts"]) == NUM - 4
     assert len(histogram_lines(analysis)) == 1 + len(written["histogram"]["counts"])
     assert comparison_line(analysis).endswith("3 are byte-identical copies; every pair was compared")
-    assert "clusters found" in comparison_line(analyze(copied, DedupSettings(all_pairs=False)))
+    assert "clusters found" in comparison_line(analyze(copied, DedupSettings(all_pairs=False, pixels=False)))
     json.dumps(written)
     assert analysis.near is not None
     near = replace(analysis.near, limit=0.97, highest=np.full(5, cosine_limit(0.97)))
@@ -204,7 +204,7 @@ def test_too_many_pairs(copied: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_dedup_texts_and_projected_images(cache_path: Path, run_path: Path, copied: Path, tmp_path: Path) -> None:
-    done = dedup(copied, tmp_path / "a.parquet", DedupSettings(copies_only=True, modality="text"))
+    done = dedup(copied, tmp_path / "a.parquet", DedupSettings(pixels=False, copies_only=True, modality="text"))
     captions = Cache(copied).items("text")["text"].to_pylist()
     assert NUM - len(done.removed.samples) == len(set(captions))
     projected = analyze(cache_path, DedupSettings(run=run_path))
@@ -232,7 +232,8 @@ def test_pages_show_images(copied: Path, tmp_path: Path) -> None:
     assert "Borderline cases" in page
     assert "equal bytes" in page
     write_dedup_page(
-        tmp_path / "copies.html", dedup(copied, tmp_path / "kept.parquet", DedupSettings(copies_only=True))
+        tmp_path / "copies.html",
+        dedup(copied, tmp_path / "kept.parquet", DedupSettings(pixels=False, copies_only=True)),
     )
 
 
@@ -282,7 +283,7 @@ def test_unreached_cosine_names_highest(cache_path: Path, distinct: Path, tmp_pa
 def test_dedup_text_cache(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\na red bar\n")
     extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text_encoder=[TEXT])
-    done = dedup(tmp_path / "cache", tmp_path / "kept.parquet", DedupSettings(copies_only=True))
+    done = dedup(tmp_path / "cache", tmp_path / "kept.parquet", DedupSettings(pixels=False, copies_only=True))
     assert done.analysis.feature.modality == "text"
     assert (done.removed.samples.tolist(), done.removed.kept.tolist()) == ([2], [0])
     write_threshold_page(tmp_path / "look.html", analyze(tmp_path / "cache"))
@@ -307,12 +308,15 @@ def test_reason_says_what_goes(is_copy: list[bool], reason: str) -> None:
         kept=np.full(count, 9),
         cosines=np.array([0.95, 0.96][:count], np.float32),
         is_copy=np.array(is_copy),
+        distances=np.full(count, NOT_COMPARED),
     )
     assert _reason(removed, np.arange(count)) == reason
 
 
 def test_removed_samples_do_not_stay(without: Cache, tmp_path: Path) -> None:
-    done = dedup(without.path, tmp_path / "kept.parquet", DedupSettings(copies_only=True, feature="open_toy/cls"))
+    done = dedup(
+        without.path, tmp_path / "kept.parquet", DedupSettings(pixels=False, copies_only=True, feature="open_toy/cls")
+    )
     kept = pq.read_table(tmp_path / "kept.parquet")["row"].to_pylist()
     assert len(done.analysis.samples) == 37 == len(kept) + len(done.removed.samples)
     assert not set(kept) & set(without.removed.tolist())

@@ -1,4 +1,5 @@
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from embedcache.curate.keep import Copies, choose_removed
 from embedcache.curate.near_duplicates import find_near_duplicates, find_neighbors, fit_centroids
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset import clusters
-from embedcache.dataset.similar_pairs import SimilarPairs
+from embedcache.dataset.similar_pairs import NOT_COMPARED, SimilarPairs
 from embedcache.errors import DataError
 from embedcache.interop.importing import import_vectors
 from embedcache.interop.npy import open_npy_vectors
@@ -57,7 +58,9 @@ def test_clusters_equal_all_pairs_if_complete(count: int, seed: int) -> None:
     vectors = made_vectors(count, seed)
     with tempfile.TemporaryDirectory() as folder:
         opened = write_vectors(Path(folder) / "cache", vectors, chunk_size=16)
-        near = find_near_duplicates(opened, np.arange(count), [LIMIT], DedupSettings(all_pairs=False, scratch=folder))
+        near = find_near_duplicates(
+            opened, np.arange(count), [LIMIT], DedupSettings(pixels=False, all_pairs=False, scratch=folder)
+        )
     doubtful = brute(vectors, LIMIT - 1e-4) - brute(vectors, LIMIT + 1e-4)  # float16 in the scratch file
     assert pairs_of(near.pairs) - doubtful <= brute(vectors, LIMIT)
     assert near.recall is not None
@@ -73,7 +76,7 @@ def test_all_pairs_equal_brute_force(tmp_path: Path) -> None:
         write_vectors(tmp_path / "cache", vectors, chunk_size=2048),
         np.arange(4200),
         [LIMIT],
-        DedupSettings(scratch=tmp_path),
+        DedupSettings(pixels=False, scratch=tmp_path),
     )
     assert near.num_clusters == 1
     assert pairs_of(near.pairs) == brute(vectors, LIMIT)
@@ -86,7 +89,7 @@ def test_all_pairs_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(near_duplicates, "ALL_PAIRS_LIMIT", 200)
     opened = write_vectors(tmp_path / "cache", made_vectors(201, 1))
     for count, is_all_pairs in ((200, True), (201, False)):
-        near = find_near_duplicates(opened, np.arange(count), [LIMIT], DedupSettings(scratch=tmp_path))
+        near = find_near_duplicates(opened, np.arange(count), [LIMIT], DedupSettings(pixels=False, scratch=tmp_path))
         assert (near.num_clusters == 1) == is_all_pairs
         assert (near.recall is None) == is_all_pairs
 
@@ -101,7 +104,7 @@ def test_steps_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Check 2 √N clusters, ten iterations over at most 40 vectors per cluster, and the counts of each step."""
     monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
     opened, progress = write_vectors(tmp_path / "cache", made_vectors(300, 1)), RecordedProgress()
-    settings = DedupSettings(all_pairs=False, scratch=tmp_path)
+    settings = DedupSettings(pixels=False, all_pairs=False, scratch=tmp_path)
     near = find_near_duplicates(opened, np.arange(290), [LIMIT], settings, progress)
     assert near.num_clusters == 34
     assert progress.started == [
@@ -122,7 +125,7 @@ def test_steps_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_recall_leaves_out_pairs_at_the_limit(tmp_path: Path, limit: float, num_pairs: int) -> None:
     """Check that a pair within 1e-6 of the limit, which rounding may move across it, is not counted as missed."""
     vectors = np.array([[1, 0], [0.6, 0.8]], np.float32)  # in float16 the cosine is 0.60009766
-    settings = DedupSettings(all_pairs=False, scratch=tmp_path)
+    settings = DedupSettings(pixels=False, all_pairs=False, scratch=tmp_path)
     near = find_near_duplicates(write_vectors(tmp_path / "cache", vectors), np.arange(2), [limit], settings)
     assert near.recall is not None
     assert (near.recall.num_items, near.recall.num_pairs, near.recall.num_found) == (2, num_pairs, num_pairs)
@@ -131,7 +134,7 @@ def test_recall_leaves_out_pairs_at_the_limit(tmp_path: Path, limit: float, num_
 
 def test_any_neighbor_of_the_same_cosine_counts_as_found(tmp_path: Path) -> None:
     opened = write_vectors(tmp_path / "cache", np.repeat(made_vectors(20, 1, noise=1), 6, axis=0))
-    found = find_neighbors(opened, np.arange(120), 3, DedupSettings(all_pairs=False, scratch=tmp_path))
+    found = find_neighbors(opened, np.arange(120), 3, DedupSettings(pixels=False, all_pairs=False, scratch=tmp_path))
     assert found.recall is not None
     assert found.recall.to_json() == {"num_items": 120, "num_pairs": 360, "num_found": 360, "value": 1}
 
@@ -141,7 +144,9 @@ def test_recall_equals_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(near_duplicates, "MAX_VISITS", 0)  # as SemDeDup: pairs that a border cuts are missed
     vectors = made_vectors(2000, 5, width=8, noise=0.12)
     opened = write_vectors(tmp_path / "cache", vectors)
-    near = find_near_duplicates(opened, np.arange(2000), [LIMIT], DedupSettings(all_pairs=False, scratch=tmp_path))
+    near = find_near_duplicates(
+        opened, np.arange(2000), [LIMIT], DedupSettings(pixels=False, all_pairs=False, scratch=tmp_path)
+    )
     true = brute(vectors, LIMIT)
     assert near.recall is not None
     assert near.recall.value == pytest.approx(len(pairs_of(near.pairs) & true) / len(true), abs=0.01)
@@ -161,13 +166,20 @@ def test_chunk_and_block_size_change_nothing(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(clusters, "PLANNED_ROWS", block)
         opened = write_vectors(tmp_path / name, vectors, chunk_size=chunk_size)
         found.append(
-            find_near_duplicates(opened, rows, [LIMIT], DedupSettings(all_pairs=False, scratch=tmp_path, seed=4))
+            find_near_duplicates(
+                opened, rows, [LIMIT], DedupSettings(pixels=False, all_pairs=False, scratch=tmp_path, seed=4)
+            )
         )
     for other in found[1:]:
         assert pairs_of(other.pairs) == pairs_of(found[0].pairs)
         assert other.highest == pytest.approx(found[0].highest, abs=1e-6)
         assert other.recall == found[0].recall
     assert not {3, 64, 599} & {int(rows[i]) for pair in pairs_of(found[0].pairs) for i in pair}
+
+
+def linked(left: Ints, right: Ints, cosines: Floats, distances: Sequence[int] | None = None) -> SimilarPairs:
+    hashes = [NOT_COMPARED] * len(left) if distances is None else distances
+    return SimilarPairs(left=left, right=right, cosines=cosines, distances=np.array(hashes, np.int16))
 
 
 @st.composite
@@ -186,7 +198,7 @@ def duplicates(draw: st.DrawFn) -> tuple[Copies, SimilarPairs, Ints]:
     items = Copies(
         item_rows=np.arange(len(samples)), samples=samples, content_ids=rank[contents], unique_rows=np.sort(first)
     )
-    return items, SimilarPairs(left=left, right=right, cosines=cosines), order
+    return items, linked(left, right, cosines), order
 
 
 @pytest.mark.slow
@@ -220,11 +232,20 @@ def test_removed_samples_have_a_kept_partner(made: tuple[Copies, SimilarPairs, I
 
 def test_chain_keeps_both_ends() -> None:
     items = Copies(item_rows=np.arange(3), samples=np.arange(3), content_ids=np.arange(3), unique_rows=np.arange(3))
-    links = SimilarPairs(left=np.array([0, 1]), right=np.array([1, 2]), cosines=np.array([0.96, 0.97], np.float32))
+    links = linked(np.array([0, 1]), np.array([1, 2]), np.array([0.96, 0.97], np.float32))
     removed = choose_removed(items, links, np.arange(3))
     assert (removed.samples.tolist(), removed.kept.tolist()) == ([1], [0])
     from_the_middle = choose_removed(items, links, np.array([1, 0, 2]))
     assert (from_the_middle.samples.tolist(), from_the_middle.kept.tolist()) == ([0, 2], [1, 1])
+
+
+def test_partner_is_the_same_picture_before_a_more_similar_one() -> None:
+    items = Copies(item_rows=np.arange(3), samples=np.arange(3), content_ids=np.arange(3), unique_rows=np.arange(3))
+    links = linked(np.array([0, 1]), np.array([2, 2]), np.array([0.8, 0.97], np.float32), [5, 90])
+    removed = choose_removed(items, links, np.arange(3))
+    assert (removed.samples.tolist(), removed.kept.tolist()) == ([2], [0])
+    assert (removed.is_copy.tolist(), removed.distances.tolist()) == ([True], [5])
+    assert removed.cosines == pytest.approx([0.8])
 
 
 def test_partner_is_the_first_sample_that_holds_a_content() -> None:
@@ -235,7 +256,7 @@ def test_partner_is_the_first_sample_that_holds_a_content() -> None:
         content_ids=np.array([0, 0, 1, 0]),
         unique_rows=np.array([0, 2]),
     )
-    none = SimilarPairs(left=np.empty(0, np.int64), right=np.empty(0, np.int64), cosines=np.empty(0, np.float32))
+    none = linked(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     removed = choose_removed(items, none, np.arange(3))
     assert (removed.samples.tolist(), removed.kept.tolist()) == ([2], [0])
 
@@ -248,7 +269,7 @@ def test_zero_vector_raises(tmp_path: Path) -> None:
     import_vectors(open_npy_vectors(image_file=tmp_path / "v.npy", table=tmp_path / "t.csv"), tmp_path / "cache")
     with pytest.raises(DataError, match="length zero .* 'k7'; copy the others with: embedcache cache cut"):
         find_near_duplicates(
-            Vectors(tmp_path / "cache", "image"), np.arange(20), [LIMIT], DedupSettings(scratch=tmp_path)
+            Vectors(tmp_path / "cache", "image"), np.arange(20), [LIMIT], DedupSettings(pixels=False, scratch=tmp_path)
         )
 
 

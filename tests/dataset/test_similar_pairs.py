@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints
 from embedcache.dataset.similar_pairs import (
+    NOT_COMPARED,
     CosineTile,
     NeighborCollector,
     PairCollector,
@@ -89,7 +90,9 @@ def test_limit_of_equal_vectors_leaves_room_for_rounding() -> None:
     assert cosine_limit(1) == np.float32(1 - 1e-5)
     assert cosine_limit(0.5) == np.float32(0.5)
     assert cosine_limit(np.inf) == np.inf
-    pairs = SimilarPairs(left=np.array([0]), right=np.array([1]), cosines=np.array([1], np.float32))
+    pairs = SimilarPairs(
+        left=np.array([0]), right=np.array([1]), cosines=np.array([1], np.float32), distances=np.array([NOT_COMPARED])
+    )
     assert len(pairs.between(1).left) == 1
 
 
