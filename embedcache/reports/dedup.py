@@ -167,7 +167,7 @@ def _similarity_section(analysis: DedupAnalysis, limit: float | None) -> Section
     figure = count_histogram(
         counted.lows, counted.width, counted.counts, x="largest cosine to another item", y="items", limit=limit
     )
-    note = "Each item's largest cosine to another item; copies are counted once. The count axis is logarithmic."
+    note = "Each item's largest cosine to another item; equal bytes are counted once. The count axis is logarithmic."
     return Section(title="Similarity", notes=[note], figures=[figure])
 
 

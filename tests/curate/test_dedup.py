@@ -115,7 +115,9 @@ def test_only_a_selection_is_compared(copied: Path, tmp_path: Path) -> None:
     assert pq.read_table(done.path)["key"].to_pylist() == [key for key in keys if key != "00051"]
     assert (done.to_json()["num_samples"], done.to_json()["within"]) == (58, str(tmp_path / "keys.txt"))
     assert "kept 57 of 58 samples" in dedup_line(done)
-    levels = {level.cosine: level.num_gone for level in analyze(copied, selection=settings.selection, pixels=False).levels()}
+    levels = {
+        level.cosine: level.num_gone for level in analyze(copied, selection=settings.selection, pixels=False).levels()
+    }
     assert levels[None] == 1
 
 
