@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 from collections.abc import Iterator
@@ -190,16 +191,24 @@ def test_image_builds_from_files_that_exist() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the wheel, built from a copy of the files that it is made of."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the sdist and the wheel, built from a copy of the files that they are made of, and a test."""
+    folder = tmp_path_factory.mktemp("built")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "embedcache", folder / "embedcache", ignore=shutil.ignore_patterns("__pycache__"))
-    build = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    (folder / "tests").mkdir()
+    shutil.copy(__file__, folder / "tests")
+    build = "from setuptools import build_meta as meta; meta.build_sdist('.'); meta.build_wheel('.')"
     done = subprocess.run([sys.executable, "-c", build], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (path,) = folder.glob("*.whl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    """Return the wheel."""
+    (path,) = built.glob("*.whl")
     return path
 
 
@@ -216,6 +225,14 @@ def test_wheel_has_every_file_of_the_package_and_nothing_else(wheel: Path) -> No
         packed = {name for name in file.namelist() if ".dist-info/" not in name}
     files = {path for path in (ROOT / "embedcache").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert packed == {str(path.relative_to(ROOT)) for path in files}
+
+
+def test_sdist_has_the_changes_and_no_tests(built: Path) -> None:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as file:
+        names = {Path(*Path(name).parts[1:]).as_posix() for name in file.getnames()}
+    assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names
+    assert not [name for name in names if name.startswith("tests")]
 
 
 @pytest.mark.slow
