@@ -24,6 +24,7 @@ NAMES = (
     "search",
     "coverage",
     "dedup",
+    "copies",
     "serve",
     "object-store",
 )

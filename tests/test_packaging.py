@@ -192,7 +192,7 @@ def test_image_builds_from_files_that_exist() -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the sdist and the wheel, built from a copy of the files that they are made of, and a test."""
+    """Return a folder with the sdist and the wheel, built from a copy of their files and a test."""
     folder = tmp_path_factory.mktemp("built")
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)

@@ -302,7 +302,8 @@ class Curation:
 
         Unlike the command, which would write nothing, it keeps all if there are no duplicates.
         """
-        analysis = analyze(self._data.icons.path, DedupSettings(selection=pool, seed=seed), progress=open_progress())
+        settings = DedupSettings(selection=pool, seed=seed, pixels=False)  # as published: by the cosine alone
+        analysis = analyze(self._data.icons.path, settings, progress=open_progress())
         assert analysis.near is not None
         cosine = max(step.options["cosine"], analysis.near.limit)
         kept = np.setdiff1d(analysis.samples, analysis.removed(cosine).samples)

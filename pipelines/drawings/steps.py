@@ -133,7 +133,7 @@ class Data:
         """Report what deduplication of the icons at each cosine would remove, with a page."""
 
         def compute() -> Mapping[str, Any]:
-            analysis = analyze(self.icons.path, progress=open_progress())
+            analysis = analyze(self.icons.path, pixels=False, progress=open_progress())
             write_threshold_page(self.folder / "duplicates.html", analysis)
             print_line(f"duplicates: {comparison_line(analysis)}")
             return threshold_json(analysis)
