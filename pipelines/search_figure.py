@@ -43,7 +43,8 @@ def main() -> None:
     results = search_test_images(folder)
     thumbnails = Thumbnails(cache)
     figure = Figure(figsize=(8.4, 6.6), layout="constrained", facecolor="white")
-    for row, (query, names), hits in zip(figure.subfigures(len(QUERIES)), QUERIES.items(), results, strict=True):
+    rows = figure.subfigures(len(QUERIES), 1, squeeze=False)[:, 0]
+    for row, (query, names), hits in zip(rows, QUERIES.items(), results, strict=True):
         is_right = [hit.captions[0] in names for hit in hits]
         verdict = "works" if 2 * sum(is_right) >= K else "does not work"
         title = f"“{query}” {verdict}: {sum(is_right)} of {K} right, {len(names)} in the test part"
