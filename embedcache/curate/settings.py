@@ -91,7 +91,7 @@ class DedupSettings:
         None, "Remove near-duplicates at or above this cosine similarity; without it, only report.", gt=0, le=1
     )
     copies_only: bool = setting(False, "Remove copies only: equal bytes, texts or pictures.", flat_name="copies")
-    pixels: bool = setting(True, "Read similar images again: a resized or re-compressed picture is a copy.")
+    pixels: bool = setting(True, "Read similar images again to find resized and re-compressed copies.")
     modality: ModalityName | None = setting(**_COMPARED)
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")

@@ -96,6 +96,7 @@ def test_copies_by_bytes_and_by_pixels_are_removed(faces: Path, tmp_path: Path) 
     assert removed(faces, tmp_path, DedupSettings(cosine=0.9)) == {**copies, "4": (False, True)}
 
 
+@pytest.mark.slow
 def test_report_names_copies_by_pixels(faces: Path, tmp_path: Path) -> None:
     analysis = analyze(faces)
     assert analysis.to_json()["num_same_picture"] == 3
