@@ -35,13 +35,14 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
     warnings.setFormatter(_VisibleFormatter("warning: %(message)s"))
     handler.setFormatter(_VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     announce.cache_clear()  # a test runs several commands in one process
-    if quiet:
-        log.setLevel(logging.ERROR)
-    elif verbose:
+    if verbose and not quiet:
         log.addHandler(handler)
         log.setLevel(logging.DEBUG)
     else:
         log.addHandler(warnings)
+    if quiet:
+        log.setLevel(logging.WARNING)
+    elif not verbose:
         devices.addHandler(device_lines)
         devices.setLevel(logging.INFO)
     try:
@@ -64,7 +65,7 @@ class _VisibleFormatter(logging.Formatter):
 
 def open_progress() -> Progress:
     """Return bars on a terminal, plain lines elsewhere, and nothing with `--quiet`."""
-    return to_progress(log.level != logging.ERROR)
+    return to_progress(log.level != logging.WARNING)  # as `verbosity` sets it
 
 
 def print_line(line: str) -> None:

@@ -1,6 +1,7 @@
 """The command as a process: start-up time, exit codes, signals, terminals and full disks."""
 
 import gc
+import logging
 import os
 import pty
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from embedcache.cli.console import open_progress, verbosity
 from tests.cli.run import TOY, embedcache
 from tests.images import write_images
 
@@ -111,6 +113,15 @@ def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path, monkeypatch: 
     assert done.code == 1
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_quiet_keeps_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    with verbosity(quiet=True, verbose=False):
+        logging.getLogger("embedcache.anything").warning("mind the gap")
+        logging.getLogger("embedcache.devices").info("device: cpu")
+        progress = open_progress()
+        progress.note("and progress")
+    assert capsys.readouterr().err == "warning: mind the gap\n"
 
 
 @pytest.mark.slow
