@@ -2,14 +2,17 @@
 
 import gc
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
+os.environ["XDG_STATE_HOME"] = mkdtemp(prefix="embedcache-tests-")  # which records what sources were indexed here
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: without it each look-up waits for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: two test processes share two cores
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # UMAP's, which it would set for torch and FAISS, too
@@ -48,6 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide the GPUs, except with `-m gpu`: all other tests compare with what a CPU computes."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

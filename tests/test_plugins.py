@@ -10,7 +10,6 @@ import pytest
 
 from embedcache.cli.main import root_command
 from embedcache.curate.select.select import SELECTORS
-from embedcache.dataset.thumbnails import source_folders
 from embedcache.derive.rules import RULES
 from embedcache.encoders.open import ENCODERS
 from embedcache.errors import PathError
@@ -20,6 +19,7 @@ from embedcache.interop.exporting import _file_root
 from embedcache.networks.saved import NETWORKS
 from embedcache.projectors.base import PROJECTORS
 from embedcache.registry import Registry
+from embedcache.sources import reopen_source
 from embedcache.sources.open import SOURCES
 from embedcache.store.cache import Cache
 from embedcache.train.losses import LOSSES
@@ -136,10 +136,8 @@ def test_plugin_of_every_kind(group: str) -> None:
 def test_installed_plugins_need_no_trust(tmp_path: Path) -> None:
     succeed("extract", "plugged:red+green", "c", "--text-encoder", "plugged:toy", cwd=tmp_path)
     assert "2 items encoded again" in succeed("verify", "c", "--reencode", "100%", cwd=tmp_path)
-    with pytest.raises(
-        PathError, match="is the plug-in 'plugged', which may read any file; name a folder of images with"
-    ):
-        source_folders(Cache(tmp_path / "c"))
+    with pytest.raises(PathError, match="its source is plugged:red.green, which may read and run anything"):
+        reopen_source(Cache(tmp_path / "c").info.source)  # of other rows than those that were extracted here
     write_images(tmp_path / "photos", 3)
     words = ("--image-encoder", "plugged:toy", "--view", "plugged:90")
     assert "toy@plugged-90 (cls): encoded 3" in succeed("extract", "photos", "i", *words, cwd=tmp_path)

@@ -53,7 +53,7 @@ def search(cache: embedcache.Cache, model: embedcache.Model) -> None:
         key: str = hits[0].key
         print(key, hits.to_pandas(), hits.query)
     results = embedcache.search_index("index", ["a dog"], embedcache.SearchSettings(k=3))
-    page: str = results.to_html(image_folder="photos")
+    page: str = results.to_html()
     queries = embedcache.Queries(images="a.jpg", texts="a dog", vectors=torch.zeros(2, 8))
     print(page, index.search(queries, k=2), embedcache.select_samples(cache, "some.parquet", "random", budget=10))
 

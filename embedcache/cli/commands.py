@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -238,6 +239,7 @@ def add_command(
     kept: Kept = "",
     writes: Writes | None = None,
     runs_named_code: bool = True,
+    reads_items: bool = False,
     plugins: tuple[str, ...] = (),
     **options: Any,
 ) -> None:
@@ -251,6 +253,7 @@ def add_command(
             empty: nothing, so that it starts again, and its outputs are whole or not there.
         writes: outputs that no parameter names, such as a second file beside OUT, which it reports if it ends early.
         runs_named_code: whether files that the command opens may name code, so that it has the option `--trust`.
+        reads_items: whether it reads items again from the source of a cache, so that it has `--image-folder`.
         plugins: kinds of plug-ins that it takes by name, such as `encoders`; `--help` lists the installed ones.
         options: further arguments of `typer.Typer.command`.
     """
@@ -263,7 +266,7 @@ def add_command(
     }
     kind = type("DeclaredCommand", (Command,), declared)
     app.command(name=name, help=help, short_help=summary, cls=kind, **options)(
-        _with_verbosity(_with_trust(command) if runs_named_code else command)
+        _with_verbosity(_with_trust(command, reads_items=reads_items) if runs_named_code else command)
     )
 
 
@@ -273,10 +276,14 @@ def _help_text(command: Callable[..., None]) -> str:
     return "\n\n".join(text if text.startswith("Example") else " ".join(text.split()) for text in paragraphs)
 
 
-def _with_trust(command: Callable[..., None]) -> Callable[..., None]:
+def _with_trust(command: Callable[..., None], *, reads_items: bool) -> Callable[..., None]:
     @functools.wraps(command)
-    def run(*, trust: bool, **values: Any) -> None:
-        with trust_files(trust):
+    def run(*, trust: bool, image_folder: list[str] | None = None, **values: Any) -> None:
+        with trust_files(trust), ExitStack() as stack:
+            if image_folder:
+                from embedcache.sources.reopen import read_below
+
+                stack.enter_context(read_below(*image_folder))
             command(**values)
 
     trust = Annotated[
@@ -287,9 +294,20 @@ def _with_trust(command: Callable[..., None]) -> Callable[..., None]:
             help="Run code that the opened files name as module:attribute; only for files whose authors you trust.",
         ),
     ]
+    folders = Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image-folder",
+            metavar="FOLDER",
+            help="Folder or URL below which items may be read, besides the folder of a source that you extract or have "
+            "extracted on this machine. May be repeated.",
+        ),
+    ]
+    access = [keyword("image_folder", folders, None)] if reads_items else []
+    access.append(keyword("trust", trust, False))
     own = list(inspect.signature(command, eval_str=True).parameters.values())
     position = next((place for place, each in enumerate(own) if each.name in (*OUTPUT_NAMES, "config")), len(own))
-    set_parameters(run, [*own[:position], keyword("trust", trust, False), *own[position:]])
+    set_parameters(run, [*own[:position], *access, *own[position:]])
     return run
 
 
@@ -329,7 +347,7 @@ def _place_in_help(parameter: inspect.Parameter) -> int:
     return _LAST.index(parameter.name) if parameter.name in _LAST and not has_panel else -1
 
 
-_LAST = ("engine", "address", "device", "trust", "config")
+_LAST = ("engine", "address", "device", "image_folder", "trust", "config")
 
 
 _Overwrite: TypeAlias = Annotated[

@@ -143,7 +143,7 @@ def coverage(
     outputs.publish(
         show,
         record,
-        lambda path: write_coverage_page(path, *reports.values(), image_folders=outputs.image_folders),
+        lambda path: write_coverage_page(path, *reports.values()),
     )
 
 
@@ -212,7 +212,7 @@ def dedup(
         outputs.publish(
             show_levels,
             lambda: threshold_json(analysis),
-            lambda path: write_threshold_page(path, analysis, image_folders=outputs.image_folders),
+            lambda path: write_threshold_page(path, analysis),
         )
         return
     done = remove_duplicates(cache, out, settings, image_folders=outputs.image_folders, progress=open_progress())
@@ -221,7 +221,7 @@ def dedup(
         print_line(comparison_line(done.analysis))
         print_line(dedup_line(done))
 
-    outputs.publish(show, done.to_json, lambda path: write_dedup_page(path, done, image_folders=outputs.image_folders))
+    outputs.publish(show, done.to_json, lambda path: write_dedup_page(path, done))
 
 
 @with_settings(settings=LeakSettings)
@@ -278,7 +278,7 @@ def leaks(
             )
 
     def write_page(path: Path) -> None:
-        write_leak_page(path, report, image_folders=outputs.image_folders)
+        write_leak_page(path, report)
 
     num_kept = 0
     try:
@@ -307,13 +307,13 @@ def _removed_table(parameters: Mapping[str, Any]) -> list[Path]:
 
 add_command(app, "index", index, kept=FINISHED_WORK)
 add_command(app, "map", map_index, writes=_map_file)
-add_command(app, "coverage", coverage)
+add_command(app, "coverage", coverage, reads_items=True)
 add_command(app, "select", select, plugins=("selectors",))
 add_command(app, "combine", combine)
 add_command(app, "sample", sample)
-add_command(app, "export", export)
-add_command(app, "dedup", dedup, writes=_removed_table)
-add_command(app, "leaks", leaks)
+add_command(app, "export", export, reads_items=True)
+add_command(app, "dedup", dedup, reads_items=True, writes=_removed_table)
+add_command(app, "leaks", leaks, reads_items=True)
 add_command(app, "negatives", negatives)
-add_command(app, "outliers", outliers)
-add_command(app, "score", score)
+add_command(app, "outliers", outliers, reads_items=True)
+add_command(app, "score", score, reads_items=True)

@@ -99,7 +99,7 @@ def retrieval(
             print_table(*width_table(reports), title="recall by width")
 
     def write_page(path: Path) -> None:
-        write_retrieval_page(path, Cache(cache), reports, first.value, image_folders=outputs.image_folders)
+        write_retrieval_page(path, Cache(cache), reports, first.value)
 
     _publish_results(outputs, show, results, files, write_page)
 
@@ -149,7 +149,7 @@ def zero_shot(
         print_table(*zero_shot_table(reports))
 
     def write_page(path: Path) -> None:
-        write_zero_shot_page(path, Cache(cache), reports, first.value, image_folders=outputs.image_folders)
+        write_zero_shot_page(path, Cache(cache), reports, first.value)
 
     _publish_results(outputs, show, results, files, write_page)
 
@@ -322,7 +322,7 @@ def speech(
     outputs.publish(
         show,
         lambda: speech_json(reports, Path(cache).name),
-        lambda path: write_speech_page(path, Cache(cache), reports, image_folders=outputs.image_folders),
+        lambda path: write_speech_page(path, Cache(cache), reports),
     )
 
 
@@ -379,11 +379,11 @@ def clip_benchmark(context: typer.Context, run: RunArgument, as_json: Json = Fal
         print_json([read_json(path) for path in paths])
 
 
-add_command(app, "retrieval", retrieval)
-add_command(app, "zero-shot", zero_shot)
+add_command(app, "retrieval", retrieval, reads_items=True)
+add_command(app, "zero-shot", zero_shot, reads_items=True)
 add_command(app, "probe", probe, plugins=("methods",))
 add_command(app, "pairs", pairs)
-add_command(app, "speech", speech)
+add_command(app, "speech", speech, reads_items=True)
 add_command(app, "likelihood", likelihood)
 add_command(
     app,

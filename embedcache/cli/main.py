@@ -83,15 +83,15 @@ def quickstart(
 
 
 add_command(app, "quickstart", quickstart, kept=FINISHED_WORK, runs_named_code=False)
-add_command(app, "extract", extract, kept=kept_chunks, plugins=("encoders", "sources", "views"))
+add_command(app, "extract", extract, reads_items=True, kept=kept_chunks, plugins=("encoders", "sources", "views"))
 add_command(app, "derive", derive, kept=FINISHED_WORK, plugins=("rules",))
 add_command(app, "inspect", inspect)
-add_command(app, "verify", verify, kept=repaired)
+add_command(app, "verify", verify, reads_items=True, kept=repaired)
 add_command(app, "train", train, kept=FINISHED_WORK, plugins=("projectors", "losses", "trackers"))
 add_command(app, "sweep", sweep, kept=FINISHED_WORK, plugins=("projectors", "losses", "trackers"))
 app.add_typer(evaluate.app, name="evaluate")
 add_command(app, "search", search)
-add_command(app, "serve", serve)
+add_command(app, "serve", serve, reads_items=True)
 add_command(app, "transcribe", transcribe)
 app.add_typer(curate.app, name="curate")
 app.add_typer(export.app, name="export")

@@ -24,11 +24,10 @@ from embedcache.devices import DEVICE_HELP
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES
 from embedcache.settings import FlatSetting, flat_settings, from_flat
-from embedcache.sources.settings import IMAGE_FOLDERS
 
 OUTPUT_PANEL = "Output options"
 """Panel of `--help`."""
-OUTPUT_NAMES = ("as_json", "output", "html", "image_folder", "srt", "vtt")
+OUTPUT_NAMES = ("as_json", "output", "html", "srt", "vtt")
 """Parameters that come last in the help."""
 OVERWRITE = "overwrite"
 """Parameter of all commands that write an output."""
@@ -128,16 +127,6 @@ Html: TypeAlias = Annotated[
         callback=check_new_file,
     ),
 ]
-ImageFolders: TypeAlias = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--image-folder",
-        metavar=IMAGE_FOLDERS["metavar"],
-        help=IMAGE_FOLDERS["help"],
-        show_default=IMAGE_FOLDERS["default_text"],
-        rich_help_panel=OUTPUT_PANEL,
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +139,7 @@ class ReportOptions:
     as_json: Json = False
     output: Output = None
     html: Html = None
-    image_folder: ImageFolders = None
     overwrite: bool = False
-
-    @property
-    def image_folders(self) -> Sequence[Path]:
-        """Folders that images of the page are read from; without any, that of the cache's source."""
-        return self.image_folder or ()
 
     def publish(
         self,

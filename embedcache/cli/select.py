@@ -200,7 +200,7 @@ def outliers(
     outputs.publish(
         show,
         report.to_json,
-        lambda path: write_outlier_page(path, report, image_folders=outputs.image_folders),
+        lambda path: write_outlier_page(path, report),
     )
 
 
@@ -232,5 +232,5 @@ def score(
     outputs.publish(
         show,
         report.to_json,
-        lambda path: write_score_page(path, report, image_folders=outputs.image_folders),
+        lambda path: write_score_page(path, report),
     )

@@ -36,8 +36,9 @@ from embedcache.modalities import MODALITIES, noun, option_of
 from embedcache.processes import connected, num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import trust_files
-from embedcache.sources import Source, reopen_source
+from embedcache.sources.base import Source
 from embedcache.sources.files import TABLE_SUFFIXES, has_suffix
+from embedcache.sources.reopen import open_below
 from embedcache.store.cache import Cache
 from embedcache.store.group import find_group
 
@@ -142,7 +143,7 @@ class Worker:
         self.cache = Cache(job.cache)
         if source is None and any(MODALITIES[modality].kind == "files" for modality in job.encoders):
             with trust_files():  # the process that made the job has opened this source
-                source = reopen_source(job.source)
+                source = open_below(job.source, job.places)
         self.source = source
         self.settings = job.settings
         self.writers = _open_writers(self.cache, job, device)

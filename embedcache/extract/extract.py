@@ -23,21 +23,14 @@ from embedcache.records import new_record_path, record_stage
 from embedcache.registry import require, unknown_name
 from embedcache.settings import flat_settings, from_flat, merge_settings
 from embedcache.sources.base import Source
-from embedcache.sources.open import (
-    IMPORTED_SOURCE,
-    MERGED,
-    SOURCES,
-    RecordedSource,
-    is_description,
-    open_source,
-    reopen_source,
-)
+from embedcache.sources.open import IMPORTED_SOURCE, MERGED, SOURCES, is_description, open_source
+from embedcache.sources.reopen import RecordedSource, below_named, remember, reopen_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import describe_failures, has_failed
 from embedcache.store.group import open_group
 from embedcache.store.indexing import index, open_indexed
-from embedcache.store.layout import SUBSET, info_path, is_cache_at, read_info, write_info
+from embedcache.store.layout import SUBSET, CacheInfo, info_path, is_cache_at, read_info, write_info
 
 _SOURCE_TYPE = "source_type"
 
@@ -143,7 +136,7 @@ def open_request(
             "or open it with settings of its own"
         )
     of_extract = {name: value for name, value in options.items() if name not in of_source}
-    return source, merge_settings(ExtractSettings, settings, of_extract)
+    return below_named(source), merge_settings(ExtractSettings, settings, of_extract)
 
 
 def open_source_or_cache(
@@ -160,7 +153,8 @@ def open_source_or_cache(
     if kind is not None:
         raise SettingError(f"source_type: expected none, as the source is the cache itself, got {kind!r}; omit it")
     (settings or SourceSettings()).check_supported("cache")
-    return RecordedSource(read_info(open_path(cache)).source)
+    info = read_info(open_path(cache))
+    return RecordedSource(info.source, info.index_digest)
 
 
 def join_encoders(
@@ -221,11 +215,13 @@ def open_job(
         _check_recorded(source, path, encoders, settings)
     else:
         _index(source, path, settings, repair_items=repair_items, progress=progress)
+    reads_files = any(MODALITIES[modality].kind == "files" for modality in encoders)
     return ExtractJob(
         cache=str(path),
         source=source.describe(),
         encoders=encoders,
         settings=settings,
+        places=getattr(source, "places", None) if reads_files else None,
     )
 
 
@@ -244,7 +240,8 @@ def _index(source: Source, path: Path, settings: ExtractSettings, *, repair_item
             accept_replaced=repair_items,
             progress=progress,
         )
-        _record_location(source, path, info.source, progress)
+        remember(source.describe(), info.index_digest)
+        _record_location(source, path, info, progress)
     if info.num_samples == settings.limit:
         progress.note(
             f"the cache has the first {info.num_samples:,} samples (--limit); --extend with a larger --limit, or none, "
@@ -307,13 +304,13 @@ def _check_description(source: Source) -> None:
         )
 
 
-def _record_location(source: Source, cache_path: Path, stored: Mapping[str, Any], progress: Progress) -> None:
+def _record_location(source: Source, cache_path: Path, info: CacheInfo, progress: Progress) -> None:
     """Record where the source of a cache is now, if it is no longer where the cache says.
 
     Rows and digests stay as they are. A cache that cannot be written keeps the old place.
     """
-    found = dict(source.describe())
-    if found["type"] != stored.get("type") or found["path"] == stored.get("path") or not _is_gone(stored):
+    found, stored = dict(source.describe()), info.source
+    if found["type"] != stored.get("type") or found["path"] == stored.get("path") or not _is_gone(info):
         return
     with suppress(OSError), locked(cache_path):
         info = read_info(cache_path)  # read again: another process may have appended samples
@@ -322,12 +319,14 @@ def _record_location(source: Source, cache_path: Path, stored: Mapping[str, Any]
         progress.note(f"the source of {cache_path} is now {found['path']}; it was {stored.get('path')}")
 
 
-def _is_gone(description: Mapping[str, Any]) -> bool:
+def _is_gone(info: CacheInfo) -> bool:
     """Return whether a source that a cache recorded is no longer there, as a dataset in memory of an ended process."""
     try:
-        reopen_source(description)
-    except (PathError, SourceError):
+        reopen_source(info.source, info.index_digest)
+    except SourceError:
         return True
+    except PathError:
+        return not Path(str(info.source.get("path"))).exists()  # one of somebody else is not read, but there
     return False
 
 

@@ -59,7 +59,9 @@ def encode_chunks(
 
 def reopen_item_source(cache: Cache, modality: str) -> Source | None:
     """Open the source of a cache again to read items; None for texts, which are in the tables of the cache."""
-    return None if MODALITIES[modality].kind == "texts" else reopen_source(cache.info.source)
+    if MODALITIES[modality].kind == "texts":
+        return None
+    return reopen_source(cache.info.source, cache.info.index_digest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Settings of an extraction, and the job they are part of. Nothing heavy is imported here."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -176,6 +176,7 @@ class ExtractJob:
 
     Args:
         encoders: modality -> specs of its encoders; a modality without encoders is absent.
+        places: where items of the source are read; None: anywhere, as the user named the source itself.
         precisions: modality and folder of an encoder -> precision of its new features, where the settings say `auto`.
     """
 
@@ -183,4 +184,5 @@ class ExtractJob:
     source: Mapping[str, Any]
     encoders: Mapping[ModalityName, tuple[str, ...]]
     settings: ExtractSettings
+    places: Sequence[str] | None = None
     precisions: Mapping[tuple[str, str], Any] = field(default_factory=dict)

@@ -50,7 +50,7 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
     [modality] = export.modalities
     images = "none" if modality == "text" else settings.images
     has_drawings = images == "thumbnails" and modality in PICTURED
-    thumbnails = Thumbnails(export.cache, settings.image_folders, modality) if has_drawings else None
+    thumbnails = Thumbnails(export.cache, modality) if has_drawings else None
     vectors_NP = np.concatenate([normalize(block) for block in export.vectors(modality, _BLOCK)])
     if len(vectors_NP) < _MIN_POINTS:
         raise DataError(f"points: expected at least {_MIN_POINTS}, got {len(vectors_NP)}; export more samples")

@@ -22,6 +22,7 @@ from embedcache.provenance import check_same, digest, digest_file
 from embedcache.records import new_record_path, record_stage
 from embedcache.settings import merge_settings
 from embedcache.sources.open import IMPORTED_SOURCE
+from embedcache.sources.reopen import remember
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
@@ -117,6 +118,7 @@ def import_vectors(
     else:
         index(ImportedSamples(vectors, source, columns), path, chunk_size=settings.chunk_size, progress=progress)
     cache = Cache(path)
+    remember(source, cache.info.index_digest)
     remove_partials(path)
     with record_stage(new_record_path(path, "import"), "import", {**source, "files": hashes}) as outcome:
         reports = [_import_feature(cache, vectors, name, source, progress) for name in vectors.modalities]

@@ -77,7 +77,7 @@ def write_mteb(
     cache = Cache(cache_path)
     vectors = open_exported(cache, settings, IMAGES_AND_TEXTS)
     places = _places(opened, vectors)
-    thumbnails = Thumbnails(cache, settings.image_folders) if "image" in {name for _, name in places} else None
+    thumbnails = Thumbnails(cache) if "image" in {name for _, name in places} else None
     with building(out_path) as temporary:
         written = {
             modality: _write(

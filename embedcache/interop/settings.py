@@ -10,7 +10,7 @@ from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES, ModalityName
 from embedcache.search.settings import FEATURE_HELP, RUN_HELP
 from embedcache.settings import check_settings, setting
-from embedcache.sources.settings import IMAGE_FOLDERS, ITEM_COLUMNS
+from embedcache.sources.settings import ITEM_COLUMNS
 
 _FEATURE_DEFAULT = "the run's, or the only one in the cache"
 
@@ -105,7 +105,6 @@ class MtebSettings:
     text_feature: str | None = setting(**_TEXT_FEATURE)
     modality: Literal["image", "text"] | None = setting(**_MODALITY, default_text="both")
     run: Path | None = setting(**_RUN)
-    image_folders: tuple[Path, ...] = setting(**IMAGE_FOLDERS)
     device: str = device_setting()
 
     def __post_init__(self) -> None:
@@ -131,7 +130,6 @@ class AtlasSettings:
     images: Literal["thumbnails", "paths", "none"] = setting(
         "thumbnails", "Store images, spectrograms or middle frames of videos, or paths, or nothing."
     )
-    image_folders: tuple[Path, ...] = setting(**IMAGE_FOLDERS)
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
     device: str = device_setting()
 

@@ -25,6 +25,7 @@ from embedcache.provenance import check_same
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import unknown_name
 from embedcache.sources.open import merged_description
+from embedcache.sources.reopen import is_remembered, remember
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
 from embedcache.store.feature import Feature
@@ -207,6 +208,8 @@ def _copy(
     index_tables(source, out_path, chunk_size=chunk_size, progress=progress)
     out = Cache(out_path)
     _check_tables(out, segments, description)
+    if all(is_remembered(cache.info.source, cache.info.index_digest) for cache in caches):
+        remember(out.info.source, out.info.index_digest)
     remove_partials(out.path)
     request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}
     with record_stage(new_record_path(out.path, stage), stage, request) as outcome:

@@ -213,10 +213,10 @@ def _concepts_json(report: CoverageReport) -> list[dict[str, Any]]:
     ]
 
 
-def write_coverage_page(path: Path, *reports: CoverageReport, image_folders: Sequence[Path] = ()) -> None:
+def write_coverage_page(path: Path, *reports: CoverageReport) -> None:
     """Write a page of coverage by one modality or by two; images are read as by `Thumbnails`."""
     is_both = len(reports) == 2
-    renderers = [ItemRenderer(report.pool.cache, report.pool.modality, image_folders) for report in reports]
+    renderers = [ItemRenderer(report.pool.cache, report.pool.modality) for report in reports]
     sections = []
     if is_both:
         items, others = nouns_of(*reports)

@@ -1,6 +1,6 @@
 """Duplicates as tables, lines of text, JSON and two pages: one to choose a cosine by, one of what is removed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -104,9 +104,9 @@ def dedup_line(result: DedupReport) -> str:
     )
 
 
-def write_threshold_page(path: Path, analysis: DedupAnalysis, *, image_folders: Sequence[Path] = ()) -> None:
+def write_threshold_page(path: Path, analysis: DedupAnalysis) -> None:
     """Write a page to choose a cosine by: similarities, what each cosine would remove, and example pairs."""
-    renderer = ItemRenderer(analysis.cache, analysis.feature.modality, image_folders)
+    renderer = ItemRenderer(analysis.cache, analysis.feature.modality)
     thresholds = Section(
         title="What each cosine would remove",
         notes=["A sample is removed if each of its items is that close to an item of a sample that is kept."],
@@ -116,10 +116,10 @@ def write_threshold_page(path: Path, analysis: DedupAnalysis, *, image_folders: 
     _write(path, analysis, "Duplicates: choose a cosine", renderer, sections)
 
 
-def write_dedup_page(path: Path, result: DedupReport, *, image_folders: Sequence[Path] = ()) -> None:
+def write_dedup_page(path: Path, result: DedupReport) -> None:
     """Write a page of the samples that are removed: counts, borderline cases, and random groups."""
     analysis, removed = result.analysis, result.removed
-    renderer = ItemRenderer(analysis.cache, analysis.feature.modality, image_folders)
+    renderer = ItemRenderer(analysis.cache, analysis.feature.modality)
     num_removed = len(removed.samples)
     near = np.flatnonzero(~removed.is_copy)
     borderline = near[np.argsort(removed.cosines[near], kind="stable")][:_NUM_BORDERLINE].tolist()

@@ -1,9 +1,7 @@
 """Items on pages: the one place where an image, a text, a recording or a video of a cache becomes part of a page."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -48,7 +46,7 @@ class ItemRenderer:
     represented by these alone. Short recordings and videos have a player, as long as all of them take at most 4 MiB.
     """
 
-    def __init__(self, cache: Cache, modality: str, image_folders: Sequence[Path] = ()) -> None:
+    def __init__(self, cache: Cache, modality: str) -> None:
         self._cache, self._modality = cache, modality
         self._items = RowReader(cache, modality, ["text"] if modality == "text" else ["sample", "path"])
         self._thumbnails: Thumbnails | None = None
@@ -58,7 +56,7 @@ class ItemRenderer:
         self._bytes_left = _PAGE_BYTES
         if modality in PICTURED:
             try:
-                self._thumbnails = Thumbnails(cache, image_folders, modality)
+                self._thumbnails = Thumbnails(cache, modality)
             except EmbedcacheError as error:
                 self._reason = str(error)
                 _log.warning("%s", self._reason)

@@ -107,12 +107,12 @@ def leaked_pair_table(pairs: Sequence[LeakedPair]) -> Table:
     return ["test", "train", "cosine"], [[pair.test, pair.train, pair.similarity] for pair in pairs]
 
 
-def write_leak_page(path: Path, leaks: LeakReport, *, image_folders: Sequence[Path] = ()) -> None:
+def write_leak_page(path: Path, leaks: LeakReport) -> None:
     """Write a page with the number of leaked samples and the closest pairs of each modality."""
     renderers = [
         (
-            ItemRenderer(leaks.test, leak.modality, image_folders),
-            ItemRenderer(leaks.train, leak.modality, image_folders),
+            ItemRenderer(leaks.test, leak.modality),
+            ItemRenderer(leaks.train, leak.modality),
         )
         for leak in leaks.leaks
     ]

@@ -1,6 +1,6 @@
 """Retrieval as tables, JSON and one page: recalls, curves, and example queries."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -145,8 +145,6 @@ def write_retrieval_page(
     cache: Cache,
     reports: Mapping[str, RetrievalReport],
     ranking: Ranking,
-    *,
-    image_folders: Sequence[Path] = (),
 ) -> None:
     """Write a page with the recalls of all reports, the main one first, and example queries of one run.
 
@@ -169,7 +167,7 @@ def write_retrieval_page(
         ],
     )
     widths = width_section({name: report for name, report in reports.items() if report.by_width})
-    queries, left_out = query_sections(cache, ranking, image_folders)
+    queries, left_out = query_sections(cache, ranking)
     write_report(
         path,
         title=f"{'-'.join(first.num_items).capitalize()} retrieval",
@@ -235,11 +233,9 @@ def recall_by_width(reports: Mapping[str, Mapping[int, _DirectionEstimates]]) ->
     return svg(axes.figure)
 
 
-def query_sections(
-    cache: Cache, ranking: Ranking, image_folders: Sequence[Path] = ()
-) -> tuple[list[Section], list[str]]:
+def query_sections(cache: Cache, ranking: Ranking) -> tuple[list[Section], list[str]]:
     """Return one section per direction, with queries and their top results: texts to images first; and warnings."""
-    renderers = [ItemRenderer(cache, modality, image_folders) for modality in ranking.modalities]
+    renderers = [ItemRenderer(cache, modality) for modality in ranking.modalities]
     first, second = (
         _item_view(cache, renderer, modality, items.rows)
         for renderer, modality, items in zip(

@@ -50,9 +50,9 @@ def score_table(report: ScoreReport) -> Table:
     return [f"{fraction:.0%}" for fraction in _BANDS], [[f"{value:.4g}" for value in values]]
 
 
-def write_score_page(path: Path, report: ScoreReport, *, image_folders: Sequence[Path] = ()) -> None:
+def write_score_page(path: Path, report: ScoreReport) -> None:
     """Write a page to choose a threshold by: the distribution of the scores, and items of each part of it."""
-    renderer = ItemRenderer(report.cache, report.modality, image_folders)
+    renderer = ItemRenderer(report.cache, report.modality)
     distribution = Section(
         title="Distribution",
         notes=["Quantiles of the samples' scores: a column says below which score so many of them are."],
@@ -136,13 +136,13 @@ def _floor(value: float) -> str:
     return f"{np.floor(1000 * (value + _NEARLY)) / 1000:.3f}"
 
 
-def write_outlier_page(path: Path, report: OutlierReport, *, image_folders: Sequence[Path] = ()) -> None:
+def write_outlier_page(path: Path, report: OutlierReport) -> None:
     """Write a page of odd samples: distributions, thresholds, and the lowest of each score beside their neighbors."""
-    renderer = ItemRenderer(report.cache, report.vectors.modality, image_folders)
+    renderer = ItemRenderer(report.cache, report.vectors.modality)
     modalities = [] if report.pair_cosines_S is None else _pair(report)
     nouns = pair_nouns(modalities) if modalities else ()
     pair = [
-        renderer if modality == report.vectors.modality else ItemRenderer(report.cache, modality, image_folders)
+        renderer if modality == report.vectors.modality else ItemRenderer(report.cache, modality)
         for modality in modalities
     ]
     thresholds = Section(

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from embedcache.arrays import Array, Ints
-from embedcache.dataset.thumbnails import allowed_folders, restricted
 from embedcache.errors import EmbedcacheError
 from embedcache.evaluate.speech import SpeechReport, compare_speech, estimate_errors, time_words
 from embedcache.evaluate.utterances import open_for_run
@@ -27,7 +26,8 @@ from embedcache.reports.speech_figures import (
 )
 from embedcache.sources.base import FileItem, Source
 from embedcache.sources.media import AUDIO_RATE_HZ
-from embedcache.sources.open import reopen_source, source_credit
+from embedcache.sources.open import source_credit
+from embedcache.sources.reopen import reopen_source
 from embedcache.sources.sound import decode_audio
 from embedcache.sources.video import decode_video
 from embedcache.store.cache import Cache
@@ -128,13 +128,13 @@ def _view_json(seeds: Sequence[SpeechReport], view: str) -> dict[str, Any]:
     }
 
 
-def write_speech_page(path: Path, cache: Cache, reports: Reports, *, image_folders: Sequence[Path] = ()) -> None:
+def write_speech_page(path: Path, cache: Cache, reports: Reports) -> None:
     """Write a page with error rates by level, confused letters, utterances in time and transcripts.
 
     Utterances are read again as by `read_rows`.
     """
     first = next(iter(reports.values()))[0]
-    shown, missing = _shown_section(cache, reports, image_folders)
+    shown, missing = _shown_section(cache, reports)
     write_report(
         path,
         title=f"Speech recognition on {cache.path.name}",
@@ -187,13 +187,13 @@ def noisy_view(views: Sequence[str]) -> str:
     return min(views, key=lambda view: np.inf if (level := levels[view]) is None else abs(level.snr_db))
 
 
-def _shown_section(cache: Cache, reports: Reports, folders: Sequence[Path]) -> tuple[list[Section], list[str]]:
+def _shown_section(cache: Cache, reports: Reports) -> tuple[list[Section], list[str]]:
     """Return a section with some utterances in time, or the reason why there is none."""
     own = {name: seeds[0] for name, seeds in reports.items() if not seeds[0].is_shuffled}
     first, view = next(iter(own.values())), noisy_view(_views(reports))
     numbers: Ints = np.unique(np.linspace(0, len(first.keys) - 1, _NUM_SHOWN).astype(np.int64))
     try:
-        rows = read_rows(cache, [first.keys[number] for number in numbers], folders)
+        rows = read_rows(cache, [first.keys[number] for number in numbers])
         title = view_names(_views(reports))[view]
         for name, report in own.items():
             opened = open_for_run(cache, report.run_path, views=[view], streams=report.streams)
@@ -205,23 +205,13 @@ def _shown_section(cache: Cache, reports: Reports, folders: Sequence[Path]) -> t
     return [Section(title="Utterances in time", notes=[note], figures=[figure])], []
 
 
-def read_rows(cache: Cache, keys: Sequence[str], folders: Sequence[Path] = ()) -> list[UtteranceRow]:
-    """Read the sound and the first video of utterances again from the source of a cache.
-
-    Args:
-        cache: the cache.
-        keys: keys of the utterances.
-        folders: folders below which files are read; empty: those of `allowed_folders`.
+def read_rows(cache: Cache, keys: Sequence[str]) -> list[UtteranceRow]:
+    """Read the sound and the first video of utterances again from the source of a cache, with the given keys.
 
     Raises:
-        EmbedcacheError: the source or an item cannot be read, or is elsewhere.
+        EmbedcacheError: the source or an item cannot be read, or is elsewhere; see `reopen_source`.
     """
-    with restricted(allowed_folders(cache, folders, "audio")):
-        return _read_rows(cache, keys)
-
-
-def _read_rows(cache: Cache, keys: Sequence[str]) -> list[UtteranceRow]:
-    source = reopen_source(cache.info.source)
+    source = reopen_source(cache.info.source, cache.info.index_digest)
     samples = {key: number for number, key in enumerate(cache.column("key").to_pylist())}
     tables = {modality: cache.items(modality) for modality in ("text", "audio", "video")}
     rows = []

@@ -97,8 +97,6 @@ def write_zero_shot_page(
     cache: Cache,
     reports: Mapping[str, ZeroShotReport],
     classified: ZeroShotPredictions,
-    *,
-    image_folders: Sequence[Path] = (),
 ) -> None:
     """Write a page with the accuracies of all reports, and the classes and example items of the first.
 
@@ -122,7 +120,7 @@ def write_zero_shot_page(
         table=confusion_table(first),
         figures=[_confusion_matrix(first.names, first.confusion)],
     )
-    renderer = ItemRenderer(cache, classified.modality, image_folders)
+    renderer = ItemRenderer(cache, classified.modality)
     items = _item_section(renderer, classified)
     write_report(
         path,

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +11,6 @@ from embedcache.arrays import Floats, Ints, concatenated_ranges
 from embedcache.dataset.labels import label_text
 from embedcache.dataset.thumbnails import PICTURED, Thumbnails, credit, not_shown
 from embedcache.errors import EmbedcacheError, visible
-from embedcache.files import AnyPath, one_or_many
 from embedcache.registry import require
 from embedcache.sources.files import file_name_beside_key
 from embedcache.store.cache import Cache
@@ -76,9 +74,9 @@ class Hits(list[Hit]):
         """Return a data frame with a row per hit; the columns are those of `Hit`. Requires pandas."""
         return SearchResults([self]).to_pandas().drop(columns="query")
 
-    def to_html(self, *, image_folder: AnyPath | Sequence[AnyPath] = ()) -> str:
+    def to_html(self) -> str:
         """Return the hits as HTML, as `SearchResults.to_html` does."""
-        return SearchResults([self]).to_html(image_folder=image_folder)
+        return SearchResults([self]).to_html()
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -97,18 +95,12 @@ class SearchResults(list[Hits]):
         columns = ["query", *(item.name for item in fields(Hit))]
         return require("pandas", extra="pandas").DataFrame(rows, columns=columns)
 
-    def to_html(self, *, image_folder: AnyPath | Sequence[AnyPath] = ()) -> str:
+    def to_html(self) -> str:
         """Return the first 12 hits of the first 8 queries as HTML, with images as thumbnails in the page.
 
-        Recordings are shown as spectrograms, videos as their middle frame.
-
-        Args:
-            image_folder: read them only below this folder, or these; none: below the folder of the cache's source,
-                unless that holds more than images.
+        Recordings are shown as spectrograms, videos as their middle frame. They are read as `reopen_source` allows it.
         """
-        parts = [
-            part for hits in self[:_MAX_QUERIES] for part in _show(hits, list(map(Path, one_or_many(image_folder))))
-        ]
+        parts = [part for hits in self[:_MAX_QUERIES] for part in _show(hits)]
         if len(self) > _MAX_QUERIES:
             parts.append(f"<p>… and {len(self) - _MAX_QUERIES:,} more queries</p>")
         credited = dict.fromkeys(credit(hits.cache) for hits in self)
@@ -119,12 +111,12 @@ class SearchResults(list[Hits]):
         return self.to_html()
 
 
-def _show(hits: Hits, folders: Sequence[Path]) -> list[str]:
+def _show(hits: Hits) -> list[str]:
     """Return the elements that show the hits of one query."""
     shown, reason, cards = hits[:_MAX_HITS], "", []
     thumbnails: Thumbnails | None = None
     try:
-        thumbnails = Thumbnails(hits.cache, folders, hits.modality) if hits.modality in PICTURED else None
+        thumbnails = Thumbnails(hits.cache, hits.modality) if hits.modality in PICTURED else None
     except EmbedcacheError as error:
         reason = str(error)
     for hit in shown:

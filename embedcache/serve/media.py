@@ -8,11 +8,10 @@ import ctypes
 import gc
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Response
@@ -54,10 +53,10 @@ class ServedItems:
     file reaches a browser; a video is sent as it is stored.
     """
 
-    def __init__(self, cache: Cache, modality: str, folders: Sequence[Path] = ()) -> None:
+    def __init__(self, cache: Cache, modality: str) -> None:
         self.num_items, self.is_played = cache.info.num_items.get(modality, 0), modality in PLAYED
-        thumbnails = Thumbnails(cache, folders, modality)
-        self.folders = thumbnails.folders
+        thumbnails = Thumbnails(cache, modality)
+        self.places = thumbnails.places
         self.thumbnail = lru_cache(maxsize=_NUM_CACHED_THUMBNAILS)(partial(thumbnails.webp, size_px=_THUMBNAIL_PX))
         self.image = partial(thumbnails.webp, size_px=_IMAGE_PX)
         self.play = lru_cache(maxsize=_NUM_CACHED_FILES)(partial(thumbnails.play, max_bytes=_MAX_FILE_BYTES))

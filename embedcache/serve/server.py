@@ -173,9 +173,9 @@ def _lines(services: Sequence[SearchService], settings: ServeSettings, token: st
         lines.append(f"{count_items(card.num_vectors, card.modality)} of {card.feature}, {card.factory}")
         if rejection is not None:
             lines.append(f"texts are not accepted: {rejection}")
-        folders = next((served.folders for served in service.shown.values()), None)
-        if folders:
-            lines.append(f"{' and '.join(map(noun, service.shown))} are read from {', '.join(map(str, folders))}")
+        places = next((served.places for served in service.shown.values()), ())
+        if places:
+            lines.append(f"{' and '.join(map(noun, service.shown))} are read from {', '.join(places)}")
     address = parse_address(settings.host)
     if address is None:
         host = settings.host

@@ -66,7 +66,7 @@ class SearchService:
             for name, values in counts.items()
             if len(values) > 1 or any(num < num_items for num in values.values())
         }
-        self.shown, self.missing_images = _open_items(index, settings)
+        self.shown, self.missing_images = _open_items(index)
         self.images = self.shown.get("image")
         self._players = {
             name: RowReader(index.cache, name, ["sample", "start_s", "stop_s"])
@@ -288,11 +288,11 @@ def _open_encoders(index: OpenIndex) -> dict[str, str]:
     return rejections
 
 
-def _open_items(index: OpenIndex, settings: ServeSettings) -> tuple[dict[str, ServedItems], str | None]:
+def _open_items(index: OpenIndex) -> tuple[dict[str, ServedItems], str | None]:
     """Open the items to show, by modality, or return why they are missing; search works without them."""
     modalities = [name for name in PICTURED if index.cache.info.num_items.get(name)]
     try:
-        return {name: ServedItems(index.cache, name, settings.image_folders) for name in modalities}, None
+        return {name: ServedItems(index.cache, name) for name in modalities}, None
     except EmbedcacheError as error:
         log.warning("%s", error)
         nouns = " and ".join(map(noun, modalities))

@@ -3,12 +3,10 @@
 import ipaddress
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from embedcache.errors import SettingError
 from embedcache.search.settings import LABEL
 from embedcache.settings import check_settings, setting
-from embedcache.sources.settings import IMAGE_FOLDERS
 from embedcache.units import parse_size
 
 _MIN_TOKEN_LENGTH = 16
@@ -41,7 +39,6 @@ class ServeSettings:
     max_pixels: int = setting(40_000_000, "Largest query image in pixels.", gt=0, panel="server")
     timeout: float = setting(30.0, "Request timeout in seconds.", gt=0, le=86_400, metavar="SECONDS", panel="server")
     label: str = setting(**LABEL)
-    image_folders: tuple[Path, ...] = setting(**IMAGE_FOLDERS)
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -1,7 +1,8 @@
 """Sources of raw samples: folders, tables, WebDataset shards, Hugging Face datasets, texts and prompts."""
 
 from embedcache.sources.base import FileItem, Sample, Source, TextItem
-from embedcache.sources.open import SOURCES, open_source, reopen_source
+from embedcache.sources.open import SOURCES, open_source
+from embedcache.sources.reopen import read_below, reopen_source
 from embedcache.sources.settings import SourceSettings
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "SourceSettings",
     "TextItem",
     "open_source",
+    "read_below",
     "reopen_source",
 ]

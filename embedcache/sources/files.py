@@ -1,6 +1,6 @@
 """Local and remote files of sources: names and types, listing, reading, and I/O errors as errors of this package.
 
-What the sources of untrusted caches read is restricted to regular local files below some folders.
+What the sources of caches read is restricted to regular files below some folders and URLs.
 """
 
 import errno
@@ -48,8 +48,8 @@ _OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE)  # too many open files
 _NOT_FOUND = 404
 _FORBIDDEN = 403
 _READ_AHEAD_BYTES = 2**18  # one request for small columns that are adjacent in the file
-_MAX_RESTRICTED_BYTES = 2**28
-_ALLOWED_FOLDERS: ContextVar[tuple[Path, ...] | None] = ContextVar("allowed_folders", default=None)
+_OUTSIDE = "outside the source and --image-folder"
+_RESTRICTION: ContextVar[tuple[Sequence[str], int | None] | None] = ContextVar("restriction", default=None)
 
 
 def is_key_of_file(key: str, path: str) -> bool:
@@ -98,35 +98,44 @@ def _is_missing(error: BaseException) -> bool:
 
 
 @contextmanager
-def restrict_reads(folders: Sequence[Path]) -> Iterator[None]:
-    """Restrict reads of this thread to regular local files of at most 256 MiB below some folders, links resolved.
+def restrict_reads(places: Sequence[str], max_bytes: int | None = None) -> Iterator[None]:
+    """Restrict reads of this thread to regular files below some folders and URLs, and to `max_bytes` of a local file.
 
-    For sources of untrusted caches, whose tables may name any path. Any other read raises `ItemError`.
+    Any other read raises `ItemError`. The folders are resolved, and so are links to files.
     """
-    token = _ALLOWED_FOLDERS.set(tuple(folder.resolve() for folder in folders))
+    token = _RESTRICTION.set((places, max_bytes))
     try:
         yield
     finally:
-        _ALLOWED_FOLDERS.reset(token)
+        _RESTRICTION.reset(token)
+
+
+def is_below(path: Path | str, places: Sequence[str]) -> bool:
+    """Return whether a local path without links, or a URL, is one of some places or below one."""
+    if isinstance(path, Path):
+        return any(path.is_relative_to(place) for place in places if not is_url(place))
+    url = str(path)
+    return ".." not in url.split("/") and any(f"{url}/".startswith(f"{place}/") for place in places if is_url(place))
 
 
 def check_read_allowed(path: Path | str, num_bytes: int | None = None) -> None:
     """Check that `restrict_reads` allows this thread to read `num_bytes`, or all, of a path, or of a URL as text."""
     if "\0" in str(path):  # no file can have that name, and Python raises a ValueError
         raise ItemError(f"expected a path without null characters, got {str(path)!r}")
-    folders = _ALLOWED_FOLDERS.get()
-    if folders is None:
+    restriction = _RESTRICTION.get()
+    if restriction is None:
         return
-    if isinstance(path, str) or is_remote(path):
-        raise ItemError(f"URL outside the source's folder: {path}")
-    real = path.resolve()
-    if not any(real.is_relative_to(folder) for folder in folders):
-        raise ItemError(f"outside the source's folder: {path}")
-    if real.exists() and not real.is_file():
+    places, max_bytes = restriction
+    real = path.resolve() if isinstance(path, Path) else path
+    if not is_below(real, places):
+        raise ItemError(f"{_OUTSIDE}: {path}")
+    if not isinstance(real, Path) or not real.exists():
+        return
+    if not real.is_file():
         raise ItemError(f"not a regular file: {path}")
-    size = num_bytes if num_bytes is not None else real.stat().st_size if real.exists() else 0
-    if size > _MAX_RESTRICTED_BYTES:
-        raise ItemError(f"too large: {path} has {size:,} bytes, more than {_MAX_RESTRICTED_BYTES:,}")
+    size = real.stat().st_size if num_bytes is None else num_bytes
+    if max_bytes is not None and size > max_bytes:
+        raise ItemError(f"too large: {path} has {size:,} bytes, more than {max_bytes:,}")
 
 
 def open_descriptor(path: Path) -> int:
@@ -136,14 +145,14 @@ def open_descriptor(path: Path) -> int:
     Errors of the disk are raised unchanged.
 
     Raises:
-        ItemError: it is not a regular file; or, within `restrict_reads`, it is outside its folders or too large.
+        ItemError: it is not a regular file; or, within `restrict_reads`, it is outside its folders.
     """
-    folders = _ALLOWED_FOLDERS.get()
+    restriction = _RESTRICTION.get()
     check_read_allowed(path, 0)  # so that no device is opened, except by a change right now
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
     try:
-        if folders is not None and not any(_opened_path(descriptor).is_relative_to(folder) for folder in folders):
-            raise ItemError(f"outside the source's folder: {path}")
+        if restriction is not None and not is_below(_opened_path(descriptor), restriction[0]):
+            raise ItemError(f"{_OUTSIDE}: {path}")
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ItemError(f"not a regular file: {path}")
     except BaseException:

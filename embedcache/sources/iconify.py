@@ -19,6 +19,7 @@ from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.files import read_limited
 from embedcache.registry import require, unknown_name
 from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.sources.files import check_read_allowed
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.svg import check_svg, draw_png
 
@@ -90,6 +91,7 @@ class IconifySource:
     def read(self, item: FileItem) -> bytes:
         """Draw one icon as a PNG."""
         path = self._folder / item.path
+        check_read_allowed(path)
         try:
             icon = _read_icon(path, item.offset)
             size = _sizes(path)

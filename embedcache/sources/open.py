@@ -1,15 +1,14 @@
-"""Open a source from a path, URL or name, and reopen it, or those of a merged cache, from what a cache recorded."""
+"""Open a source from a path, URL or name, and describe it; what a cache recorded is opened again by `reopen.py`."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError, quoted
 from embedcache.files import is_url, open_path, write_addresses_in_full
-from embedcache.registry import Registry, names_from
+from embedcache.registry import Registry
 from embedcache.settings import merge_settings
 from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.sources.files import (
@@ -60,7 +59,7 @@ IMPORT_TOGETHER = (
 )
 """Next step where vectors of two imports meet: nothing says that one model computed both."""
 
-_WITHOUT_LOCATION = frozenset({"openmoji"})
+WITHOUT_LOCATION = frozenset({"openmoji"})
 """Kinds of sources that may be opened without a location."""
 
 _PARTS = "parts"
@@ -107,7 +106,7 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
         )
     if kind is None:
         kind, path = _detect_kind(path, has_svg=settings.svg) if isinstance(path, str) else ("huggingface", path)
-        if path == "" and kind in SOURCES.paths and kind not in _WITHOUT_LOCATION:
+        if path == "" and kind in SOURCES.paths and kind not in WITHOUT_LOCATION:
             raise SourceError(f"{kind}: expected a location after the colon, got none; name a file or folder")
     source: Source = SOURCES.load(kind)(path, settings)
     return source
@@ -182,51 +181,6 @@ def _kind_of(name: str) -> str:
     return next(kinds, "svg" if has_suffix(name, frozenset({SVG_SUFFIX})) else "")
 
 
-def reopen_source(description: Mapping[str, Any]) -> Source:
-    """Open a source again from the result of its `describe`, which a cache recorded.
-
-    Raises:
-        PathError: its files no longer exist.
-        SettingError: its class is custom code, and the cache is not trusted.
-    """
-    if description["type"] == MERGED:
-        return MergedSource([reopen_source(part) for part in merged_parts(description)], description)
-    settings = SourceSettings.from_json(description.get("settings", {}))
-    if description["type"] == IMPORTED_SOURCE:
-        return open_source(
-            description["path"], kind="embedcache.interop.vector_files:ImportedSource", settings=settings
-        )
-    with names_from("the cache"):
-        return open_source(description["path"], kind=description["type"], settings=settings)
-
-
-class RecordedSource:
-    """The source that a cache recorded, as a place where the items of the cache's own samples are read.
-
-    It is opened when the first item is read, so that texts, which are in the cache, need no source.
-    """
-
-    def __init__(self, description: Mapping[str, Any]) -> None:
-        self._description = description
-
-    @cached_property
-    def opened(self) -> Source:
-        """The source itself; the errors are those of `reopen_source`."""
-        return reopen_source(self._description)
-
-    def describe(self) -> Mapping[str, Any]:
-        """Return what the cache recorded."""
-        return self._description
-
-    def samples(self) -> Iterator[Sample]:
-        """Raise a SourceError: the samples are those of the cache."""
-        raise SourceError(f"{self._description['path']}: expected a source of samples, got one of a cache's items")
-
-    def read(self, item: FileItem) -> bytes:
-        """Return the bytes of an item."""
-        return self.opened.read(item)
-
-
 class MergedSource:
     """The sources of a merged cache: each has the items whose path begins with its number."""
 
@@ -272,12 +226,16 @@ def is_description(value: Mapping[str, Any]) -> bool:
     """Return whether a JSON object has the types of a source's `describe`; the `path` of a plug-in is any value."""
     kind, path = value.get("type", ""), value.get("path", "")
     is_own = kind in ("", IMPORTED_SOURCE, MERGED, *SOURCES.paths)
-    return isinstance(kind, str) and (isinstance(path, str) or not is_own)
+    parts = value.get(_PARTS) if kind == MERGED else []
+    has_parts = isinstance(parts, list) and all(isinstance(part, Mapping) and is_description(part) for part in parts)
+    is_path = isinstance(path, str) and "\0" not in path
+    has_settings = isinstance(value.get("settings", {}), Mapping)
+    return isinstance(kind, str) and (is_path or not is_own) and has_parts and has_settings
 
 
 def base_source(description: Mapping[str, Any]) -> tuple[str, str]:
     """Return the type and path of a source from its `describe`; of `pairs:`, those of the source it splits."""
-    kind, path = str(description["type"]), str(description["path"])
+    kind, path = str(description.get("type", "")), str(description.get("path", ""))
     while kind == "pairs":
         kind, _, path = path.partition(":")
     return kind, path

@@ -8,13 +8,6 @@ from typing import Any
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, flat_settings, setting, to_json
 
-IMAGE_FOLDERS: dict[str, Any] = {
-    "default": (),
-    "help": "Read images, recordings and videos only below this folder. May be repeated.",
-    "flat_name": "image_folder",
-    "metavar": "FOLDER",
-    "default_text": "the folder of the cache's source",
-}
 ITEM_COLUMNS: dict[str, dict[str, Any]] = {
     modality: {
         "default": None,
@@ -85,7 +78,6 @@ class SourceSettings:
         default_text="comma; tab in .tsv",
     )
     svg: bool = setting(False, "Take .svg files too, rendered by resvg (extra svg).")
-    inside_only: bool = setting(False, "Read only files in the table's folder or --root: none elsewhere, and no URL.")
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -6,8 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import ItemError, PathError, SettingError, SourceError
-from embedcache.files import is_remote, open_path
+from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.files import open_path
 from embedcache.modalities import MODALITIES
 from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import join_captions, to_scalar_columns
@@ -21,7 +21,6 @@ from embedcache.sources.files import (
     read_item_file,
     relative_to,
     resolve_item,
-    restrict_reads,
     walk_files,
 )
 from embedcache.sources.settings import SourceSettings
@@ -57,25 +56,18 @@ class TableSource:
     With the setting `key_column`, adjacent rows of one key that name the same items are one sample with the captions of
     all of them; see `join_captions`. Without it, `shared_column` is the column of the paths of images, of which several
     rows may name one.
-
-    With the setting `inside_only`, an item outside the table's folder, after following links, or behind a URL is not
-    read, and is a row with that reason: for a table that somebody else wrote.
     """
 
     items_are_files = True
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("table", *ITEM_SETTINGS, *TEXT_SETTINGS, "delimiter", "root", "inside_only")
+        settings.check_supported("table", *ITEM_SETTINGS, *TEXT_SETTINGS, "delimiter", "root")
         root = settings.root and find_root(settings.root)
         self._settings = replace(settings, root=root)
         self._location = open_path(location).absolute()
-        for place in (location, *([root] if root else [])):
-            if settings.inside_only and is_remote(open_path(place)):
-                raise SettingError(f"inside_only: expected local files, got {place}; copy them to this machine first")
         self._files = _find_files(self._location)
         self._root = self._location.parent if self._files == [self._location] else self._location
         self._root_text = str(self._root)
-        self._allowed = [self._root, *([Path(root)] if root else [])]
         self._embedding = {path for path in self._files if path.suffix.lower() == ".parquet"}
         self._row_groups = RowGroups()
         self.shared_column: str | None = None
@@ -103,12 +95,6 @@ class TableSource:
 
     def read(self, item: FileItem) -> bytes:
         """Read the bytes of one item: a file, or a cell of a Parquet file."""
-        if self._settings.inside_only:
-            with restrict_reads(self._allowed):
-                return self._read(item)
-        return self._read(item)
-
-    def _read(self, item: FileItem) -> bytes:
         table, named = split_embedded(item.path) if f".parquet{COLUMN_MARK}" in item.path else (item.path, None)
         path = resolve_item(self._root, table)
         if named is None and path not in self._embedding:

@@ -20,6 +20,7 @@ from embedcache.locks import Leases, locked
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest_file
+from embedcache.sources.reopen import is_remembered, remember
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, Commit, remove_commit, removed_hash, write_commit
 from embedcache.store.compacted import compacted_path
@@ -166,11 +167,14 @@ def _write_tables(cache_path: Path, pending: RemovedSamples, progress: Progress)
         put_tables(folder, cache_path)
     segments: list[Segment] = info.all_segments
     version = TableVersion(index_digest=info.index_digest, num_items=info.num_items)
+    index_digest = combined_digest(segments, record)
+    if is_remembered(info.source, info.index_digest):
+        remember(info.source, index_digest)
     write_info(
         cache_path,
         replace(
             info,
-            index_digest=combined_digest(segments, record),
+            index_digest=index_digest,
             num_items=tables.num_items,
             segments=tuple(segments),
             earlier_versions=(*info.earlier_versions, version),

@@ -102,7 +102,7 @@ def test_help_is_readable(words: str, command: Any) -> None:
 @pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[words for words, _ in COMMANDS])
 def test_shared_options_come_last(words: str, command: Any) -> None:
     options = [each for each in command.params if each.param_type_name == "option" and not each.rich_help_panel]
-    shared = ["engine", "address", "device", "trust", "config"]
+    shared = ["engine", "address", "device", "image_folder", "trust", "config"]
     found = [option.name for option in options if option.name in shared]
     assert [option.name for option in options][-len(found) or None :] == sorted(found, key=shared.index), words
 

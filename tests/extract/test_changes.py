@@ -281,7 +281,7 @@ def test_place_of_a_moved_source_is_recorded(tmp_path: Path) -> None:
     run(copy / "captions.csv", tmp_path / "c")
     assert (tmp_path / "c/cache.json").read_text() == cache_json, "the recorded source still exists"
     shutil.rmtree(folder)
-    moved = "does not exist; check the path; if they have moved, run the same extract on their new place"
+    moved = "does not exist; check the path; or run the same extract on the place where they are"
     with pytest.raises(PathError, match=f"^images are not shown: .*{moved}"):
         Thumbnails(Cache(tmp_path / "c"))
     before = tree(tmp_path / "c")

@@ -28,7 +28,7 @@ from embedcache.errors import (
 )
 from embedcache.extract.extract import extract, join_encoders
 from embedcache.extract.settings import ExtractSettings
-from embedcache.sources import SourceSettings, open_source
+from embedcache.sources import SourceSettings, open_source, read_below
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import update_path
@@ -249,8 +249,9 @@ def test_unreadable_items_are_counted_by_kind(tmp_path: Path) -> None:
     assert report.failures == {"cannot be read": 2}
     others = ["/dev/zero", "../x.png", "http://127.0.0.1:9/x.png", "http://127.0.0.1:9/y.png"]
     table.write_text("\n".join(["image", "00000.png", *others]))
-    (report,) = extract(table, tmp_path / "d", image_encoder=[IMAGE], inside_only=True)
-    assert report.failures == {"outside the source's folder": 2, "URL outside the source's folder": 2}
+    with read_below(folder):
+        (report,) = extract(table, tmp_path / "d", image_encoder=[IMAGE])
+    assert report.failures == {"outside the source and --image-folder": 4}
     pq.write_table(pa.table({"image": [(folder / "00000.png").read_bytes(), None, None]}), tmp_path / "t.parquet")
     (report,) = extract(tmp_path / "t.parquet", tmp_path / "e", image_encoder=[IMAGE])
     assert report.failures == {"no image in column image": 2}

@@ -28,8 +28,7 @@ NUM_POINTS = 39
 
 
 def write(cache: Path, path: Path, *, modality: str = "image", images: str = "thumbnails") -> pd.DataFrame:
-    folders = (cache.parent,)  # the table of the source is beside the cache
-    settings = AtlasSettings(projection="pca", images=images, image_folders=folders)  # type: ignore[arg-type]
+    settings = AtlasSettings(projection="pca", images=images)  # type: ignore[arg-type]
     write_atlas(export_of(cache, modality=modality), path, settings, progress=NullProgress())
     return pd.read_parquet(path)
 
@@ -84,8 +83,9 @@ def test_missing_image_is_null(labeled: Path, tmp_path: Path, monkeypatch: pytes
     assert [row for row, image in enumerate(points["image"]) if image is None] == [2]
 
 
-def test_images_beside_the_cache_need_a_folder(labeled: Path, tmp_path: Path) -> None:
-    with pytest.raises(PathError, match="which holds the cache; name a folder of images with --image-folder"):
+def test_images_of_a_stranger_need_a_folder(labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with pytest.raises(PathError, match="name its folder or URL with --image-folder"):
         write_atlas(export_of(labeled, modality="image"), tmp_path / "atlas.parquet", progress=NullProgress())
     assert not (tmp_path / "atlas.parquet").exists()
 

@@ -42,7 +42,7 @@ from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
-from embedcache.sources import open_source, reopen_source
+from embedcache.sources import open_source, read_below
 from embedcache.sources.base import FileItem
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
@@ -54,6 +54,7 @@ from tests.crash import call, crash
 from tests.extract.cases import tree as files_of
 from tests.interop.cases import import_files, unit_rows, write_tree
 from tests.recorded import RecordedProgress
+from tests.sources.files import reopen
 from tests.toy import IMAGE, TEXT
 
 CAPTIONS = [f"caption {row}" for row in range(40)]
@@ -327,7 +328,7 @@ def test_paths_in_a_table_in_another_folder_than_the_array(tmp_path: Path) -> No
         )
         cache, _ = import_files(arrays, tmp_path / f"{folder}-cache")
         assert cache.items("audio")["path"].to_pylist() == [expected, *paths[1:3], ""]
-        assert reopen_source(cache.info.source).read(FileItem(path=str(expected))) == b"sound"
+        assert reopen(cache.info.source).read(FileItem(path=str(expected))) == b"sound"
         export_vectors("parquet", cache.path, tmp_path / f"{folder}.parquet")
         first = pq.read_table(tmp_path / f"{folder}.parquet")["audio_path"][0].as_py()
         assert Path(first).read_bytes() == b"sound"
@@ -387,7 +388,8 @@ def test_merged_cache_takes_no_encoder_beside_imported_vectors(tmp_path: Path, i
         extract(both, both, image_encoder=IMAGE)
     assert len(Cache(both).encoders("image")) == 1
     merge_caches(caches, tmp_path / "without", features="open_toy/mean", prefix_keys=True)
-    (report,) = extract(tmp_path / "without", tmp_path / "without", image_encoder=IMAGE)
+    with read_below(image_folder):
+        (report,) = extract(tmp_path / "without", tmp_path / "without", image_encoder=IMAGE)
     assert (report.encoded, report.failures) == (4, {})
 
 

@@ -12,12 +12,12 @@ import pytest
 from embedcache.arrays import normalize
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
 from embedcache.interop.formats import export_vectors, open_vectors
-from embedcache.sources import reopen_source
 from embedcache.store.cache import Cache
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import verify
 from tests.interop.cases import FORMATS, export_and_die, export_of, import_files, unit_rows
 from tests.interop.conftest import FAILED, NUM_SAMPLES
+from tests.sources.files import reopen
 
 KEPT = [row for row in range(NUM_SAMPLES) if row != FAILED]
 
@@ -67,7 +67,7 @@ def test_intervals_of_recordings(form: str, tmp_path: Path) -> None:
     once, reports = import_files(vectors, tmp_path / "once")
     assert [(report.modality, report.imported) for report in reports] == [(name, 20) for name in rows]
     (item,) = once.items("audio").slice(0, 1).to_pylist()
-    assert reopen_source(once.info.source).read(to_file_item(item)) == b"RIFF"
+    assert reopen(once.info.source).read(to_file_item(item)) == b"RIFF"
     assert once.samples["image"].to_pylist() == columns["image"]  # no vectors of images: a column like any other
     out = tmp_path / ("out.parquet" if form == "parquet" else "out")
     report = export_vectors(form, once, out)

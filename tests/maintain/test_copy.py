@@ -32,7 +32,7 @@ from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.remove import remove_samples
 from embedcache.progress import NullProgress
 from embedcache.provenance import digest
-from embedcache.sources import open_source, reopen_source
+from embedcache.sources import open_source
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index, index_tables
@@ -47,6 +47,7 @@ from tests.extract.cases import tree
 from tests.images import write_images
 from tests.maintain.cases import KEYS, make_cache, write_source
 from tests.recorded import RecordedProgress
+from tests.sources.files import reopen
 from tests.store.test_changes import begin
 from tests.store.test_indexing import Rows, rows
 from tests.toy import IMAGE
@@ -271,13 +272,13 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
             assert all((one == two).all() for one, two in zip(feature.gather_tokens(rows), own, strict=True))
     item = to_file_item(both.items("image").slice(41, 1).to_pylist()[0])
     assert item.path == "1/00001.png"
-    read = reopen_source(both.info.source).read(item)
-    assert read == reopen_source(Cache(second).info.source).read(FileItem(path="00001.png"))
+    read = reopen(both.info.source).read(item)
+    assert read == reopen(Cache(second).info.source).read(FileItem(path="00001.png"))
     assert merge_caches([first, second], tmp_path / "both", prefix_keys=True).copied == 0
     (renamed := tmp_path / "d").symlink_to(second)
     with pytest.raises(FingerprintError, match="both was made with .*: key: stored 'b/00000', requested 'd/00000'"):
         merge_caches([first, renamed], tmp_path / "both", prefix_keys=True)
-    source = reopen_source(Cache(first).info.source)
+    source = reopen(Cache(first).info.source)
     with pytest.raises(SettingError, match="was merged from caches of .*; to encode its samples, give it as its own"):
         extract(source, tmp_path / "both", image_encoder=[IMAGE])
 
@@ -294,7 +295,7 @@ def test_extended_copy_leaves_out_what_was_removed_before(made: Path, halves: li
         remove_samples(tmp_path / name, chosen[1:] or [keys[1]])  # one that is removed already is known
     merge_caches([half, halves[1]], tmp_path / "both")
     for name, removed in (("cut", {keys[1], keys[3]}), ("again", {keys[1], keys[3]}), ("both", {gone})):
-        source = reopen_source(Cache(tmp_path / name).info.source)
+        source = reopen(Cache(tmp_path / name).info.source)
         extract(source, tmp_path / name, image_encoder=[IMAGE], extend=True)
         found = Cache(tmp_path / name)
         assert {found.key(row) for row in range(len(found)) if row not in found.removed} == set(keys) - removed
@@ -425,4 +426,4 @@ def test_merge_refuses_other_encoders(made: Path, tmp_path: Path) -> None:
     with pytest.raises(UnfinishedError, match="feature open_toy/cls is not finished: 1 of 3 chunks is missing"):
         merge_caches([made / "c", tmp_path / "one"], tmp_path / "other", prefix_keys=True)
     with pytest.raises(SourceError, match="are the sources of a merged cache; extract from each of them"):
-        next(iter(reopen_source(Cache(tmp_path / "both").info.source).samples()))
+        next(iter(reopen(Cache(tmp_path / "both").info.source).samples()))

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from embedcache.dataset.thumbnails import Thumbnails, restricted
-from embedcache.errors import ItemError, PathError
+from embedcache.dataset.thumbnails import Thumbnails
+from embedcache.errors import PathError
 from embedcache.extract.extract import extract
 from embedcache.interop.importing import import_vectors
 from embedcache.interop.npy import open_npy_vectors
@@ -18,8 +18,7 @@ from embedcache.registry import trust_files
 from embedcache.reports.base import QueryExample, Section, write_report
 from embedcache.reports.items import ItemRenderer, PageItem
 from embedcache.reports.speech import read_rows
-from embedcache.sources import open_source
-from embedcache.sources.files import check_read_allowed
+from embedcache.sources import open_source, read_below
 from embedcache.sources.sound import decode_audio
 from embedcache.store.cache import Cache
 from tests.cli.run import TOY, embedcache
@@ -58,22 +57,33 @@ def test_images_below_the_folder_of_the_source(hostile: Path) -> None:
     assert shown(renderer) == [False, True]
     (warning,) = renderer.warnings()
     assert warning.startswith("1 image is not shown: ")
-    assert "outside the source's folder" in warning
-    assert shown(ItemRenderer(cache, "image", [hostile])) == [True, True]
-    assert shown(ItemRenderer(cache, "image", [hostile / "cache"])) == [False, False]
+    assert "outside the source and --image-folder" in warning
+    with read_below(hostile):
+        assert shown(ItemRenderer(cache, "image")) == [True, True]
 
 
-def test_source_that_holds_the_cache(inside: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cache = Cache(inside / "cache")
+@pytest.fixture
+def foreign(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same as somebody else has extracted it."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    return inside
+
+
+def test_source_that_holds_the_cache(inside: Path) -> None:
+    assert shown(ItemRenderer(Cache(inside / "cache"), "image")) == [True, True]
+
+
+def test_source_of_a_stranger(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = Cache(foreign / "cache")
     renderer = ItemRenderer(cache, "image")
     (line,) = caplog.messages
-    assert line.startswith("images are not shown: the cache says that they are in "), "before anybody opens the page"
+    assert line.startswith("images are not shown: the cache says that its source is "), "before anybody opens the page"
     assert shown(renderer) == [False, False]
     (warning,) = renderer.warnings()
-    assert warning.startswith("2 images are not shown: the cache says that they are in ")
-    assert "which holds the cache; name a folder of images with --image-folder, or use --trust" in warning
+    assert warning.startswith("2 images are not shown: the cache says that its source is ")
+    assert "you did not extract it on this machine; name its folder or URL with --image-folder, or" in warning
     for read in (lambda: Thumbnails(cache), lambda: read_rows(cache, ["00000"])):
-        with pytest.raises(PathError, match="which holds the cache"):
+        with pytest.raises(PathError, match="you did not extract it"):
             read()
     with trust_files():
         assert shown(ItemRenderer(cache, "image")) == [True, True]
@@ -83,13 +93,8 @@ def test_a_table_that_holds_its_images_lies_beside_the_cache(tmp_path: Path) -> 
     photos = sorted(write_images(tmp_path / "photos", 3).glob("*.png"))
     pq.write_table(pa.table({"image": [photo.read_bytes() for photo in photos]}), tmp_path / "pairs.parquet")
     extract(open_source(tmp_path / "pairs.parquet"), tmp_path / "cache", image_encoder=[IMAGE])
-    assert Thumbnails(Cache(tmp_path / "cache")).folders == [tmp_path / "pairs.parquet"]
+    assert Thumbnails(Cache(tmp_path / "cache")).places == [str(tmp_path)]
     assert shown(ItemRenderer(Cache(tmp_path / "cache"), "image")) == [True, True]
-    with restricted([tmp_path / "pairs.parquet"]), pytest.raises(ItemError, match="outside the source's folder"):
-        check_read_allowed(photos[0])
-    tamper(tmp_path / "cache", path=str(photos[0]))
-    with pytest.raises(PathError, match="which holds the cache"):
-        Thumbnails(Cache(tmp_path / "cache"))
 
 
 def test_vectors_without_files_have_no_folder_to_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -97,7 +102,7 @@ def test_vectors_without_files_have_no_folder_to_name(tmp_path: Path, caplog: py
     import_vectors(open_npy_vectors(image_file=tmp_path / "images.npy"), tmp_path / "cache")
     renderer = ItemRenderer(Cache(tmp_path / "cache"), "image")
     assert shown(renderer) == [False, False]
-    assert renderer.warnings()[0].startswith("2 images are not shown: the import names no file of the first one; if")
+    assert renderer.warnings() == ["2 images are not shown: the import named no file for this item"]
     assert "trust" not in caplog.text
 
 
@@ -107,19 +112,20 @@ def test_source_that_is_gone(hostile: Path) -> None:
     assert shown(renderer) == [False, False]
     (warning,) = renderer.warnings()
     assert (
-        "photos is not a folder of this machine; if they have moved, run the same extract on their new place" in warning
+        "/photos, which does not exist; check the path; or run the same extract on the place where they are" in warning
     )
 
 
 @pytest.mark.slow
-def test_page_says_how_many_images_are_left_out(inside: Path) -> None:
+def test_page_says_how_many_images_are_left_out(foreign: Path) -> None:
     words = ("curate", "dedup", "cache", "--feature", "open_toy/cls", "--html", "page.html", "--overwrite")
-    done = embedcache(*words, cwd=inside)
+    done = embedcache(*words, "-q", cwd=foreign)
     assert done.code == 0, done.stderr
-    assert "images are not shown: the cache says" in (inside / "page.html").read_text()
-    done = embedcache(*words, "--image-folder", inside, cwd=inside)
+    assert "images are not shown: the cache says" in (foreign / "page.html").read_text()
+    assert done.stderr.startswith("warning: images are not shown: the cache says"), "also with -q"
+    done = embedcache(*words, "--image-folder", foreign, cwd=foreign)
     assert done.code == 0, done.stderr
-    page = (inside / "page.html").read_text()
+    page = (foreign / "page.html").read_text()
     assert "data:image/webp" in page
     assert "not shown" not in page
 

@@ -161,8 +161,11 @@ def test_strange_captions_are_text(results: SearchResults) -> None:
     assert set(re.findall(r"<(\w+)", page)) == {"b", "br", "div", "img", "small"}
 
 
-def test_images_are_read_below_the_image_folder_only(results: SearchResults, tmp_path: Path) -> None:
-    page = results[0].to_html(image_folder=tmp_path)
+def test_images_of_a_stranger_are_not_read(
+    results: SearchResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    page = results[0].to_html()
     assert "<img" not in page
     assert "images are not shown: " in page
     assert results[0][0].captions[0] in page
@@ -176,7 +179,8 @@ def test_notebook_shows_spectrograms(tmp_path: Path) -> None:
         [Hit(score=1, row=0, key="a", captions=[])], query="q", cache=Cache(tmp_path / "cache"), modality="audio"
     )
     assert '<img src="data:image/webp;base64,' in hits.to_html()
-    assert "recordings are not shown: " in hits.to_html(image_folder=tmp_path / "cache")
+    (tmp_path / "sounds").rename(tmp_path / "moved")
+    assert "recordings are not shown: " in hits.to_html()
 
 
 def test_captions_have_no_images(results: SearchResults) -> None:

@@ -26,7 +26,9 @@ from embedcache.serve.media import respond_with_part
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
+from embedcache.sources.reopen import remember
 from embedcache.sources.sound import decode_audio
+from embedcache.store.cache import Cache
 from tests.media_files import encode_audio, tone, wav
 from tests.media_toy import MEDIA
 from tests.serve.conftest import visit
@@ -184,6 +186,8 @@ def copy_hostile(media: Path, tmp_path: Path) -> Path:
     """Copy all of it, to be changed, with a secret recording outside of the folder of the source."""
     root = shutil.copytree(media, tmp_path / "copy")
     tamper(root / "cache", modality="audio", source={"path": str(root / "files" / "table.csv")})
+    info = Cache(root / "cache").info
+    remember(info.source, info.index_digest)
     (root / "secret.wav").write_bytes(wav(tone(1)))
     return root
 
@@ -207,12 +211,10 @@ def test_recordings_outside_source_are_not_served(
             answer = client.get(f"/api/recordings/0/{path}")
             assert (answer.status_code, str(root) in answer.text) == (404, False)
         assert client.get("/api/recordings/1/play").status_code == 200
-    assert "outside the source's folder: " in caplog.text or "not a regular file: " in caplog.text
+    assert "outside the source and --image-folder: " in caplog.text or "not a regular file: " in caplog.text
 
 
-def test_operator_names_the_folder_of_recordings(media: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with visit(open_index(media / "audio", image_folders=(media / "cache",))) as client:
-        assert client.get("/api/recordings/0/play").status_code == 404
+def test_recordings_that_have_moved(media: Path, caplog: pytest.LogCaptureFixture) -> None:
     (media / "files").rename(media / "moved")
     try:
         gone = open_index(media / "audio")
@@ -235,7 +237,7 @@ def test_recordings_in_a_tar(tmp_path: Path) -> None:
     extract(open_source(str(tmp_path / "a.tar")), tmp_path / "out" / "cache", encoder={"audio": [MEDIA]})
     index = tmp_path / "out" / "index"
     build_index(tmp_path / "out" / "cache", index, IndexSettings(feature="open_media/mean", modality="audio"))
-    with visit(open_index(index, image_folders=(tmp_path,))) as client:
+    with visit(open_index(index)) as client:
         found = [client.get(f"/api/recordings/{row}/play").content for row in range(3)]
     assert [len(samples_of(data)) for data in found] == [1600, 3200, 4800]
 

@@ -50,11 +50,12 @@ def main() -> None:
         hub.revisions["org/name", "v1"] = {**files, "de/train.parquet": write_table("old")}
         os.environ |= hub.environment()
         from embedcache.errors import EmbedcacheError
-        from embedcache.sources import open_source, reopen_source
+        from embedcache.sources.open import open_source
+        from embedcache.sources.reopen import open_below
 
         for location in asked["up"]:
             try:
-                source = reopen_source(open_source(location).describe())
+                source = open_below(open_source(location).describe(), None)
                 found[location] = [
                     (sample.key, sample.texts[0].text, dict(sample.columns)) for sample in source.samples()
                 ]

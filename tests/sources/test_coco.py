@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from embedcache.dataset.thumbnails import source_folders
 from embedcache.errors import PathError, SettingError, SourceError
-from embedcache.sources import FileItem, Source, SourceSettings, open_source, reopen_source
+from embedcache.sources import FileItem, Source, SourceSettings, open_source
+from embedcache.sources.reopen import own_places
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from embedcache.testing.sources import SourceContract
-from tests.sources.files import COLORS, jpeg, write
+from tests.sources.files import COLORS, jpeg, reopen, write
 
 IMAGES = [
     {"id": 100 + n, "file_name": f"00000000{n}.jpg", "license": n % 2, "width": 20, "height": 10} for n in range(5)
@@ -167,8 +167,9 @@ def test_cut_file_raises(tmp_path: Path) -> None:
         open_source(path, settings=SourceSettings(key_column="id"))
 
 
-def test_pages_read_images_from_their_folder_only(tmp_path: Path) -> None:
-    index(open_source(write_coco(tmp_path)), tmp_path / "cache")
-    cache = Cache(tmp_path / "cache")
-    assert source_folders(cache) == [tmp_path / "val2017"]
-    assert reopen_source(cache.info.source).describe() == cache.info.source
+def test_images_are_read_again_from_their_folder(tmp_path: Path) -> None:
+    path = write_coco(tmp_path)
+    index(open_source(path), tmp_path / "cache")
+    source = Cache(tmp_path / "cache").info.source
+    assert own_places(source) == [str(path.parent), str(tmp_path / "val2017")]
+    assert reopen(source).describe() == source

@@ -8,11 +8,11 @@ import pytest
 
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.extract.extract import extract
-from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source, reopen_source
+from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from embedcache.testing.sources import SourceContract
-from tests.sources.files import COLORS, encode, jpeg, noise, write
+from tests.sources.files import COLORS, encode, jpeg, noise, reopen, write
 from tests.toy import IMAGE, TEXT
 
 IMAGES = [jpeg(color) for color in COLORS]
@@ -85,7 +85,7 @@ def test_memory_dataset_extracts_but_never_reopens(tmp_path: Path) -> None:
         extract(source, tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
     assert Cache(tmp_path / "cache").info.num_items == {"image": 5, "text": 10}
     with pytest.raises(SourceError, match=r"in memory \([0-9a-f]+\).*open_source\(dataset\).*save_to_disk"):
-        reopen_source(Cache(tmp_path / "cache").info.source)
+        reopen(Cache(tmp_path / "cache").info.source)
 
 
 def test_equal_memory_dataset_resumes(tmp_path: Path) -> None:

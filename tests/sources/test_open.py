@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from embedcache.errors import PathError, SettingError, SourceError, UnknownNameError
-from embedcache.sources import Sample, SourceSettings, open_source, reopen_source
+from embedcache.sources import Sample, SourceSettings, open_source
 from embedcache.sources.open import source_credit
-from tests.sources.files import jpeg, write, write_tar
+from tests.sources.files import jpeg, reopen, write, write_tar
 
 
 class CustomSource:
@@ -114,7 +114,7 @@ def test_known_kinds_can_all_be_opened() -> None:
 
 def test_imported_source_reopens(tmp_path: Path) -> None:
     description = {"type": "imported", "path": str(tmp_path), "settings": {}}
-    assert reopen_source(description).describe() == description
+    assert reopen(description).describe() == description
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_source_credit(kind: str, path: str, credit: str) -> None:
 
 def test_custom_source_opens_and_reopens() -> None:
     source = open_source("anywhere", kind=f"{__name__}:CustomSource")
-    assert [sample.key for sample in reopen_source(source.describe()).samples()] == ["only"]
+    assert [sample.key for sample in reopen(source.describe()).samples()] == ["only"]
 
 
 def test_source_of_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,13 +152,13 @@ def test_reopening_a_missing_path_raises(tmp_path: Path) -> None:
     description = open_source(path).describe()
     path.rename(tmp_path / "moved")
     with pytest.raises(PathError, match="images"):
-        reopen_source(description)
+        reopen(description)
 
 
 def test_reopening_with_unknown_setting_raises(tmp_path: Path) -> None:
     description = {"type": "table", "path": str(tmp_path), "settings": {"color": "red"}}
     with pytest.raises(SettingError, match=r"'color'.*image_column"):
-        reopen_source(description)
+        reopen(description)
 
 
 def test_import_loads_no_heavy_library() -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from embedcache.errors import ItemError, MissingExtraError, PathError, SettingError, SourceError, UnknownNameError
-from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_source, reopen_source
+from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_source
 from embedcache.testing.sources import SourceContract
-from tests.sources.files import write
+from tests.sources.files import reopen, write
 
 NAMES = "T-shirt/top\nTrouser\nankle boot\n"
 TEMPLATES = "a photo of a {c}.\n{c}, on a table\n"
@@ -96,7 +96,7 @@ def test_paths_of_classes_and_templates_may_have_plus(
     assert source.describe()["path"] == f"{tmp_path}/{classes}+{tmp_path}/{templates}"
     samples = list(source.samples())
     assert [prompts(sample) for sample in samples][1] == ["a photo of a Trouser.", "Trouser, on a table"]
-    assert list(reopen_source(source.describe()).samples()) == samples
+    assert list(reopen(source.describe()).samples()) == samples
 
 
 @pytest.mark.parametrize(

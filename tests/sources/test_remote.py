@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import open_path
-from embedcache.sources import FileItem, Source, open_source, reopen_source
+from embedcache.sources import FileItem, Source, open_source
 from embedcache.sources.tars import RemoteBlocks
 from embedcache.store.cache import Cache
 from embedcache.testing.sources import SourceContract
 from tests.crash import call_elsewhere
-from tests.sources.files import COLORS, jpeg, write, write_parquet, write_tar
+from tests.sources.files import COLORS, jpeg, reopen, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, upload
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def test_ipv6_host(tmp_path: Path, cache_path: Path) -> None:
         here = Cache(cache_path).feature("image", "open_toy/cls").load()
         np.testing.assert_array_equal(Cache(f"{server.url}/cache").feature("image", "open_toy/cls").load(), here)
         source = open_source(f"{server.url}/00000.tar::{server.url}/00001.tar")
-        again = reopen_source(source.describe())
+        again = reopen(source.describe())
         assert [again.read(sample.images[0]) for sample in again.samples()] == IMAGES[:5] * 2
     finally:
         server.stop()
@@ -303,7 +303,7 @@ def test_new_process_reads_the_same(tmp_path: Path, bucket: str) -> None:
 
 
 def read_again(description: dict[str, Any], items: list[FileItem]) -> list[bytes]:
-    return [reopen_source(description).read(item) for item in items]
+    return [reopen(description).read(item) for item in items]
 
 
 def test_listings_are_not_cached(tmp_path: Path, bucket: str) -> None:

@@ -17,13 +17,13 @@ from embedcache.errors import EmbedcacheError, ItemError, MissingExtraError, Set
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
-from embedcache.sources import SourceSettings, open_source, reopen_source
+from embedcache.sources import SourceSettings, open_source
 from embedcache.sources import svg as svg_module
 from embedcache.sources.images import decode_image
 from embedcache.sources.svg import draw_png
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
-from tests.sources.files import jpeg, write, write_tar
+from tests.sources.files import jpeg, reopen, write, write_tar
 
 resvg: Any = pytest.importorskip("resvg_py")
 
@@ -198,7 +198,7 @@ def test_folder_takes_svg_files_if_told(tmp_path: Path) -> None:
     plain = open_source(folder)
     assert plain.describe()["settings"] == {}
     assert [sample.key for sample in plain.samples()] == ["d"]
-    source = reopen_source(open_source(folder, settings=SVG).describe())
+    source = reopen(open_source(folder, settings=SVG).describe())
     samples = {sample.key: sample for sample in source.samples()}
     assert list(samples) == ["a", "b/c", "d"]
     assert samples["a"].texts[0].text == "half red"
@@ -214,7 +214,7 @@ def test_folder_takes_svg_files_if_told(tmp_path: Path) -> None:
 def test_shards_take_svg_files_if_told(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [("a.svg", HALF), ("a.txt", "half"), ("b.jpg", jpeg())])
     assert [len(sample.images) for sample in open_source(tmp_path / "0.tar").samples()] == [0, 1]
-    source = reopen_source(open_source(tmp_path / "0.tar", settings=SVG).describe())
+    source = reopen(open_source(tmp_path / "0.tar", settings=SVG).describe())
     assert [len(sample.images) for sample in source.samples()] == [1, 1]
 
 

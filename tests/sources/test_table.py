@@ -1,6 +1,5 @@
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from itertools import islice
@@ -11,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
-from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source, reopen_source
+from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source, read_below
+from embedcache.sources.reopen import below_named
 from embedcache.store.indexing import index
 from embedcache.testing.sources import SourceContract
 from tests.recorded import RecordedProgress
-from tests.sources.files import COLORS, jpeg, write, write_parquet
+from tests.sources.files import COLORS, jpeg, reopen, write, write_parquet
 
 IMAGES = [jpeg(color) for color in COLORS]
 
@@ -76,7 +76,7 @@ def test_rows_of_one_key_are_one_sample(tmp_path: Path) -> None:
     assert first.images == (FileItem(path="a.jpg"),)
     assert first.texts == (TextItem(text="one", language="en"), TextItem(text="zwei", language="de"))
     assert [text.text for text in second.texts] == ["three"]
-    assert list(reopen_source(source.describe()).samples()) == [first, second]
+    assert list(reopen(source.describe()).samples()) == [first, second]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_captions_of_flickr30k_as_downloaded(tmp_path: Path) -> None:
     assert first.columns == {}
     assert [first.images, second.images] == [(FileItem(path=f"images/{name}.jpg"),) for name in "ab"]
     assert source.read(second.images[0]) == IMAGES[1]
-    assert list(reopen_source(source.describe()).samples()) == [first, second]
+    assert list(reopen(source.describe()).samples()) == [first, second]
     write(tmp_path, {"results.csv": FLICKR + "b.jpg| 1| A | bar\n"})
     with pytest.raises(SourceError, match=r"results.csv line 5: expected 3 cells as in the header, got 4: 'b.jpg\|"):
         list(source.samples())
@@ -163,18 +163,17 @@ def test_captions_of_flickr8k_as_downloaded(tmp_path: Path) -> None:
 
 def test_images_in_a_folder_elsewhere(tmp_path: Path) -> None:
     write(tmp_path, {"images/a.jpg": IMAGES[0], "c.jpg": IMAGES[1], "table/t.csv": "image\na.jpg\n../c.jpg\n"})
-    settings = SourceSettings(root=str(tmp_path / "images"), inside_only=True)
-    source = open_source(tmp_path / "table/t.csv", settings=settings)
+    settings = SourceSettings(root=str(tmp_path / "images"))
+    with read_below(tmp_path / "table"):
+        source = below_named(open_source(tmp_path / "table/t.csv", settings=settings))
     first, second = (sample.images[0] for sample in source.samples())
     assert (first.path, second.path) == (f"{tmp_path}/images/a.jpg", f"{tmp_path}/c.jpg")
     assert source.read(first) == IMAGES[0]
-    with pytest.raises(ItemError, match="outside the source's folder"):
+    with pytest.raises(ItemError, match="outside the source and --image-folder"):
         source.read(second)
     bucket = SourceSettings(root="s3://bucket/images")
     (item, _) = (sample.images[0] for sample in open_source(tmp_path / "table/t.csv", settings=bucket).samples())
     assert item.path == "s3://bucket/images/a.jpg"
-    with pytest.raises(SettingError, match="expected local files, got s3://bucket/images"):
-        open_source(tmp_path / "table/t.csv", settings=replace(bucket, inside_only=True))
     with pytest.raises(PathError, match="root: expected a folder, got .*/t.csv, which is none"):
         open_source(tmp_path / "table/t.csv", settings=SourceSettings(root=str(tmp_path / "table/t.csv")))
 
@@ -362,7 +361,7 @@ def test_empty_cell_raises_item_error(tmp_path: Path) -> None:
     assert source.read(second) == IMAGES[0]
 
 
-def test_inside_only_reads_no_other_file(tmp_path: Path) -> None:
+def test_named_folders_are_read_alone(tmp_path: Path) -> None:
     """A stranger's table names files elsewhere, links that lead there, and addresses."""
     table = tmp_path / "table"
     write(table, {"a.jpg": IMAGES[0]})
@@ -371,11 +370,10 @@ def test_inside_only_reads_no_other_file(tmp_path: Path) -> None:
     urls = ["http://127.0.0.1:9/x.jpg", f"file://{tmp_path}/secret.jpg"]
     paths = ["a.jpg", "../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg", "/dev/zero", *urls]
     (table / "t.csv").write_text("\n".join(["image_path", *paths]) + "\n")
-    source = open_source(table / "t.csv", settings=SourceSettings(inside_only=True))
+    with read_below(table):
+        source = below_named(open_source(table / "t.csv"))
     first, *others = (sample.images[0] for sample in source.samples())
-    assert reopen_source(source.describe()).read(first) == IMAGES[0]
+    assert source.read(first) == IMAGES[0]
     for item in others:
-        with pytest.raises(ItemError, match="outside the source's folder: "):
+        with pytest.raises(ItemError, match="outside the source and --image-folder: "):
             source.read(item)
-    with pytest.raises(SettingError, match="expected local files, got s3://bucket/t.parquet"):
-        open_source("s3://bucket/t.parquet", kind="table", settings=SourceSettings(inside_only=True))

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.sources import Source, TextItem, open_source, reopen_source
+from embedcache.sources import Source, TextItem, open_source
 from embedcache.sources.webdataset import expand_braces
 from embedcache.testing.sources import SourceContract
-from tests.sources.files import COLORS, encode, jpeg, write, write_tar
+from tests.sources.files import COLORS, encode, jpeg, reopen, write, write_tar
 
 
 def members(first: int, number: int) -> list[tuple[str, bytes | str]]:
@@ -188,7 +188,7 @@ def test_missing_shard_cannot_be_reopened(shards: Path) -> None:
     description = open_source(shards / "00000.tar").describe()
     (shards / "00000.tar").unlink()
     with pytest.raises(PathError, match=r"00000\.tar"):
-        reopen_source(description)
+        reopen(description)
 
 
 def test_shard_truncated_later_raises_item_error(shards: Path) -> None:
@@ -245,7 +245,7 @@ def test_several_locations_are_one_source(
     items = [sample.images[0] for sample in source.samples()]
     assert [item.path for item in items] == [path.format(split_folders) for path in paths]
     assert {source.read(item) for item in items} == {jpeg()}
-    assert list(reopen_source(source.describe()).samples()) == list(source.samples())
+    assert list(reopen(source.describe()).samples()) == list(source.samples())
 
 
 def test_missing_shard_of_a_list_raises(split_folders: Path) -> None:

@@ -65,6 +65,10 @@ def test_all_fields_are_read_back(tmp_path: Path) -> None:
         ("source", {"type": "module:Source", "path": ["a", "b"]}, ""),  # of a plug-in
         ("source", {"type": "folder", "path": ["a", "b"]}, "source: expected texts as type and path"),
         ("source", {"type": 1, "path": "a"}, "source: expected texts as type and path"),
+        ("source", {"type": "folder", "path": "/a\0"}, "source: expected texts as type and path"),
+        ("source", {"type": "folder", "path": "/a", "settings": [1]}, "source: expected texts as type and path"),
+        ("source", {"type": "merged", "path": "a"}, "source: expected texts as type and path"),
+        ("source", {"type": "merged", "path": "a", "parts": [3]}, "source: expected texts as type and path"),
         ("tables", ["x"], "expected objects as source, tables and checksums"),
         ("checksums", {"text": "x"}, "expected objects as source, tables and checksums"),
         ("removed", "x", "expected objects as source, tables and checksums"),

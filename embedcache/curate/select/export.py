@@ -21,7 +21,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import FileItem, Source, TextItem
 from embedcache.sources.captions import to_sidecar
 from embedcache.sources.files import MEDIA_SUFFIXES
-from embedcache.sources.open import reopen_source
+from embedcache.sources.reopen import reopen_source
 from embedcache.sources.table_columns import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.rows import key_column
@@ -137,7 +137,7 @@ def write_shards(
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         got = "a file" if folder.is_file() else "a folder that is not empty"
         raise PathError(f"{folder}: expected a new or empty folder, got {got}; give the path of a new one")
-    source = reopen_source(cache.info.source)
+    source = reopen_source(cache.info.source, cache.info.index_digest)
     samples = _Samples(cache, rows)
     with building(folder) as temporary:
         progress.start("writing shards", len(rows), "samples")

@@ -22,6 +22,7 @@ from embedcache.errors import DataError, PathError
 from embedcache.extract.extract import extract
 from embedcache.sources import Sample, Source, SourceSettings, TextItem, open_source
 from embedcache.sources.base import Scalar
+from embedcache.sources.reopen import remember
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from tests.images import write_images
@@ -50,13 +51,19 @@ def test_other_keys_raise() -> None:
 def test_keys_with_line_breaks_raise(tmp_path: Path) -> None:
     keys = ["a", "b\nc", "d\n"]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"uid": key, "caption": key}) for key in keys))
-    index(open_source(tmp_path / "t.jsonl", settings=SourceSettings(key_column="uid")), tmp_path / "cache")
+    indexed(open_source(tmp_path / "t.jsonl", settings=SourceSettings(key_column="uid")), tmp_path / "cache")
     cache = Cache(tmp_path / "cache")
     write_selection(tmp_path / "s.parquet", cache, Selection(rows=np.arange(3), reasons=["x"] * 3), {"method": "hand"})
     with pytest.raises(DataError) as raised:
         export_selection(cache.path, tmp_path / "s.parquet", tmp_path / "keys.txt", "keys")
     assert str(raised.value) == "expected keys without line breaks, got 2 with one, first 'b\\nc'"
     assert not (tmp_path / "keys.txt").exists()
+
+
+def indexed(source: Source, path: Path) -> None:
+    """Index a source as its user does."""
+    info = index(source, path)
+    remember(info.source, info.index_digest)
 
 
 @pytest.fixture
@@ -133,7 +140,7 @@ ABOUT: list[tuple[list[TextItem], dict[str, Scalar]]] = [
 
 def test_captions_languages_and_columns_are_read_again(tmp_path: Path) -> None:
     source = Described(open_source(write_images(tmp_path / "p", 4)), ABOUT)
-    index(source, tmp_path / "cache")
+    indexed(source, tmp_path / "cache")
     cache = Cache(tmp_path / "cache")
     write_shards(cache, np.arange(4), tmp_path / "shards", size=3)
     again = list(open_source(tmp_path / "shards").samples())
@@ -178,7 +185,7 @@ class Doubled:
 
 
 def test_shards_hold_one_image_per_sample(image_folder: Path, tmp_path: Path) -> None:
-    index(Doubled(open_source(image_folder)), tmp_path / "cache")
+    indexed(Doubled(open_source(image_folder)), tmp_path / "cache")
     with pytest.raises(DataError, match="got several in 1 of 3 samples, first '00001'; use --format keys"):
         write_shards(Cache(tmp_path / "cache"), np.arange(3), tmp_path / "shards")
 
@@ -189,7 +196,7 @@ def test_files_of_all_modalities_are_read_again(tmp_path: Path) -> None:
     image = jpeg()
     files = {"a.jpg": image, "a.wav": sound, "a.npz": points, "b.mp4": video, "c.webm": silent, "c.flac": b"fLaC"}
     source = open_source(write(tmp_path / "f", {**files, "a.txt": "a tone"}))
-    index(source, tmp_path / "cache")
+    indexed(source, tmp_path / "cache")
     write_shards(Cache(tmp_path / "cache"), np.arange(3), tmp_path / "shards")
     with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
         names = [name.removeprefix("00000000") for name in tar.getnames() if not name.endswith(".json")]
@@ -213,7 +220,7 @@ def contents(source: Source, sample: Sample) -> dict[str, bytes]:
 
 def test_intervals_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     write(tmp_path, {"a.wav": wav(tone(0.2)), "t.csv": "audio,stop_s,text\na.wav,,x\na.wav,0.1,y\na.wav,0.2,z\n"})
-    index(open_source(tmp_path / "t.csv"), tmp_path / "cache")
+    indexed(open_source(tmp_path / "t.csv"), tmp_path / "cache")
     (tmp_path / "a.wav").unlink()
     cache = Cache(tmp_path / "cache")
     with pytest.raises(DataError, match=r"got intervals of longer ones in 2 of 3 samples, first 't/1'; use --format"):

@@ -1,0 +1,218 @@
+"""A crafted cache, by every command that reopens its source: nothing is read or asked that the user has not named."""
+
+import contextlib
+import functools
+import http.server
+import json
+import os
+import shutil
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.errors import EmbedcacheError
+from embedcache.extract.extract import extract
+from embedcache.progress import NullProgress
+from embedcache.reports.speech import read_rows
+from embedcache.search.hits import Hit, Hits
+from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
+from embedcache.serve.service import ServePaths, open_service
+from embedcache.serve.settings import ServeSettings
+from embedcache.sources import open_source, read_below
+from embedcache.sources.reopen import remember
+from embedcache.store.cache import Cache
+from tests.cli.run import Result, embedcache
+from tests.edits import edit_record
+from tests.images import write_images
+from tests.toy import IMAGE, TEXT
+
+pytestmark = pytest.mark.slow
+
+NUM_HOSTILE = 5  # rows that are elsewhere, of which each has a feature
+FAILED = 5
+FEATURE = ("--feature", "open_toy/cls")
+COMMANDS = {
+    "webdataset": ("curate", "export", "copy", "keys.txt", "out", "--format", "webdataset"),
+    "reencode": ("verify", "copy", "--reencode", "100%"),
+    "repair": ("verify", "copy", "--repair"),
+    "extract": ("extract", "copy", "copy", "--image-encoder", "tests.toy:open_other"),
+    "two devices": ("extract", "copy", "copy", "--image-encoder", "tests.toy:open_other", "--device", "cpu,cpu"),
+    "retry": ("extract", "copy", "copy", "--image-encoder", IMAGE, "--retry-failed"),
+    "coverage": ("curate", "coverage", "copy", "copy", *FEATURE, "--threshold", "0.5", "--html", "out.html"),
+    "dedup": ("curate", "dedup", "copy", *FEATURE, "--html", "out.html"),
+    "outliers": ("curate", "outliers", "copy", *FEATURE, "--html", "out.html"),
+    "atlas": ("export", "atlas", "copy", "out.parquet", *FEATURE, "--projection", "pca"),
+}
+_RECORDED: list[list[tuple[str, str]]] = []
+"""Lists that events are added to; an audit hook cannot be removed."""
+
+
+def _record(event: str, arguments: tuple[Any, ...]) -> None:
+    if _RECORDED and event in ("open", "socket.connect", "socket.getaddrinfo"):
+        words = arguments[1] if event == "socket.connect" else arguments[0]
+        _RECORDED[-1].append((event, words if isinstance(words, str) else repr(words)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _audited() -> None:
+    sys.addaudithook(_record)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[str, str]]]:
+    """Record which files this process opens, and what it connects to."""
+    _RECORDED.append([])
+    try:
+        yield _RECORDED[-1]
+    finally:
+        _RECORDED.pop()
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a stranger's cache of a table, and an index of it. The table names images elsewhere, and a text."""
+    root = tmp_path_factory.mktemp("stranger")
+    for folder, name in (("photos", "red"), ("photos", "blue"), ("", "secrets")):
+        write_images(root / folder / name, 6, seed=len(name))
+    (root / "photos/link.png").symlink_to(root / "secrets/00000.png")
+    (root / "photos/passwords.png").write_text("root:x:0:0")
+    with serve_files(root / "secrets") as address:
+        paths = [
+            f"{root}/secrets/00001.png",
+            "../secrets/00002.png",
+            "link.png",
+            f"file://{root}/secrets/00003.png",
+            f"{address}/00004.png",
+            "passwords.png",
+            *(f"{label}/{number:05d}.png" for label in ("red", "blue") for number in range(6)),
+        ]
+        rows = [f"k{number},{path},caption {number},{number % 2}" for number, path in enumerate(paths)]
+        (root / "photos/t.csv").write_text("\n".join(["key,image,caption,label", *rows, ""]))
+        extract(open_source(root / "photos/t.csv"), root / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
+    assert list(Cache(root / "cache").feature("image").failures) == [FAILED]
+    build_index(root / "cache", root / "index", IndexSettings(feature="open_toy/cls"))
+    (root / "keys.txt").write_text("".join(f"k{number}\n" for number in range(len(paths))))
+    return root
+
+
+@contextlib.contextmanager
+def serve_files(folder: Path) -> Iterator[str]:
+    """Serve files on this machine; yield the address."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def crafted(stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The stranger's folder, with a copy of the cache, for a user who has extracted nothing."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    shutil.rmtree(stranger / "copy", ignore_errors=True)
+    for path in stranger.glob("out*"):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    shutil.copytree(stranger / "cache", stranger / "copy")
+    return stranger
+
+
+def opened_below(folder: Path, events: list[tuple[str, str]]) -> set[str]:
+    """Return the files below a folder that were opened, links followed, relative to it."""
+    paths = {os.path.realpath(path) for event, path in events if event == "open"}
+    return {os.path.relpath(path, folder) for path in paths if path.startswith(f"{folder}/")}
+
+
+def connections(events: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(event, place) for event, place in events if event != "open"]
+
+
+def run(root: Path, name: str, *options: object) -> tuple[Result, list[tuple[str, str]]]:
+    """Run a command on the crafted cache."""
+    if name == "repair":
+        (root / "copy/image/open_toy/cls/c/0/0").unlink()
+    with recorded() as events:
+        done = embedcache(*COMMANDS[name], *options, cwd=root)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done, events
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_cache_of_a_stranger_reads_nothing(crafted: Path, name: str) -> None:
+    done, events = run(crafted, name)
+    is_page = "out.html" in COMMANDS[name]
+    assert done.code == (0 if is_page else 1), done.stderr
+    assert "you did not extract it on this machine; name its folder or URL with --image-folder" in done.stderr
+    assert opened_below(crafted / "photos", events) == opened_below(crafted / "secrets", events) == set()
+    assert connections(events) == []
+
+
+@pytest.mark.parametrize("is_own", [False, True], ids=["named", "own"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_only_what_is_named_or_was_extracted_here_is_read(crafted: Path, name: str, is_own: bool) -> None:
+    """Also of a cache that this user extracted, whose table named files elsewhere."""
+    if is_own:
+        info = Cache(crafted / "copy").info
+        remember(info.source, info.index_digest)
+    _, events = run(crafted, name, *([] if is_own else ["--image-folder", "photos"]))
+    read = opened_below(crafted / "photos", events)
+    assert "link.png" not in read
+    assert opened_below(crafted / "secrets", events) == set()
+    assert connections(events) == []
+    if name in ("extract", "two devices"):  # whose worker processes have no hook
+        failed = Cache(crafted / "copy").feature("image", "open_other/cls").failures
+        assert list(failed) == list(range(NUM_HOSTILE + 1))
+    elif name not in ("retry", "webdataset"):  # which read the failed item only, and end with the first one
+        assert read - {"t.csv", "passwords.png"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("path", ["http://127.0.0.1:9/photos", "{}/secrets", "/"])
+def test_source_elsewhere_is_not_asked(crafted: Path, name: str, path: str) -> None:
+    source = {"type": "folder", "path": path.format(crafted), "settings": {}}
+    edit_record(crafted / "copy/cache.json", source=source)
+    done, events = run(crafted, name, "--image-folder", "photos")
+    assert "the cache says that its source is " in done.stderr
+    assert opened_below(crafted / "secrets", events) == set()
+    assert connections(events) == []
+
+
+def test_pages_in_python_read_nothing(crafted: Path) -> None:
+    """The server, hits in a notebook, and utterances."""
+    cache, paths = Cache(crafted / "copy"), ServePaths(index=crafted / "index")
+    hits = Hits([Hit(score=1, row=0, key="a", captions=[])], query="q", cache=cache, modality="image")
+    for folder, num_images in ((None, 0), (crafted / "photos", 1)):
+        with contextlib.ExitStack() as stack:
+            if folder is not None:
+                stack.enter_context(read_below(folder))
+            events = stack.enter_context(recorded())
+            served = open_service(paths, ServeSettings(), device="cpu", progress=NullProgress())
+            assert "<img" not in hits.to_html()
+            with contextlib.suppress(EmbedcacheError):
+                read_rows(cache, ["k0"])
+        assert len(served.shown) == num_images
+        with recorded() as later:
+            for row, items in enumerate(served.shown.values()):
+                with pytest.raises(EmbedcacheError):
+                    items.thumbnail(row)
+        assert opened_below(crafted / "secrets", [*events, *later]) == set()
+        assert connections([*events, *later]) == []
+
+
+def test_source_of_yours_takes_the_place_of_one_that_is_not_asked(crafted: Path) -> None:
+    """It has the same samples: nothing is encoded, and the cache is known from then on."""
+    path = crafted / "copy/cache.json"
+    edit_record(path, source={"type": "table", "path": "http://127.0.0.1:9/t.csv", "settings": {}})
+    with recorded() as events:
+        done = embedcache("extract", "photos/t.csv", "copy", "--image-encoder", IMAGE, cwd=crafted)
+    assert done.code == 0, done.stderr
+    assert connections(events) == []
+    assert json.loads(path.read_text())["source"]["path"] == str(crafted / "photos/t.csv")
+    done, events = run(crafted, "atlas")
+    assert done.code == 0, done.stderr
+    assert "red/00000.png" in opened_below(crafted / "photos", events)
