@@ -1,6 +1,7 @@
 """Export of selections: DataComp's uids, a list of keys, or new WebDataset shards."""
 
 import io
+import logging
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, ItemError, PathError
+from embedcache.errors import DataError, ItemError, PathError, pluralize
 from embedcache.files import building
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, Modality, one_noun
 from embedcache.outputs import check_output, new_output
@@ -24,10 +25,13 @@ from embedcache.sources.files import MEDIA_SUFFIXES
 from embedcache.sources.reopen import reopen_source
 from embedcache.sources.table_columns import INTERVAL_NAMES
 from embedcache.store.cache import Cache
+from embedcache.store.commits import has_failed
 from embedcache.store.rows import key_column
 from embedcache.store.tables import BLOCK
 
 Format: TypeAlias = Literal["datacomp", "keys", "webdataset"]
+
+_log = logging.getLogger(__name__)
 
 _UID = "^[0-9a-fA-F]{32}$"
 
@@ -50,8 +54,7 @@ def export_selection(
     cache = Cache(cache_path)
     rows = read_selection(selection, [cache])
     if format_name == "webdataset":
-        write_shards(cache, rows, out_path, progress=progress)
-        return len(rows)
+        return write_shards(cache, rows, out_path, progress=progress)
     keys = key_column([cache]).select(rows).array
     if format_name == "keys":
         broken = keys.filter(pc.match_substring(keys, "\n"))
@@ -118,14 +121,15 @@ One that is not listed has one suffix, of `MEDIA_SUFFIXES`.
 
 def write_shards(
     cache: Cache, rows: Ints, folder: Path, *, size: int = 10_000, progress: Progress | None = None
-) -> None:
-    """Write samples, (M,) ascending rows of the cache, as `00000.tar` … into a new folder.
+) -> int:
+    """Write samples, (M,) ascending rows of the cache, as `00000.tar` … into a new folder; return their number.
 
     A sample's files are named by its row, in nine digits, as keys may contain dots and slashes. Its `.json` holds the
     key, the captions with their languages and the columns, which `embedcache extract` reads again (`to_sidecar`), and
     its `.txt` the first caption, for other readers. Images, recordings, videos and point clouds are the bytes of the
-    source; the sound of a video is in its file, from which it is read again. The same selection gives the same bytes,
-    and the folder appears when it is complete. Memory: one file, the tables of those samples and of their items, and
+    source; the sound of a video is in its file, from which it is read again. A sample with an item that no encoder
+    could encode is left out, with a warning. The same selection gives the same bytes, and the folder appears when it is
+    complete. Memory: one file, the tables of those samples and of their items, and
     the samples of one shard.
 
     Raises:
@@ -138,6 +142,10 @@ def write_shards(
         got = "a file" if folder.is_file() else "a folder that is not empty"
         raise PathError(f"{folder}: expected a new or empty folder, got {got}; give the path of a new one")
     source = reopen_source(cache.info.source, cache.info.index_digest)
+    rows, num_selected = rows[~_have_failed(cache)[rows]], len(rows)
+    if len(rows) < num_selected:
+        left_out = pluralize(num_selected - len(rows), "sample")
+        _log.warning("left out %s with an item that no encoder could encode: embedcache inspect names them", left_out)
     samples = _Samples(cache, rows)
     with building(folder) as temporary:
         progress.start("writing shards", len(rows), "samples")
@@ -145,6 +153,28 @@ def write_shards(
             _write_shard(temporary / f"{number:05d}.tar", samples, part, source)
             progress.advance(part.stop - part.start)
         progress.finish()
+    return len(rows)
+
+
+def _have_failed(cache: Cache) -> Bools:
+    """Return whether each sample has an item that an encoder tried and none could encode: (S,) bool.
+
+    The sound of a video does not count, as its file is that of the video.
+    """
+    have_failed_S = np.zeros(cache.info.num_samples, bool)
+    for modality in (each.name for each in FILE_MODALITIES if each.name in cache.info.num_items):
+        items = cache.items(modality)
+        failed_N, is_valid_N = np.zeros((2, len(items)), bool)
+        for feature in cache.features(modality):
+            rows, reasons = feature.failed
+            failed_N[rows[[has_failed(reason) for reason in reasons.to_pylist()]]] = True
+            is_valid_N |= feature.valid
+
+        failed_N &= ~is_valid_N
+        if modality == "audio" and "video" in cache.info.num_items:
+            failed_N &= ~pc.is_in(items["path"], cache.items("video")["path"]).to_numpy()
+        have_failed_S[items["sample"].to_numpy()[failed_N]] = True
+    return have_failed_S
 
 
 class _Samples:
