@@ -17,11 +17,11 @@ from typing import Any, Literal, cast
 from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import PathError, SettingError, UnknownNameError
+from embedcache.errors import ArtifactError, EmbedcacheError, PathError, SettingError, UnknownNameError, one_line
 from embedcache.files import expand_home
 from embedcache.modalities import noun
 from embedcache.provenance import check_same
-from embedcache.registry import Registry, missing_plugin_hint, names_from, unknown_name
+from embedcache.registry import Registry, has_trust, missing_plugin_hint, names_from, unknown_name
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,9 @@ DERIVED = "derived"
 RUN = "run"
 """Model in the spec of derived features that a trained run has computed: the name of the rule that a run is."""
 
+_OF_FOLDERS = frozenset({"hf", "st"})
+"""Families whose models may bring code of their own."""
+
 _EXAMPLES = "timm:vit_small_patch14_dinov2.lvd142m or st:all-MiniLM-L6-v2"
 _PATH_STARTS = ("/", "./", "../", "~")
 _PART = re.compile(r'(?:^|,)([^,=]*=\s*"(?:\\.|[^"\\])*"\s*(?=,|$)|[^,]*)')
@@ -99,10 +102,37 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
     if (reason := why_no_encoder(spec, modality)) is not None:
         raise SettingError(reason)
     settings = _without_auto(settings or EncoderSettings())
-    encoder = _load_opener(spec)(spec, modality=modality, settings=settings)
+    open_family = _load_opener(spec)
+    if has_trust() and spec.family in _OF_FOLDERS:
+        encoder = _open_trusted(open_family, spec, modality, settings)
+    else:
+        encoder = open_family(spec, modality=modality, settings=settings)
     if modality == "image" and settings.background != "white":
         preprocessing = {**encoder.fingerprint.preprocessing, "background": settings.background}
         encoder.fingerprint = replace(encoder.fingerprint, preprocessing=preprocessing)
+    return encoder
+
+
+def _open_trusted(
+    open_family: Callable[..., Encoder], spec: "EncoderSpec", modality: Modality, settings: EncoderSettings
+) -> Encoder:
+    """Open a model that may have code of its own, and encode an item; what that code does is no bug of ours.
+
+    Raises:
+        ArtifactError: it does not do what the library's own models do.
+    """
+    from embedcache.encoders.sentence_library import EXAMPLES
+
+    try:
+        encoder = open_family(spec, modality=modality, settings=settings)
+        encoder.encode(encoder.prepare([EXAMPLES[modality]]), list(encoder.features))
+    except EmbedcacheError:
+        raise
+    except Exception as error:
+        raise ArtifactError(
+            f"{spec.text} cannot be run: {type(error).__name__}: {one_line(error)}; its own code, if it has any, does "
+            "not fit the installed transformers or embedcache: choose another model"
+        ) from error
     return encoder
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import ModelFolder, hash_weights, quiet_transformers
 from embedcache.errors import ArtifactError, MissingExtraError, SettingError, one_line
 from embedcache.modalities import noun
-from embedcache.provenance import read_json
+from embedcache.provenance import construct, read_json
 from embedcache.registry import has_trust, require
 
 _EXTRA = "sentence-transformers"
 _DESCRIPTIONS = (".json", ".txt", ".model", ".jinja")
 """Suffixes of the files of a model that hold no weights."""
-_EXAMPLES: Mapping[str, Any] = {
+EXAMPLES: Mapping[str, Any] = {
     "text": "a",
     "image": Image.new("RGB", (32, 32)),
     "audio": np.zeros(SAMPLE_RATE_HZ, np.float32),
@@ -51,7 +51,7 @@ def open_with_library(
         raise MissingExtraError(f"{reason}; or let the library read it: {error}") from None
     if settings.backend == "onnxruntime":
         raise SettingError(f"backend: expected auto or torch, got onnxruntime: {spec.text} runs on torch only")
-    _check_classes(folder.path)
+    construct(folder.path, lambda: _check_classes(folder.path))
     device = torch_device(settings.device)
     try:
         with quiet_transformers():
@@ -60,8 +60,8 @@ def open_with_library(
         raise ArtifactError(
             f"sentence-transformers cannot open {folder.path}: {one_line(error)}; choose another model"
         ) from error
-    if modality not in model.modalities or modality not in _EXAMPLES:
-        served = [noun(name) for name in model.modalities if name in _EXAMPLES]
+    if modality not in model.modalities or modality not in EXAMPLES:
+        served = [noun(name) for name in model.modalities if name in EXAMPLES]
         raise SettingError(f"{spec.text}: expected an encoder of {noun(modality)}, got one of {', '.join(served)}")
     max_tokens = spec.int_option("max_tokens")
     if max_tokens is not None:
@@ -72,16 +72,31 @@ def open_with_library(
 def _check_classes(folder: Path) -> None:
     """Check that a model consists of the library's own modules, unless its author is trusted."""
     path = folder / "modules.json"
-    for row in read_json(path) if path.is_file() else ():
-        config = folder / row["path"] / "config.json"
-        is_dense = str(row["type"]).endswith(".Dense") and config.is_file()
-        activation = (read_json(config) if is_dense else {}).get("activation_function") or "torch.nn."
-        for name, package in ((row["type"], "sentence_transformers."), (activation, "torch.nn.")):
-            if not str(name).startswith(package) and not has_trust():
+    rows = read_json(path) if path.is_file() and not has_trust() else ()
+    for row in rows:
+        for name, package in _named_classes(folder / row["path"], row["type"], {folder.resolve()}):
+            if not str(name).startswith(package):
                 raise SettingError(
                     f"{folder} names {name!r}, which is custom code; if you trust its author, use --trust, or "
                     "embedcache.registry.trust_files() in Python"
                 )
+
+
+def _named_classes(folder: Path, kind: str, above: Set[Path]) -> Iterator[tuple[str, str]]:
+    """Iterate over the class of a module and those that its files name, each with the package that it must be of.
+
+    A router, whose description has two names, names the modules in folders of its own.
+    """
+    yield kind, "sentence_transformers."
+    for name in ("router_config.json", "config.json", "wordembedding_config.json"):
+        path = folder / name
+        config = read_json(path) if path.is_file() else {}
+        if str(kind).endswith("Dense") and config.get("activation_function"):
+            yield config["activation_function"], "torch.nn."
+        if name.startswith("word") and "tokenizer_class" in config:
+            yield config["tokenizer_class"], "sentence_transformers."
+        for part, part_kind in config.get("types", {}).items() if folder.resolve() not in above else ():
+            yield from _named_classes(folder / part, part_kind, {*above, folder.resolve()})
 
 
 class LibraryEncoder:
@@ -108,7 +123,7 @@ class LibraryEncoder:
         )
         on_gpu = self._device.type != "cpu"
         self.batch_size = 1 if modality == "audio" else settings.batch_size or (128 if on_gpu else 32)
-        width = len(self.encode(self.prepare([_EXAMPLES[modality]]), ["pooled"])["pooled"][0])
+        width = len(self.encode(self.prepare([EXAMPLES[modality]]), ["pooled"])["pooled"][0])
         check_width(spec, width)
         self.features: Mapping[str, ItemShape] = {"pooled": (width,)}
         cut = "" if self._width is None else f", first {self._width} dimensions"

@@ -81,12 +81,10 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     except (SettingError, UnknownNameError) as error:
         return open_with_library(spec, folder, prompt, modality=modality, settings=settings, reason=error)
     check_modality(spec, modality, "text")
-    try:
-        return _open_without_library(spec, folder, modules, heads, prompt, settings, description)
-    except PathError as error:  # such as a transformer with code of its own
-        if not has_trust():
-            raise
-        return open_with_library(spec, folder, prompt, modality=modality, settings=settings, reason=error)
+    if has_trust() and "auto_map" in read_json(modules.transformer / "config.json"):
+        reason = SettingError(f"{spec.text} has code of its own")
+        return open_with_library(spec, folder, prompt, modality=modality, settings=settings, reason=reason)
+    return _open_without_library(spec, folder, modules, heads, prompt, settings, description)
 
 
 def _open_without_library(

@@ -23,8 +23,8 @@ from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features, requested_layers
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.weights import ModelFolder
-from embedcache.errors import ArtifactError, PathError, SettingError, one_line
+from embedcache.encoders.weights import ModelFolder, load_part
+from embedcache.errors import ArtifactError, SettingError
 from embedcache.files import user_folder
 from embedcache.provenance import digest, digest_file, read_record, write_record
 
@@ -235,10 +235,7 @@ def open_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise PathError(f"no tokenizer in {folder}: {one_line(error)}; add the model's tokenizer files") from error
+    tokenizer = load_part(AutoTokenizer, folder, "tokenizer", "add the model's tokenizer files")
     limit = _input_limit(max_tokens, tokenizer, model, folder)
     encode, state = _encode_slowly(tokenizer, limit), None
     if tokenizer.is_fast:

@@ -53,9 +53,10 @@ from embedcache.encoders.weights import (
     find_model_class,
     find_model_folder,
     load_config,
+    load_part,
     load_pretrained,
 )
-from embedcache.errors import PathError, SettingError, one_line
+from embedcache.errors import SettingError
 from embedcache.provenance import digest
 
 IMAGE_POOLING: Mapping[str, str] = {
@@ -177,10 +178,7 @@ def pixel_transform(folder: Path) -> PixelTransform:
     """
     from transformers import AutoImageProcessor
 
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise PathError(f"no image processor in {folder}: {one_line(error)}; add preprocessor_config.json") from error
+    processor = load_part(AutoImageProcessor, folder, "image processor", "add preprocessor_config.json")
 
     def whole(image: Image) -> Array:
         pixels = processor(images=image, return_tensors="np")["pixel_values"][0]
@@ -245,10 +243,7 @@ def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSetting
 def _feature_extractor(folder: Path) -> Any:
     from transformers import AutoFeatureExtractor
 
-    try:
-        return AutoFeatureExtractor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise PathError(f"no feature extractor in {folder}: {one_line(error)}; add preprocessor_config.json") from error
+    return load_part(AutoFeatureExtractor, folder, "feature extractor", "add preprocessor_config.json")
 
 
 def _open_speech(model: Any, extractor: Any, fingerprint: Fingerprint, settings: EncoderSettings) -> AudioEncoder:

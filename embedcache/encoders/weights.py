@@ -136,12 +136,25 @@ def load_config(folder: Path) -> Any:
     """Read a transformers model's `config.json`."""
     from transformers import AutoConfig
 
+    return load_part(AutoConfig, folder, "model that transformers can read", "give a folder of save_pretrained()")
+
+
+def load_part(loader: Any, folder: Path, part: str, next_step: str) -> Any:
+    """Call `loader.from_pretrained`, where code in the folder runs within `trust_files` only, and nobody is asked.
+
+    Raises:
+        SettingError: it has code of its own.
+        PathError: it has no such part, which can be read.
+    """
     try:
-        return AutoConfig.from_pretrained(folder)
+        return loader.from_pretrained(folder, trust_remote_code=has_trust())
     except (OSError, ValueError, KeyError) as error:
-        raise PathError(
-            f"transformers cannot read the model in {folder}: {one_line(error)}; give a folder of save_pretrained()"
-        ) from error
+        if "trust_remote_code" in str(error) and not has_trust():
+            raise SettingError(
+                f"{folder} has code of its own; if you trust its author, use --trust, or "
+                "embedcache.registry.trust_files() in Python"
+            ) from None
+        raise PathError(f"no {part} in {folder}: {one_line(error)}; {next_step}") from error
 
 
 def find_model_class(config: Any, folder: Path) -> Any:
@@ -164,7 +177,13 @@ def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Mo
     misfit, next_step = f"the weights in {folder} do not fit its config.json", "download the folder again"
     with quiet_transformers():
         try:
-            model, info = loader.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+            model, info = loader.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=has_trust(),
+            )
         except OSError as error:
             raise PathError(
                 f"no weights in {folder}: {one_line(error)}; give a folder with model.safetensors"

@@ -25,7 +25,7 @@ from embedcache.encoders.image_features import (
 )
 from embedcache.encoders.open import EncoderSpec, feature_names
 from embedcache.encoders.text_features import SentenceFeatures, TextFeatures
-from embedcache.encoders.weights import find_model_folder, load_pretrained
+from embedcache.encoders.weights import find_model_folder, load_part, load_pretrained
 from embedcache.errors import SettingError
 from embedcache.export.base import ExportRun, check_plain, unsupported
 from embedcache.projectors.heads import (
@@ -186,7 +186,7 @@ def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _Op
     if modality == "text":
         return _OpenedEncoder(TextFeatures(model, layers).eval(), config, partial(_save_tokenizer, folder))
     config["input_size"] = list(transformers.pixel_transform(folder).input_size)
-    processor = AutoImageProcessor.from_pretrained(folder).to_dict()
+    processor = load_part(AutoImageProcessor, folder, "image processor", "add preprocessor_config.json").to_dict()
     settings = plain_json({name: value for name, value in processor.items() if not name.startswith("_")})
     module = ImageFeatures(model, layers).eval()
     return _OpenedEncoder(module, config, partial(_save_image_processor, "transformers", settings))
@@ -242,7 +242,7 @@ def _save_image_processor(kind: str, settings: Mapping[str, Any], folder: Path) 
 def _save_tokenizer(source: Path, folder: Path, *, max_tokens: int) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_part(AutoTokenizer, source, "tokenizer", "add the model's tokenizer files")
     tokenizer.model_max_length = max_tokens
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:

@@ -133,7 +133,7 @@ def test_missing_pooler_is_allowed(bert: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
-        ("config.json", "transformers cannot read the model"),
+        ("config.json", "no model that transformers can read"),
         ("model.safetensors", "no weights in"),
         ("preprocessor_config.json", "no image processor in"),
     ],
