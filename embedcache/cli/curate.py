@@ -202,7 +202,7 @@ def dedup(
     )
 
     if out is None:
-        analysis = analyze_duplicates(cache, settings, image_folders=outputs.image_folders, progress=open_progress())
+        analysis = analyze_duplicates(cache, settings, progress=open_progress())
 
         def show_levels() -> None:
             print_lines([comparison_line(analysis), *histogram_lines(analysis)])
@@ -215,7 +215,7 @@ def dedup(
             lambda path: write_threshold_page(path, analysis),
         )
         return
-    done = remove_duplicates(cache, out, settings, image_folders=outputs.image_folders, progress=open_progress())
+    done = remove_duplicates(cache, out, settings, progress=open_progress())
 
     def show() -> None:
         print_line(comparison_line(done.analysis))

@@ -1,6 +1,5 @@
 """Deduplication of a cache: compare its items, choose a cosine, and write which samples stay."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -160,14 +159,13 @@ def analyze(
     cache: AnyPath,
     settings: DedupSettings | None = None,
     *,
-    image_folders: Sequence[Path] = (),
     progress: AnyProgress = None,
     **options: Any,
 ) -> DedupAnalysis:
     """Compare the items of a cache; `DedupAnalysis.levels` returns what each cosine would remove.
 
-    Time and memory as in `find_near_duplicates`, and for images as in `compare_pixels`. Images are read only below
-    `image_folders`, or, without it, below the folder of the cache's source.
+    Time and memory as in `find_near_duplicates`, and for images as in `compare_pixels`. Images are read again where
+    `reopen_source` allows.
 
     Raises:
         SettingError: a cosine or `copies_only` is set, which need a file to write, or the keep rule is invalid.
@@ -182,7 +180,7 @@ def analyze(
             f"OUT: expected a .parquet file for the samples that stay, because {given} removes the others, got none; "
             f"add it after the cache, or omit {given} to get a report"
         )
-    return _compare(cache, settings, image_folders, progress)
+    return _compare(cache, settings, progress)
 
 
 def dedup(
@@ -190,7 +188,6 @@ def dedup(
     out: AnyPath,
     settings: DedupSettings | None = None,
     *,
-    image_folders: Sequence[Path] = (),
     progress: AnyProgress = None,
     **options: Any,
 ) -> DedupReport:
@@ -204,7 +201,6 @@ def dedup(
         cache: path or URL of the cache.
         out: a `.parquet` file.
         settings: the limit, `cosine` or `copies_only`, and how items are compared.
-        image_folders: read images only below these folders; empty: below the folder of the cache's source.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
 
@@ -222,7 +218,7 @@ def dedup(
     removed_path = removed_table_path(out)
     check_selection_path(out)
     check_output(removed_path)
-    analysis = _compare(cache, settings, image_folders, progress)
+    analysis = _compare(cache, settings, progress)
     _check_any_pairs(analysis, cosine)
     report = DedupReport(
         analysis=analysis,
@@ -237,13 +233,11 @@ def dedup(
     return report
 
 
-def _compare(
-    cache_path: AnyPath, settings: DedupSettings, image_folders: Sequence[Path], progress: Progress
-) -> DedupAnalysis:
+def _compare(cache_path: AnyPath, settings: DedupSettings, progress: Progress) -> DedupAnalysis:
     cache = Cache(cache_path)
     modality = choose_modality(cache, settings.modality, settings.run)
     check_keep(settings.keep, cache)
-    images = open_images(cache, image_folders) if modality == "image" and settings.pixels else None
+    images = open_images(cache) if modality == "image" and settings.pixels else None
     has_near = not settings.copies_only or images is not None  # copies of images are looked for among similar ones
     vectors = None
     if has_near or settings.keep == FAR:

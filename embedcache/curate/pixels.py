@@ -7,7 +7,6 @@ compares coarse brightness, and takes many such drawings for the same (`docs/ben
 """
 
 import logging
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +29,10 @@ _BLOCK = 512
 _log = logging.getLogger(__name__)
 
 
-def open_images(cache: Cache, folders: Sequence[Path]) -> Thumbnails | None:
+def open_images(cache: Cache) -> Thumbnails | None:
     """Open the images of a cache to read them again; None, with a warning, if its source cannot be opened."""
     try:
-        return Thumbnails(cache, folders)
+        return Thumbnails(cache)
     except EmbedcacheError as error:
         _log.warning("pixels are not compared: %s", str(error).removeprefix(not_shown("image")))
         return None

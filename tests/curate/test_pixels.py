@@ -17,6 +17,7 @@ from embedcache.dataset.similar_pairs import SAME_PICTURE
 from embedcache.extract.extract import extract
 from embedcache.reports.dedup import comparison_line, dedup_line, write_dedup_page, write_threshold_page
 from embedcache.sources import open_source
+from embedcache.sources.reopen import read_below
 from tests.toy import IMAGE
 
 
@@ -122,9 +123,8 @@ def test_moved_source_leaves_copies_by_bytes(faces: Path, tmp_path: Path, caplog
         assert removed(faces, tmp_path, DedupSettings(cosine=0.9)).keys() == {"1", "2", "3", "4"}
         assert all(record.getMessage().startswith("pixels are not compared: ") for record in caplog.records)
         assert len(caplog.records) == 3
-        moved = dedup(
-            faces, tmp_path / "kept.parquet", copies=True, image_folders=[faces.parent / "moved"]
-        )  # nothing is found there: the cache names the old paths
+        with read_below(faces.parent / "moved"):  # nothing is found there: the cache names the old paths
+            moved = dedup(faces, tmp_path / "kept.parquet", copies=True)
         assert len(moved.removed.samples) == 1
     finally:
         (faces.parent / "moved").rename(source)

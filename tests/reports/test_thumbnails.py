@@ -122,7 +122,7 @@ def test_page_says_how_many_images_are_left_out(foreign: Path) -> None:
     done = embedcache(*words, "-q", cwd=foreign)
     assert done.code == 0, done.stderr
     assert "images are not shown: the cache says" in (foreign / "page.html").read_text()
-    assert done.stderr.startswith("warning: images are not shown: the cache says"), "also with -q"
+    assert "warning: images are not shown: the cache says" in done.stderr, "also with -q"
     done = embedcache(*words, "--image-folder", foreign, cwd=foreign)
     assert done.code == 0, done.stderr
     page = (foreign / "page.html").read_text()
