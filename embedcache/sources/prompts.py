@@ -27,9 +27,9 @@ class PromptsSource:
     prompts, which takes no templates; a folder with `classnames.txt`, or else with one sub-folder per class; or a
     dataset of the package clip-benchmark, such as `imagenet1k`. Templates are a `.txt` with one template per line and
     `{c}` in place of the name; a dataset of clip-benchmark; or `cupl`, prompts that a language model wrote for each
-    ImageNet class. By default they are those of the folder or dataset, else `a photo of a {c}.` The setting `languages`
-    may hold one language of clip-benchmark: ar, cn, en, it or jp. Paths may contain `+`: the location is split at the
-    first one that has classes before it and templates after it.
+    ImageNet class. By default they are those of the folder or dataset, else two: the name as it is, and `a photo of a
+    {c}.` The setting `languages` may hold one language of clip-benchmark: ar, cn, en, it or jp. Paths may contain `+`:
+    the location is split at the first one that has classes before it and templates after it.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -112,7 +112,7 @@ def _json_prompts(path: Path) -> list[tuple[str, Sequence[str]]]:
 
 def _class_names(classes: str, language: str) -> tuple[list[str], list[str]]:
     """Return the class names and their default templates."""
-    plain = [f"a photo of a {_SLOT}."]
+    plain = [_SLOT, f"a photo of a {_SLOT}."]
     path = open_path(classes)
     if _has_sub_folders(path):
         names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))

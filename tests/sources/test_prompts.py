@@ -39,7 +39,7 @@ def test_class_columns_and_prompts(tmp_path: Path) -> None:
         {"class": "ankle boot", "label": 2},
     ]
     assert prompts(found[2]) == ["a photo of a ankle boot.", "ankle boot, on a table"]
-    assert prompts(samples_of(tmp_path / "names.txt")[1]) == ["a photo of a Trouser."]
+    assert prompts(samples_of(tmp_path / "names.txt")[1]) == ["Trouser", "a photo of a Trouser."]
 
 
 def test_folder_with_names_and_templates(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_sub_folders_are_classes(tmp_path: Path) -> None:
     write(tmp_path, {"pecan_pie/1.jpg": b"", "apple_pie/1.jpg": b""})
     found = samples_of(tmp_path)
     assert [sample.columns["class"] for sample in found] == ["apple_pie", "pecan_pie"]
-    assert prompts(found[0]) == ["a photo of a apple pie."]
+    assert prompts(found[0]) == ["apple pie", "a photo of a apple pie."]
 
 
 def test_json_prompts(tmp_path: Path) -> None:
