@@ -34,7 +34,6 @@ PARTS = {
     "texts": "extract:texts",
     "peers": "extract:peers",
     "precision": "extract:precision",
-    "thresholds": "thresholds:main",
     "training-steps": "train:steps",
     "likelihood-training": "likelihood_training:main",
     "serve-load": "serve:under_load",

@@ -105,13 +105,7 @@ def _pass(folder: Path, num_rows: int, cpu: list[float]) -> float:
     concepts = open_concepts(Cache(folder / "concepts"), pool)
     background = estimate_background(concepts.vectors, pool.sample(SAMPLE), K)
     nearest, _ = top_k(concepts.vectors, concepts.vectors, 8)
-    work = CoverageCounter(
-        concepts.vectors,
-        thresholds_C=background.thresholds(4),
-        floors_C=background.floors,
-        nearest_CJ=nearest,
-        k=K,
-    )
+    work = CoverageCounter(concepts.vectors, background, nearest_CJ=nearest, k=K)
     started, cpu_started = time.perf_counter(), time.process_time()
     counts = run_pass(pool, work)
     counts.top.table()

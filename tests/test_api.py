@@ -292,12 +292,12 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     names.write_text("red\ngreen\n")
     embedcache.extract_features(embedcache.open_source(f"prompts:{names}"), f"{folder}/concepts", text_encoder=[TEXT])
     assert embedcache.measure_coverage_by_modality(
-        cache, embedcache.Cache(f"{folder}/concepts"), modality="text", threshold=-1.0
+        cache, embedcache.Cache(f"{folder}/concepts"), modality="text"
     ).keys() == {"text"}
     coverage = embedcache.measure_coverage(
         f"{folder}/cache",
         f"{folder}/concepts",
-        embedcache.CoverageSettings(modality="text", selection=f"{folder}/some.parquet", threshold=-1.0),
+        embedcache.CoverageSettings(modality="text", selection=f"{folder}/some.parquet"),
     )
     assert coverage.pool_counts.num_items == 90
     done = embedcache.remove_duplicates(

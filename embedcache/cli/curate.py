@@ -118,9 +118,9 @@ def coverage(
     settings: CoverageSettings,
     outputs: ReportOptions,
 ) -> None:
-    """Count the items of a cache near each concept.
+    """Estimate how many items of a cache show each concept.
 
-    Counts are exact; the largest concepts, gaps and overlaps are listed.
+    Each estimate has a 95% interval; the largest concepts, gaps and overlaps are listed.
 
     Example: embedcache curate coverage cache/ concepts/ --run run/ --html coverage.html
     """
@@ -155,13 +155,13 @@ def _show_coverage(report: "CoverageReport") -> None:
     for warning in report.warnings():
         print_line(warning)
     print_table(*summary_table(report))
-    order = largest_first(report.pool_counts.counts)
+    order = largest_first(report.pool_counts)
     print_table(*concept_table(report, order[:10]), title="largest concepts")
     if len(order) > 10:
         print_table(*concept_table(report, order[10:][-10:]), title="smallest concepts")
     if report.overlaps:
         print_table(*overlap_table(report, num_rows=5), title="concepts that share items")
-    if len(report.gaps()):
+    if len(report.all_counts[-1].gaps(report.settings.min_count)):
         print_line(gap_note(report))
 
 

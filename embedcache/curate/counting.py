@@ -1,73 +1,82 @@
-"""Counting the items near each concept: background and thresholds, one exact pass, or the results of an index."""
+"""Counting the items near each concept: a scale from a sample of the items, and one exact pass over all of them."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
-from embedcache.errors import FingerprintError, quoted
+from embedcache.curate.prevalence import CERTAIN, COUNTED, POSSIBLE, Scale, measure_scale, strip_ranks
 from embedcache.processes import num_cores
-from embedcache.progress import Progress
-from embedcache.search.card import IndexCard, check_card, open_row_index, read_card
-from embedcache.search.faiss_index import RowIndex
-from embedcache.search.vectors import Vectors
 
-SAMPLE = 16_384  # items drawn for quantiles and thresholds, which are exact if the pool has no more
-QUANTILES = (0.5, 0.9, 0.99, 0.999)
+SAMPLE = 65_536
+"""Items drawn for the scale of each concept, which is exact if the pool has no more."""
+STRIP_SAMPLE = 4_096
+"""Items of the sample among which those are ranked that a person is asked about."""
 
-_ONE_DEVIATION_BELOW = 0.158655  # quantile of a normal distribution one standard deviation below its mean
-_CONCEPTS_PER_BLOCK = 128
+_CONCEPTS_PER_BLOCK = 32
 _ROUNDING = 1e-5  # two ways of summing one cosine in float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Background:
-    """Similarities of C concepts to a random sample of a pool."""
+    """Similarities of C concepts to a random sample of a pool.
+
+    Args:
+        num_items: size of the sample.
+        scale: where the background of each concept lies, and how far its best items are above it.
+        thresholds: (C,) float32, cosine above which items are counted; the best item of the sample is above it.
+        certain: (C,) float32, cosine above which an item almost certainly shows the concept.
+        possible: (C,) int64, items of the sample that may show the concept.
+        floors: (C,) float32, below the k-th best of the sample, and so below that of the pool.
+        strips: (C, R) int64, positions in the sample of items of all ranks, best first.
+        strip_cosines: (C, R) float32, their similarities.
+    """
 
     num_items: int
-    quantiles: Array  # (C, 4) float32, at `QUANTILES`
-    spreads: Array  # (C,) float32, standard deviation of a normal background, estimated below the median
-    floors: Array  # (C,) float32, below the k-th best of the sample, and so below that of the pool
-
-    @property
-    def has_spread(self) -> bool:
-        """Whether the similarities to any concept differ by more than rounding; those of equal items do not."""
-        return bool((self.spreads > _ROUNDING).any())
-
-    def thresholds(self, deviations: float) -> Floats:
-        """Return thresholds this many standard deviations of the background above its median: (C,).
-
-        The background is estimated where items of the concept do not disturb it, from the median downwards, as an
-        empirical null is ("Large-Scale Simultaneous Hypothesis Testing: The Choice of a Null Hypothesis", Efron, JASA
-        2004, fits the center). A normal background exceeds 4 deviations for 1 in 31,574 items.
-        """
-        return (self.quantiles[:, 0] + deviations * self.spreads).astype(np.float32)
+    scale: Scale
+    thresholds: Floats
+    certain: Floats
+    possible: Ints
+    floors: Floats
+    strips: Ints
+    strip_cosines: Floats
 
 
 def estimate_background(concepts_CP: Floats, sample_SP: Floats, k: int) -> Background:
-    """Compare concepts with a sample of at least k items, rows of length 1.
+    """Compare concepts with a sample of at least k items in random order, rows of length 1.
 
-    Memory: per core, the similarities of 128 concepts.
+    Memory: per core, six times the similarities of 32 concepts, 50 MB for a sample of 65,536.
     """
-    ranks = np.round(np.array([_ONE_DEVIATION_BELOW, *QUANTILES]) * (len(sample_SP) - 1)).astype(np.int64)
+    ranks_R = strip_ranks(min(STRIP_SAMPLE, len(sample_SP)))
 
-    def quantiles(block: slice) -> Floats:
+    def compare(block: slice) -> Iterator[Array]:
         sims_BS = concepts_CP[block] @ sample_SP.T
-        sims_BS.sort(axis=1)
-        return np.column_stack([sims_BS[:, ranks], sims_BS[:, -k]])
+        scale = measure_scale(sims_BS)
+        yield from (scale.medians, scale.spreads, scale.reaches)
+        yield (sims_BS > scale.cosines(POSSIBLE)[:, None]).sum(axis=1)
+        yield np.partition(sims_BS, -k, axis=1)[:, -k] - np.float32(_ROUNDING)
+        strips = np.argsort(-sims_BS[:, :STRIP_SAMPLE], axis=1, kind="stable")[:, ranks_R]
+        yield from (strips, np.take_along_axis(sims_BS, strips, axis=1))
 
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_cores()) as pool:
-        found_CX = np.concatenate(list(pool.map(quantiles, blocks(len(concepts_CP), _CONCEPTS_PER_BLOCK))))
+        parts = list(pool.map(lambda block: list(compare(block)), blocks(len(concepts_CP), _CONCEPTS_PER_BLOCK)))
+    columns = [np.concatenate(part) for part in zip(*parts, strict=True)]
+    medians, spreads, reaches, possible, floors, strips, strip_cosines = columns
+
+    scale = Scale(medians=medians, spreads=spreads, reaches=reaches)
     return Background(
         num_items=len(sample_SP),
-        quantiles=found_CX[:, 1:-1],
-        spreads=found_CX[:, 1] - found_CX[:, 0],
-        floors=found_CX[:, -1] - np.float32(_ROUNDING),
+        scale=scale,
+        thresholds=scale.cosines(COUNTED),
+        certain=scale.cosines(CERTAIN),
+        possible=possible,
+        floors=floors,
+        strips=strips,
+        strip_cosines=strip_cosines,
     )
 
 
@@ -130,8 +139,10 @@ class PartialCoverage:
 
     num_items: Ints  # (G,)
     num_covered: Ints  # (G,) items above the threshold of at least one concept
-    counts: Ints  # (G, C) items above each concept's threshold
-    assigned: Ints  # (G, C) covered items by the concept they are most similar to, among those they are above
+    above: Ints  # (G, C) items above each concept's threshold
+    best: Ints  # (G, C) items by the concept they are most similar to
+    assigned: Ints  # (G, C) these items, as far as they are above its threshold
+    certain: Ints  # (G, C) these items, as far as they are almost certain
     shared: Ints  # (C, J) items of the whole pool above the thresholds of both a concept and its j-th nearest
     top: TopItems
 
@@ -139,13 +150,13 @@ class PartialCoverage:
 class CoverageCounter:
     """An exact pass over a pool (see `run_pass`) that counts the items near each concept.
 
-    A tile of similarities is one matrix product and one comparison; all else works on the few values above a threshold
-    or possibly among the k best. Memory: a chunk, a tile, C × (k + J) numbers, and the positions above a threshold.
+    A tile of similarities is one matrix product, one comparison and one search for the best concept of each item; all
+    else works on the few values above a threshold or possibly among the k best. Memory: a chunk, a tile, C × (k + J)
+    numbers, and the positions above a threshold.
 
     Args:
         concepts_CP: rows of length 1.
-        thresholds_C: an item counts if its similarity is above.
-        floors_C: no item below is among a concept's k best.
+        background: thresholds of the concepts.
         nearest_CJ: numbers of the concepts nearest to each.
         k: items to keep per concept.
         is_selected_N: whether each row of the pool's modality is selected; None: no selection.
@@ -154,77 +165,84 @@ class CoverageCounter:
     def __init__(
         self,
         concepts_CP: Floats,
+        background: Background,
         *,
-        thresholds_C: Floats,
-        floors_C: Floats,
         nearest_CJ: Ints,
         k: int,
         is_selected_N: Bools | None = None,
     ) -> None:
         self._columns_PC = np.ascontiguousarray(concepts_CP.T)
-        self._thresholds_C, self._floors_C = thresholds_C, floors_C
-        self.lower_C = np.minimum(thresholds_C, floors_C)
+        self._background = background
+        self._lower_C = np.minimum(background.thresholds, background.floors)
         self._nearest_CJ, self._k, self._is_selected_N = nearest_CJ, k, is_selected_N
 
     def process(self, rows_B: Ints, vectors_BP: Floats) -> PartialCoverage:
         """Count a chunk."""
-        partial = self.empty()
-        partial.num_items = self.count_items(rows_B)
-        num_rows, num_concepts = max(1, len(rows_B)), len(self.lower_C)
+        partial = self._empty()
+        partial.num_items = np.array([mask.sum() for mask in self._group_masks(rows_B)])
+        num_rows, num_concepts = max(1, len(rows_B)), len(self._lower_C)
         num_tiles = -(-num_rows // max(_MIN_TILE_ROWS, _TILE // num_concepts))
         size = -(-num_rows // num_tiles)  # tiles of about equal size
         sims, mask = _scratch_arrays(size, num_concepts)
+
         for tile in blocks(len(rows_B), size):
             sims_BC, mask_BC = sims[: tile.stop - tile.start], mask[: tile.stop - tile.start]
             np.matmul(vectors_BP[tile], self._columns_PC, out=sims_BC)
-            np.greater_equal(sims_BC, self.lower_C, out=mask_BC)
+            self._count_best(partial, rows_B[tile], sims_BC)
+
+            np.greater_equal(sims_BC, self._lower_C, out=mask_BC)
             positions = np.flatnonzero(mask_BC)
             items, concepts = np.divmod(positions, num_concepts)
-            self.add(partial, rows_B[tile][items], concepts, sims_BC.ravel()[positions])
+            self._count_above(partial, rows_B[tile][items], concepts, sims_BC.ravel()[positions])
         return partial
 
     def merge(self, before: PartialCoverage, after: PartialCoverage) -> PartialCoverage:
         """Add the second to the first."""
-        before.num_items = before.num_items + after.num_items
-        before.num_covered = before.num_covered + after.num_covered
-        before.counts = before.counts + after.counts
-        before.assigned = before.assigned + after.assigned
-        before.shared = before.shared + after.shared
+        for field in fields(PartialCoverage):
+            if field.name != "top":
+                setattr(before, field.name, getattr(before, field.name) + getattr(after, field.name))
         before.top.merge(after.top)
         return before
 
-    def empty(self) -> PartialCoverage:
-        """Return counts of nothing."""
-        num_groups, num_concepts = 1 if self._is_selected_N is None else 2, len(self.lower_C)
+    def _empty(self) -> PartialCoverage:
+        num_groups, num_concepts = 1 if self._is_selected_N is None else 2, len(self._lower_C)
+        above, best, assigned, certain = np.zeros((4, num_groups, num_concepts), np.int64)
         return PartialCoverage(
             num_items=np.zeros(num_groups, np.int64),
             num_covered=np.zeros(num_groups, np.int64),
-            counts=np.zeros((num_groups, num_concepts), np.int64),
-            assigned=np.zeros((num_groups, num_concepts), np.int64),
+            above=above,
+            best=best,
+            assigned=assigned,
+            certain=certain,
             shared=np.zeros(self._nearest_CJ.shape, np.int64),
             top=TopItems(num_concepts, self._k),
         )
 
-    def count_items(self, rows: Ints) -> Ints:
-        """Count items of the pool, and of the selection: (G,)."""
-        return np.array([mask.sum() for mask in self._group_masks(rows)])
+    def _count_best(self, partial: PartialCoverage, rows_B: Ints, sims_BC: Floats) -> None:
+        """Count the items of a tile by the concept they are most similar to; of equal ones the first."""
+        concepts_B = sims_BC.argmax(axis=1)
+        scores_B = sims_BC[np.arange(len(concepts_B)), concepts_B]
+        is_above_B = scores_B > self._background.thresholds[concepts_B]
+        is_certain_B = scores_B > self._background.certain[concepts_B]
+        for group, mask_B in enumerate(self._group_masks(rows_B)):
+            partial.best[group] += self._count_concepts(concepts_B[mask_B])
+            partial.assigned[group] += self._count_concepts(concepts_B[mask_B & is_above_B])
+            partial.certain[group] += self._count_concepts(concepts_B[mask_B & is_certain_B])
 
-    def add(self, partial: PartialCoverage, rows_M: Ints, concepts_M: Ints, scores_M: Floats) -> None:
-        """Count matches: all those of an item, sorted by row and concept, that are not below `lower_C`."""
-        is_candidate = scores_M >= self._floors_C[concepts_M]
+    def _count_above(self, partial: PartialCoverage, rows_M: Ints, concepts_M: Ints, scores_M: Floats) -> None:
+        """Count matches: all those of an item, sorted by row and concept, that are not below `_lower_C`."""
+        is_candidate = scores_M >= self._background.floors[concepts_M]
         partial.top.add(concepts_M[is_candidate], scores_M[is_candidate], rows_M[is_candidate])
-        is_above = scores_M > self._thresholds_C[concepts_M]
+
+        is_above = scores_M > self._background.thresholds[concepts_M]
         rows_A, concepts_A = rows_M[is_above], concepts_M[is_above]
-        self._count(partial, rows_A, concepts_A, scores_M[is_above])
+        for group, mask_A in enumerate(self._group_masks(rows_A)):
+            partial.num_covered[group] += np.count_nonzero(np.diff(rows_A[mask_A], prepend=-1))
+            partial.above[group] += self._count_concepts(concepts_A[mask_A])
         self._count_shared(partial, rows_A, concepts_A)
 
-    def _count(self, partial: PartialCoverage, rows_A: Ints, concepts_A: Ints, scores_A: Floats) -> None:
-        num_concepts = len(self.lower_C)
-        is_top_A = _first_largest(rows_A, scores_A)
-        for group, mask_A in enumerate(self._group_masks(rows_A)):
-            partial.num_covered[group] += (is_top_A & mask_A).sum()
-            partial.counts[group] += np.bincount(concepts_A[mask_A], minlength=num_concepts)
-            partial.assigned[group] += np.bincount(concepts_A[is_top_A & mask_A], minlength=num_concepts)
+    def _count_concepts(self, concepts: Ints) -> Ints:
+        return np.bincount(concepts, minlength=len(self._lower_C))
 
     def _group_masks(self, rows: Ints) -> list[Bools]:
         """Return which rows are in the pool, and which in the selection."""
@@ -234,8 +252,8 @@ class CoverageCounter:
     def _count_shared(self, partial: PartialCoverage, rows_A: Ints, concepts_A: Ints) -> None:
         if not len(rows_A):
             return
-        codes_A = rows_A * len(self.lower_C) + concepts_A  # ascending
-        wanted_AJ = rows_A[:, None] * len(self.lower_C) + self._nearest_CJ[concepts_A]
+        codes_A = rows_A * len(self._lower_C) + concepts_A  # ascending
+        wanted_AJ = rows_A[:, None] * len(self._lower_C) + self._nearest_CJ[concepts_A]
         positions_AJ = np.searchsorted(codes_A, wanted_AJ).clip(max=len(codes_A) - 1)
         which, ranks = np.nonzero(codes_A[positions_AJ] == wanted_AJ)
         codes = concepts_A[which] * self._nearest_CJ.shape[1] + ranks
@@ -249,108 +267,3 @@ def _scratch_arrays(num_rows: int, num_concepts: int) -> tuple[Floats, Bools]:
         arrays = np.empty((num_rows, num_concepts), np.float32), np.empty((num_rows, num_concepts), bool)
         _SCRATCH.arrays = arrays
     return arrays
-
-
-def _first_largest(groups_M: Ints, values_M: Floats) -> Bools:
-    """Return a mask of the largest value per group, the first of equal ones: (M,) bool. Groups ascend."""
-    is_first_M = np.zeros(len(groups_M), bool)
-    if not len(groups_M):
-        return is_first_M
-    starts = np.flatnonzero(np.diff(groups_M, prepend=-1))
-    largest_M = np.repeat(np.maximum.reduceat(values_M, starts), np.diff(starts, append=len(groups_M)))
-    positions = np.flatnonzero(values_M == largest_M)
-    is_first_M[positions[np.flatnonzero(np.diff(groups_M[positions], prepend=-1))]] = True
-    return is_first_M
-
-
-_FIRST_K = 256  # results requested at first; doubled while some of the last half are above the limit
-_MORE_LISTS = 4
-_ITEMS_PER_BLOCK = 2**17  # results that are compared at a time
-
-
-def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
-    """Open an index of the vectors of a pool.
-
-    Raises `FingerprintError` if it was built from other samples, another feature or run, or fewer items.
-    """
-    path = Path(path)
-    card = read_card(path)
-    make = f"build one: embedcache curate index {quoted(pool.cache.path)} NEW-INDEX --modality {pool.modality}"
-    if not pool.cache.info.has_rows_of(card.index_digest):
-        raise FingerprintError(f"index {path}: expected the samples of {pool.cache.path}, got others; {make}")
-    requested = {
-        "modality": pool.modality,
-        "feature": pool.feature.name,
-        "fingerprint": pool.feature.fingerprint,
-        "run_weights": None if pool.config is None else pool.config.weights_digest,
-        "num_vectors": len(pool.rows),
-        "width": pool.width,
-    }
-    check_card(path, card, requested, next_step=make)
-    return open_row_index(path, card, device=pool.device), card
-
-
-def count_indexed(
-    pool: Vectors,
-    counter: CoverageCounter,
-    concepts_CP: Floats,
-    index: RowIndex,
-    parameters: Mapping[str, int],
-    progress: Progress,
-) -> PartialCoverage:
-    """Count what an index finds near each concept, by exact cosines: never too many, too few by what it misses.
-
-    Memory: 20 bytes per match, and the vectors of 131,072 items.
-    """
-    partial = counter.empty()
-    partial.num_items = counter.count_items(pool.rows)
-    progress.start("searching", len(concepts_CP), "concepts")
-    parts = list(_search_matches(pool, concepts_CP, counter.lower_C, index, parameters, progress))
-    progress.finish()
-    rows_M, concepts_M = (np.concatenate([part[column] for part in parts]) for column in (0, 1))
-    order = np.lexsort((concepts_M, rows_M))
-    scores_M = np.concatenate([part[2] for part in parts])
-    counter.add(partial, rows_M[order], concepts_M[order], scores_M[order])
-    return partial
-
-
-def _search_matches(
-    pool: Vectors,
-    concepts_CP: Floats,
-    lower_C: Floats,
-    index: RowIndex,
-    parameters: Mapping[str, int],
-    progress: Progress,
-) -> Iterator[tuple[Ints, Ints, Floats]]:
-    """Search for the items that are not below a concept's limit: rows, concepts and exact cosines, (M,) each."""
-    numbers, k = np.arange(len(concepts_CP)), min(_FIRST_K, len(index))
-    while len(numbers):
-        unfinished = []
-        for block in blocks(len(numbers), max(1, _ITEMS_PER_BLOCK // k)):
-            part = numbers[block]
-            rows_BK = index.search(concepts_CP[part], k, _more_thorough(parameters, k))[1]
-            sims_BK = _exact_cosines(pool, concepts_CP[part], rows_BK)
-            is_match_BK: Bools = (rows_BK >= 0) & (sims_BK >= lower_C[part, None])
-            has_more_B = is_match_BK[:, k // 2 :].max(axis=1) * (k < len(index))
-            which, ranks = np.nonzero(is_match_BK & ~has_more_B[:, None])
-            yield rows_BK[which, ranks], part[which], sims_BK[which, ranks]
-            unfinished.append(part[has_more_B])
-            progress.advance(int((~has_more_B).sum()))
-        numbers, k = np.concatenate(unfinished), min(2 * k, len(index))
-
-
-def _exact_cosines(pool: Vectors, concepts_BP: Floats, rows_BK: Ints) -> Floats:
-    """Compare concepts with the stored vectors of their results: (B, K); arbitrary where nothing was found."""
-    rows_U, positions = np.unique(rows_BK.clip(min=pool.rows[0]), return_inverse=True)
-    sims_BU = concepts_BP @ pool.read(rows_U).T
-    return np.take_along_axis(sims_BU, positions.reshape(rows_BK.shape), axis=1)
-
-
-def _more_thorough(parameters: Mapping[str, int], k: int) -> dict[str, int]:
-    """Return parameters for many results: they were tuned for the 10 nearest, and matches are in more lists."""
-    more = dict(parameters)
-    if "nprobe" in more:
-        more["nprobe"] *= _MORE_LISTS * -(-k // _FIRST_K)
-    if "efSearch" in more:
-        more["efSearch"] *= -(-2 * k // more["efSearch"])  # the next multiple from 2 k on
-    return more

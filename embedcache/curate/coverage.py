@@ -1,35 +1,33 @@
-"""Concept coverage: how many items of a cache are near each concept of a list."""
+"""Concept coverage: how many items of a cache show each concept of a list."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import expm1, log1p
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
+from embedcache.curate.answers import read_answers
 from embedcache.curate.counting import (
     SAMPLE,
+    STRIP_SAMPLE,
     Background,
     CoverageCounter,
     PartialCoverage,
-    count_indexed,
     estimate_background,
-    open_index,
 )
+from embedcache.curate.prevalence import Estimate, estimate_counts, settle, strip_weights
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.pairs import ANY_LANGUAGE
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, SettingError, pluralize
+from embedcache.errors import SettingError, pluralize
 from embedcache.files import AnyPath
 from embedcache.metrics.classification import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
 from embedcache.modalities import count_items, noun
-from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.progress import AnyProgress, to_progress
 from embedcache.projectors.saved import read_config
-from embedcache.search.card import IndexCard
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.search.vectors import Vectors, run_pass
 from embedcache.settings import merge_settings
@@ -40,35 +38,46 @@ _NUM_NEAREST = 8  # concepts that each concept is compared with for overlap
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptCounts:
-    """Items of a pool, or of a selection of it, near each concept.
+    """Items of a pool, or of a selection of it, by concept.
 
     Args:
         name: name of the pool or the selection, as displayed.
         num_items: number of items.
         num_covered: items above the threshold of at least one concept.
-        counts: (C,) items above each concept's threshold; an item counts for every concept that it is above.
-        assigned: (C,) covered items by the concept they are most similar to, among those they are above.
+        estimate: (C,) estimated items that show each concept, with 95% intervals; NaN if its scores cannot tell.
+        prior: (C,) the estimates without answers, also for concepts whose scores cannot tell.
+        above: (C,) items above each concept's threshold; an item counts for every concept that it is above.
+        best: (C,) items by the concept they are most similar to.
+        certain: (C,) these items, as far as they are near the concept's best ones.
     """
 
     name: str
     num_items: int
     num_covered: int
-    counts: Ints
-    assigned: Ints
+    estimate: Estimate
+    prior: Estimate
+    above: Ints
+    best: Ints
+    certain: Ints
+
+    @property
+    def can_tell(self) -> Bools:
+        """Whether there is an estimate for each concept: (C,)."""
+        return ~np.isnan(self.estimate.counts)
 
     def gaps(self, min_count: int) -> Ints:
-        """Return the concepts with fewer items, the emptiest first, of equal ones the first, as JSON lists them."""
-        order: Ints = np.argsort(self.counts, kind="stable")
-        return order[self.counts[order] < min_count]
+        """Return the concepts that have fewer items even by their upper bounds, the emptiest first."""
+        order: Ints = np.lexsort((self.above, self.estimate.counts))
+        return order[self.estimate.highs[order] < min_count]
 
     @property
     def gini(self) -> float:
-        """Gini coefficient of the counts: 0 is even."""
-        return gini(self.counts)
+        """Gini coefficient of the estimated counts: 0 is even."""
+        return gini(self.estimate.counts[self.can_tell])
 
     def top_fraction(self, fraction: float) -> float:
-        """Return the fraction of all matches in the largest concepts, such as the top 1%."""
-        return top_fraction(self.counts, fraction)
+        """Return the fraction of all estimated counts in the largest concepts, such as the top 1%."""
+        return top_fraction(self.estimate.counts[self.can_tell], fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +100,16 @@ class CoverageReport:
         concepts: the concepts.
         settings: settings of the measurement.
         background: similarities of each concept on a random sample of the pool.
-        thresholds: (C,) float32.
+        thresholds: (C,) float32, cosine above which an item is marked; a concept's best item is not below.
         pool_counts: counts of the pool.
         selection_counts: counts of a selection, with the same thresholds.
         scores: (C, k) float32, similarities of the most similar items of the pool, best first.
-        rows: (C, k) their rows; -1, with a similarity of -inf, where an index has found fewer.
+        rows: (C, k) their rows.
         nearest: (C,) the nearest other concept; -1 if there is none.
         overlaps: concepts that share items, sorted by number times Jaccard index; each is compared with the 8 nearest.
-        index: index that found the items; None if every item was compared.
+        strip_rows: (C, R) rows of items of all ranks, best first, about which a person can be asked.
+        strip_weights: (R,) number of items of the pool that each of them stands for.
+        answers: name of a concept -> row of an item -> whether it shows the concept, as a person said.
     """
 
     pool: Vectors
@@ -112,7 +123,9 @@ class CoverageReport:
     rows: Ints
     nearest: Ints
     overlaps: Sequence[ConceptOverlap]
-    index: IndexCard | None = None
+    strip_rows: Ints
+    strip_weights: Floats
+    answers: Mapping[str, Mapping[int, bool]]
 
     def line(self) -> str:
         """Describe the measurement in one line."""
@@ -120,69 +133,24 @@ class CoverageReport:
         fewest, most = int(self.concepts.counts.min()), int(self.concepts.counts.max())
         of = self.concepts.source["of"]
         each = f"{most:,} {of if most > 1 else of[:-1]}" if fewest == most else f"{fewest:,} to {most:,} {of}"
-        if self.settings.threshold is None:
-            bounds = f"{self.thresholds.min():.3f} to {self.thresholds.max():.3f}"
-            rule = f"thresholds {self.settings.deviations:g} deviations above each background ({bounds})"
-        else:
-            rule = f"threshold {self.settings.threshold:g} for all"
+        texts = self.concepts.source.get("texts", [])[:2]
+        such = f", such as {' and '.join(map(repr, texts))}" if texts else ""
         language = f" in {self.settings.language}" if self.settings.language not in (None, ANY_LANGUAGE) else ""
         return (
             f"{self.pool.cache.path.name}: {count_items(self.pool_counts.num_items, self.pool.modality)}{language}, "
-            f"{self.pool.feature.name}{run}; {pluralize(len(self.concepts.names), 'concept')} of {each}; {rule}"
+            f"{self.pool.feature.name}{run}; {pluralize(len(self.concepts.names), 'concept')} of {each}{such}"
         )
 
-    @property
-    def expected_by_chance(self) -> float | None:
-        """Items of the pool that a normal background puts above a calibrated threshold."""
-        if self.settings.threshold is not None:
-            return None
-        return self.pool_counts.num_items * NormalDist().cdf(-self.settings.deviations)
-
-    @property
-    def covered_by_chance(self) -> float | None:
-        """Items that normal, independent backgrounds put above the calibrated threshold of any of the concepts."""
-        if self.expected_by_chance is None or not self.pool_counts.num_items:
-            return None
-        fraction = self.expected_by_chance / self.pool_counts.num_items
-        return self.pool_counts.num_items * -expm1(len(self.concepts.names) * log1p(-fraction))
-
-    def gaps(self) -> Ints:
-        """Return the concepts with too few items in the last part, the emptiest first, of equal ones the nearest.
-
-        The nearest is that whose most similar item is closest to its threshold, in units of the cosine.
-        """
-        part = self.all_counts[-1]
-        order: Ints = np.lexsort((self.thresholds - self.scores[:, 0], part.counts))
-        return order[part.counts[order] < self.settings.min_count]
-
     def warnings(self) -> list[str]:
-        """Return reasons why the counts may be wrong."""
-        warnings = []
-        if self.index is not None:
-            warnings.append(
-                f"counted through an index, {self.index.factory}, whose measured recall@10 is "
-                f"{self.index.recall_at_10:.3f}: a count may be too low, never too high"
-            )
-        by_chance = self.expected_by_chance
-        if by_chance is not None and by_chance >= self.settings.min_count:
-            warnings.append(
-                f"WARNING: with a normal background, {by_chance:,.0f} of {self.pool_counts.num_items:,} items are "
-                f"above a threshold by chance, and a concept needs only {self.settings.min_count:,} not to be a gap; "
-                "raise --deviations"
-            )
-        num_low = int((self.thresholds <= self.background.quantiles[:, 0]).sum())
-        if num_low:
-            warnings.append(
-                f"WARNING: for {num_low:,} of {len(self.thresholds):,} concepts at least half of the pool is above the "
-                "threshold; raise --threshold"
-            )
-        num_high = int((self.thresholds >= 1).sum())
-        if num_high:
-            warnings.append(
-                f"WARNING: for {num_high:,} of {len(self.thresholds):,} concepts no item can be above the threshold, "
-                "which is 1 or more; lower --deviations, or give --threshold"
-            )
-        return warnings
+        """Return what limits the estimates."""
+        num_untold = int((~self.pool_counts.can_tell).sum())
+        if not num_untold:
+            return []
+        return [
+            f"for {num_untold:,} of {len(self.concepts.names):,} concepts the scores cannot tell: none of "
+            f"{self.background.num_items:,} {noun(self.pool.modality)} is further from the background than chance "
+            "explains; look at their best items, and answer for some on the page of embedcache serve"
+        ]
 
     @property
     def all_counts(self) -> list[ConceptCounts]:
@@ -222,27 +190,26 @@ def measure_coverage(
     progress: AnyProgress = None,
     **options: Any,
 ) -> CoverageReport:
-    """Count the items above each concept's threshold in one pass over the vectors of a cache.
+    """Estimate the items of each concept, in one pass over the vectors of a cache.
 
-    Counts, the best k and overlaps are exact, as each vector is multiplied with each concept's; through an index they
-    lack what it misses. Quantiles and calibrated thresholds come from 16,384 items drawn at random, or from all items.
-    Memory: the sample, C × (P + k) values, and per core a chunk, a tile of 8 MB of similarities, and a few values per
-    position above a threshold.
+    What is counted, the best k and overlaps are exact, as each vector is multiplied with each concept's. Thresholds and
+    the possible items of a concept come from 65,536 items drawn at random, or from all items. How a count is estimated:
+    `embedcache.curate.prevalence`. Memory: the sample, C × (P + k) values, and per core a chunk, a tile of 8 MB of
+    similarities, and a few values per position above a threshold.
 
     Args:
         cache: cache of the items.
         concepts: cache of prompts, or of labeled examples; see `open_concepts`.
-        settings: modality, feature, thresholds, and what to keep.
+        settings: modality, feature, answers, and what to keep.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
 
     Raises:
         SettingError: k above the number of items, or modality `both`.
-        FingerprintError: concepts, items or index are of different encoders.
+        FingerprintError: concepts, items or answers are of different encoders or samples.
         UnknownNameError: there is no feature or column of that name.
         UnfinishedError: chunks of a feature are missing.
-        DataError: no item is above any threshold, or items are equal, by which none can be calibrated; a concept is
-            repeated or empty, features cannot be compared, or a selection names other samples.
+        DataError: a concept is repeated or empty, features cannot be compared, or a selection names other samples.
     """
     settings = merge_settings(CoverageSettings, settings, options)
     progress = to_progress(progress)
@@ -250,38 +217,69 @@ def measure_coverage(
         settings = replace(settings, feature=choose_feature(cache, concepts, settings.modality, progress=progress))
     pool = _open_pool(cache, settings)
     is_selected_N = _is_selected(pool, settings.selection)
+    answers = {} if settings.answers is None else read_answers(settings.answers, pool.cache, pool.modality)
     opened = open_concepts(Cache(concepts), pool, label=settings.label)
-    background = estimate_background(opened.vectors, pool.sample(max(SAMPLE, settings.k)), settings.k)
-    thresholds = _thresholds(background, pool, settings)
+
+    sample_rows = np.random.default_rng(0).permutation(pool.rows)[: max(SAMPLE, settings.k)]
+    background = estimate_background(opened.vectors, _read_shuffled(pool, sample_rows), settings.k)
     nearest, cosines = top_k(
         opened.vectors, opened.vectors, min(_NUM_NEAREST, len(opened.names) - 1), exclude_self=True
     )
-    counter = CoverageCounter(
-        opened.vectors,
-        thresholds_C=thresholds,
-        floors_C=background.floors,
-        nearest_CJ=nearest,
-        k=settings.k,
-        is_selected_N=is_selected_N,
+    counter = CoverageCounter(opened.vectors, background, nearest_CJ=nearest, k=settings.k, is_selected_N=is_selected_N)
+    partial = run_pass(
+        pool, counter, engine=settings.engine, address=settings.address, title="counting", progress=progress
     )
-    partial, card = _count(pool, counter, opened.vectors, settings, progress)
+
     scores, rows = partial.top.table()
-    _check_any_covered(partial, scores, thresholds, opened, pool)
-    pool_counts, *others = _concept_counts(partial, pool, settings.selection)
-    return CoverageReport(
+    pool_counts, *others = _concept_counts(partial, background, pool, settings.selection)
+    report = CoverageReport(
         pool=pool,
         concepts=opened,
         settings=settings,
         background=background,
-        thresholds=thresholds,
+        thresholds=background.thresholds,
         pool_counts=pool_counts,
         selection_counts=others[0] if others else None,
         scores=scores,
         rows=rows,
         nearest=nearest[:, 0] if nearest.shape[1] else np.full(len(nearest), -1),
-        overlaps=_overlaps(pool_counts.counts, partial.shared, nearest, cosines),
-        index=card,
+        overlaps=_overlaps(pool_counts.above, partial.shared, nearest, cosines),
+        strip_rows=sample_rows[background.strips],
+        strip_weights=strip_weights(min(STRIP_SAMPLE, len(sample_rows)), len(pool.rows)),
+        answers={name: answers[name] for name in opened.names if answers.get(name)},
     )
+    return _settle_answered(report) if report.answers else report
+
+
+def _read_shuffled(pool: Vectors, rows: Ints) -> Floats:
+    """Read rows in their order, from the disk in that of the file: (S, P)."""
+    order = np.argsort(rows)
+    vectors_SP = np.empty((len(rows), pool.width), np.float32)
+    vectors_SP[order] = pool.read(rows[order])
+    return vectors_SP
+
+
+def _settle_answered(report: CoverageReport) -> CoverageReport:
+    """Return a report whose answered concepts have the counts, intervals and thresholds that the answers give."""
+    thresholds_C, scale = report.thresholds.copy(), report.background.scale
+    for name, answered in report.answers.items():
+        number = report.concepts.names.index(name)
+        cosines = report.pool.read(np.array(list(answered), np.int64)) @ report.concepts.vectors[number]
+        prior = report.pool_counts.prior
+        settled = settle(
+            (prior.counts[number], prior.lows[number], prior.highs[number]),
+            scale.scores(number, report.background.strip_cosines[number]),
+            report.strip_weights,
+            scale.scores(number, cosines),
+            list(answered.values()),
+        )
+        thresholds_C[number] = min(scale.cosines(settled.cut)[number], report.scores[number, 0])
+        for part in report.all_counts:
+            ratio = part.prior.counts[number] / prior.counts[number]
+            part.estimate.counts[number] = min(ratio * settled.count, part.num_items)
+            part.estimate.lows[number] = min(ratio * settled.low, part.num_items)
+            part.estimate.highs[number] = min(ratio * settled.high, part.num_items)
+    return replace(report, thresholds=thresholds_C)
 
 
 def _open_pool(cache_path: AnyPath, settings: CoverageSettings) -> Vectors:
@@ -304,19 +302,6 @@ def _open_pool(cache_path: AnyPath, settings: CoverageSettings) -> Vectors:
     return pool
 
 
-def _thresholds(background: Background, pool: Vectors, settings: CoverageSettings) -> Floats:
-    """Return the threshold of each concept: the given one, or calibrated by the background: (C,)."""
-    calibrated_C = background.thresholds(settings.deviations)
-    if settings.threshold is not None:
-        return np.full_like(calibrated_C, settings.threshold)
-    if not background.has_spread:
-        raise DataError(
-            f"threshold: expected {noun(pool.modality)} of {pool.cache.path} that differ, to calibrate thresholds by, "
-            f"got {background.num_items:,} of about the same similarity to each concept; give a threshold"
-        )
-    return calibrated_C
-
-
 def _is_selected(pool: Vectors, selection: Path | str | None) -> Bools | None:
     """Return whether each item of the cache is of a selected sample; None without a selection."""
     if selection is None:
@@ -326,45 +311,34 @@ def _is_selected(pool: Vectors, selection: Path | str | None) -> Bools | None:
     return is_selected_N
 
 
-def _count(
-    pool: Vectors,
-    counter: CoverageCounter,
-    concepts_CP: Floats,
-    settings: CoverageSettings,
-    progress: Progress,
-) -> tuple[PartialCoverage, IndexCard | None]:
-    """Count all items, or those that an index finds; return the card of the index too."""
-    if settings.index is None:
-        partial = run_pass(
-            pool, counter, engine=settings.engine, address=settings.address, title="counting", progress=progress
-        )
-        return partial, None
-    index, card = open_index(settings.index, pool)
-    return count_indexed(pool, counter, concepts_CP, index, card.search, progress), card
-
-
-def _concept_counts(partial: PartialCoverage, pool: Vectors, selection: Path | str | None) -> list[ConceptCounts]:
+def _concept_counts(
+    partial: PartialCoverage, background: Background, pool: Vectors, selection: Path | str | None
+) -> list[ConceptCounts]:
     """Return the counts of the pool and, if there is one, of the selection."""
     names = [f"all {noun(pool.modality)}", *([] if selection is None else [Path(selection).name])]
-    columns = zip(names, partial.num_items, partial.num_covered, partial.counts, partial.assigned, strict=True)
-    return [
-        ConceptCounts(name=name, num_items=int(items), num_covered=int(covered), counts=counts, assigned=assigned)
-        for name, items, covered, counts, assigned in columns
-    ]
-
-
-def _check_any_covered(
-    partial: PartialCoverage, scores_CK: Floats, thresholds_C: Floats, concepts: Concepts, pool: Vectors
-) -> None:
-    if partial.num_covered[0]:
-        return
-    closest = int(np.argmax(scores_CK[:, 0] - thresholds_C))
-    raise DataError(
-        f"none of {partial.num_items[0]:,} {noun(pool.modality)} of {pool.cache.path} is above the threshold of any of "
-        f"{len(concepts.names):,} concepts; the closest is {concepts.names[closest]!r}: highest similarity "
-        f"{scores_CK[closest, 0]:.3f}, threshold {thresholds_C[closest]:.3f}; the highest similarity of all is "
-        f"{scores_CK[:, 0].max():.3f}; give a lower --threshold, or fewer --deviations"
-    )
+    possible_C = background.possible * (partial.num_items[0] / background.num_items)
+    counts = []
+    for group, name in enumerate(names):
+        above_C, num_items = partial.above[group], int(partial.num_items[group])
+        share_C = above_C / np.maximum(partial.above[0], 1)
+        prior = estimate_counts(
+            above_C, partial.assigned[group], partial.certain[group], possible_C * share_C, num_items
+        )
+        bounds = (prior.counts, prior.lows, prior.highs)
+        told = [np.where(background.scale.separates, bound_C, np.nan) for bound_C in bounds]
+        counts.append(
+            ConceptCounts(
+                name=name,
+                num_items=num_items,
+                num_covered=int(partial.num_covered[group]),
+                estimate=Estimate(counts=told[0], lows=told[1], highs=told[2]),
+                prior=prior,
+                above=above_C,
+                best=partial.best[group],
+                certain=partial.certain[group],
+            )
+        )
+    return counts
 
 
 def _overlaps(counts_C: Ints, shared_CJ: Ints, nearest_CJ: Ints, cosines_CJ: Floats) -> list[ConceptOverlap]:

@@ -14,7 +14,6 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from embedcache.arrays import Bools, Floats, Ints, blocks, concatenated_ranges, distinct
-from embedcache.curate.counting import open_index
 from embedcache.curate.settings import NegativesSettings
 from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
 from embedcache.dataset.negatives import NegativesBlock, write_negatives
@@ -23,14 +22,14 @@ from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
 from embedcache.devices import products_on
-from embedcache.errors import DataError, SettingError, pluralize
+from embedcache.errors import DataError, FingerprintError, SettingError, pluralize, quoted
 from embedcache.files import AnyPath
 from embedcache.metrics.durations import note_duration
 from embedcache.metrics.neighbors import top_k
 from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import PairConfig, read_config, split_path
-from embedcache.search.card import IndexCard
+from embedcache.search.card import IndexCard, check_card, open_row_index, read_card
 from embedcache.search.faiss_index import RowIndex
 from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings, to_json
@@ -191,7 +190,7 @@ class _Mining:
             Vectors(cache_path, name, self.names[name], settings.run, device=settings.device)
             for name in (modality, other)
         )
-        self._index = None if settings.index is None else open_index(settings.index, self._vectors)
+        self._index = None if settings.index is None else _open_index(settings.index, self._vectors)
         self.groups_S = np.full(self.cache.info.num_samples, -1, np.int64)
         self.groups_S[self.pairs.samples] = _group_samples(self.pairs, data, settings, progress)
         self._own_sum, self._num_own = 0.0, 0
@@ -334,6 +333,28 @@ class _Mining:
         np.maximum.at(scores_B, which, np.einsum("bp,bp->b", queries_BP[which], own_BP))
         self._own_sum, self._num_own = self._own_sum + float(scores_B.sum()), self._num_own + len(scores_B)
         return scores_B
+
+
+def _open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
+    """Open an index of the vectors of a pool.
+
+    Raises `FingerprintError` if it was built from other samples, another feature or run, or fewer items.
+    """
+    path = Path(path)
+    card = read_card(path)
+    make = f"build one: embedcache curate index {quoted(pool.cache.path)} NEW-INDEX --modality {pool.modality}"
+    if not pool.cache.info.has_rows_of(card.index_digest):
+        raise FingerprintError(f"index {path}: expected the samples of {pool.cache.path}, got others; {make}")
+    requested = {
+        "modality": pool.modality,
+        "feature": pool.feature.name,
+        "fingerprint": pool.feature.fingerprint,
+        "run_weights": None if pool.config is None else pool.config.weights_digest,
+        "num_vectors": len(pool.rows),
+        "width": pool.width,
+    }
+    check_card(path, card, requested, next_step=make)
+    return open_row_index(path, card, device=pool.device), card
 
 
 def _is_first(found_BK: Ints) -> Bools:

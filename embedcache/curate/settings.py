@@ -40,7 +40,7 @@ _SEED: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CoverageSettings:
-    """Settings of coverage: which items are counted for a concept, and what is kept of them."""
+    """Settings of coverage: which items are counted, what is known of them, and what is kept."""
 
     modality: Literal[ModalityName, "both"] = setting(
         "image", "Modality of the items to count; both of the run, or images and captions without one."
@@ -51,23 +51,15 @@ class CoverageSettings:
     language: str | None = setting(
         None, "Count only captions of this language; any counts all.", metavar="CODE", default_text="all"
     )
-    threshold: float | None = setting(
+    answers: Path | str | None = setting(
         None,
-        "Count items above this cosine similarity, for all concepts.",
-        ge=-1,
-        lt=1,
-        default_text="calibrated per concept",
-    )
-    deviations: float = setting(
-        4.0, "Calibrate each threshold to this many standard deviations above the concept's background.", gt=0
+        "Settle concepts by these answers about some of their items, which the page of serve saves.",
+        metavar="FILE",
     )
     k: int = setting(10, "Most similar items to keep per concept.", ge=1)
-    min_count: int = setting(20, "Report a concept with fewer items as a gap.", ge=1)
+    min_count: int = setting(20, "Report a concept as a gap if even its upper bound is lower.", ge=1)
     selection: Path | str | None = setting(
         None, f"Count the samples of this selection as well: {SELECTION_FORMAT}.", metavar="FILE"
-    )
-    index: Path | str | None = setting(
-        None, "Count only what this index of the cache finds.", metavar="INDEX", default_text="all items"
     )
     engine: Literal["local", "ray"] = engine_setting()
     address: str | None = address_setting()
@@ -75,12 +67,10 @@ class CoverageSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.modality == "both" and (self.feature or self.index):
-            raise SettingError("modality: expected one with a feature or an index, which are of one modality, got both")
-        if self.language is not None and (self.modality not in ("text", "both") or self.index):
-            none = f"{'' if self.modality == 'both' else noun(self.modality)}, which have none"
-            what = "an index, which finds captions of all" if self.index else none
-            raise SettingError(f"language: expected modality text or both, and no index, got {what}")
+        if self.modality == "both" and (self.feature or self.answers):
+            raise SettingError("modality: expected one with a feature or answers, which are of one modality, got both")
+        if self.language is not None and self.modality not in ("text", "both"):
+            raise SettingError(f"language: expected modality text or both, got {noun(self.modality)}, which have none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +80,7 @@ class DedupSettings:
     cosine: float | None = setting(
         None, "Remove near-duplicates at or above this cosine similarity; without it, only report.", gt=0, le=1
     )
-    copies_only: bool = setting(False, "Remove copies only: equal bytes, texts or pictures.", flat_name="copies")
+    copies_only: bool = setting(False, "Remove copies only: equal bytes or texts, or one image.", flat_name="copies")
     pixels: bool = setting(True, "Read similar images again to find resized and re-compressed copies.")
     modality: ModalityName | None = setting(**_COMPARED)
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Ints
-from embedcache.curate.counting import QUANTILES
+from embedcache.arrays import Array, Ints
 from embedcache.curate.coverage import ConceptCounts, CoverageReport
 from embedcache.dataset.thumbnails import credit
 from embedcache.modalities import noun, pair_nouns
@@ -51,57 +50,61 @@ def gap_note(report: CoverageReport) -> str:
     if pool.modality == "text":
         items, others = others if pool.other_modality else "images", items
     return (
-        f"Thresholds favor precision, so counts are low: of a broad concept, or of {items} that are compared with "
-        "names through a run, few items are above it. Before you collect more for a gap, look at its nearest items, "
-        f"and count {others} too: --modality both."
+        f"Before you collect more {items} for a gap, look at its nearest items, and count {others} too: "
+        "--modality both."
     )
 
 
 def summary_table(report: CoverageReport) -> Table:
     """Return the main numbers, with one column for the pool and one for its selection."""
     least, parts, num = report.settings.min_count, report.all_counts, len(report.concepts.names)
-    gaps = [len(part.gaps(least)) for part in parts]
+    medians = [np.median(part.estimate.counts[part.can_tell]) if part.can_tell.any() else np.nan for part in parts]
     rows = [
         ["items", *(format_count(part.num_items) for part in parts)],
         ["items above any threshold", *(format_part(part.num_covered, part.num_items) for part in parts)],
-        [f"concepts with at least {least:,} items", *(format_part(num - count, num) for count in gaps)],
-        [f"gaps: concepts with fewer than {least:,}", *map(format_count, gaps)],
-        ["concepts without items", *(format_count((part.counts == 0).sum()) for part in parts)],
-        ["items per concept, median", *(f"{np.median(part.counts):,.1f}".removesuffix(".0") for part in parts)],
+        ["concepts with an estimate", *(format_part(part.can_tell.sum(), num) for part in parts)],
+        [f"gaps: upper bound below {least:,}", *(format_count(len(part.gaps(least))) for part in parts)],
+        ["items per concept, median estimate", *(_format_estimate(median) for median in medians)],
         ["Gini coefficient", *(format_fraction(part.gini) for part in parts)],
     ]
     for fraction in _FRACTIONS:
         percents = [format_percent(part.top_fraction(fraction)) for part in parts]
-        rows.append([f"matches of the largest {fraction:.0%} of concepts", *percents])
-    if report.expected_by_chance is not None:
-        empty = [""] * (len(parts) - 1)
-        rows.append(["items above one threshold by chance", _format_expected(report.expected_by_chance), *empty])
-        rows.append(["items above any threshold by chance", _format_expected(report.covered_by_chance or 0), *empty])
+        rows.append([f"items of the largest {fraction:.0%} of concepts", *percents])
     return ["", *(part.name for part in parts)], rows
 
 
-def _format_expected(count: float) -> str:
-    """Return an expected count with two digits, such as `0.032` or `2,500`."""
-    rounded = float(f"{count:.2g}")
-    return f"{rounded:,.0f}" if count >= 10 else np.format_float_positional(rounded, trim="-")
+def _format_estimate(count: float) -> str:
+    """Return an estimate as a whole number; `cannot tell` if there is none."""
+    return "cannot tell" if np.isnan(count) else f"{count:,.0f}"
+
+
+def format_interval(part: ConceptCounts, number: int) -> str:
+    """Return the estimate of a concept with its interval, such as `16 [6, 60]`."""
+    count, low, high = (bound[number] for bound in _bounds(part))
+    return "cannot tell" if np.isnan(count) else f"{count:,.0f} [{low:,.0f}, {high:,.0f}]"
+
+
+def _bounds(part: ConceptCounts) -> tuple[Array, Array, Array]:
+    return part.estimate.counts, part.estimate.lows, part.estimate.highs
 
 
 def concept_table(report: CoverageReport, numbers: Ints | Sequence[int]) -> Table:
-    """Return the counts, threshold and similarities of the concepts at some positions."""
-    names, rows = report.concepts.names, []
+    """Return the estimates, counts, threshold and similarities of the concepts at some positions."""
+    names, pool, rows = report.concepts.names, report.pool_counts, []
     for number in map(int, numbers):
         nearest = int(report.nearest[number])
-        cosines = (report.thresholds[number], report.background.quantiles[number, 0], _highest(report, number))
-        counts = [*(part.counts[number] for part in report.all_counts), report.pool_counts.assigned[number]]
-        cells = [*map(format_count, counts), *map(format_fraction, cosines)]
-        rows.append([names[number], *cells, names[nearest] if nearest >= 0 else ""])
+        cosines = (report.background.scale.medians[number], report.thresholds[number], report.scores[number, 0])
+        rows.append(
+            [
+                names[number],
+                *(format_interval(part, number) for part in report.all_counts),
+                *map(format_count, (pool.best[number], pool.certain[number])),
+                *map(format_fraction, cosines),
+                names[nearest] if nearest >= 0 else "",
+            ]
+        )
     columns = ["concept", *(part.name for part in report.all_counts)]
-    return [*columns, "most similar to it", "threshold", "median", "highest", "nearest concept"], rows
-
-
-def _highest(report: CoverageReport, number: int) -> float:
-    """Return the similarity of the most similar item of a concept; NaN if an index has found none."""
-    return float(report.scores[number, 0]) if report.rows[number, 0] >= 0 else np.nan
+    return [*columns, "most similar to it", "certain", "median", "threshold", "highest", "nearest concept"], rows
 
 
 def overlap_table(report: CoverageReport, *, num_rows: int = _MAX_OVERLAPS) -> Table:
@@ -124,7 +127,7 @@ def modality_line(first: CoverageReport, second: CoverageReport) -> str:
     least, nouns = first.settings.min_count, nouns_of(first, second)
     gaps = [set(report.all_counts[-1].gaps(least).tolist()) for report in (first, second)]
     return (
-        f"of {len(first.concepts.names):,} concepts, fewer than {least:,} items have: {len(gaps[0]):,} among "
+        f"of {len(first.concepts.names):,} concepts, fewer than {least:,} items show: {len(gaps[0]):,} among "
         f"{nouns[0]}, {len(gaps[1]):,} among {nouns[1]}, {len(gaps[0] & gaps[1]):,} among both"
     )
 
@@ -132,15 +135,15 @@ def modality_line(first: CoverageReport, second: CoverageReport) -> str:
 def modality_table(first: CoverageReport, second: CoverageReport, *, num_rows: int) -> Table:
     """Return the concepts whose fractions of the items of two modalities differ most."""
     parts = (first.pool_counts, second.pool_counts)
-    fractions = [part.counts / max(1, part.num_items) for part in parts]
+    fractions = [np.nan_to_num(part.estimate.counts / max(1, part.num_items)) for part in parts]
     order = np.argsort(-np.abs(fractions[0] - fractions[1]), kind="stable")[:num_rows]
-    rows = [[first.concepts.names[number], *(format_count(part.counts[number]) for part in parts)] for number in order]
+    rows = [[first.concepts.names[number], *(format_interval(part, number) for part in parts)] for number in order]
     return ["concept", *nouns_of(first, second)], rows
 
 
 def coverage_json(report: CoverageReport) -> dict[str, Any]:
     """Return a report as JSON values: what was measured, a summary of each part, each concept, and the overlaps."""
-    pool, background, index = report.pool, report.background, report.index
+    pool = report.pool
     return {
         "pool": {
             "cache": str(pool.cache.path),
@@ -152,13 +155,8 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
             "run_weights": None if pool.config is None else pool.config.weights_digest,
         },
         "concepts_from": report.concepts.source,
-        "threshold": report.settings.threshold,
-        "deviations": report.settings.deviations if report.settings.threshold is None else None,
         "min_count": report.settings.min_count,
-        "num_sampled": background.num_items,
-        "index": index and {"factory": index.factory, "recall_at_10": index.recall_at_10},
-        "by_chance": report.expected_by_chance,
-        "covered_by_chance": report.covered_by_chance,
+        "num_sampled": report.background.num_items,
         "warnings": report.warnings(),
         "parts": [
             {
@@ -173,6 +171,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
             }
             for part in report.all_counts
         ],
+        "strip_weights": report.strip_weights.tolist(),
         "concepts": _concepts_json(report),
         "overlaps": [
             {
@@ -187,29 +186,47 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
 
 
 def _concepts_json(report: CoverageReport) -> list[dict[str, Any]]:
-    cache = report.pool.cache
-    samples = cache.items(report.pool.modality, columns=["sample"])["sample"].to_numpy()[
-        report.rows.ravel().clip(min=0)
-    ]
-    keys = keys_at(cache, samples).to_numpy().reshape(report.rows.shape)
+    scale = report.background.scale
+    nearest = _items_json(report, report.rows, report.scores)
+    strips = _items_json(report, report.strip_rows, report.background.strip_cosines)
     return [
         {
             "name": name,
+            **_counts_json(report.pool_counts, number),
+            **({} if report.selection_counts is None else {"selection": _counts_json(report.selection_counts, number)}),
             report.concepts.source["of"]: int(report.concepts.counts[number]),
-            "counts": [int(part.counts[number]) for part in report.all_counts],
-            "assigned": [int(part.assigned[number]) for part in report.all_counts],
             "threshold": round_json(report.thresholds[number]),
-            "quantiles": {
-                f"{quantile:g}": round_json(value)
-                for quantile, value in zip(QUANTILES, report.background.quantiles[number], strict=True)
-            },
-            "best": [
-                {"row": int(row), "key": key, "cosine": round_json(score)}
-                for row, key, score in zip(report.rows[number], keys[number], report.scores[number], strict=True)
-                if row >= 0
-            ],
+            "scale": [float(column[number]) for column in (scale.medians, scale.spreads, scale.reaches)],
+            "answers": {str(row): shows for row, shows in report.answers.get(name, {}).items()},
+            "nearest": nearest[number],
+            "strip": strips[number],
         }
         for number, name in enumerate(report.concepts.names)
+    ]
+
+
+def _counts_json(part: ConceptCounts, number: int) -> dict[str, Any]:
+    """Return the counts of a concept; an estimate is null if its scores cannot tell."""
+    prior = part.prior
+    bounds = (None if np.isnan(bound[number]) else round(bound[number]) for bound in _bounds(part))
+    return {
+        **dict(zip(("count", "low", "high"), bounds, strict=True)),
+        "best": int(part.best[number]),
+        "certain": int(part.certain[number]),
+        "prior": [float(column[number]) for column in (prior.counts, prior.lows, prior.highs)],
+    }
+
+
+def _items_json(report: CoverageReport, rows_CK: Ints, cosines_CK: Array) -> list[list[dict[str, Any]]]:
+    cache = report.pool.cache
+    samples = cache.items(report.pool.modality, columns=["sample"])["sample"].to_numpy()[rows_CK.ravel()]
+    keys_CK = keys_at(cache, samples).to_numpy().reshape(rows_CK.shape)
+    return [
+        [
+            {"row": int(row), "key": key, "cosine": round_json(cosine)}
+            for row, key, cosine in zip(rows_K, keys_K, cosines_K, strict=True)
+        ]
+        for rows_K, keys_K, cosines_K in zip(rows_CK, keys_CK, cosines_CK, strict=True)
     ]
 
 
@@ -245,14 +262,13 @@ def write_coverage_page(path: Path, *reports: CoverageReport) -> None:
 
 
 def _sections(report: CoverageReport, renderer: ItemRenderer) -> list[Section]:
-    notes = ["An item counts for every concept whose threshold its cosine exceeds, and is most similar to one of them."]
-    if report.settings.threshold is None:
-        notes.append(
-            f"A threshold is the median of the concept's cosines on {report.background.num_items:,} items plus "
-            f"{report.settings.deviations:g} standard deviations of their background, measured below the median, where "
-            "items of the concept do not widen it. The numbers by chance are what normal backgrounds put above it, and "
-            "above any of all thresholds."
-        )
+    notes = [
+        "A threshold is little more than half way from the background to the concept's typical best items. An estimate "
+        "lies between all items above it and those of them whose best concept it is. Its interval is as wide as "
+        "labeled collections needed for 9 of 10 concepts. Answers about some items narrow it: embedcache serve INDEX "
+        "--coverage REPORT.json, then curate coverage with --answers.",
+        "Certain items have the concept as their best one, and are about as near as its typical best items.",
+    ]
     return [
         Section(title="Summary", notes=notes, table=summary_table(report)),
         _count_section(report),
@@ -274,11 +290,10 @@ def _count_section(report: CoverageReport) -> Section:
 
 def _gap_section(report: CoverageReport) -> Section:
     part, least = report.all_counts[-1], report.settings.min_count
-    gaps = report.gaps()
+    gaps = part.gaps(least)
     if not len(gaps):
-        return Section(title="Gaps", notes=[f"No concept has fewer than {least:,} items."])
-    order = "the smallest first, of equal ones that nearest to its items"
-    notes = [f"Concepts with fewer than {least:,} items in {part.name}, {order}. {gap_note(report)}"]
+        return Section(title="Gaps", notes=[f"No concept has an upper bound below {least:,} items."])
+    notes = [f"Concepts of which even the upper bound is below {least:,} in {part.name}. {gap_note(report)}"]
     if len(gaps) > _MAX_GAPS:
         notes.append(f"The first {_MAX_GAPS} of {len(gaps):,}; the JSON report has all of them.")
     return Section(title="Gaps", notes=notes, table=concept_table(report, gaps[:_MAX_GAPS]))
@@ -295,7 +310,7 @@ def _overlap_section(report: CoverageReport) -> Section:
 
 
 def _concept_section(report: CoverageReport, renderer: ItemRenderer) -> Section:
-    order = largest_first(report.pool_counts.counts)
+    order = largest_first(report.pool_counts)
     notes = ["The most similar items of each concept, best first; green: above its threshold."]
     if len(order) > _MAX_EXAMPLES:
         order = order[np.linspace(0, len(order) - 1, _MAX_EXAMPLES).round().astype(np.int64)]
@@ -306,19 +321,18 @@ def _concept_section(report: CoverageReport, renderer: ItemRenderer) -> Section:
 
 
 def _concept_example(report: CoverageReport, renderer: ItemRenderer, number: int) -> QueryExample:
-    counts = " → ".join(format_count(part.counts[number]) for part in report.all_counts)
-    levels = ", ".join(f"{quantile:g}" for quantile in QUANTILES)
-    cosines = [*report.background.quantiles[number], _highest(report, number)]
-    threshold = report.thresholds[number]
+    part, threshold = report.all_counts[-1], report.thresholds[number]
+    counts = " → ".join(format_interval(part, number) for part in report.all_counts)
+    answered = len(report.answers.get(report.concepts.names[number], {}))
     return QueryExample(
         query=PageItem(text=report.concepts.names[number]),
-        outcome=f"{counts} above {format_fraction(threshold)}; cosine quantiles {levels} and maximum: "
-        f"{', '.join(map(format_fraction, cosines))}",
-        is_correct=bool(report.all_counts[-1].counts[number] >= report.settings.min_count),
+        outcome=f"{counts}; best concept of {report.pool_counts.best[number]:,}, certain for "
+        f"{report.pool_counts.certain[number]:,}; threshold {format_fraction(threshold)}"
+        + (f"; settled by {answered} answers" if answered else ""),
+        is_correct=not part.estimate.highs[number] < report.settings.min_count,
         results=[
             renderer.render(row, is_correct=score > threshold)
             for row, score in zip(report.rows[number].tolist(), report.scores[number].tolist(), strict=True)
-            if row >= 0
         ],
     )
 
@@ -327,27 +341,29 @@ def _coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     """Draw the items per concept, the largest first: one curve per part, dashed where gaps begin; an SVG element."""
     axes = open_axes(3.4)
     for part, color in zip(parts, COLORS, strict=False):
-        counts = np.sort(part.counts)[::-1]
+        counts = np.sort(part.estimate.counts[part.can_tell])[::-1]
         axes.plot(np.arange(1, len(counts) + 1), counts, color=color, label=legend_name(part.name), linewidth=2)
     axes.axhline(min_count, color=BAD, linestyle="--", linewidth=1)
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_COUNT)
     axes.legend(frameon=False, labelcolor=INK)
-    label(axes, f"concepts, the largest first; dashed: {min_count:,}, gaps lie below", "items above the threshold")
+    label(axes, f"concepts, the largest first; dashed: {min_count:,}, gaps lie below", "estimated items")
     return svg(axes.figure)
 
 
 def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     """Draw one bar per concept and part as an SVG element; of many concepts the largest and the smallest."""
-    order = largest_first(parts[0].counts)
+    order = largest_first(parts[0])
     if len(order) > _MAX_BARS:
         order = np.concatenate([order[: _MAX_BARS // 2], order[-_MAX_BARS // 2 :]])
     axes = open_axes(0.8 + (0.12 + 0.12 * len(parts)) * len(order))
     height = 0.8 / len(parts)
     for number, part in enumerate(parts):
         positions = np.arange(len(order)) + (number - (len(parts) - 1) / 2) * height
-        axes.barh(positions, part.counts[order], color=COLORS[number], height=height, label=legend_name(part.name))
+        counts, lows, highs = (np.nan_to_num(bound[order]) for bound in _bounds(part))
+        axes.barh(positions, counts, color=COLORS[number], height=height, label=legend_name(part.name))
+        axes.hlines(positions, lows, highs, color=INK, linewidth=0.8)
     axes.axvline(min_count, color=BAD, linestyle="--", linewidth=1)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=0)
@@ -359,11 +375,11 @@ def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_
         axes.axhline(_MAX_BARS // 2 - 0.5, color=SOFT, linewidth=1)
     if len(parts) > 1:
         axes.legend(frameon=False, labelcolor=INK, loc="lower right")
-    label(axes, f"items above the threshold; dashed: {min_count:,}, gaps lie below")
+    label(axes, f"estimated items and their interval; no bar: cannot tell; dashed: {min_count:,}, gaps end below")
     return svg(axes.figure)
 
 
-def largest_first(counts_C: Ints) -> Ints:
-    """Return the positions of concepts in order of their counts, the largest first; ties keep their order."""
-    order: Ints = np.argsort(-counts_C, kind="stable")
+def largest_first(part: ConceptCounts) -> Ints:
+    """Return the positions of concepts in order of their estimates, the largest first, those without one last."""
+    order: Ints = np.argsort(-np.nan_to_num(part.estimate.counts, nan=-1.0), kind="stable")
     return order

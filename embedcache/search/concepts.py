@@ -18,6 +18,7 @@ from embedcache.sources.open import IMPORT_TOGETHER
 from embedcache.store.cache import Cache
 
 MAX_EXAMPLES = 128  # as "From Unimodal to Multimodal" (CVPR 2025) averages for its prototypes
+_MAX_TEXTS = 8
 _BLOCK = 4096
 
 
@@ -26,7 +27,8 @@ class Concepts:
     """Named directions in the space of a pool's vectors.
 
     `source` says where they come from, as JSON values: `cache`, `spine`, `feature`, `fingerprint`, `run`,
-    `run_weights`, and `of`, which is `prompts` or `examples`; for examples also `label`, `most_examples` and `seed`.
+    `run_weights`, and `of`, which is `prompts` or `examples`; for prompts also `texts`, some of the first concept's,
+    and for examples `label`, `most_examples` and `seed`.
     """
 
     names: list[str]
@@ -92,7 +94,10 @@ def open_concepts(
         "run_weights": None if vectors.config is None else vectors.config.weights_digest,
         "of": "prompts" if is_prompts else "examples",
     }
-    if not is_prompts:
+    if is_prompts:
+        first = cache.items("text", columns=["text"])["text"].take(rows[numbers == 0])
+        source |= {"texts": first.slice(0, _MAX_TEXTS).to_pylist()}
+    else:
         source |= {"label": label, "most_examples": max_examples, "seed": seed}
     return Concepts(names=names, vectors=vectors_CP, counts=np.bincount(numbers, minlength=len(names)), source=source)
 

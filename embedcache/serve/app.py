@@ -26,6 +26,7 @@ from embedcache.serve.schema import (
     MAX_HITS,
     CardOut,
     ClusterHits,
+    ConceptAnswer,
     ConceptHits,
     CoverageOut,
     ErrorOut,
@@ -247,11 +248,18 @@ def _add_info(app: FastAPI, indexes: Indexes) -> None:
         found = indexes[0].coverage
         if found is None:
             raise HTTPException(404, "no coverage; start the server with --concepts or --coverage")
-        return CoverageOut.model_validate({**found.summary, "concepts": found.concepts})
+        return CoverageOut.model_validate({**found.summary, "concepts": found.concepts()})
 
     @app.get("/api/coverage/{number}")
     async def concept(number: _Row) -> ConceptHits:
-        """Return the items that are most similar to a concept."""
+        """Return the items that are most similar to a concept, and some of all ranks that a person can answer for."""
+        return ConceptHits.model_validate(indexes[0].concept(number))
+
+    @app.post("/api/coverage/{number}/answer")
+    async def answer(number: _Row, answered: ConceptAnswer) -> ConceptHits:
+        """Save whether an item shows a concept, and return the concept as all answers settle it."""
+        if indexes[0].coverage is not None:
+            await asyncio.to_thread(indexes[0].coverage.answer, number, answered.row, shows=answered.shows)
         return ConceptHits.model_validate(indexes[0].concept(number))
 
 

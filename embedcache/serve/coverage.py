@@ -1,15 +1,18 @@
-"""Coverage for the page, read from a report or measured when the server starts."""
+"""Coverage for the page, read from a report or measured when the server starts, and answers that settle concepts."""
 
+import copy
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from embedcache.curate.answers import answers_path, read_answers, write_answers
 from embedcache.curate.coverage import measure_coverage
+from embedcache.curate.prevalence import COUNTED, Scale, settle
 from embedcache.curate.settings import CoverageSettings
-from embedcache.errors import DataError, FingerprintError, PathError, quoted
+from embedcache.errors import DataError, FingerprintError, PathError, UnknownNameError, quoted
 from embedcache.modalities import noun
 from embedcache.outputs import read_report_json
 from embedcache.progress import Progress
@@ -20,23 +23,139 @@ from embedcache.search.search import OpenIndex
 _NUM_ITEMS = 24
 
 
-@dataclass(frozen=True, kw_only=True)
-class CoverageData:
-    """Coverage of concepts by the indexed items.
+class ServedCoverage:
+    """Coverage of concepts by the indexed items. Answers change it, and are saved at once; it is thread-safe.
 
     Args:
-        summary: `rule`, `min_count`, `warnings`, `parts` (`name`, `items`, `covered`, `gaps`, `gini`) and `overlaps`.
-        concepts: `number`, `name`, `counts` per part, `assigned`, `threshold` and `is_gap` of each concept.
-        best: `row` and `cosine` of the most similar items of each concept, best first.
+        values: a report of `coverage_json`.
+        index: index of the same items; those removed from its cache are neither shown nor asked about.
+        path: file of the answers, read in place of the answers of the report if it exists.
+
+    Raises:
+        FingerprintError: the report or the answers are about other samples than the index.
+        DataError: they are about items of another modality.
     """
 
-    summary: Mapping[str, Any]
-    concepts: Sequence[Mapping[str, Any]]
-    best: Sequence[Sequence[Mapping[str, Any]]]
+    def __init__(self, values: Mapping[str, Any], index: OpenIndex, path: Path) -> None:
+        self._index, self._path, self._lock = index, path, threading.Lock()
+        self._is_removed = index.cache.removed_items(index.card.modality)
+        self._least = int(values["min_count"])
+        self._weights = np.array(values["strip_weights"], np.float64)
+        self._concepts: list[dict[str, Any]] = copy.deepcopy(values["concepts"])
+        medians, spreads, reaches = np.array([concept["scale"] for concept in self._concepts], np.float64).T
+        self._scale = Scale(medians=medians, spreads=spreads, reaches=reaches)
+        self._nums_items = [int(part["items"]) for part in values["parts"]]
+        self.summary = self._summarize(values)
+        if path.is_file():
+            self._answers = read_answers(path, index.cache, index.card.modality)
+        else:
+            self._answers = {
+                str(concept["name"]): {int(row): bool(shows) for row, shows in concept["answers"].items()}
+                for concept in self._concepts
+            }
+        for number in range(len(self._concepts)):
+            self._settle(number)
+
+    def _summarize(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("name", "items", "covered", "gini")
+        warnings = list(values["warnings"])
+        if not all(self._is_there(hit["row"]) for concept in self._concepts for hit in concept["nearest"]):
+            warnings.append(
+                "measured before samples were removed from the cache: the counts include them, the items shown do not; "
+                "measure it again"
+            )
+        return {
+            "texts": [str(text) for text in values["concepts_from"].get("texts", [])[:2]],
+            "min_count": self._least,
+            "warnings": warnings,
+            "parts": [{name: part[name] for name in names} | {"gaps": len(part["gaps"])} for part in values["parts"]],
+            "overlaps": values["overlaps"][:20],
+        }
+
+    def concepts(self) -> list[dict[str, Any]]:
+        """Return the fields of `ConceptOut` of each concept."""
+        return [self._describe(number) for number in range(len(self._concepts))]
+
+    def concept(self, number: int) -> tuple[dict[str, Any], Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
+        """Return the fields of `ConceptOut` of a concept, its most similar items, and those to be asked about.
+
+        An item is a row and its cosine, and one to be asked about its answer, if any. Raises an `UnknownNameError`.
+        """
+        if not 0 <= number < len(self._concepts):
+            raise UnknownNameError(f"unknown concept {number}; GET /api/coverage lists the known ones")
+        concept = self._concepts[number]
+        answers = self._answers.get(concept["name"], {})
+        nearest, strip = ([hit for hit in concept[name] if self._is_there(hit["row"])] for name in ("nearest", "strip"))
+        return self._describe(number), nearest, [{**hit, "shows": answers.get(hit["row"])} for hit in strip]
+
+    def answer(self, number: int, row: int, *, shows: bool | None) -> None:
+        """Save whether an item shows a concept, or forget the answer if `shows` is None, and settle the concept.
+
+        Raises an `UnknownNameError` if the item is none that is asked about.
+        """
+        _, _, strip = self.concept(number)
+        if row not in {hit["row"] for hit in strip}:
+            raise UnknownNameError(f"unknown item {row}; GET /api/coverage/{number} lists those that are asked about")
+        with self._lock:
+            answers = dict(self._answers.get(self._concepts[number]["name"], {}))
+            if shows is None:
+                answers.pop(row, None)
+            else:
+                answers[row] = shows
+            changed = {**self._answers, self._concepts[number]["name"]: answers}
+            write_answers(self._path, changed, self._index.cache, self._index.card.modality)
+            self._answers = changed
+            self._settle(number)
+
+    def _is_there(self, row: int) -> bool:
+        return 0 <= row < len(self._is_removed) and not self._is_removed[row]
+
+    def _describe(self, number: int) -> dict[str, Any]:
+        concept = self._concepts[number]
+        names = ("count", "low", "high", "best", "certain")
+        parts = [{name: part[name] for name in names} for part in _parts(concept)]
+        high = parts[-1]["high"]
+        return {
+            "number": number,
+            "name": str(concept["name"]),
+            "counts": parts,
+            "threshold": float(concept["threshold"]),
+            "is_gap": high is not None and high < self._least,
+            "num_answers": len(self._answers.get(concept["name"], {})),
+        }
+
+    def _settle(self, number: int) -> None:
+        """Set the counts and the threshold of a concept to those that its answers give, or to those without answers."""
+        concept, answers = self._concepts[number], self._answers.get(self._concepts[number]["name"], {})
+        strip = {hit["row"]: hit["cosine"] for hit in concept["strip"]}
+        asked = [row for row in answers if row in strip]
+        if not asked:
+            concept["threshold"] = float(self._scale.cosines(COUNTED)[number])
+            for part in _parts(concept):
+                told = map(round, part["prior"]) if self._scale.separates[number] else (None, None, None)
+                part |= dict(zip(("count", "low", "high"), told, strict=True))
+            return
+        settled = settle(
+            concept["prior"],
+            self._scale.scores(number, np.array(list(strip.values()))),
+            self._weights,
+            self._scale.scores(number, np.array([strip[row] for row in asked])),
+            [answers[row] for row in asked],
+        )
+        concept["threshold"] = min(float(self._scale.cosines(settled.cut)[number]), concept["nearest"][0]["cosine"])
+        for part, num_items in zip(_parts(concept), self._nums_items, strict=True):
+            ratio = part["prior"][0] / concept["prior"][0]
+            for name in ("count", "low", "high"):
+                part[name] = min(round(ratio * getattr(settled, name)), num_items)
 
 
-def read_coverage(path: Path, index: OpenIndex) -> CoverageData:
-    """Read a report of `embedcache curate coverage --output`, without items that were removed from the cache since.
+def _parts(concept: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the counts of a concept in the pool, and in the selection if there is one."""
+    return [concept, *([concept["selection"]] if "selection" in concept else [])]
+
+
+def read_coverage(path: Path, index: OpenIndex) -> ServedCoverage:
+    """Read a report of `embedcache curate coverage --output`, with the answers that are saved beside it.
 
     Raises:
         PathError: the file does not exist.
@@ -50,36 +169,21 @@ def read_coverage(path: Path, index: OpenIndex) -> CoverageData:
             f"embedcache curate coverage CACHE CONCEPTS --output {quoted(path)}"
         )
     values = read_report_json(path)
-    data, index_digest, modality = construct(
-        path, lambda: (_coverage_data(values), str(values["pool"][INDEX_DIGEST]), str(values["pool"]["modality"]))
-    )
+    pool = construct(path, lambda: {name: str(values["pool"][name]) for name in (INDEX_DIGEST, "modality")})
+    index_digest, modality = pool.values()
     if not index.cache.info.has_rows_of(index_digest):
         raise FingerprintError(f"{path}: expected samples of {index.cache.path}, got other samples; measure it again")
     if modality != index.card.modality:
         raise DataError(
             f"{path}: expected coverage by {noun(index.card.modality)} as in the index, got {noun(modality)}"
         )
-    return _without_removed(data, index)
-
-
-def _without_removed(data: CoverageData, index: OpenIndex) -> CoverageData:
-    """Return coverage without the removed items among the most similar ones; a warning says that counts have them."""
-    rows = {hit["row"] for hits in data.best for hit in hits}
-    gone = rows.intersection(np.flatnonzero(index.cache.removed_items(index.card.modality)).tolist())
-    if not gone:
-        return data
-    warning = (
-        "measured before samples were removed from the cache: the counts include them, the most similar items do not; "
-        "measure it again"
-    )
-    best = [[hit for hit in hits if hit["row"] not in gone] for hits in data.best]
-    return replace(data, best=best, summary={**data.summary, "warnings": [*data.summary["warnings"], warning]})
+    return construct(path, lambda: ServedCoverage(values, index, answers_path(path)))
 
 
 def measure_served_coverage(
     concepts_path: Path | str, index: OpenIndex, progress: Progress, *, settings: CoverageSettings | None = None
-) -> CoverageData:
-    """Measure coverage in the index's space; see `measure_coverage`."""
+) -> ServedCoverage:
+    """Measure coverage in the index's space; see `measure_coverage`. Answers are saved beside the index."""
     report = measure_coverage(
         index.cache.path,
         concepts_path,
@@ -89,36 +193,4 @@ def measure_served_coverage(
         feature=index.card.feature,
         run=index.run_path,
     )
-    return _coverage_data(coverage_json(report))
-
-
-def _coverage_data(values: Mapping[str, Any]) -> CoverageData:
-    least, rule = values["min_count"], "{deviations:g} deviations above each concept's background"
-    if values["threshold"] is not None:
-        rule = "{threshold:g} for all concepts"
-    concepts = [
-        {
-            "number": number,
-            "name": str(concept["name"]),
-            "counts": [int(count) for count in concept["counts"]],
-            "assigned": int(concept["assigned"][0]),
-            "threshold": float(concept["threshold"]),
-            "is_gap": int(concept["counts"][-1]) < least,
-        }
-        for number, concept in enumerate(values["concepts"])
-    ]
-    summary = {
-        "rule": rule.format_map(values),
-        "min_count": int(least),
-        "warnings": values["warnings"],
-        "parts": [
-            {name: part[name] for name in ("name", "items", "covered", "gini")} | {"gaps": len(part["gaps"])}
-            for part in values["parts"]
-        ],
-        "overlaps": values["overlaps"][:20],
-    }
-    best = [
-        [{"row": int(hit["row"]), "cosine": float(hit["cosine"])} for hit in concept["best"]]
-        for concept in values["concepts"]
-    ]
-    return CoverageData(summary=summary, concepts=concepts, best=best)
+    return ServedCoverage(coverage_json(report), index, answers_path(index.path))

@@ -129,15 +129,25 @@ class ServerInfo(BaseModel):
     most_hits: int
 
 
+class ConceptCountOut(BaseModel):
+    """How many items of a part show a concept: an estimate with its interval, null if the scores cannot tell."""
+
+    count: int | None
+    low: int | None
+    high: int | None
+    best: int = Field(description="Items for which it is the most similar concept.")
+    certain: int = Field(description="Those of them that are about as near as its typical best items.")
+
+
 class ConceptOut(BaseModel):
-    """A concept, and the number of items above its threshold."""
+    """A concept, and how many items show it."""
 
     number: int
     name: str
-    counts: list[int] = Field(description="One number per part.")
-    assigned: int = Field(description="Items for which it is the most similar of the concepts that they count for.")
+    counts: list[ConceptCountOut] = Field(description="One per part.")
     threshold: float
     is_gap: bool
+    num_answers: int
 
 
 class PartOut(BaseModel):
@@ -162,20 +172,32 @@ class OverlapOut(BaseModel):
 class CoverageOut(BaseModel):
     """Coverage of the concepts by the items."""
 
-    rule: str
-    min_count: int = Field(description="A concept with fewer items is a gap.")
+    texts: list[str] = Field(description="Texts of the first concept; empty if concepts are examples.")
+    min_count: int = Field(description="A concept is a gap if even its upper bound is lower.")
     warnings: list[str]
     parts: list[PartOut]
     concepts: list[ConceptOut]
     overlaps: list[OverlapOut]
 
 
-class ConceptHits(BaseModel):
-    """The most similar items of a concept, best first."""
+class AskedHit(HitOut):
+    """An item that a person can answer for."""
 
-    name: str
-    threshold: float
+    shows: bool | None = Field(description="Whether it shows the concept; null without an answer.")
+
+
+class ConceptHits(ConceptOut):
+    """A concept with its most similar items, and items of all ranks that a person can answer for, best first."""
+
     hits: list[HitOut]
+    strip: list[AskedHit]
+
+
+class ConceptAnswer(BaseModel):
+    """Whether an item shows a concept; null takes an answer back."""
+
+    row: int
+    shows: bool | None
 
 
 class OpeningOut(BaseModel):

@@ -18,7 +18,7 @@ from embedcache.projectors.saved import read_run_record
 from embedcache.search.hits import Hit
 from embedcache.search.search import OpenIndex
 from embedcache.search.settings import Filter
-from embedcache.serve.coverage import CoverageData, measure_served_coverage, read_coverage
+from embedcache.serve.coverage import ServedCoverage, measure_served_coverage, read_coverage
 from embedcache.serve.maps import ServedMap
 from embedcache.serve.media import ServedItems
 from embedcache.serve.schema import SearchOptions
@@ -49,7 +49,7 @@ class SearchService:
         settings: ServeSettings,
         *,
         selections: Sequence[Path] = (),
-        coverage: CoverageData | None = None,
+        coverage: ServedCoverage | None = None,
         concepts: str | None = None,
     ) -> None:
         self.index, self.settings, self.coverage = index, settings, coverage
@@ -216,15 +216,16 @@ class SearchService:
 
     def concept(self, number: int) -> dict[str, Any]:
         """Return the fields of `ConceptHits` for a concept, or raise an UnknownNameError."""
-        if self.coverage is None or not 0 <= number < len(self.coverage.concepts):
-            raise UnknownNameError(f"unknown concept {number}; GET /api/coverage lists the known ones")
-        concept, best = self.coverage.concepts[number], self.coverage.best[number]
-        num_items = self.index.cache.num_rows(self.index.card.modality)
-        shown_hits = [hit for hit in best if 0 <= hit["row"] < num_items]
-        scores = np.array([hit["cosine"] for hit in shown_hits])
-        rows = np.array([hit["row"] for hit in shown_hits], np.int64)
-        hits = self.hits(self.index.hits.read(scores, rows))
-        return {"name": concept["name"], "threshold": concept["threshold"], "hits": hits}
+        if self.coverage is None:
+            raise UnknownNameError(f"unknown concept {number}; there is no coverage")
+        concept, nearest, strip = self.coverage.concept(number)
+        asked = [{**hit, "shows": one["shows"]} for hit, one in zip(self._read_hits(strip), strip, strict=True)]
+        return {**concept, "hits": self._read_hits(nearest), "strip": asked}
+
+    def _read_hits(self, items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        scores = np.array([item["cosine"] for item in items])
+        rows = np.array([item["row"] for item in items], np.int64)
+        return self.hits(self.index.hits.read(scores, rows))
 
 
 def _public_path(path: str | None) -> str | None:

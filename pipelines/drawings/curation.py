@@ -302,8 +302,7 @@ class Curation:
 
         Unlike the command, which would write nothing, it keeps all if there are no duplicates.
         """
-        settings = DedupSettings(selection=pool, seed=seed, pixels=False)  # as published: by the cosine alone
-        analysis = analyze(self._data.icons.path, settings, progress=open_progress())
+        analysis = analyze(self._data.icons.path, DedupSettings(selection=pool, seed=seed), progress=open_progress())
         assert analysis.near is not None
         cosine = max(step.options["cosine"], analysis.near.limit)
         kept = np.setdiff1d(analysis.samples, analysis.removed(cosine).samples)
@@ -343,7 +342,7 @@ class Curation:
         return rows
 
     def count_concepts(self, rows: Ints) -> dict[str, Any]:
-        """Count what samples cover of the names that the step of coverage counts, as that does.
+        """Count the concepts of the step of coverage of which samples have a near-duplicate as a caption.
 
         Returns:
             Number of concepts with a sample, Gini coefficient of their samples over all concepts, and the number of

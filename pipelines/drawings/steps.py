@@ -133,7 +133,7 @@ class Data:
         """Report what deduplication of the icons at each cosine would remove, with a page."""
 
         def compute() -> Mapping[str, Any]:
-            analysis = analyze(self.icons.path, pixels=False, progress=open_progress())
+            analysis = analyze(self.icons.path, progress=open_progress())
             write_threshold_page(self.folder / "duplicates.html", analysis)
             print_line(f"duplicates: {comparison_line(analysis)}")
             return threshold_json(analysis)
@@ -198,15 +198,16 @@ class Data:
         cut_cache(emoji.path, path, self.folder / "target")
 
     def measure_coverage(self) -> dict[str, Any]:
-        """Count the captions that are near-duplicates of names that many families have, with a page."""
+        """Estimate the captions of each name that many families have, with a page."""
 
         def compute() -> Mapping[str, Any]:
             names = find_concepts(self.icons, self.holdout.min_families)
             extract_source(self._write_prompts("concepts", names), self.folder / "concepts", images=[])
-            settings = CoverageSettings(modality="text", threshold=self.holdout.text_cosine)
+            settings = CoverageSettings(modality="text")
             report = measure_coverage(self.icons.path, self.folder / "concepts", settings, progress=open_progress())
             write_coverage_page(self.folder / "coverage.html", report)
-            print_line(f"coverage: {report.line()}; {len(report.gaps()):,} gaps")
+            num_gaps = len(report.pool_counts.gaps(settings.min_count))
+            print_line(f"coverage: {report.line()}; {num_gaps:,} gaps")
             return coverage_json(report)
 
         return self.step("coverage", asdict(self.holdout), compute)

@@ -93,7 +93,7 @@ def test_commands_report_what_they_did(folder: Path) -> None:
         ("evaluate pairs cache --split key", "pairs"),
         ("search index red", "hits"),
         ("curate index cache index --run run", "factory"),
-        ("curate coverage cache concepts --run run --threshold 0.5", "concepts"),
+        ("curate coverage cache concepts --run run", "concepts"),
         ("curate select cache some.parquet --method random --budget 5 --feature open_toy/cls", "num_selected"),
         ("curate dedup cache --modality image", "levels"),
         ("verify cache", "findings"),
@@ -190,7 +190,7 @@ def test_zero_shot_writes_a_page(folder: Path) -> None:
     succeed("extract", "prompts:classes.txt", "prompts", *TOY[2:], cwd=folder)
     line = "evaluate zero-shot labeled-cache run --prompts prompts --html z.html --output z.json"
     shown = succeed(*line.split(), cwd=folder)
-    assert "all samples: 16 images, 2 classes of 1 prompt" in shown
+    assert "all samples: 16 images, 2 classes of 2 prompts" in shown
     assert "chance" in shown
     assert (folder / "z.html").read_text().count("<svg") == 3
     assert (folder / "z.json").is_file()

@@ -44,7 +44,7 @@ COMMANDS = {
     "extract": ("extract", "copy", "copy", "--image-encoder", "tests.toy:open_other"),
     "two devices": ("extract", "copy", "copy", "--image-encoder", "tests.toy:open_other", "--device", "cpu,cpu"),
     "retry": ("extract", "copy", "copy", "--image-encoder", IMAGE, "--retry-failed"),
-    "coverage": ("curate", "coverage", "copy", "copy", *FEATURE, "--threshold", "0.5", "--html", "out.html"),
+    "coverage": ("curate", "coverage", "copy", "copy", *FEATURE, "--html", "out.html"),
     "dedup": ("curate", "dedup", "copy", *FEATURE, "--html", "out.html"),
     "outliers": ("curate", "outliers", "copy", *FEATURE, "--html", "out.html"),
     "atlas": ("export", "atlas", "copy", "out.parquet", *FEATURE, "--projection", "pca"),

@@ -11,12 +11,13 @@ import pytest
 from embedcache.curate.coverage import CoverageReport, measure_coverage
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import Selection, write_selection
+from embedcache.extract.extract import extract
+from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.removal import apply_removal, finish_removal, start_removal
 from tests.interop.runs import SIDES, train_run
 from tests.search.test_concepts import NAMES, prompt_cache
-
-FIXED: dict[str, Any] = {"threshold": 0.45, "k": 5}
+from tests.toy import TEXT
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +36,27 @@ def half(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, rows = tmp_path_factory.mktemp("half") / "half.parquet", np.arange(0, 300, 2)
     write_selection(path, Cache(cache_path), Selection(rows=rows, reasons=["even"] * 150), {"method": "test"})
     return path
+
+
+@pytest.fixture(scope="session")
+def clear(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with captions, concepts, and a selection of every second caption. Not to be changed.
+
+    The first 50 of 600 captions are of zebras, 10 of yaks and the others random words; the third concept has none.
+    """
+    folder, rng = tmp_path_factory.mktemp("clear"), np.random.default_rng(0)
+    others = rng.integers(0, 500, (600, 5))
+    words = [["zebra"] * 5, *[["zebra"] * 4 + ["and"]] * 49, *[["yak"] * 4 + ["and"]] * 10]
+    captions = [" ".join(chosen) for chosen in words] + [" ".join(f"w{word}" for word in row) for row in others[60:]]
+    (folder / "captions.txt").write_text("\n".join(captions))
+    (folder / "names.txt").write_text("zebra\nyak\ngnu")
+    (folder / "templates.txt").write_text("{c}")
+    extract(open_source(folder / "captions.txt"), folder / "cache", text_encoder=[TEXT])
+    prompts = open_source(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}")
+    extract(prompts, folder / "concepts", text_encoder=[TEXT])
+    selection = Selection(rows=np.arange(0, 600, 2), reasons=["even"] * 300)
+    write_selection(folder / "half.parquet", Cache(folder / "cache"), selection, {"method": "test"})
+    return folder
 
 
 def of_texts(cache_path: Path, prompts: Path, **options: Any) -> CoverageReport:

@@ -273,18 +273,18 @@ def test_prompts_need_a_run(made: Made, concepts: Path, tmp_path: Path) -> None:
 
 
 def test_coverage_by_examples(made: Made, tmp_path: Path) -> None:
-    options = ("--modality", made.case.modality, "--deviations", 0.5, "-k", 2, "--json")
+    options = ("--modality", made.case.modality, "-k", 2, "--json")
     record = json.loads(succeed("curate", "coverage", made.train, made.test, *options, cwd=tmp_path))
     assert record["pool"]["feature"] == made.feature
     assert [(concept["name"], concept["examples"]) for concept in record["concepts"]] == [("high", 2), ("low", 2)]
-    best = {found["key"] for found in record["concepts"][1]["best"]}
+    best = {found["key"] for found in record["concepts"][1]["nearest"]}
     assert best <= {f"{number:02d}" for number in (*range(9), 18, 19)}
 
 
 @pytest.mark.slow
 @of_sounds
 def test_coverage_of_both_modalities_of_a_run(made: Made, run: Path, concepts: Path, tmp_path: Path) -> None:
-    options = ("--run", run, "--modality", "both", "--threshold", -0.99, "-k", 2, "--html", "page.html")
+    options = ("--run", run, "--modality", "both", "-k", 2, "--html", "page.html")
     printed = succeed("curate", "coverage", made.train, concepts, *options, cwd=tmp_path)
     assert "20 recordings, open_media/mean projected by run" in printed
     assert "20 texts, open_toy/mean projected by run" in printed

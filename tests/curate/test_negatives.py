@@ -102,9 +102,13 @@ def test_an_exact_index_finds_the_same(cache_path: Path, run_path: Path, mined: 
     one, other = (pq.read_table(path)["scores"].to_pylist() for path in (mined, tmp_path / "negatives.parquet"))
     for expected, found in zip(one, other, strict=True):
         np.testing.assert_allclose(found, expected[: len(found)], atol=1e-5)
-    build_index(cache_path, tmp_path / "images", IndexSettings(run=run_path))
-    with pytest.raises(FingerprintError, match="modality: stored 'image', requested 'text'"):
-        mine_negatives(cache_path, tmp_path / "x.parquet", replace(settings, index=tmp_path / "images"))
+    for name, options, message in (
+        ("images", {}, "modality: stored 'image', requested 'text'"),
+        ("small", {"modality": "text", "width": 3}, r"width: stored 3, requested \d+"),
+    ):
+        build_index(cache_path, tmp_path / name, run=run_path, **options)
+        with pytest.raises(FingerprintError, match=message):
+            mine_negatives(cache_path, tmp_path / "x.parquet", replace(settings, index=tmp_path / name))
 
 
 def test_without_a_run_items_are_compared_with_their_own_modality(cache_path: Path, tmp_path: Path) -> None:

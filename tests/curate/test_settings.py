@@ -20,8 +20,6 @@ from tests.declared import declared_numbers
 def test_numbers_are_declared_as_documented() -> None:
     assert declared_numbers("embedcache.curate.settings") == {
         "CoverageSettings": [
-            "threshold None [-1, 1)",
-            "deviations 4.0 (0, inf)",
             "k 10 [1, inf)",
             "min_count 20 [1, inf)",
         ],
@@ -84,18 +82,12 @@ RUN, HEAD = Path("run"), Path("head.npy")
     [
         (
             CoverageSettings,
-            {"modality": "text", "index": "i"},
-            {"modality": "both", "index": "i"},
+            {"modality": "text", "answers": "a.json"},
+            {"modality": "both", "answers": "a.json"},
             "modality: expected",
         ),
         (CoverageSettings, {"modality": "both"}, {"modality": "both", "feature": "f"}, "modality: expected"),
         (CoverageSettings, {"modality": "text", "language": "en"}, {"language": "en"}, "got images, which have none"),
-        (
-            CoverageSettings,
-            {"modality": "both", "language": "en"},
-            {"modality": "text", "language": "en", "index": "i"},
-            "got an index, which finds",
-        ),
         (DedupSettings, {"copies_only": True}, {"copies_only": True, "cosine": 0.9}, "expected --cosine or --copies"),
         (DedupSettings, {"cosine": 0.9}, {"copies_only": True, "cosine": 1.0}, "got both"),
         (

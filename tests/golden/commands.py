@@ -72,7 +72,6 @@ SELECTIONS = {
     "k-centre": "--budget 12 --modality image --feature open_toy/cls",
     "metaclip": "--concepts concepts --feature open_toy/mean --modality text --threshold 0.4 --head 6",
 }
-COVERAGES = {"calibrated": "--deviations 1.5 --min-count 6", "one threshold": "--threshold 0.3 -k 3"}
 SWEEP = (
     "--image-feature open_toy/cls --text-feature open_toy/mean --sampler random --seeds-per-config 2 --top-configs 1"
 )
@@ -197,10 +196,9 @@ def measure(out: Path) -> Iterator[tuple[str, Any]]:
     options = f"--prompts concepts --part all --output {path} --overwrite"
     embedcache("evaluate", "zero-shot", "cache", "run", options)
     yield "zero-shot", read_json(path)
-    for name, thresholds in COVERAGES.items():
-        of_run = "--run run --selection selection.parquet"
-        embedcache("curate", "coverage", "cache", "concepts", f"{of_run} {thresholds} --output {path} --overwrite")
-        yield f"coverage, {name}", read_json(path)
+    options = f"--run run --selection selection.parquet --min-count 6 -k 3 --output {path} --overwrite"
+    embedcache("curate", "coverage", "cache", "concepts", options)
+    yield "coverage", read_json(path)
     yield "search by text", search("index", *QUERIES, "-k", "5")
     yield "search by key", search("index", "--query-key 00002", "-k", "5")
     yield "search in a selection", search("index", *QUERIES, "-k", "5", "--selection selection.parquet")

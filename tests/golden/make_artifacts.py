@@ -23,7 +23,7 @@ folder as its `tests/golden`, install the extras `cpu`, `demo`, `sweep` and `wor
 | `clean.parquet` | written by `curate leaks` |
 | `losses/` | per recipe: `losses.jsonl`, `split.parquet`, and `config.json` without the digest of the weights |
 | `projectors.json` | names, shapes and L2 norms of the tensors of every projector |
-| `figures.json` | output of evaluation, coverage, search, deduplication, leak detection and selection |
+| `figures.json` | output of evaluation, search, deduplication, leak detection and selection; coverage by later code |
 | `figures-amd.json` | those of its results that are others on an AMD EPYC, where near-ties fall the other way |
 | `vectors.json` | vectors of three texts and two images from the model in `run/`, and their similarities |
 | `digests.json` | sample digests and fingerprints of the caches, and fingerprints of real encoders |

@@ -238,12 +238,6 @@ def test_figures_are_unchanged() -> None:
     results, golden = dict(commands.measure(Path("out"))), read_json(ARTIFACTS / "figures.json")
     if results["retrieval test"]["metrics"] != golden["retrieval test"]["metrics"]:
         golden.update(read_json(ARTIFACTS / "figures-amd.json"))
-    for name in commands.COVERAGES:  # the words of warnings may change
-        for record in (results[f"coverage, {name}"], golden[f"coverage, {name}"]):
-            record["warnings"] = len(record["warnings"])
-            record.pop("covered_by_chance", None)
-            for concept in record["concepts"]:  # two images are equal, and the last bits of their cosines may differ
-                concept["best"].sort(key=lambda hit: (-hit["cosine"], hit["row"]))
     for name in ("retrieval test", "retrieval all"):  # equal captions stay together in chance
         for record in (results[name], golden[name]):
             record["details"].pop("chance")

@@ -9,11 +9,12 @@ import pytest
 from scipy.stats import spearmanr
 
 from embedcache.arrays import Floats, normalize
-from embedcache.curate.coverage import measure_coverage
-from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
+from embedcache.metrics.classification import gini
 from embedcache.projectors.saved import read_config
+from embedcache.search.concepts import open_concepts
+from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 from embedcache.train.recipes import TrainingLength
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER
@@ -260,19 +261,16 @@ def test_curation_selects_equal_numbers_of_training_pairs(
     assert values["rare-first"]["40"]["num_filled"] == 0
 
 
-def test_curation_covers_concepts_as_coverage_counts_them(
+def test_curation_covers_concepts_by_near_duplicates_of_their_names(
     data: Data, make_curation: Callable[[], dict[str, Any]]
 ) -> None:
     found = make_curation()["selections"]["rare-first"]["40"]
     path = data.folder / "curation" / "rare-first" / "seed0" / "40-pairs.parquet"
-    counted = measure_coverage(
-        data.icons.path,
-        data.folder / "concepts",
-        CoverageSettings(modality="text", threshold=HOLDOUT.text_cosine, selection=path),
-    ).selection_counts
-    assert counted is not None
-    assert (found["concepts"], found["matched"]) == ((counted.counts > 0).sum(), counted.num_covered)
-    assert found["gini"] == pytest.approx(counted.gini, abs=1e-4)
+    concepts = open_concepts(Cache(data.folder / "concepts"), Vectors(data.icons.path, "text")).vectors
+    texts = unit_vectors(data.icons, "text")[read_selection(path, [data.icons])]
+    is_near = texts @ concepts.T > HOLDOUT.text_cosine
+    assert (found["concepts"], found["matched"]) == (is_near.any(axis=0).sum(), is_near.any(axis=1).sum())
+    assert found["gini"] == pytest.approx(gini(is_near.sum(axis=0)), abs=1e-4)
 
 
 def test_curation_is_compared_with_the_mean_of_random_draws(

@@ -76,6 +76,7 @@ def test_prompts_are_averaged(cache_path: Path, prompts: Path) -> None:
         "run": None,
         "run_weights": None,
         "of": "prompts",
+        "texts": [template.replace("{c}", NAMES[0]) for template in TEMPLATES],
     }
 
 

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.map import build_map
-from embedcache.curate.settings import CoverageSettings, MapSettings
+from embedcache.curate.settings import MapSettings
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.provenance import write_json
@@ -61,8 +61,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = {"red": ["red bar left on white"], "sky": ["blue bar top on white"]}
     (root / "concepts.json").write_text(json.dumps(prompts))
     extract(open_source(f"prompts:{root / 'concepts.json'}"), root / "concepts", text_encoder=[TEXT])
-    settings = CoverageSettings(run=root / "run", threshold=0.5, k=24)
-    report = measure_coverage(root / "cache", root / "concepts", settings)
+    report = measure_coverage(root / "cache", root / "concepts", run=root / "run", k=24)
     write_json(root / "coverage.json", coverage_json(report))
     key = open_source(root / "photos").samples()
     (root / "few.txt").write_text("".join(f"{sample.key}\n" for sample, _ in zip(key, range(7), strict=False)))

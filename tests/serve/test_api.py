@@ -17,12 +17,13 @@ from starlette.testclient import TestClient
 
 from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.map import compute_map, read_map
-from embedcache.curate.settings import CoverageSettings, MapSettings
+from embedcache.curate.settings import MapSettings
 from embedcache.derive.derive import Derivation, derive
 from embedcache.errors import CorruptError, DataError, FingerprintError, MissingExtraError, PathError, SettingError
 from embedcache.maintain.remove import remove_samples
 from embedcache.progress import NullProgress
-from embedcache.search.concepts import open_concepts
+from embedcache.provenance import write_json
+from embedcache.reports.coverage import coverage_json
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
@@ -182,16 +183,82 @@ def test_info_counts_no_removed_items(root: Path, tmp_path: Path) -> None:
 
 
 def test_coverage_equals_command(client: TestClient, root: Path) -> None:
-    settings = CoverageSettings(run=root / "run", threshold=0.5, k=24)
-    report = measure_coverage(root / "cache", root / "concepts", settings)
-    found = client.get("/api/coverage").json()
-    assert [concept["counts"] for concept in found["concepts"]] == [
-        [count] for count in report.pool_counts.counts.tolist()
-    ]
+    report = measure_coverage(root / "cache", root / "concepts", run=root / "run", k=24)
+    told = coverage_json(report)["concepts"]
+    for number, concept in enumerate(client.get("/api/coverage").json()["concepts"]):
+        names = ("count", "low", "high", "best", "certain")
+        assert concept["counts"] == [{name: told[number][name] for name in names}]
+        assert concept["threshold"] == pytest.approx(told[number]["threshold"], abs=1e-4)
     sky = client.get("/api/coverage/1").json()
     assert sky["name"] == "sky"
     assert [hit["row"] for hit in sky["hits"]] == report.rows[1].tolist()
+    assert [hit["row"] for hit in sky["strip"]] == report.strip_rows[1].tolist()
+    assert {hit["shows"] for hit in sky["strip"]} == {None}
     assert client.get("/api/coverage/2").status_code == 404
+
+
+@pytest.fixture
+def report_path(root: Path, tmp_path: Path) -> Path:
+    """A report by plain examples with a selection of seven items, beside which answers can be saved."""
+    options = {"label": "folder", "feature": "open_toy/cls", "selection": root / "few.txt", "k": 5}
+    report = measure_coverage(root / "cache", root / "cache", **options)
+    write_json(tmp_path / "coverage.json", coverage_json(report))
+    return tmp_path / "coverage.json"
+
+
+def answer_all(client: TestClient, number: int, shows: bool | None) -> dict[str, Any]:
+    for hit in client.get(f"/api/coverage/{number}").json()["strip"]:
+        answer = client.post(f"/api/coverage/{number}/answer", json={"row": hit["row"], "shows": shows})
+        assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def test_answers_settle_a_concept_and_are_saved(root: Path, report_path: Path) -> None:
+    with visit(start(index=root / "plain", coverage=report_path)) as client:
+        before = client.get("/api/coverage").json()["concepts"]
+        few, many = answer_all(client, 0, shows=False), answer_all(client, 0, shows=True)
+        assert few["num_answers"] == many["num_answers"] == len(many["strip"]) == 24
+        for least, most, num_items in zip(few["counts"], many["counts"], (80, 7), strict=True):
+            assert least["count"] < most["count"] <= num_items
+            assert most["low"] <= most["count"] <= most["high"] <= num_items
+        assert few["threshold"] > many["threshold"]
+        after = client.get("/api/coverage").json()["concepts"]
+        assert after[1:] == before[1:]
+        assert after[0]["counts"] == many["counts"]
+    with visit(start(index=root / "plain", coverage=report_path)) as client:
+        assert client.get("/api/coverage/0").json() == many
+        assert answer_all(client, 0, shows=None)["counts"] == before[0]["counts"]
+        assert client.get("/api/coverage").json()["concepts"] == before
+
+
+def test_answers_of_a_report_can_be_taken_back(root: Path, report_path: Path, tmp_path: Path) -> None:
+    with visit(start(index=root / "plain", coverage=report_path)) as client:
+        before = client.get("/api/coverage").json()["concepts"]
+        settled = answer_all(client, 0, shows=False)
+    options = {"label": "folder", "feature": "open_toy/cls", "selection": root / "few.txt", "k": 5}
+    report = measure_coverage(root / "cache", root / "cache", **options, answers=tmp_path / "coverage.answers.json")
+    told = coverage_json(report)
+    write_json(tmp_path / "settled.json", told)
+    for part, found in zip((told["concepts"][0], told["concepts"][0]["selection"]), settled["counts"], strict=True):
+        assert {name: part[name] for name in found} == pytest.approx(found, abs=1)
+    for _ in range(2):
+        with visit(start(index=root / "plain", coverage=tmp_path / "settled.json")) as client:
+            assert client.get("/api/coverage/0").json()["counts"] == settled["counts"]
+    with visit(start(index=root / "plain", coverage=tmp_path / "settled.json")) as client:
+        answer_all(client, 0, shows=None)
+    with visit(start(index=root / "plain", coverage=tmp_path / "settled.json")) as client:
+        assert client.get("/api/coverage").json()["concepts"] == before
+
+
+def test_unknown_items_and_concepts_cannot_be_answered_for(root: Path, report_path: Path) -> None:
+    with visit(start(index=root / "plain", coverage=report_path)) as client:
+        asked = {hit["row"] for hit in client.get("/api/coverage/0").json()["strip"]}
+        other = next(row for row in range(80) if row not in asked)
+        for number, row in ((0, other), (0, 80), (0, -1), (4, 0)):
+            answer = client.post(f"/api/coverage/{number}/answer", json={"row": row, "shows": True})
+            assert answer.status_code == 404
+    assert not report_path.with_name("coverage.answers.json").exists()
 
 
 def test_report_of_coverage_names_no_removed_items(root: Path, served: SearchService, tmp_path: Path) -> None:
@@ -205,12 +272,11 @@ def test_report_of_coverage_names_no_removed_items(root: Path, served: SearchSer
 
 
 def test_measured_coverage_equals_report(root: Path, served: SearchService) -> None:
-    settings = CoverageSettings(threshold=0.5, k=24)
-    assert (
-        measure_served_coverage(root / "concepts", served.index, NullProgress(), settings=settings) == served.coverage
-    )
-    with pytest.raises(DataError, match="none of 80 images .* is above the threshold"):
-        start(index=root / "index", concepts=str(root / "concepts"))
+    found = measure_served_coverage(root / "concepts", served.index, NullProgress())
+    assert served.coverage is not None
+    assert found.summary == served.coverage.summary
+    for one, other in zip(found.concepts(), served.coverage.concepts(), strict=True):
+        assert one == {**other, "threshold": pytest.approx(other["threshold"], abs=1e-5)}
 
 
 def test_foreign_coverage_raises(root: Path, cache_path: Path, tmp_path: Path) -> None:
@@ -284,13 +350,10 @@ def test_map_in_ten_bytes_per_item(client: TestClient, root: Path) -> None:
 def test_clusters_are_named_by_concepts(root: Path) -> None:
     index = OpenIndex(root / "index")
     named = compute_map(index, MapSettings(projection="pca", concepts=root / "concepts"))
-    concepts = open_concepts(Cache(root / "concepts"), index.query_encoder.indexed)
-    for cluster in named.clusters:
-        center = index.query_encoder.indexed.read(np.array(cluster.nearest)).mean(axis=0)
-        assert cluster.name == concepts.names[int((concepts.vectors @ center).argmax())]
+    assert {cluster.name for cluster in named.clusters} <= {"red", "sky", ""}
     by_folder = OpenIndex(root / "plain", label="folder")  # examples are labeled in the column that the page filters by
     found = compute_map(by_folder, MapSettings(projection="pca", concepts=root / "cache"))
-    assert {cluster.name for cluster in found.clusters} <= {"train/cat", "train/dog", "val/cat", "val/dog"}
+    assert {cluster.name for cluster in found.clusters} <= {"train/cat", "train/dog", "val/cat", "val/dog", ""}
 
 
 @pytest.mark.slow
@@ -429,6 +492,7 @@ def test_openapi_lists_every_operation(client: TestClient) -> None:
         "/api/images/{row}/full", "/api/recordings/{row}/thumbnail", "/api/recordings/{row}/full",
         "/api/recordings/{row}/play", "/api/videos/{row}/thumbnail", "/api/videos/{row}/full",
         "/api/videos/{row}/play", "/api/info", "/api/cards", "/api/coverage", "/api/coverage/{number}",
+        "/api/coverage/{number}/answer",
         "/api/opening", "/api/map", "/api/map/points", "/api/map/{number}",
     }  # fmt: skip
     assert "image/*" in operations["/api/search/image"]["post"]["requestBody"]["content"]

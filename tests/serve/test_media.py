@@ -246,6 +246,6 @@ def test_coverage_by_recordings(media: Path, served: SearchService, tmp_path: Pa
     shutil.copy(media / "files" / "tone.flac", tmp_path / "tone.flac")
     (tmp_path / "examples.csv").write_text("key,audio,kind\na,tone.flac,tones\n")
     extract(open_source(tmp_path / "examples.csv"), tmp_path / "examples", encoder={"audio": [MEDIA]})
-    settings = CoverageSettings(threshold=0.5, k=2, label="kind")
+    settings = CoverageSettings(k=2, label="kind")
     found = measure_served_coverage(tmp_path / "examples", served.index, NullProgress(), settings=settings)
-    assert [(concept["name"], concept["counts"]) for concept in found.concepts] == [("tones", [2])]
+    assert [(concept["name"], concept["counts"][0]["best"]) for concept in found.concepts()] == [("tones", 2)]

@@ -42,8 +42,10 @@ TEXT = "red bar left on white"
 def address(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server started from the command line, in a process of its own."""
     command = ["serve", str(root / "index"), "--port", "0", "--trust"]
-    command += ["--coverage", str(root / "coverage.json"), "--selection", str(root / "few.txt")]
-    pipe = tmp_path_factory.mktemp("served") / "printed"
+    folder = tmp_path_factory.mktemp("served")
+    coverage = shutil.copy(root / "coverage.json", folder / "coverage.json")
+    command += ["--coverage", str(coverage), "--selection", str(root / "few.txt")]
+    pipe = folder / "printed"
     os.mkfifo(pipe)
     server = start(command, output=pipe)
     with pipe.open() as printed:
@@ -238,6 +240,13 @@ def test_coverage_view(page: Browsing) -> None:
     found = page.page.evaluate("fetch('/api/coverage/1').then(answer => answer.json())")
     rows = page.page.eval_on_selector_all(".gallery .hit", "all => all.map(one => Number(one.dataset.row))")
     assert rows == [hit["row"] for hit in found["hits"]]
+    page.wait_for("#coverage .gallery [role=status]", "cannot tell items; best concept of")
+    page.page.click(".gallery summary")
+    page.page.click(".strip li:first-child button:has-text('yes')")
+    page.wait_for("#coverage .gallery [role=status]", "] items; best concept of")
+    page.wait_for(".gallery summary", "1 of 24 answered")
+    page.page.click(".strip li:first-child button:has-text('yes')")
+    page.wait_for("#coverage .gallery [role=status]", "cannot tell items")
     page.page.click("text=Search for this concept")
     page.wait_for("#status", "results")
     assert page.page.input_value("#query") == "sky"

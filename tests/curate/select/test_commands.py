@@ -79,7 +79,7 @@ def test_feature_need_not_be_named(command: Command, tmp_path: Path) -> None:
     assert err.startswith(
         "open_toy/mean is used: of the text features of cache, concepts has no other one to compare with\n"
     )
-    code, out, err = command("coverage cache concepts --modality text --threshold 0.4")
+    code, out, err = command("coverage cache concepts --modality text")
     assert code == 0, err
     assert "open_toy/mean is used" in err
 
