@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Floats, Ints, blocks
+from embedcache.curate.counting import estimate_background
 from embedcache.curate.select.cluster_methods import draw_balanced, find_centroids
 from embedcache.curate.settings import MapSettings
 from embedcache.derive.rules import principal_components
@@ -47,7 +48,9 @@ _NUM_ANCHORS = 5
 _NEAREST = 24
 _BLOCK = 4096
 _MAX_QUESTION = 80
+_NAMED_SHARE = 1 / 3  # of the items of a cluster
 _WORD = re.compile(r"[^\W\d_]{2,}")
+_FUNCTION_WORDS = frozenset(["an", "and", "at", "for", "from", "in", "is", "of", "on", "or", "the", "to", "with"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,8 @@ class Cluster:
     """A cluster of similar items.
 
     Args:
-        name: the nearest concept, or what distinguishes its captions from those of other clusters.
+        name: the concept that most of its items have, or what distinguishes its captions from those of other clusters;
+            empty if too few have any.
         size: number of items on the map.
         x: median position.
         y: median position.
@@ -146,10 +150,13 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
         progress.note(f"fitting UMAP to {len(fitted_FP):,} {noun(vectors.modality)}")
     place = _fit(fitted_FP, projection, seed=settings.seed)
     points_N2, clusters_N, cosines_N = _place_items(vectors, rows_N, place, centroids_CP, progress)
-    clusters_N, kept_C = _largest_first(clusters_N, num_clusters)
-    nearest = [_nearest(rows_N, cosines_N, clusters_N == number) for number in range(len(kept_C))]
+    clusters_N = _largest_first(clusters_N, num_clusters)
+    nearest = [_nearest(rows_N, cosines_N, clusters_N == number) for number in range(clusters_N.max() + 1)]
     hits = [index.hits.read(np.zeros(len(rows), np.float32), rows) for rows in nearest]
-    names = name_clusters(hits) if named is None else _nearest_names(named, centroids_CP[kept_C])
+    if named is None:
+        names = name_clusters(hits)
+    else:
+        names = _name_by_concepts(named, _find_concepts(named, vectors, rows_N, fitted_FP), clusters_N)
     return IndexMap(
         rows=rows_N,
         points=points_N2,
@@ -255,13 +262,13 @@ def _is_valid(found: IndexMap, index: OpenIndex) -> bool:
     )
 
 
-def _largest_first(clusters_N: Ints, num_clusters: int) -> tuple[Ints, Ints]:
-    """Number the clusters by size, without empty ones; return the new numbers (N,), and the old ones in order."""
+def _largest_first(clusters_N: Ints, num_clusters: int) -> Ints:
+    """Number the clusters by size, without empty ones: (N,)."""
     sizes_C = np.bincount(clusters_N, minlength=num_clusters)
     order = np.argsort(-sizes_C, kind="stable")[: np.count_nonzero(sizes_C)]
     numbers_C = np.zeros(num_clusters, np.int64)
     numbers_C[order] = np.arange(len(order))
-    return numbers_C[clusters_N], order
+    return numbers_C[clusters_N]
 
 
 def _nearest(rows_N: Ints, cosines_N: Floats, is_inside_N: Any) -> Ints:
@@ -356,8 +363,26 @@ def _to_unit_square(points_N2: Floats) -> Floats:
     return unit_N2
 
 
-def _nearest_names(concepts: Concepts, centroids_CP: Floats) -> list[str]:
-    return [concepts.names[row] for row in find_closest(centroids_CP, [concepts.vectors]).rows.tolist()]
+def _find_concepts(concepts: Concepts, vectors: Vectors, rows_N: Ints, fitted_FP: Floats) -> Ints:
+    """Return the number of the best concept of each item, as far as it is above its threshold, else -1: (N,)."""
+    background = estimate_background(concepts.vectors, fitted_FP, 1)
+    thresholds_C = np.where(background.scale.separates, background.thresholds, np.inf)
+    found = []
+    for block in blocks(len(rows_N), _BLOCK):
+        closest = find_closest(vectors.read(rows_N[block]), [concepts.vectors])
+        found.append(np.where(closest.sims > thresholds_C[closest.rows], closest.rows, -1))
+    return np.concatenate(found)
+
+
+def _name_by_concepts(concepts: Concepts, concepts_N: Ints, clusters_N: Ints) -> list[str]:
+    """Return the concept that most items of each cluster have; empty if less than a third of them have it."""
+    names = []
+    for number in range(clusters_N.max() + 1):
+        inside = concepts_N[clusters_N == number]
+        counts_C = np.bincount(inside[inside >= 0], minlength=len(concepts.names))
+        most = int(counts_C.argmax())
+        names.append(concepts.names[most] if counts_C[most] >= _NAMED_SHARE * len(inside) else "")
+    return names
 
 
 def name_clusters(hits: Sequence[Sequence[Hit]]) -> list[str]:
@@ -387,7 +412,7 @@ def name_clusters(hits: Sequence[Sequence[Hit]]) -> list[str]:
 def _words(hit: Hit) -> set[str]:
     """Return the words of an item's first caption, or its label."""
     if hit.captions:
-        return set(_WORD.findall(hit.captions[0].lower()))
+        return set(_WORD.findall(hit.captions[0].lower())) - _FUNCTION_WORDS
     return {hit.label} if hit.label else set()
 
 

@@ -33,7 +33,6 @@ from embedcache.search.index import build_index
 from embedcache.search.search import OpenIndex
 from embedcache.search.settings import IndexSettings
 from tests.recorded import RecordedProgress
-from tests.search.test_concepts import NAMES, labeled_cache
 
 PCA = MapSettings(projection="pca")
 
@@ -166,12 +165,22 @@ def test_umap_is_announced(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) ->
     assert progress.notes == []
 
 
-def test_clusters_are_named_by_the_nearest_concept(index: OpenIndex, tmp_path: Path) -> None:
+def test_clusters_are_named_by_the_concept_of_a_third_of_their_items() -> None:
     concepts = Concepts(names=["x", "y", "z"], vectors=np.eye(3, dtype=np.float32), counts=np.ones(3, int), source={})
-    centroids = np.array([[0.1, 0.9, 0.2], [0.7, 0.6, 0], [0.2, 0.3, 0.9]], np.float32)
-    assert map_module._nearest_names(concepts, centroids) == ["y", "x", "z"]
-    built = compute_map(index, MapSettings(projection="pca", max_items=60, concepts=labeled_cache(tmp_path, 30)))
-    assert {cluster.name for cluster in built.clusters} <= set(NAMES)
+    concepts_N = np.array([1, -1, -1, 0, -1, -1, -1, 2, 2, 0, 0, -1, -1, -1])
+    clusters_N = np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3])
+    assert map_module._name_by_concepts(concepts, concepts_N, clusters_N) == ["y", "", "x", ""]
+
+
+def test_clusters_without_items_of_a_concept_have_no_name(clear: Path, tmp_path: Path) -> None:
+    """Check that only the cluster of the zebras has a name, though some concept is the nearest to each."""
+    build_index(clear / "cache", tmp_path / "index", IndexSettings(modality="text"))
+    settings = MapSettings(projection="pca", concepts=clear / "concepts")
+    clusters = compute_map(OpenIndex(tmp_path / "index"), settings).clusters
+    names = {cluster.name: cluster for cluster in clusters if cluster.name}
+    assert len(clusters) > 4
+    assert set(names) <= {"zebra", "yak"}
+    assert min(names["zebra"].nearest) < 50
 
 
 def test_sizes_are_as_documented() -> None:
@@ -186,7 +195,7 @@ def test_sizes_are_as_documented() -> None:
 def test_names_are_what_distinguishes() -> None:
     dogs, cats = [hit("a dog on the grass"), hit("the dog")], [hit("a cat on the sofa"), hit("the cat")]
     assert name_clusters([dogs, cats]) == ["dog", "cat"]
-    assert name_clusters([[hit("")], dogs]) == ["group 1", "dog, the"]
+    assert name_clusters([[hit("")], dogs]) == ["group 1", "dog"]
 
 
 def test_names_are_by_the_fraction_of_captions() -> None:
@@ -213,8 +222,7 @@ def test_questions_are_the_shortest_captions_of_the_nearest() -> None:
 
 
 def test_clusters_are_numbered_by_size() -> None:
-    numbers, order = map_module._largest_first(np.array([3, 1, 1, 3, 0, 1]), 5)
-    assert (numbers.tolist(), order.tolist()) == ([1, 0, 0, 1, 2, 0], [1, 3, 0])
+    assert map_module._largest_first(np.array([3, 1, 1, 3, 0, 1]), 5).tolist() == [1, 0, 0, 1, 2, 0]
     inside = np.array([True, False, True, True])
     rows, cosines = np.array([5, 6, 7, 8]), np.array([0.1, 0.9, 0.3, 0.3])
     assert map_module._nearest(rows, cosines, inside).tolist() == [7, 8, 5]

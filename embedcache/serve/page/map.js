@@ -11,6 +11,9 @@ const MAX_WITH_IMAGES = 3000; // visible points below which images are shown
 const FEW = 150; // as MAX_WITH_IMAGES, where the map is not zoomed
 const MAX_IMAGES = 300; // kept
 const NEAR_PX = 14;
+
+const nameOf = (cluster) => cluster.name || "no name";
+
 const HUES = [211, 28, 142, 350, 265, 190, 52, 320, 95, 12, 235, 165];
 
 export class MapView {
@@ -96,8 +99,8 @@ export class MapView {
     const swatch = element("span", { class: "swatch" });
     swatch.style.background = this.color(number);
     return element("li", {}, element("button", {
-      type: "button", "aria-pressed": "false", "aria-label": `${cluster.name}: ${count(cluster.size)} items`, onclick: () => this.select(number),
-    }, swatch, element("span", { class: "name" }, cluster.name), element("span", { class: "count number" }, count(cluster.size))));
+      type: "button", "aria-pressed": "false", "aria-label": `${nameOf(cluster)}: ${count(cluster.size)} items`, onclick: () => this.select(number),
+    }, swatch, element("span", { class: "name" }, nameOf(cluster)), element("span", { class: "count number" }, count(cluster.size))));
   }
 
   color(cluster) {
@@ -123,11 +126,11 @@ export class MapView {
       return;
     }
     const { name, hits } = found;
-    const grid = element("ul", { class: "grid", "aria-label": `Items in the middle of ${name}` });
+    const grid = element("ul", { class: "grid", "aria-label": `Items in the middle of ${nameOf(cluster)}` });
     new Grid(grid, this.index, this.search).show(hits);
-    const asks = this.index.info.takes.includes("text")
+    const asks = name !== "" && this.index.info.takes.includes("text")
       ? element("button", { type: "button", onclick: () => this.search.searchText(name) }, `Search for “${name}”`) : null;
-    this.gallery.replaceChildren(element("div", { class: "tools" }, element("h2", {}, name), asks), grid);
+    this.gallery.replaceChildren(element("div", { class: "tools" }, element("h2", {}, nameOf(cluster)), asks), grid);
   }
 
   // Where things are: the view's center is in the middle of the canvas; at zoom 1 all points are visible.
@@ -253,6 +256,7 @@ export class MapView {
     pen.lineJoin = "round";
     pen.lineWidth = 4;
     for (const [number, cluster] of this.map.clusters.entries()) {
+      if (!cluster.name) continue;
       if (this.selected !== null && this.selected !== number) continue;
       const [x, y] = this.toScreen(cluster.x, cluster.y);
       const half = pen.measureText(cluster.name).width / 2;
@@ -326,7 +330,7 @@ export class MapView {
           if (this.points.xs[i] >= left && this.points.xs[i] <= right && this.points.ys[i] >= top && this.points.ys[i] <= bottom)
             sizes.set(this.points.clusters[i], (sizes.get(this.points.clusters[i]) ?? 0) + 1);
       const total = [...sizes.values()].reduce((sum, size) => sum + size, 0);
-      const names = [...sizes].sort((a, b) => b[1] - a[1]).slice(0, 3).map(([number]) => this.map.clusters[number].name);
+      const names = [...sizes].sort((a, b) => b[1] - a[1]).slice(0, 3).map(([number]) => nameOf(this.map.clusters[number]));
       this.where.textContent = total ? `${count(total)} of ${count(this.points.size)} visible, most of them: ${names.join("; ")}` : "Nothing is here.";
     }, 250);
   }
