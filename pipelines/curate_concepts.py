@@ -25,26 +25,28 @@ from pipelines.comparison import Method, write_comparison
 from pipelines.noisy_openmoji import CLOSED_FORM, NOTES, count_english, make_caches, split_pool
 
 SEEDS, BUDGETS, PAGE = (0, 1, 2, 3, 4), (300, 600, 1200), Path("docs/benchmarks/curation.md")
-BY_CONCEPTS, ENGLISH = ("top-score", "rare-first", "metaclip"), "random of the English"
+BY_CONCEPTS, ENGLISH = ("top-score", "rare-first", "metaclip", "assigned"), "random of the English"
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("random", "top-score", "clip-score", "rare-first", "k-center", ENGLISH)},
     "metaclip": {"threshold": 0.4},
     "hierarchical": {"clusters": (100, 10)},
+    "assigned": {},
 }
 
 
 def select_pairs(workdir: Path, name: str, budget: int, seed: int) -> None:
     """Select pairs from the training part of one split."""
-    method, folder = ("random" if name == ENGLISH else name), workdir / f"cut-{seed}"
+    method = {ENGLISH: "random", "assigned": "pipelines.assigned_selector:AssignedSelector"}.get(name, name)
+    folder = workdir / f"cut-{seed}"
     select(
         workdir / "pool",
         folder / f"{name}-{budget}.parquet",
         method,
         SelectSettings(
             budget=budget,
-            concepts=workdir / "concepts" if method in BY_CONCEPTS else None,
+            concepts=workdir / "concepts" if name in BY_CONCEPTS else None,
             join_names=True,  # two class names of ImageNet occur twice
-            run=folder / "scorer" if method == "clip-score" else None,
+            run=folder / "scorer" if name == "clip-score" else None,
             selection=folder / ("english.parquet" if name == ENGLISH else "training.parquet"),
             seed=seed,
             **METHODS[name],
