@@ -156,9 +156,10 @@ class SearchService:
 
     def opening(self) -> dict[str, Any]:
         """Return the fields of `OpeningOut`."""
+        state = self.map.state  # before what it says of the map, which may become ready meanwhile
         questions = self.map.questions() if "text" in self.accepted_queries else []
         hits = self.items(self.map.sample())
-        return {"state": self.map.state, "reason": self.map.reason, "hits": hits, "questions": questions}
+        return {"state": state, "reason": self.map.reason, "hits": hits, "questions": questions}
 
     def describe_map(self) -> dict[str, Any]:
         """Return the fields of `MapOut`."""
