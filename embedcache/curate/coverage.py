@@ -147,9 +147,9 @@ class CoverageReport:
         if not num_untold:
             return []
         return [
-            f"for {num_untold:,} of {len(self.concepts.names):,} concepts the scores cannot tell: none of "
-            f"{self.background.num_items:,} {noun(self.pool.modality)} is further from the background than chance "
-            "explains; look at their best items, and answer for some on the page of embedcache serve"
+            f"for {num_untold:,} of {len(self.concepts.names):,} concepts the scores cannot tell, as none of "
+            f"{self.background.num_items:,} {noun(self.pool.modality)} stands out from the others; look at their best "
+            "items, and answer for some on the page of embedcache serve"
         ]
 
     @property
