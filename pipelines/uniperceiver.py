@@ -28,7 +28,7 @@ from pipelines.perceiver.results import pretraining_table
 from pipelines.perceiver.runs import Runs, tuning_steps
 from pipelines.perceiver.steps import make_data
 from pipelines.perceiver.tasks import EASY_VQA, LETTERS, TINY, Size
-from pipelines.results.measured import Results
+from pipelines.results import Results
 
 
 def main() -> None:

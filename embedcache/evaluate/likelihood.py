@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks, distinct
+from embedcache.arrays import Bools, Floats, Ints, blocks, distinct
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError, pluralize
-from embedcache.metrics.intervals import Estimate, bootstrap_mean, bootstrap_runs
+from embedcache.metrics.intervals import Estimate, MetricValues, bootstrap_runs
 from embedcache.metrics.ranking import chance_recall
 from embedcache.networks.candidates import Candidates
 from embedcache.networks.captions import write_captions
@@ -30,22 +30,6 @@ SHUFFLED, BLIND = "items of others", "without items"
 
 _KS = (1, 5, 10)
 _BLOCK = 64
-
-
-class MetricValues(NamedTuple):
-    """The values of a metric, one per query, example or word.
-
-    Args:
-        values_M: (M,) values, whose mean is the metric.
-        clusters_M: (M,) row of the item of each value; values of one item are drawn together.
-    """
-
-    values_M: Array
-    clusters_M: Ints
-
-    def estimate(self, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
-        """Return the mean with a 95% interval over items."""
-        return bootstrap_mean(self.values_M, self.clusters_M, num_draws=num_draws, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,22 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+class MetricValues(NamedTuple):
+    """The values of a metric, one per query, example or word.
+
+    Args:
+        values_M: (M,) values, whose mean is the metric.
+        clusters_M: (M,) row of the item of each value; values of one item are drawn together.
+    """
+
+    values_M: Array
+    clusters_M: Ints
+
+    def estimate(self, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
+        """Return the mean with a 95% interval over items."""
+        return bootstrap_mean(self.values_M, self.clusters_M, num_draws=num_draws, seed=seed)
+
+
 def bootstrap_mean(values: Array, clusters: Ints | None = None, *, num_draws: int = 2000, seed: int = 0) -> Estimate:
     """Compute a mean with a 95% percentile interval from resampling whole clusters.
 

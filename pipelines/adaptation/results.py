@@ -13,7 +13,7 @@ from embedcache.metrics.segmentation import bootstrap_iou_difference, bootstrap_
 from embedcache.provenance import construct
 from embedcache.reports.base import Table
 from pipelines.adaptation.steps import ORACLE, SOURCE, VIEWS
-from pipelines.results.stored import read_step, write_step
+from pipelines.results import read_step, write_step
 
 BOTH = "2D+3D"
 _SHORT = {"norm statistics": "norms", "norm statistics by the gap": "norms by gap", "source only": "source"}

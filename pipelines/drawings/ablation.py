@@ -32,8 +32,7 @@ from pipelines.drawings.curve_page import CREDIT, part_of_test
 from pipelines.drawings.curve_results import estimate_of, format_gain, measures_json, run_json
 from pipelines.drawings.results import NAMES
 from pipelines.drawings.steps import Data
-from pipelines.results.measured import Result, Results, estimates_json, with_both
-from pipelines.results.pages import Part, write_pages
+from pipelines.results import Part, Result, Results, estimates_json, with_both, write_pages
 
 NUM_PAIRS = 100_000
 _MLP: Mapping[str, object] = {"projector": "mlp", "initialization": "cca"}

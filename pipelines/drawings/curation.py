@@ -42,7 +42,7 @@ from pipelines.drawings.curve import (
 )
 from pipelines.drawings.steps import Data, Holdout
 from pipelines.parallel import run_parallel
-from pipelines.results.measured import file_name
+from pipelines.results import file_name
 
 BUDGETS = (3_000, 10_000, 30_000)
 TAUGHT: Mapping[str, Recipe] = {name: RECIPES[name] for name in ("CCA", "mlp")}

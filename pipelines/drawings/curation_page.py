@@ -26,7 +26,7 @@ from pipelines.drawings.curve import Recipe
 from pipelines.drawings.curve_page import CREDIT, part_of_test
 from pipelines.drawings.curve_results import estimate_of, size_names
 from pipelines.drawings.steps import Data
-from pipelines.results.pages import Part, write_pages
+from pipelines.results import Part, write_pages
 
 TITLE = "Is curation worth it at scale? Equal numbers of icons by several methods, compared with random draws"
 NOTES = (

@@ -25,7 +25,7 @@ from pipelines.drawings.curation import AGAIN, DRAWS, Curation
 from pipelines.drawings.curve import choice_name, question, read_score, selection_path
 from pipelines.drawings.curve_results import estimate_of, format_gain, measures_json, size_names
 from pipelines.drawings.results import NAMES
-from pipelines.results.measured import Result, Results, estimates_json, with_both
+from pipelines.results import Result, Results, estimates_json, with_both
 
 RANDOM = "random"
 PAPER = "rare-first"

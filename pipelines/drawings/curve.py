@@ -17,12 +17,12 @@ import numpy as np
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.splits import read_split
 from embedcache.devices import Precision
-from embedcache.evaluate.likelihood import MetricValues
 from embedcache.evaluate.ranking import rank
 from embedcache.evaluate.retrieval import chance_at
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.evaluate.zero_shot import classify
+from embedcache.metrics.intervals import MetricValues
 from embedcache.progress import Progress
 from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file, read_json
@@ -35,7 +35,7 @@ from pipelines.common import with_options
 from pipelines.drawings.results import CLOTHES, EMOJI, FAMILIES, NAMES
 from pipelines.drawings.steps import FEATURES, Data
 from pipelines.parallel import run_parallel
-from pipelines.results.measured import Result, file_name, keep_result
+from pipelines.results import Result, file_name, keep_result
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
 _K = 10

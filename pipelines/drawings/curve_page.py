@@ -24,8 +24,7 @@ from pipelines.drawings.curve_results import (
 )
 from pipelines.drawings.results import CLOTHES, EMOJI, FAMILIES, NAMES
 from pipelines.drawings.steps import Data
-from pipelines.results.measured import file_name
-from pipelines.results.pages import Part, write_pages
+from pipelines.results import Part, file_name, write_pages
 
 TITLE = "From how many pairs on training gains over a closed form"
 CREDIT = (

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.evaluate.likelihood import MetricValues
-from embedcache.metrics.intervals import Estimate, interval_of
+from embedcache.metrics.intervals import Estimate, MetricValues, interval_of
 from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, round_json
 from pipelines.drawings.curve import SeedRuns, choice_name, question, read_cost, read_report, read_score
 from pipelines.drawings.results import NAMES
-from pipelines.results.measured import Result, Results, estimates_json
+from pipelines.results import Result, Results, estimates_json
 
 CHOOSING = "names to choose by"
 """Half of the names never seen, by which the recommended recipe is chosen; the other half is the test."""

@@ -33,8 +33,7 @@ from pipelines.drawings.curve_page import CREDIT
 from pipelines.drawings.curve_results import estimate_of, format_gain, run_json
 from pipelines.drawings.results import EMOJI, FAMILIES, NAMES
 from pipelines.drawings.steps import Data
-from pipelines.results.measured import Result, Results, estimates_json, with_both
-from pipelines.results.pages import Part, write_pages
+from pipelines.results import Part, Result, Results, estimates_json, with_both, write_pages
 
 _MEASURE = "R@10"
 NUM_MEASURED = 1_000

@@ -10,12 +10,11 @@ from embedcache.arrays import Array
 from embedcache.cli.console import open_progress
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import write_split
-from embedcache.evaluate.likelihood import MetricValues
 from embedcache.evaluate.ranking import rank
 from embedcache.evaluate.retrieval import chance_at
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import RetrievalSettings
-from embedcache.metrics.intervals import interval_of
+from embedcache.metrics.intervals import MetricValues, interval_of
 from embedcache.projectors.saved import read_config
 from embedcache.reports.base import Table, format_estimate
 from embedcache.store.cache import Cache
@@ -26,7 +25,7 @@ from embedcache.train.train import train_on
 from pipelines.common import with_options
 from pipelines.drawings.curve import read_report, read_score
 from pipelines.drawings.steps import FEATURES
-from pipelines.results.measured import Result, Results, keep_result
+from pipelines.results import Result, Results, keep_result
 
 AUTO, DEFAULT, CLOSED_FORM, SHUFFLED = "--recipe auto", "defaults of train", "best closed form", "auto, shuffled pairs"
 _K = 10

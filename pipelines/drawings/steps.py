@@ -34,7 +34,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 from embedcache.train.data import open_data
 from pipelines.common import IMAGE_FEATURE, TEXT_FEATURE, extract_source
-from pipelines.results.stored import read_step, write_step
+from pipelines.results import read_step, write_step
 from pipelines.worlds.label_sets import FASHION_FOLDER, FASHION_KIND, FASHION_LABELS
 
 FEATURES = {"image": IMAGE_FEATURE, "text": TEXT_FEATURE}

@@ -15,12 +15,12 @@ from embedcache.evaluate import classifiers
 from embedcache.evaluate.likelihood import (
     BLIND,
     SHUFFLED,
-    MetricValues,
     TaskReport,
     answer_blindly,
     evaluate_task,
     represent,
 )
+from embedcache.metrics.intervals import MetricValues
 from embedcache.networks.saved import read_module_config
 from embedcache.networks.words import NUM_SPECIAL
 from embedcache.progress import Progress
@@ -37,7 +37,7 @@ from pipelines.perceiver.results import (
 )
 from pipelines.perceiver.runs import ADAPTERS, NEVER, TUNINGS, Runs, adapted_run, run_alone, tuned_run
 from pipelines.perceiver.tasks import EASY_VQA, EMOJI, FASHION, LETTERS
-from pipelines.results.measured import Measures, Result, keep_result
+from pipelines.results import Measures, Result, keep_result
 from pipelines.worlds.shapes import check_caption
 
 PROBES, BLIND_ANSWERS = (FEATURE_PROBE, NETWORK_PROBE), (BLIND_DRAW, BLIND_ALL)

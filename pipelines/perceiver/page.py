@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from embedcache.evaluate.likelihood import BLIND, SHUFFLED
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import Curves, Table, estimate_curves
+from pipelines import results as pages
 from pipelines.perceiver.images import ShownImage, image_figure
 from pipelines.perceiver.measures import BLIND_ANSWERS, MEASURED, MODELS
 from pipelines.perceiver.results import (
@@ -21,9 +22,7 @@ from pipelines.perceiver.results import (
 )
 from pipelines.perceiver.runs import NEVER, TUNINGS, run_alone
 from pipelines.perceiver.tasks import EASY_VQA, EMOJI, FASHION, LETTERS
-from pipelines.results import pages
-from pipelines.results.measured import Results
-from pipelines.results.pages import Part
+from pipelines.results import Part, Results
 
 TITLE = "One likelihood for every task on cached features"
 CREDIT = (

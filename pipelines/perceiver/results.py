@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import Table
-from pipelines.results.measured import Results
+from pipelines.results import Results
 
 PRETRAINED, ZERO_SHOT = "pre-trained", "pre-trained, not tuned"
 FEATURE_PROBE, NETWORK_PROBE = "linear probe, cached features", "linear probe, pre-trained network"

@@ -17,7 +17,7 @@ from embedcache.train.settings import FitSettings, MachineSettings, OptimizerSet
 from pipelines.perceiver.results import PRETRAINED, question_name
 from pipelines.perceiver.steps import Data
 from pipelines.perceiver.tasks import EASY_VQA, LETTERS, Size, Tables
-from pipelines.results.measured import file_name
+from pipelines.results import file_name
 
 NEVER = "never pre-trained"
 

@@ -23,8 +23,8 @@ from embedcache.reports.speech_figures import (
     utterance_figure,
 )
 from embedcache.store.cache import Cache
-from pipelines.results import pages
-from pipelines.results.pages import Part
+from pipelines import results as pages
+from pipelines.results import Part
 from pipelines.speech.results import Results, Roles, crossing_db, gain_table, rate_table, requirement_table, seed_table
 from pipelines.worlds.talking import draw_record, read_manifest
 

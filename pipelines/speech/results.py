@@ -23,7 +23,7 @@ from embedcache.provenance import construct
 from embedcache.reports.base import Table
 from embedcache.reports.speech import format_difference, format_rate
 from embedcache.reports.speech_figures import parse_level, view_names
-from pipelines.results.stored import read_values, write_values
+from pipelines.results import read_values, write_values
 
 _POINT = 0.01
 _COUNTS = ("errors_M", "lengths_N", "substitutions_N", "deletions_N", "insertions_N")

@@ -32,7 +32,7 @@ from pipelines.drawings.results import CLOSED_FORM, EMOJI, FAMILIES, MLP, NAMES,
 from pipelines.drawings.steps import FEATURES, Data, Holdout, draw_families, find_concepts, first_names
 from pipelines.icons import run
 from pipelines.rank_correlation import rank_correlation
-from pipelines.results.measured import Result, file_name
+from pipelines.results import Result, file_name
 from tests.pipelines.made_icons import write_package
 from tests.pipelines.one_core import one_core
 

@@ -13,7 +13,8 @@ from embedcache.arrays import Array, Floats, normalize
 from embedcache.axis import Axis
 from embedcache.derive.rules import Block
 from embedcache.errors import DataError, SettingError
-from embedcache.evaluate.likelihood import SHUFFLED, MetricValues
+from embedcache.evaluate.likelihood import SHUFFLED
+from embedcache.metrics.intervals import MetricValues
 from embedcache.networks.saved import read_module_config
 from embedcache.networks.words import Vocabulary
 from embedcache.store.cache import Cache
@@ -31,7 +32,7 @@ from pipelines.perceiver.results import (
 from pipelines.perceiver.runs import Runs, adapted_run, run_alone, tuned_run
 from pipelines.perceiver.steps import AUDIO_TOKENS, IMAGE_TOKENS, JOIN_GRIDS, WORD_VECTORS, Data
 from pipelines.perceiver.tasks import EASY_VQA, EMOJI, FASHION, LETTERS, TINY
-from pipelines.results.measured import Result, Results
+from pipelines.results import Result, Results
 from pipelines.worlds.examples import in_split
 from pipelines.worlds.label_sets import FASHION_FOLDER
 from tests.pipelines.one_core import run_tiny

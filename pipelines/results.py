@@ -1,22 +1,65 @@
-"""Results of several models, questions and seeds, value by value: on disk, and as estimates over seeds."""
+"""Results of pipelines: values on disk with their digest, estimates over seeds, and a page in HTML and Markdown."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from embedcache.arrays import Array
-from embedcache.errors import DataError
-from embedcache.evaluate.likelihood import MetricValues
-from embedcache.metrics.intervals import Estimate, interval_of, resample_runs
+from embedcache.errors import CorruptError, DataError
+from embedcache.files import write_atomic
+from embedcache.metrics.intervals import Estimate, MetricValues, interval_of, resample_runs
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import construct
-from embedcache.reports.base import estimate_json
-from pipelines.results.stored import read_values, write_values
+from embedcache.provenance import DIGEST, add_digest, construct, read_record
+from embedcache.reports.base import Section, Table, estimate_json, svg, write_report
+from pipelines.common import markdown_table, save_figure
+
+_NEXT_STEP = "delete it, and it is computed again"
+
+
+def write_values(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON values with their digest, atomically."""
+    write_atomic(path, (json.dumps(add_digest(values)) + "\n").encode())
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read what `write_values` wrote.
+
+    Raises:
+        PathError: the file does not exist.
+        CorruptError: it has changed since it was written.
+    """
+    record = read_record(path, next_step=_NEXT_STEP)
+    record.pop(DIGEST, None)
+    return record
+
+
+def write_step(path: Path, settings: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Write the values of a step with its settings."""
+    write_values(path, {"settings": settings, "values": values})
+
+
+def read_step(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the values of a step; None if it was not computed yet, or with other settings.
+
+    Raises:
+        CorruptError: the file has changed since it was written.
+    """
+    if not path.is_file():
+        return None
+    record = read_values(path)
+    if record.get("settings") != json.loads(json.dumps(settings)):
+        return None
+    if not isinstance(record.get("values"), dict):
+        raise CorruptError(f"{path}: expected the values of a step; {_NEXT_STEP}")
+    return dict(record["values"])
+
 
 Measures: TypeAlias = Mapping[str, MetricValues]
 
@@ -190,3 +233,59 @@ def _resample(columns: Sequence[Sequence[MetricValues]]) -> Array:
         values.append(np.stack([item.values_M for item in of_seed], axis=1))
         clusters.append(of_seed[0].clusters_M)
     return resample_runs(values, clusters)
+
+
+class Part(NamedTuple):
+    """A section of the page: paragraphs, then a table or a figure, whose file has the name."""
+
+    title: str
+    notes: Sequence[str]
+    table: Table | None = None
+    figure: Figure | None = None
+    name: str = ""
+
+
+def write_pages(
+    path: Path, title: str, parts: Sequence[Part], *, notes: Sequence[str], summary: str, credit: str = ""
+) -> None:
+    """Write a page as HTML and as Markdown.
+
+    Args:
+        path: both files without their suffix; a figure is `PATH-NAME` with one.
+        title: title of the page.
+        parts: sections.
+        notes: what is compared, and how.
+        summary: what was found, in a few sentences.
+        credit: who made what is shown.
+    """
+    write_report(
+        path.with_suffix(".html"),
+        title=title,
+        summary=summary,
+        sections=[
+            Section(title="What is compared", notes=_plain(notes)),
+            *(
+                Section(
+                    title=part.title,
+                    notes=_plain(part.notes),
+                    table=part.table,
+                    figures=[] if part.figure is None else [svg(part.figure)],
+                )
+                for part in parts
+            ),
+        ],
+        credit=credit,
+    )
+    blocks = [f"# {title}", *notes, summary]
+    for part in parts:
+        blocks += [f"## {part.title}", *part.notes]
+        blocks += [] if part.table is None else [markdown_table(*part.table)]
+        if part.figure is not None:
+            figure_name = save_figure(path.with_name(f"{path.name}-{part.name}"), part.figure)
+            blocks.append(f"![{part.title}]({figure_name})")
+    write_atomic(path.with_suffix(".md"), ("\n\n".join(filter(None, [*blocks, credit])) + "\n").encode())
+
+
+def _plain(notes: Sequence[str]) -> list[str]:
+    """Return notes without the backticks of Markdown."""
+    return [note.replace("`", "") for note in notes]

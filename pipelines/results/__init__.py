@@ -1,1 +1,0 @@
-"""What several pipelines share: results over seeds, and pages in HTML and Markdown."""
