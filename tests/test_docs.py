@@ -13,7 +13,6 @@ import pytest
 import typer
 from typer.core import TyperGroup
 
-from embedcache import arrays
 from embedcache.cli.main import root_command
 from tests.blocks import ROOT, TUTORIAL, Block, blocks_of, run_block
 from tests.images import write_images
@@ -126,20 +125,3 @@ def anchors_of(page: Path) -> set[str]:
 @pytest.mark.parametrize("link", ["train.md#choose-a-projektor", "no-such-page.md", "#no-such-section"])
 def test_broken_link_is_found(link: str) -> None:
     assert is_broken(ROOT / "docs" / "howto" / "evaluate.md", link)
-
-
-def test_readme_names_every_module_and_package() -> None:
-    tree = re.search(r"^embedcache/\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert tree
-    package = ROOT / "embedcache"
-    names = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
-    names += [path.stem for path in package.glob("*.py") if not path.stem.startswith("_")]
-    assert not [name for name in names if not re.search(rf"(?<![\w/]){name}(?![\w/])", tree[1])]
-
-
-def test_shape_letters_match_the_legend() -> None:
-    legend = (arrays.__doc__ or "").replace("\n", "   ")
-    letters = dict(re.findall(r"   ([A-Z])  (.+?)(?=   |$)", legend))
-    rows = re.findall(r"^\| ([A-Z]) \| (.+) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
-    assert len(letters) > 20
-    assert dict(rows) == letters

@@ -114,17 +114,6 @@ def test_records_name_every_library_that_decides_an_output() -> None:
     )
 
 
-def test_pages_name_every_dependency_and_extra() -> None:
-    reasons = (ROOT / "docs" / "decisions" / "0001-dependencies.md").read_text()
-    without_reason = [
-        name for name in needed_packages(*EXTRAS) if not re.search(rf"(?<![\w-]){name}(?![\w-])", reasons)
-    ]
-    assert not without_reason, "give a reason in docs/decisions/0001-dependencies.md"
-    page = (ROOT / "docs" / "howto" / "install.md").read_text()
-    unnamed = [name for name in EXTRAS.keys() - {"dev", "docs"} if f"`{name}`" not in page]
-    assert not unnamed, "name them in the table of extras in docs/howto/install.md"
-
-
 def test_readme_renders_on_the_index_and_its_links_are_absolute(metadata: Message) -> None:
     readme = str(metadata.get_payload())
     assert metadata["Description-Content-Type"] == "text/markdown"

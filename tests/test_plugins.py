@@ -265,22 +265,6 @@ def test_every_registry_is_tested_here() -> None:
     assert sorted(re.findall(r'group="embedcache\.(\w+)"', code)) == sorted(REGISTRIES)
 
 
-@pytest.mark.parametrize("group", REGISTRIES)
-def test_page_lists_built_in_names(group: str) -> None:
-    """Check the registry's row in docs/architecture.md, and the page that it links to."""
-    registry, _ = REGISTRIES[group]
-    (declared,) = (
-        path for path in (ROOT / "embedcache").rglob("*.py") if f'group="{registry.group}"' in path.read_text()
-    )
-    file = declared.relative_to(ROOT / "embedcache")
-    rows = (ROOT / "docs" / "architecture.md").read_text().splitlines()
-    (row,) = (row for row in rows if re.search(rf"\| `[A-Z]+` in `{file}` \|", row))
-    page = ROOT / "docs" / row.rpartition("](")[2].partition(")")[0]
-    code = " ".join(re.findall(r"```.*?```|`[^`\n]+`", page.read_text(), re.DOTALL))
-    unnamed = [name for name in registry.paths if not is_named(name, code)]
-    assert not unnamed or registry is NETWORKS, f"name {', '.join(unnamed)} in a table of {page}"
-
-
 def is_named(name: str, text: str) -> bool:
     """Return whether a text has a name as a word, which is no name of a file such as `table.parquet`."""
     return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-]|\.\w)", text) is not None

@@ -71,16 +71,3 @@ def follow_error(format_name: str, run: Path, out: Path) -> str:
     assert named, message
     export_run(named[0], run, out)
     return message
-
-
-def check_documented(folder: Path, *formats: str) -> None:
-    """Check that an export has the files of these formats in `docs/howto/publish.md`, and other than these only copies.
-
-    A copied module names what it is a copy of in its first line.
-    """
-    page = (Path(__file__).parents[2] / "docs" / "howto" / "publish.md").read_text()
-    rows = re.findall(r"^\| (`.+`) \| (.+?) \| .+ \|$", page, re.MULTILINE)
-    named = {name for names, among in rows if {"all", *formats} & {*among.split(", ")} for name in names.split(", ")}
-    documented = {name.strip("`") for name in named}
-    copied = {path.name for path in folder.glob("*.py") if " Copied from " in path.read_text().partition("\n")[0]}
-    assert {path.name for path in folder.iterdir()} - (copied - documented) == documented

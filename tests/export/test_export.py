@@ -28,7 +28,7 @@ from embedcache.projectors.saved import PairConfig, TowerInput, project, save_pa
 from embedcache.records import record_stage
 from tests.crash import call_elsewhere
 from tests.edits import edit_record
-from tests.export.runs import check_documented, make_run, tower_input
+from tests.export.runs import make_run, tower_input
 from tests.hub_server import serve_hub
 
 
@@ -104,7 +104,6 @@ def test_safetensors_card_projects_vectors(
 def test_export_is_reused_or_refused(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     assert export_run("safetensors", run, folder).is_new
-    check_documented(folder, "safetensors")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "README.md").write_text("edited")
     left = tmp_path / partial_path(folder).name.replace(f".{os.getpid()}.", f".{2**22 + 1}.")

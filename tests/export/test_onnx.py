@@ -13,7 +13,7 @@ from embedcache.errors import SettingError
 from embedcache.export.base import TOLERANCE
 from embedcache.export.export import export_run
 from embedcache.export.settings import ExportSettings
-from tests.export.runs import check_documented, make_run
+from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
 
@@ -65,4 +65,3 @@ def test_towers_match_the_run(image: str, tiny: dict[str, str], tmp_path: Path) 
     ids = np.array([[2, 5, 7, 3, 0], [2, 5, 3, 0, 0]])
     vectors = session.run(None, {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)})[0]
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    check_documented(tmp_path / "model", "onnx with `--towers`")

@@ -8,8 +8,6 @@ import pytest
 
 import pipelines
 
-PROGRAMS = sorted(path for path in Path(pipelines.__path__[0]).glob("*.py") if "__main__" in path.read_text())
-
 
 def test_users_error_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -21,8 +19,3 @@ def test_users_error_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert "nope: expected the folder of the npm package @iconify/json" in line
-
-
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_all_end_like_the_command(path: Path) -> None:
-    assert path.read_text().endswith('if __name__ == "__main__":\n    run_program(main)\n')

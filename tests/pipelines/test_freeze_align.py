@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.blocks import ROOT
 from tests.pipelines.one_core import run_tiny
 
 
@@ -18,8 +17,3 @@ def test_tiny_recipe_beats_its_control(tmp_path: Path) -> None:
     assert recalls["shuffled"][2] < 3 * recalls["chance"][2], printed
     assert (tmp_path / "chosen.parquet").is_file()
     assert (tmp_path / "run" / "config.json").is_file()
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.py")), ids=lambda path: path.stem)
-def test_pipelines_stay_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 120

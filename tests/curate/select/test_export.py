@@ -1,7 +1,6 @@
 """Selections for other tools, and back."""
 
 import hashlib
-import inspect
 import io
 import json
 import tarfile
@@ -155,11 +154,6 @@ def test_captions_languages_and_columns_are_read_again(tmp_path: Path) -> None:
         assert text.read() == b"eins"
         read = json.load(fields)
     assert (read["key"], read["captions"], read["n"]) == ("00000", ["eins", "one"], 1)
-
-
-def test_size_of_a_shard_is_documented() -> None:
-    size = inspect.signature(write_shards).parameters["size"].default
-    assert f"{size:,} samples per tar" in (Path(__file__).parents[3] / "docs/howto/curate.md").read_text()
 
 
 def test_shards_are_deterministic(made: tuple[Cache, Path], tmp_path: Path) -> None:
