@@ -127,6 +127,30 @@ def run_path(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
+def artifacts(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one artifact of each kind: cache, run, index, study and selection. Not to be changed."""
+    from embedcache.curate.select.select import select
+    from embedcache.curate.select.settings import SelectSettings
+    from embedcache.search.index import build_index
+    from embedcache.search.settings import IndexSettings
+    from embedcache.sweep.sweep import sweep
+    from tests.train.runs import IMAGE, TEXT, run
+
+    folder = tmp_path_factory.mktemp("artifacts")
+    shutil.copytree(cache_path, folder / "cache")
+    run(folder / "cache", folder / "run", epochs=1, seed=3)
+    build_index(folder / "cache", folder / "index", IndexSettings(run=folder / "run", factory="Flat"))
+    select(folder / "cache", folder / "selection.parquet", "random", SelectSettings(budget=20, feature=IMAGE))
+
+    space = "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\n[space]\nlr = [1e-3, 1e-2]"
+    (folder / "space.toml").write_text(space)
+    options = {"sampler": "grid", "top_configs": 1, "seeds_per_config": 1}
+    features = {"image_feature": IMAGE, "text_feature": TEXT}
+    sweep(folder / "cache", folder / "study", folder / "space.toml", **features, **options)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty images in two splits and two classes, in chunks of 16. Not to be changed."""
     folder = tmp_path_factory.mktemp("labeled")

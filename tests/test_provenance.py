@@ -9,15 +9,14 @@ from embedcache.projectors.saved import read_config
 from embedcache.provenance import check_same, digest, prepare_folder, read_json, recognize
 from embedcache.search.card import read_card
 from embedcache.store.layout import read_info
-from tests.golden.test_artifacts import ARTIFACTS
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("cache", "cache"), ("run", "run"), ("index", "index"), ("study", "study"), ("selection.parquet", "selection")],
 )
-def test_recognize(name: str, kind: str) -> None:
-    assert recognize(ARTIFACTS / name) == kind
+def test_recognize(artifacts: Path, name: str, kind: str) -> None:
+    assert recognize(artifacts / name) == kind
 
 
 @pytest.mark.parametrize(
@@ -29,9 +28,11 @@ def test_recognize(name: str, kind: str) -> None:
         (read_card, "cache", "cache: expected an index, got a cache; check the paths"),
     ],
 )
-def test_folder_of_another_kind_is_named(read: Callable[[Path], object], folder: str, expected: str) -> None:
+def test_folder_of_another_kind_is_named(
+    artifacts: Path, read: Callable[[Path], object], folder: str, expected: str
+) -> None:
     with pytest.raises(PathError, match=expected):
-        read(ARTIFACTS / folder)
+        read(artifacts / folder)
 
 
 def test_sources_in_place_of_caches_are_named_as_sources(tmp_path: Path) -> None:

@@ -37,8 +37,6 @@ from embedcache.settings import (
 from embedcache.sweep.space import read_space
 from embedcache.train.settings import LossSettings, OptimizerSettings, TrainSettings, command_line, train_settings
 
-GOLDEN_RUN = Path(__file__).parent / "golden" / "artifacts" / "run" / "config.json"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
@@ -217,19 +215,6 @@ def test_json_has_stored_names_and_only_results() -> None:
     }
 
 
-def test_json_of_a_run_keeps_its_keys() -> None:
-    golden = json.loads(GOLDEN_RUN.read_text())["training"]
-    given = {
-        "projector": "mlp", "shared_width": 16, "initialization": "random", "epochs": 10, "batch_size": 16, "lr": 3e-3,
-        "split": "strict", "image_cosine": 0.995, "text_cosine": 0.9, "seed": 3, "block_rows": 1, "device": "cpu",
-    }  # fmt: skip
-    found = train_settings(given).to_json()
-    assert found == golden, "a new setting has recorded_by_default=False, so that old runs resume"
-    assert [list(value) if isinstance(value, dict) else name for name, value in found.items()] == [
-        list(value) if isinstance(value, dict) else name for name, value in golden.items()
-    ]
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -374,11 +359,11 @@ def test_flag_that_is_on_is_switched_off(tmp_path: Path) -> None:
     assert not parse(["--config", str(path)], Outer).check
 
 
-def test_config_of_a_run_restores_its_settings() -> None:
-    golden = json.loads(GOLDEN_RUN.read_text())["training"]
-    values = {name: value for name, value in read_config(GOLDEN_RUN).items() if not name.endswith("_feature")}
-    assert train_settings(values).to_json() == golden
-    assert read_config(GOLDEN_RUN)["image_feature"] == "open_toy/cls"
+def test_config_of_a_run_restores_its_settings(run_path: Path) -> None:
+    config = run_path / "config.json"
+    values = {name: value for name, value in read_config(config).items() if not name.endswith("_feature")}
+    assert train_settings(values).to_json() == json.loads(config.read_text())["training"]
+    assert read_config(config)["image_feature"] == "open_toy/cls"
 
 
 def test_config_of_another_kind_of_run_is_one_error(tmp_path: Path) -> None:
@@ -387,6 +372,6 @@ def test_config_of_another_kind_of_run_is_one_error(tmp_path: Path) -> None:
         read_config(tmp_path / "config.json")
 
 
-def test_other_file_of_a_run_is_not_called_changed() -> None:
+def test_other_file_of_a_run_is_not_called_changed(run_path: Path) -> None:
     with pytest.raises(SettingError, match=r"record.json: expected the config.json of a run, .* it has no 'training'"):
-        read_config(GOLDEN_RUN.with_name("record.json"))
+        read_config(run_path / "record.json")

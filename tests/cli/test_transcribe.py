@@ -14,18 +14,17 @@ from tests.sources.files import write
 from tests.transcription.runs import PIXELS, TOY, WHISPER, Speech, save_run, say, train_network
 
 SPEECH: Speech = say("AB CD BA", np.random.default_rng(7))
-ARTIFACTS = Path(__file__).parents[1] / "golden" / "artifacts"
 TEXT, CTC = "AB CD BA", ("--mouth", "all", "--decoder", "ctc")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(run_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the run of a network that reads `say`, two runs with random weights, and media files."""
     folder = tmp_path_factory.mktemp("transcribe")
     save_run(folder / "run", TOY | PIXELS, module=train_network())
     save_run(folder / "loose", TOY | PIXELS, training={"augmentation": {"missing": {"video": 0.3}}})
     save_run(folder / "whisper", WHISPER)
-    shutil.copytree(ARTIFACTS / "run", folder / "pair")
+    shutil.copytree(run_path, folder / "pair")
     write(
         folder,
         {

@@ -17,12 +17,12 @@ from embedcache.cli.main import main
 from embedcache.errors import FingerprintError, PathError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import read_config
-from embedcache.provenance import DIGEST, add_digest, digest_file, read_json, write_json
+from embedcache.provenance import digest_file, read_json
 from embedcache.reports.summary import summarize
 from embedcache.reports.sweep import write_sweep_page
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import read_space
-from embedcache.sweep.study import Study, open_study
+from embedcache.sweep.study import open_study
 from embedcache.sweep.sweep import SweepReport, sweep
 from embedcache.sweep.worker import StudyJob
 from embedcache.train import recipes
@@ -31,7 +31,6 @@ from embedcache.train.recipes import Recipe, TrainingLength
 from embedcache.train.trackers import TrackedRun
 from tests.cli.run import embedcache
 from tests.crash import forked_workers, pause, start
-from tests.golden.commands import ARTIFACTS
 from tests.images import write_images
 from tests.media_toy import MEDIA
 from tests.recorded import RecordedProgress
@@ -333,16 +332,6 @@ def test_each_cache_is_evaluated_and_each_trial_tracked(two_caches: list[Path], 
     tracked = [note.path.relative_to(tmp_path / "study").parts for note in NOTES if isinstance(note, TrackedRun)]
     assert [parts[0] for parts in tracked] == ["trials", "best"]
     assert tracked[0] == ("trials", "00000")
-
-
-@pytest.mark.parametrize(("name", "modalities"), [("study", ["image", "text"]), ("study-2", ["audio", "text"])])
-def test_golden_study_is_written_to_the_same_bytes(name: str, modalities: list[str], tmp_path: Path) -> None:
-    values = read_json(ARTIFACTS / name / "study.json")
-    study = Study.from_json({key: value for key, value in values.items() if key != DIGEST})
-    assert list(study.sides) == modalities
-    written = add_digest(study.to_json())
-    write_json(tmp_path / "study.json", {key: value for key, value in written.items() if key in values})
-    assert (tmp_path / "study.json").read_bytes() == (ARTIFACTS / name / "study.json").read_bytes()
 
 
 def test_sweep_of_recordings_and_texts(cache_path: Path, tmp_path: Path) -> None:
