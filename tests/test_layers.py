@@ -62,8 +62,6 @@ HEAVY = {
     "tqdm": {"progress"},
     "tensorboard": {"train"},
     "wandb": {"train"},
-    "mlflow": {"train"},
-    "trackio": {"train"},
     "jinja2": {"reports"},
     "matplotlib": {"reports"},
     "fastapi": {"serve"},

@@ -95,7 +95,7 @@ def test_only_faiss_itself_suggests_faiss() -> None:
 DECIDES_NOTHING = {
     *("aiohttp", "fsspec", "gcsfs", "s3fs", "universal-pathlib", "google-crc32c", "threadpoolctl", "ray"),  # bytes move
     *("jinja2", "matplotlib", "pandas", "rich", "tqdm", "typer", "fastapi", "uvicorn"),  # what people see
-    *("tensorboard", "wandb", "mlflow-skinny", "sqlalchemy", "alembic", "trackio"),
+    *("tensorboard", "wandb"),
     *("umap-learn", "pocketsphinx", "easy-vqa", "mteb"),  # write no artifact with a record
 }
 

@@ -6,10 +6,8 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,141 +126,6 @@ def test_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> Non
         check_trackers(["wandb"])
 
 
-class Calls:
-    """Stands for a library that takes seconds to import: it records what it is called with."""
-
-    def __init__(self, calls: list[Any], name: str = "") -> None:
-        self._calls, self._name = calls, name
-        self.info = SimpleNamespace(run_id="run-1")
-        self.experiment_id = "7"
-
-    def __getattr__(self, name: str) -> "Calls":
-        return Calls(self._calls, f"{self._name}.{name}" if self._name else name)
-
-    def __call__(self, *values: Any, **options: Any) -> Any:
-        self._calls.append((self._name, *values, *([options] if options else [])))
-        return self
-
-
-@pytest.mark.parametrize(("variable", "project"), [(None, "embedcache"), ("mine", "mine"), ("", "embedcache")])
-def test_wandb_and_trackio_are_told_the_project(
-    monkeypatch: pytest.MonkeyPatch, variable: str | None, project: str
-) -> None:
-    run = TrackedRun(path=Path("a/run"), id="0123456789", first_step=2, config={"training": {"seed": 1}})
-    for library, start in (("wandb", "init"), ("trackio", "init")):
-        calls: list[Any] = []
-        monkeypatch.setitem(sys.modules, library, Calls(calls))  # type: ignore[arg-type]
-        name = f"{library.upper()}_PROJECT"
-        monkeypatch.delenv(name, raising=False) if variable is None else monkeypatch.setenv(name, variable)
-        trackers = Trackers([library], run)
-        trackers.log(3, {"loss": 0.5})
-        trackers.finish(failed=True)
-        told = {first: rest for first, *rest in calls}
-        assert told[start][0]["project"] == project
-        assert told[start][0]["config"] == {"training": {"seed": 1}}
-        assert told[start][0]["name"] == {"wandb": "a/run", "trackio": "a/run-01234567"}[library]
-        assert told["init.log"] == [{"loss": 0.5}, {"step": 3}]
-        assert told["init.finish" if library == "wandb" else "finish"] == (
-            [{"exit_code": 1}] if library == "wandb" else []
-        )
-
-
-class Experiments:
-    """Stands for the client of mlflow, whose import takes seconds: one server with or without an earlier run."""
-
-    calls: ClassVar[list[Any]] = []
-    has_experiment, has_run = False, False
-
-    def get_experiment_by_name(self, name: str) -> Any:
-        self.calls.append(("get", name))
-        return SimpleNamespace(experiment_id="7") if self.has_experiment else None
-
-    def create_experiment(self, name: str) -> str:
-        self.calls.append(("create", name))
-        return "8"
-
-    def search_runs(self, experiments: list[str], query: str) -> list[Any]:
-        self.calls.append(("search", experiments, query))
-        return [SimpleNamespace(info=SimpleNamespace(run_id="old"))] if self.has_run else []
-
-    def update_run(self, number: str, status: str) -> None:
-        self.calls.append(("update", number, status))
-
-    def create_run(self, experiment: str, **options: Any) -> Any:
-        self.calls.append(("run", experiment, options))
-        return SimpleNamespace(info=SimpleNamespace(run_id="new"))
-
-    def log_batch(self, number: str, params: Any = None, metrics: Any = None) -> None:
-        self.calls.append(("params" if metrics is None else "metrics", number, params or metrics))
-
-    def set_terminated(self, number: str, status: str) -> None:
-        self.calls.append(("end", number, status))
-
-
-@pytest.fixture
-def experiments(monkeypatch: pytest.MonkeyPatch) -> type[Experiments]:
-    """A server of mlflow without experiments."""
-    kind = type("Server", (Experiments,), {"calls": []})
-    pair = SimpleNamespace(Metric=lambda *values: values, Param=lambda *values: values)
-    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=kind))  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "mlflow.entities", pair)  # type: ignore[arg-type]
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    return kind
-
-
-def test_mlflow_finds_the_run_that_is_resumed(experiments: type[Experiments], monkeypatch: pytest.MonkeyPatch) -> None:
-    nested = {"a": {"b": {"c": 1}, "d": "x" * 600}, **{str(number): number for number in range(150)}}
-    run = TrackedRun(path=Path("run"), id="abc", first_step=0, config={"training": nested})
-    Trackers(["mlflow"], run).finish(failed=False)
-    first, second, (kind, experiment, options), (params, of, values), end = experiments.calls
-    assert (first, second) == (("get", "embedcache"), ("create", "embedcache"))
-    assert (kind, experiment, options) == ("run", "8", {"tags": {"embedcache.run_id": "abc"}, "run_name": "run"})
-    assert (params, of, len(values), values[:3]) == (
-        "params",
-        "new",
-        100,
-        [("a.b.c", "1"), ("a.d", "x" * 500), ("0", "0")],
-    )
-    assert end == ("end", "new", "FINISHED")
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    monkeypatch.setattr(experiments, "has_experiment", True)
-    for has_run in (False, True):
-        monkeypatch.setattr(experiments, "has_run", has_run)
-        experiments.calls.clear()
-        Trackers(["mlflow"], replace(run, first_step=3)).finish(failed=True)
-        assert experiments.calls[:2] == [("get", "mine"), ("search", ["7"], "tags.`embedcache.run_id` = 'abc'")]
-        number = "old" if has_run else "new"
-        assert (("update", "old", "RUNNING") in experiments.calls) == has_run
-        assert experiments.calls[-1] == ("end", number, "FAILED")
-
-
-def test_mlflow_is_sent_values_together(experiments: type[Experiments], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that values are sent after 500 of them or 5 seconds, and the rest at the end."""
-    now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    monkeypatch.setattr("time.time", lambda: 12.3456)
-    tracker = Trackers(["mlflow"], TrackedRun(path=Path("run"), id="abc", first_step=0, config={}))
-
-    def sent() -> list[Any]:
-        return [call[2] for call in experiments.calls if call[0] == "metrics"]
-
-    for step in range(499):
-        tracker.log(step, {"r@1": float(step)})
-    assert sent() == []
-    tracker.log(499, {"r@1": 499.0})
-    assert [len(values) for values in sent()] == [500]
-    assert sent()[0][2] == ("r_at_1", 2.0, 12345, 2)
-    now += 4.5
-    tracker.log(500, {"a": 1.0, "b": 2.0})
-    assert len(sent()) == 1
-    now += 0.5
-    tracker.log(501, {"a": 1.0})
-    assert [len(values) for values in sent()] == [500, 3]
-    tracker.log(502, {"a": 1.0})
-    tracker.finish(failed=False)
-    assert [len(values) for values in sent()] == [500, 3, 1]
-
-
 def read_tensorboard(folder: Path, name: str) -> list[tuple[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -300,37 +163,10 @@ def read_whole(
     return found
 
 
-def read_mlflow(folder: Path, name: str) -> list[tuple[int, float]]:
-    from mlflow import MlflowClient
-
-    client = MlflowClient()
-    (experiment,) = client.search_experiments(filter_string="name = 'embedcache'")
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert (found.info.status, found.info.run_name) == ("FINISHED", "run")
-    assert found.data.params["optimizer.learning_rate"] == "0.001"
-    history = client.get_metric_history(found.info.run_id, name.replace("@", "_at_"))
-    return [(metric.step, metric.value) for metric in history]
-
-
-def read_trackio(folder: Path, name: str) -> list[tuple[int, float]]:
-    from trackio.sqlite_storage import SQLiteStorage
-
-    (run_name,) = SQLiteStorage.get_runs("embedcache")
-    return [(row["step"], row[name]) for row in SQLiteStorage.get_logs("embedcache", run_name) if name in row]
-
-
 @pytest.mark.slow
 @pytest.mark.no_mutants
 @pytest.mark.filterwarnings("ignore")  # of the libraries
-@pytest.mark.parametrize(
-    ("library", "read"),
-    [
-        ("tensorboard", read_tensorboard),
-        ("wandb", read_wandb),
-        ("mlflow", read_mlflow),
-        ("trackio", read_trackio),
-    ],
-)
+@pytest.mark.parametrize(("library", "read"), [("tensorboard", read_tensorboard), ("wandb", read_wandb)])
 def test_library_records_without_a_network(
     library: str,
     read: Callable[[Path, str], list[tuple[int, float]]],
@@ -339,13 +175,8 @@ def test_library_records_without_a_network(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, value in (
-        ("WANDB_MODE", "offline"),
-        ("TRACKIO_DIR", str(tmp_path / "trackio")),
-        ("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db"),
-    ):
-        monkeypatch.setenv(name, value)
-    pytest.importorskip(library)  # trackio reads its folder here
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    pytest.importorskip(library)
     config = {"training": {"optimizer": {"learning_rate": 0.001}, "selection": None}}
     for first_step in (0, 2):  # the second resumes the first
         time.sleep(first_step / 2)  # wandb names a folder by the second
