@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,7 +9,6 @@ from matplotlib.figure import Figure
 from embedcache.arrays import Array
 from embedcache.evaluate.encoder_pairs import METRICS, PairsReport
 from embedcache.reports.base import COLORS, GRID, INK, Table, format_estimate, format_fraction, label
-from pipelines.common import markdown_table, write_markdown_page
 from pipelines.rank_correlation import rank_correlation
 
 UNDEFINED = "all equal"
@@ -68,15 +66,6 @@ def correlation_table(outcomes: Outcomes) -> Table:
             chosen = format_fraction(recalls[values.argmax()])
             rows.append([name, recipe, format_estimate(found.spearman), format_estimate(found.kendall), chosen, best])
     return ["metric", "training", "Spearman", "Kendall", "recall of its choice", "best recall"], rows
-
-
-def write_correlations(path: Path, outcomes: Outcomes, *, title: str, notes: Sequence[str]) -> None:
-    """Write a page with notes, the rank correlations, a scatter plot of each metric, and a table of all pairs.
-
-    The plot is an SVG of the same name.
-    """
-    before = [*notes, markdown_table(*correlation_table(outcomes))]
-    write_markdown_page(path, title, before, correlation_figure(outcomes), [markdown_table(*pair_table(outcomes))])
 
 
 def pair_table(outcomes: Outcomes) -> Table:

@@ -3,11 +3,10 @@
     python -m pipelines.freeze_align work/ --captions laion.parquet --concepts prompts:names.txt   # work/chosen.parquet
     img2dataset …                                       # download the images of its keys; and of CC3M, CC12M and SBU
     python -m pipelines.freeze_align work/ --pairs "laion/{00000..00559}.tar::cc/{00000..01250}.tar" --device cuda
-    python -m pipelines.zero_shot_suite sets/ work/sets/ work/run/
     python -m pipelines.freeze_align work/ --tiny       # all of it on 1,000 emoji, in a minute
 
-docs/howto/paper.md has the size of each step, the differences from the paper, and the paper's results. We have not run
-it on the full data.
+docs/howto/paper.md has the size of each step, how to evaluate on the paper's datasets, the differences from the paper,
+and the paper's results. We have not run it on the full data.
 """
 
 import argparse

@@ -40,7 +40,7 @@ LONGEST = (
     *("pipelines/test_icons", "train/test_distributed", "export/test_transformers", "pipelines/test_uniperceiver"),
     *("extract/test_remote", "extract/test_engines", "serve/test_page", "export/test_export", "export/test_open_clip"),
     *("train/test_speech", "pipelines/test_summit", "sweep/test_sweep", "extract/test_crash", "cli/test_process"),
-    *("interop/test_clip_benchmark", "derive/test_derive", "pipelines/test_audio_text"),
+    *("interop/test_clip_benchmark", "derive/test_derive"),
     *("transcription/test_published_path", "transcription/test_model", "pipelines/test_talking"),
     *("search/test_damage", "train/test_likelihood", "train/test_train", "train/test_trackers", "train/test_data"),
 )
