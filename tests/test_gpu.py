@@ -26,7 +26,6 @@ from embedcache.interop.clip_benchmark import load
 from embedcache.networks.attention import AttentionDecoder
 from embedcache.networks.ctc import align_ctc, decode_ctc
 from embedcache.networks.decoding import decode_attention, decode_hybrid
-from embedcache.networks.points import PointNetwork, adapt_norms, norm_gaps, predict_points, scale_entropy
 from embedcache.networks.sequence import LayerSizes, valid_frames
 from embedcache.progress import NullProgress
 from embedcache.projectors.saved import read_config
@@ -39,6 +38,7 @@ from embedcache.store.cache import Cache
 from embedcache.testing.encoders import TEXTS, example_images
 from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
+from pipelines.summit.networks import PointNetwork, adapt_norms, norm_gaps, predict_points, scale_entropy
 from tests.encoders.checkpoints import save_bert, save_timm
 from tests.images import write_images
 

@@ -52,7 +52,7 @@ def extract(
         list[str] | None,
         typer.Option(
             metavar="MODALITY=SPEC",
-            help="Encoder of any modality, also of the families whisper, frames, stacks, geometry and fields, such as "
+            help="Encoder of any modality, also of the families whisper, frames and stacks, such as "
             "audio=whisper:tiny.en. May be repeated.",
         ),
     ] = None,

@@ -120,15 +120,10 @@ _KINDS = {
 RULES = Registry(
     "rule",
     {
-        "agree": "embedcache.derive.segmentation:AGREE",
-        "certain": "embedcache.derive.segmentation:CERTAIN",
         "concat": "embedcache.derive.rules:CONCAT",
-        "lift": "embedcache.derive.segmentation:LIFT",
         "mean": "embedcache.derive.rules:MEAN",
         "pca": "embedcache.derive.rules:PCA",
-        "recover": "embedcache.derive.segmentation:RECOVER",
         "standardize": "embedcache.derive.rules:STANDARDIZE",
-        "weight_by_entropy": "embedcache.derive.segmentation:WEIGHT_BY_ENTROPY",
     },
     group="embedcache.rules",
 )

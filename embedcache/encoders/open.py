@@ -31,20 +31,17 @@ class Family:
     Args:
         opener: `module:attribute` of the function.
         model: `name`, a published model or the path of a folder, as of every plug-in; `file`, the path of a file;
-            `list`, names of fields, separated by commas in text and by `+` once parsed; `encoder`, the spec of
-            another encoder without its options, or a name.
+            `encoder`, the spec of another encoder without its options, or a name.
         own_options: where the model is an encoder, the options that are not those of that encoder.
     """
 
     opener: str
-    model: Literal["name", "file", "list", "encoder"] = "name"
+    model: Literal["name", "file", "encoder"] = "name"
     own_options: frozenset[str] = frozenset()
 
 
 _FAMILIES: Mapping[str, Family] = {
-    "fields": Family("embedcache.encoders.fields:open_fields", "list"),
     "frames": Family("embedcache.encoders.frames:open_frames", "encoder", own_options=frozenset({"rate"})),
-    "geometry": Family("embedcache.encoders.geometry:open_geometry"),
     "hf": Family("embedcache.encoders.transformers:open_transformers"),
     "lite": Family("embedcache.encoders.lite:open_lite"),
     "open_clip": Family("embedcache.encoders.open_clip:open_open_clip"),
@@ -244,8 +241,6 @@ class EncoderSpec:
         """Parse `family:model[,option=value]…`."""
         name, *options = _PART.findall(text)
         family, colon, model = name.strip().partition(":")
-        while _model_kind(family) == "list" and options and "=" not in options[0]:
-            model = f"{model}+{options.pop(0).strip()}"
         if not (family and colon and model):
             raise SettingError(
                 f"invalid encoder {text!r}: expected family:model, such as {_EXAMPLES}; "
@@ -295,8 +290,6 @@ class EncoderSpec:
         """Name of the encoder's folder in a cache: the model's name, or the last part of its path."""
         if self.inner is not None:
             return self.inner.folder
-        if _model_kind(self.family) == "list":  # the names are those of the features
-            return self.family
         name = self.model or self.family.rpartition(":")[2]
         if self.is_path:
             path = expand_home(self.model)

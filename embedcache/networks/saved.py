@@ -31,7 +31,6 @@ from embedcache.registry import Registry, names_from
 NETWORKS = Registry(
     "network",
     {
-        "points": "embedcache.networks.points:PointNetworks",
         "shared": "embedcache.networks.shared:SharedNetwork",
         "speech": "embedcache.networks.speech:SpeechNetwork",
     },

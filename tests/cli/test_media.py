@@ -1,4 +1,4 @@
-"""A folder of WAV, MP4 and NPZ files, extracted on the command line with the built-in encoders of each modality."""
+"""A folder of WAV, MP4 and NPZ files, extracted on the command line with encoders of each modality."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pytest
 from embedcache.axis import Axis
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
+from pipelines.summit.encoders import FIELDS, GEOMETRY
 from tests.cli.run import embedcache, succeed
 from tests.encoders.checkpoints import save_speech, save_timm, save_whisper
 from tests.media_files import cloud, encode_video, moving_square, npz, tone, wav
@@ -42,8 +43,8 @@ def command(source: str, cache: str) -> list[str]:
         "audio=hf:./wav2vec2",
         "video=frames:timm:test_vit,weights=test_vit.safetensors,rate=5",
         "video=frames:pixels,size=8x6",
-        "points=geometry:eigen",
-        "points=fields:xyz,uv,label",
+        f"points={GEOMETRY}",
+        f"points={FIELDS}",
     )
     options = [word for encoder in encoders for word in ("--encoder", encoder)]
     return ["extract", source, cache, *options, "--feature", "mean,states,cls,pixels"]

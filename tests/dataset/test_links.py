@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from embedcache.dataset.links import align_times, lift
 from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.axis import Axis
-from embedcache.dataset.links import align_times, lift
 from embedcache.errors import DataError
 
 FAST, SLOW = Axis(kind="time", rate_hz=50.0, start_s=0.0), Axis(kind="time", rate_hz=25.0, start_s=0.0)

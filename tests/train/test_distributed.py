@@ -11,15 +11,12 @@ from safetensors.torch import load_file
 from embedcache.settings import from_flat
 from embedcache.train.distributed import own_slice
 from embedcache.train.losses import LOSSES
-from embedcache.train.segmentation import train_source
 from embedcache.train.settings import FitSettings
 from tests.crash import call, call_together
 from tests.train.distributed_worker import main, sum_ranks_twice
 from tests.train.places import main as train_many
 from tests.train.places import train_places
 from tests.train.runs import IMAGE, TEXT, log_lines, run
-from tests.train.test_segmentation import inputs, make_data
-from tests.train.test_segmentation import settings as segmentation_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.no_mutants]
 
@@ -57,19 +54,6 @@ def test_two_processes_train_the_same(cache_path: Path, tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in "12")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
-
-
-def test_two_processes_train_a_source_of_points(tmp_path: Path) -> None:
-    call_together(2, train_points, str(tmp_path / "run"))
-    assert len(log_lines(tmp_path / "run")) == 2 * 5 + 3
-
-
-def train_points(path: str) -> None:
-    """Train a network of one modality, whose second head is not trained."""
-    data = make_data(10)
-    train_source(
-        data, data, Path(path), inputs("image"), segmentation_settings(epochs=2, batch_size=100), num_classes=3
-    )
 
 
 def test_own_slice_of_one_process() -> None:

@@ -16,7 +16,6 @@ from embedcache.arrays import Inputs
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import DataError, SettingError
-from embedcache.networks.points import PointNetworks
 from embedcache.projectors.pair import AlignedPair
 from embedcache.settings import from_flat
 from embedcache.train import distributed, pair
@@ -25,7 +24,6 @@ from embedcache.train.losses import Positives
 from embedcache.train.modules import ModuleReport, fitted_name
 from embedcache.train.pair import PairTask, Validation
 from embedcache.train.pair_batches import Batch, LoadedBatch, LoadedInputs
-from embedcache.train.segmentation import PointData, SegmentationTask
 from embedcache.train.settings import FitSettings, LossSettings, MachineSettings, OptimizerSettings
 from embedcache.train.speech import SpeechRecipe, SpeechTask
 from embedcache.train.train import TrainReport
@@ -229,24 +227,6 @@ def test_bad_losses_name_five_samples_or_the_feature(tmp_path: Path) -> None:
     loaded.values[3, 1] = torch.inf
     with pytest.raises(DataError, match=r"at step 9, the image feature holds NaN or infinity.*3"):
         task.explain(step, loss=float("nan"), step=9)
-    data = PointData(
-        features={"image": np.zeros((7, 3), np.float32)}, labels_N=np.arange(7) % 3, lengths_G=np.array([7])
-    )
-    networks, settings = PointNetworks(widths={"image": 3}, num_classes=3), from_flat(FitSettings, {})
-    points, validated = (
-        SegmentationTask(networks, data, {"image": data.labels_N}, settings, validation=validation)
-        for validation in (None, data)
-    )
-    (first,) = points.loader.epoch(0)
-    assert points.count(first) == 7
-    shown = ", ".join(str(row) for row in first.rows[:5])
-    assert str(points.explain(first, loss=float("inf"), step=2)) == (
-        f"the loss is inf at step 2, in the batch of the points [{shown}] …; lower the learning rate"
-    )
-    num_weights = sum(value.numel() for value in points.module.parameters())
-    assert points.forward_flops == 2 * 2048 * num_weights
-    assert validated.score({"a": 1.0, "b": 2.0}) == 1.5
-    assert np.isnan(points.score({"steps": 3.0}))
 
 
 def test_validation_is_of_evenly_spaced_samples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,15 +324,6 @@ def test_fitted_arrays_are_named_by_the_start_of_their_digest() -> None:
     assert fitted_name({"weights": "0123456789abcdef0123"}) == "fit-0123456789abcdef.safetensors"
 
 
-def test_frames_are_taken_with_their_points() -> None:
-    lengths = np.array([2, 3, 1])
-    data = PointData(features={"image": np.arange(6.0)[:, None]}, labels_N=np.arange(6), lengths_G=lengths)
-    for first, last, rows in ((0, 1, [0, 1]), (1, 3, [2, 3, 4, 5]), (0, 3, list(range(6))), (2, 2, [])):
-        part = data.frames(first, last)
-        assert part.labels_N.tolist() == part.features["image"][:, 0].tolist() == rows
-        assert part.lengths_G.tolist() == lengths[first:last].tolist()
-
-
 @pytest.mark.parametrize(("batch_size", "count", "steps"), [(None, 32, 1), (None, 33, 2), (4, 9, 3)])
 def test_a_batch_of_speech_has_32_utterances(batch_size: int | None, count: int, steps: int) -> None:
     module, utterances = nn.Linear(2, 3), SimpleNamespace(symbols=[np.zeros(2)] * count)
@@ -360,18 +331,6 @@ def test_a_batch_of_speech_has_32_utterances(batch_size: int | None, count: int,
     task = SpeechTask(module, utterances, utterances, settings, SpeechRecipe())  # type: ignore[arg-type]
     assert task.loader.num_steps == steps
     assert task.forward_flops == 2 * (batch_size or 32) * 75 * 9
-
-
-@pytest.mark.parametrize("consistency", [0.0, 0.1])
-def test_heads_are_equal_where_one_imitates_the_other(consistency: float) -> None:
-    torch.manual_seed(0)
-    data = PointData(features={"image": np.zeros((6, 3))}, labels_N=np.arange(6) % 3, lengths_G=np.array([6]))
-    module = PointNetworks(widths={"image": 3}, num_classes=3)
-    settings = from_flat(FitSettings, {})
-    task = SegmentationTask(module, data, {"image": data.labels_N}, settings, consistency=consistency)
-    assert task.objective is task.objective
-    network = module["image"]
-    assert torch.equal(network.mimic_head.weight, network.head.weight) == bool(consistency)
 
 
 def test_frames_of_items_are_counted() -> None:

@@ -14,18 +14,21 @@ import numpy as np
 from embedcache.arrays import Floats, Ints
 from embedcache.dataset.splits import Split, write_split
 from embedcache.derive.derive import Derivation, derive, derive_from_run
-from embedcache.derive.pseudo_labels import LabelQuality, entropy, label_quality
-from embedcache.derive.segmentation import lift_parameters
+from embedcache.derive.rules import Rule
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.metrics.segmentation import count_frames, predict_together
-from embedcache.networks.points import PointNetworks, norm_gaps, predict_points
 from embedcache.networks.saved import ModuleInput, load_module, read_module_config
 from embedcache.projectors.saved import config_path
 from embedcache.settings import from_flat
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.train.segmentation import (
+from embedcache.train.settings import FitSettings
+from pipelines.summit.encoders import FIELDS, GEOMETRY
+from pipelines.summit.metrics import count_frames, predict_together
+from pipelines.summit.networks import PointNetworks, norm_gaps, predict_points
+from pipelines.summit.pseudo_labels import LabelQuality, entropy, label_quality
+from pipelines.summit.rules import AGREE, CERTAIN, LIFT, RECOVER, WEIGHT_BY_ENTROPY, lift_parameters
+from pipelines.summit.training import (
     PointData,
     SegmentationInputs,
     save_adapted_norms,
@@ -33,7 +36,6 @@ from embedcache.train.segmentation import (
     train_adaptation,
     train_source,
 )
-from embedcache.train.settings import FitSettings
 from pipelines.worlds.street import KIND
 from pipelines.worlds.street_scene import CLASSES
 
@@ -44,7 +46,7 @@ FEATURES = {"image": "lifted/lifted", "points": "eigen/points"}
 
 C = len(CLASSES)
 SOURCE, ORACLE = "source only", "oracle"
-FUSED = {"AF": ("agree", None), "EW": ("weight_by_entropy", None), "EW+HT": ("weight_by_entropy", 1.0)}
+FUSED = {"AF": (AGREE, None), "EW": (WEIGHT_BY_ENTROPY, None), "EW+HT": (WEIGHT_BY_ENTROPY, 1.0)}
 """Methods of the paper, which adapt both modalities with the same labels -> rule, and k of the hypothesis test."""
 
 VIEWS = {"2D": ("image",), "3D": ("points",), "2D+3D": ("image", "points")}
@@ -89,7 +91,7 @@ def make_cache(location: str, domain: str, path: Path) -> Path:
     """
     name, _, calibration = domain.partition("=")
     location = f"{location},domains={name}" + f",calibration={calibration}" * bool(calibration)
-    encoders = {"image": [IMAGE_ENCODER], "points": ["geometry:eigen", "fields:xyz,uv,label"]}
+    encoders = {"image": [IMAGE_ENCODER], "points": [GEOMETRY, FIELDS]}
     features = (*PATCHES, "points", "xyz", "uv", "label")
     extract(
         open_source(location, kind=KIND),
@@ -100,7 +102,7 @@ def make_cache(location: str, domain: str, path: Path) -> Path:
     patches = [f"efficientnet-lite0/{name}" for name in PATCHES]
     inputs = [("points", "fields/uv"), *(("image", name) for name in patches)]
     parameters = lift_parameters(Cache(path), patches)
-    derive(path, Derivation(name="lifted", inputs=inputs, rule="lift", parameters=parameters))
+    derive(path, Derivation(name="lifted", inputs=inputs, rule=LIFT, parameters=parameters))
     return path
 
 
@@ -200,28 +202,28 @@ class Scenario:
         return run
 
     def labels(
-        self, run: Path, *, rule: str, gaps: Mapping[str, float] | None = None, test_k: float | None = None
+        self, run: Path, *, rule: Rule, gaps: Mapping[str, float] | None = None, test_k: float | None = None
     ) -> dict[str, str]:
         """Derive pseudo-labels from the predictions of a run; return modality -> feature.
 
         Args:
             run: a run of both modalities.
-            rule: `certain`: each modality's own labels; `agree` (AF) or `weight_by_entropy` (EW): one for both.
+            rule: `CERTAIN`: each modality's own labels; `AGREE` (AF) or `WEIGHT_BY_ENTROPY` (EW): one for both.
             gaps: modality -> gap that lowers its weight in EW.
             test_k: k of the hypothesis test for points that EW leaves out; None: no test.
         """
         prob, hidden = ({m: self._output(run, f"{m}-{what}") for m in FEATURES} for what in ("prob", "hidden"))
-        if rule == "weight_by_entropy":
+        if rule is WEIGHT_BY_ENTROPY:
             weights = {"gap": gaps["image"], "other_gap": gaps["points"]} if gaps else {}
             fused = self._derive(run, "fused" + "-gap" * bool(gaps), rule, list(prob.values()), "prob", weights)
-            label = self._derive(run, f"{fused.split('/')[0]}-certain", "certain", [fused], "label")
+            label = self._derive(run, f"{fused.split('/')[0]}-certain", CERTAIN, [fused], "label")
             if test_k is not None:
                 both = [feature for m in FEATURES for feature in (prob[m], hidden[m])]
                 name = f"{label.split('/')[0]}-test-{test_k:g}"
-                label = self._derive(run, name, "recover", [label, *both], "label", {"k": test_k})
+                label = self._derive(run, name, RECOVER, [label, *both], "label", {"k": test_k})
             return dict.fromkeys(FEATURES, label)
-        own = {m: self._derive(run, f"{m}-certain", "certain", [prob[m]], "label") for m in FEATURES}
-        if rule == "certain":
+        own = {m: self._derive(run, f"{m}-certain", CERTAIN, [prob[m]], "label") for m in FEATURES}
+        if rule is CERTAIN:
             return own
         return dict.fromkeys(FEATURES, self._derive(run, "agree", rule, list(own.values()), "label"))
 
@@ -273,7 +275,7 @@ class Scenario:
         if options.norms_first:
             start = self.adapt_norms(dict.fromkeys(FEATURES, self.sources), moved, f"norms-{'-'.join(moved)}")
         gaps = self.gaps if options.gap_weighting else None
-        feature = self.labels(start, rule="weight_by_entropy", gaps=gaps, test_k=options.test_k)["image"]
+        feature = self.labels(start, rule=WEIGHT_BY_ENTROPY, gaps=gaps, test_k=options.test_k)["image"]
         labels = dict.fromkeys(moved, self.read_labels(feature))
         run = self.train(f"{name}-trained", start, labels, consistency=options.consistency, parts=options.parts)
         if not options.entropy_matched:
@@ -298,7 +300,7 @@ class Scenario:
             for name, (rule, test_k) in FUSED.items():
                 labels[name] = self.labels(self.sources, rule=rule, test_k=test_k)["image"]
                 runs[name] = self.train(name, self.sources, dict.fromkeys(FEATURES, self.read_labels(labels[name])))
-            own = self.labels(self.sources, rule="certain")
+            own = self.labels(self.sources, rule=CERTAIN)
             runs["certain"] = self.train("certain", self.sources, {m: self.read_labels(own[m]) for m in own})
             by_gap = [m for m in FEATURES if self.gaps[m] > Adaptation.threshold]
             runs["norm statistics"] = self.adapt_norms(start, list(FEATURES), "norms")
@@ -332,21 +334,20 @@ class Scenario:
         self,
         run: Path,
         name: str,
-        rule: str,
+        rule: Rule,
         inputs: Sequence[str],
         output: str,
         parameters: Mapping[str, float] | None = None,
     ) -> str:
         prefix = self._name(run, "")
         name = prefix + name.removeprefix(prefix)
-        has_fit = rule in {"certain", "recover"}
         derivation = Derivation(
             name=name,
             inputs=[("points", feature) for feature in inputs],
             rule=rule,
             parameters=parameters or {},
             dtype="int16" if output == "label" else "float16",
-            fit_split=self.split if has_fit else None,
+            fit_split=None if rule.fit is None else self.split,
         )
         derive(self.cache, derivation)
         return f"{name}/{output}"

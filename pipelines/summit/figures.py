@@ -11,8 +11,8 @@ from PIL import Image
 
 from embedcache.arrays import Array, Floats, Ints
 from embedcache.errors import DataError
-from embedcache.metrics.segmentation import IGNORED
 from embedcache.reports.base import INK, legend_name, open_axes
+from pipelines.summit.metrics import IGNORED
 
 CLASS_COLORS = ("#804080", "#f423e8", "#6b8e23", "#8a8a8a", "#1f4bd8", "#dc143c", "#f5c400", "#00a6a6", "#8b4513")
 """Color of each class, in their order."""

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 
 from embedcache.files import replacing, write_atomic
-from embedcache.metrics.segmentation import predict_together
-from embedcache.networks.points import PointNetworks, predict_points
 from embedcache.networks.saved import load_module
 from embedcache.reports.base import Section, svg, write_report
-from embedcache.reports.segmentation import FrameRow, draw_frames
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from pipelines.adaptation.results import (
+from pipelines.common import markdown_table
+from pipelines.summit.figures import FrameRow, draw_frames
+from pipelines.summit.metrics import predict_together
+from pipelines.summit.networks import PointNetworks, predict_points
+from pipelines.summit.results import (
     BOTH,
     Result,
     interval_table,
@@ -22,8 +23,7 @@ from pipelines.adaptation.results import (
     scenario_table,
     summary_table,
 )
-from pipelines.adaptation.steps import FEATURES, ORACLE, SOURCE, Domains, read_points, rows_of
-from pipelines.common import markdown_table
+from pipelines.summit.steps import FEATURES, ORACLE, SOURCE, Domains, read_points, rows_of
 from pipelines.worlds.street import KIND, StreetSource
 from pipelines.worlds.street_scene import CLASSES, DOMAINS
 

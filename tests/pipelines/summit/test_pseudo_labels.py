@@ -1,5 +1,3 @@
-import doctest
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,8 +5,7 @@ from hypothesis import strategies as st
 from scipy.stats import entropy as scipy_entropy
 from scipy.stats import multivariate_normal
 
-from embedcache.derive import pseudo_labels
-from embedcache.derive.pseudo_labels import (
+from pipelines.summit.pseudo_labels import (
     CertaintyThresholds,
     Gaussians,
     ModalityPredictions,
@@ -16,17 +13,11 @@ from embedcache.derive.pseudo_labels import (
     entropy,
     fit_gaussians,
     keep_certain,
-    label_quality,
     recover_labels,
     weight_by_entropy,
 )
-from embedcache.errors import DataError
 
 C = 4
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(pseudo_labels).failed == 0
 
 
 def random_probabilities(seed: int, num_points: int) -> np.ndarray:
@@ -49,23 +40,6 @@ def test_thresholds_match_median(prob: np.ndarray, cut: int) -> None:
         assert found[number] <= 0.9
         kept = (keep_certain(prob, found) == number).sum()
         assert 2 * kept >= len(own)
-
-
-@given(PROBABILITIES)
-def test_certain_labels_are_predictions(prob: np.ndarray) -> None:
-    labels = keep_certain(prob, np.full(C, 0.6))
-    assert np.array_equal(labels >= 0, prob.max(axis=1) >= 0.6)
-    assert np.array_equal(labels[labels >= 0], prob.argmax(axis=1)[labels >= 0])
-
-
-def test_thresholds_refuse_values_that_are_no_probabilities() -> None:
-    for wrong, message in (
-        (np.full((1, C), np.nan), "from 0 to 1, got nan"),
-        (np.full((1, C), 3.0), "from 0 to 1, got 3.0"),
-        (np.ones((2, C + 1)), "4 classes per point, got shape"),
-    ):
-        with pytest.raises(DataError, match=message):
-            CertaintyThresholds(C).add(wrong)
 
 
 def test_agree_keeps_common_labels() -> None:
@@ -139,36 +113,6 @@ def test_hypothesis_test_matches_densities(seed: int, k: float) -> None:
     assert recover_labels(labels, first, second, k=k).tolist() == recover_in_linear_space(labels, first, second, k)
 
 
-@pytest.mark.slow
-@given(st.integers(0, 10_000), st.floats(0.01, 100))
-def test_hypothesis_test_is_symmetric(seed: int, k: float) -> None:
-    labels, first, second = two_modalities(seed)
-    recovered = recover_labels(labels, first, second, k=k)
-    assert np.array_equal(recovered, recover_labels(labels, second, first, k=k))
-    assert np.array_equal(recovered[labels >= 0], labels[labels >= 0])
-    is_new = (recovered >= 0) & (labels < 0)
-    assert ((recovered == first.predicted_N) | (recovered == second.predicted_N))[is_new].all()
-
-
-def test_extreme_k_recovers_nothing() -> None:
-    labels, first, second = two_modalities(3, num_points=400)
-    assert (recover_labels(labels, first, second) >= 0).sum() > (labels >= 0).sum() + 20
-    for k in (1e-300, 1e300):
-        assert np.array_equal(recover_labels(labels, first, second, k=k), labels)
-    with pytest.raises(DataError, match="k: expected a number above 0, got 0"):
-        recover_labels(labels, first, second, k=0)
-
-
-def test_both_sides_can_win() -> None:
-    """Check what a test that compares one side's label with itself gets wrong: labels of only one side come back."""
-    labels, first, second = two_modalities(3, num_points=400)
-    for k in (0.5, 1.0, 2.0):
-        recovered = recover_labels(labels, first, second, k=k)
-        is_new = (recovered >= 0) & (labels < 0)
-        assert (recovered == first.predicted_N)[is_new].sum() > 5
-        assert (recovered == second.predicted_N)[is_new].sum() > 5
-
-
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_densities_of_many_channels_stay_finite(scale: float) -> None:
     rng = np.random.default_rng(0)
@@ -179,16 +123,6 @@ def test_densities_of_many_channels_stay_finite(scale: float) -> None:
     assert np.abs(log_density).max() > 1000  # the density itself is 0 or infinite in float64
 
 
-def test_classes_without_points_are_left_alone() -> None:
-    features = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
-    labels = np.array([0, 0, 0, 1, -1, -1])
-    gaussians = fit_gaussians(features, labels, 3)
-    assert gaussians.count_C.tolist() == [3, 1, 0]
-    first = ModalityPredictions(features, np.zeros(6, np.int64), gaussians)
-    second = ModalityPredictions(features, np.array([0, 0, 0, 1, 1, 2]), gaussians)
-    assert np.array_equal(recover_labels(labels, first, second), labels)
-
-
 def test_dead_channel_does_not_decide() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], 50)
@@ -197,9 +131,3 @@ def test_dead_channel_does_not_decide() -> None:
     assert gaussians.variance_CD[0, 1] > 0
     assert isinstance(gaussians, Gaussians)
     assert np.isfinite(gaussians.log_density(features, 1 - labels)).all()
-
-
-def test_label_quality_ignores_points_without_truth() -> None:
-    quality = label_quality(np.array([0, 1, -1, 0, 1]), np.array([0, 0, 0, 1, -1]))
-    assert quality == (0.75, pytest.approx(1 / 3))
-    assert np.isnan(label_quality(np.array([-1]), np.array([0])).accuracy)

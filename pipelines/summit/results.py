@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.metrics.segmentation import bootstrap_iou_difference, bootstrap_mean_iou, mean_iou
 from embedcache.provenance import construct
 from embedcache.reports.base import Table
-from pipelines.adaptation.steps import ORACLE, SOURCE, VIEWS
 from pipelines.results import read_step, write_step
+from pipelines.summit.metrics import bootstrap_iou_difference, bootstrap_mean_iou, mean_iou
+from pipelines.summit.steps import ORACLE, SOURCE, VIEWS
 
 BOTH = "2D+3D"
 _SHORT = {"norm statistics": "norms", "norm statistics by the gap": "norms by gap", "source only": "source"}

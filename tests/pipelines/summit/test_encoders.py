@@ -1,12 +1,12 @@
-"""Eigen-features of points, on shapes whose features are known."""
+"""Eigen-features of points, on shapes whose features are known, and copies of arrays."""
 
 import numpy as np
 import pytest
 
-from embedcache.encoders.geometry import CELL_SIZES_M, PER_SCALE, SCALES, eigen_features
 from embedcache.encoders.open import open_encoder
-from embedcache.errors import ItemError, SettingError, UnknownNameError
+from embedcache.errors import ItemError
 from embedcache.testing.encoders import PointsEncoderContract, example_points
+from pipelines.summit.encoders import CELL_SIZES_M, FIELDS, GEOMETRY, PER_SCALE, SCALES, eigen_features
 
 LINEARITY, PLANARITY, SCATTERING, VARIATION, VERTICALITY, LOG_RADIUS, Z_RANGE, Z_ABOVE = range(len(PER_SCALE))
 
@@ -16,12 +16,7 @@ class TestGeometry(PointsEncoderContract):
 
     @pytest.fixture
     def spec(self) -> str:
-        return "geometry:eigen"
-
-
-def test_number_of_columns() -> None:
-    assert open_encoder("geometry:eigen", modality="points").features == {"points": (-1, 26)}
-    assert open_encoder("geometry:eigen,scales=20+8", modality="points").features == {"points": (-1, 18)}
+        return GEOMETRY
 
 
 @pytest.mark.parametrize(
@@ -62,15 +57,6 @@ def test_height_above_the_ground() -> None:
     assert 4 <= far[-1] < 4 + 0.1 * 20
 
 
-@pytest.mark.parametrize("shift", [(-1.5, 0), (2.5, 0), (0, -1.5), (0, 2.5), (-1.5, 2.5)])
-def test_ground_is_also_found_in_the_cells_around(shift: tuple[float, float]) -> None:
-    """Under a roof that fills its cell of 2 m, the ground beside it counts, on any side."""
-    roof = np.random.default_rng(0).uniform(0, 1.5, (60, 3)) * (1, 1, 0) + (0, 0, 3)
-    ground = np.array([[*shift, 0.0]])
-    features = eigen_features(np.concatenate([roof, ground, [[-20.0, -20, 9]]]))  # the last fixes the grid's origin
-    np.testing.assert_allclose(features[:60, -2], 3, atol=1e-5)
-
-
 def test_features_follow_their_definition() -> None:
     xyz = np.random.default_rng(0).normal(size=(80, 3)) * (3, 2, 1)
     point = 5
@@ -85,18 +71,6 @@ def test_features_follow_their_definition() -> None:
             np.log10(np.sort(distances)[size - 1] + 1e-3), np.ptp(near[:, 2]), xyz[point, 2] - near[:, 2].mean(),
         ]  # fmt: skip
         np.testing.assert_allclose(features[number * 8 : number * 8 + 8], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_blocks_do_not_change_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    xyz = example_points()[0]["xyz"]
-    whole = eigen_features(xyz)
-    monkeypatch.setattr("embedcache.encoders.geometry._POINTS_PER_BLOCK", 7)
-    np.testing.assert_allclose(eigen_features(xyz), whole, atol=1e-5)
-
-
-def test_moved_points_have_the_same_features() -> None:
-    xyz = example_points()[0]["xyz"].astype(np.float64)
-    np.testing.assert_allclose(eigen_features(xyz + np.array([100, -3000, 70])), eigen_features(xyz), atol=1e-4)
 
 
 def test_points_at_one_place_have_no_shape() -> None:
@@ -115,15 +89,25 @@ def test_points_at_one_place_have_no_shape() -> None:
 )
 def test_bad_points_fail_with_a_reason(xyz: np.ndarray, reason: str) -> None:
     with pytest.raises(ItemError, match=reason):
-        open_encoder("geometry:eigen", modality="points").prepare([{"xyz": xyz}])
+        open_encoder(GEOMETRY, modality="points").prepare([{"xyz": xyz}])
 
 
-@pytest.mark.parametrize("scales", ["8+8", "2+8", "8,20", "many"])
-def test_wrong_scales_raise(scales: str) -> None:
-    with pytest.raises(SettingError):
-        open_encoder(f"geometry:eigen,scales={scales}", modality="points")
+class TestFields(PointsEncoderContract):
+    has_weights = False
+
+    @pytest.fixture
+    def spec(self) -> str:
+        return FIELDS
 
 
-def test_unknown_model_raises() -> None:
-    with pytest.raises(UnknownNameError, match="known: eigen"):
-        open_encoder("geometry:pointnet", modality="points")
+def test_values_are_copied_to_the_bit() -> None:
+    encoder = open_encoder(FIELDS, modality="points")
+    assert encoder.features == {"xyz": (-1, 3), "uv": (-1, 2), "label": (-1, 1)}
+    items = example_points()
+    found = encoder.encode(encoder.prepare(items), ["label", "xyz", "uv"])
+    for number, item in enumerate(items):
+        for name in ("xyz", "uv"):
+            np.testing.assert_array_equal(found[name][number], item[name])
+            assert found[name][number].dtype == np.float32
+        np.testing.assert_array_equal(found["label"][number][:, 0], item["label"])
+        assert found["label"][number].dtype == np.int16

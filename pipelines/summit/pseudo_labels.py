@@ -16,7 +16,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints
 from embedcache.errors import DataError
-from embedcache.metrics.segmentation import IGNORED
+from pipelines.summit.metrics import IGNORED
 
 _NUM_BINS = 1000
 _EDGES = np.arange(_NUM_BINS + 1) / _NUM_BINS

@@ -7,11 +7,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 
-from embedcache.derive.pseudo_labels import entropy
-from embedcache.errors import DataError, SettingError
-from embedcache.metrics.alignment import domain_gap
-from embedcache.networks.points import (
+from pipelines.summit.networks import (
     Moments,
     PointBatch,
     PointNetwork,
@@ -19,12 +17,15 @@ from embedcache.networks.points import (
     PointObjective,
     adapt_norms,
     class_weights,
+    domain_gap,
     imitation_loss,
     labeled_loss,
     norm_gaps,
     predict_points,
     scale_entropy,
+    symmetric_kl,
 )
+from pipelines.summit.pseudo_labels import entropy
 
 WIDTH, C = 6, 3
 
@@ -139,21 +140,6 @@ def test_modality_without_weights_stays_as_it_is(source: PointNetwork) -> None:
     assert accuracy(module["image"], 8, shift=1.0) > accuracy(source, 8, shift=1.0) + 0.2
 
 
-def test_parts_cover_the_networks_once(source: PointNetwork) -> None:
-    module = networks_of(image=source, points=source)
-    parts = module.parts()
-    for name in ("image", "points"):
-        fine = [path for part, paths in parts.items() if part.startswith(f"{name}-") for path in paths]
-        owned = [key for key in module.state_dict() if any(key.startswith(f"{path}.") for path in fine)]
-        assert sorted(owned) == sorted(key for key in module.state_dict() if key.startswith(f"{parts[name][0]}."))
-
-
-def test_wrong_modalities_are_refused(source: PointNetwork) -> None:
-    for weights in ({}, {"audio": ONES}):
-        with pytest.raises(SettingError, match="one or two modalities"):
-            PointObjective(networks_of(image=source), weights)
-
-
 def test_entropy_is_scaled_without_changing_predictions(source: PointNetwork) -> None:
     network, features = copy.deepcopy(source), make_points(5)[0]
     before = predict_points(network, features).prob_NC
@@ -204,6 +190,16 @@ def test_class_weights_match_definition(labels: list[int]) -> None:
     assert found[np.argmax(counts)] == found.min() == 1
 
 
-def test_class_weights_need_labels() -> None:
-    with pytest.raises(DataError, match="at least one labeled point, got none"):
-        class_weights(np.array([-1, -1]), C)
+def test_divergence_matches_torch() -> None:
+    rng = np.random.default_rng(0)
+    moments = [(rng.normal(size=8), rng.uniform(0.1, 3, 8)) for _ in range(2)]
+    first, second = (Normal(torch.tensor(mean), torch.tensor(variance).sqrt()) for mean, variance in moments)
+    expected = kl_divergence(first, second) + kl_divergence(second, first)
+    np.testing.assert_allclose(symmetric_kl(*moments[0], *moments[1]), expected, rtol=1e-9)
+
+
+def test_gap_of_constant_channels() -> None:
+    zeros, ones = np.zeros(3), np.ones(3)
+    found = symmetric_kl(np.array([0.0, 0, 0]), np.array([0.0, 0, 1]), np.array([0.0, 1, 0]), np.array([0.0, 0, 0]))
+    assert found.tolist() == [0, np.inf, np.inf]
+    assert domain_gap(zeros, ones, zeros, np.array([1.0, 1, 0])) == 0  # one odd channel does not decide

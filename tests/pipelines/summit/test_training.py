@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from embedcache.errors import DataError
-from embedcache.networks.points import PointNetworks
 from embedcache.networks.saved import ModuleInput, load_module, read_module_config
 from embedcache.settings import from_flat
-from embedcache.train.segmentation import (
+from embedcache.train.settings import FitSettings
+from pipelines.summit.networks import RUN_KIND, PointNetworks
+from pipelines.summit.training import (
     PointData,
     SegmentationInputs,
     SegmentationTask,
@@ -21,8 +22,8 @@ from embedcache.train.segmentation import (
     train_adaptation,
     train_source,
 )
-from embedcache.train.settings import FitSettings
-from tests.train.runs import interrupted_after
+from tests.crash import call_together
+from tests.train.runs import interrupted_after, log_lines
 
 C, WIDTHS = 3, {"image": 6, "points": 4}
 
@@ -52,18 +53,6 @@ def inputs(*names: str) -> SegmentationInputs:
 
 def settings(**options: Any) -> FitSettings:
     return from_flat(FitSettings, {"epochs": 8, "lr": 0.01, "batch_size": 64, **options})
-
-
-def test_each_process_names_its_own_points_and_counts_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.train.segmentation.own_slice", lambda count: slice(count // 2, count))
-    data = make_data(3)
-    data.features["image"][7] = np.nan
-    module = PointNetworks(widths={"image": WIDTHS["image"]}, num_classes=C)
-    task = SegmentationTask(module, data, {"image": data.labels_N}, settings())
-    loaded = next(batch for epoch in range(9) for batch in task.loader.epoch(epoch) if 7 in batch.rows)
-    assert task.count(loaded) - len(loaded.rows) in (len(loaded.rows), len(loaded.rows) - 1)
-    with pytest.raises(DataError, match="first row 7$"):
-        task.explain(loaded, loss=np.nan, step=0)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +91,7 @@ def test_source_run_learns_and_records_its_input(runs: dict[str, Path]) -> None:
     for name, run in runs.items():
         assert mean_iou_of(load(run), name, make_data(30)) > 0.7
         config = read_module_config(run)
-        assert (config.kind, set(config.sides)) == ("points", {name})
+        assert (config.kind, set(config.sides)) == (RUN_KIND, {name})
 
 
 @pytest.mark.slow
@@ -126,15 +115,6 @@ def test_adaptation_keeps_the_last_epoch_and_resumes_to_the_same_bits(runs: dict
     assert all(torch.equal(value, last[name]) for name, value in best.items())
 
 
-@pytest.mark.parametrize("trainable", ["image-heads", "image-linear", "image-norms"])
-def test_adaptation_of_a_part_keeps_the_last_epoch(runs: dict[str, Path], tmp_path: Path, trainable: str) -> None:
-    adapt(runs, tmp_path / "run", epochs=2, trainable=trainable)
-    best, last = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("model", "last"))
-    start = load(runs["image"]).state_dict()
-    assert all(torch.equal(value, last[name]) for name, value in best.items())
-    assert any(not torch.equal(value, best[name]) for name, value in start.items())
-
-
 def test_norm_statistics_are_a_run_that_training_starts_from(runs: dict[str, Path], tmp_path: Path) -> None:
     target = make_data(20, shift=1.5)
     module = save_adapted_norms(runs, target.features, ["image"], tmp_path / "norms")
@@ -148,16 +128,32 @@ def test_norm_statistics_are_a_run_that_training_starts_from(runs: dict[str, Pat
     assert torch.equal(start.hidden_norm.running_mean, stored["image"].hidden_norm.running_mean)  # type: ignore[arg-type]
 
 
-def test_norm_statistics_of_one_modality_are_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
-    save_adapted_norms({"points": runs["points"]}, make_data(20).features, ["points"], tmp_path / "norms")
-    found, source = read_module_config(tmp_path / "norms"), read_module_config(runs["points"])
-    assert (found.arguments, found.sides) == (source.arguments, source.sides)
-    assert found.training == {"norm statistics": ["points"]}
-    assert found.init_runs == {"points": source.weights_digest}
-
-
 def test_nan_feature_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
     data = make_data(10)
     data.features["image"][7, 0] = np.nan
     with pytest.raises(DataError, match="the feature of the points' image holds NaN or infinity"):
         train_source(data, data, tmp_path / "run", inputs("image"), settings(), num_classes=C)
+
+
+@pytest.mark.parametrize("consistency", [0.0, 0.1])
+def test_heads_are_equal_where_one_imitates_the_other(consistency: float) -> None:
+    torch.manual_seed(0)
+    data = make_data(3)
+    module = PointNetworks(widths={"image": WIDTHS["image"]}, num_classes=C)
+    task = SegmentationTask(module, data, {"image": data.labels_N}, settings(), consistency=consistency)
+    assert task.objective is task.objective
+    network = module["image"]
+    assert torch.equal(network.mimic_head.weight, network.head.weight) == bool(consistency)
+
+
+@pytest.mark.slow
+@pytest.mark.no_mutants
+def test_two_processes_train_a_source(tmp_path: Path) -> None:
+    call_together(2, train_points, str(tmp_path / "run"))
+    assert len(log_lines(tmp_path / "run")) == 2 * 5 + 3
+
+
+def train_points(path: str) -> None:
+    """Train a network of one modality, whose second head is not trained."""
+    data = make_data(10)
+    train_source(data, data, Path(path), inputs("image"), settings(epochs=2, batch_size=100), num_classes=C)

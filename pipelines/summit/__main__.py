@@ -19,10 +19,10 @@ import torch
 
 from embedcache.cli.console import print_line, print_table
 from embedcache.cli.failures import run_program
-from pipelines.adaptation import steps
-from pipelines.adaptation.page import write_pages
-from pipelines.adaptation.results import Result, summary_table
-from pipelines.adaptation.steps import FUSED, ORACLE, SOURCE, Adaptation, Domains, Scenario
+from pipelines.summit import steps
+from pipelines.summit.page import write_pages
+from pipelines.summit.results import Result, summary_table
+from pipelines.summit.steps import FUSED, ORACLE, SOURCE, Adaptation, Domains, Scenario
 
 SCENARIOS = {
     "day → Singapore-like": Domains("day", "day", "sg"),

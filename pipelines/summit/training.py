@@ -11,8 +11,14 @@ from torch import Tensor
 
 from embedcache.arrays import Floats, Ints, check_finite
 from embedcache.errors import DataError
-from embedcache.metrics.segmentation import count_frames, mean_iou
-from embedcache.networks.points import (
+from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module, save_module
+from embedcache.train.batches import Loader, RowBatches, to_device
+from embedcache.train.distributed import own_slice
+from embedcache.train.modules import ModuleReport, train_task
+from embedcache.train.settings import FitSettings
+from pipelines.summit.metrics import count_frames, mean_iou
+from pipelines.summit.networks import (
+    RUN_KIND,
     PointBatch,
     PointNetworks,
     PointObjective,
@@ -21,11 +27,6 @@ from embedcache.networks.points import (
     predict_points,
     scale_entropy,
 )
-from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module, save_module
-from embedcache.train.batches import Loader, RowBatches, to_device
-from embedcache.train.distributed import own_slice
-from embedcache.train.modules import ModuleReport, train_task
-from embedcache.train.settings import FitSettings
 
 _BATCH_SIZE = 2048
 
@@ -240,7 +241,7 @@ def save_adapted_norms(
     arguments = [dict(config.arguments) for config in configs.values()]
     widths = {name: width for values in arguments for name, width in values["widths"].items()}
     config = ModuleConfig(
-        kind="points",
+        kind=RUN_KIND,
         arguments={**arguments[0], "widths": widths},
         sides={name: config.sides[name] for name, config in configs.items()},
         training={"norm statistics": list(adapted)},
@@ -266,7 +267,7 @@ def save_matched_entropy(
     Args:
         run_path: the run.
         features: modality -> (N, D) features of the target.
-        entropies: modality to scale -> mean entropy in nats, see `embedcache.networks.points.scale_entropy`.
+        entropies: modality to scale -> mean entropy in nats, see `pipelines.summit.networks.scale_entropy`.
         matched_path: folder of the new run.
     """
     module, config = load_module(run_path)
@@ -283,7 +284,7 @@ def save_matched_entropy(
 
 def _config(inputs: SegmentationInputs, *, num_classes: int, **training: float) -> ModuleConfig:
     return ModuleConfig(
-        kind="points",
+        kind=RUN_KIND,
         arguments={
             "widths": {name: side.width for name, side in inputs.sides.items()},
             "num_classes": num_classes,

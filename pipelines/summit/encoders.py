@@ -1,23 +1,29 @@
-"""`geometry:eigen`: the shape of the neighborhood of each point, at several sizes, computed without a trained model.
+"""Encoders of points: the shape of their neighborhoods, and copies of arrays. Neither has a trained model.
 
-For the nearest 8, 20 and 40 points (the point itself is one of them) the eigenvalues of their covariance tell lines,
-planes and scattered points apart (Weinmann et al. 2015, Semantic point cloud interpretation based on optimal
-neighborhoods, relevant features and efficient classifiers). Coordinates are in meters, z points up.
+`pipelines.summit.encoders:open_geometry:eigen`: for the nearest 8, 20 and 40 points (the point itself is one of them)
+the eigenvalues of their covariance tell lines, planes and scattered points apart (Weinmann et al. 2015, Semantic point
+cloud interpretation based on optimal neighborhoods, relevant features and efficient classifiers). Coordinates are in
+meters, z points up.
+
+`pipelines.summit.encoders:open_fields:fields`: coordinates, labels and links between points and pixels become features,
+with hashes, commits, failures and provenance like any other.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from embedcache.arrays import Array, Floats
 from embedcache.axis import Axis
 from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import ItemError, SettingError
-from embedcache.registry import unknown_name
+from embedcache.errors import ItemError
 
+GEOMETRY, FIELDS = "pipelines.summit.encoders:open_geometry:eigen", "pipelines.summit.encoders:open_fields:fields"
+"""Specs of both encoders."""
 SCALES = (8, 20, 40)
 """Numbers of nearest points."""
 CELL_SIZES_M = (2.0, 10.0)
@@ -38,16 +44,14 @@ _POINTS_PER_BLOCK = 16_384
 
 
 def open_geometry(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open the encoder of point neighborhoods. Option: `scales`, numbers of nearest points joined by `+`: `8+20+40`."""
-    check_options(spec, ("scales",))
+    """Open the encoder of point neighborhoods."""
+    check_options(spec, ())
     check_modality(spec, modality, "points")
-    if spec.model != "eigen":
-        raise unknown_name("geometry model", spec.model, ("eigen",))
-    return _Geometry(_scales(spec), batch_size=settings.batch_size or 8)
+    return _Geometry(spec.family, batch_size=settings.batch_size or 8)
 
 
-def eigen_features(xyz_N3: Array, scales: Sequence[int] = SCALES) -> Floats:
-    """Compute the features of each point: (N, 8 per scale + 2) float32.
+def eigen_features(xyz_N3: Array) -> Floats:
+    """Compute the features of each point: (N, 26) float32.
 
     Points in another order have the same features in that order, up to rounding, unless neighbors are equally far.
     Memory: 1 kB per point for 40 neighbors, in blocks of 16,384 points.
@@ -55,19 +59,17 @@ def eigen_features(xyz_N3: Array, scales: Sequence[int] = SCALES) -> Floats:
     Args:
         xyz_N3: finite coordinates in meters; at least as many points as the largest scale.
     """
-    from scipy.spatial import cKDTree
-
     xyz_N3 = np.asarray(xyz_N3, np.float64)
     tree = cKDTree(xyz_N3)
-    features_ND = np.empty((len(xyz_N3), len(PER_SCALE) * len(scales) + len(CELL_SIZES_M)))
+    features_ND = np.empty((len(xyz_N3), len(PER_SCALE) * len(SCALES) + len(CELL_SIZES_M)))
     for start in range(0, len(xyz_N3), _POINTS_PER_BLOCK):
         rows = slice(start, start + _POINTS_PER_BLOCK)
-        distances_BK, neighbors_BK = tree.query(xyz_N3[rows], k=max(scales))
-        for number, size in enumerate(scales):
+        distances_BK, neighbors_BK = tree.query(xyz_N3[rows], k=max(SCALES))
+        for number, size in enumerate(SCALES):
             columns = slice(number * len(PER_SCALE), (number + 1) * len(PER_SCALE))
             neighbors_BK3 = xyz_N3[neighbors_BK[:, :size]]
             features_ND[rows, columns] = _shape(xyz_N3[rows], neighbors_BK3, distances_BK[:, size - 1])
-    for column, size_m in enumerate(CELL_SIZES_M, start=len(PER_SCALE) * len(scales)):
+    for column, size_m in enumerate(CELL_SIZES_M, start=len(PER_SCALE) * len(SCALES)):
         features_ND[:, column] = xyz_N3[:, 2] - _ground_height(xyz_N3, size_m)
     return features_ND.astype(np.float32)
 
@@ -112,31 +114,30 @@ def _ground_height(xyz_N3: Array, cell_m: float) -> Array:
 class _Geometry:
     modality: Modality = "points"
 
-    def __init__(self, scales: Sequence[int], *, batch_size: int) -> None:
-        self._scales = scales
-        self.features: Mapping[str, ItemShape] = {"points": (-1, len(PER_SCALE) * len(scales) + len(CELL_SIZES_M))}
+    def __init__(self, family: str, *, batch_size: int) -> None:
+        self.features: Mapping[str, ItemShape] = {"points": (-1, len(PER_SCALE) * len(SCALES) + len(CELL_SIZES_M))}
         self.axes = {"points": Axis(kind="points")}
         self.batch_size = batch_size
         self.fingerprint = Fingerprint(
-            family="geometry",
+            family=family,
             model="eigen",
             weights=NO_WEIGHTS,
-            preprocessing={"scales": list(scales), "columns": list(PER_SCALE), "cell_sizes_m": list(CELL_SIZES_M)},
+            preprocessing={"scales": list(SCALES), "columns": list(PER_SCALE), "cell_sizes_m": list(CELL_SIZES_M)},
             pooling={"points": "the columns of each scale, then the height above the ground, per cell size"},
             backend="numpy",
         )
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
         """Compute the features on the calling thread, so that `encode` does not wait for them."""
-        return [eigen_features(self._check(item["xyz"]), self._scales) for item in items]
+        return [eigen_features(self._check(item["xyz"])) for item in items]
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         check_names(names, self.features)
         return {name: list(prepared) for name in names}
 
     def _check(self, xyz_N3: Array) -> Array:
-        if len(xyz_N3) < max(self._scales):
-            raise ItemError(f"too few points: expected at least {max(self._scales)}, got {len(xyz_N3)}")
+        if len(xyz_N3) < max(SCALES):
+            raise ItemError(f"too few points: expected at least {max(SCALES)}, got {len(xyz_N3)}")
         if not np.isfinite(xyz_N3).all():
             num_bad = np.count_nonzero(~np.isfinite(xyz_N3).all(axis=1))
             raise ItemError(f"{num_bad} of {len(xyz_N3)} points have NaN or infinite coordinates")
@@ -146,14 +147,53 @@ class _Geometry:
         return xyz_N3
 
 
-def _scales(spec: EncoderSpec) -> tuple[int, ...]:
-    text = spec.options.get("scales")
-    if text is None:
-        return SCALES
-    parts = text.split("+")
-    if not all(part.isdecimal() and int(part) >= 3 for part in parts) or len({*parts}) < len(parts):
-        raise SettingError(
-            f"option scales in {spec.text}: expected different numbers of at least 3 joined by +, such as 8+20+40, "
-            f"got {text!r}"
+_WIDTHS = {"xyz": 3, "uv": 2, "label": 1}
+_DTYPES = {"xyz": "float32", "uv": "float32", "label": "int16"}
+
+
+def open_fields(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
+    """Open the encoder that copies the arrays `xyz`, `uv` and `label`, one row per point."""
+    check_options(spec, ())
+    check_modality(spec, modality, "points")
+    return _Fields(spec.family, batch_size=settings.batch_size or 32)
+
+
+class _Fields:
+    modality: Modality = "points"
+
+    def __init__(self, family: str, *, batch_size: int) -> None:
+        self.features: Mapping[str, ItemShape] = {name: (-1, width) for name, width in _WIDTHS.items()}
+        self.defaults = tuple(_WIDTHS)
+        self.dtypes = _DTYPES
+        self.axes = dict.fromkeys(_WIDTHS, Axis(kind="points"))
+        self.batch_size = batch_size
+        self.fingerprint = Fingerprint(
+            family=family,
+            model="fields",
+            weights=NO_WEIGHTS,
+            preprocessing={},
+            pooling={name: f"a copy, {width} columns of {_DTYPES[name]}" for name, width in _WIDTHS.items()},
+            backend="numpy",
         )
-    return tuple(sorted(int(part) for part in parts))
+
+    def prepare(self, items: Sequence[Any]) -> list[Array]:
+        """Return one structured array per item, with a row per point and the arrays as its columns."""
+        return [self._copy(item) for item in items]
+
+    def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
+        check_names(names, self.features)
+        return {name: [np.ascontiguousarray(rows[name]) for rows in prepared] for name in names}
+
+    def _copy(self, item: Mapping[str, Array]) -> Array:
+        kinds = [(name, _DTYPES[name], (width,)) for name, width in _WIDTHS.items()]
+        rows = np.empty(len(item["xyz"]), np.dtype(kinds))
+        for name, width in _WIDTHS.items():
+            if name not in item:
+                raise ItemError(f"no array {name!r}: found {', '.join(sorted(item))}")
+            values = item[name][:, None] if item[name].ndim == 1 else item[name]
+            if values.shape != (len(rows), width):
+                raise ItemError(f"array {name!r}: expected {width} columns, got shape {item[name].shape}")
+            if not np.isfinite(values).all():
+                raise ItemError(f"array {name!r}: NaN or infinity")
+            rows[name] = values
+        return rows

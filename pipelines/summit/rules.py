@@ -1,13 +1,12 @@
-"""Rules of point segmentation: image features lifted to points, outputs of segmentation runs, and pseudo-labels.
+"""Rules of point segmentation: image features lifted to points, and pseudo-labels from the outputs of runs.
 
-    lift               patches of the image + `uv` of the points -> features of the points
-    run                a run of the kind `points`: `image-prob`, `points-hidden`, …
-    certain            probabilities -> labels (certainty filter, fitted on the training part)
-    agree              labels of two modalities -> labels (AF)
-    weight_by_entropy  probabilities of two modalities -> probabilities (EW)
-    recover            labels, probabilities and penultimate features -> labels (HT, fitted on the training part)
+    LIFT               patches of the image + `uv` of the points -> features of the points
+    CERTAIN            probabilities -> labels (certainty filter, fitted on the training part)
+    AGREE              labels of two modalities -> labels (AF)
+    WEIGHT_BY_ENTROPY  probabilities of two modalities -> probabilities (EW)
+    RECOVER            labels, probabilities and penultimate features -> labels (HT, fitted on the training part)
 
-The formulas are those of `embedcache.derive.pseudo_labels`. Labels are int16 with one column, -1 for none; derive them
+The formulas are those of `pipelines.summit.pseudo_labels`. Labels are int16 with one column, -1 for none; derive them
 with dtype `int16`. A rule of this file reads points of one cloud each, all with the same points in the same order.
 """
 
@@ -16,10 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Ints
+from embedcache.arrays import Array, Floats, Ints
 from embedcache.axis import Axis
-from embedcache.dataset.links import sample_grid
-from embedcache.derive.pseudo_labels import (
+from embedcache.derive.rules import Block, Output, Rule
+from embedcache.encoders.base import ItemShape
+from embedcache.errors import DataError, ItemError, SettingError
+from embedcache.store.cache import Cache
+from pipelines.summit.metrics import IGNORED
+from pipelines.summit.pseudo_labels import (
     CertaintyThresholds,
     Gaussians,
     ModalityPredictions,
@@ -29,11 +32,6 @@ from embedcache.derive.pseudo_labels import (
     recover_labels,
     weight_by_entropy,
 )
-from embedcache.derive.rules import Block, Output, Rule
-from embedcache.encoders.base import ItemShape
-from embedcache.errors import DataError, ItemError, SettingError
-from embedcache.metrics.segmentation import IGNORED
-from embedcache.store.cache import Cache
 
 
 def lift_parameters(cache: Cache, patches: Sequence[str]) -> dict[str, Any]:
@@ -54,17 +52,8 @@ def lift_parameters(cache: Cache, patches: Sequence[str]) -> dict[str, Any]:
     return {"grids": grids}
 
 
-def _lift_outputs(shapes: Sequence[ItemShape], parameters: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-    uv, *patches = shapes
-    if uv != (-1, 2) or len(patches) != len(parameters["grids"]) or not patches:
-        raise SettingError(
-            f"the rule 'lift' takes uv, (-1, 2), and {len(parameters['grids'])} features of patches with their grids, "
-            f"got inputs of the shapes {', '.join(map(str, shapes))}"
-        )
-    for shape, grid in zip(patches, parameters["grids"], strict=True):
-        axis = Axis.from_json(grid)
-        if len(shape) != 2 or axis.box is None or shape[0] != (axis.rows or 0) * (axis.columns or 0):
-            raise SettingError(f"the rule 'lift': expected patches of the grid {grid}, got a feature of shape {shape}")
+def _lift_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
+    _, *patches = shapes
     return {"lifted": (-1, sum(shape[1] for shape in patches))}
 
 
@@ -81,12 +70,38 @@ def _lift(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str
     return {"lifted": lifted}
 
 
-LIFT = Rule(name="lift", apply=_lift, outputs=_lift_outputs, parameters={"grids": []}, keeps_axis=True)
+def sample_grid(values_TD: Array, axis: Axis, uv_N2: Array) -> Floats:
+    """Interpolate a feature on a grid of an image bilinearly at places in the image: (N, D) float32.
+
+    A cell's value is that of its center; beyond the outermost centers, the nearest ones count. The rule `lift` stores
+    the result, so that another order of the operations would change the bits of derived features.
+
+    Args:
+        values_TD: (T, D), one row per cell, row by row.
+        axis: of kind grid; without a box it covers the whole image.
+        uv_N2: (N, 2) fractions of the image's width and height.
+    """
+    assert axis.rows is not None  # both are checked by `Axis`
+    assert axis.columns is not None
+    x0, y0, x1, y1 = axis.box or (0.0, 0.0, 1.0, 1.0)
+    corners = []
+    for position_N, low, high, size in ((uv_N2[:, 1], y0, y1, axis.rows), (uv_N2[:, 0], x0, x1, axis.columns)):
+        place_N = np.clip((position_N - low) / (high - low) * size - 0.5, 0, size - 1)
+        before_N = np.minimum(place_N.astype(np.int64), max(size - 2, 0))
+        corners.append((before_N, np.minimum(before_N + 1, size - 1), (place_N - before_N).astype(np.float32)[:, None]))
+    (top, bottom, down), (left, right, along) = corners
+    grid_HWD = np.asarray(values_TD, np.float32).reshape(axis.rows, axis.columns, -1)
+    upper_ND = (1 - along) * grid_HWD[top, left] + along * grid_HWD[top, right]
+    lower_ND = (1 - along) * grid_HWD[bottom, left] + along * grid_HWD[bottom, right]
+    sampled_ND: Floats = ((1 - down) * upper_ND + down * lower_ND).astype(np.float32)
+    return sampled_ND
+
+
+LIFT = Rule(name=f"{__name__}:LIFT", apply=_lift, outputs=_lift_outputs, parameters={"grids": []}, keeps_axis=True)
 """Features of image patches at the points that are projected into the image; inputs: `uv`, then the patches."""
 
 
-def _label_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-    _check_points("certain", shapes, 1)
+def _label_outputs(_: Sequence[ItemShape], __: Mapping[str, Any]) -> Mapping[str, ItemShape]:
     return {"label": (-1, 1)}
 
 
@@ -97,7 +112,7 @@ def _fit_certain(blocks: Iterator[Sequence[Block]], parameters: Mapping[str, Any
         thresholds = thresholds or CertaintyThresholds(prob_NC.shape[1], cap=parameters["cap"])
         thresholds.add(prob_NC)
     if thresholds is None:
-        raise DataError("the rule 'certain': expected points in the training part, got none")
+        raise DataError("expected points in the training part, got none")
     return {"thresholds": thresholds.thresholds()}
 
 
@@ -107,7 +122,7 @@ def _certain(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[
 
 
 CERTAIN = Rule(
-    name="certain",
+    name=f"{__name__}:CERTAIN",
     apply=_certain,
     outputs=_label_outputs,
     parameters={"cap": 0.9},
@@ -117,22 +132,16 @@ CERTAIN = Rule(
 """The most probable class of points above the median probability of that class, at most `cap`, in the training part."""
 
 
-def _agree_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-    _check_points("agree", shapes, 2, labels=(0, 1))
-    return {"label": (-1, 1)}
-
-
 def _agree(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
     first, second = inputs
     return {"label": first.with_rows(agree(_labels(first), _labels(second))[:, None])}
 
 
-AGREE = Rule(name="agree", apply=_agree, outputs=_agree_outputs, parameters={}, keeps_axis=True)
+AGREE = Rule(name=f"{__name__}:AGREE", apply=_agree, outputs=_label_outputs, parameters={}, keeps_axis=True)
 """The labels that two modalities have in common."""
 
 
 def _weight_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-    _check_points("weight_by_entropy", shapes, 2, probabilities=(0, 1))
     return {"prob": shapes[0]}
 
 
@@ -143,18 +152,13 @@ def _weight(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[s
 
 
 WEIGHT_BY_ENTROPY = Rule(
-    name="weight_by_entropy",
+    name=f"{__name__}:WEIGHT_BY_ENTROPY",
     apply=_weight,
     outputs=_weight_outputs,
     parameters={"gap": 0.0, "other_gap": 0.0},
     keeps_axis=True,
 )
 """The probabilities of two modalities, averaged with weights exp(-entropy - gap)."""
-
-
-def _recover_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-    _check_points("recover", shapes, 5, labels=(0,), probabilities=(1, 3))
-    return {"label": (-1, 1)}
 
 
 def _fit_recover(blocks: Iterator[Sequence[Block]], _: Mapping[str, Any]) -> dict[str, Array]:
@@ -170,7 +174,7 @@ def _fit_recover(blocks: Iterator[Sequence[Block]], _: Mapping[str, Any]) -> dic
         for hidden, found in zip((first_hidden, second_hidden), kept, strict=True):
             found.append(hidden.values[is_kept_N])
     if not labels:
-        raise DataError("the rule 'recover': expected points in the training part, got none")
+        raise DataError("expected points in the training part, got none")
     fitted: dict[str, Array] = {}
     for name, found in zip(("first", "second"), kept, strict=True):
         gaussians = fit_gaussians(np.concatenate(found), np.concatenate(labels), num_classes)
@@ -193,9 +197,9 @@ def _recover(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[
 
 
 RECOVER = Rule(
-    name="recover",
+    name=f"{__name__}:RECOVER",
     apply=_recover,
-    outputs=_recover_outputs,
+    outputs=_label_outputs,
     parameters={"k": 1.0},
     fit=_fit_recover,
     keeps_axis=True,
@@ -209,31 +213,3 @@ Inputs: labels; probabilities and penultimate features of one modality; the same
 def _labels(block: Block) -> Ints:
     labels_N: Ints = block.values[..., 0].reshape(-1).astype(np.int64)
     return labels_N
-
-
-def _check_points(
-    rule: str,
-    shapes: Sequence[ItemShape],
-    count: int,
-    *,
-    labels: Sequence[int] = (),
-    probabilities: Sequence[int] = (),
-) -> None:
-    """Check that all inputs are of points; those of labels have one column, and those of probabilities as many."""
-    if len(shapes) != count or any(len(shape) != 2 or shape[0] != -1 for shape in shapes):
-        raise SettingError(
-            f"the rule {rule!r} takes {count} feature(s) of points, got inputs of the shapes "
-            f"{', '.join(map(str, shapes))}"
-        )
-    for number in labels:
-        if shapes[number][1] != 1:
-            raise SettingError(
-                f"the rule {rule!r}: expected labels, one column, as input {number + 1}, got a feature of "
-                f"{shapes[number][1]} columns"
-            )
-    widths = [shapes[number][1] for number in probabilities]
-    if len(set(widths)) > 1:
-        raise SettingError(
-            f"the rule {rule!r}: expected probabilities of the same classes of both modalities, got "
-            f"{' and '.join(map(str, widths))} classes"
-        )

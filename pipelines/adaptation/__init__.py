@@ -1,1 +1,0 @@
-"""Steps, results and pages of source-free adaptation, for `pipelines/summit.py`."""
