@@ -6,11 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import av
-import laspy
 import numpy as np
-import plyfile
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 RATE_HZ = 16_000
@@ -154,35 +150,4 @@ def npz(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Return a compressed `.npz`."""
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    return file.getvalue()
-
-
-def points_parquet(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return a Parquet file with the columns x, y, z, a column of lists per array of rows, and the others."""
-    columns = dict(zip("xyz", arrays["xyz"].T, strict=True)) | {"uv": list(arrays["uv"]), "label": arrays["label"]}
-    file = io.BytesIO()
-    pq.write_table(pa.table(columns), file)
-    return file.getvalue()
-
-
-def ply(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return a binary `.ply` with x, y, z and label."""
-    vertices = np.empty(len(arrays["xyz"]), [("x", "f4"), ("y", "f4"), ("z", "f4"), ("label", "i2")])
-    for name, values in zip("xyz", arrays["xyz"].T, strict=True):
-        vertices[name] = values
-    vertices["label"] = arrays["label"]
-    file = io.BytesIO()
-    plyfile.PlyData([plyfile.PlyElement.describe(vertices, "vertex")]).write(file)
-    return file.getvalue()
-
-
-def las(arrays: Mapping[str, np.ndarray], *, origin: float = 0.0) -> bytes:
-    """Return a `.las` whose coordinates are around `origin`, to a millimeter."""
-    header = laspy.LasHeader(point_format=0, version="1.2")
-    header.scales, header.offsets = np.full(3, 0.001), np.full(3, origin)
-    points = laspy.LasData(header)
-    points.x, points.y, points.z = (arrays["xyz"].astype(np.float64) + origin).T
-    points.classification = arrays["label"].astype(np.uint8)
-    file = io.BytesIO()
-    points.write(file, do_compress=False)
     return file.getvalue()

@@ -43,8 +43,6 @@ HEAVY = {
     "pandas": {"store", "search"},
     "datasets": {"sources"},
     "av": {"sources"},
-    "laspy": {"sources"},
-    "plyfile": {"sources"},
     "fontTools": {"quickstart"},
     "faiss": {"search"},
     "resvg_py": {"sources"},

@@ -26,7 +26,7 @@ MEDIA_SUFFIXES: Mapping[str, frozenset[str]] = {
     "image": IMAGE_SUFFIXES,
     "video": frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov"}),
     "audio": frozenset({".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus"}),
-    "points": frozenset({".npz", ".parquet", ".ply", ".las"}),
+    "points": frozenset({".npz"}),
 }
 """Modality -> suffixes of its files, lower case."""
 
@@ -34,7 +34,7 @@ SVG_SUFFIX = ".svg"
 """Of images that are taken with the setting `svg` only, as folders hold such files beside their images."""
 
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
-_SINGLE_ITEM_SUFFIXES = {SVG_SUFFIX}.union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES
+_SINGLE_ITEM_SUFFIXES = {SVG_SUFFIX}.union(*MEDIA_SUFFIXES.values())
 JSON_SUFFIXES = frozenset({".json"})
 TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})

@@ -29,11 +29,7 @@ from embedcache.sources.files import (
 )
 from embedcache.sources.settings import SourceSettings
 
-_SUFFIXES = {
-    suffix: modality
-    for modality, suffixes in MEDIA_SUFFIXES.items()
-    for suffix in sorted(suffixes - TABLE_SUFFIXES)  # a table beside the files is no point cloud
-}
+_SUFFIXES = {suffix: modality for modality, suffixes in MEDIA_SUFFIXES.items() for suffix in sorted(suffixes)}
 """Suffix -> modality; of the files that share a name, the first in this order gives the sample its place."""
 _CONCURRENT_READS = 32  # of caption files on a server, which take tens of milliseconds each
 

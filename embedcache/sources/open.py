@@ -71,7 +71,7 @@ _FOLDER_SUFFIXES = {**{kind: _SUFFIXES[kind] for kind in ("webdataset", "table")
 """The same of a folder that holds such files, and no images or media; the first kind of which there is a file."""
 
 _CACHE_FILES = ("cache.json", "samples.parquet")
-_MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}
+_MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - {".npz"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (
     "expected a folder of images or other files, a table (.parquet, .csv, .tsv, .jsonl), WebDataset tars, COCO's "
@@ -149,7 +149,7 @@ def _hub_hint(location: str) -> str:
 def _folder_kind(folder: Path, *, has_svg: bool) -> str:
     """Return the kind of a folder: a saved dataset, else images and media before IDX files, tars, tables and `.npz`.
 
-    Stops at the first image, recording, video, `.ply` or `.las`, so that a folder of millions of them is not listed.
+    Stops at the first image, recording or video, so that a folder of millions of them is not listed.
     """
     if all((folder / name).is_file() for name in _CACHE_FILES):
         raise SourceError(

@@ -1,41 +1,33 @@
-"""Decode point clouds: `.npz` and `.parquet`, and with the extra `points` also `.ply` and `.las`.
+"""Decode point clouds, `.npz` files.
 
-The format follows from the first bytes. Points have coordinates, either `xyz` of shape (N, 3) or `x`, `y` and `z`, and
-any other arrays with one row per point, under their names in the file.
+Points have coordinates, either `xyz` of shape (N, 3) or `x`, `y` and `z`, and any other arrays with one row per point,
+under their names in the file.
 """
 
 import io
-import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from embedcache.arrays import Array
 from embedcache.errors import ItemError
-from embedcache.registry import require
 
 MAX_POINTS = 10_000_000
 _MAX_BYTES = 2**30  # of all arrays of one item, uncompressed
 _MIN_RESOLUTION = 1e-4  # of the extent: float32 coordinates far from their origin are coarser
 _DAMAGE = (
     *(OSError, ValueError, TypeError, LookupError, EOFError, OverflowError, MemoryError, SyntaxError),
-    *(NotImplementedError, RuntimeError, UnicodeError, struct.error, zlib.error, zipfile.BadZipFile, pa.ArrowException),
+    *(NotImplementedError, RuntimeError, UnicodeError, struct.error, zlib.error, zipfile.BadZipFile),
 )
-"""What the readers raise on damaged bytes."""
+"""What reading raises on damaged bytes."""
 
 
 def decode_points(data: bytes, path: str = "") -> dict[str, Array]:
     """Decode a point cloud. Thread-safe.
 
-    Floating-point values become float32; integers keep their dtype. The coordinates of a `.las` file are relative to
-    the offset in its header.
+    Floating-point values become float32; integers keep their dtype.
 
     Args:
         data: the whole file.
@@ -50,16 +42,15 @@ def decode_points(data: bytes, path: str = "") -> dict[str, Array]:
     """
     if not data:
         raise ItemError("empty file")
-    for magic, read in _READERS.items():
-        if data.startswith(magic):
-            try:
-                return _check(read(data))
-            except ItemError:
-                raise
-            except _DAMAGE as error:
-                text = str(error).partition("\n")[0] or type(error).__name__
-                raise ItemError(f"damaged point cloud: {text}") from None
-    raise ItemError(f"not a point cloud (npz, parquet, ply, las){f': {path}' if path else ''}")
+    if not data.startswith(b"PK\x03\x04"):
+        raise ItemError(f"not a point cloud (npz){f': {path}' if path else ''}")
+    try:
+        return _check(_read_npz(data))
+    except ItemError:
+        raise
+    except _DAMAGE as error:
+        text = str(error).partition("\n")[0] or type(error).__name__
+        raise ItemError(f"damaged point cloud: {text}") from None
 
 
 def _read_npz(data: bytes) -> dict[str, Array]:
@@ -79,69 +70,6 @@ def _read_npy(data: bytes) -> Array:
         raise ItemError("it holds pickled objects, which may run code")
     values: Array = np.frombuffer(data, dtype, offset=file.tell())
     return values.reshape(shape, order="F" if is_fortran else "C")
-
-
-def _read_parquet(data: bytes) -> dict[str, Array]:
-    with pq.ParquetFile(io.BytesIO(data), pre_buffer=False) as file:
-        _check_count(file.metadata.num_rows)
-        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-        _check_size(sum(group.total_byte_size for group in groups))
-        table = file.read(use_threads=False)
-    return {name: values for name in table.column_names if (values := _column(table[name])) is not None}
-
-
-def _column(column: pa.ChunkedArray) -> Array | None:
-    """Return a column of numbers, (N,), or of lists of equal length, (N, width), as an array; None for others."""
-    kind = column.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    number = kind.value_type if is_list else kind
-    if not (pa.types.is_integer(number) or pa.types.is_floating(number) or pa.types.is_boolean(number)):
-        return None
-    if column.null_count:
-        raise ItemError("a column holds nulls")
-    if not is_list:
-        return np.asarray(column.to_numpy())
-    values = column.combine_chunks()
-    values = values.chunk(0) if isinstance(values, pa.ChunkedArray) else values
-    widths = pc.unique(pc.list_value_length(values)).to_pylist()
-    if len(widths) > 1:
-        raise ItemError("a column holds lists of different lengths")
-    array: Array = values.flatten().to_numpy(zero_copy_only=False).reshape(len(column), *(widths or [0]))
-    return array
-
-
-def _read_ply(data: bytes) -> dict[str, Array]:
-    header = data[: data.find(b"end_header")]
-    for count in re.findall(rb"element\s+\w+\s+(\d+)", header):
-        _check_count(int(count))
-    plyfile = require("plyfile", extra="points")
-    try:
-        vertices = plyfile.PlyData.read(io.BytesIO(data), mmap=False)["vertex"].data
-    except plyfile.PlyParseError as error:
-        raise ItemError(f"damaged point cloud: {error}") from None
-    return {name: vertices[name] for name in vertices.dtype.names if vertices[name].dtype.kind in "iufb"}
-
-
-def _read_las(data: bytes) -> dict[str, Array]:
-    laspy = require("laspy", extra="points")
-    try:
-        with laspy.open(io.BytesIO(data)) as file:
-            _check_count(file.header.point_count)
-            points = file.read()
-    except laspy.errors.LaspyException as error:
-        raise ItemError(f"damaged point cloud: {error}") from None
-    steps = np.stack([points.X, points.Y, points.Z], axis=1)
-    names = [name for name in points.point_format.dimension_names if name not in {"X", "Y", "Z"}]
-    return {"xyz": steps * points.header.scales, **{name: np.asarray(points[name]) for name in names}}
-
-
-_READERS: Mapping[bytes, Callable[[bytes], dict[str, Any]]] = {
-    b"PK\x03\x04": _read_npz,
-    b"PAR1": _read_parquet,
-    b"ply\n": _read_ply,
-    b"ply\r\n": _read_ply,
-    b"LASF": _read_las,
-}
 
 
 def _check(arrays: dict[str, Array]) -> dict[str, Array]:

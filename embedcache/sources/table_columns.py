@@ -21,7 +21,7 @@ IMAGE_NAMES = (
 MEDIA_NAMES: Mapping[str, tuple[str, ...]] = {
     "audio": ("audio", "audio_path", "recording", "wav", "flac", "mp3", "ogg", "m4a", "opus"),
     "video": ("video", "video_path", "mp4", "mkv", "webm", "avi", "mov"),
-    "points": ("points_path", "point_cloud", "lidar", "npz", "ply", "las"),
+    "points": ("points_path", "point_cloud", "lidar", "npz"),
 }
 """The same of other modalities."""
 ITEM_SETTINGS = ("image_column", *(f"{modality}_column" for modality in MEDIA_NAMES))

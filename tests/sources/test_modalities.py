@@ -15,7 +15,7 @@ from embedcache.sources.points import decode_points
 from embedcache.sources.sound import decode_audio
 from embedcache.sources.table_columns import MEDIA_NAMES
 from embedcache.testing.sources import SourceContract
-from tests.media_files import cloud, encode_video, moving_square, npz, points_parquet, tone, wav
+from tests.media_files import cloud, encode_video, moving_square, npz, tone, wav
 from tests.sources.files import jpeg, write, write_parquet, write_tar
 
 SOUND = wav(tone(0.1))
@@ -72,12 +72,6 @@ def test_no_spelling_of_a_suffix_is_lost(tmp_path: Path) -> None:
     assert found == [("a", {"audio": ["a.Wav"]}), ("a", {"image": ["a.jpg"]}), ("b", {"points": ["b.Npz"]})]
 
 
-def test_table_beside_images_is_no_point_cloud(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jpg": jpeg(), "a.parquet": points_parquet(cloud(5))})
-    (sample,) = open_source(tmp_path).samples()
-    assert modalities(sample) == {"image": ["a.jpg"]}
-
-
 @pytest.mark.parametrize(
     ("names", "kind"),
     [
@@ -105,13 +99,13 @@ def test_members_of_a_tar(tmp_path: Path) -> None:
 
 def test_columns_of_a_table(tmp_path: Path) -> None:
     text = "key,video,audio_path,point_cloud,caption,start_s,stop_s\n"
-    text += "x,clips/x.mp4,,clouds/x.parquet,a car,1.5,2.5\ny,,y.wav,,a bus,,\n"
-    write(tmp_path, {"t.csv": text, "clips/x.mp4": b"v", "clouds/x.parquet": points_parquet(cloud(5)), "y.wav": SOUND})
+    text += "x,clips/x.mp4,,clouds/x.npz,a car,1.5,2.5\ny,,y.wav,,a bus,,\n"
+    write(tmp_path, {"t.csv": text, "clips/x.mp4": b"v", "clouds/x.npz": POINTS, "y.wav": SOUND})
     source = open_source(tmp_path / "t.csv")
     first, second = source.samples()
     assert first.files == {
         "video": (FileItem(path="clips/x.mp4", start_s=1.5, stop_s=2.5),),
-        "points": (FileItem(path="clouds/x.parquet"),),
+        "points": (FileItem(path="clouds/x.npz"),),
     }
     assert second.files == {"audio": (FileItem(path="y.wav"),)}
     assert first.columns == second.columns == {}

@@ -111,7 +111,6 @@ _FORMATS: Mapping[str, Mapping[str, bytes]] = {
         "webm": rb"\x1a\x45\xdf\xa3.{0,60}webm",
         "mkv": rb"\x1a\x45\xdf\xa3",
     },
-    "points": {"npz": rb"PK\x03\x04", "parquet": rb"PAR1", "ply": rb"ply", "las": rb"LASF"},
 }
 """Modality -> suffix -> first bytes of its files, a regular expression; files of other formats get the first suffix.
 

@@ -25,7 +25,7 @@ from embedcache.sources.reopen import remember
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from tests.images import write_images
-from tests.media_files import cloud, encode_audio, encode_video, las, moving_square, npz, ply, points_parquet, tone, wav
+from tests.media_files import cloud, encode_audio, encode_video, moving_square, npz, tone, wav
 from tests.recorded import RecordedProgress
 from tests.sources.files import jpeg, write
 from tests.toy import IMAGE, TEXT
@@ -252,8 +252,3 @@ def test_suffix_of_a_recording(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["mp4", "mov", "avi", "webm", "mkv"])
 def test_suffix_of_a_video(kind: str) -> None:
     assert _suffix("video", encode_video(moving_square(2), kind=kind)) == kind
-
-
-def test_suffix_of_a_point_cloud() -> None:
-    files = {"npz": npz(cloud(3)), "parquet": points_parquet(cloud(3)), "ply": ply(cloud(3)), "las": las(cloud(3))}
-    assert [_suffix("points", data) for data in files.values()] == list(files)
