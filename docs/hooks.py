@@ -1,6 +1,7 @@
-"""Pages that mkdocs generates during the build: the command line, its options, and the list of decisions."""
+"""Pages that mkdocs generates during the build: the command line and its options; links to files beside the docs."""
 
 import re
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +13,13 @@ from typer.core import TyperGroup
 
 from embedcache.cli.main import root_command
 
-DOCS = Path(__file__).parent
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Append what is generated to the pages that ask for it."""
-    generated = {
-        "reference/cli.md": command_reference,
-        "reference/options.md": option_table,
-        "decisions/README.md": decision_list,
-    }
+    """Append what is generated to the pages that ask for it, and let links to pipelines lead to the repository."""
+    markdown = re.sub(r"\]\((?:\.\./)+(pipelines/[^)]+)\)", rf"]({PROJECT['urls']['Source']}/blob/main/\1)", markdown)
+    generated = {"reference/cli.md": command_reference, "reference/options.md": option_table}
     build = generated.get(page.file.src_uri)
     return f"{markdown}\n{build()}" if build else markdown
 
@@ -64,9 +62,3 @@ def leaves(command: Any, words: str = "embedcache") -> Iterator[tuple[str, Any]]
             yield from leaves(below, f"{words} {name}")
     else:
         yield words, command
-
-
-def decision_list() -> str:
-    """Return a list of the decision records by title."""
-    paths = sorted(DOCS.glob("decisions/0*.md"))
-    return "\n".join(f"- [{path.read_text().splitlines()[0].removeprefix('# ')}]({path.name})" for path in paths)

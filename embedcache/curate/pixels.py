@@ -3,7 +3,7 @@
 A cosine cannot decide: a JPEG of low quality may lower it more than another expression of a face does. A perceptual
 hash of the pixels can. Here it is the image at 24 × 24 pixels, and the distance of two hashes is the largest difference
 of their color values, because two drawings may differ in one line or in one color only. The usual hash of 64 bits
-compares coarse brightness, and takes many such drawings for the same (`docs/benchmarks/dedup.md`).
+compares coarse brightness, and takes many such drawings for the same (`docs/about/results.md`).
 """
 
 import logging

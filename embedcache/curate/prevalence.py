@@ -4,7 +4,7 @@ A cosine has no absolute meaning: the items of one concept begin at .3, those of
 item is 0 at the median of the concept's similarities, which is background for any concept that most items do not show,
 and 1 at the concept's reach, the similarity of its typical best items. Items of the concept are expected in the upper
 half. Where the cut really lies is unknown without labels, so the interval spans the cuts that labeled collections had
-(docs/benchmarks/coverage.md), and a person's answers about some items narrow it.
+(docs/about/results.md), and a person's answers about some items narrow it.
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ from embedcache.arrays import Array, Bools, Floats, Ints, from_sort_keys, to_sor
 _BELOW_ALL = np.float32(-2)
 _ALMOST_ONE = 1 - 1e-5  # equal vectors reach this in spite of rounding
 NOT_COMPARED = 256  # in place of a hash distance, of which 255 is the largest
-SAME_PICTURE = 24  # largest hash distance of an image to its copies, `docs/benchmarks/dedup.md`
+SAME_PICTURE = 24  # largest hash distance of an image to its copies, docs/about/results.md
 _FEW = 4  # candidates per neighbor, up to which sorting them is faster than finding the best by partition
 
 

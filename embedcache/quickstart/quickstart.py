@@ -35,7 +35,7 @@ SEEDS = (0, 1, 2)
 QUERIES = ("an animal with feathers", "something sweet to eat", "a way to travel over water")
 NUM_HITS = 7
 # Chosen on strict validation splits of the training part: with 1,200 pairs, a higher learning rate or less dropout ends
-# below the closed form that training starts from (docs/log.md, 2026-11-25).
+# below the closed form that training starts from (docs/about/results.md).
 TRAINED = TrainSettings(
     model=ModelSettings(dropout=0.5),
     optimizer=OptimizerSettings(epochs=10, batch_size=512, lr=1e-4),

@@ -58,7 +58,7 @@ RECIPES = (
         length=TrainingLength(2_000_000, 10, 100),
     ),
 )
-"""Recipes in ascending order of pairs, chosen on icons: docs/benchmarks/icons-glu.md. They change halfway between the
+"""Recipes in ascending order of pairs, chosen on icons: docs/about/results.md. They change halfway between the
 sizes that were measured, on a logarithmic axis.
 
 A recipe leaves out `initialization` where it is the default, so that `--init-from` and other projectors keep theirs.

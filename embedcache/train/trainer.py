@@ -389,7 +389,7 @@ def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next step, for the rest of the process.
 
     By default it returns large blocks to the system, and each step then waits for the system to clear their pages
-    again: see the measurements in docs/benchmarks/train.md. Other C libraries are left as they are.
+    again: see the measurements in docs/about/speed.md. Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
