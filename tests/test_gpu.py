@@ -30,8 +30,7 @@ from embedcache.networks.sequence import LayerSizes, valid_frames
 from embedcache.progress import NullProgress
 from embedcache.projectors.saved import read_config
 from embedcache.search.faiss_gpu import gpu_bytes, gpu_obstacle, num_gpus
-from embedcache.search.faiss_index import RowIndex, make_index, read_index
-from embedcache.search.kmeans import spherical_kmeans
+from embedcache.search.faiss_index import RowIndex, make_index, read_index, spherical_kmeans
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache

@@ -16,7 +16,6 @@ from embedcache.dataset.clusters import READ_ROWS, Plan, cluster_items, make_pla
 from embedcache.dataset.inputs import InputFeature, to_unit_vectors
 from embedcache.dataset.similar_pairs import cosine_limit
 from embedcache.devices import products_on
-from embedcache.metrics.durations import note_duration
 from embedcache.metrics.neighbors import Closest, find_closest
 from embedcache.modalities import noun
 from embedcache.progress import Progress
@@ -113,10 +112,6 @@ def _join(parts: list[ClosestItems]) -> ClosestItems:
 def _compare_all(sets: ItemSets, vectors_QP: Floats, products: Products, progress: Progress) -> ClosestItems:
     what, num_pairs = f"comparing {noun(sets.test.modality)}", len(vectors_QP) * sets.num_train
 
-    def compare(test_QP: Floats, train_CP: Floats) -> None:
-        find_closest(test_QP, [train_CP], products=products)
-
-    note_duration(progress, what, num_pairs, sets.test.width, compare=compare)
     progress.start(what, num_pairs, "pairs")
 
     def train_blocks() -> Iterator[Floats]:
@@ -132,7 +127,6 @@ def _compare_all(sets: ItemSets, vectors_QP: Floats, products: Products, progres
 def _compare_clusters(sets: ItemSets, clusters: "_Clusters", progress: Progress) -> ClosestItems:
     what = f"comparing {noun(sets.test.modality)} within {len(clusters.centroids_KP):,} clusters"
     size = _BATCH_BYTES // (4 * sets.train.width)
-    clusters.note_duration(what, sets.num_train, batch_size=size, progress=progress)
     progress.start(what, sets.num_train, noun(sets.test.modality))
     sims_C = np.full(sets.num_train, -np.inf, np.float32)
     num_before = 0
@@ -193,27 +187,6 @@ class _Clusters:
     def recall(self) -> Recall:
         """Recall of the pairs of probes so far."""
         return Recall(num_items=len(self._probes_QP), num_pairs=self._num_pairs, num_found=self._num_found)
-
-    @property
-    def num_compared(self) -> float:
-        """Number of vectors with which a training item is compared, if each cluster has as many of them."""
-        num_clusters = len(self.centroids_KP)
-        num_items = len(self._vectors_QP) + len(self._plan.visitors)
-        return num_clusters + len(self._probes_QP) + num_items / num_clusters
-
-    def note_duration(self, what: str, num_train: int, *, batch_size: int, progress: Progress) -> None:
-        """Report how long `compare` takes, from the training items that a batch has in a cluster of average size."""
-        num_clusters, num_others = len(self.centroids_KP), len(self.centroids_KP) + len(self._probes_QP)
-        num_compared, in_cluster = self.num_compared, min(num_train, batch_size) // num_clusters
-
-        def compare(others_QP: Floats, train_CP: Floats) -> None:
-            self.products(train_CP, others_QP[:num_clusters]).argmax(axis=1)
-            np.nonzero(self.products(others_QP[num_clusters:num_others], train_CP) > np.inf)  # few pairs are above
-            test, train = np.arange(num_others, len(others_QP)), np.arange(len(train_CP))
-            find_closest(others_QP[test], [train_CP[train]], products=self.products)
-
-        timed, width = (round(num_compared), min(max(1, in_cluster), _TILE)), self._vectors_QP.shape[1]
-        note_duration(progress, what, num_train * num_compared, width, compare=compare, timed=timed)
 
     def compare(self, train_BP: Floats, num_before: int) -> Floats:
         """Compare the next training items: the largest cosine of each to a test item, -inf if there was none."""

@@ -24,16 +24,14 @@ from embedcache.dataset.clusters import (
     concatenate_assignments,
     iterate_tiles,
     make_plan,
-    num_compared,
     scratch_matrix,
     to_float32,
 )
 from embedcache.dataset.similar_pairs import NeighborCollector, PairCollector, SimilarPairs, cosine_limit
 from embedcache.devices import AUTO, products_on
 from embedcache.errors import DataError
-from embedcache.metrics.durations import MeasuredDuration
 from embedcache.progress import NullProgress, Progress, watch
-from embedcache.search.kmeans import spherical_kmeans
+from embedcache.search.faiss_index import spherical_kmeans
 from embedcache.search.vectors import Vectors, run_pass
 from embedcache.store.rows import RowReader
 
@@ -255,13 +253,10 @@ def _check_lengths(vectors_BP: Floats, rows_B: Ints, vectors: Vectors) -> None:
 def _compare(
     arranged: _Arranged, collector: PairCollector | NeighborCollector, device: str, progress: Progress
 ) -> None:
-    matrix_NP, plan = arranged.matrix_NP, arranged.plan
-    measured = MeasuredDuration(progress, "comparing", num_compared(plan))
-    progress.start("comparing", len(matrix_NP), "items")
-    for tile, num_done in iterate_tiles(matrix_NP, plan, products=products_on(device)):
+    progress.start("comparing", len(arranged.matrix_NP), "items")
+    for tile, num_done in iterate_tiles(arranged.matrix_NP, arranged.plan, products=products_on(device)):
         collector.add(tile)
         progress.advance(num_done)
-        measured.add(tile.num_pairs)
     progress.finish()
 
 

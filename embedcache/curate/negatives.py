@@ -24,7 +24,6 @@ from embedcache.dataset.splits import read_split
 from embedcache.devices import products_on
 from embedcache.errors import DataError, FingerprintError, SettingError, pluralize, quoted
 from embedcache.files import AnyPath
-from embedcache.metrics.durations import note_duration
 from embedcache.metrics.neighbors import top_k
 from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -218,17 +217,6 @@ class _Mining:
         samples, settings = self.pairs.samples, self.settings
         if self._index is None:
             self._candidate_vectors = self._vectors.read(self._candidates.rows, self.progress)
-            num_pairs = len(samples) * len(self._candidates.rows)
-            products = products_on(settings.device)
-            note_duration(
-                self.progress,
-                "mining hard negatives",
-                num_pairs,
-                self._vectors.width,
-                compare=lambda rows_QP, others_CP: top_k(
-                    rows_QP, others_CP, min(settings.last_rank, len(others_CP)), products=products
-                ),
-            )
         self.progress.start("mining hard negatives", len(samples), "samples")
         first_query = np.searchsorted(self._queries.samples, samples)  # items are in the order of their samples
         for number, block in enumerate(blocks(self.cache.info.num_samples, _BLOCK)):

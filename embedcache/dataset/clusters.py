@@ -20,8 +20,7 @@ from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, dot_
 from embedcache.dataset.similar_pairs import CosineTile
 from embedcache.errors import DiskFullError, PathError
 from embedcache.io_errors import disk_errors
-from embedcache.metrics.durations import note_duration
-from embedcache.metrics.neighbors import ITERATIONS, spherical_means
+from embedcache.metrics.neighbors import spherical_means
 from embedcache.progress import Progress, watch
 
 MAX_VISITS = 16
@@ -146,8 +145,7 @@ def cluster_items(
     num_clusters = round(2 * math.sqrt(num_items))
     drawn = np.sort(rng.permutation(num_items)[: _TRAINING_PER_CLUSTER * num_clusters])
     vectors_SP = np.concatenate([read(drawn[block]) for block in blocks(len(drawn), READ_ROWS)])
-    num_pairs, finding = ITERATIONS * len(drawn) * num_clusters, f"finding {num_clusters:,} clusters of {what}"
-    note_duration(progress, finding, num_pairs, vectors_SP.shape[1])
+    finding = f"finding {num_clusters:,} clusters of {what}"
     centroids_KP = spherical_means(vectors_SP, num_clusters, seed=seed, what=finding, progress=progress)
     assigner = ClusterAssigner(centroids_KP, max(cosine, 0.0), MAX_VISITS, np.ones(num_items, bool))
     assigned = []
@@ -231,12 +229,6 @@ def scratch_matrix(scratch: Path | str | None, shape: tuple[int, int], dtype: np
     with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, max(1, needed))  # a hole that cannot be filled later would be a SIGBUS
         yield np.memmap(file, dtype, "r+", shape=shape)
-
-
-def num_compared(plan: Plan) -> int:
-    """Return the number of pairs that `iterate_tiles` compares."""
-    members, visitors = np.diff(plan.starts), np.diff(plan.visitor_starts)
-    return int((members * (members / 2 + visitors)).sum())
 
 
 def iterate_tiles(

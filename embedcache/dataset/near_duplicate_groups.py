@@ -8,21 +8,19 @@ from pathlib import Path
 import numpy as np
 import scipy
 
-from embedcache.arrays import Array, Floats, Ints, blocks
+from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.clusters import (
     BLOCK,
     READ_ROWS,
     cluster_items,
     iterate_tiles,
     make_plan,
-    num_compared,
     scratch_matrix,
     to_float32,
 )
 from embedcache.dataset.inputs import Reader, to_unit_vectors
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
-from embedcache.metrics.durations import MeasuredDuration, note_duration
 from embedcache.metrics.neighbors import iterate_pairs_above
 from embedcache.progress import Progress, watch
 
@@ -94,11 +92,6 @@ class _ComparedItems:
 def _merge_all_pairs(compared: _ComparedItems, read: Reader, labels: Ints, progress: Progress) -> Ints:
     rows = compared.items.rows
     vectors_ND = np.concatenate([to_unit_vectors(read(rows[block])) for block in blocks(len(rows), READ_ROWS)])
-
-    def compare(left_BD: Floats, right_BD: Floats) -> None:
-        np.nonzero(left_BD @ right_BD.T > np.inf)  # of random numbers, many would be above the cosine
-
-    note_duration(progress, compared.step, len(rows) ** 2, vectors_ND.shape[1], compare=compare)
     for row, column in iterate_pairs_above(vectors_ND, compared.cosine, what=compared.step, progress=progress):
         for edges in blocks(len(row), _MAX_EDGES):
             labels = _merge(labels, compared.nodes[row[edges]], compared.nodes[column[edges]])
@@ -133,7 +126,6 @@ def _merge_clusters(compared: _ComparedItems, read: Reader, labels: Ints, progre
     with scratch_matrix(Path(tempfile.gettempdir()), (count, centroids_KP.shape[1]), np.float16) as matrix_NP:
         for block in watch(blocks(count, BLOCK), progress, f"sorting {what}", count, "items"):
             matrix_NP[position_N[block]] = to_unit_vectors(read(rows[block]))
-        measured = MeasuredDuration(progress, compared.step, num_compared(plan))
         progress.start(compared.step, count, "items")
         edges, num_edges = [], 0
         for tile, num_done in iterate_tiles(matrix_NP, plan):
@@ -146,7 +138,6 @@ def _merge_clusters(compared: _ComparedItems, read: Reader, labels: Ints, progre
                 if compared.are_useless(labels):
                     return labels
             progress.advance(num_done)
-            measured.add(tile.num_pairs)
         if edges:
             labels = _merge(labels, *np.concatenate(edges, axis=1))
         progress.finish()

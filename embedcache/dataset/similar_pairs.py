@@ -28,11 +28,6 @@ class CosineTile:
     cosines: Floats  # (B, R); the collector may change it
     is_diagonal: bool = False  # whether both are the same items; otherwise they have none in common
 
-    @property
-    def num_pairs(self) -> float:
-        """Number of pairs of items; half of the cosines if both are the same items."""
-        return self.cosines.size / (2 if self.is_diagonal else 1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarPairs:

@@ -25,10 +25,8 @@ from embedcache.metrics.alignment import (
     neighbor_overlap,
     shuffled_from_products,
 )
-from embedcache.metrics.durations import note_duration
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, jackknife
-from embedcache.metrics.neighbors import top_k
-from embedcache.metrics.ranking import best_ranks, note_ranking
+from embedcache.metrics.ranking import best_ranks
 from embedcache.modalities import MODALITIES, directions, noun, order_pair, pair_nouns
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
@@ -236,7 +234,6 @@ def _measure_pairs(
 ) -> list[PairMetrics]:
     """Measure every pair: all second features are prepared first, then one first feature after another."""
     products = products_on(settings.device)
-    _note_duration(sample, first_features, second_features, settings.k, progress, products)
     progress.start("encoder pairs", len(first_features) * len(second_features), "pairs")
     prepared = [_prepare(feature, sample.pairs.second, sample, settings.k, products) for feature in second_features]
     metrics = []
@@ -247,30 +244,6 @@ def _measure_pairs(
             progress.advance(1)
     progress.finish()
     return metrics
-
-
-def _note_duration(
-    sample: PairSample,
-    first_features: Sequence[InputFeature],
-    second_features: Sequence[InputFeature],
-    k: int,
-    progress: Progress,
-    products: Products,
-) -> None:
-    """Report how long the neighbors of all features and the probes of all pairs will take."""
-    features = [*first_features, *second_features]
-    width = sum(feature.width for feature in features) // len(features)
-    note_duration(
-        progress,
-        "nearest neighbors",
-        len(features) * len(sample.samples) ** 2,
-        width,
-        compare=lambda rows_ND, others_ND: top_k(rows_ND, others_ND, min(k, len(others_ND)), products=products),
-    )
-    num_ranked = (
-        2 * len(first_features) * len(second_features) * len(sample.val.first.rows) * len(sample.val.second.rows)
-    )
-    note_ranking(progress, num_ranked, min(_SHARED_WIDTH, width), products=products)
 
 
 class _PreparedFeature(NamedTuple):

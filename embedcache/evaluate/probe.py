@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,11 @@ import numpy as np
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.devices import products_on
 from embedcache.errors import first_few, pluralize
-from embedcache.evaluate.classifiers import Classifier, Examples, Fit, compare_neighbors, fit_knn, load_method
+from embedcache.evaluate.classifiers import Classifier, Examples, Fit, load_method
 from embedcache.evaluate.labeled import LabeledFeature, read_labeled
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.files import AnyPath
 from embedcache.metrics.classification import class_means, rank_labels
-from embedcache.metrics.durations import note_duration
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
 from embedcache.modalities import noun, one_noun
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -128,7 +126,7 @@ def evaluate_probe(
 
     A method chooses its hyperparameters on validation and is then fitted on training and validation together. Few-shot
     classifiers have fixed hyperparameters, as choosing them needs more labels. Memory: the vectors in float32, and
-    about three copies of the training part. `progress` is told before long nearest neighbors how long they take.
+    about three copies of the training part.
 
     Raises:
         SettingError: more shots than a class has training items.
@@ -141,8 +139,6 @@ def evaluate_probe(
     methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
     data = read_labeled(Cache(cache), settings, progress=progress)
     data = replace(data, examples=replace(data.examples, products=products_on(settings.device)))
-    if fit_knn in methods.values():
-        _note_neighbors(data, settings, progress)
     num_fits = 1 + (settings.control + len(settings.shots)) * settings.draws
     progress.start("probing", len(methods) * num_fits, "fits")
     scores = [_score(name, fit, data, progress) for name, fit in methods.items()]
@@ -163,15 +159,6 @@ def evaluate_probe(
         few_shots=few_shots,
         majority=float(np.mean(data.examples.labels[is_test] == most_frequent)),
     )
-
-
-def _note_neighbors(data: LabeledFeature, settings: ProbeSettings, progress: Progress) -> None:
-    """Report how long nearest neighbors will take: each fit compares all test items with those it was fitted on."""
-    num_test, num_fitted = len(data.rows("test")), len(data.examples.labels) - len(data.rows("test"))
-    num_full, num_shots = 1 + settings.control * settings.draws, sum(settings.shots) * settings.draws
-    num_pairs = num_test * (num_full * num_fitted + num_shots * len(data.names))
-    compare = partial(compare_neighbors, products=data.examples.products)
-    note_duration(progress, "nearest neighbors", num_pairs, data.examples.vectors.shape[1], compare=compare)
 
 
 def _ranks(fitted: Classifier, test: Examples) -> Ints:

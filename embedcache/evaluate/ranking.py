@@ -12,7 +12,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap
 from embedcache.evaluate.runs import EvalSplit, Run, read_eval_split, run_input
 from embedcache.evaluate.settings import RetrievalSettings
-from embedcache.metrics.ranking import average_precisions, first_ranks, negatives_before, note_ranking
+from embedcache.metrics.ranking import average_precisions, first_ranks, negatives_before
 from embedcache.modalities import directions, noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import project
@@ -88,9 +88,7 @@ def rank(
     pairs, part = _draw_samples(pairs, split.part, settings.max_samples)
     pairs = Pairs(first=number_items(pairs.first, sides[0]), second=number_items(pairs.second, sides[1]))
     split = split._replace(part=part)
-    num_pairs = 2 * len(pairs.first.rows) * len(pairs.second.rows)
     products = products_on(run.device)
-    note_ranking(progress, num_pairs, run.config.shared_width, products=products)
     item_sets = [ItemSet(side, items) for side, items in zip(sides, (pairs.first, pairs.second), strict=True)]
     widths = _smaller_widths(run, settings)
     first, second = (_project(run, item_set, progress) for item_set in item_sets)

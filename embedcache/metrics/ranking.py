@@ -6,8 +6,6 @@ import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, distinct, dot_products
 from embedcache.errors import DataError
-from embedcache.metrics.durations import note_duration
-from embedcache.progress import Progress
 
 _BLOCK_BYTES = 64 * 2**20
 
@@ -54,16 +52,6 @@ def negatives_before(
             is_after_EC = is_below(sims_BC[row[part]], own[part, None])  # so that NaN counts as before
             before_M[inside[part]] = is_after_EC.shape[1] - is_after_EC.sum(axis=1)
     return before_M
-
-
-def note_ranking(progress: Progress, num_pairs: float, width: int, *, products: Products = dot_products) -> None:
-    """Report before `negatives_before` how long it will take, as `note_duration` does, for one positive per query."""
-
-    def compare(queries_QP: Floats, candidates_CP: Floats) -> None:
-        places = np.arange(len(queries_QP))
-        negatives_before(queries_QP, candidates_CP, (places, places), products=products)
-
-    note_duration(progress, "ranking", num_pairs, width, compare=compare)
 
 
 def is_below(values: Floats, others: Floats) -> Bools:

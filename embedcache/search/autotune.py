@@ -10,7 +10,6 @@ import numpy as np
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.devices import AUTO
 from embedcache.errors import SettingError
-from embedcache.metrics.durations import note_duration
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.faiss_index import RowIndex, exact_search
 from embedcache.search.vectors import Vectors
@@ -174,15 +173,6 @@ def draw_query_set(vectors: Vectors, progress: Progress) -> QuerySet:
     queries = _queried(vectors)
     rows = np.random.default_rng(1).permutation(queries.rows)[:_NUM_QUERIES]
     own = rows if vectors.run_path is None and len(vectors.rows) > 1 else None
-    note_duration(
-        progress,
-        "searching exactly",
-        len(rows) * len(vectors.rows),
-        vectors.width,
-        compare=lambda queries_QP, candidates_CP: exact_search(
-            queries_QP, [(np.arange(len(candidates_CP)), candidates_CP)], _NUM_TRUE, device=vectors.device
-        ),
-    )
     searched = vectors.blocks("searching exactly", progress)
     return make_query_set(queries.read(rows), searched, own=own, device=vectors.device)
 

@@ -17,6 +17,7 @@ from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError, quoted
 from embedcache.files import replacing
 from embedcache.io_errors import disk_full_message
+from embedcache.progress import Progress
 from embedcache.search.faiss_gpu import MOST_SELECTED, GpuSide, faiss_reason, import_faiss, num_gpus
 from embedcache.search.lists import has_block_lists, open_disk_lists
 
@@ -352,6 +353,35 @@ def exact_search(
     rows_QK = rows_N[positions_QK[:, : len(rows_N)]]
     order_QK = np.lexsort((rows_QK, -scores_QK))
     return np.take_along_axis(scores_QK, order_QK, axis=1), np.take_along_axis(rows_QK, order_QK, axis=1)
+
+
+def spherical_kmeans(
+    vectors_NP: Floats,
+    num_clusters: int,
+    *,
+    seed: int,
+    iterations: int,
+    max_per_cluster: int,
+    progress: Progress,
+    device: str = AUTO,
+) -> Floats:
+    """Cluster rows of length 1 by cosine similarity: (K, P) float32 centroids. Uses FAISS's GPUs unless on `cpu`."""
+    progress.start(f"finding {num_clusters:,} clusters", iterations, "iterations")
+    kmeans = import_faiss().Kmeans(
+        vectors_NP.shape[1],
+        num_clusters,
+        niter=iterations,
+        seed=seed,
+        spherical=True,
+        min_points_per_centroid=1,
+        max_points_per_centroid=max_per_cluster,
+        gpu=num_gpus(device),
+    )
+    kmeans.train(np.ascontiguousarray(vectors_NP, np.float32))
+    progress.advance(iterations)
+    progress.finish()
+    centroids_KP: Floats = kmeans.centroids
+    return centroids_KP
 
 
 @contextmanager

@@ -1,5 +1,4 @@
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedcache.arrays import Bools, Floats, Ints, dot_products, normalize
+from embedcache.arrays import Bools, Floats, Ints, normalize
 from embedcache.curate import closest
 from embedcache.curate.closest import ClosestItems, ItemSets, find_closest_items
 from embedcache.curate.settings import LeakSettings
@@ -128,13 +127,11 @@ def test_sizes_are_as_documented() -> None:
 
 
 def test_progress_of_all_pairs_and_of_clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the totals, the batches of whole chunks of 256, and the durations that are announced."""
-    sets, announced = made_sets(600, 90, 7, tmp_path), []
-    monkeypatch.setattr(closest, "note_duration", lambda _, *what, **__: announced.append(what))
+    """Check the totals and the batches of whole chunks of 256."""
+    sets = made_sets(600, 90, 7, tmp_path)
     find_closest_items(sets, LIMIT, LeakSettings(all_pairs=True), (progress := RecordedProgress()))
     assert progress.started == [("comparing images", 600 * 90, "pairs")]
     assert progress.advances == [256 * 90, 256 * 90, 88 * 90]
-    assert announced == [("comparing images", 600 * 90, 16)]
 
     what = "comparing images within 19 clusters"
     for size, batches in ((256, [256, 256, 88]), (257, [512, 88])):
@@ -143,32 +140,6 @@ def test_progress_of_all_pairs_and_of_clusters(tmp_path: Path, monkeypatch: pyte
         assert progress.started[-1] == (what, 600, "images")
         assert progress.advances[-len(batches) :] == batches
         assert progress.counts[what] == 600
-    monkeypatch.setattr(clusters, "MAX_VISITS", 0)
-    find_closest_items(sets, LIMIT, CLUSTERS, NullProgress())
-    num_probes = int((~sets.is_copy).sum())
-    compared = 19 + num_probes + 90 / 19  # centroids, items drawn for the recall, and those of one cluster
-    assert announced[-1] == (what, pytest.approx(600 * compared), 16)
-    assert 600 * compared < announced[-2][1] <= 600 * (compared + 16 * 90 / 19)
-
-
-def test_duration_within_clusters_is_of_all_that_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part is timed: the products of some training items with centroids, with probes and with a cluster's items."""
-    parts: list[tuple[Callable[[Floats, Floats], None], tuple[int, int]]] = []
-    shapes: list[tuple[int, int]] = []
-
-    def products(left: Floats, right: Floats) -> Floats:
-        shapes.append((len(left), len(right)))
-        return dot_products(left, right)
-
-    monkeypatch.setattr(closest, "note_duration", lambda *_, compare, timed: parts.append((compare, timed)))
-    monkeypatch.setattr(closest, "products_on", lambda _: products)
-    find_closest_items(made_sets(600, 90, 7, tmp_path), LIMIT, CLUSTERS, NullProgress())
-    shapes.clear()
-    ((compare, (num_others, num_train)),) = parts
-    assert num_train == 600 // 19
-    compare(np.ones((num_others, 16), np.float32), np.ones((num_train, 16), np.float32))
-    assert len(shapes) == 3
-    assert sum(left * right for left, right in shapes) == num_others * num_train
 
 
 def test_the_first_of_equal_training_items_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,9 +100,8 @@ def test_limit_of_all_pairs_is_documented() -> None:
 
 
 @pytest.mark.slow
-def test_steps_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check 2 √N clusters, ten iterations over at most 40 vectors per cluster, and the counts of each step."""
-    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
+def test_steps_are_reported(tmp_path: Path) -> None:
+    """Check 2 √N clusters, ten iterations, and the counts of each step."""
     opened, progress = write_vectors(tmp_path / "cache", made_vectors(300, 1)), RecordedProgress()
     settings = DedupSettings(pixels=False, all_pairs=False, scratch=tmp_path)
     near = find_near_duplicates(opened, np.arange(290), [LIMIT], settings, progress)
@@ -116,9 +115,6 @@ def test_steps_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("measuring the recall", 290, "items"),
     ]
     assert progress.counts == {what: total for what, total, _ in progress.started}
-    assert progress.notes[0].startswith(f"finding 34 clusters: {10 * 290 * 34:,} pairs of vectors")
-    fit_centroids(made_vectors(100, 1), 2, seed=0, progress=progress)
-    assert progress.notes[-1].startswith("finding 2 clusters: 1,600 pairs of vectors")
 
 
 @pytest.mark.parametrize(("limit", "num_pairs"), [(0.600098, 0), (0.6000975, 0), (0.6, 1)])

@@ -119,21 +119,6 @@ def test_pairs_of_random_items_are_reported(monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
-def test_duration_is_measured_on_all_pairs_within_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Measured:
-        def __init__(self, _: object, what: str, num_pairs: float) -> None:
-            left[what] = num_pairs
-
-        def add(self, num_pairs: float) -> None:
-            left[[*left][-1]] -= num_pairs
-
-    left: dict[str, float] = {}
-    monkeypatch.setattr(module, "MeasuredDuration", Measured)
-    group_clustered(np.repeat(np.eye(10, 16, dtype=np.float32), 3, axis=0), 0.8, monkeypatch, BLOCK=4)
-    assert [*left] == [f"comparing {name} items for the split" for name in ("image", "text")]
-    assert max(map(abs, left.values())) < 1
-
-
 def test_pairs_that_no_cluster_holds_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without visits, pairs across borders are missed; items are compared with all in blocks of eight."""
     angles = np.deg2rad(np.arange(0, 360, 9))

@@ -21,7 +21,6 @@ from embedcache.evaluate.settings import PairsSettings, RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.alignment import debiased_cka, linear_cka, mutual_knn, shuffled_cka
-from embedcache.metrics.durations import note_duration
 from embedcache.projectors.saved import split_path
 from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table, write_encoder_pairs_page
 from embedcache.sources import open_source
@@ -29,7 +28,6 @@ from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.images import write_images
-from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 SPLIT = SplitSettings(val_fraction=0.25, image_cosine=0.995, text_cosine=0.95)
@@ -160,22 +158,6 @@ def test_draw_is_bounded_and_seeded(cache_path: Path) -> None:
     assert drawn(0).num_drawn == 100
     assert drawn(0).num_compared == 75
     assert drawn(0).pairs == drawn(0).pairs != drawn(1).pairs
-
-
-@pytest.mark.slow
-def test_long_comparisons_are_announced(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
-    monkeypatch.setitem(note_duration.__kwdefaults__, "compare", None)  # products alone take less time
-    progress = RecordedProgress()
-    settings = PairsSettings(image_feature=IMAGES, text_feature=TEXTS[:1], split=SPLIT, resamples=1)
-    report = evaluate_pairs(cache_path, settings, progress=progress)
-    ranked = 2 * 2 * report.num_held**2  # two pairs of features, both directions, one caption per image
-    assert [note.partition(" of vectors")[0] for note in progress.notes] == [
-        f"comparing image items for the split: {300**2:,} pairs",
-        f"comparing text items for the split: {300**2:,} pairs",
-        f"nearest neighbors: {3 * report.num_compared**2:,} pairs",
-        f"ranking: {ranked:,} pairs",
-    ]
 
 
 def test_report_describes_the_comparison(report: PairsReport) -> None:

@@ -32,7 +32,6 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.evaluate.conftest import FEATURE, make_cache, write_colors
 from tests.images import COLORS
-from tests.recorded import RecordedProgress
 from tests.sources.files import write_tar
 from tests.toy import IMAGE
 
@@ -81,23 +80,6 @@ def test_more_shots_are_better(report: ProbeReport) -> None:
     for score in report.scores:
         one, four = (one.accuracy.value for one in report.few_shots if one.method == score.method)
         assert one < four < score.accuracy.value + 0.05
-
-
-@pytest.mark.slow
-def test_long_neighbors_are_announced(labeled_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
-    settings = ProbeSettings(feature=FEATURE, classifiers=("ridge", "knn"), shots=(1, 4), draws=3, control=True)
-    progress = RecordedProgress()
-    evaluate_probe(labeled_path, settings, progress=progress)
-    num_pairs = 60 * (4 * 180 + 3 * 5 * 6)  # test items times the examples of a fit: all, its 3 controls, 3 draws
-    assert [note.partition(", about")[0] for note in progress.notes] == [
-        f"nearest neighbors: {num_pairs:,} pairs of vectors"
-    ]
-    progress = RecordedProgress()
-    evaluate_probe(labeled_path, ProbeSettings(feature=FEATURE, classifiers=("ridge",)), progress=progress)
-    assert not progress.notes
-    assert [what for what, *_ in progress.started] == [f"loading {FEATURE}", "probing"]
-    assert progress.counts == {what: total for what, total, _ in progress.started}
 
 
 def test_tokens_are_averaged(labeled_path: Path) -> None:

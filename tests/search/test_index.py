@@ -29,7 +29,6 @@ from embedcache.search.building import IndexBuilder
 from embedcache.search.card import open_row_index, read_card
 from embedcache.search.faiss_index import read_index
 from embedcache.search.index import build_index
-from embedcache.search.kmeans import spherical_kmeans
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import IndexSettings, SearchSettings
@@ -76,17 +75,6 @@ def test_config_is_that_of_the_run(index_path: Path, cache_path: Path, tmp_path:
     assert config.weights_digest == read_card(index_path).run_weights
     build_index(cache_path, tmp_path / "plain", IndexSettings(feature="open_toy/cls"))
     assert OpenIndex(tmp_path / "plain").query_encoder.config is None
-
-
-def test_clusters_say_how_many_pairs_they_compare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", -1.0)
-    vectors = normalize(np.random.default_rng(0).standard_normal((40, 4)))
-    for most, num_pairs in ((5, "400"), (20, "800")):  # of 5 iterations of at most 5 or 20 vectors for each of 4
-        progress = RecordedProgress()
-        found = spherical_kmeans(vectors, 4, seed=0, iterations=5, max_per_cluster=most, progress=progress)
-        assert found.shape == (4, 4)
-        (note,) = progress.notes
-        assert note.startswith(f"finding 4 clusters: {num_pairs} pairs of vectors, about ")
 
 
 def test_same_index_is_reused(cache_path: Path, run_path: Path, index_path: Path, tmp_path: Path) -> None:

@@ -94,8 +94,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Vectors:
 
 
 @pytest.mark.slow
-def test_two_thousand_queries_are_drawn(many: Vectors, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", -1.0)
+def test_two_thousand_queries_are_drawn(many: Vectors) -> None:
     progress = RecordedProgress()
     query_set = draw_query_set(many, progress)
     own = np.random.default_rng(1).permutation(2100)[:2000]
@@ -104,9 +103,6 @@ def test_two_thousand_queries_are_drawn(many: Vectors, monkeypatch: pytest.Monke
     np.testing.assert_array_equal(query_set.vectors, many.read(own))
     assert query_set.k == 10
     assert query_set.scores.shape == query_set.rows.shape == (2000, 99)  # of 100, without the query itself
-    assert [note.partition(", about")[0] for note in progress.notes] == [
-        "searching exactly: 4,200,000 pairs of vectors"
-    ]
 
 
 @pytest.mark.slow

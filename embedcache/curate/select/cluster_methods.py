@@ -13,10 +13,9 @@ from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.durations import note_duration
 from embedcache.metrics.neighbors import find_closest
 from embedcache.progress import NullProgress, Progress, watch
-from embedcache.search.kmeans import spherical_kmeans
+from embedcache.search.faiss_index import spherical_kmeans
 
 _ITERATIONS = 20
 _TRAINING_PER_CLUSTER = 256  # vectors that k-means trains on at most
@@ -207,7 +206,6 @@ def _draw(labels_SL: Ints, rows: Ints, budget: int, rng: np.random.Generator) ->
 
 
 _CANDIDATES = 20_000
-_TIMED = 1, 16_384  # a product with one vector is limited by memory, which takes many to measure
 
 
 class KCenterSelector:
@@ -224,7 +222,7 @@ class KCenterSelector:
     uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select the samples, after a report of how long it will take. Memory: the vectors of the candidates."""
+        """Select the samples. Memory: the vectors of the candidates."""
         assert isinstance(settings.budget, int)
         num_candidates = settings.candidates or max(_CANDIDATES, 2 * settings.budget)
         if num_candidates < settings.budget:
@@ -233,8 +231,6 @@ class KCenterSelector:
             )
         candidates = np.random.default_rng(settings.seed).permutation(len(pool.samples))[:num_candidates]
         vectors_NP = pool.vectors.read(pool.first_items()[candidates], pool.progress)
-        num_pairs = settings.budget * len(vectors_NP)
-        note_duration(pool.progress, "choosing samples", num_pairs, vectors_NP.shape[1], timed=_TIMED)
         chosen, cosines = farthest_first(vectors_NP, settings.budget, progress=pool.progress)
         order = np.argsort(candidates[chosen])
         reasons = [
