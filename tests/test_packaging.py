@@ -23,7 +23,7 @@ import yaml
 
 from embedcache.errors import MissingExtraError
 from embedcache.records import RECORDED_PACKAGES
-from embedcache.search.faiss_gpu import num_gpus
+from embedcache.search.faiss_index import num_gpus
 from tests.blocks import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -89,7 +89,7 @@ def test_only_faiss_itself_suggests_faiss() -> None:
     suggested = {
         path.name for path in (ROOT / "embedcache").rglob("*.py") if named_extras(path.read_text()) & with_faiss
     }
-    assert suggested == {"faiss_gpu.py"}
+    assert suggested == {"faiss_index.py"}
 
 
 DECIDES_NOTHING = {

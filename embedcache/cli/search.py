@@ -67,7 +67,6 @@ def search(
     Example: embedcache search index/ "a red bicycle" -k 5
     """
     from embedcache.cli.console import open_progress, print_table, publish, read_lines
-    from embedcache.search.card import read_card
     from embedcache.search.queries import Queries, read_vectors
     from embedcache.search.search import search as run_search
 
@@ -87,11 +86,10 @@ def search(
         )
     hit_lists = run_search(index, all_queries, settings, progress=progress)
     results = list(zip(all_queries.names, hit_lists, strict=True))
-    score = read_card(index).score
 
     def show() -> None:
         for name, hits in results:
-            print_table(*_hit_rows(hits, score), title=name)
+            print_table(*_hit_rows(hits), title=name)
 
     publish(
         show,
@@ -181,18 +179,13 @@ def _file_option(path: str) -> str:
     return f"--query-image {quoted(path)}" if modality == "image" else f"--query-file {modality}={quoted(path)}"
 
 
-def _hit_rows(hits: Sequence["Hit"], score: str) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of a table of hits: files where keys do not name them, labels where there are any.
-
-    Args:
-        hits: the hits.
-        score: what their scores are, a column.
-    """
+def _hit_rows(hits: Sequence["Hit"]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of a table of hits: files where keys do not name them, labels where there are any."""
     from embedcache.sources.files import is_key_of_file
 
     columns = {
         "captions": [" · ".join(hit.captions) for hit in hits],
-        score: [f"{hit.score:.3f}" for hit in hits],
+        "cosine": [f"{hit.score:.3f}" for hit in hits],
         "key": [hit.key for hit in hits],
     }
     if any(hit.path is not None and not is_key_of_file(hit.key, hit.path) for hit in hits):

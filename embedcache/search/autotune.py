@@ -18,7 +18,6 @@ _FLAT_LIMIT = 200_000  # up to this many vectors, an exact query takes tens of m
 _ID_BYTES = 8
 _LINK_BYTES = 272  # HNSW32: 64 neighbors of 4 bytes on the lowest level, about 2 above, and 12 bytes of bookkeeping
 _LIST_BYTES = 24  # where a list on disk is in its file
-_RABITQ_BYTES = 20  # factors that RaBitQ keeps beside a vector's bits; 8 with one bit per component
 _MANY_LISTS = 2**14  # from here on a graph over the centroids is faster than comparing with all of them
 _POINTS_PER_LIST = 39  # with fewer, FAISS warns that k-means has too few training vectors
 
@@ -98,13 +97,10 @@ class _Code(NamedTuple):
 def _codes(num_vectors: int, width: int) -> Iterator[_Code]:
     """Iterate over the codes, the most exact first."""
     yield _Code("SQfp16", 16, 2 * width, 0)
-    yield _Code("RaBitQ,Refine(SQ8)", 8, width / 8 + 8 + width, 8 * width)
     yield _Code("SQ8", 8, width, 8 * width)
     yield _Code("SQ6", 6, width * 6 / 8, 8 * width)
-    yield _Code("RaBitQ4", 4, width / 2 + _RABITQ_BYTES, 0)
     if width % 4 == 0 and num_vectors >= 256 * _POINTS_PER_LIST:
         yield _Code(f"PQ{width // 4}", 2, width / 4, 4 * 256 * width)
-    yield _Code("RaBitQ", 1, width / 8 + 8, 0)
 
 
 _K = 10
@@ -281,7 +277,7 @@ def tune_search(index: RowIndex, queries: QuerySet, target: float, progress: Pro
         recalls.append(queries.recall(queries.search(index, parameters), queries.k))
         best = max(best, (recalls[-1], parameters), key=lambda pair: pair[0])
         progress.advance(1)
-        if recalls[-1] >= target or _is_flat(recalls, num_steps=6 if index.is_refined else 2):
+        if recalls[-1] >= target or _is_flat(recalls):
             break
     progress.finish()
     return best[1]
@@ -293,13 +289,7 @@ def parameter_choices(index: RowIndex) -> list[dict[str, int]]:
         return [{"efSearch": ef} for ef in _doubling(16, _MAX_EF_SEARCH)]
     if not index.num_lists:
         return [{}]
-    probes = [{"nprobe": nprobe} for nprobe in _doubling(1, index.num_lists)]
-    if not index.is_refined:
-        return probes
-    factors = (4, 16, 64)  # the fine codes re-rank this many times k results
-    pairs = [{**probe, "k_factor": factor} for probe in probes for factor in factors]
-    list_length = len(index) / index.num_lists
-    return sorted(pairs, key=lambda pair: pair["nprobe"] * list_length + 8 * _K * pair["k_factor"])
+    return [{"nprobe": nprobe} for nprobe in _doubling(1, index.num_lists)]
 
 
 def _doubling(first: int, last: int) -> list[int]:
@@ -309,6 +299,6 @@ def _doubling(first: int, last: int) -> list[int]:
     return values
 
 
-def _is_flat(recalls: list[float], num_steps: int) -> bool:
-    """Return whether the last doublings of work found nothing more; early steps may be flat at a low recall."""
-    return len(recalls) > num_steps and recalls[-1] > 0.5 and max(recalls) - max(recalls[:-num_steps]) < _PLATEAU
+def _is_flat(recalls: list[float]) -> bool:
+    """Return whether the last two doublings of work found nothing more; early steps may be flat at a low recall."""
+    return len(recalls) > 2 and recalls[-1] > 0.5 and max(recalls) - max(recalls[:-2]) < _PLATEAU

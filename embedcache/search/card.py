@@ -3,11 +3,10 @@
 While an index is built or extended, `building.json` says what is done.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, PathError, UnfinishedError, quoted
@@ -101,17 +100,6 @@ class IndexCard:
     lists: str | None = None
     checksums: Mapping[str, str] = field(default_factory=dict)
     format: int = IN_MEMORY_FORMAT
-
-    @property
-    def score(self) -> Literal["cosine", "product"]:
-        """What scores are: cosines, or estimates of them; or products of reduced vectors, which are smaller."""
-        return "cosine" if _REFINED.search(self.factory) or not _REDUCED.search(self.factory) else "product"
-
-
-_REDUCED = re.compile(r"(^|,)(PCA|ITQ|RR\d|OPQ\d+_)")
-"""Part of a factory string that reduces vectors to fewer components, or subtracts their mean."""
-_REFINED = re.compile(r",(RFlat|Refine\(.*\))$")
-"""End of a factory string with which candidates are compared by their whole vectors."""
 
 
 def read_card(index_path: Path) -> IndexCard:

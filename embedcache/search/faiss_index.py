@@ -1,53 +1,104 @@
-"""FAISS: an inner-product index whose ids are rows of a cache, and exact search."""
+"""FAISS: its import and its GPUs, an index whose ids are rows of a cache, exact search and k-means.
 
+An index stays on the CPU, so that its files, filters and kinds are the same everywhere. GPUs train it, and search large
+batches on a copy of it.
+"""
+
+import importlib
 import os
+import platform
+import re
 import shutil
 import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Bools, Floats, Ints
-from embedcache.devices import AUTO
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks, distinct
+from embedcache.devices import AUTO, announce
 from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError, quoted
 from embedcache.files import replacing
 from embedcache.io_errors import disk_full_message
-from embedcache.progress import Progress
-from embedcache.search.faiss_gpu import MOST_SELECTED, GpuSide, faiss_reason, import_faiss, num_gpus
-from embedcache.search.lists import has_block_lists, open_disk_lists
+from embedcache.progress import NullProgress, Progress, watch
+from embedcache.registry import require
+from embedcache.store.arrays import DIGITS, checksum_of, skips_checksums
+
+GPU_BATCH = 64
+"""Fewest queries of a batch that is searched on a GPU: fewer take milliseconds on the CPU, and a copy takes seconds."""
+
+MOST_SELECTED = 2048
+"""Most neighbors, and most lists per query, that FAISS selects on a GPU."""
+
+_CODES = r"(Flat|SQ4|SQ6|SQ8|SQfp16)"
+_FACTORY = re.compile(rf"{_CODES}|IVF(?P<lists>\d+)(_HNSW32)?,({_CODES}|PQ\d+(x4)?)|HNSW([2-9]|[1-9]\d\d?)")
+"""Accepted factory strings: some others crash FAISS, and some have scores that are not cosines, or no filters."""
 
 _TRAINING_PER_LIST, _MIN_TRAINING = 50, 20_000
 _MAPPED_FRACTION = 0.5  # of the machine's memory
 _OWN = True  # FAISS takes no keyword
+_STORES_PAIRS = False  # nor here
+_LISTS_AT_ONCE = 64
 _READ_BYTES, _ID_BYTES = 2**20, 8
 _END = b"crc32 %08x"
+
+
+def import_faiss(module: str = "faiss") -> Any:
+    """Import a module of FAISS; the hint of what to install names the build for this machine's GPU, if it has one."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        import torch  # too slow to import where FAISS is there
+
+        is_cuda_12 = torch.cuda.is_available() and platform.machine() == "x86_64"
+        return require(module, extra="faiss-gpu" if is_cuda_12 else "faiss-cpu")
+
+
+def num_gpus(device: str = AUTO) -> int:
+    """Return the number of GPUs that FAISS can use: 0 with faiss-cpu, and on the device `cpu`."""
+    gpus = 0 if device == "cpu" else int(getattr(import_faiss(), "get_num_gpus", lambda: 0)())
+    announce(f"FAISS: {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "FAISS: cpu")
+    return gpus
+
+
+@cache
+def _gpu_resources() -> Any:
+    """Return FAISS's scratch memory on GPUs, which all indexes of a process share."""
+    return import_faiss().StandardGpuResources()
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error of FAISS says, without the C++ symbol."""
+    return re.split(r"failed: |\.(?:cpp|cu|h|cuh):\d+: ", str(error).splitlines()[-1])[-1]
 
 
 class RowIndex:
     """An inner-product index over vectors of length 1: a FAISS `IndexIDMap` whose ids are rows of the cache.
 
-    It is on the CPU. Unless the device is `cpu`, FAISS's GPUs train it, assign new vectors to lists, and search batches
-    (see `GpuSide`). `disk_lists` are the inverted lists that stay in a file, None if all is in memory.
+    Unless the device is `cpu`, FAISS's GPUs train it, and the first of them searches large batches on a copy of it.
+    `disk_lists` are the inverted lists that stay in a file, None if all is in memory.
     """
 
     def __init__(self, wrapped: Any, device: str = AUTO) -> None:
         self.wrapped, self._device = wrapped, device
         self._faiss = import_faiss()
         self._inner = self._faiss.downcast_index(wrapped.index)
-        self._gpu = GpuSide(self._inner, device)
+        self._on_gpu: Any = None
         self._rows: Ints | None = None
         self._order: Ints | None = None
+
         lists = self._faiss.try_extract_index_ivf(self._inner)
         self.num_lists = 0 if lists is None else int(lists.nlist)
-        self.has_blocks = has_block_lists(self._inner)
-        self.disk_lists = open_disk_lists(self._inner)
+        is_on_disk = lists is not None and isinstance(
+            self._faiss.downcast_InvertedLists(lists.invlists), self._faiss.OnDiskInvertedLists
+        )
+        self.disk_lists = DiskLists(lists) if is_on_disk else None
         self.is_graph = isinstance(self._inner, self._faiss.IndexHNSW)
-        self.is_refined = isinstance(self._inner, self._faiss.IndexRefine)  # finer codes re-rank the best results
         self.is_exact = isinstance(self._inner, self._faiss.IndexFlat)  # float32 vectors are all compared
 
     def __len__(self) -> int:
@@ -97,8 +148,7 @@ class RowIndex:
             self.wrapped.train(vectors_SP)
         except RuntimeError as error:
             raise SettingError(
-                f"factory: expected an index that FAISS can train, got an error: {faiss_reason(error)}; try --factory "
-                "Flat"
+                f"factory: expected an index that FAISS can train, got an error: {_reason(error)}; try --factory Flat"
             ) from error
         finally:
             if on_gpus is not None:
@@ -106,40 +156,15 @@ class RowIndex:
 
     def add(self, rows_B: Ints, vectors_BP: Floats) -> None:
         """Add vectors of length 1."""
-        vectors_BP = np.ascontiguousarray(vectors_BP)
-        lists_B = self._gpu.find_lists(vectors_BP)
-        if lists_B is None:
-            self.wrapped.add_with_ids(vectors_BP, rows_B)
-        else:
-            self._add_to_lists(vectors_BP, lists_B, None)
-            num_before, rows = len(self), self.wrapped.id_map
-            rows.resize(num_before + len(rows_B))
-            self._faiss.rev_swig_ptr(rows.data(), rows.size())[num_before:] = rows_B
-            self.wrapped.ntotal = self._inner.ntotal
-        self._rows = self._order = None
-        self._gpu.forget()
+        self.wrapped.add_with_ids(np.ascontiguousarray(vectors_BP), rows_B)
+        self._rows = self._order = self._on_gpu = None
 
     def add_part(self, rows_B: Ints, vectors_BP: Floats, first: int) -> None:
         """Add vectors to a part of an inverted file that is merged later, at positions from `first` on."""
-        vectors_BP, positions_B = np.ascontiguousarray(vectors_BP), first + np.arange(len(rows_B))
-        lists_B = self._gpu.find_lists(vectors_BP)
-        if lists_B is None:
-            self._inner.add_with_ids(vectors_BP, positions_B)
-        else:
-            self._add_to_lists(vectors_BP, lists_B, positions_B)
+        self._inner.add_with_ids(np.ascontiguousarray(vectors_BP), first + np.arange(len(rows_B)))
         self._rows = np.concatenate([self.rows, rows_B])
         self._faiss.copy_array_to_vector(self._rows, self.wrapped.id_map)
         self.wrapped.ntotal = len(self._rows)
-
-    def _add_to_lists(self, vectors_BP: Floats, lists_B: Ints, positions_B: Ints | None) -> None:
-        """Add vectors to given lists, at the next positions if none are given: the same bytes as FAISS's own `add`."""
-        faiss = self._faiss
-        lists = faiss.downcast_index(faiss.extract_index_ivf(self._inner))
-        positions = None if positions_B is None else faiss.swig_ptr(positions_B)
-        lists.add_core(len(vectors_BP), faiss.swig_ptr(vectors_BP), positions, faiss.swig_ptr(lists_B))
-        if self.is_refined:
-            faiss.downcast_index(self._inner.refine_index).add(vectors_BP)
-            self._inner.ntotal = lists.ntotal
 
     def read(self, rows: Ints) -> Floats | None:
         """Return the vectors of rows, (B, P) float32; None if the index holds codes of them, or lacks one.
@@ -168,41 +193,55 @@ class RowIndex:
     ) -> tuple[Floats, Ints]:
         """Return the k best rows of each query, best first: scores (Q, K) float32, rows (Q, K) int64 (-1: none found).
 
-        Of `nprobe`, `efSearch` and `k_factor`, the parameters that the kind of index has are used. `is_allowed_N` says
-        which vectors may be returned, in the order of `rows`.
+        Of `nprobe` and `efSearch`, the parameter that the kind of index has is used. `is_allowed_N` says which vectors
+        may be returned, in the order of `rows`.
         """
-        queries_QP, selector, found = np.ascontiguousarray(queries_QP), None, None
+        queries_QP, parameters = np.ascontiguousarray(queries_QP), parameters or {}
+        nprobe, selector, found = parameters.get("nprobe", 1), None, None
         if is_allowed_N is None:
-            nprobe = min((parameters or {}).get("nprobe", 1), max(1, self.num_lists))
-            found = self._gpu.search(queries_QP, k, nprobe)
+            found = self._search_on_gpu(queries_QP, k, min(nprobe, max(1, self.num_lists)))
         else:
             selector = self._faiss.IDSelectorBitmap(np.packbits(is_allowed_N, bitorder="little"))
         if found is None and self.disk_lists is not None:
-            found = self.disk_lists.search(queries_QP, k, (parameters or {}).get("nprobe", 1), selector)
+            found = self.disk_lists.search(queries_QP, k, nprobe, selector)
         if found is None:
-            chosen = self._faiss_parameters(self._inner, parameters or {}, selector)
-            found = self._inner.search(queries_QP, k, params=chosen)
+            found = self._inner.search(queries_QP, k, params=self._search_parameters(parameters, selector))
+
         scores, positions = found
         if not len(self):
             return scores, positions
         rows = self._faiss.rev_swig_ptr(self.wrapped.id_map.data(), len(self))  # `rows` is a copy: seconds for billions
         return scores, np.where(positions < 0, -1, rows[positions])
 
-    def _faiss_parameters(self, index: Any, parameters: Mapping[str, int], selector: Any) -> Any:
-        faiss, index = self._faiss, self._faiss.downcast_index(index)
-        if isinstance(index, faiss.IndexPreTransform):
-            inner = self._faiss_parameters(index.index, parameters, selector)
-            return faiss.SearchParametersPreTransform(index_params=inner)
-        if isinstance(index, faiss.IndexRefine):
-            inner = self._faiss_parameters(index.base_index, parameters, selector)
-            k_factor = float(parameters.get("k_factor", 1))
-            return faiss.IndexRefineSearchParameters(k_factor=k_factor, base_index_params=inner)
-        chosen = {} if selector is None else {"sel": selector}
-        if isinstance(index, faiss.IndexIVF):
+    def _search_parameters(self, parameters: Mapping[str, int], selector: Any) -> Any:
+        faiss, chosen = self._faiss, {} if selector is None else {"sel": selector}
+        if self.num_lists:
             return faiss.SearchParametersIVF(nprobe=parameters.get("nprobe", 1), **chosen)
-        if isinstance(index, faiss.IndexHNSW):
-            return faiss.SearchParametersHNSW(efSearch=parameters.get("efSearch", index.hnsw.efSearch), **chosen)
+        if self.is_graph:
+            return faiss.SearchParametersHNSW(efSearch=parameters.get("efSearch", self._inner.hnsw.efSearch), **chosen)
         return faiss.SearchParameters(**chosen) if chosen else None
+
+    def _search_on_gpu(self, queries_QP: Floats, k: int, nprobe: int) -> tuple[Floats, Ints] | None:
+        """Search a large batch on a copy on the first GPU; None without a GPU, and where FAISS cannot do it."""
+        is_large = len(queries_QP) >= GPU_BATCH and max(k, nprobe) <= MOST_SELECTED
+        if not is_large or self.disk_lists is not None or not num_gpus(self._device):
+            return None
+        faiss = self._faiss
+        try:
+            if self._on_gpu is None:
+                options = faiss.GpuClonerOptions()
+                options.use_cuvs = False  # it finds other neighbors than the CPU
+                options.allowCpuCoarseQuantizer = True  # a graph over the centroids
+                options.useFloat16 = isinstance(self._inner, faiss.IndexIVFPQ)  # larger tables do not fit
+                number = int(self._device.partition(":")[2] or 0)
+                self._on_gpu = faiss.index_cpu_to_gpu(_gpu_resources(), number, self._inner, options)
+            parameters = faiss.SearchParametersIVF(nprobe=nprobe) if self.num_lists else None
+            found: tuple[Floats, Ints] = self._on_gpu.search(queries_QP, k, params=parameters)
+        except RuntimeError as error:  # FAISS has no such index on GPUs, or too little memory there
+            announce(f"FAISS: the index is searched on the CPU ({_reason(error)})")
+            self._device = "cpu"
+            return None
+        return found
 
     def measure_latency_ms(self, queries_QP: Floats, k: int, parameters: Mapping[str, int]) -> tuple[float, float]:
         """Measure milliseconds per query: the median of single queries, and the mean of one batch."""
@@ -246,13 +285,12 @@ class RowIndex:
 
     def copy(self) -> "RowIndex":
         """Return an independent copy. Memory: the index twice more for a moment."""
-        stored = self._faiss.serialize_index(self.wrapped)  # FAISS cannot clone some transforms, such as L2norm
-        return RowIndex(self._faiss.deserialize_index(stored), self._device)
+        return RowIndex(self._faiss.clone_index(self.wrapped), self._device)
 
     def emptied(self) -> "RowIndex":
         """Return the same trained index without vectors; this object must not be used afterwards."""
         lists = self._faiss.try_extract_index_ivf(self._inner)
-        if lists is None or self.is_refined or self.has_blocks:
+        if lists is None:
             self.wrapped.reset()
             return RowIndex(self.wrapped, self._device)
         empty = self._faiss.ArrayInvertedLists(lists.nlist, lists.code_size)
@@ -292,16 +330,130 @@ class RowIndex:
         return self
 
 
+class DiskLists:
+    """The inverted lists of an index that FAISS maps from a file: vectors as codes, and their positions in the index.
+
+    Each list is compared with its checksum before it is first read.
+
+    Args:
+        inverted: FAISS inverted file with such lists.
+    """
+
+    def __init__(self, inverted: Any) -> None:
+        self._faiss = import_faiss()
+        self._inverted = self._faiss.downcast_index(inverted)
+        self._lists = self._faiss.downcast_InvertedLists(self._inverted.invlists)
+        self._path = Path(self._lists.filename)
+        self._checksums = ""
+        self._next_step = ""
+        self._is_checked_L: Bools | None = None  # None: no list is to be compared
+
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return self._path.name
+
+    def forget_folder(self) -> None:
+        """Store only the name of the file in the index, so that it is found beside the index when it is read."""
+        self._lists.filename = self.file
+
+    def checksums(self) -> str:
+        """Compute the CRC-32C of each list: 8 hex digits per list, one after another. Reads all lists."""
+        return "".join(map(self._checksum, range(self._lists.nlist)))
+
+    def compare(self, path: Path, checksums: str, next_step: str) -> None:
+        """Compare each list with its checksum before `search` reads it, unless `skips_checksums`.
+
+        Raises `CorruptError` if the file has another size, which FAISS maps without looking at it.
+        """
+        size, expected = path.stat().st_size, self._lists.totsize
+        if size != expected or len(checksums) != DIGITS * self._lists.nlist:
+            raise CorruptError(
+                f"{path}: expected {self._lists.nlist:,} lists in {expected:,} bytes, as the index states, got "
+                f"{len(checksums) // DIGITS:,} checksums and {size:,} bytes; {next_step}"
+            )
+        self._path, self._checksums, self._next_step = path, checksums, next_step
+        self._is_checked_L = np.full(self._lists.nlist, skips_checksums())
+
+    def check_all(self, *, progress: Progress | None = None) -> None:
+        """Compare all lists with what `compare` was given, or raise a `CorruptError`."""
+        if self._is_checked_L is not None:
+            self._is_checked_L[:] = False
+            lists = np.arange(self._lists.nlist)
+            for block in watch(
+                blocks(len(lists), _LISTS_AT_ONCE), progress or NullProgress(), "checking", len(lists), "lists"
+            ):
+                self._check(lists[block], self._is_checked_L)
+
+    def search(self, queries_QP: Floats, k: int, nprobe: int, selector: Any) -> tuple[Floats, Ints] | None:
+        """Search as FAISS does, after each list that is read was compared: scores and positions (Q, K).
+
+        Returns None if no list is to be compared. `CorruptError` if one has other bytes.
+        """
+        if self._is_checked_L is None:
+            return None
+        faiss, inverted, nprobe = self._faiss, self._inverted, min(nprobe, self._lists.nlist)
+        nearness_QL, lists_QL = inverted.quantizer.search(queries_QP, nprobe)
+        probed = distinct(lists_QL[lists_QL >= 0])
+        self._lists.prefetch_lists(faiss.swig_ptr(probed), len(probed))
+        self._check(probed, self._is_checked_L)
+        parameters = faiss.SearchParametersIVF(nprobe=nprobe, **({} if selector is None else {"sel": selector}))
+        scores_QK = np.empty((len(queries_QP), k), np.float32)
+        positions_QK = np.empty((len(queries_QP), k), np.int64)
+        inverted.search_preassigned_c(  # FAISS's own method in Python takes no parameters
+            len(queries_QP),
+            faiss.swig_ptr(queries_QP),
+            k,
+            *map(faiss.swig_ptr, (lists_QL, nearness_QL, scores_QK, positions_QK)),
+            _STORES_PAIRS,
+            parameters,
+        )
+        return scores_QK, positions_QK
+
+    def _check(self, lists: Ints, is_checked_L: Bools) -> None:
+        for number in lists[~is_checked_L[lists]].tolist():
+            expected, found = self._checksums[DIGITS * number : DIGITS * (number + 1)], self._checksum(number)
+            if found != expected:
+                raise CorruptError(
+                    f"{self._path}: expected checksum {expected} of list {number}, got {found}: the bytes changed on "
+                    f"disk; {self._next_step}"
+                )
+            is_checked_L[number] = True
+
+    def _checksum(self, number: int) -> str:
+        size = self._lists.list_size(number)
+        if not size:
+            return checksum_of([])
+        codes: Array = self._faiss.rev_swig_ptr(self._lists.get_codes(number), size * self._lists.code_size)
+        positions: Array = self._faiss.rev_swig_ptr(self._lists.get_ids(number), size)
+        return checksum_of([codes, positions])
+
+
 def make_index(factory: str, width: int, *, device: str = AUTO) -> RowIndex:
-    """Create an empty index; `SettingError` if FAISS does not accept the factory string."""
+    """Create an empty index; `SettingError` if FAISS does not accept the factory string for this width."""
     faiss = import_faiss()
     try:
         return RowIndex(faiss.IndexIDMap(faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)), device)
     except RuntimeError as error:
         raise SettingError(
-            "factory: expected a FAISS factory string such as Flat or IVF1024,SQ8, got "
-            f"{factory!r} for width {width}: {faiss_reason(error)}"
+            f"factory: expected one that FAISS builds for width {width}, got {factory!r}: {_reason(error)}"
         ) from error
+
+
+def check_factory(factory: str, num_vectors: int) -> None:
+    """Check that a factory string is one that is accepted, and has no more lists than vectors; else `SettingError`."""
+    match = _FACTORY.fullmatch(factory)
+    if match is None:
+        raise SettingError(
+            "factory: expected HNSWm, codes Flat, SQ4, SQ6, SQ8 or SQfp16, or IVFn or IVFn_HNSW32 with these, PQm or "
+            f"PQmx4, such as HNSW32 or IVF4096,SQfp16, got {factory!r}"
+        )
+    num_lists = int(match["lists"] or 1)
+    if not 1 <= num_lists <= num_vectors:
+        raise SettingError(
+            f"factory: expected 1 to {num_vectors:,} lists, as there are so many vectors, got {num_lists} in "
+            f"{factory!r}"
+        )
 
 
 def read_index(path: Path, *, is_mapped: bool | None = None, device: str = AUTO) -> RowIndex:
@@ -326,7 +478,7 @@ def read_index(path: Path, *, is_mapped: bool | None = None, device: str = AUTO)
         index = RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), device)
         return index if not index.num_lists else RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP), device)
     except (RuntimeError, AttributeError, MemoryError, ValueError) as error:
-        raise CorruptError(f"{path}: expected a FAISS index of rows, got an error: {faiss_reason(error)}") from error
+        raise CorruptError(f"{path}: expected a FAISS index of rows, got an error: {_reason(error)}") from error
 
 
 def exact_search(

@@ -30,8 +30,7 @@ class Hit:
     """One search result.
 
     Args:
-        score: cosine similarity to the query, from -1 to 1; for an index of codes, its estimate; for one of
-            vectors that PCA has reduced, their product, see `IndexCard.score`.
+        score: cosine similarity to the query, from -1 to 1; for an index of codes, its estimate.
         row: row of the item in the table of its modality.
         key: key of its sample.
         path: file of the item as its source names it, relative to the source if it lies below it; for bytes in a shard

@@ -40,8 +40,7 @@ from embedcache.search.card import (
     verify_index,
     write_card,
 )
-from embedcache.search.factories import check_factory
-from embedcache.search.faiss_index import RowIndex, read_index
+from embedcache.search.faiss_index import RowIndex, check_factory, read_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings
@@ -92,7 +91,7 @@ def build_index(
     if not (index / CARD).is_file():  # so that nothing is put into a folder of others
         _candidates(settings, len(vectors.rows), vectors.width)
         if settings.factory is not None:
-            check_factory(settings.factory, vectors.width, len(vectors.rows))
+            check_factory(settings.factory, len(vectors.rows))
         allowed = [LOCK, CARD, *FILES]
         prepare_folder(index, kind="an index", marker=LOCK, allowed=allowed)
     with locked(index):

@@ -1,7 +1,7 @@
 """Searching an index: texts, images, samples, concepts or vectors in, the nearest items that pass a filter out."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -220,34 +220,13 @@ class OpenIndex:
         if subset.vectors is not None:
             return exact_search(queries_QP, [subset.vectors], k, device=self.device)
         fraction = subset.num_items / len(self._index)
-        parameters = {
-            name: value if name == "k_factor" else round(value / fraction) for name, value in self.card.search.items()
-        }
-        scores_QK, rows_QK = self._search_allowed(queries_QP, k, parameters, subset)
+        parameters = {name: round(value / fraction) for name, value in self.card.search.items()}
+        is_allowed_N = subset.is_allowed_N
+        scores_QK, rows_QK = self._index.search(queries_QP, k, parameters, is_allowed_N=is_allowed_N)
         if (rows_QK >= 0).all():
             return scores_QK, rows_QK
         parameters |= {"nprobe": self._index.num_lists, "efSearch": len(self._index)}  # all of the index
-        return self._search_allowed(queries_QP, k, parameters, subset)
-
-    def _search_allowed(
-        self, queries_QP: Floats, k: int, parameters: Mapping[str, int], subset: "_Subset"
-    ) -> tuple[Floats, Ints]:
-        """Search the items that pass a filter; of kinds that FAISS cannot filter, such as PQ, among more results."""
-        try:
-            return self._index.search(queries_QP, k, parameters, is_allowed_N=subset.is_allowed_N)
-        except RuntimeError:
-            if subset.is_allowed_N is None:
-                raise
-        num_found, allowed_rows = k, self._index.rows[subset.is_allowed_N]
-        while True:
-            num_found = min(2 * num_found, len(self._index))
-            scores_QK, rows_QK = self._index.search(queries_QP, num_found, parameters)
-            is_allowed_QK = np.isin(rows_QK, allowed_rows)
-            if num_found == len(self._index) or (is_allowed_QK.sum(axis=1) >= k).all():
-                break
-        first_QK = np.argsort(~is_allowed_QK, axis=1, kind="stable")[:, :k]
-        rows_QK = np.where(is_allowed_QK, rows_QK, -1)
-        return np.take_along_axis(scores_QK, first_QK, axis=1), np.take_along_axis(rows_QK, first_QK, axis=1)
+        return self._index.search(queries_QP, k, parameters, is_allowed_N=is_allowed_N)
 
 
 class CacheFilters:

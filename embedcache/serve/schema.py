@@ -63,7 +63,7 @@ class HitOut(BaseModel):
     """One hit."""
 
     score: float | None = Field(
-        description="Score of the query: a cosine, estimated if the index stores codes, or a product; null without one."
+        description="Score of the query: a cosine, estimated if the index stores codes; null without one."
     )
     row: int = Field(description="Row of the item in the item table of its modality.")
     key: str = Field(description="Key of the sample.")
@@ -109,9 +109,6 @@ class ServerInfo(BaseModel):
     name: str = Field(description="Name of the index.")
     run: str | None = Field(description="Name of the run that projected it; null for a plain feature.")
     feature: str
-    score: Literal["cosine", "product"] = Field(
-        description="What scores are: cosines, or products of vectors that the index has reduced, which are smaller."
-    )
     num_indexes: int = Field(description="Number of indexes on this server: 1, or 2 to compare.")
     version: str = Field(description="Version of the rows; changes with the cache.")
     modality: str = Field(description=f"Modality of the hits: one of {', '.join(MODALITIES)}.")

@@ -114,7 +114,6 @@ class SearchService:
             "num_items": self.index.count(Filter()),
             "run": None if self.index.run_path is None else self.index.run_path.resolve().name,
             "feature": self.index.card.feature,
-            "score": self.index.card.score,
             "takes": self.accepted_queries,
             "rejects": self.rejected_queries,
             "has_images": self.images is not None,

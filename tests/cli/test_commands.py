@@ -147,14 +147,6 @@ def test_search_says_that_its_words_are_a_file(folder: Path, text: str, option: 
     assert (option or "") in done.stderr
 
 
-@pytest.mark.parametrize(("factory", "column"), [("PCA8,Flat", "product"), ("PCA8,SQ8,RFlat", "cosine")])
-def test_search_says_what_its_scores_are(folder: Path, tmp_path: Path, factory: str, column: str) -> None:
-    command = ["curate", "index", "cache", tmp_path / "i", "--run", "run", "--factory", factory, "--min-recall", "0"]
-    succeed(*command, "--modality", "image", cwd=folder)
-    shown = succeed("search", tmp_path / "i", "--query-key", "00009", "-k", "2", cwd=folder)
-    assert ("cosine" in shown, "product" in shown) == (column == "cosine", column == "product")
-
-
 def test_search_is_filtered_by_a_selection(folder: Path) -> None:
     (folder / "keys.txt").write_text("00001\n00002\n")
     (answer,) = json.loads(succeed(*["search", "index", "red", "--selection", "keys.txt", "--json"], cwd=folder))
@@ -278,7 +270,7 @@ MISTAKES = [
     ("curate index cache photos --run run", "not empty"),
     ("curate index cache other --run run --memory 4X", "invalid size '4X'"),
     ("curate index cache other --run run --memory 1K", "memory"),
-    ("curate index cache other --run run --factory PQ1x1", "recall@10"),
+    ("curate index cache other --run run --factory IVF1,PQ1x4", "recall@10"),
     ("search index x -k 9999", "9999"),
     ("search index", "query"),
     ("search index x --label-value cat", "column 'label'"),

@@ -1,6 +1,5 @@
 """Clusters of near vectors: which an item visits, what a plan compares, and the scratch file."""
 
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,6 @@ from embedcache.dataset.clusters import (
     scratch_matrix,
 )
 from embedcache.errors import DiskFullError, PathError
-from embedcache.metrics import durations
 from embedcache.metrics.neighbors import spherical_means
 from tests.recorded import RecordedProgress
 
@@ -190,14 +188,6 @@ def test_few_vectors_are_read_at_once() -> None:
     assert len(centroids) == 200
     assert num_read == [*[1024] * 7, 40 * 200 - 7 * 1024, *[2048] * 4, 10_000 - 4 * 2048]
     assert progress.notes == []
-
-
-def test_time_to_find_clusters_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, vectors, progress = count(0, 10**6), made_vectors(50, 3), RecordedProgress()
-    monkeypatch.setattr(durations.time, "perf_counter", lambda: next(clock))
-    cluster_items(lambda numbers: vectors[numbers], 50, 0.9, seed=1, what="dots", progress=progress)
-    hours = 10**6 * 10 * 50 * 14 / (512 * 4096) / 60  # ten iterations of 50 items with 14 centroids
-    assert progress.notes == [f"finding 14 clusters of dots: 7,000 pairs of vectors, about {hours:.0f} minutes"]
 
 
 def test_scratch_space_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

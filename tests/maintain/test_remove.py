@@ -368,7 +368,7 @@ def test_wrong_requests_change_nothing(copy: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factory", ["HNSW8", "IVF2,SQ8", "IVF2,RaBitQ,Refine(SQ8)"])
+@pytest.mark.parametrize("factory", ["HNSW8", "IVF2,SQ8"])
 def test_index_of_any_kind(copy: Path, factory: str) -> None:
     index = make_index(copy / "c", copy / "other", factory)
     report = remove_samples(copy / "c", KEYS, RemoveSettings(indexes=(index,)))

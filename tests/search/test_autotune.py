@@ -34,14 +34,10 @@ GB = 1024**3
         (200_001, 768, None, "HNSW32"),
         (1_000_000, 768, 4 * GB, "HNSW32"),
         (1_000_000, 768, 3 * GB, "IVF2048,SQfp16"),
-        (1_000_000, 768, GB, "IVF2048,RaBitQ,Refine(SQ8)"),
         (1_000_000, 768, 4 * GB // 5, "IVF2048,SQ8"),
         (1_000_000, 768, 7 * GB // 10, "IVF2048,SQ6"),
-        (1_000_000, 768, GB // 2, "IVF2048,RaBitQ4"),
         (1_000_000, 768, GB // 4, "IVF2048,PQ192"),
-        (1_000_000, 768, GB // 8, "IVF2048,RaBitQ"),
-        (1_000_000, 770, GB // 4, "IVF2048,RaBitQ"),
-        (100_000_000, 768, 100 * GB, "IVF16384_HNSW32,RaBitQ,Refine(SQ8)"),
+        (100_000_000, 768, 100 * GB, "IVF16384_HNSW32,SQ8"),
         (100, 16, 5_000, "IVF2,SQfp16"),
     ],
 )
@@ -67,17 +63,14 @@ def test_memory_of_each_kind() -> None:
         ("Flat", num * (256 + 8), 32),
         ("HNSW32", num * (256 + 272 + 8), 32),
         ("IVF256,SQfp16", num * (128 + 16) + centroids, 16),
-        ("IVF256,RaBitQ,Refine(SQ8)", num * (8 + 8 + 64 + 16) + centroids + bounds, 8),
         ("IVF256,SQ8", num * (64 + 16) + centroids + bounds, 8),
         ("IVF256,SQ6", num * (48 + 16) + centroids + bounds, 6),
-        ("IVF256,RaBitQ4", num * (32 + 20 + 16) + centroids, 4),
         ("IVF256,PQ16", num * (16 + 16) + centroids + 256 * 4 * 64, 2),
-        ("IVF256,RaBitQ", num * (8 + 8 + 16) + centroids, 1),
     ]
     (kind,) = on_disk_configurations(num, 64)
     assert (kind.factory, kind.memory_bytes, kind.bits) == ("IVF256,SQfp16", num * 16 + centroids + 256 * 24, 16)
     with_graph = 16_384 * (4 * 768 + 272)
-    assert in_memory_configurations(10**8, 768)[-1].memory_bytes == 10**8 * (96 + 8 + 16) + with_graph
+    assert in_memory_configurations(10**8, 768)[-1].memory_bytes == 10**8 * (192 + 16) + with_graph + 4 * 256 * 768
     assert on_disk_configurations(10**8, 768)[0].memory_bytes == 10**8 * 16 + with_graph + 16_384 * 24
 
 

@@ -227,7 +227,7 @@ def test_training_of_another_kind_that_is_killed_is_repeated(
     assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "anew")
 
 
-@pytest.mark.parametrize("kind", [{"factory": "PQ4x4"}, {"factory": "IVF4,PQ4x4", "on_disk": True}])
+@pytest.mark.parametrize("kind", [{"factory": "IVF1,PQ4x4"}, {"factory": "IVF4,PQ4x4", "on_disk": True}])
 def test_rejected_extension_that_was_killed_before_its_card_can_be_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]
 ) -> None:

@@ -152,16 +152,6 @@ def test_parameter_choices_ascend() -> None:
     assert parameter_choices(make_index("HNSW8", 4)) == efforts
 
 
-def test_refined_choices_ascend_by_vectors_compared() -> None:
-    """Check the order by vectors of the searched lists, 1,000 each, and 8 times those that are ranked again."""
-    index = make_index("IVF4,RaBitQ,Refine(SQ8)", 4)
-    vectors = unit(4000, 4, 0)
-    index.train(vectors)
-    index.add(np.arange(4000), vectors)
-    pairs = [(1, 4), (1, 16), (2, 4), (2, 16), (4, 4), (4, 16), (1, 64), (2, 64), (4, 64)]
-    assert parameter_choices(index) == [{"nprobe": nprobe, "k_factor": factor} for nprobe, factor in pairs]
-
-
 class ScriptedIndex(RowIndex):
     """An index of which each search finds as many of the true neighbors as planned, the first queries' first."""
 
@@ -207,7 +197,6 @@ def ten_neighbors(num_queries: int) -> QuerySet:
         ("IVF64,Flat", [600, 601, 603, 603, 603, 900], 5, 2),
         ("IVF64,Flat", [500, 500, 500, 500, 500, 500, 650], 7, 6),  # flat at a low recall
         ("IVF64,Flat", [501, 501, 501, 900], 3, 0),
-        ("IVF64,RaBitQ,Refine(SQ8)", [600] * 7 + [900], 7, 0),  # of refined lists, six steps
         ("IVF2,Flat", [100, 900], 2, 1),
         ("IVF1,Flat", [], 0, 0),
         ("Flat", [], 0, 0),

@@ -384,15 +384,6 @@ def test_index_says_why_texts_are_not_accepted(root: Path, caplog: pytest.LogCap
         assert refused.json() == {"error": "selection 'few': this index has no selection to filter by; leave it out"}
 
 
-def test_scores_of_reduced_vectors_are_called_products(client: TestClient, root: Path, tmp_path: Path) -> None:
-    build_index(
-        root / "cache", tmp_path / "small", IndexSettings(run=root / "run", factory="PCA4,Flat", min_recall=0.0)
-    )
-    assert client.get("/api/info").json()["score"] == "cosine"
-    with visit(start(index=tmp_path / "small")) as reduced:
-        assert reduced.get("/api/info").json()["score"] == "product"
-
-
 def test_label_column_is_named(root: Path) -> None:
     paths, settings = ServePaths(index=root / "plain"), ServeSettings(label="folder")
     with visit(open_service(paths, settings, device="cpu", progress=NullProgress())) as client:
