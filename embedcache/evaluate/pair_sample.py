@@ -13,7 +13,7 @@ from embedcache.dataset.splitting import make_split
 from embedcache.errors import DataError, UnfinishedError
 from embedcache.evaluate.settings import PairsSettings
 from embedcache.metrics.intervals import Estimate, chance_estimate, effective_number
-from embedcache.metrics.ranking import tied_chance_recall
+from embedcache.metrics.ranking import chance_recall
 from embedcache.modalities import option_of
 from embedcache.progress import Progress
 from embedcache.store.cache import Cache
@@ -110,11 +110,10 @@ class PairSample:
         first_M, second_M = self.val.positives()
         first, second = self.val.first, self.val.second
         return [
-            chance_estimate(tied_chance_recall(positives, candidates.contents, k), effective_number(queries.contents))
-            for positives, queries, candidates in (
-                ((first_M, second_M), first, second),
-                ((second_M, first_M), second, first),
+            chance_estimate(
+                chance_recall(np.bincount(query_M), len(candidates.rows), k), effective_number(queries.contents)
             )
+            for query_M, queries, candidates in ((first_M, first, second), (second_M, second, first))
         ]
 
 

@@ -1,22 +1,16 @@
-"""Estimates with 95% intervals: bootstrap by clusters, jackknife by blocks, chance levels.
+"""Estimates with 95% intervals: bootstrap by clusters, jackknife by blocks, chance levels."""
 
-A resample draws clusters one by one. Of more than 262,144 clusters, of which at most a sixteenth differ in their
-values, as of images that a class was found for or not, it draws how often each kind occurs, from a multinomial
-distribution. That is the same distribution of resamples, from other random numbers, in a fraction of the time.
-"""
-
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.arrays import Array, Ints, blocks, concatenated_ranges, distinct
+from embedcache.arrays import Array, Ints, blocks
 from embedcache.errors import DataError
 
 _DRAWS_PER_BLOCK = 1 << 18
-_MANY_CLUSTERS, _CLUSTERS_PER_KIND = 1 << 18, 16
 
 
 @dataclass(frozen=True)
@@ -70,25 +64,22 @@ def bootstrap_means(
     values_MK: Array, clusters: Ints | None = None, *, num_draws: int = 2000, seed: int = 0
 ) -> list[Estimate]:
     """Compute `bootstrap_mean` of each of K columns, on the same resamples."""
-    kinds = _find_kinds(list(values_MK.T), clusters)
-    values_VK, size_F = values_MK[kinds.rows_V], np.bincount(kinds.kind_V)
-    sum_FK = np.stack([np.bincount(kinds.kind_V, weights=column.astype(np.float64)) for column in values_VK.T], axis=1)
-    resamples = _resamples(kinds.count_F, num_draws, seed)
-    means = [weight_BF @ sum_FK / (weight_BF @ size_F)[:, None] for weight_BF in resamples]
+    cluster_M, size_G = _clusters(clusters, len(values_MK))
+    sum_GK = np.stack([np.bincount(cluster_M, weights=column.astype(np.float64)) for column in values_MK.T], axis=1)
+    resamples = _resamples(len(size_G), num_draws, seed)
+    means = [weight_BG @ sum_GK / (weight_BG @ size_G)[:, None] for weight_BG in resamples]
     return _estimates(values_MK.mean(axis=0, dtype=np.float64), np.concatenate(means))
 
 
 def bootstrap_median(values: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
     """Compute a median, the lower of the two middle values, with an interval as in `bootstrap_mean`."""
-    kinds = _find_kinds([values], clusters)
-    values_V = values[kinds.rows_V]
-    order_V = np.argsort(values_V)
+    order_M = np.argsort(values)
 
-    def median(weights_V: Array) -> float:
-        totals_V = np.cumsum(weights_V[order_V])
-        return float(values_V[order_V[np.searchsorted(totals_V, totals_V[-1] / 2)]])
+    def median(weights_M: Array) -> float:
+        totals_M = np.cumsum(weights_M[order_M])
+        return float(values[order_M[np.searchsorted(totals_M, totals_M[-1] / 2)]])
 
-    return _bootstrap(median, kinds, num_draws, seed)
+    return bootstrap(median, len(values), clusters, num_draws=num_draws, seed=seed)
 
 
 def bootstrap_class_mean(
@@ -98,14 +89,13 @@ def bootstrap_class_mean(
 
     `labels` are (M,) int from 0, the class of each value; classes without a value are left out.
     """
-    kinds = _find_kinds([values, labels], clusters)
-    values_V, labels_V = values[kinds.rows_V].astype(np.float64), labels[kinds.rows_V]
+    values_M = values.astype(np.float64)
 
-    def class_mean(weights_V: Array) -> float:
-        sums, counts = np.bincount(labels_V, weights=weights_V * values_V), np.bincount(labels_V, weights=weights_V)
+    def class_mean(weights_M: Array) -> float:
+        sums, counts = np.bincount(labels, weights=weights_M * values_M), np.bincount(labels, weights=weights_M)
         return float((sums[counts > 0] / counts[counts > 0]).mean())
 
-    return _bootstrap(class_mean, kinds, num_draws, seed)
+    return bootstrap(class_mean, len(values), clusters, num_draws=num_draws, seed=seed)
 
 
 def bootstrap_runs(values_RM: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
@@ -142,9 +132,9 @@ def resample_runs(
         count_RG[run] = np.bincount(part_M, minlength=num_clusters)
         columns = [np.bincount(part_M, column, minlength=num_clusters) for column in values_MK.T.astype(np.float64)]
         sums.append(np.stack(columns, axis=1))
-    weight_DR = np.concatenate(list(_resamples(np.ones(num_runs, np.int64), num_draws, seed + 1)))
+    weight_DR = np.concatenate(list(_resamples(num_runs, num_draws, seed + 1)))
     means, done = [np.concatenate(values).mean(axis=0, dtype=np.float64)[None]], 0
-    for weight_BG in _resamples(np.ones(num_clusters, np.int64), num_draws, seed):
+    for weight_BG in _resamples(num_clusters, num_draws, seed):
         weight_BR = weight_DR[done : done + len(weight_BG)]
         sum_BK = sum(weight_BR[:, [run]] * (weight_BG @ sum_GK) for run, sum_GK in enumerate(sums))
         means.append(sum_BK / np.maximum((weight_BR * (weight_BG @ count_RG.T)).sum(axis=1), 1)[:, None])
@@ -180,88 +170,11 @@ def bootstrap(
         num_draws: number of resamples.
         seed: random seed of the resampling.
     """
-    cluster_M, count_G = _clusters(clusters, num_values)
-    return _bootstrap(statistic, _each(cluster_M, count_G), num_draws, seed)
-
-
-def _bootstrap(statistic: Callable[[Array], float], kinds: "_ClusterKinds", num_draws: int, seed: int) -> Estimate:
-    resamples = _resamples(kinds.count_F, num_draws, seed)
-    draws = [statistic(weight_F[kinds.kind_V]) for weight_BF in resamples for weight_F in weight_BF]
-    value = statistic(kinds.count_F[kinds.kind_V].astype(np.float64))
+    cluster_M, size_G = _clusters(clusters, num_values)
+    resamples = _resamples(len(size_G), num_draws, seed)
+    draws = [statistic(weight_G[cluster_M]) for weight_BG in resamples for weight_G in weight_BG]
+    value = statistic(np.ones(num_values))
     return _estimates(np.array([value]), np.array(draws)[:, None])[0]
-
-
-class _ClusterKinds(NamedTuple):
-    """Clusters by kind: those of one kind have equal values, and the values of one of them stand for all.
-
-    Args:
-        rows_V: rows of the values of one cluster of each kind.
-        kind_V: kind of each of these values, from 0.
-        count_F: number of clusters of each kind.
-    """
-
-    rows_V: Ints | slice
-    kind_V: Ints
-    count_F: Ints
-
-
-def _find_kinds(columns: Sequence[Array], clusters: Ints | None) -> _ClusterKinds:
-    """Group clusters that are equal in all columns, (M,) each, if there are far fewer kinds than clusters.
-
-    Else each cluster is a kind of its own, as it also is if there are so few that resampling them is fast.
-    """
-    cluster_M, count_G = _clusters(clusters, len(columns[0]))
-    if len(count_G) <= _MANY_CLUSTERS:
-        return _each(cluster_M, count_G)
-    return _group_equal(_number_rows(columns), cluster_M, count_G) or _each(cluster_M, count_G)
-
-
-def _each(cluster_M: Ints, count_G: Ints) -> _ClusterKinds:
-    """Return each cluster as a kind of its own."""
-    return _ClusterKinds(slice(None), cluster_M, np.broadcast_to(np.int64(1), count_G.shape))
-
-
-def _group_equal(number_M: Ints, cluster_M: Ints, count_G: Ints) -> _ClusterKinds | None:
-    """Group clusters of equal values, given as numbers; None: more than a sixteenth of the clusters differ.
-
-    Args:
-        number_M: number of each value; equal values have equal numbers.
-        cluster_M: number of each value's cluster.
-        count_G: number of values of each cluster.
-    """
-    num_values, largest = int(number_M.max()) + 1, int(count_G.max())
-    if _CLUSTERS_PER_KIND * num_values > len(count_G) * largest:  # a kind holds at most `largest` of these values
-        return None
-    order_M = np.lexsort((number_M, cluster_M))  # sorted within a cluster, so that equal clusters are equal sequences
-    start_G = np.cumsum(count_G) - count_G
-    examples, counts = [], []
-    for size in distinct(count_G).tolist():
-        of_size = np.flatnonzero(count_G == size)
-        sequence = _number_rows(number_M[order_M[start_G[of_size] + place]] for place in range(size))
-        _, first, count = np.unique(sequence, return_index=True, return_counts=True)
-        examples.append(of_size[first])
-        counts.append(count)
-    example_F = np.concatenate(examples)  # a cluster of each kind
-    if _CLUSTERS_PER_KIND * len(example_F) > len(count_G):
-        return None
-    kind_V, place_V = concatenated_ranges(start_G[example_F], count_G[example_F])
-    return _ClusterKinds(order_M[place_V], kind_V, np.concatenate(counts))
-
-
-def _number_rows(columns: Iterable[Array]) -> Ints:
-    """Number the distinct rows of some columns, (M,) each, from 0: (M,)."""
-    number_M: Ints | None = None
-    for column_M in columns:
-        values_F = distinct(column_M)
-        place_M: Ints = np.searchsorted(values_F, column_M)
-        if number_M is None:
-            number_M = place_M
-            continue
-        number_M *= len(values_F)
-        number_M += place_M
-        number_M = np.searchsorted(distinct(number_M), number_M)
-    assert number_M is not None  # there is a column
-    return number_M
 
 
 def _clusters(clusters: Ints | None, num_values: int) -> tuple[Ints, Ints]:
@@ -274,14 +187,11 @@ def _clusters(clusters: Ints | None, num_values: int) -> tuple[Ints, Ints]:
     return cluster_M, np.bincount(cluster_M)
 
 
-def _resamples(count_F: Ints, num_draws: int, seed: int) -> Iterator[Ints]:
-    """Iterate over blocks of resamples: how often a cluster of each kind is drawn, (B, F)."""
-    rng, num_clusters = np.random.default_rng(seed), int(count_F.sum())
-    for block in blocks(num_draws, max(1, _DRAWS_PER_BLOCK // len(count_F))):
+def _resamples(num_clusters: int, num_draws: int, seed: int) -> Iterator[Ints]:
+    """Iterate over blocks of resamples: how often each cluster is drawn, (B, G)."""
+    rng = np.random.default_rng(seed)
+    for block in blocks(num_draws, max(1, _DRAWS_PER_BLOCK // num_clusters)):
         count = block.stop - block.start
-        if len(count_F) < num_clusters:
-            yield rng.multinomial(num_clusters, count_F / num_clusters, size=count)
-            continue
         drawn_BG = rng.integers(num_clusters, size=(count, num_clusters))
         places_BG = drawn_BG + num_clusters * np.arange(count)[:, None]
         yield np.bincount(places_BG.ravel(), minlength=places_BG.size).reshape(places_BG.shape)

@@ -131,39 +131,6 @@ def test_resamples_of_many_values_are_drawn_in_blocks(num_values: int, num_at_on
     assert peak < 8 * num_values * (3 + 5 * num_at_once)  # a few numbers per value of a resample
 
 
-@pytest.mark.slow
-def test_few_kinds_of_many_clusters_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check all statistics on the same clusters, drawn one by one and by kind: equal but for the random numbers."""
-    rng = np.random.default_rng(0)
-    clusters = rng.permutation(np.repeat(np.arange(3000), rng.integers(1, 4, 3000)) * 7)
-    labels, values = clusters // 7 % 3, rng.random(len(clusters)) < 0.1 + clusters // 7 % 3 / 5
-    ranks = np.where(values, 1, labels + 2)
-    calls: list[Callable[[], Estimate]] = [
-        lambda: bootstrap_mean(values, clusters, num_draws=4000),
-        lambda: bootstrap_means(np.stack([labels == 2, ranks], axis=1), clusters, num_draws=4000)[1],
-        lambda: bootstrap_class_mean(values, labels, clusters, num_draws=4000),
-        lambda: bootstrap_mean(values, num_draws=4000),
-    ]
-    one_by_one, median = [call() for call in calls], bootstrap_median(ranks, clusters)
-    monkeypatch.setattr(intervals, "_MANY_CLUSTERS", 2999)
-    by_kind = [call() for call in calls]
-    for one, other in zip(one_by_one, by_kind, strict=True):
-        half = (one.high - one.low) / 2
-        assert other.value == pytest.approx(one.value, rel=1e-12)
-        assert (other.low, other.high) == pytest.approx((one.low, one.high), abs=0.1 * half)
-        assert other != one
-    assert bootstrap_median(ranks, clusters) == median
-
-
-def test_more_kinds_or_fewer_clusters_are_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = np.arange(64) % 4, np.arange(64) % 5  # a sixteenth, and more
-    expected = [found(bootstrap_mean(values)) for values in (few, many)]
-    for limit, is_same in ((64, [True, True]), (63, [False, True])):
-        monkeypatch.setattr(intervals, "_MANY_CLUSTERS", limit)
-        now = [found(bootstrap_mean(values)) for values in (few, many)]
-        assert [one == other for one, other in zip(now, expected, strict=True)] == is_same
-
-
 def test_chance_has_the_interval_of_a_binomial_distribution() -> None:
     assert found(chance_estimate(0.5, 100)) == (0.5, 0.4, 0.6)  # 40 to 60 of 100 flips of a coin
     assert found(chance_estimate(0.01, 10)) == (0.01, 0.0, 0.1)
