@@ -8,10 +8,9 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from zipfile import BadZipFile, ZipFile
 
 import torch
@@ -29,7 +28,6 @@ from embedcache.provenance import (
     check_same,
     construct,
     digest,
-    digest_file,
     prepare_folder,
     read_json,
     write_json,
@@ -66,7 +64,7 @@ _UNREADABLE = (
     *(UnpicklingError, BadZipFile, zlib.error, lzma.LZMAError, OSError),
 )
 """Errors of reading a damaged checkpoint."""
-_NAMES = ("objective", "optimizer", "best", "step", "epoch", "pairs", "log_bytes", "generators")
+_NAMES = ("objective", "optimizer", "scaler", "best", "step", "epoch", "pairs", "log_bytes", "generators", "run_id")
 
 
 class _Report(Protocol):
@@ -251,10 +249,7 @@ def checkpoint_path(run_path: Path) -> Path:
 
 
 def save_checkpoint(run_path: Path, device: str, state: Mapping[str, Any]) -> None:
-    """Write the state of a run with the random generators of all processes, which must all call it.
-
-    It holds digests of the run's settings and of its split, which `load_checkpoint` compares.
-    """
+    """Write the state of a run with the random generators of all processes, which must all call it."""
     cuda = torch.cuda.get_rng_state(device) if device.startswith("cuda") else None
     own = {"cpu": torch.get_rng_state(), "cuda": cuda}
     if device == "mps":
@@ -262,7 +257,7 @@ def save_checkpoint(run_path: Path, device: str, state: Mapping[str, Any]) -> No
     generators = gather_objects(own)
     if process_rank() == 0:
         buffer = io.BytesIO()  # torch.save into a file does not raise OSError when the disk is full
-        torch.save({**state, "generators": generators, "run": _digest_run(run_path)}, buffer)
+        torch.save({**state, "generators": generators}, buffer)
         with replacing(checkpoint_path(run_path)) as temporary:
             temporary.write_bytes(buffer.getbuffer())
 
@@ -271,7 +266,7 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
     """Read the state of a run and restore this process's random generators; return None without a checkpoint.
 
     Raises:
-        CorruptError: it cannot be read, or has changed since it was written; it is of another run, or the split is.
+        CorruptError: it cannot be read, or has changed since it was written.
         FingerprintError: another number of processes wrote it.
     """
     path = checkpoint_path(run_path)
@@ -279,20 +274,13 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
         return None
     try:
         with ZipFile(path) as file:  # torch.load does not compare the checksums
-            if file.testzip() or any(entry.external_attr for entry in file.infolist()):  # torch skips folders
+            if file.testzip():
                 raise ValueError("other bytes than were written")
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         generators = {name: state[name] for name in _NAMES}["generators"]
     except _UNREADABLE as error:
         reason = "objects that are no tensors" if isinstance(error, UnpicklingError) else f"an error: {one_line(error)}"
         raise CorruptError(f"{path}: expected a checkpoint, got {reason}; delete it to restart training") from error
-    found = _digest_run(run_path)
-    for name, expected in state.get("run", found).items():  # earlier versions did not write it
-        if found.get(name) != expected:
-            raise CorruptError(
-                f"{run_path / name}: expected the file of the run that wrote {path.name}, got another; delete "
-                f"{path.name} to restart training"
-            )
     if len(generators) != num_processes():
         raise FingerprintError(
             f"{path}: expected {len(generators)} processes, which wrote it, got {num_processes()}; start "
@@ -307,63 +295,35 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
     return state
 
 
-def _digest_run(run_path: Path) -> dict[str, str]:
-    """Return file -> digest of what decides a run besides its checkpoint: its settings and, of a pair, its split."""
-    started, split = run_path / "started.json", split_path(run_path)
-    digests = {started.name: digest(_comparable(read_json(started)))} if started.is_file() else {}
-    if split.is_file():
-        digests[split.name] = _digest_split(split, split.stat().st_mtime_ns)
-    return digests
-
-
-@cache
-def _digest_split(path: Path, _written_ns: int) -> str:
-    """Return the digest of a split, which takes a second for tens of millions of samples, once per process."""
-    return digest_file(path)
-
-
-class LogEnd(NamedTuple):
-    """Where the log of a run ended when a checkpoint was written: its size, and SHA-256 as hex digits.
-
-    The digest is empty in checkpoints of earlier versions.
-    """
-
-    num_bytes: int = 0
-    digest: str = ""
-
-
 class RunLog:
     """The log of a run: `losses.jsonl`, and trackers if named; of several processes, only the first writes.
 
-    A context manager: it ends with the training. Lines after `end` are cut off. A log that was deleted begins at the
-    checkpoint.
+    A context manager: it ends with the training. What follows the first `num_bytes`, which were written before the
+    checkpoint, is cut off. A log that was deleted begins at the checkpoint.
 
     Raises:
-        CorruptError: the log of the steps before the checkpoint is not whole, or has changed.
+        CorruptError: the log is shorter than that.
     """
 
     def __init__(
-        self, run_path: Path, *, end: LogEnd, step: int, report_to: tuple[str, ...] = (), run_id: str = ""
+        self, run_path: Path, *, num_bytes: int, step: int, report_to: tuple[str, ...] = (), run_id: str = ""
     ) -> None:
-        self._file, self._trackers, self._digest = None, None, hashlib.sha256()
+        self._file, self._trackers = None, None
         if process_rank():
             return
         path = run_path / "losses.jsonl"
-        before = path.read_bytes()[: end.num_bytes] if path.is_file() else b""
-        self._digest.update(before)
-        is_whole = len(before) == end.num_bytes
-        if before and not (is_whole and end.digest in ("", self._digest.hexdigest())):
-            got = "other ones" if is_whole else f"{len(before):,}"
+        size = path.stat().st_size if path.is_file() else 0
+        if 0 < size < num_bytes:
             raise CorruptError(
-                f"{path}: expected the {end.num_bytes:,} bytes of losses before the checkpoint, got {got}; delete it "
-                f"to go on without them, or {checkpoint_path(run_path).name} to restart training"
+                f"{path}: expected the {num_bytes:,} bytes of losses before the checkpoint, got {size:,}; delete it to "
+                f"go on without them, or {checkpoint_path(run_path).name} to restart training"
             )
         if report_to:
             started = run_path / "started.json"
             config = read_json(started) if started.is_file() else {}
             self._trackers = Trackers(report_to, TrackedRun(path=run_path, id=run_id, first_step=step, config=config))
         self._file = path.open("ab")
-        self._file.truncate(len(before))
+        self._file.truncate(min(size, num_bytes))
 
     def __enter__(self) -> "RunLog":
         return self
@@ -377,16 +337,14 @@ class RunLog:
     def write(self, line: Mapping[str, Any], step: int, scalars: Mapping[str, float]) -> None:
         """Write a line of JSON, and report the scalars of a step to the trackers."""
         if self._file is not None:
-            data = json.dumps(line).encode() + b"\n"
-            self._digest.update(data)
-            self._file.write(data)
+            self._file.write(json.dumps(line).encode() + b"\n")
         if self._trackers is not None:
             self._trackers.log(step, scalars)
 
-    def flush(self) -> LogEnd:
-        """Flush all lines to the disk and return where they end."""
+    def flush(self) -> int:
+        """Flush all lines to the disk and return the number of bytes."""
         if self._file is None:
-            return LogEnd()
+            return 0
         self._file.flush()
         os.fsync(self._file.fileno())
-        return LogEnd(self._file.tell(), self._digest.hexdigest())
+        return self._file.tell()

@@ -24,7 +24,7 @@ from embedcache.devices import announce_device
 from embedcache.errors import DataError, EmbedcacheError
 from embedcache.progress import Progress
 from embedcache.projectors.saved import save_weights
-from embedcache.train.checkpoint import LogEnd, RunLog, load_checkpoint, save_checkpoint
+from embedcache.train.checkpoint import RunLog, load_checkpoint, save_checkpoint
 from embedcache.train.distributed import broadcast_from_first, num_processes, process_rank, run_on_first
 from embedcache.train.parts import freeze
 from embedcache.train.settings import MachineSettings, OptimizerSettings
@@ -152,7 +152,7 @@ class Trainer:
         self._best, self._run_id = _BestWeights(), uuid.uuid4().hex
         self._step = self._epoch = 0  # those that come next
         self._num_resumed = self._num_samples = 0  # samples trained on up to the checkpoint, and since
-        self._log_end = LogEnd()
+        self._log_bytes = 0
         self._last_checkpoint = time.perf_counter()
 
     def fit(self) -> FitResult:
@@ -190,7 +190,7 @@ class Trainer:
         self.progress.start("training", total - self._num_resumed, self.task.unit)
         self._log = RunLog(
             self.run_path,
-            end=self._log_end,
+            num_bytes=self._log_bytes,
             step=self._step,
             report_to=self.machine.report_to,
             run_id=self._run_id,
@@ -259,7 +259,7 @@ class Trainer:
         seconds = time.perf_counter() - self._last_checkpoint
         if not broadcast_from_first(seconds >= self.machine.checkpoint_s):
             return
-        log_end = self._log.flush()
+        log_bytes = self._log.flush()
         save_checkpoint(
             self.run_path,
             self.machine.device,
@@ -270,9 +270,8 @@ class Trainer:
                 "step": self._step,
                 "epoch": self._epoch,
                 "pairs": self._num_resumed + self._num_samples,
-                "log_bytes": log_end.num_bytes,
-                "log_digest": log_end.digest,
-                **({"scaler": self._scaler.state_dict()} if self._scaler.is_enabled() else {}),
+                "log_bytes": log_bytes,
+                "scaler": self._scaler.state_dict(),
                 "run_id": self._run_id,
             },
         )
@@ -284,12 +283,12 @@ class Trainer:
             return
         self._objective.load_state_dict(state["objective"])
         self._adamw.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state.get("scaler", {}))
+        self._scaler.load_state_dict(state["scaler"])
         self._best = _BestWeights.from_state(state["best"])
         self._step, self._epoch = state["step"], state["epoch"]
-        self._log_end = LogEnd(state["log_bytes"], state.get("log_digest", ""))  # none in earlier versions
+        self._log_bytes = state["log_bytes"]
         self._num_resumed = state["pairs"]
-        self._run_id = state.get("run_id", self._run_id)  # absent from checkpoints of earlier versions
+        self._run_id = state["run_id"]
         self.progress.note(f"resumed from the checkpoint after step {self._step:,}")
 
 
@@ -309,15 +308,13 @@ class _BestWeights:
             self.weights = copy.deepcopy(module.state_dict())
 
     def to_state(self) -> dict[str, Any]:
-        """Return the values for a checkpoint, where `measures` are called `recalls`."""
-        return {"epoch": self.epoch, "score": self.score, "recalls": self.measures, "weights": self.weights}
+        """Return the values for a checkpoint."""
+        return {"epoch": self.epoch, "score": self.score, "measures": self.measures, "weights": self.weights}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "_BestWeights":
         """Build from the values of `to_state`."""
-        return cls(
-            epoch=state["epoch"], score=state["score"], measures=dict(state["recalls"]), weights=state["weights"]
-        )
+        return cls(**state)
 
 
 @contextmanager

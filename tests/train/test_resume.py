@@ -21,7 +21,6 @@ from embedcache.errors import CorruptError, FingerprintError, PathError, Setting
 from embedcache.provenance import read_json
 from embedcache.train import checkpoint
 from embedcache.train.checkpoint import (
-    LogEnd,
     RunLog,
     checkpoint_path,
     load_checkpoint,
@@ -31,7 +30,7 @@ from embedcache.train.checkpoint import (
 from embedcache.train.settings import MachineSettings
 from tests.cli.run import embedcache
 from tests.crash import start
-from tests.edits import edit_record, flip
+from tests.edits import edit_record
 from tests.train import runs
 
 SAME = ("model.safetensors", "last.safetensors", "losses.jsonl", "split.parquet", "config.json")
@@ -125,10 +124,8 @@ def test_damaged_checkpoint_is_noticed(unfinished: Path) -> None:
     data, num_refused = path.read_bytes(), 0
     expected = load_checkpoint(unfinished, "cpu")
     assert expected is not None
-    attributes = [place + 38 for place in range(len(data)) if data.startswith(b"PK\1\2", place)]  # 16: a folder
-    flips = [(place, 16) for place in attributes] + [(int(place), 1) for place in rng.integers(len(data), size=60)]
-    for place, bit in flips:
-        path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+    for place in rng.integers(len(data), size=60).tolist():
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         try:
             found = load_checkpoint(unfinished, "cpu")
         except CorruptError as error:
@@ -172,9 +169,9 @@ def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) 
 def test_only_the_first_process_writes_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rank, size in ((0, 12), (1, 0)):
         monkeypatch.setattr(checkpoint, "process_rank", lambda rank=rank: rank)
-        with RunLog(tmp_path, end=LogEnd(), step=0) as log:
+        with RunLog(tmp_path, num_bytes=0, step=0) as log:
             log.write({"loss": rank}, 0, {})
-            assert log.flush().num_bytes == size
+            assert log.flush() == size
     assert (tmp_path / "losses.jsonl").read_bytes() == b'{"loss": 0}\n'
 
 
@@ -195,34 +192,6 @@ def test_log_that_was_cut_is_refused(cache_path: Path, unfinished: Path) -> None
         run(cache_path, unfinished)
     assert path.stat().st_size == 50
     path.unlink()
-    run(cache_path, unfinished)
-
-
-@pytest.mark.slow
-def test_log_that_was_changed_is_refused(cache_path: Path, unfinished: Path) -> None:
-    path = unfinished / "losses.jsonl"
-    flip(path, position=30)
-    with pytest.raises(CorruptError, match=r"losses.jsonl: expected the \d+ bytes of .*, got other ones; delete"):
-        run(cache_path, unfinished)
-    flip(path, position=30)
-    run(cache_path, unfinished)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), [("started.json", {"seed": 1}), ("split.parquet", {"split_seed": 1})])
-def test_checkpoint_belongs_to_its_settings_and_split(
-    cache_path: Path, unfinished: Path, tmp_path: Path, name: str, options: dict[str, int]
-) -> None:
-    run_interrupted(cache_path, tmp_path / "other", 1, **options)
-    if name == "started.json":
-        shutil.copy(checkpoint_path(tmp_path / "other"), checkpoint_path(unfinished))
-    else:
-        shutil.copy(tmp_path / "other" / name, unfinished / name)
-    with pytest.raises(
-        CorruptError, match=f"{name}: expected the file of the run that wrote checkpoint.pt, got another"
-    ):
-        run(cache_path, unfinished)
-    checkpoint_path(unfinished).unlink()
     run(cache_path, unfinished)
 
 
