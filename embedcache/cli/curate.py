@@ -19,7 +19,7 @@ from embedcache.cli.options import (
     output_argument,
     with_settings,
 )
-from embedcache.cli.select import combine, export, negatives, outliers, sample, score, select
+from embedcache.cli.select import combine, export, negatives, outliers, score, select
 from embedcache.curate.settings import (
     CoverageSettings,
     DedupSettings,
@@ -310,7 +310,6 @@ add_command(app, "map", map_index, writes=_map_file)
 add_command(app, "coverage", coverage, reads_items=True)
 add_command(app, "select", select, plugins=("selectors",))
 add_command(app, "combine", combine)
-add_command(app, "sample", sample)
 add_command(app, "export", export, reads_items=True)
 add_command(app, "dedup", dedup, reads_items=True, writes=_removed_table)
 add_command(app, "leaks", leaks, reads_items=True)

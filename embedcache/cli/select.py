@@ -81,26 +81,6 @@ def combine(
     publish_size(out, num_samples, as_json=as_json, output=output)
 
 
-def sample(
-    cache: CacheArgument,
-    selection: SelectionArgument,
-    size: Annotated[int, typer.Argument(metavar="N", help="Number of samples to draw.")],
-    out: SelectionOutput,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")] = 0,
-    as_json: Json = False,
-    output: Output = None,
-) -> None:
-    """Draw random samples of a selection.
-
-    Example: embedcache curate sample cache/ selection.parquet 1000 some.parquet
-    """
-    from embedcache.cli.console import open_progress, publish_size
-    from embedcache.curate.select.select import sample_selection
-
-    num_samples = sample_selection(cache, out, selection, size, seed=seed, progress=open_progress())
-    publish_size(out, num_samples, as_json=as_json, output=output)
-
-
 def _check_export(context: typer.Context, option: typer.CallbackParam, path: Path) -> Path | None:
     """Check an output as `check_new_file` does; a folder is checked by the format, which is not known yet."""
     return path if path.is_dir() else check_new_file(context, option, path)

@@ -67,7 +67,6 @@ def train(
     from embedcache.cli.console import open_progress, print_line, publish, to_plain
     from embedcache.progress import NullProgress
     from embedcache.train.distributed import is_first_process
-    from embedcache.train.recipes import suggest_recipe
 
     named = {"image_feature": image_feature, "text_feature": text_feature, "feature": feature}
     prepare = _prepare_pair if task == "pair" else _prepare_likelihood
@@ -78,8 +77,6 @@ def train(
 
         def show() -> None:
             print_line(report.line(run) if task == "pair" else report.line())
-            if task == "pair" and (line := suggest_recipe(report.num_samples["train"], settings)):
-                print_line(line)
 
         publish(show, lambda: to_plain(report), as_json=as_json, output=output)
 

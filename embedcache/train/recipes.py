@@ -11,7 +11,7 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import SettingError, pluralize
 from embedcache.progress import Progress
 from embedcache.train.data import TrainData
-from embedcache.train.settings import ModelSettings, TrainSettings, given_options, replace_options
+from embedcache.train.settings import TrainSettings, given_options, replace_options
 
 
 class TrainingLength(NamedTuple):
@@ -109,22 +109,6 @@ def choose_settings(num_pairs: int, given: Mapping[str, Any], progress: Progress
         f"{pluralize(num_pairs, 'training pair')}: {_sizes(recipe)}: {words or 'all of its settings are given'}"
     )
     return chosen
-
-
-def suggest_recipe(num_pairs: int, given: Mapping[str, Any]) -> str | None:
-    """Return a line that suggests a closed form to who trained on few pairs without choosing how, or None.
-
-    To name the default projector is no choice.
-    """
-    recipe = [recipe for recipe in RECIPES if recipe.min_pairs <= num_pairs][-1]
-    is_default = given.get("projector") == ModelSettings().projector
-    choices = {"recipe", "epochs", "shuffle_pairs", *_REPLACED} - ({"projector"} if is_default else set())
-    if recipe.length is not None or not choices.isdisjoint(given):
-        return None
-    return (
-        f"{num_pairs:,} training pairs: with fewer than {RECIPES[-1].min_pairs:,} no training was better than a closed "
-        f"form where we measured it, and that takes seconds: --recipe auto{', without --projector' * is_default}"
-    )
 
 
 def count_training_pairs(data: TrainData, settings: TrainSettings) -> int:

@@ -20,7 +20,6 @@ from embedcache.train.recipes import (
     apply_recipe,
     choose_settings,
     count_training_pairs,
-    suggest_recipe,
 )
 from embedcache.train.settings import TrainSettings, command_line, train_settings
 from embedcache.train.train import train
@@ -91,30 +90,6 @@ def test_length_keeps_its_bounds() -> None:
     length = TrainingLength(100_000, 3, 20)
     assert [length.options(pairs)["epochs"] for pairs in (10, 10_000, 10**6)] == [20, 10, 3]
     assert [length.options(pairs)["patience"] for pairs in (10, 10_000)] == [5, 3]
-
-
-@pytest.mark.parametrize(
-    ("num_pairs", "given", "is_suggested"),
-    [
-        (1_043, {}, True),
-        (5_499, {"lr": 1e-4}, True),
-        (5_500, {}, False),
-        (1_043, {"projector": "glu"}, False),
-        (1_043, {"projector": "mlp"}, True),
-        (1_043, {"projector": "mlp", "epochs": 3}, False),
-        (1_043, {"epochs": 3}, False),
-        (1_043, {"recipe": "auto"}, False),
-        (1_043, {"shuffle_pairs": True}, False),
-    ],
-)
-def test_a_closed_form_is_suggested_to_who_chose_nothing(
-    num_pairs: int, given: dict[str, Any], is_suggested: bool
-) -> None:
-    line = suggest_recipe(num_pairs, given)
-    assert (line is not None) == is_suggested
-    if line:
-        assert line.startswith(f"{num_pairs:,} training pairs: with fewer than 5,500 no ")
-        assert line.endswith("--recipe auto, without --projector" if "projector" in given else "--recipe auto")
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Ints, blocks
 from embedcache.curate.keep import choose_modality
-from embedcache.curate.select.baselines import draw_rows
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import (
@@ -247,38 +246,6 @@ def combine_selections(
     joined = Selection(rows=rows, reasons=_join_reasons(chosen, progress))
     write_selection(out_path, cache, joined, record, progress=progress)
     return len(rows)
-
-
-def sample_selection(
-    cache_path: Path | str,
-    out_path: Path,
-    selection: Path,
-    size: int,
-    *,
-    seed: int = 0,
-    progress: AnyProgress = None,
-) -> int:
-    """Write a random sample of a selection, with its reasons, and return the number of samples.
-
-    Progress is in files, then in samples.
-
-    Raises `SettingError` if the selection has fewer samples or the seed does not fit 32 bits, and `DataError` if a key
-    is not in the cache.
-    """
-    if not 0 <= seed < 2**32:
-        raise SettingError(f"seed: expected a whole number from 0 to {2**32 - 1:,}, got {seed:,}")
-    cache, progress = Cache(cache_path), to_progress(progress)
-    progress.start("reading the selection", 1, "files")
-    known = read_reasons(selection, cache, progress)
-    progress.finish()
-    num_known = len(known.rows)
-    if not 1 <= size <= num_known:
-        raise SettingError(f"size: expected 1 to {num_known:,}, the number of samples of {selection}, got {size:,}")
-    rows = draw_rows(known.rows, size, seed=seed)
-    reasons = _join_reasons([(known, np.searchsorted(known.rows, rows))], progress)
-    record = {"method": "sample", "selections": [str(selection)], "seed": seed}
-    write_selection(out_path, cache, Selection(rows=rows, reasons=reasons), record, progress=progress)
-    return size
 
 
 @dataclass(frozen=True, kw_only=True)

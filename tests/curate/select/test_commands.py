@@ -37,7 +37,7 @@ def command(
 
 
 @pytest.mark.slow
-def test_select_combine_sample_and_export(command: Command, tmp_path: Path) -> None:
+def test_select_combine_and_export(command: Command, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     for line, expected in (
         (
@@ -52,7 +52,7 @@ def test_select_combine_sample_and_export(command: Command, tmp_path: Path) -> N
         ),
         ("select cache e.parquet --method clip-score --run run --threshold -1", "300 of 300 samples (100.0%)"),
         ("combine cache e.parquet minus a.parquet f.parquet", "f.parquet: 264 samples"),
-        ("sample cache f.parquet 5 g.parquet --seed 2", "g.parquet: 5 samples"),
+        ("select cache g.parquet --method random --budget 5 --selection f.parquet --seed 2", "5 of 264 samples"),
         ("export cache g.parquet keys.txt", "keys.txt: 5 samples"),
         ("export cache g.parquet shards --format webdataset", "shards: 5 samples"),
     ):
@@ -128,7 +128,6 @@ def test_error_is_one_line(command: Command, line: str, expected: str) -> None:
     [
         ("select.select.select", "select cache out.parquet --method random --budget 9"),
         ("select.select.combine_selections", "combine cache a.parquet and b.parquet out.parquet"),
-        ("select.select.sample_selection", "sample cache a.parquet 9 out.parquet"),
         ("negatives.mine_negatives", "negatives cache out.parquet"),
     ],
 )

@@ -1,7 +1,6 @@
 """Selections for other tools, and back."""
 
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from embedcache.curate.select.export import _suffix, export_selection, to_uids, write_shards
 from embedcache.dataset.selections import Selection, read_selection, write_selection
@@ -25,7 +23,11 @@ from embedcache.sources.reopen import remember
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from tests.images import write_images
+<<<<<<< HEAD
 from tests.media_files import cloud, encode_audio, encode_video, moving_square, npz, tone, wav
+=======
+from tests.media_files import cloud, encode_video, moving_square, npz, tone, wav
+>>>>>>> 3956399b (Draw samples by curate select; keep suffixes of sources in exports)
 from tests.recorded import RecordedProgress
 from tests.sources.files import jpeg, write
 from tests.toy import IMAGE, TEXT
@@ -234,6 +236,7 @@ def test_missing_image_leaves_no_shards(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".shards*"))
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_suffix_is_that_of_the_bytes(kind: str) -> None:
     buffer = io.BytesIO()
@@ -252,3 +255,10 @@ def test_suffix_of_a_recording(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["mp4", "mov", "avi", "webm", "mkv"])
 def test_suffix_of_a_video(kind: str) -> None:
     assert _suffix("video", encode_video(moving_square(2), kind=kind)) == kind
+=======
+def test_suffix_is_that_of_the_source() -> None:
+    assert [_suffix("image", path) for path in ("a/b.PNG", "s3://b/c.webp", "a.tar", "a.parquet")] == [
+        *("png", "webp", "jpg", "jpg")
+    ]
+    assert [_suffix(name, "a.tar") for name in ("audio", "video", "points")] == ["wav", "mp4", "npz"]
+>>>>>>> 3956399b (Draw samples by curate select; keep suffixes of sources in exports)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.curate.select.baselines import RandomSelector
-from embedcache.curate.select.select import combine_selections, sample_selection, select
+from embedcache.curate.select.select import combine_selections, select
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
@@ -148,9 +148,9 @@ def test_combine_and_sample(around: dict[str, Path], tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "and.parquet")["reason"][0].as_py().count("drawn at random") == 2
     combine_selections(around["cache"], tmp_path / "minus.parquet", a, "minus", b)
     assert set(read_selection(tmp_path / "minus.parquet", [cache])) == one - other
-    sample_selection(around["cache"], tmp_path / "some.parquet", tmp_path / "minus.parquet", 10, seed=3)
-    assert len(found := set(read_selection(tmp_path / "some.parquet", [cache]))) == 10
-    assert found < one - other
+    some = chosen(around, tmp_path / "some.parquet", budget=10, selection=tmp_path / "minus.parquet", seed=3)
+    assert len(some) == 10
+    assert set(some) < one - other
 
 
 def test_combine_with_key_list(around: dict[str, Path], tmp_path: Path) -> None:
@@ -195,11 +195,7 @@ def test_reasons_are_those_of_the_files(
             ("joining reasons", len(expected), "samples"),
             ("writing the selection", len(expected), "samples"),
         ]
-    sample_selection(cache.path, out, tmp_path / "a.parquet", 50, progress=progress)
     assert progress.finished == [what for what, *_ in progress.started]
-    drawn = read_pairs(out)
-    assert len(drawn) == 50
-    assert drawn == [(key, reasons["a"][key]) for key in keys if key in dict(drawn)]
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
@@ -213,27 +209,7 @@ def test_empty_combination_raises(around: dict[str, Path], tmp_path: Path) -> No
         combine_selections(
             around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", "minus", tmp_path / "a.parquet"
         )
-    for size in (0, 5):
-        with pytest.raises(SettingError, match=f"size: expected 1 to 4, the number of samples of .*, got {size}"):
-            sample_selection(around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", size)
-    for seed, got in ((-1, "-1"), (2**32, "4,294,967,296")):
-        with pytest.raises(SettingError) as raised:
-            sample_selection(around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", 2, seed=seed)
-        assert str(raised.value) == f"seed: expected a whole number from 0 to 4,294,967,295, got {got}"
     assert not (tmp_path / "b.parquet").exists()
-
-
-def test_sample_of_any_size_and_seed(around: dict[str, Path], tmp_path: Path) -> None:
-    a, b, cache = tmp_path / "a.parquet", tmp_path / "b.parquet", Cache(around["cache"])
-    rows = chosen(around, a, budget=12)
-
-    def drawn(size: int, **options: int) -> list[int]:
-        assert sample_selection(around["cache"], b, a, size, **options) == size
-        return read_selection(b, [cache]).tolist()
-
-    assert len(drawn(1)) == 1
-    assert drawn(12) == rows.tolist()
-    assert drawn(6) == drawn(6, seed=0) != drawn(6, seed=2**32 - 1)
 
 
 MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
