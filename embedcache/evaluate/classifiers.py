@@ -91,11 +91,6 @@ def fit_knn(train: Examples, val: Examples | None, num_classes: int) -> Classifi
     return Classifier(scores, {"neighbors": k, "temperature": _TEMPERATURE})
 
 
-def compare_neighbors(queries_QD: Floats, candidates_CD: Floats, products: Products) -> None:
-    """Find the neighbors of some vectors as `fit_knn` does, to time it."""
-    top_k(queries_QD, candidates_CD, min(_NUM_NEIGHBORS, len(candidates_CD)), products=products)
-
-
 def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
     """Fit ridge regression to one-hot classes in closed form; the shrinkage, a power of ten, is chosen on validation.
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -28,19 +27,21 @@ class Configuration:
 
     factory: str
     memory_bytes: int  # of the finished index by formula
-    bits: int  # per number; fewer bits bound the recall, however many lists are searched
     is_on_disk: bool = False  # the inverted lists are a file, which does not count as memory
 
 
 def in_memory_configurations(num_vectors: int, width: int) -> list[Configuration]:
     """Return candidates in the order to try: exact if that is fast, a graph, then ever smaller codes in lists."""
-    exact = Configuration(factory="Flat", memory_bytes=num_vectors * (4 * width + _ID_BYTES), bits=32)
-    graph = Configuration(factory="HNSW32", memory_bytes=num_vectors * (4 * width + _LINK_BYTES + _ID_BYTES), bits=32)
+    exact = Configuration(factory="Flat", memory_bytes=num_vectors * (4 * width + _ID_BYTES))
+    graph = Configuration(factory="HNSW32", memory_bytes=num_vectors * (4 * width + _LINK_BYTES + _ID_BYTES))
     coarse, coarse_bytes = _coarse_quantizer(num_vectors, width)
     candidates = [exact, graph] if num_vectors <= _FLAT_LIMIT else [graph]
-    for code in _codes(num_vectors, width):
-        size = round(num_vectors * (code.vector_bytes + 2 * _ID_BYTES)) + coarse_bytes + code.table_bytes
-        candidates.append(Configuration(factory=f"{coarse},{code.factory}", memory_bytes=size, bits=code.bits))
+    codes = [("SQfp16", 2 * width, 0), ("SQ8", width, 8 * width), ("SQ6", width * 6 / 8, 8 * width)]
+    if width % 4 == 0 and num_vectors >= 256 * _POINTS_PER_LIST:
+        codes.append((f"PQ{width // 4}", width / 4, 4 * 256 * width))
+    for code, vector_bytes, table_bytes in codes:
+        size = round(num_vectors * (vector_bytes + 2 * _ID_BYTES)) + coarse_bytes + table_bytes
+        candidates.append(Configuration(factory=f"{coarse},{code}", memory_bytes=size))
     return candidates
 
 
@@ -48,7 +49,7 @@ def on_disk_configurations(num_vectors: int, width: int) -> list[Configuration]:
     """Return the one candidate whose vectors stay on disk, as float16; centroids and rows (twice) are in memory."""
     coarse, coarse_bytes = _coarse_quantizer(num_vectors, width)
     size = num_vectors * 2 * _ID_BYTES + coarse_bytes + num_lists(num_vectors) * _LIST_BYTES
-    return [Configuration(factory=f"{coarse},SQfp16", memory_bytes=size, bits=16, is_on_disk=True)]
+    return [Configuration(factory=f"{coarse},SQfp16", memory_bytes=size, is_on_disk=True)]
 
 
 def fit_memory(candidates: Sequence[Configuration], memory_bytes: int | None) -> list[Configuration]:
@@ -65,12 +66,6 @@ def fit_memory(candidates: Sequence[Configuration], memory_bytes: int | None) ->
     return fitting
 
 
-def remaining_candidates(rest: Sequence[Configuration], failed: Configuration) -> list[Configuration]:
-    """Return those worth trying after one missed the recall with all lists searched: not those with fewer bits."""
-    is_graph = failed.factory.startswith("HNSW")  # then the graph misses neighbors, and not the codes
-    return [candidate for candidate in rest if is_graph or candidate.bits >= failed.bits]
-
-
 def num_lists(num_vectors: int) -> int:
     """Return the number of inverted lists for N vectors: the power of two nearest to 2 √N, with enough vectors each."""
     power = round(math.log2(2 * math.sqrt(num_vectors)))
@@ -83,24 +78,6 @@ def _coarse_quantizer(num_vectors: int, width: int) -> tuple[str, int]:
     if lists < _MANY_LISTS:
         return f"IVF{lists}", lists * 4 * width
     return f"IVF{lists}_HNSW32", lists * (4 * width + _LINK_BYTES)
-
-
-class _Code(NamedTuple):
-    """A FAISS code of vectors: its part of the factory string, bits per component, and bytes in memory."""
-
-    factory: str
-    bits: int
-    vector_bytes: float
-    table_bytes: int
-
-
-def _codes(num_vectors: int, width: int) -> Iterator[_Code]:
-    """Iterate over the codes, the most exact first."""
-    yield _Code("SQfp16", 16, 2 * width, 0)
-    yield _Code("SQ8", 8, width, 8 * width)
-    yield _Code("SQ6", 6, width * 6 / 8, 8 * width)
-    if width % 4 == 0 and num_vectors >= 256 * _POINTS_PER_LIST:
-        yield _Code(f"PQ{width // 4}", 2, width / 4, 4 * 256 * width)
 
 
 _K = 10

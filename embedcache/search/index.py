@@ -24,7 +24,6 @@ from embedcache.search.autotune import (
     in_memory_configurations,
     measure_index,
     on_disk_configurations,
-    remaining_candidates,
 )
 from embedcache.search.building import FILES, IndexBuilder, remove_leftovers
 from embedcache.search.card import (
@@ -124,7 +123,7 @@ def _read_rows(index_path: Path, card: IndexCard) -> Ints:
 
 def _candidates(settings: IndexSettings, num_vectors: int, width: int) -> list[Configuration]:
     if settings.factory is not None:
-        return [Configuration(factory=settings.factory, memory_bytes=0, bits=0, is_on_disk=settings.on_disk)]
+        return [Configuration(factory=settings.factory, memory_bytes=0, is_on_disk=settings.on_disk)]
     kinds = on_disk_configurations if settings.on_disk else in_memory_configurations
     return fit_memory(kinds(num_vectors, width), settings.memory)
 
@@ -230,7 +229,8 @@ def _find_index(
                     return _AcceptedIndex(index, candidate, quality)
                 builder.reject(candidate.factory, quality.recall_at_10)
                 progress.note(f"{candidate.factory}: recall@10 {quality.recall_at_10:.3f} is too low, not kept")
-        left = remaining_candidates(left, candidate)
+        if not candidate.factory.startswith("HNSW"):  # the next ones have fewer bits, and miss more
+            break
     raise SettingError(_recall_error(builder.rejected, index_path, settings))
 
 
@@ -291,4 +291,4 @@ def _source(vectors: Vectors, index_path: Path) -> dict[str, Any]:
 def _grown(card: IndexCard, num_vectors: int) -> Configuration:
     """Return an index's configuration for the present number of items."""
     memory_bytes = round((card.memory_bytes or 0) * num_vectors / card.num_vectors)
-    return Configuration(factory=card.factory, memory_bytes=memory_bytes, bits=0, is_on_disk=card.lists is not None)
+    return Configuration(factory=card.factory, memory_bytes=memory_bytes, is_on_disk=card.lists is not None)

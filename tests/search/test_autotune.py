@@ -19,7 +19,6 @@ from embedcache.search.autotune import (
     make_query_set,
     num_lists,
     on_disk_configurations,
-    remaining_candidates,
 )
 from embedcache.search.faiss_index import exact_search, make_index
 
@@ -59,16 +58,16 @@ def test_num_lists_can_be_trained(num_vectors: int, width: int) -> None:
 def test_memory_of_each_kind() -> None:
     """Check codes, tables and two ids of 8 bytes per vector, and float32 centroids."""
     num, centroids, bounds = 10_000, 256 * 4 * 64, 8 * 64
-    assert [(one.factory, one.memory_bytes, one.bits) for one in in_memory_configurations(num, 64)] == [
-        ("Flat", num * (256 + 8), 32),
-        ("HNSW32", num * (256 + 272 + 8), 32),
-        ("IVF256,SQfp16", num * (128 + 16) + centroids, 16),
-        ("IVF256,SQ8", num * (64 + 16) + centroids + bounds, 8),
-        ("IVF256,SQ6", num * (48 + 16) + centroids + bounds, 6),
-        ("IVF256,PQ16", num * (16 + 16) + centroids + 256 * 4 * 64, 2),
+    assert [(one.factory, one.memory_bytes) for one in in_memory_configurations(num, 64)] == [
+        ("Flat", num * (256 + 8)),
+        ("HNSW32", num * (256 + 272 + 8)),
+        ("IVF256,SQfp16", num * (128 + 16) + centroids),
+        ("IVF256,SQ8", num * (64 + 16) + centroids + bounds),
+        ("IVF256,SQ6", num * (48 + 16) + centroids + bounds),
+        ("IVF256,PQ16", num * (16 + 16) + centroids + 256 * 4 * 64),
     ]
     (kind,) = on_disk_configurations(num, 64)
-    assert (kind.factory, kind.memory_bytes, kind.bits) == ("IVF256,SQfp16", num * 16 + centroids + 256 * 24, 16)
+    assert (kind.factory, kind.memory_bytes) == ("IVF256,SQfp16", num * 16 + centroids + 256 * 24)
     with_graph = 16_384 * (4 * 768 + 272)
     assert in_memory_configurations(10**8, 768)[-1].memory_bytes == 10**8 * (192 + 16) + with_graph + 4 * 256 * 768
     assert on_disk_configurations(10**8, 768)[0].memory_bytes == 10**8 * 16 + with_graph + 16_384 * 24
@@ -98,9 +97,9 @@ def test_on_disk_memory_excludes_codes() -> None:
 
 
 def test_too_little_memory_names_the_smallest_in_whole_kilobytes() -> None:
-    larger = Configuration(factory="SQ8", memory_bytes=9000, bits=8)
+    larger = Configuration(factory="SQ8", memory_bytes=9000)
     for memory_bytes, kilobytes in ((2048, "2K"), (2049, "3K")):
-        kinds = [larger, Configuration(factory="SQ4", memory_bytes=memory_bytes, bits=4)]
+        kinds = [larger, Configuration(factory="SQ4", memory_bytes=memory_bytes)]
         with pytest.raises(SettingError) as error:
             fit_memory(kinds, 1024)
         assert str(error.value) == (
@@ -120,16 +119,6 @@ def test_index_size_matches_formula(configuration: Configuration, tmp_path) -> N
     index.add(np.arange(2000), vectors)
     index.write(tmp_path / "index")
     assert (tmp_path / "index").stat().st_size == pytest.approx(configuration.memory_bytes, rel=0.03)
-
-
-def test_remaining_candidates_keep_finer_codes() -> None:
-    kinds = in_memory_configurations(1_000_000, 768)
-    graph, lists = kinds[0], kinds[1]
-    assert remaining_candidates(kinds[1:], graph) == kinds[1:]
-    assert remaining_candidates(kinds[2:], lists) == []
-    refined, scalar = kinds[2], kinds[3]
-    assert (refined.bits, scalar.bits) == (8, 8)
-    assert remaining_candidates(kinds[3:], refined) == [scalar]
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 40])

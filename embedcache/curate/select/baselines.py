@@ -30,9 +30,13 @@ class RandomSelector:
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select the samples."""
         assert isinstance(settings.budget, int)
-        drawn = np.random.default_rng(settings.seed).permutation(pool.samples)
-        rows = np.sort(drawn[: settings.budget])
+        rows = draw_rows(pool.samples, settings.budget, seed=settings.seed)
         return Selection(rows=rows, reasons=[f"drawn at random, seed {settings.seed}"] * len(rows))
+
+
+def draw_rows(samples_S: Ints, size: int, *, seed: int) -> Ints:
+    """Draw `size` of some samples without replacement, or all if there are no more: ascending."""
+    return np.sort(np.random.default_rng(seed).permutation(samples_S)[:size])
 
 
 class TopScoreSelector:
