@@ -23,11 +23,7 @@ from embedcache.sources.reopen import remember
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from tests.images import write_images
-<<<<<<< HEAD
-from tests.media_files import cloud, encode_audio, encode_video, moving_square, npz, tone, wav
-=======
 from tests.media_files import cloud, encode_video, moving_square, npz, tone, wav
->>>>>>> 3956399b (Draw samples by curate select; keep suffixes of sources in exports)
 from tests.recorded import RecordedProgress
 from tests.sources.files import jpeg, write
 from tests.toy import IMAGE, TEXT
@@ -236,29 +232,8 @@ def test_missing_image_leaves_no_shards(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".shards*"))
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_suffix_is_that_of_the_bytes(kind: str) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, kind)
-    expected = {"PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}.get(kind, "jpg")
-    assert _suffix("image", buffer.getvalue()) == expected
-    assert _suffix("image", b"RIFF....WAVE") == _suffix("image", b"....0000WEBP") == "jpg"
-
-
-@pytest.mark.parametrize("kind", ["flac", "mp3", "ogg", "m4a"])
-def test_suffix_of_a_recording(kind: str) -> None:
-    assert _suffix("audio", encode_audio(tone(0.1), kind)) == kind
-    assert _suffix("audio", wav(tone(0.1))) == _suffix("audio", b"") == "wav"
-
-
-@pytest.mark.parametrize("kind", ["mp4", "mov", "avi", "webm", "mkv"])
-def test_suffix_of_a_video(kind: str) -> None:
-    assert _suffix("video", encode_video(moving_square(2), kind=kind)) == kind
-=======
 def test_suffix_is_that_of_the_source() -> None:
     assert [_suffix("image", path) for path in ("a/b.PNG", "s3://b/c.webp", "a.tar", "a.parquet")] == [
         *("png", "webp", "jpg", "jpg")
     ]
     assert [_suffix(name, "a.tar") for name in ("audio", "video", "points")] == ["wav", "mp4", "npz"]
->>>>>>> 3956399b (Draw samples by curate select; keep suffixes of sources in exports)
