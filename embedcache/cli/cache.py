@@ -1,13 +1,11 @@
 """embedcache inspect, verify and cache"""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.failures import FINISHED_WORK
 from embedcache.cli.options import CacheArgument, Json, Output, SelectionArgument, split_at_commas, with_settings
 from embedcache.errors import SettingError
 from embedcache.extract.settings import VerifySettings
@@ -57,11 +55,6 @@ def inspect(
         print_lines(summary.notes)
 
     publish(show, lambda: {"kind": summary.kind, **summary.record}, as_json=as_json, output=output)
-
-
-def repaired(parameters: Mapping[str, Any]) -> str:
-    """Return what a check that ends early keeps."""
-    return "repaired chunks are kept" if parameters["repair"] else ""
 
 
 @with_settings(settings=VerifySettings)
@@ -234,11 +227,7 @@ def merge(
     publish(lambda: print_lines(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
 
 
-def _done_work(parameters: Mapping[str, Any]) -> str:
-    return FINISHED_WORK if parameters["yes"] else ""
-
-
-add_command(app, "prune", prune, kept=_done_work)
-add_command(app, "merge", merge, kept=FINISHED_WORK)
-add_command(app, "cut", cut, kept=FINISHED_WORK)
-add_command(app, "remove", remove, kept=_done_work)
+add_command(app, "prune", prune)
+add_command(app, "merge", merge)
+add_command(app, "cut", cut)
+add_command(app, "remove", remove)

@@ -7,10 +7,8 @@ The error of a setting names its option, `--batch-size` for `batch_size`, or the
 
 import functools
 import inspect
-import itertools
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -19,7 +17,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from embedcache.cli.config_files import is_from_file, refused_value, typed_refusal
-from embedcache.cli.failures import explain_ends
+from embedcache.cli.failures import end_interrupted
 from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_new_file, keyword, set_parameters
 from embedcache.errors import AmbiguousNameError, EmbedcacheError, PathError, SettingError
 from embedcache.files import one_or_many
@@ -33,8 +31,6 @@ class Command(TyperCommand):
     """A command whose help shows plain metavars and installed plug-ins, and whose errors name options as typed."""
 
     plugins: tuple[str, ...] = ()
-    kept: "Kept" = ""
-    writes: "Writes | None" = None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line; the error of a value says what was expected, and in a file names the file."""
@@ -60,37 +56,17 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command; the error of a setting names its option, and so does that of a feature to choose."""
         _check_local_paths(ctx)
-        before: dict[Path, _State] = {}
         try:
             _check_own_outputs(ctx)
-            with explain_ends(lambda: self._left(ctx, before)):
-                if not (self.kept and isinstance(self.kept, str)):
-                    before.update((path, _state_of(path)) for path in self._outputs(ctx))
-                return super().invoke(ctx)
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # which click would print as "Aborted."
+            end_interrupted()
         except AmbiguousNameError as error:
             error.args = (f"{error}{_feature_option(ctx, error.modality)}",)
             raise
         except EmbedcacheError as error:
             error.args = (_name_option(ctx, str(error)),)
             raise
-
-    def _outputs(self, ctx: Any) -> list[Path]:
-        """Return the paths that the command writes to."""
-        named = [ctx.params.get(name) for name in _WRITTEN]
-        others = [] if self.writes is None else self.writes(ctx.params)
-        return [path for path in (*named, *others) if isinstance(path, Path)]
-
-    def _left(self, ctx: Any, before: "Mapping[Path, _State]") -> tuple[str, bool]:
-        """Return what the command leaves if it ends now, and whether it resumes from there."""
-        kept = self.kept if isinstance(self.kept, str) else self.kept(ctx.params)
-        if kept:
-            return kept, True
-        unknown = [str(path) for path, state in before.items() if state == _TOO_MANY]
-        if unknown:
-            return f"there may be new files in {' and '.join(unknown)}: delete them", False
-        written = [str(path) for output, state in before.items() for path in _changed(output, state)]
-        is_or_are = "are written: delete them" if len(written) > 1 else "is written: delete it"
-        return (f"only {' and '.join(written)} {is_or_are}" if written else "nothing is written"), False
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the parts of the usage line, without braces around required arguments."""
@@ -113,37 +89,6 @@ class Command(TyperCommand):
 
 _WRITTEN = ("out", "output", "html", "srt", "vtt")
 """Parameters that are paths of what a command writes."""
-_TOO_MANY = "too many"
-_MAX_FILES = 10_000
-"""Files of a folder that are compared: a command that is given a folder of millions by mistake refuses it at once."""
-_State: TypeAlias = tuple[int, int] | dict[str, tuple[int, int]] | str | None
-"""What identifies a file, the files in a folder by name, or `_TOO_MANY` of them, or None if there is nothing."""
-
-
-def _state_of(path: Path) -> _State:
-    try:
-        if path.is_dir():
-            with os.scandir(path) as entries:
-                files = {
-                    entry.name: _identify(entry.stat(follow_symlinks=False))
-                    for entry in itertools.islice(entries, _MAX_FILES + 1)
-                }
-            return files if len(files) <= _MAX_FILES else _TOO_MANY
-        return _identify(os.lstat(path))
-    except OSError:
-        return None
-
-
-def _identify(state: os.stat_result) -> tuple[int, int]:
-    return state.st_ino, state.st_mtime_ns
-
-
-def _changed(path: Path, before: _State) -> list[Path]:
-    """Return what has been written at a path: it, or of a folder that was there before, files in it."""
-    after = _state_of(path)
-    if isinstance(before, dict) and isinstance(after, dict):
-        return [path / name for name, state in sorted(after.items()) if state != before.get(name)]
-    return [path] if after not in (None, before) else []
 
 
 def _check_local_paths(context: typer.Context) -> None:
@@ -225,19 +170,11 @@ def new_group(help: str, **options: Any) -> typer.Typer:
     return typer.Typer(help=help, short_help=help, cls=CommandGroup, no_args_is_help=True, **options)
 
 
-Kept: TypeAlias = str | Callable[[Mapping[str, Any]], str]
-"""What a command that ends early keeps and resumes from, in a few words; or a function of its parameters."""
-Writes: TypeAlias = Callable[[Mapping[str, Any]], list[Path]]
-"""Paths that a command writes and none of its parameters names: a function of its parameters."""
-
-
 def add_command(
     app: typer.Typer,
     name: str,
     command: Callable[..., None],
     *,
-    kept: Kept = "",
-    writes: Writes | None = None,
     runs_named_code: bool = True,
     reads_items: bool = False,
     plugins: tuple[str, ...] = (),
@@ -249,9 +186,6 @@ def add_command(
         app: application or group.
         name: name of the command.
         command: function with typer's annotations.
-        kept: what an interrupted command, or one that finds the disk full, keeps, so that the same command resumes;
-            empty: nothing, so that it starts again, and its outputs are whole or not there.
-        writes: outputs that no parameter names, such as a second file beside OUT, which it reports if it ends early.
         runs_named_code: whether files that the command opens may name code, so that it has the option `--trust`.
         reads_items: whether it reads items again from the source of a cache, so that it has `--image-folder`.
         plugins: kinds of plug-ins that it takes by name, such as `encoders`; `--help` lists the installed ones.
@@ -259,12 +193,7 @@ def add_command(
     """
     help = _help_text(command)
     summary = help.partition("\n\n")[0]
-    declared = {
-        "plugins": plugins,
-        "kept": staticmethod(kept) if callable(kept) else kept,
-        "writes": None if writes is None else staticmethod(writes),
-    }
-    kind = type("DeclaredCommand", (Command,), declared)
+    kind = type("DeclaredCommand", (Command,), {"plugins": plugins})
     app.command(name=name, help=help, short_help=summary, cls=kind, **options)(
         _with_verbosity(_with_trust(command, reads_items=reads_items) if runs_named_code else command)
     )

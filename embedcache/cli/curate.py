@@ -1,6 +1,5 @@
 """embedcache curate"""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.failures import FINISHED_WORK
 from embedcache.cli.options import (
     CacheArgument,
     IndexArgument,
@@ -292,26 +290,13 @@ def leaks(
         print_line(f"wrote {out}: kept {num_kept:,} of {report.num_train_samples:,} samples")
 
 
-def _map_file(parameters: Mapping[str, Any]) -> list[Path]:
-    from embedcache.curate.map import FILE
-
-    return [parameters["index"] / FILE]
-
-
-def _removed_table(parameters: Mapping[str, Any]) -> list[Path]:
-    from embedcache.outputs import removed_table_path
-
-    out = parameters["out"]
-    return [] if out is None else [removed_table_path(out)]
-
-
-add_command(app, "index", index, kept=FINISHED_WORK)
-add_command(app, "map", map_index, writes=_map_file)
+add_command(app, "index", index)
+add_command(app, "map", map_index)
 add_command(app, "coverage", coverage, reads_items=True)
 add_command(app, "select", select, plugins=("selectors",))
 add_command(app, "combine", combine)
 add_command(app, "export", export, reads_items=True)
-add_command(app, "dedup", dedup, reads_items=True, writes=_removed_table)
+add_command(app, "dedup", dedup, reads_items=True)
 add_command(app, "leaks", leaks, reads_items=True)
 add_command(app, "negatives", negatives)
 add_command(app, "outliers", outliers, reads_items=True)

@@ -389,6 +389,5 @@ add_command(
     app,
     "clip-benchmark",
     clip_benchmark,
-    kept="files of finished datasets are kept, and skipped with --skip_existing",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )

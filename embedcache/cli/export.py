@@ -1,13 +1,11 @@
 """embedcache export"""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.failures import FINISHED_WORK
 from embedcache.cli.options import (
     CacheArgument,
     Json,
@@ -18,7 +16,7 @@ from embedcache.cli.options import (
     with_settings,
 )
 from embedcache.errors import pluralize, quoted
-from embedcache.export.settings import RECORD, ExportSettings, HubSettings
+from embedcache.export.settings import ExportSettings, HubSettings
 from embedcache.interop.settings import AtlasSettings, MtebSettings, VectorExportSettings
 
 app = new_group("Write a run, or vectors, for other tools.")
@@ -291,19 +289,14 @@ def _export_vectors(
     )
 
 
-def _finished_export(parameters: Mapping[str, Any]) -> str:
-    """Return what an export of a run keeps that ends early: all of it, while it is uploaded."""
-    return f"the export in {parameters['out']} is kept" if (parameters["out"] / RECORD).is_file() else ""
-
-
-add_command(app, "transformers", transformers, kept=_finished_export)
-add_command(app, "open-clip", open_clip, kept=_finished_export)
-add_command(app, "sentence-transformers", sentence_transformers, kept=_finished_export)
-add_command(app, "onnx", onnx, kept=_finished_export)
-add_command(app, "safetensors", safetensors, kept=_finished_export)
+add_command(app, "transformers", transformers)
+add_command(app, "open-clip", open_clip)
+add_command(app, "sentence-transformers", sentence_transformers)
+add_command(app, "onnx", onnx)
+add_command(app, "safetensors", safetensors)
 add_command(app, "clip-retrieval", clip_retrieval)
 add_command(app, "parquet", parquet)
 add_command(app, "npy", npy)
 add_command(app, "atlas", atlas, reads_items=True)
 add_command(app, "mteb", mteb, reads_items=True)
-add_command(app, "hub", hub, kept=FINISHED_WORK, runs_named_code=False)
+add_command(app, "hub", hub, runs_named_code=False)

@@ -1,14 +1,13 @@
 """embedcache extract and derive"""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from embedcache.cli.options import CacheArgument, Json, Output, by_modality, with_settings
 from embedcache.derive.settings import DeriveSettings
-from embedcache.errors import SettingError, pluralize
+from embedcache.errors import SettingError
 from embedcache.extract.settings import ExtractSettings
 from embedcache.modalities import noun
 from embedcache.sources.settings import SourceSettings
@@ -97,20 +96,6 @@ def extract(
     publish(show, lambda: to_plain(report), as_json=as_json, output=output)
     if plan:
         report.check_space()
-
-
-def kept_chunks(parameters: Mapping[str, Any]) -> str:
-    """Return what an extraction that ends early keeps; no server is asked, which may be why it was ended."""
-    from embedcache.files import is_url
-    from embedcache.store.layout import info_path, read_info
-
-    if is_url(parameters["cache"]):
-        return "finished chunks are kept"
-    path = Path(parameters["cache"])
-    if not info_path(path).is_file():
-        return "nothing was encoded yet"
-    num_items = read_info(path).chunk_size
-    return f"finished chunks of {pluralize(num_items, 'item')} are kept (--chunk-size sets the number for a new cache)"
 
 
 @with_settings(settings=DeriveSettings)

@@ -8,12 +8,10 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from embedcache.errors import (
-    DiskFullError,
     EmbedcacheError,
     PathError,
     is_out_of_memory,
@@ -27,8 +25,6 @@ from embedcache.registry import plugin_of, used_plugins
 
 _BUG = 70
 _INTERRUPTED = 130
-FINISHED_WORK = "finished work is kept"
-"""What most commands that resume keep when they end early."""
 _NEXT_STEPS = {
     errno.EMFILE: "raise the limit of open files with ulimit -n, or use fewer --threads",
     errno.EFBIG: "raise the limit of file sizes with ulimit -f, or use a file system with larger files",
@@ -37,8 +33,6 @@ _NEXT_STEPS = {
     errno.ENAMETOOLONG: "use shorter names",
 }
 """Error of the operating system -> what to do, where its own text does not say it."""
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
-"""Errors of a disk or its file system, after which a command can be run again."""
 
 
 def run_program(run: Callable[[], object]) -> None:
@@ -53,8 +47,8 @@ def run_program(run: Callable[[], object]) -> None:
     try:
         _check_arguments()
         run()
-    except KeyboardInterrupt:  # of a pipeline: commands end by `explain_ends`
-        _stop(FINISHED_WORK, resumes=True)
+    except KeyboardInterrupt:
+        end_interrupted()
     except EmbedcacheError as error:
         _fail(str(error), error)
     except BrokenPipeError:  # whoever read the output has ended, as in `embedcache … | head`
@@ -75,6 +69,14 @@ def run_program(run: Callable[[], object]) -> None:
         _end_on_interrupt()
 
 
+def end_interrupted() -> NoReturn:
+    """End the process after Ctrl-C: outputs are whole or absent, and what resumes goes on from its finished work."""
+    _end_on_interrupt()
+    close_bars()
+    print("Interrupted. Run the same command again.", file=sys.stderr)
+    sys.exit(_INTERRUPTED)
+
+
 def _end_on_interrupt() -> None:
     """Let Ctrl-C end the process at once from now on: while it exits, Python would print it as a traceback."""
     is_main = threading.current_thread() is threading.main_thread()
@@ -92,31 +94,6 @@ def _is_not_raised(record: logging.LogRecord) -> bool:
     """Return false for tracebacks that the module of retries logs before it raises, and for a step before an error."""
     is_raised = record.module == "retry" and bool(record.exc_info)
     return not (is_raised or record.getMessage().startswith("Could not determine bucket type"))
-
-
-@contextmanager
-def explain_ends(left: Callable[[], tuple[str, bool]]) -> Iterator[None]:
-    """Explain on Ctrl-C, with exit code 130, and beside the error of a disk, what a command leaves when it ends early.
-
-    `left` returns it in a few words, and whether the same command resumes from there; if not, it starts again.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        words, resumes = left()
-        _stop(words, resumes=resumes)
-    except OSError as error:
-        if isinstance(error, DiskFullError) or error.errno in _DISK_ERRORS:
-            error.add_note(left()[0])
-        raise
-
-
-def _stop(left: str, *, resumes: bool) -> NoReturn:
-    _end_on_interrupt()
-    close_bars()
-    aim = "resume" if resumes else "start again"
-    print(f"Interrupted. {visible(left[0].upper() + left[1:])}; rerun the same command to {aim}.", file=sys.stderr)
-    sys.exit(_INTERRUPTED)
 
 
 def _check_arguments() -> None:

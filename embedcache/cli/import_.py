@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.failures import FINISHED_WORK
 from embedcache.cli.options import CacheArgument, Json, Output, SelectionOutput, by_modality, with_settings
 from embedcache.errors import SettingError
 from embedcache.interop.settings import ImportSettings
@@ -188,8 +187,8 @@ def uids(
     publish_size(out, num_samples, as_json=as_json, output=output)
 
 
-add_command(app, "clip-retrieval", clip_retrieval, kept=FINISHED_WORK, runs_named_code=False)
-add_command(app, "datacomp", datacomp, kept=FINISHED_WORK, runs_named_code=False)
-add_command(app, "parquet", parquet, kept=FINISHED_WORK, runs_named_code=False)
-add_command(app, "npy", npy, kept=FINISHED_WORK, runs_named_code=False)
+add_command(app, "clip-retrieval", clip_retrieval, runs_named_code=False)
+add_command(app, "datacomp", datacomp, runs_named_code=False)
+add_command(app, "parquet", parquet, runs_named_code=False)
+add_command(app, "npy", npy, runs_named_code=False)
 add_command(app, "uids", uids, runs_named_code=False)

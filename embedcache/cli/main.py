@@ -11,10 +11,10 @@ import typer
 from typer.core import TyperGroup
 
 from embedcache.cli import cache, curate, evaluate, export, import_
-from embedcache.cli.cache import inspect, repaired, verify
+from embedcache.cli.cache import inspect, verify
 from embedcache.cli.commands import CommandGroup, add_command
-from embedcache.cli.extract import derive, extract, kept_chunks
-from embedcache.cli.failures import FINISHED_WORK, run_program
+from embedcache.cli.extract import derive, extract
+from embedcache.cli.failures import run_program
 from embedcache.cli.options import Json, Output
 from embedcache.cli.search import search, serve
 from embedcache.cli.train import sweep, train
@@ -82,13 +82,13 @@ def quickstart(
     publish(show, lambda: read_json(report.metrics_path), as_json=as_json, output=output)
 
 
-add_command(app, "quickstart", quickstart, kept=FINISHED_WORK, runs_named_code=False)
-add_command(app, "extract", extract, reads_items=True, kept=kept_chunks, plugins=("encoders", "sources", "views"))
-add_command(app, "derive", derive, kept=FINISHED_WORK, plugins=("rules",))
+add_command(app, "quickstart", quickstart, runs_named_code=False)
+add_command(app, "extract", extract, reads_items=True, plugins=("encoders", "sources", "views"))
+add_command(app, "derive", derive, plugins=("rules",))
 add_command(app, "inspect", inspect)
-add_command(app, "verify", verify, reads_items=True, kept=repaired)
-add_command(app, "train", train, kept=FINISHED_WORK, plugins=("projectors", "losses", "trackers"))
-add_command(app, "sweep", sweep, kept=FINISHED_WORK, plugins=("projectors", "losses", "trackers"))
+add_command(app, "verify", verify, reads_items=True)
+add_command(app, "train", train, plugins=("projectors", "losses", "trackers"))
+add_command(app, "sweep", sweep, plugins=("projectors", "losses", "trackers"))
 app.add_typer(evaluate.app, name="evaluate")
 add_command(app, "search", search)
 add_command(app, "serve", serve, reads_items=True)

@@ -1,5 +1,6 @@
 """The command as a process: start-up time, exit codes, signals, terminals and full disks."""
 
+import errno
 import gc
 import logging
 import os
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.cli.console import open_progress, verbosity
+from embedcache.cli.console import open_progress, publish, verbosity
+from embedcache.errors import PathError
 from tests.cli.run import TOY, embedcache
 from tests.images import write_images
 
@@ -153,7 +155,7 @@ def test_terminal_shows_bars_with_rates(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_interrupt_explains_how_to_resume(photos: Path, tmp_path: Path) -> None:
+def test_interrupt_of_an_extraction_is_one_line(photos: Path, tmp_path: Path) -> None:
     command = [*PROGRAM, "extract", str(photos), "c", "--chunk-size", "8"]
     command += ["--image-encoder", "tests.toy:open_toy,delay_ms=500"]
     restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores SIGINT
@@ -165,11 +167,7 @@ def test_interrupt_explains_how_to_resume(photos: Path, tmp_path: Path) -> None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
-        expected = (
-            "Interrupted. Finished chunks of 8 items are kept (--chunk-size sets the number for a new cache); rerun "
-            "the same command to resume.\n"
-        )
-        assert process.stderr.read().endswith(expected)
+        assert process.stderr.read().endswith("Interrupted. Run the same command again.\n")
     assert process.returncode == 130
 
 
@@ -185,7 +183,7 @@ def test_interrupt_while_the_process_exits_is_silent(*, is_interrupted: bool) ->
         "run_program(interrupt)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    line = "Interrupted. Finished work is kept; rerun the same command to resume.\n" if is_interrupted else ""
+    line = "Interrupted. Run the same command again.\n" if is_interrupted else ""
     assert (done.returncode, done.stderr) == (-signal.SIGINT, line)
 
 
@@ -204,7 +202,6 @@ def test_full_disk_is_one_line_and_loses_nothing(photos: Path, tmp_path: Path) -
         assert "Traceback" not in done.stderr
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert "no space left on the disk" in line
-        assert "rerun the same command; finished chunks of 8 items are kept" in line
         assert not list(disk.rglob("*.partial"))
         committed = len(list(disk.rglob("chunks/*.parquet")))
         assert committed > 0
@@ -216,3 +213,66 @@ def test_full_disk_is_one_line_and_loses_nothing(photos: Path, tmp_path: Path) -
     finally:
         gc.collect()  # what still maps a file of the disk keeps it busy
         subprocess.run(["umount", disk], check=True)
+
+
+SELECTORS = f"""
+import os
+
+class Ends:
+    accepts, requires_one_of, required_inputs, modality, uses_seed = ("budget",), (), (), "image", False
+
+    def select(self, pool, settings):
+        pool.progress.start("selecting", 9, "samples")
+        pool.progress.advance(3)
+        self.end()
+
+class Interrupted(Ends):
+    def end(self):
+        raise KeyboardInterrupt
+
+class Full(Ends):
+    def end(self):
+        raise OSError({errno.ENOSPC}, os.strerror({errno.ENOSPC}), "scratch")
+
+class Damaged(Ends):
+    def end(self):
+        raise OSError({errno.EIO}, os.strerror({errno.EIO}), "disk")
+"""
+
+
+@pytest.mark.parametrize(
+    ("selector", "code", "last_line"),
+    [
+        ("Interrupted", 130, "Interrupted. Run the same command again."),
+        ("Full", 1, "error: scratch: no space left on the disk; free some space and rerun the same command"),
+        ("Damaged", 1, "error: disk: Input/output error; check the disk, and rerun the same command"),
+    ],
+)
+def test_selection_that_ends_early_writes_nothing(
+    cache_path: Path, tmp_path: Path, selector: str, code: int, last_line: str
+) -> None:
+    (tmp_path / "ending_plugin.py").write_text(SELECTORS)
+    words = ["curate", "select", cache_path, "out.parquet", "--method", f"ending_plugin:{selector}", "--budget", "9"]
+    done = embedcache(*words, cwd=tmp_path)
+    assert (done.code, done.stderr.splitlines()[-1]) == (code, last_line)
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_files_are_written_where_nobody_reads_the_table(tmp_path: Path) -> None:
+    page, printed = tmp_path / "page.html", list[str]()
+
+    def print_to_nobody() -> None:
+        raise BrokenPipeError
+
+    def write(path: Path) -> None:
+        path.write_text("page")
+
+    def fail(path: Path) -> None:
+        raise PathError(f"{path} cannot be written")
+
+    with pytest.raises(BrokenPipeError):
+        publish(print_to_nobody, dict, as_json=False, html=page, write_page=write)
+    assert page.read_text() == "page"
+    with pytest.raises(PathError):
+        publish(lambda: printed.append("table"), dict, as_json=False, html=page, write_page=fail)
+    assert printed == ["table"]
