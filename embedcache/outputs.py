@@ -1,15 +1,14 @@
-"""Files that a user names to write to: reports, selections, exports. None replaces what embedcache did not write.
+"""Files that a user names to write to: reports, selections, exports.
 
-What embedcache writes there carries a mark: `"generator": "embedcache"` at the start of JSON, the same as `<meta>` of a
-page, and the cache it belongs to in the schema metadata `embedcache` of Parquet. Formats without room for a mark (text,
-`.npy`, subtitles) are never replaced. JSON and metadata have a digest, which their readers compare.
+A command replaces a file only with `--overwrite`, and never a link, a device or a folder. JSON reports and the metadata
+of Parquet have a digest, which their readers compare.
 """
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +19,11 @@ from embedcache.provenance import add_digest, check_record, read_json
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MARK = {"generator": "embedcache"}
-_HEAD_BYTES = 1000
-_MARKED = re.compile(
-    rb'\s*(\[\s*)?\{\s*"generator": "embedcache"'
-    rb'|<!doctype html>.*(<meta name="generator" content="embedcache">|:root \{ --ink: #1f2933;)',
-    re.DOTALL,
-)
-"""Beginnings of JSON and of pages; the first pages had no `<meta>`, but this style."""
+_METADATA = "embedcache"
+"""Key of the schema metadata of Parquet."""
 _COLUMNS = "columns"
 _WRITE_AGAIN = "write it again with the command that made it"
-_REMOVED = ["row", "key", "kept_row", "kept_key", "cosine", "is_copy"]
-"""Columns of the samples that dedup removes; these tables had no metadata at first."""
+_REPLACES_FILES: ContextVar[bool] = ContextVar("replaces_files", default=True)
 
 
 def removed_table_path(selection: Path) -> Path:
@@ -39,16 +31,22 @@ def removed_table_path(selection: Path) -> Path:
     return selection.with_name(f"{selection.stem}.removed.parquet")
 
 
-def check_output(path: Path, *, overwrite: bool = True) -> None:
+@contextmanager
+def replacing_files(is_allowed: bool) -> Iterator[None]:  # noqa: FBT001
+    """Replace existing outputs while this context lasts, or refuse to; without it, functions replace them."""
+    token = _REPLACES_FILES.set(is_allowed)
+    try:
+        yield
+    finally:
+        _REPLACES_FILES.reset(token)
+
+
+def check_output(path: Path) -> None:
     """Check that an output may be written to a path.
 
-    Args:
-        path: the file.
-        overwrite: whether it may replace an output of embedcache.
-
     Raises:
-        PathError: the file exists and is not such an output, or must not be replaced; the path is a folder, a link or a
-            device; or files cannot be made in its folder.
+        PathError: the path is a folder, a link or a device; or a file that must not be replaced, see `replacing_files`;
+            or files cannot be made in its folder.
     """
     exists = path.exists() if is_remote(path) else os.path.lexists(path)
     if exists and path.is_dir():
@@ -57,12 +55,9 @@ def check_output(path: Path, *, overwrite: bool = True) -> None:
         _check_folder(path)
     if not exists:
         return
-    if not is_output(path):
-        raise PathError(
-            f"{path}: expected a new file, got one that exists and is no output of embedcache that can be recognized; "
-            "name another file, or remove this one first"
-        )
-    if not overwrite:
+    if not is_remote(path) and (path.is_symlink() or not path.is_file()):
+        raise PathError(f"{path}: expected a new or regular file, got a link or a device; name another file")
+    if not _REPLACES_FILES.get():
         raise PathError(f"{path}: expected a new file, got one that exists; name another file, or add --overwrite")
 
 
@@ -83,7 +78,7 @@ def check_table_output(name: str, path: Path) -> None:
         path: the file.
 
     Raises:
-        PathError: the path has another suffix, or is a file that embedcache did not write.
+        PathError: the path has another suffix; or the errors of `check_output`.
     """
     if path.suffix != ".parquet":
         raise PathError(f"{name} {path}: expected a path that ends in .parquet, got {path.suffix or 'no suffix'}")
@@ -110,10 +105,9 @@ def write_output(path: Path, data: bytes) -> None:
 
 
 def write_report_json(path: Path, record: Any) -> None:
-    """Write a report, an object or a list of objects, as JSON that carries the mark; each object has a digest."""
-    is_list = isinstance(record, list)
-    marked = [add_digest({**MARK, **part}) for part in record] if is_list else add_digest({**MARK, **record})
-    write_output(path, (json.dumps(marked, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write a report, an object or a list of objects, as JSON; each object has a digest."""
+    digested = [add_digest(part) for part in record] if isinstance(record, list) else add_digest(record)
+    write_output(path, (json.dumps(digested, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_report_json(path: Path) -> Any:
@@ -128,7 +122,7 @@ def read_report_json(path: Path) -> Any:
 def to_metadata(record: Mapping[str, Any], schema: "pa.Schema") -> dict[str, str]:
     """Return schema metadata of Parquet: what a table belongs to, and its columns, whose names have no checksum."""
     columns = {field.name: _kind(field.type) for field in schema}
-    return {MARK["generator"]: json.dumps(add_digest({**record, _COLUMNS: columns}))}
+    return {_METADATA: json.dumps(add_digest({**record, _COLUMNS: columns}))}
 
 
 def with_metadata(table: "pa.Table", record: Mapping[str, Any]) -> "pa.Table":
@@ -144,7 +138,7 @@ def read_metadata(path: Path, schema: "pa.Schema") -> dict[str, Any]:
     Raises:
         CorruptError: the record or a column has changed since it was written, or the record is no JSON object.
     """
-    written = (schema.metadata or {}).get(MARK["generator"].encode())
+    written = (schema.metadata or {}).get(_METADATA.encode())
     if written is None:
         return {}
     try:
@@ -177,25 +171,3 @@ def _kind(kind: "pa.DataType") -> str:
     if types.is_fixed_size_list(kind):
         return f"{kind.list_size} of {_kind(kind.value_type)}"
     return str(kind) if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) else "other"
-
-
-def is_output(path: Path) -> bool:
-    """Return whether a file carries the mark of an output of embedcache, and is no link."""
-    if not is_remote(path) and (path.is_symlink() or not path.is_file()):
-        return False
-    with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-        return _is_marked_parquet(file) if head.startswith(b"PAR1") else _MARKED.match(head) is not None
-
-
-def _is_marked_parquet(file: Any) -> bool:
-    """Return whether a table's metadata says which cache it belongs to, as that of selections and exports does."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        schema = pq.read_schema(file)
-        record = json.loads((schema.metadata or {}).get(MARK["generator"].encode(), b"{}"))
-    except (pa.ArrowException, OSError, ValueError):
-        return False
-    return schema.names == _REMOVED or (isinstance(record, dict) and "cache" in record)

@@ -1,4 +1,4 @@
-"""Outputs replace what embedcache wrote, and nothing else."""
+"""Outputs replace files only with `--overwrite`, and never what is not a regular file."""
 
 import json
 import os
@@ -18,8 +18,7 @@ from docs.hooks import leaves
 from embedcache.cli.main import root_command
 from embedcache.dataset.selections import Selection, read_selected_keys, read_selected_reasons, write_selection
 from embedcache.errors import CorruptError, PathError
-from embedcache.outputs import check_output, new_output, read_report_json, write_report_json
-from embedcache.reports.base import write_report
+from embedcache.outputs import check_output, new_output, read_report_json, replacing_files, write_report_json
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
@@ -27,19 +26,15 @@ from tests.cli.run import embedcache, succeed
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def test_outputs_are_replaced(tmp_path: Path) -> None:
-    cache = Cache(GOLDEN / "cache-1")
-    for _ in range(2):
-        write_report_json(tmp_path / "object.json", {"loss": 1.0})
-        write_report_json(tmp_path / "list.json", [{"query": "a"}, {"query": "b"}])
-        write_report(tmp_path / "page.html", title="T" * 200, summary="", sections=[])
-        write_selection(tmp_path / "s.parquet", cache, Selection(rows=np.arange(2), reasons=["x"] * 2), {})
-    written = json.loads((tmp_path / "object.json").read_text())
-    assert written == {"generator": "embedcache", "loss": 1.0, "digest": written["digest"]}
-    for path in tmp_path.iterdir():
-        check_output(path)
-        with pytest.raises(PathError, match="add --overwrite"):
-            check_output(path, overwrite=False)
+def test_functions_replace_files_and_commands_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "object.json"
+    for loss in (1.0, 2.0):
+        write_report_json(path, {"loss": loss})
+    written = json.loads(path.read_text())
+    assert written == {"loss": 2.0, "digest": written["digest"]}
+    with replacing_files(False), pytest.raises(PathError, match="add --overwrite"):
+        write_report_json(path, {"loss": 3.0})
+    assert json.loads(path.read_text()) == written
 
 
 def test_folders_that_take_no_files_are_refused_before_the_work(
@@ -106,23 +101,18 @@ def test_changed_metadata_of_a_selection_is_not_read(tmp_path: Path) -> None:
             read(path)
 
 
-def test_files_of_others_are_kept(tmp_path: Path) -> None:
-    shutil.copytree(GOLDEN / "cache-1", tmp_path / "cache")
-    (tmp_path / "mine.txt").write_text("mine")
-    (tmp_path / "mine.json").write_text('{"model": "embedcache"}')
-    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+def test_links_devices_and_folders_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    pq.write_table(pa.table({"key": ["a"]}), tmp_path / "mine.parquet")
-    others = [path for path in tmp_path.rglob("*") if path.is_symlink() or path.is_file()]
-    assert len(others) > 20
-    for path in others:
-        with pytest.raises(PathError, match="is no output of embedcache"), new_output(path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for path in tmp_path.iterdir():
+        with pytest.raises(PathError, match=r"expected a (new or regular )?file, got a"), new_output(path):
             pass
 
 
 def test_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     def write() -> None:
-        with new_output(tmp_path / "a.txt") as temporary:
+        with replacing_files(False), new_output(tmp_path / "a.txt") as temporary:
             temporary.write_text("ours")
             (tmp_path / "a.txt").write_text("mine")
 
@@ -136,19 +126,12 @@ COMMANDS = [
     "curate dedup C --html C/samples.parquet",
     "curate dedup C C/samples.parquet --copies",
     "curate select C C/image/items.parquet --method random --budget 2",
-    "curate select C C/image/open_toy/chunks/00001.parquet --method random --budget 2",
     "curate combine C keys.txt and keys.txt mine.parquet",
-    "curate sample C keys.txt 1 mine.parquet",
     "curate leaks C C mine.parquet",
     "curate export C keys.txt mine.txt",
-    "curate export C keys.txt mine.txt --format datacomp",
     "export parquet C mine.parquet",
-    "export atlas C mine.parquet",
-    "import uids uids.npy C mine.parquet",
     "evaluate retrieval C R --output C/zarr.json",
     "inspect C --output mine.txt",
-    "search I cat --output link",
-    "transcribe R a.wav --vtt mine.txt",
 ]
 WRITE_FOLDERS = {f"export {name} out" for name in ("clip-retrieval", "npy", "onnx", "open-clip", "safetensors")}
 WRITE_FOLDERS |= {"export sentence-transformers out", "export transformers out", "export mteb out", "curate index out"}
@@ -167,14 +150,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("overwrite", ["", " --overwrite"])
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_keep_files_of_others(folder: Path, line: str, overwrite: str) -> None:
+def test_commands_replace_no_file_unasked(folder: Path, line: str) -> None:
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    done = embedcache(*f"{line}{overwrite}".split(), cwd=folder)
+    done = embedcache(*line.split(), cwd=folder)
     assert (done.code, done.stderr.count("\n")) == (1, 1)
-    assert "is no output of embedcache" in done.stderr
+    assert "add --overwrite" in done.stderr
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_second_output_of_a_command_is_not_replaced_unasked(cache_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept.removed.parquet").write_text("mine")
+    words = ("curate", "dedup", cache_path, "kept.parquet", "--feature", "open_toy/cls", "--cosine", "0.1")
+    assert "kept.removed.parquet: expected a new file" in embedcache(*words, cwd=tmp_path).stderr
+    assert (tmp_path / "kept.removed.parquet").read_text() == "mine"
+    assert not (tmp_path / "kept.parquet").exists()
 
 
 def test_every_output_is_checked() -> None:
@@ -187,7 +177,7 @@ def test_every_output_is_checked() -> None:
     assert unchecked == WRITE_FOLDERS
 
 
-def test_overwrite_replaces_outputs_only(folder: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_a_file(folder: Path, tmp_path: Path) -> None:
     words = ("inspect", folder / "C", "--output", "report.json")
     succeed(*words, cwd=tmp_path)
     first = (tmp_path / "report.json").stat().st_ino
@@ -195,6 +185,8 @@ def test_overwrite_replaces_outputs_only(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report.json").stat().st_ino == first
     succeed(*words, "--overwrite", cwd=tmp_path)
     assert (tmp_path / "report.json").stat().st_ino != first
+    (tmp_path / "link").symlink_to("report.json")
+    assert "got a link" in embedcache("inspect", folder / "C", "--output", "link", "--overwrite", cwd=tmp_path).stderr
 
 
 def test_one_file_for_two_outputs_raises(tmp_path: Path) -> None:

@@ -244,9 +244,9 @@ def _with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*, quiet: bool, verbose: bool, **values: Any) -> None:
         from embedcache.cli.console import verbosity
+        from embedcache.outputs import replacing_files
 
-        values.pop(OVERWRITE, None)
-        with verbosity(quiet=quiet, verbose=verbose):
+        with verbosity(quiet=quiet, verbose=verbose), replacing_files(values.pop(OVERWRITE, False)):
             command(**values)
 
     quiet = Annotated[
@@ -284,7 +284,7 @@ _Overwrite: TypeAlias = Annotated[
     typer.Option(
         "--overwrite",
         metavar="",
-        help="Replace files of earlier commands; files that embedcache did not write are kept.",
+        help="Replace the files that are named as outputs, if they exist.",
         rich_help_panel=OUTPUT_PANEL,
         is_eager=True,
     ),

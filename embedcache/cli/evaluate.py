@@ -193,7 +193,7 @@ def _name_files(
     recipes = [recipe.run_paths for recipe in iterate_recipes(run, control_run or ())]
     files = result_files(outputs.output, task, cache, recipes, languages)
     for path in files:
-        check_output(path, overwrite=outputs.overwrite)
+        check_output(path)
     return files
 
 

@@ -37,14 +37,15 @@ def check_new_file(context: typer.Context, option: typer.CallbackParam, path: Pa
     """Check, before the work, that an output can be written to a path; `--overwrite` is parsed before all outputs.
 
     Raises:
-        PathError: the path is a folder or an existing file; with `--overwrite`, a file that embedcache did not write.
+        PathError: the path is a folder, a link or, without `--overwrite`, an existing file.
         SettingError: another parameter names the same path.
     """
-    from embedcache.outputs import check_output
+    from embedcache.outputs import check_output, replacing_files
 
     if path is None:
         return None
-    check_output(path, overwrite=context.params[OVERWRITE])
+    with replacing_files(context.params[OVERWRITE]):
+        check_output(path)
     check_path_is_own(context, option, path)
     return path
 
@@ -131,15 +132,11 @@ Html: TypeAlias = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Where a command publishes its report: on standard output, as JSON in a file, and as a page with images.
-
-    `overwrite` is an option of all commands that write an output.
-    """
+    """Where a command publishes its report: on standard output, as JSON in a file, and as a page with images."""
 
     as_json: Json = False
     output: Output = None
     html: Html = None
-    overwrite: bool = False
 
     def publish(
         self,
@@ -219,9 +216,7 @@ def with_settings(
                 flat = _pop_given(values, items[key], context)
                 values[key] = build[key](flat) if build and key in build else from_flat(kind, flat)
             for key in reports:
-                values[key] = ReportOptions(
-                    **{name: values.pop(name) for name in report_options}, overwrite=context.params[OVERWRITE]
-                )
+                values[key] = ReportOptions(**{name: values.pop(name) for name in report_options})
             command(**values)
 
         own = inspect.signature(command, eval_str=True).parameters
@@ -257,7 +252,6 @@ def _pop_given(values: dict[str, Any], items: Sequence[FlatSetting], context: ty
 def _report_parameters(output: Any) -> dict[str, inspect.Parameter]:
     """Return the parameters of `ReportOptions` that a command gets, with its declaration of `--output`."""
     parameters = dict(inspect.signature(ReportOptions).parameters)
-    del parameters[OVERWRITE]  # every command with a new file gets this option
     return {**parameters, "output": parameters["output"].replace(annotation=output)}
 
 

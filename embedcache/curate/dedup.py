@@ -206,7 +206,7 @@ def dedup(
 
     Raises:
         SettingError: neither a cosine nor `copies_only` is set, no pair reaches the cosine, or too many pairs do.
-        PathError: the file's name does not end in `.parquet`, or there is a file that embedcache did not write.
+        PathError: the path does not end in `.parquet`; or the errors of `check_output`.
         DataError, UnfinishedError, FingerprintError, UnknownNameError: see `analyze`.
         DiskFullError: the scratch file does not fit.
     """

@@ -222,7 +222,7 @@ def write_clean_selection(path: Path, report: LeakReport) -> int:
 
     Raises:
         DataError: every sample leaks.
-        PathError: the path does not end in `.parquet`, or is a file that embedcache did not write.
+        PathError: the path does not end in `.parquet`; or the errors of `check_output`.
     """
     check_selection_path(path)
     clean = report.clean_selection()

@@ -21,10 +21,10 @@ from embedcache.curate.select.cluster_methods import draw_balanced, find_centroi
 from embedcache.curate.settings import MapSettings
 from embedcache.derive.rules import principal_components
 from embedcache.errors import CorruptError
-from embedcache.files import AnyPath
+from embedcache.files import AnyPath, replacing
 from embedcache.metrics.neighbors import find_closest, top_k
 from embedcache.modalities import noun
-from embedcache.outputs import check_output, new_output, read_metadata, with_metadata
+from embedcache.outputs import read_metadata, with_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments
 from embedcache.provenance import INDEX_DIGEST, to_record
@@ -125,7 +125,6 @@ def build_map(
     """
     settings = merge_settings(MapSettings, settings, options)
     opened = OpenIndex(index, run=settings.run, cache=settings.cache, device=settings.device)
-    check_output(opened.path / FILE)
     computed = compute_map(opened, settings, progress=progress)
     write_map(opened, computed)
     return computed
@@ -211,7 +210,7 @@ def write_map(index: OpenIndex, computed: IndexMap) -> None:
         "seed": computed.seed,
         "clusters": [asdict(cluster) for cluster in computed.clusters],
     }
-    with new_output(index.path / FILE) as temporary:
+    with replacing(index.path / FILE) as temporary:
         write_table(temporary, with_metadata(pa.table(columns), header))
 
 

@@ -105,7 +105,7 @@ def mine_negatives(
         SettingError: a modality that the pair has not, or features beside a run.
         FingerprintError: the run or the index is of another encoder's features.
         DataError: no sample has both features, or none has a negative; then nothing is written.
-        PathError: `out` is a file that embedcache did not write.
+        PathError: the errors of `check_output`.
         UnknownNameError, UnfinishedError: a feature does not exist, or has missing chunks.
     """
     settings = merge_settings(NegativesSettings, settings, options)

@@ -188,7 +188,7 @@ def find_outliers(
         options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
-        PathError: the file's name does not end in `.parquet`, or there is a file that embedcache did not write.
+        PathError: the path does not end in `.parquet`; or the errors of `check_output`.
         UnknownNameError: there is no such feature, or no such column of labels.
         DataError: fewer than two items differ, a vector has no direction, or labels are neither text nor whole numbers.
         UnfinishedError, FingerprintError: see `Vectors`.

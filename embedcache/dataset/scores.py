@@ -44,7 +44,7 @@ def write_scores(
         columns: name -> a value per sample, in row order. NaN becomes null.
 
     Raises:
-        PathError: the path does not end in `.parquet`, or is a file that embedcache did not write.
+        PathError: the path does not end in `.parquet`; or the errors of `check_output`.
     """
     check_table_output("scores", path)
     arrays = {

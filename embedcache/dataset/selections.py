@@ -36,7 +36,7 @@ class Selection:
 
 
 def check_selection_path(path: Path) -> None:
-    """Check that a path ends in `.parquet`, and that there is no file but an output of embedcache.
+    """Check that a path ends in `.parquet`, and may be written to; see `check_output`.
 
     `read_selection` reads a file of any other name as a list of keys.
     """
@@ -52,7 +52,7 @@ def write_selection(
 
     Raises:
         DataError: the selection is empty, or its rows do not ascend.
-        PathError: the path does not end in `.parquet`, or is a file that embedcache did not write.
+        PathError: the path does not end in `.parquet`; or the errors of `check_output`.
     """
     check_selection_path(path)
     if not len(selection.rows):

@@ -292,7 +292,7 @@ def check_new_folder(folder: Path) -> None:
 
 
 def check_new_file(path: Path, suffix: str) -> None:
-    """Check that a file has this suffix and does not exist, unless it is an output of embedcache."""
+    """Check that an output has this suffix and may be written; see `check_output`."""
     if path.suffix != suffix:
         raise PathError(f"{path}: expected a name that ends in {suffix}, got {path.suffix or 'no suffix'}")
     check_output(path)

@@ -21,7 +21,7 @@ from embedcache.arrays import Bools
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
 from embedcache.files import TEXT_ENCODING, check_regular, read_file, remove_leftovers, remove_partials, replacing
 from embedcache.interop.npy import open_npy, report_damage, write_array
-from embedcache.outputs import is_output, read_metadata
+from embedcache.outputs import read_metadata
 from embedcache.progress import NullProgress
 from embedcache.provenance import DIGEST, INDEX_DIGEST, digest_file, read_record, write_json, write_record
 from embedcache.store.layout import CacheInfo
@@ -67,14 +67,13 @@ def _remover(path: Path) -> Callable[[Path, Collection[str]], int]:
     if not path.is_file():
         raise PathError(f"{path} does not exist; expected a selection or an export")
     if path.suffix == ".parquet":
-        if not is_output(path):
-            raise PathError(
-                f"{path}: expected a selection or an export, got a table that embedcache did not write; remove the "
-                "samples from it by yourself"
-            )
         with table_errors(path), open_table(path) as file:
             _check_columns(path, file.schema_arrow.names)
-            read_metadata(path, file.schema_arrow)
+            if "cache" not in read_metadata(path, file.schema_arrow):
+                raise PathError(
+                    f"{path}: expected a selection or an export, got a table that embedcache did not write; remove the "
+                    "samples from it by yourself"
+                )
         return _remove_from_parquet
     if path.suffix == ".npy":
         return _remove_from_uids

@@ -13,7 +13,6 @@ from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.evaluate.zero_shot import ZeroShotReport
 from embedcache.modalities import MODALITIES
 from embedcache.outputs import write_report_json
-from embedcache.provenance import digest
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.reports.zero_shot import zero_shot_json
 from embedcache.store.cache import Cache
@@ -21,7 +20,6 @@ from embedcache.store.cache import Cache
 MODEL = "embedcache"
 """Name of the model in a result, and of its type among CLIP_benchmark's model types."""
 
-_MAX_NAME, _NUM_KEPT, _NUM_DIGITS = 240, 50, 16
 _METRICS = {
     "zeroshot_classification": "acc1|acc5|mean_per_class_recall",
     "zeroshot_retrieval": rf"({'|'.join(MODALITIES)})_retrieval_recall@\d+",
@@ -108,7 +106,7 @@ def result_files(
 ) -> list[Path]:
     """Return the files that results are written to: a `.json` file itself, or one file per result in a folder.
 
-    Files in a folder are named by all that tells results apart, so that those of other calls may be there, too.
+    Files in a folder are named by the cache, the runs, the language and the task.
 
     Args:
         path: the file, or the folder.
@@ -116,20 +114,22 @@ def result_files(
         dataset: the cache.
         recipes: the runs of each recipe.
         languages: languages in which each recipe is evaluated; empty: one that is not named.
+
+    Raises:
+        SettingError: two results have the same file.
     """
     if path.suffix == ".json":
         return [path]
-    names: list[str] = []
+    files: list[Path] = []
     for paths in recipes:
         for language in languages or ("",):
             words = [Path(dataset).name, "+".join(map(str, paths)), language, task]
             name = "_".join(re.sub(r"[^\w.=+-]+", "-", word).strip("-.") for word in words if word)
-            if len(name.encode()) > _MAX_NAME:  # names of files have at most 255 bytes
-                name = f"{name[:_NUM_KEPT]}_{digest(name)[:_NUM_DIGITS]}"
-            if name in names:  # as of the runs a/run and a-run
-                name = f"{name}_{digest(words)[:_NUM_DIGITS]}"
-            names.append(name)
-    return [path / f"{name}.json" for name in names]
+            file = path / f"{name}.json"
+            if file in files:  # as of the runs a/run and a-run
+                raise SettingError(f"output: expected results with files of their own, got two in {file}; name one run")
+            files.append(file)
+    return files
 
 
 def write_results(files: Sequence[Path], results: Mapping[str, Mapping[str, Any]]) -> None:

@@ -24,7 +24,6 @@ from embedcache.curate.map import (
     write_map,
 )
 from embedcache.curate.settings import MapSettings
-from embedcache.errors import PathError
 from embedcache.maintain.remove import remove_samples
 from embedcache.outputs import to_metadata
 from embedcache.search.concepts import Concepts
@@ -332,12 +331,3 @@ def test_other_or_damaged_map_counts_as_absent(index: OpenIndex, tmp_path: Path)
     shutil.copy(path, tmp_path / FILE)
     path.unlink()
     assert read_map(index) is None
-
-
-def test_file_in_place_of_the_map_is_refused_before_the_work(index: OpenIndex, tmp_path: Path) -> None:
-    path, progress = Path(shutil.copytree(index.path, tmp_path / "index")), RecordedProgress()
-    (path / FILE).write_text("mine")
-    with pytest.raises(PathError, match="expected a new file"):
-        build_map(path, PCA, progress=progress)
-    assert not progress.started
-    assert (path / FILE).read_text() == "mine"

@@ -130,12 +130,13 @@ def test_clip_benchmark_build_reads_results(
     assert {row["dataset"] for row in (first, second, *others)} == {"cache"}
 
 
-def test_runs_whose_names_differ_in_punctuation_have_files_of_their_own(tmp_path: Path) -> None:
-    recipes = [[Path("a/run")], [Path("a-run")], [Path("a run"), Path("b")]]
-    first, second, third = result_files(tmp_path, "zeroshot_retrieval", "cache", recipes)
+def test_results_have_files_of_their_own(tmp_path: Path) -> None:
+    recipes = [[Path("a-run")], [Path("a run"), Path("b")]]
+    first, second = result_files(tmp_path, "zeroshot_retrieval", "cache", recipes)
     assert first == tmp_path / "cache_a-run_zeroshot_retrieval.json"
-    assert third == tmp_path / "cache_a-run+b_zeroshot_retrieval.json"
-    assert second.name.startswith("cache_a-run_zeroshot_retrieval_")
+    assert second == tmp_path / "cache_a-run+b_zeroshot_retrieval.json"
+    with pytest.raises(SettingError, match="output: "):
+        result_files(tmp_path, "zeroshot_retrieval", "cache", [*recipes, [Path("a/run")]])
 
 
 def test_json_file_holds_all_results(retrieved: RetrievalReport, tmp_path: Path) -> None:
