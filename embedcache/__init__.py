@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from embedcache.inference import Model, load
     from embedcache.interop.formats import export_vectors, open_vectors
     from embedcache.interop.importing import import_vectors
-    from embedcache.interop.settings import AtlasSettings, ImportSettings, VectorExportSettings
+    from embedcache.interop.settings import ImportSettings, VectorExportSettings
     from embedcache.likelihood.model import LikelihoodModel
     from embedcache.maintain.copy import cut_cache, merge_caches
     from embedcache.maintain.prune import plan_prune, prune_cache
@@ -78,7 +78,6 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "AtlasSettings",
     "Cache",
     "CoverageSettings",
     "DecodingSettings",

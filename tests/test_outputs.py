@@ -133,8 +133,8 @@ COMMANDS = [
     "evaluate retrieval C R --output C/zarr.json",
     "inspect C --output mine.txt",
 ]
-WRITE_FOLDERS = {f"export {name} out" for name in ("clip-retrieval", "npy", "onnx", "open-clip", "safetensors")}
-WRITE_FOLDERS |= {"export sentence-transformers out", "export transformers out", "export mteb out", "curate index out"}
+WRITE_FOLDERS = {f"export {name} out" for name in ("clip-retrieval", "npy", "onnx", "open-clip")}
+WRITE_FOLDERS |= {"export sentence-transformers out", "export transformers out", "curate index out"}
 WRITE_FOLDERS |= {"cache cut out", "cache merge out"}
 
 

@@ -1,7 +1,6 @@
 """embedcache evaluate"""
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +16,6 @@ from embedcache.cli.options import (
     Json,
     Output,
     ReportOptions,
-    RunArgument,
     by_modality,
     check_new_file,
     check_path_is_own,
@@ -358,36 +356,9 @@ def likelihood(
     publish(show, lambda: likelihood_json(reports, Path(cache).name), as_json=as_json, output=output)
 
 
-def clip_benchmark(context: typer.Context, run: RunArgument, as_json: Json = False) -> None:
-    """Evaluate a run with CLIP_benchmark.
-
-    CLIP_benchmark brings its own code, datasets and options: everything after the run is passed on to it;
-    `clip_benchmark eval --help` lists its options, such as --output for its file. With --json the contents of its files
-    are printed at the end.
-
-    Example: embedcache evaluate clip-benchmark run/ --dataset cifar10 --dataset_root data/
-    """
-    from contextlib import nullcontext, redirect_stdout
-
-    from embedcache.cli.console import print_json
-    from embedcache.interop.clip_benchmark import evaluate
-    from embedcache.provenance import read_json
-
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        paths = evaluate(run, context.args)
-    if as_json:
-        print_json([read_json(path) for path in paths])
-
-
 add_command(app, "retrieval", retrieval, reads_items=True)
 add_command(app, "zero-shot", zero_shot, reads_items=True)
 add_command(app, "probe", probe, plugins=("methods",))
 add_command(app, "pairs", pairs)
 add_command(app, "speech", speech, reads_items=True)
 add_command(app, "likelihood", likelihood)
-add_command(
-    app,
-    "clip-benchmark",
-    clip_benchmark,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)

@@ -12,12 +12,11 @@ from embedcache.cli.options import (
     Output,
     RunArgument,
     check_new_file,
-    split_at_commas,
     with_settings,
 )
 from embedcache.errors import pluralize, quoted
 from embedcache.export.settings import ExportSettings, HubSettings
-from embedcache.interop.settings import AtlasSettings, MtebSettings, VectorExportSettings
+from embedcache.interop.settings import VectorExportSettings
 
 app = new_group("Write a run, or vectors, for other tools.")
 
@@ -91,24 +90,6 @@ def onnx(
     Example: embedcache export onnx run/ model/ --towers
     """
     _export_model("onnx", run, out, settings, as_json=as_json, output=output)
-
-
-@with_settings(settings=ExportSettings, skip=("towers",))
-def safetensors(
-    run: RunArgument,
-    out: NewFolder,
-    as_json: Json = False,
-    output: Output = None,
-    *,
-    settings: ExportSettings,
-) -> None:
-    """Write the projectors as plain tensors.
-
-    The model card describes how to apply them.
-
-    Example: embedcache export safetensors run/ model/
-    """
-    _export_model("safetensors", run, out, settings, as_json=as_json, output=output)
 
 
 def _export_model(
@@ -188,58 +169,6 @@ def npy(
     _export_vectors("npy", cache, out, settings, as_json=as_json, output=output)
 
 
-@with_settings(settings=AtlasSettings)
-def atlas(
-    cache: CacheArgument,
-    out: NewParquet,
-    as_json: Json = False,
-    output: Output = None,
-    *,
-    settings: AtlasSettings,
-) -> None:
-    """Write a map of the dataset for embedding-atlas.
-
-    The Parquet file holds vectors, captions, thumbnails, positions on the plane and neighbors.
-
-    Example: embedcache export atlas cache/ atlas.parquet --run run/
-    """
-    _export_vectors("atlas", cache, out, settings, as_json=as_json, output=output)
-
-
-@with_settings(settings=MtebSettings)
-def mteb(
-    cache: CacheArgument,
-    out: NewFolder,
-    tasks: Annotated[
-        list[str],
-        typer.Option(
-            "--mteb-task", metavar="NAME", help="Task of mteb, such as Flickr30kI2TRetrieval. May be repeated."
-        ),
-    ],
-    *,
-    settings: MtebSettings,
-    as_json: Json = False,
-    output: Output = None,
-) -> None:
-    """Write vectors for mteb.
-
-    The CachedEmbeddingWrapper of mteb opens the folder, and then encodes only what the cache does not have.
-
-    Example: embedcache export mteb cache/ embeddings/ --run run/ --mteb-task Flickr30kI2TRetrieval
-    """
-    from embedcache.cli.console import open_progress, print_line, publish
-    from embedcache.interop.mteb import write_mteb
-
-    names = split_at_commas(tasks)
-    count = write_mteb(cache, out, names, settings, progress=open_progress())
-    publish(
-        lambda: print_line(f"{out}: {pluralize(count, 'item')} for {', '.join(names)}"),
-        lambda: {"path": str(out), "num_items": count, "tasks": list(names), "format": "mteb"},
-        as_json=as_json,
-        output=output,
-    )
-
-
 @with_settings(settings=HubSettings)
 def hub(
     cache: CacheArgument,
@@ -272,7 +201,7 @@ def _export_vectors(
     format_name: str,
     cache: str,
     out: Path,
-    settings: VectorExportSettings | AtlasSettings,
+    settings: VectorExportSettings,
     *,
     as_json: bool,
     output: Path | None,
@@ -293,10 +222,7 @@ add_command(app, "transformers", transformers)
 add_command(app, "open-clip", open_clip)
 add_command(app, "sentence-transformers", sentence_transformers)
 add_command(app, "onnx", onnx)
-add_command(app, "safetensors", safetensors)
 add_command(app, "clip-retrieval", clip_retrieval)
 add_command(app, "parquet", parquet)
 add_command(app, "npy", npy)
-add_command(app, "atlas", atlas, reads_items=True)
-add_command(app, "mteb", mteb, reads_items=True)
 add_command(app, "hub", hub, runs_named_code=False)

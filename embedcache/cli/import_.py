@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.options import CacheArgument, Json, Output, SelectionOutput, by_modality, with_settings
+from embedcache.cli.options import Json, Output, by_modality, with_settings
 from embedcache.errors import SettingError
 from embedcache.interop.settings import ImportSettings
 
@@ -167,28 +167,7 @@ def _import(
     publish(show, lambda: to_plain(reports), as_json=as_json, output=output)
 
 
-def uids(
-    path: Annotated[Path, typer.Argument(metavar="UIDS", help="List of uids of DataComp: a .npy file of dtype u8,u8.")],
-    cache: CacheArgument,
-    out: SelectionOutput,
-    as_json: Json = False,
-    output: Output = None,
-) -> None:
-    """Convert a list of DataComp uids to a selection.
-
-    `embedcache curate export --format datacomp` writes such a list.
-
-    Example: embedcache import uids uids.npy cache/ selection.parquet
-    """
-    from embedcache.cli.console import publish_size
-    from embedcache.interop.datacomp import import_uids
-
-    num_samples = import_uids(path, cache, out)
-    publish_size(out, num_samples, as_json=as_json, output=output)
-
-
 add_command(app, "clip-retrieval", clip_retrieval, runs_named_code=False)
 add_command(app, "datacomp", datacomp, runs_named_code=False)
 add_command(app, "parquet", parquet, runs_named_code=False)
 add_command(app, "npy", npy, runs_named_code=False)
-add_command(app, "uids", uids, runs_named_code=False)

@@ -342,14 +342,14 @@ def project_to_plane(
 def check_projection(projection: Literal["umap", "pca"]) -> None:
     """Raise `MissingExtraError` if the package of a projection is not installed."""
     if projection == "umap" and not is_installed("umap"):  # importing it takes seconds
-        require("umap", extra="atlas")
+        require("umap", extra="umap")
 
 
 def _run_umap(vectors_NP: Floats, *, seed: int) -> Floats:
     num_neighbors = min(_NUM_NEIGHBORS, len(vectors_NP) - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TensorFlow is missing, and that there are few points
-        umap = require("umap", extra="atlas")
+        umap = require("umap", extra="umap")
         model = umap.UMAP(metric="cosine", n_neighbors=num_neighbors, random_state=seed, n_jobs=1)
         points = model.fit_transform(vectors_NP)
     return np.ascontiguousarray(points, np.float32)

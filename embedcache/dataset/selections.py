@@ -1,5 +1,6 @@
 """Selections: keys of samples with the reason each was selected."""
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,8 +80,8 @@ def read_selection(path: Path | str, caches: Sequence[Cache], *, can_be_removed:
     Samples that are known to have been removed from a cache since are left out, and a warning tells their number.
 
     Args:
-        path: Parquet file with a column `key`, or text file in UTF-8 with one key per line; of a run's `split.parquet`,
-            the keys of its training part.
+        path: Parquet file with a column `key`, text file in UTF-8 with one key per line, or `.npy` of DataComp's uids;
+            of a run's `split.parquet`, the keys of its training part.
         caches: caches of the keys; a key of several caches is selected in each.
         can_be_removed: whether all of the samples may have been removed; the result is empty then.
 
@@ -137,8 +138,19 @@ def read_selected_keys(path: Path) -> pa.Array:
             if {"part", "group"} <= set(table.column_names):
                 table = table.filter(pc.equal(table["part"], "train"))
             return table["key"].cast(pa.large_string()).combine_chunks()
+        if path.suffix == ".npy":
+            return _read_uids(path)
         lines = read_file(path).decode(TEXT_ENCODING).split("\n")
         return pa.array([key for line in lines if (key := line.removesuffix("\r"))], pa.large_string())
+
+
+def _read_uids(path: Path) -> pa.Array:
+    """Return the keys of a list of DataComp's uids, two unsigned integers each: 32 hexadecimal digits."""
+    uids = np.load(io.BytesIO(read_file(path)), allow_pickle=False)
+    if not isinstance(uids, np.ndarray) or uids.dtype != np.dtype("u8,u8") or uids.ndim != 1:
+        raise DataError(f"selection {path}: expected a list of uids, one row of dtype u8,u8, got other arrays")
+    digits = np.stack([uids["f0"], uids["f1"]], axis=1).astype(">u8").tobytes().hex()
+    return pa.array([digits[place : place + 32] for place in range(0, len(digits), 32)], pa.large_string())
 
 
 def read_selected_reasons(path: Path) -> pa.Table:

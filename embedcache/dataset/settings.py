@@ -9,7 +9,7 @@ from typing import Any
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
-SELECTION_FORMAT = "Parquet, or a text file with one key per line"
+SELECTION_FORMAT = "Parquet, a text file with one key per line, or a .npy of DataComp's uids"
 LANGUAGE_DEFAULT = "that of the first caption if every sample has one in it, else any"
 SELECTION_HELP = f"Use only the samples of this selection: {SELECTION_FORMAT}."
 KINDS = ("strict", "key", "column")

@@ -133,10 +133,9 @@ def check_plain(tower_input: TowerInput, format_name: str) -> None:
 def unsupported(format_name: str, reason: str, next_step: str = "") -> SettingError:
     """Return the error for a run that a format cannot represent.
 
-    `next_step` may name another format only if that one supports the run, as far as it was checked; safetensors, which
-    is named without it, refuses no run.
+    `next_step` may name another format only if that one supports the run, as far as it was checked.
     """
-    next_step = next_step or "use embedcache export safetensors, which supports the projectors of any run"
+    next_step = next_step or "use embedcache export onnx for the projectors alone"
     return SettingError(f"the {format_name} format does not support this run: {reason}; {next_step}")
 
 

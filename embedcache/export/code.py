@@ -146,7 +146,7 @@ def _check_name(name: str, format_name: str) -> None:
 
 def change_plugin(format_name: str, reason: str) -> SettingError:
     """Return the error for a plug-in whose code cannot be part of an export."""
-    next_step = "change the plug-in, or use embedcache export safetensors, which supports the projectors of any run"
+    next_step = "change the plug-in, or use embedcache export onnx"
     return unsupported(format_name, reason, next_step)
 
 

@@ -12,7 +12,6 @@ from embedcache.export.card import write_card
 from embedcache.export.hub import push_folder
 from embedcache.export.onnx import write_onnx
 from embedcache.export.open_clip import write_open_clip
-from embedcache.export.safetensors import write_safetensors
 from embedcache.export.sentence_transformers import write_sentence_transformers
 from embedcache.export.settings import RECORD, ExportSettings
 from embedcache.export.transformers import write_transformers
@@ -39,7 +38,6 @@ CARD = "README.md"
 FORMATS: Mapping[str, tuple[Callable[..., ExportNotes], Sequence[str], Sequence[Modality]]] = {
     "onnx": (write_onnx, ("towers",), ()),
     "open-clip": (write_open_clip, ("final", "hub_name"), MODALITIES),
-    "safetensors": (write_safetensors, (), ()),
     "sentence-transformers": (write_sentence_transformers, (), ("text",)),
     "transformers": (write_transformers, (), MODALITIES),
 }

@@ -205,7 +205,9 @@ def _prepared_inputs(folder: Path) -> Mapping[Modality, dict[str, Array]]:
     return {"image": {"pixel_values": pixels}, "text": ids}
 
 
-def _write_graph(export: OnnxExport, path: Path, run: ExportRun, modality: str, *, next_step: str = "") -> OnnxGraph:
+def _write_graph(
+    export: OnnxExport, path: Path, run: ExportRun, modality: str, *, next_step: str = "embedcache.load applies it"
+) -> OnnxGraph:
     """Write a graph with the run, feature and encoder in its metadata, and open it."""
     onnx = require("onnx", extra="onnx")
     try:

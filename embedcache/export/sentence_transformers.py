@@ -17,7 +17,7 @@ from embedcache.registry import require
 _FORMAT = "sentence-transformers"
 _NEXT_STEP = (
     "train with --projector linear, identity, sharelock, openclip-linear or openclip-mlp on a vector feature, or use "
-    "embedcache export safetensors, which supports the projectors of any run"
+    "embedcache export onnx for the projectors alone"
 )
 _SINCE_LONG = frozenset({"Transformer", "Pooling", "Dense", "Normalize"})
 """Modules that all versions of the library have."""

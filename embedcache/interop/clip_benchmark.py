@@ -1,9 +1,5 @@
-"""Evaluation of runs with CLIP_benchmark: a model loader as it expects, and its own command with that loader added."""
+"""A run as a model of CLIP_benchmark, registered as the model type `embedcache`."""
 
-import argparse
-import glob
-import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +12,9 @@ from embedcache.arrays import Array, Floats
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import SettingError
 from embedcache.inference import ProjectedEncoder, open_projected_encoder
-from embedcache.projectors.saved import load_pair, read_config
+from embedcache.projectors.saved import load_pair
 from embedcache.registry import require
 from embedcache.reports.results import MODEL
-
-_EXTRA = "clip-benchmark"
 
 
 class _Tokens:
@@ -101,72 +95,21 @@ def load(
     )
 
 
-def evaluate(run_path: Path, arguments: Sequence[str]) -> list[Path]:
-    """Run CLIP_benchmark's `eval` on a run; it prints its metrics and writes a JSON file per dataset, which it returns.
-
-    Mixed precision is off, because it would only round the similarities. By default the result goes to
-    `{dataset}_RUN_{language}_{task}.json`, where RUN is the last part of the run's path. `arguments` are options of its
-    `eval`, such as `--dataset` and `--dataset_root`.
-
-    Raises:
-        MissingExtraError: CLIP_benchmark is not installed.
-        EmbedcacheError: see `load`.
-    """
-    read_config(run_path)  # fails before the slow imports of the next line
-    command = require("clip_benchmark.cli", extra=_EXTRA)
-    register()
-    _patch_accuracy()
-    output = f"{{dataset}}_{run_path.resolve().name}_{{language}}_{{task}}.json"
-    ours = ["--model_type", MODEL, "--model", MODEL, "--pretrained", str(run_path), "--no_amp"]
-    pattern = re.sub(r"\{\w+\}", "*", glob.escape(_find_output(arguments) or output))
-    words, before = sys.argv, _stamps(pattern)  # its command reads them
-    sys.argv = ["clip_benchmark", "eval", "--output", output, *arguments, *ours]
-    try:
-        command.main()
-    finally:
-        sys.argv = words
-    return sorted(path for path, stamp in _stamps(pattern).items() if before.get(path) != stamp)
-
-
-def _stamps(pattern: str) -> dict[Path, tuple[int, int]]:
-    """Return what changes when a file is written; its time alone is by the clock of the disk, which can lag ours."""
-    statuses = ((path, path.stat()) for path in map(Path, glob.glob(pattern)))  # noqa: PTH207 - absolute patterns, too
-    return {path: (status.st_ino, status.st_mtime_ns) for path, status in statuses}
-
-
-def _find_output(arguments: Sequence[str]) -> str | None:
-    """Return the value of `--output`, in each form that the parser of its command accepts."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--output")
-    found: str | None = parser.parse_known_args(list(arguments))[0].output
-    return found
-
-
 def register() -> None:
-    """Register `embedcache` as a model type of CLIP_benchmark in this process."""
-    models = require("clip_benchmark.models", extra=_EXTRA)
+    """Register `embedcache` as a model type of CLIP_benchmark in this process.
+
+    Its accuracy is replaced, because release 1.6.2 converts an array of one number to float, which NumPy refuses from
+    version 2.4 on (its issue 147).
+    """
+    models = require("clip_benchmark.models", extra="clip-benchmark")
     models.TYPE2FUNC[MODEL] = load
     if MODEL not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL)
+    for name in ("zeroshot_classification", "linear_probe"):
+        vars(require(f"clip_benchmark.metrics.{name}", extra="clip-benchmark"))["accuracy"] = top_k_accuracy
 
 
 def top_k_accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[float]:
-    """Return the top-k accuracy for each k of (N, C) scores and (N,) classes, as CLIP_benchmark's `accuracy` does."""
+    """Return the top-k accuracy for each k of (N, C) scores and (N,) classes."""
     is_hit_NK = output.topk(max(topk), dim=1).indices == target[:, None]
     return [is_hit_NK[:, :k].any(dim=1).double().mean().item() for k in topk]
-
-
-def _patch_accuracy() -> None:
-    """Replace CLIP_benchmark's accuracy where it fails with the installed NumPy.
-
-    Release 1.6.2 converts an array of one number to float, which NumPy refuses from version 2.4 on (its issue 147).
-    """
-    modules = [
-        require("clip_benchmark.metrics.zeroshot_classification", extra=_EXTRA),
-        require("clip_benchmark.metrics.linear_probe", extra=_EXTRA),
-    ]
-    try:
-        modules[0].accuracy(torch.eye(1), torch.zeros(1, dtype=torch.int64))
-    except TypeError:
-        for module in modules:
-            vars(module)["accuracy"] = top_k_accuracy

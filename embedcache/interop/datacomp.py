@@ -1,23 +1,12 @@
-"""Metadata of DataComp: `<hash>.parquet` beside `<hash>.npz`, and lists of uids."""
+"""Metadata of DataComp: `<hash>.parquet` beside `<hash>.npz`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from embedcache.arrays import Array
-from embedcache.curate.select.export import to_uids
-from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.encoders.base import Modality
-from embedcache.errors import DataError, PathError, SettingError
-from embedcache.files import check_regular
-from embedcache.interop.npy import open_npz, report_damage
+from embedcache.errors import PathError, SettingError
+from embedcache.interop.npy import open_npz
 from embedcache.interop.vector_files import FileGroup, VectorImport
-from embedcache.store.cache import Cache
-
-_REASON = "in the list of uids"
 
 
 def open_datacomp(path: Path, *, image_array: Sequence[str] = (), text_array: Sequence[str] = ()) -> VectorImport:
@@ -48,33 +37,6 @@ def open_datacomp(path: Path, *, image_array: Sequence[str] = (), text_array: Se
     return VectorImport(form="datacomp", path=path, modalities=modalities, groups=groups)
 
 
-def import_uids(uids_path: Path, cache_path: Path | str, out_path: Path) -> int:
-    """Write a selection from a list of DataComp's uids, a `.npy` of dtype `u8,u8`; return its number of samples.
-
-    Raises:
-        PathError: the list does not exist, or the selection's name does not end in `.parquet`.
-        CorruptError: the list is not a NumPy array.
-        DataError: keys of the cache are not uids, or the cache lacks some of the list.
-    """
-    check_selection_path(out_path)
-    cache = Cache(cache_path)
-    wanted = _read_uids(uids_path)
-    found = pc.index_in(_as_bytes(to_uids(cache.column("key"))), value_set=_as_bytes(wanted))
-    rows, is_unknown = np.flatnonzero(found.is_valid()), np.ones(len(wanted), bool)
-    is_unknown[found.drop_null().to_numpy()] = False
-    unknown = wanted[is_unknown]
-    if len(unknown):
-        first = f"{unknown[0][0]:016x}{unknown[0][1]:016x}"
-        raise DataError(
-            f"{uids_path}: expected keys of {cache.path}, got {len(unknown):,} unknown uids of {len(wanted):,}, first "
-            f"{first}; name the cache that they were selected from"
-        )
-    write_selection(
-        out_path, cache, Selection(rows=rows, reasons=[_REASON] * len(rows)), {"method": "uids", "from": str(uids_path)}
-    )
-    return len(rows)
-
-
 def _assign_modalities(images: Sequence[str], texts: Sequence[str]) -> Mapping[str, Modality]:
     names = [*images, *texts]
     if not names or len(set(names)) < len(names):
@@ -83,19 +45,3 @@ def _assign_modalities(images: Sequence[str], texts: Sequence[str]) -> Mapping[s
             f"{', '.join(names) or 'none'}; name them with --image-array and --text-array"
         )
     return {name: "image" if name in images else "text" for name in names}
-
-
-def _as_bytes(uids: Array) -> pa.Array:
-    """Return uids as an Arrow array, which can be hashed."""
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(uids), [None, pa.py_buffer(uids.view(np.uint8))])
-
-
-def _read_uids(path: Path) -> Array:
-    """Return the uids in a list, each once."""
-    with report_damage(path):
-        check_regular(path)
-        uids = np.load(path, allow_pickle=False)
-    if not isinstance(uids, np.ndarray) or uids.dtype != np.dtype("u8,u8") or uids.ndim != 1:
-        kind = f"{uids.dtype} shaped {uids.shape}" if isinstance(uids, np.ndarray) else "several arrays"
-        raise DataError(f"{path}: expected a list of uids, one row of dtype u8,u8, got {kind}")
-    return np.unique(uids)

@@ -16,7 +16,7 @@ from embedcache.dataset.selections import read_selection
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError, UnknownNameError, pluralize
 from embedcache.files import URL_PATTERN, AnyPath, building, is_url
-from embedcache.interop.settings import MtebSettings, VectorExportSettings
+from embedcache.interop.settings import VectorExportSettings
 from embedcache.interop.vector_files import rechunk
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import check_output
@@ -238,9 +238,7 @@ def _file_root(source: Mapping[str, Any]) -> str:
     return str(Path(root).parent) if is_file else root
 
 
-def open_exported(
-    cache: Cache, settings: VectorExportSettings | MtebSettings, allowed: Sequence[Modality]
-) -> dict[Modality, Vectors]:
+def open_exported(cache: Cache, settings: VectorExportSettings, allowed: Sequence[Modality]) -> dict[Modality, Vectors]:
     """Open the vectors of the requested modalities that the cache has features of.
 
     Raises:

@@ -9,13 +9,12 @@ from typing import Any
 from embedcache.encoders.base import Modality
 from embedcache.errors import SettingError, pluralize
 from embedcache.files import AnyPath
-from embedcache.interop.atlas import write_atlas
 from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
 from embedcache.interop.datacomp import open_datacomp
 from embedcache.interop.exporting import IMAGES_AND_TEXTS, MODALITY_NAMES, VectorExport
 from embedcache.interop.npy import open_npy_vectors, write_npy
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
-from embedcache.interop.settings import AtlasSettings, VectorExportSettings
+from embedcache.interop.settings import VectorExportSettings
 from embedcache.interop.vector_files import VectorImport
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.registry import unknown_name
@@ -98,7 +97,7 @@ def export_vectors(
     format_name: str,
     cache: AnyPath,
     out: AnyPath,
-    settings: VectorExportSettings | AtlasSettings | None = None,
+    settings: VectorExportSettings | None = None,
     *,
     progress: AnyProgress = None,
     **options: Any,
@@ -106,35 +105,28 @@ def export_vectors(
     """Write the vectors of a cache, with keys, captions and columns, for another tool; whole or not at all.
 
     A row is a sample that has a vector of each exported modality, that of its first item. Memory: a block of vectors,
-    and blocks of the tables; of `atlas`, all vectors as float32.
+    and blocks of the tables.
 
     Args:
-        format_name: `clip-retrieval`, `npy`, `parquet`, or `atlas` for embedding-atlas.
+        format_name: `clip-retrieval`, `npy` or `parquet`.
         cache: path or URL of the cache.
-        out: a new `.parquet` file for `parquet` and `atlas`, else a new folder.
-        settings: `AtlasSettings` for `atlas`, else `VectorExportSettings`: features, run, selection.
+        out: a new `.parquet` file for `parquet`, else a new folder.
+        settings: features, run, selection.
         progress: progress in vectors.
         options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
         UnknownNameError: there is no such format, feature or language.
-        SettingError: settings of another format, or a modality that it does not have.
+        SettingError: a modality that the format does not have.
         UnfinishedError: a feature has missing chunks.
         FingerprintError: the run was trained on other features.
         DataError: no sample has all requested vectors.
         PathError: the file or folder exists.
-        MissingExtraError: a package that `atlas` needs is not installed.
     """
-    if format_name not in (*_WRITERS, "atlas"):
-        raise unknown_name("export format", format_name, (*_WRITERS, "atlas"))
-    kind: type[AtlasSettings | VectorExportSettings] = AtlasSettings if format_name == "atlas" else VectorExportSettings
-    chosen = merge_settings(kind, settings, options)
-    progress, out = to_progress(progress), Path(out)
-    if isinstance(chosen, AtlasSettings):
-        export = VectorExport(cache, chosen.vectors)
-        num_rows = write_atlas(export, out, chosen, progress=progress)
-    else:
-        write, allowed = _WRITERS[format_name]
-        export = VectorExport(cache, chosen, allowed=allowed)
-        num_rows = write(export, out, progress=progress)
+    if format_name not in _WRITERS:
+        raise unknown_name("export format", format_name, _WRITERS)
+    write, allowed = _WRITERS[format_name]
+    out = Path(out)
+    export = VectorExport(cache, merge_settings(VectorExportSettings, settings, options), allowed=allowed)
+    num_rows = write(export, out, progress=to_progress(progress))
     return VectorExportReport(path=out, num_rows=num_rows, left_out=export.left_out)

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from embedcache.dataset.settings import SELECTION_HELP
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES, ModalityName
-from embedcache.search.settings import FEATURE_HELP, RUN_HELP
+from embedcache.search.settings import RUN_HELP
 from embedcache.settings import check_settings, setting
 from embedcache.sources.settings import ITEM_COLUMNS
 
@@ -85,7 +85,8 @@ class VectorExportSettings:
     @property
     def named_features(self) -> dict[str, str]:
         """Modality -> the feature that is named for it."""
-        named = named_features(self.image_feature, self.text_feature)
+        both = {"image": self.image_feature, "text": self.text_feature}
+        named = {modality: name for modality, name in both.items() if name is not None}
         for word in self.features:
             modality, _, name = word.partition("=")
             if modality not in MODALITIES or not name or modality in named:
@@ -97,65 +98,7 @@ class VectorExportSettings:
         return named
 
 
-@dataclass(frozen=True, kw_only=True)
-class MtebSettings:
-    """Settings of an export to mteb: which vectors, and where the images are whose pixels it knows them by."""
-
-    image_feature: str | None = setting(**_IMAGE_FEATURE)
-    text_feature: str | None = setting(**_TEXT_FEATURE)
-    modality: Literal["image", "text"] | None = setting(**_MODALITY, default_text="both")
-    run: Path | None = setting(**_RUN)
-    device: str = device_setting()
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        _check_modality(self)
-
-    @property
-    def named_features(self) -> dict[str, str]:
-        """Modality -> the feature that is named for it."""
-        return named_features(self.image_feature, self.text_feature)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AtlasSettings:
-    """Settings of an export to embedding-atlas, which shows one point per sample."""
-
-    modality: ModalityName = setting("image", "Modality of the vectors that place the points.")
-    feature: str | None = setting(None, FEATURE_HELP, default_text=_FEATURE_DEFAULT, metavar="NAME")
-    run: Path | None = setting(**_RUN)
-    selection: Path | None = setting(None, SELECTION_HELP, metavar="FILE")
-    language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
-    projection: Literal["umap", "pca"] = setting("umap", "Projection of the vectors to the plane.")
-    images: Literal["thumbnails", "paths", "none"] = setting(
-        "thumbnails", "Store images, spectrograms or middle frames of videos, or paths, or nothing."
-    )
-    seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
-    device: str = device_setting()
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-
-    @property
-    def vectors(self) -> VectorExportSettings:
-        """Settings of the exported vectors."""
-        return VectorExportSettings(
-            features=() if self.feature is None else (f"{self.modality}={self.feature}",),
-            modality=self.modality,
-            run=self.run,
-            selection=self.selection,
-            language=self.language,
-            device=self.device,
-        )
-
-
-def named_features(image_feature: str | None, text_feature: str | None) -> dict[str, str]:
-    """Return modality -> feature of those that are named."""
-    named = {"image": image_feature, "text": text_feature}
-    return {modality: name for modality, name in named.items() if name is not None}
-
-
-def _check_modality(settings: VectorExportSettings | MtebSettings) -> None:
+def _check_modality(settings: VectorExportSettings) -> None:
     for modality, feature in settings.named_features.items():
         if settings.modality not in (None, modality):
             raise SettingError(

@@ -98,11 +98,10 @@ def test_commands_report_what_they_did(folder: Path) -> None:
         ("curate dedup cache --modality image", "levels"),
         ("verify cache", "findings"),
         ("inspect cache", "features"),
-        ("curate sample cache keys.txt 2 some.parquet", "num_samples"),
         ("curate combine cache keys.txt and keys.txt both.parquet", "num_samples"),
         ("curate export cache keys.txt tars --format webdataset", "num_samples"),
         ("export npy cache arrays --run run", "num_rows"),
-        ("export safetensors run tensors", "differences"),
+        ("export onnx run graphs", "differences"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

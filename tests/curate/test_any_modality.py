@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from embedcache.curate.dedup import dedup
 from embedcache.curate.leaks import find_leaks
@@ -17,7 +16,6 @@ from embedcache.curate.outliers import find_outliers
 from embedcache.curate.select.select import SELECTORS, select
 from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
-from embedcache.interop.formats import export_vectors
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex
@@ -144,24 +142,6 @@ def test_search_by_file(made: Made, tmp_path: Path) -> None:
         Queries(items={"text": "a dog"})
     with pytest.raises(DataError, match=f"{modality} 0: "):
         opened.search(Queries(items={modality: b"nothing"}))
-
-
-def test_export_for_embedding_atlas(made: Made, tmp_path: Path) -> None:
-    modality, out = made.case.modality, tmp_path / "atlas.parquet"
-    options = {"modality": modality, "feature": made.feature, "projection": "pca"}
-    report = export_vectors("atlas", made.train, out, **options)
-    table = pq.read_table(out).to_pydict()
-    assert report.num_rows == len(table["vector"]) == 20
-    assert table[f"{modality}_path"][0] == str(made.train.parent / f"train/00.{made.case.suffix}")
-    if modality == "points":
-        assert "image" not in table
-    else:
-        image = Image.open(io.BytesIO(table["image"][0]["bytes"]))
-        assert image.format == "WEBP"
-        assert len(image.getcolors(10_000) or ()) >= (10 if modality == "audio" else 1)  # a spectrogram has bands
-    export_vectors("atlas", made.train, tmp_path / "paths.parquet", **options, images="paths")
-    paths = pq.read_table(tmp_path / "paths.parquet", columns=["image"])["image"].to_pylist()
-    assert paths == table[f"{modality}_path"]
 
 
 def test_dedup(made: Made, tmp_path: Path) -> None:

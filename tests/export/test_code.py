@@ -226,7 +226,7 @@ def test_import_that_cannot_be_copied_is_refused(source: str, words: str, tmp_pa
     with pytest.raises(SettingError, match=words) as caught:
         copy_code([MODEL_MODULE, "bad.x"], tmp_path, "transformers")
     assert "\n" not in str(caught.value)
-    assert "use embedcache export safetensors" in str(caught.value)
+    assert "use embedcache export onnx" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["my-heads", "class", "a.b c", "x\nimport os", "__main__"])

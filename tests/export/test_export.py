@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 from embedcache.arrays import Inputs
 from embedcache.encoders.backends import OnnxGraph
@@ -43,7 +42,7 @@ def test_card_code_runs_without_embedcache(
     run: Path, tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process, which has imported the libraries that it uses, but finds no module of embedcache."""
-    for form in ("transformers", "sentence-transformers", "open-clip", "safetensors"):
+    for form in ("transformers", "sentence-transformers", "open-clip"):
         export_run(form, run, tmp_path / form)
     small = make_run(tmp_path / "small", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "openclip-mlp")
     export_run("onnx", small, tmp_path / "onnx")
@@ -51,7 +50,7 @@ def test_card_code_runs_without_embedcache(
     tokens = make_run(tmp_path / "tokens", (tiny["vit"], "patches"), (tiny["bert"], "tokens"), "token")
     export_run("onnx", tokens, tmp_path / "token-onnx")
     names = sorted(path.parent.name for path in tmp_path.glob("*/README.md"))
-    assert len(names) == 7
+    assert len(names) == 6
     for module in [name for name in sys.modules if name.partition(".")[0] == "embedcache"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "embedcache", None)
@@ -64,66 +63,29 @@ def test_card_code_runs_without_embedcache(
     assert not [name for name in sys.modules if name.startswith("embedcache.")]
 
 
-def test_safetensors_recipe(tiny: dict[str, str], tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "linear")
-    export_run("safetensors", run, tmp_path / "model")
-    tensors = load_file(tmp_path / "model" / "model.safetensors")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert {name: list(value.shape) for name, value in tensors.items()} == {
-        name: about["shape"] for name, about in config["tensors"].items()
-    }
-    assert config["recipe"][:3] == [
-        "image: take the feature encoder/cls of the encoder, in float32",
-        "image: scale to length 1",
-        "image: subtract image.mean",
-    ]
-    features = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
-    out = features / np.linalg.norm(features, axis=1, keepdims=True) - tensors["image.mean"]
-    out = out @ tensors["image.projector.linear.weight"].T
-    out /= np.linalg.norm(out, axis=1, keepdims=True)
-    np.testing.assert_allclose(out, project(ExportRun.open(run).pair.tower("image"), Inputs(features)), atol=1e-5)
-
-
-def test_safetensors_card_projects_vectors(
-    tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "mlp+linear")
-    export_run("safetensors", run, tmp_path / "model")
-    code = re.search(r"^```python\n(.*?)^```", (tmp_path / "model" / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert code
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(compile(code[1], "card", "exec"), names)  # noqa: S102
-    for modality in ("image", "text"):
-        tower = ExportRun.open(run).pair.tower(modality)
-        features = np.random.default_rng(0).normal(size=(5, tower.input_width)).astype(np.float32)
-        projected = names[f"project_{modality}"](torch.from_numpy(features))
-        np.testing.assert_allclose(projected, project(tower, Inputs(features)), atol=1e-5)
-
-
 def test_export_is_reused_or_refused(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    assert export_run("safetensors", run, folder).is_new
+    assert export_run("onnx", run, folder).is_new
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "README.md").write_text("edited")
     left = tmp_path / partial_path(folder).name.replace(f".{os.getpid()}.", f".{2**22 + 1}.")
     left.mkdir()  # of a process that was killed when the folder was in place
-    assert not export_run("safetensors", run, folder).is_new
+    assert not export_run("onnx", run, folder).is_new
     assert not left.exists()
     assert (folder / "README.md").read_text() == "edited"
     other = tmp_path / "again"
-    export_run("safetensors", run, other)
+    export_run("onnx", run, other)
     assert {path.name: path.read_bytes() for path in other.iterdir() if path.name != "README.md"} == {
         name: data for name, data in before.items() if name != "README.md"
     }
     another = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"))
     with pytest.raises(FingerprintError, match=r"was made with other settings: run: .* give the path of a new folder"):
-        export_run("safetensors", another, folder)
-    with pytest.raises(FingerprintError, match="form: stored 'safetensors', requested 'onnx'"):
+        export_run("onnx", another, folder)
+    with pytest.raises(FingerprintError, match="form: stored 'onnx', requested 'open-clip'"):
+        export_run("open-clip", run, folder)
+    (folder / "text_projector.onnx").write_text("{}")
+    with pytest.raises(CorruptError, match=r"text_projector.onnx: expected the file that was exported, got"):
         export_run("onnx", run, folder)
-    (folder / "config.json").write_text("{}")
-    with pytest.raises(CorruptError, match=r"config.json: expected the file that was exported, got"):
-        export_run("safetensors", run, folder)
 
 
 def test_invalid_input_raises(run: Path, tmp_path: Path) -> None:
@@ -133,17 +95,17 @@ def test_invalid_input_raises(run: Path, tmp_path: Path) -> None:
         PathError,
         match="expected a new folder or an export, got a folder of other files; give the path of a new folder",
     ):
-        export_run("safetensors", run, tmp_path / "full")
+        export_run("onnx", run, tmp_path / "full")
     with pytest.raises(PathError, match="expected a new folder or an export, got a file"):
-        export_run("safetensors", run, tmp_path / "full" / "mine.txt")
+        export_run("onnx", run, tmp_path / "full" / "mine.txt")
     with pytest.raises(PathError, match=r"does not exist; make one with: embedcache train"):
-        export_run("safetensors", tmp_path / "none", tmp_path / "out")
+        export_run("onnx", tmp_path / "none", tmp_path / "out")
     with pytest.raises(PathError, match=r"metrics.json does not exist"):
-        export_run("safetensors", run, tmp_path / "out", ExportSettings(metrics=tmp_path / "metrics.json"))
+        export_run("onnx", run, tmp_path / "out", ExportSettings(metrics=tmp_path / "metrics.json"))
     with pytest.raises(SettingError, match="push_to_hub: expected OWNER/NAME"):
         ExportSettings(push_to_hub="name")
-    with pytest.raises(SettingError, match="towers: expected false for the safetensors format"):
-        export_run("safetensors", run, tmp_path / "out", ExportSettings(towers=True))
+    with pytest.raises(SettingError, match="towers: expected false for the open-clip format"):
+        export_run("open-clip", run, tmp_path / "out", ExportSettings(towers=True))
     with pytest.raises(UnknownNameError, match="unknown export format 'tflite'"):
         export_run("tflite", run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
@@ -170,9 +132,9 @@ def test_card_content(run: Path, tmp_path: Path) -> None:
         "details": {"i2t": {**chance, "r@1": 0.15}, "chance": {"i2t": chance}},
     }  # fmt: skip
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    export_run("safetensors", run, tmp_path / "out", ExportSettings(metrics=tmp_path / "metrics.json"))
+    export_run("onnx", run, tmp_path / "out", ExportSettings(metrics=tmp_path / "metrics.json"))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: safetensors\nlicense: other\n")
+    assert card.startswith("---\nlibrary_name: onnx\nlicense: other\n")
     for words in (
         "| i2t r@1 | 0.15 | [0.1, 0.2] |",
         "| chance i2t r@1 | 0.01 | [0.1, 0.2] |",
@@ -182,7 +144,7 @@ def test_card_content(run: Path, tmp_path: Path) -> None:
         "selection: none, all samples of the training part",
     ):
         assert words in card
-    weights = tmp_path / "out" / "model.safetensors"
+    weights = tmp_path / "out" / "image_projector.onnx"
     assert weights.stat().st_mode == (tmp_path / "out" / "README.md").stat().st_mode
 
 
@@ -208,7 +170,7 @@ def test_card_states_where_the_weights_come_from(
     edit_record(copy / "config.json", training=training)
     with record_stage(copy / "record.json", "train", {}) as outcome:
         outcome["best_epoch"] = best_epoch
-    export_run("safetensors", copy, tmp_path / "out")
+    export_run("onnx", copy, tmp_path / "out")
     assert expected in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -220,7 +182,7 @@ def test_card_states_the_split_without_folders(run: Path, tmp_path: Path) -> Non
     edit_record(copy / "config.json", training=training)
     with record_stage(copy / "record.json", "train", {}) as outcome:
         outcome["num_samples"] = {"train": 4110, "val": 58, "test": 1310}
-    export_run("safetensors", copy, tmp_path / "out")
+    export_run("onnx", copy, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- held out: split of the file `split.parquet`, 58 for validation, 1,310 for test\n" in card
     assert "- selection: `chosen.parquet`\n" in card
@@ -253,19 +215,13 @@ def test_run_of_other_modalities(sounds: Path, tmp_path: Path) -> None:
         export_run("onnx", sounds, tmp_path / "out", towers=True)
     features = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     expected = project(ExportRun.open(sounds).pair.tower("audio"), Inputs(features))
-    export_run("safetensors", sounds, tmp_path / "plain")
-    card = (tmp_path / "plain/README.md").read_text()
-    assert "- audio-text-retrieval\n" in card
-    assert "| audio | `imported:unknown` | `vector` |" in card
-    code = re.search(r"^```python\n(.*?)^print\(project_audio", card, re.MULTILINE | re.DOTALL)
-    assert code
-    names: dict[str, Any] = {}
-    exec(compile(code[1].replace('Path("plain")', f"Path({str(tmp_path / 'plain')!r})"), "card", "exec"), names)  # noqa: S102
-    np.testing.assert_allclose(names["project_audio"](torch.from_numpy(features)).numpy(), expected, atol=1e-6)
     export_run("onnx", sounds, tmp_path / "onnx")
     graph = OnnxGraph(tmp_path / "onnx/audio_projector.onnx")
     np.testing.assert_allclose(graph({"features": features}, ["embeds"])["embeds"], expected, atol=1e-6)
-    assert "for modality in ('audio', 'text'):" in (tmp_path / "onnx/README.md").read_text()
+    card = (tmp_path / "onnx/README.md").read_text()
+    assert "- audio-text-retrieval\n" in card
+    assert "| audio | `imported:unknown` | `vector` |" in card
+    assert "for modality in ('audio', 'text'):" in card
 
 
 @pytest.mark.slow
@@ -351,9 +307,9 @@ def _relative_imports(path: Path) -> set[str]:
 
 def push_both(run: Path, folder: Path) -> tuple[str | None, str]:
     """Upload an export to a repository that takes it and to one that refuses; return the URL and the error."""
-    url = export_run("safetensors", run, folder / "pair", ExportSettings(push_to_hub="me/pair")).url
+    url = export_run("onnx", run, folder / "pair", ExportSettings(push_to_hub="me/pair")).url
     with pytest.raises(PathError) as refused:
-        export_run("safetensors", run, folder / "closed", ExportSettings(push_to_hub="me/closed"))
+        export_run("onnx", run, folder / "closed", ExportSettings(push_to_hub="me/closed"))
     return url, str(refused.value)
 
 
@@ -366,6 +322,6 @@ def test_push_to_hub(run: Path, tmp_path: Path) -> None:
     assert hub.created[0]["name"] == "pair"
     assert hub.created[0].get("private") is True or hub.created[0]["visibility"] == "private"
     assert [repository for repository, _ in hub.commits] == ["me/pair"]
-    assert {"README.md", "config.json", "model.safetensors", RECORD} <= set(hub.repositories["me/pair"])
+    assert {"README.md", "image_projector.onnx", "text_projector.onnx", RECORD} <= set(hub.repositories["me/pair"])
     assert re.search(r"cannot upload to me/closed: .*the export is in .*closed: run `hf auth login`", refused)
-    assert (tmp_path / "closed" / "model.safetensors").is_file()
+    assert (tmp_path / "closed" / "image_projector.onnx").is_file()

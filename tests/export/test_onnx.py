@@ -49,7 +49,7 @@ class Unknown(torch.nn.Module):
 def test_unknown_operator_is_refused(tiny: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"), f"linear+{__name__}:Unknown")
     capfd.readouterr()
-    words = r"this run: text projector: cannot export .*'aten::lgamma'.*; use embedcache export safetensors"
+    words = r"this run: text projector: cannot export .*'aten::lgamma'.*; embedcache.load applies it"
     with pytest.raises(SettingError, match=words):
         export_run("onnx", run, tmp_path / "model")
     assert "graph" not in "".join(capfd.readouterr())

@@ -1,19 +1,17 @@
 import io
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import distribution
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from clip_benchmark.cli import main as run_clip_benchmark
 from clip_benchmark.metrics import zeroshot_retrieval
 from PIL import Image
-from sklearn.metrics import top_k_accuracy_score
 from torch.utils.data import default_collate
 
 from embedcache.cli.main import app
@@ -22,12 +20,11 @@ from embedcache.errors import FingerprintError, MissingExtraError, PathError, Se
 from embedcache.evaluate.runs import load_runs, run_input
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.interop.clip_benchmark import _find_output, evaluate, load, top_k_accuracy
+from embedcache.interop.clip_benchmark import load, register
 from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.sources import open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
-from tests.cli.run import succeed
 from tests.conftest import FEATURES
 from tests.edits import edit_record
 from tests.interop.layout import write_layout
@@ -154,13 +151,6 @@ def test_retrieval_equals_clip_benchmark(image_folder: Path, runs: dict[str, Pat
     assert recall_at(t2i, 10) > 0.12  # chance is 0.1: the runs know something, so the figures can differ
 
 
-def test_top_k_accuracy_equals_scikit_learn() -> None:
-    rng = np.random.default_rng(0)
-    scores, labels = rng.random((60, 8)).astype(np.float32), rng.integers(8, size=60)
-    found = top_k_accuracy(torch.from_numpy(scores), torch.from_numpy(labels), topk=(1, 5))
-    assert found == [pytest.approx(top_k_accuracy_score(labels, scores, k=k, labels=range(8))) for k in (1, 5)]
-
-
 def edited(run_path: Path, folder: Path, modality: str, **fields: object) -> Path:
     """Copy a run, and change what its config says of one side."""
     copy = shutil.copytree(run_path, folder / "edited")
@@ -184,41 +174,15 @@ def test_missing_encoder_package_raises(runs: dict[str, Path], tmp_path: Path, m
         load("embedcache", run)
 
 
-def test_errors(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors(runs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(PathError, match="nowhere does not exist; make one with: embedcache train"):
-        evaluate(tmp_path / "nowhere", [])
+        load("embedcache", tmp_path / "nowhere")
     with pytest.raises(SettingError, match="device 'cuda:77' is not available"):
         load("embedcache", runs["vectors"], device="cuda:77")
     model, _, _ = load("embedcache", runs["vectors"])
     assert model.to("cpu") is model
     with pytest.raises(SettingError, match="device: expected cpu, got meta"):
         model.to("meta")
-    monkeypatch.setitem(sys.modules, "clip_benchmark", None)
-    monkeypatch.setitem(sys.modules, "clip_benchmark.cli", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'embedcache\[clip-benchmark\]'"):
-        evaluate(runs["vectors"], [])
-
-
-@pytest.mark.parametrize("words", [("--output", "a.json"), ("--output=a.json",), ("--out", "b.json", "--out=a.json")])
-def test_output_is_found_in_each_form(words: tuple[str, ...]) -> None:
-    assert _find_output(["--dataset", "wds/photos", *words, "--quiet"]) == "a.json"
-    assert _find_output(["--dataset", "wds/photos", "--quiet"]) is None
-
-
-def test_results_are_found_where_the_clock_of_the_disk_lags(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, again, new = (tmp_path / f"{name}_en.json" for name in ("old", "again", "new"))
-    for path in (old, again):
-        path.write_text("{}")
-
-    def main() -> None:
-        for path, time_s in ((again, 1), (new, 2)):
-            path.write_text("{}")
-            os.utime(path, (time_s, time_s))
-
-    monkeypatch.setitem(sys.modules, "clip_benchmark.cli", SimpleNamespace(main=main))
-    assert evaluate(runs["vectors"], ["--output", str(tmp_path / "{dataset}_{language}.json")]) == [again, new]
 
 
 def write_emoji(folder: Path, every: int) -> Path:
@@ -266,14 +230,17 @@ def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path, monkeypatch: pytes
 
     data = ["--dataset", "wds/photos", "--dataset_root", "photos", "--task", "zeroshot_classification"]
     options = [*data, "--num_workers", 0, "--quiet", "--save_clf", "classes.pt"]
-    printed = succeed("evaluate", "clip-benchmark", "run", *options, "--json", cwd=tmp_path)
+    words = ["--model_type", "embedcache", "--model", "embedcache", "--pretrained", "run", "--no_amp"]
+    words += ["--output", "theirs.json", *map(str, options)]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark", "eval", *words])
+    register()
+    run_clip_benchmark()
     app(
         ["evaluate", "zero-shot", "images", "run", "--prompts", "prompts", "--output", "ours.json"],
         standalone_mode=False,
     )
-    theirs = json.loads((tmp_path / "photos_run_en_zeroshot_classification.json").read_text())
-    assert json.loads(printed) == [theirs]
+    theirs = json.loads((tmp_path / "theirs.json").read_text())
     ours = json.loads((tmp_path / "ours.json").read_text())
     assert theirs["metrics"] == pytest.approx(ours["metrics"], abs=1e-3)
     for field in ("model", "pretrained", "task", "language"):

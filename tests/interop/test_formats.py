@@ -52,7 +52,7 @@ def test_wrong_requests_raise(labeled: Path, tmp_path: Path) -> None:
         open_vectors("npy", image_file="x", files={"image": "y"})
     with pytest.raises(SettingError, match=r"path: expected a folder or file of the format datacomp, got none"):
         open_vectors("datacomp")
-    with pytest.raises(UnknownNameError, match=r"unknown export format 'csv'; .*atlas"):
+    with pytest.raises(UnknownNameError, match=r"unknown export format 'csv'; .*parquet"):
         export_vectors("csv", labeled, tmp_path / "x")
     with pytest.raises(UnknownNameError, match=r"unknown setting 'projection'"):
         export_vectors("npy", labeled, tmp_path / "x", projection="pca")
@@ -62,5 +62,3 @@ def test_wrong_requests_raise(labeled: Path, tmp_path: Path) -> None:
         SettingError, match=r"feature: expected MODALITY=NAME, .* once for each .*, got 'image=open_toy/"
     ):
         export_vectors("npy", labeled, tmp_path / "x", image_feature="open_toy/cls", feature="image=open_toy/cls")
-    with pytest.raises(SettingError, match=r"settings: expected AtlasSettings, got VectorExportSettings"):
-        export_vectors("atlas", labeled, tmp_path / "x", VectorExportSettings())

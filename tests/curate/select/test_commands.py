@@ -121,24 +121,3 @@ def test_error_is_one_line(command: Command, line: str, expected: str) -> None:
     assert code == 1
     (error_line,) = [part for part in err.splitlines() if part.startswith("error: ")]
     assert expected in error_line
-
-
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        ("select.select.select", "select cache out.parquet --method random --budget 9"),
-        ("select.select.combine_selections", "combine cache a.parquet and b.parquet out.parquet"),
-        ("negatives.mine_negatives", "negatives cache out.parquet"),
-    ],
-)
-def test_interrupt_promises_no_finished_work(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, line: str
-) -> None:
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(f"embedcache.curate.{name}", interrupt)
-    code, shown, errors = command(line)
-    assert (code, shown) == (130, "")
-    assert errors == "Interrupted. Nothing is written; rerun the same command to start again.\n"
-    assert not (tmp_path / "out.parquet").exists()
