@@ -1,5 +1,7 @@
 """Count which random mutants of core modules their tests kill: `python -m tests.mutants FOLDER 200 --seed 0`.
 
+With `--again FILE`, the mutants that FILE lists are tried once more, in today's code: those whose line still exists.
+
 A mutant changes one comparison, operator, constant, condition or boundary of a slice in a copy of the repository. The
 tests of its package that run the changed line, or that use a shared fixture that runs it, are run until the first
 failure; tests marked `no_mutants`, which would take too long, are left out. Mutants that survive are listed with their
@@ -26,6 +28,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,17 +71,22 @@ def main() -> None:
     """Try mutants and print what became of each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("num_mutants", type=int)
+    parser.add_argument("num_mutants", type=int, nargs="?", default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", type=Path, metavar="FILE", help="try the mutants of an earlier result")
     options = parser.parse_args()
     folder = options.folder.resolve()
     prepare(folder)
-    results = folder / f"seed-{options.seed}.jsonl"
+    results = folder / (f"again-{options.again.name}" if options.again else f"seed-{options.seed}.jsonl")
     states = [json.loads(line)["state"] for line in results.read_text().splitlines()] if results.is_file() else []
     with tempfile.TemporaryDirectory() as temporary, results.open("a") as file:
         copy = Path(temporary).resolve() / "repository"
         shutil.copytree(folder / "repository", copy)
-        places = draw(copy, options.num_mutants, options.seed)
+        if options.again:
+            places = find_again(copy, [json.loads(line) for line in options.again.read_text().splitlines()])
+        else:
+            places = draw(copy, options.num_mutants, options.seed)
+
         for number, (path, index) in enumerate(places[len(states) :], start=len(states) + 1):
             result = {"number": number, **try_mutant(folder, copy, path, index, number)}
             file.write(json.dumps(result) + "\n")
@@ -110,6 +118,34 @@ def draw(copy: Path, num_mutants: int, seed: int) -> list[tuple[Path, int]]:
     weights = [len(text) if count else 0 for text, count in zip(texts, counts, strict=True)]
     drawn = [rng.choices(range(len(paths)), weights)[0] for _ in range(num_mutants)]
     return [(paths[number], rng.randrange(counts[number])) for number in drawn]
+
+
+def find_again(copy: Path, mutants: list[dict[str, Any]]) -> list[tuple[Path, int]]:
+    """Return path and place of each mutant whose line still exists, in its own module or else in another."""
+    paths = [path for name in PACKAGES for path in sorted((copy / "embedcache" / name).rglob("*.py"))]
+    places_of_mutant: dict[tuple[object, ...], list[tuple[Path, int]]] = {}
+    for path in paths:
+        for index, name in enumerate(name_places(path.read_text())):
+            places_of_mutant.setdefault(name, []).append((path, index))
+
+    places = []
+    for mutant in mutants:
+        candidates = places_of_mutant.get((mutant["text"], mutant["change"], mutant["repeat"]), [])
+        own = [place for place in candidates if str(place[0].relative_to(copy)) == mutant["path"]]
+        places += (own or candidates)[:1]
+    return places
+
+
+def name_places(text: str) -> list[tuple[object, ...]]:
+    """Return for each place of a module its line, its change, and how often both occurred before it."""
+    lines = text.splitlines()
+    counts = Counter[tuple[str, str]]()
+    names: list[tuple[object, ...]] = []
+    for node in find_places(ast.parse(text)):
+        name = lines[getattr(node, "lineno", 1) - 1].strip(), mutate(deepcopy(node))
+        names.append((*name, counts[name]))
+        counts[name] += 1
+    return names
 
 
 def find_places(tree: ast.AST) -> Iterator[ast.AST]:
@@ -144,6 +180,7 @@ def try_mutant(folder: Path, copy: Path, path: Path, index: int, number: int) ->
     """
     relative = path.relative_to(copy)
     runs = measure(folder, copy, relative.parts[1])
+    text, _, repeat = name_places(path.read_text())[index]
     tree = ast.parse(path.read_text())
     node = list(find_places(tree))[index]
     line = getattr(node, "lineno", 0)
@@ -157,8 +194,8 @@ def try_mutant(folder: Path, copy: Path, path: Path, index: int, number: int) ->
         code = run_fork(copy, folder / "output", timeout_s, lambda: run_pytest(Chosen(tests)))
         state = {0: "SURVIVED", 1: "killed"}.get(code, "stopped" if code < 0 else f"ended with {code}")
     shutil.copy2(folder / "repository" / relative, path)
-    what = {"path": str(relative), "line": line, "change": change, "state": state, "num_tests": len(tests)}
-    return {**what, "seconds": round(time.monotonic() - start)}
+    what = {"path": str(relative), "line": line, "text": text, "change": change, "repeat": repeat}
+    return {**what, "state": state, "num_tests": len(tests), "seconds": round(time.monotonic() - start)}
 
 
 @dataclass(kw_only=True)
