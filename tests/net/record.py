@@ -14,6 +14,7 @@ import numpy as np
 from embedcache.quickstart.quickstart import quickstart
 from embedcache.registry import trust_package
 from tests.net import commands
+from tests.net.modalities import make_modalities
 
 FOLDER = Path(__file__).parent
 VALUES, FEATURES = FOLDER / "values.json", FOLDER / "features.npz"
@@ -40,6 +41,8 @@ def record(folder: Path) -> None:
         quickstart_values = dict(commands.quickstart_figures())
 
     arrays = {f"toy {name}": array for name, array in commands.features_of(toy / "cache").items()}
+    modality_arrays = commands.features_of(make_modalities(folder))
+    arrays.update({f"modalities {name}": array for name, array in modality_arrays.items()})
     real_arrays = commands.features_of(real / "cache", NUM_REAL_ITEMS)
     arrays.update({f"quickstart {name}": array for name, array in real_arrays.items()})
     np.savez_compressed(FEATURES, **arrays)  # type: ignore[arg-type]

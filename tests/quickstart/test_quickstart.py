@@ -1,6 +1,7 @@
 """The whole workflow on the packaged encoders and images: the quickstart, and the tutorial on its image features."""
 
 import ast
+import contextlib
 import json
 import re
 import shlex
@@ -20,6 +21,9 @@ from embedcache.reports.quickstart import QuickstartReport
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.blocks import TUTORIAL, VARIES, blocks_of, run_block
+from tests.net import commands
+from tests.net.checks import check_features, check_values
+from tests.net.record import NUM_REAL_ITEMS
 from tests.recorded import RecordedProgress
 from tests.toy import TEXT as TOY
 
@@ -45,6 +49,13 @@ def report(workdir: Path, notes: RecordedProgress) -> Iterator[QuickstartReport]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("embedcache.quickstart.quickstart.SOURCE", ENGLISH)
         yield quickstart(workdir, progress=notes)
+
+
+def test_figures_are_those_of_the_net(report: QuickstartReport, workdir: Path) -> None:
+    """Compute the features and figures of all commands, which `tests.net.record` recorded."""
+    with contextlib.chdir(workdir):
+        check_features("quickstart", commands.features_of("cache", NUM_REAL_ITEMS))
+        check_values("quickstart", commands.quickstart_figures())
 
 
 def test_recall_beats_chance_and_control(report: QuickstartReport) -> None:
