@@ -6,19 +6,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-    distribution_to_json,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
@@ -28,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.files import remove_folder
 from embedcache.locks import Leases, locked
-from embedcache.provenance import digest, from_record, to_record
+from embedcache.provenance import from_record, to_record
 from embedcache.sweep.settings import Pruner, Sampler, SweepSettings
 from embedcache.sweep.space import Range, Space, Value, to_stored
 from embedcache.sweep.study import Study, trial_path, without_password
@@ -39,8 +32,6 @@ Params: TypeAlias = dict[str, Value]
 _MAX_ATTEMPTS = 3
 _SQLITE_TIMEOUT_S = 60
 _MAX_GRID_POINTS = 100_000
-_DIGEST, _SIGNATURE = "digest", "record_digest"
-"""Attributes of a trial: digests of what counts of a complete one, and of all of a finished one."""
 _RESTORE = "restore the storage, or use a new folder"
 _SQLITE_STEPS = {
     "BUSY": "another process keeps it locked: end that process, and rerun the same command",
@@ -116,7 +107,6 @@ class Trials:
     def complete(self, trial: optuna.Trial, score: float, outcome: Outcome) -> None:
         """Record the score and the outcome of a trial."""
         trial.set_user_attr("outcome", outcome.to_json())
-        trial.set_user_attr(_DIGEST, _digest(trial.params, score, outcome.to_json()))
         self._close(trial, TrialState.COMPLETE, score)
 
     def prune(self, trial: optuna.Trial) -> None:
@@ -131,18 +121,8 @@ class Trials:
         self._close(trial, TrialState.FAIL)
 
     def finished(self) -> list[FrozenTrial]:
-        """Return the trials that are complete, pruned or failed, by number, without lost ones that are repeated.
-
-        Raises `CorruptError` if the settings, score or outcome of one have changed since they were recorded.
-        """
-        finished = [trial for trial in self._all() if trial.state.is_finished()]
-        for trial in finished:
-            if _has_changed(trial):
-                raise CorruptError(
-                    f"study {self._path}: trial {trial.number}: its settings, score or outcome in the storage have "
-                    f"changed since they were recorded; {_RESTORE}"
-                )
-        return [trial for trial in finished if not _is_lost(trial)]
+        """Return the trials that are complete, pruned or failed, by number, without lost ones that are repeated."""
+        return [trial for trial in self._all() if trial.state.is_finished() and not _is_lost(trial)]
 
     def _all(self) -> list[FrozenTrial]:
         try:
@@ -169,7 +149,6 @@ class Trials:
         return trial
 
     def _close(self, trial: optuna.Trial, state: TrialState, score: float | None = None) -> None:
-        self._sign(trial._trial_id, state, score)
         self.optuna.tell(trial, score, state=state)
         self._leases.release(trial.number)
 
@@ -180,39 +159,11 @@ class Trials:
                 continue
             for trial in self._running():  # read again: it may have finished just before its lease was released
                 if trial.number == number:
-                    self._sign(trial._trial_id, TrialState.FAIL)
                     self.optuna.tell(number, state=TrialState.FAIL)
                     remove_run(self._path, number)
                     if _is_repeated(trial):
                         self.optuna.enqueue_trial(trial.params, user_attrs={"deaths": _num_losses(trial) + 1})
             self._leases.release(number)
-
-    def _sign(self, trial_id: int, state: TrialState, score: float | None = None) -> None:
-        """Store the digest of all that a trial is about to be finished with."""
-        trial = self._storage.get_trial(trial_id)
-        if state == TrialState.PRUNED and trial.last_step is not None:
-            score = trial.intermediate_values[trial.last_step]  # as Optuna does
-        self._storage.set_trial_user_attr(trial_id, _SIGNATURE, _signature(trial, state, score))
-
-
-def _has_changed(trial: FrozenTrial) -> bool:
-    """Return whether a finished trial differs from what it was recorded with; the first studies have no digests."""
-    found = {_SIGNATURE: _signature(trial, trial.state, trial.value)}
-    if trial.state == TrialState.COMPLETE:
-        found[_DIGEST] = _digest(trial.params, trial.value, trial.user_attrs.get("outcome"))
-    return any(trial.user_attrs.get(name, value) != value for name, value in found.items())
-
-
-def _signature(trial: FrozenTrial, state: TrialState, score: float | None) -> str:
-    attributes = {name: value for name, value in trial.user_attrs.items() if name != _SIGNATURE}
-    ranges = {name: distribution_to_json(values) for name, values in trial.distributions.items()}
-    reported = {str(step): value for step, value in trial.intermediate_values.items()}
-    values = {"state": state.name, "score": score, "ranges": ranges, "reported": reported, "attributes": attributes}
-    return digest({**values, "number": trial.number, "params": trial.params})
-
-
-def _digest(params: Params, score: float | None, outcome: Mapping[str, Any] | None) -> str:
-    return digest({"params": params, "score": score, "outcome": outcome})
 
 
 def remove_run(path: Path, number: int) -> None:
@@ -392,8 +343,7 @@ def _grid_values(name: str, values: Range | tuple[Value, ...]) -> tuple[Value, .
             f"--sampler grid: {name}: expected a range with a step, or choices such as "
             f"{name} = [{values.low}, {values.high}], got a range without a step"
         )
-    numbers = range(round((values.high - values.low) / step) + 1)
+    points = [values.low + number * step for number in range(round((values.high - values.low) / step) + 1)]
     if values.is_whole:
-        return tuple(values.low + number * step for number in numbers)
-    low, width = Decimal(str(values.low)), Decimal(str(step))  # in binary, 0.1 + 2 * 0.1 is above 0.3
-    return tuple(float(low + number * width) for number in numbers)
+        return tuple(points)
+    return tuple(float(f"{point:.12g}") for point in points)  # 0.1 + 2 * 0.1 is above 0.3
