@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
-from embedcache.curate.answers import read_answers
 from embedcache.curate.counting import (
     SAMPLE,
     STRIP_SAMPLE,
@@ -17,14 +16,14 @@ from embedcache.curate.counting import (
     PartialCoverage,
     estimate_background,
 )
-from embedcache.curate.prevalence import Estimate, estimate_counts, settle, strip_weights
+from embedcache.curate.prevalence import Estimate, estimate_counts, read_answers, settle, strip_weights
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.pairs import ANY_LANGUAGE
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import SettingError, pluralize
 from embedcache.files import AnyPath
-from embedcache.metrics.classification import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
+from embedcache.metrics.ranking import gini, top_fraction
 from embedcache.modalities import count_items, noun
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.projectors.saved import read_config

@@ -1,13 +1,16 @@
 """Deduplication of a cache: compare its items, choose a cosine, and write which samples stay."""
 
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
-from embedcache.arrays import Array, Floats, Ints
+from embedcache.arrays import Array, Floats, Ints, blocks
 from embedcache.curate.keep import (
     FAR,
     Copies,
@@ -19,19 +22,22 @@ from embedcache.curate.keep import (
     order_samples,
 )
 from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, assign_clusters, find_near_duplicates
-from embedcache.curate.pixels import compare_pixels, open_images
 from embedcache.curate.settings import DedupSettings
+from embedcache.dataset.clusters import scratch_matrix
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, check_selection_path, read_selection, write_selection
 from embedcache.dataset.similar_pairs import NOT_COMPARED, SAME_PICTURE, PairCollector, SimilarPairs, cosine_limit
-from embedcache.errors import DataError, SettingError, pluralize, quoted
+from embedcache.dataset.thumbnails import Thumbnails, not_shown
+from embedcache.errors import DataError, EmbedcacheError, SettingError, pluralize, quoted
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.outputs import check_output, new_output, removed_table_path, with_metadata
-from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.processes import num_cores
+from embedcache.progress import AnyProgress, Progress, to_progress, watch
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings
+from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 from embedcache.store.rows import keys_at
@@ -326,3 +332,74 @@ def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
     header = {"cache": str(cache.path), "method": "dedup"}
     with new_output(path) as temporary:
         write_table(temporary, with_metadata(table, header))
+
+
+_HASH_PX = 24
+_BLOCK = 512
+_log = logging.getLogger(__name__)
+
+
+def open_images(cache: Cache) -> Thumbnails | None:
+    """Open the images of a cache to read them again; None, with a warning, if its source cannot be opened."""
+    try:
+        return Thumbnails(cache)
+    except EmbedcacheError as error:
+        _log.warning("pixels are not compared: %s", str(error).removeprefix(not_shown("image")))
+        return None
+
+
+def hash_image(data: bytes) -> Array:
+    """Return the perceptual hash of an image file, (1728,) uint8; raise an ItemError if it cannot be decoded."""
+    image = decode_image(data).resize((_HASH_PX, _HASH_PX), Image.Resampling.LANCZOS)
+    return np.asarray(image).ravel()
+
+
+def compare_pixels(
+    images: Thumbnails, rows_C: Ints, pairs: SimilarPairs, scratch: Path | str | None, progress: Progress
+) -> SimilarPairs:
+    """Compute the hash distances of pairs of contents; a warning says how many images could not be read, and why.
+
+    Each image is read and decoded once, on all cores. Scratch space: 1,728 bytes per image, in the folder `scratch` or
+    the system's. Memory: 9 bytes per content, 20 per pair and the images in work. The result is deterministic.
+
+    Args:
+        images: reader of the images.
+        rows_C: row of each content.
+        pairs: pairs of contents.
+        scratch: folder of the scratch file; None: the system's.
+        progress: progress in images.
+
+    Raises:
+        DiskFullError: the scratch file does not fit.
+    """
+    is_paired_C = np.zeros(len(rows_C), bool)
+    is_paired_C[np.concatenate([pairs.left, pairs.right])] = True
+    position_C = np.cumsum(is_paired_C) - 1
+    rows = rows_C[is_paired_C]
+    is_read = np.zeros(len(rows), bool)
+    reason = None
+    distances = pairs.distances.copy()
+
+    def read_hash(row: int) -> tuple[Array | int, str | None]:
+        try:
+            return hash_image(images.read(row)), None
+        except EmbedcacheError as error:
+            return 0, str(error)
+
+    shape = (len(rows), 3 * _HASH_PX**2)
+    with scratch_matrix(scratch, shape, np.uint8) as hashes, ThreadPoolExecutor(num_cores()) as pool:
+        for block in watch(blocks(len(rows), _BLOCK), progress, "reading similar images", len(rows), "images"):
+            for position, (value, failure) in enumerate(pool.map(read_hash, rows[block].tolist()), block.start):
+                hashes[position] = value
+                is_read[position] = failure is None
+                reason = reason or failure
+
+        for block in blocks(len(distances), _BLOCK):
+            left = position_C[pairs.left[block]]
+            right = position_C[pairs.right[block]]
+            difference = np.maximum(hashes[left], hashes[right]) - np.minimum(hashes[left], hashes[right])
+            distances[block] = np.where(is_read[left] & is_read[right], difference.max(axis=1), np.int16(NOT_COMPARED))
+
+    if reason is not None:
+        _log.warning("pixels of %s images are not compared: %s", f"{(~is_read).sum():,}", reason)
+    return replace(pairs, distances=distances)

@@ -7,13 +7,20 @@ half. Where the cut really lies is unknown without labels, so the interval spans
 (docs/about/results.md), and a person's answers about some items narrow it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.special import expit, log_expit
 
 from embedcache.arrays import Array, Bools, Floats
+from embedcache.errors import DataError, FingerprintError, PathError
+from embedcache.files import AnyPath
+from embedcache.modalities import noun
+from embedcache.outputs import read_report_json, write_report_json
+from embedcache.provenance import INDEX_DIGEST, construct
+from embedcache.store.cache import Cache
 
 COUNTED, CERTAIN, POSSIBLE = 0.55, 0.9, 0.25
 """Relative scores above which items are counted, are almost certain, and may show the concept."""
@@ -193,3 +200,53 @@ def settle(
     settled, lowest, highest = np.maximum(counts_GW.ravel()[order][places], num_confirmed)
     cut = posterior_GW.sum(axis=1) @ _CUTS
     return Settled(count=float(settled), low=float(lowest), high=float(highest), cut=float(cut))
+
+
+Answers = dict[str, dict[int, bool]]
+"""Name of a concept -> row of an item -> whether it shows the concept."""
+
+
+def answers_path(report: Path) -> Path:
+    """Return where the answers about a report are saved: `coverage.json` -> `coverage.answers.json`."""
+    return report.with_name(f"{report.name.removesuffix('.json')}.answers.json")
+
+
+def write_answers(path: Path, answers: Mapping[str, Mapping[int, bool]], cache: Cache, modality: str) -> None:
+    """Write answers about the items of a cache, whole or not at all; earlier ones of the file are replaced."""
+    by_name = {name: {str(row): shows for row, shows in rows.items()} for name, rows in answers.items() if rows}
+    write_report_json(path, {INDEX_DIGEST: cache.info.index_digest, "modality": modality, "answers": by_name})
+
+
+def read_answers(path: AnyPath, cache: Cache, modality: str) -> Answers:
+    """Read answers about the items of a cache; those about items that were removed since are left out.
+
+    Raises:
+        PathError: the file does not exist.
+        CorruptError: it is no such file, or has changed since it was written.
+        FingerprintError: the answers are about other samples.
+        DataError: they are about items of another modality.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PathError(f"answers: expected a file that the search page wrote, got {path}, which does not exist")
+    values = read_report_json(path)
+    digest, answered, answers = construct(
+        path,
+        lambda: (
+            str(values[INDEX_DIGEST]),
+            str(values["modality"]),
+            {
+                str(name): {int(row): bool(shows) for row, shows in rows.items()}
+                for name, rows in values["answers"].items()
+            },
+        ),
+    )
+    if not cache.info.has_rows_of(digest):
+        raise FingerprintError(f"answers {path}: expected samples of {cache.path}, got others; answer anew")
+    if answered != modality:
+        raise DataError(f"answers {path}: expected answers about {noun(modality)}, got some about {noun(answered)}")
+    is_removed = cache.removed_items(modality)
+    return {
+        name: {row: shows for row, shows in rows.items() if 0 <= row < len(is_removed) and not is_removed[row]}
+        for name, rows in answers.items()
+    }

@@ -36,7 +36,7 @@ class SimilarPairs:
     left: Ints  # (L,)
     right: Ints  # (L,)
     cosines: Floats  # (L,)
-    distances: Array  # (L,) int16 hash distances of images, see `embedcache.curate.pixels`, or NOT_COMPARED
+    distances: Array  # (L,) int16 hash distances of images, see `embedcache.curate.dedup`, or NOT_COMPARED
 
     def select(self, mask: Bools) -> "SimilarPairs":
         """Return the pairs of a mask."""

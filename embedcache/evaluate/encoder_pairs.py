@@ -7,13 +7,13 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, Products, blocks, check_finite, distinct, normalize
-from embedcache.dataset.inputs import InputFeature, default_pair, to_unit_vectors
-from embedcache.dataset.pairs import Items, choose_language
+from embedcache.dataset.inputs import InputFeature, default_pair, open_input, to_unit_vectors
+from embedcache.dataset.pairs import Items, Pairs, choose_language, pair_items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
+from embedcache.dataset.splitting import make_split
 from embedcache.devices import products_on
 from embedcache.encoders.image_features import FeatureName
-from embedcache.errors import DataError, SettingError, pluralize
-from embedcache.evaluate.pair_sample import PairSample, draw_samples, open_features, split_samples
+from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize
 from embedcache.evaluate.settings import PairsSettings
 from embedcache.files import AnyPath
 from embedcache.metrics.alignment import (
@@ -25,13 +25,143 @@ from embedcache.metrics.alignment import (
     neighbor_overlap,
     shuffled_from_products,
 )
-from embedcache.metrics.intervals import Estimate, bootstrap_mean, jackknife
-from embedcache.metrics.ranking import best_ranks
-from embedcache.modalities import MODALITIES, directions, noun, order_pair, pair_nouns
+from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, effective_number, jackknife
+from embedcache.metrics.ranking import best_ranks, chance_recall
+from embedcache.modalities import MODALITIES, directions, noun, option_of, order_pair, pair_nouns
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.settings import merge_settings, replace_flat
 from embedcache.store.cache import Cache
+
+_MIN_SAMPLES = 20
+_NUM_BLOCKS = 50
+
+
+def open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[list[InputFeature], list[str]]:
+    """Open the named features, or all complete ones that no run computed, and return a line for each one left out."""
+    if names:
+        named = {feature.name: feature for feature in (open_input(cache, modality, name) for name in names)}
+        for feature in named.values():
+            feature.require_complete()
+        return list(named.values()), []
+    stored = cache.features(modality)
+    if not stored:
+        open_input(cache, modality)  # raises, with the command that extracts some
+    complete, skipped = [], []
+    for stored_feature in stored:
+        if stored_feature.group.is_from_run:  # which was trained on these samples
+            name = stored_feature.name
+            option = option_of(modality, "feature", name)
+            skipped.append(f"left out: {name} was computed by a run; {option} compares it")
+            continue
+        feature = InputFeature([stored_feature])
+        try:
+            feature.require_complete()
+            complete.append(feature)
+        except UnfinishedError as error:
+            skipped.append(f"left out: {error}")
+    if skipped and not complete:
+        raise UnfinishedError(
+            f"{cache.path}: expected a complete {modality} feature, got none; {skipped[0].partition(': ')[2]}"
+        )
+    return complete, skipped
+
+
+def draw_samples(
+    cache: Cache,
+    first_features: Sequence[InputFeature],
+    second_features: Sequence[InputFeature],
+    settings: PairsSettings,
+) -> Pairs:
+    """Draw samples without replacement from those that have an item of each modality with all of its features."""
+    pairs = pair_items([cache], first_features[:1], second_features[:1], language=settings.language)
+    first, second = (
+        items.where(np.logical_and.reduce([feature.valid for feature in features])[items.rows])
+        for items, features in ((pairs.first, first_features), (pairs.second, second_features))
+    )
+    samples = np.intersect1d(distinct(first.samples), distinct(second.samples), assume_unique=True)
+    if len(samples) < _MIN_SAMPLES:
+        raise DataError(
+            f"expected at least {_MIN_SAMPLES} samples of {cache.path} with all of the features, got {len(samples)}: "
+            "compare fewer features, or extract more samples"
+        )
+    if len(samples) > settings.num_samples:
+        samples = np.random.default_rng(settings.seed).choice(samples, settings.num_samples, replace=False)
+    return Pairs(first=first.select(samples), second=second.select(samples))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSample:
+    """The compared samples: all pairs, those that the probe is fitted on, and those that it is measured on.
+
+    `groups` and `blocks` are (S,): the near-duplicate group and the jackknife block of each of `samples`.
+    """
+
+    pairs: Pairs
+    train: Pairs
+    val: Pairs
+    groups: Ints
+    blocks: Ints
+
+    @property
+    def samples(self) -> Ints:
+        """(S,) int64 rows of the sample table, ascending."""
+        return self.pairs.samples
+
+    def groups_of(self, samples: Ints) -> Ints:
+        """Return the groups of some of the samples."""
+        groups: Ints = self.groups[np.searchsorted(self.samples, samples)]
+        return groups
+
+    def positions(self, part: Pairs) -> tuple[Ints, Ints]:
+        """Return the positions of the items of both modalities of a part among those of all samples."""
+        return (
+            np.searchsorted(self.pairs.first.rows, part.first.rows),
+            np.searchsorted(self.pairs.second.rows, part.second.rows),
+        )
+
+    def chance(self, k: int) -> list[Estimate]:
+        """Compute the recall at k of a random order of the validation items, in both directions."""
+        first_M, second_M = self.val.positives()
+        first, second = self.val.first, self.val.second
+        return [
+            chance_estimate(
+                chance_recall(np.bincount(query_M), len(candidates.rows), k), effective_number(queries.contents)
+            )
+            for query_M, queries, candidates in ((first_M, first, second), (second_M, second, first))
+        ]
+
+
+def split_samples(
+    pairs: Pairs, cache: Cache, features: Sequence[InputFeature], settings: SplitSettings, progress: Progress
+) -> PairSample:
+    """Split samples into parts, without the test part; the two features decide near-duplicates of a strict split."""
+    split = make_split(
+        [cache], pairs, settings, {feature.modality: feature.read for feature in features}, progress=progress
+    )
+    train, val = pairs.select(split.rows("train")), pairs.select(split.rows("val"))
+    both = distinct(np.concatenate([train.samples, val.samples]))
+    if len(both) < _MIN_SAMPLES or not (len(train.samples) and len(val.samples)):
+        raise DataError(
+            f"expected at least {_MIN_SAMPLES} samples in the training and validation parts, some in each, got "
+            f"{len(train.samples)} and {len(val.samples)} of {len(pairs.samples)} drawn samples of {cache.path}: draw "
+            "more with --num-samples, compare fewer features, or use another split"
+        )
+    groups = np.array(split.groups)[both]
+    return PairSample(pairs=pairs.select(both), train=train, val=val, groups=groups, blocks=_assign_blocks(groups))
+
+
+def _assign_blocks(groups: Ints) -> Ints:
+    """Assign whole groups to blocks of about equal size, the largest group first: (S,) block of each sample."""
+    _, group_S, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    filled = np.zeros(min(_NUM_BLOCKS, len(sizes)), np.int64)
+    block_G = np.empty(len(sizes), np.int64)
+    for group in np.argsort(-sizes, kind="stable"):
+        block_G[group] = filled.argmin()
+        filled[block_G[group]] += sizes[group]
+    block_S: Ints = block_G[group_S]
+    return block_S
+
 
 Names: TypeAlias = str | Sequence[str] | None
 """Names of one or several features; None: all."""

@@ -13,8 +13,8 @@ from embedcache.evaluate.classifiers import Classifier, Examples, Fit, load_meth
 from embedcache.evaluate.labeled import LabeledFeature, read_labeled
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.files import AnyPath
-from embedcache.metrics.classification import class_means, rank_labels
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
+from embedcache.metrics.ranking import class_means, rank_labels
 from embedcache.modalities import noun, one_noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.settings import merge_settings

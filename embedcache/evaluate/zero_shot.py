@@ -26,9 +26,8 @@ from embedcache.evaluate.runs import (
 )
 from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.files import AnyPath
-from embedcache.metrics.classification import class_means, count_confusion, rank_labels, top_classes
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate, over_seeds
-from embedcache.metrics.ranking import recall_at
+from embedcache.metrics.ranking import class_means, count_confusion, rank_labels, recall_at, top_classes
 from embedcache.modalities import count_items, noun
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.saved import project

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.curate.answers import answers_path, read_answers, write_answers
 from embedcache.curate.coverage import measure_coverage
-from embedcache.curate.prevalence import COUNTED, Scale, settle
+from embedcache.curate.prevalence import COUNTED, Scale, answers_path, read_answers, settle, write_answers
 from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import DataError, FingerprintError, PathError, UnknownNameError, quoted
 from embedcache.modalities import noun

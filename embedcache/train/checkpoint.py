@@ -34,11 +34,10 @@ from embedcache.provenance import (
 )
 from embedcache.records import record_stage
 from embedcache.store.cache import Cache
-from embedcache.train.data import TrainData
+from embedcache.train.data import TrainData, parse_views
 from embedcache.train.distributed import gather_objects, num_processes, process_rank, run_on_first
 from embedcache.train.settings import MachineSettings
 from embedcache.train.trackers import TrackedRun, Trackers
-from embedcache.train.views import parse_views
 
 T = TypeVar("T")
 R = TypeVar("R", bound="_Report")

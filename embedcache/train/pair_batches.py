@@ -16,9 +16,9 @@ from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import SettingError
 from embedcache.train.batches import shuffle_blocks, to_device
+from embedcache.train.data import DrawnViews
 from embedcache.train.distributed import own_slice
 from embedcache.train.losses import Positives
-from embedcache.train.views import DrawnViews
 
 _HARD = 3  # 1 and 2 seed the draws of views
 

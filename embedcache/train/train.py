@@ -36,7 +36,17 @@ from embedcache.train.checkpoint import (
     reuse_run,
     train_run,
 )
-from embedcache.train.data import Names, Paths, TrainData, divide_pairs, name_features, open_data, view_digests
+from embedcache.train.data import (
+    DrawnViews,
+    Names,
+    Paths,
+    TrainData,
+    divide_pairs,
+    name_features,
+    open_data,
+    parse_views,
+    view_digests,
+)
 from embedcache.train.distributed import check_batches, process_group, process_rank
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import check_loss
@@ -47,7 +57,6 @@ from embedcache.train.recipes import apply_recipe
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings, replace_options
 from embedcache.train.trackers import check_trackers
 from embedcache.train.trainer import OnEpoch, Trainer, seeded
-from embedcache.train.views import DrawnViews, parse_views
 
 _DEFAULT_BATCH_SIZE = 1024
 _CHECKED_ROWS = 65_536

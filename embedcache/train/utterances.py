@@ -19,8 +19,8 @@ from embedcache.errors import DataError
 from embedcache.networks.transcripts import encode_transcript
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
+from embedcache.train.data import read_views
 from embedcache.train.distributed import check_batches
-from embedcache.train.views import read_views
 
 _SLACK_S = 0.25
 """Streams of one utterance may differ by this much in length: the tracks of a file rarely end together."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints
-from embedcache.curate.answers import write_answers
 from embedcache.curate.coverage import CoverageReport, measure_coverage
+from embedcache.curate.prevalence import write_answers
 from embedcache.extract.settings import ExtractSettings
 from embedcache.store.cache import Cache
 from embedcache.train.train import train

@@ -27,7 +27,7 @@ from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError
-from embedcache.metrics.classification import gini
+from embedcache.metrics.ranking import gini
 from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file
 from pipelines.drawings.curve import (

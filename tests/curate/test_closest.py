@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.arrays import Bools, Floats, Ints, normalize
-from embedcache.curate import closest
-from embedcache.curate.closest import ClosestItems, ItemSets, find_closest_items
+from embedcache.curate import leaks as closest
+from embedcache.curate.leaks import ClosestItems, ItemSets, find_closest_items
 from embedcache.curate.settings import LeakSettings
 from embedcache.dataset import clusters
 from embedcache.progress import NullProgress

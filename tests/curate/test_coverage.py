@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Array, Inputs, normalize
-from embedcache.curate.answers import write_answers
 from embedcache.curate.coverage import ConceptCounts, CoverageReport, measure_coverage
-from embedcache.curate.prevalence import Estimate
+from embedcache.curate.prevalence import Estimate, write_answers
 from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, normalize
-from embedcache.curate import closest
+from embedcache.curate import leaks as closest
 from embedcache.curate.leaks import find_leaks, write_clean_selection
 from embedcache.curate.settings import LeakSettings
 from embedcache.dataset.selections import read_selection

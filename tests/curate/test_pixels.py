@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from embedcache.curate.dedup import analyze, dedup
-from embedcache.curate.pixels import hash_image
+from embedcache.curate.dedup import analyze, dedup, hash_image
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.similar_pairs import SAME_PICTURE
 from embedcache.extract.extract import extract

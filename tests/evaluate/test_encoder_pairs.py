@@ -14,8 +14,7 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split, read_split, write_split
 from embedcache.derive.derive import derive_from_run
 from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
-from embedcache.evaluate.encoder_pairs import METRICS, PairMetrics, PairsReport, evaluate_pairs
-from embedcache.evaluate.pair_sample import _assign_blocks
+from embedcache.evaluate.encoder_pairs import METRICS, PairMetrics, PairsReport, _assign_blocks, evaluate_pairs
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.settings import PairsSettings, RetrievalSettings
 from embedcache.extract.extract import extract

@@ -25,7 +25,7 @@ from embedcache.evaluate.probe import (
 )
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.extract.extract import extract
-from embedcache.metrics.classification import rank_labels
+from embedcache.metrics.ranking import rank_labels
 from embedcache.progress import NullProgress
 from embedcache.reports.probe import control_name, few_shot_table, probe_json, probe_table, write_probe_page
 from embedcache.sources import open_source

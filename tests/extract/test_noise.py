@@ -17,8 +17,7 @@ from embedcache.sources.sound import decode_audio
 from embedcache.sources.video import Video
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
-from embedcache.train.data import open_data
-from embedcache.train.views import parse_views
+from embedcache.train.data import open_data, parse_views
 from tests.cli.run import succeed
 from tests.extract.cases import tree
 from tests.media_files import cloud, encode_audio, encode_video, moving_square, npz, tone, wav

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
 from embedcache.errors import DataError
-from embedcache.metrics import classification as classes
-from embedcache.metrics.classification import (
+from embedcache.metrics import ranking as classes
+from embedcache.metrics.intervals import bootstrap_class_mean, bootstrap_mean, bootstrap_means
+from embedcache.metrics.ranking import (
     class_means,
     count_confusion,
     gini,
@@ -17,7 +18,6 @@ from embedcache.metrics.classification import (
     top_classes,
     top_fraction,
 )
-from embedcache.metrics.intervals import bootstrap_class_mean, bootstrap_mean, bootstrap_means
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=30).filter(any)
 

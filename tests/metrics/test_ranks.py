@@ -10,13 +10,13 @@ from sklearn.metrics import average_precision_score
 from embedcache.arrays import dot_products, normalize
 from embedcache.errors import DataError
 from embedcache.metrics import ranking as ranks_module
-from embedcache.metrics.classification import rank_labels
 from embedcache.metrics.intervals import bootstrap_mean, over_seeds
 from embedcache.metrics.ranking import (
     average_precisions,
     best_ranks,
     chance_recall,
     negatives_before,
+    rank_labels,
     recall_at,
 )
 

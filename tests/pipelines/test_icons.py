@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from embedcache.arrays import Floats, normalize
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
-from embedcache.metrics.classification import gini
+from embedcache.metrics.ranking import gini
 from embedcache.projectors.saved import read_config
 from embedcache.search.concepts import open_concepts
 from embedcache.search.vectors import Vectors

@@ -11,9 +11,8 @@ from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import SettingError
 from embedcache.store.cache import Cache
-from embedcache.train.data import open_data
+from embedcache.train.data import DrawnViews, open_data
 from embedcache.train.pair_batches import Batch, PairBatches, PairLoader, num_batches
-from embedcache.train.views import DrawnViews
 
 
 def make_pairs(samples: int, *, seed: int) -> Pairs:

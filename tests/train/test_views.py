@@ -17,9 +17,8 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import read_config
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.train.data import TrainData, open_data
+from embedcache.train.data import DrawnViews, TrainData, open_data, parse_views
 from embedcache.train.settings import command_line, train_settings
-from embedcache.train.views import DrawnViews, parse_views
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 from tests.train.runs import interrupted_after, log_lines, run
