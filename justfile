@@ -54,7 +54,7 @@ smoke workdir="embedcache-quickstart":
     embedcache quickstart {{ workdir }}
 
 # Time the hot paths against a lower bound or another tool. Names: help gather extract index decode train speech
-# likelihood-training evaluate search coverage dedup serve object-store; scale runs only if it is named
+# evaluate search coverage dedup serve object-store; scale runs only if it is named
 bench *names:
     python -m benchmarks {{ names }}
 

@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from embedcache.interop.formats import export_vectors, open_vectors
     from embedcache.interop.importing import import_vectors
     from embedcache.interop.settings import ImportSettings, VectorExportSettings
-    from embedcache.likelihood.model import LikelihoodModel
     from embedcache.maintain.copy import cut_cache, merge_caches
     from embedcache.maintain.prune import plan_prune, prune_cache
     from embedcache.maintain.remove import plan_removal, remove_samples
@@ -92,7 +91,6 @@ __all__ = [
     "ImportSettings",
     "IndexSettings",
     "LeakSettings",
-    "LikelihoodModel",
     "LossSettings",
     "MachineSettings",
     "MapSettings",

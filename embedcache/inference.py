@@ -1,7 +1,7 @@
 """Use a trained run on raw items: its frozen encoders, as the run used them, and what was trained on their features.
 
 An aligned pair embeds images, texts and stored features; a run that recognizes speech is in
-`embedcache.transcription.model`, one of a likelihood for many tasks in `embedcache.likelihood.model`."""
+`embedcache.transcription.model`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,8 @@ from embedcache.encoders.open import EncoderSpec, feature_names, reopen_encoder,
 from embedcache.errors import DataError, SettingError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.files import AnyPath
-from embedcache.likelihood.model import LikelihoodModel, Scores, load_likelihood
 from embedcache.modalities import list_distinct, list_texts
-from embedcache.networks.saved import MAKE, kind_name
+from embedcache.networks.saved import MAKE
 from embedcache.projectors.heads import TokenTower
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.saved import PairConfig, is_pair, load_pair, project, read_run
@@ -37,7 +36,6 @@ _VECTOR_AXES = 2
 _MAKE = {
     "pair": "embedcache train CACHE {}",
     "speech": MAKE["speech"],
-    "likelihood": MAKE["shared"],
 }
 """Kind of a run -> what makes one."""
 
@@ -50,26 +48,20 @@ def load(run: AnyPath, *, kind: Literal["pair"] | None = None, device: str = AUT
 def load(run: AnyPath, *, kind: Literal["speech"], device: str = AUTO) -> SpeechModel: ...
 
 
-@overload
-def load(run: AnyPath, *, kind: Literal["likelihood"], device: str = AUTO) -> LikelihoodModel: ...
-
-
-def load(
-    run: AnyPath, *, kind: Literal["pair", "speech", "likelihood"] | None = None, device: str = AUTO
-) -> "Model | SpeechModel | LikelihoodModel":
-    """Load a trained run: an aligned pair of `train_projectors`, or a run of `train_speech` or `train_likelihood`.
+def load(run: AnyPath, *, kind: Literal["pair", "speech"] | None = None, device: str = AUTO) -> "Model | SpeechModel":
+    """Load a trained run: an aligned pair of `train_projectors`, or a run of `train_speech`.
 
     Encoders are opened on first use, so a model that only embeds texts never loads the image encoder.
 
     Args:
         run: folder of the run.
-        kind: expected kind of the run, `pair`, `speech` or `likelihood`; None: any. What a folder holds is unknown to
+        kind: expected kind of the run, `pair` or `speech`; None: any. What a folder holds is unknown to
             type checkers: they take the result for the `Model` of a pair, unless another kind is given.
         device: torch device of encoders and projectors, or `auto`, the first of `cuda`, `mps` and `cpu` that this
             machine has; an encoder that ran on onnxruntime stays on the CPU.
 
     Returns:
-        A `Model` for a pair, a `SpeechModel` for speech, a `LikelihoodModel` for a likelihood.
+        A `Model` for a pair, a `SpeechModel` for speech.
 
     Raises:
         PathError: the folder is not a finished run.
@@ -79,16 +71,45 @@ def load(
     """
     run = Path(run)
     values = read_run(run, make=_MAKE.get(kind or "pair", _MAKE["pair"]))
-    found = "pair" if is_pair(values) else kind_name(str(values.get("kind")))
+    found = "pair" if is_pair(values) else str(values.get("kind"))
     if kind is not None and found != kind:
         raise DataError(f"{run}: expected a run of kind {kind}, got one of kind {found}")
     if found == "speech":
         return load_speech(run, device=device)
-    if found == "likelihood":
-        return load_likelihood(run, device=device)
     device = str(torch_device(device))
     pair, config = load_pair(run, device=device)
     return Model(pair, config, run_path=run, device=device)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Probabilities of candidates.
+
+    Args:
+        names: the C candidates.
+        probs_NC: (N, C) float32, of each item; rows sum to 1.
+    """
+
+    names: tuple[str, ...]
+    probs_NC: Floats
+
+    @property
+    def best(self) -> list[str]:
+        """The most probable candidate of each item."""
+        return [self.names[number] for number in self.probs_NC.argmax(axis=1).tolist()]
+
+    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """Return the k most probable candidates of each item with their probabilities, or all if there are fewer.
+
+        SettingError if k is below 1.
+        """
+        if k < 1:
+            raise SettingError(f"k: expected a whole number of at least 1, got {k}")
+        order_NC = np.argsort(-self.probs_NC, axis=1, kind="stable")[:, :k]
+        return [
+            [(self.names[number], float(probs_C[number])) for number in numbers.tolist()]
+            for numbers, probs_C in zip(order_NC, self.probs_NC, strict=True)
+        ]
 
 
 class Model:

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -25,9 +24,6 @@ from embedcache.sources import open_source
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
-if TYPE_CHECKING:
-    from tests.train.likelihood_cases import Squares
-
 settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
@@ -37,12 +33,13 @@ trust_package("tests")  # caches of the tests name encoders of this package
 FEATURES = ("cls", "patches", "mean", "tokens")
 LONGEST = (
     *("quickstart/test_quickstart", "pipelines/test_freeze_align", "test_ray", "pipelines/test_avsr"),
-    *("pipelines/test_icons", "train/test_distributed", "export/test_transformers", "pipelines/test_uniperceiver"),
+    *("pipelines/test_icons", "train/test_distributed", "export/test_transformers"),
+    *("pipelines/uniperceiver/test_pipeline", "pipelines/uniperceiver/test_training"),
     *("extract/test_remote", "extract/test_engines", "serve/test_page", "export/test_export", "export/test_open_clip"),
     *("train/test_speech", "pipelines/test_summit", "sweep/test_sweep", "extract/test_crash", "cli/test_process"),
     *("interop/test_clip_benchmark", "derive/test_derive"),
     *("transcription/test_published_path", "transcription/test_model", "pipelines/test_talking"),
-    *("search/test_damage", "train/test_likelihood", "train/test_train", "train/test_trackers", "train/test_data"),
+    *("search/test_damage", "train/test_train", "train/test_trackers", "train/test_data"),
 )
 """The files that take longest, which start first so that both test processes end together."""
 
@@ -159,27 +156,3 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ExtractSettings(chunk_size=16)
     extract(open_source(folder / "s"), folder / "cache", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     return folder / "cache"
-
-
-@pytest.fixture(scope="session")
-def squares_paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """Caches of colored squares with captions, for training and validation, and of their words. Not to be changed."""
-    from tests.train.likelihood_cases import make_caches
-
-    return make_caches(tmp_path_factory.mktemp("squares"))
-
-
-@pytest.fixture(scope="session")
-def squares(squares_paths: tuple[Path, Path, Path]) -> "Squares":
-    """These caches, opened with their examples."""
-    from tests.train.likelihood_cases import open_caches
-
-    return open_caches(squares_paths)
-
-
-@pytest.fixture(scope="session")
-def squares_run(squares: "Squares", tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four tasks on colored squares; none of them answers questions. Not to be changed."""
-    from tests.train.likelihood_cases import train_together
-
-    return train_together(squares, tmp_path_factory.mktemp("squares-runs") / "all")

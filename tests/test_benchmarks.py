@@ -9,12 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import likelihood_training, measure, train
+from benchmarks import measure, train
 from benchmarks.__main__ import NAMES, PARTS, load
 from benchmarks.products import make_products
 from benchmarks.speech_training import CASES, make_step, products_of
-from embedcache.networks.captions import CaptionSteps
-from embedcache.networks.shared import Tokens
 from embedcache.train import losses
 
 
@@ -39,22 +37,6 @@ def test_floor_of_a_training_step_has_its_products(name: str) -> None:
     assert counts[0] == counts[1] == sum(product.flops for product in products_of(small))
 
 
-@pytest.mark.parametrize("name", likelihood_training.CASES)
-def test_floor_of_a_likelihood_step_has_its_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All operations that PyTorch counts are in the floor.
-
-    It counts the logits that the backward pass computes again, but not as many operations of `addmm_`.
-    """
-    monkeypatch.setattr(likelihood_training, "NUM_WORDS", 50)
-    case = likelihood_training.CASES[name]
-    small = {"width": 32, "num_layers": 2, "num_heads": 2, "feed_forward": 48}
-    case = replace(case, batch_size=4, num_candidates=4 if case.is_symmetric else 9, model=small)
-    step = likelihood_training.make_step(case)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step()
-    assert counter.get_total_flops() == sum(product.flops for product in likelihood_training.products_of(case))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("held_bytes", [0, 4 * 96**2])
 def test_floor_of_a_contrastive_step_has_its_products(held_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,14 +57,3 @@ def test_added_peak_is_that_of_the_call() -> None:
 
     use(80_000_000)  # a higher peak before
     assert 0.03 < measure.added_peak_gb(lambda: use(40_000_000))[1] < 0.06
-
-
-def test_recomputed_captions_are_those_of_kept_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likelihood_training, "NUM_WORDS", 50)
-    network = likelihood_training.Case(read="next", batch_size=2).network().eval()
-    tokens = {"image": Tokens(torch.randn(2, 16, 272))}
-    kept, anew = CaptionSteps(network, tokens), likelihood_training.RecomputedSteps(network, tokens)
-    for numbers, parents in ((None, [0, 1]), ([5, 6, 7], [0, 1, 1]), ([8], [2])):
-        words = None if numbers is None else torch.tensor(numbers)
-        expected = kept(words, torch.tensor(parents))
-        torch.testing.assert_close(anew(words, torch.tensor(parents)), expected, atol=1e-5, rtol=1e-5)

@@ -33,7 +33,6 @@ from embedcache.files import (
     write_atomic,
 )
 from embedcache.io_errors import disk_errors, io_reason, is_io_error
-from embedcache.likelihood.tasks import read_task_file
 from embedcache.locks import Leases, locked
 from embedcache.sweep.space import read_space
 
@@ -41,11 +40,10 @@ TEXTS: list[tuple[str, Callable[[Path], Any], type[EmbedcacheError]]] = [
     ("a red square\na circle\n", read_lines, DataError),
     ("lr = 0.25\n", read_config, SettingError),
     ("[space]\ndropout = [0.1, 0.2]\n", read_space, SettingError),
-    ("[color]\nkind = 'caption'\n", read_task_file, SettingError),
 ]
 
 
-@pytest.mark.parametrize(("text", "read", "error"), TEXTS, ids=["queries", "config", "space", "tasks"])
+@pytest.mark.parametrize(("text", "read", "error"), TEXTS, ids=["queries", "config", "space"])
 def test_byte_order_mark_is_no_part_of_a_text(
     tmp_path: Path, text: str, read: Callable[[Path], Any], error: type[EmbedcacheError]
 ) -> None:

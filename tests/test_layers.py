@@ -27,7 +27,7 @@ LAYERS = [
     {"extract"},
     {"train", "search"},
     {"evaluate", "curate"},
-    {"reports", "transcription", "likelihood"},
+    {"reports", "transcription"},
     {"inference"},
     {"quickstart", "sweep", "export", "interop", "serve", "testing"},
     {"maintain"},

@@ -117,7 +117,7 @@ def declared_settings() -> Iterator[FlatSetting]:
         (("test_fraction", "val_fraction"), (0.01, 0.99), (0, 1)),
         (("dropout",), (0, 0.99), (-0.01, 1)),
         (("shrinkage", "lr", "max_grad_norm"), (1e-9,), (0,)),
-        (("weight_decay", "mixup", "structure", "length_power"), (0,), (-1e-9,)),
+        (("weight_decay", "mixup", "structure"), (0,), (-1e-9,)),
         (("epochs",), (0, 10**6), (-1, 10**6 + 1)),
         (("range_min",), (0, 2**20), (-1, 2**20 + 1)),
         (("range_max",), (1, 2**20), (0, 2**20 + 1)),

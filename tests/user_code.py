@@ -68,10 +68,6 @@ def use(cache: embedcache.Cache) -> None:
     speech = embedcache.load("speech-run", kind="speech")
     text: str = speech.transcribe("clip.mp4", mouth=(0.3, 0.5, 0.7, 0.8)).text
     texts: list[str] = [found.text for found in speech.transcribe(["a.wav", Path("b.wav")])]
-    many = embedcache.load("many", kind="likelihood")
-    best = many.classify(["a.jpg", b"..."], ["cat", "dog"]).best
-    caption: str = many.caption("a.jpg")[0]
-    found_key: str = many.retrieve("a dog", cache)[0][0].name
-    print(rows, tensor, best, text, texts, caption, found_key)
+    print(rows, tensor, best, text, texts)
     for batch in DataLoader(embedcache.PairDataset(cache, part="train", split="key"), batch_size=2):
         print(batch["image"])

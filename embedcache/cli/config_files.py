@@ -152,12 +152,12 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
             raise SettingError(f"{path}: expected the config.json of a run, got other content: it has no 'training'")
         check_record(path, record, next_step=CHANGED_CONFIG)
         kind = record.get("kind", "pair")
-        if kind not in ("pair", "shared"):
+        if kind != "pair":
             raise SettingError(
-                f"{path}: expected the config.json of a pair of projectors or of tasks of one likelihood, got that of "
-                f"a run of the kind {kind}; name its options one by one"
+                f"{path}: expected the config.json of a pair of projectors, got that of a run of the kind {kind}; name "
+                "its options one by one"
             )
-        settings = _pair_settings(record) if kind == "pair" else _likelihood_settings(path, record)
+        settings = _pair_settings(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, EmbedcacheError):
             raise
@@ -173,24 +173,6 @@ def _pair_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     if record.get("kind") == "pair":
         return settings | {"feature": [f"{modality}={side['feature']}" for modality, side in record["sides"].items()]}
     return settings | {f"{modality}_feature": record[modality]["feature"] for modality in ("image", "text")}
-
-
-def _likelihood_settings(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a run of one likelihood; its record names no task file and no word table."""
-    from embedcache.train.settings import FitSettings
-
-    sizes = ("width", "num_layers", "num_heads", "feed_forward")
-    settings = _recorded_settings(record["training"], FitSettings)
-    if not settings.get("init_from"):  # a network that starts from a run has its sizes
-        settings |= {name: record["arguments"].get(name) for name in sizes}
-    split = path.with_name("split.parquet")
-    return settings | {
-        "task": "likelihood",
-        "word_feature": record["sides"]["words"]["feature"],
-        "num_prompts": record["arguments"]["num_prompts"],
-        "steps_per_epoch": record["training"]["steps_per_epoch"],
-        "split": str(split) if split.is_file() else None,
-    }
 
 
 def _recorded_settings(record: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:

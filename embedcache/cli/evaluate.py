@@ -25,7 +25,6 @@ from embedcache.cli.options import (
 from embedcache.devices import AUTO
 from embedcache.errors import PathError
 from embedcache.evaluate.settings import (
-    LikelihoodEvalSettings,
     PairsSettings,
     ProbeSettings,
     RetrievalSettings,
@@ -33,7 +32,6 @@ from embedcache.evaluate.settings import (
     ZeroShotSettings,
     pairs_settings,
 )
-from embedcache.train.settings import TASK_FILE_HELP
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -324,41 +322,8 @@ def speech(
     )
 
 
-@with_settings(settings=LikelihoodEvalSettings)
-def likelihood(
-    cache: CacheArgument,
-    run: Runs,
-    task_file: Annotated[Path, typer.Option(metavar="FILE", help=TASK_FILE_HELP)],
-    device: Device = AUTO,
-    as_json: Json = False,
-    output: Output = None,
-    *,
-    settings: LikelihoodEvalSettings,
-) -> None:
-    """Measure runs of one likelihood on tasks.
-
-    Print accuracy over candidates, recall in both directions, predicted words and whole captions, with confidence
-    intervals over items and the chance level. Runs need not have been trained on the tasks.
-
-    Example: embedcache evaluate likelihood cache/ run/ --task-file tasks.toml --shuffle-items
-    """
-    from embedcache.cli.console import open_progress, print_lines, print_table, publish
-    from embedcache.likelihood.runs import evaluate_tasks
-    from embedcache.reports.likelihood import likelihood_json, likelihood_table
-
-    reports = evaluate_tasks(cache, run, task_file, settings, device=device, progress=open_progress())
-
-    def show() -> None:
-        seeds = (seed for tasks in reports.values() for seeds in tasks.values() for seed in seeds)
-        print_lines(dict.fromkeys(warning for seed in seeds for warning in seed.warnings()))
-        print_table(*likelihood_table(reports))
-
-    publish(show, lambda: likelihood_json(reports, Path(cache).name), as_json=as_json, output=output)
-
-
 add_command(app, "retrieval", retrieval, reads_items=True)
 add_command(app, "zero-shot", zero_shot, reads_items=True)
 add_command(app, "probe", probe, plugins=("methods",))
 add_command(app, "pairs", pairs)
 add_command(app, "speech", speech, reads_items=True)
-add_command(app, "likelihood", likelihood)

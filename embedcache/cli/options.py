@@ -222,7 +222,7 @@ def with_settings(
         own = inspect.signature(command, eval_str=True).parameters
         reports = [name for name, parameter in own.items() if parameter.annotation is ReportOptions]
         report_options = _report_parameters(output) if reports else {}
-        generated = [_option(item, key if len(kinds) > 1 else None) for key in kinds for item in items[key]]
+        generated = [_option(item) for key in kinds for item in items[key]]
         config = Annotated[
             Path | None,
             typer.Option("--config", metavar="FILE", help=config_help, is_eager=True, callback=use_config),
@@ -272,7 +272,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _option(item: FlatSetting, panel: str | None) -> inspect.Parameter:
+def _option(item: FlatSetting) -> inspect.Parameter:
     """Return the parameter of one setting, as typer reads it."""
     declared = item.declared
     kind = _plain_type(item.type) if declared.parse is None else str
@@ -287,8 +287,7 @@ def _option(item: FlatSetting, panel: str | None) -> inspect.Parameter:
         help = f"{help} One of: {', '.join(choices)}."
     is_list = get_origin(kind) is tuple
     element = get_args(kind)[0] if is_list else kind
-    of_class = (panel or "").removesuffix("settings").strip("_")
-    title = declared.panel or (item.path[0] if len(item.path) > 1 else of_class)
+    title = declared.panel or (item.path[0] if len(item.path) > 1 else "")
     option = typer.Option(
         _flags(item, kind),
         help=help,

@@ -1,8 +1,7 @@
 """embedcache train and sweep"""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
@@ -15,68 +14,51 @@ from embedcache.cli.options import (
     features_by_modality,
     with_settings,
 )
-from embedcache.dataset.settings import SplitSettings
-from embedcache.errors import SettingError
-from embedcache.settings import flat_settings, from_flat
 from embedcache.sweep.settings import SweepSettings
-from embedcache.train.settings import FitSettings, LikelihoodSettings, TrainSettings, train_settings
-
-if TYPE_CHECKING:
-    from embedcache.progress import Progress
+from embedcache.train.settings import TrainSettings, train_settings
 
 
 @with_settings(
     settings=TrainSettings,
-    likelihood=LikelihoodSettings,
-    build={"settings": dict, "likelihood": dict},
+    build={"settings": train_settings},
     config_help="Read options from this TOML file, or from a run's config.json; the command line takes precedence.",
 )
 def train(
     caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="One or more caches: folders or URLs.")],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder to write the run to.")],
-    task: Annotated[
-        Literal["pair", "likelihood"],
-        typer.Option(
-            metavar="NAME",
-            help="What is trained: pair, projectors of two modalities; or likelihood, one network for the tasks of "
-            "--task-file.",
-        ),
-    ] = "pair",
     image_feature: ImageFeature = None,
     text_feature: TextFeature = None,
     feature: Features = None,
     as_json: Json = False,
     output: Output = None,
     *,
-    settings: Mapping[str, Any],
-    likelihood: Mapping[str, Any],
+    settings: TrainSettings,
 ) -> None:
-    """Train projectors, or tasks of one likelihood.
+    """Train projectors that align the features of two modalities.
 
-    Projectors align the features of two modalities. Run the same command again to resume an interrupted run. Under
-    torchrun, training uses all processes.
-
-    With --task likelihood, one network learns the tasks of a TOML file: classes, answers, captions, retrieval. An epoch
-    then has --steps-per-epoch steps, samples are split by key or by column, and batch sizes are those of the tasks;
-    options of projectors and their loss do not apply.
+    Run the same command again to resume an interrupted run. Under torchrun, training uses all processes.
 
     Example: embedcache train cache/ run/ --projector mlp --lr 0.001
-
-    Example: embedcache train cache/ run/ --task likelihood --task-file tasks.toml --words words/
     """
     from embedcache.cli.console import open_progress, print_line, publish, to_plain
     from embedcache.progress import NullProgress
     from embedcache.train.distributed import is_first_process
+    from embedcache.train.train import train as run_training
 
-    named = {"image_feature": image_feature, "text_feature": text_feature, "feature": feature}
-    prepare = _prepare_pair if task == "pair" else _prepare_likelihood
-    start = prepare(caches, run, named, settings, likelihood)
     is_first = is_first_process()
-    report = start(open_progress() if is_first else NullProgress())
+    report = run_training(
+        caches,
+        run,
+        image_feature=image_feature,
+        text_feature=text_feature,
+        feature=features_by_modality(feature),
+        settings=settings,
+        progress=open_progress() if is_first else NullProgress(),
+    )
     if is_first:
 
         def show() -> None:
-            print_line(report.line(run) if task == "pair" else report.line())
+            print_line(report.line(run))
 
         publish(show, lambda: to_plain(report), as_json=as_json, output=output)
 
@@ -130,60 +112,3 @@ def sweep(
         print_line(f"open {report.page_path} in a browser")
 
     publish(show, lambda: read_json(report.json_path), as_json=as_json, output=output)
-
-
-def _prepare_pair(
-    caches: list[str], run: Path, named: Mapping[str, Any], settings: Mapping[str, Any], likelihood: Mapping[str, Any]
-) -> "Callable[[Progress], Any]":
-    from embedcache.train.train import train as run_training
-
-    _refuse(likelihood, "pair")
-    features = features_by_modality(named["feature"])
-    checked = train_settings(settings)
-    return lambda progress: run_training(
-        caches,
-        run,
-        image_feature=named["image_feature"],
-        text_feature=named["text_feature"],
-        feature=features,
-        settings=checked,
-        progress=progress,
-    )
-
-
-def _prepare_likelihood(
-    caches: list[str], run: Path, named: Mapping[str, Any], settings: Mapping[str, Any], likelihood: Mapping[str, Any]
-) -> "Callable[[Progress], Any]":
-    from embedcache.likelihood.runs import train_tasks
-
-    kinds = (FitSettings, SplitSettings)
-    fit, split = (
-        {item.name: settings[item.name] for item in flat_settings(kind) if item.name in settings} for kind in kinds
-    )
-    _refuse({name: value for name, value in settings.items() if name not in {**fit, **split}}, "likelihood")
-    _refuse({name: value for name, value in named.items() if value is not None}, "likelihood")
-    if len(caches) > 1:
-        raise SettingError(
-            f"expected one CACHE with --task likelihood, got {', '.join(caches)}; name others in the task file"
-        )
-    checked = from_flat(LikelihoodSettings, likelihood), from_flat(FitSettings, fit)
-    split_settings = _split_settings(split)
-    return lambda progress: train_tasks(caches[0], run, *checked, split=split_settings, progress=progress)
-
-
-def _split_settings(given: Mapping[str, Any]) -> SplitSettings | None:
-    """Return how samples are split; None if no option says it."""
-    if not given:
-        return None
-    settings = from_flat(SplitSettings, {"split": "key", **given})
-    if settings.kind == "strict":
-        raise SettingError(
-            "split: expected key, column or a file with --task likelihood, got strict, which compares pairs of features"
-        )
-    return settings
-
-
-def _refuse(given: Mapping[str, Any], task: str) -> None:
-    """Raise a `SettingError` for options that a task does not have."""
-    for name, value in given.items():
-        raise SettingError(f"{name}: expected none with --task {task}, got {value}; omit it, or choose another --task")

@@ -62,7 +62,7 @@ class SplitSettings:
         ge=0,
         lt=2**32,
         flat_name="split_seed",
-        default_text="the value of --seed, or 0 with --task likelihood",
+        default_text="the value of --seed",
     )
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from embedcache.dataset.settings import LANGUAGE_DEFAULT, SplitSettings, with_sp
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
-from embedcache.networks.settings import CaptionSettings, DecodingSettings
+from embedcache.networks.settings import DecodingSettings
 from embedcache.search.settings import FEATURE_HELP, LABEL
 from embedcache.settings import check_settings, from_flat, group, setting
 
@@ -164,19 +164,3 @@ class PairsSettings:
 def pairs_settings(options: Mapping[str, Any]) -> PairsSettings:
     """Build settings from flat names; `split_seed` defaults to `seed`."""
     return from_flat(PairsSettings, with_split_seed(options))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LikelihoodEvalSettings:
-    """Settings of the evaluation of tasks of one likelihood."""
-
-    part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
-    shuffle_items: bool = setting(
-        False, "Also measure with the items of other examples, as a control that must not help."
-    )
-    omit_items: bool = setting(False, "Also measure questions and masked words without their items, as a control.")
-    captions: CaptionSettings = group(CaptionSettings)
-    seed: int = setting(0, "Random seed of the control.", ge=0, lt=2**32)
-
-    def __post_init__(self) -> None:
-        check_settings(self)

@@ -31,14 +31,12 @@ from embedcache.registry import Registry, names_from
 NETWORKS = Registry(
     "network",
     {
-        "shared": "embedcache.networks.shared:SharedNetwork",
         "speech": "embedcache.networks.speech:SpeechNetwork",
     },
     group="embedcache.networks",
 )
 """Modules by name. One of your own needs no entry: its kind is `module:attribute`."""
 MAKE = {
-    "shared": "embedcache train CACHE {} --task likelihood --task-file TASKS.toml --words WORDS",
     "speech": "train_speech, see docs/howto/speech.md",
 }
 """Kind of a module -> what makes a run of it, where `{}` stands for its folder."""
@@ -46,29 +44,17 @@ MAKE = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleInput:
-    """The stored feature, `encoder/feature`, that a module was trained on; `spec` opens the encoder again.
-
-    `inputs` are the features that a derived one is computed from, so that raw items can be read; empty for those of
-    encoders, and where they were not recorded.
-    """
+    """The stored feature, `encoder/feature`, that a module was trained on; `spec` opens the encoder again."""
 
     modality: str
     feature: str
     spec: str
     fingerprint: Mapping[str, Any]
     width: int
-    inputs: Sequence["ModuleInput"] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON values of the entry in `config.json`."""
-        names = ("modality", "feature", "spec", "fingerprint", "width")
-        values = {name: getattr(self, name) for name in names}
-        return {**values, "inputs": [item.to_json() for item in self.inputs]} if self.inputs else values
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "ModuleInput":
-        """Build an entry from the values of `to_json`."""
-        return cls(**{**values, "inputs": tuple(map(cls.from_json, values.get("inputs", ())))})
+        return dict(vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +95,7 @@ class ModuleConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ModuleConfig":
         """Build a config from the values of `to_json`."""
-        sides = {name: ModuleInput.from_json(side) for name, side in values["sides"].items()}
+        sides = {name: ModuleInput(**side) for name, side in values["sides"].items()}
         return cls(**{**from_record(values, CONFIG_NAMES), "sides": sides})
 
 
@@ -126,11 +112,6 @@ def save_module(run_path: Path, module: nn.Module, config: ModuleConfig) -> None
     save_weights(model_path, module)
     digests = {"split": digest_file(split) if split.is_file() else "", "weights": digest_file(model_path)}
     write_record(config_path(run_path), {**config.to_json(), **digests})
-
-
-def kind_name(kind: str) -> str:
-    """Return what users call a kind of module; format 2 names those of one likelihood `shared`."""
-    return "likelihood" if kind == "shared" else kind
 
 
 def read_module_config(run_path: Path, *, kind: str | None = None) -> ModuleConfig:
@@ -154,9 +135,7 @@ def read_module_config(run_path: Path, *, kind: str | None = None) -> ModuleConf
         )
     config = construct(config_path(run_path), lambda: ModuleConfig.from_json(values))
     if kind is not None and config.kind != kind:
-        raise DataError(
-            f"{run_path}: expected a run of kind {kind_name(kind)}, got one of kind {kind_name(config.kind)}"
-        )
+        raise DataError(f"{run_path}: expected a run of kind {kind}, got one of kind {config.kind}")
     return config
 
 

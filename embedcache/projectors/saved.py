@@ -50,7 +50,6 @@ CONFIG_NAMES = {
 """Field of the config of a run -> key in `config.json`, where they differ, as in format 1."""
 
 _NEXT_STEPS = {
-    "shared": "evaluate it with: embedcache evaluate likelihood",
     "speech": "evaluate it with: embedcache evaluate speech",
 }
 """Kind of a run of a module -> what to do with it instead of loading it as a pair."""

@@ -55,7 +55,6 @@ _FILES = (
     "record.json",
     "model.safetensors",
     "tensorboard",
-    "fit-*.safetensors",
 )
 """What the folder of a run may hold before it is finished."""
 _UNREADABLE = (

@@ -1,20 +1,16 @@
 """Train the module of any task, into a run folder of format 2."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.splits import Split, write_split
-from embedcache.files import write_atomic
 from embedcache.metrics.ranking import metric_label
 from embedcache.networks.saved import ModuleConfig, ModuleInput, read_module_config, save_module
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import config_path, split_path
-from embedcache.store.feature import Feature
-from embedcache.store.group import open_group
-from embedcache.store.layout import checked_fit_path
 from embedcache.train.checkpoint import name_device, reuse_run, train_run
 from embedcache.train.distributed import process_group, run_on_first
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
@@ -64,7 +60,6 @@ def train_task(
     settings: FitSettings,
     *,
     split: Split | None = None,
-    files: Mapping[str, Path] | None = None,
     progress: Progress | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> ModuleReport:
@@ -77,7 +72,6 @@ def train_task(
             else decides the result, such as a label column, belongs in `config.training`.
         settings: optimizer, machine, seed, start runs and trainable parts.
         split: written to `split.parquet`.
-        files: name in the run -> file that is copied there, see `fitted_files`.
         progress: progress in training samples.
         on_epoch: called after each validation.
 
@@ -109,7 +103,7 @@ def train_task(
             )
 
         def fit() -> tuple[Task, ModuleReport]:
-            run_on_first(lambda: _write_files(run_path, split, files or {}))
+            run_on_first(lambda: _write_split(run_path, split))
             return _fit(make_task, run_path, settings, progress, on_epoch)
 
         return train_run(
@@ -132,43 +126,10 @@ def describe_input(feature: InputFeature) -> ModuleInput:
     )
 
 
-def describe_origin(feature: InputFeature) -> ModuleInput:
-    """Return the entry of an input feature with all features that it was derived from, as far as the encoders'."""
-    return replace(describe_input(feature), inputs=tuple(map(describe_origin, _inputs_of(feature))))
-
-
-def fitted_files(features: Iterable[InputFeature]) -> dict[str, Path]:
-    """Return the files of arrays that rules of derived features were fitted to, under their names in a run.
-
-    Raises `CorruptError` if one has changed.
-    """
-    found: dict[str, Path] = {}
-    for feature in features:
-        if "fit" in feature.fingerprint:
-            found[fitted_name(feature.fingerprint)] = checked_fit_path(feature.group.path, feature.fingerprint)
-        found |= fitted_files(_inputs_of(feature))
-    return found
-
-
-def fitted_name(fingerprint: Mapping[str, Any]) -> str:
-    """Return the name in a run of the file of arrays that the rule of a derived feature was fitted to."""
-    return f"fit-{fingerprint['weights'][:16]}.safetensors"
-
-
-def _inputs_of(feature: InputFeature) -> Iterator[InputFeature]:
-    """Iterate over the features that a derived one was computed from."""
-    group = feature.group
-    for modality, name in group.inputs:
-        folder, _, own_name = name.rpartition("/")
-        yield InputFeature([Feature(open_group(group.path.parents[1], modality, folder, group.info), own_name)])
-
-
-def _write_files(run_path: Path, split: Split | None, files: Mapping[str, Path]) -> None:
-    """Write the split of a run, unless an interrupted one did, and copies of files."""
+def _write_split(run_path: Path, split: Split | None) -> None:
+    """Write the split of a run, unless an interrupted one did."""
     if split is not None and not split_path(run_path).is_file():
         write_split(split_path(run_path), split)
-    for name, path in files.items():
-        write_atomic(run_path / name, path.read_bytes())
 
 
 def _fit(

@@ -11,7 +11,6 @@ from embedcache.errors import SettingError
 from embedcache.settings import check_settings, flat_settings, get_setting, group, replace_flat, setting, to_json
 from embedcache.units import parse_size
 
-TASK_FILE_HELP = "TOML file of the tasks of one likelihood, a table each: kind, examples, weight."
 Initialization: TypeAlias = Literal["cca", "csa", "procrustes", "ridge", "random"]
 
 
@@ -185,30 +184,6 @@ class FitSettings:
     def to_json(self) -> Mapping[str, Any]:
         """Return the values that affect the result, as nested JSON values under their stored names."""
         return _to_json(self, self.machine)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LikelihoodSettings:
-    """Tasks of one likelihood, the words that they are written in, and the size of the network that they share."""
-
-    task_file: str | None = setting(None, TASK_FILE_HELP, metavar="FILE")
-    words: str | None = setting(
-        None, "Word table: a cache of texts of one word each, with one vector per word.", metavar="CACHE"
-    )
-    word_feature: str | None = setting(
-        None, "Feature of the words, as encoder/feature.", default_text="the only one in the cache"
-    )
-    steps_per_epoch: int = setting(100, "Training steps per epoch, between two validations.", ge=1)
-    width: int = setting(128, "Width of the transformer, a multiple of 4 times its heads.", ge=4, le=2**16)
-    num_layers: int = setting(3, "Layers of the transformer.", ge=1, le=1000)
-    num_heads: int = setting(4, "Attention heads of the transformer.", ge=1, le=2**14)
-    feed_forward: int = setting(384, "Width of the feed-forward blocks of the transformer.", ge=1, le=2**18)
-    num_prompts: int = setting(
-        0, "Prompts per layer, to tune the run of --init-from with --trainable prompts+norms+scales.", ge=0
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
 
 @dataclass(frozen=True, kw_only=True)

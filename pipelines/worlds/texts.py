@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from embedcache.errors import SettingError
-from embedcache.networks.words import list_words, split_words
 from embedcache.sources.prompts import clip_benchmark_file
+from pipelines.uniperceiver.words import list_words, split_words
 from pipelines.worlds.examples import make_examples
 
 CLASSES = (

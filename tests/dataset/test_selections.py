@@ -20,7 +20,6 @@ from embedcache.store import columns
 from embedcache.store.cache import Cache
 from embedcache.store.rows import keys_of
 from embedcache.train.data import open_data
-from embedcache.train.examples import read_examples
 from tests.edits import no_more_files
 
 
@@ -34,14 +33,13 @@ def test_what_is_written_is_read(cache_path: Path, tmp_path: Path) -> None:
     assert (about["method"], about["spine"]) == ("random", cache.info.index_digest)
 
 
-@pytest.mark.parametrize("kind", ["selection", "split", "scores", "examples"])
+@pytest.mark.parametrize("kind", ["selection", "split", "scores"])
 def test_table_that_the_system_does_not_open_is_not_called_another(cache_path: Path, tmp_path: Path, kind: str) -> None:
     cache, path = Cache(cache_path), tmp_path / "t.parquet"
     read = {
         "selection": lambda: read_selection(path, [cache]),
         "split": lambda: read_split(path, [cache]),
         "scores": lambda: read_scores(path, cache),
-        "examples": lambda: read_examples(path),
     }[kind]
     write_selection(path, cache, Selection(rows=np.arange(3), reasons=["a", "b", "c"]), {})
     with no_more_files(), pytest.raises(PathError, match="^cannot read .*t.parquet: Too many open files$"):

@@ -7,11 +7,11 @@ import pyarrow.compute as pc
 import pytest
 
 from embedcache.errors import ItemError, SettingError
-from embedcache.evaluate.likelihood import answer_blindly
-from embedcache.networks.words import Vocabulary, list_words
 from embedcache.sources import FileItem, Source, open_source
 from embedcache.testing.sources import SourceContract
-from embedcache.train.examples import open_examples
+from pipelines.uniperceiver.evaluation import answer_blindly
+from pipelines.uniperceiver.examples import open_examples
+from pipelines.uniperceiver.words import Vocabulary, list_words
 from pipelines.worlds.easy_vqa import (
     KIND,
     KINDS,

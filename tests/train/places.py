@@ -119,7 +119,6 @@ def train_places(
     settings: FitSettings,
     *,
     scale: float = 1.0,
-    files: Mapping[str, Path] | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> ModuleReport:
     """Train the classifier on the shared cache."""
@@ -136,7 +135,6 @@ def train_places(
         run_path,
         config,
         settings,
-        files=files,
         on_epoch=on_epoch,
     )
 

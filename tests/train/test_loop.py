@@ -21,7 +21,7 @@ from embedcache.settings import from_flat
 from embedcache.train import distributed, pair
 from embedcache.train.data import TrainData, _gather, name_features
 from embedcache.train.losses import Positives
-from embedcache.train.modules import ModuleReport, fitted_name
+from embedcache.train.modules import ModuleReport
 from embedcache.train.pair import PairTask, Validation
 from embedcache.train.pair_batches import Batch, LoadedBatch, LoadedInputs
 from embedcache.train.settings import FitSettings, LossSettings, MachineSettings, OptimizerSettings
@@ -318,10 +318,6 @@ def test_a_batch_of_one_part_is_projected_once(monkeypatch: pytest.MonkeyPatch) 
         assert sizes == forward
         loss.backward()
         assert sorted(sizes[len(forward) :]) == backward
-
-
-def test_fitted_arrays_are_named_by_the_start_of_their_digest() -> None:
-    assert fitted_name({"weights": "0123456789abcdef0123"}) == "fit-0123456789abcdef.safetensors"
 
 
 @pytest.mark.parametrize(("batch_size", "count", "steps"), [(None, 32, 1), (None, 33, 2), (4, 9, 3)])

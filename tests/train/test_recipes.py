@@ -163,5 +163,3 @@ def test_command_line_and_config_file(cache_path: Path, tmp_path: Path) -> None:
     assert "195 training pairs: recipe for 100 to 999: projector linear, initialization procrustes" in done.stderr
     options = read_options(tmp_path / "run/config.json")
     assert (options["dropout"], options["epochs"], options["patience"]) == (0.1, 1, 3)
-    refused = embedcache("train", cache_path, "r", "--task", "likelihood", "--recipe", "auto", cwd=tmp_path)
-    assert "recipe: expected none with --task likelihood, got auto" in refused.stderr

@@ -40,14 +40,6 @@ def test_numbers_are_declared_as_documented() -> None:
         "FitSettings": [
             "seed 0 [0, 4294967296)",
         ],
-        "LikelihoodSettings": [
-            "steps_per_epoch 100 [1, inf)",
-            "width 128 [4, 65536]",
-            "num_layers 3 [1, 1000]",
-            "num_heads 4 [1, 16384]",
-            "feed_forward 384 [1, 262144]",
-            "num_prompts 0 [0, inf)",
-        ],
         "TrainSettings": [
             "num_negatives 1 [1, inf)",
             "block_rows None [1, inf)",

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from embedcache.dataset.inputs import open_input
-from embedcache.derive.derive import Derivation, derive
 from embedcache.errors import (
     ArtifactError,
     CorruptError,
@@ -29,7 +27,7 @@ from embedcache.reports.summary import summarize
 from embedcache.settings import from_flat
 from embedcache.store.cache import Cache
 from embedcache.train.checkpoint import checkpoint_path
-from embedcache.train.modules import ModuleReport, describe_input, describe_origin, fitted_files, fitted_name
+from embedcache.train.modules import ModuleReport
 from embedcache.train.settings import FitSettings
 from tests.edits import edit_record
 from tests.train.places import FEATURE, read_places, train_places
@@ -169,22 +167,6 @@ def test_huge_width_is_refused_before_memory_is_allocated(finished: Path, tmp_pa
     message = r"expected the network tests.train.places.*, got another one: .*size mismatch.*34359738352"
     with pytest.raises(ArtifactError, match=message):
         load_module(tmp_path / "run")
-
-
-def test_derived_inputs_are_described_with_their_origin_and_arrays(two_caches: list[Path], tmp_path: Path) -> None:
-    cache_path = Path(shutil.copytree(two_caches[0], tmp_path / "cache"))
-    derive(cache_path, Derivation(name="pca", inputs=(("image", FEATURE),), rule="pca", parameters={"width": 2}))
-    cache = Cache(cache_path)
-    plain, derived = open_input(cache, "image", FEATURE), open_input(cache, "image", "pca/pca")
-    assert describe_origin(plain) == describe_input(plain)
-    assert describe_origin(derived) == replace(describe_input(derived), inputs=(describe_input(plain),))
-    assert fitted_files([plain]) == {}
-    files = fitted_files([plain, derived])
-    assert files == {fitted_name(derived.fingerprint): cache_path / "image/pca/fit.safetensors"}
-    settings = from_flat(FitSettings, {"epochs": 0})
-    train_places(cache_path, tmp_path / "run", settings, files=files)
-    for name, path in files.items():
-        assert (tmp_path / "run" / name).read_bytes() == path.read_bytes()
 
 
 def test_runs_of_both_formats_are_named(finished: Path, run_path: Path) -> None:

@@ -1,1 +1,0 @@
-"""Steps of the pipeline of one likelihood for every task."""

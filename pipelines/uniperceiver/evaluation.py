@@ -1,0 +1,230 @@
+"""Evaluate runs on tasks: accuracy over candidates, recall, and captions, with controls and chance."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from embedcache.arrays import Bools, Floats, Ints, blocks, distinct
+from embedcache.devices import AUTO, torch_device
+from embedcache.errors import DataError
+from embedcache.metrics.intervals import MetricValues
+from embedcache.metrics.ranking import chance_recall
+from embedcache.networks.saved import ModuleConfig, load_module
+from embedcache.provenance import check_same
+from pipelines.results import Measures, Result
+from pipelines.uniperceiver.captions import write_captions
+from pipelines.uniperceiver.examples import Media, TaskExamples
+from pipelines.uniperceiver.network import SharedNetwork
+from pipelines.uniperceiver.tasks import ExampleTask, encode_texts, predict, read_inputs, read_tokens, retrieval_ranks
+from pipelines.uniperceiver.training import KIND
+from pipelines.uniperceiver.words import WordLists
+
+SHUFFLED, BLIND = "items of others", "without items"
+"""Controls: each example with the item of another one, and with none."""
+
+_KS = (1, 5, 10)
+_BLOCK = 64
+
+
+def load_shared(run_path: Path, *, device: str = AUTO) -> tuple[SharedNetwork, ModuleConfig]:
+    """Load the network of a run of `train_likelihood` in evaluation mode.
+
+    Raises:
+        DataError: the run is of something else.
+    """
+    device = str(torch_device(device, needs_float64=True))
+    network, config = load_module(run_path, kind=KIND, device=device)
+    assert isinstance(network, SharedNetwork)
+    return network, config
+
+
+def evaluate_task(
+    run_path: Path,
+    task: ExampleTask,
+    examples: TaskExamples,
+    *,
+    seed: int,
+    controls: Sequence[str] = (),
+    groups: Mapping[str, Bools] | None = None,
+) -> Result:
+    """Evaluate a run on examples of a task, which it need not have been trained on.
+
+    Metrics are `accuracy`, of classes and answers, also per group, as `accuracy: open`; `word accuracy`, after the true
+    words; `caption accuracy`, of whole captions; `item to text r@1` and the like.
+
+    Args:
+        run_path: a run of `train_likelihood`.
+        task: the task, with its candidates; its training examples are not read.
+        examples: examples with the vocabulary of the run.
+        seed: seed of the run.
+        controls: `SHUFFLED`, and `BLIND` of tasks with texts.
+        groups: name -> (N,) bool, examples whose accuracy is also measured separately.
+
+    Raises:
+        DataError: the run is of something else, or has other words; or a target is not a candidate.
+        FingerprintError: the items have the feature of another encoder than the run was trained on.
+    """
+    network, device = _open_network(run_path, examples)
+    altered = {
+        control: examples.without_media() if control == BLIND else examples.shuffle_media(seed=0)
+        for control in controls
+    }
+    measures, captions = _measure(network, task, examples, groups or {}, device)
+    return Result(
+        seed=seed,
+        num_examples=len(examples),
+        measures=measures,
+        controls={name: _measure(network, task, others, groups or {}, device)[0] for name, others in altered.items()},
+        chance=_chance(task, examples),
+        captions=captions,
+    )
+
+
+@torch.no_grad()
+def represent(run_path: Path, task: ExampleTask, examples: TaskExamples) -> Floats:
+    """Compute the representation of each example of `classify` or `answer`, for a probe: (N, P) float32."""
+    network, device = _open_network(run_path, examples)
+    parts = [
+        read_inputs(network, task.load(examples.take(np.arange(rows.start, rows.stop)), None, device=device))
+        for rows in blocks(len(examples), _BLOCK)
+    ]
+    return torch.cat(parts).float().cpu().numpy()
+
+
+def answer_blindly(train: TaskExamples, examples: TaskExamples) -> Bools:
+    """Return which examples are right if each gets the most frequent target of its text in training: (N,) bool.
+
+    This is the baseline of what can be known without the items. A text that is not in training gets the most frequent
+    target of all. Of equally frequent targets, the first one in the training table wins.
+    """
+    assert train.text_words is not None
+    assert examples.text_words is not None
+    texts = _pad_alike(train.text_words, examples.text_words)
+    which = np.unique(texts, axis=0, return_inverse=True)[1].ravel()
+    of_train, of_examples = which[: len(train)], which[len(train) :]
+
+    num_targets = len(train.targets)
+    best = int(np.bincount(train.target_N, minlength=num_targets).argmax())
+    answers = np.full(int(which.max()) + 1, best)
+    pairs, counts = np.unique(of_train * num_targets + train.target_N, return_counts=True)
+    order = np.lexsort((-pairs, counts))  # the most frequent of each text is written last
+    answers[pairs[order] // num_targets] = pairs[order] % num_targets
+
+    place = pc.fill_null(pc.index_in(examples.targets, value_set=train.targets), -1).to_numpy(zero_copy_only=False)
+    is_right: Bools = answers[of_examples] == place[examples.target_N]
+    return is_right
+
+
+def _pad_alike(train: WordLists, examples: WordLists) -> Ints:
+    """Return the words of the texts of both, padded to one length, so that equal texts are equal rows: (N, L)."""
+    both = WordLists(
+        np.concatenate([train.numbers_M, examples.numbers_M]),
+        np.concatenate([train.offsets_N[:-1], train.offsets_N[-1] + examples.offsets_N]),
+    )
+    return both.padded()[0]
+
+
+def _open_network(run_path: Path, examples: TaskExamples) -> tuple[SharedNetwork, str]:
+    """Load a run, after checking that examples have its words and the feature that it was trained on."""
+    network, config = load_shared(run_path)
+    if examples.vocabulary.words != network.vocabulary.words:
+        raise DataError(
+            f"{run_path}: expected examples with the {len(network.vocabulary):,} words of the run, got "
+            f"{len(examples.vocabulary):,} words; open them with the word table that it was trained with"
+        )
+    if examples.media is not None:
+        feature = examples.media.feature
+        check_same(
+            f"{feature.name} of {examples.media.cache.path}",
+            feature.fingerprint,
+            config.sides[feature.modality].fingerprint,
+            next_step=f"use the feature of the encoder that {run_path} was trained on",
+        )
+    return network, str(network.task_token.device)
+
+
+def _measure(
+    network: SharedNetwork, task: ExampleTask, examples: TaskExamples, groups: Mapping[str, Bools], device: str
+) -> tuple[Measures, dict[str, str]]:
+    """Return metric -> values, and key of a sample -> its caption."""
+    if task.kind == "retrieve":
+        return _measure_retrieval(network, examples, device), {}
+
+    rows_N = np.arange(len(examples)) if examples.rows_N is None else examples.rows_N
+    found = predict(task, network, examples, device=device)
+    right = MetricValues(found.is_correct_M, rows_N[found.example_M])
+    if task.kind in ("classify", "answer"):
+        of_groups = {
+            f"accuracy: {name}": MetricValues(right.values_M[is_in_N], right.clusters_M[is_in_N])
+            for name, is_in_N in groups.items()
+        }
+        return {"accuracy": right, **of_groups}, {}
+    if task.kind == "masked":
+        return {"word accuracy": right}, {}
+
+    rows_I = distinct(rows_N)
+    assert examples.media is not None
+    captions = write_item_captions(network, task, examples.media, rows_I, device=device)
+    references = _references(examples)
+    is_right_I = np.array([
+        caption in references[row] for row, caption in zip(rows_I.tolist(), captions.values(), strict=True)
+    ])  # fmt: skip
+    return {"word accuracy": right, "caption accuracy": MetricValues(is_right_I, rows_I)}, captions
+
+
+def _measure_retrieval(network: SharedNetwork, examples: TaskExamples, device: str) -> Measures:
+    assert examples.rows_N is not None
+    rows_I, first_T = np.unique(examples.rows_N), np.unique(examples.target_N, return_index=True)[1]
+    clusters = {"item to text": rows_I, "text to item": examples.rows_N[first_T]}  # a text of several: its first item
+    ranks = retrieval_ranks(network, examples, device=device)
+    return {f"{name} r@{k}": MetricValues(ranks_Q <= k, clusters[name]) for name, ranks_Q in ranks.items() for k in _KS}
+
+
+@torch.no_grad()
+def write_item_captions(
+    network: SharedNetwork, task: ExampleTask, media: Media, rows_I: Ints, *, device: str
+) -> dict[str, str]:
+    """Write a caption of each item in words of a task: key of its sample -> caption, in the order of the rows."""
+    numbers_C = torch.from_numpy(task.candidate_words.numbers_M.astype(np.int64)).to(device)
+    vocabulary = numbers_C, encode_texts(network, task.candidate_words, device=device)
+
+    captions = []
+    for part in blocks(len(rows_I), _BLOCK):
+        tokens = read_tokens(media, rows_I[part], device=device)
+        captions += write_captions(network, tokens, network.likelihood("caption"), vocabulary)
+    decoded = [network.vocabulary.decode(caption.numbers) for caption in captions]
+    return dict(zip(media.keys_of(rows_I), decoded, strict=True))
+
+
+def _references(examples: TaskExamples) -> dict[int, set[str]]:
+    """Return row of an item -> its captions in the examples, word by word."""
+    assert examples.rows_N is not None
+    decoded = [
+        examples.vocabulary.decode(examples.target_words.take(np.array([number])).numbers_M)
+        for number in range(len(examples.targets))
+    ]
+    references: dict[int, set[str]] = {}
+    for row, target in zip(examples.rows_N.tolist(), examples.target_N.tolist(), strict=True):
+        references.setdefault(row, set()).add(decoded[target])
+    return references
+
+
+def _chance(task: ExampleTask, examples: TaskExamples) -> dict[str, float]:
+    """Return the value of each metric for a random order of the candidates."""
+    if task.kind in ("classify", "answer"):
+        return {"accuracy": 1 / len(task.names)}
+    if task.kind != "retrieve":
+        return {"word accuracy": 1 / task.candidate_words.num_texts}
+
+    assert examples.rows_N is not None
+    pairs = np.unique(np.stack([examples.rows_N, examples.target_N]), axis=1)
+    (_, of_item_Q), (_, of_text_Q) = (np.unique(side, return_counts=True) for side in pairs)
+    counts = {"item to text": (of_item_Q, len(of_text_Q)), "text to item": (of_text_Q, len(of_item_Q))}
+    return {
+        f"{name} r@{k}": chance_recall(positives_Q, size, k)
+        for name, (positives_Q, size) in counts.items()
+        for k in _KS
+    }

@@ -1,0 +1,366 @@
+"""Tasks of one likelihood: what is read, what it is compared with, and which of that is right, batch by batch.
+
+| kind | input | read at | candidates |
+| --- | --- | --- | --- |
+| `classify` | items | SPE | class names |
+| `answer` | items and a text with a blank, or a text alone | the blank | answers, labels of texts |
+| `retrieve` | items, and texts in turn | SPE | texts, and items, of the batch |
+| `caption` | items and the words before | a blank after each word | words of the captions, and the end |
+| `masked` | items and a text with words left out, or a text alone | these blanks | words of the texts |
+
+Candidates pass the whole network in each step, words too, each as a text of one word: so a word as an answer has the
+representation that it has as the next word of a caption. If there are more than `max_candidates`, a step uses those of
+its batch and others at random, weighted such that the loss is that of all in the mean, see `draw_candidates`;
+validation compares with all.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from embedcache.arrays import Bools, Ints, blocks, distinct
+from embedcache.errors import DataError
+from embedcache.metrics.ranking import best_ranks, recall_at
+from embedcache.train.batches import to_device
+from pipelines.sequence import valid_frames
+from pipelines.uniperceiver.candidates import Positives, draw_candidates
+from pipelines.uniperceiver.examples import Media, TaskExamples
+from pipelines.uniperceiver.network import ReadOut, SharedNetwork, Tokens, Words
+from pipelines.uniperceiver.words import BLANK, END, NUM_SPECIAL, UNKNOWN, WordLists, single_words, with_blanks
+
+Kind: TypeAlias = Literal["classify", "answer", "retrieve", "caption", "masked"]
+_BLOCK_ROWS = 256
+_BLOCK_WORDS = 2048
+
+
+class TaskBatch(NamedTuple):
+    """A batch of one task on the device.
+
+    Args:
+        tokens: modality -> tokens of the inputs.
+        words: words of the inputs; None: none.
+        read: where inputs are read; `next`: after each word, in two streams.
+        candidates: words of the candidates.
+        positives: positions of inputs that were read, and of candidates, that belong together.
+        is_read: of `next`, (B, L + 1) bool, which blanks have a target.
+        log_weights_C: (C,) log-weights of the candidates, None: 0.
+        is_symmetric: whether candidates are also compared with inputs, as in retrieval.
+        rows: rows of the feature, to name them.
+    """
+
+    tokens: Mapping[str, Tokens]
+    words: Words | None
+    read: ReadOut | Literal["next"]
+    candidates: Words
+    positives: Positives
+    is_read: Tensor | None = None
+    log_weights_C: Tensor | None = None
+    is_symmetric: bool = False
+    rows: Ints | None = None
+
+
+class InputTexts(NamedTuple):
+    """Texts of inputs, and the candidates that belong to the M places where they are read.
+
+    Args:
+        words: words of each input; None: they have none.
+        targets_M: (M,) int64, number of the candidate; -1 if the right word is not a candidate.
+        is_read: of captions, (B, L + 1) bool, after which words they are read.
+    """
+
+    words: WordLists | None
+    targets_M: Ints
+    is_read: Bools | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleTask:
+    """A task on tables of examples.
+
+    Args:
+        name: its name, without spaces and dots.
+        kind: see the table of the module. Tasks of one kind share the scale of their likelihood.
+        train: examples to learn from.
+        validation: examples to be measured on, of which at most `max_validation`, evenly spaced, are used.
+        candidates: class names or answers, or the words of `caption` and `masked`; None: the distinct targets of
+            `train`, in alphabetical order, or their words.
+        weight: how often it is drawn, relative to other tasks.
+        batch_size: examples per batch.
+        max_candidates: most candidates per step; validation compares with all.
+        masked: fraction of the words of a text that are left out, at least one.
+        max_validation: most validation examples.
+    """
+
+    name: str
+    kind: Kind
+    train: TaskExamples
+    validation: TaskExamples
+    candidates: Sequence[str] | None = None
+    weight: float = 1.0
+    batch_size: int = 128
+    max_candidates: int = 1024
+    masked: float = 0.15
+    max_validation: int = 512
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Class names or answers; empty for other kinds."""
+        if self.kind not in ("classify", "answer"):
+            return ()
+        return tuple(self.candidates or sorted(self.train.targets.to_pylist()))
+
+    @cached_property
+    def candidate_words(self) -> WordLists:
+        """The words of all candidates: of names, or single ones, the end first."""
+        vocabulary, what = self.train.vocabulary, f"{self.name}: candidates"
+        if self.names:
+            return vocabulary.require_known(self.names, what)
+        texts = self.train.target_words if self.candidates is None else vocabulary.require_known(self.candidates, what)
+        return single_words(texts.numbers_M[texts.numbers_M >= NUM_SPECIAL])
+
+    @cached_property
+    def _place_V(self) -> Ints:
+        """The position of each word number among single words that are candidates; -1 for others."""
+        place_V = np.full(len(self.train.vocabulary) + NUM_SPECIAL, -1, np.int64)
+        place_V[self.candidate_words.numbers_M] = np.arange(self.candidate_words.num_texts)
+        return place_V
+
+    def describe(self) -> Mapping[str, object]:
+        """Return all that decides the batches, as JSON values."""
+        names = ("name", "kind", "weight", "batch_size", "max_candidates", "masked", "max_validation")
+        digests = {"train": self.train.digest, "validation": self.validation.digest}
+        return (
+            {name: getattr(self, name) for name in names}
+            | digests
+            | {"candidates": list(self.candidates or self.names)}
+        )
+
+    def draw(self, rng: np.random.Generator, *, device: str) -> TaskBatch:
+        """Draw a batch of different examples."""
+        count = min(self.batch_size, len(self.train))
+        positions_B = rng.choice(len(self.train), size=count, replace=False)
+        return self.load(self.train.take(positions_B), rng, device=device)
+
+    def load(self, examples: TaskExamples, rng: np.random.Generator | None, *, device: str) -> TaskBatch:
+        """Return examples as a batch; without a generator all candidates are used, and masks are always the same."""
+        if self.kind == "retrieve":
+            return self._load_pairs(examples, device)
+
+        draws = rng or np.random.default_rng(0)
+        words, targets_M, is_read = self.read_texts(examples, draws, is_training=rng is not None)
+
+        num_candidates = self.candidate_words.num_texts
+        limit = num_candidates if rng is None else self.max_candidates
+        sample = draw_candidates(num_candidates, targets_M, limit=limit, rng=draws)
+        log_weights_C = sample.log_weights_C
+        return TaskBatch(
+            tokens=read_tokens(examples.media, examples.rows_N, device=device),
+            words=None if words is None else load_words(words, device=device),
+            read={"classify": "task", "caption": "next"}.get(self.kind, "blank"),  # type: ignore[arg-type]
+            is_read=None if is_read is None else to_device(is_read, device),
+            candidates=load_words(self.candidate_words.take(sample.numbers_C), device=device),
+            positives=(to_device(np.arange(len(targets_M)), device), to_device(sample.positives_M, device)),
+            log_weights_C=None if log_weights_C is None else to_device(log_weights_C, device),
+            rows=examples.rows_N,
+        )
+
+    def read_texts(self, examples: TaskExamples, rng: np.random.Generator, *, is_training: bool) -> InputTexts:
+        """Return the texts of inputs, and the candidates that belong to the places where they are read."""
+        if self.kind == "classify":
+            return InputTexts(None, self._target_positions(examples))
+        if self.kind == "answer":
+            assert examples.text_words is not None
+            return InputTexts(with_blanks(examples.text_words), self._target_positions(examples))
+
+        words = examples.target_words.take(examples.target_N)
+        if self.kind == "caption":
+            return InputTexts(words, *self._next_words(words, is_training=is_training))
+        return InputTexts(*self._mask(words, rng))
+
+    def _load_pairs(self, examples: TaskExamples, device: str) -> TaskBatch:
+        """Return the distinct items and the distinct texts of a batch; pairs of both are positives."""
+        assert examples.rows_N is not None
+        rows_B, which_row_B = np.unique(examples.rows_N, return_inverse=True)
+        targets_C, which_target_B = np.unique(examples.target_N, return_inverse=True)
+        pairs_E = distinct(which_row_B * len(targets_C) + which_target_B)
+        of_item_E, of_text_E = np.divmod(pairs_E, len(targets_C))
+        return TaskBatch(
+            tokens=read_tokens(examples.media, rows_B, device=device),
+            words=None,
+            read="task",
+            candidates=load_words(examples.target_words.take(targets_C), device=device),
+            positives=(to_device(of_item_E, device), to_device(of_text_E, device)),
+            is_symmetric=True,
+            rows=rows_B,
+        )
+
+    def _target_positions(self, examples: TaskExamples) -> Ints:
+        """Return the number of the candidate of each example.
+
+        Raises:
+            DataError: a target is not a candidate.
+        """
+        places = {name: number for number, name in enumerate(self.names)}
+        numbers_U, which_N = np.unique(examples.target_N, return_inverse=True)
+        targets = examples.targets.take(pa.array(numbers_U)).to_pylist()
+        missing = [target for target in targets if target not in places]
+        if missing:
+            raise DataError(f"{self.name}: expected targets that are candidates, got {missing[0]!r}; pass all of them")
+
+        place_U: Ints = np.array([places[target] for target in targets], np.int64)
+        return place_U[which_N]
+
+    def _next_words(self, texts: WordLists, *, is_training: bool) -> tuple[Ints, Bools]:
+        """Return the candidate after each prefix, and which prefixes are read; in training, only before a candidate.
+
+        In validation, words that are not candidates have the target -1, so that no prediction of them is right.
+        """
+        numbers_NL, lengths_N = texts.padded()
+        following_NL = np.concatenate([numbers_NL, np.full((len(lengths_N), 1), END)], axis=1)  # padding is END, too
+        place_NL = self._place_V[following_NL]
+
+        is_read_NL = np.arange(following_NL.shape[1]) <= lengths_N[:, None]
+        if is_training:
+            is_read_NL &= place_NL >= 0
+        return place_NL[is_read_NL], is_read_NL
+
+    def _mask(self, texts: WordLists, rng: np.random.Generator) -> tuple[WordLists, Ints]:
+        """Replace some words of each text, which are candidates, by blanks, and return the candidates."""
+        numbers_M = np.where(texts.numbers_M == BLANK, UNKNOWN, texts.numbers_M)
+        place_M = self._place_V[numbers_M]
+        of_text_M = np.repeat(np.arange(texts.num_texts), texts.lengths())
+
+        draws_M = np.where(place_M >= 0, rng.random(len(numbers_M)), np.inf)
+        lowest_N = np.full(texts.num_texts, np.inf)
+        np.minimum.at(lowest_N, of_text_M, draws_M)
+        is_masked_M = (draws_M < self.masked) | ((draws_M == lowest_N[of_text_M]) & (draws_M < np.inf))
+        return WordLists(np.where(is_masked_M, BLANK, numbers_M), texts.offsets_N), place_M[is_masked_M]
+
+    @torch.no_grad()
+    def measure(self, network: SharedNetwork, *, device: str) -> dict[str, float]:
+        """Compute accuracy over all candidates, of words for `caption` and `masked`; or R@1 in both directions."""
+        examples = self.validation.spread(self.max_validation)
+        if self.kind == "retrieve":
+            ranks = retrieval_ranks(network, examples, device=device)
+            return {f"{self.name} {name} r@1": recall_at(ranks_Q, 1) for name, ranks_Q in ranks.items()}
+        return {f"{self.name} accuracy": float(np.mean(predict(self, network, examples, device=device).is_correct_M))}
+
+
+def read_tokens(media: Media | None, rows_B: Ints | None, *, device: str) -> dict[str, Tokens]:
+    """Read the tokens of some rows."""
+    if media is None:
+        return {}
+    assert rows_B is not None
+    values, lengths_B = media.read(rows_B)
+    tokens = Tokens(to_device(values, device), None if lengths_B is None else to_device(lengths_B, device))
+    return {media.modality: tokens}
+
+
+def load_words(texts: WordLists, *, device: str) -> Words:
+    """Return padded texts on the device."""
+    return Words(*(to_device(array, device) for array in texts.padded()))
+
+
+def read_inputs(network: SharedNetwork, batch: TaskBatch) -> Tensor:
+    """Compute the representations of the inputs of a batch that have targets: (M, P)."""
+    if batch.read != "next":
+        return network.encode(batch.tokens, batch.words, read=batch.read)
+    assert batch.words is not None
+    assert batch.is_read is not None
+    return network.predict_words(batch.tokens, batch.words)[batch.is_read]
+
+
+def _examples_of(batch: TaskBatch) -> Ints:
+    """Return the number in its batch of the example of each input that was read."""
+    if batch.words is None:
+        return np.arange(len(batch.positives[0]))
+    is_read = batch.is_read
+    if is_read is None:
+        numbers_BL, lengths_B = batch.words
+        is_read = (numbers_BL == BLANK) & valid_frames(lengths_B, numbers_BL.shape[1])
+    examples_M: Ints = torch.nonzero(is_read)[:, 0].cpu().numpy()
+    return examples_M
+
+
+@torch.no_grad()
+def encode_texts(network: SharedNetwork, texts: WordLists, *, device: str) -> Tensor:
+    """Encode texts as candidates, in blocks: (N, P)."""
+    parts = [
+        network.encode(words=load_words(texts.take(np.arange(rows.start, rows.stop)), device=device), side="target")
+        for rows in blocks(texts.num_texts, _BLOCK_WORDS)
+    ]
+    return torch.cat(parts)
+
+
+class Prediction(NamedTuple):
+    """What was predicted for M examples, or for M words of examples.
+
+    Args:
+        predicted_M: the best candidate.
+        target_M: the right one.
+        is_correct_M: whether both are the same.
+        example_M: number of the example.
+    """
+
+    predicted_M: Ints
+    target_M: Ints
+    is_correct_M: Bools
+    example_M: Ints
+
+
+@torch.no_grad()
+def predict(task: ExampleTask, network: SharedNetwork, examples: TaskExamples, *, device: str) -> Prediction:
+    """Compare examples of any kind but `retrieve` with all candidates; words are predicted after the true ones."""
+    network.eval()
+    vectors_CP = encode_texts(network, task.candidate_words, device=device)
+    likelihood = network.likelihood(task.kind)
+
+    parts: list[tuple[Ints, Ints, Ints]] = []
+    for rows in blocks(len(examples), _BLOCK_ROWS):
+        numbers_B = np.arange(rows.start, rows.stop)
+        batch = task.load(examples.take(numbers_B), None, device=device)
+        queries_MP, candidates_CP = likelihood.scaled(read_inputs(network, batch), vectors_CP)
+        best = [
+            (queries_MP[part] @ candidates_CP.T).argmax(dim=1).cpu().numpy()
+            for part in blocks(len(queries_MP), _BLOCK_ROWS)
+        ]
+        parts.append((np.concatenate(best), batch.positives[1].cpu().numpy(), numbers_B[_examples_of(batch)]))
+
+    predicted_M, target_M, example_M = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Prediction(predicted_M, target_M, predicted_M == target_M, example_M)
+
+
+@torch.no_grad()
+def retrieval_ranks(network: SharedNetwork, examples: TaskExamples, *, device: str) -> dict[str, Ints]:
+    """Compute the rank of the best positive of each item among all distinct texts, and of each text among the items.
+
+    Texts of several items count once, and belong to all of them.
+
+    Returns:
+        `item to text` and `text to item` -> (Q,) ranks, 1 is the best.
+    """
+    network.eval()
+    assert examples.rows_N is not None
+    rows_I, which_row_N = np.unique(examples.rows_N, return_inverse=True)
+    targets_T, which_target_N = np.unique(examples.target_N, return_inverse=True)
+
+    texts = encode_texts(network, examples.target_words.take(targets_T), device=device)
+    item_blocks = [
+        network.encode(read_tokens(examples.media, rows_I[rows], device=device))
+        for rows in blocks(len(rows_I), _BLOCK_ROWS)
+    ]
+    scaled = network.likelihood("retrieve").scaled(torch.cat(item_blocks), texts)
+    items_IP, texts_TP = (values.cpu().numpy() for values in scaled)
+
+    pairs_E = distinct(which_row_N * len(targets_T) + which_target_N)
+    of_item_E, of_text_E = np.divmod(pairs_E, len(targets_T))
+    return {
+        "item to text": best_ranks(items_IP, texts_TP, (of_item_E, of_text_E)),
+        "text to item": best_ranks(texts_TP, items_IP, (of_text_E, of_item_E)),
+    }

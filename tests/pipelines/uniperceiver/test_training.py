@@ -1,0 +1,122 @@
+"""Tasks of one likelihood trained together, resumed, tuned by prompts, and with a new modality."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from embedcache.errors import FingerprintError
+from embedcache.networks.saved import read_module_config
+from pipelines.uniperceiver.evaluation import load_shared
+from pipelines.uniperceiver.network import SharedNetwork
+from pipelines.uniperceiver.tasks import predict
+from pipelines.uniperceiver.training import TaskMixture, start_from, train_likelihood
+from tests.pipelines.uniperceiver.cases import Squares, fit_settings, open_tones, recipe
+from tests.train.runs import interrupted_after
+
+pytestmark = pytest.mark.slow
+
+
+def network(run: Path) -> SharedNetwork:
+    return load_shared(run)[0]
+
+
+def test_tasks_learn_together(squares: Squares, squares_run: Path) -> None:
+    net = network(squares_run)
+    found = {}
+    for name, kind in (("classify", "classify"), ("captions", "caption"), ("captions", "masked")):
+        task = squares.task(name, kind)  # type: ignore[arg-type]
+        found[kind] = float(predict(task, net, squares.valid[name], device="cpu").is_correct_M.mean())
+        if kind == "caption":
+            blind = predict(task, net, squares.valid[name].shuffle_media(seed=0), device="cpu").is_correct_M.mean()
+            assert found[kind] > blind + 0.1
+    assert found["classify"] > 0.85
+    assert found["caption"] > 0.9
+    assert found["masked"] > 0.85
+    ranks = squares.task("retrieve", "retrieve", "captions").measure(net, device="cpu")
+    assert min(ranks.values()) > 0.8
+
+
+def train_two(squares: Squares, run: Path, *, checkpoint_s: float = 60.0) -> None:
+    tasks = [squares.task("caption", "caption", "captions", max_candidates=8), squares.task("answer", "answer")]
+    settings = fit_settings(checkpoint_s=checkpoint_s)
+    train_likelihood(tasks, squares.words, run, recipe(steps_per_epoch=4), settings)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(squares: Squares, tmp_path: Path) -> None:
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    train_two(squares, whole)
+    with interrupted_after(6), pytest.raises(InterruptedError):
+        train_two(squares, interrupted, checkpoint_s=0.0)
+    assert not (interrupted / "config.json").exists()
+    train_two(squares, interrupted, checkpoint_s=0.0)
+    for name in ("model.safetensors", "losses.jsonl"):
+        assert (interrupted / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_tasks_are_drawn_by_weight_from_seed_epoch_and_step() -> None:
+    def draws(seed: int, epoch: int, first_step: int = 0) -> list[tuple[int, float]]:
+        mixture = TaskMixture([3.0, 1.0], [4, 8], num_steps=400, seed=seed)
+        steps = mixture.epoch(epoch, first_step=first_step)
+        return [(drawn.number, drawn.rng.random()) for drawn in steps]
+
+    assert draws(0, 1)[100:] == draws(0, 1, first_step=100)
+    assert draws(0, 1) != draws(0, 2)
+    assert draws(0, 1) != draws(1, 1)
+    assert np.mean([number for number, _ in draws(0, 1)]) == pytest.approx(0.25, abs=0.06)
+    assert TaskMixture([3.0, 1.0], [4, 8], num_steps=400, seed=0).num_samples == 2000
+
+
+@pytest.mark.no_mutants
+def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
+    task = squares.task("answer", "answer")
+    tuned_recipe, parts = start_from(squares_run, trainable="prompts+norms+scales", num_prompts=4, steps_per_epoch=100)
+    settings = fit_settings(lr=1e-2, init_from=parts.init_from, trainable=parts.trainable)
+    report = train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
+    before, after = (load_file(path / "model.safetensors") for path in (squares_run, tmp_path / "tuned"))
+    frozen = [key for key in before if "norm" not in key and not key.startswith("likelihoods")]
+    assert all(torch.equal(before[key], after[key]) for key in frozen)
+    assert not torch.equal(before["layers.0.attention_norm.weight"], after["layers.0.attention_norm.weight"])
+    assert {key.partition(".")[0] for key in after.keys() - before.keys()} == {"prompts", "likelihoods"}
+    assert report.num_parameters == sum(
+        value.numel() for key, value in after.items() if key not in frozen and "words" not in key
+    )
+    found = predict(task, network(tmp_path / "tuned"), squares.valid["answer"], device="cpu")
+    blind = predict(task, network(tmp_path / "tuned"), squares.valid["answer"].shuffle_media(seed=0), device="cpu")
+    assert found.is_correct_M.mean() > max(0.7, blind.is_correct_M.mean() + 0.2)
+
+
+def test_a_new_modality_is_learned_by_its_adapter_alone(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
+    tones = open_tones(tmp_path / "tones", squares.words.vocabulary)
+    tuned_recipe, parts = start_from(squares_run, trainable="audio", steps_per_epoch=60)
+    settings = fit_settings(lr=1e-2, init_from=parts.init_from, trainable=parts.trainable)
+    task = squares.task("tones", "classify", "classify", train=tones, validation=tones)
+    report = train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
+    before, after = (load_file(path / "model.safetensors") for path in (squares_run, tmp_path / "tuned"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert {key.partition(".")[2].partition(".")[0] for key in after.keys() - before.keys()} == {"audio"}
+    assert report.measures["tones accuracy"] > 0.9
+    described = read_module_config(tmp_path / "tuned").arguments["modalities"]
+    for name, examples in (("image", squares.train["classify"]), ("audio", tones)):
+        media = examples.media
+        assert media is not None
+        axis = None if media.axis is None else media.axis.to_json()
+        assert described[name] == {"width": media.feature.width, "axis": axis}
+    assert described["audio"]["axis"]["rate_hz"] == 50
+
+
+def test_texts_alone_are_classified_at_their_blank(squares: Squares, tmp_path: Path) -> None:
+    task = squares.task("texts", "answer")
+    masked = squares.task("masked", "masked", "texts")
+    report = train_likelihood(
+        [task, masked], squares.words, tmp_path / "run", recipe(), fit_settings(epochs=5, lr=1e-2)
+    )
+    assert report.measures["texts accuracy"] > 0.9
+
+
+def test_a_run_of_other_settings_is_kept(squares: Squares, squares_run: Path) -> None:
+    tasks = [squares.task("classify", "classify", weight=0.5)]
+    with pytest.raises(FingerprintError, match="other settings|differ"):
+        train_likelihood(tasks, squares.words, squares_run, recipe(), fit_settings())
