@@ -169,15 +169,14 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
 def _pair_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     from embedcache.train.settings import TrainSettings
 
-    settings = _recorded_settings(record["training"], TrainSettings)
+    settings = {
+        item.name: _recorded_value(record["training"], item)
+        for item in flat_settings(TrainSettings)
+        if item.declared.affects_result
+    }
     if record.get("kind") == "pair":
         return settings | {"feature": [f"{modality}={side['feature']}" for modality, side in record["sides"].items()]}
     return settings | {f"{modality}_feature": record[modality]["feature"] for modality in ("image", "text")}
-
-
-def _recorded_settings(record: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """Return the recorded values of a settings class by flat name."""
-    return {item.name: _recorded_value(record, item) for item in flat_settings(kind) if item.declared.affects_result}
 
 
 def _recorded_value(record: Mapping[str, Any], item: FlatSetting) -> Any:

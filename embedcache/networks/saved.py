@@ -22,7 +22,6 @@ from embedcache.projectors.saved import (
     is_pair,
     read_run,
     save_weights,
-    split_path,
 )
 from embedcache.provenance import construct, digest_file, from_record, to_record, write_record
 from embedcache.records import naming_packages
@@ -70,7 +69,6 @@ class ModuleConfig:
         init_runs: part -> SHA-256 of the weights that it started from.
         index_digest: digest of the sample and item tables of the cache, joined by `+` for several caches.
         file_digests: SHA-256 of the files that settings name, by setting.
-        split_digest: SHA-256 of `split.parquet`; empty without one.
         weights_digest: SHA-256 of `model.safetensors`.
     """
 
@@ -82,7 +80,6 @@ class ModuleConfig:
     init_runs: Mapping[str, str] = field(default_factory=dict)
     index_digest: str = ""
     file_digests: Mapping[str, str] = field(default_factory=dict)
-    split_digest: str = ""
     weights_digest: str = ""
     format: int = RUN_FORMAT
 
@@ -106,12 +103,11 @@ def build_module(config: ModuleConfig) -> nn.Module:
 
 
 def save_module(run_path: Path, module: nn.Module, config: ModuleConfig) -> None:
-    """Write the weights, then the config with the digests of weights and split, which marks the run as complete."""
+    """Write the weights, then the config with their digest, which marks the run as complete."""
     NETWORKS.accept(config.kind)
-    model_path, split = run_path / "model.safetensors", split_path(run_path)
+    model_path = run_path / "model.safetensors"
     save_weights(model_path, module)
-    digests = {"split": digest_file(split) if split.is_file() else "", "weights": digest_file(model_path)}
-    write_record(config_path(run_path), {**config.to_json(), **digests})
+    write_record(config_path(run_path), {**config.to_json(), "weights": digest_file(model_path)})
 
 
 def read_module_config(run_path: Path, *, kind: str | None = None) -> ModuleConfig:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.dataset.inputs import InputFeature
-from embedcache.dataset.splits import Split, write_split
 from embedcache.metrics.ranking import metric_label
 from embedcache.networks.saved import ModuleConfig, ModuleInput, read_module_config, save_module
 from embedcache.progress import NullProgress, Progress
-from embedcache.projectors.saved import config_path, split_path
+from embedcache.projectors.saved import config_path
 from embedcache.train.checkpoint import name_device, reuse_run, train_run
-from embedcache.train.distributed import process_group, run_on_first
+from embedcache.train.distributed import process_group
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
 from embedcache.train.settings import FitSettings
 from embedcache.train.trackers import check_trackers
@@ -59,7 +58,6 @@ def train_task(
     config: ModuleConfig,
     settings: FitSettings,
     *,
-    split: Split | None = None,
     progress: Progress | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> ModuleReport:
@@ -71,7 +69,6 @@ def train_task(
         config: kind, arguments and sides of the module; settings, start runs and digests are filled in here. What
             else decides the result, such as a label column, belongs in `config.training`.
         settings: optimizer, machine, seed, start runs and trainable parts.
-        split: written to `split.parquet`.
         progress: progress in training samples.
         on_epoch: called after each validation.
 
@@ -94,7 +91,7 @@ def train_task(
         )
         if config_path(run_path).is_file():
             stored = read_module_config(run_path)
-            expected = replace(config, weights_digest=stored.weights_digest, split_digest=stored.split_digest)
+            expected = replace(config, weights_digest=stored.weights_digest)
             return reuse_run(
                 run_path,
                 stored.to_json(),
@@ -102,14 +99,10 @@ def train_task(
                 lambda values: ModuleReport(path=run_path, **{**values, "reused": True}),
             )
 
-        def fit() -> tuple[Task, ModuleReport]:
-            run_on_first(lambda: _write_split(run_path, split))
-            return _fit(make_task, run_path, settings, progress, on_epoch)
-
         return train_run(
             run_path,
             config.to_json(),
-            fit,
+            lambda: _fit(make_task, run_path, settings, progress, on_epoch),
             lambda task: save_module(run_path, task.module, config),
             recorded=config.to_json(),
         )
@@ -124,12 +117,6 @@ def describe_input(feature: InputFeature) -> ModuleInput:
         fingerprint=feature.fingerprint,
         width=feature.width,
     )
-
-
-def _write_split(run_path: Path, split: Split | None) -> None:
-    """Write the split of a run, unless an interrupted one did."""
-    if split is not None and not split_path(run_path).is_file():
-        write_split(split_path(run_path), split)
 
 
 def _fit(
