@@ -140,14 +140,14 @@ def one_noun(modality: str) -> str:
     return noun(modality).removesuffix("s")
 
 
-def option_of(modality: str, kind: str, value: str) -> str:
-    """Return the option that names an encoder or a feature of a modality, with its value.
+def encoder_option(modality: str) -> str:
+    """Return the option that names an encoder of a modality.
 
     Example:
-        >>> option_of("image", "feature", "NAME"), option_of("audio", "encoder", "SPEC")
-        ('--image-feature NAME', '--encoder audio=SPEC')
+        >>> encoder_option("image"), encoder_option("audio")
+        ('--image-encoder SPEC', '--encoder audio=SPEC')
     """
-    return f"--{modality}-{kind} {value}" if modality in ("image", "text") else f"--{kind} {modality}={value}"
+    return f"--{modality}-encoder SPEC" if modality in ("image", "text") else f"--encoder {modality}=SPEC"
 
 
 def count_items(number: int, modality: str) -> str:

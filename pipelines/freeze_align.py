@@ -104,7 +104,7 @@ def align(workdir: Path, pairs: str, recipe: Recipe, training: TrainSettings) ->
     for name, is_control in (("run", False), ("shuffled", True)):
         run, options = workdir / name, with_options(training, shuffle_pairs=is_control)
         report = embedcache.train_projectors(
-            cache, run, image_feature=recipe.image_feature, settings=options, progress=open_progress()
+            cache, run, feature={"image": recipe.image_feature}, settings=options, progress=open_progress()
         )
         print_line(report.line(run))
         reports[name] = embedcache.evaluate_retrieval(cache, run, is_control=is_control)

@@ -142,7 +142,7 @@ def artifacts(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     space = "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\n[space]\nlr = [1e-3, 1e-2]"
     (folder / "space.toml").write_text(space)
     options = {"sampler": "grid", "top_configs": 1, "seeds_per_config": 1}
-    features = {"image_feature": IMAGE, "text_feature": TEXT}
+    features = {"feature": {"image": IMAGE, "text": TEXT}}
     sweep(folder / "cache", folder / "study", folder / "space.toml", **features, **options)
     return folder
 

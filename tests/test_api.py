@@ -305,7 +305,7 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     )
     assert done.path.is_file()
     train, test = map(embedcache.Cache, two_caches)
-    leaks = embedcache.find_leaks(train, test, image_feature="open_toy/cls", text_feature="open_toy/mean")
+    leaks = embedcache.find_leaks(train, test, feature={"image": "open_toy/cls", "text": "open_toy/mean"})
     assert {leak.modality for leak in leaks.leaks} == {"image", "text"}
 
 
@@ -390,8 +390,6 @@ def test_names_and_features_of_another_type_are_named(image_folder: Path, exact_
     for wrong in ("audio=whisper:tiny.en", ["whisper:tiny.en"]):
         with pytest.raises(SettingError, match=r"encoder: expected encoders by modality, such as {'audio'"):
             embedcache.extract_features(source, cache, encoder=wrong)
-        with pytest.raises(SettingError, match=r"feature: expected features by modality, such as {'audio'"):
-            embedcache.mine_negatives(exact_cache, tmp_path / "out.parquet", feature=wrong)
     with pytest.raises(SettingError, match=r"expected the name of an encoder, .*, got \[5\]"):
         embedcache.extract_features(source, cache, image_encoder=[5])
     with pytest.raises(SettingError, match=r"vectors: expected what open_vectors returns, got 'vectors.npy'"):

@@ -54,7 +54,7 @@ def test_training_recall_matches_cpu(cache_path: Path, tmp_path: Path, precision
             machine=MachineSettings(device=device, precision=precision),  # type: ignore[arg-type]
         )
         train(
-            cache_path, tmp_path / device, image_feature="open_toy/cls", text_feature="open_toy/mean", settings=settings
+            cache_path, tmp_path / device, feature={"image": "open_toy/cls", "text": "open_toy/mean"}, settings=settings
         )
         recalls[device] = evaluate_retrieval(cache_path, [tmp_path / device]).recalls["i2t"]["r@10"].value
     assert recalls["cuda"] == pytest.approx(recalls["cpu"], abs=0.1)
@@ -182,7 +182,7 @@ def test_clip_benchmark_model_matches_cpu(cache_path: Path, tmp_path: Path) -> N
         optimizer=OptimizerSettings(epochs=0),
         split=SplitSettings(kind="key"),
     )
-    train(cache_path, tmp_path / "run", image_feature="open_toy/cls", text_feature="open_toy/mean", settings=settings)
+    train(cache_path, tmp_path / "run", feature={"image": "open_toy/cls", "text": "open_toy/mean"}, settings=settings)
     vectors = {}
     for device in ("cpu", "cuda"):
         model, _, tokenizer = load("embedcache", tmp_path / "run", device=device)

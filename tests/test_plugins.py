@@ -161,7 +161,7 @@ def test_exports_name_files_of_a_source(tmp_path: Path) -> None:
     "line",
     [
         "extract plugged:red+broken c --text-encoder plugged:toy",
-        "train {cache} r --loss plugged --split key --image-feature open_toy/cls --text-feature open_toy/mean",
+        "train {cache} r --loss plugged --split key --feature image=open_toy/cls --feature text=open_toy/mean",
     ],
     ids=["source", "loss"],
 )
@@ -185,7 +185,7 @@ def test_error_after_a_plugin_names_its_contract(tmp_path: Path, cache_path: Pat
 
 @pytest.mark.slow
 def test_artifacts_of_plugins_that_are_not_installed(tmp_path: Path, cache_path: Path, site: Path) -> None:
-    features = "--image-feature open_toy/cls --text-feature open_toy/mean"
+    features = "--feature image=open_toy/cls --feature text=open_toy/mean"
     train = f"train {cache_path} run --projector plugged+linear --split key --epochs 1 {features}"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)

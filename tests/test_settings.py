@@ -361,9 +361,9 @@ def test_flag_that_is_on_is_switched_off(tmp_path: Path) -> None:
 
 def test_config_of_a_run_restores_its_settings(run_path: Path) -> None:
     config = run_path / "config.json"
-    values = {name: value for name, value in read_config(config).items() if not name.endswith("_feature")}
+    values = {name: value for name, value in read_config(config).items() if name != "feature"}
     assert train_settings(values).to_json() == json.loads(config.read_text())["training"]
-    assert read_config(config)["image_feature"] == "open_toy/cls"
+    assert read_config(config)["feature"][0] == "image=open_toy/cls"
 
 
 def test_config_of_another_kind_of_run_is_one_error(tmp_path: Path) -> None:

@@ -143,11 +143,10 @@ def _name_option(context: typer.Context, message: str) -> str:
 def _feature_option(context: typer.Context, modality: str) -> str:
     """Return which option names a feature of a modality, to follow the names; empty without such an option."""
     options = {option.name: option for option in context.command.params if option.param_type_name == "option"}
-    for name in (f"{modality}_feature", "feature"):
-        if name in options:
-            metavar = str(options[name].metavar).replace("MODALITY", modality)
-            return f"; with {options[name].opts[0]} {metavar}"
-    return ""
+    if "feature" not in options:
+        return ""
+    metavar = str(options["feature"].metavar).replace("[MODALITY=]", f"{modality}=").replace("MODALITY", modality)
+    return f"; with --feature {metavar}"
 
 
 class CommandGroup(TyperGroup):

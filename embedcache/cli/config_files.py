@@ -174,9 +174,8 @@ def _pair_settings(record: Mapping[str, Any]) -> dict[str, Any]:
         for item in flat_settings(TrainSettings)
         if item.declared.affects_result
     }
-    if record.get("kind") == "pair":
-        return settings | {"feature": [f"{modality}={side['feature']}" for modality, side in record["sides"].items()]}
-    return settings | {f"{modality}_feature": record[modality]["feature"] for modality in ("image", "text")}
+    sides = record["sides"] if "sides" in record else {name: record[name] for name in ("image", "text")}
+    return settings | {"feature": [f"{modality}={side['feature']}" for modality, side in sides.items()]}
 
 
 def _recorded_value(record: Mapping[str, Any], item: FlatSetting) -> Any:

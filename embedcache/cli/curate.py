@@ -9,11 +9,11 @@ import typer
 from embedcache.cli.commands import add_command, new_group
 from embedcache.cli.options import (
     CacheArgument,
+    Features,
     IndexArgument,
     Json,
     Output,
     ReportOptions,
-    features_by_modality,
     output_argument,
     with_settings,
 )
@@ -229,15 +229,7 @@ def leaks(
     out: Annotated[
         Path | None, output_argument("Selection of training samples without leaks: a new .parquet file.")
     ] = None,
-    feature: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--feature",
-            metavar="MODALITY=NAME",
-            help="Feature of a modality of both caches, such as audio=encoder/feature. May be repeated.",
-            show_default="the only one that both have",
-        ),
-    ] = None,
+    feature: Features = None,
     *,
     settings: LeakSettings,
     outputs: ReportOptions,
@@ -264,8 +256,7 @@ def leaks(
 
     if out is not None:
         check_selection_path(out)
-    features = features_by_modality(feature)
-    report = find_leaks(train, test, settings, feature=features, progress=open_progress())
+    report = find_leaks(train, test, settings, feature=feature, progress=open_progress())
 
     def show() -> None:
         print_lines([leak_line(report), *leak_notes(report)])

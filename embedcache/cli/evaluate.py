@@ -16,7 +16,6 @@ from embedcache.cli.options import (
     Json,
     Output,
     ReportOptions,
-    by_modality,
     check_new_file,
     check_path_is_own,
     output_option,
@@ -265,8 +264,7 @@ def pairs(
     from embedcache.evaluate.encoder_pairs import evaluate_pairs
     from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table, write_encoder_pairs_page
 
-    named = by_modality("--feature", feature, "audio=tiny.en/mean", metavar="NAME") or None
-    report = evaluate_pairs(cache, settings, feature=named, progress=open_progress())
+    report = evaluate_pairs(cache, settings, feature=feature, progress=open_progress())
 
     def show() -> None:
         print_line(report.line())

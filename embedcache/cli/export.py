@@ -164,7 +164,7 @@ def npy(
 
     Write image.npy, text.npy and so on, and rows.parquet, into a new folder.
 
-    Example: embedcache export npy cache/ arrays/ --image-feature resnet18/pooled
+    Example: embedcache export npy cache/ arrays/ --feature resnet18/pooled
     """
     _export_vectors("npy", cache, out, settings, as_json=as_json, output=output)
 

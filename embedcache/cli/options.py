@@ -82,31 +82,14 @@ SCORES_OUT = output_argument("Table of the scores: a new .parquet file.")
 Concepts: TypeAlias = Annotated[
     str | None, typer.Option("--concepts", metavar="CACHE", help="Cache of prompts, one sample per concept.")
 ]
-ImageFeature: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--image-feature",
-        metavar="NAME",
-        help="Image feature, as encoder/feature.",
-        show_default="the only one in the cache",
-    ),
-]
-TextFeature: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--text-feature",
-        metavar="NAME",
-        help="Text feature, as encoder/feature.",
-        show_default="the only one in the cache",
-    ),
-]
 Features: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
         "--feature",
-        metavar="MODALITY=NAME",
-        help="Feature of one of two modalities, such as audio=encoder/feature; instead of --image-feature and "
-        "--text-feature. Name some of both.",
+        metavar="[MODALITY=]NAME",
+        help="Feature, as encoder/feature; after its modality if several have that name, as text=encoder/feature. May "
+        "be repeated.",
+        show_default="the only one of each modality",
     ),
 ]
 
@@ -360,12 +343,6 @@ def by_modality(
             )
         values.setdefault(modality, []).append(value)
     return values
-
-
-def features_by_modality(words: Sequence[str] | None) -> dict[str, str] | None:
-    """Return modality -> its features, joined by +, of the options `--feature MODALITY=NAME`; None without any."""
-    named = by_modality("--feature", words, "audio=tiny.en/mean")
-    return {modality: "+".join(names) for modality, names in named.items()} or None
 
 
 def split_at_commas(values: Sequence[Any] | None, comma: re.Pattern[str] = _COMMA) -> tuple[str, ...]:

@@ -9,15 +9,12 @@ from embedcache.cli.options import (
     SCORES_OUT,
     CacheArgument,
     Features,
-    ImageFeature,
     Json,
     Output,
     ReportOptions,
     SelectionArgument,
     SelectionOutput,
-    TextFeature,
     check_new_file,
-    features_by_modality,
     output_argument,
     with_settings,
 )
@@ -119,8 +116,6 @@ def export(
 def negatives(
     cache: CacheArgument,
     out: Annotated[Path, output_argument("Table of hard negatives: a new .parquet file.")],
-    image_feature: ImageFeature = None,
-    text_feature: TextFeature = None,
     feature: Features = None,
     *,
     settings: NegativesSettings,
@@ -137,14 +132,11 @@ def negatives(
     from embedcache.cli.console import open_progress, print_line, publish
     from embedcache.curate.negatives import mine_negatives
 
-    features = features_by_modality(feature)
     report = mine_negatives(
         cache,
         out,
         settings,
-        image_feature=image_feature,
-        text_feature=text_feature,
-        feature=features,
+        feature=feature,
         progress=open_progress(),
     )
     publish(lambda: print_line(f"{out}: {report.line()}"), report.to_json, as_json=as_json, output=output)

@@ -7,11 +7,8 @@ import typer
 
 from embedcache.cli.options import (
     Features,
-    ImageFeature,
     Json,
     Output,
-    TextFeature,
-    features_by_modality,
     with_settings,
 )
 from embedcache.sweep.settings import SweepSettings
@@ -26,8 +23,6 @@ from embedcache.train.settings import TrainSettings, train_settings
 def train(
     caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="One or more caches: folders or URLs.")],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder to write the run to.")],
-    image_feature: ImageFeature = None,
-    text_feature: TextFeature = None,
     feature: Features = None,
     as_json: Json = False,
     output: Output = None,
@@ -49,9 +44,7 @@ def train(
     report = run_training(
         caches,
         run,
-        image_feature=image_feature,
-        text_feature=text_feature,
-        feature=features_by_modality(feature),
+        feature=feature,
         settings=settings,
         progress=open_progress() if is_first else NullProgress(),
     )
@@ -68,8 +61,6 @@ def sweep(
     caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="One or more caches: folders or URLs.")],
     space: Annotated[Path, typer.Argument(metavar="SPACE", help="TOML file with the tables fixed and space.")],
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder to write the study to.")],
-    image_feature: ImageFeature = None,
-    text_feature: TextFeature = None,
     feature: Features = None,
     as_json: Json = False,
     output: Output = None,
@@ -93,9 +84,7 @@ def sweep(
         caches,
         study,
         space,
-        image_feature=image_feature,
-        text_feature=text_feature,
-        feature=features_by_modality(feature),
+        feature=feature,
         settings=settings,
         progress=open_progress(),
     )

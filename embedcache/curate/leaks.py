@@ -1,6 +1,6 @@
 """Leaks: test samples that are in a training cache, as exact copies by hash or as near-duplicates by cosine."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from embedcache.arrays import Bools, Floats, Ints, Products, blocks, distinct
 from embedcache.curate.near_duplicates import Recall
 from embedcache.curate.settings import LeakSettings
 from embedcache.dataset.clusters import READ_ROWS, Plan, cluster_items, make_plan
-from embedcache.dataset.inputs import InputFeature, open_input, to_unit_vectors
+from embedcache.dataset.inputs import InputFeature, NamedFeatures, features_by_modality, open_input, to_unit_vectors
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.dataset.similar_pairs import cosine_limit
@@ -22,7 +22,7 @@ from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError, UnfinishedError, quoted
 from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import Closest, find_closest
-from embedcache.modalities import MODALITIES, noun, option_of, order_pair
+from embedcache.modalities import MODALITIES, noun, order_pair
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import name_differences
 from embedcache.settings import merge_settings
@@ -165,7 +165,7 @@ def find_leaks(
     test: AnyPath,
     settings: LeakSettings | None = None,
     *,
-    feature: Mapping[str, str] | None = None,
+    feature: NamedFeatures = None,
     progress: AnyProgress = None,
     **options: Any,
 ) -> LeakReport:
@@ -182,7 +182,7 @@ def find_leaks(
         test: the test cache.
         settings: limits of near-duplicates, the features to compare, whose tokens are averaged, and whether all pairs
             are compared.
-        feature: modality -> feature of both caches, such as `{"audio": "tiny.en/mean"}`.
+        feature: features of both caches, such as `audio=tiny.en/mean`; or modality -> feature.
         progress: progress in pairs.
         options: settings by their names on the command line, which replace those of `settings`.
 
@@ -210,7 +210,7 @@ def find_leaks(
             f"expected caches with a modality in common, got features of {train_has} in {train.path} and of "
             f"{test_has} in {test.path}"
         )
-    named = _named_features(settings, feature, common)
+    named = _named_features(train, feature, common)
     chosen = [_choose_features(train, test, name, named.get(name), settings) for name in common]  # all before the work
     if all(reason == _OTHER_HASHES for _, _, reason in chosen):
         raise DataError(f"{train.path} and {test.path} have no items to compare: {_OTHER_HASHES}")
@@ -237,18 +237,15 @@ def write_clean_selection(path: Path, report: LeakReport) -> int:
     return len(clean.rows)
 
 
-def _named_features(
-    settings: LeakSettings, feature: Mapping[str, str] | None, common: Sequence[str]
-) -> dict[str, str | None]:
+def _named_features(train: Cache, feature: NamedFeatures, common: Sequence[str]) -> dict[str, str]:
     """Return modality -> the feature that is named for it; SettingError for another modality, or two names."""
-    named: dict[str, str | None] = {"image": settings.image_feature, "text": settings.text_feature}
-    for modality, name in (feature or {}).items():
+    named = features_by_modality(train, feature)
+    for modality, names in named.items():
         if modality not in common:
             raise SettingError(f"feature: expected a modality of both caches, {' or '.join(common)}, got {modality}")
-        if named.get(modality) is not None:
-            raise SettingError(f"feature: expected one {modality} feature, got {named[modality]} and {name}; omit one")
-        named[modality] = name
-    return named
+        if len(names) > 1:
+            raise SettingError(f"feature: expected one {modality} feature, got {' and '.join(names)}; omit one")
+    return {modality: names[0] for modality, names in named.items() if names}
 
 
 def _find_leaks(
@@ -353,8 +350,8 @@ def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:
     ]
     if len(both) > 1:
         raise SettingError(
-            f"{modality}_feature: expected one of the several that both caches have, got none; choose one with "
-            f"{option_of(modality, 'feature', 'NAME')}: {', '.join(both)}"
+            f"feature: expected one of the several {modality} features of both caches, got none; choose one with "
+            f"--feature {modality}=NAME: {', '.join(both)}"
         )
     return both[0] if both else None
 

@@ -4,7 +4,7 @@ After `mine_hard_negatives` of sentence-transformers: ranks, scores and margins 
 one group, connected by equal items or by near-duplicates, are never negatives of each other.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from scipy.sparse.csgraph import connected_components
 
 from embedcache.arrays import Bools, Floats, Ints, blocks, concatenated_ranges, distinct
 from embedcache.curate.settings import NegativesSettings
+from embedcache.dataset.inputs import NamedFeatures
 from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
 from embedcache.dataset.negatives import NegativesBlock, write_negatives
 from embedcache.dataset.pairs import Pairs
@@ -33,7 +34,7 @@ from embedcache.search.faiss_index import RowIndex
 from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings, to_json
 from embedcache.store.cache import Cache
-from embedcache.train.data import TrainData, name_features, open_data
+from embedcache.train.data import TrainData, open_data
 
 _BLOCK = 8192
 _QUERIES_PER_STEP = 1024  # after which progress is shown
@@ -79,9 +80,7 @@ def mine_negatives(
     out: AnyPath,
     settings: NegativesSettings | None = None,
     *,
-    image_feature: str | None = None,
-    text_feature: str | None = None,
-    feature: Mapping[str, str | None] | None = None,
+    feature: NamedFeatures = None,
     progress: AnyProgress = None,
     **options: Any,
 ) -> NegativesReport:
@@ -95,9 +94,7 @@ def mine_negatives(
         cache: the cache.
         out: new `.parquet` file.
         settings: what is compared, and which neighbors count.
-        image_feature: without a run, image feature of the pair to be trained; None: the only one.
-        text_feature: as `image_feature`, of the captions.
-        feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`.
+        feature: without a run, features of the pair to be trained, as in `train`.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in samples.
 
@@ -111,9 +108,7 @@ def mine_negatives(
     settings = merge_settings(NegativesSettings, settings, options)
     out, progress = Path(out), to_progress(progress)
     check_table_output("negatives", out)
-    is_named = feature is not None or image_feature is not None or text_feature is not None
-    named = name_features(image_feature, text_feature, feature) if is_named else None
-    mining = _Mining(cache, settings, named, progress)
+    mining = _Mining(cache, settings, feature, progress)
     num_groups = len(distinct(mining.groups_S[mining.pairs.samples]))
     counts = _Counts(num_groups)
     metadata = {"task": "negatives", **to_json(settings), "sides": mining.names}
@@ -167,16 +162,16 @@ class _Mining:
         self,
         cache_path: AnyPath,
         settings: NegativesSettings,
-        features: Mapping[str, str | None] | None,
+        feature: NamedFeatures,
         progress: Progress,
     ) -> None:
         self.settings, self.progress, self.cache = settings, progress, Cache(cache_path)
         config = None if settings.run is None else read_config(Path(settings.run))
-        if config is not None and features is not None:
-            raise SettingError("feature: expected those of the run, got others; omit them, or --run")
-        named = {name: side.feature for name, side in config.sides.items()} if config is not None else features
-        named = named or {"image": None, "text": None}
-        data = open_data(cache_path, named, memory_bytes=_MEMORY_BYTES, progress=progress)
+        if config is not None:
+            if feature is not None:
+                raise SettingError("feature: expected those of the run, got others; omit them, or --run")
+            feature = {name: side.feature for name, side in config.sides.items()}
+        data = open_data(cache_path, feature, memory_bytes=_MEMORY_BYTES, progress=progress)
         self.names = {name: side.feature for name, side in data.tower_inputs.items()}
         modality = settings.modality or next(iter(data.sides))
         if modality not in data.sides:

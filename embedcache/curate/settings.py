@@ -119,12 +119,6 @@ class LeakSettings:
         le=1,
         default_text="find their copies only, as every encoder has its own scale",
     )
-    image_feature: str | None = setting(
-        None, "Image feature of both caches, as encoder/feature.", metavar="NAME", default_text=_COMMON_FEATURE
-    )
-    text_feature: str | None = setting(
-        None, "Text feature of both caches, as encoder/feature.", metavar="NAME", default_text=_COMMON_FEATURE
-    )
     all_pairs: bool | None = setting(**{**_ALL_PAIRS, "default_text": "if that takes about a minute"})
     seed: int = setting(**_SEED)
     device: str = device_setting()

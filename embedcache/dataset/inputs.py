@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, concatenated_ranges, distinct, normalize
-from embedcache.errors import DataError
+from embedcache.errors import AmbiguousNameError, DataError, SettingError, UnknownNameError
+from embedcache.files import one_or_many
 from embedcache.modalities import MODALITIES, noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same
@@ -15,6 +16,11 @@ from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, is_none
 from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
+
+Names: TypeAlias = str | Sequence[str]
+"""A feature, or several of one encoder."""
+NamedFeatures: TypeAlias = Mapping[str, Names | None] | Names | None
+"""Modality -> features; or features as `encoder/feature` or `modality=encoder/feature`."""
 
 PLAIN = "plain"
 """Name of the view that is the named feature itself."""
@@ -145,6 +151,66 @@ class InputFeature:
         readers = [(_load_ragged if feature.is_ragged else _load)(feature, progress) for feature in self._features]
         progress.finish()
         return lambda rows: _join([read(rows) for read in readers])
+
+
+def features_by_modality(cache: Cache, feature: NamedFeatures) -> dict[str, list[str]]:
+    """Return modality -> the features that are named of it.
+
+    Args:
+        cache: a cache that has the features.
+        feature: modality -> features; or features as `modality=encoder/feature`, or as `encoder/feature` if only one
+            modality has a feature of that name.
+
+    Raises:
+        SettingError: features of several modalities have the name.
+        UnknownNameError: no feature has it, or there is no such modality.
+    """
+    if isinstance(feature, Mapping):
+        return {modality: list(map(str, one_or_many(names or ()))) for modality, names in feature.items()}
+    named: dict[str, list[str]] = {}
+    for word in map(str, one_or_many(feature or ())):
+        modality, is_named, name = word.partition("=")
+        if not is_named or modality not in MODALITIES:
+            modality, name = _modality_of(cache, word), word
+        named.setdefault(modality, []).append(name)
+    return named
+
+
+def _modality_of(cache: Cache, name: str) -> str:
+    """Return the only modality that has a feature, or features joined by `+`."""
+    modalities = [modality for modality in MODALITIES if cache.features(modality) and _has(cache, modality, name)]
+    if not modalities:
+        known = ", ".join(feature.name for modality in MODALITIES for feature in cache.features(modality))
+        raise UnknownNameError(f"unknown feature {name!r} of {cache.path}; known: {known or 'none'}")
+    if len(modalities) > 1:
+        raise SettingError(
+            f"feature: expected MODALITY=NAME, as {' and '.join(map(noun, modalities))} have the feature, got {name}"
+        )
+    return modalities[0]
+
+
+def _has(cache: Cache, modality: str, name: str) -> bool:
+    try:
+        open_input(cache, modality, name)
+    except (AmbiguousNameError, DataError):
+        return True
+    except UnknownNameError:
+        return False
+    return True
+
+
+def choose_pair(cache: Cache, feature: NamedFeatures) -> dict[str, str | None]:
+    """Return the two modalities of a pair -> their features, joined by `+`; None: the only one of the modality.
+
+    With features of one modality or none, the others are those of `default_pair`.
+    """
+    named = {modality: "+".join(names) or None for modality, names in features_by_modality(cache, feature).items()}
+    pair = default_pair(cache)
+    if len(named) < 2 and {*named} <= {*pair}:
+        named = {modality: named.get(modality) for modality in pair}
+    if len(named) != 2:
+        raise SettingError(f"feature: expected features of two modalities, got {', '.join(named)}")
+    return named
 
 
 def default_pair(cache: Cache) -> Sequence[str]:

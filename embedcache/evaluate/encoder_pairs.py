@@ -2,12 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, Products, blocks, check_finite, distinct, normalize
-from embedcache.dataset.inputs import InputFeature, default_pair, open_input, to_unit_vectors
+from embedcache.dataset.inputs import (
+    InputFeature,
+    NamedFeatures,
+    default_pair,
+    features_by_modality,
+    open_input,
+    to_unit_vectors,
+)
 from embedcache.dataset.pairs import Items, Pairs, choose_language, pair_items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.dataset.splitting import make_split
@@ -27,7 +34,7 @@ from embedcache.metrics.alignment import (
 )
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, effective_number, jackknife
 from embedcache.metrics.ranking import best_ranks, chance_recall
-from embedcache.modalities import MODALITIES, directions, noun, option_of, order_pair, pair_nouns
+from embedcache.modalities import MODALITIES, directions, noun, order_pair, pair_nouns
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.settings import merge_settings, replace_flat
@@ -51,8 +58,7 @@ def open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[li
     for stored_feature in stored:
         if stored_feature.group.is_from_run:  # which was trained on these samples
             name = stored_feature.name
-            option = option_of(modality, "feature", name)
-            skipped.append(f"left out: {name} was computed by a run; {option} compares it")
+            skipped.append(f"left out: {name} was computed by a run; --feature {modality}={name} compares it")
             continue
         feature = InputFeature([stored_feature])
         try:
@@ -163,9 +169,6 @@ def _assign_blocks(groups: Ints) -> Ints:
     return block_S
 
 
-Names: TypeAlias = str | Sequence[str] | None
-"""Names of one or several features; None: all."""
-
 _RECALL_K = 10
 _SHARED_WIDTH, _SHRINKAGE = 256, 1.0  # the defaults of training
 _BLOCK = 1024
@@ -260,14 +263,14 @@ def evaluate_pairs(
     cache: AnyPath,
     settings: PairsSettings | None = None,
     *,
-    feature: Mapping[str, Names] | None = None,
+    feature: NamedFeatures = None,
     progress: AnyProgress = None,
     **options: Any,
 ) -> PairsReport:
     """Compare every feature of one modality with every one of another on the same samples, without training.
 
-    The modalities are those of `feature`, which maps two modalities to one feature, several, or None for all; or else
-    images and texts, or, if the cache has no features of one of these, the two that it has features of.
+    Features are named by `feature` as in `train`; each is compared by itself, and a modality without a name has all of
+    its features.
 
     Samples that have all features are drawn and split. Those of the test part are not used, so that a choice made here
     may be tested there. `PairsReport.rows` describes how a sample becomes a row; token features are averaged over
@@ -281,7 +284,7 @@ def evaluate_pairs(
     Raises:
         UnknownNameError: no such feature or language, or the cache has no feature of a modality.
         UnfinishedError: a named feature has missing chunks, or all have.
-        SettingError: features of other than two modalities, or of images and texts beside `feature`; k is not below
+        SettingError: features of other than two modalities, or k is not below
             the number of samples, or nothing can be held out.
         DataError: too few samples have all features or are in the validation part, or a feature is constant, NaN or
             infinite.
@@ -289,7 +292,7 @@ def evaluate_pairs(
     settings, progress = merge_settings(PairsSettings, settings, {}), to_progress(progress)
     settings = replace_flat(settings, with_split_seed(options, settings))
     cache = Cache(cache)
-    named = _name_features(cache, settings, feature)
+    named = _name_features(cache, feature)
     (first_features, skipped), (second_features, also_skipped) = (
         open_features(cache, name, names) for name, names in named.items()
     )
@@ -326,25 +329,16 @@ def evaluate_pairs(
     )
 
 
-def _name_features(
-    cache: Cache, settings: PairsSettings, features: Mapping[str, Names] | None
-) -> dict[str, Sequence[str]]:
+def _name_features(cache: Cache, feature: NamedFeatures) -> dict[str, Sequence[str]]:
     """Return the names of the features of two modalities, in the order of `order_pair`; no names are all features."""
-    named: dict[str, Sequence[str]] = {"image": settings.image_feature, "text": settings.text_feature}
-    if features is not None:
-        if any(named.values()):
-            raise SettingError(
-                "feature: expected either features by modality or image and text features, got both; leave one out"
-            )
-        modalities = [*features] if isinstance(features, Mapping) else [features]
-        if len(modalities) != 2 or not {*modalities} <= {*MODALITIES}:
-            raise SettingError(
-                f"feature: expected features of two modalities of {', '.join(MODALITIES)}, got "
-                f"{', '.join(map(str, modalities)) or 'none'}; name some of both, such as audio=NAME and text=NAME"
-            )
-        named = {name: [value] if isinstance(value, str) else value or () for name, value in features.items()}
-    elif not any(named.values()):
-        named = dict.fromkeys(default_pair(cache), ())
+    named = features_by_modality(cache, feature)
+    if len(named) < 2 and {*named} <= {*default_pair(cache)}:
+        named = {modality: named.get(modality, []) for modality in default_pair(cache)}
+    if len(named) != 2 or not {*named} <= {*MODALITIES}:
+        raise SettingError(
+            f"feature: expected features of two modalities of {', '.join(MODALITIES)}, got {', '.join(named)}; name "
+            "some of both, such as audio=NAME and text=NAME"
+        )
     return {name: named[name] for name in order_pair(named)}
 
 

@@ -135,18 +135,6 @@ class SpeechSettings:
 class PairsSettings:
     """Settings of the comparison of encoder pairs."""
 
-    image_feature: tuple[str, ...] = setting(
-        (),
-        "Image feature, as encoder/feature. May be repeated.",
-        metavar="NAME",
-        default_text="all complete ones that no run computed",
-    )
-    text_feature: tuple[str, ...] = setting(
-        (),
-        "Text feature, as encoder/feature. May be repeated.",
-        metavar="NAME",
-        default_text="all complete ones that no run computed",
-    )
     language: str | None = setting(
         None, "Use only captions of this language; any uses all.", metavar="CODE", default_text=LANGUAGE_DEFAULT
     )

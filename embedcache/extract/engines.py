@@ -32,7 +32,7 @@ from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.files import is_remote, open_path
 from embedcache.locks import divided_work, has_locks
-from embedcache.modalities import MODALITIES, noun, option_of
+from embedcache.modalities import MODALITIES, encoder_option, noun
 from embedcache.processes import connected, num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import trust_files
@@ -218,7 +218,7 @@ def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, 
     }
     for modality in specs:
         if not cache.info.num_items.get(modality):
-            option = option_of(modality, "encoder", "SPEC")
+            option = encoder_option(modality)
             step = _other_source(cache, job, modality)
             raise SourceError(f"cache {cache.path} has no {modality} items; omit {option}, or {step}")
     encoders: dict[Modality, list[Encoder]] = {

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Ints, distinct
+from embedcache.dataset.inputs import features_by_modality
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.dataset.selections import read_selection
 from embedcache.encoders.base import Modality
@@ -256,7 +257,7 @@ def open_exported(cache: Cache, settings: VectorExportSettings, allowed: Sequenc
         is_imported = cache.info.source.get("type") == IMPORTED_SOURCE
         step = how_to_import(cache.info.source, requested[0]) if is_imported else "add some with embedcache extract"
         raise DataError(f"{cache.path}: expected {' or '.join(requested)} features, got none; {step}")
-    features = settings.named_features
+    features = {modality: "+".join(names) for modality, names in features_by_modality(cache, settings.features).items()}
     for modality, name in features.items():
         if modality not in modalities and cache.features(modality):
             raise SettingError(f"feature: expected features of {' and '.join(modalities)}, got {name} of {modality}")

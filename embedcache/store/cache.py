@@ -13,7 +13,7 @@ import pyarrow as pa
 from embedcache.arrays import Bools, Ints, blocks
 from embedcache.errors import AmbiguousNameError, CorruptError, DataError, UnknownNameError, pluralize, quoted
 from embedcache.files import AnyPath, find_files, open_path
-from embedcache.modalities import MODALITIES, count_items, option_of
+from embedcache.modalities import MODALITIES, count_items, encoder_option
 from embedcache.registry import require, unknown_name
 from embedcache.sources.files import wrap_io_errors
 from embedcache.sources.open import IMPORTED_SOURCE, how_to_import
@@ -385,7 +385,7 @@ class Cache:
         """Return the message that the cache has no features of a modality, and what it has instead."""
         if modality not in MODALITIES:
             return f"unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
-        option = option_of(modality, "encoder", "SPEC")
+        option = encoder_option(modality)
         if self.info.source.get("type") == IMPORTED_SOURCE:
             step = how_to_import(self.info.source, modality)
             if modality == "text" and self.info.num_items.get("text"):

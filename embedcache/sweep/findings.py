@@ -147,8 +147,6 @@ def _command(job: StudyJob, data: TrainData, winner: int, trials: Trials) -> str
 
 def _feature_options(data: TrainData) -> list[str]:
     names = {modality: feature.name for modality, feature in data.features.items()}
-    if set(names) == {"image", "text"}:
-        return [word for modality, name in names.items() for word in (f"--{modality}-feature", name)]
     return [word for modality, name in names.items() for word in ("--feature", f"{modality}={name}")]
 
 

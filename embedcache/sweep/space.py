@@ -27,12 +27,6 @@ Value: TypeAlias = str | int | float | bool
 """A value of a setting, as Optuna stores it; a list is text there, such as `4,8`."""
 
 _SETTINGS = {item.name: item for item in flat_settings(TrainSettings)}
-_FEATURES = {
-    "image_feature": "--image-feature NAME",
-    "text_feature": "--text-feature NAME",
-    "feature": "--feature MODALITY=NAME",
-}
-"""Option of `train` that is an argument of `sweep` -> how it is given."""
 _FLAT_NAMES = {item.stored_name: item.name for item in _SETTINGS.values()}
 _EXAMPLE = "lr = {low = 1e-4, high = 1e-2, log = true}, or projector = ['linear', 'mlp']"
 _COMPARED_BY = (*(item.name for item in flat_settings(SplitSettings)), "language", "shuffle_pairs")
@@ -132,10 +126,10 @@ def read_space(path: Path) -> Space:
     tables = _read_tables(path)
     fixed, swept = tables.get("fixed", {}), tables.get("space", {})
     for name in {**fixed, **swept}:
-        if name in _FEATURES:
+        if name == "feature":
             raise SettingError(
-                f"{path}: expected settings of training, got the feature {name}, which all trials share; remove it, "
-                f"and give {_FEATURES[name]} to sweep"
+                f"{path}: expected settings of training, got the feature, which all trials share; remove it, and give "
+                "--feature to sweep"
             )
         if name not in _SETTINGS:
             table = "fixed" if name in fixed else "space"

@@ -1,11 +1,12 @@
 """Sweeps: many training runs on one cache, the best configurations retrained and evaluated, and a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embedcache.dataset.inputs import NamedFeatures
 from embedcache.files import AnyPath
 from embedcache.io_errors import disk_errors
 from embedcache.locks import locked
@@ -17,7 +18,7 @@ from embedcache.settings import merge_settings
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import manifest_path, open_study
-from embedcache.train.data import Names, Paths, TrainData, name_features, open_data
+from embedcache.train.data import Paths, TrainData, open_data
 from embedcache.train.recipes import choose_settings, count_training_pairs
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def sweep(
     study: AnyPath,
     space: AnyPath,
     *,
-    image_feature: Names = None,
-    text_feature: Names = None,
-    feature: Mapping[str, Names] | None = None,
+    feature: NamedFeatures = None,
     settings: SweepSettings | None = None,
     progress: AnyProgress = None,
     **options: Any,
@@ -59,10 +58,7 @@ def sweep(
 
     Args:
         space: TOML file with fixed and swept settings.
-        image_feature: `encoder/feature`, or several of one encoder; None if the caches have only one.
-        text_feature: as `image_feature`, of the captions.
-        feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`. Without any
-            name, as in `train`.
+        feature: features of two modalities, as in `train`.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: shows one note per trial.
 
@@ -85,8 +81,7 @@ def sweep(
     if settings.storage is not None and not manifest_path(folder).is_file():  # which would keep a wrong URL
         check_storage(settings.storage)
     memory = searched.settings({}).machine.memory
-    named = name_features(image_feature, text_feature, feature)
-    data = open_data(caches, named, memory_bytes=memory, progress=progress)
+    data = open_data(caches, feature, memory_bytes=memory, progress=progress)
     searched = _with_block_rows(_with_recipe(searched, data, progress), data)
     with disk_errors(folder):
         opened = open_study(folder, data, searched, settings, progress=progress)

@@ -13,9 +13,10 @@ from embedcache.arrays import Array, Floats, Inputs, Ints, distinct
 from embedcache.dataset.inputs import (
     PLAIN,
     InputFeature,
+    NamedFeatures,
     Reader,
     check_same_view,
-    default_pair,
+    choose_pair,
     open_input,
     view_feature,
 )
@@ -123,14 +124,11 @@ def merge_inputs(parts: Sequence[tuple[Ints, Inputs]], count: int, dtype: np.dty
 
 
 Paths: TypeAlias = AnyPath | Sequence[AnyPath]
-Names: TypeAlias = str | Sequence[str] | None
-"""A feature, or several of one encoder; None: the only one."""
-
 _MAPPED_BLOCK_ROWS = 64
 
 
 def open_data(
-    paths: Paths, features: Mapping[str, str | None], *, memory_bytes: int, progress: Progress | None = None
+    paths: Paths, feature: NamedFeatures, *, memory_bytes: int, progress: Progress | None = None
 ) -> "TrainData":
     """Open the same features of two modalities of one or several caches.
 
@@ -138,8 +136,7 @@ def open_data(
 
     Args:
         paths: one cache, or several.
-        features: modality -> `encoder/feature`, or several of one encoder joined by `+`; None: the only one. Images
-            and texts, both without a name, stand for the modalities of `default_pair`.
+        feature: features of two modalities, see `choose_pair`; several of one encoder are joined by `+`.
         memory_bytes: for both features.
         progress: progress of loading them, when they are first read.
 
@@ -149,8 +146,6 @@ def open_data(
         FingerprintError: different encoders made the feature of two caches.
         DataError: widths differ, or two caches hold the same samples.
     """
-    if len(features) != 2:
-        raise SettingError(f"feature: expected features of two modalities, got {', '.join(features) or 'none'}")
     caches = [Cache(path) for path in one_or_many(paths)]
     if not caches:
         raise SettingError("expected at least one cache, got none")
@@ -159,8 +154,7 @@ def open_data(
             raise DataError(
                 f"expected caches of different samples, got the same in {other.path} and {cache.path}; name one"
             )
-    if features == {"image": None, "text": None}:
-        features = dict.fromkeys(default_pair(caches[0]))
+    features = choose_pair(caches[0], feature)
     sides = {
         modality: [open_input(cache, modality, features[modality]) for cache in caches]
         for modality in order_pair(features)
@@ -169,26 +163,6 @@ def open_data(
         for cache, feature in zip(caches[1:], opened[1:], strict=True):
             _check_same_feature(caches[0], opened[0], cache, feature)
     return TrainData(caches=caches, sides=sides, memory_bytes=memory_bytes, progress=progress or NullProgress())
-
-
-def name_features(image: Names, text: Names, features: Mapping[str, Names] | None) -> dict[str, str | None]:
-    """Return modality -> feature, given either an image and a text feature or features by modality.
-
-    Several features of one encoder are joined by `+`.
-    """
-    if features is not None and (image is not None or text is not None):
-        raise SettingError(
-            f"feature: expected either features by modality or an image and a text feature, got {', '.join(features)} "
-            f"and {image or text}"
-        )
-    named = {"image": image, "text": text} if features is None else features
-    if not isinstance(named, Mapping):
-        raise SettingError(
-            f"feature: expected features by modality, such as {{'audio': 'tiny.en/mean'}}, got {named!r}"
-        )
-    return {
-        name: value if value is None or isinstance(value, str) else "+".join(value) for name, value in named.items()
-    }
 
 
 @dataclass(frozen=True, kw_only=True)

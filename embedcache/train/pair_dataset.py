@@ -1,6 +1,6 @@
 """The pairs of a cache as a dataset of PyTorch, for training loops and losses of the user's own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from embedcache.arrays import Ints, distinct
+from embedcache.dataset.inputs import NamedFeatures
 from embedcache.dataset.pairs import choose_language
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Part
 from embedcache.errors import DataError
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.settings import replace_flat
-from embedcache.train.data import Names, Paths, TrainData, name_features, open_data
+from embedcache.train.data import Paths, TrainData, open_data
 
 
 class PairDataset(Dataset[dict[str, Tensor]]):
@@ -37,9 +38,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         caches: one cache, or several made by the same encoders.
-        image_feature: `encoder/feature`, or several of one encoder; None: the only one.
-        text_feature: as `image_feature`, of the captions.
-        feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`.
+        feature: features of two modalities, as in `train_projectors`.
         part: `train`, `val` or `test` as `train_projectors` divides the samples; None: all samples.
         language: only captions of this language; None: as in `train_projectors`; `any`: all.
         progress: progress of a strict split.
@@ -57,17 +56,14 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         self,
         caches: Paths,
         *,
-        image_feature: Names = None,
-        text_feature: Names = None,
-        feature: Mapping[str, Names] | None = None,
+        feature: NamedFeatures = None,
         part: Part | None = None,
         language: str | None = None,
         progress: AnyProgress = None,
         **options: Any,
     ) -> None:
-        features = name_features(image_feature, text_feature, feature)
         settings = replace_flat(SplitSettings(), options)
-        data = open_data(caches, features, memory_bytes=0)
+        data = open_data(caches, feature, memory_bytes=0)
         for side in (side for sides in data.sides.values() for side in sides):
             if len(distinct(side.lengths()[side.valid])) > 1:
                 raise DataError(

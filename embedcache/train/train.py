@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import blocks
+from embedcache.dataset.inputs import NamedFeatures
 from embedcache.dataset.negatives import HardNegatives, check_negatives, read_negatives
 from embedcache.dataset.pairs import Pairs, choose_language
 from embedcache.dataset.settings import with_split_seed
@@ -38,11 +39,9 @@ from embedcache.train.checkpoint import (
 )
 from embedcache.train.data import (
     DrawnViews,
-    Names,
     Paths,
     TrainData,
     divide_pairs,
-    name_features,
     open_data,
     parse_views,
     view_digests,
@@ -131,9 +130,7 @@ def train(
     caches: Paths,
     run: AnyPath,
     *,
-    image_feature: Names = None,
-    text_feature: Names = None,
-    feature: Mapping[str, Names] | None = None,
+    feature: NamedFeatures = None,
     settings: TrainSettings | None = None,
     progress: AnyProgress = None,
     **options: Any,
@@ -148,10 +145,9 @@ def train(
     Args:
         caches: one cache, or several made by the same encoders.
         run: folder of the run.
-        image_feature: `encoder/feature`, or several of one encoder, also joined by `+`; None: the only one.
-        text_feature: as `image_feature`, of the captions.
-        feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`. Without any
-            name, a cache that has features of two other modalities only is trained on these.
+        feature: features of two modalities as `modality=encoder/feature`, or as `encoder/feature` if only one modality
+            has it; or modality -> feature. Several of one encoder are joined by `+`. A modality without a name has one
+            feature; without any name they are images and texts, or the only two that the cache has features of.
         settings: settings of the run.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in training pairs.
@@ -177,8 +173,7 @@ def train(
     settings = replace(settings, machine=name_device(settings.machine, Path(run)))
     with process_group(settings.machine.device) as device:
         settings = replace(settings, machine=replace(settings.machine, device=device))
-        features = name_features(image_feature, text_feature, feature)
-        data = open_data(caches, features, memory_bytes=settings.machine.memory, progress=progress)
+        data = open_data(caches, feature, memory_bytes=settings.machine.memory, progress=progress)
         return train_on(data, run, settings, progress=progress)
 
 

@@ -218,14 +218,13 @@ def _extract_all(data: Data, compared: Compared, caches: Mapping[str, Path]) -> 
 
 
 def _measure_pairs(runs: SeedRuns, compared: Compared, draw: int) -> PairsReport:
+    feature = {"image": tuple(compared.images), "text": tuple(compared.texts)}
     settings = {
-        "image_feature": tuple(compared.images),
-        "text_feature": tuple(compared.texts),
         "num_samples": NUM_MEASURED,
         "seed": draw,
         "split": str(runs.icons.parent / f"pairs-{runs.seed}.parquet"),
     }
-    return evaluate_pairs(runs.icons, pairs_settings(settings), progress=open_progress())
+    return evaluate_pairs(runs.icons, pairs_settings(settings), feature=feature, progress=open_progress())
 
 
 def features_json(runs: SeedRuns, chosen: Mapping[tuple[str, int], int], compared: Compared) -> dict[str, Any]:

@@ -251,7 +251,7 @@ MISTAKES = [
     (["extract", "photos", "photos", *TOY], "not a cache and not empty"),
     (["extract", "photos", "cache", *TOY, "--retry-failed", "--plan"], "--plan"),
     ("train cache r --projector mpl", "did you mean 'mlp'"),
-    ("train cache r --image-feature open_toy/csl", "did you mean 'open_toy/cls'"),
+    ("train cache r --feature image=open_toy/csl", "did you mean 'open_toy/cls'"),
     ("train cache r --split stricct", "did you mean 'strict'"),
     ("train cache r --batch-size 1", "--batch-size: expected a whole number of at least 2, got 1"),
     ("train cache photos --split key", "not empty"),
@@ -314,7 +314,7 @@ def test_error_names_a_setting_as_it_was_given(folder: Path) -> None:
     [
         ("epochs = true", "epochs: expected a whole number, got true"),
         ("lr = true", "lr: expected a number, got true"),
-        ("image-feature = false", "image_feature: expected a text, got false"),
+        ("device = false", "device: expected a text, got false"),
         ("widths = [4, true]", "widths: expected a text, a number or a list of them, got [4, True]"),
         ("shuffle-pairs = 1", "shuffle_pairs: expected true or false, got 1"),
         ("shuffle-pairs = 'x'", "shuffle_pairs: expected true or false, got x"),
@@ -346,7 +346,7 @@ def test_pipe_is_no_selection_to_train_on(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
     writer = Thread(target=(folder / "pipe").write_text, args=["00000"], daemon=True)
     writer.start()
-    settings = ["--image-feature", "open_toy/cls", "--split", "key", "--epochs", "1"]
+    settings = ["--feature", "image=open_toy/cls", "--split", "key", "--epochs", "1"]
     done = embedcache("train", "cache", "piped", "--selection", "pipe", *settings, cwd=folder)
     assert (done.code, done.stderr.splitlines()[-1]) == (
         1,
@@ -358,7 +358,7 @@ def test_pipe_is_no_selection_to_train_on(folder: Path) -> None:
 
 
 def test_flag_of_a_file_may_be_off(folder: Path) -> None:
-    (folder / "calm.toml").write_text("shuffle-pairs = false\nimage-feature = 'open_toy/cls'\nwidths = 4\nepochs = 1\n")
+    (folder / "calm.toml").write_text("shuffle-pairs = false\nfeature = ['open_toy/cls']\nwidths = 4\nepochs = 1\n")
     succeed(*["train", "cache", "calm", "--config", "calm.toml", "--split", "key"], cwd=folder)
     training = json.loads((folder / "calm/config.json").read_text())["training"]
     assert (training["shuffle_pairs"], training["loss"]["widths"]) == (False, [4])

@@ -308,6 +308,6 @@ def test_features_of_leaks_are_of_common_modalities(made: Made) -> None:
     with pytest.raises(SettingError, match="feature: expected a modality of both caches, audio or text, got video"):
         find_leaks(made.train, made.test, feature={"video": "open_media/mean"})
     with pytest.raises(SettingError, match="feature: expected one text feature, got a and b; omit one"):
-        find_leaks(made.train, made.test, feature={"text": "b"}, text_feature="a")
+        find_leaks(made.train, made.test, feature={"text": ["a", "b"]})
     with pytest.raises(UnknownNameError, match="unknown audio feature 'open_media/mea'"):
         find_leaks(made.train, made.test, feature={"audio": "open_media/mea"})

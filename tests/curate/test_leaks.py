@@ -41,7 +41,7 @@ from tests.toy import IMAGE, TEXT
 
 PLANTED = {"00000": "00011", "00007": "00000"}  # the first item of either cache is copied
 FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
-BOTH = LeakSettings(image_feature="open_toy/cls", text_feature="open_toy/mean")
+BOTH = {"image": "open_toy/cls", "text": "open_toy/mean"}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_leaks_equal_brute_force(caches: tuple[Path, Path], monkeypatch: pytest.
     monkeypatch.setattr(closest, "_TEST_BYTES", test_bytes)
     train, test = caches
     progress = Counted()
-    found = find_leaks(train, test, replace(BOTH, image_cosine=0.99, text_cosine=0.999), progress=progress)
+    found = find_leaks(train, test, feature=BOTH, image_cosine=0.99, text_cosine=0.999, progress=progress)
     assert progress.done == progress.totals
     assert sum(progress.done) == (29 + 30) * 80
     leaked, dirty = set(), set()
@@ -128,9 +128,9 @@ def test_leaks_equal_brute_force(caches: tuple[Path, Path], monkeypatch: pytest.
 
 def test_clusters_are_recorded(caches: tuple[Path, Path], tmp_path: Path) -> None:
     train, test = caches
-    options = "--image-feature open_toy/cls --text-feature open_toy/mean --image-cosine 0.99 --no-all-pairs --json"
+    options = "--feature image=open_toy/cls --feature text=open_toy/mean --image-cosine 0.99 --no-all-pairs --json"
     by = json.loads(succeed("curate", "leaks", train, test, "clean.parquet", *options.split(), cwd=tmp_path))["by"]
-    exact = find_leaks(train, test, replace(BOTH, image_cosine=0.99))
+    exact = find_leaks(train, test, feature=BOTH, image_cosine=0.99)
     for modality, leak in zip(by, exact.leaks, strict=True):
         assert by[modality]["num_clusters"] > 1
         assert by[modality]["complete"] == 1
@@ -143,13 +143,13 @@ def test_clusters_are_recorded(caches: tuple[Path, Path], tmp_path: Path) -> Non
     made = json.loads(pq.read_table(tmp_path / "clean.parquet").schema.metadata[b"embedcache"])
     assert made["by"] == by
     assert not leak_notes(exact)
-    notes = leak_notes(find_leaks(train, test, replace(BOTH, image_cosine=0.99, all_pairs=False)))
+    notes = leak_notes(find_leaks(train, test, feature=BOTH, image_cosine=0.99, all_pairs=False))
     pairs = f"found {recall['num_pairs']} of the {recall['num_pairs']} pairs of 27 sampled test items"
     assert notes[0] == f"images: {by['image']['num_clusters']} clusters {pairs}"
 
 
 def test_copies_come_first(caches: tuple[Path, Path]) -> None:
-    found = find_leaks(*caches, BOTH)
+    found = find_leaks(*caches, feature=BOTH)
     images = found.leaks[0]
     keys = Cache(caches[1]).samples["key"].to_pylist()
     assert {keys[row] for row in images.copied_samples} == set(PLANTED)
@@ -165,7 +165,7 @@ def test_copies_come_first(caches: tuple[Path, Path]) -> None:
 
 def test_pairs_are_read_without_their_tables(caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrow cannot take rows of a column of more than 2 GiB, and the rows are few."""
-    found = find_leaks(*caches, BOTH)
+    found = find_leaks(*caches, feature=BOTH)
     expected = [closest_pairs(found, leak, 10) for leak in found.leaks]
     assert all(expected)
     for method in ("table", "column"):
@@ -174,7 +174,7 @@ def test_pairs_are_read_without_their_tables(caches: tuple[Path, Path], monkeypa
 
 
 def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
-    found = find_leaks(*caches, LeakSettings(image_cosine=1.0, text_cosine=1.0, image_feature="open_toy/cls"))
+    found = find_leaks(*caches, LeakSettings(image_cosine=1.0, text_cosine=1.0), feature="open_toy/cls")
     num_samples = write_clean_selection(tmp_path / "clean.parquet", found)
     table = pq.read_table(tmp_path / "clean.parquet")
     assert len(read_selection(tmp_path / "clean.parquet", [Cache(caches[0])])) == len(table) == num_samples
@@ -186,11 +186,11 @@ def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(PathError, match="expected a path that ends in .parquet"):
         write_clean_selection(tmp_path / "clean.txt", found)
     with pytest.raises(DataError, match=r"every sample of .* has an item that is in .*, so .*none\.parquet is not"):
-        write_clean_selection(tmp_path / "none.parquet", find_leaks(*caches, replace(BOTH, image_cosine=0.01)))
+        write_clean_selection(tmp_path / "none.parquet", find_leaks(*caches, feature=BOTH, image_cosine=0.01))
 
 
 def test_report_is_shown_before_a_selection_of_nothing_is_refused(caches: tuple[Path, Path], tmp_path: Path) -> None:
-    options = ("--image-feature", "open_toy/cls", "--text-feature", "open_toy/mean", "--image-cosine", "0.01")
+    options = ("--feature", "image=open_toy/cls", "--feature", "text=open_toy/mean", "--image-cosine", "0.01")
     files = ("--output", "leaks.json", "--html", "leaks.html")
     done = embedcache("curate", "leaks", *caches, "none.parquet", *options, *files, cwd=tmp_path)
     assert done.code == 1
@@ -212,7 +212,7 @@ def test_training_samples_without_vectors_are_kept(
         (source / f"{name}.txt").unlink()
     encoders = {f"{modality}_encoder": [IMAGE if modality == "image" else TEXT] for modality in modalities}
     extract(open_source(source), tmp_path / "train", **encoders)
-    options = [f"--{modality}-feature {FEATURES[modality]} --{modality}-cosine 1" for modality in modalities]
+    options = [f"--feature {modality}={FEATURES[modality]} --{modality}-cosine 1" for modality in modalities]
     succeed("curate", "leaks", "train", caches[1], "clean.parquet", *" ".join(options).split(), cwd=tmp_path)
     table = pq.read_table(tmp_path / "clean.parquet")
     reasons = dict(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
@@ -228,7 +228,7 @@ def test_reasons_of_many_samples_are_in_several_arrays(
     caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An array of Arrow holds 2 GiB: the reasons of 43 million samples."""
-    found = find_leaks(*caches, BOTH)
+    found = find_leaks(*caches, feature=BOTH)
     whole = found.clean_selection()
     monkeypatch.setattr("embedcache.curate.leaks._REASONS_AT_ONCE", 7)
     reasons = found.clean_selection().reasons
@@ -238,7 +238,7 @@ def test_reasons_of_many_samples_are_in_several_arrays(
 
 
 def test_limit_is_inclusive_and_the_smallest_cosine_is_one(caches: tuple[Path, Path]) -> None:
-    found = find_leaks(*caches, BOTH)
+    found = find_leaks(*caches, feature=BOTH)
     images = found.leaks[0]
     near = replace(
         images,
@@ -260,7 +260,7 @@ def test_limit_is_inclusive_and_the_smallest_cosine_is_one(caches: tuple[Path, P
 
 @pytest.mark.slow
 def test_page_shows_images(caches: tuple[Path, Path], tmp_path: Path) -> None:
-    write_leak_page(tmp_path / "leaks.html", find_leaks(*caches, BOTH))
+    write_leak_page(tmp_path / "leaks.html", find_leaks(*caches, feature=BOTH))
     page = (tmp_path / "leaks.html").read_text()
     assert page.count("data:image/webp") >= 4
     assert "Leaked images" in page
@@ -268,7 +268,7 @@ def test_page_shows_images(caches: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_token_features_are_averaged(caches: tuple[Path, Path]) -> None:
-    found = find_leaks(*caches, LeakSettings(image_feature="open_toy/patches"))
+    found = find_leaks(*caches, feature={"image": "open_toy/patches"})
     assert found.leaks[0].feature == "open_toy/patches"
     assert len(found.leaks[0].copied_samples) == 2
 
@@ -304,7 +304,7 @@ def test_other_weights_compare_hashes(caches: tuple[Path, Path], tmp_path: Path)
     train, test = caches
     source = open_source(test.parent / "test-source")
     extract(source, tmp_path / "other", image_encoder=["tests.curate.test_leaks:open_toy"])
-    found = find_leaks(train, tmp_path / "other", BOTH)
+    found = find_leaks(train, tmp_path / "other", feature="open_toy/cls")
     assert leak_notes(found) == [
         "images: searched for copies only: open_toy/cls of tests.toy:open_toy in training and open_toy/cls of "
         "tests.curate.test_leaks:open_toy in test are of different encoders (model: stored 'image', requested 'other'; "
@@ -318,7 +318,7 @@ def test_mistakes_are_refused_before_anything_is_compared(
 ) -> None:
     monkeypatch.setattr("embedcache.curate.leaks.find_closest_items", None)
     monkeypatch.setattr("embedcache.curate.leaks.MODALITIES", ("text", "image"))  # of which the second has several
-    with pytest.raises(SettingError, match="image_feature: expected one of the several"):
+    with pytest.raises(SettingError, match="feature: expected one of the several"):
         find_leaks(*caches)
     done = embedcache("curate", "leaks", caches[0], caches[1], "clean.txt", cwd=tmp_path)
     assert done.stderr == "error: selection clean.txt: expected a path that ends in .parquet, got .txt\n"
@@ -331,11 +331,11 @@ def test_incomparable_caches_raise(caches: tuple[Path, Path], tmp_path: Path) ->
         find_leaks(caches[0], caches[0])
     with pytest.raises(
         SettingError,
-        match=r"image_feature: expected one of .*; choose one with --image-feature NAME: open_toy/cls, open_toy/pa",
+        match=r"feature: expected one of .*; choose one with --feature image=NAME: open_toy/cls, open_toy/pa",
     ):
         find_leaks(*caches)
     with pytest.raises(UnknownNameError, match="unknown image feature 'open_toy/cl' of "):
-        find_leaks(*caches, LeakSettings(image_feature="open_toy/cl"))
+        find_leaks(*caches, feature={"image": "open_toy/cl"})
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\n")
     extract(open_source(tmp_path / "texts.txt"), tmp_path / "texts", text_encoder=[TEXT])
     write_images(tmp_path / "source", 3)
@@ -356,11 +356,10 @@ def test_incomparable_caches_raise(caches: tuple[Path, Path], tmp_path: Path) ->
 
 
 def test_removed_samples_are_in_no_clean_selection(without: Cache, two_caches: list[Path], tmp_path: Path) -> None:
-    settings = LeakSettings(image_feature="open_toy/cls", text_feature="open_toy/mean")
-    report = find_leaks(without.path, two_caches[1], settings)
+    report = find_leaks(without.path, two_caches[1], feature=BOTH)
     num_kept = write_clean_selection(tmp_path / "clean.parquet", report)
     kept = pq.read_table(tmp_path / "clean.parquet")["row"].to_pylist()
     assert (report.num_train_samples, report.num_test_samples) == (37, 80)
     assert num_kept == 37 - len(np.unique(np.concatenate([leak.train_samples for leak in report.leaks])))
     assert not set(kept) & set(without.removed.tolist())
-    assert " of 37 samples of " in leak_line(find_leaks(two_caches[1], without.path, settings))
+    assert " of 37 samples of " in leak_line(find_leaks(two_caches[1], without.path, feature=BOTH))

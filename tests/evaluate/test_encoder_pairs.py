@@ -34,8 +34,8 @@ IMAGES, TEXTS = ("open_toy/cls", "open_toy/patches"), ("open_toy/mean", "open_to
 OTHER = "tests.toy:open_other"
 
 
-def compare(cache_path: Path, **settings: Any) -> PairsReport:
-    return evaluate_pairs(cache_path, PairsSettings(**settings))
+def compare(cache_path: Path, feature: Any = None, **settings: Any) -> PairsReport:
+    return evaluate_pairs(cache_path, PairsSettings(**settings), feature=feature)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def trained_run(cache_path: Path, run_path: Path, split: SplitSettings) -> Path:
         optimizer=OptimizerSettings(epochs=0),
         split=split,
     )
-    train(cache_path, run_path, image_feature=IMAGES[0], text_feature=TEXTS[0], settings=settings)
+    train(cache_path, run_path, feature={"image": IMAGES[0], "text": TEXTS[0]}, settings=settings)
     return run_path
 
 
@@ -90,7 +90,7 @@ def unit_means(cache: Cache, modality: str, name: str, samples: Ints) -> Array:
 @pytest.mark.parametrize(("image", "text"), [(IMAGES[0], TEXTS[0]), (IMAGES[1], TEXTS[1])])
 def test_metrics_match_the_plain_formulas(captioned: Path, tmp_path: Path, image: str, text: str) -> None:
     split = replace(SPLIT, kind="key")
-    report = compare(captioned, image_feature=(image,), text_feature=(text,), split=split, k=5, resamples=20)
+    report = compare(captioned, feature={"image": (image,), "text": (text,)}, split=split, k=5, resamples=20)
     cut = read_split(split_path(trained_run(captioned, tmp_path / "run", split)), [Cache(captioned)])
     samples = np.flatnonzero(np.isin(cut.parts, ["train", "val"]))
     assert (report.num_drawn, report.num_compared, report.num_held) == (80, 60, 20)
@@ -109,7 +109,7 @@ def test_probe_matches_a_run_with_closed_form(captioned: Path, tmp_path: Path, k
     run = trained_run(captioned, tmp_path / "run", split)
     expected = evaluate_retrieval(captioned, [run], RetrievalSettings(part="val"))
     for given in (split, SplitSettings(kind=str(split_path(run)))):
-        report = compare(captioned, image_feature=IMAGES[:1], text_feature=TEXTS[:1], split=given)
+        report = compare(captioned, feature={"image": IMAGES[:1], "text": TEXTS[:1]}, split=given)
         found = report.pairs[0].recalls
         for direction, estimate in found.items():
             assert estimate.value == pytest.approx(expected.recalls[direction]["r@10"].value, abs=0.03)  # one may tie
@@ -136,7 +136,7 @@ def test_pairs_are_sorted_by_probe(report: PairsReport) -> None:
 
 def test_order_of_names_does_not_matter(cache_path: Path) -> None:
     key = SplitSettings(kind="key", val_fraction=0.25)
-    report = compare(cache_path, image_feature=IMAGES[::-1], text_feature=TEXTS[:1], split=key, resamples=20)
+    report = compare(cache_path, feature={"image": IMAGES[::-1], "text": TEXTS[:1]}, split=key, resamples=20)
     assert [pair.features["image"] for pair in report.pairs] == list(IMAGES)
 
 
@@ -146,8 +146,7 @@ def test_draw_is_bounded_and_seeded(cache_path: Path) -> None:
         key = SplitSettings(kind="key", val_fraction=0.25)
         return compare(
             cache_path,
-            image_feature=IMAGES[:1],
-            text_feature=TEXTS[:1],
+            feature={"image": IMAGES[:1], "text": TEXTS[:1]},
             num_samples=100,
             seed=seed,
             split=key,
@@ -209,7 +208,7 @@ def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     assert report.skipped == ["left out: feature open_other/cls is not finished: 1 of 1 chunks is missing; "
                               "run the same embedcache extract again to resume it"]  # fmt: skip
     with pytest.raises(UnfinishedError, match="feature open_other/cls is not finished"):
-        compare(tmp_path / "c", image_feature=("open_other",), split=key)
+        compare(tmp_path / "c", feature={"image": ("open_other",)}, split=key)
     next((tmp_path / "c" / "image" / "open_toy" / "chunks").glob("*.parquet")).unlink()
     with pytest.raises(UnfinishedError, match=r"expected a complete image feature, got none; .*open_other/cls"):
         compare(tmp_path / "c", split=key)
@@ -220,10 +219,10 @@ def test_feature_of_a_run_is_compared_only_by_name(cache_path: Path, tmp_path: P
     shutil.copytree(cache_path, tmp_path / "c")
     split = SplitSettings(kind="key", val_fraction=0.25)
     derive_from_run(tmp_path / "c", trained_run(tmp_path / "c", tmp_path / "run", split))
-    report = compare(tmp_path / "c", text_feature=TEXTS[0], split=split, resamples=20)
+    report = compare(tmp_path / "c", feature={"text": TEXTS[0]}, split=split, resamples=20)
     assert [pair.features["image"] for pair in report.pairs] == [*IMAGES]
     assert "run-projected/projected was computed by a run" in report.skipped[0]
-    named = compare(tmp_path / "c", image_feature="run-projected", text_feature=TEXTS[0], split=split, resamples=20)
+    named = compare(tmp_path / "c", feature={"image": "run-projected", "text": TEXTS[0]}, split=split, resamples=20)
     assert [pair.features["image"] for pair in named.pairs] == ["run-projected/projected"]
 
 
@@ -241,7 +240,7 @@ def test_cache_without_a_modality_raises(tmp_path: Path) -> None:
 def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Path) -> None:
     key = SplitSettings(kind="key", val_fraction=0.25)
     with pytest.raises(UnknownNameError, match=r"unknown image feature .*; did you mean 'open_toy/cls'"):
-        compare(cache_path, image_feature=("open_toy/clz",))
+        compare(cache_path, feature={"image": ("open_toy/clz",)})
     with pytest.raises(SettingError, match="num_samples: expected a whole number of at least 20, got 19"):
         compare(cache_path, num_samples=19)
     with pytest.raises(SettingError, match="k: expected less than the 60 compared samples, got 60"):
@@ -282,8 +281,8 @@ def test_blocks_hold_whole_groups() -> None:
 
 @pytest.mark.slow
 def test_command_prints_and_writes(cache_path: Path, tmp_path: Path) -> None:
-    words = ["evaluate", "pairs", str(cache_path), "--image-feature", IMAGES[0]]
-    words += ["--text-feature", TEXTS[0], "--text-feature", TEXTS[1]]
+    words = ["evaluate", "pairs", str(cache_path), "--feature", f"image={IMAGES[0]}"]
+    words += ["--feature", f"text={TEXTS[0]}", "--feature", f"text={TEXTS[1]}"]
     words += ["--image-cosine", "0.995", "--text-cosine", "0.95", "-k", "5"]
     words += ["--output", str(tmp_path / "p.json"), "--html", str(tmp_path / "p.html")]
     result = CliRunner().invoke(app, words, catch_exceptions=False)

@@ -27,7 +27,7 @@ from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
-FEATURES = {"image_feature": "open_toy/cls", "text_feature": "open_toy/mean"}
+FEATURES = {"feature": {"image": "open_toy/cls", "text": "open_toy/mean"}}
 
 
 def train_run(
@@ -204,7 +204,7 @@ def test_different_recipes_are_not_averaged(cache_path: Path, runs: list[Path], 
         shuffle_pairs=True,
         seed=5,
     )
-    train(cache_path, tmp_path / "run", image_feature="open_toy/cls", text_feature="open_toy/mean", settings=settings)
+    train(cache_path, tmp_path / "run", feature={"image": "open_toy/cls", "text": "open_toy/mean"}, settings=settings)
     with pytest.raises(FingerprintError, match="average only seeds of one recipe"):
         evaluate_retrieval(cache_path, [*runs, tmp_path / "run"])
 

@@ -25,7 +25,7 @@ def train_run(cache_path: Path, run_path: Path, image: str, text: str, projector
         optimizer=OptimizerSettings(epochs=1 if projector == "token" else 0, batch_size=64),
         split=SplitSettings(kind="key"),
     )
-    train(cache_path, run_path, image_feature=image, text_feature=text, settings=settings)
+    train(cache_path, run_path, feature={"image": image, "text": text}, settings=settings)
     return run_path
 
 

@@ -58,7 +58,3 @@ def test_wrong_requests_raise(labeled: Path, tmp_path: Path) -> None:
         export_vectors("npy", labeled, tmp_path / "x", projection="pca")
     with pytest.raises(SettingError, match=r"modality: expected image or text for this format, got audio"):
         export_vectors("clip-retrieval", labeled, tmp_path / "x", modality="audio")
-    with pytest.raises(
-        SettingError, match=r"feature: expected MODALITY=NAME, .* once for each .*, got 'image=open_toy/"
-    ):
-        export_vectors("npy", labeled, tmp_path / "x", image_feature="open_toy/cls", feature="image=open_toy/cls")

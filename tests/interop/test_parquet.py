@@ -144,7 +144,7 @@ def test_languages_that_begin_in_a_later_block(tmp_path: Path, monkeypatch: pyte
     (folder / "00005.json").write_text('{"caption": "ein roter Balken", "language": "de"}')
     extract(open_source(folder), tmp_path / "cache", image_encoder=[IMAGE])
     monkeypatch.setattr(parquet, "_BLOCK", 2)
-    export = export_of(tmp_path / "cache", image_feature="open_toy/cls")
+    export = export_of(tmp_path / "cache", features=("open_toy/cls",))
     assert write_parquet(export, tmp_path / "rows.parquet", progress=NullProgress()) == 6
     written = pq.read_table(tmp_path / "rows.parquet")
     assert written["language"].to_pylist() == [None] * 5 + ["de"]

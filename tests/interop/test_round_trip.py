@@ -165,9 +165,9 @@ def test_leftovers_of_killed_export_are_removed(form: str, labeled: Path, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"image_feature": "nix"}, UnknownNameError, "open_toy/cls"),
+        ({"features": ("nix",)}, UnknownNameError, "open_toy/cls"),
         ({"language": "de"}, UnknownNameError, "known: en"),
-        ({"image_feature": "open_toy/cls", "modality": "text"}, SettingError, "modality: expected image"),
+        ({"features": ("open_toy/cls",), "modality": "text"}, SettingError, "feature: expected features of text"),
         ({"run": Path("nowhere")}, PathError, "nowhere does not exist"),
         ({"selection": Path("nowhere.txt")}, PathError, "nowhere.txt does not exist"),
     ],

@@ -43,7 +43,7 @@ def test_drawings_have_titles_of_their_own(tmp_path: Path) -> None:
 def test_rows_share_runs_and_seeds(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Recipe(min_pairs=0, options={"projector": "linear"}, length=TrainingLength(400, 1, 9))
     monkeypatch.setattr(recipes, "RECIPES", (made,))
-    train(cache_path, tmp_path / "seed0", image_feature=IMAGE, text_feature=TEXT, split="key", epochs=0)
+    train(cache_path, tmp_path / "seed0", feature={"image": IMAGE, "text": TEXT}, split="key", epochs=0)
     check = check_recipe("toy", cache_path, tmp_path, [0], {"image": IMAGE, "text": TEXT})
     assert list(check.rows) == [AUTO, DEFAULT, CLOSED_FORM, SHUFFLED]
     rows = {row[2]: row for row in check_table([check])[1]}

@@ -118,8 +118,7 @@ def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
     train(
         cache_path,
         tmp_path / "run",
-        image_feature="open_toy/patches",
-        text_feature="open_toy/tokens",
+        feature={"image": "open_toy/patches", "text": "open_toy/tokens"},
         settings=settings,
     )
     assert build_index(cache_path, tmp_path / "index", IndexSettings(run=tmp_path / "run")).num_vectors == 300

@@ -18,7 +18,7 @@ lr = {low = 1e-4, high = 1e-1, log = true}
 shared_width = {low = 8, high = 24, step = 8}
 projector = ["linear", "mlp"]
 """
-FEATURES = {"image_feature": "open_toy/cls", "text_feature": "open_toy/mean"}
+FEATURES = {"feature": {"image": "open_toy/cls", "text": "open_toy/mean"}}
 RANDOM = SweepSettings(trials=6, sampler="random", seeds_per_config=2, top_configs=2)
 
 

@@ -64,12 +64,8 @@ INVALID = {
         r"'lrr' in \[fixed\] of .*toml; did you mean 'lr'",
     ),
     "feature": (
-        "[fixed]\nimage-feature = 'a/b'\n[space]\ndropout = [0.1]",
-        "got the feature image_feature, .* give --image-feature NAME to sweep",
-    ),
-    "feature by modality": (
-        "[fixed]\nfeature = ['audio=a/b']\n[space]\ndropout = [0.1]",
-        "got the feature feature, .* give --feature MODALITY=NAME to sweep",
+        "[fixed]\nfeature = 'a/b'\n[space]\ndropout = [0.1]",
+        "got the feature, .* give --feature to sweep",
     ),
     "no space": ("[fixed]\nepochs = 3", r"expected settings to try in a table \[space\], got none; for example"),
     "empty space": ("[space]", "expected settings to try"),

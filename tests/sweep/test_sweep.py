@@ -397,7 +397,7 @@ def test_killed_sweep_resumes_with_two_workers(
 ) -> None:
     study_path = tmp_path / "study"
     words = ["sweep", str(cache_path), str(space_path), str(study_path)]
-    words += ["--image-feature", FEATURES["image_feature"], "--text-feature", FEATURES["text_feature"]]
+    words += ["--feature", "image=open_toy/cls", "--feature", "text=open_toy/mean"]
     words += ["--sampler", "random", "--top-configs", "1", "--seeds-per-config", "1", "--trials", "6"]
     process = start(words)
     number = pause_in_a_later_trial(process, study_path)

@@ -241,9 +241,7 @@ def test_pareto_front() -> None:
 
 
 def test_processes_together_open_one_study(cache_path: Path, tmp_path: Path, space: Space) -> None:
-    data = open_data(
-        cache_path, {"image": FEATURES["image_feature"], "text": FEATURES["text_feature"]}, memory_bytes=10**9
-    )
+    data = open_data(cache_path, FEATURES["feature"], memory_bytes=10**9)
     settings = SweepSettings(storage="sqlite:///elsewhere.db")  # where a study is named by chance
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: open_study(tmp_path / "study", data, space, settings), range(8)))

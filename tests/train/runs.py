@@ -29,7 +29,7 @@ def run(
     """Train a small run, by default two epochs of the default recipe."""
     defaults = {"shared_width": 16, "epochs": 2, "batch_size": 64, "split": "key"}
     settings = train_settings({**defaults, **options})
-    return train(caches, run_path, image_feature=image, text_feature=text, settings=settings, progress=progress)  # type: ignore[arg-type]
+    return train(caches, run_path, feature={"image": image, "text": text}, settings=settings, progress=progress)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def test_processes_train_several_runs_in_turn(tmp_path: Path) -> None:
 def test_two_processes_train_the_same(cache_path: Path, tmp_path: Path) -> None:
     options = {"epochs": 3, "dropout": 0, "projector": "linear", "initialization": "random", "shared_width": 16}
     run(cache_path, tmp_path / "1", **options)
-    words = ["--image-feature", IMAGE, "--text-feature", TEXT, "--split", "key", "--batch-size", "64"]
+    words = ["--feature", f"image={IMAGE}", "--feature", f"text={TEXT}", "--split", "key", "--batch-size", "64"]
     words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     torchrun(2, "-m", "--", "embedcache", "train", str(cache_path), str(tmp_path / "2"), *words)
     losses = [[line["loss"] for line in log_lines(tmp_path / name) if "loss" in line] for name in "12"]

@@ -15,11 +15,11 @@ from torch import nn
 from embedcache.arrays import Inputs
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import Items, Pairs
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError
 from embedcache.projectors.pair import AlignedPair
 from embedcache.settings import from_flat
 from embedcache.train import distributed, pair
-from embedcache.train.data import TrainData, _gather, name_features
+from embedcache.train.data import TrainData, _gather
 from embedcache.train.losses import Positives
 from embedcache.train.modules import ModuleReport
 from embedcache.train.pair import PairTask, Validation
@@ -262,14 +262,6 @@ def test_rows_are_numbered_across_readers() -> None:
     found = _gather(readers, np.array([3, 5, 9]), rows, np.dtype(np.float32))
     assert found.values[:, 0].tolist() == [23, 0, 10, 11, 2, 20, 10]
     assert found.values.dtype == np.float32
-
-
-def test_features_are_named_once() -> None:
-    assert name_features("a", ["b", "c"], None) == {"image": "a", "text": "b+c"}
-    assert name_features(None, None, {"audio": "a", "text": None}) == {"audio": "a", "text": None}
-    for image, text in (("a", None), (None, "b")):
-        with pytest.raises(SettingError, match=f"got audio and {image or text}$"):
-            name_features(image, text, {"audio": "x"})
 
 
 def test_parts_of_a_large_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from embedcache.errors import DataError, UnknownNameError
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
-FEATURES = {"image_feature": "open_toy/cls", "text_feature": "open_toy/mean"}
+FEATURES = {"feature": {"image": "open_toy/cls", "text": "open_toy/mean"}}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_parts_are_those_of_a_run(cache_path: Path, run_path: Path) -> None:
 
 
 def test_captions_of_several_caches(two_caches: list[Path]) -> None:
-    both = embedcache.PairDataset(two_caches, image_feature="open_toy/patches", text_feature="open_toy/mean")
+    both = embedcache.PairDataset(two_caches, feature={"image": "open_toy/patches", "text": "open_toy/mean"})
     assert len(both) == 120
     cache = embedcache.Cache(two_caches[1])
     np.testing.assert_array_equal(
@@ -82,7 +82,7 @@ def test_captions_of_several_caches(two_caches: list[Path]) -> None:
     )
     assert both.samples[45] == 45
     with pytest.raises(DataError, match="features of one encoder and one width, got open_toy/cls of width 48 and"):
-        embedcache.PairDataset(two_caches, image_feature=["open_toy/cls", "open_toy/patches"])
+        embedcache.PairDataset(two_caches, feature={"image": ["open_toy/cls", "open_toy/patches"]})
 
 
 def test_wrong_requests_raise(cache_path: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_run_with_other_shapes_is_refused(cache_path: Path, finished: Path, tmp_
 
 @pytest.mark.slow
 def test_command_line_names_several_runs(cache_path: Path, finished: Path, tmp_path: Path) -> None:
-    options = f"--image-feature {IMAGE} --text-feature {TEXT} --split key --shared-width 16 --epochs 1 --trainable text"
+    options = f"--feature image={IMAGE} --feature text={TEXT} --split key --shared-width 16 --epochs 1 --trainable text"
     starts = ["--init-from", f"image={finished}", "--init-from", f"temperature={finished}"]
     command = ["train", str(cache_path), str(tmp_path / "run"), *options.split(), *starts]
     outcome = embedcache(*command, cwd=tmp_path)

@@ -29,7 +29,7 @@ from tests.train.runs import IMAGE, TEXT
 
 CLOSED_FORM = {"projector": "linear", "initialization": "ridge", "shrinkage": 10.0}
 TRAINED = {"projector": "linear", "initialization": "procrustes", "dropout": 0.5}
-FEATURES = {"image_feature": IMAGE, "text_feature": TEXT}
+FEATURES = {"feature": {"image": IMAGE, "text": TEXT}}
 SPLIT = {"split": "key", "shared_width": 16}
 
 
@@ -157,7 +157,7 @@ def test_training_pairs_are_counted(data: TrainData, cache_path: Path, tmp_path:
 @pytest.mark.usefixtures("_recipes")
 def test_command_line_and_config_file(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "auto.toml").write_text('recipe = "auto"\nsplit = "key"\nepochs = 1\nshared-width = 16\n')
-    words = ("--image-feature", IMAGE, "--text-feature", TEXT, "--config", "auto.toml")
+    words = ("--feature", f"image={IMAGE}", "--feature", f"text={TEXT}", "--config", "auto.toml")
     done = embedcache("train", cache_path, "run", *words, "--dropout", "0.1", cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert "195 training pairs: recipe for 100 to 999: projector linear, initialization procrustes" in done.stderr

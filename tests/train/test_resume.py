@@ -271,7 +271,7 @@ def test_resume_after_kill_at_the_start(cache_path: Path, whole: Path, tmp_path:
 @pytest.mark.no_mutants
 def test_resume_after_kill_is_identical(cache_path: Path, tmp_path: Path) -> None:
     options = (
-        "--image-feature open_toy/cls --text-feature open_toy/mean --split key --epochs 15 --batch-size 64 "
+        "--feature image=open_toy/cls --feature text=open_toy/mean --split key --epochs 15 --batch-size 64 "
         "--shared-width 16 --checkpoint-s 0"
     )
     command = ["train", str(cache_path), str(tmp_path / "killed"), *options.split()]

@@ -95,7 +95,7 @@ def test_missing_chunk_is_no_retried_item(before: Path, tmp_path: Path) -> None:
 def test_study(before: Path, after: Path, tmp_path: Path) -> None:
     (tmp_path / "space.toml").write_text(SPACE)
     space = read_space(tmp_path / "space.toml")
-    names = {"image": FEATURES["image_feature"], "text": FEATURES["text_feature"]}
+    names = FEATURES["feature"]
     then, now = (open_data(cache, names, memory_bytes=10**9) for cache in (before, after))
     made = open_study(tmp_path / "study", then, space, SweepSettings())
     assert open_study(tmp_path / "study", then, space, SweepSettings()) == made

@@ -43,7 +43,7 @@ def around(cache_path: Path, image_folder: Path, tmp_path_factory: pytest.TempPa
         settings=plain,
     )
     settings = train_settings({"projector": "linear", "epochs": 0, "split": "key"})
-    train(cache_path, folder / "run", image_feature=FEATURES["image"], text_feature=FEATURES["text"], settings=settings)
+    train(cache_path, folder / "run", feature={"image": FEATURES["image"], "text": FEATURES["text"]}, settings=settings)
     cache = Cache(cache_path)
     write_scores(folder / "scores.parquet", cache, {"score": np.arange(300, dtype=np.float32) % 7}, {})
     paths = {name: folder / name for name in ("other", "concepts", "target", "run")}

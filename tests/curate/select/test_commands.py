@@ -91,7 +91,7 @@ MISTAKES = [
     ),
     (
         "negatives cache out.parquet",
-        "name one of these features: open_toy/cls, open_toy/patches; with --image-feature NAME",
+        "name one of these features: open_toy/cls, open_toy/patches; with --feature image=NAME",
     ),
     ("select cache a.parquet --method rndom --budget 3", "did you mean 'random'"),
     ("select cache a.parquet --method random --budget many", "invalid count 'many'"),

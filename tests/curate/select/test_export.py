@@ -17,6 +17,7 @@ from embedcache.curate.select.export import _suffix, export_selection, to_uids, 
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.errors import DataError, PathError
 from embedcache.extract.extract import extract
+from embedcache.outputs import replacing_files
 from embedcache.sources import Sample, Source, SourceSettings, TextItem, open_source
 from embedcache.sources.base import Scalar
 from embedcache.sources.reopen import remember
@@ -80,7 +81,7 @@ def test_keys_roundtrip(made: tuple[Cache, Path], tmp_path: Path) -> None:
 
 def test_output_is_checked_first(made: tuple[Cache, Path], tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(PathError, match=r"mine\.txt"):
+    with replacing_files(False), pytest.raises(PathError, match=r"mine\.txt"):
         export_selection(made[0].path, tmp_path / "none.parquet", tmp_path / "mine.txt", "keys")
 
 

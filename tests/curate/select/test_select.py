@@ -134,7 +134,7 @@ def test_select_from_selection_and_train(around: dict[str, Path], tmp_path: Path
     runs = [tmp_path / f"run-{seed}" for seed in (0, 1)]
     for seed, run in enumerate(runs):
         settings = train_settings({**recipe, "seed": seed})
-        train(around["cache"], run, image_feature=IMAGE_FEATURE, text_feature=TEXT_FEATURE, settings=settings)
+        train(around["cache"], run, feature={"image": IMAGE_FEATURE, "text": TEXT_FEATURE}, settings=settings)
     assert len({read_config(run).file_digests["selection"] for run in runs}) == 2
     assert list(group_by_recipe(runs).values()) == [runs]  # seeds of one recipe, each with a selection of its own
 
