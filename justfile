@@ -53,8 +53,8 @@ site *args:
 smoke workdir="embedcache-quickstart":
     embedcache quickstart {{ workdir }}
 
-# Time the hot paths against a lower bound or another tool. Names: help gather extract index decode train speech
-# evaluate search coverage dedup serve object-store; scale runs only if it is named
+# Time the hot paths against a lower bound or another tool. Names: micro extract train search coverage dedup serve;
+# scale runs only if it is named
 bench *names:
     python -m benchmarks {{ names }}
 

@@ -3,7 +3,7 @@
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, Floats
 from embedcache.sources import open_source
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.store.group import create_group
@@ -98,41 +98,36 @@ def _variation(original: Image.Image, seed: int) -> bytes:
     return out.getvalue()
 
 
-DrawVectors = Callable[[np.random.Generator, range], Array]
-"""Function that returns the vectors of a range of rows: (B, D)."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Shape:
+class RandomSource:
+    """A source of samples without bytes; without images they are classes."""
+
     num_samples: int
     num_captions: int = 0
     num_classes: int = 0
     has_image: bool = True
 
-
-class RandomSource:
-    """A source of samples without bytes; without images they are classes."""
-
-    def __init__(self, num_samples: int, **shape: Any) -> None:
-        self.shape = _Shape(num_samples=num_samples, **shape)
-
     def describe(self) -> Mapping[str, Any]:
-        return {"type": "made", "path": str(self.shape), "settings": {}}
+        return {"type": "made", "path": str(self), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
-        for row in range(self.shape.num_samples):
-            columns = {"label": row % self.shape.num_classes} if self.shape.num_classes else {}
-            if not self.shape.has_image:
+        for row in range(self.num_samples):
+            columns = {"label": row % self.num_classes} if self.num_classes else {}
+            if not self.has_image:
                 columns = {"class": f"class {row}", "label": row}
             yield Sample(
                 key=f"{row:07}",
-                images=(FileItem(path=f"{row:07}.jpg"),) if self.shape.has_image else (),
-                texts=tuple(TextItem(text=f"{row} {number}") for number in range(self.shape.num_captions)),
+                images=(FileItem(path=f"{row:07}.jpg"),) if self.has_image else (),
+                texts=tuple(TextItem(text=f"{row} {number}") for number in range(self.num_captions)),
                 columns=columns,
             )
 
     def read(self, item: FileItem) -> bytes:
         return item.path.encode()
+
+
+DrawVectors = Callable[[np.random.Generator, range], Array]
+"""Function that returns the vectors of a range of rows: (B, D)."""
 
 
 def write_random_cache(
@@ -151,3 +146,27 @@ def write_random_cache(
             hashes = [f"{seed} {row}".encode().ljust(16) for row in range(rows.start, rows.stop)]
             commit_chunk(group, chunk, {"vector": list(vectors)}, hashes, {"vector": [None] * len(vectors)})
     return path
+
+
+_CLUSTERS = 2000
+_DIRECTIONS = 64
+"""Dimensions in which vectors of a cluster differ, as real features do not fill their width."""
+
+
+def write_clusters(path: Path, count: int, width: int) -> Path:
+    """Write a cache of the images 0 to `count`, whose features are `cluster_vectors`."""
+    source = RandomSource(num_samples=count)
+    return write_random_cache(path, source, width, seed=0, draw=lambda _, rows: cluster_vectors(rows, width))
+
+
+def cluster_vectors(numbers: Sequence[int], width: int) -> Floats:
+    """Compute vectors number N of a fixed set of vectors in clusters, of length about 1.4: (B, D) float32."""
+    tables = np.random.default_rng(0)
+    centers_CD = tables.standard_normal((_CLUSTERS, width), np.float32) / np.float32(np.sqrt(width))
+    directions_RD = tables.standard_normal((_DIRECTIONS, width), np.float32) / np.float32(np.sqrt(_DIRECTIONS * width))
+
+    generators = [np.random.default_rng(number) for number in numbers]
+    clusters_B = np.array([rng.integers(_CLUSTERS) for rng in generators])
+    offsets_BR = np.stack([rng.standard_normal(_DIRECTIONS, np.float32) for rng in generators])
+    vectors_BD: Floats = centers_CD[clusters_B] + offsets_BR @ directions_RD
+    return vectors_BD
