@@ -147,7 +147,7 @@ def read_metadata(path: Path, schema: "pa.Schema") -> dict[str, Any]:
         raise CorruptError(f"{path} has changed since it was written: {error}; {_WRITE_AGAIN}") from error
     check_record(path, record, next_step=_WRITE_AGAIN)
     found = {field.name: _kind(field.type) for field in schema}
-    columns = record.pop(_COLUMNS, found)
+    columns = record.pop(_COLUMNS)
     if len(columns) == len(found) and list(columns.items()) != list(found.items()):  # else a user has chosen columns
         shown = (", ".join(f"{name} ({kind})" for name, kind in kinds.items()) for kinds in (columns, found))
         raise CorruptError(

@@ -23,12 +23,6 @@ from embedcache.settings import check_types
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-INDEX_DIGEST = "spine"
-"""Key of an index digest on disk, in JSON, metadata and columns of tables: the name that format 1 began with."""
-
-STORED_NAMES = {"index_digest": INDEX_DIGEST}
-"""Field in code -> key on disk, where they differ."""
-
 DIGEST = "digest"
 """Key of JSON objects that are compared with their digest when they are read."""
 
@@ -88,7 +82,7 @@ def add_digest(record: Mapping[str, Any], *, unchecked: Collection[str] = ()) ->
 
 
 def read_record(path: Path, *, unchecked: Collection[str] = (), next_step: str) -> dict[str, Any]:
-    """Read a JSON object and compare it with its digest, which the first versions did not write.
+    """Read a JSON object and compare it with its digest.
 
     Args:
         path: the file.
@@ -97,7 +91,7 @@ def read_record(path: Path, *, unchecked: Collection[str] = (), next_step: str) 
 
     Raises:
         PathError: the file does not exist.
-        CorruptError: it is not a JSON object, or has changed since it was written.
+        CorruptError: it is not a JSON object, has no digest, or has changed since it was written.
     """
     record = read_json(path)
     if not isinstance(record, dict):
@@ -107,8 +101,10 @@ def read_record(path: Path, *, unchecked: Collection[str] = (), next_step: str) 
 
 
 def check_record(path: Path, record: Mapping[str, Any], *, unchecked: Collection[str] = (), next_step: str) -> None:
-    """Compare a JSON object with its digest, if it has one, or raise a `CorruptError`; see `read_record`."""
-    if record.get(DIGEST) not in (None, _record_digest(record, unchecked)):
+    """Compare a JSON object with its digest, or raise a `CorruptError`; see `read_record`."""
+    if DIGEST not in record:
+        raise CorruptError(f"{path} has no digest of its content; {next_step}")
+    if record[DIGEST] != _record_digest(record, unchecked):
         raise CorruptError(f"{path} has changed since it was written; {next_step}")
 
 
@@ -233,12 +229,12 @@ def construct(path: Path, make: Callable[[], T]) -> T:
         raise CorruptError(f"{path} does not hold the fields of its format: {error}") from error
 
 
-def to_record(artifact: "DataclassInstance", stored_names: Mapping[str, str] = STORED_NAMES) -> dict[str, Any]:
+def to_record(artifact: "DataclassInstance", stored_names: Mapping[str, str]) -> dict[str, Any]:
     """Return a dataclass as JSON values, under the names that its fields have on disk."""
     return {stored_names.get(name, name): value for name, value in asdict(artifact).items()}
 
 
-def from_record(record: Mapping[str, Any], stored_names: Mapping[str, str] = STORED_NAMES) -> dict[str, Any]:
+def from_record(record: Mapping[str, Any], stored_names: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of a record under the names of the dataclass's fields."""
     names = {stored: name for name, stored in stored_names.items()}
     return {names.get(stored, stored): value for stored, value in record.items()}
@@ -286,7 +282,7 @@ def name_differences(found: Mapping[str, Any], requested: Mapping[str, Any]) -> 
 
 def _explain(name: str) -> str:
     """Return the name of a field, with what it holds if the name does not say it."""
-    return f"{name} (the samples of the cache)" if name.rpartition(".")[2] == INDEX_DIGEST else name
+    return f"{name} (the samples of the cache)" if name.rpartition(".")[2] == "index_digest" else name
 
 
 def _text(value: Any) -> str:

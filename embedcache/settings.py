@@ -6,7 +6,7 @@ A settings class is a frozen, keyword-only dataclass whose fields are made by `s
 - validation: type, bounds, finite numbers, integers that fit 32 bits, or 64 bits if they are parsed, as sizes in bytes
   are, or have a bound above (`check_settings`);
 - flat names for the command line, TOML files and sweeps (`flat_settings`, `from_flat`, `to_flat`);
-- the JSON record on disk (`to_json`), under the stored name where that differs from today's name;
+- the JSON record on disk (`to_json`);
 - the options of a command (`embedcache.cli.options`) and the tables of the reference documentation.
 
 A field that is itself a settings class is a group; its fields join those of the outer class.
@@ -48,9 +48,6 @@ class Declaration:
         le: largest allowed number.
         lt: the number must be below this.
         affects_result: whether the value changes what is computed; only those values are recorded and compared.
-        recorded_by_default: whether records hold the value where it is the default; false for settings that are
-            younger than a format, so that its records keep their keys.
-        stored_as: key in JSON records; None: the field's name.
         flat_name: name on the command line and in TOML, where the field's own name is ambiguous outside its class.
         default_text: what `--help` shows as the default where the value is chosen at run time.
         metavar: placeholder of the value in `--help`; None: chosen from the type.
@@ -67,8 +64,6 @@ class Declaration:
     le: float | None = None
     lt: float | None = None
     affects_result: bool = True
-    recorded_by_default: bool = True
-    stored_as: str | None = None
     flat_name: str | None = None
     default_text: str | None = None
     metavar: str | None = None
@@ -102,16 +97,6 @@ class FlatSetting:
     type: Any
     default: Any
     declared: Declaration
-
-    @property
-    def stored_name(self) -> str:
-        """Flat name in records on disk."""
-        return self.declared.stored_as or self.name
-
-    @property
-    def stored_path(self) -> tuple[str, ...]:
-        """Keys in JSON records."""
-        return (*self.path[:-1], self.declared.stored_as or self.path[-1])
 
 
 def flat_settings(kind: type[Any]) -> tuple[FlatSetting, ...]:
@@ -368,15 +353,15 @@ def to_flat(settings: Any) -> dict[str, Any]:
 
 
 def to_json(settings: Any) -> dict[str, Any]:
-    """Return the values that affect results as nested JSON values, under their stored names."""
+    """Return the values that affect results as nested JSON values."""
     record: dict[str, Any] = {}
     for item in flat_settings(type(settings)):
         value = get_setting(settings, item)
-        if item.declared.affects_result and (item.declared.recorded_by_default or value != item.default):
+        if item.declared.affects_result:
             target = record
-            for key in item.stored_path[:-1]:
+            for key in item.path[:-1]:
                 target = target.setdefault(key, {})
-            target[item.stored_path[-1]] = _json_value(value)
+            target[item.path[-1]] = _json_value(value)
     return record
 
 

@@ -1,25 +1,36 @@
 """Changes by hand to files that embedcache has written, and limits of the system."""
 
+import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedcache.provenance import DIGEST, read_json, write_json
+from embedcache.provenance import DIGEST, read_json, write_record
+from embedcache.store.tables import add_footer_checksum
+
+_UNCHECKED = {"cache.json": ("source",), "card.json": ("cache", "run"), "record.json": ("settings",)}
+"""Keys that digests leave out."""
 
 
 def edit_record(path: Path, replace: dict[str, str] | None = None, **values: Any) -> None:
-    """Change keys of a JSON object, then texts anywhere in it, and remove its digest, as a person or a stranger may."""
+    """Change keys of a JSON object, then texts anywhere in it, and sign it anew, as a stranger may."""
     record = {**{name: value for name, value in read_json(path).items() if name != DIGEST}, **values}
-    write_json(path, record)
-    text = path.read_text()
+    text = json.dumps(record)
     for old, new in (replace or {}).items():
         assert old in text, old
         text = text.replace(old, new)
-    path.write_text(text)
+    write_record(path, json.loads(text), unchecked=_UNCHECKED.get(path.name, ()))
+
+
+def write_rows(path: Path, table: pa.Table, **options: Any) -> None:
+    """Write a table in place of one of a cache, with a checksum of its footer but not in `cache.json`."""
+    pq.write_table(table, path, **options)
+    add_footer_checksum(path)
 
 
 def damage_column(path: Path, column: str) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.registry import mark_as_read, unknown_name
-from embedcache.settings import FlatSetting, flat_settings, with_underscores
+from embedcache.settings import flat_settings, with_underscores
 
 
 def use_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -163,26 +163,16 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
             raise
         raise SettingError(f"{path}: expected the config.json of a run, got other content: {error!r}") from error
     mark_as_read(path, [*split_names(str(settings.get("projector", ""))), str(settings.get("loss", ""))])
-    return {name: value for name, value in settings.items() if value is not None}
+    return {name: value for name, value in settings.items() if value not in (None, [])}
 
 
 def _pair_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     from embedcache.train.settings import TrainSettings
 
     settings = {
-        item.name: _recorded_value(record["training"], item)
+        item.name: functools.reduce(lambda values, key: values[key], item.path, record["training"])
         for item in flat_settings(TrainSettings)
         if item.declared.affects_result
     }
     sides = record["sides"] if "sides" in record else {name: record[name] for name in ("image", "text")}
     return settings | {"feature": [f"{modality}={side['feature']}" for modality, side in sides.items()]}
-
-
-def _recorded_value(record: Mapping[str, Any], item: FlatSetting) -> Any:
-    """Return the value of a setting in the record of a run; None for one that is recorded only if it is set."""
-    try:
-        return functools.reduce(lambda values, key: values[key], item.stored_path, record)
-    except KeyError:
-        if item.declared.recorded_by_default:
-            raise
-        return None

@@ -1,6 +1,6 @@
 """embedcache curate"""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,7 +51,6 @@ def index(
     Example: embedcache curate index cache/ index/ --run run/ --memory 4GB
     """
     from embedcache.cli.console import open_progress, print_line, publish
-    from embedcache.provenance import to_record
     from embedcache.search.card import read_card
     from embedcache.search.index import build_index
 
@@ -72,7 +71,7 @@ def index(
                 "not trained again"
             )
 
-    publish(show, lambda: to_record(card), as_json=as_json, output=output)
+    publish(show, lambda: asdict(card), as_json=as_json, output=output)
 
 
 @with_settings(settings=MapSettings)

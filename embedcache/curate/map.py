@@ -27,7 +27,6 @@ from embedcache.modalities import noun
 from embedcache.outputs import read_metadata, with_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments
-from embedcache.provenance import INDEX_DIGEST, to_record
 from embedcache.registry import is_installed, require
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.hits import Hit
@@ -240,9 +239,9 @@ def read_map(index: OpenIndex) -> IndexMap | None:
 
 def _about(index: OpenIndex) -> dict[str, Any]:
     """Return the fields of the index's card by which a map is matched to its index."""
-    card = to_record(index.card)
+    card = asdict(index.card)
     return {
-        name: card[name] for name in ("cache", INDEX_DIGEST, "feature", "fingerprint", "run_weights", "num_vectors")
+        name: card[name] for name in ("cache", "index_digest", "feature", "fingerprint", "run_weights", "num_vectors")
     }
 
 

@@ -20,11 +20,10 @@ from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathErro
 from embedcache.files import AnyPath
 from embedcache.io_errors import read_errors
 from embedcache.outputs import new_output, read_metadata, to_metadata
-from embedcache.provenance import INDEX_DIGEST
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
 from embedcache.store.rows import RowReader
-from embedcache.store.tables import Footer, add_footer_checksum, open_table, read_footer
+from embedcache.store.tables import add_footer_checksum, open_table, read_footer
 
 _SCHEMA = pa.schema(
     [
@@ -69,7 +68,12 @@ def write_negatives(
         parts: the negatives of all samples, block by block in their order.
         metadata: how they were found, as JSON values.
     """
-    header = {"cache": str(cache.path), INDEX_DIGEST: cache.info.index_digest, "num_samples": len(groups_S), **metadata}
+    header = {
+        "cache": str(cache.path),
+        "index_digest": cache.info.index_digest,
+        "num_samples": len(groups_S),
+        **metadata,
+    }
     schema, keys, start = _SCHEMA.with_metadata(to_metadata(header, _SCHEMA)), cache.column("key"), 0
     with new_output(path) as temporary:
         with pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
@@ -95,7 +99,7 @@ def _lists(part: NegativesBlock) -> list[pa.Array]:
 
 def check_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> None:
     """Check that tables are hard negatives of some caches, without reading their rows; errors: `read_negatives`."""
-    _open_tables(paths, caches, lambda table, footer, number: None)  # noqa: ARG005
+    _open_tables(paths, caches, lambda table, number: None)  # noqa: ARG005
 
 
 def read_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> HardNegatives:
@@ -112,9 +116,9 @@ def read_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> HardNeg
     firsts = np.concatenate([[0], np.cumsum([cache.info.num_samples for cache in caches])])
     negatives_SK, groups_S = np.full((int(firsts[-1]), 0), -1, np.int32), np.full(int(firsts[-1]), -1, np.int64)
 
-    def fill(table: pq.ParquetFile, footer: Footer, number: int) -> None:
+    def fill(table: pq.ParquetFile, number: int) -> None:
         nonlocal negatives_SK
-        negatives_SK = _fill(table, footer, caches[number], int(firsts[number]), negatives_SK, groups_S)
+        negatives_SK = _fill(table, caches[number], int(firsts[number]), negatives_SK, groups_S)
 
     _open_tables(paths, caches, fill)
     alone = np.flatnonzero(groups_S < 0)
@@ -122,10 +126,8 @@ def read_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> HardNeg
     return HardNegatives(negatives_SK=negatives_SK, groups_S=groups_S)
 
 
-def _open_tables(
-    paths: Sequence[AnyPath], caches: Sequence[Cache], use: Callable[[pq.ParquetFile, Footer, int], None]
-) -> None:
-    """Call a function with each open table, its footer and the number of its cache.
+def _open_tables(paths: Sequence[AnyPath], caches: Sequence[Cache], use: Callable[[pq.ParquetFile, int], None]) -> None:
+    """Call a function with each open table and the number of its cache.
 
     Its errors of Arrow become `CorruptError`.
     """
@@ -136,16 +138,14 @@ def _open_tables(
                 f"negatives {path} does not exist; write it with: embedcache curate negatives CACHE {quoted(path)}"
             )
         try:
-            with read_errors(path):
-                footer = read_footer(path)
-                with open_table(path, footer.metadata) as table:
-                    number = _find_cache(path, table, caches)
-                    if number in found:
-                        raise DataError(
-                            f"negatives {path}: expected one table per cache, got a second one of {caches[number].path}"
-                        )
-                    found.add(number)
-                    use(table, footer, number)
+            with read_errors(path), open_table(path, read_footer(path)) as table:
+                number = _find_cache(path, table, caches)
+                if number in found:
+                    raise DataError(
+                        f"negatives {path}: expected one table per cache, got a second one of {caches[number].path}"
+                    )
+                found.add(number)
+                use(table, number)
         except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
             if isinstance(error, EmbedcacheError):
                 raise
@@ -155,20 +155,18 @@ def _open_tables(
 def _find_cache(path: Path, table: pq.ParquetFile, caches: Sequence[Cache]) -> int:
     """Return the number of the cache that a table is of."""
     header = read_metadata(path, table.schema_arrow)
-    if not set(_SCHEMA.names) <= set(table.schema_arrow.names) or INDEX_DIGEST not in header:
+    if not set(_SCHEMA.names) <= set(table.schema_arrow.names) or "index_digest" not in header:
         raise ValueError(f"it has the columns {', '.join(table.schema_arrow.names)}")
     if table.metadata.num_rows != header.get("num_samples"):
         raise ValueError(f"it has {table.metadata.num_rows:,} rows, not one per sample; mine them again")
     for number, cache in enumerate(caches):
-        if cache.info.has_rows_of(header[INDEX_DIGEST]) and cache.info.num_samples >= table.metadata.num_rows:
+        if cache.info.has_rows_of(header["index_digest"]) and cache.info.num_samples >= table.metadata.num_rows:
             return number
     names = " and ".join(str(cache.path) for cache in caches)
     raise DataError(f"negatives {path}: expected those of {names}, got those of {header['cache']}; mine them again")
 
 
-def _fill(
-    table: pq.ParquetFile, footer: Footer, cache: Cache, first: int, negatives_SK: Array, groups_S: Ints
-) -> Array:
+def _fill(table: pq.ParquetFile, cache: Cache, first: int, negatives_SK: Array, groups_S: Ints) -> Array:
     """Read a table into the rows of its cache, which begin at `first`; return the negatives, wider if it has more."""
     start, num_values, keys = first, 0, RowReader(cache, SAMPLES, ["key"], kept_rows=0)
     for batch in table.iter_batches(_READ_ROWS, columns=["key", "group", "negatives"], use_threads=False):
@@ -186,7 +184,7 @@ def _fill(
         start += count
     if start - first != table.metadata.num_rows:
         raise ValueError(f"it has {start - first:,} rows, not {table.metadata.num_rows:,} as its footer counts")
-    if num_values != (expected := _count_values(footer, num_values)):  # headers of pages have no checksums
+    if num_values != (expected := _count_values(table.metadata)):  # headers of pages have no checksums
         raise ValueError(f"it has {num_values:,} negatives, not {expected:,} as its footer counts")
     is_grouped = groups_S[first:start] >= 0
     # No two caches share a number then, as each is below the number of the cache's samples.
@@ -207,14 +205,8 @@ def _check_keys(keys: pa.Array, cache: Cache, expected: pa.ChunkedArray, start: 
         )
 
 
-def _count_values(footer: Footer, found: int) -> int:
-    """Return how many negatives there are by the footer, where an empty list counts as one; `found` if it may be wrong.
-
-    Arrow ends the process where it looks at a column of a damaged footer.
-    """
-    if not footer.has_checksum:
-        return found
-    metadata = footer.metadata
+def _count_values(metadata: pq.FileMetaData) -> int:
+    """Return how many negatives there are by the footer, where an empty list counts as one."""
     paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
     [column] = [number for number, path in enumerate(paths) if path.startswith("negatives.")]
     return sum(metadata.row_group(group).column(column).num_values for group in range(metadata.num_row_groups))

@@ -13,7 +13,6 @@ from embedcache.arrays import Array, Floats
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.io_errors import read_errors
 from embedcache.outputs import check_table_output, new_output, read_metadata, with_metadata
-from embedcache.provenance import INDEX_DIGEST
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.columns import index_in
@@ -52,7 +51,7 @@ def write_scores(
         for name, values in columns.items()
     }
     table = pa.table({_ROW: np.arange(cache.info.num_samples), _KEY: cache.column(_KEY), **arrays})
-    header = {"cache": str(cache.path), INDEX_DIGEST: cache.info.index_digest, **metadata}
+    header = {"cache": str(cache.path), "index_digest": cache.info.index_digest, **metadata}
     with new_output(path) as temporary:
         write_table(temporary, with_metadata(table, header))
 

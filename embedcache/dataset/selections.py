@@ -18,7 +18,6 @@ from embedcache.files import TEXT_ENCODING, read_file
 from embedcache.io_errors import read_errors
 from embedcache.outputs import check_table_output, new_output, read_metadata, with_metadata
 from embedcache.progress import NullProgress, Progress, watch
-from embedcache.provenance import INDEX_DIGEST
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, to_array
 from embedcache.store.removed import read_removed
@@ -69,7 +68,7 @@ def write_selection(
     watched = watch(blocks, progress or NullProgress(), "writing the selection", len(selection.rows), "samples")
     keys = to_array(Column(pa.chunked_array(watched, pa.string())), pa.string())
     table = pa.table({"row": selection.rows, "key": keys, "reason": to_array(selection.reasons, pa.string())})
-    header = {"cache": str(cache.path), INDEX_DIGEST: cache.info.index_digest, **metadata}
+    header = {"cache": str(cache.path), "index_digest": cache.info.index_digest, **metadata}
     with new_output(path) as temporary:
         write_table(temporary, with_metadata(table, header))
 
@@ -158,7 +157,7 @@ def read_selected_reasons(path: Path) -> pa.Table:
     with _selection_errors(path):
         table = read_table(path)
         about = read_metadata(path, table.schema)
-        if "reason" not in table.column_names and INDEX_DIGEST not in about:
+        if "reason" not in table.column_names and "index_digest" not in about:
             return _REASONS.empty_table()
         return table.select(_REASONS.names).cast(_REASONS).combine_chunks()
 

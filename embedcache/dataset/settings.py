@@ -39,10 +39,10 @@ class SplitSettings:
         flat_name="split",
         metavar="strict|key|column|FILE",
     )
-    val_fraction: float = setting(0.1, "Fraction of the samples for validation.", gt=0, lt=1, stored_as="val_share")
-    test_fraction: float = setting(0.25, "Fraction of the samples for test.", gt=0, lt=1, stored_as="test_share")
-    max_val: int = setting(25_000, "Most samples for validation.", ge=1, recorded_by_default=False)
-    max_test: int = setting(50_000, "Most samples for test.", ge=1, recorded_by_default=False)
+    val_fraction: float = setting(0.1, "Fraction of the samples for validation.", gt=0, lt=1)
+    test_fraction: float = setting(0.25, "Fraction of the samples for test.", gt=0, lt=1)
+    max_val: int = setting(25_000, "Most samples for validation.", ge=1)
+    max_test: int = setting(50_000, "Most samples for test.", ge=1)
     image_cosine: float = setting(
         0.9, "Strict split: images above this cosine similarity are near-duplicates.", ge=-1, le=1
     )
@@ -54,7 +54,6 @@ class SplitSettings:
         "Strict split: recordings, videos and point clouds above this cosine similarity are near-duplicates.",
         ge=-1,
         le=1,
-        recorded_by_default=False,
     )
     seed: int = setting(
         0,

@@ -20,7 +20,7 @@ from embedcache.files import replacing
 from embedcache.io_errors import read_errors
 from embedcache.outputs import to_metadata
 from embedcache.progress import NullProgress, Progress, watch
-from embedcache.provenance import INDEX_DIGEST, digest_file, read_record
+from embedcache.provenance import digest_file, read_record
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, in_blocks, to_array
 from embedcache.store.rows import iterate_keys, key_column
@@ -40,7 +40,9 @@ PART_NAMES: dict[str, Part] = {
 }
 """Value of a source's column `split`, in lower case -> part."""
 
-_COLUMNS = pa.schema([("key", pa.string()), ("part", pa.string()), ("group", pa.int64()), (INDEX_DIGEST, pa.string())])
+_COLUMNS = pa.schema(
+    [("key", pa.string()), ("part", pa.string()), ("group", pa.int64()), ("index_digest", pa.string())]
+)
 _ROWS_PER_GROUP = 2**20  # as Arrow divides a table: the bytes are those of a table that is written as a whole
 _MANIFESTS = ("config.json", "study.json")
 
@@ -93,10 +95,13 @@ def _index_digests(caches: Sequence[Cache]) -> Sequence[str]:
 
 
 def write_split(path: Path, split: Split) -> None:
-    """Write a split as Parquet: `row`, `key`, `part`, `group`; `spine` for several caches. Memory: a million rows."""
+    """Write a split as Parquet: `row`, `key`, `part`, `group`, and of several caches `index_digest`.
+
+    Memory: a million rows.
+    """
     values: dict[str, Sequence[object]] = {"key": split.keys, "part": split.parts, "group": split.groups}
     if split.index_digests:
-        values[INDEX_DIGEST] = split.index_digests
+        values["index_digest"] = split.index_digests
     schema = pa.schema([pa.field("row", pa.int64()), *(_COLUMNS.field(name) for name in values)])
     schema, first = schema.with_metadata(to_metadata({}, schema)), 0
     columns = [in_blocks(of, _COLUMNS.field(name).type, _ROWS_PER_GROUP) for name, of in values.items()]
@@ -169,11 +174,11 @@ def read_split(path: Path, caches: Sequence[Cache], *, progress: Progress | None
 
 
 def _iterate_rows(path: Path) -> Iterator[pa.Table]:
-    """Iterate over the rows of a split: key, part, group and, of several caches, spine. Memory: a block."""
+    """Iterate over the rows of a split: key, part, group and, of several caches, index_digest. Memory: a block."""
     try:
         with read_errors(path):
             for table in iterate_table(path, BLOCK, _COLUMNS.names):
-                schema = _COLUMNS if INDEX_DIGEST in table.column_names else _COLUMNS.remove(len(_COLUMNS) - 1)
+                schema = _COLUMNS if "index_digest" in table.column_names else _COLUMNS.remove(len(_COLUMNS) - 1)
                 yield table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         if isinstance(error, EmbedcacheError):
@@ -194,9 +199,9 @@ class _CacheRows:
 
     def add(self, rows: pa.Table) -> None:
         """Compare the next rows of the split, some of which may belong to other caches."""
-        if INDEX_DIGEST in rows.column_names:
-            same = [name for name in pc.unique(rows[INDEX_DIGEST]).to_pylist() if self._cache.info.has_rows_of(name)]
-            rows = rows.filter(pc.is_in(rows[INDEX_DIGEST], value_set=pa.array(same, pa.string())))
+        if "index_digest" in rows.column_names:
+            same = [name for name in pc.unique(rows["index_digest"]).to_pylist() if self._cache.info.has_rows_of(name)]
+            rows = rows.filter(pc.is_in(rows["index_digest"], value_set=pa.array(same, pa.string())))
         removed, keys = self._cache.removed - self._num_rows, self._next_keys(len(rows))
         removed = removed[(removed >= 0) & (removed < len(rows))]
         self._num_rows, self._num_removed = self._num_rows + len(rows), self._num_removed + len(removed)

@@ -46,7 +46,6 @@ class EncoderSettings:
     background: str = setting(
         "white",
         "Color behind transparent images: a name or #rrggbb.",
-        recorded_by_default=False,
         metavar="COLOR",
     )
 

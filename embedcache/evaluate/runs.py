@@ -28,7 +28,7 @@ from embedcache.projectors.saved import (
     run_selection_path,
     split_path,
 )
-from embedcache.provenance import INDEX_DIGEST, check_same, construct, digest_file
+from embedcache.provenance import check_same, construct, digest_file
 from embedcache.sources.open import IMPORT_TOGETHER, IMPORTED_SOURCE
 from embedcache.store.cache import Cache
 from embedcache.store.rows import match_keys
@@ -289,6 +289,6 @@ def _recipe(config: PairConfig) -> dict[str, Any]:
     split = {**config.training.get("split", {}), "seed": None, **({"kind": "a file"} if is_file else {})}
     return {
         **{modality: side.feature for modality, side in config.sides.items()},
-        INDEX_DIGEST: config.index_digest,
+        "index_digest": config.index_digest,
         "training": {**config.training, "seed": None, "split": split, "machine": machine},
     }

@@ -212,7 +212,7 @@ class RetryReport:
         return {
             "encoder": self.encoder,
             "num_tried": self.num_tried,
-            "num_mended": self.num_recovered,
+            "num_recovered": self.num_recovered,
             "reasons": dict(self.reasons),
         }
 

@@ -22,7 +22,6 @@ from embedcache.interop.vector_files import rechunk
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import check_output
 from embedcache.projectors.saved import read_config
-from embedcache.provenance import INDEX_DIGEST
 from embedcache.search.vectors import Vectors
 from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, base_source, how_to_import
 from embedcache.sources.table_columns import INTERVAL_NAMES
@@ -111,7 +110,7 @@ class VectorExport:
         run = self._settings.run
         return {
             "cache": str(self.cache.path),
-            INDEX_DIGEST: self.cache.info.index_digest,
+            "index_digest": self.cache.info.index_digest,
             "features": features,
             "run": None if run is None else str(run),
         }

@@ -23,7 +23,7 @@ from embedcache.files import TEXT_ENCODING, check_regular, read_file, remove_lef
 from embedcache.interop.npy import open_npy, report_damage, write_array
 from embedcache.outputs import read_metadata
 from embedcache.progress import NullProgress
-from embedcache.provenance import DIGEST, INDEX_DIGEST, digest_file, read_record, write_json, write_record
+from embedcache.provenance import DIGEST, digest_file, read_record, write_json, write_record
 from embedcache.store.layout import CacheInfo
 from embedcache.store.tables import add_footer_checksum, open_table, table_errors
 
@@ -131,7 +131,7 @@ def check_run(folder: Path, info: CacheInfo) -> tuple[Path, dict[str, Any]]:
     if manifest is None:
         raise PathError(f"{folder}: expected a finished run or study, got none; finish it, or delete it")
     record = read_record(manifest, next_step="restore the file")
-    if not any(map(info.has_rows_of, str(record.get(INDEX_DIGEST, "")).split("+"))):
+    if not any(map(info.has_rows_of, str(record.get("index_digest", "")).split("+"))):
         raise SettingError(f"run: expected one that was trained on this cache, got {folder}")
     if not (folder / _STARTED).is_file():
         _check_digests(folder, record)
@@ -172,10 +172,10 @@ def _remove_from_parquet(path: Path, keys: Collection[str], *, rows_of: CacheInf
                 for number in range(file.num_row_groups):
                     table = file.read_row_group(number, use_threads=False)
                     is_named = pc.is_in(table["key"].cast(pa.string()), value_set=wanted)
-                    if rows_of is not None and INDEX_DIGEST in schema.names:
-                        digests = pc.unique(table[INDEX_DIGEST]).to_pylist()
+                    if rows_of is not None and "index_digest" in schema.names:
+                        digests = pc.unique(table["index_digest"]).to_pylist()
                         same = pa.array(filter(rows_of.has_rows_of, digests), pa.string())
-                        is_named = pc.and_(is_named, pc.is_in(table[INDEX_DIGEST], value_set=same))
+                        is_named = pc.and_(is_named, pc.is_in(table["index_digest"], value_set=same))
                     count += pc.sum(is_named).as_py() or 0
                     if rows_of is not None:
                         table = _set(table, "key", pc.if_else(is_named, "", table["key"]))

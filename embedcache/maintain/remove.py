@@ -18,7 +18,6 @@ from embedcache.modalities import MODALITIES, count_items, list_texts
 from embedcache.outputs import removed_table_path
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import read_run
-from embedcache.provenance import INDEX_DIGEST
 from embedcache.records import new_record_path, record_stage
 from embedcache.search.card import IndexCard, read_card
 from embedcache.search.index import build_index
@@ -191,7 +190,7 @@ def _remove(path: Path, keys: Sequence[str], settings: RemoveSettings, shown: Pr
         )
         if len(plan.rows) or any(entries.values()):
             outcome |= {"num_samples": len(plan.rows), "rows": plan.rows.tolist()}
-            outcome |= {INDEX_DIGEST: read_info(path).index_digest, "num_chunks": plan.num_chunks}
+            outcome |= {"index_digest": read_info(path).index_digest, "num_chunks": plan.num_chunks}
             outcome |= {"indexes": indexes, "entries": entries}
     if len(plan.rows):
         finish_removal(path)

@@ -19,8 +19,6 @@ from embedcache.files import replacing
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
-    INDEX_DIGEST,
-    STORED_NAMES,
     check_same,
     construct,
     digest_file,
@@ -39,10 +37,9 @@ if TYPE_CHECKING:
 
 RUN_FORMAT = 2
 """Newest format of a run: 1 is an aligned pair of images and texts, 2 any other pair or module."""
-CHANGED_CONFIG = f"restore the file, or remove its last key, {DIGEST}, if you have changed it yourself"
+CHANGED_CONFIG = "restore the file"
 """What to do about a `config.json` that differs from its digest."""
 CONFIG_NAMES = {
-    **STORED_NAMES,
     "file_digests": "given",
     "split_digest": "split",
     "weights_digest": "weights",
@@ -238,7 +235,7 @@ def read_run_record(run_path: Path, config: Mapping[str, Any]) -> dict[str, Any]
     path = run_path / "record.json"
     record = read_stage(path)
     settings = record.get("settings", {})
-    is_other = any(name in settings and settings[name] != config.get(name) for name in (INDEX_DIGEST, "training"))
+    is_other = any(name in settings and settings[name] != config.get(name) for name in ("index_digest", "training"))
     if record["stage"] != "train" or is_other:
         raise CorruptError(f"{path}: expected the record of this run, got that of another one; restore the file")
     return record

@@ -11,7 +11,6 @@ from embedcache.arrays import Array, Ints
 from embedcache.curate.coverage import ConceptCounts, CoverageReport
 from embedcache.dataset.thumbnails import credit
 from embedcache.modalities import noun, pair_nouns
-from embedcache.provenance import INDEX_DIGEST
 from embedcache.reports.base import (
     BAD,
     COLORS,
@@ -147,7 +146,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
     return {
         "pool": {
             "cache": str(pool.cache.path),
-            INDEX_DIGEST: pool.cache.info.index_digest,
+            "index_digest": pool.cache.info.index_digest,
             "modality": pool.modality,
             "feature": pool.feature.name,
             "fingerprint": dict(pool.feature.fingerprint),

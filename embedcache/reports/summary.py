@@ -15,14 +15,12 @@ from embedcache.io_errors import read_errors
 from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import read_metadata, read_report_json
-from embedcache.provenance import INDEX_DIGEST, construct, read_json, read_study, recognize
+from embedcache.provenance import construct, read_json, read_study, recognize
 from embedcache.search.card import read_card
-from embedcache.settings import flat_settings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, has_failed
 from embedcache.store.feature import Feature
 from embedcache.store.tables import open_table, read_table
-from embedcache.train.settings import TrainSettings
 from embedcache.units import format_bytes
 
 _FEATURE_COLUMNS = ("feature", "modality", "shape", "dtype", "chunks", "failed", "bytes")
@@ -282,19 +280,15 @@ def _summarize_study(path: Path) -> Summary:
             f"{report_path}: expected the report of this study, got another file; run the same embedcache sweep again"
         )
     counts = ", ".join(f"{count:,} {state}" for state, count in report.get("counts", {}).items())
-    names = {item.stored_name: item.name for item in flat_settings(TrainSettings)}
     sides = study["sides"] if "sides" in study else {modality: study[modality] for modality in ("image", "text")}
     lines = [
         f"{path}: sampler {study['sampler']}, pruner {study['pruner']}, seed {study['seed']}",
         f"features: {', '.join(f'{modality} ' + side['feature'] for modality, side in sides.items())}",
-        f"searched: {', '.join(names.get(name, name) for name in study['space']['space'])}",
+        f"searched: {', '.join(study['space']['space'])}",
         f"trials: {counts}" if counts else "not finished: run the same embedcache sweep again",
     ]
     best = report.get("best", [])
-    rows = []
-    for trial in best:
-        values = {names.get(name, name): value for name, value in trial["params"].items()}
-        rows.append([str(trial["trial"]), f"{trial['score']:.3f}", _values(values)])
+    rows = [[str(trial["trial"]), f"{trial['score']:.3f}", _values(trial["params"])] for trial in best]
     notes = [f"to train the best again: {report['winner']['command']}"] if report.get("winner") else []
     return Summary(
         kind="study",
@@ -308,7 +302,9 @@ def _summarize_study(path: Path) -> Summary:
 
 def _is_of(reported: Any, study: Mapping[str, Any]) -> bool:
     """Return whether a report names a study; the digest of its split is another one after samples were removed."""
-    return isinstance(reported, dict) and all(reported.get(name) == study.get(name) for name in (INDEX_DIGEST, "space"))
+    return isinstance(reported, dict) and all(
+        reported.get(name) == study.get(name) for name in ("index_digest", "space")
+    )
 
 
 def _values(values: Mapping[str, Any]) -> str:
@@ -329,7 +325,9 @@ def _summarize_negatives(path: Path, schema: pa.Schema) -> Summary:
         lines=[
             f"{path}: {pluralize(counts['num_negatives'], 'hard negative')} of {counts['num_with_negatives']:,} "
             f"samples of {metadata.get('cache')}",
-            _values({name: value for name, value in metadata.items() if name not in ("cache", INDEX_DIGEST, "digest")}),
+            _values(
+                {name: value for name, value in metadata.items() if name not in ("cache", "index_digest", "digest")}
+            ),
         ],
         record={"path": str(path), **metadata, **counts},
     )

@@ -34,7 +34,7 @@ from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.files import flush
 from embedcache.modalities import noun
 from embedcache.progress import Progress
-from embedcache.provenance import INDEX_DIGEST, check_same
+from embedcache.provenance import check_same
 from embedcache.search.autotune import Configuration, sampled_recall
 from embedcache.search.card import (
     INDEX,
@@ -87,8 +87,8 @@ class IndexBuilder:
         self._is_resumed, self._state = (folder / STATE).is_file(), BuildState(source=source)
         if self._is_resumed:
             state = read_state(folder)
-            stored = str(state.source.get(INDEX_DIGEST))
-            requested = {**source, INDEX_DIGEST: stored if info.has_rows_of(stored) else source[INDEX_DIGEST]}
+            stored = str(state.source.get("index_digest"))
+            requested = {**source, "index_digest": stored if info.has_rows_of(stored) else source["index_digest"]}
             check_same(
                 f"the unfinished index {folder}", state.source, requested, next_step="give the path of a new folder"
             )

@@ -4,7 +4,7 @@ While an index is built or extended, `building.json` says what is done.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,8 @@ from embedcache.provenance import (
     DIGEST,
     check_same,
     construct,
-    from_record,
     read_json,
     read_manifest,
-    to_record,
     write_json,
     write_record,
 )
@@ -120,12 +118,12 @@ def read_card(index_path: Path) -> IndexCard:
         unchecked=_UNCHECKED,
     )
     values.pop(DIGEST, None)
-    return construct(path, lambda: IndexCard(**from_record(values)))
+    return construct(path, lambda: IndexCard(**values))
 
 
 def write_card(index_path: Path, card: IndexCard) -> None:
     """Write an index's card, which marks the index as finished."""
-    write_record(index_path / CARD, to_record(card), unchecked=_UNCHECKED)
+    write_record(index_path / CARD, asdict(card), unchecked=_UNCHECKED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +266,7 @@ def check_card(index_path: Path, card: IndexCard, requested: Mapping[str, Any], 
 
     The `FingerprintError` names each field that differs; if it is of another feature, only that.
     """
-    record = to_record(card)
+    record = asdict(card)
     for names in (("modality", "feature"), requested):
         check_same(
             f"index {index_path}",

@@ -12,7 +12,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.progress import Progress
-from embedcache.provenance import INDEX_DIGEST, check_same
+from embedcache.provenance import check_same
 from embedcache.search.vectors import Vectors
 from embedcache.sources.open import IMPORT_TOGETHER
 from embedcache.store.cache import Cache
@@ -26,7 +26,7 @@ _BLOCK = 4096
 class Concepts:
     """Named directions in the space of a pool's vectors.
 
-    `source` says where they come from, as JSON values: `cache`, `spine`, `feature`, `fingerprint`, `run`,
+    `source` says where they come from, as JSON values: `cache`, `index_digest`, `feature`, `fingerprint`, `run`,
     `run_weights`, and `of`, which is `prompts` or `examples`; for prompts also `texts`, some of the first concept's,
     and for examples `label`, `most_examples` and `seed`.
     """
@@ -87,7 +87,7 @@ def open_concepts(
         )
     source: dict[str, Any] = {
         "cache": str(cache.path),
-        INDEX_DIGEST: cache.info.index_digest,
+        "index_digest": cache.info.index_digest,
         "feature": vectors.feature.name,
         "fingerprint": dict(vectors.feature.fingerprint),
         "run": None if vectors.run_path is None else str(vectors.run_path),

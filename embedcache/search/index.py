@@ -14,7 +14,7 @@ from embedcache.files import AnyPath, relative_location
 from embedcache.io_errors import disk_errors
 from embedcache.locks import LOCK, locked
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import INDEX_DIGEST, from_record, prepare_folder
+from embedcache.provenance import prepare_folder
 from embedcache.records import record_stage
 from embedcache.search.autotune import (
     Configuration,
@@ -137,7 +137,7 @@ def _check_reuse(index_path: Path, card: IndexCard, vectors: Vectors, settings: 
         )
     factory = settings.factory or card.factory
     source = _source(vectors, index_path)
-    requested = {**source, INDEX_DIGEST: card.index_digest, "factory": factory, "width": vectors.width}
+    requested = {**source, "index_digest": card.index_digest, "factory": factory, "width": vectors.width}
     check_card(index_path, card, requested, next_step=new_folder)
     memory = _grown(card, len(vectors.rows)).memory_bytes or card.file_bytes or 0
     if settings.memory is not None and memory > settings.memory:
@@ -258,7 +258,7 @@ def _card(
     index, candidate = accepted.index, accepted.candidate
     lists = None if index.disk_lists is None else index.disk_lists.file
     return IndexCard(
-        **from_record(_source(vectors, index_path)),
+        **_source(vectors, index_path),
         factory=candidate.factory,
         num_vectors=len(index),
         width=vectors.width,
@@ -278,7 +278,7 @@ def _source(vectors: Vectors, index_path: Path) -> dict[str, Any]:
     """Return what an index is built from, as fields of the card on disk."""
     return {
         "cache": relative_location(vectors.cache.path, index_path),
-        INDEX_DIGEST: vectors.cache.info.index_digest,
+        "index_digest": vectors.cache.info.index_digest,
         "modality": vectors.modality,
         "feature": vectors.feature.name,
         "spec": vectors.feature.spec,

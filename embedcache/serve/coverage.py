@@ -15,7 +15,7 @@ from embedcache.errors import DataError, FingerprintError, PathError, UnknownNam
 from embedcache.modalities import noun
 from embedcache.outputs import read_report_json
 from embedcache.progress import Progress
-from embedcache.provenance import INDEX_DIGEST, construct
+from embedcache.provenance import construct
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.search import OpenIndex
 
@@ -168,7 +168,7 @@ def read_coverage(path: Path, index: OpenIndex) -> ServedCoverage:
             f"embedcache curate coverage CACHE CONCEPTS --output {quoted(path)}"
         )
     values = read_report_json(path)
-    pool = construct(path, lambda: {name: str(values["pool"][name]) for name in (INDEX_DIGEST, "modality")})
+    pool = construct(path, lambda: {name: str(values["pool"][name]) for name in ("index_digest", "modality")})
     index_digest, modality = pool.values()
     if not index.cache.info.has_rows_of(index_digest):
         raise FingerprintError(f"{path}: expected samples of {index.cache.path}, got other samples; measure it again")

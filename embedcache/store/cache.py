@@ -257,7 +257,7 @@ class Cache:
             opened = self._open_file(name, path)
             first = int(np.searchsorted(opened.starts, place.start, "right")) - 1
             last = int(np.searchsorted(opened.starts[:-1], place.stop))
-            with open_table(path, opened.footer.metadata) as file:
+            with open_table(path, opened.footer) as file:
                 rows = file.read_row_groups(range(first, last), columns=columns, use_threads=False)
         rows = rows.slice(place.start - int(opened.starts[first]), place.stop - place.start)
         self._require_columns(name, rows.column_names, columns)
@@ -265,8 +265,6 @@ class Cache:
 
     def likely_blocks(self, name: str, column: str, texts: Sequence[str]) -> list[int]:
         """Return all blocks of a table, first those that may hold one of some texts by the statistics of row groups.
-
-        Without a checksum of the footer, as in the first caches, all may.
 
         Args:
             name: `samples` or a modality.
@@ -281,7 +279,7 @@ class Cache:
         with table_errors(path):
             opened = self._open_file(name, path)
             for group, (start, stop) in enumerate(pairwise(opened.starts.tolist())):
-                if opened.footer.may_hold(group, column, texts):
+                if opened.may_hold(group, column, texts):
                     likely[start // size : -(-stop // size)] = True
         return [*np.flatnonzero(likely).tolist(), *np.flatnonzero(~likely).tolist()]
 
@@ -297,7 +295,7 @@ class Cache:
 
     def _require_columns(self, name: str, found: Sequence[str], requested: Sequence[str] | None) -> None:
         """Check that a table has the requested columns, or all that were written; Arrow omits unknown ones silently."""
-        written = self.info.table_checksums.get(name, {})
+        written = self.info.table_checksums[name]
         missing = [column for column in requested or written if column in written and column not in found]
         if missing:
             raise CorruptError(
@@ -321,9 +319,9 @@ class Cache:
                 f"{path}: expected keys of text, got bytes; restore the file, or extract into a new folder"
             )
         with suppress(CorruptError):
-            check_rows(rows, self.info.table_checksums.get(name, {}), place.start, block_rows, path)
+            check_rows(rows, self.info.table_checksums[name], place.start, block_rows, path)
             return rows
-        check_rows(rows, read_info(self.path).table_checksums.get(name, {}), place.start, block_rows, path)
+        check_rows(rows, read_info(self.path).table_checksums[name], place.start, block_rows, path)
         return rows
 
     def encoders(self, modality: str) -> list[EncoderGroup]:

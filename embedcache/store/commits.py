@@ -19,7 +19,7 @@ import hashlib
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ from embedcache.errors import CorruptError, PathError, UnfinishedError, one_line
 from embedcache.files import flush, read_file, remove_file, write_atomic
 from embedcache.io_errors import io_reason
 from embedcache.modalities import MODALITIES
-from embedcache.provenance import INDEX_DIGEST, canonical_json
+from embedcache.provenance import canonical_json, digest
 from embedcache.store.arrays import REPAIR
 from embedcache.store.columns import Column, is_none, to_array
 from embedcache.store.layout import commit_path
-from embedcache.store.tables import read_table
+from embedcache.store.tables import column_checksum, read_table
 
 PENDING = "not extracted yet"
 """Reason of a row that was not tried: the next extraction encodes it."""
@@ -51,8 +51,6 @@ HASH = pa.binary(HASH_BYTES)
 
 _FAILURE = "failure of "
 _METADATA_KEY = b"embedcache"
-_QUOTED = 2 * HASH_BYTES + 3  # hex digits, two quotes and a comma
-_NULL = np.frombuffer(b"null,", np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,7 @@ class Commit:
         features: feature name -> file below the encoder's folder -> CRC-32C of its rows.
         hashes: BLAKE2b-128 of each item's raw bytes or UTF-8 text; None if they could not be read.
         failures: feature name -> reason for each failed item, None for the others.
-        attributes: feature name -> digest of the attributes in its metadata; absent from the first commits.
+        attributes: feature name -> digest of the attributes in its metadata.
     """
 
     chunk: int
@@ -74,7 +72,7 @@ class Commit:
     features: Mapping[str, Mapping[str, str]]
     hashes: Sequence[bytes | None]
     failures: Mapping[str, Sequence[str | None]]
-    attributes: Mapping[str, str] = field(default_factory=dict)
+    attributes: Mapping[str, str]
 
     def resize(self, num_rows: int) -> "Commit":
         """Return the commit with the number of rows of the caller's tables; appended rows are pending."""
@@ -179,14 +177,14 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
         commit, written = _parse(data)
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise CorruptError(f"{path} is not a readable commit: {one_line(error)}; {REPAIR}") from error
-    if written not in (None, _digest(commit)):  # the first commits were written without a digest
+    if written != _digest(commit):
         raise CorruptError(f"{path} has changed since it was written; {REPAIR}")
     if commit.chunk != chunk:
         raise CorruptError(f"{path}: expected the commit of chunk {chunk}, got chunk {commit.chunk}; {REPAIR}")
     return commit
 
 
-def _parse(data: bytes) -> tuple[Commit, str | None]:
+def _parse(data: bytes) -> tuple[Commit, str]:
     table = read_table(io.BytesIO(data))
     metadata: dict[str, Any] = json.loads(table.schema.metadata[_METADATA_KEY])
     failures = {
@@ -194,18 +192,18 @@ def _parse(data: bytes) -> tuple[Commit, str | None]:
         for feature in metadata["features"]
     }
     hashes = Column[bytes | None](table["hash"].combine_chunks().cast(HASH))
-    return make_commit(metadata, hashes, failures), metadata.get("digest")
+    return make_commit(metadata, hashes, failures), metadata["digest"]
 
 
 def commit_metadata(commit: Commit) -> dict[str, Any]:
     """Return all of a commit but its columns, as JSON values."""
-    metadata = {
+    return {
         "chunk": commit.chunk,
         "encoder": commit.encoder,
-        INDEX_DIGEST: commit.index_digest,
+        "index_digest": commit.index_digest,
         "features": {name: dict(files) for name, files in commit.features.items()},
+        "attributes": dict(commit.attributes),
     }
-    return {**metadata, "attributes": dict(commit.attributes)} if commit.attributes else metadata
 
 
 def make_commit(
@@ -215,51 +213,20 @@ def make_commit(
     return Commit(
         chunk=metadata["chunk"],
         encoder=metadata["encoder"],
-        index_digest=metadata[INDEX_DIGEST],
+        index_digest=metadata["index_digest"],
         features=metadata["features"],
         hashes=hashes,
         failures=failures,
-        attributes=metadata.get("attributes", {}),
+        attributes=metadata["attributes"],
     )
 
 
 def _digest(commit: Commit) -> str:
-    """Return the SHA-256 of everything in a commit but the digests of attributes, which came later."""
-    start = canonical_json([commit.chunk, commit.encoder, commit.index_digest, commit.features])[:-1]
-    failures = b",".join(
-        canonical_json(feature) + b":" + strings_json(to_array(commit.failures[feature], pa.string()))
-        for feature in sorted(commit.features)
-    )
-    parts = (start, b",", hashes_json(to_array(commit.hashes, HASH)), b",{", failures, b"}]")
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def hashes_json(hashes: pa.Array) -> bytes:
-    """Return hashes as a canonical JSON list of hex digits and null: what `canonical_json` writes, but for millions."""
-    if not len(hashes):
-        return b"[]"
-    text = np.empty((len(hashes), _QUOTED), np.uint8)
-    text[:, 0] = text[:, -2] = ord('"')
-    text[:, -1] = ord(",")
-    text[:, 1:-2] = np.frombuffer(to_bytes(hashes).tobytes().hex().encode(), np.uint8).reshape(len(hashes), -1)
-    missing = hashes.is_null().to_numpy(zero_copy_only=False)
-    if missing.any():
-        is_used = np.ones(text.shape, bool)
-        text[missing, : len(_NULL)] = _NULL
-        is_used[missing, len(_NULL) :] = False
-        text = text[is_used]
-    return b"[" + text.tobytes()[:-1] + b"]"
-
-
-def strings_json(strings: pa.Array) -> bytes:
-    """Return strings, most of them null, as a canonical JSON list, as `hashes_json` does."""
-    present = np.flatnonzero(~strings.is_null().to_numpy(zero_copy_only=False))
-    parts, before = [], 0
-    for position, value in zip(present.tolist(), strings.drop_null().to_pylist(), strict=True):
-        parts += [b"null," * (position - before), canonical_json(value), b","]
-        before = position + 1
-    parts.append(b"null," * (len(strings) - before))
-    return b"[" + b"".join(parts)[:-1] + b"]"
+    """Return the SHA-256 of everything in a commit."""
+    columns = {"hash": column_checksum(to_array(commit.hashes, HASH))}
+    for feature in sorted(commit.features):
+        columns[f"{_FAILURE}{feature}"] = column_checksum(to_array(commit.failures[feature], pa.string()))
+    return digest({**commit_metadata(commit), "columns": columns})
 
 
 def hash_item(data: bytes, *, interval: tuple[float | None, float | None] = (None, None)) -> bytes:

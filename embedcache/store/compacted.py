@@ -132,8 +132,6 @@ def check_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> str | 
     path = compacted_path(encoder_folder)
     try:
         with open_table(path) as file:
-            if _CHECKSUMS.encode() not in (file.metadata.metadata or {}):
-                return None  # of an earlier version: nothing reads it
             for group, checksums in enumerate(_read_checksums(file)):
                 _read_group(file, group, _SCHEMA.names, checksums)
         for chunk, commit in _iterate_commits(encoder_folder, stamps):

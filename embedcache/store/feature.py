@@ -113,9 +113,9 @@ class Feature:
         """Check that a chunk was committed with the shape, dtype and axis that the metadata states now.
 
         Raises:
-            CorruptError: they differ; the first commits do not record them.
+            CorruptError: they differ.
         """
-        if commit is not None and commit.attributes.get(self.feature) not in (None, self._attributes_digest):
+        if commit is not None and commit.attributes.get(self.feature) != self._attributes_digest:
             path = self.group.path / self.feature / "zarr.json"
             raise CorruptError(
                 f"{path}: its attributes have changed since chunk {commit.chunk} was committed; restore that file"

@@ -38,7 +38,7 @@ from embedcache.store.layout import (
 from embedcache.store.table_writer import TableWriter, WrittenTables, put_tables, scratch_folder
 from embedcache.store.tables import ITEM_SCHEMAS
 
-_CACHE_FILES = {"cache.json", "mending.json", "records", "removed.parquet", "removed-before.parquet", "samples.parquet"}
+_CACHE_FILES = {"cache.json", "records", "removed.parquet", "removed-before.parquet", "samples.parquet", "update.json"}
 _CACHE_FILES |= {LOCK, *ITEM_SCHEMAS}
 
 
@@ -341,7 +341,7 @@ def _with_changes(info: CacheInfo, changes: SourceChanges, tables: WrittenTables
         num_samples=info.num_samples + changes.num_new,
         num_items=tables.num_items,
         table_digests=tables.digests,
-        table_checksums=tables.checksums if info.has_digests else {},
+        table_checksums=tables.checksums,
         segments=tuple(segments),
         earlier_versions=(*info.earlier_versions, version),
     )
@@ -379,7 +379,7 @@ def _ignore(_: list[Sample]) -> None:
 
 def update_path(cache_path: Path) -> Path:
     """Return the path of the file that exists while tables with replaced items are written."""
-    return cache_path / "mending.json"
+    return cache_path / "update.json"
 
 
 def _is_interrupted(cache_path: Path, info: CacheInfo, changes: SourceChanges) -> bool:

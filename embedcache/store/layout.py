@@ -15,14 +15,10 @@ from embedcache.locks import LOCK
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import (
     DIGEST,
-    STORED_NAMES,
     construct,
     digest,
     digest_file,
-    from_record,
     read_manifest,
-    to_record,
-    write_json,
     write_record,
 )
 from embedcache.sources.open import is_description
@@ -37,9 +33,6 @@ SAMPLES = "samples"
 DEFAULT_CHUNK_SIZE = 2048
 _MAX_ROWS = 2**40
 _TOKEN_CHUNK_BYTES = 16 * 2**20
-_STORED_NAMES = {**STORED_NAMES, "segments": "parts", "earlier_versions": "earlier"}
-_STORED_NAMES |= {"table_digests": "tables", "table_checksums": "checksums"}
-_OMITTED_IF_EMPTY = ("parts", "earlier", "tables", "checksums", "removed")
 _UNCHECKED = ("source",)
 """Keys that the digest leaves out: the path of a source that has moved may be corrected by hand."""
 
@@ -74,11 +67,9 @@ class CacheInfo:
         earlier_versions: versions of the tables before this one, oldest first.
         table_digests: `samples` or a modality -> digest of the keys, or of its items, in row order.
         table_checksums: `samples` or a modality -> column -> CRC-32C of its values, 8 hex digits per block: 65,536
-            samples, or the items of a chunk; absent from the first caches.
+            samples, or the items of a chunk.
         removed: of a cache from which samples were removed, `num_samples`, their number, and `digest`, the SHA-256 of
             `removed.parquet`, which lists their rows.
-        has_digests: whether `cache.json` and the commits hold digests of metadata; caches of the first versions do not,
-            and stay as they are.
     """
 
     chunk_size: int
@@ -92,7 +83,6 @@ class CacheInfo:
     table_digests: Mapping[str, str] = field(default_factory=dict)
     table_checksums: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     removed: Mapping[str, Any] = field(default_factory=dict)
-    has_digests: bool = True
 
     @property
     def is_partial(self) -> bool:
@@ -230,19 +220,11 @@ def checked_fit_path(encoder_folder: Path, fingerprint: Mapping[str, Any]) -> Pa
 
 
 def write_info(cache_path: Path, info: CacheInfo) -> None:
-    """Write `cache.json`, which completes the tables; empty fields of later additions are omitted.
+    """Write `cache.json`, which completes the tables.
 
     Its last key is a digest of all others but `source`, whose path may be corrected by hand when files have moved.
     """
-    record = to_record(info, _STORED_NAMES)
-    del record["has_digests"]
-    record["parts"] = [asdict(segment) for segment in info.segments]
-    record["earlier"] = [to_record(version, _STORED_NAMES) for version in info.earlier_versions]
-    stored = {name: value for name, value in record.items() if value or name not in _OMITTED_IF_EMPTY}
-    if info.has_digests:
-        write_record(info_path(cache_path), stored, unchecked=_UNCHECKED)
-    else:
-        write_json(info_path(cache_path), stored)
+    write_record(info_path(cache_path), asdict(info), unchecked=_UNCHECKED)
 
 
 def is_cache_at(location: AnyPath, cache: AnyPath) -> bool:
@@ -269,8 +251,8 @@ def read_info(cache_path: Path) -> CacheInfo:
         next_step="restore the file, or extract into a new folder",
         unchecked=_UNCHECKED,
     )
-    written = record.pop(DIGEST, None)
-    return construct(path, lambda: _parse({**from_record(record, _STORED_NAMES), "has_digests": written is not None}))
+    del record[DIGEST]
+    return construct(path, lambda: _parse(record))
 
 
 def _how_to_make(path: Path) -> str:
@@ -285,10 +267,8 @@ def _how_to_make(path: Path) -> str:
 
 
 def _parse(values: Mapping[str, Any]) -> CacheInfo:
-    segments = tuple(Segment(**record) for record in values.get("segments", ()))
-    versions = tuple(
-        TableVersion(**from_record(record, _STORED_NAMES)) for record in values.get("earlier_versions", ())
-    )
+    segments = tuple(Segment(**record) for record in values["segments"])
+    versions = tuple(TableVersion(**record) for record in values["earlier_versions"])
     info = CacheInfo(**{**values, "segments": segments, "earlier_versions": versions})
     _check_count("chunk_size", info.chunk_size, minimum=1)
     _check_count("num_samples", info.num_samples)
@@ -300,6 +280,9 @@ def _parse(values: Mapping[str, Any]) -> CacheInfo:
     objects = (info.source, info.removed, info.table_digests, info.table_checksums, *info.table_checksums.values())
     if not all(isinstance(value, Mapping) for value in objects):
         raise TypeError("expected objects as source, tables and checksums")
+    tables = {SAMPLES, *info.num_items}
+    if not (tables <= info.table_digests.keys() and tables <= info.table_checksums.keys()):
+        raise ValueError("expected digests and checksums of all tables")
     if not is_description(info.source):
         raise TypeError("source: expected texts as type and path")
     return info

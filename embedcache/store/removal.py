@@ -179,7 +179,7 @@ def _write_tables(cache_path: Path, pending: RemovedSamples, progress: Progress)
             segments=tuple(segments),
             earlier_versions=(*info.earlier_versions, version),
             table_digests=tables.digests,
-            table_checksums=tables.checksums if info.has_digests else {},
+            table_checksums=tables.checksums,
             removed=record,
         ),
     )

@@ -150,7 +150,7 @@ def find_keys(cache: Cache, keys: Sequence[str]) -> Ints:
     """Return the row of each key in the sample table, -1 for a key that it does not have: (K,) int64.
 
     Blocks of samples are read until all keys are found: first those that may hold one by the statistics of the table,
-    then all others. Statistics that no checksum covers, as of the first caches, are not used. Memory: a block.
+    then all others. Memory: a block.
     """
     wanted = pc.unique(pa.array(keys, pa.string()))
     rows = np.full(len(wanted), -1, np.int64)

@@ -49,32 +49,22 @@ ITEM_SCHEMAS = {
 }
 
 
-class Footer(NamedTuple):
-    """The footer of a table, and whether the file has a checksum of it, which was compared."""
-
-    metadata: pq.FileMetaData
-    has_checksum: bool
-
-    def may_hold(self, group: int, column: str, texts: Sequence[str]) -> bool:
-        """Return whether a row group may have one of some texts, ascending, in a column, by its least and greatest.
-
-        Arrow ends the process where it looks at a column of a damaged footer: without a checksum, each group may.
-        """
-        if not self.has_checksum or column not in self.metadata.schema.names:
-            return True
-        found = self.metadata.row_group(group).column(self.metadata.schema.names.index(column)).statistics
-        if found is None or not found.has_min_max or not isinstance(found.min, str):
-            return True
-        first = bisect_left(texts, found.min)
-        return first < len(texts) and texts[first] <= found.max
-
-
 class OpenedTable(NamedTuple):
     """A table's file of an inode, size and time: its footer, and the first row of each row group, then their number."""
 
     stamp: tuple[int, int, int]
-    footer: Footer
+    footer: pq.FileMetaData
     starts: Ints
+
+    def may_hold(self, group: int, column: str, texts: Sequence[str]) -> bool:
+        """Return whether a row group may have one of some texts, ascending, in a column, by its least and greatest."""
+        if column not in self.footer.schema.names:
+            return True
+        found = self.footer.row_group(group).column(self.footer.schema.names.index(column)).statistics
+        if found is None or not found.has_min_max or not isinstance(found.min, str):
+            return True
+        first = bisect_left(texts, found.min)
+        return first < len(texts) and texts[first] <= found.max
 
 
 @contextmanager
@@ -91,26 +81,27 @@ def open_table(file: Path | BytesIO, metadata: pq.FileMetaData | None = None) ->
     elif not is_remote(file):
         check_regular(file)
         with pa.OSFile(str(file)) as stream:  # opened once: another process may replace the table at any time
-            metadata = metadata or _parse_footer(stream).metadata
+            metadata = metadata or _parse_footer(stream)
             with pq.ParquetFile(stream, metadata=metadata, pre_buffer=False, page_checksum_verification=True) as table:
                 yield table
     else:
         with file.open("rb") as stream:
-            metadata = metadata or _parse_footer(stream).metadata
+            metadata = metadata or _parse_footer(stream)
             with pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True) as table:
                 yield table
 
 
-def read_footer(path: Path) -> Footer:
-    """Read the footer of a table.
+def read_footer(path: Path) -> pq.FileMetaData:
+    """Read the footer of a table of a cache, which has a checksum: Arrow may end the process on a damaged one.
 
     Raises:
-        ArrowInvalid: it differs from its checksum, is not of Parquet, or contradicts itself about the number of rows.
+        ArrowInvalid: it has no checksum or differs from it, is not of Parquet, or contradicts itself about the number
+            of rows.
     """
     if not is_remote(path):
         check_regular(path)
     with path.open("rb") as file:
-        return _parse_footer(file)
+        return _parse_footer(file, is_own=True)
 
 
 def read_opened(path: Path, before: OpenedTable | None) -> OpenedTable:
@@ -123,11 +114,11 @@ def read_opened(path: Path, before: OpenedTable | None) -> OpenedTable:
     if before is not None and before.stamp == stamp:
         return before
     footer = read_footer(path)
-    counts = [footer.metadata.row_group(group).num_rows for group in range(footer.metadata.num_row_groups)]
+    counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     return OpenedTable(stamp, footer, np.cumsum([0, *counts]))
 
 
-def _parse_footer(file: BinaryIO) -> Footer:
+def _parse_footer(file: BinaryIO, *, is_own: bool = False) -> pq.FileMetaData:
     size = file.seek(0, os.SEEK_END)
     end = _read_end(file, size, _READ_BYTES)
     length = _FOOTER_END + int.from_bytes(end[-_FOOTER_END:-4], "little")
@@ -135,10 +126,12 @@ def _parse_footer(file: BinaryIO) -> Footer:
         end = _read_end(file, size, length + _CHECKSUM_BYTES)
     footer, checksum = end[-length:], end[-length - _CHECKSUM_BYTES : -length]
     has_checksum = checksum.startswith(_CHECKSUM_WORD)
+    if is_own and not has_checksum:
+        raise pa.ArrowInvalid("its footer has no checksum")
     if has_checksum and checksum != _CHECKSUM % google_crc32c.value(footer):
         raise pa.ArrowInvalid("its footer has changed since it was written")
     with pq.ParquetFile(pa.BufferReader(end)) as table:
-        return Footer(check_footer(table).metadata, has_checksum)
+        return check_footer(table).metadata
 
 
 def _read_end(file: BinaryIO, size: int, num_bytes: int) -> bytes:
@@ -272,13 +265,13 @@ class TableChecksums:
             self._columns[name].append(column_checksum(block[name]))
 
 
-def column_checksum(column: pa.ChunkedArray) -> str:
+def column_checksum(column: "pa.Array | pa.ChunkedArray") -> str:
     """Return the CRC-32C of the values of a column as 8 hex digits: which are null, then all others in row order.
 
     Whole numbers and booleans count as int64, other numbers as float64, little-endian; texts and bytes as their
     lengths, int64, then their bytes; anything else as JSON.
     """
-    values = column.combine_chunks()
+    values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     crc = google_crc32c.value(np.packbits(values.is_valid().to_numpy(zero_copy_only=False)).tobytes())
     for part in _value_bytes(values):
         crc = google_crc32c.extend(crc, part)
@@ -292,7 +285,9 @@ def _value_bytes(values: pa.Array) -> Iterator[bytes]:
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         dtype = "<i8" if pa.types.is_integer(kind) else "<f8"
         yield values.fill_null(0).to_numpy(zero_copy_only=False).astype(dtype).tobytes()
-    elif kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+    elif kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()) or pa.types.is_fixed_size_binary(
+        kind
+    ):
         texts = values.cast(pa.large_binary()).fill_null(b"")
         yield pc.binary_length(texts).to_numpy(zero_copy_only=False).astype("<i8").tobytes()
         offsets = np.frombuffer(texts.buffers()[1], "<i8", len(texts) + 1, offset=8 * texts.offset)
@@ -307,7 +302,7 @@ def check_rows(rows: pa.Table, checksums: Mapping[str, str], first_row: int, blo
 
     Args:
         rows: all rows from `first_row` on that the checksums cover, or whole blocks of them; some columns are enough.
-        checksums: column -> 8 hex digits per block; columns without are not compared, as those of the first caches.
+        checksums: column -> 8 hex digits per block; columns without are not compared.
         first_row: first row of a block.
         block_rows: rows per block.
         path: file of the table.

@@ -128,7 +128,7 @@ def _check_removed(cache: Cache) -> Iterator[Finding]:
 
 
 def check_tables(cache: Cache, *, progress: Progress | None = None) -> Iterator[Finding]:
-    """Compare the tables with their numbers of rows, and with their digests, which the first caches lack."""
+    """Compare the tables with their numbers of rows, and with their digests."""
     progress, tables = progress or NullProgress(), {SAMPLES: cache.info.num_samples, **cache.info.num_items}
     progress.start("checking tables", sum(tables.values()), "rows")
     for name, num_rows in tables.items():
@@ -142,11 +142,11 @@ def check_tables(cache: Cache, *, progress: Progress | None = None) -> Iterator[
         if found.num_rows < num_rows:
             reason = f"expected {num_rows:,} rows, got {found.num_rows:,}"
             yield finding(reason=f"{reason}; restore the file, or extract into a new folder")
-        elif cache.info.table_digests.get(name) not in (None, found.digest):
+        elif cache.info.table_digests[name] != found.digest:
             yield finding(reason=_REORDERED)
         elif changed := [
             column
-            for column, written in cache.info.table_checksums.get(name, {}).items()
+            for column, written in cache.info.table_checksums[name].items()
             if found.checksums.get(column) != written
         ]:
             yield finding(
@@ -234,8 +234,8 @@ def _check_group(group: EncoderGroup) -> Iterator[Finding]:
 def _check_metadata(feature: Feature, commit: Commit | None) -> Iterator[Finding]:
     """Compare the metadata of a feature's arrays with what follows from the cache; readers of Zarr rely on it.
 
-    A cache that was extended has longer arrays once the extraction goes on. Attributes that a commit does not confirm
-    are no ground for a repair, and those that it contradicts are reported with its chunk.
+    A cache that was extended has longer arrays once the extraction goes on. Attributes that no commit confirms are no
+    ground for a repair, and those that one contradicts are reported with its chunk.
     """
     group = feature.group
     attributes = read_feature(group, feature.feature)

@@ -134,7 +134,7 @@ def commit_chunk(
             before = _remove_features(group, before, features)
         files = {name: write_feature_chunk(group, name, chunk, items) for name, items in features.items()}
         reasons = {name: failures[name] for name in features}
-        attributes = {name: digest(read_feature(group, name)) for name in features if group.info.has_digests}
+        attributes = {name: digest(read_feature(group, name)) for name in features}
         commit = Commit(
             chunk=chunk,
             encoder=group.fingerprint_digest,

@@ -18,7 +18,6 @@ from embedcache.provenance import digest_file
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.reports.sweep import State, SweepConfig, SweepFindings, SweepParameter, SweepTrial
 from embedcache.store.cache import Cache
-from embedcache.sweep.space import from_stored, to_stored
 from embedcache.sweep.study import split_path
 from embedcache.sweep.trials import Trials, get_outcome, get_reason, get_score
 from embedcache.sweep.worker import StudyJob, retrain, top_trials
@@ -71,7 +70,7 @@ def _evaluate_top(
         best.append(
             SweepConfig(
                 number=trial.number,
-                params=from_stored(trial.params),
+                params=trial.params,
                 score=get_score(trial),
                 num_parameters=outcome.num_parameters,
                 num_pairs=outcome.num_pairs,
@@ -101,7 +100,7 @@ def _caches_with_test(job: StudyJob, data: TrainData) -> Iterator[Cache]:
 
 def _parameters(trials: Sequence[FrozenTrial]) -> list[SweepParameter]:
     complete = next(trial for trial in trials if trial.state == TrialState.COMPLETE)
-    distributions = from_stored({name: complete.distributions[name] for name in complete.params})
+    distributions = complete.distributions
     return [
         SweepParameter(
             name=name,
@@ -118,7 +117,7 @@ def _trial(trial: FrozenTrial) -> SweepTrial:
         number=trial.number,
         state=_STATES[trial.state],
         score=trial.value,
-        params=from_stored(trial.params),
+        params=trial.params,
         num_parameters=outcome.num_parameters if outcome else 0,
         num_pairs=outcome.num_pairs if outcome else 0,
         reason=get_reason(trial) if trial.state == TrialState.FAIL else "",
@@ -133,7 +132,7 @@ def _importance(trials: Trials) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fractions = get_param_importances(trials.optuna, evaluator=FanovaImportanceEvaluator(seed=0))
-    return {name: float(fraction) for name, fraction in from_stored(fractions).items()}
+    return {name: float(fraction) for name, fraction in fractions.items()}
 
 
 def _command(job: StudyJob, data: TrainData, winner: int, trials: Trials) -> str:
@@ -151,7 +150,7 @@ def _feature_options(data: TrainData) -> list[str]:
 
 
 def findings_json(job: StudyJob, trials: Trials, findings: SweepFindings) -> dict[str, Any]:
-    """Return everything the page shows as JSON values, with settings by their stored names."""
+    """Return everything the page shows as JSON values."""
     winner, by_number = findings.winner, {trial.number: trial for trial in trials.finished()}
     return {
         "study": job.study.to_json(),
@@ -164,7 +163,7 @@ def findings_json(job: StudyJob, trials: Trials, findings: SweepFindings) -> dic
         },
         "best": [_config_json(config, by_number[config.number]) for config in findings.best],
         "left_out": {str(number): reason for number, reason in findings.left_out.items()},
-        "importance": {name: round(fraction, 5) for name, fraction in to_stored(findings.importance).items()},
+        "importance": {name: round(fraction, 5) for name, fraction in findings.importance.items()},
         "trials": [_trial_json(trial) for trial in by_number.values()],
     }
 
@@ -181,7 +180,7 @@ def _config_json(config: SweepConfig, trial: FrozenTrial) -> dict[str, Any]:
             "highest": round(max(config.scores), 5),
             "scores": [round(score, 5) for score in config.scores],
         },
-        **{name: outcome[name] for name in ("num_parameters", "flops_a_pair", "num_pairs")},
+        **{name: outcome[name] for name in ("num_parameters", "flops_per_pair", "num_pairs")},
         "runs": [str(run_path) for run_path in config.run_paths],
         "test": {cache: retrieval_json(report) for cache, report in config.test.items()},
     }

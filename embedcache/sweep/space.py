@@ -1,8 +1,4 @@
-"""The search space of a sweep, read from TOML: fixed training settings, and ranges or choices of others.
-
-Settings have their flat names here, such as `lr`. Studies on disk and Optuna know them by their stored names, such as
-`learning_rate`; `to_stored` and `from_stored` translate.
-"""
+"""The search space of a sweep, read from TOML: fixed training settings, and ranges or choices of others."""
 
 import math
 import tomllib
@@ -27,7 +23,6 @@ Value: TypeAlias = str | int | float | bool
 """A value of a setting, as Optuna stores it; a list is text there, such as `4,8`."""
 
 _SETTINGS = {item.name: item for item in flat_settings(TrainSettings)}
-_FLAT_NAMES = {item.stored_name: item.name for item in _SETTINGS.values()}
 _EXAMPLE = "lr = {low = 1e-4, high = 1e-2, log = true}, or projector = ['linear', 'mlp']"
 _COMPARED_BY = (*(item.name for item in flat_settings(SplitSettings)), "language", "shuffle_pairs")
 """Settings that would give trials different validation samples."""
@@ -97,22 +92,12 @@ class Space:
         return int(epochs.high) if isinstance(epochs, Range) else max(int(value) for value in epochs)
 
     def to_json(self) -> Mapping[str, Any]:
-        """Return everything that decides the trials as JSON values, under stored names."""
+        """Return everything that decides the trials as JSON values."""
         fixed = {name: value for name, value in self.fixed.items() if _SETTINGS[name].declared.affects_result}
         ranges = {
             name: asdict(values) if isinstance(values, Range) else list(values) for name, values in self.ranges.items()
         }
-        return {"fixed": to_stored(fixed), "space": to_stored(ranges)}
-
-
-def to_stored(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace flat names by stored names."""
-    return {_SETTINGS[name].stored_name: value for name, value in values.items()}
-
-
-def from_stored(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace stored names by flat names."""
-    return {_FLAT_NAMES[name]: value for name, value in values.items()}
+        return {"fixed": fixed, "space": ranges}
 
 
 def read_space(path: Path) -> Space:

@@ -13,8 +13,6 @@ from embedcache.locks import LOCK, locked
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
-    INDEX_DIGEST,
-    STORED_NAMES,
     STUDY_FORMAT,
     check_same,
     construct,
@@ -45,7 +43,7 @@ _FILES = (
 )
 
 
-_STORED_NAMES = {**STORED_NAMES, "split_digest": "split"}
+_STORED_NAMES = {"split_digest": "split"}
 """Field of `Study` -> key in `study.json`, where they differ."""
 
 _FAILED = "failed"
@@ -57,7 +55,7 @@ class Study:
     """The content of `study.json`: everything that decides the trials of a study.
 
     Args:
-        space: fixed and swept settings, by stored name.
+        space: fixed and swept settings, by name.
         sides: modality -> `feature` and its `fingerprint`, and as `failed` the digest of the rows without it, if there
             are any; in the order of `order_pair`.
         storage: URL of the storage without its password; None is the file `study.db` in the folder.
@@ -79,7 +77,7 @@ class Study:
         """Return the JSON values of `study.json`: of format 1 for images and texts, else of format 2."""
         values = to_record(self, _STORED_NAMES)
         sides = values.pop("sides")
-        head = {name: values.pop(name) for name in ("space", INDEX_DIGEST)}
+        head = {name: values.pop(name) for name in ("space", "index_digest")}
         if tuple(sides) == _FORMAT_1:
             return {**head, **sides, **values, "format": 1}
         return {**head, "sides": sides, **values, "format": STUDY_FORMAT}

@@ -5,7 +5,7 @@ import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,13 +21,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.files import remove_folder
 from embedcache.locks import Leases, locked
-from embedcache.provenance import from_record, to_record
 from embedcache.sweep.settings import Pruner, Sampler, SweepSettings
-from embedcache.sweep.space import Range, Space, Value, to_stored
+from embedcache.sweep.space import Range, Space, Value
 from embedcache.sweep.study import Study, trial_path, without_password
 
 Params: TypeAlias = dict[str, Value]
-"""Values of the swept settings, by stored name, as Optuna has them."""
+"""Values of the swept settings, by name, as Optuna has them."""
 
 _MAX_ATTEMPTS = 3
 _SQLITE_TIMEOUT_S = 60
@@ -61,11 +60,8 @@ class Outcome:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return the outcome as JSON values under their stored names."""
-        return to_record(self, _STORED_NAMES)
-
-
-_STORED_NAMES = {"flops_per_pair": "flops_a_pair"}
+        """Return the outcome as JSON values."""
+        return asdict(self)
 
 
 class Trials:
@@ -191,7 +187,7 @@ def get_score(trial: FrozenTrial) -> float:
 
 def get_outcome(trial: FrozenTrial) -> Outcome:
     """Return the outcome of a complete trial."""
-    return Outcome(**from_record(trial.user_attrs["outcome"], _STORED_NAMES))
+    return Outcome(**trial.user_attrs["outcome"])
 
 
 def get_reason(trial: FrozenTrial) -> str:
@@ -281,13 +277,11 @@ def _check_pages(storage: optuna.storages.RDBStorage) -> None:
 
 
 def make_distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Return the distribution of each swept setting, by stored name."""
-    return to_stored(
-        {
-            name: _range_distribution(values) if isinstance(values, Range) else CategoricalDistribution(values)
-            for name, values in space.ranges.items()
-        }
-    )
+    """Return the distribution of each swept setting, by name."""
+    return {
+        name: _range_distribution(values) if isinstance(values, Range) else CategoricalDistribution(values)
+        for name, values in space.ranges.items()
+    }
 
 
 def _range_distribution(values: Range) -> BaseDistribution:
@@ -323,7 +317,7 @@ def make_grid_points(space: Space, settings: SweepSettings) -> list[Params] | No
     """
     if settings.sampler != "grid":
         return None
-    values = to_stored({name: _grid_values(name, values) for name, values in space.ranges.items()})
+    values = {name: _grid_values(name, values) for name, values in space.ranges.items()}
     num_points = int(np.prod([len(values_V) for values_V in values.values()], dtype=np.float64))
     if num_points > _MAX_GRID_POINTS:
         raise SettingError(

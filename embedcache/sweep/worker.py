@@ -17,7 +17,7 @@ from embedcache.progress import Progress
 from embedcache.projectors.base import split_names
 from embedcache.registry import mark_as_read
 from embedcache.sweep.settings import SweepSettings
-from embedcache.sweep.space import Space, Value, from_stored
+from embedcache.sweep.space import Space, Value
 from embedcache.sweep.study import Study, retrained_path, split_path, trial_path
 from embedcache.sweep.trials import Outcome, Trials, get_reason, get_score, rank_complete, remove_run
 from embedcache.train.data import TrainData, open_data
@@ -55,7 +55,7 @@ class StudyJob:
 
     def run_settings(self, params: Mapping[str, Value]) -> TrainSettings:
         """Return the training settings of a trial's parameters, with the study's split."""
-        settings = self.space.settings(from_stored(params))
+        settings = self.space.settings(params)
         mark_as_read(self.path, [*split_names(settings.model.projector), settings.loss.name])
         return replace(settings, split=replace(settings.split, kind=str(split_path(self.path.resolve()))))
 

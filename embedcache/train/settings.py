@@ -28,7 +28,6 @@ class ModelSettings:
     initialization: Initialization | None = setting(
         None,
         "Closed-form solution that training starts from, or random weights.",
-        stored_as="start",
         default_text="cca if both projectors can start from it, else random",
     )
     shrinkage: float = setting(1.0, "Regularization of the closed form, in units of the mean eigenvalue.", gt=0)
@@ -51,12 +50,10 @@ class OptimizerSettings:
         ge=2,
         default_text="1024, or all samples if fewer",
     )
-    lr: float = setting(1e-3, "Peak learning rate, reached after warm-up.", gt=0, stored_as="learning_rate")
+    lr: float = setting(1e-3, "Peak learning rate, reached after warm-up.", gt=0)
     weight_decay: float = setting(0.02, "AdamW weight decay (weight matrices only).", ge=0)
-    warmup_fraction: float = setting(
-        0.1, "Fraction of all steps used for linear warm-up.", ge=0, le=1, stored_as="warmup_share"
-    )
-    max_grad_norm: float = setting(1.0, "Clip gradients to this L2 norm.", gt=0, stored_as="gradient_norm")
+    warmup_fraction: float = setting(0.1, "Fraction of all steps used for linear warm-up.", ge=0, le=1)
+    max_grad_norm: float = setting(1.0, "Clip gradients to this L2 norm.", gt=0)
     patience: int | None = setting(
         None,
         "Stop after this many epochs without a better validation recall.",
@@ -84,7 +81,6 @@ class LossSettings:
         ge=0.001,
         le=0.5,
         default_text="0.07, or that of --init-from",
-        recorded_by_default=False,
     )
     mixup: float = setting(0.0, "FuseMix alpha: mix each batch with lambda ~ Beta(alpha, alpha); 0 disables it.", ge=0)
     structure: float = setting(0.0, "Weight of the STRUCTURE regularizer; 0 disables it.", ge=0)
@@ -94,7 +90,6 @@ class LossSettings:
         "64,128.",
         ge=1,
         metavar="N,...",
-        recorded_by_default=False,
     )
 
     def __post_init__(self) -> None:
@@ -154,7 +149,6 @@ class PartSettings:
         metavar="PART=RUN",
         commas="keep",
         panel="fine-tuning",
-        recorded_by_default=False,
     )
     trainable: str | None = setting(
         None,
@@ -162,7 +156,6 @@ class PartSettings:
         metavar="PART[+PART]",
         panel="fine-tuning",
         default_text="all",
-        recorded_by_default=False,
     )
 
     def __post_init__(self) -> None:
@@ -182,7 +175,7 @@ class FitSettings:
         check_settings(self)
 
     def to_json(self) -> Mapping[str, Any]:
-        """Return the values that affect the result, as nested JSON values under their stored names."""
+        """Return the values that affect the result, as nested JSON values."""
         return _to_json(self, self.machine)
 
 
@@ -198,7 +191,6 @@ class TrainSettings:
         None,
         "Choose projector, initialization, loss, dropout, shrinkage, epochs and patience by the number of training "
         "pairs; options that are given take precedence.",
-        recorded_by_default=False,
     )
     model: ModelSettings = group(ModelSettings)
     loss: LossSettings = group(LossSettings)
@@ -220,7 +212,6 @@ class TrainSettings:
         "plain is the feature itself. May be repeated for the other modality.",
         metavar="MODALITY=VIEW:WEIGHT,…",
         commas="keep",
-        recorded_by_default=False,
     )
     selection: str | None = setting(
         None,
@@ -233,13 +224,11 @@ class TrainSettings:
         "caches.",
         metavar="FILE",
         commas="keep",
-        recorded_by_default=False,
     )
     num_negatives: int = setting(
         1,
         "Hard negatives to draw for each sample and epoch; they are part of the batch size.",
         ge=1,
-        recorded_by_default=False,
     )
     shuffle_pairs: bool = setting(False, "Train on shuffled pairs, as a control that must stay at chance.")
     block_rows: int | None = setting(
@@ -277,7 +266,7 @@ class TrainSettings:
         return [Path(path.replace("{seed}", str(self.seed))) for path in self.negatives]
 
     def to_json(self) -> Mapping[str, Any]:
-        """Return the values that affect the result, as nested JSON values under their stored names."""
+        """Return the values that affect the result, as nested JSON values."""
         return _to_json(self, self.machine)
 
 

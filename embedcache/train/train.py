@@ -1,7 +1,7 @@
 """Train a pair of projectors on cached features, into a run folder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from embedcache.projectors.saved import (
     save_pair,
     split_path,
 )
-from embedcache.provenance import digest_file, from_record, to_record
+from embedcache.provenance import digest_file
 from embedcache.settings import merge_settings
 from embedcache.train.batches import Loader
 from embedcache.train.checkpoint import (
@@ -60,8 +60,6 @@ from embedcache.train.trainer import OnEpoch, Trainer, seeded
 _DEFAULT_BATCH_SIZE = 1024
 _CHECKED_ROWS = 65_536
 _MIN_ITEMS = 2  # of a batch: others are the negatives
-_STORED_NAMES = {"flops_per_pair": "flops_a_pair", "wait_fraction": "waited_share"}
-"""Field of `TrainReport` -> key in `record.json`, where they differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +115,13 @@ class TrainReport:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values under the names of `record.json`."""
-        return to_record(self, _STORED_NAMES)
+        """Return the report as JSON values."""
+        return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainReport":
         """Build a report from the values of `to_json`."""
-        return cls(**from_record(values, _STORED_NAMES))
+        return cls(**values)
 
 
 def train(

@@ -25,6 +25,7 @@ from embedcache.store.layout import CacheInfo, write_info
 from embedcache.store.writer import add_feature, commit_chunk
 from tests.dataset.test_clusters import brute, made_vectors
 from tests.recorded import RecordedProgress
+from tests.store.features import NO_CHECKSUMS, NO_DIGESTS
 
 LIMIT = 0.9
 
@@ -33,7 +34,13 @@ def write_vectors(path: Path, vectors_NP: Floats, *, chunk_size: int = 64) -> Ve
     """A cache of vectors, float32, without a source."""
     count, width = vectors_NP.shape
     info = CacheInfo(
-        chunk_size=chunk_size, source={}, index_digest="made", num_samples=count, num_items={"image": count}
+        chunk_size=chunk_size,
+        source={},
+        index_digest="made",
+        num_samples=count,
+        num_items={"image": count},
+        table_digests=NO_DIGESTS,
+        table_checksums=NO_CHECKSUMS,
     )
     path.mkdir(parents=True)
     write_info(path, info)

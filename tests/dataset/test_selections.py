@@ -30,7 +30,7 @@ def test_what_is_written_is_read(cache_path: Path, tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "s.parquet")
     assert table["reason"].to_pylist() == ["a", "b", "c"]
     about = json.loads(table.schema.metadata[b"embedcache"])
-    assert (about["method"], about["spine"]) == ("random", cache.info.index_digest)
+    assert (about["method"], about["index_digest"]) == ("random", cache.info.index_digest)
 
 
 @pytest.mark.parametrize("kind", ["selection", "split", "scores"])

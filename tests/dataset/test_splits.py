@@ -250,7 +250,7 @@ def test_split_is_written_as_one_table(
         "key": [key for cache in caches for key in cache.column("key").to_pylist()],
         "part": list(split.parts),
         "group": list(split.groups),
-        "spine": [cache.info.index_digest for cache in caches for _ in range(len(cache))],
+        "index_digest": [cache.info.index_digest for cache in caches for _ in range(len(cache))],
     }
     table = with_metadata(pa.table(columns), {})
     pq.write_table(table, tmp_path / "whole.parquet", row_group_size=rows_per_group, write_page_checksum=True)

@@ -177,7 +177,7 @@ def test_card_states_where_the_weights_come_from(
 def test_card_states_the_split_without_folders(run: Path, tmp_path: Path) -> None:
     """A card may become public: it counts what was held out, and names files without their folders."""
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    split = {"kind": "/home/me/study/split.parquet", "val_share": 0.1, "test_share": 0.25}
+    split = {"kind": "/home/me/study/split.parquet", "val_fraction": 0.1, "test_fraction": 0.25}
     training = {"split": split, "selection": "/home/me/chosen.parquet", "optimizer": {"epochs": 3}, "seed": 0}
     edit_record(copy / "config.json", training=training)
     with record_stage(copy / "record.json", "train", {}) as outcome:

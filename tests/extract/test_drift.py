@@ -22,7 +22,7 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests import toy
-from tests.edits import edit_record
+from tests.edits import edit_record, write_rows
 from tests.extract.cases import FEATURES, run, tree
 from tests.images import write_images
 
@@ -90,7 +90,7 @@ def test_empty_encoder_is_skipped(cache: Path) -> None:
 
 def test_repair_rejects_damaged_table(cache: Path) -> None:
     table = pq.read_table(cache / "image/items.parquet")
-    pq.write_table(table.take([1, 0, *range(2, len(table))]), cache / "image/items.parquet", row_group_size=8)
+    write_rows(cache / "image/items.parquet", table.take([1, 0, *range(2, len(table))]), row_group_size=8)
     (cache / "image/open_toy/cls/c/1/0").unlink()
     before = tree(cache)
     with pytest.raises(CorruptError, match="image/items.parquet: its rows or their order changed"):

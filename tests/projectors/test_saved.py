@@ -59,7 +59,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, sides: tuple[str, str], number:
     pair = write(tmp_path / "run", config)
     values = json.loads((tmp_path / "run/config.json").read_text())
     assert values["format"] == number
-    assert (values["spine"], values["given"], "kind" in values) == ("d", {"split": "s"}, number == 2)
+    assert (values["index_digest"], values["given"], "kind" in values) == ("d", {"split": "s"}, number == 2)
     assert is_pair(values)
     loaded, found = load_pair(tmp_path / "run")
     assert replace(found, split_digest="", weights_digest="") == config

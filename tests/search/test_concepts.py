@@ -70,7 +70,7 @@ def test_prompts_are_averaged(cache_path: Path, prompts: Path) -> None:
     assert concepts.counts.tolist() == [len(TEMPLATES)] * len(NAMES)
     assert concepts.source == {
         "cache": str(prompts),
-        "spine": Cache(prompts).info.index_digest,
+        "index_digest": Cache(prompts).info.index_digest,
         "feature": "open_toy/mean",
         "fingerprint": dict(Cache(prompts).feature("text").fingerprint),
         "run": None,

@@ -23,6 +23,7 @@ from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import files, open_source, read_below
 from embedcache.sources.files import restrict_reads
+from tests.edits import edit_record, write_rows
 from tests.images import write_images
 from tests.serve.conftest import visit
 from tests.toy import IMAGE, TEXT
@@ -59,10 +60,9 @@ def tamper(
         columns["path"][0] = path
     for name, value in changes.items():
         columns[name][0] = value
-    pq.write_table(pa.table(columns, schema=table.schema), items, row_group_size=2048)
-    info = read_json(cache / "cache.json")
-    without = {name: value for name, value in info.items() if name not in ("checksums", "digest")}
-    write_json(cache / "cache.json", without)  # a stranger would compute them again
+    write_rows(items, pa.table(columns, schema=table.schema), row_group_size=2048)
+    checksums = read_json(cache / "cache.json")["table_checksums"]
+    edit_record(cache / "cache.json", table_checksums={name: {} for name in checksums})  # a stranger would compute them
 
 
 def open_hostile(root: Path, **settings: Any) -> SearchService:

@@ -6,12 +6,17 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array
+from embedcache.modalities import MODALITIES
 from embedcache.store.feature import Feature
 from embedcache.store.group import create_group
 from embedcache.store.layout import CacheInfo, write_info
 from embedcache.store.writer import add_feature, cast_item, commit_chunk, write_feature_chunk
 
 FINGERPRINT = {"family": "test", "weights": "w"}
+
+NO_DIGESTS = dict.fromkeys(("samples", *MODALITIES), "")
+NO_CHECKSUMS: dict[str, dict[str, str]] = {name: {} for name in NO_DIGESTS}
+"""Of tables that are written by hand: no column of them is compared."""
 
 
 def write_feature(
@@ -25,7 +30,13 @@ def write_feature(
 ) -> Feature:
     """Write one feature `test/f`; None is a failed item, chunks of `skip_chunks` are not committed."""
     info = CacheInfo(
-        chunk_size=chunk_size, source={}, index_digest="s", num_samples=len(items), num_items={"image": len(items)}
+        chunk_size=chunk_size,
+        source={},
+        index_digest="s",
+        num_samples=len(items),
+        num_items={"image": len(items)},
+        table_digests=NO_DIGESTS,
+        table_checksums=NO_CHECKSUMS,
     )
     write_info(path, info)
     group = create_group(path, "image", "test", info, spec="test:m", fingerprint=FINGERPRINT)

@@ -16,7 +16,8 @@ from embedcache.reports.summary import describe_cache, describe_feature, failure
 from embedcache.sources import SourceSettings, open_source
 from embedcache.store.cache import Cache, _with_columns_of_samples
 from embedcache.store.layout import write_info
-from embedcache.store.tables import Footer, read_footer, read_opened
+from embedcache.store.tables import read_footer, read_opened
+from tests.edits import write_rows
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
@@ -108,14 +109,14 @@ def test_footer_of_a_table_is_read_again_when_the_file_has_changed(
     path = Path(shutil.copytree(cache.path, tmp_path / "c"))
     opened, footers = Cache(path), []
 
-    def counted(file: Path) -> Footer:
+    def counted(file: Path) -> pq.FileMetaData:
         footers.append(file)
         return read_footer(file)
 
     monkeypatch.setattr("embedcache.store.tables.read_footer", counted)
     table = pq.read_table(path / "text/items.parquet")
     for group_rows in (4, 7):  # 7: as another process may write it, for the same rows
-        pq.write_table(table, path / "text/items.parquet", row_group_size=group_rows)
+        write_rows(path / "text/items.parquet", table, row_group_size=group_rows)
         for chunk in range(5):
             assert opened.items("text", chunk=chunk).equals(table.slice(4 * chunk, 4))
     assert len(footers) == 2

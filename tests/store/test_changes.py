@@ -215,13 +215,6 @@ def test_replaced_images_of_several_chunks_have_their_new_place(tmp_path: Path, 
     assert not update_path(tmp_path).exists()
 
 
-def test_first_caches_have_no_checksums_when_they_are_extended(tmp_path: Path) -> None:
-    begin(tmp_path, rows(6))
-    write_info(tmp_path, replace(read_info(tmp_path), has_digests=False, table_checksums={}))
-    info = index(rows(7), tmp_path, extend=True)
-    assert (info.num_samples, info.table_checksums, info.has_digests) == (7, {}, False)
-
-
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

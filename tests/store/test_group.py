@@ -20,6 +20,7 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, _is_item_shape, create_group, find_group, open_group, read_feature
 from embedcache.store.layout import CacheInfo, TableVersion, write_info
 from embedcache.store.writer import add_feature, commit_chunk
+from tests.edits import write_rows
 from tests.store.features import FINGERPRINT, random_items, write_feature, written
 
 
@@ -259,7 +260,7 @@ def test_modalities_without_features_name_those_with(tmp_path: Path) -> None:
 def test_blocks_of_a_table_are_found_in_row_groups_of_any_size(copied: Path, tmp_path: Path, group_rows: int) -> None:
     path = Path(shutil.copytree(copied, tmp_path / "c"))
     table = pq.read_table(path / "text" / "items.parquet")
-    pq.write_table(table, path / "text" / "items.parquet", row_group_size=group_rows)
+    write_rows(path / "text" / "items.parquet", table, row_group_size=group_rows)
     cache = Cache(path)
     assert cache.items("text", chunk=0).equals(table.slice(0, 32))
     assert cache.items("text", chunk=1, columns=["text"]).equals(table.select(["text"]).slice(32))
@@ -274,17 +275,17 @@ def test_tables_without_a_column_or_rows_raise(copied: Path, tmp_path: Path) -> 
     path = Path(shutil.copytree(copied, tmp_path / "c"))
     items = path / "text" / "items.parquet"
     table = pq.read_table(items)
-    pq.write_table(table.drop_columns(["language"]), items)
+    write_rows(items, table.drop_columns(["language"]))
     with pytest.raises(CorruptError, match=f"the table of text in {path} has no column 'language'; restore the file"):
         Cache(path).items("text")
     assert Cache(path).items("text", columns=["text"]).num_rows == 40
-    pq.write_table(table.slice(0, 39), items)
+    write_rows(items, table.slice(0, 39))
     for read, number in ((lambda: Cache(path).items("text"), 40), (lambda: Cache(path).items("text", chunk=1), 8)):
         with pytest.raises(CorruptError, match=f"items.parquet: expected {number} rows, got {number - 1}; restore"):
             read()
     assert Cache(path).items("text", chunk=0).num_rows == 32
     changed = table.set_column(1, "text", pa.array(["x"] * 40))
-    pq.write_table(pa.concat_tables([table.slice(0, 32), changed.slice(32)]), items)
+    write_rows(items, pa.concat_tables([table.slice(0, 32), changed.slice(32)]))
     assert Cache(path).items("text", chunk=0).num_rows == 32
     with pytest.raises(CorruptError):
         Cache(path).items("text", chunk=1)

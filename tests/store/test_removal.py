@@ -1,7 +1,6 @@
 """Removing samples from the tables and chunks of a cache, and what a removal that was stopped leaves to the next."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, hash_item
 from embedcache.store.compacted import compacted_path
 from embedcache.store.indexing import index, update_path
-from embedcache.store.layout import commit_path, read_info, write_info
+from embedcache.store.layout import commit_path, read_info
 from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
 from embedcache.store.removed import digest_key, make_removed, no_removed, read_removed
 from embedcache.store.verify import verify
@@ -230,14 +229,6 @@ def test_nothing_starts_on_what_is_damaged_or_unfinished(cache: Path) -> None:
     start(cache)
     with pytest.raises(UnfinishedError, match="a removal of samples was interrupted; run the same embedcache cache "):
         start(cache)  # of another process, since this one looked
-
-
-def test_first_caches_have_no_checksums_after_a_removal(cache: Path) -> None:
-    write_info(cache, replace(read_info(cache), has_digests=False, table_checksums={}))
-    start(cache)
-    apply_removal(cache, "digest")
-    info = read_info(cache)
-    assert (info.has_digests, info.table_checksums, info.removed["num_samples"]) == (False, {}, 3)
 
 
 def test_another_table_of_removed_samples_is_noticed(cache: Path) -> None:

@@ -21,7 +21,8 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.layout import CacheInfo, TableVersion, write_info
 from embedcache.store.writer import add_feature, cast_item, chunk_files, commit_chunk, num_padded, withdraw
-from tests.store.features import FINGERPRINT, random_items, write_feature, written
+from tests.edits import write_rows
+from tests.store.features import FINGERPRINT, NO_CHECKSUMS, NO_DIGESTS, random_items, write_feature, written
 
 SHAPES = pytest.mark.parametrize("shape", [(3,), (2, 3), (-1, 3)])
 
@@ -37,10 +38,12 @@ def group_of(path: Path, num_items: int, *, earlier: int | None = None) -> Encod
         num_samples=num_items,
         num_items={"image": num_items},
         earlier_versions=states,
+        table_digests=NO_DIGESTS,
+        table_checksums=NO_CHECKSUMS,
     )
     write_info(path, info)
     (path / "image").mkdir(exist_ok=True)
-    pq.write_table(pa.table({"path": [f"{row}.png" for row in range(num_items)]}), path / "image/items.parquet")
+    write_rows(path / "image/items.parquet", pa.table({"path": [f"{row}.png" for row in range(num_items)]}))
     return create_group(path, "image", "test", info, spec="test:m", fingerprint=FINGERPRINT)
 
 
@@ -170,7 +173,7 @@ def test_commit_with_changed_hash_raises(tmp_path: Path) -> None:
     commit(group, [item(0, (3,))] * 4)
     path = tmp_path / "image/test/chunks/00000.parquet"
     table = pq.read_table(path)
-    pq.write_table(table.set_column(0, "hash", [[b"1" * 16] * 4]).cast(table.schema), path)
+    write_rows(path, table.set_column(0, "hash", [[b"1" * 16] * 4]).cast(table.schema))
     with pytest.raises(CorruptError, match="has changed since it was written"):
         group.commit(0)
 
@@ -321,14 +324,3 @@ def test_integers_up_to_the_limits_of_their_type_are_stored(dtype: str) -> None:
         for value in (limits.min - 1, limits.max + 1):
             with pytest.raises(DataError, match=f"{limits.min} to {limits.max}, the range of {dtype}, got {value}"):
                 cast_item(np.array([0, value, 0], kind), (3,), dtype, "f")
-
-
-def test_first_caches_stay_without_digests_of_attributes(tmp_path: Path) -> None:
-    group = group_of(tmp_path, 4)
-    group = replace(group, info=replace(group.info, has_digests=False))
-    for name in ("f", "g"):
-        add_feature(group, name, (3,), "float16")
-        commit(group, [item(0, (3,))] * 4, feature=name)
-    record = group.commit(0)
-    assert record is not None
-    assert (sorted(record.features), dict(record.attributes)) == (["f", "g"], {})

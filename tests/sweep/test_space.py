@@ -6,7 +6,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from embedcache.errors import PathError, SettingError, UnknownNameError
 from embedcache.sweep.settings import SweepSettings
-from embedcache.sweep.space import Range, from_stored, read_space
+from embedcache.sweep.space import Range, read_space
 from embedcache.sweep.trials import make_distributions, make_grid_points
 
 WHOLE = """
@@ -33,7 +33,7 @@ def test_read_space(tmp_path: Path) -> None:
     space = read_space(written(tmp_path, WHOLE))
     assert space.fixed == {"epochs": 7, "split": "key", "split_seed": 0}
     assert make_distributions(space) == {
-        "learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
+        "lr": FloatDistribution(1e-4, 1e-2, log=True),
         "batch_size": IntDistribution(128, 1024, step=128),
         "dropout": FloatDistribution(0.0, 0.5),
         "projector": CategoricalDistribution(("linear", "mlp")),
@@ -188,13 +188,3 @@ def test_infinite_grid_raises(tmp_path: Path) -> None:
 
 def test_range_of_one_value() -> None:
     assert Range(low=3, high=3).is_whole
-
-
-def test_stored_names_are_kept(tmp_path: Path) -> None:
-    text = "[fixed]\ninitialization = 'random'\nval_fraction = 0.2\nthreads = 1\n[space]\nwarmup_fraction = [0.1, 0.2]"
-    space = read_space(written(tmp_path, text))
-    assert space.to_json() == {
-        "fixed": {"split_seed": 0, "start": "random", "val_share": 0.2},
-        "space": {"warmup_share": [0.1, 0.2]},
-    }
-    assert from_stored({"warmup_share": 0.1}) == {"warmup_fraction": 0.1}

@@ -54,9 +54,9 @@ def test_json_has_trials_test_and_chance(swept: Swept) -> None:
     found = read_json(study_path / "report.json")
     assert found["counts"] == {"complete": 6, "pruned": 0, "failed": 0}
     assert [trial["trial"] for trial in found["trials"]] == list(range(6))
-    assert set(found["trials"][0]["params"]) == {"learning_rate", "shared_width", "projector"}
+    assert set(found["trials"][0]["params"]) == {"lr", "shared_width", "projector"}
     assert found["trials"][0]["num_pairs"] == 2 * 195
-    assert set(found["importance"]) == {"learning_rate", "shared_width", "projector"}
+    assert set(found["importance"]) == {"lr", "shared_width", "projector"}
     assert sum(found["importance"].values()) == pytest.approx(1, abs=1e-3)
     assert len(found["best"]) == 2
     for best in found["best"]:
@@ -150,7 +150,7 @@ def test_trials_share_one_split(swept: Swept) -> None:
     assert digests == {digest_file(split_path)}
     for trial in report.findings.trials:
         config = read_config(study_path / "trials" / f"{trial.number:05d}")
-        assert config.training["optimizer"]["learning_rate"] == trial.params["lr"]
+        assert config.training["optimizer"]["lr"] == trial.params["lr"]
         assert config.training["split"]["kind"] == str(split_path)
         assert (config.projector, config.shared_width) == (trial.params["projector"], trial.params["shared_width"])
 
@@ -201,7 +201,7 @@ def test_study_of_an_extended_cache_says_so(tmp_path: Path, space_path: Path) ->
 
 def test_other_space_is_rejected(cache_path: Path, tmp_path: Path, swept: Swept) -> None:
     text = SPACE.replace("1e-1", "1e-2").replace('["linear", "mlp"]', '["linear", "glu"]')
-    with pytest.raises(FingerprintError, match=r"space\.space\.learning_rate\.high: .*0\.1.*0\.01.*'glu'\]"):
+    with pytest.raises(FingerprintError, match=r"space\.space\.lr\.high: .*0\.1.*0\.01.*'glu'\]"):
         sweep(cache_path, swept[0], write_space(tmp_path, text), **FEATURES, settings=RANDOM)
 
 

@@ -74,7 +74,7 @@ def test_seed_decides_the_trials(tmp_path: Path, space: Space, sampler: str, tri
     )
     assert a == b
     assert a[:3] != c
-    assert len({params["learning_rate"] for params in a}) == trials
+    assert len({params["lr"] for params in a}) == trials
 
 
 def test_restart_draws_new_trials(tmp_path: Path, space: Space) -> None:

@@ -34,7 +34,7 @@ def test_two_caches_train_as_one(two_caches: list[Path], tmp_path: Path) -> None
     for path, parts in zip(two_caches, (split.parts[:40], split.parts[40:]), strict=True):
         assert evaluate_retrieval(path, [tmp_path / "run"]).num_items["image"] == [parts.count("test")]
     assert run(two_caches, tmp_path / "run").reused
-    with pytest.raises(FingerprintError, match=r"settings: spine \(the samples of the cache\): stored '"):
+    with pytest.raises(FingerprintError, match=r"settings: index_digest \(the samples of the cache\): stored '"):
         run(two_caches[::-1], tmp_path / "run")
 
 
@@ -65,7 +65,9 @@ def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_pa
 def test_an_extended_cache_and_its_earlier_version_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
     larger = Path(shutil.copytree(two_caches[1], tmp_path / "larger"))
     info = Cache(two_caches[0]).info
-    edit_record(larger / "cache.json", earlier=[{"spine": info.index_digest, "num_items": dict(info.num_items)}])
+    edit_record(
+        larger / "cache.json", earlier_versions=[{"index_digest": info.index_digest, "num_items": dict(info.num_items)}]
+    )
     for caches in ([two_caches[0], larger], [larger, two_caches[0]]):
         with pytest.raises(DataError, match=f"got the same in {caches[1]} and {caches[0]}; name one"):
             open_data(caches, {"image": "open_toy/cls", "text": "open_toy/mean"}, memory_bytes=0)

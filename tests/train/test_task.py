@@ -65,7 +65,7 @@ def test_second_task_learns(cache_path: Path, finished: Path) -> None:
 
 def test_run_is_reused_or_refused(cache_path: Path, finished: Path) -> None:
     assert fit(cache_path, finished, epochs=25, seed=1).reused
-    with pytest.raises(FingerprintError, match=r"training\.optimizer\.learning_rate: stored 0.01, requested 0.1"):
+    with pytest.raises(FingerprintError, match=r"training\.optimizer\.lr: stored 0.01, requested 0.1"):
         fit(cache_path, finished, epochs=25, seed=1, lr=0.1)
 
 

@@ -177,7 +177,7 @@ def test_library_records_without_a_network(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     pytest.importorskip(library)
-    config = {"training": {"optimizer": {"learning_rate": 0.001}, "selection": None}}
+    config = {"training": {"optimizer": {"lr": 0.001}, "selection": None}}
     for first_step in (0, 2):  # the second resumes the first
         time.sleep(first_step / 2)  # wandb names a folder by the second
         run = TrackedRun(path=Path("run"), id="0123456789abcdef" * 2, first_step=first_step, config=config)

@@ -233,7 +233,7 @@ def test_unfinished_run_is_trained_again(cache_path: Path, tmp_path: Path) -> No
 
 
 def test_changed_config_is_refused(cache_path: Path, finished: Path, tmp_path: Path) -> None:
-    """By each way to read it; one without a digest is that of an older version, or was changed on purpose."""
+    """By each way to read it."""
     changed = Path(shutil.copytree(finished, tmp_path / "run"))
     path = changed / "config.json"
     path.write_text(path.read_text().replace('"shuffle_pairs": false', '"shuffle_pairs": true '))

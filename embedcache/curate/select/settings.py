@@ -56,7 +56,6 @@ class SelectSettings:
         None,
         "k-center: number of randomly drawn samples to choose from.",
         ge=1,
-        stored_as="drawn",
         default_text="20,000, or twice the budget if that is more",
         panel="method",
     )
@@ -71,15 +70,10 @@ class SelectSettings:
         "score: column of the scores.",
         metavar="COLUMN",
         default_text="the only one that holds numbers",
-        recorded_by_default=False,
         panel="method",
     )
-    at_least: float | None = setting(
-        None, "score: select samples of this score or a higher one.", recorded_by_default=False, panel="method"
-    )
-    at_most: float | None = setting(
-        None, "score: select samples of this score or a lower one.", recorded_by_default=False, panel="method"
-    )
+    at_least: float | None = setting(None, "score: select samples of this score or a higher one.", panel="method")
+    at_most: float | None = setting(None, "score: select samples of this score or a lower one.", panel="method")
     concepts: str | Path | None = setting(
         None, "Cache of prompts, one sample per concept.", metavar="CACHE", panel="method"
     )
@@ -120,5 +114,5 @@ class SelectSettings:
 
     def method_json(self) -> dict[str, Any]:
         """Return the settings of `METHOD_SETTINGS` and the seed as the metadata of a selection stores them."""
-        names = {item.stored_name for item in flat_settings(type(self)) if item.name in (*METHOD_SETTINGS, "seed")}
+        names = {item.name for item in flat_settings(type(self)) if item.name in (*METHOD_SETTINGS, "seed")}
         return {name: value for name, value in to_json(self).items() if name in names}
