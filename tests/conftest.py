@@ -96,6 +96,19 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of ten images in chunks of four; an image and a caption have failed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("small")
+    source = write_images(folder / "source", 10)
+    (source / "00001.txt").write_text("a first caption\nand a second one\n")
+    (source / "00003.png").write_bytes(b"")
+    (source / "00006.txt").write_text("")
+    settings = ExtractSettings(features=FEATURES, chunk_size=4)
+    extract(open_source(source), folder / "cache", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
+    return folder / "cache"
+
+
+@pytest.fixture(scope="session")
 def cache_path(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of the images with vectors, fixed tokens and ragged tokens, in chunks of 64. Not to be changed."""
     path = tmp_path_factory.mktemp("caches") / "cache"

@@ -30,10 +30,10 @@ def blocks(language: str) -> list[Block]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder in which examples run: a cache `flickr`, images with captions in `photos`, clips in `lrs3`."""
     folder = tmp_path_factory.mktemp("docs")
-    shutil.copytree(ROOT / "tests" / "golden" / "cache-1", folder / "flickr")
+    shutil.copytree(small_cache, folder / "flickr")
     write_images(folder / "photos", 120)
     write_clips(folder / "lrs3" / "trainval", 6)
     write_clips(folder / "lrs3" / "test", 2)

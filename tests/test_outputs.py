@@ -23,7 +23,6 @@ from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
 
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def test_functions_replace_files_and_commands_do_not(tmp_path: Path) -> None:
@@ -89,8 +88,8 @@ def test_changed_reports_are_not_read(tmp_path_factory: pytest.TempPathFactory, 
     assert read == json.loads(written)
 
 
-def test_changed_metadata_of_a_selection_is_not_read(tmp_path: Path) -> None:
-    cache, path = Cache(GOLDEN / "cache-1"), tmp_path / "s.parquet"
+def test_changed_metadata_of_a_selection_is_not_read(small_cache: Path, tmp_path: Path) -> None:
+    cache, path = Cache(small_cache), tmp_path / "s.parquet"
     write_selection(path, cache, Selection(rows=np.arange(2), reasons=["x"] * 2), {"method": "clip-score"})
     table = pq.read_table(path)
     changed = table.schema.metadata[b"embedcache"].replace(b"clip-score", b"rare-first")
@@ -138,10 +137,10 @@ WRITE_FOLDERS |= {"cache cut out", "cache merge out"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a cache `C` and files of a user, all of which must stay as they are."""
     folder = tmp_path_factory.mktemp("mine")
-    shutil.copytree(GOLDEN / "cache-1", folder / "C")
+    shutil.copytree(small_cache, folder / "C")
     (folder / "C" / "zarr.json").write_text("{}")
     (folder / "mine.txt").write_text("mine")
     pq.write_table(pa.table({"key": ["a"]}), folder / "mine.parquet")

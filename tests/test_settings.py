@@ -21,6 +21,7 @@ from embedcache.cli.options import with_settings
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.errors import PathError, SettingError, UnknownNameError
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
+from embedcache.provenance import write_record
 from embedcache.search.settings import SearchSettings
 from embedcache.settings import (
     FlatSetting,
@@ -40,7 +41,7 @@ from embedcache.train.settings import LossSettings, OptimizerSettings, TrainSett
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
-    fraction: float = setting(0.5, "A fraction.", ge=0, lt=1, stored_as="share")
+    fraction: float = setting(0.5, "A fraction.", ge=0, lt=1)
     seed: int = setting(0, "A seed.", flat_name="inner_seed")
 
     def __post_init__(self) -> None:
@@ -205,13 +206,13 @@ def test_group_overrides_defaults() -> None:
     assert to_flat(from_flat(Outer, {"fraction": 0.5})) == {"fraction": 0.5}
 
 
-def test_json_has_stored_names_and_only_results() -> None:
+def test_json_has_only_results() -> None:
     assert to_json(Outer(names=("x",))) == {
         "count": 3,
         "size": None,
         "mode": "a",
         "names": ["x"],
-        "inner": {"share": 0.25, "seed": 0},
+        "inner": {"fraction": 0.25, "seed": 0},
     }
 
 
@@ -367,7 +368,7 @@ def test_config_of_a_run_restores_its_settings(run_path: Path) -> None:
 
 
 def test_config_of_another_kind_of_run_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"format": 2, "kind": "speech"}')
+    write_record(tmp_path / "config.json", {"format": 2, "kind": "speech"})
     with pytest.raises(SettingError, match="got that of a run of the kind speech; name its options one by one"):
         read_config(tmp_path / "config.json")
 

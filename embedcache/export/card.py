@@ -147,7 +147,7 @@ def _weights_line(run: ExportRun, best_epoch: int | None) -> str:
     """Return where the weights come from; `best_epoch` is 0 if the initialization was kept, None if unknown."""
     training = run.config.training
     model, loss, optimizer = (training.get(name, {}) for name in ("model", "loss", "optimizer"))
-    form = model.get("start") or default_initialization(run.pair)
+    form = model.get("initialization") or default_initialization(run.pair)
     start = "other runs" if training.get("parts", {}).get("init_from") else f"`{form}`"
     if not optimizer.get("epochs"):
         return f"weights: the initialization ({start}), without training"

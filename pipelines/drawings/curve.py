@@ -314,6 +314,6 @@ def read_cost(run_path: Path) -> Cost:
     widths = [side.width for side in config.sides.values()]
     flops = epochs * num_pairs * (3 * report.flops_per_pair + 8.0 * batch_size * config.shared_width)
     flops += 2.0 * num_pairs * sum(widths) ** 2
-    if settings["model"]["start"] != "random":
+    if settings["model"]["initialization"] != "random":
         flops += sum(10.0 * width**3 for width in widths)
     return Cost(epochs, record["seconds"], flops)

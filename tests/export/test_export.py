@@ -165,8 +165,12 @@ def test_card_states_where_the_weights_come_from(
 ) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     training = {
-        "model": {"start": "cca"}, "loss": {"name": "siglip"}, "optimizer": {"epochs": epochs}, "seed": 5, "split": {}
-    }  # fmt: skip
+        "model": {"initialization": "cca"},
+        "loss": {"name": "siglip"},
+        "optimizer": {"epochs": epochs},
+        "seed": 5,
+        "split": {},
+    }
     edit_record(copy / "config.json", training=training)
     with record_stage(copy / "record.json", "train", {}) as outcome:
         outcome["best_epoch"] = best_epoch
@@ -249,7 +253,7 @@ def test_card_names_the_default_initialization(tiny: dict[str, str], tmp_path: P
     glu = make_run(tmp_path / "glu", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "glu")
     mlp = make_run(tmp_path / "mlp", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "mlp")
     for path, name in ((glu, "random"), (mlp, "cca")):
-        training = {"model": {"start": None}, "optimizer": {"epochs": 3}, "split": {}, "seed": 0}
+        training = {"model": {"initialization": None}, "optimizer": {"epochs": 3}, "split": {}, "seed": 0}
         edit_record(path / "config.json", training=training)
         assert _weights_line(ExportRun.open(path), 0).startswith(f"weights: the initialization (`{name}`); ")
 

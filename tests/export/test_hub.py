@@ -17,8 +17,6 @@ from embedcache.store.cache import Cache
 from tests.crash import call_elsewhere
 from tests.hub_server import Hub, serve_hub
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "cache-1"
-
 
 def push(path: Path, name: str = "me/vectors") -> str:
     """Upload a cache; return what was done, or the error."""
@@ -43,12 +41,14 @@ def push_again_and_again(folder: Path, other: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def uploaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Hub, list[str], Path]:
+def uploaded(
+    small_cache: Path, two_caches: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Hub, list[str], Path]:
     """Upload a cache again and again, in a process that uses the hub: its state, and the outcomes."""
     folder = tmp_path_factory.mktemp("hub")
-    shutil.copytree(GOLDEN, folder / "cache")
+    shutil.copytree(small_cache, folder / "cache")
     (folder / "cache" / ".lock").touch()
-    shutil.copytree(GOLDEN.with_name("cache-1-modalities"), folder / "other" / "cache")
+    shutil.copytree(two_caches[0], folder / "other" / "cache")
     with serve_hub() as hub:
         hub.failing_commit = 2
         hub.repositories["you/models"] = {"weights.bin": b"0"}
@@ -63,17 +63,17 @@ def files_of(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_interrupted_upload_resumes(uploaded: tuple[Hub, list[str], Path]) -> None:
+def test_interrupted_upload_resumes(small_cache: Path, uploaded: tuple[Hub, list[str], Path]) -> None:
     """Check that each large file is sent once, and that nothing but the last commit makes the files a cache."""
     hub, lines, _ = uploaded
     assert lines[0].startswith("PathError cannot upload to me/vectors: ")
     assert "500" in lines[0]
     assert lines[0].endswith("run `hf auth login`, check the name and the network, and run the same command again")
-    num_files = len(files_of(GOLDEN))
+    num_files = len(files_of(small_cache))
     assert lines[1].split()[:2] == [str(num_files), str(num_files - 20)]
     assert lines[2].split()[:2] == [str(num_files), "0"]
     assert re.fullmatch("hf://datasets/me/vectors@[0-9a-f]{40}", lines[2].split()[2])
-    contents = Counter(hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() for name in files_of(GOLDEN))
+    contents = Counter(hashlib.sha256((small_cache / name).read_bytes()).hexdigest() for name in files_of(small_cache))
     assert all(count <= contents[oid] for oid, count in hub.stored.items())  # copies in one commit are each sent
     assert len(hub.stored) > 10
     first = [names for _, names in hub.commits if "README.md" in names]
@@ -84,12 +84,12 @@ def test_interrupted_upload_resumes(uploaded: tuple[Hub, list[str], Path]) -> No
 
 
 @pytest.mark.slow
-def test_uploaded_cache_is_read_back(uploaded: tuple[Hub, list[str], Path]) -> None:
+def test_uploaded_cache_is_read_back(small_cache: Path, uploaded: tuple[Hub, list[str], Path]) -> None:
     hub, lines, folder = uploaded
-    expected = Cache(GOLDEN).feature("image", "open_toy/cls").load()
+    expected = Cache(small_cache).feature("image", "open_toy/cls").load()
     read = np.fromfile(folder / "other" / "cls", expected.dtype).reshape(expected.shape)
     np.testing.assert_array_equal(read, expected)
-    assert lines[3] == Cache(GOLDEN).column("key")[0].as_py()
+    assert lines[3] == Cache(small_cache).column("key")[0].as_py()
     card = hub.repositories["me/vectors"]["README.md"].decode()
     assert card.startswith("---\nlicense: cc-by-4.0\ntags:\n- embedcache\n")
     assert "  data_files: image/items.parquet\n" in card
@@ -117,25 +117,25 @@ def test_other_repositories_are_refused(uploaded: tuple[Hub, list[str], Path]) -
     assert hub.repositories["you/models"] == {"weights.bin": b"0"}
 
 
-def test_list_of_removed_samples_comes_with_the_tables(tmp_path: Path) -> None:
-    cache = Path(shutil.copytree(GOLDEN, tmp_path / "cache"))
+def test_list_of_removed_samples_comes_with_the_tables(small_cache: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(small_cache, tmp_path / "cache"))
     (cache / "removed.parquet").touch()
     new, last = hub_module._find_changes(Cache(cache), sorted(files_of(cache)), {})
     assert last == ["cache.json", "image/items.parquet", "removed.parquet", "samples.parquet", "text/items.parquet"]
     assert set(new) | set(last) == files_of(cache)
 
 
-def test_wrong_requests_raise() -> None:
+def test_wrong_requests_raise(small_cache: Path) -> None:
     with pytest.raises(SettingError, match="repository: expected OWNER/NAME of letters, .*, got 'vectors'"):
-        push_cache(GOLDEN, "vectors")
+        push_cache(small_cache, "vectors")
     with pytest.raises(SettingError, match="license: expected a name such as cc-by-4.0 or unknown, got 'mine: all'"):
         HubSettings(license="mine: all")
     with pytest.raises(PathError, match="cannot upload to me/vectors: HF_HUB_OFFLINE is set; the cache is in"):
-        push_cache(GOLDEN, "me/vectors")
+        push_cache(small_cache, "me/vectors")
 
 
-def test_links_and_removed_samples_are_not_uploaded(tmp_path: Path) -> None:
-    cache = Path(shutil.copytree(GOLDEN, tmp_path / "cache"))
+def test_links_and_removed_samples_are_not_uploaded(small_cache: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(small_cache, tmp_path / "cache"))
     secret = tmp_path / "secret"
     secret.write_text("mine")
     (cache / "image" / "notes").symlink_to(secret)

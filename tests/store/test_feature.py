@@ -20,7 +20,6 @@ from embedcache.store.layout import write_info
 from embedcache.store.writer import add_feature, cast_item, commit_chunk, withdraw, write_feature_chunk
 from tests.store.features import random_items, write_feature
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "cache-1"
 SHAPES = {"vector": (5,), "tokens": (3, 4), "ragged": (-1, 4)}
 
 
@@ -377,16 +376,16 @@ def test_cast_item_large_value_in_float32() -> None:
     assert cast_item(np.full(3, 70_000, np.float32), (3,), "float32", "a/b").max() == 70_000
 
 
-def test_open_chunks_of_a_remote_feature_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_chunks_of_a_remote_feature_fit_the_memory(small_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = open_path("memory://tests-of-store/cache")
-    root.fs.put(f"{GOLDEN}/", root.path, recursive=True)  # type: ignore[attr-defined]
-    feature, local = (Cache(path).feature("image", "open_toy/cls") for path in (root, GOLDEN))
+    root.fs.put(f"{small_cache}/", root.path, recursive=True)  # type: ignore[attr-defined]
+    feature, local = (Cache(path).feature("image", "open_toy/cls") for path in (root, small_cache))
     chunk_bytes = feature.group.info.chunk_size * feature.shape[-1] * 2
     monkeypatch.setattr(arrays, "_REMOTE_BYTES", 2 * chunk_bytes)
     rows = np.flatnonzero(feature.valid)
     np.testing.assert_array_equal(feature.gather(rows), local.gather(rows))
     assert len(feature._maps) == 2 < feature.group.info.num_chunks("image")
-    assert Cache(root).samples.equals(Cache(GOLDEN).samples)
+    assert Cache(root).samples.equals(Cache(small_cache).samples)
 
 
 def test_token_chunk_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
