@@ -166,8 +166,6 @@ def _show_plan(plan: "Plan") -> None:
     for modality, rate in plan.rates.items():
         processes = f" on each of {plan.num_processes} devices" if plan.num_processes > 1 else ""
         print_line(f"{noun(modality)}: measured {rate:,.1f} per second{processes}; {_time(plan.hours(modality))}")
-    for measured in plan.precisions:
-        print_line(measured.line())
     print_line(f"memory: {format_bytes(plan.memory_bytes)} per process for the outputs of two chunks; see --chunk-size")
     free = "" if plan.free_bytes is None else f"; {format_bytes(plan.free_bytes)} are free"
     print_line(f"disk: {format_bytes(plan.num_bytes)}{free}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from embedcache.devices import AUTO, torch_device
+from embedcache.devices import AUTO, Precision, torch_device
 from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, EmbedcacheError, PathError, SettingError, UnknownNameError, one_line
@@ -73,6 +73,9 @@ RUN = "run"
 
 _OF_FOLDERS = frozenset({"hf", "st"})
 """Families whose models may bring code of their own."""
+
+_IN_TORCH = frozenset({"frames", "hf", "lite", "open_clip", "st", "timm"})
+"""Families whose models torch runs, in any precision."""
 
 _EXAMPLES = "timm:vit_small_patch14_dinov2.lvd142m or st:all-MiniLM-L6-v2"
 _PATH_STARTS = ("/", "./", "../", "~")
@@ -184,6 +187,14 @@ def _without_auto(settings: EncoderSettings) -> EncoderSettings:
         device="cpu" if is_onnx else str(torch_device(settings.device)),
         precision="float32" if settings.precision == AUTO else settings.precision,
     )
+
+
+def auto_precision(spec: "EncoderSpec", device: str) -> Precision:
+    """Return what `auto` means for new features: bfloat16 for models that torch runs on a GPU that has it."""
+    import torch
+
+    runs_in_torch = spec.family in _IN_TORCH and torch_device(device).type == "cuda"
+    return "bfloat16" if runs_in_torch and torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
 
 
 def reopen_encoder(

@@ -29,8 +29,8 @@ class EncoderSettings:
     )
     precision: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"] = setting(
         AUTO,
-        "Precision of the forward pass; auto is that of the stored feature. For a new one it is float32 on a CPU, and "
-        "on a GPU the fastest whose vectors agree with float32, as --plan states.",
+        "Precision of the forward pass; auto is that of the stored feature. For a new one it is bfloat16 on a GPU that "
+        "has it, else float32.",
     )
     backend: Literal["auto", "torch", "onnxruntime"] = setting(
         "auto",

@@ -14,7 +14,7 @@ from typing import Any
 
 from embedcache.devices import AUTO, all_devices, announce_device
 from embedcache.encoders.base import Encoder, Modality
-from embedcache.encoders.open import EncoderSpec, open_encoder, recorded_settings
+from embedcache.encoders.open import EncoderSpec, auto_precision, open_encoder, recorded_settings
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import EmbedcacheError, SourceError, UnfinishedError, first_few
 from embedcache.extract.feature_writer import (
@@ -267,7 +267,7 @@ def _encoder_settings(
     settings = replace(job.settings.encoder, device=device, features=job.settings.features)
     stored = find_group(cache.path, modality, spec.folder, cache.info)
     if stored is None:
-        return replace(settings, precision=job.precisions.get((modality, spec.folder), settings.precision))
+        return replace(settings, precision=auto_precision(spec, device)) if settings.precision == AUTO else settings
     recorded = recorded_settings(stored.fingerprint, device)
     if settings.backend == AUTO:
         settings = replace(settings, backend=recorded["backend"], device=recorded["device"])

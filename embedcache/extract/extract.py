@@ -12,7 +12,6 @@ from embedcache.devices import torch_device
 from embedcache.encoders.open import EncoderSpec, check_spec
 from embedcache.errors import PathError, SettingError, SourceError, quoted
 from embedcache.extract.engines import ShardReport, job_devices, run_engine
-from embedcache.extract.precision import choose_precisions
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.files import AnyPath, open_path, remove_partials
@@ -98,7 +97,6 @@ def extract(
         SettingError: no encoder is named, or the cache was imported or merged and is not the source itself.
         UnknownNameError: a modality, encoder or feature is unknown.
         SourceError: the source cannot be indexed, lacks a modality, or none of its items can be read.
-        DataError: a named precision computes wrong values on this device.
         FingerprintError: the cache holds other samples, or features of a different encoder of that name.
         DiskFullError: the disk is full; committed chunks stay valid, so run again with more space.
     """
@@ -108,7 +106,6 @@ def extract(
     job = open_job(source, cache, specs, settings=settings, progress=progress)
     cache = Cache(job.cache)
     remove_partials(cache.path)
-    job = choose_precisions(job, source, job_devices(job.settings)[0], progress=progress)
     with record_job(cache, job, "extract") as outcome:
         reports = [_count_items(cache, report) for report in run_engine(job, source, progress)]
         if any(report.encoded for report in reports):

@@ -18,7 +18,6 @@ from embedcache.extract.engines import Worker, count_processes, job_devices
 from embedcache.extract.extract import join_encoders, open_job, open_request
 from embedcache.extract.feature_writer import FeatureWriter
 from embedcache.extract.loop import BatchBuffer, add_distinct, load_items
-from embedcache.extract.precision import MeasuredPrecision, plan_precisions, use_precisions
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import AnyPath, is_remote
 from embedcache.progress import AnyProgress, to_progress
@@ -60,7 +59,6 @@ class Plan:
     Args:
         features: the features to compute; empty if nothing is missing.
         rates: modality -> items per second with all its encoders together, measured on one device.
-        precisions: lower precisions of new encoders, compared with float32.
         free_bytes: free space on the cache's disk; None behind a URL.
     """
 
@@ -70,7 +68,6 @@ class Plan:
     num_processes: int
     free_bytes: int | None
     chunk_size: int
-    precisions: Sequence[MeasuredPrecision] = ()
 
     @property
     def memory_bytes(self) -> int:
@@ -120,10 +117,7 @@ def plan(
     source, settings = open_request(source, cache, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache, specs, settings=settings, progress=progress)
-    device = job_devices(job.settings)[0]
-    precisions = plan_precisions(job, source, device)
-    job = use_precisions(job, precisions)
-    worker = Worker(job, source=source, device=device)
+    worker = Worker(job, source=source, device=job_devices(job.settings)[0])
     features: list[PlannedFeature] = []
     rates: dict[Modality, float] = {}
     for modality, writers in worker.writers.items():
@@ -138,7 +132,6 @@ def plan(
         features=features,
         rates=rates,
         num_processes=count_processes(job.settings),
-        precisions=precisions,
         free_bytes=None if is_remote(worker.cache.path) else shutil.disk_usage(worker.cache.path).free,
         chunk_size=worker.cache.info.chunk_size,
     )

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from embedcache.devices import AUTO, address_setting, device_setting, engine_setting
@@ -177,7 +177,6 @@ class ExtractJob:
     Args:
         encoders: modality -> specs of its encoders; a modality without encoders is absent.
         places: where items of the source are read; None: anywhere, as the user named the source itself.
-        precisions: modality and folder of an encoder -> precision of its new features, where the settings say `auto`.
     """
 
     cache: str
@@ -185,4 +184,3 @@ class ExtractJob:
     encoders: Mapping[ModalityName, tuple[str, ...]]
     settings: ExtractSettings
     places: Sequence[str] | None = None
-    precisions: Mapping[tuple[str, str], Any] = field(default_factory=dict)

@@ -10,9 +10,8 @@ from PIL import Image
 
 from embedcache.derive.derive import Derivation, derive
 from embedcache.errors import CorruptError, FingerprintError, SettingError
-from embedcache.extract.drift import measure_drift
+from embedcache.extract.drift import AGREEMENT_COSINE, measure_drift
 from embedcache.extract.extract import extract
-from embedcache.extract.precision import AGREEMENT_COSINE
 from embedcache.extract.repair import repair
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.interop.importing import import_vectors
