@@ -1,12 +1,11 @@
 """Decode image files to 8-bit RGB, upright and on a plain background, white as the published encoders expect."""
 
 import io
+import re
 import struct
-import threading
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -24,8 +23,6 @@ MAX_PIXELS = 89_478_485
 
 _IMAGE_AXES, _RGB = 3, 3
 _EXPECTED, _MAX_SHOWN = "the path of a file, an open PIL image, a tensor or an array", 80
-_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-_DECOMPRESSED_BYTES = 2**20
 
 WHITE = "white"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -39,6 +36,9 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_FILTER: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+"""Pillow's warnings about files are ignored; `warnings.catch_warnings` would silence other threads."""
+
 # Errors that Pillow raises on damaged bytes: those of 340,000 mutated files, and those that `Image.open` handles.
 _DAMAGE = (
     *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, MemoryError),
@@ -135,9 +135,10 @@ def decode_image(
     if not data:
         raise ItemError("empty file")
     _keep_blocks()
+    if _FILTER not in warnings.filters:
+        warnings.filters.insert(0, _FILTER)  # type: ignore[attr-defined]  # declared as a Sequence; is a list
     try:
-        with _suppress_warnings():
-            return rgb_image(_load(data, max_pixels, reads_svg=reads_svg), background)
+        return rgb_image(_load(data, max_pixels, reads_svg=reads_svg), background)
     except ItemError:
         raise
     except UnidentifiedImageError:
@@ -180,27 +181,7 @@ def _load(data: bytes, max_pixels: int, *, reads_svg: bool) -> Image.Image:
     if width * height > max_pixels:
         raise ItemError(f"too many pixels: {width} x {height}, more than {max_pixels:,}")
     image.load()
-    if image.format == "PNG" and image.crop((0, height - 1, width, height)).getbbox() is None:
-        _check_png_rows(data)
     return image
-
-
-def _check_png_rows(data: bytes) -> None:
-    """Check that a PNG, whose last row is empty, has all of its rows: Pillow leaves missing ones black."""
-    width, height, depth, color, _, _, interlace = struct.unpack(">IIBBBBB", data[16:29])
-    if interlace:
-        return
-    expected = height * (1 + -(-width * depth * _PNG_CHANNELS[color] // 8))
-    position, rest, found = 8, zlib.decompressobj(), 0
-    while position + 12 <= len(data) and found < expected:
-        length, kind = struct.unpack(">I4s", data[position : position + 8])
-        pixels = data[position + 8 : position + 8 + length] if kind == b"IDAT" else b""
-        while pixels and found < expected:
-            found += len(rest.decompress(pixels, _DECOMPRESSED_BYTES))
-            pixels = rest.unconsumed_tail
-        position += 12 + length
-    if found < expected:
-        raise ItemError(f"truncated image: {found * height // expected} of {height} rows")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -230,36 +211,3 @@ def _reason(error: BaseException) -> str:
     if "truncated" in text.lower() or isinstance(error, EOFError):
         return f"truncated image: {text}" if text else "truncated image"
     return f"damaged image: {text or type(error).__name__}"
-
-
-class _ThreadFilter(threading.local):
-    """Stand-in for the compiled message pattern of a warnings filter; matches inside `_suppress_warnings` only."""
-
-    depth = 0
-    pattern = "(?!)"  # matches nothing; scikit-learn copies filters to its threads by this attribute
-
-    def match(self, _text: str) -> bool:
-        return self.depth > 0
-
-
-_this_thread = _ThreadFilter()
-_FILTER: Any = ("ignore", _this_thread, Warning, None, 0)
-
-
-@contextmanager
-def _suppress_warnings() -> Iterator[None]:
-    """Suppress all warnings of this thread inside the block; other threads keep theirs.
-
-    `warnings.catch_warnings` replaces a list shared by all threads (until Python 3.14), so one decoding thread would
-    silence all others. Instead, one permanent filter in that list asks whether the warning thread is in this block.
-    """
-    filters: list[Any] = warnings.filters  # type: ignore[assignment]  # declared as a Sequence; is a list
-    if not filters or filters[0] is not _FILTER:  # others may have been added before it since the last call
-        filters.insert(0, _FILTER)
-        for position in reversed([n for n, item in enumerate(filters) if n and item is _FILTER]):
-            del filters[position]
-    _this_thread.depth += 1
-    try:
-        yield
-    finally:
-        _this_thread.depth -= 1

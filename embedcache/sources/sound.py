@@ -47,14 +47,14 @@ def decode_audio(data: bytes, start_s: float | None = None, stop_s: float | None
         ItemError: the file cannot be decoded, has no sound, is longer than `MAX_AUDIO_S`, holds NaN, or ends before the
             interval does.
     """
-    with open_container(data, "recording") as (container, num_frames):
+    with open_container(data, "recording") as container:
         stream = open_stream(container, "audio", start_s, stop_s)
         duration_s = stream_duration(container, stream) or 0.0
         if (start_s, stop_s) == (None, None) and duration_s > MAX_AUDIO_S:
             raise ItemError(f"too long: {duration_s:,.0f} s of sound, more than {MAX_AUDIO_S:,}; index intervals of it")
         sound = bytearray()  # grows in place, where joining parts needs each sample twice
         end_s, num_kept, is_finite = 0.0, 0, True
-        for first, samples_n in _samples(container, stream, num_frames):
+        for first, samples_n in _samples(container, stream):
             kept = samples_n[_position(start_s, 0, first) : _position(stop_s, len(samples_n), first)]
             end_s, num_kept = (first + len(samples_n)) / AUDIO_RATE_HZ, num_kept + len(kept)
             sound += np.clip(kept, -1, 1).data
@@ -81,10 +81,10 @@ def iter_audio(path: Path) -> Iterator[Floats]:
         ItemError: the file cannot be decoded, has no sound, holds NaN or samples above `LOUDEST`, or ends
             before its announced end.
     """
-    with open_container(path, "recording") as (container, num_frames):
+    with open_container(path, "recording") as container:
         stream = open_stream(container, "audio", None, None)
         num_samples = 0
-        for first, samples_n in _samples(container, stream, num_frames):
+        for first, samples_n in _samples(container, stream):
             if not np.isfinite(samples_n).all():
                 raise ItemError("NaN or infinity in the sound")
             if (loudest := max(samples_n.max(initial=0), -samples_n.min(initial=0))) > LOUDEST:
@@ -109,11 +109,11 @@ def check_audio(samples: Any, name: str) -> Floats:
     return samples
 
 
-def _samples(container: Any, stream: Any, num_frames: int | None) -> Iterator[tuple[int, Floats]]:
+def _samples(container: Any, stream: Any) -> Iterator[tuple[int, Floats]]:
     """Iterate over the mono samples of a stream with the number of the first, counted from the stream's start."""
     resampler = require("av", extra="media").AudioResampler(format="fltp", rate=AUDIO_RATE_HZ)
     number = -1
-    for time_s, frame in stream_frames(container, stream, num_frames):
+    for time_s, frame in stream_frames(container, stream):
         if number < 0:
             first = round(time_s * frame.sample_rate)
             num_left_out = _num_unaligned(first, frame.sample_rate)

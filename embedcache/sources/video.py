@@ -78,7 +78,7 @@ class StreamedVideo:
     @cached_property
     def frames_THW3(self) -> Array:
         """All frames: (T, H, W, 3) uint8; `ItemError` if they have more than `MAX_VIDEO_PIXELS`, or are damaged."""
-        with open_container(self._data, "video") as (container, _):
+        with open_container(self._data, "video") as container:
             stream = open_stream(container, "video", *self._interval)
             return _read_all(
                 _interval_frames(container, stream, *self._interval, has_constant_rate=self._has_constant_rate)
@@ -95,7 +95,7 @@ class StreamedVideo:
             ItemError: while they are read: the file is damaged, has no frames, changes their size, or ends before its
                 announced end or that of the interval.
         """
-        with open_container(self._data, "video") as (container, _):
+        with open_container(self._data, "video") as container:
             stream = open_stream(container, "video", *self._interval)
             for frame in _interval_frames(
                 container, stream, *self._interval, has_constant_rate=self._has_constant_rate
@@ -122,7 +122,7 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
         ItemError: the file cannot be decoded, has no frames, has more than `MAX_VIDEO_PIXELS` in one frame, or ends
             before the interval does.
     """
-    with open_container(data, "video") as (container, _):
+    with open_container(data, "video") as container:
         stream = open_stream(container, "video", start_s, stop_s)
         rate_hz = frame_rate(stream)
         duration_s = announced_length(stream_duration(container, stream), start_s, stop_s)
@@ -153,7 +153,7 @@ def iter_frames(file: bytes | Path) -> Generator[Array, None, None]:
     Raises:
         ItemError: the file cannot be decoded, has no frames, changes their size, or ends before its announced end.
     """
-    with open_container(file, "video") as (container, _):
+    with open_container(file, "video") as container:
         stream = open_stream(container, "video", None, None)
         has_constant_rate = has_constant_frame_rate(file)
         for frame in _interval_frames(container, stream, None, None, has_constant_rate=has_constant_rate):
@@ -174,7 +174,7 @@ def frame_at(data: bytes, time_s: float, *, max_pixels: int = MAX_VIDEO_PIXELS) 
         ItemError: the file cannot be decoded, has no frames, has larger frames than `max_pixels`, or ends before the
             time.
     """
-    with open_container(data, "video") as (container, _):
+    with open_container(data, "video") as container:
         stream = open_stream(container, "video", time_s, None, max_pixels=max_pixels)
         shown = None
         for start_s, frame in _checked_frames(container, stream, time_s, None):

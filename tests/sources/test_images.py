@@ -1,6 +1,5 @@
 import io
 import struct
-import threading
 import time
 import tracemalloc
 import warnings
@@ -137,9 +136,8 @@ def test_other_content_raises(data: bytes) -> None:
         decode_image(data)
 
 
-@pytest.mark.parametrize("name", ["imagenet_00_243.jpg", "cifar10_00_3.png"])
-def test_truncated_file_raises(name: str) -> None:
-    data = (FOOLBOX / name).read_bytes()
+def test_truncated_file_raises() -> None:
+    data = (FOOLBOX / "imagenet_00_243.jpg").read_bytes()
     with pytest.raises(ItemError, match="truncated"):
         decode_image(data[: len(data) * 2 // 3])
 
@@ -177,30 +175,6 @@ def test_pillow_warnings_are_suppressed(action: str) -> None:
         warnings.simplefilter(action)
         assert decode_image(bytes(data)).size == noise().size
     assert caught == []
-
-
-@pytest.mark.slow
-def test_other_threads_keep_their_warnings() -> None:
-    stop = threading.Event()
-    data = encode(noise(), "TIFF")
-
-    def decode() -> None:
-        while not stop.is_set():
-            decode_image(data)
-
-    threads = [threading.Thread(target=decode) for _ in range(4)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for thread in threads:
-            thread.start()
-        try:
-            for _ in range(2_000):
-                with pytest.raises(UserWarning, match="mine"):
-                    warnings.warn("mine", UserWarning, stacklevel=1)
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
 
 
 SEEDS = [
