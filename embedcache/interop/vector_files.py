@@ -24,7 +24,6 @@ from embedcache.sources.table_columns import (
     assign_columns,
     read_interval,
     read_key,
-    read_rows,
     read_texts,
 )
 from embedcache.sources.table_files import Row, open_table_file
@@ -260,9 +259,9 @@ class ImportedSamples:
                 "--caption-column"
             )
         count, folder = 0, self._folder_of_paths(group.table)
-        for count, (roles, row) in enumerate(read_rows(file, columns, self._settings), start=1):
+        for count, row in enumerate(file.rows(columns.to_read()), start=1):
             if count <= group.num_rows:
-                yield self._sample(roles, row, first + count - 1, f"{group.table} row {count - 1:,}", folder)
+                yield self._sample(columns, row, first + count - 1, f"{group.table} row {count - 1:,}", folder)
         if count != group.num_rows:
             vectors = next(iter(group.vectors.values())).path
             raise SourceError(

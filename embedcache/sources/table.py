@@ -33,7 +33,6 @@ from embedcache.sources.table_columns import (
     find_columns,
     read_interval,
     read_key,
-    read_rows,
     read_texts,
     split_embedded,
 )
@@ -51,7 +50,7 @@ class TableSource:
     absolute, URLs, or relative to the setting `root`, without it to the folder of the table. One column may serve two
     modalities, such as the audio and the video of an `.mp4`. Columns `start_s` and `stop_s` make each recording and
     video an interval; an empty cell is the beginning or the end. Fields of a JSONL file may be missing in any row;
-    those that `read_rows` finds after its first 100 rows are columns too. Iterating over the samples reads no item.
+    its columns are the fields of its first 100 rows. Iterating over the samples reads no item.
 
     With the setting `key_column`, adjacent rows of one key that name the same items are one sample with the captions of
     all of them; see `join_captions`. Without it, `shared_column` is the column of the paths of images, of which several
@@ -86,10 +85,10 @@ class TableSource:
         """Iterate over all rows: the place of each, and its sample."""
         for path in self._files:
             file = open_table_file(path, delimiter=self._settings.delimiter)
-            first = find_columns(file, self._settings)
-            if first.image not in first.embedded and not self._settings.key_column:
-                self.shared_column = first.image
-            for number, (columns, row) in enumerate(read_rows(file, first, self._settings)):
+            columns = find_columns(file, self._settings)
+            if columns.image not in columns.embedded and not self._settings.key_column:
+                self.shared_column = columns.image
+            for number, row in enumerate(file.rows(columns.to_read())):
                 place = f"{file.path} row {number}"
                 yield place, self._sample(file, columns, number, row, place)
 

@@ -1,8 +1,8 @@
 """Roles of the columns of a table: which hold items, captions, keys and languages, by their names or the settings."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 from typing import Any
@@ -11,7 +11,7 @@ from embedcache.errors import SourceError
 from embedcache.sources.base import TextItem
 from embedcache.sources.captions import parse_captions, to_text_items
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_files import HEADER_ROWS, Row, TableFile
+from embedcache.sources.table_files import Row, TableFile
 
 IMAGE_NAMES = (
     "image", "image_path", "path", "file", "filepath", "file_name", "filename", "image_name",
@@ -106,38 +106,6 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     )
 
 
-def read_rows(file: TableFile, columns: TableColumns, settings: SourceSettings) -> Iterator[tuple[TableColumns, Row]]:
-    """Iterate over the rows of a table, each with the roles of the columns that are known by then.
-
-    A field of a JSONL file that occurs after its first rows becomes a column of the samples from that row on, whatever
-    follows, so that a file that grows keeps its first samples.
-
-    Raises:
-        SourceError: such a field has a name by which it would have another role, such as that of captions.
-    """
-    known = set(file.columns)
-    for number, row in enumerate(file.rows(columns.to_read())):
-        if file.has_late_columns and not row.keys() <= known:
-            for name in [name for name in row if name not in known]:
-                file, others = _with_field(file, name, settings, number)
-                columns = replace(columns, others=(*columns.others, *others))
-                known.add(name)
-        yield columns, row
-
-
-def _with_field(file: TableFile, name: str, settings: SourceSettings, number: int) -> tuple[TableFile, tuple[str, ...]]:
-    """Return a JSONL file with one more field, and its name if it becomes a column of the samples."""
-    wider = replace(file, columns=(*file.columns, name), plain_columns=(*file.plain_columns, name))
-    before, after = assign_columns(file, settings), assign_columns(wider, settings)
-    if replace(after, others=()) != replace(before, others=()):
-        raise SourceError(
-            f"{file.path} row {number}: expected the field {name!r}, which has the name of an item, a caption, a key, "
-            f"a language or a time, in one of the first {HEADER_ROWS} rows too; add it to the first row, for instance "
-            "as null, or rename it"
-        )
-    return wider, tuple(other for other in after.others if other == name)
-
-
 def _find_media(file: TableFile, settings: SourceSettings) -> dict[str, str]:
     """Return modality -> column of recordings, videos and point clouds."""
     media = {}
@@ -209,8 +177,7 @@ def read_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem
 
 def _existing(file: TableFile, name: str | None, option: str) -> str | None:
     if name is not None and name not in file.columns:
-        rows = f"the first {HEADER_ROWS} rows of " if file.has_late_columns else ""
-        raise SourceError(f"{option} {name}: no such column in {rows}{file.path}; it has {_names(file)}")
+        raise SourceError(f"{option} {name}: no such column in {file.path}; it has {_names(file)}")
     return name
 
 

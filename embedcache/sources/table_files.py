@@ -24,7 +24,7 @@ Row: TypeAlias = Mapping[str, Any]
 BATCH_ROWS = 1024
 _CACHE_BYTES = 256 * 2**20  # of decoded row groups
 HEADER_ROWS = 100
-"""Rows at the beginning of a JSONL file, whose fields are its columns when it is opened."""
+"""Rows at the beginning of a JSONL file, whose fields are its columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,6 @@ class TableFile:
         bytes_columns: columns of bytes, or of structs with a field `bytes`: they may hold items themselves.
         plain_columns: columns of text, numbers, booleans, dates, times, durations, or lists of them.
         read: iterates over the rows with the given columns.
-        has_late_columns: whether later rows may have fields beside `columns`; rows then hold all their fields.
     """
 
     path: Path
@@ -44,7 +43,6 @@ class TableFile:
     bytes_columns: frozenset[str]
     plain_columns: tuple[str, ...]
     read: Callable[[Sequence[str]], Iterator[Row]]
-    has_late_columns: bool = False
 
     @cached_property
     def stem(self) -> str:
@@ -74,8 +72,7 @@ def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
             with open_parquet(path) as file:
                 schema = file.schema_arrow
             return arrow_table(path, schema, partial(_read_parquet, path))
-        has_late_columns = suffix == ".jsonl"  # later rows may lack fields of the first ones, or have others
-        if has_late_columns:
+        if suffix == ".jsonl":
             columns = tuple(dict.fromkeys(name for row in islice(_read_jsonl(path), HEADER_ROWS) for name in row))
             read = partial(_read_jsonl, path)
         else:
@@ -90,7 +87,6 @@ def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
         bytes_columns=frozenset(),
         plain_columns=columns,
         read=read,
-        has_late_columns=has_late_columns,
     )
 
 

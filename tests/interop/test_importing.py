@@ -1,6 +1,5 @@
 """An import becomes a normal cache, goes on after a stop, and says what is wrong with its files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +123,6 @@ def test_blank_caption_is_a_failed_item(tmp_path: Path) -> None:
     assert cache.feature("text").failures == {5: "empty caption", 6: "empty caption"}
     assert not cache.feature("image").failures
     assert not verify(cache)
-
-
-def test_late_fields_of_a_jsonl_table_are_columns(tmp_path: Path) -> None:
-    np.save(tmp_path / "texts.npy", unit_rows(120))
-    late = {110: {"score": 0.5}, 119: {"site": "a"}}
-    rows = (json.dumps({"caption": f"caption {row}", **late.get(row, {})}) for row in range(120))
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    arrays = open_npy_vectors(text_file=tmp_path / "texts.npy", table=tmp_path / "rows.jsonl")
-    cache, _ = import_files(arrays, tmp_path / "cache")
-    assert cache.column("score").to_pylist() == [*[None] * 110, 0.5, *[None] * 9]
-    assert cache.column("site").to_pylist() == [*[None] * 119, "a"]
 
 
 def test_is_normalized_is_recorded(tmp_path: Path) -> None:

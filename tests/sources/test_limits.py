@@ -2,9 +2,7 @@
 
 import io
 import os
-import struct
 import tarfile
-import zlib
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.interop.npy import open_npy
 from embedcache.sources import open_source
 from embedcache.sources.captions import CAPTION_ERROR, read_sidecar
-from embedcache.sources.images import decode_image
 from embedcache.sources.tars import TarBytes, iter_members
 from embedcache.sources.webdataset import expand_braces
 from tests.sources.files import jpeg, write
@@ -63,23 +60,6 @@ def test_extended_headers_are_bounded() -> None:
         tar = TarBytes("a.tar", len(data), lambda offset, length, data=data: data[offset : offset + length])
         with pytest.raises(SourceError, match=message):
             list(iter_members(tar))
-
-
-def test_png_without_all_rows_is_refused() -> None:
-    def png(num_rows: int) -> bytes:
-        header = struct.pack(">IIBBBBB", 8, 64, 8, 2, 0, 0, 0)
-        pixels = zlib.compress((b"\0" + b"\xff" * 24) * num_rows)
-        chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
-        ends = (struct.pack(">I", len(data)) + kind + data + _crc(kind + data) for kind, data in chunks)
-        return b"\x89PNG\r\n\x1a\n" + b"".join(ends)
-
-    assert decode_image(png(64)).getcolors(1) is not None
-    with pytest.raises(ItemError, match="truncated image: 1 of 64 rows"):
-        decode_image(png(1))
-
-
-def _crc(data: bytes) -> bytes:
-    return struct.pack(">I", zlib.crc32(data))
 
 
 def test_names_that_occur_twice_raise(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 import json
-from collections.abc import Mapping
 from datetime import date, datetime, timedelta
 from decimal import Decimal
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -285,41 +283,12 @@ def test_missing_column_raises(tmp_path: Path) -> None:
         assert "photo, words" in str(caught.value)
 
 
-def write_late(path: Path, late: Mapping[int, Mapping[str, object]], num_rows: int = 300) -> Path:
-    """Write a JSONL file of `id`, `text` and `n`, with further fields in some rows."""
-    rows = ({"id": f"k{n}", "text": f"text {n}", "n": n, **late.get(n, {})} for n in range(num_rows))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_fields_after_the_first_rows_of_jsonl_are_columns(tmp_path: Path) -> None:
-    path = write_late(
-        tmp_path / "t.jsonl", {150: {"score": 0.5, "key": "x", "tags": [1]}, 250: {"site": "a", "n": None}}
-    )
-    samples = list(open_source(path, settings=SourceSettings(key_column="id")).samples())
-    assert samples[149].columns == {"n": 149}
-    assert samples[150].columns == {"n": 150, "score": 0.5}
-    assert samples[151].columns == {"n": 151, "score": None, "tags": None}
-    assert samples[250].columns == {"n": None, "score": None, "tags": None, "site": "a"}
-    longer = write_late(tmp_path / "u.jsonl", {150: {"score": 0.5, "key": "x", "tags": [1]}, 299: {"end": 1}})
-    again = open_source(longer, settings=SourceSettings(key_column="id")).samples()
-    assert list(islice(again, 250)) == samples[:250]
-
-
-@pytest.mark.parametrize("name", ["caption", "image", "wav", "lang", "key"])
-def test_late_field_with_another_role_raises(tmp_path: Path, name: str) -> None:
-    path = write_late(tmp_path / "t.jsonl", {150: {"score": 1}, 151: {name: "x"}})
-    with pytest.raises(
-        SourceError, match=rf"t\.jsonl row 151: expected the field '{name}', .* first 100 rows too; add"
-    ):
-        list(open_source(path).samples())
-    path = write_late(tmp_path / "t.jsonl", {0: {name: "y"}, 151: {name: "x"}})
-    if name == "lang":
-        assert list(open_source(path).samples())[151].texts[0].language == "x"
-    with pytest.raises(
-        SourceError, match="--caption-column late: no such column in the first 100 rows of .*; it has id"
-    ):
-        list(open_source(path, settings=SourceSettings(caption_columns=("late",))).samples())
+def test_columns_of_jsonl_are_the_fields_of_its_first_rows(tmp_path: Path) -> None:
+    late = {99: {"score": 0.5}, 100: {"site": "a"}}
+    rows = ({"id": f"k{n}", "text": f"text {n}", "n": n, **late.get(n, {})} for n in range(200))
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = list(open_source(tmp_path / "t.jsonl", settings=SourceSettings(key_column="id")).samples())
+    assert [samples[row].columns for row in (99, 100)] == [{"n": 99, "score": 0.5}, {"n": 100, "score": None}]
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.jsonl", "t.csv"])
