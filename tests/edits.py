@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.provenance import DIGEST, read_json, write_record
-from embedcache.store.tables import add_footer_checksum
+from embedcache.store.layout import table_path
+from embedcache.store.tables import TableDigest, add_footer_checksum
 
 _UNCHECKED = {"cache.json": ("source",), "card.json": ("cache", "run"), "record.json": ("settings",)}
 """Keys that digests leave out."""
@@ -31,6 +32,17 @@ def write_rows(path: Path, table: pa.Table, **options: Any) -> None:
     """Write a table in place of one of a cache, with a checksum of its footer but not in `cache.json`."""
     pq.write_table(table, path, **options)
     add_footer_checksum(path)
+
+
+def write_tables(cache: Path, **tables: pa.Table) -> None:
+    """Write tables of a cache that is made by hand, with their digests in `cache.json`."""
+    digests = dict(read_json(cache / "cache.json")["table_digests"])
+    for name, table in tables.items():
+        write_rows(table_path(cache, name), table)
+        digest = TableDigest()
+        digest.update(table)
+        digests[name] = digest.hexdigest()
+    edit_record(cache / "cache.json", table_digests=digests)
 
 
 def damage_column(path: Path, column: str) -> None:

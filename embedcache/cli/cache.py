@@ -145,6 +145,7 @@ def remove(
     """Remove samples from a cache and from what was made of it.
 
     Nothing of their keys, captions, columns and vectors is left in these files; the rows of all other samples stay.
+    Exports that still name the samples are listed, with exit code 1.
     Without --yes, print what would be done. Run the same command again to finish an interrupted removal.
 
     Example: embedcache cache remove cache/ keys.txt --index index/ --selection kept.parquet --yes
@@ -172,6 +173,8 @@ def remove(
         print_line(f"{keys} still names the samples, as do backups, snapshots, reports and copies of these files")
 
     publish(show, lambda: {"is_done": True, **to_plain(report)}, as_json=as_json, output=output)
+    if report.named:
+        raise typer.Exit(1)
 
 
 def cut(

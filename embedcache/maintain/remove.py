@@ -12,7 +12,7 @@ from embedcache.curate.map import FILE as map_file
 from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize
 from embedcache.files import AnyPath, is_remote, open_path, remove_partials
 from embedcache.locks import locked
-from embedcache.maintain.outputs import check_removable, check_run, remove_from, remove_from_run
+from embedcache.maintain.outputs import check_removable, check_run, find_named, remove_from, remove_from_run
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, count_items, list_texts
 from embedcache.outputs import removed_table_path
@@ -42,7 +42,7 @@ class RemovalPlan:
         num_before: how many of the keys were removed before.
         num_items: modality -> number of items of the samples.
         num_chunks: `modality/encoder` -> number of chunks that are written again.
-        outputs: indexes, selections, exports and runs from which the samples are removed.
+        outputs: indexes, selections and runs from which the samples are removed.
         is_resumed: whether the same removal was interrupted, and is finished.
     """
 
@@ -75,7 +75,8 @@ class RemovalReport:
         num_samples: samples that were removed from the cache now.
         num_before: samples that had been removed before.
         indexes: index -> recall@10 and number of vectors, before and after.
-        entries: selection, export or run -> number of entries that were removed from it.
+        entries: selection or run -> number of entries that were removed from it.
+        named: export -> number of entries that still name the samples.
     """
 
     cache: Path
@@ -83,6 +84,7 @@ class RemovalReport:
     num_before: int
     indexes: dict[str, dict[str, float]] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)
+    named: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Return the result as lines."""
@@ -96,6 +98,10 @@ class RemovalReport:
         return [
             *lines,
             *(f"{path}: {pluralize(count, 'entry', 'entries')} removed" for path, count in self.entries.items()),
+            *(
+                f"{path} still names them in {pluralize(count, 'entry', 'entries')}: delete it, and export it again"
+                for path, count in self.named.items()
+            ),
         ]
 
 
@@ -117,9 +123,11 @@ def plan_removal(
             num_items[modality] = int(np.isin(of_items, found.rows).sum())
     for index in settings.indexes:
         _open_card(index, path)
-    outputs = [*settings.indexes, *settings.selections, *settings.exports, *settings.runs]
-    for output in (*settings.selections, *settings.exports):
+    outputs = [*settings.indexes, *settings.selections, *settings.runs]
+    for output in settings.selections:
         check_removable(output)
+    for export in settings.exports:
+        find_named(export, [])
     for run in settings.runs:
         check_run(run, read_info(path))
     return RemovalPlan(
@@ -141,7 +149,7 @@ def remove_samples(
     progress: AnyProgress = None,
     **options: Any,
 ) -> RemovalReport:
-    """Remove samples from a cache, and from indexes, selections, exports and runs that name them.
+    """Remove samples from a cache, and from indexes, selections and runs that name them; exports are only searched.
 
     The rows of all other samples stay. Of a removed one nothing is left in these files: no key, caption, column, path,
     hash or vector, of encoders, views and derived features alike. Its row remains, without features, for the reason
@@ -181,12 +189,14 @@ def _remove(path: Path, keys: Sequence[str], settings: RemoveSettings, shown: Pr
             apply_removal(path, settings.record_keys, progress=shown)
         indexes = {str(index): _purge(path, index, card, shown) for index, card in cards.items()}
         entries = _remove_from_outputs(settings, set(keys), read_info(path), shown)
+        named = {str(export): find_named(export, set(keys)) for export in settings.exports}
         report = RemovalReport(
             cache=path,
             num_samples=len(plan.rows),
             num_before=plan.num_before,
             indexes=indexes,
             entries=entries,
+            named={export: count for export, count in named.items() if count},
         )
         if len(plan.rows) or any(entries.values()):
             outcome |= {"num_samples": len(plan.rows), "rows": plan.rows.tolist()}
@@ -286,7 +296,7 @@ def _purge(cache_path: Path, index_path: Path, card: IndexCard, progress: Progre
 def _remove_from_outputs(
     settings: RemoveSettings, keys: Collection[str], info: CacheInfo, progress: Progress
 ) -> dict[str, int]:
-    """Remove samples from selections, exports and runs; return how many entries of each were removed."""
+    """Remove samples from selections and runs; return how many entries of each were removed."""
     outputs, entries = [*_with_removed(settings), *settings.runs], {}
     if outputs:
         progress.start("removing entries", len(outputs), "files")
@@ -298,6 +308,6 @@ def _remove_from_outputs(
 
 
 def _with_removed(settings: RemoveSettings) -> list[Path]:
-    """Return selections and exports, with the table of removed samples that dedup writes beside a selection."""
+    """Return selections, with the table of removed samples that dedup writes beside one."""
     beside = map(removed_table_path, settings.selections)
-    return [*settings.selections, *(path for path in beside if path.is_file()), *settings.exports]
+    return [*settings.selections, *(path for path in beside if path.is_file())]

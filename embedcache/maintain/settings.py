@@ -22,7 +22,7 @@ class RemoveSettings:
     )
     exports: tuple[Path, ...] = setting(
         (),
-        "Export of vectors or samples to remove the samples from. May be repeated.",
+        "Export that may name the samples: the command fails until it does not. May be repeated.",
         flat_name="export",
         metavar="OUT",
     )

@@ -1,6 +1,5 @@
 """Tables of hard negatives: written in blocks, read and counted across caches, and refused where they do not belong."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from embedcache.dataset import negatives as module
 from embedcache.dataset.negatives import NegativesBlock, check_negatives, read_negatives, write_negatives
 from embedcache.errors import CorruptError, DataError, PathError
 from embedcache.store.cache import Cache
+from tests.edits import write_rows
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_tables_that_do_not_belong_raise(caches: list[Cache], run_path: Path, tm
     (tmp_path / "text.parquet").write_text("no table")
     with pytest.raises(CorruptError, match=r"text.parquet: expected a table of curate negatives"):
         check_negatives([tmp_path / "text.parquet"], caches)
-    pq.write_table(pq.read_table(paths[0]).slice(1), tmp_path / "short.parquet")
+    write_rows(tmp_path / "short.parquet", pq.read_table(paths[0]).slice(1))
     with pytest.raises(CorruptError, match=r"it has 39 rows, not one per sample; mine them again"):
         check_negatives([tmp_path / "short.parquet"], caches)
     with pytest.raises(
@@ -121,22 +121,17 @@ def test_tables_that_do_not_belong_raise(caches: list[Cache], run_path: Path, tm
         check_negatives([run_path / "split.parquet"], caches)
     table = pq.read_table(paths[0])
     numbers = table.set_column(2, "negatives", table["group"])
-    pq.write_table(numbers, tmp_path / "numbers.parquet")
+    write_rows(tmp_path / "numbers.parquet", numbers)
     with pytest.raises(CorruptError, match=r"expected the columns .*negatives \(list of int32\).* negatives \(int64\)"):
         read_negatives([tmp_path / "numbers.parquet"], caches)
-    header = json.loads(table.schema.metadata[b"embedcache"])
-    early = {name: value for name, value in header.items() if name not in ("columns", "digest")}
-    pq.write_table(numbers.replace_schema_metadata({"embedcache": json.dumps(early)}), tmp_path / "numbers.parquet")
-    with pytest.raises(CorruptError, match="numbers.parquet: expected a table of curate negatives"):
-        read_negatives([tmp_path / "numbers.parquet"], caches)
-    pq.write_table(pq.read_table(paths[0]).replace_schema_metadata(), tmp_path / "plain.parquet")
+    write_rows(tmp_path / "plain.parquet", pq.read_table(paths[0]).replace_schema_metadata())
     with pytest.raises(CorruptError, match="it has the columns key, group, negatives, scores"):
         check_negatives([tmp_path / "plain.parquet"], caches)
 
 
 def test_rows_in_another_order_are_refused(caches: list[Cache], tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", caches[0], *made(40, 2, 0), 40)
-    pq.write_table(pq.read_table(tmp_path / "a.parquet").sort_by("group"), tmp_path / "sorted.parquet")
+    write_rows(tmp_path / "sorted.parquet", pq.read_table(tmp_path / "a.parquet").sort_by("group"))
     with pytest.raises(CorruptError, match=r"row \d+ has the key '\d+', not '\d+' as in the cache; rows must have the"):
         read_negatives([tmp_path / "sorted.parquet"], caches)
 

@@ -22,6 +22,7 @@ from embedcache.export.code import MODEL_MODULE, copy_code
 from embedcache.export.export import export_run
 from embedcache.export.settings import RECORD, ExportSettings
 from embedcache.files import partial_path
+from embedcache.outputs import write_report_json
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, project, save_pair, split_path
 from embedcache.records import record_stage
@@ -131,7 +132,7 @@ def test_card_content(run: Path, tmp_path: Path) -> None:
         "dataset": "birds", "task": "zeroshot_retrieval", "metrics": {"image_retrieval_recall@5": 0.5},
         "details": {"i2t": {**chance, "r@1": 0.15}, "chance": {"i2t": chance}},
     }  # fmt: skip
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    write_report_json(tmp_path / "metrics.json", metrics)
     export_run("onnx", run, tmp_path / "out", ExportSettings(metrics=tmp_path / "metrics.json"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: onnx\nlicense: other\n")

@@ -11,7 +11,7 @@ from embedcache.errors import CorruptError, PathError, SettingError, UnknownName
 from embedcache.files import open_path, user_folder
 from embedcache.maintain.prune import plan_prune, prune_cache
 from embedcache.maintain.settings import PruneSettings
-from embedcache.provenance import write_json
+from embedcache.provenance import write_record
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
@@ -130,7 +130,7 @@ def test_records_but_those_of_removals(cache: Path) -> None:
     assert list(records.iterdir()) == [kept]
     assert not plan_prune(cache, PruneSettings(records=2**31 - 1)).entries
     for started in ({}, {"started": "x"}, {"started": "0001-01-01"}):
-        write_json(records / "extract-1.json", {"stage": "extract", **started})
+        write_record(records / "extract-1.json", {"stage": "extract", **started})
         with pytest.raises(CorruptError, match=r"extract-1.json: expected a time as started, got"):
             plan_prune(cache, PruneSettings(records=0))
 

@@ -151,7 +151,7 @@ def test_same_numbers_or_a_clear_error(folder: Path, seed: int) -> None:
 
 
 OTHER_TYPES = [
-    ("cache/cache.json", ("checksums", "image", "sample"), 1.5),
+    ("cache/cache.json", ("table_checksums", "image", "sample"), 1.5),
     ("cache/cache.json", ("source", "path"), []),
     ("cache/image/open_toy/zarr.json", ("attributes",), "x"),
     ("cache/image/open_toy/zarr.json", ("attributes", "embedcache", "fingerprint", "preprocessing"), "x"),

@@ -42,6 +42,7 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
+from tests.edits import edit_record
 from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
 from tests.interop.cases import import_files, unit_rows, write_tree
@@ -147,10 +148,7 @@ def test_search_with_changed_encoder_raises(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 30))
     extract(source, tmp_path / "c", text_encoder=[TEXT])
     build_index(tmp_path / "c", tmp_path / "index", IndexSettings(modality="text"))
-    card = json.loads((tmp_path / "index" / "card.json").read_text())
-    card["spec"] = f"{TEXT},scale=2"  # as if the weights behind the name had changed
-    del card["digest"]
-    (tmp_path / "index" / "card.json").write_text(json.dumps(card))
+    edit_record(tmp_path / "index" / "card.json", spec=f"{TEXT},scale=2")  # as if the weights had changed
     with pytest.raises(FingerprintError, match="feature open_toy/mean was made with other settings: weights"):
         search(tmp_path / "index", ["red"])
 

@@ -12,8 +12,8 @@ from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.map import build_map
 from embedcache.curate.settings import MapSettings
 from embedcache.extract.extract import extract
+from embedcache.outputs import write_report_json
 from embedcache.progress import NullProgress
-from embedcache.provenance import write_json
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
@@ -62,7 +62,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "concepts.json").write_text(json.dumps(prompts))
     extract(open_source(f"prompts:{root / 'concepts.json'}"), root / "concepts", text_encoder=[TEXT])
     report = measure_coverage(root / "cache", root / "concepts", run=root / "run", k=24)
-    write_json(root / "coverage.json", coverage_json(report))
+    write_report_json(root / "coverage.json", coverage_json(report))
     key = open_source(root / "photos").samples()
     (root / "few.txt").write_text("".join(f"{sample.key}\n" for sample, _ in zip(key, range(7), strict=False)))
     return root

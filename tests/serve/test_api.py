@@ -21,6 +21,7 @@ from embedcache.curate.settings import MapSettings
 from embedcache.derive.derive import Derivation, derive
 from embedcache.errors import CorruptError, DataError, FingerprintError, MissingExtraError, PathError, SettingError
 from embedcache.maintain.remove import remove_samples
+from embedcache.outputs import write_report_json
 from embedcache.progress import NullProgress
 from embedcache.provenance import write_json
 from embedcache.reports.coverage import coverage_json
@@ -202,7 +203,7 @@ def report_path(root: Path, tmp_path: Path) -> Path:
     """A report by plain examples with a selection of seven items, beside which answers can be saved."""
     options = {"label": "folder", "feature": "open_toy/cls", "selection": root / "few.txt", "k": 5}
     report = measure_coverage(root / "cache", root / "cache", **options)
-    write_json(tmp_path / "coverage.json", coverage_json(report))
+    write_report_json(tmp_path / "coverage.json", coverage_json(report))
     return tmp_path / "coverage.json"
 
 

@@ -20,7 +20,7 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, _is_item_shape, create_group, find_group, open_group, read_feature
 from embedcache.store.layout import CacheInfo, TableVersion, write_info
 from embedcache.store.writer import add_feature, commit_chunk
-from tests.edits import write_rows
+from tests.edits import edit_record, write_rows
 from tests.store.features import FINGERPRINT, random_items, write_feature, written
 
 
@@ -249,9 +249,7 @@ def test_modalities_without_features_name_those_with(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="no text features; extract some: .* --text-encoder SPEC$"):
         Cache(cache).feature("text")
     shutil.move(cache / "image", cache / "audio")
-    record = (cache / "cache.json").read_text().replace('"image"', '"audio"')
-    values = {name: value for name, value in json.loads(record).items() if name != "digest"}
-    (cache / "cache.json").write_text(json.dumps(values))
+    edit_record(cache / "cache.json", num_items={"audio": 4})
     with pytest.raises(UnknownNameError, match="; or name others with --modality, or .* one of: audio=test/f$"):
         Cache(cache).feature("image")
 

@@ -189,7 +189,7 @@ def test_index_chunk_size_zero_raises(tmp_path: Path) -> None:
     ("text", "error", "words"),
     [
         ('{"format": 2}', ArtifactError, "has cache format 2; this version reads 1 to 1: upgrade"),
-        ('{"format": 1}', CorruptError, "does not hold the fields of its format"),
+        ('{"format": 1}', CorruptError, "has no digest of its content"),
         ("[]", ArtifactError, "was not written by embedcache"),
         ("{", CorruptError, "not valid JSON"),
     ],

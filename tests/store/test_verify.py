@@ -24,7 +24,7 @@ from embedcache.store.removal import start_removal
 from embedcache.store.table_writer import TableWriter
 from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import add_feature, write_feature_chunk
-from tests.edits import write_rows
+from tests.edits import write_rows, write_tables
 from tests.extract.cases import tree
 from tests.images import write_images
 from tests.recorded import RecordedProgress
@@ -151,8 +151,9 @@ def lines_of(cache: Path) -> list[str]:
 @pytest.mark.slow
 def test_verify_finds_items_with_other_bytes(tmp_path: Path) -> None:
     info = write_feature(tmp_path, random_items(9, (4,), seed=0), (4,), chunk_size=4).group.info
-    write_rows(tmp_path / "image/items.parquet", pa.table({"sample": range(9)}))
-    write_rows(tmp_path / "samples.parquet", pa.table({"key": [f"k{row}" for row in range(9)]}))
+    write_tables(
+        tmp_path, image=pa.table({"sample": range(9)}), samples=pa.table({"key": [f"k{row}" for row in range(9)]})
+    )
     names = ("second", "third", IMPORTED)
     for name in names:
         group = create_group(tmp_path, "image", name, info, spec=f"{name}:m", fingerprint={"family": name})
@@ -194,8 +195,7 @@ def test_verify_finds_changed_arrays_of_a_rule(tmp_path: Path) -> None:
     data = b"fitted"
     fingerprint = {"family": DERIVED, "model": "pca", "fit": {"a": 1}, "weights": sha256(data).hexdigest()}
     group = create_group(tmp_path, "image", "pca", info, spec="derived:pca", fingerprint=fingerprint)
-    write_rows(tmp_path / "image/items.parquet", pa.table({"sample": range(4)}))
-    write_rows(tmp_path / "samples.parquet", pa.table({"key": list("abcd")}))
+    write_tables(tmp_path, image=pa.table({"sample": range(4)}), samples=pa.table({"key": list("abcd")}))
     fit_path(group.path).write_bytes(data)
     assert lines_of(tmp_path) == []
     fit_path(group.path).write_bytes(b"other")
@@ -213,8 +213,7 @@ def test_verify_finds_a_removal_that_was_interrupted(copy: Path) -> None:
 
 def test_metadata_of_a_single_chunk_are_repaired_if_its_commit_confirms_them(tmp_path: Path) -> None:
     group = write_feature(tmp_path, random_items(3, (4,), seed=0), (4,), chunk_size=4).group
-    write_rows(tmp_path / "image/items.parquet", pa.table({"sample": range(3)}))
-    write_rows(tmp_path / "samples.parquet", pa.table({"key": list("abc")}))
+    write_tables(tmp_path, image=pa.table({"sample": range(3)}), samples=pa.table({"key": list("abc")}))
     path = group.path / "f/zarr.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "fill_value": 0}))
     (finding,) = (finding for finding in verify(Cache(tmp_path)) if finding.name == "f")
