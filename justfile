@@ -58,6 +58,6 @@ smoke workdir="embedcache-quickstart":
 bench *names:
     python -m benchmarks {{ names }}
 
-# Write the golden cache of a new format; those of old formats are never written again.
+# Golden artifacts are written with the release of 0.1.0, with which the promise about formats begins (docs/versions.md).
 golden:
-    python -m tests.golden.make
+    @echo "nothing to write: the promise about formats begins with the release of 0.1.0"

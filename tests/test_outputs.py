@@ -24,7 +24,6 @@ from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
 
 
-
 def test_functions_replace_files_and_commands_do_not(tmp_path: Path) -> None:
     path = tmp_path / "object.json"
     for loss in (1.0, 2.0):

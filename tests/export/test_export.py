@@ -1,6 +1,5 @@
 """Properties of every export."""
 
-import json
 import os
 import re
 import shutil
