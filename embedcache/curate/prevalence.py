@@ -19,7 +19,7 @@ from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.outputs import read_report_json, write_report_json
-from embedcache.provenance import INDEX_DIGEST, construct
+from embedcache.provenance import construct
 from embedcache.store.cache import Cache
 
 COUNTED, CERTAIN, POSSIBLE = 0.55, 0.9, 0.25
@@ -214,7 +214,7 @@ def answers_path(report: Path) -> Path:
 def write_answers(path: Path, answers: Mapping[str, Mapping[int, bool]], cache: Cache, modality: str) -> None:
     """Write answers about the items of a cache, whole or not at all; earlier ones of the file are replaced."""
     by_name = {name: {str(row): shows for row, shows in rows.items()} for name, rows in answers.items() if rows}
-    write_report_json(path, {INDEX_DIGEST: cache.info.index_digest, "modality": modality, "answers": by_name})
+    write_report_json(path, {"index_digest": cache.info.index_digest, "modality": modality, "answers": by_name})
 
 
 def read_answers(path: AnyPath, cache: Cache, modality: str) -> Answers:
@@ -233,7 +233,7 @@ def read_answers(path: AnyPath, cache: Cache, modality: str) -> Answers:
     digest, answered, answers = construct(
         path,
         lambda: (
-            str(values[INDEX_DIGEST]),
+            str(values["index_digest"]),
             str(values["modality"]),
             {
                 str(name): {int(row): bool(shows) for row, shows in rows.items()}
