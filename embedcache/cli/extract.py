@@ -43,8 +43,7 @@ def extract(
         list[str] | None,
         typer.Option(
             metavar="SPEC",
-            help="Text encoder, as family:model of st, hf, open_clip, use or wordllama, or module:attribute. May be "
-            "repeated.",
+            help="Text encoder, as family:model of st, hf or open_clip, or module:attribute. May be repeated.",
         ),
     ] = None,
     encoder: Annotated[
@@ -63,7 +62,7 @@ def extract(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Kind of source: folder, table, webdataset, hf, idx, texts, prompts, … or module:attribute.",
+            help="Kind of source: folder, table, webdataset, hf, texts, prompts, … or module:attribute.",
             show_default="by its content",
         ),
     ] = None,

@@ -48,9 +48,7 @@ _FAMILIES: Mapping[str, Family] = {
     "st": Family("embedcache.encoders.sentence_transformers:open_sentence_transformers"),
     "stacks": Family("embedcache.encoders.stacks:open_stacks", "file"),
     "timm": Family("embedcache.encoders.timm:open_timm"),
-    "use": Family("embedcache.encoders.use:open_use"),
     "whisper": Family("embedcache.encoders.whisper:open_whisper"),
-    "wordllama": Family("embedcache.encoders.wordllama:open_wordllama"),
 }
 
 ENCODERS = Registry(

@@ -16,8 +16,6 @@ from embedcache.train.initialization import default_initialization
 _KNOWN_LICENSES = {
     ("lite", "efficientnet-lite"): "apache-2.0",
     ("st", "all-MiniLM-L6-v2"): "apache-2.0",
-    ("use", "multilingual-v3"): "apache-2.0",
-    ("wordllama", "l2_supercat"): "mit",
 }
 _UNKNOWN_LICENSE = "unknown: ask its authors"
 _HELD_OUT = {"val": "validation", "test": "test"}

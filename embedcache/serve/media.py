@@ -152,7 +152,7 @@ class Uploads:
 
     def __init__(self, threads: ImageThreads, *, max_bytes: int, max_pixels: int) -> None:
         self._threads, self._max_bytes = threads, _MAX_FILES * max_bytes
-        self._decode = partial(decode_image, max_pixels=max_pixels, reads_svg=False)
+        self._decode = partial(decode_image, max_pixels=max_pixels)
         self._turn = asyncio.Semaphore(_MAX_IMAGES)
         self._files: list[_File] = []  # oldest first
 

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import os
 import posixpath
-import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,15 +29,11 @@ MEDIA_SUFFIXES: Mapping[str, frozenset[str]] = {
 }
 """Modality -> suffixes of its files, lower case."""
 
-SVG_SUFFIX = ".svg"
-"""Of images that are taken with the setting `svg` only, as folders hold such files beside their images."""
-
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
-_SINGLE_ITEM_SUFFIXES = {SVG_SUFFIX}.union(*MEDIA_SUFFIXES.values())
+_SINGLE_ITEM_SUFFIXES = frozenset[str]().union(*MEDIA_SUFFIXES.values())
 JSON_SUFFIXES = frozenset({".json"})
 TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})
-IDX_IMAGES = re.compile(r"(?P<set>.+)-images[-.]idx3-ubyte(\.gz)?")
 _SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 
 SHARD_SEPARATOR = "::"

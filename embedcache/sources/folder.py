@@ -10,12 +10,10 @@ from typing import Any
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_remote, open_path
 from embedcache.modalities import noun
-from embedcache.registry import require
 from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import SIDECAR_SUFFIXES, read_sidecar
 from embedcache.sources.files import (
     MEDIA_SUFFIXES,
-    SVG_SUFFIX,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
     add_sound,
@@ -52,13 +50,10 @@ class FolderSource:
     items_are_files = True
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("folder", "svg")
-        if settings.svg:
-            require("resvg_py", extra="svg")
+        settings.check_supported("folder")
         self._settings = settings
-        self._suffixes = {SVG_SUFFIX: "image", **_SUFFIXES} if settings.svg else _SUFFIXES
         # The suffixes of files that are looked for beside others, in the order in which they give a sample its place.
-        self._spellings = [spelling for suffix in self._suffixes for spelling in (suffix, suffix.upper())]
+        self._spellings = [spelling for suffix in _SUFFIXES for spelling in (suffix, suffix.upper())]
         self._root = open_path(location).absolute()
         if not is_folder(self._root, TABLE_SUFFIXES | TAR_SUFFIXES):
             state = "does not exist" if file_size(self._root) is None else "is a file"
@@ -86,7 +81,7 @@ class FolderSource:
         """Return whether a file is of a kind that samples have; count it if not. Text only, as this runs per file."""
         stem, dot, ending = name.rpartition("/")[2].rpartition(".")
         suffix = (dot + ending).lower() if stem else ""
-        is_used = suffix in self._suffixes or suffix in SIDECAR_SUFFIXES
+        is_used = suffix in _SUFFIXES or suffix in SIDECAR_SUFFIXES
         if not is_used:
             self.skipped[suffix or "files without a suffix"] += 1
         return is_used
@@ -110,7 +105,7 @@ class FolderSource:
         files: dict[str, tuple[FileItem, ...]] = {}
         others = [path.with_suffix(suffix) for suffix in self._media_beside(path, siblings)]
         for file in (path, *others):
-            modality = self._suffixes[file.suffix.lower()]
+            modality = _SUFFIXES[file.suffix.lower()]
             if modality in files:
                 raise SourceError(
                     f"{self._root / files[modality][0].path} and {file.name} are both {noun(modality)} of one sample; "
@@ -154,7 +149,7 @@ class FolderSource:
         file_name = name.rpartition("/")[2]  # text only, as this runs per file
         stem, dot, ending = file_name.rpartition(".")
         suffix = dot + ending
-        modality = self._suffixes.get(suffix.lower())
+        modality = _SUFFIXES.get(suffix.lower())
         if modality is None or not stem:
             return False
         if modality == "image" or suffix not in self._spellings:  # .Wav is not looked for beside others
@@ -164,7 +159,7 @@ class FolderSource:
 
     def _media_beside(self, path: PurePosixPath, siblings: Mapping[str, int]) -> list[str]:
         """Return the suffixes of other files of a sample but images, in the order of `_SUFFIXES`."""
-        media = (suffix for suffix in self._spellings if self._suffixes[suffix.lower()] != "image")
+        media = (suffix for suffix in self._spellings if _SUFFIXES[suffix.lower()] != "image")
         return [other for other in media if path.stem + other in siblings and other != path.suffix]
 
 

@@ -7,7 +7,6 @@ import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -115,19 +114,15 @@ def _array_image(image: HasArray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values))
 
 
-def decode_image(
-    data: bytes, *, max_pixels: int = MAX_PIXELS, background: str = WHITE, reads_svg: bool = True
-) -> Image.Image:
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, background: str = WHITE) -> Image.Image:
     """Decode an image file to an RGB image with 8 bits per channel. Thread-safe.
 
     Applies the EXIF orientation, composites transparent pixels onto the background, converts gray and CMYK, scales
     16-bit gray, and takes the first frame of an animation. An unreadable EXIF block is ignored. Images with more than
-    `max_pixels` are rejected from the header, before memory is allocated. An SVG is rendered, see
-    `embedcache.sources.svg`.
+    `max_pixels` are rejected from the header, before memory is allocated.
 
     Args:
         background: name of a color, or `#rrggbb`.
-        reads_svg: false for files that anyone may send: a small SVG can take long.
 
     Raises:
         ItemError: the file cannot be decoded; the message is a short reason.
@@ -138,7 +133,7 @@ def decode_image(
     if _FILTER not in warnings.filters:
         warnings.filters.insert(0, _FILTER)  # type: ignore[attr-defined]  # declared as a Sequence; is a list
     try:
-        return rgb_image(_load(data, max_pixels, reads_svg=reads_svg), background)
+        return rgb_image(_load(data, max_pixels), background)
     except ItemError:
         raise
     except UnidentifiedImageError:
@@ -167,13 +162,8 @@ def _keep_blocks() -> None:
     Image.core.set_blocks_max(4)  # type: ignore[attr-defined]
 
 
-def _load(data: bytes, max_pixels: int, *, reads_svg: bool) -> Image.Image:
+def _load(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header, then the pixels."""
-    if reads_svg and data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        svg: Any = import_module("embedcache.sources.svg")  # by name: this module is copied into exported folders
-        if svg.is_svg(data):
-            rendered: Image.Image = svg.render_svg(data, max_pixels=max_pixels, max_ratio=_MAX_ASPECT_RATIO)
-            return rendered
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):  # resizing the short side would exhaust memory

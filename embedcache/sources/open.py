@@ -12,11 +12,9 @@ from embedcache.registry import Registry
 from embedcache.settings import merge_settings
 from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.sources.files import (
-    IDX_IMAGES,
     JSON_SUFFIXES,
     MEDIA_SUFFIXES,
     SHARD_SEPARATOR,
-    SVG_SUFFIX,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
     TEXT_SUFFIXES,
@@ -34,8 +32,6 @@ SOURCES = Registry(
         "folder": "embedcache.sources.folder:FolderSource",
         "hf": "embedcache.sources.huggingface:HuggingfaceSource",
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
-        "iconify": "embedcache.sources.iconify:IconifySource",
-        "idx": "embedcache.sources.idx:IdxSource",
         "openmoji": "embedcache.quickstart.openmoji:OpenmojiSource",
         "pairs": "embedcache.sources.texts:PairsSource",
         "prompts": "embedcache.sources.prompts:PromptsSource",
@@ -75,7 +71,7 @@ _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - {".npz"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (
     "expected a folder of images or other files, a table (.parquet, .csv, .tsv, .jsonl), WebDataset tars, COCO's "
-    ".json, texts (.txt, .npy), MNIST's IDX files, a dataset of Hugging Face, a URL of these, or openmoji:"
+    ".json, texts (.txt, .npy), a dataset of Hugging Face, a URL of these, or openmoji:"
 )
 
 
@@ -105,7 +101,7 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
             "texts as .txt, one per line, and rows as .parquet or .csv"
         )
     if kind is None:
-        kind, path = _detect_kind(path, has_svg=settings.svg) if isinstance(path, str) else ("huggingface", path)
+        kind, path = _detect_kind(path) if isinstance(path, str) else ("huggingface", path)
         if path == "" and kind in SOURCES.paths and kind not in WITHOUT_LOCATION:
             raise SourceError(f"{kind}: expected a location after the colon, got none; name a file or folder")
     source: Source = SOURCES.load(kind)(path, settings)
@@ -117,7 +113,7 @@ def _is_dataset(location: object) -> bool:
     return any(kind.__module__.partition(".")[0] == "datasets" for kind in type(location).__mro__)
 
 
-def _detect_kind(location: str, *, has_svg: bool) -> tuple[str, str]:
+def _detect_kind(location: str) -> tuple[str, str]:
     """Return the kind of source at a location, and the location as that kind expects it."""
     kind, colon, rest = location.partition(":")
     if colon and kind in SOURCES and not is_url(location):
@@ -127,14 +123,12 @@ def _detect_kind(location: str, *, has_svg: bool) -> tuple[str, str]:
         return "webdataset", location
     path = open_path(location)
     if is_folder(path, TAR_SUFFIXES | TABLE_SUFFIXES | JSON_SUFFIXES):
-        return _folder_kind(path, has_svg=has_svg), location
+        return _folder_kind(path), location
     if file_size(path) is None:
         raise PathError(f"{location} does not exist{_hub_hint(location)}; check the path")
     for name, suffixes in _SUFFIXES.items():
         if has_suffix(location, suffixes):
             return name, location
-    if IDX_IMAGES.fullmatch(location):
-        return "idx", location
     raise SourceError(f"{location} is not a source; {_ACCEPTED}")
 
 
@@ -146,8 +140,8 @@ def _hub_hint(location: str) -> str:
     return f"; if you mean the dataset of that name on the Hugging Face Hub, use hf:{location}"
 
 
-def _folder_kind(folder: Path, *, has_svg: bool) -> str:
-    """Return the kind of a folder: a saved dataset, else images and media before IDX files, tars, tables and `.npz`.
+def _folder_kind(folder: Path) -> str:
+    """Return the kind of a folder: a saved dataset, else images and media before tars, tables and `.npz`.
 
     Stops at the first image, recording or video, so that a folder of millions of them is not listed.
     """
@@ -159,26 +153,20 @@ def _folder_kind(folder: Path, *, has_svg: bool) -> str:
     for names in (("dataset_dict.json",), ("dataset_info.json", "state.json")):  # of a DatasetDict, of a Dataset
         if all((folder / name).is_file() for name in names):
             return "huggingface"
-    kinds, images = set[str](), _MEDIA | {SVG_SUFFIX} if has_svg else _MEDIA
+    kinds = set[str]()
     for name, _ in walk_files(folder):
-        if has_suffix(name, images):
+        if has_suffix(name, _MEDIA):
             return "folder"
         kinds.add(_kind_of(name))
-    for kind in ("idx", *_FOLDER_SUFFIXES):
+    for kind in _FOLDER_SUFFIXES:
         if kind in kinds:
             return kind
-    hint = "; its .svg files are taken with --svg" if "svg" in kinds else ""
-    raise SourceError(
-        f"{folder} contains no image, recording, video, point cloud, IDX file, .tar or table{hint}; {_ACCEPTED}"
-    )
+    raise SourceError(f"{folder} contains no image, recording, video, point cloud, .tar or table; {_ACCEPTED}")
 
 
 def _kind_of(name: str) -> str:
     """Return the kind of source that a file is part of, if a folder has no images or media; else an empty string."""
-    if IDX_IMAGES.fullmatch(name):
-        return "idx"
-    kinds = (kind for kind, suffixes in _FOLDER_SUFFIXES.items() if has_suffix(name, suffixes))
-    return next(kinds, "svg" if has_suffix(name, frozenset({SVG_SUFFIX})) else "")
+    return next((kind for kind, suffixes in _FOLDER_SUFFIXES.items() if has_suffix(name, suffixes)), "")
 
 
 class MergedSource:

@@ -40,7 +40,7 @@ from embedcache.sources.open import (
 )
 from embedcache.sources.settings import SourceSettings
 
-_READ_BELOW = frozenset({"coco", "folder", "huggingface", "iconify", "idx", "table", "webdataset", IMPORTED_SOURCE})
+_READ_BELOW = frozenset({"coco", "folder", "huggingface", "table", "webdataset", IMPORTED_SOURCE})
 """Kinds of sources that read their location, below it, and what their items name: nothing else."""
 
 _FILE_SUFFIXES = JSON_SUFFIXES | TABLE_SUFFIXES | TAR_SUFFIXES | MEDIA_SUFFIXES["points"]
@@ -199,8 +199,6 @@ def _locations(part: Mapping[str, Any]) -> list[str]:
     if kind == "webdataset":
         shards = path.split(SHARD_SEPARATOR)
         texts = [shard.partition("{")[0].rpartition("/")[0] if "{" in shard else shard for shard in shards]
-    elif kind == "iconify":
-        texts = [path.partition(",")[0]]
     return [text for text in texts if is_url(text) or text.startswith("/")]
 
 

@@ -77,7 +77,6 @@ class SourceSettings:
         metavar="CHARACTER",
         default_text="comma; tab in .tsv",
     )
-    svg: bool = setting(False, "Take .svg files too, rendered by resvg (extra svg).")
 
     def __post_init__(self) -> None:
         check_settings(self)

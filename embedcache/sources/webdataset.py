@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from embedcache.errors import PathError, SourceError
 from embedcache.files import is_remote, open_path
-from embedcache.registry import require
 from embedcache.sources.base import FileItem, Sample, Scalar
 from embedcache.sources.captions import (
     SIDECAR_SUFFIXES,
@@ -27,7 +26,6 @@ from embedcache.sources.captions import (
 from embedcache.sources.files import (
     MEDIA_SUFFIXES,
     SHARD_SEPARATOR,
-    SVG_SUFFIX,
     TAR_SUFFIXES,
     add_sound,
     file_size,
@@ -82,11 +80,8 @@ class WebdatasetSource:
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("webdataset", "svg")
-        if settings.svg:
-            require("resvg_py", extra="svg")
+        settings.check_supported("webdataset")
         self._settings = settings
-        self._modalities = {**_MODALITIES, SVG_SUFFIX: "image"} if settings.svg else _MODALITIES
         written = location.split(SHARD_SEPARATOR)
         if not all(written):
             raise SourceError(f"{location}: expected a path on both sides of {SHARD_SEPARATOR}, got nothing on one")
@@ -130,9 +125,9 @@ class WebdatasetSource:
         sidecar_files = {}
         columns = row.columns
         for _, suffix, offset, length in files:
-            if suffix in self._modalities:
+            if suffix in _MODALITIES:
                 item = FileItem(path=path, offset=offset, length=length)
-                items.setdefault(self._modalities[suffix], []).append(item)
+                items.setdefault(_MODALITIES[suffix], []).append(item)
             elif suffix in SIDECAR_SUFFIXES:
                 sidecar_files[suffix] = tar.read(offset, length)
             elif suffix == _LABEL_SUFFIX:

@@ -121,9 +121,8 @@ def digest_samples(
     if skipped:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(skipped.items(), key=lambda pair: -pair[1])[:5])
         more = f", and {len(skipped) - 5} more kinds" if len(skipped) > 5 else ""
-        svg = "; --svg takes the .svg files" if ".svg" in skipped else ""
         files = pluralize(sum(skipped.values()), "file")
-        progress.note(f"skipped {files} of kinds that samples do not have: {kinds}{more}{svg}")
+        progress.note(f"skipped {files} of kinds that samples do not have: {kinds}{more}")
     return hashed.hexdigest()
 
 

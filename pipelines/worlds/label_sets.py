@@ -8,7 +8,6 @@
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ import pyarrow as pa
 from embedcache.errors import ItemError, MissingExtraError, SettingError
 from embedcache.quickstart.openmoji import OpenmojiSource
 from embedcache.registry import unknown_name
-from embedcache.sources.base import FileItem, Sample, Source, TextItem
-from embedcache.sources.open import open_source
+from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
 from pipelines.worlds.examples import draw_examples, in_split
+from pipelines.worlds.idx import encode_png, read_idx
 from pipelines.worlds.talking_recordings import RECORDINGS, find_recordings, read_recording
 from pipelines.worlds.talking_speech import LETTERS, encode_wav
 
@@ -85,28 +84,29 @@ class FashionSource:
         if not FASHION_FOLDER.is_dir():
             raise MissingExtraError("Fashion-MNIST is not installed; run: apt-get install dataset-fashion-mnist")
         self._counts = dict(zip(("train", "test"), map(int, counts), strict=True))
-        self._source: Source = open_source(f"idx:{FASHION_FOLDER}")
 
     def describe(self) -> Mapping[str, Any]:
         return {"type": FASHION_KIND, "path": "+".join(map(str, self._counts.values())), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
-        """Iterate over the images in the order of the files."""
-        left = dict(self._counts)
+        """Iterate over the images in the order of the files, those of the test first."""
         num_valid = int(self._counts["train"] * _VALID_FRACTION)
-        for sample in self._source.samples():
-            split = str(sample.columns["split"])
-            if left[split]:
-                left[split] -= 1
-                name = "valid" if split == "train" and left[split] < num_valid else split
-                label = FASHION_LABELS[int(sample.columns["label"] or 0)]
-                yield replace(sample, columns={"split": name, "label": label})
-            elif not any(left.values()):
-                return
+        for name, split in (("t10k", "test"), ("train", "train")):
+            labels = read_idx(FASHION_FOLDER / f"{name}-labels-idx1-ubyte.gz")[: self._counts[split]]
+            for row, label in enumerate(labels.tolist()):
+                is_valid = split == "train" and len(labels) - row <= num_valid
+                yield Sample(
+                    key=f"{name}/{row:05d}",
+                    images=(FileItem(path=f"{name}-images-idx3-ubyte.gz", offset=row),),
+                    columns={"split": "valid" if is_valid else split, "label": FASHION_LABELS[label]},
+                )
 
     def read(self, item: FileItem) -> bytes:
         """Return an image as a gray PNG of 28 x 28 pixels."""
-        return self._source.read(item)
+        try:
+            return encode_png(read_idx(FASHION_FOLDER / item.path)[item.offset])
+        except (OSError, IndexError) as error:
+            raise ItemError(f"{item.path} holds no image {item.offset}: {error}") from None
 
 
 def draw_labels(labels: pa.Table, fraction: float, *, seed: int) -> pa.Table:

@@ -14,6 +14,7 @@ from embedcache.export.export import export_run
 from embedcache.export.transformers import load_exported
 from embedcache.provenance import read_json, write_json
 from embedcache.sources.images import rgb_image
+from pipelines.icons.encoders import WORDLLAMA
 from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
@@ -144,7 +145,7 @@ class Own(torch.nn.Module):
 @pytest.mark.parametrize(
     ("text", "projector", "words"),
     [
-        ("wordllama:l2_supercat_256", "linear", "its text encoder is of the family 'wordllama': expected hf or st"),
+        (WORDLLAMA, "linear", "expected hf or st"),
         ("st", f"{__name__}:Own", "expected only PIL, numpy, torch, transformers"),
     ],
 )

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-import pipelines
-
 
 def test_users_error_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["icons", str(tmp_path / "work"), "--icons", str(tmp_path / "nope")])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(Path(pipelines.__path__[0]) / "icons.py"), run_name="__main__")
+        runpy.run_module("pipelines.icons", run_name="__main__", alter_sys=True)
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")

@@ -35,8 +35,6 @@ class CustomSource:
         ({"t.csv": "caption\nx"}, "", "table"),
         ({"t.csv": "caption\nx"}, "t.csv", "table"),
         ({"t.jsonl": '{"text": "x"}'}, "t.jsonl", "table"),
-        ({"a/train-images-idx3-ubyte.gz": b"", "t.csv": "caption\nx"}, "", "idx"),
-        ({"t10k-images.idx3-ubyte": b""}, "t10k-images.idx3-ubyte", "idx"),
         ({"prompts.txt": "x"}, "prompts.txt", "texts"),
         ({"captions.NPY": b""}, "captions.NPY", "texts"),
     ],
@@ -66,13 +64,13 @@ def test_missing_path_raises(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("files", "location"), [({"a.docx": b""}, "a.docx"), ({"a.docx": b""}, "")])
 def test_other_file_raises(tmp_path: Path, files: dict[str, bytes], location: str) -> None:
     write(tmp_path, files)
-    kinds = r"folder of images.*\.parquet.*tars.*\.json.*\.txt.*\.npy.*IDX.*Hugging Face.*URL.*openmoji:"
+    kinds = r"folder of images.*\.parquet.*tars.*\.json.*\.txt.*\.npy.*Hugging Face.*URL.*openmoji:"
     with pytest.raises(SourceError, match=kinds) as caught:
         open_source(tmp_path / location)
     assert len(str(caught.value)) < len(str(tmp_path)) + 320
 
 
-@pytest.mark.parametrize("kind", ["folder", "table", "prompts", "webdataset", "pairs", "texts", "idx", "hf", "coco"])
+@pytest.mark.parametrize("kind", ["folder", "table", "prompts", "webdataset", "pairs", "texts", "hf", "coco"])
 def test_kind_without_a_location_raises(kind: str) -> None:
     """Not the folder in which the command runs."""
     with pytest.raises(SourceError, match=f"^{kind}: expected a location after the colon, got none"):

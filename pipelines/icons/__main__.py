@@ -1,0 +1,115 @@
+"""Does it work at scale? Some 350,000 icons of Iconify with their names: curated, aligned, and tested on the unseen.
+
+    npm install @iconify/json
+    python -m pipelines.icons work/ --limit 5000            # minutes on 2 cores
+    python -m pipelines.icons work/                         # all that allow use: hours; interrupted, it goes on
+    python -m pipelines.icons work/ --icons package/ --seeds 0
+    python -m pipelines.icons work/ --curve                 # recipes on 1,000 pairs, 3,000, … and all: hours more
+    python -m pipelines.icons work/ --curation              # methods that select 3,000 pairs, 10,000 and 30,000: hours
+    python -m pipelines.icons work/ --ablation              # batch, temperature and width on 100,000 pairs: hours
+    python -m pipelines.icons work/ --features              # tokens, and other encoders, on 100,000 pairs: hours
+
+Icons are extracted, compared for duplicates and with OpenMoji, and counted by the names that many families have. Whole
+families are held out. The rest is split strictly, once per seed: what is near the test part is dropped from training. A
+closed form, an `mlp` that starts from it, and a control of shuffled pairs are measured on names never seen, families
+never seen, OpenMoji's strict test, and Fashion-MNIST where it is installed.
+
+With `--curve`, more recipes are measured instead, on more and more pairs, with settings that validation chooses. With
+`--curation`, two recipes on as many pairs as each method of `embedcache curate` selects, beside random draws. With
+`--ablation`, one recipe with one setting changed at a time. With `--features`, tokens and pairs of encoders on a cut of
+the icons, with the first of the seeds, for which more features are extracted.
+
+A folder per number of icons gets `results.json`, `report.html`, a page and a JSON file of each step, splits and runs;
+of the last four `NAME.json`, `NAME.html`, and `NAME.md` with its figures. Steps whose output is there for
+the same icons and settings are skipped. A larger `--limit` appends icons.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from embedcache.cli.console import print_line, print_table
+from embedcache.cli.failures import run_program
+from embedcache.devices import Precision
+from embedcache.provenance import digest_file
+from pipelines.icons.ablation import NUM_PAIRS, run_ablation
+from pipelines.icons.curation import BUDGETS
+from pipelines.icons.curation_page import run_curation
+from pipelines.icons.curve import RECIPES, SIZES, in_precision
+from pipelines.icons.curve_page import run_curve
+from pipelines.icons.features import run_features
+from pipelines.icons.results import (
+    MLP,
+    accuracy_table,
+    measure_clothes,
+    measure_retrieval,
+    recall_table,
+    results_json,
+    split_table,
+    train_runs,
+    write_icon_page,
+)
+from pipelines.icons.steps import PACKAGE, Data
+
+
+def run(data: Data, seeds: Sequence[int]) -> dict[str, Any]:
+    """Run all steps; return the results as JSON values."""
+    data.prepare()
+    data.report_duplicates()
+    data.measure_coverage()
+    splits = {seed: data.split(seed) for seed in seeds}
+    runs = train_runs(data, seeds)
+
+    def measure() -> dict[str, Any]:
+        retrieval = measure_retrieval(data, runs)
+        values = results_json(retrieval, measure_clothes(data, runs))
+        write_icon_page(data.folder / "report.html", data, retrieval, values, splits, runs[MLP][0])
+        return values
+
+    trained = {name: [digest_file(path / "config.json") for path in paths] for name, paths in runs.items()}
+    results = data.step("results", {"runs": trained, "clothes": data.has_clothes}, measure)
+    print_table(*split_table(splits), title="icons of each part")
+    print_table(*recall_table(results), title="retrieval")
+    print_table(*accuracy_table(results), title="classes")
+    print_line(f"{data.folder / 'report.html'}; {data.folder / 'results.json'}")
+    return results
+
+
+def main() -> None:
+    """Run the pipeline."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=Path, help="folder for caches, runs and pages; existing results are reused")
+    parser.add_argument("--icons", type=Path, default=PACKAGE, help=f"folder of the npm package; default: {PACKAGE}")
+    parser.add_argument("--limit", type=int, help="number of icons; default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    help_text = "measure learning curves instead, on these numbers of pairs; default: 1,000 to 100,000, and all"
+    parser.add_argument("--curve", type=int, nargs="*", metavar="PAIRS", help=help_text)
+    parser.add_argument("--without", action="append", default=[], choices=RECIPES, help="omit a recipe of the curves")
+    parser.add_argument("--precision", choices=get_args(Precision), help="precision in which the curves' runs train")
+    help_text = "compare methods of curation instead, which select so many pairs; default: 3,000, 10,000 and 30,000"
+    parser.add_argument("--curation", type=int, nargs="*", metavar="BUDGET", help=help_text)
+    help_text = "change one setting at a time instead, on so many pairs; default: 100,000"
+    parser.add_argument("--ablation", type=int, nargs="?", const=NUM_PAIRS, metavar="PAIRS", help=help_text)
+    help_text = "compare other features instead, on so many pairs; default: 100,000"
+    parser.add_argument("--features", type=int, nargs="?", const=NUM_PAIRS, metavar="PAIRS", help=help_text)
+    options = parser.parse_args()
+    data = Data(options.workdir, options.icons, options.limit)
+    if options.curve is options.curation is options.ablation is options.features is None:
+        run(data, options.seeds)
+        return
+    data.prepare()
+    if options.curve is not None:
+        recipes = {name: recipe for name, recipe in RECIPES.items() if name not in options.without}
+        recipes = in_precision(recipes, options.precision) if options.precision else recipes
+        run_curve(data, options.seeds, options.curve or SIZES, recipes)
+    if options.curation is not None:
+        run_curation(data, options.seeds, options.curation or BUDGETS)
+    if options.ablation is not None:
+        run_ablation(data, options.seeds, options.ablation)
+    if options.features is not None:
+        run_features(data, options.seeds[0], options.features)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,319 @@
+"""The learning curve of the pipeline of icons: recipes on nested draws of more and more pairs.
+
+The settings of a recipe for a number of pairs are chosen by the validation part of the first seed. Finished runs and
+results are reused.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+
+from embedcache.dataset.selections import Selection, write_selection
+from embedcache.dataset.splits import read_split
+from embedcache.devices import Precision
+from embedcache.evaluate.ranking import rank
+from embedcache.evaluate.retrieval import chance_at
+from embedcache.evaluate.runs import load_runs
+from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
+from embedcache.evaluate.zero_shot import classify
+from embedcache.metrics.intervals import MetricValues
+from embedcache.progress import Progress
+from embedcache.projectors.saved import read_config
+from embedcache.provenance import digest_file, read_json
+from embedcache.store.cache import Cache
+from embedcache.train.data import TrainData, open_data
+from embedcache.train.recipes import TrainingLength
+from embedcache.train.settings import TrainSettings, train_settings
+from embedcache.train.train import TrainReport, train_on
+from pipelines.common import with_options
+from pipelines.icons.results import CLOTHES, EMOJI, FAMILIES, NAMES
+from pipelines.icons.steps import FEATURES, Data
+from pipelines.parallel import run_parallel
+from pipelines.results import Result, file_name, keep_result
+
+SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
+_K = 10
+_MAX_SAMPLES = 10_000
+_MEMORY_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a pair is trained on any number of pairs.
+
+    Args:
+        options: what is the same for every number of pairs, named as on the command line.
+        choices: alternatives, of which the validation part chooses one for each number of pairs.
+        length: how long to train; None for a closed form.
+        control_of: recipe that this is the control of, whose choices it has.
+        features: modality -> its feature.
+    """
+
+    options: Mapping[str, object]
+    choices: Sequence[Mapping[str, float]] = ({},)
+    length: TrainingLength | None = None
+    control_of: str | None = None
+    features: Mapping[str, str] = field(default_factory=lambda: FEATURES)
+
+    def settings(self, num_pairs: int) -> list[TrainSettings]:
+        """Return the settings of each choice for so many pairs."""
+        length = self.length.options(num_pairs) if self.length else {"epochs": 0}
+        return [train_settings({**self.options, **length, **choice}) for choice in self.choices]
+
+
+_SHRINKAGES = tuple({"shrinkage": value} for value in (10.0, 1.0, 0.1, 0.01))
+_DROPOUTS = tuple({"dropout": value} for value in (0.1, 0.5))
+_LENGTH = TrainingLength(2_000_000, 10, 100)
+_LINEAR: Mapping[str, object] = {"projector": "linear", "initialization": "cca"}
+_MLP: Mapping[str, object] = {"projector": "mlp", "initialization": "cca"}
+_TOKEN: Mapping[str, object] = {"projector": "token+token_mlp", "initialization": "random"}
+_GLU: Mapping[str, object] = {"projector": "glu", "initialization": "random", "dropout": 0.3, "lr": 5e-4}
+RECIPES: Mapping[str, Recipe] = {
+    "ridge": Recipe(options={**_LINEAR, "initialization": "ridge"}, choices=_SHRINKAGES),
+    "CCA": Recipe(options=_LINEAR, choices=_SHRINKAGES),
+    "linear": Recipe(options=_LINEAR, choices=_DROPOUTS, length=_LENGTH),
+    "mlp": Recipe(options=_MLP, choices=_DROPOUTS, length=_LENGTH),
+    "mlp, siglip": Recipe(options={**_MLP, "loss": "siglip"}, choices=_DROPOUTS, length=_LENGTH),
+    "token": Recipe(options=_TOKEN, choices=_DROPOUTS, length=_LENGTH),
+    "glu": Recipe(options=_GLU, length=_LENGTH),
+    "CCA of shuffled pairs": Recipe(options={**_LINEAR, "shuffle_pairs": True}, choices=_SHRINKAGES, control_of="CCA"),
+}
+"""Recipe -> how it is trained."""
+
+
+def in_precision(recipes: Mapping[str, Recipe], precision: Precision) -> dict[str, Recipe]:
+    """Return recipes whose trainings compute in a precision; closed forms stay in float32."""
+    return {
+        name: replace(recipe, options={**recipe.options, "precision": precision}) if recipe.length else recipe
+        for name, recipe in recipes.items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedRuns:
+    """The runs of one seed.
+
+    Args:
+        folder: folder of the runs, beside those of other seeds.
+        icons: cache of the icons.
+        tests: name of a test -> its cache, and the cache of the names of its classes, if it has classes.
+        split: the split, with `{seed}` for the seed.
+        num_pairs: size -> training pairs of the first seed, for which the epochs are counted.
+        seed: seed of the split, the draws and the trainings.
+        recipes: recipes by name.
+    """
+
+    folder: Path
+    icons: Path
+    tests: Mapping[str, Sequence[Path]]
+    split: str
+    num_pairs: Mapping[int, int]
+    seed: int
+    recipes: Mapping[str, Recipe]
+
+    def path(self, recipe: str, size: int, choice: int) -> Path:
+        """Return the folder of a run."""
+        return self.folder / file_name(f"{size} {recipe} {choice_name(self.recipes[recipe].choices[choice])}")
+
+    def train(self, recipe: str, size: int, choice: int, *, progress: Progress | None = None) -> None:
+        """Train a recipe with one of its choices on a draw of pairs."""
+        selection = selection_path(self.folder.with_name("seed{seed}"), size)
+        settings = with_options(
+            self.recipes[recipe].settings(self.num_pairs[size])[choice],
+            split=self.split,
+            selection=str(selection),
+            seed=self.seed,
+        )
+        data = _open_icons(self.icons, tuple(self.recipes[recipe].features.items()))
+        train_on(data, self.path(recipe, size, choice), settings, progress=progress)
+
+    def measure(self, recipe: str, size: int, choice: int, *, progress: Progress | None = None) -> None:
+        """Measure a run on all tests."""
+        run_path = self.path(recipe, size, choice)
+        weights = read_config(run_path).weights_digest
+        for test in self.tests:
+            compute = partial(self._measure, test, run_path)
+            keep_result(self.folder, recipe, question(test, size), weights, compute, progress)
+
+    def _measure(self, test: str, run_path: Path) -> Result:
+        paths = self.tests[test]
+        cache, run = Cache(paths[0]), load_runs(run_path)[0]
+        measures, chance = {}, {}
+        if len(paths) == 1:
+            ranking = rank(cache, run, RetrievalSettings(check_overlap=False, max_samples=_MAX_SAMPLES))
+            for direction, ranks in ranking.ranks.items():
+                name = f"{direction} R@{_K}"
+                measures[name] = MetricValues(ranks <= _K, ranking.groups[ranking.queries(direction)])
+                chance[name] = chance_at(ranking, direction, _K)
+        else:
+            found = classify(cache, run, Cache(paths[1]), ZeroShotSettings(check_overlap=False))
+            measures["top-1"] = MetricValues(found.ranks == 1, found.split.groups[found.items.samples])
+            chance["top-1"] = 1 / len(found.names)
+        return Result(
+            seed=self.seed,
+            num_examples=max(len(item.values_M) for item in measures.values()),
+            num_trained=read_report(run_path).num_samples["train"],
+            measures=measures,
+            chance=chance,
+        )
+
+
+def choice_name(choice: Mapping[str, float]) -> str:
+    """Return a choice as text, such as `dropout 0.5`; empty for one without alternatives."""
+    return " ".join(f"{option} {value:g}" for option, value in choice.items())
+
+
+def question(test: str, size: int) -> str:
+    """Return the name of a test of runs on so many pairs."""
+    return f"{test} {size}"
+
+
+def selection_path(folder: Path, size: int) -> Path:
+    """Return the file of the pairs that the runs of a seed are trained on."""
+    return folder / f"{size}-pairs.parquet"
+
+
+@lru_cache(1)
+def _open_icons(path: Path, features: Sequence[tuple[str, str]]) -> TrainData:
+    """Open features, those opened last once in a process."""
+    return open_data(path, dict(features), memory_bytes=_MEMORY_BYTES)
+
+
+def curve_sizes(data: Data, seed: int, sizes: Sequence[int]) -> list[int]:
+    """Return the sizes that the training part of a seed has more of; the last one, all icons, is all that remains."""
+    count = data.split(seed)["train"]
+    return [*(size for size in sorted(sizes) if size < count), data.icons.info.num_samples]
+
+
+def open_runs(
+    data: Data, folder: Path, seeds: Sequence[int], sizes: Sequence[int], recipes: Mapping[str, Recipe]
+) -> list[SeedRuns]:
+    """Draw nested numbers of pairs from the training part of each seed, and return the runs of each seed.
+
+    Args:
+        data: the icons.
+        folder: folder of the runs, with a folder of each seed.
+        seeds: seeds of splits, draws and trainings.
+        sizes: numbers of pairs; where a training part has fewer, all of it.
+        recipes: recipes by name.
+    """
+    counts = {seed: data.split(seed)["train"] for seed in seeds}
+    drawn = [draw_pairs(data, folder / f"seed{seed}", seed, sizes) for seed in seeds]
+    return [
+        SeedRuns(
+            folder=path,
+            icons=data.icons.path,
+            tests=list_tests(data),
+            split=f"{data.folder}/split-{{seed}}.parquet",
+            num_pairs={size: min(size, counts[seeds[0]]) for size in sizes},
+            seed=seed,
+            recipes=recipes,
+        )
+        for seed, path in zip(seeds, drawn, strict=True)
+    ]
+
+
+def list_tests(data: Data) -> dict[str, list[Path]]:
+    """Return name of a test -> its cache, and the cache of the names of its classes, if it has classes."""
+    tests = {NAMES: [data.icons.path], FAMILIES: [data.folder / "families"], EMOJI: [data.folder / "emoji"]}
+    if data.has_clothes:
+        tests[CLOTHES] = [data.folder / "clothes", data.folder / "clothes-names"]
+    return tests
+
+
+def draw_pairs(data: Data, folder: Path, seed: int, sizes: Sequence[int]) -> Path:
+    """Write selections of so many pairs of the training part, each a part of the next; return their folder."""
+    split = data.folder / f"split-{seed}.parquet"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compute() -> Mapping[str, int]:
+        rows = np.random.default_rng(seed).permutation(read_split(split, [data.icons]).rows("train"))
+        for size in sizes:
+            drawn = Selection(rows=np.sort(rows[:size]), reasons=["drawn at random"] * len(rows[:size]))
+            write_selection(selection_path(folder, size), data.icons, drawn, {"seed": seed})
+        return {str(size): len(rows[:size]) for size in sizes}
+
+    name = str((folder / "pairs").relative_to(data.folder))
+    data.step(name, {"split": digest_file(split), "sizes": list(sizes)}, compute)
+    return folder
+
+
+def run_all(every: Sequence[SeedRuns]) -> dict[tuple[str, int], int]:
+    """Train all choices of the first seed, then what it chooses with the other seeds, and measure that.
+
+    Returns:
+        Recipe and size -> number of its choice.
+    """
+    run_parallel(choice_steps(every[0]))
+    chosen = choose(every[:1])
+    asked = [(name, size, choice) for (name, size), choice in chosen.items()]
+    run_parallel([(runs.train, *which) for runs in every for which in asked])
+    run_parallel([(runs.measure, *which) for runs in every for which in asked])
+    return chosen
+
+
+def choice_steps(first: SeedRuns) -> list[tuple[object, ...]]:
+    """Return the trainings of all choices as steps of `run_parallel`, those on fewer pairs first."""
+    return [
+        (first.train, name, size, choice)
+        for size in first.num_pairs
+        for name, recipe in first.recipes.items()
+        if recipe.control_of is None
+        for choice in range(len(recipe.choices))
+    ]
+
+
+def choose(draws: Sequence[SeedRuns]) -> dict[tuple[str, int], int]:
+    """Return the choice of each recipe and size with the highest mean validation recall over draws of one seed."""
+    recipes = draws[0].recipes
+
+    def best(name: str, size: int) -> int:
+        name = recipes[name].control_of or name
+        choices = range(len(recipes[name].choices))
+        scores = [fmean(read_score(runs.path(name, size, choice)) for runs in draws) for choice in choices]
+        return int(np.argmax(scores))
+
+    return {(name, size): best(name, size) for size in draws[0].num_pairs for name in recipes}
+
+
+def read_report(run_path: Path) -> TrainReport:
+    """Read the report of a finished run."""
+    return TrainReport.from_json(read_json(run_path / "record.json")["outcome"])
+
+
+def read_score(run_path: Path) -> float:
+    """Return the validation recall of a run, averaged over k and both directions."""
+    return fmean(read_report(run_path).recalls.values())
+
+
+class Cost(NamedTuple):
+    """What a training took: epochs, seconds of one thread, and floating-point operations."""
+
+    epochs: int
+    seconds: float
+    flops: float
+
+
+def read_cost(run_path: Path) -> Cost:
+    """Count what the training of a run took.
+
+    Operations: of each pair three forward passes, and four products of the batch and the shared width in the loss; the
+    second moments of all pairs, for means and closed forms; the eigenvectors and singular vectors of a closed form.
+    """
+    record, report, config = read_json(run_path / "record.json"), read_report(run_path), read_config(run_path)
+    lines = [json.loads(line) for line in (run_path / "losses.jsonl").read_text().splitlines()]
+    epochs = max((line["epoch"] for line in lines if "validation" in line), default=0)
+    num_pairs, settings = report.num_samples["train"], config.training
+    batch_size = min(settings["optimizer"]["batch_size"] or 1024, num_pairs)
+    widths = [side.width for side in config.sides.values()]
+    flops = epochs * num_pairs * (3 * report.flops_per_pair + 8.0 * batch_size * config.shared_width)
+    flops += 2.0 * num_pairs * sum(widths) ** 2
+    if settings["model"]["initialization"] != "random":
+        flops += sum(10.0 * width**3 for width in widths)
+    return Cost(epochs, record["seconds"], flops)
