@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from embedcache.maintain.prune import plan_prune, prune_cache
     from embedcache.maintain.remove import plan_removal, remove_samples
     from embedcache.maintain.settings import PruneSettings, RemoveSettings
-    from embedcache.networks.settings import DecodingSettings
     from embedcache.search.index import build_index
     from embedcache.search.queries import Queries
     from embedcache.search.search import OpenIndex
@@ -69,9 +68,6 @@ if TYPE_CHECKING:
     from embedcache.train.pair_dataset import PairDataset
     from embedcache.train.settings import LossSettings, MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
     from embedcache.train.train import train as train_projectors
-    from embedcache.transcription.model import SpeechModel
-    from embedcache.transcription.settings import TranscribeSettings
-    from embedcache.transcription.transcript import Transcript
 
     __version__: str
 
@@ -79,7 +75,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Cache",
     "CoverageSettings",
-    "DecodingSettings",
     "DedupSettings",
     "Derivation",
     "EmbedcacheError",
@@ -111,12 +106,9 @@ __all__ = [
     "SearchSettings",
     "SelectSettings",
     "SourceSettings",
-    "SpeechModel",
     "SplitSettings",
     "SweepSettings",
     "TrainSettings",
-    "TranscribeSettings",
-    "Transcript",
     "VectorExportSettings",
     "VerifySettings",
     "Video",

@@ -1,7 +1,4 @@
-"""Use a trained run on raw items: its frozen encoders, as the run used them, and what was trained on their features.
-
-An aligned pair embeds images, texts and stored features; a run that recognizes speech is in
-`embedcache.transcription.model`."""
+"""Use a trained pair on raw items: its frozen encoders, as the run used them, and the projectors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,59 +20,33 @@ from embedcache.errors import DataError, SettingError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.files import AnyPath
 from embedcache.modalities import list_distinct, list_texts
-from embedcache.networks.saved import MAKE
 from embedcache.projectors.heads import TokenTower
 from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.projectors.saved import PairConfig, is_pair, load_pair, project, read_run
+from embedcache.projectors.saved import PairConfig, load_pair, project
 from embedcache.sources.images import ImageLike, list_images, load_image
-from embedcache.transcription.model import SpeechModel, load_speech
 
 PairedItems: TypeAlias = ImageLike | ItemLike | Sequence[ImageLike | ItemLike]
 """One item, or N items, of a modality that a run pairs with texts."""
 _VECTOR_AXES = 2
-_MAKE = {
-    "pair": "embedcache train CACHE {}",
-    "speech": MAKE["speech"],
-}
-"""Kind of a run -> what makes one."""
 
 
-@overload
-def load(run: AnyPath, *, kind: Literal["pair"] | None = None, device: str = AUTO) -> "Model": ...
-
-
-@overload
-def load(run: AnyPath, *, kind: Literal["speech"], device: str = AUTO) -> SpeechModel: ...
-
-
-def load(run: AnyPath, *, kind: Literal["pair", "speech"] | None = None, device: str = AUTO) -> "Model | SpeechModel":
-    """Load a trained run: an aligned pair of `train_projectors`, or a run of `train_speech`.
+def load(run: AnyPath, *, device: str = AUTO) -> "Model":
+    """Load a trained run: an aligned pair of `train_projectors`.
 
     Encoders are opened on first use, so a model that only embeds texts never loads the image encoder.
 
     Args:
         run: folder of the run.
-        kind: expected kind of the run, `pair` or `speech`; None: any. What a folder holds is unknown to
-            type checkers: they take the result for the `Model` of a pair, unless another kind is given.
         device: torch device of encoders and projectors, or `auto`, the first of `cuda`, `mps` and `cpu` that this
             machine has; an encoder that ran on onnxruntime stays on the CPU.
 
-    Returns:
-        A `Model` for a pair, a `SpeechModel` for speech.
-
     Raises:
         PathError: the folder is not a finished run.
-        DataError: the run is of another kind.
+        DataError: the run is not an aligned pair.
         CorruptError: the weights do not match the config.
         SettingError: the device does not exist.
     """
     run = Path(run)
-    values = read_run(run, make=_MAKE.get(kind or "pair", _MAKE["pair"]))
-    found = "pair" if is_pair(values) else str(values.get("kind"))
-    if kind is not None and found != kind:
-        raise DataError(f"{run}: expected a run of kind {kind}, got one of kind {found}")
-    if found == "speech":
-        return load_speech(run, device=device)
     device = str(torch_device(device))
     pair, config = load_pair(run, device=device)
     return Model(pair, config, run_path=run, device=device)

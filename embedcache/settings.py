@@ -55,7 +55,7 @@ class Declaration:
         parse: converts text from the command line or a TOML file, such as `4GB`; see `embedcache.units`.
         commas: what becomes of commas in a text on the command line, or in a file of its options, of a setting of
             several values. `split`: they separate values. `split specs`: those before `name=` belong to a value, such
-            as `noise:5,tape=babble.wav`; all others separate. `keep`: they belong to the value, as they do in paths.
+            as `mine:noise:5,tape=a.wav`; all others separate. `keep`: they belong to the value, as they do in paths.
     """
 
     help: str

@@ -32,13 +32,13 @@ trust_package("tests")  # caches of the tests name encoders of this package
 
 FEATURES = ("cls", "patches", "mean", "tokens")
 LONGEST = (
-    *("quickstart/test_quickstart", "pipelines/test_freeze_align", "test_ray", "pipelines/test_avsr"),
+    *("quickstart/test_quickstart", "pipelines/test_freeze_align", "test_ray", "pipelines/avsr/test_avsr"),
     *("pipelines/test_icons", "train/test_distributed", "export/test_transformers"),
     *("pipelines/uniperceiver/test_pipeline", "pipelines/uniperceiver/test_training"),
     *("extract/test_remote", "extract/test_engines", "serve/test_page", "export/test_export", "export/test_open_clip"),
-    *("train/test_speech", "pipelines/test_summit", "sweep/test_sweep", "extract/test_crash", "cli/test_process"),
+    *("pipelines/test_summit", "sweep/test_sweep", "extract/test_crash", "cli/test_process"),
     *("interop/test_clip_benchmark", "derive/test_derive"),
-    *("transcription/test_published_path", "transcription/test_model", "pipelines/test_talking"),
+    *("pipelines/avsr/test_train", "pipelines/avsr/test_transcribe", "pipelines/test_talking"),
     *("search/test_damage", "train/test_train", "train/test_trackers", "train/test_data"),
 )
 """The files that take longest, which start first so that both test processes end together."""

@@ -330,7 +330,7 @@ COMMANDS: dict[str, tuple[str, str, set[str]]] = {
     "import npy": ("import_vectors", "ImportSettings", {"image_file", "text_file", "file", "table"}),
 }
 """Command -> its function, the settings that the function's options are from, and words that it takes otherwise."""
-NOT_CALLED = {embedcache.Model, embedcache.SpeechModel, embedcache.EmbedcacheError}
+NOT_CALLED = {embedcache.Model, embedcache.EmbedcacheError}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -430,7 +430,6 @@ def test_iterators_and_arrays_name_several(
 USER = ROOT / "tests" / "user_code.py"
 BEFORE_WRONG = """
 cache, model = embedcache.Cache("cache"), embedcache.load("run")
-speech = embedcache.load("speech", kind="speech")
 """
 WRONG = {
     "model.encode_text(3)": "call-overload",
@@ -443,8 +442,6 @@ WRONG = {
     "embedcache.evaluate_retrieval(cache, model, progress='yes')": "arg-type",
     "embedcache.PairDataset(cache, part='all')": "arg-type",
     "model.transcribe()": "attr",
-    "speech.encode_text()": "attr",
-    "speech.transcribe(video=3)": "call-overload",
     'embedcache.load("run", "cpu")': "call-overload",
     "embedcache.lod": "attr",
 }

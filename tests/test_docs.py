@@ -8,7 +8,6 @@ import shlex
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import typer
 from typer.core import TyperGroup
@@ -16,8 +15,6 @@ from typer.core import TyperGroup
 from embedcache.cli.main import root_command
 from tests.blocks import ROOT, TUTORIAL, Block, blocks_of, run_block
 from tests.images import write_images
-from tests.media_files import wav
-from tests.transcription.runs import write_clips
 
 OTHERS = re.compile(r"#|(\w+=\S+ )?(just|(python -m )?pip install) ")
 """Beginnings of lines that are comments or that CI runs."""
@@ -31,13 +28,10 @@ def blocks(language: str) -> list[Block]:
 
 @pytest.fixture(scope="module")
 def folder(small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder in which examples run: a cache `flickr`, images with captions in `photos`, clips in `lrs3`."""
+    """Return the folder in which examples run: a cache `flickr`, images with captions in `photos`."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(small_cache, folder / "flickr")
     write_images(folder / "photos", 120)
-    write_clips(folder / "lrs3" / "trainval", 6)
-    write_clips(folder / "lrs3" / "test", 2)
-    (folder / "babble.wav").write_bytes(wav(np.random.default_rng(0).normal(0, 0.1, 32_000).astype(np.float32)))
     return folder
 
 

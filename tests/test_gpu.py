@@ -22,10 +22,6 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.interop.clip_benchmark import load
-from embedcache.networks.attention import AttentionDecoder
-from embedcache.networks.ctc import align_ctc, decode_ctc
-from embedcache.networks.decoding import decode_attention, decode_hybrid
-from embedcache.networks.sequence import LayerSizes, valid_frames
 from embedcache.progress import NullProgress
 from embedcache.projectors.saved import read_config
 from embedcache.search.faiss_index import make_index, num_gpus, spherical_kmeans
@@ -35,6 +31,10 @@ from embedcache.store.cache import Cache
 from embedcache.testing.encoders import TEXTS, example_images
 from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
+from pipelines.avsr.attention import AttentionDecoder
+from pipelines.avsr.ctc import align_ctc, decode_ctc
+from pipelines.avsr.decoding import decode_attention, decode_hybrid
+from pipelines.sequence import LayerSizes, valid_frames
 from pipelines.summit.networks import PointNetwork, adapt_norms, norm_gaps, predict_points, scale_entropy
 from tests.encoders.checkpoints import save_bert, save_timm
 from tests.images import write_images

@@ -16,8 +16,8 @@ from embedcache.errors import PathError
 from embedcache.evaluate.classifiers import METHODS
 from embedcache.extract.views import VIEWS
 from embedcache.interop.exporting import _file_root
-from embedcache.networks.saved import NETWORKS
 from embedcache.projectors.base import PROJECTORS
+from embedcache.projectors.modules import NETWORKS
 from embedcache.registry import Registry
 from embedcache.sources import reopen_source
 from embedcache.sources.open import SOURCES

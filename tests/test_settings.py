@@ -114,7 +114,7 @@ def declared_settings() -> Iterator[FlatSetting]:
         (("image_cosine", "text_cosine", "other_cosine"), (0.99,), (-1.01, 1.01)),
         (("max_score", "min_score"), (-1, 1), (-1.01, 1.01)),
         (("absolute_margin",), (0, 2), (-0.01, 2.01)),
-        (("relative_margin", "min_recall", "warmup_fraction", "ctc_weight"), (0, 1), (-0.01, 1.01)),
+        (("relative_margin", "min_recall", "warmup_fraction"), (0, 1), (-0.01, 1.01)),
         (("test_fraction", "val_fraction"), (0.01, 0.99), (0, 1)),
         (("dropout",), (0, 0.99), (-0.01, 1)),
         (("shrinkage", "lr", "max_grad_norm"), (1e-9,), (0,)),
@@ -122,7 +122,7 @@ def declared_settings() -> Iterator[FlatSetting]:
         (("epochs",), (0, 10**6), (-1, 10**6 + 1)),
         (("range_min",), (0, 2**20), (-1, 2**20 + 1)),
         (("range_max",), (1, 2**20), (0, 2**20 + 1)),
-        (("label_neighbors", "beam"), (1, 1000), (0, 1001)),
+        (("label_neighbors",), (1, 1000), (0, 1001)),
         (("threads", "workers"), (1, 1024), (0, 1025)),
         (("shared_width",), (1, 2**16), (0, 2**16 + 1)),
         (("chunk_size",), (1, 2**24), (0, 2**24 + 1)),
@@ -368,8 +368,8 @@ def test_config_of_a_run_restores_its_settings(run_path: Path) -> None:
 
 
 def test_config_of_another_kind_of_run_is_one_error(tmp_path: Path) -> None:
-    write_record(tmp_path / "config.json", {"format": 2, "kind": "speech"})
-    with pytest.raises(SettingError, match="got that of a run of the kind speech; name its options one by one"):
+    write_record(tmp_path / "config.json", {"format": 2, "kind": "mine:Net"})
+    with pytest.raises(SettingError, match="got that of a run of the kind mine:Net; name its options one by one"):
         read_config(tmp_path / "config.json")
 
 

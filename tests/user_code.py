@@ -65,9 +65,6 @@ def use(cache: embedcache.Cache) -> None:
     rows: int = model.similarity(["a.jpg"], "a dog").shape[0] + model.similarity(vectors, torch.zeros(2, 8)).shape[0]
     tensor: torch.Tensor = model.encode_image(torch.zeros(2, 3, 8, 8), tensors=True)
     best: list[str] = model.classify("a.jpg", ["cat", "dog"], template="a photo of a {}").best
-    speech = embedcache.load("speech-run", kind="speech")
-    text: str = speech.transcribe("clip.mp4", mouth=(0.3, 0.5, 0.7, 0.8)).text
-    texts: list[str] = [found.text for found in speech.transcribe(["a.wav", Path("b.wav")])]
-    print(rows, tensor, best, text, texts)
+    print(rows, tensor, best)
     for batch in DataLoader(embedcache.PairDataset(cache, part="train", split="key"), batch_size=2):
         print(batch["image"])

@@ -10,7 +10,6 @@ import typer
 from embedcache.cli.commands import add_command, new_group
 from embedcache.cli.options import (
     CacheArgument,
-    Device,
     Features,
     Html,
     Json,
@@ -21,13 +20,11 @@ from embedcache.cli.options import (
     output_option,
     with_settings,
 )
-from embedcache.devices import AUTO
 from embedcache.errors import PathError
 from embedcache.evaluate.settings import (
     PairsSettings,
     ProbeSettings,
     RetrievalSettings,
-    SpeechSettings,
     ZeroShotSettings,
     pairs_settings,
 )
@@ -280,48 +277,7 @@ def pairs(
     )
 
 
-@with_settings(settings=SpeechSettings)
-def speech(
-    cache: CacheArgument,
-    run: Runs,
-    device: Device = AUTO,
-    *,
-    settings: SpeechSettings,
-    outputs: ReportOptions,
-) -> None:
-    """Measure the word errors of speech recognizers.
-
-    Print word and character error rates in views of the sound, such as levels of noise, with confidence intervals and
-    paired differences to the first run. If the samples have a column `recordings`, intervals are over these, else over
-    utterances.
-
-    Example: embedcache evaluate speech test/ audio/ fusion/ --view plain,babble0dB,babble-5dB --html wer.html
-    """
-    from embedcache.cli.console import open_progress, print_line, print_table
-    from embedcache.evaluate.speech import compare_runs
-    from embedcache.reports.speech import difference_table, error_table, speech_json, write_speech_page
-    from embedcache.store.cache import Cache
-
-    reports = compare_runs(cache, run, settings, device=device, progress=open_progress())
-
-    def show() -> None:
-        for name, seeds in reports.items():
-            print_line(f"{name}: {seeds[0].line()}")
-            for line in dict.fromkeys(line for report in seeds for line in report.warnings()):
-                print_line(f"  {line}")
-        print_table(*error_table(reports))
-        if difference_table(reports)[1]:
-            print_table(*difference_table(reports))
-
-    outputs.publish(
-        show,
-        lambda: speech_json(reports, Path(cache).name),
-        lambda path: write_speech_page(path, Cache(cache), reports),
-    )
-
-
 add_command(app, "retrieval", retrieval, reads_items=True)
 add_command(app, "zero-shot", zero_shot, reads_items=True)
 add_command(app, "probe", probe, plugins=("methods",))
 add_command(app, "pairs", pairs)
-add_command(app, "speech", speech, reads_items=True)

@@ -50,7 +50,7 @@ def extract(
         list[str] | None,
         typer.Option(
             metavar="MODALITY=SPEC",
-            help="Encoder of any modality, also of the families whisper, frames and stacks, such as "
+            help="Encoder of any modality, also of the families whisper and frames, such as "
             "audio=whisper:tiny.en. May be repeated.",
         ),
     ] = None,

@@ -18,7 +18,6 @@ from embedcache.cli.failures import run_program
 from embedcache.cli.options import Json, Output
 from embedcache.cli.search import search, serve
 from embedcache.cli.train import sweep, train
-from embedcache.cli.transcribe import transcribe
 from embedcache.errors import PathError
 from embedcache.registry import search_plugins_in
 
@@ -92,7 +91,6 @@ add_command(app, "sweep", sweep, plugins=("projectors", "losses", "trackers"))
 app.add_typer(evaluate.app, name="evaluate")
 add_command(app, "search", search)
 add_command(app, "serve", serve, reads_items=True)
-add_command(app, "transcribe", transcribe)
 app.add_typer(curate.app, name="curate")
 app.add_typer(export.app, name="export")
 app.add_typer(import_.app, name="import")

@@ -143,27 +143,6 @@ class ReportOptions:
         )
 
 
-Srt: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--srt",
-        metavar="FILE",
-        help="Write subtitles of the format SubRip.",
-        rich_help_panel=OUTPUT_PANEL,
-        callback=check_new_file,
-    ),
-]
-Vtt: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--vtt",
-        metavar="FILE",
-        help="Write subtitles of the format WebVTT.",
-        rich_help_panel=OUTPUT_PANEL,
-        callback=check_new_file,
-    ),
-]
-
 _CONFIG_HELP = "Read options from this TOML file; the command line takes precedence."
 _WIDEST_CHOICES = 24
 _COMMA = re.compile(",")

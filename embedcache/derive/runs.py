@@ -19,7 +19,7 @@ from embedcache.encoders.base import ItemShape
 from embedcache.encoders.open import RUN
 from embedcache.errors import PathError, SettingError
 from embedcache.files import AnyPath
-from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module
+from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import (
     PairConfig,

@@ -30,13 +30,13 @@ class Family:
 
     Args:
         opener: `module:attribute` of the function.
-        model: `name`, a published model or the path of a folder, as of every plug-in; `file`, the path of a file;
-            `encoder`, the spec of another encoder without its options, or a name.
+        model: `name`, a published model or the path of a folder, as of every plug-in; `encoder`, the spec of another
+            encoder without its options, or a name.
         own_options: where the model is an encoder, the options that are not those of that encoder.
     """
 
     opener: str
-    model: Literal["name", "file", "encoder"] = "name"
+    model: Literal["name", "encoder"] = "name"
     own_options: frozenset[str] = frozenset()
 
 
@@ -46,7 +46,6 @@ _FAMILIES: Mapping[str, Family] = {
     "lite": Family("embedcache.encoders.lite:open_lite"),
     "open_clip": Family("embedcache.encoders.open_clip:open_open_clip"),
     "st": Family("embedcache.encoders.sentence_transformers:open_sentence_transformers"),
-    "stacks": Family("embedcache.encoders.stacks:open_stacks", "file"),
     "timm": Family("embedcache.encoders.timm:open_timm"),
     "whisper": Family("embedcache.encoders.whisper:open_whisper"),
 }
@@ -286,13 +285,9 @@ class EncoderSpec:
 
     @property
     def is_path(self) -> bool:
-        """Whether the model is a path: it starts with `/`, `~` or a dot, or holds a `/` and is an existing folder.
-
-        The model of some families is always the path of a file.
-        """
+        """Whether the model is a path: it starts with `/`, `~` or a dot, or holds a `/` and is an existing folder."""
         is_folder = "/" in self.model and Path(self.model).is_dir()
-        is_file = _model_kind(self.family) == "file"
-        return is_folder or is_file or self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)
+        return is_folder or self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)
 
     @property
     def folder(self) -> str:

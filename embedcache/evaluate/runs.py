@@ -17,7 +17,7 @@ from embedcache.dataset.splits import Split, column_parts, read_split
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError, UnknownNameError
 from embedcache.files import AnyPath, one_or_many
-from embedcache.networks.saved import read_module_config
+from embedcache.projectors.modules import read_module_config
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import (
     PairConfig,

@@ -8,7 +8,6 @@ from embedcache.dataset.settings import LANGUAGE_DEFAULT, SplitSettings, with_sp
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
-from embedcache.networks.settings import DecodingSettings
 from embedcache.search.settings import FEATURE_HELP, LABEL
 from embedcache.settings import check_settings, from_flat, group, setting
 
@@ -92,43 +91,6 @@ class ProbeSettings:
             raise SettingError("classifier: expected at least one classifier such as knn, got none; add --classifier")
         if any(shots < 1 for shots in self.shots):
             raise SettingError(f"shots: expected whole numbers above 0, got {', '.join(map(str, self.shots))}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeechSettings:
-    """Settings of the evaluation of speech recognizers."""
-
-    views: tuple[str, ...] = setting(
-        ("plain",),
-        "View of the sound to recognize, such as babble-5dB for the folder tiny.en@babble-5dB; plain is the feature "
-        "itself. May be repeated.",
-        flat_name="view",
-        metavar="VIEW",
-        commas="split specs",
-        default_text="plain",
-    )
-    streams: tuple[str, ...] = setting(
-        (),
-        "Stream to use, audio or video. May be repeated.",
-        metavar="NAME",
-        default_text="all that the run was trained on",
-    )
-    decoding: DecodingSettings = group(DecodingSettings)
-    part: Literal["train", "val", "test", "all"] | None = setting(
-        None, "Part of the column split to read.", default_text=_PART_DEFAULT
-    )
-    shuffle_videos: bool = setting(
-        False, "Also recognize with the lips of other utterances, as a control that must not help."
-    )
-    seed: int = setting(0, "Random seed of the control.", ge=0, lt=2**32)
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if not self.views or len(set(self.views)) < len(self.views):
-            raise SettingError(f"view: expected different names of views, got {', '.join(self.views) or 'none'}")
-        unknown = [name for name in self.streams if name not in ("audio", "video")]
-        if unknown:
-            raise SettingError(f"streams: expected audio or video, got {unknown[0]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,7 @@ class ExtractSettings:
     )
     views: tuple[str, ...] = setting(
         (),
-        "Also encode an altered version of each item: crop:0.5, flip, noise:5,tape=FILE or module:function. May be "
-        "repeated.",
+        "Also encode an altered version of each item: crop:0.5, flip or module:function[:ARGUMENT]. May be repeated.",
         flat_name="view",
         metavar="VIEW",
         commas="split specs",

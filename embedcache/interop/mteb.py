@@ -19,7 +19,7 @@ def load_mteb(run: AnyPath, *, device: str = AUTO) -> "MtebModel":
 
     Raises the errors of `embedcache.load`, and `MissingExtraError` if mteb is not installed.
     """
-    model = load(run, kind="pair", device=device)
+    model = load(run, device=device)
     meta = require("mteb.models.model_meta", extra="mteb")
     about = {
         "name": f"embedcache/{Path(run).resolve().name}",

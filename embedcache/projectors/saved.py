@@ -1,7 +1,7 @@
 """A trained pair on disk: `model.safetensors`, and `config.json` written after it.
 
-No other module knows the keys of a pair's `config.json`; those of other runs are in `embedcache.networks.saved`. torch
-is imported where weights are used, so that a config is read in milliseconds.
+No other module knows the keys of a pair's `config.json`; those of other runs are in `embedcache.projectors.modules`.
+torch is imported where weights are used, so that a config is read in milliseconds.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -46,11 +46,6 @@ CONFIG_NAMES = {
 }
 """Field of the config of a run -> key in `config.json`, where they differ, as in format 1."""
 
-_NEXT_STEPS = {
-    "speech": "evaluate it with: embedcache evaluate speech",
-}
-"""Kind of a run of a module -> what to do with it instead of loading it as a pair."""
-_OTHER_NEXT_STEP = "load it with embedcache.networks.saved.load_module"
 _FORMAT_1 = ("image", "text")
 _PAIR = "pair"
 _BLOCK = 8192
@@ -253,8 +248,8 @@ def read_config(run_path: Path) -> PairConfig:
     values = read_run(run_path)
     if not is_pair(values):
         raise DataError(
-            f"{run_path}: expected an aligned pair, got a run of kind {values.get('kind')}; "
-            f"{_NEXT_STEPS.get(str(values.get('kind')), _OTHER_NEXT_STEP)}"
+            f"{run_path}: expected an aligned pair, got a run of kind {values.get('kind')}; load it with "
+            "embedcache.projectors.modules.load_module"
         )
     return construct(config_path(run_path), lambda: PairConfig.from_json(values))
 

@@ -237,7 +237,7 @@ def _summarize_run(path: Path) -> Summary:
 
 
 def _summarize_module(path: Path, outcome: Mapping[str, Any]) -> Summary:
-    from embedcache.networks.saved import read_module_config
+    from embedcache.projectors.modules import read_module_config
 
     config = read_module_config(path)
     arguments = ", ".join(f"{name}={value}" for name, value in config.arguments.items())

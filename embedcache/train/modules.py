@@ -7,8 +7,8 @@ from typing import Any
 
 from embedcache.dataset.inputs import InputFeature
 from embedcache.metrics.ranking import metric_label
-from embedcache.networks.saved import ModuleConfig, ModuleInput, read_module_config, save_module
 from embedcache.progress import NullProgress, Progress
+from embedcache.projectors.modules import ModuleConfig, ModuleInput, read_module_config, save_module
 from embedcache.projectors.saved import config_path
 from embedcache.train.checkpoint import name_device, reuse_run, train_run
 from embedcache.train.distributed import process_group

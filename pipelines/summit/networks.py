@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from embedcache.arrays import Array, Floats, Ints, blocks
 from embedcache.errors import DataError, SettingError
-from embedcache.networks.saved import NETWORKS
+from embedcache.projectors.modules import NETWORKS
 from pipelines.summit.metrics import IGNORED
 
 RUN_KIND = f"{__name__}:PointNetworks"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.files import replacing, write_atomic
-from embedcache.networks.saved import load_module
+from embedcache.projectors.modules import load_module
 from embedcache.reports.base import Section, svg, write_report
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache

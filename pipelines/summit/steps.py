@@ -17,7 +17,7 @@ from embedcache.derive.derive import Derivation, derive, derive_from_run
 from embedcache.derive.rules import Rule
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.networks.saved import ModuleInput, load_module, read_module_config
+from embedcache.projectors.modules import ModuleInput, load_module, read_module_config
 from embedcache.projectors.saved import config_path
 from embedcache.settings import from_flat
 from embedcache.sources import open_source

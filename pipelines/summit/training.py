@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embedcache.arrays import Floats, Ints, check_finite
 from embedcache.errors import DataError
-from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module, save_module
+from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module, save_module
 from embedcache.train.batches import Loader, RowBatches, to_device
 from embedcache.train.distributed import own_slice
 from embedcache.train.modules import ModuleReport, train_task

@@ -12,7 +12,7 @@ from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError
 from embedcache.metrics.intervals import MetricValues
 from embedcache.metrics.ranking import chance_recall
-from embedcache.networks.saved import ModuleConfig, load_module
+from embedcache.projectors.modules import ModuleConfig, load_module
 from embedcache.provenance import check_same
 from pipelines.results import Measures, Result
 from pipelines.uniperceiver.captions import write_captions

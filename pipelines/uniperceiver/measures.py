@@ -13,8 +13,8 @@ from embedcache.arrays import Bools, Floats, Ints, normalize
 from embedcache.dataset.inputs import to_unit_vectors
 from embedcache.evaluate import classifiers
 from embedcache.metrics.intervals import MetricValues
-from embedcache.networks.saved import read_module_config
 from embedcache.progress import Progress
+from embedcache.projectors.modules import read_module_config
 from pipelines.results import Measures, Result, keep_result
 from pipelines.uniperceiver.evaluation import BLIND, SHUFFLED, answer_blindly, evaluate_task, represent
 from pipelines.uniperceiver.examples import TaskExamples

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from embedcache.arrays import Floats, check_finite, distinct
 from embedcache.devices import autocast
 from embedcache.errors import DataError
-from embedcache.networks.saved import ModuleConfig, read_module_config
 from embedcache.progress import Progress
+from embedcache.projectors.modules import ModuleConfig, read_module_config
 from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.train.batches import Loader
 from embedcache.train.modules import ModuleReport, describe_input, train_task

@@ -18,7 +18,6 @@ import pytest
 from embedcache.errors import EmbedcacheError
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
-from embedcache.reports.speech import read_rows
 from embedcache.search.hits import Hit, Hits
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
@@ -207,8 +206,6 @@ def test_pages_in_python_read_nothing(crafted: Path) -> None:
             events = stack.enter_context(recorded())
             served = open_service(paths, ServeSettings(), device="cpu", progress=NullProgress())
             assert "<img" not in hits.to_html()
-            with contextlib.suppress(EmbedcacheError):
-                read_rows(cache, ["k0"])
         assert len(served.shown) == num_images
         with recorded() as later:
             for row, items in enumerate(served.shown.values()):

@@ -26,7 +26,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.inference import load
-from embedcache.networks.saved import ModuleConfig, ModuleInput, save_module
+from embedcache.projectors.modules import ModuleConfig, ModuleInput, save_module
 from embedcache.projectors.saved import config_path, read_config
 from embedcache.registry import trust_files
 from embedcache.search.vectors import Vectors

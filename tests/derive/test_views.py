@@ -1,4 +1,4 @@
-"""Outputs of a run on views of its features: a speech network on noisy recordings, and an aligned pair on flips."""
+"""Outputs of a run on views of its features: a network of frames on noisy recordings, and an aligned pair on flips."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ from embedcache.errors import DataError, FingerprintError, SettingError, Unknown
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
-from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module, save_module
-from embedcache.networks.speech import SpeechNetwork
+from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module, save_module
 from embedcache.provenance import read_json, write_json
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from embedcache.train.data import open_data
+from pipelines.avsr.noise import VIEW
 from tests.cli.run import embedcache, succeed
 from tests.extract.cases import tree
 from tests.images import write_images
@@ -37,7 +37,7 @@ from tests.toy import IMAGE, TEXT
 from tests.train.runs import run as train
 
 AUDIO, VIDEO = "open_media/frames", "open_media/frames"
-SIZES: dict[str, Any] = {"width": 16, "num_layers": 1, "decoder_layers": 1, "num_heads": 2, "feed_forward": 16}
+STACKS = {"audio": 2, "video": 1}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = open_source(write_tar(work / "clips.tar", members))
     noise = (0.2 * np.random.default_rng(0).standard_normal(20_000)).astype(np.float32)
     write(work, {"babble.wav": wav(noise)})
-    views = (*(f"noise:{level},tape={work}/babble.wav" for level in (5, -5)), "tests.extract.test_noise:backwards")
+    views = (*(f"{VIEW}:{level},tape={work}/babble.wav" for level in (5, -5)), "tests.extract.test_own_views:backwards")
     settings = ExtractSettings(features=("frames", "mean"), views=views, chunk_size=2)
     extract(source, work / "cache", encoder={"audio": [MEDIA], "video": [MEDIA]}, settings=settings)
     write_run(work / "cache", work / "both", {"audio": AUDIO, "video": VIDEO})
@@ -77,14 +77,36 @@ def write_run(cache: Path, run: Path, features: Mapping[str, str], module: nn.Mo
             fingerprint=feature.fingerprint,
             width=feature.width,
         )
-    stacks = {"audio": 2, "video": 1}
-    streams = {name: {"width": side.width, "stack": stacks[name]} for name, side in sides.items()}
-    arguments: dict[str, Any] = (
-        {"streams": streams, "fusion_layers": len(streams) - 1, **SIZES} if module is None else {}
-    )
-    kind = "speech" if module is None else f"tests.derive.test_views:{type(module).__name__}"
+    arguments = {"widths": {name: side.width for name, side in sides.items()}} if module is None else {}
+    module = module or States(**arguments)
+    kind = f"tests.derive.test_views:{type(module).__name__}"
     run.mkdir()
-    save_module(run, module or SpeechNetwork(**arguments), ModuleConfig(kind=kind, arguments=arguments, sides=sides))
+    save_module(run, module, ModuleConfig(kind=kind, arguments=arguments, sides=sides))
+
+
+class States(nn.Module):
+    """A network with an output of each side: every frame of a video, or every two frames of sound, as four numbers."""
+
+    def __init__(self, widths: Mapping[str, int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(STACKS[name] * width, 4) for name, width in widths.items()})
+
+    def output_shapes(self, shapes: Sequence[ItemShape]) -> Mapping[str, ItemShape]:
+        return {f"{name}-states": (-1, 4) for name in self.layers}
+
+    def output_sides(self, name: str) -> Sequence[str]:
+        return [name.removesuffix("-states")]
+
+    def output_axis(self, name: str, axes: Sequence[Axis]) -> Axis:
+        stack, rate_hz = STACKS[name.removesuffix("-states")], axes[0].rate_hz or 0.0
+        return Axis(kind="time", rate_hz=rate_hz / stack, start_s=(axes[0].start_s or 0) + (stack - 1) / 2 / rate_hz)
+
+    def compute_outputs(self, inputs: Sequence[Block], names: Sequence[str]) -> Mapping[str, Any]:
+        (name,) = names
+        stream = name.removesuffix("-states")
+        stack = STACKS[stream]
+        stacked = [item[: len(item) // stack * stack].reshape(len(item) // stack, -1) for item in inputs[0].items()]
+        return {name: [self.layers[stream](torch.from_numpy(item.astype(np.float32))).numpy() for item in stacked]}
 
 
 def states(work: Path, run: str, cache: Path, feature: str, row: int) -> Floats:
@@ -164,7 +186,7 @@ def test_first_side_that_is_read_decides_the_items(work: Path, cache: Path, tmp_
 
 
 def test_view_is_read_in_place_of_the_sides_of_its_modality(work: Path, cache: Path, tmp_path: Path) -> None:
-    view = "tests.extract.test_noise-backwards"
+    view = "tests.extract.test_own_views-backwards"
     write_run(cache, tmp_path / "run", {"audio": AUDIO, "video": VIDEO}, Length())
     derive_from_run(cache, tmp_path / "run", "length", view=(view,))
     group = Cache(cache).feature("video", f"run-length@{view}/length").group
@@ -231,7 +253,7 @@ def test_command_line(work: Path, cache: Path) -> None:
     assert "ao@babble-5dB/audio-states" in succeed("inspect", cache, cwd=work)
     for more, message in (
         (("--view", "babble7dB"), "open_media@babble5dB/frames"),
-        (("--view", "noise:5,tape=babble.wav"), "--view: expected the name of a view as in the folders of the cache"),
+        (("--view", f"{VIEW}:5,tape=babble.wav"), "--view: expected the name of a view as in the folders of the cache"),
     ):
         refused = embedcache(*words, *more, cwd=work)
         assert refused.code == 1

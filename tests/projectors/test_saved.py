@@ -85,12 +85,10 @@ def test_unfinished_damaged_and_other_runs_raise(tmp_path: Path) -> None:
         with pytest.raises(CorruptError, match=r"model.safetensors is missing or not the file that config.json was wr"):
             load_pair(run)
     config.write_text(text.replace('"shared_width": 4', '"shared_width": 5'))
-    with pytest.raises(CorruptError, match="restore the file, or remove its last key, digest, if you have changed it"):
+    with pytest.raises(CorruptError, match="restore the file"):
         read_config(run)
     write_record(config, {"kind": "points", "format": 2})
-    with pytest.raises(
-        DataError, match="expected an aligned pair, got a run of kind points; load it with embedcache.n"
-    ):
+    with pytest.raises(DataError, match="expected an aligned pair, got a run of kind points; load it with"):
         read_config(run)
     write_record(config, {"kind": "pair", "format": 2, "sides": {}})
     with pytest.raises(CorruptError):

@@ -17,7 +17,6 @@ from embedcache.interop.npy import open_npy_vectors
 from embedcache.registry import trust_files
 from embedcache.reports.base import QueryExample, Section, write_report
 from embedcache.reports.items import ItemRenderer, PageItem
-from embedcache.reports.speech import read_rows
 from embedcache.sources import open_source, read_below
 from embedcache.sources.sound import decode_audio
 from embedcache.store.cache import Cache
@@ -82,9 +81,8 @@ def test_source_of_a_stranger(foreign: Path, caplog: pytest.LogCaptureFixture) -
     (warning,) = renderer.warnings()
     assert warning.startswith("2 images are not shown: the cache says that its source is ")
     assert "you did not extract it on this machine; name its folder or URL with --image-folder, or" in warning
-    for read in (lambda: Thumbnails(cache), lambda: read_rows(cache, ["00000"])):
-        with pytest.raises(PathError, match="you did not extract it"):
-            read()
+    with pytest.raises(PathError, match="you did not extract it"):
+        Thumbnails(cache)
     with trust_files():
         assert shown(ItemRenderer(cache, "image")) == [True, True]
 

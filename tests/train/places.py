@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from embedcache.arrays import Floats, Ints
 from embedcache.dataset.inputs import open_input
 from embedcache.errors import DataError
-from embedcache.networks.saved import ModuleConfig
+from embedcache.projectors.modules import ModuleConfig
 from embedcache.settings import from_flat
 from embedcache.store.cache import Cache
 from embedcache.train.batches import Loader, RowBatches, to_device

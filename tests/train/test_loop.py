@@ -17,18 +17,15 @@ from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import DataError
 from embedcache.projectors.pair import AlignedPair
-from embedcache.settings import from_flat
 from embedcache.train import distributed, pair
 from embedcache.train.data import TrainData, _gather
 from embedcache.train.losses import Positives
 from embedcache.train.modules import ModuleReport
 from embedcache.train.pair import PairTask, Validation
 from embedcache.train.pair_batches import Batch, LoadedBatch, LoadedInputs
-from embedcache.train.settings import FitSettings, LossSettings, MachineSettings, OptimizerSettings
-from embedcache.train.speech import SpeechRecipe, SpeechTask
+from embedcache.train.settings import LossSettings, MachineSettings, OptimizerSettings
 from embedcache.train.train import TrainReport
 from embedcache.train.trainer import _BestWeights, _threads, learning_rate
-from embedcache.train.utterances import frame_counts
 from tests.store.features import random_items, write_feature
 
 
@@ -310,18 +307,3 @@ def test_a_batch_of_one_part_is_projected_once(monkeypatch: pytest.MonkeyPatch) 
         assert sizes == forward
         loss.backward()
         assert sorted(sizes[len(forward) :]) == backward
-
-
-@pytest.mark.parametrize(("batch_size", "count", "steps"), [(None, 32, 1), (None, 33, 2), (4, 9, 3)])
-def test_a_batch_of_speech_has_32_utterances(batch_size: int | None, count: int, steps: int) -> None:
-    module, utterances = nn.Linear(2, 3), SimpleNamespace(symbols=[np.zeros(2)] * count)
-    settings = from_flat(FitSettings, {"batch_size": batch_size})
-    task = SpeechTask(module, utterances, utterances, settings, SpeechRecipe())  # type: ignore[arg-type]
-    assert task.loader.num_steps == steps
-    assert task.forward_flops == 2 * (batch_size or 32) * 75 * 9
-
-
-def test_frames_of_items_are_counted() -> None:
-    values, lengths = np.zeros((2, 5, 3)), np.array([4, 5])
-    assert frame_counts(Inputs(values)).tolist() == [5, 5]
-    assert frame_counts(Inputs(values, lengths)).tolist() == [4, 5]

@@ -20,7 +20,7 @@ from embedcache.errors import (
     SettingError,
     UnknownNameError,
 )
-from embedcache.networks.saved import ModuleConfig, load_module, read_module_config
+from embedcache.projectors.modules import ModuleConfig, load_module, read_module_config
 from embedcache.projectors.saved import load_pair
 from embedcache.registry import trust_files
 from embedcache.reports.summary import summarize

@@ -39,7 +39,6 @@ from embedcache.train.pair_batches import PairBatches
 from embedcache.train.parts import source_digests
 from embedcache.train.settings import train_settings
 from embedcache.train.train import TrainReport
-from embedcache.train.utterances import UtteranceBatches
 from tests.cli.run import embedcache
 from tests.edits import edit_record, flip
 from tests.recorded import RecordedProgress
@@ -444,7 +443,6 @@ def test_each_process_has_an_item_of_each_batch(monkeypatch: pytest.MonkeyPatch)
         plans: list[Callable[[], Any]] = [
             lambda: train_module._make_batches(pairs, settings, [None, None], None),
             lambda: RowBatches(rows, batch_size=3, seed=0),
-            lambda: UtteranceBatches(rows, batch_size=3, seed=0),
         ]
         for plan in plans:
             if processes <= 3:

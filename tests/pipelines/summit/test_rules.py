@@ -17,7 +17,7 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings
-from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module, save_module
+from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module, save_module
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from pipelines.summit.encoders import FIELDS, GEOMETRY

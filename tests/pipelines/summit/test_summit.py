@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module, save_module
+from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module, save_module
 from embedcache.store.cache import Cache
 from pipelines.summit.__main__ import METHODS
 from pipelines.summit.metrics import mean_iou

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from embedcache.errors import DataError
-from embedcache.networks.saved import ModuleInput, load_module, read_module_config
+from embedcache.projectors.modules import ModuleInput, load_module, read_module_config
 from embedcache.settings import from_flat
 from embedcache.train.settings import FitSettings
 from pipelines.summit.networks import RUN_KIND, PointNetworks

@@ -15,7 +15,7 @@ from embedcache.axis import Axis
 from embedcache.derive.rules import Block
 from embedcache.errors import DataError, EmbedcacheError, SettingError
 from embedcache.metrics.intervals import MetricValues
-from embedcache.networks.saved import read_module_config
+from embedcache.projectors.modules import read_module_config
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from pipelines.results import Result, Results

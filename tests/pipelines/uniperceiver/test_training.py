@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from embedcache.errors import FingerprintError
-from embedcache.networks.saved import read_module_config
+from embedcache.projectors.modules import read_module_config
 from pipelines.uniperceiver.evaluation import load_shared
 from pipelines.uniperceiver.network import SharedNetwork
 from pipelines.uniperceiver.tasks import predict

@@ -1,0 +1,120 @@
+"""Audio-visual speech recognition on cached features, on synthetic talking mouths and real recordings: AVSR (ACL 2022).
+
+    python -m pipelines.avsr work/                 # three seeds; about 20 minutes each on 2 cores
+    python -m pipelines.avsr work/ --seeds 0
+    python -m pipelines.avsr work/ --ablations     # further fusions, with the first seed
+    python -m pipelines.avsr work/ --tiny          # a few utterances, to see that everything runs
+
+A recognizer is trained on sound and one on lips, then fusions of both that start from the two complete runs with their
+encoders frozen. Sets: A, unseen voices and faces; B, another synthesizer; R, real recordings. Results are kept in the
+folder; a second call goes on. All settings were chosen on the sets `valid` and K, without A, B and R.
+"""
+
+import argparse
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from embedcache.cli.console import print_table
+from embedcache.cli.failures import run_program
+from pipelines.avsr.decoding import Decoding
+from pipelines.avsr.page import SETS, Layout, show_utterances, write_pages
+from pipelines.avsr.results import Results, rate_table
+from pipelines.avsr.steps import DECODING, LOUD, NARROW, TEST_VIEWS, TINY, Question, Runs, Size, Variant, make_caches
+from pipelines.parallel import run_parallel
+
+AUDIO, VIDEO, DEEP = "audio", "video", "video, as deep as the fusion"
+FUSION, NARROW_NOISE, PAPER = "both", "both, narrow noise", "both, concatenated"
+MISSING = {"audio": 0.3, "video": 0.1}
+FUSIONS: Mapping[str, Variant] = {
+    FUSION: Variant(noise=LOUD, missing=MISSING),
+    DEEP: Variant(readouts="video", missing={"audio": 1.0}),
+}
+ABLATIONS: Mapping[str, Variant] = {
+    NARROW_NOISE: Variant(noise=NARROW, missing=MISSING),
+    PAPER: Variant(kind="concat", readouts=None, noise=LOUD),
+    "both, nothing missing": Variant(noise=LOUD),
+    "both, lips swapped and shifted": Variant(noise=LOUD, missing=MISSING, swapped=0.1, shift_s=0.04),
+}
+GREEDY, AS_PUBLISHED = Decoding(decoder="ctc"), Decoding()
+SHOWN = {"A": ("0003", "0011"), "R": ("0007",)}
+
+
+def main() -> None:
+    """Make caches, train both streams and the fusions, recognize the test sets, write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ablations", action="store_true", help="further fusions, with the first seed")
+    parser.add_argument("--tiny", action="store_true", help="a few utterances, to see that everything runs")
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    run_all = partial(run_parallel, num_processes=1 if options.tiny else None)  # a new process imports for seconds
+    size, seeds, sets = (TINY, options.seeds[:1], ("A", "R")) if options.tiny else (Size(), options.seeds, tuple(SETS))
+
+    caches = make_caches(options.workdir, size, sets)
+    for seed in seeds:
+        runs = Runs(folder=options.workdir / f"seed{seed}", caches=caches, seed=seed, size=size)
+        variants = {**FUSIONS, **(ABLATIONS if options.ablations and seed == seeds[0] else {})}
+        asked = [question for name in (AUDIO, VIDEO, *variants) for question in questions(name, sets)]
+
+        run_all([(runs.train_audio,), (runs.train_lips,)])
+        run_all([(runs.train_video,), *((runs.evaluate, *question) for question in asked if question[0] == AUDIO)])
+        of_video = [(runs.evaluate, *question) for question in asked if question[0] == VIDEO]
+        run_all([*((runs.train_fusion, *variant) for variant in variants.items()), *of_video])
+        run_all([(runs.evaluate, *question) for question in asked])
+
+        results = Results.read([runs.folder])
+        print_table(*rate_table(results, [AUDIO, VIDEO, *variants], "A"), title=f"seed {seed}, set A, WER in %")
+
+    runs = Runs(folder=options.workdir / f"seed{seeds[0]}", caches=caches, seed=seeds[0], size=size)
+    rows = []
+    for name in sets:
+        if keys := SHOWN.get(name) if not options.tiny else ("0001",):
+            shown = {model: runs.path(model) for model in (AUDIO, FUSION)}
+            world = options.workdir / "world" / name
+            rows += show_utterances(world, caches[name], shown, keys, TEST_VIEWS[3], DECODING)
+    layout = page_layout({**FUSIONS, **(ABLATIONS if options.ablations else {})})
+    write_pages(options.workdir, Results.read(sorted(options.workdir.glob("seed*"))), layout, rows=rows)
+
+
+def questions(name: str, sets: Sequence[str]) -> list[tuple[str, Question]]:
+    """Return what is measured of a run."""
+    if name == DEEP:
+        return [(name, Question(model=name, test_set="A", streams=("video",)))]
+    asked = [Question(model=name, test_set=of) for of in (sets if name in (AUDIO, VIDEO, FUSION) else ("A",))]
+    if name in (AUDIO, FUSION):
+        asked.append(Question(model=f"{name}, greedy", test_set="A", decoding=GREEDY))
+        asked.append(Question(model=f"{name}, λ 0.1", test_set="A", decoding=AS_PUBLISHED))
+    if name == FUSION:
+        asked.append(Question(model=f"{name}, lips of others", test_set="A", is_shuffled=True))
+        asked.append(Question(model=f"{name}, without video", test_set="A", streams=("audio",)))
+        asked.append(Question(model=f"{name}, without audio", test_set="A", streams=("video",)))
+    return [(name, question) for question in asked]
+
+
+def page_layout(models: Collection[str]) -> Layout:
+    """Return what the page shows of the fusions that were trained."""
+    tried = [name for name in models if name not in FUSIONS]
+    return Layout(
+        models=[AUDIO, VIDEO, *FUSIONS],
+        curves=[AUDIO, VIDEO, *FUSIONS, *(name for name in tried if name == NARROW_NOISE)],
+        controls=[NARROW_NOISE, DEEP],
+        single=(AUDIO, VIDEO),
+        fusion=FUSION,
+        confused=[AUDIO, FUSION],
+        ablations={
+            "One stream, decoders": [
+                *(f"{name}{decoder}" for name in (AUDIO, FUSION) for decoder in ("", ", greedy", ", λ 0.1")),
+                *(f"{FUSION}, {how}" for how in ("without video", "without audio", "lips of others")),
+            ],
+            **({"What else was tried": [FUSION, *tried]} if tried else {}),
+        },
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

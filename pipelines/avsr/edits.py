@@ -1,0 +1,89 @@
+"""Word and character errors of transcripts, by the token of the reference that each belongs to.
+
+Words are compared as they are: bring references and hypotheses to one case and spelling first.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import jiwer
+import numpy as np
+
+from embedcache.arrays import Ints
+from embedcache.errors import DataError
+
+
+def align_words(references: Sequence[str], hypotheses: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """Return the words of each reference with the recognized one beside it; "" stands for none.
+
+    Raises:
+        DataError: there are no references, one has no words, or there is another number of hypotheses.
+
+    Example:
+        >>> align_words(["SET B AT"], ["SET D"])
+        [[('SET', 'SET'), ('B', 'D'), ('AT', '')]]
+    """
+    _check(references, hypotheses)
+    return _pair_tokens(jiwer.process_words(list(references), list(hypotheses)))
+
+
+def count_word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Ints:
+    """Count the errors of each reference word, of one utterance after another: (M,) int64; their mean is the WER.
+
+    A word that is substituted or deleted counts one error, and one more for each word that is inserted after it; those
+    before the first word count for the first. Raises as `align_words`.
+
+    Example:
+        >>> count_word_errors(["SET B AT 2"], ["SET D AT 2 NOW"]).tolist()
+        [0, 1, 0, 1]
+    """
+    return _count_errors(align_words(references, hypotheses))
+
+
+def count_character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Ints:
+    """Count the errors of each reference character, as `count_word_errors`; a space between words is a character."""
+    _check(references, hypotheses)
+    said, heard = ([" ".join(text.split()) for text in texts] for texts in (references, hypotheses))
+    return _count_errors(_pair_tokens(jiwer.process_characters(said, heard)))
+
+
+def count_confusions(references: Sequence[str], hypotheses: Sequence[str]) -> Counter[tuple[str, str]]:
+    """Count which word was recognized for which, correct ones included; "" stands for none."""
+    return Counter(pair for pairs in align_words(references, hypotheses) for pair in pairs)
+
+
+def _check(references: Sequence[str], hypotheses: Sequence[str]) -> None:
+    if len(references) != len(hypotheses) or not references or not all(text.strip() for text in references):
+        raise DataError(
+            f"expected a hypothesis for each of one or more references with words, got {len(references)} references "
+            f"and {len(hypotheses)} hypotheses; leave out utterances without speech"
+        )
+
+
+def _pair_tokens(output: jiwer.WordOutput | jiwer.CharacterOutput) -> list[list[tuple[str, str]]]:
+    aligned = []
+    for chunks, said, heard in zip(output.alignments, output.references, output.hypotheses, strict=True):
+        pairs: list[tuple[str, str]] = []
+        for chunk in chunks:
+            said_part = said[chunk.ref_start_idx : chunk.ref_end_idx]
+            heard_part = heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            pairs += zip_longest(said_part, heard_part, fillvalue="")
+        aligned.append(pairs)
+    return aligned
+
+
+def _count_errors(aligned: Sequence[Sequence[tuple[str, str]]]) -> Ints:
+    errors: list[int] = []
+    for pairs in aligned:
+        first = len(errors)
+        inserted_before = 0
+        for said, heard in pairs:
+            if said:
+                errors.append(int(said != heard))
+            elif len(errors) > first:
+                errors[-1] += 1
+            else:
+                inserted_before += 1
+        errors[first] += inserted_before
+    return np.array(errors, np.int64)

@@ -1,0 +1,99 @@
+"""What a run recognizes in the utterances of a cache, in views of their sound, and when it heard each word."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from embedcache.arrays import Ints
+from embedcache.devices import AUTO, torch_device
+from embedcache.errors import DataError
+from embedcache.progress import NullProgress, Progress
+from pipelines.avsr.ctc import WordTime, word_times
+from pipelines.avsr.decoding import Decoding
+from pipelines.avsr.network import check_decoder, load_network, recognize, to_text
+from pipelines.avsr.train import encode_utterances
+from pipelines.avsr.transcripts import encode_transcript
+from pipelines.avsr.utterances import Utterances
+
+
+def recognize_utterances(
+    run_path: Path | str,
+    utterances: Utterances,
+    views: Sequence[str],
+    *,
+    decoding: Decoding | None = None,
+    videos_of: Ints | None = None,
+    device: str = AUTO,
+    progress: Progress | None = None,
+) -> dict[str, list[str]]:
+    """Recognize utterances with a run, in views of their sound. The result does not depend on the batch size.
+
+    Memory: the features of a batch, and those that `utterances` has loaded.
+
+    Args:
+        run_path: a run of `train_speech`.
+        utterances: utterances with the streams to use, as by `open_for_run`; streams that they lack are missing.
+        views: views of the sound; without sound, all are the same.
+        decoding: the decoder.
+        videos_of: (N,) utterance whose lips each one gets, as by `shuffle_videos`; None: its own.
+        device: torch device.
+        progress: progress in utterances and views.
+
+    Returns:
+        View -> text of each utterance.
+
+    Raises:
+        SettingError: a stream is missing in a run of one stream, or the decoder was not trained.
+        DataError: the run recognizes no speech, or streams of an utterance differ in length.
+    """
+    progress = progress or NullProgress()
+    decoding = decoding or Decoding()
+    device = str(torch_device(device, needs_float64=True))
+    network, config = load_network(run_path, device=device)
+    check_decoder(config.training, decoding)
+
+    decoded = views if "audio" in utterances.streams else views[:1]
+    progress.start("recognize", len(utterances) * len(decoded), "utterances")
+    texts: dict[str, list[str]] = {}
+    for view in decoded:
+        texts[view] = []
+        for encoded in encode_utterances(
+            network, utterances, views={"audio": view}, videos_of=videos_of, device=device
+        ):
+            texts[view] += [to_text(best.symbols) for best in recognize(network, encoded, decoding)]
+            progress.advance(len(encoded.frames_BTP))
+    progress.finish()
+    return {view: texts.get(view, texts[decoded[0]]) for view in views}
+
+
+@torch.no_grad()
+def time_words(
+    run_path: Path | str, utterances: Utterances, texts: Sequence[str], view: str, *, device: str = AUTO
+) -> list[list[WordTime]]:
+    """Compute when the words that a run recognized were said, by its CTC.
+
+    Args:
+        run_path: a run of `train_speech`.
+        utterances: the utterances.
+        texts: what was recognized in each.
+        view: view of the sound that it was recognized in.
+        device: torch device.
+
+    Returns:
+        The words of each utterance; none where they have more letters than frames.
+    """
+    device = str(torch_device(device, needs_float64=True))
+    network, _ = load_network(run_path, device=device)
+    first = next(iter(utterances.streams))
+    rate_hz = utterances.streams[first].rate_hz / network.stacks[first]
+
+    words: list[list[WordTime]] = []
+    for encoded in encode_utterances(network, utterances, views={"audio": view}, device=device):
+        lengths = encoded.is_valid_BT.sum(dim=1).tolist()
+        for log_probs_TC, length in zip(network.ctc_log_probs(encoded), lengths, strict=True):
+            try:
+                words.append(word_times(log_probs_TC[:length], encode_transcript(texts[len(words)]), rate_hz))
+            except DataError:
+                words.append([])
+    return words

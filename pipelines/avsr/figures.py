@@ -1,0 +1,247 @@
+"""Speech recognition as figures: error rates by noise, confused words, and utterances with their words in time."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from embedcache.arrays import Array, Floats
+from embedcache.dataset.inputs import PLAIN
+from embedcache.metrics.intervals import Estimate
+from embedcache.reports.base import BAD, COLORS, GRID, INK, SOFT, Curves, estimate_curves, label, open_axes
+from embedcache.sources.media import AUDIO_RATE_HZ
+from pipelines.avsr.ctc import WordTime
+from pipelines.avsr.edits import align_words, count_confusions
+from pipelines.worlds.talking_mouth import VIDEO_RATE_HZ, Phone
+
+LETTERS = ("BCDEGPTVZ", "AHJK", "FSX", "MN", "IY", "QUW", "LOR")
+"""Letters whose English names sound alike, and the rest."""
+
+_LEVEL = re.compile(r"(-?\d+(\.\d+)?)dB$")
+_OTHER, _NONE = "other", "none"
+_HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#bfd4fb", COLORS[0], "#0b1d51"])
+_MARGIN = 1.5  # inches on the left, for the names of the lines
+_MOST_FRAMES = 33
+
+
+def snr_db(view: str) -> float:
+    """Return the signal-to-noise ratio of a view by its name, such as `plain`, infinite, or `babble-5dB`."""
+    if view == PLAIN:
+        return np.inf
+    found = _LEVEL.search(view)
+    assert found is not None, view
+    return float(found[1])
+
+
+def level_name(view: str) -> str:
+    """Return the signal-to-noise ratio of a view as text, such as `clean` or `-5 dB`."""
+    level = snr_db(view)
+    return "clean" if np.isinf(level) else f"{level:g} dB"
+
+
+Rates: TypeAlias = Mapping[str, Mapping[str, Estimate]]
+"""Model -> view of the sound -> its error rate."""
+
+
+def error_curves(panels: Mapping[str, Rates], *, controls: Collection[str] = ()) -> Figure:
+    """Draw word error rates by the level of noise, with 95% intervals as bands.
+
+    Args:
+        panels: title -> model -> view -> its error rate. A model has one color in all panels.
+        controls: models that are drawn dashed and thin.
+    """
+    curves = {}
+    for title, rates in panels.items():
+        views = sorted({view for of_view in rates.values() for view in of_view}, key=snr_db, reverse=True)
+        lines = {name: [of_view.get(view) for view in views] for name, of_view in rates.items()}
+        curves[title] = Curves([level_name(view) for view in views], lines)
+    return estimate_curves(curves, x="signal-to-noise ratio", y="word error rate", controls=controls)
+
+
+def confusion_figure(
+    panels: Mapping[str, Sequence[tuple[Sequence[str], Sequence[str]]]], groups: Sequence[Sequence[str]] = LETTERS
+) -> Figure:
+    """Draw which of some words were recognized for which, in percent of each word: one panel per model.
+
+    Args:
+        panels: title -> references and hypotheses of each run of a model; its runs are summed.
+        groups: groups of words that are shown if they are in the references, with lines between them. What else was
+            recognized is one column, and nothing another one.
+    """
+    counts = {title: sum((count_confusions(*run) for run in runs), Counter()) for title, runs in panels.items()}
+    said = {pair[0] for found in counts.values() for pair in found}
+    parts = [[word for word in group if word in said] for group in groups]
+    shown, edges = [word for part in parts for word in part], np.cumsum([len(part) for part in parts])[:-1]
+    columns = [*shown, _OTHER, _NONE]
+    size = 0.25 * len(columns) + 0.7
+    axes = open_axes(size, width=(size + 0.1) * len(panels), ncols=len(panels), squeeze=False)[0]
+    for panel, (title, found) in zip(axes, counts.items(), strict=True):
+        table = _confusion_table(found, shown)
+        total = table.sum(axis=1, keepdims=True)
+        fractions = table / np.maximum(total, 1)
+        panel.imshow(fractions, cmap=_HEAT, vmin=0, vmax=1, aspect="equal")
+        for row, column in zip(*np.nonzero(fractions >= 0.045), strict=True):
+            value = fractions[row, column]
+            color = "white" if value > 0.42 else INK
+            panel.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color=color)
+        panel.set_xticks(range(len(columns)), columns, fontsize=7)
+        for tick in panel.get_xticklabels()[-2:]:
+            tick.set_rotation(90)
+        panel.set_yticks(range(len(shown)), shown, fontsize=7)
+        panel.axvline(len(shown) - 0.5, color=INK, linewidth=0.8)
+        for edge in edges:
+            panel.axvline(edge - 0.5, color=GRID, linewidth=0.8)
+            panel.axhline(edge - 0.5, color=GRID, linewidth=0.8)
+        is_right = [found[word, word] for word in shown]
+        correct = sum(is_right) / max(1, int(total.sum()))
+        panel.set_title(f"{title}: {correct:.0%} of {int(total.sum()):,} right", color=INK, fontsize=10)
+        label(panel, "recognized", "said" * (panel is axes[0]))
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(True)
+            panel.spines[side].set_color(INK)
+    figure: Figure = axes[0].figure
+    return figure
+
+
+def _confusion_table(counts: Mapping[tuple[str, str], int], words: Sequence[str]) -> Array:
+    """Return (words, words + 2) counts; the last columns are other words, and none."""
+    places = {word: place for place, word in enumerate(words)}
+    table: Array = np.zeros((len(words), len(words) + 2), np.int64)
+    for (said, heard), count in counts.items():
+        if said in places:
+            column = len(words) + 1 if not heard else places.get(heard, len(words))
+            table[places[said], column] += count
+    return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class UtteranceRow:
+    """An utterance, with what recognizers found in it.
+
+    Args:
+        title: text above.
+        frames: (T, H, W) uint8.
+        samples_N: (N,) float32 of the sound.
+        phones: what was said.
+        words: words of the reference with their times.
+        found: name -> recognized words with their times.
+    """
+
+    title: str
+    frames: Array
+    samples_N: Floats
+    phones: Sequence[Phone]
+    words: Sequence[WordTime]
+    found: Mapping[str, Sequence[WordTime]] = field(default_factory=dict)
+
+
+def utterance_figure(rows: Sequence[UtteranceRow], *, width: float = 13.0) -> Figure:
+    """Draw utterances in time: a frame every 80 ms, phones, the wave, and the words of the reference and of each model.
+
+    Recognized words are drawn where CTC is certain of their letters; wrong ones are red. The contrast of the frames is
+    stretched. Of utterances longer than 2.6 s, fewer frames are shown.
+    """
+    heights = [height for row in rows for height in _row_heights(row, width)]
+    margins = 0.3, 0.05  # inches above and below
+    figure = Figure(figsize=(width, sum(heights) + sum(margins)))
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights, hspace=0)
+    total = sum(heights) + sum(margins)
+    grid.update(left=_MARGIN / width, right=1 - 0.1 / width, bottom=margins[1] / total, top=1 - margins[0] / total)
+    for number, row in enumerate(rows):
+        axes = [figure.add_subplot(grid[4 * number + part]) for part in range(3)]
+        for panel in axes:
+            panel.set(xlim=(0, _duration_s(row)), yticks=[], xticks=[])
+            for spine in panel.spines.values():
+                spine.set_visible(False)
+        _draw_frames(axes[0], row)
+        _draw_wave(axes[1], row)
+        _draw_words(axes[2], row)
+        axes[0].set_title(row.title, loc="left", fontsize=9, color=INK, pad=4)
+        axes[2].spines["bottom"].set_visible(True)
+        axes[2].spines["bottom"].set_color(SOFT)
+        axes[2].set_xticks(np.arange(0, _duration_s(row), 0.5))
+        axes[2].xaxis.set_major_formatter(lambda value, _: f"{value:.1f} s")
+        axes[2].tick_params(colors=INK, labelsize=7, color=SOFT)
+    return figure
+
+
+def _row_heights(row: UtteranceRow, width: float) -> list[float]:
+    """Return the heights of the frames, the wave, the words, and the space below in inches."""
+    shown_width = (width - _MARGIN) * _frame_step_s(row) / _duration_s(row)
+    frames = shown_width * row.frames.shape[1] / row.frames.shape[2]
+    return [frames, 0.75, 0.22 * (len(row.found) + 1) + 0.08, 0.55]
+
+
+def _frame_step_s(row: UtteranceRow) -> float:
+    """Return the time between two frames that are shown: 80 ms or a multiple of it."""
+    return 0.08 * max(1, int(np.ceil(_duration_s(row) / (0.08 * _MOST_FRAMES))))
+
+
+def _duration_s(row: UtteranceRow) -> float:
+    return max(0.1, len(row.frames) / VIDEO_RATE_HZ, len(row.samples_N) / AUDIO_RATE_HZ)
+
+
+def _draw_frames(axes: Any, row: UtteranceRow) -> None:
+    """Draw the frame in the middle of each interval."""
+    low, high = np.percentile(row.frames, [0.5, 99.5])
+    step_s = _frame_step_s(row)
+    for start_s in np.arange(0, len(row.frames) / VIDEO_RATE_HZ - 0.5 * step_s, step_s):
+        frame = row.frames[min(len(row.frames) - 1, int((start_s + step_s / 2) * VIDEO_RATE_HZ))]
+        scaled = np.clip((frame - low) / max(1.0, high - low), 0, 1)
+        extent = (start_s + 0.015 * step_s, start_s + 0.985 * step_s, 0, 1)
+        axes.imshow(np.repeat(scaled[..., None], 3, axis=2), extent=extent, aspect="auto", interpolation="antialiased")
+    axes.set(xlim=(0, _duration_s(row)), ylim=(0, 1))
+
+
+def _draw_wave(axes: Any, row: UtteranceRow) -> None:
+    """Draw the wave, with phones above it and lines between them."""
+    axes.set_ylim(-1.05, 1.75)
+    num_bins = 900
+    cells = np.array_split(row.samples_N, num_bins)
+    times_s = (np.arange(num_bins) + 0.5) / num_bins * len(row.samples_N) / AUDIO_RATE_HZ
+    peak = max(1e-9, float(np.abs(row.samples_N).max()))
+    low, high = ([float(edge(cell)) / peak if len(cell) else 0.0 for cell in cells] for edge in (np.min, np.max))
+    axes.fill_between(times_s, low, high, color=COLORS[0], alpha=0.55, linewidth=0)
+    for phone in row.phones:
+        if phone.name == "SIL":
+            continue
+        axes.plot([phone.start_s] * 2, [-1, 1.7], color=GRID, linewidth=0.8, zorder=0)
+        axes.plot([phone.stop_s] * 2, [-1, 1.7], color=GRID, linewidth=0.8, zorder=0)
+        middle_s = (phone.start_s + phone.stop_s) / 2
+        axes.text(middle_s, 1.38, phone.name, ha="center", va="center", fontsize=7, color=INK)
+
+
+def _draw_words(axes: Any, row: UtteranceRow) -> None:
+    """Draw a line of words for the reference and for each recognizer."""
+    axes.set_ylim(-len(row.found) - 0.6, 0.6)
+    reference = " ".join(word.word for word in row.words)
+    _draw_line(axes, 0, "said", row.words, [True] * len(row.words))
+    for line, (name, words) in enumerate(row.found.items(), start=1):
+        (pairs,) = align_words([reference], [" ".join(word.word for word in words)])
+        is_right = [said == heard for said, heard in pairs if heard]
+        _draw_line(axes, -line, name, words, is_right)
+
+
+def _draw_line(axes: Any, place: float, name: str, words: Sequence[WordTime], is_right: Sequence[bool]) -> None:
+    axes.annotate(
+        name,
+        (0, place),
+        xycoords=("axes fraction", "data"),
+        xytext=(-6, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        fontsize=8,
+        color=INK,
+        annotation_clip=False,
+    )
+    for word, right in zip(words, is_right, strict=True):
+        color = (COLORS[1] if place else INK) if right else BAD
+        axes.plot([word.start_s, word.stop_s], [place - 0.42] * 2, color=color, linewidth=2.2, solid_capstyle="butt")
+        middle_s = (word.start_s + word.stop_s) / 2
+        axes.text(middle_s, place + 0.04, word.word, ha="center", va="center", fontsize=8, color=color)

@@ -1,0 +1,93 @@
+"""Folders of talking faces in the layout of LRS2 and LRS3 as a source: clips with their transcripts beside them.
+
+    open_source("lrs2/main::lrs2/train.txt", kind="pipelines.avsr.lrs:LrsSource")
+    open_source("lrs3/trainval", kind="pipelines.avsr.lrs:LrsSource")
+
+A clip is `SPEAKER/CLIP.mp4`, and the first line of `SPEAKER/CLIP.txt` is `Text:` and its words. A list has one clip per
+line, `SPEAKER/CLIP`; LRS2's list of test clips names a kind of noise after it. The corpora themselves are not packaged:
+their owners lend them on application.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from embedcache.errors import PathError, SourceError
+from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.sources.files import read_item_file, wrap_io_errors
+from embedcache.sources.settings import SourceSettings
+
+KIND = "pipelines.avsr.lrs:LrsSource"
+_SEPARATOR = "::"
+_LABEL = "text:"
+
+
+class LrsSource:
+    """Clips below a folder, or those of a list. The location is `FOLDER` or `FOLDER::LIST`.
+
+    A sample has one transcript in capitals, and the clip is both its recording and its video. Columns are `speaker`;
+    `split`, the list's name without its suffix; and `noise`, what follows a clip in the list; both None without a list.
+    Without a list, clips are sorted by path.
+    """
+
+    def __init__(self, location: str, settings: SourceSettings) -> None:
+        settings.check_supported("lrs")
+        folder, _, listed = str(location).partition(_SEPARATOR)
+        self._folder = Path(folder).absolute()
+        self._list = Path(listed).absolute() if listed else None
+        if not self._folder.is_dir():
+            raise PathError(f"expected a folder of SPEAKER/CLIP.mp4, got {self._folder}, which does not exist")
+        if self._list is not None and not self._list.is_file():
+            raise PathError(f"expected a list of clips, got {self._list}, which does not exist")
+
+    def describe(self) -> Mapping[str, Any]:
+        paths = [str(path) for path in (self._folder, self._list) if path is not None]
+        return {"type": KIND, "path": _SEPARATOR.join(paths), "settings": {}}
+
+    def samples(self) -> Iterator[Sample]:
+        """Iterate over the clips, reading their transcripts."""
+        is_empty = True
+        for key, noise in self._clips():
+            is_empty = False
+            file = FileItem(path=f"{key}.mp4")
+            yield Sample(
+                key=key,
+                texts=(TextItem(text=read_transcript(self._folder / f"{key}.txt"), language="en"),),
+                files={"audio": (file,), "video": (file,)},
+                columns={
+                    "speaker": key.partition("/")[0],
+                    "split": self._list.stem if self._list else None,
+                    "noise": noise,
+                },
+            )
+        if is_empty:
+            raise SourceError(f"expected SPEAKER/CLIP.mp4 below {self._folder}, got none; name the folder of speakers")
+
+    def read(self, item: FileItem) -> bytes:
+        return read_item_file(self._folder / item.path)
+
+    def _clips(self) -> Iterator[tuple[str, str | None]]:
+        """Iterate over the keys of clips and their noise."""
+        if self._list is None:
+            for path in sorted(self._folder.glob("*/*.mp4")):
+                yield path.relative_to(self._folder).with_suffix("").as_posix(), None
+            return
+        with wrap_io_errors(self._list, SourceError):
+            lines = self._list.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            key, *rest = line.split()[:2] or [""]
+            if not key:
+                continue
+            if key.count("/") != 1:
+                raise SourceError(f"{self._list}, line {number}: expected SPEAKER/CLIP, got {line!r}")
+            yield key, rest[0] if rest else None
+
+
+def read_transcript(path: Path) -> str:
+    """Read the transcript of a clip: the first line of its file, in capitals; SourceError if it is not `Text: …`."""
+    with wrap_io_errors(path, SourceError), path.open(encoding="utf-8") as file:
+        line = file.readline()
+    text = " ".join(line[len(_LABEL) :].split()).upper()
+    if not line.lower().startswith(_LABEL) or not text:
+        raise SourceError(f"{path}: expected 'Text:' and words in its first line, got {line.strip()!r}")
+    return text

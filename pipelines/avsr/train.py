@@ -1,0 +1,425 @@
+"""Speech recognition as a task: sound, lips, or the fusion of both on encoders that are trained already."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, ctc_loss
+
+from embedcache.arrays import Floats, Ints, blocks, check_finite
+from embedcache.dataset.inputs import PLAIN
+from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.progress import Progress
+from embedcache.projectors.modules import ModuleConfig
+from embedcache.provenance import canonical_json, digest
+from embedcache.train.batches import Loader, to_device
+from embedcache.train.distributed import own_slice
+from embedcache.train.modules import ModuleReport, describe_input, train_task
+from embedcache.train.parts import source_digests
+from embedcache.train.settings import FitSettings
+from pipelines.avsr.decoding import Decoder, Decoding
+from pipelines.avsr.edits import count_word_errors
+from pipelines.avsr.network import KIND, EncodedSpeech, Frames, SpeechNetwork, recognize, to_text
+from pipelines.avsr.transcripts import BLANK, END
+from pipelines.avsr.utterances import (
+    DrawnBatch,
+    SpeechAugmentation,
+    Stream,
+    UtteranceBatches,
+    Utterances,
+    draw_missing,
+    read_augmented,
+    stack_inputs,
+)
+from pipelines.sequence import valid_frames
+
+CTC_WEIGHT, SMOOTHING = 0.2, 0.01
+"""Weight of the CTC loss, and of the smoothing of both losses, in the paper."""
+_IGNORED = -100
+_BATCH_SIZE = 32
+_ROUNDING = 1e-6
+_NUM_SAMPLED = 256  # utterances whose frames standardize the channels of a feature
+_TYPICAL_S = 3.0  # length of an utterance, for the estimate of FLOPs
+FRAME_RATE_HZ = 25.0
+"""Frames per second of a network whose streams are all faster; else those of the slowest stream."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechRecipe:
+    """What decides a speech run beside its utterances and the settings of the loop.
+
+    Args:
+        model: arguments of `SpeechNetwork` other than its streams, such as `PAPER`.
+        augmentation: what is changed in training.
+        measured: views of the sound in which validation is measured.
+        ctc_weight: weight of the CTC loss; the rest is that of attention.
+        align_epochs: first epochs, with CTC as all of the loss and plain views alone. In noise, or beside an attention
+            decoder, which learns to spell before it attends to anything, CTC takes far longer to learn to align.
+        smoothing: smoothing of both losses.
+    """
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    augmentation: SpeechAugmentation = field(default_factory=SpeechAugmentation)
+    measured: Sequence[str] = (PLAIN,)
+    ctc_weight: float = CTC_WEIGHT
+    align_epochs: int = 0
+    smoothing: float = SMOOTHING
+
+
+class SpeechBatch(NamedTuple):
+    """A batch of utterances.
+
+    Args:
+        streams: stream -> stacked frames, or with `is_encoded` outputs of `encode_stream`.
+        targets_BL: (B, L) int64, symbols of each transcript, then END, then padding of any value.
+        target_lengths_B: (B,) int64, symbols of each transcript without END.
+        is_missing: stream -> (B,) bool.
+        is_encoded: whether the streams are encoded already.
+        is_ctc_alone: whether CTC is all of the loss, as in the first epochs of training.
+        numbers_B: utterances of this process's part of the batch.
+        num_utterances: number of those of all processes.
+    """
+
+    streams: Mapping[str, Frames]
+    targets_BL: Tensor
+    target_lengths_B: Tensor
+    is_missing: Mapping[str, Tensor] | None = None
+    is_encoded: bool = False
+    is_ctc_alone: bool = False
+    numbers_B: Ints | None = None
+    num_utterances: int = 0
+
+
+class SpeechObjective(nn.Module):
+    """Loss of a batch: `ctc_weight` of CTC, and the rest of the cross-entropy of the attention decoder, both smoothed.
+
+    CTC: (1 - ε) · CTC + ε · KL(uniform ‖ p) over valid frames, up to a constant
+    attention: (1 - ε) · NLL + ε · mean over symbols of -log p
+
+    The weight is 0.2 and ε is 0.01 in the paper's code. CTC is the mean over items, each divided by the length of its
+    transcript; the cross-entropy is the mean over all symbols of the batch.
+    """
+
+    def __init__(self, module: SpeechNetwork, *, ctc_weight: float = CTC_WEIGHT, smoothing: float = SMOOTHING) -> None:
+        super().__init__()
+        self.module, self.ctc_weight, self.smoothing = module, ctc_weight, smoothing
+
+    def forward(self, batch: SpeechBatch) -> Tensor:
+        """Compute the loss of a batch, a scalar."""
+        encoded = self.module.encode(batch.streams, is_missing=batch.is_missing, is_encoded=batch.is_encoded)
+        loss = _no_loss(self.module.ctc) + _no_loss(self.module.attention)
+        ctc_weight = 1.0 if batch.is_ctc_alone else self.ctc_weight
+        if ctc_weight:
+            loss = loss + ctc_weight * self._ctc(encoded, batch)
+        if ctc_weight < 1:
+            loss = loss + (1 - ctc_weight) * self._attention(encoded, batch)
+        return loss
+
+    def _ctc(self, encoded: EncodedSpeech, batch: SpeechBatch) -> Tensor:
+        log_probs_BTC = self.module.ctc_log_probs(encoded)
+        losses_B = ctc_loss(
+            log_probs_BTC.transpose(0, 1),
+            batch.targets_BL,
+            encoded.is_valid_BT.sum(dim=1),
+            batch.target_lengths_B,
+            blank=BLANK,
+            reduction="none",
+            zero_infinity=True,
+        )
+        loss = (losses_B / batch.target_lengths_B.clamp(min=1)).mean()
+        uniform = -log_probs_BTC[encoded.is_valid_BT].mean()
+        return (1 - self.smoothing) * loss + self.smoothing * uniform
+
+    def _attention(self, encoded: EncodedSpeech, batch: SpeechBatch) -> Tensor:
+        starts_B1 = torch.full_like(batch.targets_BL[:, :1], END)
+        logits_BLC = self.module.attention(
+            torch.cat([starts_B1, batch.targets_BL[:, :-1]], dim=1), encoded.frames_BTP, encoded.is_valid_BT
+        )
+        is_symbol_BL = valid_frames(batch.target_lengths_B + 1, batch.targets_BL.shape[1])
+        targets_BL = batch.targets_BL.masked_fill(~is_symbol_BL, _IGNORED)
+        return cross_entropy(
+            logits_BLC.flatten(0, 1), targets_BL.flatten(), ignore_index=_IGNORED, label_smoothing=self.smoothing
+        )
+
+
+def _no_loss(module: nn.Module) -> Tensor:
+    """Return 0 with a gradient of 0 for each parameter: `DistributedDataParallel` expects one of every parameter."""
+    return torch.stack([0.0 * parameter.sum() for parameter in module.parameters()]).sum()
+
+
+def pad_transcripts(transcripts: Sequence[Ints]) -> tuple[Ints, Ints]:
+    """Return transcripts as `SpeechBatch` holds them: (B, L) int64 with END after each, and lengths without it."""
+    lengths_B = np.array([len(symbols) for symbols in transcripts], np.int64)
+    padded_BL = np.full((len(transcripts), int(lengths_B.max(initial=0)) + 1), END, np.int64)
+    for row, symbols in enumerate(transcripts):
+        padded_BL[row, : len(symbols)] = symbols
+    return padded_BL, lengths_B
+
+
+class SpeechTask:
+    """A `Task`: a speech recognizer on utterances. The epoch with the lowest word error rate in validation is kept.
+
+    Args:
+        module: the network.
+        train: utterances to train on.
+        validation: utterances of other speakers, recognized by the best path of CTC, or by attention if CTC has no
+            weight.
+        settings: batch size and seed.
+        recipe: weights of the losses, what is changed in training, and views that are measured.
+        is_encoded: the features are states of the encoders, derived from the runs that `module` starts from.
+    """
+
+    unit = "utterances"
+
+    def __init__(
+        self,
+        module: SpeechNetwork,
+        train: Utterances,
+        validation: Utterances,
+        settings: FitSettings,
+        recipe: SpeechRecipe,
+        *,
+        is_encoded: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        self.module, self._train, self._validation = module, train, validation
+        self._recipe, self._is_encoded, self._device = recipe, is_encoded, device
+        batch_size = settings.optimizer.batch_size or _BATCH_SIZE
+        lengths_S = np.array([len(symbols) for symbols in train.symbols], np.int64)
+        plan = UtteranceBatches(lengths_S, batch_size=batch_size, seed=settings.seed)
+        self.loader = Loader(plan, self._load)
+        num_frames = round(_TYPICAL_S * FRAME_RATE_HZ)
+        self.forward_flops = 2.0 * batch_size * num_frames * sum(value.numel() for value in module.parameters())
+
+    @property
+    def parts(self) -> Mapping[str, Sequence[str]]:
+        """The encoder of each stream, fusion, CTC and attention."""
+        return self.module.parts()
+
+    @cached_property
+    def objective(self) -> SpeechObjective:
+        """The loss."""
+        return SpeechObjective(self.module, ctc_weight=self._recipe.ctc_weight, smoothing=self._recipe.smoothing)
+
+    def _load(self, drawn: DrawnBatch) -> SpeechBatch:
+        numbers_B = drawn.numbers_B[own_slice(len(drawn.numbers_B))]
+        rng = np.random.default_rng([drawn.seed, drawn.epoch, drawn.step, int(numbers_B[0])])
+        is_aligning, augmentation = drawn.epoch < self._recipe.align_epochs, self._recipe.augmentation
+        if is_aligning:
+            augmentation = replace(augmentation, views={})
+        streams = read_augmented(self._train, numbers_B, self._stacks, augmentation, rng)
+        missing = draw_missing(augmentation.missing, tuple(streams), len(numbers_B), rng)
+        targets_BL, lengths_B = pad_transcripts([self._train.symbols[number] for number in numbers_B])
+        return SpeechBatch(
+            streams={name: self._frames(*stream) for name, stream in streams.items()},
+            targets_BL=to_device(targets_BL, self._device),
+            target_lengths_B=to_device(lengths_B, self._device),
+            is_missing={name: to_device(is_gone_B, self._device) for name, is_gone_B in missing.items()},
+            is_encoded=self._is_encoded,
+            is_ctc_alone=is_aligning,
+            numbers_B=numbers_B,
+            num_utterances=len(drawn.numbers_B),
+        )
+
+    @property
+    def _stacks(self) -> Mapping[str, int]:
+        return dict.fromkeys(self.module.stacks, 1) if self._is_encoded else self.module.stacks
+
+    def _frames(self, values_BTD: Any, lengths_B: Ints) -> Frames:
+        return Frames(to_device(values_BTD, self._device), to_device(lengths_B, self._device))
+
+    def count(self, batch: SpeechBatch) -> int:
+        """Return the number of utterances of a batch."""
+        return batch.num_utterances
+
+    def measure(self) -> dict[str, float]:
+        """Compute the word error rates on the validation utterances, for each readout and each measured view.
+
+        Both decode greedily. The epoch is chosen by their mean: the best CTC may be that of an epoch in which the
+        attention decoder knows nothing, and the hybrid decoder needs both.
+        """
+        return {name: rate for view in self._recipe.measured for name, rate in self._word_errors(view).items()}
+
+    def _word_errors(self, view: str) -> dict[str, float]:
+        """Return the word error rates of a view, by the name of the measure."""
+        decoders: dict[str, Decoder] = {f"WER {view}": "ctc"} if self._recipe.ctc_weight else {}
+        if self._recipe.ctc_weight < 1:
+            decoders[f"attention WER {view}"] = "attention"
+        found: dict[str, list[str]] = {name: [] for name in decoders}
+        for encoded in encode_utterances(
+            self.module, self._validation, views={"audio": view}, is_encoded=self._is_encoded, device=self._device
+        ):
+            for name, decoder in decoders.items():
+                best = recognize(self.module, encoded, Decoding(decoder=decoder))
+                found[name] += [to_text(hypothesis.symbols) for hypothesis in best]
+        references = [to_text(symbols) for symbols in self._validation.symbols]
+        return {name: float(count_word_errors(references, texts).mean()) for name, texts in found.items()}
+
+    def score(self, measures: Mapping[str, float]) -> float:
+        """Return minus the mean word error rate over readouts and views."""
+        return -float(np.mean(list(measures.values())))
+
+    def watch(self) -> dict[str, float]:
+        """Return nothing more to log."""
+        return {}
+
+    def explain(self, batch: SpeechBatch, *, loss: float, step: int) -> DataError:
+        """Return an error that names the feature, or else the utterances, of a bad loss."""
+        for name, stream in batch.streams.items():
+            check_finite(stream.values_BTD.float().cpu().numpy(), f"at step {step}, the {name} feature")
+        assert batch.numbers_B is not None
+        keys = [self._train.keys[number] for number in batch.numbers_B[:5].tolist()]
+        return DataError(
+            f"the loss is {loss} at step {step}, in the batch of the utterances {', '.join(keys)} …; lower the "
+            "learning rate"
+        )
+
+
+@torch.no_grad()
+def encode_utterances(
+    module: SpeechNetwork,
+    utterances: Utterances,
+    *,
+    views: Mapping[str, str] | None = None,
+    streams: Sequence[str] | None = None,
+    videos_of: Ints | None = None,
+    is_encoded: bool = False,
+    batch_size: int = _BATCH_SIZE,
+    device: str = "cpu",
+) -> Iterator[EncodedSpeech]:
+    """Encode utterances in their order, in evaluation mode, a batch at a time.
+
+    Args:
+        views: stream -> view; others are plain.
+        streams: streams to use, as if the others were missing; None: all.
+        videos_of: (S,) utterance whose lips each one gets, as a control; None: its own.
+        is_encoded: the features are states of the encoders.
+    """
+    module.eval()
+    names = tuple(utterances.streams) if streams is None else tuple(streams)
+    for rows in blocks(len(utterances), batch_size):
+        numbers_B = np.arange(rows.start, rows.stop)
+        inputs = {}
+        for name in names:
+            stream = utterances.streams[name]
+            of_B = videos_of[numbers_B] if name == "video" and videos_of is not None else numbers_B
+            view = utterances.view_number(name, (views or {}).get(name, PLAIN))
+            inputs[name] = stream.read(stream.rows(of_B), np.full(len(of_B), view))
+        if videos_of is None:
+            utterances.require_close_lengths(inputs, numbers_B)
+        stacked = {name: stack_inputs(inputs[name], 1 if is_encoded else module.stacks[name]) for name in names}
+        yield module.encode(
+            {name: Frames(*(to_device(array, device) for array in arrays)) for name, arrays in stacked.items()},
+            is_encoded=is_encoded,
+        )
+
+
+def train_speech(
+    train: Utterances,
+    validation: Utterances,
+    run_path: Path | str,
+    recipe: SpeechRecipe,
+    settings: FitSettings,
+    *,
+    states: tuple[Utterances, Utterances] | None = None,
+    progress: Progress | None = None,
+) -> ModuleReport:
+    """Train a speech recognizer into a run folder; resumed if interrupted, reused if finished.
+
+    To train a fusion, `settings.parts` starts both encoders from runs of one stream each, `audio=RUN` and `video=RUN`,
+    and trains only `fusion+ctc+attention`.
+
+    Args:
+        train: utterances to train on.
+        validation: utterances to choose the epoch by.
+        states: the same utterances with states of the frozen encoders as features, derived from the runs that the
+            encoders start from; training reads them in place of the features, and skips the encoders.
+
+    Raises:
+        FingerprintError: the folder holds a run with another config, or states come from another run.
+        DataError: a start run lacks weights of a part, or a loss is NaN or infinite.
+        SettingError: streams have rates without a whole ratio, or states are given while encoders are trained.
+    """
+    arguments = {"streams": _describe_streams(train), **recipe.model}
+    training = {
+        **asdict(recipe),
+        "states": _describe_states(train, states, settings),
+        "longest_s": round(max(stream.longest_s for stream in train.streams.values()), 3),
+    }
+    config = ModuleConfig(
+        kind=KIND,
+        arguments=arguments,
+        sides={name: describe_input(stream.feature) for name, stream in train.streams.items()},
+        training=json.loads(canonical_json(training)),
+        index_digest="+".join(item.cache.info.index_digest for item in (train, validation)),
+        file_digests={"utterances": digest([train.keys, validation.keys])},
+    )
+    trained, measured = states or (train, validation)
+
+    def make_task(device: str) -> SpeechTask:
+        """Build the network, with inputs standardized by the training utterances, and its task on a device."""
+        module = SpeechNetwork(**arguments)
+        for name, stream in train.streams.items():
+            module.standardize(name, sample_frames(stream))
+        return SpeechTask(
+            module,
+            trained,
+            measured,
+            settings,
+            recipe,
+            is_encoded=states is not None,
+            device=device,
+        )
+
+    return train_task(make_task, run_path, config, settings, progress=progress)
+
+
+def sample_frames(stream: Stream) -> Floats:
+    """Read frames of the plain view of some evenly spaced utterances: (N, D) float32."""
+    rows = stream.order_M[np.linspace(0, len(stream.order_M) - 1, _NUM_SAMPLED).astype(np.int64)]
+    parts = [stream.read(row[None], np.zeros(1, np.int64)).values[0] for row in np.unique(rows)]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _describe_streams(utterances: Utterances) -> dict[str, dict[str, int]]:
+    slowest = min(stream.rate_hz for stream in utterances.streams.values())
+    described = {}
+    for name, stream in utterances.streams.items():
+        goal = min(slowest, FRAME_RATE_HZ)
+        stack = round(stream.rate_hz / goal)
+        if abs(stream.rate_hz / goal - stack) > _ROUNDING:
+            raise SettingError(
+                f"expected frame rates that are multiples of {goal:g} Hz, got {stream.rate_hz:g} Hz of {name}; extract "
+                "it at another rate"
+            )
+        described[name] = {"width": stream.feature.width, "stack": stack}
+    return described
+
+
+def _describe_states(
+    train: Utterances, states: tuple[Utterances, Utterances] | None, settings: FitSettings
+) -> dict[str, str] | None:
+    """Return the digest of the weights that made each stream's states, after checking that they are the start runs'."""
+    if states is None:
+        return None
+    if settings.parts.trainable is None or set(settings.parts.trainable.split("+")) & set(train.streams):
+        raise SettingError(
+            f"trainable: expected parts without the encoders, as the states come from frozen ones, got "
+            f"{settings.parts.trainable or 'all'}; use fusion+ctc+attention"
+        )
+    started, found = source_digests(settings.parts.init_from), {}
+    for name in train.streams:
+        for utterances in states:
+            found[name] = str(utterances.streams[name].feature.fingerprint.get("weights"))
+            if started.get(name) != found[name]:
+                raise FingerprintError(
+                    f"the {name} encoder: expected states that were derived from the run that it starts from, got "
+                    f"{utterances.streams[name].feature.name} of another one; use init_from {name}=RUN with that run"
+                )
+    return found

@@ -1,1 +1,0 @@
-"""Steps of audio-visual speech recognition (`pipelines/avsr.py`)."""

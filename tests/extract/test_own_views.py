@@ -1,0 +1,147 @@
+"""Views of one's own: functions of items, and of an argument, such as the noise of `pipelines.avsr`."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.errors import SettingError
+from embedcache.extract.extract import EncoderReport, extract
+from embedcache.extract.repair import verify_cache
+from embedcache.extract.settings import ExtractSettings, VerifySettings
+from embedcache.extract.views import open_view
+from embedcache.sources import open_source
+from embedcache.sources.video import Video
+from embedcache.store.cache import Cache
+from embedcache.train.data import open_data, parse_views
+from pipelines.avsr.noise import VIEW
+from tests.cli.run import succeed
+from tests.extract.cases import tree
+from tests.media_files import cloud, encode_audio, encode_video, moving_square, npz, tone, wav
+from tests.media_toy import MEDIA
+from tests.sources.files import jpeg, write
+from tests.toy import IMAGE
+
+NOISE = (0.2 * np.random.default_rng(0).standard_normal(20_000)).clip(-1, 1).astype(np.float32)
+SETTINGS = {"features": ("mean", "frames"), "chunk_size": 2}
+
+
+@pytest.fixture
+def tape(tmp_path: Path) -> Path:
+    write(tmp_path / "tapes", {"babble.wav": wav(NOISE)})
+    return tmp_path / "tapes" / "babble.wav"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    files: dict[str, bytes | str] = {
+        "a.wav": wav(tone(0.5)),
+        "b.flac": encode_audio(tone(2, 660), "flac"),
+        "c.mp4": encode_video(moving_square(25), samples=tone(1)),
+        "silent.wav": wav(np.zeros(8_000, np.float32)),
+    }
+    return write(tmp_path / "recordings", files)
+
+
+def run(source: Path, cache: Path, *views: str) -> list[EncoderReport]:
+    settings = ExtractSettings(**SETTINGS, views=views)  # type: ignore[arg-type]
+    return extract(open_source(source), cache, encoder={"audio": [MEDIA]}, settings=settings)
+
+
+@pytest.mark.slow
+def test_interrupted_extraction_with_noise_resumes_to_the_same_bytes(
+    source: Path, tape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tape.parent)
+    run(source, tmp_path / "c", f"{VIEW}:5,tape=babble.wav")
+    before = tree(tmp_path / "c")
+    for commit in (tmp_path / "c").glob("audio/*/chunks/00001.parquet"):
+        commit.unlink()
+    assert [report.encoded for report in run(source, tmp_path / "c", f"{VIEW}:5.0,tape={tape}")] == [2, 2]
+    assert tree(tmp_path / "c") == before
+
+
+@pytest.mark.slow
+def test_command_line_takes_several_levels(source: Path, tape: Path, tmp_path: Path) -> None:
+    words = ["extract", source, "c", "--encoder", f"audio={MEDIA}", "--encoder", f"video={MEDIA}"]
+    words += ["--view", f"{VIEW}:-5,tape=tapes/babble.wav,{VIEW}:10,tape=tapes/babble.wav"]
+    output = succeed(*words, "--view", "tests.extract.test_own_views:backwards", cwd=tmp_path)
+    assert "open_media@babble-5dB (mean)" in output
+    assert "open_media@babble10dB (mean)" in output
+    assert [group.name for group in Cache(tmp_path / "c").encoders("video")] == [
+        "open_media",
+        "open_media@tests.extract.test_own_views-backwards",
+    ]
+    assert "@babble10dB" in succeed("inspect", "c", cwd=tmp_path)
+    succeed("verify", "c", "--reencode", "100%", cwd=tmp_path)  # in another folder than the tape's
+
+
+def backwards(video: Video) -> Video:
+    """A user's view of videos."""
+    return Video(frames_THW3=video.frames_THW3[::-1], rate_hz=video.rate_hz)
+
+
+backwards.modality = "video"  # type: ignore[attr-defined]
+
+
+def mirrored(points: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A user's view of points."""
+    return {**points, "xyz": points["xyz"] * np.float32(-1)}
+
+
+mirrored.modality = "points"  # type: ignore[attr-defined]
+
+
+def lost(item: object) -> object:
+    return item
+
+
+lost.modality = "sound"  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_views_apply_to_their_modality_only(tmp_path: Path, tape: Path) -> None:
+    files: dict[str, bytes | str] = {
+        "a.mp4": encode_video(moving_square(25), samples=tone(1)),
+        "a.npz": npz(cloud(4)),
+        "a.jpg": jpeg(),
+    }
+    own = ("tests.extract.test_own_views:backwards", "tests.extract.test_own_views:mirrored")
+    settings = ExtractSettings(features=("frames", "xyz"), views=(*own, f"{VIEW}:5,tape={tape}", "flip"))
+    encoders = {modality: [MEDIA] for modality in ("audio", "video", "points")}
+    source = open_source(write(tmp_path / "f", files))
+    extract(source, tmp_path / "c", image_encoder=[IMAGE], encoder=encoders, settings=settings)
+    cache = Cache(tmp_path / "c")
+    suffixes = {"image": "flip", "audio": "babble5dB", "video": "tests.extract.test_own_views-backwards"}
+    suffixes["points"] = "tests.extract.test_own_views-mirrored"
+    for modality, suffix in suffixes.items():
+        assert [group.name.partition("@")[2] for group in cache.encoders(modality)] == ["", suffix]
+    plain, view = (cache.feature("video", f"open_media{suffix}/frames") for suffix in ("", f"@{suffixes['video']}"))
+    np.testing.assert_array_equal(plain.gather_tokens(np.array([0]))[0], view.gather_tokens(np.array([0]))[0][::-1])
+    assert verify_cache(tmp_path / "c", VerifySettings(reencode=1)).is_sound
+
+
+@pytest.mark.slow
+def test_training_draws_views_of_recordings(tmp_path: Path, tape: Path) -> None:
+    videos: dict[str, bytes | str] = {
+        f"{number}.mp4": encode_video(moving_square(25), samples=tone(1, 400 + 100 * number)) for number in range(3)
+    }
+    settings = ExtractSettings(features=("frames",), views=(f"{VIEW}:-5,tape={tape}",))
+    encoders = {"audio": [MEDIA], "video": [MEDIA]}
+    extract(open_source(write(tmp_path / "f", videos)), tmp_path / "c", encoder=encoders, settings=settings)
+    features = {"audio": "open_media/frames", "video": "open_media/frames"}
+    data = open_data(tmp_path / "c", features, memory_bytes=1e6)
+    rows, (views,) = np.arange(3), parse_views(["audio=plain,babble-5dB:2"]).values()
+    read = data.draw_views("audio", views, 0).read(rows, np.array([0, 1, 1])).values
+    stored = [Cache(tmp_path / "c").feature("audio", f"open_media{view}/frames") for view in ("", "@babble-5dB")]
+    np.testing.assert_array_equal(read[0], stored[0].gather_tokens(rows)[0])
+    np.testing.assert_array_equal(read[1:], np.stack(stored[1].gather_tokens(rows)[1:]))
+
+
+def test_view_without_an_encoder_raises(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="view flip applies to images, but no image encoder is named"):
+        run(source, tmp_path / "c", "flip")
+    with pytest.raises(SettingError, match=r"attribute modality to be one of .*audio.*, got 'sound'"):
+        run(source, tmp_path / "c", "tests.extract.test_own_views:lost")
+    with pytest.raises(SettingError, match="returns a View, got a str"):
+        open_view("tests.extract.test_own_views:lost:5")
