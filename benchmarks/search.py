@@ -32,7 +32,7 @@ def main(*, quick: bool) -> None:
         queries = normalize(cluster_vectors(range(count, count + NUM_QUERIES), WIDTH))
         _, truth = exact_search(queries, Vectors(cache, "image").blocks(), K)
 
-        for budget in (f"{4 * count // 1000}MB", f"{9 * count // 10_000}MB"):
+        for budget in (f"{4 * count}KB", f"{9 * count // 10}KB"):
             words = f"embedcache curate index cache {budget} --memory {budget}"
             usage = run_command(words.split(), folder=folder)
             path = folder / budget

@@ -26,8 +26,8 @@ from embedcache.store.columns import Column
 from embedcache.store.feature import Feature
 from embedcache.train.recipes import TrainingLength
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER, extract_source
-from pipelines.correlation import UNDEFINED, Outcomes, correlation_figure, correlation_table, pair_table
 from pipelines.icons.ablation import NUM_PAIRS
+from pipelines.icons.correlations import UNDEFINED, Outcomes, correlation_figure, correlation_table, pair_table
 from pipelines.icons.curve import RECIPES, Recipe, SeedRuns, open_runs, question, run_all, selection_path
 from pipelines.icons.curve_page import CREDIT, estimate_of, format_gain, run_json
 from pipelines.icons.encoders import USE, WORDLLAMA

@@ -22,6 +22,7 @@ from pipelines.icons.__main__ import run
 from pipelines.icons.ablation import Group, run_ablation
 from pipelines.icons.ablation import gain_figure as ablation_figure
 from pipelines.icons.ablation import summarize as summarize_ablation
+from pipelines.icons.correlations import rank_correlation
 from pipelines.icons.curation import AGAIN, DRAWS, METHODS
 from pipelines.icons.curation_page import claim, rank_correlations, run_curation, summarize
 from pipelines.icons.curve import Recipe, in_precision, read_report, selection_path
@@ -29,7 +30,6 @@ from pipelines.icons.curve_page import curve_figure, find_crossing, format_cross
 from pipelines.icons.features import Compared, run_features
 from pipelines.icons.results import CLOSED_FORM, EMOJI, FAMILIES, MLP, NAMES, SHUFFLED
 from pipelines.icons.steps import FEATURES, Data, Holdout, draw_families, find_concepts, first_names
-from pipelines.rank_correlation import rank_correlation
 from pipelines.results import Result, file_name
 from tests.pipelines.icons.made_icons import write_package
 from tests.pipelines.one_core import one_core
@@ -332,7 +332,7 @@ def test_ablation_compares_each_variant_with_the_base(data: Data, results: dict[
 def test_features_are_compared_on_a_cut_of_the_icons(
     data: Data, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.correlation.rank_correlation", partial(rank_correlation, num_draws=20))
+    monkeypatch.setattr("pipelines.icons.correlations.rank_correlation", partial(rank_correlation, num_draws=20))
     lite0, mini = "efficientnet-lite0", "all-MiniLM-L6-v2"
     compared = Compared(
         image_encoders={IMAGE_ENCODER: ("kmeans:4",)},
