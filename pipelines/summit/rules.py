@@ -53,7 +53,7 @@ def lift_parameters(cache: Cache, patches: Sequence[str]) -> dict[str, Any]:
 
 
 def _lift_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-    _, *patches = shapes
+    patches = shapes[1:]
     return {"lifted": (-1, sum(shape[1] for shape in patches))}
 
 
