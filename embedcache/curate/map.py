@@ -310,40 +310,6 @@ def _fit_pca(fitted_FP: Floats) -> Placement:
     return lambda vectors_BP: np.pad((vectors_BP - center_P) @ components_PE, ((0, 0), (0, 2 - width)))
 
 
-def project_to_plane(
-    vectors_NP: Floats, projection: Literal["umap", "pca"], *, seed: int, progress: Progress | None = None
-) -> Floats:
-    """Project (N, P) float32 rows of length 1 to two dimensions: (N, 2) float32; at least 4.
-
-    `umap` preserves neighborhoods (cosine, 15 neighbors) and runs on one core, so that a seed gives the same result. Of
-    more than 10,000 rows it is fitted to a random sample, and the others are placed between their nearest neighbors in
-    the sample. `pca` keeps the two directions of largest variance.
-
-    Memory: for more than 10,000 rows, the sample and a block of 4,096 rows.
-    """
-    if projection == "pca":
-        return np.ascontiguousarray(_fit_pca(vectors_NP)(vectors_NP), np.float32)
-    progress = progress or NullProgress()
-    sample = np.sort(np.random.default_rng(seed).permutation(len(vectors_NP))[:_MAX_FITTED])
-    progress.note(f"fitting UMAP to {len(sample):,} of {len(vectors_NP):,} points")
-    if len(sample) == len(vectors_NP):
-        return _run_umap(vectors_NP, seed=seed)
-    place = _fit(vectors_NP[sample], "umap", seed=seed)
-    progress.start("placing on the plane", len(vectors_NP), "points")
-    points_N2 = np.empty((len(vectors_NP), 2), np.float32)
-    for block in blocks(len(vectors_NP), _BLOCK):
-        points_N2[block] = place(vectors_NP[block])
-        progress.advance(len(points_N2[block]))
-    progress.finish()
-    return points_N2
-
-
-def check_projection(projection: Literal["umap", "pca"]) -> None:
-    """Raise `MissingExtraError` if the package of a projection is not installed."""
-    if projection == "umap" and not is_installed("umap"):  # importing it takes seconds
-        require("umap", extra="umap")
-
-
 def _run_umap(vectors_NP: Floats, *, seed: int) -> Floats:
     num_neighbors = min(_NUM_NEIGHBORS, len(vectors_NP) - 1)
     with warnings.catch_warnings():

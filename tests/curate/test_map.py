@@ -19,7 +19,6 @@ from embedcache.curate.map import (
     build_map,
     compute_map,
     name_clusters,
-    project_to_plane,
     read_map,
     write_map,
 )
@@ -129,9 +128,10 @@ def test_plane_of_the_largest_variance() -> None:
     vectors = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32) + 3
     centered = vectors - vectors.mean(axis=0)
     expected = centered @ np.linalg.svd(centered, full_matrices=False)[2][:2].T
-    found = project_to_plane(vectors, "pca", seed=0)
+    found = map_module._fit(vectors, "pca", seed=0)(vectors)
     np.testing.assert_allclose(found * np.sign(found[0] * expected[0]), expected, atol=1e-4)
-    line = project_to_plane(np.arange(4, dtype=np.float32)[:, None], "pca", seed=0)
+    dots = np.arange(4, dtype=np.float32)[:, None]
+    line = map_module._fit(dots, "pca", seed=0)(dots)
     np.testing.assert_allclose(np.abs(line), [[1.5, 0], [0.5, 0], [0.5, 0], [1.5, 0]], atol=1e-5)
 
 
@@ -148,7 +148,7 @@ def test_umap_has_fifteen_neighbors(count: int, num_neighbors: int, monkeypatch:
 
     monkeypatch.setattr(map_module, "require", lambda *_, **__: SimpleNamespace(UMAP=Umap))
     vectors = np.random.default_rng(0).standard_normal((count, 4)).astype(np.float32)
-    found = project_to_plane(vectors, "umap", seed=3)
+    found = map_module._run_umap(vectors, seed=3)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, vectors[:, :2])
     assert options == {"metric": "cosine", "n_neighbors": num_neighbors, "random_state": 3, "n_jobs": 1}
@@ -247,25 +247,12 @@ def test_placed_items_are_weighted_means_of_five_anchors(monkeypatch: pytest.Mon
     assert map_module._fit(fitted[:3], "umap", seed=0)(other).tolist() == [[0, 0]]
 
 
-def test_umap_of_many_is_fitted_to_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that items of the sample stay where UMAP puts them, and that all others are placed."""
-    fitted: list[Floats] = []
-
-    def run_umap(vectors: Floats, **_: Any) -> Floats:
-        fitted.append(vectors)
-        return vectors[:, :2].copy()
-
-    monkeypatch.setattr(map_module, "_run_umap", run_umap)
-    monkeypatch.setattr(map_module, "_MAX_FITTED", 30)
+def test_umap_places_items_between_those_that_it_was_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(map_module, "_run_umap", lambda vectors, **_: vectors[:, :2].copy())
     vectors = normalize(np.random.default_rng(0).standard_normal((100, 6)).astype(np.float32))
-    progress = RecordedProgress()
-    points = project_to_plane(vectors, "umap", seed=0, progress=progress)
-    assert progress.notes == ["fitting UMAP to 30 of 100 points"]
-    assert progress.counts["placing on the plane"] == 100
-    is_fitted = (vectors[:, None] == fitted[0]).all(axis=2).any(axis=1)
-    assert is_fitted.sum() == len(fitted[0]) == 30
-    np.testing.assert_allclose(points[is_fitted], vectors[is_fitted, :2], atol=1e-3)
-    assert (np.abs(points) <= np.abs(fitted[0][:, :2]).max()).all()
+    points = map_module._fit(vectors[:30], "umap", seed=0)(vectors)
+    np.testing.assert_allclose(points[:30], vectors[:30, :2], atol=1e-3)
+    assert (np.abs(points) <= np.abs(vectors[:30, :2]).max()).all()
     assert len(np.unique(points, axis=0)) == 100
 
 
