@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,10 @@ from embedcache.io_errors import io_reason
 from embedcache.settings import check_types
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    pass
+
+FORMAT = 1
+"""Format of manifests, the only one that is read."""
 
 DIGEST = "digest"
 """Key of JSON objects that are compared with their digest when they are read."""
@@ -114,21 +117,20 @@ def _record_digest(record: Mapping[str, Any], unchecked: Collection[str]) -> str
 
 
 def read_manifest(
-    path: Path, *, kind: str, latest_format: int, make: str, next_step: str, unchecked: Collection[str] = ()
+    path: Path, *, kind: str, make: str, next_step: str, unchecked: Collection[str] = ()
 ) -> dict[str, Any]:
     """Read the manifest of an artifact, the JSON file whose presence marks its folder as complete.
 
     Args:
         path: path of the manifest.
         kind: kind of artifact: `cache`, `run`, `index`.
-        latest_format: newest format that this version reads.
         make: command that makes such an artifact.
         next_step: what to do about a changed manifest, for the error.
         unchecked: keys that its digest leaves out.
 
     Raises:
         PathError: the folder does not exist, cannot be reached or is not complete.
-        ArtifactError: the artifact has a later format.
+        ArtifactError: the artifact has another format.
         CorruptError: the file is not JSON, or has changed since it was written.
     """
     if not path.is_file():
@@ -144,16 +146,10 @@ def read_manifest(
         raise ArtifactError(
             f"{path} was not written by embedcache; give the path of a {kind}, or make one with: {make}"
         )
-    if not isinstance(found, int) or not 1 <= found <= latest_format:
-        raise ArtifactError(
-            f"{path.parent} has {kind} format {found}; this version reads 1 to {latest_format}: upgrade embedcache"
-        )
+    if found != FORMAT:
+        raise ArtifactError(f"{path.parent} has {kind} format {found}; this version reads {FORMAT}: upgrade embedcache")
     check_record(path, values, unchecked=unchecked, next_step=next_step)
     return dict(values)
-
-
-STUDY_FORMAT = 2
-"""Newest format of a study: 1 is of images and texts, 2 of any other pair of modalities."""
 
 
 def read_study(path: Path) -> dict[str, Any]:
@@ -161,7 +157,6 @@ def read_study(path: Path) -> dict[str, Any]:
     return read_manifest(
         path / "study.json",
         kind="study",
-        latest_format=STUDY_FORMAT,
         make="embedcache sweep CACHE SPACE.toml STUDY",
         next_step="restore the file, or use a new folder",
     )
@@ -227,17 +222,6 @@ def construct(path: Path, make: Callable[[], T]) -> T:
         if isinstance(error, EmbedcacheError):
             raise
         raise CorruptError(f"{path} does not hold the fields of its format: {error}") from error
-
-
-def to_record(artifact: "DataclassInstance", stored_names: Mapping[str, str]) -> dict[str, Any]:
-    """Return a dataclass as JSON values, under the names that its fields have on disk."""
-    return {stored_names.get(name, name): value for name, value in asdict(artifact).items()}
-
-
-def from_record(record: Mapping[str, Any], stored_names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of a record under the names of the dataclass's fields."""
-    names = {stored: name for name, stored in stored_names.items()}
-    return {names.get(stored, stored): value for stored, value in record.items()}
 
 
 _LOCKS = frozenset({".claims", ".lock"})

@@ -364,11 +364,11 @@ def test_config_of_a_run_restores_its_settings(run_path: Path) -> None:
     config = run_path / "config.json"
     values = {name: value for name, value in read_config(config).items() if name != "feature"}
     assert train_settings(values).to_json() == json.loads(config.read_text())["training"]
-    assert read_config(config)["feature"][0] == "image=open_toy/cls"
+    assert read_config(config)["feature"] == ["image=open_toy/cls", "text=open_toy/mean"]
 
 
 def test_config_of_another_kind_of_run_is_one_error(tmp_path: Path) -> None:
-    write_record(tmp_path / "config.json", {"format": 2, "kind": "mine:Net"})
+    write_record(tmp_path / "config.json", {"format": 1, "kind": "mine:Net"})
     with pytest.raises(SettingError, match="got that of a run of the kind mine:Net; name its options one by one"):
         read_config(tmp_path / "config.json")
 

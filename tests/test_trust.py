@@ -14,7 +14,7 @@ from PIL import Image
 
 from embedcache.errors import PathError, SettingError
 from embedcache.extract.extract import extract
-from embedcache.provenance import read_json, write_json
+from embedcache.provenance import read_json, write_record
 from embedcache.registry import (
     Registry,
     Trust,
@@ -88,10 +88,9 @@ def name_projector_of_odd_name(folder: Path) -> None:
 
 def name_network(folder: Path) -> None:
     path = folder / "run" / "config.json"
-    digest = read_json(path)["weights"]
-    write_json(
-        path, {"kind": "evil:open_it", "arguments": {}, "sides": {}, "training": {}, "format": 2, "weights": digest}
-    )
+    digest = read_json(path)["weights_digest"]
+    config = {"kind": "evil:open_it", "arguments": {}, "sides": {}, "training": {}, "weights_digest": digest}
+    write_record(path, {"format": 1, **config})
 
 
 def name_encoder(folder: Path) -> None:

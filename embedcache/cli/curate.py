@@ -59,7 +59,7 @@ def index(
 
     def show() -> None:
         where = " on disk" if card.lists else ""
-        size = "" if card.file_bytes is None else f"{format_bytes(card.file_bytes)}{where}, "
+        size = f"{format_bytes(card.file_bytes)}{where}, "
         print_line(
             f"{out}: {count_items(card.num_vectors, card.modality)} of {card.feature}, {card.factory}, {size}"
             f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries:,} queries, "

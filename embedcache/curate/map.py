@@ -27,6 +27,7 @@ from embedcache.modalities import noun
 from embedcache.outputs import read_metadata, with_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments
+from embedcache.provenance import FORMAT
 from embedcache.registry import is_installed, require
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.hits import Hit
@@ -37,8 +38,6 @@ from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table, write_table
 
 FILE = "map.parquet"
-_FORMAT = 2
-"""Since which the metadata has a digest; maps of format 1 are computed again."""
 _MIN_POINTS = 4  # fewer cannot be projected
 _MAX_FITTED = 10_000  # UMAP of as many takes 20 s on one core
 _MAX_CLUSTERS = 48
@@ -203,7 +202,7 @@ def write_map(index: OpenIndex, computed: IndexMap) -> None:
         "cluster": computed.clusters_N.astype(np.int16),
     }
     header = {
-        "format": _FORMAT,
+        "format": FORMAT,
         **_about(index),
         "projection": computed.projection,
         "seed": computed.seed,
@@ -221,7 +220,7 @@ def read_map(index: OpenIndex) -> IndexMap | None:
     try:
         table = read_table(path)
         header = read_metadata(path, table.schema)
-        about = {"format": _FORMAT, **_about(index)}
+        about = {"format": FORMAT, **_about(index)}
         if {name: header.get(name) for name in about} != about:
             return None
         found = IndexMap(

@@ -118,7 +118,7 @@ def open_run(request: RunRequest) -> list[RunRule]:
 
 
 def _open_module(request: RunRequest) -> list[RunRule]:
-    """Open an output of a run of format 2, whose module says what it offers.
+    """Open an output of a run of a module, which says what it offers.
 
     Raises:
         SettingError: the module is not an `OutputModule`, or a setting is for aligned pairs only.

@@ -133,7 +133,7 @@ def _module_recipe(run_path: Path, kind: str) -> tuple[dict[str, Any], int]:
     The names of the runs that it starts from belong to it. The seed comes second.
     """
     config = read_module_config(run_path, kind=kind)
-    values = {name: value for name, value in config.to_json().items() if name not in ("weights", "init_runs")}
+    values = {name: value for name, value in config.to_json().items() if name not in ("weights_digest", "init_runs")}
     machine = {**config.training.get("machine", {}), "device": None}
     recipe = {**values, "training": {**config.training, "seed": None, "machine": machine}}
     return recipe, _seed_of(run_path, config.training)

@@ -117,7 +117,6 @@ def _existing_differences(folder: Path, identity: Mapping[str, Any]) -> Mapping[
     record = read_manifest(
         folder / RECORD,
         kind="export",
-        latest_format=FORMAT_VERSION,
         make="embedcache export",
         next_step="give the path of a new folder",
     )

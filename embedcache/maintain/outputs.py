@@ -99,12 +99,12 @@ def remove_from_run(folder: Path, keys: Collection[str], info: CacheInfo) -> int
     write_json(folder / _STARTED, {})
     if split.is_file():
         count += _remove_from_parquet(split, keys, rows_of=info)
-        if isinstance(record.get("split"), str):
-            record["split"] = digest_file(split)
+        if isinstance(record.get("split_digest"), str):
+            record["split_digest"] = digest_file(split)
     for selection in sorted(folder.glob("selection.*")):  # a copy of what the user gave, which may be any table of keys
         remove = _remove_from_parquet if selection.suffix == ".parquet" else _remover(selection)
         count += remove(selection, keys)
-        given = record.get("given")
+        given = record.get("file_digests")
         if isinstance(given, dict) and "selection" in given:
             given["selection"] = digest_file(selection)
     write_record(manifest, record)
@@ -127,9 +127,10 @@ def check_run(folder: Path, info: CacheInfo) -> tuple[Path, dict[str, Any]]:
 
 def _check_digests(folder: Path, record: dict[str, Any]) -> None:
     """Compare the files of a run that are to be written again, and signed anew, with their digests in its manifest."""
-    given = record.get("given")
+    given = record.get("file_digests")
     selection = given.get("selection") if isinstance(given, dict) else None
-    written = dict.fromkeys(folder.glob("selection.*"), selection) | {folder / "split.parquet": record.get("split")}
+    written = dict.fromkeys(folder.glob("selection.*"), selection)
+    written[folder / "split.parquet"] = record.get("split_digest")
     for path, expected in written.items():
         if isinstance(expected, str) and expected and path.is_file() and digest_file(path) != expected:
             raise CorruptError(

@@ -1,10 +1,7 @@
-"""A trained module on disk: `model.safetensors`, and `config.json` of format 2 written after it.
-
-A run of an aligned pair of images and texts has format 1, see `embedcache.projectors.saved`.
-"""
+"""A trained module on disk: `model.safetensors`, and `config.json` written after it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,6 @@ from torch import nn
 from embedcache.devices import announce_device
 from embedcache.errors import ArtifactError, DataError, one_line
 from embedcache.projectors.saved import (
-    CONFIG_NAMES,
-    RUN_FORMAT,
     check_shapes,
     checked_weights_path,
     config_path,
@@ -23,7 +18,7 @@ from embedcache.projectors.saved import (
     read_run,
     save_weights,
 )
-from embedcache.provenance import construct, digest_file, from_record, to_record, write_record
+from embedcache.provenance import FORMAT, construct, digest_file, write_record
 from embedcache.records import naming_packages
 from embedcache.registry import Registry, names_from
 
@@ -41,14 +36,10 @@ class ModuleInput:
     fingerprint: Mapping[str, Any]
     width: int
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON values of the entry in `config.json`."""
-        return dict(vars(self))
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleConfig:
-    """The content of a run's `config.json`, format 2.
+    """The content of a run's `config.json`.
 
     Args:
         kind: name in `NETWORKS`, or `module:attribute`, of what builds the module.
@@ -71,19 +62,18 @@ class ModuleConfig:
     index_digest: str = ""
     file_digests: Mapping[str, str] = field(default_factory=dict)
     weights_digest: str = ""
-    format: int = RUN_FORMAT
+    format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON values of `config.json`."""
         trainable = None if self.trainable is None else list(self.trainable)
-        sides = {name: side.to_json() for name, side in self.sides.items()}
-        return {**to_record(self, CONFIG_NAMES), "sides": sides, "trainable": trainable}
+        return {**asdict(self), "trainable": trainable}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ModuleConfig":
         """Build a config from the values of `to_json`."""
         sides = {name: ModuleInput(**side) for name, side in values["sides"].items()}
-        return cls(**{**from_record(values, CONFIG_NAMES), "sides": sides})
+        return cls(**{**values, "sides": sides})
 
 
 def build_module(config: ModuleConfig) -> nn.Module:
@@ -97,11 +87,11 @@ def save_module(run_path: Path, module: nn.Module, config: ModuleConfig) -> None
     NETWORKS.accept(config.kind)
     model_path = run_path / "model.safetensors"
     save_weights(model_path, module)
-    write_record(config_path(run_path), {**config.to_json(), "weights": digest_file(model_path)})
+    write_record(config_path(run_path), {**config.to_json(), "weights_digest": digest_file(model_path)})
 
 
 def read_module_config(run_path: Path, *, kind: str | None = None) -> ModuleConfig:
-    """Read the `config.json` of a run of format 2.
+    """Read the `config.json` of a run of a module.
 
     Args:
         run_path: folder of the run.
@@ -109,7 +99,7 @@ def read_module_config(run_path: Path, *, kind: str | None = None) -> ModuleConf
 
     Raises:
         PathError: the folder is not a finished run.
-        ArtifactError: the format is newer than this version reads.
+        ArtifactError: it has another format.
         DataError: the run is an aligned pair, or of another kind.
         CorruptError: the file has changed since it was written, or fields are missing or unknown.
     """

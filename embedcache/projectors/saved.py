@@ -6,7 +6,7 @@ torch is imported where weights are used, so that a config is read in millisecon
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,12 +19,11 @@ from embedcache.files import replacing
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
+    FORMAT,
     check_same,
     construct,
     digest_file,
-    from_record,
     read_manifest,
-    to_record,
     write_record,
 )
 from embedcache.records import naming_packages, read_stage
@@ -35,18 +34,8 @@ if TYPE_CHECKING:
 
     from embedcache.projectors.pair import AlignedPair, AnyTower
 
-RUN_FORMAT = 2
-"""Newest format of a run: 1 is an aligned pair of images and texts, 2 any other pair or module."""
 CHANGED_CONFIG = "restore the file"
 """What to do about a `config.json` that differs from its digest."""
-CONFIG_NAMES = {
-    "file_digests": "given",
-    "split_digest": "split",
-    "weights_digest": "weights",
-}
-"""Field of the config of a run -> key in `config.json`, where they differ, as in format 1."""
-
-_FORMAT_1 = ("image", "text")
 _PAIR = "pair"
 _BLOCK = 8192
 
@@ -105,26 +94,14 @@ class PairConfig:
         return next(name for name in self.sides if name != modality)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON values of `config.json`: of format 1 for images and texts, else of format 2."""
-        values = to_record(self, CONFIG_NAMES)
-        sides = values.pop("sides")
-        head = {name: values.pop(name) for name in ("projector", "shared_width")}
-        if self.modalities == _FORMAT_1:
-            return {**head, **sides, **values, "format": 1}
-        named = {modality: {"modality": modality, **side} for modality, side in sides.items()}
-        return {"kind": _PAIR, **head, "sides": named, **values, "format": RUN_FORMAT}
+        """Return the JSON values of `config.json`."""
+        return {"format": FORMAT, "kind": _PAIR, **asdict(self)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "PairConfig":
         """Build a config from the values of `to_json`."""
-        fields = from_record(values, CONFIG_NAMES)
-        for name in ("format", "kind"):
-            fields.pop(name, None)
-        stored = fields.pop("sides") if "sides" in fields else {name: fields.pop(name) for name in _FORMAT_1}
-        sides = {
-            modality: TowerInput(**{name: value for name, value in side.items() if name != "modality"})
-            for modality, side in stored.items()
-        }
+        fields = {name: value for name, value in values.items() if name not in ("format", "kind", "sides")}
+        sides = {modality: TowerInput(**side) for modality, side in values["sides"].items()}
         groups = [fields["training"].get(name, {}) for name in _TRAINING_GROUPS]
         if not all(isinstance(group, Mapping) for group in groups):
             raise TypeError(f"training: expected objects as {', '.join(_TRAINING_GROUPS)}")
@@ -170,7 +147,7 @@ def save_pair(run_path: Path, pair: "AlignedPair", config: PairConfig) -> None:
     """Write the weights, then the config with the digests of weights and split, which marks the run as complete."""
     model_path = run_path / "model.safetensors"
     save_weights(model_path, pair)
-    digests = {"split": digest_file(split_path(run_path)), "weights": digest_file(model_path)}
+    digests = {"split_digest": digest_file(split_path(run_path)), "weights_digest": digest_file(model_path)}
     write_record(config_path(run_path), {**config.to_json(), **digests})
 
 
@@ -202,13 +179,12 @@ def read_run(run_path: Path, *, make: str = "embedcache train CACHE {}") -> dict
 
     Raises:
         PathError: the folder is not a finished run.
-        ArtifactError: the format is newer than this version reads.
+        ArtifactError: it has another format.
         CorruptError: the file is not JSON, or has changed since it was written.
     """
     values = read_manifest(
         config_path(run_path),
         kind="run",
-        latest_format=RUN_FORMAT,
         make=make.format(quoted(run_path)),
         next_step=CHANGED_CONFIG,
     )
@@ -241,7 +217,7 @@ def read_config(run_path: Path) -> PairConfig:
 
     Raises:
         PathError: the folder is not a finished run.
-        ArtifactError: the format is newer than this version reads.
+        ArtifactError: it has another format.
         DataError: the run is not an aligned pair.
         CorruptError: the file has changed since it was written, or fields are missing or unknown.
     """
@@ -256,7 +232,7 @@ def read_config(run_path: Path) -> PairConfig:
 
 def is_pair(manifest: Mapping[str, Any]) -> bool:
     """Return whether the values of a run's `config.json` are those of an aligned pair."""
-    return manifest.get("format") == 1 or manifest.get("kind") == _PAIR
+    return manifest.get("kind") == _PAIR
 
 
 def load_pair(run_path: Path, *, device: str = "cpu") -> tuple["AlignedPair", PairConfig]:

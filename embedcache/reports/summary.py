@@ -261,7 +261,7 @@ def _summarize_module(path: Path, outcome: Mapping[str, Any]) -> Summary:
 
 def _summarize_index(path: Path) -> Summary:
     card = read_card(path)
-    size = "" if card.file_bytes is None else f", {format_bytes(card.file_bytes)}"
+    size = f", {format_bytes(card.file_bytes)}"
     lines = [
         f"{path}: {count_items(card.num_vectors, card.modality)}, width {card.width}, {card.factory}{size}",
         f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries:,} queries, "
@@ -280,10 +280,9 @@ def _summarize_study(path: Path) -> Summary:
             f"{report_path}: expected the report of this study, got another file; run the same embedcache sweep again"
         )
     counts = ", ".join(f"{count:,} {state}" for state, count in report.get("counts", {}).items())
-    sides = study["sides"] if "sides" in study else {modality: study[modality] for modality in ("image", "text")}
     lines = [
         f"{path}: sampler {study['sampler']}, pruner {study['pruner']}, seed {study['seed']}",
-        f"features: {', '.join(f'{modality} ' + side['feature'] for modality, side in sides.items())}",
+        f"features: {', '.join(f'{modality} ' + side['feature'] for modality, side in study['sides'].items())}",
         f"searched: {', '.join(study['space']['space'])}",
         f"trials: {counts}" if counts else "not finished: run the same embedcache sweep again",
     ]

@@ -269,7 +269,7 @@ class IndexBuilder:
     def _read_with_card(self, card: IndexCard) -> RowIndex:
         """Read the index to extend, which is newer than its card if a build was killed in between."""
         path = self._folder / INDEX
-        if self._is_resumed and not is_whole(path):  # of an early version, or damaged
+        if self._is_resumed and not is_whole(path):
             return open_row_index(self._folder, card, device=self._device)
         index = read_index(path, is_mapped=False, device=self._device)
         if self._is_resumed:

@@ -13,6 +13,7 @@ from embedcache.errors import CorruptError, PathError, UnfinishedError, quoted
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
+    FORMAT,
     check_same,
     construct,
     read_json,
@@ -21,17 +22,13 @@ from embedcache.provenance import (
     write_record,
 )
 from embedcache.search.faiss_index import RowIndex, is_whole, read_index
-from embedcache.store.arrays import DIGITS, check_file, file_checksum
+from embedcache.store.arrays import check_file, file_checksum
 from embedcache.store.cache import Cache
 
 CARD = "card.json"
 INDEX = "index.faiss"
 STATE = "building.json"
 """See `BuildState`; there is none in a finished index."""
-
-FORMAT_VERSION = 4
-IN_MEMORY_FORMAT = 3
-"""Format of an index without lists on disk, for which nothing has changed since."""
 
 _UNCHECKED = ("cache", "run")
 """Keys of a card that its digest leaves out: paths that may be corrected by hand when folders have moved."""
@@ -60,8 +57,8 @@ class IndexCard:
         num_queries: number of queries measured.
         latency_ms: median milliseconds of a single query on the CPU of the machine that built the index.
         search: FAISS search parameters that tuning chose.
-        min_recall: requested `recall_at_10`; 0 in format 1.
-        recall_at_1: fraction of queries whose nearest neighbor is found first; this and all below: None in format 1.
+        min_recall: requested `recall_at_10`.
+        recall_at_1: fraction of queries whose nearest neighbor is found first.
         batch_latency_ms: milliseconds per query in one batch, on its GPU if FAISS can search the index there.
         memory_bytes: memory while searching, by formula; None for a given factory string.
         file_bytes: size of `index.faiss` and of the file of lists.
@@ -69,8 +66,8 @@ class IndexCard:
         seconds: duration of this build; of an interrupted one, since it was resumed.
         lists: file of inverted lists that stay on disk during search; None: all is in memory.
         checksums: `index.faiss` -> CRC-32C of its bytes, and the file of lists -> CRC-32C of each list, 8 hex digits
-            one after another; in format 3 of all its bytes, or absent.
-        format: version of the format on disk: 4 with lists on disk, else 3.
+            one after another.
+        format: version of the format on disk.
     """
 
     cache: str
@@ -87,17 +84,17 @@ class IndexCard:
     recall_at_10: float
     num_queries: int
     latency_ms: float
-    search: Mapping[str, int] = field(default_factory=dict)
-    min_recall: float = 0.0
-    recall_at_1: float | None = None
-    batch_latency_ms: float | None = None
-    memory_bytes: int | None = None
-    file_bytes: int | None = None
-    num_training: int | None = None
-    seconds: float | None = None
-    lists: str | None = None
-    checksums: Mapping[str, str] = field(default_factory=dict)
-    format: int = IN_MEMORY_FORMAT
+    search: Mapping[str, int]
+    min_recall: float
+    recall_at_1: float
+    batch_latency_ms: float
+    memory_bytes: int | None
+    file_bytes: int
+    num_training: int
+    seconds: float
+    lists: str | None
+    checksums: Mapping[str, str]
+    format: int = FORMAT
 
 
 def read_card(index_path: Path) -> IndexCard:
@@ -105,14 +102,13 @@ def read_card(index_path: Path) -> IndexCard:
 
     Raises:
         PathError: there is no finished index.
-        ArtifactError: its format is later, or the card has changed since it was written.
+        ArtifactError: it has another format, or the card has changed since it was written.
     """
     path = index_path / CARD
     make = f"embedcache curate index CACHE {quoted(index_path)}"
     values = read_manifest(
         path,
         kind="index",
-        latest_format=FORMAT_VERSION,
         make=make,
         next_step=f"restore it, or {_rebuild(index_path)}",
         unchecked=_UNCHECKED,
@@ -157,26 +153,12 @@ class BuildState:
 def read_state(index_path: Path) -> BuildState:
     """Read the state of an unfinished index; `CorruptError` if the file does not hold one."""
     path = index_path / STATE
-    state = read_json(path)
-    return construct(
-        path,
-        lambda: BuildState(
-            source=dict(state["about"]),
-            factory=None if state["factory"] is None else str(state["factory"]),
-            rejected={factory: float(recall) for factory, recall in state["refused"].items()},
-            checksums={
-                name: {file: str(checksum) for file, checksum in state[name].items()}
-                for name in ("lists", "checksums")
-                if name in state
-            },
-        ),
-    )
+    return construct(path, lambda: BuildState(**read_json(path)))
 
 
 def write_state(index_path: Path, state: BuildState) -> None:
     """Write the state of an unfinished index."""
-    values = {"about": state.source, "factory": state.factory, "refused": state.rejected, **state.checksums}
-    write_json(index_path / STATE, values)
+    write_json(index_path / STATE, asdict(state))
 
 
 def may_hold_removed(card: IndexCard, cache: Cache) -> bool:
@@ -209,7 +191,7 @@ def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> 
             ) from error
         return _open(index_path, finished, device)  # the longer index, whose card is not written yet
     found, expected = (len(index), index.width), (card.num_vectors, card.width)
-    if found != expected and card.checksums:
+    if found != expected:
         raise CorruptError(
             f"{index_path / INDEX}: expected {expected[0]:,} vectors of width {expected[1]:,}, as its card "
             f"states, got {found[0]:,} of {found[1]:,}; {_rebuild(index_path)}"
@@ -218,13 +200,8 @@ def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> 
 
 
 def verify_index(index_path: Path, card: IndexCard, *, progress: Progress | None = None) -> None:
-    """Compare all bytes of an index with their checksums, lists on disk too; raises what `open_row_index` raises.
-
-    Indexes of early versions have no checksums.
-    """
-    for name, checksum in card.checksums.items():
-        if len(checksum) == DIGITS:
-            check_file(index_path / name, checksum, next_step=_rebuild(index_path), once=False, progress=progress)
+    """Compare all bytes of an index with their checksums, lists on disk too; raises what `open_row_index` raises."""
+    check_file(index_path / INDEX, card.checksums[INDEX], next_step=_rebuild(index_path), once=False, progress=progress)
     index = open_row_index(index_path, card, device="cpu")
     if index.disk_lists is not None:
         index.disk_lists.check_all(progress=progress)
@@ -232,27 +209,22 @@ def verify_index(index_path: Path, card: IndexCard, *, progress: Progress | None
 
 def check_lists(index_path: Path, index: RowIndex, checksums: Mapping[str, str]) -> None:
     """Compare the lists that an index has on disk with their checksums; raises what `open_row_index` raises."""
-    if index.disk_lists is None or index.disk_lists.file not in checksums:
-        return  # in memory, or of an early version
-    name = index.disk_lists.file
-    if len(checksums[name]) == DIGITS:
-        check_file(index_path / name, checksums[name], next_step=_rebuild(index_path))
-    else:
-        index.disk_lists.compare(index_path / name, checksums[name], _rebuild(index_path))
+    if index.disk_lists is not None:
+        path = index_path / index.disk_lists.file
+        index.disk_lists.compare(path, checksums.get(path.name, ""), _rebuild(index_path))
         index.disk_lists.check_all()
 
 
 def _open(index_path: Path, checksums: Mapping[str, str], device: str) -> RowIndex:
-    next_step, of_lists = _rebuild(index_path), {}
-    for name, checksum in checksums.items():
-        if len(checksum) == DIGITS:
-            check_file(index_path / name, checksum, next_step=next_step)
-        elif (index_path / name).is_file():
-            of_lists[index_path / name] = checksum
-        else:
-            raise PathError(f"{index_path / name} does not exist; {next_step}")
-    index = read_index(index_path / INDEX, is_mapped=None if checksums.keys() <= {INDEX} else False, device=device)
-    for path, checksum in of_lists.items():
+    next_step = _rebuild(index_path)
+    lists = {index_path / name: checksum for name, checksum in checksums.items() if name != INDEX}
+    for path in lists:
+        if not path.is_file():
+            raise PathError(f"{path} does not exist; {next_step}")
+    check_file(index_path / INDEX, checksums[INDEX], next_step=next_step)
+
+    index = read_index(index_path / INDEX, is_mapped=False if lists else None, device=device)
+    for path, checksum in lists.items():
         if index.disk_lists is None:
             raise CorruptError(
                 f"{index_path / INDEX}: expected lists in {path.name}, got an index in memory; {next_step}"

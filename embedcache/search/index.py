@@ -28,8 +28,6 @@ from embedcache.search.autotune import (
 from embedcache.search.building import FILES, IndexBuilder, remove_leftovers
 from embedcache.search.card import (
     CARD,
-    FORMAT_VERSION,
-    IN_MEMORY_FORMAT,
     INDEX,
     STATE,
     IndexCard,
@@ -139,13 +137,13 @@ def _check_reuse(index_path: Path, card: IndexCard, vectors: Vectors, settings: 
     source = _source(vectors, index_path)
     requested = {**source, "index_digest": card.index_digest, "factory": factory, "width": vectors.width}
     check_card(index_path, card, requested, next_step=new_folder)
-    memory = _grown(card, len(vectors.rows)).memory_bytes or card.file_bytes or 0
+    memory = _grown(card, len(vectors.rows)).memory_bytes or card.file_bytes
     if settings.memory is not None and memory > settings.memory:
         raise SettingError(
             f"memory: expected an index of at most {settings.memory:,} bytes, got {memory:,} with "
             f"{len(vectors.rows):,} items for {index_path}, {card.factory}; {new_folder} for a smaller one"
         )
-    if card.format > 1 and card.recall_at_10 < settings.min_recall:
+    if card.recall_at_10 < settings.min_recall:
         raise SettingError(
             f"min_recall: expected an index with recall@10 of at least {settings.min_recall:g}, got "
             f"{card.recall_at_10:.3f} for {index_path}; {new_folder} for a better one"
@@ -270,7 +268,6 @@ def _card(
         seconds=round(seconds, 3),
         lists=lists,
         checksums=checksums,
-        format=IN_MEMORY_FORMAT if lists is None else FORMAT_VERSION,
     )
 
 

@@ -320,7 +320,7 @@ def info_tables(index: OpenIndex) -> list[InfoTable]:
             ["recall@10 against exact search", f"{card.recall_at_10:.3f} on {card.num_queries:,} queries"],
             ["milliseconds per query when built", f"{card.latency_ms:g}"],
             ["milliseconds per query in a batch", batch_ms],
-            ["on disk", "" if card.file_bytes is None else format_bytes(card.file_bytes)],
+            ["on disk", format_bytes(card.file_bytes)],
         ],
     }
     about_cache = {

@@ -246,7 +246,6 @@ def read_info(cache_path: Path) -> CacheInfo:
     record = read_manifest(
         path,
         kind="cache",
-        latest_format=FORMAT_VERSION,
         make=_how_to_make(cache_path),
         next_step="restore the file, or extract into a new folder",
         unchecked=_UNCHECKED,

@@ -13,14 +13,12 @@ from embedcache.locks import LOCK, locked
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
-    STUDY_FORMAT,
+    FORMAT,
     check_same,
     construct,
     digest_file,
-    from_record,
     prepare_folder,
     read_study,
-    to_record,
     write_record,
 )
 from embedcache.sweep.settings import SweepSettings
@@ -43,11 +41,7 @@ _FILES = (
 )
 
 
-_STORED_NAMES = {"split_digest": "split"}
-"""Field of `Study` -> key in `study.json`, where they differ."""
-
 _FAILED = "failed"
-_FORMAT_1 = ("image", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +54,7 @@ class Study:
             are any; in the order of `order_pair`.
         storage: URL of the storage without its password; None is the file `study.db` in the folder.
         name: name of the study in the storage.
-        split_digest: SHA-256 of `split.parquet`; empty in the first studies.
+        split_digest: SHA-256 of `split.parquet`.
     """
 
     space: Mapping[str, Any]
@@ -74,21 +68,13 @@ class Study:
     split_digest: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON values of `study.json`: of format 1 for images and texts, else of format 2."""
-        values = to_record(self, _STORED_NAMES)
-        sides = values.pop("sides")
-        head = {name: values.pop(name) for name in ("space", "index_digest")}
-        if tuple(sides) == _FORMAT_1:
-            return {**head, **sides, **values, "format": 1}
-        return {**head, "sides": sides, **values, "format": STUDY_FORMAT}
+        """Return the JSON values of `study.json`."""
+        return {"format": FORMAT, **asdict(self)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Study":
         """Build a study from the values of `to_json`."""
-        fields = {name: value for name, value in from_record(values, _STORED_NAMES).items() if name != "format"}
-        if "sides" not in fields:
-            fields["sides"] = {modality: fields.pop(modality) for modality in _FORMAT_1}
-        return cls(**fields)
+        return cls(**{name: value for name, value in values.items() if name != "format"})
 
 
 def open_study(

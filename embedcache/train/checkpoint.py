@@ -160,7 +160,7 @@ def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, 
     """
     next_step = "give the path of a new folder, or use the same settings"
     _check_config(f"run {run_path}", stored, expected, next_step=next_step)
-    checked_weights_path(run_path, stored["weights"])
+    checked_weights_path(run_path, stored["weights_digest"])
     check_split(split_path(run_path))
     if process_rank() == 0 and checkpoint_path(run_path).exists():  # nothing may be removed on a read-only disk
         checkpoint_path(run_path).unlink(missing_ok=True)
@@ -171,18 +171,18 @@ def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, 
 def _check_config(what: str, stored: Mapping[str, Any], expected: Mapping[str, Any], *, next_step: str) -> None:
     """Check that a run has the expected config, then that no item of its features was retried since."""
     check_same(what, _comparable(stored), _comparable(expected), next_step=next_step)
-    check_failed(what, stored.get("given", {}), expected["given"])
+    check_failed(what, stored.get("file_digests", {}), expected["file_digests"])
 
 
 def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without failed items, and without paths of files whose digests it has: they may have moved."""
-    given, training = values.get("given", {}), values["training"]
-    if "split" in given:
+    digests, training = values.get("file_digests", {}), values["training"]
+    if "split" in digests:
         training = {**training, "split": {**training["split"], "kind": "a file"}}
-    if "selection" in given:
+    if "selection" in digests:
         training = {**training, "selection": "a file"}
-    given = {name: value for name, value in given.items() if not name.startswith(FAILED)}
-    return {**values, "training": training, "given": given}
+    digests = {name: value for name, value in digests.items() if not name.startswith(FAILED)}
+    return {**values, "training": training, "file_digests": digests}
 
 
 def check_not_extended(made: str, index_digest: str, caches: Sequence[Cache], *, next_step: str) -> None:
@@ -226,8 +226,6 @@ def failed_digests(data: TrainData, views: Sequence[str] = ()) -> dict[str, str]
 
 def check_failed(what: str, stored: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Check that the items that lack features are those that did when something was trained, by `failed_digests`.
-
-    The first runs and studies have not recorded it, which is no difference.
 
     Raises:
         FingerprintError: items were retried since.

@@ -1,4 +1,4 @@
-"""Train the module of any task, into a run folder of format 2."""
+"""Train the module of any task, into a run folder."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace

@@ -91,7 +91,7 @@ def _weights_digest(run_path: Path) -> str:
     if not path.is_file():
         raise PathError(f"init_from: expected a finished run, got {run_path}, which has no config.json")
     values = read_run(run_path)
-    return construct(path, lambda: str(values["weights"]))
+    return construct(path, lambda: str(values["weights_digest"]))
 
 
 def _read_weights(run_path: Path) -> dict[str, Tensor]:

@@ -157,8 +157,9 @@ def test_refusals(cache: Path, work: Path, tmp_path: Path) -> None:
     other = shutil.copytree(run, tmp_path / "other,kind")
     with pytest.raises(SettingError, match="a path with a comma is not supported"):
         derive_from_run(cache, other, name="other")
-    image = json.loads(config_path(other).read_text())["image"]
-    edit_record(config_path(other), image={**image, "fingerprint": {**image["fingerprint"], "weights": "other"}})
+    sides = json.loads(config_path(other).read_text())["sides"]
+    sides["image"]["fingerprint"]["weights"] = "other"
+    edit_record(config_path(other), sides=sides)
     with pytest.raises(FingerprintError, match="the cache's open_toy/cls comes from another encoder"):
         derive_from_run(cache, other)
 
@@ -180,7 +181,7 @@ class Doubler(nn.Module):
 
 
 def write_module_run(cache: Path, run: Path, kind: str = "tests.derive.test_runs:Doubler") -> Path:
-    """Write a run of format 2 on the tokens of a cache."""
+    """Write a run of a module on the tokens of a cache."""
     feature = open_input(Cache(cache), "text", "open_toy/tokens")
     side = ModuleInput(
         modality="text", feature=feature.name, spec=feature.spec, fingerprint=feature.fingerprint, width=feature.width

@@ -15,6 +15,7 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.runs import Run, load_runs, read_eval_split, read_part, read_run_split, run_input
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
+from embedcache.provenance import write_record
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.cli.run import succeed
@@ -194,6 +195,6 @@ def test_training_caches_are_found_from_any_folder(
 
 def test_record_without_caches_is_named(run: Run, other: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run.path, tmp_path / "run-0"))
-    (copy / "record.json").write_text('{"stage": "train", "settings": {}}')
+    write_record(copy / "record.json", {"stage": "train", "settings": {}}, unchecked=("settings",))
     with pytest.raises(CorruptError, match=r"record\.json does not hold the fields of its format"):
         evaluate_retrieval(other, [copy])

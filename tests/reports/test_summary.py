@@ -54,8 +54,8 @@ def test_file_of_another_artifact_is_refused(
 
 
 def test_study_of_a_later_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "study.json").write_text(json.dumps({"format": 3}))
-    with pytest.raises(ArtifactError, match="has study format 3; this version reads 1 to 2: upgrade embedcache"):
+    (tmp_path / "study.json").write_text(json.dumps({"format": 2}))
+    with pytest.raises(ArtifactError, match="has study format 2; this version reads 1: upgrade embedcache"):
         summarize(tmp_path)
 
 

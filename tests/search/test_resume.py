@@ -181,7 +181,7 @@ def test_rejected_index_is_not_taken_for_the_next_kind(
     for name in ("index", "anew"):
         with pytest.raises(SettingError, match="recall@10 of at least 1"):
             build_index(cache_path, tmp_path / name, feature="open_toy/cls", memory=30_000, min_recall=1.0)
-        recalls.append(json.loads((tmp_path / name / "building.json").read_text())["refused"])
+        recalls.append(json.loads((tmp_path / name / "building.json").read_text())["rejected"])
     assert len(recalls[0]) == 2
     assert recalls[0] == recalls[1]
     assert not (tmp_path / "index" / "index.faiss").exists()

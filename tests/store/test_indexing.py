@@ -188,7 +188,7 @@ def test_index_chunk_size_zero_raises(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "words"),
     [
-        ('{"format": 2}', ArtifactError, "has cache format 2; this version reads 1 to 1: upgrade"),
+        ('{"format": 2}', ArtifactError, "has cache format 2; this version reads 1: upgrade"),
         ('{"format": 1}', CorruptError, "has no digest of its content"),
         ("[]", ArtifactError, "was not written by embedcache"),
         ("{", CorruptError, "not valid JSON"),

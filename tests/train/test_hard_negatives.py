@@ -57,7 +57,7 @@ def test_hard_negatives_of_the_training_part_are_added(
     steps = [line for line in log_lines(tmp_path / "run") if "loss" in line]
     assert len(steps) == len(seen)
     config = json.loads((tmp_path / "run/config.json").read_text())
-    assert "negatives 0" in config["given"]
+    assert "negatives 0" in config["file_digests"]
     assert config["training"]["num_negatives"] == 2
 
 
