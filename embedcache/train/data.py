@@ -160,8 +160,8 @@ def open_data(
         for modality in order_pair(features)
     }
     for opened in sides.values():
-        for cache, feature in zip(caches[1:], opened[1:], strict=True):
-            _check_same_feature(caches[0], opened[0], cache, feature)
+        for cache, other_feature in zip(caches[1:], opened[1:], strict=True):
+            _check_same_feature(caches[0], opened[0], cache, other_feature)
     return TrainData(caches=caches, sides=sides, memory_bytes=memory_bytes, progress=progress or NullProgress())
 
 
