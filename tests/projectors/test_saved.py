@@ -88,9 +88,7 @@ def test_unfinished_damaged_and_other_runs_raise(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="has changed since it was written; restore the file"):
         read_config(run)
     write_record(config, {"kind": "points", "format": 1})
-    with pytest.raises(
-        DataError, match="expected an aligned pair, got a run of kind points; load it with embedcache.n"
-    ):
+    with pytest.raises(DataError, match="expected an aligned pair, got a run of kind points; load it with"):
         read_config(run)
     write_record(config, {"kind": "pair", "format": 1, "sides": {}})
     with pytest.raises(CorruptError):
