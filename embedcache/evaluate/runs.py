@@ -1,7 +1,7 @@
 """The runs that are evaluated, and the samples they are evaluated on. Seeds of one recipe are averaged."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -17,7 +17,6 @@ from embedcache.dataset.splits import Split, column_parts, read_split
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError, UnknownNameError
 from embedcache.files import AnyPath, one_or_many
-from embedcache.projectors.modules import read_module_config
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import (
     PairConfig,
@@ -80,23 +79,18 @@ def _check_control(path: Path, config: PairConfig) -> None:
         raise SettingError(f"{path}: expected a control trained with --shuffle-pairs, got another run")
 
 
-def group_by_recipe(
-    run_paths: RunPaths, read_recipe: Callable[[Path], tuple[Mapping[str, Any], int]] | None = None
-) -> dict[str, list[Path]]:
+def group_by_recipe(run_paths: RunPaths) -> dict[str, list[Path]]:
     """Group runs by recipe: name -> seeds, in the given order.
 
     Runs of one recipe of which two have the same seed are not averaged: each is a group.
-
-    Args:
-        run_paths: runs.
-        read_recipe: returns all that decides a run except its seeds, and its seed; None: of runs that are pairs.
 
     Raises:
         SettingError: a run is named twice.
     """
     groups: list[tuple[Mapping[str, Any], dict[Path, int]]] = []
     for path in map(Path, one_or_many(run_paths)):
-        recipe, seed = (read_recipe or _pair_recipe)(path)
+        config = read_config(path)
+        recipe, seed = _recipe(config), _seed_of(path, config.training)
         seeds = next((seeds for other, seeds in groups if other == recipe), None)
         if seeds is None:
             groups.append((recipe, seeds := {}))
@@ -111,32 +105,9 @@ def group_by_recipe(
     return _name_recipes(recipes)
 
 
-def group_modules_by_recipe(run_paths: RunPaths, kind: str) -> dict[str, list[Path]]:
-    """Group runs of modules of a kind by recipe, as `group_by_recipe`; errors are those of `read_module_config` too."""
-    return group_by_recipe(run_paths, lambda path: _module_recipe(path, kind))
-
-
 def _seed_of(run_path: Path, training: Mapping[str, Any]) -> int:
     """Return the random seed in the config of a run, or raise a `CorruptError`."""
     return construct(config_path(run_path), lambda: int(training["seed"]))
-
-
-def _pair_recipe(run_path: Path) -> tuple[dict[str, Any], int]:
-    """Return all that decides a run that is a pair except its seeds, and its seed."""
-    config = read_config(run_path)
-    return _recipe(config), _seed_of(run_path, config.training)
-
-
-def _module_recipe(run_path: Path, kind: str) -> tuple[dict[str, Any], int]:
-    """Return all that decides a run of a module except its seed, where it was trained, and the weights it starts from.
-
-    The names of the runs that it starts from belong to it. The seed comes second.
-    """
-    config = read_module_config(run_path, kind=kind)
-    values = {name: value for name, value in config.to_json().items() if name not in ("weights_digest", "init_runs")}
-    machine = {**config.training.get("machine", {}), "device": None}
-    recipe = {**values, "training": {**config.training, "seed": None, "machine": machine}}
-    return recipe, _seed_of(run_path, config.training)
 
 
 class RecipeRuns(NamedTuple):

@@ -34,12 +34,11 @@ class SpellingSource:
     """Utterances of words of one letter; a letter has a pitch, a loudness and a color. Each has two videos, one darker.
 
     Args:
-        late: utterances whose video lasts a second longer than their sound.
         is_recorded: the words of every second utterance name their recordings in a column.
     """
 
-    def __init__(self, count: int, *, first: int = 0, late: tuple[int, ...] = (), is_recorded: bool = False) -> None:
-        self._numbers, self._late, self._is_recorded = range(first, first + count), late, is_recorded
+    def __init__(self, count: int, *, first: int = 0, is_recorded: bool = False) -> None:
+        self._numbers, self._is_recorded = range(first, first + count), is_recorded
 
     def describe(self) -> Mapping[str, Any]:
         return {"type": "tests.pipelines.avsr.cases:SpellingSource", "path": "", "settings": {}}
@@ -59,7 +58,7 @@ class SpellingSource:
         places = [LETTERS.index(letter) for letter in _letters(int(number))]
         if kind == "wav":
             return wav(np.concatenate([tone(_LETTER_S, 300.0 * 3**place) * (0.1 + 0.4 * place) for place in places]))
-        frames = np.zeros((6 * len(places) + 25 * (int(number) in self._late), 16, 16, 3), np.uint8)
+        frames = np.zeros((6 * len(places), 16, 16, 3), np.uint8)
         for position, place in enumerate(places):
             frames[6 * position : 6 * position + 6, :, :, place] = 200 - 50 * int(face[0])
         return encode_video(frames)

@@ -18,7 +18,7 @@ from tests.media_files import encode_video
 from tests.media_toy import MEDIA
 
 GAP, SPACE = ".", " "
-"""Labels of frames between the letters of a word, a low tone and a wide bar, and between words, silence."""
+"""Labels of frames between letters, a low tone and a wide bar, and between words, silence."""
 TONES_HZ = {"A": 300, "B": 600, "C": 1200, "D": 2400, GAP: 100}
 RATE_HZ, FRAME_S, FRAME_SAMPLES = 25, 0.04, 640
 WHISPER = {"audio": ("whisper:tiny.en", "tiny.en/states")}
@@ -44,20 +44,19 @@ class Speech(NamedTuple):
     words: Sequence[tuple[str, float, float]]
 
 
-def say(text: str, rng: np.random.Generator, *, silence: tuple[int, int] = (5, 12), pause: int = 8) -> Speech:
+def say(text: str, rng: np.random.Generator, *, pause: int = 8) -> Speech:
     """Say words of the letters A to D: six frames per letter, two between letters.
 
     Args:
-        silence: least and most frames before the first word and after the last.
         pause: frames between words.
     """
-    labels, words = SPACE * int(rng.integers(*silence)), []
+    labels, words = SPACE * int(rng.integers(5, 12)), []
     for word in text.split():
         start = len(labels)
         labels += (GAP * 2).join(letter * 6 for letter in word)
         words.append((word, start * FRAME_S, len(labels) * FRAME_S))
         labels += SPACE * pause
-    labels = labels[:-pause] + SPACE * int(rng.integers(*silence))
+    labels = labels[:-pause] + SPACE * int(rng.integers(5, 12))
     samples, frames = rng.normal(0, 0.003, len(labels) * FRAME_SAMPLES), np.full((len(labels), 16, 24, 3), 16, np.uint8)
     for number, label in enumerate(labels):
         if label in TONES_HZ:

@@ -53,16 +53,10 @@ def states(cache: Path) -> Utterances:
     return open_utterances(Cache(cache), names)
 
 
-def starts(runs: dict[str, Path], *names: str) -> tuple[str, ...]:
-    return tuple(f"{name}={runs[name]}" for name in names or runs)
-
-
-def train_fusion(
-    caches: tuple[Path, Path], run: Path, runs: dict[str, Path], *, on_states: bool, **options: object
-) -> Path:
+def train_fusion(caches: tuple[Path, Path], run: Path, runs: dict[str, Path], *, on_states: bool) -> Path:
     both = [utterances(cache, "audio", "video") for cache in caches]
     derived = tuple(states(cache) for cache in caches) if on_states else None
-    settings = fit_settings(**{"init_from": starts(runs), "trainable": PARTS, **options})
+    settings = fit_settings(init_from=tuple(f"{name}={start}" for name, start in runs.items()), trainable=PARTS)
     train_speech(both[0], both[1], run, recipe(model={**MODEL, "fusion_layers": 1}), settings, states=derived)  # type: ignore[arg-type]
     return run
 
