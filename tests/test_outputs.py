@@ -19,6 +19,7 @@ from embedcache.cli.main import root_command
 from embedcache.dataset.selections import Selection, read_selected_keys, read_selected_reasons, write_selection
 from embedcache.errors import CorruptError, PathError
 from embedcache.outputs import check_output, new_output, read_report_json, replacing_files, write_report_json
+from embedcache.reports.base import write_page
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
@@ -184,6 +185,16 @@ def test_overwrite_replaces_a_file(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report.json").stat().st_ino != first
     (tmp_path / "link").symlink_to("report.json")
     assert "got a link" in embedcache("inspect", folder / "C", "--output", "link", "--overwrite", cwd=tmp_path).stderr
+
+
+def test_own_files_of_a_command_are_replaced(tmp_path: Path) -> None:
+    """The page of a study or of the quickstart is not an output that the user names."""
+    with replacing_files(False):
+        for title in ("first", "second"):
+            write_page(
+                tmp_path / "report.html", "report.html.j2", title=title, summary="", warnings=[], sections=[], credit=""
+            )
+            assert title in (tmp_path / "report.html").read_text()
 
 
 def test_one_file_for_two_outputs_raises(tmp_path: Path) -> None:

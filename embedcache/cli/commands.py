@@ -245,7 +245,7 @@ def _with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
         from embedcache.cli.console import verbosity
         from embedcache.outputs import replacing_files
 
-        with verbosity(quiet=quiet, verbose=verbose), replacing_files(values.pop(OVERWRITE, False)):
+        with verbosity(quiet=quiet, verbose=verbose), replacing_files(values.pop(OVERWRITE, True)):
             command(**values)
 
     quiet = Annotated[

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -19,7 +19,7 @@ from embedcache.cli.options import (
     with_settings,
 )
 from embedcache.devices import AUTO
-from embedcache.errors import SettingError, quoted
+from embedcache.errors import quoted
 from embedcache.modalities import FILE_MODALITIES
 from embedcache.search.settings import MOVED_CACHE, MOVED_RUN, SearchSettings
 from embedcache.serve.settings import ServeSettings
@@ -102,17 +102,8 @@ def search(
 @with_settings(settings=ServeSettings)
 def serve(
     index: IndexArgument,
-    other: Annotated[
-        Path | None, typer.Argument(metavar="INDEX2", help="Index to compare with, of another run for example.")
-    ] = None,
-    run: Annotated[
-        list[Path] | None,
-        typer.Option(metavar=MOVED_RUN["metavar"], help=MOVED_RUN["help"]),
-    ] = None,
-    cache: Annotated[
-        list[str] | None,
-        typer.Option(metavar=MOVED_CACHE["metavar"], help=MOVED_CACHE["help"]),
-    ] = None,
+    run: Annotated[Path | None, typer.Option(metavar=MOVED_RUN["metavar"], help=MOVED_RUN["help"])] = None,
+    cache: Annotated[str | None, typer.Option(metavar=MOVED_CACHE["metavar"], help=MOVED_CACHE["help"])] = None,
     concepts: Concepts = None,
     coverage: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Show this report, written by curate coverage --output.")
@@ -133,7 +124,7 @@ def serve(
     """Serve a search page and its JSON API.
 
     Visitors search the index with texts and images, filter by label and selection, see a map of its items and the
-    coverage of concepts, and compare two indexes side by side, for which --run and --cache may be given twice.
+    coverage of concepts.
 
     Example: embedcache serve index/ --port 8000
     """
@@ -147,13 +138,9 @@ def serve(
     from embedcache.serve.server import serve as run_server
     from embedcache.serve.service import ServePaths
 
-    indexes = [index] if other is None else [index, other]
-    moved = zip(indexes, _per_index("run", run, indexes), _per_index("cache", cache, indexes), strict=True)
-    first, *others = [
-        ServePaths(index=path, run=its_run, cache=its_cache, selections=selection or ())
-        for path, its_run, its_cache in moved
-    ]
-    paths = [replace(first, coverage=coverage, concepts=concepts), *others]
+    paths = ServePaths(
+        index=index, run=run, cache=cache, selections=selection or (), coverage=coverage, concepts=concepts
+    )
     progress = open_progress()
 
     def announce(line: str) -> None:
@@ -193,11 +180,3 @@ def _hit_rows(hits: Sequence["Hit"]) -> tuple[list[str], list[list[str]]]:
     if any(hit.label is not None for hit in hits):
         columns["label"] = [hit.label or "" for hit in hits]
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
-
-
-def _per_index(option: str, moved: Sequence[_T] | None, indexes: Sequence[Path]) -> list[_T | None]:
-    """Return the value of an option for each index, None for the others."""
-    values = list(moved or ())
-    if len(values) > len(indexes):
-        raise SettingError(f"{option}: expected at most one per index, got {len(values)} for {len(indexes)}")
-    return [*values, *[None] * (len(indexes) - len(values))]

@@ -16,8 +16,9 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from embedcache.arrays import Array, Bools
+from embedcache.files import write_atomic
 from embedcache.metrics.intervals import Estimate
-from embedcache.outputs import write_output
+from embedcache.outputs import new_output
 from embedcache.reports.items import PageItem
 
 if TYPE_CHECKING:
@@ -128,13 +129,13 @@ def write_report(
     credit: str = "",
 ) -> None:
     """Write a report as one self-contained HTML page; `warnings` at the top are reasons to doubt the numbers."""
-    write_page(
-        path, "report.html.j2", title=title, summary=summary, warnings=warnings, sections=sections, credit=credit
-    )
+    values = {"title": title, "summary": summary, "warnings": warnings, "sections": sections, "credit": credit}
+    with new_output(path) as temporary:
+        write_page(temporary, "report.html.j2", **values)
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Render a template of this folder and write the page as an output; it loads nothing from elsewhere.
+    """Render a template of this folder and write the page, in place of an earlier one; it loads nothing from elsewhere.
 
     Text in `values` is escaped; SVG figures go through `| safe`.
     """
@@ -146,7 +147,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"fraction": format_fraction, "count": format_count}
-    write_output(path, environment.get_template(template).render(**values).encode())
+    write_atomic(path, environment.get_template(template).render(**values).encode())
 
 
 INK, SOFT, GRID = "#52606d", "#9aa5b1", "#e4e7eb"

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from embedcache.errors import EmbedcacheError, ItemError, UnknownNameError
 from embedcache.modalities import noun, one_noun
 from embedcache.serve.batching import Batcher, BusyError, SearchQuery, SearchResult, search_batch
 from embedcache.serve.guard import BUG, IMAGE_SEARCH_PATH
-from embedcache.serve.media import KEPT, ImageThreads, ServedItems, Uploads, respond_with_part
+from embedcache.serve.media import KEPT, Decoders, ServedItems, receive_image, respond_with_part
 from embedcache.serve.schema import (
     MAX_HITS,
     CardOut,
@@ -31,7 +31,6 @@ from embedcache.serve.schema import (
     CoverageOut,
     ErrorOut,
     HitOut,
-    IndexNumber,
     ItemOut,
     MapOut,
     OpeningOut,
@@ -66,28 +65,21 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(*services: SearchService) -> FastAPI:
-    """Create the app of one index, or of two to compare, which must be served behind a `RequestGuard`."""
-    indexes = Indexes(services)
-    threads = ImageThreads()
+def make_app(service: SearchService) -> FastAPI:
+    """Create the app of an index, which must be served behind a `RequestGuard`."""
+    batcher: Batcher[SearchQuery, SearchResult] = Batcher(partial(search_batch, service.index))
+    decoders = Decoders()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        loading = [
-            asyncio.create_task(asyncio.to_thread(load))
-            for service in services
-            for load in (service.load, service.map.load)
-        ]
-        tasks = [asyncio.create_task(batcher.run()) for batcher in indexes.batchers]
+        loading = [asyncio.create_task(asyncio.to_thread(load)) for load in (service.load, service.map.load)]
+        batches = asyncio.create_task(batcher.run())
         yield
-        for service in services:
-            service.map.stop()
+        service.map.stop()
         await asyncio.gather(*loading)
-        for task in tasks:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        threads.shut_down()
+        batches.cancel()
+        with suppress(asyncio.CancelledError):
+            await batches
 
     app = FastAPI(
         title="embedcache",
@@ -100,43 +92,22 @@ def make_app(*services: SearchService) -> FastAPI:
     )
     _add_pages(app)
     _add_errors(app)
-    _add_search(app, indexes, threads)
-    _add_items(app, indexes)
+    _add_search(app, service, batcher, decoders)
+    _add_items(app, service)
     for modality in PICTURED:
-        _add_images(app, modality, indexes, threads)
+        _add_images(app, modality, service, decoders)
     for modality in PLAYED:
-        _add_player(app, modality, indexes, threads)
-    _add_info(app, indexes)
-    _add_map(app, indexes)
+        _add_player(app, modality, service, decoders)
+    _add_info(app, service)
+    _add_map(app, service)
     return app
 
 
-class Indexes:
-    """The services of the indexes by number, and a batcher for each."""
-
-    def __init__(self, services: Sequence[SearchService]) -> None:
-        self.services = services
-        self.batchers: list[Batcher[SearchQuery, SearchResult]] = [
-            Batcher(partial(search_batch, service.index)) for service in services
-        ]
-
-    def __getitem__(self, number: int) -> SearchService:
-        if number >= len(self.services):
-            raise HTTPException(404, f"unknown index {number}; this server has one, 0")
-        return self.services[number]
-
-    def __len__(self) -> int:
-        return len(self.services)
-
-
-def _add_search(app: FastAPI, indexes: Indexes, threads: ImageThreads) -> None:
-    settings = indexes[0].settings
-    uploads = Uploads(threads, max_bytes=settings.max_upload, max_pixels=settings.max_pixels)
-
+def _add_search(
+    app: FastAPI, service: SearchService, batcher: Batcher[SearchQuery, SearchResult], decoders: Decoders
+) -> None:
     async def respond(options: SearchOptions, **query: Any) -> SearchResponse:
-        service = indexes[options.index]
-        search = SearchQuery(k=options.k, keep=service.filter(options), **query)
-        result = await indexes.batchers[options.index].submit(search)
+        result = await batcher.submit(SearchQuery(k=options.k, keep=service.filter(options), **query))
         encode_ms, search_ms = round(result.encode_ms, 3), round(result.search_ms, 3)
         hits = service.hits(result.hits)
         return SearchResponse.model_validate({"hits": hits, "encode_ms": encode_ms, "search_ms": search_ms})
@@ -144,7 +115,7 @@ def _add_search(app: FastAPI, indexes: Indexes, threads: ImageThreads) -> None:
     @app.post("/api/search")
     async def search(request: SearchRequest) -> SearchResponse:
         """Search with a text, or for items similar to an indexed one."""
-        service, row = indexes[request.index], request.row
+        row = request.row
         if [request.text, request.row, request.key].count(None) != 2:
             raise HTTPException(422, "expected either text, row or key")
         if request.text is not None and not request.text.strip():
@@ -160,42 +131,42 @@ def _add_search(app: FastAPI, indexes: Indexes, threads: ImageThreads) -> None:
     @app.post(IMAGE_SEARCH_PATH, openapi_extra=_IMAGE_BODY)
     async def search_with_image(request: Request, options: Annotated[SearchOptions, Query()]) -> SearchResponse:
         """Search with an image: the body is the file, JPEG, PNG, WebP, GIF, BMP or TIFF."""
-        service = indexes[options.index]
         if "image" not in service.accepted_queries:
             raise HTTPException(400, f"this index does not accept images: {service.rejected_queries['image']}")
-        async with uploads.receive(request.stream(), service.index.query_encoder.background) as image:
+        background = service.index.query_encoder.background
+        max_pixels = service.settings.max_pixels
+        async with receive_image(request.stream(), decoders, max_pixels=max_pixels, background=background) as image:
             return await respond(options, image=image)
 
 
-def _add_items(app: FastAPI, indexes: Indexes) -> None:
-    def check_item(row: int, index: int) -> SearchService:
-        service = indexes[index]
+def _add_items(app: FastAPI, service: SearchService) -> None:
+    def check_item(row: int) -> None:
         if row >= service.index.cache.num_rows(service.index.card.modality):
             raise HTTPException(404, f"unknown item {row}")
-        return service
 
     @app.get("/api/items")
-    async def items(rows: _Rows, index: IndexNumber = 0) -> list[HitOut]:
+    async def items(rows: _Rows) -> list[HitOut]:
         """Return some items of the cache, as hits are returned."""
-        service = check_item(max(rows), index)
+        check_item(max(rows))
         return [HitOut.model_validate(item) for item in service.items(np.array(rows, np.int64))]
 
     @app.get("/api/items/{row}")
-    async def item(row: _Row, index: IndexNumber = 0) -> ItemOut:
+    async def item(row: _Row) -> ItemOut:
         """Return all data of an item in the cache."""
-        return ItemOut.model_validate(check_item(row, index).item(row))
+        check_item(row)
+        return ItemOut.model_validate(service.item(row))
 
 
 _SHOWN = {"image": "an image", "video": "the middle frame of a video", "audio": "the spectrogram of a recording"}
 _PLAYED = {"video": "a video, as the file that it is stored in", "audio": "a recording, as a WAV of 16 kHz mono"}
 
 
-def _add_images(app: FastAPI, modality: str, indexes: Indexes, threads: ImageThreads) -> None:
-    async def thumbnail(row: _Row, index: IndexNumber = 0) -> Response:
-        return webp(await threads.run(_served(indexes, index, modality, row).thumbnail, row))
+def _add_images(app: FastAPI, modality: str, service: SearchService, decoders: Decoders) -> None:
+    async def thumbnail(row: _Row) -> Response:
+        return webp(await decoders.run(_served(service, modality, row).thumbnail, row))
 
-    async def full(row: _Row, index: IndexNumber = 0) -> Response:
-        return webp(await threads.run(_served(indexes, index, modality, row).image, row))
+    async def full(row: _Row) -> Response:
+        return webp(await decoders.run(_served(service, modality, row).image, row))
 
     def webp(data: bytes) -> Response:
         return Response(data, media_type="image/webp", headers=KEPT)
@@ -210,9 +181,9 @@ def _add_images(app: FastAPI, modality: str, indexes: Indexes, threads: ImageThr
         )
 
 
-def _add_player(app: FastAPI, modality: str, indexes: Indexes, threads: ImageThreads) -> None:
-    async def play(row: _Row, index: IndexNumber = 0, part: _Range = None) -> Response:
-        return respond_with_part(await threads.run(_served(indexes, index, modality, row).play, row), part)
+def _add_player(app: FastAPI, modality: str, service: SearchService, decoders: Decoders) -> None:
+    async def play(row: _Row, part: _Range = None) -> Response:
+        return respond_with_part(await decoders.run(_served(service, modality, row).play, row), part)
 
     app.add_api_route(
         f"/api/{noun(modality)}/{{row}}/play",
@@ -223,29 +194,28 @@ def _add_player(app: FastAPI, modality: str, indexes: Indexes, threads: ImageThr
     )
 
 
-def _served(indexes: Indexes, index: int, modality: str, row: int) -> ServedItems:
-    served = indexes[index].shown.get(modality)
+def _served(service: SearchService, modality: str, row: int) -> ServedItems:
+    served = service.shown.get(modality)
     if served is None or row >= served.num_items:
         raise HTTPException(404, f"unknown {one_noun(modality)} {row}")
     return served
 
 
-def _add_info(app: FastAPI, indexes: Indexes) -> None:
+def _add_info(app: FastAPI, service: SearchService) -> None:
     @app.get("/api/info")
-    async def info(index: IndexNumber = 0) -> ServerInfo:
+    async def info() -> ServerInfo:
         """Return what this server holds and accepts."""
-        fields = {**indexes[index].info(), "most_hits": MAX_HITS, "num_indexes": len(indexes)}
-        return ServerInfo.model_validate(fields)
+        return ServerInfo.model_validate({**service.info(), "most_hits": MAX_HITS})
 
     @app.get("/api/cards", response_model=list[CardOut])
-    async def index_and_run_cards(index: IndexNumber = 0) -> list[InfoTable]:
+    async def index_and_run_cards() -> list[InfoTable]:
         """Return tables that describe the index, its run and its cache."""
-        return info_tables(indexes[index].index)
+        return info_tables(service.index)
 
     @app.get("/api/coverage")
     async def coverage() -> CoverageOut:
         """Return the number of items of each concept."""
-        found = indexes[0].coverage
+        found = service.coverage
         if found is None:
             raise HTTPException(404, "no coverage; start the server with --concepts or --coverage")
         return CoverageOut.model_validate({**found.summary, "concepts": found.concepts()})
@@ -253,38 +223,38 @@ def _add_info(app: FastAPI, indexes: Indexes) -> None:
     @app.get("/api/coverage/{number}")
     async def concept(number: _Row) -> ConceptHits:
         """Return the items that are most similar to a concept, and some of all ranks that a person can answer for."""
-        return ConceptHits.model_validate(indexes[0].concept(number))
+        return ConceptHits.model_validate(service.concept(number))
 
     @app.post("/api/coverage/{number}/answer")
     async def answer(number: _Row, answered: ConceptAnswer) -> ConceptHits:
         """Save whether an item shows a concept, and return the concept as all answers settle it."""
-        if indexes[0].coverage is not None:
-            await asyncio.to_thread(indexes[0].coverage.answer, number, answered.row, shows=answered.shows)
-        return ConceptHits.model_validate(indexes[0].concept(number))
+        if service.coverage is not None:
+            await asyncio.to_thread(service.coverage.answer, number, answered.row, shows=answered.shows)
+        return ConceptHits.model_validate(service.concept(number))
 
 
-def _add_map(app: FastAPI, indexes: Indexes) -> None:
+def _add_map(app: FastAPI, service: SearchService) -> None:
     @app.get("/api/opening")
-    async def opening(index: IndexNumber = 0) -> OpeningOut:
+    async def opening() -> OpeningOut:
         """Return what the page opens on: a sample of the index, and example questions."""
-        return OpeningOut.model_validate(indexes[index].opening())
+        return OpeningOut.model_validate(service.opening())
 
     @app.get("/api/map")
-    async def index_map(index: IndexNumber = 0) -> MapOut:
+    async def index_map() -> MapOut:
         """Return the clusters of the map, and whether there is one."""
-        return MapOut.model_validate(indexes[index].describe_map())
+        return MapOut.model_validate(service.describe_map())
 
     @app.get("/api/map/points", response_class=Response)
-    async def points(index: IndexNumber = 0) -> Response:
+    async def points() -> Response:
         """Return the items on the map: row (uint32), x, y (uint16, of 65,535) and cluster (uint16), little-endian, each
         as one array of all items, one after the other.
         """
-        return Response(indexes[index].map.points(), media_type="application/octet-stream")
+        return Response(service.map.points(), media_type="application/octet-stream")
 
     @app.get("/api/map/{number}")
-    async def cluster(number: _Row, index: IndexNumber = 0) -> ClusterHits:
+    async def cluster(number: _Row) -> ClusterHits:
         """Return the items nearest to the center of a cluster."""
-        return ClusterHits.model_validate(indexes[index].cluster(number))
+        return ClusterHits.model_validate(service.cluster(number))
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -21,8 +21,6 @@ _MAX_JSON_BYTES = 64 * 1024
 IMAGE_SEARCH_PATH = "/api/search/image"
 BUG = "something went wrong; the server's log says what"
 _TIMEOUT = "this took too long; retry, or request fewer results"
-_BUSY = "all connections are in use; retry in a moment"
-_NOT_HTTP = "expected a request of HTTP/1.1, got something else"
 
 _CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src 'self'; "
@@ -136,17 +134,6 @@ class _GuardedResponse:
         """Send an error, unless another response has begun."""
         if not self._has_begun:
             await error(scope, receive, self.send)
-
-
-async def refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
-    """Respond to a request on a connection that the server has no room for."""
-    error = _error(503, _BUSY, {"Connection": "close", "Retry-After": "1"})
-    await _GuardedResponse(send).send_error(scope, receive, error)
-
-
-def invalid_request() -> Response:
-    """Return the response to bytes that are not a request, which no app sees."""
-    return _error(400, _NOT_HTTP, {**_HEADERS, "Cache-Control": "no-store", "Connection": "close"})
 
 
 def _max_bytes(scope: Scope, settings: ServeSettings) -> int:

@@ -1,15 +1,13 @@
 """Media: images, recordings and videos of a cache as a browser shows and plays them, and images that visitors send.
 
-Both are decoded a few at a time, on the same threads, and their memory is returned afterwards.
+Both are decoded a few at a time.
 """
 
 import asyncio
-import ctypes
-import gc
 import re
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -20,7 +18,6 @@ from PIL.Image import Image
 
 from embedcache.dataset.thumbnails import PLAYED, PlayedFile, Thumbnails
 from embedcache.processes import cancelled_by
-from embedcache.serve.batching import BusyError
 from embedcache.sources.images import WHITE, decode_image
 from embedcache.store.cache import Cache
 
@@ -38,11 +35,6 @@ _MAX_PART_BYTES = 2**20
 _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
 _NUM_DECODERS = 2
 """Images decoded at the same time; each may take a quarter of a gigabyte."""
-_MAX_IMAGES = 4
-"""Query images in memory at the same time, from decoding to the response; others wait as files."""
-_MAX_FILES = 8
-"""Files in memory at the same time, as a multiple of the largest one."""
-_QUIET_S = 0.5
 
 
 class ServedItems:
@@ -86,20 +78,14 @@ async def _parts(data: bytes) -> AsyncIterator[bytes]:
         yield data[first : first + _MAX_PART_BYTES]
 
 
-class ImageThreads:
-    """Threads that decode items, and return freed memory to the system once they have been idle for half a second.
-
-    A decoded image takes up to 160 MB, which the C library would otherwise keep for the next one.
-    """
+class Decoders:
+    """Decodes a few items at a time, each on a thread; the others wait."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_NUM_DECODERS, thread_name_prefix="images")
-        self._num_running = 0
-        self._trim: asyncio.TimerHandle | None = None
+        self._turn = asyncio.Semaphore(_NUM_DECODERS)
 
     async def run(self, call: Callable[..., _T], *arguments: Any) -> _T:
-        """Return the result of a call on one of the threads; it ends early, as `check_cancelled` says, if this does."""
-        self._num_running += 1
+        """Return the result of a call on a thread; it ends early, as `check_cancelled` says, if this does."""
         is_over = threading.Event()
 
         def run() -> _T:
@@ -107,98 +93,27 @@ class ImageThreads:
                 return call(*arguments)
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+            async with self._turn:
+                return await asyncio.to_thread(run)
         finally:
             is_over.set()
-            self._num_running -= 1
-            self.trim_later()
-
-    def trim_later(self) -> None:
-        """Return freed memory to the system soon, unless another image comes first."""
-        if self._trim is not None:
-            self._trim.cancel()
-        self._trim = asyncio.get_running_loop().call_later(_QUIET_S, self._trim_if_idle)
-
-    def _trim_if_idle(self) -> None:
-        if not self._num_running:
-            self._threads.submit(return_memory)
-
-    def shut_down(self) -> None:
-        """Stop without waiting for images in progress."""
-        if self._trim is not None:
-            self._trim.cancel()
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def return_memory() -> None:
-    """Return freed memory to the system where the C library has a function for it, as that of Linux does."""
-    gc.collect()  # of what was created since the start only, see `freeze_objects`
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+@asynccontextmanager
+async def receive_image(
+    parts: AsyncIterator[bytes], decoders: Decoders, *, max_pixels: int, background: str = WHITE
+) -> AsyncIterator[Image]:
+    """Receive an image file and decode it onto a color; `ItemError` if the bytes are not an image.
 
-
-class Uploads:
-    """Query images that visitors are sending.
-
-    An image waits for its turn only once all of its bytes have arrived, so a slow sender holds up nobody. All files
-    together take at most eight times the largest one; if more arrives, the oldest that is not complete is dropped.
-
-    Args:
-        threads: threads that decode.
-        max_bytes: size of the largest file.
-        max_pixels: size of the largest image.
+    An image is decoded only once all of its bytes have arrived, and what has arrived waits on disk: a slow sender holds
+    up nobody, and takes 1 MiB of memory.
     """
+    with tempfile.SpooledTemporaryFile(max_size=_MAX_PART_BYTES) as file:
+        async for part in parts:
+            file.write(part)
+        file.seek(0)
 
-    def __init__(self, threads: ImageThreads, *, max_bytes: int, max_pixels: int) -> None:
-        self._threads, self._max_bytes = threads, _MAX_FILES * max_bytes
-        self._decode = partial(decode_image, max_pixels=max_pixels)
-        self._turn = asyncio.Semaphore(_MAX_IMAGES)
-        self._files: list[_File] = []  # oldest first
+        def decode() -> Image:
+            return decode_image(file.read(), background=background, max_pixels=max_pixels)
 
-    @asynccontextmanager
-    async def receive(self, parts: AsyncIterator[bytes], background: str = WHITE) -> AsyncIterator[Image]:
-        """Receive a file and decode it onto a color; the image must be used within the context.
-
-        Raises:
-            BusyError: other visitors send more bytes than fit into memory.
-            ItemError: the bytes are not an image.
-        """
-        file = _File()
-        self._files.append(file)
-        try:
-            async for part in parts:
-                file.parts.append(part)
-                file.num_bytes += len(part)
-                self._make_room()
-                if file.is_dropped:
-                    raise BusyError
-            file.is_complete = True
-            async with self._turn:
-                yield await self._threads.run(partial(self._decode, background=background), file.take())
-        finally:
-            self._files.remove(file)
-            self._threads.trim_later()
-
-    def _make_room(self) -> None:
-        while sum(file.num_bytes for file in self._files) > self._max_bytes:
-            oldest = next((file for file in self._files if not file.is_complete and not file.is_dropped), None)
-            if oldest is None:
-                return
-            oldest.take()
-            oldest.is_dropped = True
-
-
-class _File:
-    """The parts of a file received so far."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.num_bytes = 0
-        self.is_complete = self.is_dropped = False
-
-    def take(self) -> bytes:
-        """Return the bytes and forget them."""
-        data = b"".join(self.parts)
-        self.parts, self.num_bytes = [], 0
-        return data
+        yield await decoders.run(decode)

@@ -13,8 +13,6 @@ _MAX_VALUES = 100
 
 MapState = Literal["computing", "ready", "unavailable"]
 _Values = Annotated[list[Annotated[str, Field(max_length=_MAX_TEXT_LENGTH)]], Field(max_length=_MAX_VALUES)]
-MAX_INDEXES = 2
-IndexNumber = Annotated[int, Field(ge=0, lt=MAX_INDEXES, description="Number of the index: 0, or 1 for the second.")]
 _PATH = (
     "File of the item as its source names it; its name only, if that is outside of the source; null for a text, and if "
     "the source names none."
@@ -27,7 +25,6 @@ class SearchOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    index: IndexNumber = 0
     k: _Count = Field(_DEFAULT_HITS, description="Number of hits; fewer if the filters leave fewer.")
     labels: _Values = Field([], description="Keep items with one of these labels.")
     splits: _Values = Field([], description="Keep items of one of these splits.")
@@ -109,7 +106,6 @@ class ServerInfo(BaseModel):
     name: str = Field(description="Name of the index.")
     run: str | None = Field(description="Name of the run that projected it; null for a plain feature.")
     feature: str
-    num_indexes: int = Field(description="Number of indexes on this server: 1, or 2 to compare.")
     version: str = Field(description="Version of the rows; changes with the cache.")
     modality: str = Field(description=f"Modality of the hits: one of {', '.join(MODALITIES)}.")
     num_items: int

@@ -5,19 +5,17 @@ import errno
 import gc
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from embedcache.errors import SettingError
 from embedcache.modalities import count_items, noun
 from embedcache.progress import Progress
-from embedcache.search.card import read_card
 from embedcache.serve.app import make_app
-from embedcache.serve.guard import RequestGuard, invalid_request, refuse_connection
+from embedcache.serve.guard import RequestGuard
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings, parse_address
 
@@ -29,14 +27,14 @@ _SHUTDOWN_S = 3
 
 
 def serve(
-    paths: Sequence[ServePaths],
+    paths: ServePaths,
     settings: ServeSettings,
     *,
     device: str,
     progress: Progress,
     print_line: Callable[[str], None],
 ) -> None:
-    """Open an index, or two to compare, and serve their page until interrupted.
+    """Open an index and serve its page until interrupted.
 
     `print_line` receives lines that describe what is served, and the link to open; `progress` the measurement of
     coverage, if any.
@@ -47,13 +45,11 @@ def serve(
     """
     with bind(settings) as bound:
         port = bound.getsockname()[1]
-        for one in paths:
-            read_card(one.index)  # a wrong path of the second fails before the first is opened
-        services = [open_service(one, settings, device=device, progress=progress) for one in paths]
+        service = open_service(paths, settings, device=device, progress=progress)
         token = settings.token or (None if settings.is_local else secrets.token_urlsafe(_TOKEN_BYTES))
-        for line in _lines(services, settings, token, port):
+        for line in _lines(service, settings, token, port):
             print_line(line)
-        app = RequestGuard(make_app(*services), settings, token=token, port=port)
+        app = RequestGuard(make_app(service), settings, token=token, port=port)
         freeze_objects()
         uvicorn.Server(config(app)).run(sockets=[bound])
 
@@ -94,7 +90,7 @@ def config(app: Any) -> uvicorn.Config:
     """Return the configuration of uvicorn: no access log, which would hold tokens; one protocol with limits."""
     return uvicorn.Config(
         app,
-        http=LimitedProtocol,
+        http=WaitingProtocol,
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -106,76 +102,50 @@ def config(app: Any) -> uvicorn.Config:
     )
 
 
-class LimitedProtocol(H11Protocol):
-    """HTTP/1.1 with limits that uvicorn lacks: on silent connections, and on their number without locking others out.
+class WaitingProtocol(H11Protocol):
+    """HTTP/1.1 that closes connections without a request: after 15 s, and the oldest of more than 500."""
 
-    A connection without a complete request is closed after 15 s, and earlier where a new one needs its place. Only if
-    all of them are being answered does a new one get an error.
-    """
-
-    _last_cycle: object = None
     _waiting_since_s = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the idle timer, and make room."""
         super().connection_made(transport)
-        self._waiting_since_s = self.loop.time()
-        self.loop.call_later(_IDLE_S, self._check_idle)
-        if len(self.connections) > _MAX_CONNECTIONS and not self._close_another():
-            self.app = refuse_connection
+        self._wait()
+        if len(self.connections) > _MAX_CONNECTIONS:
+            waiting = [each for each in self.connections if isinstance(each, WaitingProtocol) and each._is_waiting]
+            oldest = min(waiting, key=lambda each: each._waiting_since_s)  # this one, if all others are being answered
+            self.connections.discard(oldest)
+            oldest.transport.abort()
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
-        self._waiting_since_s = self.loop.time()
+        self._wait()
         super().on_response_complete()
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
-        """Reject bytes that are not HTTP, with the body and the headers of every other error."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # no other response has begun
-            response = invalid_request()
-            start = h11.Response(status_code=response.status_code, headers=response.raw_headers)
-            for event in (start, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+    def _wait(self) -> None:
+        self._waiting_since_s = self.loop.time()
+        self.loop.call_later(_IDLE_S, self._close_if_idle)
 
     @property
     def _is_waiting(self) -> bool:
         """Whether the next step is the visitor's: there is no request, or not all of its body."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
-    def _close_another(self) -> bool:
-        """Close the connection that has waited longest for its visitor; return whether there is one."""
-        others = (other for other in self.connections if other is not self and isinstance(other, LimitedProtocol))
-        waiting = [other for other in others if other._is_waiting]
-        oldest = min(waiting, key=lambda other: other._waiting_since_s, default=None)
-        if oldest is None:
-            return False
-        self.connections.discard(oldest)
-        oldest.transport.abort()
-        return True
-
-    def _check_idle(self) -> None:
-        """Close if no request began since the last check; a request being answered has its own time limit."""
-        if self.transport.is_closing():
-            return
+    def _close_if_idle(self) -> None:
+        """Close if no request began meanwhile; a request being answered has its own time limit."""
         is_idle = self.cycle is None or self.cycle.response_complete
-        if is_idle and self.cycle is self._last_cycle:
+        if is_idle and self.loop.time() - self._waiting_since_s >= _IDLE_S:
             self.transport.close()
-            return
-        self._last_cycle = self.cycle
-        self.loop.call_later(_IDLE_S, self._check_idle)
 
 
-def _lines(services: Sequence[SearchService], settings: ServeSettings, token: str | None, port: int) -> list[str]:
-    lines = []
-    for service in services:
-        card, rejection = service.index.card, service.rejected_queries.get("text")
-        lines.append(f"{count_items(card.num_vectors, card.modality)} of {card.feature}, {card.factory}")
-        if rejection is not None:
-            lines.append(f"texts are not accepted: {rejection}")
-        places = next((served.places for served in service.shown.values()), ())
-        if places:
-            lines.append(f"{' and '.join(map(noun, service.shown))} are read from {', '.join(places)}")
+def _lines(service: SearchService, settings: ServeSettings, token: str | None, port: int) -> list[str]:
+    card, rejection = service.index.card, service.rejected_queries.get("text")
+    lines = [f"{count_items(card.num_vectors, card.modality)} of {card.feature}, {card.factory}"]
+    if rejection is not None:
+        lines.append(f"texts are not accepted: {rejection}")
+    places = next((served.places for served in service.shown.values()), ())
+    if places:
+        lines.append(f"{' and '.join(map(noun, service.shown))} are read from {', '.join(places)}")
     address = parse_address(settings.host)
     if address is None:
         host = settings.host

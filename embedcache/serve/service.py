@@ -106,7 +106,7 @@ class SearchService:
         return Filter(label_value=labels, part=splits, language=languages, selection=path)
 
     def info(self) -> dict[str, Any]:
-        """Return the fields of `ServerInfo` except `most_hits` and `num_indexes`."""
+        """Return the fields of `ServerInfo` except `most_hits`."""
         return {
             "name": self.index.path.resolve().name,
             "version": self.index.cache.info.index_digest[:16],

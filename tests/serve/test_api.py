@@ -29,7 +29,6 @@ from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import Filter, IndexSettings, SearchSettings
-from embedcache.serve.app import make_app
 from embedcache.serve.batching import Batcher
 from embedcache.serve.coverage import measure_served_coverage
 from embedcache.serve.service import SearchService, ServePaths, open_service
@@ -420,30 +419,11 @@ def test_index_of_features_without_an_encoder_is_served(root: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_two_indexes_answer_one_question(served: SearchService, root: Path) -> None:
-    plain = start(index=root / "plain")
-    with visit(served, app=make_app(served, plain)) as client:
-        assert client.get("/api/info").json()["num_indexes"] == 2
-        info = client.get("/api/info?index=1").json()
-        assert (info["name"], info["run"]) == ("plain", None)
-        first, second = ask(client, row=33, k=5), ask(client, row=33, k=5, index=1)
-        assert first == ask(client, key=first[0]["key"], k=5)
-        (expected,) = search(root / "plain", Queries(rows=[33]), SearchSettings(k=5))
-        assert without_image(second) == json.loads(json.dumps([asdict(hit) for hit in expected]))
-        assert ask(client, key=second[0]["key"], k=5, index=1) == second
-        image = (root / "photos" / "val" / "dog" / "00003.png").read_bytes()
-        assert client.post("/api/search/image?k=1&index=1", content=image).json()["hits"][0]["key"] == "val/dog/00003"
-        assert client.get("/api/cards?index=1").json()[0]["title"] == "Index"
-
-
-@pytest.mark.slow
 def test_invalid_requests_get_one_line_errors(client: TestClient) -> None:
     for body, status, message in (
         ({}, 422, "expected either text, row or key"),
         ({"text": "a", "row": 1}, 422, "expected either text, row or key"),
         ({"key": "train/cat"}, 404, "no item of the sample 'train/cat'"),
-        ({"text": "a", "index": 1}, 404, "unknown index 1"),
-        ({"text": "a", "index": 2}, 422, "index: Input should be less"),
         ({"text": "  "}, 422, "text: expected some words"),
         ({"text": "a", "k": 0}, 422, "k: Input should be greater than or equal to 1"),
         ({"text": "a", "k": 501}, 422, "k: Input should be less than or equal to 500"),

@@ -376,35 +376,6 @@ def test_image_that_cannot_be_read(browser: Any, tmp_path: Path) -> None:
     assert all("404" in error or "Failed to load resource" in error for error in page.errors)
 
 
-def test_two_indexes_side_by_side(browser: Any, root: Path) -> None:
-    """A text is answered by one index, and the other says why it does not; an item is answered by both."""
-    with serving(ServePaths(index=root / "index"), ServePaths(index=root / "plain")) as address:
-        page = Browsing(browser, address)
-        assert "The index plain cannot be searched by text: expected an index built with a run" in page.text(
-            "#rejections"
-        )
-        page.type(TEXT)
-        assert page.captions()[:10] == captions_of(root, [TEXT])
-        assert "This index cannot be searched by text: expected an index" in page.text(".pane:last-child .status")
-        page.page.keyboard.press("ArrowDown")
-        page.page.keyboard.press("m")
-        page.wait_for("#agreement", "of the first 10 results are in both")
-        row = int(page.page.get_attribute("#results .hit", "data-row") or -1)
-        shown = page.page.eval_on_selector_all(
-            ".pane .grid",
-            "all => all.map(one => [...one.querySelectorAll('.hit')].map(hit => Number(hit.dataset.row)))",
-        )
-        for rows, name in zip(shown, ("index", "plain"), strict=True):
-            (hits,) = search(root / name, Queries(rows=[row]), SearchSettings(k=60))
-            assert rows == [hit.row for hit in hits]
-        both = len(set(shown[0][:10]) & set(shown[1][:10]))
-        assert page.text("#agreement").startswith(f"{both} of the first 10")
-        assert page.text("#results .hit .place") == "B #1"
-        assert page.barriers() == []
-        page.close()
-    assert page.elsewhere == page.errors == []
-
-
 def test_players_of_recordings(browser: Any, media: Path) -> None:
     """Each result plays its recording, by a key too, and one plays at a time."""
     with serving(ServePaths(index=media / "audio")) as address:
@@ -466,12 +437,12 @@ def wait_for_player(page: Browsing, selector: str, condition: str) -> None:
 
 
 @contextmanager
-def serving(*paths: ServePaths) -> Iterator[str]:
-    """Serve some indexes from a thread of this process; yield the address."""
-    services = [open_service(one, ServeSettings(), device="cpu", progress=NullProgress()) for one in paths]
+def serving(paths: ServePaths) -> Iterator[str]:
+    """Serve an index from a thread of this process; yield the address."""
+    service = open_service(paths, ServeSettings(), device="cpu", progress=NullProgress())
     with bind(ServeSettings(port=0)) as bound:
         port = bound.getsockname()[1]
-        server = uvicorn.Server(config(RequestGuard(make_app(*services), ServeSettings(), token=None, port=port)))
+        server = uvicorn.Server(config(RequestGuard(make_app(service), ServeSettings(), token=None, port=port)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:

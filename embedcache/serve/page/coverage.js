@@ -106,7 +106,7 @@ export class CoverageView {
 
   show(found) {
     const grid = element("ul", { class: "grid", "aria-label": `The most similar items of ${found.name}` });
-    new Grid(grid, this.search.indexes[0], this.search).show(found.hits, found.threshold);
+    new Grid(grid, this.search.index, this.search).show(found.hits, found.threshold);
     const { best, certain } = found.counts[0];
     const button = this.search.info.takes.includes("text")
       ? element("button", { type: "button", onclick: () => this.search.searchText(found.name) }, "Search for this concept") : null;
@@ -121,7 +121,7 @@ export class CoverageView {
   }
 
   question(found, hit) {
-    const index = this.search.indexes[0];
+    const index = this.search.index;
     const url = index.image(hit, "thumbnail");
     const choice = (shows, text) => element("button", {
       type: "button", "aria-pressed": String(hit.shows === shows), "aria-label": `${text}: ${caption(hit)}`,

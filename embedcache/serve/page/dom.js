@@ -51,26 +51,17 @@ export function table(rows, { head = null } = {}) {
 export const NOUNS = { image: "images", text: "texts", audio: "recordings", video: "videos", points: "point clouds" };
 
 export class Index {
-  // One of the server's indexes: what it holds, and its part of the API.
-  constructor(number, info) {
-    this.number = number;
+  // What the server's index holds, and the addresses of its media.
+  constructor(info) {
     this.info = info;
   }
 
-  static async open(number) {
-    return new Index(number, await api(`/api/info?index=${number}`));
-  }
-
-  url(path) {
-    return `${path}${path.includes("?") ? "&" : "?"}index=${this.number}`;
-  }
-
-  get(path) {
-    return api(this.url(path));
+  static async open() {
+    return new Index(await api("/api/info"));
   }
 
   media(modality, row, part) {
-    return this.url(`/api/${NOUNS[modality]}/${row}/${part}?v=${this.info.version}`);
+    return `/api/${NOUNS[modality]}/${row}/${part}?v=${this.info.version}`;
   }
 
   image({ image, player }, size) {
@@ -79,12 +70,13 @@ export class Index {
     return player === null ? null : this.media(player.modality, player.row, size);
   }
 
-  async ready(path) {
-    // Waits while the server computes its map.
-    for (;;) {
-      const found = await this.get(path);
-      if (found.state !== "computing") return found;
-      await pause(700);
-    }
+}
+
+export async function ready(path) {
+  // Waits while the server computes its map.
+  for (;;) {
+    const found = await api(path);
+    if (found.state !== "computing") return found;
+    await pause(700);
   }
 }

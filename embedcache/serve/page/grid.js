@@ -1,6 +1,6 @@
 // Hits as a grid with keyboard navigation, and a dialog that shows one of them.
 
-import { byId, element, failure } from "./dom.js";
+import { api, byId, element, failure } from "./dom.js";
 import { play, player } from "./player.js";
 
 export const caption = (hit) => hit.captions.join(" · ") || hit.name;
@@ -97,7 +97,7 @@ export class Grid {
     this.search = search;
     this.hits = [];
     list.addEventListener("keydown", (event) =>
-      moveInGrid(list, event, { onSimilar: (hit) => search.searchSimilar(hit, index), hits: () => this.hits }));
+      moveInGrid(list, event, { onSimilar: (hit) => search.searchSimilar(hit), hits: () => this.hits }));
   }
 
   show(hits, threshold = undefined) {
@@ -105,15 +105,16 @@ export class Grid {
     showHits(this.list, hits, {
       index: this.index,
       threshold,
-      onOpen: (place) => this.search.itemDialog.open(this.index, hits, place, (last) => focusCell(this.list, last)),
-      onSimilar: (hit) => this.search.searchSimilar(hit, this.index),
+      onOpen: (place) => this.search.itemDialog.open(hits, place, (last) => focusCell(this.list, last)),
+      onSimilar: (hit) => this.search.searchSimilar(hit),
     });
   }
 }
 
 export class ItemDialog {
   // Dialog that shows one hit in detail.
-  constructor(onSimilar) {
+  constructor(index, onSimilar) {
+    this.index = index;
     this.hits = [];
     this.place = 0;
     this.dialog = byId("item");
@@ -135,8 +136,7 @@ export class ItemDialog {
     });
   }
 
-  open(index, hits, place, onClose) {
-    this.index = index;
+  open(hits, place, onClose) {
     this.hits = hits;
     this.onClose = onClose;
     this.show(place);
@@ -146,7 +146,7 @@ export class ItemDialog {
   similar(onSimilar) {
     this.onClose = null;
     this.dialog.close();
-    onSimilar(this.hits[this.place], this.index);
+    onSimilar(this.hits[this.place]);
   }
 
   async show(place) {
@@ -167,7 +167,7 @@ export class ItemDialog {
     byId("item-title").lang = hit.languages[0] ?? "";
     byId("item-previous").disabled = place === 0;
     byId("item-next").disabled = place === this.hits.length - 1;
-    const item = await this.index.get(`/api/items/${hit.row}`).catch((error) => error);
+    const item = await api(`/api/items/${hit.row}`).catch((error) => error);
     if (this.hits[this.place] !== hit) return;
     if (item instanceof Error) {
       byId("item-captions").replaceChildren(failure(item));

@@ -1,6 +1,6 @@
 // The map of an index: points on a canvas, with names when seen from afar and images from near, and its clusters as a list.
 
-import { NOUNS, count, element, failure, send } from "./dom.js";
+import { NOUNS, api, count, element, failure, ready, send } from "./dom.js";
 import { Grid, caption } from "./grid.js";
 import { Points } from "./points.js";
 
@@ -20,7 +20,7 @@ export class MapView {
   constructor(panel, search) {
     this.panel = panel;
     this.search = search;
-    this.index = search.indexes[0];
+    this.index = search.index;
     this.images = new Map(); // row of an image -> Image
     this.captions = new Map(); // row -> text
     this.dark = matchMedia("(prefers-color-scheme: dark)");
@@ -32,28 +32,19 @@ export class MapView {
     this.isLoaded = true;
     this.panel.replaceChildren(element("p", { role: "status" }, "Computing the map…"));
     try {
-      const found = await this.index.ready("/api/map");
+      const found = await ready("/api/map");
       if (found.state !== "ready") throw new Error(found.reason);
       this.map = found;
-      this.points = new Points(await (await send(this.index.url("/api/map/points"))).arrayBuffer());
+      this.points = new Points(await (await send("/api/map/points")).arrayBuffer());
     } catch (error) {
       this.isLoaded = false;
-      this.panel.replaceChildren(failure(error), this.chooser() ?? "");
+      this.panel.replaceChildren(failure(error));
       return;
     }
     this.selected = null;
     this.view = { x: 0.5, y: 0.5, zoom: 1 };
     this.build();
     this.resize();
-  }
-
-  chooser() {
-    // Of two indexes, each has its own map.
-    const { indexes } = this.search;
-    if (indexes.length < 2) return null;
-    const select = element("select", { onchange: () => { this.index = indexes[Number(select.value)]; this.isLoaded = false; this.images.clear(); this.captions.clear(); this.load(); } },
-      ...indexes.map(({ info }, number) => element("option", { value: number, selected: indexes[number] === this.index }, `${"AB"[number]}: ${info.name}`)));
-    return element("label", {}, "Index", select);
   }
 
   build() {
@@ -75,7 +66,6 @@ export class MapView {
     this.gallery = element("div", { class: "gallery" });
     this.panel.replaceChildren(
       element("div", { class: "tools" },
-        this.chooser(),
         element("span", {}, `${count(this.points.size)} ${NOUNS[info.modality]}${drawn}`),
         element("span", { class: "zoom" },
           button("+", "Zoom in", () => this.zoomBy(2)), button("−", "Zoom out", () => this.zoomBy(0.5)), button("All", "Show all", () => this.showAll()))),
@@ -119,7 +109,7 @@ export class MapView {
     }
     const cluster = this.map.clusters[number];
     this.moveTo(cluster.x, cluster.y, Math.max(3, this.view.zoom));
-    const found = await this.index.get(`/api/map/${number}`).catch((error) => error);
+    const found = await api(`/api/map/${number}`).catch((error) => error);
     if (this.selected !== number) return;
     if (found instanceof Error) {
       this.gallery.replaceChildren(failure(found));
@@ -350,11 +340,11 @@ export class MapView {
     // Opens the nearest item; arrows move to those that lie around it.
     if (!this.near(left, top, radius).length) return;
     const rows = this.near(left, top, Math.max(radius, 120), 24).map((i) => this.points.rows[i]);
-    const hits = await this.index.get(`/api/items?${rows.map((row) => `rows=${row}`).join("&")}`).catch((error) => error);
+    const hits = await api(`/api/items?${rows.map((row) => `rows=${row}`).join("&")}`).catch((error) => error);
     if (hits instanceof Error) {
       clearTimeout(this.describing); // it would replace the reason
       this.where.textContent = hits.message;
-    } else this.search.itemDialog.open(this.index, hits, 0, () => this.frame.focus());
+    } else this.search.itemDialog.open(hits, 0, () => this.frame.focus());
   }
 
   onKey(event) {
@@ -421,7 +411,7 @@ export class MapView {
   async showTip(point) {
     const row = this.points.rows[point];
     if (!this.captions.has(row)) {
-      const [hit] = await this.index.get(`/api/items?rows=${row}`).catch(() => []);
+      const [hit] = await api(`/api/items?rows=${row}`).catch(() => []);
       if (!hit) return; // without an answer there is no tip
       if (this.captions.size > 1000) this.captions.clear();
       this.captions.set(row, hit);

@@ -31,18 +31,12 @@ function addTabs(onShow) {
   return show;
 }
 
-async function openIndexes() {
-  const first = await Index.open(0);
-  return first.info.num_indexes > 1 ? [first, await Index.open(1)] : [first];
-}
-
 async function start() {
-  const indexes = await openIndexes();
-  const { info } = indexes[0];
-  document.title = `${indexes.map((one) => one.info.name).join(" and ")} · embedcache`;
-  byId("name").textContent = indexes.length > 1 ? "Comparison" : info.name;
-  byId("holds").textContent = indexes.length > 1
-    ? indexes.map((one) => one.info.name).join(" and ") : `${count(info.num_items)} ${NOUNS[info.modality]}`;
+  const index = await Index.open();
+  const { info } = index;
+  document.title = `${info.name} · embedcache`;
+  byId("name").textContent = info.name;
+  byId("holds").textContent = `${count(info.num_items)} ${NOUNS[info.modality]}`;
   byId("credit").textContent = info.credit;
   byId("missing").textContent = info.missing_images ?? "";
   byId("tab-coverage").hidden = !info.has_coverage;
@@ -52,9 +46,9 @@ async function start() {
     if (isChosen) search.storeAddress();
     if (view === "map") map.load();
     if (view === "coverage") coverage.load();
-    if (view === "cards") loadCards(byId("cards"), indexes);
+    if (view === "cards") loadCards(byId("cards"));
   });
-  const search = new Search(indexes, show);
+  const search = new Search(index, show);
   coverage = new CoverageView(byId("coverage"), search);
   map = new MapView(byId("map"), search);
   search.open();

@@ -1,25 +1,24 @@
 // Search with texts, images or items, with filters; the page's address stores the query and the tab.
 
-import { byId, count, element } from "./dom.js";
+import { api, byId, count, element, ready } from "./dom.js";
 import { Grid, ItemDialog, caption, focusCell } from "./grid.js";
-import { Pane, compare } from "./pane.js";
+import { Pane } from "./pane.js";
 
 const DEFAULT_HITS = 60;
 const NAMES = { split: "Split", label: "Label", language: "Language", selection: "Selection" };
 const KINDS = { text: "text", image: "an image" };
 
 export class Search {
-  constructor(indexes, showTab) {
-    this.indexes = indexes;
-    this.info = indexes[0].info;
+  constructor(index, showTab) {
+    this.index = index;
+    this.info = index.info;
     this.showTab = showTab;
     this.view = "search"; // the tab that is shown
-    this.query = null; // { text } or { row, key, index, name, image } or { file }
+    this.query = null; // { text } or { row, name, image } or { file }
     this.k = DEFAULT_HITS;
-    this.itemDialog = new ItemDialog((hit, index) => this.searchSimilar(hit, index));
-    this.panes = [Pane.first(indexes[0], this)];
-    if (indexes.length > 1) this.panes.push(Pane.beside(this.panes[0], indexes[1], this));
-    this.sample = new Grid(byId("sample"), indexes[0], this);
+    this.itemDialog = new ItemDialog(index, (hit) => this.searchSimilar(hit));
+    this.pane = new Pane(index, this);
+    this.sample = new Grid(byId("sample"), index, this);
     this.addFilters();
     this.addInputs();
     this.addKeys();
@@ -27,7 +26,7 @@ export class Search {
   }
 
   takes(kind) {
-    return this.indexes.some(({ info }) => info.takes.includes(kind));
+    return this.info.takes.includes(kind);
   }
 
   addFilters() {
@@ -45,7 +44,7 @@ export class Search {
   }
 
   addInputs() {
-    byId("play-hint").hidden = !this.indexes.some(({ info }) => info.has_players);
+    byId("play-hint").hidden = !this.info.has_players;
     const takesImages = this.takes("image");
     byId("upload").hidden = !takesImages;
     byId("drop-hint").hidden = !takesImages;
@@ -75,19 +74,16 @@ export class Search {
 
   explainRejections() {
     // Images are missed only where texts are not accepted either, or in an index of images.
-    const lines = this.indexes.flatMap(({ info }) => Object.entries(info.rejects)
-      .filter(([kind]) => kind === "text" || info.modality === "image")
-      .map(([kind, reason]) => {
-        const name = this.indexes.length > 1 ? `The index ${info.name}` : "This index";
-        return element("p", {}, element("strong", {}, `${name} cannot be searched by ${KINDS[kind]}: `), reason);
-      }));
+    const lines = Object.entries(this.info.rejects)
+      .filter(([kind]) => kind === "text" || this.info.modality === "image")
+      .map(([kind, reason]) => element("p", {}, element("strong", {}, `This index cannot be searched by ${KINDS[kind]}: `), reason));
     byId("rejections").replaceChildren(...lines);
     byId("rejections").hidden = !lines.length;
   }
 
   addKeys() {
     byId("query").addEventListener("keydown", (event) => {
-      const shown = this.query ? this.panes[0].grid : this.sample;
+      const shown = this.query ? this.pane.grid : this.sample;
       if (event.key === "ArrowDown" && shown.hits.length) {
         event.preventDefault();
         focusCell(shown.list, 0);
@@ -106,7 +102,7 @@ export class Search {
     // Shows a sample of the index and example questions, once the server has its map.
     byId("sample-status").textContent = "Choosing a sample…";
     try {
-      const { hits, questions, reason } = await this.indexes[0].ready("/api/opening");
+      const { hits, questions, reason } = await ready("/api/opening");
       this.sample.show(hits);
       byId("sample-title").hidden = !hits.length;
       byId("sample-status").textContent = reason;
@@ -125,15 +121,19 @@ export class Search {
     this.showTab("search");
     if (file.size > this.info.max_upload_bytes) {
       byId("panes").hidden = false;
-      this.panes[0].showStatus(`the image has ${count(file.size)} bytes; at most ${count(this.info.max_upload_bytes)} are accepted`, true);
+      this.pane.showStatus(`the image has ${count(file.size)} bytes; at most ${count(this.info.max_upload_bytes)} are accepted`, true);
       return;
     }
     this.search({ file });
   }
 
-  searchSimilar(hit, index) {
+  searchSimilar(hit) {
     this.showTab("search");
-    this.search({ row: hit.row, key: hit.key, index, name: caption(hit), image: index.image(hit, "thumbnail") });
+    this.search(this.similarTo(hit));
+  }
+
+  similarTo(hit) {
+    return { row: hit.row, name: caption(hit), image: this.index.image(hit, "thumbnail") };
   }
 
   searchText(text) {
@@ -164,8 +164,7 @@ export class Search {
     this.query = null;
     byId("query").value = "";
     this.showQuery();
-    for (const pane of this.panes) pane.clear();
-    byId("agreement").textContent = "";
+    this.pane.clear();
     byId("start").hidden = false;
     byId("panes").hidden = true;
   }
@@ -185,11 +184,8 @@ export class Search {
     this.showQuery();
     byId("start").hidden = true;
     byId("panes").hidden = false;
-    byId("agreement").textContent = "";
     if (!keepPlace) window.scrollTo({ top: 0 });
-    await Promise.all(this.panes.map((pane) => pane.run(query, this.options(), keepPlace)));
-    if (this.panes.length < 2 || this.query !== query || !this.panes.every((pane) => pane.hits.length)) return;
-    byId("agreement").textContent = `${compare(...this.panes)} of the first 10 results are in both.`;
+    await this.pane.run(query, this.options(), keepPlace);
   }
 
   showQuery() {
@@ -205,11 +201,10 @@ export class Search {
 
   storeAddress() {
     const query = new URLSearchParams();
-    const { text, row, index } = this.query ?? {};
+    const { text, row } = this.query ?? {};
     if (this.view !== "search") query.set("tab", this.view);
     if (text !== undefined) query.set("q", text);
     if (row !== undefined) query.set("row", row);
-    if (index?.number) query.set("index", index.number);
     for (const [name, select] of Object.entries(this.selects)) if (select.value) query.set(name, select.value);
     if (this.k !== DEFAULT_HITS) query.set("k", this.k);
     const address = [...query].length ? `/?${query}` : "/";
@@ -223,18 +218,17 @@ export class Search {
     this.k = Number(query.get("k")) || DEFAULT_HITS;
     byId("query").value = query.get("q") ?? "";
     if (query.has("row")) {
-      const index = this.indexes[Number(query.get("index"))] ?? this.indexes[0];
       const address = location.search;
-      const found = await index.get(`/api/items?rows=${encodeURIComponent(query.get("row"))}`).catch((error) => error);
+      const found = await api(`/api/items?rows=${encodeURIComponent(query.get("row"))}`).catch((error) => error);
       if (location.search !== address) return; // meanwhile the page has gone on
       if (found instanceof Error) {
         this.showStart();
         byId("panes").hidden = false;
-        this.panes[0].showStatus(found.message, true);
+        this.pane.showStatus(found.message, true);
         return;
       }
       const [hit] = found;
-      this.query = { row: hit.row, key: hit.key, index, name: caption(hit), image: index.image(hit, "thumbnail") };
+      this.query = this.similarTo(hit);
     } else this.query = query.has("q") ? { text: query.get("q") } : null;
     if (this.query) await this.run();
     else if (!byId("panes").hidden) this.showStart();
