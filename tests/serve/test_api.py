@@ -23,7 +23,6 @@ from embedcache.errors import CorruptError, DataError, FingerprintError, Missing
 from embedcache.maintain.remove import remove_samples
 from embedcache.outputs import write_report_json
 from embedcache.progress import NullProgress
-from embedcache.provenance import write_json
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
@@ -239,7 +238,7 @@ def test_answers_of_a_report_can_be_taken_back(root: Path, report_path: Path, tm
     options = {"label": "folder", "feature": "open_toy/cls", "selection": root / "few.txt", "k": 5}
     report = measure_coverage(root / "cache", root / "cache", **options, answers=tmp_path / "coverage.answers.json")
     told = coverage_json(report)
-    write_json(tmp_path / "settled.json", told)
+    write_report_json(tmp_path / "settled.json", told)
     for part, found in zip((told["concepts"][0], told["concepts"][0]["selection"]), settled["counts"], strict=True):
         assert {name: part[name] for name in found} == pytest.approx(found, abs=1)
     for _ in range(2):
@@ -284,7 +283,7 @@ def test_foreign_coverage_raises(root: Path, cache_path: Path, tmp_path: Path) -
     for path, index, error, message in (
         (root / "coverage.json", tmp_path / "other", FingerprintError, "got other samples"),
         (tmp_path / "no.json", root / "index", PathError, "which does not exist; write it with"),
-        (root / "concepts.json", root / "index", CorruptError, "does not hold the fields"),
+        (root / "concepts.json", root / "index", CorruptError, "has no digest"),
     ):
         with pytest.raises(error, match=message):
             start(index=index, coverage=path)
