@@ -132,6 +132,54 @@ def crash_function(
     assert process.exitcode == -signal.SIGKILL
 
 
+def crash_at(arguments: Sequence[str], moment: str, number: int) -> None:
+    """Run a command that is killed with SIGKILL `before` or `after` its rename of this number, counted from 1."""
+    process = _CONTEXT.Process(target=_run_and_die, args=(list(arguments), moment, number))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def count_renames(arguments: Sequence[str]) -> int:
+    """Run a command in this process to its end and return how many files and folders it renamed."""
+    names: list[Path] = []
+    with watched_renames(lambda path: names.append(path), "before"):
+        root_command()(list(arguments), standalone_mode=False)
+    return len(names)
+
+
+@contextmanager
+def watched_renames(call: Callable[[Path], None], moment: str) -> Iterator[None]:
+    """Call a function with the new path of each file or folder, before or after its rename."""
+    methods = {name: getattr(Path, name) for name in ("replace", "rename")}
+
+    def watched(name: str) -> Callable[[Path, Path], Path]:
+        def move(self: Path, target: Path) -> Path:
+            if moment == "before":
+                call(Path(target))
+            path: Path = methods[name](self, target)
+            if moment == "after":
+                call(Path(target))
+            return path
+
+        return move
+
+    with mock.patch.multiple(Path, **{name: watched(name) for name in methods}):
+        yield
+
+
+def _run_and_die(arguments: list[str], moment: str, number: int) -> None:
+    names: list[Path] = []
+
+    def die(path: Path) -> None:
+        names.append(path)
+        if len(names) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with watched_renames(die, moment):
+        _run(arguments, None)
+
+
 def _send_result(
     sender: Connection, environment: Mapping[str, str], function: Callable[..., Any], arguments: Sequence[Any]
 ) -> None:
