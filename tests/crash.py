@@ -113,11 +113,6 @@ def running_processes() -> list[int]:
     return [child for child in children if Path(f"/proc/{child}/cmdline").read_bytes()]  # that of a dead one is empty
 
 
-def crash(arguments: Sequence[str], moment: str, pattern: str, number: int = 1) -> None:
-    """Run a command that is killed with SIGKILL; the other arguments are those of `crash_function`."""
-    crash_function(_run, (list(arguments), None), moment, pattern, number)
-
-
 def crash_function(
     function: Callable[..., Any], arguments: Sequence[Any], moment: str, pattern: str, number: int = 1
 ) -> None:

@@ -26,13 +26,12 @@ from embedcache.search.settings import IndexSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
-from tests.crash import crash_function, start
+from tests.crash import start
 from tests.derive.cases import (
     CLS,
     MEAN,
     PATCHES,
     TOKENS,
-    derive_halves,
     derive_pca,
     halve,
     halved,
@@ -246,32 +245,6 @@ def test_recovered_item_is_derived(cache: Path, extracted: Path, tmp_path: Path)
     after = tree(cache)
     assert after["image/halved/half/c/1/0"] == before["image/halved/half/c/1/0"]
     assert not np.isnan(values(cache, "image", "halved/half")).any()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("function", "moment", "pattern"),
-    [
-        (derive_halves, "before", r"halved/chunks/00001\.parquet"),
-        (derive_halves, "after", r"halved/half/c/2/0"),
-        (derive_pca, "after", r"pca/fit\.safetensors"),
-        (derive_halves, "after", r"halved/zarr\.json"),
-        (derive_halves, "after", r"halved/chunks/00000\.parquet"),
-        (derive_halves, "before", r"halved/total/c/0/0"),
-        (derive_pca, "before", r"pca/fit\.safetensors"),
-        (derive_pca, "after", r"pca/zarr\.json"),
-        (derive_pca, "after", r"pca/pca/zarr\.json"),
-    ],
-)
-def test_resume_after_kill_is_identical(
-    cache: Path, tmp_path: Path, function: object, moment: str, pattern: str
-) -> None:
-    whole = shutil.copytree(cache, tmp_path / "whole")
-    function(whole)  # type: ignore[operator]
-    crash_function(function, (cache,), moment, pattern)  # type: ignore[arg-type]
-    assert tree(cache) != tree(whole)
-    function(cache)  # type: ignore[operator]
-    assert tree(cache) == tree(whole)
 
 
 @pytest.mark.slow

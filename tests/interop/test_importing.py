@@ -49,7 +49,7 @@ from embedcache.store.group import EncoderGroup
 from embedcache.store.verify import verify
 from embedcache.train.settings import OptimizerSettings, TrainSettings
 from embedcache.train.train import train
-from tests.crash import call, crash
+from tests.crash import call
 from tests.extract.cases import tree as files_of
 from tests.interop.cases import import_files, unit_rows, write_tree
 from tests.recorded import RecordedProgress
@@ -186,25 +186,6 @@ def test_repaired_chunk_has_no_vectors_of_removed_samples(tree: Path, tmp_path: 
     (cache.path / "image" / "img_emb" / "chunks" / "00002.parquet").unlink()
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
     assert files_of(cache.path / "image") == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("moment", "pattern", "number"),
-    [
-        ("before", "cache.json", 1),
-        ("after", "cache.json", 1),
-        ("before", r"\d+\.parquet", 3),
-        ("after", r"\d+\.parquet", 7),
-    ],
-)
-def test_resume_after_kill_is_identical(tree: Path, tmp_path: Path, moment: str, pattern: str, number: int) -> None:
-    import_files(open_clip_retrieval(tree), tmp_path / "whole")
-    words = ["import", "clip-retrieval", str(tree), str(tmp_path / "cache"), "--chunk-size", "8"]
-    crash(words, moment, pattern, number)
-    assert files_of(tmp_path / "cache") != files_of(tmp_path / "whole")
-    import_files(open_clip_retrieval(tree), tmp_path / "cache")
-    assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ from embedcache.store.rows import RowReader
 from embedcache.store.sample_tables import SampleTables, digest_input
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import verify
-from tests.crash import call, crash_function
+from tests.crash import call
 from tests.extract.cases import tree
 from tests.images import write_images
 from tests.maintain.cases import KEYS, make_cache, write_source
@@ -106,12 +106,6 @@ def test_cut_cache_takes_other_encoders_of_its_samples_only(made: Path, small: P
     assert Cache(cache).feature("image", "open_toy/cls").valid.sum() == 12
 
 
-KILLS = [
-    *(r"samples\.parquet", r"cache\.json", r"image/small/fit\.safetensors", r"open_toy/patches/zarr\.json"),
-    *(r"open_toy@flip/cls/c/1/0", r"open_toy/chunks/00001\.parquet", r"records/cut-.*\.json"),
-]
-
-
 def test_cut_and_merge_show_how_many_samples_there_are(made: Path, halves: list[Path], tmp_path: Path) -> None:
     progress = RecordedProgress()
     cut_cache(made / "c", made / "chosen.txt", tmp_path / "small", progress=progress)
@@ -119,14 +113,6 @@ def test_cut_and_merge_show_how_many_samples_there_are(made: Path, halves: list[
     steps = [step for step in progress.started if step[0] == "indexing"]
     assert steps == [("indexing", 6, "samples"), ("indexing", 12, "samples")]
     assert progress.counts["indexing"] == 18
-
-
-@pytest.mark.parametrize("pattern", KILLS)
-def test_killed_cut_is_finished(made: Path, small: Path, tmp_path: Path, pattern: str) -> None:
-    arguments = (made / "c", made / "chosen.txt", tmp_path / "small")
-    crash_function(cut_cache, arguments, "before", pattern)
-    cut_cache(*arguments)
-    assert tree(tmp_path / "small") == tree(small)
 
 
 class OnceCopying(NullProgress):
@@ -168,12 +154,6 @@ def test_chunk_that_is_written_again_meanwhile_is_named(made: Path, tmp_path: Pa
         cut_cache(cache, made / "chosen.txt", tmp_path / "small", progress=OnceCopying(chunk.unlink))
 
 
-MERGE_KILLS = [
-    *(r"samples\.parquet", r"cache\.json", r"open_toy/patches/zarr\.json"),
-    *(r"open_toy@flip/cls/c/2/0", r"open_toy/chunks/00002\.parquet", r"records/merge-.*\.json"),
-]
-
-
 @pytest.fixture(scope="module")
 def halves(made: Path, small: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The cache of the selection, and one of all other samples. Not to be changed."""
@@ -182,15 +162,6 @@ def halves(made: Path, small: Path, tmp_path_factory: pytest.TempPathFactory) ->
     (folder / "rest.txt").write_text("".join(f"{key}\n" for key in rest))
     cut_cache(made / "c", folder / "rest.txt", folder / "rest")
     return [small, folder / "rest"]
-
-
-def test_killed_merge_is_finished(halves: list[Path], tmp_path: Path) -> None:
-    merge_caches(halves, tmp_path / "whole")
-    for number, pattern in enumerate(MERGE_KILLS):
-        arguments = (halves, tmp_path / f"{number}" / "whole")
-        crash_function(merge_caches, arguments, "before", pattern)
-        merge_caches(*arguments)
-        assert tree(arguments[1]) == tree(tmp_path / "whole"), pattern
 
 
 def test_digest_of_rows_is_that_of_a_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from embedcache.provenance import write_record
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
-from tests.crash import crash_function, start
+from tests.crash import start
 from tests.extract.cases import tree
 from tests.maintain.cases import make_cache, write_source
 
@@ -97,28 +97,6 @@ def test_features_that_another_process_extracts_are_kept(tmp_path: Path) -> None
     extraction.join()
     prune_cache(cache, PruneSettings(features=("open_toy",), modality="text"))
     assert not (cache / "text/open_toy").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("feature", "pattern", "number"),
-    [
-        ("open_toy/patches", r"image/open_toy/chunks/00001\.parquet", 1),
-        ("open_toy/patches", r"\.patches\..*\.partial", 1),
-        ("open_toy@flip", r"\.open_toy@flip\..*\.partial", 1),
-    ],
-)
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_prune_is_finished(
-    cache: Path, tmp_path: Path, feature: str, pattern: str, number: int, moment: str
-) -> None:
-    whole = Path(shutil.copytree(cache, tmp_path / "whole"))
-    settings = PruneSettings(features=(feature,))
-    prune_cache(whole, settings)
-    crash_function(prune_cache, (cache, settings), moment, pattern, number)
-    assert Cache(cache).feature("image", "open_toy/cls").valid.all()
-    prune_cache(cache, settings)
-    assert tree(cache) == tree(whole)
 
 
 def test_records_but_those_of_removals(cache: Path) -> None:

@@ -144,40 +144,6 @@ def test_other_rows_are_the_same(made: Path, removed: Path) -> None:
     assert not any(key in json.dumps(record) for key in KEYS)
 
 
-KILLS = [
-    r"c/removing\.parquet",
-    r"c/removed\.parquet",
-    r"c/samples\.parquet",
-    r"c/text/items\.parquet",
-    r"cache\.json",
-    r"removing/image/open_toy/patches/c/0/0/0",
-    r"removing/image/open_toy/chunks/00000\.parquet",
-    r"c/image/open_toy/cls/c/0/0",
-    r"c/image/open_toy/chunks/00000\.parquet",
-    r"c/image/small/chunks/00002\.parquet",
-    r"c/text/open_toy/tokens/values/00002/zarr\.json",
-    r"c/text/open_toy/chunks/00002\.parquet",
-    r"/index\.faiss",
-    r"card\.json",
-    r"kept\.parquet",
-    r"keys\.txt",
-    r"records/remove-.*\.json",
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pattern", KILLS)
-def test_killed_removal_is_finished(removed: Path, copy: Path, pattern: str) -> None:
-    crash_function(remove, (copy,), "before", pattern)
-    remove(copy)
-    expected, found = tree(removed), tree(copy)
-    for name in ("index/card.json", "index/record.json"):  # times
-        del expected[name], found[name]
-    assert {name: sha for name, sha in found.items() if not name.startswith("c/records")} == {
-        name: sha for name, sha in expected.items() if not name.startswith("c/records")
-    }
-
-
 @pytest.mark.slow
 def test_table_of_many_commits_is_written_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.store.group.MIN_CHUNKS", 1)
@@ -434,20 +400,6 @@ def test_other_split_of_a_run_is_not_signed(cache_path: Path, run_path: Path, tm
         remove_from_copy(cache, run)
     assert tree(run) == before
     assert not Cache(cache).info.removed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pattern", [r"removing\.json", r"run/split\.parquet", r"run/config\.json"])
-def test_killed_removal_from_a_run_is_finished(cache_path: Path, run_path: Path, tmp_path: Path, pattern: str) -> None:
-    copies = {}
-    for name in ("whole", "killed"):
-        shutil.copytree(cache_path, tmp_path / name / "cache")
-        shutil.copytree(run_path, tmp_path / name / "run")
-        copies[name] = tmp_path / name / "cache", tmp_path / name / "run"
-    remove_from_copy(*copies["whole"])
-    crash_function(remove_from_copy, copies["killed"], "before", pattern)
-    remove_from_copy(*copies["killed"])
-    assert tree(tmp_path / "killed" / "run") == tree(tmp_path / "whole" / "run")
 
 
 @pytest.mark.slow

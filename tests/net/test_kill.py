@@ -65,10 +65,16 @@ def damaged(source: Path, out: Path) -> None:
 
 
 def maintained(source: Path, out: Path) -> None:
-    """Make a cache with a derived feature, an index of it, and a list of two keys."""
-    run(f"extract {source} {out}/cache {TOYS} --feature cls,patches --chunk-size 4")
+    """Make a cache with a derived feature, an index, a run, and a list of two keys."""
+    run(f"extract {source} {out}/cache {TOYS} --feature cls,patches,mean --chunk-size 4")
     run(f"derive {out}/cache {PCA}")
     run(f"curate index {out}/cache {out}/index --feature open_toy/cls --factory Flat --min-recall 0")
+    run(f"train {out}/cache {out}/run {TRAIN}")
+    listed(source, out)
+
+
+def listed(source: Path, out: Path) -> None:
+    """Write a list of two keys; `out` stays as it is."""
     Path(f"{source}.keys").write_text("00001\n00004\n")
 
 
@@ -88,8 +94,12 @@ WRITERS = {
     "train": Writer(f"train {{cache}} {{out}} {TRAIN}"),
     "index": Writer("curate index {cache} {out} --feature open_toy/cls --factory IVF2,Flat --min-recall 0"),
     "merge": Writer("cache merge {cache} {cache}-copy {out} --prefix-keys"),
+    "cut": Writer("cache cut {cache} {source}.keys {out}", listed),
     "prune": Writer("cache prune {out}/cache --feature open_toy/patches --yes", maintained),
-    "remove": Writer("cache remove {out}/cache {source}.keys --index {out}/index --record-keys none --yes", maintained),
+    "remove": Writer(
+        "cache remove {out}/cache {source}.keys --index {out}/index --run {out}/run --record-keys none --yes",
+        maintained,
+    ),
     "import": Writer("import npy {out} --image-file {source}.npy --chunk-size 4", vectors),
 }
 
