@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from scipy.stats import kendalltau, rankdata
 
 from embedcache.arrays import Array
-from embedcache.errors import DataError
 from embedcache.evaluate.encoder_pairs import METRICS, PairsReport
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import COLORS, GRID, INK, Table, format_estimate, format_fraction, label
@@ -64,9 +63,8 @@ def correlation_table(outcomes: Outcomes) -> Table:
             if min(np.ptp(values), np.ptp(recalls)) == 0:  # neither ranks nor chooses
                 rows.append([name, recipe, UNDEFINED, UNDEFINED, UNDEFINED, best])
                 continue
-            found = rank_correlation(values, recalls)
-            chosen = format_fraction(recalls[values.argmax()])
-            rows.append([name, recipe, format_estimate(found.spearman), format_estimate(found.kendall), chosen, best])
+            correlations = [format_estimate(estimate) for estimate in rank_correlation(values, recalls)]
+            rows.append([name, recipe, *correlations, format_fraction(recalls[values.argmax()]), best])
     return ["metric", "training", "Spearman", "Kendall", "recall of its choice", "best recall"], rows
 
 
@@ -98,35 +96,17 @@ def correlation_figure(outcomes: Outcomes) -> Figure:
     return figure
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankCorrelation:
-    """How far two measures order the same things alike: 1 for the same order, -1 for the reverse order.
-
-    Args:
-        spearman: Spearman's rho.
-        kendall: Kendall's tau-b, which accounts for ties.
-    """
-
-    spearman: Estimate
-    kendall: Estimate
-
-
-def rank_correlation(x_M: Array, y_M: Array, *, num_draws: int = 1000, seed: int = 0) -> RankCorrelation:
+def rank_correlation(x_M: Array, y_M: Array, *, num_draws: int = 1000, seed: int = 0) -> tuple[Estimate, Estimate]:
     """Compute Spearman's rho and Kendall's tau-b, with 95% percentile intervals from resampling the M rows.
 
-    Rows are treated as independent. Resamples in which one measure is constant are left out.
+    Tau-b accounts for ties. Rows are treated as independent. Resamples in which one measure is constant are left out.
 
     Args:
         x_M: (M,) float.
         y_M: (M,) float.
         num_draws: number of resamples.
         seed: random seed of the resampling.
-
-    Raises:
-        DataError: there are fewer than three rows, or one measure is constant.
     """
-    if len(x_M) < 3 or min(len(np.unique(x_M)), len(np.unique(y_M))) < 2:
-        raise DataError(f"rank correlation: expected at least 3 things that are not all equal, got {len(x_M)}")
     rng = np.random.default_rng(seed)
     draws = rng.integers(len(x_M), size=(num_draws, len(x_M)))
     usable = [draw for draw in draws if min(len(np.unique(x_M[draw])), len(np.unique(y_M[draw]))) > 1]
@@ -135,7 +115,5 @@ def rank_correlation(x_M: Array, y_M: Array, *, num_draws: int = 1000, seed: int
         low, high = np.quantile([statistic(x_M[draw], y_M[draw]) for draw in usable], [0.025, 0.975])
         return Estimate(statistic(x_M, y_M), float(low), float(high))
 
-    return RankCorrelation(
-        spearman=estimate(lambda x, y: float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])),
-        kendall=estimate(lambda x, y: float(kendalltau(x, y, method="asymptotic").statistic)),
-    )
+    spearman = estimate(lambda x, y: float(np.corrcoef(rankdata(x), rankdata(y))[0, 1]))
+    return spearman, estimate(lambda x, y: float(kendalltau(x, y, method="asymptotic").statistic))

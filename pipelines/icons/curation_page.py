@@ -395,29 +395,13 @@ def summarize(values: Mapping[str, Any]) -> str:
             parts.append(f"{kind}: {', '.join(named) or 'none'}")
         lines.append(f"{count} pairs: {'; '.join(parts)}")
     head = f"R@10 on {NAMES} with {recipe}, over both directions, and gains whose interval does not hold zero."
-    return " ".join([head, ". ".join(lines) + ".", claim(values)])
+    return " ".join([head, ". ".join(lines) + ".", count_all(values)])
 
 
-def claim(values: Mapping[str, Any]) -> str:
-    """Return whether data that is rich in concepts is better than random data here, and how methods fare in all."""
-    sentences, with_concepts = [], values["concept_methods"]
-    if PAPER in with_concepts:
-        recipe, of_size = list(main_measure(values, NAMES)["recipes"].items())[-1]
-        kinds = {count: verdict(of_size[size]["gains"][PAPER]) for size, count in size_names(values).items()}
-        better, worse = ([count for count, kind in kinds.items() if kind == asked] for asked in (_BETTER, _WORSE))
-        if len(better) == len(kinds):
-            holds = "holds"
-        elif better:
-            holds = f"holds at {' and '.join(better)} pairs only"
-        else:
-            holds = "does not hold"
-        holds += f", and is reversed at {' and '.join(worse)} pairs," * bool(worse)
-        sentences.append(
-            f"That data rich in concepts aligns better than random data, as the paper of {PAPER} claims, "
-            f"{holds} on {NAMES} with {recipe}."
-        )
+def count_all(values: Mapping[str, Any]) -> str:
+    """Return how the methods fare on all tests, in a sentence."""
+    with_concepts = values["concept_methods"]
     groups = {name: [name] for name in (PAPER, "dedup + random", AGAIN) if name in values["methods"]}
     groups[f"all {len(with_concepts)} methods with concepts"] = with_concepts
     counted = ", ".join(f"{title} {count_verdicts(values, names)}" for title, names in groups.items())
-    sentences.append(f"Better / undecided / worse than random on all tests, with all recipes and budgets: {counted}.")
-    return " ".join(sentences)
+    return f"Better / undecided / worse than random on all tests, with all recipes and budgets: {counted}."

@@ -32,12 +32,8 @@ USE = "pipelines.icons.encoders:open_use:multilingual-v3"
 WORDLLAMA = "pipelines.icons.encoders:open_wordllama:l2_supercat_256"
 """Specs of both encoders."""
 MAX_TOKENS = 512
-_USE_POOLING = {
-    "dense": "tanh of the dense layers on mean_sqrt_len; the package gives this scaled to length 1",
-    "mean_sqrt_len": "sum of tokens over the square root of their number",
-    "tokens": "projected vector and n-grams of each token, those of the start and the end included",
-}
-_WORDLLAMA_POOLING = {"mean": "mean of the vectors of all tokens", "tokens": "the vectors of all tokens"}
+_USE_POOLING = {"dense": "tanh of the dense layers on the sum of tokens over the square root of their number"}
+_WORDLLAMA_POOLING = {"mean": "mean of the vectors of all tokens"}
 _UNKNOWN_ID = 0
 _NUM_PIECES, _NUM_CHUNKS = 128_010, 17  # piece i is in chunk i modulo 17
 _WIDTH, _NGRAM_WIDTH = 512, 256
@@ -113,15 +109,14 @@ class SentenceEncoder(torch.nn.Module):
         self.dense = _Dense()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute the features of (B, T) token ids by name: (B, D), or (B, T, D) for tokens."""
+        """Compute the features of (B, T) token ids by name: (B, D)."""
         chunks_BT1 = (input_ids % _NUM_CHUNKS)[:, :, None]
         vectors_BTD = self.table[input_ids].float() * self.scale[chunks_BT1] + self.low[chunks_BT1]
         mask_BT1 = attention_mask[:, :, None].to(vectors_BTD.dtype)
         states = self.norm_in(self.project_in(vectors_BTD)).split(_NGRAM_WIDTH, dim=-1)
         ngrams = [ngram(state_BTD, mask_BT1) for ngram, state_BTD in zip(self.ngrams, states, strict=True)]
         tokens_BTD = self.project_out(self.norm_out(torch.cat([vectors_BTD, *ngrams], dim=-1))).float()
-        pooled_BD = mean_sqrt_len(tokens_BTD, attention_mask)
-        return {"dense": self.dense(pooled_BD), "mean_sqrt_len": pooled_BD, "tokens": tokens_BTD}
+        return {"dense": self.dense(mean_sqrt_len(tokens_BTD, attention_mask))}
 
 
 class _NGrams(torch.nn.Module):
@@ -204,8 +199,7 @@ class _TokenTable(torch.nn.Module):
         self.embedding = torch.nn.Embedding(num_tokens, width)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        tokens_BTD = self.embedding(input_ids)
-        return {"mean": mean(tokens_BTD, attention_mask), "tokens": tokens_BTD}
+        return {"mean": mean(self.embedding(input_ids), attention_mask)}
 
 
 def _open_tokenizer(path: Path) -> Tokenizer:

@@ -24,7 +24,7 @@ from pipelines.icons.ablation import gain_figure as ablation_figure
 from pipelines.icons.ablation import summarize as summarize_ablation
 from pipelines.icons.correlations import rank_correlation
 from pipelines.icons.curation import AGAIN, DRAWS, METHODS
-from pipelines.icons.curation_page import claim, rank_correlations, run_curation, summarize
+from pipelines.icons.curation_page import rank_correlations, run_curation, summarize
 from pipelines.icons.curve import Recipe, in_precision, read_report, selection_path
 from pipelines.icons.curve_page import curve_figure, find_crossing, format_crossing, gain_figure, halve, run_curve
 from pipelines.icons.features import Compared, run_features
@@ -366,24 +366,6 @@ def test_features_are_compared_on_a_cut_of_the_icons(
     assert values["tests"][NAMES]["gains"].keys() == {"kmeans:4"}
     assert values["rank"][0]["best recall"] == f"{best:.3f}"
     assert "pairs of features have the same probe R@10 on 1,000 pairs" in page, "27 easy icons: all have 1.000"
-
-
-def test_claim_is_decided_by_intervals() -> None:
-    def summary(*intervals: tuple[float, float], num_filled: int = 0) -> str:
-        of_size = {
-            str(size): {"gains": {"rare-first": {"value": sum(interval) / 2, "interval": interval}}}
-            for size, interval in zip((100, 1000), intervals, strict=True)
-        }
-        values = {"tests": {NAMES: {"R@10": {"recipes": {"mlp": of_size}}}}, "num_pairs": {"100": 100, "1000": 1000}}
-        selections = {"rare-first": {size: {"num_filled": num_filled} for size in of_size}}
-        names = ["rare-first"]
-        return claim({**values, "methods": names, "concept_methods": names, "selections": selections})
-
-    assert "holds on names never seen with mlp" in summary((0.01, 0.02), (0.02, 0.03))
-    assert "holds at 1,000 pairs only on" in summary((-0.01, 0.02), (0.02, 0.03))
-    assert "does not hold, and is reversed at 100 pairs, on" in summary((-0.02, -0.01), (-0.02, 0.03))
-    assert "rare-first 1 / 0 / 1" in summary((-0.02, -0.01), (0.02, 0.03))
-    assert "rare-first 1 / 0 / 0" in summary((-0.02, -0.01), (0.02, 0.03), num_filled=51)
 
 
 def test_rank_correlations_are_spearmans() -> None:
