@@ -24,7 +24,7 @@ from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import ENCODERS, feature_names, reopen_encoder
 from embedcache.errors import DataError, ItemError, SettingError
-from embedcache.outputs import write_output
+from embedcache.outputs import check_output, replacing_files, write_output
 from embedcache.progress import NullProgress, Progress
 from pipelines.avsr.clips import MOUTH_FORM, Clip, Window, iter_windows, open_clip, parse_mouth
 from pipelines.avsr.ctc import WordTime, num_ctc_frames, word_times
@@ -59,13 +59,20 @@ def main() -> None:
     parser.add_argument("--ctc-weight", type=float, default=Decoding.ctc_weight, help="of the hybrid decoder")
     parser.add_argument("--device", default=AUTO)
     parser.add_argument("--json", action="store_true", help="print JSON with the times of words")
-    parser.add_argument("--output", type=Path, help="write this JSON to a new file")
-    parser.add_argument("--srt", type=Path, help="write SubRip subtitles of one recording to a new file")
-    parser.add_argument("--vtt", type=Path, help="write WebVTT subtitles of one recording to a new file")
+    parser.add_argument("--output", type=Path, help="write this JSON to a file")
+    parser.add_argument("--srt", type=Path, help="write SubRip subtitles of one recording to a file")
+    parser.add_argument("--vtt", type=Path, help="write WebVTT subtitles of one recording to a file")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     options = parser.parse_args()
     if (options.srt or options.vtt) and len(options.files) > 1:
         raise SettingError(f"subtitles: expected one recording, got {len(options.files)}; transcribe each alone")
+    with replacing_files(options.overwrite):
+        for path in filter(None, (options.output, options.srt, options.vtt)):
+            check_output(path)  # before the work
+        _transcribe_files(options)
 
+
+def _transcribe_files(options: argparse.Namespace) -> None:
     recognizer = Recognizer(options.run, device=options.device)
     decoding = Decoding(decoder=options.decoder, beam=options.beam, ctc_weight=options.ctc_weight)
     mouth = None if options.mouth is None else parse_mouth(options.mouth)
