@@ -19,7 +19,7 @@ ENTRYPOINT ["embedcache"]
 CMD ["--help"]
 
 FROM base AS cpu
-ARG EXTRAS=cpu,demo,evaluate,remote,serve,sweep
+ARG EXTRAS=cpu,demo,remote,serve,sweep
 # hadolint ignore=DL3013 # the newest releases that the ranges of pyproject.toml allow
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     python -m pip install --no-cache-dir torch torchvision --index-url https://download.pytorch.org/whl/cpu \
@@ -27,7 +27,7 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
 USER 1000
 
 FROM base AS gpu
-ARG EXTRAS=gpu,demo,evaluate,remote,serve,sweep
+ARG EXTRAS=gpu,demo,remote,serve,sweep
 # hadolint ignore=DL3013 # as above
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     python -m pip install --no-cache-dir "$(echo /wheels/*.whl)[${EXTRAS}]"

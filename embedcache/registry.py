@@ -361,20 +361,25 @@ def is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def require(module: str, *, extra: str) -> ModuleType:
-    """Import an optional package; if it is missing, MissingExtraError has the pip command for our `extra`."""
-    package = module.partition(".")[0]
-    if not is_installed(package):
-        raise _missing(package, extra)
+def require(module: str, *, extra: str | None = None, package: str | None = None) -> ModuleType:
+    """Import an optional module; if it is missing, MissingExtraError has the pip command.
+
+    Args:
+        module: full name of the module.
+        extra: extra of embedcache that installs it.
+        package: package that installs it, which is in no extra.
+    """
+    requirement = f"'embedcache[{extra}]'" if package is None else package
+    root = module.partition(".")[0]
+    if not is_installed(root):
+        raise _missing(root, requirement)
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or package != error.name.partition(".")[0]:
+        if error.name is None or root != error.name.partition(".")[0]:
             raise
-        raise _missing(error.name, extra) from error
+        raise _missing(error.name, requirement) from error
 
 
-def _missing(package: str, extra: str) -> MissingExtraError:
-    return MissingExtraError(
-        f"the package {package!r} is not installed; run: python -m pip install 'embedcache[{extra}]'"
-    )
+def _missing(module: str, requirement: str) -> MissingExtraError:
+    return MissingExtraError(f"the package {module!r} is not installed; run: python -m pip install {requirement}")

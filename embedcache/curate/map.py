@@ -313,7 +313,7 @@ def _run_umap(vectors_NP: Floats, *, seed: int) -> Floats:
     num_neighbors = min(_NUM_NEIGHBORS, len(vectors_NP) - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TensorFlow is missing, and that there are few points
-        umap = require("umap", extra="umap")
+        umap = require("umap", package="umap-learn")
         model = umap.UMAP(metric="cosine", n_neighbors=num_neighbors, random_state=seed, n_jobs=1)
         points = model.fit_transform(vectors_NP)
     return np.ascontiguousarray(points, np.float32)

@@ -73,7 +73,7 @@ METHODS = Registry(
 def load_method(name: str) -> Fit:
     """Return the function of a method: knn, logistic, ridge or module:attribute."""
     if name == "logistic":
-        require("sklearn.linear_model", extra="evaluate")
+        require("sklearn.linear_model", package="scikit-learn")
     fit: Fit = METHODS.load(name)
     return fit
 
@@ -179,7 +179,7 @@ def fit_logistic(train: Examples, val: Examples | None, num_classes: int) -> Cla
 
 def _logistic_model(strength: float, train: Examples) -> Any:
     """Create the model. Dimensions of scaled vectors have variance 1 / D, so gradients are smaller by its root."""
-    linear = require("sklearn.linear_model", extra="evaluate")
+    linear = require("sklearn.linear_model", package="scikit-learn")
     tolerance = _TOLERANCE / float(np.sqrt(train.vectors.shape[1]))
     return linear.LogisticRegression(C=strength, max_iter=_MAX_ITERATIONS, tol=tolerance, warm_start=True)
 

@@ -101,12 +101,12 @@ def register() -> None:
     Its accuracy is replaced, because release 1.6.2 converts an array of one number to float, which NumPy refuses from
     version 2.4 on (its issue 147).
     """
-    models = require("clip_benchmark.models", extra="clip-benchmark")
+    models = require("clip_benchmark.models", package="clip-benchmark")
     models.TYPE2FUNC[MODEL] = load
     if MODEL not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL)
     for name in ("zeroshot_classification", "linear_probe"):
-        vars(require(f"clip_benchmark.metrics.{name}", extra="clip-benchmark"))["accuracy"] = top_k_accuracy
+        vars(require(f"clip_benchmark.metrics.{name}", package="clip-benchmark"))["accuracy"] = top_k_accuracy
 
 
 def top_k_accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[float]:

@@ -20,7 +20,7 @@ def load_mteb(run: AnyPath, *, device: str = AUTO) -> "MtebModel":
     Raises the errors of `embedcache.load`, and `MissingExtraError` if mteb is not installed.
     """
     model = load(run, device=device)
-    meta = require("mteb.models.model_meta", extra="mteb")
+    meta = require("mteb.models.model_meta", package="mteb")
     about = {
         "name": f"embedcache/{Path(run).resolve().name}",
         "revision": model.config.weights_digest[:40] or None,

@@ -92,7 +92,7 @@ class SearchResults(list[Hits]):
         """
         rows = [{"query": hits.query, **asdict(hit)} for hits in self for hit in hits]
         columns = ["query", *(item.name for item in fields(Hit))]
-        return require("pandas", extra="pandas").DataFrame(rows, columns=columns)
+        return require("pandas", package="pandas").DataFrame(rows, columns=columns)
 
     def to_html(self) -> str:
         """Return the first 12 hits of the first 8 queries as HTML, with images as thumbnails in the page.

@@ -172,7 +172,7 @@ def _dataset_entry(file: str, name: str, kind: str) -> list[str]:
 
 def clip_benchmark_file(file: str) -> dict[str, Any]:
     """Read a JSON file of the package clip-benchmark: dataset -> class names, templates or prompts."""
-    package = require("clip_benchmark", extra="clip-benchmark")
+    package = require("clip_benchmark", package="clip-benchmark")
     path = Path(str(package.__file__)).parent / "datasets" / file
     if not path.is_file():
         language = file.split("_")[0]

@@ -147,7 +147,7 @@ class Cache:
             UnknownNameError: there is no such modality.
             CorruptError: a table cannot be read, or differs from its checksums.
         """
-        require("pandas", extra="pandas")
+        require("pandas", package="pandas")
         if modality is None:
             return self.samples.to_pandas()
         if modality not in self.info.num_items:

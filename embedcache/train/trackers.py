@@ -64,7 +64,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         TRACKERS.load(name)
         if name in TRACKERS.paths:
-            require(name, extra=name)
+            require(name, package=name)
 
 
 class Trackers:
@@ -133,7 +133,7 @@ class WeightsAndBiases:
     """A run in the project WANDB_PROJECT, or `embedcache`; WANDB_MODE=offline writes into the folder `wandb` here."""
 
     def __init__(self, run: TrackedRun) -> None:
-        wandb = require("wandb", extra="wandb")
+        wandb = require("wandb", package="wandb")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "embedcache",
             id=run.id,

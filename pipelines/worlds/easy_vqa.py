@@ -126,4 +126,4 @@ def _validation_numbers() -> frozenset[int]:
 
 
 def _data_folder() -> Path:
-    return Path(str(require("easy_vqa", extra="vqa").__file__)).parent / "data"
+    return Path(str(require("easy_vqa", package="easy-vqa").__file__)).parent / "data"

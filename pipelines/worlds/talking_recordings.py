@@ -172,7 +172,7 @@ def _decode_utterance(decoder: Any, data: bytes) -> None:
 
 @cache
 def _aligner() -> Any:
-    return require("pocketsphinx", extra="recordings").Decoder(lm=None, loglevel="FATAL")
+    return require("pocketsphinx", package="pocketsphinx").Decoder(lm=None, loglevel="FATAL")
 
 
 def join_recordings(recordings: Iterable[Recording], *, rng: np.random.Generator) -> Utterance:

@@ -261,5 +261,5 @@ def test_logistic_without_scikit_learn_raises(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     assert [load_method(name) for name in ("knn", "ridge")] == [fit_knn, fit_ridge]
-    with pytest.raises(MissingExtraError, match=r"run: python -m pip install 'embedcache\[evaluate\]'"):
+    with pytest.raises(MissingExtraError, match=r"run: python -m pip install scikit-learn"):
         evaluate_probe("nowhere")  # before anything is read

@@ -202,5 +202,5 @@ def test_columns_of_samples_are_wide_enough_to_recur() -> None:
 
 def test_data_frames_need_pandas(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(MissingExtraError, match=r"'pandas' is not installed; run: .*'embedcache\[pandas\]'"):
+    with pytest.raises(MissingExtraError, match=r"'pandas' is not installed; run: .*install pandas"):
         cache.to_pandas()

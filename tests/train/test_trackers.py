@@ -122,7 +122,7 @@ def test_tracker_that_cannot_start_is_one_error(cache_path: Path, tmp_path: Path
 
 def test_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'embedcache\[wandb\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install wandb"):
         check_trackers(["wandb"])
 
 
