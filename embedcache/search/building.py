@@ -132,7 +132,8 @@ class IndexBuilder:
         They are recorded before each file that relies on them: those of the lists before the index, all before the
         card.
         """
-        checksums = {} if index.disk_lists is None else {index.disk_lists.file: index.disk_lists.checksums()}
+        name = index.lists_file
+        checksums = {} if name is None else {name: file_checksum(self._folder / name)}
         self._write_state(checksums={**self._state.checksums, "lists": checksums})
         index.write(self._folder / INDEX)
         checksums = {INDEX: file_checksum(self._folder / INDEX), **checksums}
@@ -187,7 +188,7 @@ class IndexBuilder:
         self._write_trained(factory, old, vectors, progress)
         parts = self._reusable_parts(kept, vectors)
         missing = np.setdiff1d(vectors.rows, _rows(parts), assume_unique=True)
-        if kept is not None and kept.disk_lists is not None and not len(missing) and len(parts) == 1:
+        if kept is not None and kept.lists_file is not None and not len(missing) and len(parts) == 1:
             return kept
         parts += self._write_parts(missing, vectors, progress, num_before=sum(map(len, parts)))
         return self._merge(parts, old)
@@ -246,7 +247,7 @@ class IndexBuilder:
 
     def _merge(self, parts: list[RowIndex], old: RowIndex | None) -> RowIndex:
         """Merge parts into one file of lists; those of the card and of `index.faiss` stay intact until the new card."""
-        used = [] if old is None or old.disk_lists is None else [old.disk_lists.file]
+        used = [] if old is None else [old.lists_file]
         name = f"lists-{sum(map(len, parts))}.ivfdata"
         while name in used or (self._card is not None and name == self._card.lists):
             name = name.replace(".ivfdata", "-again.ivfdata")

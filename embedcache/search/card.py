@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedcache.devices import AUTO
-from embedcache.errors import CorruptError, PathError, UnfinishedError, quoted
+from embedcache.devices import AUTO, announce
+from embedcache.errors import CorruptError, UnfinishedError, quoted
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
@@ -30,6 +30,7 @@ INDEX = "index.faiss"
 STATE = "building.json"
 """See `BuildState`; there is none in a finished index."""
 
+_COMPARED_BYTES = 4 * 10**9
 _UNCHECKED = ("cache", "run")
 """Keys of a card that its digest leaves out: paths that may be corrected by hand when folders have moved."""
 
@@ -65,8 +66,7 @@ class IndexCard:
         num_training: number of vectors it was trained on.
         seconds: duration of this build; of an interrupted one, since it was resumed.
         lists: file of inverted lists that stay on disk during search; None: all is in memory.
-        checksums: `index.faiss` -> CRC-32C of its bytes, and the file of lists -> CRC-32C of each list, 8 hex digits
-            one after another.
+        checksums: `index.faiss`, and the file of lists if there is one -> CRC-32C of its bytes.
         format: version of the format on disk.
     """
 
@@ -169,7 +169,7 @@ def may_hold_removed(card: IndexCard, cache: Cache) -> bool:
 def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> RowIndex:
     """Open the index that a card describes, whose files are compared with their checksums once in a process.
 
-    Lists on disk are compared one by one, each before it is first searched; see `DiskLists.compare`.
+    A file above 4 GB is compared by `verify_index` only, and a message says so.
 
     Raises:
         PathError: a file is missing.
@@ -178,6 +178,12 @@ def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> 
     """
     try:
         index = _open(index_path, card.checksums, device)
+        found, expected = (len(index), index.width), (card.num_vectors, card.width)
+        if found != expected:
+            raise CorruptError(
+                f"{index_path / INDEX}: expected {expected[0]:,} vectors of width {expected[1]:,}, as its card "
+                f"states, got {found[0]:,} of {found[1]:,}; {_rebuild(index_path)}"
+            )
     except CorruptError as error:
         if not (index_path / STATE).is_file():
             raise
@@ -190,46 +196,37 @@ def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> 
                 "again"
             ) from error
         return _open(index_path, finished, device)  # the longer index, whose card is not written yet
-    found, expected = (len(index), index.width), (card.num_vectors, card.width)
-    if found != expected:
-        raise CorruptError(
-            f"{index_path / INDEX}: expected {expected[0]:,} vectors of width {expected[1]:,}, as its card "
-            f"states, got {found[0]:,} of {found[1]:,}; {_rebuild(index_path)}"
-        )
     return index
 
 
 def verify_index(index_path: Path, card: IndexCard, *, progress: Progress | None = None) -> None:
     """Compare all bytes of an index with their checksums, lists on disk too; raises what `open_row_index` raises."""
-    check_file(index_path / INDEX, card.checksums[INDEX], next_step=_rebuild(index_path), once=False, progress=progress)
-    index = open_row_index(index_path, card, device="cpu")
-    if index.disk_lists is not None:
-        index.disk_lists.check_all(progress=progress)
+    for name, checksum in card.checksums.items():
+        check_file(index_path / name, checksum, next_step=_rebuild(index_path), once=False, progress=progress)
+    open_row_index(index_path, card, device="cpu")
 
 
 def check_lists(index_path: Path, index: RowIndex, checksums: Mapping[str, str]) -> None:
-    """Compare the lists that an index has on disk with their checksums; raises what `open_row_index` raises."""
-    if index.disk_lists is not None:
-        path = index_path / index.disk_lists.file
-        index.disk_lists.compare(path, checksums.get(path.name, ""), _rebuild(index_path))
-        index.disk_lists.check_all()
+    """Compare the lists that an index has on disk with their checksum; raises what `open_row_index` raises."""
+    if (name := index.lists_file) is not None:
+        check_file(index_path / name, checksums.get(name, ""), next_step=_rebuild(index_path))
 
 
 def _open(index_path: Path, checksums: Mapping[str, str], device: str) -> RowIndex:
-    next_step = _rebuild(index_path)
-    lists = {index_path / name: checksum for name, checksum in checksums.items() if name != INDEX}
-    for path in lists:
-        if not path.is_file():
-            raise PathError(f"{path} does not exist; {next_step}")
-    check_file(index_path / INDEX, checksums[INDEX], next_step=next_step)
+    for name, checksum in checksums.items():
+        path = index_path / name
+        if path.is_file() and path.stat().st_size > _COMPARED_BYTES:
+            announce(f"{path} is large and is not compared with its checksum; to do so: embedcache verify {index_path}")
+        else:
+            check_file(path, checksum, next_step=_rebuild(index_path))
 
-    index = read_index(index_path / INDEX, is_mapped=False if lists else None, device=device)
-    for path, checksum in lists.items():
-        if index.disk_lists is None:
-            raise CorruptError(
-                f"{index_path / INDEX}: expected lists in {path.name}, got an index in memory; {next_step}"
-            )
-        index.disk_lists.compare(path, checksum, next_step)
+    has_lists = len(checksums) > 1
+    index = read_index(index_path / INDEX, is_mapped=False if has_lists else None, device=device)
+    if has_lists and index.lists_file not in checksums:
+        raise CorruptError(
+            f"{index_path / INDEX}: expected lists in {' or '.join({*checksums} - {INDEX})}, got {index.lists_file}; "
+            f"{_rebuild(index_path)}"
+        )
     return index
 
 

@@ -20,14 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks, distinct
+from embedcache.arrays import Bools, Floats, Ints
 from embedcache.devices import AUTO, announce
 from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError, quoted
 from embedcache.files import replacing
 from embedcache.io_errors import disk_full_message
-from embedcache.progress import NullProgress, Progress, watch
+from embedcache.progress import Progress
 from embedcache.registry import require
-from embedcache.store.arrays import DIGITS, checksum_of, skips_checksums
 
 GPU_BATCH = 64
 """Fewest queries of a batch that is searched on a GPU: fewer take milliseconds on the CPU, and a copy takes seconds."""
@@ -42,8 +41,6 @@ _FACTORY = re.compile(rf"{_CODES}|IVF(?P<lists>\d+)(_HNSW32)?,({_CODES}|PQ\d+(x4
 _TRAINING_PER_LIST, _MIN_TRAINING = 50, 20_000
 _MAPPED_FRACTION = 0.5  # of the machine's memory
 _OWN = True  # FAISS takes no keyword
-_STORES_PAIRS = False  # nor here
-_LISTS_AT_ONCE = 64
 _READ_BYTES, _ID_BYTES = 2**20, 8
 _END = b"crc32 %08x"
 
@@ -81,7 +78,7 @@ class RowIndex:
     """An inner-product index over vectors of length 1: a FAISS `IndexIDMap` whose ids are rows of the cache.
 
     Unless the device is `cpu`, FAISS's GPUs train it, and the first of them searches large batches on a copy of it.
-    `disk_lists` are the inverted lists that stay in a file, None if all is in memory.
+    `lists_file` is the name of the file that its inverted lists stay in, None if all is in memory.
     """
 
     def __init__(self, wrapped: Any, device: str = AUTO) -> None:
@@ -94,15 +91,18 @@ class RowIndex:
 
         lists = self._faiss.try_extract_index_ivf(self._inner)
         self.num_lists = 0 if lists is None else int(lists.nlist)
-        is_on_disk = lists is not None and isinstance(
-            self._faiss.downcast_InvertedLists(lists.invlists), self._faiss.OnDiskInvertedLists
-        )
-        self.disk_lists = DiskLists(lists) if is_on_disk else None
+        inverted = None if lists is None else self._faiss.downcast_InvertedLists(lists.invlists)
+        self.disk_lists: Any = inverted if isinstance(inverted, self._faiss.OnDiskInvertedLists) else None
         self.is_graph = isinstance(self._inner, self._faiss.IndexHNSW)
         self.is_exact = isinstance(self._inner, self._faiss.IndexFlat)  # float32 vectors are all compared
 
     def __len__(self) -> int:
         return int(self.wrapped.ntotal)
+
+    @property
+    def lists_file(self) -> str | None:
+        """Name of the file of the inverted lists, which is beside that of the index."""
+        return None if self.disk_lists is None else Path(self.disk_lists.filename).name
 
     @property
     def rows(self) -> Ints:
@@ -197,13 +197,11 @@ class RowIndex:
         may be returned, in the order of `rows`.
         """
         queries_QP, parameters = np.ascontiguousarray(queries_QP), parameters or {}
-        nprobe, selector, found = parameters.get("nprobe", 1), None, None
+        selector, found = None, None
         if is_allowed_N is None:
-            found = self._search_on_gpu(queries_QP, k, min(nprobe, max(1, self.num_lists)))
+            found = self._search_on_gpu(queries_QP, k, min(parameters.get("nprobe", 1), max(1, self.num_lists)))
         else:
             selector = self._faiss.IDSelectorBitmap(np.packbits(is_allowed_N, bitorder="little"))
-        if found is None and self.disk_lists is not None:
-            found = self.disk_lists.search(queries_QP, k, nprobe, selector)
         if found is None:
             found = self._inner.search(queries_QP, k, params=self._search_parameters(parameters, selector))
 
@@ -265,7 +263,7 @@ class RowIndex:
             CorruptError: the file does not hold what was written.
         """
         if self.disk_lists is not None:
-            self.disk_lists.forget_folder()
+            self.disk_lists.filename = self.lists_file
         checksum = 0
         with replacing(path) as temporary:
             with temporary.open("wb") as file:  # FAISS's own files only print that closing them failed
@@ -330,105 +328,6 @@ class RowIndex:
         return self
 
 
-class DiskLists:
-    """The inverted lists of an index that FAISS maps from a file: vectors as codes, and their positions in the index.
-
-    Each list is compared with its checksum before it is first read.
-
-    Args:
-        inverted: FAISS inverted file with such lists.
-    """
-
-    def __init__(self, inverted: Any) -> None:
-        self._faiss = import_faiss()
-        self._inverted = self._faiss.downcast_index(inverted)
-        self._lists = self._faiss.downcast_InvertedLists(self._inverted.invlists)
-        self._path = Path(self._lists.filename)
-        self._checksums = ""
-        self._next_step = ""
-        self._is_checked_L: Bools | None = None  # None: no list is to be compared
-
-    @property
-    def file(self) -> str:
-        """Name of the file."""
-        return self._path.name
-
-    def forget_folder(self) -> None:
-        """Store only the name of the file in the index, so that it is found beside the index when it is read."""
-        self._lists.filename = self.file
-
-    def checksums(self) -> str:
-        """Compute the CRC-32C of each list: 8 hex digits per list, one after another. Reads all lists."""
-        return "".join(map(self._checksum, range(self._lists.nlist)))
-
-    def compare(self, path: Path, checksums: str, next_step: str) -> None:
-        """Compare each list with its checksum before `search` reads it, unless `skips_checksums`.
-
-        Raises `CorruptError` if the file has another size, which FAISS maps without looking at it.
-        """
-        size, expected = path.stat().st_size, self._lists.totsize
-        if size != expected or len(checksums) != DIGITS * self._lists.nlist:
-            raise CorruptError(
-                f"{path}: expected {self._lists.nlist:,} lists in {expected:,} bytes, as the index states, got "
-                f"{len(checksums) // DIGITS:,} checksums and {size:,} bytes; {next_step}"
-            )
-        self._path, self._checksums, self._next_step = path, checksums, next_step
-        self._is_checked_L = np.full(self._lists.nlist, skips_checksums())
-
-    def check_all(self, *, progress: Progress | None = None) -> None:
-        """Compare all lists with what `compare` was given, or raise a `CorruptError`."""
-        if self._is_checked_L is not None:
-            self._is_checked_L[:] = False
-            lists = np.arange(self._lists.nlist)
-            for block in watch(
-                blocks(len(lists), _LISTS_AT_ONCE), progress or NullProgress(), "checking", len(lists), "lists"
-            ):
-                self._check(lists[block], self._is_checked_L)
-
-    def search(self, queries_QP: Floats, k: int, nprobe: int, selector: Any) -> tuple[Floats, Ints] | None:
-        """Search as FAISS does, after each list that is read was compared: scores and positions (Q, K).
-
-        Returns None if no list is to be compared. `CorruptError` if one has other bytes.
-        """
-        if self._is_checked_L is None:
-            return None
-        faiss, inverted, nprobe = self._faiss, self._inverted, min(nprobe, self._lists.nlist)
-        nearness_QL, lists_QL = inverted.quantizer.search(queries_QP, nprobe)
-        probed = distinct(lists_QL[lists_QL >= 0])
-        self._lists.prefetch_lists(faiss.swig_ptr(probed), len(probed))
-        self._check(probed, self._is_checked_L)
-        parameters = faiss.SearchParametersIVF(nprobe=nprobe, **({} if selector is None else {"sel": selector}))
-        scores_QK = np.empty((len(queries_QP), k), np.float32)
-        positions_QK = np.empty((len(queries_QP), k), np.int64)
-        inverted.search_preassigned_c(  # FAISS's own method in Python takes no parameters
-            len(queries_QP),
-            faiss.swig_ptr(queries_QP),
-            k,
-            *map(faiss.swig_ptr, (lists_QL, nearness_QL, scores_QK, positions_QK)),
-            _STORES_PAIRS,
-            parameters,
-        )
-        return scores_QK, positions_QK
-
-    def _check(self, lists: Ints, is_checked_L: Bools) -> None:
-        for number in lists[~is_checked_L[lists]].tolist():
-            expected, found = self._checksums[DIGITS * number : DIGITS * (number + 1)], self._checksum(number)
-            if found != expected:
-                raise CorruptError(
-                    f"{self._path}: expected checksum {expected} of list {number}, got {found}: the bytes changed on "
-                    f"disk; {self._next_step}"
-                )
-            is_checked_L[number] = True
-
-    def _checksum(self, number: int) -> str:
-        size = self._lists.list_size(number)
-        if not size:
-            return checksum_of([])
-        codes: Array = self._faiss.rev_swig_ptr(self._lists.get_codes(number), size * self._lists.code_size)
-        positions: Array = self._faiss.rev_swig_ptr(self._lists.get_ids(number), size)
-        return checksum_of([codes, positions])
-
-
 def make_index(factory: str, width: int, *, device: str = AUTO) -> RowIndex:
     """Create an empty index; `SettingError` if FAISS does not accept the factory string for this width."""
     faiss = import_faiss()
@@ -471,14 +370,25 @@ def read_index(path: Path, *, is_mapped: bool | None = None, device: str = AUTO)
         is_mapped = path.stat().st_size > _MAPPED_FRACTION * machine_bytes
     faiss = import_faiss()
     try:
-        if not is_mapped:
+        if is_mapped:
+            index = RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), device)
+            if index.num_lists:
+                index = RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP), device)
+        else:
             with _silence_stdout():
                 flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
-                return RowIndex(faiss.read_index(str(path), flags), device)
-        index = RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), device)
-        return index if not index.num_lists else RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP), device)
+                index = RowIndex(faiss.read_index(str(path), flags), device)
     except (RuntimeError, AttributeError, MemoryError, ValueError) as error:
         raise CorruptError(f"{path}: expected a FAISS index of rows, got an error: {_reason(error)}") from error
+
+    # FAISS maps the file of the lists without a look at its size.
+    lists = index.disk_lists
+    if lists is not None and not is_mapped:
+        lists_path = path.with_name(Path(lists.filename).name)
+        size = lists_path.stat().st_size
+        if size != lists.totsize:
+            raise CorruptError(f"{lists_path}: expected {lists.totsize:,} bytes, as the index states, got {size:,}")
+    return index
 
 
 def exact_search(

@@ -252,9 +252,8 @@ def _card(
     seconds: float,
     checksums: Mapping[str, str],
 ) -> IndexCard:
-    """Return the card of an index whose files are written; `checksums` of each file, or of each of its lists."""
+    """Return the card of an index whose files are written; `checksums` of each file."""
     index, candidate = accepted.index, accepted.candidate
-    lists = None if index.disk_lists is None else index.disk_lists.file
     return IndexCard(
         **_source(vectors, index_path),
         factory=candidate.factory,
@@ -263,10 +262,10 @@ def _card(
         **asdict(accepted.quality),
         min_recall=min_recall,
         memory_bytes=candidate.memory_bytes or None,
-        file_bytes=sum((index_path / name).stat().st_size for name in (INDEX, lists) if name),
+        file_bytes=sum((index_path / name).stat().st_size for name in checksums),
         num_training=min(index.num_training, len(index)),
         seconds=round(seconds, 3),
-        lists=lists,
+        lists=index.lists_file,
         checksums=checksums,
     )
 

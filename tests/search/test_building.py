@@ -1,6 +1,5 @@
 """Builds resume to the same bytes, and an index grows with its cache."""
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,12 +25,13 @@ from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from tests.crash import crash_function
+from tests.edits import edit_record
 from tests.images import write_images
 from tests.toy import IMAGE
 
 pytestmark = pytest.mark.slow
 
-KINDS = ("Flat", "HNSW8", "IVF4,SQ8", "IVF4,PQ4x4")
+KINDS = ("Flat", "HNSW8", "IVF4,SQ8", "IVF4,SQfp16")
 FEATURE: dict[str, Any] = {"feature": "open_toy/cls", "min_recall": 0.0}
 
 
@@ -216,9 +216,7 @@ def test_low_recall_keeps_old_index(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, 40)
     build_index(cache, tmp_path / "index", IndexSettings(factory="IVF1,PQ4x4", **FEATURE))
     card_path = tmp_path / "index" / "card.json"
-    record = {**json.loads(card_path.read_text()), "recall_at_10": 0.99}
-    del record["digest"]  # which the first cards do not have
-    card_path.write_text(json.dumps(record))
+    edit_record(card_path, recall_at_10=0.99)
     before = (bytes_of(tmp_path / "index"), card_path.read_bytes())
     write_cache(tmp_path, 70)
     with pytest.raises(SettingError, match=r"got 0\.\d+ from the best, IVF1,PQ4x4, .*; the old index is unchanged"):

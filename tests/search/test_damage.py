@@ -157,7 +157,7 @@ OTHER_TYPES = [
     ("cache/image/open_toy/zarr.json", ("attributes", "embedcache", "fingerprint", "preprocessing"), "x"),
     ("cache/image/open_toy/zarr.json", ("attributes", "embedcache", "fingerprint", "family"), "\ud800"),
     ("cache/image/open_toy/cls/zarr.json", ("attributes", "embedcache", "dtype"), {}),
-    ("run/config.json", ("image", "width"), 7),
+    ("run/config.json", ("sides", "image", "width"), 7),
     ("run/config.json", ("shared_width",), 2**80),
     ("run/config.json", ("training", "split"), 3),
     ("run/config.json", ("training", "seed"), []),
