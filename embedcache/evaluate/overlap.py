@@ -149,7 +149,7 @@ def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple
     recorded = construct(record_path, lambda: [str(path) for path in record["settings"]["caches"]])
     caches, missing = [], []
     for index_digest, path in zip_longest(index_digests, recorded[: len(index_digests)], fillvalue="an unnamed cache"):
-        candidates = chain([cache], named, _open_recorded(run, path))
+        candidates = chain([cache], named, _open_recorded(path if is_url(path) else str(run.path / path)))
         match = next((other for other in candidates if other.info.has_rows_of(index_digest)), None)
         if match is None:
             missing.append(path)
@@ -158,11 +158,10 @@ def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple
     return caches, missing
 
 
-def _open_recorded(run: Run, path: str) -> Iterator[Cache]:
-    """Open a cache at a path relative to the run, or else to the working directory, as in records of old runs."""
-    for location in dict.fromkeys([path if is_url(path) else str(run.path / path), path]):
-        with suppress(PathError):
-            yield Cache(location)
+def _open_recorded(path: str) -> Iterator[Cache]:
+    """Open a cache where it was when a run was trained on it, if it is still there."""
+    with suppress(PathError):
+        yield Cache(path)
 
 
 def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:

@@ -217,11 +217,11 @@ def read_run_split(run: Run, cache: Cache) -> Split:
 
 
 def read_run_selection(run: Run, cache: Cache) -> Ints | None:
-    """Return the samples of a cache that the selection of a run holds; None: all, or a run of an old version."""
+    """Return the samples of a cache that the selection of a run contains; None without a selection."""
     path = run_selection_path(run.path, run.config.training.get("selection"))
-    if path is None or not path.is_file():
+    if path is None:
         return None
-    if digest_file(path) != run.config.file_digests["selection"]:
+    if not path.is_file() or digest_file(path) != run.config.file_digests["selection"]:
         raise CorruptError(
             f"{path}: expected the selection that the run was trained on, got another file; train again into a new "
             "folder"
