@@ -122,7 +122,7 @@ def check_split(path: Path) -> None:
     """
     for name in _MANIFESTS if path.name == "split.parquet" else ():
         if (manifest := path.with_name(name)).is_file():
-            written = read_record(manifest, next_step="restore the file").get("split")
+            written = read_record(manifest, next_step="restore the file").get("split_digest")
             if isinstance(written, str) and written and not (path.is_file() and digest_file(path) == written):
                 got = "another file" if path.is_file() else "none"
                 raise CorruptError(
