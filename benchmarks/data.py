@@ -138,7 +138,7 @@ def write_random_cache(
     rng = np.random.default_rng(seed)
     draw = draw or (lambda rng, rows: rng.standard_normal((len(rows), width), np.float32))
     for modality in [name for name, count in info.num_items.items() if count]:
-        group = create_group(path, modality, "made", info, spec="made:m", fingerprint={"family": "made"})
+        group = create_group(path, modality, "made", info, spec="imported:made", fingerprint={"family": "imported"})
         add_feature(group, "vector", (width,), "float16")
         for chunk in range(info.num_chunks(modality)):
             rows = info.chunk_rows(modality, chunk)
