@@ -20,7 +20,7 @@ SIZES = (2_000_000, 20_000_000)
 _NUM_CONCEPTS, _NUM_TEST, _NUM_ADDED = 1000, 100_000, 1000
 _CHUNK_SIZE = 2048  # of caches; pairs are whole chunks, since --extend compares the items of the last one
 _ENCODER = "benchmarks.scale_data:open_made"
-_IMPORT = "embedcache import npy imported --image-file images.npy --text-file texts.npy --table rows.parquet"
+_IMPORT = "embedcache import npy imported --file image=images.npy --file text=texts.npy --table rows.parquet"
 _EXTEND = f"embedcache extract pairs.parquet cache --extend --image-encoder {_ENCODER} --text-encoder {_ENCODER}"
 _TRAIN = "embedcache train cache run --epochs 1 --memory 1MB --split key --val-fraction {held} --test-fraction {held}"
 STEPS = {

@@ -327,7 +327,7 @@ COMMANDS: dict[str, tuple[str, str, set[str]]] = {
     "curate leaks": ("find_leaks", "LeakSettings", {"out"}),
     "export onnx": ("export_run", "ExportSettings", set()),
     "export parquet": ("export_vectors", "VectorExportSettings", set()),
-    "import npy": ("import_vectors", "ImportSettings", {"image_file", "text_file", "file", "table"}),
+    "import npy": ("import_vectors", "ImportSettings", {"file", "table"}),
 }
 """Command -> its function, the settings that the function's options are from, and words that it takes otherwise."""
 NOT_CALLED = {embedcache.Model, embedcache.EmbedcacheError}

@@ -207,7 +207,7 @@ from importlib.resources import files
 assert (files("embedcache.serve") / "page").is_dir()
 """
     lines = (
-        "import npy cache --image-file images.npy --text-file texts.npy --table rows.jsonl",
+        "import npy cache --file image=images.npy --file text=texts.npy --table rows.jsonl",
         "train cache run --split key --epochs 1 --shared-width 4",
         "evaluate retrieval cache run --html page.html --json",
         "curate index cache index --run run",

@@ -48,13 +48,12 @@ def datacomp(
         Path, typer.Argument(metavar="FOLDER", help="Metadata of DataComp: NAME.parquet beside NAME.npz.")
     ],
     cache: NewCache,
-    image_array: Annotated[
+    array: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Array of image vectors in the .npz, such as l14_img. May be repeated."),
-    ] = None,
-    text_array: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Array of text vectors in the .npz, such as l14_txt. May be repeated."),
+        typer.Option(
+            metavar="MODALITY=NAME",
+            help="Array of vectors in the .npz, such as image=l14_img. May be repeated.",
+        ),
     ] = None,
     as_json: Json = False,
     output: Output = None,
@@ -65,11 +64,11 @@ def datacomp(
 
     Run the same command again to resume an interrupted import.
 
-    Example: embedcache import datacomp metadata/ cache/ --image-array l14_img --text-array l14_txt
+    Example: embedcache import datacomp metadata/ cache/ --array image=l14_img --array text=l14_txt
     """
     from embedcache.interop.datacomp import open_datacomp
 
-    vectors = open_datacomp(folder, image_array=image_array or (), text_array=text_array or ())
+    vectors = open_datacomp(folder, arrays=by_modality("--array", array, "image=l14_img", metavar="NAME"))
     _import(vectors, cache, settings, as_json=as_json, output=output)
 
 
@@ -77,18 +76,12 @@ def datacomp(
 def parquet(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A .parquet file, or a folder of them.")],
     cache: NewCache,
-    image_vector_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Parquet column of image vectors.", show_default="image_vector")
-    ] = None,
-    text_vector_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Parquet column of text vectors.", show_default="text_vector")
-    ] = None,
     vector_column: Annotated[
         list[str] | None,
         typer.Option(
             metavar="MODALITY=NAME",
             help="Parquet column of vectors of any modality. May be repeated.",
-            show_default="audio=audio_vector and so on",
+            show_default="image=image_vector, text=text_vector and so on",
         ),
     ] = None,
     as_json: Json = False,
@@ -107,8 +100,6 @@ def parquet(
 
     vectors = open_parquet_vectors(
         path,
-        image_vector_column=image_vector_column,
-        text_vector_column=text_vector_column,
         vector_columns=by_modality("--vector-column", vector_column, "audio=clap", metavar="NAME"),
     )
     _import(vectors, cache, settings, as_json=as_json, output=output)
@@ -117,15 +108,12 @@ def parquet(
 @with_settings(settings=ImportSettings)
 def npy(
     cache: NewCache,
-    image_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A .npy file of image vectors, (rows, width).")
-    ] = None,
-    text_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A .npy file of text vectors; requires --table.")
-    ] = None,
     file: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODALITY=FILE", help="A .npy file of vectors of any modality. May be repeated."),
+        typer.Option(
+            metavar="MODALITY=FILE",
+            help="A .npy file of (rows, width) vectors; texts require --table.",
+        ),
     ] = None,
     table: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Table with the keys, captions and columns of the rows.")
@@ -139,7 +127,7 @@ def npy(
 
     Run the same command again to resume an interrupted import.
 
-    Example: embedcache import npy cache/ --image-file images.npy --table rows.parquet
+    Example: embedcache import npy cache/ --file image=images.npy --table rows.parquet
     """
     from embedcache.interop.npy import open_npy_vectors
 
@@ -148,7 +136,7 @@ def npy(
         if len(paths) > 1:
             raise SettingError(f"--file: expected one file of {modality} vectors, got {' and '.join(paths)}; name one")
     files = {modality: Path(path) for modality, (path,) in named.items()}
-    vectors = open_npy_vectors(image_file=image_file, text_file=text_file, files=files, table=table)
+    vectors = open_npy_vectors(files, table=table)
     _import(vectors, cache, settings, as_json=as_json, output=output)
 
 

@@ -5,43 +5,53 @@ from pathlib import Path
 
 from embedcache.encoders.base import Modality
 from embedcache.errors import PathError, SettingError
+from embedcache.files import one_or_many
+from embedcache.interop.exporting import IMAGES_AND_TEXTS
 from embedcache.interop.npy import open_npz
 from embedcache.interop.vector_files import FileGroup, VectorImport
+from embedcache.modalities import MODALITIES
 
 
-def open_datacomp(path: Path, *, image_array: Sequence[str] = (), text_array: Sequence[str] = ()) -> VectorImport:
+def open_datacomp(path: Path, *, arrays: Mapping[str, str | Sequence[str]]) -> VectorImport:
     """Open a folder of DataComp's metadata, whose files are read in the order of their names.
 
+    Args:
+        path: the folder.
+        arrays: modality, image or text -> array or arrays in the `.npz`, such as `l14_img`.
+
     Raises:
-        SettingError: no array such as `l14_img` is named, or one is named twice.
+        SettingError: no array is named, one is named twice, or of another modality.
         PathError: a file does not exist, or lacks its counterpart.
         UnknownNameError: an `.npz` has no such array.
         DataError: files that belong together differ in their rows.
     """
-    modalities = _assign_modalities(image_array, text_array)
-    tables, arrays = ({file.stem: file for file in sorted(path.glob(f"*.{suffix}"))} for suffix in ("parquet", "npz"))
-    if not arrays:
+    modalities = _assign_modalities(arrays)
+    tables, vectors = ({file.stem: file for file in sorted(path.glob(f"*.{suffix}"))} for suffix in ("parquet", "npz"))
+    if not vectors:
         raise PathError(f"{path}: expected DataComp's metadata, NAME.parquet and NAME.npz, got no .npz file")
-    unpaired = sorted(tables.keys() ^ arrays.keys())
+    unpaired = sorted(tables.keys() ^ vectors.keys())
     if unpaired:
         stem = unpaired[0]
         exists, missing = ("parquet", "npz") if stem in tables else ("npz", "parquet")
         raise PathError(
-            f"{path} has {stem}.{exists} and no {stem}.{missing} ({len(tables)} .parquet, {len(arrays)} .npz); get the "
-            "folder again"
+            f"{path} has {stem}.{exists} and no {stem}.{missing} ({len(tables)} .parquet, {len(vectors)} .npz); get "
+            "the folder again"
         )
     groups = [
         FileGroup(vectors={name: open_npz(file, name) for name in modalities}, table=tables[stem])
-        for stem, file in arrays.items()
+        for stem, file in vectors.items()
     ]
     return VectorImport(form="datacomp", path=path, modalities=modalities, groups=groups)
 
 
-def _assign_modalities(images: Sequence[str], texts: Sequence[str]) -> Mapping[str, Modality]:
-    names = [*images, *texts]
-    if not names or len(set(names)) < len(names):
-        raise SettingError(
-            f"vectors: expected different arrays such as l14_img, b32_img, l14_txt and b32_txt, got "
-            f"{', '.join(names) or 'none'}; name them with --image-array and --text-array"
-        )
-    return {name: "image" if name in images else "text" for name in names}
+def _assign_modalities(arrays: Mapping[str, str | Sequence[str]]) -> Mapping[str, Modality]:
+    """Return array -> modality of its vectors."""
+    assigned: dict[str, Modality] = {}
+    for modality, names in arrays.items():
+        for name in one_or_many(names):
+            if modality not in IMAGES_AND_TEXTS or name in assigned:
+                raise SettingError(f"arrays: expected different arrays of image or text vectors, got {modality}={name}")
+            assigned[str(name)] = MODALITIES[modality].name
+    if not assigned:
+        raise SettingError("arrays: expected one such as l14_img, got none; name one with --array image=l14_img")
+    return assigned

@@ -22,12 +22,12 @@ from embedcache.settings import merge_settings
 
 _OPENERS: Mapping[str, tuple[Callable[..., VectorImport], tuple[str, ...]]] = {
     "clip-retrieval": (open_clip_retrieval, ("path",)),
-    "datacomp": (open_datacomp, ("path", "image_array", "text_array")),
-    "npy": (open_npy_vectors, ("image_file", "text_file", "files", "table")),
-    "parquet": (open_parquet_vectors, ("path", "image_vector_column", "text_vector_column", "vector_columns")),
+    "datacomp": (open_datacomp, ("path", "arrays")),
+    "npy": (open_npy_vectors, ("files", "table")),
+    "parquet": (open_parquet_vectors, ("path", "vector_columns")),
 }
-_PATHS = ("path", "image_file", "text_file", "table")
-_BY_MODALITY = ("files", "vector_columns")
+_PATHS = ("path", "table")
+_BY_MODALITY = ("arrays", "files", "vector_columns")
 _WRITERS: Mapping[str, tuple[Callable[..., int], Sequence[Modality]]] = {
     "clip-retrieval": (write_clip_retrieval, IMAGES_AND_TEXTS),
     "npy": (write_npy, MODALITY_NAMES),
@@ -42,9 +42,8 @@ def open_vectors(format_name: str, path: AnyPath | None = None, **options: Any) 
     Args:
         format_name: `clip-retrieval`, `datacomp`, `npy` or `parquet`.
         path: the folder or file; `npy` has none.
-        options: `image_array` and `text_array` of `datacomp`; `image_file`, `text_file`, `files` (modality -> file) and
-            `table` of `npy`; `image_vector_column`, `text_vector_column` and `vector_columns` (modality -> column or
-            columns) of `parquet`.
+        options: `arrays` of `datacomp` (modality -> array or arrays), `files` (modality -> file) and `table` of `npy`,
+            and `vector_columns` (modality -> column or columns) of `parquet`.
 
     Raises:
         UnknownNameError: there is no such format, option, column or array.

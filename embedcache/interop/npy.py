@@ -27,41 +27,28 @@ _ROW_GROUP = 2**20
 _SKIP_BYTES = 2**24
 
 
-def open_npy_vectors(
-    *,
-    image_file: Path | None = None,
-    text_file: Path | None = None,
-    files: Mapping[str, Path] | None = None,
-    table: Path | None = None,
-) -> VectorImport:
+def open_npy_vectors(files: Mapping[str, Path | str], *, table: Path | None = None) -> VectorImport:
     """Open `.npy` files whose rows belong together, with a table of their keys, captions and columns.
 
     Args:
-        image_file: image vectors.
-        text_file: text vectors.
-        files: modality -> vectors, of any modality.
+        files: modality -> file of vectors.
         table: table of the rows.
 
     Raises:
-        SettingError: no file is named, or two of one modality.
+        SettingError: no file is named, or several of one modality.
         UnknownNameError: a modality is unknown.
         CorruptError: a file is damaged.
         DataError: an array is not (rows, width) of float16, float32 or float64, or they differ in their rows.
     """
     given: dict[Modality, Path] = {}
-    for name, path in [("image", image_file), ("text", text_file), *(files or {}).items()]:
+    for name, path in files.items():
         if name not in MODALITIES:
             raise unknown_name("modality", name, MODALITIES)
-        modality = MODALITIES[name].name
-        if path is not None and (modality in given or not isinstance(path, str | Path)):
-            listed = f"{given[modality]} and {path}" if modality in given else repr(path)
-            raise SettingError(f"vectors: expected one .npy file of {modality} vectors, got {listed}; name one")
-        if path is not None:
-            given[modality] = Path(path)
+        if not isinstance(path, str | Path):
+            raise SettingError(f"files: expected one .npy file of {name} vectors, got {path!r}; name one")
+        given[MODALITIES[name].name] = Path(path)
     if not given:
-        raise SettingError(
-            "vectors: expected a .npy file, got none; name one with --image-file, --text-file or --file MODALITY=FILE"
-        )
+        raise SettingError("files: expected a .npy file, got none; name one with --file MODALITY=FILE")
     group = FileGroup(vectors={modality: open_npy(path) for modality, path in given.items()}, table=table)
     first = next(iter(given.values()))
     return VectorImport(form="npy", path=first, modalities={name: name for name in given}, groups=[group])

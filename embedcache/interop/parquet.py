@@ -28,8 +28,6 @@ _BLOCK = 8192
 def open_parquet_vectors(
     path: Path,
     *,
-    image_vector_column: str | None = None,
-    text_vector_column: str | None = None,
     vector_columns: Mapping[str, str | Sequence[str]] | None = None,
 ) -> VectorImport:
     """Open a Parquet file, or a folder of them in the order of their names.
@@ -38,8 +36,6 @@ def open_parquet_vectors(
 
     Args:
         path: the file or folder.
-        image_vector_column: column of image vectors.
-        text_vector_column: column of text vectors.
         vector_columns: modality -> column or columns, of any modality.
 
     Raises:
@@ -52,8 +48,7 @@ def open_parquet_vectors(
         raise PathError(f"{path}: expected a Parquet file or a folder of them, got a folder without .parquet files")
     with wrap_table_errors(files[0]), open_parquet(files[0]) as file:
         schema = file.schema_arrow
-    named: Mapping[str, Any] = {"image": image_vector_column, "text": text_vector_column}
-    modalities = _assign_modalities(schema, [*named.items(), *(vector_columns or {}).items()], files[0])
+    modalities = _assign_modalities(schema, (vector_columns or {}).items(), files[0])
     groups = [FileGroup(vectors={name: _open_column(file, name) for name in modalities}, table=file) for file in files]
     return VectorImport(
         form="parquet", path=path, modalities=modalities, groups=groups, origin=_read_origin(path, schema)
@@ -125,7 +120,7 @@ def _assign_modalities(
     if not assigned:
         raise SettingError(
             f"{path}: expected a column such as {_COLUMNS['image']}, got none; name one of its columns of vectors with "
-            "--image-vector-column, --text-vector-column or --vector-column MODALITY=NAME: "
+            "--vector-column MODALITY=NAME: "
             f"{', '.join(_vector_columns(schema)) or 'it has none'}"
         )
     return assigned

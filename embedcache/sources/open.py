@@ -241,12 +241,13 @@ def source_credit(description: Mapping[str, Any]) -> str:
 
 def how_to_import(source: Mapping[str, Any], modality: str) -> str:
     """Return how to get features of a modality beside those of an imported source, as nothing can be extracted."""
-    form, is_usual = str(source.get("format")), modality in ("image", "text")
-    file = f"--{modality}-file FILE" if is_usual else f"--file {modality}=FILE"
-    column = f"--{modality}-vector-column NAME" if is_usual else f"--vector-column {modality}=NAME"
-    options = {"npy": f"{file}{' --table FILE' if modality == 'text' else ''}", "parquet": column}
-    if is_usual:
-        options["datacomp"] = f"--{modality}-array NAME"
+    form = str(source.get("format"))
+    options = {
+        "npy": f"--file {modality}=FILE{' --table FILE' if modality == 'text' else ''}",
+        "parquet": f"--vector-column {modality}=NAME",
+    }
+    if modality in ("image", "text"):
+        options["datacomp"] = f"--array {modality}=NAME"
         options["clip-retrieval"] = f"a folder that has {'img' if modality == 'image' else 'text'}_emb too"
     if form not in options:
         return "it was imported in a format of images and texts only; extract the others into a cache of their own"

@@ -269,7 +269,7 @@ def test_zero_vector_raises(tmp_path: Path) -> None:
     vectors[7] = 0
     np.save(tmp_path / "v.npy", vectors)
     (tmp_path / "t.csv").write_text("key\n" + "".join(f"k{row}\n" for row in range(20)))
-    import_vectors(open_npy_vectors(image_file=tmp_path / "v.npy", table=tmp_path / "t.csv"), tmp_path / "cache")
+    import_vectors(open_npy_vectors({"image": tmp_path / "v.npy"}, table=tmp_path / "t.csv"), tmp_path / "cache")
     with pytest.raises(DataError, match="length zero .* 'k7'; copy the others with: embedcache cache cut"):
         find_near_duplicates(
             Vectors(tmp_path / "cache", "image"), np.arange(20), [LIMIT], DedupSettings(pixels=False, scratch=tmp_path)

@@ -131,7 +131,7 @@ def test_texts_need_no_source(cache: Path, extracted: Path) -> None:
 
 def test_imported_vectors_are_not_compared(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.eye(6, dtype=np.float32))
-    import_vectors(open_npy_vectors(image_file=tmp_path / "v.npy"), tmp_path / "c")
+    import_vectors(open_npy_vectors({"image": tmp_path / "v.npy"}), tmp_path / "c")
     derive(tmp_path / "c", Derivation(name="small", inputs=[("image", "image/vector")], rule="concat"))
     imported, derived = measure_drift(Cache(tmp_path / "c"), 1)
     assert imported.line() == "image/vector: not compared: its vectors were imported, and their encoder is unknown"

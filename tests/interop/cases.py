@@ -39,7 +39,7 @@ FORMATS: dict[str, Format] = {
     "npy": (
         lambda rows, path: write_npy(rows, path, progress=NullProgress()),
         lambda path: open_npy_vectors(
-            image_file=path / "image.npy", text_file=path / "text.npy", table=path / "rows.parquet"
+            {"image": path / "image.npy", "text": path / "text.npy"}, table=path / "rows.parquet"
         ),
         ("image", "text"),
         "arrays",

@@ -155,7 +155,8 @@ def edited(run_path: Path, folder: Path, modality: str, **fields: object) -> Pat
     """Copy a run, and change what its config says of one side."""
     copy = shutil.copytree(run_path, folder / "edited")
     path = copy / "config.json"
-    edit_record(path, **{modality: {**json.loads(path.read_text())[modality], **fields}})
+    sides = json.loads(path.read_text())["sides"]
+    edit_record(path, sides={**sides, modality: {**sides[modality], **fields}})
     return copy
 
 

@@ -38,7 +38,7 @@ def write_metadata(folder: Path, *, compressed: bool = False) -> dict[str, Array
 @pytest.mark.parametrize("compressed", [False, True])
 def test_named_arrays_are_imported(tmp_path: Path, compressed: bool) -> None:
     arrays = write_metadata(tmp_path / "index", compressed=compressed)
-    vectors = open_datacomp(tmp_path / "index", image_array=["l14_img", "b32_img"], text_array=["l14_txt"])
+    vectors = open_datacomp(tmp_path / "index", arrays={"image": ["l14_img", "b32_img"], "text": ["l14_txt"]})
     cache, _ = import_files(vectors, tmp_path / "cache", chunk_size=5)
     assert cache.samples["key"].to_pylist() == UIDS
     assert cache.samples["clip_l14_similarity_score"].to_pylist()[12] == 0
@@ -49,9 +49,13 @@ def test_named_arrays_are_imported(tmp_path: Path, compressed: bool) -> None:
 @pytest.mark.parametrize(
     ("names", "error", "words"),
     [
-        ({}, SettingError, "expected different arrays such as .*, got none"),
-        ({"image_array": ["l14_img"], "text_array": ["l14_img"]}, SettingError, "got l14_img, l14_img"),
-        ({"image_array": ["g14_img"]}, UnknownNameError, "unknown array 'g14_img'.*known: b32_img, l14_img, l14_txt"),
+        ({"arrays": {}}, SettingError, "expected one such as l14_img, got none"),
+        ({"arrays": {"image": ["l14_img"], "text": ["l14_img"]}}, SettingError, "got text=l14_img"),
+        (
+            {"arrays": {"image": ["g14_img"]}},
+            UnknownNameError,
+            "unknown array 'g14_img'.*known: b32_img, l14_img, l14_txt",
+        ),
     ],
 )
 def test_wrong_arrays_raise(tmp_path: Path, names: dict[str, list[str]], error: type[Exception], words: str) -> None:
@@ -64,18 +68,18 @@ def test_damaged_or_unpaired_files_raise(tmp_path: Path) -> None:
     write_metadata(tmp_path / "index")
     (tmp_path / "index" / "1abc.npz").write_bytes(b"no zip")
     with pytest.raises(CorruptError, match="1abc.npz is damaged"):
-        open_datacomp(tmp_path / "index", image_array=["l14_img"])
+        open_datacomp(tmp_path / "index", arrays={"image": ["l14_img"]})
     (tmp_path / "index" / "1abc.npz").unlink()
     with pytest.raises(PathError, match=r"has 1abc.parquet and no 1abc.npz \(2 .parquet, 1 .npz\)"):
-        open_datacomp(tmp_path / "index", image_array=["l14_img"])
+        open_datacomp(tmp_path / "index", arrays={"image": ["l14_img"]})
     with pytest.raises(PathError, match="got no .npz file"):
-        open_datacomp(tmp_path, image_array=["l14_img"])
+        open_datacomp(tmp_path, arrays={"image": ["l14_img"]})
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     write_metadata(tmp_path / "index")
-    return import_files(open_datacomp(tmp_path / "index", image_array=["l14_img"]), tmp_path / "cache")[0]
+    return import_files(open_datacomp(tmp_path / "index", arrays={"image": ["l14_img"]}), tmp_path / "cache")[0]
 
 
 def test_uids_are_a_selection(cache: Cache, tmp_path: Path) -> None:

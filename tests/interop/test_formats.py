@@ -27,8 +27,8 @@ def test_exported_vectors_are_imported(labeled: Path, tmp_path: Path) -> None:
     ]
     assert progress.counts == {what: total for what, total, _ in progress.started}
     opened = {
-        "parquet": open_vectors("parquet", str(rows), image_vector_column="image_vector"),
-        "npy": open_vectors("npy", image_file=str(arrays / "image.npy"), table=arrays / "rows.parquet"),
+        "parquet": open_vectors("parquet", str(rows), vector_columns={"image": "image_vector"}),
+        "npy": open_vectors("npy", files={"image": str(arrays / "image.npy")}, table=arrays / "rows.parquet"),
     }
     for name, vectors in opened.items():
         (imported,) = import_vectors(vectors, tmp_path / name, model="toy", key_column="key")
@@ -40,7 +40,7 @@ def test_wrong_requests_raise(labeled: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown import format 'parket'; did you mean 'parquet'"):
         open_vectors("parket", "x")
     with pytest.raises(
-        UnknownNameError, match=r"unknown argument 'path' of the import format npy; known: files, image_file"
+        UnknownNameError, match=r"unknown argument 'path' of the import format npy; known: files, table"
     ):
         open_vectors("npy", "x.npy")
     for wrong in ("x.npy", ["x.npy"], {"audio": 3}):
@@ -48,8 +48,6 @@ def test_wrong_requests_raise(labeled: Path, tmp_path: Path) -> None:
             open_vectors("npy", files=wrong)
     with pytest.raises(SettingError, match=r"expected one .npy file of audio vectors, got \['x', 'y'\]; name one"):
         open_vectors("npy", files={"audio": ["x", "y"]})
-    with pytest.raises(SettingError, match=r"expected one .npy file of image vectors, got x and y; name one"):
-        open_vectors("npy", image_file="x", files={"image": "y"})
     with pytest.raises(SettingError, match=r"path: expected a folder or file of the format datacomp, got none"):
         open_vectors("datacomp")
     with pytest.raises(UnknownNameError, match=r"unknown export format 'csv'; .*parquet"):

@@ -87,7 +87,7 @@ def test_float64_is_stored_as_float32(tmp_path: Path, form: str, capsys: pytest.
     def opened() -> VectorImport:
         if form == "npy":
             np.save(tmp_path / "x.npy", vectors)
-            return open_npy_vectors(image_file=tmp_path / "x.npy")
+            return open_npy_vectors({"image": tmp_path / "x.npy"})
         pq.write_table(pa.table({"image_vector": list(vectors)}), tmp_path / "x.parquet")
         return open_parquet_vectors(tmp_path / "x.parquet")
 
@@ -247,7 +247,7 @@ def test_extract_into_import_raises(tree: Path, tmp_path: Path, image_folder: Pa
     with pytest.raises(SettingError, match="expected encoders of its captions only, got one of images; extract the"):
         extract(cache, cache, image_encoder=[IMAGE])
     np.save(tmp_path / "images.npy", unit_rows(4))
-    import_files(open_npy_vectors(image_file=tmp_path / "images.npy"), tmp_path / "images")
+    import_files(open_npy_vectors({"image": tmp_path / "images.npy"}), tmp_path / "images")
     with pytest.raises(SettingError, match="it has vectors, but no texts to encode; extract the files themselves"):
         extract(open_source(image_folder), tmp_path / "images", text_encoder=[TEXT])
     with pytest.raises(PathError, match="imported:.* does not exist"):  # not a kind of source to choose
@@ -258,7 +258,7 @@ def test_captions_of_imported_vectors_are_encoded(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", unit_rows(40))
     texts = [*CAPTIONS[:38], "  ", CAPTIONS[0]]
     pq.write_table(pa.table({"key": [f"k{row}" for row in range(40)], "caption": texts}), tmp_path / "rows.parquet")
-    arrays = open_npy_vectors(image_file=tmp_path / "images.npy", table=tmp_path / "rows.parquet")
+    arrays = open_npy_vectors({"image": tmp_path / "images.npy"}, table=tmp_path / "rows.parquet")
     cache, _ = import_files(arrays, tmp_path / "cache", chunk_size=16)
     with pytest.raises(UnknownNameError, match="no text features; encode its captions: embedcache extract .*cache --t"):
         cache.feature("text")
@@ -307,7 +307,7 @@ def test_encoded_captions_are_repaired_before_imported_vectors_end_the_repair(tm
     np.save(tmp_path / "images.npy", unit_rows(4))
     pq.write_table(pa.table({"caption": CAPTIONS[:4]}), tmp_path / "rows.parquet")
     cache, _ = import_files(
-        open_npy_vectors(image_file=tmp_path / "images.npy", table=tmp_path / "rows.parquet"), tmp_path / "cache"
+        open_npy_vectors({"image": tmp_path / "images.npy"}, table=tmp_path / "rows.parquet"), tmp_path / "cache"
     )
     extract(cache.path, cache.path, text_encoder=TEXT)
     before = files_of(cache.path / "text")
@@ -346,7 +346,7 @@ def test_merged_cache_takes_no_encoder_beside_imported_vectors(tmp_path: Path, i
     np.save(tmp_path / "images.npy", unit_rows(4))
     paths = [str(path) for path in sorted(image_folder.glob("*.png"))[:4]]
     pq.write_table(pa.table({"image_path": paths, "caption": CAPTIONS[:4]}), tmp_path / "rows.parquet")
-    arrays = open_npy_vectors(image_file=tmp_path / "images.npy", table=tmp_path / "rows.parquet")
+    arrays = open_npy_vectors({"image": tmp_path / "images.npy"}, table=tmp_path / "rows.parquet")
     import_files(arrays, tmp_path / "imported")
     (tmp_path / "texts.txt").write_text("a\nb\n")
     for name, source in (("imported", tmp_path / "imported"), ("texts", tmp_path / "texts.txt")):
@@ -364,9 +364,9 @@ def test_merged_cache_takes_no_encoder_beside_imported_vectors(tmp_path: Path, i
 
 def test_missing_modality_can_be_imported(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", unit_rows(4))
-    cache, _ = import_files(open_npy_vectors(image_file=tmp_path / "images.npy"), tmp_path / "cache")
+    cache, _ = import_files(open_npy_vectors({"image": tmp_path / "images.npy"}), tmp_path / "cache")
     for modality, words in (
-        ("text", "new cache: embedcache import npy, also with --text-file FILE --table FILE"),
+        ("text", "new cache: embedcache import npy, also with --file text=FILE --table FILE"),
         ("audio", "new cache: embedcache import npy, also with --file audio=FILE"),
     ):
         with pytest.raises(UnknownNameError, match=f"cache has no {modality} features; .*{words}"):
@@ -376,13 +376,13 @@ def test_missing_modality_can_be_imported(tmp_path: Path) -> None:
 def test_text_vectors_need_captions(tmp_path: Path) -> None:
     np.save(tmp_path / "texts.npy", unit_rows(4))
     np.save(tmp_path / "images.npy", unit_rows(4))
-    both = open_npy_vectors(image_file=tmp_path / "images.npy", text_file=tmp_path / "texts.npy")
+    both = open_npy_vectors({"image": tmp_path / "images.npy", "text": tmp_path / "texts.npy"})
     progress = RecordedProgress()
     with pytest.raises(SettingError, match="/texts.npy: text vectors need a table with their captions"):
         import_vectors(both, tmp_path / "cache", progress=progress)
     assert not progress.started  # no file was read
     pq.write_table(pa.table({"key": ["a", "b", "c", "d"], "said": ["1", "2", "3", "4"]}), tmp_path / "rows.parquet")
-    arrays = open_npy_vectors(text_file=tmp_path / "texts.npy", table=tmp_path / "rows.parquet")
+    arrays = open_npy_vectors({"text": tmp_path / "texts.npy"}, table=tmp_path / "rows.parquet")
     with pytest.raises(SourceError, match="need a column of captions; name one of key, said with --caption-column"):
         import_files(arrays, tmp_path / "cache")
     cache, _ = import_files(arrays, tmp_path / "cache", caption_columns=("said",))
@@ -438,7 +438,7 @@ def test_vectors_of_two_imports_are_imported_together(tmp_path: Path) -> None:
         import_vectors(open_clip_retrieval(tree), paths[name])
     array = pa.FixedSizeListArray.from_arrays(unit_rows(40).ravel(), 8)
     pq.write_table(pa.table({"a": array, "b": array, "caption": captions}), tmp_path / "other.parquet")
-    other = open_parquet_vectors(tmp_path / "other.parquet", image_vector_column="a", text_vector_column="b")
+    other = open_parquet_vectors(tmp_path / "other.parquet", vector_columns={"image": "a", "text": "b"})
     import_vectors(other, tmp_path / "other-cache")
     embedcache.train_projectors(paths["pool"], tmp_path / "run", epochs=0, split="key", shared_width=4)
     advice = "import both at once, and divide them with: embedcache cache cut"
@@ -455,7 +455,7 @@ def test_leaks_do_not_compare_hashes_of_vectors_with_those_of_files(tmp_path: Pa
     paths = [str(path) for path in sorted(image_folder.glob("*.png"))[:4]]
     pq.write_table(pa.table({"image_path": paths, "caption": CAPTIONS[:4]}), tmp_path / "rows.parquet")
     np.save(tmp_path / "images.npy", unit_rows(4))
-    arrays = open_npy_vectors(image_file=tmp_path / "images.npy", table=tmp_path / "rows.parquet")
+    arrays = open_npy_vectors({"image": tmp_path / "images.npy"}, table=tmp_path / "rows.parquet")
     import_files(arrays, tmp_path / "imported")
     extract(tmp_path / "rows.parquet", tmp_path / "files", image_encoder=IMAGE)
     words = "files and .*imported have no items to compare: the hashes of imported vectors are not those of files"

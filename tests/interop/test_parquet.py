@@ -49,7 +49,7 @@ def test_list_types(tmp_path: Path, kind: pa.DataType, dtype: type, row_group_si
         pytest.skip("Arrow before 26 cannot read a null of this type")
     vectors = unit_rows(30).astype(dtype)
     path = write(tmp_path / "x.parquet", lists_of([*vectors[:-1], None], kind), row_group_size=row_group_size)
-    vectors_in = open_parquet_vectors(path, image_vector_column="emb")
+    vectors_in = open_parquet_vectors(path, vector_columns={"image": "emb"})
     cache, _ = import_files(vectors_in, tmp_path / "cache")
     found = cache.feature("image", "emb")
     np.testing.assert_array_equal(found.load()[:-1], vectors[:-1], strict=True)
@@ -65,7 +65,9 @@ def test_folder_of_files(tmp_path: Path) -> None:
     for number, rows in enumerate((slice(0, 12), slice(12, 20))):
         table = pa.table({"emb": lists_of(vectors[rows], pa.list_(pa.float32()))})
         pq.write_table(table, tmp_path / "files" / f"{number}.parquet")
-    cache, _ = import_files(open_parquet_vectors(tmp_path / "files", image_vector_column="emb"), tmp_path / "cache")
+    cache, _ = import_files(
+        open_parquet_vectors(tmp_path / "files", vector_columns={"image": "emb"}), tmp_path / "cache"
+    )
     np.testing.assert_array_equal(cache.feature("image").load(), vectors)
     assert cache.samples["key"][19].as_py() == "000000019"
 
@@ -74,7 +76,7 @@ def test_columns_of_vectors_have_no_other_role(tmp_path: Path) -> None:
     """Vectors in columns named as those of images and captions usually are."""
     lists = lists_of(unit_rows(3), pa.list_(pa.float16()))
     pq.write_table(pa.table({"image": lists, "text": lists, "sentence": ["a", "b", "c"]}), tmp_path / "rows.parquet")
-    opened = open_parquet_vectors(tmp_path / "rows.parquet", image_vector_column="image", text_vector_column="text")
+    opened = open_parquet_vectors(tmp_path / "rows.parquet", vector_columns={"image": "image", "text": "text"})
     cache, _ = import_files(opened, tmp_path / "cache")
     assert cache.items("text")["text"].to_pylist() == ["a", "b", "c"]
     assert [feature.name for feature in cache.features()] == ["image/vector", "text/vector"]
@@ -92,23 +94,23 @@ def test_origin_is_recorded(labeled: Path, tmp_path: Path) -> None:
         ([[1, 2]] * 3, {}, SettingError, "expected a column such as image_vector, got none; name one .*: emb"),
         (
             [[1, 2]] * 3,
-            {"image_vector_column": "vec"},
+            {"vector_columns": {"image": "vec"}},
             UnknownNameError,
             "unknown column of vectors 'vec' in .*; known: emb",
         ),
         (
             [[1, 2]] * 3,
-            {"image_vector_column": "other"},
+            {"vector_columns": {"image": "other"}},
             DataError,
             "column other of .*: expected lists of float16, float32 or float64, got int64",
         ),
         (
             [[1, 2]] * 3,
-            {"image_vector_column": "emb", "text_vector_column": "emb"},
+            {"vector_columns": {"image": "emb", "text": "emb"}},
             SettingError,
             "vector columns: expected each column once, got emb as image and text vectors",
         ),
-        ([None] * 3, {"image_vector_column": "emb"}, DataError, "expected vectors, got none in 3 rows"),
+        ([None] * 3, {"vector_columns": {"image": "emb"}}, DataError, "expected vectors, got none in 3 rows"),
     ],
 )
 def test_wrong_columns_raise(
@@ -122,10 +124,10 @@ def test_wrong_columns_raise(
 def test_ragged_and_integer_lists_raise(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", lists_of([[1, 2], [1, 2], [1, 2, 3]], pa.list_(pa.float32())))
     with pytest.raises(DataError, match="row 2: expected 2 components as in the first row, got 3"):
-        import_files(open_parquet_vectors(path, image_vector_column="emb"), tmp_path / "cache")
+        import_files(open_parquet_vectors(path, vector_columns={"image": "emb"}), tmp_path / "cache")
     path = write(tmp_path / "y.parquet", lists_of([[1, 2]], pa.list_(pa.int32())))
     with pytest.raises(DataError, match="emb of .*: expected little-endian float16, float32 or float64, got int32"):
-        open_parquet_vectors(path, image_vector_column="emb")
+        open_parquet_vectors(path, vector_columns={"image": "emb"})
 
 
 def test_missing_file_raises(tmp_path: Path) -> None:

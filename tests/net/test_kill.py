@@ -100,7 +100,7 @@ WRITERS = {
         "cache remove {out}/cache {source}.keys --index {out}/index --run {out}/run --record-keys none --yes",
         maintained,
     ),
-    "import": Writer("import npy {out} --image-file {source}.npy --chunk-size 4", vectors),
+    "import": Writer("import npy {out} --file image={source}.npy --chunk-size 4", vectors),
 }
 
 

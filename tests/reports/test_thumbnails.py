@@ -97,7 +97,7 @@ def test_a_table_that_holds_its_images_lies_beside_the_cache(tmp_path: Path) -> 
 
 def test_vectors_without_files_have_no_folder_to_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     np.save(tmp_path / "images.npy", np.eye(4, dtype=np.float32))
-    import_vectors(open_npy_vectors(image_file=tmp_path / "images.npy"), tmp_path / "cache")
+    import_vectors(open_npy_vectors({"image": tmp_path / "images.npy"}), tmp_path / "cache")
     renderer = ItemRenderer(Cache(tmp_path / "cache"), "image")
     assert shown(renderer) == [False, False]
     assert renderer.warnings() == ["2 images are not shown: the import named no file for this item"]
