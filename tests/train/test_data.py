@@ -214,7 +214,7 @@ def test_changed_selection_is_another_run(cache_path: Path, tmp_path: Path) -> N
     run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"), epochs=0)
     assert run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"), epochs=0).reused
     (tmp_path / "keys.txt").write_text("\n".join(keys[:100]))
-    with pytest.raises(FingerprintError, match=r"given\.selection: "):
+    with pytest.raises(FingerprintError, match=r"file_digests\.selection: "):
         run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"), epochs=0)
 
 

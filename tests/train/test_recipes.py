@@ -104,7 +104,7 @@ def test_run_is_that_of_the_chosen_settings(cache_path: Path, tmp_path: Path) ->
     train(cache_path, tmp_path / "named", **FEATURES, **chosen, **SPLIT)
     assert train(cache_path, tmp_path / "named", **FEATURES, recipe="auto", **SPLIT).reused
     config = read_config(tmp_path / "auto")
-    assert (config, "recipe" in config.training) == (read_config(tmp_path / "named"), False)
+    assert (config, config.training["recipe"]) == (read_config(tmp_path / "named"), None)
 
 
 @pytest.mark.usefixtures("_recipes")

@@ -328,7 +328,7 @@ def test_split_of_another_run_is_used(cache_path: Path, tmp_path: Path) -> None:
     assert run(cache_path, tmp_path / "b", **given).reused
     run(cache_path, tmp_path / "c", epochs=0, split_seed=4)
     (tmp_path / "a/split.parquet").write_bytes((tmp_path / "c/split.parquet").read_bytes())
-    with pytest.raises(FingerprintError, match=r"given\.split: "):
+    with pytest.raises(FingerprintError, match=r"file_digests\.split: "):
         run(cache_path, tmp_path / "b", **given)
 
 
@@ -349,7 +349,7 @@ def test_files_of_a_run_may_move(cache_path: Path, tmp_path: Path) -> None:
     assert again("there").reused
     with (tmp_path / "there" / "keys.txt").open("a") as file:
         file.write("00250\n")
-    with pytest.raises(FingerprintError, match="was made with other settings: given.selection: stored"):
+    with pytest.raises(FingerprintError, match="was made with other settings: file_digests.selection: stored"):
         again("there")
 
 

@@ -1,6 +1,5 @@
 """Views drawn per epoch: which view a row is read from, and runs that use them."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,7 +109,7 @@ def test_views_change_training_and_not_validation(flipped: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_views_are_recorded_only_if_used(flipped: Path, tmp_path: Path) -> None:
     run(flipped, tmp_path / "none", epochs=0, batch_size=20)
-    assert "views" not in json.loads((tmp_path / "none/config.json").read_text())["training"]
+    assert read_config(tmp_path / "none").training["views"] == []
     assert read_config(tmp_path / "none").file_digests == {}
     run(flipped, tmp_path / "drawn", views=VIEWS, epochs=0, batch_size=20)
     config = read_config(tmp_path / "drawn")
