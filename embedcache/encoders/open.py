@@ -113,16 +113,13 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
 def _open_trusted(
     open_family: Callable[..., Encoder], spec: "EncoderSpec", modality: Modality, settings: EncoderSettings
 ) -> Encoder:
-    """Open a model that may have code of its own, and encode an item; what that code does is no bug of ours.
+    """Open a model that may have code of its own; what that code does is no bug of ours.
 
     Raises:
         ArtifactError: it does not do what the library's own models do.
     """
-    from embedcache.encoders.sentence_library import EXAMPLES
-
     try:
-        encoder = open_family(spec, modality=modality, settings=settings)
-        encoder.encode(encoder.prepare([EXAMPLES[modality]]), list(encoder.features))
+        return open_family(spec, modality=modality, settings=settings)
     except EmbedcacheError:
         raise
     except Exception as error:
@@ -130,7 +127,6 @@ def _open_trusted(
             f"{spec.text} cannot be run: {type(error).__name__}: {one_line(error)}; its own code, if it has any, does "
             "not fit the installed transformers or embedcache: choose another model"
         ) from error
-    return encoder
 
 
 def check_spec(spec: str) -> None:

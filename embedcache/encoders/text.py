@@ -26,12 +26,11 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import ModelFolder, load_part
 from embedcache.errors import ArtifactError, SettingError
 from embedcache.files import user_folder
-from embedcache.provenance import digest, digest_file, read_record, write_record
+from embedcache.provenance import digest, read_record, write_record
 
 _IDS, _MASK = "input_ids", "attention_mask"
 _NO_LIMIT = 1_000_000  # tokenizers without a limit of their own state 1e30
 _LIBRARIES = ("embedcache", "tokenizers", "torch", "transformers")
-_MOST_BYTES = 4_000_000_000  # a folder may hold the 1.9 GB that fit into a graph in two formats
 _OTHER_FORMATS = frozenset({".gguf", ".h5", ".md", ".msgpack", ".onnx", ".ot"})
 """Suffixes of files in a model folder that are never read."""
 
@@ -96,21 +95,19 @@ def _with_tokenizer(
 def description_path(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Path | None:
     """Return the path of the description of an encoder of a model folder; None if it would not run on onnxruntime.
 
-    The name is a digest of the spec, all files of the model, and the versions of the libraries: what was described
-    under the same name is the same encoder. Files of more than 4 GB are not read; their model is too large for a graph.
+    The name is a digest of the spec, of the sizes and times of all files of the model, and of the versions of the
+    libraries: what was described under the same name is the same encoder.
     """
     if settings.backend == "torch" or not suits_onnx(settings):
         return None
-    files = _model_files(folder.path)
-    if sum(path.stat().st_size for path in files) > _MOST_BYTES:
-        return None
+    stamps = ((path, path.stat()) for path in _model_files(folder.path))
     key = {
         "family": spec.family,
         "model": spec.model_name,
         "revision": folder.revision,
         "options": dict(spec.options),
         "features": [name for name in settings.features if requested_layers([name])],  # all others are always there
-        "files": {path.relative_to(folder.path).as_posix(): digest_file(path) for path in files},
+        "files": {str(path.relative_to(folder.path)): [stamp.st_size, stamp.st_mtime_ns] for path, stamp in stamps},
         "versions": {name: version(name) for name in _LIBRARIES},
     }
     return user_folder() / "onnx" / f"{spec.family}-{spec.folder}-{digest(key)[:32]}.json"

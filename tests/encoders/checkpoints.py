@@ -205,30 +205,3 @@ def save_static(folder: Path, bert: Path, *, width: int) -> Path:
     prompts = {"query": "a small dog ", "document": ""}
     SentenceTransformer(modules=[static], device="cpu", prompts=prompts).save(str(folder), create_model_card=False)
     return folder
-
-
-def save_two_towers(folder: Path, bert: Path, kind: str) -> Path:
-    """Save a sentence-transformers folder of texts and images (`clip`) or texts and recordings (`clap`)."""
-    import transformers
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer import modules
-
-    inner = folder.parent / f"{folder.name}-{kind}"
-    if kind == "clap":
-        inner.mkdir(parents=True)
-        save_clap(inner, seed=0, is_fused=False)
-    else:
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        config = transformers.CLIPConfig(
-            text_config={**sizes, "vocab_size": len(WORDS), "max_position_embeddings": 16, "eos_token_id": 3},
-            vision_config={**sizes, "image_size": 16, "patch_size": 8},
-            projection_dim=8,
-        )
-        torch.manual_seed(0)
-        transformers.CLIPModel(config).save_pretrained(inner)
-        size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-        tokenizer = transformers.BertTokenizerFast(str(bert / "vocab.txt"), model_max_length=16)
-        transformers.CLIPProcessor(transformers.CLIPImageProcessor(**size), tokenizer).save_pretrained(inner)
-    model = SentenceTransformer(modules=[modules.Transformer(str(inner))], device="cpu")
-    model.save(str(folder), create_model_card=False)
-    return folder

@@ -67,7 +67,7 @@ TOWERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tower", TOWERS)
-def test_unpadded_texts_match_open_clip(tower: str, tmp_path: Path) -> None:
+def test_texts_match_open_clip(tower: str, tmp_path: Path) -> None:
     import open_clip
 
     config = json.loads(write_clip_config(tmp_path).read_text())
@@ -85,8 +85,6 @@ def test_unpadded_texts_match_open_clip(tower: str, tmp_path: Path) -> None:
     encoder = open_encoder(f"open_clip:{name},pretrained={tmp_path / 'tower.pt'}", modality="text")
     np.testing.assert_allclose(_pooled(encoder, texts), expected, atol=1e-5)
     np.testing.assert_allclose(_pooled(encoder, texts[:1]), expected[:1], atol=1e-5)
-    lengths = [len(ids) for ids in encoder.prepare(texts)]
-    assert lengths == ([5, 9, 3, 11, 16, 2] if tower.startswith("causal") else [16] * 6)
 
 
 @pytest.mark.slow

@@ -12,15 +12,11 @@ import pytest
 
 from embedcache.arrays import normalize
 from embedcache.encoders import sentence_transformers
-from embedcache.encoders.audio import resample
-from embedcache.encoders.open import EncoderSpec, open_encoder
+from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import description_path
-from embedcache.encoders.weights import ModelFolder
 from embedcache.errors import (
     ArtifactError,
     CorruptError,
-    ItemError,
     MissingExtraError,
     PathError,
     SettingError,
@@ -31,9 +27,8 @@ from embedcache.testing.encoders import (
     TEXTS,
     EncoderContract,
     TextEncoderContract,
-    example_images,
 )
-from tests.encoders.checkpoints import change_one_weight, save_sentence_transformer, save_static, save_two_towers
+from tests.encoders.checkpoints import change_one_weight, save_sentence_transformer, save_static
 
 MAX_TOKENS = 16
 TORCH = EncoderSettings(backend="torch")
@@ -176,23 +171,6 @@ def test_damaged_description_is_written_again(folder: Path, home: Path, damage: 
     assert graph.read_bytes() == exported
 
 
-def test_files_that_are_too_large_for_a_graph_are_not_read(
-    folder: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    read: list[Path] = []
-    monkeypatch.setattr("embedcache.encoders.text.digest_file", lambda path: read.append(path) or "")
-    num_bytes = sum(path.stat().st_size for path in copy.rglob("*") if path.is_file())
-    settings = EncoderSettings(device="cpu", precision="float32")
-    for other, are_read in ((0, True), (1, False)):
-        with (copy / "shard.bin").open("wb") as file:
-            file.truncate(4_000_000_000 - num_bytes + other)  # holds nothing, and takes no space
-        read.clear()
-        description_path(EncoderSpec.parse(f"st:{copy}"), ModelFolder(copy), settings)
-        assert bool(read) is are_read
-
-
 @pytest.mark.slow
 def test_refused_option_is_refused_again(folder: Path, home: Path) -> None:
     for _ in range(2):
@@ -275,11 +253,6 @@ def static(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
     return save_static(tmp_path_factory.mktemp("st") / "static", bert, width=12)
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
-    return save_two_towers(tmp_path_factory.mktemp("st") / "clip", bert, "clip")
-
-
 class TestStatic(EncoderContract):
     """A model that only the library can run."""
 
@@ -296,24 +269,6 @@ class TestStatic(EncoderContract):
     @pytest.fixture
     def other_spec(self, static: Path, tmp_path: Path) -> str:
         shutil.copytree(static, tmp_path / "changed")
-        change_one_weight(tmp_path / "changed" / "model.safetensors")
-        return f"st:{tmp_path / 'changed'}"
-
-
-class TestImagesOfTheLibrary(EncoderContract):
-    modality = "image"
-
-    @pytest.fixture
-    def items(self) -> list[Any]:
-        return list(example_images())
-
-    @pytest.fixture
-    def spec(self, clip: Path) -> str:
-        return f"st:{clip}"
-
-    @pytest.fixture
-    def other_spec(self, clip: Path, tmp_path: Path) -> str:
-        shutil.copytree(clip, tmp_path / "changed")
         change_one_weight(tmp_path / "changed" / "model.safetensors")
         return f"st:{tmp_path / 'changed'}"
 
@@ -337,27 +292,6 @@ def test_the_library_runs_what_is_not_known(static: Path, tmp_path: Path) -> Non
         open_encoder(f"st:{static},truncate_dim=13", modality="text")
     with pytest.raises(SettingError, match="expected auto or torch, got onnxruntime"):
         open_encoder(f"st:{static}", modality="text", settings=EncoderSettings(backend="onnxruntime"))
-
-
-@pytest.mark.slow
-def test_images_and_recordings(clip: Path, bert: Path, tmp_path: Path) -> None:
-    images = example_images()
-    encoder = open_encoder(f"st:{clip}", modality="image")
-    found = np.stack(encoder.encode(encoder.prepare(images), ["pooled"])["pooled"])
-    np.testing.assert_allclose(found, _library(clip).encode(images), atol=1e-5)
-    assert open_encoder(f"st:{clip}", modality="text").features == {"pooled": (8,)}
-    with pytest.raises(SettingError, match="expected an encoder of recordings, got one of texts, images"):
-        open_encoder(f"st:{clip}", modality="audio")
-    clap = save_two_towers(tmp_path / "clap", bert, "clap")
-    long = np.random.default_rng(0).normal(0, 0.1, 50_000).astype(np.float32)  # of which CLAP takes a random second
-    encoder = open_encoder(f"st:{clap}", modality="audio")
-    first, second = (encoder.encode(encoder.prepare([long]), ["pooled"])["pooled"][0] for _ in range(2))
-    np.testing.assert_array_equal(first, second)
-    short = long[:16_000]
-    oracle = _library(clap).encode([{"array": resample(short, 48_000), "sampling_rate": 48_000}])
-    np.testing.assert_allclose(encoder.encode(encoder.prepare([short]), ["pooled"])["pooled"], oracle, atol=1e-5)
-    with pytest.raises(ItemError, match="NaN"):
-        encoder.prepare([np.full(16_000, np.nan, np.float32)])
 
 
 def test_modules_that_the_library_lacks_raise(static: Path, tmp_path: Path) -> None:
