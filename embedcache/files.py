@@ -2,7 +2,6 @@
 
 import errno
 import glob
-import ipaddress
 import os
 import platform
 import re
@@ -31,8 +30,6 @@ URL_PATTERN = r"(?:[A-Za-z][A-Za-z0-9+-]*::)*[A-Za-z][A-Za-z0-9+.-]*://"
 """Regular expression of how a URL begins, see `is_url`."""
 
 _URL = re.compile(URL_PATTERN)
-_ADDRESS = re.compile(r"(://(?:[^/@]*@)?\[)([^\]/]*)")
-"""Beginning of a URL up to the IPv6 address of its host, and that address."""
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
 """Protocols of services that have no folders: an object appears with its whole path."""
 _PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
@@ -54,14 +51,13 @@ def open_path(location: AnyPath) -> Path:
     A URL becomes a `UPath` of universal-pathlib, which has the methods of `Path` and reads and writes through fsspec;
     `file:///folder` is the local path `/folder`, so that both are known to be one.
     Credentials, regions and endpoints come from the environment, as for the service's own tools. PathError if fsspec
-    does not know the protocol or the server does not answer, or if `::`, with which fsspec chains URLs, is in it but
-    not in an IPv6 address.
+    does not know the protocol or the server does not answer, or if `::`, with which fsspec chains URLs, is in it.
     """
     if isinstance(location, os.PathLike):
         location = os.fspath(location)
     if not is_url(str(location)):
         return Path(location)
-    location = write_addresses_in_full(str(location))
+    location = str(location)
     if "::" in location:
         raise PathError(f"expected one URL, got several chained by a double colon: {location}; name the file itself")
     if location.startswith("file:///"):
@@ -85,29 +81,6 @@ def open_path(location: AnyPath) -> Path:
 def is_url(location: str) -> bool:
     """Return whether a text is a URL, or one of fsspec's chains such as `simplecache::https://host/file`."""
     return "://" in location and _URL.match(location) is not None  # it is asked of each row of a table
-
-
-def write_addresses_in_full(locations: str) -> str:
-    """Write the IPv6 addresses of URLs without `::`, which joins URLs of shards and, in fsspec, chains URLs.
-
-    Args:
-        locations: a URL, or several with any text between them.
-
-    Raises:
-        PathError: a host in brackets is no IPv6 address.
-
-    Example:
-        >>> write_addresses_in_full("http://[::1]:8000/cache")
-        'http://[0000:0000:0000:0000:0000:0000:0000:0001]:8000/cache'
-    """
-
-    def in_full(url: re.Match[str]) -> str:
-        try:
-            return url[1] + ipaddress.IPv6Address(url[2]).exploded
-        except ValueError:
-            raise PathError(f"{locations}: expected an IPv6 address in brackets, got [{url[2]}]") from None
-
-    return _ADDRESS.sub(in_full, locations)
 
 
 def is_remote(path: Path) -> bool:

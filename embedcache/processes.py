@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 
 from embedcache.errors import EmbedcacheError, show_faults
 from embedcache.progress import Progress, join_names
-from embedcache.registry import Trust, adopt_trust, current_trust, plugin_of, require
+from embedcache.registry import Trust, adopt_trust, current_trust, require
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,16 +30,7 @@ _IS_CLOSED: ContextVar[threading.Event | None] = ContextVar("is_closed", default
 
 
 class WorkerError(RuntimeError):
-    """Any error of a worker process but that of a user, with its traceback.
-
-    Args:
-        text: traceback.
-        plugin: package of the plug-in that raised it, if one did.
-    """
-
-    def __init__(self, text: str, plugin: str | None) -> None:
-        super().__init__(f"a worker process failed:\n{text}")
-        self.plugin = plugin
+    """Any error of a worker process but that of a user, with its traceback."""
 
 
 @cache
@@ -113,8 +103,7 @@ def run_processes(
     tasks: Sequence[T],
     progress: Progress,
     *,
-    steps: Sequence[str] = (),
-    is_split: bool = False,
+    is_shared: bool = False,
 ) -> tuple[list[R], int]:
     """Run `work(task, progress)` in one spawned process per task until all of them have ended.
 
@@ -124,9 +113,8 @@ def run_processes(
         work: function of a module; the tasks and its results must be picklable.
         tasks: one per process.
         progress: shows the progress of all processes.
-        steps: names of the steps that a process may start, in order, shown as one for all processes; a process may skip
-            some of them. Without names each process has steps of its own, which are shown side by side.
-        is_split: whether each process reports the total of its own part of a step; otherwise they share one total.
+        is_shared: whether all processes share the items of each step, which are shown as one; else each process has
+            steps of its own, which are shown side by side.
 
     Returns:
         The results in the order in which processes finished, and the number of processes that died.
@@ -143,10 +131,11 @@ def run_processes(
         process.start()
         sender.close()
         processes[receiver] = process
-    merged = _MergedProgress(progress, processes, steps, is_split=is_split) if steps else _Parts(progress, processes)
+    merged = _MergedProgress(progress) if is_shared else _Parts(progress, processes)
     try:
         return _collect(list(processes), merged)
     finally:
+        progress.finish()
         for process in processes.values():
             process.terminate()
             process.join()
@@ -166,8 +155,8 @@ def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trus
         os._exit(1)
     except OSError as error:
         pipe.send(("error", OSError(error.errno, error.strerror, error.filename) if error.errno else error))
-    except Exception as error:  # noqa: BLE001 - the parent process raises it
-        pipe.send(("bug", traceback.format_exc(), plugin_of(error)))
+    except Exception:  # noqa: BLE001 - the parent process raises it
+        pipe.send(("bug", traceback.format_exc()))
 
 
 def _end_with_parent() -> None:
@@ -194,7 +183,7 @@ def _collect(pipes: list[Connection], progress: "_MergedProgress | _Parts") -> t
             if kind == "error":
                 raise content[0]
             if kind == "bug":
-                raise WorkerError(*content)
+                raise WorkerError(f"a worker process failed:\n{content[0]}")
             if kind in ("result", "died"):
                 pipes.remove(pipe)
                 progress.end(pipe)
@@ -264,72 +253,30 @@ class _Parts:
         self.finish(process)
 
 
-@dataclass
-class _SharedStep:
-    """A step that several processes work on, as far as they have reported it."""
-
-    name: str
-    unit: str = ""  # empty until a process has started the step
-    total: int = 0
-    num_done: int = 0  # may exceed the total: the chunk of a process that died is counted again where it is repeated
-    num_shown: int | None = None  # None until the step is shown
-
-
 class _MergedProgress:
-    """Progress of several processes that go through the same steps, each at its own pace, shown as one.
+    """Progress of several processes that share the items of each step, shown as one: the step that was begun last."""
 
-    The first step that a process is still in is shown; what faster processes report of later steps is kept until then.
-    Where processes report the totals of their own parts, a step is shown once all of them have reported, so that its
-    total is complete.
-    """
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._step = progress, ""
 
-    def __init__(self, progress: Progress, processes: Iterable[Any], steps: Sequence[str], *, is_split: bool) -> None:
-        self._progress, self._is_split = progress, is_split
-        self._names, self._steps = list(steps), [_SharedStep(name) for name in steps]
-        self._position = dict.fromkeys(processes, -1)  # of the step that each process is in
-        self._current = 0  # position of the step that is shown, or will be next
+    def start(self, _: Any, step: str, total: int, unit: str) -> None:
+        if step != self._step:
+            self._step = step
+            self._progress.start(step, total, unit)
 
-    def start(self, process: Any, step: str, total: int, unit: str) -> None:
-        self._position[process] = self._names.index(step)
-        started = self._steps[self._position[process]]
-        started.total = started.total + total if self._is_split else max(started.total, total)
-        started.unit = unit
-        self._show()
-
-    def advance(self, _: Any, step: str, count: int, state: str = "") -> None:
-        position = self._names.index(step)
-        self._steps[position].num_done += count
-        self._show()
-        if state and position == self._current and self._steps[position].num_shown is not None:
+    def advance(self, _: Any, step: str, count: int, state: str) -> None:
+        if step == self._step:
             self._progress.describe(state)
+            self._progress.advance(count)
 
-    def finish(self, process: Any) -> None:
-        """Do nothing: a step ends once the last process has left it."""
+    def finish(self, _: Any) -> None:
+        """Do nothing: other processes may be in the step still."""
 
     def note(self, _: Any, line: str) -> None:
         self._progress.note(line)
 
-    def end(self, process: Any) -> None:
-        self._position[process] = len(self._steps)
-        self._show()
-
-    def _show(self) -> None:
-        """Show what is known of the current step; go on to the next one once the slowest process has left it."""
-        slowest = min(self._position.values())
-        while self._current < len(self._steps):
-            step = self._steps[self._current]
-            is_total_known = not self._is_split or slowest >= self._current
-            if step.unit and step.num_shown is None and is_total_known:
-                self._progress.start(step.name, step.total, step.unit)
-                step.num_shown = 0
-            if step.num_shown is not None and step.num_shown < min(step.num_done, step.total):
-                self._progress.advance(min(step.num_done, step.total) - step.num_shown)
-                step.num_shown = min(step.num_done, step.total)
-            if slowest <= self._current:
-                return
-            if step.num_shown is not None:
-                self._progress.finish()
-            self._current += 1
+    def end(self, _: Any) -> None:
+        """Do nothing: `run_processes` ends the last step."""
 
 
 @contextmanager

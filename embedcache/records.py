@@ -6,14 +6,14 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import CorruptError, EmbedcacheError, UnknownNameError
+from embedcache.errors import CorruptError
 from embedcache.provenance import read_record, write_record
 from embedcache.registry import used_plugins
 
@@ -105,25 +105,6 @@ def _version(name: str, folders: tuple[str, ...]) -> str | None:  # noqa: ARG001
 def _owners(folders: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG001  # they are the key
     """Return name of a module -> packages that installed it."""
     return packages_distributions()
-
-
-@contextmanager
-def naming_packages(path: Path) -> Iterator[None]:
-    """Add to the error of an unknown name the packages of plug-ins that a stage used and that are missing here.
-
-    Args:
-        path: record of the stage.
-    """
-    try:
-        yield
-    except UnknownNameError as error:
-        with suppress(EmbedcacheError, OSError):
-            used: Mapping[str, str] = read_stage(path).get("packages", {})
-            folders = _metadata_folders()
-            missing = [name for name in used if name not in RECORDED_PACKAGES and _version(name, folders) is None]
-            if missing:
-                error.args = (f"{error}; {path} records {', '.join(f'{name} {used[name]}' for name in missing)}",)
-        raise
 
 
 def read_stage(path: Path) -> dict[str, Any]:

@@ -5,8 +5,8 @@ A name `module:attribute` runs code: importing a module executes it. So `Registr
 - from the user (an option, a TOML file of theirs, an argument in Python): it is imported, and from then on files may
   name it too, such as the run that is being written and read again;
 - from a file that a stranger may have written (a cache, run, index or study): it is imported only if it is built in or
-  an entry point of an installed package, if the user gave the same name, if `trust_package` was called for its package
-  and that defines it, or within `trust_files`, which is what `--trust` is.
+  an entry point of an installed package, if the user gave the same name, if `trust_package` was called for its
+  package, or within `trust_files`, which is what `--trust` is.
 
 Code that loads a name that it read from a file says so: by `names_from` around the call, or by `mark_as_read` where the
 name first becomes a setting. Any other name counts as the user's. `names_from` and `trust_files` hold for the thread
@@ -27,7 +27,7 @@ from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from embedcache.errors import EmbedcacheError, MissingExtraError, SettingError, UnknownNameError
 
@@ -39,7 +39,7 @@ class Trust:
     Args:
         given: names `module:attribute` that the user gave, each after its kind, such as `source my_sources:Zip`.
         read: names that settings were filled with from a file -> the file, see `mark_as_read`.
-        packages: packages whose own classes and functions any file may name, see `trust_package`.
+        packages: packages whose modules any file may name, see `trust_package`.
         folders: folders in which plug-ins that the user gives or trusts are found, besides those of `sys.path`.
         all_files: whether any file may name any code. Only `current_trust` sets it: `trust_files` holds for one thread.
     """
@@ -50,8 +50,6 @@ class Trust:
     folders: list[str] = field(default_factory=list)
     all_files: bool = False
 
-
-_TrustedBy: TypeAlias = Literal["user", "all files", "installation", "package"]
 
 _TRUST = Trust()  # of this process
 _TRUSTS_FILES: ContextVar[bool] = ContextVar("trusts_files", default=False)
@@ -75,7 +73,7 @@ def has_trust() -> bool:
 
 
 def trust_package(package: str) -> None:
-    """Allow files to name the classes and functions that a package defines: for pipelines that write such files."""
+    """Allow files to name what is in the modules of a package: for pipelines that write such files."""
     _TRUST.packages.add(package)
 
 
@@ -121,19 +119,6 @@ def adopt_trust(trust: Trust) -> None:
 def used_plugins() -> frozenset[str]:
     """Return the top-level packages of the plug-ins that this process has loaded, besides built-in ones."""
     return frozenset(_USED_PLUGINS)
-
-
-def plugin_of(error: BaseException) -> str | None:
-    """Return the top-level package of the loaded plug-in that an error was raised in, or in what it called.
-
-    A worker process sends the package as the attribute `plugin` of its error, as tracebacks stay behind.
-    """
-    found, step = getattr(error, "plugin", None), error.__traceback__
-    while step is not None:
-        package = _package_of(str(step.tb_frame.f_globals.get("__name__", "")))
-        found = package if package in _USED_PLUGINS - {"embedcache"} else found
-        step = step.tb_next
-    return found
 
 
 @dataclass(frozen=True)
@@ -187,16 +172,11 @@ class Registry:
             return getattr(importlib.import_module(module), attribute)
         if not all(part and "/" not in part for part in (*module.split("."), attribute)):
             raise unknown_name(self.kind, name, [*self.names, *self.presets], hint=missing_plugin_hint(name))
-        trusted_by = self._trusted_by(name) if ":" in name else "installation"
-        if trusted_by is None:
-            raise self._is_untrusted(name)
-        if trusted_by == "user":
-            self.accept(name)
-        if trusted_by in ("user", "all files"):
+        if ":" in name:
+            if not self._is_trusted(name):
+                raise self._untrusted(name)
             sys.path.extend(folder for folder in _TRUST.folders if folder not in sys.path)
         plugin = self._import(name, module, attribute)
-        if trusted_by == "package" and not _is_defined_in(_package_of(name), plugin):
-            raise self._is_untrusted(name)
         self._check_call(name, plugin)
         return plugin
 
@@ -204,17 +184,15 @@ class Registry:
         """Count a name among those that the user has given to this process, which files may name too."""
         _TRUST.given.add(f"{self.kind} {name}")
 
-    def _trusted_by(self, name: str) -> _TrustedBy | None:
-        """Return why a `module:attribute` may be imported, as the top of this module says; None if it must not be."""
-        if _naming_file(name) is None or f"{self.kind} {name}" in _TRUST.given:
-            return "user"
-        if has_trust():
-            return "all files"
-        if name in self.paths.values() or name in self._declared().values():
-            return "installation"
-        return "package" if _package_of(name) in _TRUST.packages else None
+    def _is_trusted(self, name: str) -> bool:
+        """Return whether a `module:attribute` may be imported, as the top of this module says."""
+        if _naming_file(name) is None:
+            self.accept(name)
+        is_installed = name in self.paths.values() or name in self._declared().values()
+        is_given = f"{self.kind} {name}" in _TRUST.given or _package_of(name) in _TRUST.packages
+        return is_installed or is_given or has_trust()
 
-    def _is_untrusted(self, name: str) -> EmbedcacheError:
+    def _untrusted(self, name: str) -> EmbedcacheError:
         package = _package_of(self.path(name))
         is_imported = package in sys.modules or package in sys.builtin_module_names
         if not is_imported and PathFinder.find_spec(package, [*sys.path, *_TRUST.folders]) is None:  # imports nothing
@@ -281,11 +259,6 @@ def _entry_points(search_path: tuple[str, ...]) -> Mapping[str, Mapping[str, str
         for point in package.entry_points:
             found.setdefault(point.group, {}).setdefault(point.name, point.value.partition("[")[0].strip())
     return found
-
-
-def _is_defined_in(package: str, value: Any) -> bool:
-    """Return whether a class or function is a package's own, not one that it imports; of other objects it is."""
-    return not callable(value) or _package_of(getattr(value, "__module__", "")) == package
 
 
 def _package_of(module: str) -> str:

@@ -194,7 +194,7 @@ def test_artifacts_of_plugins_that_are_not_installed(tmp_path: Path, cache_path:
     sys.modules.pop("plugged")
     hint = "names it: if it is a plug-in, install its package, which is missing here"
     for line, message in (
-        (f"evaluate retrieval {cache_path} run", f"projector 'plugged'; .*; the run {hint}; run/record.json records "),
+        (f"evaluate retrieval {cache_path} run", f"projector 'plugged'; .*; the run {hint}"),
         (f"train {cache_path} again --config run/config.json", f"projector 'plugged'; .*; run/config.json {hint}"),
         ("verify c --reencode 100%", f"unknown encoder family 'plugged'; .*; c/text/toy {hint}"),
     ):

@@ -14,7 +14,6 @@ import pytest
 
 from embedcache.errors import SettingError
 from embedcache.processes import (
-    WorkerError,
     _collect,
     _MergedProgress,
     _Parts,
@@ -26,7 +25,6 @@ from embedcache.processes import (
     run_processes,
 )
 from embedcache.progress import NullProgress, Progress
-from embedcache.registry import Registry, plugin_of
 from tests.recorded import RecordedProgress
 
 
@@ -49,7 +47,7 @@ def work(task: str, progress: Progress) -> str:
 @pytest.mark.slow
 def test_dead_process_leaves_others_running(capfd: pytest.CaptureFixture[str]) -> None:
     progress = RecordedProgress()
-    assert run_processes(work, ["count", "die"], progress, steps=["counting"]) == (["COUNT"], 1)
+    assert run_processes(work, ["count", "die"], progress, is_shared=True) == (["COUNT"], 1)
     assert progress.started == [("counting", 3, "things")]
     assert progress.counts == {"counting": 3}
     assert progress.notes == ["counted"]
@@ -95,71 +93,15 @@ def test_bug_is_raised_with_its_traceback() -> None:
         run_processes(work, ["bug"], RecordedProgress())
 
 
-def work_of_a_plugin(task: str, progress: Progress) -> str:
-    """Load a plug-in of this package, so that an error in this function is one of a plug-in."""
-    Registry("plug-in", {}).load(task)
-    raise ZeroDivisionError
-
-
-@pytest.mark.slow
-def test_error_of_a_plugin_in_a_process_is_known_as_such() -> None:
-    for function, task, plugin in ((work, "bug", None), (work_of_a_plugin, "tests.toy:open_toy", "tests")):
-        with pytest.raises(WorkerError) as raised:
-            run_processes(function, [task], RecordedProgress())
-        assert raised.value.plugin == plugin
-        assert plugin_of(raised.value.with_traceback(None)) == plugin
-
-
-STEPS = ["images", "texts"]
-
-
-def test_totals_of_parts_are_added() -> None:
+def test_steps_that_processes_share_are_shown_as_one() -> None:
     shown = RecordedProgress()
-    merged = _MergedProgress(shown, range(2), STEPS, is_split=True)
-    merged.start(0, "images", 10, "images")
-    merged.advance(0, "images", 4)
-    assert not shown.started  # the total is not known yet
-    merged.start(1, "images", 30, "images")
-    merged.advance(1, "images", 30)
-    merged.advance(0, "images", 6)
-    assert shown.started == [("images", 40, "images")]
-    assert shown.counts == {"images": 40}
-
-
-def test_part_without_items_of_a_step_is_not_awaited() -> None:
-    shown = RecordedProgress()
-    merged = _MergedProgress(shown, range(3), STEPS, is_split=True)
-    merged.start(0, "images", 10, "images")
-    merged.start(1, "texts", 5, "texts")
-    merged.end(2)
-    assert shown.started == [("images", 10, "images")]
-
-
-def test_slower_process_still_counts_in_its_step() -> None:
-    shown = RecordedProgress()
-    merged = _MergedProgress(shown, range(2), STEPS, is_split=False)
-    merged.start(0, "images", 10, "images")
-    merged.start(1, "images", 10, "images")
-    merged.advance(0, "images", 5)
+    merged = _MergedProgress(shown)
+    for process in range(2):
+        merged.start(process, "images", 10, "images")
+        merged.advance(process, "images", 5, "")
     merged.start(0, "texts", 20, "texts")
-    merged.advance(0, "texts", 7)
-    merged.advance(1, "images", 5)
-    assert shown.counts == {"images": 10}
-    merged.start(1, "texts", 20, "texts")
-    merged.advance(1, "texts", 13)
     assert shown.started == [("images", 10, "images"), ("texts", 20, "texts")]
-    assert shown.counts == {"images": 10, "texts": 20}
-
-
-def test_repeated_items_do_not_exceed_the_total() -> None:
-    shown = RecordedProgress()
-    merged = _MergedProgress(shown, range(2), STEPS, is_split=False)
-    merged.start(0, "images", 10, "images")
-    merged.start(1, "images", 10, "images")
-    merged.advance(0, "images", 4)
-    merged.end(0)  # it died, and the other process repeats its chunk
-    merged.advance(1, "images", 10)
-    assert shown.counts == {"images": 10}
+    assert shown.counts["images"] == 10
 
 
 def test_processes_with_steps_of_their_own_are_parts() -> None:

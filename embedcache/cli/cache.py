@@ -98,16 +98,14 @@ def verify(
 
 @with_settings(settings=PruneSettings)
 def prune(
-    cache: Annotated[
-        str | None, typer.Argument(metavar="CACHE", help="Cache: a folder or a URL; not needed for --onnx alone.")
-    ] = None,
+    cache: CacheArgument,
     yes: Yes = False,
     *,
     settings: PruneSettings,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Delete features, views, old records, and ONNX graphs.
+    """Delete features and views.
 
     Without --yes, print what would be deleted, and delete nothing.
 

@@ -21,7 +21,7 @@ from embedcache.errors import (
 )
 from embedcache.io_errors import disk_full_message, io_reason, is_io_error
 from embedcache.progress import close_bars
-from embedcache.registry import plugin_of, used_plugins
+from embedcache.registry import used_plugins
 
 _BUG = 70
 _INTERRUPTED = 130
@@ -63,7 +63,7 @@ def run_program(run: Callable[[], object]) -> None:
         if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
             _fail("can't start new thread; raise the limit of processes with ulimit -u, or use fewer --threads")
         if not is_io_error(error):
-            _report_bug(error)
+            _report_bug()
         _fail(f"a remote service failed: {io_reason(error)}; check the address and the network")
     finally:
         _end_on_interrupt()
@@ -124,21 +124,15 @@ def _fail(message: str, error: Exception | None = None) -> NoReturn:
     sys.exit(1)
 
 
-def _report_bug(error: Exception) -> NoReturn:
+def _report_bug() -> NoReturn:
     close_bars()
     traceback.print_exc()
-    plugin, used = plugin_of(error), sorted(used_plugins() - {"embedcache"})
-    if plugin is None and used:
+    used = sorted(used_plugins() - {"embedcache"})
+    line = "This is a bug in embedcache, not an error of yours: please report it with the text above."
+    if used:
         line = (
             "This is a bug in embedcache, or of what a plug-in gave it. Run the contract test of "
             f"{_plugin_names(used)}, see embedcache.testing: if it passes, please report the text above."
-        )
-    elif plugin is None:
-        line = "This is a bug in embedcache, not an error of yours: please report it with the text above."
-    else:
-        line = (
-            f"The error was raised in the plug-in {_plugin_names([plugin])}, or in what it called, as the text above "
-            "shows: please correct the plug-in, or report it to its author."
         )
     print(line, file=sys.stderr)
     sys.exit(_BUG)

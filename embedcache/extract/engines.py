@@ -105,8 +105,7 @@ def _run_local(job: ExtractJob, source: Source, progress: Progress) -> list[Shar
         _run_device,
         [(replace(job, settings=part), device, threads) for part, device in zip(parts, devices, strict=True)],
         progress,
-        steps=[_step_name(modality) for modality in job.encoders],
-        is_split=is_split,
+        is_shared=True,
     )
     if num_died and (is_split or not reports):
         raise UnfinishedError(

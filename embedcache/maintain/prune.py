@@ -1,60 +1,46 @@
-"""Deleting features, views, old records and unused ONNX graphs."""
+"""Deleting features and views."""
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import CorruptError, PathError, SettingError, UnknownNameError, pluralize
+from embedcache.errors import PathError, SettingError, UnknownNameError, pluralize
 from embedcache.files import (
     AnyPath,
-    find_files,
     folder_bytes,
     is_remote,
     open_path,
-    remove_file,
     remove_folder,
     remove_partials,
-    user_folder,
 )
 from embedcache.locks import Leases, locked
 from embedcache.maintain.settings import PruneSettings
-from embedcache.records import read_stage
 from embedcache.registry import unknown_name
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
-from embedcache.store.group import EncoderGroup
 from embedcache.store.writer import withdraw
 from embedcache.units import format_bytes
-
-_DAY_S = 86_400
-_KINDS = {".onnx": "ONNX graph", ".sha256": "digest of a graph", ".json": "description of an encoder"}
-_KEPT_RECORDS = "remove-"
-"""How the names of records begin that are never old: what was removed, and when."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedEntry:
-    """Something to delete: its name, what it is, its path, its bytes, and the derived features that depend on it."""
+    """Something to delete: its name, what it is, `encoder` or `feature`, its path and its bytes."""
 
     name: str
     kind: str
     path: Path
     num_bytes: int
-    dependents: Sequence[str] = ()
 
     @property
-    def encoder_path(self) -> Path | None:
-        """Folder of the encoder that is deleted, or one of whose features is; None for anything else."""
-        return {"encoder": self.path, "feature": self.path.parent}.get(self.kind)
+    def encoder_path(self) -> Path:
+        """Folder of the encoder that is deleted, or one of whose features is."""
+        return self.path if self.kind == "encoder" else self.path.parent
 
     def line(self) -> str:
         """Return the entry as one line."""
-        needed = f"; {', '.join(self.dependents)} could not be computed again" if self.dependents else ""
-        return f"{self.kind} {self.name}: {format_bytes(self.num_bytes)}{needed}"
+        return f"{self.kind} {self.name}: {format_bytes(self.num_bytes)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,54 +62,46 @@ class PrunePlan:
         return [*left, *(entry.line() for entry in self.entries), total]
 
 
-def plan_prune(cache: AnyPath | None, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
+def plan_prune(cache: AnyPath, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
     """Return what `prune_cache` would delete; the arguments and errors are its own.
 
     What a killed command had begun to delete is not listed: it does not exist for any reader.
     """
     settings = merge_settings(PruneSettings, settings, options)
-    if settings == PruneSettings():
-        raise SettingError("expected something to delete, got nothing; name it with --feature, --records or --onnx")
+    if not settings.features:
+        raise SettingError("expected something to delete, got nothing; name it with --feature")
+    cache = Cache(open_path(cache))
     entries: list[PrunedEntry] = []
     was_interrupted = False
-    if settings.features or settings.records is not None:
-        if cache is None:
-            raise SettingError("expected a cache whose features or records to delete, got none; name it")
-        cache = Cache(open_path(cache))
-        for name in settings.features:
-            found, was_left = _find_feature(cache, name, settings.modality)
-            entries += found
-            was_interrupted |= was_left
-        if settings.records is not None:
-            entries += _find_records(cache.path, settings.records)
-    if settings.onnx is not None:
-        entries += _find_graphs(settings.onnx)
+    for name in settings.features:
+        found, was_left = _find_feature(cache, name, settings.modality)
+        entries += found
+        was_interrupted |= was_left
     return PrunePlan(entries=_without_repeats(entries), was_interrupted=was_interrupted)
 
 
-def prune_cache(cache: AnyPath | None, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
-    """Delete features, views, old records and ONNX graphs, and return what was deleted.
+def prune_cache(cache: AnyPath, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
+    """Delete features and views, and return what was deleted.
 
     A feature is withdrawn from the commits of its chunks before its files are deleted, and a folder gets another name
     first, so that none is ever half there; the same call finishes one that was killed.
 
     Args:
-        cache: path or URL of the cache; None for ONNX graphs only.
+        cache: path or URL of the cache.
         settings: what to delete.
         options: settings by name, such as `feature="open_toy/cls"`, which take precedence.
 
     Raises:
-        SettingError: nothing is named, or no cache.
+        SettingError: nothing is named.
         UnknownNameError: there is no feature of a name, or there are several.
         PathError: another process extracts, derives, imports or repairs features of that encoder; nothing is deleted.
     """
     plan = plan_prune(cache, settings, **options)
-    if cache is not None:
-        opened = Cache(open_path(cache))
-        remove_partials(opened.path)
+    opened = Cache(open_path(cache))
+    remove_partials(opened.path)
     with ExitStack() as stack:
         for entry in plan.entries:
-            if entry.encoder_path and not stack.enter_context(Leases(entry.encoder_path / "chunks").without_others()):
+            if not stack.enter_context(Leases(entry.encoder_path / "chunks").without_others()):
                 raise PathError(
                     f"{entry.encoder_path}: another process computes features in this folder; wait until it has ended, "
                     "then delete them; nothing was deleted"
@@ -131,10 +109,8 @@ def prune_cache(cache: AnyPath | None, settings: PruneSettings | None = None, **
         for entry in plan.entries:
             if entry.kind == "feature":
                 _delete_feature(opened, entry)
-            elif entry.kind == "encoder":
-                remove_folder(entry.path)
             else:
-                remove_file(entry.path, missing_ok=True)
+                remove_folder(entry.path)
     return plan
 
 
@@ -161,7 +137,6 @@ def _find_feature(cache: Cache, name: str, modality: str | None) -> tuple[list[P
         kind="encoder" if is_whole else "feature",
         path=path,
         num_bytes=folder_bytes(path),
-        dependents=_dependents(groups, group, None if is_whole else feature),
     )
     return [entry], False
 
@@ -176,17 +151,6 @@ def _left(path: Path) -> bool:
     return any(path.parent.glob(f".{path.name}.*.partial"))
 
 
-def _dependents(groups: Sequence[EncoderGroup], pruned: EncoderGroup, feature: str | None) -> list[str]:
-    """Return the derived features that read a feature, or any of an encoder."""
-    names = {f"{pruned.name}/{name}" for name in pruned.features if feature in (None, name)}
-    return [
-        group.name
-        for group in groups
-        if group.name != pruned.name
-        and any(modality == pruned.modality and name in names for modality, name in group.inputs)
-    ]
-
-
 def _delete_feature(cache: Cache, entry: PrunedEntry) -> None:
     [group] = [
         group
@@ -199,34 +163,3 @@ def _delete_feature(cache: Cache, entry: PrunedEntry) -> None:
     with locked(cache.path):
         remove_folder(entry.path)
     group.compact()
-
-
-def _find_records(cache_path: Path, days: int) -> list[PrunedEntry]:
-    """Return the records of stages that started before some days, but for those of removals."""
-    limit = datetime.now(UTC).timestamp() - days * _DAY_S
-    return [
-        PrunedEntry(name=path.name, kind="record", path=path, num_bytes=path.stat().st_size)
-        for path in sorted(find_files(cache_path, "records/*.json"))
-        if not path.name.startswith(_KEPT_RECORDS) and _started(path) <= limit
-    ]
-
-
-def _started(record: Path) -> float:
-    """Return when a stage started, in seconds since 1970; CorruptError if its record does not say it."""
-    text = str(read_stage(record).get("started"))
-    try:
-        return datetime.fromisoformat(text).astimezone().timestamp()
-    except (ValueError, OverflowError, OSError) as error:
-        raise CorruptError(
-            f"{record}: expected a time as started, got {text!r:.60}; delete this record, or restore it"
-        ) from error
-
-
-def _find_graphs(days: int) -> list[PrunedEntry]:
-    """Return the graphs, and the descriptions of encoders that run them, which nothing has opened for some days."""
-    limit = time.time() - days * _DAY_S
-    return [
-        PrunedEntry(name=path.name, kind=_KINDS[path.suffix], path=path, num_bytes=path.stat().st_size)
-        for path in sorted((user_folder() / "onnx").glob("*"))
-        if path.suffix in _KINDS and path.stat().st_mtime <= limit
-    ]

@@ -158,7 +158,7 @@ def remove_samples(
     Args:
         cache: local cache.
         keys: one or several keys of samples; those that were removed before are passed over.
-        settings: where else the samples are, and what is recorded of their keys.
+        settings: where else the samples are.
         progress: progress in what is checked and written again: rows of tables, chunks, items, then files.
         options: settings by name, such as `index=["index"]`, which take precedence.
 
@@ -181,12 +181,12 @@ def _remove(path: Path, keys: Sequence[str], settings: RemoveSettings, shown: Pr
     """Remove samples, while no other process removes any from this cache and what was made of it."""
     plan = plan_removal(path, keys, settings)
     cards = {index: _open_card(index, path) for index in settings.indexes}
-    request = {"record_keys": settings.record_keys, "outputs": [str(output) for output in plan.outputs]}
+    request = {"outputs": [str(output) for output in plan.outputs]}
     with record_stage(new_record_path(path, "remove"), "remove", request) as outcome:
         if len(plan.rows):
             if not plan.is_resumed:
                 start_removal(Cache(path), plan.rows, _find(path, keys).keys, progress=shown)
-            apply_removal(path, settings.record_keys, progress=shown)
+            apply_removal(path, progress=shown)
         indexes = {str(index): _purge(path, index, card, shown) for index, card in cards.items()}
         entries = _remove_from_outputs(settings, set(keys), read_info(path), shown)
         named = {str(export): find_named(export, set(keys)) for export in settings.exports}

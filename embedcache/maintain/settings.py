@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from embedcache.settings import check_settings, setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoveSettings:
-    """Settings of a removal: where else the samples are, and what is recorded of them."""
+    """Settings of a removal: where else the samples are."""
 
     indexes: tuple[Path, ...] = setting(
         (), "Index of the cache to remove the samples from. May be repeated.", flat_name="index", metavar="INDEX"
@@ -32,10 +31,6 @@ class RemoveSettings:
         flat_name="run",
         metavar="RUN",
     )
-    record_keys: Literal["digest", "none", "full"] = setting(
-        "digest",
-        "What to keep of the keys: a keyed digest, so that later extractions leave the samples out; none; or the keys.",
-    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -53,13 +48,6 @@ class PruneSettings:
     )
     modality: str | None = setting(
         None, "Modality of the features.", default_text="the only one that has them", metavar="MODALITY"
-    )
-    records: int | None = setting(None, "Delete records that are older than this number of days.", ge=0, metavar="DAYS")
-    onnx: int | None = setting(
-        None,
-        "Delete ONNX graphs of this user, of all caches, that were not used for this number of days.",
-        ge=0,
-        metavar="DAYS",
     )
 
     def __post_init__(self) -> None:

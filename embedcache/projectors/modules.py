@@ -19,7 +19,6 @@ from embedcache.projectors.saved import (
     save_weights,
 )
 from embedcache.provenance import FORMAT, construct, digest_file, write_record
-from embedcache.records import naming_packages
 from embedcache.registry import Registry, names_from
 
 NETWORKS = Registry("network", {}, group="embedcache.networks")
@@ -134,7 +133,7 @@ def load_module(run_path: Path, *, kind: str | None = None, device: str = "cpu")
     config = read_module_config(run_path, kind=kind)
     model_path = checked_weights_path(run_path, config.weights_digest)
     try:
-        with names_from(run_path), naming_packages(run_path / "record.json"):
+        with names_from(run_path):
             check_shapes(lambda: build_module(config), model_path)
             module = build_module(config)
         module.load_state_dict(load_file(model_path))

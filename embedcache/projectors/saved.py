@@ -26,7 +26,7 @@ from embedcache.provenance import (
     read_manifest,
     write_record,
 )
-from embedcache.records import naming_packages, read_stage
+from embedcache.records import read_stage
 from embedcache.registry import names_from
 
 if TYPE_CHECKING:
@@ -247,10 +247,9 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple["AlignedPair", Pa
 
     config = read_config(run_path)
     model_path = checked_weights_path(run_path, config.weights_digest)
-    with naming_packages(run_path / "record.json"):
-        with _explain_weights(model_path):
-            check_shapes(lambda: build(config), model_path)
-        pair = build(config)
+    with _explain_weights(model_path):
+        check_shapes(lambda: build(config), model_path)
+    pair = build(config)
     with _explain_weights(model_path):
         pair.load_state_dict(load_file(model_path))
     return pair.to(device).eval(), config

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError, quoted
-from embedcache.files import is_url, open_path, write_addresses_in_full
+from embedcache.files import is_url, open_path
 from embedcache.registry import Registry
 from embedcache.settings import merge_settings
 from embedcache.sources.base import FileItem, Sample, Source
@@ -92,7 +92,7 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
         SettingError: a setting that this kind does not support.
     """
     settings = merge_settings(SourceSettings, settings, {})
-    path = write_addresses_in_full(str(location)) if isinstance(location, str | Path) else location
+    path = str(location) if isinstance(location, str | Path) else location
     if isinstance(path, str) and not path.strip():
         raise SourceError(f"the source is an empty string; {_ACCEPTED}")
     if kind is None and not (isinstance(path, str) or _is_dataset(path)):

@@ -7,7 +7,6 @@ That is recorded outside of it (`remember`), where no stranger can write. `trust
 
 import logging
 import os
-import pwd
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from embedcache.errors import PathError, SourceError
-from embedcache.files import is_url, write_addresses_in_full
+from embedcache.files import is_url
 from embedcache.provenance import digest
 from embedcache.registry import has_trust, names_from
 from embedcache.sources.base import FileItem, Sample, Source
@@ -44,7 +43,6 @@ _READ_BELOW = frozenset({"coco", "folder", "huggingface", "table", "webdataset",
 """Kinds of sources that read their location, below it, and what their items name: nothing else."""
 
 _FILE_SUFFIXES = JSON_SUFFIXES | TABLE_SUFFIXES | TAR_SUFFIXES | MEDIA_SUFFIXES["points"]
-_FIRST_PERSON = 1000  # users with smaller numbers are services
 _NAMED: ContextVar[tuple[str, ...]] = ContextVar("named_places", default=())
 
 _log = logging.getLogger(__name__)
@@ -155,28 +153,23 @@ def allowed_places(description: Mapping[str, Any], index_digest: str) -> Sequenc
             )
         for location in locations:
             if not is_below(location if is_url(location) else Path(location).resolve(), places):
-                where = "which is a home or in one" if is_own else "and you did not extract it on this machine"
                 raise PathError(
-                    f"the cache says that its source is {location}, {where}; name its folder or URL with "
-                    "--image-folder, or use --trust if you trust the cache"
+                    f"the cache says that its source is {location}, and you did not extract it on this machine; name "
+                    "its folder or URL with --image-folder, or use --trust if you trust the cache"
                 )
     return places
 
 
 def own_places(description: Mapping[str, Any]) -> list[str]:
-    """Return the folders and URLs of a source, without homes and folders above one; of a file in a home, that file."""
+    """Return the folders and URLs of a source; of a file, its folder."""
     places: dict[str, None] = {}
     for location in (location for part in _parts(description) for location in _locations(part)):
         if is_url(location):
             is_file = PurePosixPath(location).suffix.lower() in _FILE_SUFFIXES
             places[_resolve(location.rpartition("/")[0] if is_file else location)] = None
-            continue
-        path = Path(location).resolve()
-        folder = path if path.is_dir() else path.parent
-        if not any(home.is_relative_to(folder) for home in _homes()):
-            places[str(folder)] = None
-        elif path.is_file():
-            places[str(path)] = None
+        else:
+            path = Path(location).resolve()
+            places[str(path if path.is_dir() else path.parent)] = None
     return list(places)
 
 
@@ -204,15 +197,8 @@ def _locations(part: Mapping[str, Any]) -> list[str]:
 
 def _resolve(place: str) -> str:
     if is_url(place) and not place.startswith("file:///"):
-        return write_addresses_in_full(place).rstrip("/")
+        return place.rstrip("/")
     return str(Path(place.removeprefix("file://")).resolve())
-
-
-def _homes() -> Iterator[Path]:
-    """Iterate over the homes of people, of the administrator and of this user; others are folders of the system."""
-    with suppress(RuntimeError):  # a user without a home
-        yield Path.home().resolve()
-    yield from (Path(user.pw_dir) for user in pwd.getpwall() if user.pw_uid == 0 or user.pw_uid >= _FIRST_PERSON)
 
 
 def below_named(source: Source) -> Source:

@@ -39,7 +39,6 @@ from embedcache.store.layout import (
     write_info,
 )
 from embedcache.store.removed import (
-    RecordKeys,
     RemovedSamples,
     make_removed,
     no_removed,
@@ -119,7 +118,7 @@ def start_removal(cache: Cache, samples: Ints, keys: Sequence[str], *, progress:
         write_removed(removing_path(cache.path), make_removed(samples, keys, before.salt))
 
 
-def apply_removal(cache_path: Path, record_keys: RecordKeys, *, progress: Progress | None = None) -> None:
+def apply_removal(cache_path: Path, *, progress: Progress | None = None) -> None:
     """Write the tables and chunks again without what `removing.parquet` lists, in the order that a kill may cut.
 
     Memory: the keys, and a chunk of the features.
@@ -129,7 +128,7 @@ def apply_removal(cache_path: Path, record_keys: RecordKeys, *, progress: Progre
     assert pending is not None
     with locked(cache_path), disk_errors(cache_path):
         remove_partials(cache_path)
-        _write_tables(cache_path, pending.with_keys(record_keys), progress)
+        _write_tables(cache_path, pending, progress)
         cache = Cache(cache_path)
         chunks = find_chunks(cache, pending.rows)
         for modality in cache.info.num_items:

@@ -2,8 +2,8 @@
 
 A removed sample keeps its row, so that the rows of all others stay: its key is `removed-` with its row, its other
 columns are null, its captions are empty, and its items have no path and no feature. The source may still have it, so
-the table holds a keyed digest of its key, by which an extraction leaves it out, unless the user asked for none. A
-cache that is cut or merged from others does not have the rows, and keeps these digests in a table of its own.
+the table holds a keyed digest of its key, by which an extraction leaves it out. A cache that is cut or
+merged from others does not have the rows, and keeps these digests in a table of its own.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -23,14 +23,11 @@ from embedcache.provenance import digest_file
 from embedcache.store.layout import SUBSET, CacheInfo, removed_before_path, removed_path
 from embedcache.store.tables import read_table, table_errors, write_table
 
-RecordKeys: TypeAlias = Literal["digest", "none", "full"]
-"""What is kept of the keys of removed samples."""
-
 Marks: TypeAlias = Mapping[str, Iterable[bytes]]
 """Salt -> the digests of keys with it; each cache from which samples were removed has a salt of its own."""
 
 _DIGEST_BYTES = 16
-_SCHEMA = pa.schema([("row", pa.int64()), ("key_digest", pa.binary(_DIGEST_BYTES)), ("key", pa.string())])
+_SCHEMA = pa.schema([("row", pa.int64()), ("key_digest", pa.binary(_DIGEST_BYTES))])
 _BEFORE_SCHEMA = pa.schema([("salt", pa.string()), ("key_digest", pa.binary(_DIGEST_BYTES))])
 _SALT = b"salt"
 
@@ -40,7 +37,7 @@ class RemovedSamples:
     """Samples that were removed, or are being removed.
 
     Args:
-        table: `row`, ascending; `key_digest`, the keyed BLAKE2b-128 of the key, and `key`, both null if not recorded.
+        table: `row`, ascending, and `key_digest`, the keyed BLAKE2b-128 of the key.
         salt: key of the digests.
         before: marks of samples that were removed from the caches that the cache was cut or merged from.
     """
@@ -57,8 +54,7 @@ class RemovedSamples:
 
     @cached_property
     def _digests(self) -> dict[bytes, int]:
-        digests, rows = self.table["key_digest"].to_pylist(), self.rows.tolist()
-        return {value: row for value, row in zip(digests, rows, strict=True) if value is not None}
+        return dict(zip(self.table["key_digest"].to_pylist(), self.rows.tolist(), strict=True))
 
     def row_of(self, key: str) -> int | None:
         """Return the row that a key had; None if no sample of that key was removed, as far as digests tell."""
@@ -80,14 +76,6 @@ class RemovedSamples:
         table = pa.concat_tables([self.table, other.table.filter(~np.isin(other.rows, self.rows))])
         return RemovedSamples(table=table.sort_by("row"), salt=self.salt)
 
-    def with_keys(self, record_keys: RecordKeys) -> "RemovedSamples":
-        """Return the table with what is to be recorded of the keys."""
-        table = self.table
-        for name in {"digest": ["key"], "none": ["key", "key_digest"], "full": []}[record_keys]:
-            place = table.schema.get_field_index(name)
-            table = table.set_column(place, _SCHEMA.field(name), pa.nulls(len(table), _SCHEMA.field(name).type))
-        return RemovedSamples(table=table, salt=self.salt)
-
 
 def digest_key(key: str, salt: str) -> bytes:
     """Return the keyed BLAKE2b-128 of a key."""
@@ -95,9 +83,9 @@ def digest_key(key: str, salt: str) -> bytes:
 
 
 def make_removed(rows: Ints, keys: Sequence[str], salt: str) -> RemovedSamples:
-    """Return the table of some samples, with their keys and digests."""
+    """Return the table of some samples."""
     digests = [digest_key(key, salt) for key in keys]
-    return RemovedSamples(table=pa.table([rows, digests, keys], schema=_SCHEMA), salt=salt)
+    return RemovedSamples(table=pa.table([rows, digests], schema=_SCHEMA), salt=salt)
 
 
 def no_removed(salt: str, before: Marks | None = None) -> RemovedSamples:

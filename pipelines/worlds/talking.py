@@ -196,7 +196,7 @@ def _write_set(folder: Path, name: str, settings: WorldSettings, progress: Progr
         if len(tasks) == 1:
             _write_utterances(tasks[0], progress)
             progress.finish()
-        elif run_processes(_write_utterances, tasks, progress, steps=(f"write {name}",), is_split=True)[1]:
+        elif run_processes(_write_utterances, tasks, progress, is_shared=True)[1]:
             raise DataError(f"a process died while it wrote {folder}; finished files are kept: rerun the same command")
     if not (folder / MANIFEST).is_file():
         lines = [json.dumps(_read_record(folder, plan)) + "\n" for plan in plans]

@@ -69,6 +69,6 @@ def without(two_caches: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
     path = Path(shutil.copytree(two_caches[0], tmp_path_factory.mktemp("removed") / "cache"))
     removed = np.array([3, 7, 39])
     start_removal(Cache(path), removed, Cache(path).column("key").take(pa.array(removed)).to_pylist())
-    apply_removal(path, "digest")
+    apply_removal(path)
     finish_removal(path)
     return Cache(path)

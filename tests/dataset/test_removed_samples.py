@@ -29,7 +29,7 @@ def after(before: Cache, tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """The same cache without four of them."""
     path = Path(shutil.copytree(before.path, tmp_path_factory.mktemp("removed") / "cache"))
     start_removal(Cache(path), REMOVED, before.column("key").take(pa.array(REMOVED)).to_pylist())
-    apply_removal(path, "digest")
+    apply_removal(path)
     finish_removal(path)
     return Cache(path)
 
@@ -57,7 +57,7 @@ def test_split_of_removed_samples_only_is_refused(two_caches: list[Path], tmp_pa
     """Nothing is left that tells whether it is of this cache."""
     cache, path = Path(shutil.copytree(two_caches[0], tmp_path / "cache")), tmp_path / "split.parquet"
     start_removal(Cache(cache), np.arange(3), ["00000", "00001", "00002"])
-    apply_removal(cache, "digest")
+    apply_removal(cache)
     finish_removal(cache)
     write_split(path, Split(keys=keys, parts=["train", "val"], groups=[0, 1]))
     with pytest.raises(

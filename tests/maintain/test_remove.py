@@ -21,9 +21,7 @@ from embedcache.errors import (
     CorruptError,
     DataError,
     EmbedcacheError,
-    FingerprintError,
     PathError,
-    SettingError,
     UnfinishedError,
 )
 from embedcache.evaluate.labeled import read_labeled
@@ -280,18 +278,6 @@ def test_removed_items_are_no_failures_of_their_modality(tmp_path: Path) -> None
     assert [report.failures for report in reports] == [{"removed": 1}, {"removed": 1}]
 
 
-@pytest.mark.slow
-def test_keys_are_recorded_as_wished(made: Path, copy: Path) -> None:
-    remove_samples(copy / "c", KEYS[:1], RemoveSettings(record_keys="full"))
-    remove_samples(copy / "c", KEYS[1:], RemoveSettings(record_keys="none"))
-    table = pq.read_table(copy / "c" / "removed.parquet")
-    assert table["key"].to_pylist() == [KEYS[0], None]
-    assert [digest is None for digest in table["key_digest"].to_pylist()] == [False, True]
-    assert verify(Cache(copy / "c")) == []
-    with pytest.raises(FingerprintError, match=r"has other samples than this source has now: it has 1 more"):
-        make_cache(made / "source", copy / "c")  # nobody knows that it was removed
-
-
 def test_wrong_requests_change_nothing(copy: Path) -> None:
     before = tree(copy)
     with pytest.raises(DataError, match="got 1 of 2 that it does not have, first 'nobody'; nothing is removed"):
@@ -304,8 +290,6 @@ def test_wrong_requests_change_nothing(copy: Path) -> None:
         remove_samples(copy / "c", KEYS, index=[copy / "none"])
     with pytest.raises(PathError, match="c: expected an index, got a cache"):
         plan_removal(copy / "c", KEYS, index=[copy / "c"])
-    with pytest.raises(SettingError, match="record_keys: expected one of digest, none, full, got 'all'"):
-        RemoveSettings(record_keys="all")  # type: ignore[arg-type]
     pq.write_table(pa.table({"key": list(KEYS)}), copy / "mine.parquet")
     (copy / "link.parquet").symlink_to(copy / "kept.parquet")
     before = tree(copy)

@@ -1,6 +1,5 @@
 """Where the source of a cache may be read: below what the user named, and its own folders if they indexed it."""
 
-import pwd
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +45,6 @@ def test_own_places_of_each_kind_of_source(tmp_path: Path) -> None:
         assert own_places(describe(kind, path)) == list(map(str, folders)), (kind, path)
     merged = merged_description([describe("folder", shards), describe("table", table, root=str(tmp_path))])
     assert own_places(merged_description([merged])) == [str(shards), str(table.parent), str(tmp_path)]
-
-
-def test_homes_are_no_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a file in a home that file alone is read."""
-    home = tmp_path / "home" / "me"
-    home.mkdir(parents=True)
-    (home / "t.parquet").touch()
-    monkeypatch.setenv("HOME", str(home))
-    people = [
-        pwd.struct_passwd(("x", "x", number, 0, "", f"/homes/{number}/x", "")) for number in (0, 1, 999, 1000, 1001)
-    ]
-    monkeypatch.setattr("pwd.getpwall", lambda: people)
-    for path in ("/", tmp_path, home, "/homes/0", "/homes/1000/x", "/homes/a.tar"):
-        assert own_places(describe("folder", path)) == [], path
-    assert own_places(describe("table", home / "t.parquet")) == [str(home / "t.parquet")]
-    for number in (1, 999):  # homes of services
-        assert own_places(describe("webdataset", f"/homes/{number}/x/a.tar")) == [f"/homes/{number}/x"]
-    remember(describe("folder", home), "1")
-    with pytest.raises(PathError, match="which is a home or in one; name its folder or URL with --image-folder"):
-        allowed_places(describe("folder", home), "1")
-    with read_below(home):
-        assert allowed_places(describe("folder", home), "1") == [str(home)]
-    monkeypatch.delenv("HOME")
-    monkeypatch.setattr("os.getuid", lambda: 2**31 - 9)  # a user without a home
-    assert own_places(describe("folder", home)) == [str(home)]
 
 
 @pytest.mark.usefixtures("foreign")

@@ -385,7 +385,7 @@ def test_rows_of_a_cache_with_removed_samples_stay(tmp_path: Path) -> None:
     info = index(rows(10), tmp_path / "c", chunk_size=4)
     cache = Cache(tmp_path / "c")
     start_removal(cache, np.array([3]), ["k3"])
-    apply_removal(tmp_path / "c", "digest")
+    apply_removal(tmp_path / "c")
     finish_removal(tmp_path / "c")
     for extend in (False, True):
         with pytest.raises(SettingError, match="limit: expected at least the 10 samples that cache .* has, got 5"):

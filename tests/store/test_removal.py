@@ -38,7 +38,7 @@ def start(path: Path, samples: np.ndarray = SAMPLES, progress: Progress | None =
 
 def remove(path: Path, samples: np.ndarray = SAMPLES) -> None:
     start(path, samples)
-    apply_removal(path, "digest")
+    apply_removal(path)
     finish_removal(path)
 
 
@@ -57,7 +57,7 @@ def test_nothing_is_left_and_other_rows_are_the_same(two_caches: list[Path], cac
     progress = RecordedProgress()
     start(cache, progress=progress)
     assert read_pending(cache).rows.tolist() == SAMPLES.tolist()  # type: ignore[union-attr]
-    apply_removal(cache, "digest", progress=progress)
+    apply_removal(cache, progress=progress)
     finish_removal(cache)
     assert read_pending(cache) is None
     assert not (cache / "removing").exists()
@@ -115,13 +115,13 @@ def test_samples_that_are_removed_later_are_added(cache: Path, tmp_path: Path) -
 
 def test_tables_that_were_written_are_not_written_again(cache: Path) -> None:
     start(cache)
-    apply_removal(cache, "none")
+    apply_removal(cache)
     before, times = tree(cache), {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
-    apply_removal(cache, "none")
+    apply_removal(cache)
     assert tree(cache) == before
     written = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert written == {"removed.parquet"}  # neither tables nor chunks
-    assert [read_removed(cache, read_info(cache)).row_of(key) for key in ("00003", "00009")] == [None, None]
+    assert [read_removed(cache, read_info(cache)).row_of(key) for key in ("00003", "00009")] == [3, 9]
 
 
 def test_removed_samples_of_the_source_are_left_out(two_caches: list[Path], cache: Path) -> None:
@@ -155,9 +155,9 @@ def test_chunks_that_were_not_moved_are_moved_by_the_next(
     with monkeypatch.context() as patch:
         patch.setattr(removal, "put_file", put_some)
         with pytest.raises(KeyboardInterrupt):
-            apply_removal(cache, "digest")
+            apply_removal(cache)
     assert (cache / "removing.parquet").is_file()
-    apply_removal(cache, "digest")
+    apply_removal(cache)
     finish_removal(cache)
     assert tree(cache) == tree(whole)
 
@@ -176,9 +176,9 @@ def test_table_of_commits_goes_before_the_first_chunk(cache: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(removal, "put_file", stop)
         with pytest.raises(KeyboardInterrupt):
-            apply_removal(cache, "digest")
+            apply_removal(cache)
     assert not compacted_path(group.path).exists()  # it repeats hashes
-    apply_removal(cache, "digest")
+    apply_removal(cache)
     finish_removal(cache)
     assert compacted_path(group.path).is_file()
     assert verify(Cache(cache)) == []
@@ -252,12 +252,7 @@ def test_tables_of_removed_samples_are_merged() -> None:
     other = make_removed(np.array([2, 9]), ["b", "other"], "salt")
     both = one.merge(other)
     assert both.rows.tolist() == [2, 5, 9]
-    assert both.table["key"].to_pylist() == ["b", "e", "i"]  # the first record of a row counts
     assert [both.row_of(key) for key in ("b", "i", "other")] == [2, 9, None]
-    recorded = [both.with_keys(kind).table for kind in ("full", "digest", "none")]
-    assert [table["key"].null_count for table in recorded] == [0, 3, 3]
-    assert [table["key_digest"].null_count for table in recorded] == [0, 0, 3]
-    assert both.with_keys("none").row_of("b") is None
     assert no_removed("salt").row_of("b") is None
     assert digest_key("b", "salt" * 30) == digest_key("b", "salt" * 16)  # BLAKE2b takes keys of up to 64 bytes
     assert digest_key("b", "salt" * 15) != digest_key("b", "salt" * 16)
