@@ -225,16 +225,6 @@ def test_open_path_chained_url_raises(url: str) -> None:
         open_path(url)
 
 
-def test_open_path_ipv6_url_is_not_chained() -> None:
-    full = "0000:0000:0000:0000:0000:0000:0000:0001"
-    for short in ("::1", "0::1", full):
-        assert str(open_path(f"http://[{short}]:8000/a")) == f"http://[{full}]:8000/a"
-    with pytest.raises(PathError, match=r"http://\[::x\]/a: expected an IPv6 address in brackets, got \[::x\]"):
-        open_path("http://[::x]/a")
-    with pytest.raises(PathError, match="several chained by a double colon"):
-        open_path("http://[::1]/a::b")
-
-
 def test_a_url_is_no_pattern() -> None:
     folder, other = (open_path(f"memory://pattern/{name}") for name in ("photos [1]", "photos 1"))
     for path in (folder, other):

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from embedcache.devices import AUTO, all_devices, announce_device
@@ -30,14 +29,13 @@ from embedcache.extract.feature_writer import (
 from embedcache.extract.loop import encode_chunks
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
-from embedcache.files import is_remote, open_path
+from embedcache.files import open_path
 from embedcache.locks import divided_work, has_locks
 from embedcache.modalities import MODALITIES, encoder_option, noun
 from embedcache.processes import connected, num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import trust_files
 from embedcache.sources.base import Source
-from embedcache.sources.files import TABLE_SUFFIXES, has_suffix
 from embedcache.sources.reopen import open_below
 from embedcache.store.cache import Cache
 from embedcache.store.group import find_group
@@ -218,8 +216,8 @@ def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, 
     for modality in specs:
         if not cache.info.num_items.get(modality):
             option = encoder_option(modality)
-            step = _other_source(cache, job, modality)
-            raise SourceError(f"cache {cache.path} has no {modality} items; omit {option}, or {step}")
+            columns = f"; columns without a role are {first_few(names, 10)}" if (names := cache.columns[1:]) else ""
+            raise SourceError(f"{cache.path} has no {modality} items; omit {option}, or check the source{columns}")
     encoders: dict[Modality, list[Encoder]] = {
         modality: [
             open_encoder(spec, modality=modality, settings=_encoder_settings(cache, job, modality, spec, device))
@@ -242,21 +240,6 @@ def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, 
                 for view in [None, *(view for view in views if view.modality == modality)]
             ]
     return writers
-
-
-def _other_source(cache: Cache, job: ExtractJob, modality: Modality) -> str:
-    """Return what to do about a source that lacks items: a column, a table in its folder, or the file as one."""
-    columns = [name for name in cache.columns if name != "key"]
-    if job.source["type"] == "table" and columns:
-        option = f"--{'caption' if modality == 'text' else modality}-column"
-        return f"name the column that holds them with {option}; columns without a role are {first_few(columns, 10)}"
-    if job.source["type"] == "texts":
-        return f"if the file is a table, extract table:{job.source['path']} into a new folder"
-    if job.source["type"] == "folder" and not is_remote(open_path(job.source["path"])):
-        for path in sorted(Path(job.source["path"]).iterdir()):
-            if has_suffix(path.name, TABLE_SUFFIXES):
-                return f"use the table in that folder as the source: {path}"
-    return "check the source"
 
 
 def _encoder_settings(

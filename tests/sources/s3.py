@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 from collections.abc import Iterator
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -86,28 +85,22 @@ class WebServer:
         folder: folder to serve.
         has_ranges: whether range requests are supported.
         missing: status code for a missing file.
-        host: address to listen on, IPv4 or IPv6.
     """
 
-    def __init__(self, folder: Path, *, has_ranges: bool = True, missing: int = 404, host: str = "127.0.0.1") -> None:
+    def __init__(self, folder: Path, *, has_ranges: bool = True, missing: int = 404) -> None:
         self.folder = folder
         self.sent: list[int] = []
         handler = partial(_Handler, folder=folder, sent=self.sent, has_ranges=has_ranges, missing=missing)
-        is_ipv6 = ":" in host
-        self._server = (_IPv6Server if is_ipv6 else ThreadingHTTPServer)((host, 0), handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
-        self.url = f"http://{f'[{host}]' if is_ipv6 else host}:{self._server.server_port}"
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def stop(self) -> None:
         """Stop the server."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-
-
-class _IPv6Server(ThreadingHTTPServer):
-    address_family = socket.AF_INET6
 
 
 @pytest.fixture

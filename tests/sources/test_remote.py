@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from hypothesis import strategies as st
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import open_path
-from embedcache.sources import FileItem, Source, open_source
-from embedcache.sources.tars import RemoteBlocks
-from embedcache.store.cache import Cache
+from embedcache.sources import FileItem, Source, open_source, tars
+from embedcache.sources.tars import ByteRanges
 from embedcache.testing.sources import SourceContract
 from tests.crash import call_elsewhere
 from tests.sources.files import COLORS, jpeg, reopen, write, write_parquet, write_tar
@@ -47,24 +45,6 @@ def write_images(folder: Path) -> Path:
             ".hidden/x.jpg": b"",
         },
     )
-
-
-def test_ipv6_host(tmp_path: Path, cache_path: Path) -> None:
-    shards(tmp_path / "web")
-    shutil.copytree(cache_path, tmp_path / "web" / "cache")
-    try:
-        server = WebServer(tmp_path / "web", host="::1")
-    except OSError as error:
-        pytest.skip(f"no IPv6 here: {error}")
-    try:
-        assert server.url.startswith("http://[::1]:")
-        here = Cache(cache_path).feature("image", "open_toy/cls").load()
-        np.testing.assert_array_equal(Cache(f"{server.url}/cache").feature("image", "open_toy/cls").load(), here)
-        source = open_source(f"{server.url}/00000.tar::{server.url}/00001.tar")
-        again = reopen(source.describe())
-        assert [again.read(sample.images[0]) for sample in again.samples()] == IMAGES[:5] * 2
-    finally:
-        server.stop()
 
 
 class TestFolderOnS3(SourceContract):
@@ -246,37 +226,23 @@ def test_adjacent_items_cost_one_request_per_block(tmp_path: Path, web: WebServe
     assert sum(web.sent) / (200 * len(data)) < 1.05
 
 
-def blocks_of(web: WebServer, folder: Path, *, num_blocks: int) -> tuple[RemoteBlocks, Path, bytes]:
-    data = np.random.default_rng(0).bytes(1000 * num_blocks - 500)
-    write(folder, {"x.bin": data})
-    return RemoteBlocks(block_bytes=1000, max_blocks=4), open_path(f"{web.url}/x.bin"), data
-
-
-@given(ranges=st.lists(st.tuples(st.integers(0, 9_600), st.integers(0, 4_000)), min_size=1, max_size=8))
+@given(ranges=st.lists(st.tuples(st.integers(0, 9_600), st.integers(1, 4_000)), min_size=1, max_size=8))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
-def test_blocks_return_the_bytes_of_the_file(tmp_path: Path, web: WebServer, ranges: list[tuple[int, int]]) -> None:
-    blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=10)
+def test_ranges_are_the_bytes_of_the_file(
+    tmp_path: Path, web: WebServer, monkeypatch: pytest.MonkeyPatch, ranges: list[tuple[int, int]]
+) -> None:
+    monkeypatch.setattr(tars, "_REMOTE_BLOCK_BYTES", 1000)
+    data = np.random.default_rng(0).bytes(15_000)
+    write(tmp_path / "web", {"x.bin": data})
+    files, path = ByteRanges(), open_path(f"{web.url}/x.bin")
     for offset, length in ranges:
-        if offset < len(data):
-            assert blocks.read(path, offset, length) == data[offset : offset + length]
-
-
-def test_sequential_reads_fetch_each_block_once(tmp_path: Path, web: WebServer) -> None:
-    blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=20)
-    assert b"".join(blocks.read(path, offset, 100) for offset in range(0, len(data), 100)) == data
-    blocks._prefetcher.shutdown()  # waits for pending requests
-    assert sorted(web.sent) == [500] + [1000] * 19
-
-
-def test_random_reads_prefetch_nothing(tmp_path: Path, web: WebServer) -> None:
-    blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=20)
-    for number in (15, 3, 9):
-        assert blocks.read(path, 1000 * number, 10) == data[1000 * number : 1000 * number + 10]
-    assert web.sent == [1000] * 3
+        assert files.read(path, offset, length) == data[offset : offset + length]
 
 
 def test_failed_block_is_retried(tmp_path: Path, web: WebServer) -> None:
-    blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=2)
+    data = np.random.default_rng(0).bytes(1500)
+    write(tmp_path / "web", {"x.bin": data})
+    blocks, path = ByteRanges(), open_path(f"{web.url}/x.bin")
     (tmp_path / "web" / "x.bin").rename(tmp_path / "web" / "away")
     with pytest.raises(ItemError, match="no such file"):
         blocks.read(path, 0, 10)
