@@ -18,8 +18,7 @@ from embedcache.sources.settings import option_words
 from embedcache.store.cache import Cache
 from embedcache.store.layout import CacheInfo, items_path, samples_path
 from embedcache.store.removed import RemovedSamples, read_removed
-from embedcache.store.sample_tables import digest_input
-from embedcache.store.table_writer import BATCH
+from embedcache.store.table_writer import BATCH, digest_input
 from embedcache.store.tables import open_table, table_errors, to_file_item
 from embedcache.store.verify import check_tables
 

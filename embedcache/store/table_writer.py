@@ -2,10 +2,13 @@
 
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
+from json import JSONEncoder
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +18,11 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Ints, distinct
 from embedcache.errors import CorruptError, SourceError
 from embedcache.files import is_remote, partial_path, put_file, remove_file
-from embedcache.modalities import MODALITIES
+from embedcache.modalities import FILE_MODALITIES, MODALITIES
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.columns import widen
 from embedcache.store.layout import items_path, samples_path
-from embedcache.store.sample_tables import ALWAYS, SampleTables, count_from, to_tables
 from embedcache.store.tables import (
     BLOCK,
     ITEM_SCHEMAS,
@@ -31,6 +33,133 @@ from embedcache.store.tables import (
     open_table,
     read_table,
 )
+
+ALWAYS = ("image", "text")
+"""Modalities that always have an item table, and a list in each line of JSON; others have them if there are items."""
+
+_OTHERS = tuple(modality.name for modality in FILE_MODALITIES if modality.name not in ALWAYS)
+
+_INFERRED = {pa.int64(), pa.float64(), pa.bool_(), pa.string()}
+"""Types of columns whose Python values Arrow gives the same type."""
+
+_JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+class SampleTables(NamedTuple):
+    """Consecutive samples.
+
+    Args:
+        samples: `key` and other columns.
+        items: modality -> its items, whose column `sample` counts from the first of these samples.
+    """
+
+    samples: pa.Table
+    items: Mapping[str, pa.Table]
+
+
+def to_tables(batch: Sequence[Sample]) -> SampleTables:
+    """Return samples as tables; a modality of which no sample has an item is left out, except image and text."""
+    named = {name for sample in batch for name, items in sample.files.items() if items}
+    modalities = (*ALWAYS, *(name for name in _OTHERS if name in named))
+    return SampleTables(_sample_table(batch), {name: _item_table(batch, name) for name in modalities})
+
+
+def _sample_table(batch: Sequence[Sample]) -> pa.Table:
+    columns: dict[str, list[Any]] = defaultdict(lambda: [None] * len(batch))
+    for row, sample in enumerate(batch):
+        for name, value in sample.columns.items():
+            columns[name][row] = value
+    arrays = {name: _column(values) for name, values in sorted(columns.items()) if name != "key"}
+    return pa.table({"key": pa.array([sample.key for sample in batch], pa.string()), **arrays})
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types: keep them as text
+        return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def _item_table(batch: Sequence[Sample], modality: str) -> pa.Table:
+    schema = ITEM_SCHEMAS[modality]
+    is_text = MODALITIES[modality].kind == "texts"
+    items: list[Sequence[Any]] = [sample.texts if is_text else sample.items_in_files(modality) for sample in batch]
+    rows = [row for row, sample_items in enumerate(items) for _ in sample_items]
+    columns = ([getattr(item, name) for group in items for item in group] for name in schema.names[1:])
+    return pa.table([rows, *columns], schema=schema)
+
+
+def join_tables(pieces: Sequence[SampleTables]) -> SampleTables:
+    """Join consecutive samples to the tables that `to_tables` makes of them.
+
+    So a column has the type that Arrow infers from its values, and is left out if no sample has one.
+    """
+    tables, items = [piece.samples for piece in pieces], {}
+    starts = list(accumulate(map(len, tables), initial=0))
+    names = sorted({name for table in tables for name in table.column_names} - {"key"})
+    columns = {name: _join_column(name, tables) for name in names}
+    samples = {"key": pa.concat_tables([table.select(["key"]) for table in tables]).combine_chunks()["key"]}
+    samples |= {name: column for name, column in columns.items() if column.null_count < len(column)}
+    for modality, schema in ITEM_SCHEMAS.items():
+        found = [
+            count_from(start, piece.items[modality])
+            for start, piece in zip(starts, pieces, strict=False)
+            if modality in piece.items
+        ]
+        joined = pa.concat_tables([schema.empty_table(), *found]).combine_chunks()
+        if len(joined) or modality in ALWAYS:
+            items[modality] = joined
+    return SampleTables(pa.table(samples), items)
+
+
+def _join_column(name: str, tables: Sequence[pa.Table]) -> pa.Array:
+    nothing = (pa.chunked_array([pa.nulls(len(table))]) for table in tables)
+    parts = [table[name] if name in table.column_names else null for table, null in zip(tables, nothing, strict=True)]
+    kinds = {part.type for part in parts if part.null_count < len(part)}
+    if len(kinds) == 1 and kinds <= _INFERRED:
+        kind = kinds.pop()
+        return pa.chunked_array([chunk for part in parts for chunk in part.cast(kind).chunks], kind).combine_chunks()
+    return _column([value for part in parts for value in part.to_pylist()])
+
+
+def count_from(first: int, items: pa.Table) -> pa.Table:
+    """Return items with `first` added to their sample numbers."""
+    return items.set_column(0, items.schema.field("sample"), pc.add(items["sample"], first))
+
+
+def digest_input(batch: Sequence[Sample]) -> bytes:
+    """Return samples as lines of canonical JSON, the input of the index digest.
+
+    A line has a fifth element only if the sample has items of other modalities than image and text, and an item only
+    has five elements if it is an interval.
+
+    Raises:
+        SourceError: text that is not Unicode, or a value of a column or an item that JSON does not have.
+    """
+    lines = []
+    for sample in batch:
+        images = [[item.path, item.offset, item.length] for item in sample.images]
+        texts = [[item.text, item.language] for item in sample.texts]
+        others = {name: [_location(item) for item in items] for name, items in sample.files.items() if items}
+        try:
+            line = _JSON.encode([sample.key, images, texts, dict(sample.columns), *([others] if others else [])])
+            lines.append(f"{line}\n".encode())
+        except UnicodeEncodeError as error:
+            raise SourceError(
+                f"sample {sample.key!r} holds text that is not valid Unicode: {error.reason}; correct the source"
+            ) from error
+        except TypeError as error:
+            raise SourceError(
+                f"sample {sample.key!r}: expected texts, numbers, booleans and None in its items and columns: {error}; "
+                "correct the source"
+            ) from error
+    return b"".join(lines)
+
+
+def _location(item: FileItem) -> list[str | int | float | None]:
+    interval = [item.start_s, item.stop_s]
+    return [item.path, item.offset, item.length, *(interval if interval != [None, None] else [])]
+
 
 BATCH = BLOCK
 

@@ -25,13 +25,10 @@ from embedcache.errors import (
 )
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.maintain import copy
-from embedcache.maintain.copy import cut_cache, merge_caches
-from embedcache.maintain.copy_source import CopySource, SegmentSamples, divide_segments
+from embedcache.maintain.copy import CopySource, SegmentSamples, cut_cache, divide_segments, merge_caches
 from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.remove import remove_samples
 from embedcache.progress import NullProgress
-from embedcache.provenance import digest
 from embedcache.sources import open_source
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.cache import Cache
@@ -39,7 +36,7 @@ from embedcache.store.indexing import index, index_tables
 from embedcache.store.layout import Segment
 from embedcache.store.removed import write_marks
 from embedcache.store.rows import RowReader
-from embedcache.store.sample_tables import SampleTables, digest_input
+from embedcache.store.table_writer import SampleTables, digest_input
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import verify
 from tests.crash import call
@@ -162,12 +159,6 @@ def halves(made: Path, small: Path, tmp_path_factory: pytest.TempPathFactory) ->
     (folder / "rest.txt").write_text("".join(f"{key}\n" for key in rest))
     cut_cache(made / "c", folder / "rest.txt", folder / "rest")
     return [small, folder / "rest"]
-
-
-def test_digest_of_rows_is_that_of_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copy, "BLOCK", 3)
-    for count in range(8):
-        assert copy._digest_rows(np.arange(5, 5 + count)) == digest(list(range(5, 5 + count)))
 
 
 def test_cut_without_some(made: Path, tmp_path: Path) -> None:
@@ -334,7 +325,7 @@ def test_cut_has_the_tables_of_a_source_of_its_samples(
     chosen = np.arange(first, len(samples))
     segments = divide_segments(whole, chosen, number=None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("embedcache.maintain.copy_source.BLOCK", batch)
+        patch.setattr("embedcache.maintain.copy.BLOCK", batch)
         patch.setattr("embedcache.store.changes.BATCH", batch)
         source = CopySource(segments, Rows().describe(), folder / "cut", {})
         info = index_tables(source, folder / "cut", chunk_size=4, progress=NullProgress())

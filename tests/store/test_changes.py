@@ -19,7 +19,7 @@ from embedcache.store.changes import IndexedSample, SourceChanges, find_changes,
 from embedcache.store.group import create_group
 from embedcache.store.indexing import index, update_path
 from embedcache.store.layout import SUBSET, Segment, read_info, write_info
-from embedcache.store.sample_tables import digest_input
+from embedcache.store.table_writer import digest_input
 from embedcache.store.writer import add_feature, commit_chunk
 from tests.recorded import RecordedProgress
 from tests.store.test_indexing import CountedRows, Rows, rows
