@@ -170,7 +170,7 @@ def test_error_in_a_plugin_names_it(tmp_path: Path, cache_path: Path, line: str)
     done = embedcache(*line.format(cache=cache_path).split(), cwd=tmp_path)
     assert done.code == 70
     assert "ZeroDivisionError: of the plug-in" in done.stderr
-    assert "error was raised in the plug-in plugged (plugged 1.0), or in what it called" in done.stderr
+    assert "run the contract test of plugged (plugged 1.0)" in done.stderr
     assert "bug in embedcache" not in done.stderr
 
 
@@ -180,7 +180,7 @@ def test_error_after_a_plugin_names_its_contract(tmp_path: Path, cache_path: Pat
     """A class without the attributes of a method: the error is raised in our code."""
     done = embedcache("curate", "select", cache_path, "s.parquet", "--method", "plugged", "--budget", 3, cwd=tmp_path)
     assert done.code == 70
-    assert "Run the contract test of plugged (plugged 1.0)" in done.stderr
+    assert "run the contract test of plugged (plugged 1.0)" in done.stderr
 
 
 @pytest.mark.slow
@@ -202,7 +202,6 @@ def test_artifacts_of_plugins_that_are_not_installed(tmp_path: Path, cache_path:
         assert done.code == 1
         (error,) = (text for text in done.stderr.splitlines() if text.startswith("error: "))
         assert re.search(message, error), error
-    assert "plugged 1.0" in embedcache("evaluate", "retrieval", cache_path, "run", cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize(

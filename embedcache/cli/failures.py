@@ -131,8 +131,8 @@ def _report_bug() -> NoReturn:
     line = "This is a bug in embedcache, not an error of yours: please report it with the text above."
     if used:
         line = (
-            "This is a bug in embedcache, or of what a plug-in gave it. Run the contract test of "
-            f"{_plugin_names(used)}, see embedcache.testing: if it passes, please report the text above."
+            f"This is a bug, maybe of a plug-in: run the contract test of {_plugin_names(used)}, see "
+            "embedcache.testing; if it passes, please report the text above."
         )
     print(line, file=sys.stderr)
     sys.exit(_BUG)

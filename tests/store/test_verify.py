@@ -14,10 +14,11 @@ from embedcache.errors import CorruptError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
+from embedcache.provenance import digest
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, write_commit
-from embedcache.store.group import create_group
+from embedcache.store.group import create_group, read_feature
 from embedcache.store.indexing import index
 from embedcache.store.layout import INTERRUPTED_REMOVAL, fit_path
 from embedcache.store.removal import start_removal
@@ -173,6 +174,7 @@ def test_verify_finds_items_with_other_bytes(tmp_path: Path) -> None:
                 features={feature: write_feature_chunk(group, feature, chunk, items) for feature in "fg"},
                 hashes=hashes,
                 failures={"f": reasons, "g": [None] * len(span) if name == "third" else ["all"] * len(span)},
+                attributes={feature: digest(read_feature(group, feature)) for feature in "fg"},
             )
             if name == "third":
                 commit = replace(commit, failures={"f": ["all"] * len(span), "g": reasons})
