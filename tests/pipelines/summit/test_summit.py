@@ -44,8 +44,6 @@ def test_result_of_other_settings_is_not_reused(tmp_path: Path) -> None:
     assert Result.read(path, {"epochs": 3}) is None
     make_result("day", switch=0.7).write(path, {"epochs": 3})
     assert Result.read(path, {"epochs": 12}) is None
-    path.write_text(json.dumps({"scenario": "day", "world": 1}))  # as earlier versions wrote it: without settings
-    assert Result.read(path, {"epochs": 3}) is None
 
 
 def test_norms_of_another_source_run_are_not_reused(tmp_path: Path) -> None:
