@@ -33,7 +33,7 @@ from embedcache.metrics.alignment import (
     shuffled_from_products,
 )
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, effective_number, jackknife
-from embedcache.metrics.ranking import best_ranks, chance_recall
+from embedcache.metrics.ranking import best_ranks, tied_chance_recall
 from embedcache.modalities import MODALITIES, directions, noun, order_pair, pair_nouns
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
@@ -131,10 +131,11 @@ class PairSample:
         first_M, second_M = self.val.positives()
         first, second = self.val.first, self.val.second
         return [
-            chance_estimate(
-                chance_recall(np.bincount(query_M), len(candidates.rows), k), effective_number(queries.contents)
+            chance_estimate(tied_chance_recall(positives, candidates.contents, k), effective_number(queries.contents))
+            for positives, queries, candidates in (
+                ((first_M, second_M), first, second),
+                ((second_M, first_M), second, first),
             )
-            for query_M, queries, candidates in ((first_M, first, second), (second_M, second, first))
         ]
 
 

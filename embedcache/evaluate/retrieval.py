@@ -21,7 +21,7 @@ from embedcache.metrics.intervals import (
     effective_number,
     over_seeds,
 )
-from embedcache.metrics.ranking import chance_recall, recall_at
+from embedcache.metrics.ranking import recall_at, tied_chance_recall
 from embedcache.modalities import directions, pair_nouns
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.settings import merge_settings
@@ -46,8 +46,8 @@ class RetrievalReport:
         rank_metrics: direction -> `map`, the mean average precision, and `median_rank`, with 95% intervals of the same
             kind.
         curves: direction -> mean recalls at k = 1, 2, … up to 100 or the number of candidates.
-        chance: as `recalls`, for a random order of the candidates: the expectation, and the range of 95% of random
-            orders.
+        chance: as `recalls`, for random vectors, equal ones of equal items: the expectation, and the range of 95% of
+            random orders.
         over_seeds: as `recalls`, with 95% intervals that hold the variance of seeds, too; empty for one run.
         distinct: as `recalls`, with each image and each caption once; empty if none is repeated.
         distinct_chance: as `chance`, with each once; empty if none is repeated.
@@ -286,6 +286,6 @@ def _chance(rankings: Sequence[Ranking], direction: str, k: int) -> Estimate:
 
 
 def chance_at(ranking: Ranking, direction: str, k: int) -> float:
-    """Compute the expected recall at k of a random order of the candidates."""
+    """Compute the expected recall at k of random vectors, equal ones of equal items."""
     positives = ranking.positives if ranking.is_forward(direction) else ranking.positives[::-1]
-    return chance_recall(np.bincount(positives[0]), ranking.num_candidates(direction), k)
+    return tied_chance_recall(positives, ranking.sides(direction)[1].contents, k)

@@ -1,8 +1,10 @@
 """Retrieval metrics: ranks of positives, recall at k, average precision, and their chance levels."""
 
+from math import comb
+
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, dot_products
+from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, distinct, dot_products
 from embedcache.errors import DataError
 
 _BLOCK_BYTES = 64 * 2**20
@@ -138,6 +140,64 @@ def chance_recall(num_positives_Q: Ints, num_candidates: int, k: int) -> float:
         left = num_candidates - num_drawn
         misses_Q *= np.maximum(left - num_positives_Q, 0) / left
     return float(np.mean(1 - misses_Q))
+
+
+def tied_chance_recall(positives: tuple[Ints, Ints], contents_C: Ints, k: int) -> float:
+    """Compute the expected recall at k of random vectors where equal candidates have equal vectors.
+
+    Equal captions are ranked one after another, so that a query's best positive is reached later than if each caption
+    had a place of its own; without equal candidates it is `chance_recall`. All equal candidates of a positive must be
+    positives, too. Memory: k numbers per query.
+
+    Args:
+        positives: two (M,) arrays, query and candidate of each positive pair.
+        contents_C: (C,) number of each candidate's content.
+
+    Example:
+        >>> positives = np.array([0, 1, 1]), np.array([0, 1, 2])
+        >>> round(tied_chance_recall(positives, np.array([0, 1, 1]), 1), 12)
+        0.5
+        >>> round(tied_chance_recall(positives, np.array([0, 1, 1]), 2), 12)
+        0.75
+    """
+    _, number_C, size_G = np.unique(contents_C, return_inverse=True, return_counts=True)
+    num_groups = len(size_G)
+    query_P, group_P = np.divmod(distinct(positives[0] * num_groups + number_C[positives[1]]), num_groups)
+    counts_QK = np.zeros((int(query_P.max()) + 1, k), np.int64)  # column s: positive groups of s items, 0: of any size
+    np.add.at(counts_QK[:, 0], query_P, 1)
+    is_small = size_G[group_P] < k
+    np.add.at(counts_QK, (query_P[is_small], size_G[group_P[is_small]]), 1)
+    sizes_K = np.bincount(size_G[size_G < k], minlength=k)  # number of groups of s items
+    positives_FK, num_queries_F = np.unique(counts_QK, axis=0, return_counts=True)
+    recalls = [_first_within(sizes_K - counts_K, int(counts_K[0]), num_groups, k) for counts_K in positives_FK]
+    return float(np.average(recalls, weights=num_queries_F))
+
+
+def _first_within(negatives_K: Ints, num_positives: int, num_groups: int, k: int) -> float:
+    """Return the probability that fewer than k items are in the groups before the first positive one.
+
+    Groups are in random order, so that each set of n groups is equally likely to come first. The sum is over n: the
+    fraction of these sets that have negative groups and fewer than k items alone, times the probability that the next
+    one of the other groups is positive.
+
+    Args:
+        negatives_K: (K,) number of negative groups of s items, for s from 1 on.
+        num_positives: number of positive groups.
+        num_groups: number of all groups.
+        k: number of items that are looked at.
+    """
+    sets_JS = np.zeros((k, k))  # number of sets of j negative groups with s items in all
+    sets_JS[0, 0] = 1
+    for size in range(1, k):
+        before_JS, sets_JS = sets_JS, np.zeros((k, k))
+        for count in range(min((k - 1) // size, int(negatives_K[size])) + 1):
+            shifted = before_JS[: k - count, : k - count * size]
+            sets_JS[count:, count * size :] += comb(int(negatives_K[size]), count) * shifted
+    probability = sum(
+        float(sets_JS[num].sum()) / comb(num_groups, num) * num_positives / (num_groups - num)
+        for num in range(min(k, num_groups - num_positives + 1))
+    )
+    return min(1.0, probability)  # a sum of nine ninths is a little more
 
 
 def metric_label(name: str) -> str:

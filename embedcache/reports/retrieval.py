@@ -156,7 +156,7 @@ def write_retrieval_page(
         title="Recall",
         notes=[
             "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the "
-            "range that holds 95% of random rankings. Distinct: each "
+            "range that holds 95% of random rankings, in which equal captions stay together. Distinct: each "
             f"{one} and each {other} counted once.",
             *(f"{name}: {report.overlap.line()}." for name, report in reports.items() if report.overlap),
         ],

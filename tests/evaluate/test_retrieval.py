@@ -125,6 +125,7 @@ def test_json_and_table(cache_path: Path, runs: list[Path]) -> None:
     columns, rows = retrieval_table({"run": report})
     assert columns == ["", "i2t R@1", "i2t R@5", "i2t R@10", "t2i R@1", "t2i R@5", "t2i R@10"]
     assert [row[0] for row in rows] == ["run", "run, over seeds", "chance", "run, distinct", "chance, distinct"]
+    assert report_json["chance"]["i2t"]["r@5"] < report_json["distinct"]["chance"]["i2t"]["r@5"]
     for direction in ("i2t", "t2i"):
         low, high = report_json["over_seeds"][direction]["intervals"]["r@10"]
         assert low < report_json[direction]["r@10"] < high

@@ -1,5 +1,5 @@
 import doctest
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from embedcache.metrics.ranking import (
     negatives_before,
     rank_labels,
     recall_at,
+    tied_chance_recall,
 )
 
 
@@ -133,6 +134,35 @@ def test_chance_recall_matches_enumeration(num_positives: list[int], num_candida
     draws = list(combinations(range(num_candidates), min(k, num_candidates)))
     counted = np.mean([np.mean([draw[0] < count for draw in draws]) for count in num_positives])  # the lowest is first
     assert chance_recall(np.array(num_positives), num_candidates, k) == pytest.approx(counted)
+
+
+@pytest.mark.slow
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=6), st.integers(1, 8), st.integers(0, 1000))
+def test_tied_chance_matches_enumeration(sizes: list[int], k: int, seed: int) -> None:
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    rng = np.random.default_rng(seed)
+    relation = rng.random((3, len(sizes))) < 0.4
+    relation[np.arange(3), rng.integers(len(sizes), size=3)] = True
+    counted = []
+    for positive in relation:
+        for order in permutations(range(len(sizes))):
+            first = next(place for place, group in enumerate(order) if positive[group])
+            counted.append(sum(sizes[group] for group in order[:first]) < k)
+    assert tied_chance_recall(np.nonzero(relation[:, groups]), groups * 7, k) == pytest.approx(np.mean(counted))
+
+
+def test_tied_chance_is_a_probability() -> None:
+    """One that is certain is 1 in spite of rounding: the interval of a little more would be NaN."""
+    chances = [tied_chance_recall((np.arange(count),) * 2, np.arange(count), 10) for count in range(1, 11)]
+    assert max(chances) == 1
+    assert min(chances) == pytest.approx(1)
+
+
+def test_tied_chance_of_distinct_candidates_is_chance() -> None:
+    query_M, candidate_M = np.array([0, 0, 1, 2]), np.array([0, 4, 7, 2])
+    for k in (1, 5, 10):
+        expected = chance_recall(np.bincount(query_M), 40, k)
+        assert tied_chance_recall((query_M, candidate_M), np.arange(40), k) == pytest.approx(expected)
 
 
 def test_interval_over_seeds_holds_chance_as_often_as_it_should() -> None:
