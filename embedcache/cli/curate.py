@@ -185,13 +185,12 @@ def dedup(
 
     Example: embedcache curate dedup cache/ kept.parquet --cosine 0.95
     """
-    from embedcache.cli.console import open_progress, print_line, print_lines, print_table
+    from embedcache.cli.console import open_progress, print_line, print_table
     from embedcache.curate.dedup import analyze as analyze_duplicates
     from embedcache.curate.dedup import dedup as remove_duplicates
     from embedcache.reports.dedup import (
         comparison_line,
         dedup_line,
-        histogram_lines,
         threshold_json,
         threshold_table,
         write_dedup_page,
@@ -202,7 +201,7 @@ def dedup(
         analysis = analyze_duplicates(cache, settings, progress=open_progress())
 
         def show_levels() -> None:
-            print_lines([comparison_line(analysis), *histogram_lines(analysis)])
+            print_line(comparison_line(analysis))
             print_table(*threshold_table(analysis))
             print_line("choose a cosine, then: embedcache curate dedup CACHE OUT.parquet --cosine …")
 

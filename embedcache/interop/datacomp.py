@@ -7,7 +7,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import PathError, SettingError
 from embedcache.files import one_or_many
 from embedcache.interop.exporting import IMAGES_AND_TEXTS
-from embedcache.interop.npy import open_npz
+from embedcache.interop.npy import open_npy
 from embedcache.interop.vector_files import FileGroup, VectorImport
 from embedcache.modalities import MODALITIES
 
@@ -38,7 +38,7 @@ def open_datacomp(path: Path, *, arrays: Mapping[str, str | Sequence[str]]) -> V
             "the folder again"
         )
     groups = [
-        FileGroup(vectors={name: open_npz(file, name) for name in modalities}, table=tables[stem])
+        FileGroup(vectors={name: open_npy(file, name) for name in modalities}, table=tables[stem])
         for stem, file in vectors.items()
     ]
     return VectorImport(form="datacomp", path=path, modalities=modalities, groups=groups)

@@ -1,12 +1,10 @@
 """Vectors in `.npy` files with a table of keys and captions beside them, and in the arrays of an `.npz`."""
 
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -14,17 +12,17 @@ from numpy.lib import format as npy_format
 from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, SettingError
+from embedcache.files import check_regular
 from embedcache.interop.exporting import VectorExport, new_folder
 from embedcache.interop.parquet import write_rows
 from embedcache.interop.vector_files import FileGroup, VectorImport, check_dtype
 from embedcache.modalities import MODALITIES
 from embedcache.progress import Progress, watch
 from embedcache.registry import unknown_name
-from embedcache.sources.files import open_binary, wrap_io_errors
+from embedcache.sources.files import wrap_io_errors
 
 _BLOCK = 8192
 _ROW_GROUP = 2**20
-_SKIP_BYTES = 2**24
 
 
 def open_npy_vectors(files: Mapping[str, Path | str], *, table: Path | None = None) -> VectorImport:
@@ -75,75 +73,48 @@ def write_npy(export: VectorExport, folder: Path, *, progress: Progress) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class NpyFile:
-    """A two-dimensional array in C order, read block by block without a memory map.
-
-    Args:
-        path: the `.npy` or `.npz` file.
-        num_rows: number of rows.
-        width: components per row.
-        dtype: `float16`, `float32` or `float64`.
-        start: offset of its components in the file or member, in bytes.
-        member: name of the array in an `.npz`; None for a `.npy`.
-    """
+    """A two-dimensional array of float16, float32 or float64: a memory-mapped `.npy`, or one array of an `.npz`."""
 
     path: Path
     num_rows: int
     width: int
     dtype: str
-    start: int
     member: str | None = None
 
     def blocks(self, first: int, size: int) -> Iterator[Array]:
         """Iterate over the rows from `first` on: arrays (B, D) of at most `size` rows."""
-        row_bytes = self.width * np.dtype(self.dtype).itemsize
-        with self._open() as file:
-            _skip(file, self.start + first * row_bytes)
-            for row in range(first, self.num_rows, size):
-                count = min(size, self.num_rows - row)
-                data = file.read(count * row_bytes)
-                if len(data) < count * row_bytes:
-                    raise _truncated(self, row + len(data) // row_bytes)
-                yield np.frombuffer(data, self.dtype).reshape(count, self.width)
-
-    @contextmanager
-    def _open(self) -> Iterator[IO[bytes]]:
-        with report_damage(self.path):
-            if self.member is None:
-                with open_binary(self.path) as file:
-                    yield file
-            else:
-                with (
-                    open_binary(self.path) as whole,
-                    zipfile.ZipFile(whole) as archive,
-                    archive.open(f"{self.member}.npy") as file,
-                ):
-                    yield file
+        rows_ND = _load(self.path, self.member)
+        for row in range(first, self.num_rows, size):
+            yield np.array(rows_ND[row : row + size])
 
 
-def open_npy(path: Path) -> NpyFile:
-    """Read the header of a `.npy` file.
+def open_npy(path: Path, member: str | None = None) -> NpyFile:
+    """Open a `.npy` file, or an array of an `.npz` file.
 
     Raises:
-        CorruptError: it is not a `.npy` file, or ends before its last row.
-        DataError: it is not a two-dimensional array of float16, float32 or float64 in C order.
+        CorruptError: it is not such a file, or ends before its last row.
+        DataError: it is not a two-dimensional array of float16, float32 or float64.
+        UnknownNameError: the `.npz` has no such array; the message lists those that it has.
     """
-    with report_damage(path), open_binary(path) as file:
-        rows = _parse_header(path, file, None)
-        num_bytes = os.fstat(file.fileno()).st_size - rows.start
-    row_bytes = rows.width * np.dtype(rows.dtype).itemsize
-    if num_bytes < rows.num_rows * row_bytes:
-        raise _truncated(rows, num_bytes // row_bytes)
-    return rows
+    rows_ND = _load(path, member)
+    location = str(path) if member is None else f"{path}, array {member}"
+    if rows_ND.ndim != 2 or not rows_ND.shape[1]:
+        raise DataError(f"{location}: expected an array (rows, width), got shape {rows_ND.shape}")
+    num_rows, width = rows_ND.shape
+    return NpyFile(path=path, num_rows=num_rows, width=width, dtype=check_dtype(rows_ND.dtype, location), member=member)
 
 
-def open_npz(path: Path, name: str) -> NpyFile:
-    """Read the header of one array of an `.npz` file; raise an UnknownNameError that lists its arrays."""
-    with report_damage(path), open_binary(path) as whole, zipfile.ZipFile(whole) as archive:
-        names = [entry.removesuffix(".npy") for entry in archive.namelist()]
-        if name not in names:
-            raise unknown_name("array", name, names, hint=f"in {path}")
-        with archive.open(f"{name}.npy") as file:
-            return _parse_header(path, file, name)
+def _load(path: Path, member: str | None) -> Array:
+    with report_damage(path):
+        check_regular(path)
+        if member is None:
+            mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return mapped
+        with np.load(path, allow_pickle=False) as archive:
+            if member not in archive.files:
+                raise unknown_name("array", member, archive.files, hint=f"in {path}")
+            array: Array = archive[member]
+            return array
 
 
 def write_array(path: Path, stream: Iterable[Array], shape: tuple[int, int], dtype: str, progress: Progress) -> None:
@@ -170,38 +141,3 @@ def report_damage(path: Path) -> Iterator[None]:
         raise CorruptError(
             f"{path}: expected an array written by NumPy, got an error: {error}; get the file again"
         ) from error
-
-
-def _parse_header(path: Path, file: IO[bytes], member: str | None) -> NpyFile:
-    location = str(path) if member is None else f"{path}, array {member}"
-    is_version_1 = npy_format.read_magic(file) == (1, 0)
-    read = npy_format.read_array_header_1_0 if is_version_1 else npy_format.read_array_header_2_0
-    shape, is_fortran, dtype = read(file)
-    if len(shape) != 2 or is_fortran:
-        order = " in Fortran order; save it with np.ascontiguousarray(vectors)" if is_fortran else ""
-        raise DataError(f"{location}: expected an array (rows, width) in C order, got shape {shape}{order}")
-    if not shape[1]:
-        raise DataError(f"{location}: expected vectors of a width of at least 1, got shape {shape}")
-    return NpyFile(
-        path=path,
-        num_rows=shape[0],
-        width=shape[1],
-        dtype=check_dtype(dtype, location),
-        start=file.tell(),
-        member=member,
-    )
-
-
-def _skip(file: IO[bytes], num_bytes: int) -> None:
-    """Move forward; the member of an archive can only be read."""
-    if isinstance(file, zipfile.ZipExtFile):
-        while num_bytes and (read := len(file.read(min(num_bytes, _SKIP_BYTES)))):
-            num_bytes -= read
-    else:
-        file.seek(num_bytes)
-
-
-def _truncated(rows: NpyFile, num_there: int) -> CorruptError:
-    return CorruptError(
-        f"{rows.path} is cut short: expected {rows.num_rows:,} rows, got {num_there:,}; get the file again"
-    )

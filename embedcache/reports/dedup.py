@@ -14,7 +14,7 @@ from embedcache.curate.keep import RemovedSamples
 from embedcache.dataset.similar_pairs import NOT_COMPARED, SAME_PICTURE, SimilarPairs
 from embedcache.dataset.thumbnails import credit
 from embedcache.errors import pluralize
-from embedcache.modalities import count_items, noun
+from embedcache.modalities import count_items
 from embedcache.reports.base import (
     QueryExample,
     Section,
@@ -34,7 +34,6 @@ _MAX_SHOWN_PER_GROUP = 8
 _BIN_WIDTHS = (0.005, 0.01, 0.02, 0.05, 0.1)
 _MAX_BINS = 32
 _BIN_ROUNDING = 1e-4  # of a bin: 0.95 in float32 is a hundred-thousandth of one below the bin that begins there
-_BAR_LENGTH = 40
 
 
 def threshold_table(analysis: DedupAnalysis) -> Table:
@@ -67,19 +66,6 @@ def comparison_line(analysis: DedupAnalysis) -> str:
     recall = near.recall
     pairs = f"found {recall.num_found:,} of the {recall.num_pairs:,} pairs of {recall.num_items:,} sampled items"
     return f"{items}; {copies}; {pluralize(near.num_clusters, 'cluster')} {pairs}"
-
-
-def histogram_lines(analysis: DedupAnalysis) -> list[str]:
-    """Return a histogram of each item's largest cosine, one line per bin; none if only copies were searched."""
-    if analysis.near is None:
-        return []
-    similarities = analysis.similarities
-    if not len(similarities):
-        return [f"no {noun(analysis.feature.modality)} were compared with each other"]
-    title = "largest cosine to another item (logarithmic bars)"
-    if num_alone := len(analysis.near.highest) - len(similarities):
-        title += f"; {num_alone:,} alone in their clusters"
-    return [title, *histogram(similarities).bars()]
 
 
 def threshold_json(analysis: DedupAnalysis) -> dict[str, Any]:
@@ -233,12 +219,6 @@ class Histogram:
     lows: Floats  # (H,) lower bound of each bin, ascending
     width: float
     counts: Ints  # (H,)
-
-    def bars(self) -> Iterator[str]:
-        """Draw one line per bin, the most similar first; the length of a bar is the logarithm of its count."""
-        logs = np.log1p(self.counts) / np.log1p(self.counts.max(initial=1))
-        for low, log, count in zip(self.lows[::-1], logs[::-1], self.counts[::-1], strict=True):
-            yield f"{low:6.3f}  {'█' * round(_BAR_LENGTH * float(log)):{_BAR_LENGTH}}  {count:,}"
 
 
 def histogram(cosines_N: Floats) -> Histogram:

@@ -14,58 +14,6 @@ from embedcache.curate.settings import (
     ScoreSettings,
 )
 from embedcache.errors import SettingError
-from tests.declared import declared_numbers
-
-
-def test_numbers_are_declared_as_documented() -> None:
-    assert declared_numbers("embedcache.curate.settings") == {
-        "CoverageSettings": [
-            "k 10 [1, inf)",
-            "min_count 20 [1, inf)",
-        ],
-        "DedupSettings": [
-            "cosine None (0, 1]",
-            "seed 0 [0, 4294967296)",
-        ],
-        "LeakSettings": [
-            "image_cosine 0.95 (0, 1]",
-            "text_cosine 0.95 (0, 1]",
-            "other_cosine None (0, 1]",
-            "seed 0 [0, 4294967296)",
-        ],
-        "NegativesSettings": [
-            "num_negatives 3 [1, 1000]",
-            "range_min 0 [0, 1048576]",
-            "range_max None [1, 1048576]",
-            "max_score None [-1, 1]",
-            "min_score None [-1, 1]",
-            "absolute_margin None [0, 2]",
-            "relative_margin None [0, 1]",
-            "image_cosine 0.9 [-1, 1]",
-            "text_cosine 0.7 [-1, 1]",
-            "other_cosine 0.9 [-1, 1]",
-            "seed 0 [0, 4294967296)",
-        ],
-        "OutlierSettings": [
-            "k 50 [1, 1000]",
-            "label_neighbors 10 [1, 1000]",
-            "seed 0 [0, 4294967296)",
-        ],
-        "MapSettings": [
-            "max_items 100000 [1, 1000000]",
-            "seed 0 [0, 4294967296)",
-        ],
-    }
-    assert declared_numbers("embedcache.curate.select.settings") == {
-        "SelectSettings": [
-            "budget None (0, inf)",
-            "per_concept None [1, inf)",
-            "threshold None [-1, 1]",
-            "head None [1, inf)",
-            "candidates None [1, inf)",
-            "seed 0 [0, 4294967296)",
-        ],
-    }
 
 
 def test_limits_of_leaks_are_by_modality() -> None:

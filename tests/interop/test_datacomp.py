@@ -67,7 +67,7 @@ def test_wrong_arrays_raise(tmp_path: Path, names: dict[str, list[str]], error: 
 def test_damaged_or_unpaired_files_raise(tmp_path: Path) -> None:
     write_metadata(tmp_path / "index")
     (tmp_path / "index" / "1abc.npz").write_bytes(b"no zip")
-    with pytest.raises(CorruptError, match="1abc.npz is damaged"):
+    with pytest.raises(CorruptError, match="1abc.npz"):
         open_datacomp(tmp_path / "index", arrays={"image": ["l14_img"]})
     (tmp_path / "index" / "1abc.npz").unlink()
     with pytest.raises(PathError, match=r"has 1abc.parquet and no 1abc.npz \(2 .parquet, 1 .npz\)"):

@@ -415,7 +415,7 @@ def test_array_cut_short_after_open_raises(tree: Path, tmp_path: Path) -> None:
     vectors = open_clip_retrieval(tree)
     path = tree / "img_emb" / "img_emb_1.npy"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CorruptError, match="expected 10 rows, got 8"):
+    with pytest.raises(CorruptError, match="img_emb_1.npy"):
         import_files(vectors, tmp_path / "cache")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from embedcache.reports.dedup import Histogram, histogram
+from embedcache.reports.dedup import histogram
 
 
 @given(st.lists(st.integers(-400, 200), max_size=40))
@@ -27,15 +27,3 @@ def test_histogram_counts_each_cosine_in_its_bin(steps: list[int]) -> None:
     assert counted.counts.tolist() == expected
     lows = [1 - counted.width * number for number in range(len(expected), 0, -1)]
     np.testing.assert_allclose(counted.lows, lows, atol=1e-6)
-
-
-def test_bars_are_as_long_as_the_logarithm_of_a_count() -> None:
-    lows = np.array([0.98, 0.985, 0.99, 0.995], np.float32)
-    bars = list(Histogram(lows=lows, width=0.005, counts=np.array([9999, 0, 99, 1])).bars())
-    assert [bar.count("█") for bar in bars] == [round(40 * np.log(2) / np.log(10000)), 20, 0, 40]
-    assert bars[-1] == f" 0.980  {'█' * 40}  9,999"
-    assert bars[0] == f" 0.995  {'█' * 3}{' ' * 37}  1"
-    for count in (0, 1):
-        (bar,) = Histogram(lows=lows[:1], width=0.005, counts=np.array([count])).bars()
-        assert bar == f" 0.980  {'█' * 40 * count:40}  {count}"
-    assert list(Histogram(lows=lows[:0], width=0.005, counts=np.empty(0, np.int64)).bars()) == []

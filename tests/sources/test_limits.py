@@ -27,7 +27,7 @@ def test_devices_and_pipes_are_not_read(tmp_path: Path) -> None:
     for sample in (c, d):
         with pytest.raises(ItemError, match="not a regular file: "):
             source.read(sample.images[0])
-    with pytest.raises(PathError, match="not a regular file: "):
+    with pytest.raises(PathError, match="expected a regular file, got a pipe"):
         open_npy(tmp_path / "pipe")
 
 

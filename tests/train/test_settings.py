@@ -7,45 +7,6 @@ import pytest
 
 from embedcache.errors import SettingError
 from embedcache.train.settings import command_line, train_settings
-from tests.declared import declared_numbers
-
-
-def test_numbers_are_declared_as_documented() -> None:
-    assert declared_numbers("embedcache.train.settings") == {
-        "ModelSettings": [
-            "shared_width 256 [1, 65536]",
-            "shrinkage 1.0 (0, inf)",
-            "dropout 0.1 [0, 1)",
-        ],
-        "OptimizerSettings": [
-            "epochs 30 [0, 1000000]",
-            "batch_size None [2, inf)",
-            "lr 0.001 (0, inf)",
-            "weight_decay 0.02 [0, inf)",
-            "warmup_fraction 0.1 [0, 1]",
-            "max_grad_norm 1.0 (0, inf)",
-            "patience None [1, inf)",
-        ],
-        "LossSettings": [
-            "temperature None [0.001, 0.5]",
-            "mixup 0.0 [0, inf)",
-            "structure 0.0 [0, inf)",
-            "widths () [1, inf)",
-        ],
-        "MachineSettings": [
-            "threads None [1, 1024]",
-            "memory 4294967296 (0, inf)",
-            "checkpoint_s 60.0 [0, inf)",
-        ],
-        "FitSettings": [
-            "seed 0 [0, 4294967296)",
-        ],
-        "TrainSettings": [
-            "num_negatives 1 [1, inf)",
-            "block_rows None [1, inf)",
-            "seed 0 [0, 4294967296)",
-        ],
-    }
 
 
 @pytest.mark.parametrize(
