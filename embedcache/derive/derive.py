@@ -12,8 +12,16 @@ from typing import Any
 from embedcache.arrays import Array, Ints
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN
-from embedcache.derive.compute import ChunkReader, OpenDerivation, OutputSpec, apply_rule
-from embedcache.derive.groups import DerivedView, prepare_group, read_fit, request_fingerprint
+from embedcache.derive.compute import (
+    ChunkReader,
+    DerivedView,
+    OpenDerivation,
+    OutputSpec,
+    apply_rule,
+    prepare_group,
+    read_fit,
+    request_fingerprint,
+)
 from embedcache.derive.rules import Rule, RuleFunction, open_rule
 from embedcache.derive.runs import RunRequest, open_run, reopen_run
 from embedcache.derive.settings import DTYPES, DeriveSettings

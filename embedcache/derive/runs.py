@@ -12,7 +12,7 @@ import torch
 from embedcache.arrays import Array, Floats, Inputs, blocks
 from embedcache.dataset.inputs import PLAIN, InputFeature, check_same_view, open_input, to_inputs, view_feature
 from embedcache.dataset.prompts import check_prompts, class_vectors, read_prompts
-from embedcache.derive.groups import DerivedView
+from embedcache.derive.compute import DerivedView
 from embedcache.derive.rules import Block, Output, Rule
 from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import ItemShape

@@ -24,7 +24,7 @@ from embedcache.outputs import check_output
 from embedcache.projectors.saved import read_config
 from embedcache.search.vectors import Vectors
 from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, base_source, how_to_import
-from embedcache.sources.table_columns import INTERVAL_NAMES
+from embedcache.sources.table_files import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
 from embedcache.store.rows import RowReader

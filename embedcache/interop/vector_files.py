@@ -19,14 +19,15 @@ from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file, resolve_item
 from embedcache.sources.open import IMPORTED_SOURCE
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_columns import (
+from embedcache.sources.table_files import (
+    Row,
     TableColumns,
     assign_columns,
+    open_table_file,
     read_interval,
     read_key,
     read_texts,
 )
-from embedcache.sources.table_files import Row, open_table_file
 
 _DTYPES = {"float16": "float16", "float32": "float32", "float64": "float32"}
 """dtype in a file -> dtype in the cache."""

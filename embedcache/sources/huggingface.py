@@ -23,11 +23,15 @@ from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_columns import (
+from embedcache.sources.table_files import (
+    BATCH_ROWS,
     IMAGE_NAMES,
     ITEM_SETTINGS,
     TEXT_SETTINGS,
+    Row,
     TableColumns,
+    TableFile,
+    arrow_table,
     embedded_path,
     find_columns,
     read_interval,
@@ -35,7 +39,6 @@ from embedcache.sources.table_columns import (
     read_texts,
     split_embedded,
 )
-from embedcache.sources.table_files import BATCH_ROWS, Row, TableFile, arrow_table
 
 _MEMORY = "memory:"
 _TIMEOUT_S = 30
@@ -52,7 +55,7 @@ class HuggingfaceSource:
     """One sample per row of a `Dataset`, or of each split of a `DatasetDict` in turn.
 
     Images are a column with the feature `Image`, else one with a usual name; recordings, videos, point clouds, captions
-    and keys follow the rules of tables (`embedcache.sources.table_columns`). A class label becomes the name of its
+    and keys follow the rules of tables (`embedcache.sources.table_files`). A class label becomes the name of its
     class. In a `DatasetDict`, and where splits are named, keys are `<split>/<cell of the key column, else row>` and the
     column `split` names the split, unless the dataset has such a column. An item is a split and a row. The location is
     a `Dataset` or `DatasetDict`, which cannot be reopened, or the path or name of one.

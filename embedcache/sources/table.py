@@ -24,19 +24,22 @@ from embedcache.sources.files import (
     walk_files,
 )
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_columns import (
+from embedcache.sources.table_files import (
     COLUMN_MARK,
     ITEM_SETTINGS,
     TEXT_SETTINGS,
+    Row,
+    RowGroups,
     TableColumns,
+    TableFile,
     embedded_path,
     find_columns,
+    open_table_file,
     read_interval,
     read_key,
     read_texts,
     split_embedded,
 )
-from embedcache.sources.table_files import Row, RowGroups, TableFile, open_table_file
 
 _WHOLE = (None, None)
 """Interval of an item that is a whole file."""

@@ -13,7 +13,7 @@ from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_so
 from embedcache.sources.files import MEDIA_SUFFIXES
 from embedcache.sources.points import decode_points
 from embedcache.sources.sound import decode_audio
-from embedcache.sources.table_columns import MEDIA_NAMES
+from embedcache.sources.table_files import MEDIA_NAMES
 from embedcache.testing.sources import SourceContract
 from tests.media_files import cloud, encode_video, moving_square, npz, tone, wav
 from tests.sources.files import jpeg, write, write_parquet, write_tar
