@@ -186,7 +186,7 @@ def _check_keys(caches: Sequence[Cache]) -> None:
 
 def _digest_rows(rows: Ints) -> str:
     """Return the SHA-256 of rows as int64, little-endian."""
-    return hashlib.sha256(np.ascontiguousarray(rows, "<i8")).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(rows, "<i8").data).hexdigest()
 
 
 def _copy(
