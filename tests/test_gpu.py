@@ -21,7 +21,7 @@ from embedcache.evaluate.encoder_pairs import evaluate_pairs
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.interop.clip_benchmark import load
+from embedcache.interop.benchmarks import load
 from embedcache.progress import NullProgress
 from embedcache.projectors.saved import read_config
 from embedcache.search.faiss_index import make_index, num_gpus, spherical_kmeans

@@ -66,7 +66,7 @@ def datacomp(
 
     Example: embedcache import datacomp metadata/ cache/ --array image=l14_img --array text=l14_txt
     """
-    from embedcache.interop.datacomp import open_datacomp
+    from embedcache.interop.npy import open_datacomp
 
     vectors = open_datacomp(folder, arrays=by_modality("--array", array, "image=l14_img", metavar="NAME"))
     _import(vectors, cache, settings, as_json=as_json, output=output)

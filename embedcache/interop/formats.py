@@ -10,9 +10,8 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import SettingError, pluralize
 from embedcache.files import AnyPath
 from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
-from embedcache.interop.datacomp import open_datacomp
 from embedcache.interop.exporting import IMAGES_AND_TEXTS, MODALITY_NAMES, VectorExport
-from embedcache.interop.npy import open_npy_vectors, write_npy
+from embedcache.interop.npy import open_datacomp, open_npy_vectors, write_npy
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
 from embedcache.interop.settings import VectorExportSettings
 from embedcache.interop.vector_files import VectorImport

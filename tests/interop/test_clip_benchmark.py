@@ -20,7 +20,8 @@ from embedcache.errors import FingerprintError, MissingExtraError, PathError, Se
 from embedcache.evaluate.runs import load_runs, run_input
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.interop.clip_benchmark import load, register
+from embedcache.interop.benchmarks import load_clip_benchmark as load
+from embedcache.interop.benchmarks import register
 from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.sources import open_source
 from embedcache.sources.images import decode_image

@@ -11,7 +11,7 @@ from embedcache.arrays import Array
 from embedcache.curate.select.export import export_selection
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, UnknownNameError
-from embedcache.interop.datacomp import open_datacomp
+from embedcache.interop.npy import open_datacomp
 from embedcache.store.cache import Cache
 from tests.cli.run import succeed
 from tests.interop.cases import import_files, unit_rows

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from embedcache.interop.mteb import MtebModel, load_mteb
+from embedcache.interop.benchmarks import MtebModel, load_mteb
 
 if TYPE_CHECKING:
     from tests.interop.mteb_task import Pairs

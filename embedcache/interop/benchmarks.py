@@ -1,17 +1,22 @@
-"""A run as a model of CLIP_benchmark, registered as the model type `embedcache`."""
+"""A run as a model of CLIP_benchmark, which `register` adds to it, and of mteb, which `load_mteb` opens.
+
+mteb's own `CachedEmbeddingWrapper` caches the vectors.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from embedcache.arrays import Array, Floats
 from embedcache.devices import AUTO, torch_device
-from embedcache.errors import SettingError
-from embedcache.inference import ProjectedEncoder, open_projected_encoder
+from embedcache.errors import DataError, SettingError
+from embedcache.files import AnyPath
+from embedcache.inference import Model, ProjectedEncoder, load, open_projected_encoder
 from embedcache.projectors.saved import load_pair
 from embedcache.registry import require
 from embedcache.reports.results import MODEL
@@ -57,14 +62,14 @@ class _RunModel:
         """Return the model itself; raise a SettingError for another device than it was loaded on."""
         # a tensor names its device with the index, so that `cuda` equals `cuda:0`
         if torch.empty(0, device=torch_device(str(device))).device != torch.empty(0, device=self._device).device:
-            raise SettingError(f"device: expected {self._device}, got {device}; pass the device to load()")
+            raise SettingError(f"device: expected {self._device}, got {device}; pass the device when you load it")
         return self
 
     def _on_device(self, vectors_BP: Floats) -> Tensor:
         return torch.from_numpy(vectors_BP).to(self._device)
 
 
-def load(
+def load_clip_benchmark(
     model_name: str, pretrained: str | Path, cache_dir: str | None = None, device: str | torch.device = AUTO
 ) -> tuple[_RunModel, Callable[[Image], Tensor], Callable[[Sequence[str]], _Tokens]]:
     """Load a run as CLIP_benchmark loads a model: (model, transform, tokenizer).
@@ -102,7 +107,7 @@ def register() -> None:
     version 2.4 on (its issue 147).
     """
     models = require("clip_benchmark.models", package="clip-benchmark")
-    models.TYPE2FUNC[MODEL] = load
+    models.TYPE2FUNC[MODEL] = load_clip_benchmark
     if MODEL not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL)
     for name in ("zeroshot_classification", "linear_probe"):
@@ -113,3 +118,54 @@ def top_k_accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -
     """Return the top-k accuracy for each k of (N, C) scores and (N,) classes."""
     is_hit_NK = output.topk(max(topk), dim=1).indices == target[:, None]
     return [is_hit_NK[:, :k].any(dim=1).double().mean().item() for k in topk]
+
+
+def load_mteb(run: AnyPath, *, device: str = AUTO) -> "MtebModel":
+    """Open a run as a model of mteb: it encodes what a task has with the run's encoders and projectors.
+
+    Raises the errors of `embedcache.load`, and `MissingExtraError` if mteb is not installed.
+    """
+    model = load(run, device=device)
+    meta = require("mteb.models.model_meta", package="mteb")
+    about = {
+        "name": f"embedcache/{Path(run).resolve().name}",
+        "revision": model.config.weights_digest[:40] or None,
+        "modalities": list(model.config.modalities),
+        "embed_dim": model.width,
+        "similarity_fn_name": meta.ScoringFunction.COSINE,
+    }
+    return MtebModel(model, meta.ModelMeta.create_empty(about))
+
+
+class MtebModel:
+    """A trained pair with the methods that mteb calls; create it with `load_mteb`."""
+
+    def __init__(self, model: Model, meta: Any) -> None:
+        self.model, self.mteb_model_meta = model, meta
+
+    def encode(self, inputs: Any, **_: Any) -> Floats:
+        """Embed the items of a data loader of mteb, images or texts: (N, P) float32, rows of length 1.
+
+        Raises `DataError` for items of both modalities, or of another one.
+        """
+        parts = [np.empty((0, self.model.width), np.float32)]
+        for batch in inputs:
+            given = [name for name in ("image", "text", "audio", "video") if name in batch]
+            if given not in (["image"], ["text"]):
+                raise DataError(f"mteb: expected items with an image or a text, got {' and '.join(given) or 'neither'}")
+            encode = self.model.encode_image if given == ["image"] else self.model.encode_text
+            parts.append(encode(list(batch[given[0]])))
+        return np.concatenate(parts)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Return the cosine of each of N embeddings with each of Q: (N, Q)."""
+        return _unit(embeddings1) @ _unit(embeddings2).T
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Return the cosines of corresponding embeddings: (N,)."""
+        return (_unit(embeddings1) * _unit(embeddings2)).sum(dim=-1)
+
+
+def _unit(embeddings: Any) -> torch.Tensor:
+    values = torch.as_tensor(np.atleast_2d(np.asarray(embeddings, np.float32)))
+    return torch.nn.functional.normalize(values, dim=-1)
