@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from embedcache.devices import AUTO, Precision, torch_device
 from embedcache.encoders.base import Encoder, Modality, background_of
@@ -23,36 +23,17 @@ from embedcache.modalities import noun
 from embedcache.provenance import check_same
 from embedcache.registry import Registry, has_trust, missing_plugin_hint, names_from, unknown_name
 
-
-@dataclass(frozen=True)
-class Family:
-    """A built-in encoder family: the function that opens it, and what the model in its specs is.
-
-    Args:
-        opener: `module:attribute` of the function.
-        model: `name`, a published model or the path of a folder, as of every plug-in; `encoder`, the spec of another
-            encoder without its options, or a name.
-        own_options: where the model is an encoder, the options that are not those of that encoder.
-    """
-
-    opener: str
-    model: Literal["name", "encoder"] = "name"
-    own_options: frozenset[str] = frozenset()
-
-
-_FAMILIES: Mapping[str, Family] = {
-    "frames": Family("embedcache.encoders.frames:open_frames", "encoder", own_options=frozenset({"rate"})),
-    "hf": Family("embedcache.encoders.transformers:open_transformers"),
-    "lite": Family("embedcache.encoders.lite:open_lite"),
-    "open_clip": Family("embedcache.encoders.open_clip:open_open_clip"),
-    "st": Family("embedcache.encoders.sentence_transformers:open_sentence_transformers"),
-    "timm": Family("embedcache.encoders.timm:open_timm"),
-    "whisper": Family("embedcache.encoders.whisper:open_whisper"),
-}
-
 ENCODERS = Registry(
     "encoder family",
-    {name: family.opener for name, family in _FAMILIES.items()},
+    {
+        "frames": "embedcache.encoders.frames:open_frames",
+        "hf": "embedcache.encoders.transformers:open_transformers",
+        "lite": "embedcache.encoders.lite:open_lite",
+        "open_clip": "embedcache.encoders.open_clip:open_open_clip",
+        "st": "embedcache.encoders.sentence_transformers:open_sentence_transformers",
+        "timm": "embedcache.encoders.timm:open_timm",
+        "whisper": "embedcache.encoders.whisper:open_whisper",
+    },
     group="embedcache.encoders",
     arguments=1,
     options=("modality", "settings"),
@@ -141,7 +122,7 @@ def check_spec(spec: str) -> None:
         return
     for part in filter(None, (parsed, parsed.inner)):
         _load_opener(part)
-        named = [expand_home(part.model)] if part.is_path and part.family in _FAMILIES else []
+        named = [expand_home(part.model)] if part.is_path and part.family in ENCODERS.paths else []
         for path in [*named, *filter(None, [part.weights])]:
             if not path.exists():
                 raise PathError(f"encoder {spec}: expected the files of a model, got {path}, which does not exist")
@@ -274,10 +255,10 @@ class EncoderSpec:
     @property
     def inner(self) -> "EncoderSpec | None":
         """Spec of the encoder that is the model, as in `frames:lite:efficientnet-lite0,rate=25`; None for others."""
-        if _model_kind(self.family) != "encoder" or ":" not in self.model:
+        if self.family != "frames" or ":" not in self.model:
             return None
-        own = _FAMILIES[self.family].own_options
-        return replace(EncoderSpec.parse(self.model), options={k: v for k, v in self.options.items() if k not in own})
+        options = {name: value for name, value in self.options.items() if name != "rate"}
+        return replace(EncoderSpec.parse(self.model), options=options)
 
     @property
     def is_path(self) -> bool:
@@ -313,10 +294,6 @@ class EncoderSpec:
     def model_name(self) -> str:
         """Name of the model in a fingerprint: a path is replaced by the folder's name."""
         return self.folder if self.is_path else self.model
-
-
-def _model_kind(family: str) -> str:
-    return _FAMILIES[family].model if family in _FAMILIES else "name"
 
 
 def check_options(spec: EncoderSpec, known: Collection[str]) -> None:
