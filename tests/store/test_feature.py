@@ -1,5 +1,5 @@
 import os
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,17 +9,17 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedcache.errors import CorruptError, DataError, FingerprintError, UnfinishedError
+from embedcache.errors import CorruptError, DataError, UnfinishedError
 from embedcache.files import open_path
 from embedcache.store import arrays
 from embedcache.store import group as group_module
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
-from embedcache.store.group import create_group
-from embedcache.store.layout import write_info
 from embedcache.store.writer import add_feature, cast_item, commit_chunk, withdraw, write_feature_chunk
+from tests.edits import edit_record
 from tests.store.features import random_items, write_feature
 
+FIRST, SECOND = (f"image/test/chunks/0000{chunk}.parquet" for chunk in range(2))
 SHAPES = {"vector": (5,), "tokens": (3, 4), "ragged": (-1, 4)}
 
 
@@ -143,19 +143,20 @@ def test_reader_waits_for_a_chunk_that_is_being_written(tmp_path: Path, monkeypa
     assert waited == [0.05] * 2, "first without the feature, then with it"
 
 
-def test_gather_failed_row_raises(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "word"),
+    [
+        ([1, 2, 0], "broken"),
+        ([0, 4, -1, 9], "-1"),
+        ([0, 4, 5, 9], "5"),
+        ([[0, 1]], "shape"),
+        ([1, 1.5], "1.5"),
+    ],
+)
+def test_gather_of_rows_without_a_feature_raises(tmp_path: Path, rows: list[float], word: str) -> None:
     feature = write_feature(tmp_path, random_items(5, (5,), seed=0, failed=[2]), (5,), chunk_size=4)
-    with pytest.raises(DataError, match="row 2 has no feature test/f: broken"):
-        feature.gather(np.array([1, 2, 0]))
-    with pytest.raises(DataError, match="feature test/f has a varying number of tokens; use gather_tokens or chunks"):
-        write_feature(tmp_path / "r", random_items(5, (-1, 5), seed=0), (-1, 5), chunk_size=4).load()
-
-
-@pytest.mark.parametrize("row", [-1, 5])
-def test_gather_row_out_of_range_raises(tmp_path: Path, row: int) -> None:
-    feature = write_feature(tmp_path, random_items(5, (5,), seed=0), (5,), chunk_size=4)
-    with pytest.raises(DataError, match=f"feature test/f: expected rows from 0 to 4, got {row}$"):
-        feature.gather(np.array([0, 4, row, 9]))
+    with pytest.raises(DataError, match=word):
+        feature.gather(np.array(rows))
 
 
 def test_chunk_that_another_thread_removes_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,15 +168,6 @@ def test_chunk_that_another_thread_removes_is_gathered(tmp_path: Path, monkeypat
 
     monkeypatch.setattr("embedcache.store.feature.max_maps", remove_all)
     np.testing.assert_array_equal(feature.gather(np.arange(8)), feature.load())
-
-
-def test_rows_that_are_no_integers_raise(tmp_path: Path) -> None:
-    feature = write_feature(tmp_path, random_items(5, (5,), seed=0), (5,), chunk_size=4)
-    for read in (feature.gather, feature.has):
-        with pytest.raises(DataError, match=r"rows: expected one or several numbers, got an array of shape \(1, 2\)"):
-            read(np.array([[0, 1]]))
-        with pytest.raises(DataError, match="rows: expected integers, got 1.5; rows are counted from 0"):
-            read(np.array([1, 1.5]))
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -268,71 +260,40 @@ def test_withdrawn_chunk_is_unfinished(tmp_path: Path, monkeypatch: pytest.Monke
         feature.gather(np.array([5]))
 
 
-def test_changed_attributes_raise(tmp_path: Path) -> None:
-    feature = write_feature(tmp_path, random_items(8, (4,), seed=1), (4,), chunk_size=4)
-    path = tmp_path / "image/test/f/zarr.json"
-    path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "int16"'))
-    with pytest.raises(CorruptError, match="its attributes have changed since chunk 0 was committed"):
-        Feature(feature.group, "f").gather(np.array([0]))
-
-
-def test_damaged_commit_raises(tmp_path: Path) -> None:
-    feature = write_feature(tmp_path, random_items(8, (5,), seed=1), (5,), chunk_size=4)
-    path = tmp_path / "image/test/chunks/00001.parquet"
-    (tmp_path / "image/test/chunks/00000.parquet").replace(path)
-    with pytest.raises(CorruptError, match="expected the commit of chunk 1, got chunk 0"):
-        feature.load()
-    path.write_bytes(b"PAR1")
-    with pytest.raises(CorruptError, match="00001.parquet is not a readable commit.*verify CACHE --repair"):
-        Feature(feature.group, "f").load()
-
-
-def test_commit_of_another_encoder_raises(tmp_path: Path) -> None:
-    feature = write_feature(tmp_path, random_items(4, (5,), seed=1), (5,), chunk_size=4)
-    meta = tmp_path / "image" / "test" / "zarr.json"
-    meta.write_text(meta.read_text().replace('"w"', '"other"'))
-    group = group_module.open_group(tmp_path, "image", "test", feature.group.info)
-    with pytest.raises(CorruptError, match="belongs to another encoder"):
-        Feature(group, "f").load()
-
-
-def test_commit_of_other_rows_raises(tmp_path: Path) -> None:
-    feature = write_feature(tmp_path, random_items(4, (5,), seed=1), (5,), chunk_size=4)
-    group = replace(feature.group, info=replace(feature.group.info, index_digest="other"))
-    write_info(tmp_path, group.info)
-    with pytest.raises(CorruptError, match="belongs to other rows"):
-        Feature(group, "f").load()
-
-
-def test_create_group_of_another_encoder_raises(tmp_path: Path) -> None:
-    feature = write_feature(tmp_path, random_items(4, (5,), seed=1), (5,), chunk_size=4)
-    other = {"family": "test", "weights": "other"}
-    with pytest.raises(FingerprintError, match="encoder 'test'.*weights: stored 'w', requested 'other'"):
-        create_group(tmp_path, "image", "test", feature.group.info, spec="test:m", fingerprint=other)
-    with pytest.raises(FingerprintError, match=r"feature test/f.*dtype: stored 'float16', requested 'float32'"):
-        add_feature(feature.group, "f", (5,), "float32")
+def change_text(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
 
 
 @pytest.mark.parametrize(
-    ("item", "words"),
+    ("damage", "word"),
     [
-        (
-            np.full(3, 70_000, np.float32),
-            "feature a/b holds 70000, beyond the range of float16; extract with --dtype float32",
-        ),
-        (np.array([1, np.nan, 1], np.float32), "feature a/b: expected finite values, got NaN"),
-        (np.ones(4, np.float32), r"feature a/b: expected shape \(3,\), got \(4,\)"),
+        (lambda cache: (cache / FIRST).replace(cache / SECOND), "chunk 0"),
+        (lambda cache: (cache / SECOND).write_bytes(b"PAR1"), "repair"),
+        (lambda cache: change_text(cache / "image/test/f/zarr.json", '"float16"', '"int16"'), "attributes"),
+        (lambda cache: change_text(cache / "image/test/zarr.json", '"w"', '"other"'), "another encoder"),
+        (lambda cache: edit_record(cache / "cache.json", index_digest="other"), "other rows"),
     ],
 )
-def test_cast_item_raises(item: np.ndarray, words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        cast_item(item, (3,), "float16", "a/b")
+def test_commit_that_does_not_fit_raises(tmp_path: Path, damage: Callable[[Path], object], word: str) -> None:
+    write_feature(tmp_path, random_items(8, (5,), seed=1), (5,), chunk_size=4)
+    damage(tmp_path)
+    with pytest.raises(CorruptError, match=word):
+        Cache(tmp_path).feature("image").load()
 
 
-@pytest.mark.parametrize("item", [[0.5, 1, 2], [np.nan, 1, 2], [1, 2, 40_000], [-40_000, 1, 2]])
-def test_cast_item_to_integers_raises(item: list[float]) -> None:
-    with pytest.raises(DataError, match="feature a/b: expected whole numbers from -32768 to 32767"):
-        cast_item(np.array(item), (3,), "int16", "a/b")
+@pytest.mark.parametrize(
+    ("item", "dtype", "word"),
+    [
+        ([0, 70_000, 0], "float16", "float32"),
+        ([1, np.nan, 1], "float16", "NaN"),
+        ([1, 1, 1, 1], "float16", "shape"),
+        ([0.5, 1, 2], "int16", "whole"),
+        ([np.nan, 1, 2], "int16", "whole"),
+    ],
+)
+def test_cast_item_raises(item: list[float], dtype: str, word: str) -> None:
+    with pytest.raises(DataError, match=word):
+        cast_item(np.array(item, np.float32), (3,), dtype, "a/b")
 
 
 def test_limits_of_integers_are_not_rounded() -> None:

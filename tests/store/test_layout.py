@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from embedcache.errors import CorruptError
-from embedcache.modalities import MODALITIES
 from embedcache.store import layout
 from embedcache.store.layout import CacheInfo, Segment, TableVersion, combined_digest, info_path, read_info, write_info
 from tests.edits import edit_record
@@ -42,44 +41,50 @@ def test_all_fields_are_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value"),
     [
-        ("chunk_size", 1, ""),
-        ("chunk_size", 0, "chunk_size: expected a whole number of at least 1, got 0"),
-        ("chunk_size", True, "chunk_size: expected a whole number of at least 1, got True"),
-        ("chunk_size", 2**40 - 1, ""),
-        ("chunk_size", 2**40, f"chunk_size: expected a whole number of at least 1, got {2**40}"),
-        ("num_samples", 0, ""),
-        ("num_samples", -1, "num_samples: expected a whole number of at least 0, got -1"),
-        ("num_samples", 1.0, "num_samples: expected a whole number of at least 0, got 1.0"),
-        ("num_items", {"image": 0}, ""),
-        ("num_items", {"image": -1}, "num_items of image: expected a whole number of at least 0, got -1"),
-        ("num_items", {"imag": 3}, f"num_items: expected one of {', '.join(MODALITIES)}, got 'imag'"),
-        ("earlier_versions", [{"index_digest": "x", "num_items": {"text": 5}}], ""),
-        ("earlier_versions", [{"index_digest": "x", "num_items": {"text": None}}], "num_items of text: expected"),
-        ("source", [], "expected objects as source, tables and checksums"),
-        ("source", {"type": "module:Source", "path": ["a", "b"]}, ""),  # of a plug-in
-        ("source", {"type": "folder", "path": ["a", "b"]}, "source: expected texts as type and path"),
-        ("source", {"type": 1, "path": "a"}, "source: expected texts as type and path"),
-        ("source", {"type": "folder", "path": "/a\0"}, "source: expected texts as type and path"),
-        ("source", {"type": "folder", "path": "/a", "settings": [1]}, "source: expected texts as type and path"),
-        ("source", {"type": "merged", "path": "a"}, "source: expected texts as type and path"),
-        ("source", {"type": "merged", "path": "a", "parts": [3]}, "source: expected texts as type and path"),
-        ("table_digests", ["x"], "expected objects as source, tables and checksums"),
-        ("table_checksums", {"text": "x"}, "expected objects as source, tables and checksums"),
-        ("table_digests", {}, "expected digests and checksums of all tables"),
-        ("removed", "x", "expected objects as source, tables and checksums"),
+        ("chunk_size", 0),
+        ("chunk_size", True),
+        ("chunk_size", 2**40),
+        ("num_samples", -1),
+        ("num_samples", 1.0),
+        ("num_items", {"image": -1}),
+        ("num_items", {"imag": 3}),
+        ("earlier_versions", [{"index_digest": "x", "num_items": {"text": None}}]),
+        ("source", []),
+        ("source", {"type": "folder", "path": ["a", "b"]}),
+        ("source", {"type": 1, "path": "a"}),
+        ("source", {"type": "folder", "path": "/a\0"}),
+        ("source", {"type": "folder", "path": "/a", "settings": [1]}),
+        ("source", {"type": "merged", "path": "a", "parts": [3]}),
+        ("table_digests", ["x"]),
+        ("table_checksums", {"text": "x"}),
+        ("table_digests", {}),
+        ("removed", "x"),
     ],
 )
-def test_numbers_out_of_range_are_refused(tmp_path: Path, name: str, value: Any, words: str) -> None:
+def test_values_out_of_range_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     write_info(tmp_path, EMPTY)
     edit_record(info_path(tmp_path), **{name: value})
-    if words:
-        with pytest.raises(CorruptError) as raised:
-            read_info(tmp_path)
-        assert words in str(raised.value)
-    else:
+    with pytest.raises(CorruptError, match="fields"):
         read_info(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chunk_size", 1),
+        ("chunk_size", 2**40 - 1),
+        ("num_samples", 0),
+        ("num_items", {"image": 0}),
+        ("earlier_versions", [{"index_digest": "x", "num_items": {"text": 5}}]),
+        ("source", {"type": "module:Source", "path": ["a", "b"]}),  # of a plug-in
+    ],
+)
+def test_values_at_the_limits_are_read(tmp_path: Path, name: str, value: Any) -> None:
+    write_info(tmp_path, EMPTY)
+    edit_record(info_path(tmp_path), **{name: value})
+    read_info(tmp_path)
 
 
 def test_numbers_of_rows_and_chunks() -> None:
