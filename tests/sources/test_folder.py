@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.errors import ItemError, PathError, SettingError
-from embedcache.sources import FileItem, Sample, Source, SourceSettings, TextItem, open_source
+from embedcache.errors import ItemError
+from embedcache.sources import FileItem, Sample, Source, TextItem, open_source
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import jpeg, write
 
@@ -139,13 +139,6 @@ def test_missing_sidecar_is_reported_in_a_column(tmp_path: Path) -> None:
     assert second.texts == (TextItem(text="words"),)
 
 
-def test_missing_image_raises_item_error(tmp_path: Path) -> None:
-    write(tmp_path, {"x.jpg": jpeg()})
-    source = open_source(tmp_path)
-    with pytest.raises(ItemError, match="no such file"):
-        source.read(FileItem(path="gone.jpg"))
-
-
 def test_broken_link_raises_item_error(tmp_path: Path) -> None:
     write(tmp_path, {"x.jpg": jpeg()})
     (tmp_path / "y.jpg").symlink_to(tmp_path / "nowhere")
@@ -153,13 +146,3 @@ def test_broken_link_raises_item_error(tmp_path: Path) -> None:
     last = list(source.samples())[-1]
     with pytest.raises(ItemError, match="no such file"):
         source.read(last.images[0])
-
-
-def test_missing_folder_raises(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match="expected a folder of images"):
-        open_source(tmp_path / "nowhere", kind="folder")
-
-
-def test_table_setting_raises(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="image_column"):
-        open_source(tmp_path, kind="folder", settings=SourceSettings(image_column="x"))

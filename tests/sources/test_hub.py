@@ -91,11 +91,3 @@ def test_bare_name_has_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PathError, match=r"org/name\[de\]@v1 does not exist; if you mean .*hf:org/name\[de\]@v1"):
         open_source("org/name[de]@v1")
-
-
-@pytest.mark.parametrize("location", ["photos/train", "org/pairs.parquet", "missing"])
-def test_missing_file_has_no_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(PathError, match="does not exist; check the path$"):
-        open_source(location)

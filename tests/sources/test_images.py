@@ -111,9 +111,22 @@ def test_sixteen_bit_gray_is_scaled(kind: str) -> None:
     assert decoded[0, :, 0].tolist() == [0, 100, 255]
 
 
-def test_float_pixels_raise() -> None:
-    data = encode(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF")
-    with pytest.raises(ItemError, match="floating-point"):
+PHOTO = (FOOLBOX / "imagenet_00_243.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (encode(Image.new("F", (4, 4)), "TIFF"), "floating-point"),
+        (b"", "empty"),
+        (b"a caption, not an image", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
+        (PHOTO[: len(PHOTO) * 2 // 3], "truncated"),
+        (encode(Image.new("RGB", (1, 3000)), "PNG"), "narrow"),
+    ],
+)
+def test_bytes_that_are_no_image_raise(data: bytes, word: str) -> None:
+    with pytest.raises(ItemError, match=word):
         decode_image(data)
 
 
@@ -123,23 +136,6 @@ def test_animation_yields_first_frame(kind: str) -> None:
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
     red, _, blue = decode_image(data).getpixel((4, 4))
     assert red > 200 > 50 > blue
-
-
-def test_empty_file_raises() -> None:
-    with pytest.raises(ItemError, match=r"^empty file$"):
-        decode_image(b"")
-
-
-@pytest.mark.parametrize("data", [b"a caption, not an image", b"\x00", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
-def test_other_content_raises(data: bytes) -> None:
-    with pytest.raises(ItemError, match="not an image"):
-        decode_image(data)
-
-
-def test_truncated_file_raises() -> None:
-    data = (FOOLBOX / "imagenet_00_243.jpg").read_bytes()
-    with pytest.raises(ItemError, match="truncated"):
-        decode_image(data[: len(data) * 2 // 3])
 
 
 def test_huge_image_is_rejected_from_its_header() -> None:
@@ -159,11 +155,6 @@ def test_huge_image_is_rejected_from_its_header() -> None:
 def test_largest_allowed_image_is_decoded() -> None:
     with pytest.raises(ItemError, match=r"truncated|damaged"):
         decode_image(png_of_size(MAX_PIXELS // 9_000, 9_000))
-
-
-def test_extreme_aspect_ratio_raises() -> None:
-    with pytest.raises(ItemError, match="too narrow: 1 x 3000 pixels, more than 100 to 1"):
-        decode_image(encode(Image.new("RGB", (1, 3000)), "PNG"))
 
 
 @pytest.mark.parametrize("action", ["error", "always"])

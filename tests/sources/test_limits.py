@@ -62,14 +62,6 @@ def test_extended_headers_are_bounded() -> None:
             list(iter_members(tar))
 
 
-def test_names_that_occur_twice_raise(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("key,caption,caption\n1,a,b\n")
-    (tmp_path / "a.jsonl").write_text('{"caption": "a", "caption": "b"}\n')
-    for name, message in (("a.csv", "'caption' twice"), ("a.jsonl", "line 1 is not valid JSON: a name occurs twice")):
-        with pytest.raises(SourceError, match=message):
-            list(open_source(tmp_path / name).samples())
-
-
 @pytest.mark.parametrize("exported", ["{}", '{"languages": ["de"], "columns": {}}', '{"languages": [], "columns": 1}'])
 def test_damaged_export_is_a_row_with_a_reason(exported: str) -> None:
     sidecar = read_sidecar({".json": f'{{"captions": [], "embedcache": {exported}}}'.encode()}, "a")

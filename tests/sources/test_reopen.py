@@ -96,11 +96,6 @@ def test_sources_of_strangers_are_read_below_named_places(tmp_path: Path) -> Non
         allowed_places(merged_description([describe("folder", tmp_path), describe("folder", "/usr")]), "")
 
 
-def test_folder_that_does_not_exist_raises(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match="image_folder: expected a folder or URL, got .*none"), read_below("none"):
-        pass
-
-
 def test_a_state_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))

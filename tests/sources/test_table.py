@@ -2,12 +2,13 @@ import json
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.errors import ItemError, PathError, SettingError, SourceError
+from embedcache.errors import ItemError, SettingError, SourceError
 from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source, read_below
 from embedcache.sources.reopen import below_named
 from embedcache.store.indexing import index
@@ -78,20 +79,30 @@ def test_rows_of_one_key_are_one_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("name", "content", "settings", "word"),
     [
-        (
-            "a.jpg,one,en,train\na.jpg,two,en,test\n",
-            "row 0 and .*row 1: .* got other values in column 'split' for 'a.jpg'",
-        ),
-        ("a.jpg,one,en,x\nb.jpg,two,en,x\n", "row 0 and .*row 1: .* got other images for 'x'; correct or remove it"),
+        ("t.csv", "filename;caption\na.jpg;one\n", {}, "--delimiter"),
+        ("t.csv", 'image,caption\na.jpg,one\nb.jpg,"two" three\n', {}, "line 3"),
+        ("t.csv", "caption,caption\na,b\n", {}, "twice"),
+        ("t.csv", 'caption,image\nx\n"y,z', {}, "line"),
+        ("t.csv", "words\nx\n", {}, "--image-column and --caption-column"),
+        ("t.csv", "words\nx\n", {"image_column": "image"}, "--image-column"),
+        ("t.csv", "words\nx\n", {"caption_columns": ("text",)}, "--caption-column"),
+        ("t.csv", "caption\nx\n", {"omit_columns": ("number",)}, "--omit-column"),
+        ("t.csv", "caption\nx\n", {"language_column": "lang"}, "--language-column"),
+        ("t.csv", "image,caption,split\na,x,train\na,y,test\n", {"key_column": "image"}, "split"),
+        ("t.csv", "image,caption,id\na,x,0\nb,y,0\n", {"key_column": "id"}, "images"),
+        ("t.jsonl", '{"caption": "x"}\n{"capt', {}, "line 2"),
+        ("t.jsonl", '{"caption": "a", "caption": "b"}\n', {}, "twice"),
+        ("t.parquet", b"PAR1 no parquet", {}, "parquet"),
     ],
 )
-def test_rows_of_one_key_that_differ_raise(tmp_path: Path, rows: str, words: str) -> None:
-    key = "split" if rows.endswith("x\n") else "filename"
-    source = open_source(write_captions(tmp_path, rows), settings=SourceSettings(key_column=key))
-    with pytest.raises(SourceError, match=words):
-        list(source.samples())
+def test_table_that_cannot_be_read_raises(
+    tmp_path: Path, name: str, content: bytes | str, settings: dict[str, Any], word: str
+) -> None:
+    write(tmp_path, {name: content})
+    with pytest.raises(SourceError, match=word):
+        list(open_source(tmp_path / name, settings=SourceSettings(**settings)).samples())
 
 
 def test_index_of_rows_that_name_one_image(tmp_path: Path) -> None:
@@ -109,15 +120,6 @@ def test_index_of_rows_that_name_one_image(tmp_path: Path) -> None:
     info = index(keyed, tmp_path / "keyed", progress=progress)
     assert (info.num_samples, dict(info.num_items)) == (2, {"image": 2, "text": 3})
     assert len(progress.notes) == 1
-
-
-@pytest.mark.parametrize("settings", [SourceSettings(), SourceSettings(image_column="filename")])
-def test_other_delimiter_is_named(tmp_path: Path, settings: SourceSettings) -> None:
-    write(tmp_path, {"t.csv": "filename;caption\na.jpg;one\n"})
-    with pytest.raises(
-        SourceError, match="it has filename;caption, one column; if ';' separates them, give --delimiter"
-    ):
-        list(open_source(tmp_path / "t.csv", settings=settings).samples())
 
 
 FLICKR = """image_name| comment_number| comment
@@ -151,8 +153,6 @@ def test_captions_of_flickr30k_as_downloaded(tmp_path: Path) -> None:
 def test_captions_of_flickr8k_as_downloaded(tmp_path: Path) -> None:
     write(tmp_path, {"Images/a.jpg": IMAGES[0], "captions.txt": 'image,caption\na.jpg,"One , two"\na.jpg,three\n'})
     settings = SourceSettings(key_column="image", root=str(tmp_path / "Images"))
-    with pytest.raises(SettingError, match=r"'key_column'; it has no settings; if the file is a table: table:.*s.txt"):
-        open_source(tmp_path / "captions.txt", settings=settings)
     source = open_source(f"table:{tmp_path}/captions.txt", settings=settings)
     (sample,) = source.samples()
     assert [text.text for text in sample.texts] == ["One , two", "three"]
@@ -172,8 +172,6 @@ def test_images_in_a_folder_elsewhere(tmp_path: Path) -> None:
     bucket = SourceSettings(root="s3://bucket/images")
     (item, _) = (sample.images[0] for sample in open_source(tmp_path / "table/t.csv", settings=bucket).samples())
     assert item.path == "s3://bucket/images/a.jpg"
-    with pytest.raises(PathError, match="root: expected a folder, got .*/t.csv, which is none"):
-        open_source(tmp_path / "table/t.csv", settings=SourceSettings(root=str(tmp_path / "table/t.csv")))
 
 
 def test_recordings_of_clotho_as_downloaded(tmp_path: Path) -> None:
@@ -186,28 +184,10 @@ def test_recordings_of_clotho_as_downloaded(tmp_path: Path) -> None:
     assert source.read(sample.files["audio"][0]) == b"RIFF"
 
 
-@pytest.mark.parametrize("delimiter", ["", "||", '"', "\n", " "])
-def test_delimiter_is_one_character(delimiter: str) -> None:
-    with pytest.raises(SettingError, match="delimiter: expected one character"):
-        SourceSettings(delimiter=delimiter)
-
-
 def test_delimiter_of_a_table_without_one_raises(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", caption=["a"])
     with pytest.raises(SettingError, match=r"t.parquet has no delimiter, as it is no text table"):
         list(open_source(path, settings=SourceSettings(delimiter=";")).samples())
-
-
-def test_column_to_omit_must_exist(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "t.parquet", caption=["a"])
-    with pytest.raises(SourceError, match="--omit-column number: no such column in .*; it has caption"):
-        list(open_source(path, settings=SourceSettings(omit_columns=("number",))).samples())
-
-
-def test_damaged_line_is_named(tmp_path: Path) -> None:
-    write(tmp_path, {"t.csv": 'image,caption\na.jpg,one\nb.jpg,"two" three\n'})
-    with pytest.raises(SourceError, match=r"t.csv line 3: ',' expected after '\"'; correct the line"):
-        list(open_source(tmp_path / "t.csv").samples())
 
 
 def test_item_of_bytes_is_file_and_row(tmp_path: Path) -> None:
@@ -261,8 +241,6 @@ def test_language_column(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", caption=["a dog", "ein Hund", "x"], sprache=["en", "de", None])
     source = open_source(path, settings=SourceSettings(language_column="sprache"))
     assert [text.language for sample in source.samples() for text in sample.texts] == ["en", "de", None]
-    with pytest.raises(SourceError, match="--language-column lang: no such column in .*; it has caption, sprache"):
-        next(iter(open_source(path, settings=SourceSettings(language_column="lang")).samples()))
 
 
 def test_csv_cells_stay_text(tmp_path: Path) -> None:
@@ -271,36 +249,12 @@ def test_csv_cells_stay_text(tmp_path: Path) -> None:
     assert (sample.key, sample.texts) == ("007", (TextItem(text="a, b"),))
 
 
-def test_missing_column_raises(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "t.parquet", photo=["x.jpg"], words=["y"])
-    for settings, option in (
-        (SourceSettings(image_column="image"), "--image-column"),
-        (SourceSettings(caption_columns=("text",)), "--caption-column"),
-        (SourceSettings(), "--image-column and --caption-column"),
-    ):
-        with pytest.raises(SourceError, match=option) as caught:
-            list(open_source(path, settings=settings).samples())
-        assert "photo, words" in str(caught.value)
-
-
 def test_columns_of_jsonl_are_the_fields_of_its_first_rows(tmp_path: Path) -> None:
     late = {99: {"score": 0.5}, 100: {"site": "a"}}
     rows = ({"id": f"k{n}", "text": f"text {n}", "n": n, **late.get(n, {})} for n in range(200))
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     samples = list(open_source(tmp_path / "t.jsonl", settings=SourceSettings(key_column="id")).samples())
     assert [samples[row].columns for row in (99, 100)] == [{"n": 99, "score": 0.5}, {"n": 100, "score": None}]
-
-
-@pytest.mark.parametrize("name", ["t.parquet", "t.jsonl", "t.csv"])
-def test_damaged_table_raises(tmp_path: Path, name: str) -> None:
-    contents = {
-        "t.parquet": b"PAR1 no parquet",
-        "t.jsonl": b'{"caption": "x"}\n{"capt',
-        "t.csv": b'caption,image\nx\n"y,z',
-    }
-    write(tmp_path, {name: contents[name]})
-    with pytest.raises(SourceError, match=name):
-        list(open_source(tmp_path / name).samples())
 
 
 def test_damaged_parquet_page_raises_item_error(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.errors import ItemError, PathError, SettingError, SourceError
-from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_source
+from embedcache.errors import SourceError
+from embedcache.sources import Sample, Source, open_source
 from embedcache.testing.sources import SourceContract
 from tests.images import write_images
 from tests.sources.files import write
@@ -85,28 +85,6 @@ def test_damaged_array_raises(tmp_path: Path, length: int) -> None:
         list(open_source(path).samples())
 
 
-def test_text_file_with_other_encoding_raises(tmp_path: Path) -> None:
-    write(tmp_path, {"p.txt": "Käse".encode("latin-1")})
-    with pytest.raises(SourceError, match=r"p\.txt is not UTF-8"):
-        list(open_source(tmp_path / "p.txt").samples())
-
-
-def test_read_raises_item_error(tmp_path: Path) -> None:
-    write(tmp_path, {"p.txt": "x"})
-    with pytest.raises(ItemError, match="texts, no image"):
-        open_source(tmp_path / "p.txt").read(FileItem(path="x.jpg"))
-
-
-def test_other_files_raise(tmp_path: Path) -> None:
-    write(tmp_path, {"p.md": "x", "p.txt": "x"})
-    with pytest.raises(PathError, match="expected a file"):
-        open_source(tmp_path / "q.txt", kind="texts")
-    with pytest.raises(SourceError, match=r"\.npy or \.txt"):
-        open_source(tmp_path / "p.md", kind="texts")
-    with pytest.raises(SettingError, match="key_column"):
-        open_source(tmp_path / "p.txt", settings=SourceSettings(key_column="x"))
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_images(tmp_path, 3)
@@ -129,8 +107,3 @@ def test_pairs_have_one_caption_each(folder: Path) -> None:
     ]
     assert len(found) == sum(len(sample.texts) for sample in before.values())
     assert all(sample.images == before[str(sample.columns["sample"])].images for sample in found)
-
-
-def test_pairs_of_pairs_raise(folder: Path) -> None:
-    with pytest.raises(SourceError, match="already has one caption per sample"):
-        open_source(f"pairs:pairs:{folder}")

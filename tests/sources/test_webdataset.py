@@ -165,13 +165,6 @@ def test_truncated_shard_raises_with_offset(tmp_path: Path, keep: int) -> None:
         list(open_source(path).samples())
 
 
-def test_other_content_raises(tmp_path: Path) -> None:
-    path = tmp_path / "no.tar"
-    path.write_bytes(b"no tar at all" * 100)
-    with pytest.raises(SourceError, match=r"no\.tar is not a tar"):
-        list(open_source(path).samples())
-
-
 def test_invalid_json_is_reported_in_a_column(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("0001.jpg", jpeg()), ("0001.json", "{"), ("0002.txt", "words")])
     first, second = open_source(path).samples()
