@@ -85,14 +85,8 @@ def test_rows_of_a_few_blocks_are_drawn_together(
         assert sorted(order[place : place + size].tolist()) == sorted(drawn[place : place + size])
 
 
-def test_rows_are_shuffled_one_by_one_by_default() -> None:
-    rows = np.arange(100, 110)
-    first, second = (RowBatches(rows, batch_size=4, seed=0, **given).epoch(1) for given in ({}, {"block_rows": 1}))
-    assert [batch.tolist() for batch in first] == [batch.tolist() for batch in second]
-
-
 def test_batch_normalization_needs_two_items() -> None:
     check_batches(4, 2, least=2)
     check_batches(3, 2)
-    with pytest.raises(SettingError, match="expected at least 2 items, for batch normalization, per process .* got 1"):
+    with pytest.raises(SettingError, match="at least 2 items"):
         check_batches(3, 2, least=2)

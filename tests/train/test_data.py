@@ -1,28 +1,27 @@
 """The input of a run: several caches, selections, all captions, token features."""
 
-import contextlib
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
-from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnfinishedError
+from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import read_config
 from embedcache.sources import open_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
-from embedcache.train.data import _check_same_feature, open_data
+from embedcache.train.data import open_data
 from tests.edits import edit_record
 from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
+from tests.train.runs import IMAGE as IMAGE_FEATURE
+from tests.train.runs import TEXT as TEXT_FEATURE
 from tests.train.runs import beats_chance, run
 
 
@@ -34,7 +33,7 @@ def test_two_caches_train_as_one(two_caches: list[Path], tmp_path: Path) -> None
     for path, parts in zip(two_caches, (split.parts[:40], split.parts[40:]), strict=True):
         assert evaluate_retrieval(path, [tmp_path / "run"]).num_items["image"] == [parts.count("test")]
     assert run(two_caches, tmp_path / "run").reused
-    with pytest.raises(FingerprintError, match=r"settings: index_digest \(the samples of the cache\): stored '"):
+    with pytest.raises(FingerprintError, match="index_digest"):
         run(two_caches[::-1], tmp_path / "run")
 
 
@@ -48,51 +47,26 @@ def test_other_cache_is_evaluated_as_a_whole(cache_path: Path, two_caches: list[
 def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 10))
     extract(source, tmp_path / "c", image_encoder=["tests.toy:open_toy,scale=2"], text_encoder=[TEXT])
-    with pytest.raises(FingerprintError, match=r"open_toy/cls of .*a .*c"):
-        open_data(
-            [two_caches[0], tmp_path / "c"],
-            {"image": "open_toy/cls", "text": "open_toy/mean"},
-            memory_bytes=10**9,
-        )
-    with pytest.raises(DataError, match="expected caches of different samples, got the same in .*a and .*a; name one"):
-        open_data(
-            [two_caches[0], two_caches[0]],
-            {"image": "open_toy/cls", "text": "open_toy/mean"},
-            memory_bytes=10**9,
-        )
+    with pytest.raises(FingerprintError, match="open_toy/cls"):
+        open_data([two_caches[0], tmp_path / "c"], {"image": IMAGE_FEATURE, "text": TEXT_FEATURE}, memory_bytes=0)
 
 
-def test_an_extended_cache_and_its_earlier_version_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
+def test_the_same_samples_twice_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
     larger = Path(shutil.copytree(two_caches[1], tmp_path / "larger"))
     info = Cache(two_caches[0]).info
     edit_record(
         larger / "cache.json", earlier_versions=[{"index_digest": info.index_digest, "num_items": dict(info.num_items)}]
     )
-    for caches in ([two_caches[0], larger], [larger, two_caches[0]]):
-        with pytest.raises(DataError, match=f"got the same in {caches[1]} and {caches[0]}; name one"):
-            open_data(caches, {"image": "open_toy/cls", "text": "open_toy/mean"}, memory_bytes=0)
-
-
-@pytest.mark.parametrize("changed", [{"name": "toy/other"}, {"width": 5}, {"fingerprint": {"family": "other"}}, {}])
-def test_features_of_two_caches_have_one_name_width_and_encoder(changed: dict[str, object]) -> None:
-    first = SimpleNamespace(name="toy/cls", width=4, fingerprint={"family": "toy"})
-    second = SimpleNamespace(**{**vars(first), **changed})
-    caches = SimpleNamespace(path="a"), SimpleNamespace(path="b")
-    messages = {
-        "name": "b: expected toy/cls of width 4, as in a, got toy/other of width 4; use caches that have the same",
-        "width": "b: expected toy/cls of width 4, as in a, got toy/cls of width 5; use caches that have the same",
-        "fingerprint": "toy/cls of a.*family: .*toy.*other.*that of b: use caches made by one encoder",
-    }
-    refused = [pytest.raises((DataError, FingerprintError), match=messages[name]) for name in changed]
-    with refused[0] if refused else contextlib.nullcontext():
-        _check_same_feature(caches[0], first, caches[1], second)  # type: ignore[arg-type]
+    for caches in ([two_caches[0], two_caches[0]], [two_caches[0], larger], [larger, two_caches[0]]):
+        with pytest.raises(DataError, match="different samples"):
+            open_data(caches, {"image": IMAGE_FEATURE, "text": TEXT_FEATURE}, memory_bytes=0)
 
 
 def test_unfinished_feature_is_named(two_caches: list[Path], tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 10))
     extract(source, tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT])
     (tmp_path / "c/image/open_toy/chunks/00000.parquet").unlink()
-    with pytest.raises(UnfinishedError, match="open_toy/cls .*1 of 1 chunks"):
+    with pytest.raises(UnfinishedError, match="1 of 1 chunks"):
         run([two_caches[0], tmp_path / "c"], tmp_path / "run")
 
 
@@ -115,7 +89,7 @@ def test_captions_in_several_languages_are_trained_on_in_the_first(tmp_path: Pat
     assert read_config(tmp_path / "run").training["language"] == "en"
     assert any("only those in en" in note for note in progress.notes)
     assert run(tmp_path / "c", tmp_path / "run", **options, language="en").reused
-    with pytest.raises(SettingError, match="use --language with one of de, en"):
+    with pytest.raises(SettingError, match="language"):
         run(tmp_path / "c", tmp_path / "any", **options, language="any")
 
 
@@ -143,49 +117,21 @@ def test_selection_limits_the_training_part(cache_path: Path, tmp_path: Path) ->
     assert (whole_part.num_samples, whole_part.num_held_out) == (whole.num_samples, 0)
 
 
-@pytest.mark.slow
-def test_training_that_is_no_better_than_its_start_names_a_remedy(cache_path: Path, tmp_path: Path) -> None:
-    worse = run(cache_path, tmp_path / "worse", epochs=1, lr=1e-12)
-    assert worse.best_epoch == 0
-    assert "no epoch was better on validation than the initialization; with " in worse.line(tmp_path)
-    assert worse.line(tmp_path).endswith("or keep the initialization with --epochs 0")
-    start = run(cache_path, tmp_path / "start", epochs=0).line(tmp_path)
-    assert "WARNING" not in start
-    assert "; the initialization, as it is; " in start
-
-
-def test_selection_file_is_checked(cache_path: Path, tmp_path: Path) -> None:
-    caches = [Cache(cache_path)]
-    (tmp_path / "other.txt").write_text("00001\nno such key\n")
-    with pytest.raises(DataError, match="2 keys .*'no such key'.*'00000'"):
-        read_selection(tmp_path / "other.txt", caches)
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(DataError, match="empty.txt: expected keys of samples, got none"):
-        read_selection(tmp_path / "empty.txt", caches)
-    with pytest.raises(PathError, match=r"no\.parquet does not exist"):
-        read_selection(tmp_path / "no.parquet", caches)
-    (tmp_path / "x.parquet").write_text("?")
-    with pytest.raises(CorruptError, match=r"x\.parquet"):
-        read_selection(tmp_path / "x.parquet", caches)
-    pq.write_table(pa.table({"name": ["00001"]}), tmp_path / "y.parquet")
-    with pytest.raises(CorruptError, match="column key"):
-        read_selection(tmp_path / "y.parquet", caches)
-
-
-def test_selection_is_read_before_the_split_is_made(cache_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "keys.txt").write_text("00003\nb\n")
-    with pytest.raises(DataError, match="1 is no key of"):
+@pytest.mark.parametrize("keys", ["00003\nb\n", "\n"])
+def test_selection_is_read_before_the_split_is_made(cache_path: Path, tmp_path: Path, keys: str) -> None:
+    (tmp_path / "keys.txt").write_text(keys)
+    with pytest.raises(DataError, match="keys"):
         run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"))
     assert not (tmp_path / "run" / "split.parquet").exists()
 
 
-def test_selection_without_training_samples_raises(cache_path: Path, tmp_path: Path) -> None:
-    run(cache_path, tmp_path / "parts", epochs=0)
-    split = read_split(tmp_path / "parts/split.parquet", [Cache(cache_path)])
+def test_selection_without_training_samples_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    split = read_split(run_path / "split.parquet", [Cache(cache_path)])
     test_keys = [key for key, part in zip(split.keys, split.parts, strict=True) if part == "test"]
     (tmp_path / "test.txt").write_text("\n".join(test_keys))
-    with pytest.raises(DataError, match=r"in selection .*test\.txt: .* got none: (\d+) of \1 selected samples are of"):
-        run(cache_path, tmp_path / "run", selection=str(tmp_path / "test.txt"))
+    options = {"selection": str(tmp_path / "test.txt"), "split": str(run_path / "split.parquet")}
+    with pytest.raises(DataError, match="got none"):
+        run(cache_path, tmp_path / "run", **options)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +160,7 @@ def test_changed_selection_is_another_run(cache_path: Path, tmp_path: Path) -> N
     run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"), epochs=0)
     assert run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"), epochs=0).reused
     (tmp_path / "keys.txt").write_text("\n".join(keys[:100]))
-    with pytest.raises(FingerprintError, match=r"file_digests\.selection: "):
+    with pytest.raises(FingerprintError, match="selection"):
         run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"), epochs=0)
 
 

@@ -9,7 +9,6 @@ import torch.distributed.run
 from safetensors.torch import load_file
 
 from embedcache.settings import from_flat
-from embedcache.train.distributed import own_slice
 from embedcache.train.losses import LOSSES
 from embedcache.train.settings import FitSettings
 from tests.crash import call, call_together
@@ -54,10 +53,6 @@ def test_two_processes_train_the_same(cache_path: Path, tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in "12")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
-
-
-def test_own_slice_of_one_process() -> None:
-    assert own_slice(7) == slice(0, 7)
 
 
 def test_two_processes_train_any_task_the_same(cache_path: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from embedcache.train.losses import LOSSES, Positives, _log_sum_exp
 
 WIDTH = 5
 TILE_ROWS = 3
-TILE_BYTES = 4 * losses.TILE_ROWS * losses.TILE_COLUMNS
 
 
 def plain_info_nce(logits_BB: Tensor, positives_BB: Tensor) -> Tensor:
@@ -207,10 +206,6 @@ def test_held_tiles_change_no_bit(name: str, scale: float, is_lower: bool, monke
     assert num_products[1] - num_products[0] == 2  # each backward pass computes them again
 
 
-def test_a_tile_takes_4_mb_and_64_mb_are_held() -> None:
-    assert (TILE_BYTES, losses.HELD_BYTES) == (2**22, 4 * 4096 * 4096)
-
-
 @pytest.mark.parametrize("spared", [0, 1])
 def test_each_process_holds_its_own_tiles(spared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two processes, each holds half of the tiles: the backward pass computes no product of the forward pass."""
@@ -259,21 +254,3 @@ def test_float32_is_close(name: str, size: int, seed: int, scale: float) -> None
     exact = loss.double()(images, texts, factor.double(), positives)
     ours = loss.float()(images.float(), texts.float(), factor, positives)
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6 * scale)
-
-
-def test_other_positives_attract_or_are_ignored() -> None:
-    images, texts, positives = draw(6, 1, num_contents=3)
-    row, column = dense(positives, 6).fill_diagonal_(0).nonzero()[0]
-    scale, pulls = torch.tensor(5.0, dtype=torch.float64), {}
-    for name in ("info_nce", "multi_positive"):
-        (gradient,) = torch.autograd.grad(LOSSES.load(name)()(images, texts, scale, positives), texts)
-        pulls[name] = float(-gradient[column] @ images[row].detach())
-    assert pulls["multi_positive"] > pulls["info_nce"]
-
-
-@pytest.mark.parametrize("size", [2, 7])
-def test_sail_is_siglip_over_the_batch_size(size: int) -> None:
-    images, texts, positives = draw(size, 0)
-    scale = torch.tensor(3.0, dtype=torch.float64)
-    siglip, sail = (LOSSES.load(name)().double()(images, texts, scale, positives) for name in ("siglip", "sail"))
-    torch.testing.assert_close(siglip, sail * size)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from embedcache.arrays import Inputs, Ints
+from embedcache.arrays import Inputs
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
@@ -69,19 +69,6 @@ def test_recalls_are_those_of_a_full_ranking() -> None:
         expected |= {f"{direction} r@{k}": float(np.mean(ranks <= k)) for k in (1, 5, 10)}
     assert len(set(expected.values())) > 3
     assert validation.recalls(pair) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("count", [5000, 5001])
-def test_validation_takes_at_most_5000_samples(count: int) -> None:
-    read: list[int] = []
-
-    def count_rows(rows: Ints) -> Inputs:
-        read.append(len(rows))
-        return Inputs(np.ones((len(rows), 1), np.float32))
-
-    items = Items(rows=np.arange(count), samples=np.arange(count), contents=np.arange(count))
-    Validation(Pairs(first=items, second=items), count_rows, count_rows, device="cpu")
-    assert read == [5000, 5000]
 
 
 def test_rows_are_scaled_in_blocks_on_a_cpu() -> None:

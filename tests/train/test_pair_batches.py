@@ -55,12 +55,6 @@ def test_batches_have_at_least_two_samples(samples: int, size: int, expected: in
     assert PairBatches(make_pairs(samples, seed=0), batch_size=size, seed=0).num_steps == expected
 
 
-def test_samples_are_shuffled_one_by_one_by_default() -> None:
-    pairs = make_pairs(10, seed=0)
-    first, second = (PairBatches(pairs, batch_size=4, seed=0, **given).epoch(1) for given in ({}, {"block_rows": 1}))
-    assert [batch.samples.tolist() for batch in first] == [batch.samples.tolist() for batch in second]
-
-
 @pytest.mark.parametrize("samples", [6, 7])
 def test_mixup_leaves_out_the_odd_item(samples: int) -> None:
     (batch,) = PairBatches(make_pairs(samples, seed=0), batch_size=samples, seed=0, mixup=1.0).epoch(0)
@@ -195,8 +189,7 @@ def test_two_samples_with_their_hard_negatives_fit_in_a_batch(size: int, num: in
     assert max(sizes(smallest, table)) <= smallest  # also of the batch with three samples of an odd number
     assert max(sizes(4, table[:, :1])) == 4  # there are fewer negatives than may be drawn
     if size < smallest:
-        message = f"batch_size: expected at least {smallest}, .* and {num} hard negatives of each, got {size}; raise"
-        with pytest.raises(SettingError, match=message):
+        with pytest.raises(SettingError, match=f"at least {smallest}"):
             sizes(size, table)
 
 

@@ -110,11 +110,9 @@ def test_given_initialization_is_that_of_the_other_tower(cache_path: Path, finis
 
 
 def test_run_with_other_shapes_is_refused(cache_path: Path, finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"part image .* expected shape \(8, 48\), got \(16, 48\)"):
+    with pytest.raises(DataError, match="part image"):
         run(cache_path, tmp_path / "narrow", init_from=(f"image={finished}",), shared_width=8)
-    with pytest.raises(
-        DataError, match=r"part text .* it lacks text\.projector\.\S+, .* it also has text\.projector\."
-    ):
+    with pytest.raises(DataError, match="part text"):
         run(cache_path, tmp_path / "glu", init_from=(f"text={finished}",), projector="mlp+glu", initialization="random")
     assert not (tmp_path / "glu/config.json").exists()
 

@@ -107,7 +107,7 @@ def test_resume_uses_the_split_of_the_run(
 
 def test_resume_with_other_settings_is_refused(cache_path: Path, unfinished: Path) -> None:
     before = checkpoint_path(unfinished).read_bytes()
-    with pytest.raises(FingerprintError, match=r"the unfinished run .* training\.seed: .*use the same settings"):
+    with pytest.raises(FingerprintError, match="seed"):
         run(cache_path, unfinished, seed=1)
     assert checkpoint_path(unfinished).read_bytes() == before
 
@@ -155,7 +155,7 @@ def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) 
         assert other.stdout is not None
         assert other.stdout.readline() == "True\n"
         (tmp_path / "run/started.json").write_text("{}")
-        with pytest.raises(PathError, match="another process trains into .*run; wait for it"):
+        with pytest.raises(PathError, match="another process"):
             run(cache_path, tmp_path / "run")
         assert other.stdin is not None
         other.stdin.write("\n")
@@ -186,19 +186,11 @@ def test_missing_log_is_not_padded(cache_path: Path, unfinished: Path) -> None:
 def test_log_that_was_cut_is_refused(cache_path: Path, unfinished: Path) -> None:
     path = unfinished / "losses.jsonl"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(
-        CorruptError, match=r"losses.jsonl: expected the \d+ bytes of losses before the .*, got 50; delete it"
-    ):
+    with pytest.raises(CorruptError, match="losses.jsonl"):
         run(cache_path, unfinished)
     assert path.stat().st_size == 50
     path.unlink()
     run(cache_path, unfinished)
-
-
-def test_settings_of_an_unfinished_run_that_are_no_object_are_named(cache_path: Path, unfinished: Path) -> None:
-    (unfinished / "started.json").write_text("[]")
-    with pytest.raises(CorruptError, match="started.json does not hold the fields of its format"):
-        run(cache_path, unfinished)
 
 
 def test_run_that_another_process_has_finished_is_not_trained_again(
@@ -214,30 +206,24 @@ def test_run_that_another_process_has_finished_is_not_trained_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Leases, "acquire", finish_first)
-        with pytest.raises(PathError, match="another process has just finished the run .* again to reuse it"):
+        with pytest.raises(PathError, match="another process"):
             run(cache_path, unfinished)
     assert_same_run(unfinished, whole)
 
 
-def test_checkpoint_of_more_processes_is_refused(cache_path: Path, unfinished: Path) -> None:
+def test_wrong_checkpoint_is_refused(cache_path: Path, unfinished: Path) -> None:
     path = checkpoint_path(unfinished)
     state = torch.load(path, weights_only=True)
-    torch.save({**state, "generators": state["generators"] * 2}, path)
-    with pytest.raises(FingerprintError, match="expected 2 processes, which wrote it, got 1; start 2"):
-        run(cache_path, unfinished)
-
-
-def test_corrupt_checkpoint_is_named(cache_path: Path, unfinished: Path) -> None:
-    path = checkpoint_path(unfinished)
-    torch.save({"step": 3}, path)
-    with pytest.raises(
-        CorruptError, match=r"checkpoint.pt: expected a checkpoint, got an error: 'objective'; delete it"
+    for content, error, word in (
+        (saved({**state, "generators": state["generators"] * 2}), FingerprintError, "2 processes"),
+        (saved({"step": 3}), CorruptError, "checkpoint.pt"),
+        (bytes(1000), CorruptError, "checkpoint.pt"),
     ):
-        run(cache_path, unfinished)
-    path.write_bytes(bytes(1000))
-    with pytest.raises(
-        CorruptError, match=r"checkpoint.pt: expected a checkpoint, got an error: .*; delete it to restart training"
-    ):
+        path.write_bytes(content)
+        with pytest.raises(error, match=word):
+            run(cache_path, unfinished)
+    (unfinished / "started.json").write_text("[]")
+    with pytest.raises(CorruptError, match="started.json"):
         run(cache_path, unfinished)
 
 
@@ -263,7 +249,7 @@ def test_resume_after_kill_at_the_start(cache_path: Path, whole: Path, tmp_path:
     (tmp_path / "other").mkdir()
     for name in (".claims", "notes.txt"):
         (tmp_path / "other" / name).touch()
-    with pytest.raises(PathError, match="is not a run and not empty: it holds .claims, notes.txt"):
+    with pytest.raises(PathError, match="notes.txt"):
         run(cache_path, tmp_path / "other")
 
 

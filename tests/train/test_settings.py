@@ -10,24 +10,16 @@ from embedcache.train.settings import command_line, train_settings
 
 
 @pytest.mark.parametrize(
-    ("allowed", "refused", "message"),
+    ("allowed", "refused", "word"),
     [
-        (
-            {"widths": (64, 256)},
-            {"widths": (64, 257)},
-            "widths: expected at most the width of the shared space, 256, got 257",
-        ),
-        ({"negatives": ("n",)}, {"negatives": ("n",), "mixup": 0.5}, "mixup: expected 0 with hard negatives, got 0.5"),
-        (
-            {"captions": "all"},
-            {"captions": "all", "mixup": 0.5},
-            "got all: mixup .* captions; use captions=draw or mixup=0",
-        ),
+        ({"widths": (64, 256)}, {"widths": (64, 257)}, "widths"),
+        ({"negatives": ("n",)}, {"negatives": ("n",), "mixup": 0.5}, "hard negatives"),
+        ({"captions": "all"}, {"captions": "all", "mixup": 0.5}, "captions"),
     ],
 )
-def test_settings_that_exclude_each_other(allowed: dict[str, Any], refused: dict[str, Any], message: str) -> None:
+def test_settings_that_exclude_each_other(allowed: dict[str, Any], refused: dict[str, Any], word: str) -> None:
     train_settings(allowed)
-    with pytest.raises(SettingError, match=message):
+    with pytest.raises(SettingError, match=word):
         train_settings(refused)
 
 

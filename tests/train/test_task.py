@@ -116,21 +116,16 @@ def test_one_part_starts_from_a_run(cache_path: Path, finished: Path, tmp_path: 
 
 
 def test_start_run_is_whole_or_refused(cache_path: Path, finished: Path, run_path: Path, tmp_path: Path) -> None:
-    def start(*words: str, **options: Any) -> None:
-        fit(cache_path, tmp_path / f"run-{len(list(tmp_path.iterdir()))}", init_from=words, **options)
-
-    with pytest.raises(
-        DataError, match=r"part body of .* does not fit: it lacks body\.0\.bias, body\.0\..* and 4 more"
+    for words, error, word in (
+        ((str(run_path),), DataError, "part body"),  # a pair
+        ((f"neck={finished}",), UnknownNameError, "neck"),
+        ((str(finished), str(finished)), SettingError, "one run"),
+        ((str(tmp_path / "nothing"),), PathError, "finished run"),
     ):
-        start(str(run_path))  # a pair
-    with pytest.raises(UnknownNameError, match=r"unknown part 'neck'.*body"):
-        start(f"neck={finished}")
-    with pytest.raises(UnknownNameError, match=r"unknown part 'neck'.*body"):
-        start(trainable="head+neck")
-    with pytest.raises(SettingError, match="expected one run for all parts"):
-        start(str(finished), str(finished))
-    with pytest.raises(PathError, match="expected a finished run"):
-        start(str(tmp_path / "nothing"))
+        with pytest.raises(error, match=word):
+            fit(cache_path, tmp_path / "run", init_from=words)
+    with pytest.raises(UnknownNameError, match="neck"):
+        fit(cache_path, tmp_path / "run", trainable="head+neck")
 
 
 def test_changed_start_run_is_another_run(cache_path: Path, finished: Path, tmp_path: Path) -> None:
@@ -146,33 +141,26 @@ def test_changed_start_run_is_another_run(cache_path: Path, finished: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("changed", "reason"),
     [
-        ("torch.nn:Linear", "unexpected keyword"),
-        ("tests.train.places:WiderClassifier", "size mismatch"),
+        ({"kind": "torch.nn:Linear"}, "unexpected keyword"),
+        ({"kind": "tests.train.places:WiderClassifier"}, "size mismatch"),
+        ({"arguments": {"num_tokens": 4, "width": 2**31 - 1}}, "size mismatch"),  # before memory is allocated
     ],
 )
-def test_run_of_changed_network_is_refused(finished: Path, tmp_path: Path, kind: str, reason: str) -> None:
+def test_run_of_changed_network_is_refused(
+    finished: Path, tmp_path: Path, changed: dict[str, Any], reason: str
+) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    edit_record(tmp_path / "run/config.json", kind=kind)
-    message = rf"expected the network {kind} that this run was trained with.*{reason}"
-    with trust_files(), pytest.raises(ArtifactError, match=message):
-        load_module(tmp_path / "run")
-
-
-def test_huge_width_is_refused_before_memory_is_allocated(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    config = tmp_path / "run/config.json"
-    edit_record(config, arguments={**read_module_config(finished).arguments, "width": 2**31 - 1})
-    message = r"expected the network tests.train.places.*, got another one: .*size mismatch.*34359738352"
-    with pytest.raises(ArtifactError, match=message):
+    edit_record(tmp_path / "run/config.json", **changed)
+    with trust_files(), pytest.raises(ArtifactError, match=reason):
         load_module(tmp_path / "run")
 
 
 def test_runs_of_both_formats_are_named(finished: Path, run_path: Path) -> None:
-    with pytest.raises(DataError, match=r"expected an aligned pair, got a run of kind tests.train.places:Place"):
+    with pytest.raises(DataError, match="aligned pair"):
         load_pair(finished)
-    with pytest.raises(DataError, match="the run of a module, got an aligned pair; .* evaluate retrieval"):
+    with pytest.raises(DataError, match="aligned pair"):
         load_module(run_path)
     config = read_module_config(finished)
     assert ModuleConfig.from_json(config.to_json()) == config

@@ -2,7 +2,6 @@
 
 import ctypes
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,14 +179,6 @@ def test_each_process_has_random_numbers_of_its_own(monkeypatch: pytest.MonkeyPa
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_learning_rate_schedule() -> None:
-    settings = OptimizerSettings(epochs=10, warmup_fraction=0.2)
-    rates = [learning_rate(settings, step, 100) for step in range(100)]
-    assert rates[0] < rates[10] < rates[19] == max(rates) == 1e-3
-    assert rates[20:] == sorted(rates[20:], reverse=True)
-    assert rates[-1] < 1e-5
-
-
 def test_only_matrices_decay() -> None:
     pair = AlignedPair("mlp", widths={"image": 8, "text": 6}, shared_width=4)
     optimizer = make_optimizer(pair, OptimizerSettings(weight_decay=0.3))
@@ -195,13 +186,6 @@ def test_only_matrices_decay() -> None:
     assert decayed == [id(parameter) for parameter in pair.parameters() if parameter.ndim > 1]
     assert others == [id(parameter) for parameter in pair.parameters() if parameter.ndim < 2]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
-
-
-def test_rates_of_schedules_without_a_fall() -> None:
-    rates = [learning_rate(OptimizerSettings(lr=1.0, warmup_fraction=0.75), step, 4) for step in range(4)]
-    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1])
-    assert learning_rate(OptimizerSettings(lr=1.0, warmup_fraction=0), 1, 2) == 1.0
-    assert math.isclose(learning_rate(OptimizerSettings(lr=1.0, warmup_fraction=0), 2, 3), 0.5)
 
 
 def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
