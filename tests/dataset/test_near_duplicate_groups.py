@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from embedcache.arrays import Floats, Inputs, Ints, normalize
 from embedcache.dataset import clusters
 from embedcache.dataset import near_duplicate_groups as module
-from embedcache.dataset.clusters import MAX_VISITS
 from embedcache.dataset.inputs import Reader
-from embedcache.dataset.near_duplicate_groups import ALL_PAIRS_LIMIT, near_duplicate_groups
+from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
 from tests.recorded import RecordedProgress
@@ -59,10 +58,6 @@ def test_groups_are_connected_components(seed: int, num_samples: int, block: int
     expected = together(components(pairs, sides))
     progress = RecordedProgress()
     assert together(near_duplicate_groups(pairs, COSINES, readers, progress)) == expected
-    texts = len(pairs.second.rows)
-    of_sides = (("image", num_samples), ("text", texts))
-    assert progress.notes == []
-    assert progress.started == [(f"comparing {name} items for the split", count, "items") for name, count in of_sides]
     assert progress.counts == {what: count for what, count, _ in progress.started}
     progress = RecordedProgress()
     with pytest.MonkeyPatch.context() as patch:
@@ -71,29 +66,7 @@ def test_groups_are_connected_components(seed: int, num_samples: int, block: int
         found = near_duplicate_groups(pairs, COSINES, readers, progress)
     assert found.dtype == np.int64
     assert together(found) == expected  # so few clusters that every border is crossed
-    assert progress.started == [
-        step
-        for name, count in of_sides
-        for step in (
-            (f"finding {round(2 * count**0.5)} clusters of {name} items for the split", 10, "iterations"),
-            *(
-                (f"{what} {name} items for the split", count, "items")
-                for what in ("clustering", "sorting", "comparing")
-            ),
-            (f"measuring the recall of {name} items", count, "items"),
-        )
-    ]
     assert progress.counts == {what: count for what, count, _ in progress.started}
-
-
-def test_purpose_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    (pairs, readers, _), progress = made(0, 20), RecordedProgress()
-    near_duplicate_groups(pairs, COSINES, readers, progress, purpose="negatives")
-    monkeypatch.setattr(module, "ALL_PAIRS_LIMIT", 1)
-    near_duplicate_groups(pairs, COSINES, readers, progress, purpose="negatives")
-    assert "comparing image items for the negatives" in [what for what, *_ in progress.started]
-    assert "split" not in str(progress.started)
-    assert [note.partition(":")[0] for note in progress.notes] == ["negatives", "negatives"]
 
 
 def group_clustered(
@@ -107,16 +80,6 @@ def group_clustered(
         monkeypatch.setattr(module, name, value)
     groups = near_duplicate_groups(Pairs(first=items, second=items), settings, readers, progress)
     return groups, progress.notes
-
-
-def test_pairs_of_random_items_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors = np.repeat(np.eye(10, 16, dtype=np.float32), 3, axis=0)  # thirty items in groups of three
-    assert group_clustered(vectors, 0.8, monkeypatch, _NUM_PROBES=7)[1] == [
-        "split: 30 image items compared within clusters; of the 0 pairs above cosine 0.95 that hold one of 7 random "
-        "items, there is none",
-        "split: 30 text items compared within clusters; of the 14 pairs above cosine 0.8 that hold one of 7 random "
-        "items, 1.0000 are in one group",
-    ]
 
 
 def test_pairs_that_no_cluster_holds_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,9 +110,3 @@ def test_items_at_the_cosine_are_no_near_duplicates(monkeypatch: pytest.MonkeyPa
             assert len(set(groups.tolist())) == num_groups
             assert len(progress.notes) == {4: 0, 3: 2}[limit]
             assert all(f"of the {4 - 2 * num_groups} pairs above" in note for note in progress.notes)
-
-
-def test_documented_numbers() -> None:
-    text = " ".join(str(near_duplicate_groups.__doc__).split())
-    assert f"Up to {ALL_PAIRS_LIMIT:,} items all pairs are compared." in text
-    assert f"across the {MAX_VISITS} nearest borders of each item" in text

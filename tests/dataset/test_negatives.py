@@ -1,5 +1,6 @@
 """Tables of hard negatives: written in blocks, read and counted across caches, and refused where they do not belong."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -103,37 +104,38 @@ def test_tables_that_do_not_belong_raise(caches: list[Cache], run_path: Path, tm
     paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     for path, cache in zip(paths, caches, strict=True):
         write(path, cache, *made(cache.info.num_samples, 1, 0), 80)
-    with pytest.raises(DataError, match=r"expected one table per cache, got a second one of .*a$"):
-        read_negatives([paths[0], paths[0]], caches)
-    with pytest.raises(DataError, match=r"expected those of .*a, got those of .*b; mine them again"):
-        read_negatives([paths[1]], caches[:1])
-    with pytest.raises(PathError, match=r"negatives .*none.parquet does not exist; write it with: .* CACHE .*none"):
-        check_negatives([tmp_path / "none.parquet"], caches)
-    (tmp_path / "text.parquet").write_text("no table")
-    with pytest.raises(CorruptError, match=r"text.parquet: expected a table of curate negatives"):
-        check_negatives([tmp_path / "text.parquet"], caches)
-    write_rows(tmp_path / "short.parquet", pq.read_table(paths[0]).slice(1))
-    with pytest.raises(CorruptError, match=r"it has 39 rows, not one per sample; mine them again"):
-        check_negatives([tmp_path / "short.parquet"], caches)
-    with pytest.raises(
-        CorruptError, match=r"expected a table of curate negatives: it has the columns row, key, part, group"
+    for some, error, word in (
+        ([paths[0], paths[0]], DataError, "second"),
+        ([paths[1], paths[1]], DataError, "second"),
+        ([tmp_path / "none.parquet"], PathError, "none.parquet"),
     ):
-        check_negatives([run_path / "split.parquet"], caches)
-    table = pq.read_table(paths[0])
-    numbers = table.set_column(2, "negatives", table["group"])
-    write_rows(tmp_path / "numbers.parquet", numbers)
-    with pytest.raises(CorruptError, match=r"expected the columns .*negatives \(list of int32\).* negatives \(int64\)"):
-        read_negatives([tmp_path / "numbers.parquet"], caches)
-    write_rows(tmp_path / "plain.parquet", pq.read_table(paths[0]).replace_schema_metadata())
-    with pytest.raises(CorruptError, match="it has the columns key, group, negatives, scores"):
-        check_negatives([tmp_path / "plain.parquet"], caches)
+        with pytest.raises(error, match=word):
+            check_negatives(some, caches)
+    with pytest.raises(DataError, match="mine them again"):
+        read_negatives([paths[1]], caches[:1])
 
 
-def test_rows_in_another_order_are_refused(caches: list[Cache], tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", caches[0], *made(40, 2, 0), 40)
-    write_rows(tmp_path / "sorted.parquet", pq.read_table(tmp_path / "a.parquet").sort_by("group"))
-    with pytest.raises(CorruptError, match=r"row \d+ has the key '\d+', not '\d+' as in the cache; rows must have the"):
-        read_negatives([tmp_path / "sorted.parquet"], caches)
+@pytest.mark.parametrize("name", ["text", "split", "short", "sorted", "numbers", "plain"])
+def test_files_that_are_no_table_of_negatives_raise(
+    caches: list[Cache], run_path: Path, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / f"{name}.parquet"
+    write(path, caches[0], *made(40, 2, 0), 40)
+    table = pq.read_table(path)
+    if name == "text":
+        path.write_text("no table")
+    elif name == "split":
+        shutil.copy(run_path / "split.parquet", path)
+    else:
+        tables = {
+            "short": table.slice(1),
+            "sorted": table.sort_by("group"),
+            "numbers": table.set_column(2, "negatives", table["group"]),
+            "plain": table.replace_schema_metadata(),
+        }
+        write_rows(path, tables[name])
+    with pytest.raises(CorruptError, match=f"{name}.parquet"):
+        read_negatives([path], caches)
 
 
 def test_fewer_negatives_than_the_footer_counts_are_refused(caches: list[Cache], tmp_path: Path) -> None:
@@ -143,5 +145,5 @@ def test_fewer_negatives_than_the_footer_counts_are_refused(caches: list[Cache],
     data, page = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(0).column(2).data_page_offset
     data[data.index(b"\x1c\x15", page) + 2] ^= 16  # the number of values, less 8
     path.write_bytes(data)
-    with pytest.raises(CorruptError, match=r"a.parquet: .*it has 352 negatives, not 360 as its footer counts"):
+    with pytest.raises(CorruptError, match="352"):
         read_negatives([path], [cache])

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -130,16 +131,15 @@ def test_language_that_all_samples_share(tmp_path: Path, captions: list[tuple[st
 
 
 def test_captions_that_cannot_be_paired_raise(captioned: Cache, two_caches: list[Path]) -> None:
-    with pytest.raises(DataError, match="cache: expected samples with open_toy/cls and open_toy/mean, got none; check"):
-        paired(captioned, language="fr")
-    with pytest.raises(UnknownNameError, match="unknown caption language 'dee' in .*cache; did you mean 'de'"):
-        paired(captioned, language="dee")
     caches = [Cache(path) for path in two_caches]
-    images, texts = (
-        [open_input(cache, modality, f"open_toy/{name}") for cache in caches]
-        for modality, name in (("image", "cls"), ("text", "mean"))
-    )
-    with pytest.raises(DataError, match="feature open_toy/mean: expected 40 rows as in its item table, got 80"):
-        pair_items(caches[:1], images[:1], texts[1:])
-    with pytest.raises(UnknownNameError, match="captions of .*a and .*b have no language, expected de; use --language"):
-        pair_items(caches, images, texts, language="de")
+    images = [open_input(cache, "image", "open_toy/cls") for cache in caches]
+    texts = [open_input(cache, "text", "open_toy/mean") for cache in caches]
+    calls: list[tuple[Callable[[], Pairs], type[Exception], str]] = [
+        (lambda: paired(captioned, language="fr"), DataError, "none"),
+        (lambda: paired(captioned, language="dee"), UnknownNameError, "dee"),
+        (lambda: pair_items(caches[:1], images[:1], texts[1:]), DataError, "80"),
+        (lambda: pair_items(caches, images, texts, language="de"), UnknownNameError, "no language"),
+    ]
+    for call, error, word in calls:
+        with pytest.raises(error, match=word):
+            call()

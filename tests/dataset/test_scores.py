@@ -36,10 +36,8 @@ def test_what_is_written_is_read(cache: Cache, tmp_path: Path) -> None:
     assert found.name == "light"
     np.testing.assert_array_equal(found.values, values)
     assert found.values.dtype == np.float32
-    with pytest.raises(PathError, match=r"scores .*s.csv: expected a path that ends in .parquet, got .csv"):
+    with pytest.raises(PathError, match=".csv"):
         write_scores(tmp_path / "s.csv", cache, {"light": values}, {})
-    with pytest.raises(PathError, match="got no suffix"):
-        write_scores(tmp_path / "s", cache, {"light": values}, {})
 
 
 def test_scores_of_another_tool(cache: Cache, tmp_path: Path) -> None:
@@ -62,35 +60,30 @@ def test_scores_of_another_tool(cache: Cache, tmp_path: Path) -> None:
         np.testing.assert_array_equal(score.values[[2, 4, 9]], np.array(expected, np.float32))
         assert np.isnan(np.delete(score.values, [2, 4, 9])).all()
     assert read_scores(path, cache, "price").values[2] == 1.5
-    with pytest.raises(SettingError, match="one column of numbers beside row, got 4: nsfw, count, aesthetic, price; "):
+    with pytest.raises(SettingError, match="got 4"):
         read_scores(path, cache)
-    with pytest.raises(UnknownNameError, match="unknown column of numbers 'aestetic' of .*; did you mean 'aesthetic'"):
-        read_scores(path, cache, "aestetic")
-    for name in ("word", "row"):
+    for name in ("aestetic", "word", "row"):
         with pytest.raises(UnknownNameError):
             read_scores(path, cache, name)
 
 
 def test_wrong_tables_raise(cache: Cache, tmp_path: Path) -> None:
     keys = cache.column("key").to_pylist()
-    tables: list[tuple[dict[str, list[Any]], str]] = [
-        ({"uid": ["a"], "x": [1.0]}, "expected a column key, got uid, x"),
-        ({"key": [keys[0]] * 3 + keys[1:2], "x": [1.0] * 4}, "expected each key once, got 2 repeated"),
-        ({"key": ["a", "b"], "x": [1.0, 2.0]}, "expected keys of .*, such as '00000', got 2 others, such as 'a'"),
-        ({"key": [], "x": np.empty(0)}, "such as '00000', got 0 others$"),  # type: ignore[dict-item]
+    tables: list[tuple[dict[str, Any] | None, type[Exception], str]] = [
+        ({"uid": ["a"], "x": [1.0]}, DataError, "uid"),
+        ({"key": [keys[0]] * 3 + keys[1:2], "x": [1.0] * 4}, DataError, "2 repeated"),
+        ({"key": ["a", "b"], "x": [1.0, 2.0]}, DataError, "2 others"),
+        ({"key": [], "x": np.empty(0)}, DataError, "0 others"),
+        ({"key": keys, "word": ["a"] * 40}, SettingError, "none"),
+        ({"key": [[key] for key in keys], "x": np.ones(40)}, CorruptError, "list"),
     ]
-    for number, (table, words) in enumerate(tables):
-        pq.write_table(pa.table(table), tmp_path / f"{number}.parquet")
-        with pytest.raises(DataError, match=words):
-            read_scores(tmp_path / f"{number}.parquet", cache)
-    pq.write_table(pa.table({"key": keys, "word": ["a"] * 40}), tmp_path / "words.parquet")
-    with pytest.raises(SettingError, match="to have one column of numbers beside row, got none$"):
-        read_scores(tmp_path / "words.parquet", cache)
-    (tmp_path / "bad.parquet").write_text("no")
-    with pytest.raises(CorruptError, match="expected a Parquet file with a column key"):
-        read_scores(tmp_path / "bad.parquet", cache)
-    pq.write_table(pa.table({"key": [[key] for key in keys], "x": np.ones(40)}), tmp_path / "lists.parquet")
-    with pytest.raises(CorruptError, match="lists.parquet: expected a Parquet file with a column key: .*list"):
-        read_scores(tmp_path / "lists.parquet", cache)
-    with pytest.raises(PathError, match="got a path that does not exist"):
+    path = tmp_path / "t.parquet"
+    for table, error, word in tables:
+        pq.write_table(pa.table(table), path)
+        with pytest.raises(error, match=word):
+            read_scores(path, cache)
+    path.write_text("no")
+    with pytest.raises(CorruptError, match="t.parquet"):
+        read_scores(path, cache)
+    with pytest.raises(PathError, match="none.parquet"):
         read_scores(tmp_path / "none.parquet", cache)

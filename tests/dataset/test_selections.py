@@ -47,10 +47,11 @@ def test_table_that_the_system_does_not_open_is_not_called_another(cache_path: P
 
 
 def test_rows_that_do_not_ascend_raise(cache_path: Path, tmp_path: Path) -> None:
-    for rows, wrong in (([3, 200, 7], "7 after 200"), ([3, 3, 7], "3 after 3")):
-        selection = Selection(rows=np.array(rows), reasons=["a", "b", "c"])
-        with pytest.raises(DataError, match=f"expected rows in ascending order, each once, got {wrong}; sort them"):
+    for rows, word in (([3, 200, 7], "7 after 200"), ([3, 3, 7], "3 after 3"), ([], "no sample")):
+        selection = Selection(rows=np.array(rows, np.int64), reasons=["a", "b", "c"][: len(rows)])
+        with pytest.raises(DataError, match=word):
             write_selection(tmp_path / "s.parquet", Cache(cache_path), selection, {})
+    assert not (tmp_path / "s.parquet").exists()
 
 
 def test_keys_beyond_what_one_array_holds(
@@ -85,7 +86,7 @@ def test_columns_of_a_selection_may_be_added_and_left_out(cache_path: Path, tmp_
         assert np.array_equal(read_selection(path, [cache]), rows)
     renamed = table.rename_columns(["row", "key", "why"])
     pq.write_table(renamed.replace_schema_metadata(table.schema.metadata), path)
-    with pytest.raises(CorruptError, match=r"expected the columns .* reason \(text\), got .* why \(text\); write it"):
+    with pytest.raises(CorruptError, match="why"):
         read_selection(path, [cache])
     pq.write_table(renamed.replace_schema_metadata(), path)
     assert np.array_equal(read_selection(path, [cache]), rows)
@@ -143,12 +144,12 @@ def test_split_of_a_run_or_study_is_compared(run_path: Path, cache_path: Path, t
     split = read_split(path, [cache])
     write_split(path, replace(split, parts=["train"] * len(split.keys)))
     for read in (lambda: read_split(path, [cache]), lambda: read_selection(path, [cache])):
-        with pytest.raises(CorruptError, match=r"expected the split that config.json was written for"):
+        with pytest.raises(CorruptError, match="config.json"):
             read()
     (run / "config.json").unlink()  # an unfinished run, which has no digest yet
     assert read_split(path, [cache]).parts.count("train") == len(split.keys) > len(selected)
-    write_record(run / "study.json", {"split": "0" * 64})
-    with pytest.raises(CorruptError, match=r"expected the split that study.json was written for"):
+    write_record(run / "study.json", {"split_digest": "0" * 64})
+    with pytest.raises(CorruptError, match="study.json"):
         read_split(path, [cache])
 
 
@@ -158,29 +159,22 @@ def test_keys_of_several_caches(two_caches: list[Path], tmp_path: Path) -> None:
     path.write_text("00003\n\n00041\n00003\n")
     assert read_selection(path, caches).tolist() == [3, 43, 81]
     assert read_selection(str(path), caches[1:]).tolist() == [3, 41]
-    for lines, words in (
-        (["00003", "d", "b", "c", "a"], "of 5 keys has 'a', 'b', 'c'; 4 are not keys of {}, which has 120, such as"),
-        (["00003", "b"], "of 2 keys has 'b'; 1 is no key of {}, which has 120, such as '00000'$"),
-        ([], "keys.txt: expected keys of samples, got none; name some, or leave the selection out to use all samples$"),
-    ):
+    for lines, word in ((["00003", "d", "b", "c", "a"], "4 are"), (["00003", "b"], "'b'"), ([], "none")):
         path.write_text("\n".join(lines))
-        with pytest.raises(DataError, match=words.format(" and ".join(map(str, two_caches)))):
+        with pytest.raises(DataError, match=word):
             read_selection(path, caches)
-    with pytest.raises(PathError, match="none does not exist; expected Parquet with a column key, or text with one"):
-        read_selection(tmp_path / "none", caches)
-
-
-def test_missing_keys_are_not_keys_of_the_cache(cache_path: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": ["00003", None, "b"]}), tmp_path / "s.parquet")
-    with pytest.raises(DataError, match="of 3 keys has None, 'b'; 2 are not keys of"):
-        read_selection(tmp_path / "s.parquet", [Cache(cache_path)])
+    with pytest.raises(DataError, match="None"):
+        read_selection(tmp_path / "s.parquet", caches)
+    with pytest.raises(PathError, match="none"):
+        read_selection(tmp_path / "none", caches)
 
 
 def test_marks_and_line_ends_are_no_part_of_keys(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_bytes(b"\xef\xbb\xbf00003\r\n00041\r\n")
     assert read_selection(tmp_path / "keys.txt", [Cache(cache_path)]).tolist() == [3, 41]
     (tmp_path / "latin.txt").write_bytes("00003\né\n".encode("latin-1"))
-    with pytest.raises(CorruptError, match=r"latin\.txt: expected a Parquet file .* or a text file in UTF-8: .*0xe9"):
+    with pytest.raises(CorruptError, match="0xe9"):
         read_selection(tmp_path / "latin.txt", [Cache(cache_path)])
 
 
@@ -188,7 +182,7 @@ def test_tables_without_keys_raise(two_caches: list[Path], tmp_path: Path) -> No
     cache, path = Cache(two_caches[0]), tmp_path / "s.parquet"
     for values in ({"row": [1]}, {"part": ["train"], "uid": ["00001"]}):
         pq.write_table(pa.table(values), path)
-        with pytest.raises(CorruptError, match="s.parquet: expected a Parquet file with a column key, or a text file"):
+        with pytest.raises(CorruptError, match="s.parquet"):
             read_selection(path, [cache])
     pq.write_table(pa.table({"key": ["00001", "00002"], "part": ["train", "val"]}), path)  # no split: it has no groups
     assert read_selection(path, [cache]).tolist() == [1, 2]
@@ -197,12 +191,5 @@ def test_tables_without_keys_raise(two_caches: list[Path], tmp_path: Path) -> No
     assert read_selected_reasons(path).to_pydict() == {"key": ["00001", "00002"], "reason": ["a", "b"]}
     scores = tmp_path / "scores.parquet"  # of embedcache, but no selection
     write_scores(scores, cache, {"light": np.zeros(40, np.float32)}, {})
-    with pytest.raises(CorruptError, match="scores.parquet: expected a Parquet file with a column key"):
+    with pytest.raises(CorruptError, match="scores.parquet"):
         read_selected_reasons(scores)
-
-
-def test_write_empty_selection_raises(cache_path: Path, tmp_path: Path) -> None:
-    nothing = Selection(rows=np.empty(0, np.int64), reasons=[])
-    with pytest.raises(DataError, match="no sample of .* is selected"):
-        write_selection(tmp_path / "s.parquet", Cache(cache_path), nothing, {})
-    assert not (tmp_path / "s.parquet").exists()

