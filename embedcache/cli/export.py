@@ -14,7 +14,7 @@ from embedcache.cli.options import (
     check_new_file,
     with_settings,
 )
-from embedcache.errors import pluralize, quoted
+from embedcache.errors import quoted
 from embedcache.export.settings import ExportSettings, HubSettings
 from embedcache.interop.settings import VectorExportSettings
 
@@ -185,13 +185,13 @@ def hub(
 
     Example: embedcache export hub cache/ me/my-embeddings
     """
-    from embedcache.cli.console import open_progress, print_line, publish, to_plain
+    from embedcache.cli.console import print_line, publish, to_plain
     from embedcache.export.hub import push_cache
 
-    report = push_cache(cache, repository, settings, progress=open_progress())
+    report = push_cache(cache, repository, settings)
 
     def show() -> None:
-        print_line(f"{report.url}: {pluralize(report.num_files, 'file')}, {report.num_uploaded:,} uploaded")
+        print_line(report.url)
         print_line(f"read it with: embedcache inspect {quoted(report.location)}")
 
     publish(show, lambda: to_plain(report), as_json=as_json, output=output)

@@ -1,28 +1,27 @@
-"""Uploads to the Hugging Face Hub: a folder as one commit, and a cache as a dataset, in commits that resume."""
+"""Uploads to the Hugging Face Hub: an export of a run as a model, and a cache as a dataset."""
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import glob
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.arrays import blocks
 from embedcache.errors import EmbedcacheError, FingerprintError, PathError, SettingError, UnfinishedError, pluralize
 from embedcache.export.settings import HubSettings, check_repository
 from embedcache.files import AnyPath, is_remote
 from embedcache.io_errors import io_reason, is_io_error
 from embedcache.modalities import MODALITIES, count_items
-from embedcache.progress import AnyProgress, to_progress
-from embedcache.provenance import digest_file
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
-from embedcache.store.layout import INTERRUPTED_REMOVAL, info_path, read_info, removed_path, removing_path
+from embedcache.store.layout import INTERRUPTED_REMOVAL, info_path, read_info, removing_path
 
 CARD = "README.md"
-_RECORDS = "records"
-_PER_COMMIT = 256  # files; huggingface_hub asks about so many in one request
+_FOLDERS = (*MODALITIES, "records")
+_HIDDEN = (".*", "*/.*")  # locks, and what killed processes left
+_LAST = ("cache.json", "removed.parquet", "samples.parquet", "*/items.parquet")
+"""Files that make a cache of the others."""
 _MESSAGE = "Add a cache of embeddings"
 
 
@@ -33,37 +32,23 @@ class HubReport:
     Args:
         url: page of the dataset.
         location: `hf://` URL of this version of the cache.
-        num_files: number of its files.
-        num_uploaded: number of files that the repository did not have.
     """
 
     url: str
     location: str
-    num_files: int
-    num_uploaded: int
 
 
-def push_cache(
-    cache_path: AnyPath,
-    repository: str,
-    settings: HubSettings | None = None,
-    *,
-    progress: AnyProgress = None,
-    **options: Any,
-) -> HubReport:
+def push_cache(cache_path: AnyPath, repository: str, settings: HubSettings | None = None, **options: Any) -> HubReport:
     """Upload a cache to a dataset of the Hub, where `hf://datasets/OWNER/NAME` opens it.
 
-    New files are committed 256 at a time. The last commit has everything that a reader of an earlier version would
-    miss or confuse: changed and removed files, the tables and `cache.json`. So each commit holds the earlier cache, or
-    none, or this one. The same command resumes an interrupted upload: files that the repository has are compared by
-    their hashes and left out. The raw items are not uploaded; their paths and all captions are. Memory: the names of
-    the files.
+    The last commit has the tables and `cache.json`, so a first upload that is interrupted leaves no cache. The same
+    command resumes it: huggingface_hub does not send files again that the repository has. The raw items are not
+    uploaded; their paths and all captions are.
 
     Args:
         cache_path: a local cache.
         repository: `OWNER/NAME`.
         settings: visibility, and the license for the card.
-        progress: progress in files.
         options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
@@ -74,35 +59,34 @@ def push_cache(
     """
     from huggingface_hub import HfApi
 
-    settings, progress = merge_settings(HubSettings, settings, options), to_progress(progress)
+    settings = merge_settings(HubSettings, settings, options)
     check_repository("repository", repository)
     cache, api = Cache(cache_path), HfApi()
     _check_local(cache)
-    files = _files(cache.path)
+
     with _hub_errors(repository, f"the cache is in {cache.path}"):
         url = str(api.create_repo(repository, repo_type="dataset", private=not settings.public, exist_ok=True))
-        remote = _list_files(api, repository)
+        remote = api.list_repo_files(repository, repo_type="dataset")
         _check_same_cache(api, repository, cache, remote)
-        new, changed = _find_changes(cache, files, remote)
-        progress.start("uploading", len(new) + len(changed), "files")
-        for block in blocks(len(new), _PER_COMMIT):
-            _commit(api, repository, {name: cache.path / name for name in new[block]})
-            progress.advance(len(new[block]))
+
+        upload: dict[str, Any] = {
+            "repo_id": repository,
+            "repo_type": "dataset",
+            "folder_path": cache.path,
+            "commit_message": _MESSAGE,
+        }
+        api.upload_folder(**upload, ignore_patterns=[*_HIDDEN, *_LAST])
+        if CARD not in remote:
+            card = _dataset_card(cache, repository, settings).encode()
+            api.upload_file(repo_id=repository, repo_type="dataset", path_or_fileobj=card, path_in_repo=CARD)
         if read_info(cache.path).index_digest != cache.info.index_digest:
             raise FingerprintError(f"{cache.path}: expected no change during the upload, got new samples; run it again")
-        last: dict[str, Path | bytes] = {name: cache.path / name for name in changed}
-        if CARD not in remote:
-            last[CARD] = _dataset_card(cache, repository, settings).encode()
-        _commit(api, repository, last, removed=_removed(remote, files))
-        progress.advance(len(changed))
-        progress.finish()
-        revision = api.repo_info(repository, repo_type="dataset").sha
-    return HubReport(
-        url=url,
-        location=f"hf://datasets/{repository}@{revision}",
-        num_files=len(files),
-        num_uploaded=len(new) + len(changed),
-    )
+
+        removed = _removed_patterns(cache.path, remote)
+        commit = api.upload_folder(
+            **upload, allow_patterns=[*_LAST], ignore_patterns=[*_HIDDEN], delete_patterns=removed
+        )
+    return HubReport(url=url, location=f"hf://datasets/{repository}@{commit.oid}")
 
 
 def push_folder(folder: Path, repository: str, *, is_public: bool) -> str:
@@ -135,87 +119,42 @@ def _hub_errors(repository: str, kept: str) -> Iterator[None]:
 
 
 def _check_local(cache: Cache) -> None:
+    """Check that all files of a cache are on this machine and complete.
+
+    A link is refused: in a stranger's cache it may name any file of this machine.
+    """
     if is_remote(cache.path):
         raise PathError(f"{cache.path}: expected a local cache to upload, got a URL; copy it to a folder first")
     if removing_path(cache.path).is_file():  # its files still hold the samples
         raise UnfinishedError(f"{cache.path}: {INTERRUPTED_REMOVAL}")
-
-
-def _files(folder: Path) -> list[str]:
-    """Return the files of a cache, without locks and what killed processes left.
-
-    A link is refused: in a stranger's cache it may name any file of this machine.
-    """
-    found = []
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
-            continue
+    for path in cache.path.rglob("*"):
         if path.is_symlink():
             raise PathError(
                 f"{path}: expected a file of the cache, got a link to {path.resolve()}; remove it, or copy that file "
                 "here if it belongs to the cache"
             )
-        if path.is_file():
-            found.append(str(name))
-    return sorted(found)
 
 
-def _list_files(api: Any, repository: str) -> dict[str, Any]:
-    """Return the files of the repository by their paths."""
-    tree = api.list_repo_tree(repository, recursive=True, repo_type="dataset")
-    return {item.path: item for item in tree if hasattr(item, "blob_id")}
+def _removed_patterns(folder: Path, remote: Collection[str]) -> list[str]:
+    """Return patterns of the remote files in folders of a cache that the local cache no longer has.
+
+    A folder that is gone, such as that of a pruned feature, is one pattern.
+    """
+    patterns = set()
+    for name in remote:
+        path = Path(name)
+        if path.parts[0] not in _FOLDERS or (folder / path).is_file():
+            continue
+        missing = [parent for parent in path.parents if not (folder / parent).exists()]
+        patterns.add(f"{glob.escape(str(missing[-1]))}/*" if missing else glob.escape(name))
+    return sorted(patterns)
 
 
-def _commit(api: Any, repository: str, additions: Mapping[str, Path | bytes], *, removed: Sequence[str] = ()) -> None:
-    """Commit files, given by paths or contents, and removals; without any nothing is committed."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    operations = [
-        *(CommitOperationAdd(name, file) for name, file in additions.items()),
-        *(CommitOperationDelete(name) for name in removed),
-    ]
-    if operations:
-        api.create_commit(repository, operations, commit_message=_MESSAGE, repo_type="dataset")
-
-
-def _last(cache: Cache) -> list[str]:
-    """Return the files of the last commit: that which makes a cache of the others, and its tables."""
-    tables = [f"{modality}/items.parquet" for modality in cache.info.num_items]
-    return [*tables, "samples.parquet", removed_path(cache.path).name, info_path(cache.path).name]
-
-
-def _find_changes(cache: Cache, files: Sequence[str], remote: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the files that the repository does not have, and those to replace or to write last."""
-    last = _last(cache)
-    is_new = {name: name not in remote and name not in last for name in files}
-    new = [name for name in files if is_new[name]]
-    changed = [name for name in files if not is_new[name] and not _is_uploaded(cache.path / name, remote.get(name))]
-    return new, changed
-
-
-def _is_uploaded(path: Path, remote: Any) -> bool:
-    """Return whether the repository has these bytes: compared by SHA-256, or as Git does for small files."""
-    if remote is None or remote.size != path.stat().st_size:
-        return False
-    if remote.lfs is not None:
-        return bool(remote.lfs.sha256 == digest_file(path))
-    data = path.read_bytes()
-    return bool(remote.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())
-
-
-def _removed(remote: Mapping[str, Any], files: Sequence[str]) -> list[str]:
-    """Return the files in folders of a cache that the cache no longer has, such as those of a removed feature."""
-    folders, kept = {*MODALITIES, _RECORDS}, set(files)
-    return [name for name in remote if name.partition("/")[0] in folders and "/" in name and name not in kept]
-
-
-def _check_same_cache(api: Any, repository: str, cache: Cache, remote: Mapping[str, Any]) -> None:
+def _check_same_cache(api: Any, repository: str, cache: Cache, remote: Collection[str]) -> None:
+    """Check that a repository has no other files, and no other cache."""
     name = info_path(cache.path).name
     if name not in remote:
-        others = [
-            path for path in remote if path.partition("/")[0] not in (*MODALITIES, _RECORDS, CARD, ".gitattributes")
-        ]
+        others = [path for path in remote if path.partition("/")[0] not in (*_FOLDERS, CARD, ".gitattributes")]
         if others:
             raise SettingError(
                 f"repository: expected a new one or one with this cache, got {repository} with other files, such as "
