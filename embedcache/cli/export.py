@@ -101,7 +101,7 @@ def _export_model(
     report = export_run(format_name, run, out, settings)
 
     def show() -> None:
-        print_line(f"{out}: {'written' if report.is_new else 'already exists, unchanged'}")
+        print_line(f"{out}: written")
         for modality, difference in report.differences.items():
             print_line(f"  {modality}: differs from the run by at most {difference:.1e}")
         if report.url is not None:

@@ -64,7 +64,7 @@ def push_cache(cache_path: AnyPath, repository: str, settings: HubSettings | Non
     cache, api = Cache(cache_path), HfApi()
     _check_local(cache)
 
-    with _hub_errors(repository, f"the cache is in {cache.path}"):
+    with _hub_errors(repository, f"the cache is in {cache.path}", "run the same command again"):
         url = str(api.create_repo(repository, repo_type="dataset", private=not settings.public, exist_ok=True))
         remote = api.list_repo_files(repository, repo_type="dataset")
         _check_same_cache(api, repository, cache, remote)
@@ -94,7 +94,7 @@ def push_folder(folder: Path, repository: str, *, is_public: bool) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with _hub_errors(repository, f"the export is in {folder}"):
+    with _hub_errors(repository, f"the export is in {folder}", f"run `hf upload {repository} {folder}`"):
         url = api.create_repo(repository, private=not is_public, exist_ok=True)
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Export a trained pair with embedcache"
@@ -103,8 +103,8 @@ def push_folder(folder: Path, repository: str, *, is_public: bool) -> str:
 
 
 @contextmanager
-def _hub_errors(repository: str, kept: str) -> Iterator[None]:
-    """Raise what the Hub refuses, and what keeps it from being reached, as a `PathError`; `kept` says what is kept."""
+def _hub_errors(repository: str, kept: str, next_step: str) -> Iterator[None]:
+    """Raise errors of the Hub and of the network as a `PathError` that says what is kept, and how to try again."""
     try:
         yield
     except EmbedcacheError:
@@ -114,7 +114,7 @@ def _hub_errors(repository: str, kept: str) -> Iterator[None]:
             raise
         raise PathError(
             f"cannot upload to {repository}: {io_reason(error)}; {kept}: run `hf auth login`, check the name and the "
-            "network, and run the same command again"
+            f"network, and {next_step}"
         ) from error
 
 

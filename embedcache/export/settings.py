@@ -8,8 +8,6 @@ from typing import Any
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
-RECORD = "embedcache_export.json"
-"""File of an export of a run that is written last."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _PUBLIC: dict[str, Any] = {

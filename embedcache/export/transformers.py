@@ -20,12 +20,11 @@ from embedcache.errors import one_line
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images
 from embedcache.export.code import MODEL_MODULE, PROCESSOR_MODULE, change_plugin, write_model_code
 from embedcache.export.towers import EncoderModule, open_module
-from embedcache.provenance import digest_file, read_json, write_json
+from embedcache.provenance import read_json, write_json
 
 _FORMAT = "transformers"
 _MODEL = MODEL_MODULE.rpartition(".")[2]
 _PROCESSOR = PROCESSOR_MODULE.rpartition(".")[2]
-_WEIGHTS = "model.safetensors"
 _PIPELINE = "ZeroShotImageClassification"
 _CODE = """\
 import torch
@@ -53,7 +52,7 @@ def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
         encoder.save_processor(folder)
     projectors = {modality: run.projector_path(modality) for modality in MODALITIES}
     plugins = write_model_code(projectors, folder, _FORMAT)
-    save_file(_state(run, encoders), folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(_state(run, encoders), folder / "model.safetensors", metadata={"format": "pt"})
     _write_config(run, folder, encoders)
     differences = _check(run, folder, plugins)
     is_timm = encoders["image"].config["kind"] == "timm"
@@ -96,8 +95,6 @@ def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, Enco
     classes = dict.fromkeys(("AutoModel", f"AutoModelFor{_PIPELINE}"), f"{_MODEL}.EmbedcacheModel")
     config.auto_map = {"AutoConfig": f"{_MODEL}.EmbedcacheConfig", **classes}
     config.save_pretrained(folder)
-    path = folder / "config.json"
-    write_json(path, {**read_json(path), "weights_sha256": {_WEIGHTS: digest_file(folder / _WEIGHTS)}})
     path = folder / "preprocessor_config.json"
     processor = {
         **read_json(path),

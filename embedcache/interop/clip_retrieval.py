@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, blocks, normalize
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError
-from embedcache.interop.exporting import VectorExport, new_folder
+from embedcache.interop.exporting import VectorExport
 from embedcache.interop.importing import UNIT_TOLERANCE
 from embedcache.interop.npy import open_npy, write_array
 from embedcache.interop.vector_files import FileGroup, VectorImport
+from embedcache.outputs import new_folder
 from embedcache.progress import Progress, watch
 
 _ROWS_PER_FILE = 1_000_000

@@ -1,7 +1,6 @@
 """What an export writes: one row per sample, with its key, caption and columns, and one vector per modality."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.dataset.selections import read_selection
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError, UnknownNameError, pluralize
-from embedcache.files import URL_PATTERN, AnyPath, building, is_url
+from embedcache.files import URL_PATTERN, AnyPath, is_url
 from embedcache.interop.settings import VectorExportSettings
 from embedcache.interop.vector_files import rechunk
 from embedcache.modalities import MODALITIES, count_items
@@ -273,20 +272,6 @@ def _first_items(samples_N: Ints, is_usable_N: Bools) -> tuple[Ints, Ints]:
     rows = np.flatnonzero(is_usable_N)
     samples, first = np.unique(samples_N[rows], return_index=True)
     return samples, rows[first]
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which becomes `folder` after the block; after an error nothing is left."""
-    check_new_folder(folder)
-    with building(folder) as temporary:
-        yield temporary
-
-
-def check_new_folder(folder: Path) -> None:
-    """Check that a folder is new or empty."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise PathError(f"{folder}: expected a new or empty folder, got one that is not empty; name another one")
 
 
 def check_new_file(path: Path, suffix: str) -> None:

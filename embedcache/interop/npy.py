@@ -13,10 +13,11 @@ from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError
 from embedcache.files import check_regular, one_or_many
-from embedcache.interop.exporting import IMAGES_AND_TEXTS, VectorExport, new_folder
+from embedcache.interop.exporting import IMAGES_AND_TEXTS, VectorExport
 from embedcache.interop.parquet import write_rows
 from embedcache.interop.vector_files import FileGroup, VectorImport, check_dtype
 from embedcache.modalities import MODALITIES
+from embedcache.outputs import new_folder
 from embedcache.progress import Progress, watch
 from embedcache.registry import unknown_name
 from embedcache.sources.files import wrap_io_errors

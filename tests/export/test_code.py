@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.errors import CorruptError, SettingError
+from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
 from embedcache.export.code import MODEL_MODULE, _collect, _file_names, copy_code
 from embedcache.export.export import export_run
-from embedcache.export.settings import RECORD, ExportSettings
-from embedcache.provenance import read_json
+from embedcache.export.settings import ExportSettings
 from tests.export.runs import make_run
 
 HEAD = """
@@ -161,15 +160,9 @@ def test_copies_are_in_the_record_and_on_the_card(exports: tuple[Path, str], tin
     folder, printed = exports
     model = folder / "model3"
     assert model.is_dir(), printed
-    assert {path.name for path in model.glob("*.py")} <= set(read_json(model / RECORD)["files"])
     assert "`pp` are copies of its code" in (model / "README.md").read_text()
     assert (model / "pp_heads.py").read_text().splitlines()[0].startswith("# Copied from pp.heads by the export of ")
     assert "embedcache authors" not in (model / "pp_heads.py").read_text()
-    assert not export_run("transformers", folder / "run3", model).is_new
-    with (model / "pp_heads.py").open("a") as file:
-        file.write("#")
-    with pytest.raises(CorruptError, match=r"pp_heads.py: expected the file that was exported, got other content"):
-        export_run("transformers", folder / "run3", model)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Properties of every export."""
 
-import os
 import re
 import shutil
 import sys
@@ -14,13 +13,12 @@ import torch
 
 from embedcache.arrays import Inputs
 from embedcache.encoders.backends import OnnxGraph
-from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, UnknownNameError
+from embedcache.errors import ArtifactError, PathError, SettingError, UnknownNameError
 from embedcache.export.base import ExportNotes, ExportRun, check_parity
 from embedcache.export.card import _metrics, _weights_line, _width_notes
 from embedcache.export.code import MODEL_MODULE, copy_code
 from embedcache.export.export import export_run
-from embedcache.export.settings import RECORD, ExportSettings
-from embedcache.files import partial_path
+from embedcache.export.settings import ExportSettings
 from embedcache.outputs import write_report_json
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, project, save_pair, split_path
@@ -63,41 +61,19 @@ def test_card_code_runs_without_embedcache(
     assert not [name for name in sys.modules if name.startswith("embedcache.")]
 
 
-def test_export_is_reused_or_refused(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    assert export_run("onnx", run, folder).is_new
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    (folder / "README.md").write_text("edited")
-    left = tmp_path / partial_path(folder).name.replace(f".{os.getpid()}.", f".{2**22 + 1}.")
-    left.mkdir()  # of a process that was killed when the folder was in place
-    assert not export_run("onnx", run, folder).is_new
-    assert not left.exists()
-    assert (folder / "README.md").read_text() == "edited"
-    other = tmp_path / "again"
-    export_run("onnx", run, other)
-    assert {path.name: path.read_bytes() for path in other.iterdir() if path.name != "README.md"} == {
-        name: data for name, data in before.items() if name != "README.md"
-    }
-    another = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"))
-    with pytest.raises(FingerprintError, match=r"was made with other settings: run: .* give the path of a new folder"):
-        export_run("onnx", another, folder)
-    with pytest.raises(FingerprintError, match="form: stored 'onnx', requested 'open-clip'"):
-        export_run("open-clip", run, folder)
-    (folder / "text_projector.onnx").write_text("{}")
-    with pytest.raises(CorruptError, match=r"text_projector.onnx: expected the file that was exported, got"):
-        export_run("onnx", run, folder)
+def test_export_is_reproducible(run: Path, tmp_path: Path) -> None:
+    for name in ("first", "again"):
+        export_run("onnx", run, tmp_path / name)
+    for path in (tmp_path / "first").glob("*.onnx"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
 def test_invalid_input_raises(run: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(
-        PathError,
-        match="expected a new folder or an export, got a folder of other files; give the path of a new folder",
-    ):
-        export_run("onnx", run, tmp_path / "full")
-    with pytest.raises(PathError, match="expected a new folder or an export, got a file"):
-        export_run("onnx", run, tmp_path / "full" / "mine.txt")
+    for path in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
+        with pytest.raises(PathError, match="expected a new or empty folder"):
+            export_run("onnx", run, path)
     with pytest.raises(PathError, match=r"does not exist; make one with: embedcache train"):
         export_run("onnx", tmp_path / "none", tmp_path / "out")
     with pytest.raises(PathError, match=r"metrics.json does not exist"):
@@ -326,6 +302,7 @@ def test_push_to_hub(run: Path, tmp_path: Path) -> None:
     assert hub.created[0]["name"] == "pair"
     assert hub.created[0].get("private") is True or hub.created[0]["visibility"] == "private"
     assert [repository for repository, _ in hub.commits] == ["me/pair"]
-    assert {"README.md", "image_projector.onnx", "text_projector.onnx", RECORD} <= set(hub.repositories["me/pair"])
+    assert {"README.md", "image_projector.onnx", "text_projector.onnx"} <= set(hub.repositories["me/pair"])
     assert re.search(r"cannot upload to me/closed: .*the export is in .*closed: run `hf auth login`", refused)
+    assert f"`hf upload me/closed {tmp_path / 'closed'}`" in refused
     assert (tmp_path / "closed" / "image_projector.onnx").is_file()

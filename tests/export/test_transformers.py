@@ -12,7 +12,6 @@ from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
 from embedcache.export.export import export_run
 from embedcache.export.transformers import load_exported
-from embedcache.provenance import read_json, write_json
 from embedcache.sources.images import rgb_image
 from pipelines.icons.encoders import WORDLLAMA
 from tests.export.runs import make_run
@@ -103,13 +102,11 @@ def test_weights_of_other_names_are_refused(tiny: dict[str, str], tmp_path: Path
     weights = load_file(folder / "model.safetensors")
     renamed = {name.replace("attention", "attn"): value for name, value in weights.items()}
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
-    config = read_json(folder / "config.json")
-    write_json(folder / "config.json", {name: value for name, value in config.items() if name != "weights_sha256"})
     with pytest.raises(RuntimeError, match=r"has other names for \d+ weights of the encoders, .*pip install transform"):
         load_exported(folder)
 
 
-def test_changed_weights_are_refused_and_saved_ones_load(tiny: dict[str, str], tmp_path: Path) -> None:
+def test_saved_model_loads(tiny: dict[str, str], tmp_path: Path) -> None:
     folder, tuned, sharded = tmp_path / "model", tmp_path / "tuned", tmp_path / "sharded"
     export_run("transformers", make_run(tmp_path / "run", (tiny["hf_vit"], "cls"), (tiny["bert"], "mean")), folder)
     model = load_exported(folder)
@@ -119,15 +116,7 @@ def test_changed_weights_are_refused_and_saved_ones_load(tiny: dict[str, str], t
     model.save_pretrained(sharded, max_shard_size="50KB")
     assert len(list(sharded.glob("*.safetensors"))) > 1
     for saved in (tuned, sharded):
-        assert "weights_sha256" not in read_json(saved / "config.json")
         assert load_exported(saved).logit_scale == model.logit_scale
-    weights = bytearray((folder / "model.safetensors").read_bytes())
-    weights[-3] ^= 64
-    (folder / "model.safetensors").write_bytes(weights)
-    with pytest.raises(RuntimeError, match=r"model.safetensors: expected the file that was exported, got other bytes;"):
-        load_exported(folder)
-    model.save_pretrained(folder)
-    assert load_exported(folder).logit_scale == model.logit_scale
 
 
 class Own(torch.nn.Module):

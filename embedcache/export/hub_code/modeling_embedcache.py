@@ -1,11 +1,8 @@
 """Two frozen encoders with trained projectors into a shared space, with the interface of transformers' CLIPModel."""
 
-import hashlib
 import importlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +36,6 @@ class EmbedcacheConfig(transformers.PretrainedConfig):  # type: ignore[misc]
         **others: Any,
     ) -> None:
         self.image, self.text, self.projection_dim = dict(image or {}), dict(text or {}), projection_dim
-        others.pop("weights_sha256", None)  # of exported files: a model that is saved again may have other weights
         super().__init__(**others)
 
 
@@ -61,20 +57,13 @@ class EmbedcacheModel(transformers.PreTrainedModel):  # type: ignore[misc]
         self.post_init()
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *others: Any, output_loading_info: bool = False, **options: Any
-    ) -> Any:
+    def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
         """Load the model.
 
         Raises:
-            RuntimeError: a file of weights in a local folder differs from its digest in `config.json`, or this version
-                of transformers has other names for the encoders' weights.
+            RuntimeError: this version of transformers has other names for the encoders' weights.
         """
-        if pretrained_model_name_or_path is not None:
-            _check_weights(Path(pretrained_model_name_or_path, options.get("subfolder") or ""))
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *others, output_loading_info=True, **options
-        )
+        model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)
         if info["missing_keys"] or info["unexpected_keys"]:
             missing = sorted(info["missing_keys"] or info["unexpected_keys"])
             written_with = getattr(model.config, "transformers_version", None) or "VERSION"
@@ -118,25 +107,6 @@ class EmbedcacheModel(transformers.PreTrainedModel):  # type: ignore[misc]
             image_embeds=image,
             text_embeds=text,
         )
-
-
-def _check_weights(folder: Path) -> None:
-    """Compare the exported files of weights with their digests; other files, and those of the hub, have none."""
-    if not (folder / "config.json").is_file():
-        return
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for name, expected in config.get("weights_sha256", {}).items():
-        path, found = folder / name, hashlib.sha256()
-        if not path.is_file():
-            continue
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                found.update(block)
-        if found.hexdigest() != expected:
-            raise RuntimeError(
-                f"{path}: expected the file that was exported, got other bytes; copy or export the folder again, or, "
-                "if you changed the weights yourself, delete weights_sha256 from config.json"
-            )
 
 
 class ImageTower(nn.Module):
