@@ -23,7 +23,11 @@ types:
 
 # Run the tests in two processes of one thread; more arguments go to pytest: just test -m "not slow"
 test *args:
-    python -m pytest -n 2 --dist loadfile --no-loadscope-reorder {{ args }}
+    python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not pipeline" {{ args }}
+
+# Run the smallest size of every pipeline, from its data to its page.
+pipelines *args:
+    python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m pipeline {{ args }}
 
 # Run the tests with the oldest version of each package that pyproject.toml allows, in an environment of its own. Old
 # packages warn about each other, so warnings are no errors here.

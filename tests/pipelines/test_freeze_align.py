@@ -9,6 +9,7 @@ from tests.pipelines.one_core import run_tiny
 
 
 @pytest.mark.slow
+@pytest.mark.pipeline
 def test_tiny_recipe_beats_its_control(tmp_path: Path) -> None:
     printed = run_tiny("freeze_align", tmp_path)
     rows = {name: re.search(rf"{name} .*", printed) for name in ("run", "shuffled", "chance")}

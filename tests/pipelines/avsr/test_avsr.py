@@ -17,6 +17,7 @@ from tests.pipelines.test_talking import HAS_ESPEAK, HAS_FLITE, HAS_RECORDINGS
 
 
 @pytest.mark.slow
+@pytest.mark.pipeline
 @pytest.mark.skipif(not (HAS_ESPEAK and HAS_FLITE and HAS_RECORDINGS), reason="needs the packages of .ci/run")
 def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     run_tiny("avsr.__main__", tmp_path)

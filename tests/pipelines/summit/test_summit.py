@@ -78,6 +78,7 @@ def test_summary_counts_gains_and_harm() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.pipeline
 def test_tiny_pipeline_runs_and_resumes(tmp_path: Path) -> None:
     first = run_tiny("summit.__main__", tmp_path)
     result_path = tmp_path / "world1" / "seed0" / "day-day-night.json"

@@ -194,6 +194,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.pipeline
 @pytest.mark.skipif(
     not (HAS_LETTERS and FASHION_FOLDER.is_dir() and importlib.util.find_spec("easy_vqa")),
     reason="needs easy-vqa and the packages of .ci/run",
