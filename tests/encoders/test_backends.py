@@ -69,11 +69,6 @@ def test_batch_size_setting(batch_size: int | None, test_vit: Path, bert: Path) 
     assert (image.batch_size, text.batch_size) == ((32, 64) if batch_size is None else (batch_size, batch_size))
 
 
-def test_batch_size_of_zero_raises() -> None:
-    with pytest.raises(SettingError, match="batch_size: expected a whole number of at least 1, got 0"):
-        EncoderSettings(batch_size=0)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # from modules that torch's compiler imports
 def test_compile_does_not_change_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.encoders.open import open_encoder
-from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import SettingError
 from embedcache.testing.encoders import AudioEncoderContract, ImageEncoderContract
 from tests.blocks import ROOT, blocks_of
 
@@ -72,14 +69,6 @@ class TestConvolution(ImageEncoderContract):
 def save_convolution(path: Path, *, first: float) -> str:
     spec: str = importlib.import_module("test_convolution").save(path, first)
     return spec
-
-
-def test_convolution_refuses_other_libraries(tmp_path: Path) -> None:
-    spec = save_convolution(tmp_path / "weights.safetensors", first=0.0)
-    with pytest.raises(SettingError, match="expected auto or torch, got onnxruntime"):
-        open_encoder(spec, modality="image", settings=EncoderSettings(backend="onnxruntime"))
-    with pytest.raises(SettingError, match=r"expected a \.safetensors file, got None"):
-        open_encoder("my_convolution:open_convolution", modality="image")
 
 
 def test_plugin_is_as_short_as_the_page_says() -> None:

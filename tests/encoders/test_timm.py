@@ -114,14 +114,6 @@ def test_image_size_option(name: str, num_tokens: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.stack(found), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("size", "words"), [("big", "whole number of pixels"), ("0", "whole number"), ("4", "does not support")]
-)
-def test_unsupported_image_size_raises(size: str, words: str, test_vit: Path) -> None:
-    with pytest.raises(SettingError, match=words):
-        open_encoder(f"timm:test_vit,weights={test_vit},image_size={size}", modality="image")
-
-
 def test_patches_without_grid_are_left_out(tmp_path: Path) -> None:
     encoder = open_encoder(f"timm:pit_ti_224,weights={save_timm('pit_ti_224', tmp_path, seed=0)}", modality="image")
     assert encoder.features == {"cls": (256,)}, "no patch comes out of this one"

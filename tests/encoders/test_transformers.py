@@ -91,13 +91,6 @@ def test_texts_match_transformers(how: str, bert: Path, monkeypatch: pytest.Monk
         np.testing.assert_allclose(found["cls"][row], states[0], atol=1e-4)
 
 
-def test_wrong_modality_raises(bert: Path, dinov2: Path) -> None:
-    with pytest.raises(SettingError, match="expected an encoder of images, got one of texts"):
-        open_encoder(f"hf:{bert}", modality="image")
-    with pytest.raises(SettingError, match="expected an encoder of texts, got one of images"):
-        open_encoder(f"hf:{dinov2}", modality="text")
-
-
 def test_missing_weights_raise(bert: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -130,18 +123,11 @@ def test_missing_pooler_is_allowed(bert: Path, tmp_path: Path) -> None:
     assert one.fingerprint == other.fingerprint
 
 
-@pytest.mark.parametrize(
-    ("missing", "words"),
-    [
-        ("config.json", "no model that transformers can read"),
-        ("model.safetensors", "no weights in"),
-        ("preprocessor_config.json", "no image processor in"),
-    ],
-)
-def test_missing_file_raises(missing: str, words: str, dinov2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "preprocessor_config.json"])
+def test_missing_file_raises(missing: str, dinov2: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(dinov2, tmp_path / "dinov2")
     (folder / missing).unlink()
-    with pytest.raises(PathError, match=words):
+    with pytest.raises(PathError, match="no (model|weights|image processor)"):
         open_encoder(f"hf:{folder}", modality="image")
 
 

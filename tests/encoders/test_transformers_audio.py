@@ -1,6 +1,5 @@
 """Audio models of transformers, compared with its feature extractors and forward passes."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import PathError, SettingError
+from embedcache.errors import SettingError
 from embedcache.testing.encoders import TOLERANCE, AudioEncoderContract, example_audio
-from tests.encoders.checkpoints import copy_changed, save_bert, save_clap, save_speech, save_whisper
+from tests.encoders.checkpoints import copy_changed, save_clap, save_speech, save_whisper
 
 
 class TestWav2Vec2(AudioEncoderContract):
@@ -119,23 +118,15 @@ def test_clap_averages_windows_of_long_recordings(clap: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wrong_models_raise(wav2vec2: Path, tmp_path: Path) -> None:
-    bert = save_bert(tmp_path / "bert", seed=0)
-    with pytest.raises(SettingError, match="expected an encoder of recordings, got one of texts"):
+def test_wrong_models_raise(wav2vec2: Path, bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="texts"):
         open_encoder(f"hf:{bert}", modality="audio")
-    with pytest.raises(SettingError, match="expected an encoder of images, got one of recordings"):
+    with pytest.raises(SettingError, match="recordings"):
         open_encoder(f"hf:{wav2vec2}", modality="image")
     pytest.importorskip("ctranslate2")
     whisper = save_whisper(tmp_path / "whisper", seed=0)
-    with pytest.raises(SettingError, match="is a whisper: expected .*use the family whisper"):
+    with pytest.raises(SettingError, match="family whisper"):
         open_encoder(f"hf:{whisper}", modality="audio")
-
-
-def test_missing_feature_extractor_raises(wav2vec2: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(wav2vec2, tmp_path / "model")
-    (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(PathError, match=r"no feature extractor in .*; add preprocessor_config\.json"):
-        open_encoder(f"hf:{folder}", modality="audio")
 
 
 @pytest.fixture(scope="module")
