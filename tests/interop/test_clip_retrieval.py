@@ -1,6 +1,8 @@
 """clip-retrieval's tree: what its version 2.45.0 wrote, and the rules by which it and embedding-reader read."""
 
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,22 +67,26 @@ def test_row_numbers_are_keys_without_metadata(tmp_path: Path) -> None:
     assert cache.samples["key"].to_pylist()[::12] == ["000000000", "000000012", "000000024"]
 
 
-def test_missing_arrays_raise(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match=r"got a folder without img_emb/\*\.npy"):
-        open_clip_retrieval(tmp_path)
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
 
 
-def test_missing_file_raises(tmp_path: Path) -> None:
-    tree = write_tree(tmp_path / "tree", unit_rows(25))
-    (tree / "metadata" / "metadata_1.parquet").unlink()
-    with pytest.raises(DataError, match=r"got 3 in img_emb, 2 in metadata: metadata lacks number 1"):
-        open_clip_retrieval(tree)
-
-
-def test_arrays_of_other_lengths(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "error", "word"),
+    [
+        (lambda tree: [shutil.rmtree(tree / f"{name}_emb") for name in ("img", "text")], PathError, "img_emb"),
+        (lambda tree: (tree / "metadata/metadata_1.parquet").unlink(), DataError, "number 1"),
+        (lambda tree: np.save(tree / "text_emb/text_emb_2.npy", unit_rows(4)), DataError, "has 4"),
+        (lambda tree: truncate(tree / "img_emb/img_emb_1.npy"), CorruptError, "img_emb_1.npy"),
+        (lambda tree: (tree / "img_emb/img_emb_0.npy").write_bytes(b"\x80\x04 pickle"), CorruptError, "img_emb_0.npy"),
+    ],
+)
+def test_damaged_tree_raises(
+    tmp_path: Path, damage: Callable[[Path], object], error: type[Exception], word: str
+) -> None:
     tree = write_tree(tmp_path / "tree", unit_rows(25), caption=["a"] * 25)
-    np.save(tree / "text_emb" / "text_emb_2.npy", unit_rows(4))
-    with pytest.raises(DataError, match=r"img_emb_2.npy has 5, .*text_emb_2.npy has 4"):
+    damage(tree)
+    with pytest.raises(error, match=word):
         open_clip_retrieval(tree)
 
 
@@ -92,35 +98,18 @@ def test_metadata_of_another_length(tmp_path: Path, count: int) -> None:
         import_files(open_clip_retrieval(tree), tmp_path / "cache")
 
 
-def test_an_array_cut_short(tmp_path: Path) -> None:
-    tree = write_tree(tmp_path / "tree", unit_rows(25))
-    path = tree / "img_emb" / "img_emb_1.npy"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CorruptError, match="img_emb_1.npy: expected an array"):
-        open_clip_retrieval(tree)
-
-
 @pytest.mark.parametrize(
-    ("array", "words"),
+    ("array", "word"),
     [
-        (np.zeros((5, 8)), "expected float16 vectors .*, got float64 of 8"),
-        (np.zeros((5, 8), ">f8"), "expected little-endian float16, float32 or float64, got >f8"),
-        (np.zeros((5, 8), ">f4"), "got >f4"),
-        (np.zeros((5, 8), np.int64), "got int64"),
-        (np.zeros(5, np.float16), r"got shape \(5,\)"),
-        (np.zeros((5, 9), np.float16), "vectors of 8 components as in .*, got float16 of 9"),
-        (np.zeros((5, 8), np.float32), "expected float16 vectors .*, got float32 of 8"),
+        (np.zeros((5, 8)), "float64"),
+        (np.zeros((5, 8), ">f4"), ">f4"),
+        (np.zeros((5, 8), np.int64), "int64"),
+        (np.zeros(5, np.float16), "shape"),
+        (np.zeros((5, 9), np.float16), "8 components"),
     ],
 )
-def test_unsupported_arrays_raise(tmp_path: Path, array: np.ndarray, words: str) -> None:  # type: ignore[type-arg]
+def test_unsupported_arrays_raise(tmp_path: Path, array: np.ndarray, word: str) -> None:  # type: ignore[type-arg]
     tree = write_tree(tmp_path / "tree", unit_rows(25))
     np.save(tree / "img_emb" / "img_emb_2.npy", array)
-    with pytest.raises(DataError, match=words):
-        open_clip_retrieval(tree)
-
-
-def test_damaged_array_raises(tmp_path: Path) -> None:
-    tree = write_tree(tmp_path / "tree", unit_rows(25))
-    (tree / "img_emb" / "img_emb_0.npy").write_bytes(b"\x80\x04 pickle")
-    with pytest.raises(CorruptError, match="img_emb_0.npy: expected an array written by NumPy"):
+    with pytest.raises(DataError, match=word):
         open_clip_retrieval(tree)

@@ -1,6 +1,7 @@
 """Vectors by the name of their format, as a notebook exports and imports them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,23 +37,34 @@ def test_exported_vectors_are_imported(labeled: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(Cache(tmp_path / name).feature("image").load(), expected)
 
 
-def test_wrong_requests_raise(labeled: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown import format 'parket'; did you mean 'parquet'"):
-        open_vectors("parket", "x")
-    with pytest.raises(
-        UnknownNameError, match=r"unknown argument 'path' of the import format npy; known: files, table"
-    ):
-        open_vectors("npy", "x.npy")
-    for wrong in ("x.npy", ["x.npy"], {"audio": 3}):
-        with pytest.raises(SettingError, match=r"files: expected modality -> name, such as {'audio': 'clap'}, got "):
-            open_vectors("npy", files=wrong)
-    with pytest.raises(SettingError, match=r"expected one .npy file of audio vectors, got \['x', 'y'\]; name one"):
-        open_vectors("npy", files={"audio": ["x", "y"]})
-    with pytest.raises(SettingError, match=r"path: expected a folder or file of the format datacomp, got none"):
-        open_vectors("datacomp")
-    with pytest.raises(UnknownNameError, match=r"unknown export format 'csv'; .*parquet"):
-        export_vectors("csv", labeled, tmp_path / "x")
-    with pytest.raises(UnknownNameError, match=r"unknown setting 'projection'"):
-        export_vectors("npy", labeled, tmp_path / "x", projection="pca")
-    with pytest.raises(SettingError, match=r"modality: expected image or text for this format, got audio"):
-        export_vectors("clip-retrieval", labeled, tmp_path / "x", modality="audio")
+@pytest.mark.parametrize(
+    ("words", "options", "error", "word"),
+    [
+        (("parket", "x"), {}, UnknownNameError, "parquet"),
+        (("npy", "x.npy"), {}, UnknownNameError, "files, table"),
+        (("npy",), {"files": "x.npy"}, SettingError, "files"),
+        (("npy",), {"files": {"audio": 3}}, SettingError, "files"),
+        (("npy",), {"files": {"audio": ["x", "y"]}}, SettingError, "one"),
+        (("datacomp",), {}, SettingError, "path"),
+    ],
+)
+def test_vectors_that_cannot_be_opened_raise(
+    words: tuple[str, ...], options: dict[str, Any], error: type[Exception], word: str
+) -> None:
+    with pytest.raises(error, match=word):
+        open_vectors(*words, **options)
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "error", "word"),
+    [
+        ("csv", {}, UnknownNameError, "parquet"),
+        ("npy", {"projection": "pca"}, UnknownNameError, "projection"),
+        ("clip-retrieval", {"modality": "audio"}, SettingError, "modality"),
+    ],
+)
+def test_vectors_that_cannot_be_exported_raise(
+    labeled: Path, tmp_path: Path, form: str, options: dict[str, Any], error: type[Exception], word: str
+) -> None:
+    with pytest.raises(error, match=word):
+        export_vectors(form, labeled, tmp_path / "x", **options)

@@ -183,15 +183,6 @@ def test_any_language_keeps_all_captions(labeled: Path) -> None:
     np.testing.assert_array_equal(export_of(labeled, language="any").samples, export_of(labeled).samples)
 
 
-def test_modality_that_was_not_imported(tmp_path: Path) -> None:
-    np.save(tmp_path / "sounds.npy", unit_rows(4))
-    import_files(open_vectors("npy", files={"audio": tmp_path / "sounds.npy"}), tmp_path / "cache")
-    with pytest.raises(
-        DataError, match="expected video features, got none; import both .*, also with --file video=FILE"
-    ):
-        export_vectors("npy", tmp_path / "cache", tmp_path / "out", modality="video")
-
-
 def test_selection_without_vectors_raises(labeled: Path, tmp_path: Path) -> None:
     (tmp_path / "failed.txt").write_text(f"{FAILED:032x}\n")
     with pytest.raises(DataError, match="expected samples with image and text vectors, got none among 1"):
