@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from inspect import getdoc, isfunction, signature
 from pathlib import Path
@@ -117,8 +118,6 @@ def test_texts_are_encoded_and_vectors_are_compared(image_folder: Path, run_path
     ):
         np.testing.assert_allclose(model.similarity(items, others), expected_NQ, atol=1e-5)
     assert model.similarity(texts_QP, texts_QP).diagonal() == pytest.approx(1)
-    with pytest.raises(DataError, match=r"vectors: expected shape \(N, \d+\)"):
-        model.similarity(images_NP[:, 1:], texts_QP)
     with pytest.raises(DataError, match="NaN"):
         model.similarity(images_NP, texts_QP * np.nan)
 
@@ -160,8 +159,6 @@ def test_classes_without_training(image_folder: Path, run_path: Path) -> None:
     one = model.classify(paths[0], "red bar", template=["a {}", "the {}"])
     assert one.probs_NC.tolist() == [[1.0]]
     assert one.top() == [[("red bar", 1.0)]]
-    with pytest.raises(SettingError, match=r"k: expected a whole number of at least 1, got -1"):
-        one.top(-1)
     two = model.classify(paths, ["red bar", "sky"], template=["a {}", "the {}"])
     mean_P = prompts_TP.mean(axis=0) / np.linalg.norm(prompts_TP.mean(axis=0))
     cosines_N = model.encode_image(paths) @ mean_P
@@ -169,52 +166,55 @@ def test_classes_without_training(image_folder: Path, run_path: Path) -> None:
     others_N = model.encode_image(paths) @ (others_P / np.linalg.norm(others_P))
     expected_N = 1 / (1 + np.exp(model.scale * (others_N - cosines_N)))
     np.testing.assert_allclose(two.probs_NC[:, 0], expected_N, atol=1e-4)
-    for wrong, words in ((["a", "a"], "got 'a' twice"), ([], "got none")):
-        with pytest.raises(DataError, match=f"names: expected distinct names of classes, {words}"):
-            model.classify(paths, wrong)
-    with pytest.raises(SettingError, match=r"template: expected a text with {} for the name, got 'a photo'"):
-        model.classify(paths, names, template="a photo")
 
 
-def test_invalid_items_raise(run_path: Path, tmp_path: Path) -> None:
-    model = embedcache.load(run_path)
-    (tmp_path / "x.png").write_bytes(b"not an image")
-    with pytest.raises(PathError, match=r"image .*missing.png does not exist: expected the path"):
-        model.encode_image("missing.png")
-    with pytest.raises(PathError, match=f"image {tmp_path} is a folder: expected the path"):
-        model.encode_image(tmp_path)
-    with pytest.raises(DataError, match=r"x.png: not an image"):
-        model.encode_image([tmp_path / "x.png"])
-    for wrong, words in (
-        (torch.zeros(4, 8, 8), r"expected RGB of shape \(3, H, W\), got \(4, 8, 8\)"),
-        (np.zeros((3, 8, 8), np.uint8), r"expected RGB of shape \(H, W, 3\), got \(3, 8, 8\)"),
-        (torch.full((3, 8, 8), 2.0), "values from 0 to 1, got others; do not normalize it"),
-        (np.zeros((8, 8, 3), np.int64), "expected uint8 or floating-point values, got int64"),
-        (np.zeros((0, 8, 3), np.uint8), r"expected at least one pixel, got shape \(0, 8, 3\)"),
-    ):
-        with pytest.raises(DataError, match=words):
-            model.encode_image(wrong)
-    with pytest.raises(DataError, match="got an empty text"):
-        model.encode_text(["a", " "])
-    for wrong, words in (
-        ([None, "a"], "texts: expected texts, got None at position 0; leave it out"),
-        (["a", float("nan")], "texts: expected texts, got nan at position 1"),
-        (None, "texts: expected a text or several, got None; pass one text or a list"),
-        (np.array("a"), "texts: expected a text or several, got array"),
-        ("a \ud800", r"texts: expected valid Unicode, got 'a \\ud800'; replace its surrogates"),
-        (["a", "\udfff"], "texts: position 1: expected valid Unicode"),
-    ):
-        with pytest.raises(DataError, match=words):
-            model.encode_text(wrong)
-    for wrong, words in (
-        (None, "images: expected the path of a file, .* or several of them, got None"),
-        ([None], "image: expected the path of a file, an open PIL image, a tensor or an array, got None"),
-        (b"bytes", "images: expected the path of a file, .* got b'bytes'"),
-    ):
-        with pytest.raises(DataError, match=words):
-            model.encode_image(wrong)
-    with pytest.raises(DataError, match="names: expected texts, got 1 at position 0"):
-        model.classify(tmp_path / "x.png", [1])
+@pytest.mark.parametrize(
+    ("image", "word"),
+    [
+        ("missing.png", "exist"),
+        (ROOT, "folder"),
+        (__file__, "not an image"),
+        (torch.zeros(4, 8, 8), "3, H, W"),
+        (torch.full((3, 8, 8), 2.0), "normalize"),
+        (np.zeros((3, 8, 8), np.uint8), "H, W, 3"),
+        (np.zeros((8, 8, 3), np.int64), "int64"),
+        (np.zeros((0, 8, 3), np.uint8), "pixel"),
+        ([None], "None"),
+        (b"bytes", "bytes"),
+    ],
+)
+def test_invalid_images_raise(run_path: Path, image: Any, word: str) -> None:
+    with pytest.raises((PathError, DataError), match=word):
+        embedcache.load(run_path).encode_image(image)
+
+
+@pytest.mark.parametrize(
+    ("texts", "word"),
+    [
+        (["a", " "], "empty"),
+        (["a", float("nan")], "nan at position 1"),
+        (None, "None"),
+        (np.array("a"), "array"),
+        ("a \ud800", "Unicode"),
+    ],
+)
+def test_invalid_texts_raise(run_path: Path, texts: Any, word: str) -> None:
+    with pytest.raises(DataError, match=word):
+        embedcache.load(run_path).encode_text(texts)
+
+
+@pytest.mark.parametrize(
+    ("names", "template", "error", "word"),
+    [
+        (["a", "a"], "a {}", DataError, "twice"),
+        ([], "a {}", DataError, "none"),
+        ([1], "a {}", DataError, "texts"),
+        (["a"], "a photo", SettingError, "template"),
+    ],
+)
+def test_invalid_classes_raise(run_path: Path, names: Any, template: str, error: type[Exception], word: str) -> None:
+    with pytest.raises(error, match=word):
+        embedcache.load(run_path).classify(np.zeros((8, 8, 3), np.uint8), names, template=template)
 
 
 def test_stored_features_are_projected(run_path: Path, exact_cache: Path) -> None:
@@ -229,18 +229,9 @@ def test_stored_features_are_projected(run_path: Path, exact_cache: Path) -> Non
     assert model.project(stored[:0], "image").shape == (0, model.width)
     width = stored.shape[-1]
     assert model.project(stored.reshape(-1, width)[0], "image").shape == (1, model.width)
-    shape = rf"\({'N, T' if stored.ndim == 3 else 'N'}, {width}\)"
-    for wrong, words in (
-        (stored[..., 1:], f"vectors: expected shape {shape}, as {re.escape(feature)} has, got .*{width - 1}"),
-        (stored[None], f"vectors: expected shape {shape}"),
-        (stored * np.nan, "the array of vectors holds NaN or infinity in 3 of 3 rows, first row 0"),
-        (np.full((1, width), 1e300), "the array of vectors holds NaN or infinity in 1 of 1 rows"),
-        (["a"], "vectors: expected floating-point numbers"),
-    ):
-        with pytest.raises(DataError, match=words):
+    for wrong, word in ((stored[..., 1:], "shape"), (stored * np.nan, "NaN"), (["a"], "numbers")):
+        with pytest.raises(DataError, match=word):
             model.project(wrong, "image")
-    with pytest.raises(DataError, match="expected a run with the modality audio, got one of image and text"):
-        model.project(stored, "audio")
 
 
 def test_iterators_and_tensors_with_gradients_are_items(run_path: Path) -> None:
@@ -360,8 +351,6 @@ def test_options_are_those_of_the_command_line(image_folder: Path, tmp_path: Pat
         embedcache.extract_features(
             embedcache.open_source(image_folder), tmp_path / "cache", text_encoder=TEXT, language="en"
         )
-    with pytest.raises(SettingError, match=r"cosine: expected a number .*, got '0.9'"):
-        embedcache.analyze_duplicates("cache", cosine="0.9")
 
 
 OPENED_FIRST = {
@@ -381,38 +370,35 @@ def test_settings_and_progress_of_another_type_are_named() -> None:
                 paths = ["none"] * sum(each.kind == each.POSITIONAL_OR_KEYWORD for each in required)
                 with pytest.raises(SettingError, match=rf"^{name}: expected .*, got {shown}"):
                     function(*paths, **{name: wrong})
-    with pytest.raises(SettingError, match=r"expected SearchSettings, got int; give options by name, such as k=…"):
-        embedcache.search_index("index", "a boat", 5)
 
 
-def test_names_and_features_of_another_type_are_named(image_folder: Path, exact_cache: Path, tmp_path: Path) -> None:
-    source, cache = embedcache.open_source(image_folder), tmp_path / "cache"
-    for wrong in ("audio=whisper:tiny.en", ["whisper:tiny.en"]):
-        with pytest.raises(SettingError, match=r"encoder: expected encoders by modality, such as {'audio'"):
-            embedcache.extract_features(source, cache, encoder=wrong)
-    with pytest.raises(SettingError, match=r"expected the name of an encoder, .*, got \[5\]"):
-        embedcache.extract_features(source, cache, image_encoder=[5])
-    with pytest.raises(SettingError, match=r"vectors: expected what open_vectors returns, got 'vectors.npy'"):
-        embedcache.import_vectors("vectors.npy", cache)
-    with pytest.raises(SettingError, match=r"derivation: expected a Derivation, got 'pca'"):
-        embedcache.derive_features(cache, "pca")
-    for wrong in ("open_toy/cls", [("image", "open_toy/cls", 3)]):
-        with pytest.raises(SettingError, match=r"inputs: expected pairs of a modality and a feature, such as"):
-            embedcache.Derivation(name="pca", rule="pca", inputs=wrong)
-    for wrong in (["a dog", "a cat"], 5, None, {"image": ["0.png"]}):
-        with pytest.raises(SourceError, match=r"expected a path, a URL or a dataset .*; save texts as .txt, one per"):
-            embedcache.open_source(wrong)
-    with pytest.raises(SettingError, match=r"expected at least one cache, got none"):
-        embedcache.train_projectors([], tmp_path / "run")
-    with pytest.raises(DataError, match=r"expected at least two caches to merge, got 1"):
-        embedcache.merge_caches(exact_cache, tmp_path / "merged")
-    with pytest.raises(UnknownNameError, match=r"unknown source 5; known: "):
-        embedcache.open_source(image_folder, kind=5)
-    with pytest.raises(UnknownNameError, match=r"unknown export format None; known: "):
-        embedcache.export_run(None, cache, cache)
-    for compare, rest in ((embedcache.compare_retrieval, ()), (embedcache.compare_zero_shot, ("prompts",))):
-        with pytest.raises(SettingError, match=r"expected at least one run to evaluate, got none"):
-            compare(cache, [], *rest)
+@pytest.mark.parametrize(
+    ("call", "error", "word"),
+    [
+        (
+            lambda path: embedcache.extract_features(path / "a.txt", path, encoder=["whisper:tiny.en"]),
+            SettingError,
+            "audio",
+        ),
+        (lambda path: embedcache.extract_features(path / "a.txt", path, image_encoder=[5]), SettingError, "5"),
+        (lambda path: embedcache.import_vectors("vectors.npy", path), SettingError, "open_vectors"),
+        (lambda path: embedcache.derive_features(path, "pca"), SettingError, "Derivation"),
+        (lambda path: embedcache.Derivation(name="a", rule="pca", inputs="a/cls"), SettingError, "pairs"),
+        (lambda path: embedcache.open_source(["a dog", "a cat"]), SourceError, ".txt"),
+        (lambda path: embedcache.open_source(path, kind=5), UnknownNameError, "5"),
+        (lambda path: embedcache.train_projectors([], path), SettingError, "none"),
+        (lambda path: embedcache.merge_caches([], path), DataError, "two"),
+        (lambda path: embedcache.export_run(None, path, path), UnknownNameError, "None"),
+        (lambda path: embedcache.compare_retrieval(path, []), SettingError, "none"),
+        (lambda path: embedcache.compare_zero_shot(path, [], "prompts"), SettingError, "none"),
+    ],
+)
+def test_arguments_of_another_type_are_named(
+    tmp_path: Path, call: Callable[[Path], object], error: type[Exception], word: str
+) -> None:
+    (tmp_path / "a.txt").write_text("a dog\n")
+    with pytest.raises(error, match=word):
+        call(tmp_path)
 
 
 @pytest.mark.slow

@@ -104,13 +104,6 @@ def test_full_disk_raises(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_error_of_a_write_names_the_file(tmp_path: Path) -> None:
-    for name, expected in ((None, str(tmp_path)), ("other", "other")):
-        with pytest.raises(OSError, match="Input/output error") as raised, disk_errors(tmp_path):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
-        assert raised.value.filename == expected
-
-
 def test_full_disk_by_message_raises(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError), disk_errors(tmp_path):
         raise RuntimeError("Error in faiss: write error: No space left on device")
@@ -241,11 +234,6 @@ def test_a_url_is_no_pattern() -> None:
     assert [str(path.relative_to(folder)) for path in find_files(folder, "*/*/zarr.json")] == ["image/b/zarr.json"]
     assert folder_bytes(folder) == 2
     assert folder_bytes(other) == 8
-
-
-def test_open_path_unknown_protocol_raises() -> None:
-    with pytest.raises(PathError, match="nonsense://x"):
-        open_path("nonsense://x")
 
 
 def test_only_what_services_raise_is_an_io_error() -> None:
