@@ -13,7 +13,6 @@ from embedcache.curate.settings import LeakSettings
 from embedcache.dataset import clusters
 from embedcache.progress import NullProgress
 from tests.curate.test_near_duplicates import made_vectors, write_vectors
-from tests.recorded import RecordedProgress
 
 LIMIT = 0.9
 CLUSTERS = LeakSettings(all_pairs=False)
@@ -114,32 +113,6 @@ def test_batches_and_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert blocked.num_clusters == 13 + 13
     if blocked.complete == whole.complete == 1:
         assert [items.tolist() for items in near(blocked)] == [items.tolist() for items in near(whole)]
-
-
-def test_sizes_are_as_documented() -> None:
-    text = " ".join(str(find_closest_items.__doc__).split())
-    for words in (
-        f"{closest._NUM_PROBES:,} C for the recall",
-        f"at most {closest._TEST_BYTES // 2**20} MiB of test vectors",
-        f"twice {closest._BATCH_BYTES // 2**20} MiB",
-    ):
-        assert words in text
-
-
-def test_progress_of_all_pairs_and_of_clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the totals and the batches of whole chunks of 256."""
-    sets = made_sets(600, 90, 7, tmp_path)
-    find_closest_items(sets, LIMIT, LeakSettings(all_pairs=True), (progress := RecordedProgress()))
-    assert progress.started == [("comparing images", 600 * 90, "pairs")]
-    assert progress.advances == [256 * 90, 256 * 90, 88 * 90]
-
-    what = "comparing images within 19 clusters"
-    for size, batches in ((256, [256, 256, 88]), (257, [512, 88])):
-        monkeypatch.setattr(closest, "_BATCH_BYTES", 4 * 16 * size)
-        find_closest_items(sets, LIMIT, CLUSTERS, (progress := RecordedProgress()))
-        assert progress.started[-1] == (what, 600, "images")
-        assert progress.advances[-len(batches) :] == batches
-        assert progress.counts[what] == 600
 
 
 def test_the_first_of_equal_training_items_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@ import copy
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
-from decimal import Decimal
 from functools import reduce
 from typing import Any
 
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from embedcache.arrays import Array, normalize
 from embedcache.curate import counting
 from embedcache.curate.counting import CoverageCounter, PartialCoverage, TopItems, estimate_background
-from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.prevalence import POSSIBLE, strip_ranks
 
 
@@ -137,16 +135,6 @@ def test_items_at_a_floor_are_candidates_and_those_at_a_threshold_do_not_count()
     assert partial.above.tolist() == partial.assigned.tolist() == [[1, 1]]
     assert (partial.best.tolist(), partial.certain.tolist()) == ([[2, 1]], [[0, 0]])
     assert [array.tolist() for array in partial.top.table()] == [[[2, 1], [3, 1]], [[1, 0], [2, 1]]]
-
-
-def test_sizes_are_as_documented() -> None:
-    text = " ".join(f"{measure_coverage.__doc__} {estimate_background.__doc__}".split())
-    for words in (
-        f"come from {counting.SAMPLE:,} items drawn at random",
-        f"a tile of {Decimal(4 * counting._TILE) / 10**6} MB of similarities",
-        f"the similarities of {counting._CONCEPTS_PER_BLOCK} concepts",
-    ):
-        assert words in text
 
 
 def test_merge_of_copied_read_only_parts() -> None:

@@ -15,7 +15,6 @@ from embedcache.arrays import Floats, normalize
 from embedcache.curate import map as map_module
 from embedcache.curate.map import (
     FILE,
-    IndexMap,
     build_map,
     compute_map,
     name_clusters,
@@ -30,7 +29,6 @@ from embedcache.search.hits import Hit
 from embedcache.search.index import build_index
 from embedcache.search.search import OpenIndex
 from embedcache.search.settings import IndexSettings
-from tests.recorded import RecordedProgress
 
 PCA = MapSettings(projection="pca")
 
@@ -76,16 +74,6 @@ def test_items_removed_since_are_not_on_the_map(index: OpenIndex, cache_path: Pa
     assert build_map(path, PCA, cache=cache).rows.tolist() == np.sort(opened.rows).tolist() == expected
 
 
-def test_points_are_principal_components(index: OpenIndex) -> None:
-    """Fitted to a sample of all items, the positions are those of a PCA, up to the unit square."""
-    built = compute_map(index, PCA)
-    vectors = index.query_encoder.indexed.read(built.rows).astype(np.float64)
-    _, _, directions = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
-    expected = vectors @ directions[:2].T
-    correlations = [abs(np.corrcoef(expected[:, axis], built.points[:, axis])[0, 1]) for axis in (0, 1)]
-    np.testing.assert_allclose(correlations, 1, atol=1e-4)
-
-
 def test_sample_takes_each_cluster_in_turn(index: OpenIndex) -> None:
     built = compute_map(index, PCA)
     rows = built.sample(20)
@@ -101,17 +89,6 @@ def test_large_index_is_sampled(index: OpenIndex, monkeypatch: pytest.MonkeyPatc
     assert len(built.rows) == 120
     assert (np.diff(built.rows) > 0).all()
     assert len(built.clusters) == 5
-
-
-def test_umap_places_others_between_neighbors(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Items of the fitted sample stay where UMAP puts them; an equal vector lies there too."""
-    monkeypatch.setattr(map_module, "_run_umap", lambda vectors, **_: vectors[:, :2].copy())
-    fitted = index.query_encoder.indexed.read(np.arange(40))
-    place = map_module._fit(fitted, "umap", seed=0)
-    np.testing.assert_allclose(place(fitted[:5]), fitted[:5, :2], atol=1e-3)
-    between = place(index.query_encoder.indexed.read(np.arange(40, 60)))
-    assert (between >= fitted[:, :2].min(axis=0)).all()
-    assert (between <= fitted[:, :2].max(axis=0)).all()
 
 
 @pytest.mark.parametrize("num", [1, 3, 4])
@@ -154,16 +131,6 @@ def test_umap_has_fifteen_neighbors(count: int, num_neighbors: int, monkeypatch:
     assert options == {"metric": "cosine", "n_neighbors": num_neighbors, "random_state": 3, "n_jobs": 1}
 
 
-def test_umap_is_announced(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(map_module, "_run_umap", lambda vectors, **_: vectors[:, :2].copy())
-    progress = RecordedProgress()
-    assert compute_map(index, MapSettings(projection="umap", max_items=40), progress=progress).projection == "umap"
-    assert progress.notes == ["fitting UMAP to 40 images"]
-    assert progress.counts["placing on the map"] == 40
-    compute_map(index, PCA, progress=(progress := RecordedProgress()))
-    assert progress.notes == []
-
-
 def test_clusters_are_named_by_the_concept_of_a_third_of_their_items() -> None:
     concepts = Concepts(names=["x", "y", "z"], vectors=np.eye(3, dtype=np.float32), counts=np.ones(3, int), source={})
     concepts_N = np.array([1, -1, -1, 0, -1, -1, -1, 2, 2, 0, 0, -1, -1, -1])
@@ -180,15 +147,6 @@ def test_clusters_without_items_of_a_concept_have_no_name(clear: Path, tmp_path:
     assert len(clusters) > 4
     assert set(names) <= {"zebra", "yak"}
     assert min(names["zebra"].nearest) < 50
-
-
-def test_sizes_are_as_documented() -> None:
-    text = " ".join(f"{build_map.__doc__} {IndexMap.__doc__}".split())
-    for words in (
-        f"Memory: {map_module._MAX_FITTED:,} vectors as float32, a block of {map_module._BLOCK:,} vectors",
-        f"at most {map_module._MAX_CLUSTERS}, largest first",
-    ):
-        assert words in text
 
 
 def test_names_are_what_distinguishes() -> None:

@@ -103,9 +103,7 @@ def test_report_names_copies_by_pixels(faces: Path, tmp_path: Path) -> None:
     assert "3 pairs of others show the same picture" in comparison_line(analysis)
     assert next(level.num_gone for level in analysis.levels()) == 3
     write_threshold_page(tmp_path / "look.html", analysis)
-    page = (tmp_path / "look.html").read_text()
-    assert "The same picture" in page
-    assert "same picture, cosine" in page
+    assert "same picture, cosine" in (tmp_path / "look.html").read_text()
     done = dedup(faces, tmp_path / "kept.parquet", copies=True)
     assert (done.to_json()["num_removed_copies"], done.to_json()["num_removed_same_picture"]) == (3, 2)
     assert "of which 3 are copies" in dedup_line(done)

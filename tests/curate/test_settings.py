@@ -26,79 +26,44 @@ RUN, HEAD = Path("run"), Path("head.npy")
 
 
 @pytest.mark.parametrize(
-    ("kind", "allowed", "refused", "message"),
+    ("kind", "allowed", "refused", "word"),
     [
-        (
-            CoverageSettings,
-            {"modality": "text", "answers": "a.json"},
-            {"modality": "both", "answers": "a.json"},
-            "modality: expected",
-        ),
-        (CoverageSettings, {"modality": "both"}, {"modality": "both", "feature": "f"}, "modality: expected"),
-        (CoverageSettings, {"modality": "text", "language": "en"}, {"language": "en"}, "got images, which have none"),
-        (DedupSettings, {"copies_only": True}, {"copies_only": True, "cosine": 0.9}, "expected --cosine or --copies"),
-        (DedupSettings, {"cosine": 0.9}, {"copies_only": True, "cosine": 1.0}, "got both"),
-        (
-            NegativesSettings,
-            {"range_min": 10, "range_max": 13},
-            {"range_min": 10, "range_max": 12},
-            "range_max: expected at least range_min . num_negatives, 13, got 12",
-        ),
-        (
-            NegativesSettings,
-            {"run": RUN, "absolute_margin": 0},
-            {"absolute_margin": 0},
-            "absolute_margin: expected a run",
-        ),
-        (
-            NegativesSettings,
-            {"run": RUN, "relative_margin": 0},
-            {"relative_margin": 0},
-            "relative_margin: expected a run",
-        ),
-        (ScoreSettings, {"weights": HEAD}, {}, "expected --weights FILE or --prompt TEXT, got neither"),
-        (ScoreSettings, {"prompts": ("a",)}, {"weights": HEAD, "prompts": ("a",)}, "got both"),
-        (
-            ScoreSettings,
-            {"prompts": ("a",), "negative": ("b",)},
-            {"prompts": ("a",), "negative": (" ",)},
-            "an empty text",
-        ),
-        (ScoreSettings, {"prompts": (" a ",)}, {"prompts": ("a", " ")}, "got an empty text"),
-        (ScoreSettings, {"weights": HEAD}, {"weights": HEAD, "negative": ("a",)}, "negative: expected --prompt TEXT"),
+        (CoverageSettings, {"modality": "text", "answers": "a"}, {"modality": "both", "answers": "a"}, "modality"),
+        (CoverageSettings, {"modality": "both"}, {"modality": "both", "feature": "f"}, "modality"),
+        (CoverageSettings, {"modality": "text", "language": "en"}, {"language": "en"}, "images"),
+        (DedupSettings, {"copies_only": True}, {"copies_only": True, "cosine": 0.9}, "both"),
+        (DedupSettings, {"cosine": 0.9}, {"copies_only": True, "cosine": 1.0}, "both"),
+        (NegativesSettings, {"range_min": 10, "range_max": 13}, {"range_min": 10, "range_max": 12}, "13"),
+        (NegativesSettings, {"run": RUN, "absolute_margin": 0}, {"absolute_margin": 0}, "absolute_margin"),
+        (NegativesSettings, {"run": RUN, "relative_margin": 0}, {"relative_margin": 0}, "relative_margin"),
+        (ScoreSettings, {"weights": HEAD}, {}, "neither"),
+        (ScoreSettings, {"prompts": ("a",)}, {"weights": HEAD, "prompts": ("a",)}, "both"),
+        (ScoreSettings, {"prompts": (" a ",)}, {"prompts": ("a", " ")}, "empty"),
+        (ScoreSettings, {"prompts": ("a",)}, {"prompts": ("a",), "negative": (" ",)}, "empty"),
+        (ScoreSettings, {"weights": HEAD}, {"weights": HEAD, "negative": ("a",)}, "negative"),
         (
             ScoreSettings,
             {"weights": HEAD, "fold_layers": True},
             {"prompts": ("a",), "fold_layers": True},
-            "fold_layers: expected --weights FILE",
+            "fold_layers",
         ),
-        (
-            ScoreSettings,
-            {"weights": HEAD, "normalize": False},
-            {"prompts": ("a",), "normalize": False},
-            "normalize: exp",
-        ),
-        (
-            ScoreSettings,
-            {"weights": HEAD, "run": RUN},
-            {"weights": HEAD, "run": RUN, "normalize": False},
-            "normalize: e",
-        ),
-        (ScoreSettings, {"prompts": ("a",), "column": "rows"}, {"prompts": ("a",), "column": "row"}, "got 'row'"),
-        (ScoreSettings, {"prompts": ("a",)}, {"prompts": ("a",), "column": "key"}, "got 'key'"),
-        (ScoreSettings, {"prompts": ("a",)}, {"prompts": ("a",), "column": ""}, "got ''"),
-        (SelectSettings, {"budget": 1.0}, {"budget": 1.5}, "a fraction of at most 1 .100%., got 1.5"),
-        (SelectSettings, {"budget": 2}, {"budget": 1.01}, "a whole number or a fraction"),
-        (SelectSettings, {"clusters": (1,)}, {"clusters": (0,)}, "clusters: expected whole numbers of at least 1"),
-        (SelectSettings, {"clusters": (9, 1)}, {"clusters": (9, 0)}, "clusters: expected whole numbers of at least 1"),
-        (SelectSettings, {"clusters": None}, {"clusters": ()}, "clusters: expected whole numbers of at least 1"),
+        (ScoreSettings, {"weights": HEAD, "normalize": False}, {"prompts": ("a",), "normalize": False}, "normalize"),
+        (ScoreSettings, {"weights": HEAD}, {"weights": HEAD, "run": RUN, "normalize": False}, "normalize"),
+        (ScoreSettings, {"prompts": ("a",), "column": "rows"}, {"prompts": ("a",), "column": "row"}, "'row'"),
+        (ScoreSettings, {"prompts": ("a",)}, {"prompts": ("a",), "column": "key"}, "'key'"),
+        (ScoreSettings, {"prompts": ("a",)}, {"prompts": ("a",), "column": ""}, "''"),
+        (SelectSettings, {"budget": 1.0}, {"budget": 1.5}, "fraction"),
+        (SelectSettings, {"budget": 2}, {"budget": 1.01}, "fraction"),
+        (SelectSettings, {"clusters": (9, 1)}, {"clusters": (9, 0)}, "clusters"),
+        (SelectSettings, {"clusters": None}, {"clusters": ()}, "clusters"),
+        (SelectSettings, {"at_least": 0.5, "at_most": 0.5}, {"at_least": 0.5, "at_most": 0.4}, "at_most"),
     ],
 )
 def test_settings_that_exclude_each_other(
-    kind: type, allowed: dict[str, Any], refused: dict[str, Any], message: str
+    kind: type, allowed: dict[str, Any], refused: dict[str, Any], word: str
 ) -> None:
     kind(**allowed)
-    with pytest.raises(SettingError, match=message):
+    with pytest.raises(SettingError, match=word):
         kind(**refused)
 
 
@@ -124,9 +89,3 @@ def test_settings_of_a_selection_are_recorded() -> None:
     ]
     assert found.method_json() == {**dict.fromkeys(names), "budget": 0.5, "candidates": 7, "seed": 3}
     assert SelectSettings(run=RUN, concepts="c").inputs() == {"concepts": "c", "run": "run"}
-
-
-def test_bounds_of_a_score_are_in_order() -> None:
-    assert SelectSettings(at_least=0.5, at_most=0.5).at_most == 0.5
-    with pytest.raises(SettingError, match="at_most: expected at least at_least, 0.5, got 0.4"):
-        SelectSettings(at_least=0.5, at_most=0.4)

@@ -85,33 +85,13 @@ def test_feature_need_not_be_named(command: Command, tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    (
-        "select cache a.parquet --method k-center --budget 3",
-        "no name was given; name one of these features: open_toy/cls, open_toy/patches; with --feature NAME",
-    ),
-    (
-        "negatives cache out.parquet",
-        "name one of these features: open_toy/cls, open_toy/patches; with --feature image=NAME",
-    ),
-    ("select cache a.parquet --method rndom --budget 3", "did you mean 'random'"),
-    ("select cache a.parquet --method random --budget many", "invalid count 'many'"),
-    (
-        "select cache a.parquet --method random --budget 400 --feature {image}",
-        "budget: expected at most the 300 samples of the pool, got 400",
-    ),
-    ("select cache a.parquet --method random --budget 200% --feature {image}", "invalid fraction '200%'"),
-    ("select cache a.parquet --method hierarchical --budget 3 --clusters 5,x", "invalid count 'x'"),
-    ("select cache a.parquet --method metaclip --budget 3", "--method metaclip: expected --concepts CACHE"),
-    (
-        "select cache a.parquet --method random --per-concept 3",
-        "--method random: expected only --budget, got --per-concept",
-    ),
-    (
-        "select cache a.parquet --method random --budget 3 --selection none.txt --feature {image}",
-        "none.txt does not exist",
-    ),
-    ("combine cache x.parquet and y.parquet a.parquet", "x.parquet does not exist"),
-    ("export cache keys.txt uids.npy --format datacomp", "keys.txt does not exist"),
+    ("select cache a.parquet --method k-center --budget 3", "--feature NAME"),
+    ("negatives cache out.parquet", "--feature image=NAME"),
+    ("select cache a.parquet --method random --budget many", "many"),
+    ("select cache a.parquet --method random --budget 200% --feature {image}", "200%"),
+    ("select cache a.parquet --method hierarchical --budget 3 --clusters 5,x", "'x'"),
+    ("combine cache x.parquet and y.parquet a.parquet", "x.parquet"),
+    ("export cache keys.txt uids.npy --format datacomp", "keys.txt"),
 ]
 
 

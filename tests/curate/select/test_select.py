@@ -23,7 +23,6 @@ from embedcache.store.indexing import index
 from embedcache.train.settings import train_settings
 from embedcache.train.train import train
 from tests.curate.select.conftest import FEATURES
-from tests.recorded import RecordedProgress
 
 TEXT_FEATURE, IMAGE_FEATURE = FEATURES["text"], FEATURES["image"]
 
@@ -64,17 +63,8 @@ def test_random_draw_needs_no_feature(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "a.parquet").num_rows == 4
     with pytest.raises(UnknownNameError, match="has no text features"):
         select(tmp_path / "cache", tmp_path / "b.parquet", "random", budget=4, modality="text", feature="x/y")
-    with pytest.raises(DataError, match="cache: expected samples with images, got none"):
+    with pytest.raises(DataError, match="images"):
         select(tmp_path / "cache", tmp_path / "b.parquet", "random", budget=4, modality="image")
-
-
-def test_random_draw_shows_progress(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.dataset.selections.BLOCK", 4)
-    progress = RecordedProgress()
-    select(cache_path, tmp_path / "a.parquet", "random", budget=9, feature=IMAGE_FEATURE, progress=progress)
-    assert progress.started == [("finding samples", 0, "samples"), ("writing the selection", 9, "samples")]
-    assert progress.finished == ["finding samples", "writing the selection"]
-    assert progress.advances == [300, 4, 4, 1]
 
 
 class NamedSelector(RandomSelector):
@@ -86,7 +76,7 @@ class NamedSelector(RandomSelector):
 
 def test_methods_of_a_user_are_made_without_arguments(around: dict[str, Path], tmp_path: Path) -> None:
     assert len(chosen(around, tmp_path / "a.parquet", f"{RandomSelector.__module__}:RandomSelector", budget=3)) == 3
-    with pytest.raises(SettingError, match="expected a class or function that takes 0 positional arguments, got one"):
+    with pytest.raises(SettingError, match="arguments"):
         chosen(around, tmp_path / "a.parquet", f"{__name__}:NamedSelector", budget=3)
 
 
@@ -97,29 +87,6 @@ def test_select_is_deterministic(around: dict[str, Path], tmp_path: Path) -> Non
     reasons = pq.read_table(tmp_path / "a.parquet")["reason"].to_pylist()
     assert sorted(reason.split()[1] for reason in reasons) == [str(number) for number in range(1, 10)]
     assert "number 1 of those drawn, cosine -1.000 to the nearest before" in reasons
-
-
-@pytest.mark.parametrize("method", ["hierarchical", "image-based"])
-@pytest.mark.parametrize("clusters", [3, 1, None], ids=["few", "one", "default"])
-def test_clustering_is_reported(
-    around: dict[str, Path],
-    tmp_path: Path,
-    method: str,
-    clusters: int | None,
-) -> None:
-    given: dict[str, Any] = {"target": around["cache"]} if method == "image-based" else {}
-    given |= {} if clusters is None else {"clusters": (clusters,)}
-    settings, progress = SelectSettings(budget=9, feature=IMAGE_FEATURE, **given), RecordedProgress()
-    select(around["cache"], tmp_path / "a.parquet", method, settings, progress=progress)
-    assert [what for what, *_ in progress.started] == [
-        "finding samples",
-        "reading vectors",
-        f"finding {clusters or 7} clusters",
-        *(["assigning the target to clusters"] if method == "image-based" else []),
-        "assigning to clusters",
-        "writing the selection",
-    ]
-    assert all(progress.counts[what] >= total for what, total, _ in progress.started)
 
 
 @pytest.mark.slow
@@ -180,22 +147,16 @@ def test_reasons_are_those_of_the_files(
         reasons[name][keys[order[0]]] = "the last"
     (tmp_path / "c.txt").write_text("\n".join(keys[:200]))
     reasons["c"] = dict.fromkeys(keys[:200], "in c.txt")
-    out, progress = tmp_path / "out.parquet", RecordedProgress()
+    out = tmp_path / "out.parquet"
     for first, operation, second in (("a", "and", "b"), ("a", "minus", "b"), ("c", "and", "a"), ("b", "minus", "c")):
         left, right = reasons[first], reasons[second]
         paths = [next(tmp_path.glob(f"{name}.*")) for name in (first, second)]
-        combine_selections(cache.path, out, paths[0], operation, paths[1], progress=progress)
+        combine_selections(cache.path, out, paths[0], operation, paths[1])
         if operation == "and":
             expected = [(key, f"{left[key]}; {right[key]}") for key in keys if key in left and key in right]
         else:
             expected = [(key, left[key]) for key in keys if key in left and key not in right]
         assert read_pairs(out) == expected
-        assert progress.started[-3:] == [
-            ("reading selections", 2, "files"),
-            ("joining reasons", len(expected), "samples"),
-            ("writing the selection", len(expected), "samples"),
-        ]
-    assert progress.finished == [what for what, *_ in progress.started]
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
@@ -205,7 +166,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
 
 def test_empty_combination_raises(around: dict[str, Path], tmp_path: Path) -> None:
     chosen(around, tmp_path / "a.parquet", budget=4)
-    with pytest.raises(DataError, match=r"got none: they select 4 and 4 samples of .*, 4 of them both"):
+    with pytest.raises(DataError, match="got none"):
         combine_selections(
             around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", "minus", tmp_path / "a.parquet"
         )
@@ -213,75 +174,39 @@ def test_empty_combination_raises(around: dict[str, Path], tmp_path: Path) -> No
 
 
 MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    (
-        "rare-frist",
-        {"budget": 3},
-        UnknownNameError,
-        "unknown method of selection 'rare-frist'; did you mean 'rare-first'",
-    ),
-    ("random", {}, SettingError, "--method random: expected one of --budget, got none"),
-    ("random", {"budget": 301}, SettingError, "budget: expected at most the 300 samples of the pool, got 301"),
-    ("random", {"budget": 0}, SettingError, "budget: expected a .* above 0, got 0"),
-    ("random", {"budget": 1.5}, SettingError, "budget: expected a whole number or a fraction of at most 1"),
-    ("rare-first", {"budget": 3}, SettingError, "--method rare-first: expected --concepts CACHE, made by"),
-    ("clip-score", {"budget": 3}, SettingError, "--method clip-score: expected --run RUN"),
-    ("image-based", {"budget": 3}, SettingError, "--method image-based: expected --target CACHE"),
-    (
-        "clip-score",
-        {"threshold": 1.5},
-        SettingError,
-        "threshold: expected a number from -1 to 1, got 1.5",
-    ),
-    (
-        "hierarchical",
-        {"budget": 3, "clusters": (5, 9)},
-        SettingError,
-        "clusters: expected fewer on each level than on the one before, got 5,9",
-    ),
-    (
-        "hierarchical",
-        {"budget": 3, "clusters": (9, 9)},
-        SettingError,
-        "clusters: expected fewer on each level than on the one before, got 9,9",
-    ),
-    (
-        "hierarchical",
-        {"budget": 3, "clusters": (999,)},
-        SettingError,
-        "clusters: expected at most the 300 vectors, got 999",
-    ),
-    ("k-center", {"budget": 9, "candidates": 5}, SettingError, "candidates: expected at least the budget of 9, got 5"),
+    ("rare-frist", {"budget": 3}, UnknownNameError, "rare-frist"),
+    ("random", {}, SettingError, "budget"),
+    ("random", {"budget": 301}, SettingError, "301"),
+    ("random", {"budget": 3, "concepts": "concepts"}, SettingError, "concepts"),
+    ("rare-first", {"budget": 3}, SettingError, "concepts"),
+    ("clip-score", {"budget": 3}, SettingError, "run"),
+    ("clip-score", {"budget": 3, "run": "run", "modality": "text"}, SettingError, "modality"),
+    ("clip-score", {"threshold": 1.0, "run": "run", "feature": None}, DataError, "1.0"),
+    ("image-based", {"budget": 3}, SettingError, "target"),
+    ("hierarchical", {"budget": 3, "clusters": (5, 9)}, SettingError, "5,9"),
+    ("hierarchical", {"budget": 3, "clusters": (9, 9)}, SettingError, "9,9"),
+    ("hierarchical", {"budget": 3, "clusters": (999,)}, SettingError, "999"),
+    ("k-center", {"budget": 9, "candidates": 5}, SettingError, "candidates"),
 ]
 
 
-@pytest.mark.parametrize(("method", "options", "error", "words"), MISTAKES)
+@pytest.mark.parametrize(("method", "options", "error", "word"), MISTAKES)
 def test_invalid_settings_raise(
-    around: dict[str, Path], tmp_path: Path, method: str, options: dict[str, Any], error: type[Exception], words: str
+    around: dict[str, Path], tmp_path: Path, method: str, options: dict[str, Any], error: type[Exception], word: str
 ) -> None:
-    with pytest.raises(error, match=words):
-        chosen(around, tmp_path / "a.parquet", method, **options)
+    inputs = {name: around[name] for name in ("concepts", "run") if name in options}
+    with pytest.raises(error, match=word):
+        chosen(around, tmp_path / "a.parquet", method, **{**options, **inputs})
     assert not (tmp_path / "a.parquet").exists()
 
 
-def test_unused_inputs_raise(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="--method random: expected no --concepts, got"):
-        chosen(around, tmp_path / "a.parquet", budget=3, concepts=around["concepts"])
-    with pytest.raises(SettingError, match="expected no --modality, .*, got text; leave it out"):
-        chosen(around, tmp_path / "a.parquet", "clip-score", budget=3, run=around["run"], modality="text")
-
-
-def test_too_high_threshold_raises(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"some of 300 cosines reach, got 1.0; they range from"):
-        chosen(around, tmp_path / "a.parquet", "clip-score", threshold=1.0, run=around["run"], feature=None)
-
-
 def test_output_must_be_parquet(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(PathError, match=r"expected a path that ends in .parquet"):
+    with pytest.raises(PathError, match=".parquet"):
         chosen(around, tmp_path / "a.txt", budget=3)
 
 
 def test_incomparable_concepts_raise(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="image feature open_toy/cls, got prompts; project both with"):
+    with pytest.raises(DataError, match="prompts"):
         chosen(
             around,
             tmp_path / "a.parquet",
@@ -295,9 +220,9 @@ def test_incomparable_concepts_raise(around: dict[str, Path], tmp_path: Path) ->
     extract(
         open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "louder", text_encoder=["tests.toy:open_toy,scale=2"]
     )
-    with pytest.raises(FingerprintError, match="extract the concepts with the pool's encoder"):
+    with pytest.raises(FingerprintError, match="encoder"):
         chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts=tmp_path / "louder")
-    with pytest.raises(UnknownNameError, match="column of samples 'label' of "):
+    with pytest.raises(UnknownNameError, match="label"):
         chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts=around["target"])
 
 
@@ -305,7 +230,7 @@ def test_join_names(around: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("red\nblue\nred\n")
     extract(open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "names", text_encoder=["tests.toy:open_toy"])
     path = tmp_path / "a.parquet"
-    with pytest.raises(DataError, match="expected each concept once, got 1 of 2 repeated, counted from 0: 'red'"):
+    with pytest.raises(DataError, match="red"):
         chosen(around, path, "rare-first", per_concept=4, concepts=tmp_path / "names")
     rows = chosen(around, path, "rare-first", per_concept=4, concepts=tmp_path / "names", join_names=True)
     assert len(rows) == 8
