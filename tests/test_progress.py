@@ -1,6 +1,5 @@
 """Progress on standard error: names of parts, states, bars that stay when they are finished, and when there are any."""
 
-import re
 import sys
 import warnings
 from types import SimpleNamespace
@@ -32,44 +31,6 @@ def test_lines_name_the_part_and_the_state(monkeypatch: pytest.MonkeyPatch, caps
     assert lines[0].endswith(" s left; loss of sound")
 
 
-def test_last_line_of_one_unit_is_singular(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = PlainProgress()
-    for unit in ("images", "queries", "s of speech"):
-        progress.start("reading", 1, unit)
-        progress.advance(1)
-        progress.finish()
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(" in ")[0] for line in lines] == [
-        "reading: 1 image",
-        "reading: 1 query",
-        "reading: 1 s of speech",
-    ]
-
-
-def test_lines_have_no_total_once_it_is_exceeded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0)
-    progress = PlainProgress()
-    progress.start("comparing samples", 4, "samples")
-    for _ in range(3):
-        progress.advance(2)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(" samples, ")[0] for line in lines] == [f"comparing samples: {n}" for n in ("2/4", "4/4", 6)]
-    assert [line.endswith(" 0 s left") for line in lines] == [True, True, False]
-    assert lines[-1].endswith(" samples/s")
-
-
-@pytest.mark.parametrize(
-    ("done", "expected"), [(1, "0.002 pairs/s"), (1250, "2.5 pairs/s"), (600_000, "1,200 pairs/s")]
-)
-def test_slow_rates_have_digits(done: int, expected: str) -> None:
-    rate = module._Rate("pairs")
-    rate._started -= 500
-    rate.add(done)
-    assert rate.text() == expected
-
-
 @pytest.mark.parametrize("kind", [NullProgress, BarProgress, PlainProgress])
 def test_units_without_a_step_are_ignored(kind: type, capsys: pytest.CaptureFixture[str]) -> None:
     progress = kind()
@@ -89,36 +50,6 @@ def test_watched_parts_count_once_they_are_used() -> None:
         assert progress.counts["writing"] == num_before
     assert next(parts, None) is None
     assert progress.counts["writing"] == 9
-
-
-def test_bars_of_parts_are_shown_at_once_and_stay(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = BarProgress()
-    progress.advance(1)  # of nothing
-    first, second = progress.part("sound"), progress.part("lips\x1b")
-    for part in (first, second):
-        part.start("training", 40, "utterances")
-        part.advance(30)
-    first.describe("epoch 2/2")
-    first.advance(10)
-    first.finish()
-    progress.note("sound is done")
-    second.start("recognize", 0, "utterances")  # ends the training
-    second.finish()
-    second.finish()
-    screen: dict[int, str] = {}  # what a terminal shows: line -> text
-    line = 0
-    for word in re.split(r"(\r|\n|\x1b\[A)", capsys.readouterr().err):
-        line += {"\n": 1, "\x1b[A": -1}.get(word, 0)
-        if word.strip("\r\n\x1b[A "):
-            screen[line] = word
-    assert [re.sub(r"[|\[].*", "", screen[line]).strip() for line in sorted(screen)] == [
-        "sound: training: 100%",
-        "sound is done",
-        r"lips\x1b: training:  75%",
-        r"lips\x1b: recognize: 0 utterances",
-    ]
-    assert "40/40" in screen[0]
-    assert screen[0].endswith("utterances/s, epoch 2/2]")
 
 
 def test_bars_are_closed_before_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:

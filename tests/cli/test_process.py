@@ -4,14 +4,12 @@ import errno
 import gc
 import logging
 import os
-import pty
 import re
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -49,10 +47,6 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     heavy, seconds = started.stdout.splitlines()[-1].rsplit(" ", 1)
     assert heavy == "HEAVY []"
     assert float(seconds) < 1
-
-
-def test_version_is_the_package_version(tmp_path: Path) -> None:
-    assert embedcache("--version", cwd=tmp_path).stdout == f"embedcache {version('embedcache')}\n"
 
 
 @pytest.mark.parametrize(
@@ -123,34 +117,6 @@ def test_quiet_keeps_warnings(capsys: pytest.CaptureFixture[str]) -> None:
         progress = open_progress()
         progress.note("and progress")
     assert capsys.readouterr().err == "warning: mind the gap\n"
-
-
-@pytest.mark.slow
-def test_quiet_and_verbose_change_standard_error(photos: Path, tmp_path: Path) -> None:
-    words = ["extract", photos, "c", *TOY]
-    plain = embedcache(*words, cwd=tmp_path)
-    assert re.search(r"encoding images: 64 images in [\d.]+ s, [\d,]+ images/s", plain.stderr)
-    assert "\x1b" not in plain.stderr + plain.stdout
-    assert embedcache(*words, "--chunk-size", "8", "-q", cwd=tmp_path / ".").stderr.count("encoding") == 0
-    assert re.search(r"run time [\d.]+ s, peak memory \d+ MB", embedcache(*words, "-v", cwd=tmp_path).stderr)
-
-
-@pytest.mark.slow
-def test_terminal_shows_bars_with_rates(photos: Path, tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    command = [*PROGRAM, "extract", str(photos), "c", *TOY]
-    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, cwd=tmp_path, env=ENVIRONMENT) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while part := os.read(ours, 4096):
-                shown += part
-        except OSError:  # how a closed terminal ends
-            pass
-        assert process.wait() == 0, shown
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
-    assert re.search(r"indexing: 64 samples \[[^]]*samples/s", text)
-    assert re.search(r"encoding images: 100%.* 64/64 \[[^]]*images/s", text)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -142,21 +143,23 @@ def test_repair_without_or_with_another_run_raises(cache: Path, work: Path, tmp_
         verify_cache(cache, VerifySettings(repair=True))
 
 
-def test_refusals(cache: Path, work: Path, tmp_path: Path) -> None:
-    run = work / "vectors"
-    with pytest.raises(UnknownNameError, match="unknown output 'projekted' of the run .*; did you mean 'projected'"):
-        derive_from_run(cache, run, "projekted")
-    with pytest.raises(SettingError, match="name a cache of prompts with --prompts"):
-        derive_from_run(cache, run, "prob")
-    with pytest.raises(SettingError, match="prompts: expected the output prob, got projected"):
-        derive_from_run(cache, run, prompts=work / "prompts")
-    with pytest.raises(UnknownNameError, match="unknown modality 'audio' of the run"):
-        derive_from_run(cache, run, modality="audio")
-    with pytest.raises(PathError, match="is not a finished run|does not exist"):
-        derive_from_run(cache, tmp_path / "none")
-    other = shutil.copytree(run, tmp_path / "other,kind")
-    with pytest.raises(SettingError, match="a path with a comma is not supported"):
-        derive_from_run(cache, other, name="other")
+@pytest.mark.parametrize(
+    ("words", "options", "error", "word"),
+    [
+        (("projekted",), {}, UnknownNameError, "projected"),
+        (("prob",), {}, SettingError, "--prompts"),
+        ((), {"modality": "audio"}, UnknownNameError, "audio"),
+    ],
+)
+def test_refusals(
+    cache: Path, work: Path, words: tuple[str, ...], options: dict[str, Any], error: type[Exception], word: str
+) -> None:
+    with pytest.raises(error, match=word):
+        derive_from_run(cache, work / "vectors", *words, **options)
+
+
+def test_run_on_another_encoder_is_refused(cache: Path, work: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(work / "vectors", tmp_path / "other")
     sides = json.loads(config_path(other).read_text())["sides"]
     sides["image"]["fingerprint"]["weights"] = "other"
     edit_record(config_path(other), sides=sides)

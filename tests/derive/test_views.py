@@ -16,7 +16,7 @@ from embedcache.dataset.inputs import open_input
 from embedcache.derive.derive import derive_from_run
 from embedcache.derive.rules import Block
 from embedcache.encoders.base import ItemShape
-from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
+from embedcache.errors import DataError, FingerprintError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
@@ -176,10 +176,6 @@ def test_first_side_that_is_read_decides_the_items(work: Path, cache: Path, tmp_
     derive_from_run(cache, tmp_path / "run", "length")
     found = Cache(cache).feature("video", "run-length/length").load()
     np.testing.assert_array_equal(found, [[25, 50], [25, 50], [26, 55], [27, 60]])
-    with pytest.raises(SettingError, match="modality: expected none for a run of .*Length, got audio"):
-        derive_from_run(cache, tmp_path / "run", "length", modality="audio")
-    with pytest.raises(UnknownNameError, match="unknown output 'lengths' of the run .*; did you mean 'length'"):
-        derive_from_run(cache, tmp_path / "run", "lengths")
     write_run(cache, tmp_path / "other", {"audio": AUDIO, "video": VIDEO}, Plain())
     with pytest.raises(DataError, match="expected one video per sample, got 2 in the sample '0'.*first input"):
         derive_from_run(cache, tmp_path / "other", "length")

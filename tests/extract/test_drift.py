@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from embedcache.derive.derive import Derivation, derive
-from embedcache.errors import CorruptError, FingerprintError, SettingError
+from embedcache.errors import CorruptError, FingerprintError
 from embedcache.extract.drift import AGREEMENT_COSINE, measure_drift
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import repair
-from embedcache.extract.settings import ExtractSettings, VerifySettings
+from embedcache.extract.settings import ExtractSettings
 from embedcache.interop.importing import import_vectors
 from embedcache.interop.npy import open_npy_vectors
 from embedcache.provenance import read_json
@@ -146,12 +146,6 @@ def test_changed_source_drifts(source: Path, tmp_path: Path) -> None:
     drift = measure_drift(Cache(cache), 1)[0]
     assert (drift.num_changed, drift.num_unreadable, len(drift.cosines)) == (1, 1, 19)
     assert "1 item can no longer be read, the bytes of 1 item have changed" in drift.line()
-
-
-@pytest.mark.parametrize("fraction", [0, -0.1, 1.1])
-def test_fraction_out_of_range_raises(fraction: float) -> None:
-    with pytest.raises(SettingError, match=f"reencode: expected .*, got {fraction:g}"):
-        VerifySettings(reencode=fraction)
 
 
 DAMAGES = {

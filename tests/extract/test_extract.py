@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import (
@@ -24,7 +23,6 @@ from embedcache.errors import (
     SettingError,
     SourceError,
     UnfinishedError,
-    UnknownNameError,
 )
 from embedcache.extract.extract import extract, join_encoders
 from embedcache.extract.settings import ExtractSettings
@@ -34,7 +32,6 @@ from embedcache.store.cache import Cache
 from embedcache.store.indexing import update_path
 from tests.extract.cases import lines, run, tree
 from tests.images import write_images
-from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 
@@ -176,18 +173,12 @@ def test_cache_as_its_own_source(source: Path, cache: Path, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"extend": True}, "extend: expected a source with samples to append, got the cache itself"),
-        ({"limit": 5}, "limit: expected a source with samples to append, got the cache itself"),
-        ({"source_type": "folder"}, "source_type: expected none, as the source is the cache itself, got 'folder'"),
-        ({"language": ("de",)}, "a source of type cache does not support the setting 'languages'"),
-        ({"chunk_size": 9}, "chunk_size: stored 8, requested 9"),
-    ],
+    ("name", "value"),
+    [("extend", True), ("limit", 5), ("source_type", "folder"), ("language", ("de",)), ("chunk_size", 9)],
 )
-def test_cache_as_its_own_source_has_no_options(extracted: Path, options: dict[str, object], words: str) -> None:
-    with pytest.raises((SettingError, FingerprintError), match=words):
-        extract(extracted, extracted, image_encoder=IMAGE, **options)
+def test_cache_as_its_own_source_has_no_options(extracted: Path, name: str, value: object) -> None:
+    with pytest.raises((SettingError, FingerprintError), match=name):
+        extract(extracted, extracted, image_encoder=IMAGE, **{name: value})
 
 
 def test_cache_by_a_local_url_is_its_own_source(extracted: Path) -> None:
@@ -315,27 +306,6 @@ def test_values_beyond_float16_need_float32(source: Path, tmp_path: Path) -> Non
     assert Cache(tmp_path / "c").feature("image").load().max() > 65_504
 
 
-def test_unknown_feature_raises(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="unknown feature 'clss'; did you mean 'cls'"):
-        run(source, tmp_path / "c", features=("clss",))
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("tim:resnet18", "unknown encoder family 'tim'; did you mean 'timm'"),
-        ("frames:tim:resnet18", "unknown encoder family 'tim'"),
-        ("hf:/nowhere/model", "encoder hf:/nowhere/model: expected the files of a model, got /nowhere/model, which"),
-        ("frames:hf:./nowhere,rate=1", "expected the files of a model, got nowhere, which does not exist"),
-        ("timm:resnet18,weights=nowhere.pth", "expected the files of a model, got nowhere.pth, which does not exist"),
-    ],
-)
-def test_wrong_encoder_is_refused_before_indexing(source: Path, tmp_path: Path, spec: str, message: str) -> None:
-    with pytest.raises((PathError, UnknownNameError), match=message):
-        extract(open_source(source), tmp_path / "c", image_encoder=[spec])
-    assert not (tmp_path / "c").exists()
-
-
 def test_encoders_are_any_names_that_can_be_listed() -> None:
     named = join_encoders((name for name in ("a", "b")), np.array(["c"]), {"audio": {"d": 1}.keys()})
     assert named == {"image": ("a", "b"), "text": ("c",), "audio": ("d",)}
@@ -383,12 +353,3 @@ def test_source_whose_cache_could_not_be_opened_is_refused(source: Path, tmp_pat
     with pytest.raises(SourceError, match=message):
         extract(Described(), tmp_path / "cache", image_encoder=[IMAGE])
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("count", "words"), [(1, "1 image has"), (2, "2 images have")])
-def test_images_of_a_single_color_are_counted(count: int, words: str, tmp_path: Path) -> None:
-    photos, progress = write_images(tmp_path / "photos", 1), RecordedProgress()
-    for number in range(count):
-        Image.new("RGB", (16, 16), "red").save(photos / f"red{number}.png")
-    extract(open_source(photos), tmp_path / "cache", image_encoder=[IMAGE], progress=progress)
-    assert progress.notes[-1] == f"{words} a single color; encoded like any other"

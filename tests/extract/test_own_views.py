@@ -138,10 +138,7 @@ def test_training_draws_views_of_recordings(tmp_path: Path, tape: Path) -> None:
     np.testing.assert_array_equal(read[1:], np.stack(stored[1].gather_tokens(rows)[1:]))
 
 
-def test_view_without_an_encoder_raises(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="view flip applies to images, but no image encoder is named"):
-        run(source, tmp_path / "c", "flip")
-    with pytest.raises(SettingError, match=r"attribute modality to be one of .*audio.*, got 'sound'"):
-        run(source, tmp_path / "c", "tests.extract.test_own_views:lost")
-    with pytest.raises(SettingError, match="returns a View, got a str"):
-        open_view("tests.extract.test_own_views:lost:5")
+@pytest.mark.parametrize(("name", "word"), [("lost", "modality"), ("lost:5", "View")])
+def test_function_that_is_no_view_raises(name: str, word: str) -> None:
+    with pytest.raises(SettingError, match=word):
+        open_view(f"tests.extract.test_own_views:{name}")

@@ -130,8 +130,3 @@ def test_unreachable_service_raises(shards: Path, bucket: str, monkeypatch: pyte
         run(str(shards), f"{bucket}/cache")
     with pytest.raises(PathError, match=f"{bucket}/cache"):
         Cache(f"{bucket}/cache")
-
-
-def test_missing_bucket_raises(shards: Path, bucket: str) -> None:
-    with pytest.raises(PathError, match=f"cannot write {bucket}-none/cache/.*what is committed is kept"):
-        run(str(shards), f"{bucket}-none/cache")

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 from embedcache.axis import Axis
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import FingerprintError, SettingError, UnknownNameError
+from embedcache.errors import FingerprintError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.views import open_view
@@ -70,11 +70,6 @@ def test_changed_view_function_is_rejected(tmp_path: Path, monkeypatch: pytest.M
 def test_invalid_argument_raises(name: str) -> None:
     with pytest.raises(SettingError, match=f"{name.partition(':')[0]}"):
         open_view(name)
-
-
-def test_unknown_view_lists_known_views() -> None:
-    with pytest.raises(UnknownNameError, match="unknown view 'crap'; did you mean 'crop'\\?; known: crop, flip"):
-        open_view("crap")
 
 
 @pytest.mark.slow

@@ -40,7 +40,6 @@ from tests.crash import call
 from tests.extract.cases import tree
 from tests.images import write_images
 from tests.maintain.cases import KEYS, make_cache, write_source
-from tests.recorded import RecordedProgress
 from tests.sources.files import reopen
 from tests.store.test_changes import begin
 from tests.store.test_indexing import Rows, rows
@@ -98,15 +97,6 @@ def test_cut_cache_takes_other_encoders_of_its_samples_only(made: Path, small: P
     extract(open_source(made / "source"), cache, image_encoder=[IMAGE], settings=ExtractSettings(extend=True))
     assert Cache(cache).column("key").to_pylist()[:6] == CHOSEN
     assert Cache(cache).feature("image", "open_toy/cls").valid.sum() == 12
-
-
-def test_cut_and_merge_show_how_many_samples_there_are(made: Path, halves: list[Path], tmp_path: Path) -> None:
-    progress = RecordedProgress()
-    cut_cache(made / "c", made / "chosen.txt", tmp_path / "small", progress=progress)
-    merge_caches(halves, tmp_path / "whole", progress=progress)
-    steps = [step for step in progress.started if step[0] == "indexing"]
-    assert steps == [("indexing", 6, "samples"), ("indexing", 12, "samples")]
-    assert progress.counts["indexing"] == 18
 
 
 class OnceCopying(NullProgress):
@@ -279,14 +269,6 @@ def test_merged_cache_takes_other_encoders(halves: list[Path], tmp_path: Path) -
     np.testing.assert_array_equal(found.load(), expected.load())
     assert list(found.hashes) == list(expected.hashes)
     assert verify(Cache(tmp_path / "whole")) == []
-
-
-def test_merge_of_removed_samples_only_is_refused(small: Path, tmp_path: Path) -> None:
-    caches = [Path(shutil.copytree(small, tmp_path / name)) for name in "ab"]
-    for cache in caches:
-        remove_samples(cache, CHOSEN)
-    with pytest.raises(DataError, match="expected samples to merge, got only removed ones in .*a and .*b"):
-        merge_caches(caches, tmp_path / "both")
 
 
 def test_merge_reads_each_sample_once(halves: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.errors import PathError, SettingError, UnknownNameError
+from embedcache.errors import PathError, UnknownNameError
 from embedcache.maintain.prune import plan_prune, prune_cache
 from embedcache.maintain.settings import PruneSettings
 from embedcache.reports.summary import summarize
@@ -63,11 +63,6 @@ def test_what_is_named_twice_is_deleted_once(cache: Path) -> None:
 def test_wrong_name(made: Path, feature: str, message: str) -> None:
     with pytest.raises(UnknownNameError, match=message):
         plan_prune(made, PruneSettings(features=(feature,)))
-
-
-def test_nothing_named(made: Path) -> None:
-    with pytest.raises(SettingError, match="expected something to delete, got nothing"):
-        plan_prune(made, PruneSettings())
 
 
 @pytest.mark.slow

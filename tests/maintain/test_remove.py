@@ -30,7 +30,7 @@ from embedcache.evaluate.settings import ProbeSettings
 from embedcache.interop.exporting import VectorExport
 from embedcache.maintain.copy import cut_cache
 from embedcache.maintain.outputs import find_named, remove_from
-from embedcache.maintain.remove import plan_removal, remove_samples
+from embedcache.maintain.remove import remove_samples
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.search.card import read_card
 from embedcache.search.faiss_index import read_index
@@ -39,13 +39,11 @@ from embedcache.search.search import OpenIndex
 from embedcache.store.cache import Cache
 from embedcache.store.commits import removed_hash
 from embedcache.store.group import create_group
-from embedcache.store.removal import start_removal
 from embedcache.store.tables import read_footer
 from embedcache.store.verify import verify
 from embedcache.store.writer import add_feature, commit_chunk
 from tests.cli.run import embedcache, succeed
 from tests.crash import crash_function
-from tests.edits import edit_record
 from tests.extract.cases import tree
 from tests.maintain.cases import (
     CAPTIONS,
@@ -168,14 +166,6 @@ def test_interrupted_removal_is_named(made: Path, copy: Path) -> None:
     assert [finding.name for finding in verify(Cache(copy / "c")) if finding.chunk < 0] == ["removing.parquet"]
 
 
-def test_removal_that_has_started_is_not_replaced(copy: Path) -> None:
-    cache = Cache(copy / "c")
-    start_removal(cache, np.array([3]), KEYS[:1])
-    with pytest.raises(UnfinishedError, match="a removal of samples was interrupted"):
-        start_removal(cache, np.array([9]), KEYS[1:])  # by a process that looked before the first one wrote
-    assert remove_samples(copy / "c", KEYS[:1]).num_samples == 1
-
-
 @pytest.mark.parametrize("is_killed", [False, True])
 @pytest.mark.parametrize(("modality", "name"), [("image", "open_toy/cls"), ("text", "open_toy/mean")])
 def test_items_read_before_a_removal_are_not_committed_after_it(
@@ -278,37 +268,32 @@ def test_removed_items_are_no_failures_of_their_modality(tmp_path: Path) -> None
     assert [report.failures for report in reports] == [{"removed": 1}, {"removed": 1}]
 
 
-def test_wrong_requests_change_nothing(copy: Path) -> None:
-    before = tree(copy)
-    with pytest.raises(DataError, match="got 1 of 2 that it does not have, first 'nobody'; nothing is removed"):
-        remove_samples(copy / "c", [KEYS[0], "nobody"])
-    with pytest.raises(DataError, match="keys: expected texts, got 3 at position 1; leave it out"):
-        remove_samples(copy / "c", [KEYS[0], 3])  # type: ignore[list-item]
-    with pytest.raises(DataError, match="expected keys of samples to remove, got none"):
-        remove_samples(copy / "c", [])
-    with pytest.raises(PathError, match="none does not exist"):
-        remove_samples(copy / "c", KEYS, index=[copy / "none"])
-    with pytest.raises(PathError, match="c: expected an index, got a cache"):
-        plan_removal(copy / "c", KEYS, index=[copy / "c"])
+@pytest.mark.parametrize(
+    ("keys", "options", "error", "word"),
+    [
+        ([KEYS[0], "nobody"], {}, DataError, "nobody"),
+        ([KEYS[0], 3], {}, DataError, "position 1"),
+        ([], {}, DataError, "none"),
+        (KEYS, {"index": "none"}, PathError, "exist"),
+        (KEYS, {"index": "c"}, PathError, "index"),
+        (KEYS, {"run": "c"}, PathError, "run"),
+        (KEYS, {"selection": "mine.parquet"}, PathError, "embedcache"),
+        (KEYS, {"selection": "c/samples.parquet"}, PathError, "embedcache"),
+        (KEYS, {"selection": "link.parquet"}, PathError, "link"),
+    ],
+)
+def test_wrong_requests_change_nothing(
+    copy: Path, keys: list[Any], options: dict[str, str], error: type[Exception], word: str
+) -> None:
     pq.write_table(pa.table({"key": list(KEYS)}), copy / "mine.parquet")
     (copy / "link.parquet").symlink_to(copy / "kept.parquet")
     before = tree(copy)
-    for wrong, message in {
-        "mine.parquet": "got a table that embedcache did not write; remove the samples from it by yourself",
-        "c/samples.parquet": "got a table that embedcache did not write",  # also of another cache
-        "link.parquet": f"got a link to {copy / 'kept.parquet'}; name that one",
-    }.items():
-        with pytest.raises(PathError, match=message):
-            remove_samples(copy / "c", KEYS, selection=[copy / wrong])
-    with pytest.raises(PathError, match="expected a finished run or study, got none"):
-        remove_samples(copy / "c", KEYS, run=[copy / "c"])
-    card = (copy / "index" / "card.json").read_bytes()
-    edit_record(copy / "index" / "card.json", run="../no-run")
-    with pytest.raises(PathError, match="run does not exist; make one with: embedcache train CACHE"):
-        plan_removal(copy / "c", KEYS, index=[copy / "index"])
-    (copy / "index" / "card.json").write_bytes(card)
-    assert plan_removal(copy / "c", KEYS).num_chunks["image/open_toy@flip"] == 2
+    with pytest.raises(error, match=word):
+        remove_samples(copy / "c", keys, **{name: [copy / path] for name, path in options.items()})
     assert tree(copy) == before
+
+
+def test_nothing_is_removed_from_a_damaged_cache(copy: Path) -> None:
     path = copy / "c" / "image" / "open_toy" / "cls" / "c" / "2" / "0"
     path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(CorruptError, match="repair it with: embedcache verify CACHE --repair"):

@@ -293,13 +293,6 @@ def test_requests_without_an_answer(browser: Any, address: str) -> None:
     assert [error for error in page.errors if not error.startswith("Failed to load resource")] == []
 
 
-def test_about_view(page: Browsing) -> None:
-    page.page.click("#tab-cards")
-    page.page.wait_for_selector(".cards h2")
-    assert "80 images" in page.text(".cards")
-    assert "open_toy/cls" in page.text(".cards")
-
-
 def test_api_page_lists_every_operation(page: Browsing) -> None:
     page.page.goto(f"{page.address}/api")
     page.page.wait_for_selector(".operations section")

