@@ -31,11 +31,8 @@ def test_index_that_is_being_extended_opens_once_it_is_written(copy: Path) -> No
     card, checksums = read_card(copy), write_longer(copy)
     state = {"source": {}, "factory": "Flat", "rejected": {}, "checksums": {}}
     (copy / "building.json").write_text(json.dumps(state))
-    with pytest.raises(UnfinishedError) as error:
+    with pytest.raises(UnfinishedError, match="extended"):
         open_row_index(copy, card)
-    assert str(error.value) == (
-        f"{copy} is being extended, or was when a process ended; run the same embedcache curate index again"
-    )
     (copy / "building.json").write_text(json.dumps({**state, "checksums": {"checksums": checksums}}))
     assert len(open_row_index(copy, card)) == 61
     (copy / "building.json").unlink()
@@ -46,15 +43,10 @@ def test_index_that_is_being_extended_opens_once_it_is_written(copy: Path) -> No
 
 def test_card_of_another_index_is_refused(copy: Path) -> None:
     edit_record(copy / "card.json", checksums=write_longer(copy))
-    with pytest.raises(CorruptError) as error:
-        open_row_index(copy, read_card(copy))
-    assert str(error.value) == (
-        f"{copy}/index.faiss: expected 60 vectors of width 48, as its card states, got 61 of 48; remove {copy} and "
-        f"build it again: embedcache curate index CACHE {copy}"
-    )
-    edit_record(copy / "card.json", num_vectors=61, width=47)
-    with pytest.raises(CorruptError, match="expected 61 vectors of width 47, as its card states, got 61 of 48;"):
-        open_row_index(copy, read_card(copy))
+    for changed, word in (({}, "60 vectors"), ({"num_vectors": 61, "width": 47}, "width 47")):
+        edit_record(copy / "card.json", **changed)
+        with pytest.raises(CorruptError, match=word):
+            open_row_index(copy, read_card(copy))
 
 
 def test_missing_files_are_named(copy: Path) -> None:

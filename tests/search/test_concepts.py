@@ -1,13 +1,13 @@
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs, normalize
-from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
+from embedcache.errors import DataError, EmbedcacheError, FingerprintError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.projectors.saved import load_pair, project
@@ -16,7 +16,7 @@ from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.images import COLORS, write_images
-from tests.interop.cases import import_files, unit_rows, write_tree
+from tests.interop.cases import import_files, write_tree
 from tests.interop.runs import SIDES, train_run
 from tests.toy import IMAGE, TEXT
 
@@ -113,8 +113,6 @@ def test_max_examples_draws_a_sample(cache_path: Path, labeled: Path) -> None:
     assert not np.array_equal(one.vectors, other.vectors)
     single = open_concepts(Cache(labeled), pool, max_examples=1)
     np.testing.assert_allclose(np.linalg.norm(single.vectors, axis=1), 1, atol=1e-6)
-    with pytest.raises(SettingError, match="max_examples: expected a whole number of at least 1, got 0"):
-        open_concepts(Cache(labeled), pool, max_examples=0)
 
 
 def test_run_projects_examples(cache_path: Path, labeled: Path, run_path: Path) -> None:
@@ -141,36 +139,25 @@ def test_labeled_images_may_have_a_column_class(tmp_path: Path) -> None:
 def test_incomparable_concepts_raise(
     cache_path: Path, prompts: Path, labeled: Path, run_path: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="plain image feature open_toy/cls, got prompts; .*--run"):
-        open_concepts(Cache(prompts), Vectors(cache_path, "image", "open_toy/cls"))
-    with pytest.raises(UnknownNameError, match="no text features"):
-        open_concepts(Cache(labeled), Vectors(cache_path, "text", "open_toy/mean"))
-    with pytest.raises(UnknownNameError, match="unknown column of samples 'labl' of .*; did you mean 'label'"):
-        open_concepts(Cache(labeled), Vectors(cache_path, "image", "open_toy/cls"), label="labl")
-    other = Cache(prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2"))
-    message = r"open_toy/mean.* made with other settings: weights: stored '.*', requested '.*'; extract the concepts"
-    with pytest.raises(FingerprintError, match=message):
-        open_concepts(other, Vectors(cache_path, "text", "open_toy/mean"))
-    with pytest.raises(FingerprintError, match="the run's text feature open_toy/mean was made with other settings"):
-        open_concepts(other, Vectors(cache_path, "image", run_path=run_path))
+    images, texts = Vectors(cache_path, "image", "open_toy/cls"), Vectors(cache_path, "text", "open_toy/mean")
+    other = prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2")
+    wrong: list[tuple[Path, Vectors, dict[str, Any], type[EmbedcacheError], str]] = [
+        (prompts, images, {}, DataError, "prompts"),
+        (labeled, texts, {}, UnknownNameError, "text features"),
+        (labeled, images, {"label": "labl"}, UnknownNameError, "labl"),
+        (other, texts, {}, FingerprintError, "weights"),
+        (other, Vectors(cache_path, "image", run_path=run_path), {}, FingerprintError, "run's text"),
+    ]
+    for path, pool, options, error, word in wrong:
+        with pytest.raises(error, match=word):
+            open_concepts(Cache(path), pool, **options)
 
 
-def test_repeated_name_raises(cache_path: Path, tmp_path: Path) -> None:
-    cache = Cache(prompt_cache(tmp_path, ["red", "crane", "blue", "crane"]))
-    with pytest.raises(DataError, match=r"got 1 of 3 repeated.*: 'crane' \(numbers 1 and 3\)"):
-        open_concepts(cache, Vectors(cache_path, "text", "open_toy/mean"))
-
-
-def test_only_five_of_the_repeated_names_are_shown_and_all_may_be_joined(cache_path: Path, tmp_path: Path) -> None:
+def test_repeated_names_are_refused_or_joined(cache_path: Path, tmp_path: Path) -> None:
     names = ["red", "blue", "green", "white", "black", "yellow"]
     cache, pool = Cache(prompt_cache(tmp_path, names * 2)), Vectors(cache_path, "text", "open_toy/mean")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=r"'red' \(numbers 0 and 6\)"):
         open_concepts(cache, pool)
-    shown = ", ".join(f"{name!r} (numbers {number} and {number + 6})" for number, name in enumerate(names[:5]))
-    assert str(error.value) == (
-        f"{cache.path}: expected each concept once, got 6 of 6 repeated, counted from 0: {shown}; extract a list with "
-        "each name once"
-    )
     concepts = open_concepts(cache, pool, join_names=True)
     assert (concepts.names, concepts.counts.tolist()) == (names, [6] * 6)
     texts = normalize(cache.feature("text").load()).reshape(2, 6, 3, -1)
@@ -183,34 +170,18 @@ def test_examples_that_cancel_and_missing_labels_raise(tmp_path: Path) -> None:
     labels: list[object] = ["a", "a", "b", "b", None, ""]
     tree = write_tree(tmp_path / "tree", unit, label=labels, none=[None, "", None, "", None, ""])
     cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match="zero"):
         open_concepts(cache, Vectors(cache.path, "image"))
-    assert str(error.value) == (
-        f"1 of 2 concepts of {cache.path} have vectors whose mean is zero, first 'b'; give them other prompts or "
-        "examples"
-    )
-    with pytest.raises(
-        DataError, match="column 'none' of .*: expected labels, got none for images with img_emb/vector"
-    ):
+    with pytest.raises(DataError, match="none"):
         open_concepts(cache, Vectors(cache.path, "image"), label="none")
-
-
-def test_examples_of_class_numbers_in_floating_point(tmp_path: Path) -> None:
-    """Check labels as pandas writes integers of which some are missing."""
-    tree = write_tree(tmp_path / "tree", unit_rows(5), label=[2.0, math.nan, 0.0, 2.0, math.nan])
-    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
-    concepts = open_concepts(cache, Vectors(cache.path, "image"))
-    assert (concepts.names, concepts.counts.tolist()) == (["0", "2"], [1, 2])
 
 
 def test_concept_without_example_raises(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("class,caption\nred,red\nblue,\n")
     extract(open_source(tmp_path / "p.csv"), tmp_path / "prompts", text_encoder=[TEXT])
-    with pytest.raises(DataError, match="1 of 2 classes .* have no encoded prompt, first 'blue'"):
+    with pytest.raises(DataError, match="blue"):
         open_concepts(Cache(tmp_path / "prompts"), Vectors(cache_path, "text", "open_toy/mean"))
     reds = [f"{number:05d}" for number in range(60)]
     broken = Cache(labeled_cache(tmp_path, 2, broken=reds[1:]))
-    with pytest.raises(
-        DataError, match="column 'label' of .*: expected an encoded example of each of 2 labels, got none of 1"
-    ):
+    with pytest.raises(DataError, match="label"):
         open_concepts(broken, Vectors(cache_path, "image", "open_toy/cls"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Floats, normalize
-from embedcache.errors import DiskFullError, PathError, SettingError
+from embedcache.errors import DiskFullError, SettingError
 from embedcache.search import faiss_index
 from embedcache.search.faiss_index import RowIndex, check_factory, exact_search, make_index, read_index
 
@@ -116,14 +116,6 @@ def test_standard_output_is_left_as_it_was(tmp_path: Path, capfd: pytest.Capture
     assert [os.fstat(number).st_ino for number in (1, 2)] == before
     os.write(1, b"after\n")
     assert tuple(capfd.readouterr()) == ("after\n", "error\n")
-
-
-def test_missing_index_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(PathError) as error:
-        read_index(tmp_path / "i" / "index.faiss")
-    assert str(error.value) == (
-        f"{tmp_path}/i/index.faiss does not exist; build an index with: embedcache curate index CACHE {tmp_path}/i"
-    )
 
 
 def test_exact_search_takes_a_gpu_for_as_many_neighbors_as_it_selects(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,16 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from embedcache.cli.main import app
 from embedcache.errors import MissingExtraError
 from embedcache.extract.extract import extract
 from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.reports.items import ItemRenderer
 from embedcache.search import hits as hits_module
 from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
-from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
 from embedcache.sources import open_source
@@ -86,41 +83,7 @@ def test_hits_name_files_that_keys_do_not_name(tmp_path: Path) -> None:
     extract(open_source(tmp_path / "s" / "captions.csv"), tmp_path / "cache", image_encoder=[IMAGE])
     (hit,) = HitReader(Cache(tmp_path / "cache"), "image").read(np.ones(1, np.float32), np.array([1]))
     assert (hit.key, hit.path, hit.name) == ("captions/1", "photos/00001.png", "00001.png")
-    assert (
-        'title="captions/1 · 00001.png · a 1"'
-        in SearchResults([Hits([hit], query="q", cache=Cache(tmp_path / "cache"), modality="text")]).to_html()
-    )
     assert ItemRenderer(Cache(tmp_path / "cache"), "image").render(1).text == "captions/1 · 00001.png"
-    build_index(tmp_path / "cache", tmp_path / "index")
-    shown = CliRunner().invoke(app, ["search", str(tmp_path / "index"), "--query-key", "captions/1", "-k", "1"]).output
-    assert re.search(r"captions +┃ +cosine +┃ +key +┃ +path", shown)
-    assert re.search(r"a 1 +│ +1.000 +│ +captions/1 +│ +photos/00001.png", shown)
-
-
-def test_page_of_a_caption(captioned: Path) -> None:
-    hit = Hit(score=0.5, row=0, key="k", captions=["red", "blue"], label="cat")
-    style = "width: 112px; margin: 4px; text-align: center; overflow-wrap: anywhere"
-    for hits, title, words in (
-        ([hit], "k · cat · red · blue", "red"),
-        ([replace(hit, captions=[], label=None)], "k", "k"),
-    ):
-        assert Hits(hits, query="q", cache=Cache(captioned), modality="text").to_html() == (
-            f'<b>q</b>\n<div style="display: flex; flex-wrap: wrap"><div title="{title}" style="{style}">'
-            f"<small><b>0.500</b> {words}</small></div></div>"
-        )
-
-
-def test_as_much_as_a_page_shows_is_not_cut(results: SearchResults) -> None:
-    hits = results[0]
-    for num_queries, num_hits, num_characters in ((8, 12, 120), (9, 13, 121)):
-        query = "x" * num_characters
-        one = Hits(hits[:num_hits], query=query, cache=hits.cache, modality="text")
-        page = SearchResults([one] * num_queries).to_html()
-        is_cut = num_hits > 12
-        assert page.count("<p>… and 1 more</p>") == (8 if is_cut else 0)
-        assert page.count("<p>… and 1 more queries</p>") == is_cut
-        assert page.count("more") == 9 * is_cut
-        assert page.count(f"<b>{'x' * 120}{'…' if is_cut else ''}</b>") == 8
 
 
 def test_data_frame_has_a_row_per_hit(results: SearchResults) -> None:

@@ -17,7 +17,6 @@ from embedcache.search.settings import IndexSettings
 from embedcache.store.arrays import SKIP_CHECKSUMS, file_checksum
 from embedcache.store.cache import Cache
 from tests.edits import edit_record, exchange
-from tests.recorded import RecordedProgress
 
 ON_DISK: dict[str, Any] = {"feature": "open_toy/cls", "min_recall": 0.0, "on_disk": True}
 LISTS = "lists-300.ivfdata"
@@ -107,12 +106,6 @@ def test_lists_on_disk_are_not_mapped_twice(copy: Path, monkeypatch: pytest.Monk
     index = opened(copy)
     assert index.lists_file == LISTS
     assert read_card(copy).file_bytes == sum((copy / name).stat().st_size for name in ("index.faiss", LISTS))
-
-
-def test_verification_is_shown(copy: Path) -> None:
-    progress = RecordedProgress()
-    verify_index(copy, read_card(copy), progress=progress)
-    assert progress.counts == {"checking index.faiss": 1, f"checking {LISTS}": 1}
 
 
 def test_comparison_may_be_skipped(copy: Path, queries_QP: Floats, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,15 @@ from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split, write_split
 from embedcache.encoders.open import EncoderSpec
-from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
+from embedcache.errors import (
+    CorruptError,
+    DataError,
+    EmbedcacheError,
+    FingerprintError,
+    PathError,
+    SettingError,
+    UnknownNameError,
+)
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.inference import load
@@ -140,7 +148,7 @@ def test_search_on_other_samples_raises(cache_path: Path, tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "cache")
     source = open_source(write_images(tmp_path / "s", 30, seed=5))
     extract(source, tmp_path / "cache", text_encoder=[TEXT])
-    with pytest.raises(FingerprintError, match="index: expected the samples of .*, got others"):
+    with pytest.raises(FingerprintError, match="samples"):
         search(tmp_path / "index", ["red"])
 
 
@@ -149,7 +157,7 @@ def test_search_with_changed_encoder_raises(tmp_path: Path) -> None:
     extract(source, tmp_path / "c", text_encoder=[TEXT])
     build_index(tmp_path / "c", tmp_path / "index", IndexSettings(modality="text"))
     edit_record(tmp_path / "index" / "card.json", spec=f"{TEXT},scale=2")  # as if the weights had changed
-    with pytest.raises(FingerprintError, match="feature open_toy/mean was made with other settings: weights"):
+    with pytest.raises(FingerprintError, match="weights"):
         search(tmp_path / "index", ["red"])
 
 
@@ -190,17 +198,8 @@ def test_spaces_around_a_text_change_nothing(image_folder: Path, tmp_path: Path)
 
 def test_search_with_other_run_raises(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
     other = train_run(cache_path, tmp_path / "other", seed=1)
-    with pytest.raises(FingerprintError, match="other: expected the weights of the index, .*build the index again"):
+    with pytest.raises(FingerprintError, match="weights"):
         search(index_path, ["red"], SearchSettings(run=other))
-
-
-def test_text_query_of_plain_images_raises(cache_path: Path, tmp_path: Path) -> None:
-    build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls"))
-    with pytest.raises(
-        DataError,
-        match="text query: expected an index built with a run, got .* image feature open_toy/cls; .*--run RUN",
-    ):
-        search(tmp_path / "index", ["red"])
 
 
 @pytest.mark.slow
@@ -218,29 +217,22 @@ def test_search_after_move(cache_path: Path, tmp_path: Path) -> None:
     assert search(tmp_path / "index", ["red bar"], there) == before
 
 
-def test_damaged_index_raises(index_path: Path) -> None:
-    copy = index_path.parent / "damaged"
-    copy.mkdir()
-    for path in index_path.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    (copy / "index.faiss").write_bytes(b"xxxx")
-    with pytest.raises(CorruptError, match="index.faiss: expected checksum"):
-        search(copy, ["red"])
+def test_index_of_another_format_raises(index_path: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(index_path, tmp_path / "index"))
     card = json.loads((copy / "card.json").read_text())
     (copy / "card.json").write_text(json.dumps({**card, "format": 9}))
-    with pytest.raises(ValueError, match="has index format 9"):
+    with pytest.raises(ValueError, match="index format 9"):
         search(copy, ["red"])
 
 
-def test_invalid_search_raises(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="from 1 to 300, as the index holds 300 items, got 301"):
-        search(index_path, ["red"], SearchSettings(k=301))
-    with pytest.raises(SettingError, match="query: expected at least one"):
-        search(index_path, [])
-    with pytest.raises(DataError, match="got an empty text"):
-        search(index_path, ["red", " "])
-    with pytest.raises(PathError, match="does not exist; make one with: embedcache curate index"):
-        search(tmp_path / "no", ["red"])
+def test_invalid_search_raises(index_path: Path, tmp_path: Path) -> None:
+    for path, queries, error, word in (
+        (index_path, [], SettingError, "query"),
+        (index_path, ["red", " "], DataError, "empty"),
+        (tmp_path / "no", ["red"], PathError, "exist"),
+    ):
+        with pytest.raises(error, match=word):
+            search(path, queries)
 
 
 def test_query_images_keys_and_vectors(cache_path: Path, image_folder: Path, run_path: Path, index_path: Path) -> None:
@@ -307,31 +299,41 @@ def test_query_concept_of_other_encoder_raises(cache_path: Path, concepts: Path,
         tmp_path / "other",
         text_encoder=[f"{TEXT},scale=2"],
     )
-    with pytest.raises(FingerprintError, match="with the pool's encoder: --text-encoder tests.toy"):
+    with pytest.raises(FingerprintError, match="encoder"):
         search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=tmp_path / "other"))
 
 
-def test_invalid_queries_raise(
-    labeled_index: Path, index_path: Path, concepts: Path, image_folder: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UnknownNameError, match="query_key: expected a key of the cache .*, such as '00000', got 'x'"):
-        search(index_path, Queries(keys=["00001", "x"]))
-    with pytest.raises(PathError, match=r"no\.png does not exist"):
-        search(index_path, Queries(images=[tmp_path / "no.png"]))
-    with pytest.raises(DataError, match=r"expected shape \(Q, 16\), got \(2, 3\)"):
-        search(index_path, Queries(vectors=np.ones((2, 3))))
-    with pytest.raises(DataError, match="the array of query vectors holds NaN"):
-        search(index_path, Queries(vectors=np.full((2, 16), np.nan)))
-    with pytest.raises(UnknownNameError, match="unknown concept 'rad' in .*; did you mean 'red'"):
-        search(index_path, Queries(concepts=["rad"], concept_cache=concepts))
-    with pytest.raises(DataError, match="plain image feature open_toy/cls, got prompts"):
-        search(labeled_index, Queries(concepts=["red"], concept_cache=concepts))
-    (tmp_path / "v.npy").write_bytes(b"no array")
-    with pytest.raises(CorruptError, match=r"v\.npy: expected a \.npy file of numbers"):
-        read_vectors(tmp_path / "v.npy")
-    np.save(tmp_path / "v.npy", np.full((2, 16), 1j))
-    with pytest.raises(CorruptError, match=r"v\.npy: expected a \.npy file of numbers, got complex128"):
-        read_vectors(tmp_path / "v.npy")
+def test_invalid_queries_raise(index_path: Path, concepts: Path, tmp_path: Path) -> None:
+    index = OpenIndex(index_path)
+    wrong: list[tuple[dict[str, Any], type[EmbedcacheError], str]] = [
+        ({"keys": ["00001", "x"]}, UnknownNameError, "'x'"),
+        ({"images": [tmp_path / "no.png"]}, PathError, "no.png"),
+        ({"vectors": np.ones(15)}, DataError, r"\(1, 15\)"),
+        ({"vectors": np.ones((2, 16, 16))}, DataError, r"\(2, 16, 16\)"),
+        ({"vectors": np.eye(17, 16)}, DataError, "row 16"),
+        ({"vectors": np.full((2, 16), np.nan)}, DataError, "NaN"),
+        ({"concepts": ["rad"], "concept_cache": concepts}, UnknownNameError, "rad"),
+    ]
+    for options, error, word in wrong:
+        with pytest.raises(error, match=word):
+            index.search(Queries(**options))
+    for vectors, word in ((np.ones(16), "expected"), (np.ones((2, 15)), "15"), (np.full((2, 16), np.nan), "finite")):
+        with pytest.raises(DataError, match=word):
+            index.search_vectors(vectors)
+
+
+def test_files_of_vectors(tmp_path: Path) -> None:
+    path = tmp_path / "v.npy"
+    with pytest.raises(PathError, match="v.npy"):
+        read_vectors(path)
+    path.write_bytes(b"no array")
+    with pytest.raises(CorruptError, match="v.npy"):
+        read_vectors(path)
+    np.save(path, np.full((2, 16), 1j))
+    with pytest.raises(CorruptError, match="complex128"):
+        read_vectors(path)
+    np.save(path, np.eye(2, 3))
+    assert read_vectors(path).dtype == np.float32
 
 
 def test_names_of_queries(image_folder: Path) -> None:
@@ -353,29 +355,25 @@ def test_names_of_queries(image_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "word"),
     [
-        ({"texts": [None]}, "texts: expected texts, got None at position 0; leave it out"),
-        ({"keys": [3]}, "keys: expected texts, got 3 at position 0"),
-        ({"concepts": 3}, "concepts: expected a text or several, got 3"),
-        ({"images": 3}, "images: expected the path of a file, .*, got 3"),
-        ({"rows": [0, 1.5]}, "rows: expected integers, got 1.5; rows are counted from 0"),
-        ({"rows": [float("inf")]}, "rows: expected integers, got inf"),
-        ({"rows": [True]}, "rows: expected integers, got True"),
-        (
-            {"rows": [1, 2**70]},
-            "rows: expected floating-point numbers or integers of 64 bits, got 1180591620717411303424",
-        ),
-        ({"vectors": ["a"] * 32}, "vectors: expected floating-point numbers .*, got 'a'; give an array or a tensor"),
-        ({"vectors": [[1], [1, 2]]}, "vectors: expected numbers in an array, got an error"),
+        ({"texts": [None]}, "texts"),
+        ({"keys": [3]}, "keys"),
+        ({"concepts": 3}, "concepts"),
+        ({"images": 3}, "images"),
+        ({"rows": [0, 1.5]}, "1.5"),
+        ({"rows": [float("inf")]}, "inf"),
+        ({"rows": [True]}, "True"),
+        ({"rows": [1, 2**70]}, "64 bits"),
+        ({"vectors": ["a"] * 32}, "vectors"),
+        ({"vectors": [[1], [1, 2]]}, "vectors"),
     ],
 )
-def test_queries_of_another_type_raise(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
+def test_queries_of_another_type_raise(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(DataError, match=word):
         Queries(**options)
-    with pytest.raises(SettingError) as error:
+    with pytest.raises(SettingError, match="red"):
         Queries(concepts=["red", "sky"])
-    assert str(error.value) == "concept 'red': expected a cache of prompts, got none; give --concepts CACHE"
 
 
 @pytest.mark.slow
@@ -384,20 +382,20 @@ def test_number_of_results(index_path: Path) -> None:
     for k, found in ((None, 10), (1, 1), (300, 300)):
         assert [len(hits) for hits in index.search(queries, k=k)] == [found] * 2
     for k in (0, 301):
-        with pytest.raises(SettingError, match=f"k: expected a whole number from 1 to 300, as .* 300 items, got {k}"):
+        with pytest.raises(SettingError, match=f"got {k}"):
             index.search(queries, k=k)
 
 
-def test_modalities_that_can_be_compared(index_path: Path, labeled_index: Path, run_path: Path) -> None:
+def test_modalities_that_can_be_compared(index_path: Path, labeled_index: Path, concepts: Path, run_path: Path) -> None:
     projected, plain = OpenIndex(index_path).query_encoder, OpenIndex(labeled_index).query_encoder
     assert [projected.rejection(name) for name in ("image", "text")] == [None, None]
-    assert projected.rejection("audio") == "expected one of the modalities of the run, image and text"
+    assert "image and text" in str(projected.rejection("audio"))
     assert plain.rejection("image") is None
-    assert plain.rejection("text") == (
-        "expected an index built with a run, got one of the plain image feature open_toy/cls; build one with: "
-        "embedcache curate index CACHE INDEX --run RUN"
-    )
-    with pytest.raises(FingerprintError, match=r"run: expected none for an index of the plain feature open_toy/cls, g"):
+    assert "open_toy/cls" in str(plain.rejection("text"))
+    for queries in (Queries(texts=["red"]), Queries(concepts=["red"], concept_cache=concepts)):
+        with pytest.raises(DataError, match="open_toy/cls"):
+            search(labeled_index, queries)
+    with pytest.raises(FingerprintError, match="run"):
         OpenIndex(labeled_index, run=run_path)
 
 
@@ -417,31 +415,10 @@ def test_keys_without_an_indexed_item_are_named(tmp_path: Path) -> None:
     extract(open_source(folder), tmp_path / "cache", image_encoder=[IMAGE])
     build_index(tmp_path / "cache", tmp_path / "index")
     index = OpenIndex(tmp_path / "index")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match="00002"):
         index.search(Queries(keys=["00000", "00002", "00001"]))
-    assert str(error.value) == ("query_key: expected a sample with images of open_toy/cls, got '00002', which has none")
-    with pytest.raises(UnknownNameError, match="row: expected the row of an indexed image of open_toy/cls, got 2"):
+    with pytest.raises(UnknownNameError, match="got 2"):
         index.search(Queries(rows=[3, 2]))
-
-
-def test_invalid_vectors_raise(index_path: Path, tmp_path: Path) -> None:
-    index = OpenIndex(index_path)
-    for vectors, message in (
-        (np.ones(15), r"query vectors: expected shape \(Q, 16\), got \(1, 15\)"),
-        (np.ones((2, 16, 16)), r"query vectors: expected shape \(Q, 16\), got \(2, 16, 16\)"),
-        (np.eye(3, 16, -1), "query vectors: expected rows with a direction, got zeros in row 0"),
-        (np.eye(17, 16), "query vectors: expected rows with a direction, got zeros in row 16"),
-    ):
-        with pytest.raises(DataError, match=message):
-            index.search(Queries(vectors=vectors))
-    np.save(tmp_path / "v.npy", np.eye(2, 3))
-    assert read_vectors(tmp_path / "v.npy").dtype == np.float32
-    with pytest.raises(PathError) as error:
-        read_vectors(tmp_path / "no.npy")
-    path = tmp_path / "no.npy"
-    assert (
-        str(error.value) == f"expected a .npy file of query vectors, got {path}, which does not exist; check the path"
-    )
 
 
 def test_search_beyond_first_lists(cache_path: Path, tmp_path: Path) -> None:
@@ -467,7 +444,7 @@ def test_query_row_equals_key(index_path: Path) -> None:
     assert queries.names == ["00005", "row 5"]
     by_key, by_row = index.search(queries, k=3)
     assert by_key == by_row
-    with pytest.raises(UnknownNameError, match="row of an indexed image of open_toy/cls, got 300"):
+    with pytest.raises(UnknownNameError, match="300"):
         index.search(Queries(rows=[300]))
 
 
@@ -539,12 +516,12 @@ def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path, t
     assert filters.values("split")["test"] == len(rows)
     (hits,) = search(index_path, ["red bar"], SearchSettings(k=len(rows), filter=Filter(part=("test",))))
     assert sorted(hit.row for hit in hits) == rows.tolist()
-    with pytest.raises(UnknownNameError, match="unknown part 'tset' in .*; did you mean 'test'"):
+    with pytest.raises(UnknownNameError, match="tset"):
         filters.mask(Filter(part=("tset",)))
     damaged = Path(shutil.copytree(run_path, tmp_path / "run"))
     split = read_split(run_path / "split.parquet", [cache])
     write_split(damaged / "split.parquet", replace(split, parts=["test"] * len(split.keys)))
-    with pytest.raises(CorruptError, match=r"expected the split that config.json was written for, got another file"):
+    with pytest.raises(CorruptError, match="split"):
         CacheFilters(cache, "image", damaged).mask(Filter(part=("test",)))
 
 
@@ -567,32 +544,21 @@ def test_language(tmp_path: Path) -> None:
     assert hits[0].languages == ["de", None]
     assert hits[0].captions == ["rot 00000"]
     assert all(hit.languages == [None] and len(hit.captions) == 1 for hit in hits if hit.row > 3)
-    with pytest.raises(UnknownNameError, match="unknown language 'fr' in .*; known: de"):
+    with pytest.raises(UnknownNameError, match="fr"):
         search(tmp_path / "image", ask, SearchSettings(filter=Filter(language=("fr",))))
 
 
-def test_language_of_captions_without_one_raises(tmp_path: Path) -> None:
-    write_images(tmp_path / "photos", 3)
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
-    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings())
-    with pytest.raises(UnknownNameError) as error:
-        search(tmp_path / "index", Queries(keys=["00000"]), SearchSettings(filter=Filter(language=("en",))))
-    said = f"--language: {tmp_path / 'cache'} names no language, expected 'en'; search without --language"
-    assert str(error.value) == said  # the index holds the path as ../cache
-
-
-def test_invalid_filters_raise(labeled: Path, labeled_index: Path, cache_path: Path, tmp_path: Path) -> None:
+def test_invalid_filters_raise(labeled: Path, labeled_index: Path, tmp_path: Path) -> None:
     ask = Queries(keys=[Cache(labeled).samples["key"][0].as_py()])
-    with pytest.raises(UnknownNameError, match=r"unknown label 'cta' in .*; did you mean 'cat'\?; known: cat, dog"):
-        search(labeled_index, ask, SearchSettings(filter=Filter(label_value=("cta",))))
-    with pytest.raises(SettingError, match="from 1 to 15, as 15 of 60 items pass the filter, got 16"):
-        search(labeled_index, ask, SearchSettings(k=16, filter=Filter(label_value=("cat",), part=("val",))))
     (tmp_path / "s.txt").write_text(ask.keys[0] + "\n")
-    with pytest.raises(DataError, match="filter: expected items that pass, got none of the 60"):
-        search(labeled_index, ask, SearchSettings(filter=Filter(part=("val",), selection=tmp_path / "s.txt")))
-    with pytest.raises(UnknownNameError, match="--label-value: expected a column 'label' in .*, got the columns"):
-        CacheFilters(Cache(cache_path), "image").mask(Filter(label_value=("cat",)))
-    assert CacheFilters(Cache(cache_path), "image").values("label") == {}
+    wrong: list[tuple[Filter, type[EmbedcacheError], str]] = [
+        (Filter(label_value=("cta",)), UnknownNameError, "cta"),
+        (Filter(label_value=("cat",), part=("val",)), SettingError, "15 of 60"),
+        (Filter(part=("val",), selection=tmp_path / "s.txt"), DataError, "none"),
+    ]
+    for condition, error, word in wrong:
+        with pytest.raises(error, match=word):
+            search(labeled_index, ask, SearchSettings(k=16, filter=condition))
 
 
 def test_labels_are_in_the_named_column(labeled: Path, labeled_index: Path) -> None:
@@ -602,7 +568,7 @@ def test_labels_are_in_the_named_column(labeled: Path, labeled_index: Path) -> N
     assert {(hit.label, hit.key.rpartition("/")[0]) for hit in hits} == {("train/dog", "train/dog")}
     filters = CacheFilters(Cache(labeled), "image", label="folder")
     assert filters.values("label") == {f"{part}/{name}": 15 for part in ("train", "val") for name in ("cat", "dog")}
-    with pytest.raises(UnknownNameError, match=r"unknown column of samples 'fodler' .*; did you mean 'folder'\?"):
+    with pytest.raises(UnknownNameError, match="fodler"):
         search(labeled_index, ask, SearchSettings(label="fodler"))
 
 
@@ -640,23 +606,20 @@ def test_values_are_counted_with_those_that_no_item_has(captioned: Path, labeled
 
 def test_missing_columns_and_captions_are_named(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
     cache, _ = import_files(open_clip_retrieval(write_tree(tmp_path / "tree", unit_rows(3))), tmp_path / "cache")
+    without_languages = CacheFilters(Cache(cache_path), "image", run_path)
     for filters in (
         CacheFilters(cache, "image"),
         CacheFilters(cache, "image", tmp_path),
-    ):  # no run, one without a split
+    ):
         assert [filters.values(name) for name in ("label", "split", "language")] == [{}, {}, {}]
-        for condition, message in (
-            (Filter(label_value=("cat",)), "--label-value: expected a column 'label' in .*, got the columns key"),
-            (Filter(part=("val",)), "--part: expected a column 'split' in .*, got the columns key"),
-            (Filter(language=("de",)), "--language: expected captions in .*, got none"),
-        ):
-            with pytest.raises(UnknownNameError, match=message):
+        for condition in (Filter(label_value=("cat",)), Filter(part=("val",)), Filter(language=("de",))):
+            with pytest.raises(UnknownNameError):
                 filters.mask(condition)
-    filters = CacheFilters(Cache(cache_path), "image", run_path)
-    assert filters.values("label") == {}
-    assert sum(filters.values("split").values()) == 300
-    with pytest.raises(UnknownNameError, match="--label-value: expected a column 'label'"):
-        filters.mask(Filter(label_value=("cat",)))
+    assert without_languages.values("label") == {}
+    assert sum(without_languages.values("split").values()) == 300
+    for condition in (Filter(label_value=("cat",)), Filter(language=("en",))):
+        with pytest.raises(UnknownNameError):
+            without_languages.mask(condition)
 
 
 def test_a_fraction_of_the_items_is_searched_more_thoroughly(
@@ -730,7 +693,7 @@ def test_samples_removed_since_are_not_found(labeled: Path, labeled_index: Path,
     assert key not in {hit.key for hit in hits}
     assert (len(hits), index.count(Filter()), index.count(Filter(label_value=("cat",)))) == (59, 59, 29)
     assert (index.values("label"), index.values("split")) == ({"cat": 29, "dog": 30}, {"train": 29, "val": 30})
-    with pytest.raises(SettingError, match="from 1 to 59, as 59 of 60 items pass the filter, got 60"):
+    with pytest.raises(SettingError, match="59 of 60"):
         index.search(Queries(keys=["train/cat/00004"]), k=60)
 
 
@@ -749,14 +712,3 @@ def test_equal_items_are_found_in_the_order_of_their_rows(factory: str, tmp_path
             for row, hits in zip((5, 47, 119), found, strict=True):
                 assert [hit.row for hit in hits[:num]] == [row % 40, row % 40 + 40, row % 40 + 80][-num:][:k]
     assert index.values("label") == {"part 0": 40, "part 1": 40, "part 2": 39}
-
-
-def test_vectors_of_another_shape_or_without_values_raise(labeled_index: Path) -> None:
-    index = OpenIndex(labeled_index)
-    queries_QP = index.query_encoder.indexed.read(np.array([0, 16]))
-    for vectors in (queries_QP[0], queries_QP[:, 1:]):
-        with pytest.raises(DataError, match=rf"expected \(Q, {queries_QP.shape[1]}\) vectors for .*, got \("):
-            index.search_vectors(vectors)
-    queries_QP[1, 2] = np.nan
-    with pytest.raises(DataError, match="expected finite vectors for"):
-        index.search_vectors(queries_QP)
