@@ -1,7 +1,6 @@
 """What all export formats share: the exported run, the notes for its model card, and the parity check."""
 
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +14,9 @@ from embedcache.encoders.base import Modality, is_fingerprint
 from embedcache.encoders.open import DERIVED
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.inference import open_projected_encoder
-from embedcache.projectors.base import PROJECTORS, split_names
+from embedcache.projectors.base import split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import CHANGED_CONFIG, PairConfig, TowerInput, config_path, load_pair
-from embedcache.registry import names_from
 from embedcache.sources.images import load_image
 
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
@@ -57,25 +55,6 @@ class ExportRun:
         if not set(modalities) <= set(self.config.modalities):
             reason = f"expected a run of {' and '.join(modalities)}, got one of {' and '.join(self.config.modalities)}"
             raise unsupported(format_name, reason)
-
-    def projector_class(self, modality: str) -> type:
-        """Return the class of a modality's projector, built-in or a plug-in."""
-        with names_from(self.path):
-            projector: type = PROJECTORS.load(self.projector(modality))
-        return projector
-
-    def projector_path(self, modality: str) -> tuple[str, str]:
-        """Return the module that defines the projector, and its name there.
-
-        A projector that no module has under its own name, such as a class that a function made, is named as the user
-        or the entry point did.
-        """
-        projector = self.projector_class(modality)
-        module, name = getattr(projector, "__module__", None), getattr(projector, "__name__", None)
-        if module in sys.modules and isinstance(name, str) and vars(sys.modules[module]).get(name) is projector:
-            return module, name
-        module, _, name = PROJECTORS.path(self.projector(modality)).partition(":")
-        return module, name
 
     def embed_examples(self, modality: Modality) -> Floats:
         """Embed the example images or texts with the run's own encoder, in float32: (N, P) float32 unit vectors."""

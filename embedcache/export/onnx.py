@@ -23,8 +23,7 @@ from embedcache.export.base import (
     example_images,
     unsupported,
 )
-from embedcache.export.code import copy_code
-from embedcache.export.transformers import load_exported, write_transformers
+from embedcache.export.transformers import copy_processor_code, load_exported, write_transformers
 from embedcache.projectors.heads import TokenTower
 from embedcache.projectors.pair import AnyTower
 from embedcache.projectors.saved import project
@@ -238,4 +237,4 @@ def _keep_processors(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.suffix == ".py":
             path.unlink()
-    copy_code([], folder, "onnx")
+    copy_processor_code(folder)

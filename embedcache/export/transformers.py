@@ -1,12 +1,15 @@
 """Export a model folder for transformers (AutoModel, AutoProcessor, AutoImageProcessor, AutoTokenizer).
 
-The folder includes its code: modules of this package, copied so that they run without it.
+transformers has no class for two frozen encoders with trained projectors, nor an image processor that prepares images
+exactly as at extraction. With `trust_remote_code=True` it runs the code in the folder instead. That code is a copy of
+modules of this package, in which imports of each other are relative, so that it runs without the package. Apart from
+each other, they import PIL, NumPy, torch, transformers and the standard library only.
 """
 
 import gc
-import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,35 @@ from torch import Tensor, nn
 
 from embedcache.encoders.base import Modality
 from embedcache.encoders.weights import quiet_transformers
-from embedcache.errors import one_line
-from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images
-from embedcache.export.code import MODEL_MODULE, PROCESSOR_MODULE, change_plugin, write_model_code
+from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images, unsupported
 from embedcache.export.towers import EncoderModule, open_module
+from embedcache.files import read_text
 from embedcache.provenance import read_json, write_json
 
 _FORMAT = "transformers"
-_MODEL = MODEL_MODULE.rpartition(".")[2]
-_PROCESSOR = PROCESSOR_MODULE.rpartition(".")[2]
+_HUB_CODE = "embedcache.export.hub_code"
+_MODEL = "modeling_embedcache"
+_PROCESSOR = "image_processing_embedcache"
+_COPIED = {
+    f"{_HUB_CODE}.{_MODEL}": (
+        f"{_HUB_CODE}.projectors",
+        "embedcache.encoders.image_features",
+        "embedcache.encoders.text_features",
+        "embedcache.errors",
+        "embedcache.projectors.heads",
+        "embedcache.projectors.tokens",
+    ),
+    f"{_HUB_CODE}.{_PROCESSOR}": (
+        "embedcache.arrays",
+        "embedcache.encoders.image_features",
+        "embedcache.errors",
+        "embedcache.sources.images",
+    ),
+}
+"""Module that transformers opens -> modules that it imports, directly or not."""
+_IMPORT = re.compile(r"^(\s*from )embedcache[\w.]*(\.\w+ import)", re.MULTILINE)
+_HEADER = "# Copyright the embedcache authors. Apache-2.0. Copied from {module} of embedcache by its export.\n"
+_NESTED = "\n# Imports of the modules above: transformers 4 copies only what this file imports itself.\n"
 _PIPELINE = "ZeroShotImageClassification"
 _CODE = """\
 import torch
@@ -50,11 +73,12 @@ def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
     encoders = {modality: open_module(run, modality, _FORMAT) for modality in MODALITIES}
     for encoder in encoders.values():
         encoder.save_processor(folder)
-    projectors = {modality: run.projector_path(modality) for modality in MODALITIES}
-    plugins = write_model_code(projectors, folder, _FORMAT)
+    copy_processor_code(folder)
+    _copy_code(f"{_HUB_CODE}.{_MODEL}", folder)
+    _write_projectors(run, folder)
     save_file(_state(run, encoders), folder / "model.safetensors", metadata={"format": "pt"})
     _write_config(run, folder, encoders)
-    differences = _check(run, folder, plugins)
+    differences = run.check_parity(_FORMAT, _embed_examples(folder))
     is_timm = encoders["image"].config["kind"] == "timm"
     return ExportNotes(
         library="transformers",
@@ -67,10 +91,6 @@ def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
             "Embeddings have length 1. Texts are padded on the right and truncated to the tokenizer's "
             "`model_max_length`.",
             "`trust_remote_code=True` runs the code in this folder: read it first, it is short.",
-            *(
-                f"Files whose first line names `{name}` are copies of its code: its license applies."
-                for name in sorted(plugins)
-            ),
         ),
     )
 
@@ -81,6 +101,39 @@ def load_exported(folder: Path) -> Any:
 
     with quiet_transformers():
         return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def copy_processor_code(folder: Path) -> None:
+    """Copy the code of the image processor into a folder."""
+    _copy_code(f"{_HUB_CODE}.{_PROCESSOR}", folder)
+
+
+def _copy_code(opened: str, folder: Path) -> None:
+    """Copy a module that transformers opens, and the modules that it imports, with relative imports."""
+    for module in (opened, *_COPIED[opened]):
+        spec = find_spec(module)
+        assert spec is not None
+        assert spec.origin is not None
+        text = _IMPORT.sub(r"\1\2", read_text(Path(spec.origin)))
+
+        if module == opened:
+            nested = [name.rpartition(".")[2] for name in _COPIED[opened]]
+            text += _NESTED + "".join(f"from .{name} import __name__ as _\n" for name in nested)
+        path = folder / f"{module.rpartition('.')[2]}.py"
+        path.write_text(_HEADER.format(module=module) + text, "utf-8")
+
+
+def _write_projectors(run: ExportRun, folder: Path) -> None:
+    """Write the module that names the projectors of the run."""
+    lines = ['"""The projectors of both modalities."""', ""]
+    for modality in MODALITIES:
+        projector = type(run.pair.tower(modality).projector)
+        if projector.__module__ not in _COPIED[f"{_HUB_CODE}.{_MODEL}"]:
+            raise unsupported(_FORMAT, f"its {modality} projector {run.projector(modality)} is a plug-in")
+        module = projector.__module__.rpartition(".")[2]
+        lines.append(f"from .{module} import {projector.__name__} as {modality.title()}Projector")
+    text = "\n".join([*lines, "", '__all__ = ["ImageProjector", "TextProjector"]', ""])
+    (folder / "projectors.py").write_text(text, "utf-8")
 
 
 def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, EncoderModule]) -> None:
@@ -120,31 +173,6 @@ def _state(run: ExportRun, encoders: Mapping[Modality, EncoderModule]) -> dict[s
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers of a module, including those that its state dict leaves out."""
     return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
-
-
-def _check(run: ExportRun, folder: Path, plugins: Collection[str]) -> dict[str, float]:
-    """Compare the vectors of the exported folder with the run's; it is loaded while plug-ins cannot be imported."""
-    try:
-        with _hidden(plugins):
-            vectors = _embed_examples(folder)
-    except Exception as error:
-        if not plugins:
-            raise
-        names, cause = ", ".join(sorted(plugins)), f"{type(error).__name__}: {one_line(error)}"
-        reason = f"the copied code of {names} does not run outside of that package: {cause}"
-        raise change_plugin(_FORMAT, reason) from error
-    return run.check_parity(_FORMAT, vectors)
-
-
-@contextmanager
-def _hidden(packages: Collection[str]) -> Iterator[None]:
-    """Make every import from packages fail, as where they are not installed."""
-    loaded = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in packages}
-    sys.modules.update(dict.fromkeys(loaded))  # type: ignore[arg-type]  # None: Python does not look for it
-    try:
-        yield
-    finally:
-        sys.modules.update(loaded)
 
 
 @torch.inference_mode()

@@ -16,7 +16,6 @@ from embedcache.encoders.backends import OnnxGraph
 from embedcache.errors import ArtifactError, PathError, SettingError, UnknownNameError
 from embedcache.export.base import ExportNotes, ExportRun, check_parity
 from embedcache.export.card import _metrics, _weights_line, _width_notes
-from embedcache.export.code import MODEL_MODULE, copy_code
 from embedcache.export.export import export_run
 from embedcache.export.settings import ExportSettings
 from embedcache.outputs import write_report_json
@@ -269,20 +268,6 @@ def test_card_of_other_json(report: dict[str, Any], run: Path) -> None:
     text = _metrics({**report, "metrics": {"recall@5": 0.25}}, ExportRun.open(run))
     assert "| recall@5 | 0.25 | |" in text
     assert "whose own mean" not in text
-
-
-def test_opened_modules_import_all_that_they_need(tmp_path: Path) -> None:
-    """transformers 4 copies only what a module imports itself."""
-    copy_code([MODEL_MODULE, "embedcache.projectors.heads"], tmp_path, "transformers")
-    for opened in ("modeling_embedcache", "image_processing_embedcache"):
-        own = _relative_imports(tmp_path / f"{opened}.py")
-        nested = set().union(*(_relative_imports(tmp_path / f"{name}.py") for name in own))
-        assert nested - {opened} <= own
-        compile((tmp_path / f"{opened}.py").read_text(), opened, "exec")
-
-
-def _relative_imports(path: Path) -> set[str]:
-    return set(re.findall(r"^\s*from\s+\.(\S+)\s+import", path.read_text(), re.MULTILINE))
 
 
 def push_both(run: Path, folder: Path) -> tuple[str | None, str]:

@@ -1,5 +1,6 @@
 """Export for transformers."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
 from embedcache.export.export import export_run
-from embedcache.export.transformers import load_exported
+from embedcache.export.transformers import _COPIED, _copy_code, load_exported
 from embedcache.sources.images import rgb_image
 from pipelines.icons.encoders import WORDLLAMA
 from tests.export.runs import make_run
@@ -119,8 +120,21 @@ def test_saved_model_loads(tiny: dict[str, str], tmp_path: Path) -> None:
         assert load_exported(saved).logit_scale == model.logit_scale
 
 
+@pytest.mark.parametrize("opened", _COPIED)
+def test_opened_module_imports_all_that_it_needs(opened: str, tmp_path: Path) -> None:
+    """transformers 4 copies only what a module imports itself."""
+    _copy_code(opened, tmp_path)
+    names = {path.stem for path in tmp_path.iterdir()}
+    for path in tmp_path.iterdir():
+        text = path.read_text()
+        assert set(re.findall(r"^\s*from \.(\S+) import", text, re.MULTILINE)) <= names
+        assert not re.findall(r"^\s*(?:from|import) embedcache.*", text, re.MULTILINE)
+    opened_file = tmp_path / f"{opened.rpartition('.')[2]}.py"
+    assert set(re.findall(r"^from \.(\S+) import", opened_file.read_text(), re.MULTILINE)) == names - {opened_file.stem}
+
+
 class Own(torch.nn.Module):
-    """A projector whose module imports more than torch."""
+    """A projector that is a plug-in."""
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
@@ -135,7 +149,7 @@ class Own(torch.nn.Module):
     ("text", "projector", "words"),
     [
         (WORDLLAMA, "linear", "expected hf or st"),
-        ("st", f"{__name__}:Own", "expected only PIL, numpy, torch, transformers"),
+        ("st", f"{__name__}:Own", "is a plug-in; use embedcache export onnx"),
     ],
 )
 def test_unsupported_run_raises(text: str, projector: str, words: str, tiny: dict[str, str], tmp_path: Path) -> None:
