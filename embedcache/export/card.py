@@ -24,18 +24,37 @@ _HELD_OUT = {"val": "validation", "test": "test"}
 
 def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str, metrics: Any) -> None:
     """Write the model card, `README.md`."""
-    licenses = {modality: _find_license(run.config.tower_input(modality)) for modality in run.config.modalities}
-    code, packages = notes.code.format(folder=path.parent.name), shlex.join(notes.requirements)
-    parts = [
-        _front_matter(notes, licenses),
-        f"# {path.parent.name}\n",
-        _summary(run, notes, format_name),
-        _encoders(run, notes, licenses),
-        _training(run),
-        _metrics(metrics, run),
-        f"## Usage\n\n`pip install {packages}`, then, in the parent folder:\n\n```python\n{code}```\n",
-    ]
-    write_atomic(path, "\n".join(parts).encode())
+    from huggingface_hub import ModelCard, ModelCardData
+
+    config = run.config
+    sides = {modality: config.tower_input(modality) for modality in config.modalities}
+    licenses = {modality: _find_license(side) for modality, side in sides.items()}
+    included = {licenses[modality] for modality in notes.encoders}
+    known_license = included.pop() if len(included) == 1 else None
+
+    data = ModelCardData(
+        library_name=notes.library,
+        license=known_license or "other",
+        license_name=None if known_license else "see-the-encoders",
+        pipeline_tag=notes.task,
+        tags=["embedcache", f"{'-'.join(licenses)}-retrieval"],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.md.j2")),
+        name=path.parent.name,
+        config=config,
+        notes=notes,
+        format_name=format_name,
+        sides=sides,
+        licenses=licenses,
+        unknown=_UNKNOWN_LICENSE,
+        metrics=_metrics(metrics, run),
+        packages=shlex.join(notes.requirements),
+        code=notes.code.format(folder=path.parent.name),
+        **_training(run),
+    )
+    write_atomic(path, f"{card}\n".encode())
 
 
 def _find_license(tower_input: TowerInput) -> str | None:
@@ -53,84 +72,22 @@ def _find_license(tower_input: TowerInput) -> str | None:
     return match[1] if match else None
 
 
-def _front_matter(notes: ExportNotes, licenses: Mapping[str, str | None]) -> str:
-    included = {licenses[modality] for modality in notes.encoders}
-    known = included.pop() if len(included) == 1 else None
-    lines = ["---", f"library_name: {notes.library}", f"license: {known or 'other'}"]
-    if known is None:
-        lines.append("license_name: see-the-encoders")
-    lines += [f"pipeline_tag: {notes.task}"] if notes.task else []
-    return "\n".join([*lines, "tags:", "- embedcache", f"- {'-'.join(licenses)}-retrieval", "---", ""])
-
-
-def _summary(run: ExportRun, notes: ExportNotes, format_name: str) -> str:
-    config = run.config
-    contents = {
-        2: f"Frozen {' and '.join(config.modalities)} encoders with trained projectors",
-        1: "A frozen text encoder with the trained projector of texts",
-        0: "The trained projectors of two encoders, which are not included,",
-    }[len(notes.encoders)]
-    lines = [
-        f"{contents} into a shared space of {config.shared_width} dimensions: projector `{config.projector}`. Trained "
-        f"with embedcache and exported as `{format_name}`; loading it does not need embedcache.\n",
-        *(f"- {note}" for note in notes.notes),
-        *_width_notes(run, notes),
-    ]
-    if notes.differences:
-        largest = ", ".join(f"{modality} {value:.1e}" for modality, value in notes.differences.items())
-        lines.append(
-            f"- Loaded with {notes.library} and compared with the run at export; largest difference in one element of "
-            f"a unit vector: {largest}."
-        )
-    return "\n".join([*lines, ""])
-
-
-def _width_notes(run: ExportRun, notes: ExportNotes) -> list[str]:
-    """Return a note on the smaller widths at which the vectors can be used, if the run was trained for any."""
-    widths = sorted({*run.config.training.get("loss", {}).get("widths", ())} - {run.config.shared_width})
-    if not widths:
-        return []
-    code = f": `{notes.shorten.format(width=widths[0])}`" if notes.shorten else ""
-    return [
-        f"- Matryoshka: trained at the widths {', '.join(map(str, widths))} as well. Vectors have the whole width; the "
-        f"first {widths[0]} components, scaled to length 1 again, are vectors of that width{code}."
-    ]
-
-
-def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[str, str | None]) -> str:
-    rows = ["## Encoders\n", "| | encoder | feature | license | included |", "| --- | --- | --- | --- | --- |"]
-    weights = []
-    for modality in run.config.modalities:
-        tower_input = run.config.tower_input(modality)
-        fingerprint = tower_input.fingerprint
-        name = f"{fingerprint['family']}:{fingerprint['model']}"
-        feature = tower_input.feature.rpartition("/")[2] if "+" not in tower_input.feature else tower_input.feature
-        included = "yes" if modality in notes.encoders else "no"
-        rows.append(f"| {modality} | `{name}` | `{feature}` | {licenses[modality] or _UNKNOWN_LICENSE} | {included} |")
-        weights.append(f"- {modality} weights: SHA-256 `{fingerprint['weights']}`")
-    return "\n".join([*rows, "", *weights, f"- run: weights SHA-256 `{run.config.weights_digest}`", ""])
-
-
-def _training(run: ExportRun) -> str:
+def _training(run: ExportRun) -> dict[str, Any]:
+    """Return the part of the card on training; of files only the names, as a card may become public."""
     path, training = run.path / "record.json", run.config.training
     record = read_run_record(run.path, run.config.to_json()) if path.is_file() else {}
     recorded = record.get("settings", {})  # their paths are relative to the run, or to where it was trained
     caches = construct(path, lambda: [str(name) for name in recorded.get("caches", [])])
-    names = [f"the cache `{(run.path / name).resolve().name}`" for name in caches]
-    data = ", ".join(names) or f"the rows `{run.config.index_digest}`"
     outcome, selection = record.get("outcome", {}), training.get("selection")
-    held_out = construct(path, lambda: _held_out(training.get("split", {}), outcome.get("num_samples") or {}))
-    lines = [
-        "## Data and training\n",
-        f"- data: {data}; its license: {_UNKNOWN_LICENSE}",
-        f"- selection: {f'`{Path(selection).name}`' if selection else 'none, all samples of the training part'}",
-        f"- caption language: {training.get('language') or 'all'}",
-        f"- held out: {held_out}",
-        f"- {_weights_line(run, outcome.get('best_epoch'))}; seed {training.get('seed')}",
-    ]
-    if training.get("shuffle_pairs"):
-        lines.append("- **control: trained on shuffled pairs, so it must perform at chance**")
-    return "\n".join([*lines, ""])
+
+    return {
+        "training": training,
+        "widths": sorted({*training.get("loss", {}).get("widths", ())} - {run.config.shared_width}),
+        "caches": [f"the cache `{(run.path / name).resolve().name}`" for name in caches],
+        "selection": Path(selection).name if selection else None,
+        "held_out": construct(path, lambda: _held_out(training.get("split", {}), outcome.get("num_samples") or {})),
+        "weights": _weights_line(run, outcome.get("best_epoch")),
+    }
 
 
 def _held_out(split: Mapping[str, Any], num_samples: Mapping[str, int]) -> str:
@@ -160,15 +117,14 @@ def _weights_line(run: ExportRun, best_epoch: int | None) -> str:
 def _metrics(metrics: Any, run: ExportRun) -> str:
     """Return the metrics of the exported run's recipe, and whether they are a mean over several seeds."""
     if metrics is None:
-        return "## Metrics\n\nNo report was given.\n"
+        return "No report was given."
     report = _report_of(metrics, run)
     rows = list(_metric_rows(report))
     if not rows:
-        return "## Metrics\n\nThe given report contains no metrics of this run.\n"
+        return "The given report contains no metrics of this run."
     task = f"`{report['task']}` on `{report['dataset']}`. " if {"task", "dataset"} <= report.keys() else ""
     table = ["| | value | 95% interval |", "| --- | --- | --- |", *rows]
-    lines = ["## Metrics\n", f"{task}Computed by `embedcache evaluate`. {_seeds_line(report, run)}".rstrip() + "\n"]
-    return "\n".join([*lines, *table, ""])
+    return "\n".join([f"{task}Computed by `embedcache evaluate`. {_seeds_line(report, run)}".rstrip(), "", *table])
 
 
 def _report_of(metrics: Any, run: ExportRun) -> Mapping[str, Any]:

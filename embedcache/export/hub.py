@@ -1,11 +1,11 @@
 """Uploads to the Hugging Face Hub: an export of a run as a model, and a cache as a dataset."""
 
 import glob
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedcache.errors import EmbedcacheError, FingerprintError, PathError, SettingError, UnfinishedError, pluralize
 from embedcache.export.settings import HubSettings, check_repository
@@ -14,8 +14,10 @@ from embedcache.io_errors import io_reason, is_io_error
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
-from embedcache.store.feature import Feature
 from embedcache.store.layout import INTERRUPTED_REMOVAL, info_path, read_info, removing_path
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetCard
 
 CARD = "README.md"
 _FOLDERS = (*MODALITIES, "records")
@@ -77,8 +79,7 @@ def push_cache(cache_path: AnyPath, repository: str, settings: HubSettings | Non
         }
         api.upload_folder(**upload, ignore_patterns=[*_HIDDEN, *_LAST])
         if CARD not in remote:
-            card = _dataset_card(cache, repository, settings).encode()
-            api.upload_file(repo_id=repository, repo_type="dataset", path_or_fileobj=card, path_in_repo=CARD)
+            _dataset_card(cache, repository, settings).push_to_hub(repository, repo_type="dataset")
         if read_info(cache.path).index_digest != cache.info.index_digest:
             raise FingerprintError(f"{cache.path}: expected no change during the upload, got new samples; run it again")
 
@@ -170,60 +171,27 @@ def _check_same_cache(api: Any, repository: str, cache: Cache, remote: Collectio
         )
 
 
-def _shape(shape: Sequence[int]) -> str:
-    return " × ".join("any" if size < 0 else f"{size:,}" for size in shape)
+def _dataset_card(cache: Cache, repository: str, settings: HubSettings) -> "DatasetCard":
+    """Create the dataset card: the content of the cache, its encoders, and how to open it."""
+    from huggingface_hub import DatasetCard, DatasetCardData
 
-
-def _dataset_card(cache: Cache, repository: str, settings: HubSettings) -> str:
-    """Return the Markdown of the dataset card: what the cache holds, what made it, and how to open it."""
     features = {name: cache.features(name) for name in MODALITIES if name in cache.info.num_items}
-    tables = [("samples", "samples.parquet"), *((name, f"{name}/items.parquet") for name in features)]
-    configs = [line for name, path in tables for line in (f"- config_name: {name}", f"  data_files: {path}")]
-    counts = ", ".join(f"{count_items(cache.info.num_items[name], name)}" for name in features)
-    source = cache.info.source
-    return "\n".join(
-        [
-            "---",
-            f"license: {settings.license}",
-            "tags:",
-            "- embedcache",
-            "- embeddings",
-            "configs:",
-            *configs,
-            "---",
-            "",
-            f"# {repository.partition('/')[2]}",
-            "",
-            f"Embeddings of {pluralize(cache.info.num_samples, 'sample')} ({counts}), computed by frozen encoders and "
-            "cached with embedcache. The raw items are not here: the tables have their keys, paths and captions.",
-            "",
-            f"- source: `{source.get('type')}:{Path(str(source.get('path'))).name}`",
-            f"- rows: `{cache.info.index_digest}`",
-            f"- license of the data: {settings.license}; that of the encoders is their authors' to say",
-            "",
-            *_feature_table(features),
-            "",
-            '`pip install "embedcache[remote]"`, then:',
-            "",
-            "```python",
-            "import embedcache",
-            "",
-            f'cache = embedcache.Cache("hf://datasets/{repository}")',
-            *(f'{name} = cache.feature("{name}", "{found[0].name}")' for name, found in features.items() if found),
-            "```",
-            "",
-        ]
+    tables = {"samples": "samples.parquet", **{name: f"{name}/items.parquet" for name in features}}
+    data = DatasetCardData(
+        license=settings.license,
+        tags=["embedcache", "embeddings"],
+        configs=[{"config_name": name, "data_files": path} for name, path in tables.items()],
     )
-
-
-def _feature_table(features: Mapping[str, Sequence[Feature]]) -> list[str]:
-    """Return the lines of a table of the features of each modality."""
-    return [
-        "| feature | modality | encoder | shape | dtype |",
-        "| --- | --- | --- | --- | --- |",
-        *(
-            f"| `{feature.name}` | {name} | `{feature.group.spec}` | {_shape(feature.item_shape)} | {feature.dtype} |"
-            for name, found in features.items()
-            for feature in found
-        ),
-    ]
+    source = cache.info.source
+    card: DatasetCard = DatasetCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("dataset_card.md.j2")),
+        name=repository.partition("/")[2],
+        repository=repository,
+        samples=pluralize(cache.info.num_samples, "sample"),
+        counts=", ".join(count_items(cache.info.num_items[name], name) for name in features),
+        source=f"{source.get('type')}:{Path(str(source.get('path'))).name}",
+        rows=cache.info.index_digest,
+        features=features,
+    )
+    return card

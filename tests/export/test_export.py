@@ -15,7 +15,7 @@ from embedcache.arrays import Inputs
 from embedcache.encoders.backends import OnnxGraph
 from embedcache.errors import ArtifactError, PathError, SettingError, UnknownNameError
 from embedcache.export.base import ExportNotes, ExportRun, check_parity
-from embedcache.export.card import _metrics, _weights_line, _width_notes
+from embedcache.export.card import _metrics, _weights_line, write_card
 from embedcache.export.export import export_run
 from embedcache.export.settings import ExportSettings
 from embedcache.outputs import write_report_json
@@ -109,7 +109,10 @@ def test_card_content(run: Path, tmp_path: Path) -> None:
     write_report_json(tmp_path / "metrics.json", metrics)
     export_run("onnx", run, tmp_path / "out", ExportSettings(metrics=tmp_path / "metrics.json"))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: onnx\nlicense: other\n")
+    from huggingface_hub import ModelCard  # here: it reads the environment, which the uploading process changes
+
+    data = ModelCard(card).data
+    assert (data.library_name, data.license, data.tags) == ("onnx", "other", ["embedcache", "image-text-retrieval"])
     for words in (
         "| i2t r@1 | 0.15 | [0.1, 0.2] |",
         "| chance i2t r@1 | 0.01 | [0.1, 0.2] |",
@@ -209,17 +212,17 @@ def test_texts_of_recordings_for_sentence_transformers(sounds: Path, tmp_path: P
     assert report.differences["text"] < 1e-5
 
 
-def test_card_states_widths(run: Path) -> None:
-    opened = ExportRun.open(run)
-    notes = ExportNotes(library="x", task=None, code="", requirements=(), shorten="encode(…, truncate_dim={width})")
-    assert _width_notes(opened, notes) == []
+@pytest.mark.parametrize("shorten", ["encode(…, truncate_dim={width})", None])
+def test_card_states_widths(shorten: str | None, run: Path, tmp_path: Path) -> None:
+    opened, path = ExportRun.open(run), tmp_path / "README.md"
+    notes = ExportNotes(library="x", task=None, code="", requirements=(), shorten=shorten)
+    write_card(path, opened, notes, "x", None)
+    assert "Matryoshka" not in path.read_text()
     training = {**opened.config.training, "loss": {"name": "info_nce", "widths": [16, 8, 4]}}
-    opened = replace(opened, config=replace(opened.config, training=training))
-    (note,) = _width_notes(opened, notes)
-    assert "trained at the widths 4, 8 as well" in note
-    assert note.endswith("are vectors of that width: `encode(…, truncate_dim=4)`.")
-    (note,) = _width_notes(opened, replace(notes, shorten=None))
-    assert note.endswith("are vectors of that width.")
+    write_card(path, replace(opened, config=replace(opened.config, training=training)), notes, "x", None)
+    assert "trained at the widths 4, 8 as well" in path.read_text()
+    code = ": `encode(…, truncate_dim=4)`" if shorten else ""
+    assert f"are vectors of that width{code}.\n" in path.read_text()
 
 
 @pytest.mark.slow
