@@ -140,6 +140,17 @@ def one_noun(modality: str) -> str:
     return noun(modality).removesuffix("s")
 
 
+def split_modality(word: str) -> tuple[str | None, str]:
+    """Return the modality and the value of `[MODALITY=]VALUE`; None and the word if it names no modality.
+
+    Example:
+        >>> split_modality("image=0.9"), split_modality("0.9")
+        (('image', '0.9'), (None, '0.9'))
+    """
+    modality, is_named, value = word.partition("=")
+    return (modality, value) if is_named and modality in MODALITIES else (None, word)
+
+
 def encoder_option(modality: str) -> str:
     """Return the option that names an encoder of a modality.
 

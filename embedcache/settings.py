@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from embedcache.errors import SettingError
+from embedcache.modalities import MODALITIES, split_modality
 from embedcache.registry import unknown_name
 
 if TYPE_CHECKING:
@@ -74,7 +75,10 @@ class Declaration:
 
 def setting(default: Any, help: str, **declared: Any) -> Any:
     """Return a dataclass field with a declaration; `declared` are the other fields of `Declaration`."""
-    return field(default=default, metadata={_METADATA: Declaration(help=help, **declared)})
+    metadata = {_METADATA: Declaration(help=help, **declared)}
+    if isinstance(default, Mapping):  # which no dataclass accepts as a default
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def group(kind: type[S], **defaults: Any) -> S:
@@ -95,7 +99,7 @@ class FlatSetting:
     name: str
     path: tuple[str, ...]
     type: Any
-    default: Any
+    default: Any = field(hash=False)
     declared: Declaration
 
 
@@ -110,11 +114,15 @@ def _flatten(kind: type[Any], above: tuple[str, ...], defaults: Mapping[str, Any
         path = (*above, item.name)
         declared = item.metadata.get(_METADATA)
         if declared is not None:
-            default = defaults.get(item.name, None if item.default is MISSING else item.default)
+            default = defaults[item.name] if item.name in defaults else _default(item)
             name = declared.flat_name or item.name
             yield FlatSetting(name=name, path=path, type=hints[item.name], default=default, declared=declared)
         elif is_dataclass(hints[item.name]):
             yield from _flatten(hints[item.name], path, item.metadata.get(_DEFAULTS, {}))
+
+
+def _default(item: Any) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 _evaluated_hints = cache(get_type_hints)
@@ -129,7 +137,8 @@ def check_settings(settings: Any) -> None:
     """Check every value of a settings instance against its declaration; call it in `__post_init__`.
 
     A setting of several values takes one value or any sequence of them, a setting of a path an object that has one, a
-    number any type of number, such as NumPy's.
+    number any type of number, such as NumPy's. A setting by modality takes a mapping, or texts `MODALITY=VALUE`, or one
+    number for all modalities; modalities without a value keep their defaults.
 
     Raises:
         SettingError: a value of another type, out of its bounds, not finite, or of too many bits.
@@ -140,7 +149,11 @@ def check_settings(settings: Any) -> None:
         if declared is not None:
             name, hint = declared.flat_name or item.name, hints[item.name]
             value = getattr(settings, item.name)
-            if value is not (converted := _convert(value, hint)):
+            if get_origin(hint) is Mapping:
+                converted = {**_default(item), **_by_modality(name, value, hint, declared)}
+            else:
+                converted = _convert(value, hint)
+            if value is not converted:
                 object.__setattr__(settings, item.name, converted)
             check_value(name, converted, hint, declared)
 
@@ -163,8 +176,39 @@ def _convert(value: Any, hint: Any) -> Any:
     return value
 
 
+def _by_modality(name: str, value: Any, hint: Any, declared: Declaration) -> dict[str, Any]:
+    """Return modality -> value, given as a mapping, as `MODALITY=VALUE`, or as one number for all modalities."""
+    if isinstance(value, Mapping):
+        pairs = [*value.items()]
+    else:
+        words = _convert(value, tuple[Any, ...])
+        pairs = [split_modality(word) if isinstance(word, str) else (None, word) for word in words]
+
+    kind = get_args(hint)[1]
+    named: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    for modality, given in pairs:
+        try:
+            part = float(given) if kind is float and isinstance(given, str) else _convert(given, kind)
+        except ValueError:
+            part = None
+        if modality in MODALITIES and part is not None:
+            named[modality] = part
+        elif modality is None and kind is float and part is not None:
+            others = dict.fromkeys(MODALITIES, part)
+        else:
+            got = given if modality is None else f"{modality}={given}"
+            known = ", ".join(MODALITIES)
+            raise SettingError(f"{name}: expected {declared.metavar} with a modality of {known}, got {got}")
+    return {**others, **named}
+
+
 def check_value(name: str, value: Any, hint: Any, declared: Declaration) -> None:
     """Check one value against its type and declaration; SettingError names it and what was expected."""
+    if isinstance(value, Mapping) and get_origin(hint) is Mapping:
+        for element in value.values():
+            check_value(name, element, get_args(hint)[1], declared)
+        return
     if not _has_type(value, hint):
         raise SettingError(f"{name}: expected {_expectation(hint, declared)}, got {value!r}")
     for number in value if isinstance(value, tuple) else (value,):
@@ -363,6 +407,13 @@ def to_json(settings: Any) -> dict[str, Any]:
                 target = target.setdefault(key, {})
             target[item.path[-1]] = _json_value(value)
     return record
+
+
+def to_words(value: Any) -> list[str]:
+    """Return the words of the command line that give a setting a value: one, or one of each element or modality."""
+    if isinstance(value, Mapping):
+        return [f"{modality}={part}" for modality, part in value.items()]
+    return [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
 
 
 def _json_value(value: Any) -> Any:

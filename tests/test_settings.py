@@ -16,6 +16,7 @@ from embedcache.cli.options import with_settings
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.errors import PathError, SettingError, UnknownNameError
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
+from embedcache.modalities import MODALITIES
 from embedcache.provenance import write_record
 from embedcache.search.settings import SearchSettings
 from embedcache.settings import (
@@ -259,6 +260,43 @@ def test_config_lists_become_tuples(tmp_path: Path) -> None:
     assert parse(["--names", "a,b", "--names", "c"], Outer).names == ("a", "b", "c")
 
 
+DEFAULT_COSINES = SplitSettings().cosines
+
+
+@pytest.mark.parametrize(
+    ("given", "toml", "expected"),
+    [
+        (0.8, "0.8", dict.fromkeys(MODALITIES, 0.8)),
+        ("0.8", '["0.8"]', dict.fromkeys(MODALITIES, 0.8)),
+        (np.float64(0.8), "0.8", dict.fromkeys(MODALITIES, 0.8)),
+        ({"image": 0.995}, "{image = 0.995}", {**DEFAULT_COSINES, "image": 0.995}),
+        ("image=0.995", '"image=0.995"', {**DEFAULT_COSINES, "image": 0.995}),
+        (["audio=1", 0.5], '["audio=1", 0.5]', {**dict.fromkeys(MODALITIES, 0.5), "audio": 1.0}),
+        (["text=0.9", "image=0.9"], '["text=0.9,image=0.9"]', {**DEFAULT_COSINES, "image": 0.9, "text": 0.9}),
+        ((), "[]", DEFAULT_COSINES),
+    ],
+)
+def test_numbers_by_modality(given: Any, toml: str, expected: dict[str, float], tmp_path: Path) -> None:
+    settings = train_settings({"cosine": given})
+    assert settings.split.cosines == expected
+    assert settings.to_json()["split"]["cosines"] == expected
+    assert parse(command_line(settings)) == settings
+    (tmp_path / "train.toml").write_text(f"cosine = {toml}")
+    assert parse(["--config", str(tmp_path / "train.toml")]) == settings
+
+
+@pytest.mark.parametrize("wrong", ["img=0.9", "image=high", "high", "image=", {"img": 0.9}, {"text": None}])
+def test_numbers_of_no_modality_raise(wrong: Any) -> None:
+    with pytest.raises(SettingError, match=r"cosine: expected \[MODALITY=\]C with a modality of image, text, .*, got "):
+        SplitSettings(cosines=wrong)
+
+
+@pytest.mark.parametrize("wrong", [1.5, "image=-2", {"text": float("nan")}, True])
+def test_numbers_by_modality_have_bounds(wrong: Any) -> None:
+    with pytest.raises(SettingError, match=r"cosine: expected a number from -1 to 1, got "):
+        SplitSettings(cosines=wrong)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Commas:
     names: tuple[str, ...] = setting((), "Some names.", metavar="TEXT")
@@ -302,7 +340,7 @@ def test_config_of_a_run_restores_its_settings(run_path: Path) -> None:
     config = run_path / "config.json"
     values = {name: value for name, value in read_config(config).items() if name != "feature"}
     assert train_settings(values).to_json() == json.loads(config.read_text())["training"]
-    assert read_config(config)["feature"] == ["image=open_toy/cls", "text=open_toy/mean"]
+    assert read_config(config)["feature"] == {"image": "open_toy/cls", "text": "open_toy/mean"}
 
 
 def test_config_of_another_kind_of_run_is_one_error(tmp_path: Path) -> None:

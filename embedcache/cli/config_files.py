@@ -11,7 +11,7 @@ import typer
 
 from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.registry import mark_as_read, unknown_name
-from embedcache.settings import flat_settings, with_underscores
+from embedcache.settings import flat_settings, to_words, with_underscores
 
 
 def use_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -72,6 +72,8 @@ def _as_words(value: Any, option: Any, *, is_off: bool) -> Any:
     """Return a value as the parser of the command line expects it; ValueError if it is of a type that no word has."""
     is_flag = getattr(option, "is_flag", False)
     takes_many = getattr(option, "multiple", False) or option.nargs != 1
+    if isinstance(value, dict) and takes_many:
+        value = to_words(value)
     elements = value if isinstance(value, list) and takes_many else [value]
     if is_flag != isinstance(value, bool) or any(
         isinstance(element, list | dict) or isinstance(element, bool) is not is_flag for element in elements
@@ -174,4 +176,4 @@ def _pair_settings(record: Mapping[str, Any]) -> dict[str, Any]:
         for item in flat_settings(TrainSettings)
         if item.declared.affects_result
     }
-    return settings | {"feature": [f"{modality}={side['feature']}" for modality, side in record["sides"].items()]}
+    return settings | {"feature": {modality: side["feature"] for modality, side in record["sides"].items()}}

@@ -243,7 +243,7 @@ def leaks(
     """Find test samples that are in a training cache.
 
     These are exact copies, and near-duplicates by cosine similarity; of recordings, videos and point clouds with
-    --other-cosine.
+    --cosine, such as audio=0.995.
 
     Example: embedcache curate leaks train/ test/ clean.parquet --html leaks.html
     """

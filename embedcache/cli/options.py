@@ -22,8 +22,8 @@ from embedcache.cli.config_files import use_config
 from embedcache.dataset.settings import SELECTION_FORMAT
 from embedcache.devices import DEVICE_HELP
 from embedcache.errors import SettingError
-from embedcache.modalities import MODALITIES
-from embedcache.settings import FlatSetting, flat_settings, from_flat
+from embedcache.modalities import MODALITIES, split_modality
+from embedcache.settings import FlatSetting, flat_settings, from_flat, to_words
 
 OUTPUT_PANEL = "Output options"
 """Panel of `--help`."""
@@ -145,6 +145,8 @@ class ReportOptions:
 
 _CONFIG_HELP = "Read options from this TOML file; the command line takes precedence."
 _WIDEST_CHOICES = 24
+_LISTS = (tuple, Mapping)
+"""Types of settings whose option may be repeated."""
 _COMMA = re.compile(",")
 _COMMA_BETWEEN_SPECS = re.compile(r",(?!\s*\w+=)")
 _METAVARS: Mapping[Any, str] = {int: "N", float: "FLOAT", str: "NAME", Path: "FILE"}
@@ -247,19 +249,19 @@ def _option(item: FlatSetting) -> inspect.Parameter:
         metavar = metavar or "|".join(choices)
     elif choices:
         help = f"{help} One of: {', '.join(choices)}."
-    is_list = get_origin(kind) is tuple
+    is_list = get_origin(kind) in _LISTS
     element = get_args(kind)[0] if is_list else kind
     title = declared.panel or (item.path[0] if len(item.path) > 1 else "")
     option = typer.Option(
         _flags(item, kind),
         help=help,
         metavar=_METAVARS.get(element, "NAME") if metavar is None else metavar,
-        show_default=declared.default_text or not (item.default is None or item.default == () or kind is bool),
+        show_default=declared.default_text or not (item.default in (None, (), {}) or kind is bool),
         rich_help_panel=f"{title.capitalize()} options" if title else None,
     )
     if is_list:
         element = Path if element is Path else str
-        return keyword(item.name, Annotated[list[element] | None, option], list(item.default or ()) or None)  # type: ignore[valid-type]
+        return keyword(item.name, Annotated[list[element] | None, option], to_words(item.default or ()) or None)  # type: ignore[valid-type]
     if kind is bool:
         default = None if item.default is None else False
         return keyword(item.name, Annotated[bool | None if default is None else bool, option], default)
@@ -287,7 +289,7 @@ def _setting_value(item: FlatSetting, value: Any) -> Any:
     kind = _plain_type(item.type) if item.declared.parse is None else str
     if kind is bool and item.default is True:
         return not value
-    if get_origin(kind) is not tuple:
+    if get_origin(kind) not in _LISTS:
         return value
     element = get_args(kind)[0]
     if element is Path or item.declared.commas == "keep":
@@ -314,8 +316,8 @@ def by_modality(
     """
     values: dict[str, list[str]] = {}
     for word in words or ():
-        modality, _, value = word.partition("=")
-        if modality not in known or not value:
+        modality, value = split_modality(word)
+        if modality is None or modality not in known or not value:
             raise SettingError(
                 f"{option}: expected MODALITY={metavar} with a modality of {', '.join(known)}, such as {example}, "
                 f"got {word!r}"

@@ -30,11 +30,10 @@ from embedcache.sources.open import IMPORT_TOGETHER, IMPORTED_SOURCE
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 
-_NO_LIMIT = "their near-duplicates are found with --other-cosine; curate dedup shows which cosine suits the encoder"
+_NO_LIMIT = "their near-duplicates are found with --cosine; curate dedup shows which cosine suits the encoder"
 _OTHER_HASHES = (
     "the hashes of imported vectors are not those of files; extract the files of both, or import the vectors of both"
 )
-_OWN_COSINE = ("image", "text")
 _REASONS_AT_ONCE = 2**20  # so that no array of Arrow exceeds 2 GiB
 
 
@@ -172,7 +171,7 @@ def find_leaks(
     """Find the items of a test cache that are in a training cache.
 
     Copies are found by the hashes of bytes and texts, for any encoders. Near-duplicates need one feature of one encoder
-    in both caches and, of recordings, videos and point clouds, `other_cosine`. Up to 4 × 10¹² multiplications, such as
+    in both caches and, of recordings, videos and point clouds, `cosine`. Up to 4 × 10¹² multiplications, such as
     those of 5,000 × 1,000,000 items of width 768, each test item is compared with each training item, in about a minute
     on two cores; beyond that, or with `all_pairs=False`, only within clusters, and the recall is measured. Time and
     memory as in `embedcache.curate.leaks`.
@@ -228,10 +227,9 @@ def write_clean_selection(path: Path, report: LeakReport) -> int:
     check_selection_path(path)
     clean = report.clean_selection()
     if not len(clean.rows):
-        is_other = any(leak.modality not in _OWN_COSINE for leak in report.leaks)
         raise DataError(
             f"every sample of {report.train.path} has an item that is in {report.test.path}, so {path} is not written; "
-            f"raise --image-cosine{', --text-cosine or --other-cosine' if is_other else ' or --text-cosine'}"
+            "raise --cosine"
         )
     write_selection(path, report.train, clean, {"method": "leaks", **report.to_json()})
     return len(clean.rows)
@@ -268,7 +266,7 @@ def _find_leaks(
         test_rows=test_items.rows,
         is_copy=is_copy,
     )
-    cosine = settings.cosine(modality)
+    cosine = settings.cosines.get(modality)
     found = find_closest_items(sets, cosine, settings, progress) if reason is None and cosine is not None else None
     match = found.closest if found else _unknown(len(test_items.rows), len(train_items.rows))
     rows = np.append(train_items.rows, -1)[match.rows]  # -1 stays -1
@@ -314,7 +312,7 @@ def _choose_features(
 ) -> tuple[InputFeature, InputFeature, str | None]:
     """Open a feature of both caches; without a limit or of different encoders, return why only hashes are compared."""
     are_vectors = [_are_vectors_hashed(cache, modality) for cache in (train, test)]
-    if settings.cosine(modality) is None or any(are_vectors) != all(are_vectors):
+    if modality not in settings.cosines or any(are_vectors) != all(are_vectors):
         opened = [open_input(each, modality, name) if name else _any_feature(each, modality) for each in (train, test)]
         return opened[0], opened[1], _NO_LIMIT if any(are_vectors) == all(are_vectors) else _OTHER_HASHES
     are_imported = all(cache.info.source.get("type") == IMPORTED_SOURCE for cache in (train, test))

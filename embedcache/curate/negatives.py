@@ -5,7 +5,7 @@ one group, connected by equal items or by near-duplicates, are never negatives o
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +146,12 @@ class _Counts:
         if not self.num_negatives and self._num_groups == 1:
             raise DataError(
                 "expected hard negatives, got none: all samples are near-duplicates of each other, or have equal "
-                "items; give higher limits of near-duplicates such as --text-cosine, or other samples"
+                "items; give a higher --cosine of near-duplicates, or other samples"
             )
         if not self.num_negatives:
             raise DataError(
                 "expected hard negatives, got none; give a larger --range-max or smaller --range-min, a smaller "
-                "margin, a higher --max-score, or higher limits of near-duplicates such as --text-cosine"
+                "margin, a higher --max-score, or a higher --cosine of near-duplicates"
             )
 
 
@@ -354,8 +354,7 @@ def _group_samples(pairs: Pairs, data: TrainData, settings: NegativesSettings, p
 
     Samples are of one group if they are near-duplicates, as in a strict split, or have an equal item of a modality.
     """
-    names = ("image_cosine", "text_cosine", "other_cosine", "seed")
-    split = replace(SplitSettings(), **{name: getattr(settings, name) for name in names})
+    split = SplitSettings(cosines=settings.cosines, seed=settings.seed)
     labels = near_duplicate_groups(pairs, split, data.readers, progress, purpose="negatives")
     return join_equal(labels, pairs)
 

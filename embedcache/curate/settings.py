@@ -1,10 +1,11 @@
 """Settings of curation, but for selection, which has its own. Nothing heavy is imported here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from embedcache.dataset.settings import SELECTION_FORMAT, SELECTION_HELP
+from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES, SELECTION_FORMAT, SELECTION_HELP
 from embedcache.devices import address_setting, device_setting, engine_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES, ModalityName, noun, order_pair
@@ -110,14 +111,14 @@ class DedupSettings:
 class LeakSettings:
     """Settings of leak detection: the similarity from which on a test item counts as leaked, and the features."""
 
-    image_cosine: float = setting(0.95, "Images at or above this cosine similarity are near-duplicates.", gt=0, le=1)
-    text_cosine: float = setting(0.95, "Texts at or above this cosine similarity are near-duplicates.", gt=0, le=1)
-    other_cosine: float | None = setting(
-        None,
-        "Recordings, videos and point clouds at or above this cosine similarity are near-duplicates.",
+    cosines: Mapping[str, float] = setting(
+        {"image": 0.95, "text": 0.95},
+        "Items at or above this cosine similarity are near-duplicates; of a modality without one, only copies are "
+        "found. May be repeated.",
         gt=0,
         le=1,
-        default_text="find their copies only, as every encoder has its own scale",
+        flat_name="cosine",
+        metavar="[MODALITY=]C",
     )
     all_pairs: bool | None = setting(**{**_ALL_PAIRS, "default_text": "if that takes about a minute"})
     seed: int = setting(**_SEED)
@@ -125,10 +126,6 @@ class LeakSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-
-    def cosine(self, modality: str) -> float | None:
-        """Return the limit of a modality; None: only copies are leaks."""
-        return {"image": self.image_cosine, "text": self.text_cosine}.get(modality, self.other_cosine)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,25 +180,13 @@ class NegativesSettings:
     sampling: Literal["top", "random"] = setting(
         "top", "Take the nearest of the considered neighbors, or random ones.", panel="neighbor"
     )
-    image_cosine: float = setting(
-        0.9,
-        "Images above this cosine similarity are near-duplicates, never negatives.",
+    cosines: Mapping[str, float] = setting(
+        NEAR_DUPLICATE_COSINES,
+        "Items above this cosine similarity are near-duplicates, never negatives. May be repeated.",
         ge=-1,
         le=1,
-        panel="near-duplicate",
-    )
-    text_cosine: float = setting(
-        0.7,
-        "Captions above this cosine similarity are near-duplicates, never negatives.",
-        ge=-1,
-        le=1,
-        panel="near-duplicate",
-    )
-    other_cosine: float = setting(
-        0.9,
-        "Recordings, videos and point clouds above this cosine similarity are near-duplicates, never negatives.",
-        ge=-1,
-        le=1,
+        flat_name="cosine",
+        metavar="[MODALITY=]C",
         panel="near-duplicate",
     )
     selection: Path | str | None = setting(

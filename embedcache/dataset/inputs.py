@@ -9,7 +9,7 @@ import pyarrow as pa
 from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, concatenated_ranges, distinct, normalize
 from embedcache.errors import AmbiguousNameError, DataError, SettingError, UnknownNameError
 from embedcache.files import one_or_many
-from embedcache.modalities import MODALITIES, noun
+from embedcache.modalities import MODALITIES, noun, split_modality
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
@@ -169,10 +169,8 @@ def features_by_modality(cache: Cache, feature: NamedFeatures) -> dict[str, list
         return {modality: list(map(str, one_or_many(names or ()))) for modality, names in feature.items()}
     named: dict[str, list[str]] = {}
     for word in map(str, one_or_many(feature or ())):
-        modality, is_named, name = word.partition("=")
-        if not is_named or modality not in MODALITIES:
-            modality, name = _modality_of(cache, word), word
-        named.setdefault(modality, []).append(name)
+        modality, name = split_modality(word)
+        named.setdefault(modality or _modality_of(cache, name), []).append(name)
     return named
 
 

@@ -53,7 +53,7 @@ def near_duplicate_groups(
     labels = np.arange(len(samples))
     use_all_pairs = len(pairs.first.rows) + len(pairs.second.rows) <= ALL_PAIRS_LIMIT
     for items, (modality, read) in zip((pairs.first, pairs.second), readers.items(), strict=True):
-        nodes, cosine = np.searchsorted(samples, items.samples), settings.cosine(modality)[1]
+        nodes, cosine = np.searchsorted(samples, items.samples), settings.cosines[modality]
         compared = _ComparedItems(modality, items, nodes, cosine, settings.seed, purpose, are_useless)
         labels = (_merge_all_pairs if use_all_pairs else _merge_clusters)(compared, read, labels, progress)
         if compared.are_useless(labels):

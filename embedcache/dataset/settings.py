@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import SettingError
+from embedcache.modalities import MODALITIES
 from embedcache.settings import check_settings, setting
 
 SELECTION_FORMAT = "Parquet, a text file with one key per line, or a .npy of DataComp's uids"
 LANGUAGE_DEFAULT = "that of the first caption if every sample has one in it, else any"
 SELECTION_HELP = f"Use only the samples of this selection: {SELECTION_FORMAT}."
+NEAR_DUPLICATE_COSINES: Mapping[str, float] = {**dict.fromkeys(MODALITIES, 0.9), "text": 0.7}
+"""Items of a modality above this cosine are near-duplicates in a strict split, and never hard negatives."""
 KINDS = ("strict", "key", "column")
 """Ways to split; any other `kind` is the path of a split file."""
 
@@ -43,17 +46,13 @@ class SplitSettings:
     test_fraction: float = setting(0.25, "Fraction of the samples for test.", gt=0, lt=1)
     max_val: int = setting(25_000, "Most samples for validation.", ge=1)
     max_test: int = setting(50_000, "Most samples for test.", ge=1)
-    image_cosine: float = setting(
-        0.9, "Strict split: images above this cosine similarity are near-duplicates.", ge=-1, le=1
-    )
-    text_cosine: float = setting(
-        0.7, "Strict split: captions above this cosine similarity are near-duplicates.", ge=-1, le=1
-    )
-    other_cosine: float = setting(
-        0.9,
-        "Strict split: recordings, videos and point clouds above this cosine similarity are near-duplicates.",
+    cosines: Mapping[str, float] = setting(
+        NEAR_DUPLICATE_COSINES,
+        "Strict split: items above this cosine similarity are near-duplicates. May be repeated.",
         ge=-1,
         le=1,
+        flat_name="cosine",
+        metavar="[MODALITY=]C",
     )
     seed: int = setting(
         0,
@@ -71,11 +70,6 @@ class SplitSettings:
                 f"val_fraction + test_fraction: expected a sum below 1, got {self.val_fraction} + "
                 f"{self.test_fraction}, which leaves no samples for training"
             )
-
-    def cosine(self, modality: str) -> tuple[str, float]:
-        """Return the name and the value of the threshold of near-duplicates of a modality."""
-        name = f"{modality}_cosine" if modality in ("image", "text") else "other_cosine"
-        return name, getattr(self, name)
 
     @property
     def path(self) -> Path | None:

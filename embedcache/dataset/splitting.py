@@ -149,8 +149,7 @@ def _require_parts(
             f"--split key leaves no validation or test samples among {len(groups):,}; raise --val-fraction and "
             "--test-fraction, or use more samples"
         )
-    thresholds = [settings.cosine(modality) for modality in modalities]
-    named = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in thresholds)
+    named = " and ".join(f"--cosine {modality}={settings.cosines[modality]}" for modality in modalities)
     advice = ""
     if len(languages) > 1:
         advice = (

@@ -346,7 +346,7 @@ def _name_features(cache: Cache, feature: NamedFeatures) -> dict[str, Sequence[s
 def _split_line(settings: SplitSettings, first: InputFeature, second: InputFeature) -> str:
     if settings.kind != "strict":
         return settings.kind
-    limits = " and ".join(f"{settings.cosine(feature.modality)[1]:g}" for feature in (first, second))
+    limits = " and ".join(f"{settings.cosines[feature.modality]:g}" for feature in (first, second))
     return f"{settings.kind} by {first.name} and {second.name} (cosine above {limits})"
 
 

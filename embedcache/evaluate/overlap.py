@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from embedcache.arrays import Bools, blocks, distinct
 from embedcache.dataset.inputs import InputFeature, to_unit_vectors
 from embedcache.dataset.pairs import Items, pair_items
-from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES
 from embedcache.errors import DataError, PathError, pluralize
 from embedcache.evaluate.runs import Run, read_run_selection, read_run_split, run_input, was_trained_on
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
@@ -112,8 +112,8 @@ def find_overlap(
     checked = (
         samples if len(samples) <= count else np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
     )
-    other_cosine = run.config.training.get("split", {}).get("other_cosine", SplitSettings().other_cosine)
-    cosines = {modality: COSINES.get(modality, other_cosine) for modality in evaluated}
+    trained_cosines = run.config.training.get("split", {}).get("cosines", NEAR_DUPLICATE_COSINES)
+    cosines = {modality: COSINES.get(modality, trained_cosines[modality]) for modality in evaluated}
     exact, near = set[int](), set[int]()
     for modality, item_set in evaluated.items():
         others = [items[modality] for items in trained]

@@ -8,7 +8,16 @@ from typing import Any, Literal, TypeAlias
 from embedcache.dataset.settings import LANGUAGE_DEFAULT, SELECTION_HELP, SplitSettings, with_split_seed
 from embedcache.devices import AUTO, Precision, expand_precision
 from embedcache.errors import SettingError
-from embedcache.settings import check_settings, flat_settings, get_setting, group, replace_flat, setting, to_json
+from embedcache.settings import (
+    check_settings,
+    flat_settings,
+    get_setting,
+    group,
+    replace_flat,
+    setting,
+    to_json,
+    to_words,
+)
 from embedcache.units import parse_size
 
 Initialization: TypeAlias = Literal["cca", "csa", "procrustes", "ridge", "random"]
@@ -300,10 +309,11 @@ def command_line(settings: TrainSettings) -> list[str]:
     """Return the command-line options that ask for these settings: those that differ from their defaults."""
     words, defaults = [], train_settings({"seed": settings.seed})
     for item in flat_settings(TrainSettings):
-        value = get_setting(settings, item)
+        value, default = get_setting(settings, item), get_setting(defaults, item)
+        if isinstance(value, Mapping):
+            value = {modality: part for modality, part in value.items() if part != default.get(modality)}
         is_kept = settings.recipe is not None and item.name in settings.given
-        if item.name == "seed" or is_kept or value != get_setting(defaults, item):
+        if item.name == "seed" or is_kept or value != default:
             option = f"--{item.name.replace('_', '-')}"
-            values = value if isinstance(value, tuple) else (value,)
-            words += [option] if value is True else [word for part in values for word in (option, str(part))]
+            words += [option] if value is True else [word for part in to_words(value) for word in (option, part)]
     return words

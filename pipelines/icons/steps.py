@@ -65,8 +65,8 @@ class Holdout:
     max_val: int = 1_000
     family_fraction: float = 0.1
     max_family: int = 2_500
-    image_cosine: float = SplitSettings().image_cosine
-    text_cosine: float = SplitSettings().text_cosine
+    image_cosine: float = SplitSettings().cosines["image"]
+    text_cosine: float = SplitSettings().cosines["text"]
     min_families: int = 5
 
 

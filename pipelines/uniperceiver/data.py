@@ -132,7 +132,7 @@ def split_emoji(cache: Cache) -> Split:
     images, captions = open_input(cache, "image", IMAGE_TOKENS), open_input(cache, "text", WORD_VECTORS)
     pairs = pair_items([cache], [images], [captions])
     readers = {"image": images.read, "text": captions.read}
-    return make_split([cache], pairs, SplitSettings(image_cosine=1.0), readers)
+    return make_split([cache], pairs, SplitSettings(cosines={"image": 1.0}), readers)
 
 
 def _write_tables(data: "Data", sources: Mapping[str, Source], size: DataSize) -> None:

@@ -273,7 +273,7 @@ def test_coverage_of_both_modalities_of_a_run(made: Made, run: Path, concepts: P
 
 def test_leaks_of_copies(made: Made, tmp_path: Path) -> None:
     printed = succeed("curate", "leaks", made.train, made.test, "--output", "leaks.json", cwd=tmp_path)
-    assert f"{made.case.noun}: searched for copies only: their near-duplicates are found with --other-cosine" in printed
+    assert f"{made.case.noun}: searched for copies only: their near-duplicates are found with --cosine" in printed
     found = json.loads((tmp_path / "leaks.json").read_text())["by"]
     assert list(found) == [made.case.modality, "text"]
     leak = found[made.case.modality]
@@ -282,8 +282,8 @@ def test_leaks_of_copies(made: Made, tmp_path: Path) -> None:
 
 
 def test_leaks_of_near_duplicates(made: Made, tmp_path: Path) -> None:
-    named = ("--feature", f"{made.case.modality}={made.feature}", "--other-cosine", 0.99999)
-    words = ("curate", "leaks", made.train, made.test, "clean.parquet", *named, "--text-cosine", 1, "--overwrite")
+    named = ("--feature", f"{made.case.modality}={made.feature}", "--cosine", f"{made.case.modality}=0.99999")
+    words = ("curate", "leaks", made.train, made.test, "clean.parquet", *named, "--cosine", "text=1", "--overwrite")
     printed = succeed(*words, "--output", "leaks.json", cwd=tmp_path)
     assert f"{made.case.noun} that leak most" in " ".join(printed.split())
     leak = json.loads((tmp_path / "leaks.json").read_text())["by"][made.case.modality]

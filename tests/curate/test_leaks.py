@@ -106,7 +106,7 @@ def test_leaks_equal_brute_force(caches: tuple[Path, Path], monkeypatch: pytest.
     monkeypatch.setattr(closest, "_TEST_BYTES", test_bytes)
     train, test = caches
     progress = Counted()
-    found = find_leaks(train, test, feature=BOTH, image_cosine=0.99, text_cosine=0.999, progress=progress)
+    found = find_leaks(train, test, feature=BOTH, cosine={"image": 0.99, "text": 0.999}, progress=progress)
     assert progress.done == progress.totals
     assert sum(progress.done) == (29 + 30) * 80
     leaked, dirty = set(), set()
@@ -128,9 +128,9 @@ def test_leaks_equal_brute_force(caches: tuple[Path, Path], monkeypatch: pytest.
 
 def test_clusters_are_recorded(caches: tuple[Path, Path], tmp_path: Path) -> None:
     train, test = caches
-    options = "--feature image=open_toy/cls --feature text=open_toy/mean --image-cosine 0.99 --no-all-pairs --json"
+    options = "--feature image=open_toy/cls --feature text=open_toy/mean --cosine image=0.99 --no-all-pairs --json"
     by = json.loads(succeed("curate", "leaks", train, test, "clean.parquet", *options.split(), cwd=tmp_path))["by"]
-    exact = find_leaks(train, test, feature=BOTH, image_cosine=0.99)
+    exact = find_leaks(train, test, feature=BOTH, cosine="image=0.99")
     for modality, leak in zip(by, exact.leaks, strict=True):
         assert by[modality]["num_clusters"] > 1
         assert by[modality]["complete"] == 1
@@ -143,7 +143,7 @@ def test_clusters_are_recorded(caches: tuple[Path, Path], tmp_path: Path) -> Non
     made = json.loads(pq.read_table(tmp_path / "clean.parquet").schema.metadata[b"embedcache"])
     assert made["by"] == by
     assert not leak_notes(exact)
-    notes = leak_notes(find_leaks(train, test, feature=BOTH, image_cosine=0.99, all_pairs=False))
+    notes = leak_notes(find_leaks(train, test, feature=BOTH, cosine="image=0.99", all_pairs=False))
     pairs = f"found {recall['num_pairs']} of the {recall['num_pairs']} pairs of 27 sampled test items"
     assert notes[0] == f"images: {by['image']['num_clusters']} clusters {pairs}"
 
@@ -174,7 +174,7 @@ def test_pairs_are_read_without_their_tables(caches: tuple[Path, Path], monkeypa
 
 
 def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
-    found = find_leaks(*caches, LeakSettings(image_cosine=1.0, text_cosine=1.0), feature="open_toy/cls")
+    found = find_leaks(*caches, LeakSettings(cosines={"image": 1.0, "text": 1.0}), feature="open_toy/cls")
     num_samples = write_clean_selection(tmp_path / "clean.parquet", found)
     table = pq.read_table(tmp_path / "clean.parquet")
     assert len(read_selection(tmp_path / "clean.parquet", [Cache(caches[0])])) == len(table) == num_samples
@@ -186,11 +186,11 @@ def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(PathError, match="expected a path that ends in .parquet"):
         write_clean_selection(tmp_path / "clean.txt", found)
     with pytest.raises(DataError, match="every sample"):
-        write_clean_selection(tmp_path / "none.parquet", find_leaks(*caches, feature=BOTH, image_cosine=0.01))
+        write_clean_selection(tmp_path / "none.parquet", find_leaks(*caches, feature=BOTH, cosine="image=0.01"))
 
 
 def test_report_is_shown_before_a_selection_of_nothing_is_refused(caches: tuple[Path, Path], tmp_path: Path) -> None:
-    options = ("--feature", "image=open_toy/cls", "--feature", "text=open_toy/mean", "--image-cosine", "0.01")
+    options = ("--feature", "image=open_toy/cls", "--feature", "text=open_toy/mean", "--cosine", "image=0.01")
     files = ("--output", "leaks.json", "--html", "leaks.html")
     done = embedcache("curate", "leaks", *caches, "none.parquet", *options, *files, cwd=tmp_path)
     assert done.code == 1
@@ -212,7 +212,7 @@ def test_training_samples_without_vectors_are_kept(
         (source / f"{name}.txt").unlink()
     encoders = {f"{modality}_encoder": [IMAGE if modality == "image" else TEXT] for modality in modalities}
     extract(open_source(source), tmp_path / "train", **encoders)
-    options = [f"--feature {modality}={FEATURES[modality]} --{modality}-cosine 1" for modality in modalities]
+    options = [f"--feature {modality}={FEATURES[modality]} --cosine {modality}=1" for modality in modalities]
     succeed("curate", "leaks", "train", caches[1], "clean.parquet", *" ".join(options).split(), cwd=tmp_path)
     table = pq.read_table(tmp_path / "clean.parquet")
     reasons = dict(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))

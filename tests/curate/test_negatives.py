@@ -27,7 +27,7 @@ from tests.evaluate.test_retrieval import train_run
 from tests.train.runs import IMAGE, TEXT
 
 FEATURES = {"image": IMAGE, "text": TEXT}
-LOOSE = {"image_cosine": 0.999, "text_cosine": 0.999}  # captions of the toy images repeat, and all are alike
+LOOSE = {"cosines": {"image": 0.999, "text": 0.999}}  # captions of the toy images repeat, and all are alike
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_thresholds_margins_and_random_draws(cache_path: Path, run_path: Path, t
     with pytest.raises(DataError, match="range-max"):
         mine_negatives(cache_path, tmp_path / "none.parquet", replace(base, max_score=-0.99))
     with pytest.raises(DataError, match="near-duplicates"):
-        mine_negatives(cache_path, tmp_path / "none.parquet", replace(base, image_cosine=-1.0))
+        mine_negatives(cache_path, tmp_path / "none.parquet", replace(base, cosines={"image": -1.0, "text": 0.999}))
     assert not (tmp_path / "none.parquet").exists()
 
 
@@ -179,7 +179,7 @@ def test_wrong_inputs_are_one_line(cache_path: Path, run_path: Path, mined: Path
     with pytest.raises(PathError, match="checksum"):
         summarize(tmp_path / "flipped.parquet")
     outcome = embedcache("curate", "negatives", str(cache_path), "n.parquet", "--run", str(run_path), "--json",
-                         "--text-cosine", "0.999", "--image-cosine", "0.999", cwd=tmp_path)  # fmt: skip
+                         "--cosine", "text=0.999", "--cosine", "image=0.999", cwd=tmp_path)  # fmt: skip
     assert json.loads(outcome.stdout)["num_negatives"] > 0
     shown = embedcache("inspect", "n.parquet", cwd=tmp_path)
     assert shown.code == 0

@@ -17,9 +17,8 @@ from embedcache.errors import SettingError
 
 
 def test_limits_of_leaks_are_by_modality() -> None:
-    settings = LeakSettings(image_cosine=0.9, text_cosine=0.8, other_cosine=0.7)
-    assert [settings.cosine(name) for name in ("image", "text", "audio", "video", "points")] == [0.9, 0.8, *[0.7] * 3]
-    assert LeakSettings().cosine("audio") is None
+    assert LeakSettings().cosines == {"image": 0.95, "text": 0.95}
+    assert LeakSettings(cosines={"audio": 0.7}).cosines == {"image": 0.95, "text": 0.95, "audio": 0.7}
 
 
 RUN, HEAD = Path("run"), Path("head.npy")

@@ -17,7 +17,7 @@ from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
 from tests.recorded import RecordedProgress
 
-COSINES = SplitSettings(image_cosine=0.9, text_cosine=0.5, seed=3)
+COSINES = SplitSettings(cosines={"image": 0.9, "text": 0.5}, seed=3)
 
 
 def made(seed: int, num_samples: int) -> tuple[Pairs, dict[str, Reader], list[tuple[Items, Floats, float]]]:
@@ -75,7 +75,7 @@ def group_clustered(
     """Compare one text per sample within clusters, and images that are all different: the groups and the notes."""
     items = Items(rows=np.arange(len(vectors)), samples=np.arange(len(vectors)), contents=np.arange(len(vectors)))
     readers = {"image": lambda rows: Inputs(np.eye(len(vectors))[rows]), "text": lambda rows: Inputs(vectors[rows])}
-    progress, settings = RecordedProgress(), SplitSettings(image_cosine=0.95, text_cosine=cosine)
+    progress, settings = RecordedProgress(), SplitSettings(cosines={"image": 0.95, "text": cosine})
     for name, value in {"ALL_PAIRS_LIMIT": 0, **numbers}.items():
         monkeypatch.setattr(module, name, value)
     groups = near_duplicate_groups(Pairs(first=items, second=items), settings, readers, progress)
@@ -101,12 +101,17 @@ def test_pairs_that_no_cluster_holds_are_reported(monkeypatch: pytest.MonkeyPatc
 def test_items_at_the_cosine_are_no_near_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = np.array([[1, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]], np.float32)
     items = Items(rows=np.arange(2), samples=np.arange(2), contents=np.arange(2))
-    pairs, readers = Pairs(first=items, second=items), {name: lambda rows: Inputs(vectors[rows]) for name in "ab"}
+    pairs, readers = (
+        Pairs(first=items, second=items),
+        {name: lambda rows: Inputs(vectors[rows]) for name in ("audio", "points")},
+    )
     for limit in (4, 3):  # four items of both sides are compared at once, or not
         monkeypatch.setattr(module, "ALL_PAIRS_LIMIT", limit)
         for cosine, num_groups in ((0.5, 2), (0.499, 1)):
             progress = RecordedProgress()
-            groups = near_duplicate_groups(pairs, SplitSettings(other_cosine=cosine), readers, progress)
+            groups = near_duplicate_groups(
+                pairs, SplitSettings(cosines=dict.fromkeys(readers, cosine)), readers, progress
+            )
             assert len(set(groups.tolist())) == num_groups
             assert len(progress.notes) == {4: 0, 3: 2}[limit]
             assert all(f"of the {4 - 2 * num_groups} pairs above" in note for note in progress.notes)

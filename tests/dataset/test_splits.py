@@ -40,7 +40,7 @@ def split_of(cache_path: Path, settings: SplitSettings) -> Split:
 
 
 def opened(cache_path: Path) -> tuple[Cache, Split]:
-    return Cache(cache_path), split_of(cache_path, SplitSettings(image_cosine=0.995, text_cosine=0.95))
+    return Cache(cache_path), split_of(cache_path, SplitSettings(cosines={"image": 0.995, "text": 0.95}))
 
 
 def test_strict_split_separates_near_duplicates(cache_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_many_items_are_compared_within_clusters(cache_path: Path, monkeypatch: 
     cache, split = opened(cache_path)
     monkeypatch.setattr(near_duplicate_groups, "ALL_PAIRS_LIMIT", 100)
     data, progress = open_data(cache_path, FEATURES, memory_bytes=10**9), RecordedProgress()
-    settings = SplitSettings(image_cosine=0.995, text_cosine=0.95)
+    settings = SplitSettings(cosines={"image": 0.995, "text": 0.95})
     clustered = data.split(data.pairs(None), settings, progress=progress)
     assert clustered == split
     assert len(progress.notes) == 2
@@ -121,7 +121,7 @@ def groups_one_after_another(sizes: list[int], quotas: list[int]) -> tuple[Ints,
 @pytest.mark.parametrize("kind", ["strict", "key"])
 def test_split_is_reproducible(cache_path: Path, kind: str) -> None:
     def parts(seed: int) -> list[str]:
-        return split_of(cache_path, SplitSettings(kind=kind, seed=seed, image_cosine=0.995, text_cosine=0.95)).parts
+        return split_of(cache_path, SplitSettings(kind=kind, seed=seed, cosines={"image": 0.995, "text": 0.95})).parts
 
     assert parts(0) == parts(0) != parts(1)
 
@@ -169,7 +169,7 @@ def test_strict_split_joins_by_any_caption(tmp_path: Path) -> None:
     (folder / "00020.txt").write_text("the very same words\nsomething else again\n")
     (folder / "00007.txt").unlink()  # a sample without captions: rows and positions differ
     extract(open_source(folder), tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT])
-    split = split_of(tmp_path / "c", SplitSettings(image_cosine=0.9999, text_cosine=0.999, val_fraction=0.2))
+    split = split_of(tmp_path / "c", SplitSettings(cosines={"image": 0.9999, "text": 0.999}, val_fraction=0.2))
     assert split.groups[3] == split.groups[20]
     assert split.parts[3] == split.parts[20]
     assert split.groups[7] == -1

@@ -29,7 +29,7 @@ from embedcache.train.train import train
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
-SPLIT = SplitSettings(val_fraction=0.25, image_cosine=0.995, text_cosine=0.95)
+SPLIT = SplitSettings(val_fraction=0.25, cosines={"image": 0.995, "text": 0.95})
 IMAGES, TEXTS = ("open_toy/cls", "open_toy/patches"), ("open_toy/mean", "open_toy/tokens")
 OTHER = "tests.toy:open_other"
 
@@ -105,7 +105,7 @@ def test_metrics_match_the_plain_formulas(captioned: Path, tmp_path: Path, image
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["strict", "key"])
 def test_probe_matches_a_run_with_closed_form(captioned: Path, tmp_path: Path, kind: str) -> None:
-    split = replace(SPLIT, kind=kind, image_cosine=0.999, text_cosine=0.99)
+    split = replace(SPLIT, kind=kind, cosines={"image": 0.999, "text": 0.99})
     run = trained_run(captioned, tmp_path / "run", split)
     expected = evaluate_retrieval(captioned, [run], RetrievalSettings(part="val"))
     for given in (split, SplitSettings(kind=str(split_path(run)))):
@@ -246,7 +246,7 @@ def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Pat
     with pytest.raises(SettingError, match="k: expected less than the 60 compared samples, got 60"):
         compare(captioned, k=60, split=key)
     with pytest.raises(SettingError, match="leaves no validation or test samples among 300"):
-        compare(cache_path, split=replace(SPLIT, text_cosine=0.1))
+        compare(cache_path, split=replace(SPLIT, cosines={"image": 0.995, "text": 0.1}))
     with pytest.raises(
         DataError, match="expected at least 20 .*, got 10 and 5 of 20 drawn samples of .*: draw more with"
     ):
@@ -283,7 +283,7 @@ def test_blocks_hold_whole_groups() -> None:
 def test_command_prints_and_writes(cache_path: Path, tmp_path: Path) -> None:
     words = ["evaluate", "pairs", str(cache_path), "--feature", f"image={IMAGES[0]}"]
     words += ["--feature", f"text={TEXTS[0]}", "--feature", f"text={TEXTS[1]}"]
-    words += ["--image-cosine", "0.995", "--text-cosine", "0.95", "-k", "5"]
+    words += ["--cosine", "image=0.995", "--cosine", "text=0.95", "-k", "5"]
     words += ["--output", str(tmp_path / "p.json"), "--html", str(tmp_path / "p.html")]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0

@@ -325,7 +325,7 @@ def test_run_of_a_language_is_evaluated_on_captions_of_any(
 
 
 def test_many_languages_are_named_where_a_strict_split_fails(multilingual: Path, tmp_path: Path) -> None:
-    settings = SplitSettings(kind="strict", image_cosine=0.999, text_cosine=-1.0)
+    settings = SplitSettings(kind="strict", cosines={"image": 0.999, "text": -1.0})
     advice = "its captions are in 2 languages, .*: use --language with one of de, en, or else raise"
     with pytest.raises(SettingError, match=advice):
         train(multilingual, tmp_path / "run", settings=TrainSettings(split=settings), **FEATURES)

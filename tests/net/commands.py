@@ -32,7 +32,7 @@ FIRST_NEAR_DUPLICATE, FIRST_COPY = 80, 88
 VECTORS = "--feature image=open_toy/cls --feature text=open_toy/mean"
 TOKENS = "--feature image=open_toy/patches --feature text=open_toy/tokens"
 TRAIN = f"{VECTORS} --shared-width 16 --batch-size 16 --threads 1"
-COSINES = "--image-cosine 0.995 --text-cosine 0.9"
+COSINES = "--cosine image=0.995 --cosine text=0.9"
 STRICT = f"--split strict {COSINES}"
 RUN = f"{TRAIN} {STRICT} --projector mlp --initialization random --lr 3e-3 --epochs 10 --seed 3"
 RECIPES = {

@@ -83,7 +83,7 @@ def test_captions_in_several_languages_are_trained_on_in_the_first(tmp_path: Pat
     source = open_source(folder / "table.csv", settings=SourceSettings(key_column="file_name"))
     extract(source, tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT])
 
-    options = {"split": "strict", "image_cosine": 0.999, "text_cosine": 0.999, "epochs": 0, "batch_size": 16}
+    options = {"split": "strict", "cosine": 0.999, "epochs": 0, "batch_size": 16}
     progress = RecordedProgress()
     run(tmp_path / "c", tmp_path / "run", **options, progress=progress)
     assert read_config(tmp_path / "run").training["language"] == "en"

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 def table(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hard negatives of all samples, also of those that are held out. Not to be changed."""
     path = tmp_path_factory.mktemp("mined") / "negatives-0.parquet"
-    options = {"modality": "image", "image_cosine": 0.999, "text_cosine": 0.999, "num_negatives": 5}
+    options = {"modality": "image", "cosine": 0.999, "num_negatives": 5}
     mine_negatives(cache_path, path, feature={"image": IMAGE, "text": TEXT}, **options)
     return path
 
@@ -76,7 +76,7 @@ def test_another_table_is_another_run(cache_path: Path, table: Path, tmp_path: P
     copy.unlink()
     with pytest.raises(PathError, match="does not exist"):
         run(cache_path, tmp_path / "run", epochs=1, negatives=str(copy))
-    mine_negatives(cache_path, copy, feature={"image": IMAGE, "text": TEXT}, text_cosine=0.999, image_cosine=0.999)
+    mine_negatives(cache_path, copy, feature={"image": IMAGE, "text": TEXT}, cosine=0.999)
     with pytest.raises(FingerprintError, match="negatives 0"):
         run(cache_path, tmp_path / "run", epochs=1, negatives=str(copy))
 

@@ -111,15 +111,15 @@ def test_run_has_sides_by_modality(sounds: Path, finished: Path) -> None:
 
 @pytest.mark.slow
 def test_strict_split_keeps_similar_recordings_together(sounds: Path, tmp_path: Path) -> None:
-    thresholds = {"other_cosine": 0.99999, "text_cosine": 0.999, "split": "strict"}
+    thresholds = {"cosine": {"audio": 0.99999, "text": 0.999}, "split": "strict"}
     run(sounds, tmp_path / "run", **thresholds, epochs=0)
     split = read_split(tmp_path / "run/split.parquet", [Cache(sounds)])
     captions = Cache(sounds).items("text")["text"].to_pylist()
     assert len(set(zip(captions, split.groups, strict=True))) == len(set(captions)) > 10
     stored = json.loads((tmp_path / "run/config.json").read_text())["training"]["split"]
-    assert stored["other_cosine"] == 0.99999
-    with pytest.raises(SettingError, match="raise --other-cosine -1.0 and --text-cosine 0.7"):
-        run(sounds, tmp_path / "one", split="strict", other_cosine=-1.0)
+    assert stored["cosines"] == {"image": 0.9, "text": 0.999, "audio": 0.99999, "video": 0.9, "points": 0.9}
+    with pytest.raises(SettingError, match="raise --cosine audio=-1.0 and --cosine text=0.7"):
+        run(sounds, tmp_path / "one", split="strict", cosine="audio=-1")
 
 
 def test_parts_are_named_by_modality(sounds: Path, finished: Path, tmp_path: Path) -> None:

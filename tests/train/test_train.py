@@ -65,7 +65,7 @@ def test_column_that_no_split_follows_is_noted(
     labeled: Path, tmp_path: Path, given: dict[str, str], is_noted: bool
 ) -> None:
     progress = RecordedProgress()
-    settings = train_settings({"epochs": 0, "image_cosine": 1.0, "text_cosine": 1.0, **given})
+    settings = train_settings({"epochs": 0, "cosine": 1.0, **given})
     train_module.train(labeled, tmp_path / "run", settings=settings, progress=progress)
     assert [note for note in progress.notes if note.endswith("; --split column follows it")] == progress.notes
     assert bool(progress.notes) == is_noted
@@ -363,7 +363,7 @@ def test_training_uses_only_its_part(cache_path: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("split", ["key", "strict"])
 def test_progress_begins_before_the_first_step(cache_path: Path, tmp_path: Path, split: str) -> None:
     progress, cache = RecordedProgress(), Cache(cache_path)
-    report = run(cache_path, tmp_path / "run", split=split, image_cosine=0.9999, text_cosine=0.9999, progress=progress)
+    report = run(cache_path, tmp_path / "run", split=split, cosine=0.9999, progress=progress)
     features = [cache.feature("image", IMAGE), cache.feature("text", TEXT)]
     loading = [(f"loading {feature.name}", feature.num_items, noun(feature.modality)) for feature in features]
     pairing, splitting = ("pairing", 2 * len(cache), "items"), ("splitting", len(cache), "samples")
