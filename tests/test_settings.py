@@ -29,6 +29,7 @@ from embedcache.settings import (
     to_flat,
     to_json,
 )
+from embedcache.sources.settings import SourceSettings
 from embedcache.sweep.space import read_space
 from embedcache.train.settings import LossSettings, OptimizerSettings, TrainSettings, command_line, train_settings
 
@@ -295,6 +296,14 @@ def test_numbers_of_no_modality_raise(wrong: Any) -> None:
 def test_numbers_by_modality_have_bounds(wrong: Any) -> None:
     with pytest.raises(SettingError, match=r"cosine: expected a number from -1 to 1, got "):
         SplitSettings(cosines=wrong)
+
+
+def test_texts_by_modality() -> None:
+    words = ["--item-column", "image=a,b", "--item-column", "audio=c=d"]
+    assert parse(words, SourceSettings).item_columns == {"image": "a,b", "audio": "c=d"}
+    for wrong in ("jpg", "motion=a", "text=a", {"image": 1}):
+        with pytest.raises(SettingError, match="^item_column: expected "):
+            from_flat(SourceSettings, {"item_column": wrong})
 
 
 @dataclass(frozen=True, kw_only=True)

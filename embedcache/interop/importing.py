@@ -16,7 +16,6 @@ from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.settings import ImportSettings
 from embedcache.interop.vector_files import ImportedSamples, VectorImport, check_captions, stored_blocks
 from embedcache.locks import Leases
-from embedcache.modalities import MODALITIES
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.records import new_record_path, record_stage
@@ -131,19 +130,17 @@ def _named_columns(vectors: VectorImport, settings: ImportSettings) -> SourceSet
     columns = SourceSettings(
         key_column=settings.key_column,
         caption_columns=settings.caption_columns,
-        image_column=settings.image_column,
-        audio_column=settings.audio_column,
-        video_column=settings.video_column,
-        points_column=settings.points_column,
+        item_columns=settings.item_columns,
     )
     for name, value in columns.to_json().items():
-        option, modality = name.removesuffix("s"), name.removesuffix("_column")
         if all(group.table is None for group in vectors.groups):
+            option = name.removesuffix("s")
             raise SettingError(f"{option}: expected vectors with a table, got {value!r} and no table; name it, too")
-        if modality in MODALITIES and modality not in vectors.modalities.values():
+    for modality, column in columns.item_columns.items():
+        if modality not in vectors.modalities.values():
             raise SettingError(
-                f"{option}: expected files whose vectors are imported, got {value!r} and no {modality} vectors; import "
-                "them, too, or omit it"
+                f"item_column: expected files whose vectors are imported, got {modality}={column} and no {modality} "
+                "vectors; import them, too, or omit it"
             )
     return columns
 

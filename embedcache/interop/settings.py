@@ -1,5 +1,6 @@
 """Settings of imports and exports of vectors. Nothing heavy is imported here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +31,7 @@ class ImportSettings:
         default_text="caption, text or sentence",
         metavar="COLUMN",
     )
-    image_column: str | None = setting(**ITEM_COLUMNS["image"])
-    audio_column: str | None = setting(**ITEM_COLUMNS["audio"])
-    video_column: str | None = setting(**ITEM_COLUMNS["video"])
-    points_column: str | None = setting(**ITEM_COLUMNS["points"])
+    item_columns: Mapping[str, str] = setting(**ITEM_COLUMNS)
     chunk_size: int | None = setting(
         None, "Items per chunk of a new cache.", ge=1, le=2**24, default_text="2048", affects_result=False
     )

@@ -246,7 +246,7 @@ class ImportedSamples:
         file = replace(file, columns=tuple(name for name in file.columns if name not in in_table))
         columns = assign_columns(file, self._settings)
         used: dict[str, str] = {m: column for m, column in columns.items.items() if m in self._modalities}
-        if name := next((name for name in columns.embedded if name in self._settings.to_json().values()), None):
+        if name := next((name for name in columns.embedded if name in self._settings.item_columns.values()), None):
             raise SourceError(f"{file.path}: expected paths or URLs in column {name}, got bytes; name another column")
         is_timed = any(MODALITIES[modality].has_interval for modality in used)
         interval = columns.interval if is_timed else (None, None)

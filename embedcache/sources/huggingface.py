@@ -25,9 +25,8 @@ from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_files import (
     BATCH_ROWS,
+    COLUMN_SETTINGS,
     IMAGE_NAMES,
-    ITEM_SETTINGS,
-    TEXT_SETTINGS,
     Row,
     TableColumns,
     TableFile,
@@ -62,7 +61,7 @@ class HuggingfaceSource:
     """
 
     def __init__(self, location: object, settings: SourceSettings) -> None:
-        settings.check_supported("huggingface", *ITEM_SETTINGS, *TEXT_SETTINGS)
+        settings.check_supported("huggingface", *COLUMN_SETTINGS)
         self._settings = settings
         name = _DatasetName.parse(location) if isinstance(location, str) else None
         splits = _by_split(location if name is None else _load(name))
@@ -258,4 +257,5 @@ def _with_image(settings: SourceSettings, dataset: Any) -> SourceSettings:
     kind = require("datasets", extra="datasets").Image
     images = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
     named = [name for name in images if name.lower() in IMAGE_NAMES]
-    return replace(settings, image_column=settings.image_column or next(iter(named or images), None))
+    preferred = {"image": (named or images)[0]} if images else {}
+    return replace(settings, item_columns={**preferred, **settings.item_columns})

@@ -6,21 +6,16 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from embedcache.errors import SettingError
-from embedcache.settings import check_settings, flat_settings, setting, to_json
+from embedcache.settings import check_settings, flat_settings, setting, to_json, to_words
 
-ITEM_COLUMNS: dict[str, dict[str, Any]] = {
-    modality: {
-        "default": None,
-        "help": f"Table column that holds {items}, paths or URLs.",
-        "metavar": "COLUMN",
-        "default_text": f"{names}, … if present",
-    }
-    for modality, (items, names) in {
-        "image": ("images", "image, path, file_name, jpg"),
-        "audio": ("recordings", "audio, audio_path, wav, mp3"),
-        "video": ("videos", "video, video_path, mp4"),
-        "points": ("point clouds", "points_path, point_cloud, npz"),
-    }.items()
+ITEM_COLUMNS: dict[str, Any] = {
+    "default": {},
+    "help": "Table column that holds the images, recordings, videos or point clouds, or their paths or URLs. May be "
+    "repeated.",
+    "flat_name": "item_column",
+    "metavar": "MODALITY=COLUMN",
+    "default_text": "a usual name such as image, file_name, audio_path or mp4, if present",
+    "commas": "keep",
 }
 _NO_DELIMITERS = ' "\r\n'
 
@@ -29,10 +24,7 @@ _NO_DELIMITERS = ' "\r\n'
 class SourceSettings:
     """Settings of a source: how it is read."""
 
-    image_column: str | None = setting(**ITEM_COLUMNS["image"])
-    audio_column: str | None = setting(**ITEM_COLUMNS["audio"])
-    video_column: str | None = setting(**ITEM_COLUMNS["video"])
-    points_column: str | None = setting(**ITEM_COLUMNS["points"])
+    item_columns: Mapping[str, str] = setting(**ITEM_COLUMNS)
     caption_columns: tuple[str, ...] = setting(
         (),
         "Table column that holds captions. May be repeated.",
@@ -80,6 +72,8 @@ class SourceSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if "text" in self.item_columns:
+            raise SettingError(f"item_column: expected no text, got {self.item_columns['text']}; give --caption-column")
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in _NO_DELIMITERS):
             raise SettingError(
                 f"delimiter: expected one character, such as '|' or $'\\t' for a tab, got {self.delimiter!r}"
@@ -111,8 +105,7 @@ def option_words(record: Mapping[str, Any]) -> list[str]:
     """Return the command-line options that ask for recorded settings, see `to_json`; unknown names are left out."""
     words = []
     for item in flat_settings(SourceSettings):
-        value = record.get(item.path[-1]) or ()
         option = f"--{item.name.replace('_', '-')}"
-        values = value if isinstance(value, list | tuple) else (value,)
-        words += [option] if value is True else [word for part in values for word in (option, shlex.quote(str(part)))]
+        for part in to_words(record.get(item.path[-1]) or ()):
+            words += [option, shlex.quote(part)]
     return words

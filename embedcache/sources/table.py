@@ -26,8 +26,7 @@ from embedcache.sources.files import (
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_files import (
     COLUMN_MARK,
-    ITEM_SETTINGS,
-    TEXT_SETTINGS,
+    COLUMN_SETTINGS,
     Row,
     RowGroups,
     TableColumns,
@@ -63,7 +62,7 @@ class TableSource:
     items_are_files = True
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("table", *ITEM_SETTINGS, *TEXT_SETTINGS, "delimiter", "root")
+        settings.check_supported("table", *COLUMN_SETTINGS, "delimiter", "root")
         root = settings.root and find_root(settings.root)
         self._settings = replace(settings, root=root)
         self._location = open_path(location).absolute()
@@ -145,7 +144,7 @@ class TableSource:
         if not isinstance(cell, str):
             raise SourceError(
                 f"{place}: expected a path in column {column}, got {cell!r:.60}; name another column with "
-                f"--{modality}-column"
+                f"--item-column {modality}=COLUMN"
             )
         return item_path(self._root_text, self._settings.root or file.stem.rpartition("/")[0], cell)
 

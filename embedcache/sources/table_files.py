@@ -258,8 +258,7 @@ MEDIA_NAMES: Mapping[str, tuple[str, ...]] = {
     "points": ("points_path", "point_cloud", "lidar", "npz"),
 }
 """The same of other modalities."""
-ITEM_SETTINGS = ("image_column", *(f"{modality}_column" for modality in MEDIA_NAMES))
-TEXT_SETTINGS = ("caption_columns", "key_column", "omit_columns", "language_column")
+COLUMN_SETTINGS = ("item_columns", "caption_columns", "key_column", "omit_columns", "language_column")
 INTERVAL_NAMES = ("start_s", "stop_s")
 """Names of the columns with the start and the end of recordings and videos, in seconds."""
 COLUMN_MARK = "#"
@@ -305,21 +304,24 @@ def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     if columns.image is None and not columns.captions and not columns.media:
         raise SourceError(
             f"{file.path} has no column with a usual name for images or captions; it has {_names(file)}; name them "
-            "with --image-column and --caption-column, or --audio-column, --video-column and --points-column"
+            "with --item-column MODALITY=COLUMN and --caption-column"
         )
     return columns
 
 
 def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     """Assign roles to the columns of any table; SourceError if a column named in the settings does not fit."""
-    media = _find_media(file, settings)
-    images = [name for name in IMAGE_NAMES if settings.image_column or name not in map(str.lower, media.values())]
-    image = _existing(file, settings.image_column, "--image-column") or _find(file, images)
+    media = {}
+    for modality, names in MEDIA_NAMES.items():
+        column = _item_column(file, settings, modality, names)
+        if column is not None:
+            media[modality] = column
+    images = [name for name in IMAGE_NAMES if name not in map(str.lower, media.values())]
+    image = _item_column(file, settings, "image", images)
+
     captions = settings.caption_columns or _find_captions(file.columns)
     for name in captions:
         _check_plain(file, _existing(file, name, "--caption-column"), "--caption-column")
-    if image not in file.bytes_columns:
-        _check_plain(file, image, "--image-column")
     key = _existing(file, settings.key_column, "--key-column") or _find(file, ("key", "id", "uid", "__key__"))
     language = _existing(file, settings.language_column, "--language-column") or _find(file, ("language", "lang"))
     _check_plain(file, settings.language_column, "--language-column")
@@ -340,17 +342,12 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     )
 
 
-def _find_media(file: TableFile, settings: SourceSettings) -> dict[str, str]:
-    """Return modality -> column of recordings, videos and point clouds."""
-    media = {}
-    for modality, names in MEDIA_NAMES.items():
-        option = f"--{modality}-column"
-        column = _existing(file, getattr(settings, f"{modality}_column"), option) or _find(file, names)
-        if column is not None:
-            if column not in file.bytes_columns:
-                _check_plain(file, column, option)
-            media[modality] = column
-    return media
+def _item_column(file: TableFile, settings: SourceSettings, modality: str, names: Sequence[str]) -> str | None:
+    """Return the column of a modality's items: the one in the settings, or one with a usual name."""
+    column = _existing(file, settings.item_columns.get(modality), "--item-column") or _find(file, names)
+    if column not in file.bytes_columns:
+        _check_plain(file, column, f"--item-column {modality}=COLUMN")
+    return column
 
 
 def read_interval(columns: TableColumns, row: Row, location: str) -> tuple[float | None, float | None]:

@@ -317,7 +317,7 @@ def test_column_of_paths_can_be_named(form: str, modality: str, tmp_path: Path) 
         vectors = open_npy_vectors(files=files, table=tmp_path / "rows.parquet")
     else:
         vectors = open_parquet_vectors(tmp_path / "rows.parquet", vector_columns={modality: "vector"})
-    cache, _ = import_files(vectors, tmp_path / "cache", **{f"{modality}_column": "where"})
+    cache, _ = import_files(vectors, tmp_path / "cache", item_columns={modality: "where"})
     assert cache.items(modality)["path"].to_pylist() == paths
 
 

@@ -58,7 +58,7 @@ class TestSavedWithSettings(SourceContract):
     @pytest.fixture
     def source(self, tmp_path: Path) -> Source:
         given = colored().rename_columns({"image": "photo", "sentences": "said"}).add_column("n", list("abcde"))
-        settings = SourceSettings(image_column="photo", caption_columns=("said",), key_column="n")
+        settings = SourceSettings(item_columns={"image": "photo"}, caption_columns=("said",), key_column="n")
         return open_source(saved(tmp_path, given), settings=settings)
 
 

@@ -128,7 +128,7 @@ def test_source_of_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_reopening_with_unknown_setting_raises(tmp_path: Path) -> None:
     description = {"type": "table", "path": str(tmp_path), "settings": {"color": "red"}}
-    with pytest.raises(SettingError, match=r"'color'.*image_column"):
+    with pytest.raises(SettingError, match=r"'color'.*item_columns"):
         reopen(description)
 
 

@@ -51,7 +51,7 @@ class TestJsonlWithSettings(SourceContract):
         rows = [f'{{"n": {n}, "photo": "{n}.jpg", "said": ["a", "b {n}"]}}' for n in range(5)]
         files = {f"{n}.jpg": data for n, data in enumerate(IMAGES)}
         write(tmp_path, {**files, "t.jsonl": "\n".join(rows)})
-        settings = SourceSettings(image_column="photo", caption_columns=("said",), key_column="n")
+        settings = SourceSettings(item_columns={"image": "photo"}, caption_columns=("said",), key_column="n")
         return open_source(tmp_path / "t.jsonl", settings=settings)
 
 
@@ -69,7 +69,7 @@ def write_captions(folder: Path, rows: str) -> Path:
 
 def test_rows_of_one_key_are_one_sample(tmp_path: Path) -> None:
     path = write_captions(tmp_path, "a.jpg,one,en,train\na.jpg,zwei,de,train\nb.jpg,three,en,test\n")
-    source = open_source(path, settings=SourceSettings(key_column="filename", image_column="filename"))
+    source = open_source(path, settings=SourceSettings(key_column="filename", item_columns={"image": "filename"}))
     first, second = source.samples()
     assert first.key == "a.jpg"
     assert first.images == (FileItem(path="a.jpg"),)
@@ -85,8 +85,8 @@ def test_rows_of_one_key_are_one_sample(tmp_path: Path) -> None:
         ("t.csv", 'image,caption\na.jpg,one\nb.jpg,"two" three\n', {}, "line 3"),
         ("t.csv", "caption,caption\na,b\n", {}, "twice"),
         ("t.csv", 'caption,image\nx\n"y,z', {}, "line"),
-        ("t.csv", "words\nx\n", {}, "--image-column and --caption-column"),
-        ("t.csv", "words\nx\n", {"image_column": "image"}, "--image-column"),
+        ("t.csv", "words\nx\n", {}, "--item-column MODALITY=COLUMN and --caption-column"),
+        ("t.csv", "words\nx\n", {"item_columns": {"image": "image"}}, "--item-column image"),
         ("t.csv", "words\nx\n", {"caption_columns": ("text",)}, "--caption-column"),
         ("t.csv", "caption\nx\n", {"omit_columns": ("number",)}, "--omit-column"),
         ("t.csv", "caption\nx\n", {"language_column": "lang"}, "--language-column"),
@@ -177,7 +177,7 @@ def test_images_in_a_folder_elsewhere(tmp_path: Path) -> None:
 def test_recordings_of_clotho_as_downloaded(tmp_path: Path) -> None:
     rows = "file_name,caption_1,caption_2\na b.wav,A bird .,Wind\n"
     write(tmp_path, {"captions.csv": rows, "development/a b.wav": b"RIFF"})
-    settings = SourceSettings(audio_column="file_name", root=str(tmp_path / "development"))
+    settings = SourceSettings(item_columns={"audio": "file_name"}, root=str(tmp_path / "development"))
     source = open_source(tmp_path / "captions.csv", settings=settings)
     (sample,) = source.samples()
     assert (sample.images, [text.text for text in sample.texts]) == ((), ["A bird .", "Wind"])
@@ -272,7 +272,7 @@ def test_renamed_column_raises_item_error(tmp_path: Path) -> None:
     item = next(iter(open_source(path).samples())).files["audio"][0]
     write_parquet(path, sound=IMAGES)
     with pytest.raises(ItemError, match=r"no column 'audio': .*t\.parquet has others"):
-        open_source(path, settings=SourceSettings(audio_column="sound")).read(item)
+        open_source(path, settings=SourceSettings(item_columns={"audio": "sound"})).read(item)
 
 
 def test_empty_cell_raises_item_error(tmp_path: Path) -> None:
