@@ -428,7 +428,7 @@ WRONG = {
     "embedcache.evaluate_retrieval(cache, model, progress='yes')": "arg-type",
     "embedcache.PairDataset(cache, part='all')": "arg-type",
     "model.transcribe()": "attr",
-    'embedcache.load("run", "cpu")': "call-overload",
+    'embedcache.load("run", "cpu")': "call-arg",
     "embedcache.lod": "attr",
 }
 
