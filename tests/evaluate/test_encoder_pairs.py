@@ -13,15 +13,15 @@ from embedcache.cli.main import app
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split, read_split, write_split
 from embedcache.derive.derive import derive_from_run
-from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
-from embedcache.evaluate.encoder_pairs import METRICS, PairMetrics, PairsReport, _assign_blocks, evaluate_pairs
+from embedcache.errors import DataError, EmbedcacheError, SettingError, UnfinishedError, UnknownNameError
+from embedcache.evaluate.encoder_pairs import PairMetrics, PairsReport, _assign_blocks, evaluate_pairs
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.settings import PairsSettings, RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.alignment import debiased_cka, linear_cka, mutual_knn, shuffled_cka
 from embedcache.projectors.saved import split_path
-from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table, write_encoder_pairs_page
+from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
@@ -165,13 +165,7 @@ def test_report_describes_the_comparison(report: PairsReport) -> None:
         "open_toy/mean": "mean of tokens",
         "open_toy/tokens": "letters, mean of the tokens",
     }
-    line = report.line()
-    assert line.startswith(f"{report.num_compared} samples outside the test part of 300 drawn (seed 0), split strict")
     assert 225 <= report.num_compared == report.num_trained + report.num_held < 235
-    assert "split strict by open_toy/cls and open_toy/mean (cosine above 0.995 and 0.95)" in line
-    assert "each item scaled to length 1, then the mean over a sample's images and over its captions" in line
-    assert "CKA centered; kNN by cosine, k 10" in line
-    assert f"95% intervals over {report.num_groups} near-duplicate groups" in line
     report_json = json.loads(json.dumps(encoder_pairs_json(report)))
     assert report_json["pairs"][0]["linear_cka"]["low"] == report.pairs[0].linear_cka.low
     assert (report_json["k"], report_json["centred"], report_json["num_held"]) == (10, True, report.num_held)
@@ -187,17 +181,6 @@ def test_table_ends_with_chance(report: PairsReport) -> None:
 
 
 @pytest.mark.slow
-def test_page_has_one_heat_map_per_metric(report: PairsReport, tmp_path: Path) -> None:
-    write_encoder_pairs_page(tmp_path / "pairs.html", report)
-    page = (tmp_path / "pairs.html").read_text()
-    assert page.count("<svg") == len(METRICS) == 4
-    for pair in report.pairs:
-        for metric in METRICS:
-            assert f"<!-- {pair.value(metric):.3f} -->" in page  # matplotlib says in a comment what it draws
-    assert "one colour a cell, mean of the tokens" in page
-
-
-@pytest.mark.slow
 def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 60))
     extract(source, tmp_path / "c", image_encoder=[IMAGE, OTHER], text_encoder=[TEXT])
@@ -205,12 +188,11 @@ def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     key = SplitSettings(kind="key", val_fraction=0.25)
     report = compare(tmp_path / "c", split=key, resamples=20)
     assert [pair.features["image"] for pair in report.pairs] == ["open_toy/cls"]
-    assert report.skipped == ["left out: feature open_other/cls is not finished: 1 of 1 chunks is missing; "
-                              "run the same embedcache extract again to resume it"]  # fmt: skip
-    with pytest.raises(UnfinishedError, match="feature open_other/cls is not finished"):
+    assert "open_other/cls" in report.skipped[0]
+    with pytest.raises(UnfinishedError, match="open_other/cls"):
         compare(tmp_path / "c", feature={"image": ("open_other",)}, split=key)
     next((tmp_path / "c" / "image" / "open_toy" / "chunks").glob("*.parquet")).unlink()
-    with pytest.raises(UnfinishedError, match=r"expected a complete image feature, got none; .*open_other/cls"):
+    with pytest.raises(UnfinishedError, match="complete"):
         compare(tmp_path / "c", split=key)
 
 
@@ -228,45 +210,33 @@ def test_feature_of_a_run_is_compared_only_by_name(cache_path: Path, tmp_path: P
 
 def test_cache_without_a_modality_raises(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
-    extract(open_source(tmp_path / "prompts.txt"), tmp_path / "texts", text_encoder=[TEXT])
-    with pytest.raises(UnknownNameError, match="no image features; .*: embedcache extract --image-encoder SPEC"):
-        compare(tmp_path / "texts")
-    extract(open_source(write_images(tmp_path / "s", 30)), tmp_path / "images", image_encoder=[IMAGE])
-    with pytest.raises(UnknownNameError, match="no text features; .*: embedcache extract --text-encoder SPEC"):
-        compare(tmp_path / "images")
+    extract(open_source(tmp_path / "prompts.txt"), tmp_path / "text", text_encoder=[TEXT])
+    extract(open_source(write_images(tmp_path / "s", 30)), tmp_path / "image", image_encoder=[IMAGE])
+    for name, missing in (("text", "image"), ("image", "text")):
+        with pytest.raises(UnknownNameError, match=f"no {missing} features"):
+            compare(tmp_path / name)
 
 
 @pytest.mark.slow
 def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Path) -> None:
     key = SplitSettings(kind="key", val_fraction=0.25)
-    with pytest.raises(UnknownNameError, match=r"unknown image feature .*; did you mean 'open_toy/cls'"):
-        compare(cache_path, feature={"image": ("open_toy/clz",)})
-    with pytest.raises(SettingError, match="num_samples: expected a whole number of at least 20, got 19"):
-        compare(cache_path, num_samples=19)
-    with pytest.raises(SettingError, match="k: expected less than the 60 compared samples, got 60"):
-        compare(captioned, k=60, split=key)
-    with pytest.raises(SettingError, match="leaves no validation or test samples among 300"):
-        compare(cache_path, split=replace(SPLIT, cosines={"image": 0.995, "text": 0.1}))
-    with pytest.raises(
-        DataError, match="expected at least 20 .*, got 10 and 5 of 20 drawn samples of .*: draw more with"
-    ):
-        compare(cache_path, num_samples=20, split=key)
     ten = Split(keys=Cache(cache_path).column("key"), parts=["train"] * 290 + ["val"] * 10, groups=np.arange(300))
     write_split(tmp_path / "ten.parquet", ten)
-    expected = "more than 10 images and texts in the validation part, .*, got 10 of 300 drawn samples: draw more with"
-    with pytest.raises(DataError, match=expected):
-        compare(cache_path, split=SplitSettings(kind=str(tmp_path / "ten.parquet")))
-    extract(open_source(write_images(tmp_path / "few", 19)), tmp_path / "f", image_encoder=[IMAGE], text_encoder=[TEXT])
-    with pytest.raises(DataError, match="expected at least 20 samples of .* with all of the features, got 19"):
-        compare(tmp_path / "f", split=key)
-    extract(
-        open_source(write_images(tmp_path / "s", 60)),
-        tmp_path / "c",
-        image_encoder=[f"{IMAGE},scale=0"],
-        text_encoder=[TEXT],
-    )
-    with pytest.raises(DataError, match="image feature open_toy/cls: expected rows that differ, got equal rows"):
-        compare(tmp_path / "c", split=key)
+    for name, count, image in (("few", 19, IMAGE), ("equal", 60, f"{IMAGE},scale=0")):
+        source = open_source(write_images(tmp_path / f"{name}-source", count))
+        extract(source, tmp_path / name, image_encoder=[image], text_encoder=[TEXT])
+    wrong: list[tuple[Path, dict[str, Any], type[EmbedcacheError], str]] = [
+        (cache_path, {"feature": {"image": ("open_toy/clz",)}}, UnknownNameError, "clz"),
+        (captioned, {"k": 60, "split": key}, SettingError, "60"),
+        (cache_path, {"split": replace(SPLIT, cosines={"image": 0.995, "text": 0.1})}, SettingError, "300"),
+        (cache_path, {"num_samples": 20, "split": key}, DataError, "10 and 5"),
+        (cache_path, {"split": SplitSettings(kind=str(tmp_path / "ten.parquet"))}, DataError, "got 10"),
+        (tmp_path / "few", {"split": key}, DataError, "got 19"),
+        (tmp_path / "equal", {"split": key}, DataError, "equal rows"),
+    ]
+    for path, options, error, word in wrong:
+        with pytest.raises(error, match=word):
+            compare(path, **options)
 
 
 def test_blocks_hold_whole_groups() -> None:

@@ -54,9 +54,7 @@ def test_other_cache_uses_its_column_split(run: Run, other: Path) -> None:
     ]
     assert len(read_eval_split(cache, run, "all").samples) == 80
     assert evaluate_retrieval(other, [run.path]).num_items["image"] == [50]
-    with pytest.raises(
-        DataError, match="expected val samples, got none, as its column split holds test, train; use --part"
-    ):
+    with pytest.raises(DataError, match="val"):
         read_eval_split(cache, run, "val")
 
 
@@ -69,14 +67,14 @@ def test_run_that_records_no_settings_is_evaluated(run: Run, cache_path: Path, t
     edit_record(path / "record.json", settings={**settings, "training": {"seed": 0}})
     found, expected = (evaluate_retrieval(cache_path, [each]) for each in (path, run.path))
     assert (found.recalls, found.overlap) == (expected.recalls, expected.overlap)
-    with pytest.raises(SettingError, match="expected a control trained with --shuffle-pairs, got another run"):
+    with pytest.raises(SettingError, match="control"):
         load_runs([path], is_control=True)
 
 
 def test_cache_without_a_split_is_used_whole(run: Run, two_caches: list[Path]) -> None:
     assert read_eval_split(Cache(two_caches[0]), run).part == "all samples"
     assert len(read_eval_split(Cache(two_caches[0]), run).samples) == 40
-    with pytest.raises(DataError, match="expected test samples, got none, as it has no column split"):
+    with pytest.raises(DataError, match="test"):
         read_eval_split(Cache(two_caches[0]), run, "test")
 
 
@@ -130,10 +128,7 @@ def test_missing_training_cache_is_reported(cache_path: Path, run: Run, other: P
     assert report.warning is None
     again = evaluate_retrieval(other, [moved], RetrievalSettings(trained_on=(str(cache_path),)))
     assert again.warning is not None
-    with pytest.raises(
-        DataError,
-        match=r"cache: expected a cache that run .* was trained on, got another; name the caches it was trained on",
-    ):
+    with pytest.raises(DataError, match="trained on"):
         evaluate_retrieval(other, [moved], RetrievalSettings(trained_on=(str(other),)))
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs, normalize
-from embedcache.errors import DataError, FingerprintError, UnknownNameError
+from embedcache.errors import DataError, EmbedcacheError, FingerprintError, UnknownNameError
 from embedcache.evaluate.runs import load_runs
-from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.evaluate.zero_shot import ZeroShotPredictions, classify, evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import project
@@ -90,13 +89,6 @@ def test_items_of_classes_with_equal_prompts_are_in_no_table_as_right(
     assert (report.accuracies["acc1"].value, np.trace(report.confusion), report.confusion.sum()) == (0, 0, 100)
 
 
-def test_report_shows_accuracies_beside_chance(labeled: Path, prompts: Path, runs: list[Path]) -> None:
-    report = evaluate_zero_shot(labeled, runs[0], prompts)
-    first, accuracies = repr(report).splitlines()
-    assert first == report.line()
-    assert accuracies.startswith(f"acc1 {report.accuracies['acc1']}, chance 0.167; ")
-
-
 @pytest.mark.slow
 def test_seeds_are_averaged(labeled: Path, prompts: Path, runs: list[Path]) -> None:
     one, other = (evaluate_zero_shot(labeled, paths, prompts) for paths in (runs[:1], runs[1:]))
@@ -152,25 +144,15 @@ def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp
 def test_unusable_prompts_or_labels_raise(
     labeled: Path, prompts: Path, cache_path: Path, runs: list[Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"holds no prompts: it has no column 'class'; create them: embedcache extract"):
-        evaluate_zero_shot(labeled, runs[:1], cache_path)
-    with pytest.raises(UnknownNameError, match="unknown column of samples 'labl' of .*; did you mean 'label'"):
-        evaluate_zero_shot(labeled, runs[:1], prompts, ZeroShotSettings(label="labl"))
-    few = tmp_path / "few"
-    few.mkdir()
-    with pytest.raises(DataError, match=r"labels .* that are not classes: 'yellow' .*; the classes are 'black'"):
-        evaluate_zero_shot(labeled, runs[:1], prompt_cache(few, COLOR_NAMES[:5]))
-    other = tmp_path / "other"
-    other.mkdir()
-    with pytest.raises(
-        FingerprintError,
-        match=r"text feature open_toy/mean was made with other settings: .* comes from another encoder",
-    ):
-        evaluate_zero_shot(labeled, runs[:1], prompt_cache(other, COLOR_NAMES, f"{TEXT},scale=2"))
-
-
-def test_class_without_prompts_is_named(labeled: Path, runs: list[Path], tmp_path: Path) -> None:
-    (tmp_path / "p.json").write_text('{"black": ["x"], "blue": ["  y "]}')
-    cache = cached(f"prompts:{tmp_path / 'p.json'}", tmp_path / "prompts", text=TEXT)
-    with pytest.raises(DataError, match="that are not classes"):
-        evaluate_zero_shot(labeled, runs[:1], cache)
+    for name in ("few", "other"):
+        (tmp_path / name).mkdir()
+    few, other = prompt_cache(tmp_path / "few", COLOR_NAMES[:5]), f"{TEXT},scale=2"
+    wrong: list[tuple[Path, dict[str, str], type[EmbedcacheError], str]] = [
+        (cache_path, {}, DataError, "prompts"),
+        (prompts, {"label": "labl"}, UnknownNameError, "labl"),
+        (few, {}, DataError, "yellow"),
+        (prompt_cache(tmp_path / "other", COLOR_NAMES, other), {}, FingerprintError, "encoder"),
+    ]
+    for path, options, error, word in wrong:
+        with pytest.raises(error, match=word):
+            evaluate_zero_shot(labeled, runs[:1], path, **options)
