@@ -1,6 +1,5 @@
 """Intervals against plain loops over the same resamples, and against what is known of a mean."""
 
-import inspect
 import tracemalloc
 from collections.abc import Callable
 
@@ -105,12 +104,6 @@ def test_runs_and_clusters_are_resampled_together(of_runs: list[list[int]], monk
     assert found(interval_of(means[:, 1])) == pytest.approx((means[0, 1], *np.quantile(means[1:, 1], [0.025, 0.975])))
     with pytest.raises(DataError, match="expected at least one value, got none"):
         resample_runs([], [])
-
-
-def test_default_numbers_of_resamples() -> None:
-    functions = (bootstrap, bootstrap_class_mean, bootstrap_mean, bootstrap_means, bootstrap_median, bootstrap_runs)
-    defaults = [inspect.signature(function).parameters["num_draws"].default for function in functions]
-    assert defaults == [1000, 1000, 2000, 2000, 1000, 1000]
 
 
 def test_ends_of_an_interval_with_infinite_values_are_values() -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from sklearn.cross_decomposition import CCA
 from sklearn.linear_model import Ridge
 
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError
 from embedcache.projectors.closed_form import Moments, cca, ridge, solve
 
 
@@ -119,8 +119,3 @@ def test_constant_feature_is_projected_to_zero(name: str) -> None:
     ):
         np.testing.assert_allclose(image_DP, 0, atol=1e-6)
         np.testing.assert_allclose(text_DP, 0, atol=1e-6)
-
-
-def test_zero_shrinkage_raises() -> None:
-    with pytest.raises(SettingError, match="shrinkage: expected a number above 0, got 0"):
-        solve("cca", moments(*aligned(5, seed=0)), 2, shrinkage=0)

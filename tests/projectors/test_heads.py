@@ -116,24 +116,19 @@ def test_vector_heads_compute_their_formulas() -> None:
     torch.testing.assert_close(fusemix(rows), summed @ fusemix.linear.weight.T + fusemix.linear.bias)
 
 
-def test_identity_refuses_another_width() -> None:
-    with pytest.raises(SettingError, match="expected a shared width equal to the feature's width 24, got 10; use --sh"):
-        PROJECTORS.load("identity")(24, 10)
+def test_wrong_projectors_raise() -> None:
+    for name, error, word in (
+        ("identity", SettingError, "24"),
+        ("embedcache.projectors.heads:Tower", SettingError, "2 positional"),  # takes a projector too
+        ("mpl", UnknownNameError, "mpl"),
+    ):
+        with pytest.raises(error, match=word):
+            PROJECTORS.load(name)(24, 10)
 
 
 def test_split_names() -> None:
     assert split_names("glu") == ("glu", "glu")
     assert split_names("identity+sharelock") == ("identity", "sharelock")
-
-
-def test_projector_takes_two_widths() -> None:
-    with pytest.raises(SettingError, match="is no projector: expected a class or function that takes 2 positional arg"):
-        PROJECTORS.load("embedcache.projectors.heads:Tower")  # takes a projector too
-
-
-def test_unknown_projector_suggests_a_name() -> None:
-    with pytest.raises(UnknownNameError, match="unknown projector 'mpl'; did you mean 'mlp'.*openclip-mlp,"):
-        PROJECTORS.load("mpl")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +207,7 @@ def test_temperature_is_clamped_and_scale_its_inverse() -> None:
         assert pair.temperature.item() == pytest.approx(expected)
         assert pair.scale.item() == pytest.approx(1 / expected)
     assert pair.towers == (pair.tower("image"), pair.tower("text"))
-    with pytest.raises(DataError, match="expected a run with the modality audio, got one of image and text"):
+    with pytest.raises(DataError, match="audio"):
         pair.tower("audio")
 
 
@@ -265,13 +260,6 @@ def test_asif_keeps_the_800_largest() -> None:
         assert cosines_P[largest].min() > 0
         assert set(np.flatnonzero(found_P)) == set(largest)
         np.testing.assert_allclose(found_P[largest], cosines_P[largest] ** 8, atol=1e-6)
-
-
-def test_asif_anchor_is_nearest_to_itself() -> None:
-    projector, anchors_PD, _, _ = make_asif(20, 1)
-    found_PP = projector(torch.from_numpy(anchors_PD))
-    np.testing.assert_allclose(found_PP.diagonal(), 1, atol=1e-5)
-    assert found_PP.argmax(dim=1).tolist() == list(range(20))
 
 
 def test_asif_anchors_are_saved_and_not_trained() -> None:

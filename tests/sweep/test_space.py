@@ -57,106 +57,66 @@ def test_split_seed_is_independent_of_seed(tmp_path: Path) -> None:
     assert (settings.seed, settings.split.seed) == (5, 0)
 
 
-INVALID = {
-    "unknown swept setting": ("[space]\nlearning_rat = [1.0]", r"'learning_rat' in \[space\] of .*toml; did you mean"),
-    "unknown fixed setting": (
-        "[fixed]\nlrr = 1\n[space]\ndropout = [0.1]",
-        r"'lrr' in \[fixed\] of .*toml; did you mean 'lr'",
-    ),
-    "feature": (
-        "[fixed]\nfeature = 'a/b'\n[space]\ndropout = [0.1]",
-        "got the feature, .* give --feature to sweep",
-    ),
-    "no space": ("[fixed]\nepochs = 3", r"expected settings to try in a table \[space\], got none; for example"),
-    "empty space": ("[space]", "expected settings to try"),
-    "empty file": ("", "expected settings to try"),
-    "two spellings": (
-        "[fixed]\nshared-width = 8\nshared_width = 16\n[space]\ndropout = [0.1]",
-        "shared_width: expected one value, got two, as names may have - or _",
-    ),
-    "unknown table": ("[fixd]\nepochs = 3\n[space]\ndropout = [0.1]", r"tables \[fixed\] and \[space\] .* 'fixd'"),
-    "setting at the top": ("dropout = [0.1]", "at the top, got 'dropout'"),
-    "no TOML": ("[space]\ndropout = 0.1.2", r"space\.toml: expected TOML, got an error: .*line 2"),
-    "low above high": (
-        "[space]\ndropout = {low = 0.5, high = 0.1}",
-        r"dropout in \[space\]: low: expected at most high, 0\.1, got 0\.5",
-    ),
-    "log of zero": (
-        "[space]\ndropout = {low = 0.0, high = 0.1, log = true}",
-        r"low: expected a number above 0 with log, got 0\.0",
-    ),
-    "log and step": (
-        "[space]\ndropout = {low = 0.1, high = 0.2, log = true, step = 0.1}",
-        r"step: expected none with log, got 0\.1",
-    ),
-    "high between steps": ("[space]\nbatch_size = {low = 8, high = 20, step = 8}", "step 8, such as 16, got 20"),
-    "step of zero": ("[space]\nbatch_size = {low = 8, high = 16, step = 0}", "step: expected a number above 0, got 0"),
-    "no high": ("[space]\ndropout = {low = 0.1}", "expected low and high, and optionally log or step, got no 'high'"),
-    "unknown word": ("[space]\ndropout = {low = 0.1, high = 0.2, hihg = 1}", "log or step, got 'hihg'"),
-    "low is text": ("[space]\ndropout = {low = 'a', high = 0.2}", "low: expected a number, got 'a'"),
-    "low is nan": ("[space]\ndropout = {low = nan, high = 0.2}", "low: expected a number, got nan"),
-    "log is a number": ("[space]\ndropout = {low = 0.1, high = 0.2, log = 1}", "log: expected true or false, got 1"),
-    "recipe": ('[space]\nrecipe = ["auto"]', r"recipe in \[space\], but it chooses .*; move it to \[fixed\]"),
-    "no choices": ("[space]\ndropout = []", r"expected a range or choices, such as .*, got \[\]"),
-    "equal choices": ("[space]\nlr = [1e-3, 0.001]", r"lr in \[space\]: expected different choices, got 0\.001 twice"),
-    "equal lists": ("[space]\nwidths = [[4, 8], [4, 8]]", "expected different choices, got '4,8' twice"),
-    "list of texts": (
-        "[space]\nwidths = [['a']]",
-        r"widths = 'a': widths: expected a value of at least 1, got \('a',\)",
-    ),
-    "list for a number": ("[space]\ndropout = [[0.1]]", r"dropout: expected a number .*got \[0\.1\]"),
-    "table for a choice": (
-        "[space]\ndropout = [0.1, {low = 0.2}]",
-        r"dropout: expected a number .*got \{'low': 0\.2\}",
-    ),
-    "single value": ("[space]\ndropout = 0.1", r"expected a range or choices, such as .*, got 0\.1"),
-    "choice out of bounds": (
-        "[space]\ndropout = [0.1, 1.5]",
-        r"dropout = 1\.5: dropout: expected a number of at least 0 and below 1, got 1\.5",
-    ),
-    "range out of bounds": ("[space]\ndropout = {low = 0.1, high = 1.5}", r"dropout = 1\.5: .*below 1, got 1\.5"),
-    "fixed fraction of epochs": (
-        "[fixed]\nepochs = 2.5\n[space]\ndropout = [0.1]",
-        r"epochs: expected a whole number from 0 to 1000000, got 2\.5",
-    ),
-    "text for a number": ("[space]\ndropout = [0.1, 'high']", "dropout: expected a number .*got 'high'"),
-    "floats for whole numbers": (
-        "[space]\nbatch_size = {low = 8.0, high = 16.0}",
-        r"batch_size: expected a whole number .*got 8\.0",
-    ),
-    "true for a number": ("[space]\nbatch_size = [true, 16]", "batch_size: expected a whole number .*got True"),
-    "unknown choice": ("[space]\ncaptions = ['draw', 'some']", "captions: expected one of draw, all, got 'some'"),
-    "unknown projector": ("[space]\nprojector = ['mlp', 'lineal']", "'lineal': .*did you mean 'linear'"),
-    "unknown loss": ("[space]\nloss = ['siglib']", "did you mean 'siglip'"),
-    "unknown device": ("[fixed]\ndevice = 'cuda:77'\n[space]\ndropout = [0.1]", "device 'cuda:77' is not available"),
-    "contradiction": (
-        "[fixed]\ncaptions = 'all'\n[space]\nmixup = [0.0, 1.0]",
-        r"mixup = 1\.0: captions: expected draw, got all",
-    ),
-    "loss of one text": (
-        "[fixed]\ncaptions = 'all'\n[space]\nloss = ['siglip', 'info_nce']",
-        "loss = 'info_nce': captions: expected draw, got all",
-    ),
-    "fixed and swept": ("[fixed]\nepochs = 2\n[space]\nepochs = [2, 3]", r"epochs both in \[fixed\] and in \[space\]"),
-    "swept split": ("[space]\nsplit_seed = [1, 2]", "split_seed in .space., but all trials are compared on the same"),
-    "swept language": ("[space]\nlanguage = ['en', 'de']", "language in .space., but all trials are compared on the"),
-    "swept seed": ("[space]\nseed = [1, 2]", "seed in .space., but the best seed means nothing"),
-    "swept threads": ("[space]\nthreads = [1, 2]", "threads in .space., but it cannot improve a trial; move it to"),
-}
+FIXED = "[space]\ndropout = [0.1]\n[fixed]\n"
+INVALID: list[tuple[str, str]] = [
+    ("", "expected settings"),
+    ("[space]", "expected settings"),
+    ("[fixed]\nepochs = 3", "expected settings"),
+    ("dropout = [0.1]", "at the top"),
+    ("[space]\ndropout = 0.1.2", "line 2"),
+    ("[fixd]\nepochs = 3\n[space]\ndropout = [0.1]", "fixd"),
+    ("[space]\nlearning_rat = [1.0]", "did you mean"),
+    (f"{FIXED}lrr = 1", "did you mean"),
+    (f"{FIXED}feature = 'a/b'", "--feature"),
+    (f"{FIXED}shared-width = 8\nshared_width = 16", "two"),
+    (f"{FIXED}epochs = 2.5", "epochs"),
+    (f"{FIXED}device = 'cuda:77'", "cuda:77"),
+    ("[fixed]\nepochs = 2\n[space]\nepochs = [2, 3]", "both"),
+    ("[fixed]\ncaptions = 'all'\n[space]\nmixup = [0.0, 1.0]", "mixup = 1.0"),
+    ("[fixed]\ncaptions = 'all'\n[space]\nloss = ['siglip', 'info_nce']", "info_nce"),
+    ("[space]\ndropout = {low = 0.5, high = 0.1}", "at most high"),
+    ("[space]\ndropout = {low = 0.0, high = 0.1, log = true}", "with log"),
+    ("[space]\ndropout = {low = 0.1, high = 0.2, log = true, step = 0.1}", "none with log"),
+    ("[space]\nbatch_size = {low = 8, high = 20, step = 8}", "such as 16"),
+    ("[space]\nbatch_size = {low = 8, high = 16, step = 0}", "step"),
+    ("[space]\nbatch_size = {low = 8.0, high = 16.0}", "8.0"),
+    ("[space]\ndropout = {low = 0.1}", "no 'high'"),
+    ("[space]\ndropout = {low = 0.1, high = 0.2, hihg = 1}", "hihg"),
+    ("[space]\ndropout = {low = 'a', high = 0.2}", "'a'"),
+    ("[space]\ndropout = {low = nan, high = 0.2}", "nan"),
+    ("[space]\ndropout = {low = 0.1, high = 0.2, log = 1}", "true or false"),
+    ("[space]\ndropout = {low = 0.1, high = 1.5}", "1.5"),
+    ("[space]\ndropout = 0.1", "choices"),
+    ("[space]\ndropout = []", "choices"),
+    ("[space]\ndropout = [[0.1]]", "dropout"),
+    ("[space]\ndropout = [0.1, {low = 0.2}]", "dropout"),
+    ("[space]\ndropout = [0.1, 1.5]", "1.5"),
+    ("[space]\ndropout = [0.1, 'high']", "'high'"),
+    ("[space]\nlr = [1e-3, 0.001]", "twice"),
+    ("[space]\nwidths = [[4, 8], [4, 8]]", "twice"),
+    ("[space]\nwidths = [['a']]", "widths"),
+    ("[space]\nbatch_size = [true, 16]", "True"),
+    ("[space]\ncaptions = ['draw', 'some']", "some"),
+    ("[space]\nprojector = ['mlp', 'lineal']", "did you mean"),
+    ('[space]\nrecipe = ["auto"]', "recipe"),
+    ("[space]\nsplit_seed = [1, 2]", "split_seed"),
+    ("[space]\nlanguage = ['en', 'de']", "language"),
+    ("[space]\nseed = [1, 2]", "best seed"),
+    ("[space]\nthreads = [1, 2]", "threads"),
+]
 
 
-@pytest.mark.parametrize("case", INVALID)
-def test_invalid_space_raises(tmp_path: Path, case: str) -> None:
-    text, message = INVALID[case]
-    error = UnknownNameError if "did you mean" in message else SettingError
-    with pytest.raises(error, match=message) as raised:
+@pytest.mark.parametrize(("text", "word"), INVALID)
+def test_invalid_space_raises(tmp_path: Path, text: str, word: str) -> None:
+    error = UnknownNameError if word == "did you mean" else SettingError
+    with pytest.raises(error, match=word) as raised:
         read_space(written(tmp_path, text))
     assert "space.toml" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["none.toml", ""], ids=["missing", "folder"])
 def test_missing_file_raises(tmp_path: Path, name: str) -> None:
-    with pytest.raises(PathError, match=r"expected a TOML file with a table \[space\], got .*not a file"):
+    with pytest.raises(PathError, match="not a file"):
         read_space(tmp_path / name)
 
 
@@ -179,10 +139,10 @@ def test_grid_has_every_point_in_the_order_of_the_seed(tmp_path: Path) -> None:
 
 def test_infinite_grid_raises(tmp_path: Path) -> None:
     text = "[space]\nlr = {low = 0.1, high = 0.2}"
-    with pytest.raises(SettingError, match=r"lr: expected a range with a step, or choices such as"):
+    with pytest.raises(SettingError, match="step"):
         make_grid_points(read_space(written(tmp_path, text)), SweepSettings(sampler="grid"))
     text = "[space]\nshared_width = {low = 1, high = 1000}\nbatch_size = {low = 2, high = 1001}"
-    with pytest.raises(SettingError, match=r"expected at most 100,000 points, got 1,000,000"):
+    with pytest.raises(SettingError, match="1,000,000"):
         make_grid_points(read_space(written(tmp_path, text)), SweepSettings(sampler="grid"))
 
 

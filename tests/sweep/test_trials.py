@@ -213,7 +213,7 @@ def test_locked_storage_is_not_called_damaged(tmp_path: Path, space: Space, monk
     open_trials(tmp_path / "a", space, trials=1).close()
     with closing(sqlite3.connect(tmp_path / "a" / "study.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(PathError, match="database is locked.*; another process keeps it locked: end that process"):
+        with pytest.raises(PathError, match="locked"):
             open_trials(tmp_path / "a", space, trials=1).lease_next()
 
 
@@ -222,7 +222,7 @@ def test_study_without_complete_trials_raises(tmp_path: Path, space: Space) -> N
     trial = trials.lease_next()
     assert trial is not None
     trials.fail(trial, "too few samples")
-    with pytest.raises(SettingError, match="none of 1 trials is complete; trial 0 failed: too few samples"):
+    with pytest.raises(SettingError, match="too few samples"):
         top_trials(trials, SweepSettings())
 
 
