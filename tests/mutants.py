@@ -1,6 +1,7 @@
 """Count which random mutants of core modules their tests kill: `python -m tests.mutants FOLDER 200 --seed 0`.
 
 With `--again FILE`, the mutants that FILE lists are tried once more, in today's code: those whose line still exists.
+`tests/net/mutants.jsonl` lists 200 of commit d6be3df6.
 
 A mutant changes one comparison, operator, constant, condition or boundary of a slice in a copy of the repository. The
 tests of its package that run the changed line, or that use a shared fixture that runs it, are run until the first

@@ -10,6 +10,7 @@ import pytest
 def test_users_error_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delitem(sys.modules, "pipelines.icons.__main__", raising=False)  # imported by other tests
     monkeypatch.setattr(sys, "argv", ["icons", str(tmp_path / "work"), "--icons", str(tmp_path / "nope")])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("pipelines.icons", run_name="__main__", alter_sys=True)
