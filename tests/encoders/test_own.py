@@ -143,7 +143,7 @@ def test_additions_of_the_page_make_a_modality(tmp_path: Path) -> None:
         extract,
         ("verify", "cache", "--reencode", "100%", "--trust"),
         ("extract", "named.csv", "named", *encoder),
-        ("extract", "some.csv", "some", "--motion-column", "walk", *encoder),
+        ("extract", "some.csv", "some", "--item-column", "motion=walk", *encoder),
         ("curate", "select", "some", "all.parquet", "--method", "random", "--budget", "2", "--modality", "motion"),
         ("curate", "export", "some", "all.parquet", "shards", "--format", "webdataset"),
         ("extract", "shards", "again", *encoder),
