@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.no_mutants]
 
 TOYS = "--image-encoder tests.toy:open_toy --text-encoder tests.toy:open_toy --device cpu"
 VECTORS = "--feature image=open_toy/cls --feature text=open_toy/mean"
-TIME = re.compile(rb"\d{4}-\d\d-\d\dT[\d:.+]+")
+TIME = re.compile(rb'\d{4}-\d\d-\d\dT[\d:.+]+|"\w*(?:_ms|seconds)": [\d.]+')
 PCA = "--rule pca --input image=open_toy/cls --name smaller --parameter width=3"
 TRAIN = f"{VECTORS} --projector mlp --shared-width 8 --batch-size 2 --epochs 2 --split key --threads 1"
 
@@ -146,6 +146,6 @@ def test_killed_before_and_after_each_rename(name: str, tmp_path: Path) -> None:
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file without times, except for empty ones, which are locks."""
+    """Return the bytes of every file without times and durations, except for empty ones, which are locks."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
     return {str(path.relative_to(folder)): TIME.sub(b"<time>", path.read_bytes()) for path in paths}
