@@ -105,7 +105,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     PathError if `folder` is a file, or not empty.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise PathError(f"{folder}: expected a new or empty folder, got one that is not empty; name another one")
+        found = "a file" if folder.is_file() else "one that is not empty"
+        raise PathError(f"{folder}: expected a new or empty folder, got {found}; name another one")
     with building(folder) as temporary:
         yield temporary
 
@@ -155,11 +156,12 @@ def read_metadata(path: Path, schema: "pa.Schema") -> dict[str, Any]:
         return {}
     try:
         record = dict(json.loads(written))
-    except (ValueError, TypeError) as error:
+        columns = record[_COLUMNS]
+    except (ValueError, TypeError, KeyError) as error:
         raise CorruptError(f"{path} has changed since it was written: {error}; {_WRITE_AGAIN}") from error
     check_record(path, record, next_step=_WRITE_AGAIN)
     found = {field.name: _kind(field.type) for field in schema}
-    columns = record.pop(_COLUMNS)
+    del record[_COLUMNS]
     if len(columns) == len(found) and list(columns.items()) != list(found.items()):  # else a user has chosen columns
         shown = (", ".join(f"{name} ({kind})" for name, kind in kinds.items()) for kinds in (columns, found))
         raise CorruptError(

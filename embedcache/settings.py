@@ -192,6 +192,8 @@ def _by_modality(name: str, value: Any, hint: Any, declared: Declaration) -> dic
             part = float(given) if kind is float and isinstance(given, str) else _convert(given, kind)
         except ValueError:
             part = None
+        if modality in named:
+            raise SettingError(f"{name}: expected each modality once, got {modality} twice")
         if modality in MODALITIES and part is not None:
             named[modality] = part
         elif modality is None and kind is float and part is not None:

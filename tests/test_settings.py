@@ -292,6 +292,11 @@ def test_numbers_of_no_modality_raise(wrong: Any) -> None:
         SplitSettings(cosines=wrong)
 
 
+def test_numbers_of_a_modality_given_twice_raise() -> None:
+    with pytest.raises(SettingError, match="cosine: expected each modality once, got image twice"):
+        SplitSettings(cosines=["image=0.9", "text=0.8", "image=0.7"])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("wrong", [1.5, "image=-2", {"text": float("nan")}, True])
 def test_numbers_by_modality_have_bounds(wrong: Any) -> None:
     with pytest.raises(SettingError, match=r"cosine: expected a number from -1 to 1, got "):

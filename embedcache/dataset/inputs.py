@@ -12,6 +12,7 @@ from embedcache.files import one_or_many
 from embedcache.modalities import MODALITIES, noun, split_modality
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same
+from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, is_none
 from embedcache.store.commits import Commit
@@ -178,8 +179,8 @@ def _modality_of(cache: Cache, name: str) -> str:
     """Return the only modality that has a feature, or features joined by `+`."""
     modalities = [modality for modality in MODALITIES if cache.features(modality) and _has(cache, modality, name)]
     if not modalities:
-        known = ", ".join(feature.name for modality in MODALITIES for feature in cache.features(modality))
-        raise UnknownNameError(f"unknown feature {name!r} of {cache.path}; known: {known or 'none'}")
+        known = [feature.name for modality in MODALITIES for feature in cache.features(modality)]
+        raise unknown_name("feature", name, known, where=f"of {cache.path}")
     if len(modalities) > 1:
         raise SettingError(
             f"feature: expected MODALITY=NAME, as {' and '.join(map(noun, modalities))} have the feature, got {name}"
@@ -207,7 +208,9 @@ def choose_pair(cache: Cache, feature: NamedFeatures) -> dict[str, str | None]:
     if len(named) < 2 and {*named} <= {*pair}:
         named = {modality: named.get(modality) for modality in pair}
     if len(named) != 2:
-        raise SettingError(f"feature: expected features of two modalities, got {', '.join(named)}")
+        raise SettingError(
+            f"feature: expected features of two modalities, such as image=NAME and text=NAME, got {', '.join(named)}"
+        )
     return named
 
 

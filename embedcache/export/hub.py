@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CARD = "README.md"
 _FOLDERS = (*MODALITIES, "records")
 _HIDDEN = (".*", "*/.*")  # locks, and what killed processes left
-_LAST = ("cache.json", "removed.parquet", "samples.parquet", "*/items.parquet")
+_LAST = ("cache.json", "removed.parquet", "removed-before.parquet", "samples.parquet", "*/items.parquet")
 """Files that make a cache of the others."""
 _MESSAGE = "Add a cache of embeddings"
 

@@ -1,6 +1,7 @@
 """Vectors in `.npy` files with a table beside them, and DataComp's metadata: `<hash>.parquet` beside `<hash>.npz`."""
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,9 +155,9 @@ def _load(path: Path, member: str | None) -> Array:
     with report_damage(path):
         check_regular(path)
         if member is None:
-            mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+            mapped: Array = npy_format.open_memmap(path, mode="r")
             return mapped
-        with np.load(path, allow_pickle=False) as archive:
+        with np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
             if member not in archive.files:
                 raise unknown_name("array", member, archive.files, hint=f"in {path}")
             array: Array = archive[member]
@@ -181,7 +182,7 @@ def report_damage(path: Path) -> Iterator[None]:
             yield
     except EmbedcacheError:
         raise
-    except (zipfile.BadZipFile, EOFError, UnicodeDecodeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path} is damaged: {error or 'it ends too early'}; get the file again") from error
     except ValueError as error:
         raise CorruptError(

@@ -66,6 +66,10 @@ def _remover(path: Path) -> Callable[[Path, Collection[str]], int]:
                     "samples from it by yourself"
                 )
         return _remove_from_parquet
+    if path.suffix == ".npy":
+        return _remove_from_uids
+    if path.suffix in (".json", ".html"):
+        raise PathError(f"{path}: expected a selection, got a report; delete it, and make it again")
     return _remove_from_list
 
 
@@ -200,6 +204,24 @@ def _remove_from_list(path: Path, keys: Collection[str]) -> int:
     return len(lines) - len(kept)
 
 
+def _remove_from_uids(path: Path, keys: Collection[str]) -> int:
+    with report_damage(path):
+        uids = np.load(path, allow_pickle=False)
+    if uids.dtype != np.dtype("u8,u8"):
+        raise PathError(f"{path}: expected uids, got an array of {uids.dtype}; check the path")
+    is_named = _are_named(uids, keys)
+
+    with _rewriting(path) as temporary, temporary.open("wb") as file:
+        np.save(file, uids[~is_named])
+    return int(is_named.sum())
+
+
+def _are_named(uids: np.ndarray, keys: Collection[str]) -> np.ndarray:
+    """Return which of DataComp's uids, (N,) pairs of 64-bit integers, are the keys, which are hexadecimal."""
+    lower = {key.lower() for key in keys}
+    return np.array([f"{high:016x}{low:016x}" in lower for high, low in uids.tolist()], bool)
+
+
 def find_named(path: Path, keys: Collection[str]) -> int:
     """Count how often an export names samples: by Parquet tables with a column `key`, tars, or DataComp's uids.
 
@@ -226,15 +248,17 @@ def _count_in_parquet(path: Path, keys: Collection[str]) -> int:
 def _count_in_uids(path: Path, keys: Collection[str]) -> int:
     with report_damage(path):
         uids = np.load(path, mmap_mode="r", allow_pickle=False)
-    lower = {key.lower() for key in keys}
-    return sum(f"{high:016x}{low:016x}" in lower for high, low in uids.tolist()) if uids.dtype.names else 0
+    return int(_are_named(uids, keys).sum()) if uids.dtype.names else 0
 
 
 def _count_in_tar(path: Path, keys: Collection[str]) -> int:
     """Count the samples of a shard, whose `.json` holds the key."""
-    with tarfile.open(path, "r:") as tar:
-        texts = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
-        return sum(json.load(text).get("key") in keys for text in texts if text is not None)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            texts = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
+            return sum(json.load(text)["key"] in keys for text in texts if text is not None)
+    except (tarfile.TarError, ValueError, TypeError, KeyError) as error:
+        raise CorruptError(f"{path}: expected a tar that embedcache exported, got {error}; check the path") from error
 
 
 _COUNTERS = {".parquet": _count_in_parquet, ".npy": _count_in_uids, ".tar": _count_in_tar}

@@ -83,6 +83,7 @@ class Decoders:
 
     def __init__(self) -> None:
         self._turn = asyncio.Semaphore(_NUM_DECODERS)
+        self.queries = asyncio.Semaphore(_NUM_DECODERS)  # decoded images that wait for their search
 
     async def run(self, call: Callable[..., _T], *arguments: Any) -> _T:
         """Return the result of a call on a thread; it ends early, as `check_cancelled` says, if this does."""
@@ -116,4 +117,5 @@ async def receive_image(
         def decode() -> Image:
             return decode_image(file.read(), background=background, max_pixels=max_pixels)
 
-        yield await decoders.run(decode)
+        async with decoders.queries:
+            yield await decoders.run(decode)

@@ -11,7 +11,7 @@ from embedcache.arrays import Array
 from embedcache.curate.select.export import export_selection
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, UnknownNameError
-from embedcache.interop.npy import open_datacomp
+from embedcache.interop.npy import open_datacomp, open_npy
 from embedcache.store.cache import Cache
 from tests.cli.run import succeed
 from tests.interop.cases import import_files, unit_rows
@@ -62,9 +62,13 @@ def test_wrong_arrays_raise(tmp_path: Path, arrays: dict[str, list[str]], error:
 
 def test_damaged_or_unpaired_files_raise(tmp_path: Path) -> None:
     write_metadata(tmp_path / "index")
-    (tmp_path / "index" / "1abc.npz").write_bytes(b"no zip")
-    with pytest.raises(CorruptError, match="1abc.npz"):
-        open_datacomp(tmp_path / "index", arrays={"image": ["l14_img"]})
+    np.save(tmp_path / "one.npy", np.zeros((2, 3)))
+    for data in (b"no zip", (tmp_path / "one.npy").read_bytes()):
+        (tmp_path / "index" / "1abc.npz").write_bytes(data)
+        with pytest.raises(CorruptError, match="1abc.npz"):
+            open_datacomp(tmp_path / "index", arrays={"image": ["l14_img"]})
+    with pytest.raises(CorruptError, match="0abc.npz"):
+        open_npy(tmp_path / "index" / "0abc.npz")
     (tmp_path / "index" / "1abc.npz").unlink()
     with pytest.raises(PathError, match=r"has 1abc.parquet and no 1abc.npz \(2 .parquet, 1 .npz\)"):
         open_datacomp(tmp_path / "index", arrays={"image": ["l14_img"]})

@@ -388,6 +388,25 @@ def test_damaged_footer_of_a_selection_is_not_signed(copy: Path) -> None:
     assert num_refused > 50
 
 
+def test_uids_are_removed_and_reports_are_refused(copy: Path) -> None:
+    path = copy / "uids.npy"
+    np.save(path, np.array([(1, 2), (3, 4), (5, 6)], "u8,u8"))
+    assert remove_from(path, {f"{3:016x}{4:016x}", "nobody"}) == 1
+    assert np.load(path).tolist() == [(1, 2), (5, 6)]
+    np.save(path, np.zeros(3))
+    with pytest.raises(PathError, match="expected uids, got an array of float64"):
+        remove_from(path, {"nobody"})
+    (copy / "report.json").write_text("{}")
+    with pytest.raises(PathError, match="got a report; delete it"):
+        remove_from(copy / "report.json", {"nobody"})
+
+
+def test_damaged_tar_is_one_line(copy: Path) -> None:
+    (copy / "shard.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(CorruptError, match="shard.tar: expected a tar that embedcache exported"):
+        find_named(copy / "shard.tar", {"nobody"})
+
+
 def test_exports_that_name_samples_are_listed(made: Path, copy: Path) -> None:
     from embedcache.curate.select.export import export_selection
 
