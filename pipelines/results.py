@@ -17,7 +17,7 @@ from embedcache.files import write_atomic
 from embedcache.metrics.intervals import Estimate, MetricValues, interval_of, resample_runs
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import DIGEST, add_digest, construct, read_record
-from embedcache.reports.base import Section, Table, estimate_json, svg, write_report
+from embedcache.reports.base import Section, Table, interval_json, round_json, svg, write_report
 from pipelines.common import markdown_table, save_figure
 
 _NEXT_STEP = "delete it, and it is computed again"
@@ -218,6 +218,11 @@ class Results:
                     f"got {seeds[0]} of {asked[0][0]}, {of_column} of {model}; run the pipeline again for all seeds"
                 )
         return _resample([[result.measures[measure] for result in column] for column in columns])
+
+
+def estimate_json(estimate: Estimate) -> dict[str, Any]:
+    """Return an estimate as JSON values: `value` and `interval`."""
+    return {"value": round_json(estimate.value), "interval": interval_json(estimate)}
 
 
 def estimates_json(columns: Mapping[str, Array]) -> dict[str, Any]:

@@ -5,11 +5,10 @@ interval (`0.066 [0.046, 0.101]`), percentages with one decimal (`12.3%`), count
 """
 
 import io
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from warnings import catch_warnings, filterwarnings
 
 import numpy as np
@@ -43,6 +42,11 @@ def format_percent(fraction: float) -> str:
     return "" if np.isnan(fraction) else f"{fraction:.1%}"
 
 
+def format_gain(value: float) -> str:
+    """Return a difference of fractions, such as `+0.02`: in percent, `+20%` could be read as a fifth more."""
+    return f"{value:+.3f}".removesuffix("0") if value else "0"
+
+
 def format_count(count: float) -> str:
     """Return a count as text, such as `12,345`."""
     return f"{count:,.0f}"
@@ -64,11 +68,6 @@ def estimates_json(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
         **{name: round_json(estimate.value) for name, estimate in estimates.items()},
         "intervals": {name: interval_json(estimate) for name, estimate in estimates.items()},
     }
-
-
-def estimate_json(estimate: Estimate) -> dict[str, Any]:
-    """Return an estimate as JSON values: `value` and `interval`."""
-    return {"value": round_json(estimate.value), "interval": interval_json(estimate)}
 
 
 def interval_json(estimate: Estimate) -> list[float | None]:
@@ -157,9 +156,6 @@ COLORS = ("#2563eb", "#0d9488", "#9333ea", "#ea580c", "#db2777", "#ca8a04", "#11
 BAD = "#b91c1c"
 
 _MISSING_LETTER = "Glyph .* missing from"  # in a warning of matplotlib
-_MARKERS = "os^DvPX*"
-_LOWEST = 0.001  # of a logarithmic axis
-_LOG_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def open_axes(height: float, *, width: float = 9, **subplots: Any) -> Any:
@@ -205,119 +201,7 @@ def estimate_bars(
     if is_gain:
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.locator_params(axis="x", nbins=5)
-        axes.xaxis.set_major_formatter(lambda value, _: _tick(value, is_signed=True))
-
-
-class Curves(NamedTuple):
-    """Lines over the same places of an axis.
-
-    Args:
-        ticks: names of the places.
-        lines: name of a line -> its estimate at each place; None where there is none.
-        places: positions on a logarithmic axis; evenly spaced without them.
-    """
-
-    ticks: Sequence[str]
-    lines: Mapping[str, Sequence[Estimate | None]]
-    places: Sequence[float] = ()
-
-
-def _tick(value: float, *, is_signed: bool) -> str:
-    """Return a fraction in percent; a difference of fractions as in tables, where `+20%` would be a fifth more."""
-    if is_signed:
-        return f"{value:+.3f}".removesuffix("0") if value else "0"
-    return f"{value:.1%}".replace(".0%", "%")
-
-
-def estimate_curves(
-    panels: Mapping[str, Curves],
-    *,
-    x: str,
-    y: str,
-    controls: Collection[str] = (),
-    is_log: bool = False,
-    is_gain: bool = False,
-) -> "Figure":
-    """Draw fractions as lines with 95% intervals as bands, one panel beside the other, with one legend.
-
-    Args:
-        panels: title -> lines. A line of one name has one color in all panels.
-        x, y: labels of the axes.
-        controls: lines that are drawn dashed and thin.
-        is_log: use a logarithmic axis of the fractions.
-        is_gain: the fractions are differences, above and below a line at zero.
-    """
-    width = 4.9 if len(panels) < 3 else 4.2
-    axes_P = open_axes(4.6, width=3.4 + width * len(panels), ncols=len(panels), squeeze=False, sharey=True)[0]
-    names = dict.fromkeys(name for curves in panels.values() for name in curves.lines)
-    numbers = {name: number for number, name in enumerate(names)}
-    for axes, (title, curves) in zip(axes_P, panels.items(), strict=True):
-        places = curves.places or range(len(curves.ticks))
-        for name, found in curves.lines.items():
-            lowest = _LOWEST if is_log else -np.inf
-            _draw_curve(axes, numbers[name], name, places, found, lowest=lowest, is_control=name in controls)
-        if curves.places:
-            axes.set_xscale("log")
-        axes.set_xticks(places, curves.ticks)
-        axes.grid(axis="y", color=GRID)
-        axes.set_title(title, color=INK, fontsize=11)
-        label(axes, x, y * (axes is axes_P[0]))
-    if is_log:  # once for all, which share it, and when all is drawn
-        axes_P[0].set_yscale("log")
-        lowest, highest = axes_P[0].get_ylim()
-        ticks = [tick for tick, above in pairwise((*_LOG_TICKS, 1.0)) if above >= lowest and tick / 2 < highest]
-        axes_P[0].set_yticks(ticks, [f"{tick:.1%}" if tick < 0.01 else f"{tick:.0%}" for tick in ticks])
-    else:
-        axes_P[0].yaxis.set_major_formatter(lambda value, _: _tick(value, is_signed=is_gain))
-        axes_P[0].set_ylim(bottom=None if is_gain else 0)
-    for axes in axes_P:
-        axes.minorticks_off()
-        if is_gain:
-            axes.axhline(0, color=INK, linewidth=1, zorder=0)
-    figure: Figure = axes_P[0].figure
-    handles = {name: handle for axes in axes_P for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        [handles[legend_name(name)] for name in numbers],
-        list(map(legend_name, numbers)),
-        frameon=False,
-        labelcolor=INK,
-        loc="outside right upper",
-        fontsize=9,
-    )
-    return figure
-
-
-def _draw_curve(
-    axes: Any,
-    number: int,
-    name: str,
-    places: Sequence[float],
-    estimates: Sequence[Estimate | None],
-    *,
-    lowest: float,
-    is_control: bool,
-) -> None:
-    drawn = [(place, estimate) for place, estimate in zip(places, estimates, strict=True) if estimate is not None]
-    places, found = [place for place, _ in drawn], [estimate for _, estimate in drawn]
-    color = SOFT if is_control and number >= len(COLORS) else COLORS[number % len(COLORS)]
-    axes.fill_between(
-        places,
-        [max(estimate.low, lowest) for estimate in found],
-        [max(estimate.high, lowest) for estimate in found],
-        color=color,
-        alpha=0.06 if is_control else 0.14,
-        linewidth=0,
-    )
-    axes.plot(
-        places,
-        [max(estimate.value, lowest) for estimate in found],
-        marker=_MARKERS[number % len(_MARKERS)],
-        markersize=4 if is_control else 5,
-        linestyle=(0, (3, 2)) if is_control else "-",
-        linewidth=1.1 if is_control else 1.8,
-        color=color,
-        label=legend_name(name),
-    )
+        axes.xaxis.set_major_formatter(lambda value, _: format_gain(value))
 
 
 def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: str, limit: float | None = None) -> str:

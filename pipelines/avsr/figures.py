@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from embedcache.arrays import Array, Floats
 from embedcache.dataset.inputs import PLAIN
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import BAD, COLORS, GRID, INK, SOFT, Curves, estimate_curves, label, open_axes
+from embedcache.reports.base import BAD, COLORS, GRID, INK, SOFT, label, open_axes
 from embedcache.sources.media import AUDIO_RATE_HZ
 from pipelines.avsr.ctc import WordTime
 from pipelines.avsr.edits import align_words, count_confusions
+from pipelines.curves import Curves, estimate_curves
 from pipelines.worlds.talking_mouth import VIDEO_RATE_HZ, Phone
 
 LETTERS = ("BCDEGPTVZ", "AHJK", "FSX", "MN", "IY", "QUW", "LOR")

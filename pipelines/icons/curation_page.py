@@ -21,7 +21,6 @@ from embedcache.reports.base import (
     SOFT,
     Table,
     estimate_bars,
-    estimate_json,
     format_count,
     format_estimate,
     format_fraction,
@@ -45,7 +44,7 @@ from pipelines.icons.curve_page import (
 )
 from pipelines.icons.results import NAMES
 from pipelines.icons.steps import Data
-from pipelines.results import Part, Result, Results, estimates_json, with_both, write_pages
+from pipelines.results import Part, Result, Results, estimate_json, estimates_json, with_both, write_pages
 
 TITLE = "Is curation worth it at scale? Equal numbers of icons by several methods, compared with random draws"
 NOTES = (

@@ -15,14 +15,13 @@ from embedcache.cli.console import print_line, print_table
 from embedcache.metrics.intervals import Estimate, MetricValues, interval_of
 from embedcache.provenance import digest_file
 from embedcache.reports.base import (
-    Curves,
     Table,
-    estimate_curves,
     format_count,
     format_estimate,
     format_fraction,
     round_json,
 )
+from pipelines.curves import Curves, estimate_curves
 from pipelines.icons.curve import (
     RECIPES,
     Recipe,

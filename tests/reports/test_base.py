@@ -12,11 +12,9 @@ from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import (
     COLORS,
     SOFT,
-    Curves,
     Section,
     count_histogram,
     estimate_bars,
-    estimate_curves,
     estimates_json,
     format_count,
     format_estimate,
@@ -103,28 +101,16 @@ def test_letters_that_the_font_lacks_are_text(name: str, is_text: bool, recwarn:
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
-def test_legends_name_lines_that_begin_with_underscores() -> None:
+def test_legend_names_a_line_that_begins_with_an_underscore() -> None:
     estimate = Estimate(0.5, 0.4, 0.6)
-    curves = svg(estimate_curves({"": Curves(["1"], {"_run": [estimate]})}, x="", y=""))
     by_width = recall_by_width({"_run": {8: {way: {"r@10": estimate} for way in ("i2t", "t2i")}}})
-    for figure in (curves, by_width):
-        assert "<!--  _run -->" in figure
+    assert "<!--  _run -->" in by_width
 
 
 def test_no_row_of_a_table_in_a_section_is_emphasized(tmp_path: Path) -> None:
     table = ["samples", "recall"], [["200", "0.100"], ["2,000", "0.300"]]
     write_report(tmp_path / "page.html", title="T", summary="S", sections=[Section(title="by size", table=table)])
     assert (tmp_path / "page.html").read_text().count("<tr>") == 3  # the names of the columns, then rows alike
-
-
-def test_ticks_of_curves_say_tenths_of_percents_where_they_are_some() -> None:
-    lines = {"a": [Estimate(value, value, value) for value in (-0.025, 0.125)]}
-    for is_gain, expected in ((True, {"-0.025", "+0.025", "0", "+0.05"}), (False, {"2.5%", "0%", "5%"})):
-        figure = estimate_curves({"": Curves(["1", "2"], lines)}, x="", y="", is_gain=is_gain)
-        axes = figure.axes[0]
-        axes.set_yticks([-0.025, 0.0, 0.025, 0.05])
-        figure.canvas.draw()
-        assert expected <= {label.get_text() for label in axes.get_yticklabels()}
 
 
 def test_ticks_of_gains_beside_each_other_do_not_overlap() -> None:
