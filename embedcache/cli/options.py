@@ -27,7 +27,7 @@ from embedcache.settings import FlatSetting, flat_settings, from_flat, to_words
 
 OUTPUT_PANEL = "Output options"
 """Panel of `--help`."""
-OUTPUT_NAMES = ("as_json", "output", "html", "srt", "vtt")
+OUTPUT_NAMES = ("as_json", "output", "html")
 """Parameters that come last in the help."""
 OVERWRITE = "overwrite"
 """Parameter of all commands that write an output."""

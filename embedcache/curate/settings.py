@@ -12,8 +12,6 @@ from embedcache.modalities import MODALITIES, ModalityName, noun, order_pair
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, MOVED_CACHE, MOVED_RUN, RUN_HELP
 from embedcache.settings import check_settings, setting
 
-_COMMON_FEATURE = "the only one that both have"
-
 _COMPARED: dict[str, Any] = {
     "default": None,
     "help": "Modality of the items to compare.",

@@ -9,7 +9,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import SettingError
 from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
 from embedcache.export.card import write_card
-from embedcache.export.hub import push_folder
+from embedcache.export.hub import CARD, push_folder
 from embedcache.export.onnx import write_onnx
 from embedcache.export.open_clip import write_open_clip
 from embedcache.export.sentence_transformers import write_sentence_transformers
@@ -19,8 +19,6 @@ from embedcache.files import AnyPath, remove_folder
 from embedcache.outputs import new_folder, read_report_json
 from embedcache.registry import unknown_name
 from embedcache.settings import merge_settings
-
-CARD = "README.md"
 
 FORMATS: Mapping[str, tuple[Callable[..., ExportNotes], Sequence[str], Sequence[Modality]]] = {
     "onnx": (write_onnx, ("towers",), ()),

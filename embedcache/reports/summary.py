@@ -25,6 +25,8 @@ from embedcache.units import format_bytes
 
 _FEATURE_COLUMNS = ("feature", "modality", "shape", "dtype", "chunks", "failed", "bytes")
 _MOST_REASONS = 10
+_NUM_SHOWN = 5
+"""Items that are shown of each kind of failure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ def describe_cache(cache: Cache) -> str:
     )
 
 
-def caption_error_lines(cache: Cache, *, num_shown: int = 5) -> list[str]:
+def caption_error_lines(cache: Cache) -> list[str]:
     """Return lines about the samples whose captions cannot be read; empty if there are none."""
     if "caption_error" not in cache.columns:
         return []
@@ -119,8 +121,8 @@ def caption_error_lines(cache: Cache, *, num_shown: int = 5) -> list[str]:
     count = "it counts as a sample" if len(rows) == 1 else "they count as samples"
     lines = [f"{samples} captions that cannot be read; {count} without captions"]
     errors = cache.column("caption_error")
-    lines += [f"  key {cache.key(row)}: {errors[row].as_py()}" for row in rows[:num_shown].tolist()]
-    return [*lines, f"  … and {len(rows) - num_shown:,} more"] if len(rows) > num_shown else lines
+    lines += [f"  key {cache.key(row)}: {errors[row].as_py()}" for row in rows[:_NUM_SHOWN].tolist()]
+    return [*lines, f"  … and {len(rows) - _NUM_SHOWN:,} more"] if len(rows) > _NUM_SHOWN else lines
 
 
 def describe_feature(feature: Feature, num_bytes: int) -> list[str]:
@@ -147,7 +149,7 @@ def _count_reason(feature: Feature, reason: str) -> int:
     return int(pc.sum(pc.equal(feature.failed[1], reason)).as_py() or 0)
 
 
-def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list[str]:
+def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = _NUM_SHOWN) -> list[str]:
     """Return lines about failed items: for each kind of reason, most frequent first, some of the items.
 
     Reads the rows of one chunk of the item table per item shown.

@@ -24,14 +24,13 @@ _DAMAGE = (
 """What reading raises on damaged bytes."""
 
 
-def decode_points(data: bytes, path: str = "") -> dict[str, Array]:
+def decode_points(data: bytes) -> dict[str, Array]:
     """Decode a point cloud. Thread-safe.
 
     Floating-point values become float32; integers keep their dtype.
 
     Args:
         data: the whole file.
-        path: name of the file, for messages.
 
     Returns:
         name -> array with one row per point: `xyz`, (N, 3) float32, first.
@@ -43,7 +42,7 @@ def decode_points(data: bytes, path: str = "") -> dict[str, Array]:
     if not data:
         raise ItemError("empty file")
     if not data.startswith(b"PK\x03\x04"):
-        raise ItemError(f"not a point cloud (npz){f': {path}' if path else ''}")
+        raise ItemError("not a point cloud (npz)")
     try:
         return _check(_read_npz(data))
     except ItemError:

@@ -194,14 +194,6 @@ def _changed(path: Path, committed_crc: str, found: str) -> CorruptError:
     return CorruptError(f"{path}: expected checksum {committed_crc}, got {found}: the bytes changed on disk; {REPAIR}")
 
 
-def checksum_of(parts: Iterable[Array]) -> str:
-    """Return the CRC-32C of the bytes of contiguous arrays that follow each other as 8 hex digits."""
-    crc = 0
-    for part in parts:
-        crc = google_crc32c.extend(crc, part.view(np.uint8))
-    return f"{crc:08x}"
-
-
 def file_checksum(path: Path, *, progress: Progress | None = None) -> str:
     """Return the CRC-32C of all bytes of a local file as 8 hex digits, as one step. Memory: a block."""
     progress = progress or NullProgress()

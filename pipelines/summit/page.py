@@ -43,7 +43,7 @@ NOTES = (
     "switch: only a modality whose own gap exceeds 0.3 is adapted: norm statistics, then EW weighted by the gap, + HT, "
     "then the entropy of the predictions is scaled back. oracle: the true labels of the same frames. The switch is "
     "ours; the code of the paper has none. The oracle learns from more labeled frames than the source models, so "
-    "it is above them even where there is no gap. Produced by `pipelines/summit.py`.",
+    "it is above them even where there is no gap. Produced by `python -m pipelines.summit`.",
 )
 
 

@@ -54,11 +54,6 @@ def labels(least: float = 0.0) -> Derivation:
     )
 
 
-def derive_halves(cache: Path) -> None:
-    """Derive in a process of its own."""
-    derive(cache, halved(CLS, MEAN))
-
-
 def derive_pca(cache: Path) -> None:
     """Fit and derive in a process of its own."""
     derive(cache, Derivation(name="pca", inputs=(PATCHES,), rule="pca", parameters={"width": 2}))

@@ -36,7 +36,6 @@ from pipelines.worlds.talking import (
 )
 from pipelines.worlds.talking_mouth import (
     PHONES,
-    VISEMES,
     Phone,
 )
 from pipelines.worlds.talking_noise import TAPES
@@ -55,7 +54,6 @@ needs_espeak = pytest.mark.skipif(not HAS_ESPEAK, reason="needs Debian's libespe
 needs_flite = pytest.mark.skipif(not HAS_FLITE, reason="needs Debian's flite")
 NEEDS_RECORDINGS = "needs pocketsphinx and Debian's asterisk-core-sounds-en-g722 and klettres-data"
 needs_recordings = pytest.mark.skipif(not HAS_RECORDINGS, reason=NEEDS_RECORDINGS)
-NAMES = tuple(VISEMES)
 SMALL = replace(TINY, train=3, tape_s=1, pauses=0.5)
 
 

@@ -53,7 +53,7 @@ function card(hit, place, { index, onOpen, onSimilar, threshold }) {
   return element("li", {}, ...(isFilm ? [media, open] : [open, media]), like);
 }
 
-export function showHits(grid, hits, actions) {
+function showHits(grid, hits, actions) {
   grid.classList.toggle("texts", hits.length > 0 && hits.every((hit) => hit.image === null && hit.player === null));
   grid.replaceChildren(...hits.map((hit, place) => card(hit, place, actions)));
 }
@@ -73,7 +73,7 @@ const mediaIn = (part) => part.querySelector("audio, video");
 
 const numColumns = (grid) => getComputedStyle(grid).gridTemplateColumns.split(" ").length;
 
-export function moveInGrid(grid, event, { onSimilar, hits }) {
+function moveInGrid(grid, event, { onSimilar, hits }) {
   const place = cells(grid).indexOf(document.activeElement);
   if (place < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
   const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -numColumns(grid), ArrowDown: numColumns(grid) };

@@ -15,7 +15,6 @@ from pipelines.avsr.transcripts import BLANK, SYMBOLS, encode_transcript
 from tests.pipelines.avsr.oracles import log, random_log_probs, read, transcript_probs
 
 SEEDS = st.integers(0, 2**32 - 1)
-SPACE = SYMBOLS.index(" ")
 
 
 def prefix_of(log_probs: torch.Tensor, symbols: tuple[int, ...]) -> CtcPrefixes:
