@@ -37,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     gc.freeze()  # an export collects garbage: of what is created from here on, not of all libraries
     return {
         "vit": f"timm:test_vit,weights={save_timm('test_vit', folder, seed=0)}",
-        "whole": f"timm:xcit_nano_12_p16_224,weights={save_timm('xcit_nano_12_p16_224', folder, seed=0)}",
+        "whole": f"timm:xcit_nano_12_p16_224,image_size=64,weights={save_timm('xcit_nano_12_p16_224', folder, seed=0)}",
         "mamba": f"timm:test_mambaout,weights={save_timm('test_mambaout', folder, seed=0)}",
         "dino": f"hf:{save_dinov2(folder / 'dino', num_registers=2)}",
         "hf_vit": f"hf:{save_vit(folder / 'vit')}",

@@ -1,6 +1,7 @@
 """Runs on tiny encoders, with random weights everywhere so that every part of a projector matters."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, save_pair, split_path
 
 
+@cache
 def tower_input(modality: Modality, spec: str, feature: str) -> TowerInput:
+    """Describe a feature of an encoder, which is opened once."""
     names = feature_names(feature)
     settings = EncoderSettings(features=names, backend="torch")
     encoder = open_encoder(spec, modality=modality, settings=settings)

@@ -13,6 +13,7 @@ from embedcache.errors import SettingError
 from embedcache.export.base import TOLERANCE
 from embedcache.export.export import export_run
 from embedcache.export.settings import ExportSettings
+from embedcache.projectors.heads import ShareLockProjector
 from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
@@ -22,7 +23,10 @@ TOKENS = ("token", "cls_token", "token_mlp")
 
 
 @pytest.mark.parametrize("projector", [*VECTORS, *TOKENS])
-def test_projectors_match_the_run(projector: str, tiny: dict[str, str], tmp_path: Path) -> None:
+def test_projectors_match_the_run(
+    projector: str, tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ShareLockProjector, "HIDDEN_WIDTH", 64)  # 4,096 is slow on a CPU
     image, text = ("cls+patches", "tokens") if projector in TOKENS else ("cls", "mean")
     width = 32 if "identity" in projector else 16
     run = make_run(tmp_path / "run", (tiny["vit"], image), (tiny["bert"], text), projector, width=width)

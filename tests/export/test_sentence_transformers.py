@@ -8,6 +8,7 @@ import pytest
 from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun
 from embedcache.export.export import export_run
+from embedcache.projectors.heads import ShareLockProjector
 from embedcache.provenance import read_json
 from tests.export.runs import follow_error, make_run
 
@@ -26,10 +27,17 @@ pytestmark = pytest.mark.slow
     ],
 )
 def test_matches_the_run(
-    text: str, feature: str, projector: str, kinds: str, tiny: dict[str, str], tmp_path: Path
+    text: str,
+    feature: str,
+    projector: str,
+    kinds: str,
+    tiny: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
+    monkeypatch.setattr(ShareLockProjector, "HIDDEN_WIDTH", 64)  # 4,096 is slow on a CPU
     width = 32 if "identity" in projector else 16
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny[text], feature), projector, width=width)
     report = export_run("sentence-transformers", run, tmp_path / "model")
