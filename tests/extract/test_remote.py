@@ -23,7 +23,7 @@ from tests.crash import forked_workers
 from tests.extract.cases import FEATURES
 from tests.images import write_images
 from tests.recorded import RecordedProgress
-from tests.sources.s3 import bucket, s3_server, upload
+from tests.sources.s3 import bucket, forget_clients, s3_server, upload
 from tests.toy import IMAGE, TEXT
 
 __all__ = ["bucket", "s3_server"]
@@ -121,11 +121,9 @@ def test_resume_extend_and_repair_remote_cache(shards: Path, bucket: str) -> Non
 
 @pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"])
 def test_unreachable_service_raises(shards: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    import s3fs
-
     monkeypatch.setenv(name, "http://127.0.0.1:9" if "URL" in name else "")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    s3fs.S3FileSystem.clear_instance_cache()
+    forget_clients()
     with pytest.raises(PathError, match=f"{bucket}/cache"):
         run(str(shards), f"{bucket}/cache")
     with pytest.raises(PathError, match=f"{bucket}/cache"):

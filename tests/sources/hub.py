@@ -1,16 +1,9 @@
-"""A dataset repository on a small hub of this machine, opened as a source.
-
-    python -m tests.sources.hub < sources.json
-
-opens each source of a list while the Hub is up, then runs each command of another list while it is down, and prints
-what came of them: the libraries read the Hub's address once, when they are imported.
-"""
+"""A dataset repository on a small hub of this machine, opened as a source."""
 
 import io
-import json
 import os
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,10 +33,13 @@ def write_table(*captions: str) -> bytes:
     return file.getvalue()
 
 
-def main() -> None:
+def ask(folder: Path, up: Sequence[str], down: Sequence[str]) -> dict[str, Any]:
+    """Open sources while the Hub is up, then run commands in a folder while it is down; return what came of each.
+
+    Call it in a process of its own: the libraries read the Hub's address once, when they are imported.
+    """
     tables = {"en/train": ("a", "b", "c"), "en/test": ("d",), "de/train": ("x", "y")}
     files = {"README.md": CARD, **{f"{path}.parquet": write_table(*captions) for path, captions in tables.items()}}
-    asked = json.load(sys.stdin)
     found: dict[str, Any] = {}
     with serve_hub() as hub:
         hub.repositories["org/name"] = files
@@ -53,11 +49,11 @@ def main() -> None:
         from embedcache.sources.open import open_source
         from embedcache.sources.reopen import open_below
 
-        for location in asked["up"]:
+        for location in up:
             try:
                 source = open_below(open_source(location).describe(), None)
                 found[location] = [
-                    (sample.key, sample.texts[0].text, dict(sample.columns)) for sample in source.samples()
+                    [sample.key, sample.texts[0].text, dict(sample.columns)] for sample in source.samples()
                 ]
             except EmbedcacheError as error:
                 found[location] = str(error)
@@ -68,11 +64,7 @@ def main() -> None:
     # The library tries again and again, and waits twice as long each time: half a minute in all.
     _http.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})  # type: ignore[assignment]
 
-    for command in asked["down"]:
-        done = embedcache(*command.split(), cwd=Path.cwd())
+    for command in down:
+        done = embedcache(*command.split(), cwd=folder)
         found[command] = (done.code, done.stderr)
-    sys.stdout.write(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    return found

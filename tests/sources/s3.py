@@ -14,6 +14,8 @@ from urllib.parse import unquote
 import pytest
 
 _NUMBERS = count()
+_KNOWN: set[str] = set()
+"""The server of the clients that s3fs keeps."""
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -43,12 +45,20 @@ def class_bucket(s3_server: str) -> Iterator[str]:
         yield _new_bucket(s3_server, patch)
 
 
-def _new_bucket(server: str, patch: pytest.MonkeyPatch) -> str:
+def forget_clients() -> None:
+    """Forget the clients of s3fs, which keep the environment they were created in, now and before the next bucket."""
     import s3fs
 
+    s3fs.S3FileSystem.clear_instance_cache()
+    _KNOWN.clear()
+
+
+def _new_bucket(server: str, patch: pytest.MonkeyPatch) -> str:
     for name, value in {**KEYS, "AWS_ENDPOINT_URL": server}.items():
         patch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # instances keep the environment they were created in
+    if server not in _KNOWN:  # a client reads descriptions of the service for half a second
+        forget_clients()
+        _KNOWN.add(server)
     name = f"bucket-{next(_NUMBERS)}"
     _s3_client(server).create_bucket(Bucket=name)
     return f"s3://{name}"

@@ -1,10 +1,7 @@
 """Datasets of a Hugging Face Hub, by name and by URL, and a Hub that is down."""
 
-import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,8 @@ import pytest
 
 from embedcache.errors import PathError
 from embedcache.sources import open_source
+from tests.crash import call_elsewhere
+from tests.sources.hub import ask
 
 FAILURES = {
     "hf:org/name": "Config name is missing.*'en', 'de'",
@@ -39,21 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "words.txt").write_text("a\nb\n")
     up = ["hf:org/name[de]@v1", "hf:org/name[en][train[:2]+test]", "huggingface:org/name[en][test]"]
     up += ["hf://datasets/org/name@v1/de/train.parquet", "hf://datasets/org/name/en", *FAILURES]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.sources.hub"],
-        input=json.dumps({"up": up, "down": DOWN}),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={
-            **os.environ,
-            "HF_HOME": str(folder / "home"),
-            "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]),
-        },
-    )
-    assert done.returncode == 0, done.stderr
-    answers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answers
+    return call_elsewhere(ask, folder, up, DOWN, environment={**os.environ, "HF_HOME": str(folder / "home")})
 
 
 @pytest.mark.slow

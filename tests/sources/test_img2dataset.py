@@ -61,7 +61,9 @@ class TestOutputOnS3(SourceContract):
     @pytest.fixture(scope="class")
     @classmethod
     def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
-        return open_source(upload(write_output(tmp_path_factory.mktemp("laion")), f"{class_bucket}/laion"))
+        folder = tmp_path_factory.mktemp("laion")
+        write_shard(folder, 0, (".jpg",))
+        return open_source(upload(folder, f"{class_bucket}/laion"))
 
 
 @pytest.mark.parametrize("suffixes", [(".jpg",), (".jpg", ".txt"), (".jpg", ".txt", ".json")])

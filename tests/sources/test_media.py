@@ -84,7 +84,7 @@ def test_title_that_is_not_utf8_is_no_damage() -> None:
 
 @pytest.mark.slow
 def test_decoding_holds_a_recording_once() -> None:
-    data = wav(tone(180.0))
+    data = wav(tone(60.0))
     tracemalloc.start()
     num_bytes = decode_audio(data).nbytes
     peak = tracemalloc.get_traced_memory()[1]
