@@ -96,7 +96,7 @@ def damages(path: Path, rng: np.random.Generator) -> Iterator[bytes]:
     """Every kind of damage to a file: cut, emptied, zeros, and flipped bits anywhere."""
     data = path.read_bytes()
     yield from (b"", data[:-9], data[: len(data) // 2], data[4:], bytes(len(data)))
-    for place in rng.integers(len(data), size=150).tolist():
+    for place in rng.integers(len(data), size=70).tolist():
         yield data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1 :]
 
 
@@ -111,7 +111,7 @@ def test_damaged_table_is_not_used(feature: Feature) -> None:
             num_found += 1
         else:
             assert compacted_chunks(feature.group) == [0, 1, 2, 4], "what differs is read by nobody"
-    assert num_found > 80
+    assert num_found > 40
     path.unlink()
     feature.group.compact()
     assert compacted_chunks(feature.group) == [0, 1, 2, 4]

@@ -1,8 +1,7 @@
 """Existing values of a chunk stay unchanged when more are written to it."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,13 @@ from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.encoders.open import IMPORTED
 from embedcache.errors import CorruptError, DataError, FingerprintError, UnfinishedError
+from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.layout import CacheInfo, TableVersion, write_info
 from embedcache.store.writer import add_feature, cast_item, chunk_files, commit_chunk, num_padded, withdraw
+from tests.crash import start_call
 from tests.edits import write_rows
 from tests.store.features import FINGERPRINT, NO_CHECKSUMS, NO_DIGESTS, random_items, write_feature, written
 
@@ -124,21 +125,22 @@ def test_concurrent_commits_lose_nothing(tmp_path: Path) -> None:
     names = [f"f{number}" for number in range(12)]
     for name in names:
         add_feature(group, name, (3,), "float16")
-    code = (
-        "import sys; from pathlib import Path; from embedcache.store.cache import Cache\n"
-        "from tests.store.test_writer import commit, item\n"
-        "(group,) = Cache(Path(sys.argv[1])).encoders('image')\n"
-        "for name in sys.argv[2:]:\n"
-        "    commit(group, [item(1, (3,))] * 4, feature=name)\n"
-    )
-    others = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), *some]) for some in (names[:3], names[3:6])]
+    others = [start_call(commit_ones, tmp_path, some) for some in (names[:3], names[3:6])]
     with ThreadPoolExecutor(6) as executor:
         list(executor.map(lambda name: commit(group, [item(1, (3,))] * 4, feature=name), names[6:]))
-    assert [other.wait() for other in others] == [0, 0]
+    for other in others:
+        other.join()
+    assert [other.exitcode for other in others] == [0, 0]
     record = group.commit(0)
     assert record is not None
     assert sorted(record.features) == sorted(names)
     assert all(values(group, name) == [1] * 4 for name in names)
+
+
+def commit_ones(cache: Path, names: Sequence[str]) -> None:
+    (group,) = Cache(cache).encoders("image")
+    for name in names:
+        commit(group, [item(1, (3,))] * 4, feature=name)
 
 
 def test_commit_replaced_item_raises(tmp_path: Path) -> None:
