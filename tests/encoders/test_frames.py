@@ -42,7 +42,7 @@ class TestPixels(VideoEncoderContract):
 
 @pytest.mark.slow
 def test_vectors_are_those_of_the_frames(test_vit: Path) -> None:
-    settings = EncoderSettings(features=("layer2.cls", "patches"))
+    settings = EncoderSettings(features=("layer2.cls", "patches"), backend="torch")
     encoder = open_encoder(f"frames:timm:test_vit,weights={test_vit},rate=30", modality="video", settings=settings)
     image = open_encoder(f"timm:test_vit,weights={test_vit}", modality="image", settings=settings)
     assert list(encoder.features) == ["mean", "cls", "patch_mean", "layer2.cls"]  # tokens are left out

@@ -10,30 +10,34 @@ from PIL import Image
 
 from embedcache.axis import Axis
 from embedcache.encoders.image_features import lite_crop
-from embedcache.encoders.lite import load_model
+from embedcache.encoders.lite import _whole_size, load_model
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.testing.encoders import ImageEncoderContract, example_images
 
 VALUES = Path(__file__).with_name("lite.npz")
+TORCH = EncoderSettings(backend="torch")  # without the seconds of an ONNX export
 
 
 @pytest.mark.slow
 class TestLite(ImageEncoderContract):
+    """At an eighth of the pixels of the crop, whose values are those of the next test."""
+
     @pytest.fixture
     def spec(self) -> str:
-        return "lite:efficientnet-lite0"
+        return "lite:efficientnet-lite0,fit=96x64"
 
     @pytest.fixture
     def other_spec(self, tmp_path_factory: pytest.TempPathFactory) -> str:
-        return f"lite:efficientnet-lite0,weights={_changed_weights(tmp_path_factory)}"
+        return f"lite:efficientnet-lite0,fit=96x64,weights={_changed_weights(tmp_path_factory)}"
 
 
 @pytest.mark.slow
 def test_features_have_the_same_values() -> None:
     names = ("patch_mean", "layer3.grid:2")
-    encoder = open_encoder("lite:efficientnet-lite0", modality="image", settings=EncoderSettings(features=names))
+    settings = EncoderSettings(features=names, backend="torch")
+    encoder = open_encoder("lite:efficientnet-lite0", modality="image", settings=settings)
     found = encoder.encode(encoder.prepare(example_images()), names)
     with np.load(VALUES) as expected:
         for name in names:
@@ -72,19 +76,8 @@ def test_crop_is_the_center_square() -> None:
 
 
 @pytest.mark.slow
-class TestWhole(ImageEncoderContract):
-    @pytest.fixture
-    def spec(self) -> str:
-        return "lite:efficientnet-lite0,fit=128x64"
-
-    @pytest.fixture
-    def other_spec(self, tmp_path_factory: pytest.TempPathFactory) -> str:
-        return f"lite:efficientnet-lite0,fit=128x64,weights={_changed_weights(tmp_path_factory)}"
-
-
-@pytest.mark.slow
 def test_patches_of_whole_images_lie_where_the_axis_says() -> None:
-    settings = EncoderSettings(features=("layer3.patches", "layer5.patches", "patches", "grid:2"))
+    settings = EncoderSettings(features=("layer3.patches", "layer5.patches", "patches", "grid:2"), backend="torch")
     encoder = open_encoder("lite:efficientnet-lite0,fit=128x64", modality="image", settings=settings)
     axes = encoder.axes
     assert axes["grid:2"] == Axis(kind="grid", rows=2, columns=2, box=(0.0, 0.0, 1.0, 1.0))
@@ -100,14 +93,14 @@ def test_patches_of_whole_images_lie_where_the_axis_says() -> None:
 
 @pytest.mark.slow
 def test_cropped_patches_have_no_place_in_the_image() -> None:
-    cropped = open_encoder("lite:efficientnet-lite0", modality="image")
+    cropped = open_encoder("lite:efficientnet-lite0", modality="image", settings=TORCH)
     assert cropped.axes == {"patches": Axis(kind="grid", rows=7, columns=7)}  # where depends on the image's shape
     assert "fit" not in cropped.fingerprint.preprocessing
-    whole = open_encoder("lite:efficientnet-lite0,fit=whole", modality="image")
+    whole = open_encoder("lite:efficientnet-lite0,fit=whole", modality="image", settings=TORCH)
     assert whole.axes["patches"] == Axis(kind="grid", rows=7, columns=7, box=(0.0, 0.0, 1.0, 1.0))
     for fit in ("448", "448x16", "box", "x"):
         with pytest.raises(SettingError, match=f"expected crop, whole, or a width and height .* got '{fit}'"):
-            open_encoder(f"lite:efficientnet-lite0,fit={fit}", modality="image")
+            _whole_size(EncoderSpec.parse(f"lite:efficientnet-lite0,fit={fit}"), 224)
 
 
 @pytest.fixture(scope="module")

@@ -146,8 +146,11 @@ def test_onnxruntime_in_bfloat16_raises() -> None:
 
 @pytest.mark.slow
 def test_family_from_module_attribute(test_vit: Path) -> None:
-    own = open_encoder(f"embedcache.encoders.timm:open_timm:test_vit,weights={test_vit}", modality="image")
-    named = open_encoder(f"timm:test_vit,weights={test_vit}", modality="image")
+    settings = EncoderSettings(backend="torch")
+    own, named = (
+        open_encoder(f"{family}:test_vit,weights={test_vit}", modality="image", settings=settings)
+        for family in ("embedcache.encoders.timm:open_timm", "timm")
+    )
     assert own.fingerprint == named.fingerprint
 
 

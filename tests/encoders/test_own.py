@@ -4,7 +4,6 @@ import importlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from embedcache.testing.encoders import AudioEncoderContract, ImageEncoderContract
 from tests.blocks import ROOT, blocks_of
+from tests.crash import call_elsewhere
 
 PAGE = ROOT / "docs" / "howto" / "own_modality.md"
 IMAGES = ROOT / "docs" / "howto" / "own_encoder.md"
@@ -138,8 +138,7 @@ def test_additions_of_the_page_make_a_modality(tmp_path: Path) -> None:
     (tmp_path / "named.csv").write_text("imu\nscans/a.imu\n")
     (tmp_path / "some.csv").write_text("walk\nscans/a.imu\nscans/c.imu\n")
     encoder = ("--encoder", "motion=motion:open_motion")
-    shown = _run(
-        tmp_path,
+    commands = (
         extract,
         ("verify", "cache", "--reencode", "100%", "--trust"),
         ("extract", "named.csv", "named", *encoder),
@@ -148,6 +147,9 @@ def test_additions_of_the_page_make_a_modality(tmp_path: Path) -> None:
         ("curate", "export", "some", "all.parquet", "shards", "--format", "webdataset"),
         ("extract", "shards", "again", *encoder),
     )
+    results = call_elsewhere(run_copy, tmp_path, commands, environment=os.environ)
+    assert not any(code for code, _ in results), results
+    shown = [text for _, text in results]
     assert "encoded 3 motion recordings, reused 0, failed 1: 1 expected triples of float32" in shown[0]
     assert "mean" in shown[1]
     assert "encoded 1 motion recording," in shown[2]
@@ -161,31 +163,11 @@ def _add(path: Path, before: str, text: str) -> None:
     path.write_text(code.replace(before, text + before))
 
 
-_RUN = """
-import sys
-from embedcache.cli.main import main
-
-for words in [argument.split() for argument in sys.argv[1:]]:
-    sys.argv = ["embedcache", *words]
-    try:
-        main()
-    except SystemExit as stopped:
-        if stopped.code:
-            raise
-    print("END")
-"""
-
-
-def _run(folder: Path, *commands: Sequence[str]) -> list[str]:
-    """Run commands with the copy of the package in a folder, in one process; return what each shows."""
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN, *map(" ".join, commands)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout.split("END\n")
+def run_copy(folder: Path, commands: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+    """Run commands in a folder with the copy of the package in it; return the exit code and what is shown of each."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("embedcache", "tests")]:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    run = importlib.import_module("tests.cli.run")  # whose `main` is that of the copy
+    results = [run.embedcache(*words, cwd=folder) for words in commands]
+    return [(result.code, result.stdout + result.stderr) for result in results]

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, SettingError
 from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
 from embedcache.registry import trust_files
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
@@ -36,6 +38,7 @@ class EvilModel(BertModel):
     def forward(self, *arguments, **options):
         {result}
 """
+TORCH = EncoderSettings(backend="torch")  # without the seconds of an ONNX export
 OWN = {"AutoConfig": "modeling_evil.EvilConfig", "AutoModel": "modeling_evil.EvilModel"}
 
 
@@ -68,14 +71,14 @@ def test_code_of_a_model_needs_trust(bert: Path, tmp_path: Path, family: str) ->
         save_sentence_transformer(folder, bert, pooling="mean", max_tokens=12)
     else:
         shutil.copytree(bert, folder)
-    spec, settings = f"{family}:{folder}", {"modality": "text"}
-    plain = open_encoder(spec, **settings)  # type: ignore[arg-type]
+    spec = f"{family}:{folder}"
+    plain = open_encoder(spec, modality="text", settings=TORCH)
     add_code(folder, marker)
     with pytest.raises(SettingError, match="has code of its own; if you trust its author, use --trust"):
         open_encoder(spec, modality="text")
     assert not marker.exists()
     with trust_files():
-        own = open_encoder(spec, modality="text")
+        own = open_encoder(spec, modality="text", settings=TORCH)
     assert marker.exists()
     name = "mean" if family == "hf" else "pooled"  # as the library names it, which runs it as a whole
     first, second = (
@@ -99,7 +102,7 @@ def test_code_of_a_tokenizer_or_processor_needs_trust(bert: Path, tmp_path: Path
     config = {**config, "auto_map": own, "tokenizer_class": "EvilModel", "image_processor_type": "EvilModel"}
     (folder / file).write_text(json.dumps(config))
     if is_text:  # the library has a tokenizer for this kind of model
-        open_encoder(f"hf:{folder}", modality="text")
+        open_encoder(f"hf:{folder}", modality="text", settings=TORCH)
     else:
         with pytest.raises(SettingError, match="has code of its own; .*--trust"):
             open_encoder(f"hf:{folder}", modality="image")
@@ -134,7 +137,8 @@ def test_caches_and_indexes_of_a_stranger_run_no_model_code(bert: Path, tmp_path
     marker = tmp_path / "pwned"
     write_images(tmp_path / "photos", 4)
     spec = f"hf:{bert}"
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", text_encoder=[spec])
+    settings = ExtractSettings(encoder=TORCH)
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", text_encoder=[spec], settings=settings)
     build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="bert/mean", modality="text"))
     shutil.rmtree(tmp_path / "home", ignore_errors=True)
     add_code(bert, marker)

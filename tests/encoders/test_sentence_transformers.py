@@ -12,6 +12,7 @@ import pytest
 
 from embedcache.arrays import normalize
 from embedcache.encoders import sentence_transformers
+from embedcache.encoders.base import Fingerprint
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import (
@@ -146,27 +147,38 @@ def test_exported_once_and_then_opened_without_the_model(
     assert all(path.stat().st_mtime > 1 for path in before)  # as `cache prune --onnx` asks when each was opened
 
 
+@pytest.fixture(scope="module")
+def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Fingerprint]:
+    """A folder with the graph and the description of the model, not to be changed, and its fingerprint."""
+    home = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMBEDCACHE_HOME", str(home))
+        return home, open_encoder(f"st:{folder}", modality="text").fingerprint
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["no graph", "bit of the graph", "no digest", "cut", "changed", "not an object"])
-def test_damaged_description_is_written_again(folder: Path, home: Path, damage: str) -> None:
-    expected = open_encoder(f"st:{folder}", modality="text").fingerprint
+def test_damaged_description_is_written_again(
+    folder: Path, exported: tuple[Path, Fingerprint], home: Path, damage: str
+) -> None:
+    shutil.copytree(exported[0], home.parent)
     (description,), (graph,) = home.glob("*.json"), home.glob("*.onnx")
-    whole, exported = description.read_text(), graph.read_bytes()
+    whole, intact = description.read_text(), graph.read_bytes()
     if damage == "no graph":
         graph.unlink()
     elif damage == "no digest":
         graph.with_suffix(".sha256").unlink()
     elif damage == "bit of the graph":
-        content = bytearray(exported)
+        content = bytearray(intact)
         content[len(content) // 2] ^= 64
         graph.write_bytes(content)
     else:
         changed = {"cut": whole[:-9], "changed": whole.replace('"pad_id": 0', '"pad_id": 1'), "not an object": "[]"}
         assert changed[damage] != whole
         description.write_text(changed[damage])
-    assert open_encoder(f"st:{folder}", modality="text").fingerprint == expected
+    assert open_encoder(f"st:{folder}", modality="text").fingerprint == exported[1]
     assert description.read_text() == whole
-    assert graph.read_bytes() == exported
+    assert graph.read_bytes() == intact
 
 
 @pytest.mark.slow

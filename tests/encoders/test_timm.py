@@ -17,6 +17,8 @@ from tests.encoders.checkpoints import save_timm
 
 pytestmark = pytest.mark.slow
 
+TORCH = EncoderSettings(backend="torch")  # without the seconds of an ONNX export
+
 
 class TestTimm(ImageEncoderContract):
     @pytest.fixture
@@ -39,7 +41,7 @@ class TestTimm(ImageEncoderContract):
 )
 def test_matches_timm(name: str, features: Sequence[str], tmp_path: Path) -> None:
     path = save_timm(name, tmp_path, seed=0)
-    encoder = open_encoder(f"timm:{name},weights={path}", modality="image")
+    encoder = open_encoder(f"timm:{name},weights={path}", modality="image", settings=TORCH)
     assert list(encoder.features) == features
     found = encoder.encode(encoder.prepare(example_images()), features)
     for feature, expected in _by_timm(name, path, example_images()).items():
@@ -101,7 +103,7 @@ def test_image_size_option(name: str, num_tokens: int, tmp_path: Path) -> None:
     from timm.data import create_transform, resolve_data_config
 
     path = save_timm(name, tmp_path, seed=0)
-    encoder = open_encoder(f"timm:{name},weights={path},image_size=96", modality="image")
+    encoder = open_encoder(f"timm:{name},weights={path},image_size=96", modality="image", settings=TORCH)
     assert encoder.fingerprint.preprocessing["input_size"] == [3, 96, 96]
     assert encoder.features["patches"][0] == num_tokens
     found = encoder.encode(encoder.prepare(example_images()), ["patches"])["patches"]
@@ -115,7 +117,8 @@ def test_image_size_option(name: str, num_tokens: int, tmp_path: Path) -> None:
 
 
 def test_patches_without_grid_are_left_out(tmp_path: Path) -> None:
-    encoder = open_encoder(f"timm:pit_ti_224,weights={save_timm('pit_ti_224', tmp_path, seed=0)}", modality="image")
+    spec = f"timm:pit_ti_224,weights={save_timm('pit_ti_224', tmp_path, seed=0)}"
+    encoder = open_encoder(spec, modality="image", settings=TORCH)
     assert encoder.features == {"cls": (256,)}, "no patch comes out of this one"
 
 
@@ -132,8 +135,10 @@ def test_checkpoint_without_classifier(tmp_path: Path) -> None:
     model = timm.create_model("test_vit", checkpoint_path=str(whole), num_classes=1000)
     model.reset_classifier(0)
     torch.save(model.state_dict(), tmp_path / "headless.pth")
-    one = open_encoder(f"timm:test_vit,weights={whole}", modality="image")
-    other = open_encoder(f"timm:test_vit,weights={tmp_path / 'headless.pth'}", modality="image")
+    one, other = (
+        open_encoder(f"timm:test_vit,weights={path}", modality="image", settings=TORCH)
+        for path in (whole, tmp_path / "headless.pth")
+    )
     assert one.fingerprint == other.fingerprint
 
 
@@ -143,7 +148,8 @@ def test_whole_fit_sees_the_whole_image(name: str, tmp_path: Path) -> None:
     pixels = np.zeros((100, 300, 3), np.uint8)
     pixels[:, :30] = 255  # outside of the center square
     cropped, whole = (
-        open_encoder(f"timm:{name},weights={path}{option}", modality="image") for option in ("", ",fit=whole")
+        open_encoder(f"timm:{name},weights={path}{option}", modality="image", settings=TORCH)
+        for option in ("", ",fit=whole")
     )
     assert cropped.prepare([Image.fromarray(pixels)])[0].max() < 40
     (prepared,) = whole.prepare([Image.fromarray(pixels)])
