@@ -22,7 +22,7 @@ def train_run(cache_path: Path, run_path: Path, image: str, text: str, projector
     """Train for no time: the closed form, or one epoch on tokens."""
     settings = TrainSettings(
         model=ModelSettings(shared_width=16, projector=projector, shrinkage=0.01),
-        optimizer=OptimizerSettings(epochs=1 if projector == "token" else 0, batch_size=64),
+        optimizer=OptimizerSettings(epochs=1 if projector == "token" else 0, batch_size=24),
         split=SplitSettings(kind="key"),
     )
     train(cache_path, run_path, feature={"image": image, "text": text}, settings=settings)

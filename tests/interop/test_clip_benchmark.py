@@ -208,7 +208,7 @@ def write_photos(folder: Path) -> Path:
 def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image, text = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
     extract(
-        open_source(write_emoji(tmp_path / "emoji", 12)),
+        open_source(write_emoji(tmp_path / "emoji", 48)),
         tmp_path / "cache",
         image_encoder=[image],
         text_encoder=[text],
