@@ -34,7 +34,7 @@ def hostile(tmp_path: Path) -> Path:
     write_images(tmp_path / "photos", 12)
     Image.new("RGB", (16, 16), "red").save(tmp_path / "secret.png")
     assert embedcache("extract", "photos", "cache", *TOY, cwd=tmp_path).code == 0
-    tamper(tmp_path / "cache", path=str(tmp_path / "secret.png"))
+    tamper(tmp_path / "cache", paths=[str(tmp_path / "secret.png")])
     return tmp_path
 
 

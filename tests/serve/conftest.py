@@ -74,7 +74,7 @@ def served(root: Path) -> SearchService:
     return open_service(places, ServeSettings(max_upload=200_000), device="cpu", progress=NullProgress())
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(served: SearchService) -> Iterator[TestClient]:
     with visit(served) as client:
         yield client

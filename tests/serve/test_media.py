@@ -49,7 +49,7 @@ def served(media: Path) -> SearchService:
     return open_index(media / "audio")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(served: SearchService) -> Iterator[TestClient]:
     with visit(served) as client:
         yield client
@@ -205,7 +205,7 @@ def test_recordings_outside_source_are_not_served(
         "climbing": "../secret.wav", "absolute": str(root / "secret.wav"), "link": "x.wav", "pipe": "pipe.wav",
         "device": "/dev/zero",
     }[kind]  # fmt: skip
-    tamper(root / "cache", modality="audio", path=written)
+    tamper(root / "cache", modality="audio", paths=[written])
     with visit(open_index(root / "audio", root / "cache")) as client:
         for path in ("thumbnail", "full", "play"):
             answer = client.get(f"/api/recordings/0/{path}")
