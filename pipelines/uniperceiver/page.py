@@ -7,8 +7,9 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import Curves, Table, estimate_curves
+from embedcache.reports.base import Table
 from pipelines import results as pages
+from pipelines.curves import Curves, estimate_curves
 from pipelines.results import Part, Results
 from pipelines.uniperceiver.evaluation import BLIND, SHUFFLED
 from pipelines.uniperceiver.images import ShownImage, image_figure
