@@ -39,7 +39,8 @@ def one_process(source: Path) -> Path:
 @pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(source: Path, one_process: Path, tmp_path: Path) -> None:
     progress = RecordedProgress()
-    lines = extract_slowly(source, tmp_path / "two", progress, delay_ms=50, devices=("cpu", "cpu"))
+    with forked_workers():
+        lines = extract_slowly(source, tmp_path / "two", progress, delay_ms=50, devices=("cpu", "cpu"))
     assert lines == ALL_ENCODED
     assert same_bytes(one_process, tmp_path / "two")
 

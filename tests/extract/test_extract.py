@@ -4,7 +4,6 @@ import ctypes
 import os
 import shutil
 import struct
-import subprocess
 import sys
 import zlib
 from collections import Counter
@@ -30,6 +29,8 @@ from embedcache.sources import SourceSettings, open_source, read_below
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import update_path
+from tests.cli.run import succeed
+from tests.crash import call_elsewhere, forked_workers
 from tests.extract.cases import lines, run, tree
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
@@ -65,32 +66,33 @@ def test_unreadable_metadata_is_written_again_once_it_is_removed(source: Path, c
     assert tree(cache) == before
 
 
-def obey_permissions() -> None:
-    """Take from this process, if it is root's, the right to write where permissions forbid it."""
-    if os.getuid() == 0 and ctypes.CDLL(None).prctl(24, 1, 0, 0, 0):  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
-        os._exit(77)
+def extract_without_privileges(source: Path, cache: Path) -> str:
+    """Extract by the command line in this process, from which root's right to write anywhere is taken."""
+    version_and_process, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.capget(version_and_process, sets) == 0
+    sets[0] &= ~2  # CAP_DAC_OVERRIDE among the effective ones
+    assert libc.capset(version_and_process, sets) == 0
+    assert not os.access(cache / "cache.json", os.W_OK, effective_ids=True)
+    options = ["--image-encoder", IMAGE, "--text-encoder", TEXT, "--feature", "cls,tokens"]
+    return succeed("extract", source, cache, *options, cwd=source)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs capset")
 def test_complete_cache_that_cannot_be_written(source: Path, cache: Path) -> None:
     def stamps() -> dict[Path, tuple[int, int]]:
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (cache, *cache.rglob("*"))}
 
-    command = [sys.executable, "-m", "embedcache", "extract", str(source), str(cache)]
-    command += ["--image-encoder", IMAGE, "--text-encoder", TEXT, "--feature", "cls,tokens"]
     before = stamps()
     try:
         for path in before:
             path.chmod(0o555 if path.is_dir() else 0o444)
-        done = subprocess.run(
-            command, cwd=Path(__file__).parents[2], preexec_fn=obey_permissions, capture_output=True, text=True
-        )
+        printed = call_elsewhere(extract_without_privileges, source, cache, environment=os.environ)
     finally:
         for path in before:
             path.chmod(0o755 if path.is_dir() else 0o644)
-    assert done.returncode == 0, done.stderr
-    assert "nothing to do: every chunk is committed" in done.stdout
+    assert "nothing to do: every chunk is committed" in printed
     assert stamps() == before
 
 
@@ -166,7 +168,8 @@ def test_cache_as_its_own_source(source: Path, cache: Path, tmp_path: Path, monk
     extract(source, cache, image_encoder=other, text_encoder=TEXT, feature=("cls", "mean"))
     assert tree(tmp_path / "own") == tree(cache) | {"cache.json": tree(tmp_path / "own")["cache.json"]}
     shutil.rmtree(folder)
-    (report,) = extract("own", "own", text_encoder=other, device=("cpu", "cpu"))
+    with forked_workers():
+        (report,) = extract("own", "own", text_encoder=other, device=("cpu", "cpu"))
     assert (report.encoded, report.failures) == (20, {})
     with pytest.raises(PathError, match="/s, which does not exist; .*; if the source of own has moved, name it"):
         extract("own", "own", image_encoder=IMAGE, feature="patches")
