@@ -148,7 +148,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["multi_positive", "siglip", "sail"])
 def test_all_captions_are_positives(captioned: Path, tmp_path: Path, loss: str) -> None:
-    options = {"epochs": 15, "lr": 5e-3, "batch_size": 32, "initialization": "random"}
+    options = {"epochs": 8, "lr": 1e-2, "batch_size": 32, "initialization": "random"}
     report = run(captioned, tmp_path / "run", captions="all", loss=loss, **options)
     assert report.best_epoch > 0
     assert beats_chance(evaluate_retrieval(captioned, [tmp_path / "run"]))
@@ -186,6 +186,6 @@ def test_run_with_a_given_split_is_reused(two_caches: list[Path], tmp_path: Path
 def test_token_features_beat_chance(
     cache_path: Path, two_caches: list[Path], tmp_path: Path, image: str, text: str, projector: str
 ) -> None:
-    run(cache_path, tmp_path / "run", image=image, text=text, projector=projector, epochs=30, lr=0.01)
+    run(cache_path, tmp_path / "run", image=image, text=text, projector=projector, epochs=8, lr=0.02)
     assert beats_chance(evaluate_retrieval(cache_path, [tmp_path / "run"]))
     run(two_caches, tmp_path / "two", image=image, text=text, projector=projector, epochs=1, memory=1)

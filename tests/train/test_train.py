@@ -97,7 +97,7 @@ def test_run_folder_is_complete(cache_path: Path, tmp_path: Path) -> None:
     assert report.num_parameters == sum(p.numel() for p in load_pair(tmp_path / "run")[0].parameters())
 
 
-RANDOM = {"initialization": "random", "epochs": 12, "lr": 3e-3}
+RANDOM = {"initialization": "random", "epochs": 6, "lr": 1e-2}
 RECIPES: dict[str, dict[str, Any]] = {
     "cca mlp": {"initialization": "cca", "projector": "mlp"},
     "procrustes linear": {"initialization": "procrustes", "projector": "linear"},
@@ -105,7 +105,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "info_nce": {**RANDOM, "loss": "info_nce"},
     "multi_positive": {**RANDOM, "loss": "multi_positive", "projector": "linear"},
     "siglip": {**RANDOM, "loss": "siglip"},
-    "sail": {**RANDOM, "loss": "sail", "epochs": 20},
+    "sail": {**RANDOM, "loss": "sail", "epochs": 10},
     "mixup and structure": {**RANDOM, "mixup": 0.3, "structure": 2.0},
 }
 
