@@ -20,21 +20,17 @@ from tests.export.runs import make_run
 pytestmark = pytest.mark.slow
 
 CASES = {
-    "mlp": ("vit", "cls", "st", "mean", "mlp"),
-    "linear on derived": ("vit", "layer1.patch_mean", "st", "layer1.mean", "linear"),
+    "derived": ("vit", "layer1.patch_mean", "st", "layer1.mean", "linear+glu"),
     "tokens": ("vit", "cls+patches", "bert", "cls+tokens", "cls_token+token_mlp"),
     "grid": ("dino", "grid:2", "bert", "tokens", "token"),
-    "kmeans": ("vit", "kmeans:3", "bert", "tokens", "token"),
-    "glu": ("dino", "cls", "dense", "dense", "glu"),
-    "vit of transformers": ("hf_vit", "cls", "bert", "mean", "linear"),
-    "truncated": ("vit", "cls", "truncated", "dense", "linear"),
-    "fusemix": ("mamba", "patch_mean", "bert", "cls", "fusemix"),
+    "kmeans": ("vit", "kmeans:3", "dense", "dense", "token+mlp"),
+    "vit of transformers": ("hf_vit", "cls", "truncated", "dense", "fusemix+linear"),
     "asif": ("vit", "patch_mean", "st", "mean", "asif"),
-    "identity": ("vit", "cls", "bert", "mean", "linear+identity"),
-    "sharelock": ("vit", "cls", "bert", "mean", "linear+sharelock"),
-    "openclip-linear": ("vit", "cls", "bert", "mean", "openclip-linear"),
-    "openclip-mlp": ("mamba", "pooled", "bert", "mean", "openclip-mlp"),
+    "identity": ("dino", "cls", "bert", "mean", "identity+sharelock"),
+    "openclip-linear": ("mamba", "patch_mean", "bert", "cls", "openclip-linear+openclip-mlp-text"),
+    "openclip-mlp": ("mamba", "pooled", "bert", "mean", "openclip-mlp-image+openclip-linear"),
 }
+"""Every feature and projector once; both sides export a projector alike."""
 
 
 @pytest.mark.parametrize("case", CASES)
