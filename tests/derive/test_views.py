@@ -263,7 +263,7 @@ def test_pair_on_flipped_images(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 40))
     settings = ExtractSettings(views=("flip",), chunk_size=16)
     extract(source, tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
-    train(tmp_path / "c", tmp_path / "run", batch_size=20)
+    train(tmp_path / "c", tmp_path / "run", batch_size=20, epochs=0)
     reports = derive_from_run(tmp_path / "c", tmp_path / "run", modality="image", view=("plain", "flip"))
     assert [report.name for report in reports] == ["run-projected", "run-projected@flip"]
     plain, flipped = (Cache(tmp_path / "c").feature("image", report.name).load() for report in reports)

@@ -279,8 +279,7 @@ def test_lite_grid_and_clusters(backend: str, lite: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-@pytest.mark.parametrize("family", ["hf", "st"])
+@pytest.mark.parametrize(("family", "backend"), [("hf", "torch"), ("hf", "onnxruntime"), ("st", "torch")])
 def test_text_model_blocks(family: str, backend: Any, bert: Path, tmp_path: Path) -> None:
     if family == "st":
         bert = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=16)
