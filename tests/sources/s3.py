@@ -132,6 +132,7 @@ def class_web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
 
 class _Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 0.04 s for the client to acknowledge its headers
 
     def __init__(self, *arguments: Any, folder: Path, sent: list[int], has_ranges: bool, missing: int) -> None:
         self._sent = sent
