@@ -34,8 +34,8 @@ def test_validation_is_drawn_from_labeled_items(tmp_path: Path) -> None:
         label = caption.split()[0] if number % 4 == 0 else None
         return {"label": label, "split": "TEST" if number % 5 == 0 else "Train"}
 
-    data = read_labeled(Cache(make_cache(tmp_path, columns_of, count=400)), ProbeSettings(feature=FEATURE))
-    assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 72, "val": 8, "test": 20}
+    data = read_labeled(Cache(make_cache(tmp_path, columns_of, count=200)), ProbeSettings(feature=FEATURE))
+    assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 36, "val": 4, "test": 10}
 
 
 def test_vectors_and_labels_match_rows(labeled_path: Path) -> None:

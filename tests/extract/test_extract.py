@@ -96,13 +96,6 @@ def test_complete_cache_that_cannot_be_written(source: Path, cache: Path) -> Non
     assert stamps() == before
 
 
-def test_second_run_writes_nothing(source: Path, cache: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
-    reports = run(source, cache, features=("cls", "tokens"))
-    assert [report.encoded for report in reports] == [0, 0]
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
-
-
 def test_cache_holds_the_encoders_outputs(image_folder: Path, cache_path: Path) -> None:
     cache = Cache(cache_path)
     image, text = open_encoder(IMAGE, modality="image"), open_encoder(TEXT, modality="text")

@@ -103,7 +103,7 @@ def test_small_files_are_read_with_one_request(bucket: str, monkeypatch: pytest.
 def test_resume_extend_and_repair_remote_cache(shards: Path, bucket: str) -> None:
     source, cache = upload(shards, f"{bucket}/shards"), f"{bucket}/cache"
     last = open_path(f"{source}/00002.tar")
-    data, vectors = last.read_bytes(), {"features": ("cls", "tokens")}
+    data, vectors = last.read_bytes(), dict[str, Any](features=("cls", "tokens"))
     last.unlink()
     run(source, cache, **vectors)
     for file in ("image/open_toy/chunks/00001.parquet", "text/open_toy/tokens/values/00000/c/0/0"):

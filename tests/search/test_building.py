@@ -1,7 +1,9 @@
 """Builds resume to the same bytes, and an index grows with its cache."""
 
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ pytestmark = pytest.mark.slow
 
 KINDS = ("Flat", "HNSW8", "IVF4,SQ8", "IVF4,SQfp16")
 FEATURE: dict[str, Any] = {"feature": "open_toy/cls", "min_recall": 0.0}
+Whole = Callable[[str], Path]
 
 
 def write_cache(folder: Path, count: int, chunk_size: int = 16) -> Path:
@@ -52,6 +55,26 @@ def build(cache: Path, index: Path, factory: str) -> None:
         building.PART_BYTES = 100 * 96
         settings = ON_DISK
     build_index(cache, index, IndexSettings(**{**FEATURE, **settings}))
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "PART_BYTES", 100 * 96)  # two chunks of 64 a part
+
+
+@pytest.fixture(scope="module")
+def whole(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Build the index of a kind without an interruption, once. Not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def build_whole(factory: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(building, "PART_BYTES", 100 * 96)
+            build(cache_path, folder / factory, factory)
+        return folder / factory
+
+    return build_whole
 
 
 def bytes_of(index_path: Path) -> bytes:
@@ -76,9 +99,8 @@ RESUMES = [("Flat", *kill) for kill in KILLS] + [(kind, *kill) for kind in KINDS
     ("factory", "moment", "pattern", "number", "num_in"), RESUMES, ids=lambda value: str(value).replace("\\", "")
 )
 def test_resume_after_kill_is_identical(
-    cache_path: Path, tmp_path: Path, factory: str, moment: str, pattern: str, number: int, num_in: int
+    cache_path: Path, whole: Whole, tmp_path: Path, factory: str, moment: str, pattern: str, number: int, num_in: int
 ) -> None:
-    build_index(cache_path, tmp_path / "whole", IndexSettings(factory=factory, **FEATURE))
     kill_at(moment, pattern, number, cache_path, tmp_path / "index", factory)
     if (tmp_path / "index" / "index.partial.faiss").is_file():
         is_trained_first = factory.startswith("IVF")
@@ -86,7 +108,7 @@ def test_resume_after_kill_is_identical(
         assert in_it == min(300, 64 * (num_in + 1 - is_trained_first))
     card = build_index(cache_path, tmp_path / "index", IndexSettings(factory=factory, **FEATURE))
     assert card.num_vectors == 300
-    assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "whole")
+    assert bytes_of(tmp_path / "index") == bytes_of(whole(factory))
     names = {path.name for path in (tmp_path / "index").iterdir()}
     assert names == {".lock", "index.faiss", "card.json", "record.json"} or pattern == r"card\.json"
 
@@ -106,17 +128,17 @@ class Stop(NullProgress):
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,SQ8"])
-def test_unreadable_unfinished_index_is_absent(cache_path: Path, tmp_path: Path, factory: str) -> None:
+def test_unreadable_unfinished_index_is_absent(cache_path: Path, whole: Whole, tmp_path: Path, factory: str) -> None:
     settings = IndexSettings(factory=factory, checkpoint_s=0, **FEATURE)
-    build_index(cache_path, tmp_path / "whole", settings)
     with pytest.raises(KeyboardInterrupt):
         build_index(cache_path, tmp_path / "index", settings, progress=Stop())
     for name in ("index.partial.faiss", "index.faiss"):  # what a full disk once left
-        (tmp_path / "index" / name).write_bytes(bytes_of(tmp_path / "whole")[:-100])
+        (tmp_path / "index" / name).write_bytes(bytes_of(whole(factory))[:-100])
     assert build_index(cache_path, tmp_path / "index", settings).num_vectors == 300
-    assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "whole")
+    assert bytes_of(tmp_path / "index") == bytes_of(whole(factory))
 
 
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.no_mutants
 @pytest.mark.parametrize(
     ("factory", "moment", "pattern", "number", "damaged"),
@@ -130,17 +152,8 @@ def test_unreadable_unfinished_index_is_absent(cache_path: Path, tmp_path: Path,
     ],
 )
 def test_flipped_bit_in_an_unfinished_index_is_found(
-    cache_path: Path,
-    tmp_path: Path,
-    factory: str,
-    moment: str,
-    pattern: str,
-    number: int,
-    damaged: str,
-    monkeypatch: pytest.MonkeyPatch,
+    cache_path: Path, whole: Whole, tmp_path: Path, factory: str, moment: str, pattern: str, number: int, damaged: str
 ) -> None:
-    monkeypatch.setattr(building, "PART_BYTES", 100 * 96)
-    build(cache_path, tmp_path / "whole", factory)
     kill_at(moment, pattern, number, cache_path, tmp_path / "index", factory)
     for position in (0.02, 0.5, 0.97):  # FAISS reads all of these without an error
         shutil.copytree(tmp_path / "index", tmp_path / f"index-{position}")
@@ -149,7 +162,7 @@ def test_flipped_bit_in_an_unfinished_index_is_found(
         data[round(position * len(data))] ^= 1
         path.write_bytes(data)
         build(cache_path, tmp_path / f"index-{position}", factory)
-        assert files_of(tmp_path / f"index-{position}") == files_of(tmp_path / "whole")
+        assert files_of(tmp_path / f"index-{position}") == files_of(whole(factory))
 
 
 @pytest.mark.no_mutants
@@ -244,15 +257,15 @@ def files_of(index_path: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in index_path.iterdir() if path.name not in unlike}
 
 
-def test_on_disk_equals_in_memory(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "PART_BYTES", 100 * 96)  # two chunks of 64 a part
+@pytest.mark.usefixtures("small_parts")
+def test_on_disk_equals_in_memory(cache_path: Path, whole: Whole, tmp_path: Path) -> None:
     card = build_index(cache_path, tmp_path / "built", IndexSettings(**ON_DISK))
-    within = build_index(cache_path, tmp_path / "within", IndexSettings(factory="IVF4,SQfp16", **FEATURE))
+    within = read_card(whole("IVF4,SQfp16"))
     assert card.lists == "lists-300.ivfdata"
     assert set(files_of(tmp_path / "built")) == {"index.faiss", "lists-300.ivfdata"}
     assert (tmp_path / "built" / "index.faiss").stat().st_size < 0.5 * (within.file_bytes or 0)
     shutil.move(tmp_path / "built", tmp_path / "moved")
-    one, other = (read_index(tmp_path / name / "index.faiss") for name in ("moved", "within"))
+    one, other = (read_index(path / "index.faiss") for path in (tmp_path / "moved", whole("IVF4,SQfp16")))
     assert one.rows.tolist() == other.rows.tolist()
     queries = Vectors(cache_path, "image", "open_toy/cls").read(one.rows[:40])
     here, there = (index.search(queries, 9, {"nprobe": 3})[0] for index in (one, other))
@@ -293,6 +306,7 @@ def test_on_disk_one_sample_removed_and_one_added(tmp_path: Path) -> None:
     assert sorted(hit.row for hit in hits) == [*range(3), *range(4, 41)]
 
 
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.no_mutants
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize(
@@ -300,24 +314,21 @@ def test_on_disk_one_sample_removed_and_one_added(tmp_path: Path) -> None:
     [(r"index\.partial\.faiss", 1), (r"index\.part-.*", 2), (r"/index\.faiss", 1), (r"card\.json", 1)],
 )
 def test_on_disk_resume_after_kill_is_identical(
-    cache_path: Path, tmp_path: Path, moment: str, pattern: str, number: int, monkeypatch: pytest.MonkeyPatch
+    cache_path: Path, whole: Whole, tmp_path: Path, moment: str, pattern: str, number: int
 ) -> None:
-    monkeypatch.setattr(building, "PART_BYTES", 100 * 96)
-    build_index(cache_path, tmp_path / "whole", IndexSettings(**ON_DISK))
     kill_at(moment, pattern, number, cache_path, tmp_path / "index", "on disk")
     build_index(cache_path, tmp_path / "index", IndexSettings(**ON_DISK))
-    assert files_of(tmp_path / "index") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "index") == files_of(whole("on disk"))
 
 
-def test_concurrent_builds_build_once(cache_path: Path, tmp_path: Path) -> None:
+def test_concurrent_builds_build_once(cache_path: Path, whole: Whole, tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         cards = pool.map(
             lambda _: build_index(cache_path, tmp_path / "index", IndexSettings(factory="Flat", **FEATURE)), range(2)
         )
         first, second = list(cards)
     assert first == second  # the seconds it took too: one was built
-    build_index(cache_path, tmp_path / "alone", IndexSettings(factory="Flat", **FEATURE))
-    assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "alone")
+    assert bytes_of(tmp_path / "index") == bytes_of(whole("Flat"))
 
 
 def test_build_ignores_file_that_another_process_writes(cache_path: Path, tmp_path: Path) -> None:
@@ -333,11 +344,9 @@ def test_on_disk_without_lists_raises(cache_path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factory", KINDS)
-def test_mapped_index_searches_the_same(cache_path: Path, tmp_path: Path, factory: str) -> None:
-    card = build_index(cache_path, tmp_path / "index", IndexSettings(factory=factory, **FEATURE))
-    loaded, mapped = (
-        read_index(tmp_path / "index" / "index.faiss", is_mapped=is_mapped) for is_mapped in (False, True)
-    )
+def test_mapped_index_searches_the_same(cache_path: Path, whole: Whole, factory: str) -> None:
+    card = read_card(whole(factory))
+    loaded, mapped = (read_index(whole(factory) / "index.faiss", is_mapped=is_mapped) for is_mapped in (False, True))
     queries = Vectors(cache_path, "image", "open_toy/cls").read(loaded.rows[:20])
     for one, other in zip(loaded.search(queries, 5, card.search), mapped.search(queries, 5, card.search), strict=True):
         assert (one == other).all()

@@ -34,7 +34,7 @@ from tests.edits import edit_record
 from tests.train import runs
 
 SAME = ("model.safetensors", "last.safetensors", "losses.jsonl", "split.parquet", "config.json")
-OPTIONS = {"initialization": "random", "loss": "siglip", "mixup": 0.5, "epochs": 3, "checkpoint_s": 0}
+OPTIONS = {"initialization": "random", "loss": "siglip", "mixup": 0.5, "epochs": 2, "checkpoint_s": 0}
 
 
 def run(cache_path: Path, run_path: Path, **options: Any) -> None:
@@ -76,7 +76,7 @@ def unfinished(interrupted: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_steps", [1, 4, 12])
+@pytest.mark.parametrize("num_steps", [1, 4, 8])
 def test_resume_is_identical(cache_path: Path, whole: Path, tmp_path: Path, num_steps: int) -> None:
     run_interrupted(cache_path, tmp_path / "run", num_steps)
     assert checkpoint_path(tmp_path / "run").is_file()
@@ -298,7 +298,7 @@ def test_auto_device_is_that_of_the_run(cache_path: Path, whole: Path, tmp_path:
 
 @pytest.mark.slow
 def test_float16_resumes(cache_path: Path, tmp_path: Path) -> None:
-    options = {"precision": "fp16", "epochs": 2}
+    options = {"precision": "fp16"}
     run_interrupted(cache_path, tmp_path / "stopped", 2, **options)
     for name in ("whole", "stopped"):
         runs.run(cache_path, tmp_path / name, **{**OPTIONS, **options})

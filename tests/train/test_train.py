@@ -214,8 +214,8 @@ def test_foreign_folder_is_refused_and_untouched(cache_path: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_unfinished_run_is_trained_again(cache_path: Path, tmp_path: Path) -> None:
-    run(cache_path, tmp_path / "run")
+def test_unfinished_run_is_trained_again(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
     weights = (tmp_path / "run/model.safetensors").read_bytes()
     (tmp_path / "run/config.json").unlink()
     with pytest.raises(PathError, match=r"it has no config\.json"):

@@ -87,7 +87,7 @@ def test_views_share_the_memory_of_their_side(flipped: Path, spared: int, is_loa
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"mixup": 0.5}, {"image": "open_toy/patches", "projector": "token+mlp"}])
 def test_resume_with_views_is_identical(flipped: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    options = {"views": VIEWS, "checkpoint_s": 0, "batch_size": 20, "initialization": "random", "epochs": 3, **options}
+    options = {"views": VIEWS, "checkpoint_s": 0, "batch_size": 20, "initialization": "random", "epochs": 2, **options}
     run(flipped, tmp_path / "whole", **options)
     with interrupted_after(4), pytest.raises(InterruptedError):
         run(flipped, tmp_path / "run", **options)
