@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = make_cache(folder / "test", 20, first=200, is_recorded=True)
     for name in ("audio", "video"):
         data = utterances(cache, name)
-        train_speech(data, data, folder / name, recipe(align_epochs=9), fit_settings(epochs=12, lr=1e-2, batch_size=4))
+        train_speech(data, data, folder / name, recipe(align_epochs=6), fit_settings(epochs=8, lr=1e-2, batch_size=4))
     return folder
 
 

@@ -52,10 +52,8 @@ def test_agree_keeps_common_labels() -> None:
 def test_entropy_weighting_matches_definition(prob: np.ndarray, seed: int) -> None:
     other = random_probabilities(seed, len(prob))
     assert entropy(prob) == pytest.approx(scipy_entropy(prob.astype(np.float64), axis=1), abs=1e-5)
-    expected = np.empty_like(prob)
-    for row, (p, q) in enumerate(zip(prob, other, strict=True)):
-        w, v = np.exp(-scipy_entropy(p)), np.exp(-scipy_entropy(q))
-        expected[row] = (w * p + v * q) / (w + v)
+    w, v = (np.exp(-scipy_entropy(each, axis=1))[:, None] for each in (prob, other))
+    expected = (w * prob + v * other) / (w + v)
     fused = weight_by_entropy(prob, other)
     assert fused == pytest.approx(expected, abs=1e-5)
     assert fused == pytest.approx(weight_by_entropy(other, prob), abs=1e-6)

@@ -62,11 +62,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A street with frames of which some have no image, lifted features, and the outputs of a random run."""
     folder = tmp_path_factory.mktemp("street")
     path = folder / "cache"
-    source = open_source("world=5,frames=2,test=1,domains=night", kind=KIND)
+    source = open_source("world=5,frames=1,test=1,domains=night", kind=KIND)
     encoder = EncoderSettings(features=LAYERS)
     encoders = {"image": [ENCODER], "points": [GEOMETRY, FIELDS]}
     features = (*encoder.features, "points", "uv", "label")
-    extract(source, path, encoder=encoders, settings=ExtractSettings(features=features, chunk_size=3))
+    extract(source, path, encoder=encoders, settings=ExtractSettings(features=features, chunk_size=2))
     derive(path, lift(path))
     run = make_run(path, folder / "run")
     for output in ("image-prob", "image-hidden", "points-prob", "points-hidden"):

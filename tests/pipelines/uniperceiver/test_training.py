@@ -90,7 +90,7 @@ def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, squares_run
 
 def test_a_new_modality_is_learned_by_its_adapter_alone(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
     tones = open_tones(tmp_path / "tones", squares.words.vocabulary)
-    tuned_recipe, parts = start_from(squares_run, trainable="audio", steps_per_epoch=60)
+    tuned_recipe, parts = start_from(squares_run, trainable="audio", steps_per_epoch=30)
     settings = fit_settings(lr=1e-2, init_from=parts.init_from, trainable=parts.trainable)
     task = squares.task("tones", "classify", "classify", train=tones, validation=tones)
     report = train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
@@ -111,7 +111,7 @@ def test_texts_alone_are_classified_at_their_blank(squares: Squares, tmp_path: P
     task = squares.task("texts", "answer")
     masked = squares.task("masked", "masked", "texts")
     report = train_likelihood(
-        [task, masked], squares.words, tmp_path / "run", recipe(), fit_settings(epochs=5, lr=1e-2)
+        [task, masked], squares.words, tmp_path / "run", recipe(), fit_settings(epochs=3, lr=1e-2)
     )
     assert report.measures["texts accuracy"] > 0.9
 
