@@ -32,14 +32,14 @@ trust_package("tests")  # caches of the tests name encoders of this package
 
 FEATURES = ("cls", "patches", "mean", "tokens")
 LONGEST = (
-    *("quickstart/test_quickstart", "pipelines/test_freeze_align", "test_ray", "pipelines/avsr/test_avsr"),
-    *("pipelines/icons/test_icons", "train/test_distributed", "export/test_transformers"),
-    *("pipelines/uniperceiver/test_pipeline", "pipelines/uniperceiver/test_training"),
-    *("extract/test_remote", "extract/test_engines", "serve/test_page", "export/test_export", "export/test_open_clip"),
-    *("pipelines/summit/test_summit", "sweep/test_sweep", "net/test_kill", "cli/test_process"),
-    *("interop/test_clip_benchmark", "derive/test_derive"),
-    *("pipelines/avsr/test_train", "pipelines/avsr/test_transcribe", "pipelines/test_talking"),
-    *("search/test_damage", "train/test_train", "train/test_trackers", "train/test_data"),
+    *("pipelines/test_freeze_align", "pipelines/avsr/test_avsr", "pipelines/icons/test_icons"),
+    *("pipelines/uniperceiver/test_pipeline", "pipelines/summit/test_summit"),
+    *("quickstart/test_quickstart", "net/test_kill", "test_ray", "serve/test_page", "extract/test_remote"),
+    *("cli/test_foreign_caches", "test_own_plugins", "sweep/test_sweep", "pipelines/avsr/test_train"),
+    *("search/test_damage", "search/test_building", "sources/test_remote", "pipelines/avsr/test_transcribe"),
+    *("train/test_train", "export/test_open_clip", "encoders/test_lite", "export/test_export", "test_api"),
+    *("train/test_distributed", "train/test_data", "encoders/test_derived", "pipelines/test_texts"),
+    *("extract/test_kill", "encoders/test_sentence_transformers", "sweep/test_trials", "test_packaging"),
 )
 """The files that take longest, which start first so that both test processes end together."""
 
