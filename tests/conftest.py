@@ -32,7 +32,7 @@ trust_package("tests")  # caches of the tests name encoders of this package
 
 FEATURES = ("cls", "patches", "mean", "tokens")
 LONGEST = (
-    *("pipelines/test_freeze_align", "pipelines/avsr/test_avsr", "pipelines/icons/test_icons"),
+    *("pipelines/icons/test_icons", "pipelines/avsr/test_avsr", "pipelines/test_freeze_align"),
     *("pipelines/uniperceiver/test_pipeline", "pipelines/summit/test_summit"),
     *("quickstart/test_quickstart", "net/test_kill", "test_ray", "serve/test_page", "extract/test_remote"),
     *("cli/test_foreign_caches", "test_own_plugins", "sweep/test_sweep", "pipelines/avsr/test_train"),
