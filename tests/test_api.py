@@ -413,44 +413,5 @@ def test_iterators_and_arrays_name_several(
     assert report.encoded
 
 
-USER = ROOT / "tests" / "user_code.py"
-BEFORE_WRONG = """
-cache, model = embedcache.Cache("cache"), embedcache.load("run")
-"""
-WRONG = {
-    "model.encode_text(3)": "call-overload",
-    "tensors: torch.Tensor = model.encode_text('a')": "assignment",
-    "model.classify(3, 'a')": "arg-type",
-    "embedcache.train_projectors(3, 'run')": "arg-type",
-    "embedcache.extract_features('photos', 'cache', 'lite:efficientnet-lite0')": "call-arg|misc",
-    "key: int = embedcache.search_index('index', 'a')[0][0].key": "assignment",
-    "cache[0.5]": "call-overload",
-    "embedcache.evaluate_retrieval(cache, model, progress='yes')": "arg-type",
-    "embedcache.PairDataset(cache, part='all')": "arg-type",
-    "model.transcribe()": "attr",
-    'embedcache.load("run", "cpu")': "call-arg",
-    "embedcache.lod": "attr",
-}
-
-
-@pytest.mark.slow
-def test_user_code_is_type_checked(tmp_path: Path) -> None:
-    lines = (USER.read_text() + BEFORE_WRONG + "\n".join(WRONG) + "\n").splitlines()
-    path = tmp_path / "user.py"
-    path.write_text("\n".join(lines) + "\n")
-    done = subprocess.run(  # with the cache of `just types`
-        [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    found = re.findall(r"^.*user.py:(\d+): error: .*\[([\w-]+)\]$", done.stdout, re.MULTILINE)
-    wrong = [(lines.index(line) + 1, kinds) for line, kinds in WRONG.items()]
-    assert len(found) == len(wrong), done.stdout
-    for (line, kind), (expected_line, kinds) in zip(found, wrong, strict=True):
-        assert int(line) == expected_line
-        assert re.match(kinds, kind), done.stdout
-
-
 def test_package_is_typed() -> None:
     assert (ROOT / "embedcache" / "py.typed").is_file()

@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""What users write with the public API. mypy checks it strictly, and that it rejects mistakes; nothing runs it."""
+"""What users write with the public API. `just types` checks it and that it rejects mistakes; nothing runs it."""
 
 from pathlib import Path
 
@@ -68,3 +68,19 @@ def use(cache: embedcache.Cache) -> None:
     print(rows, tensor, best)
     for batch in DataLoader(embedcache.PairDataset(cache, part="train", split="key"), batch_size=2):
         print(batch["image"])
+
+
+def mistake(cache: embedcache.Cache, model: embedcache.Model) -> None:
+    """Each line with a comment is refused; a comment that ignores nothing is an error, too."""
+    model.encode_text(3)  # type: ignore[call-overload]
+    tensors: torch.Tensor = model.encode_text("a")  # type: ignore[assignment]
+    model.classify(3, "a")  # type: ignore[arg-type]
+    embedcache.train_projectors(3, "run")  # type: ignore[arg-type]
+    embedcache.extract_features("photos", "cache", "lite:efficientnet-lite0")  # type: ignore[call-arg]
+    key: int = embedcache.search_index("index", "a")[0][0].key  # type: ignore[assignment]
+    print(tensors, key, cache[0.5])  # type: ignore[call-overload]
+    embedcache.evaluate_retrieval(cache, model, progress="yes")  # type: ignore[arg-type]
+    embedcache.PairDataset(cache, part="all")  # type: ignore[arg-type]
+    model.transcribe()  # type: ignore[attr-defined]
+    embedcache.load("run", "cpu")  # type: ignore[call-arg]
+    embedcache.lod("run")  # type: ignore[attr-defined]
