@@ -1,10 +1,10 @@
 """The page of one's own plug-ins: its modules pass its tests and run, and the names that it promises exist."""
 
 import ast
+import contextlib
 import importlib
-import os
+import io
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,23 +38,20 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     for name, code in zip([*MODULES, "test_plugins"], blocks, strict=True):
         (tmp_path / f"{name}.py").write_text(code)
     yield tmp_path
-    for name in MODULES:
+    for name in (*MODULES, "test_plugins"):
         sys.modules.pop(name, None)
 
 
 @pytest.mark.slow
-def test_modules_of_the_page_pass_its_tests(folder: Path) -> None:
-    pytest_words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "test_plugins.py")
-    done = subprocess.run(
-        [sys.executable, *pytest_words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert re.search(r"^\d\d passed in", done.stdout, re.MULTILINE), done.stdout
+@pytest.mark.usefixtures("as_stranger")
+def test_modules_of_the_page_pass_its_tests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    words = ("-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--import-mode=importlib")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = pytest.main([*words, "test_plugins.py"])
+    assert code == 0, printed.getvalue()
+    assert re.search(r"^\d\d passed in", printed.getvalue(), re.MULTILINE), printed.getvalue()
 
 
 @pytest.mark.slow
