@@ -31,22 +31,26 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["--help"], ["train", "-h"], ["curate", "select", "-h"]], ids=" ".join)
-def test_help_imports_nothing_heavy(words: list[str]) -> None:
+def test_help_imports_nothing_heavy() -> None:
+    """One process shows all three, which take half a second each at most."""
+    helps = [["--help"], ["train", "-h"], ["curate", "select", "-h"]]
     program = (
-        f"import sys; sys.argv = {['embedcache', *words]}\n"
+        "import sys, time\n"
         "from embedcache.cli.main import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
+        f"for words in {helps}:\n"
+        "    sys.argv = ['embedcache', *words]\n"
+        "    try: main()\n"
+        "    except SystemExit: pass\n"
         "heavy = {'torch', 'timm', 'transformers', 'numpy', 'faiss', 'zarr', 'pyarrow', 'scipy', 'matplotlib', 'PIL'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)), time.process_time())\n"
     )
     started = subprocess.run(
-        [sys.executable, "-c", "import time\n" + program], capture_output=True, text=True, check=True, env=ENVIRONMENT
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=ENVIRONMENT
     )
+    assert started.stdout.count("Usage: ") == len(helps)
     heavy, seconds = started.stdout.splitlines()[-1].rsplit(" ", 1)
     assert heavy == "HEAVY []"
-    assert float(seconds) < 1
+    assert float(seconds) < 1.5
 
 
 @pytest.mark.parametrize(
