@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -127,51 +127,43 @@ def crash_function(
     assert process.exitcode == -signal.SIGKILL
 
 
-def crash_at(arguments: Sequence[str], moment: str, number: int) -> None:
-    """Run a command that is killed with SIGKILL `before` or `after` its rename of this number, counted from 1."""
-    process = _CONTEXT.Process(target=_run_and_die, args=(list(arguments), moment, number))
-    process.start()
+def stopped_at_renames(arguments: Sequence[str]) -> Iterator[Path | None]:
+    """Run a command in a process that is stopped before and after each rename: its files are as SIGKILL leaves them.
+
+    Iterates over the path that is renamed next, and None after its rename; the process ends with the iteration.
+    """
+    connection, other = _CONTEXT.Pipe()
+    process = start_call(_run_and_report, other, list(arguments))
+    other.close()
+    with connection, suppress(EOFError):
+        while True:
+            path: Path | None = connection.recv()
+            pause(process)  # all of its threads
+            yield path
+            assert process.pid
+            os.kill(process.pid, signal.SIGCONT)
+            connection.send(None)
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == 0
 
 
-def count_renames(arguments: Sequence[str]) -> int:
-    """Run a command in this process to its end and return how many files and folders it renamed."""
-    names: list[Path] = []
-    with watched_renames(lambda path: names.append(path), "before"):
-        root_command()(list(arguments), standalone_mode=False)
-    return len(names)
-
-
-@contextmanager
-def watched_renames(call: Callable[[Path], None], moment: str) -> Iterator[None]:
-    """Call a function with the new path of each file or folder, before or after its rename."""
+def _run_and_report(connection: Connection, arguments: list[str]) -> None:
     methods = {name: getattr(Path, name) for name in ("replace", "rename")}
+
+    def report(path: Path | None) -> None:
+        connection.send(path)
+        connection.recv()
 
     def watched(name: str) -> Callable[[Path, Path], Path]:
         def move(self: Path, target: Path) -> Path:
-            if moment == "before":
-                call(Path(target))
+            report(self)
             path: Path = methods[name](self, target)
-            if moment == "after":
-                call(Path(target))
+            report(None)
             return path
 
         return move
 
     with mock.patch.multiple(Path, **{name: watched(name) for name in methods}):
-        yield
-
-
-def _run_and_die(arguments: list[str], moment: str, number: int) -> None:
-    names: list[Path] = []
-
-    def die(path: Path) -> None:
-        names.append(path)
-        if len(names) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with watched_renames(die, moment):
         _run(arguments, None)
 
 

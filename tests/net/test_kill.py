@@ -1,4 +1,6 @@
-"""Every writer, killed with SIGKILL before and after each rename, then run again: the same bytes as without a kill.
+"""Every writer, from the files that SIGKILL leaves before and after each rename: the same bytes as without a kill.
+
+Its process is stopped at each rename while its files are copied. The command is run again on each of the copies.
 
 No test here names a file that a writer makes, so layouts may change. What differs between two whole runs, such as
 files with times, is not compared.
@@ -15,7 +17,7 @@ import pytest
 
 from embedcache.cli.main import root_command
 from embedcache.store.cache import Cache
-from tests.crash import count_renames, crash_at
+from tests.crash import stopped_at_renames
 from tests.images import write_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.no_mutants]
@@ -111,38 +113,58 @@ def test_killed_before_and_after_each_rename(name: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     run(f"extract {source} {cache} {TOYS} --feature cls,mean --chunk-size 4")
     shutil.copytree(cache, f"{cache}-copy")
-    template = tmp_path / "template"
+    place, template = tmp_path / "place", tmp_path / "template"
     if writer.prepare:
         writer.prepare(source, template)
+    command, *others = (
+        line.format(source=source, cache=cache, out=place / "out") for line in (writer.command, *writer.finish)
+    )
 
-    def start() -> str:
-        """Put `out` into the state before the command; return the command."""
-        out = tmp_path / "out"
-        shutil.rmtree(out, ignore_errors=True)
+    def start() -> None:
+        """Put `out` into the state before the command."""
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
         if template.exists():
-            shutil.copytree(template, out)
-        return writer.command.format(source=source, cache=cache, out=out)
+            shutil.copytree(template, place / "out")
 
-    def finish(command: str) -> dict[str, bytes]:
-        for line in (command, *(line.format(source=source, out=tmp_path / "out") for line in writer.finish)):
+    def finish() -> dict[str, bytes]:
+        for line in (command, *others):
             run(line)
-        return read_tree(tmp_path / "out")
+        return read_tree(place)
 
-    num_renames = count_renames(start().split())
-    whole, again = read_tree(tmp_path / "out"), finish(start())
+    start()
+    states = killed_states(command, place, tmp_path / "states")
+    whole = read_tree(place)
+    start()
+    again = finish()
     varying = {path for path in whole.keys() | again.keys() if whole.get(path) != again.get(path)}
     varying_folders = {Path(path).parent for path in varying}
 
-    kills = [(number, moment) for number in range(1, num_renames + 1) for moment in ("before", "after")]
-    if num_renames > 16:
-        kills = [kill for kill in kills if kill[1] == ("before", "after")[kill[0] % 2]]
-    for number, moment in kills:
-        command = start()
-        crash_at(command.split(), moment, number)
-        tree = finish(command)
+    for moment, state in states:
+        shutil.rmtree(place)
+        state.rename(place)
+        tree = finish()
         different = {path for path in whole.keys() | tree.keys() if whole.get(path) != tree.get(path)} - varying
         different = {path for path in different if path in whole or Path(path).parent not in varying_folders}
-        assert not different, f"killed {moment} rename {number} of {num_renames}"
+        assert not different, f"killed {moment}"
+
+
+def killed_states(command: str, place: Path, folder: Path) -> list[tuple[str, Path]]:
+    """Run a command; return the moments of a kill, each with a copy of a folder as it is then.
+
+    That after a rename is left out if all of its files are the same before the next one: what was added since is not in
+    its place yet.
+    """
+    states: list[tuple[str, Path]] = []
+    last: dict[Path, bytes] | None = None
+    for number, path in enumerate(stopped_at_renames(command.split())):
+        state = {each: each.read_bytes() if each.is_file() else b"" for each in place.rglob("*")}
+        if last is not None and last.items() <= state.items():
+            shutil.rmtree(states.pop()[1])
+        moment = f"{'before' if path else 'after'} rename {number // 2 + 1}"
+        states.append((moment, Path(shutil.copytree(place, folder / str(number)))))
+        last = state
+    return states
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
