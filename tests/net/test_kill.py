@@ -66,10 +66,15 @@ def damaged(source: Path, out: Path) -> None:
     path.write_bytes(path.read_bytes().replace(vector, bytes([vector[0] ^ 1]) + vector[1:]))
 
 
+def derived(source: Path, out: Path, features: str = "cls,patches,mean") -> None:
+    """Make a cache with a derived feature."""
+    run(f"extract {source} {out}/cache {TOYS} --feature {features} --chunk-size 4")
+    run(f"derive {out}/cache {PCA}")
+
+
 def maintained(source: Path, out: Path) -> None:
     """Make a cache with a derived feature, an index, a run, and a list of two keys."""
-    run(f"extract {source} {out}/cache {TOYS} --feature cls,patches,mean --chunk-size 4")
-    run(f"derive {out}/cache {PCA}")
+    derived(source, out, "cls,mean")
     run(f"curate index {out}/cache {out}/index --feature open_toy/cls --factory Flat --min-recall 0")
     run(f"train {out}/cache {out}/run {TRAIN}")
     listed(source, out)
@@ -97,7 +102,7 @@ WRITERS = {
     "index": Writer("curate index {cache} {out} --feature open_toy/cls --factory IVF2,Flat --min-recall 0"),
     "merge": Writer("cache merge {cache} {cache}-copy {out} --prefix-keys"),
     "cut": Writer("cache cut {cache} {source}.keys {out}", listed),
-    "prune": Writer("cache prune {out}/cache --feature open_toy/patches --yes", maintained),
+    "prune": Writer("cache prune {out}/cache --feature open_toy/patches --yes", derived),
     "remove": Writer(
         "cache remove {out}/cache {source}.keys --index {out}/index --run {out}/run --yes",
         maintained,
@@ -116,9 +121,7 @@ def test_killed_before_and_after_each_rename(name: str, tmp_path: Path) -> None:
     place, template = tmp_path / "place", tmp_path / "template"
     if writer.prepare:
         writer.prepare(source, template)
-    command, *others = (
-        line.format(source=source, cache=cache, out=place / "out") for line in (writer.command, *writer.finish)
-    )
+    lines = [line.format(source=source, cache=cache, out=place / "out") for line in (writer.command, *writer.finish)]
 
     def start() -> None:
         """Put `out` into the state before the command."""
@@ -128,12 +131,12 @@ def test_killed_before_and_after_each_rename(name: str, tmp_path: Path) -> None:
             shutil.copytree(template, place / "out")
 
     def finish() -> dict[str, bytes]:
-        for line in (command, *others):
+        for line in lines:
             run(line)
         return read_tree(place)
 
     start()
-    states = killed_states(command, place, tmp_path / "states")
+    states = killed_states(lines[0], place, tmp_path / "states")
     whole = read_tree(place)
     start()
     again = finish()
