@@ -65,6 +65,8 @@ def test_no_object_per_item(pairs_path: Path, tmp_path: Path) -> None:
         write_selection(path, cache, Selection(rows=rows, reasons=["even"] * len(rows)), {})
         return read_selection(path, [cache])
 
+    gc.collect()
+    gc.freeze()  # what other tests hold, which each collection would go through
     kept = {make.__name__: kept_objects(make) for make in (open_feature, open_pairs, split, select)}
     assert max(kept.values()) < COUNT / 10, kept
 
