@@ -52,7 +52,7 @@ def test_pass_is_identical(cluster: Any, cache_path: Path) -> None:
 def test_lost_machine_leaves_its_chunks_to_others(cluster: Any, tmp_path: Path) -> None:
     source, cache = write_images(tmp_path / "source", NUM_IMAGES), tmp_path / "c"
     run(source, tmp_path / "one", features=FEATURES, chunk_size=8)
-    machine, progress = cluster.add_node(num_cpus=2), RecordedProgress()
+    machine, progress = cluster.add_node(num_cpus=1), RecordedProgress()
     num_committed: list[int] = []
 
     def lose_machine() -> None:
