@@ -157,7 +157,7 @@ def _load(path: Path, member: str | None) -> Array:
         if member is None:
             mapped: Array = npy_format.open_memmap(path, mode="r")
             return mapped
-        with np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
             if member not in archive.files:
                 raise unknown_name("array", member, archive.files, hint=f"in {path}")
             array: Array = archive[member]
