@@ -106,7 +106,8 @@ class TestKCenter(SelectorContract):
 
 
 def test_every_selector_has_a_contract_test() -> None:
-    tested = {kind.name for kind in SelectorContract.__subclasses__()}
+    contracts = SelectorContract.__subclasses__()
+    tested = {kind.name for kind in contracts if kind.__module__.startswith("tests.")}  # not those of a page
     assert tested == set(SELECTORS.paths)
 
 
