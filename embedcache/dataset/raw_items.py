@@ -13,13 +13,13 @@ from embedcache.errors import DataError, ItemError, PathError
 from embedcache.modalities import MODALITIES
 from embedcache.sources.images import load_image
 from embedcache.sources.sound import check_audio
-from embedcache.sources.video import StreamedVideo, Video, check_video
+from embedcache.sources.video import Video
 
-ItemLike: TypeAlias = str | Path | bytes | Image | Array | Video | StreamedVideo | Mapping[str, Array]
+ItemLike: TypeAlias = str | Path | bytes | Image | Array | Video | Mapping[str, Array]
 """An item: the path or the bytes of a file, or decoded: an image as in `ImageLike`, (n,) float32 mono samples in [-1,
 1] at 16 kHz, a `Video`, or arrays of points by name."""
 
-_ONE = (str, Path, bytes, Image, np.ndarray, Video, StreamedVideo, Mapping)
+_ONE = (str, Path, bytes, Image, np.ndarray, Video, Mapping)
 
 
 def list_items(items: ItemLike | Sequence[ItemLike]) -> list[ItemLike]:
@@ -75,8 +75,8 @@ def _decode(item: Any, encoder: Encoder, name: str) -> Any:
         return load_image(item, color)
     if modality == "audio":
         return check_audio(item, name)
-    if modality == "video":
-        return check_video(item, name)
+    if modality == "video" and not isinstance(item, Video):
+        raise DataError(f"{name}: expected a path, or a Video of frames and their rate, got {type(item).__name__}")
     if modality == "points" and not (isinstance(item, Mapping) and "xyz" in item):
         raise DataError(f"{name}: expected arrays of points by name, with xyz, got {type(item).__name__}")
     return item

@@ -13,12 +13,12 @@ from embedcache.arrays import Floats
 from embedcache.errors import ItemError, PathError
 from embedcache.modalities import noun
 from embedcache.sources.base import FileItem
-from embedcache.sources.images import MAX_PIXELS, decode_image
+from embedcache.sources.images import decode_image
 from embedcache.sources.media import AUDIO_RATE_HZ, probe_media
 from embedcache.sources.open import source_credit
 from embedcache.sources.reopen import reopen_source
 from embedcache.sources.sound import decode_audio
-from embedcache.sources.video import announced_length, frame_at
+from embedcache.sources.video import decode_video, frame_at
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader
 from embedcache.store.tables import ITEM_SCHEMAS
@@ -154,14 +154,10 @@ def draw_sound(samples_n: Floats, width_px: int) -> Image.Image:
 
 
 def _middle_frame(data: bytes, item: FileItem) -> Image.Image:
-    """Return the frame in the middle of a video or its interval; the first one if its end is not known.
-
-    Its frames have at most as many pixels as an image: a file of a few megabytes may announce gigabytes of them.
-    """
-    start_s, info = item.start_s or 0.0, probe_media(data).get("video")
-    announced_s = None if info is None else info.duration_s
-    middle_s = start_s + max(0.0, announced_length(announced_s, item.start_s, item.stop_s) or 0.0) / 2
-    return Image.fromarray(np.ascontiguousarray(frame_at(data, middle_s, max_pixels=MAX_PIXELS)))
+    """Return the frame in the middle of a video or its interval; the first one if its end is not known."""
+    duration_s = decode_video(data, item.start_s, item.stop_s).duration_s or 0.0
+    middle_s = (item.start_s or 0.0) + duration_s / 2
+    return Image.fromarray(np.ascontiguousarray(frame_at(data, middle_s)))
 
 
 def _wav(samples_n: Floats) -> bytes:

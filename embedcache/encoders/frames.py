@@ -27,17 +27,13 @@ RATE_HZ = 25.0
 PIXELS_SIZE = (24, 16)
 """Default width and height of `frames:pixels`."""
 _VIDEOS_PER_BATCH = 4
-_MAX_STREAMED_BYTES = 2**29
-"""Prepared frames of a video that is too large to be decoded at once; 3,566 of uint8 at 224 x 224."""
+_MAX_PREPARED_BYTES = 2**31
+"""Prepared frames of one video; 14,266 of uint8 at 224 x 224, 3,566 of float32."""
 
 
 class RawVideo(Protocol):
     """What a video item has, see `embedcache.sources.video.Video`."""
 
-    @property
-    def is_streamed(self) -> bool: ...
-    @property
-    def frames_THW3(self) -> Array: ...
     @property
     def rate_hz(self) -> float: ...
     @property
@@ -107,14 +103,12 @@ class FrameEncoder:
         Memory: the prepared frames of the videos, and of one of them twice.
 
         Raises:
-            ItemError: a video has no frames or is damaged; or it is streamed, and its prepared frames take more than
-                512 MiB.
+            ItemError: a video has no frames or is damaged, or its prepared frames take more than 2 GiB.
         """
         return [self._prepare(video) for video in items]
 
     def _prepare(self, video: RawVideo) -> Array:
         """Prepare the frames that `sampled_frames` numbers while they are decoded, and the last one if it is needed."""
-        _check_video(video)
         prepared: dict[int, Array] = {}
         number, step = -1, 0
         for number, frame in enumerate(video.frames()):
@@ -132,11 +126,9 @@ class FrameEncoder:
         return self._encoder.prepare([Image.fromarray(np.ascontiguousarray(frame_HW3))])[0]
 
     def _check_size(self, video: RawVideo, num_steps: int, frame_bytes: int) -> None:
-        """Check that the prepared frames of a streamed video fit into memory, given those of its first steps."""
-        if not video.is_streamed:
-            return
+        """Check that the prepared frames of a video fit into memory, given those of its first steps."""
         num_expected = max(num_steps, round((video.duration_s or 0) * self._rate_hz))
-        num_allowed = max(1, _MAX_STREAMED_BYTES // frame_bytes)
+        num_allowed = max(1, _MAX_PREPARED_BYTES // frame_bytes)
         if num_expected > num_allowed:
             fit = "a lower rate"
             if video.duration_s:
@@ -144,7 +136,7 @@ class FrameEncoder:
             raise ItemError(
                 f"too many frames: {num_expected:,} at rate={self._rate_hz:g} take "
                 f"{format_bytes(num_expected * frame_bytes)} as inputs of the model, more than "
-                f"{format_bytes(_MAX_STREAMED_BYTES)}; choose {fit}, or index intervals of it"
+                f"{format_bytes(_MAX_PREPARED_BYTES)}; choose {fit}, or index intervals of it"
             )
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
@@ -191,19 +183,6 @@ def _round_down(rate_hz: float) -> str:
     """Format a rate with two digits, none of which is above it."""
     unit = 10.0 ** (math.floor(math.log10(rate_hz)) - 1)
     return f"{math.floor(rate_hz / unit) * unit:.10f}".rstrip("0").rstrip(".")
-
-
-def _check_video(video: RawVideo) -> None:
-    """Check the frames of a video in memory, and the rate."""
-    if not (np.isfinite(video.rate_hz) and video.rate_hz > 0):
-        raise ItemError(f"expected a positive frame rate, got {video.rate_hz}")
-    if video.is_streamed:  # its decoder checks its frames
-        return
-    frames = video.frames_THW3
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
-        raise ItemError(f"expected uint8 RGB frames, got {frames.dtype} of shape {frames.shape}")
-    if not frames.size:
-        raise ItemError(f"no frames, got shape {frames.shape}")
 
 
 class Pixels:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from embedcache.errors import ItemError
 from embedcache.processes import check_cancelled
 from embedcache.registry import require
@@ -21,8 +19,8 @@ from embedcache.registry import require
 AUDIO_RATE_HZ = 16_000
 """Rate of all decoded sound."""
 
-MAX_VIDEO_PIXELS = 2**28
-"""Frames × height × width: 768 MiB as RGB."""
+MAX_FRAME_PIXELS = 89_478_485
+"""Largest frame of a video, as of an image: 256 MiB as RGB."""
 
 SAME_S = 1e-6
 """Times that differ by less are equal: less than a sample."""
@@ -119,17 +117,10 @@ def _open_options(version: str) -> dict[str, str]:
     return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
 
 
-def open_stream(
-    container: Any,
-    kind: str,
-    start_s: float | None,
-    stop_s: float | None,
-    *,
-    max_pixels: int = MAX_VIDEO_PIXELS,
-) -> Any:
+def open_stream(container: Any, kind: str, start_s: float | None, stop_s: float | None) -> Any:
     """Return the first stream of a kind, ready to decode from shortly before a time on one thread.
 
-    Frames of more than `max_pixels` are not decoded, whatever size the file announces: it fails.
+    Frames of more than `MAX_FRAME_PIXELS` are not decoded, whatever size the file announces: it fails.
     """
     streams = getattr(container.streams, kind)
     if not streams:
@@ -146,9 +137,9 @@ def open_stream(
         _check_interval(duration_s, start_s, stop_s)
     if kind == "video":
         width, height = stream.codec_context.width, stream.codec_context.height
-        if width * height > max_pixels:
-            raise ItemError(f"too many pixels: {width} x {height} in one frame, more than {max_pixels:,}")
-        stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        if width * height > MAX_FRAME_PIXELS:
+            raise ItemError(f"too many pixels: {width} x {height} in one frame, more than {MAX_FRAME_PIXELS:,}")
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
     if start_s is not None and start_s > PREROLL_S and container.format.name in _SEEKABLE:
         offset = (stream.start_time or 0) + int((start_s - PREROLL_S) / stream.time_base)
         container.seek(offset, stream=stream, backward=True)
@@ -177,26 +168,6 @@ def frame_rate(stream: Any) -> float:
     if rate_hz <= 0:
         raise ItemError("the video has no frame rate")
     return rate_hz
-
-
-def has_constant_frame_rate(file: bytes | Path) -> bool:
-    """Return whether a video has a constant frame rate, or nearly so, by the times in its file; nothing is decoded.
-
-    It is its average rate: a file may announce another one.
-    """
-    try:
-        with open_container(file, "video") as container:
-            stream = container.streams.video[0]
-            announced = 1 / (frame_rate(stream) * stream.time_base)
-            times = [packet.pts for packet in container.demux(stream) if packet.size]
-    except ItemError:  # its reason is that of decoding
-        return True
-    if len(times) < 3 or None in times:
-        return True
-    steps = np.diff(np.sort(np.array(times, np.int64)))
-    step = np.median(steps)
-    is_announced = abs(steps.sum() - len(steps) * announced) <= announced
-    return bool(is_announced and (np.abs(steps - step) <= step / 2).all())
 
 
 def stream_duration(container: Any, stream: Any) -> float | None:

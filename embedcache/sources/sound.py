@@ -53,23 +53,11 @@ def decode_audio(data: bytes, start_s: float | None = None, stop_s: float | None
         if (start_s, stop_s) == (None, None) and duration_s > MAX_AUDIO_S:
             raise ItemError(f"too long: {duration_s:,.0f} s of sound, more than {MAX_AUDIO_S:,}; index intervals of it")
         sound = bytearray()  # grows in place, where joining parts needs each sample twice
-        end_s, num_kept, is_finite = 0.0, 0, True
-        for first, samples_n in _samples(container, stream):
-            kept = samples_n[_position(start_s, 0, first) : _position(stop_s, len(samples_n), first)]
-            end_s, num_kept = (first + len(samples_n)) / AUDIO_RATE_HZ, num_kept + len(kept)
-            sound += np.clip(kept, -1, 1).data
-            is_finite &= bool(np.isfinite(kept).all())
-            if num_kept > MAX_AUDIO_S * AUDIO_RATE_HZ:
+        for samples_n in _interval(container, stream, start_s, stop_s):
+            sound += np.clip(samples_n, -1, 1).data
+            if len(sound) > 4 * MAX_AUDIO_S * AUDIO_RATE_HZ:
                 raise ItemError(f"too long: more than {MAX_AUDIO_S:,} s of sound; index intervals of it")
-            if stop_s is not None and end_s > stop_s + PREROLL_S:
-                break
-        check_end(container, stream, end_s, start_s, stop_s)
-    samples_n = np.frombuffer(sound, np.float32)
-    if not len(samples_n):
-        raise ItemError("no sound: the audio stream is empty")
-    if not is_finite:
-        raise ItemError("NaN or infinity in the sound")
-    return samples_n
+    return np.frombuffer(sound, np.float32)
 
 
 def iter_audio(path: Path) -> Iterator[Floats]:
@@ -83,17 +71,10 @@ def iter_audio(path: Path) -> Iterator[Floats]:
     """
     with open_container(path, "recording") as container:
         stream = open_stream(container, "audio", None, None)
-        num_samples = 0
-        for first, samples_n in _samples(container, stream):
-            if not np.isfinite(samples_n).all():
-                raise ItemError("NaN or infinity in the sound")
+        for samples_n in _interval(container, stream, None, None):
             if (loudest := max(samples_n.max(initial=0), -samples_n.min(initial=0))) > LOUDEST:
                 raise ItemError(f"expected samples in [-1, 1], got up to {loudest:g}; scale the recording")
-            num_samples = first + len(samples_n)
             yield np.clip(samples_n, -1, 1)
-        if not num_samples:
-            raise ItemError("no sound: the audio stream is empty")
-        check_end(container, stream, num_samples / AUDIO_RATE_HZ, None, None)
 
 
 def check_audio(samples: Any, name: str) -> Floats:
@@ -107,6 +88,25 @@ def check_audio(samples: Any, name: str) -> Floats:
         what = f"up to {loudest:g}; divide 16-bit ones by 32768" if loudest < np.inf else "NaN or infinity"
         raise DataError(f"{name}: expected samples in [-1, 1], got {what}")
     return samples
+
+
+def _interval(container: Any, stream: Any, start_s: float | None, stop_s: float | None) -> Iterator[Floats]:
+    """Iterate over the mono samples of an interval in blocks; after the last one, check that none is missing."""
+    end_s = 0.0
+    num_samples = 0
+    for first, samples_n in _samples(container, stream):
+        inside_n = samples_n[_position(start_s, 0, first) : _position(stop_s, len(samples_n), first)]
+        if not np.isfinite(inside_n).all():
+            raise ItemError("NaN or infinity in the sound")
+        yield inside_n
+        num_samples += len(inside_n)
+        end_s = (first + len(samples_n)) / AUDIO_RATE_HZ
+        if stop_s is not None and end_s > stop_s + PREROLL_S:
+            break
+
+    check_end(container, stream, end_s, start_s, stop_s)
+    if not num_samples:
+        raise ItemError("no sound: the audio stream is empty")
 
 
 def _samples(container: Any, stream: Any) -> Iterator[tuple[int, Floats]]:

@@ -268,10 +268,6 @@ class VideoEncoderContract(EncoderContract):
             for found, video in zip(steps, items, strict=True):
                 assert abs(len(found) - len(video.frames_THW3) / video.rate_hz * axis.rate_hz) <= 1.5
 
-    def test_video_without_frames_fails_with_a_reason(self, encoder: Encoder) -> None:
-        with pytest.raises(ItemError, match="no frames"):
-            encoder.prepare([Video(frames_THW3=np.zeros((0, 8, 8, 3), np.uint8), rate_hz=25.0)])
-
 
 class PointsEncoderContract(EncoderContract):
     """Tests that every encoder of point clouds must pass; provide the fixtures `spec` and `other_spec`."""

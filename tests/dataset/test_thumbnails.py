@@ -136,7 +136,7 @@ def test_middle_frames_of_short_videos(tmp_path: Path, monkeypatch: pytest.Monke
             shown = np.asarray(image.convert("RGB"), np.float32)
         assert shown.shape == (24, 32, 3)
         assert row == 0 or np.abs(last - shown).mean() < 8
-    monkeypatch.setattr("embedcache.dataset.thumbnails.MAX_PIXELS", 767)
+    monkeypatch.setattr("embedcache.sources.media.MAX_FRAME_PIXELS", 767)
     with pytest.raises(ItemError, match="too many pixels: 32 x 24 in one frame"):
         thumbnails.webp(0, 224)
 

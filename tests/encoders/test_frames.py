@@ -15,8 +15,7 @@ from embedcache.encoders.frames import FrameEncoder, Pixels, _round_down, sample
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
-from embedcache.sources.media import MAX_VIDEO_PIXELS
-from embedcache.sources.video import StreamedVideo, Video, decode_video
+from embedcache.sources.video import MAX_VIDEO_PIXELS, Video, decode_video
 from embedcache.testing.encoders import TOLERANCE, VideoEncoderContract, example_videos
 from tests.encoders.checkpoints import save_timm
 from tests.media_files import encode_video, large_video, moving_square
@@ -88,24 +87,21 @@ def encoded(num_frames: int, rate_hz: int) -> bytes:
     wanted_hz=st.one_of(st.sampled_from([0.01, 1, 10, 25, 29.97, 50]), st.floats(0.1, 70)),
     bounds=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
-def test_streamed_videos_have_the_same_frames(
+def test_prepared_frames_are_those_of_the_video(
     num_frames: int, rate_hz: int, wanted_hz: float, bounds: tuple[float, float]
 ) -> None:
     data, start_s = encoded(num_frames, rate_hz), min(bounds)
     stop_s = None if start_s == 0 else max(bounds)
     try:
         video = decode_video(data, start_s or None, stop_s)
+        numbers = sampled_frames(len(video.frames_THW3), video.rate_hz, wanted_hz)
     except ItemError as error:  # of an interval without frames, or beyond the end
-        streamed = StreamedVideo(data, start_s or None, stop_s, rate_hz=25, duration_s=None)
         with pytest.raises(ItemError, match=re.escape(str(error))):
-            pixels_of(streamed, wanted_hz)
+            pixels_of(decode_video(data, start_s or None, stop_s), wanted_hz)
         return
-    streamed = StreamedVideo(data, start_s or None, stop_s, rate_hz=video.rate_hz, duration_s=None)
-    numbers = sampled_frames(len(video.frames_THW3), video.rate_hz, wanted_hz)
     images = [Image.fromarray(video.frames_THW3[number]) for number in numbers]
     expected = np.stack(Pixels((8, 6), batch_size=4).prepare(images))
     np.testing.assert_array_equal(pixels_of(video, wanted_hz), expected)
-    np.testing.assert_array_equal(pixels_of(streamed, wanted_hz), expected)
 
 
 @pytest.mark.slow
@@ -135,21 +131,20 @@ def test_video_above_the_limit_of_pixels() -> None:
     assert peak < 4 * 3 * num_pixels
 
 
-def test_streamed_video_that_has_too_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.encoders.frames._MAX_STREAMED_BYTES", 8 * 6 * 10)
-    data = encode_video(moving_square(75))
-    for duration_s, rate, num_frames in ((3.0, "rate=3 or less", 75), (None, "a lower rate", 11)):
-        video = StreamedVideo(data, None, None, rate_hz=25, duration_s=duration_s)
+def test_video_that_has_too_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.encoders.frames._MAX_PREPARED_BYTES", 8 * 6 * 10)
+    frames = moving_square(75)
+    for kind, codec, rate, num_frames in (("mp4", None, "rate=3 or less", 75), ("mpegts", "mpeg4", "a lower rate", 11)):
+        video = decode_video(encode_video(frames, kind=kind, codec=codec))
         with pytest.raises(ItemError, match=f"^too many frames: {num_frames} at rate=25 .* choose {rate}, or index"):
             pixels_of(video, 25)
         assert len(pixels_of(video, 3)) == 9
-    assert len(pixels_of(decode_video(data), 25)) == 75  # what can be decoded at once has no such limit
 
 
 def test_too_many_frames_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.encoders.frames._MAX_STREAMED_BYTES", 8 * 6 * 10)
+    monkeypatch.setattr("embedcache.encoders.frames._MAX_PREPARED_BYTES", 8 * 6 * 10)
     data = encode_video(np.random.default_rng(0).integers(0, 256, (75, 12, 16, 3), np.uint8), kind="mkv")
-    video = StreamedVideo(data[: len(data) // 4], None, None, rate_hz=25, duration_s=3.0)  # 9 frames
+    video = decode_video(data[: len(data) // 4])
     for wanted_hz, reason in ((1, "truncated"), (25, "too many frames: 75")):
         with pytest.raises(ItemError, match=f"^{reason}"):
             pixels_of(video, wanted_hz)
@@ -175,20 +170,6 @@ def test_pixels_are_the_gray_center() -> None:
     frame[:, 5:15] = (255, 0, 0)  # the center square, and one pixel more for the filter
     (found,) = encoder.encode(encoder.prepare([Video(frames_THW3=frame[None], rate_hz=25.0)]), ["pixels"])["pixels"]
     np.testing.assert_allclose(found, np.full((1, 16), 76 / 255), atol=1e-6)  # red in ITU-R 601 gray
-
-
-@pytest.mark.parametrize(
-    ("frames", "rate_hz", "word"),
-    [
-        (np.zeros((2, 8, 8), np.uint8), 25.0, "shape"),
-        (np.zeros((2, 8, 8, 3), np.float32), 25.0, "float32"),
-        (np.zeros((2, 0, 8, 3), np.uint8), 25.0, "no frames"),
-        (np.zeros((2, 8, 8, 3), np.uint8), 0.0, "rate"),
-    ],
-)
-def test_bad_videos_fail_with_a_reason(frames: np.ndarray, rate_hz: float, word: str) -> None:
-    with pytest.raises(ItemError, match=word):
-        open_encoder("frames:pixels", modality="video").prepare([Video(frames_THW3=frames, rate_hz=rate_hz)])
 
 
 def test_rate_and_size_are_in_the_fingerprint() -> None:

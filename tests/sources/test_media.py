@@ -4,7 +4,6 @@ import io
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -12,12 +11,12 @@ import av
 import numpy as np
 import pytest
 
-from embedcache.errors import ItemError
+from embedcache.errors import DataError, ItemError
 from embedcache.processes import prefetch_map
-from embedcache.sources import sound, video
+from embedcache.sources import media, sound, video
 from embedcache.sources.media import StreamInfo, probe_media
 from embedcache.sources.sound import decode_audio, iter_audio
-from embedcache.sources.video import StreamedVideo, Video, decode_video, frame_at, iter_frames
+from embedcache.sources.video import Video, decode_video, frame_at, iter_frames
 from tests.media_files import CODECS, encode_audio, encode_video, float_wav, jpeg_video, moving_square, tone, wav
 
 
@@ -139,58 +138,56 @@ def test_missing_stream_fails() -> None:
         decode_video(wav(tone(1)))
 
 
-def test_videos_are_changed_as_dataclasses() -> None:
-    whole = decode_video(encode_video(moving_square(10)))
-    half = replace(whole, frames_THW3=whole.frames_THW3[:5])
-    assert (len(list(half.frames())), half.duration_s, half.is_streamed) == (5, 0.2, False)
+def test_videos_in_memory() -> None:
+    frames = moving_square(5)
+    video = Video(frames_THW3=frames, rate_hz=25)
+    assert (len(list(video.frames())), video.duration_s) == (5, 0.2)
+    assert video.frames_THW3 is frames
 
 
-def test_large_video_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("frames", "rate_hz", "word"),
+    [
+        (np.zeros((2, 8, 8), np.uint8), 25.0, "shape"),
+        (np.zeros((2, 8, 8, 3), np.float32), 25.0, "float32"),
+        (np.zeros((2, 0, 8, 3), np.uint8), 25.0, "shape"),
+        (np.zeros((2, 8, 8, 3), np.uint8), 0.0, "rate"),
+    ],
+)
+def test_frames_that_are_no_video(frames: np.ndarray, rate_hz: float, word: str) -> None:
+    with pytest.raises(DataError, match=word):
+        Video(frames_THW3=frames, rate_hz=rate_hz)
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec", "duration_s"), [("mp4", None, 0.44), ("mkv", None, 0.44), ("mpegts", "mpeg4", None)]
+)
+def test_large_video_is_no_array(
+    monkeypatch: pytest.MonkeyPatch, kind: str, codec: str | None, duration_s: float | None
+) -> None:
     monkeypatch.setattr(video, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
-    assert not decode_video(encode_video(moving_square(10))).is_streamed
-    for kind in ("mp4", "mkv"):
-        streamed = decode_video(encode_video(moving_square(11), kind=kind))
-        assert (streamed.is_streamed, streamed.rate_hz, streamed.duration_s) == (True, 25, 0.44)
-        with pytest.raises(ItemError, match="too many pixels: more than 7,680 in frames of 32 x 24; index intervals"):
-            streamed.frames_THW3  # noqa: B018
-
-
-def test_large_video_that_announces_no_duration_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
-    streamed = decode_video(encode_video(moving_square(11), kind="mpegts", codec="mpeg4"))
-    assert (streamed.is_streamed, streamed.duration_s) == (True, None)
-    assert len(list(streamed.frames())) == 11
-
-
-def test_video_that_announces_too_much_is_still_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More frames are announced than there are: they are decoded when all of them are asked for, and once."""
-    data = encode_video(moving_square(10), times_ms=[0, 40, 80, 120, 160, 200, 240, 280, 320, 379], kind="mkv")
-    whole = decode_video(data)
-    monkeypatch.setattr(video, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
-    streamed = decode_video(data)
-    assert (streamed.is_streamed, whole.is_streamed) == (True, False)
-    np.testing.assert_array_equal(streamed.frames_THW3, whole.frames_THW3)
-    assert streamed.frames_THW3 is streamed.frames_THW3
+    large = decode_video(encode_video(moving_square(11), kind=kind, codec=codec))
+    assert (large.rate_hz, large.duration_s) == (25, duration_s)
+    assert len(list(large.frames())) == 11
+    with pytest.raises(ItemError, match="too many pixels: more than 7,680 in frames of 32 x 24; index intervals"):
+        large.frames_THW3  # noqa: B018
 
 
 @pytest.mark.parametrize("bounds", [(None, None), (None, 1.3), (0.6, 1.5), (2.2, None)])
 @pytest.mark.parametrize("kind", ["mp4", "webm", "mkv", "avi"])
-def test_streamed_frames_are_those_of_the_array(kind: str, bounds: tuple[float | None, float | None]) -> None:
-    data = encode_video(moving_square(70), kind=kind)
-    whole, streamed = decode_video(data, *bounds), StreamedVideo(data, *bounds, rate_hz=25, duration_s=None)
-    for frames in (whole.frames(), streamed.frames()):
-        np.testing.assert_array_equal(np.stack([frame() for frame in frames]), whole.frames_THW3)
-    kept = list(streamed.frames())[::7]  # a frame may be converted after later ones were decoded
-    np.testing.assert_array_equal(np.stack([frame() for frame in kept]), whole.frames_THW3[::7])
+def test_frames_one_by_one_are_those_of_the_array(kind: str, bounds: tuple[float | None, float | None]) -> None:
+    video = decode_video(encode_video(moving_square(70), kind=kind), *bounds)
+    assert video.frames_THW3 is video.frames_THW3
+    np.testing.assert_array_equal(np.stack([frame() for frame in video.frames()]), video.frames_THW3)
+    kept = list(video.frames())[::7]  # a frame may be converted after later ones were decoded
+    np.testing.assert_array_equal(np.stack([frame() for frame in kept]), video.frames_THW3[::7])
 
 
 def test_frames_of_changing_size_fail() -> None:
     data = jpeg_video([*moving_square(9), *moving_square(3, width=64)])
-    streamed = StreamedVideo(data, None, None, rate_hz=25, duration_s=None)
-    for decode in (lambda: decode_video(data), lambda: list(streamed.frames())):
-        with pytest.raises(ItemError, match="the frames change their size"):
-            decode()
-    assert len(decode_video(data, 0, 0.3).frames_THW3) == 8
+    with pytest.raises(ItemError, match="the frames change their size"):
+        list(decode_video(data).frames())
+    assert len(decode_video(data, 0, 0.32).frames_THW3) == 8
 
 
 def test_decoding_ends_when_it_is_cancelled() -> None:
@@ -198,7 +195,7 @@ def test_decoding_ends_when_it_is_cancelled() -> None:
     data = encode_video(moving_square(99))
 
     def decode() -> None:
-        for number, _ in enumerate(StreamedVideo(data, None, None, rate_hz=25, duration_s=None).frames()):
+        for number, _ in enumerate(decode_video(data).frames()):
             read.append(number)
             begun.set()
             assert closed.wait(10)
@@ -210,6 +207,10 @@ def test_decoding_ends_when_it_is_cancelled() -> None:
         found.close()
         closed.set()
     assert read == [0]
+
+
+def decode_frames(data: bytes) -> np.ndarray:
+    return decode_video(data).frames_THW3
 
 
 BROKEN = {
@@ -225,7 +226,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_file_fails_with_a_reason(name: str) -> None:
-    for decode in (decode_audio, decode_video):
+    for decode in (decode_audio, decode_frames):
         with pytest.raises(ItemError) as caught:
             decode(BROKEN[name])
         assert str(caught.value)
@@ -254,13 +255,13 @@ def test_random_damage_never_crashes(kind: str) -> None:
         for position in rng.integers(0, len(data), 8):
             data[position] = rng.integers(0, 256)
         data[rng.integers(len(data) // 2, len(data) + 1) :] = b""
-        for decode in (decode_audio, decode_video) if is_video else (decode_audio,):
+        for decode in (decode_audio, decode_frames) if is_video else (decode_audio,):
             try:
                 decoded = decode(bytes(data))
             except ItemError:
                 num_failed += 1
             else:
-                assert isinstance(decoded, Video | StreamedVideo) or np.isfinite(decoded).all()
+                assert np.isfinite(decoded).all()
     assert num_failed or kind in {"wav", "mp3"}
 
 
@@ -278,10 +279,7 @@ def test_truncated_file_fails(samples: np.ndarray | None) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (100, 24, 32, 3), np.uint8)
     video = encode_video(frames, kind="mkv", samples=samples)
     with pytest.raises(ItemError, match=r"^truncated: \d\.\d s could be decoded of 4\.0 s$"):
-        decode_video(video[: len(video) * 6 // 10])
-    streamed = StreamedVideo(video[: len(video) * 6 // 10], None, None, rate_hz=25, duration_s=4)
-    with pytest.raises(ItemError, match=r"^truncated: \d\.\d s could be decoded of 4\.0 s$"):
-        list(streamed.frames())
+        list(decode_video(video[: len(video) * 6 // 10]).frames())
     assert len(decode_video(video[: len(video) * 6 // 10], 0.5, 1.5).frames_THW3) == 25
     sound = wav(tone(2))
     with pytest.raises(ItemError, match=r"^truncated: 32,022 bytes of 64,044$"):
@@ -322,21 +320,21 @@ def test_last_frame_is_shown_to_the_end(kind: str) -> None:
         np.testing.assert_array_equal(frame_at(data, time_s), decode_video(data).frames_THW3[-1])
 
 
-def test_frames_of_too_many_pixels_are_not_decoded() -> None:
+def test_frames_of_too_many_pixels_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither if the file announces their size, nor if it announces another one."""
     small, large = moving_square(2), moving_square(1, width=320)
-    np.testing.assert_array_equal(
-        frame_at(jpeg_video(small), 0.05, max_pixels=4_096), list(iter_frames(jpeg_video(small)))[1]
-    )
-    with pytest.raises(ItemError, match="^too many pixels: 32 x 24 in one frame, more than 767$"):
-        frame_at(jpeg_video(small), 0.0, max_pixels=767)
+    monkeypatch.setattr(media, "MAX_FRAME_PIXELS", 4_096)
+    np.testing.assert_array_equal(frame_at(jpeg_video(small), 0.05), list(iter_frames(jpeg_video(small)))[1])
     with pytest.raises(ItemError, match="^damaged video: "):
-        frame_at(jpeg_video([small[0], *large, small[1]]), 0.1, max_pixels=4_096)
+        frame_at(jpeg_video([small[0], *large, small[1]]), 0.1)
+    monkeypatch.setattr(media, "MAX_FRAME_PIXELS", 767)
+    with pytest.raises(ItemError, match="^too many pixels: 32 x 24 in one frame, more than 767$"):
+        frame_at(jpeg_video(small), 0.0)
 
 
 @pytest.mark.parametrize("times_ms", [[0, 40, 80, 200, 240], [0, 25, 50, 90, 130, 170], list(range(0, 900, 45))])
 def test_frames_read_one_by_one_are_those_that_are_encoded(times_ms: list[int], tmp_path: Path) -> None:
-    """At a variable rate, at a nearly constant one, whose frames are all used, and at another than the announced."""
+    """At a variable rate, at a nearly constant one, and at another than the announced."""
     (tmp_path / "a.mkv").write_bytes(encode_video(moving_square(len(times_ms)), times_ms=times_ms, kind="mkv"))
     encoded = decode_video((tmp_path / "a.mkv").read_bytes()).frames_THW3
     np.testing.assert_array_equal(np.stack(list(iter_frames(tmp_path / "a.mkv"))), encoded)
@@ -355,9 +353,7 @@ def test_frames_of_varying_length_are_put_at_a_constant_rate(tmp_path: Path) -> 
     shown = np.searchsorted([0, 40, 80, 200, 240], times_ms, side="right") - 1
     assert len(found) == pytest.approx(0.28 * rate_hz, abs=1)
     np.testing.assert_array_equal(np.stack(found), distinct[shown])
-    whole, streamed = decode_video(data), StreamedVideo(data, None, None, rate_hz=rate_hz, duration_s=None)
-    for frames in (whole.frames(), streamed.frames()):
-        np.testing.assert_array_equal(np.stack([frame() for frame in frames]), np.stack(found))
+    np.testing.assert_array_equal(decode_video(data).frames_THW3, np.stack(found))
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "webm"])
