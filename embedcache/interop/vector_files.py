@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
@@ -243,7 +244,7 @@ class ImportedSamples:
         assert group.table is not None
         file = open_table_file(group.table)
         in_table = {name for name, vectors in group.vectors.items() if vectors.path == group.table}
-        file = replace(file, columns=tuple(name for name in file.columns if name not in in_table))
+        file = replace(file, schema=pa.schema([field for field in file.schema if field.name not in in_table]))
         columns = assign_columns(file, self._settings)
         used: dict[str, str] = {m: column for m, column in columns.items.items() if m in self._modalities}
         if name := next((name for name in columns.embedded if name in self._settings.item_columns.values()), None):

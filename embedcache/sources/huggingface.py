@@ -17,26 +17,20 @@ from typing import Any
 
 from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError, one_line
 from embedcache.io_errors import io_reason, is_io_error, library_of
-from embedcache.modalities import MODALITIES
 from embedcache.registry import require
 from embedcache.sources.base import FileItem, Sample
-from embedcache.sources.captions import to_scalar_columns
-from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_files import (
     BATCH_ROWS,
+    COLUMN_MARK,
     COLUMN_SETTINGS,
     IMAGE_NAMES,
     Row,
     TableColumns,
     TableFile,
-    arrow_table,
-    embedded_path,
     find_columns,
-    read_interval,
-    read_key,
-    read_texts,
-    split_embedded,
+    item_bytes,
+    read_sample,
 )
 
 _MEMORY = "memory:"
@@ -71,14 +65,12 @@ class HuggingfaceSource:
         self._cells = {}
         for split, dataset in splits.items():
             schema = dataset.features.arrow_schema
-            table = arrow_table(Path(self._path, split), schema, partial(_rows, dataset))
+            table = TableFile(path=Path(self._path, split), schema=schema, read=partial(_rows, dataset))
             columns = find_columns(table, _with_image(settings, dataset))
             self._tables[split] = table, columns
             cells = dataset.with_format("arrow")
-            for column in columns.media.values():
-                self._cells[embedded_path(split, column)] = cells.select_columns([column])
-            if columns.image is not None:
-                self._cells[split] = cells.select_columns([columns.image])
+            for column in columns.items.values():
+                self._cells[f"{split}{COLUMN_MARK}{column}"] = cells.select_columns([column])
 
     def describe(self) -> Mapping[str, Any]:
         """Return what reopens the source; for a dataset in memory, its fingerprint."""
@@ -87,43 +79,26 @@ class HuggingfaceSource:
     def samples(self) -> Iterator[Sample]:
         """Iterate over all rows. Memory holds one batch of rows, without images."""
         for split, (table, columns) in self._tables.items():
-            names = [name for name in columns.to_read() if name not in (columns.image, *columns.media.values())]
+            names = [name for name in columns.to_read() if name not in columns.items.values()]
             for number, row in enumerate(table.rows(names)):
                 yield _sample(split, columns, number, row, f"{table.path} row {number}")
 
     def read(self, item: FileItem) -> bytes:
         """Read the bytes of one item as stored, without decoding it."""
+        split, _, column = item.path.rpartition(COLUMN_MARK)
         try:
             cell = self._cells[item.path][item.offset].column(0)[0].as_py()
         except (KeyError, IndexError):
-            raise ItemError(f"{self._path} has no {_kind(item)} in row {item.offset} of split {item.path!r}") from None
-        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
-        if isinstance(data, bytes):
-            return data
-        if isinstance(path, str) and path:
-            return read_item_file(self._folder / path)
-        raise ItemError(f"no {_kind(item)}: row {item.offset} of {Path(self._path, item.path)} is empty")
+            raise ItemError(f"{self._path} has no item in row {item.offset} of {item.path!r}") from None
+        return item_bytes(cell, self._folder, column, f"row {item.offset} of {Path(self._path, split)}")
 
 
-def _kind(item: FileItem) -> str:
-    return "image" if split_embedded(item.path)[1] is None else "item"
-
-
-def _sample(split: str, columns: TableColumns, number: int, row: Row, location: str) -> Sample:
-    key = read_key(columns, row, location) or str(number)
-    start_s, stop_s = read_interval(columns, row, location)
-    files = {}
-    for modality, column in columns.media.items():
-        bounds = (start_s, stop_s) if MODALITIES[modality].has_interval else (None, None)
-        path = embedded_path(split, column)
-        files[modality] = (FileItem(path=path, offset=number, start_s=bounds[0], stop_s=bounds[1]),)
-    return Sample(
-        key=f"{split}/{key}" if split else key,
-        images=() if columns.image is None else (FileItem(path=split, offset=number),),
-        texts=read_texts(columns, row, location),
-        columns=({"split": split} if split else {}) | to_scalar_columns({name: row[name] for name in columns.others}),
-        files=files,
-    )
+def _sample(split: str, columns: TableColumns, number: int, row: Row, place: str) -> Sample:
+    items = {modality: (f"{split}{COLUMN_MARK}{column}", number) for modality, column in columns.items.items()}
+    sample = read_sample(columns, row, place, key=str(number), items=items)
+    if not split:
+        return sample
+    return replace(sample, key=f"{split}/{sample.key}", columns={"split": split, **sample.columns})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,15 @@
 """Tables of items and captions as a source: Parquet, CSV, TSV and JSONL files."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.errors import PathError, SourceError
 from embedcache.files import open_path
-from embedcache.modalities import MODALITIES
 from embedcache.sources.base import FileItem, Sample
-from embedcache.sources.captions import join_captions, to_scalar_columns
+from embedcache.sources.captions import join_captions
 from embedcache.sources.files import (
     TABLE_SUFFIXES,
     file_size,
@@ -31,17 +30,14 @@ from embedcache.sources.table_files import (
     RowGroups,
     TableColumns,
     TableFile,
-    embedded_path,
     find_columns,
+    item_bytes,
     open_table_file,
-    read_interval,
-    read_key,
-    read_texts,
-    split_embedded,
+    read_sample,
 )
 
-_WHOLE = (None, None)
-"""Interval of an item that is a whole file."""
+_EMBEDDED = re.compile(rf"(.+?\.parquet){COLUMN_MARK}(.+)", re.IGNORECASE)
+"""Path of an item whose bytes are in a column of a table."""
 
 
 class TableSource:
@@ -69,10 +65,8 @@ class TableSource:
         self._files = _find_files(self._location)
         self._root = self._location.parent if self._files == [self._location] else self._location
         self._root_text = str(self._root)
-        self._embedding = {path for path in self._files if path.suffix.lower() == ".parquet"}
         self._row_groups = RowGroups()
         self.shared_column: str | None = None
-        self._image_column = lru_cache(maxsize=4096)(self._find_image_column)
 
     def describe(self) -> Mapping[str, Any]:
         return {"type": "table", "path": str(self._location), "settings": self._settings.to_json()}
@@ -90,51 +84,33 @@ class TableSource:
             columns = find_columns(file, self._settings)
             if columns.image not in columns.embedded and not self._settings.key_column:
                 self.shared_column = columns.image
+            table, stem = (relative_to(self._root_text, name) for name in (str(file.path), file.stem))
             for number, row in enumerate(file.rows(columns.to_read())):
                 place = f"{file.path} row {number}"
-                yield place, self._sample(file, columns, number, row, place)
+                items = self._items(file, columns, row, place, (table, number))
+                yield place, read_sample(columns, row, place, key=f"{stem}/{number}", items=items)
 
     def read(self, item: FileItem) -> bytes:
         """Read the bytes of one item: a file, or a cell of a Parquet file."""
-        table, named = split_embedded(item.path) if f".parquet{COLUMN_MARK}" in item.path else (item.path, None)
+        embedded = _EMBEDDED.fullmatch(item.path)
+        if embedded is None:
+            return read_item_file(resolve_item(self._root, item.path))
+        table, column = embedded.groups()
         path = resolve_item(self._root, table)
-        if named is None and path not in self._embedding:
-            return read_item_file(path)
-        column = named or self._image_column(path)
         cell = self._row_groups.read(path, column, item.offset)
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if isinstance(data, bytes):
-            return data
-        if isinstance(cell, dict) and cell.get("path"):
-            return read_item_file(resolve_item(path.parent, cell["path"]))
-        kind = "image" if named is None else "item"
-        raise ItemError(f"no {kind} in column {column}: row {item.offset} of {path} is empty")
-
-    def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row, place: str) -> Sample:
-        key, items = read_key(columns, row, place), self._items(file, columns, number, row, place)
-        return Sample(
-            key=key or f"{relative_to(self._root_text, file.stem)}/{number}",
-            images=items.pop("image", ()),
-            texts=read_texts(columns, row, place),
-            columns=to_scalar_columns({name: row.get(name) for name in columns.others}),
-            files=items,
-        )
+        return item_bytes(cell, path.parent, column, f"row {item.offset} of {path}")
 
     def _items(
-        self, file: TableFile, columns: TableColumns, number: int, row: Row, place: str
-    ) -> dict[str, tuple[FileItem, ...]]:
-        """Return modality -> the item of a row; a modality whose cell is empty is left out."""
-        items: dict[str, tuple[FileItem, ...]] = {}
-        interval = read_interval(columns, row, place) if columns.media else _WHOLE
+        self, file: TableFile, columns: TableColumns, row: Row, place: str, embedded: tuple[str, int]
+    ) -> dict[str, tuple[str, int]]:
+        """Return modality -> path and offset of the item of a row; a modality whose cell is empty is left out."""
+        table, number = embedded
+        items = {}
         for modality, column in columns.items.items():
-            start_s, stop_s = interval if MODALITIES[modality].has_interval else _WHOLE
             if column in columns.embedded:
-                table = relative_to(self._root_text, str(file.path))
-                path, offset = table if modality == "image" else embedded_path(table, column), number
-            else:
-                path, offset = self._written_path(file, row.get(column), place, modality, column), 0
-            if path:
-                items[modality] = (FileItem(path=path, offset=offset, start_s=start_s, stop_s=stop_s),)
+                items[modality] = f"{table}{COLUMN_MARK}{column}", number
+            elif path := self._written_path(file, row.get(column), place, modality, column):
+                items[modality] = path, 0
         return items
 
     def _written_path(self, file: TableFile, cell: Any, place: str, modality: str, column: str) -> str:
@@ -147,15 +123,6 @@ class TableSource:
                 f"--item-column {modality}=COLUMN"
             )
         return item_path(self._root_text, self._settings.root or file.stem.rpartition("/")[0], cell)
-
-    def _find_image_column(self, path: Path) -> str:
-        try:
-            column = find_columns(open_table_file(path, delimiter=self._settings.delimiter), self._settings).image
-        except (PathError, SourceError) as error:
-            raise ItemError(str(error)) from None
-        if column is None:
-            raise ItemError(f"{path} has no image column")
-        return column
 
 
 def _find_files(location: Path) -> list[Path]:

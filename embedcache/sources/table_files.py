@@ -3,11 +3,11 @@
 import csv
 import re
 from bisect import bisect_right
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate, islice
 from math import inf
 from pathlib import Path
@@ -19,34 +19,52 @@ import pyarrow.parquet as pq
 
 from embedcache.errors import EmbedcacheError, ItemError, SettingError, SourceError
 from embedcache.files import TEXT_ENCODING
-from embedcache.sources.base import TextItem
-from embedcache.sources.captions import parse_captions, parse_json_object, to_text_items
-from embedcache.sources.files import open_binary, wrap_io_errors
+from embedcache.modalities import MODALITIES
+from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.sources.captions import parse_captions, parse_json_object, to_scalar_columns, to_text_items
+from embedcache.sources.files import open_binary, read_item_file, resolve_item, wrap_io_errors
 from embedcache.sources.settings import SourceSettings
 
 Row: TypeAlias = Mapping[str, Any]
 BATCH_ROWS = 1024
-_CACHE_BYTES = 256 * 2**20  # of decoded row groups
+_MAX_FILES = 4096  # whose row groups are known
 HEADER_ROWS = 100
 """Rows at the beginning of a JSONL file, whose fields are its columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableFile:
-    """One table file.
+    """One table, whose rows are read in order.
 
     Args:
-        columns: names of the columns, in the order of the file.
-        bytes_columns: columns of bytes, or of structs with a field `bytes`: they may hold items themselves.
-        plain_columns: columns of text, numbers, booleans, dates, times, durations, or lists of them.
+        path: the file, for errors.
+        schema: names and types of the columns.
         read: iterates over the rows with the given columns.
     """
 
     path: Path
-    columns: tuple[str, ...]
-    bytes_columns: frozenset[str]
-    plain_columns: tuple[str, ...]
+    schema: pa.Schema
     read: Callable[[Sequence[str]], Iterator[Row]]
+
+    def __post_init__(self) -> None:
+        twice = [name for name, count in Counter(self.schema.names).items() if count > 1]
+        if twice:
+            raise SourceError(f"{self.path}: expected different columns, got {twice[0]!r} twice; rename one")
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns, in the order of the file."""
+        return tuple(self.schema.names)
+
+    @cached_property
+    def bytes_columns(self) -> frozenset[str]:
+        """Columns of bytes, or of structs with a field `bytes`: they may hold items themselves."""
+        return frozenset(field.name for field in self.schema if _holds_bytes(field.type))
+
+    @cached_property
+    def plain_columns(self) -> tuple[str, ...]:
+        """Columns of text, numbers, booleans, dates, times, durations, or lists of them."""
+        return tuple(field.name for field in self.schema if _is_plain(field.type))
 
     @cached_property
     def stem(self) -> str:
@@ -54,7 +72,7 @@ class TableFile:
         return str(self.path.with_suffix(""))
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        """Iterate over the rows in order, reading only `columns` if the format allows it."""
+        """Iterate over the rows in order, reading only `columns`."""
         with wrap_table_errors(self.path):
             yield from self.read(columns)
 
@@ -74,42 +92,15 @@ def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
     with wrap_table_errors(path):
         if suffix == ".parquet":
             with open_parquet(path) as file:
-                schema = file.schema_arrow
-            return arrow_table(path, schema, partial(_read_parquet, path))
+                return TableFile(path=path, schema=file.schema_arrow, read=partial(_read_parquet, path))
         if suffix == ".jsonl":
-            columns = tuple(dict.fromkeys(name for row in islice(_read_jsonl(path), HEADER_ROWS) for name in row))
-            read = partial(_read_jsonl, path)
+            names = list(dict.fromkeys(name for row in islice(_read_jsonl(path), HEADER_ROWS) for name in row))
+            read: Callable[[Sequence[str]], Iterator[Row]] = partial(_read_jsonl, path)
         else:
-            usual = "\t" if suffix == ".tsv" else ","
-            dialect = _Dialect(delimiter or usual, has_spaces=delimiter is not None)
-            columns = tuple(next(_csv_lines(path, dialect), (0, []))[1])
+            dialect = _Dialect(delimiter or ("\t" if suffix == ".tsv" else ","), has_spaces=delimiter is not None)
+            names = next(_csv_lines(path, dialect), (0, []))[1]
             read = partial(_read_csv, path, dialect)
-    _check_unique(columns, path)
-    return TableFile(
-        path=path,
-        columns=columns,
-        bytes_columns=frozenset(),
-        plain_columns=columns,
-        read=read,
-    )
-
-
-def _check_unique(columns: Sequence[str], path: Path) -> None:
-    twice = [name for name, count in Counter(columns).items() if count > 1]
-    if twice:
-        raise SourceError(f"{path}: expected different columns, got {twice[0]!r} twice; rename one")
-
-
-def arrow_table(path: Path, schema: pa.Schema, read: Callable[[Sequence[str]], Iterator[Row]]) -> TableFile:
-    """Return the table file of an Arrow schema."""
-    _check_unique(schema.names, path)
-    return TableFile(
-        path=path,
-        columns=tuple(schema.names),
-        bytes_columns=frozenset(field.name for field in schema if _holds_bytes(field.type)),
-        plain_columns=tuple(field.name for field in schema if _is_plain(field.type)),
-        read=read,
-    )
+        return TableFile(path=path, schema=pa.schema([(name, pa.string()) for name in names]), read=read)
 
 
 @contextmanager
@@ -156,7 +147,11 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def _read_jsonl(path: Path, _columns: Sequence[str] = ()) -> Iterator[Row]:
-    """Iterate over the objects of a JSONL file, with all their fields; blank lines are skipped."""
+    """Iterate over the objects of a JSONL file, with all their fields; blank lines are skipped.
+
+    Arrow's reader would take text that looks like a date for a time, and refuse a row with other types or fields than
+    those of the first rows.
+    """
     with path.open(encoding=TEXT_ENCODING) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -167,7 +162,7 @@ class _Dialect(NamedTuple):
     """How a line of a text table is divided into cells; `has_spaces`: whether spaces after a delimiter are skipped."""
 
     delimiter: str
-    has_spaces: bool = False
+    has_spaces: bool
 
 
 def _read_csv(path: Path, dialect: _Dialect, columns: Sequence[str]) -> Iterator[Row]:
@@ -186,7 +181,7 @@ def _read_csv(path: Path, dialect: _Dialect, columns: Sequence[str]) -> Iterator
 def _csv_lines(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]]]:
     """Iterate over the rows of a text table, header first, each with the number of its last line, from 1.
 
-    Blank lines are skipped.
+    Blank lines are skipped. Arrow's reader would join the rows between two quotes that a cell begins with by mistake.
     """
     with path.open(encoding=TEXT_ENCODING, newline="") as file:
         lines = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=dialect.has_spaces, strict=True)
@@ -197,14 +192,14 @@ def _csv_lines(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]]]
 
 
 class RowGroups:
-    """Single cells, read through an LRU cache of row groups: consecutive rows cost one read of their group.
+    """Single cells, of whose row groups the last two are kept: consecutive rows cost one read of their group.
 
-    Peak memory: 256 MiB, or one row group of the image column if larger, plus the one being read.
+    Peak memory: three row groups of a column of items.
     """
 
     def __init__(self) -> None:
-        self._groups: OrderedDict[tuple[Path, str, int], pa.ChunkedArray] = OrderedDict()
-        self._starts: dict[Path, list[int]] = {}
+        self._starts = lru_cache(_MAX_FILES)(_row_group_starts)
+        self._cells = lru_cache(2)(_read_row_group)
         self._lock = Lock()
 
     def read(self, path: Path, column: str, row: int) -> Any:
@@ -214,37 +209,39 @@ class RowGroups:
             ItemError: the file is missing or damaged, or has no such column or row.
         """
         try:
-            with self._lock:  # pyarrow reads a row group with several threads
-                group, first = self._locate(path, row)
-                cells = self._group(path, column, group)
+            with self._lock, wrap_table_errors(path):  # pyarrow reads a row group with several threads
+                starts = self._starts(path)
+                if row >= starts[-1]:
+                    raise ItemError(f"no such row: {path} has {starts[-1]} rows, no row {row}")
+                group = bisect_right(starts, row) - 1
+                cells = self._cells(path, column, group)
         except EmbedcacheError as error:
             raise ItemError(str(error)) from None
-        return cells[row - first].as_py()
+        return cells[row - starts[group]].as_py()
 
-    def _locate(self, path: Path, row: int) -> tuple[int, int]:
-        """Return the row group of a row and the first row of that group."""
-        if path not in self._starts:
-            with wrap_table_errors(path), open_parquet(path) as file:
-                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            self._starts[path] = list(accumulate(sizes, initial=0))
-        starts = self._starts[path]
-        if row >= starts[-1]:
-            raise ItemError(f"no such row: {path} has {starts[-1]} rows, no row {row}")
-        group = bisect_right(starts, row) - 1
-        return group, starts[group]
 
-    def _group(self, path: Path, column: str, group: int) -> pa.ChunkedArray:
-        name = (path, column, group)
-        if name not in self._groups:
-            with wrap_table_errors(path), open_parquet(path) as file:
-                cells = file.read_row_group(group, columns=[column])
-                if column not in cells.column_names:
-                    raise ItemError(f"no column {column!r}: {path} has others")
-                self._groups[name] = cells[column]
-        self._groups.move_to_end(name)
-        while len(self._groups) > 1 and sum(cells.nbytes for cells in self._groups.values()) > _CACHE_BYTES:
-            self._groups.popitem(last=False)
-        return self._groups[name]
+def _row_group_starts(path: Path) -> list[int]:
+    """Return the first row of each row group, and the number of rows."""
+    with open_parquet(path) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    return list(accumulate(sizes, initial=0))
+
+
+def _read_row_group(path: Path, column: str, group: int) -> pa.ChunkedArray:
+    with open_parquet(path) as file:
+        if column not in file.schema_arrow.names:
+            raise ItemError(f"no column {column!r}: {path} has others")
+        return file.read_row_group(group, columns=[column])[column]
+
+
+def item_bytes(cell: Any, folder: Path, column: str, place: str) -> bytes:
+    """Return the bytes of the item in a cell: those in it, or those of the file that it names; else an ItemError."""
+    data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
+    if isinstance(data, bytes):
+        return data
+    if isinstance(path, str) and path:
+        return read_item_file(resolve_item(folder, path))
+    raise ItemError(f"no item in column {column}: {place} is empty")
 
 
 IMAGE_NAMES = (
@@ -262,7 +259,7 @@ COLUMN_SETTINGS = ("item_columns", "caption_columns", "key_column", "omit_column
 INTERVAL_NAMES = ("start_s", "stop_s")
 """Names of the columns with the start and the end of recordings and videos, in seconds."""
 COLUMN_MARK = "#"
-"""Between the path of a table and the column that holds the bytes of items, see `embedded_path`."""
+"""Between the path of a table and the column that holds the bytes of items."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,8 +347,34 @@ def _item_column(file: TableFile, settings: SourceSettings, modality: str, names
     return column
 
 
+def read_sample(
+    columns: TableColumns, row: Row, place: str, *, key: str, items: Mapping[str, tuple[str, int]]
+) -> Sample:
+    """Return the sample of a row.
+
+    Args:
+        place: where the row is, for errors.
+        key: key of the sample if there is no key column.
+        items: modality -> path and offset of its item.
+    """
+    start_s, stop_s = read_interval(columns, row, place)
+    files = {}
+    for modality, (path, offset) in items.items():
+        interval = (start_s, stop_s) if MODALITIES[modality].has_interval else (None, None)
+        files[modality] = (FileItem(path=path, offset=offset, start_s=interval[0], stop_s=interval[1]),)
+    return Sample(
+        key=read_key(columns, row, place) or key,
+        images=files.pop("image", ()),
+        texts=read_texts(columns, row, place),
+        columns=to_scalar_columns({name: row.get(name) for name in columns.others}),
+        files=files,
+    )
+
+
 def read_interval(columns: TableColumns, row: Row, location: str) -> tuple[float | None, float | None]:
     """Return the start and the end of a row's recording or video; the error for other cells starts with `location`."""
+    if columns.interval == (None, None):
+        return None, None
     start_s, stop_s = (
         None if name is None or row.get(name) in (None, "") else _seconds(row[name], f"{location}: {name}")
         for name in columns.interval
@@ -369,17 +392,6 @@ def _seconds(value: Any, location: str) -> float:
     if not 0 <= seconds < inf:
         raise SourceError(f"{location}: expected seconds of at least 0, got {value!r:.60}")
     return seconds
-
-
-def embedded_path(path: str, column: str) -> str:
-    """Return the path of items whose bytes are in a column other than that of images."""
-    return f"{path}{COLUMN_MARK}{column}"
-
-
-def split_embedded(path: str) -> tuple[str, str | None]:
-    """Return the path and the column of the result of `embedded_path`; None for any other path."""
-    table, mark, column = path.rpartition(COLUMN_MARK)
-    return (table, column) if mark else (path, None)
 
 
 def read_key(columns: TableColumns, row: Row, location: str) -> str | None:

@@ -240,7 +240,7 @@ def test_unreadable_items_are_counted_by_kind(tmp_path: Path) -> None:
     assert report.failures == {"outside the source and --image-folder": 4}
     pq.write_table(pa.table({"image": [(folder / "00000.png").read_bytes(), None, None]}), tmp_path / "t.parquet")
     (report,) = extract(tmp_path / "t.parquet", tmp_path / "e", image_encoder=[IMAGE])
-    assert report.failures == {"no image in column image": 2}
+    assert report.failures == {"no item in column image": 2}
 
 
 @pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "short"])

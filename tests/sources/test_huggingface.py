@@ -68,7 +68,7 @@ def test_splits_labels_keys_and_rows(tmp_path: Path) -> None:
     assert (first.key, third.key) == ("train/0", "test/0")
     assert first.columns == {"split": "train", "label": "cat"}
     assert third.columns == {"split": "test", "label": "dog"}
-    assert third.images == (FileItem(path="test", offset=0),)
+    assert third.images == (FileItem(path="test#image", offset=0),)
     assert third.texts == (TextItem(text="black"), TextItem(text="all black"))
 
 
@@ -137,10 +137,10 @@ def test_unreadable_image_raises_item_error() -> None:
     source = open_source(dataset(image=[None, "/nowhere/x.jpg"]))
     empty, gone = (sample.images[0] for sample in source.samples())
     for item, words in (
-        (empty, "no image: row 0 of"),
+        (empty, "no item in column image: row 0 of"),
         (gone, "no such file"),
-        (FileItem(path="", offset=2), "no image in row 2"),
-        (FileItem(path="test"), "split 'test'"),
+        (FileItem(path="#image", offset=2), "no item in row 2"),
+        (FileItem(path="test#image"), "of 'test#image'"),
     ):
         with pytest.raises(ItemError, match=words):
             source.read(item)

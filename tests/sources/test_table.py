@@ -1,3 +1,4 @@
+import csv
 import json
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -83,6 +84,7 @@ def test_rows_of_one_key_are_one_sample(tmp_path: Path) -> None:
     [
         ("t.csv", "filename;caption\na.jpg;one\n", {}, "--delimiter"),
         ("t.csv", 'image,caption\na.jpg,one\nb.jpg,"two" three\n', {}, "line 3"),
+        ("t.csv", 'image,caption\na.jpg,"5 inch pipe\nb.jpg,a "big" dog\n', {}, "line 3"),
         ("t.csv", "caption,caption\na,b\n", {}, "twice"),
         ("t.csv", 'caption,image\nx\n"y,z', {}, "line"),
         ("t.csv", "words\nx\n", {}, "--item-column MODALITY=COLUMN and --caption-column"),
@@ -193,7 +195,7 @@ def test_delimiter_of_a_table_without_one_raises(tmp_path: Path) -> None:
 def test_item_of_bytes_is_file_and_row(tmp_path: Path) -> None:
     source = open_source(write_parquet(tmp_path / "t.parquet", image=IMAGES))
     items = [sample.images[0] for sample in source.samples()]
-    assert items == [FileItem(path="t.parquet", offset=n) for n in range(5)]
+    assert items == [FileItem(path="t.parquet#image", offset=n) for n in range(5)]
     assert [source.read(item) for item in reversed(items)] == IMAGES[::-1]
 
 
@@ -243,10 +245,36 @@ def test_language_column(tmp_path: Path) -> None:
     assert [text.language for sample in source.samples() for text in sample.texts] == ["en", "de", None]
 
 
-def test_csv_cells_stay_text(tmp_path: Path) -> None:
-    write(tmp_path, {"t.tsv": "key\tcaption\n007\ta, b\n"})
-    (sample,) = open_source(tmp_path / "t.tsv").samples()
-    assert (sample.key, sample.texts) == ("007", (TextItem(text="a, b"),))
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_cells_keep_their_characters(tmp_path: Path, suffix: str) -> None:
+    """Keys, captions and labels that look like numbers, dates, truth values or missing ones."""
+    cells = [
+        "007",
+        "1e5",
+        "2026-12-01",
+        "TRUE",
+        "NA",
+        "null",
+        "1.50",
+        " x",
+        '"',
+        "a, b\tc",
+        "two\nlines",
+        "+1",
+        "\u00e4",
+    ]
+    path = tmp_path / f"t{suffix}"
+    if suffix == ".jsonl":
+        rows = [json.dumps({"key": cell, "caption": f"a {cell}", "label": cell}) for cell in cells]
+        path.write_text("\n".join(rows))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",")
+            writer.writerows([["key", "caption", "label"], *([cell, f"a {cell}", cell] for cell in cells)])
+    samples = list(open_source(path).samples())
+    assert [sample.key for sample in samples] == cells
+    assert [sample.texts[0].text for sample in samples] == [f"a {cell}".strip() for cell in cells]
+    assert [sample.columns for sample in samples] == [{"label": cell} for cell in cells]
 
 
 def test_columns_of_jsonl_are_the_fields_of_its_first_rows(tmp_path: Path) -> None:
@@ -279,7 +307,7 @@ def test_empty_cell_raises_item_error(tmp_path: Path) -> None:
     image = pa.array([None, IMAGES[0]], pa.binary())
     source = open_source(write_parquet(tmp_path / "t.parquet", image=image))
     first, second = (sample.images[0] for sample in source.samples())
-    with pytest.raises(ItemError, match=r"no image in column image: row 0 of .*t.parquet is empty"):
+    with pytest.raises(ItemError, match=r"no item in column image: row 0 of .*t.parquet is empty"):
         source.read(first)
     assert source.read(second) == IMAGES[0]
 
