@@ -8,13 +8,13 @@ remote files are fetched in blocks by fsspec.
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
-from embedcache.errors import ItemError, SourceError
+from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_remote
 from embedcache.sources.files import (
     check_read_allowed,
@@ -47,62 +47,64 @@ class Member(NamedTuple):
     length: int
 
 
-class TarBytes:
-    """Buffered, mostly sequential reads of one tar of `size` bytes; `fetch(offset, length)` reads a part of it."""
+def open_tar(path: Path) -> BinaryIO:
+    """Open a tar to read its headers; a remote one in blocks, of which the next is fetched ahead.
 
-    def __init__(self, location: str, size: int, fetch: Callable[[int, int], bytes]) -> None:
-        self.location = location
-        self.size = size
-        self._fetch = fetch
-        self._start = 0
-        self._data = b""
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Read `length` bytes from `offset` on, or up to the end."""
-        first = offset - self._start
-        if first < 0 or first + length > len(self._data):
-            available = self.size - offset
-            if available <= 0:
-                return b""
-            self._data = self._fetch(offset, min(available, max(length, _WINDOW_BYTES)))
-            self._start, first = offset, 0
-        return self._data[first : first + length]
+    Raises:
+        PathError: the web server has no range requests. Other errors are raised unchanged.
+    """
+    if not is_remote(path):
+        return os.fdopen(open_descriptor(path), "rb", buffering=_WINDOW_BYTES)
+    check_read_allowed(path, 0)
+    filesystem, name = remote_filesystem(path)
+    options = {"block_size": _REMOTE_BLOCK_BYTES, "cache_type": "background", "cache_options": {"maxblocks": 4}}
+    file = cast(BinaryIO, filesystem.open(name, "rb", **options))
+    if not file.seekable():
+        file.close()
+        raise PathError(no_range_requests(path))
+    return file
 
 
-def iter_members(tar: TarBytes) -> Iterator[Member]:
-    """Iterate over the files of a tar, in order. Memory holds one window of it. Errors name the offset."""
+def iter_members(tar: BinaryIO, location: str) -> Iterator[Member]:
+    """Iterate over the files of a tar, in order. The tar may be read elsewhere between them. Errors name the offset."""
+    size = tar.seek(0, os.SEEK_END)
     offset = 0
-    while (header := tar.read(offset, BLOCK_BYTES)) != _ZERO_BLOCK:
+    while (header := _read(tar, offset, BLOCK_BYTES)) != _ZERO_BLOCK:
         if len(header) < BLOCK_BYTES:
-            raise _damaged(tar.location, f"the file ends at offset {offset}, where a header was expected")
-        member, after = _plain_member(tar, offset, header) or _other_member(tar, offset)
+            raise _damaged(location, f"the file ends at offset {offset}, where a header was expected")
+        member, after = _plain_member(tar, location, offset, header) or _other_member(tar, location, offset)
         if after <= offset:
-            raise _damaged(tar.location, f"the header at offset {offset} has no valid size")
-        if after > tar.size:
-            raise _damaged(tar.location, f"the member at offset {offset} ends {after - tar.size} bytes after the file")
+            raise _damaged(location, f"the header at offset {offset} has no valid size")
+        if after > size:
+            raise _damaged(location, f"the member at offset {offset} ends {after - size} bytes after the file")
         offset = after
         if member is not None:
             yield member
+
+
+def _read(tar: BinaryIO, offset: int, length: int) -> bytes:
+    tar.seek(offset)
+    return tar.read(length)
 
 
 def _damaged(location: str, reason: str) -> SourceError:
     return SourceError(f"{location} is not a tar, or is truncated or damaged: {reason}; copy or create it again")
 
 
-def _plain_member(tar: TarBytes, offset: int, header: bytes) -> tuple[Member, int] | None:
+def _plain_member(tar: BinaryIO, location: str, offset: int, header: bytes) -> tuple[Member, int] | None:
     """Return a file with a plain header, and the offset of the next header; None if `tarfile` must read it."""
     kind = header[156:157]
     if kind in _EXTENDED and (_size(header) or 0) > _MAX_EXTENDED_BYTES:
-        raise _damaged(tar.location, f"the extended header at offset {offset} has {_size(header):,} bytes")
+        raise _damaged(location, f"the extended header at offset {offset} has {_size(header):,} bytes")
     if kind == b"x":
         size = _size(header)
         if size is None or not _has_valid_checksum(header):
             return None
-        records = tar.read(offset + BLOCK_BYTES, size)
+        records = _read(tar, offset + BLOCK_BYTES, size)
         if _OVERRIDES.search(records):
             return None
         offset += BLOCK_BYTES + _padded(size)
-        header = tar.read(offset, BLOCK_BYTES)
+        header = _read(tar, offset, BLOCK_BYTES)
         kind = header[156:157]
     size = _size(header)
     name = _name(header)
@@ -145,43 +147,24 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def _other_member(tar: TarBytes, offset: int) -> tuple[Member | None, int]:
+def _other_member(tar: BinaryIO, location: str, offset: int) -> tuple[Member | None, int]:
     """Return the member at an offset as read by `tarfile`, None if it is not a file, and the next header's offset."""
-    file: Any = _TarFile(tar, offset)
+    tar.seek(offset)
     try:
-        with tarfile.TarFile(fileobj=file) as archive:
+        with tarfile.TarFile(fileobj=tar) as archive:
             info = archive.next()
             after = archive.offset
     except tarfile.TarError as error:
-        raise _damaged(tar.location, f"{error} at offset {offset}") from None
+        raise _damaged(location, f"{error} at offset {offset}") from None
     except RecursionError:  # tarfile calls itself for every extended header before a member
-        raise _damaged(tar.location, f"too many extended headers at offset {offset}") from None
+        raise _damaged(location, f"too many extended headers at offset {offset}") from None
     if info is None:
-        raise _damaged(tar.location, f"no valid header at offset {offset}")
+        raise _damaged(location, f"no valid header at offset {offset}")
     if info.issparse():
-        raise _damaged(tar.location, f"{info.name} is a sparse file; create the tar without --sparse")
+        raise _damaged(location, f"{info.name} is a sparse file; create the tar without --sparse")
     if not info.isreg():
         return None, after
-    return Member(check_utf8_name(info.name, tar.location), info.offset_data, info.size), after
-
-
-class _TarFile:
-    """File object over a `TarBytes`, as `tarfile` expects."""
-
-    def __init__(self, tar: TarBytes, offset: int) -> None:
-        self._tar = tar
-        self._offset = offset
-
-    def tell(self) -> int:
-        return self._offset
-
-    def seek(self, offset: int) -> None:
-        self._offset = offset
-
-    def read(self, length: int) -> bytes:
-        data = self._tar.read(self._offset, length)
-        self._offset += len(data)
-        return data
+    return Member(check_utf8_name(info.name, location), info.offset_data, info.size), after
 
 
 class ByteRanges:
@@ -231,20 +214,14 @@ class _OpenFile:
 
 
 class _RemoteFile:
-    """A remote file, of which some blocks are kept and the next one is fetched ahead: a request takes milliseconds."""
+    """A remote file, of which some blocks are kept: a request takes milliseconds."""
 
     def __init__(self, path: Path) -> None:
-        filesystem, name = remote_filesystem(path)
-        options = {"block_size": _REMOTE_BLOCK_BYTES, "cache_type": "background", "cache_options": {"maxblocks": 4}}
         with wrap_io_errors(path, ItemError):
-            self._file = filesystem.open(name, "rb", **options)
-        if not self._file.seekable():
-            raise ItemError(no_range_requests(path))
+            self._file = open_tar(path)
         self._path, self._lock = path, Lock()
 
     def read(self, offset: int, length: int) -> bytes:
         """Read `length` bytes, or up to the end of the file."""
         with self._lock, wrap_io_errors(self._path, ItemError):
-            self._file.seek(offset)
-            data: bytes = self._file.read(length)
-            return data
+            return _read(self._file, offset, length)

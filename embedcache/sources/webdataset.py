@@ -5,12 +5,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from math import prod
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from embedcache.errors import PathError, SourceError
 from embedcache.files import is_remote, open_path
@@ -39,7 +38,7 @@ from embedcache.sources.files import (
 )
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_files import open_table_file
-from embedcache.sources.tars import ByteRanges, Member, TarBytes, iter_members
+from embedcache.sources.tars import ByteRanges, Member, iter_members, open_tar
 
 _EMPTY = Sidecar()
 _MODALITIES = {suffix: modality for modality, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes}
@@ -105,21 +104,18 @@ class WebdatasetSource:
         return self._ranges.read(resolve_item(self._root, item.path), item.offset, item.length)
 
     def _samples_of(self, shard: Path) -> Iterator[Sample]:
-        size = file_size(shard)
-        if size is None:
-            raise PathError(f"expected a shard, got {shard}, which does not exist; check the path")
-        tar = TarBytes(str(shard), size, partial(self._fetch, shard))
         path = relative_to(str(self._root), str(shard))
         table = _read_shard_table(shard)
         split = split_from_path(path)
-        for key, group in groupby(_files(iter_members(tar)), key=itemgetter(0)):
-            sample = self._sample(tar, path, key, group, table.get(key, _EMPTY))
-            if split:
-                columns = {"split": split, **sample.columns}
-                sample = replace(sample, key=f"{split}/{sample.key}", columns=columns)
-            yield sample
+        with wrap_io_errors(shard), open_tar(shard) as tar:
+            for key, group in groupby(_files(iter_members(tar, str(shard))), key=itemgetter(0)):
+                sample = self._sample(tar, path, key, group, table.get(key, _EMPTY))
+                if split:
+                    columns = {"split": split, **sample.columns}
+                    sample = replace(sample, key=f"{split}/{sample.key}", columns=columns)
+                yield sample
 
-    def _sample(self, tar: TarBytes, path: str, key: str, files: Iterable[_File], row: Sidecar) -> Sample:
+    def _sample(self, tar: BinaryIO, path: str, key: str, files: Iterable[_File], row: Sidecar) -> Sample:
         """Return the sample of adjacent files of one key; `row` is that of the table beside the shard."""
         items: dict[str, list[FileItem]] = {}
         sidecar_files = {}
@@ -129,9 +125,11 @@ class WebdatasetSource:
                 item = FileItem(path=path, offset=offset, length=length)
                 items.setdefault(_MODALITIES[suffix], []).append(item)
             elif suffix in SIDECAR_SUFFIXES:
-                sidecar_files[suffix] = tar.read(offset, length)
+                tar.seek(offset)
+                sidecar_files[suffix] = tar.read(length)
             elif suffix == _LABEL_SUFFIX:
-                columns = {**columns, **_label(tar.read(offset, min(length, _MAX_LABEL_BYTES)), key)}
+                tar.seek(offset)
+                columns = {**columns, **_label(tar.read(min(length, _MAX_LABEL_BYTES)), key)}
             else:
                 self.skipped[_skipped_kind(suffix)] += 1
         sidecar = read_sidecar(sidecar_files, key) if sidecar_files else row
@@ -143,10 +141,6 @@ class WebdatasetSource:
             columns={**columns, **sidecar.columns} if columns else sidecar.columns,
             files=add_sound(found) if len(found) > ("image" in found) else {},
         )
-
-    def _fetch(self, shard: Path, offset: int, length: int) -> bytes:
-        with wrap_io_errors(shard):
-            return self._ranges.read(shard, offset, length)
 
 
 def _files(tar_members: Iterable[Member]) -> Iterator[_File]:
