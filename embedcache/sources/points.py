@@ -53,22 +53,12 @@ def decode_points(data: bytes) -> dict[str, Array]:
 
 
 def _read_npz(data: bytes) -> dict[str, Array]:
-    """Read the arrays of an npz without NumPy's reader, which allocates what a damaged header asks for."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
-        _check_size(sum(member.file_size for member in members))
-        return {member.filename.removesuffix(".npy"): _read_npy(archive.read(member)) for member in members}
-
-
-def _read_npy(data: bytes) -> Array:
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read_header(file)
-    if dtype.hasobject:
-        raise ItemError("it holds pickled objects, which may run code")
-    values: Array = np.frombuffer(data, dtype, offset=file.tell())
-    return values.reshape(shape, order="F" if is_fortran else "C")
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        num_bytes = sum(member.file_size for member in archive.zip.infolist())
+        if num_bytes > _MAX_BYTES:
+            raise ItemError(f"too large: {num_bytes:,} bytes uncompressed, more than {_MAX_BYTES:,}")
+        arrays = {name: archive[name] for name in archive.files}
+    return {name: values for name, values in arrays.items() if isinstance(values, np.ndarray)}
 
 
 def _check(arrays: dict[str, Array]) -> dict[str, Array]:
@@ -81,7 +71,8 @@ def _check(arrays: dict[str, Array]) -> dict[str, Array]:
         raise ItemError(f"no coordinates: expected xyz of shape (N, 3), or x, y and z, got {found}")
     if not len(xyz_N3):
         raise ItemError("no points")
-    _check_count(len(xyz_N3))
+    if len(xyz_N3) > MAX_POINTS:
+        raise ItemError(f"too many points: {len(xyz_N3):,}, more than {MAX_POINTS:,}")
     for name, values in arrays.items():
         if values.ndim not in (1, 2) or len(values) != len(xyz_N3):
             raise ItemError(f"wrong shape: expected one row of {name} per point, {len(xyz_N3):,}, got {values.shape}")
@@ -114,13 +105,3 @@ def _check_resolution(xyz_N3: Array) -> None:
             f"too far from the origin: coordinates up to {largest:,.0f} over an extent of {extent:,.6g}; float32 "
             f"resolves {step:g} there; subtract an origin"
         )
-
-
-def _check_count(count: int) -> None:
-    if count > MAX_POINTS:
-        raise ItemError(f"too many points: {count:,}, more than {MAX_POINTS:,}")
-
-
-def _check_size(num_bytes: int) -> None:
-    if num_bytes > _MAX_BYTES:
-        raise ItemError(f"too large: {num_bytes:,} bytes uncompressed, more than {_MAX_BYTES:,}")

@@ -52,7 +52,7 @@ REFUSED: Mapping[str, tuple[bytes, str]] = {
         "one row of label per point, 50",
     ),
     "texts": (npz({**CLOUD, "name": np.array(["a"] * 50)}), "expected numbers in name"),
-    "objects": (pickled(), "pickled objects"),
+    "objects": (pickled(), "Object arrays cannot be loaded"),
     "far away": (npz({"xyz": CLOUD["xyz"].astype(np.float64) + 5e6}), "float32 resolves 0.5 there; subtract an origin"),
     "cut npz": (npz(CLOUD)[:300], "damaged point cloud"),
 }
