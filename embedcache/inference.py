@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, overload
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -109,20 +109,13 @@ class Model:
         """Inverse temperature that training multiplied cosine similarities by; use it for probabilities."""
         return self._pair.scale.item()
 
-    @overload
-    def encode_image(self, images: ImageLike | Sequence[ImageLike], *, tensors: Literal[False] = False) -> Floats: ...
-
-    @overload
-    def encode_image(self, images: ImageLike | Sequence[ImageLike], *, tensors: Literal[True]) -> Tensor: ...
-
-    def encode_image(self, images: ImageLike | Sequence[ImageLike], *, tensors: bool = False) -> Floats | Tensor:
+    def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Floats:
         """Embed images, one batch of the encoder at a time.
 
         EXIF orientation, transparency and color modes are handled as in extraction.
 
         Args:
             images: one image, or N: paths, open PIL images, tensors or arrays; see `ImageLike`.
-            tensors: return a tensor on the device of the model, not an array.
 
         Returns:
             (N, P) float32, rows of length 1; a single image gives (1, P), an empty list (0, P).
@@ -133,21 +126,14 @@ class Model:
             FingerprintError: the encoder is not the one whose features the run was trained on.
             MissingExtraError: the encoder's package is not installed.
         """
-        listed, encoder = list_images(images), self._encoder("image")
-        return self._as_requested(encoder.encode(listed, encoder.load_image), tensors=tensors)
+        encoder = self._encoder("image")
+        return encoder.encode(list_images(images), encoder.load_image)
 
-    @overload
-    def encode_text(self, texts: str | Sequence[str], *, tensors: Literal[False] = False) -> Floats: ...
-
-    @overload
-    def encode_text(self, texts: str | Sequence[str], *, tensors: Literal[True]) -> Tensor: ...
-
-    def encode_text(self, texts: str | Sequence[str], *, tensors: bool = False) -> Floats | Tensor:
+    def encode_text(self, texts: str | Sequence[str]) -> Floats:
         """Embed texts, one batch of the encoder at a time; spaces around them are left out, as of captions.
 
         Args:
             texts: one text, or N, a sequence or an iterator.
-            tensors: return a tensor on the device of the model, not an array.
 
         Returns:
             (N, P) float32, rows of length 1; a single text gives (1, P), an empty list (0, P).
@@ -156,16 +142,9 @@ class Model:
             DataError: a text is empty, or no text.
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
-        listed = list_texts(texts)
-        return self._as_requested(self._encoder("text").encode(listed, _load_text), tensors=tensors)
+        return self._encoder("text").encode(list_texts(texts), _load_text)
 
-    @overload
-    def encode(self, items: Any, modality: Modality = "text", *, tensors: Literal[False] = False) -> Floats: ...
-
-    @overload
-    def encode(self, items: Any, modality: Modality = "text", *, tensors: Literal[True]) -> Tensor: ...
-
-    def encode(self, items: Any, modality: Modality = "text", *, tensors: bool = False) -> Floats | Tensor:
+    def encode(self, items: Any, modality: Modality = "text") -> Floats:
         """Embed items of either modality of the run, texts unless another is named, one batch at a time.
 
         Args:
@@ -173,7 +152,6 @@ class Model:
                 bytes of a file, or decoded: (n,) float32 mono samples in [-1, 1] at 16 kHz, a `Video`, or arrays of
                 points by name.
             modality: one of the two of the run, such as `audio`.
-            tensors: return a tensor on the device of the model, not an array.
 
         Returns:
             (N, P) float32, rows of length 1; a single item gives (1, P), an empty list (0, P).
@@ -184,24 +162,18 @@ class Model:
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
         if modality == "image":
-            return self.encode_image(items, tensors=True) if tensors else self.encode_image(items)
+            return self.encode_image(items)
         if modality == "text":
-            return self.encode_text(items, tensors=True) if tensors else self.encode_text(items)
+            return self.encode_text(items)
         encoder, listed = self._encoder(modality), list_items(items)
         parts = [np.empty((0, self.width), np.float32)]
         for rows in blocks(len(listed), encoder.encoder.batch_size):
             names = [item_name(item, modality, row) for row, item in enumerate(listed[rows], rows.start)]
             prepared = [prepare_item(*pair, [encoder])[0] for pair in zip(listed[rows], names, strict=True)]
             parts.append(encoder.embed(prepared))
-        return self._as_requested(np.concatenate(parts), tensors=tensors)
+        return np.concatenate(parts)
 
-    @overload
-    def project(self, vectors: Any, modality: Modality, *, tensors: Literal[False] = False) -> Floats: ...
-
-    @overload
-    def project(self, vectors: Any, modality: Modality, *, tensors: Literal[True]) -> Tensor: ...
-
-    def project(self, vectors: Any, modality: Modality, *, tensors: bool = False) -> Floats | Tensor:
+    def project(self, vectors: Any, modality: Modality) -> Floats:
         """Embed stored features: vectors as they are in a cache, or as the tool computes them that they came from.
 
         No encoder is opened, so this is how a run on imported vectors embeds new items.
@@ -210,7 +182,6 @@ class Model:
             vectors: (N, D) of any float type, an array or a tensor, where D is the width of the run's feature, scaled
                 as those in the cache are; (D,) is one vector, and (N, T, D) are tokens, if the run takes them.
             modality: modality of the features, one of the two of the run, such as `text`.
-            tensors: return a tensor on the device of the model, not an array.
 
         Returns:
             (N, P) float32, rows of length 1.
@@ -228,7 +199,7 @@ class Model:
         with np.errstate(over="ignore"):  # float64 beyond the range of float32 is infinite
             values = values.astype(np.float32)
         check_finite(values, "the array of vectors")
-        return self._as_requested(project(tower, Inputs(values), device=self._device), tensors=tensors)
+        return project(tower, Inputs(values), device=self._device)
 
     def similarity(self, items: PairedItems | Tensor, texts: str | Sequence[str] | Array | Tensor) -> Floats:
         """Compute the cosine similarity of every item with every text, or of vectors with vectors.
@@ -301,9 +272,6 @@ class Model:
             )
         check_finite(vectors_NP, "the array of vectors")
         return normalize(vectors_NP)
-
-    def _as_requested(self, vectors_NP: Floats, *, tensors: bool) -> Floats | Tensor:
-        return torch.from_numpy(vectors_NP).to(self._device) if tensors else vectors_NP
 
     def _encoder(self, modality: Modality) -> "ProjectedEncoder":
         """Return the encoder of a modality, which is opened on first use."""

@@ -135,16 +135,13 @@ def test_embedding_shapes(image_folder: Path, run_path: Path) -> None:
     assert model.scale > 1
 
 
-def test_tensors_in_and_out(image_folder: Path, run_path: Path) -> None:
+def test_images_may_be_arrays_and_tensors(image_folder: Path, run_path: Path) -> None:
     model, paths = embedcache.load(run_path), sorted(image_folder.glob("*.png"))[:3]
     expected, pixels = model.encode_image(paths), [np.asarray(Image.open(path).convert("RGB")) for path in paths]
     batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # (3, 3, H, W)
     for images in (pixels, np.stack(pixels), batch, batch / 255, list(batch)):
         np.testing.assert_allclose(model.encode_image(images), expected, atol=1e-6)
-    tensor = model.encode_image(batch[0], tensors=True)
-    assert isinstance(tensor, torch.Tensor)
-    np.testing.assert_allclose(tensor.numpy(), expected[:1], atol=1e-6)
-    assert model.encode_text("a", tensors=True).shape == (1, model.width)
+    np.testing.assert_allclose(model.encode_image(batch[0]), expected[:1], atol=1e-6)
 
 
 def test_classes_without_training(image_folder: Path, run_path: Path) -> None:
@@ -225,7 +222,6 @@ def test_stored_features_are_projected(run_path: Path, exact_cache: Path) -> Non
     np.testing.assert_allclose(projected, cached_vectors(exact_cache, run_path, "image")[:3], atol=1e-5)
     assert projected.dtype == np.float32
     np.testing.assert_array_equal(model.project(stored.astype(object), "image"), model.project(stored, "image"))
-    assert model.project(stored, "image", tensors=True).shape == (3, model.width)
     assert model.project(stored[:0], "image").shape == (0, model.width)
     width = stored.shape[-1]
     assert model.project(stored.reshape(-1, width)[0], "image").shape == (1, model.width)

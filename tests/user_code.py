@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -63,16 +64,16 @@ def use(cache: embedcache.Cache) -> None:
     model = embedcache.load("run")
     vectors = model.encode(["a dog", "a cat"])
     rows: int = model.similarity(["a.jpg"], "a dog").shape[0] + model.similarity(vectors, torch.zeros(2, 8)).shape[0]
-    tensor: torch.Tensor = model.encode_image(torch.zeros(2, 3, 8, 8), tensors=True)
+    images: np.ndarray = model.encode_image(torch.zeros(2, 3, 8, 8))
     best: list[str] = model.classify("a.jpg", ["cat", "dog"], template="a photo of a {}").best
-    print(rows, tensor, best)
+    print(rows, images, best)
     for batch in DataLoader(embedcache.PairDataset(cache, part="train", split="key"), batch_size=2):
         print(batch["image"])
 
 
 def mistake(cache: embedcache.Cache, model: embedcache.Model) -> None:
     """Each line with a comment is refused; a comment that ignores nothing is an error, too."""
-    model.encode_text(3)  # type: ignore[call-overload]
+    model.encode_text(3)  # type: ignore[arg-type]
     tensors: torch.Tensor = model.encode_text("a")  # type: ignore[assignment]
     model.classify(3, "a")  # type: ignore[arg-type]
     embedcache.train_projectors(3, "run")  # type: ignore[arg-type]
