@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from embedcache.errors import EmbedcacheError, show_faults
-from embedcache.progress import Progress, join_names
+from embedcache.progress import NullProgress, Progress, join_names
 from embedcache.registry import Trust, adopt_trust, current_trust, require
 
 T = TypeVar("T")
@@ -131,9 +131,10 @@ def run_processes(
         process.start()
         sender.close()
         processes[receiver] = process
-    merged = _MergedProgress(progress) if is_shared else _Parts(progress, processes)
+    current: dict[str, str] = {}
+    parts = {pipe: _SharedProgress(progress, current) if is_shared else progress.part() for pipe in processes}
     try:
-        return _collect(list(processes), merged)
+        return _collect(parts)
     finally:
         progress.finish()
         for process in processes.values():
@@ -167,12 +168,15 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _collect(pipes: list[Connection], progress: "_MergedProgress | _Parts") -> tuple[list[Any], int]:
+def _collect(parts: Mapping[Connection, Progress]) -> tuple[list[Any], int]:
     """Show the progress of processes until all have ended; return their results, and the number of those that died.
 
-    A message is a kind and its content: `result`, `error` or `bug` of `_run_child`, else a method of the progress.
+    A message is a kind and its content: `result`, `error` or `bug` of `_run_child`, else a method of the process's
+    progress.
     """
-    results, num_died = [], 0
+    results = []
+    num_died = 0
+    pipes = list(parts)
     while pipes:
         for pipe in wait(pipes):
             assert isinstance(pipe, Connection)
@@ -186,26 +190,26 @@ def _collect(pipes: list[Connection], progress: "_MergedProgress | _Parts") -> t
                 raise WorkerError(f"a worker process failed:\n{content[0]}")
             if kind in ("result", "died"):
                 pipes.remove(pipe)
-                progress.end(pipe)
+                parts[pipe].finish()
                 results += content
                 num_died += kind == "died"
             else:
-                getattr(progress, kind)(pipe, *content)
+                getattr(parts[pipe], kind)(*content)
     return results, num_died
 
 
 class _PipeProgress:
-    """Progress that is sent to the parent process, a few times per second."""
+    """Progress whose calls are sent to the parent process, counts a few times per second."""
 
     def __init__(self, pipe: Connection, name: str = "") -> None:
         self._pipe, self._name = pipe, name
-        self._step = self._state = ""
+        self._state = ""
         self._count = 0
         self._last_s = 0.0
 
     def start(self, what: str, total: int, unit: str) -> None:
-        self._step, self._state = join_names(self._name, what), ""
-        self._pipe.send(("start", self._step, total, unit))
+        self._state = ""
+        self._pipe.send(("start", join_names(self._name, what), total, unit))
 
     def advance(self, count: int) -> None:
         self._count += count
@@ -226,57 +230,37 @@ class _PipeProgress:
         return _PipeProgress(self._pipe, join_names(self._name, name))
 
     def _report(self) -> None:
-        self._pipe.send(("advance", self._step, self._count, self._state))
+        self._pipe.send(("describe", self._state))
+        self._pipe.send(("advance", self._count))
         self._count, self._last_s = 0, time.monotonic()
 
 
-class _Parts:
-    """Progress of several processes, each of which has steps of its own."""
+class _SharedProgress(NullProgress):
+    """Progress of one of several processes that share the items of each step: the step begun last is shown, once.
 
-    def __init__(self, progress: Progress, processes: Iterable[Any]) -> None:
-        self._progress, self._parts = progress, {process: progress.part() for process in processes}
+    `current` has its name, and is the same object for all processes. No process ends a step, as others may be in it.
+    """
 
-    def start(self, process: Any, step: str, total: int, unit: str) -> None:
-        self._parts[process].start(step, total, unit)
+    def __init__(self, progress: Progress, current: dict[str, str]) -> None:
+        self._progress, self._current = progress, current
+        self._step = ""
 
-    def advance(self, process: Any, _: str, count: int, state: str) -> None:
-        self._parts[process].describe(state)
-        self._parts[process].advance(count)
+    def start(self, what: str, total: int, unit: str) -> None:
+        self._step = what
+        if self._current.get("step") != what:
+            self._current["step"] = what
+            self._progress.start(what, total, unit)
 
-    def finish(self, process: Any) -> None:
-        self._parts[process].finish()
-
-    def note(self, _: Any, line: str) -> None:
-        self._progress.note(line)
-
-    def end(self, process: Any) -> None:
-        self.finish(process)
-
-
-class _MergedProgress:
-    """Progress of several processes that share the items of each step, shown as one: the step that was begun last."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._step = progress, ""
-
-    def start(self, _: Any, step: str, total: int, unit: str) -> None:
-        if step != self._step:
-            self._step = step
-            self._progress.start(step, total, unit)
-
-    def advance(self, _: Any, step: str, count: int, state: str) -> None:
-        if step == self._step:
-            self._progress.describe(state)
+    def advance(self, count: int) -> None:
+        if self._step == self._current.get("step"):
             self._progress.advance(count)
 
-    def finish(self, _: Any) -> None:
-        """Do nothing: other processes may be in the step still."""
+    def describe(self, state: str) -> None:
+        if self._step == self._current.get("step"):
+            self._progress.describe(state)
 
-    def note(self, _: Any, line: str) -> None:
+    def note(self, line: str) -> None:
         self._progress.note(line)
-
-    def end(self, _: Any) -> None:
-        """Do nothing: `run_processes` ends the last step."""
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Progress reporting: bars in notebooks and terminals, lines in logs, or an object of yours."""
 
-import re
 import shutil
 import sys
 import time
@@ -9,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 from weakref import WeakSet
 
-from embedcache.errors import SettingError, pluralize, visible
+from embedcache.errors import SettingError, visible
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -65,23 +64,8 @@ def _is_notebook() -> bool:
     return shell is not None and "IPKernelApp" in shell.config
 
 
-class NullProgress:
+class NullProgress(Progress):
     """Discards all progress."""
-
-    def start(self, what: str, total: int, unit: str) -> None:
-        """Do nothing."""
-
-    def advance(self, count: int) -> None:
-        """Do nothing."""
-
-    def describe(self, state: str) -> None:
-        """Do nothing."""
-
-    def finish(self) -> None:
-        """Do nothing."""
-
-    def note(self, line: str) -> None:
-        """Do nothing."""
 
     def part(self, name: str = "") -> "NullProgress":  # noqa: ARG002 - as in `Progress`
         """Return this."""
@@ -152,40 +136,34 @@ class PlainProgress:
     """Progress as a line every ten seconds, for logs."""
 
     def __init__(self, name: str = "") -> None:
-        self._name, self._what, self._unit, self._state = name, "", "", ""
-        self._total = 0
-        self._rate: _Rate | None = None  # of the step; None between two steps
+        self._name = name
+        self._what, self._unit, self._state = "", "", ""
+        self._count, self._total = 0, 0
+        self._started_s: float | None = None  # None between two steps
 
     def start(self, what: str, total: int, unit: str) -> None:
         """Start a step."""
-        self._what, self._total, self._unit = join_names(self._name, what), total, unit
-        self._rate, self._state = _Rate(unit), ""
-        self._last = time.monotonic()
+        self._what, self._unit, self._state = join_names(self._name, what), unit, ""
+        self._count, self._total = 0, total
+        self._started_s = self._written_s = time.monotonic()
 
     def advance(self, count: int) -> None:
-        """Write the count, the rate, the time left and the state, at most every ten seconds."""
-        if self._rate is None:
+        """Write the count, the time left, the rate and the state, at most every ten seconds."""
+        if self._started_s is None:
             return
-        self._rate.add(count)
-        if self._rate.done > self._total:  # bars of tqdm then have no total either
-            self._total = 0
-        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            done = f"{self._rate.done:,}{_of(self._total)} {self._unit}"
-            state = f"; {self._state}" if self._state else ""
-            self.note(f"{self._what}: {done}, {self._rate.text()}{self._rate.left(self._total)}{state}")
+        self._count += count
+        if time.monotonic() - self._written_s >= _SECONDS_BETWEEN_LINES:
+            self._write(self._started_s)
 
     def describe(self, state: str) -> None:
         """Write the state with the next count."""
         self._state = state
 
     def finish(self) -> None:
-        """Write the total time."""
-        if self._rate is not None and self._rate.done:
-            one = re.sub("ie$", "y", self._unit.removesuffix("s"))  # of queries
-            done = f"{pluralize(self._rate.done, one, self._unit)} in {self._rate.seconds:.1f} s"
-            self.note(f"{self._what}: {done}, {self._rate.text()}")
-        self._rate = None
+        """Write the last count and the total time."""
+        if self._started_s is not None and self._count:
+            self._write(self._started_s)
+        self._started_s = None
 
     def note(self, line: str) -> None:
         """Write a line."""
@@ -196,29 +174,19 @@ class PlainProgress:
         """Return the progress of a part, whose lines have its name."""
         return PlainProgress(join_names(self._name, name))
 
-
-class _Rate:
-    """Units that were done in a step, and how fast."""
-
-    def __init__(self, unit: str) -> None:
-        self._unit = unit
-        self._started = time.monotonic()
-        self.done = 0
-
-    def add(self, count: int) -> None:
-        self.done += count
-
-    @property
-    def seconds(self) -> float:
-        return max(time.monotonic() - self._started, 1e-9)
-
-    def text(self) -> str:
-        rate = self.done / self.seconds
-        return f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s"
-
-    def left(self, total: int) -> str:
-        """Return the time that is left until a total, `, 12 s left`; nothing if it is unknown."""
-        return f", {self.seconds * (total - self.done) / self.done:.0f} s left" if total and self.done else ""
+    def _write(self, started_s: float) -> None:
+        """Write a line in the format of bars, such as `training: 10/40 pairs [00:10<00:30, 1.00 pairs/s, loss 0.5]`."""
+        self._written_s = time.monotonic()
+        line = _import_tqdm().format_meter(
+            self._count,
+            self._total if self._count <= self._total else None,
+            self._written_s - started_s,
+            ncols=0,  # no bar
+            prefix=self._what,
+            unit=f" {self._unit}",
+            postfix=self._state,
+        )
+        self.note(line)
 
 
 Part = TypeVar("Part", bound=Sized | slice)
@@ -231,11 +199,6 @@ def watch(parts: Iterable[Part], progress: Progress, what: str, total: int, unit
         yield part
         progress.advance(part.stop - part.start if isinstance(part, slice) else len(part))
     progress.finish()
-
-
-def _of(total: int) -> str:
-    """Return the total behind a count, `/1,000`; nothing if it is unknown."""
-    return f"/{total:,}" if total else ""
 
 
 def join_names(part: str, name: str) -> str:

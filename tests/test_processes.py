@@ -15,9 +15,8 @@ import pytest
 from embedcache.errors import SettingError
 from embedcache.processes import (
     _collect,
-    _MergedProgress,
-    _Parts,
     _PipeProgress,
+    _SharedProgress,
     cgroup_cores,
     check_cancelled,
     num_cores,
@@ -95,13 +94,16 @@ def test_bug_is_raised_with_its_traceback() -> None:
 
 def test_steps_that_processes_share_are_shown_as_one() -> None:
     shown = RecordedProgress()
-    merged = _MergedProgress(shown)
-    for process in range(2):
-        merged.start(process, "images", 10, "images")
-        merged.advance(process, "images", 5, "")
-    merged.start(0, "texts", 20, "texts")
+    current: dict[str, str] = {}
+    processes = [_SharedProgress(shown, current) for _ in range(2)]
+    for process in processes:
+        process.start("images", 10, "images")
+        process.advance(5)
+        process.finish()
+    processes[0].start("texts", 20, "texts")
+    processes[1].advance(3)
     assert shown.started == [("images", 10, "images"), ("texts", 20, "texts")]
-    assert shown.counts["images"] == 10
+    assert shown.counts == {"images": 10}
 
 
 def test_processes_with_steps_of_their_own_are_parts() -> None:
@@ -118,7 +120,7 @@ def test_processes_with_steps_of_their_own_are_parts() -> None:
         progress.note(f"{name}: done")
         sender.send(("result", name))
     receivers = [receiver for receiver, _ in pipes]
-    assert _collect(list(receivers), _Parts(shown, receivers)) == (["sound", "lips"], 0)
+    assert _collect({receiver: shown.part() for receiver in receivers}) == (["sound", "lips"], 0)
     assert [part.started for part in shown.parts] == [
         [("sound: training", 3, "utterances")],
         [("lips: training", 3, "utterances")],

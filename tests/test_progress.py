@@ -23,12 +23,10 @@ def test_lines_name_the_part_and_the_state(monkeypatch: pytest.MonkeyPatch, caps
         part.finish()
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(", ")[0] for line in lines] == [
-        "sound: training: 10/40 utterances",
-        "sound: training: 10 utterances in 0.0 s",
-        "lips: training: 10/40 utterances",
-        "lips: training: 10 utterances in 0.0 s",
+        *["sound: training:  25% 10/40 [00:00<00:00"] * 2,
+        *["lips: training:  25% 10/40 [00:00<00:00"] * 2,
     ]
-    assert lines[0].endswith(" s left; loss of sound")
+    assert lines[0].endswith(" utterances/s, loss of sound]")
 
 
 @pytest.mark.parametrize("kind", [NullProgress, BarProgress, PlainProgress])
