@@ -76,25 +76,18 @@ def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterato
 
 
 def _installed_packages() -> dict[str, str]:
-    """Return name -> version of what can have decided the output: known libraries, and packages of used plug-ins.
-
-    The metadata of a package are read once in a process, and again when other folders of `sys.path` hold metadata.
-    """
-    folders, names = _metadata_folders(), list(RECORDED_PACKAGES)
+    """Return name -> version of what can have decided the output: known libraries, and packages of used plug-ins."""
+    names = [*RECORDED_PACKAGES]
     if plugins := used_plugins():
-        owners = _owners(folders)
+        owners = owners_of_modules(tuple(sys.path))
         names += sorted({name for package in plugins for name in owners.get(package, ())} - {*names})
-    versions = {name: _version(name, folders) for name in names}
+
+    versions = {name: _version(name) for name in names}
     return {name: found for name, found in versions.items() if found is not None}
 
 
-def _metadata_folders() -> tuple[str, ...]:
-    """Return the entries of `sys.path` that hold metadata of packages; the folder of a command rarely does."""
-    return tuple(entry for entry in sys.path if not Path(entry).is_dir() or any(Path(entry).glob("*.*-info")))
-
-
 @cache
-def _version(name: str, folders: tuple[str, ...]) -> str | None:  # noqa: ARG001  # they are the key
+def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
@@ -102,8 +95,8 @@ def _version(name: str, folders: tuple[str, ...]) -> str | None:  # noqa: ARG001
 
 
 @cache
-def _owners(folders: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG001  # they are the key
-    """Return name of a module -> packages that installed it."""
+def owners_of_modules(search_path: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG001  # it is the key
+    """Return name of a module -> packages that installed it; reads the metadata of all of them."""
     return packages_distributions()
 
 

@@ -18,13 +18,13 @@ from torch.distributed import TCPStore
 
 import tests.flushes  # noqa: F401 - in forked processes, too
 from embedcache.cli.main import root_command
-from embedcache.records import _metadata_folders, _owners
+from embedcache.records import owners_of_modules
 
 T = TypeVar("T")
 
 replace = Path.replace
 root_command()  # this and the next line are cached for all forked processes: each would take 0.05 and 0.3 s
-_owners(_metadata_folders())
+owners_of_modules(tuple(sys.path))
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [

@@ -8,7 +8,7 @@ import pytest
 
 from embedcache.errors import CorruptError
 from embedcache.provenance import write_record
-from embedcache.records import RECORDED_PACKAGES, read_stage, record_stage
+from embedcache.records import read_stage, record_stage
 from embedcache.registry import Registry
 
 
@@ -28,21 +28,6 @@ def test_another_file_in_place_of_a_record_is_found(tmp_path: Path) -> None:
     write_record(tmp_path / "record.json", {"format": 2, "kind": "pair"})  # such as a config, whose digest is right
     with pytest.raises(CorruptError, match=r"record.json: expected the record of a stage, got another JSON file"):
         read_stage(tmp_path / "record.json")
-
-
-@pytest.mark.slow
-def test_metadata_of_packages_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr("embedcache.records.version", lambda name: asked.append(name) or "1.0")
-    (tmp_path / "own-1.0.dist-info").mkdir()  # no earlier test has read these metadata
-    monkeypatch.syspath_prepend(tmp_path)
-    for number in range(3):
-        (tmp_path / f"folder{number}").mkdir()
-        monkeypatch.syspath_prepend(tmp_path / f"folder{number}")  # as the folder of a command
-        with record_stage(tmp_path / f"{number}.json", "train", {}) as outcome:
-            outcome["loss"] = 0.5
-    assert len(asked) == len(set(asked)) >= len(RECORDED_PACKAGES)
-    assert read_stage(tmp_path / "2.json")["packages"]["torch"] == "1.0"
 
 
 @pytest.mark.slow
