@@ -1,4 +1,4 @@
-"""Local paths and URLs (`s3://bucket/folder`, `gs://`, `https://`), and atomic writes."""
+"""Local paths and URLs (`s3://bucket/folder`, `gs://`, `https://`), atomic writes, and their errors in one line."""
 
 import errno
 import glob
@@ -7,7 +7,9 @@ import platform
 import re
 import shutil
 import stat
+import sys
 import tempfile
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -15,8 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 from uuid import uuid4
 
-from embedcache.errors import EmbedcacheError, PathError
-from embedcache.io_errors import disk_errors, io_reason, service_errors
+from embedcache.errors import CorruptError, DiskFullError, EmbedcacheError, ItemError, PathError, one_line
 from embedcache.registry import require
 
 AnyPath: TypeAlias = Path | str | os.PathLike[str]
@@ -35,6 +36,29 @@ _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oc
 _PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
 """Name of an unfinished file or folder, see `partial_path`: the final name, then the machine and the process."""
 _NODE = platform.node().replace(".", "-")
+_SERVICES = frozenset(
+    {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs", "upath", "yarl"}
+    | {"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2"}
+)
+_UNCLASSIFIED = (ValueError, NotImplementedError)
+"""What file systems also raise: of a URL that they cannot parse, an unexpected answer, a server that takes no files."""
+_HUB_REASONS = {
+    "GatedRepoError": "its access is restricted: accept its terms on its page, and run: hf auth login",
+    "RepositoryNotFoundError": "no such repository, or a private one: check the name, or run: hf auth login",
+    "RevisionNotFoundError": "no such revision",
+    "EntryNotFoundError": "no such file",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
+}
+"""Class of the Hub's library, the more special ones first -> reason; their own texts are paragraphs."""
+_LONGEST_REASON = 300
+_ARROW_REASON = re.compile(r".* Detail: \[errno \d+\] ", re.DOTALL)
+"""What Arrow writes in front of the reason of the operating system: what it was about to do, with the file."""
+
+_FORMATS = frozenset({"pyarrow", "safetensors_rust", "tarfile", "zipfile", "zlib"})
+"""Libraries that raise errors of their own for the content of a damaged file."""
+
+_OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE)  # too many open files
+_NOT_FOUND = 404
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)  # the only way to read it
 
@@ -155,18 +179,21 @@ def split_lines(text: str) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves either the old or the new file; a full disk leaves no partial file."""
-    write_blocks(path, [data])
+def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file so that a crash leaves either the old or the new file; a full disk leaves no partial file.
 
-
-def write_blocks(path: Path, blocks: Iterable[bytes]) -> None:
-    """Write a file atomically, one block after the other. Memory: one block; the whole file behind a URL."""
+    Args:
+        path: the file.
+        data: its content, or blocks of it that are written one after the other. Memory: one block; the whole file
+            behind a URL.
+    """
+    blocks = [data] if isinstance(data, bytes) else data
     if is_remote(path):
-        with service_errors(path):
+        with writing(path):
             make_folder(path.parent)
             path.fs.pipe_file(path.path, b"".join(blocks))  # type: ignore[attr-defined]
         return
+
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.writelines(blocks)
 
@@ -183,7 +210,7 @@ def replacing(path: Path) -> Iterator[Path]:
     make_folder(path.parent)
     temporary = partial_path(path)
     try:
-        with disk_errors(path):
+        with writing(path):
             yield temporary
             _share(temporary)
             put_file(temporary, path)
@@ -196,14 +223,17 @@ def replacing(path: Path) -> Iterator[Path]:
 def building(folder: Path) -> Iterator[Path]:
     """Create a temporary folder that becomes `folder` after the block; after an error, nothing is left.
 
-    PathError if another process has written `folder` meanwhile, which stays as it is.
+    PathError if `folder` is a file or not empty, also if another process has written it meanwhile; it stays as it is.
     """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        found = "a file" if folder.is_file() else "one that is not empty"
+        raise PathError(f"{folder}: expected a new or empty folder, got {found}; name another one")
     make_folder(folder.parent)
     remove_leftovers(folder)
     scratch = partial_path(folder)
     temporary = scratch / folder.name
     try:
-        with disk_errors(folder):
+        with writing(folder):
             temporary.mkdir(parents=True)
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
@@ -236,7 +266,7 @@ def _share(path: Path) -> None:
 def put_file(file: Path, path: Path) -> None:
     """Move a local file to `path`, flushed; behind a URL the object appears at once."""
     if is_remote(path):
-        with service_errors(path):
+        with writing(path):
             make_folder(path.parent)
             path.fs.put_file(str(file), path.path)  # type: ignore[attr-defined]
         return
@@ -341,7 +371,7 @@ def make_folder(path: Path) -> None:
     if is_remote(path):
         protocols: str | tuple[str, ...] = path.fs.protocol  # type: ignore[attr-defined]
         if _OBJECT_STORES.isdisjoint({protocols} if isinstance(protocols, str) else protocols):
-            with service_errors(path):
+            with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
         return
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]
@@ -371,3 +401,141 @@ def remove_folder(path: Path) -> None:
         path.fs.rm(glob.escape(path.path), recursive=True)  # type: ignore[attr-defined]
     else:
         shutil.rmtree(path.replace(partial_path(path)))
+
+
+# Errors of disks and services. The classes of services have no common base class, and are recognized by the library
+# that defines or raised them, so that none of these libraries has to be imported.
+
+
+@contextmanager
+def reading(path: Path | str, next_step: str = "", *, error_class: type[EmbedcacheError] = PathError) -> Iterator[None]:
+    """Raise errors of reading as errors of this package, with the path and the reason in one line.
+
+    That too many files are open is raised unchanged, as no file is at fault.
+
+    Args:
+        path: the file, or its name.
+        next_step: what to do about a damaged file. If empty, only errors of disks and services are translated.
+        error_class: class of the errors. By default a file that cannot be read is a `PathError`, a damaged one a
+            `CorruptError`.
+    """
+    try:
+        yield
+    except (PathError, ItemError) as error:
+        if isinstance(error, error_class):
+            raise
+        raise error_class(str(error)) from None
+    except EmbedcacheError:
+        raise
+    except Exception as error:  # errors of storage services have no common base class
+        if isinstance(error, OSError) and error.errno in _OF_THE_PROCESS:
+            raise
+        if next_step and _is_damage(error):
+            damage_class = CorruptError if error_class is PathError else error_class
+            raise damage_class(f"{path} cannot be read: {one_line(error)}; {next_step}") from error
+        if not is_io_error(error):
+            raise
+        if is_missing(error):
+            raise error_class(f"no such file: {path}") from None
+        what = "cannot be read:" if error_class is ItemError else "cannot read"  # reasons begin with their kind
+        raise error_class(f"{what} {path}: {io_reason(error)}") from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise the error of a full disk as `DiskFullError`, and errors of a remote service as `PathError`.
+
+    Some libraries report a full disk only in a message. Other errors of the system get the path if they name no file,
+    as those of a write or a flush do not.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or "No space left on device" in str(error):
+            raise DiskFullError(disk_full_message(f" of {path}")) from error
+        if is_remote(path) and is_io_error(error) and not isinstance(error, EmbedcacheError):
+            raise PathError(f"cannot write {path}: {io_reason(error)}; what is committed is kept") from error
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def hub_errors(action: str, next_step: str, *, error_class: type[EmbedcacheError] = PathError) -> Iterator[None]:
+    """Raise errors of the Hugging Face Hub, its libraries and the network as errors of this package.
+
+    Args:
+        action: what was about to be done, after "cannot".
+        next_step: what to do about it.
+        error_class: class of the errors.
+    """
+    try:
+        yield
+    except EmbedcacheError:
+        raise
+    except Exception as error:
+        is_answer = isinstance(error, ValueError | LookupError | TypeError) or library_of(type(error)) == "datasets"
+        if not (is_answer or is_io_error(error) or _is_from_service(error)):
+            raise
+        reason = io_reason(error) if is_io_error(error) else one_line(error)
+        raise error_class(f"cannot {action}: {reason.partition('. ')[0].rstrip('.')}; {next_step}") from error
+
+
+def disk_full_message(disk: str = "") -> str:
+    """Return the text of a full disk's error."""
+    return f"no space left on the disk{disk}; free some space and rerun the same command"
+
+
+def is_missing(error: BaseException) -> bool:
+    """Return whether an error means a missing file; fsspec raises FileNotFoundError for any failed HTTP request."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and cause is not None and library_of(type(cause)) == "aiohttp":
+        return getattr(cause, "status", None) == _NOT_FOUND
+    return isinstance(error, FileNotFoundError | NotADirectoryError)
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Return whether a reader could not parse the content of a file."""
+    if isinstance(error, OSError):  # those of Arrow have no number
+        return type(error) is OSError and error.errno is None and not _is_from_service(error)
+    is_content = isinstance(error, ValueError | LookupError | EOFError) or library_of(type(error)) in _FORMATS
+    return is_content and not is_io_error(error)
+
+
+def is_io_error(error: BaseException) -> bool:
+    """Return whether an error comes from a disk or a remote service; those of services have no common base class."""
+    is_of_service = any(library_of(kind) in _SERVICES for kind in type(error).__mro__)
+    return isinstance(error, OSError) or is_of_service or (isinstance(error, _UNCLASSIFIED) and _is_from_service(error))
+
+
+def _is_from_service(error: BaseException) -> bool:
+    """Return whether a library for remote services raised an error, or had the standard library raise it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    return next((name in _SERVICES for name in reversed(names) if name not in sys.stdlib_module_names), False)
+
+
+def io_reason(error: BaseException) -> str:
+    """Return the reason of a disk or service in one line; for web servers, fsspec has it in the cause."""
+    names = {kind.__name__ for kind in type(error).__mro__ if library_of(kind) == "huggingface_hub"}
+    if "LocalEntryNotFoundError" in names:  # of what is neither here nor could be asked for
+        return io_reason(error.__cause__) if error.__cause__ else "not downloaded yet, and HF_HUB_OFFLINE is set"
+    if names & set(_HUB_REASONS):
+        return next(reason for name, reason in _HUB_REASONS.items() if name in names)
+    if isinstance(error, FileNotFoundError) and error.__cause__:
+        return _first_line(error.__cause__)
+    if isinstance(error, NotImplementedError):
+        return "not supported by URLs of this protocol"
+    reason = (isinstance(error, OSError) and error.strerror) or _first_line(error)
+    return _ARROW_REASON.sub("", reason)
+
+
+def library_of(kind: type) -> str:
+    """Return the name of the library that defines a class."""
+    return kind.__module__.partition(".")[0]
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's message: those of services continue with paragraphs of advice."""
+    return (str(error).partition("\n")[0] or type(error).__name__)[:_LONGEST_REASON]

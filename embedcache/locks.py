@@ -12,8 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from embedcache.errors import PathError
-from embedcache.files import is_remote, make_folder
-from embedcache.io_errors import io_reason
+from embedcache.files import io_reason, is_remote, make_folder
 
 LOCK = ".lock"
 """File in a folder on which its locks are taken."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedcache.errors import CorruptError, PathError
-from embedcache.files import building, is_remote, remove_leftovers, replacing
+from embedcache.files import is_remote, remove_leftovers, replacing
 from embedcache.provenance import add_digest, check_record, read_json
 
 if TYPE_CHECKING:
@@ -96,19 +96,6 @@ def new_output(path: Path) -> Iterator[Path]:
     with replacing(path) as temporary:
         yield temporary
         check_output(path)  # another process may have written it meanwhile
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which becomes `folder` after the block; after an error nothing is left.
-
-    PathError if `folder` is a file, or not empty.
-    """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        found = "a file" if folder.is_file() else "one that is not empty"
-        raise PathError(f"{folder}: expected a new or empty folder, got {found}; name another one")
-    with building(folder) as temporary:
-        yield temporary
 
 
 def write_output(path: Path, data: bytes) -> None:

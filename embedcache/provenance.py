@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from embedcache.errors import (
     ArtifactError,
@@ -16,12 +16,8 @@ from embedcache.errors import (
     PathError,
     first_few,
 )
-from embedcache.files import check_regular, make_folder, read_limited, remove_partials, write_atomic
-from embedcache.io_errors import io_reason
+from embedcache.files import check_regular, io_reason, make_folder, read_limited, remove_partials, write_atomic
 from embedcache.settings import check_types
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 1
 """Format of manifests, the only one that is read."""

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import fsspec
 import pyarrow as pa
@@ -14,25 +15,37 @@ import pytest
 
 from embedcache.cli.config_files import read_config
 from embedcache.cli.console import read_lines
-from embedcache.errors import DataError, DiskFullError, EmbedcacheError, PathError, SettingError
+from embedcache.errors import (
+    CorruptError,
+    DataError,
+    DiskFullError,
+    EmbedcacheError,
+    ItemError,
+    PathError,
+    SettingError,
+    UnfinishedError,
+)
 from embedcache.files import (
     building,
     expand_home,
     find_files,
     folder_bytes,
+    io_reason,
+    is_io_error,
     is_remote,
     make_folder,
     open_path,
     put_file,
     read_file,
+    reading,
     remove_file,
     remove_folder,
     remove_partials,
     replacing,
     user_folder,
     write_atomic,
+    writing,
 )
-from embedcache.io_errors import disk_errors, io_reason, is_io_error
 from embedcache.locks import Leases, locked
 from embedcache.sweep.space import read_space
 
@@ -100,15 +113,49 @@ def test_remove_partials_of_dead_processes(tmp_path: Path) -> None:
 
 
 def test_full_disk_raises(tmp_path: Path) -> None:
-    with pytest.raises(DiskFullError, match="no space left.*rerun the same command"), disk_errors(tmp_path):
+    with pytest.raises(DiskFullError, match="no space left.*rerun the same command"), writing(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_full_disk_by_message_raises(tmp_path: Path) -> None:
-    with pytest.raises(DiskFullError), disk_errors(tmp_path):
+    with pytest.raises(DiskFullError), writing(tmp_path):
         raise RuntimeError("Error in faiss: write error: No space left on device")
-    with pytest.raises(RuntimeError, match="another"), disk_errors(tmp_path):
+    with pytest.raises(RuntimeError, match="another"), writing(tmp_path):
         raise RuntimeError("another")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file"), PathError, "no such file: FILE"),
+        (PermissionError(errno.EACCES, "Permission denied"), PathError, "cannot read FILE: Permission denied"),
+        (
+            pa.ArrowInvalid("not Parquet\nat all"),
+            CorruptError,
+            "FILE cannot be read: not Parquet at all; copy it again",
+        ),
+        (OSError("a damaged page"), CorruptError, "FILE cannot be read: a damaged page; copy it again"),
+        (BadZipFile("not a zip file"), CorruptError, "FILE cannot be read: not a zip file; copy it again"),
+        (OSError(errno.EMFILE, "Too many open files"), OSError, r"[Errno 24] Too many open files"),
+        (ZeroDivisionError("a bug of ours"), ZeroDivisionError, "a bug of ours"),
+        (UnfinishedError("chunks are missing"), UnfinishedError, "chunks are missing"),
+    ],
+)
+def test_reading_gives_the_file_the_reason_and_the_next_step(error: Exception, kind: type, text: str) -> None:
+    with pytest.raises(kind) as raised, reading("FILE", "copy it again"):
+        raise error
+    assert str(raised.value) == text
+    assert type(raised.value) is kind
+
+
+def test_reading_an_item_gives_a_reason_that_begins_with_its_kind() -> None:
+    with pytest.raises(ItemError, match="^cannot be read: FILE: Input/output error$"):  # noqa: SIM117
+        with reading("FILE", error_class=ItemError):
+            raise OSError(errno.EIO, "Input/output error")
+    with pytest.raises(ItemError, match="^a folder$"), reading("FILE", error_class=ItemError):
+        raise PathError("a folder")
+    with pytest.raises(ValueError, match="a bug"), reading("FILE", error_class=ItemError):
+        raise ValueError("a bug")
 
 
 def test_reason_of_arrow_is_that_of_the_system(tmp_path: Path) -> None:

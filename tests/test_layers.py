@@ -14,7 +14,7 @@ import embedcache
 PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"arrays", "registry", "progress", "units", "modalities", "axis", "io_errors"},
+    {"arrays", "registry", "progress", "units", "modalities", "axis"},
     {"settings", "processes"},
     {"devices", "files"},
     {"locks"},

@@ -113,8 +113,7 @@ def read_config(path: Path) -> dict[str, Any]:
         PathError: the file cannot be read.
         SettingError: it is not TOML, or not JSON of a run, or has ranges of settings in a table `[space]`.
     """
-    from embedcache.files import read_text
-    from embedcache.io_errors import io_reason
+    from embedcache.files import io_reason, read_text
 
     try:
         text = read_text(path, SettingError)

@@ -19,7 +19,7 @@ from embedcache.errors import (
     show_faults,
     visible,
 )
-from embedcache.io_errors import disk_full_message, io_reason, is_io_error
+from embedcache.files import disk_full_message, io_reason, is_io_error
 from embedcache.progress import close_bars
 from embedcache.registry import used_plugins
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, dot_products
 from embedcache.dataset.similar_pairs import CosineTile
 from embedcache.errors import DiskFullError, PathError
-from embedcache.io_errors import disk_errors
+from embedcache.files import writing
 from embedcache.metrics.neighbors import spherical_means
 from embedcache.progress import Progress, watch
 
@@ -226,7 +226,7 @@ def scratch_matrix(scratch: Path | str | None, shape: tuple[int, int], dtype: np
             f"comparing {shape[0]:,} vectors needs {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB "
             "free; free some, or give another folder with --scratch"
         )
-    with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+    with writing(folder), tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, max(1, needed))  # a hole that cannot be filled later would be a SIGBUS
         yield np.memmap(file, dtype, "r+", shape=shape)
 

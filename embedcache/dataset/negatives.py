@@ -16,9 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, Floats, Ints
-from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line, quoted
-from embedcache.files import AnyPath
-from embedcache.io_errors import read_errors
+from embedcache.errors import DataError, PathError, quoted
+from embedcache.files import AnyPath, reading
 from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
@@ -137,19 +136,14 @@ def _open_tables(paths: Sequence[AnyPath], caches: Sequence[Cache], use: Callabl
             raise PathError(
                 f"negatives {path} does not exist; write it with: embedcache curate negatives CACHE {quoted(path)}"
             )
-        try:
-            with read_errors(path), open_table(path, read_footer(path)) as table:
-                number = _find_cache(path, table, caches)
-                if number in found:
-                    raise DataError(
-                        f"negatives {path}: expected one table per cache, got a second one of {caches[number].path}"
-                    )
-                found.add(number)
-                use(table, number)
-        except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
-            if isinstance(error, EmbedcacheError):
-                raise
-            raise CorruptError(f"{path}: expected a table of curate negatives: {one_line(error)}") from error
+        with reading(path, "expected a table of curate negatives"), open_table(path, read_footer(path)) as table:
+            number = _find_cache(path, table, caches)
+            if number in found:
+                raise DataError(
+                    f"negatives {path}: expected one table per cache, got a second one of {caches[number].path}"
+                )
+            found.add(number)
+            use(table, number)
 
 
 def _find_cache(path: Path, table: pq.ParquetFile, caches: Sequence[Cache]) -> int:

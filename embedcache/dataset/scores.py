@@ -1,7 +1,6 @@
 """Scores: numbers of the samples of a cache in a Parquet table, one row per sample, found again by key."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +9,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Floats
-from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError, one_line
-from embedcache.io_errors import read_errors
+from embedcache.errors import DataError, PathError, SettingError
+from embedcache.files import reading
 from embedcache.outputs import check_table_output, new_output, read_metadata, with_metadata
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.columns import index_in
 from embedcache.store.tables import read_table, write_table
 
+_EXPECTED = "expected a Parquet file with a column key"
 _ROW, _KEY = "row", "key"
 _NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
 
@@ -74,13 +74,13 @@ def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Scor
     path = Path(path)
     if not path.is_file():
         raise PathError(f"scores {path}: expected a Parquet file with a column key, got a path that does not exist")
-    with _table_errors(path):
+    with reading(path, _EXPECTED):
         table = read_table(path)
     read_metadata(path, table.schema)
     if _KEY not in table.column_names:
         raise DataError(f"scores {path}: expected a column key, got {', '.join(table.column_names)}")
     name = _choose_column(path, table, name)
-    with _table_errors(path):
+    with reading(path, _EXPECTED):
         known = table[_KEY].cast(pa.large_string()).combine_chunks()
     keys = cache.column(_KEY)
     if len(pc.unique(known)) < len(known):
@@ -94,17 +94,6 @@ def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Scor
     kind = pa.float32() if table[name].type in (pa.float16(), pa.float32()) else pa.float64()
     values: Array = table[name].cast(kind, safe=False).combine_chunks().take(positions).to_numpy(False)  # noqa: FBT003
     return Score(name, np.asarray(values, kind.to_pandas_dtype()))
-
-
-@contextmanager
-def _table_errors(path: Path) -> Iterator[None]:
-    try:
-        with read_errors(path):
-            yield
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, EmbedcacheError):
-            raise
-        raise CorruptError(f"scores {path}: expected a Parquet file with a column key: {one_line(error)}") from error
 
 
 def _choose_column(path: Path, table: pa.Table, name: str | None) -> str:

@@ -1,8 +1,7 @@
 """Selections: keys of samples with the reason each was selected."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Ints
 from embedcache.dataset.splits import check_split, warn_removed
-from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line, pluralize
-from embedcache.files import TEXT_ENCODING, read_file
-from embedcache.io_errors import read_errors
+from embedcache.errors import DataError, PathError, pluralize
+from embedcache.files import TEXT_ENCODING, read_file, reading
 from embedcache.outputs import check_table_output, new_output, read_metadata, with_metadata
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.store.cache import Cache
@@ -24,6 +22,7 @@ from embedcache.store.removed import read_removed
 from embedcache.store.rows import key_column, match_keys
 from embedcache.store.tables import BLOCK, read_table, write_table
 
+_EXPECTED = "expected a Parquet file with a column key, or a text file in UTF-8"
 _REASONS = pa.schema({"key": pa.large_string(), "reason": pa.large_string()})
 
 
@@ -130,7 +129,7 @@ def read_selected_keys(path: Path) -> pa.Array:
         got = "is no file" if path.exists() else "does not exist"
         raise PathError(f"selection {path} {got}; expected Parquet with a column key, or text with one key per line")
     check_split(path)  # the split of a run may serve as a selection
-    with _selection_errors(path):
+    with reading(path, _EXPECTED):
         if path.suffix == ".parquet":
             table = read_table(path)
             read_metadata(path, table.schema)
@@ -154,22 +153,9 @@ def _read_uids(path: Path) -> pa.Array:
 
 def read_selected_reasons(path: Path) -> pa.Table:
     """Return `key` and `reason` of a Parquet file; no rows for one that is not a selection and has no reasons."""
-    with _selection_errors(path):
+    with reading(path, _EXPECTED):
         table = read_table(path)
         about = read_metadata(path, table.schema)
         if "reason" not in table.column_names and "index_digest" not in about:
             return _REASONS.empty_table()
         return table.select(_REASONS.names).cast(_REASONS).combine_chunks()
-
-
-@contextmanager
-def _selection_errors(path: Path) -> Iterator[None]:
-    try:
-        with read_errors(path):
-            yield
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        if isinstance(error, EmbedcacheError):
-            raise
-        raise CorruptError(
-            f"{path}: expected a Parquet file with a column key, or a text file in UTF-8: {one_line(error)}"
-        ) from error

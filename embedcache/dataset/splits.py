@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Bools, Ints
 from embedcache.dataset.pairs import name_caches
-from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
-from embedcache.files import replacing
-from embedcache.io_errors import read_errors
+from embedcache.errors import CorruptError, DataError, PathError
+from embedcache.files import reading, replacing
 from embedcache.outputs import to_metadata
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.provenance import digest_file, read_record
@@ -175,17 +174,10 @@ def read_split(path: Path, caches: Sequence[Cache], *, progress: Progress | None
 
 def _iterate_rows(path: Path) -> Iterator[pa.Table]:
     """Iterate over the rows of a split: key, part, group and, of several caches, index_digest. Memory: a block."""
-    try:
-        with read_errors(path):
-            for table in iterate_table(path, BLOCK, _COLUMNS.names):
-                schema = _COLUMNS if "index_digest" in table.column_names else _COLUMNS.remove(len(_COLUMNS) - 1)
-                yield table.select(schema.names).cast(schema)
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        if isinstance(error, EmbedcacheError):
-            raise
-        raise CorruptError(
-            f"{path}: expected a split with the columns key, part and group: {one_line(error)}"
-        ) from error
+    with reading(path, "expected a split with the columns key, part and group"):
+        for table in iterate_table(path, BLOCK, _COLUMNS.names):
+            schema = _COLUMNS if "index_digest" in table.column_names else _COLUMNS.remove(len(_COLUMNS) - 1)
+            yield table.select(schema.names).cast(schema)
 
 
 class _CacheRows:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, one_line
-from embedcache.files import expand_home
-from embedcache.io_errors import io_reason, is_io_error, library_of
+from embedcache.files import expand_home, hub_errors
 from embedcache.registry import has_trust
 
 USE_LOCAL_FOLDER = "give the path of a local folder instead"
@@ -116,20 +115,9 @@ def find_hub_commit(repository: str, *, model: str, next_step: str) -> str:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=["config.json"])).name
 
 
-@contextmanager
-def translate_hub_errors(model: str, *, next_step: str) -> Iterator[None]:
-    """Re-raise the hub libraries' errors about a missing model or network as `PathError`."""
-    try:
-        yield
-    except Exception as error:
-        if not (is_io_error(error) or isinstance(error, ValueError)):
-            raise
-        is_from_hub = any(library_of(kind) == "huggingface_hub" for kind in type(error).__mro__)
-        reason = io_reason(error) if is_from_hub else " ".join(str(error).split()).partition(". ")[0]
-        raise PathError(
-            f"cannot download {model} from the Hugging Face hub: {reason}; check the name and the network, or "
-            f"{next_step}"
-        ) from error
+def translate_hub_errors(model: str, *, next_step: str) -> AbstractContextManager[None]:
+    """Return a context that raises the errors of a download from the hub as `PathError`."""
+    return hub_errors(f"download {model} from the Hugging Face hub", f"check the name and the network, or {next_step}")
 
 
 def load_config(folder: Path) -> Any:

@@ -15,8 +15,8 @@ from embedcache.export.open_clip import write_open_clip
 from embedcache.export.sentence_transformers import write_sentence_transformers
 from embedcache.export.settings import ExportSettings
 from embedcache.export.transformers import write_transformers
-from embedcache.files import AnyPath, remove_folder
-from embedcache.outputs import new_folder, read_report_json
+from embedcache.files import AnyPath, building, remove_folder
+from embedcache.outputs import read_report_json
 from embedcache.registry import unknown_name
 from embedcache.settings import merge_settings
 
@@ -72,7 +72,7 @@ def export_run(
     opened.require(MODALITIES if settings.towers else FORMATS[format_name][2], format_name)
     metrics = None if settings.metrics is None else read_report_json(settings.metrics)
 
-    with new_folder(out) as temporary:
+    with building(out) as temporary:
         notes = FORMATS[format_name][0](opened, temporary, **arguments)
         for cached in temporary.rglob("__pycache__"):
             remove_folder(cached)

@@ -1,16 +1,14 @@
 """Uploads to the Hugging Face Hub: an export of a run as a model, and a cache as a dataset."""
 
 import glob
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedcache.errors import EmbedcacheError, FingerprintError, PathError, SettingError, UnfinishedError, pluralize
+from embedcache.errors import FingerprintError, PathError, SettingError, UnfinishedError, pluralize
 from embedcache.export.settings import HubSettings, check_repository
-from embedcache.files import AnyPath, is_remote
-from embedcache.io_errors import io_reason, is_io_error
+from embedcache.files import AnyPath, hub_errors, is_remote
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
 
 CARD = "README.md"
+_LOG_IN = "run `hf auth login`, check the name and the network"
 _FOLDERS = (*MODALITIES, "records")
 _HIDDEN = (".*", "*/.*")  # locks, and what killed processes left
 _LAST = ("cache.json", "removed.parquet", "removed-before.parquet", "samples.parquet", "*/items.parquet")
@@ -66,7 +65,9 @@ def push_cache(cache_path: AnyPath, repository: str, settings: HubSettings | Non
     cache, api = Cache(cache_path), HfApi()
     _check_local(cache)
 
-    with _hub_errors(repository, f"the cache is in {cache.path}", "run the same command again"):
+    with hub_errors(
+        f"upload to {repository}", f"the cache is in {cache.path}: {_LOG_IN}, and run the same command again"
+    ):
         url = str(api.create_repo(repository, repo_type="dataset", private=not settings.public, exist_ok=True))
         remote = api.list_repo_files(repository, repo_type="dataset")
         _check_same_cache(api, repository, cache, remote)
@@ -95,28 +96,13 @@ def push_folder(folder: Path, repository: str, *, is_public: bool) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with _hub_errors(repository, f"the export is in {folder}", f"run `hf upload {repository} {folder}`"):
+    retry = f"run `hf upload {repository} {folder}`"
+    with hub_errors(f"upload to {repository}", f"the export is in {folder}: {_LOG_IN}, and {retry}"):
         url = api.create_repo(repository, private=not is_public, exist_ok=True)
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Export a trained pair with embedcache"
         )
     return str(url)
-
-
-@contextmanager
-def _hub_errors(repository: str, kept: str, next_step: str) -> Iterator[None]:
-    """Raise errors of the Hub and of the network as a `PathError` that says what is kept, and how to try again."""
-    try:
-        yield
-    except EmbedcacheError:
-        raise
-    except Exception as error:
-        if not is_io_error(error) and not isinstance(error, ValueError | RuntimeError):
-            raise
-        raise PathError(
-            f"cannot upload to {repository}: {io_reason(error)}; {kept}: run `hf auth login`, check the name and the "
-            f"network, and {next_step}"
-        ) from error
 
 
 def _check_local(cache: Cache) -> None:

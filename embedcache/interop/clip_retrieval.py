@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, blocks, normalize
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError
+from embedcache.files import building
 from embedcache.interop.exporting import VectorExport
 from embedcache.interop.importing import UNIT_TOLERANCE
 from embedcache.interop.npy import open_npy, write_array
 from embedcache.interop.vector_files import FileGroup, VectorImport
-from embedcache.outputs import new_folder
 from embedcache.progress import Progress, watch
 
 _ROWS_PER_FILE = 1_000_000
@@ -76,7 +76,7 @@ def write_clip_retrieval(
     numbers = {f"{number:0{digits}d}": rows for number, rows in enumerate(ranges)}
     names = {name: modality for name, modality in _ARRAYS.items() if modality in export.modalities}
     size = math.gcd(rows_per_file, _BLOCK)  # so that no block of vectors spans two files
-    with new_folder(folder) as temporary:
+    with building(folder) as temporary:
         for name in (*names, _METADATA):
             (temporary / name).mkdir()
         parts = watch(numbers.values(), progress, f"writing {_METADATA}", len(export.samples), "rows")

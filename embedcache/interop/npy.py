@@ -1,9 +1,6 @@
 """Vectors in `.npy` files with a table beside them, and DataComp's metadata: `<hash>.parquet` beside `<hash>.npz`."""
 
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +9,14 @@ from numpy.lib import format as npy_format
 
 from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
-from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError
-from embedcache.files import check_regular, one_or_many
+from embedcache.errors import DataError, PathError, SettingError
+from embedcache.files import building, check_regular, one_or_many, reading
 from embedcache.interop.exporting import IMAGES_AND_TEXTS, VectorExport
-from embedcache.interop.parquet import write_rows
+from embedcache.interop.parquet import GET_AGAIN, write_rows
 from embedcache.interop.vector_files import FileGroup, VectorImport, check_dtype
 from embedcache.modalities import MODALITIES
-from embedcache.outputs import new_folder
 from embedcache.progress import Progress, watch
 from embedcache.registry import unknown_name
-from embedcache.sources.files import wrap_io_errors
 
 _BLOCK = 8192
 _ROW_GROUP = 2**20
@@ -105,7 +100,7 @@ def write_npy(export: VectorExport, folder: Path, *, progress: Progress) -> int:
     Vectors are as they are in the cache. Memory: a block of vectors, and a million rows of the table.
     """
     num_rows = len(export.samples)
-    with new_folder(folder) as temporary:
+    with building(folder) as temporary:
         tables = map(export.table, blocks(num_rows, _ROW_GROUP))
         shown = watch(tables, progress, "writing rows.parquet", num_rows, "rows")
         write_rows(temporary / "rows.parquet", shown, export.record)
@@ -152,7 +147,7 @@ def open_npy(path: Path, member: str | None = None) -> NpyFile:
 
 
 def _load(path: Path, member: str | None) -> Array:
-    with report_damage(path):
+    with reading(path, GET_AGAIN):
         check_regular(path)
         if member is None:
             mapped: Array = npy_format.open_memmap(path, mode="r")
@@ -172,19 +167,3 @@ def write_array(path: Path, stream: Iterable[Array], shape: tuple[int, int], dty
         for block in stream:
             file.write(block.tobytes())
             progress.advance(len(block))
-
-
-@contextmanager
-def report_damage(path: Path) -> Iterator[None]:
-    """Return a context in which the errors of a damaged file name it and the next step."""
-    try:
-        with wrap_io_errors(path):
-            yield
-    except EmbedcacheError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{path} is damaged: {error or 'it ends too early'}; get the file again") from error
-    except ValueError as error:
-        raise CorruptError(
-            f"{path}: expected an array written by NumPy, got an error: {error}; get the file again"
-        ) from error

@@ -12,14 +12,18 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, DataError, PathError, SettingError
+from embedcache.files import reading
 from embedcache.interop.exporting import MODALITY_NAMES, VectorExport, check_new_file
 from embedcache.interop.vector_files import FileGroup, VectorImport, check_dtype
 from embedcache.modalities import MODALITIES
 from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
-from embedcache.sources.table_files import open_parquet, wrap_table_errors
+from embedcache.sources.table_files import open_parquet
 from embedcache.store.tables import check_footer
+
+GET_AGAIN = "get the file again"
+"""What to do about a damaged file of vectors."""
 
 _COLUMNS: Mapping[Modality, str] = {modality: f"{modality}_vector" for modality in MODALITY_NAMES}
 _BLOCK = 8192
@@ -46,7 +50,7 @@ def open_parquet_vectors(
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise PathError(f"{path}: expected a Parquet file or a folder of them, got a folder without .parquet files")
-    with wrap_table_errors(files[0]), open_parquet(files[0]) as file:
+    with reading(files[0], GET_AGAIN), open_parquet(files[0]) as file:
         schema = file.schema_arrow
     modalities = _assign_modalities(schema, (vector_columns or {}).items(), files[0])
     groups = [FileGroup(vectors={name: _open_column(file, name) for name in modalities}, table=file) for file in files]
@@ -151,7 +155,7 @@ class ParquetColumn:
         Raises:
             DataError: a list differs in length from the first.
         """
-        with wrap_table_errors(self.path), open_parquet(self.path) as file:
+        with reading(self.path, GET_AGAIN), open_parquet(self.path) as file:
             groups, row = _groups_from(file, first)
             for batch in file.iter_batches(size, row_groups=groups, columns=[self.column], use_threads=False):
                 yield self._values(batch.column(0), row)[max(0, first - row) :]
@@ -184,7 +188,7 @@ def _open_column(path: Path, column: str) -> ParquetColumn:
         UnknownNameError: there is no such column; the message lists the columns of vectors.
         DataError: the column does not hold lists of float16, float32 or float64, or has no list at all.
     """
-    with wrap_table_errors(path), open_parquet(path) as file:
+    with reading(path, GET_AGAIN), open_parquet(path) as file:
         schema = check_footer(file).schema_arrow
         if column not in schema.names:
             raise unknown_name("column of vectors", column, _vector_columns(schema), where=f"in {path}")

@@ -19,12 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.errors import CorruptError, PathError, SettingError
-from embedcache.files import TEXT_ENCODING, read_file, remove_leftovers, remove_partials, replacing
-from embedcache.interop.npy import report_damage
+from embedcache.files import TEXT_ENCODING, read_file, reading, remove_leftovers, remove_partials, replacing
+from embedcache.interop.parquet import GET_AGAIN
 from embedcache.outputs import read_metadata
 from embedcache.provenance import DIGEST, digest_file, read_record, write_json, write_record
 from embedcache.store.layout import CacheInfo
-from embedcache.store.tables import add_footer_checksum, open_table, table_errors
+from embedcache.store.tables import RESTORE_TABLE, add_footer_checksum, open_table
 
 _MANIFESTS = ("config.json", "study.json")
 _STARTED = "removing.json"
@@ -58,7 +58,7 @@ def _remover(path: Path) -> Callable[[Path, Collection[str]], int]:
     if not path.is_file():
         raise PathError(f"{path}: expected a selection, got {'a folder' if path.is_dir() else 'nothing'}")
     if path.suffix == ".parquet":
-        with table_errors(path), open_table(path) as file:
+        with reading(path, RESTORE_TABLE), open_table(path) as file:
             _check_columns(path, file.schema_arrow.names)
             if "cache" not in read_metadata(path, file.schema_arrow):
                 raise PathError(
@@ -148,7 +148,7 @@ def _remove_from_parquet(path: Path, keys: Collection[str], *, rows_of: CacheInf
     `rows_of` is the cache of a split, whose rows stay, with no key.
     """
     wanted, count = pa.array(sorted(keys), pa.string()), 0
-    with table_errors(path), open_table(path) as file:
+    with reading(path, RESTORE_TABLE), open_table(path) as file:
         schema = file.schema_arrow
         _check_columns(path, schema.names)
         read_metadata(path, schema)  # what has changed would be signed anew
@@ -205,7 +205,7 @@ def _remove_from_list(path: Path, keys: Collection[str]) -> int:
 
 
 def _remove_from_uids(path: Path, keys: Collection[str]) -> int:
-    with report_damage(path):
+    with reading(path, GET_AGAIN):
         uids = np.load(path, allow_pickle=False)
     if uids.dtype != np.dtype("u8,u8"):
         raise PathError(f"{path}: expected uids, got an array of {uids.dtype}; check the path")
@@ -238,7 +238,7 @@ def find_named(path: Path, keys: Collection[str]) -> int:
 
 def _count_in_parquet(path: Path, keys: Collection[str]) -> int:
     wanted, count = pa.array(sorted(keys), pa.string()), 0
-    with table_errors(path), open_table(path) as file:
+    with reading(path, RESTORE_TABLE), open_table(path) as file:
         if "key" in file.schema_arrow.names:
             for batch in file.iter_batches(columns=["key"], use_threads=False):
                 count += pc.sum(pc.is_in(batch["key"].cast(pa.string()), value_set=wanted)).as_py() or 0
@@ -246,7 +246,7 @@ def _count_in_parquet(path: Path, keys: Collection[str]) -> int:
 
 
 def _count_in_uids(path: Path, keys: Collection[str]) -> int:
-    with report_damage(path):
+    with reading(path, GET_AGAIN):
         uids = np.load(path, mmap_mode="r", allow_pickle=False)
     return int(_are_named(uids, keys).sum()) if uids.dtype.names else 0
 

@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.errors import CorruptError, EmbedcacheError, PathError, one_line, pluralize
-from embedcache.files import folder_bytes, open_path
-from embedcache.io_errors import read_errors
+from embedcache.errors import CorruptError, PathError, pluralize
+from embedcache.files import folder_bytes, open_path, reading
 from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import read_metadata, read_report_json
@@ -336,16 +335,11 @@ def _summarize_negatives(path: Path, schema: pa.Schema) -> Summary:
 
 def _summarize_selection(path: Path) -> Summary:
     schema = _read_schema(path) if path.is_file() else pa.schema([])
-    try:
+    with reading(path, "expected a selection"):
         if {"group", "negatives"} <= set(schema.names):
             return _summarize_negatives(path, schema)
-        with read_errors(path):
-            table = read_table(path, columns=["reason"])
+        table = read_table(path, columns=["reason"])
         kinds = pc.replace_substring_regex(table["reason"], "(?s),.*", "")
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        if isinstance(error, EmbedcacheError):
-            raise
-        raise PathError(f"{path}: expected a selection, got another Parquet file: {one_line(error)}") from error
     if not (metadata := read_metadata(path, schema)):
         raise PathError(f"{path}: expected a selection, got another Parquet file, which names no cache")
     counts = pc.value_counts(kinds)

@@ -23,8 +23,7 @@ import numpy as np
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.devices import AUTO, announce
 from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError, quoted
-from embedcache.files import replacing
-from embedcache.io_errors import disk_full_message
+from embedcache.files import disk_full_message, replacing
 from embedcache.progress import Progress
 from embedcache.registry import require
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.errors import FingerprintError, SettingError
-from embedcache.files import AnyPath, relative_location
-from embedcache.io_errors import disk_errors
+from embedcache.files import AnyPath, relative_location, writing
 from embedcache.locks import LOCK, locked
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import prepare_folder
@@ -167,7 +166,7 @@ def _build(
         "on_disk": settings.on_disk,
     }
     started = time.perf_counter()
-    with record_stage(index_path / "record.json", "index", record) as outcome, disk_errors(index_path):
+    with record_stage(index_path / "record.json", "index", record) as outcome, writing(index_path):
         builder = IndexBuilder(
             index_path,
             source,

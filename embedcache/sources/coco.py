@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import SourceError
-from embedcache.files import decode_text, is_remote, open_path
+from embedcache.files import decode_text, is_remote, open_path, reading
 from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import parse_captions, parse_json_object, to_scalar_columns, to_text_items
 from embedcache.sources.files import (
@@ -20,7 +20,6 @@ from embedcache.sources.files import (
     read_item_file,
     require_file,
     resolve_item,
-    wrap_io_errors,
 )
 from embedcache.sources.settings import SourceSettings
 
@@ -63,7 +62,7 @@ class CocoSource:
         Raises:
             SourceError: the file is neither kind of JSON, contradicts itself, or none of its first images exists.
         """
-        with wrap_io_errors(self._path):
+        with reading(self._path):
             text = decode_text(read_bytes(self._path), str(self._path), SourceError)
         fields = parse_json_object(text, str(self._path))
         images = _objects(fields, "images", self._path)

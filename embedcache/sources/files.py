@@ -3,7 +3,6 @@
 What the sources of caches read is restricted to regular files below some folders and URLs.
 """
 
-import errno
 import fcntl
 import os
 import posixpath
@@ -14,9 +13,8 @@ from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError
-from embedcache.files import is_remote, is_url, open_path, read_file
-from embedcache.io_errors import io_reason, is_io_error, library_of
+from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.files import is_missing, is_remote, is_url, open_path, read_file, reading
 from embedcache.sources.base import FileItem
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -39,8 +37,6 @@ _SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 SHARD_SEPARATOR = "::"
 """Separates several paths or patterns in the location of a WebDataset."""
 
-_OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE)  # too many open files
-_NOT_FOUND = 404
 _FORBIDDEN = 403
 _READ_AHEAD_BYTES = 2**18  # one request for small columns that are adjacent in the file
 _OUTSIDE = "outside the source and --image-folder"
@@ -61,35 +57,6 @@ def file_name_beside_key(path: str | None, key: str) -> str | None:
     file = PurePosixPath(path.partition("?")[0] if is_url(path) else path)
     is_single = file.suffix.lower() in _SINGLE_ITEM_SUFFIXES
     return file.name if is_single and file.stem != PurePosixPath(key).name else None
-
-
-@contextmanager
-def wrap_io_errors(path: Path | str, error_class: type[EmbedcacheError] = PathError) -> Iterator[None]:
-    """Raise errors of disks and storage services as `error_class`, with the path and the reason in one line.
-
-    That too many files are open is raised unchanged: no file is at fault.
-    """
-    try:
-        yield
-    except (PathError, ItemError) as error:
-        raise error_class(str(error)) from None
-    except Exception as error:  # errors of storage services have no common base class
-        if not is_io_error(error):
-            raise
-        if isinstance(error, OSError) and error.errno in _OF_THE_PROCESS:
-            raise
-        if _is_missing(error):
-            raise error_class(f"no such file: {path}") from None
-        what = "cannot be read:" if error_class is ItemError else "cannot read"  # reasons begin with their kind
-        raise error_class(f"{what} {path}: {io_reason(error)}") from None
-
-
-def _is_missing(error: BaseException) -> bool:
-    """Return whether an error means a missing file; fsspec raises FileNotFoundError for any failed HTTP request."""
-    cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and cause is not None and library_of(type(cause)) == "aiohttp":
-        return getattr(cause, "status", None) == _NOT_FOUND
-    return isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
 @contextmanager
@@ -171,7 +138,7 @@ def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
     """
     if is_remote(path) and path.suffix.lower() in file_suffixes:
         return False
-    with wrap_io_errors(path):
+    with reading(path):
         return path.is_dir()
 
 
@@ -181,14 +148,14 @@ def file_size(path: Path, *, forbidden_is_missing: bool = False) -> int | None:
     With `forbidden_is_missing`, the answer "forbidden" counts as a missing file: S3 gives it to users who may read
     files but not list them.
     """
-    with wrap_io_errors(path):
+    with reading(path):
         try:
             if is_remote(path):
                 return _remote_size(path)
             return path.stat().st_size if path.is_file() else None
         except OSError as error:
             is_forbidden = isinstance(error, PermissionError) or getattr(error.__cause__, "status", None) == _FORBIDDEN
-            if _is_missing(error) or (forbidden_is_missing and is_forbidden):
+            if is_missing(error) or (forbidden_is_missing and is_forbidden):
                 return None
             raise
 
@@ -221,7 +188,7 @@ def read_bytes(path: Path) -> bytes:
 
 def read_item_file(path: Path) -> bytes:
     """Read the bytes of an item's file; ItemError with the reason if it cannot be read."""
-    with wrap_io_errors(path, ItemError):
+    with reading(path, error_class=ItemError):
         return read_bytes(path)
 
 
@@ -301,7 +268,7 @@ def walk_files(
 
 def _list(folder: Path) -> dict[str, int]:
     """List a folder; names of folders end in `/`, so that sorting names sorts the paths below them."""
-    with wrap_io_errors(folder), os.scandir(folder) as entries:
+    with reading(folder), os.scandir(folder) as entries:
         names = [_typed_name(entry) for entry in entries if not entry.name.startswith(".")]
     return {check_utf8_name(name, folder): -1 for name in names if name}
 
@@ -309,7 +276,7 @@ def _list(folder: Path) -> dict[str, int]:
 def _list_remote(folder: Path) -> dict[str, int]:
     """List a remote folder with sizes, as asking for each size would cost one request per file."""
     filesystem, here = remote_filesystem(folder)
-    with wrap_io_errors(folder):
+    with reading(folder):
         entries = filesystem.ls(here, detail=True)
         filesystem.invalidate_cache(here)  # fsspec would keep the listings of all folders
     sizes = {}
@@ -334,7 +301,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     """Return device and inode of a local folder, which detect cycles of links; None for remote folders."""
     if is_remote(folder):
         return None
-    with wrap_io_errors(folder):
+    with reading(folder):
         status = folder.stat()
     return status.st_dev, status.st_ino
 
@@ -370,7 +337,7 @@ def resolve_item(root: Path, written: str) -> Path:
         check_read_allowed(written)
     elif not written.startswith("/"):
         return root / written
-    with wrap_io_errors(written, ItemError):
+    with reading(written, error_class=ItemError):
         return open_path(written)
 
 

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.files import is_remote, open_path
+from embedcache.files import is_remote, open_path, reading
 from embedcache.modalities import noun
 from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import SIDECAR_SUFFIXES, read_sidecar
@@ -23,7 +23,6 @@ from embedcache.sources.files import (
     read_item_file,
     split_from_path,
     walk_files,
-    wrap_io_errors,
 )
 from embedcache.sources.settings import SourceSettings
 
@@ -125,7 +124,7 @@ class FolderSource:
 
     def _read_sidecar_file(self, name: str) -> bytes | ItemError:
         path = self._root / name
-        with wrap_io_errors(path):
+        with reading(path):
             try:
                 return read_bytes(path)
             except ItemError as error:

@@ -8,15 +8,14 @@ holds the files of a repository of the Hub.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError, one_line
-from embedcache.io_errors import io_reason, is_io_error, library_of
+from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.files import hub_errors, io_reason, is_io_error, library_of
 from embedcache.registry import require
 from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.settings import SourceSettings
@@ -139,11 +138,11 @@ def _load(name: _DatasetName) -> Any:
     """Open a saved dataset, memory-mapped; or download one from the Hub, or read a copy of its files."""
     datasets = require("datasets", extra="datasets")
     if name.is_folder:
-        with _load_errors(lambda reason: SourceError(f"{name.name} cannot be read as a saved dataset: {reason}")):
+        with hub_errors(f"read {name.name} as a saved dataset", _EXPECTED, error_class=SourceError):
             if (name.config, name.split, name.revision) == (None, None, None):
                 return datasets.load_from_disk(name.name, keep_in_memory=False)
             return _load_repository(datasets, name)
-    with _load_errors(lambda reason: PathError(f"cannot load {name.text} from the Hugging Face Hub: {reason}")):
+    with hub_errors(f"load {name.text} from the Hugging Face Hub", _EXPECTED):
         _check_hub(name)
         return _load_repository(datasets, name)
 
@@ -182,23 +181,6 @@ def _check_hub(name: _DatasetName) -> None:
             f"cannot reach the Hugging Face Hub for {name.name}: {io_reason(error)}; check the network, or set "
             "HF_HUB_OFFLINE=1 to use what was downloaded before"
         ) from None
-
-
-@contextmanager
-def _load_errors(failed: Callable[[str], EmbedcacheError]) -> Iterator[None]:
-    """Raise errors of the libraries `datasets` and `huggingface_hub` as ours."""
-    try:
-        yield
-    except EmbedcacheError:
-        raise
-    except Exception as error:
-        is_known = isinstance(error, (ValueError, LookupError, TypeError)) or library_of(type(error)) == "datasets"
-        if not (is_known or is_io_error(error)):
-            raise
-        is_from_hub = library_of(type(error)) == "huggingface_hub"
-        reason = io_reason(error) if is_from_hub else one_line(error).partition(" Example of usage")[0].rstrip(".")
-        known = failed(reason)
-        raise type(known)(f"{known}; {_EXPECTED}") from None
 
 
 def _by_split(loaded: Any) -> dict[str, Any]:

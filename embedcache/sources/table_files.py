@@ -18,15 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.errors import EmbedcacheError, ItemError, SettingError, SourceError
-from embedcache.files import TEXT_ENCODING
+from embedcache.files import TEXT_ENCODING, reading
 from embedcache.modalities import MODALITIES
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.captions import parse_captions, parse_json_object, to_scalar_columns, to_text_items
-from embedcache.sources.files import open_binary, read_item_file, resolve_item, wrap_io_errors
+from embedcache.sources.files import open_binary, read_item_file, resolve_item
 from embedcache.sources.settings import SourceSettings
 
 Row: TypeAlias = Mapping[str, Any]
 BATCH_ROWS = 1024
+_SAVE_AGAIN = "save it again, text as UTF-8"
 _MAX_FILES = 4096  # whose row groups are known
 HEADER_ROWS = 100
 """Rows at the beginning of a JSONL file, whose fields are its columns."""
@@ -73,7 +74,7 @@ class TableFile:
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
         """Iterate over the rows in order, reading only `columns`."""
-        with wrap_table_errors(self.path):
+        with reading(self.path, _SAVE_AGAIN, error_class=SourceError):
             yield from self.read(columns)
 
 
@@ -89,7 +90,7 @@ def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
     suffix = path.suffix.lower()
     if delimiter is not None and suffix in (".parquet", ".jsonl"):
         raise SettingError(f"{path} has no delimiter, as it is no text table; omit --delimiter {delimiter!r}")
-    with wrap_table_errors(path):
+    with reading(path, _SAVE_AGAIN, error_class=SourceError):
         if suffix == ".parquet":
             with open_parquet(path) as file:
                 return TableFile(path=path, schema=file.schema_arrow, read=partial(_read_parquet, path))
@@ -101,18 +102,6 @@ def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
             names = next(_csv_lines(path, dialect), (0, []))[1]
             read = partial(_read_csv, path, dialect)
         return TableFile(path=path, schema=pa.schema([(name, pa.string()) for name in names]), read=read)
-
-
-@contextmanager
-def wrap_table_errors(path: Path) -> Iterator[None]:
-    """Raise errors of the readers as errors of this package that name the file."""
-    try:
-        with wrap_io_errors(path):  # pyarrow raises OSError for damaged pages too
-            yield
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from None
-    except pa.ArrowException as error:
-        raise SourceError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from None
 
 
 @contextmanager
@@ -209,7 +198,10 @@ class RowGroups:
             ItemError: the file is missing or damaged, or has no such column or row.
         """
         try:
-            with self._lock, wrap_table_errors(path):  # pyarrow reads a row group with several threads
+            with (
+                self._lock,
+                reading(path, _SAVE_AGAIN, error_class=SourceError),
+            ):  # pyarrow reads a row group with several threads
                 starts = self._starts(path)
                 if row >= starts[-1]:
                     raise ItemError(f"no such row: {path} has {starts[-1]} rows, no row {row}")

@@ -15,14 +15,13 @@ from threading import Lock
 from typing import BinaryIO, NamedTuple, cast
 
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.files import is_remote
+from embedcache.files import is_remote, reading
 from embedcache.sources.files import (
     check_read_allowed,
     check_utf8_name,
     no_range_requests,
     open_descriptor,
     remote_filesystem,
-    wrap_io_errors,
 )
 
 BLOCK_BYTES = 512
@@ -187,7 +186,7 @@ class ByteRanges:
                 file = self._open_remote(path)
             data = file.read(offset, length)
         else:
-            with wrap_io_errors(path, ItemError):
+            with reading(path, error_class=ItemError):
                 data = self._open(path).read(offset, length)
         if len(data) < length:
             raise ItemError(f"truncated tar: {path} ends {length - len(data)} bytes before the image does")
@@ -217,11 +216,11 @@ class _RemoteFile:
     """A remote file, of which some blocks are kept: a request takes milliseconds."""
 
     def __init__(self, path: Path) -> None:
-        with wrap_io_errors(path, ItemError):
+        with reading(path, error_class=ItemError):
             self._file = open_tar(path)
         self._path, self._lock = path, Lock()
 
     def read(self, offset: int, length: int) -> bytes:
         """Read `length` bytes, or up to the end of the file."""
-        with self._lock, wrap_io_errors(self._path, ItemError):
+        with self._lock, reading(self._path, error_class=ItemError):
             return _read(self._file, offset, length)

@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import ItemError, SourceError
-from embedcache.files import TEXT_ENCODING, check_regular, is_remote, open_path
+from embedcache.files import TEXT_ENCODING, check_regular, is_remote, open_path, reading
 from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.sources.captions import to_text_items
 from embedcache.sources.files import TEXT_SUFFIXES, has_suffix, require_file
 from embedcache.sources.open import open_source
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_files import wrap_table_errors
 
 _BATCH_ROWS = 1024
 _HINT = "save the texts with numpy.save(path, numpy.array(texts, dtype=str))"
@@ -42,7 +41,7 @@ class TextsSource:
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over the texts. Memory holds one line, or one batch of an array."""
-        with wrap_table_errors(self._path):
+        with reading(self._path, "save it again as UTF-8 or NumPy", error_class=SourceError):
             for row, text in enumerate(_texts(self._path)):
                 yield Sample(key=f"{self._path.stem}/{row}", texts=to_text_items([text], None))
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from embedcache.errors import PathError, SourceError
-from embedcache.files import is_remote, open_path
+from embedcache.files import is_remote, open_path, reading
 from embedcache.sources.base import FileItem, Sample, Scalar
 from embedcache.sources.captions import (
     SIDECAR_SUFFIXES,
@@ -34,7 +34,6 @@ from embedcache.sources.files import (
     resolve_item,
     split_from_path,
     walk_files,
-    wrap_io_errors,
 )
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_files import open_table_file
@@ -107,7 +106,7 @@ class WebdatasetSource:
         path = relative_to(str(self._root), str(shard))
         table = _read_shard_table(shard)
         split = split_from_path(path)
-        with wrap_io_errors(shard), open_tar(shard) as tar:
+        with reading(shard), open_tar(shard) as tar:
             for key, group in groupby(_files(iter_members(tar, str(shard))), key=itemgetter(0)):
                 sample = self._sample(tar, path, key, group, table.get(key, _EMPTY))
                 if split:

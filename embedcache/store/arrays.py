@@ -20,8 +20,7 @@ import numpy as np
 
 from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, PathError, UnfinishedError
-from embedcache.files import check_regular, is_remote, read_file, write_atomic, write_blocks
-from embedcache.io_errors import io_reason
+from embedcache.files import check_regular, io_reason, is_remote, read_file, write_atomic
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import read_json
 
@@ -134,7 +133,7 @@ def write_chunk(array_path: Path, number: int, parts: Iterable[Array], chunk_sha
             yield block
         yield crc.to_bytes(CRC_BYTES, "little")
 
-    write_blocks(chunk_path(array_path, number, len(chunk_shape)), data())
+    write_atomic(chunk_path(array_path, number, len(chunk_shape)), data())
     return f"{crc:08x}"
 
 

@@ -12,10 +12,9 @@ import pyarrow as pa
 
 from embedcache.arrays import Bools, Ints, blocks
 from embedcache.errors import AmbiguousNameError, CorruptError, DataError, UnknownNameError, pluralize, quoted
-from embedcache.files import AnyPath, find_files, open_path
+from embedcache.files import AnyPath, find_files, open_path, reading
 from embedcache.modalities import MODALITIES, count_items, encoder_option
 from embedcache.registry import require, unknown_name
-from embedcache.sources.files import wrap_io_errors
 from embedcache.sources.open import IMPORTED_SOURCE, how_to_import
 from embedcache.store.columns import widen
 from embedcache.store.feature import Feature
@@ -25,12 +24,12 @@ from embedcache.store.removed import read_removed
 from embedcache.store.tables import (
     BLOCK,
     ITEM_SCHEMAS,
+    RESTORE_TABLE,
     OpenedTable,
     check_rows,
     open_table,
     read_opened,
     read_table,
-    table_errors,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Cache:
 
     def __init__(self, path: AnyPath) -> None:
         self.path = open_path(path)
-        with wrap_io_errors(self.path):
+        with reading(self.path):
             self.info: CacheInfo = read_info(self.path)
         self._sample_columns: dict[str, pa.ChunkedArray] = {}
         self._opened: dict[str, OpenedTable] = {}
@@ -158,7 +157,7 @@ class Cache:
     def columns(self) -> list[str]:
         """Column names of the sample table, without reading it."""
         path = table_path(self.path, SAMPLES)
-        with table_errors(path), open_table(path) as table:
+        with reading(path, RESTORE_TABLE), open_table(path) as table:
             names = list(table.schema_arrow.names)
         self._require_columns(SAMPLES, names, None)
         return names
@@ -229,7 +228,7 @@ class Cache:
         if name not in (SAMPLES, *self.info.num_items):  # a table without rows, or no file
             return ITEM_SCHEMAS[name].empty_table().select(columns or ITEM_SCHEMAS[name].names)
         path = table_path(self.path, name)
-        with table_errors(path):
+        with reading(path, RESTORE_TABLE):
             rows = read_table(path, columns).slice(0, self.num_rows(name))
         self._require_columns(name, rows.column_names, columns)
         return self._checked(name, rows)
@@ -253,7 +252,7 @@ class Cache:
             CorruptError: the table cannot be read, or the rows differ from their checksums.
         """
         path, place = table_path(self.path, name), self._place(name, number)
-        with table_errors(path):
+        with reading(path, RESTORE_TABLE):
             opened = self._open_file(name, path)
             first = int(np.searchsorted(opened.starts, place.start, "right")) - 1
             last = int(np.searchsorted(opened.starts[:-1], place.stop))
@@ -276,7 +275,7 @@ class Cache:
         """
         path, size = table_path(self.path, name), self.block_rows(name)
         likely = np.zeros(-(-self.num_rows(name) // size), bool)
-        with table_errors(path):
+        with reading(path, RESTORE_TABLE):
             opened = self._open_file(name, path)
             for group, (start, stop) in enumerate(pairwise(opened.starts.tolist())):
                 if opened.may_hold(group, column, texts):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import CorruptError, FingerprintError, pluralize, quoted
+from embedcache.files import reading
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, noun
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample, Source
@@ -19,7 +20,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.layout import CacheInfo, items_path, samples_path
 from embedcache.store.removed import RemovedSamples, read_removed
 from embedcache.store.table_writer import BATCH, digest_input
-from embedcache.store.tables import open_table, table_errors, to_file_item
+from embedcache.store.tables import RESTORE_TABLE, open_table, to_file_item
 from embedcache.store.verify import check_tables
 
 
@@ -256,7 +257,7 @@ def _rows_by_sample(path: Path) -> Iterator[list[Mapping[str, Any]]]:
 
 
 def _iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
-    with table_errors(path), open_table(path) as table:
+    with reading(path, RESTORE_TABLE), open_table(path) as table:
         for batch in table.iter_batches(columns=columns, use_threads=False):
             yield from batch.to_pylist()
 

@@ -30,8 +30,7 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, Bools, Ints
 from embedcache.errors import CorruptError, PathError, UnfinishedError, one_line
-from embedcache.files import flush, read_file, remove_file, write_atomic
-from embedcache.io_errors import io_reason
+from embedcache.files import flush, io_reason, read_file, remove_file, write_atomic
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import canonical_json, digest
 from embedcache.store.arrays import REPAIR

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from embedcache.errors import FingerprintError, PathError, SettingError, SourceError, UnfinishedError, first_few
-from embedcache.files import find_files, flush, is_remote, make_folder, remove_file, remove_folder
-from embedcache.io_errors import disk_errors
+from embedcache.files import find_files, flush, is_remote, make_folder, reading, remove_file, remove_folder, writing
 from embedcache.locks import LOCK, locked
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, digest, read_json, write_json
 from embedcache.sources.base import Sample, Source
-from embedcache.sources.files import wrap_io_errors
 from embedcache.store.changes import (
     SourceChanges,
     check_allowed,
@@ -85,7 +83,7 @@ def index(
         _check_limit(cache_path, info, limit)
         if is_unchanged(info):
             return info
-    with locked(cache_path), disk_errors(cache_path):  # check again: another process may have been first
+    with locked(cache_path), writing(cache_path):  # check again: another process may have been first
         if not info_path(cache_path).is_file():
             return _create_from(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, limit, progress)
         info = read_info(cache_path)
@@ -137,7 +135,7 @@ def index_tables(source: TableSource, cache_path: Path, *, chunk_size: int, prog
     """
     if _open_folder(cache_path):
         return read_info(cache_path)
-    with locked(cache_path), disk_errors(cache_path):
+    with locked(cache_path), writing(cache_path):
         if info_path(cache_path).is_file():  # another process was first
             return read_info(cache_path)
         return _create(source, cache_path, chunk_size, lambda writer: source.write(writer, progress), progress)
@@ -145,7 +143,7 @@ def index_tables(source: TableSource, cache_path: Path, *, chunk_size: int, prog
 
 def _open_folder(cache_path: Path) -> bool:
     """Return whether a folder is a cache; create it if it does not exist."""
-    with wrap_io_errors(cache_path):
+    with reading(cache_path):
         exists = info_path(cache_path).is_file()
         if not exists:
             make_folder(cache_path)

@@ -14,8 +14,7 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, PathError, UnfinishedError
-from embedcache.files import flush, put_file, remove_partials, write_atomic
-from embedcache.io_errors import disk_errors
+from embedcache.files import flush, put_file, remove_partials, write_atomic, writing
 from embedcache.locks import Leases, locked
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
@@ -126,7 +125,7 @@ def apply_removal(cache_path: Path, *, progress: Progress | None = None) -> None
     progress = progress or NullProgress()
     pending = read_pending(cache_path)
     assert pending is not None
-    with locked(cache_path), disk_errors(cache_path):
+    with locked(cache_path), writing(cache_path):
         remove_partials(cache_path)
         _write_tables(cache_path, pending, progress)
         cache = Cache(cache_path)

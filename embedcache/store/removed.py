@@ -18,10 +18,10 @@ import pyarrow as pa
 
 from embedcache.arrays import Ints
 from embedcache.errors import CorruptError
-from embedcache.files import replacing
+from embedcache.files import reading, replacing
 from embedcache.provenance import digest_file
 from embedcache.store.layout import SUBSET, CacheInfo, removed_before_path, removed_path
-from embedcache.store.tables import read_table, table_errors, write_table
+from embedcache.store.tables import RESTORE_TABLE, read_table, write_table
 
 Marks: TypeAlias = Mapping[str, Iterable[bytes]]
 """Salt -> the digests of keys with it; each cache from which samples were removed has a salt of its own."""
@@ -114,7 +114,7 @@ def read_removed(cache_path: Path, info: CacheInfo) -> RemovedSamples:
 
 def read_removed_file(path: Path) -> RemovedSamples:
     """Read a table of removed samples."""
-    with table_errors(path):
+    with reading(path, RESTORE_TABLE):
         table = read_table(path)
         return RemovedSamples(table=table.cast(_SCHEMA), salt=table.schema.metadata[_SALT].decode())
 
@@ -149,7 +149,7 @@ def _read_marks(path: Path, expected: str | None) -> Marks:
     """Read marks whose digest is in the source of their cache; none if it has no digest."""
     if expected is None:
         return {}
-    with table_errors(path):
+    with reading(path, RESTORE_TABLE):
         table = read_table(path).cast(_BEFORE_SCHEMA)
     pairs = zip(table["salt"].to_pylist(), table["key_digest"].to_pylist(), strict=True)
     marks = merge_marks({salt: [mark]} for salt, mark in pairs)

@@ -23,9 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints
-from embedcache.errors import CorruptError, EmbedcacheError, one_line
+from embedcache.errors import CorruptError
 from embedcache.files import check_regular, is_remote
-from embedcache.io_errors import read_errors
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import digest
 from embedcache.sources.base import FileItem
@@ -34,6 +33,9 @@ from embedcache.store.layout import items_path
 
 BLOCK = 65_536
 """Rows of the sample table in a block; an item table has blocks of a chunk."""
+
+RESTORE_TABLE = "restore the file, or extract into a new folder"
+"""What to do about a damaged table of a cache."""
 
 _FOOTER_END = 8  # its length, int32 little-endian, and the magic number of Parquet
 _READ_BYTES = 2**16  # as Arrow reads at once; a footer of millions of rows is longer
@@ -187,20 +189,6 @@ def write_table(path: Path, table: pa.Table) -> None:
     """Write a table whose pages and footer have checksums, which `open_table` compares."""
     pq.write_table(table, path, write_page_checksum=True)
     add_footer_checksum(path)
-
-
-@contextmanager
-def table_errors(path: Path) -> Iterator[None]:
-    """Raise errors of reading a table as a `PathError`, or as a `CorruptError` if the file is not that table."""
-    try:
-        with read_errors(path):
-            yield
-    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-        if isinstance(error, EmbedcacheError):
-            raise
-        raise CorruptError(
-            f"{path} cannot be read: {one_line(error)}; restore the file, or extract into a new folder"
-        ) from error
 
 
 def item_tables(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, UnfinishedError, pluralize
-from embedcache.files import find_files, is_remote
+from embedcache.files import find_files, is_remote, reading
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest, digest_file
@@ -36,7 +36,7 @@ from embedcache.store.layout import (
     table_path,
 )
 from embedcache.store.removed import read_removed
-from embedcache.store.tables import TableChecksums, TableDigest, open_table, table_errors
+from embedcache.store.tables import RESTORE_TABLE, TableChecksums, TableDigest, open_table
 from embedcache.store.writer import feature_metadata, token_metadata
 
 _REORDERED = "its rows or their order changed since they were indexed; restore the file, or extract into a new folder"
@@ -168,7 +168,7 @@ def _read_content(cache: Cache, name: str, path: Path, progress: Progress) -> _T
     """Read the rows of a table that exist for the cache; beyond them it may have more."""
     table_digest, checksums = TableDigest(), TableChecksums(cache.block_rows(name))
     expected, num_rows = cache.num_rows(name), 0
-    with table_errors(path), open_table(path) as table:
+    with reading(path, RESTORE_TABLE), open_table(path) as table:
         for batch in table.iter_batches(use_threads=False):
             rows = pa.table(batch).slice(0, expected - num_rows)
             table_digest.update(rows.select(["key"]) if name == SAMPLES else rows)

@@ -11,7 +11,7 @@ import numpy as np
 from embedcache.arrays import Array, blocks, fit_integers
 from embedcache.axis import Axis
 from embedcache.errors import ArtifactError, CorruptError, DataError, FingerprintError, PathError
-from embedcache.files import is_remote
+from embedcache.files import is_remote, reading
 from embedcache.locks import locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
@@ -29,7 +29,7 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import ATTRIBUTE, EncoderGroup, read_feature
 from embedcache.store.layout import items_path, removed_path
 from embedcache.store.removed import read_removed_file
-from embedcache.store.tables import open_table, table_errors
+from embedcache.store.tables import RESTORE_TABLE, open_table
 
 
 def add_feature(
@@ -162,7 +162,7 @@ def _without_removed(
     if not group.info.removed and (is_remote(removed) or not removed.is_file()):
         return items, kept, reasons
     path = items_path(cache_path, group.modality)
-    with table_errors(path), open_table(path) as table:
+    with reading(path, RESTORE_TABLE), open_table(path) as table:
         samples = table.read_row_group(chunk, columns=["sample"], use_threads=False)["sample"].to_numpy()
     for row in np.flatnonzero(np.isin(samples[: len(kept)], read_removed_file(removed).rows)).tolist():
         kept[row] = removed_hash(group.modality)
@@ -199,7 +199,7 @@ def _item_path(group: EncoderGroup, chunk: int, offset: int) -> str:
     if MODALITIES[group.modality].kind == "texts":
         return ""
     path = items_path(group.path.parents[1], group.modality)
-    with table_errors(path), open_table(path) as table:
+    with reading(path, RESTORE_TABLE), open_table(path) as table:
         return f"{table.read_row_group(chunk, columns=['path'], use_threads=False)['path'][offset]} "
 
 

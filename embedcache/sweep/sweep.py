@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedcache.dataset.inputs import NamedFeatures
-from embedcache.files import AnyPath
-from embedcache.io_errors import disk_errors
+from embedcache.files import AnyPath, writing
 from embedcache.locks import locked
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import write_record
@@ -83,7 +82,7 @@ def sweep(
     memory = searched.settings({}).machine.memory
     data = open_data(caches, feature, memory_bytes=memory, progress=progress)
     searched = _with_block_rows(_with_recipe(searched, data, progress), data)
-    with disk_errors(folder):
+    with writing(folder):
         opened = open_study(folder, data, searched, settings, progress=progress)
         paths = tuple(str(cache.path) for cache in data.caches)
         job = StudyJob(caches=paths, path=folder, study=opened, space=searched, settings=settings)

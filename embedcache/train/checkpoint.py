@@ -19,8 +19,7 @@ from embedcache.dataset.inputs import PLAIN
 from embedcache.dataset.splits import check_split
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, FingerprintError, PathError, one_line, pluralize
-from embedcache.files import replacing
-from embedcache.io_errors import disk_errors
+from embedcache.files import replacing, writing
 from embedcache.locks import Leases
 from embedcache.modalities import noun
 from embedcache.projectors.saved import checked_weights_path, config_path, read_run_record, split_path
@@ -119,7 +118,7 @@ def train_run(
         FingerprintError: the interrupted run has another config.
     """
     leases = run_on_first(lambda: _start_run(run_path, config))
-    with disk_errors(run_path):
+    with writing(run_path):
         if leases is None:  # not the first process
             return fit()[1]
         with record_stage(run_path / "record.json", "train", recorded) as outcome:

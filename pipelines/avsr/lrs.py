@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import PathError, SourceError
+from embedcache.files import reading
 from embedcache.sources.base import FileItem, Sample, TextItem
-from embedcache.sources.files import read_item_file, wrap_io_errors
+from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
 
 KIND = "pipelines.avsr.lrs:LrsSource"
@@ -72,7 +73,7 @@ class LrsSource:
             for path in sorted(self._folder.glob("*/*.mp4")):
                 yield path.relative_to(self._folder).with_suffix("").as_posix(), None
             return
-        with wrap_io_errors(self._list, SourceError):
+        with reading(self._list, error_class=SourceError):
             lines = self._list.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, 1):
             key, *rest = line.split()[:2] or [""]
@@ -85,7 +86,7 @@ class LrsSource:
 
 def read_transcript(path: Path) -> str:
     """Read the transcript of a clip: the first line of its file, in capitals; SourceError if it is not `Text: …`."""
-    with wrap_io_errors(path, SourceError), path.open(encoding="utf-8") as file:
+    with reading(path, error_class=SourceError), path.open(encoding="utf-8") as file:
         line = file.readline()
     text = " ".join(line[len(_LABEL) :].split()).upper()
     if not line.lower().startswith(_LABEL) or not text:

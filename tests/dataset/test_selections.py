@@ -42,7 +42,7 @@ def test_table_that_the_system_does_not_open_is_not_called_another(cache_path: P
         "scores": lambda: read_scores(path, cache),
     }[kind]
     write_selection(path, cache, Selection(rows=np.arange(3), reasons=["a", "b", "c"]), {})
-    with no_more_files(), pytest.raises(PathError, match="^cannot read .*t.parquet: Too many open files$"):
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
         read()
 
 

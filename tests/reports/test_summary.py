@@ -75,9 +75,9 @@ def test_reasons_are_counted_up_to_a_comma(artifacts: Path, tmp_path: Path) -> N
     assert summary.notes == [f"and {len(counts) - 10} other reasons"]
     assert len(counts) == 14
     pq.write_table(pa.table({"key": ["a"], "reason": [1]}), tmp_path / "numbers.parquet")
-    with no_more_files(), pytest.raises(PathError, match=r"cannot read .*/s.parquet: Too many open files$"):
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
         summarize(tmp_path / "s.parquet")
-    with pytest.raises(PathError, match="expected a selection, got another Parquet file"):
+    with pytest.raises(CorruptError, match="expected a selection"):
         summarize(tmp_path / "numbers.parquet")
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, ItemError, PathError, pluralize
+from embedcache.errors import DataError, ItemError, pluralize
 from embedcache.files import building
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, Modality, one_noun
 from embedcache.outputs import check_output, new_output
@@ -110,16 +110,17 @@ def write_shards(
             modality, or an interval of a recording or video, which a file of a tar cannot be.
     """
     progress = progress or NullProgress()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        got = "a file" if folder.is_file() else "a folder that is not empty"
-        raise PathError(f"{folder}: expected a new or empty folder, got {got}; give the path of a new one")
-    source = reopen_source(cache.info.source, cache.info.index_digest)
-    rows, num_selected = rows[~_have_failed(cache)[rows]], len(rows)
-    if len(rows) < num_selected:
-        left_out = pluralize(num_selected - len(rows), "sample")
-        _log.warning("left out %s with an item that no encoder could encode: embedcache inspect names them", left_out)
-    samples = _Samples(cache, rows)
     with building(folder) as temporary:
+        source = reopen_source(cache.info.source, cache.info.index_digest)
+        num_selected = len(rows)
+        rows = rows[~_have_failed(cache)[rows]]
+        if len(rows) < num_selected:
+            _log.warning(
+                "left out %s with an item that no encoder could encode: embedcache inspect names them",
+                pluralize(num_selected - len(rows), "sample"),
+            )
+
+        samples = _Samples(cache, rows)
         progress.start("writing shards", len(rows), "samples")
         for number, part in enumerate(blocks(len(rows), size)):
             _write_shard(temporary / f"{number:05d}.tar", samples, part, source)

@@ -158,7 +158,7 @@ def test_shards_are_deterministic(made: tuple[Cache, Path], tmp_path: Path) -> N
         export_selection(cache.path, path, tmp_path / name, "webdataset")
     assert (tmp_path / "a/00000.tar").read_bytes() == (tmp_path / "b/00000.tar").read_bytes()
     (tmp_path / "c").write_text("")
-    for name, got in (("a", "a folder that is not empty"), ("c", "a file")):
+    for name, got in (("a", "one that is not empty"), ("c", "a file")):
         with pytest.raises(PathError, match=got):
             export_selection(cache.path, path, tmp_path / name, "webdataset")
 
