@@ -93,12 +93,8 @@ def open_path(location: AnyPath) -> Path:
         path = upath.UPath(location, use_listings_cache=False, **options)
         path.fs  # noqa: B018  # imports the file system of the protocol
         path / "file"  # those of `data://` have no files
-    except (ValueError, NotImplementedError, TypeError, LookupError, AttributeError) as error:
-        raise PathError(f"{location}: URLs of this protocol cannot be read: {error}") from None
-    except OSError as error:  # some file systems connect at once
-        raise PathError(f"cannot reach {location}: {io_reason(error)}") from None
-    except ImportError as error:
-        raise PathError(f"{location} needs a package that is not installed: {error}") from None
+    except (OSError, ImportError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+        raise PathError(f"cannot open {location}: {io_reason(error)}") from None  # some file systems connect at once
     return cast(Path, path)
 
 
@@ -184,18 +180,10 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
 
     Args:
         path: the file.
-        data: its content, or blocks of it that are written one after the other. Memory: one block; the whole file
-            behind a URL.
+        data: its content, or blocks of it that are written one after the other. Memory: one block.
     """
-    blocks = [data] if isinstance(data, bytes) else data
-    if is_remote(path):
-        with writing(path):
-            make_folder(path.parent)
-            path.fs.pipe_file(path.path, b"".join(blocks))  # type: ignore[attr-defined]
-        return
-
     with replacing(path) as temporary, temporary.open("wb") as file:
-        file.writelines(blocks)
+        file.writelines([data] if isinstance(data, bytes) else data)
 
 
 @contextmanager
