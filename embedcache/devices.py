@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 DEVICE_HELP = "Torch device, such as cpu, cuda or cuda:1; auto is the first of cuda, mps and cpu that this machine has."
-Precision: TypeAlias = Literal["float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
-"""Precision of matrix products, and its short names in other libraries, which settings replace by the long ones."""
+Precision: TypeAlias = Literal["float32", "float16", "bfloat16"]
+"""Precision of matrix products."""
 
-_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _log = logging.getLogger(__name__)
 
 
@@ -43,11 +42,6 @@ def address_setting(**options: Any) -> Any:
         metavar="URL",
         **options,
     )
-
-
-def expand_precision(settings: Any) -> None:
-    """Replace the short name of a precision in a frozen settings instance, before it is checked."""
-    object.__setattr__(settings, "precision", _ALIASES.get(str(settings.precision), settings.precision))
 
 
 def torch_device(name: str = AUTO, *, needs_float64: bool = False) -> "torch.device":

@@ -19,27 +19,21 @@ class Progress(Protocol):
 
     def start(self, what: str, total: int, unit: str) -> None:
         """Start a step of `total` units, which ends the step before; a total that is 0 or exceeded is unknown."""
-        ...
 
     def advance(self, count: int) -> None:
         """Add `count` finished units of the step; ignored between two steps."""
-        ...
 
     def describe(self, state: str) -> None:
         """Set what is shown of the step beside the count, such as the epoch and the last loss."""
-        ...
 
     def finish(self) -> None:
         """End the step."""
-        ...
 
     def note(self, line: str) -> None:
         """Report one line for the user."""
-        ...
 
     def part(self, name: str = "") -> "Progress":
         """Return the progress of one of several things that are done at once; its steps are shown after the name."""
-        ...
 
 
 AnyProgress: TypeAlias = Progress | bool | None

@@ -1,15 +1,14 @@
 """What `auto` means on machines with and without GPUs. Torch is asked what there is; nothing runs on a GPU."""
 
 import logging
+from typing import get_args
 
 import pytest
 import torch
 
 from embedcache import devices
-from embedcache.devices import all_devices, announce_device, autocast, torch_device
-from embedcache.encoders.settings import EncoderSettings
+from embedcache.devices import Precision, all_devices, announce_device, autocast, torch_device
 from embedcache.errors import SettingError
-from embedcache.train.settings import MachineSettings
 
 
 @pytest.mark.parametrize(
@@ -39,10 +38,7 @@ def test_device_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["device: cpu"]
 
 
-@pytest.mark.parametrize(("short", "long"), [("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")])
-def test_precisions_have_short_names(short: str, long: str) -> None:
-    for kind in (EncoderSettings, MachineSettings):
-        assert kind(precision=short) == kind(precision=long)
-        assert kind(precision=short).precision == long
-    with autocast("cpu", long):
-        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == getattr(torch, long)
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_products_have_the_precision(precision: Precision) -> None:
+    with autocast("cpu", precision):
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == getattr(torch, precision)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from embedcache.devices import AUTO, expand_precision
+from embedcache.devices import AUTO
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
@@ -27,7 +27,7 @@ class EncoderSettings:
         affects_result=False,
         default_text="on a CPU 32 images or 64 texts, on a GPU 128 or 512",
     )
-    precision: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"] = setting(
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = setting(
         AUTO,
         "Precision of the forward pass; auto is that of the stored feature. For a new one it is bfloat16 on a GPU that "
         "has it, else float32.",
@@ -50,7 +50,6 @@ class EncoderSettings:
     )
 
     def __post_init__(self) -> None:
-        expand_precision(self)
         check_settings(self)
         if self.background != "white":
             object.__setattr__(self, "background", _color(self.background))

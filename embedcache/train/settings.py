@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from embedcache.dataset.settings import LANGUAGE_DEFAULT, SELECTION_HELP, SplitSettings, with_split_seed
-from embedcache.devices import AUTO, Precision, expand_precision
+from embedcache.devices import AUTO, Precision
 from embedcache.errors import SettingError
 from embedcache.settings import (
     check_settings,
@@ -144,7 +144,6 @@ class MachineSettings:
     )
 
     def __post_init__(self) -> None:
-        expand_precision(self)
         check_settings(self)
 
 

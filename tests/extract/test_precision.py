@@ -23,9 +23,9 @@ def test_stored_features_keep_precision_and_backend(tmp_path: Path) -> None:
         settings = ExtractSettings(devices=("cpu",), encoder=EncoderSettings(**options))  # type: ignore[arg-type]
         extract(photos, tmp_path / "c", image_encoder=[encoder], settings=settings)
 
-    run(precision="bf16")
+    run(precision="bfloat16")
     run()
     fingerprint = Cache(tmp_path / "c").feature("image").fingerprint
     assert (fingerprint["precision"], fingerprint["backend"]) == ("bfloat16", "torch")
     with pytest.raises(FingerprintError, match="precision: stored 'bfloat16', requested 'float32'"):
-        run(precision="fp32")
+        run(precision="float32")

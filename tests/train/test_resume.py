@@ -298,7 +298,7 @@ def test_auto_device_is_that_of_the_run(cache_path: Path, whole: Path, tmp_path:
 
 @pytest.mark.slow
 def test_float16_resumes(cache_path: Path, tmp_path: Path) -> None:
-    options = {"precision": "fp16"}
+    options = {"precision": "float16"}
     run_interrupted(cache_path, tmp_path / "stopped", 2, **options)
     for name in ("whole", "stopped"):
         runs.run(cache_path, tmp_path / name, **{**OPTIONS, **options})
