@@ -130,7 +130,7 @@ def test_processes_with_steps_of_their_own_are_parts() -> None:
         {"sound: training": "loss of sound"},
         {"lips: training": "loss of lips"},
     ]
-    assert shown.notes == ["sound: done", "lips: done"]
+    assert [part.notes for part in shown.parts] == [["sound: done"], ["lips: done"]]
 
 
 def test_results_of_threads_are_in_order() -> None:
