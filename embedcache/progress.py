@@ -58,8 +58,23 @@ def _is_notebook() -> bool:
     return shell is not None and "IPKernelApp" in shell.config
 
 
-class NullProgress(Progress):
+class NullProgress:
     """Discards all progress."""
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        """Do nothing."""
+
+    def advance(self, count: int) -> None:
+        """Do nothing."""
+
+    def describe(self, state: str) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+    def note(self, line: str) -> None:
+        """Do nothing."""
 
     def part(self, name: str = "") -> "NullProgress":  # noqa: ARG002 - as in `Progress`
         """Return this."""
