@@ -94,7 +94,8 @@ def open_path(location: AnyPath) -> Path:
         path.fs  # noqa: B018  # imports the file system of the protocol
         path / "file"  # those of `data://` have no files
     except (OSError, ImportError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
-        raise PathError(f"cannot open {location}: {io_reason(error)}") from None  # some file systems connect at once
+        # some file systems connect at once
+        raise PathError(f"cannot open {location}: {io_reason(error)}; check the protocol and the address") from None
     return cast(Path, path)
 
 
@@ -396,7 +397,13 @@ def remove_folder(path: Path) -> None:
 
 
 @contextmanager
-def reading(path: Path | str, next_step: str = "", *, error_class: type[EmbedcacheError] = PathError) -> Iterator[None]:
+def reading(
+    path: Path | str,
+    next_step: str = "",
+    *,
+    error_class: type[EmbedcacheError] = PathError,
+    damage_class: type[EmbedcacheError] = CorruptError,
+) -> Iterator[None]:
     """Raise errors of reading as errors of this package, with the path and the reason in one line.
 
     That too many files are open is raised unchanged, as no file is at fault.
@@ -404,8 +411,8 @@ def reading(path: Path | str, next_step: str = "", *, error_class: type[Embedcac
     Args:
         path: the file, or its name.
         next_step: what to do about a damaged file. If empty, only errors of disks and services are translated.
-        error_class: class of the errors. By default a file that cannot be read is a `PathError`, a damaged one a
-            `CorruptError`.
+        error_class: class of the error of a disk or a service.
+        damage_class: class of the error of a damaged file.
     """
     try:
         yield
@@ -419,7 +426,6 @@ def reading(path: Path | str, next_step: str = "", *, error_class: type[Embedcac
         if isinstance(error, OSError) and error.errno in _OF_THE_PROCESS:
             raise
         if next_step and _is_damage(error):
-            damage_class = CorruptError if error_class is PathError else error_class
             raise damage_class(f"{path} cannot be read: {one_line(error)}; {next_step}") from error
         if not is_io_error(error):
             raise
@@ -467,7 +473,8 @@ def hub_errors(action: str, next_step: str, *, error_class: type[EmbedcacheError
         if not (is_answer or is_io_error(error) or _is_from_service(error)):
             raise
         reason = io_reason(error) if is_io_error(error) else one_line(error)
-        raise error_class(f"cannot {action}: {reason.partition('. ')[0].rstrip('.')}; {next_step}") from error
+        reason = reason.partition(" Example of usage")[0].rstrip(".")
+        raise error_class(f"cannot {action}: {reason}; {next_step}") from error
 
 
 def disk_full_message(disk: str = "") -> str:

@@ -335,7 +335,7 @@ def _summarize_negatives(path: Path, schema: pa.Schema) -> Summary:
 
 def _summarize_selection(path: Path) -> Summary:
     schema = _read_schema(path) if path.is_file() else pa.schema([])
-    with reading(path, "expected a selection"):
+    with reading(path, "expected a selection", damage_class=PathError):
         if {"group", "negatives"} <= set(schema.names):
             return _summarize_negatives(path, schema)
         table = read_table(path, columns=["reason"])

@@ -74,7 +74,7 @@ class TableFile:
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
         """Iterate over the rows in order, reading only `columns`."""
-        with reading(self.path, _SAVE_AGAIN, error_class=SourceError):
+        with reading(self.path, _SAVE_AGAIN, damage_class=SourceError):
             yield from self.read(columns)
 
 
@@ -90,7 +90,7 @@ def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
     suffix = path.suffix.lower()
     if delimiter is not None and suffix in (".parquet", ".jsonl"):
         raise SettingError(f"{path} has no delimiter, as it is no text table; omit --delimiter {delimiter!r}")
-    with reading(path, _SAVE_AGAIN, error_class=SourceError):
+    with reading(path, _SAVE_AGAIN, damage_class=SourceError):
         if suffix == ".parquet":
             with open_parquet(path) as file:
                 return TableFile(path=path, schema=file.schema_arrow, read=partial(_read_parquet, path))
@@ -198,10 +198,8 @@ class RowGroups:
             ItemError: the file is missing or damaged, or has no such column or row.
         """
         try:
-            with (
-                self._lock,
-                reading(path, _SAVE_AGAIN, error_class=SourceError),
-            ):  # pyarrow reads a row group with several threads
+            # pyarrow reads a row group with several threads
+            with self._lock, reading(path, _SAVE_AGAIN, damage_class=SourceError):
                 starts = self._starts(path)
                 if row >= starts[-1]:
                     raise ItemError(f"no such row: {path} has {starts[-1]} rows, no row {row}")

@@ -41,7 +41,7 @@ class TextsSource:
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over the texts. Memory holds one line, or one batch of an array."""
-        with reading(self._path, "save it again as UTF-8 or NumPy", error_class=SourceError):
+        with reading(self._path, "save it again as UTF-8 or NumPy", damage_class=SourceError):
             for row, text in enumerate(_texts(self._path)):
                 yield Sample(key=f"{self._path.stem}/{row}", texts=to_text_items([text], None))
 

@@ -375,7 +375,7 @@ def test_wrong_columns_raise(tmp_path: Path, settings: dict[str, object], word: 
 
 def test_damaged_table_raises(tree: Path, tmp_path: Path) -> None:
     (tree / "metadata" / "metadata_3.parquet").write_bytes(b"no Parquet")
-    with pytest.raises(SourceError, match="metadata_3.parquet cannot be read as parquet"):
+    with pytest.raises(SourceError, match="metadata_3.parquet cannot be read"):
         import_files(open_clip_retrieval(tree), tmp_path / "cache")
 
 

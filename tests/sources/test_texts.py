@@ -68,7 +68,7 @@ def test_several_batches_in_order(tmp_path: Path) -> None:
         (np.arange(3), r"expected strings of shape \(N,\), got int64 of shape \(3,\)"),
         (np.array([["a"]]), r"got <U1 of shape \(1, 1\)"),
         (np.array("a"), r"of shape \(\)"),
-        (np.array([b"\xff"]), "not UTF-8"),
+        (np.array([b"\xff"]), "UTF-8"),
     ],
 )
 def test_other_arrays_raise(tmp_path: Path, array: np.ndarray, words: str) -> None:

@@ -262,7 +262,7 @@ def test_tables_without_a_column_or_rows_raise(copied: Path, tmp_path: Path) -> 
     with pytest.raises(CorruptError, match=f"{items} cannot be read: .*; restore the file, or extract into a new"):
         Cache(path).items("text")
     items.unlink()
-    with pytest.raises(PathError, match=f"cannot read {items}: "):
+    with pytest.raises(PathError, match=f"no such file: {items}"):
         Cache(path).items("text")
     items.symlink_to("/dev/null")
     with pytest.raises(PathError, match="expected a regular file, got a pipe or a device"):
