@@ -30,8 +30,6 @@ INPUT = "inputs"
 WINDOW_S = 30
 """Length of the windows that longer recordings are cut into."""
 
-_WINDOWS_PER_BLOCK = 40  # 38 MB or more: glibc returns blocks above 32 MB
-
 
 class AudioEncoder:
     """An encoder of recordings.
@@ -87,139 +85,99 @@ class AudioEncoder:
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Compute the named features of one batch: name -> one float32 array per item, (D,) or (T, D)."""
-        return self.encode_cast(list(prepared), names, lambda _, tokens_TD: tokens_TD)
+        return self.encode_cast(prepared, names, lambda _, tokens_TD: tokens_TD)
 
     def encode_cast(
-        self, prepared: list[Array], names: Sequence[str], cast: Callable[[str, Array], Array]
+        self, prepared: Sequence[Array], names: Sequence[str], cast: Callable[[str, Array], Array]
     ) -> dict[str, list[Array]]:
         """Compute features as `encode` does, with the tokens of each window converted as soon as they are computed.
 
-        Memory: the features as returned, the windows that are not encoded yet, the forward passes that run at once, and
-        the float32 outputs of one more.
+        Memory: the model inputs, the features as returned, the forward passes that run at once, and the float32 outputs
+        of one more.
 
         Args:
-            prepared: emptied, so that windows need no memory any more once they are encoded.
+            prepared: arrays from `prepare`.
             cast: name of a feature, (T, D) float32 -> (T, D) of any dtype.
         """
         check_names(names, self.features)
-        joins: dict[str, list[_TokenJoin | _MeanJoin]] = {
-            name: [self._join(name, inputs, cast) for inputs in prepared] for name in names
-        }
-        items, windows = self._take_windows(prepared)
+        windows = [(item, window) for item, inputs in enumerate(prepared) for window in self._split(inputs)]
+        joins = {name: [self._join(name, inputs, cast) for inputs in prepared] for name in names}
         sources = sorted({_source(name) for name in names})
-        for number, outputs in self._run(windows, sources):
+        for item, outputs in self._run(windows, sources):
             for name in names:
-                joins[name][items[number]].add(outputs[_source(name)])
+                joins[name][item].add(outputs[_source(name)])
         return {name: [join.result() for join in joins[name]] for name in names}
 
-    def _take_windows(self, prepared: list[Array]) -> tuple[list[int], list[Array]]:
-        """Empty a list of model inputs; return the number of the item of each window, and the windows."""
-        items, windows = list[int](), list[Array]()
-        for item in range(len(prepared)):
-            parts = _copy_windows(self._split(prepared.pop(0)))
-            items += [item] * len(parts)
-            windows += parts
-        return items, windows
+    def _run(
+        self, windows: Sequence[tuple[int, Array]], names: Sequence[str]
+    ) -> Iterator[tuple[int, dict[str, Floats]]]:
+        """Run the graph on windows of any lengths, and yield the outputs of each with the number of its item.
 
-    def _run(self, windows: list[Array], names: Sequence[str]) -> Iterator[tuple[int, dict[str, Floats]]]:
-        """Run the graph on windows of any lengths, those of one length together; yield the outputs of each window.
-
-        The longest come first, so that the windows of a recording, of which the last may be shorter, come in order.
-        Each is removed from the list when it runs.
+        The windows of one length run together. The longest come first, so that the windows of a recording, of which the
+        last may be shorter, come in order.
         """
 
-        def run(numbers: Sequence[int]) -> dict[str, Floats]:
-            batch = np.stack([windows[number] for number in numbers])
-            for number in numbers:
-                windows[number] = np.empty(0)
-            return self._graph({INPUT: batch}, names)
+        def run(batch: Sequence[tuple[int, Array]]) -> dict[str, Floats]:
+            return self._graph({INPUT: np.stack([window for _, window in batch])}, names)
 
-        batches = list(self._batches([window.shape for window in windows]))
+        batches = list(self._batches(windows))
         if self._num_parallel == 1:
             results: Iterator[dict[str, Floats]] = map(run, batches)
         else:
             results = prefetch_map(self._threads, run, batches, window=self._num_parallel + 1)
-        for numbers, found in zip(batches, results, strict=True):
-            for row, number in enumerate(numbers):
-                yield number, {name: found[name][row] for name in names}
+        for batch, outputs in zip(batches, results, strict=True):
+            for row, (item, _) in enumerate(batch):
+                yield item, {name: outputs[name][row] for name in names}
 
-    def _batches(self, shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-        """Iterate over the batches of windows of some shapes; those of one shape are divided among the threads."""
-        numbers: dict[tuple[int, ...], list[int]] = {}
-        for number, shape in enumerate(shapes):
-            numbers.setdefault(shape, []).append(number)
-        for shape in sorted(numbers, key=prod, reverse=True):
-            same = numbers[shape]
+    def _batches(self, windows: Sequence[tuple[int, Array]]) -> Iterator[Sequence[tuple[int, Array]]]:
+        """Iterate over the batches of some windows; the windows of one shape are divided among the threads."""
+        by_shape: dict[tuple[int, ...], list[tuple[int, Array]]] = {}
+        for item, window in windows:
+            by_shape.setdefault(window.shape, []).append((item, window))
+        for shape in sorted(by_shape, key=prod, reverse=True):
+            same = by_shape[shape]
             is_alone = self._long_window is not None and prod(shape) >= self._long_window
             size = 1 if is_alone else min(self.batch_size, -(-len(same) // self._num_parallel))
-            for batch in blocks(len(same), size):
-                yield same[batch]
+            for rows in blocks(len(same), size):
+                yield same[rows]
 
-    def _join(self, name: str, inputs: Array, cast: Callable[[str, Array], Array]) -> "_TokenJoin | _MeanJoin":
+    def _join(self, name: str, inputs: Array, cast: Callable[[str, Array], Array]) -> "_Join":
         num_tokens = None if self._num_tokens is None else self._num_tokens(inputs)
-        if num_tokens is None or name != _source(name):
-            return _MeanJoin(num_tokens)
-        return _TokenJoin(num_tokens, partial(cast, name))
+        is_mean = num_tokens is None or name != _source(name)
+        return _Join(num_tokens, None if is_mean else partial(cast, name))
 
 
-class _TokenJoin:
-    """The tokens of a recording, written into one array window by window."""
+class _Join:
+    """The tokens of a recording, or their mean, or the mean of the vectors of its windows.
 
-    def __init__(self, num_tokens: int, cast: Callable[[Array], Array]) -> None:
-        self._num_tokens, self._cast, self._stop = num_tokens, cast, 0
-        self._joined_TD: Array | None = None
+    Args:
+        num_tokens: tokens of the recording; the windows may have more, of padding. If None, windows have vectors.
+        cast: converts tokens, which are then written into one array window by window. If None, the mean is computed.
+    """
 
-    def add(self, tokens_TD: Floats) -> None:
-        """Add the tokens of the next window; those beyond the recording are left out."""
-        stored_TD = self._cast(tokens_TD[: self._num_tokens - self._stop])
-        if self._joined_TD is None:
-            self._joined_TD = np.empty((self._num_tokens, stored_TD.shape[1]), stored_TD.dtype)
-        self._joined_TD[self._stop : self._stop + len(stored_TD)] = stored_TD
-        self._stop += len(stored_TD)
-
-    def result(self) -> Array:
-        """Return all tokens, (T, D)."""
-        assert self._joined_TD is not None
-        assert self._stop == self._num_tokens
-        return self._joined_TD
-
-
-class _MeanJoin:
-    """The mean over the tokens of a recording, or over the vectors of its windows, in float32."""
-
-    def __init__(self, num_tokens: int | None) -> None:
-        self._num_tokens, self._count = num_tokens, 0
-        self._sum_D: Floats | None = None
+    def __init__(self, num_tokens: int | None, cast: Callable[[Array], Array] | None) -> None:
+        self._num_tokens, self._cast = num_tokens, cast
+        self._count = 0
+        self._joined: Array | None = None
 
     def add(self, output: Floats) -> None:
         """Add the tokens (T, D) of the next window, or its vector (D,)."""
         rows_TD = output[None] if self._num_tokens is None else output[: self._num_tokens - self._count]
+        if self._cast is None:
+            sum_D = rows_TD.sum(axis=0, dtype=np.float32)
+            self._joined = sum_D if self._joined is None else self._joined + sum_D
+        else:
+            stored_TD = self._cast(rows_TD)
+            if self._joined is None:
+                self._joined = np.empty((self._num_tokens or 0, stored_TD.shape[1]), stored_TD.dtype)
+            self._joined[self._count : self._count + len(stored_TD)] = stored_TD
         self._count += len(rows_TD)
-        if self._sum_D is not None:
-            rows_TD = np.concatenate([self._sum_D[None], rows_TD])
-        self._sum_D = rows_TD.sum(axis=0, dtype=np.float32)  # row after row, as `mean` adds all of them at once
 
-    def result(self) -> Floats:
-        """Return the mean, (D,)."""
-        assert self._sum_D is not None
-        return self._sum_D / np.float32(self._count)
-
-
-def _copy_windows(windows: Sequence[Array]) -> list[Array]:
-    """Copy the windows of a long recording, so that the whole is not kept until the last one is encoded.
-
-    They are copied in blocks, which glibc returns to the system when they are freed, as it does not with single ones.
-    """
-    if len(windows) == 1:
-        return list(windows)
-    copies: list[Array] = []
-    for rows in blocks(len(windows), _WINDOWS_PER_BLOCK):
-        block, stop = np.empty(sum(window.size for window in windows[rows]), windows[0].dtype), 0
-        for window in windows[rows]:
-            start, stop = stop, stop + window.size
-            copies.append(block[start:stop].reshape(window.shape))
-            copies[-1][:] = window
-    return copies
+    def result(self) -> Array:
+        """Return all tokens, (T, D), or the mean, (D,)."""
+        assert self._joined is not None
+        assert self._num_tokens in (None, self._count)
+        return self._joined / np.float32(self._count) if self._cast is None else self._joined
 
 
 def check_audio(item: Any, min_samples: int) -> Floats:

@@ -88,7 +88,7 @@ class Encoder(Protocol):
     of tokens, and `dtypes`, the dtype on disk of a feature that has one of its own, such as `int16` for labels and
     `float32` for coordinates, whatever `--dtype` says. An encoder of long items may also have the method
     `encode_cast(prepared, names, cast)`, as `embedcache.encoders.audio.AudioEncoder` has: extraction calls it instead
-    of `encode`, so that the float32 tokens of an item never exist whole. It may empty the list `prepared`.
+    of `encode`, so that the float32 tokens of an item never exist whole.
 
     `prepare` is called from many threads at once and needs no device; `encode` is called from one thread.
     """

@@ -108,49 +108,36 @@ def log_mel(audio_N: Floats, num_mels: int = 80, *, num_samples: int | None = No
 
     Values are those of Whisper's own code for the whole waveform at once, to 1e-4: the dynamic range of 80 dB counts
     from the loudest value of the recording. Robust Speech Recognition via Large-Scale Weak Supervision, 2.2. Memory:
-    the spectrogram, half of the waveform for 80 mels, and a block of 30 s.
+    the spectrogram, the waveform, and a block of 30 s.
 
     Args:
         audio_N: at least 201 samples.
         num_samples: length to which silence is appended; None appends none.
     """
-    num_samples = num_samples or len(audio_N)
-    window_K, filters_MK = np.hanning(FFT_SIZE + 1)[:-1], mel_filters(num_mels)
-    scaled_MT: Floats = np.empty((num_mels, num_samples // HOP), np.float32)
-    loudest = -np.inf
-    for columns in blocks(scaled_MT.shape[1], _FRAMES_PER_BLOCK):
-        frames_TK = _frames(audio_N, columns, num_samples)
-        mel_MT = filters_MK @ (np.abs(np.fft.rfft(frames_TK * window_K)) ** 2).T
-        log_MT = np.log10(np.maximum(mel_MT, 1e-10))
-        loudest = max(loudest, log_MT.max())
+    if num_samples is not None:
+        audio_N = np.pad(audio_N, (0, num_samples - len(audio_N)))
+    padded = np.pad(audio_N, FFT_SIZE // 2, mode="reflect")
+    frames_TK = np.lib.stride_tricks.sliding_window_view(padded, FFT_SIZE)[: len(audio_N) // HOP * HOP : HOP]
+    window_K, filters_MK = np.hanning(FFT_SIZE + 1)[:-1], _mel_filters(num_mels)
+    scaled_MT: Floats = np.empty((num_mels, len(frames_TK)), np.float32)
+    # audio_utils.spectrogram computes the same, but frame by frame: that takes 2.4 times as long.
+    for columns in blocks(len(frames_TK), _FRAMES_PER_BLOCK):
+        powers_KT = np.abs(np.fft.rfft(frames_TK[columns] * window_K)).T ** 2
+        log_MT = np.log10(np.maximum(filters_MK @ powers_KT, 1e-10))
         scaled_MT[:, columns] = (log_MT + 4) / 4
-    # Scaling and rounding keep the order of values, so that the limit may be applied after them.
-    return np.maximum(scaled_MT, np.float32((loudest - 8 + 4) / 4), out=scaled_MT)
-
-
-def _frames(audio_N: Floats, columns: slice, num_samples: int) -> Floats:
-    """Return the samples of some columns, (T, FFT_SIZE), mirrored at the ends of the waveform and its silence."""
-    start, stop = columns.start * HOP - FFT_SIZE // 2, (columns.stop - 1) * HOP + FFT_SIZE // 2
-    samples = audio_N[max(start, 0) : stop]
-    silence = min(stop, num_samples) - max(start, 0) - len(samples)
-    samples = np.pad(np.pad(samples, (0, silence)), (max(-start, 0), max(stop - num_samples, 0)), mode="reflect")
-    return np.lib.stride_tricks.sliding_window_view(samples, FFT_SIZE)[::HOP]
+    np.maximum(scaled_MT, scaled_MT.max() - 2, out=scaled_MT)
+    return scaled_MT
 
 
 @cache
-def mel_filters(num_mels: int) -> Array:
-    """Return triangular filters at equal steps of Slaney's mel scale, of unit area per Hz: (num_mels, 201).
+def _mel_filters(num_mels: int) -> Array:
+    """Return triangular filters at equal steps of Slaney's mel scale, of unit area per Hz: (num_mels, 201)."""
+    from transformers.audio_utils import mel_filter_bank
 
-    The scale is linear below 1000 Hz (mel 15), logarithmic above, with 27 mels per factor of 6.4.
-    """
-    top_mel = 15 + 27 * np.log(SAMPLE_RATE_HZ / 2 / 1000) / np.log(6.4)
-    mels = np.linspace(0, top_mel, num_mels + 2)
-    edges_hz = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
-    bins_hz = np.linspace(0, SAMPLE_RATE_HZ / 2, FFT_SIZE // 2 + 1)
-    lower, center, upper = edges_hz[:-2, None], edges_hz[1:-1, None], edges_hz[2:, None]
-    rising, falling = (bins_hz - lower) / (center - lower), (upper - bins_hz) / (upper - center)
-    filters: Array = np.maximum(0, np.minimum(rising, falling)) * 2 / (upper - lower)
-    return filters
+    filters_KM: Array = mel_filter_bank(
+        FFT_SIZE // 2 + 1, num_mels, 0.0, SAMPLE_RATE_HZ / 2, SAMPLE_RATE_HZ, norm="slaney", mel_scale="slaney"
+    )
+    return filters_KM.T
 
 
 def _windows(mel_MT: Array) -> list[Array]:

