@@ -128,15 +128,11 @@ class FrameEncoder:
     def _check_size(self, video: RawVideo, num_steps: int, frame_bytes: int) -> None:
         """Check that the prepared frames of a video fit into memory, given those of its first steps."""
         num_expected = max(num_steps, round((video.duration_s or 0) * self._rate_hz))
-        num_allowed = max(1, _MAX_PREPARED_BYTES // frame_bytes)
-        if num_expected > num_allowed:
-            fit = "a lower rate"
-            if video.duration_s:
-                fit = f"rate={_round_down(max(1, num_allowed - 1) / video.duration_s)} or less"
+        if num_expected * frame_bytes > _MAX_PREPARED_BYTES:
             raise ItemError(
                 f"too many frames: {num_expected:,} at rate={self._rate_hz:g} take "
                 f"{format_bytes(num_expected * frame_bytes)} as inputs of the model, more than "
-                f"{format_bytes(_MAX_PREPARED_BYTES)}; choose {fit}, or index intervals of it"
+                f"{format_bytes(_MAX_PREPARED_BYTES)}; choose a lower rate, or index intervals of it"
             )
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
@@ -177,12 +173,6 @@ def sampled_frames(num_frames: int, rate_hz: float, wanted_hz: float) -> Array:
 def _number_at(step: int, rate_hz: float, wanted_hz: float) -> int:
     """Return the number of the frame at the middle of a step, of a video that does not end before: to the same bits."""
     return math.floor((step + 0.5) * rate_hz / wanted_hz)
-
-
-def _round_down(rate_hz: float) -> str:
-    """Format a rate with two digits, none of which is above it."""
-    unit = 10.0 ** (math.floor(math.log10(rate_hz)) - 1)
-    return f"{math.floor(rate_hz / unit) * unit:.10f}".rstrip("0").rstrip(".")
 
 
 class Pixels:
