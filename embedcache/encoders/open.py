@@ -81,33 +81,22 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
         raise SettingError(reason)
     settings = _without_auto(settings or EncoderSettings())
     open_family = _load_opener(spec)
-    if has_trust() and spec.family in _OF_FOLDERS:
-        encoder = _open_trusted(open_family, spec, modality, settings)
-    else:
-        encoder = open_family(spec, modality=modality, settings=settings)
-    if modality == "image" and settings.background != "white":
-        preprocessing = {**encoder.fingerprint.preprocessing, "background": settings.background}
-        encoder.fingerprint = replace(encoder.fingerprint, preprocessing=preprocessing)
-    return encoder
-
-
-def _open_trusted(
-    open_family: Callable[..., Encoder], spec: "EncoderSpec", modality: Modality, settings: EncoderSettings
-) -> Encoder:
-    """Open a model that may have code of its own; what that code does is no bug of ours.
-
-    Raises:
-        ArtifactError: it does not do what the library's own models do.
-    """
     try:
-        return open_family(spec, modality=modality, settings=settings)
+        encoder = open_family(spec, modality=modality, settings=settings)
     except EmbedcacheError:
         raise
     except Exception as error:
+        # What a model's own code does is no bug of ours.
+        if not (has_trust() and spec.family in _OF_FOLDERS):
+            raise
         raise ArtifactError(
             f"{spec.text} cannot be run: {type(error).__name__}: {one_line(error)}; its own code, if it has any, does "
             "not fit the installed transformers or embedcache: choose another model"
         ) from error
+    if modality == "image" and settings.background != "white":
+        preprocessing = {**encoder.fingerprint.preprocessing, "background": settings.background}
+        encoder.fingerprint = replace(encoder.fingerprint, preprocessing=preprocessing)
+    return encoder
 
 
 def check_spec(spec: str) -> None:
@@ -181,9 +170,14 @@ def reopen_encoder(
         SettingError: the encoder is custom code, and the file that names it is not trusted.
     """
     settings = EncoderSettings(**recorded_settings(fingerprint, device), features=feature_names(feature))
+    expected = {field: value for field, value in fingerprint.items() if field != "view"}
+    if modality == "text" and fingerprint["backend"] == "onnxruntime":
+        from embedcache.encoders.text import open_stored
+
+        if (stored := open_stored(expected, _without_auto(settings))) is not None:
+            return stored
     with names_from(f"the record of the feature {feature}"):
         encoder = open_encoder(spec, modality=modality, settings=settings)
-    expected = {field: value for field, value in fingerprint.items() if field != "view"}
     next_step = "use the weights and libraries that it was extracted with, or extract again"
     check_same(f"feature {feature}", expected, encoder.fingerprint.to_json(), next_step=next_step)
     return encoder

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from safetensors import SafetensorError
+from torch.nn.functional import pad
 
 from embedcache.arrays import Array
-from embedcache.encoders.backends import GraphEncoder, torch_graph
-from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
-from embedcache.encoders.image import INPUT, PixelScale, Transform, plain_json, split_transform
+from embedcache.encoders.base import Encoder, Fingerprint, Modality
+from embedcache.encoders.image import PixelScale, PixelTransform, build_image_encoder, split_transform
 from embedcache.encoders.open import EncoderSpec, check_options
 from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.text import Tokenizer, build_text_encoder
 from embedcache.encoders.weights import (
     check_weights_file,
     find_hub_commit,
@@ -39,53 +40,53 @@ def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
     if spec.model not in open_clip.list_models():
         raise unknown_name("open_clip model", spec.model, open_clip.list_models())
     checkpoint = load_checkpoint(open_clip, spec, settings.device)
-    features: dict[str, ItemShape] = {"pooled": (int(open_clip.get_model_config(spec.model)["embed_dim"]),)}
     fingerprint = Fingerprint(
         family="open_clip", model=spec.model, weights=checkpoint.weights, preprocessing={}, pooling=POOLING
     )
     if modality == "image":
         published = dict(open_clip.get_model_preprocess_cfg(checkpoint.model))
-        transform, scale = pixel_transform(checkpoint.preprocess, published)
-        return GraphEncoder(
-            "image",
-            torch_graph(_ImageTower(checkpoint.model, scale), settings, "open_clip"),
-            prepare=lambda images: [transform(image) for image in images],
-            collate=lambda prepared: {INPUT: np.stack(prepared)},
-            features=features,
-            fingerprint=replace(fingerprint, preprocessing=plain_json(published)),
+        pixels = pixel_transform(checkpoint.preprocess, published)
+        return build_image_encoder(
+            _ImageTower(checkpoint.model),
+            pixels,
+            fingerprint=replace(fingerprint, preprocessing=pixels.published),
             settings=settings,
+            onnx_key=None,
         )
     with translate_hub_errors(
         f"the tokenizer of {spec.model}", next_step="choose a model with open_clip's own tokenizer"
     ):
         tokenizer = open_clip.get_tokenizer(spec.model)
-    return GraphEncoder(
-        "text",
-        torch_graph(_TextTower(checkpoint.model), settings, "open_clip"),
-        prepare=lambda texts: list(tokenizer(list(texts)).numpy().astype(np.int64)),
-        collate=lambda prepared: {"texts": np.stack(prepared)},
-        features=features,
-        fingerprint=replace(fingerprint, preprocessing={"num_tokens": int(tokenizer.context_length)}),
+    num_tokens = int(tokenizer.context_length)
+    return build_text_encoder(
+        _TextTower(checkpoint.model, num_tokens),
+        Tokenizer(encode=lambda texts: tokenizer(texts).tolist(), max_tokens=num_tokens, pad_id=0),
+        fingerprint=replace(fingerprint, preprocessing={"num_tokens": num_tokens}),
         settings=settings,
+        onnx_key=None,
     )
 
 
 class _ImageTower(torch.nn.Module):
-    def __init__(self, model: Any, scale: torch.nn.Module) -> None:
-        super().__init__()
-        self._model, self._scale = model, scale
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"pooled": self._model.encode_image(self._scale(images))}
-
-
-class _TextTower(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self._model = model
 
-    def forward(self, texts: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"pooled": self._model.encode_text(texts)}
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pooled": self._model.encode_image(images)}
+
+
+class _TextTower(torch.nn.Module):
+    """The text tower of a model, whose texts have one length; its tokenizer pads them in the model's own way."""
+
+    def __init__(self, model: Any, num_tokens: int) -> None:
+        super().__init__()
+        self._model = model
+        self._num_tokens = num_tokens
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        del attention_mask
+        return {"pooled": self._model.encode_text(pad(input_ids, (0, self._num_tokens - input_ids.shape[1])))}
 
 
 class Checkpoint(NamedTuple):
@@ -140,7 +141,7 @@ def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
     return str(path)
 
 
-def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Transform, torch.nn.Module]:
+def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> PixelTransform:
     """Return a model's evaluation transform up to uint8, and the normalization that follows."""
 
     def whole(image: Image) -> Array:
@@ -152,4 +153,4 @@ def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Tran
             image = step(image)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
-    return split_transform(whole, to_pixels, PixelScale(published["mean"], published["std"], divisor=255))
+    return split_transform(whole, to_pixels, PixelScale(published["mean"], published["std"], divisor=255), published)

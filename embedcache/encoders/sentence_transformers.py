@@ -7,28 +7,19 @@ as a whole: one vector per text.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from embedcache.arrays import Array
-from embedcache.devices import announce_device, autocast, torch_device
-from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality, check_names
+from embedcache.devices import torch_device
+from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.image_features import requested_layers, untie_last_state
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import (
-    build_text_encoder,
-    description_path,
-    num_positions,
-    open_described,
-    open_tokenizer,
-    write_description,
-)
+from embedcache.encoders.text import Tokenizer, build_text_encoder, num_positions, open_tokenizer
 from embedcache.encoders.text_features import POOLING, Dense, SentenceFeatures
 from embedcache.encoders.weights import (
     USE_LOCAL_FOLDER,
@@ -39,6 +30,7 @@ from embedcache.encoders.weights import (
     load_config,
     load_pretrained,
     load_weights,
+    needs_trust,
     quiet_transformers,
 )
 from embedcache.errors import (
@@ -85,20 +77,23 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     check_modality(spec, modality, "text")
     folder = find_folder(spec)
     prompt = construct(folder.path, lambda: _find_prompt(spec, folder.path))
-    description = description_path(spec, folder, settings)
-    if (described := open_described(description, settings)) is not None:
-        return described
     try:
         modules = construct(folder.path, lambda: read_modules(folder.path))
         if prompt and not modules.is_prompt_pooled:
             raise SettingError(f"{spec.text} leaves its prompt out of the pooling")
         heads = construct(folder.path, lambda: [load_dense(path) for path in modules.dense])
+        if has_trust() and "auto_map" in read_json(modules.transformer / "config.json"):
+            raise SettingError(f"{spec.text} has code of its own")
     except (SettingError, UnknownNameError) as error:
-        return _open_with_library(spec, folder, prompt, settings=settings, reason=error)
-    if has_trust() and "auto_map" in read_json(modules.transformer / "config.json"):
-        reason = SettingError(f"{spec.text} has code of its own")
-        return _open_with_library(spec, folder, prompt, settings=settings, reason=reason)
-    return _open_without_library(spec, folder, modules, heads, prompt, settings, description)
+        encoder = _open_with_library(spec, folder, prompt, settings=settings, reason=error)
+    else:
+        encoder = _open_without_library(spec, folder, modules, heads, prompt, settings)
+
+    width = spec.int_option("truncate_dim")
+    found = next(iter(encoder.features.values()))[0]
+    if width is not None and width > found:
+        raise SettingError(f"option truncate_dim in {spec.text}: expected at most {found}, got {width}")
+    return encoder
 
 
 def _open_without_library(
@@ -108,7 +103,6 @@ def _open_without_library(
     heads: Sequence[Dense],
     prompt: str,
     settings: EncoderSettings,
-    description: Path | None,
 ) -> Encoder:
     transformer, weights = load_transformer(modules)
     tokenizer = open_tokenizer(
@@ -131,7 +125,7 @@ def _open_without_library(
         graph_config["width"] = width
     layers = requested_layers(settings.features)
     untie_last_state(transformer, layers)
-    encoder = build_text_encoder(
+    return build_text_encoder(
         SentenceFeatures(transformer, modules.pools, heads, layers, width),
         tokenizer,
         fingerprint=Fingerprint(
@@ -145,9 +139,6 @@ def _open_without_library(
         settings=settings,
         onnx_key={"name": f"st-{spec.folder}", "config": graph_config},
     )
-    _check_width(spec, encoder.features[next(iter(encoder.features))][0])
-    write_description(description, encoder, tokenizer)
-    return encoder
 
 
 def _describe_pooling(pools: Sequence[str], width: int | None) -> dict[str, str]:
@@ -300,14 +291,14 @@ def _open_with_library(
         library = require("sentence_transformers", extra="sentence-transformers")
     except MissingExtraError as error:
         raise MissingExtraError(f"{reason}; or let the library read it: {error}") from None
-    if settings.backend == "onnxruntime":
-        raise SettingError(f"backend: expected auto or torch, got onnxruntime: {spec.text} runs on torch only")
-    construct(folder.path, lambda: _check_classes(folder.path))
-    device = torch_device(settings.device)
+    _check_activations(folder.path)
+    device = str(torch_device(settings.device))
     try:
         with quiet_transformers():
-            model = library.SentenceTransformer(str(folder.path), device=str(device), trust_remote_code=has_trust())
+            model = library.SentenceTransformer(str(folder.path), device=device, trust_remote_code=has_trust())
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        if "trust_remote_code" in str(error) and not has_trust():
+            raise needs_trust(folder.path) from None
         raise ArtifactError(
             f"sentence-transformers cannot open {folder.path}: {one_line(error)}; choose another model"
         ) from error
@@ -316,57 +307,15 @@ def _open_with_library(
     max_tokens = spec.int_option("max_tokens")
     if max_tokens is not None:
         model.max_seq_length = max_tokens
-    return _LibraryEncoder(spec, folder, model, prompt, settings=settings)
 
-
-def _check_classes(folder: Path) -> None:
-    """Check that a model consists of the library's own modules, unless its author is trusted."""
-    path = folder / "modules.json"
-    rows = read_json(path) if path.is_file() and not has_trust() else ()
-    for row in rows:
-        for name, package in _named_classes(folder / row["path"], row["type"], {folder.resolve()}):
-            if not str(name).startswith(package):
-                raise SettingError(
-                    f"{folder} names {name!r}, which is custom code; if you trust its author, use --trust, or "
-                    "embedcache.registry.trust_files() in Python"
-                )
-
-
-def _named_classes(folder: Path, kind: str, above: Set[Path]) -> Iterator[tuple[str, str]]:
-    """Iterate over the class of a module and those that its files name, each with the package that it must be of.
-
-    A router, whose description has two names, names the modules in folders of its own.
-    """
-    yield kind, "sentence_transformers."
-    for name in ("router_config.json", "config.json", "wordembedding_config.json"):
-        path = folder / name
-        config = read_json(path) if path.is_file() else {}
-        if str(kind).endswith("Dense") and config.get("activation_function"):
-            yield config["activation_function"], "torch.nn."
-        if name.startswith("word") and "tokenizer_class" in config:
-            yield config["tokenizer_class"], "sentence_transformers."
-        for part, part_kind in config.get("types", {}).items() if folder.resolve() not in above else ():
-            yield from _named_classes(folder / part, part_kind, {*above, folder.resolve()})
-
-
-class _LibraryEncoder:
-    """A model of texts that the library sentence-transformers runs, as its `encode` returns them."""
-
-    modality: Modality = "text"
-
-    def __init__(
-        self, spec: EncoderSpec, folder: ModelFolder, model: Any, prompt: str, *, settings: EncoderSettings
-    ) -> None:
-        self._model, self._prompt, self._width = model.eval(), prompt, spec.int_option("truncate_dim")
-        self._device = torch_device(settings.device)
-        announce_device(self._device)
-        self._precision = settings.precision
-        self.batch_size = settings.batch_size or (32 if self._device.type == "cpu" else 128)
-        width = len(self.encode(self.prepare(["a"]), ["pooled"])["pooled"][0])
-        _check_width(spec, width)
-        self.features: Mapping[str, ItemShape] = {"pooled": (width,)}
-        cut = "" if self._width is None else f", first {self._width} dimensions"
-        self.fingerprint = Fingerprint(
+    width = spec.int_option("truncate_dim")
+    cut = "" if width is None else f", first {width} dimensions"
+    return build_text_encoder(
+        _LibraryModel(model, prompt, width),
+        Tokenizer(
+            encode=lambda texts: [list(text.encode()) for text in texts], max_tokens=model.max_seq_length, pad_id=0
+        ),
+        fingerprint=Fingerprint(
             family="st",
             model=spec.model_name,
             revision=folder.revision,
@@ -377,31 +326,36 @@ class _LibraryEncoder:
                 "files": _hash_descriptions(folder.path),
             },
             pooling={"pooled": "the vector of the library sentence-transformers" + cut},
-            precision=settings.precision,
+        ),
+        settings=settings,
+        onnx_key=None,
+    )
+
+
+def _check_activations(folder: Path) -> None:
+    """Check that a model names activations of torch only: the library replaces others by one that it trusts."""
+    for path in folder.rglob("config.json"):
+        activation = str(read_json(path).get("activation_function", ""))
+        if "." in activation and not activation.startswith("torch.nn.") and not has_trust():
+            raise needs_trust(folder)
+
+
+class _LibraryModel(torch.nn.Module):
+    """A model of texts that the library sentence-transformers runs; its token ids are the bytes of the texts."""
+
+    def __init__(self, model: Any, prompt: str, width: int | None) -> None:
+        super().__init__()
+        self._model = model
+        self._options = {"prompt": prompt, "truncate_dim": width}
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the vectors of (B, T) bytes."""
+        lengths = attention_mask.sum(dim=1).tolist()
+        texts = [bytes(row[:length]).decode() for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+        vectors_BD: torch.Tensor = self._model.encode(
+            texts, batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False, **self._options
         )
-
-    def prepare(self, items: Sequence[Any]) -> list[Array]:
-        """Convert texts to arrays of their bytes."""
-        return [np.frombuffer(item.encode(), np.uint8) for item in items]
-
-    def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
-        """Compute the vectors of one batch."""
-        check_names(names, ["pooled"])
-        if not (prepared and names):
-            return {name: [] for name in names}
-        try:
-            with autocast(self._device.type, self._precision):
-                vectors_ND: torch.Tensor = self._model.encode(
-                    [array.tobytes().decode() for array in prepared],
-                    prompt=self._prompt,
-                    truncate_dim=self._width,
-                    batch_size=len(prepared),
-                    convert_to_tensor=True,
-                    show_progress_bar=False,
-                )
-        except torch.OutOfMemoryError:
-            raise SettingError(f"the memory of {self._device} is too small; use a smaller --batch-size") from None
-        return {"pooled": list(vectors_ND.float().cpu().numpy())}
+        return {"pooled": vectors_BD}
 
 
 def _hash_descriptions(folder: Path) -> str:
@@ -411,10 +365,3 @@ def _hash_descriptions(folder: Path) -> str:
         if path.suffix in _DESCRIPTIONS and path.is_file():
             sha.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return sha.hexdigest()
-
-
-def _check_width(spec: EncoderSpec, found: int) -> None:
-    """Check that vectors have the requested number of dimensions; with fewer the model has no more."""
-    width = spec.int_option("truncate_dim")
-    if width is not None and width > found:
-        raise SettingError(f"option truncate_dim in {spec.text}: expected at most {found}, got {width}")

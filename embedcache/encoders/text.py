@@ -1,15 +1,13 @@
 """Text encoders: a tokenizer, run on threads, and a model per padded batch.
 
-transformers takes longer to import, and to load a model, than a search takes in all. So an encoder of a model folder
-that runs on onnxruntime is described in a file beside its exported graph, and later opened by that file, as long as
-the folder, the options and the libraries are the same.
+transformers takes longer to import, and to load a model, than a search takes in all. So beside the exported graph of an
+encoder lies what else it needs, under the digest of its fingerprint: a cached feature names that, and a query is then
+encoded by the library tokenizers and onnxruntime alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
-from os import utime
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,21 +16,25 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, OnnxGraph, build_graph, is_intact, suits_onnx
+from embedcache.encoders.backends import (
+    Graph,
+    GraphEncoder,
+    OnnxExport,
+    OnnxGraph,
+    build_graph,
+    is_intact,
+    torch_graph,
+)
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features, requested_layers
-from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.weights import ModelFolder, load_part
-from embedcache.errors import ArtifactError, SettingError
+from embedcache.encoders.weights import load_part
+from embedcache.errors import ArtifactError, PathError, SettingError
 from embedcache.files import user_folder
 from embedcache.provenance import digest, read_record, write_record
 
 _IDS, _MASK = "input_ids", "attention_mask"
 _NO_LIMIT = 1_000_000  # tokenizers without a limit of their own state 1e30
-_LIBRARIES = ("embedcache", "tokenizers", "torch", "transformers")
-_OTHER_FORMATS = frozenset({".gguf", ".h5", ".md", ".msgpack", ".onnx", ".ot"})
-"""Suffixes of files in a model folder that are never read."""
 
 
 def build_text_encoder(
@@ -41,7 +43,7 @@ def build_text_encoder(
     *,
     fingerprint: Fingerprint,
     settings: EncoderSettings,
-    onnx_key: Mapping[str, Any],
+    onnx_key: Mapping[str, Any] | None,
 ) -> GraphEncoder:
     """Create an encoder from a loaded model.
 
@@ -50,6 +52,7 @@ def build_text_encoder(
             `layerN.` for each requested block; `tokens` are (B, T, D).
         fingerprint: see `GraphEncoder`.
         onnx_key: JSON values that determine the ONNX graph together with the weights; `name` starts the file name.
+            If None, the model runs on torch only.
     """
     example = _example_batch((5, 9), tokenizer.pad_id)
     with torch.inference_mode():
@@ -59,19 +62,25 @@ def build_text_encoder(
     }
     requested = [name for name in settings.features if name in shapes]
     features = {name: shapes[name] for name in [*native_features(shapes), *requested]}
+    if onnx_key is None:
+        graph: Graph = torch_graph(module, settings, fingerprint.family)
+        return _with_tokenizer(graph, tokenizer, features, fingerprint, settings)
+
+    axes: dict[str, dict[int, str]] = {name: {0: "batch", 1: "tokens"} for name in (_IDS, _MASK)}
+    for name, shape in features.items():
+        axes[name] = {0: "batch", 1: "tokens"} if shape[0] == -1 else {0: "batch"}
     export = OnnxExport(
         module=module,
         example=example,
         check_inputs=_example_batch((7, 1, 14), tokenizer.pad_id),
         outputs=tuple(features),
-        dynamic_axes={
-            **{name: {0: "batch", 1: "tokens"} for name in (_IDS, _MASK)},
-            **{name: {0: "batch", 1: "tokens"} if shape[0] == -1 else {0: "batch"} for name, shape in features.items()},
-        },
+        dynamic_axes=axes,
         key=onnx_key,
     )
     graph = build_graph(export, settings, fingerprint.weights)
-    return _with_tokenizer(graph, tokenizer, features, fingerprint, settings)
+    encoder = _with_tokenizer(graph, tokenizer, features, fingerprint, settings)
+    _store(encoder, tokenizer)
+    return encoder
 
 
 def _with_tokenizer(
@@ -92,88 +101,56 @@ def _with_tokenizer(
     )
 
 
-def description_path(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Path | None:
-    """Return the path of the description of an encoder of a model folder; None if it would not run on onnxruntime.
-
-    The name is a digest of the spec, of the sizes and times of all files of the model, and of the versions of the
-    libraries: what was described under the same name is the same encoder.
-    """
-    if settings.backend == "torch" or not suits_onnx(settings):
-        return None
-    stamps = ((path, path.stat()) for path in _model_files(folder.path))
-    key = {
-        "family": spec.family,
-        "model": spec.model_name,
-        "revision": folder.revision,
-        "options": dict(spec.options),
-        "features": [name for name in settings.features if requested_layers([name])],  # all others are always there
-        "files": {str(path.relative_to(folder.path)): [stamp.st_size, stamp.st_mtime_ns] for path, stamp in stamps},
-        "versions": {name: version(name) for name in _LIBRARIES},
-    }
-    return user_folder() / "onnx" / f"{spec.family}-{spec.folder}-{digest(key)[:32]}.json"
-
-
-def open_described(description: Path | None, settings: EncoderSettings) -> GraphEncoder | None:
-    """Open an encoder from its description and its exported graph, without transformers.
-
-    Returns None if there is no description, or it or the graph is damaged: then the model has to be loaded.
-    """
-    try:
-        if description is None or not description.is_file():
-            return None
-        record = read_record(description, next_step=f"delete {description}")
-        graph = description.with_name(record["graph"])
-        if not is_intact(graph):
-            return None
-    except (ArtifactError, KeyError):
-        return None  # it is written again
-    import tokenizers
-
-    backend = tokenizers.Tokenizer.from_str(record["tokenizer"].pop("state"))
-    tokenizer = Tokenizer(**record["tokenizer"], encode=_encode_on_threads(backend))
-    with suppress(OSError):
-        utime(description)  # so that those that nothing uses can be deleted
-    features = {name: tuple(shape) for name, shape in record["features"]}
-    return _with_tokenizer(OnnxGraph(graph), tokenizer, features, Fingerprint(**record["fingerprint"]), settings)
-
-
-def write_description(path: Path | None, encoder: GraphEncoder, tokenizer: "Tokenizer") -> None:
-    """Write the description that `open_described` reads, if a graph and a tokenizer are all that the encoder needs.
+def _store(encoder: GraphEncoder, tokenizer: "Tokenizer") -> None:
+    """Write what `open_stored` reads, if a graph and a tokenizer are all that an encoder needs.
 
     A disk that cannot be written is no error: the model is then loaded each time.
-
-    Args:
-        path: result of `description_path`; None writes nothing.
-        encoder: the encoder, which was loaded with its model.
-        tokenizer: its tokenizer.
     """
-    if path is None or tokenizer.state is None or not isinstance(encoder.graph, OnnxGraph):
+    if tokenizer.state is None or not isinstance(encoder.graph, OnnxGraph):
         return
+    features = [[name, list(shape)] for name, shape in encoder.features.items()]
     record = {
         "graph": encoder.graph.path.name,
-        "features": [[name, list(shape)] for name, shape in encoder.features.items()],
-        "fingerprint": encoder.fingerprint.to_json(),
-        "tokenizer": {
-            "max_tokens": tokenizer.max_tokens,
-            "pad_id": tokenizer.pad_id,
-            "prefix": tokenizer.prefix,
-            "is_lower": tokenizer.is_lower,
-            "state": tokenizer.state,
-        },
+        "features": features,
+        "pad_id": tokenizer.pad_id,
+        "tokenizer": tokenizer.state,
     }
-    with suppress(OSError, ArtifactError):
-        write_record(path, record)
+    with suppress(OSError):
+        write_record(_stored_path(encoder.fingerprint.to_json(), tuple(encoder.features)), record)
 
 
-def _model_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder, sorted, but for hidden ones and copies of the weights in other formats."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix not in _OTHER_FORMATS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
+def open_stored(fingerprint: Mapping[str, Any], settings: EncoderSettings) -> GraphEncoder | None:
+    """Open the encoder with a fingerprint from its exported graph, without transformers.
+
+    Returns None if it has none here, or the files are damaged: then the model has to be loaded.
+    """
+    path = _stored_path(fingerprint, settings.features)
+    try:
+        record = read_record(path, next_step=f"delete {path}")
+        graph = path.with_name(record["graph"])
+        if not is_intact(graph):
+            return None
+    except (ArtifactError, PathError, KeyError):
+        return None
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(record["tokenizer"])
+    preprocessing = fingerprint["preprocessing"]
+    tokenizer = Tokenizer(
+        encode=_encode_on_threads(backend),
+        max_tokens=preprocessing["max_tokens"],
+        pad_id=record["pad_id"],
+        prefix=preprocessing["prefix"],
+        is_lower=preprocessing["lower"],
     )
+    features = {name: tuple(shape) for name, shape in record["features"]}
+    return _with_tokenizer(OnnxGraph(graph), tokenizer, features, Fingerprint(**fingerprint), settings)
+
+
+def _stored_path(fingerprint: Mapping[str, Any], features: Sequence[str]) -> Path:
+    """Return the path of the record of an encoder with a fingerprint that offers the states after some blocks."""
+    key = {"fingerprint": fingerprint, "features": sorted(name for name in features if requested_layers([name]))}
+    return user_folder() / "onnx" / f"{digest(key)[:32]}.json"
 
 
 def _example_batch(lengths: tuple[int, ...], pad_id: int) -> dict[str, Ints]:

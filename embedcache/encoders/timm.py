@@ -6,8 +6,7 @@ has `pooled`, which is the default. Register and distillation tokens belong to n
 of a transformer, and timm's feature levels (`model.feature_info`) of other networks: stages, or stem and stages.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -18,20 +17,19 @@ from torch.nn.functional import pad
 
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.image import (
-    ImageModel,
     PixelScale,
     PixelTransform,
     build_image_encoder,
     is_whole_fit,
-    plain_json,
     split_transform,
 )
 from embedcache.encoders.image_features import TimmFeatures, requested_layers
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import find_hub_commit, hash_weights, read_weights, translate_hub_errors
-from embedcache.errors import ArtifactError, SettingError, UnknownNameError, one_line
+from embedcache.errors import ArtifactError, EmbedcacheError, SettingError, one_line
 from embedcache.provenance import digest
+from embedcache.registry import unknown_name
 
 POOLING: Mapping[str, str] = {
     "pooled": "the model's own pooled output before its classifier",
@@ -52,31 +50,38 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     check_options(spec, ("fit", "image_size", "weights"))
     is_whole = is_whole_fit(spec)
     check_modality(spec, modality, "image")
+    size_px = spec.int_option("image_size", expected="a whole number of pixels, such as 518")
     model, revision = load_model(spec)
     fix_padding(model)
-    with _resized(spec, model) as size_px:
+    try:
+        if size_px is not None and hasattr(model, "set_input_size"):  # networks without it accept any size
+            model.set_input_size(img_size=(size_px, size_px))
         pixels = pixel_transform(model, size_px, is_whole=is_whole)
-        module = ImageModel(
+        return build_image_encoder(
             TimmFeatures(model, requested_layers(settings.features)),
-            pixels.scale,
-            input_size=pixels.input_size,
-            requested=settings.features,
+            pixels,
+            fingerprint=Fingerprint(
+                family="timm",
+                model=spec.model,
+                revision=revision,
+                weights=hash_weights(model.state_dict()),
+                preprocessing=pixels.published,
+                pooling=POOLING,
+            ),
+            settings=settings,
+            onnx_key={
+                "name": f"timm-{spec.folder}",
+                "timm": version("timm"),
+                "preprocessing": digest(pixels.published),
+            },
+            is_whole=is_whole,
         )
-    return build_image_encoder(
-        module,
-        pixels.transform,
-        fingerprint=Fingerprint(
-            family="timm",
-            model=spec.model,
-            revision=revision,
-            weights=hash_weights(model.state_dict()),
-            preprocessing=pixels.published,
-            pooling=POOLING,
-        ),
-        settings=settings,
-        onnx_key={"name": f"timm-{spec.folder}", "timm": version("timm"), "preprocessing": digest(pixels.published)},
-        is_whole=is_whole,
-    )
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if size_px is None or isinstance(error, EmbedcacheError):
+            raise
+        raise SettingError(
+            f"{spec.model} does not support image_size={size_px}: {one_line(error)}; try a multiple of its patch size"
+        ) from error
 
 
 def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
@@ -127,12 +132,12 @@ def pixel_transform(model: Any, size_px: int | None = None, *, is_whole: bool = 
     if is_whole:
         config |= {"crop_pct": 1.0, "crop_mode": "squash"}
     whole, to_pixels = (create_transform(**config, is_training=False, normalize=flag) for flag in (True, False))
-    transform, scale = split_transform(
+    return split_transform(
         lambda image: whole(image).numpy(),
         lambda image: to_pixels(image).numpy(),
         PixelScale(config["mean"], config["std"], divisor=255),
+        {**config, **fit},
     )
-    return PixelTransform(transform, scale, plain_json({**config, **fit}), tuple(config["input_size"]))
 
 
 def _check_name(name: str, *, has_file: bool) -> None:
@@ -141,11 +146,10 @@ def _check_name(name: str, *, has_file: bool) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         near = get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UnknownNameError(f"unknown timm model {architecture!r}; {hint}timm.list_models() lists all")
+        raise unknown_name("timm model", architecture, near, hint="timm.list_models() lists all")
     tags = timm.list_pretrained(f"{architecture}.*")
     if tag and name not in tags:
-        raise UnknownNameError(f"unknown timm weights {name!r}; known: {', '.join(tags) or 'none'}")
+        raise unknown_name("timm weights", name, tags)
     if not tags and not has_file:
         raise SettingError(f"timm publishes no weights for {name}; give a file of your own: timm:{name},weights=PATH")
 
@@ -184,20 +188,3 @@ def _load_file(name: str, path: Path) -> Any:
         ) from error
     model.reset_classifier(0)
     return model.eval()
-
-
-@contextmanager
-def _resized(spec: EncoderSpec, model: Any) -> Iterator[int | None]:
-    """Resize a model to the option `image_size`; an error of the model's first run, in the block, is that option's."""
-    size_px = spec.int_option("image_size", expected="a whole number of pixels, such as 518")
-    if size_px is None:
-        yield None
-        return
-    try:
-        if hasattr(model, "set_input_size"):  # networks without it accept any size
-            model.set_input_size(img_size=(size_px, size_px))
-        yield size_px
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise SettingError(
-            f"{spec.model} does not support image_size={size_px}: {one_line(error)}; try a multiple of its patch size"
-        ) from error

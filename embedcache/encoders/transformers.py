@@ -6,15 +6,15 @@ windows, of 30 s for wav2vec 2.0, whose states are those of all frames, and of t
 evenly, whose vectors are averaged.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image, new
+from PIL.Image import Image
 
 from embedcache.arrays import Array, Floats
 from embedcache.axis import Axis
@@ -22,7 +22,6 @@ from embedcache.encoders.audio import SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder, re
 from embedcache.encoders.backends import torch_graph
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.image import (
-    ImageModel,
     PixelScale,
     PixelTransform,
     build_image_encoder,
@@ -39,13 +38,7 @@ from embedcache.encoders.image_features import (
 )
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import (
-    build_text_encoder,
-    description_path,
-    open_described,
-    open_tokenizer,
-    write_description,
-)
+from embedcache.encoders.text import build_text_encoder, open_tokenizer
 from embedcache.encoders.text_features import POOLING as TEXT_POOLING
 from embedcache.encoders.text_features import TextFeatures
 from embedcache.encoders.weights import (
@@ -89,61 +82,49 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
 
 
 def _open_image(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
-    tower = _load_tower(spec, folder, "image", settings)
+    model, fingerprint = _load_tower(spec, folder, "image", settings)
     pixels = pixel_transform(folder.path)
-    module = ImageModel(
-        ImageFeatures(tower.model, tower.layers),
-        pixels.scale,
-        input_size=pixels.input_size,
-        requested=settings.features,
-    )
     return build_image_encoder(
-        module,
-        pixels.transform,
-        fingerprint=tower.fingerprint(pooling=IMAGE_POOLING, preprocessing=pixels.published),
+        ImageFeatures(model, requested_layers(settings.features)),
+        pixels,
+        fingerprint=replace(fingerprint, pooling=IMAGE_POOLING, preprocessing=pixels.published),
         settings=settings,
         onnx_key={
             "name": f"hf-{spec.folder}",
             "transformers": version("transformers"),
-            "config": digest(plain_json(tower.model.config.to_dict())),
+            "config": digest(plain_json(model.config.to_dict())),
             "preprocessing": digest(pixels.published),
         },
     )
 
 
 def _open_text(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
-    description = description_path(spec, folder, settings)
-    if (described := open_described(description, settings)) is not None:
-        return described
-    tower = _load_tower(spec, folder, "text", settings)
-    tokenizer = open_tokenizer(folder.path, max_tokens=spec.int_option("max_tokens"), model=tower.model)
-    encoder = build_text_encoder(
-        TextFeatures(tower.model, tower.layers),
+    model, fingerprint = _load_tower(spec, folder, "text", settings)
+    tokenizer = open_tokenizer(folder.path, max_tokens=spec.int_option("max_tokens"), model=model)
+    return build_text_encoder(
+        TextFeatures(model, requested_layers(settings.features)),
         tokenizer,
-        fingerprint=tower.fingerprint(pooling=TEXT_POOLING, preprocessing=tokenizer.preprocessing),
+        fingerprint=replace(fingerprint, pooling=TEXT_POOLING, preprocessing=tokenizer.preprocessing),
         settings=settings,
-        onnx_key={"name": f"hf-{spec.folder}", "config": digest(tower.model.config.to_dict())},
+        onnx_key={"name": f"hf-{spec.folder}", "config": digest(model.config.to_dict())},
     )
-    write_description(description, encoder, tokenizer)
-    return encoder
 
 
-class _Tower(NamedTuple):
-    """A loaded model, or its tower of one modality; `layers` are the requested blocks."""
-
-    model: Any
-    layers: Sequence[int]
-    fingerprint: Callable[..., Fingerprint]
-
-
-def _load_tower(spec: EncoderSpec, folder: ModelFolder, modality: Modality, settings: EncoderSettings) -> _Tower:
+def _load_tower(
+    spec: EncoderSpec, folder: ModelFolder, modality: Modality, settings: EncoderSettings
+) -> tuple[Any, Fingerprint]:
+    """Load a model, or its tower of one modality; return it with its fingerprint, but for the features."""
     config, loader = find_tower(folder.path, modality)
     check_modality(spec, modality, _served(config))
     model, weights = load_pretrained(loader, folder.path, config)
-    layers = requested_layers(settings.features)
-    untie_last_state(model, layers)
-    fingerprint = partial(Fingerprint, family="hf", model=spec.model_name, revision=folder.revision, weights=weights)
-    return _Tower(model, layers, fingerprint)
+    untie_last_state(model, requested_layers(settings.features))
+    return model, _fingerprint(spec, folder, weights)
+
+
+def _fingerprint(spec: EncoderSpec, folder: ModelFolder, weights: str) -> Fingerprint:
+    return Fingerprint(
+        family="hf", model=spec.model_name, revision=folder.revision, weights=weights, preprocessing={}, pooling={}
+    )
 
 
 def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
@@ -189,14 +170,7 @@ def pixel_transform(folder: Path) -> PixelTransform:
         return np.ascontiguousarray(pixels[0])
 
     published = {name: value for name, value in processor.to_dict().items() if not name.startswith("_")}
-    shapes = {whole(new("RGB", size)).shape for size in ((320, 200), (200, 320))}
-    if len(shapes) != 1:
-        raise SettingError(
-            f"the image processor in {folder} returns a different shape per image, {sorted(shapes)}, and a batch needs "
-            "one: set do_center_crop, or a size with height and width, in preprocessor_config.json"
-        )
-    transform, scale = split_transform(whole, to_pixels, _pixel_scale(published))
-    return PixelTransform(transform, scale, plain_json(published), shapes.pop())
+    return split_transform(whole, to_pixels, _pixel_scale(published), published)
 
 
 def _pixel_scale(published: Mapping[str, Any]) -> PixelScale:
@@ -223,11 +197,8 @@ def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSetting
     loader = transformers.ClapAudioModelWithProjection if is_clap else transformers.AutoModel
     model, weights = load_pretrained(loader, folder.path, config)
     extractor = _feature_extractor(folder.path)
-    fingerprint = Fingerprint(
-        family="hf",
-        model=spec.model_name,
-        revision=folder.revision,
-        weights=weights,
+    fingerprint = replace(
+        _fingerprint(spec, folder, weights),
         preprocessing={
             **plain_json({name: value for name, value in extractor.to_dict().items() if not name.startswith("_")}),
             "resampling": f"polyphase from {SAMPLE_RATE_HZ} Hz",

@@ -62,19 +62,20 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return {str(name): value for name, value in state.items()}
 
 
-def load_weights(module: torch.nn.Module, path: Path, *, names: Mapping[str, str] | None = None) -> None:
-    """Load a file's weights into a model; every name and shape must fit.
+def load_weights(module: torch.nn.Module, path: Path, *, in_order: bool = False) -> str:
+    """Load a file's weights into a model, and return their hash.
 
-    `names` are those in the file of the module's weights, where they differ.
+    Every name and shape must fit. With `in_order`, names differ, and the weights are in the order of the module's.
     """
-    own_names = {name: own for own, name in (names or {}).items()}
-    state = {own_names.get(name, name): value for name, value in read_weights(path).items()}
+    state = read_weights(path)
+    names = list(module.state_dict()) if in_order else list(state)
     try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
+        module.load_state_dict(dict(zip(names, state.values(), strict=True)))
+    except (RuntimeError, ValueError) as error:
         raise ArtifactError(
             f"the weights in {path} belong to another model: {one_line(error)}; name the model that they belong to"
         ) from error
+    return hash_weights(state)
 
 
 class ModelFolder(NamedTuple):
@@ -138,11 +139,16 @@ def load_part(loader: Any, folder: Path, part: str, next_step: str) -> Any:
         return loader.from_pretrained(folder, trust_remote_code=has_trust())
     except (OSError, ValueError, KeyError) as error:
         if "trust_remote_code" in str(error) and not has_trust():
-            raise SettingError(
-                f"{folder} has code of its own; if you trust its author, use --trust, or "
-                "embedcache.registry.trust_files() in Python"
-            ) from None
+            raise needs_trust(folder) from None
         raise PathError(f"no {part} in {folder}: {one_line(error)}; {next_step}") from error
+
+
+def needs_trust(folder: Path) -> SettingError:
+    """Create the error for a model with code of its own, which nobody said to trust."""
+    return SettingError(
+        f"{folder} has code of its own; if you trust its author, use --trust, or "
+        "embedcache.registry.trust_files() in Python"
+    )
 
 
 def find_model_class(config: Any, folder: Path) -> Any:

@@ -167,7 +167,8 @@ def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
 
 
 def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
-    network, size_px = lite.load_model(spec)
+    network, _ = lite.load_model(spec)
+    size_px = lite.MODELS[spec.model]
     network.reset_classifier(0)
     input_size = [3, size_px, size_px]
     config = {"kind": "timm", "model": lite.timm_name(spec.model), "image_size": None, "input_size": input_size}

@@ -90,21 +90,21 @@ def test_open_clip(resize_mode: str) -> None:
 
     published = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
     whole = open_clip.image_transform(32, is_train=False, resize_mode=resize_mode, **published)
-    transform, scale = pixel_transform(whole, published)
+    pixels = pixel_transform(whole, published)
     for image in example_images():
-        _check(transform(image), scale, whole(image).numpy())
+        _check(pixels.transform(image), pixels.scale, whole(image).numpy())
 
 
 def test_split_that_differs_is_not_used() -> None:
     def whole(image: Image.Image) -> np.ndarray:
-        return np.asarray(image, np.float32).transpose(2, 0, 1) / 255
+        return to_pixels(image).astype(np.float32) / 255
 
     def to_pixels(image: Image.Image) -> np.ndarray:
-        return np.array(image).transpose(2, 0, 1)
+        return np.array(image.resize((8, 8))).transpose(2, 0, 1)
 
     right, wrong = PixelScale([0.0], [1.0], divisor=255), PixelScale([0.001], [1.0], divisor=255)
-    assert split_transform(whole, to_pixels, right) == (to_pixels, right)
-    assert split_transform(whole, to_pixels, wrong)[0] is whole
+    assert split_transform(whole, to_pixels, right, {}) == (to_pixels, right, {}, (3, 8, 8))
+    assert split_transform(whole, to_pixels, wrong, {}).transform is whole
 
 
 def test_pixel_scale_is_float32_under_autocast() -> None:

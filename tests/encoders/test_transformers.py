@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from embedcache.encoders import transformers
-from embedcache.encoders.open import open_encoder
+from embedcache.encoders.open import open_encoder, reopen_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
 from embedcache.testing.encoders import (
@@ -79,7 +79,8 @@ def test_texts_match_transformers(how: str, bert: Path, monkeypatch: pytest.Monk
     encoder = open_encoder(f"hf:{bert}", modality="text", settings=settings)
     if how == "without the model":
         monkeypatch.setattr(transformers, "load_pretrained", None)
-        encoder = open_encoder(f"hf:{bert}", modality="text", settings=settings)
+        fingerprint = encoder.fingerprint.to_json()
+        encoder = reopen_encoder(f"hf:{bert}", modality="text", feature="bert/mean", fingerprint=fingerprint)
     assert encoder.features == {"mean": (32,), "cls": (32,), "tokens": (-1, 32)}
     found = encoder.encode(encoder.prepare(TEXTS), list(encoder.features))
     model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
