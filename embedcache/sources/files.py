@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -236,10 +237,15 @@ def split_from_path(path: str) -> str | None:
     return top if slash and top.lower() in _SPLIT_FOLDERS else None
 
 
-def walk_files(
+def walk_files(folder: Path) -> Iterator[str]:
+    """Iterate over the paths of all files below a folder, as `walk_groups` does."""
+    return (path for _, files in walk_groups(folder) for path in files)
+
+
+def walk_groups(
     folder: Path, *, prefix: str = "", above: tuple[tuple[int, int], ...] = ()
-) -> Iterator[tuple[str, Mapping[str, int]]]:
-    """Iterate over all files below a folder, sorted by path.
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """Iterate over all files below a folder: groups of those that differ in their suffix only, sorted by path.
 
     Hidden files and folders are skipped, and so are links to a folder above them. Memory holds the names of one folder
     and of those above it.
@@ -250,24 +256,29 @@ def walk_files(
         above: device and inode of the folders above.
 
     Yields:
-        the path relative to `folder`, with `/`, and all files of the same folder: name -> size in bytes, or -1 if the
-        listing does not contain sizes.
+        the path of a group relative to `folder`, with `/` and without a suffix; and the path of each file -> its size
+        in bytes, or -1 if the listing does not contain sizes.
     """
     identity = _identity(folder)
     if identity in above:
         return
-    names = _list_remote(folder) if is_remote(folder) else _list(folder)
-    files = {name: size for name, size in names.items() if not name.endswith("/")}
-    for name in sorted(names):
-        if name.endswith("/"):
+    sizes = _list_remote(folder) if is_remote(folder) else _list(folder)
+    for stem, names in groupby(sorted(sizes, key=lambda name: (_stem(name), name)), key=_stem):
+        if stem.endswith("/"):
             inner = (*above, identity) if identity else ()
-            yield from walk_files(folder / name[:-1], prefix=prefix + name, above=inner)
+            yield from walk_groups(folder / stem[:-1], prefix=prefix + stem, above=inner)
         else:
-            yield prefix + name, files
+            yield prefix + stem, {prefix + name: sizes[name] for name in names}
+
+
+def _stem(name: str) -> str:
+    """Return the name of a file without its suffix; that of a folder, with its `/`, is unchanged."""
+    stem, _, suffix = name.rpartition(".")
+    return stem if stem and not suffix.endswith("/") else name
 
 
 def _list(folder: Path) -> dict[str, int]:
-    """List a folder; names of folders end in `/`, so that sorting names sorts the paths below them."""
+    """List a folder; names of folders end in `/`."""
     with reading(folder), os.scandir(folder) as entries:
         names = [_typed_name(entry) for entry in entries if not entry.name.startswith(".")]
     return {check_utf8_name(name, folder): -1 for name in names if name}

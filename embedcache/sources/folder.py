@@ -22,17 +22,17 @@ from embedcache.sources.files import (
     read_bytes,
     read_item_file,
     split_from_path,
-    walk_files,
+    walk_groups,
 )
 from embedcache.sources.settings import SourceSettings
 
-_SUFFIXES = {suffix: modality for modality, suffixes in MEDIA_SUFFIXES.items() for suffix in sorted(suffixes)}
-"""Suffix -> modality; of the files that share a name, the first in this order gives the sample its place."""
+_SUFFIXES = {suffix: modality for modality, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes}
+"""Suffix -> modality."""
 _CONCURRENT_READS = 32  # of caption files on a server, which take tens of milliseconds each
 
 
 class FolderSource:
-    """One sample per name of files, sorted by relative path; the path without its suffix is the key.
+    """One sample per name of files, sorted by key, which is the relative path without its suffix.
 
     Files of one folder that differ in their suffix only, such as `a.jpg`, `a.wav` and `a.npz`, are items of one sample,
     at most one of each modality. A video is a recording too, unless there is one of that name; the sound of a silent
@@ -51,8 +51,6 @@ class FolderSource:
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("folder")
         self._settings = settings
-        # The suffixes of files that are looked for beside others, in the order in which they give a sample its place.
-        self._spellings = [spelling for suffix in _SUFFIXES for spelling in (suffix, suffix.upper())]
         self._root = open_path(location).absolute()
         if not is_folder(self._root, TABLE_SUFFIXES | TAR_SUFFIXES):
             state = "does not exist" if file_size(self._root) is None else "is a file"
@@ -65,62 +63,52 @@ class FolderSource:
     def samples(self) -> Iterator[Sample]:
         """Iterate over the samples. Memory holds the names of one folder and of those above it."""
         self.skipped.clear()
-        firsts = (entry for entry in walk_files(self._root) if self._is_used(entry[0]) and self._is_first(*entry))
+        groups = filter(self._has_items, walk_groups(self._root))
         if not is_remote(self._root):
-            yield from (self._sample(*first) for first in firsts)
+            yield from map(self._sample, groups)
             return
         with ThreadPoolExecutor(_CONCURRENT_READS) as executor:
-            while batch := list(islice(firsts, 8 * _CONCURRENT_READS)):
-                yield from executor.map(lambda first: self._sample(*first), batch)
+            while batch := list(islice(groups, 8 * _CONCURRENT_READS)):
+                yield from executor.map(self._sample, batch)
 
     def read(self, item: FileItem) -> bytes:
         return read_item_file(self._root / item.path)
 
-    def _is_used(self, name: str) -> bool:
-        """Return whether a file is of a kind that samples have; count it if not. Text only, as this runs per file."""
-        stem, dot, ending = name.rpartition("/")[2].rpartition(".")
-        suffix = (dot + ending).lower() if stem else ""
-        is_used = suffix in _SUFFIXES or suffix in SIDECAR_SUFFIXES
-        if not is_used:
-            self.skipped[suffix or "files without a suffix"] += 1
-        return is_used
+    def _has_items(self, group: tuple[str, Mapping[str, int]]) -> bool:
+        """Return whether files of one name are a sample; count those of other kinds."""
+        key, files = group
+        suffixes = [path[len(key) :].lower() for path in files]
+        for suffix in suffixes:
+            if suffix not in _SUFFIXES and suffix not in SIDECAR_SUFFIXES:
+                self.skipped[suffix or "files without a suffix"] += 1
+        return any(suffix in _SUFFIXES for suffix in suffixes)
 
-    def _sample(self, name: str, siblings: Mapping[str, int]) -> Sample:
-        path = PurePosixPath(name)
-        key = path.with_suffix("")
-        folder = {"folder": str(path.parent)} if len(path.parts) > 1 else {}
-        files = self._files(path, siblings)
-        sidecar = read_sidecar(self._sidecar_files(key, siblings), str(key))
-        return Sample(
-            key=str(key),
-            images=files.get("image", ()),
-            texts=sidecar.texts,
-            columns={**_class_columns(path), **sidecar.columns, **folder},
-            files=add_sound(files),
-        )
-
-    def _files(self, path: PurePosixPath, siblings: Mapping[str, int]) -> dict[str, tuple[FileItem, ...]]:
-        """Return modality -> the file of a sample whose first file is at `path`."""
-        files: dict[str, tuple[FileItem, ...]] = {}
-        others = [path.with_suffix(suffix) for suffix in self._media_beside(path, siblings)]
-        for file in (path, *others):
-            modality = _SUFFIXES[file.suffix.lower()]
-            if modality in files:
+    def _sample(self, group: tuple[str, Mapping[str, int]]) -> Sample:
+        key, files = group
+        items: dict[str, tuple[FileItem, ...]] = {}
+        sidecar_files = {}
+        for path, size in files.items():
+            suffix = path[len(key) :].lower()
+            modality = _SUFFIXES.get(suffix)
+            if suffix in SIDECAR_SUFFIXES:
+                sidecar_files[suffix] = self._read_sidecar_file(path)
+            elif modality in items:
                 raise SourceError(
-                    f"{self._root / files[modality][0].path} and {file.name} are both {noun(modality)} of one sample; "
-                    "rename one of them"
+                    f"{self._root / items[modality][0].path} and {PurePosixPath(path).name} are both {noun(modality)} "
+                    "of one sample; rename one of them"
                 )
-            files[modality] = (FileItem(path=str(file), length=self._size(file, siblings)),)
-        return files
+            elif modality is not None:
+                items[modality] = (FileItem(path=path, length=self._size(path, size)),)
 
-    def _sidecar_files(self, key: PurePosixPath, siblings: Mapping[str, int]) -> dict[str, bytes | ItemError]:
-        """Read the sidecar files of a sample: suffix in lower case -> content."""
-        spellings = (s for suffix in SIDECAR_SUFFIXES for s in (suffix, suffix.upper()))
-        return {
-            spelling.lower(): self._read_sidecar_file(f"{key}{spelling}")
-            for spelling in spellings
-            if f"{key.name}{spelling}" in siblings
-        }
+        folder = key.rpartition("/")[0]
+        sidecar = read_sidecar(sidecar_files, key)
+        return Sample(
+            key=key,
+            images=items.get("image", ()),
+            texts=sidecar.texts,
+            columns={**_class_columns(key, folder), **sidecar.columns, **({"folder": folder} if folder else {})},
+            files=add_sound(items),
+        )
 
     def _read_sidecar_file(self, name: str) -> bytes | ItemError:
         path = self._root / name
@@ -134,37 +122,18 @@ class FolderSource:
                     raise
                 return ItemError(f"cannot read {name}: {error.strerror}")
 
-    def _size(self, path: PurePosixPath, siblings: Mapping[str, int]) -> int:
+    def _size(self, path: str, listed: int) -> int:
         """Return the size of a file; 0 if unknown, and for a broken link, which is reported when it is read."""
         if is_remote(self._root):
-            return max(siblings[path.name], 0)
+            return max(listed, 0)
         try:
             return (self._root / path).stat().st_size
         except OSError:
             return 0
 
-    def _is_first(self, name: str, siblings: Mapping[str, int]) -> bool:
-        """Return whether a file is the first of its sample: every image, and files without others before them."""
-        file_name = name.rpartition("/")[2]  # text only, as this runs per file
-        stem, dot, ending = file_name.rpartition(".")
-        suffix = dot + ending
-        modality = _SUFFIXES.get(suffix.lower())
-        if modality is None or not stem:
-            return False
-        if modality == "image" or suffix not in self._spellings:  # .Wav is not looked for beside others
-            return True
-        before = self._spellings[: self._spellings.index(suffix)]
-        return not any(stem + other in siblings for other in before)
 
-    def _media_beside(self, path: PurePosixPath, siblings: Mapping[str, int]) -> list[str]:
-        """Return the suffixes of other files of a sample but images, in the order of `_SUFFIXES`."""
-        media = (suffix for suffix in self._spellings if _SUFFIXES[suffix.lower()] != "image")
-        return [other for other in media if path.stem + other in siblings and other != path.suffix]
-
-
-def _class_columns(path: PurePosixPath) -> dict[str, str]:
+def _class_columns(key: str, folder: str) -> dict[str, str]:
     """Return the columns `split` and `label` that follow from the folders of a file."""
-    folders = path.parts[:-1]
-    split = split_from_path(str(path))
-    label = {"label": folders[-1]} if len(folders) > bool(split) else {}
+    split = split_from_path(key)
+    label = {} if folder in ("", split) else {"label": folder.rpartition("/")[2]}
     return {"split": split, **label} if split else label

@@ -154,7 +154,7 @@ def _folder_kind(folder: Path) -> str:
         if all((folder / name).is_file() for name in names):
             return "huggingface"
     kinds = set[str]()
-    for name, _ in walk_files(folder):
+    for name in walk_files(folder):
         if has_suffix(name, _MEDIA):
             return "folder"
         kinds.add(_kind_of(name))

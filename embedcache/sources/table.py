@@ -130,7 +130,7 @@ def _find_files(location: Path) -> list[Path]:
         if file_size(location) is None:
             raise PathError(f"expected a table or a folder, got {location}, which does not exist; check the path")
         return [location]
-    names = [name for name, _ in walk_files(location) if has_suffix(name, TABLE_SUFFIXES)]
+    names = [name for name in walk_files(location) if has_suffix(name, TABLE_SUFFIXES)]
     if not names:
         raise PathError(f"{location}: expected {', '.join(sorted(TABLE_SUFFIXES))} files, got none; check the path")
     return [location / name for name in names]

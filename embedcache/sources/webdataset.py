@@ -186,7 +186,7 @@ def expand_braces(pattern: str) -> list[str]:
 def _find_shards(part: str) -> list[Path]:
     folder = open_path(part)
     if is_folder(folder, TAR_SUFFIXES):
-        shards = [folder / name for name, _ in walk_files(folder) if has_suffix(name, TAR_SUFFIXES)]
+        shards = [folder / name for name in walk_files(folder) if has_suffix(name, TAR_SUFFIXES)]
         if not shards:
             raise PathError(f"{part}: expected .tar files, got none; check the path")
         return shards

@@ -67,7 +67,14 @@ def test_two_recordings_of_one_name_raise(tmp_path: Path) -> None:
 def test_no_spelling_of_a_suffix_is_lost(tmp_path: Path) -> None:
     write(tmp_path, {"a.jpg": jpeg(), "a.Wav": SOUND, "b.Npz": POINTS})
     found = [(sample.key, modalities(sample)) for sample in open_source(tmp_path).samples()]
-    assert found == [("a", {"audio": ["a.Wav"]}), ("a", {"image": ["a.jpg"]}), ("b", {"points": ["b.Npz"]})]
+    assert found == [("a", {"image": ["a.jpg"], "audio": ["a.Wav"]}), ("b", {"points": ["b.Npz"]})]
+
+
+def test_names_between_those_of_one_sample(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": jpeg(), "a.k.jpg": jpeg(), "a-1.jpg": jpeg(), "a.txt": "words", "a.k/b.jpg": jpeg()})
+    samples = list(open_source(tmp_path).samples())
+    assert [sample.key for sample in samples] == ["a", "a-1", "a.k", "a.k/b"]
+    assert samples[0].texts[0].text == "words"
 
 
 @pytest.mark.parametrize(
