@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import groupby
-from math import prod
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -172,15 +171,16 @@ def shard_root(location: str) -> Path:
     return open_path(_BRACES.split(part, maxsplit=1)[0] + "_").parent
 
 
-def expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> Iterator[str]:
     """Expand ranges and lists: `{08..10}` -> `08`, `09`, `10`; `{a,b}` -> `a`, `b`. Other text is unchanged."""
     match = _BRACES.search(pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     first, last, listed = match.groups()
-    values = listed.split(",") if listed else _range(first, last)
-    tails = expand_braces(pattern[match.end() :])
-    return [f"{pattern[: match.start()]}{value}{tail}" for value in values for tail in tails]
+    for value in listed.split(",") if listed else _range(first, last):
+        for tail in expand_braces(pattern[match.end() :]):
+            yield f"{pattern[: match.start()]}{value}{tail}"
 
 
 def _find_shards(part: str) -> list[Path]:
@@ -190,21 +190,15 @@ def _find_shards(part: str) -> list[Path]:
         if not shards:
             raise PathError(f"{part}: expected .tar files, got none; check the path")
         return shards
-    num_shards = _count_braces(part)
-    if num_shards > _MAX_SHARDS:
-        raise SourceError(f"{part}: expected at most {_MAX_SHARDS:,} shards, got {num_shards:,}; name fewer")
-    shards = [open_path(path) for path in expand_braces(part)]
+    paths = list(islice(expand_braces(part), _MAX_SHARDS + 1))
+    if len(paths) > _MAX_SHARDS:
+        raise SourceError(f"{part}: expected at most {_MAX_SHARDS:,} shards, got more; name fewer")
+    shards = [open_path(path) for path in paths]
     with ThreadPoolExecutor(_CONCURRENT_REQUESTS if is_remote(shards[0]) else 1) as executor:
         missing = [shard for shard, size in zip(shards, executor.map(file_size, shards), strict=True) if size is None]
     if missing:
         raise PathError(f"expected a shard, got no file at {missing[0]} ({len(missing)} of {len(shards)} are missing)")
     return shards
-
-
-def _count_braces(pattern: str) -> int:
-    """Return the number of names that `expand_braces` would return."""
-    groups = (match.groups() for match in _BRACES.finditer(pattern))
-    return prod(len(listed.split(",")) if listed else abs(int(last) - int(first)) + 1 for first, last, listed in groups)
 
 
 def _range(first: str, last: str) -> Iterator[str]:

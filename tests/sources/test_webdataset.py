@@ -208,7 +208,7 @@ def test_shard_truncated_later_raises_item_error(shards: Path) -> None:
     ],
 )
 def test_expand_braces(pattern: str, paths: list[str]) -> None:
-    assert expand_braces(pattern) == paths
+    assert list(expand_braces(pattern)) == paths
 
 
 @pytest.fixture
