@@ -253,8 +253,7 @@ class ImportedSamples:
         interval = columns.interval if is_timed else (None, None)
         kept = {*columns.others, *columns.items.values(), *columns.interval} - {*used.values(), *interval}
         others = tuple(name for name in file.plain_columns if name in kept - set(group.vectors))
-        image = used.pop("image", None)
-        columns = replace(columns, image=image, media=used, interval=interval, others=others)
+        columns = replace(columns, items=used, interval=interval, others=others)
         if "text" in self._modalities and not columns.captions:
             raise SourceError(
                 f"{file.path}: text vectors need a column of captions; name one of {', '.join(file.columns)} with "

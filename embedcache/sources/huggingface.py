@@ -23,7 +23,7 @@ from embedcache.sources.table_files import (
     BATCH_ROWS,
     COLUMN_MARK,
     COLUMN_SETTINGS,
-    IMAGE_NAMES,
+    ITEM_NAMES,
     Row,
     TableColumns,
     TableFile,
@@ -213,6 +213,6 @@ def _with_image(settings: SourceSettings, dataset: Any) -> SourceSettings:
     """Prefer columns with the feature `Image` over columns that only have a usual name for images."""
     kind = require("datasets", extra="datasets").Image
     images = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
-    named = [name for name in images if name.lower() in IMAGE_NAMES]
+    named = [name for name in images if name.lower() in ITEM_NAMES["image"]]
     preferred = {"image": (named or images)[0]} if images else {}
     return replace(settings, item_columns={**preferred, **settings.item_columns})

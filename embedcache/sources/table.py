@@ -82,8 +82,9 @@ class TableSource:
         for path in self._files:
             file = open_table_file(path, delimiter=self._settings.delimiter)
             columns = find_columns(file, self._settings)
-            if columns.image not in columns.embedded and not self._settings.key_column:
-                self.shared_column = columns.image
+            image = columns.items.get("image")
+            if image not in columns.embedded and not self._settings.key_column:
+                self.shared_column = image
             table, stem = (relative_to(self._root_text, name) for name in (str(file.path), file.stem))
             for number, row in enumerate(file.rows(columns.to_read())):
                 place = f"{file.path} row {number}"

@@ -4,7 +4,7 @@ import csv
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -234,17 +234,19 @@ def item_bytes(cell: Any, folder: Path, column: str, place: str) -> bytes:
     raise ItemError(f"no item in column {column}: {place} is empty")
 
 
-IMAGE_NAMES = (
-    "image", "image_path", "path", "file", "filepath", "file_name", "filename", "image_name",
-    "jpg", "jpeg", "png", "webp",
-)  # fmt: skip
-"""Usual names of a column of images, lower case, the most likely first."""
-MEDIA_NAMES: Mapping[str, tuple[str, ...]] = {
+ITEM_NAMES: Mapping[str, tuple[str, ...]] = {
     "audio": ("audio", "audio_path", "recording", "wav", "flac", "mp3", "ogg", "m4a", "opus"),
     "video": ("video", "video_path", "mp4", "mkv", "webm", "avi", "mov"),
     "points": ("points_path", "point_cloud", "lidar", "npz"),
+    "image": (
+        *("image", "image_path", "path", "file", "filepath", "file_name", "filename", "image_name"),
+        *("jpg", "jpeg", "png", "webp"),
+    ),
 }
-"""The same of other modalities."""
+"""Modality -> usual names of the column of its items, lower case, the most likely first.
+
+Images are last: a column of paths that was named for another modality is not theirs, too.
+"""
 COLUMN_SETTINGS = ("item_columns", "caption_columns", "key_column", "omit_columns", "language_column")
 INTERVAL_NAMES = ("start_s", "stop_s")
 """Names of the columns with the start and the end of recordings and videos, in seconds."""
@@ -257,26 +259,19 @@ class TableColumns:
     """Roles of the columns of a table.
 
     Args:
-        image: column of images.
-        media: modality -> column of recordings, videos or point clouds.
+        items: modality -> column of its items.
         embedded: those columns of items that hold their bytes rather than their paths.
         interval: columns with the start and the end of recordings and videos, in seconds.
         others: columns kept as columns of the samples.
     """
 
-    image: str | None
-    media: Mapping[str, str]
+    items: Mapping[str, str]
     embedded: frozenset[str]
     interval: tuple[str | None, str | None]
     captions: tuple[str, ...]
     key: str | None
     language: str | None
     others: tuple[str, ...]
-
-    @cached_property
-    def items(self) -> Mapping[str, str]:
-        """Modality -> column of its items, images first."""
-        return {**({} if self.image is None else {"image": self.image}), **self.media}
 
     def to_read(self) -> list[str]:
         """Return the columns that indexing reads: all but the bytes of items."""
@@ -288,7 +283,7 @@ class TableColumns:
 def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     """Assign roles to the columns of a table, and check that one of them contains items or captions."""
     columns = assign_columns(file, settings)
-    if columns.image is None and not columns.captions and not columns.media:
+    if not columns.items and not columns.captions:
         raise SourceError(
             f"{file.path} has no column with a usual name for images or captions; it has {_names(file)}; name them "
             "with --item-column MODALITY=COLUMN and --caption-column"
@@ -298,30 +293,37 @@ def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
 
 def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     """Assign roles to the columns of any table; SourceError if a column named in the settings does not fit."""
-    media = {}
-    for modality, names in MEDIA_NAMES.items():
-        column = _item_column(file, settings, modality, names)
+    items: dict[str, str] = {}
+    for modality, names in ITEM_NAMES.items():
+        free = [name for name in names if name not in map(str.lower, items.values())]
+        column = settings.item_columns.get(modality) or _find(file.columns, free)
         if column is not None:
-            media[modality] = column
-    images = [name for name in IMAGE_NAMES if name not in map(str.lower, media.values())]
-    image = _item_column(file, settings, "image", images)
+            allowed = (*file.plain_columns, *file.bytes_columns)
+            _check(file, column, f"--item-column {modality}=COLUMN", allowed)
+            items[modality] = column
 
     captions = settings.caption_columns or _find_captions(file.columns)
-    for name in captions:
-        _check_plain(file, _existing(file, name, "--caption-column"), "--caption-column")
-    key = _existing(file, settings.key_column, "--key-column") or _find(file, ("key", "id", "uid", "__key__"))
-    language = _existing(file, settings.language_column, "--language-column") or _find(file, ("language", "lang"))
-    _check_plain(file, settings.language_column, "--language-column")
-    omitted = [_existing(file, name, "--omit-column") for name in settings.omit_columns]
-    is_timed = "audio" in media or "video" in media
-    interval = tuple(_find(file, [name]) if is_timed else None for name in INTERVAL_NAMES)
+    named = {
+        "--caption-column": captions,
+        "--key-column": filter(None, [settings.key_column]),
+        "--language-column": filter(None, [settings.language_column]),
+    }
+    for option, columns in named.items():
+        for name in columns:
+            _check(file, name, option, file.plain_columns)
+    for name in settings.omit_columns:
+        _check(file, name, "--omit-column", file.columns)
+    key = settings.key_column or _find(file.plain_columns, ("key", "id", "uid", "__key__"))
+    language = settings.language_column or _find(file.plain_columns, ("language", "lang"))
+
+    is_timed = any(MODALITIES[modality].has_interval for modality in items)
+    start, stop = (_find(file.columns, [name]) if is_timed else None for name in INTERVAL_NAMES)
     reserved = "key"  # a column of the sample table itself
-    used = {reserved, image, *media.values(), *interval, *captions, *omitted, key, language}
+    used = {reserved, *items.values(), start, stop, *captions, *settings.omit_columns, key, language}
     return TableColumns(
-        image=image,
-        media=media,
-        embedded=frozenset(name for name in (image, *media.values()) if name in file.bytes_columns),
-        interval=(interval[0], interval[1]),
+        items=items,
+        embedded=file.bytes_columns & set(items.values()),
+        interval=(start, stop),
         captions=captions,
         key=key,
         language=language,
@@ -329,12 +331,15 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     )
 
 
-def _item_column(file: TableFile, settings: SourceSettings, modality: str, names: Sequence[str]) -> str | None:
-    """Return the column of a modality's items: the one in the settings, or one with a usual name."""
-    column = _existing(file, settings.item_columns.get(modality), "--item-column") or _find(file, names)
-    if column not in file.bytes_columns:
-        _check_plain(file, column, f"--item-column {modality}=COLUMN")
-    return column
+def _check(file: TableFile, name: str, option: str, allowed: Collection[str]) -> None:
+    """Check that the table has a column, and that it is one of those of a type that is allowed."""
+    if name not in file.columns:
+        raise SourceError(f"{option} {name}: no such column in {file.path}; it has {_names(file)}")
+    if name not in allowed:
+        raise SourceError(
+            f"column {name} of {file.path} holds values of another type; name another column with {option}; the table "
+            f"has {', '.join(file.columns)}"
+        )
 
 
 def read_sample(
@@ -408,12 +413,6 @@ def read_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem
     return to_text_items(captions, None if language is None else str(language))
 
 
-def _existing(file: TableFile, name: str | None, option: str) -> str | None:
-    if name is not None and name not in file.columns:
-        raise SourceError(f"{option} {name}: no such column in {file.path}; it has {_names(file)}")
-    return name
-
-
 def _names(file: TableFile) -> str:
     """Return the names of all columns; of a single one, a hint if it is a header with another delimiter."""
     names = ", ".join(file.columns) or "none"
@@ -422,17 +421,9 @@ def _names(file: TableFile) -> str:
     return names + hint if delimiter else names
 
 
-def _check_plain(file: TableFile, name: str | None, option: str) -> None:
-    if name is not None and name not in file.plain_columns:
-        raise SourceError(
-            f"column {name} of {file.path} holds values of another type; name another column with {option}; the table "
-            f"has {', '.join(file.columns)}"
-        )
-
-
-def _find(file: TableFile, names: Sequence[str]) -> str | None:
+def _find(columns: Sequence[str], names: Sequence[str]) -> str | None:
     """Return the column whose name, ignoring case, comes first in `names`."""
-    by_name = {column.lower(): column for column in reversed(file.columns)}
+    by_name = {column.lower(): column for column in reversed(columns)}
     return next((by_name[name] for name in names if name in by_name), None)
 
 

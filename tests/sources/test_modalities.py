@@ -12,7 +12,7 @@ from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_so
 from embedcache.sources.files import MEDIA_SUFFIXES
 from embedcache.sources.points import decode_points
 from embedcache.sources.sound import decode_audio
-from embedcache.sources.table_files import MEDIA_NAMES
+from embedcache.sources.table_files import ITEM_NAMES
 from embedcache.testing.sources import SourceContract
 from tests.media_files import cloud, encode_video, moving_square, npz, tone, wav
 from tests.sources.files import jpeg, write, write_parquet, write_tar
@@ -40,7 +40,7 @@ def test_every_table_has_all_modalities() -> None:
     in_files = {modality.name for modality in FILE_MODALITIES}
     assert get_args(ModalityName) == tuple(MODALITIES), page
     assert set(MEDIA_SUFFIXES) == in_files, page
-    assert {"image", *MEDIA_NAMES} == in_files, page
+    assert set(ITEM_NAMES) == in_files, page
     assert len({name[0] for name in MODALITIES}) == len(MODALITIES), "directions such as i2t would be the same"
 
 
