@@ -55,14 +55,14 @@ def test_no_object_per_item(pairs_path: Path, tmp_path: Path) -> None:
     def split() -> object:
         data = open_data(pairs_path, names, memory_bytes=1)
         written = data.split(data.pairs(None), SplitSettings(kind="key"))
-        write_split(tmp_path / "split.parquet", written)
+        write_split(tmp_path / "split.parquet", data.caches, written)
         return written, read_split(tmp_path / "split.parquet", data.caches)
 
     def select() -> object:
         cache, rows = Cache(pairs_path), np.arange(0, COUNT, 2)
         path = tmp_path / "chosen.parquet"
         path.unlink(missing_ok=True)
-        write_selection(path, cache, Selection(rows=rows, reasons=["even"] * len(rows)), {})
+        write_selection(path, cache, Selection(rows=rows), {})
         return read_selection(path, [cache])
 
     gc.collect()

@@ -249,8 +249,8 @@ def leaks(
     """
     from embedcache.cli.console import open_progress, print_line, print_lines, print_table
     from embedcache.curate.leaks import find_leaks, write_clean_selection
-    from embedcache.dataset.selections import check_selection_path
     from embedcache.errors import DataError
+    from embedcache.outputs import check_table_output
     from embedcache.reports.leaks import (
         closest_pairs,
         leak_line,
@@ -261,7 +261,7 @@ def leaks(
     )
 
     if out is not None:
-        check_selection_path(out)
+        check_table_output("selection", out)
     report = find_leaks(train, test, settings, feature=feature, progress=open_progress())
 
     def show() -> None:
@@ -304,7 +304,7 @@ def select(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Select samples to train on, with a reason for each.
+    """Select samples to train on, with what each was selected for.
 
     Example: embedcache curate select cache/ selection.parquet --method clip-score --run run/ --budget 25%
     """

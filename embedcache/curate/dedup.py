@@ -23,15 +23,16 @@ from embedcache.curate.keep import (
 )
 from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, assign_clusters, find_near_duplicates
 from embedcache.curate.settings import DedupSettings
+from embedcache.dataset import keytable
 from embedcache.dataset.clusters import scratch_matrix
 from embedcache.dataset.inputs import InputFeature, open_input
-from embedcache.dataset.selections import Selection, check_selection_path, read_selection, write_selection
+from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.dataset.similar_pairs import NOT_COMPARED, SAME_PICTURE, PairCollector, SimilarPairs, cosine_limit
 from embedcache.dataset.thumbnails import Thumbnails, not_shown
-from embedcache.errors import DataError, EmbedcacheError, SettingError, pluralize, quoted
+from embedcache.errors import DataError, EmbedcacheError, SettingError, quoted
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
-from embedcache.outputs import check_output, new_output, removed_table_path, with_metadata
+from embedcache.outputs import check_output, check_table_output, removed_table_path
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, Progress, to_progress, watch
 from embedcache.provenance import digest
@@ -39,9 +40,7 @@ from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
-from embedcache.store.columns import Column
 from embedcache.store.rows import keys_at
-from embedcache.store.tables import write_table
 
 LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen
 _NO_PAIRS = PairCollector(0, LEVELS, MAX_PAIRS).pairs()
@@ -222,7 +221,7 @@ def dedup(
     if cosine is None and not settings.copies_only:
         raise SettingError("expected --cosine or --copies with a file to write, got neither; give one of them")
     removed_path = removed_table_path(out)
-    check_selection_path(out)
+    check_table_output("selection", out)
     check_output(removed_path)
     analysis = _compare(cache, settings, progress)
     _check_any_pairs(analysis, cosine)
@@ -293,45 +292,33 @@ def _check_any_pairs(analysis: DedupAnalysis, cosine: float | None) -> None:
 
 
 def _selection(analysis: DedupAnalysis, removed: RemovedSamples) -> Selection:
+    """Select the samples that stay, with the number of samples that each stands for; null without an item."""
     rows = np.setdiff1d(analysis.samples, removed.samples, assume_unique=True)
-    has_items = np.zeros(analysis.cache.info.num_samples, bool)
-    has_items[analysis.copies.samples] = True
-    order = np.argsort(removed.kept, kind="stable")
-    kept_samples, starts = np.unique(removed.kept[order], return_index=True)
-    groups = np.split(order, starts[1:]) if len(kept_samples) else []
-    reasons = ["no duplicate", f"no {analysis.feature.modality} to compare"]
-    reason_S = np.where(has_items, 0, 1)
-    reason_S[kept_samples] = np.arange(len(reasons), len(reasons) + len(kept_samples))
-    reasons += [_reason(removed, group) for group in groups]
-    return Selection(rows=rows, reasons=Column(pa.array(reasons, pa.string()).take(pa.array(reason_S[rows]))))
-
-
-def _reason(removed: RemovedSamples, group: Array) -> str:
-    """Describe what is removed for a sample that stays."""
-    num_copies = int(removed.is_copy[group].sum())
-    near = group[~removed.is_copy[group]]
-    parts = [pluralize(num_copies, "copy", "copies")] if num_copies else []
-    parts += [pluralize(len(near), "near-duplicate")] if len(near) else []
-    goes = "goes" if len(group) == 1 else "go"
-    closest = f", closest cosine {removed.cosines[near].max():.3f}" if len(near) else ""
-    return f"kept; {' and '.join(parts)} {goes}{closest}"
+    num_samples = analysis.cache.info.num_samples
+    has_no_item_S = np.ones(num_samples, bool)
+    has_no_item_S[analysis.copies.samples] = False
+    num_copies_S = np.bincount(removed.kept[removed.is_copy], minlength=num_samples)
+    near = np.flatnonzero(~removed.is_copy)
+    num_near_S = np.bincount(removed.kept[near], minlength=num_samples)
+    closest_S = np.full(num_samples, -np.inf, np.float32)
+    np.maximum.at(closest_S, removed.kept[near], removed.cosines[near])
+    columns = {
+        "num_copies": pa.array(num_copies_S[rows], pa.int32(), mask=has_no_item_S[rows]),
+        "num_near_duplicates": pa.array(num_near_S[rows], pa.int32(), mask=has_no_item_S[rows]),
+        "closest_cosine": pa.array(closest_S[rows], mask=num_near_S[rows] == 0),
+    }
+    return Selection(rows=rows, columns=columns)
 
 
 def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
-    table = pa.table(
-        {
-            "row": removed.samples,
-            "key": keys_at(cache, removed.samples),
-            "kept_row": removed.kept,
-            "kept_key": keys_at(cache, removed.kept),
-            "cosine": removed.cosines,
-            "is_copy": removed.is_copy,
-            "hash_distance": pa.array(removed.distances, mask=removed.distances == NOT_COMPARED),
-        }
-    )
-    header = {"cache": str(cache.path), "method": "dedup"}
-    with new_output(path) as temporary:
-        write_table(temporary, with_metadata(table, header))
+    columns = {
+        "kept_row": removed.kept,
+        "kept_key": keys_at(cache, removed.kept),
+        "cosine": removed.cosines,
+        "is_copy": removed.is_copy,
+        "hash_distance": pa.array(removed.distances, mask=removed.distances == NOT_COMPARED),
+    }
+    keytable.write(path, [cache], columns, "removed", {"method": "dedup"}, rows=removed.samples)
 
 
 _HASH_PX = 24

@@ -16,25 +16,24 @@ from embedcache.curate.settings import LeakSettings
 from embedcache.dataset.clusters import READ_ROWS, Plan, cluster_items, make_plan
 from embedcache.dataset.inputs import InputFeature, NamedFeatures, features_by_modality, open_input, to_unit_vectors
 from embedcache.dataset.pairs import Items, read_items
-from embedcache.dataset.selections import Selection, check_selection_path, write_selection
+from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.similar_pairs import cosine_limit
 from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError, UnfinishedError, quoted
 from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import Closest, find_closest
 from embedcache.modalities import MODALITIES, noun, order_pair
+from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import name_differences
 from embedcache.settings import merge_settings
 from embedcache.sources.open import IMPORT_TOGETHER, IMPORTED_SOURCE
 from embedcache.store.cache import Cache
-from embedcache.store.columns import Column
 
 _NO_LIMIT = "their near-duplicates are found with --cosine; curate dedup shows which cosine suits the encoder"
 _OTHER_HASHES = (
     "the hashes of imported vectors are not those of files; extract the files of both, or import the vectors of both"
 )
-_REASONS_AT_ONCE = 2**20  # so that no array of Arrow exceeds 2 GiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +137,17 @@ class LeakReport:
         return distinct(np.concatenate([leak.leaked_samples for leak in self.leaks]))
 
     def clean_selection(self) -> Selection:
-        """Select the training samples of which nothing is in test; the reason is how close each comes to test."""
+        """Select the training samples of which nothing is in test, with the largest cosine of each to a test item."""
         left_out = np.concatenate([self.train.removed, *(leak.train_samples for leak in self.leaks)])
         rows = np.setdiff1d(np.arange(len(self.train)), distinct(left_out), assume_unique=True)
-        closest = [_closest_reasons(leak, self.train, rows) for leak in self.leaks if leak.feature]
-        reasons = [
-            _join_reasons([part[block].dictionary_decode() for part in closest], block.stop - block.start)
-            for block in blocks(len(rows), _REASONS_AT_ONCE)
-        ]
-        return Selection(rows=rows, reasons=Column(pa.chunked_array(reasons, pa.string())))
+        columns = {}
+        for leak in self.leaks:
+            if leak.feature:
+                closest_S = np.full(len(self.train), -np.inf, np.float32)
+                np.maximum.at(closest_S, leak.train.samples, leak.train_cosines)
+                is_unknown = ~np.isfinite(closest_S[rows])
+                columns[f"closest_{leak.modality}"] = pa.array(closest_S[rows], mask=is_unknown)
+        return Selection(rows=rows, columns=columns)
 
     def to_json(self) -> dict[str, Any]:
         """Return all counts as JSON values."""
@@ -224,7 +225,7 @@ def write_clean_selection(path: Path, report: LeakReport) -> int:
         DataError: every sample leaks.
         PathError: the path does not end in `.parquet`; or the errors of `check_output`.
     """
-    check_selection_path(path)
+    check_table_output("selection", path)
     clean = report.clean_selection()
     if not len(clean.rows):
         raise DataError(
@@ -372,28 +373,6 @@ def _items(cache: Cache, feature: InputFeature) -> Items:
             f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {quoted(cache.path)}"
         )
     return items
-
-
-def _closest_reasons(leak: ModalityLeaks, cache: Cache, rows: Ints) -> pa.DictionaryArray:
-    """Describe the largest cosine of each training sample to a test item; null for samples that were not compared."""
-    cosines_S = np.full(cache.info.num_samples, -np.inf, np.float32)
-    np.maximum.at(cosines_S, leak.train.samples, leak.train_cosines)
-    is_compared = np.isfinite(cosines_S[rows])
-    thousandths = np.rint(np.where(is_compared, cosines_S[rows], 0).astype(np.float64) * 1000).astype(np.int64)
-    values, codes = np.unique(thousandths, return_inverse=True)
-    names = pa.array([f"closest {leak.modality} {value / 1000:.3f}" for value in values.tolist()], pa.string())
-    return pa.DictionaryArray.from_arrays(pa.array(codes, mask=~is_compared), names)
-
-
-def _join_reasons(closest: Sequence[pa.Array], num_samples: int) -> pa.Array:
-    """Join what each modality says of some samples; null where they were not compared in it."""
-    reasons = pa.repeat("not in test", num_samples)
-    if not closest:
-        return reasons
-    is_compared = pc.is_valid(pc.coalesce(*closest))
-    first = pc.if_else(is_compared, closest[0], "")  # "skip" leaves out rows of nulls only
-    joined = pc.binary_join_element_wise(first, *closest[1:], ", ", null_handling="skip")
-    return pc.if_else(pc.equal(joined, ""), reasons, pc.binary_join_element_wise(reasons, joined, "; "))
 
 
 ALL_PAIRS_LIMIT = 4e12

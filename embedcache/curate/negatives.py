@@ -4,7 +4,6 @@ After `mine_hard_negatives` of sentence-transformers: ranks, scores and margins 
 one group, connected by equal items or by near-duplicates, are never negatives of each other.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from embedcache.arrays import Bools, Floats, Ints, blocks, concatenated_ranges, distinct
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks, concatenated_ranges, distinct
 from embedcache.curate.settings import NegativesSettings
 from embedcache.dataset.inputs import NamedFeatures
 from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
-from embedcache.dataset.negatives import NegativesBlock, write_negatives
+from embedcache.dataset.negatives import write_negatives
 from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
@@ -109,50 +108,30 @@ def mine_negatives(
     out, progress = Path(out), to_progress(progress)
     check_table_output("negatives", out)
     mining = _Mining(cache, settings, feature, progress)
+    negatives_MK, scores_MK = mining.mine()
+    is_some_MK = negatives_MK >= 0
+    num_negatives = int(is_some_MK.sum())
     num_groups = len(distinct(mining.groups_S[mining.pairs.samples]))
-    counts = _Counts(num_groups)
-    metadata = {"task": "negatives", **to_json(settings), "sides": mining.names}
-    parts = counts.watch(mining.blocks())
-    write_negatives(out, mining.cache, mining.groups_S, parts, metadata)
+    if not num_negatives and num_groups == 1:
+        raise DataError(
+            "expected hard negatives, got none: all samples are near-duplicates of each other, or have equal "
+            "items; give a higher --cosine of near-duplicates, or other samples"
+        )
+    if not num_negatives:
+        raise DataError(
+            "expected hard negatives, got none; give a larger --range-max or smaller --range-min, a smaller "
+            "margin, a higher --max-score, or a higher --cosine of near-duplicates"
+        )
+    about = {"task": "negatives", **to_json(settings), "sides": mining.names}
+    write_negatives(out, mining.cache, mining.groups_S, negatives_MK, scores_MK, about)
     return NegativesReport(
         num_samples=len(mining.pairs.samples),
-        num_with_negatives=counts.num_with,
-        num_negatives=counts.num_negatives,
+        num_with_negatives=int(is_some_MK.any(axis=1).sum()),
+        num_negatives=num_negatives,
         num_groups=num_groups,
-        mean_score=counts.mean_score,
+        mean_score=float(scores_MK[is_some_MK].mean(dtype=np.float64)),
         mean_own_score=mining.mean_own_score,
     )
-
-
-class _Counts:
-    """Counts of the negatives of the blocks that pass; a `DataError` at the end if there were none."""
-
-    def __init__(self, num_groups: int) -> None:
-        self._num_groups = num_groups
-        self.num_with = self.num_negatives = 0
-        self._sum = 0.0
-
-    @property
-    def mean_score(self) -> float | None:
-        return self._sum / self.num_negatives if self.num_negatives else None
-
-    def watch(self, parts: Iterator[NegativesBlock]) -> Iterator[NegativesBlock]:
-        for part in parts:
-            is_some_BK = part.negatives_BK >= 0
-            self.num_with += int(is_some_BK.any(axis=1).sum())
-            self.num_negatives += int(is_some_BK.sum())
-            self._sum += float(part.scores_BK[is_some_BK].sum(dtype=np.float64))
-            yield part
-        if not self.num_negatives and self._num_groups == 1:
-            raise DataError(
-                "expected hard negatives, got none: all samples are near-duplicates of each other, or have equal "
-                "items; give a higher --cosine of near-duplicates, or other samples"
-            )
-        if not self.num_negatives:
-            raise DataError(
-                "expected hard negatives, got none; give a larger --range-max or smaller --range-min, a smaller "
-                "margin, a higher --max-score, or a higher --cosine of near-duplicates"
-            )
 
 
 class _Mining:
@@ -207,26 +186,25 @@ class _Mining:
     def mean_own_score(self) -> float | None:
         return self._own_sum / self._num_own if self._num_own else None
 
-    def blocks(self) -> Iterator[NegativesBlock]:
-        """Iterate over the negatives of all samples of the cache, block by block."""
-        samples, settings = self.pairs.samples, self.settings
+    def mine(self) -> tuple[Array, Floats]:
+        """Find the negatives of all samples of the pairs: (M, K) samples, -1: none, and their cosines."""
+        samples = self.pairs.samples
         if self._index is None:
             self._candidate_vectors = self._vectors.read(self._candidates.rows, self.progress)
         self.progress.start("mining hard negatives", len(samples), "samples")
         first_query = np.searchsorted(self._queries.samples, samples)  # items are in the order of their samples
+        shape = (len(samples), self.settings.num_negatives)
+        negatives_MK, scores_MK = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
         for number, block in enumerate(blocks(self.cache.info.num_samples, _BLOCK)):
             places = slice(*np.searchsorted(samples, [block.start, block.stop]))
-            shape = (block.stop - block.start, settings.num_negatives)
-            negatives_BK, scores_BK = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
             if places.stop > places.start:
-                rng = np.random.default_rng([settings.seed, number])
-                inside = samples[places] - block.start
+                rng = np.random.default_rng([self.settings.seed, number])
                 rows = self._queries.rows[first_query[places]]
-                negatives_BK[inside], scores_BK[inside] = self._mine(samples[places], rows, rng)
-            yield NegativesBlock(negatives_BK, scores_BK)
+                negatives_MK[places], scores_MK[places] = self._find_negatives(samples[places], rows, rng)
         self.progress.finish()
+        return negatives_MK, scores_MK
 
-    def _mine(self, samples_B: Ints, rows_B: Ints, rng: np.random.Generator) -> tuple[Ints, Floats]:
+    def _find_negatives(self, samples_B: Ints, rows_B: Ints, rng: np.random.Generator) -> tuple[Ints, Floats]:
         """Find the negatives of some samples by one item of each: (B, K) samples, -1: none, and their cosines."""
         queries_BP = self._query_vectors.read(rows_B)
         if self._index is None:

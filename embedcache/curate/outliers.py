@@ -15,8 +15,8 @@ from embedcache.curate.score import best_per_sample
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.curate.settings import OutlierSettings
+from embedcache.dataset import keytable
 from embedcache.dataset.labels import Labels, has_label, read_labels
-from embedcache.dataset.scores import write_scores
 from embedcache.errors import DataError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
@@ -325,4 +325,4 @@ def _write(path: Path, report: OutlierReport) -> None:
         names, suggested_S = pa.array(report.votes.names, pa.string()), report.votes.suggested_S
         columns[SUGGESTED] = names.take(pa.array(suggested_S, mask=suggested_S < 0))
     record = {name: value for name, value in report.to_json().items() if name != "lowest"}
-    write_scores(path, report.cache, columns, {"method": "outliers", **record})
+    keytable.write(path, [report.cache], columns, "scores", {"method": "outliers", **record})

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from embedcache.arrays import Array, Floats, Ints, blocks, check_finite, normalize, read_npy
 from embedcache.curate.settings import ScoreSettings
+from embedcache.dataset import keytable
 from embedcache.dataset.inputs import to_inputs
-from embedcache.dataset.scores import write_scores
 from embedcache.devices import torch_device
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
@@ -143,7 +143,8 @@ def score(
         scores_S=scores_S,
         rows_S=rows_S,
     )
-    write_scores(out, vectors.cache, {report.name: scores_S}, {"method": "score", **report.to_json()})
+    about = {"method": "score", **report.to_json()}
+    keytable.write(out, [vectors.cache], {report.name: scores_S}, "scores", about)
     return report
 
 

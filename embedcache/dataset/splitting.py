@@ -85,7 +85,7 @@ def split_samples(
         return split
     if settings.path is None or not settings.path.is_file():
         raise unknown_name("split", settings.kind, KINDS, hint="or use the path of another run's split.parquet")
-    return read_split(settings.path, caches, progress=progress)
+    return read_split(settings.path, caches)
 
 
 def draw_groups(
@@ -181,7 +181,7 @@ def _by_column(caches: Sequence[Cache], samples: Ints, settings: SplitSettings, 
         quota = _quota(settings.val_fraction, settings.max_val, len(train))
         drawn = draw_groups(key_column(caches).select(train), np.arange(len(train)), [quota], settings.seed, progress)
         part_S[train[drawn == 0]] = _CODES["val"]
-    return _split(caches, part_S, np.arange(len(part_S)))
+    return _split(part_S, np.arange(len(part_S)))
 
 
 def _by_groups(
@@ -194,13 +194,13 @@ def _by_groups(
     part_S, group_S = np.full(num_samples, _CODES[""], np.int8), np.full(num_samples, -1, np.int64)
     part_S[samples] = np.array([_CODES["train"], _CODES["test"], _CODES["val"]], np.int8)[drawn + 1]
     group_S[samples] = groups
-    return _split(caches, part_S, group_S)
+    return _split(part_S, group_S)
 
 
-def _split(caches: Sequence[Cache], part_S: Array, group_S: Ints) -> Split:
+def _split(part_S: Array, group_S: Ints) -> Split:
     """Return the split of all samples by the codes of their parts, (S,) int8, and their groups, (S,) int64."""
     names = pa.array(list(_CODES), pa.string())
-    return Split.of_caches(caches, Column(names.take(pa.array(part_S))), Column(pa.array(group_S)))
+    return Split(parts=Column(names.take(pa.array(part_S))), groups=Column(pa.array(group_S)))
 
 
 def _quotas(settings: SplitSettings, count: int) -> list[int]:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Ints
 from embedcache.dataset.inputs import InputFeature, open_input
-from embedcache.dataset.selections import read_selected_keys
+from embedcache.dataset.selections import read_selection_table
 from embedcache.dataset.splits import Split, column_parts, read_split
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError, UnknownNameError
@@ -30,7 +30,6 @@ from embedcache.projectors.saved import (
 from embedcache.provenance import check_same, construct, digest_file
 from embedcache.sources.open import IMPORT_TOGETHER, IMPORTED_SOURCE
 from embedcache.store.cache import Cache
-from embedcache.store.rows import match_keys
 
 RunPaths: TypeAlias = AnyPath | Sequence[AnyPath]
 """One run, or seeds of one recipe."""
@@ -183,7 +182,7 @@ def read_eval_split(cache: Cache, run: Run, part: str | None = None) -> EvalSpli
     """
     if was_trained_on(run, cache):
         split = read_run_split(run, cache)
-        rows = np.arange(len(split.keys)) if part == "all" else split.rows(part or "test")
+        rows = np.arange(len(split.parts)) if part == "all" else split.rows(part or "test")
         return EvalSplit(f"part {part or 'test'} of the run's split", rows, np.array(split.groups))
     return read_part(cache, part)
 
@@ -226,7 +225,7 @@ def read_run_selection(run: Run, cache: Cache) -> Ints | None:
             f"{path}: expected the selection that the run was trained on, got another file; train again into a new "
             "folder"
         )
-    return match_keys([cache], read_selected_keys(path))[0]
+    return read_selection_table(path, [cache], can_be_others=True, can_be_removed=True).rows
 
 
 def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:

@@ -175,7 +175,7 @@ def _check_keys(caches: Sequence[Cache]) -> None:
         if not len(rows):
             continue
         keys = to_array(key_column([cache]).select(rows), pa.string())
-        again = keys.filter(pa.array(match_keys(caches[:number], keys)[1]))
+        again = keys.take(pa.array(np.unique(match_keys(caches[:number], keys)[1])))
         if len(again):
             shown = ", ".join(repr(key) for key in again.slice(0, 3).to_pylist())
             raise DataError(

@@ -8,7 +8,7 @@ that the same removal finishes one that was killed.
 
 import json
 import tarfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from embedcache.dataset import keytable
 from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.files import TEXT_ENCODING, read_file, reading, remove_leftovers, remove_partials, replacing
 from embedcache.interop.parquet import GET_AGAIN
-from embedcache.outputs import read_metadata
 from embedcache.provenance import DIGEST, digest_file, read_record, write_json, write_record
 from embedcache.store.layout import CacheInfo
-from embedcache.store.tables import RESTORE_TABLE, add_footer_checksum, open_table
+from embedcache.store.tables import RESTORE_TABLE, open_table, read_table, write_table
 
 _MANIFESTS = ("config.json", "study.json")
 _STARTED = "removing.json"
@@ -58,14 +57,12 @@ def _remover(path: Path) -> Callable[[Path, Collection[str]], int]:
     if not path.is_file():
         raise PathError(f"{path}: expected a selection, got {'a folder' if path.is_dir() else 'nothing'}")
     if path.suffix == ".parquet":
-        with reading(path, RESTORE_TABLE), open_table(path) as file:
-            _check_columns(path, file.schema_arrow.names)
-            if "cache" not in read_metadata(path, file.schema_arrow):
-                raise PathError(
-                    f"{path}: expected a selection, got a table that embedcache did not write; remove the "
-                    "samples from it by yourself"
-                )
-        return _remove_from_parquet
+        if "kind" not in keytable.read_header(path, "selection"):
+            raise PathError(
+                f"{path}: expected a selection, got a table that embedcache did not write; remove the samples from it "
+                "by yourself"
+            )
+        return _remove_from_table
     if path.suffix == ".npy":
         return _remove_from_uids
     if path.suffix in (".json", ".html"):
@@ -82,8 +79,7 @@ def _check_no_link(path: Path) -> None:
 def remove_from_run(folder: Path, keys: Collection[str], info: CacheInfo) -> int:
     """Remove samples from the files of a finished run or study that name them; return how many entries were removed.
 
-    A sample that is gone keeps its row in the split, with no key: rows of the cache are the rows of the split. The
-    digests of the files in the manifest are written again.
+    The digests of the files in the manifest are written again.
 
     Args:
         folder: folder of the run or study.
@@ -102,11 +98,11 @@ def remove_from_run(folder: Path, keys: Collection[str], info: CacheInfo) -> int
     split = folder / "split.parquet"
     write_json(folder / _STARTED, {})
     if split.is_file():
-        count += _remove_from_parquet(split, keys, rows_of=info)
+        count += _remove_from_table(split, keys, info)
         if isinstance(record.get("split_digest"), str):
             record["split_digest"] = digest_file(split)
     for selection in sorted(folder.glob("selection.*")):  # a copy of what the user gave, which may be any table of keys
-        remove = _remove_from_parquet if selection.suffix == ".parquet" else _remover(selection)
+        remove = _remove_from_table if selection.suffix == ".parquet" else _remover(selection)
         count += remove(selection, keys)
         given = record.get("file_digests")
         if isinstance(given, dict) and "selection" in given:
@@ -142,41 +138,24 @@ def _check_digests(folder: Path, record: dict[str, Any]) -> None:
             )
 
 
-def _remove_from_parquet(path: Path, keys: Collection[str], *, rows_of: CacheInfo | None = None) -> int:
-    """Write a table again without the rows of some keys, a row group at a time, and keep its metadata.
-
-    `rows_of` is the cache of a split, whose rows stay, with no key.
-    """
-    wanted, count = pa.array(sorted(keys), pa.string()), 0
-    with reading(path, RESTORE_TABLE), open_table(path) as file:
-        schema = file.schema_arrow
-        _check_columns(path, schema.names)
-        read_metadata(path, schema)  # what has changed would be signed anew
-        with _rewriting(path) as temporary:
-            with pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
-                for number in range(file.num_row_groups):
-                    table = file.read_row_group(number, use_threads=False)
-                    is_named = pc.is_in(table["key"].cast(pa.string()), value_set=wanted)
-                    if rows_of is not None and "index_digest" in schema.names:
-                        digests = pc.unique(table["index_digest"]).to_pylist()
-                        same = pa.array(filter(rows_of.has_rows_of, digests), pa.string())
-                        is_named = pc.and_(is_named, pc.is_in(table["index_digest"], value_set=same))
-                    count += pc.sum(is_named).as_py() or 0
-                    if rows_of is not None:
-                        table = _set(table, "key", pc.if_else(is_named, "", table["key"]))
-                    else:
-                        table = table.filter(pc.invert(is_named))
-                    if _KEPT_KEY in schema.names:
-                        is_kept = pc.is_in(table[_KEPT_KEY], value_set=wanted)
-                        table = _set(table, _KEPT_KEY, pc.if_else(is_kept, "", table[_KEPT_KEY]))
-                    writer.write_table(table.cast(schema))
-            add_footer_checksum(temporary)
-    return count
-
-
-def _check_columns(path: Path, names: Sequence[str]) -> None:
-    if "key" not in names:
-        raise PathError(f"{path}: expected a column key, got {', '.join(names)}; name a selection")
+def _remove_from_table(path: Path, keys: Collection[str], info: CacheInfo | None = None) -> int:
+    """Write a keyed table again without some keys; of several caches, without those of the cache of `info` only."""
+    about = keytable.read_header(path, "selection")  # what has changed would be signed anew
+    with keytable.reading_table(path, "selection"):
+        table = read_table(path)
+    wanted = pa.array(sorted(keys), pa.string())
+    is_named = pc.is_in(table["key"].cast(pa.string()), value_set=wanted)
+    if info is not None and "cache" in table.column_names:
+        same = [number for number, digest in enumerate(about["index_digests"]) if info.has_rows_of(digest)]
+        is_named = pc.and_(is_named, pc.is_in(table["cache"], value_set=pa.array(same, pa.int16())))
+    rest = table.filter(pc.invert(is_named))
+    if _KEPT_KEY in rest.column_names:
+        is_kept = pc.is_in(rest[_KEPT_KEY], value_set=wanted)
+        names = pc.if_else(is_kept, None, rest[_KEPT_KEY])
+        rest = rest.set_column(rest.column_names.index(_KEPT_KEY), rest.schema.field(_KEPT_KEY), names)
+    with _rewriting(path) as temporary:
+        write_table(temporary, rest)
+    return len(table) - len(rest)
 
 
 @contextmanager
@@ -186,10 +165,6 @@ def _rewriting(path: Path) -> Iterator[Path]:
     remove_leftovers(path)
     with replacing(path) as temporary:
         yield temporary
-
-
-def _set(table: pa.Table, name: str, values: Any) -> pa.Table:
-    return table.set_column(table.schema.get_field_index(name), table.schema.field(name), values)
 
 
 def _remove_from_list(path: Path, keys: Collection[str]) -> int:

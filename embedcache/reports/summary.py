@@ -9,28 +9,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embedcache.dataset import keytable
 from embedcache.errors import CorruptError, PathError, pluralize
-from embedcache.files import folder_bytes, open_path, reading
+from embedcache.files import folder_bytes, open_path
 from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import MODALITIES, count_items
-from embedcache.outputs import read_metadata, read_report_json
+from embedcache.outputs import read_report_json
 from embedcache.provenance import construct, read_json, read_study, recognize
 from embedcache.search.card import read_card
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, has_failed
 from embedcache.store.feature import Feature
-from embedcache.store.tables import open_table, read_table
 from embedcache.units import format_bytes
 
 _FEATURE_COLUMNS = ("feature", "modality", "shape", "dtype", "chunks", "failed", "bytes")
-_MOST_REASONS = 10
+_MOST_VALUES = 10
 _NUM_SHOWN = 5
 """Items that are shown of each kind of failure."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Summary of a `cache`, `run`, `index`, `study`, `selection` or `negatives`: lines, a table, and notes below it.
+    """Summary of a `cache`, `run`, `index`, `study` or keyed table: lines, a table, and notes below it.
 
     `record` is the content as JSON values.
     """
@@ -312,58 +312,47 @@ def _values(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
 
 
-def _summarize_negatives(path: Path, schema: pa.Schema) -> Summary:
-    table, metadata = read_table(path, columns=["group", "negatives"]), read_metadata(path, schema)
-    counts_S = pc.list_value_length(table["negatives"]).to_numpy()
-    counts = {
-        "num_samples": len(table),
-        "num_with_negatives": int((counts_S > 0).sum()),
-        "num_negatives": int(counts_S.sum()),
-    }
-    return Summary(
-        kind="negatives",
-        lines=[
-            f"{path}: {pluralize(counts['num_negatives'], 'hard negative')} of {counts['num_with_negatives']:,} "
-            f"samples of {metadata.get('cache')}",
-            _values(
-                {name: value for name, value in metadata.items() if name not in ("cache", "index_digest", "digest")}
-            ),
-        ],
-        record={"path": str(path), **metadata, **counts},
-    )
-
-
-def _summarize_selection(path: Path) -> Summary:
-    schema = _read_schema(path) if path.is_file() else pa.schema([])
-    with reading(path, "expected a selection", damage_class=PathError):
-        if {"group", "negatives"} <= set(schema.names):
-            return _summarize_negatives(path, schema)
-        table = read_table(path, columns=["reason"])
-        kinds = pc.replace_substring_regex(table["reason"], "(?s),.*", "")
-    if not (metadata := read_metadata(path, schema)):
+def _summarize_table(path: Path) -> Summary:
+    """Summarize a keyed table: a selection, split, scores, hard negatives or removed samples."""
+    about = keytable.read_header(path, "table")
+    if "kind" not in about:
         raise PathError(f"{path}: expected a selection, got another Parquet file, which names no cache")
-    counts = pc.value_counts(kinds)
-    most = counts.take(np.argsort(-counts.field("counts").to_numpy(), kind="stable")[:_MOST_REASONS])
-    settings = _values(metadata.get("settings", {}))
-    lines = [f"{path}: {pluralize(len(table), 'sample')} of {metadata.get('cache')}"]
-    if metadata.get("method"):
-        lines.append(f"method {metadata['method']}" + (f": {settings}" if settings else ""))
+    with keytable.reading_table(path, "table"):
+        table = keytable.load(path)
+    lines = [f"{path}: {about['kind']} with {pluralize(len(table), 'sample')} of {' and '.join(about['caches'])}"]
+    settings = _values(about.get("settings", {}))
+    if "method" in about:
+        lines.append(f"method {about['method']}" + (f": {settings}" if settings else ""))
+
+    rows: list[Sequence[str]] = []
+    for name, values in zip(table.column_names, table.columns, strict=True):
+        if name not in ("row", "key", "cache", "group", "kept_row", "kept_key"):
+            rows += [[name, *row] for row in _describe_column(values)]
+    record = {name: value for name, value in about.items() if name != "index_digests"}
     return Summary(
-        kind="selection",
+        kind=about["kind"],
         lines=lines,
-        columns=("reason", "samples"),
-        rows=[[entry["values"], f"{entry['counts']:,}"] for entry in most.to_pylist()],
-        notes=[f"and {pluralize(len(counts) - _MOST_REASONS, 'other reason')}"] if len(counts) > _MOST_REASONS else [],
-        record={"path": str(path), **metadata, "num_samples": len(table)},
+        columns=("column", "value", "samples"),
+        rows=rows,
+        record={"path": str(path), **record, "num_samples": len(table)},
     )
 
 
-def _read_schema(path: Path) -> pa.Schema:
-    try:
-        with open_table(path) as table:
-            return table.schema_arrow
-    except (pa.ArrowException, OSError):
-        return pa.schema([])  # the caller says what is wrong with it
+def _describe_column(values: pa.ChunkedArray) -> list[list[str]]:
+    """Return the most frequent values of a column, or the range of its numbers, each with a number of samples."""
+    if pa.types.is_list(values.type):
+        lengths = pc.list_value_length(values).to_numpy()
+        return [[f"{int(lengths.sum()):,} in lists", f"{np.count_nonzero(lengths):,}"]]
+    known = values.drop_null()
+    if len(known) and (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+        low, middle, high = np.quantile(known.to_numpy(), [0, 0.5, 1])
+        return [[f"from {low:.4g} to {high:.4g}, half of them above {middle:.4g}", f"{len(known):,}"]]
+    counts = pc.value_counts(known)
+    order = np.argsort(-counts.field("counts").to_numpy(), kind="stable")[:_MOST_VALUES]
+    rows = [[str(entry["values"]), f"{entry['counts']:,}"] for entry in counts.take(pa.array(order)).to_pylist()]
+    if len(counts) > _MOST_VALUES:
+        rows.append([f"and {pluralize(len(counts) - _MOST_VALUES, 'other value')}", ""])
+    return rows
 
 
 _SUMMARIES: Mapping[str, Callable[[Path], Summary]] = {
@@ -371,5 +360,5 @@ _SUMMARIES: Mapping[str, Callable[[Path], Summary]] = {
     "run": _summarize_run,
     "index": _summarize_index,
     "study": _summarize_study,
-    "selection": _summarize_selection,
+    "selection": _summarize_table,
 }

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Bools, Ints, blocks
+from embedcache.arrays import Array, Bools, Ints
 
 T = TypeVar("T")
 _MAX_STRING_BYTES = 2**31 - 1
@@ -183,17 +183,6 @@ def to_array(values: Sequence[Any], kind: pa.DataType) -> "pa.Array | pa.Chunked
     if not isinstance(array, pa.ChunkedArray) or (pa.types.is_string(kind) and array.nbytes > _MAX_STRING_BYTES):
         return array
     return array.combine_chunks()
-
-
-def in_blocks(values: Sequence[Any], kind: pa.DataType, size: int) -> "Iterator[pa.Array]":
-    """Iterate over values as Arrow arrays, `size` at a time; see `Column.blocks`."""
-    if isinstance(values, Column):
-        for block in values.blocks(size):
-            yield block if block.type == kind else block.cast(kind)
-            del block
-    else:
-        for rows in blocks(len(values), size):
-            yield pa.array(values[rows], kind)
 
 
 def widen(texts: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Bools, Ints
+from embedcache.arrays import Ints
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, DeferredColumn, index_in, widen
 from embedcache.store.layout import SAMPLES
@@ -164,24 +164,19 @@ def find_keys(cache: Cache, keys: Sequence[str]) -> Ints:
     return of_keys
 
 
-def match_keys(caches: Sequence[Cache], keys: pa.Array) -> tuple[Ints, Bools]:
+def match_keys(caches: Sequence[Cache], keys: pa.Array) -> tuple[Ints, Ints]:
     """Find the samples of many keys.
 
     Memory: a million keys of the caches, and what `keys` takes twice.
 
-    Args:
-        caches: the caches.
-        keys: (K,) distinct keys.
-
     Returns:
-        (M,) int64 samples that have one of the keys, ascending and counted across caches; and (K,) bool, whether any
-        sample has each of them.
+        (M,) int64 samples that have one of the (K,) keys, ascending and counted across caches; and (M,) int64 the first
+        place of the key of each.
     """
-    rows, is_found, start = [np.empty(0, np.int64)], np.zeros(len(keys), bool), 0
+    rows, places, start = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
     for block in key_column(caches).blocks(_MATCHED_AT_ONCE):
         found = index_in(block, keys)
-        places = np.flatnonzero(found.is_valid())
-        is_found[found.take(pa.array(places)).to_numpy()] = True
-        rows.append(start + places)
+        rows.append(start + np.flatnonzero(found.is_valid()))
+        places.append(found.drop_null().to_numpy())
         start += len(block)
-    return np.concatenate(rows), is_found
+    return np.concatenate(rows), np.concatenate(places)

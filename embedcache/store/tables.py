@@ -176,13 +176,30 @@ def iterate_table(path: Path, size: int, columns: Sequence[str] | None = None) -
     """
     with open_table(path) as table:
         num_rows, expected = 0, table.metadata.num_rows
+        num_listed, expected_listed = 0, _count_listed(table.metadata, columns)
         for batch in table.iter_batches(size, columns=columns, use_threads=False):
             num_rows += len(batch)
+            for column in batch.columns:
+                if pa.types.is_list(column.type):
+                    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
+                    num_listed += int(np.maximum(lengths, 1).sum())
             yield pa.table(batch)
         if not expected:
             yield table.read(columns=columns, use_threads=False)
     if num_rows != expected:
         raise pa.ArrowInvalid(f"its footer counts {expected} rows, got {num_rows}")
+    if num_listed != expected_listed:  # headers of pages have no checksums
+        raise pa.ArrowInvalid(f"its footer counts {expected_listed} values of lists, got {num_listed}")
+
+
+def _count_listed(metadata: pq.FileMetaData, columns: Sequence[str] | None) -> int:
+    """Return how many values of lists there are by the footer, where an empty list counts as one."""
+    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    listed = [number for number, path in enumerate(paths) if ".list." in path]
+    if columns is not None:
+        listed = [number for number in listed if paths[number].partition(".")[0] in columns]
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    return sum(group.column(number).num_values for group in groups for number in listed)
 
 
 def write_table(path: Path, table: pa.Table) -> None:

@@ -110,7 +110,7 @@ def open_study(
         language = choose_language(data.caches, data.sides, fixed.language, progress)
         pairs = data.pairs(language, progress=progress)
         split = data.split(pairs, fixed.split, progress=progress)
-        write_split(split_path(path), split)
+        write_split(split_path(path), data.caches, split)
         made = replace(requested, split_digest=digest_file(split_path(path)))
         write_record(manifest_path(path), made.to_json())
     return made

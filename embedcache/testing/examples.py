@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from embedcache.arrays import Array
-from embedcache.dataset.scores import write_scores
+from embedcache.dataset import keytable
 from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality
 from embedcache.encoders.open import EncoderSpec, check_options
 from embedcache.encoders.settings import EncoderSettings
@@ -92,7 +92,7 @@ def write_examples(folder: Path) -> Mapping[str, Path]:
     settings = train_settings({"projector": "linear", "epochs": 0, "split": "key", "device": "cpu"})
     train(folder / "cache", folder / "run", settings=settings)
     numbers = np.arange(NUM_SAMPLES, dtype=np.float32) % 7
-    write_scores(folder / "scores.parquet", Cache(folder / "cache"), {"score": numbers}, {})
+    keytable.write(folder / "scores.parquet", [Cache(folder / "cache")], {"score": numbers}, "scores", {})
     names = ("cache", "other", "target", "concepts", "run")
     return {**{name: folder / name for name in names}, "scores": folder / "scores.parquet"}
 

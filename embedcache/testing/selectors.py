@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from embedcache.curate.select.pool import Pool
@@ -75,12 +76,11 @@ class SelectorContract:
         settings = SelectSettings(**{"budget": self.budget, **self.settings, **others})
         return selector.select(pools(which, selector, selection=selection), settings)
 
-    def test_rows_ascend_with_reasons(self, selector: Selector, pools: Pools) -> None:
+    def test_rows_ascend_with_columns(self, selector: Selector, pools: Pools) -> None:
         found = self.select(selector, pools)
         assert found.rows.dtype == np.int64
         assert (np.diff(found.rows) > 0).all(), "rows ascend, each once"
-        assert len(found.reasons) == len(found.rows)
-        assert all(reason.strip() for reason in found.reasons)
+        assert all(len(values) == len(found.rows) for values in found.columns.values())
 
     def test_budget_is_met(self, selector: Selector, pools: Pools) -> None:
         for budget in (1, 7, 40) if self.budget is not None else ():
@@ -90,7 +90,7 @@ class SelectorContract:
         """Check that the same seed selects the same, and another seed something else if the method uses it."""
         first, again, other = (self.select(selector, pools, seed=seed) for seed in (3, 3, 4))
         assert np.array_equal(first.rows, again.rows)
-        assert list(first.reasons) == list(again.reasons)
+        assert pa.table(dict(first.columns)).equals(pa.table(dict(again.columns)))
         if self.budget is not None:
             assert np.array_equal(first.rows, other.rows) != selector.uses_seed, "uses_seed says what the seed changes"
 

@@ -384,7 +384,7 @@ def _write_split(
     if is_default and any("split" in cache.columns for cache in data.caches):
         progress.note("--split strict ignores the column 'split' of the samples; --split column follows it")
     split = data.split(pairs, settings.split, progress=progress)
-    write_split(path, split)
+    write_split(path, data.caches, split)
     return split
 
 

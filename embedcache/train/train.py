@@ -9,7 +9,7 @@ import numpy as np
 
 from embedcache.arrays import blocks
 from embedcache.dataset.inputs import NamedFeatures
-from embedcache.dataset.negatives import HardNegatives, check_negatives, read_negatives
+from embedcache.dataset.negatives import HardNegatives, read_negatives
 from embedcache.dataset.pairs import Pairs, choose_language
 from embedcache.dataset.settings import with_split_seed
 from embedcache.errors import DataError, SettingError
@@ -196,7 +196,8 @@ def train_on(
         settings = replace(settings, block_rows=data.block_rows)
     check_loss(settings.loss.name, settings.captions)
     _check_features(data, settings)
-    check_negatives(settings.negatives_paths, data.caches)
+    if settings.negatives:  # a strict split may take hours: errors are found before
+        read_negatives(settings.negatives_paths, data.caches)
     files = {"split": settings.split.path, "selection": settings.selection_path}
     init_digests = source_digests(settings.parts.init_from)
     config = PairConfig(

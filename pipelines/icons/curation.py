@@ -232,8 +232,7 @@ class Curation:
             num_filled = budget - len(rows)
             if num_filled:
                 rows = self._fill(rows, pools, budget, seed)
-                reasons = [f"{name}, or drawn at random where it has fewer"] * budget
-                write_selection(out, self._data.icons, Selection(rows=rows, reasons=reasons), {"method": name})
+                write_selection(out, self._data.icons, Selection(rows=rows), {"method": name})
             taken = {unit: round(sum(each[unit] for each in [*costs, cost]), 3) for unit in ("cpu", "wall")}
             print_line(
                 f"{name}, seed {seed}: {budget:,} pairs, {num_filled:,} of them at random; {taken['wall']:.1f} s"
@@ -268,8 +267,7 @@ class Curation:
 
         def compute() -> Mapping[str, int]:
             rows = read_split(self._data.folder / split, [self._data.icons]).rows("train")
-            chosen = Selection(rows=rows, reasons=["of the training part"] * len(rows))
-            write_selection(path, self._data.icons, chosen, {"seed": seed})
+            write_selection(path, self._data.icons, Selection(rows=rows), {"seed": seed})
             return {"num_samples": len(rows)}
 
         self._step(path, self._settings(seed), compute)
@@ -306,8 +304,8 @@ class Curation:
         assert analysis.near is not None
         cosine = max(step.options["cosine"], analysis.near.limit)
         kept = np.setdiff1d(analysis.samples, analysis.removed(cosine).samples)
-        chosen = Selection(rows=kept, reasons=[f"no duplicate from an image cosine of {cosine:g} on"] * len(kept))
-        write_selection(out, self._data.icons, chosen, {"method": "dedup", **analysis.to_json()})
+        about = {"method": "dedup", **analysis.to_json(), "cosine": cosine}
+        write_selection(out, self._data.icons, Selection(rows=kept), about)
         levels = [(level.cosine, level.num_gone) for level in analysis.levels()]
         return {"cosine": cosine, "num_samples": len(analysis.samples), "num_kept": len(kept), "levels": levels}
 

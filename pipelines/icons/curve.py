@@ -235,7 +235,7 @@ def draw_pairs(data: Data, folder: Path, seed: int, sizes: Sequence[int]) -> Pat
     def compute() -> Mapping[str, int]:
         rows = np.random.default_rng(seed).permutation(read_split(split, [data.icons]).rows("train"))
         for size in sizes:
-            drawn = Selection(rows=np.sort(rows[:size]), reasons=["drawn at random"] * len(rows[:size]))
+            drawn = Selection(rows=np.sort(rows[:size]))
             write_selection(selection_path(folder, size), data.icons, drawn, {"seed": seed})
         return {str(size): len(rows[:size]) for size in sizes}
 

@@ -22,7 +22,6 @@ from embedcache.maintain.copy import cut_cache
 from embedcache.provenance import digest_file
 from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, round_json
 from embedcache.store.cache import Cache
-from embedcache.store.columns import Column
 from embedcache.store.feature import Feature
 from embedcache.train.recipes import TrainingLength
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER, extract_source
@@ -164,16 +163,15 @@ def cut_caches(data: Data, folder: Path, seed: int, selection: Path) -> dict[str
     """
     split = read_split(data.folder / f"split-{seed}.parquet", [data.icons])
     rows = [read_selection(selection, [data.icons]), split.rows("val"), split.rows("test")]
-    used = Selection(rows=np.sort(np.concatenate(rows)), reasons=["of a part"] * sum(map(len, rows)))
+    used = Selection(rows=np.sort(np.concatenate(rows)))
     write_selection(folder / "used.parquet", data.icons, used, {"seed": seed})
     caches = {NAMES: folder / "icons", FAMILIES: folder / "families", EMOJI: folder / "emoji"}
     cut_cache(data.icons.path, folder / "used.parquet", caches[NAMES])
     of_cut = Split(
-        keys=Column(Cache(caches[NAMES]).column("key")),
         parts=np.array(split.parts)[used.rows].tolist(),
         groups=np.array(split.groups)[used.rows].tolist(),
     )
-    write_split(folder / f"split-{seed}.parquet", of_cut)
+    write_split(folder / f"split-{seed}.parquet", [Cache(caches[NAMES])], of_cut)
     cut_cache(data.icons.path, data.folder / "families.parquet", caches[FAMILIES])
     cut_cache(data.workdir / "emoji", data.folder / "emoji.parquet", caches[EMOJI])
     return caches
@@ -191,7 +189,7 @@ def write_pairs_split(folder: Path, seed: int) -> None:
     validation = np.random.default_rng(seed).choice(names, round(_VALIDATION * len(names)), replace=False)
     in_validation = is_used & np.isin(groups, validation)
     parts = np.where(in_validation, "val", np.where(is_used, "train", "test")).tolist()
-    write_split(folder / f"pairs-{seed}.parquet", replace(split, parts=parts))
+    write_split(folder / f"pairs-{seed}.parquet", [icons], replace(split, parts=parts))
 
 
 def _extract_all(data: Data, compared: Compared, caches: Mapping[str, Path]) -> dict[str, int]:

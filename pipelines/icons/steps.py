@@ -31,7 +31,6 @@ from embedcache.reports.coverage import coverage_json, write_coverage_page
 from embedcache.reports.dedup import comparison_line, threshold_json, write_threshold_page
 from embedcache.reports.leaks import leak_line, write_leak_page
 from embedcache.store.cache import Cache
-from embedcache.store.columns import Column
 from embedcache.train.data import open_data
 from pipelines.common import IMAGE_FEATURE, TEXT_FEATURE, extract_source
 from pipelines.icons.source import KIND
@@ -159,7 +158,7 @@ class Data:
         def compute() -> Mapping[str, Any]:
             rows = draw_families(self.icons, self.holdout)
             families = self.icons.column("family").take(rows).to_pylist()
-            selection = Selection(rows=rows, reasons=[f"of the family {family}" for family in families])
+            selection = Selection(rows=rows, columns={"family": families})
             write_selection(self.folder / "families.parquet", self.icons, selection, asdict(self.holdout))
             names = sorted(set(families))
             print_line(f"families: {len(rows):,} icons of {len(names)} families are held out: {', '.join(names)}")
@@ -176,8 +175,7 @@ class Data:
         def compute() -> Mapping[str, Any]:
             data = open_data(emoji.path, FEATURES, memory_bytes=2**30)
             rows = data.split(data.pairs(None), SplitSettings()).rows("test")
-            selection = Selection(rows=rows, reasons=["of the test part"] * len(rows))
-            write_selection(self.folder / "emoji.parquet", emoji, selection, {})
+            write_selection(self.folder / "emoji.parquet", emoji, Selection(rows=rows), {})
             return {"num_samples": len(rows)}
 
         values = self.step("emoji", {"emoji": emoji.info.index_digest}, compute)
@@ -192,7 +190,7 @@ class Data:
             rows = np.setdiff1d(
                 np.arange(emoji.info.num_samples), read_selection(self.folder / "emoji.parquet", [emoji])
             )
-            write_selection(path, emoji, Selection(rows=rows, reasons=["not of the test part"] * len(rows)), {})
+            write_selection(path, emoji, Selection(rows=rows), {})
             return {"num_samples": len(rows)}
 
         self.step("target", {"emoji": emoji.info.index_digest}, compute)
@@ -221,7 +219,7 @@ class Data:
                 read_selection(self.folder / f"{name}.parquet", [self.icons]) for name in ("clean", "families")
             )
             split, counts = strict_split(self.icons, clean=clean, families=families, holdout=self.holdout, seed=seed)
-            write_split(self.folder / f"split-{seed}.parquet", split)
+            write_split(self.folder / f"split-{seed}.parquet", [self.icons], split)
             print_line(f"split {seed}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
             return counts
 
@@ -314,7 +312,7 @@ def strict_split(
     part_S = np.full(cache.info.num_samples, "", dtype=object)
     for part, rows in (("train", train), ("val", val), ("test", test)):
         part_S[rows] = part
-    split = Split(keys=Column(cache.column("key")), parts=part_S.tolist(), groups=name_S.tolist())
+    split = Split(parts=part_S.tolist(), groups=name_S.tolist())
     dropped = {"near the test": near_test, "like held-out families": near_families, "near validation": near_val}
     parts = {"train": train, "val": val, "test": test, "held-out families": families, **dropped}
     return split, {name: len(rows) for name, rows in parts.items()}

@@ -187,11 +187,10 @@ class Scenario:
         """Split of the target cache in which the frames to adapt to are the training part."""
         path = self.folder / "target.parquet"
         if not path.is_file():
-            samples = Cache(self.cache).samples
-            parts = ["train" if split == "target" else "" for split in samples["split"].to_pylist()]
-            keys = samples["key"].to_pylist()
+            cache = Cache(self.cache)
+            parts = ["train" if split == "target" else "" for split in cache.column("split").to_pylist()]
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_split(path, Split(keys=keys, parts=parts, groups=list(range(len(keys)))))
+            write_split(path, [cache], Split(parts=parts, groups=list(range(len(parts)))))
         return path
 
     def adapt_norms(self, sources: Mapping[str, Path], modalities: Sequence[str], name: str) -> Path:

@@ -109,7 +109,8 @@ def make_data(folder: Path, size: DataSize, *, caches: Sequence[str] | None = No
             texts_too = [TEXT_ENCODER] if name == "emoji" else []
             extract_tokens(source, data.cache(name), texts_too, progress)
     if data.cache("emoji").is_dir() and not data.split_path.is_file():
-        write_split(data.split_path, split_emoji(Cache(data.cache("emoji"))))
+        emoji = Cache(data.cache("emoji"))
+        write_split(data.split_path, [emoji], split_emoji(emoji))
     extract(open_source(data.words_path), data.cache("words"), text_encoder=[TEXT_ENCODER], progress=progress)
     return data
 
@@ -196,9 +197,10 @@ class Data:
 
     def emoji_captions(self) -> pa.Table:
         """Read the captions of emoji with their part, `train`, `valid` or `test`, in the column `split`."""
-        split, captions = read_split(self.split_path, [Cache(self.cache("emoji"))]), self.examples("emoji-captions")
+        emoji, captions = Cache(self.cache("emoji")), self.examples("emoji-captions")
+        split = read_split(self.split_path, [emoji])
         parts = pa.array(["valid" if part == "val" else part for part in split.parts])
-        rows = pc.index_in(captions["key"], value_set=pa.array(split.keys))
+        rows = pc.index_in(captions["key"], value_set=emoji.column("key"))
         return captions.set_column(captions.column_names.index("split"), "split", parts.take(rows))
 
     @property

@@ -306,7 +306,8 @@ def test_pipe_is_no_selection_to_train_on(folder: Path) -> None:
     done = embedcache("train", "cache", "piped", "--selection", "pipe", *settings, cwd=folder)
     assert (done.code, done.stderr.splitlines()[-1]) == (
         1,
-        "error: selection pipe is no file; expected Parquet with a column key, or text with one key per line",
+        "error: selection pipe: expected Parquet with a column key, or a text file in UTF-8 with one key per line, got "
+        "no file",
     )
     reader = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # for which the thread waits
     writer.join()

@@ -34,7 +34,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def half(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A selection of every second sample."""
     path, rows = tmp_path_factory.mktemp("half") / "half.parquet", np.arange(0, 300, 2)
-    write_selection(path, Cache(cache_path), Selection(rows=rows, reasons=["even"] * 150), {"method": "test"})
+    write_selection(path, Cache(cache_path), Selection(rows=rows), {"method": "test"})
     return path
 
 
@@ -54,7 +54,7 @@ def clear(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extract(open_source(folder / "captions.txt"), folder / "cache", text_encoder=[TEXT])
     prompts = open_source(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}")
     extract(prompts, folder / "concepts", text_encoder=[TEXT])
-    selection = Selection(rows=np.arange(0, 600, 2), reasons=["even"] * 300)
+    selection = Selection(rows=np.arange(0, 600, 2))
     write_selection(folder / "half.parquet", Cache(folder / "cache"), selection, {"method": "test"})
     return folder
 

@@ -76,12 +76,9 @@ def test_copies_only(copied: Path, tmp_path: Path) -> None:
     removed = pq.read_table(done.removed_path).to_pylist()
     assert {row["key"]: row["kept_key"] for row in removed} == COPIES
     assert all(row["is_copy"] and row["cosine"] == 1 for row in removed)
-    kept = {row["key"]: row["reason"] for row in pq.read_table(done.path).to_pylist()}
+    kept = {row["key"]: row["num_copies"] for row in pq.read_table(done.path).to_pylist()}
     assert len(kept) == NUM - 3
-    assert kept["00003"] == "kept; 2 copies go"
-    assert kept["00020"] == "kept; 1 copy goes"
-    assert kept["00030"] == "no image to compare"
-    assert kept["00000"] == "no duplicate"
+    assert [kept[key] for key in ("00003", "00020", "00030", "00000")] == [2, 1, None, 0]
     assert len(read_selection(done.path, [Cache(copied)])) == NUM - 3
     assert "removed 3, of which 3 are copies" in dedup_line(done)
 
@@ -89,13 +86,17 @@ def test_copies_only(copied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("all_pairs", [True, False])
 @pytest.mark.parametrize("keep", ["first", "far", "best:score"])
 def test_removed_samples_are_near_kept_ones(copied: Path, tmp_path: Path, keep: str, all_pairs: bool) -> None:
-    settings = DedupSettings(cosine=0.97, keep=keep, all_pairs=all_pairs, scratch=tmp_path)
+    settings = DedupSettings(cosine=0.97, keep=keep, all_pairs=all_pairs, scratch=tmp_path, pixels=False)
     done = dedup(copied, tmp_path / "kept.parquet", settings)
     vectors = unit(copied)
     stay = set(read_selection(done.path, [Cache(copied)]).tolist())
     removed = pq.read_table(done.removed_path).to_pylist()
     assert stay == set(range(NUM)) - {row["row"] for row in removed}
     assert len(removed) > 3
+    numbers = pq.read_table(done.path, columns=["num_copies", "num_near_duplicates", "closest_cosine"]).to_pandas()
+    assert numbers["num_copies"].sum() == sum(row["is_copy"] for row in removed)
+    assert numbers["num_near_duplicates"].sum() == sum(not row["is_copy"] for row in removed)
+    assert numbers["closest_cosine"].max() == max(row["cosine"] for row in removed if not row["is_copy"])
     for row in removed:
         assert row["kept_row"] in stay
         assert row["cosine"] == pytest.approx(vectors[row["row"]] @ vectors[row["kept_row"]], abs=1e-3)

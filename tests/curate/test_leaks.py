@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,6 @@ from embedcache.reports.leaks import (
 )
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.store.columns import Column
 from tests import toy
 from tests.cli.run import embedcache, succeed
 from tests.images import write_images
@@ -180,7 +178,7 @@ def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
     assert len(read_selection(tmp_path / "clean.parquet", [Cache(caches[0])])) == len(table) == num_samples
     keys = set(table["key"].to_pylist())
     assert not keys & set(PLANTED.values())
-    assert all(reason.startswith("not in test; closest image ") for reason in table["reason"].to_pylist())
+    assert table["closest_image"].null_count == 0
     made = json.loads(table.schema.metadata[b"embedcache"])
     assert made["by"]["image"]["num_samples_copied"] == 2
     with pytest.raises(PathError, match="expected a path that ends in .parquet"):
@@ -215,26 +213,10 @@ def test_training_samples_without_vectors_are_kept(
     options = [f"--feature {modality}={FEATURES[modality]} --cosine {modality}=1" for modality in modalities]
     succeed("curate", "leaks", "train", caches[1], "clean.parquet", *" ".join(options).split(), cwd=tmp_path)
     table = pq.read_table(tmp_path / "clean.parquet")
-    reasons = dict(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
-    assert list(reasons) == [f"{number:05d}" for number in range(6)]
-    without = {"image": {"00002", "00003"}, "text": {"00003", "00004"}}
-    for key, reason in reasons.items():
-        compared = [modality for modality in modalities if key not in without[modality]]
-        closest = ", ".join(rf"closest {modality} -?\d\.\d{{3}}" for modality in compared)
-        assert re.fullmatch(f"not in test; {closest}" if compared else "not in test", reason)
-
-
-def test_reasons_of_many_samples_are_in_several_arrays(
-    caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An array of Arrow holds 2 GiB: the reasons of 43 million samples."""
-    found = find_leaks(*caches, feature=BOTH)
-    whole = found.clean_selection()
-    monkeypatch.setattr("embedcache.curate.leaks._REASONS_AT_ONCE", 7)
-    reasons = found.clean_selection().reasons
-    assert reasons == whole.reasons
-    assert isinstance(reasons, Column)
-    assert {len(chunk) for chunk in reasons.array.chunks[:-1]} == {7}
+    assert table["key"].to_pylist() == [f"{number:05d}" for number in range(6)]
+    for modality, without in (("image", [2, 3]), ("text", [3, 4])):
+        if modality in modalities:
+            assert np.flatnonzero(table[f"closest_{modality}"].is_null()).tolist() == without
 
 
 def test_limit_is_inclusive_and_the_smallest_cosine_is_one(caches: tuple[Path, Path]) -> None:
@@ -255,7 +237,7 @@ def test_limit_is_inclusive_and_the_smallest_cosine_is_one(caches: tuple[Path, P
         cosines[1] = largest
         assert replace(images, cosines=cosines, is_copy=np.arange(count) == 2).highest == expected
     opposite = replace(found, leaks=[replace(near, train_cosines=-np.ones_like(images.train_cosines))])
-    assert set(opposite.clean_selection().reasons) == {"not in test; closest image -1.000"}
+    assert set(opposite.clean_selection().columns["closest_image"].to_pylist()) == {-1}
 
 
 @pytest.mark.slow

@@ -2,30 +2,24 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 
 from embedcache.arrays import Inputs, Ints, normalize
-from embedcache.dataset import near_duplicate_groups, splits, splitting
+from embedcache.dataset import keytable, near_duplicate_groups, splitting
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import PARTS, Split, read_split, write_split
 from embedcache.dataset.splitting import draw_groups, make_split, split_samples
-from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError, UnknownNameError
+from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
-from embedcache.outputs import with_metadata
 from embedcache.provenance import write_record
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.store.columns import Column, DeferredColumn
-from embedcache.store.tables import BLOCK, add_footer_checksum, write_table
 from embedcache.train.data import open_data
 from tests.images import write_images
 from tests.recorded import RecordedProgress
@@ -56,7 +50,7 @@ def test_strict_split_separates_near_duplicates(cache_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_items_are_compared_within_clusters(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, split = opened(cache_path)
+    _, split = opened(cache_path)
     monkeypatch.setattr(near_duplicate_groups, "ALL_PAIRS_LIMIT", 100)
     data, progress = open_data(cache_path, FEATURES, memory_bytes=10**9), RecordedProgress()
     settings = SplitSettings(cosines={"image": 0.995, "text": 0.95})
@@ -65,7 +59,6 @@ def test_many_items_are_compared_within_clusters(cache_path: Path, monkeypatch: 
     assert len(progress.notes) == 2
     assert "300 image items compared within clusters" in progress.notes[0]
     assert "1.0000 are in one group" in progress.notes[1]
-    assert len(cache.column("key")) == len(clustered.keys)
     monkeypatch.setattr(near_duplicate_groups, "_MAX_EDGES", 3)  # groups are merged after each few pairs
     assert data.split(data.pairs(None), settings) == split
 
@@ -176,96 +169,35 @@ def test_strict_split_joins_by_any_caption(tmp_path: Path) -> None:
     assert split.parts[7] == ""
 
 
-def test_split_round_trip(cache_path: Path, tmp_path: Path) -> None:
-    cache, split = opened(cache_path)
-    write_split(tmp_path / "split.parquet", split)
-    assert read_split(tmp_path / "split.parquet", [cache]) == split
-    other = replace(split, keys=split.keys[1:], parts=split.parts[1:], groups=split.groups[1:])
-    write_split(tmp_path / "other.parquet", other)
-    with pytest.raises(DataError, match="299"):
-        read_split(tmp_path / "other.parquet", [cache])
-    with pytest.raises(PathError, match="nothing"):
-        read_split(tmp_path / "no", [cache])
+def test_empty_part_raises() -> None:
     with pytest.raises(DataError, match="val: 0"):
-        Split(keys=["a", "b", "c"], parts=["train", "test", ""], groups=[0, 1, -1]).rows("val")
-
-
-@pytest.mark.parametrize("rows_per_group", [7, 2**20])
-def test_split_is_written_as_one_table(
-    two_caches: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_group: int
-) -> None:
-    """Row group by row group, to the same bytes, from keys that are read and not kept."""
-    monkeypatch.setattr(splits, "_ROWS_PER_GROUP", rows_per_group)
-    caches = [Cache(path) for path in two_caches]
-    split = split_samples(caches, np.arange(120), SplitSettings(kind="key"))
-    write_split(tmp_path / "split.parquet", split)
-    read = read_split(tmp_path / "split.parquet", caches)
-    assert not any("key" in cache._sample_columns for cache in caches)
-    assert read == split
-    columns = {
-        "row": np.arange(120),
-        "key": [key for cache in caches for key in cache.column("key").to_pylist()],
-        "part": list(split.parts),
-        "group": list(split.groups),
-        "index_digest": [cache.info.index_digest for cache in caches for _ in range(len(cache))],
-    }
-    table = with_metadata(pa.table(columns), {})
-    pq.write_table(table, tmp_path / "whole.parquet", row_group_size=rows_per_group, write_page_checksum=True)
-    add_footer_checksum(tmp_path / "whole.parquet")
-    assert (tmp_path / "split.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
-
-
-@pytest.mark.slow
-def test_bytes_of_a_split_do_not_depend_on_blocks(tmp_path: Path) -> None:
-    """Pages of Parquet end elsewhere where a column is written in several chunks."""
-    count = 3 * BLOCK
-    rows, parts = np.arange(count), pa.array(["train", "val", "test"]).take(pa.array(np.arange(count) * 7 % 3))
-    keys = pc.binary_join_element_wise("a key of some length ", pa.array(rows).cast(pa.string()), "")
-    chunked = pa.chunked_array([keys.slice(start, BLOCK) for start in range(0, count, BLOCK)])
-    read = DeferredColumn[str](count, lambda: chunked, read=lambda: iter(chunked.chunks))
-    write_split(tmp_path / "split.parquet", Split(keys=read, parts=Column(parts), groups=Column(pa.array(rows))))
-    table = with_metadata(pa.table({"row": rows, "key": keys, "part": parts, "group": rows}), {})
-    write_table(tmp_path / "whole.parquet", table)
-    assert (tmp_path / "split.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+        Split(parts=["train", "test", ""], groups=[0, 1, -1]).rows("val")
 
 
 def test_split_of_two_caches(cache_path: Path, two_caches: list[Path], tmp_path: Path) -> None:
-    data = open_data(two_caches, {"image": "open_toy/cls", "text": "open_toy/mean"}, memory_bytes=10**9)
-    split = data.split(data.pairs(None), SplitSettings(kind="key"))
-    write_split(tmp_path / "split.parquet", split)
-    first, second = data.caches
-    assert read_split(tmp_path / "split.parquet", [first, second]) == split
+    """Keys are read and not kept."""
+    caches = [Cache(path) for path in two_caches]
+    split = split_samples(caches, np.arange(1, 120), SplitSettings(kind="key"))
+    write_split(tmp_path / "split.parquet", caches, split)
+    assert read_split(tmp_path / "split.parquet", caches) == split
+    assert not any("key" in cache._sample_columns for cache in caches)
+    first, second = caches
     assert read_split(tmp_path / "split.parquet", [second, first]).parts == split.parts[40:] + split.parts[:40]
     assert read_split(tmp_path / "split.parquet", [second]).parts == split.parts[40:]
-    with pytest.raises(DataError, match="it has 0 keys, .* has 300"):
-        read_split(tmp_path / "split.parquet", [Cache(cache_path)])
+    write_split(tmp_path / "split.parquet", [Cache(cache_path)], Split(parts=["train"] * 300, groups=[0] * 300))
+    with pytest.raises(DataError, match="260 of 300 keys"):
+        read_split(tmp_path / "split.parquet", [first])
+    with pytest.raises(PathError, match="nothing"):
+        read_split(tmp_path / "no", caches)
 
 
 @pytest.mark.parametrize("groups", [[0] * 30, list(range(29, -1, -1)), [-1] * 30])
 def test_samples_that_were_appended_are_in_no_part(two_caches: list[Path], tmp_path: Path, groups: list[int]) -> None:
     cache = Cache(two_caches[0])
-    keys, parts = cache.column("key").to_pylist(), ["train", "val", "test"] * 10
-    write_split(tmp_path / "split.parquet", Split(keys=keys[:30], parts=parts, groups=groups))
-    read = read_split(tmp_path / "split.parquet", [cache])
+    parts, path = ["train", "val", "test"] * 10, tmp_path / "split.parquet"
+    keytable.write(path, [cache], {"part": parts, "group": groups}, "split", {}, rows=np.arange(30))
     added = list(range(max(groups) + 1, max(groups) + 11))
-    assert read == Split(keys=keys, parts=parts + [""] * 10, groups=groups + added)
-    write_split(tmp_path / "split.parquet", Split(keys=keys[:1], parts=["train"], groups=[7]))
-    assert list(read_split(tmp_path / "split.parquet", [cache]).groups) == list(range(7, 47))
-
-
-def test_files_that_are_no_split_raise(two_caches: list[Path], tmp_path: Path) -> None:
-    cache, path = Cache(two_caches[0]), tmp_path / "x.parquet"
-    path.write_text("no table")
-    with pytest.raises(CorruptError, match="x.parquet"):
-        read_split(path, [cache])
-    columns = {"key": cache.column("key"), "part": ["train"] * 40}
-    for table, error, word in (
-        (columns, CorruptError, "group"),
-        ({"key": [], "part": [], "group": []}, DataError, "0"),
-    ):
-        pq.write_table(pa.table(table), path)
-        with pytest.raises(error, match=word):
-            read_split(path, [cache])
+    assert read_split(path, [cache]) == Split(parts=parts + [""] * 10, groups=groups + added)
 
 
 @pytest.mark.parametrize("digest", [None, "", 7])
@@ -274,7 +206,7 @@ def test_split_beside_a_manifest_without_its_digest_is_read(
 ) -> None:
     cache = Cache(two_caches[0])
     split = split_samples([cache], np.arange(40), SplitSettings(kind="key"))
-    write_split(tmp_path / "split.parquet", split)
+    write_split(tmp_path / "split.parquet", [cache], split)
     write_record(tmp_path / "config.json", {"split_digest": digest})
     assert read_split(tmp_path / "split.parquet", [cache]) == split
     write_record(tmp_path / "config.json", {"split_digest": "0" * 64})
@@ -285,7 +217,7 @@ def test_split_beside_a_manifest_without_its_digest_is_read(
 def test_split_of_another_run_is_used(two_caches: list[Path], tmp_path: Path) -> None:
     cache = Cache(two_caches[0])
     split = split_samples([cache], np.arange(0, 40, 2), SplitSettings(kind="key"))
-    write_split(tmp_path / "3.parquet", split)
+    write_split(tmp_path / "3.parquet", [cache], split)
     kind = str(tmp_path / "{seed}.parquet")
     assert split_samples([cache], np.arange(40), SplitSettings(kind=kind, seed=3)) == split
     with pytest.raises(UnknownNameError, match="unknown split .*; or use the path of another run's split.parquet"):
@@ -345,8 +277,6 @@ def test_column_of_several_caches(two_caches: list[Path]) -> None:
     split = split_samples(caches, samples, settings)
     assert split.parts == ["", *(["train", "test", "val", ""] * 10)[1:], *["val", "val", "train", ""] * 20]
     assert list(split.groups) == list(range(120))
-    assert split.index_digests == [cache.info.index_digest for cache in caches for _ in cache.column("key")]
-    assert split.keys == [key for cache in caches for key in cache.column("key").to_pylist()]
     caches[0]._sample_columns["split"] = pa.chunked_array([["Train", "x", None, "val"] * 10])
     with pytest.raises(SourceError, match="expected train"):
         split_samples(caches, samples, settings)

@@ -220,8 +220,8 @@ def test_cache_without_a_modality_raises(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Path) -> None:
     key = SplitSettings(kind="key", val_fraction=0.25)
-    ten = Split(keys=Cache(cache_path).column("key"), parts=["train"] * 290 + ["val"] * 10, groups=np.arange(300))
-    write_split(tmp_path / "ten.parquet", ten)
+    ten = Split(parts=["train"] * 290 + ["val"] * 10, groups=np.arange(300))
+    write_split(tmp_path / "ten.parquet", [Cache(cache_path)], ten)
     for name, count, image in (("few", 19, IMAGE), ("equal", 60, f"{IMAGE},scale=0")):
         source = open_source(write_images(tmp_path / f"{name}-source", count))
         extract(source, tmp_path / name, image_encoder=[image], text_encoder=[TEXT])

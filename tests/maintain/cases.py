@@ -54,7 +54,7 @@ def make_index(cache: Path, index: Path, factory: str = "Flat") -> Path:
 def make_selection(cache: Path, path: Path) -> Path:
     opened = Cache(cache)
     rows = np.arange(opened.info.num_samples)
-    write_selection(path, opened, Selection(rows=rows, reasons=["all"] * len(rows)), {"method": "all"})
+    write_selection(path, opened, Selection(rows=rows), {"method": "all"})
     return path
 
 

@@ -328,7 +328,7 @@ def test_selection_that_was_not_named_is_told(copy: Path, caplog: pytest.LogCapt
     remove_samples(copy / "c", KEYS)
     with caplog.at_level(logging.WARNING):
         assert len(read_selection(copy / "kept.parquet", [Cache(copy / "c")])) == 10
-    assert "2 samples of the selection" in caplog.text
+    assert "kept.parquet: 2 samples were removed" in caplog.text
 
 
 def test_table_has_a_checksum_of_its_footer_after_a_removal(copy: Path) -> None:
@@ -346,11 +346,11 @@ def test_run_is_told_and_cleaned(
     remove_samples(cache, keys)
     with caplog.at_level(logging.WARNING):
         split = read_split(run / "split.parquet", [Cache(cache)])
-    assert "2 samples of the split" in caplog.text
+    assert "split.parquet: 2 samples were removed" in caplog.text
     assert [split.parts[row] for row in (5, 207)] == ["", ""]
     report = remove_samples(cache, keys, RemoveSettings(runs=(run,)))
     assert report.entries == {str(run): 2}
-    assert [pq.read_table(run / "split.parquet")["key"][row].as_py() for row in (4, 5, 207)] == ["00004", "", ""]
+    assert set(keys).isdisjoint(pq.read_table(run / "split.parquet")["key"].to_pylist())
     assert read_split(run / "split.parquet", [Cache(cache)]).parts == split.parts
 
 
@@ -363,7 +363,7 @@ def test_other_split_of_a_run_is_not_signed(cache_path: Path, run_path: Path, tm
     run = Path(shutil.copytree(run_path, tmp_path / "run"))
     split = read_split(run / "split.parquet", [Cache(cache)])
     swapped = replace(split, parts=[{"train": "test", "test": "train"}.get(part, part) for part in split.parts])
-    write_split(run / "split.parquet", swapped)
+    write_split(run / "split.parquet", [Cache(cache)], swapped)
     before = tree(run)
     with pytest.raises(CorruptError, match=r"split.parquet: expected the file that the run was made with, got another"):
         remove_from_copy(cache, run)

@@ -25,6 +25,7 @@ from tests.edits import no_more_files
         ("index", "index", "300 images, width 16, Flat", None),
         ("study", "study", "sampler grid, pruner none, seed 0", None),
         ("selection.parquet", "selection", "20 samples of", None),
+        ("run/split.parquet", "split", "300 samples of", "train"),
     ],
 )
 def test_artifact_is_recognized(artifacts: Path, name: str, kind: str, line: str, row: str | None) -> None:
@@ -65,15 +66,20 @@ def test_settings_of_a_study_have_the_names_of_options(artifacts: Path) -> None:
     assert all(row[2].startswith("lr 0.0") for row in summary.rows)
 
 
-def test_reasons_are_counted_up_to_a_comma(artifacts: Path, tmp_path: Path) -> None:
+def test_columns_of_a_table_are_described(artifacts: Path, tmp_path: Path) -> None:
     cache, rng = Cache(artifacts / "cache"), np.random.default_rng(0)
-    reasons = [f"concept {rng.integers(13)}, cosine\n0.{row}, nearest" for row in range(95)] + ["alone"]
-    write_selection(tmp_path / "s.parquet", cache, Selection(rows=np.arange(96), reasons=reasons), {"method": "random"})
+    concepts = [f"concept {rng.integers(13)}" for _ in range(95)] + [None]
+    columns = {"concept": concepts, "cosine": np.arange(96) / 100, "negatives": [[1, 2], []] * 48}
+    selection = Selection(rows=np.arange(96), columns=columns)
+    write_selection(tmp_path / "s.parquet", cache, selection, {"method": "random"})
     summary = summarize(tmp_path / "s.parquet")
-    counts = Counter(reason.partition(",")[0] for reason in reasons)
-    assert summary.rows == [[reason, str(count)] for reason, count in counts.most_common(10)]
-    assert summary.notes == [f"and {len(counts) - 10} other reasons"]
-    assert len(counts) == 14
+    counts = Counter(concepts[:-1])
+    assert summary.rows == [
+        *(["concept", concept, str(count)] for concept, count in counts.most_common(10)),
+        ["concept", "and 3 other values", ""],
+        ["cosine", "from 0 to 0.95, half of them above 0.475", "96"],
+        ["negatives", "96 in lists", "48"],
+    ]
     pq.write_table(pa.table({"key": ["a"], "reason": [1]}), tmp_path / "numbers.parquet")
     with no_more_files(), pytest.raises(OSError, match="Too many open files"):
         summarize(tmp_path / "s.parquet")
@@ -81,7 +87,7 @@ def test_reasons_are_counted_up_to_a_comma(artifacts: Path, tmp_path: Path) -> N
         summarize(tmp_path / "numbers.parquet")
 
 
-@pytest.mark.parametrize("name", ["study/trials", "space.toml", "run/split.parquet"])
+@pytest.mark.parametrize("name", ["study/trials", "space.toml"])
 def test_other_files_are_refused(artifacts: Path, name: str) -> None:
     with pytest.raises(PathError, match="expected a"):
         summarize(artifacts / name)

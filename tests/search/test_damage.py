@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.curate.select.select import read_reasons
-from embedcache.dataset.selections import Selection, write_selection
+from embedcache.dataset.selections import Selection, read_selection_table, write_selection
 from embedcache.errors import CorruptError, EmbedcacheError
 from embedcache.evaluate.runs import load_runs, read_run_split
 from embedcache.extract.extract import extract
@@ -53,8 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extract(source, folder / "cache", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     train_run(folder / "cache", folder / "run")
     build_index(folder / "cache", folder / "index", IndexSettings(run=folder / "run"))
-    reasons = ["a", "b", "a", "c"]
-    selection = Selection(rows=np.arange(4) * 28, reasons=reasons)
+    selection = Selection(rows=np.arange(4) * 28, columns={"reason": ["a", "b", "a", "c"]})
     write_selection(folder / SELECTION, Cache(folder / "cache"), selection, {})
     shutil.rmtree(folder / "source")
     return folder
@@ -79,12 +77,12 @@ def read_all(folder: Path) -> Iterator[bytes]:
     yield repr(config).encode()
     yield b"".join(parameter.detach().numpy().tobytes() for parameter in run.pair.parameters())
     split = read_run_split(run, cache)
-    yield repr([list(values) for values in (split.keys, split.parts, split.groups, split.index_digests)]).encode()
+    yield repr([list(values) for values in (split.parts, split.groups)]).encode()
     index = OpenIndex(folder / "index", run=folder / "run", cache=folder / "cache")
     queries_QP = np.eye(index.card.width, dtype=np.float32)[:2]
     yield repr(index.search_vectors(queries_QP, k=5)).encode()
-    known = read_reasons(folder / SELECTION, cache)
-    yield repr((known.rows.tolist(), known.take(np.arange(len(known.rows))).to_pylist())).encode()
+    selection = read_selection_table(folder / SELECTION, [cache])
+    yield repr((selection.rows.tolist(), selection.columns.to_pydict())).encode()
     yield repr(summarize(folder / SELECTION).rows).encode()
     summaries = [summarize(folder / name) for name in ("run", "index")]
     yield repr([(summary.lines[:2], summary.rows) for summary in summaries]).encode()

@@ -478,7 +478,7 @@ def test_label_and_part(labeled: Path, tmp_path: Path, factory: str) -> None:
     keys = np.array(cache.samples["key"].to_pylist())
     queries = Queries(keys=[str(keys[0]), str(keys[40])])
     query_vectors = vectors.read(np.array([0, 40]))
-    write_selection(tmp_path / "one.parquet", cache, Selection(rows=np.array([5]), reasons=["x"]), {})
+    write_selection(tmp_path / "one.parquet", cache, Selection(rows=np.array([5])), {})
     for keep, prefix in (
         (Filter(selection=tmp_path / "one.parquet"), (str(keys[5]),)),
         (Filter(label_value=("cat",)), ("train/cat", "val/cat")),
@@ -499,7 +499,7 @@ def test_label_and_part(labeled: Path, tmp_path: Path, factory: str) -> None:
 
 def test_selection(labeled: Path, labeled_index: Path, tmp_path: Path) -> None:
     cache = Cache(labeled)
-    selection = Selection(rows=np.array([3, 20, 44]), reasons=["x"] * 3)
+    selection = Selection(rows=np.array([3, 20, 44]))
     write_selection(tmp_path / "s.parquet", cache, selection, {})
     key = cache.samples["key"][0].as_py()
     (hits,) = search(
@@ -520,7 +520,7 @@ def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path, t
         filters.mask(Filter(part=("tset",)))
     damaged = Path(shutil.copytree(run_path, tmp_path / "run"))
     split = read_split(run_path / "split.parquet", [cache])
-    write_split(damaged / "split.parquet", replace(split, parts=["test"] * len(split.keys)))
+    write_split(damaged / "split.parquet", [cache], replace(split, parts=["test"] * len(split.parts)))
     with pytest.raises(CorruptError, match="split"):
         CacheFilters(cache, "image", damaged).mask(Filter(part=("test",)))
 

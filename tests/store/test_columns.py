@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.store.columns import Column, DeferredColumn, SparseColumn, in_blocks, is_none, to_array
+from embedcache.store.columns import Column, DeferredColumn, SparseColumn, is_none, to_array
 
 
 def test_strings_that_one_array_cannot_hold_stay_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,10 +76,8 @@ def test_blocks_are_those_of_a_list(parts: list[list[str | None]], size: int, da
     rows = sorted(data.draw(st.sets(st.integers(0, len(values) - 1)))) if values else []
     for column in (Column[str | None](chunked), Column[str | None](chunked.combine_chunks()), read):
         assert [block.to_pylist() for block in column.blocks(size)] == expected
-        assert [block.to_pylist() for block in in_blocks(column, pa.large_string(), size)] == expected
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("embedcache.store.columns._SELECTED_FROM", size)
             selected = column.select(np.array(rows, np.int64))
             assert selected == [values[row] for row in rows]
             assert [value for block in selected.blocks(2) for value in block.to_pylist()] == selected
-    assert [block.to_pylist() for block in in_blocks(values, pa.string(), size)] == expected

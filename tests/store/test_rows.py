@@ -257,7 +257,7 @@ def test_keys_at(cache: Cache) -> None:
 def test_match_keys(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.store.rows._MATCHED_AT_ONCE", 30_000)
     keys = pa.array([*cache.column("key").take(pa.array(np.unique(ROWS))).to_pylist(), "none"], pa.large_string())
-    rows, is_found = match_keys([cache, cache], keys)
+    rows, places = match_keys([cache, cache], keys)
     assert rows.tolist() == [*np.unique(ROWS), *(np.unique(ROWS) + NUM_SAMPLES)]
-    assert is_found.tolist() == [True] * 5 + [False]
+    assert places.tolist() == [0, 1, 2, 3, 4] * 2
     assert [part.tolist() for part in match_keys([cache], keys[:0])] == [[], []]

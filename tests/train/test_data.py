@@ -127,7 +127,7 @@ def test_selection_is_read_before_the_split_is_made(cache_path: Path, tmp_path: 
 
 def test_selection_without_training_samples_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
     split = read_split(run_path / "split.parquet", [Cache(cache_path)])
-    test_keys = [key for key, part in zip(split.keys, split.parts, strict=True) if part == "test"]
+    test_keys = Cache(cache_path).column("key").take(split.rows("test")).to_pylist()
     (tmp_path / "test.txt").write_text("\n".join(test_keys))
     options = {"selection": str(tmp_path / "test.txt"), "split": str(run_path / "split.parquet")}
     with pytest.raises(DataError, match="got none"):

@@ -74,7 +74,7 @@ def test_another_table_is_another_run(cache_path: Path, table: Path, tmp_path: P
     shutil.copy(table, copy)
     run(cache_path, tmp_path / "run", epochs=1, negatives=str(copy))
     copy.unlink()
-    with pytest.raises(PathError, match="does not exist"):
+    with pytest.raises(PathError, match="got nothing"):
         run(cache_path, tmp_path / "run", epochs=1, negatives=str(copy))
     mine_negatives(cache_path, copy, feature={"image": IMAGE, "text": TEXT}, cosine=0.999)
     with pytest.raises(FingerprintError, match="negatives 0"):

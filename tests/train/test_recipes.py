@@ -135,7 +135,7 @@ def test_training_pairs_are_counted(data: TrainData, cache_path: Path, tmp_path:
     rows = data.split(data.pairs(None), train_settings({"split": "key", "split_seed": 3}).split).rows("train")
     split = str(tmp_path / "run/split.parquet")
     assert count(split=split) == len(rows)
-    selected = Selection(rows=rows[:60], reasons=["drawn"] * 60)
+    selected = Selection(rows=rows[:60])
     write_selection(tmp_path / "s7.parquet", Cache(cache_path), selected, {})
     selection = str(tmp_path / "s{seed}.parquet")
     assert count(selection=selection, split=split, seed=7) == 60

@@ -1,21 +1,16 @@
 """Baselines of selection: random samples, the best matches of any concept, CLIP-score filtering, and any score."""
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Floats, Ints, blocks
+from embedcache.arrays import Array, Floats, Ints
 from embedcache.curate.select.pool import Pool, compute_cosines, whole_samples
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError, SettingError
-from embedcache.modalities import name_pair, pair_nouns
-from embedcache.store.columns import Column
-
-_REASONS_AT_ONCE = 65_536
+from embedcache.modalities import name_pair
 
 
 class RandomSelector:
@@ -30,8 +25,7 @@ class RandomSelector:
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select the samples."""
         assert isinstance(settings.budget, int)
-        rows = draw_rows(pool.samples, settings.budget, seed=settings.seed)
-        return Selection(rows=rows, reasons=[f"drawn at random, seed {settings.seed}"] * len(rows))
+        return Selection(rows=draw_rows(pool.samples, settings.budget, seed=settings.seed))
 
 
 def draw_rows(samples_S: Ints, size: int, *, seed: int) -> Ints:
@@ -59,15 +53,9 @@ class TopScoreSelector:
             concepts.append(scores_SC.argmax(axis=1))
         scores_S, concept_S = np.concatenate(scores), np.concatenate(concepts)
         chosen = find_highest(scores_S, settings.budget)
-        names = pool.concepts.names
-        reasons = (
-            [
-                f"concept {names[concept]!r}, {pool.modality} cosine {score:.3f}"
-                for concept, score in zip(concept_S[block].tolist(), scores_S[block].tolist(), strict=True)
-            ]
-            for block in _blocks_of(chosen)
-        )
-        return Selection(rows=pool.samples[chosen], reasons=Column(pa.chunked_array(reasons, pa.string())))
+        names = pa.array(pool.concepts.names, pa.string())
+        columns = {"concept": names.take(pa.array(concept_S[chosen])), "cosine": scores_S[chosen]}
+        return Selection(rows=pool.samples[chosen], columns=columns)
 
 
 def find_highest(scores_S: Array, size: int) -> Ints:
@@ -91,7 +79,6 @@ class ClipScoreSelector:
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select the samples. Memory: a score per sample."""
         samples_M, scores_M = pool.pair_scores()
-        names = " and ".join(plural.removesuffix("s") for plural in pair_nouns(pool.pair))
         if isinstance(settings.budget, int):
             if settings.budget > len(samples_M):
                 raise DataError(
@@ -101,15 +88,7 @@ class ClipScoreSelector:
             chosen = find_highest(scores_M, settings.budget)
         else:
             chosen = find_above(scores_M, settings.threshold or 0.0)
-        reasons = (
-            [f"{names} cosine {score:.3f}" for score in scores_M[block].tolist()] for block in _blocks_of(chosen)
-        )
-        return Selection(rows=samples_M[chosen], reasons=Column(pa.chunked_array(reasons, pa.string())))
-
-
-def _blocks_of(chosen: Ints) -> Iterator[Ints]:
-    """Iterate over chosen positions, as many at a time as may be Python objects."""
-    return (chosen[block] for block in blocks(len(chosen), _REASONS_AT_ONCE))
+        return Selection(rows=samples_M[chosen], columns={"cosine": scores_M[chosen]})
 
 
 def find_above(scores_M: Floats, threshold: float) -> Ints:
@@ -152,13 +131,4 @@ class ScoreSelector:
             )
         if isinstance(settings.budget, int):
             inside = inside[find_highest(scores_S[inside], settings.budget)]
-        reasons = pc.binary_join_element_wise(f"{name} ", format_scores(scores_S[inside]), "")
-        return Selection(rows=samples_S[inside], reasons=Column(reasons))
-
-
-def format_scores(scores_M: Array) -> pa.Array:
-    """Return scores with three decimals, or exponents where they are large, as text; one string per distinct value."""
-    values_F, which_M = np.unique(scores_M.round(3), return_inverse=True)
-    return pa.array([f"{value:.5g}" if abs(value) >= 100 else f"{value:.3f}" for value in values_F.tolist()]).take(
-        pa.array(which_M)
-    )
+        return Selection(rows=samples_S[inside], columns={name: scores_S[inside]})

@@ -62,8 +62,7 @@ class ImageBasedSelector:
             drawn_rows = draw_rows(selected_S, settings.budget, seed=settings.seed)
             cluster_S, selected_S = cluster_S[np.searchsorted(selected_S, drawn_rows)], drawn_rows
         counts_C = np.bincount(target_T)
-        reasons = [f"cluster {c}, with {counts_C[c]:,} items of the target" for c in cluster_S.tolist()]
-        return Selection(rows=selected_S, reasons=reasons)
+        return Selection(rows=selected_S, columns={"cluster": cluster_S, "num_target_items": counts_C[cluster_S]})
 
 
 def _nearest_centroids(vectors: Iterable[Floats], centroids_CP: Floats) -> Ints:
@@ -142,12 +141,9 @@ class HierarchicalSelector:
         leaf_S = _nearest_centroids(shown, centroids)
         labels_SL = build_tree(leaf_S, centroids, sizes[1:], seed=settings.seed, device=settings.device)
         chosen = draw_balanced(labels_SL, settings.budget, seed=settings.seed)
-        counts = np.bincount(leaf_S)
-        reasons = [
-            f"cluster {'/'.join(map(str, reversed(path)))}, of {counts[path[0]]:,} samples"
-            for path in labels_SL[chosen].tolist()
-        ]
-        return Selection(rows=pool.samples[chosen], reasons=reasons)
+        columns = {f"cluster_{level}": labels_SL[chosen, -level] for level in range(1, labels_SL.shape[1] + 1)}
+        columns["cluster_size"] = np.bincount(leaf_S)[leaf_S[chosen]]
+        return Selection(rows=pool.samples[chosen], columns=columns)
 
 
 def default_levels(num_samples: int) -> tuple[int, ...]:
@@ -233,10 +229,9 @@ class KCenterSelector:
         vectors_NP = pool.vectors.read(pool.first_items()[candidates], pool.progress)
         chosen, cosines = farthest_first(vectors_NP, settings.budget, progress=pool.progress)
         order = np.argsort(candidates[chosen])
-        reasons = [
-            f"number {n + 1} of those drawn, cosine {cosines[n]:.3f} to the nearest before" for n in order.tolist()
-        ]
-        return Selection(rows=pool.samples[candidates[chosen[order]]], reasons=reasons)
+        # A sample is compared with those that were chosen before it.
+        columns = {"number": order + 1, "nearest_cosine": cosines[order]}
+        return Selection(rows=pool.samples[candidates[chosen[order]]], columns=columns)
 
 
 def farthest_first(vectors_NP: Floats, size: int, *, progress: Progress | None = None) -> tuple[Ints, Floats]:

@@ -6,6 +6,7 @@ from itertools import pairwise, repeat
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from embedcache.arrays import Array, Bools, Floats, Ints, concatenated_ranges, distinct, from_sort_keys, to_sort_keys
 from embedcache.curate.select.pool import Pool, compute_cosines, whole_samples
@@ -49,12 +50,12 @@ class RareFirstSelector:
         concept_M, rank_M = assign(best.samples_CK, order_C, quotas_C[np.argsort(order_C)])
         rows_M = best.samples_CK[concept_M, rank_M]
         by_row = np.argsort(rows_M)
-        reasons = [
-            f"concept {concepts.names[concept]!r}, {pool.modality} cosine {best.scores_CK[concept, rank]:.3f}, "
-            f"rank {rank + 1}"
-            for concept, rank in zip(concept_M[by_row].tolist(), rank_M[by_row].tolist(), strict=True)
-        ]
-        return Selection(rows=rows_M[by_row], reasons=reasons)
+        columns = {
+            "concept": pa.array(concepts.names, pa.string()).take(pa.array(concept_M[by_row])),
+            "cosine": best.scores_CK[concept_M, rank_M][by_row],
+            "rank": rank_M[by_row] + 1,
+        }
+        return Selection(rows=rows_M[by_row], columns=columns)
 
 
 def even_quotas(budget: int, num_concepts: int) -> Ints:
@@ -178,12 +179,12 @@ class MetaclipSelector:
         else:
             matches = match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors, settings.threshold)
         kept = np.sort(_balance(matches, pool, settings))  # matches are sorted by sample
-        counts_C = np.bincount(matches.concepts_M)
-        reasons = [
-            f"concept {names[concept]!r}, one of {counts_C[concept]:,} matches"
-            for concept in matches.concepts_M[kept].tolist()
-        ]
-        return Selection(rows=matches.samples_M[kept], reasons=reasons)
+        concepts_M = matches.concepts_M[kept]
+        columns = {
+            "concept": pa.array(names, pa.string()).take(pa.array(concepts_M)),
+            "num_matches": np.bincount(matches.concepts_M)[concepts_M],
+        }
+        return Selection(rows=matches.samples_M[kept], columns=columns)
 
 
 def note_names(names: Sequence[str], progress: Progress) -> None:

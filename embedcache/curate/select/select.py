@@ -1,4 +1,4 @@
-"""Selecting samples of a cache, with a reason for each: by a named method, or from other selections."""
+"""Selecting samples of a cache: by a named method, or from other selections."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,30 +7,19 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from embedcache.arrays import Ints, blocks
 from embedcache.curate.keep import choose_modality
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.settings import SelectSettings
-from embedcache.dataset.selections import (
-    Selection,
-    check_selection_path,
-    read_selected_reasons,
-    read_selection,
-    write_selection,
-)
+from embedcache.dataset.selections import Selection, read_selection_table, write_selection
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
-from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.outputs import check_table_output
+from embedcache.progress import AnyProgress, to_progress
 from embedcache.projectors.saved import read_config
 from embedcache.registry import Registry
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
-from embedcache.store.columns import Column, to_array
-from embedcache.store.rows import key_column
-
-_REASONS_AT_ONCE = 2**20
 
 SELECTORS = Registry(
     "method of selection",
@@ -127,7 +116,7 @@ def select(
     """
     out, settings = Path(out), merge_settings(SelectSettings, settings, options)
     progress = to_progress(progress)
-    check_selection_path(out)
+    check_table_output("selection", out)
     selector: Selector = SELECTORS.load(method)()
     check_method_settings(method, selector, settings)
     modality = settings.modality or _default_modality(Cache(cache), selector, settings)
@@ -222,17 +211,15 @@ def combine_selections(
 ) -> int:
     """Write the samples of one selection that are also in another (`and`) or not (`minus`), and return their number.
 
-    The reasons are those of the first and, with `and`, of the second. A selection is Parquet, or a text file with one
-    key per line. Progress is in files, then in samples.
+    The columns are those of the first and, with `and`, of the second, with a `_2` after a name that both have. Progress
+    is in samples.
 
     Raises `DataError` if a key is not in the cache, or no sample is left.
     """
-    cache, progress = Cache(cache_path), to_progress(progress)
-    progress.start("reading selections", 2, "files")
+    cache = Cache(cache_path)
     is_and = operation == "and"
-    left = read_reasons(first, cache, progress)
-    right = read_reasons(second, cache, progress, can_be_removed=not is_and)
-    progress.finish()
+    left = read_selection_table(first, [cache])
+    right = read_selection_table(second, [cache], can_be_removed=not is_and)
     is_both_L = np.isin(left.rows, right.rows, assume_unique=True)
     places = np.flatnonzero(is_both_L if is_and else ~is_both_L)
     rows = left.rows[places]
@@ -241,63 +228,15 @@ def combine_selections(
             f"{first} {operation} {second}: expected at least one sample, got none: they select {len(left.rows):,} and "
             f"{len(right.rows):,} samples of {cache.path}, {int(is_both_L.sum()):,} of them both"
         )
-    chosen = [(left, places), (right, np.searchsorted(right.rows, rows))] if is_and else [(left, places)]
+    table = left.columns.take(pa.array(places))
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    if is_and:
+        other = right.columns.take(pa.array(np.searchsorted(right.rows, rows)))
+        for name, values in zip(other.column_names, other.columns, strict=True):
+            while name in columns:
+                name += "_2"
+            columns[name] = values
     record = {"method": operation, "selections": [str(first), str(second)]}
-    joined = Selection(rows=rows, reasons=_join_reasons(chosen, progress))
-    write_selection(out_path, cache, joined, record, progress=progress)
+    selection = Selection(rows=rows, columns=columns)
+    write_selection(out_path, cache, selection, record, progress=to_progress(progress))
     return len(rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectionReasons:
-    """Samples of a selection and their reasons, in Arrow's memory.
-
-    Args:
-        rows: (M,) rows of the samples, ascending.
-        places: (M,) place of the reason of each, -1 if the file has none.
-        texts: reasons in the order of the file.
-        default: reason of a sample without one.
-    """
-
-    rows: Ints
-    places: Ints
-    texts: pa.Array
-    default: str
-
-    def take(self, chosen: Ints) -> pa.Array:
-        """Return the reasons of some of the samples, by their places in `rows`."""
-        places = self.places[chosen]
-        reasons = self.texts.take(pa.array(places, mask=places < 0)).cast(pa.string())
-        return pc.fill_null(reasons, self.default)
-
-
-def read_reasons(
-    path: Path, cache: Cache, progress: Progress | None = None, *, can_be_removed: bool = False
-) -> SelectionReasons:
-    """Read the samples of a selection with their reasons; for a text file, the reason is its name.
-
-    `can_be_removed` is that of `read_selection`. Memory: about the strings of the file and the keys of its samples.
-    """
-    rows = read_selection(path, [cache], can_be_removed=can_be_removed)
-    places, texts = np.full(len(rows), -1, np.int64), pa.array([], pa.large_string())
-    if path.suffix == ".parquet":
-        table = read_selected_reasons(path)
-        texts = table["reason"].combine_chunks()
-        numbers = pc.index_in(table["key"], value_set=to_array(key_column([cache]).select(rows), pa.large_string()))
-        places[numbers.drop_null().to_numpy()] = np.flatnonzero(numbers.is_valid())  # the last of a key that recurs
-    if progress is not None:
-        progress.advance(1)
-    return SelectionReasons(rows=rows, places=places, texts=texts, default=f"in {path.name}")
-
-
-def _join_reasons(chosen: Sequence[tuple[SelectionReasons, Ints]], progress: Progress) -> Column[str]:
-    """Join the reasons of the same samples in several selections; arrays hold a million, so that none exceeds 2 GiB."""
-    num_samples = len(chosen[0][1])
-    progress.start("joining reasons", num_samples, "samples")
-    joined = []
-    for block in blocks(num_samples, _REASONS_AT_ONCE):
-        parts = [known.take(places[block]) for known, places in chosen]
-        joined.append(pc.binary_join_element_wise(*parts, "; "))
-        progress.advance(len(parts[0]))
-    progress.finish()
-    return Column(pa.chunked_array(joined))

@@ -11,7 +11,7 @@ import pytest
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.select import SELECTORS, Selector
 from embedcache.curate.select.settings import SelectSettings
-from embedcache.dataset.scores import write_scores
+from embedcache.dataset import keytable
 from embedcache.dataset.selections import Selection
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -45,7 +45,8 @@ def around(cache_path: Path, image_folder: Path, tmp_path_factory: pytest.TempPa
     settings = train_settings({"projector": "linear", "epochs": 0, "split": "key"})
     train(cache_path, folder / "run", feature={"image": FEATURES["image"], "text": FEATURES["text"]}, settings=settings)
     cache = Cache(cache_path)
-    write_scores(folder / "scores.parquet", cache, {"score": np.arange(300, dtype=np.float32) % 7}, {})
+    scores = {"score": np.arange(300, dtype=np.float32) % 7}
+    keytable.write(folder / "scores.parquet", [cache], scores, "scores", {})
     paths = {name: folder / name for name in ("other", "concepts", "target", "run")}
     return {"cache": cache_path, "scores": folder / "scores.parquet", **paths}
 

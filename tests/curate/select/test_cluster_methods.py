@@ -1,10 +1,10 @@
 """Methods that select by clusters: from which ones, how many of each, and which samples are farthest from others."""
 
-import re
 from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,23 +30,23 @@ def test_near_target() -> None:
 
 def test_image_based_takes_the_clusters_of_the_target(pools: Any) -> None:
     whole = apply(pools, "image-based", clusters=(30,))
-    clusters = Counter(whole.reasons)
-    counts = [int(re.fullmatch(r"cluster \d+, with (\d+) items of the target", reason)[1]) for reason in clusters]
-    assert sum(counts) == 12
+    counts = dict(zip(whole.columns["cluster"].tolist(), whole.columns["num_target_items"].tolist(), strict=True))
+    assert sum(counts.values()) == 12
     drawn = apply(pools, "image-based", clusters=(30,), budget=len(whole.rows))
-    assert (drawn.rows.tolist(), list(drawn.reasons)) == (whole.rows.tolist(), list(whole.reasons))
+    assert drawn.rows.tolist() == whole.rows.tolist()
+    assert pa.table(drawn.columns).equals(pa.table(whole.columns))
     with pytest.raises(DataError, match=f"{len(whole.rows)} of 300"):
         apply(pools, "image-based", clusters=(30,), budget=len(whole.rows) + 1)
     with pytest.raises(SettingError, match="clusters: expected one level for image-based, got 2"):
         apply(pools, "image-based", clusters=(9, 3))
 
 
-def test_hierarchical_reasons_name_the_path_from_the_top(pools: Any) -> None:
+def test_hierarchical_names_the_path_from_the_top(pools: Any) -> None:
     found = apply(pools, "hierarchical", budget=300, clusters=(20, 4))
     assert found.rows.tolist() == list(range(300))
     leaves, tops = Counter(), {}
-    for reason in found.reasons:
-        top, leaf, size = map(int, re.fullmatch(r"cluster (\d+)/(\d+), of (\d+) samples", reason).groups())
+    assert list(found.columns) == ["cluster_1", "cluster_2", "cluster_size"]
+    for top, leaf, size in zip(*(values.tolist() for values in found.columns.values()), strict=True):
         assert top < 4
         assert tops.setdefault(leaf, top) == top
         leaves[leaf, size] += 1

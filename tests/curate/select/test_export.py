@@ -49,7 +49,7 @@ def test_keys_with_line_breaks_raise(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"uid": key, "caption": key}) for key in keys))
     indexed(open_source(tmp_path / "t.jsonl", settings=SourceSettings(key_column="uid")), tmp_path / "cache")
     cache = Cache(tmp_path / "cache")
-    write_selection(tmp_path / "s.parquet", cache, Selection(rows=np.arange(3), reasons=["x"] * 3), {"method": "hand"})
+    write_selection(tmp_path / "s.parquet", cache, Selection(rows=np.arange(3)), {"method": "hand"})
     with pytest.raises(DataError, match="line breaks"):
         export_selection(cache.path, tmp_path / "s.parquet", tmp_path / "keys.txt", "keys")
     assert not (tmp_path / "keys.txt").exists()
@@ -66,7 +66,7 @@ def made(cache_path: Path, tmp_path: Path) -> tuple[Cache, Path]:
     """A cache and a selection of seven of its samples."""
     cache = Cache(cache_path)
     rows = np.array([2, 3, 40, 41, 199, 250, 299])
-    write_selection(tmp_path / "s.parquet", cache, Selection(rows=rows, reasons=["x"] * 7), {"method": "hand"})
+    write_selection(tmp_path / "s.parquet", cache, Selection(rows=rows), {"method": "hand"})
     return cache, tmp_path / "s.parquet"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,13 +162,14 @@ def test_rare_first_equals_a_plain_search(pools: Any, options: dict[str, int], q
     cosines_SC, names = concept_cosines(pool), pool.concepts.names
     ranked = [np.argsort(-cosines_SC[:, concept], kind="stable").tolist() for concept in range(4)]
     rarest = sorted(range(4), key=lambda concept: cosines_SC[ranked[concept][quotas[0] - 1], concept])
-    reasons: dict[int, str] = {}
+    reasons: dict[int, tuple[str, float, int]] = {}
     for concept, quota in zip(rarest, quotas, strict=True):
         free = [(rank, row) for rank, row in enumerate(ranked[concept], start=1) if row not in reasons]
         for rank, row in free[:quota]:
-            reasons[row] = f"concept {names[concept]!r}, text cosine {cosines_SC[row, concept]:.3f}, rank {rank}"
+            reasons[row] = (names[concept], cosines_SC[row, concept], rank)
     found = apply(pools, "rare-first", **options)
-    assert dict(zip(found.rows.tolist(), found.reasons, strict=True)) == reasons
+    table = pa.table(dict(found.columns))
+    assert [tuple(values.values()) for values in table.to_pylist()] == [reasons[row] for row in sorted(reasons)]
     assert found.rows.tolist() == sorted(reasons)
 
 
@@ -194,9 +196,8 @@ def test_top_score_equals_a_sort(pools: Any) -> None:
     cosines_SC, names = concept_cosines(pool), pool.concepts.names
     best = sorted(np.argsort(-cosines_SC.max(axis=1), kind="stable")[:25].tolist())
     assert found.rows.tolist() == best
-    assert list(found.reasons) == [
-        f"concept {names[cosines_SC[row].argmax()]!r}, text cosine {cosines_SC[row].max():.3f}" for row in best
-    ]
+    assert found.columns["concept"].to_pylist() == [names[cosines_SC[row].argmax()] for row in best]
+    assert found.columns["cosine"].tolist() == cosines_SC[best].max(axis=1).tolist()
 
 
 def test_above_names_range_of_scores() -> None:
@@ -211,7 +212,7 @@ def test_clip_score_takes_up_to_all_pairs(pools: Any) -> None:
     threshold = float(np.median(scores))
     found = apply(pools, "clip-score", threshold=threshold)
     assert found.rows.tolist() == samples[scores >= np.float32(threshold)].tolist()
-    assert found.reasons[0] == f"image and caption cosine {scores[found.rows[0]]:.3f}"
+    assert found.columns["cosine"].tolist() == scores[found.rows].tolist()
     assert apply(pools, "clip-score", budget=300).rows.tolist() == list(range(300))
     with pytest.raises(DataError, match="300"):
         apply(pools, "clip-score", budget=301)
@@ -322,10 +323,9 @@ def test_metaclip_keeps_a_sample_whose_head_is_below(pools: Any) -> None:
     kept, counts = first[heads < head], Counter(matches.concepts_M.tolist())
     found = apply(pools, "metaclip", head=head)
     assert found.rows.tolist() == matches.samples_M[kept].tolist()
-    assert list(found.reasons) == [
-        f"concept {pool.concepts.names[concept]!r}, one of {counts[concept]} matches"
-        for concept in matches.concepts_M[kept].tolist()
-    ]
+    concepts = matches.concepts_M[kept].tolist()
+    assert found.columns["concept"].to_pylist() == [pool.concepts.names[concept] for concept in concepts]
+    assert found.columns["num_matches"].tolist() == [counts[concept] for concept in concepts]
 
 
 def test_metaclip_takes_up_to_all_matching_samples(pools: Any) -> None:

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from embedcache.arrays import Floats, normalize
 from embedcache.curate.score import best_per_sample, read_head, score
-from embedcache.curate.select.baselines import format_scores
 from embedcache.curate.select.select import select
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.curate.settings import ScoreSettings
@@ -207,11 +206,6 @@ def chosen(cache: Path, out: Path, scores: Path, **options: Any) -> list[int]:
     return read_selection(out, [Cache(cache)]).tolist()
 
 
-def test_reasons_have_three_decimals_or_five_digits() -> None:
-    scores = np.array([0.0055, -0.25, 0.0004, 99.9996, 123.456, 1234567], np.float32)
-    assert format_scores(scores).to_pylist() == ["0.006", "-0.250", "0.000", "100", "123.46", "1.2346e+06"]
-
-
 def test_bounds_and_budget(cache_path: Path, tmp_path: Path, weights: Path) -> None:
     scores, out = tmp_path / "scores.parquet", tmp_path / "out.parquet"
     found = scored(cache_path, scores, weights=weights, feature=FEATURE)
@@ -223,7 +217,7 @@ def test_bounds_and_budget(cache_path: Path, tmp_path: Path, weights: Path) -> N
     between = chosen(cache_path, out, scores, at_most=high, budget=5)
     assert found[between].min() >= np.sort(found[found <= np.float32(high)])[-5]
     table = pq.read_table(out)
-    assert table["reason"][0].as_py() == f"score {found[between[0]]:.3f}"
+    assert table["score"].to_pylist() == found[between].tolist()
     record = json.loads(table.schema.metadata[b"embedcache"])
     assert (record["scores"], record["feature"], record["settings"]["at_most"]) == (str(scores), None, high)
     (tmp_path / "some.txt").write_text("\n".join(Cache(cache_path).column("key").to_pylist()[:50]))

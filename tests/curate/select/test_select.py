@@ -41,7 +41,7 @@ def test_selection_metadata(around: dict[str, Path], tmp_path: Path) -> None:
     assert len(rows) == 20
     assert (record["method"], record["modality"], record["feature"]) == ("rare-first", "text", TEXT_FEATURE)
     assert record["settings"]["per_concept"] == 5
-    assert "concept '" in table["reason"][0].as_py()
+    assert table.column_names == ["row", "key", "concept", "cosine", "rank"]
     inputs = (record["within"], record["concepts"], record["target"], record["run"])
     assert inputs == (None, str(around["concepts"]), None, None)
     chosen(around, tmp_path / "b.parquet", budget=3, selection=tmp_path / "a.parquet")
@@ -84,9 +84,10 @@ def test_select_is_deterministic(around: dict[str, Path], tmp_path: Path) -> Non
     for name in ("a.parquet", "b.parquet"):
         chosen(around, tmp_path / name, "k-center", budget=9, seed=2)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
-    reasons = pq.read_table(tmp_path / "a.parquet")["reason"].to_pylist()
-    assert sorted(reason.split()[1] for reason in reasons) == [str(number) for number in range(1, 10)]
-    assert "number 1 of those drawn, cosine -1.000 to the nearest before" in reasons
+    table = pq.read_table(tmp_path / "a.parquet")
+    numbers = table["number"].to_pylist()
+    assert sorted(numbers) == list(range(1, 10))
+    assert table["nearest_cosine"][numbers.index(1)].as_py() == -1
 
 
 @pytest.mark.slow
@@ -112,7 +113,6 @@ def test_combine_and_sample(around: dict[str, Path], tmp_path: Path) -> None:
     cache = Cache(around["cache"])
     assert combine_selections(around["cache"], tmp_path / "and.parquet", a, "and", b) == len(one & other)
     assert set(read_selection(tmp_path / "and.parquet", [cache])) == one & other
-    assert pq.read_table(tmp_path / "and.parquet")["reason"][0].as_py().count("drawn at random") == 2
     combine_selections(around["cache"], tmp_path / "minus.parquet", a, "minus", b)
     assert set(read_selection(tmp_path / "minus.parquet", [cache])) == one - other
     some = chosen(around, tmp_path / "some.parquet", budget=10, selection=tmp_path / "minus.parquet", seed=3)
@@ -128,40 +128,28 @@ def test_combine_with_key_list(around: dict[str, Path], tmp_path: Path) -> None:
     assert read_selection(tmp_path / "b.parquet", [Cache(around["cache"])]).tolist() == list(range(5, 300))
 
 
-@pytest.mark.parametrize("max_bytes", [2**31 - 1, 100])
-def test_reasons_are_those_of_the_files(
-    around: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int
-) -> None:
-    """Reasons are joined a million at once, here 7, and may exceed the 2 GiB of one array, here 100 bytes."""
-    monkeypatch.setattr("embedcache.curate.select.select._REASONS_AT_ONCE", 7)
-    monkeypatch.setattr("embedcache.store.columns._MAX_STRING_BYTES", max_bytes)
+def test_columns_are_those_of_the_files(around: dict[str, Path], tmp_path: Path) -> None:
     cache, rng = Cache(around["cache"]), np.random.default_rng(0)
     keys = cache.samples["key"].to_pylist()
-    reasons: dict[str, dict[str, str]] = {}
+    values: dict[str, dict[str, str]] = {}
     for name in ("a", "b"):
         order = rng.permutation(300)[:120].tolist()
-        table = pa.table({"key": [keys[row] for row in order], "reason": [f"{name}, {row}" for row in order]})
-        twice = pa.table({"key": [keys[order[0]]], "reason": ["the last"]})
-        pq.write_table(pa.concat_tables([table, twice]), tmp_path / f"{name}.parquet")
-        reasons[name] = dict(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
-        reasons[name][keys[order[0]]] = "the last"
+        table = pa.table({"key": [keys[row] for row in order], "why": [f"{name}, {row}" for row in order]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        values[name] = dict(zip(table["key"].to_pylist(), table["why"].to_pylist(), strict=True))
     (tmp_path / "c.txt").write_text("\n".join(keys[:200]))
-    reasons["c"] = dict.fromkeys(keys[:200], "in c.txt")
     out = tmp_path / "out.parquet"
-    for first, operation, second in (("a", "and", "b"), ("a", "minus", "b"), ("c", "and", "a"), ("b", "minus", "c")):
-        left, right = reasons[first], reasons[second]
-        paths = [next(tmp_path.glob(f"{name}.*")) for name in (first, second)]
-        combine_selections(cache.path, out, paths[0], operation, paths[1])
-        if operation == "and":
-            expected = [(key, f"{left[key]}; {right[key]}") for key in keys if key in left and key in right]
-        else:
-            expected = [(key, left[key]) for key in keys if key in left and key not in right]
-        assert read_pairs(out) == expected
 
-
-def read_pairs(path: Path) -> list[tuple[str, str]]:
-    table = pq.read_table(path)
-    return list(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
+    combine_selections(cache.path, out, tmp_path / "a.parquet", "and", tmp_path / "b.parquet")
+    both = [key for key in keys if key in values["a"] and key in values["b"]]
+    expected = {"key": both, "why": [values["a"][key] for key in both], "why_2": [values["b"][key] for key in both]}
+    assert pq.read_table(out).drop_columns("row").to_pydict() == expected
+    combine_selections(cache.path, out, tmp_path / "b.parquet", "minus", tmp_path / "c.txt")
+    rest = [key for key in keys[200:] if key in values["b"]]
+    expected = {"key": rest, "why": [values["b"][key] for key in rest]}
+    assert pq.read_table(out).drop_columns("row").to_pydict() == expected
+    combine_selections(cache.path, out, tmp_path / "c.txt", "and", tmp_path / "b.parquet")
+    assert pq.read_table(out)["why"].to_pylist() == [values["b"][key] for key in keys[:200] if key in values["b"]]
 
 
 def test_empty_combination_raises(around: dict[str, Path], tmp_path: Path) -> None:

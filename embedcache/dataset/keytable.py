@@ -1,0 +1,304 @@
+"""Keyed tables: values of the samples of some caches, in Parquet with the row and the key of each sample.
+
+Splits, selections, scores, hard negatives and the samples that dedup removes are such tables. The header names their
+caches: in these, samples are found by their rows, and the keys are compared. In any other cache, and in tables of other
+tools, they are found by their keys. A list of keys is a table without values.
+"""
+
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache as cache_calls
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from embedcache.arrays import Ints
+from embedcache.dataset.pairs import name_caches
+from embedcache.errors import DataError, PathError, pluralize
+from embedcache.files import TEXT_ENCODING, read_file, reading
+from embedcache.outputs import check_table_output, new_output, read_metadata, to_metadata
+from embedcache.progress import NullProgress, Progress, watch
+from embedcache.store.cache import Cache
+from embedcache.store.columns import Column
+from embedcache.store.layout import SAMPLES
+from embedcache.store.removed import read_removed
+from embedcache.store.rows import RowReader, key_column, match_keys
+from embedcache.store.tables import BLOCK, add_footer_checksum, iterate_table, open_table, read_table
+
+_log = logging.getLogger(__name__)
+
+_ROWS_PER_GROUP = 2**20
+_SCHEMAS = {
+    "split": pa.schema({"part": pa.string(), "group": pa.int64()}),
+    "negatives": pa.schema({"group": pa.int64(), "negatives": pa.list_(pa.int32())}),
+}
+"""Columns that every table of a kind has, beside `key`; those of other kinds are free."""
+_HINTS = {
+    "selection": "Parquet with a column key, or a text file in UTF-8 with one key per line",
+    "split": "the split.parquet of a run, which embedcache train writes",
+    "negatives": "a table of embedcache curate negatives",
+    "scores": "Parquet with a column key and numbers",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyTable:
+    """Values of some samples.
+
+    Args:
+        rows: (M,) int64 samples, ascending and counted across the caches.
+        columns: (M,) their values.
+        about: header, without the names of the caches' rows; empty for a table of another tool.
+    """
+
+    rows: Ints
+    columns: pa.Table
+    about: Mapping[str, Any]
+
+    def align(self, num_samples: int) -> pa.Table:
+        """Return a row for each of S samples, null for those that the table does not have."""
+        if len(self.rows) == num_samples:
+            return self.columns
+        places = np.full(num_samples, -1, np.int64)
+        places[self.rows] = np.arange(len(self.rows))
+        return self.columns.take(pa.array(places, mask=places < 0))
+
+
+def write(
+    path: Path,
+    caches: Sequence[Cache],
+    columns: Mapping[str, Any],
+    kind: str,
+    about: Mapping[str, Any],
+    *,
+    rows: Ints | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write values of samples: `row` and `key` of each one, of several caches also the number of its `cache`.
+
+    Memory: the keys of a million samples.
+
+    Args:
+        path: the file, which ends in `.parquet`.
+        caches: caches of the samples.
+        columns: name -> a value per sample, as an Arrow or NumPy array, `Column` or list; NaN becomes null.
+        kind: kind of the table, such as `selection`.
+        about: what the header says beside the kind and the caches, as JSON values.
+        rows: (M,) samples, ascending and counted across the caches. If None, all samples.
+        progress: progress in samples.
+
+    Raises:
+        DataError: the rows do not ascend.
+        PathError: the path does not end in `.parquet`; or the errors of `check_output`.
+    """
+    check_table_output(kind, path)
+    firsts = np.cumsum([0, *map(len, caches)])
+    rows = np.arange(firsts[-1]) if rows is None else rows
+    wrong = np.flatnonzero(np.diff(rows) <= 0)
+    if len(wrong):
+        before, after = rows[wrong[0] : wrong[0] + 2].tolist()
+        raise DataError(f"{kind} {path}: expected rows in ascending order, each once, got {after} after {before}")
+
+    number_M = np.searchsorted(firsts, rows, side="right") - 1
+    table = pa.table({"row": rows - firsts[number_M]})
+    if len(caches) > 1:
+        table = table.append_column("cache", pa.array(number_M, pa.int16()))
+    for name, values in columns.items():
+        array = values.array if isinstance(values, Column) else values
+        is_arrow = isinstance(array, pa.Array | pa.ChunkedArray)
+        table = table.append_column(name, array if is_arrow else pa.array(array, from_pandas=True))
+
+    schema = table.schema.insert(1, pa.field("key", pa.string()))
+    digests = [cache.info.index_digest for cache in caches]
+    header = {"kind": kind, "caches": [str(cache.path) for cache in caches], "index_digests": digests, **about}
+    blocks = key_column(caches).select(rows).blocks(_ROWS_PER_GROUP)
+    start = 0
+    with new_output(path) as temporary:
+        metadata = to_metadata(header, schema)
+        with pq.ParquetWriter(temporary, schema.with_metadata(metadata), write_page_checksum=True) as writer:
+            for keys in watch(blocks, progress or NullProgress(), f"writing the {kind}", len(rows), "samples"):
+                writer.write_table(table.slice(start, len(keys)).add_column(1, "key", keys.cast(pa.string())))
+                start += len(keys)
+        add_footer_checksum(temporary)
+
+
+def read(
+    path: Path,
+    caches: Sequence[Cache],
+    kind: str,
+    *,
+    columns: Sequence[str] | None = None,
+    can_be_others: bool = False,
+    can_be_empty: bool = False,
+) -> KeyTable:
+    """Read the values of those samples of some caches that a table has.
+
+    Samples that were removed from a cache since are left out, and a warning tells their number.
+
+    Args:
+        path: a Parquet file with a column `key`, a text file in UTF-8 with one key per line, or `.npy` of DataComp's
+            uids.
+        caches: the caches. A key that several of them have is found in each, unless the header names one of them.
+        kind: kind that is expected.
+        columns: names of the columns to read, as far as they exist. If None, all.
+        can_be_others: whether keys that no cache has are ignored.
+        can_be_empty: whether all samples of the table may have been removed.
+
+    Raises:
+        PathError: there is no such file.
+        CorruptError: the file is not such a table, or has changed since it was written.
+        DataError: it has keys of other samples, or none of the caches.
+    """
+    about = read_header(path, kind)
+    columns = _SCHEMAS[kind].names if kind in _SCHEMAS else columns
+    names = None if columns is None else ["row", "key", "cache", *columns]
+    of_caches = [
+        [number for number, digest in enumerate(about.get("index_digests", ())) if cache.info.has_rows_of(digest)]
+        for cache in caches
+    ]
+    with reading_table(path, kind):
+        if any(of_caches):
+            samples, table, num_removed = _find_rows(path, names, caches, of_caches)
+        elif kind == "negatives":
+            got = " and ".join(about.get("caches", ["another tool"]))
+            raise DataError(f"{kind} {path}: expected those of {name_caches(caches)}, got those of {got}")
+        else:
+            table = load(path, names)
+            samples, table, num_removed = _find_keys(path, table, caches, kind, can_be_others=can_be_others)
+
+        if (np.diff(samples) <= 0).any():
+            num_rows = len(samples)
+            samples, places = np.unique(samples, return_index=True)
+            table = table.take(pa.array(places))
+            _check_repeated(path, kind, num_rows - len(samples))
+        left_out = [name for name in ("row", "key", "cache") if name in table.column_names]
+        table = table.drop_columns(left_out)
+        if kind in _SCHEMAS:
+            table = table.select(_SCHEMAS[kind].names).cast(_SCHEMAS[kind])
+
+    if num_removed:
+        gone = pluralize(num_removed, "sample was", "samples were")
+        warn_removed(f"{kind} {path}: {gone} removed from the cache, and left out")
+    if not (len(samples) or can_be_empty):
+        got = "only removed ones; make a new one" if num_removed else f"others, not {caches[0].key(0)!r}"
+        raise DataError(f"{kind} {path}: expected samples of {name_caches(caches)}, got {got}")
+    return KeyTable(rows=samples, columns=table, about=about)
+
+
+@cache_calls
+def warn_removed(message: str) -> None:
+    """Log that a table names samples that were removed from a cache, once in a process."""
+    _log.warning(message)
+
+
+@contextmanager
+def reading_table(path: Path, kind: str) -> Iterator[None]:
+    """Raise errors of reading a keyed table as `PathError`, or as `CorruptError` if the file is not such a table."""
+    expected = f"expected {_HINTS.get(kind, 'a table with a column key')}"
+    if not path.is_file():
+        raise PathError(f"{kind} {path}: {expected}, got {'no file' if path.exists() else 'nothing'}")
+    with reading(path, expected):
+        yield
+
+
+def read_header(path: Path, kind: str) -> dict[str, Any]:
+    """Return the header of a table, empty for one of another tool; errors: `read`.
+
+    It has `index_digests` only if the table has the columns that they are for.
+    """
+    with reading_table(path, kind):
+        if path.suffix != ".parquet":
+            return {}
+        with open_table(path) as file:
+            schema = file.schema_arrow
+        required = ["key", *_SCHEMAS.get(kind, pa.schema([])).names]
+        if not set(required) <= set(schema.names):
+            raise ValueError(f"it has the columns {', '.join(schema.names)}, not {' and '.join(required)}")
+        about = read_metadata(path, schema)
+        if "row" not in schema.names or ("cache" not in schema.names and len(about.get("index_digests", ())) > 1):
+            about.pop("index_digests", None)
+        return about
+
+
+def load(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read all rows of a table or list of keys."""
+    if path.suffix == ".parquet":
+        return read_table(path, columns)
+    if path.suffix == ".npy":
+        return pa.table({"key": _read_uids(path)})
+    lines = read_file(path).decode(TEXT_ENCODING).split("\n")
+    keys = [key for line in lines if (key := line.removesuffix("\r"))]
+    return pa.table({"key": pa.array(keys, pa.string())})
+
+
+def _read_uids(path: Path) -> list[str]:
+    """Return the keys of a list of DataComp's uids, two unsigned integers each: 32 hexadecimal digits."""
+    uids = np.load(io.BytesIO(read_file(path)), allow_pickle=False)
+    if not isinstance(uids, np.ndarray) or uids.dtype != np.dtype("u8,u8") or uids.ndim != 1:
+        raise DataError(f"selection {path}: expected a list of uids, one row of dtype u8,u8, got other arrays")
+    digits = np.stack([uids["f0"], uids["f1"]], axis=1).astype(">u8").tobytes().hex()
+    return [digits[place : place + 32] for place in range(0, len(digits), 32)]
+
+
+def _find_rows(
+    path: Path, names: Sequence[str] | None, caches: Sequence[Cache], of_caches: Sequence[Sequence[int]]
+) -> tuple[Ints, pa.Table, int]:
+    """Find samples by their rows, block by block: samples, their rows of the table, and how many were removed.
+
+    `of_caches` has the numbers by which the table names each cache.
+    """
+    firsts = np.cumsum([0, *map(len, caches)])
+    readers = [RowReader(cache, SAMPLES, ["key"], kept_rows=0) for cache in caches]
+    samples, parts, num_removed = [], [], 0
+    for block in iterate_table(path, BLOCK, names):
+        number_B = block["cache"].to_numpy() if "cache" in block.column_names else np.zeros(len(block), np.int16)
+        for cache, first, numbers, keys in zip(caches, firsts.tolist(), of_caches, readers, strict=False):
+            part = block.filter(pa.array(np.isin(number_B, numbers)))
+            is_removed = np.isin(part["row"].to_numpy(), cache.removed)
+            num_removed += int(is_removed.sum())
+            part = part.filter(pa.array(~is_removed))
+            rows = part["row"].to_numpy()
+            is_inside = bool(((rows >= 0) & (rows < len(cache))).all())
+            if not is_inside or not keys.take(rows)["key"].cast(pa.string()).equals(part["key"].cast(pa.string())):
+                raise DataError(
+                    f"{path}: expected in each row the key of {cache.path}, got others; write it again, or without the "
+                    "column row"
+                )
+            samples.append(first + rows)
+            parts.append(part.drop_columns("key"))
+    return np.concatenate(samples), pa.concat_tables(parts), num_removed
+
+
+def _find_keys(
+    path: Path, table: pa.Table, caches: Sequence[Cache], kind: str, *, can_be_others: bool
+) -> tuple[Ints, pa.Table, int]:
+    """Find samples by their keys; as `_find_rows`."""
+    known = table["key"].cast(pa.large_string()).combine_chunks()
+    _check_repeated(path, kind, len(known) - len(pc.unique(known)))
+    samples, places = match_keys(caches, known)
+    num_removed = 0
+    if not can_be_others:
+        others = known.filter(pc.invert(pc.is_in(known, value_set=known.take(pa.array(places)))))
+        removed = [read_removed(cache.path, cache.info) for cache in caches if cache.info.is_partial]
+        unknown = [key for key in pc.unique(others).to_pylist() if not any(each.has(key) for each in removed if key)]
+        num_removed = len(pc.unique(others)) - len(unknown)
+        if unknown or not len(known):
+            shown = ", ".join(map(repr, unknown[:3])) or "no keys"
+            raise DataError(
+                f"{kind} {path}: expected keys of {name_caches(caches)}, such as {caches[0].key(0)!r}, got {shown}; "
+                f"{len(unknown):,} of {len(known):,} keys have no sample there"
+            )
+    return samples, table.take(pa.array(places)), num_removed
+
+
+def _check_repeated(path: Path, kind: str, num_repeated: int) -> None:
+    """Refuse several values of a sample; a list of keys may name one several times."""
+    if num_repeated and kind != "selection":
+        raise DataError(f"{kind} {path}: expected each key once, got {num_repeated:,} repeated")
