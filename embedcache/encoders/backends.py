@@ -21,7 +21,7 @@ from embedcache.devices import announce_device, autocast, torch_device
 from embedcache.encoders.base import Backend, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.image_features import native_features
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import ArtifactError, CorruptError, SettingError
+from embedcache.errors import ArtifactError, SettingError, one_line
 from embedcache.files import replacing, user_folder, write_atomic
 from embedcache.provenance import digest, digest_file
 from embedcache.registry import is_installed, require
@@ -149,19 +149,14 @@ class TorchGraph:
 
     def _halve_batch(self, num_rows: int) -> None:
         if num_rows == 1:
-            raise out_of_memory(self._device)
+            raise SettingError(
+                f"the memory of {self._device} is too small for one item; use precision bfloat16 or float16, a smaller "
+                "model or another device"
+            )
         self._max_rows = num_rows // 2
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         _log.warning("%s is out of memory at batch size %d; continuing with %d", self._device, num_rows, self._max_rows)
-
-
-def out_of_memory(device: torch.device) -> SettingError:
-    """Create the error for a device whose memory does not hold the forward pass of one item."""
-    return SettingError(
-        f"the memory of {device} is too small for one item; use precision bfloat16 or float16, a smaller model or "
-        "another device"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,13 +196,8 @@ class OnnxGraph:
         failures = runtime.capi.onnxruntime_pybind11_state
         try:
             self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except (
-            *(failures.InvalidProtobuf, failures.InvalidArgument, failures.Fail),
-            *(failures.InvalidGraph, failures.NoSuchFile),
-        ) as error:
-            raise CorruptError(f"cannot read {path} as ONNX; delete it and run the command again") from error
-        except failures.NotImplemented as error:
-            raise ArtifactError(f"onnxruntime lacks an operator of {path.name}") from error
+        except (failures.Fail, failures.InvalidGraph, failures.NotImplemented) as error:
+            raise ArtifactError(f"onnxruntime cannot run {path.name}: {one_line(error)}") from error
 
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
         """Compute the named outputs of one batch, by name, each with B rows."""
@@ -228,8 +218,7 @@ def build_graph(export: OnnxExport, settings: EncoderSettings, weights: str) -> 
         return OnnxGraph(_export_once(export, weights))
     except ArtifactError as error:
         if settings.backend == "onnxruntime":
-            next_step = "" if isinstance(error, CorruptError) else "; use backend torch"
-            raise type(error)(f"{error}{next_step}") from error
+            raise ArtifactError(f"{error}; use backend torch") from error
         _log.warning("running on torch: %s", error)
         return TorchGraph(export.module, settings)
 

@@ -19,7 +19,7 @@ from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.image_features import requested_layers, untie_last_state
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import Tokenizer, build_text_encoder, num_positions, open_tokenizer
+from embedcache.encoders.text import Tokenizer, build_text_encoder, open_tokenizer
 from embedcache.encoders.text_features import POOLING, Dense, SentenceFeatures
 from embedcache.encoders.weights import (
     USE_LOCAL_FOLDER,
@@ -107,7 +107,8 @@ def _open_without_library(
     transformer, weights = load_transformer(modules)
     tokenizer = open_tokenizer(
         modules.tokenizer,
-        max_tokens=spec.int_option("max_tokens") or _published_limit(modules, transformer),
+        max_tokens=spec.int_option("max_tokens"),
+        published=modules.config.get("max_seq_length"),
         model=transformer,
         prefix=prompt,
         is_lower=bool(modules.config.get("do_lower_case", False)),
@@ -167,13 +168,6 @@ def _find_prompt(spec: EncoderSpec, folder: Path) -> str:
         )
     name = name or config.get("default_prompt_name")
     return str(prompts.get(name) or "") if name else ""
-
-
-def _published_limit(modules: "SentenceModules", transformer: torch.nn.Module) -> int | None:
-    published, positions = modules.config.get("max_seq_length"), num_positions(transformer)
-    if published is None:
-        return None
-    return int(published) if positions is None else min(int(published), positions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -201,16 +201,23 @@ class Tokenizer:
 
 
 def open_tokenizer(
-    folder: Path, *, max_tokens: int | None, model: torch.nn.Module, prefix: str = "", is_lower: bool = False
+    folder: Path,
+    *,
+    max_tokens: int | None,
+    model: torch.nn.Module,
+    published: int | None = None,
+    prefix: str = "",
+    is_lower: bool = False,
 ) -> Tokenizer:
     """Open the transformers tokenizer in a model folder, safe to call from many threads.
 
-    `max_tokens` defaults to the smaller of the tokenizer's and the model's limits; see `Tokenizer` for the rest.
+    `max_tokens` defaults to the smaller of the model's limit and the published one, which is the tokenizer's if None.
+    See `Tokenizer` for the rest.
     """
     from transformers import AutoTokenizer
 
     tokenizer = load_part(AutoTokenizer, folder, "tokenizer", "add the model's tokenizer files")
-    limit = _input_limit(max_tokens, tokenizer, model, folder)
+    limit = _input_limit(max_tokens, published or tokenizer.model_max_length, model, folder)
     encode, state = _encode_slowly(tokenizer, limit), None
     if tokenizer.is_fast:
         # Truncation is state of the tokenizer, so it is set once here and never from a thread.
@@ -230,7 +237,7 @@ def open_tokenizer(
     )
 
 
-def num_positions(model: torch.nn.Module) -> int | None:
+def _num_positions(model: torch.nn.Module) -> int | None:
     """Return the number of tokens that a model's position table has room for; None if it has no table."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
@@ -255,15 +262,15 @@ def _encode_on_threads(backend: Any) -> Callable[[list[str]], list[list[int]]]:
     return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts)]
 
 
-def _input_limit(requested: int | None, tokenizer: Any, model: torch.nn.Module, folder: Path) -> int:
-    positions = num_positions(model)
+def _input_limit(requested: int | None, published: int | None, model: torch.nn.Module, folder: Path) -> int:
+    positions = _num_positions(model)
     if requested is not None:
         if positions is not None and requested > positions:
             raise SettingError(
                 f"max_tokens: expected at most {positions}, the limit of the model in {folder}, got {requested}"
             )
         return requested
-    limits = [limit for limit in (tokenizer.model_max_length, positions) if limit and limit < _NO_LIMIT]
+    limits = [limit for limit in (published, positions) if limit and limit < _NO_LIMIT]
     if not limits:
         raise SettingError(f"the model in {folder} states no maximum text length; add an option such as max_tokens=512")
     return int(min(limits))

@@ -196,7 +196,9 @@ def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSetting
         config = getattr(config, "audio_config", config)
     loader = transformers.ClapAudioModelWithProjection if is_clap else transformers.AutoModel
     model, weights = load_pretrained(loader, folder.path, config)
-    extractor = _feature_extractor(folder.path)
+    extractor = load_part(
+        transformers.AutoFeatureExtractor, folder.path, "feature extractor", "add preprocessor_config.json"
+    )
     fingerprint = replace(
         _fingerprint(spec, folder, weights),
         preprocessing={
@@ -209,12 +211,6 @@ def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSetting
     )
     open_model = _open_clap if is_clap else _open_speech
     return open_model(model, extractor, fingerprint, settings)
-
-
-def _feature_extractor(folder: Path) -> Any:
-    from transformers import AutoFeatureExtractor
-
-    return load_part(AutoFeatureExtractor, folder, "feature extractor", "add preprocessor_config.json")
 
 
 def _open_speech(model: Any, extractor: Any, fingerprint: Fingerprint, settings: EncoderSettings) -> AudioEncoder:

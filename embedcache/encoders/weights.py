@@ -45,20 +45,18 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     check_weights_file(path)
     if not os.access(path, os.R_OK):  # safetensors would report that the file does not exist
         raise PathError(f"cannot read {path}: permission denied; change its permissions")
+    next_step = "save the model's state_dict(), or download the file again"
     try:
-        if path.suffix == ".safetensors":
-            tensors: dict[str, torch.Tensor] = load_file(path)
-            return tensors
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own message advises to execute the file
-        raise CorruptError(f"{path} does not hold a plain state dict; save the model's state_dict()") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise CorruptError(f"cannot read {path} as weights: {first_line}; download the file again") from error
+        is_torch = path.suffix != ".safetensors"
+        state = torch.load(path, map_location="cpu", weights_only=True) if is_torch else load_file(path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        # Not the reason that torch gives: it advises to execute the file.
+        raise CorruptError(f"cannot read {path} as weights; {next_step}") from error
+
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CorruptError(f"{path} does not hold a state dict; save the model's state_dict()")
+        raise CorruptError(f"expected a state dict in {path}; {next_step}")
     return {str(name): value for name, value in state.items()}
 
 
