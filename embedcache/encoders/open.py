@@ -9,19 +9,19 @@ with a space at an end, is a JSON string: `prompt="query, short: "`.
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from embedcache.devices import AUTO, Precision, torch_device
 from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import ArtifactError, EmbedcacheError, PathError, SettingError, UnknownNameError, one_line
+from embedcache.errors import ArtifactError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.files import expand_home
 from embedcache.modalities import noun
 from embedcache.provenance import check_same
-from embedcache.registry import Registry, has_trust, missing_plugin_hint, names_from, unknown_name
+from embedcache.registry import Registry, has_trust, names_from, unknown_name
 
 ENCODERS = Registry(
     "encoder family",
@@ -80,9 +80,9 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
     if (reason := why_no_encoder(spec, modality)) is not None:
         raise SettingError(reason)
     settings = _without_auto(settings or EncoderSettings())
-    open_family = _load_opener(spec)
+    open_family = ENCODERS.load(spec.family)
     try:
-        encoder = open_family(spec, modality=modality, settings=settings)
+        encoder: Encoder = open_family(spec, modality=modality, settings=settings)
     except EmbedcacheError:
         raise
     except Exception as error:
@@ -110,7 +110,7 @@ def check_spec(spec: str) -> None:
     if parsed.family in (IMPORTED, DERIVED):
         return
     for part in filter(None, (parsed, parsed.inner)):
-        _load_opener(part)
+        ENCODERS.load(part.family)
         named = [expand_home(part.model)] if part.is_path and part.family in ENCODERS.paths else []
         for path in [*named, *filter(None, [part.weights])]:
             if not path.exists():
@@ -335,14 +335,3 @@ def _unquoted(value: str) -> str:
         return str(json.loads(value, strict=False))
     except ValueError:
         return ""
-
-
-def _load_opener(spec: EncoderSpec) -> Callable[..., Encoder]:
-    try:
-        return cast(Callable[..., Encoder], ENCODERS.load(spec.family))
-    except UnknownNameError as error:
-        family = spec.family.partition(":")[0]
-        cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
-        next_step = missing_plugin_hint(family) or "write a plug-in's encoder as module:attribute"
-        hint = f"{next_step}{cause}"
-        raise unknown_name("encoder family", family, ENCODERS.names, hint=hint) from error
