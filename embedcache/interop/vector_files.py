@@ -16,7 +16,6 @@ from embedcache.errors import DataError, ItemError, SettingError, SourceError
 from embedcache.files import is_url
 from embedcache.modalities import MODALITIES
 from embedcache.sources.base import FileItem, Sample, TextItem
-from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file, resolve_item
 from embedcache.sources.open import IMPORTED_SOURCE
 from embedcache.sources.settings import SourceSettings
@@ -25,9 +24,7 @@ from embedcache.sources.table_files import (
     TableColumns,
     assign_columns,
     open_table_file,
-    read_interval,
-    read_key,
-    read_texts,
+    read_sample,
 )
 
 _DTYPES = {"float16": "float16", "float32": "float32", "float64": "float32"}
@@ -236,9 +233,10 @@ class ImportedSamples:
         return ImportedSource(str(self._vectors.path), SourceSettings()).read(item)
 
     def _numbered_samples(self, group: FileGroup, first: int) -> Iterator[Sample]:
-        items = dict.fromkeys(self._in_files, FileItem(path=""))
+        files = {modality: (FileItem(path=""),) for modality in self._in_files}
+        images = files.pop("image", ())
         for number in range(first, first + group.num_rows):
-            yield _sample_of(items, key=_KEY_FORMAT.format(number))
+            yield Sample(key=_KEY_FORMAT.format(number), images=images, files=files)
 
     def _table_samples(self, group: FileGroup, first: int) -> Iterator[Sample]:
         assert group.table is not None
@@ -278,40 +276,26 @@ class ImportedSamples:
         return "" if folder == "." else folder
 
     def _sample(self, columns: TableColumns, row: Row, number: int, location: str, folder: str) -> Sample:
-        texts = read_texts(columns, row, location)
-        if "text" in self._modalities:
-            if len(texts) > 1:
-                raise SourceError(
-                    f"{location}: expected one caption per text vector, got {len(texts)}; name the caption column "
-                    "with --caption-column"
-                )
-            texts = texts or (TextItem(text=""),)
-        interval = read_interval(columns, row, location)
-        items = {modality: _item(columns, row, modality, interval, folder) for modality in self._in_files}
-        return _sample_of(
-            items,
-            key=read_key(columns, row, location) or _KEY_FORMAT.format(number),
-            texts=texts,
-            columns=to_scalar_columns({name: row.get(name) for name in columns.others}),
-        )
+        items = {modality: (_item_path(columns, row, modality, folder), 0) for modality in self._in_files}
+        sample = read_sample(columns, row, location, key=_KEY_FORMAT.format(number), items=items)
+        if "text" not in self._modalities:
+            return sample
+        if len(sample.texts) > 1:
+            raise SourceError(
+                f"{location}: expected one caption per text vector, got {len(sample.texts)}; name the caption column "
+                "with --caption-column"
+            )
+        return sample if sample.texts else replace(sample, texts=(TextItem(text=""),))
 
 
-def _item(
-    columns: TableColumns, row: Row, modality: str, interval: tuple[float | None, float | None], folder: str
-) -> FileItem:
-    """Return the item of a row: the file that a cell names, if one does, in a folder if its path is relative."""
+def _item_path(columns: TableColumns, row: Row, modality: str, folder: str) -> str:
+    """Return the path of the file that a row names, if one does, in a folder if it is relative."""
     column = columns.items.get(modality)
     cell = None if column is None or column in columns.embedded else row.get(column)
-    start_s, stop_s = interval if MODALITIES[modality].has_interval else (None, None)
     path = cell if isinstance(cell, str) else ""
     if folder and path and not path.startswith("/") and not is_url(path):
         path = os.path.normpath(f"{folder}/{path}")
-    return FileItem(path=path, start_s=start_s, stop_s=stop_s)
-
-
-def _sample_of(items: Mapping[str, FileItem], **values: Any) -> Sample:
-    files = {modality: (item,) for modality, item in items.items()}
-    return Sample(images=files.pop("image", ()), files=files, **values)
+    return path
 
 
 class ImportedSource:

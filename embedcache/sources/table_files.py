@@ -352,21 +352,21 @@ def read_sample(
         key: key of the sample if there is no key column.
         items: modality -> path and offset of its item.
     """
-    start_s, stop_s = read_interval(columns, row, place)
+    start_s, stop_s = _read_interval(columns, row, place)
     files = {}
     for modality, (path, offset) in items.items():
         interval = (start_s, stop_s) if MODALITIES[modality].has_interval else (None, None)
         files[modality] = (FileItem(path=path, offset=offset, start_s=interval[0], stop_s=interval[1]),)
     return Sample(
-        key=read_key(columns, row, place) or key,
+        key=_read_key(columns, row, place) or key,
         images=files.pop("image", ()),
-        texts=read_texts(columns, row, place),
+        texts=_read_texts(columns, row, place),
         columns=to_scalar_columns({name: row.get(name) for name in columns.others}),
         files=files,
     )
 
 
-def read_interval(columns: TableColumns, row: Row, location: str) -> tuple[float | None, float | None]:
+def _read_interval(columns: TableColumns, row: Row, location: str) -> tuple[float | None, float | None]:
     """Return the start and the end of a row's recording or video; the error for other cells starts with `location`."""
     if columns.interval == (None, None):
         return None, None
@@ -389,7 +389,7 @@ def _seconds(value: Any, location: str) -> float:
     return seconds
 
 
-def read_key(columns: TableColumns, row: Row, location: str) -> str | None:
+def _read_key(columns: TableColumns, row: Row, location: str) -> str | None:
     """Return the key of a row, or None without a key column. The error for an empty cell starts with `location`."""
     if columns.key is None:
         return None
@@ -399,7 +399,7 @@ def read_key(columns: TableColumns, row: Row, location: str) -> str | None:
     return str(key)
 
 
-def read_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem, ...]:
+def _read_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem, ...]:
     """Return the captions of a row, with the language in its language column, if any.
 
     With several caption columns, blank cells are dropped unless all are blank: a row of a CSV file may have fewer
