@@ -29,10 +29,6 @@ _SECONDS_BETWEEN_REPORTS = 0.2
 _IS_CLOSED: ContextVar[threading.Event | None] = ContextVar("is_closed", default=None)
 
 
-class WorkerError(RuntimeError):
-    """Any error of a worker process but that of a user, with its traceback."""
-
-
 @cache
 def num_cores() -> int:
     """Return the number of cores this process may use: its CPU affinity, limited by a container's CPU quota."""
@@ -187,7 +183,7 @@ def _collect(parts: Mapping[Connection, Progress]) -> tuple[list[Any], int]:
             if kind == "error":
                 raise content[0]
             if kind == "bug":
-                raise WorkerError(f"a worker process failed:\n{content[0]}")
+                raise RuntimeError(f"a worker process failed:\n{content[0]}")
             if kind in ("result", "died"):
                 pipes.remove(pipe)
                 parts[pipe].finish()
