@@ -37,16 +37,15 @@ class Trust:
     """What the user of a process lets it import besides built-in and installed plug-ins.
 
     Args:
-        given: names `module:attribute` that the user gave, each after its kind, such as `source my_sources:Zip`.
+        accepted: names `module:attribute` that the user gave, each after its kind, such as `source my_sources:Zip`, and
+            packages whose modules any file may name, see `trust_package`.
         read: names that settings were filled with from a file -> the file, see `mark_as_read`.
-        packages: packages whose modules any file may name, see `trust_package`.
         folders: folders in which plug-ins that the user gives or trusts are found, besides those of `sys.path`.
         all_files: whether any file may name any code. Only `current_trust` sets it: `trust_files` holds for one thread.
     """
 
-    given: set[str] = field(default_factory=set)
+    accepted: set[str] = field(default_factory=set)
     read: dict[str, str] = field(default_factory=dict)
-    packages: set[str] = field(default_factory=set)
     folders: list[str] = field(default_factory=list)
     all_files: bool = False
 
@@ -74,7 +73,7 @@ def has_trust() -> bool:
 
 def trust_package(package: str) -> None:
     """Allow files to name what is in the modules of a package: for pipelines that write such files."""
-    _TRUST.packages.add(package)
+    _TRUST.accepted.add(package)
 
 
 def search_plugins_in(folder: str) -> None:
@@ -109,9 +108,8 @@ def current_trust() -> Trust:
 
 def adopt_trust(trust: Trust) -> None:
     """Import what the process that started this one may import."""
-    _TRUST.given.update(trust.given)
+    _TRUST.accepted.update(trust.accepted)
     _TRUST.read.update(trust.read)
-    _TRUST.packages.update(trust.packages)
     _TRUST.folders[:] = trust.folders
     _TRUSTS_FILES.set(trust.all_files)
 
@@ -182,15 +180,15 @@ class Registry:
 
     def accept(self, name: str) -> None:
         """Count a name among those that the user has given to this process, which files may name too."""
-        _TRUST.given.add(f"{self.kind} {name}")
+        _TRUST.accepted.add(f"{self.kind} {name}")
 
     def _is_trusted(self, name: str) -> bool:
         """Return whether a `module:attribute` may be imported, as the top of this module says."""
         if _naming_file(name) is None:
             self.accept(name)
         is_installed = name in self.paths.values() or name in self._declared().values()
-        is_given = f"{self.kind} {name}" in _TRUST.given or _package_of(name) in _TRUST.packages
-        return is_installed or is_given or has_trust()
+        is_accepted = not _TRUST.accepted.isdisjoint((f"{self.kind} {name}", _package_of(name)))
+        return is_installed or is_accepted or has_trust()
 
     def _untrusted(self, name: str) -> EmbedcacheError:
         package = _package_of(self.path(name))
