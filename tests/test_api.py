@@ -263,7 +263,7 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     cache, model = embedcache.Cache(f"{folder}/cache"), embedcache.load(f"{folder}/run")
     assert embedcache.verify_cache(cache).is_sound
     assert embedcache.plan_extraction(photos, cache, image_encoder=IMAGE).num_bytes == 0
-    assert embedcache.retry_failed(photos, cache, image_encoder=IMAGE)[0].num_tried == 0
+    assert embedcache.retry_failed(photos, cache, image_encoder=IMAGE)[0].computed == 0
     assert model.width == 16
     assert model.config.training["optimizer"]["epochs"] == 2
     report = embedcache.evaluate_retrieval(cache, model, language=None)
@@ -406,7 +406,7 @@ def test_iterators_and_arrays_name_several(
         (found,) = embedcache.compare_retrieval(exact_cache, runs, check_overlap=False).values()
         assert found.recalls == expected.recalls
     (report,) = embedcache.extract_features(image_folder, tmp_path / "cache", text_encoder=iter([TEXT]))
-    assert report.encoded
+    assert report.computed
 
 
 def test_package_is_typed() -> None:

@@ -200,7 +200,7 @@ def test_auto_uses_the_gpu(specs: dict[Modality, str], image_folder: Path, tmp_p
             text_encoder=[specs["text"]],
             settings=ExtractSettings(chunk_size=64),
         )
-    assert not any(report.encoded for report in reports)
+    assert not any(report.computed for report in reports)
     cache = Cache(tmp_path / "cache")
     fingerprints = [cache.feature(modality).fingerprint for modality in ("image", "text")]
     assert {fingerprint["backend"] for fingerprint in fingerprints} == {"torch"}

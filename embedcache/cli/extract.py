@@ -130,7 +130,7 @@ def _extract(source: "Source", cache: str, encoders: Mapping[str, Any], settings
 
     reports = extract_features(source, cache, **encoders, settings=settings, progress=open_progress())
     lines = [*(report.line() for report in reports), *caption_error_lines(Cache(cache))]
-    if not any(report.encoded for report in reports):
+    if not any(report.computed for report in reports):
         lines.append("nothing to do: every chunk is committed")
     return reports, lambda: print_lines(lines)
 

@@ -1,4 +1,4 @@
-"""Computing derived features: the inputs of a chunk, what a rule returns for them, and the chunks that are missing.
+"""Computing derived features: the inputs of a chunk, and what a rule returns for them.
 
 Inputs are features of the same items, or of other items of the same samples.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save_file
@@ -15,23 +15,18 @@ from safetensors.numpy import load, save_file
 from embedcache.arrays import Array, Bools, Ints, distinct
 from embedcache.dataset.splits import read_split, require_split
 from embedcache.derive.rules import Block, Rule, to_items
-from embedcache.encoders.base import ItemShape
 from embedcache.encoders.open import DERIVED, EncoderSpec
 from embedcache.errors import DataError, ItemError, SettingError, UnfinishedError
 from embedcache.files import find_files, read_file, replacing
-from embedcache.locks import Leases, locked
-from embedcache.modalities import noun
-from embedcache.progress import Progress
+from embedcache.locks import locked
 from embedcache.provenance import digest, digest_file
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group, open_group
 from embedcache.store.layout import checked_fit_path, encoder_path, fit_path
-from embedcache.store.writer import cast_item, commit_chunk
-
-OutputSpec: TypeAlias = tuple[ItemShape, str]
-"""Shape of one item and dtype on disk."""
+from embedcache.store.producer import ChunkFeatures, Output, Verb
+from embedcache.store.writer import cast_item
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -204,130 +199,79 @@ def _read_commit(feature: Feature, chunk: int) -> Commit:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpenDerivation:
-    """A derivation with its open inputs and its folder in the cache.
+    """A derivation with its open inputs: the producer of derived features.
 
     Args:
-        group: its folder in the cache.
+        name: name of its folder in the cache.
         fingerprint: everything that decides what is computed now, to compare with that of the folder.
         reader: reads the inputs of a chunk.
         parameters: parameters of the rule with its fitted arrays.
-        outputs: output -> item shape and dtype.
     """
 
-    group: EncoderGroup
+    name: str
     fingerprint: Mapping[str, Any]
     rule: Rule
     reader: ChunkReader
     parameters: Mapping[str, Any]
-    outputs: Mapping[str, OutputSpec]
+    outputs: Mapping[str, Output]
+    verb: Verb = "derived"
 
-    def check_unchanged(self) -> None:
-        """Check that what is computed now is what the folder holds, or raise a `FingerprintError`."""
-        self.group.check_same(self.fingerprint)
-
-    def run(self, chunks: Sequence[int], progress: Progress) -> list[int]:
-        """Compute what chunks lack, first those that no other process works on; return those computed here."""
-        missing = [chunk for chunk in chunks if self._missing(chunk)]
-        if not missing:
-            return []
-        leases, computed = Leases(self.group.path / "chunks"), set[int]()
-        num_items = self.group.info.count_items(self.group.modality, missing)
-        progress.start(f"deriving {self.group.name}", num_items, noun(self.group.modality))
-        for is_last_pass in (False, True):
-            for chunk in missing:
-                if chunk in computed or (is_last_pass and not self._missing(chunk)):
-                    continue
-                if not leases.acquire(chunk, wait=is_last_pass):
-                    continue
-                try:
-                    if self._compute_chunk(chunk):
-                        computed.add(chunk)
-                        progress.advance(self.group.info.count_items(self.group.modality, [chunk]))
-                finally:
-                    leases.release(chunk)
-        progress.finish()
-        return sorted(computed)
-
-    def compute(self, rows: Rows, features: Sequence[str]) -> dict[str, list[Array | ItemError]]:
-        """Compute features of the items that have all inputs, one array or error per item, in the dtype on disk."""
-        outputs = {name: self.outputs[name] for name in features}
-        return apply_rule(self.rule, self.reader, rows, self.parameters, outputs, self.group.name)
-
-    def _missing(self, chunk: int) -> dict[str, bool]:
-        """Return the outputs that a chunk lacks -> whether rows that failed are written again."""
-        commit = self.group.commit(chunk)
-        missing = {name: False for name in self.outputs if not self.group.has(commit, name)}
-        if commit is None or not any(any(reasons) for reasons in commit.failures.values()):
-            return missing
-        now_valid = set(self.reader.open_chunk(chunk).valid.tolist())
-        for name in self.outputs:
-            reasons = enumerate(commit.failures.get(name, ()))
-            if any(reason and row in now_valid and not self._is_own(reason) for row, reason in reasons):
-                missing[name] = True
-        return missing
-
-    def _is_own(self, reason: str) -> bool:
-        """Return whether the rule gave a reason, which then stays; that of an input may have been repaired."""
-        return reason.endswith(self._own_suffix)
-
-    @property
-    def _own_suffix(self) -> str:
-        """End of the reasons that the rule gave, unlike those of its inputs."""
-        return f" (from {self.group.name})"
-
-    def _compute_chunk(self, chunk: int) -> bool:
-        """Compute and commit a chunk, unless another process did; return whether it was computed."""
-        missing = self._missing(chunk)
-        if not missing:
-            return False
-        rows = self.reader.open_chunk(chunk)
-        computed = self.compute(rows, list(missing))
+    def compute(self, rows: slice) -> ChunkFeatures:
+        """Compute the outputs of the items of a chunk; one that lacks an input has none, for the same reason."""
+        inputs = self.reader.open_rows(np.arange(rows.start, rows.stop))
         items: dict[str, list[Array | None]] = {}
         failures: dict[str, list[str | None]] = {}
-        for name, values in computed.items():
-            items[name], failures[name] = [None] * len(rows.reasons), list(rows.reasons)
-            for row, value in zip(rows.valid.tolist(), values, strict=True):
+        for name, values in self.apply(inputs).items():
+            items[name] = [None] * len(inputs.reasons)
+            failures[name] = list(inputs.reasons)
+            for row, value in zip(inputs.valid.tolist(), values, strict=True):
                 if isinstance(value, ItemError):
                     failures[name][row] = f"{value}{self._own_suffix}"
                 else:
                     items[name][row] = value
-        is_retried = any(missing.values())
-        commit_chunk(self.group, chunk, items, rows.hashes, failures, overwrite_failed=is_retried)
-        return True
+        return ChunkFeatures(items, inputs.hashes, failures)
 
+    def retries(self, commit: Commit) -> bool:
+        """Return whether an item without a value has all inputs now: one may have been repaired since."""
+        if not any(any(reasons) for reasons in commit.failures.values()):
+            return False
+        has_inputs = set(self.reader.open_chunk(commit.chunk).valid.tolist())
+        return any(
+            reason and row in has_inputs and not reason.endswith(self._own_suffix)
+            for name in self.outputs
+            for row, reason in enumerate(commit.failures.get(name, ()))
+        )
 
-def apply_rule(
-    rule: Rule,
-    reader: ChunkReader,
-    rows: Rows,
-    parameters: Mapping[str, Any],
-    outputs: Mapping[str, OutputSpec],
-    group_name: str,
-) -> dict[str, list[Array | ItemError]]:
-    """Apply a rule to the items that have all inputs: output -> one array or error per item, in the dtype on disk.
+    @property
+    def _own_suffix(self) -> str:
+        """End of the reasons that the rule gave, which stay, unlike those of its inputs."""
+        return f" (from {self.name})"
 
-    Raises:
-        SettingError: the rule does not return an output.
-        DataError: an output has another number of items or another shape, or a value does not fit the dtype.
-    """
-    num_items = len(rows.valid)
-    if not num_items:
-        return {name: [] for name in outputs}
-    returned = rule.apply(reader.blocks(rows), parameters)
-    if not isinstance(returned, Mapping):
-        raise SettingError(f"the rule {rule.name!r}: expected output -> values, got {type(returned).__name__}")
-    values: dict[str, list[Array | ItemError]] = {}
-    for name, (shape, dtype) in outputs.items():
-        if name not in returned:
-            raise SettingError(
-                f"the rule {rule.name!r} returned {', '.join(returned) or 'nothing'}, but no output {name!r}"
-            )
-        full_name = f"{group_name}/{name}"
-        values[name] = [
-            item if isinstance(item, ItemError) else cast_item(item, shape, dtype, full_name)
-            for item in to_items(full_name, returned[name], num_items)
-        ]
-    return values
+    def apply(self, rows: Rows) -> dict[str, list[Array | ItemError]]:
+        """Apply the rule to the items that have all inputs: output -> one array or error per item, as it is stored.
+
+        Raises:
+            SettingError: the rule does not return an output.
+            DataError: an output has another number of items or another shape, or a value does not fit the dtype.
+        """
+        num_items = len(rows.valid)
+        if not num_items:
+            return {name: [] for name in self.outputs}
+        returned = self.rule.apply(self.reader.blocks(rows), self.parameters)
+        if not isinstance(returned, Mapping):
+            raise SettingError(f"the rule {self.rule.name!r}: expected output -> values, got {type(returned).__name__}")
+        values: dict[str, list[Array | ItemError]] = {}
+        for name, output in self.outputs.items():
+            if name not in returned:
+                raise SettingError(
+                    f"the rule {self.rule.name!r} returned {', '.join(returned) or 'nothing'}, but no output {name!r}"
+                )
+            full_name = f"{self.name}/{name}"
+            values[name] = [
+                item if isinstance(item, ItemError) else cast_item(item, output.shape, output.dtype, full_name)
+                for item in to_items(full_name, returned[name], num_items)
+            ]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,13 +323,7 @@ def _input_record(modality: str, name: str, fingerprint: Mapping[str, Any]) -> d
 
 
 def prepare_group(
-    cache: Cache,
-    name: str,
-    rule: Rule,
-    reader: ChunkReader,
-    fingerprint: Mapping[str, Any],
-    *,
-    split_path: Path | None,
+    cache: Cache, opened: OpenDerivation, *, split_path: Path | None
 ) -> tuple[EncoderGroup, dict[str, Array]]:
     """Create the folder of derived features, or open it; fit the rule, unless the folder holds what it was fitted to.
 
@@ -398,19 +336,24 @@ def prepare_group(
         FingerprintError: the folder holds features of other inputs, parameters, code or training part.
         CorruptError: the fitted arrays are missing or have changed.
     """
+    rule = opened.rule
+    reader = opened.reader
+    name = opened.name
     path = encoder_path(cache.path, reader.modality, name)
     stored = _open_stored(cache, reader.modality, name)
     if stored is not None and not stored.is_derived:
         raise SettingError(f"name: {path} holds the features of the encoder {stored.spec}; choose another name")
     create = partial(create_group, cache.path, reader.modality, name, cache.info, spec=_spec(rule))
+
     if rule.fit is None:
         if split_path is not None:
             raise SettingError(f"fit_split: the rule {rule.name!r} is not fitted; omit --fit-split")
-        return create(fingerprint=fingerprint), {}
+        return create(fingerprint=opened.fingerprint), {}
+
     if split_path is not None:
         require_split(split_path)
     part = {"part": "all"} if split_path is None else {"part": "train", "split": digest_file(split_path)}
-    fingerprint = {**fingerprint, "fit": part}
+    fingerprint = {**opened.fingerprint, "fit": part}
     with locked(path):  # so that one process fits the rule for all
         stored = _open_stored(cache, reader.modality, name)
         if stored is not None and _is_started(stored, fingerprint):

@@ -5,19 +5,16 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from embedcache.arrays import Array, Ints
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN
 from embedcache.derive.compute import (
     ChunkReader,
     DerivedView,
     OpenDerivation,
-    OutputSpec,
-    apply_rule,
     prepare_group,
     read_fit,
     request_fingerprint,
@@ -26,19 +23,20 @@ from embedcache.derive.rules import Rule, RuleFunction, open_rule
 from embedcache.derive.runs import RunRequest, open_run, reopen_run
 from embedcache.derive.settings import DTYPES, DeriveSettings
 from embedcache.devices import AUTO
+from embedcache.encoders.base import ItemShape
 from embedcache.encoders.open import RUN, EncoderSpec
-from embedcache.errors import ItemError, SettingError, UnknownNameError, pluralize
+from embedcache.errors import SettingError, UnknownNameError
 from embedcache.files import AnyPath, remove_partials
-from embedcache.modalities import count_items
-from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import names_from
 from embedcache.store.cache import Cache
-from embedcache.store.commits import describe_failures
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
-from embedcache.store.verify import Finding
-from embedcache.store.writer import add_feature, withdraw
+from embedcache.store.producer import FillReport, Output, fill
+
+OutputSpec: TypeAlias = tuple[ItemShape, str]
+"""Shape of one item and dtype on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,33 +106,7 @@ def _is_output(value: Any) -> bool:
     return isinstance(shape, tuple | list) and len(shape) in (1, 2) and all(type(size) is int for size in shape)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeriveReport:
-    """Result of a derivation.
-
-    Args:
-        features: names of the outputs.
-        derived: number of items in the chunks that were computed now.
-        reused: number of items in the chunks that existed before.
-        failures: kind of failure -> number of items, over the whole cache; that of removed items is `removed`.
-    """
-
-    modality: str
-    name: str
-    features: Sequence[str]
-    derived: int
-    reused: int
-    failures: Mapping[str, int]
-
-    def line(self) -> str:
-        """Return a summary in one line."""
-        return (
-            f"{self.name} ({', '.join(self.features)}): derived {count_items(self.derived, self.modality)}, "
-            f"reused {self.reused:,}, {describe_failures(self.failures)}"
-        )
-
-
-def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = None) -> DeriveReport:
+def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = None) -> FillReport:
     """Compute features from other features of a cache, and store them beside these.
 
     Committed chunks are not computed again, so an interrupted derivation resumes where it stopped, several processes
@@ -157,31 +129,25 @@ def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = No
     rule = open_rule(derivation.rule)
     inputs = [_open_input(cache, derivation, modality, name) for modality, name in derivation.inputs]
     parameters = rule.check_parameters(derivation.parameters)
-    outputs = _choose_outputs(derivation, rule, inputs, parameters)
     reader = ChunkReader(cache, inputs)
-    reader.require_complete()
-    if rule.fit is None:  # before anything is written
-        first = reader.open_first()
-        apply_rule(rule, reader, first, parameters, outputs, derivation.folder)
     weights = derivation.model_digest or rule.weights
-    fingerprint = request_fingerprint(rule, inputs, parameters, weights=weights, view=derivation.view)
-    group, fitted = prepare_group(cache, derivation.folder, rule, reader, fingerprint, split_path=derivation.fit_split)
-    for name, (shape, dtype) in outputs.items():
-        axis = _choose_axis(derivation, rule, name, inputs) if len(shape) > 1 else None
-        add_feature(group, name, shape, dtype, axis=axis)
     opened = OpenDerivation(
-        group=group,
-        fingerprint=group.fingerprint,
+        name=derivation.folder,
+        fingerprint=request_fingerprint(rule, inputs, parameters, weights=weights, view=derivation.view),
         rule=rule,
         reader=reader,
-        parameters={**parameters, **fitted},
-        outputs=outputs,
+        parameters=parameters,
+        outputs=_choose_outputs(derivation, rule, inputs, parameters),
     )
+    reader.require_complete()
+    if rule.fit is None:  # before anything is written
+        opened.apply(reader.open_first())
+
+    group, fitted = prepare_group(cache, opened, split_path=derivation.fit_split)
+    opened = replace(opened, parameters={**parameters, **fitted})
     with record_stage(new_record_path(cache.path, "derive"), "derive", group.fingerprint) as outcome:
-        chunks = opened.run(range(cache.info.num_chunks(group.modality)), progress)
-        group.compact()
-        report = _count_items(group, list(outputs), chunks)
-        if report.derived:
+        report = fill(group, opened, progress=progress)
+        if report.computed:
             outcome["features"] = vars(report)
     return report
 
@@ -195,36 +161,28 @@ def _open_input(cache: Cache, derivation: Derivation, modality: str, name: str) 
 
 def _choose_outputs(
     derivation: Derivation, rule: Rule, inputs: Sequence[Feature], parameters: Mapping[str, Any]
-) -> dict[str, OutputSpec]:
-    if rule.outputs is None:
-        if not derivation.outputs:
-            raise SettingError(
-                f"outputs: the rule {rule.name!r} is a function, which does not say what it returns; expected "
-                'shapes and dtypes such as {"label": ((1,), "int16")}, or a Rule instead of a function'
-            )
-        return dict(derivation.outputs)
-    shapes = rule.outputs([feature.item_shape for feature in inputs], parameters)
-    if derivation.outputs:
-        raise SettingError(f"outputs: the rule {rule.name!r} has the outputs {', '.join(shapes)}; omit them")
-    return {name: (tuple(shape), derivation.dtype) for name, shape in shapes.items()}
+) -> dict[str, Output]:
+    if rule.outputs is None and not derivation.outputs:
+        raise SettingError(
+            f"outputs: the rule {rule.name!r} is a function, which does not say what it returns; expected "
+            'shapes and dtypes such as {"label": ((1,), "int16")}, or a Rule instead of a function'
+        )
+    outputs = dict(derivation.outputs)
+    if rule.outputs is not None:
+        shapes = rule.outputs([feature.item_shape for feature in inputs], parameters)
+        if derivation.outputs:
+            raise SettingError(f"outputs: the rule {rule.name!r} has the outputs {', '.join(shapes)}; omit them")
+        outputs = {name: (tuple(shape), derivation.dtype) for name, shape in shapes.items()}
+    return {
+        name: Output(shape, dtype, _choose_axis(derivation, rule, name, inputs) if len(shape) > 1 else None)
+        for name, (shape, dtype) in outputs.items()
+    }
 
 
 def _choose_axis(derivation: Derivation, rule: Rule, output: str, inputs: Sequence[Feature]) -> Axis | None:
     if rule.axis is not None:
         return rule.axis(output, [feature.axis for feature in inputs])
     return inputs[0].axis if derivation.keeps_axis or rule.keeps_axis else None
-
-
-def _count_items(group: EncoderGroup, features: Sequence[str], computed: Sequence[int]) -> DeriveReport:
-    counts = group.count_items(features[0], frozenset(computed))
-    return DeriveReport(
-        modality=group.modality,
-        name=group.name,
-        features=features,
-        derived=counts.computed,
-        reused=counts.reused,
-        failures=counts.failures,
-    )
 
 
 def derive_from_run(
@@ -239,7 +197,7 @@ def derive_from_run(
     dtype: str = "float16",
     device: str = AUTO,
     progress: AnyProgress = None,
-) -> list[DeriveReport]:
+) -> list[FillReport]:
     """Store an output of a trained run as features of a cache.
 
     Args:
@@ -283,7 +241,7 @@ def derive_from_run(
 
 def derive_with_settings(
     cache_path: AnyPath, settings: DeriveSettings, *, progress: Progress | None = None
-) -> list[DeriveReport]:
+) -> list[FillReport]:
     """Derive what the settings of the command line describe; errors are those of `derive` and `derive_from_run`."""
     if settings.run is not None:
         return derive_from_run(
@@ -333,14 +291,13 @@ def reopen_derivation(
     weights = rule.weights or stored["weights"]
     request = request_fingerprint(rule, inputs, parameters, weights=weights, view=view)
     fitted = read_fit(group) if rule.fit is not None else {}
-    opened = {name: Feature(group, name) for name in features}
     return OpenDerivation(
-        group=group,
+        name=group.name,
         fingerprint={**request, **({"fit": stored["fit"]} if "fit" in stored else {})},
         rule=rule,
         reader=reader,
         parameters={**parameters, **fitted},
-        outputs={name: (feature.item_shape, feature.dtype) for name, feature in opened.items()},
+        outputs={name: Output.of(Feature(group, name)) for name in features},
     )
 
 
@@ -353,30 +310,6 @@ def _reopen_rule(group: EncoderGroup, name: str) -> Rule:
             f"{group.name}: the rule {name!r} that computed it cannot be imported; make its module importable, or "
             f"derive it again under another name: {error}"
         ) from error
-
-
-def derive_again(opened: OpenDerivation, findings: Sequence[Finding], progress: Progress) -> str:
-    """Compute damaged and missing chunks, one at a time, each withdrawn first; return a line for the report.
-
-    Raises:
-        FingerprintError: the rule, the run or an input has changed; nothing is modified.
-    """
-    opened.check_unchanged()
-    chunks = sorted({finding.chunk for finding in findings})
-    progress.start(f"repairing {opened.group.name}", len(chunks), "chunks")
-    num_derived = 0
-    for chunk in chunks:
-        damaged = [finding.name for finding in findings if finding.chunk == chunk and finding.is_damage]
-        withdraw(opened.group, chunk, damaged)
-        num_derived += len(opened.run([chunk], NullProgress()))
-        progress.advance(1)
-    progress.finish()
-    return f"{opened.group.name} ({', '.join(opened.outputs)}): derived {pluralize(num_derived, 'chunk')} again"
-
-
-def derive_rows(opened: OpenDerivation, rows: Ints) -> dict[str, list[Array | ItemError]]:
-    """Compute rows that have all inputs again: feature -> one array per row, in the dtype on disk."""
-    return opened.compute(opened.reader.open_rows(rows), list(opened.outputs))
 
 
 def derivation_depth(cache: Cache, group: EncoderGroup) -> int:

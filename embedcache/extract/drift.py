@@ -1,18 +1,17 @@
 """Drift of a cache: encode a random sample of the items again and compare with what is stored."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, normalize
-from embedcache.derive.derive import derive_rows, reopen_derivation
+from embedcache.derive.derive import reopen_derivation
 from embedcache.devices import AUTO
 from embedcache.errors import EmbedcacheError, ItemError, pluralize
-from embedcache.extract.feature_writer import FeatureWriter, reopen_writer, view_fingerprint
-from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, load_items, reopen_item_source
+from embedcache.extract.feature_writer import ChunkTask, reopen_writer, view_fingerprint
+from embedcache.extract.loop import encode_chunk, reopen_item_source
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
@@ -87,7 +86,8 @@ def measure_drift(
         if len(rows) and group.is_derived:
             drifts += list(_measure_derived(cache, group, rows, device))
         elif len(rows) and group.is_imported:
-            drifts += list(map(_not_compared, _valid_features(group)))
+            note = "its vectors were imported, and their encoder is unknown"
+            drifts += [_compare(feature, rows, [], note=note) for feature in _valid_features(group)]
         elif len(rows):
             drifts += list(_measure_group(cache, open_source(group.modality), group, rows, device))
         progress.advance(1)
@@ -109,82 +109,67 @@ def _sample_rows(group: EncoderGroup, fraction: float, rng: np.random.Generator)
     return rows
 
 
-def _not_compared(feature: Feature) -> Drift:
-    return Drift(
-        feature=feature.name,
-        rows=np.empty(0, np.int64),
-        cosines=np.empty(0, np.float32),
-        num_unreadable=0,
-        num_changed=0,
-        differences=(),
-        note="its vectors were imported, and their encoder is unknown",
-    )
-
-
 def _measure_derived(cache: Cache, group: EncoderGroup, rows: Ints, device: str) -> Iterator[Drift]:
     features = _valid_features(group)
-    names, differences, note = [feature.feature for feature in features], [], ""
-    derived: Mapping[str, Sequence[Array | ItemError]] = {name: [] for name in names}
+    names = [feature.feature for feature in features]
+    differences: Sequence[str] = ()
+    derived: Mapping[str, Sequence[Array | ItemError]] = {}
+    note = ""
     try:
         opened = reopen_derivation(cache, group, names, device=device)
         differences = name_differences(group.fingerprint, opened.fingerprint)
-        derived = derive_rows(opened, rows)
+        derived = opened.apply(opened.reader.open_rows(rows))
     except EmbedcacheError as error:
         note = str(error)
     for feature in features:
-        again = derived[feature.feature]
-        stored = feature.gather_tokens(rows) if again else []
-        yield Drift(
-            feature=feature.name,
-            rows=rows[: len(again)],
-            cosines=np.array([_cosine(*pair) for pair in zip(stored, again, strict=True)], np.float32),
-            num_unreadable=0,
-            num_changed=0,
-            differences=differences,
-            note=note,
-        )
+        yield _compare(feature, rows, derived.get(feature.feature, []), differences=differences, note=note)
 
 
 def _measure_group(
     cache: Cache, source: Source | None, group: EncoderGroup, rows: Ints, device: str
 ) -> Iterator[Drift]:
     features = _valid_features(group)
-    writer = reopen_writer(group, [feature.feature for feature in features], device=device)
-    hashes, loaded = _load_rows(cache, source, writer, rows)
-    buffer = BatchBuffer(writer, writer.features, len(rows))
-    add_loaded(buffer, enumerate(loaded), 0)
+    names = [feature.feature for feature in features]
+    writer = reopen_writer(group, names, device=device)
     differences = name_differences(group.fingerprint, view_fingerprint(writer.encoder, writer.view))
-    is_read = np.array([item.failures[0] is None for item in loaded])
+    encoded: dict[str, list[Array | None]] = {name: [] for name in names}
+    num_changed = 0
+    chunks = rows // cache.info.chunk_size
+    for chunk in np.unique(chunks).tolist():
+        offsets = (rows[chunks == chunk] - chunk * cache.info.chunk_size).tolist()
+        commit = group.commit(chunk)
+        assert commit is not None  # its rows are valid
+        task = ChunkTask(chunk, {writer: names}, rows=offsets, allows_changes=True)
+        (again,) = encode_chunk(cache, source, task, threads=num_cores())
+        num_changed += sum(again.hashes[offset] not in (None, commit.hashes[offset]) for offset in offsets)
+        for name in names:
+            encoded[name] += [again.items[name][offset] for offset in offsets]
     for feature in features:
-        encoded = [item for item in buffer.features[feature.feature] if item is not None]
-        stored = feature.gather_tokens(rows[is_read]) if feature.is_ragged else list(feature.gather(rows[is_read]))
-        yield Drift(
-            feature=feature.name,
-            rows=rows[is_read],
-            cosines=np.array([_cosine(*pair) for pair in zip(stored, encoded, strict=True)], np.float32),
-            num_unreadable=int((~is_read).sum()),
-            num_changed=sum(
-                item.hash is not None and item.hash != then for item, then in zip(loaded, hashes, strict=True)
-            ),
-            differences=differences,
-        )
+        yield _compare(feature, rows, encoded[feature.feature], differences=differences, num_changed=num_changed)
 
 
-def _load_rows(
-    cache: Cache, source: Source | None, writer: FeatureWriter, rows: Ints
-) -> tuple[list[bytes | None], list[LoadedItem]]:
-    """Load the items of some rows, chunk by chunk; return the hashes they had when stored, and the loaded items."""
-    hashes: list[bytes | None] = []
-    loaded: list[LoadedItem] = []
-    size, modality = cache.info.chunk_size, writer.encoder.modality
-    with ThreadPoolExecutor(num_cores()) as executor:
-        for chunk in np.unique(rows // size).tolist():
-            offsets = (rows[rows // size == chunk] - chunk * size).tolist()
-            commit = writer.group.commit(chunk)
-            assert commit is not None  # its rows are valid
-            hashes += [commit.hashes[offset] for offset in offsets]
-            loaded += load_items(source, cache.items(modality, chunk=chunk).take(offsets), [writer], executor)
-    return hashes, loaded
+def _compare(
+    feature: Feature,
+    rows: Ints,
+    items: Sequence[Array | ItemError | None],
+    *,
+    differences: Sequence[str] = (),
+    num_changed: int = 0,
+    note: str = "",
+) -> Drift:
+    """Compare the stored items of some rows with new ones, None where one could not be read; with none of no rows."""
+    again = [item for item in items if item is not None]
+    rows_read = rows[np.array([item is not None for item in items], bool)] if items else rows[:0]
+    stored = feature.gather_tokens(rows_read)
+    return Drift(
+        feature=feature.name,
+        rows=rows_read,
+        cosines=np.array([_cosine(*pair) for pair in zip(stored, again, strict=True)], np.float32),
+        num_unreadable=len(items) - len(again),
+        num_changed=num_changed,
+        differences=differences,
+        note=note,
+    )
 
 
 def _cosine(stored: Array, encoded: Array | ItemError) -> float:

@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.locks import divided_work, locked
-from embedcache.modalities import MODALITIES, ModalityName, count_items, noun
+from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import require, unknown_name
@@ -26,40 +26,13 @@ from embedcache.sources.open import IMPORTED_SOURCE, MERGED, SOURCES, is_descrip
 from embedcache.sources.reopen import RecordedSource, below_named, remember, reopen_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
-from embedcache.store.commits import describe_failures, has_failed
+from embedcache.store.commits import has_failed
 from embedcache.store.group import open_group
 from embedcache.store.indexing import index, open_indexed
 from embedcache.store.layout import SUBSET, CacheInfo, info_path, is_cache_at, read_info, write_info
+from embedcache.store.producer import FillReport, count_filled
 
 _SOURCE_TYPE = "source_type"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderReport:
-    """Result of an extraction for one encoder, or one view of it.
-
-    Args:
-        modality: modality of the items.
-        encoder: name of the encoder's folder in the cache.
-        features: names of the stored features.
-        encoded: number of items that were encoded now, or failed.
-        reused: number of items that were stored before.
-        failures: kind of failure -> number of items, over the whole cache; that of removed items is `removed`.
-    """
-
-    modality: str
-    encoder: str
-    features: Sequence[str]
-    encoded: int
-    reused: int
-    failures: dict[str, int]
-
-    def line(self) -> str:
-        """Return a summary in one line."""
-        return (
-            f"{self.encoder} ({', '.join(self.features)}): encoded {count_items(self.encoded, self.modality)}, "
-            f"reused {self.reused:,}, {describe_failures(self.failures)}"
-        )
 
 
 def extract(
@@ -72,7 +45,7 @@ def extract(
     settings: ExtractSettings | None = None,
     progress: AnyProgress = None,
     **options: Any,
-) -> list[EncoderReport]:
+) -> list[FillReport]:
     """Encode the items of a source once and store the features in a cache.
 
     Committed chunks are not computed again, so an interrupted extraction resumes where it stopped, and several
@@ -108,7 +81,7 @@ def extract(
     remove_partials(cache.path)
     with record_job(cache, job, "extract") as outcome:
         reports = [_count_items(cache, report) for report in run_engine(job, source, progress)]
-        if any(report.encoded for report in reports):
+        if any(report.computed for report in reports):
             outcome["encoders"] = [vars(report) for report in reports]
     _check_any_encoded(cache, reports)
     return reports
@@ -369,21 +342,14 @@ def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextMana
     return record_stage(new_record_path(cache.path, stage), stage, request)
 
 
-def _count_items(cache: Cache, report: ShardReport) -> EncoderReport:
+def _count_items(cache: Cache, report: ShardReport) -> FillReport:
     group = open_group(cache.path, report.modality, report.encoder, cache.info)
     group.compact()
-    counts, num_stored = group.count_items(report.features[0], report.chunks), sum(report.chunks.values())
-    return EncoderReport(
-        modality=report.modality,
-        encoder=report.encoder,
-        features=list(report.features),
-        encoded=counts.computed - num_stored,
-        reused=counts.reused + num_stored,
-        failures=counts.failures,
-    )
+    num_encoded = cache.info.count_items(report.modality, report.chunks) - sum(report.chunks.values())
+    return count_filled(group, "encoded", report.features, num_encoded)
 
 
-def _check_any_encoded(cache: Cache, reports: Sequence[EncoderReport]) -> None:
+def _check_any_encoded(cache: Cache, reports: Sequence[FillReport]) -> None:
     for report in reports:
         failures = {kind: count for kind, count in report.failures.items() if has_failed(kind)}
         if failures and sum(report.failures.values()) == cache.info.num_items[report.modality]:

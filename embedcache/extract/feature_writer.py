@@ -238,11 +238,19 @@ class ChunkTask:
 
     Args:
         num_stored: number of rows at its start that are not encoded, as they are stored already.
+        rows: rows that are encoded; None: all others.
+        allows_changes: whether a file may have another length than when it was indexed.
     """
 
     chunk: int
     missing: Mapping[FeatureWriter, Sequence[str]]
     num_stored: int = 0
+    rows: Collection[int] | None = None
+    allows_changes: bool = False
+
+    def encodes(self, row: int) -> bool:
+        """Return whether a row of the chunk is encoded."""
+        return row >= self.num_stored if self.rows is None else row in self.rows
 
     def release(self) -> None:
         """Release the leases of all writers."""

@@ -21,11 +21,12 @@ from embedcache.errors import FingerprintError, ItemError, SettingError, plurali
 from embedcache.extract.feature_writer import ChunkTask, FeatureWriter
 from embedcache.modalities import MODALITIES, Modality, noun, one_noun
 from embedcache.processes import prefetch_map
-from embedcache.progress import Progress
+from embedcache.progress import NullProgress, Progress
 from embedcache.sources import reopen_source
 from embedcache.sources.base import FileItem, Source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, hash_item
+from embedcache.store.producer import ChunkFeatures
 from embedcache.store.tables import to_file_item
 from embedcache.store.writer import commit_chunk
 from embedcache.units import format_bytes
@@ -50,11 +51,36 @@ def encode_chunks(
         threads: number of threads that read and decode items.
     """
     with ThreadPoolExecutor(threads) as executor, _commit_thread() as commit:
-        if MODALITIES[modality].kind == "texts":
-            _encode_text_chunks(cache, tasks, executor, commit, progress)
-        else:
-            assert source is not None
-            _encode_file_chunks(cache, source, MODALITIES[modality], tasks, executor, commit, progress)
+        _encode_chunks(cache, source, modality, tasks, executor, commit, progress)
+
+
+def encode_chunk(cache: Cache, source: Source | None, task: ChunkTask, *, threads: int) -> list[ChunkFeatures]:
+    """Encode one chunk without committing it; return its features for each writer of the task."""
+    encoded: list[ChunkFeatures] = []
+
+    def keep(_: ChunkTask, buffers: Sequence[BatchBuffer], loaded: Sequence[LoadedItem]) -> None:
+        encoded.extend(_finish(buffer, loaded, number) for number, buffer in enumerate(buffers))
+
+    modality = next(iter(task.missing)).group.modality
+    with ThreadPoolExecutor(threads) as executor:
+        _encode_chunks(cache, source, modality, [task], executor, keep, NullProgress())
+    return encoded
+
+
+def _encode_chunks(
+    cache: Cache,
+    source: Source | None,
+    modality: str,
+    tasks: Iterable[ChunkTask],
+    executor: Executor,
+    commit: "_CommitFunction",
+    progress: Progress,
+) -> None:
+    if MODALITIES[modality].kind == "texts":
+        _encode_text_chunks(cache, tasks, executor, commit, progress)
+    else:
+        assert source is not None
+        _encode_file_chunks(cache, source, MODALITIES[modality], tasks, executor, commit, progress)
 
 
 def reopen_item_source(cache: Cache, modality: str) -> Source | None:
@@ -174,7 +200,8 @@ def _encode_file_chunks(
         if isinstance(item, str):
             return task, _not_encoded(len(task.missing), item, hash=None)
         loaded = _load_file(source, item, decode, list(task.missing))
-        check_length(item, loaded, modality.name)
+        if not task.allows_changes:
+            _check_length(item, loaded, modality.name)
         return task, loaded
 
     num_blank = 0
@@ -201,7 +228,7 @@ def _list_items(cache: Cache, modality: str, tasks: Iterable[ChunkTask]) -> Iter
     removed = set(cache.removed.tolist())
     for task in tasks:
         for number, row in enumerate(cache.items(modality, chunk=task.chunk).to_pylist()):
-            if number < task.num_stored:
+            if not task.encodes(number):
                 yield task, PENDING  # not tried: what is stored stays
             elif row["sample"] in removed:
                 yield task, REMOVED
@@ -232,8 +259,10 @@ def _encode_text_chunks(
     def load(task: ChunkTask) -> tuple[ChunkTask, list[LoadedItem]]:
         table = cache.items("text", chunk=task.chunk)
         loaded = _load_texts(table, list(task.missing))
-        for row, sample in enumerate(table["sample"].to_pylist() if removed else ()):
-            if sample in removed:
+        for row, sample in enumerate(table["sample"].to_pylist()):
+            if not task.encodes(row):
+                loaded[row] = _not_encoded(len(task.missing), PENDING, hash=loaded[row].hash)
+            elif sample in removed:
                 loaded[row] = _not_encoded(len(task.missing), REMOVED, hash=loaded[row].hash)
         return task, loaded
 
@@ -241,7 +270,7 @@ def _encode_text_chunks(
         for task, loaded in stream:
             buffers = [BatchBuffer(writer, names, len(loaded)) for writer, names in task.missing.items()]
             for number, buffer in enumerate(buffers):
-                add_distinct(buffer, loaded, number)
+                _add_distinct(buffer, loaded, number)
             progress.advance(len(loaded))
             commit(task, buffers, loaded)
 
@@ -265,34 +294,18 @@ def _commit_thread() -> Iterator[_CommitFunction]:
 
 def _commit(task: ChunkTask, buffers: Sequence[BatchBuffer], loaded: Sequence[LoadedItem]) -> None:
     """Encode what is left in the buffers, commit the chunk for each writer, and release its leases."""
-    hashes = [item.hash for item in loaded]
     for number, buffer in enumerate(buffers):
-        buffer.flush()
-        failures = [item.failures[number] for item in loaded]
-        reasons = dict.fromkeys(buffer.features, failures)
-        commit_chunk(buffer.writer.group, task.chunk, buffer.features, hashes, reasons)
+        commit_chunk(buffer.writer.group, task.chunk, *_finish(buffer, loaded, number))
         buffer.writer.mark_complete(task.chunk)
     task.release()
 
 
-def load_items(
-    source: Source | None, table: pa.Table, writers: Sequence[FeatureWriter], executor: Executor
-) -> list[LoadedItem]:
-    """Load rows of an item table, all of the writers' modality, for every writer; files on several threads.
-
-    The source is that of `reopen_item_source`.
-    """
-    modality = MODALITIES[writers[0].group.modality]
-    if modality.kind == "texts":
-        return _load_texts(table, writers)
-    assert source is not None
-    decode = modality.load_decoder()
-    items = [to_file_item(row) for row in table.to_pylist()]
-
-    def load(item: FileItem) -> LoadedItem:
-        return _load_file(source, item, decode, writers)
-
-    return list(prefetch_map(executor, load, items, window=len(items) + 1))
+def _finish(buffer: BatchBuffer, loaded: Sequence[LoadedItem], number: int) -> ChunkFeatures:
+    """Encode what is left in a buffer, and return the features of its chunk; `number` is the writer's in its inputs."""
+    buffer.flush()
+    failures = [item.failures[number] for item in loaded]
+    hashes = [item.hash for item in loaded]
+    return ChunkFeatures(buffer.features, hashes, dict.fromkeys(buffer.features, failures))
 
 
 def _load_file(
@@ -362,7 +375,7 @@ def _not_encoded(num_writers: int, reason: str, *, hash: bytes | None) -> Loaded
     return LoadedItem(hash=hash, failures=[reason] * num_writers, inputs=[None] * num_writers)
 
 
-def check_length(item: FileItem, loaded: LoadedItem, modality: str) -> None:
+def _check_length(item: FileItem, loaded: LoadedItem, modality: str) -> None:
     """Check that a file is as long as when it was indexed, or raise a `FingerprintError` that names it."""
     if item.length and loaded.num_bytes not in (None, item.length):
         raise FingerprintError(
@@ -372,16 +385,7 @@ def check_length(item: FileItem, loaded: LoadedItem, modality: str) -> None:
         )
 
 
-def add_loaded(buffer: BatchBuffer, items: Iterable[tuple[int, LoadedItem]], number: int) -> None:
-    """Encode the loaded items of some rows; `number` is the writer's position in their inputs."""
-    for row, item in items:
-        inputs = item.inputs[number]
-        if inputs is not None:
-            buffer.add(row, inputs)
-    buffer.flush()
-
-
-def add_distinct(buffer: BatchBuffer, loaded: Sequence[LoadedItem], number: int) -> None:
+def _add_distinct(buffer: BatchBuffer, loaded: Sequence[LoadedItem], number: int) -> None:
     """Encode loaded items, each distinct item once and the longest first."""
     first_row: dict[bytes | None, int] = {}
     lengths: dict[int, int] = {}
@@ -389,8 +393,11 @@ def add_distinct(buffer: BatchBuffer, loaded: Sequence[LoadedItem], number: int)
         inputs = item.inputs[number]
         if inputs is not None and item.hash not in first_row:
             first_row[item.hash], lengths[row] = row, len(inputs)
-    rows = sorted(lengths, key=lambda row: (-lengths[row], row))
-    add_loaded(buffer, ((row, loaded[row]) for row in rows), number)
+    for row in sorted(lengths, key=lambda row: (-lengths[row], row)):
+        inputs = loaded[row].inputs[number]
+        assert inputs is not None
+        buffer.add(row, inputs)
+    buffer.flush()
     for row, item in enumerate(loaded):
         if item.inputs[number] is not None:
             buffer.copy(first_row[item.hash], row)

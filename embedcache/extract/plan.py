@@ -3,25 +3,23 @@
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-import pyarrow as pa
 
 from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
 from embedcache.extract.engines import Worker, count_processes, job_devices
 from embedcache.extract.extract import join_encoders, open_job, open_request
-from embedcache.extract.feature_writer import FeatureWriter
-from embedcache.extract.loop import BatchBuffer, add_distinct, load_items
+from embedcache.extract.feature_writer import ChunkTask, FeatureWriter
+from embedcache.extract.loop import encode_chunk
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import AnyPath, is_remote
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.sources.base import Source
+from embedcache.store.producer import ChunkFeatures
 from embedcache.store.writer import num_padded
 from embedcache.units import format_bytes
 
@@ -123,9 +121,9 @@ def plan(
     for modality, writers in worker.writers.items():
         chunks = worker.missing(modality)
         if chunks:
-            rates[modality], buffers = _probe(worker, modality, chunks[0], job.settings.num_threads)
-            for writer, buffer in zip(writers, buffers, strict=True):
-                for name, items in buffer.features.items():
+            rates[modality], encoded = _probe(worker, modality, chunks[0], job.settings.num_threads)
+            for writer, probed in zip(writers, encoded, strict=True):
+                for name, items in probed.items.items():
                     features.append(_plan_feature(writer, modality, name, chunks, items))
     return Plan(
         cache=worker.cache.path,
@@ -153,27 +151,20 @@ def _plan_feature(
     )
 
 
-def _probe(worker: Worker, modality: Modality, chunk: int, threads: int) -> tuple[float, list[BatchBuffer]]:
-    """Encode the first batches of a chunk; return items per second, without the first batch, and the outputs.
-
-    Loading and encoding are timed in sequence. On a GPU they overlap, so extraction is faster than this.
-    """
+def _probe(worker: Worker, modality: Modality, chunk: int, threads: int) -> tuple[float, list[ChunkFeatures]]:
+    """Encode the first batches of a chunk; return items per second, without the first batch, and the features."""
     writers = worker.writers[modality]
-    num_items = _PROBE_BATCHES * max(writer.encoder.batch_size for writer in writers)
-    items = worker.cache.items(modality, chunk=chunk).slice(0, num_items)
-    num_warmup = max(1, len(items) // _PROBE_BATCHES)
-    with ThreadPoolExecutor(threads) as executor:
+    batch_size = max(writer.encoder.batch_size for writer in writers)
+    num_items = min(_PROBE_BATCHES * batch_size, worker.cache.info.count_items(modality, [chunk]))
+    num_warmup = max(1, num_items // _PROBE_BATCHES)
 
-        def encode(table: pa.Table) -> list[BatchBuffer]:
-            loaded = load_items(worker.source, table, writers, executor)
-            buffers = [BatchBuffer(writer, writer.features, len(loaded)) for writer in writers]
-            for number, buffer in enumerate(buffers):
-                add_distinct(buffer, loaded, number)
-            return buffers
+    def encode(rows: range) -> list[ChunkFeatures]:
+        task = ChunkTask(chunk, {writer: writer.features for writer in writers}, rows=rows)
+        return encode_chunk(worker.cache, worker.source, task, threads=threads)
 
-        buffers = encode(items.slice(0, num_warmup))
-        started = time.perf_counter()
-        if len(items) > num_warmup:
-            buffers = encode(items.slice(num_warmup))
-        rate = max(len(items) - num_warmup, 1) / max(time.perf_counter() - started, 1e-9)
-    return rate, buffers
+    encoded = encode(range(num_warmup))
+    started = time.perf_counter()
+    if num_items > num_warmup:
+        encoded = encode(range(num_warmup, num_items))
+    rate = max(num_items - num_warmup, 1) / max(time.perf_counter() - started, 1e-9)
+    return rate, encoded

@@ -1,44 +1,34 @@
 """Repairing a cache: verify it, encode damaged and missing chunks again, and retry failed items."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.derive.derive import derivation_depth, derive_again, reopen_derivation
+from embedcache.derive.derive import derivation_depth, reopen_derivation
 from embedcache.devices import AUTO
-from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, pluralize
 from embedcache.extract.drift import Drift, measure_drift
 from embedcache.extract.engines import Worker, job_devices
 from embedcache.extract.extract import join_encoders, open_job, open_request, record_job
-from embedcache.extract.feature_writer import FeatureWriter, check_unchanged, lease_chunk, reopen_writer
-from embedcache.extract.loop import (
-    BatchBuffer,
-    LoadedItem,
-    add_loaded,
-    check_length,
-    encode_chunks,
-    load_items,
-    reopen_item_source,
-)
+from embedcache.extract.feature_writer import ChunkTask, FeatureWriter, check_unchanged, reopen_writer
+from embedcache.extract.loop import encode_chunk, reopen_item_source
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.files import AnyPath, remove_file, remove_partials
-from embedcache.modalities import MODALITIES, noun
+from embedcache.modalities import MODALITIES
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.settings import merge_settings
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
-from embedcache.store.commits import PENDING, has_failed
+from embedcache.store.commits import Commit, has_failed
 from embedcache.store.compacted import compacted_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
-from embedcache.store.tables import to_file_item
+from embedcache.store.producer import ChunkFeatures, FillReport, Output, Producer, Verb, fill
 from embedcache.store.verify import Finding, verify
-from embedcache.store.writer import add_feature, commit_chunk, withdraw
+from embedcache.store.writer import add_feature, withdraw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +107,7 @@ def repair(
 ) -> list[str]:
     """Encode damaged and missing chunks again with the encoders that computed them, and write metadata that follow.
 
-    One chunk is withdrawn at a time, so that the same command finishes a repair that was killed. Derived features are
+    What is damaged is withdrawn first, so that the same command finishes a repair that was killed. Derived features are
     computed again by their rule or run, after the features that they are derived from. Findings of `verify` that cannot
     be repaired this way are skipped.
 
@@ -158,13 +148,12 @@ def repair(
             lines.append(f"{feature.name}: wrote its zarr.json again")
         of_chunks = [finding for finding in repairable[modality, encoder] if finding.chunk >= 0]
         names = sorted({finding.name for finding in of_chunks})
-        if of_chunks and group.is_derived:
-            opened = reopen_derivation(cache, group, names, device=device)
-            lines.append(derive_again(opened, of_chunks, progress))
-        elif of_chunks:
-            writer = reopen_writer(group, names, device=device)
-            check_unchanged(writer)
-            lines.append(_encode_again(cache, writer, of_chunks, progress))
+        if of_chunks:
+            producer = _reopen(cache, group, names, device)  # before anything is withdrawn
+            for finding in of_chunks:
+                if finding.is_damage:
+                    withdraw(group, finding.chunk, [finding.name])
+            lines.append(fill(group, producer, progress=progress).line())
     return lines
 
 
@@ -173,48 +162,59 @@ def _turn(cache: Cache, group: EncoderGroup) -> tuple[int, bool]:
     return derivation_depth(cache, group), group.is_imported
 
 
-def _encode_again(cache: Cache, writer: FeatureWriter, findings: Sequence[Finding], progress: Progress) -> str:
-    """Encode damaged and missing chunks, one at a time: a killed repair has withdrawn one chunk at most."""
-    group, source = writer.group, reopen_item_source(cache, writer.group.modality)
-    chunks = sorted({finding.chunk for finding in findings})
-    progress.start(f"repairing {group.name}", cache.info.count_items(group.modality, chunks), noun(group.modality))
-    for chunk in chunks:
-        writer.leases.acquire(chunk, wait=True)
-        withdraw(group, chunk, [finding.name for finding in findings if finding.chunk == chunk and finding.is_damage])
-        task = lease_chunk(writer, chunk)
-        if task.missing:
-            encode_chunks(cache, source, group.modality, [task], progress, threads=num_cores())
-    progress.finish()
-    return f"{group.name} ({', '.join(writer.features)}): encoded {pluralize(len(chunks), 'chunk')} again"
+def _reopen(cache: Cache, group: EncoderGroup, features: Sequence[str], device: str) -> Producer:
+    """Open what computed some features of a folder, or raise a `FingerprintError` if it has changed."""
+    if group.is_derived:
+        opened = reopen_derivation(cache, group, features, device=device)
+        group.check_same(opened.fingerprint)
+        return opened
+    writer = reopen_writer(group, features, device=device)
+    check_unchanged(writer)
+    return EncodedFeatures(cache, reopen_item_source(cache, group.modality), writer, threads=num_cores())
 
 
-@dataclass(kw_only=True)
-class RetryReport:
-    """Result of retrying the failed items of one encoder; `reasons` counts the items that failed again by kind."""
+class EncodedFeatures:
+    """Features of one encoder: their producer, which encodes one chunk at a time.
 
-    modality: str
-    encoder: str
-    num_tried: int = 0
-    num_recovered: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
+    Args:
+        cache: the cache.
+        source: that of `reopen_item_source`.
+        writer: the open encoder.
+        threads: number of threads that read and decode items.
+        is_retry: whether items that failed are tried again.
+    """
 
-    def line(self) -> str:
-        """Return a summary in one line."""
-        failed = "; ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-        recovered = pluralize(self.num_recovered, "has", "have")
-        return (
-            f"{self.encoder}: retried {self.num_tried:,} failed {noun(self.modality)}, {recovered} features now, "
-            f"{self.num_tried - self.num_recovered:,} failed again{': ' + failed if failed else ''}"
-        )
+    verb: Verb = "encoded"
 
-    def to_json(self) -> dict[str, object]:
-        """Return the record as JSON values."""
-        return {
-            "encoder": self.encoder,
-            "num_tried": self.num_tried,
-            "num_recovered": self.num_recovered,
-            "reasons": dict(self.reasons),
-        }
+    def __init__(
+        self, cache: Cache, source: Source | None, writer: FeatureWriter, *, threads: int, is_retry: bool = False
+    ) -> None:
+        self.outputs = {name: Output.of(Feature(writer.group, name)) for name in writer.features}
+        self._cache = cache
+        self._source = source
+        self._writer = writer
+        self._threads = threads
+        self._is_retry = is_retry
+
+    def compute(self, rows: slice) -> ChunkFeatures:
+        """Encode a chunk; in a retry only the items that failed."""
+        chunk = rows.start // self._cache.info.chunk_size
+        commit = self._writer.group.commit(chunk) if self._is_retry else None
+        failed = None if commit is None else self._failed_rows(commit)
+        task = ChunkTask(chunk, {self._writer: list(self.outputs)}, rows=failed)
+        (encoded,) = encode_chunk(self._cache, self._source, task, threads=self._threads)
+        return encoded
+
+    def retries(self, commit: Commit) -> bool:
+        """Return whether items of a complete chunk failed and are to be tried again."""
+        if not (self._is_retry and all(self._writer.group.has(commit, name) for name in self.outputs)):
+            return False
+        return bool(self._failed_rows(commit))
+
+    def _failed_rows(self, commit: Commit) -> set[int]:
+        """Return the rows of a chunk, counted from its start, that were tried and lack a feature."""
+        reasons = [commit.failures[name] for name in self.outputs]
+        return {row for failures in reasons for row, reason in enumerate(failures) if has_failed(reason)}
 
 
 def retry_failed(
@@ -227,7 +227,7 @@ def retry_failed(
     settings: ExtractSettings | None = None,
     progress: AnyProgress = None,
     **options: Any,
-) -> list[RetryReport]:
+) -> list[FillReport]:
     """Retry the files that failed, after one was replaced or a network came back; all other rows stay unchanged.
 
     Captions that failed are blank and remain failed, because captions are part of the item table. The arguments and
@@ -238,77 +238,18 @@ def retry_failed(
     specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache, specs, settings=settings, repair_items=True, progress=progress)
     worker = Worker(job, source=source, device=job_devices(job.settings)[0])
-    reports: list[RetryReport] = []
-    with record_job(worker.cache, job, "retry") as outcome, ThreadPoolExecutor(job.settings.num_threads) as executor:
-        for modality, writers in worker.writers.items():
-            if MODALITIES[modality].kind == "files":
-                reports += _retry_modality(worker, modality, writers, executor, progress)
-        if any(report.num_tried for report in reports):
-            outcome["encoders"] = [report.to_json() for report in reports]
+    with record_job(worker.cache, job, "retry") as outcome:
+        reports = [
+            _retry(worker, writer, progress)
+            for modality, writers in worker.writers.items()
+            if MODALITIES[modality].kind == "files"
+            for writer in writers
+        ]
+        if any(report.computed for report in reports):
+            outcome["encoders"] = [vars(report) for report in reports]
     return reports
 
 
-def _retry_modality(
-    worker: Worker,
-    modality: Modality,
-    writers: Sequence[FeatureWriter],
-    executor: ThreadPoolExecutor,
-    progress: Progress,
-) -> list[RetryReport]:
-    reports = [RetryReport(modality=modality, encoder=writer.group.name) for writer in writers]
-    num_chunks = worker.cache.info.num_chunks(modality)
-    progress.start(f"looking for failed {noun(modality)}", num_chunks, "chunks")
-    for chunk in range(num_chunks):
-        _retry_chunk(worker, writers, reports, chunk, executor)
-        progress.advance(1)
-    progress.finish()
-    return reports
-
-
-def _retry_chunk(
-    worker: Worker,
-    writers: Sequence[FeatureWriter],
-    reports: Sequence[RetryReport],
-    chunk: int,
-    executor: ThreadPoolExecutor,
-) -> None:
-    rows = sorted(set().union(*(_failed_rows(writer, chunk) for writer in writers)))
-    if not rows:
-        return
-    items = worker.cache.items(writers[0].group.modality, chunk=chunk).take(rows)
-    loaded = dict(zip(rows, load_items(worker.source, items, writers, executor), strict=True))
-    for item, row in zip(items.to_pylist(), rows, strict=True):
-        check_length(to_file_item(item), loaded[row], writers[0].group.modality)
-    for number, (writer, report) in enumerate(zip(writers, reports, strict=True)):
-        writer.leases.acquire(chunk, wait=True)
-        retried = {row: loaded[row] for row in rows if row in _failed_rows(writer, chunk)}
-        failures = [item.failures[number] for item in retried.values()]
-        reasons = [failure.partition(":")[0] for failure in failures if failure is not None]
-        report.num_tried += len(retried)
-        report.num_recovered += len(retried) - len(reasons)
-        report.reasons.update(reasons)
-        if len(reasons) < len(retried):
-            _rewrite_chunk(writer, chunk, retried, number)
-        writer.leases.release(chunk)
-
-
-def _failed_rows(writer: FeatureWriter, chunk: int) -> set[int]:
-    """Return the rows of a chunk, counted from its start, that were tried and have no feature."""
-    commit = writer.group.commit(chunk)
-    if commit is None:
-        return set()
-    reasons = [commit.failures[name] for name in writer.features if writer.group.has(commit, name)]
-    return {row for failures in reasons for row, reason in enumerate(failures) if has_failed(reason)}
-
-
-def _rewrite_chunk(writer: FeatureWriter, chunk: int, retried: Mapping[int, LoadedItem], number: int) -> None:
-    """Write a chunk again, with the features of the retried rows; `number` is the writer's position in their inputs."""
-    commit = writer.group.commit(chunk)
-    assert commit is not None  # some of its rows failed
-    features = [name for name in writer.features if writer.group.has(commit, name)]
-    buffer = BatchBuffer(writer, features, len(commit.hashes))
-    add_loaded(buffer, retried.items(), number)
-    items = [retried.get(row) for row in range(len(commit.hashes))]
-    hashes = [None if item is None else item.hash for item in items]
-    failures = [PENDING if item is None else item.failures[number] for item in items]
-    commit_chunk(writer.group, chunk, buffer.features, hashes, dict.fromkeys(features, failures), overwrite_failed=True)
+def _retry(worker: Worker, writer: FeatureWriter, progress: Progress) -> FillReport:
+    producer = EncodedFeatures(worker.cache, worker.source, writer, threads=worker.settings.num_threads, is_retry=True)
+    return fill(writer.group, producer, rows="failed", progress=progress)

@@ -5,8 +5,7 @@ states the shape and dtype of its items, and their axis.
 """
 
 import math
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from embedcache.axis import Axis
 from embedcache.encoders.base import is_fingerprint
@@ -30,7 +28,6 @@ from embedcache.store.arrays import (
     read_metadata,
     write_metadata,
 )
-from embedcache.store.columns import to_array
 from embedcache.store.commits import Commit, read_commit
 from embedcache.store.compacted import MIN_CHUNKS, Stamp, read_compacted, read_stamps, write_compacted
 from embedcache.store.layout import FORMAT_VERSION, CacheInfo, encoder_path, read_info
@@ -205,22 +202,6 @@ class EncoderGroup:
             arrays.setdefault(array, []).append(int(number))
         return all(_have_right_size(self.path / array, numbers) for array, numbers in arrays.items())
 
-    def count_items(self, feature: str, computed: Collection[int]) -> "ItemCounts":
-        """Count the items of all chunks that have a feature, one commit at a time: 20 million do not fit in memory.
-
-        Args:
-            computed: chunks that were computed now.
-        """
-        num_items: Counter[bool] = Counter()  # computed now or not -> number of items
-        failures: Counter[str] = Counter()
-        for chunk in range(self.info.num_chunks(self.modality)):
-            commit = self.commit(chunk)
-            if commit is not None and self.has(commit, feature):
-                num_items[chunk in computed] += len(commit.hashes)
-                reasons = to_array(commit.failures[feature], pa.string()).drop_null().to_pylist()
-                failures.update(reason.partition(":")[0] for reason in reasons)
-        return ItemCounts(computed=num_items[True], reused=num_items[False], failures=dict(failures.most_common()))
-
     def check_fingerprint(self) -> None:
         """Check that the folder still belongs to this encoder: two processes may have created it together."""
         stored = open_group(self.path.parents[1], self.modality, self.name, self.info)
@@ -233,15 +214,6 @@ class EncoderGroup:
         what = f"{'derived feature' if is_derived else 'encoder'} {self.name!r} of cache {self.path.parents[1]}"
         next_step = _SAME_DERIVATION if is_derived else _SAME_ENCODER if is_same_family else _OTHER_NAME
         check_same(what, self.fingerprint, fingerprint, next_step=next_step)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ItemCounts:
-    """Numbers of items computed now and before, and kind of failure -> number of items, over the whole cache."""
-
-    computed: int
-    reused: int
-    failures: dict[str, int]
 
 
 def _have_right_size(array_path: Path, numbers: Sequence[int]) -> bool:

@@ -87,7 +87,7 @@ def test_commands_report_what_they_did(folder: Path) -> None:
     ("line", "key"),
     [
         (["extract", "photos", "cache", *TOY], "reused"),
-        (["extract", "photos", "cache", *TOY, "--retry-failed"], "num_tried"),
+        (["extract", "photos", "cache", *TOY, "--retry-failed"], "computed"),
         ("train cache run --projector mlp --split key --epochs 3 --batch-size 64", "best_epoch"),
         ("evaluate retrieval cache run", "task"),
         ("evaluate pairs cache --split key", "pairs"),

@@ -101,7 +101,7 @@ def test_failed_item_of_the_other_modality_keeps_its_reason(cache: Path) -> None
 def test_second_derivation_changes_nothing(cache: Path) -> None:
     derive(cache, halved())
     before = tree(cache)
-    assert derive(cache, halved()).derived == 0
+    assert derive(cache, halved()).computed == 0
     assert tree(cache) == before
 
 
@@ -115,7 +115,7 @@ def test_integer_output_and_reason_of_the_rule(cache: Path) -> None:
     assert feature.dtype == "int16"
     np.testing.assert_array_equal(feature.load()[:, 0], np.where(is_bright, np.nan_to_num(cls).argmax(axis=1), -1))
     assert report.failures == {"too dark (from labels)": (~is_bright).sum() - 1, NOT_AN_IMAGE: 1}
-    assert derive(cache, labels(least)).derived == 0
+    assert derive(cache, labels(least)).computed == 0
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_extended_cache_gets_only_new_rows(tmp_path: Path) -> None:
     run(source, tmp_path / "c", extend=True)
     with pytest.raises(UnfinishedError, match="halved/half is not finished.*run the same embedcache derive again"):
         Cache(tmp_path / "c").feature("image", "halved/half").require_complete()
-    assert derive(tmp_path / "c", halved(CLS, MEAN)).derived == 4  # the last chunk
+    assert derive(tmp_path / "c", halved(CLS, MEAN)).computed == 4  # the last chunk
     derive_pca(tmp_path / "c")
     after = tree(tmp_path / "c")
     changed = {name for name in before if "halved" in name and after[name] != before[name]}
@@ -269,10 +269,10 @@ def test_verify_repairs_inputs_before_derived_features(cache: Path) -> None:
     damage(cache / "image/open_toy/patches/c/2/0/0")
     report = verify_cache(cache, VerifySettings(repair=True))
     assert [finding.location for finding in report.detected] == ["again/mean", "open_toy/patches", "pca/pca"]
-    assert list(report.repaired) == [
-        "open_toy (patches): encoded 1 chunk again",
-        "pca (pca): derived 1 chunk again",
-        "again (mean): derived 1 chunk again",
+    assert [line.partition(",")[0] for line in report.repaired] == [
+        "open_toy (patches): encoded 4 images",
+        "pca (pca): derived 4 images",
+        "again (mean): derived 4 images",
     ]
     assert report.is_sound
     assert tree(cache) == whole

@@ -137,7 +137,7 @@ def test_each_view_has_a_folder(work: Path, cache: Path) -> None:
             np.testing.assert_allclose(found, expected, atol=1e-5)
     assert not verify(opened)
     again = derive_from_run(cache, work / "both", "audio-states", name="ao", view=views, dtype="float32")
-    assert [report.derived for report in again] == [0, 0, 0]
+    assert [report.computed for report in again] == [0, 0, 0]
 
 
 def test_output_of_one_side_has_every_item_of_it(work: Path, cache: Path) -> None:
@@ -145,7 +145,7 @@ def test_output_of_one_side_has_every_item_of_it(work: Path, cache: Path) -> Non
     info = read_json(cache / "cache.json")
     (report,) = derive_from_run(cache, work / "both", "video-states")
     assert info["num_items"]["video"] == 4
-    assert (report.modality, report.derived) == ("video", 4)
+    assert (report.modality, report.computed) == ("video", 4)
     feature = Cache(cache).feature("video", "both-video-states/video-states")
     assert feature.axis == Axis(kind="time", rate_hz=25.0, start_s=0.0)
     assert [len(tokens) for tokens in feature.gather_tokens(np.arange(4))] == [25, 25, 26, 27]
@@ -225,7 +225,7 @@ def test_second_run_on_derived_views(work: Path, cache: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_run_on_a_view_reads_another_in_its_place(work: Path, cache: Path) -> None:
     reports = derive_from_run(cache, work / "noisy", "audio-states", view=("plain", "babble-5dB"), dtype="float32")
-    assert [report.name for report in reports] == ["noisy-audio-states", "noisy-audio-states@babble-5dB"]
+    assert [report.encoder for report in reports] == ["noisy-audio-states", "noisy-audio-states@babble-5dB"]
     for name, feature in (("", "open_media@babble5dB/frames"), ("@babble-5dB", "open_media@babble-5dB/frames")):
         (found,) = Cache(cache).feature("audio", f"noisy-audio-states{name}").gather_tokens(np.array([1]))
         np.testing.assert_allclose(found, states(work, "noisy", cache, feature, 1), atol=1e-5)
@@ -265,7 +265,7 @@ def test_pair_on_flipped_images(tmp_path: Path) -> None:
     extract(source, tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     train(tmp_path / "c", tmp_path / "run", batch_size=20, epochs=0)
     reports = derive_from_run(tmp_path / "c", tmp_path / "run", modality="image", view=("plain", "flip"))
-    assert [report.name for report in reports] == ["run-projected", "run-projected@flip"]
-    plain, flipped = (Cache(tmp_path / "c").feature("image", report.name).load() for report in reports)
+    assert [report.encoder for report in reports] == ["run-projected", "run-projected@flip"]
+    plain, flipped = (Cache(tmp_path / "c").feature("image", report.encoder).load() for report in reports)
     assert (plain != flipped).any(axis=1).all()
     assert verify_cache(tmp_path / "c", VerifySettings(reencode=1)).is_sound

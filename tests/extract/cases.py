@@ -3,9 +3,10 @@
 import hashlib
 from pathlib import Path
 
-from embedcache.extract.extract import EncoderReport, extract
+from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
+from embedcache.store.producer import FillReport
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
@@ -14,7 +15,7 @@ NUM_IMAGES = 60
 """Images in caches that several processes extract."""
 
 
-def run(source: Path, cache: Path, **settings: object) -> list[EncoderReport]:
+def run(source: Path, cache: Path, **settings: object) -> list[FillReport]:
     """Extract with the toy encoders."""
     return extract(
         open_source(source),

@@ -64,7 +64,7 @@ def test_retry_writes_only_failed_rows(source: Path, tmp_path: Path) -> None:
     before = tree(tmp_path / "c")
     shutil.copy(tmp_path / "good/00003.png", source / "00003.png")
     (line,) = retry(source, tmp_path / "c")
-    assert line.startswith("open_toy: retried 2 failed images, 1 has features now, 1 failed again: 1 not an image")
+    assert line.startswith("open_toy (cls, patches): encoded 2 images, reused 18, failed 1: 1 not an image")
     after = tree(tmp_path / "c")
     differing = {name for name in after if before.get(name) != after[name]}
     assert differing == {
@@ -89,7 +89,7 @@ def test_retried_cache_equals_one_of_good_files(source: Path, tmp_path: Path) ->
         np.testing.assert_array_equal(repaired.load(), whole.load())
         assert repaired.hashes == whole.hashes
         assert repaired.failures == {}
-    assert [report.encoded for report in run(source, tmp_path / "c", features=FEATURES)] == [0, 0]
+    assert [report.computed for report in run(source, tmp_path / "c", features=FEATURES)] == [0, 0]
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_retry_without_recovery_writes_nothing(source: Path, tmp_path: Path) -> 
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     before = tree(tmp_path / "c")
     (line,) = retry(source, tmp_path / "c")
-    assert "retried 2 failed images, 0 have features now" in line
+    assert "encoded 2 images, reused 18, failed 2" in line
     assert tree(tmp_path / "c") == before
 
 
@@ -146,7 +146,7 @@ def test_replaced_file_is_retried_with_its_source(source: Path, tmp_path: Path) 
     with pytest.raises(FingerprintError, match="00003.png: expected .*; if all encoders .* on it, give its source"):
         retry_failed(tmp_path / "c", tmp_path / "c", image_encoder=IMAGE)
     (report,) = retry_failed(source, tmp_path / "c", image_encoder=IMAGE)
-    assert (report.num_tried, report.num_recovered) == (2, 1)
+    assert (report.computed, sum(report.failures.values())) == (2, 1)
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_place_of_a_moved_source_is_recorded(tmp_path: Path) -> None:
     with pytest.raises(PathError, match=f"^images are not shown: .*{moved}"):
         Thumbnails(Cache(tmp_path / "c"))
     before = tree(tmp_path / "c")
-    assert all(report.encoded == 0 for report in run(copy / "captions.csv", tmp_path / "c"))
+    assert all(report.computed == 0 for report in run(copy / "captions.csv", tmp_path / "c"))
     after = tree(tmp_path / "c")
     assert {name for name in after if after[name] != before.get(name)} == {"cache.json"}
     now = cache_json.replace(str(folder), str(copy))
@@ -298,7 +298,7 @@ def test_place_of_a_moved_source_is_recorded(tmp_path: Path) -> None:
 def test_limited_cache_grows_to_the_whole_one(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "source", 12)
     run(folder, tmp_path / "c", features=FEATURES, chunk_size=8, limit=5)
-    assert [report.encoded for report in run(folder, tmp_path / "c", features=FEATURES, limit=5)] == [0, 0]
+    assert [report.computed for report in run(folder, tmp_path / "c", features=FEATURES, limit=5)] == [0, 0]
     made = plan(
         open_source(folder), tmp_path / "c", image_encoder=["tests.toy:open_other"], settings=ExtractSettings(limit=5)
     )

@@ -62,7 +62,7 @@ def test_unreadable_metadata_is_written_again_once_it_is_removed(source: Path, c
     with pytest.raises(CorruptError, match=f"{name} is not valid JSON: .* or remove it and run the same embedcache"):
         run(source, cache, **settings)
     path.unlink()
-    assert [report.encoded for report in run(source, cache, **settings)] == [0, 0]
+    assert [report.computed for report in run(source, cache, **settings)] == [0, 0]
     assert tree(cache) == before
 
 
@@ -162,7 +162,7 @@ def test_cache_as_its_own_source(source: Path, cache: Path, tmp_path: Path, monk
     shutil.rmtree(folder)
     with forked_workers():
         (report,) = extract("own", "own", text_encoder=other, device=("cpu", "cpu"))
-    assert (report.encoded, report.failures) == (20, {})
+    assert (report.computed, report.failures) == (20, {})
     with pytest.raises(PathError, match="/s, which does not exist; .*; if the source of own has moved, name it"):
         extract("own", "own", image_encoder=IMAGE, feature="patches")
 
@@ -178,7 +178,7 @@ def test_cache_as_its_own_source_has_no_options(extracted: Path, name: str, valu
 
 def test_cache_by_a_local_url_is_its_own_source(extracted: Path) -> None:
     (report,) = extract(f"file://{extracted}", extracted, image_encoder=IMAGE)
-    assert report.encoded == 0 < report.reused
+    assert report.computed == 0 < report.reused
 
 
 def test_interrupted_update_needs_the_source(cache: Path, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_source_without_captions_has_no_texts(tmp_path: Path) -> None:
         run(folder, tmp_path / "c")
     table = folder / "captions.csv"
     table.write_text("image,caption\n00000.png,one\n00001.png,two\n")
-    assert [report.encoded for report in run(table, tmp_path / "c")] == [2, 2], "the folder's index is replaced"
+    assert [report.computed for report in run(table, tmp_path / "c")] == [2, 2], "the folder's index is replaced"
 
 
 def test_source_whose_cache_could_not_be_opened_is_refused(source: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from embedcache.axis import Axis
 from embedcache.errors import FingerprintError, MissingExtraError, SettingError, SourceError
 from embedcache.extract import loop
-from embedcache.extract.extract import EncoderReport, extract
+from embedcache.extract.extract import extract
 from embedcache.extract.plan import plan
 from embedcache.extract.repair import retry_failed, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
@@ -17,6 +17,7 @@ from embedcache.reports.summary import summarize
 from embedcache.sources import open_source
 from embedcache.sources.sound import decode_audio
 from embedcache.store.cache import Cache
+from embedcache.store.producer import FillReport
 from embedcache.store.verify import verify
 from tests.cli.run import embedcache, succeed
 from tests.extract.cases import tree
@@ -50,7 +51,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_media(tmp_path_factory.mktemp("media") / "source")
 
 
-def run(source: Path, cache: Path, **settings: object) -> list[EncoderReport]:
+def run(source: Path, cache: Path, **settings: object) -> list[FillReport]:
     options = ExtractSettings(**{"features": FEATURES, "chunk_size": 2, **settings})  # type: ignore[arg-type]
     return extract(open_source(source), cache, encoder=ENCODERS, image_encoder=[IMAGE], settings=options)
 
@@ -108,7 +109,7 @@ def test_interrupted_extraction_resumes_to_the_same_bytes(source: Path, cache: P
     before = tree(cache)
     for commit in [*cache.glob("*/open_media/chunks/00000.parquet"), *cache.glob("audio/*/chunks/00002.parquet")]:
         commit.unlink()
-    assert [report.encoded for report in run(source, cache)] == [0, 3, 2, 2]
+    assert [report.computed for report in run(source, cache)] == [0, 3, 2, 2]
     assert tree(cache) == before
 
 
@@ -122,7 +123,7 @@ def test_extend_appends_new_modalities(tmp_path: Path) -> None:
         extract(open_source(folder), tmp_path / "c", image_encoder=[IMAGE], encoder=encoders)
     settings = ExtractSettings(extend=True)
     reports = extract(open_source(folder), tmp_path / "c", image_encoder=[IMAGE], encoder=encoders, settings=settings)
-    assert [(report.modality, report.encoded, report.reused) for report in reports] == [
+    assert [(report.modality, report.computed, report.reused) for report in reports] == [
         ("image", 2, 0),
         ("audio", 1, 0),
         ("points", 1, 0),
@@ -143,9 +144,9 @@ def test_retry_encodes_repaired_files_only(tmp_path: Path) -> None:
     settings = ExtractSettings(features=FEATURES)
     reports = retry_failed(open_source(folder), tmp_path / "c", encoder=ENCODERS, settings=settings)
     assert [report.line() for report in reports] == [
-        "open_media: retried 2 failed recordings, 1 has features now, 1 failed again: 1 damaged recording",
-        "open_media: retried 1 failed videos, 0 have features now, 1 failed again: 1 damaged video",
-        "open_media: retried 1 failed point clouds, 1 has features now, 0 failed again",
+        "open_media (mean, frames): encoded 2 recordings, reused 3, failed 1: 1 damaged recording",
+        "open_media (mean, frames): encoded 1 video, reused 1, failed 1: 1 damaged video",
+        "open_media (extent, xyz, uv, label): encoded 1 point cloud, reused 1, failed 0",
     ]
     cache = Cache(tmp_path / "c")
     assert len(cache.feature("points", "open_media/label").gather_tokens(np.array([1]))[0]) == 7
@@ -267,13 +268,13 @@ def test_chunk_above_two_gibibytes_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(loop, "_MAX_CHUNK_BYTES", 2_000)
     folder = write(tmp_path / "f", {f"{number}.npz": npz(cloud(30)) for number in range(8)})
 
-    def encode(cache: str, **changed: object) -> list[EncoderReport]:
+    def encode(cache: str, **changed: object) -> list[FillReport]:
         chosen = ExtractSettings(features=("xyz",), **changed)  # type: ignore[arg-type]
         return extract(open_source(folder), tmp_path / cache, encoder={"points": [MEDIA]}, settings=chosen)
 
     with pytest.raises(SettingError, match=r"chunk_size: expected a chunk of at most .* 8 items of .*--chunk-size 4"):
         encode("c", chunk_size=64)
-    assert [report.encoded for report in encode("d", chunk_size=4)] == [8]
+    assert [report.computed for report in encode("d", chunk_size=4)] == [8]
 
 
 def test_command_line(source: Path, tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from embedcache.errors import SettingError
-from embedcache.extract.extract import EncoderReport, extract
+from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.extract.views import open_view
 from embedcache.sources import open_source
 from embedcache.sources.video import Video
 from embedcache.store.cache import Cache
+from embedcache.store.producer import FillReport
 from embedcache.train.data import open_data, parse_views
 from pipelines.avsr.noise import VIEW
 from tests.cli.run import succeed
@@ -43,7 +44,7 @@ def source(tmp_path: Path) -> Path:
     return write(tmp_path / "recordings", files)
 
 
-def run(source: Path, cache: Path, *views: str) -> list[EncoderReport]:
+def run(source: Path, cache: Path, *views: str) -> list[FillReport]:
     settings = ExtractSettings(**SETTINGS, views=views)  # type: ignore[arg-type]
     return extract(open_source(source), cache, encoder={"audio": [MEDIA]}, settings=settings)
 
@@ -57,7 +58,7 @@ def test_interrupted_extraction_with_noise_resumes_to_the_same_bytes(
     before = tree(tmp_path / "c")
     for commit in (tmp_path / "c").glob("audio/*/chunks/00001.parquet"):
         commit.unlink()
-    assert [report.encoded for report in run(source, tmp_path / "c", f"{VIEW}:5.0,tape={tape}")] == [2, 2]
+    assert [report.computed for report in run(source, tmp_path / "c", f"{VIEW}:5.0,tape={tape}")] == [2, 2]
     assert tree(tmp_path / "c") == before
 
 

@@ -76,14 +76,15 @@ def test_plan_beyond_disk_space_raises() -> None:
 def test_plan_uses_the_threads_of_extraction(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None
 ) -> None:
-    names, prepare = set(), toy.ToyImages.prepare
+    numbers = set[str]()
+    prepare = toy.ToyImages.prepare
 
     def record_thread(self: toy.ToyImages, items: list[Image]) -> list[Array]:
-        names.add(threading.current_thread().name)
+        numbers.add(threading.current_thread().name.rpartition("_")[2])  # its number in the pool
         time.sleep(0.002)  # so that the executor needs all its threads
         return prepare(self, items)
 
     monkeypatch.setattr("embedcache.extract.settings.num_cores", lambda: 1)
     monkeypatch.setattr(toy.ToyImages, "prepare", record_thread)
     plan(open_source(image_folder), tmp_path / "c", image_encoder=[IMAGE], settings=ExtractSettings(threads=threads))
-    assert len(names) == (threads or 1)
+    assert len(numbers) == (threads or 1)

@@ -91,7 +91,7 @@ def test_equal_memory_dataset_resumes(tmp_path: Path) -> None:
     first, again = colored(), colored().select([0, 1, 2, 3, 4])
     extract(open_source(first), tmp_path / "cache", image_encoder=[IMAGE])
     (report,) = extract(open_source(again), tmp_path / "cache", image_encoder=[IMAGE])
-    assert (report.encoded, report.reused) == (0, 5)
+    assert (report.computed, report.reused) == (0, 5)
     assert again._fingerprint != first._fingerprint
     assert Cache(tmp_path / "cache").info.source["path"] == f"memory:{again._fingerprint}"
 

@@ -19,6 +19,7 @@ from embedcache.store.commits import write_commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, _is_item_shape, create_group, find_group, open_group, read_feature
 from embedcache.store.layout import CacheInfo, TableVersion, write_info
+from embedcache.store.producer import count_filled
 from embedcache.store.writer import add_feature, commit_chunk
 from tests.edits import write_rows
 from tests.store.features import FINGERPRINT, random_items, write_feature, written
@@ -82,7 +83,7 @@ def test_counts_of_items_and_tokens(tmp_path: Path, shape: tuple[int, ...], toke
     feature = write_feature(tmp_path, items, shape, chunk_size=4)
     assert feature.num_tokens == (sum(len(item) for item in items if item is not None) if tokens is None else tokens)
     assert feature.shape == (9, *shape)
-    counts = feature.group.count_items("f", [1])
+    counts = count_filled(feature.group, "encoded", ["f"], 4)
     assert (counts.computed, counts.reused, counts.failures) == (4, 5, {"broken": 2})
     rows, reasons = feature.failed
     assert (rows.tolist(), reasons.to_pylist()) == ([2, 8], ["broken"] * 2)
@@ -91,7 +92,7 @@ def test_counts_of_items_and_tokens(tmp_path: Path, shape: tuple[int, ...], toke
 def test_items_without_files_are_not_counted(tmp_path: Path) -> None:
     group = write_feature(tmp_path, random_items(9, (4,), seed=1), (4,), chunk_size=4, skip_chunks=[0]).group
     (group.path / "f/c/1/0").write_bytes(b"x")
-    counts = group.count_items("f", [0, 1])
+    counts = count_filled(group, "encoded", ["f"], 0)
     assert (counts.computed, counts.reused, counts.failures) == (0, 1, {})
 
 
