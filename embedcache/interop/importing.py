@@ -1,21 +1,18 @@
 """Import of vectors that other tools computed: a normal cache, written chunk by chunk."""
 
 import os
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from embedcache.arrays import Array, Bools
 from embedcache.encoders.open import IMPORTED, EncoderSpec
-from embedcache.errors import CorruptError, SettingError, SourceError, UnfinishedError, pluralize
+from embedcache.errors import CorruptError, SettingError, SourceError, UnfinishedError
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.settings import ImportSettings
 from embedcache.interop.vector_files import ImportedSamples, VectorImport, check_captions, stored_blocks
-from embedcache.locks import Leases
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.records import new_record_path, record_stage
@@ -24,13 +21,13 @@ from embedcache.sources.open import IMPORTED_SOURCE
 from embedcache.sources.reopen import remember
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
-from embedcache.store.columns import to_array
-from embedcache.store.commits import describe_failures, hash_item
+from embedcache.store.commits import Commit, hash_item
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import info_path, read_info
-from embedcache.store.writer import add_feature, commit_chunk, withdraw
+from embedcache.store.producer import ChunkFeatures, FillReport, Output, Verb, fill
+from embedcache.store.writer import add_feature, withdraw
 
 _FEATURE = "vector"
 _NO_VECTOR = "NaN or infinity in the imported vector"
@@ -40,46 +37,6 @@ _CHECKED_ROWS = 1024
 _NEXT_STEP = "restore the files and use the same options, or import into a new folder"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportReport:
-    """Outcome of an import for one feature.
-
-    Args:
-        modality: modality of the vectors.
-        feature: `encoder/feature` in the cache.
-        imported: vectors in the chunks that were written now.
-        reused: vectors in the chunks that existed before.
-        failures: reason -> number of rows without a vector, over the whole cache.
-        is_normalized: whether the first rows of each file have length 1.
-    """
-
-    modality: str
-    feature: str
-    imported: int
-    reused: int
-    failures: Mapping[str, int]
-    is_normalized: bool
-
-    def line(self) -> str:
-        """Return the outcome in one line."""
-        return (
-            f"{self.feature}: imported {pluralize(self.imported, f'{self.modality} vector')}, reused {self.reused:,}, "
-            f"{describe_failures(self.failures)}; "
-            f"{'normalized' if self.is_normalized else 'not normalized'}"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the outcome as it is recorded on disk."""
-        return {
-            "modality": self.modality,
-            "feature": self.feature,
-            "taken": self.imported,
-            "reused": self.reused,
-            "failures": self.failures,
-            "is_normalized": self.is_normalized,
-        }
-
-
 def import_vectors(
     vectors: VectorImport,
     cache: AnyPath,
@@ -87,7 +44,7 @@ def import_vectors(
     *,
     progress: AnyProgress = None,
     **options: Any,
-) -> list[ImportReport]:
+) -> list[FillReport]:
     """Write a normal cache of vectors that another tool computed.
 
     Values are kept as they are, those of float64 as float32. The files are read twice: once for their SHA-256, once for
@@ -121,7 +78,7 @@ def import_vectors(
     remove_partials(path)
     with record_stage(new_record_path(path, "import"), "import", {**source, "files": hashes}) as outcome:
         reports = [_import_feature(cache, vectors, name, source, progress) for name in vectors.modalities]
-        outcome["features"] = [report.to_json() for report in reports]
+        outcome["features"] = [vars(report) for report in reports]
     return reports
 
 
@@ -184,7 +141,7 @@ def _describe(
 
 def _import_feature(
     cache: Cache, vectors: VectorImport, name: str, source: Mapping[str, Any], progress: Progress
-) -> ImportReport:
+) -> FillReport:
     modality, files = vectors.modalities[name], [group.vectors[name] for group in vectors.groups]
     first_blocks = (next(stored_blocks(file, 0, _CHECKED_ROWS), None) for file in files)
     in_file, in_cache = vectors.dtypes(name)
@@ -203,71 +160,67 @@ def _import_feature(
     }
     folder = EncoderSpec(IMPORTED, name).folder
     group = create_group(cache.path, modality, folder, cache.info, spec=f"{IMPORTED}:{folder}", fingerprint=fingerprint)
-    add_feature(group, _FEATURE, (files[0].width,), in_cache)
-    num_imported = _write_chunks(cache, group, vectors, name, progress)
-    group.compact()
-    failures: Counter[str] = Counter()
-    for commit in filter(None, map(group.commit, range(cache.info.num_chunks(modality)))):
-        failures.update(to_array(commit.failures[_FEATURE], pa.string()).drop_null().to_pylist())
-    if failures.total() == vectors.num_rows:
+    producer = ImportedFeature(cache, vectors, name)
+    add_feature(group, _FEATURE, *producer.outputs[_FEATURE][:2])
+    _withdraw_damaged(group)
+    report = fill(group, producer, progress=progress)
+    if sum(report.failures.values()) == vectors.num_rows:
         raise SourceError(f"{vectors.path}: expected usable vectors, got none in {vectors.num_rows:,} rows of {name}")
-    return ImportReport(
-        modality=modality,
-        feature=f"{group.name}/{_FEATURE}",
-        imported=num_imported,
-        reused=vectors.num_rows - num_imported,
-        failures=dict(failures.most_common()),
-        is_normalized=has_unit_length,
-    )
+    return replace(report, note="normalized" if has_unit_length else "not normalized")
 
 
-def _write_chunks(cache: Cache, group: EncoderGroup, vectors: VectorImport, name: str, progress: Progress) -> int:
-    """Write the chunks that are missing or damaged; return the number of vectors in them."""
-    missing = {chunk for chunk in range(cache.info.num_chunks(group.modality)) if not _is_intact(group, chunk)}
-    if not missing:
-        return 0
-    leases = Leases(group.path / "chunks")  # while it exists, no other process deletes the folder
-    leases.take_part()
-    first, size, num_imported = min(missing), cache.info.chunk_size, 0
-    progress.start(f"importing {name}", vectors.num_rows - first * size, "vectors")
-    for chunk, vectors_BD in enumerate(vectors.blocks(name, first * size, size), start=first):
-        if chunk in missing:
-            _write_chunk(cache, group, chunk, vectors_BD)
-            num_imported += len(vectors_BD)
-        progress.advance(len(vectors_BD))
-    progress.finish()
-    return num_imported
+def _withdraw_damaged(group: EncoderGroup) -> None:
+    """Withdraw the chunks that differ from their checksums, so that they are imported again."""
+    for chunk in range(group.info.num_chunks(group.modality)):
+        try:
+            commit = group.commit(chunk)
+            if commit is not None and group.has(commit, _FEATURE):
+                Feature(group, _FEATURE).items(commit)
+        except (CorruptError, UnfinishedError):
+            withdraw(group, chunk, [_FEATURE])
 
 
-def _is_intact(group: EncoderGroup, chunk: int) -> bool:
-    """Return whether a chunk is committed with correct checksums; withdraw the commit of a damaged one."""
-    try:
-        commit = group.commit(chunk)
-        if commit is None or not group.has(commit, _FEATURE):
-            return False
-        for _ in Feature(group, _FEATURE).read_chunk(commit):
-            pass
-    except (CorruptError, UnfinishedError):
-        withdraw(group, chunk, [_FEATURE])
+class ImportedFeature:
+    """The vectors of one feature: its producer."""
+
+    verb: Verb = "imported"
+
+    def __init__(self, cache: Cache, vectors: VectorImport, name: str) -> None:
+        width = vectors.groups[0].vectors[name].width
+        self.outputs = {_FEATURE: Output((width,), vectors.dtypes(name)[1])}
+        self._cache = cache
+        self._vectors = vectors
+        self._name = name
+        self._blocks: Iterator[Array] = iter(())
+        self._next_row = vectors.num_rows
+
+    def compute(self, rows: slice) -> ChunkFeatures:
+        """Return the vectors of a chunk; a vector that is not finite, and that of a blank caption, is left out."""
+        vectors_BD = self._read(rows)
+        is_finite_B: Bools = np.asarray(np.isfinite(vectors_BD).all(axis=1))
+        failures: list[str | None] = [None if is_finite else _NO_VECTOR for is_finite in is_finite_B]
+        contents = [vector.tobytes() for vector in vectors_BD]
+
+        if self._vectors.modalities[self._name] == "text":
+            chunk = rows.start // self._cache.info.chunk_size
+            texts = self._cache.items("text", chunk=chunk, columns=["text"])["text"].to_pylist()
+            contents = [text.encode() for text in texts]
+            failures = [failure if text.strip() else _EMPTY for text, failure in zip(texts, failures, strict=True)]
+
+        values = [vector if reason is None else None for vector, reason in zip(vectors_BD, failures, strict=True)]
+        return ChunkFeatures({_FEATURE: values}, list(map(hash_item, contents)), {_FEATURE: failures})
+
+    def retries(self, _: Commit) -> bool:
+        """Return False: the files are the same as before."""
         return False
-    return True
 
-
-def _write_chunk(cache: Cache, group: EncoderGroup, chunk: int, vectors_BD: Array) -> None:
-    texts: list[str | None] = [None] * len(vectors_BD)
-    if group.modality == "text":
-        texts = cache.items("text", chunk=chunk, columns=["text"])["text"].to_pylist()
-    is_finite_B: Bools = np.asarray(np.isfinite(vectors_BD).all(axis=1))
-    failures = [_failure(*row) for row in zip(texts, is_finite_B, strict=True)]
-    values = [vector if reason is None else None for vector, reason in zip(vectors_BD, failures, strict=True)]
-    contents = (
-        vector.tobytes() if text is None else text.encode() for vector, text in zip(vectors_BD, texts, strict=True)
-    )
-    commit_chunk(group, chunk, {_FEATURE: values}, list(map(hash_item, contents)), {_FEATURE: failures})
-
-
-def _failure(text: str | None, is_finite: bool) -> str | None:  # noqa: FBT001
-    """Return why an item has no vector, None if it has one; `text` is that of a caption."""
-    if text is not None and not text.strip():
-        return _EMPTY
-    return None if is_finite else _NO_VECTOR
+    def _read(self, rows: slice) -> Array:
+        """Read the rows of a chunk. Files are read on from the last one: opening at any row reads those before it."""
+        if rows.start < self._next_row:
+            self._blocks = self._vectors.blocks(self._name, rows.start, self._cache.info.chunk_size)
+            self._next_row = rows.start
+        while True:
+            vectors_BD = next(self._blocks)
+            self._next_row += len(vectors_BD)
+            if self._next_row == rows.stop:
+                return vectors_BD

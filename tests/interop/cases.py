@@ -13,13 +13,14 @@ from embedcache import files
 from embedcache.arrays import Array
 from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
 from embedcache.interop.exporting import VectorExport
-from embedcache.interop.importing import ImportReport, import_vectors
+from embedcache.interop.importing import import_vectors
 from embedcache.interop.npy import open_npy_vectors, write_npy
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
 from embedcache.interop.settings import ImportSettings, VectorExportSettings
 from embedcache.interop.vector_files import VectorImport
 from embedcache.progress import NullProgress
 from embedcache.store.cache import Cache
+from embedcache.store.producer import FillReport
 
 Format = tuple[Callable[[VectorExport, Path], int], Callable[[Path], VectorImport], tuple[str, str], str]
 
@@ -81,6 +82,6 @@ def unit_rows(count: int, width: int = 8, *, seed: int = 0) -> Array:
 
 def import_files(
     vectors: VectorImport, cache: Path, *, chunk_size: int = 8, **settings: object
-) -> tuple[Cache, list[ImportReport]]:
+) -> tuple[Cache, list[FillReport]]:
     reports = import_vectors(vectors, cache, ImportSettings(chunk_size=chunk_size, **settings))  # type: ignore[arg-type]
     return Cache(cache), reports

@@ -33,7 +33,7 @@ def test_exported_vectors_are_imported(labeled: Path, tmp_path: Path) -> None:
     }
     for name, vectors in opened.items():
         (imported,) = import_vectors(vectors, tmp_path / name, model="toy", key_column="key")
-        assert imported.imported == len(expected)
+        assert imported.computed == len(expected)
         np.testing.assert_array_equal(Cache(tmp_path / name).feature("image").load(), expected)
 
 

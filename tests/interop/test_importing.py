@@ -42,6 +42,7 @@ from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.sources import open_source, read_below
 from embedcache.sources.base import FileItem
+from embedcache.store import producer
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
@@ -72,8 +73,7 @@ def test_nan_vector_is_a_failed_item(tmp_path: Path) -> None:
     assert cache.feature("image").failures == dict.fromkeys((3, 21), reason)
     assert f"    row 3, key k3: {reason}" in failure_lines(cache, cache.feature("image"))
     assert report.line() == (
-        "img_emb/vector: imported 40 image vectors, reused 0, failed 2: 2 NaN or infinity in the imported vector; "
-        "normalized"
+        "img_emb (vector): imported 40 images, reused 0, failed 2: 2 NaN or infinity in the imported vector; normalized"
     )
     assert not verify(cache)
 
@@ -101,7 +101,7 @@ def test_float64_is_stored_as_float32(tmp_path: Path, form: str, capsys: pytest.
     chunk.write_bytes(b"damaged")
     assert verify(Cache(tmp_path / "cache"))
     [again] = import_vectors(opened(), tmp_path / "cache", settings)
-    assert (report.imported, again.imported, again.reused) == (20, 8, 12)
+    assert (report.computed, again.computed, again.reused) == (20, 8, 12)
     assert not verify(Cache(tmp_path / "cache"))
     vectors[13, 1] = -1e39
     with pytest.raises(DataError, match=r"row 13: expected numbers in the range of float32, .* got -1e\+39; scale the"):
@@ -121,7 +121,7 @@ def test_blank_caption_is_a_failed_item(tmp_path: Path) -> None:
 def test_is_normalized_is_recorded(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", unit_rows(40) * np.float16(2))
     cache, [report] = import_files(open_clip_retrieval(tree), tmp_path / "cache")
-    assert not report.is_normalized
+    assert report.note == "not normalized"
     assert cache.feature("image").fingerprint["preprocessing"] == {
         "format": "clip-retrieval",
         "array": "img_emb",
@@ -133,7 +133,7 @@ def test_second_import_reuses_or_rejects(tree: Path, tmp_path: Path) -> None:
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
     before = files_of(tmp_path / "cache")
     _, reports = import_files(open_clip_retrieval(tree), tmp_path / "cache")
-    assert [(report.imported, report.reused) for report in reports] == [(0, 40), (0, 40)]
+    assert [(report.computed, report.reused) for report in reports] == [(0, 40), (0, 40)]
     assert files_of(tmp_path / "cache") == before
 
     np.save(tree / "img_emb" / "img_emb_2.npy", unit_rows(10, seed=1))
@@ -167,7 +167,7 @@ def test_damaged_chunk_is_repaired(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="same embedcache import again"):
         repair(Cache(cache.path), findings)
     _, reports = import_files(open_clip_retrieval(tree), tmp_path / "cache")
-    assert [report.imported for report in reports] == [8, 0]
+    assert [report.computed for report in reports] == [8, 0]
     assert files_of(cache.path) == before
 
 
@@ -183,18 +183,18 @@ def test_repaired_chunk_has_no_vectors_of_removed_samples(tree: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_features_of_a_running_import_are_kept(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit, tried = importing.commit_chunk, []
+    commit, tried = producer.commit_chunk, []
 
-    def prune_first(group: EncoderGroup, *rest: Any) -> None:
+    def prune_first(group: EncoderGroup, *rest: Any, **options: Any) -> None:
         tried.append(group.path)
         if len(tried) == 1:
             call(expect_refusal, tmp_path / "cache")
-        commit(group, *rest)
+        commit(group, *rest, **options)
 
-    monkeypatch.setattr(importing, "commit_chunk", prune_first)
+    monkeypatch.setattr(producer, "commit_chunk", prune_first)
     cache, reports = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     assert tried
-    assert [report.imported for report in reports] == [40, 40]
+    assert [report.computed for report in reports] == [40, 40]
     assert not verify(cache)
     prune_cache(cache.path, PruneSettings(features=("img_emb",)))
     assert not tried[0].exists()
@@ -250,7 +250,7 @@ def test_captions_of_imported_vectors_are_encoded(tmp_path: Path) -> None:
         cache.feature("text")
     (tmp_path / "images.npy").rename(tmp_path / "moved.npy")  # captions are in the cache
     (report,) = extract(f"{tmp_path}/./cache/", tmp_path / "cache", text_encoder=TEXT, feature="mean")
-    assert (report.encoded, report.failures) == (40, {"empty caption": 1})
+    assert (report.computed, report.failures) == (40, {"empty caption": 1})
     (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in texts if text.strip()))
     extract(tmp_path / "texts.txt", tmp_path / "texts", text_encoder=TEXT, feature="mean")
     encoded, expected = (Cache(tmp_path / name).feature("text") for name in ("cache", "texts"))
@@ -266,7 +266,7 @@ def test_captions_of_imported_vectors_are_encoded(tmp_path: Path) -> None:
     assert len(hits) == 3
     (tmp_path / "moved.npy").rename(tmp_path / "images.npy")
     _, (again,) = import_files(arrays, tmp_path / "cache", chunk_size=16)
-    assert (again.imported, again.reused) == (0, 40)
+    assert (again.computed, again.reused) == (0, 40)
 
 
 def test_paths_in_a_table_in_another_folder_than_the_array(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_merged_cache_takes_no_encoder_beside_imported_vectors(tmp_path: Path, i
     merge_caches(caches, tmp_path / "without", features="open_toy/mean", prefix_keys=True)
     with read_below(image_folder):
         (report,) = extract(tmp_path / "without", tmp_path / "without", image_encoder=IMAGE)
-    assert (report.encoded, report.failures) == (4, {})
+    assert (report.computed, report.failures) == (4, {})
 
 
 def test_text_vectors_need_captions(tmp_path: Path) -> None:

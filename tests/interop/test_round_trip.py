@@ -66,7 +66,7 @@ def test_intervals_of_recordings(form: str, tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     vectors = open_vectors("npy", files=files, table=tmp_path / "rows.parquet")
     once, reports = import_files(vectors, tmp_path / "once")
-    assert [(report.modality, report.imported) for report in reports] == [(name, 20) for name in rows]
+    assert [(report.modality, report.computed) for report in reports] == [(name, 20) for name in rows]
     (item,) = once.items("audio").slice(0, 1).to_pylist()
     assert reopen(once.info.source).read(to_file_item(item)) == b"RIFF"
     assert once.samples["image"].to_pylist() == columns["image"]  # no vectors of images: a column like any other
