@@ -22,7 +22,7 @@ from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, PathError, UnfinishedError, pluralize
 from embedcache.files import AnyPath, one_or_many, open_path, remove_partials, write_atomic
 from embedcache.locks import Leases
-from embedcache.modalities import MODALITIES, noun
+from embedcache.modalities import MODALITIES
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest
 from embedcache.records import new_record_path, record_stage
@@ -31,15 +31,16 @@ from embedcache.sources.open import merged_description, merged_path
 from embedcache.sources.reopen import is_remembered, remember
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
+from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.indexing import index_tables
 from embedcache.store.layout import SAMPLES, SUBSET, Segment, checked_fit_path, fit_path
+from embedcache.store.producer import ChunkFeatures, FillReport, Output, Verb, fill
 from embedcache.store.removed import Marks, digest_marks, merge_marks, read_removed, write_marks
 from embedcache.store.rows import RowReader, iterate_keys, key_column, match_keys
 from embedcache.store.table_writer import SampleTables, TableWriter, count_from, hash_texts, join_tables
 from embedcache.store.tables import BLOCK, ITEM_SCHEMAS, TableDigest
-from embedcache.store.writer import add_feature, commit_chunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,14 +215,18 @@ def _copy(
     with record_stage(new_record_path(out.path, stage), stage, request) as outcome:
         named = [(groups, names) for groups, names in named if groups[0].modality in out.info.num_items]
         copying = Leases(out.path)
-        counts = [_copy_group(out, copying, segments, groups, names, progress) for groups, names in named]
+        if not copying.acquire(0):
+            raise PathError(
+                f"another process copies samples into {out.path}; wait for it, or give the path of a new folder"
+            )
+        reports = [_copy_group(out, segments, groups, names, progress) for groups, names in named]
         report = CopyReport(
             cache=out.path,
             num_samples=out.info.num_samples,
             features=[f"{groups[0].modality}/{groups[0].name}/{name}" for groups, names in named for name in names],
             left_out=left_out,
-            copied=sum(copied for copied, _ in counts),
-            reused=sum(reused for _, reused in counts),
+            copied=sum(each.computed for each in reports),
+            reused=sum(each.reused for each in reports),
         )
         if report.copied or not named:
             outcome |= {"num_samples": report.num_samples, "features": report.features, "left_out": left_out}
@@ -305,90 +310,69 @@ def _attributes(feature: Feature) -> dict[str, Any]:
 
 def _copy_group(
     out: Cache,
-    copying: Leases,
     segments: "Sequence[SegmentSamples]",
     groups: Sequence[EncoderGroup],
     names: Sequence[str],
     progress: Progress,
-) -> tuple[int, int]:
-    """Copy features of one encoder; return the number of items in the chunks written now, and in those before."""
+) -> FillReport:
+    """Copy features of one encoder."""
     first = groups[0]
-    modality = first.modality
     group = create_group(
-        out.path, modality, first.name, out.info, spec=first.spec, fingerprint=first.fingerprint, view=first.view
+        out.path, first.modality, first.name, out.info, spec=first.spec, fingerprint=first.fingerprint, view=first.view
     )  # refuses features of one name that were fitted to something else
     if "fit" in first.fingerprint:
         write_atomic(fit_path(group.path), checked_fit_path(first.path, first.fingerprint).read_bytes())
-    for name in names:
-        feature = Feature(first, name)
-        add_feature(group, name, feature.item_shape, feature.dtype, axis=feature.axis)
-    readers = {other.path.parents[1]: _ItemReader(other, names) for other in groups}
-    rows = [(segment, segment.item_rows(modality)) for segment in segments]
-    bounds = np.cumsum([0, *(len(of_segment) for _, of_segment in rows)])
-    missing = [chunk for chunk in range(out.info.num_chunks(modality)) if not _has_all(group, chunk, names)]
-    working = Leases(group.path / "chunks")  # while it exists, no other process deletes the folder
-    if missing:
-        if not copying.acquire(0):
-            raise PathError(
-                f"another process copies samples into {out.path}; wait for it, or give the path of a new folder"
-            )
-        working.take_part()
-    num_missing = out.info.count_items(modality, missing)
-    progress.start(f"copying {group.name}", num_missing, noun(modality))
-    for chunk in missing:
-        place = out.info.chunk_rows(modality, chunk)
-        values: dict[str, list[Array | None]] = {name: [] for name in names}
-        failures: dict[str, list[str | None]] = {name: [] for name in names}
-        hashes: list[bytes | None] = []
-        for (segment, of_segment), start in zip(rows, bounds[:-1].tolist(), strict=True):
-            own_rows = of_segment[max(place.start - start, 0) : max(place.stop - start, 0)]
-            if len(own_rows):  # a cache may have no items of the modality, and so no reader
-                readers[segment.cache.path].read(own_rows, values, failures, hashes)
-        commit_chunk(group, chunk, values, hashes, failures)
-        progress.advance(len(hashes))
-    progress.finish()
-    group.compact()
-    return num_missing, out.info.num_items[modality] - num_missing
+    return fill(group, CopiedFeatures(segments, groups, names), progress=progress)
 
 
-def _has_all(group: EncoderGroup, chunk: int, names: Sequence[str]) -> bool:
-    commit = group.commit(chunk)
-    return all(group.has(commit, name) for name in names)
+class CopiedFeatures:
+    """Features of one encoder of other caches: their producer. Memory: one chunk of a cache."""
 
+    verb: Verb = "copied"
 
-class _ItemReader:
-    """Reads items of one encoder in row order, a chunk at a time, with checksums compared."""
-
-    def __init__(self, group: EncoderGroup, names: Sequence[str]) -> None:
-        self._group, self._names, self._chunk = group, names, -1
-
-    def read(
-        self,
-        rows: Ints,
-        values: Mapping[str, list[Array | None]],
-        failures: Mapping[str, list[str | None]],
-        hashes: list[bytes | None],
+    def __init__(
+        self, segments: "Sequence[SegmentSamples]", groups: Sequence[EncoderGroup], names: Sequence[str]
     ) -> None:
-        """Append the features, reasons and hashes of some items, ascending, at least one."""
-        chunks, starts = np.unique(rows // self._group.info.chunk_size, return_index=True)
-        for chunk, own in zip(chunks.tolist(), np.split(rows % self._group.info.chunk_size, starts[1:]), strict=True):
-            if chunk != self._chunk:
-                self._open(chunk)
-            for name in self._names:
-                values[name].extend([self._items[name][offset] for offset in own])
-                failures[name].extend([self._reasons[name][offset] for offset in own])
-            hashes.extend([self._hashes[offset] for offset in own])
+        self.outputs = {name: Output.of(Feature(groups[0], name)) for name in names}
+        self._groups = {group.path.parents[1]: group for group in groups}
+        self._segments = [(segment.cache.path, segment.item_rows(groups[0].modality)) for segment in segments]
+        self._read = lru_cache(maxsize=1)(self._read_chunk)
 
-    def _open(self, chunk: int) -> None:
-        commit = self._group.commit(chunk)
+    def compute(self, rows: slice) -> ChunkFeatures:
+        """Return the features of items as they are in the other caches, checksums compared."""
+        items: dict[str, list[Array | None]] = {name: [] for name in self.outputs}
+        failures: dict[str, list[str | None]] = {name: [] for name in self.outputs}
+        hashes: list[bytes | None] = []
+        start = 0
+        for path, of_segment in self._segments:
+            own_rows = of_segment[max(rows.start - start, 0) : max(rows.stop - start, 0)]
+            start += len(of_segment)
+            for row in own_rows.tolist():
+                chunk, offset = divmod(row, self._groups[path].info.chunk_size)
+                stored = self._read(path, chunk)
+                hashes.append(stored.hashes[offset])
+                for name in self.outputs:
+                    items[name].append(stored.items[name][offset])
+                    failures[name].append(stored.failures[name][offset])
+        return ChunkFeatures(items, hashes, failures)
+
+    def retries(self, _: Commit) -> bool:
+        """Return False: what failed in the other caches has failed."""
+        return False
+
+    def _read_chunk(self, cache_path: Path, chunk: int) -> ChunkFeatures:
+        group = self._groups[cache_path]
+        commit = group.commit(chunk)
         if commit is None:  # the features were complete
             raise UnfinishedError(
-                f"chunk {chunk} of {self._group.path} is being written again by another process; wait for it, and run "
-                "the same command again"
+                f"chunk {chunk} of {group.path} is being written again by another process; wait for it, and run the "
+                "same command again"
             )
-        self._items = {name: Feature(self._group, name).items(commit) for name in self._names}
-        self._reasons = {name: list(commit.failures[name]) for name in self._names}
-        self._hashes, self._chunk = list(commit.hashes), chunk
+        return ChunkFeatures(
+            {name: Feature(group, name).items(commit) for name in self.outputs},
+            list(commit.hashes),
+            {name: list(commit.failures[name]) for name in self.outputs},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
