@@ -104,21 +104,16 @@ class ChunkReader:
 
     def _read(self, number: int, rows: Ints) -> Block:
         """Read rows of an input, chunk by chunk."""
-        feature, size = self.inputs[number], self.cache.info.chunk_size
-        if feature.is_ragged:
-            tokens: list[Any] = [None] * len(rows)
-            for chunk in distinct(rows // size).tolist():
-                items = feature.items(self._commit(number, chunk))
-                for position in np.flatnonzero(rows // size == chunk).tolist():
-                    tokens[position] = items[rows[position] - chunk * size]
-            lengths = np.array([len(item) for item in tokens], np.int64)
-            return Block(np.concatenate(tokens), lengths)
-        values = np.empty((len(rows), *feature.item_shape), feature.dtype)
+        feature = self.inputs[number]
+        size = self.cache.info.chunk_size
+        items: list[Any] = [None] * len(rows)
         for chunk in distinct(rows // size).tolist():
-            for part, stored in feature.read_chunk(self._commit(number, chunk)):
-                is_here = (rows >= part.start) & (rows < part.stop)
-                values[is_here] = stored[rows[is_here] - part.start]
-        return Block(values)
+            stored = feature.items(self._commit(number, chunk))
+            for position in np.flatnonzero(rows // size == chunk).tolist():
+                items[position] = stored[rows[position] - chunk * size]
+        if not feature.is_ragged:
+            return Block(np.stack(items))
+        return Block(np.concatenate(items), np.array([len(item) for item in items], np.int64))
 
     def _reasons(self, number: int, rows: Ints) -> list[str | None]:
         """Return the reason why each row lacks an input; a row of -1 is an item that its sample lacks."""

@@ -139,7 +139,7 @@ def _measure_group(
         offsets = (rows[chunks == chunk] - chunk * cache.info.chunk_size).tolist()
         commit = group.commit(chunk)
         assert commit is not None  # its rows are valid
-        task = ChunkTask(chunk, {writer: names}, rows=offsets, allows_changes=True)
+        task = ChunkTask(chunk, {writer: names}, offsets, allows_changes=True)
         (again,) = encode_chunk(cache, source, task, threads=num_cores())
         num_changed += sum(again.hashes[offset] not in (None, commit.hashes[offset]) for offset in offsets)
         for name in names:

@@ -50,7 +50,7 @@ class ShardReport:
 
     Args:
         encoder: name of its folder.
-        chunks: chunk -> rows at its start that were stored already and not encoded again.
+        chunks: chunk -> number of items that were encoded.
     """
 
     modality: str
@@ -257,10 +257,10 @@ def _encoder_settings(
 
 
 def _record_chunks(tasks: Iterable[ChunkTask], encoded: Mapping[str, dict[int, int]]) -> Iterator[ChunkTask]:
-    """Iterate over tasks, and record each chunk and its stored rows for its encoder's folder."""
+    """Iterate over tasks, and record each chunk and its number of items for its encoder's folder."""
     for task in tasks:
         for writer in task.missing:
-            encoded[writer.group.name][task.chunk] = task.num_stored
+            encoded[writer.group.name][task.chunk] = len(task.rows)
         if task.missing:
             yield task
 

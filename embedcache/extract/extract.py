@@ -345,8 +345,7 @@ def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextMana
 def _count_items(cache: Cache, report: ShardReport) -> FillReport:
     group = open_group(cache.path, report.modality, report.encoder, cache.info)
     group.compact()
-    num_encoded = cache.info.count_items(report.modality, report.chunks) - sum(report.chunks.values())
-    return count_filled(group, "encoded", report.features, num_encoded)
+    return count_filled(group, "encoded", report.features, sum(report.chunks.values()))
 
 
 def _check_any_encoded(cache: Cache, reports: Sequence[FillReport]) -> None:

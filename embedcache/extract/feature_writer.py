@@ -237,20 +237,14 @@ class ChunkTask:
     """A chunk, and for each writer the features that it lacks; this process holds the lease of each writer.
 
     Args:
-        num_stored: number of rows at its start that are not encoded, as they are stored already.
-        rows: rows that are encoded; None: all others.
+        rows: rows that are encoded, counted from its start; others are stored already.
         allows_changes: whether a file may have another length than when it was indexed.
     """
 
     chunk: int
     missing: Mapping[FeatureWriter, Sequence[str]]
-    num_stored: int = 0
-    rows: Collection[int] | None = None
+    rows: Collection[int] = ()
     allows_changes: bool = False
-
-    def encodes(self, row: int) -> bool:
-        """Return whether a row of the chunk is encoded."""
-        return row >= self.num_stored if self.rows is None else row in self.rows
 
     def release(self) -> None:
         """Release the leases of all writers."""
@@ -281,7 +275,8 @@ def _open_task(chunk: int, leased: Sequence[FeatureWriter]) -> ChunkTask:
     missing = {writer: writer.missing(chunk, refresh=True) for writer in leased}
     ChunkTask(chunk, {writer: names for writer, names in missing.items() if not names}).release()
     missing = {writer: names for writer, names in missing.items() if names}
-    return ChunkTask(chunk, missing, _count_stored(chunk, missing))
+    num_rows = [writer.group.info.count_items(writer.group.modality, [chunk]) for writer in missing]
+    return ChunkTask(chunk, missing, range(_count_stored(chunk, missing), max(num_rows, default=0)))
 
 
 def _count_stored(chunk: int, missing: Mapping[FeatureWriter, Sequence[str]]) -> int:

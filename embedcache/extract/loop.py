@@ -228,7 +228,7 @@ def _list_items(cache: Cache, modality: str, tasks: Iterable[ChunkTask]) -> Iter
     removed = set(cache.removed.tolist())
     for task in tasks:
         for number, row in enumerate(cache.items(modality, chunk=task.chunk).to_pylist()):
-            if not task.encodes(number):
+            if number not in task.rows:
                 yield task, PENDING  # not tried: what is stored stays
             elif row["sample"] in removed:
                 yield task, REMOVED
@@ -260,7 +260,7 @@ def _encode_text_chunks(
         table = cache.items("text", chunk=task.chunk)
         loaded = _load_texts(table, list(task.missing))
         for row, sample in enumerate(table["sample"].to_pylist()):
-            if not task.encodes(row):
+            if row not in task.rows:
                 loaded[row] = _not_encoded(len(task.missing), PENDING, hash=loaded[row].hash)
             elif sample in removed:
                 loaded[row] = _not_encoded(len(task.missing), REMOVED, hash=loaded[row].hash)

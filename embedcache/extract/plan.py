@@ -159,7 +159,7 @@ def _probe(worker: Worker, modality: Modality, chunk: int, threads: int) -> tupl
     num_warmup = max(1, num_items // _PROBE_BATCHES)
 
     def encode(rows: range) -> list[ChunkFeatures]:
-        task = ChunkTask(chunk, {writer: writer.features for writer in writers}, rows=rows)
+        task = ChunkTask(chunk, {writer: writer.features for writer in writers}, rows)
         return encode_chunk(worker.cache, worker.source, task, threads=threads)
 
     encoded = encode(range(num_warmup))

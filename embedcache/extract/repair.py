@@ -200,8 +200,8 @@ class EncodedFeatures:
         """Encode a chunk; in a retry only the items that failed."""
         chunk = rows.start // self._cache.info.chunk_size
         commit = self._writer.group.commit(chunk) if self._is_retry else None
-        failed = None if commit is None else self._failed_rows(commit)
-        task = ChunkTask(chunk, {self._writer: list(self.outputs)}, rows=failed)
+        tried = range(rows.stop - rows.start) if commit is None else self._failed_rows(commit)
+        task = ChunkTask(chunk, {self._writer: list(self.outputs)}, tried)
         (encoded,) = encode_chunk(self._cache, self._source, task, threads=self._threads)
         return encoded
 

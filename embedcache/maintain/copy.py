@@ -33,7 +33,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
 from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, create_group
+from embedcache.store.group import EncoderGroup, create_group, read_feature
 from embedcache.store.indexing import index_tables
 from embedcache.store.layout import SAMPLES, SUBSET, Segment, checked_fit_path, fit_path
 from embedcache.store.producer import ChunkFeatures, FillReport, Output, Verb, fill
@@ -297,15 +297,10 @@ def _check_same(groups: Sequence[EncoderGroup], names: Sequence[str]) -> None:
         what, step = f"{group.name} of {group.path.parents[1]}", "merge caches of the same encoders, or name others"
         check_same(what, group.fingerprint, first.fingerprint, next_step=f"{step} with --feature")
         for name in names:
-            feature = Feature(group, name)
-            feature.require_complete()
-            stored, expected = _attributes(feature), _attributes(Feature(first, name))
+            Feature(group, name).require_complete()
+            stored = read_feature(group, name)
+            expected = read_feature(first, name)
             check_same(f"feature {name} of {what}", stored, expected, next_step=f"{step} with --feature")
-
-
-def _attributes(feature: Feature) -> dict[str, Any]:
-    axis = None if feature.axis is None else feature.axis.to_json()
-    return {"item_shape": list(feature.item_shape), "dtype": feature.dtype, "axis": axis}
 
 
 def _copy_group(
