@@ -186,7 +186,7 @@ def test_verify_finds_damage_and_exits_with_1(folder: Path, tmp_path: Path) -> N
         file.write(b"0")
     damaged = embedcache("verify", "index", cwd=tmp_path)
     shown, line = damaged.stderr.splitlines()
-    assert (damaged.code, shown.partition(" in ")[0]) == (1, "checking index.faiss: 1 MiB")
+    assert (damaged.code, shown.partition(" [")[0]) == (1, "checking index.faiss: 100% 1/1")
     assert line.startswith("error: index/index.faiss: expected checksum")
     refused = embedcache("verify", "index", "--repair", cwd=folder)
     assert (refused.code, refused.stderr.count("\n")) == (1, 1)
