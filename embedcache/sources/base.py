@@ -13,7 +13,8 @@ class FileItem:
     """Location of the bytes of one item: an image, a recording, a video or a point cloud.
 
     Args:
-        path: file or shard, relative to the root of the source if it lies below it.
+        path: file or shard, relative to the root of the source if it lies below it; of a table that stores the bytes
+            itself, followed by `#` and the column.
         offset: first byte within the file; the row if a table stores the bytes themselves.
         length: number of bytes; 0 if unknown or if a table stores the bytes themselves.
         start_s: start of an interval of a recording or video, in seconds; None for its beginning.
