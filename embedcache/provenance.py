@@ -77,7 +77,8 @@ def write_record(path: Path, record: Mapping[str, Any], *, unchecked: Collection
 
 def add_digest(record: Mapping[str, Any], *, unchecked: Collection[str] = ()) -> dict[str, Any]:
     """Return a JSON object with the last key `digest`; see `write_record`."""
-    return {**record, DIGEST: _record_digest(record, unchecked)}
+    read = json.loads(json.dumps(_checked_part(record, unchecked)))  # keys of JSON objects are texts
+    return {**record, DIGEST: digest(read)}
 
 
 def read_record(path: Path, *, unchecked: Collection[str] = (), next_step: str) -> dict[str, Any]:
@@ -103,13 +104,13 @@ def check_record(path: Path, record: Mapping[str, Any], *, unchecked: Collection
     """Compare a JSON object with its digest, or raise a `CorruptError`; see `read_record`."""
     if DIGEST not in record:
         raise CorruptError(f"{path} has no digest of its content; {next_step}")
-    if record[DIGEST] != _record_digest(record, unchecked):
+    if record[DIGEST] != digest(_checked_part(record, unchecked)):
         raise CorruptError(f"{path} has changed since it was written; {next_step}")
 
 
-def _record_digest(record: Mapping[str, Any], unchecked: Collection[str]) -> str:
-    checked = {name: value for name, value in record.items() if name not in (DIGEST, *unchecked)}
-    return digest(json.loads(json.dumps(checked)))  # as they are read: keys of JSON objects are texts
+def _checked_part(record: Mapping[str, Any], unchecked: Collection[str]) -> dict[str, Any]:
+    """Return what the digest of a JSON object covers."""
+    return {name: value for name, value in record.items() if name not in (DIGEST, *unchecked)}
 
 
 def read_manifest(

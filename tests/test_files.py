@@ -268,11 +268,11 @@ def test_open_path_chained_url_raises(url: str) -> None:
 def test_a_url_is_no_pattern() -> None:
     folder, other = (open_path(f"memory://pattern/{name}") for name in ("photos [1]", "photos 1"))
     for path in (folder, other):
-        for name in ("image/a/zarr.json", "image/b/zarr.json", "image/a/chunks/0.parquet", "image/zarr.json"):
+        for name in ("image/a/zarr.json", "image/b/zarr.json", "image/a/chunks/0.json", "image/zarr.json"):
             write_atomic(path / name, b"{}")
     found = sorted(str(path.relative_to(folder)) for path in find_files(folder, "*/*/zarr.json"))
     assert found == ["image/a/zarr.json", "image/b/zarr.json"]
-    assert [path.name for path in find_files(folder, "image/a/chunks/*.parquet")] == ["0.parquet"]
+    assert [path.name for path in find_files(folder, "image/a/chunks/*.json")] == ["0.json"]
     assert not list(find_files(folder / "text", "*/zarr.json"))
     assert folder_bytes(folder) == 8
     remove_file(folder / "image" / "zarr.json")

@@ -57,10 +57,10 @@ def test_lost_machine_leaves_its_chunks_to_others(cluster: Any, tmp_path: Path) 
 
     def lose_machine() -> None:
         deadline, commits = time.monotonic() + 120, cache / "image" / "open_toy" / "chunks"
-        while len(list(commits.glob("*.parquet"))) < 2 and time.monotonic() < deadline:
+        while len(list(commits.glob("*.json"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         cluster.remove_node(machine, allow_graceful=False)
-        num_committed.append(len(list(commits.glob("*.parquet"))))
+        num_committed.append(len(list(commits.glob("*.json"))))
 
     loser = threading.Thread(target=lose_machine)
     # a plan counts the actors of the cluster, not the devices of this machine

@@ -374,7 +374,7 @@ def _write_fit(folder: Path, arrays: Sequence[tuple[str, Array]]) -> str:
 
 def _is_started(stored: EncoderGroup, fingerprint: Mapping[str, Any]) -> bool:
     """Return whether a folder holds chunks, or an interrupted derivation of the same features fitted its rule."""
-    has_chunks = any(find_files(stored.path, "chunks/*.parquet"))
+    has_chunks = any(find_files(stored.path, "chunks/*.json"))
     is_same = {**stored.fingerprint, "weights": ""} == {**fingerprint, "weights": ""}
     return has_chunks or (is_same and fit_path(stored.path).is_file())
 

@@ -344,7 +344,6 @@ def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextMana
 
 def _count_items(cache: Cache, report: ShardReport) -> FillReport:
     group = open_group(cache.path, report.modality, report.encoder, cache.info)
-    group.compact()
     return count_filled(group, "encoded", report.features, sum(report.chunks.values()))
 
 

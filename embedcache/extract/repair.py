@@ -15,7 +15,7 @@ from embedcache.extract.extract import join_encoders, open_job, open_request, re
 from embedcache.extract.feature_writer import ChunkTask, FeatureWriter, check_unchanged, reopen_writer
 from embedcache.extract.loop import encode_chunk, reopen_item_source
 from embedcache.extract.settings import ExtractSettings, VerifySettings
-from embedcache.files import AnyPath, remove_file, remove_partials
+from embedcache.files import AnyPath, remove_partials
 from embedcache.modalities import MODALITIES
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
@@ -23,7 +23,6 @@ from embedcache.settings import merge_settings
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, has_failed
-from embedcache.store.compacted import compacted_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.producer import ChunkFeatures, FillReport, Output, Producer, Verb, fill
@@ -138,10 +137,6 @@ def repair(
     lines = []
     for (modality, encoder), group in sorted(groups.items(), key=lambda item: _turn(cache, item[1])):
         of_arrays = {finding.name for finding in repairable[modality, encoder] if finding.chunk < 0}
-        if (table := compacted_path(group.path)).name in of_arrays:
-            of_arrays.remove(table.name)
-            remove_file(table, missing_ok=True)
-            lines.append(f"{group.name}: deleted {table.name}, which the next extract or derive writes again")
         for name in sorted(of_arrays):
             feature = Feature(group, name)
             add_feature(group, name, feature.item_shape, feature.dtype, axis=feature.axis)

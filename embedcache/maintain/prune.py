@@ -162,4 +162,3 @@ def _delete_feature(cache: Cache, entry: PrunedEntry) -> None:
         withdraw(group, chunk, [entry.path.name])
     with locked(cache.path):
         remove_folder(entry.path)
-    group.compact()

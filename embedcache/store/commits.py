@@ -15,8 +15,8 @@ rows than its commit, which stays valid, so that nothing is encoded twice. The n
 4. `commit_chunk` writes the chunk again: values and reasons of the commit stay, and pending rows get the new ones.
 """
 
+import base64
 import hashlib
-import io
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,17 +26,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, Bools, Ints
-from embedcache.errors import CorruptError, PathError, UnfinishedError, one_line
+from embedcache.errors import CorruptError, EmbedcacheError, PathError, UnfinishedError, one_line
 from embedcache.files import flush, io_reason, read_file, remove_file, write_atomic
 from embedcache.modalities import MODALITIES
-from embedcache.provenance import canonical_json, digest
+from embedcache.provenance import add_digest, canonical_json, check_record
 from embedcache.store.arrays import REPAIR
-from embedcache.store.columns import Column, is_none, to_array
+from embedcache.store.columns import Column, SparseColumn, is_none, to_array
 from embedcache.store.layout import commit_path
-from embedcache.store.tables import column_checksum, read_table
 
 PENDING = "not extracted yet"
 """Reason of a row that was not tried: the next extraction encodes it."""
@@ -47,9 +45,6 @@ REMOVED = "removed"
 HASH_BYTES = 16
 HASH = pa.binary(HASH_BYTES)
 """Type of a hash of `hash_item`; null for an item that was not read."""
-
-_FAILURE = "failure of "
-_METADATA_KEY = b"embedcache"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,14 +137,29 @@ def describe_failures(failures: Mapping[str, int]) -> str:
 
 def write_commit(encoder_folder: Path, commit: Commit) -> None:
     """Commit a chunk. Its arrays must be on disk already."""
-    metadata = {**commit_metadata(commit), "digest": _digest(commit)}
-    columns = {"hash": to_array(commit.hashes, HASH)}
-    for feature in sorted(commit.features):
-        columns[f"{_FAILURE}{feature}"] = to_array(commit.failures[feature], pa.string())
-    table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: canonical_json(metadata)})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    write_atomic(commit_path(encoder_folder, commit.chunk), buffer.getvalue())
+    without_hash = is_none(commit.hashes)
+    hashes_R16 = np.array(to_bytes(to_array(commit.hashes, HASH)))
+    hashes_R16[without_hash] = 0
+
+    record = {
+        "chunk": commit.chunk,
+        "encoder": commit.encoder,
+        "index_digest": commit.index_digest,
+        "num_rows": len(commit.hashes),
+        "features": {name: dict(files) for name, files in commit.features.items()},
+        "attributes": dict(commit.attributes),
+        "failures": {name: _reasons_by_row(commit.failures[name]) for name in commit.features},
+        "hashes": base64.b64encode(hashes_R16.tobytes()).decode(),
+        "without_hash": np.flatnonzero(without_hash).tolist(),
+    }
+    write_atomic(commit_path(encoder_folder, commit.chunk), canonical_json(add_digest(record)))
+
+
+def _reasons_by_row(reasons: Sequence[str | None]) -> list[tuple[int, str]]:
+    """Return the rows that have a reason, ascending, each with its reason."""
+    rows = np.flatnonzero(~is_none(reasons)).tolist()
+    present = to_array(reasons, pa.string()).drop_null().to_pylist()
+    return list(zip(rows, present, strict=True))
 
 
 def remove_commit(encoder_folder: Path, chunk: int) -> None:
@@ -173,59 +183,45 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
     except OSError as error:
         raise PathError(f"cannot read {path}: {io_reason(error)}") from error
     try:
-        commit, written = _parse(data)
-    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        record = json.loads(data)
+        check_record(path, record, next_step=REPAIR)
+        commit = _parse(record)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        if isinstance(error, EmbedcacheError):
+            raise
         raise CorruptError(f"{path} is not a readable commit: {one_line(error)}; {REPAIR}") from error
-    if written != _digest(commit):
-        raise CorruptError(f"{path} has changed since it was written; {REPAIR}")
     if commit.chunk != chunk:
         raise CorruptError(f"{path}: expected the commit of chunk {chunk}, got chunk {commit.chunk}; {REPAIR}")
     return commit
 
 
-def _parse(data: bytes) -> tuple[Commit, str]:
-    table = read_table(io.BytesIO(data))
-    metadata: dict[str, Any] = json.loads(table.schema.metadata[_METADATA_KEY])
-    failures = {
-        feature: Column[str | None](table[f"{_FAILURE}{feature}"].combine_chunks().cast(pa.string()))
-        for feature in metadata["features"]
-    }
-    hashes = Column[bytes | None](table["hash"].combine_chunks().cast(HASH))
-    return make_commit(metadata, hashes, failures), metadata["digest"]
+def _parse(record: Mapping[str, Any]) -> Commit:
+    num_rows = record["num_rows"]
+    hashes = base64.b64decode(record["hashes"], validate=True)
+    if len(hashes) != HASH_BYTES * num_rows:
+        raise ValueError(f"expected {num_rows} hashes, got {len(hashes)} bytes")
 
+    # A bit for each row tells Arrow which hashes are null; without null there is none.
+    without_hash = record["without_hash"]
+    is_present = np.ones(num_rows, bool)
+    is_present[without_hash] = False
+    validity = pa.array(is_present).buffers()[1] if without_hash else None
+    column = pa.FixedSizeBinaryArray.from_buffers(HASH, num_rows, [validity, pa.py_buffer(hashes)])
 
-def commit_metadata(commit: Commit) -> dict[str, Any]:
-    """Return all of a commit but its columns, as JSON values."""
-    return {
-        "chunk": commit.chunk,
-        "encoder": commit.encoder,
-        "index_digest": commit.index_digest,
-        "features": {name: dict(files) for name, files in commit.features.items()},
-        "attributes": dict(commit.attributes),
-    }
-
-
-def make_commit(
-    metadata: Mapping[str, Any], hashes: Sequence[bytes | None], failures: Mapping[str, Sequence[str | None]]
-) -> Commit:
-    """Return a commit of its metadata and its columns."""
     return Commit(
-        chunk=metadata["chunk"],
-        encoder=metadata["encoder"],
-        index_digest=metadata["index_digest"],
-        features=metadata["features"],
-        hashes=hashes,
-        failures=failures,
-        attributes=metadata["attributes"],
+        chunk=record["chunk"],
+        encoder=record["encoder"],
+        index_digest=record["index_digest"],
+        features=record["features"],
+        hashes=Column[bytes | None](column),
+        failures={name: _reasons_column(num_rows, reasons) for name, reasons in record["failures"].items()},
+        attributes=record["attributes"],
     )
 
 
-def _digest(commit: Commit) -> str:
-    """Return the SHA-256 of everything in a commit."""
-    columns = {"hash": column_checksum(to_array(commit.hashes, HASH))}
-    for feature in sorted(commit.features):
-        columns[f"{_FAILURE}{feature}"] = column_checksum(to_array(commit.failures[feature], pa.string()))
-    return digest({**commit_metadata(commit), "columns": columns})
+def _reasons_column(num_rows: int, reasons: Sequence[tuple[int, str]]) -> Column[str | None]:
+    rows = np.array([row for row, _ in reasons], np.int64)
+    return SparseColumn(num_rows, rows, pa.array([reason for _, reason in reasons], pa.string()))
 
 
 def hash_item(data: bytes, *, interval: tuple[float | None, float | None] = (None, None)) -> bytes:

@@ -17,7 +17,7 @@ import numpy as np
 from embedcache.axis import Axis
 from embedcache.encoders.base import is_fingerprint
 from embedcache.encoders.open import DERIVED, IMPORTED, RUN
-from embedcache.errors import ArtifactError, CorruptError, DataError, EmbedcacheError, PathError
+from embedcache.errors import ArtifactError, CorruptError, DataError, PathError
 from embedcache.files import find_files, is_remote
 from embedcache.provenance import check_same, digest
 from embedcache.store.arrays import (
@@ -29,7 +29,6 @@ from embedcache.store.arrays import (
     write_metadata,
 )
 from embedcache.store.commits import Commit, read_commit
-from embedcache.store.compacted import MIN_CHUNKS, Stamp, read_compacted, read_stamps, write_compacted
 from embedcache.store.layout import FORMAT_VERSION, CacheInfo, encoder_path, read_info
 
 ATTRIBUTE = "embedcache"
@@ -43,10 +42,6 @@ _OTHER_NAME = (
 _WRITE_AGAIN = "restore that file, or remove it and run the same embedcache extract, derive or import again"
 _SAME_DERIVATION = "use the same inputs and parameters as before, or derive under another name"
 
-_KEPT: dict[tuple[Path, str, str], tuple[Mapping[str, Stamp], list[Commit | None]]] = {}
-"""Folder, fingerprint and index digest -> stamps of the files of commits, and the commits that were read from them."""
-
-_MAX_KEPT = 8
 _MAX_SIZE = 2**31
 _DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64"})
 
@@ -131,7 +126,7 @@ class EncoderGroup:
     @property
     def has_commits(self) -> bool:
         """Whether any chunk is committed."""
-        return any(find_files(self.path, "chunks/*.parquet"))
+        return any(find_files(self.path, "chunks/*.json"))
 
     def commit(self, chunk: int) -> Commit | None:
         """Return the commit of a chunk, or None.
@@ -143,38 +138,8 @@ class EncoderGroup:
         return None if commit is None else self._checked(commit)
 
     def commits(self) -> list[Commit | None]:
-        """Return the commit of each chunk; errors are those of `commit`.
-
-        Those of many chunks are read from the table beside them, where there is one, and kept: a process that opens the
-        features again does not read them again unless a file has changed.
-        """
-        num_chunks = self.info.num_chunks(self.modality)
-        if num_chunks < MIN_CHUNKS or is_remote(self.path):
-            return [self.commit(chunk) for chunk in range(num_chunks)]
-        stamps, key = read_stamps(self.path), (self.path, self.fingerprint_digest, self.info.index_digest)
-        kept = _KEPT.get(key)
-        if kept is None or kept[0] != stamps:
-            compacted = read_compacted(self.path, stamps)
-            commits = [
-                self._checked(compacted[chunk]) if chunk in compacted else self.commit(chunk)
-                for chunk in range(num_chunks)
-            ]
-            if len(_KEPT) == _MAX_KEPT:
-                _KEPT.clear()
-            kept = _KEPT[key] = stamps, commits
-        return kept[1]  # another thread may have cleared the others
-
-    def compact(self) -> None:
-        """Write the table of the commits of many chunks, unless it is up to date or the folder cannot be written."""
-        num_chunks = self.info.num_chunks(self.modality)
-        if num_chunks < MIN_CHUNKS or is_remote(self.path):
-            return
-        with suppress(OSError, EmbedcacheError):  # it is derived, and readers do without it
-            stamps = read_stamps(self.path)
-            if len(read_compacted(self.path, stamps)) == len(stamps):
-                return
-            commits = (self.commit(chunk) for chunk in range(num_chunks))
-            write_compacted(self.path, stamps, (commit for commit in commits if commit is not None))
+        """Return the commit of each chunk; errors are those of `commit`."""
+        return [self.commit(chunk) for chunk in range(self.info.num_chunks(self.modality))]
 
     def _checked(self, commit: Commit) -> Commit:
         """Check that a commit belongs to this encoder and these rows; return it with the rows of the tables now."""
@@ -248,7 +213,7 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
 def find_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> EncoderGroup | None:
     """Open the folder of one encoder; None if no chunk of it is committed."""
     path = encoder_path(cache_path, modality, name)
-    has_commits = (path / "zarr.json").exists() and any(find_files(path, "chunks/*.parquet"))
+    has_commits = (path / "zarr.json").exists() and any(find_files(path, "chunks/*.json"))
     return open_group(cache_path, modality, name, info) if has_commits else None
 
 

@@ -173,7 +173,7 @@ def _discard(cache_path: Path) -> None:
 
 def _keeps_rows(cache_path: Path, info: CacheInfo) -> bool:
     """Return whether a cache is never indexed again: it has features, was cut, or has removed samples."""
-    return info.is_partial or any(find_files(cache_path, "*/*/chunks/*.parquet"))
+    return info.is_partial or any(find_files(cache_path, "*/*/chunks/*.json"))
 
 
 def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None) -> None:

@@ -197,7 +197,7 @@ def commit_path(encoder_folder: Path, chunk: int) -> Path:
 
 def commit_name(chunk: int) -> str:
     """Return the name of the file of a chunk's commit."""
-    return f"{chunk:05d}.parquet"
+    return f"{chunk:05d}.json"
 
 
 def fit_path(encoder_folder: Path) -> Path:

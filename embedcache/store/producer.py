@@ -148,7 +148,6 @@ def fill(
                     leases.release(chunk)
         progress.finish()
 
-    group.compact()
     return count_filled(group, producer.verb, list(producer.outputs), sum(num_computed.values()))
 
 

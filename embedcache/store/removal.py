@@ -22,7 +22,6 @@ from embedcache.provenance import digest_file
 from embedcache.sources.reopen import is_remembered, remember
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, Commit, remove_commit, removed_hash, write_commit
-from embedcache.store.compacted import compacted_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
 from embedcache.store.indexing import update_path
@@ -187,8 +186,6 @@ def _erase(cache_path: Path, erased: ErasedChunks, progress: Progress) -> None:
     """Write the chunks of one encoder again, without some items."""
     group = erased.group
     staging = cache_path / "removing" / group.modality / group.name
-    if erased.rows:
-        compacted_path(group.path).unlink(missing_ok=True)  # it repeats hashes and reasons
     leases = Leases(group.path / "chunks")
     for chunk, rows in erased.rows.items():
         leases.acquire(chunk, wait=True)
@@ -201,8 +198,6 @@ def _erase(cache_path: Path, erased: ErasedChunks, progress: Progress) -> None:
         finally:
             leases.release(chunk)
         progress.advance(group.info.count_items(group.modality, [chunk]))
-    if erased.rows:
-        group.compact()
 
 
 def _stage_chunk(group: EncoderGroup, staging: Path, chunk: int, rows: Sequence[int]) -> None:

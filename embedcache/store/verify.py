@@ -13,7 +13,7 @@ import pyarrow as pa
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, UnfinishedError, pluralize
-from embedcache.files import find_files, is_remote, reading
+from embedcache.files import find_files, reading
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest, digest_file
@@ -21,7 +21,6 @@ from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_m
 from embedcache.store.cache import Cache
 from embedcache.store.columns import is_none, to_array
 from embedcache.store.commits import HASH, Commit, hash_item, read_commit, to_bytes
-from embedcache.store.compacted import check_compacted, compacted_path, read_stamps
 from embedcache.store.feature import Feature
 from embedcache.store.group import ATTRIBUTE, EncoderGroup, open_group, read_feature
 from embedcache.store.layout import (
@@ -196,7 +195,7 @@ def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feat
         names |= set() if commit is None else commit.features.keys()
     try:
         group = open_group(cache.path, modality, encoder, cache.info)
-        findings += [*_check_group(group), *_check_fit(group), *_check_compacted(group)]
+        findings += [*_check_group(group), *_check_fit(group)]
     except (ArtifactError, PathError):  # reported with each feature
         names |= {""} if not names else set()
     for name in sorted(names):
@@ -266,16 +265,6 @@ def _check_fit(group: EncoderGroup) -> list[Finding]:
         return []
     reason = "missing or changed since the features were derived with it; restore it, or derive under another name"
     return [Finding(modality=group.modality, encoder=group.name, name=path.name, can_repair=False, reason=reason)]
-
-
-def _check_compacted(group: EncoderGroup) -> list[Finding]:
-    """Check the table of many commits, which readers use in place of them."""
-    path = compacted_path(group.path)
-    reason = None if is_remote(path) else check_compacted(group.path, read_stamps(group.path))
-    if reason is None:
-        return []
-    reason = f"{reason}; readers do without it: delete it, or use --repair"
-    return [Finding(modality=group.modality, encoder=group.name, name=path.name, reason=reason)]
 
 
 def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding]:

@@ -172,7 +172,7 @@ def test_full_disk_is_one_line_and_loses_nothing(photos: Path, tmp_path: Path) -
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert "no space left on the disk" in line
         assert not list(disk.rglob("*.partial"))
-        committed = len(list(disk.rglob("chunks/*.parquet")))
+        committed = len(list(disk.rglob("chunks/*.json")))
         assert committed > 0
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         done = embedcache(*words, cwd=tmp_path)

@@ -185,7 +185,7 @@ def test_several_items_of_the_other_modality_raise(tmp_path: Path) -> None:
 
 
 def test_unfinished_input_raises(cache: Path) -> None:
-    (cache / "image/open_toy/chunks/00001.parquet").unlink()
+    (cache / "image/open_toy/chunks/00001.json").unlink()
     with pytest.raises(UnfinishedError, match="open_toy/cls is not finished: chunk 1.*embedcache extract again"):
         derive(cache, halved())
     assert not (cache / "image/halved").exists()
@@ -211,7 +211,7 @@ def test_extended_cache_gets_only_new_rows(tmp_path: Path) -> None:
     after = tree(tmp_path / "c")
     changed = {name for name in before if "halved" in name and after[name] != before[name]}
     assert changed == {f"image/halved/{name}" for name in (
-        "chunks/00002.parquet", "half/c/2/0", "half/zarr.json", "total/c/2/0", "total/zarr.json",
+        "chunks/00002.json", "half/c/2/0", "half/zarr.json", "total/c/2/0", "total/zarr.json",
     )}  # fmt: skip
     assert after["image/pca/fit.safetensors"] == before["image/pca/fit.safetensors"]
     run(source, tmp_path / "whole")

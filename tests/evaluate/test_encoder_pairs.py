@@ -184,14 +184,14 @@ def test_table_ends_with_chance(report: PairsReport) -> None:
 def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 60))
     extract(source, tmp_path / "c", image_encoder=[IMAGE, OTHER], text_encoder=[TEXT])
-    next((tmp_path / "c" / "image" / "open_other" / "chunks").glob("*.parquet")).unlink()
+    next((tmp_path / "c" / "image" / "open_other" / "chunks").glob("*.json")).unlink()
     key = SplitSettings(kind="key", val_fraction=0.25)
     report = compare(tmp_path / "c", split=key, resamples=20)
     assert [pair.features["image"] for pair in report.pairs] == ["open_toy/cls"]
     assert "open_other/cls" in report.skipped[0]
     with pytest.raises(UnfinishedError, match="open_other/cls"):
         compare(tmp_path / "c", feature={"image": ("open_other",)}, split=key)
-    next((tmp_path / "c" / "image" / "open_toy" / "chunks").glob("*.parquet")).unlink()
+    next((tmp_path / "c" / "image" / "open_toy" / "chunks").glob("*.json")).unlink()
     with pytest.raises(UnfinishedError, match="complete"):
         compare(tmp_path / "c", split=key)
 

@@ -102,7 +102,7 @@ def test_val_part_needs_a_column(tmp_path: Path) -> None:
 
 def test_unfinished_feature_is_refused(labeled_path: Path, tmp_path: Path) -> None:
     path = shutil.copytree(labeled_path, tmp_path / "cache")
-    (path / "image" / "open_toy" / "chunks" / "00003.parquet").unlink()
+    (path / "image" / "open_toy" / "chunks" / "00003.json").unlink()
     with pytest.raises(UnfinishedError, match="1 of 8 chunks is missing"):
         read_labeled(Cache(path), ProbeSettings(feature=FEATURE))
 

@@ -70,7 +70,7 @@ def test_retry_writes_only_failed_rows(source: Path, tmp_path: Path) -> None:
     assert differing == {
         "cache.json",
         "image/items.parquet",
-        "image/open_toy/chunks/00000.parquet",
+        "image/open_toy/chunks/00000.json",
         "image/open_toy/cls/c/0/0",
         "image/open_toy/patches/c/0/0/0",
     }

@@ -79,7 +79,7 @@ def test_zero_vectors_do_not_drift(source: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_empty_encoder_is_skipped(cache: Path) -> None:
-    for path in (cache / "image/open_toy/chunks").glob("*.parquet"):
+    for path in (cache / "image/open_toy/chunks").glob("*.json"):
         path.unlink()
     assert [drift.feature for drift in measure_drift(Cache(cache), 0.1)] == [
         "open_toy@crop-0.5/cls",
@@ -154,7 +154,7 @@ DAMAGES = {
     "view": ("image/open_toy@crop-0.5/patches/c/2/0/0", lambda data: data[:-1]),
     "tokens": ("text/open_toy/tokens/values/00001/c/0/0", lambda data: data + b"x"),
     "lengths": ("text/open_toy/tokens/lengths/c/0", lambda data: bytes(len(data))),
-    "commit": ("image/open_toy/chunks/00002.parquet", lambda data: data[:-20]),
+    "commit": ("image/open_toy/chunks/00002.json", lambda data: data[:-20]),
     "missing": ("image/open_toy/patches/c/0/0/0", None),
 }
 

@@ -55,9 +55,9 @@ def test_killed_process_leaves_its_chunks_to_others(
 
     def kill() -> None:
         deadline = time.monotonic() + 60
-        while len(list(commits.glob("*.parquet"))) < 2 and time.monotonic() < deadline:
+        while len(list(commits.glob("*.json"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
-        num_committed.append(len(list(commits.glob("*.parquet"))))
+        num_committed.append(len(list(commits.glob("*.json"))))
         for process in running_processes()[:num_killed]:
             os.kill(process, signal.SIGKILL)
         killed.touch()  # until then, each process works on its third chunk

@@ -107,7 +107,7 @@ def test_missing_decoder_is_named_before_the_source_is_indexed(
 @pytest.mark.slow
 def test_interrupted_extraction_resumes_to_the_same_bytes(source: Path, cache: Path, tmp_path: Path) -> None:
     before = tree(cache)
-    for commit in [*cache.glob("*/open_media/chunks/00000.parquet"), *cache.glob("audio/*/chunks/00002.parquet")]:
+    for commit in [*cache.glob("*/open_media/chunks/00000.json"), *cache.glob("audio/*/chunks/00002.json")]:
         commit.unlink()
     assert [report.computed for report in run(source, cache)] == [0, 3, 2, 2]
     assert tree(cache) == before

@@ -56,7 +56,7 @@ def test_interrupted_extraction_with_noise_resumes_to_the_same_bytes(
     monkeypatch.chdir(tape.parent)
     run(source, tmp_path / "c", f"{VIEW}:5,tape=babble.wav")
     before = tree(tmp_path / "c")
-    for commit in (tmp_path / "c").glob("audio/*/chunks/00001.parquet"):
+    for commit in (tmp_path / "c").glob("audio/*/chunks/00001.json"):
         commit.unlink()
     assert [report.computed for report in run(source, tmp_path / "c", f"{VIEW}:5.0,tape={tape}")] == [2, 2]
     assert tree(tmp_path / "c") == before

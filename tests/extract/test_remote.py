@@ -106,7 +106,7 @@ def test_resume_extend_and_repair_remote_cache(shards: Path, bucket: str) -> Non
     data, vectors = last.read_bytes(), dict[str, Any](features=("cls", "tokens"))
     last.unlink()
     run(source, cache, **vectors)
-    for file in ("image/open_toy/chunks/00001.parquet", "text/open_toy/tokens/values/00000/c/0/0"):
+    for file in ("image/open_toy/chunks/00001.json", "text/open_toy/tokens/values/00000/c/0/0"):
         open_path(f"{cache}/{file}").unlink()
     assert "encoded 2 images, reused 8" in run(source, cache, **vectors)[0]
     last.write_bytes(data)

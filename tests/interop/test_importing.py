@@ -176,7 +176,7 @@ def test_repaired_chunk_has_no_vectors_of_removed_samples(tree: Path, tmp_path: 
     cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     remove_samples(cache.path, cache.key(17))
     before = files_of(cache.path / "image")
-    (cache.path / "image" / "img_emb" / "chunks" / "00002.parquet").unlink()
+    (cache.path / "image" / "img_emb" / "chunks" / "00002.json").unlink()
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
     assert files_of(cache.path / "image") == before
 

@@ -133,7 +133,7 @@ def test_second_cut_into_a_folder_is_refused(made: Path, small: Path, tmp_path: 
 
 def test_chunk_that_is_written_again_meanwhile_is_named(made: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(made / "c", tmp_path / "c"))
-    chunk = cache / "image/open_toy/chunks/00002.parquet"
+    chunk = cache / "image/open_toy/chunks/00002.json"
     with pytest.raises(UnfinishedError, match="chunk 2 of .*open_toy is being written again by another process"):
         cut_cache(cache, made / "chosen.txt", tmp_path / "small", progress=OnceCopying(chunk.unlink))
 
@@ -359,7 +359,7 @@ def test_merge_refuses_other_encoders(made: Path, tmp_path: Path) -> None:
     caches, patches = [tmp_path / "one", made / "c"], "open_toy/patches"
     report = merge_caches(caches, tmp_path / "none", prefix_keys=True, features=patches)
     assert (report.features, report.left_out) == ([], [f"image/{patches}"])
-    (tmp_path / "one/image/open_toy/chunks/00002.parquet").unlink()
+    (tmp_path / "one/image/open_toy/chunks/00002.json").unlink()
     with pytest.raises(UnfinishedError, match="feature open_toy/cls is not finished: 1 of 3 chunks is missing"):
         merge_caches([made / "c", tmp_path / "one"], tmp_path / "other", prefix_keys=True)
     with pytest.raises(SourceError, match="are the sources of a merged cache; extract from each of them"):

@@ -141,22 +141,6 @@ def test_other_rows_are_the_same(made: Path, removed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_table_of_many_commits_is_written_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.store.group.MIN_CHUNKS", 1)
-    [group] = [group for group in Cache(copy / "c").encoders("image") if group.name == "open_toy"]
-    hashes = [Cache(copy / "c").feature("image", "open_toy/cls").hashes[row] for row in (3, 9)]
-    group.compact()
-    path = group.path / "commits.parquet"
-    assert all(each is not None and each in path.read_bytes() for each in hashes)
-    remove_samples(copy / "c", KEYS)
-    assert path.is_file()
-    assert not any(
-        each is not None and each in file.read_bytes() for each in hashes for file in group.path.rglob("*.*")
-    )
-    assert verify(Cache(copy / "c")) == []
-
-
-@pytest.mark.slow
 def test_interrupted_removal_is_named(made: Path, copy: Path) -> None:
     crash_function(remove, (copy,), "before", r"c/image/open_toy/cls/c/0/0")
     with pytest.raises(UnfinishedError, match="a removal of samples was interrupted; run the same embedcache cache"):

@@ -188,7 +188,7 @@ def test_run_is_loaded_once(cache_path: Path, run_path: Path, monkeypatch: pytes
 
 def test_unfinished_feature_raises_unless_it_was_indexed(holed: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(holed, tmp_path / "cache"))
-    (cache / "image/open_toy/chunks/00001.parquet").unlink()
+    (cache / "image/open_toy/chunks/00001.json").unlink()
     with pytest.raises(UnfinishedError, match="1 of 8"):
         Vectors(cache, "image")
     assert Vectors(cache, "image", on_demand=True).read(np.array([0])).shape == (1, 48)

@@ -1,6 +1,7 @@
-"""Commits by themselves: hashes of items, the digest of all that they say, and commits of fewer or more rows."""
+"""Commits by themselves: hashes of items, what is on disk, and commits of fewer or more rows."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -8,16 +9,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from embedcache.errors import CorruptError
 from embedcache.store.commits import (
     HASH,
     PENDING,
     REMOVED,
     Commit,
-    _digest,
     has_failed,
     hash_item,
     number_contents,
+    read_commit,
+    write_commit,
 )
+from embedcache.store.layout import commit_path
 
 _OFTEN = [b"a" * 16, b"a" * 8 + b"b" * 8, b"b" * 16, bytes(16)]
 HASHES = st.lists(st.none() | st.binary(min_size=16, max_size=16) | st.sampled_from(_OFTEN))
@@ -38,10 +42,26 @@ def made(**values: Any) -> Commit:
     )
 
 
-def test_digest_covers_everything() -> None:
-    hashes, failures = [b"\x01" * 16, None, None], {"b": [None, None, None], "a": ["x", "y", None]}
-    others = (made(chunk=3), made(attributes={}), made(hashes=hashes), made(failures=failures), made(features={}))
-    assert len({_digest(commit) for commit in (made(), *others)}) == 1 + len(others)
+def test_commit_is_read_as_it_was_written_and_refused_after_any_change(tmp_path: Path) -> None:
+    write_commit(tmp_path, made())
+    assert read_commit(tmp_path, 2) == made()
+    assert read_commit(tmp_path, 3) is None
+
+    path = commit_path(tmp_path, 2)
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        with pytest.raises(CorruptError, match=path.name):
+            read_commit(tmp_path, 2)
+    for changed in (data[:-1], data + data, b"", b"[]", b"3"):
+        path.write_bytes(changed)
+        with pytest.raises(CorruptError, match=path.name):
+            read_commit(tmp_path, 2)
+
+    path.rename(commit_path(tmp_path, 4))
+    commit_path(tmp_path, 4).write_bytes(data)
+    with pytest.raises(CorruptError, match="expected the commit of chunk 4, got chunk 2"):
+        read_commit(tmp_path, 4)
 
 
 def test_hashes_of_items_and_of_intervals() -> None:

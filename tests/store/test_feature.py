@@ -19,7 +19,7 @@ from embedcache.store.writer import add_feature, cast_item, commit_chunk, withdr
 from tests.edits import edit_record
 from tests.store.features import random_items, write_feature
 
-FIRST, SECOND = (f"image/test/chunks/0000{chunk}.parquet" for chunk in range(2))
+FIRST, SECOND = (f"image/test/chunks/0000{chunk}.json" for chunk in range(2))
 SHAPES = {"vector": (5,), "tokens": (3, 4), "ragged": (-1, 4)}
 
 
@@ -98,11 +98,11 @@ def test_uncommitted_chunk_is_missing(tmp_path: Path) -> None:
 def test_few_rows_need_only_the_commits_of_their_chunks(tmp_path: Path) -> None:
     items = random_items(12, (5,), seed=0, failed=[3])
     write_feature(tmp_path, items, (5,), chunk_size=4)
-    (tmp_path / "image" / "test" / "chunks" / "00002.parquet").write_bytes(b"x")
+    (tmp_path / "image" / "test" / "chunks" / "00002.json").write_bytes(b"x")
     feature = Cache(tmp_path).feature("image")
     assert feature.has(np.array([7, 3, -1])).tolist() == [True, False, False]
     np.testing.assert_array_equal(feature.gather(np.array([7, 0])), np.array([items[7], items[0]], np.float16))
-    with pytest.raises(CorruptError, match=r"00002\.parquet is not a readable commit"):
+    with pytest.raises(CorruptError, match=r"00002\.json is not a readable commit"):
         feature.gather(np.array([0, 11]))
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from embedcache.encoders.open import DERIVED, IMPORTED, RUN
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, UnknownNameError
-from embedcache.store import group as group_module
 from embedcache.store.cache import Cache
 from embedcache.store.commits import write_commit
 from embedcache.store.feature import Feature
@@ -112,15 +111,6 @@ def test_commits_are_those_of_the_rows_that_were_opened(tmp_path: Path) -> None:
         group.commit(1)
 
 
-def test_table_of_commits_that_is_up_to_date_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_module, "MIN_CHUNKS", 2)
-    group = write_feature(tmp_path, random_items(8, (4,), seed=1), (4,), chunk_size=4).group
-    group.compact()
-    before = written(group.path / "commits.parquet")
-    group.compact()
-    assert written(group.path / "commits.parquet") == before
-
-
 def test_files_of_another_size_are_none(tmp_path: Path) -> None:
     group = write_feature(tmp_path, random_items(9, (-1, 4), seed=1), (-1, 4), chunk_size=4).group
     commits = group.commits()
@@ -199,16 +189,6 @@ def test_features_with_commits_keep_their_metadata(tmp_path: Path) -> None:
         path.write_text(path.read_text().replace(f'"dtype": {old}', f'"dtype": {new}'))
     with pytest.raises(CorruptError, match="expected the item_shape and dtype of a feature, got .* and 'complex64'"):
         read_feature(group, "g")
-
-
-def test_commits_that_are_kept_are_those_of_eight_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_module, "MIN_CHUNKS", 1)
-    group_module._KEPT.clear()
-    for number in range(9):
-        feature = write_feature(tmp_path / str(number), random_items(4, (4,), seed=1), (4,), chunk_size=4)
-        assert feature.group.commits() is feature.group.commits()
-        assert len(group_module._KEPT) == (number + 1 if number < 8 else 1)
-    group_module._KEPT.clear()
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_index_again_changes_no_byte(tmp_path: Path) -> None:
 
 
 def begin_a_feature(cache_path: Path) -> None:
-    commit = cache_path / "image" / "encoder" / "chunks" / "00000.parquet"
+    commit = cache_path / "image" / "encoder" / "chunks" / "00000.json"
     commit.parent.mkdir(parents=True)
     commit.write_bytes(b"")
     (commit.parents[1] / "zarr.json").write_text("{}")

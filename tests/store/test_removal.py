@@ -13,7 +13,6 @@ from embedcache.sources import open_source
 from embedcache.store import removal
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, hash_item
-from embedcache.store.compacted import compacted_path
 from embedcache.store.indexing import index, update_path
 from embedcache.store.layout import commit_path, read_info
 from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
@@ -159,28 +158,6 @@ def test_chunks_that_were_not_moved_are_moved_by_the_next(
     apply_removal(cache)
     finish_removal(cache)
     assert tree(cache) == tree(whole)
-
-
-@pytest.mark.slow
-def test_table_of_commits_goes_before_the_first_chunk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.store.group.MIN_CHUNKS", 1)
-    (group,) = Cache(cache).encoders("image")
-    group.compact()
-    assert compacted_path(group.path).is_file()
-    start(cache)
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(removal, "put_file", stop)
-        with pytest.raises(KeyboardInterrupt):
-            apply_removal(cache)
-    assert not compacted_path(group.path).exists()  # it repeats hashes
-    apply_removal(cache)
-    finish_removal(cache)
-    assert compacted_path(group.path).is_file()
-    assert verify(Cache(cache)) == []
 
 
 def test_chunk_without_commit_loses_its_arrays(cache: Path) -> None:

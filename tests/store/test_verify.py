@@ -84,8 +84,8 @@ def test_verify_finds_damage(copy: Path, damage: object, feature: str, chunk: in
 
 def test_verify_foreign_and_missing_commit(copy: Path) -> None:
     commits = copy / "image/open_toy/chunks"
-    (commits / "00003.parquet").unlink()
-    shutil.copy(copy / "text/open_toy/chunks/00001.parquet", commits)
+    (commits / "00003.json").unlink()
+    shutil.copy(copy / "text/open_toy/chunks/00001.json", commits)
     findings = verify(Cache(copy))
     assert {(finding.location, finding.chunk, finding.is_damage) for finding in findings} == {
         ("open_toy/cls", 1, True),
@@ -252,7 +252,7 @@ def test_repair_after_verify(copy: Path, cache_path: Path, image_folder: Path) -
         ("image/items.parquet", {"image/items.parquet"}),
         ("image/open_toy/cls/zarr.json", {"open_toy/cls"}),
         ("image/open_toy/zarr.json", {"open_toy/cls", "open_toy/patches"}),
-        ("image/open_toy/chunks/00002.parquet", {"open_toy/cls", "open_toy/patches"}),
+        ("image/open_toy/chunks/00002.json", {"open_toy/cls", "open_toy/patches"}),
     ],
 )
 @pytest.mark.parametrize("damage", ["gone", "cut", "other"])
@@ -364,7 +364,7 @@ def test_verify_finds_an_encoder_of_which_nothing_can_be_read(copy: Path) -> Non
 
 @pytest.mark.slow
 def test_repair_leaves_nothing_missing(copy: Path) -> None:
-    (copy / "text/open_toy/chunks/00004.parquet").unlink()
+    (copy / "text/open_toy/chunks/00004.json").unlink()
     report = verify_cache(copy)
     assert report.is_sound
     assert len(report.findings) == 2

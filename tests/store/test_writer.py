@@ -166,7 +166,7 @@ def test_commit_with_changed_hash_raises(tmp_path: Path) -> None:
     group = group_of(tmp_path, 4)
     add_feature(group, "f", (3,), "float16")
     commit(group, [item(0, (3,))] * 4)
-    path = tmp_path / "image/test/chunks/00000.parquet"
+    path = tmp_path / "image/test/chunks/00000.json"
     table = pq.read_table(path)
     write_rows(path, table.set_column(0, "hash", [[b"1" * 16] * 4]).cast(table.schema))
     with pytest.raises(CorruptError, match="has changed since it was written"):
@@ -264,7 +264,7 @@ def test_items_of_other_encoders_are_compared(tmp_path: Path) -> None:
     with pytest.raises(FingerprintError, match=words):
         commit_chunk(other, 0, {"f": new}, hashes, {"f": [None] * 4})
     commit_chunk(imported, 0, {"f": new}, hashes, {"f": [None] * 4})  # nobody has their items
-    (tmp_path / "image/test/chunks/00000.parquet").write_bytes(b"damaged")
+    (tmp_path / "image/test/chunks/00000.json").write_bytes(b"damaged")
     hashes = [bytes(16), None, b"1" * 16, None]
     with pytest.raises(FingerprintError, match="row 0 has other bytes now than when imported was extracted"):
         commit_chunk(other, 0, {"f": new}, [b"2" * 16, *hashes[1:]], {"f": [None] * 4})
@@ -283,7 +283,7 @@ def test_changed_captions_have_no_path(tmp_path: Path) -> None:
 
 
 def test_withdrawn_features_leave_the_others(tmp_path: Path) -> None:
-    group, path = group_of(tmp_path, 4), tmp_path / "image/test/chunks/00000.parquet"
+    group, path = group_of(tmp_path, 4), tmp_path / "image/test/chunks/00000.json"
     for name in ("f", "g"):
         add_feature(group, name, (3,), "float16")
         commit(group, [item(0, (3,))] * 4, feature=name)

@@ -65,7 +65,7 @@ def test_the_same_samples_twice_are_refused(two_caches: list[Path], tmp_path: Pa
 def test_unfinished_feature_is_named(two_caches: list[Path], tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 10))
     extract(source, tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT])
-    (tmp_path / "c/image/open_toy/chunks/00000.parquet").unlink()
+    (tmp_path / "c/image/open_toy/chunks/00000.json").unlink()
     with pytest.raises(UnfinishedError, match="1 of 1 chunks"):
         run([two_caches[0], tmp_path / "c"], tmp_path / "run")
 

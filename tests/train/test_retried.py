@@ -85,7 +85,7 @@ def test_view_of_a_run(before: Path, after: Path, tmp_path: Path) -> None:
 def test_missing_chunk_is_no_retried_item(before: Path, tmp_path: Path) -> None:
     run(before, tmp_path / "run", **OPTIONS)
     cache = Path(shutil.copytree(before, tmp_path / "c"))
-    (cache / "image/open_toy/chunks/00000.parquet").unlink()
+    (cache / "image/open_toy/chunks/00000.json").unlink()
     with pytest.raises(UnfinishedError, match="open_toy/cls is not finished: 1 of 3 chunks is missing"):
         run(cache, tmp_path / "run", **OPTIONS)
 
