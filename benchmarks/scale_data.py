@@ -16,6 +16,7 @@ from PIL import Image
 from embedcache.arrays import Array, Ints, blocks, normalize
 from embedcache.encoders.base import Fingerprint
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from embedcache.store.commits import hash_item
 from embedcache.store.group import create_group
 from embedcache.store.indexing import index
@@ -90,19 +91,18 @@ def write_features(table: Path, cache: Path, *, first: int = 0, has_failures: bo
         fingerprint = Made(modality).fingerprint.to_json()
         group = create_group(cache, modality, "open_made", info, spec=fingerprint["family"], fingerprint=fingerprint)
         add_feature(group, "vector", (WIDTH,), "float16")
-        with pq.ParquetFile(cache / modality / "items.parquet") as items:
-            for chunk in range(info.num_chunks(modality)):
-                rows = info.chunk_rows(modality, chunk)
-                columns = items.read_row_group(chunk, columns=["sample", *(["text"] if modality == "text" else [])])
-                samples: Ints = first + columns["sample"].to_numpy()
-                failures = [
-                    "not an image" if has_failures and row % 100 == 7 else None for row in range(rows.start, rows.stop)
-                ]
-                values = make_vectors(samples, modality)
-                vectors = [None if reason else value for reason, value in zip(failures, values, strict=True)]
-                hashes = [hash_item(content.encode()) for content in _contents(columns, samples)]
-                commit_chunk(group, chunk, {"vector": vectors}, hashes, {"vector": failures})
-        group.compact()
+        opened = Cache(cache)
+        for chunk in range(info.num_chunks(modality)):
+            rows = info.chunk_rows(modality, chunk)
+            columns = opened.items(modality, chunk=chunk, columns=["sample", *(["text"] if modality == "text" else [])])
+            samples: Ints = first + columns["sample"].to_numpy()
+            failures = [
+                "not an image" if has_failures and row % 100 == 7 else None for row in range(rows.start, rows.stop)
+            ]
+            values = make_vectors(samples, modality)
+            vectors = [None if reason else value for reason, value in zip(failures, values, strict=True)]
+            hashes = [hash_item(content.encode()) for content in _contents(columns, samples)]
+            commit_chunk(group, chunk, {"vector": vectors}, hashes, {"vector": failures})
 
 
 def _contents(columns: pa.Table, samples: Ints) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.provenance import DIGEST, read_json, write_record
-from embedcache.store.layout import table_path
-from embedcache.store.tables import TableDigest, add_footer_checksum
+from embedcache.store.layout import read_info, table_name
+from embedcache.store.table_writer import describe_file
 
 _UNCHECKED = {"cache.json": ("source",), "card.json": ("cache", "run"), "record.json": ("settings",)}
 """Keys that digests leave out."""
@@ -28,30 +29,35 @@ def edit_record(path: Path, replace: dict[str, str] | None = None, **values: Any
     write_record(path, json.loads(text), unchecked=_UNCHECKED.get(path.name, ()))
 
 
+def table_file(cache: Path, name: str) -> Path:
+    """Return the path of the only file of a table, `samples` or that of a modality."""
+    (file,) = read_info(cache).files(name)
+    return cache / file.name
+
+
+def read_rows(cache: Path, name: str) -> pa.Table:
+    """Read the only file of a table."""
+    return pq.read_table(table_file(cache, name))
+
+
 def write_rows(path: Path, table: pa.Table, **options: Any) -> None:
-    """Write a table in place of one of a cache, with a checksum of its footer but not in `cache.json`."""
+    """Write a table in place of one of a cache, but not its checksum in `cache.json`."""
     pq.write_table(table, path, **options)
-    add_footer_checksum(path)
 
 
-def write_tables(cache: Path, **tables: pa.Table) -> None:
-    """Write tables of a cache that is made by hand, with their digests in `cache.json`."""
-    digests = dict(read_json(cache / "cache.json")["table_digests"])
+def write_tables(
+    cache: Path, *, row_group_size: int | None = None, write_statistics: bool = True, **tables: pa.Table
+) -> None:
+    """Write tables in place of those of a cache of one part, and sign them anew, as a stranger may."""
+    record = read_json(cache / "cache.json")
+    (part,) = record["parts"]
     for name, table in tables.items():
-        write_rows(table_path(cache, name), table)
-        digest = TableDigest()
-        digest.update(table)
-        digests[name] = digest.hexdigest()
-    edit_record(cache / "cache.json", table_digests=digests)
-
-
-def damage_column(path: Path, column: str) -> None:
-    """Change a byte of a column of a table, so that reading the column is an error and reading the others is none."""
-    data, group = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(0)
-    (found,) = [each for each in map(group.column, range(group.num_columns)) if each.path_in_schema == column]
-    start = found.dictionary_page_offset or found.data_page_offset
-    data[start + found.total_compressed_size // 2] ^= 1
-    path.write_bytes(data)
+        file = part["tables"].setdefault(name, {"name": table_name(name, 0)})
+        path = cache / file["name"]
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(table, path, row_group_size=row_group_size, write_statistics=write_statistics)
+        part["tables"][name] = asdict(describe_file(cache, file["name"]))
+    edit_record(cache / "cache.json", parts=[part])
 
 
 def flip(path: Path, position: int) -> None:

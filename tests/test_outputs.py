@@ -121,9 +121,9 @@ def test_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
 
 COMMANDS = [
     "curate dedup C --output C/cache.json",
-    "curate dedup C --html C/samples.parquet",
-    "curate dedup C C/samples.parquet --copies",
-    "curate select C C/image/items.parquet --method random --budget 2",
+    "curate dedup C --html C/samples-0.parquet",
+    "curate dedup C C/samples-0.parquet --copies",
+    "curate select C C/image/items-0.parquet --method random --budget 2",
     "curate combine C keys.txt and keys.txt mine.parquet",
     "curate leaks C C mine.parquet",
     "curate export C keys.txt mine.txt",

@@ -21,7 +21,7 @@ CARD = "README.md"
 _LOG_IN = "run `hf auth login`, check the name and the network"
 _FOLDERS = (*MODALITIES, "records")
 _HIDDEN = (".*", "*/.*")  # locks, and what killed processes left
-_LAST = ("cache.json", "removed.parquet", "removed-before.parquet", "samples.parquet", "*/items.parquet")
+_LAST = ("cache.json", "removed.parquet", "removed-before.parquet", "samples-*.parquet", "*/items-*.parquet")
 """Files that make a cache of the others."""
 _MESSAGE = "Add a cache of embeddings"
 
@@ -162,7 +162,7 @@ def _dataset_card(cache: Cache, repository: str, settings: HubSettings) -> "Data
     from huggingface_hub import DatasetCard, DatasetCardData
 
     features = {name: cache.features(name) for name in MODALITIES if name in cache.info.num_items}
-    tables = {"samples": "samples.parquet", **{name: f"{name}/items.parquet" for name in features}}
+    tables = {"samples": "samples-*.parquet", **{name: f"{name}/items-*.parquet" for name in features}}
     data = DatasetCardData(
         license=settings.license,
         tags=["embedcache", "embeddings"],

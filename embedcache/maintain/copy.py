@@ -5,9 +5,8 @@ one, so that the same call finishes one that was killed. Nothing is encoded.
 """
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -35,12 +34,12 @@ from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group, read_feature
 from embedcache.store.indexing import index_tables
-from embedcache.store.layout import SAMPLES, SUBSET, Segment, checked_fit_path, fit_path
+from embedcache.store.layout import SAMPLES, SUBSET, Part, checked_fit_path, fit_path
 from embedcache.store.producer import ChunkFeatures, FillReport, Output, Verb, fill
 from embedcache.store.removed import Marks, digest_marks, merge_marks, read_removed, write_marks
 from embedcache.store.rows import RowReader, iterate_keys, key_column, match_keys
-from embedcache.store.table_writer import SampleTables, TableWriter, count_from, hash_texts, join_tables
-from embedcache.store.tables import BLOCK, ITEM_SCHEMAS, TableDigest
+from embedcache.store.table_writer import SampleTables, TableWriter, hash_texts
+from embedcache.store.tables import BLOCK, ITEM_SCHEMAS, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,7 +415,7 @@ def _with_prefix(prefix: str, table: pa.Table, name: str) -> pa.Table:
 
 def divide_segments(cache: Cache, samples: Ints, *, number: int | None, prefix: str = "") -> list[SegmentSamples]:
     """Divide samples of a cache by the segments in which they were indexed: the source has each in its order."""
-    bounds = np.cumsum([0, *(segment.num_samples for segment in cache.info.all_segments)])
+    bounds = np.cumsum([0, *(part.num_samples for part in cache.info.parts)])
     places = np.searchsorted(samples, bounds)
     return [
         SegmentSamples(cache=cache, samples=samples[start:stop], number=number, prefix=prefix)
@@ -440,33 +439,25 @@ class CopySource:
         """Return what the new cache records as its source."""
         return self._description
 
-    def write(self, writer: TableWriter, progress: Progress) -> list[Segment]:
-        """Write the samples into tables; return their segments. Memory: some blocks of 65,536 samples."""
+    def write(self, folder: Path, progress: Progress) -> list[Part]:
+        """Write each segment into files of a part. Memory: some blocks of 65,536 samples."""
         if self._marks:
             write_marks(self._out_path, self._marks)
-        bounds = np.cumsum([0, *(len(segment.samples) for segment in self._segments)]).tolist()
-        hashed: list[dict[str, TableDigest]] = [defaultdict(TableDigest) for _ in self._segments]
         readers_of = lru_cache(maxsize=1)(_open_readers)
-        progress.start("indexing", bounds[-1], "samples")
-        for block in blocks(bounds[-1], BLOCK):
-            pieces = []
-            for segment, own, start in zip(self._segments, hashed, bounds[:-1], strict=True):
-                rows = slice(max(block.start - start, 0), min(max(block.stop - start, 0), len(segment.samples)))
-                if rows.start < rows.stop:
-                    pieces.append(segment.read(rows, readers_of(segment.cache)))
-                    own[SAMPLES].update(pieces[-1].samples.select(["key"]))
-                    for name, items in pieces[-1].items.items():
-                        own[name].update(count_from(rows.start, items))
-            writer.add_tables(join_tables(pieces))
-            progress.advance(block.stop - block.start)
+        progress.start("indexing", sum(len(segment.samples) for segment in self._segments), "samples")
+        parts: list[Part] = []
+        before = Table(folder, [])
+        for number, segment in enumerate(self._segments):
+            writer = TableWriter(folder, number, len(before))
+            for rows in blocks(len(segment.samples), BLOCK):
+                writer.add_tables(segment.read(rows, readers_of(segment.cache)))
+                progress.advance(rows.stop - rows.start)
+            part = writer.close("", before)
+            content = digest({name: file.checksum for name, file in part.tables.items()})
+            parts.append(replace(part, digest=content))
+            before = Table(folder, [each.tables[SAMPLES] for each in parts])
         progress.finish()
-        return [
-            Segment(
-                num_samples=len(segment.samples),
-                digest=digest({name: table.hexdigest() for name, table in own.items()}),
-            )
-            for segment, own in zip(self._segments, hashed, strict=True)
-        ]
+        return parts
 
 
 def _open_readers(cache: Cache) -> dict[str, RowReader]:

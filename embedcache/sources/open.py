@@ -66,7 +66,7 @@ _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_
 _FOLDER_SUFFIXES = {**{kind: _SUFFIXES[kind] for kind in ("webdataset", "table")}, "folder": frozenset({".npz"})}
 """The same of a folder that holds such files, and no images or media; the first kind of which there is a file."""
 
-_CACHE_FILES = ("cache.json", "samples.parquet")
+_CACHE_FILES = ("cache.json", "samples-0.parquet")
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - {".npz"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (

@@ -1,17 +1,23 @@
 """An open cache: its tables, and its features by name."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Bools, Ints, blocks
-from embedcache.errors import AmbiguousNameError, CorruptError, DataError, UnknownNameError, pluralize, quoted
+from embedcache.errors import (
+    AmbiguousNameError,
+    CorruptError,
+    DataError,
+    PathError,
+    UnknownNameError,
+    pluralize,
+    quoted,
+)
 from embedcache.files import AnyPath, find_files, open_path, reading
 from embedcache.modalities import MODALITIES, count_items, encoder_option
 from embedcache.registry import require, unknown_name
@@ -19,18 +25,9 @@ from embedcache.sources.open import IMPORTED_SOURCE, how_to_import
 from embedcache.store.columns import widen
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
-from embedcache.store.layout import SAMPLES, CacheInfo, read_info, table_path
+from embedcache.store.layout import SAMPLES, CacheInfo, read_info
 from embedcache.store.removed import read_removed
-from embedcache.store.tables import (
-    BLOCK,
-    ITEM_SCHEMAS,
-    RESTORE_TABLE,
-    OpenedTable,
-    check_rows,
-    open_table,
-    read_opened,
-    read_table,
-)
+from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table
 
 if TYPE_CHECKING:
     import pandas
@@ -60,7 +57,6 @@ class Cache:
         with reading(self.path):
             self.info: CacheInfo = read_info(self.path)
         self._sample_columns: dict[str, pa.ChunkedArray] = {}
-        self._opened: dict[str, OpenedTable] = {}
 
     def __fspath__(self) -> str:
         """Return the path or URL, so that functions that take a path of a cache take a `Cache`."""
@@ -156,20 +152,14 @@ class Cache:
     @cached_property
     def columns(self) -> list[str]:
         """Column names of the sample table, without reading it."""
-        path = table_path(self.path, SAMPLES)
-        with reading(path, RESTORE_TABLE), open_table(path) as table:
-            names = list(table.schema_arrow.names)
-        self._require_columns(SAMPLES, names, None)
-        return names
+        return list(self.rows_of(SAMPLES).schema.names)
 
     @cached_property
     def samples(self) -> pa.Table:
         """The sample table: one row per sample in row order, `key` and the columns of the source.
 
-        Rows beyond those that `cache.json` counts are omitted: a process killed while it appended samples leaves them.
-
         Raises:
-            CorruptError: the table cannot be read, or differs from its checksums.
+            CorruptError: the table cannot be read, or differs from its checksum.
         """
         return self.table(SAMPLES)
 
@@ -221,46 +211,54 @@ class Cache:
         if chunk is not None and not 0 <= chunk < self.info.num_chunks(modality):
             known = pluralize(self.info.num_chunks(modality), "chunk")
             raise DataError(f"{self.path}: expected one of {known} of {modality}, counted from 0, got {chunk}")
-        return self.table(modality, columns) if chunk is None else self.block(modality, chunk, columns=columns)
+        if chunk is None:
+            return self.table(modality, columns)
+        rows = self.info.chunk_rows(modality, chunk)
+        return self._read(modality, rows.start, rows.stop, columns)
+
+    def rows_of(self, name: str) -> Table:
+        """Return a table, `samples` or that of a modality, without reading it."""
+        return Table(self.path, self.info.files(name), ITEM_SCHEMAS.get(name))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return all rows of a table; the arguments and errors are those of `block`."""
-        if name not in (SAMPLES, *self.info.num_items):  # a table without rows, or no file
-            return ITEM_SCHEMAS[name].empty_table().select(columns or ITEM_SCHEMAS[name].names)
-        path = table_path(self.path, name)
-        with reading(path, RESTORE_TABLE):
-            rows = read_table(path, columns).slice(0, self.num_rows(name))
-        self._require_columns(name, rows.column_names, columns)
-        return self._checked(name, rows)
+        return self._read(name, 0, self.num_rows(name), columns)
 
     def num_rows(self, name: str) -> int:
         """Return the number of rows of a table, `samples` or that of a modality."""
         return self.info.num_samples if name == SAMPLES else self.info.num_items.get(name, 0)
 
     def block_rows(self, name: str) -> int:
-        """Return the number of rows of a block of a table, of which each is checked by itself; the last has fewer."""
-        return BLOCK if name == SAMPLES else self.info.chunk_size
+        """Return the number of rows that are read together, those of a row group; the last block has fewer."""
+        return BLOCK if name == SAMPLES else ITEM_BLOCK
 
     def block(self, name: str, number: int, *, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read one block of a table: 65,536 samples, or the items of a chunk. Thread-safe.
+        """Read one block of a table: 65,536 samples or 16,384 items. Thread-safe.
 
         Args:
             name: `samples` or a modality.
             columns: names of the columns to read; None reads all.
 
         Raises:
-            CorruptError: the table cannot be read, or the rows differ from their checksums.
+            CorruptError: the table cannot be read, or differs from its checksum.
         """
-        path, place = table_path(self.path, name), self._place(name, number)
-        with reading(path, RESTORE_TABLE):
-            opened = self._open_file(name, path)
-            first = int(np.searchsorted(opened.starts, place.start, "right")) - 1
-            last = int(np.searchsorted(opened.starts[:-1], place.stop))
-            with open_table(path, opened.footer) as file:
-                rows = file.read_row_groups(range(first, last), columns=columns, use_threads=False)
-        rows = rows.slice(place.start - int(opened.starts[first]), place.stop - place.start)
-        self._require_columns(name, rows.column_names, columns)
-        return self._checked(name, rows, number)
+        size = self.block_rows(name)
+        return self._read(name, number * size, min((number + 1) * size, self.num_rows(name)), columns)
+
+    def _read(self, name: str, start: int, stop: int, columns: Sequence[str] | None) -> pa.Table:
+        """Read rows of a table.
+
+        Another process may have replaced files by `--retry-failed` or `cache remove` since this cache was opened: rows
+        keep their numbers, so that those of the new files are read.
+        """
+        try:
+            return self.rows_of(name).read(start, stop, columns)
+        except (CorruptError, PathError):
+            before = self.info.files(name)
+            files = read_info(self.path).files(name)[: len(before)]
+            if files == before:
+                raise
+        return Table(self.path, files, ITEM_SCHEMAS.get(name)).read(start, stop, columns)
 
     def likely_blocks(self, name: str, column: str, texts: Sequence[str]) -> list[int]:
         """Return all blocks of a table, first those that may hold one of some texts by the statistics of row groups.
@@ -273,55 +271,10 @@ class Cache:
         Raises:
             CorruptError: the table cannot be read.
         """
-        path, size = table_path(self.path, name), self.block_rows(name)
-        likely = np.zeros(-(-self.num_rows(name) // size), bool)
-        with reading(path, RESTORE_TABLE):
-            opened = self._open_file(name, path)
-            for group, (start, stop) in enumerate(pairwise(opened.starts.tolist())):
-                if opened.may_hold(group, column, texts):
-                    likely[start // size : -(-stop // size)] = True
-        return [*np.flatnonzero(likely).tolist(), *np.flatnonzero(~likely).tolist()]
-
-    def _open_file(self, name: str, path: Path) -> OpenedTable:
-        """Return the footer of a table, which is read again when the file has changed."""
-        opened = self._opened[name] = read_opened(path, self._opened.get(name))
-        return opened
-
-    def _place(self, name: str, block: int | None) -> slice:
-        """Return the rows of one block of a table, or all."""
-        num_rows, size = self.num_rows(name), self.block_rows(name)
-        return slice(0, num_rows) if block is None else slice(block * size, min((block + 1) * size, num_rows))
-
-    def _require_columns(self, name: str, found: Sequence[str], requested: Sequence[str] | None) -> None:
-        """Check that a table has the requested columns, or all that were written; Arrow omits unknown ones silently."""
-        written = self.info.table_checksums[name]
-        missing = [column for column in requested or written if column in written and column not in found]
-        if missing:
-            raise CorruptError(
-                f"the table of {name} in {self.path} has no column {missing[0]!r}; restore the file, or extract into a "
-                "new folder"
-            )
-
-    def _checked(self, name: str, rows: pa.Table, block: int | None = None) -> pa.Table:
-        """Return rows of a table, all or those of a block, that equal their checksums.
-
-        Another process may have moved failed items by `--retry-failed` since this cache was opened.
-        """
-        path, place, block_rows = table_path(self.path, name), self._place(name, block), self.block_rows(name)
-        if len(rows) != place.stop - place.start:
-            raise CorruptError(
-                f"{path}: expected {place.stop - place.start:,} rows, got {len(rows):,}; restore the file, or extract "
-                "into a new folder"
-            )
-        if name == SAMPLES and "key" in rows.column_names and pa.types.is_binary(rows.schema.field("key").type):
-            raise CorruptError(
-                f"{path}: expected keys of text, got bytes; restore the file, or extract into a new folder"
-            )
-        with suppress(CorruptError):
-            check_rows(rows, self.info.table_checksums[name], place.start, block_rows, path)
-            return rows
-        check_rows(rows, read_info(self.path).table_checksums[name], place.start, block_rows, path)
-        return rows
+        table, size = self.rows_of(name), self.block_rows(name)
+        ranges = [range(rows.start, rows.stop) for rows in blocks(len(table), size)]
+        likely_B = np.array([table.may_hold(rows, column, texts) for rows in ranges], bool)
+        return [*np.flatnonzero(likely_B).tolist(), *np.flatnonzero(~likely_B).tolist()]
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
         """Return the encoders with features of a modality, sorted by name; none of a modality without items."""

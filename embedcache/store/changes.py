@@ -3,25 +3,22 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, groupby, islice, pairwise, repeat
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import CorruptError, FingerprintError, pluralize, quoted
-from embedcache.files import reading
+from embedcache.errors import FingerprintError, pluralize, quoted
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, noun
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.sources.settings import option_words
 from embedcache.store.cache import Cache
-from embedcache.store.layout import CacheInfo, items_path, samples_path
+from embedcache.store.layout import SAMPLES, CacheInfo
 from embedcache.store.removed import RemovedSamples, read_removed
 from embedcache.store.table_writer import BATCH, digest_input
-from embedcache.store.tables import RESTORE_TABLE, open_table, to_file_item
-from embedcache.store.verify import check_tables
+from embedcache.store.tables import to_file_item
 
 
 @dataclass(kw_only=True)
@@ -63,7 +60,7 @@ def find_changes(
     Raises:
         FingerprintError: a sample is missing or out of order, or has other captions or files.
     """
-    bounds = pairwise(accumulate((segment.num_samples for segment in info.all_segments), initial=0))
+    bounds = pairwise(accumulate((part.num_samples for part in info.parts), initial=0))
     removed = read_removed(cache_path, info)
     segments = [_SegmentReader(cache_path, info, range(start, stop), removed) for start, stop in bounds]
     num_removed = 0
@@ -124,22 +121,6 @@ def digest_samples(
         files = pluralize(sum(skipped.values()), "file")
         progress.note(f"skipped {files} of kinds that samples do not have: {kinds}{more}")
     return hashed.hexdigest()
-
-
-@contextmanager
-def intact_tables(cache_path: Path, *, is_interrupted: bool, progress: Progress) -> Iterator[None]:
-    """Raise a `CorruptError` of a damaged table in place of the error that the source differs from it.
-
-    Args:
-        is_interrupted: whether the tables may be newer than their checksums, which are not compared then.
-    """
-    try:
-        yield
-    except FingerprintError:
-        damaged = None if is_interrupted else next(check_tables(Cache(cache_path), progress=progress), None)
-        if damaged is None:
-            raise
-        raise CorruptError(f"{cache_path}: {damaged.line()}") from None
 
 
 def source_changed(
@@ -225,12 +206,12 @@ class IndexedSample:
     texts: Sequence[tuple[str, str | None]]
 
 
-def read_samples(cache_path: Path, modalities: Collection[str], rows: range) -> Iterator[IndexedSample]:
+def read_samples(cache: Cache, modalities: Collection[str], rows: range) -> Iterator[IndexedSample]:
     """Iterate over samples of a cache with items of some modalities in row order. Memory: one batch of each table."""
-    keys = (row["key"] for row in _iterate_rows(samples_path(cache_path), ["key"]))
+    keys = (row["key"] for row in _iterate_rows(cache, SAMPLES, ["key"]))
     names = [name for name in modalities if MODALITIES[name].kind == "files"]
-    texts = _rows_by_sample(items_path(cache_path, "text")) if "text" in modalities else repeat([])
-    items = (_rows_by_sample(items_path(cache_path, modality)) for modality in names)
+    texts = _rows_by_sample(cache, "text") if "text" in modalities else repeat([])
+    items = (_rows_by_sample(cache, modality) for modality in names)
     next_rows = dict.fromkeys(names, 0)
     for number, (key, captions, *groups) in enumerate(islice(zip(keys, texts, *items, strict=False), rows.stop)):
         if number >= rows.start:
@@ -246,20 +227,19 @@ def read_samples(cache_path: Path, modalities: Collection[str], rows: range) -> 
             next_rows[name] += len(group)
 
 
-def _rows_by_sample(path: Path) -> Iterator[list[Mapping[str, Any]]]:
+def _rows_by_sample(cache: Cache, modality: str) -> Iterator[list[Mapping[str, Any]]]:
     """Iterate over the rows of each sample in an item table, which is sorted by sample; without end."""
     next_sample = 0
-    for sample, rows in groupby(_iterate_rows(path), key=itemgetter("sample")):
+    for sample, rows in groupby(_iterate_rows(cache, modality), key=itemgetter("sample")):
         yield from repeat([], sample - next_sample)
         yield list(rows)
         next_sample = sample + 1
     yield from repeat([])
 
 
-def _iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
-    with reading(path, RESTORE_TABLE), open_table(path) as table:
-        for batch in table.iter_batches(columns=columns, use_threads=False):
-            yield from batch.to_pylist()
+def _iterate_rows(cache: Cache, name: str, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
+    for rows in cache.rows_of(name).blocks(BATCH, columns):
+        yield from rows.to_pylist()
 
 
 class _SegmentReader:
@@ -269,7 +249,7 @@ class _SegmentReader:
         self.buffer = _DigestBuffer(lambda _: None)
         self._cache_path, self._info = cache_path, info
         left_out = set(removed.rows.tolist())
-        stored = read_samples(cache_path, info.num_items, rows)
+        stored = read_samples(Cache(cache_path), info.num_items, rows)
         self._stored = (sample for row, sample in zip(rows, stored, strict=False) if row not in left_out)
         self._next = next(self._stored, None)
 

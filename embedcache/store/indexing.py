@@ -1,7 +1,7 @@
 """Indexing a source: every sample and item gets a row in the tables of a cache, before any model runs."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,34 +10,35 @@ from embedcache.errors import FingerprintError, PathError, SettingError, SourceE
 from embedcache.files import find_files, flush, is_remote, make_folder, reading, remove_file, remove_folder, writing
 from embedcache.locks import LOCK, locked
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import check_same, digest, read_json, write_json
+from embedcache.provenance import check_same, digest
 from embedcache.sources.base import Sample, Source
-from embedcache.store.changes import (
-    SourceChanges,
-    check_allowed,
-    digest_samples,
-    find_changes,
-    intact_tables,
-    source_changed,
-)
+from embedcache.store.changes import SourceChanges, check_allowed, digest_samples, find_changes, source_changed
 from embedcache.store.layout import (
     DEFAULT_CHUNK_SIZE,
     INTERRUPTED_REMOVAL,
+    SAMPLES,
     SUBSET,
     CacheInfo,
-    Segment,
-    TableVersion,
+    Part,
     combined_digest,
+    find_unlisted,
     info_path,
     read_info,
     removing_path,
     write_info,
 )
-from embedcache.store.table_writer import TableWriter, WrittenTables, put_tables, scratch_folder
-from embedcache.store.tables import ITEM_SCHEMAS
+from embedcache.store.table_writer import (
+    TableWriter,
+    count_distinct_images,
+    put_tables,
+    relocate,
+    rewrite_table,
+    scratch_folder,
+)
+from embedcache.store.tables import ITEM_SCHEMAS, Table
 
-_CACHE_FILES = {"cache.json", "records", "removed.parquet", "removed-before.parquet", "samples.parquet", "update.json"}
-_CACHE_FILES |= {LOCK, *ITEM_SCHEMAS}
+_OWN_NAME = re.compile(rf"{SAMPLES}-.*\.parquet|.*\.partial")
+_CACHE_FILES = {"cache.json", "records", "removed.parquet", "removed-before.parquet", LOCK, *ITEM_SCHEMAS}
 
 
 def index(
@@ -89,10 +90,9 @@ def index(
         info = read_info(cache_path)
         if _keeps_rows(cache_path, info):
             _check_chunk_size(cache_path, info, chunk_size)
-            with intact_tables(cache_path, is_interrupted=update_path(cache_path).is_file(), progress=progress):
-                return _update(
-                    source, cache_path, limit=limit, extend=extend, accept_replaced=accept_replaced, progress=progress
-                )
+            return _update(
+                source, cache_path, limit=limit, extend=extend, accept_replaced=accept_replaced, progress=progress
+            )
         if is_unchanged(info):
             return info
         _discard(cache_path)
@@ -105,15 +105,11 @@ def open_indexed(cache_path: Path, *, chunk_size: int | None = None) -> CacheInf
     Raises:
         PathError: the folder is not a cache.
         FingerprintError: the chunk size differs.
-        UnfinishedError: a removal of samples was interrupted, or an update of the tables.
+        UnfinishedError: a removal of samples was interrupted.
     """
     info = read_info(cache_path)
     _open_folder(cache_path)
     _check_chunk_size(cache_path, info, chunk_size)
-    if update_path(cache_path).is_file():
-        raise UnfinishedError(
-            f"{cache_path}: an update of its tables was interrupted; run that command again, with the source"
-        )
     return info
 
 
@@ -123,8 +119,8 @@ class TableSource(Protocol):
     def describe(self) -> Mapping[str, Any]:
         """Return what the new cache records as its source."""
 
-    def write(self, writer: TableWriter, progress: Progress) -> Sequence[Segment]:
-        """Write all samples into tables; return their segments."""
+    def write(self, folder: Path, progress: Progress) -> Sequence[Part]:
+        """Write all samples into files of tables below a folder; return their parts."""
 
 
 def index_tables(source: TableSource, cache_path: Path, *, chunk_size: int, progress: Progress) -> CacheInfo:
@@ -138,7 +134,7 @@ def index_tables(source: TableSource, cache_path: Path, *, chunk_size: int, prog
     with locked(cache_path), writing(cache_path):
         if info_path(cache_path).is_file():  # another process was first
             return read_info(cache_path)
-        return _create(source, cache_path, chunk_size, lambda writer: source.write(writer, progress), progress)
+        return _create(source, cache_path, chunk_size, lambda folder: source.write(folder, progress), progress)
 
 
 def _open_folder(cache_path: Path) -> bool:
@@ -155,7 +151,7 @@ def _open_folder(cache_path: Path) -> bool:
 
 def _check_no_other_files(cache_path: Path) -> None:
     names = [path.name for path in cache_path.iterdir()] if cache_path.is_dir() else []  # object stores have no folders
-    other_names = sorted(name for name in names if name not in _CACHE_FILES and not name.endswith(".partial"))
+    other_names = sorted(name for name in names if name not in _CACHE_FILES and not _OWN_NAME.fullmatch(name))
     if other_names:
         raise PathError(
             f"{cache_path} is not a cache and not empty: it contains {first_few(other_names)}; "
@@ -206,11 +202,13 @@ def _is_unchanged(
     extend: bool,
     progress: Progress,
 ) -> bool:
-    """Return whether a cache has the chunk size and the samples of its source, and no update of it was interrupted."""
-    if chunk_size not in (None, info.chunk_size) or update_path(cache_path).is_file():
+    """Return whether a cache has the chunk size and the samples of its source, and no file that a kill has left."""
+    if chunk_size not in (None, info.chunk_size):
+        return False
+    if not is_remote(cache_path) and find_unlisted(cache_path, info):
         return False
     max_new = _max_new(info, limit, extend=extend)
-    if len(info.all_segments) == 1 and not info.is_partial:
+    if len(info.parts) == 1 and not info.is_partial:
         num_read = info.num_samples + (1 if max_new is None else min(1, max_new))  # tells whether the source has grown
         found = digest_samples(source, "checking samples", info.num_samples, num_read, _ignore, progress)
         return found == info.index_digest
@@ -237,9 +235,10 @@ def _note_removed(changes: SourceChanges, progress: Progress) -> None:
 
 
 def _create_from(source: Source, cache_path: Path, chunk_size: int, limit: int | None, progress: Progress) -> CacheInfo:
-    def write(writer: TableWriter) -> list[Segment]:
+    def write(folder: Path) -> list[Part]:
+        writer = TableWriter(folder)
         found = digest_samples(source, "indexing", 0, limit, writer.add, progress)
-        return [Segment(num_samples=writer.num_samples, digest=found)]
+        return [writer.close(found)] if writer.num_samples else []
 
     return _create(source, cache_path, chunk_size, write, progress)
 
@@ -248,40 +247,46 @@ def _create(
     source: Source | TableSource,
     cache_path: Path,
     chunk_size: int,
-    write: Callable[[TableWriter], Sequence[Segment]],
+    write: Callable[[Path], Sequence[Part]],
     progress: Progress,
 ) -> CacheInfo:
     with scratch_folder(cache_path) as folder:
-        writer = TableWriter(folder, chunk_size)
-        segments = tuple(write(writer))
-        if not writer.num_samples:
+        parts = write(folder)
+        if not parts:
             raise SourceError(
                 f"{source.describe().get('path', 'the source')}: expected samples, got none; "
                 "use a source that contains images, captions or other items"
             )
-        tables = writer.close()
         info = CacheInfo(
             chunk_size=chunk_size,
             source=dict(source.describe()),
-            index_digest=combined_digest(segments),
-            num_samples=writer.num_samples,
-            num_items=tables.num_items,
-            table_digests=tables.digests,
-            table_checksums=tables.checksums,
-            segments=segments if len(segments) > 1 else (),
+            index_digest=combined_digest(parts),
+            parts=tuple(parts),
         )
-        _note_shared_images(source, writer, info, progress)
-        put_tables(folder, cache_path)
-    write_info(cache_path, info)
+        put_tables(folder, cache_path, parts)
+    _note_shared_images(source, cache_path, info, progress)
+    _write_info(cache_path, info)
     return info
 
 
-def _note_shared_images(source: Source | TableSource, writer: TableWriter, info: CacheInfo, progress: Progress) -> None:
+def _write_info(cache_path: Path, info: CacheInfo) -> None:
+    write_info(cache_path, info)
+    _remove_unlisted(cache_path, info)
+
+
+def _remove_unlisted(cache_path: Path, info: CacheInfo) -> None:
+    """Remove the files of tables that the manifest does not list: those before, and those that a kill has left."""
+    for file in find_unlisted(cache_path, info):
+        remove_file(file)
+
+
+def _note_shared_images(source: Source | TableSource, cache_path: Path, info: CacheInfo, progress: Progress) -> None:
     """Report images that several rows of a table name, if they have captions: the option joins these rows."""
     column = getattr(source, "shared_column", None)
     if column is None or not {"image", "text"} <= info.num_items.keys():
         return
-    num_rows, num_images = info.num_items["image"], writer.count_distinct_images()
+    images = Table(cache_path, info.files("image"), ITEM_SCHEMAS["image"])
+    num_rows, num_images = len(images), count_distinct_images(images)
     if num_rows > num_images:
         progress.note(
             f"{num_rows - num_images:,} rows name an image of an earlier row: {num_rows:,} rows, {num_images:,} "
@@ -297,52 +302,48 @@ def _update(
     _check_limit(cache_path, info, limit)
     max_new = _max_new(info, limit, extend=extend)
     with scratch_folder(cache_path) as folder:
-        extended = _ExtendedTables(cache_path, info, folder / "longer")
-        on_new = extended.add if extend else _ignore
+        writer = TableWriter(folder, len(info.parts), info.num_samples)
+        on_new = writer.add if extend else _ignore
         changes = find_changes(
             cache_path, info, source.samples(), on_new=on_new, max_new=max_new, extend=extend, progress=progress
         )
-        has_replaced = bool(changes.relocated) or _is_interrupted(cache_path, info, changes)
-        if not (changes.num_new or has_replaced):
+        if not (changes.num_new or changes.relocated):
             if not _has_digests(info, changes):
                 raise source_changed(cache_path, info, "columns or languages of its samples differ")
-            remove_file(update_path(cache_path), missing_ok=True)
+            _remove_unlisted(cache_path, info)
             return info
         check_allowed(cache_path, info, changes, extend=extend, accept_replaced=accept_replaced)
-        tables = extended.close()
-        if has_replaced:
-            write_json(update_path(cache_path), list(changes.digests))
-            writer = TableWriter(folder / "moved", info.chunk_size)
-            num_samples = info.num_samples + changes.num_new
-            writer.copy(tables.folder, num_samples, changes.relocated, tables.checksums)
-            tables = writer.close()
-        if tables.folder != cache_path:
-            put_tables(tables.folder, cache_path)
-    info = _with_changes(info, changes, tables)
-    write_info(cache_path, info)
-    remove_file(update_path(cache_path), missing_ok=True)
+
+        parts = _relocated_parts(cache_path, info, changes, folder)
+        if changes.num_new:
+            before = Table(cache_path, info.files(SAMPLES))
+            parts.append(writer.close(changes.new_digest, before))
+        put_tables(folder, cache_path, parts)
+    info = info.next_version(parts)
+    _write_info(cache_path, info)
     return info
 
 
-def _with_changes(info: CacheInfo, changes: SourceChanges, tables: WrittenTables) -> CacheInfo:
-    """Return the manifest of a cache after its tables were written with the changes of its source."""
-    segments = [
-        replace(segment, digest=_joined(segment.digest, now, changes) if info.is_partial else now)
-        for segment, now in zip(info.all_segments, changes.digests, strict=True)
-    ]
-    if changes.num_new:
-        segments.append(Segment(num_samples=changes.num_new, digest=changes.new_digest))
-    version = TableVersion(index_digest=info.index_digest, num_items=info.num_items)
-    return replace(
-        info,
-        index_digest=combined_digest(segments, info.removed),
-        num_samples=info.num_samples + changes.num_new,
-        num_items=tables.num_items,
-        table_digests=tables.digests,
-        table_checksums=tables.checksums,
-        segments=tuple(segments),
-        earlier_versions=(*info.earlier_versions, version),
-    )
+def _relocated_parts(cache_path: Path, info: CacheInfo, changes: SourceChanges, folder: Path) -> list[Part]:
+    """Return the parts with the digests of their samples now; items of which other bytes are read get new files."""
+    parts: list[Part] = []
+    first_rows = dict.fromkeys(info.num_items, 0)
+    for part, now in zip(info.parts, changes.digests, strict=True):
+        tables = dict(part.tables)
+        for modality in first_rows.keys() & tables.keys():
+            file, first_row = tables[modality], first_rows[modality]
+            first_rows[modality] += file.num_rows
+            moved = {
+                row: item
+                for row, item in changes.relocated.get(modality, {}).items()
+                if first_row <= row < first_row + file.num_rows
+            }
+            if moved:
+                table = Table(cache_path, info.files(modality), ITEM_SCHEMAS[modality])
+                edit = partial(relocate, relocated=moved)
+                tables[modality] = rewrite_table(folder, modality, table, file, first_row, edit)
+        parts.append(Part(digest=_joined(part.digest, now, changes) if info.is_partial else now, tables=tables))
+    return parts
 
 
 def _joined(before: str, now: str, changes: SourceChanges) -> str:
@@ -350,42 +351,10 @@ def _joined(before: str, now: str, changes: SourceChanges) -> str:
     return digest([before, now]) if changes.relocated else before
 
 
-class _ExtendedTables:
-    """The tables of a cache with appended samples; written only once there is a new sample."""
-
-    def __init__(self, cache_path: Path, info: CacheInfo, folder: Path) -> None:
-        self._cache_path, self._info, self._folder = cache_path, info, folder
-        self._checksums = {} if update_path(cache_path).is_file() else info.table_checksums  # else older than the rows
-        self._writer: TableWriter | None = None
-
-    def add(self, batch: list[Sample]) -> None:
-        if self._writer is None:
-            self._writer = TableWriter(self._folder, self._info.chunk_size)
-            self._writer.copy(self._cache_path, self._info.num_samples, {}, self._checksums)
-        self._writer.add(batch)
-
-    def close(self) -> WrittenTables:
-        """Finish the tables; those of the cache if nothing was added."""
-        if self._writer is None:
-            return WrittenTables(self._cache_path, self._info.num_items, self._info.table_digests, self._checksums)
-        return self._writer.close()
-
-
 def _ignore(_: list[Sample]) -> None:
     """Ignore samples: they are read to be compared or counted only."""
 
 
-def update_path(cache_path: Path) -> Path:
-    """Return the path of the file that exists while tables with replaced items are written."""
-    return cache_path / "update.json"
-
-
-def _is_interrupted(cache_path: Path, info: CacheInfo, changes: SourceChanges) -> bool:
-    """Return whether a process was killed after it wrote tables with replaced items and before `cache.json`."""
-    path, is_written = update_path(cache_path), _has_digests(info, changes) and not info.is_partial
-    return not is_written and path.is_file() and read_json(path) == list(changes.digests)
-
-
 def _has_digests(info: CacheInfo, changes: SourceChanges) -> bool:
     """Return whether the source has the samples that were indexed; of a part of them, keys and items are compared."""
-    return info.is_partial or list(changes.digests) == [segment.digest for segment in info.all_segments]
+    return info.is_partial or list(changes.digests) == [part.digest for part in info.parts]

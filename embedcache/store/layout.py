@@ -2,15 +2,17 @@
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embedcache.errors import CorruptError, quoted
-from embedcache.files import AnyPath, is_remote, is_url, open_path
+from embedcache.files import AnyPath, find_files, is_remote, is_url, open_path
 from embedcache.locks import LOCK
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import (
@@ -21,6 +23,7 @@ from embedcache.provenance import (
     read_manifest,
     write_record,
 )
+from embedcache.settings import check_types
 from embedcache.sources.open import is_description
 
 FORMAT_VERSION = 1
@@ -38,19 +41,46 @@ _UNCHECKED = ("source",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
-    """Consecutive samples that were indexed together, with the SHA-256 of them in row order."""
+class TableFile:
+    """A file of a table, which is never changed: other rows get another file.
 
-    num_samples: int
+    Args:
+        name: path below the cache, such as `image/items-0.parquet`.
+        num_rows: number of rows.
+        num_bytes: size of the file.
+        checksum: CRC-32C of all its bytes, 8 hex digits.
+    """
+
+    name: str
+    num_rows: int
+    num_bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Consecutive samples that were indexed together, and their items.
+
+    Args:
+        digest: SHA-256 of the samples in row order, as their source has them now.
+        tables: `samples` or a modality -> file; a modality of which the samples have no items is absent.
+    """
+
     digest: str
+    tables: Mapping[str, TableFile]
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples."""
+        return self.tables[SAMPLES].num_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableVersion:
-    """An earlier version of the sample and item tables; chunks committed for it, with its digest, stay valid."""
+    """An earlier version of the tables; chunks that were committed for it, with its digest, stay valid."""
 
     index_digest: str
-    num_items: Mapping[str, int]
+    num_parts: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +91,8 @@ class CacheInfo:
         chunk_size: items per chunk; the last chunk of a modality may hold fewer.
         source: what reopens the source.
         index_digest: digest of all samples and items in row order, the identity of the rows.
-        num_samples: rows of `samples.parquet`.
-        num_items: modality -> rows of its `items.parquet`; a modality without items is absent.
-        segments: groups of samples that were added one after another; empty if all were indexed together.
+        parts: samples that were added one after another, in row order.
         earlier_versions: versions of the tables before this one, oldest first.
-        table_digests: `samples` or a modality -> digest of the keys, or of its items, in row order.
-        table_checksums: `samples` or a modality -> column -> CRC-32C of its values, 8 hex digits per block: 65,536
-            samples, or the items of a chunk.
         removed: of a cache from which samples were removed, `num_samples`, their number, and `digest`, the SHA-256 of
             `removed.parquet`, which lists their rows.
     """
@@ -75,24 +100,29 @@ class CacheInfo:
     chunk_size: int
     source: Mapping[str, Any]
     index_digest: str
-    num_samples: int
-    num_items: Mapping[str, int]
+    parts: Sequence[Part]
     format: int = FORMAT_VERSION
-    segments: Sequence[Segment] = ()
     earlier_versions: Sequence[TableVersion] = ()
-    table_digests: Mapping[str, str] = field(default_factory=dict)
-    table_checksums: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     removed: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def num_samples(self) -> int:
+        """Number of rows of the sample table."""
+        return sum(part.num_samples for part in self.parts)
+
+    @cached_property
+    def num_items(self) -> Mapping[str, int]:
+        """Modality -> number of rows of its item table; a modality without items is absent."""
+        return count_rows(self.parts)
+
+    def files(self, name: str) -> list[TableFile]:
+        """Return the files of a table, `samples` or that of a modality, in row order."""
+        return [part.tables[name] for part in self.parts if name in part.tables]
 
     @property
     def is_partial(self) -> bool:
         """Whether the source may have samples that the cache leaves out: it was cut, or samples were removed."""
         return bool(self.removed) or SUBSET in self.source
-
-    @property
-    def all_segments(self) -> list[Segment]:
-        """All segments; a single one if all samples were indexed together."""
-        return list(self.segments) or [Segment(num_samples=self.num_samples, digest=self.index_digest)]
 
     def num_chunks(self, modality: str) -> int:
         """Return the number of chunks of the items of a modality; 0 without items."""
@@ -123,27 +153,48 @@ class CacheInfo:
 
     def num_samples_since(self, index_digest: str) -> int:
         """Return the number of samples that were appended since the rows of that digest; 0 if it is not known."""
-        segments = self.all_segments
-        for count in range(1, len(segments)):
-            if combined_digest(segments[:count], self.removed) == index_digest:
-                return sum(segment.num_samples for segment in segments[count:])
+        for count in range(1, len(self.parts)):
+            if combined_digest(self.parts[:count], self.removed) == index_digest:
+                return sum(part.num_samples for part in self.parts[count:])
         return 0
 
     def num_chunk_rows(self, index_digest: str, modality: str, chunk: int) -> int | None:
         """Return the number of rows that a chunk had in a version of the tables; None for an unknown version."""
         for version in self._versions():
             if version.index_digest == index_digest:
-                num_left = version.num_items.get(modality, 0) - chunk * self.chunk_size
-                return min(max(num_left, 0), self.chunk_size)
+                num_items = count_rows(self.parts[: version.num_parts]).get(modality, 0)
+                return min(max(num_items - chunk * self.chunk_size, 0), self.chunk_size)
         return None
 
+    def item_counts(self, modality: str) -> set[int]:
+        """Return how many items of a modality the cache has, and had in earlier versions."""
+        return {count_rows(self.parts[: version.num_parts]).get(modality, 0) for version in self._versions()}
+
+    def next_version(self, parts: Sequence[Part], removed: Mapping[str, Any] | None = None) -> "CacheInfo":
+        """Return the manifest with other parts, or with more samples removed."""
+        removed = self.removed if removed is None else removed
+        before = TableVersion(index_digest=self.index_digest, num_parts=len(self.parts))
+        return replace(
+            self,
+            index_digest=combined_digest(parts, removed),
+            parts=tuple(parts),
+            earlier_versions=(*self.earlier_versions, before),
+            removed=removed,
+        )
+
     def _versions(self) -> list[TableVersion]:
-        return [*self.earlier_versions, TableVersion(index_digest=self.index_digest, num_items=self.num_items)]
+        return [*self.earlier_versions, TableVersion(index_digest=self.index_digest, num_parts=len(self.parts))]
 
 
-def combined_digest(segments: Sequence[Segment], removed: Mapping[str, Any] | None = None) -> str:
-    """Return the index digest of a cache with these segments, from which samples may have been removed."""
-    digests = [segment.digest for segment in segments] + ([removed["digest"]] if removed else [])
+def count_rows(parts: Sequence[Part]) -> dict[str, int]:
+    """Return modality -> number of items of some parts, of modalities with items."""
+    counts = {name: sum(part.tables[name].num_rows for part in parts if name in part.tables) for name in MODALITIES}
+    return {name: count for name, count in counts.items() if count}
+
+
+def combined_digest(parts: Sequence[Part], removed: Mapping[str, Any] | None = None) -> str:
+    """Return the index digest of a cache with these parts, from which samples may have been removed."""
+    digests = [part.digest for part in parts] + ([removed["digest"]] if removed else [])
     return digests[0] if len(digests) == 1 else digest(digests)
 
 
@@ -152,19 +203,34 @@ def info_path(cache_path: Path) -> Path:
     return cache_path / "cache.json"
 
 
-def samples_path(cache_path: Path) -> Path:
-    """Return the path of the sample table."""
-    return cache_path / "samples.parquet"
+def table_name(name: str, number: int, revision: int = 0) -> str:
+    """Return the path of a file of a table below the cache.
+
+    Args:
+        name: `samples` or a modality.
+        number: number of the part.
+        revision: how often the file was replaced, such as by a removal.
+
+    Example:
+        >>> table_name("image", 0), table_name("samples", 2, 1)
+        ('image/items-0.parquet', 'samples-2.1.parquet')
+    """
+    stem = SAMPLES if name == SAMPLES else f"{name}/items"
+    return f"{stem}-{number}{f'.{revision}' if revision else ''}.parquet"
 
 
-def items_path(cache_path: Path, modality: str) -> Path:
-    """Return the path of the item table of a modality."""
-    return cache_path / modality / "items.parquet"
+def next_revision(file: TableFile) -> int:
+    """Return the revision of the file that replaces a file of a table."""
+    stem = Path(file.name).stem
+    return 1 + int(stem.partition(".")[2] or 0)
 
 
-def table_path(cache_path: Path, name: str) -> Path:
-    """Return the path of a table: `samples`, or a modality for that of its items."""
-    return samples_path(cache_path) if name == SAMPLES else items_path(cache_path, name)
+def find_unlisted(cache_path: Path, info: CacheInfo) -> list[Path]:
+    """Return files of tables that the manifest does not list: those that were replaced, or that a kill left."""
+    listed = {file.name for part in info.parts for file in part.tables.values()}
+    patterns = [f"{SAMPLES}-*.parquet", *(f"{name}/items-*.parquet" for name in MODALITIES)]
+    files = [file for pattern in patterns for file in find_files(cache_path, pattern)]
+    return [file for file in files if str(file)[len(str(cache_path)) + 1 :] not in listed]
 
 
 def removed_path(cache_path: Path) -> Path:
@@ -266,25 +332,34 @@ def _how_to_make(path: Path) -> str:
 
 
 def _parse(values: Mapping[str, Any]) -> CacheInfo:
-    segments = tuple(Segment(**record) for record in values["segments"])
+    parts = tuple(_parse_part(record) for record in values["parts"])
     versions = tuple(TableVersion(**record) for record in values["earlier_versions"])
-    info = CacheInfo(**{**values, "segments": segments, "earlier_versions": versions})
+    info = CacheInfo(**{**values, "parts": parts, "earlier_versions": versions})
     _check_count("chunk_size", info.chunk_size, minimum=1)
-    _check_count("num_samples", info.num_samples)
-    for counts in (info.num_items, *(version.num_items for version in versions)):
-        for modality, count in counts.items():
-            if modality not in MODALITIES:
-                raise ValueError(f"num_items: expected one of {', '.join(MODALITIES)}, got {modality!r}")
-            _check_count(f"num_items of {modality}", count)
-    objects = (info.source, info.removed, info.table_digests, info.table_checksums, *info.table_checksums.values())
-    if not all(isinstance(value, Mapping) for value in objects):
-        raise TypeError("expected objects as source, tables and checksums")
-    tables = {SAMPLES, *info.num_items}
-    if not (tables <= info.table_digests.keys() and tables <= info.table_checksums.keys()):
-        raise ValueError("expected digests and checksums of all tables")
+    for version in versions:
+        _check_count("num_parts", version.num_parts)
+    if not (isinstance(info.source, Mapping) and isinstance(info.removed, Mapping)):
+        raise TypeError("expected objects as source and removed")
     if not is_description(info.source):
         raise TypeError("source: expected texts as type and path")
     return info
+
+
+def _parse_part(record: Mapping[str, Any]) -> Part:
+    tables = {name: TableFile(**file) for name, file in record["tables"].items()}
+    for name, file in tables.items():
+        if name != SAMPLES and name not in MODALITIES:
+            raise ValueError(f"tables: expected one of {SAMPLES}, {', '.join(MODALITIES)}, got {name!r}")
+        if not re.fullmatch(re.escape(table_name(name, 0)).replace("0", r"\d+(\.\d+)?"), file.name):
+            raise ValueError(f"tables: expected a name such as {table_name(name, 0)}, got {file.name!r}")
+        _check_count(f"num_rows of {file.name}", file.num_rows)
+        _check_count(f"num_bytes of {file.name}", file.num_bytes)
+        check_types(file)
+    if SAMPLES not in tables:
+        raise ValueError("tables: expected one of samples")
+    part = Part(digest=record["digest"], tables=tables)
+    check_types(part)
+    return part
 
 
 def _check_count(name: str, count: object, *, minimum: int = 0) -> None:

@@ -6,11 +6,13 @@ is first written completely beside the cache's own, below `removing/`, then move
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, PathError, UnfinishedError
@@ -24,13 +26,12 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, Commit, remove_commit, removed_hash, write_commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
-from embedcache.store.indexing import update_path
 from embedcache.store.layout import (
     INTERRUPTED_REMOVAL,
-    Segment,
-    TableVersion,
-    combined_digest,
+    SAMPLES,
+    Part,
     commit_path,
+    find_unlisted,
     read_info,
     removed_path,
     removing_path,
@@ -44,7 +45,7 @@ from embedcache.store.removed import (
     read_removed_file,
     write_removed,
 )
-from embedcache.store.table_writer import TableWriter, put_tables, scratch_folder
+from embedcache.store.table_writer import put_tables, rewrite_table, scratch_folder, without_items, without_samples
 from embedcache.store.verify import check_tables
 from embedcache.store.writer import chunk_files, write_feature_chunk
 
@@ -83,7 +84,7 @@ def start_removal(cache: Cache, samples: Ints, keys: Sequence[str], *, progress:
 
     Raises:
         CorruptError: a table, or a chunk that holds an item of them, is damaged; repair it first.
-        UnfinishedError: a `--retry-failed`, or another removal, was interrupted or is running.
+        UnfinishedError: another removal was interrupted or is running.
         PathError: another process writes to the cache, or left an unfinished file on another machine.
     """
     remove_partials(cache.path)
@@ -93,8 +94,6 @@ def start_removal(cache: Cache, samples: Ints, keys: Sequence[str], *, progress:
             f"{unfinished}: expected no unfinished files, got that of a process that runs, or was killed on another "
             "machine; wait for it, or delete the file"
         )
-    if update_path(cache.path).is_file():
-        raise UnfinishedError(f"{cache.path}: an extraction with --retry-failed was interrupted; run it again first")
     progress = progress or NullProgress()
     damaged = next(check_tables(cache, progress=progress), None)
     if damaged is not None:
@@ -153,33 +152,42 @@ def _write_tables(cache_path: Path, pending: RemovedSamples, progress: Progress)
     removed = before.merge(pending)
     write_removed(path, removed)
     record = {"num_samples": len(removed.rows), "digest": digest_file(path)}
-    if record == info.removed:
-        return
-    with scratch_folder(cache_path) as folder:
-        writer = TableWriter(folder, info.chunk_size)
-        progress.start("writing tables", info.num_samples + sum(info.num_items.values()), "rows")
-        writer.copy(cache_path, info.num_samples, {}, {}, removed=removed.rows, progress=progress)
-        progress.finish()
-        tables = writer.close()
-        put_tables(folder, cache_path)
-    segments: list[Segment] = info.all_segments
-    version = TableVersion(index_digest=info.index_digest, num_items=info.num_items)
-    index_digest = combined_digest(segments, record)
-    if is_remembered(info.source, info.index_digest):
-        remember(info.source, index_digest)
-    write_info(
-        cache_path,
-        replace(
-            info,
-            index_digest=index_digest,
-            num_items=tables.num_items,
-            segments=tuple(segments),
-            earlier_versions=(*info.earlier_versions, version),
-            table_digests=tables.digests,
-            table_checksums=tables.checksums,
-            removed=record,
-        ),
-    )
+    if record != info.removed:
+        with scratch_folder(cache_path) as folder:
+            parts = _parts_without(Cache(cache_path), pending.rows, folder, progress)
+            put_tables(folder, cache_path, parts)
+        after = info.next_version(parts, record)
+        if is_remembered(info.source, info.index_digest):
+            remember(info.source, after.index_digest)
+        write_info(cache_path, after)
+
+    # Also those that were replaced before a kill: they hold what is removed.
+    for file in find_unlisted(cache_path, read_info(cache_path)):
+        file.unlink()
+
+
+def _parts_without(cache: Cache, removed: Ints, folder: Path, progress: Progress) -> list[Part]:
+    """Write the files of tables again that have rows of removed samples; return all parts."""
+    edits: dict[str, Callable[[pa.Table, int], pa.Table]] = {
+        SAMPLES: partial(without_samples, removed=removed),
+        **dict.fromkeys(cache.info.num_items, lambda rows, _: without_items(rows, removed)),
+    }
+    progress.start("writing tables", len(cache), "samples")
+    parts: list[Part] = []
+    first_rows = dict.fromkeys(edits, 0)
+    for part in cache.info.parts:
+        first_sample = first_rows[SAMPLES]
+        is_inside = (removed >= first_sample) & (removed < first_sample + part.num_samples)
+        tables = dict(part.tables)
+        for name, file in part.tables.items():
+            if is_inside.any():
+                table = cache.rows_of(name)
+                tables[name] = rewrite_table(folder, name, table, file, first_rows[name], edits[name])
+            first_rows[name] += file.num_rows
+        parts.append(Part(digest=part.digest, tables=tables))
+        progress.advance(part.num_samples)
+    progress.finish()
+    return parts
 
 
 def _erase(cache_path: Path, erased: ErasedChunks, progress: Progress) -> None:

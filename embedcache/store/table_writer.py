@@ -3,9 +3,8 @@
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from json import JSONEncoder
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,32 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.arrays import Ints, distinct
-from embedcache.errors import CorruptError, SourceError
-from embedcache.files import is_remote, partial_path, put_file, remove_file
+from embedcache.arrays import Ints, blocks, distinct
+from embedcache.errors import SourceError
+from embedcache.files import is_remote, partial_path, put_file
 from embedcache.modalities import FILE_MODALITIES, MODALITIES
-from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import FileItem, Sample
+from embedcache.store.arrays import file_checksum
 from embedcache.store.columns import widen
-from embedcache.store.layout import items_path, samples_path
-from embedcache.store.tables import (
-    BLOCK,
-    ITEM_SCHEMAS,
-    TableChecksums,
-    TableDigest,
-    add_footer_checksum,
-    item_tables,
-    open_table,
-    read_table,
-)
+from embedcache.store.layout import SAMPLES, Part, TableFile, next_revision, table_name
+from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table
 
 ALWAYS = ("image", "text")
 """Modalities that always have an item table, and a list in each line of JSON; others have them if there are items."""
 
 _OTHERS = tuple(modality.name for modality in FILE_MODALITIES if modality.name not in ALWAYS)
-
-_INFERRED = {pa.int64(), pa.float64(), pa.bool_(), pa.string()}
-"""Types of columns whose Python values Arrow gives the same type."""
 
 _JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -89,39 +76,6 @@ def _item_table(batch: Sequence[Sample], modality: str) -> pa.Table:
     return pa.table([rows, *columns], schema=schema)
 
 
-def join_tables(pieces: Sequence[SampleTables]) -> SampleTables:
-    """Join consecutive samples to the tables that `to_tables` makes of them.
-
-    So a column has the type that Arrow infers from its values, and is left out if no sample has one.
-    """
-    tables, items = [piece.samples for piece in pieces], {}
-    starts = list(accumulate(map(len, tables), initial=0))
-    names = sorted({name for table in tables for name in table.column_names} - {"key"})
-    columns = {name: _join_column(name, tables) for name in names}
-    samples = {"key": pa.concat_tables([table.select(["key"]) for table in tables]).combine_chunks()["key"]}
-    samples |= {name: column for name, column in columns.items() if column.null_count < len(column)}
-    for modality, schema in ITEM_SCHEMAS.items():
-        found = [
-            count_from(start, piece.items[modality])
-            for start, piece in zip(starts, pieces, strict=False)
-            if modality in piece.items
-        ]
-        joined = pa.concat_tables([schema.empty_table(), *found]).combine_chunks()
-        if len(joined) or modality in ALWAYS:
-            items[modality] = joined
-    return SampleTables(pa.table(samples), items)
-
-
-def _join_column(name: str, tables: Sequence[pa.Table]) -> pa.Array:
-    nothing = (pa.chunked_array([pa.nulls(len(table))]) for table in tables)
-    parts = [table[name] if name in table.column_names else null for table, null in zip(tables, nothing, strict=True)]
-    kinds = {part.type for part in parts if part.null_count < len(part)}
-    if len(kinds) == 1 and kinds <= _INFERRED:
-        kind = kinds.pop()
-        return pa.chunked_array([chunk for part in parts for chunk in part.cast(kind).chunks], kind).combine_chunks()
-    return _column([value for part in parts for value in part.to_pylist()])
-
-
 def count_from(first: int, items: pa.Table) -> pa.Table:
     """Return items with `first` added to their sample numbers."""
     return items.set_column(0, items.schema.field("sample"), pc.add(items["sample"], first))
@@ -164,73 +118,22 @@ def _location(item: FileItem) -> list[str | int | float | None]:
 BATCH = BLOCK
 
 
-class WrittenTables(NamedTuple):
-    """The tables in a folder, and what `cache.json` states of them.
-
-    Args:
-        num_items: modality -> number of items.
-        digests: table -> digest of its keys or items.
-        checksums: table -> column -> checksums by blocks of rows.
-    """
-
-    folder: Path
-    num_items: Mapping[str, int]
-    digests: Mapping[str, str]
-    checksums: Mapping[str, Mapping[str, str]]
-
-
 class TableWriter:
-    """Writer of the sample and item tables of a cache to a new local folder; a row group holds one chunk of items.
+    """Writer of the tables of one part of a cache, first to a local folder.
 
     Memory: some 90 bytes per sample, to check that keys are unique, and a batch.
+
+    Args:
+        folder: local folder for unfinished files.
+        number: number of the part.
+        first_sample: row of its first sample.
     """
 
-    def __init__(self, folder: Path, chunk_size: int) -> None:
+    def __init__(self, folder: Path, number: int = 0, first_sample: int = 0) -> None:
         self.num_samples = 0
-        self._samples = _SampleWriter(samples_path(folder))
-        self._folder, self._chunk_size = folder, chunk_size
+        self._folder, self._number, self._first_sample = folder, number, first_sample
+        self._samples = _SampleWriter(folder / table_name(SAMPLES, number))
         self._items: dict[str, _ItemWriter] = {}
-        for modality in ALWAYS:
-            self._writer(modality)
-
-    def copy(
-        self,
-        cache_path: Path,
-        num_samples: int,
-        relocated: Mapping[str, Mapping[int, FileItem]],
-        checksums: Mapping[str, Mapping[str, str]],
-        *,
-        removed: Ints | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        """Copy the first samples of a cache's tables; some rows of a modality have a new location of their bytes.
-
-        `checksums` are those of the tables: the copy of a damaged table would be called intact. `removed` are rows of
-        samples of which nothing is copied but that they exist. `progress` advances by the rows of all tables. Raises
-        `CorruptError`.
-        """
-        progress = progress or NullProgress()
-        removed = np.empty(0, np.int64) if removed is None else removed
-        old = TableChecksums(BLOCK)
-        with open_table(samples_path(cache_path)) as file:
-            is_longer = file.metadata.num_rows > num_samples  # by an --extend that was killed: columns may be wider
-            for batch in file.iter_batches(BATCH, use_threads=False):
-                rows = pa.table(batch).slice(0, num_samples - self._samples.num_rows)
-                old.update(rows)
-                self._samples.write(_without_samples(rows, self._samples.num_rows, removed))
-                progress.advance(len(rows))
-        _check_copy(old, {} if is_longer else checksums.get("samples", {}), samples_path(cache_path))
-        for modality in item_tables(cache_path):
-            writer, moved, old = self._writer(modality), relocated.get(modality, {}), TableChecksums(self._chunk_size)
-            with open_table(items_path(cache_path, modality)) as file:
-                for group in range(file.num_row_groups):
-                    table = file.read_row_group(group, use_threads=False)
-                    table = table.filter(pc.less(table["sample"], num_samples))
-                    old.update(table)
-                    writer.write(_relocate(_without_items(table, removed), writer.num_rows, moved))
-                    progress.advance(len(table))
-            _check_copy(old, checksums.get(modality, {}), items_path(cache_path, modality))
-        self.num_samples = num_samples
 
     def add(self, batch: Sequence[Sample]) -> None:
         """Append samples."""
@@ -238,41 +141,75 @@ class TableWriter:
 
     def add_tables(self, tables: SampleTables) -> None:
         """Append the samples of tables."""
+        first_row = self._first_sample + self.num_samples
         self._samples.write(tables.samples)
         for modality, items in tables.items.items():
-            self._writer(modality).write(count_from(self.num_samples, items))
+            if len(items):
+                self._writer(modality).write(count_from(first_row, items))
         self.num_samples += len(tables.samples)
 
     def _writer(self, modality: str) -> "_ItemWriter":
         if modality not in self._items:
-            path = items_path(self._folder, modality)
-            self._items[modality] = _ItemWriter(path, ITEM_SCHEMAS[modality], self._chunk_size)
+            path = self._folder / table_name(modality, self._number)
+            self._items[modality] = _ItemWriter(path, ITEM_SCHEMAS[modality])
         return self._items[modality]
 
-    def close(self) -> WrittenTables:
-        """Finish the tables; those of modalities without items are not among them.
+    def close(self, digest: str, before: Table | None = None) -> Part:
+        """Finish the files.
+
+        Args:
+            digest: SHA-256 of the samples.
+            before: the sample table of the parts before this one.
 
         Raises:
             SourceError: a key is not unique, or a column has incompatible types.
         """
+        self._samples.close(before)
         for writer in self._items.values():
             writer.close()
-        self._samples.close()
-        items = {name: self._items[name] for name in MODALITIES if name in self._items and self._items[name].num_rows}
-        tables: dict[str, _SampleWriter | _ItemWriter] = {"samples": self._samples, **items}
-        return WrittenTables(
-            folder=self._folder,
-            num_items={name: writer.num_rows for name, writer in items.items()},
-            digests={name: writer.digest.hexdigest() for name, writer in tables.items()},
-            checksums={name: writer.checksums.close() for name, writer in tables.items()},
-        )
+        names = [SAMPLES, *(name for name in MODALITIES if name in self._items)]
+        files = {name: describe_file(self._folder, table_name(name, self._number)) for name in names}
+        return Part(digest=digest, tables=files)
 
-    def count_distinct_images(self) -> int:
-        """Return how many images the rows of the finished table name. Memory: 16 bytes per row."""
-        with open_table(items_path(self._folder, "image")) as file:
-            batches = file.iter_batches(BATCH, columns=["path"], use_threads=False)
-            hashes = [hash_texts(batch["path"]) for batch in batches]
-        return len(distinct(np.concatenate(hashes)))
+
+def describe_file(folder: Path, name: str) -> TableFile:
+    """Return what `cache.json` says of a finished file of a table."""
+    path = folder / name
+    return TableFile(
+        name=name,
+        num_rows=pq.read_metadata(path).num_rows,
+        num_bytes=path.stat().st_size,
+        checksum=file_checksum(path),
+    )
+
+
+def rewrite_table(
+    folder: Path, name: str, table: Table, file: TableFile, first_row: int, edit: Callable[[pa.Table, int], pa.Table]
+) -> TableFile:
+    """Write another version of a file of a table into a local folder.
+
+    Args:
+        folder: the local folder.
+        name: `samples` or a modality.
+        table: the whole table.
+        file: the file.
+        first_row: its first row in the table.
+        edit: changes a block of rows, the first of which has a number.
+    """
+    number = int(Path(file.name).stem.partition("-")[2].partition(".")[0])
+    path = folder / table_name(name, number, next_revision(file))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _TableFile(path, table.schema) as writer:
+        for rows in blocks(file.num_rows, BLOCK):
+            start = first_row + rows.start
+            writer.write_table(edit(table.read(start, first_row + rows.stop), start), row_group_size=group_rows(name))
+    return describe_file(folder, str(path.relative_to(folder)))
+
+
+def count_distinct_images(images: Table) -> int:
+    """Return how many images the rows of a table name. Memory: 16 bytes per row."""
+    hashes = [hash_texts(rows["path"]) for rows in images.blocks(BLOCK, ["path"])]
+    return len(distinct(np.concatenate(hashes)))
 
 
 @contextmanager
@@ -290,35 +227,17 @@ def scratch_folder(cache_path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def put_tables(folder: Path, cache_path: Path) -> None:
-    """Move finished tables to their places in a cache."""
-    put_file(samples_path(folder), samples_path(cache_path))
-    new = item_tables(folder)
-    for modality in new:
-        put_file(items_path(folder, modality), items_path(cache_path, modality))
-    for modality in item_tables(cache_path):
-        if modality not in new:  # of an interrupted attempt with other samples
-            remove_file(items_path(cache_path, modality))
-
-
-def _check_copy(copied: TableChecksums, written: Mapping[str, str], path: Path) -> None:
-    """Check that the rows that were copied have the checksums that `cache.json` states."""
-    found = copied.close()
-    changed = [name for name, checksums in written.items() if found.get(name) != checksums]
-    if changed:
-        raise CorruptError(
-            f"{path}: column {changed[0]!r} has changed since it was written; restore the file, or extract into a new "
-            "folder"
-        )
+def put_tables(folder: Path, cache_path: Path, parts: Iterable[Part]) -> None:
+    """Move the finished files of some parts to their places in a cache; files that are there already stay."""
+    for file in (file for part in parts for file in part.tables.values()):
+        if (folder / file.name).is_file():
+            put_file(folder / file.name, cache_path / file.name)
 
 
 class _SampleWriter:
     """Writer of samples, each batch to a file of its own: what columns there are is known after the last one."""
 
     def __init__(self, path: Path) -> None:
-        self.num_rows = 0
-        self.digest = TableDigest()
-        self.checksums = TableChecksums(BLOCK)
         self._path = path
         self._hashes: list[Ints] = []
         self._schemas: list[pa.Schema] = []
@@ -327,24 +246,23 @@ class _SampleWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(rows, self._batch_path(len(self._schemas)))
         self._hashes.append(hash_texts(rows["key"]))
-        self.digest.update(rows.select(["key"]))
         self._schemas.append(rows.schema)
-        self.num_rows += len(rows)
 
-    def close(self) -> None:
+    def close(self, before: Table | None) -> None:
         self._check_unique()
         try:
             schema = pa.unify_schemas(self._schemas, promote_options="permissive")
+            if before is not None:
+                self._check_new(before)
+                pa.unify_schemas([before.schema, schema], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise SourceError(f"a column of the source changes its type between samples: {error}") from error
-        with pq.ParquetWriter(self._path, schema) as writer:
+        with _TableFile(self._path, schema) as writer:
             for number in range(len(self._schemas)):
-                rows = [schema.empty_table(), read_table(self._batch_path(number))]
+                rows = [schema.empty_table(), pq.read_table(self._batch_path(number), use_threads=False)]
                 table = pa.concat_tables(rows, promote_options="permissive")
                 writer.write_table(table, row_group_size=BATCH)
-                self.checksums.update(table)
                 self._batch_path(number).unlink()
-        add_footer_checksum(self._path)
 
     def _check_unique(self) -> None:
         """Check that no two keys are equal, by reading those whose hashes are."""
@@ -357,11 +275,30 @@ class _SampleWriter:
         starts, keys = np.cumsum([0, *map(len, self._hashes)]), []
         for number in distinct(np.searchsorted(starts, rows, side="right") - 1).tolist():
             inside = rows[(rows >= starts[number]) & (rows < starts[number + 1])] - starts[number]
-            keys.append(read_table(self._batch_path(number), columns=["key"])["key"].take(pa.array(inside)))
+            keys.append(self._read_keys(number).take(pa.array(inside)))
         _check_keys(widen(pa.chunked_array([chunk for part in keys for chunk in part.chunks], pa.string())), rows)
 
+    def _check_new(self, before: Table) -> None:
+        """Check that no key is one of those of earlier parts."""
+        hashes_N = np.concatenate(self._hashes)
+        for start in range(0, len(before), BATCH):
+            keys = before.read(start, min(start + BATCH, len(before)), ["key"])["key"]
+            if not np.isin(hash_texts(keys), hashes_N).any():
+                continue
+            for number in range(len(self._schemas)):
+                places = np.flatnonzero(pc.is_in(self._read_keys(number), value_set=keys.combine_chunks()))
+                if len(places):
+                    key = self._read_keys(number)[int(places[0])].as_py()
+                    raise SourceError(
+                        f"keys must be unique; {key!r} is the key of row {start + pc.index(keys, key).as_py()} and of "
+                        "a new sample; rename a file, or choose another --key-column"
+                    )
+
+    def _read_keys(self, number: int) -> pa.ChunkedArray:
+        return pq.read_table(self._batch_path(number), columns=["key"], use_threads=False)["key"]
+
     def _batch_path(self, number: int) -> Path:
-        return self._path.with_name(f"samples-{number:05d}.parquet")
+        return self._path.with_name(f"batch-{number:05d}.parquet")
 
 
 class _TableFile(pq.ParquetWriter):  # type: ignore[misc]
@@ -372,37 +309,33 @@ class _TableFile(pq.ParquetWriter):  # type: ignore[misc]
 
 
 class _ItemWriter:
-    """Writer of the items of one modality, whose columns are known: whole chunks are written, the rest is kept."""
+    """Writer of the items of one modality, whose columns are known."""
 
-    def __init__(self, path: Path, schema: pa.Schema, chunk_size: int) -> None:
-        path.parent.mkdir(parents=True)
-        self.num_rows = 0
-        self.digest = TableDigest()
-        self.checksums = TableChecksums(chunk_size)
-        self._path, self._writer = path, _TableFile(path, schema)
-        self._schema = schema
-        self._chunk_size = chunk_size
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer, self._schema = _TableFile(path, schema), schema
         self._buffer: pa.Table = schema.empty_table()
 
     def write(self, rows: pa.Table) -> None:
-        self.num_rows += len(rows)
-        self.digest.update(rows)
-        rows = rows.cast(self._schema)
-        self.checksums.update(rows)
-        buffered = pa.concat_tables([self._buffer, rows])
-        num_full = len(buffered) // self._chunk_size * self._chunk_size
+        """Write whole row groups, and keep the rest."""
+        buffered = pa.concat_tables([self._buffer, rows.cast(self._schema)])
+        num_full = len(buffered) // ITEM_BLOCK * ITEM_BLOCK
         if num_full:
-            self._writer.write_table(buffered.slice(0, num_full), row_group_size=self._chunk_size)
+            self._writer.write_table(buffered.slice(0, num_full), row_group_size=ITEM_BLOCK)
         self._buffer = buffered.slice(num_full).combine_chunks()
 
     def close(self) -> None:
         if len(self._buffer):
-            self._writer.write_table(self._buffer, row_group_size=self._chunk_size)
+            self._writer.write_table(self._buffer, row_group_size=ITEM_BLOCK)
         self._writer.close()
-        add_footer_checksum(self._path)
 
 
-def _without_samples(table: pa.Table, first_row: int, removed: Ints) -> pa.Table:
+def group_rows(name: str) -> int:
+    """Return the rows of a row group of a table, `samples` or that of a modality."""
+    return BLOCK if name == SAMPLES else ITEM_BLOCK
+
+
+def without_samples(table: pa.Table, first_row: int, removed: Ints) -> pa.Table:
     """Replace the keys of removed samples, and their other columns by null."""
     rows = removed[(removed >= first_row) & (removed < first_row + len(table))] - first_row
     if not len(rows):
@@ -423,7 +356,7 @@ _NOTHING = {"path": "", "offset": 0, "length": 0, "text": ""}
 """Values of the columns of a removed item that cannot be null; all others become null."""
 
 
-def _without_items(table: pa.Table, removed: Ints) -> pa.Table:
+def without_items(table: pa.Table, removed: Ints) -> pa.Table:
     """Blank all columns of the items of removed samples, except `sample`."""
     is_removed = np.isin(table["sample"].to_numpy(), removed)
     if not is_removed.any():
@@ -437,7 +370,7 @@ def _without_items(table: pa.Table, removed: Ints) -> pa.Table:
     return pa.table({"sample": table["sample"], **columns}, table.schema)
 
 
-def _relocate(table: pa.Table, first_row: int, relocated: Mapping[int, FileItem]) -> pa.Table:
+def relocate(table: pa.Table, first_row: int, relocated: Mapping[int, FileItem]) -> pa.Table:
     """Set where in their files the bytes of some items are; `relocated` has rows of the whole table."""
     new_items = {row - first_row: item for row, item in relocated.items() if first_row <= row < first_row + len(table)}
     for name in ("offset", "length") if new_items else ():

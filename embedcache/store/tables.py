@@ -1,17 +1,14 @@
-"""Parquet tables that are checked as they are read: their footer and pages, and the rows of samples and items.
+"""Tables of a cache, whose parts are files that never change, and single Parquet files that carry checksums.
 
-Rows have a CRC-32C of each column, by blocks, so that any part is checked when read. It is computed from values, not
-from the bytes of the file: a table that another process has made longer since `cache.json` was read has the same rows
-at its start, and another Parquet writer gives the same checksums.
+A file of a cache is compared with the CRC-32C in `cache.json` when a process first opens it. Selections and the like
+are single files: their pages and their footer have checksums.
 """
 
-import hashlib
-import json
 import os
 from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property, lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,17 +19,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.arrays import Ints
-from embedcache.errors import CorruptError
-from embedcache.files import check_regular, is_remote
+from embedcache.arrays import Ints, blocks
+from embedcache.errors import CorruptError, PathError
+from embedcache.files import check_regular, is_remote, read_file, reading
 from embedcache.modalities import MODALITIES
-from embedcache.provenance import digest
 from embedcache.sources.base import FileItem
-from embedcache.store.arrays import DIGITS
-from embedcache.store.layout import items_path
+from embedcache.store.arrays import check_file
+from embedcache.store.layout import TableFile
 
 BLOCK = 65_536
-"""Rows of the sample table in a block; an item table has blocks of a chunk."""
+"""Samples that are read and written together: the rows of a row group."""
+
+ITEM_BLOCK = 16_384
+"""Items that are read and written together."""
+
+RESTORE_TABLE = "restore the file, or extract into a new folder"
 
 RESTORE_TABLE = "restore the file, or extract into a new folder"
 """What to do about a damaged table of a cache."""
@@ -50,23 +51,7 @@ ITEM_SCHEMAS = {
     for name, modality in MODALITIES.items()
 }
 
-
-class OpenedTable(NamedTuple):
-    """A table's file of an inode, size and time: its footer, and the first row of each row group, then their number."""
-
-    stamp: tuple[int, int, int]
-    footer: pq.FileMetaData
-    starts: Ints
-
-    def may_hold(self, group: int, column: str, texts: Sequence[str]) -> bool:
-        """Return whether a row group may have one of some texts, ascending, in a column, by its least and greatest."""
-        if column not in self.footer.schema.names:
-            return True
-        found = self.footer.row_group(group).column(self.footer.schema.names.index(column)).statistics
-        if found is None or not found.has_min_max or not isinstance(found.min, str):
-            return True
-        first = bisect_left(texts, found.min)
-        return first < len(texts) and texts[first] <= found.max
+_SAMPLES_SCHEMA = pa.schema([("key", pa.string())])
 
 
 @contextmanager
@@ -104,20 +89,6 @@ def read_footer(path: Path) -> pq.FileMetaData:
         check_regular(path)
     with path.open("rb") as file:
         return _parse_footer(file, is_own=True)
-
-
-def read_opened(path: Path, before: OpenedTable | None) -> OpenedTable:
-    """Read the footer of a table, or return what was read before if the file has not changed.
-
-    Parsing a footer takes longer than reading the rows of a chunk. Another process may append samples at any time.
-    """
-    status = path.stat()
-    stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
-    if before is not None and before.stamp == stamp:
-        return before
-    footer = read_footer(path)
-    counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-    return OpenedTable(stamp, footer, np.cumsum([0, *counts]))
 
 
 def _parse_footer(file: BinaryIO, *, is_own: bool = False) -> pq.FileMetaData:
@@ -208,120 +179,160 @@ def write_table(path: Path, table: pa.Table) -> None:
     add_footer_checksum(path)
 
 
-def item_tables(folder: Path) -> list[str]:
-    """Return the modalities that have an item table in a folder."""
-    return [modality for modality in ITEM_SCHEMAS if items_path(folder, modality).is_file()]
-
-
 def to_file_item(row: Mapping[str, Any]) -> FileItem:
     """Return the item in a row of an item table of files."""
     return FileItem(**{name: value for name, value in row.items() if name != "sample"})
 
 
-class TableDigest:
-    """SHA-256 of the values of a table's columns in row order, independent of batches."""
+class Table:
+    """One table of a cache, `samples` or the items of a modality: the rows of its parts, one after another.
 
-    def __init__(self) -> None:
-        self._columns: dict[str, Any] = defaultdict(hashlib.sha256)
-
-    def update(self, rows: pa.Table) -> None:
-        """Add rows with int64, float64 and string columns."""
-        for name in rows.column_names:
-            kind = rows.schema.field(name).type
-            if pa.types.is_integer(kind):
-                data = rows[name].to_numpy().astype("<i8").tobytes()
-            elif pa.types.is_floating(kind):
-                data = rows[name].to_numpy().astype("<f8").tobytes()  # null is NaN, which is no value of these tables
-            else:
-                values = rows[name].to_pylist()
-                data = "".join("\1\0" if value is None else f"{value}\0" for value in values).encode()
-            self._columns[name].update(data)
-
-    def hexdigest(self) -> str:
-        """Return the digest as 64 hex digits."""
-        return digest({name: column.hexdigest() for name, column in self._columns.items()})
-
-
-class TableChecksums:
-    """Checksums of a table whose rows arrive in order, in batches of any size. Memory: a block."""
-
-    def __init__(self, block_rows: int) -> None:
-        self._block_rows = block_rows
-        self._columns: dict[str, list[str]] = defaultdict(list)
-        self._left: pa.Table | None = None
-
-    def update(self, rows: pa.Table) -> None:
-        """Add rows."""
-        rows = rows if self._left is None else pa.concat_tables([self._left, rows])
-        num_full = len(rows) // self._block_rows * self._block_rows
-        for start in range(0, num_full, self._block_rows):
-            self._add(rows.slice(start, self._block_rows))
-        self._left = rows.slice(num_full)
-
-    def close(self) -> dict[str, str]:
-        """Return column -> 8 hex digits per block."""
-        if self._left is not None and len(self._left):
-            self._add(self._left)
-        self._left = None
-        return {name: "".join(blocks) for name, blocks in self._columns.items()}
-
-    def _add(self, block: pa.Table) -> None:
-        for name in block.column_names:
-            self._columns[name].append(column_checksum(block[name]))
-
-
-def column_checksum(column: "pa.Array | pa.ChunkedArray") -> str:
-    """Return the CRC-32C of the values of a column as 8 hex digits: which are null, then all others in row order.
-
-    Whole numbers and booleans count as int64, other numbers as float64, little-endian; texts and bytes as their
-    lengths, int64, then their bytes; anything else as JSON.
-    """
-    values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    crc = google_crc32c.value(np.packbits(values.is_valid().to_numpy(zero_copy_only=False)).tobytes())
-    for part in _value_bytes(values):
-        crc = google_crc32c.extend(crc, part)
-    return f"{crc:08x}"
-
-
-def _value_bytes(values: pa.Array) -> Iterator[bytes]:
-    kind = values.type
-    if pa.types.is_boolean(kind):
-        values, kind = values.cast(pa.int8()), pa.int8()
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        dtype = "<i8" if pa.types.is_integer(kind) else "<f8"
-        yield values.fill_null(0).to_numpy(zero_copy_only=False).astype(dtype).tobytes()
-    elif kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()) or pa.types.is_fixed_size_binary(
-        kind
-    ):
-        texts = values.cast(pa.large_binary()).fill_null(b"")
-        yield pc.binary_length(texts).to_numpy(zero_copy_only=False).astype("<i8").tobytes()
-        offsets = np.frombuffer(texts.buffers()[1], "<i8", len(texts) + 1, offset=8 * texts.offset)
-        data = texts.buffers()[2]
-        yield b"" if data is None else data.slice(int(offsets[0]), int(offsets[-1] - offsets[0])).to_pybytes()
-    else:
-        yield json.dumps(values.to_pylist(), sort_keys=True, default=str).encode()
-
-
-def check_rows(rows: pa.Table, checksums: Mapping[str, str], first_row: int, block_rows: int, path: Path) -> None:
-    """Compare rows of a table with their checksums.
+    A file is compared with its checksum when this process first opens it. Thread-safe.
 
     Args:
-        rows: all rows from `first_row` on that the checksums cover, or whole blocks of them; some columns are enough.
-        checksums: column -> 8 hex digits per block; columns without are not compared.
-        first_row: first row of a block.
-        block_rows: rows per block.
-        path: file of the table.
-
-    Raises:
-        CorruptError: a column differs.
+        folder: folder of the cache.
+        files: the files of its parts, in row order.
+        schema: columns that all parts have. None for samples, of which parts may have other columns besides the key.
     """
-    for name in rows.column_names:
-        written = checksums.get(name, "")
-        for start in range(0, len(rows) if written else 0, block_rows):
-            place = (first_row + start) // block_rows * DIGITS
-            if column_checksum(rows[name].slice(start, block_rows)) != written[place : place + DIGITS]:
-                raise CorruptError(
-                    f"{path}: column {name!r} has changed since it was written, in rows {first_row:,} to "
-                    f"{first_row + len(rows) - 1:,}; if an --extend, --retry-failed or cache remove was interrupted, "
-                    "run it again; else restore the file, or extract into a new folder"
-                )
+
+    def __init__(self, folder: Path, files: Sequence[TableFile], schema: pa.Schema | None = None) -> None:
+        self._folder, self._files, self._given = folder, files, schema
+        self._starts = np.cumsum([0, *(file.num_rows for file in files)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Names and types of the columns that any part has."""
+        if self._given is not None or not self._files:
+            return self._given or _SAMPLES_SCHEMA
+        schemas = [_open_part(self._folder, file).schema for file in self._files]
+        with reading(self._folder / self._files[0].name, RESTORE_TABLE):
+            schema = pa.unify_schemas([_SAMPLES_SCHEMA, *schemas], promote_options="permissive")
+            if schema.field("key").type != pa.string():
+                raise ValueError(f"expected keys of text, got {schema.field('key').type}")
+            return schema
+
+    def read(self, start: int = 0, stop: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return rows, which are read with the row groups that hold them; None is read where a part lacks a column.
+
+        Raises:
+            PathError: a file is missing.
+            CorruptError: a file has other bytes than it was written with.
+            KeyError: there is no such column.
+        """
+        stop = len(self) if stop is None else stop
+        schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
+        pieces = [schema.empty_table()]
+        for file, first in zip(self._files, self._starts.tolist(), strict=False):
+            rows = range(max(start - first, 0), min(stop - first, file.num_rows))
+            if rows:
+                pieces.append(_read_rows(self._folder, file, rows, schema, has_all=self._given is not None))
+        return pa.concat_tables(pieces)
+
+    def blocks(self, size: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Iterate over all rows, `size` at a time. Memory: a block."""
+        for rows in blocks(len(self), size):
+            yield self.read(rows.start, rows.stop, columns)
+
+    def may_hold(self, rows: range, column: str, texts: Sequence[str]) -> bool:
+        """Return whether some rows may have one of some texts, ascending, by the statistics of their row groups."""
+        for file, first in zip(self._files, self._starts.tolist(), strict=False):
+            inside = range(max(rows.start - first, 0), min(rows.stop - first, file.num_rows))
+            if inside and _open_part(self._folder, file).may_hold(inside, column, texts):
+                return True
+        return False
+
+
+class _OpenedPart(NamedTuple):
+    """The footer of a file, its columns, and the first row of each row group, then the number of rows."""
+
+    footer: pq.FileMetaData
+    schema: pa.Schema
+    starts: Ints
+
+    def groups(self, rows: range) -> range:
+        """Return the row groups that hold some rows."""
+        first = int(np.searchsorted(self.starts, rows.start, "right")) - 1
+        return range(first, int(np.searchsorted(self.starts[:-1], rows.stop)))
+
+    def may_hold(self, rows: range, column: str, texts: Sequence[str]) -> bool:
+        if column not in self.footer.schema.names:
+            return False
+        place = self.footer.schema.names.index(column)
+        for group in self.groups(rows):
+            found = self.footer.row_group(group).column(place).statistics
+            if found is None or not found.has_min_max or not isinstance(found.min, str):
+                return True
+            first = bisect_left(texts, found.min)
+            if first < len(texts) and texts[first] <= found.max:
+                return True
+        return False
+
+
+def _open_part(folder: Path, file: TableFile) -> _OpenedPart:
+    """Compare a file with its checksum, unless this process has, and return its footer."""
+    path = folder / file.name
+    if is_remote(path):
+        return _parse_part(path, file)
+    check_file(path, file.checksum, next_step=RESTORE_TABLE)
+    return _parse_part(path, file)
+
+
+@lru_cache(maxsize=256)
+def _parse_part(path: Path, file: TableFile) -> _OpenedPart:
+    with reading(path, RESTORE_TABLE), _open_stream(path, file) as stream, pq.ParquetFile(stream) as table:
+        footer, schema = table.metadata, table.schema_arrow.remove_metadata()
+    counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    if sum(counts) != file.num_rows:
+        raise CorruptError(f"{path}: expected {file.num_rows:,} rows, got {sum(counts):,}; {RESTORE_TABLE}")
+    return _OpenedPart(footer, schema, np.cumsum([0, *counts]))
+
+
+def _open_stream(path: Path, file: TableFile) -> Any:
+    return pa.BufferReader(_fetch(path, file)) if is_remote(path) else pa.OSFile(str(path))
+
+
+@lru_cache(maxsize=8)
+def _fetch(path: Path, file: TableFile) -> bytes:
+    """Read a whole file behind a URL, and compare it with its checksum."""
+    try:
+        data = read_file(path)
+    except FileNotFoundError as error:
+        raise PathError(f"{path} does not exist; {RESTORE_TABLE}") from error
+    actual = f"{google_crc32c.value(data):08x}"
+    if actual != file.checksum:
+        raise CorruptError(f"{path}: expected checksum {file.checksum}, got {actual}; {RESTORE_TABLE}")
+    return data
+
+
+def count_rows_of(folder: Path, file: TableFile) -> int:
+    """Compare a file with its checksum now, and return the number of its rows."""
+    path = folder / file.name
+    if is_remote(path):
+        _fetch.cache_clear()
+        return int(_parse_part(path, file).starts[-1])
+    check_file(path, file.checksum, next_step=RESTORE_TABLE, once=False)
+    return int(_parse_part(path, file).starts[-1])
+
+
+def _read_rows(folder: Path, file: TableFile, rows: range, schema: pa.Schema, *, has_all: bool) -> pa.Table:
+    """Read rows of a file with the columns of a schema, null where the file lacks one that it need not have."""
+    path, opened = folder / file.name, _open_part(folder, file)
+    groups = opened.groups(rows)
+    names = [name for name in schema.names if name in opened.schema.names]
+    missing = [name for name in schema.names if name not in names and (has_all or name == "key")]
+    if missing:
+        raise CorruptError(f"{path} has no column {missing[0]!r}; {RESTORE_TABLE}")
+
+    with reading(path, RESTORE_TABLE):
+        with _open_stream(path, file) as stream, pq.ParquetFile(stream, metadata=opened.footer) as table:
+            # Without threads: a process that ends right after Arrow's pool has started may abort.
+            found = table.read_row_groups(list(groups), columns=names, use_threads=False)
+        found = found.slice(rows.start - int(opened.starts[groups.start]), len(rows))
+        columns = {
+            field.name: found[field.name].cast(field.type) if field.name in names else pa.nulls(len(rows), field.type)
+            for field in schema
+        }
+        return pa.table(columns, schema=schema)

@@ -1,19 +1,17 @@
 """Check every byte of a cache: missing, truncated, changed or foreign chunks, and changed tables and metadata."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, UnfinishedError, pluralize
-from embedcache.files import find_files, reading
+from embedcache.files import find_files
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest, digest_file
@@ -32,13 +30,11 @@ from embedcache.store.layout import (
     read_info,
     removed_path,
     removing_path,
-    table_path,
 )
 from embedcache.store.removed import read_removed
-from embedcache.store.tables import RESTORE_TABLE, TableChecksums, TableDigest, open_table
+from embedcache.store.tables import RESTORE_TABLE, count_rows_of
 from embedcache.store.writer import feature_metadata, token_metadata
 
-_REORDERED = "its rows or their order changed since they were indexed; restore the file, or extract into a new folder"
 _FIRST_COMMIT = commit_path(Path(), 0)
 
 
@@ -86,7 +82,7 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
     """
     progress = progress or NullProgress()
     findings, features = [*_check_removed(cache), *check_tables(cache, progress=progress)], []
-    without_rows = {finding.modality for finding in findings if finding.reason != _REORDERED}
+    without_rows = {finding.modality for finding in findings}
     for modality in cache.info.num_items:
         if modality in without_rows:
             continue  # it may count rows, and so chunks, that do not exist
@@ -127,54 +123,21 @@ def _check_removed(cache: Cache) -> Iterator[Finding]:
 
 
 def check_tables(cache: Cache, *, progress: Progress | None = None) -> Iterator[Finding]:
-    """Compare the tables with their numbers of rows, and with their digests."""
-    progress, tables = progress or NullProgress(), {SAMPLES: cache.info.num_samples, **cache.info.num_items}
-    progress.start("checking tables", sum(tables.values()), "rows")
-    for name, num_rows in tables.items():
-        path = table_path(cache.path, name)
-        finding = partial(Finding, modality=name, encoder="", name=str(path.relative_to(cache.path)), can_repair=False)
+    """Compare the files of the tables with their checksums, and with their numbers of rows."""
+    progress = progress or NullProgress()
+    files = [(name, file) for part in cache.info.parts for name, file in part.tables.items()]
+    progress.start("checking tables", sum(file.num_rows for _, file in files), "rows")
+    for name, file in files:
+        finding = partial(Finding, modality=name, encoder="", name=file.name, can_repair=False)
         try:
-            found = _read_content(cache, name, path, progress)
+            num_rows = count_rows_of(cache.path, file)
         except (CorruptError, PathError) as error:
             yield finding(reason=str(error))
             continue
-        if found.num_rows < num_rows:
-            reason = f"expected {num_rows:,} rows, got {found.num_rows:,}"
-            yield finding(reason=f"{reason}; restore the file, or extract into a new folder")
-        elif cache.info.table_digests[name] != found.digest:
-            yield finding(reason=_REORDERED)
-        elif changed := [
-            column
-            for column, written in cache.info.table_checksums[name].items()
-            if found.checksums.get(column) != written
-        ]:
-            yield finding(
-                reason=f"column {changed[0]!r} has changed since it was indexed; restore the file, or extract into a "
-                "new folder"
-            )
+        if num_rows != file.num_rows:
+            yield finding(reason=f"expected {file.num_rows:,} rows, got {num_rows:,}; {RESTORE_TABLE}")
+        progress.advance(file.num_rows)
     progress.finish()
-
-
-class _TableContent(NamedTuple):
-    """The rows of a table that `cache.json` counts: how many there are, their digest, and column -> checksums."""
-
-    num_rows: int
-    digest: str
-    checksums: Mapping[str, str]
-
-
-def _read_content(cache: Cache, name: str, path: Path, progress: Progress) -> _TableContent:
-    """Read the rows of a table that exist for the cache; beyond them it may have more."""
-    table_digest, checksums = TableDigest(), TableChecksums(cache.block_rows(name))
-    expected, num_rows = cache.num_rows(name), 0
-    with reading(path, RESTORE_TABLE), open_table(path) as table:
-        for batch in table.iter_batches(use_threads=False):
-            rows = pa.table(batch).slice(0, expected - num_rows)
-            table_digest.update(rows.select(["key"]) if name == SAMPLES else rows)
-            checksums.update(rows)
-            num_rows += len(rows)
-            progress.advance(len(rows))
-    return _TableContent(num_rows, table_digest.hexdigest(), checksums.close())
 
 
 def _encoders(cache: Cache, modality: str) -> list[str]:
@@ -241,8 +204,7 @@ def _check_metadata(feature: Feature, commit: Commit | None) -> Iterator[Finding
     written = None if commit is None else commit.attributes.get(feature.feature)
     if written not in (None, digest(attributes)):
         return
-    counts = {group.info.num_items[feature.modality]}
-    counts |= {version.num_items.get(feature.modality, 0) for version in group.info.earlier_versions}
+    counts = group.info.item_counts(feature.modality)
     expected: dict[Path, list[bytes]] = {}
     for count in sorted(counts):
         for folder, metadata in feature_metadata(group, feature.feature, attributes, num_items=count).items():

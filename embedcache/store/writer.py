@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from embedcache.arrays import Array, blocks, fit_integers
 from embedcache.axis import Axis
 from embedcache.errors import ArtifactError, CorruptError, DataError, FingerprintError, PathError
-from embedcache.files import is_remote, reading
+from embedcache.files import is_remote
 from embedcache.locks import locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
@@ -24,12 +25,12 @@ from embedcache.store.arrays import (
     write_chunk,
     write_metadata,
 )
+from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, Commit, remove_commit, removed_hash, write_commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import ATTRIBUTE, EncoderGroup, read_feature
-from embedcache.store.layout import items_path, removed_path
+from embedcache.store.layout import removed_path
 from embedcache.store.removed import read_removed_file
-from embedcache.store.tables import RESTORE_TABLE, open_table
 
 
 def add_feature(
@@ -161,9 +162,7 @@ def _without_removed(
     removed = removed_path(cache_path)
     if not group.info.removed and (is_remote(removed) or not removed.is_file()):
         return items, kept, reasons
-    path = items_path(cache_path, group.modality)
-    with reading(path, RESTORE_TABLE), open_table(path) as table:
-        samples = table.read_row_group(chunk, columns=["sample"], use_threads=False)["sample"].to_numpy()
+    samples = _read_items(group, chunk, "sample").to_numpy()
     for row in np.flatnonzero(np.isin(samples[: len(kept)], read_removed_file(removed).rows)).tolist():
         kept[row] = removed_hash(group.modality)
         for name in items:
@@ -198,9 +197,13 @@ def _item_path(group: EncoderGroup, chunk: int, offset: int) -> str:
     """Return the path of an item followed by a space; texts have none."""
     if MODALITIES[group.modality].kind == "texts":
         return ""
-    path = items_path(group.path.parents[1], group.modality)
-    with reading(path, RESTORE_TABLE), open_table(path) as table:
-        return f"{table.read_row_group(chunk, columns=['path'], use_threads=False)['path'][offset]} "
+    return f"{_read_items(group, chunk, 'path')[offset]} "
+
+
+def _read_items(group: EncoderGroup, chunk: int, column: str) -> pa.ChunkedArray:
+    """Return a column of the item table as it is now in the rows of a chunk."""
+    cache = Cache(group.path.parents[1])
+    return cache.items(group.modality, chunk=chunk, columns=[column])[column]
 
 
 def _keep_stored(

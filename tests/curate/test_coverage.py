@@ -22,7 +22,7 @@ from embedcache.reports.coverage import concept_table
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.curate.conftest import of_texts
-from tests.edits import damage_column
+from tests.edits import read_rows, write_tables
 from tests.search.test_concepts import NAMES, labeled_cache, prompt_cache
 from tests.toy import TEXT
 
@@ -112,7 +112,7 @@ def test_chunk_size_changes_nothing(image_folder: Path, prompts: Path, cache_pat
 
 def test_selection_reads_no_captions(cache_path: Path, prompts: Path, half: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(cache_path, tmp_path / "cache"))
-    damage_column(cache / "text/items.parquet", "text")
+    write_tables(cache, text=read_rows(cache, "text").drop_columns(["text"]))
     report = of_texts(cache, prompts, selection=half, k=5)
     assert [counts.num_items for counts in report.all_counts] == [300, 150]
 

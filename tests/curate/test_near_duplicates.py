@@ -20,10 +20,10 @@ from embedcache.interop.npy import open_npy_vectors
 from embedcache.progress import NullProgress
 from embedcache.search.vectors import Vectors
 from embedcache.store.group import create_group
-from embedcache.store.layout import CacheInfo, write_info
+from embedcache.store.layout import write_info
 from embedcache.store.writer import add_feature, commit_chunk
 from tests.dataset.test_clusters import brute, made_vectors
-from tests.store.features import NO_CHECKSUMS, NO_DIGESTS
+from tests.store.features import made_info
 
 LIMIT = 0.9
 
@@ -31,15 +31,7 @@ LIMIT = 0.9
 def write_vectors(path: Path, vectors_NP: Floats, *, chunk_size: int = 64) -> Vectors:
     """A cache of vectors, float32, without a source."""
     count, width = vectors_NP.shape
-    info = CacheInfo(
-        chunk_size=chunk_size,
-        source={},
-        index_digest="made",
-        num_samples=count,
-        num_items={"image": count},
-        table_digests=NO_DIGESTS,
-        table_checksums=NO_CHECKSUMS,
-    )
+    info = made_info(count, {"image": count}, chunk_size=chunk_size, index_digest="made")
     path.mkdir(parents=True)
     write_info(path, info)
     group = create_group(path, "image", "made", info, spec="made:m", fingerprint={"family": "made"})

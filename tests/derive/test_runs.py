@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
@@ -34,7 +33,7 @@ from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
-from tests.edits import edit_record, write_rows
+from tests.edits import edit_record, read_rows, write_tables
 from tests.extract.cases import tree
 from tests.images import COLORS
 from tests.toy import TEXT
@@ -96,8 +95,8 @@ def test_prob_is_zero_shot_classification(cache: Path, work: Path) -> None:
 
 
 def test_class_with_the_highest_prob_is_the_predicted_class(cache: Path, work: Path) -> None:
-    samples = pq.read_table(cache / "samples.parquet")
-    write_rows(cache / "samples.parquet", samples.append_column("label", pa.array(["red"] * len(samples))))
+    samples = read_rows(cache, "samples")
+    write_tables(cache, samples=samples.append_column("label", pa.array(["red"] * len(samples))))
     derive_from_run(cache, work / "vectors", "prob", prompts=work / "prompts", dtype="float32")
     (run,) = load_runs(work / "vectors")
     settings = ZeroShotSettings(part="all", check_overlap=False)

@@ -72,7 +72,7 @@ def test_interrupted_upload_resumes(small_cache: Path, uploaded: tuple[Hub, list
     assert all(count <= contents[oid] for oid, count in hub.stored.items())  # copies in one commit are each sent
     assert len(hub.stored) > 10
     files, card, last = (set(names) for _, names in hub.commits[:3])
-    assert last == {"cache.json", "samples.parquet", "image/items.parquet", "text/items.parquet"}
+    assert last == {"cache.json", "samples-0.parquet", "image/items-0.parquet", "text/items-0.parquet"}
     assert card == {"README.md"}
     assert files == files_of(small_cache) - last
 
@@ -86,7 +86,7 @@ def test_uploaded_cache_is_read_back(small_cache: Path, uploaded: tuple[Hub, lis
     assert lines[3] == Cache(small_cache).column("key")[0].as_py()
     card = hub.repositories["me/vectors"]["README.md"].decode()
     assert card.startswith("---\nlicense: cc-by-4.0\ntags:\n- embedcache\n")
-    assert "  data_files: image/items.parquet\n" in card
+    assert "  data_files: image/items-*.parquet\n" in card
     assert "| `open_toy/tokens` | text | `tests.toy:open_toy` | any × 32 | float16 |" in card
 
 

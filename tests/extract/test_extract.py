@@ -21,14 +21,12 @@ from embedcache.errors import (
     PathError,
     SettingError,
     SourceError,
-    UnfinishedError,
 )
 from embedcache.extract.extract import extract, join_encoders
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import SourceSettings, open_source, read_below
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
-from embedcache.store.indexing import update_path
 from tests.cli.run import succeed
 from tests.crash import call_elsewhere, forked_workers
 from tests.extract.cases import lines, run, tree
@@ -181,10 +179,7 @@ def test_cache_by_a_local_url_is_its_own_source(extracted: Path) -> None:
     assert report.computed == 0 < report.reused
 
 
-def test_interrupted_update_needs_the_source(cache: Path, tmp_path: Path) -> None:
-    update_path(cache).write_text("[]")
-    with pytest.raises(UnfinishedError, match="an update of its tables was interrupted; run that command again, with"):
-        extract(cache, cache, text_encoder=TEXT)
+def test_cache_as_the_source_of_another_raises(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is a cache: to encode its samples with more encoders, give it as the cache"):
         extract(cache, tmp_path / "new", text_encoder=TEXT)
 

@@ -238,8 +238,8 @@ def test_damage_is_found_and_repaired(cache: Path) -> None:
 
 @pytest.mark.slow
 def test_changed_item_table_is_found(cache: Path) -> None:
-    (cache / "audio" / "items.parquet").write_bytes((cache / "video" / "items.parquet").read_bytes())
-    assert "audio/items.parquet" in {finding.name for finding in verify(Cache(cache))}
+    (cache / "audio" / "items-0.parquet").write_bytes((cache / "video" / "items-0.parquet").read_bytes())
+    assert "audio/items-0.parquet" in {finding.name for finding in verify(Cache(cache))}
 
 
 def test_plan_counts_items(tmp_path: Path) -> None:

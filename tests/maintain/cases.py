@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.derive.derive import Derivation, derive
@@ -78,9 +79,11 @@ def contents_of(cache: Path) -> dict[str, list[bytes]]:
 
 
 def traces(folder: Path, contents: dict[str, list[bytes]]) -> Iterator[tuple[str, str]]:
-    """Iterate over files below a folder, and what of the samples is in their bytes or names."""
+    """Iterate over files below a folder, and what of the samples is in their bytes, tables or names."""
     for path in sorted(folder.rglob("*")):
         data = path.read_bytes() if path.is_file() else b""
+        if data.startswith(b"PAR1"):  # whose pages are compressed
+            data += repr(pq.read_table(path).to_pydict()).encode()
         for name, values in contents.items():
             if any(value in data or value in str(path).encode() for value in values):
                 yield str(path.relative_to(folder)), name

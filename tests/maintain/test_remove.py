@@ -125,7 +125,7 @@ def test_no_byte_is_left(made: Path, removed: Path) -> None:
 
 def test_other_rows_are_the_same(made: Path, removed: Path) -> None:
     before, after = Cache(made / "c"), Cache(removed / "c")
-    assert before.info.table_checksums.keys() == after.info.table_checksums.keys() != set()
+    assert before.info.num_items == after.info.num_items
     assert after.removed.tolist() == [3, 9]
     others = np.setdiff1d(np.arange(12), after.removed)
     assert after.samples.take(pa.array(others)).equals(before.samples.take(pa.array(others)))
@@ -262,7 +262,7 @@ def test_removed_items_are_no_failures_of_their_modality(tmp_path: Path) -> None
         (KEYS, {"index": "c"}, PathError, "index"),
         (KEYS, {"run": "c"}, PathError, "run"),
         (KEYS, {"selection": "mine.parquet"}, PathError, "embedcache"),
-        (KEYS, {"selection": "c/samples.parquet"}, PathError, "embedcache"),
+        (KEYS, {"selection": "c/samples-0.parquet"}, PathError, "embedcache"),
         (KEYS, {"selection": "link.parquet"}, PathError, "link"),
     ],
 )

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import DataError, MissingExtraError, SettingError, SourceError
@@ -19,7 +18,6 @@ from embedcache.sources import Source, open_source
 from embedcache.sources.sound import decode_audio
 from embedcache.sources.video import decode_video
 from embedcache.store.cache import Cache
-from embedcache.store.layout import samples_path
 from embedcache.store.verify import verify
 from embedcache.testing.sources import SourceContract
 from pipelines.worlds import talking, talking_recordings, talking_speech
@@ -305,7 +303,7 @@ def test_world_becomes_a_cache(recorded: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(features=("frames",))
     extract(source, tmp_path / "cache", encoder={"audio": [MEDIA], "video": [MEDIA]}, settings=settings)
     cache = Cache(tmp_path / "cache")
-    samples = pq.read_table(samples_path(tmp_path / "cache"))
+    samples = Cache(tmp_path / "cache").samples
     records = list(read_manifest(recorded / "R"))
     assert samples["voice"].to_pylist() == ["allison"] * 2
     assert cache.items("text")["text"].to_pylist() == [record["text"] for record in records]

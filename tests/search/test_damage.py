@@ -162,7 +162,7 @@ def test_same_numbers_or_a_clear_error(folder: Path, seed: int) -> None:
 
 
 OTHER_TYPES = [
-    ("cache/cache.json", ("table_checksums", "image", "sample"), 1.5),
+    ("cache/cache.json", ("parts",), 1.5),
     ("cache/cache.json", ("source", "path"), []),
     ("cache/image/open_toy/zarr.json", ("attributes",), "x"),
     ("cache/image/open_toy/zarr.json", ("attributes", "embedcache", "fingerprint", "preprocessing"), "x"),
@@ -212,7 +212,7 @@ def test_state_of_another_type_beside_a_damaged_index_is_a_clear_error(
 
 
 PIPES = (
-    *("cache/samples.parquet", "cache/image/open_toy/zarr.json", "cache/image/open_toy/chunks/00001.json"),
+    *("cache/samples-0.parquet", "cache/image/open_toy/zarr.json", "cache/image/open_toy/chunks/00001.json"),
     *("cache/image/open_toy/cls/c/1/0", "cache/text/open_toy/tokens/lengths/c/0"),
     *("run/config.json", "run/model.safetensors", "index/card.json"),
 )

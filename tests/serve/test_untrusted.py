@@ -23,7 +23,7 @@ from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import files, open_source, read_below
 from embedcache.sources.files import restrict_reads
-from tests.edits import edit_record, write_rows
+from tests.edits import read_rows, write_tables
 from tests.images import write_images
 from tests.serve.conftest import visit
 from tests.toy import IMAGE, TEXT
@@ -53,15 +53,12 @@ def tamper(
     if source is not None:
         info = read_json(cache / "cache.json")
         write_json(cache / "cache.json", {**info, "source": {**info["source"], **source}})
-    items = cache / modality / "items.parquet"
-    table = pq.read_table(items)
+    table = read_rows(cache, modality)
     columns = table.to_pydict()
     columns["path"][: len(paths)] = paths
     for name, value in changes.items():
         columns[name][0] = value
-    write_rows(items, pa.table(columns, schema=table.schema), row_group_size=2048)
-    checksums = read_json(cache / "cache.json")["table_checksums"]
-    edit_record(cache / "cache.json", table_checksums={name: {} for name in checksums})  # a stranger would compute them
+    write_tables(cache, **{modality: pa.table(columns, schema=table.schema)})
 
 
 def open_hostile(root: Path, **settings: Any) -> SearchService:

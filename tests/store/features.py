@@ -1,22 +1,30 @@
 """Writes features into a new cache, as extraction does, from arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.modalities import MODALITIES
 from embedcache.store.feature import Feature
 from embedcache.store.group import create_group
-from embedcache.store.layout import CacheInfo, write_info
+from embedcache.store.layout import SAMPLES, CacheInfo, Part, TableFile, table_name, write_info
 from embedcache.store.writer import add_feature, cast_item, commit_chunk, write_feature_chunk
 
 FINGERPRINT = {"family": "test", "weights": "w"}
+SOURCE = {"type": "table", "path": "x"}
 
-NO_DIGESTS = dict.fromkeys(("samples", *MODALITIES), "")
-NO_CHECKSUMS: dict[str, dict[str, str]] = {name: {} for name in NO_DIGESTS}
-"""Of tables that are written by hand: no column of them is compared."""
+
+def made_info(num_samples: int, num_items: Mapping[str, int], *, chunk_size: int, **values: Any) -> CacheInfo:
+    """Return a manifest of one part whose tables nobody reads."""
+    counts = {SAMPLES: num_samples, **num_items}
+    tables = {
+        name: TableFile(name=table_name(name, 0), num_rows=count, num_bytes=0, checksum="0" * 8)
+        for name, count in counts.items()
+    }
+    part = Part(digest="s", tables=tables)
+    return CacheInfo(**{"chunk_size": chunk_size, "source": SOURCE, "index_digest": "s", "parts": (part,), **values})
 
 
 def write_feature(
@@ -29,15 +37,7 @@ def write_feature(
     skip_chunks: Sequence[int] = (),
 ) -> Feature:
     """Write one feature `test/f`; None is a failed item, chunks of `skip_chunks` are not committed."""
-    info = CacheInfo(
-        chunk_size=chunk_size,
-        source={},
-        index_digest="s",
-        num_samples=len(items),
-        num_items={"image": len(items)},
-        table_digests=NO_DIGESTS,
-        table_checksums=NO_CHECKSUMS,
-    )
+    info = made_info(len(items), {"image": len(items)}, chunk_size=chunk_size)
     write_info(path, info)
     group = create_group(path, "image", "test", info, spec="test:m", fingerprint=FINGERPRINT)
     add_feature(group, "f", item_shape, dtype)

@@ -1,4 +1,3 @@
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.reports.summary import describe_cache, describe_feature, failure_lines
 from embedcache.sources import SourceSettings, open_source
 from embedcache.store.cache import Cache, _with_columns_of_samples
-from embedcache.store.tables import read_footer, read_opened
-from tests.edits import write_rows
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
@@ -90,36 +87,6 @@ def test_items_of_a_modality_without_any(cache: Cache) -> None:
     assert cache.items("video").num_rows == 0
     assert cache.items("audio", columns=["sample", "stop_s"]).column_names == ["sample", "stop_s"]
     assert not len(cache.removed_items("points"))
-
-
-def test_footer_of_a_table_is_read_again_when_the_file_has_changed(
-    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = Path(shutil.copytree(cache.path, tmp_path / "c"))
-    opened, footers = Cache(path), []
-
-    def counted(file: Path) -> pq.FileMetaData:
-        footers.append(file)
-        return read_footer(file)
-
-    monkeypatch.setattr("embedcache.store.tables.read_footer", counted)
-    table = pq.read_table(path / "text/items.parquet")
-    for group_rows in (4, 7):  # 7: as another process may write it, for the same rows
-        write_rows(path / "text/items.parquet", table, row_group_size=group_rows)
-        for chunk in range(5):
-            assert opened.items("text", chunk=chunk).equals(table.slice(4 * chunk, 4))
-    assert len(footers) == 2
-
-
-def test_footer_is_read_again_when_another_file_of_this_size_and_time_has_taken_its_place(
-    cache: Cache, tmp_path: Path
-) -> None:
-    """Many file systems keep times to some milliseconds, and some to 2 s."""
-    path = shutil.copy2(cache.path / "samples.parquet", tmp_path / "samples.parquet")
-    opened = read_opened(path, None)
-    assert read_opened(path, opened) is opened
-    shutil.copy2(path, tmp_path / "new").replace(path)
-    assert read_opened(path, opened) is not opened
 
 
 def test_columns_are_read_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from embedcache.encoders.open import DERIVED, IMPORTED, RUN
@@ -17,11 +16,11 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import write_commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, _is_item_shape, create_group, find_group, open_group, read_feature
-from embedcache.store.layout import CacheInfo, TableVersion, write_info
+from embedcache.store.layout import TableVersion, write_info
 from embedcache.store.producer import count_filled
 from embedcache.store.writer import add_feature, commit_chunk
-from tests.edits import write_rows
-from tests.store.features import FINGERPRINT, random_items, write_feature, written
+from tests.edits import read_rows, table_file, write_rows, write_tables
+from tests.store.features import FINGERPRINT, made_info, random_items, write_feature, written
 
 
 @pytest.mark.parametrize(
@@ -69,7 +68,7 @@ FEATURE = {"modality": "image", "feature": "e/f"}
 def test_kinds_of_encoders(
     fingerprint: dict[str, Any], kinds: tuple[bool, bool, bool], inputs: list[tuple[str, str]]
 ) -> None:
-    info = CacheInfo(chunk_size=64, source={}, index_digest="s", num_samples=1, num_items={})
+    info = made_info(1, {}, chunk_size=64)
     group = EncoderGroup(path=Path("c/image/e"), modality="image", info=info, spec="s", fingerprint=fingerprint)
     assert (group.is_derived, group.is_from_run, group.is_imported) == kinds
     assert group.inputs == inputs
@@ -98,8 +97,9 @@ def test_items_without_files_are_not_counted(tmp_path: Path) -> None:
 def test_commits_are_those_of_the_rows_that_were_opened(tmp_path: Path) -> None:
     """Another process has appended samples and committed their chunk since."""
     opened = write_feature(tmp_path, random_items(6, (4,), seed=1), (4,), chunk_size=4, skip_chunks=[1]).group
-    version = TableVersion(index_digest="s", num_items={"image": 6})
-    longer = replace(opened.info, index_digest="l", num_items={"image": 7}, earlier_versions=(version,))
+    version = TableVersion(index_digest="s", num_parts=1)
+    parts = (*opened.info.parts, *made_info(1, {"image": 1}, chunk_size=4).parts)
+    longer = replace(opened.info, index_digest="l", parts=parts, earlier_versions=(version,))
     write_info(tmp_path, longer)
     group, items = replace(opened, info=longer), [np.ones(4, np.float16)] * 3
     commit_chunk(group, 1, {"f": items}, [bytes(16)] * 3, {"f": [None] * 3})
@@ -130,7 +130,7 @@ def test_files_of_another_size_are_none(tmp_path: Path) -> None:
 
 def test_fingerprint_that_could_not_be_read_again_is_refused(tmp_path: Path) -> None:
     """Before anything is encoded, not when the folder is opened afterwards."""
-    info = CacheInfo(chunk_size=4, source={}, index_digest="s", num_samples=4, num_items={"image": 4})
+    info = made_info(4, {"image": 4}, chunk_size=4)
     for wrong in ({"revision": 3}, {"preprocessing": ["crop"]}):
         with pytest.raises(DataError, match=r"encoder o:m: expected a fingerprint of texts, .*, got \{'family'"):
             create_group(tmp_path, "image", "other", info, spec="o:m", fingerprint={**FINGERPRINT, **wrong})
@@ -207,46 +207,44 @@ def test_features_are_found_by_name_or_the_message_lists_them(copied: Path) -> N
 
 
 @pytest.mark.parametrize("group_rows", [7, 16, 32, 40])
-def test_blocks_of_a_table_are_found_in_row_groups_of_any_size(copied: Path, tmp_path: Path, group_rows: int) -> None:
+def test_rows_are_found_in_row_groups_of_any_size(copied: Path, tmp_path: Path, group_rows: int) -> None:
     path = Path(shutil.copytree(copied, tmp_path / "c"))
-    table = pq.read_table(path / "text" / "items.parquet")
-    write_rows(path / "text" / "items.parquet", table, row_group_size=group_rows)
+    table = read_rows(path, "text")
+    write_tables(path, text=table, row_group_size=group_rows)
     cache = Cache(path)
     assert cache.items("text", chunk=0).equals(table.slice(0, 32))
     assert cache.items("text", chunk=1, columns=["text"]).equals(table.select(["text"]).slice(32))
     assert cache.items("text").equals(table)
     assert cache.key(39) == "00039"
-    assert (cache.block_rows("samples"), cache.block_rows("text")) == (65_536, 32)
     assert (cache.num_rows("samples"), cache.num_rows("text"), cache.num_rows("audio")) == (40, 40, 0)
     assert not cache.removed_items("text").any()
 
 
-def test_tables_without_a_column_or_rows_raise(copied: Path, tmp_path: Path) -> None:
+def test_damaged_tables_raise(copied: Path, tmp_path: Path) -> None:
+    """Also one whose checksum is right, as in a cache of a stranger."""
     path = Path(shutil.copytree(copied, tmp_path / "c"))
-    items = path / "text" / "items.parquet"
-    table = pq.read_table(items)
-    write_rows(items, table.drop_columns(["language"]))
-    with pytest.raises(CorruptError, match=f"the table of text in {path} has no column 'language'; restore the file"):
+    items, table = table_file(path, "text"), read_rows(path, "text")
+    write_rows(items, table.slice(0, 39))
+    for read in (lambda: Cache(path).items("text"), lambda: Cache(path).items("text", chunk=1)):
+        with pytest.raises(CorruptError, match=r"items-0.parquet: expected checksum .*; restore the file"):
+            read()
+
+    write_tables(path, text=table.drop_columns(["language"]))
+    with pytest.raises(CorruptError, match="items-0.parquet has no column 'language'; restore the file"):
         Cache(path).items("text")
     assert Cache(path).items("text", columns=["text"]).num_rows == 40
-    write_rows(items, table.slice(0, 39))
-    for read, number in ((lambda: Cache(path).items("text"), 40), (lambda: Cache(path).items("text", chunk=1), 8)):
-        with pytest.raises(CorruptError, match=f"items.parquet: expected {number} rows, got {number - 1}; restore"):
-            read()
-    assert Cache(path).items("text", chunk=0).num_rows == 32
-    changed = table.set_column(1, "text", pa.array(["x"] * 40))
-    write_rows(items, pa.concat_tables([table.slice(0, 32), changed.slice(32)]))
-    assert Cache(path).items("text", chunk=0).num_rows == 32
-    with pytest.raises(CorruptError):
-        Cache(path).items("text", chunk=1)
+    write_tables(path, text=table.set_column(1, "text", pa.array([["x"]] * 40)))
+    with pytest.raises(CorruptError, match="items-0.parquet cannot be read: .*; restore the file"):
+        Cache(path).items("text")
+
     items.write_bytes(b"PAR1")
-    with pytest.raises(CorruptError, match=f"{items} cannot be read: .*; restore the file, or extract into a new"):
+    with pytest.raises(CorruptError, match="items-0.parquet: expected checksum"):
         Cache(path).items("text")
     items.unlink()
-    with pytest.raises(PathError, match=f"no such file: {items}"):
+    with pytest.raises(PathError, match=f"{items} does not exist; restore the file"):
         Cache(path).items("text")
     items.symlink_to("/dev/null")
-    with pytest.raises(PathError, match="expected a regular file, got a pipe or a device"):
+    with pytest.raises(PathError, match="items-0.parquet"):
         Cache(path).items("text")
 
 

@@ -5,10 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, SourceError
 from embedcache.progress import NullProgress
@@ -16,7 +13,7 @@ from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from embedcache.store.removal import apply_removal, finish_removal, start_removal
-from embedcache.store.table_writer import SampleTables, digest_input, join_tables, to_tables
+from embedcache.store.table_writer import digest_input
 from tests.recorded import RecordedProgress
 
 
@@ -148,7 +145,7 @@ def test_index_large_integers_as_text(tmp_path: Path) -> None:
 def test_index_after_kill(tmp_path: Path) -> None:
     (tmp_path / ".indexing.elsewhere.1.ab.partial").mkdir()
     (tmp_path / ".cache.json.elsewhere.1.ab.partial").write_text("{")
-    (tmp_path / "samples.parquet").write_text("half")
+    (tmp_path / "samples-0.parquet").write_text("half")
     assert index(rows(2), tmp_path).num_samples == 2
 
 
@@ -188,69 +185,11 @@ def test_digest_of_other_modalities() -> None:
     assert digest_input([sample]) == expected
 
 
-_TEXTS = st.text(st.characters(codec="utf-8"), max_size=4) | st.sampled_from(['"', "a\\b", "\0\n\x1f\x7f", "é,😀"])
-_TIMES = st.none() | st.floats(0, 1e9)
-_COLUMNS = {
-    "a": _TEXTS,
-    'b"': st.integers(-(2**63), 2**63 - 1),
-    "c": st.booleans(),
-    "é": st.floats(),
-}
-
-
-def _files(*, has_interval: bool) -> st.SearchStrategy[tuple[FileItem, ...]]:
-    size = st.integers(0, 2**40)
-    times = {"start_s": _TIMES, "stop_s": _TIMES} if has_interval else {}
-    return st.lists(st.builds(FileItem, path=_TEXTS, offset=size, length=size, **times), max_size=2).map(tuple)
-
-
-_SAMPLES = st.builds(
-    Sample,
-    key=_TEXTS,
-    images=_files(has_interval=False),
-    texts=st.lists(st.builds(TextItem, text=_TEXTS, language=st.none() | _TEXTS), max_size=2).map(tuple),
-    columns=st.fixed_dictionaries({}, optional=_COLUMNS),
-    files=st.fixed_dictionaries(
-        {}, optional={"audio": _files(has_interval=True), "points": _files(has_interval=False)}
-    ),
-)
-
-
-@pytest.mark.slow
-@given(st.lists(_SAMPLES, min_size=1, max_size=5), st.integers(0, 4))
-def test_tables_joined_of_pieces(samples: list[Sample], cut: int) -> None:
-    """The same as of the samples themselves, in whatever pieces they are."""
-    tables = to_tables(samples)
-    pieces = [to_tables(part) for part in (samples[:cut], samples[cut:]) if part]
-    joined = join_tables(pieces)
-    assert joined.items == tables.items
-    assert joined.samples.schema == tables.samples.schema
-    assert joined.samples.to_pandas().equals(tables.samples.to_pandas())  # NaN is equal to NaN
-
-
-def test_joined_columns_have_the_types_of_their_values() -> None:
-    """Those of a source whose samples hold these values, whatever the types of the columns that they come from."""
-    keys = pa.array(["a", "b"])
-    pieces = [
-        pa.table({"key": keys, "x": [1, None], "y": pa.array([1, 2], pa.int32()), "none": pa.nulls(2, pa.int64())}),
-        pa.table({"key": keys, "y": [3, 4], "x": ["c", None], "z": [0.5, None]}),
-    ]
-    joined = join_tables([SampleTables(piece, {}) for piece in pieces])
-    assert joined.samples.to_pydict() == {
-        "key": ["a", "b", "a", "b"],
-        "x": ["1", None, "c", None],
-        "y": [1, 2, 3, 4],
-        "z": [None, None, 0.5, None],
-    }
-    assert [str(kind) for kind in joined.samples.schema.types] == ["string", "string", "int64", "double"]
-    assert {name: len(table) for name, table in joined.items.items()} == {"image": 0, "text": 0}
-
-
 def test_item_tables_of_other_modalities(tmp_path: Path) -> None:
     source = rows(3)
     source.rows[1] = replace(source.rows[1], files={"audio": (FileItem(path="a.wav", start_s=1.0),)})
     info = index(source, tmp_path / "c")
-    assert (info.num_items["audio"], set(info.table_digests)) == (1, {"samples", "image", "text", "audio"})
+    assert (info.num_items["audio"], set(info.parts[0].tables)) == (1, {"samples", "image", "text", "audio"})
     (row,) = Cache(tmp_path / "c").items("audio").to_pylist()
     assert row == {"sample": 1, "path": "a.wav", "offset": 0, "length": 0, "start_s": 1.0, "stop_s": None}
     assert not (tmp_path / "c" / "video").exists()
@@ -261,7 +200,7 @@ def test_index_again_removes_tables_of_modalities_that_left(tmp_path: Path) -> N
     source.rows[1] = replace(source.rows[1], files={"points": (FileItem(path="a.npz"),)})
     index(source, tmp_path / "c")
     assert "points" not in index(rows(4), tmp_path / "c").num_items
-    assert not (tmp_path / "c" / "points" / "items.parquet").exists()
+    assert not (tmp_path / "c" / "points" / "items-0.parquet").exists()
 
 
 class CountedRows(Rows):
@@ -278,9 +217,7 @@ def test_limit_takes_a_prefix_and_reads_no_further(tmp_path: Path) -> None:
     source = CountedRows(rows(10).rows)
     limited = index(source, tmp_path / "limited", chunk_size=4, limit=6)
     assert (limited.num_samples, source.num_read) == (6, 6)
-    assert replace(limited, table_checksums={}) == replace(
-        index(rows(6), tmp_path / "c", chunk_size=4), table_checksums={}
-    )
+    assert limited == index(rows(6), tmp_path / "c", chunk_size=4)
     begin_a_feature(tmp_path / "limited")
     assert (index(source, tmp_path / "limited", limit=6), source.num_read) == (limited, 6)
     with pytest.raises(FingerprintError, match="it has 4 more.*--extend, leave them out with --limit 6"):
@@ -296,7 +233,7 @@ def test_extend_grows_a_limited_cache(tmp_path: Path) -> None:
     index(source, tmp_path / "c", chunk_size=4, limit=3)
     begin_a_feature(tmp_path / "c")
     grown = index(source, tmp_path / "c", limit=7, extend=True)
-    assert ([segment.num_samples for segment in grown.all_segments], source.num_read) == ([3, 4], 7)
+    assert ([part.num_samples for part in grown.parts], source.num_read) == ([3, 4], 7)
     assert index(source, tmp_path / "c", limit=7) == grown
     assert index(source, tmp_path / "c", limit=99, extend=True).num_samples == 10
     assert Cache(tmp_path / "c").samples["key"].to_pylist() == [f"k{number}" for number in range(10)]
@@ -322,7 +259,7 @@ def test_checking_reads_one_sample_more_than_the_cache_has(tmp_path: Path) -> No
     source.rows.append(replace(source.rows[0], key="k10"))
     with pytest.raises(FingerprintError, match="it has 2 more"):
         index(source, tmp_path / "c", progress=Bar())
-    assert advanced == [], "of two segments"
+    assert advanced == [], "of two parts"
     index(source, tmp_path / "d", limit=3)
     begin_a_feature(tmp_path / "d")
     with pytest.raises(FingerprintError, match="it has 8 more"):

@@ -1,6 +1,6 @@
 """What `cache.json` holds, which numbers are refused, and how rows and chunks are counted."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,36 +8,54 @@ import pytest
 
 from embedcache.errors import CorruptError
 from embedcache.store import layout
-from embedcache.store.layout import CacheInfo, Segment, TableVersion, combined_digest, info_path, read_info, write_info
+from embedcache.store.layout import (
+    CacheInfo,
+    Part,
+    TableFile,
+    TableVersion,
+    combined_digest,
+    find_unlisted,
+    info_path,
+    next_revision,
+    read_info,
+    table_name,
+    write_info,
+)
 from tests.edits import edit_record
-from tests.store.features import NO_CHECKSUMS, NO_DIGESTS
+from tests.store.features import made_info
 
-EMPTY = CacheInfo(
-    chunk_size=1,
-    source={},
-    index_digest="s",
-    num_samples=0,
-    num_items={},
-    table_digests=NO_DIGESTS,
-    table_checksums=NO_CHECKSUMS,
+EMPTY = made_info(0, {}, chunk_size=1)
+
+
+def made_part(digest: str, number: int, **num_rows: int) -> Part:
+    files = {
+        name: TableFile(name=table_name(name, number), num_rows=count, num_bytes=7, checksum="0a")
+        for name, count in num_rows.items()
+    }
+    return Part(digest=digest, tables=files)
+
+
+TWO = CacheInfo(
+    chunk_size=4,
+    source={"type": "folder"},
+    index_digest="new",
+    parts=(made_part("a", 0, samples=4, image=7), made_part("b", 1, samples=5, image=3, audio=1)),
+    earlier_versions=(TableVersion(index_digest="old", num_parts=1),),
+    removed={"num_samples": 1, "digest": "r"},
 )
 
 
 def test_all_fields_are_read_back(tmp_path: Path) -> None:
-    info = CacheInfo(
-        chunk_size=4,
-        source={"type": "folder"},
-        index_digest="new",
-        num_samples=9,
-        num_items={"image": 10, "audio": 0},
-        segments=(Segment(num_samples=4, digest="a"), Segment(num_samples=5, digest="b")),
-        earlier_versions=(TableVersion(index_digest="old", num_items={"image": 7}),),
-        table_digests=dict.fromkeys(("samples", "image", "audio"), "d"),
-        table_checksums={"samples": {"key": "00000000"}, "image": {}, "audio": {}},
-        removed={"num_samples": 1, "digest": "r"},
-    )
-    write_info(tmp_path, info)
-    assert read_info(tmp_path) == info
+    write_info(tmp_path, TWO)
+    assert read_info(tmp_path) == TWO
+
+
+def with_file(**values: Any) -> list[dict[str, Any]]:
+    """Return the parts of a manifest in which a file has other values."""
+    record = asdict(TWO)
+    record["parts"][1]["tables"]["image"].update(values)
+    parts: list[dict[str, Any]] = record["parts"]
+    return parts
 
 
 @pytest.mark.parametrize(
@@ -46,20 +64,23 @@ def test_all_fields_are_read_back(tmp_path: Path) -> None:
         ("chunk_size", 0),
         ("chunk_size", True),
         ("chunk_size", 2**40),
-        ("num_samples", -1),
-        ("num_samples", 1.0),
-        ("num_items", {"image": -1}),
-        ("num_items", {"imag": 3}),
-        ("earlier_versions", [{"index_digest": "x", "num_items": {"text": None}}]),
+        ("parts", with_file(num_rows=-1)),
+        ("parts", with_file(num_rows=1.0)),
+        ("parts", with_file(num_bytes=None)),
+        ("parts", with_file(checksum=3)),
+        ("parts", with_file(name="/etc/passwd")),
+        ("parts", with_file(name="image/../items-0.parquet")),
+        ("parts", [{"digest": "x", "tables": {}}]),
+        ("parts", [{"digest": 3, "tables": with_file()[0]["tables"]}]),
+        ("parts", [{"digest": "x", "tables": {"imag": with_file()[0]["tables"]["samples"]}}]),
+        ("parts", 3),
+        ("earlier_versions", [{"index_digest": "x", "num_parts": None}]),
         ("source", []),
         ("source", {"type": "folder", "path": ["a", "b"]}),
         ("source", {"type": 1, "path": "a"}),
         ("source", {"type": "folder", "path": "/a\0"}),
         ("source", {"type": "folder", "path": "/a", "settings": [1]}),
         ("source", {"type": "merged", "path": "a", "parts": [3]}),
-        ("table_digests", ["x"]),
-        ("table_checksums", {"text": "x"}),
-        ("table_digests", {}),
         ("removed", "x"),
     ],
 )
@@ -75,9 +96,8 @@ def test_values_out_of_range_are_refused(tmp_path: Path, name: str, value: Any) 
     [
         ("chunk_size", 1),
         ("chunk_size", 2**40 - 1),
-        ("num_samples", 0),
-        ("num_items", {"image": 0}),
-        ("earlier_versions", [{"index_digest": "x", "num_items": {"text": 5}}]),
+        ("parts", with_file(num_rows=0, name="image/items-12.3.parquet")),
+        ("earlier_versions", [{"index_digest": "x", "num_parts": 5}]),
         ("source", {"type": "module:Source", "path": ["a", "b"]}),  # of a plug-in
     ],
 )
@@ -88,31 +108,41 @@ def test_values_at_the_limits_are_read(tmp_path: Path, name: str, value: Any) ->
 
 
 def test_numbers_of_rows_and_chunks() -> None:
-    version = TableVersion(index_digest="old", num_items={"image": 7})
-    info = replace(
-        EMPTY,
-        chunk_size=4,
-        index_digest="new",
-        num_samples=9,
-        num_items={"image": 10},
-        earlier_versions=(version,),
-    )
+    info = replace(TWO, removed={})
+    assert (info.num_samples, dict(info.num_items)) == (9, {"image": 10, "audio": 1})
+    assert [file.name for file in info.files("image")] == ["image/items-0.parquet", "image/items-1.parquet"]
     assert (info.num_chunks("image"), info.num_chunks("text")) == (3, 0)
-    assert replace(info, num_items={"image": 8}).num_chunks("image") == 2
     assert info.chunk_rows("image", 2) == slice(8, 10)
     assert info.count_items("image", [0, 2]) == 6
+    assert info.item_counts("image") == {7, 10}
     assert [info.num_chunk_rows("old", "image", chunk) for chunk in range(3)] == [4, 3, 0]
     assert [info.num_chunk_rows("new", "image", chunk) for chunk in range(3)] == [4, 4, 2]
     assert info.num_chunk_rows("new", "text", 0) == 0
     assert info.num_chunk_rows("other", "image", 0) is None
     assert [info.has_rows_of(name) for name in ("old", "new", "other")] == [True, True, False]
-    assert info.all_segments == [Segment(num_samples=9, digest="new")]
-    parts = [Segment(num_samples=4, digest="a"), Segment(num_samples=5, digest="b")]
-    assert replace(info, segments=parts).all_segments == parts
+    assert (info.num_samples_since("a"), info.num_samples_since("other")) == (5, 0)
+
+
+def test_digest_covers_parts_in_their_order_and_what_was_removed() -> None:
+    parts = TWO.parts
     assert combined_digest(parts[:1]) == "a"
     digests = {combined_digest(parts), combined_digest(parts[::-1]), combined_digest(parts[:1], {"digest": "c"})}
     assert len(digests) == 3
-    assert (info.is_partial, replace(info, removed={"digest": "c"}).is_partial) == (False, True)
+    longer = TWO.next_version([*parts, made_part("c", 2, samples=1)])
+    assert longer.index_digest == combined_digest(longer.parts, TWO.removed)
+    versions = [(version.index_digest, version.num_parts) for version in longer.earlier_versions]
+    assert versions == [("old", 1), ("new", 2)]
+    assert (longer.is_partial, replace(longer, removed={}).is_partial) == (True, False)
+
+
+def test_files_that_are_not_listed_are_found(tmp_path: Path) -> None:
+    (tmp_path / "image").mkdir()
+    unlisted = ("samples-0.1.parquet", "image/items-2.parquet")
+    for name in (*unlisted, "samples-0.parquet", "image/items-1.parquet", "removed.parquet"):
+        (tmp_path / name).touch()
+    assert sorted(find_unlisted(tmp_path, TWO)) == sorted(tmp_path / name for name in unlisted)
+    assert next_revision(TWO.parts[0].tables["image"]) == 1
+    assert next_revision(replace(TWO.parts[0].tables["image"], name="image/items-0.4.parquet")) == 5
 
 
 def test_chunks_of_tokens_are_halved_until_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ from embedcache.sources import open_source
 from embedcache.store import removal
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, hash_item
-from embedcache.store.indexing import index, update_path
+from embedcache.store.indexing import index
 from embedcache.store.layout import commit_path, read_info
 from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
 from embedcache.store.removed import digest_key, make_removed, no_removed, read_removed
 from embedcache.store.verify import verify
+from tests.edits import table_file
 from tests.extract.cases import tree
 from tests.recorded import RecordedProgress
 
@@ -63,7 +64,7 @@ def test_nothing_is_left_and_other_rows_are_the_same(two_caches: list[Path], cac
     assert progress.started == [
         ("checking tables", 120, "rows"),
         ("checking chunks", 4, "chunks"),
-        ("writing tables", 120, "rows"),
+        ("writing tables", 40, "samples"),
         ("writing chunks of images", 40, "images"),
         ("writing chunks of texts", 40, "texts"),
     ]
@@ -85,7 +86,7 @@ def test_nothing_is_left_and_other_rows_are_the_same(two_caches: list[Path], cac
             assert {new.hashes[row] for row in SAMPLES} == {None if modality == "image" else hash_item(b"")}
             assert all(new.commits[chunk].index_digest == after.info.index_digest for chunk in (0, 1))  # type: ignore[union-attr]
     assert after.info.num_items == before.info.num_items
-    assert set(after.info.table_checksums) == {"samples", "image", "text"}
+    assert set(after.info.parts[0].tables) == {"samples", "image", "text"}
     assert after.info.has_rows_of(before.info.index_digest)
     assert after.info.index_digest != before.info.index_digest
     assert after.info.is_partial
@@ -106,7 +107,7 @@ def test_samples_that_are_removed_later_are_added(cache: Path, tmp_path: Path) -
     assert (removed.rows.tolist(), removed.salt) == (SAMPLES.tolist(), salt)
     assert other.info.removed["num_samples"] == 3
     assert other.samples.equals(one.samples)
-    assert other.info.table_digests == one.info.table_digests
+    assert [file.checksum for file in other.info.files("image")] == [file.checksum for file in one.info.files("image")]
     assert len(other.info.earlier_versions) == 2
     assert verify(other) == []
 
@@ -191,11 +192,7 @@ def test_nothing_starts_on_what_is_damaged_or_unfinished(cache: Path) -> None:
     with pytest.raises(PathError, match="expected no unfinished files, got that of a process that runs, or was killed"):
         start(cache)
     partial.unlink()
-    update_path(cache).write_text("{}")
-    with pytest.raises(UnfinishedError, match="an extraction with --retry-failed was interrupted; run it again first"):
-        start(cache)
-    update_path(cache).unlink()
-    table = cache / "text" / "items.parquet"
+    table = table_file(cache, "text")
     data = table.read_bytes()
     table.write_bytes(data[:99] + bytes([data[99] ^ 1]) + data[100:])
     with pytest.raises(CorruptError):

@@ -1,8 +1,8 @@
 import io
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,29 +10,15 @@ import pytest
 
 from embedcache.errors import CorruptError
 from embedcache.store.cache import Cache
-from embedcache.store.layout import SAMPLES, CacheInfo, items_path, samples_path, write_info
+from embedcache.store.layout import SAMPLES, table_name, write_info
 from embedcache.store.rows import RowReader, find_keys, keys_at, match_keys
-from embedcache.store.tables import BLOCK, TableChecksums, add_footer_checksum, column_checksum, read_table, write_table
-from tests.store.features import NO_CHECKSUMS, NO_DIGESTS
+from embedcache.store.table_writer import describe_file
+from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table, read_table
+from tests.edits import write_tables
+from tests.store.features import made_info
 
-NUM_SAMPLES, CHUNK_SIZE = BLOCK + 5000, 2048
+NUM_SAMPLES = BLOCK + 5000
 ROWS = np.array([BLOCK + 4999, 0, BLOCK - 1, BLOCK, 0, 3000])
-
-
-@pytest.mark.parametrize(
-    ("values", "data"),
-    [
-        ([7, None, -1], np.array([7, 0, -1], "<i8").tobytes()),
-        ([True, None, False], np.array([1, 0, 0], "<i8").tobytes()),
-        ([0.5, None], np.array([0.5, 0], "<f8").tobytes()),
-        (["é", None, "b"], np.array([2, 0, 1], "<i8").tobytes() + "éb".encode()),
-        ([["a"], None], b'[["a"], null]'),
-    ],
-)
-def test_checksum_of_a_column_is_that_of_its_values(values: list[object], data: bytes) -> None:
-    is_valid = np.packbits([value is not None for value in values]).tobytes()
-    assert column_checksum(pa.chunked_array([values])) == f"{google_crc32c.value(is_valid + data):08x}"
-    assert column_checksum(pa.chunked_array([values[:1], values[1:]])) == column_checksum(pa.chunked_array([values]))
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +29,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     sample_N = np.repeat(np.arange(NUM_SAMPLES), captions_S)
     tables = {
         SAMPLES: pa.table({"key": [f"k{row * 7919 % NUM_SAMPLES}" for row in range(NUM_SAMPLES)]}),
-        "text": pa.table({"sample": sample_N, "text": [f"caption {row}" for row in range(len(sample_N))]}),
+        "text": pa.table(
+            [sample_N, [f"caption {row}" for row in range(len(sample_N))], [None] * len(sample_N)],
+            schema=ITEM_SCHEMAS["text"],
+        ),
     }
-    (folder / "text").mkdir()
-    checksums = {}
-    for name, path in ((SAMPLES, samples_path(folder)), ("text", items_path(folder, "text"))):
-        pq.write_table(tables[name], path, row_group_size=3000)
-        add_footer_checksum(path)
-        written = TableChecksums(BLOCK if name == SAMPLES else CHUNK_SIZE)
-        written.update(tables[name])
-        checksums[name] = written.close()
-    info = CacheInfo(
-        chunk_size=CHUNK_SIZE,
-        source={"type": "table", "path": "x"},
-        index_digest="0",
-        num_samples=NUM_SAMPLES,
-        num_items={"text": len(sample_N)},
-        table_digests=NO_DIGESTS,
-        table_checksums=checksums,
-    )
-    write_info(folder, info)
+    return write_cache(folder, tables, row_group_size=3000)
+
+
+def write_cache(folder: Path, tables: Mapping[str, pa.Table], **options: Any) -> Cache:
+    write_info(folder, made_info(0, {}, chunk_size=ITEM_BLOCK))
+    write_tables(folder, **options, **tables)
     return Cache(folder)
 
 
@@ -81,7 +58,7 @@ def test_find_the_items_of_samples(cache: Cache, *, is_loaded: bool) -> None:
     reader, sample_N = RowReader(cache, "text"), cache.table("text")["sample"].to_numpy()
     if is_loaded:
         reader.load()
-    samples = np.array([0, NUM_SAMPLES - 1, *sample_N[CHUNK_SIZE - 2 : CHUNK_SIZE + 2], *range(40)])
+    samples = np.array([0, NUM_SAMPLES - 1, *sample_N[ITEM_BLOCK - 2 : ITEM_BLOCK + 2], *range(40)])
     starts, counts = reader.find(samples)
     assert starts.tolist() == np.searchsorted(sample_N, samples).tolist()
     assert counts.tolist() == [(sample_N == sample).sum() for sample in samples]
@@ -104,7 +81,7 @@ def read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_find_many_samples_reads_a_chunk_twice_at_most(cache: Cache, read: list[int]) -> None:
     """Once to find it, once for all samples in it: not once per sample."""
     RowReader(cache, "text").find(np.arange(NUM_SAMPLES))
-    num_chunks = -(-len(cache.table("text")) // CHUNK_SIZE)
+    num_chunks = -(-len(cache.table("text")) // ITEM_BLOCK)
     assert sorted(set(read)) == list(range(num_chunks))
     assert len(read) <= 2 * num_chunks
 
@@ -122,7 +99,7 @@ def test_loaded_rows_are_read_once(cache: Cache, read: list[int], monkeypatch: p
     assert len(nothing) == 0
 
 
-@pytest.mark.parametrize(("kept_rows", "expected"), [(2 * CHUNK_SIZE, [0, 1, 2, 0]), (1, [0, 1, 0, 2, 0])])
+@pytest.mark.parametrize(("kept_rows", "expected"), [(2 * ITEM_BLOCK, [0, 1, 2, 0]), (1, [0, 1, 0, 2, 0])])
 def test_blocks_that_were_used_last_are_kept(
     cache: Cache, read: list[int], monkeypatch: pytest.MonkeyPatch, kept_rows: int, expected: list[int]
 ) -> None:
@@ -130,35 +107,19 @@ def test_blocks_that_were_used_last_are_kept(
     monkeypatch.setattr("embedcache.store.rows._KEPT_ROWS", kept_rows)
     reader = RowReader(cache, "text")
     for block in (0, 0, 1, 0, 1 if kept_rows > 1 else 0, 2, 0):
-        reader.take(np.array([block * CHUNK_SIZE + 5]))
+        reader.take(np.array([block * ITEM_BLOCK + 5]))
     assert read == expected
     read.clear()
     monkeypatch.setattr("embedcache.store.rows._KEPT_ROWS", 2**22)
     reader = RowReader(cache, "text", kept_rows=kept_rows)
     for block in (0, 0, 1, 0, 1 if kept_rows > 1 else 0, 2, 0):
-        reader.take(np.array([block * CHUNK_SIZE + 5]))
+        reader.take(np.array([block * ITEM_BLOCK + 5]))
     assert read == expected
 
 
-def test_no_rows_of_a_table_of_one_block_have_its_columns(cache: Cache) -> None:
-    short = Cache(cache.path)
-    short.info = replace(cache.info, num_samples=BLOCK, table_checksums=NO_CHECKSUMS)
+def test_no_rows_of_a_table_of_one_block_have_its_columns(cache: Cache, tmp_path: Path) -> None:
+    short = write_cache(tmp_path, {SAMPLES: cache.table(SAMPLES).slice(0, 9)})
     assert RowReader(short, SAMPLES).take(np.array([], np.int64)).schema == cache.table(SAMPLES).schema
-
-
-def test_only_blocks_of_the_rows_are_read(cache: Cache) -> None:
-    """What is elsewhere in the file, damaged here, is not noticed; in these rows it is."""
-    folder = cache.path.parent / "changed"
-    (folder / "text").mkdir(parents=True)
-    changed = cache.table("text").to_pydict()
-    changed["text"][5000] = "another"
-    pq.write_table(pa.table(changed), items_path(folder, "text"), row_group_size=3000)
-    add_footer_checksum(items_path(folder, "text"))
-    write_info(folder, cache.info)
-    reader = RowReader(Cache(folder), "text", ["text"])
-    assert reader.take(np.array([0, 9000]))["text"].to_pylist() == ["caption 0", "caption 9000"]
-    with pytest.raises(CorruptError, match="column 'text' has changed since it was written, in rows 4,096 to 6,143"):
-        reader.take(np.array([4096]))
 
 
 def test_find_keys(cache: Cache, read: list[int]) -> None:
@@ -182,14 +143,10 @@ def test_loaded_rows_have_the_same_keys(cache: Cache, read: list[int]) -> None:
 
 
 @pytest.mark.parametrize("has_statistics", [True, False])
-def test_keys_are_looked_for_where_they_are_first(cache: Cache, *, has_statistics: bool) -> None:
-    folder = cache.path.parent / f"sorted-{has_statistics}"
-    folder.mkdir()
+def test_keys_are_looked_for_where_they_are_first(tmp_path: Path, *, has_statistics: bool) -> None:
     table = pa.table({"key": [f"é{row:06d}" for row in range(2 * BLOCK + 10)]})
-    pq.write_table(table, samples_path(folder), row_group_size=BLOCK, write_statistics=has_statistics)
-    add_footer_checksum(samples_path(folder))
-    write_info(folder, replace(cache.info, num_samples=len(table), num_items={}, table_checksums=NO_CHECKSUMS))
-    opened, last = Cache(folder), [f"é{2 * BLOCK:06d}"]
+    opened = write_cache(tmp_path, {SAMPLES: table}, row_group_size=BLOCK, write_statistics=has_statistics)
+    last = [f"é{2 * BLOCK:06d}"]
     assert opened.likely_blocks(SAMPLES, "key", last) == ([2, 0, 1] if has_statistics else [0, 1, 2])
     assert opened.likely_blocks(SAMPLES, "key", ["a", *last, "z"])[0] == (2 if has_statistics else 0)
     for row in (BLOCK, 2 * BLOCK - 1):  # the least and the greatest text of a group
@@ -199,36 +156,34 @@ def test_keys_are_looked_for_where_they_are_first(cache: Cache, *, has_statistic
         assert find_keys(opened, [f"é{row:06d}", "none"]).tolist() == [row, -1]
 
 
-def test_groups_of_rows_of_several_blocks_make_each_likely(cache: Cache) -> None:
-    folder = cache.path.parent / "groups"
-    folder.mkdir()
+def test_groups_of_rows_of_several_blocks_make_each_likely(tmp_path: Path) -> None:
     table = pa.table({"key": [f"{row:06d}" for row in range(3 * BLOCK)]})
-    pq.write_table(table, samples_path(folder), row_group_size=45_000)  # rows of blocks 0, 0 to 1, 1 to 2, 2, 2
-    add_footer_checksum(samples_path(folder))
-    write_info(folder, replace(cache.info, num_samples=len(table), num_items={}, table_checksums=NO_CHECKSUMS))
-    opened = Cache(folder)
+    opened = write_cache(tmp_path, {SAMPLES: table}, row_group_size=45_000)  # rows of blocks 0, 0 to 1, 1 to 2, 2, 2
     for row, expected in ((45_000, [0, 1, 2]), (90_000, [1, 2, 0]), (139_000, [2, 0, 1]), (180_000, [2, 0, 1])):
         assert opened.likely_blocks(SAMPLES, "key", [f"{row:06d}"]) == expected
 
 
-def test_keys_of_bytes_raise(cache: Cache) -> None:
-    """The checksums of bytes and texts are the same."""
-    folder = cache.path.parent / "bytes"
-    folder.mkdir()
+def test_keys_of_bytes_raise(cache: Cache, tmp_path: Path) -> None:
     keys = pa.table({"key": cache.table(SAMPLES)["key"].cast(pa.binary())})
-    write_table(samples_path(folder), keys)
-    write_info(folder, replace(cache.info, num_items={}))
-    with pytest.raises(CorruptError, match="expected keys of text, got bytes; restore the file"):
-        Cache(folder).column("key")
+    with pytest.raises(CorruptError, match="expected keys of text, got binary; restore the file"):
+        write_cache(tmp_path, {SAMPLES: keys}).column("key")
 
 
-def test_short_table_raises(cache: Cache) -> None:
-    folder = cache.path.parent / "short"
-    folder.mkdir()
-    write_table(samples_path(folder), cache.table(SAMPLES).slice(0, 100))
-    write_info(folder, replace(cache.info, num_items={}))
-    with pytest.raises(CorruptError, match=r"expected 5,000 rows, got 0"):
-        RowReader(Cache(folder), SAMPLES).take(np.array([BLOCK]))
+def test_parts_are_one_table(tmp_path: Path) -> None:
+    """A column that only one part has is null in the other; numbers become those that hold both."""
+    tables = (pa.table({"key": ["a", "b"], "size": [1, 2]}), pa.table({"key": ["c"], "size": [0.5], "label": ["x"]}))
+    files = []
+    for number, rows in enumerate(tables):
+        pq.write_table(rows, tmp_path / table_name(SAMPLES, number))
+        files.append(describe_file(tmp_path, table_name(SAMPLES, number)))
+    table = Table(tmp_path, files)
+    expected = {"key": ["a", "b", "c"], "size": [1.0, 2.0, 0.5], "label": [None, None, "x"]}
+    assert table.read().to_pydict() == expected
+    assert table.read(1, 3, ["label", "key"]).to_pydict() == {"label": [None, "x"], "key": ["b", "c"]}
+    assert [rows.to_pydict()["key"] for rows in table.blocks(2, ["key"])] == [["a", "b"], ["c"]]
+    assert [table.may_hold(range(2), "label", ["x"]), table.may_hold(range(3), "label", ["x"])] == [False, True]
+    with pytest.raises(KeyError):
+        table.read(columns=["other"])
 
 
 def test_counts_of_rows_that_contradict_each_other_raise() -> None:

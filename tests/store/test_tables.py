@@ -1,7 +1,7 @@
-"""Tables as they are written and read: groups of rows, batches, copies, digests, and checksums of blocks."""
+"""Tables as they are written and read: groups of rows, batches, parts that replace others, and checksums."""
 
-from dataclasses import replace
-from hashlib import sha256
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,23 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import CorruptError, SourceError
-from embedcache.provenance import digest
 from embedcache.sources import FileItem, Sample
 from embedcache.store import table_writer, tables
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
-from embedcache.store.layout import items_path, samples_path
-from embedcache.store.table_writer import TableWriter
-from embedcache.store.tables import (
-    TableChecksums,
-    TableDigest,
-    add_footer_checksum,
-    column_checksum,
-    read_footer,
-    read_table,
-    write_table,
-)
-from tests.edits import write_rows
+from embedcache.store.table_writer import TableWriter, relocate, rewrite_table, without_items, without_samples
+from embedcache.store.tables import Table, add_footer_checksum, read_footer, read_table, write_table
+from tests.edits import table_file
 from tests.extract.cases import tree
 from tests.recorded import RecordedProgress
 from tests.store.test_indexing import Rows, rows
@@ -40,73 +30,48 @@ def group_rows(path: Path) -> list[int]:
     return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
 
-@pytest.mark.parametrize(
-    ("chunk_size", "images", "texts"), [(4, [4, 4, 2], [4, 4, 1]), (5, [5, 5], [5, 4]), (99, [10], [9])]
-)
-def test_a_row_group_holds_a_chunk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_size: int, images: list[int], texts: list[int]
-) -> None:
-    index(rows(10), tmp_path / "whole", chunk_size=chunk_size)
-    assert group_rows(items_path(tmp_path / "whole", "image")) == images
-    assert group_rows(items_path(tmp_path / "whole", "text")) == texts
+def test_files_do_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_writer, "ITEM_BLOCK", 4)
+    index(rows(10), tmp_path / "whole", chunk_size=5)
+    assert group_rows(table_file(tmp_path / "whole", "image")) == [4, 4, 2]
+    assert group_rows(table_file(tmp_path / "whole", "text")) == [4, 4, 1]
     monkeypatch.setattr("embedcache.store.changes.BATCH", 3)
     progress = RecordedProgress()
-    index(rows(10), tmp_path / "batches", chunk_size=chunk_size, progress=progress)
+    index(rows(10), tmp_path / "batches", chunk_size=5, progress=progress)
     assert (progress.started, progress.advances) == ([("indexing", 0, "samples")], [3, 3, 3, 1])
     whole, batches = tree(tmp_path / "whole"), tree(tmp_path / "batches")
-    names = ("cache.json", "image/items.parquet", "text/items.parquet")
+    names = ("image/items-0.parquet", "text/items-0.parquet")
     assert [batches[name] for name in names] == [whole[name] for name in names]
     assert Cache(tmp_path / "batches").samples.equals(Cache(tmp_path / "whole").samples)
 
 
-@pytest.mark.parametrize("batch", [4, 100])
-def test_copy_blanks_what_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    monkeypatch.setattr("embedcache.store.table_writer.BATCH", batch)
+def test_rewritten_files_lack_what_was_removed_and_have_what_moved(tmp_path: Path) -> None:
     removed, info = np.array([0, 3, 4, 7, 9]), index(rows(10), tmp_path / "c", chunk_size=4)
-    writer, moved = TableWriter(tmp_path / "d", 4), FileItem(path="", offset=7, length=70)
-    writer.copy(tmp_path / "c", 10, {"image": {3: moved, 4: moved, 8: moved}}, info.table_checksums, removed=removed)
-    assert writer.close().num_items == info.num_items
-    samples = read_table(samples_path(tmp_path / "d")).to_pydict()
+    cache, folder = Cache(tmp_path / "c"), tmp_path / "d"
+    item = FileItem(path="", offset=7, length=70)
+    moved = partial(relocate, relocated={2: item, 8: item})
+    edits: dict[str, Callable[[pa.Table, int], pa.Table]] = {
+        "samples": partial(without_samples, removed=removed),
+        "image": lambda table, first_row: moved(without_items(table, removed), first_row),
+        "text": lambda table, _: without_items(table, removed),
+    }
+    written = {}
+    for name, edit in edits.items():
+        (file,) = info.files(name)
+        new = rewrite_table(folder, name, cache.rows_of(name), file, 0, edit)
+        assert new.name == file.name.replace("-0.", "-0.1.")
+        written[name] = read_table(folder / new.name).to_pydict()
+
+    samples, images, texts = written["samples"], written["image"], written["text"]
     assert samples["key"] == [f"removed-{row}" if row in removed else f"k{row}" for row in range(10)]
     assert samples["label"] == [row if row % 2 and row not in removed else None for row in range(10)]
-    images = read_table(items_path(tmp_path / "d", "image")).to_pydict()
     assert images["path"] == ["" if row in removed else f"{row}.png" for row in range(10)]
     lengths = [0 if row in removed else row for row in range(10)]
-    assert images["length"] == [70 if row in (3, 4, 8) else lengths[row] for row in range(10)]
-    texts = read_table(items_path(tmp_path / "d", "text")).to_pydict()
+    assert images["length"] == [70 if row in (2, 8) else lengths[row] for row in range(10)]
     assert texts["sample"] == [1, 2, 2, 4, 5, 5, 7, 8, 8]
     kept = [f"t{row}.{part}" for row in range(10) for part in range(row % 3)]
     assert texts["text"] == ["" if row in removed else text for row, text in zip(texts["sample"], kept, strict=True)]
     assert texts["language"] == [None if row in removed else "en" for row in texts["sample"]]
-
-
-def test_copy_of_longer_tables_is_that_of_their_first_rows(tmp_path: Path) -> None:
-    """As a killed `--extend` leaves them: rows that `cache.json` does not count, and columns of theirs."""
-    longer = rows(10)
-    longer.rows[8] = replace(longer.rows[8], columns={"added": 1.5})
-    index(longer, tmp_path / "longer", chunk_size=4)
-    info = index(rows(6), tmp_path / "c", chunk_size=4)
-    writer = TableWriter(tmp_path / "d", 4)
-    writer.copy(tmp_path / "longer", 6, {}, info.table_checksums)
-    tables = writer.close()
-    assert (writer.num_samples, tables.num_items) == (6, info.num_items)
-    assert tables.digests == info.table_digests
-    assert {name: tables.checksums[name] for name in ("image", "text")} == {
-        name: info.table_checksums[name] for name in ("image", "text")
-    }
-    for name in ("image", "text"):
-        assert read_table(items_path(tmp_path / "d", name)).equals(read_table(items_path(tmp_path / "c", name)))
-
-
-@pytest.mark.parametrize("name", ["samples.parquet", "text/items.parquet"])
-def test_copy_of_changed_tables_raises(tmp_path: Path, name: str) -> None:
-    info, path = index(rows(6), tmp_path / "c", chunk_size=4), tmp_path / "c" / name
-    table, column = read_table(path), "split" if name.startswith("samples") else "text"
-    place = table.schema.get_field_index(column)
-    write_rows(path, table.set_column(place, column, pa.array(["x"] * len(table))), row_group_size=4)
-    expected = f"{path}: column '{column}' has changed since it was written; restore the file, or extract into a new"
-    with pytest.raises(CorruptError, match=expected):
-        TableWriter(tmp_path / "d", 4).copy(tmp_path / "c", 6, {}, info.table_checksums)
 
 
 @pytest.mark.parametrize(
@@ -150,60 +115,6 @@ def test_columns_that_change_their_type_between_batches_raise(tmp_path: Path, mo
         index(Rows(samples), tmp_path / "c")
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 7, 8, 9])
-@pytest.mark.parametrize("step", [1, 3, 9])
-def test_checksums_and_digests_do_not_depend_on_batches(num_rows: int, step: int) -> None:
-    table = pa.table(
-        {
-            "i": pa.array([7 * row for row in range(num_rows)], pa.int64()),
-            "f": pa.array([None if row % 3 else row / 4 for row in range(num_rows)], pa.float64()),
-            "t": pa.array([None if row % 2 else "é" * row for row in range(num_rows)], pa.string()),
-        }
-    )
-    checksums, batches, whole = TableChecksums(4), TableDigest(), TableDigest()
-    for start in range(0, num_rows, step):
-        checksums.update(table.slice(start, step))
-        batches.update(table.slice(start, step))
-    whole.update(table)
-    assert batches.hexdigest() == whole.hexdigest()
-    blocks = [table.slice(start, 4) for start in range(0, num_rows, 4)]
-    expected = {name: "".join(column_checksum(block[name]) for block in blocks) for name in table.column_names}
-    assert checksums.close() == expected
-    assert TableChecksums(4).close() == {}
-
-
-def test_digest_of_a_table_is_that_of_its_values() -> None:
-    table = pa.table(
-        {
-            "i": pa.array([1, -2], pa.int64()),
-            "f": pa.array([0.5, None], pa.float64()),
-            "t": pa.array(["é", None], pa.string()),
-        }
-    )
-    columns = {"i": np.array([1, -2], "<i8"), "f": np.array([0.5, np.nan], "<f8"), "t": "é\0\1\0".encode()}
-    found = TableDigest()
-    found.update(table)
-    assert found.hexdigest() == digest({name: sha256(bytes(data)).hexdigest() for name, data in columns.items()})
-
-
-@pytest.mark.parametrize(
-    ("values", "data"),
-    [
-        (pa.array(["é", None, "b"], pa.large_string()), np.array([2, 0, 1], "<i8").tobytes() + "éb".encode()),
-        (pa.array([b"xy", b"", b"z"], pa.binary()), np.array([2, 0, 1], "<i8").tobytes() + b"xyz"),
-        (pa.array([b"xy", b"z", None], pa.large_binary()), np.array([2, 1, 0], "<i8").tobytes() + b"xyz"),
-        (pa.nulls(3, pa.string()), bytes(24)),
-        (pa.array([0.5, None, 3], pa.float32()), np.array([0.5, 0, 3], "<f8").tobytes()),
-        (pa.array([1, None, 3], pa.int8()), np.array([1, 0, 3], "<i8").tobytes()),
-    ],
-)
-def test_checksums_do_not_depend_on_the_width_of_a_type(values: pa.Array, data: bytes) -> None:
-    is_valid = np.packbits(values.is_valid().to_numpy(zero_copy_only=False)).tobytes()
-    assert column_checksum(pa.chunked_array([values])) == f"{google_crc32c.value(is_valid + data):08x}"
-    longer = pa.concat_arrays([values.slice(1), values])
-    assert column_checksum(pa.chunked_array([longer.slice(2)])) == column_checksum(pa.chunked_array([values]))
-
-
 @pytest.mark.parametrize("num_groups", [1, 500])
 def test_footer_that_differs_from_its_checksum_is_not_parsed(tmp_path: Path, num_groups: int) -> None:
     """Arrow would end the process where it looks at a damaged column; with 500 groups, the footer is above 64 KiB."""
@@ -226,16 +137,25 @@ def test_footer_that_differs_from_its_checksum_is_not_parsed(tmp_path: Path, num
             read_table(path)
 
 
-def test_tables_of_a_cache_have_checksums_of_their_footers(tmp_path: Path) -> None:
+def test_any_changed_byte_of_a_table_is_found(tmp_path: Path) -> None:
     index(rows(10), tmp_path / "c", chunk_size=4)
-    for path in (samples_path(tmp_path / "c"), items_path(tmp_path / "c", "image"), items_path(tmp_path / "c", "text")):
-        read_footer(path)
-        data = path.read_bytes()
-        path.write_bytes(data[:-20] + bytes([data[-20] ^ 4]) + data[-19:])
-    opened = Cache(tmp_path / "c")
     for name in ("samples", "image", "text"):
-        with pytest.raises(CorruptError, match=r"parquet cannot be read: its footer has changed since it was written;"):
-            opened.block(name, 0)
+        path = table_file(tmp_path / "c", name)
+        data = path.read_bytes()
+        for place in range(0, len(data), 97):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+            with pytest.raises(CorruptError, match=f"{path}: expected checksum .*; restore the file"):
+                Cache(tmp_path / "c").table(name)
+        path.write_bytes(data)
+        assert len(Cache(tmp_path / "c").table(name))
+
+
+def test_key_of_an_earlier_part_is_refused(tmp_path: Path) -> None:
+    before = index(Rows([Sample(key=key) for key in "abc"]), tmp_path / "c")
+    writer = TableWriter(tmp_path / "d", 1, 3)
+    writer.add([Sample(key=key) for key in "dbe"])
+    with pytest.raises(SourceError, match="keys must be unique; 'b' is the key of row 1 and of a new sample"):
+        writer.close("", Table(tmp_path / "c", before.files("samples")))
 
 
 def test_table_that_is_replaced_while_it_is_opened_is_the_one_before(

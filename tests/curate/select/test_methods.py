@@ -35,7 +35,7 @@ from embedcache.curate.select.settings import SelectSettings
 from embedcache.errors import DataError
 from embedcache.testing.selectors import SelectorContract
 from tests.curate.select.conftest import apply
-from tests.edits import damage_column
+from tests.edits import read_rows, write_tables
 from tests.recorded import RecordedProgress
 
 
@@ -340,7 +340,7 @@ def test_metaclip_takes_up_to_all_matching_samples(pools: Any) -> None:
 
 def test_pool_reads_no_paths(cache_path: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(cache_path, tmp_path / "cache"))
-    damage_column(cache / "image/items.parquet", "path")
+    write_tables(cache, image=read_rows(cache, "image").drop_columns(["path"]))
     assert Pool(cache, "image").item_samples.tolist() == list(range(300))
 
 
