@@ -169,7 +169,7 @@ def test_leftovers_of_killed_export_are_removed(form: str, labeled: Path, tmp_pa
         ({"language": "de"}, UnknownNameError, "known: en"),
         ({"features": ("open_toy/cls",), "modality": "text"}, SettingError, "feature: expected features of text"),
         ({"run": Path("nowhere")}, PathError, "nowhere does not exist"),
-        ({"selection": Path("nowhere.txt")}, PathError, "nowhere.txt does not exist"),
+        ({"selection": Path("nowhere.txt")}, PathError, "nowhere.txt: expected Parquet .* got nothing"),
     ],
 )
 def test_invalid_settings_raise(
