@@ -142,9 +142,8 @@ def test_each_view_has_a_folder(work: Path, cache: Path) -> None:
 
 def test_output_of_one_side_has_every_item_of_it(work: Path, cache: Path) -> None:
     shutil.rmtree(cache / "audio")  # the sound is not read
-    info = read_json(cache / "cache.json")
     (report,) = derive_from_run(cache, work / "both", "video-states")
-    assert info["num_items"]["video"] == 4
+    assert Cache(cache).info.num_items["video"] == 4
     assert (report.modality, report.computed) == ("video", 4)
     feature = Cache(cache).feature("video", "both-video-states/video-states")
     assert feature.axis == Axis(kind="time", rate_hz=25.0, start_s=0.0)
