@@ -292,6 +292,13 @@ def test_numbers_of_no_modality_raise(wrong: Any) -> None:
         SplitSettings(cosines=wrong)
 
 
+@pytest.mark.parametrize(("name", "largest"), [("shared_width", 2**16), ("seed", 2**32 - 1)])
+def test_limits_are_accepted_and_nothing_beyond(name: str, largest: int) -> None:
+    train_settings({name: largest})
+    with pytest.raises(SettingError, match=name):
+        train_settings({name: largest + 1})
+
+
 def test_numbers_of_a_modality_given_twice_raise() -> None:
     with pytest.raises(SettingError, match="cosine: expected each modality once, got image twice"):
         SplitSettings(cosines=["image=0.9", "text=0.8", "image=0.7"])  # type: ignore[arg-type]
