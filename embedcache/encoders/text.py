@@ -115,8 +115,14 @@ def _store(encoder: GraphEncoder, tokenizer: "Tokenizer") -> None:
         "pad_id": tokenizer.pad_id,
         "tokenizer": tokenizer.state,
     }
+    path = _stored_path(encoder.fingerprint.to_json(), tuple(encoder.features))
+    with suppress(ArtifactError, PathError):
+        before = read_record(path, next_step=f"delete {path}")
+        # Fingerprints do not cover tokenizers: of two models that share one, neither may answer for the other.
+        if before.get("tokenizer") != tokenizer.state:
+            record = {}
     with suppress(OSError):
-        write_record(_stored_path(encoder.fingerprint.to_json(), tuple(encoder.features)), record)
+        write_record(path, record)
 
 
 def open_stored(fingerprint: Mapping[str, Any], settings: EncoderSettings) -> GraphEncoder | None:

@@ -17,7 +17,7 @@ from embedcache.testing.encoders import (
     TextEncoderContract,
     example_images,
 )
-from tests.encoders.checkpoints import MAX_TOKENS, copy_changed, save_dinov2
+from tests.encoders.checkpoints import MAX_TOKENS, WORDS, copy_changed, save_dinov2
 
 NUM_REGISTERS = 3
 
@@ -90,6 +90,29 @@ def test_texts_match_transformers(how: str, bert: Path, monkeypatch: pytest.Monk
         np.testing.assert_allclose(found["tokens"][row], states, atol=1e-4)
         np.testing.assert_allclose(found["mean"][row], states.mean(axis=0), atol=1e-4)
         np.testing.assert_allclose(found["cls"][row], states[0], atol=1e-4)
+
+
+def test_two_tokenizers_of_the_same_weights_are_told_apart(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fingerprint does not cover the tokenizer: each text encoder is then opened from its own folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    folder = Path(shutil.copytree(bert, tmp_path / bert.name))
+    words = [word for word in WORDS if word.isalpha()][:2]
+    swapped = dict(zip(words, reversed(words), strict=True))
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("".join(f"{swapped.get(word, word)}\n" for word in WORDS))
+
+    settings = EncoderSettings(backend="onnxruntime")
+    for _ in range(2):
+        for model in (bert, folder):
+            encoder = open_encoder(f"hf:{model}", modality="text", settings=settings)
+            expected = encoder.prepare(words)
+            fingerprint = encoder.fingerprint.to_json()
+            reopened = reopen_encoder(f"hf:{model}", modality="text", feature="bert/mean", fingerprint=fingerprint)
+            assert [row.tolist() for row in reopened.prepare(words)] == [row.tolist() for row in expected]
+    first = reopen_encoder(f"hf:{bert}", modality="text", feature="bert/mean", fingerprint=fingerprint)
+    assert [row.tolist() for row in first.prepare(words)] == [row.tolist() for row in expected[::-1]]
 
 
 def test_missing_weights_raise(bert: Path, tmp_path: Path) -> None:
