@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
 
 CRC_BYTES = 4
-DIGITS = 8
-"""Hex digits of a CRC-32C."""
 
 REPAIR = "repair it with: embedcache verify CACHE --repair"
 """Next step for damaged chunks and commits."""

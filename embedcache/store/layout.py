@@ -258,12 +258,7 @@ def encoder_path(cache_path: Path, modality: str, encoder: str) -> Path:
 
 def commit_path(encoder_folder: Path, chunk: int) -> Path:
     """Return the path of a chunk's commit, which is written after its arrays."""
-    return encoder_folder / "chunks" / commit_name(chunk)
-
-
-def commit_name(chunk: int) -> str:
-    """Return the name of the file of a chunk's commit."""
-    return f"{chunk:05d}.json"
+    return encoder_folder / "chunks" / f"{chunk:05d}.json"
 
 
 def fit_path(encoder_folder: Path) -> Path:

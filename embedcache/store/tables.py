@@ -9,7 +9,6 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -34,8 +33,6 @@ ITEM_BLOCK = 16_384
 """Items that are read and written together."""
 
 RESTORE_TABLE = "restore the file, or extract into a new folder"
-
-RESTORE_TABLE = "restore the file, or extract into a new folder"
 """What to do about a damaged table of a cache."""
 
 _FOOTER_END = 8  # its length, int32 little-endian, and the magic number of Parquet
@@ -55,53 +52,35 @@ _SAMPLES_SCHEMA = pa.schema([("key", pa.string())])
 
 
 @contextmanager
-def open_table(file: Path | BytesIO, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+def open_table(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a local or remote Parquet table; its footer and pages are compared with the checksums that they have.
 
     Always read it with `use_threads=False`: the tables are small, and a process that exited right after Arrow's thread
     pool had started aborted in 2 of 30 runs (pyarrow 26, with torch imported). Local files are not read ahead either:
     Arrow does that in threads, which takes a table of one chunk four times as long.
     """
-    if isinstance(file, BytesIO):  # a commit has a digest
-        with pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as table:
-            yield check_footer(table)
-    elif not is_remote(file):
-        check_regular(file)
-        with pa.OSFile(str(file)) as stream:  # opened once: another process may replace the table at any time
-            metadata = metadata or _parse_footer(stream)
+    if not is_remote(path):
+        check_regular(path)
+        with pa.OSFile(str(path)) as stream:  # opened once: another process may replace the table at any time
+            metadata = _parse_footer(stream)
             with pq.ParquetFile(stream, metadata=metadata, pre_buffer=False, page_checksum_verification=True) as table:
                 yield table
     else:
-        with file.open("rb") as stream:
-            metadata = metadata or _parse_footer(stream)
+        with path.open("rb") as stream:
+            metadata = _parse_footer(stream)
             with pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True) as table:
                 yield table
 
 
-def read_footer(path: Path) -> pq.FileMetaData:
-    """Read the footer of a table of a cache, which has a checksum: Arrow may end the process on a damaged one.
-
-    Raises:
-        ArrowInvalid: it has no checksum or differs from it, is not of Parquet, or contradicts itself about the number
-            of rows.
-    """
-    if not is_remote(path):
-        check_regular(path)
-    with path.open("rb") as file:
-        return _parse_footer(file, is_own=True)
-
-
-def _parse_footer(file: BinaryIO, *, is_own: bool = False) -> pq.FileMetaData:
+def _parse_footer(file: BinaryIO) -> pq.FileMetaData:
+    """Read the footer, and compare it with its checksum first: Arrow may end the process on a damaged one."""
     size = file.seek(0, os.SEEK_END)
     end = _read_end(file, size, _READ_BYTES)
     length = _FOOTER_END + int.from_bytes(end[-_FOOTER_END:-4], "little")
     if len(end) < length + _CHECKSUM_BYTES:
         end = _read_end(file, size, length + _CHECKSUM_BYTES)
     footer, checksum = end[-length:], end[-length - _CHECKSUM_BYTES : -length]
-    has_checksum = checksum.startswith(_CHECKSUM_WORD)
-    if is_own and not has_checksum:
-        raise pa.ArrowInvalid("its footer has no checksum")
-    if has_checksum and checksum != _CHECKSUM % google_crc32c.value(footer):
+    if checksum.startswith(_CHECKSUM_WORD) and checksum != _CHECKSUM % google_crc32c.value(footer):
         raise pa.ArrowInvalid("its footer has changed since it was written")
     with pq.ParquetFile(pa.BufferReader(end)) as table:
         return check_footer(table).metadata
@@ -131,9 +110,9 @@ def add_footer_checksum(path: Path) -> None:
         file.write(_CHECKSUM % google_crc32c.value(footer) + footer)
 
 
-def read_table(file: Path | BytesIO, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read all rows of a table; `ArrowInvalid` if a page is damaged, or the counts of rows contradict each other."""
-    with open_table(file) as table:
+    with open_table(path) as table:
         rows, num_rows = table.read(columns=columns, use_threads=False), table.metadata.num_rows
     if len(rows) != num_rows:
         raise pa.ArrowInvalid(f"its footer counts {num_rows} rows, got {len(rows)}")
@@ -274,9 +253,8 @@ class _OpenedPart(NamedTuple):
 def _open_part(folder: Path, file: TableFile) -> _OpenedPart:
     """Compare a file with its checksum, unless this process has, and return its footer."""
     path = folder / file.name
-    if is_remote(path):
-        return _parse_part(path, file)
-    check_file(path, file.checksum, next_step=RESTORE_TABLE)
+    if not is_remote(path):
+        check_file(path, file.checksum, next_step=RESTORE_TABLE)
     return _parse_part(path, file)
 
 
@@ -312,8 +290,9 @@ def count_rows_of(folder: Path, file: TableFile) -> int:
     path = folder / file.name
     if is_remote(path):
         _fetch.cache_clear()
-        return int(_parse_part(path, file).starts[-1])
-    check_file(path, file.checksum, next_step=RESTORE_TABLE, once=False)
+        _fetch(path, file)
+    else:
+        check_file(path, file.checksum, next_step=RESTORE_TABLE, once=False)
     return int(_parse_part(path, file).starts[-1])
 
 
