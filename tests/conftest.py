@@ -4,7 +4,9 @@ import gc
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -87,6 +89,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the longest files to the front; all others keep their order."""
     order = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Start the server of forked processes from this folder: in another one it would find `tests` of other packages."""
+    if "tests.crash" in sys.modules:
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
