@@ -72,6 +72,7 @@ class Browsing:
             "([selector, text]) => document.querySelector(selector)?.textContent.includes(text) && "
             "!document.querySelector('#results').classList.contains('busy')",
             arg=[selector, text],
+            polling=50,  # in milliseconds: by default it waits for frames, which a busy machine may not draw
         )
 
     def text(self, selector: str) -> str:

@@ -261,7 +261,7 @@ def test_requests_without_an_answer(browser: Any, address: str) -> None:
     page.page.wait_for_selector("#item-columns tr")
     page.page.route("**/api/items**", lambda route: route.abort())
     page.page.route("**/api/items/*", lambda route: route.abort())
-    page.page.keyboard.press("ArrowRight")
+    page.page.click("#item-next")
     page.wait_for("#item-captions", reason)
     assert page.page.locator("#item-columns tr").count() == 0
     page.page.keyboard.press("Escape")
