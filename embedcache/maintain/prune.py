@@ -7,19 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import PathError, SettingError, UnknownNameError, pluralize
-from embedcache.files import (
-    AnyPath,
-    folder_bytes,
-    is_remote,
-    open_path,
-    remove_folder,
-    remove_partials,
-)
+from embedcache.files import AnyPath, folder_bytes, open_path, remove_folder, remove_partials
 from embedcache.locks import Leases, locked
 from embedcache.maintain.settings import PruneSettings
 from embedcache.registry import unknown_name
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
+from embedcache.store.group import EncoderGroup
 from embedcache.store.writer import withdraw
 from embedcache.units import format_bytes
 
@@ -33,22 +27,12 @@ class PrunedEntry:
     path: Path
     num_bytes: int
 
-    @property
-    def encoder_path(self) -> Path:
-        """Folder of the encoder that is deleted, or one of whose features is."""
-        return self.path if self.kind == "encoder" else self.path.parent
-
-    def line(self) -> str:
-        """Return the entry as one line."""
-        return f"{self.kind} {self.name}: {format_bytes(self.num_bytes)}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan:
-    """What pruning deletes; `was_interrupted`: whether it resumes one that was killed."""
+    """What pruning deletes."""
 
     entries: Sequence[PrunedEntry]
-    was_interrupted: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -57,9 +41,8 @@ class PrunePlan:
 
     def lines(self) -> list[str]:
         """Return the plan as lines."""
-        total = f"{pluralize(len(self.entries), 'entry', 'entries')}, {format_bytes(self.num_bytes)}"
-        left = ["what an interrupted command had begun to delete is gone"] if self.was_interrupted else []
-        return [*left, *(entry.line() for entry in self.entries), total]
+        lines = [f"{entry.kind} {entry.name}: {format_bytes(entry.num_bytes)}" for entry in self.entries]
+        return [*lines, f"{pluralize(len(self.entries), 'entry', 'entries')}, {format_bytes(self.num_bytes)}"]
 
 
 def plan_prune(cache: AnyPath, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
@@ -68,16 +51,7 @@ def plan_prune(cache: AnyPath, settings: PruneSettings | None = None, **options:
     What a killed command had begun to delete is not listed: it does not exist for any reader.
     """
     settings = merge_settings(PruneSettings, settings, options)
-    if not settings.features:
-        raise SettingError("expected something to delete, got nothing; name it with --feature")
-    cache = Cache(open_path(cache))
-    entries: list[PrunedEntry] = []
-    was_interrupted = False
-    for name in settings.features:
-        found, was_left = _find_feature(cache, name, settings.modality)
-        entries += found
-        was_interrupted |= was_left
-    return PrunePlan(entries=_without_repeats(entries), was_interrupted=was_interrupted)
+    return _describe(_find_all(Cache(open_path(cache)), settings))
 
 
 def prune_cache(cache: AnyPath, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
@@ -96,26 +70,42 @@ def prune_cache(cache: AnyPath, settings: PruneSettings | None = None, **options
         UnknownNameError: there is no feature of a name, or there are several.
         PathError: another process extracts, derives, imports or repairs features of that encoder; nothing is deleted.
     """
-    plan = plan_prune(cache, settings, **options)
+    settings = merge_settings(PruneSettings, settings, options)
     opened = Cache(open_path(cache))
+    targets = _find_all(opened, settings)
+    plan = _describe(targets)
     remove_partials(opened.path)
     with ExitStack() as stack:
-        for entry in plan.entries:
-            if not stack.enter_context(Leases(entry.encoder_path / "chunks").without_others()):
+        for group, _ in targets:
+            if not stack.enter_context(Leases(group.path / "chunks").without_others()):
                 raise PathError(
-                    f"{entry.encoder_path}: another process computes features in this folder; wait until it has ended, "
-                    "then delete them; nothing was deleted"
+                    f"{group.path}: another process computes features in this folder; wait until it has ended, then "
+                    "delete them; nothing was deleted"
                 )
-        for entry in plan.entries:
-            if entry.kind == "feature":
-                _delete_feature(opened, entry)
+        for group, feature in targets:
+            if feature is None:
+                remove_folder(group.path)
             else:
-                remove_folder(entry.path)
+                _delete_feature(opened, group, feature)
     return plan
 
 
-def _find_feature(cache: Cache, name: str, modality: str | None) -> tuple[list[PrunedEntry], bool]:
-    """Return the folder of an encoder or of one of its features, and whether a killed command began to delete it."""
+def _find_all(cache: Cache, settings: PruneSettings) -> list[tuple[EncoderGroup, str | None]]:
+    """Return the folder of each encoder, and the feature to delete of it; None: the whole folder."""
+    if not settings.features:
+        raise SettingError("expected something to delete, got nothing; name it with --feature")
+    targets = [target for name in settings.features for target in _find(cache, name, settings.modality)]
+    whole = {group.path for group, feature in targets if feature is None}
+    unique = {
+        (group.path, feature): (group, feature)
+        for group, feature in targets
+        if feature is None or group.path not in whole
+    }
+    return list(unique.values())
+
+
+def _find(cache: Cache, name: str, modality: str | None) -> list[tuple[EncoderGroup, str | None]]:
+    """Return what a name stands for; nothing if a killed command has begun to delete it."""
     folder, _, feature = name.partition("/")
     modalities = [modality] if modality else list(cache.info.num_items)
     groups = [group for each in modalities for group in cache.encoders(each)]
@@ -123,42 +113,31 @@ def _find_feature(cache: Cache, name: str, modality: str | None) -> tuple[list[P
     if len(named) > 1:
         found = " and ".join(group.modality for group in named)
         raise UnknownNameError(f"feature {name!r} of {cache.path} is one of {found}; name one of them with --modality")
-    if not named:
-        place = f"{folder}/{feature}" if feature else folder
-        if any(_left(cache.path / each / place) for each in modalities) and not is_remote(cache.path):
-            return [], True
-        known = [each for group in groups for each in (group.name, *(f"{group.name}/{f}" for f in group.features))]
-        raise unknown_name("feature", name, list(dict.fromkeys(known)), where=f"of {cache.path}")
-    [group] = named
-    is_whole = not feature or group.features == [feature]
-    path = group.path if is_whole else group.path / feature
-    entry = PrunedEntry(
-        name=f"{group.modality}/{group.name}" if is_whole else f"{group.modality}/{name}",
-        kind="encoder" if is_whole else "feature",
-        path=path,
-        num_bytes=folder_bytes(path),
-    )
-    return [entry], False
+    if named:
+        [group] = named
+        is_whole = not feature or group.features == [feature]
+        return [(group, None if is_whole else feature)]
+
+    places = [cache.path / each / name.rstrip("/") for each in modalities]
+    if any(list(place.parent.glob(f".{place.name}.*.partial")) for place in places):
+        return []
+    known = [each for group in groups for each in (group.name, *(f"{group.name}/{f}" for f in group.features))]
+    raise unknown_name("feature", name, list(dict.fromkeys(known)), where=f"of {cache.path}")
 
 
-def _without_repeats(entries: Sequence[PrunedEntry]) -> list[PrunedEntry]:
-    """Return each entry once, without the features of an encoder that is deleted as a whole."""
-    by_path = {entry.path: entry for entry in entries}
-    return [entry for path, entry in by_path.items() if path.parent not in by_path]
+def _describe(targets: Sequence[tuple[EncoderGroup, str | None]]) -> PrunePlan:
+    entries = []
+    for group, feature in targets:
+        place = group.name if feature is None else f"{group.name}/{feature}"
+        path = group.path if feature is None else group.path / feature
+        kind = "encoder" if feature is None else "feature"
+        name = f"{group.modality}/{place}"
+        entries.append(PrunedEntry(name=name, kind=kind, path=path, num_bytes=folder_bytes(path)))
+    return PrunePlan(entries=entries)
 
 
-def _left(path: Path) -> bool:
-    return any(path.parent.glob(f".{path.name}.*.partial"))
-
-
-def _delete_feature(cache: Cache, entry: PrunedEntry) -> None:
-    [group] = [
-        group
-        for modality in cache.info.num_items
-        for group in cache.encoders(modality)
-        if group.path == entry.path.parent
-    ]
+def _delete_feature(cache: Cache, group: EncoderGroup, feature: str) -> None:
     for chunk in range(cache.info.num_chunks(group.modality)):
-        withdraw(group, chunk, [entry.path.name])
+        withdraw(group, chunk, [feature])
     with locked(cache.path):
-        remove_folder(entry.path)
+        remove_folder(group.path / feature)
