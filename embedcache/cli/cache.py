@@ -139,38 +139,34 @@ def remove(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Remove samples from a cache and from what was made of it.
+    """Remove samples from a cache and its indexes.
 
     Nothing of their keys, captions, columns and vectors is left in these files; the rows of all other samples stay.
-    Exports that still name the samples are listed, with exit code 1.
+    Selections, runs and exports that name the samples are listed, with exit code 1.
     Without --yes, print what would be done. Run the same command again to finish an interrupted removal.
 
-    Example: embedcache cache remove cache/ keys.txt --index index/ --selection kept.parquet --yes
+    Example: embedcache cache remove cache/ keys.txt --index index/ --check run/ --yes
     """
     from embedcache.cli.console import open_progress, print_line, print_lines, publish, to_plain
     from embedcache.dataset.selections import read_selected_keys
     from embedcache.maintain.remove import plan_removal, remove_samples
 
-    if any(path.absolute() == keys.absolute() for path in (*settings.selections, *settings.exports)):
-        raise SettingError(f"selection: expected other files than the list of keys, got {keys}; delete it afterwards")
     names = read_selected_keys(keys).to_pylist()
-    if not yes:
-        plan = plan_removal(cache, names, settings)
-
-        def show_plan() -> None:
-            print_lines(plan.lines())
-            print_line("nothing is removed; add --yes to remove this")
-
-        publish(show_plan, lambda: {"is_done": False, **to_plain(plan)}, as_json=as_json, output=output)
-        return
-    report = remove_samples(cache, names, settings, progress=open_progress())
+    report = (
+        remove_samples(cache, names, settings, progress=open_progress())
+        if yes
+        else plan_removal(cache, names, settings)
+    )
 
     def show() -> None:
         print_lines(report.lines())
-        print_line(f"{keys} still names the samples, as do backups, snapshots, reports and copies of these files")
+        if yes:
+            print_line(f"removed; {keys} still names the samples, as do backups, snapshots and copies of these files")
+        else:
+            print_line("nothing is removed; add --yes to remove this")
 
-    publish(show, lambda: {"is_done": True, **to_plain(report)}, as_json=as_json, output=output)
-    if report.named:
+    publish(show, lambda: {"is_done": yes, **to_plain(report)}, as_json=as_json, output=output)
+    if yes and report.named:
         raise typer.Exit(1)
 
 

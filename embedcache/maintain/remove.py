@@ -1,21 +1,27 @@
-"""Removing samples, as after a takedown or a withdrawn consent, from a cache and from what was made of it."""
+"""Removing samples, as after a takedown or a withdrawn consent, from a cache and its indexes.
 
-from collections.abc import Collection, Sequence
+Selections, runs and exports are only searched: those that name a sample are to be deleted, and made again.
+"""
+
+import json
+import tarfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedcache.arrays import Ints
 from embedcache.curate.map import FILE as map_file
-from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize
-from embedcache.files import AnyPath, is_remote, open_path, remove_partials
+from embedcache.errors import DataError, PathError, SettingError, UnfinishedError, pluralize
+from embedcache.files import TEXT_ENCODING, AnyPath, is_remote, open_path, reading, remove_partials
+from embedcache.interop.parquet import GET_AGAIN
 from embedcache.locks import locked
-from embedcache.maintain.outputs import check_removable, check_run, find_named, remove_from, remove_from_run
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, count_items, list_texts
-from embedcache.outputs import removed_table_path
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import read_run
 from embedcache.records import new_record_path, record_stage
@@ -24,120 +30,96 @@ from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
-from embedcache.store.layout import INTERRUPTED_REMOVAL, CacheInfo, read_info
+from embedcache.store.layout import INTERRUPTED_REMOVAL, read_info
 from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
 from embedcache.store.removed import read_removed
 from embedcache.store.rows import find_keys
+from embedcache.store.tables import open_table
 
 _REMOVAL = 1
 """Lock of the cache's folder for one removal at a time."""
+_KEY_COLUMNS = ("key", "kept_key")
+"""Columns that name samples; dedup's table of removed duplicates names the kept ones, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemovalPlan:
-    """Rows, items and chunks that a removal affects.
+class RemovalReport:
+    """What a removal does, or did.
 
     Args:
+        cache: the cache.
         rows: rows of the samples that the cache has, ascending.
         num_before: how many of the keys were removed before.
         num_items: modality -> number of items of the samples.
         num_chunks: `modality/encoder` -> number of chunks that are written again.
-        outputs: indexes, selections and runs from which the samples are removed.
+        named: selection, run or export -> number of entries that name the samples, if there are any.
         is_resumed: whether the same removal was interrupted, and is finished.
+        indexes: index that was filled again -> recall@10 and number of vectors, before and after.
     """
 
     cache: Path
     rows: Ints
     num_before: int
-    num_items: dict[str, int]
-    num_chunks: dict[str, int]
-    outputs: Sequence[Path]
-    is_resumed: bool = False
-
-    def lines(self) -> list[str]:
-        """Return the plan as lines."""
-        items = ", ".join(count_items(count, modality) for modality, count in self.num_items.items())
-        known = f"; {pluralize(self.num_before, 'was', 'were')} removed before" if self.num_before else ""
-        lines = [f"{self.cache}: {pluralize(len(self.rows), 'sample')} with {items or 'no items'}{known}"]
-        lines += ["an interrupted removal of them is finished"] if self.is_resumed else []
-        lines += [
-            f"{name}: {pluralize(count, 'chunk is', 'chunks are')} written again"
-            for name, count in self.num_chunks.items()
-        ]
-        return [*lines, *(f"{path}: the samples are removed from it too" for path in self.outputs)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RemovalReport:
-    """Result of a removal.
-
-    Args:
-        num_samples: samples that were removed from the cache now.
-        num_before: samples that had been removed before.
-        indexes: index -> recall@10 and number of vectors, before and after.
-        entries: selection or run -> number of entries that were removed from it.
-        named: export -> number of entries that still name the samples.
-    """
-
-    cache: Path
-    num_samples: int
-    num_before: int
+    num_items: Mapping[str, int]
+    num_chunks: Mapping[str, int]
+    named: Mapping[str, int]
+    is_resumed: bool
     indexes: dict[str, dict[str, float]] = field(default_factory=dict)
-    entries: dict[str, int] = field(default_factory=dict)
-    named: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """Return the result as lines."""
-        known = f"; {pluralize(self.num_before, 'was', 'were')} removed before" if self.num_before else ""
-        lines = [f"{self.cache}: removed {pluralize(self.num_samples, 'sample')}{known}"]
-        lines += [
-            f"{path}: {entry['num_vectors']:,} vectors, before {entry['num_vectors_before']:,}; recall@10 "
-            f"{entry['recall_at_10']:.3f}, before {entry['recall_at_10_before']:.3f}"
-            for path, entry in self.indexes.items()
-        ]
-        return [
-            *lines,
-            *(f"{path}: {pluralize(count, 'entry', 'entries')} removed" for path, count in self.entries.items()),
-            *(
-                f"{path} still names them in {pluralize(count, 'entry', 'entries')}: delete it, and export it again"
-                for path, count in self.named.items()
-            ),
-        ]
+        """Return the report as lines."""
+        items = [count_items(count, modality) for modality, count in self.num_items.items()]
+        lines = [f"{self.cache}: {', '.join([pluralize(len(self.rows), 'sample'), *items])}"]
+        if self.num_before:
+            lines.append(f"{pluralize(self.num_before, 'sample was', 'samples were')} removed before")
+        if self.is_resumed:
+            lines.append("an interrupted removal of them is finished")
+
+        for name, count in self.num_chunks.items():
+            lines.append(f"{name}: {pluralize(count, 'chunk is', 'chunks are')} written again")
+        for path, index in self.indexes.items():
+            lines.append(
+                f"{path}: {index['num_vectors']:,} vectors, before {index['num_vectors_before']:,}; recall@10 "
+                f"{index['recall_at_10']:.3f}, before {index['recall_at_10_before']:.3f}"
+            )
+        for path, count in self.named.items():
+            lines.append(f"{path} names them in {pluralize(count, 'entry', 'entries')}: delete it, and make it again")
+        return lines
 
 
 def plan_removal(
     cache: AnyPath, keys: str | Sequence[str], settings: RemoveSettings | None = None, **options: Any
-) -> RemovalPlan:
+) -> RemovalReport:
     """Return what `remove_samples` would do, which changes nothing; the arguments and errors are its own."""
     settings = merge_settings(RemoveSettings, settings, options)
     path = _local(cache)
-    found = _find(path, list_texts(keys, "keys"))
+    keys = list(dict.fromkeys(list_texts(keys, "keys")))
+    if not keys:
+        raise DataError("expected keys of samples to remove, got none")
+    found, is_resumed = _find_rows(path, keys)
+    rows = np.sort(found[found >= 0])
+
     num_items: dict[str, int] = {}
     num_chunks: dict[str, int] = {}
-    if len(found.rows) and not found.is_resumed:
-        cache = Cache(path)
-        for erased in find_chunks(cache, found.rows):
+    if len(rows) and not is_resumed:
+        opened = Cache(path)
+        for erased in find_chunks(opened, rows):
             num_chunks[f"{erased.group.modality}/{erased.group.name}"] = len(erased.rows)
-        for modality in cache.info.num_items:
-            of_items = cache.items(modality, columns=["sample"])["sample"].to_numpy()
-            num_items[modality] = int(np.isin(of_items, found.rows).sum())
+        for modality in opened.info.num_items:
+            samples_N = opened.items(modality, columns=["sample"])["sample"].to_numpy()
+            num_items[modality] = int(np.isin(samples_N, rows).sum())
+
     for index in settings.indexes:
         _open_card(index, path)
-    outputs = [*settings.indexes, *settings.selections, *settings.runs]
-    for output in settings.selections:
-        check_removable(output)
-    for export in settings.exports:
-        find_named(export, [])
-    for run in settings.runs:
-        check_run(run, read_info(path))
-    return RemovalPlan(
+    counts = {str(output): count_named(output, keys) for output in settings.outputs}
+    return RemovalReport(
         cache=path,
-        rows=found.rows,
-        num_before=found.num_before,
+        rows=rows,
+        num_before=len(keys) - len(rows),
         num_items=num_items,
         num_chunks=num_chunks,
-        outputs=outputs,
-        is_resumed=found.is_resumed,
+        named={output: count for output, count in counts.items() if count},
+        is_resumed=is_resumed,
     )
 
 
@@ -149,7 +131,7 @@ def remove_samples(
     progress: AnyProgress = None,
     **options: Any,
 ) -> RemovalReport:
-    """Remove samples from a cache, and from indexes, selections and runs that name them; exports are only searched.
+    """Remove samples from a cache and its indexes, and say which selections, runs and exports name them.
 
     The rows of all other samples stay. Of a removed one nothing is left in these files: no key, caption, column, path,
     hash or vector, of encoders, views and derived features alike. Its row remains, without features, for the reason
@@ -167,9 +149,10 @@ def remove_samples(
         SettingError: the cache is behind a URL, or an index is of another cache.
         UnfinishedError: another removal was interrupted.
         CorruptError: a table or a chunk of these samples is damaged; nothing is changed.
-        PathError: a file is none that samples can be removed from.
+        PathError: an index or a file to search does not exist, or is not one.
     """
-    settings, shown = merge_settings(RemoveSettings, settings, options), to_progress(progress)
+    settings = merge_settings(RemoveSettings, settings, options)
+    shown = to_progress(progress)
     path = _local(cache)
     keys = list_texts(keys, "keys")
     read_info(path)  # else the lock would make a folder of this name
@@ -177,32 +160,25 @@ def remove_samples(
         return _remove(path, keys, settings, shown)
 
 
-def _remove(path: Path, keys: Sequence[str], settings: RemoveSettings, shown: Progress) -> RemovalReport:
-    """Remove samples, while no other process removes any from this cache and what was made of it."""
-    plan = plan_removal(path, keys, settings)
+def _remove(path: Path, keys: Sequence[str], settings: RemoveSettings, progress: Progress) -> RemovalReport:
+    """Remove samples, while no other process removes any from this cache and its indexes."""
+    report = plan_removal(path, keys, settings)
     cards = {index: _open_card(index, path) for index in settings.indexes}
-    request = {"outputs": [str(output) for output in plan.outputs]}
+    request = {"indexes": [str(index) for index in settings.indexes]}
     with record_stage(new_record_path(path, "remove"), "remove", request) as outcome:
-        if len(plan.rows):
-            if not plan.is_resumed:
-                start_removal(Cache(path), plan.rows, _find(path, keys).keys, progress=shown)
-            apply_removal(path, progress=shown)
-        indexes = {str(index): _purge(path, index, card, shown) for index, card in cards.items()}
-        entries = _remove_from_outputs(settings, set(keys), read_info(path), shown)
-        named = {str(export): find_named(export, set(keys)) for export in settings.exports}
-        report = RemovalReport(
-            cache=path,
-            num_samples=len(plan.rows),
-            num_before=plan.num_before,
-            indexes=indexes,
-            entries=entries,
-            named={export: count for export, count in named.items() if count},
-        )
-        if len(plan.rows) or any(entries.values()):
-            outcome |= {"num_samples": len(plan.rows), "rows": plan.rows.tolist()}
-            outcome |= {"index_digest": read_info(path).index_digest, "num_chunks": plan.num_chunks}
-            outcome |= {"indexes": indexes, "entries": entries}
-    if len(plan.rows):
+        if len(report.rows):
+            if not report.is_resumed:
+                opened = Cache(path)
+                removed_keys = opened.column("key").take(pa.array(report.rows)).to_pylist()
+                start_removal(opened, report.rows, removed_keys, progress=progress)
+            apply_removal(path, progress=progress)
+        for index, card in cards.items():
+            report.indexes[str(index)] = _purge(path, index, card, progress)
+        if len(report.rows):
+            outcome |= {"num_samples": len(report.rows), "rows": report.rows.tolist()}
+            outcome |= {"index_digest": read_info(path).index_digest, "num_chunks": report.num_chunks}
+            outcome |= {"indexes": report.indexes}
+    if len(report.rows):
         finish_removal(path)
     return report
 
@@ -217,51 +193,30 @@ def _local(cache_path: AnyPath) -> Path:
     return path
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Found:
-    """Samples to remove.
+def _find_rows(cache_path: Path, keys: Sequence[str]) -> tuple[Ints, bool]:
+    """Return the row of each key, and whether an interrupted removal of exactly these samples is to be finished.
 
-    Args:
-        rows: rows of the samples that the cache has, ascending.
-        keys: the key of each of `rows`; none if `is_resumed`, as their hashes are stored already.
-        num_before: how many of the keys were removed before.
-        is_resumed: whether an interrupted removal of exactly these samples is to be finished.
+    The row of a sample that was removed before is -1. An interrupted removal may have replaced the keys already, so
+    they are looked for there first.
     """
-
-    rows: Ints
-    keys: list[str]
-    num_before: int
-    is_resumed: bool
-
-
-def _find(cache_path: Path, keys: Sequence[str]) -> _Found:
-    """Find the samples of keys.
-
-    A removal that was interrupted may have replaced the keys already, so they are looked for there first.
-    """
-    unique = list(dict.fromkeys(keys))
-    if not unique:
-        raise DataError("expected keys of samples to remove, got none")
     pending = read_pending(cache_path)
     if pending is not None:
-        rows = [pending.row_of(key) for key in unique]
-        found = np.array([row for row in rows if row is not None], np.int64)
-        if not np.array_equal(np.sort(found), pending.rows):
+        pending_rows = [pending.row_of(key) for key in keys]
+        rows = np.array([-1 if row is None else row for row in pending_rows], np.int64)
+        if not np.array_equal(np.sort(rows[rows >= 0]), pending.rows):
             raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
-        return _Found(rows=pending.rows, keys=[], num_before=len(unique) - len(found), is_resumed=True)
+        return rows, True
+
     cache = Cache(cache_path)
     removed = read_removed(cache_path, cache.info)
-    found = find_keys(cache, unique)
-    unknown = [key for key, row in zip(unique, found.tolist(), strict=True) if row < 0 and not removed.has(key)]
+    rows = find_keys(cache, keys)
+    unknown = [key for key, row in zip(keys, rows.tolist(), strict=True) if row < 0 and not removed.has(key)]
     if unknown:
         raise DataError(
-            f"expected keys of {cache_path}, got {len(unknown):,} of {len(unique):,} that it does not have, first "
+            f"expected keys of {cache_path}, got {len(unknown):,} of {len(keys):,} that it does not have, first "
             f"{unknown[0]!r}; nothing is removed"
         )
-    num_before = int((found < 0).sum())
-    order = np.argsort(found)[num_before:]
-    ordered = [unique[place] for place in order.tolist()]
-    return _Found(rows=found[order], keys=ordered, num_before=num_before, is_resumed=False)
+    return rows, False
 
 
 def _open_card(index_path: Path, cache_path: Path) -> IndexCard:
@@ -293,21 +248,58 @@ def _purge(cache_path: Path, index_path: Path, card: IndexCard, progress: Progre
     }
 
 
-def _remove_from_outputs(
-    settings: RemoveSettings, keys: Collection[str], info: CacheInfo, progress: Progress
-) -> dict[str, int]:
-    """Remove samples from selections and runs; return how many entries of each were removed."""
-    outputs, entries = [*_with_removed(settings), *settings.runs], {}
-    if outputs:
-        progress.start("removing entries", len(outputs), "files")
-    for path in outputs:
-        entries[str(path)] = remove_from_run(path, keys, info) if path in settings.runs else remove_from(path, keys)
-        progress.advance(1)
-    progress.finish()
-    return entries
+def count_named(path: Path, keys: Collection[str]) -> int:
+    """Count how often a file or folder names samples: in Parquet, lists of keys, DataComp's uids or WebDataset shards.
+
+    Raises:
+        PathError: there are no such files.
+        CorruptError: a file is damaged.
+    """
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    searched = [file for file in files if file.suffix in _READERS and file.is_file()]
+    if not searched:
+        kinds = ", ".join(_READERS)
+        raise PathError(f"{path}: expected a selection, run or export with files of {kinds}, got none; check the path")
+
+    wanted = pa.array(sorted(keys), pa.string())
+    count = 0
+    for file in searched:
+        with reading(file, GET_AGAIN):
+            for names in _READERS[file.suffix](file):
+                count += pc.sum(pc.is_in(names, value_set=wanted)).as_py() or 0
+    return count
 
 
-def _with_removed(settings: RemoveSettings) -> list[Path]:
-    """Return selections, with the table of removed samples that dedup writes beside one."""
-    beside = map(removed_table_path, settings.selections)
-    return [*settings.selections, *(path for path in beside if path.is_file())]
+def _read_table(path: Path) -> Iterable[pa.Array]:
+    with open_table(path) as file:
+        columns = [name for name in _KEY_COLUMNS if name in file.schema_arrow.names]
+        for batch in file.iter_batches(columns=columns, use_threads=False):
+            for column in batch.columns:
+                yield column.cast(pa.string())
+
+
+def _read_list(path: Path) -> Iterable[pa.Array]:
+    yield pa.array(path.read_text(TEXT_ENCODING).splitlines(), pa.string())
+
+
+def _read_uids(path: Path) -> Iterable[pa.Array]:
+    uids = np.load(path, mmap_mode="r", allow_pickle=False)
+    if uids.dtype == np.dtype("u8,u8"):
+        yield pa.array([f"{high:016x}{low:016x}" for high, low in uids.tolist()], pa.string())
+
+
+def _read_shard(path: Path) -> Iterable[pa.Array]:
+    """Read the keys of a shard, each in the `.json` of its sample."""
+    with tarfile.open(path, "r:") as tar:
+        files = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
+        records = [json.load(file) for file in files if file is not None]
+    yield pa.array([str(record.get("key")) for record in records if isinstance(record, dict)], pa.string())
+
+
+_READERS: Mapping[str, Callable[[Path], Iterable[pa.Array]]] = {
+    ".parquet": _read_table,
+    ".txt": _read_list,
+    ".npy": _read_uids,
+    ".tar": _read_shard,
+}
+"""Suffix -> function that reads the keys of samples that a file names."""

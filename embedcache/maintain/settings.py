@@ -13,23 +13,12 @@ class RemoveSettings:
     indexes: tuple[Path, ...] = setting(
         (), "Index of the cache to remove the samples from. May be repeated.", flat_name="index", metavar="INDEX"
     )
-    selections: tuple[Path, ...] = setting(
+    outputs: tuple[Path, ...] = setting(
         (),
-        "Selection, or list of keys, to remove the samples from. May be repeated.",
-        flat_name="selection",
-        metavar="FILE",
-    )
-    exports: tuple[Path, ...] = setting(
-        (),
-        "Export that may name the samples: the command fails until it does not. May be repeated.",
-        flat_name="export",
-        metavar="OUT",
-    )
-    runs: tuple[Path, ...] = setting(
-        (),
-        "Run or study whose split and selection name the samples. May be repeated.",
-        flat_name="run",
-        metavar="RUN",
+        "Selection, list of keys, run, study or export to search for the samples: the command fails while one names "
+        "them. May be repeated.",
+        flat_name="check",
+        metavar="PATH",
     )
 
     def __post_init__(self) -> None:

@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ import pytest
 from embedcache.curate.outliers import find_outliers
 from embedcache.curate.score import score
 from embedcache.curate.settings import ScoreSettings
-from embedcache.dataset.splits import read_split, write_split
+from embedcache.dataset.splits import read_split
 from embedcache.errors import (
     CorruptError,
     DataError,
-    EmbedcacheError,
     PathError,
     UnfinishedError,
 )
@@ -29,8 +27,7 @@ from embedcache.evaluate.runs import read_part
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.interop.exporting import VectorExport
 from embedcache.maintain.copy import cut_cache
-from embedcache.maintain.outputs import find_named, remove_from
-from embedcache.maintain.remove import remove_samples
+from embedcache.maintain.remove import RemovalReport, count_named, remove_samples
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.search.card import read_card
 from embedcache.search.faiss_index import read_index
@@ -55,18 +52,14 @@ from tests.maintain.cases import (
     write_source,
 )
 
-SETTINGS = {"indexes": ("index",), "selections": ("kept.parquet", "keys.txt")}
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a source, its cache, an index and selections. Not to be changed."""
+    """A folder with a source, its cache and an index. Not to be changed."""
     folder = tmp_path_factory.mktemp("remove")
     cache = make_cache(write_source(folder / "source"), folder / "c")
     make_index(cache, folder / "index")
     (folder / "index" / "map.parquet").write_text(CAPTIONS[0])  # a map names clusters by captions
-    make_selection(cache, folder / "kept.parquet")
-    (folder / "keys.txt").write_text("".join(f"{key}\n" for key in Cache(cache).column("key").to_pylist()))
     return folder
 
 
@@ -95,14 +88,8 @@ def test_reports_are_those_of_a_cache_that_never_had_them(labeled: Path, tmp_pat
     assert "of 52 samples" in succeed("curate", "outliers", cache, "odd.parquet", "-k", "5", cwd=tmp_path)
 
 
-def settings_of(folder: Path, **others: Any) -> RemoveSettings:
-    return RemoveSettings(
-        **{name: tuple(folder / path for path in paths) for name, paths in SETTINGS.items()}, **others
-    )
-
-
-def remove(folder: Path) -> None:
-    remove_samples(folder / "c", KEYS, settings_of(folder))
+def remove(folder: Path) -> RemovalReport:
+    return remove_samples(folder / "c", KEYS, index=[folder / "index"])
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +184,8 @@ def test_reader_beside_a_removal_gets_no_empty_rows(copy: Path) -> None:
 
 def test_second_removal_waits_for_the_first(copy: Path, removed: Path) -> None:
     with ThreadPoolExecutor(2) as threads:
-        reports = list(threads.map(lambda _: remove_samples(copy / "c", KEYS, settings_of(copy)), range(2)))
-    assert sorted((report.num_samples, report.num_before) for report in reports) == [(0, 2), (2, 0)]
+        reports = list(threads.map(lambda _: remove(copy), range(2)))
+    assert sorted((len(report.rows), report.num_before) for report in reports) == [(0, 2), (2, 0)]
     assert tree(copy / "c") == tree(removed / "c")
 
 
@@ -259,17 +246,13 @@ def test_removed_items_are_no_failures_of_their_modality(tmp_path: Path) -> None
         ([], {}, DataError, "none"),
         (KEYS, {"index": "none"}, PathError, "exist"),
         (KEYS, {"index": "c"}, PathError, "index"),
-        (KEYS, {"run": "c"}, PathError, "run"),
-        (KEYS, {"selection": "mine.parquet"}, PathError, "embedcache"),
-        (KEYS, {"selection": "c/samples-0.parquet"}, PathError, "embedcache"),
-        (KEYS, {"selection": "link.parquet"}, PathError, "link"),
+        (KEYS, {"check": "none.parquet"}, PathError, "none.parquet"),
+        (KEYS, {"check": "c/cache.json"}, PathError, "expected a selection"),
     ],
 )
 def test_wrong_requests_change_nothing(
     copy: Path, keys: list[Any], options: dict[str, str], error: type[Exception], word: str
 ) -> None:
-    pq.write_table(pa.table({"key": list(KEYS)}), copy / "mine.parquet")
-    (copy / "link.parquet").symlink_to(copy / "kept.parquet")
     before = tree(copy)
     with pytest.raises(error, match=word):
         remove_samples(copy / "c", keys, **{name: [copy / path] for name, path in options.items()})
@@ -308,15 +291,11 @@ def test_index_that_was_not_named_hides_samples(copy: Path) -> None:
 def test_selection_that_was_not_named_is_told(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     from embedcache.dataset.selections import read_selection
 
+    make_selection(copy / "c", copy / "kept.parquet")
     remove_samples(copy / "c", KEYS)
     with caplog.at_level(logging.WARNING):
         assert len(read_selection(copy / "kept.parquet", [Cache(copy / "c")])) == 10
     assert "kept.parquet: 2 samples were removed" in caplog.text
-
-
-def test_table_has_a_checksum_of_its_footer_after_a_removal(copy: Path) -> None:
-    assert remove_from(copy / "kept.parquet", KEYS) == 2
-    assert (copy / "kept.parquet").read_bytes().count(b"footer crc32c ") == 1
 
 
 @pytest.mark.slow
@@ -331,91 +310,37 @@ def test_run_is_told_and_cleaned(
         split = read_split(run / "split.parquet", [Cache(cache)])
     assert "split.parquet: 2 samples were removed" in caplog.text
     assert [split.parts[row] for row in (5, 207)] == ["", ""]
-    report = remove_samples(cache, keys, RemoveSettings(runs=(run,)))
-    assert report.entries == {str(run): 2}
-    assert set(keys).isdisjoint(pq.read_table(run / "split.parquet")["key"].to_pylist())
-    assert read_split(run / "split.parquet", [Cache(cache)]).parts == split.parts
+    report = remove_samples(cache, keys, check=[run])
+    assert report.named == {str(run): 2}
 
 
-def remove_from_copy(cache: Path, run: Path) -> None:
-    remove_samples(cache, ["00005"], RemoveSettings(runs=(run,)))
-
-
-def test_other_split_of_a_run_is_not_signed(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
-    cache = Path(shutil.copytree(cache_path, tmp_path / "cache"))
-    run = Path(shutil.copytree(run_path, tmp_path / "run"))
-    split = read_split(run / "split.parquet", [Cache(cache)])
-    swapped = replace(split, parts=[{"train": "test", "test": "train"}.get(part, part) for part in split.parts])
-    write_split(run / "split.parquet", [Cache(cache)], swapped)
-    before = tree(run)
-    with pytest.raises(CorruptError, match=r"split.parquet: expected the file that the run was made with, got another"):
-        remove_from_copy(cache, run)
-    assert tree(run) == before
-    assert not Cache(cache).info.removed
-
-
-@pytest.mark.slow
-def test_damaged_footer_of_a_selection_is_not_signed(copy: Path) -> None:
-    """A count of rows, and the name of a column; no checksum covers them."""
-    path, rows = copy / "kept.parquet", pq.read_table(copy / "kept.parquet").num_rows
-    data, num_refused = path.read_bytes(), 0
-    start = data.rindex(b"embedcache\x18") - 400
-    for place in range(start, start + 400):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 8]) + data[place + 1 :])
-        try:
-            assert remove_from(path, {"nobody"}) == 0
-            table = pq.read_table(path)
-            assert (table.num_rows, table.column_names[:2]) == (rows, ["row", "key"]), place
-        except EmbedcacheError:
-            num_refused += 1
-    assert num_refused > 50
-
-
-def test_uids_are_removed_and_reports_are_refused(copy: Path) -> None:
-    path = copy / "uids.npy"
-    np.save(path, np.array([(1, 2), (3, 4), (5, 6)], "u8,u8"))
-    assert remove_from(path, {f"{3:016x}{4:016x}", "nobody"}) == 1
-    assert np.load(path).tolist() == [(1, 2), (5, 6)]
-    np.save(path, np.zeros(3))
-    with pytest.raises(PathError, match="expected uids, got an array of float64"):
-        remove_from(path, {"nobody"})
-    (copy / "report.json").write_text("{}")
-    with pytest.raises(PathError, match="got a report; delete it"):
-        remove_from(copy / "report.json", {"nobody"})
-
-
-def test_damaged_tar_is_one_line(copy: Path) -> None:
-    (copy / "shard.tar").write_bytes(b"no tar" * 200)
-    with pytest.raises(CorruptError, match="shard.tar: expected a tar that embedcache exported"):
-        find_named(copy / "shard.tar", {"nobody"})
-
-
-def test_exports_that_name_samples_are_listed(made: Path, copy: Path) -> None:
+def test_outputs_that_name_samples_are_listed(made: Path, copy: Path) -> None:
     from embedcache.curate.select.export import export_selection
 
-    export_selection(made / "c", made / "kept.parquet", copy / "tars", "webdataset")
-    pq.write_table(pa.table({"key": [KEYS[0], "b"]}), copy / "rows.parquet")
-    np.save(copy / "uids.npy", np.array([(1, 2), (3, 4)], "u8,u8"))
-    assert find_named(copy / "uids.npy", {f"{3:016x}{4:016x}"}) == 1
-    exports = [copy / "tars", copy / "rows.parquet", copy / "uids.npy"]
-    before = tree(copy / "tars")
-    report = remove_samples(copy / "c", KEYS, export=exports)
-    assert report.named == {str(copy / "tars"): 2, str(copy / "rows.parquet"): 1}
-    assert tree(copy / "tars") == before
+    selection = make_selection(made / "c", copy / "kept.parquet")
+    export_selection(made / "c", selection, copy / "tars", "webdataset")
+    pq.write_table(pa.table({"key": ["a", "b"], "kept_key": [KEYS[0], None]}), copy / "kept.removed.parquet")
+    (copy / "mine.txt").write_bytes(f"\ufeff{KEYS[0]}\r\nb\r\n".encode())
     (copy / "keys.txt").write_text("\n".join(KEYS))
-    options = [word for export in exports for word in ("--export", export)]
+    checked = [copy / name for name in ("kept.parquet", "tars", "kept.removed.parquet", "mine.txt")]
+    before = tree(copy / "tars")
+    report = remove_samples(copy / "c", KEYS, check=checked)
+    assert list(report.named.values()) == [2, 2, 1, 1]
+    assert tree(copy / "tars") == before
+
+    options = [word for path in checked for word in ("--check", path)]
     assert embedcache("cache", "remove", copy / "c", copy / "keys.txt", "--yes", *options, cwd=copy).code == 1
-    shutil.rmtree(copy / "tars")
-    (copy / "rows.parquet").unlink()
-    with pytest.raises(PathError, match="expected an export"):
-        remove_samples(copy / "c", KEYS, export=exports)
+    (copy / "mine.txt").write_text("b\n")
     assert embedcache("cache", "remove", copy / "c", copy / "keys.txt", "--yes", *options[-2:], cwd=copy).code == 0
 
 
-def test_samples_are_removed_from_a_list_of_keys(tmp_path: Path) -> None:
-    (tmp_path / "keys.txt").write_bytes("a\r\nb\r\nü".encode())
-    assert remove_from(tmp_path / "keys.txt", {"b"}) == 1
-    assert (tmp_path / "keys.txt").read_bytes() == "a\r\nü".encode()
-    (tmp_path / "keys.txt").write_bytes(b"\xef\xbb\xbfb\na\n")
-    assert remove_from(tmp_path / "keys.txt", {"b"}) == 1
-    assert (tmp_path / "keys.txt").read_bytes() == b"a\n"
+def test_uids_are_searched(tmp_path: Path) -> None:
+    np.save(tmp_path / "uids.npy", np.array([(1, 2), (3, 4), (5, 6)], "u8,u8"))
+    np.save(tmp_path / "vectors.npy", np.zeros(3))
+    assert count_named(tmp_path, {f"{3:016x}{4:016x}", "nobody"}) == 1
+
+
+def test_damaged_tar_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "shard.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(CorruptError, match="shard.tar"):
+        count_named(tmp_path / "shard.tar", {"nobody"})

@@ -104,7 +104,7 @@ WRITERS = {
     "cut": Writer("cache cut {cache} {source}.keys {out}", listed),
     "prune": Writer("cache prune {out}/cache --feature open_toy/patches --yes", derived),
     "remove": Writer(
-        "cache remove {out}/cache {source}.keys --index {out}/index --run {out}/run --yes",
+        "cache remove {out}/cache {source}.keys --index {out}/index --yes",
         maintained,
     ),
     "import": Writer("import npy {out} --file image={source}.npy --chunk-size 4", vectors),
