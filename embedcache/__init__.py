@@ -10,148 +10,99 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embedcache.curate.coverage import measure_coverage, measure_coverage_by_modality
+    from embedcache.curate.coverage import measure_coverage as measure_coverage
+    from embedcache.curate.coverage import measure_coverage_by_modality as measure_coverage_by_modality
     from embedcache.curate.dedup import analyze as analyze_duplicates
     from embedcache.curate.dedup import dedup as remove_duplicates
-    from embedcache.curate.leaks import find_leaks
-    from embedcache.curate.map import build_map
-    from embedcache.curate.negatives import mine_negatives
-    from embedcache.curate.outliers import find_outliers
+    from embedcache.curate.leaks import find_leaks as find_leaks
+    from embedcache.curate.map import build_map as build_map
+    from embedcache.curate.negatives import mine_negatives as mine_negatives
+    from embedcache.curate.outliers import find_outliers as find_outliers
     from embedcache.curate.score import score as score_samples
     from embedcache.curate.select.select import select as select_samples
-    from embedcache.curate.select.settings import SelectSettings
-    from embedcache.curate.settings import (
-        CoverageSettings,
-        DedupSettings,
-        LeakSettings,
-        MapSettings,
-        NegativesSettings,
-        OutlierSettings,
-        ScoreSettings,
-    )
-    from embedcache.dataset.settings import SplitSettings
-    from embedcache.derive.derive import Derivation, derive_from_run
+    from embedcache.curate.select.settings import SelectSettings as SelectSettings
+    from embedcache.curate.settings import CoverageSettings as CoverageSettings
+    from embedcache.curate.settings import DedupSettings as DedupSettings
+    from embedcache.curate.settings import LeakSettings as LeakSettings
+    from embedcache.curate.settings import MapSettings as MapSettings
+    from embedcache.curate.settings import NegativesSettings as NegativesSettings
+    from embedcache.curate.settings import OutlierSettings as OutlierSettings
+    from embedcache.curate.settings import ScoreSettings as ScoreSettings
+    from embedcache.dataset.settings import SplitSettings as SplitSettings
+    from embedcache.derive.derive import Derivation as Derivation
     from embedcache.derive.derive import derive as derive_features
-    from embedcache.encoders.settings import EncoderSettings
-    from embedcache.errors import EmbedcacheError
-    from embedcache.evaluate.encoder_pairs import evaluate_pairs
-    from embedcache.evaluate.probe import evaluate_probe
-    from embedcache.evaluate.retrieval import compare_retrieval, evaluate_retrieval
-    from embedcache.evaluate.settings import PairsSettings, ProbeSettings, RetrievalSettings, ZeroShotSettings
-    from embedcache.evaluate.zero_shot import compare_zero_shot, evaluate_zero_shot
-    from embedcache.export.export import export_run
-    from embedcache.export.settings import ExportSettings
+    from embedcache.derive.derive import derive_from_run as derive_from_run
+    from embedcache.encoders.settings import EncoderSettings as EncoderSettings
+    from embedcache.errors import EmbedcacheError as EmbedcacheError
+    from embedcache.evaluate.encoder_pairs import evaluate_pairs as evaluate_pairs
+    from embedcache.evaluate.probe import evaluate_probe as evaluate_probe
+    from embedcache.evaluate.retrieval import compare_retrieval as compare_retrieval
+    from embedcache.evaluate.retrieval import evaluate_retrieval as evaluate_retrieval
+    from embedcache.evaluate.settings import PairsSettings as PairsSettings
+    from embedcache.evaluate.settings import ProbeSettings as ProbeSettings
+    from embedcache.evaluate.settings import RetrievalSettings as RetrievalSettings
+    from embedcache.evaluate.settings import ZeroShotSettings as ZeroShotSettings
+    from embedcache.evaluate.zero_shot import compare_zero_shot as compare_zero_shot
+    from embedcache.evaluate.zero_shot import evaluate_zero_shot as evaluate_zero_shot
+    from embedcache.export.export import export_run as export_run
+    from embedcache.export.settings import ExportSettings as ExportSettings
     from embedcache.extract.extract import extract as extract_features
     from embedcache.extract.plan import plan as plan_extraction
-    from embedcache.extract.repair import retry_failed, verify_cache
-    from embedcache.extract.settings import ExtractSettings, VerifySettings
-    from embedcache.inference import Model, load
-    from embedcache.interop.formats import export_vectors, open_vectors
-    from embedcache.interop.importing import import_vectors
-    from embedcache.interop.settings import ImportSettings, VectorExportSettings
-    from embedcache.maintain.copy import cut_cache, merge_caches
-    from embedcache.maintain.prune import plan_prune, prune_cache
-    from embedcache.maintain.remove import plan_removal, remove_samples
-    from embedcache.maintain.settings import PruneSettings, RemoveSettings
-    from embedcache.search.index import build_index
-    from embedcache.search.queries import Queries
-    from embedcache.search.search import OpenIndex
+    from embedcache.extract.repair import retry_failed as retry_failed
+    from embedcache.extract.repair import verify_cache as verify_cache
+    from embedcache.extract.settings import ExtractSettings as ExtractSettings
+    from embedcache.extract.settings import VerifySettings as VerifySettings
+    from embedcache.inference import Model as Model
+    from embedcache.inference import load as load
+    from embedcache.interop.formats import export_vectors as export_vectors
+    from embedcache.interop.formats import open_vectors as open_vectors
+    from embedcache.interop.importing import import_vectors as import_vectors
+    from embedcache.interop.settings import ImportSettings as ImportSettings
+    from embedcache.interop.settings import VectorExportSettings as VectorExportSettings
+    from embedcache.maintain.copy import cut_cache as cut_cache
+    from embedcache.maintain.copy import merge_caches as merge_caches
+    from embedcache.maintain.prune import plan_prune as plan_prune
+    from embedcache.maintain.prune import prune_cache as prune_cache
+    from embedcache.maintain.remove import plan_removal as plan_removal
+    from embedcache.maintain.remove import remove_samples as remove_samples
+    from embedcache.maintain.settings import PruneSettings as PruneSettings
+    from embedcache.maintain.settings import RemoveSettings as RemoveSettings
+    from embedcache.search.index import build_index as build_index
+    from embedcache.search.queries import Queries as Queries
+    from embedcache.search.search import OpenIndex as OpenIndex
     from embedcache.search.search import search as search_index
-    from embedcache.search.settings import Filter, IndexSettings, SearchSettings
-    from embedcache.sources.open import open_source
-    from embedcache.sources.settings import SourceSettings
-    from embedcache.sources.video import Video
-    from embedcache.store.cache import Cache
-    from embedcache.store.feature import Feature
-    from embedcache.sweep.settings import SweepSettings
+    from embedcache.search.settings import Filter as Filter
+    from embedcache.search.settings import IndexSettings as IndexSettings
+    from embedcache.search.settings import SearchSettings as SearchSettings
+    from embedcache.sources.open import open_source as open_source
+    from embedcache.sources.settings import SourceSettings as SourceSettings
+    from embedcache.sources.video import Video as Video
+    from embedcache.store.cache import Cache as Cache
+    from embedcache.store.feature import Feature as Feature
+    from embedcache.sweep.settings import SweepSettings as SweepSettings
     from embedcache.sweep.sweep import sweep as sweep_projectors
-    from embedcache.train.pair_dataset import PairDataset
-    from embedcache.train.settings import LossSettings, MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
+    from embedcache.train.pair_dataset import PairDataset as PairDataset
+    from embedcache.train.settings import LossSettings as LossSettings
+    from embedcache.train.settings import MachineSettings as MachineSettings
+    from embedcache.train.settings import ModelSettings as ModelSettings
+    from embedcache.train.settings import OptimizerSettings as OptimizerSettings
+    from embedcache.train.settings import TrainSettings as TrainSettings
     from embedcache.train.train import train as train_projectors
 
     __version__: str
-
-
-__all__ = [
-    "Cache",
-    "CoverageSettings",
-    "DedupSettings",
-    "Derivation",
-    "EmbedcacheError",
-    "EncoderSettings",
-    "ExportSettings",
-    "ExtractSettings",
-    "Feature",
-    "Filter",
-    "ImportSettings",
-    "IndexSettings",
-    "LeakSettings",
-    "LossSettings",
-    "MachineSettings",
-    "MapSettings",
-    "Model",
-    "ModelSettings",
-    "NegativesSettings",
-    "OpenIndex",
-    "OptimizerSettings",
-    "OutlierSettings",
-    "PairDataset",
-    "PairsSettings",
-    "ProbeSettings",
-    "PruneSettings",
-    "Queries",
-    "RemoveSettings",
-    "RetrievalSettings",
-    "ScoreSettings",
-    "SearchSettings",
-    "SelectSettings",
-    "SourceSettings",
-    "SplitSettings",
-    "SweepSettings",
-    "TrainSettings",
-    "VectorExportSettings",
-    "VerifySettings",
-    "Video",
-    "ZeroShotSettings",
-    "analyze_duplicates",
-    "build_index",
-    "build_map",
-    "compare_retrieval",
-    "compare_zero_shot",
-    "cut_cache",
-    "derive_features",
-    "derive_from_run",
-    "evaluate_pairs",
-    "evaluate_probe",
-    "evaluate_retrieval",
-    "evaluate_zero_shot",
-    "export_run",
-    "export_vectors",
-    "extract_features",
-    "find_leaks",
-    "find_outliers",
-    "import_vectors",
-    "load",
-    "measure_coverage",
-    "measure_coverage_by_modality",
-    "merge_caches",
-    "mine_negatives",
-    "open_source",
-    "open_vectors",
-    "plan_extraction",
-    "plan_prune",
-    "plan_removal",
-    "prune_cache",
-    "remove_duplicates",
-    "remove_samples",
-    "retry_failed",
-    "score_samples",
-    "search_index",
-    "select_samples",
-    "sweep_projectors",
-    "train_projectors",
-    "verify_cache",
-]
+    # Type checkers export a name that differs from the imported one only if it is listed.
+    __all__ = [
+        "analyze_duplicates",
+        "derive_features",
+        "extract_features",
+        "plan_extraction",
+        "remove_duplicates",
+        "score_samples",
+        "search_index",
+        "select_samples",
+        "sweep_projectors",
+        "train_projectors",
+    ]
 
 
 @cache
@@ -168,12 +119,16 @@ if not TYPE_CHECKING:  # a type checker that saw this would accept any name
     def __getattr__(name: str) -> Any:
         if name == "__version__":
             return import_module("importlib.metadata").version("embedcache")
-        if name not in __all__:
-            known = [public for public in __all__ if name.lower() in public.lower()] or __all__
+        homes = _read_homes()
+        public = sorted(homes)
+        if name == "__all__":
+            return public
+        if name not in homes:
+            known = [each for each in public if name.lower() in each.lower()] or public
             raise AttributeError(f"module 'embedcache' has no attribute {name!r}; it has {', '.join(known)}")
-        module, attribute = _read_homes()[name]
+        module, attribute = homes[name]
         return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted({*globals(), *_read_homes(), "__version__"})
