@@ -5,7 +5,7 @@ Inputs are features of the same items, or of other items of the same samples.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from embedcache.dataset.splits import read_split, require_split
 from embedcache.derive.rules import Block, Rule, to_items
 from embedcache.encoders.open import DERIVED, EncoderSpec
 from embedcache.errors import DataError, ItemError, SettingError, UnfinishedError
-from embedcache.files import find_files, read_file, replacing
+from embedcache.files import read_file, replacing
 from embedcache.locks import locked
-from embedcache.provenance import digest, digest_file
+from embedcache.provenance import digest_file
 from embedcache.store.cache import Cache
-from embedcache.store.commits import Commit
+from embedcache.store.commits import PENDING, Commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group, open_group
 from embedcache.store.layout import checked_fit_path, encoder_path, fit_path
@@ -57,7 +57,8 @@ class ChunkReader:
         self.cache = cache
         self.inputs = inputs
         self.modality = inputs[0].modality
-        self._commits: dict[tuple[int, int], Commit] = {}
+        self._commits: dict[tuple[Feature, int], Commit] = {}
+        self._rows_by_sample: dict[str, Ints] = {}
 
     def require_complete(self) -> None:
         """Check that every chunk of the inputs is committed, or raise an `UnfinishedError`; keeps no commits."""
@@ -70,116 +71,90 @@ class ChunkReader:
         rows = self.cache.info.chunk_rows(self.modality, chunk)
         return self.open_rows(np.arange(rows.start, rows.stop))
 
-    def open_first(self) -> Rows:
-        """Return the first item of the first chunk that has all inputs, if there is one."""
-        rows = self.open_chunk(0)
-        return rows.where(np.arange(len(rows.valid)) == 0)
-
     def open_rows(self, rows: Ints) -> Rows:
         """Return some rows of the first input's modality, ascending."""
         self._commits.clear()
         reasons: list[str | None] = [None] * len(rows)
-        found = []
-        for number, feature in enumerate(self.inputs):
-            input_rows = self._rows_of(feature.modality, rows)
-            found.append(input_rows)
-            for position, reason in enumerate(self._reasons(number, input_rows)):
-                reasons[position] = reasons[position] or reason
+        input_rows = [self._rows_of(feature.modality, rows) for feature in self.inputs]
+        for feature, rows_of_input in zip(self.inputs, input_rows, strict=True):
+            for position, row in enumerate(rows_of_input.tolist()):
+                reasons[position] = reasons[position] or self._reason(feature, row)
+
+        size = self.cache.info.chunk_size
+        hashes = [self._commit(self.inputs[0], row // size).hashes[row % size] for row in rows.tolist()]
         valid = np.flatnonzero([reason is None for reason in reasons])
-        return Rows(
-            hashes=self._hashes(rows),
-            reasons=reasons,
-            valid=valid,
-            input_rows=[input_rows[valid] for input_rows in found],
-        )
+        return Rows(hashes=hashes, reasons=reasons, valid=valid, input_rows=[each[valid] for each in input_rows])
 
     def samples_of(self, rows: Rows) -> Ints:
         """Return the sample of each item that has all inputs."""
-        samples: Ints = self._own_samples[rows.input_rows[0]]
+        samples: Ints = self._samples[rows.input_rows[0]]
         return samples
 
     def blocks(self, rows: Rows) -> list[Block]:
         """Read the values of each input for the items that have all inputs."""
-        return [self._read(number, input_rows) for number, input_rows in enumerate(rows.input_rows)]
+        return [self._read(feature, own_rows) for feature, own_rows in zip(self.inputs, rows.input_rows, strict=True)]
 
-    def _read(self, number: int, rows: Ints) -> Block:
+    def _read(self, feature: Feature, rows: Ints) -> Block:
         """Read rows of an input, chunk by chunk."""
-        feature = self.inputs[number]
-        size = self.cache.info.chunk_size
+        chunks, offsets = np.divmod(rows, self.cache.info.chunk_size)
         items: list[Any] = [None] * len(rows)
-        for chunk in distinct(rows // size).tolist():
-            stored = feature.items(self._commit(number, chunk))
-            for position in np.flatnonzero(rows // size == chunk).tolist():
-                items[position] = stored[rows[position] - chunk * size]
+        for chunk in distinct(chunks).tolist():
+            stored = feature.items(self._commit(feature, chunk))
+            for position in np.flatnonzero(chunks == chunk).tolist():
+                items[position] = stored[offsets[position]]
         if not feature.is_ragged:
             return Block(np.stack(items))
         return Block(np.concatenate(items), np.array([len(item) for item in items], np.int64))
 
-    def _reasons(self, number: int, rows: Ints) -> list[str | None]:
-        """Return the reason why each row lacks an input; a row of -1 is an item that its sample lacks."""
-        feature, size = self.inputs[number], self.cache.info.chunk_size
-        reasons: list[str | None] = []
-        for row in rows.tolist():
-            if row < 0:
-                reasons.append(f"no {feature.modality} in its sample")
-            else:
-                chunk, offset = divmod(row, size)
-                reasons.append(self._commit(number, chunk).failures[feature.feature][offset])
-        return reasons
+    def _reason(self, feature: Feature, row: int) -> str | None:
+        """Return the reason why an item lacks an input; a row of -1 is an item that its sample lacks."""
+        if row < 0:
+            return f"no {feature.modality} in its sample"
+        chunk, offset = divmod(row, self.cache.info.chunk_size)
+        return self._commit(feature, chunk).failures[feature.feature][offset]
 
-    def _hashes(self, rows: Ints) -> list[bytes | None]:
-        located = (divmod(row, self.cache.info.chunk_size) for row in rows.tolist())
-        return [self._commit(0, chunk).hashes[offset] for chunk, offset in located]
-
-    def _commit(self, number: int, chunk: int) -> Commit:
+    def _commit(self, feature: Feature, chunk: int) -> Commit:
         """Return the commit of a chunk of an input, kept until other rows are opened."""
-        if (number, chunk) not in self._commits:
-            self._commits[number, chunk] = _read_commit(self.inputs[number], chunk)
-        return self._commits[number, chunk]
+        if (feature, chunk) not in self._commits:
+            self._commits[feature, chunk] = _read_commit(feature, chunk)
+        return self._commits[feature, chunk]
 
     def _rows_of(self, modality: str, rows: Ints) -> Ints:
         """Return the row of a modality in the sample of each row; -1 if the sample has none."""
         if modality == self.modality:
             return rows
-        samples, own_rows = self._unique_samples(modality)
-        wanted = self._own_samples[rows]
-        positions = np.minimum(np.searchsorted(samples, wanted), max(len(samples) - 1, 0))
-        found: Ints = np.where(samples[positions] == wanted, own_rows[positions], -1)
+        if modality not in self._rows_by_sample:
+            self._rows_by_sample[modality] = self._find_rows_by_sample(modality)
+        found: Ints = self._rows_by_sample[modality][self._samples[rows]]
         return found
 
-    @cached_property
-    def _own_samples(self) -> Ints:
-        return self._samples(self.modality)
-
-    def _unique_samples(self, modality: str) -> tuple[Ints, Ints]:
-        """Return the samples with an item of a modality, ascending, and the row of each one's item.
+    def _find_rows_by_sample(self, modality: str) -> Ints:
+        """Return the row of each sample's only item of a modality, (S,) int64, -1 if it has none.
 
         Raises:
             DataError: a sample has several.
         """
-        if modality not in self._links:
-            samples = self._samples(modality)
-            order = np.argsort(samples, kind="stable")
-            samples = samples[order]
-            is_repeated = samples[1:] == samples[:-1]
-            if is_repeated.any():
-                first = int(samples[1:][is_repeated][0])
-                key = self.cache.key(first)
-                raise DataError(
-                    f"expected one {modality} per sample, got {int((samples == first).sum())} in the sample {key!r}: "
-                    f"which of them belongs to its {self.modality} is not defined; make the {modality} the first "
-                    "input, or use a cache with one per sample"
-                )
-            self._links[modality] = samples, order
-        return self._links[modality]
+        samples = _read_samples(self.cache, modality)
+        counts_S = np.bincount(samples, minlength=len(self.cache))
+        if counts_S.max() > 1:
+            sample = int(np.argmax(counts_S > 1))
+            raise DataError(
+                f"expected one {modality} per sample, got {counts_S[sample]} in the sample {self.cache.key(sample)!r}: "
+                f"which of them belongs to its {self.modality} is not defined; make the {modality} the first input, "
+                "or use a cache with one per sample"
+            )
+        rows_S = np.full(len(self.cache), -1, np.int64)
+        rows_S[samples] = np.arange(len(samples))
+        return rows_S
 
     @cached_property
-    def _links(self) -> dict[str, tuple[Ints, Ints]]:
-        return {}
+    def _samples(self) -> Ints:
+        return _read_samples(self.cache, self.modality)
 
-    def _samples(self, modality: str) -> Ints:
-        samples: Array = self.cache.items(modality, columns=["sample"])["sample"].to_numpy()
-        return samples.astype(np.int64)
+
+def _read_samples(cache: Cache, modality: str) -> Ints:
+    samples: Array = cache.items(modality, columns=["sample"])["sample"].to_numpy()
+    return samples.astype(np.int64)
 
 
 def _read_commit(feature: Feature, chunk: int) -> Commit:
@@ -227,19 +202,20 @@ class OpenDerivation:
         return ChunkFeatures(items, inputs.hashes, failures)
 
     def retries(self, commit: Commit) -> bool:
-        """Return whether an item without a value has all inputs now: one may have been repaired since."""
-        if not any(any(reasons) for reasons in commit.failures.values()):
+        """Return whether the reason of an input has changed for an item that failed, such as to none at all."""
+        reasons = [commit.failures[name] for name in self.outputs if name in commit.failures]
+        if not any(map(any, reasons)):
             return False
-        has_inputs = set(self.reader.open_chunk(commit.chunk).valid.tolist())
+        now = self.reader.open_chunk(commit.chunk).reasons
         return any(
-            reason and row in has_inputs and not reason.endswith(self._own_suffix)
-            for name in self.outputs
-            for row, reason in enumerate(commit.failures.get(name, ()))
+            reason not in (None, PENDING) and (None if reason.endswith(self._own_suffix) else reason) != reason_now
+            for of_output in reasons
+            for reason, reason_now in zip(of_output, now, strict=True)
         )
 
     @property
     def _own_suffix(self) -> str:
-        """End of the reasons that the rule gave, which stay, unlike those of its inputs."""
+        """End of the reasons that the rule gave, unlike those of its inputs."""
         return f" (from {self.name})"
 
     def apply(self, rows: Rows) -> dict[str, list[Array | ItemError]]:
@@ -269,61 +245,11 @@ class OpenDerivation:
         return values
 
 
-@dataclass(frozen=True, kw_only=True)
-class DerivedView:
-    """A view of the inputs that derived features are computed from; they differ from the plain ones in nothing else.
-
-    Args:
-        name: name of the view, such as `babble-5dB`.
-        plain_inputs: modality, name and fingerprint of the features in whose place the views are read.
-    """
-
-    name: str
-    plain_inputs: Sequence[tuple[str, str, Mapping[str, Any]]]
-
-
-def request_fingerprint(
-    rule: Rule,
-    inputs: Sequence[Feature],
-    parameters: Mapping[str, Any],
-    *,
-    weights: str,
-    view: DerivedView | None = None,
-) -> dict[str, Any]:
-    """Return everything that decides derived features, but for the arrays that a rule is fitted to.
-
-    With a view, it is the fingerprint of the features without the view, and `view` with its name and its own inputs.
-    """
-    read = [_input_record(feature.modality, feature.name, feature.fingerprint) for feature in inputs]
-    fingerprint: dict[str, Any] = {
-        "family": DERIVED,
-        "model": rule.name,
-        "revision": None,
-        "weights": weights,
-        "preprocessing": dict(parameters),
-        "pooling": {},
-        "backend": None,
-        "precision": None,
-        "inputs": read if view is None else [_input_record(*plain) for plain in view.plain_inputs],
-    }
-    if rule.code is not None:
-        fingerprint["code"] = rule.code
-    if view is not None:
-        fingerprint["view"] = {"name": view.name, "inputs": read}
-    return fingerprint
-
-
-def _input_record(modality: str, name: str, fingerprint: Mapping[str, Any]) -> dict[str, str]:
-    return {"modality": modality, "feature": name, "fingerprint": digest(fingerprint)}
-
-
-def prepare_group(
-    cache: Cache, opened: OpenDerivation, *, split_path: Path | None
-) -> tuple[EncoderGroup, dict[str, Array]]:
+def prepare_group(opened: OpenDerivation, *, split_path: Path | None) -> tuple[EncoderGroup, OpenDerivation]:
     """Create the folder of derived features, or open it; fit the rule, unless the folder holds what it was fitted to.
 
     Returns:
-        The folder, and the arrays of a rule that is fitted; empty for others.
+        The folder, and the derivation with the arrays that its rule was fitted to.
 
     Raises:
         SettingError: the name belongs to an encoder.
@@ -331,52 +257,56 @@ def prepare_group(
         FingerprintError: the folder holds features of other inputs, parameters, code or training part.
         CorruptError: the fitted arrays are missing or have changed.
     """
-    rule = opened.rule
-    reader = opened.reader
-    name = opened.name
-    path = encoder_path(cache.path, reader.modality, name)
-    stored = _open_stored(cache, reader.modality, name)
-    if stored is not None and not stored.is_derived:
-        raise SettingError(f"name: {path} holds the features of the encoder {stored.spec}; choose another name")
-    create = partial(create_group, cache.path, reader.modality, name, cache.info, spec=_spec(rule))
+    cache = opened.reader.cache
+    place = (cache.path, opened.reader.modality, opened.name)
+    path = encoder_path(*place)
+    has_metadata = (path / "zarr.json").is_file()
+    if has_metadata:
+        stored = open_group(*place, cache.info)
+        if not stored.is_derived:
+            raise SettingError(f"name: {path} holds the features of the encoder {stored.spec}; choose another name")
+    spec = _spec(opened.rule)
 
-    if rule.fit is None:
+    if opened.rule.fit is None:
         if split_path is not None:
-            raise SettingError(f"fit_split: the rule {rule.name!r} is not fitted; omit --fit-split")
-        return create(fingerprint=opened.fingerprint), {}
+            raise SettingError(f"fit_split: the rule {opened.rule.name!r} is not fitted; omit --fit-split")
+        opened.apply(_first(opened.reader))  # before anything is written
+        return create_group(*place, cache.info, spec=spec, fingerprint=opened.fingerprint), opened
 
     if split_path is not None:
         require_split(split_path)
     part = {"part": "all"} if split_path is None else {"part": "train", "split": digest_file(split_path)}
     fingerprint = {**opened.fingerprint, "fit": part}
     with locked(path):  # so that one process fits the rule for all
-        stored = _open_stored(cache, reader.modality, name)
-        if stored is not None and _is_started(stored, fingerprint):
-            weights = stored.fingerprint["weights"]
-        else:
-            weights = _write_fit(path, _fit(rule, reader, fingerprint, split_path))
-        group = create(fingerprint={**fingerprint, "weights": weights})
-    return group, read_fit(group)
+        weights = _find_fit(cache, place, fingerprint)
+        if weights is None:
+            arrays = _fit(opened, split_path)
+            with replacing(fit_path(path)) as temporary:
+                save_file(arrays, temporary)
+            weights = digest_file(fit_path(path))
+        group = create_group(*place, cache.info, spec=spec, fingerprint={**fingerprint, "weights": weights})
+    return group, with_fit(opened, group)
 
 
-def _open_stored(cache: Cache, modality: str, name: str) -> EncoderGroup | None:
-    """Open a folder of the cache, with or without chunks; None if there is none."""
-    has_metadata = (encoder_path(cache.path, modality, name) / "zarr.json").is_file()
-    return open_group(cache.path, modality, name, cache.info) if has_metadata else None
+def _first(reader: ChunkReader) -> Rows:
+    """Return the first item of the first chunk that has all inputs, if there is one."""
+    rows = reader.open_chunk(0)
+    return rows.where(np.arange(len(rows.valid)) == 0)
 
 
-def _write_fit(folder: Path, arrays: Sequence[tuple[str, Array]]) -> str:
-    """Write the arrays that a rule was fitted to; return the SHA-256 of the file, 64 hex digits."""
-    with replacing(fit_path(folder)) as temporary:
-        save_file({name: np.ascontiguousarray(values) for name, values in arrays}, temporary)
-    return digest_file(fit_path(folder))
+def _find_fit(cache: Cache, place: tuple[Path, str, str], fingerprint: Mapping[str, Any]) -> str | None:
+    """Return the digest of the arrays that a folder was fitted to, to which a new request is compared.
 
-
-def _is_started(stored: EncoderGroup, fingerprint: Mapping[str, Any]) -> bool:
-    """Return whether a folder holds chunks, or an interrupted derivation of the same features fitted its rule."""
-    has_chunks = any(find_files(stored.path, "chunks/*.json"))
+    None if it has neither chunks nor arrays that an interrupted derivation of the same features was fitted to.
+    """
+    path = encoder_path(*place)
+    if not (path / "zarr.json").is_file():
+        return None
+    stored = open_group(*place, cache.info)
     is_same = {**stored.fingerprint, "weights": ""} == {**fingerprint, "weights": ""}
-    return has_chunks or (is_same and fit_path(stored.path).is_file())
+    if stored.has_commits or (is_same and fit_path(path).is_file()):
+        return str(stored.fingerprint["weights"])
+    return None
 
 
 def _spec(rule: Rule) -> str:
@@ -386,10 +316,8 @@ def _spec(rule: Rule) -> str:
     return EncoderSpec(DERIVED, rule.name, rule.location).absolute.text
 
 
-def _fit(
-    rule: Rule, reader: ChunkReader, fingerprint: Mapping[str, Any], split_path: Path | None
-) -> list[tuple[str, Array]]:
-    assert rule.fit is not None
+def _fit(opened: OpenDerivation, split_path: Path | None) -> dict[str, Array]:
+    reader = opened.reader
     is_training = None if split_path is None else read_split(split_path, [reader.cache]).mask("train")
 
     def blocks() -> Iterator[list[Block]]:
@@ -400,13 +328,18 @@ def _fit(
             if len(rows.valid):
                 yield reader.blocks(rows)
 
-    return sorted(rule.fit(blocks(), fingerprint["preprocessing"]).items())
+    assert opened.rule.fit is not None
+    arrays = opened.rule.fit(blocks(), opened.parameters)
+    return {name: np.ascontiguousarray(values) for name, values in sorted(arrays.items())}
 
 
-def read_fit(group: EncoderGroup) -> dict[str, Array]:
-    """Read the arrays that a rule was fitted to.
+def with_fit(opened: OpenDerivation, group: EncoderGroup) -> OpenDerivation:
+    """Return a derivation with the arrays that its rule was fitted to, if it is.
 
     Raises:
         CorruptError: the file is missing or has changed.
     """
-    return dict(load(read_file(checked_fit_path(group.path, group.fingerprint))))
+    if opened.rule.fit is None:
+        return opened
+    fitted = load(read_file(checked_fit_path(group.path, group.fingerprint)))
+    return replace(opened, parameters={**opened.parameters, **fitted})

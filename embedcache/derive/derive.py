@@ -3,40 +3,29 @@
 `verify` computes them again: damaged chunks, and some rows to compare.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN
-from embedcache.derive.compute import (
-    ChunkReader,
-    DerivedView,
-    OpenDerivation,
-    prepare_group,
-    read_fit,
-    request_fingerprint,
-)
-from embedcache.derive.rules import Rule, RuleFunction, open_rule
-from embedcache.derive.runs import RunRequest, open_run, reopen_run
+from embedcache.derive.compute import ChunkReader, OpenDerivation, prepare_group, with_fit
+from embedcache.derive.rules import Rule, open_rule
+from embedcache.derive.runs import DerivedView, RunRequest, open_run, reopen_run
 from embedcache.derive.settings import DTYPES, DeriveSettings
 from embedcache.devices import AUTO
-from embedcache.encoders.base import ItemShape
-from embedcache.encoders.open import RUN, EncoderSpec
+from embedcache.encoders.open import DERIVED, RUN, EncoderSpec
 from embedcache.errors import SettingError, UnknownNameError
 from embedcache.files import AnyPath, remove_partials
 from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.provenance import digest
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import names_from
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.producer import FillReport, Output, fill
-
-OutputSpec: TypeAlias = tuple[ItemShape, str]
-"""Shape of one item and dtype on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +36,18 @@ class Derivation:
         name: name of their folder in the cache, beside those of encoders.
         inputs: modality and name, `encoder/feature`, of each feature that the rule reads. The derived features have an
             item per item of the first input; other modalities contribute the item of the same sample.
-        rule: name of a rule, `module:attribute`, or a function; see `embedcache.derive.rules`.
+        rule: a rule, its name, or `module:attribute`; see `embedcache.derive.rules`.
         parameters: parameters of the rule, as JSON values.
-        outputs: output -> item shape and dtype, for a function; a `Rule` knows its outputs.
-        dtype: dtype on disk of the outputs of a `Rule`.
-        model_digest: digest of what a function computes with, if it is more than its code and parameters.
-        keeps_axis: whether token outputs of a function have the tokens, and the axis, of the first input.
+        dtype: dtype on disk of the outputs.
         fit_split: a run's `split.parquet`; a rule that is fitted reads its training part. None: all items.
         view: the view that the inputs are of, which is added to the name of the folder: `NAME@VIEW`.
     """
 
     name: str
     inputs: Sequence[tuple[str, str]]
-    rule: str | Rule | RuleFunction
+    rule: str | Rule
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    outputs: Mapping[str, OutputSpec] = field(default_factory=dict)
     dtype: str = "float16"
-    model_digest: str = ""
-    keeps_axis: bool = False
     fit_split: Path | None = None
     view: DerivedView | None = None
 
@@ -76,34 +59,19 @@ class Derivation:
     def __post_init__(self) -> None:
         if not self.inputs:
             raise SettingError("inputs: expected at least one feature to derive from, got none")
-        for each in itertools.filterfalse(_is_input, self.inputs):
-            expected = "pairs of a modality and a feature, such as ('image', 'dinov2-base/cls')"
-            raise SettingError(f"inputs: expected {expected}, got {each!r}")
+        for each in self.inputs:
+            is_pair = isinstance(each, tuple | list) and [isinstance(part, str) for part in each] == [True, True]
+            if not is_pair:
+                expected = "pairs of a modality and a feature, such as ('image', 'dinov2-base/cls')"
+                raise SettingError(f"inputs: expected {expected}, got {each!r}")
         if not self.name or EncoderSpec("", self.name).folder != self.name:
             raise SettingError(f"name: expected a name of letters, digits and . = + - _, got {self.name!r}")
-        if not (isinstance(self.rule, str | Rule) or callable(self.rule)):
-            raise SettingError(f"rule: expected the name of a rule, a Rule or a function, got {self.rule!r}")
+        if not isinstance(self.rule, str | Rule):
+            raise SettingError(f"rule: expected a Rule or the name of one, got {self.rule!r}")
         if not isinstance(self.parameters, Mapping):
             raise SettingError(f"parameters: expected a mapping of names and values, got {self.parameters!r}")
-        if not isinstance(self.outputs, Mapping) or not all(map(_is_output, self.outputs.values())):
-            expected = 'shapes and dtypes such as {"label": ((1,), "int16")}'
-            raise SettingError(f"outputs: expected {expected}, got {self.outputs!r}")
-        for dtype in (self.dtype, *(dtype for _, dtype in self.outputs.values())):
-            if dtype not in DTYPES:
-                raise SettingError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-
-
-def _is_input(value: Any) -> bool:
-    """Return whether a value is a pair of texts."""
-    return isinstance(value, tuple | list) and [isinstance(part, str) for part in value] == [True, True]
-
-
-def _is_output(value: Any) -> bool:
-    """Return whether a value is a shape, (D,), (T, D) or (-1, D), and a text."""
-    if not (isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[1], str)):
-        return False
-    shape = value[0]
-    return isinstance(shape, tuple | list) and len(shape) in (1, 2) and all(type(size) is int for size in shape)
+        if self.dtype not in DTYPES:
+            raise SettingError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = None) -> FillReport:
@@ -126,25 +94,9 @@ def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = No
         raise SettingError(f"derivation: expected a Derivation, got {derivation!r}")
     cache = Cache(cache)
     remove_partials(cache.path)
-    rule = open_rule(derivation.rule)
-    inputs = [_open_input(cache, derivation, modality, name) for modality, name in derivation.inputs]
-    parameters = rule.check_parameters(derivation.parameters)
-    reader = ChunkReader(cache, inputs)
-    weights = derivation.model_digest or rule.weights
-    opened = OpenDerivation(
-        name=derivation.folder,
-        fingerprint=request_fingerprint(rule, inputs, parameters, weights=weights, view=derivation.view),
-        rule=rule,
-        reader=reader,
-        parameters=parameters,
-        outputs=_choose_outputs(derivation, rule, inputs, parameters),
-    )
-    reader.require_complete()
-    if rule.fit is None:  # before anything is written
-        opened.apply(reader.open_first())
-
-    group, fitted = prepare_group(cache, opened, split_path=derivation.fit_split)
-    opened = replace(opened, parameters={**parameters, **fitted})
+    opened = _open(cache, derivation)
+    opened.reader.require_complete()
+    group, opened = prepare_group(opened, split_path=derivation.fit_split)
     with record_stage(new_record_path(cache.path, "derive"), "derive", group.fingerprint) as outcome:
         report = fill(group, opened, progress=progress)
         if report.computed:
@@ -152,37 +104,63 @@ def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = No
     return report
 
 
-def _open_input(cache: Cache, derivation: Derivation, modality: str, name: str) -> Feature:
-    feature = cache.feature(modality, name)
-    if feature.group.name == derivation.folder and modality == derivation.inputs[0][0]:
-        raise SettingError(f"name: {derivation.folder!r} holds the input {feature.name}; choose another name")
-    return feature
+def _open(cache: Cache, derivation: Derivation) -> OpenDerivation:
+    """Open the rule and the inputs of a derivation."""
+    rule = open_rule(derivation.rule)
+    inputs = [cache.feature(modality, name) for modality, name in derivation.inputs]
+    for feature in inputs:
+        if (feature.group.name, feature.modality) == (derivation.folder, inputs[0].modality):
+            raise SettingError(f"name: {derivation.folder!r} holds the input {feature.name}; choose another name")
+
+    parameters = rule.check_parameters(derivation.parameters)
+    outputs: dict[str, Output] = {}
+    for name, shape in rule.outputs([feature.item_shape for feature in inputs], parameters).items():
+        axis = _choose_axis(rule, name, inputs) if len(shape) > 1 else None
+        outputs[name] = Output(tuple(shape), derivation.dtype, axis)
+    return OpenDerivation(
+        name=derivation.folder,
+        fingerprint=_fingerprint(rule, inputs, parameters, derivation.view),
+        rule=rule,
+        reader=ChunkReader(cache, inputs),
+        parameters=parameters,
+        outputs=outputs,
+    )
 
 
-def _choose_outputs(
-    derivation: Derivation, rule: Rule, inputs: Sequence[Feature], parameters: Mapping[str, Any]
-) -> dict[str, Output]:
-    if rule.outputs is None and not derivation.outputs:
-        raise SettingError(
-            f"outputs: the rule {rule.name!r} is a function, which does not say what it returns; expected "
-            'shapes and dtypes such as {"label": ((1,), "int16")}, or a Rule instead of a function'
-        )
-    outputs = dict(derivation.outputs)
-    if rule.outputs is not None:
-        shapes = rule.outputs([feature.item_shape for feature in inputs], parameters)
-        if derivation.outputs:
-            raise SettingError(f"outputs: the rule {rule.name!r} has the outputs {', '.join(shapes)}; omit them")
-        outputs = {name: (tuple(shape), derivation.dtype) for name, shape in shapes.items()}
-    return {
-        name: Output(shape, dtype, _choose_axis(derivation, rule, name, inputs) if len(shape) > 1 else None)
-        for name, (shape, dtype) in outputs.items()
-    }
-
-
-def _choose_axis(derivation: Derivation, rule: Rule, output: str, inputs: Sequence[Feature]) -> Axis | None:
+def _choose_axis(rule: Rule, output: str, inputs: Sequence[Feature]) -> Axis | None:
     if rule.axis is not None:
         return rule.axis(output, [feature.axis for feature in inputs])
-    return inputs[0].axis if derivation.keeps_axis or rule.keeps_axis else None
+    return inputs[0].axis if rule.keeps_axis else None
+
+
+def _fingerprint(
+    rule: Rule, inputs: Sequence[Feature], parameters: Mapping[str, Any], view: DerivedView | None
+) -> dict[str, Any]:
+    """Return everything that decides derived features, but for the arrays that a rule is fitted to.
+
+    With a view, it is the fingerprint of the features without the view, and `view` with its name and its own inputs.
+    """
+    read = [_input_record(feature.modality, feature.name, feature.fingerprint) for feature in inputs]
+    fingerprint: dict[str, Any] = {
+        "family": DERIVED,
+        "model": rule.name,
+        "revision": None,
+        "weights": rule.weights,
+        "preprocessing": dict(parameters),
+        "pooling": {},
+        "backend": None,
+        "precision": None,
+        "inputs": read if view is None else [_input_record(*plain) for plain in view.plain_inputs],
+    }
+    if rule.code is not None:
+        fingerprint["code"] = rule.code
+    if view is not None:
+        fingerprint["view"] = {"name": view.name, "inputs": read}
+    return fingerprint
+
+
+def _input_record(modality: str, name: str, fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    return {"modality": modality, "feature": name, "fingerprint": digest(fingerprint)}
 
 
 def derive_from_run(
@@ -217,24 +195,17 @@ def derive_from_run(
     Returns:
         One report per view and modality; errors are those of `derive` and `embedcache.derive.runs.open_run`.
     """
-    run, cache = Path(run), Cache(cache)
+    run = Path(run)
+    cache = Cache(cache)
     progress = to_progress(progress)
+    name = name or f"{run.resolve().name}-{output}"
+    views = [view] if isinstance(view, str) else view
     requests = [
         RunRequest(cache=cache, path=run, output=output, modality=modality, view=view, prompts=prompts, device=device)
-        for view in ([view] if isinstance(view, str) else view)
+        for view in views
     ]
-    name = name or f"{run.resolve().name}-{output}"
     derivations = [
-        Derivation(
-            name=name,
-            inputs=opened.inputs,
-            rule=opened.rule,
-            parameters=opened.parameters,
-            dtype=dtype,
-            view=opened.view,
-        )
-        for request in requests
-        for opened in open_run(request)
+        Derivation(name=name, dtype=dtype, **opened._asdict()) for request in requests for opened in open_run(request)
     ]
     return [derive(cache, derivation, progress=progress) for derivation in derivations]
 
@@ -279,26 +250,21 @@ def reopen_derivation(
         PathError: the run no longer exists.
         CorruptError: the arrays that the rule was fitted to have changed.
     """
-    spec, stored = EncoderSpec.parse(group.spec), group.fingerprint
-    parameters, inputs = stored["preprocessing"], [cache.feature(*entry) for entry in group.inputs]
-    view = None
+    spec = EncoderSpec.parse(group.spec)
+    name = group.name.partition("@")[0]
     if spec.model == RUN:
-        opened_run = reopen_run(cache, group, spec.options, device=device)
-        parameters, rule, view = opened_run.parameters, opened_run.rule, opened_run.view
+        derivation = Derivation(name=name, **reopen_run(cache, group, spec.options, device=device)._asdict())
     else:
         rule = _reopen_rule(group, spec.model)
-    reader = ChunkReader(cache, inputs)
-    weights = rule.weights or stored["weights"]
-    request = request_fingerprint(rule, inputs, parameters, weights=weights, view=view)
-    fitted = read_fit(group) if rule.fit is not None else {}
-    return OpenDerivation(
-        name=group.name,
-        fingerprint={**request, **({"fit": stored["fit"]} if "fit" in stored else {})},
-        rule=rule,
-        reader=reader,
-        parameters={**parameters, **fitted},
-        outputs={name: Output.of(Feature(group, name)) for name in features},
-    )
+        parameters = group.fingerprint["preprocessing"]
+        derivation = Derivation(name=name, inputs=group.inputs, rule=rule, parameters=parameters)
+
+    opened = with_fit(_open(cache, derivation), group)
+    fingerprint = dict(opened.fingerprint)
+    if opened.rule.fit is not None:
+        fingerprint |= {name: group.fingerprint[name] for name in ("fit", "weights")}
+    outputs = {name: Output.of(Feature(group, name)) for name in features}
+    return replace(opened, fingerprint=fingerprint, outputs=outputs)
 
 
 def _reopen_rule(group: EncoderGroup, name: str) -> Rule:

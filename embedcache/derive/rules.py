@@ -61,27 +61,35 @@ class Rule:
     Args:
         name: name in `RULES`, `module:attribute`, or `run`; part of the fingerprint.
         apply: computes the outputs of B items; a rule with `fit` also gets the fitted arrays as parameters.
-        outputs: item shapes of the inputs and parameters -> output -> item shape; raises if the inputs do not fit.
-            None: the derivation names its outputs.
+        outputs: item shapes of the inputs and parameters -> output -> shape of one item, (D,), (T, D) or (-1, D);
+            raises if the inputs do not fit.
         parameters: parameter -> default; None accepts any parameter.
         fit: one pass over the inputs of the training part -> arrays that `apply` needs.
         keeps_axis: whether token outputs have the tokens of the first input, and therefore its axis.
         axis: output and the axes of the inputs -> axis of its tokens; None: as `keeps_axis` says.
         weights: digest of what the rule computes with, such as the weights of a run.
-        code: digest of the source code of a function that is not part of embedcache.
         location: option -> path of what opens the rule again; not part of the fingerprint.
     """
 
     name: str
     apply: RuleFunction
-    outputs: Callable[[Sequence[ItemShape], Mapping[str, Any]], Mapping[str, ItemShape]] | None = None
+    outputs: Callable[[Sequence[ItemShape], Mapping[str, Any]], Mapping[str, ItemShape]]
     parameters: Mapping[str, Any] | None = None
     fit: Callable[[Iterator[Sequence[Block]], Mapping[str, Any]], dict[str, Array]] | None = None
     keeps_axis: bool = False
     axis: Callable[[str, Sequence[Axis | None]], Axis | None] | None = None
     weights: str = ""
-    code: str | None = None
     location: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def code(self) -> str | None:
+        """Digest of the source code of the function, if it is not part of embedcache and its source can be read."""
+        if getattr(self.apply, "__module__", "").startswith("embedcache."):
+            return None
+        try:
+            return digest(inspect.getsource(self.apply))
+        except (OSError, TypeError):
+            return None
 
     def check_parameters(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the parameters with defaults, as they read back from JSON.
@@ -130,30 +138,17 @@ RULES = Registry(
 """Each is a `Rule`."""
 
 
-def open_rule(rule: "str | Rule | RuleFunction") -> Rule:
-    """Return a rule by its name in `RULES` or `module:attribute`; a function becomes a rule without declared outputs.
+def open_rule(rule: str | Rule) -> Rule:
+    """Return a rule by its name in `RULES` or `module:attribute`.
 
     Raises:
         UnknownNameError: there is no such rule, or its module cannot be imported.
+        SettingError: the attribute is not a `Rule`.
     """
-    if isinstance(rule, Rule):
-        return rule
-    if not isinstance(rule, str):
-        return _from_function(rule, f"{rule.__module__}:{getattr(rule, '__qualname__', type(rule).__name__)}")
-    found = RULES.load(rule)
-    if isinstance(found, Rule):
-        return found
-    if not callable(found):
-        raise SettingError(f"{rule}: expected a rule or a function, got {type(found).__name__}")
-    return _from_function(found, rule)
-
-
-def _from_function(function: RuleFunction, name: str) -> Rule:
-    try:
-        code = digest(inspect.getsource(function))
-    except (OSError, TypeError):
-        code = None
-    return Rule(name=name, apply=function, code=code)
+    found = rule if isinstance(rule, Rule) else RULES.load(rule)
+    if not isinstance(found, Rule):
+        raise SettingError(f"{rule}: expected a Rule, got {type(found).__name__}")
+    return found
 
 
 def to_items(name: str, output: Output, num_items: int) -> list[Array | ItemError]:

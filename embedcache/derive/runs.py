@@ -2,17 +2,17 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 
 from embedcache.arrays import Array, Floats, Inputs, blocks
-from embedcache.dataset.inputs import PLAIN, InputFeature, check_same_view, open_input, to_inputs, view_feature
+from embedcache.axis import Axis
+from embedcache.dataset.inputs import PLAIN, check_same_view, open_input, to_inputs, view_feature
 from embedcache.dataset.prompts import check_prompts, class_vectors, read_prompts
-from embedcache.derive.compute import DerivedView
 from embedcache.derive.rules import Block, Output, Rule
 from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import ItemShape
@@ -20,7 +20,7 @@ from embedcache.encoders.open import RUN
 from embedcache.errors import PathError, SettingError
 from embedcache.files import AnyPath
 from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module
-from embedcache.projectors.pair import AlignedPair
+from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.saved import (
     PairConfig,
     TowerInput,
@@ -67,8 +67,19 @@ class RunRequest:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunRule:
+class DerivedView(NamedTuple):
+    """A view of the inputs that derived features are computed from; they differ from the plain ones in nothing else.
+
+    Args:
+        name: name of the view, such as `babble-5dB`.
+        plain_inputs: modality, name and fingerprint of the features in whose place the views are read.
+    """
+
+    name: str
+    plain_inputs: Sequence[tuple[str, str, Mapping[str, Any]]]
+
+
+class RunRule(NamedTuple):
     """One output of a run for the items of one modality: the features it reads, the rule and its parameters.
 
     `view` says which view these features are of; None: they are those that the run was trained on.
@@ -78,9 +89,6 @@ class RunRule:
     rule: Rule
     parameters: Mapping[str, Any]
     view: DerivedView | None = None
-
-
-OpenRun: TypeAlias = Callable[[RunRequest], list[RunRule]]
 
 
 class OutputModule(Protocol):
@@ -112,12 +120,10 @@ def open_run(request: RunRequest) -> list[RunRule]:
         SettingError: the output needs prompts, or has no use for them.
         FingerprintError: the cache holds features from another encoder than the run was trained on.
     """
-    manifest = read_run(request.path)
-    open_output: OpenRun = _open_pair if is_pair(manifest) else _open_module
-    return open_output(request)
+    return _open_pair(request) if is_pair(read_run(request.path)) else [_open_module(request)]
 
 
-def _open_module(request: RunRequest) -> list[RunRule]:
+def _open_module(request: RunRequest) -> RunRule:
     """Open an output of a run of a module, which says what it offers.
 
     Raises:
@@ -130,34 +136,26 @@ def _open_module(request: RunRequest) -> list[RunRule]:
             "embedcache/derive/runs.py"
         )
     output_module = cast(OutputModule, module)
-    sides = _output_sides(output_module, config, request.output)
-    if request.prompts is not None or request.modality not in (None, sides[0].modality):
-        name, value = ("prompts", request.prompts) if request.prompts is not None else ("modality", request.modality)
-        raise SettingError(f"{name}: expected none for a run of {config.kind}, got {value}; omit --{name}")
-    views = [request.view if side.modality == sides[0].modality else PLAIN for side in sides]
-    opened = [_open_side(request.cache, side.modality, side, view) for side, view in zip(sides, views, strict=True)]
+    sides = [(side.modality, side) for side in _output_sides(output_module, config, request.output)]
+    for name, value, expected in (
+        ("prompts", request.prompts, (None,)),
+        ("modality", request.modality, (None, sides[0][0])),
+    ):
+        if value not in expected:
+            raise SettingError(f"{name}: expected none for a run of {config.kind}, got {value}; omit --{name}")
 
-    def outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
+    def find_shape(shapes: Sequence[ItemShape]) -> ItemShape:
         offered = output_module.output_shapes(shapes)
         if request.output not in offered:
             raise unknown_name("output", request.output, offered, where=f"of the run {request.path}")
-        return {request.output: offered[request.output]}
+        return offered[request.output]
 
     @torch.inference_mode()
-    def apply(blocks: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
+    def compute(blocks: Sequence[Block]) -> Mapping[str, Output]:
         return output_module.compute_outputs(blocks, [request.output])
 
-    rule = Rule(
-        name=RUN,
-        apply=apply,
-        outputs=outputs,
-        axis=getattr(module, "output_axis", None),
-        weights=config.weights_digest,
-        location={RUN: str(request.path)},
-    )
-    inputs = [(feature.modality, part) for feature in opened for part in feature.name.split("+")]
-    view = _derived_view(request.view, [(side.modality, side) for side in sides])
-    return [RunRule(inputs=inputs, rule=rule, parameters={"output": request.output, "kind": config.kind}, view=view)]
+    axis = getattr(module, "output_axis", None)
+    return _make_rule(request, config, sides, compute, find_shape, {"kind": config.kind}, axis=axis)
 
 
 def _output_sides(module: OutputModule, config: ModuleConfig, output: str) -> list[ModuleInput]:
@@ -169,107 +167,113 @@ def _output_sides(module: OutputModule, config: ModuleConfig, output: str) -> li
     return [config.sides[name] for name in names]
 
 
-def _open_side(cache: Cache, modality: str, side: ModuleInput | TowerInput, view: str) -> InputFeature:
-    """Open a view of the feature that a run was trained on, after checking that it comes from the same encoder."""
-    feature = open_input(cache, modality, view_feature(side.feature, view))
-    check_same_view(
-        f"the run's {modality} feature {side.feature}",
-        side.fingerprint,
-        feature.fingerprint,
-        view,
-        next_step=f"the cache's {feature.name} comes from another encoder: use the cache that the run was trained on",
+def _make_rule(
+    request: RunRequest,
+    config: ModuleConfig | PairConfig,
+    sides: Sequence[tuple[str, ModuleInput | TowerInput]],
+    compute: Callable[[Sequence[Block]], Mapping[str, Output]],
+    find_shape: Callable[[Sequence[ItemShape]], ItemShape],
+    parameters: Mapping[str, Any],
+    *,
+    axis: Callable[[str, Sequence[Axis | None]], Axis | None] | None = None,
+    location: Mapping[str, str] | None = None,
+) -> RunRule:
+    """Return the rule of an output with the features of the cache that it reads, a view of those of the first side.
+
+    Raises:
+        FingerprintError: the cache holds features from another encoder than the run was trained on.
+    """
+    inputs: list[tuple[str, str]] = []
+    plain_inputs: list[tuple[str, str, Mapping[str, Any]]] = []
+    for modality, side in sides:
+        view = request.view if modality == sides[0][0] else PLAIN
+        feature = open_input(request.cache, modality, view_feature(side.feature, view))
+        next_step = f"the cache's {feature.name} comes from another encoder: use the cache that the run was trained on"
+        what = f"the run's {modality} feature {side.feature}"
+        check_same_view(what, side.fingerprint, feature.fingerprint, view, next_step=next_step)
+        inputs += [(modality, part) for part in feature.name.split("+")]
+        plain_inputs += [(modality, part, side.fingerprint) for part in side.feature.split("+")]
+
+    rule = Rule(
+        name=RUN,
+        apply=lambda blocks, _: compute(blocks),
+        outputs=lambda shapes, _: {request.output: find_shape(shapes)},
+        axis=axis,
+        weights=config.weights_digest,
+        location={RUN: str(request.path), **(location or {})},
     )
-    return feature
-
-
-def _derived_view(view: str, sides: Sequence[tuple[str, ModuleInput | TowerInput]]) -> DerivedView | None:
-    """Return the view that derived features are of, with the features that the run was trained on; None if plain."""
-    plain = [(modality, part, side.fingerprint) for modality, side in sides for part in side.feature.split("+")]
-    return None if view == PLAIN else DerivedView(name=view, plain_inputs=plain)
+    derived_view = None if request.view == PLAIN else DerivedView(request.view, plain_inputs)
+    return RunRule(inputs, rule, {"output": request.output, **parameters}, derived_view)
 
 
 def _open_pair(request: RunRequest) -> list[RunRule]:
-    """Open an output of an aligned pair: `projected` for both modalities, `prob` for images."""
-    request = replace(request, device=str(torch_device(request.device)))
-    pair, config = load_pair(request.path, device=request.device)
-    openers = {"projected": _open_projected, "prob": _open_prob}
-    if request.output not in openers:
-        raise unknown_name("output", request.output, openers, where=f"of the run {request.path}")
-    if request.prompts is not None and request.output != "prob":
+    """Open an output of an aligned pair: `projected` for both modalities, `prob` for images.
+
+    Raises:
+        SettingError: prompts are missing, or of no use.
+    """
+    device = str(torch_device(request.device))
+    pair, config = load_pair(request.path, device=device)
+    if request.output not in ("projected", "prob"):
+        raise unknown_name("output", request.output, ("projected", "prob"), where=f"of the run {request.path}")
+    if request.output == "prob" and request.prompts is None:
+        raise SettingError("the output prob compares with classes; name a cache of prompts with --prompts")
+    if request.output != "prob" and request.prompts is not None:
         raise SettingError(f"prompts: expected the output prob, got {request.output}; omit --prompts")
-    both = config.modalities
     if request.modality is None:
-        modalities = [name for name in both if request.cache.info.num_items.get(name)]
+        modalities = [name for name in config.modalities if request.cache.info.num_items.get(name)]
         modalities = modalities[:1] if request.output == "prob" else modalities
-    elif request.modality in both:
+    elif request.modality in config.modalities:
         modalities = [request.modality]
     else:
-        raise unknown_name("modality", request.modality, both, where=f"of the run {request.path}")
-    return [openers[request.output](request, pair, config, modality) for modality in modalities]
+        raise unknown_name("modality", request.modality, config.modalities, where=f"of the run {request.path}")
+
+    classes = None if request.prompts is None else _read_classes(request.prompts, pair, config, device)
+    return [_open_tower(request, pair, config, modality, classes, device) for modality in modalities]
 
 
-def _open_projected(request: RunRequest, pair: AlignedPair, config: PairConfig, modality: str) -> RunRule:
-    """Open the unit vectors in the shared space."""
+class _Classes(NamedTuple):
+    """Classes of prompts: (C, P) unit vectors in the shared space, and what the fingerprint says of them."""
 
-    def apply(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
-        return {"projected": _project(pair, modality, inputs, request.device)}
-
-    def outputs(_: Sequence[ItemShape], __: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-        return {"projected": (config.shared_width,)}
-
-    rule = Rule(
-        name=RUN, apply=apply, outputs=outputs, weights=config.weights_digest, location={RUN: str(request.path)}
-    )
-    return _tower_rule(request, config, modality, rule, {"output": "projected"})
+    vectors_CP: Floats
+    parameters: Mapping[str, Any]
 
 
-def _open_prob(request: RunRequest, pair: AlignedPair, config: PairConfig, modality: str) -> RunRule:
-    """Open the softmax over classes of the cosine similarities, at the temperature of the run.
-
-    The classes are the means of the projected prompts, as in zero-shot classification.
-    """
-    if request.prompts is None:
-        raise SettingError("the output prob compares with classes; name a cache of prompts with --prompts")
-    prompts_cache = Cache(request.prompts)
-    check_prompts(prompts_cache, config.tower_input("text").spec)
-    feature = open_input(prompts_cache, "text", config.tower_input("text").feature)
+def _read_classes(prompts_path: AnyPath, pair: AlignedPair, config: PairConfig, device: str) -> _Classes:
+    """Project the prompts of classes; a class is the mean of its projected prompts, as in zero-shot classification."""
+    cache = Cache(prompts_path)
+    check_prompts(cache, config.tower_input("text").spec)
+    feature = open_input(cache, "text", config.tower_input("text").feature)
     check_feature(config, "text", feature.name, feature.fingerprint)
-    prompts = read_prompts(prompts_cache, feature)
-    classes_CP, scale = class_vectors(prompts, pair.tower("text"), device=request.device), pair.scale.item()
-
-    def apply(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
-        return {"prob": _softmax(scale * _project(pair, modality, inputs, request.device) @ classes_CP.T)}
-
-    def outputs(_: Sequence[ItemShape], __: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-        return {"prob": (len(prompts.names),)}
-
-    location = {RUN: str(request.path), "prompts": str(request.prompts)}
-    rule = Rule(name=RUN, apply=apply, outputs=outputs, weights=config.weights_digest, location=location)
-    parameters = {
-        "output": "prob",
-        "classes": prompts.names,
-        "prompts": {"feature": feature.name, "index_digest": prompts_cache.info.index_digest},
-    }
-    return _tower_rule(request, config, modality, rule, parameters)
+    prompts = read_prompts(cache, feature)
+    record = {"feature": feature.name, "index_digest": cache.info.index_digest}
+    vectors_CP = class_vectors(prompts, pair.tower("text"), device=device)
+    return _Classes(vectors_CP, {"classes": prompts.names, "prompts": record})
 
 
-def _tower_rule(
-    request: RunRequest, config: PairConfig, modality: str, rule: Rule, parameters: Mapping[str, Any]
+def _open_tower(
+    request: RunRequest, pair: AlignedPair, config: PairConfig, modality: str, classes: _Classes | None, device: str
 ) -> RunRule:
-    """Return a rule of an aligned pair with the feature of the cache that its tower reads."""
-    side = config.tower_input(modality)
-    feature = _open_side(request.cache, modality, side, request.view)
-    return RunRule(
-        inputs=[(modality, part) for part in feature.name.split("+")],
-        rule=rule,
-        parameters=parameters,
-        view=_derived_view(request.view, [(modality, side)]),
-    )
+    """Open the unit vectors in the shared space, or the softmax of their scaled cosines to classes."""
+    tower = pair.tower(modality)
+    scale = pair.scale.item()
+
+    def compute(blocks: Sequence[Block]) -> Mapping[str, Output]:
+        vectors_BP = _project(tower, blocks, device)
+        if classes is None:
+            return {"projected": vectors_BP}
+        return {"prob": _softmax(scale * vectors_BP @ classes.vectors_CP.T)}
+
+    width = config.shared_width if classes is None else len(classes.vectors_CP)
+    parameters = {} if classes is None else classes.parameters
+    location = {} if classes is None else {"prompts": str(request.prompts)}
+    sides = [(modality, config.tower_input(modality))]
+    return _make_rule(request, config, sides, compute, lambda _: (width,), parameters, location=location)
 
 
-def _project(pair: AlignedPair, modality: str, inputs: Sequence[Block], device: str) -> Floats:
+def _project(tower: AnyTower, inputs: Sequence[Block], device: str) -> Floats:
     """Project B items, a few at a time, as token sequences are padded: (B, P) float32, rows of length 1."""
-    items, tower = [block.items() for block in inputs], pair.tower(modality)
+    items = [block.items() for block in inputs]
     rows = blocks(len(items[0]), _BLOCK)
     return np.concatenate([project(tower, _to_inputs(inputs, items, row), device=device) for row in rows])
 

@@ -1,4 +1,4 @@
-"""Derivations on the toy features, shared by the tests; `halve` and `label` are rules of a user's own."""
+"""Derivations on the toy features, shared by the tests; `HALVE` and `LABEL` are rules of a user's own."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -41,17 +41,24 @@ def label(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str
     return {"label": labels}
 
 
-def halved(*inputs: tuple[str, str], factor: float = 0.5, shape: tuple[int, ...] = (48,)) -> Derivation:
-    outputs = {"half": (shape, "float16"), "total": ((1,), "float32")}
-    return Derivation(
-        name="halved", inputs=inputs or (CLS,), rule=halve, parameters={"factor": factor}, outputs=outputs
-    )
+HALVE = Rule(
+    name="tests.derive.cases:HALVE",
+    apply=halve,
+    outputs=lambda shapes, _: {"half": shapes[0], "total": (1,)},
+    parameters={"factor": 0.5},
+)
+LABEL = Rule(
+    name="tests.derive.cases:LABEL", apply=label, outputs=lambda _, __: {"label": (1,)}, parameters={"least": 0.0}
+)
+
+
+def halved(*inputs: tuple[str, str], factor: float = 0.5) -> Derivation:
+    parameters = {"factor": factor}
+    return Derivation(name="halved", inputs=inputs or (CLS,), rule=HALVE, parameters=parameters, dtype="float32")
 
 
 def labels(least: float = 0.0) -> Derivation:
-    return Derivation(
-        name="labels", inputs=(CLS,), rule=label, parameters={"least": least}, outputs={"label": ((1,), "int16")}
-    )
+    return Derivation(name="labels", inputs=(CLS,), rule=LABEL, parameters={"least": least}, dtype="int16")
 
 
 def derive_pca(cache: Path) -> None:

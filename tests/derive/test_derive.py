@@ -12,7 +12,7 @@ import pytest
 
 from embedcache.arrays import normalize
 from embedcache.derive.derive import Derivation, derive
-from embedcache.derive.rules import Block, Rule
+from embedcache.derive.rules import Block, open_rule
 from embedcache.encoders.open import ENCODERS
 from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.extract.drift import measure_drift
@@ -29,6 +29,7 @@ from embedcache.store.verify import verify
 from tests.crash import start
 from tests.derive.cases import (
     CLS,
+    HALVE,
     MEAN,
     PATCHES,
     TOKENS,
@@ -82,7 +83,7 @@ def test_values_of_both_modalities(cache: Path) -> None:
 
 def test_derived_feature_is_the_default_only_without_another(cache: Path) -> None:
     shutil.rmtree(cache / "text/open_toy/tokens")
-    derive(cache, halved(MEAN, shape=(32,)))
+    derive(cache, halved(MEAN))
     assert Cache(cache).feature("text").name == "open_toy/mean"
 
     shutil.rmtree(cache / "text/halved/total")
@@ -91,7 +92,7 @@ def test_derived_feature_is_the_default_only_without_another(cache: Path) -> Non
 
 
 def test_failed_item_of_the_other_modality_keeps_its_reason(cache: Path) -> None:
-    derive(cache, halved(TOKENS, CLS, shape=(-1, 32)))
+    derive(cache, halved(TOKENS, CLS))
     feature = Cache(cache).feature("text", "halved/half")
     assert list(feature.failures) == [3]
     assert feature.failures[3].startswith("not an image")
@@ -122,10 +123,11 @@ def test_integer_output_and_reason_of_the_rule(cache: Path) -> None:
     ("other", "words"),
     [
         (halved(factor=0.25), "factor"),
-        (halved(PATCHES, shape=(16, 3)), "inputs.0.feature"),
+        (halved(PATCHES), "inputs.0.feature"),
         (halved(CLS, MEAN), "inputs.1.modality"),
-        (replace(halved(), model_digest="other"), "weights"),
-        (replace(halved(), rule=lambda inputs, parameters: halve(inputs, parameters)), "model"),
+        (replace(halved(), rule=replace(HALVE, weights="other")), "weights"),
+        (replace(halved(), rule=replace(HALVE, name="other")), "model"),
+        (replace(halved(), rule=replace(HALVE, apply=lambda inputs, parameters: halve(inputs, parameters))), "code"),
     ],
 )
 def test_other_derivation_of_the_same_name_raises(cache: Path, other: Derivation, words: str) -> None:
@@ -146,13 +148,13 @@ def halve_all(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Any:
         ({"name": "other"}, SettingError, "tests.toy:open_toy"),
         ({"name": "open_toy"}, SettingError, "input"),
         ({"inputs": (("image", "open_toy/clss"),)}, UnknownNameError, "clss"),
-        ({"outputs": {}}, SettingError, "outputs"),
-        ({"outputs": {"more": ((1,), "float16")}}, SettingError, "more"),
-        ({"outputs": {"half": ((47,), "float16")}}, DataError, "shape"),
-        ({"outputs": {"half": ((48,), "int16")}}, DataError, "whole"),
-        ({"rule": "paca", "outputs": {}}, UnknownNameError, "pca"),
-        ({"rule": halve_all}, SettingError, "ndarray"),
-        ({"rule": lambda inputs, parameters: {"half": None}}, DataError, "NoneType"),
+        ({"dtype": "int16"}, DataError, "whole"),
+        ({"rule": "paca"}, UnknownNameError, "pca"),
+        ({"rule": "tests.derive.cases:halve"}, SettingError, "function"),
+        ({"rule": replace(HALVE, outputs=lambda *_: {"more": (1,)})}, SettingError, "more"),
+        ({"rule": replace(HALVE, outputs=lambda *_: {"half": (47,)})}, DataError, "shape"),
+        ({"rule": replace(HALVE, apply=halve_all)}, SettingError, "ndarray"),
+        ({"rule": replace(HALVE, apply=lambda *_: {"half": None, "total": None})}, DataError, "NoneType"),
     ],
 )
 def test_refusals(cache: Path, changes: dict[str, Any], error: type[Exception], word: str) -> None:
@@ -164,7 +166,7 @@ def test_refusals(cache: Path, changes: dict[str, Any], error: type[Exception], 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("name", "a/b"), ("rule", 5), ("parameters", [1]), ("outputs", {"half": (48, "float16")}), ("outputs", ["half"])],
+    [("name", "a/b"), ("rule", halve), ("parameters", [1]), ("dtype", "float")],
 )
 def test_description_of_other_types_raises(name: str, value: object) -> None:
     with pytest.raises(SettingError, match=f"^{name}: expected"):
@@ -177,7 +179,7 @@ def test_several_items_of_the_other_modality_raise(tmp_path: Path) -> None:
     run(source, tmp_path / "c")
     with pytest.raises(DataError, match="expected one text per sample, got 2 in the sample '00005'"):
         derive(tmp_path / "c", halved(CLS, MEAN))
-    derive(tmp_path / "c", halved(MEAN, CLS, shape=(32,)))  # every caption has one image
+    derive(tmp_path / "c", halved(MEAN, CLS))  # every caption has one image
     totals = values(tmp_path / "c", "text", "halved/total")
     images, texts = values(tmp_path / "c", *CLS).astype(np.float64), values(tmp_path / "c", *MEAN).astype(np.float64)
     samples = Cache(tmp_path / "c").items("text")["sample"].to_numpy()
@@ -221,16 +223,36 @@ def test_extended_cache_gets_only_new_rows(tmp_path: Path) -> None:
     assert not verify(Cache(tmp_path / "c"))
 
 
-@pytest.mark.slow
-def test_recovered_item_is_derived(cache: Path, extracted: Path, tmp_path: Path) -> None:
-    derive(cache, halved(CLS, MEAN))
-    source = shutil.copytree(extracted.parent / "source", tmp_path / "source")
-    before = tree(cache)
+def recover(cache: Path, extracted: Path, source: Path) -> None:
+    """Replace the broken image in a copy of the source, and retry it."""
+    shutil.copytree(extracted.parent / "source", source)
     info = (cache / "cache.json").read_text().replace(str(extracted.parent / "source"), str(source))
     (cache / "cache.json").write_text(info)
     shutil.copy(extracted.parent / "good/00003.png", source / "00003.png")
     settings = ExtractSettings(features=("cls", "patches", "mean", "tokens"))
     retry_failed(open_source(source), cache, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
+
+
+@pytest.mark.parametrize("least", [10.0, 0.0])
+def test_item_whose_input_was_repaired_gets_the_reason_of_the_rule(
+    cache: Path, extracted: Path, tmp_path: Path, least: float
+) -> None:
+    """Also if no item of the chunk has a value, then or now."""
+    derive(cache, labels(least))
+    recover(cache, extracted, tmp_path / "source")
+    assert derive(cache, labels(least)).computed == 8
+    failures = Cache(cache).feature("image", "labels").failures
+    assert failures.get(3) == (None if least == 0 else "too dark (from labels)")
+    before = tree(cache)
+    assert derive(cache, labels(least)).computed == 0
+    assert tree(cache) == before
+
+
+@pytest.mark.slow
+def test_recovered_item_is_derived(cache: Path, extracted: Path, tmp_path: Path) -> None:
+    derive(cache, halved(CLS, MEAN))
+    before = tree(cache)
+    recover(cache, extracted, tmp_path / "source")
     report = derive(cache, halved(CLS, MEAN))
     assert report.line() == "halved (half, total): derived 8 images, reused 12, failed 0"
     after = tree(cache)
@@ -294,7 +316,7 @@ def test_rule_of_the_users_own_needs_trust(cache: Path) -> None:
     whole = tree(cache)
     damage(cache / "image/halved/half/c/1/0")
     (finding,) = verify(Cache(cache))
-    with pytest.raises(SettingError, match="'tests.derive.cases:halve', which is custom code; .* use --trust"):
+    with pytest.raises(SettingError, match="'tests.derive.cases:HALVE', which is custom code; .* use --trust"):
         repair(Cache(cache), [finding])
     ENCODERS.accept(IMAGE)
     (note,) = [drift for drift in measure_drift(Cache(cache), 0.1) if drift.feature == "halved/half"]
@@ -308,8 +330,8 @@ def test_rule_of_the_users_own_needs_trust(cache: Path) -> None:
 def test_rule_that_cannot_be_imported_raises(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     derive(cache, halved())
     damage(cache / "image/halved/half/c/1/0")
-    monkeypatch.delattr("tests.derive.cases.halve")
-    with pytest.raises(UnknownNameError, match="halved: the rule 'tests.derive.cases:halve' .* cannot be imported"):
+    monkeypatch.delattr("tests.derive.cases.HALVE")
+    with pytest.raises(UnknownNameError, match="halved: the rule 'tests.derive.cases:HALVE' .* cannot be imported"):
         repair(Cache(cache), verify(Cache(cache)))
 
 
@@ -317,7 +339,8 @@ def test_repair_with_changed_rule_raises(cache: Path, monkeypatch: pytest.Monkey
     derive(cache, halved())
     damage(cache / "image/halved/half/c/1/0")
     before = tree(cache)
-    monkeypatch.setattr("tests.derive.cases.halve", lambda inputs, parameters: halve(inputs, parameters))
+    changed = replace(HALVE, apply=lambda inputs, parameters: halve(inputs, parameters))
+    monkeypatch.setattr("tests.derive.cases.HALVE", changed)
     with pytest.raises(FingerprintError, match="derived feature 'halved'.*code: stored"):
         repair(Cache(cache), verify(Cache(cache)))
     assert tree(cache) == before
@@ -345,7 +368,7 @@ def test_drift_of_derived_features(cache: Path, monkeypatch: pytest.MonkeyPatch)
     def flipped(inputs: list[Block], _: object) -> dict[str, Block]:
         return {"pca": inputs[0].with_rows(-inputs[0].rows()[:, :2])}
 
-    rule = Rule(name="pca", apply=flipped, parameters={"width": 64, "whiten": False}, fit=lambda *_: {})
+    rule = replace(open_rule("pca"), apply=flipped)
     monkeypatch.setattr("embedcache.derive.rules.PCA", rule)
     assert [name for name, is_bad in drifts().items() if is_bad] == ["pca/pca"]
 
@@ -360,7 +383,7 @@ def test_extract_keeps_derived_features(cache: Path, extracted: Path) -> None:
 def test_inspect_names_the_inputs(cache: Path) -> None:
     derive(cache, halved(CLS, MEAN))
     summary = summarize(cache)
-    line = "derived:tests.derive.cases:halve, from image open_toy/cls, text open_toy/mean"
+    line = "derived:tests.derive.cases:HALVE, from image open_toy/cls, text open_toy/mean"
     assert f"halved/half: {line}" in summary.notes
     (entry,) = [entry for entry in summary.record["features"] if entry["feature"] == "halved/half"]
     assert entry["inputs"] == ["image/open_toy/cls", "text/open_toy/mean"]

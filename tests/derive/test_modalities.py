@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from embedcache.derive.derive import Derivation, derive
-from embedcache.derive.rules import Block, Output
+from embedcache.derive.rules import Block, Output, Rule
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
@@ -48,14 +48,21 @@ def near(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str,
     }
 
 
+NEAR = Rule(
+    name="tests.derive.test_modalities:NEAR",
+    apply=near,
+    outputs=lambda _, __: {"label": (-1, 1), "height": (-1, 1)},
+    parameters={"within": 30.0},
+    keeps_axis=True,
+)
+
+
 def test_points_and_recordings_of_the_same_samples(cache: Path) -> None:
     derivation = Derivation(
         name="near",
         inputs=[("points", "open_media/xyz"), ("points", "open_media/label"), ("audio", "open_media/mean")],
-        rule=near,
-        parameters={"within": 30.0},
-        outputs={"label": ((-1, 1), "int16"), "height": ((-1, 1), "float32")},
-        keeps_axis=True,
+        rule=NEAR,
+        dtype="float32",
     )
     report = derive(cache, derivation)
     assert report.line().startswith("near (label, height): derived 10 point clouds, reused 0, failed 2: 1 ")
@@ -68,7 +75,7 @@ def test_points_and_recordings_of_the_same_samples(cache: Path) -> None:
     for row, found in zip(rows, label.gather_tokens(rows), strict=True):
         points = cloud(3 + row, seed=row)
         is_near = np.linalg.norm(points["xyz"].astype(np.float32), axis=1) < 30
-        assert found.dtype == np.int16
+        assert found.dtype == np.float32
         np.testing.assert_array_equal(found[:, 0], np.where(is_near, points["label"], -1))
     assert not verify(Cache(cache))
 

@@ -139,7 +139,7 @@ def test_refusals(cache: Path, rule: str, inputs: list[tuple[str, str]], paramet
 
 
 def test_parameter_of_another_type_raises() -> None:
-    rule = Rule(name="r", apply=lambda *_: {}, parameters={"grids": [], "cap": 0.9})
+    rule = Rule(name="r", apply=lambda *_: {}, outputs=lambda *_: {}, parameters={"grids": [], "cap": 0.9})
     checked = rule.check_parameters({"grids": [{"a": 1}], "cap": 1})
     assert checked == {"grids": [{"a": 1}], "cap": 1}
     assert isinstance(checked["cap"], float), "the same digest as for 1.0"
