@@ -161,9 +161,13 @@ def _find_state(group: EncoderGroup, producer: Producer, chunk: int) -> Literal[
 
 def _fill_chunk(group: EncoderGroup, producer: Producer, chunk: int, *, is_retry: bool) -> int:
     """Compute and commit a chunk; return the number of items that were computed."""
+    stored = group.commit(chunk) if is_retry else None
     computed = producer.compute(group.info.chunk_rows(group.modality, chunk))
-    reasons = next(iter(computed.failures.values()))
-    if not is_retry or None in reasons:  # a retry without a new value writes nothing
+    name, reasons = next(iter(computed.failures.items()))
+    # A retry writes only a new value, or a new reason, of an item that failed.
+    if stored is None or any(
+        old is not None and new not in (PENDING, old) for new, old in zip(reasons, stored.failures[name], strict=True)
+    ):
         commit_chunk(group, chunk, *computed, overwrite_failed=is_retry)
     return sum(reason != PENDING for reason in reasons)
 

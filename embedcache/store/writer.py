@@ -113,7 +113,7 @@ def commit_chunk(
         features: feature -> one array per item from `cast_item`, in row order; None for a failed item.
         hashes: hash of each item's raw bytes or text; None if they could not be read.
         failures: feature -> reason for each failed item, `PENDING` for those that were not tried, None for the others.
-        overwrite_failed: also write rows that failed before.
+        overwrite_failed: also write rows that failed before, or why they fail now.
 
     Raises:
         FingerprintError: an item's bytes differ from those of the stored features, of this encoder or another, or the
@@ -222,7 +222,7 @@ def _keep_stored(
             continue  # all rows are written again
         stored = Feature(group, name).items(before)
         for row, (item, reason) in enumerate(zip(stored, before.failures[name], strict=False)):
-            if reason == PENDING or (overwrite_failed and reason is not None and reasons[name][row] is None):
+            if reason == PENDING or (overwrite_failed and reason is not None and reasons[name][row] != PENDING):
                 continue
             items[name][row], reasons[name][row] = item, reason
     return items, reasons

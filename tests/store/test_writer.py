@@ -99,7 +99,7 @@ def test_commit_overwrites_only_failed_rows(tmp_path: Path, shape: tuple[int, ..
     assert values(group) == [0, 11, None, 3]
     record = group.commit(0)
     assert record is not None
-    assert record.failures == {"f": [None, None, "broken", None], "other": ["broken", "broken", None, None]}
+    assert record.failures == {"f": [None, None, "gone", None], "other": ["broken", "broken", None, None]}
     assert record.hashes == [bytes(16)] * 4
     assert values(group, "other") == [None, None, 2, 3]
 
