@@ -12,7 +12,7 @@ from embedcache.files import AnyPath, hub_errors, is_remote
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
-from embedcache.store.layout import INTERRUPTED_REMOVAL, info_path, read_info, removing_path
+from embedcache.store.layout import INTERRUPTED_REMOVAL, info_path, read_info
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
@@ -112,7 +112,7 @@ def _check_local(cache: Cache) -> None:
     """
     if is_remote(cache.path):
         raise PathError(f"{cache.path}: expected a local cache to upload, got a URL; copy it to a folder first")
-    if removing_path(cache.path).is_file():  # its files still hold the samples
+    if cache.info.has_interrupted_removal:  # its files still hold the samples
         raise UnfinishedError(f"{cache.path}: {INTERRUPTED_REMOVAL}")
     for path in cache.path.rglob("*"):
         if path.is_symlink():

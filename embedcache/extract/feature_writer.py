@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.devices import torch_device
@@ -280,18 +278,18 @@ def _open_task(chunk: int, leased: Sequence[FeatureWriter]) -> ChunkTask:
 
 
 def _count_stored(chunk: int, missing: Mapping[FeatureWriter, Sequence[str]]) -> int:
-    """Count the rows at the start of a chunk that are not encoded, as all writers have stored them before.
+    """Count the rows at the start of a chunk that all writers have stored before; only those after them are encoded.
 
     A chunk that is not full when it is committed gets more rows with samples that are appended; see
-    `embedcache.store.commits`. It is 0 for texts, whose batches are sorted by length.
+    `embedcache.store.commits`.
     """
-    is_start = np.ones(1, bool)  # whether all writers can begin after a number of rows
+    num_stored = []
     for writer, names in missing.items():
         commit = writer.stored_commit(chunk)
-        if commit is None or MODALITIES[writer.group.modality].kind == "texts":
+        if commit is None:
             return 0
         for name in names:
             if name not in commit.features or not writer.group.has_files(commit, name):
                 return 0
-            is_start = is_start & commit.stored_starts(name, writer.encoder.batch_size)
-    return int(np.flatnonzero(is_start).max())
+            num_stored.append(commit.count_tried(name))
+    return min(num_stored, default=0)

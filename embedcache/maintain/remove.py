@@ -29,9 +29,10 @@ from embedcache.search.card import IndexCard, read_card
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.settings import merge_settings
+from embedcache.sources.reopen import is_remembered, remember
 from embedcache.store.cache import Cache
-from embedcache.store.layout import INTERRUPTED_REMOVAL, read_info
-from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
+from embedcache.store.layout import INTERRUPTED_REMOVAL, CacheInfo, read_info
+from embedcache.store.removal import erase, find_chunks, remove_rows
 from embedcache.store.removed import read_removed
 from embedcache.store.rows import find_keys
 from embedcache.store.tables import open_table
@@ -166,21 +167,25 @@ def _remove(path: Path, keys: Sequence[str], settings: RemoveSettings, progress:
     cards = {index: _open_card(index, path) for index in settings.indexes}
     request = {"indexes": [str(index) for index in settings.indexes]}
     with record_stage(new_record_path(path, "remove"), "remove", request) as outcome:
-        if len(report.rows):
-            if not report.is_resumed:
-                opened = Cache(path)
-                removed_keys = opened.column("key").take(pa.array(report.rows)).to_pylist()
-                start_removal(opened, report.rows, removed_keys, progress=progress)
-            apply_removal(path, progress=progress)
+        if len(report.rows) and not report.is_resumed:
+            opened = Cache(path)
+            removed_keys = opened.column("key").take(pa.array(report.rows)).to_pylist()
+            remove_rows(opened, report.rows, removed_keys, progress=progress)
+        _remember(read_info(path))
+        erase(path, progress=progress)
         for index, card in cards.items():
             report.indexes[str(index)] = _purge(path, index, card, progress)
         if len(report.rows):
             outcome |= {"num_samples": len(report.rows), "rows": report.rows.tolist()}
             outcome |= {"index_digest": read_info(path).index_digest, "num_chunks": report.num_chunks}
             outcome |= {"indexes": report.indexes}
-    if len(report.rows):
-        finish_removal(path)
     return report
+
+
+def _remember(info: CacheInfo) -> None:
+    """Record that this user indexed the source as the rows that are left, if the user did as those before."""
+    if any(is_remembered(info.source, version.index_digest) for version in info.earlier_versions):
+        remember(info.source, info.index_digest)
 
 
 def _local(cache_path: AnyPath) -> Path:
@@ -194,21 +199,19 @@ def _local(cache_path: AnyPath) -> Path:
 
 
 def _find_rows(cache_path: Path, keys: Sequence[str]) -> tuple[Ints, bool]:
-    """Return the row of each key, and whether an interrupted removal of exactly these samples is to be finished.
+    """Return the row of each key, and whether an interrupted removal, of these samples among others, is to be finished.
 
-    The row of a sample that was removed before is -1. An interrupted removal may have replaced the keys already, so
-    they are looked for there first.
+    The row of a sample that was removed before is -1. After an interrupted removal, the table of removed samples has
+    the rows.
     """
-    pending = read_pending(cache_path)
-    if pending is not None:
-        pending_rows = [pending.row_of(key) for key in keys]
-        rows = np.array([-1 if row is None else row for row in pending_rows], np.int64)
-        if not np.array_equal(np.sort(rows[rows >= 0]), pending.rows):
-            raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
-        return rows, True
-
     cache = Cache(cache_path)
     removed = read_removed(cache_path, cache.info)
+    if cache.info.has_interrupted_removal:
+        removed_rows = [removed.row_of(key) for key in keys]
+        if None in removed_rows:
+            raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
+        return np.array(removed_rows, np.int64), True
+
     rows = find_keys(cache, keys)
     unknown = [key for key, row in zip(keys, rows.tolist(), strict=True) if row < 0 and not removed.has(key)]
     if unknown:

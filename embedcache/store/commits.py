@@ -10,9 +10,10 @@ rows than its commit, which stays valid, so that nothing is encoded twice. The n
 
 1. `Commit.resize` adds them whenever a commit is read; readers find items without a value.
 2. `Commit.is_complete` is false for them, so that the next extraction works on the chunk again.
-3. `Commit.stored_starts` tells extraction after how many of the stored rows it can begin. For the rows before, as for
-   all rows that it does not try, it passes `PENDING` to `commit_chunk`.
-4. `commit_chunk` writes the chunk again: values and reasons of the commit stay, and pending rows get the new ones.
+3. Extraction begins with the first pending row. For the rows before, as for all rows that it does not try, it passes
+   `PENDING` to `commit_chunk`.
+4. `commit_chunk` writes the chunk again, in one transaction: values and reasons of the commit stay, and pending rows
+   get the new ones.
 """
 
 import base64
@@ -25,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Ints
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, UnfinishedError, one_line
@@ -103,19 +103,10 @@ class Commit:
         if (had[:size] & ~has[:size]).any():
             raise UnfinishedError("samples were removed from the cache while it was read; run the same command again")
 
-    def stored_starts(self, feature: str, batch_size: int) -> Bools:
-        """Return after how many rows from the start of the chunk extraction can begin: (R + 1,) bool.
-
-        No row before is pending, and those with a value are whole batches: all others are then encoded together with
-        the same rows as if all were encoded, to the same bits.
-        """
-        reasons = to_array(self.failures[feature], pa.string())
-        is_pending = pc.is_in(reasons, value_set=pa.array([PENDING]))
-        num_pending, num_values = (
-            np.cumsum(np.append(0, mask.to_numpy(zero_copy_only=False))) for mask in (is_pending, reasons.is_null())
-        )
-        is_start: Bools = (num_pending == 0) & (num_values % batch_size == 0)
-        return is_start
+    def count_tried(self, feature: str) -> int:
+        """Return how many rows from the start of the chunk are not pending."""
+        reasons = self.failures[feature]
+        return next((row for row, reason in enumerate(reasons) if reason == PENDING), len(reasons))
 
 
 def has_failed(reason: str | None) -> bool:

@@ -1,7 +1,6 @@
 """Stored features: gather any rows from memory maps, or iterate over checked chunks in order."""
 
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -20,11 +19,10 @@ from embedcache.store.arrays import REPAIR, max_maps, open_chunk
 from embedcache.store.columns import Column, is_none, to_array
 from embedcache.store.commits import HASH, Commit
 from embedcache.store.group import EncoderGroup, read_axis, read_feature
+from embedcache.store.transaction import finish, is_complete
 
 T = TypeVar("T")
 
-_REWRITE_S = 10.0
-_POLL_S = 0.05
 _FEW_CHUNKS = 64  # reading the commits of these takes less than reading the table of thousands
 
 
@@ -336,25 +334,22 @@ class Feature:
         try:
             return read(commit)
         except (CorruptError, UnfinishedError):
-            current = self._commit_on_disk(commit.chunk)
-            if current.features[self.feature] == commit.features[self.feature]:
+            current = self._commit_after_writers(commit.chunk)
+            if current is None or current.features[self.feature] == commit.features[self.feature]:
                 raise
             current.check_keeps(commit, self.feature)
         return read(current)
 
-    def _commit_on_disk(self, chunk: int) -> Commit:
-        """Read the commit of a chunk; wait if a process that writes the chunk has withdrawn it."""
-        stop = time.monotonic() + _REWRITE_S
-        while True:
-            commit = self.group.commit(chunk)
-            if commit is not None and self.feature in commit.features:
-                return commit
-            if time.monotonic() > stop:
-                raise UnfinishedError(
-                    f"chunk {chunk} of feature {self.name} is being written by another process, or was when it ended; "
-                    f"run the same command again once {self.group.command} has finished"
-                )
-            time.sleep(_POLL_S)
+    def _commit_after_writers(self, chunk: int) -> Commit | None:
+        """Read the commit of a chunk after a process that writes it again, or what a killed one has left for others."""
+        with suppress(OSError):  # of a cache that this user must not write
+            finish(self.group.path, chunk)
+        if is_complete(self.group.path, chunk):
+            raise UnfinishedError(
+                f"chunk {chunk} of feature {self.name} is being written by another process, or was when it ended; "
+                f"run the same command again once {self.group.command} has finished"
+            )
+        return self._own(self.group.commit(chunk))
 
     def _map(self, number: int) -> Array:
         """Map one chunk, unless it is among those that are kept, of which other threads may remove it at any time."""

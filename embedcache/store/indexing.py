@@ -24,7 +24,6 @@ from embedcache.store.layout import (
     find_unlisted,
     info_path,
     read_info,
-    removing_path,
     write_info,
 )
 from embedcache.store.table_writer import (
@@ -37,8 +36,8 @@ from embedcache.store.table_writer import (
 )
 from embedcache.store.tables import ITEM_SCHEMAS, Table
 
-_OWN_NAME = re.compile(rf"{SAMPLES}-.*\.parquet|.*\.partial")
-_CACHE_FILES = {"cache.json", "records", "removed.parquet", "removed-before.parquet", LOCK, *ITEM_SCHEMAS}
+_OWN_NAME = re.compile(rf"({SAMPLES}|removed)-.*\.parquet|.*\.partial")
+_CACHE_FILES = {"cache.json", "records", LOCK, *ITEM_SCHEMAS}
 
 
 def index(
@@ -79,7 +78,7 @@ def index(
         _is_unchanged, source, cache_path, chunk_size=chunk_size, limit=limit, extend=extend, progress=progress
     )
     if _open_folder(cache_path):
-        info = read_info(cache_path)
+        info = _read_whole(cache_path)
         _check_chunk_size(cache_path, info, chunk_size)
         _check_limit(cache_path, info, limit)
         if is_unchanged(info):
@@ -87,7 +86,7 @@ def index(
     with locked(cache_path), writing(cache_path):  # check again: another process may have been first
         if not info_path(cache_path).is_file():
             return _create_from(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, limit, progress)
-        info = read_info(cache_path)
+        info = _read_whole(cache_path)
         if _keeps_rows(cache_path, info):
             _check_chunk_size(cache_path, info, chunk_size)
             return _update(
@@ -107,8 +106,7 @@ def open_indexed(cache_path: Path, *, chunk_size: int | None = None) -> CacheInf
         FingerprintError: the chunk size differs.
         UnfinishedError: a removal of samples was interrupted.
     """
-    info = read_info(cache_path)
-    _open_folder(cache_path)
+    info = _read_whole(cache_path)
     _check_chunk_size(cache_path, info, chunk_size)
     return info
 
@@ -144,9 +142,15 @@ def _open_folder(cache_path: Path) -> bool:
         if not exists:
             make_folder(cache_path)
             _check_no_other_files(cache_path)
-    if not is_remote(cache_path) and removing_path(cache_path).is_file():
-        raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
     return exists
+
+
+def _read_whole(cache_path: Path) -> CacheInfo:
+    """Read `cache.json`; UnfinishedError if a removal of samples was interrupted."""
+    info = read_info(cache_path)
+    if info.has_interrupted_removal:
+        raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
+    return info
 
 
 def _check_no_other_files(cache_path: Path) -> None:

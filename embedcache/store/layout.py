@@ -93,8 +93,8 @@ class CacheInfo:
         index_digest: digest of all samples and items in row order, the identity of the rows.
         parts: samples that were added one after another, in row order.
         earlier_versions: versions of the tables before this one, oldest first.
-        removed: of a cache from which samples were removed, `num_samples`, their number, and `digest`, the SHA-256 of
-            `removed.parquet`, which lists their rows.
+        removed: of a cache from which samples were removed, `num_samples`, their number, `digest`, the SHA-256 of the
+            table of their rows, and `is_erased`, whether no chunk holds their items any more.
     """
 
     chunk_size: int
@@ -123,6 +123,11 @@ class CacheInfo:
     def is_partial(self) -> bool:
         """Whether the source may have samples that the cache leaves out: it was cut, or samples were removed."""
         return bool(self.removed) or SUBSET in self.source
+
+    @property
+    def has_interrupted_removal(self) -> bool:
+        """Whether samples were removed from the tables and not from all chunks yet."""
+        return bool(self.removed) and not self.removed["is_erased"]
 
     def num_chunks(self, modality: str) -> int:
         """Return the number of chunks of the items of a modality; 0 without items."""
@@ -227,25 +232,20 @@ def next_revision(file: TableFile) -> int:
 
 def find_unlisted(cache_path: Path, info: CacheInfo) -> list[Path]:
     """Return files of tables that the manifest does not list: those that were replaced, or that a kill left."""
-    listed = {file.name for part in info.parts for file in part.tables.values()}
-    patterns = [f"{SAMPLES}-*.parquet", *(f"{name}/items-*.parquet" for name in MODALITIES)]
+    listed = {file.name for part in info.parts for file in part.tables.values()} | {removed_path(cache_path, info).name}
+    patterns = [f"{SAMPLES}-*.parquet", "removed-[0-9]*.parquet", *(f"{name}/items-*.parquet" for name in MODALITIES)]
     files = [file for pattern in patterns for file in find_files(cache_path, pattern)]
     return [file for file in files if str(file)[len(str(cache_path)) + 1 :] not in listed]
 
 
-def removed_path(cache_path: Path) -> Path:
-    """Return the path of the table of removed samples."""
-    return cache_path / "removed.parquet"
+def removed_path(cache_path: Path, info: CacheInfo) -> Path:
+    """Return the path of the table of removed samples, which is never changed: more samples get another file."""
+    return cache_path / f"removed-{info.removed.get('num_samples', 0)}.parquet"
 
 
 def removed_before_path(cache_path: Path) -> Path:
     """Return the path of the marks of samples that were removed before a cache was cut or merged from others."""
     return cache_path / "removed-before.parquet"
-
-
-def removing_path(cache_path: Path) -> Path:
-    """Return the path of the table of samples that are being removed; the file exists until the removal is finished."""
-    return cache_path / "removing.parquet"
 
 
 INTERRUPTED_REMOVAL = "a removal of samples was interrupted; run the same embedcache cache remove again"
@@ -335,6 +335,8 @@ def _parse(values: Mapping[str, Any]) -> CacheInfo:
         _check_count("num_parts", version.num_parts)
     if not (isinstance(info.source, Mapping) and isinstance(info.removed, Mapping)):
         raise TypeError("expected objects as source and removed")
+    if info.removed and info.removed.keys() != {"num_samples", "digest", "is_erased"}:
+        raise TypeError("removed: expected num_samples, digest and is_erased")
     if not is_description(info.source):
         raise TypeError("source: expected texts as type and path")
     return info

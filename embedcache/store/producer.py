@@ -16,6 +16,7 @@ from embedcache.store.columns import to_array
 from embedcache.store.commits import PENDING, Commit, describe_failures
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
+from embedcache.store.transaction import find_transactions, finish
 from embedcache.store.writer import add_feature, commit_chunk
 
 Verb: TypeAlias = Literal["encoded", "derived", "imported", "copied"]
@@ -123,6 +124,8 @@ def fill(
     Raises:
         FingerprintError: a feature exists with another shape, dtype or axis, or the items were others.
     """
+    for number in find_transactions(group.path):
+        finish(group.path, number)
     for name, output in producer.outputs.items():
         add_feature(group, name, output.shape, output.dtype, axis=output.axis)
     chunks = range(group.info.num_chunks(group.modality))

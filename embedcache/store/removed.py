@@ -8,7 +8,7 @@ merged from others does not have the rows, and keeps these digests in a table of
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
@@ -34,7 +34,7 @@ _SALT = b"salt"
 
 @dataclass(frozen=True, kw_only=True)
 class RemovedSamples:
-    """Samples that were removed, or are being removed.
+    """Samples that were removed.
 
     Args:
         table: `row`, ascending, and `key_digest`, the keyed BLAKE2b-128 of the key.
@@ -102,21 +102,15 @@ def read_removed(cache_path: Path, info: CacheInfo) -> RemovedSamples:
     before = _read_marks(removed_before_path(cache_path), info.source.get(SUBSET, {}).get("removed"))
     if not info.removed:
         return no_removed(info.index_digest, before)
-    path = removed_path(cache_path)
-    if not path.is_file() or digest_file(path) != info.removed.get("digest"):
+    path = removed_path(cache_path, info)
+    if not path.is_file() or digest_file(path) != info.removed["digest"]:
         raise CorruptError(
             f"{path}: expected the table of removed samples that cache.json was written for, got "
-            f"{'another file' if path.is_file() else 'none'}; if embedcache cache remove was interrupted, run it "
-            "again; else restore the file"
+            f"{'another file' if path.is_file() else 'none'}; restore the file"
         )
-    return replace(read_removed_file(path), before=before)
-
-
-def read_removed_file(path: Path) -> RemovedSamples:
-    """Read a table of removed samples."""
     with reading(path, RESTORE_TABLE):
         table = read_table(path)
-        return RemovedSamples(table=table.cast(_SCHEMA), salt=table.schema.metadata[_SALT].decode())
+        return RemovedSamples(table=table.cast(_SCHEMA), salt=table.schema.metadata[_SALT].decode(), before=before)
 
 
 def write_removed(path: Path, removed: RemovedSamples) -> None:

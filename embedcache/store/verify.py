@@ -27,9 +27,9 @@ from embedcache.store.layout import (
     SAMPLES,
     commit_path,
     fit_path,
+    info_path,
     read_info,
     removed_path,
-    removing_path,
 )
 from embedcache.store.removed import read_removed
 from embedcache.store.tables import RESTORE_TABLE, count_rows_of
@@ -82,6 +82,8 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
     """
     progress = progress or NullProgress()
     findings, features = [*_check_removed(cache), *check_tables(cache, progress=progress)], []
+    if cache.info.has_interrupted_removal:
+        return findings  # captions of removed samples, which chunks have still, would look like damage
     without_rows = {finding.modality for finding in findings}
     for modality in cache.info.num_items:
         if modality in without_rows:
@@ -117,9 +119,9 @@ def _check_removed(cache: Cache) -> Iterator[Finding]:
     try:
         read_removed(cache.path, cache.info)
     except (CorruptError, PathError) as error:
-        yield finding(name=removed_path(cache.path).name, reason=str(error))
-    if removing_path(cache.path).is_file():
-        yield finding(name=removing_path(cache.path).name, reason=INTERRUPTED_REMOVAL)
+        yield finding(name=removed_path(cache.path, cache.info).name, reason=str(error))
+    if cache.info.has_interrupted_removal:
+        yield finding(name=info_path(cache.path).name, reason=INTERRUPTED_REMOVAL)
 
 
 def check_tables(cache: Cache, *, progress: Progress | None = None) -> Iterator[Finding]:

@@ -12,7 +12,6 @@ import pyarrow as pa
 from embedcache.arrays import Array, blocks, fit_integers
 from embedcache.axis import Axis
 from embedcache.errors import ArtifactError, CorruptError, DataError, FingerprintError, PathError
-from embedcache.files import is_remote
 from embedcache.locks import locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
@@ -29,8 +28,9 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, Commit, remove_commit, removed_hash, write_commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import ATTRIBUTE, EncoderGroup, read_feature
-from embedcache.store.layout import removed_path
-from embedcache.store.removed import read_removed_file
+from embedcache.store.layout import read_info
+from embedcache.store.removed import read_removed
+from embedcache.store.transaction import replacing_together, roll_forward
 
 
 def add_feature(
@@ -105,9 +105,9 @@ def commit_chunk(
     """Write features of one chunk, then the commit that makes them valid.
 
     Stored data stays: features that the chunk has, also those that another process committed meanwhile, and rows of a
-    chunk that was not full when samples were appended (`embedcache.store.commits`). The chunk is locked. A feature that
-    gets new rows does not exist while it is written. Items of samples that were removed from the cache are left out,
-    also if they were read before.
+    chunk that was not full when samples were appended (`embedcache.store.commits`). The chunk is locked. Files of
+    features that get new rows are replaced in one transaction. Items of samples that were removed from the cache are
+    left out, also if they were read before.
 
     Args:
         features: feature -> one array per item from `cast_item`, in row order; None for a failed item.
@@ -120,6 +120,7 @@ def commit_chunk(
             folder belongs to another encoder by now.
     """
     with locked(group.path / "chunks", chunk):
+        roll_forward(group.path, chunk)
         group.check_fingerprint()
         features, hashes, failures = _without_removed(group, chunk, features, hashes, failures)
         before = group.commit(chunk)
@@ -131,21 +132,50 @@ def commit_chunk(
             hashes = [new if new is not None else old for new, old in zip(hashes, before.hashes, strict=True)]
         if not features:
             return
-        if before is not None:
-            before = _remove_features(group, before, features)
-        files = {name: write_feature_chunk(group, name, chunk, items) for name, items in features.items()}
-        reasons = {name: failures[name] for name in features}
-        attributes = {name: digest(read_feature(group, name)) for name in features}
-        commit = Commit(
-            chunk=chunk,
-            encoder=group.fingerprint_digest,
-            index_digest=group.info.index_digest,
-            features=files if before is None else {**before.features, **files},
-            hashes=hashes,
-            failures=reasons if before is None else {**before.failures, **reasons},
-            attributes=attributes if before is None else {**before.attributes, **attributes},
-        )
-        write_commit(group.path, commit)
+        if before is None or before.features.keys().isdisjoint(features):
+            _write(group, group.path, chunk, features, hashes, failures, before)
+            return
+        with replacing_together(group.path, chunk) as folder:
+            _write(group, folder, chunk, features, hashes, failures, before)
+
+
+def rewrite_chunk(group: EncoderGroup, chunk: int) -> None:
+    """Write a committed chunk again, in one transaction, without the items of samples that are removed by now."""
+    with locked(group.path / "chunks", chunk):
+        roll_forward(group.path, chunk)
+        commit = group.commit(chunk)
+        assert commit is not None
+        features = {name: Feature(group, name).items(commit) for name in commit.features}
+        for items in features.values():
+            items += [None] * (len(commit.hashes) - len(items))
+        kept = _without_removed(group, chunk, features, commit.hashes, commit.failures)
+        with replacing_together(group.path, chunk) as folder:
+            _write(group, folder, chunk, *kept, before=None)
+
+
+def _write(
+    group: EncoderGroup,
+    folder: Path,
+    chunk: int,
+    features: Mapping[str, Sequence[Array | None]],
+    hashes: Sequence[bytes | None],
+    failures: Mapping[str, Sequence[str | None]],
+    before: Commit | None,
+) -> None:
+    """Write features of one chunk below a folder, then the commit that they are added to."""
+    files = {name: write_feature_chunk(group, name, chunk, items, folder=folder) for name, items in features.items()}
+    reasons = {name: failures[name] for name in features}
+    attributes = {name: digest(read_feature(group, name)) for name in features}
+    commit = Commit(
+        chunk=chunk,
+        encoder=group.fingerprint_digest,
+        index_digest=group.info.index_digest,
+        features=files if before is None else {**before.features, **files},
+        hashes=hashes,
+        failures=reasons if before is None else {**before.failures, **reasons},
+        attributes=attributes if before is None else {**before.attributes, **attributes},
+    )
+    write_commit(folder, commit)
 
 
 def _without_removed(
@@ -155,15 +185,15 @@ def _without_removed(
     hashes: Sequence[bytes | None],
     failures: Mapping[str, Sequence[str | None]],
 ) -> tuple[dict[str, list[Array | None]], list[bytes | None], dict[str, list[str | None]]]:
-    """Leave out the items of removed samples, as the table of these is now: it comes before any chunk of a removal."""
+    """Leave out the items of samples that are removed by now: a removal writes the tables before any chunk."""
     items, kept = {name: list(new) for name, new in features.items()}, list(hashes)
     reasons = {name: list(failures[name]) for name in features}
     cache_path = group.path.parents[1]
-    removed = removed_path(cache_path)
-    if not group.info.removed and (is_remote(removed) or not removed.is_file()):
+    info = read_info(cache_path)
+    if not info.removed:
         return items, kept, reasons
     samples = _read_items(group, chunk, "sample").to_numpy()
-    for row in np.flatnonzero(np.isin(samples[: len(kept)], read_removed_file(removed).rows)).tolist():
+    for row in np.flatnonzero(np.isin(samples[: len(kept)], read_removed(cache_path, info).rows)).tolist():
         kept[row] = removed_hash(group.modality)
         for name in items:
             items[name][row], reasons[name][row] = None, REMOVED
@@ -231,28 +261,30 @@ def _keep_stored(
 def withdraw(group: EncoderGroup, chunk: int, features: Collection[str]) -> None:
     """Remove features of one chunk from its commit, so that the next extraction encodes them again."""
     with locked(group.path / "chunks", chunk):
+        roll_forward(group.path, chunk)
         try:
             before = group.commit(chunk)
         except CorruptError:
             remove_commit(group.path, chunk)
             return
-        if before is not None:
-            _remove_features(group, before, features)
+        if before is None:
+            return
+        remaining = before.without(features)
+        if not remaining.features:
+            remove_commit(group.path, chunk)
+        elif len(remaining.features) < len(before.features):
+            write_commit(group.path, replace(remaining, index_digest=group.info.index_digest))
 
 
-def _remove_features(group: EncoderGroup, before: Commit, features: Collection[str]) -> Commit | None:
-    """Write a commit without some features, and return it; None if no feature remains."""
-    remaining = before.without(features)
-    if not remaining.features:
-        remove_commit(group.path, before.chunk)
-        return None
-    if len(remaining.features) < len(before.features):
-        write_commit(group.path, replace(remaining, index_digest=group.info.index_digest))
-    return remaining
+def write_feature_chunk(
+    group: EncoderGroup, feature: str, chunk: int, items: Sequence[Array | None], *, folder: Path | None = None
+) -> dict[str, str]:
+    """Write the arrays of one feature of one chunk; return file relative to the folder -> CRC-32C of its rows.
 
-
-def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Sequence[Array | None]) -> dict[str, str]:
-    """Write the arrays of one feature of one chunk; return file relative to the group -> CRC-32C of its rows."""
+    Args:
+        folder: where to write them, as below the folder of the encoder; None: there.
+    """
+    path = (folder or group.path) / feature
     attributes = read_feature(group, feature)
     item_shape, dtype = tuple(attributes["item_shape"]), attributes["dtype"]
     dtypes = {str(found) for found in {item.dtype for item in items if item is not None}}
@@ -262,20 +294,19 @@ def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Se
             "created it; use the same --dtype"
         )
     if item_shape[0] < 0:
-        return _write_ragged(group, feature, chunk, items, item_shape[1], dtype)
+        return _write_ragged(path, chunk, items, item_shape[1], dtype, group.info.chunk_size)
     missing = np.full(item_shape, fill_value(dtype), dtype)
     shape = group.info.chunk_shape(item_shape, dtype)
     files = {}
     for number, rows in enumerate(blocks(len(items), shape[0]), chunk * group.info.chunk_size // shape[0]):
         values = np.stack([missing if item is None else item for item in items[rows]])
-        files[f"{feature}/{number}"] = write_chunk(group.path / feature, number, [values], shape, dtype)
+        files[f"{feature}/{number}"] = write_chunk(path, number, [values], shape, dtype)
     return files
 
 
 def _write_ragged(
-    group: EncoderGroup, feature: str, chunk: int, items: Sequence[Array | None], width: int, dtype: str
+    path: Path, chunk: int, items: Sequence[Array | None], width: int, dtype: str, chunk_size: int
 ) -> dict[str, str]:
-    path = group.path / feature
     lengths = np.array([-1 if item is None else len(item) for item in items], np.int32)
     tokens = [item for item in items if item is not None]
     num_tokens = sum(len(item) for item in tokens)
@@ -283,9 +314,9 @@ def _write_ragged(
     name = f"values/{chunk:05d}"
     write_metadata(path / name, token_metadata(num_tokens, width, dtype))
     return {
-        f"{feature}/{name}/0": write_chunk(path / name, 0, tokens, shape, dtype),
-        f"{feature}/lengths/{chunk}": write_chunk(
-            path / "lengths", chunk, [lengths], (group.info.chunk_size,), str(lengths.dtype)
+        f"{path.name}/{name}/0": write_chunk(path / name, 0, tokens, shape, dtype),
+        f"{path.name}/lengths/{chunk}": write_chunk(
+            path / "lengths", chunk, [lengths], (chunk_size,), str(lengths.dtype)
         ),
     }
 

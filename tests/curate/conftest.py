@@ -14,7 +14,7 @@ from embedcache.dataset.selections import Selection, write_selection
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.store.removal import apply_removal, finish_removal, start_removal
+from embedcache.store.removal import erase, remove_rows
 from tests.interop.runs import SIDES, train_run
 from tests.search.test_concepts import NAMES, prompt_cache
 from tests.toy import TEXT
@@ -68,7 +68,6 @@ def without(two_caches: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
     """Forty samples, of which three were removed. Not to be changed."""
     path = Path(shutil.copytree(two_caches[0], tmp_path_factory.mktemp("removed") / "cache"))
     removed = np.array([3, 7, 39])
-    start_removal(Cache(path), removed, Cache(path).column("key").take(pa.array(removed)).to_pylist())
-    apply_removal(path)
-    finish_removal(path)
+    remove_rows(Cache(path), removed, Cache(path).column("key").take(pa.array(removed)).to_pylist())
+    erase(path)
     return Cache(path)

@@ -14,7 +14,7 @@ from embedcache.dataset.selections import Selection, read_selection, write_selec
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError
 from embedcache.store.cache import Cache
-from embedcache.store.removal import apply_removal, finish_removal, start_removal
+from embedcache.store.removal import erase, remove_rows
 
 REMOVED = np.array([3, 29, 30, 33])
 
@@ -29,9 +29,8 @@ def before(two_caches: list[Path]) -> Cache:
 def after(before: Cache, tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """The same cache without four of them."""
     path = Path(shutil.copytree(before.path, tmp_path_factory.mktemp("removed") / "cache"))
-    start_removal(Cache(path), REMOVED, before.column("key").take(pa.array(REMOVED)).to_pylist())
-    apply_removal(path)
-    finish_removal(path)
+    remove_rows(Cache(path), REMOVED, before.column("key").take(pa.array(REMOVED)).to_pylist())
+    erase(path)
     return Cache(path)
 
 

@@ -13,6 +13,7 @@ from embedcache.errors import EmbedcacheError, PathError, SettingError, Unfinish
 from embedcache.export.hub import push_cache
 from embedcache.export.settings import HubSettings
 from embedcache.store.cache import Cache
+from embedcache.store.removal import remove_rows
 from tests.crash import call_elsewhere
 from tests.hub_server import Hub, serve_hub
 
@@ -128,6 +129,6 @@ def test_links_and_removed_samples_are_not_uploaded(small_cache: Path, tmp_path:
     with pytest.raises(PathError, match=f"image/notes: expected a file of the cache, got a link to {secret}"):
         push_cache(cache, "me/vectors")
     (cache / "image" / "notes").unlink()
-    (cache / "removing.parquet").touch()
+    remove_rows(Cache(cache), np.array([0]), [Cache(cache).key(0)])
     with pytest.raises(UnfinishedError, match="a removal of samples was interrupted"):
         push_cache(cache, "me/vectors")

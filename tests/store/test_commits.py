@@ -94,11 +94,9 @@ def test_rows_that_were_appended_are_not_yet_computed(num_rows: int) -> None:
     assert not resized.is_complete("c")
 
 
-def test_extraction_starts_after_whole_batches_of_stored_rows() -> None:
-    commit = made(failures={"b": [None, "broken", REMOVED], "a": ["x", None, None]}).resize(5)
-    assert commit.stored_starts("b", 1).tolist() == [True, True, True, True, False, False]
-    assert commit.stored_starts("b", 2).tolist() == [True, False, False, False, False, False]
-    assert commit.stored_starts("a", 2).tolist() == [True, True, False, True, False, False]
+def test_extraction_goes_on_after_the_rows_that_were_tried() -> None:
+    commit = made(failures={"b": [None, "broken", REMOVED], "a": ["x", PENDING, None]})
+    assert (commit.count_tried("b"), commit.count_tried("a"), commit.resize(5).count_tried("b")) == (3, 1, 3)
     assert [has_failed(reason) for reason in (None, PENDING, REMOVED, "x")] == [False, False, False, True]
 
 

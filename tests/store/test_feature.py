@@ -1,7 +1,9 @@
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 
 import numpy as np
 import pytest
@@ -11,11 +13,11 @@ from hypothesis import strategies as st
 
 from embedcache.errors import CorruptError, DataError, UnfinishedError
 from embedcache.files import open_path
-from embedcache.store import arrays
+from embedcache.store import arrays, transaction
 from embedcache.store import group as group_module
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
-from embedcache.store.writer import add_feature, cast_item, commit_chunk, withdraw, write_feature_chunk
+from embedcache.store.writer import cast_item, commit_chunk
 from tests.edits import edit_record
 from tests.store.features import random_items, write_feature
 
@@ -124,23 +126,33 @@ def test_commits_are_read_once_and_all_for_rows_of_many_chunks(tmp_path: Path, m
 
 
 def test_reader_waits_for_a_chunk_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    items = random_items(8, (5,), seed=1)
+    """Its new array is in its place, and its commit is not."""
+    items = random_items(8, (5,), seed=1, failed=[7])
     group = write_feature(tmp_path, items, (5,), chunk_size=4).group
-    add_feature(group, "g", (5,), "float16")
-    hashes, waited = group.commit(1).hashes, []  # type: ignore[union-attr]
     reader = Feature(group, "f")
-    assert reader.valid.all()
-    new = [np.full(5, row, np.float16) for row in range(4)]
-    withdraw(group, 1, ["f"])
-    write_feature_chunk(group, "f", 1, new)
+    assert reader.has(np.array([6])).all()
+    has_moved_array, is_waiting = Event(), Event()
+    move = transaction._move
 
-    def wait(seconds: float) -> None:
-        waited.append(seconds)
-        commit_chunk(group, 1, {"gf"[len(waited) - 1]: new}, hashes, {"gf"[len(waited) - 1]: [None] * 4})
+    def move_in_turn(file: Path, path: Path) -> None:
+        if path.suffix == ".json":
+            has_moved_array.set()
+            is_waiting.wait()
+        move(file, path)
 
-    monkeypatch.setattr("time.sleep", wait)
-    assert reader.gather(np.array([7])).tolist() == [[3] * 5]
-    assert waited == [0.05] * 2, "first without the feature, then with it"
+    def wait(root: Path, number: int) -> None:
+        is_waiting.set()
+        transaction.finish(root, number)
+
+    monkeypatch.setattr(transaction, "_move", move_in_turn)
+    monkeypatch.setattr("embedcache.store.feature.finish", wait)
+    new = {"f": [np.full(5, row, np.float16) for row in range(4)]}
+    with ThreadPoolExecutor(1) as executor:
+        done = executor.submit(commit_chunk, group, 1, new, [None] * 4, {"f": [None] * 4}, overwrite_failed=True)
+        has_moved_array.wait()
+        np.testing.assert_array_equal(reader.gather(np.array([6]))[0], np.array(items[6], np.float16))
+    assert done.exception() is None
+    assert Feature(group, "f").gather(np.array([7])).tolist() == [[3] * 5]
 
 
 @pytest.mark.parametrize(
@@ -247,17 +259,6 @@ def test_reader_follows_a_chunk_that_is_written_again(tmp_path: Path, kind: str)
     for new in (mapped.gather_tokens(np.array([5, 7])), [list(reader.chunks())[1][1][row] for row in (1, 3)]):
         for before, after in zip(old, new, strict=True):
             np.testing.assert_array_equal(before, after)
-
-
-def test_withdrawn_chunk_is_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that writes a chunk again was killed between the array and the commit."""
-    feature = write_feature(tmp_path, random_items(8, (5,), seed=1), (5,), chunk_size=4)
-    assert feature.valid.all()
-    withdraw(feature.group, 1, ["f"])
-    write_feature_chunk(feature.group, "f", 1, [np.ones(5, np.float16)] * 4)
-    monkeypatch.setattr("embedcache.store.feature._REWRITE_S", 0.0)
-    with pytest.raises(UnfinishedError, match="chunk 1 of feature test/f is being written by another process"):
-        feature.gather(np.array([5]))
 
 
 def change_text(path: Path, old: str, new: str) -> None:

@@ -12,7 +12,7 @@ from embedcache.progress import NullProgress
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
-from embedcache.store.removal import apply_removal, finish_removal, start_removal
+from embedcache.store.removal import erase, remove_rows
 from embedcache.store.table_writer import digest_input
 from tests.recorded import RecordedProgress
 
@@ -285,9 +285,8 @@ def test_limit_of_a_cache_without_features_may_shrink(tmp_path: Path) -> None:
 def test_rows_of_a_cache_with_removed_samples_stay(tmp_path: Path) -> None:
     info = index(rows(10), tmp_path / "c", chunk_size=4)
     cache = Cache(tmp_path / "c")
-    start_removal(cache, np.array([3]), ["k3"])
-    apply_removal(tmp_path / "c")
-    finish_removal(tmp_path / "c")
+    remove_rows(cache, np.array([3]), ["k3"])
+    erase(tmp_path / "c")
     for extend in (False, True):
         with pytest.raises(SettingError, match="limit: expected at least the 10 samples that cache .* has, got 5"):
             index(rows(10), tmp_path / "c", limit=5, extend=extend)

@@ -41,7 +41,7 @@ TWO = CacheInfo(
     index_digest="new",
     parts=(made_part("a", 0, samples=4, image=7), made_part("b", 1, samples=5, image=3, audio=1)),
     earlier_versions=(TableVersion(index_digest="old", num_parts=1),),
-    removed={"num_samples": 1, "digest": "r"},
+    removed={"num_samples": 1, "digest": "r", "is_erased": True},
 )
 
 
@@ -137,8 +137,9 @@ def test_digest_covers_parts_in_their_order_and_what_was_removed() -> None:
 
 def test_files_that_are_not_listed_are_found(tmp_path: Path) -> None:
     (tmp_path / "image").mkdir()
-    unlisted = ("samples-0.1.parquet", "image/items-2.parquet")
-    for name in (*unlisted, "samples-0.parquet", "image/items-1.parquet", "removed.parquet"):
+    unlisted = ("samples-0.1.parquet", "image/items-2.parquet", "removed-0.parquet")
+    kept = ("samples-0.parquet", "image/items-1.parquet", "removed-1.parquet", "removed-before.parquet")
+    for name in (*unlisted, *kept):
         (tmp_path / name).touch()
     assert sorted(find_unlisted(tmp_path, TWO)) == sorted(tmp_path / name for name in unlisted)
     assert next_revision(TWO.parts[0].tables["image"]) == 1

@@ -7,15 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedcache.errors import CorruptError, PathError, UnfinishedError
+from embedcache.errors import CorruptError, PathError
 from embedcache.progress import Progress
 from embedcache.sources import open_source
-from embedcache.store import removal
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, hash_item
 from embedcache.store.indexing import index
 from embedcache.store.layout import commit_path, read_info
-from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
+from embedcache.store.removal import erase, find_chunks, remove_rows
 from embedcache.store.removed import digest_key, make_removed, no_removed, read_removed
 from embedcache.store.verify import verify
 from tests.edits import table_file
@@ -33,13 +32,12 @@ def cache(two_caches: list[Path], tmp_path: Path) -> Path:
 
 def start(path: Path, samples: np.ndarray = SAMPLES, progress: Progress | None = None) -> None:
     opened = Cache(path)
-    start_removal(opened, samples, opened.column("key").take(pa.array(samples)).to_pylist(), progress=progress)
+    remove_rows(opened, samples, opened.column("key").take(pa.array(samples)).to_pylist(), progress=progress)
 
 
 def remove(path: Path, samples: np.ndarray = SAMPLES) -> None:
     start(path, samples)
-    apply_removal(path)
-    finish_removal(path)
+    erase(path)
 
 
 def test_rows_of_the_chunks_are_counted_from_their_start(cache: Path) -> None:
@@ -56,11 +54,9 @@ def test_nothing_is_left_and_other_rows_are_the_same(two_caches: list[Path], cac
     keys = before.column("key").to_pylist()
     progress = RecordedProgress()
     start(cache, progress=progress)
-    assert read_pending(cache).rows.tolist() == SAMPLES.tolist()  # type: ignore[union-attr]
-    apply_removal(cache, progress=progress)
-    finish_removal(cache)
-    assert read_pending(cache) is None
-    assert not (cache / "removing").exists()
+    assert read_info(cache).has_interrupted_removal
+    erase(cache, progress=progress)
+    assert not read_info(cache).has_interrupted_removal
     assert progress.started == [
         ("checking tables", 120, "rows"),
         ("checking chunks", 4, "chunks"),
@@ -112,15 +108,12 @@ def test_samples_that_are_removed_later_are_added(cache: Path, tmp_path: Path) -
     assert verify(other) == []
 
 
-def test_tables_that_were_written_are_not_written_again(cache: Path) -> None:
-    start(cache)
-    apply_removal(cache)
-    before, times = tree(cache), {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
-    apply_removal(cache)
+def test_what_is_erased_is_not_written_again(cache: Path) -> None:
+    remove(cache)
+    before, times = tree(cache), {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    erase(cache)
     assert tree(cache) == before
-    written = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
-    assert written == {"removed.parquet"}  # neither tables nor chunks
-    assert [read_removed(cache, read_info(cache)).row_of(key) for key in ("00003", "00009")] == [3, 9]
+    assert [path for path, time in times.items() if path.stat().st_mtime_ns != time] == []
 
 
 def test_removed_samples_of_the_source_are_left_out(two_caches: list[Path], cache: Path) -> None:
@@ -131,34 +124,6 @@ def test_removed_samples_of_the_source_are_left_out(two_caches: list[Path], cach
     assert progress.notes == ["left out 3 samples of the source that were removed from this cache"] * 2
     assert progress.counts == {"comparing samples": 80}
     assert tree(cache) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1, 3, 4, 9])
-def test_chunks_that_were_not_moved_are_moved_by_the_next(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """Stop before any of the files of a chunk takes its place."""
-    whole = Path(shutil.copytree(cache, tmp_path / "whole"))
-    remove(whole)
-    moved: list[Path] = []
-
-    def put_some(path: Path, place: Path) -> None:
-        if len(moved) == number:
-            raise KeyboardInterrupt
-        put(path, place)
-        moved.append(place)
-
-    put = removal.put_file
-    start(cache)
-    with monkeypatch.context() as patch:
-        patch.setattr(removal, "put_file", put_some)
-        with pytest.raises(KeyboardInterrupt):
-            apply_removal(cache)
-    assert (cache / "removing.parquet").is_file()
-    apply_removal(cache)
-    finish_removal(cache)
-    assert tree(cache) == tree(whole)
 
 
 def test_chunk_without_commit_loses_its_arrays(cache: Path) -> None:
@@ -182,8 +147,6 @@ def test_nothing_starts_on_what_is_damaged_or_unfinished(cache: Path) -> None:
     path = cache / "image/open_toy/cls/c/1/0"
     data = path.read_bytes()
     path.write_bytes(b"x" + data[1:])
-    start_removal(Cache(cache), np.array([3]), ["00003"])  # of the other chunk
-    finish_removal(cache)
     with pytest.raises(CorruptError, match="open_toy/cls"):
         start(cache)
     path.write_bytes(data)
@@ -198,10 +161,7 @@ def test_nothing_starts_on_what_is_damaged_or_unfinished(cache: Path) -> None:
     with pytest.raises(CorruptError):
         start(cache)
     table.write_bytes(data)
-    assert read_pending(cache) is None
-    start(cache)
-    with pytest.raises(UnfinishedError, match="a removal of samples was interrupted; run the same embedcache cache "):
-        start(cache)  # of another process, since this one looked
+    assert not read_info(cache).removed
 
 
 def test_another_table_of_removed_samples_is_noticed(cache: Path) -> None:
@@ -209,11 +169,9 @@ def test_another_table_of_removed_samples_is_noticed(cache: Path) -> None:
     assert len(read_removed(cache, info).rows) == 0
     remove(cache)
     info = read_info(cache)
-    path = cache / "removed.parquet"
+    path = cache / "removed-3.parquet"
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(
-        CorruptError, match=r"removed.parquet: expected the table .* got another file; if .* interrupted"
-    ):
+    with pytest.raises(CorruptError, match=r"removed-3.parquet: expected the table .* got another file; restore"):
         read_removed(cache, info)
     path.unlink()
     with pytest.raises(CorruptError, match="got none; "):

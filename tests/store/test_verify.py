@@ -19,7 +19,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, write_commit
 from embedcache.store.group import create_group, read_feature
 from embedcache.store.layout import INTERRUPTED_REMOVAL, fit_path
-from embedcache.store.removal import start_removal
+from embedcache.store.removal import remove_rows
 from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import add_feature, write_feature_chunk
 from tests.edits import edit_record, read_rows, table_file, write_rows, write_tables
@@ -176,9 +176,9 @@ def test_verify_finds_changed_arrays_of_a_rule(tmp_path: Path) -> None:
 
 
 def test_verify_finds_a_removal_that_was_interrupted(copy: Path) -> None:
-    start_removal(Cache(copy), np.array([3]), ["00003"])
+    remove_rows(Cache(copy), np.array([3]), ["00003"])
     (finding,) = verify(Cache(copy))
-    assert finding.line() == f"removing.parquet: {INTERRUPTED_REMOVAL}"
+    assert finding.line() == f"cache.json: {INTERRUPTED_REMOVAL}"
 
 
 def test_metadata_of_a_single_chunk_are_repaired_if_its_commit_confirms_them(tmp_path: Path) -> None:
