@@ -3,7 +3,6 @@
 What the sources of caches read is restricted to regular files below some folders and URLs.
 """
 
-import fcntl
 import os
 import posixpath
 import stat
@@ -32,15 +31,15 @@ TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
 _SINGLE_ITEM_SUFFIXES = frozenset[str]().union(*MEDIA_SUFFIXES.values())
 JSON_SUFFIXES = frozenset({".json"})
 TAR_SUFFIXES = frozenset({".tar"})
-TEXT_SUFFIXES = frozenset({".npy", ".txt"})
+TEXT_SUFFIXES = frozenset({".txt"})
 _SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 
 SHARD_SEPARATOR = "::"
 """Separates several paths or patterns in the location of a WebDataset."""
 
 _FORBIDDEN = 403
+_WINDOW_BYTES = 2**17  # of a local file: the headers of several small members of a tar
 _READ_AHEAD_BYTES = 2**18  # one request for small columns that are adjacent in the file
-_OUTSIDE = "outside the source and --image-folder"
 _RESTRICTION: ContextVar[tuple[Sequence[str], int | None] | None] = ContextVar("restriction", default=None)
 
 
@@ -82,53 +81,31 @@ def is_below(path: Path | str, places: Sequence[str]) -> bool:
 
 
 def check_read_allowed(path: Path | str, num_bytes: int | None = None) -> None:
-    """Check that `restrict_reads` allows this thread to read `num_bytes`, or all, of a path, or of a URL as text."""
-    if "\0" in str(path):  # no file can have that name, and Python raises a ValueError
-        raise ItemError(f"expected a path without null characters, got {str(path)!r}")
-    restriction = _RESTRICTION.get()
-    if restriction is None:
-        return
-    places, max_bytes = restriction
-    real = path.resolve() if isinstance(path, Path) else path
-    if not is_below(real, places):
-        raise ItemError(f"{_OUTSIDE}: {path}")
-    if not isinstance(real, Path) or not real.exists():
-        return
-    if not real.is_file():
-        raise ItemError(f"not a regular file: {path}")
-    size = real.stat().st_size if num_bytes is None else num_bytes
-    if max_bytes is not None and size > max_bytes:
-        raise ItemError(f"too large: {path} has {size:,} bytes, more than {max_bytes:,}")
+    """Check that a path names a regular file that this thread may read, or that a URL is one that it may read.
 
-
-def open_descriptor(path: Path) -> int:
-    """Open a local file for reading, and check what was opened: a device or a pipe may never end.
-
-    A check of the name alone could be passed by one file and another one be read, if a link is changed in between.
     Errors of the disk are raised unchanged.
 
+    Args:
+        path: local path, remote path, or URL as text.
+        num_bytes: number of bytes to read of a local file. If None, all.
+
     Raises:
-        ItemError: it is not a regular file; or, within `restrict_reads`, it is outside its folders.
+        ItemError: it is a device or a pipe, which may never end; or `restrict_reads` forbids to read it.
     """
-    restriction = _RESTRICTION.get()
-    check_read_allowed(path, 0)  # so that no device is opened, except by a change right now
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
-    try:
-        if restriction is not None and not is_below(_opened_path(descriptor), restriction[0]):
-            raise ItemError(f"{_OUTSIDE}: {path}")
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ItemError(f"not a regular file: {path}")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+    if "\0" in str(path):  # no file can have that name, and Python raises a ValueError
+        raise ItemError(f"expected a path without null characters, got {str(path)!r}")
+    places, max_bytes = _RESTRICTION.get() or (None, None)
+    if places is not None and not is_below(path.resolve() if isinstance(path, Path) else path, places):
+        raise ItemError(f"outside the source and --image-folder: {path}")
+    if not isinstance(path, Path):
+        return
 
-
-def _opened_path(descriptor: int) -> Path:
-    """Return the path of an open file."""
-    if hasattr(fcntl, "F_GETPATH"):  # macOS
-        return Path(os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")))
-    return Path(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ItemError(f"not a regular file: {path}")
+    size = status.st_size if num_bytes is None else num_bytes
+    if max_bytes is not None and size > max_bytes:
+        raise ItemError(f"too large: {path} has {size:,} bytes, more than {max_bytes:,}")
 
 
 def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
@@ -174,16 +151,13 @@ def _remote_size(path: Path) -> int | None:
     if info["type"] != "file":
         return None
     if info["size"] is None:
-        raise PathError(no_range_requests(path))
+        raise PathError(_no_range_requests(path))
     return int(info["size"])
 
 
 def read_bytes(path: Path) -> bytes:
     """Read a whole file, with one request if it is remote. Errors of the disk or service are raised unchanged."""
     check_read_allowed(path)
-    if not is_remote(path):
-        with os.fdopen(open_descriptor(path), "rb") as file:
-            return file.read()
     return read_file(path)
 
 
@@ -193,24 +167,29 @@ def read_item_file(path: Path) -> bytes:
         return read_bytes(path)
 
 
-def open_binary(path: Path) -> BinaryIO:
+def open_binary(path: Path, *, num_bytes: int = _READ_AHEAD_BYTES, cache_type: str = "readahead") -> BinaryIO:
     """Open a file for random access; of a remote file, only the parts read are fetched.
+
+    Args:
+        path: the file.
+        num_bytes: bytes of a remote file that are fetched at once.
+        cache_type: which of them fsspec keeps, such as `readahead` or `background`.
 
     Raises:
         PathError: the web server has no range requests. Other errors are raised unchanged.
     """
     check_read_allowed(path, 0)
     if not is_remote(path):
-        return os.fdopen(open_descriptor(path), "rb")
+        return path.open("rb", buffering=_WINDOW_BYTES)
     filesystem, name = remote_filesystem(path)
-    file = cast(BinaryIO, filesystem.open(name, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead"))
+    file = cast(BinaryIO, filesystem.open(name, "rb", block_size=num_bytes, cache_type=cache_type))
     if not file.seekable():
         file.close()
-        raise PathError(no_range_requests(path))
+        raise PathError(_no_range_requests(path))
     return file
 
 
-def no_range_requests(path: Path) -> str:
+def _no_range_requests(path: Path) -> str:
     """Return the text of the error for a web server that sends whole files only."""
     return f"{path}: the server does not support HTTP range requests; copy the file to this machine first"
 

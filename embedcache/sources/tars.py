@@ -1,8 +1,7 @@
 """Read tars: their files are listed from the headers, without reading the content, and read as ranges of bytes.
 
 Plain POSIX (ustar and pax) and GNU headers are read 6 to 9 times as fast as by `tarfile`, which handles all other
-members, such as those with a long name or more than 8 GiB. Ranges of many large files are read from many threads;
-remote files are fetched in blocks by fsspec.
+members, such as those with a long name or more than 8 GiB. Remote files are fetched in blocks by fsspec.
 """
 
 import os
@@ -12,28 +11,20 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple
 
-from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.errors import ItemError, SourceError
 from embedcache.files import is_remote, reading
-from embedcache.sources.files import (
-    check_read_allowed,
-    check_utf8_name,
-    no_range_requests,
-    open_descriptor,
-    remote_filesystem,
-)
+from embedcache.sources.files import check_read_allowed, check_utf8_name, open_binary
 
 BLOCK_BYTES = 512
 """Size of a block of a tar: a header is one, and content is padded to whole ones."""
 
-_WINDOW_BYTES = 128 * 1024
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _CHECKSUM_BLANKS = 8 * ord(" ")
 _EXTENDED = frozenset({b"x", b"g", b"X", b"L", b"K"})
 _MAX_EXTENDED_BYTES = 2**20
 _OVERRIDES = re.compile(rb" path=| size=|GNU\.sparse|hdrcharset")  # pax records that override fields of the header
-_MAX_OPEN_FILES = 32
 _MAX_REMOTE_FILES = 8
 _REMOTE_BLOCK_BYTES = 8 * 2**20
 
@@ -52,16 +43,7 @@ def open_tar(path: Path) -> BinaryIO:
     Raises:
         PathError: the web server has no range requests. Other errors are raised unchanged.
     """
-    if not is_remote(path):
-        return os.fdopen(open_descriptor(path), "rb", buffering=_WINDOW_BYTES)
-    check_read_allowed(path, 0)
-    filesystem, name = remote_filesystem(path)
-    options = {"block_size": _REMOTE_BLOCK_BYTES, "cache_type": "background", "cache_options": {"maxblocks": 4}}
-    file = cast(BinaryIO, filesystem.open(name, "rb", **options))
-    if not file.seekable():
-        file.close()
-        raise PathError(no_range_requests(path))
-    return file
+    return open_binary(path, num_bytes=_REMOTE_BLOCK_BYTES, cache_type="background")
 
 
 def iter_members(tar: BinaryIO, location: str) -> Iterator[Member]:
@@ -167,12 +149,11 @@ def _other_member(tar: BinaryIO, location: str, offset: int) -> tuple[Member | N
 
 
 class ByteRanges:
-    """Reader of byte ranges that keeps recently used files open, and the last blocks of remote files in memory."""
+    """Reader of byte ranges that keeps the last remote files open, with some of their blocks: a request takes long."""
 
     def __init__(self) -> None:
-        self._open = lru_cache(_MAX_OPEN_FILES)(_OpenFile)
-        self._open_remote = lru_cache(_MAX_REMOTE_FILES)(_RemoteFile)
-        self._lock = Lock()  # threads that ask for one file get the same
+        self._open_remote = lru_cache(_MAX_REMOTE_FILES)(open_tar)
+        self._lock = Lock()
 
     def read(self, path: Path, offset: int, length: int) -> bytes:
         """Read `length` bytes of a file, starting at `offset`. Thread-safe.
@@ -180,47 +161,14 @@ class ByteRanges:
         Raises:
             ItemError: the file cannot be read or is too short.
         """
-        check_read_allowed(path, length)
-        if is_remote(path):
-            with self._lock:
-                file = self._open_remote(path)
-            data = file.read(offset, length)
-        else:
-            with reading(path, error_class=ItemError):
-                data = self._open(path).read(offset, length)
+        with reading(path, error_class=ItemError):
+            check_read_allowed(path, length)
+            if is_remote(path):
+                with self._lock:
+                    data = _read(self._open_remote(path), offset, length)
+            else:
+                with path.open("rb") as file:
+                    data = _read(file, offset, length)
         if len(data) < length:
             raise ItemError(f"truncated tar: {path} ends {length - len(data)} bytes before the image does")
         return data
-
-
-class _OpenFile:
-    """A file descriptor closed with its last reference, so that eviction never closes a file during a read."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = open_descriptor(path)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Read `length` bytes, or up to the end of the file; one call of `pread` returns at most 2 GiB."""
-        parts: list[bytes] = []
-        while length > 0 and (part := os.pread(self._descriptor, length, offset)):
-            parts.append(part)
-            offset, length = offset + len(part), length - len(part)
-        return b"".join(parts)
-
-
-class _RemoteFile:
-    """A remote file, of which some blocks are kept: a request takes milliseconds."""
-
-    def __init__(self, path: Path) -> None:
-        with reading(path, error_class=ItemError):
-            self._file = open_tar(path)
-        self._path, self._lock = path, Lock()
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Read `length` bytes, or up to the end of the file."""
-        with self._lock, reading(self._path, error_class=ItemError):
-            return _read(self._file, offset, length)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.files import reading
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.files import check_read_allowed
 from embedcache.sources.settings import SourceSettings
@@ -95,7 +96,8 @@ class IconifySource:
     def read(self, item: FileItem) -> bytes:
         """Draw one icon as a PNG."""
         path = self._folder / item.path
-        check_read_allowed(path)
+        with reading(path, error_class=ItemError):
+            check_read_allowed(path)
         try:
             icon, size = _read_icon(path, item.offset), _sizes(path)
         except (OSError, ValueError) as error:

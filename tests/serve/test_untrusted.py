@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from embedcache.errors import ItemError
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.provenance import read_json, write_json
@@ -21,8 +20,7 @@ from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
-from embedcache.sources import files, open_source, read_below
-from embedcache.sources.files import restrict_reads
+from embedcache.sources import open_source, read_below
 from tests.edits import read_rows, write_tables
 from tests.images import write_images
 from tests.serve.conftest import visit
@@ -202,18 +200,3 @@ def test_operator_names_the_folder(hostile: Path) -> None:
         named = open_hostile(hostile)
     with visit(named) as client:
         assert client.get("/api/images/0/thumbnail").status_code == 200
-
-
-def test_image_swapped_while_it_is_read_is_not_served(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A link that leads outside only between the check of its name and its opening."""
-    photo = hostile / "photos" / "00000.png"
-    real = files.check_read_allowed
-
-    def check_then_swap(path: Path, num_bytes: int | None = None) -> None:
-        real(path, num_bytes)
-        photo.unlink()
-        photo.symlink_to(hostile / "secret.png")
-
-    monkeypatch.setattr(files, "check_read_allowed", check_then_swap)
-    with restrict_reads([str(hostile / "photos")]), pytest.raises(ItemError, match="outside the source and"):
-        files.open_descriptor(photo)
