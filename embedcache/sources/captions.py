@@ -17,8 +17,7 @@ CAPTION_ERROR = "caption_error"
 
 _SCALARS = (str, int, float, bool, type(None))
 _CAPTION_FIELDS = ("caption", "captions", "text", "texts")
-_EXPORTED = "embedcache"
-_RESERVED = frozenset({*_CAPTION_FIELDS, "key", "language", _EXPORTED})
+_RESERVED = frozenset({*_CAPTION_FIELDS, "key", "language"})
 """Fields of a `.json` that are not columns."""
 
 
@@ -30,32 +29,25 @@ class Sidecar:
         key: key of the sample, if a file names it.
         texts: captions.
         columns: other fields, and `caption_error` if a file is invalid.
-        is_exported: whether it is a `.json` of `to_sidecar`, which a `.txt` beside it adds nothing to.
     """
 
     key: str | None = None
     texts: tuple[TextItem, ...] = ()
     columns: Mapping[str, Scalar] = field(default_factory=dict)
-    is_exported: bool = False
 
 
 def to_sidecar(key: str, texts: Sequence[TextItem], columns: Mapping[str, Scalar]) -> bytes:
     """Return the content of a `.json` from which `read_sidecar` reads the same key, captions, languages and columns.
 
-    For other readers, `captions` and columns are fields of their own. The object `embedcache` has what these cannot
-    express: the language of each caption, and the columns whose names are those of fields with another meaning.
+    Columns with a name that has another meaning there, such as `text` or `language`, are left out.
     """
-    exported = {
-        "languages": [text.language for text in texts],
-        "columns": {name: value for name, value in columns.items() if name in _RESERVED},
-    }
-    others = {name: value for name, value in columns.items() if name not in _RESERVED}
-    fields = {"key": key, **others, "captions": [text.text for text in texts], _EXPORTED: exported}
+    fields: dict[str, Any] = {name: value for name, value in columns.items() if name not in _RESERVED}
+    fields |= {"key": key, "captions": [text.text for text in texts], "language": [text.language for text in texts]}
     return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def read_sidecar(files: Mapping[str, bytes | ItemError], name: str) -> Sidecar:
-    """Merge the sidecar files of one image; a caption in both counts once. A `.json` of `to_sidecar` is read alone.
+    """Read the sidecar files of one image; a caption in both, whatever its spaces, counts once.
 
     An invalid file yields only the reason, in the column `caption_error`: one among millions must not stop the rest.
 
@@ -63,16 +55,15 @@ def read_sidecar(files: Mapping[str, bytes | ItemError], name: str) -> Sidecar:
         files: suffix (`.json` or `.txt`) -> content of the file, or why it cannot be read.
         name: name of the files in the source, without the suffix.
     """
-    sidecars = [_read_file(files[suffix], name + suffix) for suffix in (".json", ".txt") if suffix in files]
-    if len(sidecars) == 1 or any(sidecar.is_exported for sidecar in sidecars):
-        return sidecars[0]
-    columns = {name: value for sidecar in sidecars for name, value in sidecar.columns.items()}
-    errors = [str(sidecar.columns[CAPTION_ERROR]) for sidecar in sidecars if CAPTION_ERROR in sidecar.columns]
-    return Sidecar(
-        key=next((sidecar.key for sidecar in sidecars if sidecar.key), None),
-        texts=tuple(dict.fromkeys(text for sidecar in sidecars for text in sidecar.texts)),
-        columns={**columns, CAPTION_ERROR: "; ".join(errors)} if errors else columns,
-    )
+    of_json = _read_file(files[".json"], name + ".json") if ".json" in files else Sidecar()
+    of_txt = _read_file(files[".txt"], name + ".txt") if ".txt" in files else Sidecar()
+    captions = [text.text.split() for text in of_json.texts]
+    more_texts = [text for text in of_txt.texts if text.text.split() not in captions]
+    columns = dict(of_json.columns)
+    errors = [sidecar.columns.get(CAPTION_ERROR) for sidecar in (of_json, of_txt)]
+    if any(errors):
+        columns[CAPTION_ERROR] = "; ".join(str(error) for error in errors if error)
+    return Sidecar(key=of_json.key, texts=(*of_json.texts, *more_texts), columns=columns)
 
 
 def parse_captions(value: Any, location: str) -> list[str]:
@@ -173,30 +164,19 @@ def _read_file(content: bytes | ItemError, name: str) -> Sidecar:
 def _read_json(content: bytes, name: str) -> Sidecar:
     fields = parse_json_object(decode_text(content, name, SourceError), name)
     _check_unicode(fields, name)
-    if isinstance(fields.get(_EXPORTED), dict):
-        return _read_exported(fields, name)
-    language, key = _string(fields, "language", name), _string(fields, "key", name)
-    captions = [
-        caption
-        for caption_field in _CAPTION_FIELDS
-        for caption in parse_captions(fields.pop(caption_field, None), f"{name}: {caption_field}")
-    ]
-    return Sidecar(key=key, texts=to_text_items(captions, language), columns=to_scalar_columns(fields))
+    key = fields.pop("key", None)
+    language = fields.pop("language", None)
+    if not isinstance(key, str | None):
+        raise SourceError(f"{name}: key is {key!r:.60}; expected a string")
 
-
-def _read_exported(fields: dict[str, Any], name: str) -> Sidecar:
-    """Return the content of a `.json` of `to_sidecar`."""
-    exported, key = fields.pop(_EXPORTED), _string(fields, "key", name)
-    captions = parse_captions(fields.pop("captions", None), f"{name}: captions")
-    languages, columns = exported.get("languages"), exported.get("columns")
-    are_languages = isinstance(languages, list) and all(isinstance(of, str | None) for of in languages)
-    if not (are_languages and len(languages) == len(captions) and isinstance(columns, dict)):
-        raise SourceError(
-            f"{name}: expected columns and one language per caption in {_EXPORTED}, got {exported!r:.60}; export the "
-            f"samples again, or remove {_EXPORTED}"
-        )
-    texts = tuple(TextItem(text=text, language=of) for text, of in zip(captions, languages, strict=True))
-    return Sidecar(key=key, texts=texts, columns=to_scalar_columns({**fields, **columns}), is_exported=True)
+    captions = []
+    for caption_field in _CAPTION_FIELDS:
+        captions += parse_captions(fields.pop(caption_field, None), f"{name}: {caption_field}")
+    languages = language if isinstance(language, list) else [language] * len(captions)
+    if len(languages) != len(captions) or not all(isinstance(each, str | None) for each in languages):
+        raise SourceError(f"{name}: language is {language!r:.60}; expected a string, or one for each caption")
+    texts = tuple(to_text_items([caption], of)[0] for caption, of in zip(captions, languages, strict=True))
+    return Sidecar(key=key or None, texts=texts, columns=to_scalar_columns(fields))
 
 
 def _check_unicode(fields: Mapping[str, Any], name: str) -> None:
@@ -205,11 +185,3 @@ def _check_unicode(fields: Mapping[str, Any], name: str) -> None:
         json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise SourceError(f"{name} holds {error.object[error.start]!r}, which is no character; repair it") from None
-
-
-def _string(fields: dict[str, Any], name: str, file_name: str) -> str | None:
-    """Remove and return a field that must be a string or missing."""
-    value = fields.pop(name, None)
-    if value is None or isinstance(value, str):
-        return value or None
-    raise SourceError(f"{file_name}: {name} is {value!r:.60}; expected a string")

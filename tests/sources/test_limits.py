@@ -61,10 +61,10 @@ def test_extended_headers_are_bounded() -> None:
             list(iter_members(io.BytesIO(data), "a.tar"))
 
 
-@pytest.mark.parametrize("exported", ["{}", '{"languages": ["de"], "columns": {}}', '{"languages": [], "columns": 1}'])
-def test_damaged_export_is_a_row_with_a_reason(exported: str) -> None:
-    sidecar = read_sidecar({".json": f'{{"captions": [], "embedcache": {exported}}}'.encode()}, "a")
-    assert str(sidecar.columns[CAPTION_ERROR]).startswith("a.json: expected columns and one language per caption")
+@pytest.mark.parametrize("languages", ['["de"]', '[1, "de"]', "1", "{}"])
+def test_wrong_languages_are_a_row_with_a_reason(languages: str) -> None:
+    sidecar = read_sidecar({".json": f'{{"captions": ["a", "b"], "language": {languages}}}'.encode()}, "a")
+    assert str(sidecar.columns[CAPTION_ERROR]).startswith("a.json: language is")
 
 
 @pytest.mark.parametrize("value", ["1" * 5000, '"\\ud800"', "[" * 100_000], ids=["digits", "half", "deep"])

@@ -233,7 +233,7 @@ def _sample_files(
         yield _suffix(name, file.path), data
     texts = [TextItem(text=item["text"], language=item["language"]) for item in items.get("text", ())]
     if texts:
-        yield "txt", texts[0].text.encode()
+        yield "txt", " ".join(texts[0].text.split()).encode()  # a line is a caption
     yield "json", to_sidecar(columns["key"], texts, {name: columns[name] for name in columns if name != "key"})
 
 

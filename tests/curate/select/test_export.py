@@ -126,10 +126,10 @@ class Described:
 
 
 ABOUT: list[tuple[list[TextItem], dict[str, Scalar]]] = [
-    ([TextItem(text="eins", language="de"), TextItem(text="one", language="en")], {"text": 0, "n": 1, "language": "x"}),
-    ([TextItem(text="a\nb"), TextItem(text="c"), TextItem(text="c")], {"text": 1, "caption_error": "none", "n": None}),
-    ([], {"captions": "x", "caption": 0.5, "texts": False, "embedcache": "é", "label": "cat"}),
-    ([TextItem(text="")], {"text": None, "label": "dog", "n": 3}),
+    ([TextItem(text="eins", language="de"), TextItem(text="one", language="en")], {"n": 1}),
+    ([TextItem(text="a\nb"), TextItem(text="c"), TextItem(text="c")], {"caption_error": "none", "n": None}),
+    ([], {"embedcache": "é", "label": "cat"}),
+    ([TextItem(text="")], {"label": "dog", "n": 3}),
 ]
 
 
@@ -149,7 +149,17 @@ def test_captions_languages_and_columns_are_read_again(tmp_path: Path) -> None:
         assert fields is not None
         assert text.read() == b"eins"
         read = json.load(fields)
-    assert (read["key"], read["captions"], read["n"]) == ("00000", ["eins", "one"], 1)
+    assert read == {"key": "00000", "captions": ["eins", "one"], "language": ["de", "en"], "n": 1} | dict.fromkeys(
+        ("caption_error", "embedcache", "label")
+    )
+
+
+def test_columns_that_would_be_read_as_captions_are_left_out(tmp_path: Path) -> None:
+    source = Described(open_source(write_images(tmp_path / "p", 1)), [([TextItem(text="a")], {"text": "b", "n": 1})])
+    indexed(source, tmp_path / "cache")
+    write_shards(Cache(tmp_path / "cache"), np.arange(1), tmp_path / "shards")
+    (sample,) = open_source(tmp_path / "shards").samples()
+    assert (sample.texts, sample.columns) == ((TextItem(text="a"),), {"n": 1})
 
 
 def test_shards_are_deterministic(made: tuple[Cache, Path], tmp_path: Path) -> None:
