@@ -22,7 +22,7 @@ from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import check_output
 from embedcache.projectors.saved import read_config
 from embedcache.search.vectors import Vectors
-from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, base_source, how_to_import
+from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, how_to_import
 from embedcache.sources.table_files import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
@@ -228,7 +228,7 @@ class VectorExport:
 
 def _file_root(source: Mapping[str, Any]) -> str:
     """Return the local folder that a source's paths of files are relative to; empty if there is none."""
-    kind, path = base_source(source)
+    kind, path = str(source.get("type", "")), str(source.get("path", ""))
     root = str(source.get("settings", {}).get("root", "")) if kind == "coco" else path
     of_class = kind in SOURCES and getattr(SOURCES.load(kind), "items_are_files", False)
     if not (of_class or kind == IMPORTED_SOURCE) or is_url(root):

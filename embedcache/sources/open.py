@@ -33,7 +33,6 @@ SOURCES = Registry(
         "hf": "embedcache.sources.huggingface:HuggingfaceSource",
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
         "openmoji": "embedcache.quickstart.openmoji:OpenmojiSource",
-        "pairs": "embedcache.sources.texts:PairsSource",
         "prompts": "embedcache.sources.prompts:PromptsSource",
         "table": "embedcache.sources.table:TableSource",
         "texts": "embedcache.sources.texts:TextsSource",
@@ -71,7 +70,7 @@ _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - {".npz"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (
     "expected a folder of images or other files, a table (.parquet, .csv, .tsv, .jsonl), WebDataset tars, COCO's "
-    ".json, texts (.txt, .npy), a dataset of Hugging Face, a URL of these, or openmoji:"
+    ".json, texts (.txt), a dataset of Hugging Face, a URL of these, or openmoji:"
 )
 
 
@@ -221,20 +220,12 @@ def is_description(value: Mapping[str, Any]) -> bool:
     return isinstance(kind, str) and (is_path or not is_own) and has_parts and has_settings
 
 
-def base_source(description: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the type and path of a source from its `describe`; of `pairs:`, those of the source it splits."""
-    kind, path = str(description.get("type", "")), str(description.get("path", ""))
-    while kind == "pairs":
-        kind, _, path = path.partition(":")
-    return kind, path
-
-
 def source_credit(description: Mapping[str, Any]) -> str:
     """Return the attribution that pages with images of a source must carry, or an empty string.
 
     The description may come from an untrusted cache: only built-in and installed plug-ins are imported.
     """
-    kinds = dict.fromkeys(base_source(part)[0] for part in merged_parts(description))
+    kinds = dict.fromkeys(str(part.get("type", "")) for part in merged_parts(description))
     credits = [str(getattr(SOURCES.load(kind), "credit", "")) for kind in kinds if kind in SOURCES]
     return "; ".join(filter(None, credits))
 

@@ -33,7 +33,6 @@ from embedcache.sources.open import (
     MERGED,
     WITHOUT_LOCATION,
     MergedSource,
-    base_source,
     merged_parts,
     open_source,
 )
@@ -143,7 +142,7 @@ def allowed_places(description: Mapping[str, Any], index_digest: str) -> Sequenc
     is_own = is_remembered(description, index_digest)
     places = [*_NAMED.get(), *(own_places(description) if is_own else ())]
     for part in _parts(description):
-        kind, path = base_source(part)
+        kind, path = str(part.get("type", "")), str(part.get("path", ""))
         locations = _locations(part)
         is_confined = kind in _READ_BELOW and locations and (kind != "huggingface" or Path(path).exists())
         if not (is_own or is_confined or kind in WITHOUT_LOCATION):
@@ -187,9 +186,9 @@ def _locations(part: Mapping[str, Any]) -> list[str]:
 
     Names on the Hub, of languages and of datasets are left out.
     """
-    kind, path = base_source(part)
+    path = str(part.get("path", ""))
     texts = [path, str(part.get("settings", {}).get("root", ""))]
-    if kind == "webdataset":
+    if part.get("type") == "webdataset":
         shards = path.split(SHARD_SEPARATOR)
         texts = [shard.partition("{")[0].rpartition("/")[0] if "{" in shard else shard for shard in shards]
     return [text for text in texts if is_url(text) or text.startswith("/")]

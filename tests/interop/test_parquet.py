@@ -144,7 +144,6 @@ def test_image_paths_of_files_are_absolute_and_those_of_urls_unchanged(tmp_path:
     files = [str(folder / f"0000{number}.png") for number in range(2)]
     for location, expected in (
         (f"{folder}", files),
-        (f"pairs:{folder}", files),
         (f"{tmp_path / 'captions_images.json'}", files),
         (f"{tmp_path / 'rows.csv'}", [files[0], url]),
     ):

@@ -36,7 +36,6 @@ class CustomSource:
         ({"t.csv": "caption\nx"}, "t.csv", "table"),
         ({"t.jsonl": '{"text": "x"}'}, "t.jsonl", "table"),
         ({"prompts.txt": "x"}, "prompts.txt", "texts"),
-        ({"captions.NPY": b""}, "captions.NPY", "texts"),
     ],
 )
 def test_kind_is_detected(tmp_path: Path, files: dict[str, bytes | str], location: str, kind: str) -> None:
@@ -76,7 +75,7 @@ def test_location_that_is_no_source_raises(
         open_source(tmp_path / location, kind=kind)
 
 
-@pytest.mark.parametrize("kind", ["folder", "table", "prompts", "webdataset", "pairs", "texts", "hf", "coco"])
+@pytest.mark.parametrize("kind", ["folder", "table", "prompts", "webdataset", "texts", "hf", "coco"])
 def test_kind_without_a_location_raises(kind: str) -> None:
     """Not the folder in which the command runs."""
     with pytest.raises(SourceError, match=f"^{kind}: expected a location after the colon, got none"):
@@ -100,8 +99,6 @@ def test_imported_source_reopens(tmp_path: Path) -> None:
     ("kind", "path", "credit"),
     [
         ("openmoji", "en", "OpenMoji"),
-        ("pairs", "openmoji:en", "OpenMoji"),
-        ("pairs", "pairs:openmoji:en", "OpenMoji"),
         ("folder", "/images", ""),
         ("imported", "/vectors", ""),
         ("never.imported:Source", "x", ""),  # an untrusted cache may name any module

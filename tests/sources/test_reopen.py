@@ -37,7 +37,6 @@ def test_own_places_of_each_kind_of_source(tmp_path: Path) -> None:
         ("table", table, [table.parent]),
         ("table", "https://host/x/t.parquet", ["https://host/x"]),
         ("imported", table, [table.parent]),
-        ("pairs", f"table:{table}", [table.parent]),
         ("webdataset", f"{shards}/{{00..09}}.tar", [shards]),
         ("webdataset", f"{shards}/a.tar::{table.parent}/b.tar", [shards, table.parent]),
         ("webdataset", "https://host/{a,b}/0.tar", ["https://host"]),
