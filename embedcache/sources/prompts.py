@@ -28,8 +28,8 @@ class PromptsSource:
     dataset of the package clip-benchmark, such as `imagenet1k`. Templates are a `.txt` with one template per line and
     `{c}` in place of the name; a dataset of clip-benchmark; or `cupl`, prompts that a language model wrote for each
     ImageNet class. By default they are those of the folder or dataset, else two: the name as it is, and `a photo of a
-    {c}.` The setting `languages` may hold one language of clip-benchmark: ar, cn, en, it or jp. Paths may contain `+`:
-    the location is split at the first one that has classes before it and templates after it.
+    {c}.` The setting `languages` may hold one language of clip-benchmark: ar, cn, en, it or jp. A location that does
+    not exist is split at its last `+`.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -59,19 +59,9 @@ class PromptsSource:
 
 
 def _split_location(location: str) -> tuple[str, str]:
-    """Return the classes and the templates of a location, whose paths may contain `+` themselves."""
-    if open_path(location).exists():
-        return location, ""
-    parts = location.split("+")
-    splits = [("+".join(parts[:number]), "+".join(parts[number:])) for number in range(1, len(parts) + 1)]
-    found = (split for split in splits if split[1] and all(_is_found(part) for part in split))
-    named = (split for split in splits if _is_path(split[0]))  # for the error that names what does not exist
-    return next(found, None) or next(named, splits[0])
-
-
-def _is_found(part: str) -> bool:
-    """Return whether a part of a location exists, or may be the name of a dataset."""
-    return open_path(part).exists() or not ("+" in part or _is_path(part))
+    """Return the classes and the templates of a location."""
+    classes, plus, templates = location.rpartition("+")
+    return (classes, templates) if plus and not open_path(location).exists() else (location, "")
 
 
 def _is_path(part: str) -> bool:
