@@ -3,7 +3,7 @@
 Every damaged, empty or oversized item is an `ItemError` whose message is the reason stored with its row.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -103,14 +103,14 @@ def _check_frames(frames: Array) -> None:
         )
 
 
-def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None = None) -> Video:
+def decode_video(file: bytes | Path, start_s: float | None = None, stop_s: float | None = None) -> Video:
     """Open a video, whose frames are decoded when they are read; damage is found then.
 
     Each step at the average rate has the frame that is shown in its middle, so that the frames of videos with a
     variable frame rate, as those of many phones and recorded screens, have one rate. Thread-safe.
 
     Args:
-        data: the whole file.
+        file: the whole file, or its path.
         start_s: start of an interval in seconds; None for the beginning.
         stop_s: end of the interval; None for the end.
 
@@ -118,33 +118,15 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
         ItemError: the file cannot be opened, has no frames, has more than `MAX_FRAME_PIXELS` in one frame, or announces
             an end before that of the interval.
     """
-    with open_container(data, "video") as container:
+    with open_container(file, "video") as container:
         stream = open_stream(container, "video", start_s, stop_s)
         rate_hz = frame_rate(stream)
         ends_s = [end_s for end_s in (stream_duration(container, stream), stop_s) if end_s is not None]
     return Video(
         rate_hz=rate_hz,
         duration_s=min(ends_s) - (start_s or 0.0) if ends_s else None,
-        decode=partial(_decode, data, start_s, stop_s),
+        decode=partial(_decode, file, start_s, stop_s),
     )
-
-
-def iter_frames(file: bytes | Path) -> Generator[Array, None, None]:
-    """Iterate over the upright RGB frames of a video of any length: those that `decode_video` returns.
-
-    Memory: two frames.
-
-    Args:
-        file: the whole file, or its path.
-
-    Yields:
-        (H, W, 3) uint8 arrays of one shape.
-
-    Raises:
-        ItemError: the file cannot be decoded, has no frames, changes their size, or ends before its announced end.
-    """
-    for frame in _decode(file, None, None):
-        yield frame()
 
 
 def frame_at(data: bytes, time_s: float) -> Array:

@@ -15,7 +15,7 @@ from embedcache.arrays import Array, Floats
 from embedcache.errors import DataError, ItemError, PathError, SettingError
 from embedcache.sources.media import AUDIO_RATE_HZ, StreamInfo, probe_media
 from embedcache.sources.sound import iter_audio
-from embedcache.sources.video import MAX_VIDEO_PIXELS, Video, iter_frames
+from embedcache.sources.video import MAX_VIDEO_PIXELS, Video, decode_video
 
 MOUTH_FORM = "X0,Y0,X1,Y1 in fractions of the frame's width and height, such as 0.3,0.55,0.7,0.85, or all"
 WHOLE_FRAME = 0.0, 0.0, 1.0, 1.0
@@ -168,7 +168,7 @@ def _cut_windows(clip: Clip, window_s: float, step_s: float) -> Iterator[Window]
 def _open_track(clip: Clip, stream: str) -> "_Track":
     if stream == "audio":
         return _Track(stream, AUDIO_RATE_HZ, iter_audio(clip.path))
-    frames = (_crop(frame_HW3, clip.mouth)[None].copy() for frame_HW3 in iter_frames(clip.path))
+    frames = (_crop(frame(), clip.mouth)[None].copy() for frame in decode_video(clip.path).frames())
     return _Track(stream, clip.streams[stream].rate_hz, frames)
 
 

@@ -16,7 +16,7 @@ from embedcache.processes import prefetch_map
 from embedcache.sources import media, sound, video
 from embedcache.sources.media import StreamInfo, probe_media
 from embedcache.sources.sound import decode_audio, iter_audio
-from embedcache.sources.video import Video, decode_video, frame_at, iter_frames
+from embedcache.sources.video import Video, decode_video, frame_at
 from tests.media_files import CODECS, encode_audio, encode_video, float_wav, jpeg_video, moving_square, tone, wav
 
 
@@ -51,12 +51,13 @@ def test_interval_of_a_recording(start_s: float | None, stop_s: float | None) ->
 
 @pytest.mark.parametrize(("rate_hz", "channels"), [(44_100, 2), (12_345, 1)])
 def test_interval_of_a_resampled_recording(rate_hz: int, channels: int) -> None:
-    """Its start lies between two samples of the file."""
-    data = wav(tone(4, 3_000, rate_hz=rate_hz), rate_hz=rate_hz, channels=channels)
+    """Its start lies between two samples of the file: up to half a sample beside those of the whole."""
+    data = wav(tone(4, 100, rate_hz=rate_hz), rate_hz=rate_hz, channels=channels)
     whole = decode_audio(data)
     for start_s in (1.5, 2.2345):
         first = round(start_s * 16_000)
-        np.testing.assert_array_equal(decode_audio(data, start_s, start_s + 0.5), whole[first : first + 8_000])
+        part = decode_audio(data, start_s, start_s + 0.5)
+        np.testing.assert_allclose(part, whole[first : first + 8_000], atol=2 * np.pi * 100 * 0.5 / 16_000)
 
 
 @pytest.mark.parametrize("kind", ["flac", "ogg", "m4a"])
@@ -101,12 +102,10 @@ def test_interval_may_end_a_little_late() -> None:
     assert len(decode_audio(wav(tone(2)), 1.0, 2.05)) == 16_000
 
 
-def test_long_recording_fails_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_recording_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sound, "MAX_AUDIO_S", 1)
-    with pytest.raises(ItemError, match="too long: 4 s of sound, more than 1"):
-        decode_audio(wav(tone(4)))
     with pytest.raises(ItemError, match="too long: more than 1 s"):
-        decode_audio(encode_audio(tone(4), "mp3"))  # announces no exact duration
+        decode_audio(wav(tone(4)))
     assert len(decode_audio(wav(tone(4)), 1, 2)) == 16_000
 
 
@@ -207,6 +206,10 @@ def test_decoding_ends_when_it_is_cancelled() -> None:
         found.close()
         closed.set()
     assert read == [0]
+
+
+def iter_frames(file: bytes | Path) -> Iterator[np.ndarray]:
+    return (frame() for frame in decode_video(file).frames())
 
 
 def decode_frames(data: bytes) -> np.ndarray:
