@@ -19,7 +19,7 @@ LAYERS = [
     {"devices", "files"},
     {"locks"},
     {"metrics", "provenance"},
-    {"outputs", "records"},
+    {"outputs", "records", "samples"},
     {"sources", "encoders", "projectors"},
     {"store"},
     {"dataset"},

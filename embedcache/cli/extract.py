@@ -15,7 +15,7 @@ from embedcache.units import format_bytes
 
 if TYPE_CHECKING:
     from embedcache.extract.plan import Plan
-    from embedcache.sources.base import Source
+    from embedcache.samples import Source
 
 
 @with_settings(settings=ExtractSettings, source_settings=SourceSettings)

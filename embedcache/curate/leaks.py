@@ -26,8 +26,9 @@ from embedcache.modalities import MODALITIES, noun, order_pair
 from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import name_differences
+from embedcache.samples import IMPORTED_SOURCE
 from embedcache.settings import merge_settings
-from embedcache.sources.open import IMPORT_TOGETHER, IMPORTED_SOURCE
+from embedcache.sources.open import IMPORT_TOGETHER
 from embedcache.store.cache import Cache
 
 _NO_LIMIT = "their near-duplicates are found with --cosine; curate dedup shows which cosine suits the encoder"

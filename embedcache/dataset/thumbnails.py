@@ -12,7 +12,7 @@ from PIL import Image
 from embedcache.arrays import Floats
 from embedcache.errors import ItemError, PathError
 from embedcache.modalities import noun
-from embedcache.sources.base import FileItem
+from embedcache.samples import FileItem
 from embedcache.sources.images import decode_image
 from embedcache.sources.media import AUDIO_RATE_HZ, probe_media
 from embedcache.sources.open import source_credit

@@ -28,7 +28,8 @@ from embedcache.projectors.saved import (
     split_path,
 )
 from embedcache.provenance import check_same, construct, digest_file
-from embedcache.sources.open import IMPORT_TOGETHER, IMPORTED_SOURCE
+from embedcache.samples import IMPORTED_SOURCE
+from embedcache.sources.open import IMPORT_TOGETHER
 from embedcache.store.cache import Cache
 
 RunPaths: TypeAlias = AnyPath | Sequence[AnyPath]

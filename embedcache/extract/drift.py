@@ -15,7 +15,7 @@ from embedcache.extract.loop import encode_chunk, reopen_item_source
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
-from embedcache.sources.base import Source
+from embedcache.samples import Source
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup

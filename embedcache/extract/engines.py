@@ -35,7 +35,7 @@ from embedcache.modalities import MODALITIES, encoder_option, noun
 from embedcache.processes import connected, num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import trust_files
-from embedcache.sources.base import Source
+from embedcache.samples import Source
 from embedcache.sources.reopen import open_below
 from embedcache.store.cache import Cache
 from embedcache.store.group import find_group

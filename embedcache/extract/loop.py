@@ -22,8 +22,8 @@ from embedcache.extract.feature_writer import ChunkTask, FeatureWriter
 from embedcache.modalities import MODALITIES, Modality, noun, one_noun
 from embedcache.processes import prefetch_map
 from embedcache.progress import NullProgress, Progress
+from embedcache.samples import FileItem, Source
 from embedcache.sources import reopen_source
-from embedcache.sources.base import FileItem, Source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, hash_item
 from embedcache.store.producer import ChunkFeatures

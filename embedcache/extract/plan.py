@@ -18,7 +18,7 @@ from embedcache.extract.loop import encode_chunk
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import AnyPath, is_remote
 from embedcache.progress import AnyProgress, to_progress
-from embedcache.sources.base import Source
+from embedcache.samples import Source
 from embedcache.store.producer import ChunkFeatures
 from embedcache.store.writer import num_padded
 from embedcache.units import format_bytes

@@ -19,8 +19,8 @@ from embedcache.files import AnyPath, remove_partials
 from embedcache.modalities import MODALITIES
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
+from embedcache.samples import Source
 from embedcache.settings import merge_settings
-from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, has_failed
 from embedcache.store.feature import Feature

@@ -21,8 +21,9 @@ from embedcache.interop.vector_files import rechunk
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import check_output
 from embedcache.projectors.saved import read_config
+from embedcache.samples import IMPORTED_SOURCE
 from embedcache.search.vectors import Vectors
-from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, how_to_import
+from embedcache.sources.open import SOURCES
 from embedcache.sources.table_files import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
@@ -253,7 +254,7 @@ def open_exported(cache: Cache, settings: VectorExportSettings, allowed: Sequenc
     modalities = [modality for modality in requested if cache.features(modality)]
     if not modalities:
         is_imported = cache.info.source.get("type") == IMPORTED_SOURCE
-        step = how_to_import(cache.info.source, requested[0]) if is_imported else "add some with embedcache extract"
+        step = "import both into a new cache" if is_imported else "add some with embedcache extract"
         raise DataError(f"{cache.path}: expected {' or '.join(requested)} features, got none; {step}")
     features = {modality: "+".join(names) for modality, names in features_by_modality(cache, settings.features).items()}
     for modality, name in features.items():

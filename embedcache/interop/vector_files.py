@@ -15,9 +15,8 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, ItemError, SettingError, SourceError
 from embedcache.files import is_url
 from embedcache.modalities import MODALITIES
-from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.samples import IMPORTED_SOURCE, FileItem, Sample, TextItem
 from embedcache.sources.files import read_item_file, resolve_item
-from embedcache.sources.open import IMPORTED_SOURCE
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_files import (
     Row,

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from embedcache.errors import ItemError, SettingError
 from embedcache.registry import require
-from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
 
 _IMAGE_PX = 256

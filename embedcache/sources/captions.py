@@ -10,7 +10,7 @@ from typing import Any
 
 from embedcache.errors import ItemError, SourceError
 from embedcache.files import decode_text, split_lines
-from embedcache.sources.base import Sample, Scalar, TextItem
+from embedcache.samples import Sample, Scalar, TextItem
 
 SIDECAR_SUFFIXES = frozenset({".json", ".txt"})
 CAPTION_ERROR = "caption_error"

@@ -11,7 +11,7 @@ from typing import Any
 
 from embedcache.errors import SourceError
 from embedcache.files import decode_text, is_remote, open_path, reading
-from embedcache.sources.base import FileItem, Sample
+from embedcache.samples import FileItem, Sample
 from embedcache.sources.captions import parse_captions, parse_json_object, to_scalar_columns, to_text_items
 from embedcache.sources.files import (
     find_root,

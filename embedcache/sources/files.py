@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_missing, is_remote, is_url, open_path, read_file, reading
-from embedcache.sources.base import FileItem
+from embedcache.samples import FileItem
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 

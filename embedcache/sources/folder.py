@@ -10,7 +10,7 @@ from typing import Any
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_remote, open_path, reading
 from embedcache.modalities import noun
-from embedcache.sources.base import FileItem, Sample
+from embedcache.samples import FileItem, Sample
 from embedcache.sources.captions import SIDECAR_SUFFIXES, read_sidecar
 from embedcache.sources.files import (
     MEDIA_SUFFIXES,

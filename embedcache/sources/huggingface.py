@@ -17,7 +17,7 @@ from typing import Any
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import hub_errors, io_reason, is_io_error, library_of
 from embedcache.registry import require
-from embedcache.sources.base import FileItem, Sample
+from embedcache.samples import FileItem, Sample
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_files import (
     BATCH_ROWS,

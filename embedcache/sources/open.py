@@ -9,8 +9,8 @@ from typing import Any
 from embedcache.errors import ItemError, PathError, SourceError, quoted
 from embedcache.files import is_url, open_path
 from embedcache.registry import Registry
+from embedcache.samples import MERGED, PARTS, FileItem, Sample, Source
 from embedcache.settings import merge_settings
-from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.sources.files import (
     JSON_SUFFIXES,
     MEDIA_SUFFIXES,
@@ -42,13 +42,6 @@ SOURCES = Registry(
     arguments=2,
 )
 
-IMPORTED_SOURCE = "imported"
-"""Type of the source that a cache of imported vectors records. It has no samples, and nobody can choose it: it is only
-reopened, so it is not in `SOURCES`."""
-
-MERGED = "merged"
-"""Source type recorded by a cache that was merged from caches of several sources. It has items, but no samples."""
-
 IMPORT_TOGETHER = (
     "vectors of two imports are never compared: import both at once, and divide them with: embedcache cache cut"
 )
@@ -56,8 +49,6 @@ IMPORT_TOGETHER = (
 
 WITHOUT_LOCATION = frozenset({"openmoji"})
 """Kinds of sources that may be opened without a location."""
-
-_PARTS = "parts"
 
 _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_SUFFIXES, "coco": JSON_SUFFIXES}
 """Kind of source -> suffixes of the files that it reads: one that is given as a location is of this kind."""
@@ -196,28 +187,17 @@ class MergedSource:
 def merged_description(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the description of the sources of several caches."""
     path = " + ".join(str(part.get("path", "")) for part in parts)
-    return {"type": MERGED, "path": path, "settings": {}, _PARTS: [dict(part) for part in parts]}
+    return {"type": MERGED, "path": path, "settings": {}, PARTS: [dict(part) for part in parts]}
 
 
 def merged_parts(description: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the descriptions that a merged description was made of, or the description itself."""
-    return list(description[_PARTS]) if description.get("type") == MERGED else [description]
+    return list(description[PARTS]) if description.get("type") == MERGED else [description]
 
 
 def merged_path(number: int, path: str) -> str:
     """Return the path of an item of one of the sources, counted from 0."""
     return f"{number}/{path}"
-
-
-def is_description(value: Mapping[str, Any]) -> bool:
-    """Return whether a JSON object has the types of a source's `describe`; the `path` of a plug-in is any value."""
-    kind, path = value.get("type", ""), value.get("path", "")
-    is_own = kind in ("", IMPORTED_SOURCE, MERGED, *SOURCES.paths)
-    parts = value.get(_PARTS) if kind == MERGED else []
-    has_parts = isinstance(parts, list) and all(isinstance(part, Mapping) and is_description(part) for part in parts)
-    is_path = isinstance(path, str) and "\0" not in path
-    has_settings = isinstance(value.get("settings", {}), Mapping)
-    return isinstance(kind, str) and (is_path or not is_own) and has_parts and has_settings
 
 
 def source_credit(description: Mapping[str, Any]) -> str:
@@ -228,18 +208,3 @@ def source_credit(description: Mapping[str, Any]) -> str:
     kinds = dict.fromkeys(str(part.get("type", "")) for part in merged_parts(description))
     credits = [str(getattr(SOURCES.load(kind), "credit", "")) for kind in kinds if kind in SOURCES]
     return "; ".join(filter(None, credits))
-
-
-def how_to_import(source: Mapping[str, Any], modality: str) -> str:
-    """Return how to get features of a modality beside those of an imported source, as nothing can be extracted."""
-    form = str(source.get("format"))
-    options = {
-        "npy": f"--file {modality}=FILE{' --table FILE' if modality == 'text' else ''}",
-        "parquet": f"--vector-column {modality}=NAME",
-    }
-    if modality in ("image", "text"):
-        options["datacomp"] = f"--array {modality}=NAME"
-        options["clip-retrieval"] = f"a folder that has {'img' if modality == 'image' else 'text'}_emb too"
-    if form not in options:
-        return "it was imported in a format of images and texts only; extract the others into a cache of their own"
-    return f"import both into a new cache: embedcache import {form}, also with {options[form]}"

@@ -8,7 +8,7 @@ from typing import Any
 from embedcache.errors import ItemError, SourceError
 from embedcache.files import open_path, read_text, split_lines
 from embedcache.registry import require, unknown_name
-from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.captions import parse_json
 from embedcache.sources.files import require_file
 from embedcache.sources.settings import SourceSettings

@@ -1,12 +1,11 @@
 """Settings of sources: which columns of a table to read, and which languages. Nothing heavy is imported here."""
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from embedcache.errors import SettingError
-from embedcache.settings import check_settings, flat_settings, setting, to_json, to_words
+from embedcache.settings import check_settings, setting, to_json
 
 ITEM_COLUMNS: dict[str, Any] = {
     "default": {},
@@ -99,13 +98,3 @@ class SourceSettings:
             if name not in names:
                 supported = f"it supports {', '.join(names)}" if names else "it has no settings"
                 raise SettingError(f"a source of type {kind} does not support the setting {name!r}; {supported}{hint}")
-
-
-def option_words(record: Mapping[str, Any]) -> list[str]:
-    """Return the command-line options that ask for recorded settings, see `to_json`; unknown names are left out."""
-    words = []
-    for item in flat_settings(SourceSettings):
-        option = f"--{item.name.replace('_', '-')}"
-        for part in to_words(record.get(item.path[-1]) or ()):
-            words += [option, shlex.quote(part)]
-    return words

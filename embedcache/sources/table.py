@@ -8,7 +8,7 @@ from typing import Any
 
 from embedcache.errors import PathError, SourceError
 from embedcache.files import open_path
-from embedcache.sources.base import FileItem, Sample
+from embedcache.samples import FileItem, Sample
 from embedcache.sources.captions import join_captions
 from embedcache.sources.files import (
     TABLE_SUFFIXES,

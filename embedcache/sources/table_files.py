@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from embedcache.errors import EmbedcacheError, ItemError, SettingError, SourceError
 from embedcache.files import TEXT_ENCODING, reading
 from embedcache.modalities import MODALITIES
-from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.captions import parse_captions, parse_json_object, to_scalar_columns, to_text_items
 from embedcache.sources.files import open_binary, read_item_file, resolve_item
 from embedcache.sources.settings import SourceSettings

@@ -5,7 +5,7 @@ from typing import Any
 
 from embedcache.errors import ItemError, SourceError
 from embedcache.files import TEXT_ENCODING, check_regular, open_path, reading
-from embedcache.sources.base import FileItem, Sample
+from embedcache.samples import FileItem, Sample
 from embedcache.sources.captions import to_text_items
 from embedcache.sources.files import TEXT_SUFFIXES, has_suffix, require_file
 from embedcache.sources.settings import SourceSettings

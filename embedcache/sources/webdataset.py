@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from embedcache.errors import PathError, SourceError
 from embedcache.files import is_remote, open_path, reading
-from embedcache.sources.base import FileItem, Sample, Scalar
+from embedcache.samples import FileItem, Sample, Scalar
 from embedcache.sources.captions import (
     SIDECAR_SUFFIXES,
     Sidecar,

@@ -21,7 +21,7 @@ from embedcache.errors import (
 from embedcache.files import AnyPath, find_files, open_path, reading
 from embedcache.modalities import MODALITIES, count_items, encoder_option
 from embedcache.registry import require, unknown_name
-from embedcache.sources.open import IMPORTED_SOURCE, how_to_import
+from embedcache.samples import IMPORTED_SOURCE
 from embedcache.store.columns import widen
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
@@ -337,7 +337,7 @@ class Cache:
             return f"unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
         option = encoder_option(modality)
         if self.info.source.get("type") == IMPORTED_SOURCE:
-            step = how_to_import(self.info.source, modality)
+            step = "import both into a new cache"
             if modality == "text" and self.info.num_items.get("text"):
                 step = f"encode its captions: embedcache extract {quoted(self.path)} {quoted(self.path)} {option}"
             return f"{self.path} has no {modality} features; {step}"

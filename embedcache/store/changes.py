@@ -1,6 +1,7 @@
 """Differences between a source and the tables of a cache: new samples, and items whose bytes were replaced."""
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,7 @@ from typing import Any
 from embedcache.errors import FingerprintError, pluralize, quoted
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, noun
 from embedcache.progress import Progress
-from embedcache.sources.base import FileItem, Sample, Source
-from embedcache.sources.settings import option_words
+from embedcache.samples import FileItem, Sample, Source
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES, CacheInfo
 from embedcache.store.removed import RemovedSamples, read_removed
@@ -128,10 +128,10 @@ def source_changed(
 ) -> FingerprintError:
     """Create the error for a source that differs from the source of a cache."""
     original = f"{info.source.get('type')} {info.source.get('path', '')}".strip()
-    options = " ".join(option_words(info.source.get("settings", {})))
+    settings = json.dumps(info.source.get("settings") or {})
     return FingerprintError(
         f"cache {cache_path} has other samples than this source has now: {reason}; it was extracted from {original}"
-        f"{f' with {options}; give the same options, or else' if options else ';'} {next_step}"
+        f"{f' with {settings}; give the same options, or else' if settings != '{}' else ';'} {next_step}"
     )
 
 

@@ -11,7 +11,7 @@ from embedcache.files import find_files, flush, is_remote, make_folder, reading,
 from embedcache.locks import LOCK, locked
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, digest
-from embedcache.sources.base import Sample, Source
+from embedcache.samples import Sample, Source
 from embedcache.store.changes import SourceChanges, check_allowed, digest_samples, find_changes, source_changed
 from embedcache.store.layout import (
     DEFAULT_CHUNK_SIZE,

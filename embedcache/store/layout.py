@@ -23,8 +23,8 @@ from embedcache.provenance import (
     read_manifest,
     write_record,
 )
+from embedcache.samples import is_description
 from embedcache.settings import check_types
-from embedcache.sources.open import is_description
 
 FORMAT_VERSION = 1
 SUBSET = "subset"

@@ -18,7 +18,7 @@ from embedcache.arrays import Ints, blocks, distinct
 from embedcache.errors import SourceError
 from embedcache.files import is_remote, partial_path, put_file
 from embedcache.modalities import FILE_MODALITIES, MODALITIES
-from embedcache.sources.base import FileItem, Sample
+from embedcache.samples import FileItem, Sample
 from embedcache.store.arrays import file_checksum
 from embedcache.store.columns import widen
 from embedcache.store.layout import SAMPLES, Part, TableFile, next_revision, table_name

@@ -22,7 +22,7 @@ from embedcache.arrays import Ints, blocks
 from embedcache.errors import CorruptError, PathError
 from embedcache.files import check_regular, is_remote, read_file, reading
 from embedcache.modalities import MODALITIES
-from embedcache.sources.base import FileItem
+from embedcache.samples import FileItem
 from embedcache.store.arrays import check_file
 from embedcache.store.layout import TableFile
 

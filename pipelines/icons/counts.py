@@ -36,7 +36,7 @@ from embedcache.curate.coverage import CoverageReport, measure_coverage
 from embedcache.curate.prevalence import write_answers
 from embedcache.errors import ItemError
 from embedcache.reports.base import Table
-from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.train.train import train

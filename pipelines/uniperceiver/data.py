@@ -28,8 +28,8 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import write_atomic
 from embedcache.progress import Progress
+from embedcache.samples import Source
 from embedcache.sources import open_source
-from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
 from pipelines.worlds import easy_vqa, label_sets, shapes, texts
 from pipelines.worlds.examples import caption_examples, label_examples, make_examples, write_examples

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from embedcache.errors import ItemError, SettingError
 from embedcache.registry import require
-from embedcache.sources.base import FileItem, Sample
+from embedcache.samples import FileItem, Sample
 from embedcache.sources.settings import SourceSettings
 from pipelines.worlds.examples import draw_examples, in_split, make_examples
 

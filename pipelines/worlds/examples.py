@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from embedcache.errors import SettingError, SourceError
 from embedcache.files import replacing
-from embedcache.sources.base import Source
+from embedcache.samples import Source
 
 _COLUMNS = ("key", "text", "target")
 

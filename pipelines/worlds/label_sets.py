@@ -17,7 +17,7 @@ import pyarrow as pa
 from embedcache.errors import ItemError, MissingExtraError, SettingError
 from embedcache.quickstart.openmoji import OpenmojiSource
 from embedcache.registry import unknown_name
-from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
 from pipelines.worlds.examples import draw_examples, in_split
 from pipelines.worlds.idx import encode_png, read_idx

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from embedcache.errors import ItemError
-from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
 from pipelines.worlds.locations import parse_location
 

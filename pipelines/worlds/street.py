@@ -22,7 +22,7 @@ from PIL import Image
 
 from embedcache.errors import ItemError
 from embedcache.registry import unknown_name
-from embedcache.sources.base import FileItem, Sample
+from embedcache.samples import FileItem, Sample
 from embedcache.sources.settings import SourceSettings
 from pipelines.worlds.locations import parse_location
 from pipelines.worlds.ray_casting import Camera

@@ -37,8 +37,8 @@ from embedcache.files import make_folder, partial_path, remove_partials, write_a
 from embedcache.processes import num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import require, unknown_name
+from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.settings import check_settings, setting, to_json
-from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
 from pipelines.worlds.talking_mouth import VIDEO_RATE_HZ, Damage, Phone, draw_clip, draw_face

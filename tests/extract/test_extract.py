@@ -312,7 +312,7 @@ def test_captions_in_columns_of_unusual_names(tmp_path: Path) -> None:
     extract(named, tmp_path / "c", text_encoder=[TEXT])
     with pytest.raises(
         FingerprintError,
-        match=r"pairs.csv with --caption-column alt --caption-column title; give the same options, or else remove",
+        match=r'pairs.csv with {"caption_columns": \["alt", "title"\]}; give the same options, or else remove',
     ):
         run(table, tmp_path / "c")
 
@@ -339,7 +339,7 @@ def test_source_whose_cache_could_not_be_opened_is_refused(source: Path, tmp_pat
         def describe(self) -> dict[str, object]:
             return {**self._source.describe(), "path": ["a", "b"]}
 
-    message = r"Described.describe: expected a text as the path of the type 'folder', got \['a', 'b'\]; a source of"
+    message = r"Described.describe: expected a text as the path of the type 'folder', got \['a', 'b'\]"
     with pytest.raises(SourceError, match=message):
         extract(Described(), tmp_path / "cache", image_encoder=[IMAGE])
     assert not list(tmp_path.iterdir())

@@ -36,12 +36,12 @@ from embedcache.progress import PlainProgress
 from embedcache.registry import trust_files
 from embedcache.reports.leaks import leak_notes, leak_table
 from embedcache.reports.summary import failure_lines
+from embedcache.samples import FileItem
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.sources import open_source, read_below
-from embedcache.sources.base import FileItem
 from embedcache.store import producer
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature

@@ -27,8 +27,8 @@ from embedcache.maintain.copy import CopySource, SegmentSamples, cut_cache, divi
 from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.remove import remove_samples
 from embedcache.progress import NullProgress
+from embedcache.samples import FileItem, Sample
 from embedcache.sources import open_source
-from embedcache.sources.base import FileItem, Sample
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index, index_tables
 from embedcache.store.removed import write_marks

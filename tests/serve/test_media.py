@@ -19,6 +19,7 @@ from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.thumbnails import PlayedFile
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
+from embedcache.samples import remember
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.coverage import measure_served_coverage
@@ -26,7 +27,6 @@ from embedcache.serve.media import respond_with_part
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
-from embedcache.sources.reopen import remember
 from embedcache.sources.sound import decode_audio
 from embedcache.store.cache import Cache
 from tests.media_files import encode_audio, tone, wav

@@ -16,12 +16,12 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.inference import load
 from embedcache.projectors.saved import load_pair, read_config
+from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.service import info_tables
-from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.sound import decode_audio
 from embedcache.store.cache import Cache
 from embedcache.train.settings import train_settings

@@ -18,7 +18,7 @@ from embedcache.files import building
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, Modality, one_noun
 from embedcache.outputs import check_output, new_output
 from embedcache.progress import NullProgress, Progress
-from embedcache.sources.base import FileItem, Source, TextItem
+from embedcache.samples import FileItem, Source, TextItem
 from embedcache.sources.captions import to_sidecar
 from embedcache.sources.files import MEDIA_SUFFIXES
 from embedcache.sources.reopen import reopen_source

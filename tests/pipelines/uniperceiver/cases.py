@@ -12,8 +12,8 @@ from PIL import Image
 
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.settings import from_flat
-from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import FitSettings
