@@ -80,7 +80,7 @@ class Source(Protocol):
     """
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source, as JSON values: `type`, `path` and `settings`. The cache records it.
+        """Return what reopens the source: `type` and `path`, which are texts, and `settings`. The cache records it.
 
         Paths are absolute, as a cache may be opened from any folder.
         """

@@ -98,7 +98,6 @@ def test_values_out_of_range_are_refused(tmp_path: Path, name: str, value: Any) 
         ("chunk_size", 2**40 - 1),
         ("parts", with_file(num_rows=0, name="image/items-12.3.parquet")),
         ("earlier_versions", [{"index_digest": "x", "num_parts": 5}]),
-        ("source", {"type": "module:Source", "path": ["a", "b"]}),  # of a plug-in
     ],
 )
 def test_values_at_the_limits_are_read(tmp_path: Path, name: str, value: Any) -> None:
