@@ -12,8 +12,7 @@ from embedcache.encoders.base import Encoder, background_of
 from embedcache.errors import DataError, ItemError, PathError
 from embedcache.modalities import MODALITIES
 from embedcache.sources.images import load_image
-from embedcache.sources.sound import check_audio
-from embedcache.sources.video import Video
+from embedcache.sources.media import Video, check_audio
 
 ItemLike: TypeAlias = str | Path | bytes | Image | Array | Video | Mapping[str, Array]
 """An item: the path or the bytes of a file, or decoded: an image as in `ImageLike`, (n,) float32 mono samples in [-1,

@@ -105,7 +105,7 @@ class Encoder(Protocol):
 
         Args:
             items: images as RGB `PIL.Image.Image`, texts as strings, recordings as (n,) float32 at 16 kHz, videos as
-                `embedcache.sources.video.Video`, point clouds as name -> array with one row per point.
+                `embedcache.sources.media.Video`, point clouds as name -> array with one row per point.
 
         Returns:
             One array per item. Image: (3, H, W), uint8 if the model normalizes pixels on its device, else float32.

@@ -32,7 +32,7 @@ _MAX_PREPARED_BYTES = 2**31
 
 
 class RawVideo(Protocol):
-    """What a video item has, see `embedcache.sources.video.Video`."""
+    """What a video item has, see `embedcache.sources.media.Video`."""
 
     @property
     def rate_hz(self) -> float: ...

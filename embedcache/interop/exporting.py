@@ -24,7 +24,7 @@ from embedcache.projectors.saved import read_config
 from embedcache.samples import IMPORTED_SOURCE
 from embedcache.search.vectors import Vectors
 from embedcache.sources.open import SOURCES
-from embedcache.sources.table_files import INTERVAL_NAMES
+from embedcache.sources.table import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
 from embedcache.store.rows import RowReader
@@ -232,7 +232,7 @@ def _file_root(source: Mapping[str, Any]) -> str:
     kind, path = str(source.get("type", "")), str(source.get("path", ""))
     root = str(source.get("settings", {}).get("root", "")) if kind == "coco" else path
     of_class = kind in SOURCES and getattr(SOURCES.load(kind), "items_are_files", False)
-    if not (of_class or kind == IMPORTED_SOURCE) or is_url(root):
+    if not of_class or is_url(root):
         return ""
     is_file = Path(root).is_file() or (kind in _OF_ONE_FILE and not Path(root).is_dir())
     return str(Path(root).parent) if is_file else root

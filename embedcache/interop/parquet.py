@@ -19,7 +19,7 @@ from embedcache.modalities import MODALITIES
 from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
-from embedcache.sources.table_files import open_parquet
+from embedcache.sources.table import open_parquet
 from embedcache.store.tables import check_footer
 
 GET_AGAIN = "get the file again"

@@ -18,7 +18,7 @@ from embedcache.modalities import MODALITIES
 from embedcache.samples import IMPORTED_SOURCE, FileItem, Sample, TextItem
 from embedcache.sources.files import read_item_file, resolve_item
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_files import (
+from embedcache.sources.table import (
     Row,
     TableColumns,
     assign_columns,
@@ -299,6 +299,8 @@ def _item_path(columns: TableColumns, row: Row, modality: str, folder: str) -> s
 
 class ImportedSource:
     """Source of the files that an import named, if they still exist; it has no samples to extract from."""
+
+    items_are_files = True
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported(IMPORTED_SOURCE)

@@ -19,7 +19,7 @@ from embedcache.files import hub_errors, io_reason, is_io_error, library_of
 from embedcache.registry import require
 from embedcache.samples import FileItem, Sample
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_files import (
+from embedcache.sources.table import (
     BATCH_ROWS,
     COLUMN_MARK,
     COLUMN_SETTINGS,
@@ -47,7 +47,7 @@ class HuggingfaceSource:
     """One sample per row of a `Dataset`, or of each split of a `DatasetDict` in turn.
 
     Images are a column with the feature `Image`, else one with a usual name; recordings, videos, point clouds, captions
-    and keys follow the rules of tables (`embedcache.sources.table_files`). A class label becomes the name of its
+    and keys follow the rules of tables (`embedcache.sources.table`). A class label becomes the name of its
     class. In a `DatasetDict`, and where splits are named, keys are `<split>/<cell of the key column, else row>` and the
     column `split` names the split, unless the dataset has such a column. An item is a split and a row. The location is
     a `Dataset` or `DatasetDict`, which cannot be reopened, or the path or name of one.
@@ -137,13 +137,12 @@ class _DatasetName:
 def _load(name: _DatasetName) -> Any:
     """Open a saved dataset, memory-mapped; or download one from the Hub, or read a copy of its files."""
     datasets = require("datasets", extra="datasets")
-    if name.is_folder:
-        with hub_errors(f"read {name.name} as a saved dataset", _EXPECTED, error_class=SourceError):
-            if (name.config, name.split, name.revision) == (None, None, None):
-                return datasets.load_from_disk(name.name, keep_in_memory=False)
-            return _load_repository(datasets, name)
-    with hub_errors(f"load {name.text} from the Hugging Face Hub", _EXPECTED):
-        _check_hub(name)
+    error_class = SourceError if name.is_folder else PathError
+    with hub_errors(f"load the dataset {name.text}", _EXPECTED, error_class=error_class):
+        if name.text == name.name and name.is_folder:
+            return datasets.load_from_disk(name.name, keep_in_memory=False)
+        if not name.is_folder:
+            _check_hub(name)
         return _load_repository(datasets, name)
 
 

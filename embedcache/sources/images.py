@@ -93,15 +93,13 @@ def load_image(image: ImageLike, background: str = WHITE) -> Image.Image:
 
 
 def _array_image(image: HasArray) -> Image.Image:
-    values, axes = to_numbers(image, "image"), "(3, H, W)"
-    if not isinstance(image, np.ndarray):  # a tensor has the channels first
-        values = np.moveaxis(values, 0, -1) if values.ndim == _IMAGE_AXES else values
-    else:
-        axes = "(H, W, 3)"
-    if values.ndim != _IMAGE_AXES or values.shape[-1] != _RGB:
-        raise DataError(f"image: expected RGB of shape {axes}, got {tuple(np.shape(image))}")
-    if not values.size:
-        raise DataError(f"image: expected at least one pixel, got shape {tuple(np.shape(image))}")
+    values = to_numbers(image, "image")
+    is_tensor = not isinstance(image, np.ndarray)  # the channels are first
+    if is_tensor and values.ndim == _IMAGE_AXES:
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim != _IMAGE_AXES or values.shape[-1] != _RGB or not values.size:
+        axes = "(3, H, W)" if is_tensor else "(H, W, 3)"
+        raise DataError(f"image: expected RGB pixels of shape {axes}, got {tuple(np.shape(image))}")
     if values.dtype.kind == "f":
         if not (values.min() >= 0 and values.max() <= 1):
             raise DataError("image: expected floating-point values from 0 to 1, got others; do not normalize it")

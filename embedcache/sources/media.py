@@ -1,4 +1,4 @@
-"""Open recordings and videos with PyAV (extra `media`), and iterate over what their streams hold.
+"""Decode recordings and videos with PyAV (extra `media`), and iterate over what their streams hold.
 
 Every damaged, empty or oversized item is an `ItemError` whose message is the reason stored with its row: the decoder
 failed, or gave less than the container announces.
@@ -6,13 +6,18 @@ failed, or gave less than the container announces.
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
-from embedcache.errors import ItemError
+import numpy as np
+
+from embedcache.arrays import Array, Floats
+from embedcache.errors import DataError, ItemError
 from embedcache.processes import check_cancelled
 from embedcache.registry import require
 
@@ -22,16 +27,14 @@ AUDIO_RATE_HZ = 16_000
 MAX_FRAME_PIXELS = 89_478_485
 """Largest frame of a video, as of an image: 256 MiB as RGB."""
 
-SAME_S = 1e-6
+_SAME_S = 1e-6
 """Times that differ by less are equal: less than a sample."""
 
-PREROLL_S = 1.0
+_PREROLL_S = 1.0
 """Decoded before an interval: codecs with memory need some of it."""
 
 _SEEKABLE = frozenset({"aiff", "avi", "flac", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "wav"})
 """Formats that store exact times and durations; others are decoded from their beginning."""
-
-_FLAC = "flac"
 
 _NO_OTHER_FILES = {"protocol_whitelist": "none"}
 """Playlists, which are files too, would name others to read."""
@@ -41,6 +44,263 @@ _CLOCK = re.compile(r"(\d+):(\d\d):(\d\d\.\d+)")
 _MICROSECONDS = 1_000_000
 _UNKNOWN_SIZE = 2**31 - 2**16
 _TRUNCATED = 0.05  # fraction of the announced duration that may be missing; containers round
+
+MAX_AUDIO_S = 3_600
+"""An hour is 230 MB of float32 samples."""
+LOUDEST = 2.0
+"""Samples beyond it are not on the scale of [-1, 1], which sound of lossy formats exceeds by less."""
+
+MAX_VIDEO_PIXELS = 2**28
+"""Frames × height × width that are decoded into one array: 768 MiB as RGB."""
+
+Frame: TypeAlias = Callable[[], Array]
+"""One frame, converted to (H, W, 3) uint8, RGB and upright, by each call: many frames are only counted."""
+
+
+def decode_audio(data: bytes, start_s: float | None = None, stop_s: float | None = None) -> Floats:
+    """Decode a recording, or the sound of a video, to 16 kHz mono.
+
+    Reads WAV, FLAC, MP3, Ogg, Opus, M4A and all else that FFmpeg does. Channels are averaged; values beyond [-1, 1] are
+    clipped. Thread-safe. Memory: 64 KB per second, and up to an eighth more while it grows.
+
+    Args:
+        data: the whole file.
+        start_s: start of an interval in seconds; None for the beginning.
+        stop_s: end of the interval; None for the end.
+
+    Returns:
+        (n,) float32 in [-1, 1].
+
+    Raises:
+        ItemError: the file cannot be decoded, has no sound, is longer than `MAX_AUDIO_S`, holds NaN, or ends before the
+            interval does.
+    """
+    sound = bytearray()  # grows in place, where joining parts needs each sample twice
+    for samples_n in iter_audio(data, start_s, stop_s):
+        sound += samples_n.data
+        if len(sound) > 4 * MAX_AUDIO_S * AUDIO_RATE_HZ:
+            raise ItemError(f"too long: more than {MAX_AUDIO_S:,} s of sound; index intervals of it")
+    return np.frombuffer(sound, np.float32)
+
+
+def iter_audio(file: bytes | Path, start_s: float | None = None, stop_s: float | None = None) -> Iterator[Floats]:
+    """Iterate over the sound of a file of any length in blocks of what `decode_audio` returns. Memory: one packet.
+
+    Raises:
+        ItemError: the file cannot be decoded, has no sound, holds NaN, or ends before its announced end or the
+            interval's.
+    """
+    end_s = 0.0
+    num_samples = 0
+    with _open_container(file, "recording") as container:
+        stream = _open_stream(container, "audio", start_s, stop_s)
+        for first, samples_n in _samples(container, stream):
+            inside_n = samples_n[_position(start_s, 0, first) : _position(stop_s, len(samples_n), first)]
+            if not np.isfinite(inside_n).all():
+                raise ItemError("NaN or infinity in the sound")
+            yield np.clip(inside_n, -1, 1)
+            num_samples += len(inside_n)
+            end_s = (first + len(samples_n)) / AUDIO_RATE_HZ
+            if stop_s is not None and end_s > stop_s + _PREROLL_S:
+                break
+        _check_end(container, stream, end_s, start_s, stop_s)
+    if not num_samples:
+        raise ItemError("no sound: the audio stream is empty")
+
+
+def check_audio(samples: Any, name: str) -> Floats:
+    """Return samples that are as `decode_audio` returns them; DataError, with the name, if they are not."""
+    if not isinstance(samples, np.ndarray) or samples.ndim != 1 or samples.dtype != np.float32 or not len(samples):
+        is_array = isinstance(samples, np.ndarray)
+        what = f"{samples.dtype} of shape {samples.shape}" if is_array else type(samples).__name__
+        raise DataError(f"{name}: expected a path, or mono float32 samples at {AUDIO_RATE_HZ} Hz, got {what}")
+    loudest = max(samples.max(), -samples.min())  # without a copy of what may be an hour; NaN if one sample is
+    if not loudest <= LOUDEST:
+        what = f"up to {loudest:g}; divide 16-bit ones by 32768" if loudest < np.inf else "NaN or infinity"
+        raise DataError(f"{name}: expected samples in [-1, 1], got {what}")
+    return samples
+
+
+def _samples(container: Any, stream: Any) -> Iterator[tuple[int, Floats]]:
+    """Iterate over the mono samples of a stream with the number of the first, counted from the stream's start.
+
+    At another rate than 16 kHz, those of an interval may lie up to half a sample beside those of the whole.
+    """
+    resampler = require("av", extra="media").AudioResampler(format="fltp", rate=AUDIO_RATE_HZ)
+    number = None
+    for time_s, frame in chain(_stream_frames(container, stream), [(0.0, None)]):  # the last one flushes the resampler
+        if number is None:
+            number = round(time_s * AUDIO_RATE_HZ)
+        for resampled in resampler.resample(frame):
+            yield number, resampled.to_ndarray().mean(axis=0)  # FFmpeg's own downmix of stereo is louder by sqrt(2)
+            number += resampled.samples
+
+
+def _position(time_s: float | None, otherwise: int, first: int) -> int:
+    """Return where a time lies in samples that begin with number `first`."""
+    return otherwise if time_s is None else max(0, round(time_s * AUDIO_RATE_HZ) - first)
+
+
+class Video:
+    """Frames at a constant rate, which are in memory or are decoded whenever they are read.
+
+    Memory of decoded frames: the bytes of the file; two frames while they are read by `frames`.
+
+    Args:
+        frames_THW3: (T, H, W, 3) uint8, RGB and upright; None if the frames are decoded.
+        rate_hz: frames per second, on average.
+        duration_s: length in seconds as a file announces it; None if it announces no exact one.
+        decode: iterates over the frames, each time from the first one.
+
+    Raises:
+        DataError: the frames are not such an array, or their rate is not positive.
+
+    Example:
+        >>> Video(frames_THW3=np.zeros((50, 48, 64, 3), np.uint8), rate_hz=25).duration_s
+        2.0
+    """
+
+    def __init__(
+        self,
+        *,
+        rate_hz: float,
+        frames_THW3: Array | None = None,
+        duration_s: float | None = None,
+        decode: Callable[[], Iterator[Frame]] | None = None,
+    ) -> None:
+        if not 0 < rate_hz < np.inf:
+            raise DataError(f"video: expected a positive frame rate, got {rate_hz}")
+        if frames_THW3 is not None:
+            _check_frames(frames_THW3)
+            self.frames_THW3 = frames_THW3
+            duration_s = len(frames_THW3) / rate_hz
+        self.rate_hz = rate_hz
+        self.duration_s = duration_s
+        self._decode = decode
+
+    @cached_property
+    def frames_THW3(self) -> Array:
+        """All frames: (T, H, W, 3) uint8; `ItemError` if they have more than `MAX_VIDEO_PIXELS`, or are damaged."""
+        decoded = bytearray()  # grows in place, where joining frames needs each of them twice
+        shape_HW3 = (0, 0, 3)
+        for frame in self.frames():
+            frame_HW3 = frame()
+            decoded += np.ascontiguousarray(frame_HW3).data
+            shape_HW3 = frame_HW3.shape
+            if len(decoded) > 3 * MAX_VIDEO_PIXELS:
+                height, width, _ = shape_HW3
+                raise ItemError(
+                    f"too many pixels: more than {MAX_VIDEO_PIXELS:,} in frames of {width} x {height}; index "
+                    "intervals of it, or make it smaller"
+                )
+        return np.frombuffer(decoded, np.uint8).reshape(-1, *shape_HW3)
+
+    def frames(self) -> Iterator[Frame]:
+        """Iterate over the frames, in order.
+
+        Raises:
+            ItemError: while they are read: the file is damaged, has no frames, changes their size, or ends before its
+                announced end or that of the interval.
+        """
+        if self._decode is not None:
+            return self._decode()
+        return (partial(np.asarray, frame_HW3) for frame_HW3 in self.frames_THW3)
+
+
+def _check_frames(frames: Array) -> None:
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise DataError(
+            f"video: expected uint8 RGB frames of shape (T, H, W, 3), got {frames.dtype} of shape {frames.shape}"
+        )
+
+
+def decode_video(file: bytes | Path, start_s: float | None = None, stop_s: float | None = None) -> Video:
+    """Open a video, whose frames are decoded when they are read; damage is found then.
+
+    Each step at the average rate has the frame that is shown in its middle, so that the frames of videos with a
+    variable frame rate, as those of many phones and recorded screens, have one rate. Thread-safe.
+
+    Args:
+        file: the whole file, or its path.
+        start_s: start of an interval in seconds; None for the beginning.
+        stop_s: end of the interval; None for the end.
+
+    Raises:
+        ItemError: the file cannot be opened, has no frames, has more than `MAX_FRAME_PIXELS` in one frame, or announces
+            an end before that of the interval.
+    """
+    with _open_container(file, "video") as container:
+        stream = _open_stream(container, "video", start_s, stop_s)
+        rate_hz = _frame_rate(stream)
+        ends_s = [end_s for end_s in (_stream_duration(container, stream), stop_s) if end_s is not None]
+    return Video(
+        rate_hz=rate_hz,
+        duration_s=min(ends_s) - (start_s or 0.0) if ends_s else None,
+        decode=partial(_decode, file, start_s, stop_s),
+    )
+
+
+def frame_at(data: bytes, time_s: float) -> Array:
+    """Return the frame of a video that is shown at a time: (H, W, 3) uint8, RGB and upright.
+
+    Formats that store exact times are not decoded from their beginning. Memory: two frames.
+
+    Raises:
+        ItemError: the file cannot be decoded, or no frame is shown at the time.
+    """
+    half_step_s = 0.5 / decode_video(data).rate_hz
+    for frame in _decode(data, max(0.0, time_s - half_step_s), None):
+        return frame()
+    raise ItemError("no frames")
+
+
+def _decode(file: bytes | Path, start_s: float | None, stop_s: float | None) -> Iterator[Frame]:
+    """Iterate over the frames of a video or of an interval; all of one size."""
+    shape = None
+    with _open_container(file, "video") as container:
+        stream = _open_stream(container, "video", start_s, stop_s)
+        for frame in _shown_frames(container, stream, start_s, stop_s):
+            if shape not in (None, (frame.width, frame.height)):
+                raise ItemError("the frames change their size")
+            shape = frame.width, frame.height
+            yield partial(_convert, frame)
+    if shape is None:
+        raise ItemError("no frames" if start_s is None and stop_s is None else "no frames in the interval")
+
+
+def _shown_frames(container: Any, stream: Any, start_s: float | None, stop_s: float | None) -> Iterator[Any]:
+    """Iterate over the frames that are shown in the middle of each step of an interval.
+
+    If all frames are read, check that none is missing at the end.
+    """
+    step_s = 1 / _frame_rate(stream)
+    middle_s = (start_s or 0.0) + step_s / 2
+    end_s = np.inf if stop_s is None else stop_s
+    shown = None
+    shown_s = 0.0
+    for time_s, frame in _stream_frames(container, stream):
+        while shown is not None and middle_s < min(time_s, end_s) - _SAME_S:
+            yield shown
+            middle_s += step_s
+        if time_s >= end_s - _SAME_S:
+            return
+        if shown is None and time_s > middle_s:  # nothing is shown before the first frame
+            middle_s = time_s + step_s / 2
+        shown = frame
+        shown_s = time_s
+
+    # The last frame is shown for one step.
+    _check_end(container, stream, shown_s + step_s, start_s, stop_s)
+    while shown is not None and middle_s < min(shown_s + step_s, end_s) - _SAME_S:
+        yield shown
+        middle_s += step_s
+
+
+def _convert(frame: Any) -> Array:
+    """Convert a decoded frame to RGB; rotated, as a phone records it, it is turned upright."""
+    with _item_errors("video"):
+        frame_HW3 = frame.to_ndarray(format="rgb24", threads=1)  # else it starts threads per frame
+    return np.rot90(frame_HW3, round(frame.rotation / 90))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,24 +322,25 @@ def probe_media(file: bytes | Path) -> dict[str, StreamInfo]:
     Raises:
         ItemError: the file cannot be opened.
     """
-    with open_container(file, "file") as container:
+    with _open_container(file, "file") as container:
         found = {}
         for kind in ("audio", "video"):
             if getattr(container.streams, kind):
-                stream = open_stream(container, kind, None, None)
-                rate_hz = AUDIO_RATE_HZ if kind == "audio" else frame_rate(stream)
-                found[kind] = StreamInfo(rate_hz=rate_hz, duration_s=stream_duration(container, stream))
+                stream = _open_stream(container, kind, None, None)
+                rate_hz = AUDIO_RATE_HZ if kind == "audio" else _frame_rate(stream)
+                found[kind] = StreamInfo(rate_hz=rate_hz, duration_s=_stream_duration(container, stream))
         return found
 
 
 @contextmanager
-def open_container(data: bytes | Path, kind: str) -> Iterator[Any]:
+def _open_container(data: bytes | Path, kind: str) -> Iterator[Any]:
     """Open a file, in memory or on disk; what FFmpeg reports inside the block is the reason why the item fails."""
     av = require("av", extra="media")
     with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
         _check_size(file)
-        options = _open_options(av.__version__)
-        with item_errors(kind), av.open(file, options=_NO_OTHER_FILES, **options) as container:
+        # From 19 on, PyAV reads titles that are not UTF-8 without the option, which it no longer has.
+        options = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+        with _item_errors(kind), av.open(file, options=_NO_OTHER_FILES, **options) as container:
             yield container
 
 
@@ -100,7 +361,7 @@ def _check_size(file: BinaryIO) -> None:
 
 
 @contextmanager
-def item_errors(kind: str) -> Iterator[None]:
+def _item_errors(kind: str) -> Iterator[None]:
     """Raise what FFmpeg reports inside the block as an `ItemError`."""
     av = require("av", extra="media")
     try:
@@ -112,12 +373,7 @@ def item_errors(kind: str) -> Iterator[None]:
         raise ItemError(f"damaged {kind}: {text}") from None
 
 
-def _open_options(version: str) -> dict[str, str]:
-    """Return the options with which a version of PyAV reads titles that are not UTF-8, as it does from 19 on."""
-    return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
-
-
-def open_stream(container: Any, kind: str, start_s: float | None, stop_s: float | None) -> Any:
+def _open_stream(container: Any, kind: str, start_s: float | None, stop_s: float | None) -> Any:
     """Return the first stream of a kind, ready to decode from shortly before a time on one thread.
 
     Frames of more than `MAX_FRAME_PIXELS` are not decoded, whatever size the file announces: it fails.
@@ -130,9 +386,9 @@ def open_stream(container: Any, kind: str, start_s: float | None, stop_s: float 
     if stream.codec_context is None:
         raise ItemError(f"no decoder for the {kind} stream")
     stream.codec_context.thread_count = 1  # items are decoded on many threads already
-    if container.format.name == _FLAC:
+    if container.format.name == "flac":
         stream.codec_context.options = {"err_detect": "crccheck+explode"}  # else frames of noise, or fewer of them
-    duration_s = stream_duration(container, stream)
+    duration_s = _stream_duration(container, stream)
     if duration_s is not None:
         _check_interval(duration_s, start_s, stop_s)
     if kind == "video":
@@ -140,13 +396,13 @@ def open_stream(container: Any, kind: str, start_s: float | None, stop_s: float 
         if width * height > MAX_FRAME_PIXELS:
             raise ItemError(f"too many pixels: {width} x {height} in one frame, more than {MAX_FRAME_PIXELS:,}")
         stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
-    if start_s is not None and start_s > PREROLL_S and container.format.name in _SEEKABLE:
-        offset = (stream.start_time or 0) + int((start_s - PREROLL_S) / stream.time_base)
+    if start_s is not None and start_s > _PREROLL_S and container.format.name in _SEEKABLE:
+        offset = (stream.start_time or 0) + int((start_s - _PREROLL_S) / stream.time_base)
         container.seek(offset, stream=stream, backward=True)
     return stream
 
 
-def stream_frames(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
+def _stream_frames(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
     """Iterate over the frames of a stream with their times in seconds from its start.
 
     Raises:
@@ -162,7 +418,7 @@ def stream_frames(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
             yield time_s, frame
 
 
-def frame_rate(stream: Any) -> float:
+def _frame_rate(stream: Any) -> float:
     """Return the frames per second of a video, on average; ItemError if the file has none."""
     rate_hz = float(stream.average_rate or stream.guessed_rate or 0)
     if rate_hz <= 0:
@@ -170,7 +426,7 @@ def frame_rate(stream: Any) -> float:
     return rate_hz
 
 
-def stream_duration(container: Any, stream: Any) -> float | None:
+def _stream_duration(container: Any, stream: Any) -> float | None:
     """Return the announced duration of a stream, of formats in which it is exact; else None."""
     if container.format.name not in _SEEKABLE:
         return None
@@ -183,9 +439,9 @@ def stream_duration(container: Any, stream: Any) -> float | None:
     return container.duration / _MICROSECONDS if container.duration and is_alone else None
 
 
-def check_end(container: Any, stream: Any, end_s: float, start_s: float | None, stop_s: float | None) -> None:
+def _check_end(container: Any, stream: Any, end_s: float, start_s: float | None, stop_s: float | None) -> None:
     """Check that a stream that was decoded up to a time is complete, and reaches beyond the interval."""
-    announced_s = stream_duration(container, stream)
+    announced_s = _stream_duration(container, stream)
     wanted_s = stop_s if announced_s is None or stop_s is None else min(announced_s, stop_s)
     if announced_s is not None and end_s < (1 - _TRUNCATED) * (announced_s if wanted_s is None else wanted_s) - _LATE_S:
         raise ItemError(f"truncated: {end_s:.1f} s could be decoded of {announced_s:.1f} s")

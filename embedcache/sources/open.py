@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ SOURCES = Registry(
         "folder": "embedcache.sources.folder:FolderSource",
         "hf": "embedcache.sources.huggingface:HuggingfaceSource",
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
+        "imported": "embedcache.interop.vector_files:ImportedSource",
         "openmoji": "embedcache.quickstart.openmoji:OpenmojiSource",
         "prompts": "embedcache.sources.prompts:PromptsSource",
         "table": "embedcache.sources.table:TableSource",
@@ -56,7 +57,6 @@ _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_
 _FOLDER_SUFFIXES = {**{kind: _SUFFIXES[kind] for kind in ("webdataset", "table")}, "folder": frozenset({".npz"})}
 """The same of a folder that holds such files, and no images or media; the first kind of which there is a file."""
 
-_CACHE_FILES = ("cache.json", "samples-0.parquet")
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - {".npz"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (
@@ -135,7 +135,7 @@ def _folder_kind(folder: Path) -> str:
 
     Stops at the first image, recording or video, so that a folder of millions of them is not listed.
     """
-    if all((folder / name).is_file() for name in _CACHE_FILES):
+    if (folder / "cache.json").is_file():
         raise SourceError(
             f"{folder} is a cache: to encode its samples with more encoders, give it as the cache, too: "
             f"embedcache extract {quoted(folder)} {quoted(folder)}; or name the source it was extracted from"
@@ -147,16 +147,11 @@ def _folder_kind(folder: Path) -> str:
     for name in walk_files(folder):
         if has_suffix(name, _MEDIA):
             return "folder"
-        kinds.add(_kind_of(name))
+        kinds |= {kind for kind, suffixes in _FOLDER_SUFFIXES.items() if has_suffix(name, suffixes)}
     for kind in _FOLDER_SUFFIXES:
         if kind in kinds:
             return kind
     raise SourceError(f"{folder} contains no image, recording, video, point cloud, .tar or table; {_ACCEPTED}")
-
-
-def _kind_of(name: str) -> str:
-    """Return the kind of source that a file is part of, if a folder has no images or media; else an empty string."""
-    return next((kind for kind, suffixes in _FOLDER_SUFFIXES.items() if has_suffix(name, suffixes)), "")
 
 
 class MergedSource:
@@ -178,10 +173,9 @@ class MergedSource:
     def read(self, item: FileItem) -> bytes:
         """Return the bytes of an item; the errors are those of its source."""
         number, _, path = item.path.partition("/")
-        values = {each.name: getattr(item, each.name) for each in fields(item)}
         if not number.isdecimal() or int(number) >= len(self._sources):
             raise ItemError(f"{item.path}: expected the number of one of {len(self._sources)} sources, and a path")
-        return self._sources[int(number)].read(FileItem(**{**values, "path": path}))
+        return self._sources[int(number)].read(replace(item, path=path))
 
 
 def merged_description(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

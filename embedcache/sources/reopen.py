@@ -94,10 +94,6 @@ def _open(description: Mapping[str, Any]) -> Source:
     if description["type"] == MERGED:
         return MergedSource([_open(part) for part in merged_parts(description)], description)
     settings = SourceSettings.from_json(description.get("settings", {}))
-    if description["type"] == IMPORTED_SOURCE:
-        return open_source(
-            description["path"], kind="embedcache.interop.vector_files:ImportedSource", settings=settings
-        )
     with names_from("the cache"):
         return open_source(description["path"], kind=description["type"], settings=settings)
 

@@ -1,15 +1,33 @@
-"""Tables of items and captions as a source: Parquet, CSV, TSV and JSONL files."""
+"""Tables of items and captions as a source: streamed rows of Parquet, CSV, TSV and JSONL, and the roles of columns."""
 
+import csv
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from itertools import accumulate, islice
+from math import inf
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, TypeAlias
 
-from embedcache.errors import PathError, SourceError
-from embedcache.files import open_path
-from embedcache.samples import FileItem, Sample
-from embedcache.sources.captions import join_captions
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedcache.errors import EmbedcacheError, ItemError, PathError, SettingError, SourceError
+from embedcache.files import TEXT_ENCODING, open_path, reading
+from embedcache.modalities import MODALITIES
+from embedcache.samples import FileItem, Sample, TextItem
+from embedcache.sources.captions import (
+    join_captions,
+    parse_captions,
+    parse_json_object,
+    to_scalar_columns,
+    to_text_items,
+)
 from embedcache.sources.files import (
     TABLE_SUFFIXES,
     file_size,
@@ -17,25 +35,39 @@ from embedcache.sources.files import (
     has_suffix,
     is_folder,
     item_path,
+    open_binary,
     read_item_file,
     relative_to,
     resolve_item,
     walk_files,
 )
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_files import (
-    COLUMN_MARK,
-    COLUMN_SETTINGS,
-    Row,
-    RowGroups,
-    TableColumns,
-    TableFile,
-    find_columns,
-    item_bytes,
-    open_table_file,
-    read_sample,
-)
 
+Row: TypeAlias = Mapping[str, Any]
+BATCH_ROWS = 1024
+_SAVE_AGAIN = "save it again, text as UTF-8"
+_MAX_FILES = 4096  # whose row groups are known
+HEADER_ROWS = 100
+"""Rows at the beginning of a JSONL file, whose fields are its columns."""
+
+ITEM_NAMES: Mapping[str, tuple[str, ...]] = {
+    "audio": ("audio", "audio_path", "recording", "wav", "flac", "mp3", "ogg", "m4a", "opus"),
+    "video": ("video", "video_path", "mp4", "mkv", "webm", "avi", "mov"),
+    "points": ("points_path", "point_cloud", "lidar", "npz"),
+    "image": (
+        *("image", "image_path", "path", "file", "filepath", "file_name", "filename", "image_name"),
+        *("jpg", "jpeg", "png", "webp"),
+    ),
+}
+"""Modality -> usual names of the column of its items, lower case, the most likely first.
+
+Images are last: a column of paths that was named for another modality is not theirs, too.
+"""
+COLUMN_SETTINGS = ("item_columns", "caption_columns", "key_column", "omit_columns", "language_column")
+INTERVAL_NAMES = ("start_s", "stop_s")
+"""Names of the columns with the start and the end of recordings and videos, in seconds."""
+COLUMN_MARK = "#"
+"""Between the path of a table and the column that holds the bytes of items."""
 _EMBEDDED = re.compile(rf"(.+?\.parquet){COLUMN_MARK}(.+)", re.IGNORECASE)
 """Path of an item whose bytes are in a column of a table."""
 
@@ -102,7 +134,7 @@ class TableSource:
         return item_bytes(cell, path.parent, column, f"row {item.offset} of {path}")
 
     def _items(
-        self, file: TableFile, columns: TableColumns, row: Row, place: str, embedded: tuple[str, int]
+        self, file: "TableFile", columns: "TableColumns", row: Row, place: str, embedded: tuple[str, int]
     ) -> dict[str, tuple[str, int]]:
         """Return modality -> path and offset of the item of a row; a modality whose cell is empty is left out."""
         table, number = embedded
@@ -114,7 +146,7 @@ class TableSource:
                 items[modality] = path, 0
         return items
 
-    def _written_path(self, file: TableFile, cell: Any, place: str, modality: str, column: str) -> str:
+    def _written_path(self, file: "TableFile", cell: Any, place: str, modality: str, column: str) -> str:
         """Return the path of an item as stored, given its cell; an empty one for an empty cell."""
         if cell is None or cell == "":
             return ""
@@ -135,3 +167,381 @@ def _find_files(location: Path) -> list[Path]:
     if not names:
         raise PathError(f"{location}: expected {', '.join(sorted(TABLE_SUFFIXES))} files, got none; check the path")
     return [location / name for name in names]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableFile:
+    """One table, whose rows are read in order.
+
+    Args:
+        path: the file, for errors.
+        schema: names and types of the columns.
+        read: iterates over the rows with the given columns.
+    """
+
+    path: Path
+    schema: pa.Schema
+    read: Callable[[Sequence[str]], Iterator[Row]]
+
+    def __post_init__(self) -> None:
+        twice = [name for name, count in Counter(self.schema.names).items() if count > 1]
+        if twice:
+            raise SourceError(f"{self.path}: expected different columns, got {twice[0]!r} twice; rename one")
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns, in the order of the file."""
+        return tuple(self.schema.names)
+
+    @cached_property
+    def bytes_columns(self) -> frozenset[str]:
+        """Columns of bytes, or of structs with a field `bytes`: they may hold items themselves."""
+        return frozenset(field.name for field in self.schema if _holds_bytes(field.type))
+
+    @cached_property
+    def plain_columns(self) -> tuple[str, ...]:
+        """Columns of text, numbers, booleans, dates, times, durations, or lists of them."""
+        return tuple(field.name for field in self.schema if _is_plain(field.type))
+
+    @cached_property
+    def stem(self) -> str:
+        """Path without the suffix."""
+        return str(self.path.with_suffix(""))
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Row]:
+        """Iterate over the rows in order, reading only `columns`."""
+        with reading(self.path, _SAVE_AGAIN, damage_class=SourceError):
+            yield from self.read(columns)
+
+
+def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
+    """Read the columns of a table file, whose format follows from its suffix; other suffixes than those are text.
+
+    Text tables (CSV, TSV) have no types, so all their cells are text and a key `007` keeps its zeros.
+
+    Args:
+        path: the file.
+        delimiter: character between the cells of a text table; None: a comma, or a tab in `.tsv`.
+    """
+    suffix = path.suffix.lower()
+    if delimiter is not None and suffix in (".parquet", ".jsonl"):
+        raise SettingError(f"{path} has no delimiter, as it is no text table; omit --delimiter {delimiter!r}")
+    with reading(path, _SAVE_AGAIN, damage_class=SourceError):
+        if suffix == ".parquet":
+            with open_parquet(path) as file:
+                return TableFile(path=path, schema=file.schema_arrow, read=partial(_read_parquet, path))
+        if suffix == ".jsonl":
+            names = list(dict.fromkeys(name for row in islice(_read_jsonl(path), HEADER_ROWS) for name in row))
+            read: Callable[[Sequence[str]], Iterator[Row]] = partial(_read_jsonl, path)
+        else:
+            mark = delimiter or ("\t" if suffix == ".tsv" else ",")
+            skip_spaces = delimiter is not None
+            names = next(_csv_lines(path, mark, skip_spaces=skip_spaces), (0, []))[1]
+            read = partial(_read_csv, path, mark, skip_spaces=skip_spaces)
+        return TableFile(path=path, schema=pa.schema([(name, pa.string()) for name in names]), read=read)
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a local or remote Parquet file; only the parts that are accessed are read."""
+    with open_binary(path) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        yield parquet
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_plain(kind.value_type)
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    is_time = pa.types.is_temporal(kind) and not pa.types.is_interval(kind)
+    return bool(is_text or is_number or is_time or pa.types.is_boolean(kind) or pa.types.is_null(kind))
+
+
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    with open_parquet(path) as file:
+        if not columns:
+            yield from ({} for _ in range(file.metadata.num_rows))
+            return
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
+            yield from batch.to_pylist()
+
+
+def _read_jsonl(path: Path, _columns: Sequence[str] = ()) -> Iterator[Row]:
+    """Iterate over the objects of a JSONL file, with all their fields; blank lines are skipped.
+
+    Arrow's reader would take the key 1 for 1.0 if another row has 1.5, text that looks like a date for a time, and
+    refuse a row with a list of captions after one with a single caption.
+    """
+    with path.open(encoding=TEXT_ENCODING) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield parse_json_object(line, f"{path} line {number}")
+
+
+def _read_csv(path: Path, delimiter: str, columns: Sequence[str], *, skip_spaces: bool) -> Iterator[Row]:
+    lines = _csv_lines(path, delimiter, skip_spaces=skip_spaces)
+    _, header = next(lines, (0, []))
+    positions = [(name, header.index(name)) for name in columns]
+    for number, cells in lines:
+        if len(cells) != len(header):
+            raise SourceError(
+                f"{path} line {number}: expected {len(header)} cells as in the header, got {len(cells)}: "
+                f"{delimiter.join(cells)!r:.60}"
+            )
+        yield {name: cells[position] for name, position in positions}
+
+
+def _csv_lines(path: Path, delimiter: str, *, skip_spaces: bool) -> Iterator[tuple[int, list[str]]]:
+    """Iterate over the rows of a text table, header first, each with the number of its last line, from 1.
+
+    Blank lines are skipped; so are spaces after a delimiter with `skip_spaces`, which Arrow's reader cannot do. That
+    would also join the rows between two quotes that cells begin with by mistake, without an error.
+    """
+    with path.open(encoding=TEXT_ENCODING, newline="") as file:
+        lines = csv.reader(file, delimiter=delimiter, skipinitialspace=skip_spaces, strict=True)
+        try:
+            yield from ((lines.line_num, cells) for cells in lines if cells)
+        except csv.Error as error:
+            raise SourceError(f"{path} line {lines.line_num}: {error}; correct the line") from None
+
+
+class RowGroups:
+    """Single cells, of whose row groups the last two are kept: consecutive rows cost one read of their group.
+
+    Peak memory: three row groups of a column of items.
+    """
+
+    def __init__(self) -> None:
+        self._starts = lru_cache(_MAX_FILES)(_row_group_starts)
+        self._cells = lru_cache(2)(_read_row_group)
+        self._lock = Lock()
+
+    def read(self, path: Path, column: str, row: int) -> Any:
+        """Read one cell: bytes, a dict for a struct, or None. Thread-safe.
+
+        Raises:
+            ItemError: the file is missing or damaged, or has no such column or row.
+        """
+        try:
+            # pyarrow reads a row group with several threads
+            with self._lock, reading(path, _SAVE_AGAIN, damage_class=SourceError):
+                starts = self._starts(path)
+                if row >= starts[-1]:
+                    raise ItemError(f"no such row: {path} has {starts[-1]} rows, no row {row}")
+                group = bisect_right(starts, row) - 1
+                cells = self._cells(path, column, group)
+        except EmbedcacheError as error:
+            raise ItemError(str(error)) from None
+        return cells[row - starts[group]].as_py()
+
+
+def _row_group_starts(path: Path) -> list[int]:
+    """Return the first row of each row group, and the number of rows."""
+    with open_parquet(path) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    return list(accumulate(sizes, initial=0))
+
+
+def _read_row_group(path: Path, column: str, group: int) -> pa.ChunkedArray:
+    with open_parquet(path) as file:
+        if column not in file.schema_arrow.names:
+            raise ItemError(f"no column {column!r}: {path} has others")
+        return file.read_row_group(group, columns=[column])[column]
+
+
+def item_bytes(cell: Any, folder: Path, column: str, place: str) -> bytes:
+    """Return the bytes of the item in a cell: those in it, or those of the file that it names; else an ItemError."""
+    data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
+    if isinstance(data, bytes):
+        return data
+    if isinstance(path, str) and path:
+        return read_item_file(resolve_item(folder, path))
+    raise ItemError(f"no item in column {column}: {place} is empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableColumns:
+    """Roles of the columns of a table.
+
+    Args:
+        items: modality -> column of its items.
+        embedded: those columns of items that hold their bytes rather than their paths.
+        interval: columns with the start and the end of recordings and videos, in seconds.
+        others: columns kept as columns of the samples.
+    """
+
+    items: Mapping[str, str]
+    embedded: frozenset[str]
+    interval: tuple[str | None, str | None]
+    captions: tuple[str, ...]
+    key: str | None
+    language: str | None
+    others: tuple[str, ...]
+
+    def to_read(self) -> list[str]:
+        """Return the columns that indexing reads: all but the bytes of items."""
+        paths = (name for name in self.items.values() if name not in self.embedded)
+        names = (*paths, *self.interval, *self.captions, self.key, self.language, *self.others)
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
+    """Assign roles to the columns of a table, and check that one of them contains items or captions."""
+    columns = assign_columns(file, settings)
+    if not columns.items and not columns.captions:
+        raise SourceError(
+            f"{file.path} has no column with a usual name for images or captions; it has {_names(file)}; name them "
+            "with --item-column MODALITY=COLUMN and --caption-column"
+        )
+    return columns
+
+
+def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
+    """Assign roles to the columns of any table; SourceError if a column named in the settings does not fit."""
+    items: dict[str, str] = {}
+    for modality, names in ITEM_NAMES.items():
+        free = [name for name in names if name not in map(str.lower, items.values())]
+        column = settings.item_columns.get(modality) or _find(file.columns, free)
+        if column is not None:
+            allowed = (*file.plain_columns, *file.bytes_columns)
+            _check(file, column, f"--item-column {modality}=COLUMN", allowed)
+            items[modality] = column
+
+    captions = settings.caption_columns or _find_captions(file.columns)
+    named = {
+        "--caption-column": captions,
+        "--key-column": filter(None, [settings.key_column]),
+        "--language-column": filter(None, [settings.language_column]),
+    }
+    for option, columns in named.items():
+        for name in columns:
+            _check(file, name, option, file.plain_columns)
+    for name in settings.omit_columns:
+        _check(file, name, "--omit-column", file.columns)
+    key = settings.key_column or _find(file.plain_columns, ("key", "id", "uid", "__key__"))
+    language = settings.language_column or _find(file.plain_columns, ("language", "lang"))
+
+    is_timed = any(MODALITIES[modality].has_interval for modality in items)
+    start, stop = (_find(file.columns, [name]) if is_timed else None for name in INTERVAL_NAMES)
+    reserved = "key"  # a column of the sample table itself
+    used = {reserved, *items.values(), start, stop, *captions, *settings.omit_columns, key, language}
+    return TableColumns(
+        items=items,
+        embedded=file.bytes_columns & set(items.values()),
+        interval=(start, stop),
+        captions=captions,
+        key=key,
+        language=language,
+        others=tuple(name for name in file.plain_columns if name not in used),
+    )
+
+
+def _check(file: TableFile, name: str, option: str, allowed: Collection[str]) -> None:
+    """Check that the table has a column, and that it is one of those of a type that is allowed."""
+    if name not in file.columns:
+        raise SourceError(f"{option} {name}: no such column in {file.path}; it has {_names(file)}")
+    if name not in allowed:
+        raise SourceError(
+            f"column {name} of {file.path} holds values of another type; name another column with {option}; the table "
+            f"has {', '.join(file.columns)}"
+        )
+
+
+def read_sample(
+    columns: TableColumns, row: Row, place: str, *, key: str, items: Mapping[str, tuple[str, int]]
+) -> Sample:
+    """Return the sample of a row.
+
+    Args:
+        place: where the row is, for errors.
+        key: key of the sample if there is no key column.
+        items: modality -> path and offset of its item.
+    """
+    start_s, stop_s = _read_interval(columns, row, place)
+    files = {}
+    for modality, (path, offset) in items.items():
+        interval = (start_s, stop_s) if MODALITIES[modality].has_interval else (None, None)
+        files[modality] = (FileItem(path=path, offset=offset, start_s=interval[0], stop_s=interval[1]),)
+    return Sample(
+        key=_read_key(columns, row, place) or key,
+        images=files.pop("image", ()),
+        texts=_read_texts(columns, row, place),
+        columns=to_scalar_columns({name: row.get(name) for name in columns.others}),
+        files=files,
+    )
+
+
+def _read_interval(columns: TableColumns, row: Row, location: str) -> tuple[float | None, float | None]:
+    """Return the start and the end of a row's recording or video; the error for other cells starts with `location`."""
+    if columns.interval == (None, None):
+        return None, None
+    start_s, stop_s = (
+        None if name is None or row.get(name) in (None, "") else _seconds(row[name], f"{location}: {name}")
+        for name in columns.interval
+    )
+    if stop_s is not None and stop_s <= (start_s or 0):
+        raise SourceError(f"{location}: expected stop_s after start_s, got {start_s or 0:g} to {stop_s:g}")
+    return start_s, stop_s
+
+
+def _seconds(value: Any, location: str) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 <= seconds < inf:
+        raise SourceError(f"{location}: expected seconds of at least 0, got {value!r:.60}")
+    return seconds
+
+
+def _read_key(columns: TableColumns, row: Row, location: str) -> str | None:
+    """Return the key of a row, or None without a key column. The error for an empty cell starts with `location`."""
+    if columns.key is None:
+        return None
+    key = row.get(columns.key)
+    if key is None or key == "":
+        raise SourceError(f"{location} has no key in column {columns.key}")
+    return str(key)
+
+
+def _read_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem, ...]:
+    """Return the captions of a row, with the language in its language column, if any.
+
+    With several caption columns, blank cells are dropped unless all are blank: a row of a CSV file may have fewer
+    captions than there are columns. The error for cells without captions starts with `location`.
+    """
+    cells = [parse_captions(row.get(name), f"{location}: {name}") for name in columns.captions]
+    captions = [caption for cell in cells for caption in cell]
+    if len(columns.captions) > 1:
+        captions = [caption for caption in captions if caption.strip()] or captions
+    language = row.get(columns.language) if columns.language else None
+    return to_text_items(captions, None if language is None else str(language))
+
+
+def _names(file: TableFile) -> str:
+    """Return the names of all columns; of a single one, a hint if it is a header with another delimiter."""
+    names = ", ".join(file.columns) or "none"
+    delimiter = next((repr(mark) for mark in ";\t|," if mark in names), "") if len(file.columns) == 1 else ""
+    hint = f", one column; if {delimiter} separates them, give --delimiter {delimiter}"
+    return names + hint if delimiter else names
+
+
+def _find(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """Return the column whose name, ignoring case, comes first in `names`."""
+    by_name = {column.lower(): column for column in reversed(columns)}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _find_captions(columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the caption columns: `caption`, `captions`, `caption_0`, …, else those named `text` or `sentence`."""
+    for stem in ("caption", "text", "sentence"):
+        matches = [name for name in columns if re.fullmatch(rf"{stem}s?(_?\d+)?", name, re.IGNORECASE)]
+        if matches:
+            return tuple(matches)
+    return ()

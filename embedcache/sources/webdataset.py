@@ -35,7 +35,7 @@ from embedcache.sources.files import (
     walk_files,
 )
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_files import open_table_file
+from embedcache.sources.table import open_table_file
 from embedcache.sources.tars import ByteRanges, Member, iter_members, open_tar
 
 _EMPTY = Sidecar()

@@ -17,7 +17,7 @@ from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
 from embedcache.provenance import canonical_json
-from embedcache.sources.video import Video
+from embedcache.sources.media import Video
 
 TOLERANCE = 2e-5
 """Allowed difference, for values of about 1 that float32 sums in another order give."""

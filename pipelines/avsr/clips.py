@@ -13,9 +13,15 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats
 from embedcache.errors import DataError, ItemError, PathError, SettingError
-from embedcache.sources.media import AUDIO_RATE_HZ, StreamInfo, probe_media
-from embedcache.sources.sound import iter_audio
-from embedcache.sources.video import MAX_VIDEO_PIXELS, Video, decode_video
+from embedcache.sources.media import (
+    AUDIO_RATE_HZ,
+    MAX_VIDEO_PIXELS,
+    StreamInfo,
+    Video,
+    decode_video,
+    iter_audio,
+    probe_media,
+)
 
 MOUTH_FORM = "X0,Y0,X1,Y1 in fractions of the frame's width and height, such as 0.3,0.55,0.7,0.85, or all"
 WHOLE_FRAME = 0.0, 0.0, 1.0, 1.0

@@ -14,7 +14,7 @@ from embedcache.arrays import Floats
 from embedcache.errors import ItemError, PathError, SettingError
 from embedcache.extract.views import View
 from embedcache.files import expand_home, read_file
-from embedcache.sources.sound import decode_audio
+from embedcache.sources.media import decode_audio
 
 VIEW = "pipelines.avsr.noise:open_noise"
 MAX_SNR_DB = 200.0

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from embedcache.sources.sound import decode_audio
+from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
 from pipelines.avsr.ctc import WordTime
 from pipelines.avsr.decoding import Decoding

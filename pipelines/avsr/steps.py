@@ -17,7 +17,7 @@ from embedcache.progress import Progress
 from embedcache.projectors.modules import NETWORKS, read_module_config
 from embedcache.settings import from_flat
 from embedcache.sources import open_source
-from embedcache.sources.video import decode_video
+from embedcache.sources.media import decode_video
 from embedcache.store.cache import Cache
 from embedcache.train.settings import FitSettings
 from pipelines.avsr.decoding import Decoding

@@ -8,8 +8,7 @@ import numpy as np
 from embedcache.arrays import Floats
 from embedcache.files import write_atomic
 from embedcache.progress import NullProgress, Progress
-from embedcache.sources.media import AUDIO_RATE_HZ
-from embedcache.sources.sound import decode_audio
+from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio
 from pipelines.worlds.talking_speech import WORDS, encode_wav, espeak
 
 TAPES = ("babble", "talker", "babble-test", "talker-test")

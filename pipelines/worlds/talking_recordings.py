@@ -18,8 +18,7 @@ import numpy as np
 from embedcache.arrays import Floats
 from embedcache.errors import DataError
 from embedcache.registry import require
-from embedcache.sources.media import AUDIO_RATE_HZ
-from embedcache.sources.sound import decode_audio
+from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio
 from pipelines.worlds.talking_mouth import Phone
 from pipelines.worlds.talking_speech import (
     DIGITS,

@@ -31,8 +31,7 @@ from scipy.signal import resample_poly
 from embedcache.arrays import Floats
 from embedcache.errors import DataError, MissingExtraError
 from embedcache.registry import unknown_name
-from embedcache.sources.media import AUDIO_RATE_HZ
-from embedcache.sources.sound import decode_audio
+from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio
 from pipelines.worlds.talking_mouth import Phone, cmu_phone, espeak_phones
 
 

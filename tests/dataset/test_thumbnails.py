@@ -20,8 +20,7 @@ from embedcache.dataset.thumbnails import (
 from embedcache.errors import ItemError, PathError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source, read_below
-from embedcache.sources.sound import decode_audio
-from embedcache.sources.video import decode_video
+from embedcache.sources.media import decode_audio, decode_video
 from embedcache.store.cache import Cache
 from tests.media_files import encode_video, moving_square, tone, wav
 from tests.media_toy import MEDIA

@@ -15,7 +15,7 @@ from embedcache.encoders.frames import FrameEncoder, Pixels, sampled_frames
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
-from embedcache.sources.video import MAX_VIDEO_PIXELS, Video, decode_video
+from embedcache.sources.media import MAX_VIDEO_PIXELS, Video, decode_video
 from embedcache.testing.encoders import TOLERANCE, VideoEncoderContract, example_videos
 from tests.encoders.checkpoints import save_timm
 from tests.media_files import encode_video, large_video, moving_square

@@ -122,7 +122,7 @@ def test_additions_of_the_page_make_a_modality(tmp_path: Path) -> None:
     for file, name, before, indent in (
         ("modalities.py", "Modality(name=", 'Modality(name="text"', 8),
         ("sources/files.py", '"motion": frozenset', '"image": IMAGE_SUFFIXES', 4),
-        ("sources/table_files.py", '"motion": (', '"audio": (', 4),
+        ("sources/table.py", '"motion": (', '"audio": (', 4),
     ):
         ((added,),) = [re.findall(rf"^\| `embedcache/{file}` \|.*`({re.escape(name)}.*?)`", PAGE.read_text(), re.M)]
         end = "" if file == "sources/settings.py" else ","

@@ -15,7 +15,7 @@ from embedcache.extract.repair import retry_failed, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.reports.summary import summarize
 from embedcache.sources import open_source
-from embedcache.sources.sound import decode_audio
+from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
 from embedcache.store.producer import FillReport
 from embedcache.store.verify import verify
@@ -161,7 +161,7 @@ def test_large_videos_are_streamed_by_frames_alone(tmp_path: Path, monkeypatch: 
     source, encoders = open_source(write(tmp_path / "f", files)), {"video": [MEDIA, "frames:pixels,rate=5,size=8x6"]}
     settings = ExtractSettings(features=("pixels", "mean"), chunk_size=2)
     extract(source, tmp_path / "arrays", encoder=encoders, settings=settings)
-    monkeypatch.setattr("embedcache.sources.video.MAX_VIDEO_PIXELS", 32 * 24 * 50)
+    monkeypatch.setattr("embedcache.sources.media.MAX_VIDEO_PIXELS", 32 * 24 * 50)
     planned = plan(source, tmp_path / "streams", encoder=encoders, settings=settings)
     assert {feature.name: feature.num_items for feature in planned.features}["pixels/pixels"] == 3
     extract(source, tmp_path / "streams", encoder=encoders, settings=settings)

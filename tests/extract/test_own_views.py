@@ -11,7 +11,7 @@ from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.extract.views import open_view
 from embedcache.sources import open_source
-from embedcache.sources.video import Video
+from embedcache.sources.media import Video
 from embedcache.store.cache import Cache
 from embedcache.store.producer import FillReport
 from embedcache.train.data import open_data, parse_views

@@ -15,8 +15,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
 from embedcache.sources import Source, open_source
-from embedcache.sources.sound import decode_audio
-from embedcache.sources.video import decode_video
+from embedcache.sources.media import decode_audio, decode_video
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from embedcache.testing.sources import SourceContract

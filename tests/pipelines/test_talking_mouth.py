@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from embedcache.errors import DataError
-from embedcache.sources.video import decode_video
+from embedcache.sources.media import decode_video
 from pipelines.worlds.talking import encode_clip
 from pipelines.worlds.talking_mouth import (
     HEIGHT,

@@ -18,7 +18,7 @@ from embedcache.registry import trust_files
 from embedcache.reports.base import QueryExample, Section, write_report
 from embedcache.reports.items import ItemRenderer, PageItem
 from embedcache.sources import open_source, read_below
-from embedcache.sources.sound import decode_audio
+from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
 from tests.cli.run import TOY, embedcache
 from tests.images import write_images

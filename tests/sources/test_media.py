@@ -13,10 +13,8 @@ import pytest
 
 from embedcache.errors import DataError, ItemError
 from embedcache.processes import prefetch_map
-from embedcache.sources import media, sound, video
-from embedcache.sources.media import StreamInfo, probe_media
-from embedcache.sources.sound import decode_audio, iter_audio
-from embedcache.sources.video import Video, decode_video, frame_at
+from embedcache.sources import media
+from embedcache.sources.media import StreamInfo, Video, decode_audio, decode_video, frame_at, iter_audio, probe_media
 from tests.media_files import CODECS, encode_audio, encode_video, float_wav, jpeg_video, moving_square, tone, wav
 
 
@@ -103,7 +101,7 @@ def test_interval_may_end_a_little_late() -> None:
 
 
 def test_long_recording_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sound, "MAX_AUDIO_S", 1)
+    monkeypatch.setattr(media, "MAX_AUDIO_S", 1)
     with pytest.raises(ItemError, match="too long: more than 1 s"):
         decode_audio(wav(tone(4)))
     assert len(decode_audio(wav(tone(4)), 1, 2)) == 16_000
@@ -164,7 +162,7 @@ def test_frames_that_are_no_video(frames: np.ndarray, rate_hz: float, word: str)
 def test_large_video_is_no_array(
     monkeypatch: pytest.MonkeyPatch, kind: str, codec: str | None, duration_s: float | None
 ) -> None:
-    monkeypatch.setattr(video, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
+    monkeypatch.setattr(media, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
     large = decode_video(encode_video(moving_square(11), kind=kind, codec=codec))
     assert (large.rate_hz, large.duration_s) == (25, duration_s)
     assert len(list(large.frames())) == 11
@@ -381,7 +379,7 @@ def test_streams_are_found_without_decoding(tmp_path: Path) -> None:
 
 
 def test_long_recordings_have_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sound, "MAX_AUDIO_S", 1)
+    monkeypatch.setattr(media, "MAX_AUDIO_S", 1)
     (tmp_path / "a.wav").write_bytes(wav(tone(4)))
     assert sum(len(block) for block in iter_audio(tmp_path / "a.wav")) == 64_000
 

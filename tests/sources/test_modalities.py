@@ -10,9 +10,9 @@ from embedcache.errors import SourceError
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, ModalityName
 from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_source
 from embedcache.sources.files import MEDIA_SUFFIXES
+from embedcache.sources.media import decode_audio
 from embedcache.sources.points import decode_points
-from embedcache.sources.sound import decode_audio
-from embedcache.sources.table_files import ITEM_NAMES
+from embedcache.sources.table import ITEM_NAMES
 from embedcache.testing.sources import SourceContract
 from tests.media_files import cloud, encode_video, moving_square, npz, tone, wav
 from tests.sources.files import jpeg, write, write_parquet, write_tar

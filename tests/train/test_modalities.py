@@ -22,7 +22,7 @@ from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.service import info_tables
-from embedcache.sources.sound import decode_audio
+from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
 from embedcache.train.settings import train_settings
 from embedcache.train.train import TrainReport, train

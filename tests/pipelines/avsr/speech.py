@@ -11,7 +11,7 @@ from torch.nn.functional import nll_loss
 
 from embedcache.encoders.open import open_encoder
 from embedcache.projectors.modules import ModuleConfig, ModuleInput, save_module
-from embedcache.sources.video import Video
+from embedcache.sources.media import Video
 from pipelines.avsr.network import KIND, Frames, SpeechNetwork, stack_frames
 from pipelines.avsr.transcripts import BLANK, SYMBOLS
 from tests.media_files import encode_video

@@ -6,7 +6,7 @@ import pytest
 
 from embedcache.errors import PathError, SourceError
 from embedcache.sources import Source, open_source
-from embedcache.sources.video import decode_video
+from embedcache.sources.media import decode_video
 from embedcache.testing.sources import SourceContract
 from pipelines.avsr.lrs import KIND
 from tests.media_files import encode_video, moving_square, tone

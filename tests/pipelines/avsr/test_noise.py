@@ -12,7 +12,7 @@ from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.extract.views import open_view
 from embedcache.sources import open_source
-from embedcache.sources.sound import decode_audio
+from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
 from pipelines.avsr.noise import VIEW, add_noise
 from tests.media_files import tone, wav

@@ -12,8 +12,7 @@ import torch
 
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import DataError, PathError, SettingError
-from embedcache.sources.sound import decode_audio
-from embedcache.sources.video import decode_video
+from embedcache.sources.media import decode_audio, decode_video
 from embedcache.store.cache import Cache
 from pipelines.avsr import transcribe
 from pipelines.avsr.clips import WHOLE_FRAME, Clip, iter_windows, open_clip, parse_mouth
