@@ -236,7 +236,7 @@ def test_extract_into_import_raises(tree: Path, tmp_path: Path, image_folder: Pa
     import_files(open_npy_vectors({"image": tmp_path / "images.npy"}), tmp_path / "images")
     with pytest.raises(SettingError, match="it has vectors, but no texts to encode; extract the files themselves"):
         extract(open_source(image_folder), tmp_path / "images", text_encoder=[TEXT])
-    with pytest.raises(PathError, match="imported:.* does not exist"):  # not a kind of source to choose
+    with pytest.raises(SourceError, match="was imported: it has vectors"):
         extract(open_source(f"imported:{tree}"), tmp_path / "other", image_encoder=["tests.toy:open_toy"])
 
 

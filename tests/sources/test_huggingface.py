@@ -168,14 +168,14 @@ def test_samples_load_no_image() -> None:
 )
 def test_damaged_folder_raises(tmp_path: Path, files: dict[str, bytes | str]) -> None:
     write(tmp_path, files)
-    with pytest.raises(SourceError, match="saved dataset"):
+    with pytest.raises(SourceError, match="cannot load the dataset"):
         open_source(tmp_path)
 
 
 def test_folder_without_data_raises(tmp_path: Path) -> None:
     folder = saved(tmp_path, colored())
     next(folder.glob("*.arrow")).write_bytes(b"no arrow")
-    with pytest.raises(SourceError, match="saved dataset"):
+    with pytest.raises(SourceError, match="cannot load the dataset"):
         open_source(folder)
 
 
