@@ -1,14 +1,8 @@
 """Samples with items of any modality, the protocol of their sources, and what a cache records of its source."""
 
-import logging
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
-
-from embedcache.provenance import digest
 
 Scalar: TypeAlias = str | int | float | bool | None
 """A value that fits a column of the sample table."""
@@ -109,8 +103,6 @@ MERGED = "merged"
 PARTS = "parts"
 """Key in the description of a merged source: the descriptions of its parts."""
 
-_log = logging.getLogger(__name__)
-
 
 def is_description(value: Mapping[str, Any]) -> bool:
     """Return whether a JSON object has the types of a source's `describe`."""
@@ -119,26 +111,3 @@ def is_description(value: Mapping[str, Any]) -> bool:
     parts = value.get(PARTS) if value.get("type") == MERGED else []
     has_parts = isinstance(parts, list) and all(isinstance(part, Mapping) and is_description(part) for part in parts)
     return are_texts and has_parts and isinstance(value.get("settings", {}), Mapping)
-
-
-def remember(description: Mapping[str, Any], index_digest: str) -> None:
-    """Record that this user indexed a source as these rows; where that cannot be written, its caches stay foreign."""
-    try:
-        path = _record_path(description, index_digest)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.touch()
-    except (OSError, RuntimeError) as error:
-        _log.info("not recorded that this source was indexed here: %s", error)
-
-
-def is_remembered(description: Mapping[str, Any], index_digest: str) -> bool:
-    """Return whether this user indexed a source as these rows, or cut or merged them from such caches."""
-    with suppress(OSError, RuntimeError):
-        return _record_path(description, index_digest).exists()
-    return False
-
-
-def _record_path(description: Mapping[str, Any], index_digest: str) -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    where = [description.get(name) for name in ("type", "path", "settings", "parts")]
-    return Path(state, "embedcache", "sources", digest([where, index_digest]))

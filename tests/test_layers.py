@@ -14,12 +14,12 @@ import embedcache
 PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"arrays", "registry", "progress", "units", "modalities", "axis"},
+    {"arrays", "registry", "progress", "units", "modalities", "axis", "samples"},
     {"settings", "processes"},
     {"devices", "files"},
     {"locks"},
     {"metrics", "provenance"},
-    {"outputs", "records", "samples"},
+    {"outputs", "records"},
     {"encoders", "projectors"},
     {"sources", "store"},
     {"dataset"},

@@ -20,10 +20,10 @@ from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import require, unknown_name
-from embedcache.samples import IMPORTED_SOURCE, MERGED, Source, is_description, remember
+from embedcache.samples import IMPORTED_SOURCE, MERGED, Source, is_description
 from embedcache.settings import flat_settings, from_flat, merge_settings
 from embedcache.sources.open import SOURCES, open_source
-from embedcache.sources.reopen import RecordedSource, below_named, reopen_source
+from embedcache.sources.reopen import RecordedSource, below_named, remember, reopen_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import has_failed

@@ -16,8 +16,9 @@ from embedcache.interop.vector_files import ImportedSamples, VectorImport, check
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.records import new_record_path, record_stage
-from embedcache.samples import IMPORTED_SOURCE, remember
+from embedcache.samples import IMPORTED_SOURCE
 from embedcache.settings import merge_settings
+from embedcache.sources.reopen import remember
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, hash_item

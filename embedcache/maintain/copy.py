@@ -26,8 +26,8 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import unknown_name
-from embedcache.samples import is_remembered, remember
 from embedcache.sources.open import merged_description, merged_path
+from embedcache.sources.reopen import is_remembered, remember
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
 from embedcache.store.commits import Commit

@@ -5,9 +5,10 @@ named (`read_below`, which is what `--image-folder` is), and below those of the 
 That is recorded outside of it (`remember`), where no stranger can write. `trust_files` lifts the rule.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -15,8 +16,9 @@ from typing import Any
 
 from embedcache.errors import PathError, SourceError
 from embedcache.files import is_url
+from embedcache.provenance import digest
 from embedcache.registry import has_trust, names_from
-from embedcache.samples import IMPORTED_SOURCE, MERGED, FileItem, Sample, Source, is_remembered
+from embedcache.samples import IMPORTED_SOURCE, MERGED, FileItem, Sample, Source
 from embedcache.sources.files import (
     JSON_SUFFIXES,
     MEDIA_SUFFIXES,
@@ -39,6 +41,8 @@ _READ_BELOW = frozenset({"coco", "folder", "huggingface", "table", "webdataset",
 
 _FILE_SUFFIXES = JSON_SUFFIXES | TABLE_SUFFIXES | TAR_SUFFIXES | MEDIA_SUFFIXES["points"]
 _NAMED: ContextVar[tuple[str, ...]] = ContextVar("named_places", default=())
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -63,6 +67,29 @@ def read_below(*places: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         _NAMED.reset(token)
+
+
+def remember(description: Mapping[str, Any], index_digest: str) -> None:
+    """Record that this user indexed a source as these rows; where that cannot be written, its caches stay foreign."""
+    try:
+        path = _record_path(description, index_digest)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch()
+    except (OSError, RuntimeError) as error:
+        _log.info("not recorded that this source was indexed here: %s", error)
+
+
+def is_remembered(description: Mapping[str, Any], index_digest: str) -> bool:
+    """Return whether this user indexed a source as these rows, or cut or merged them from such caches."""
+    with suppress(OSError, RuntimeError):
+        return _record_path(description, index_digest).exists()
+    return False
+
+
+def _record_path(description: Mapping[str, Any], index_digest: str) -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    where = [description.get(name) for name in ("type", "path", "settings", "parts")]
+    return Path(state, "embedcache", "sources", digest([where, index_digest]))
 
 
 def reopen_source(description: Mapping[str, Any], index_digest: str = "", *, max_bytes: int | None = None) -> Source:

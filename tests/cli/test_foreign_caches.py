@@ -19,13 +19,13 @@ import pytest
 from embedcache.errors import EmbedcacheError
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
-from embedcache.samples import remember
 from embedcache.search.hits import Hit, Hits
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.service import ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source, read_below
+from embedcache.sources.reopen import remember
 from embedcache.store.cache import Cache
 from tests.cli.run import Result, embedcache
 from tests.crash import forked_workers

@@ -19,7 +19,6 @@ from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.thumbnails import PlayedFile
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
-from embedcache.samples import remember
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.coverage import measure_served_coverage
@@ -28,6 +27,7 @@ from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
 from embedcache.sources.media import decode_audio
+from embedcache.sources.reopen import remember
 from embedcache.store.cache import Cache
 from tests.media_files import encode_audio, tone, wav
 from tests.media_toy import MEDIA

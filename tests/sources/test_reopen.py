@@ -7,11 +7,10 @@ import pytest
 
 from embedcache.errors import ItemError, PathError
 from embedcache.registry import trust_files
-from embedcache.samples import is_remembered, remember
 from embedcache.sources import read_below
 from embedcache.sources.files import check_read_allowed, is_below, restrict_reads
 from embedcache.sources.open import merged_description
-from embedcache.sources.reopen import allowed_places, own_places
+from embedcache.sources.reopen import allowed_places, is_remembered, own_places, remember
 
 
 def describe(kind: str, path: object, **settings: Any) -> dict[str, Any]:

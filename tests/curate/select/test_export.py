@@ -18,8 +18,9 @@ from embedcache.dataset.selections import Selection, read_selection, write_selec
 from embedcache.errors import DataError, PathError
 from embedcache.extract.extract import extract
 from embedcache.outputs import replacing_files
-from embedcache.samples import Scalar, remember
+from embedcache.samples import Scalar
 from embedcache.sources import Sample, Source, SourceSettings, TextItem, open_source
+from embedcache.sources.reopen import remember
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from tests.images import write_images
