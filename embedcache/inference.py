@@ -10,14 +10,14 @@ import torch
 from scipy.special import softmax
 from torch import Tensor
 
-from embedcache.arrays import Array, Floats, Inputs, blocks, check_finite, normalize, to_numbers
+from embedcache.arrays import Array, Floats, Inputs, check_finite, normalize, to_numbers
 from embedcache.dataset.inputs import to_inputs
 from embedcache.dataset.raw_items import ItemLike, item_name, list_items, prepare_item
 from embedcache.devices import AUTO, torch_device
-from embedcache.encoders.base import Encoder, Modality, background_of
-from embedcache.encoders.open import EncoderSpec, feature_names, reopen_encoder, why_no_encoder
+from embedcache.encoders.base import Modality, background_of
+from embedcache.encoders.open import EncoderSpec, why_no_encoder
+from embedcache.encoders.views import FeatureEncoder, open_feature_encoder
 from embedcache.errors import DataError, SettingError
-from embedcache.extract.views import reopen_recorded_view
 from embedcache.files import AnyPath
 from embedcache.modalities import list_distinct, list_texts
 from embedcache.projectors.heads import TokenTower
@@ -126,8 +126,8 @@ class Model:
             FingerprintError: the encoder is not the one whose features the run was trained on.
             MissingExtraError: the encoder's package is not installed.
         """
-        encoder = self._encoder("image")
-        return encoder.encode(list_images(images), encoder.load_image)
+        encoder, listed = self._encoder("image"), list_images(images)
+        return encoder.encode(len(listed), lambda rows: encoder.prepare(list(map(encoder.load_image, listed[rows]))))
 
     def encode_text(self, texts: str | Sequence[str]) -> Floats:
         """Embed texts, one batch of the encoder at a time; spaces around them are left out, as of captions.
@@ -142,7 +142,8 @@ class Model:
             DataError: a text is empty, or no text.
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
-        return self._encoder("text").encode(list_texts(texts), _load_text)
+        encoder, listed = self._encoder("text"), list_texts(texts)
+        return encoder.encode(len(listed), lambda rows: encoder.prepare(list(map(_load_text, listed[rows]))))
 
     def encode(self, items: Any, modality: Modality = "text") -> Floats:
         """Embed items of either modality of the run, texts unless another is named, one batch at a time.
@@ -166,12 +167,8 @@ class Model:
         if modality == "text":
             return self.encode_text(items)
         encoder, listed = self._encoder(modality), list_items(items)
-        parts = [np.empty((0, self.width), np.float32)]
-        for rows in blocks(len(listed), encoder.encoder.batch_size):
-            names = [item_name(item, modality, row) for row, item in enumerate(listed[rows], rows.start)]
-            prepared = [prepare_item(*pair, [encoder])[0] for pair in zip(listed[rows], names, strict=True)]
-            parts.append(encoder.embed(prepared))
-        return np.concatenate(parts)
+        named = [(item, item_name(item, modality, number)) for number, item in enumerate(listed)]
+        return encoder.encode(len(listed), lambda rows: [prepare_item(*item, encoder.source) for item in named[rows]])
 
     def project(self, vectors: Any, modality: Modality) -> Floats:
         """Embed stored features: vectors as they are in a cache, or as the tool computes them that they came from.
@@ -284,38 +281,31 @@ class Model:
 class ProjectedEncoder:
     """A frozen encoder with a trained projector: from raw items to the shared space.
 
-    `view` transforms an item before encoding, `names` are the features that the projector takes.
+    `source` computes the features that the projector takes.
     """
 
-    encoder: Encoder
-    view: Callable[[Any], Any]
-    names: Sequence[str]
+    source: FeatureEncoder
     tower: AnyTower
     device: str
 
-    def encode(self, items: Sequence[Any], load_item: Callable[[Any], Any]) -> Floats:
-        """Load, prepare and embed items: (N, P) float32, rows of length 1. Memory: one batch."""
-        batches = blocks(len(items), self.encoder.batch_size)
-        parts = [self.embed(self.prepare([load_item(item) for item in items[rows]])) for rows in batches]
-        return np.concatenate([np.empty((0, self.tower.output_width), np.float32), *parts])
-
     def load_image(self, image: ImageLike) -> Any:
         """Return an image as RGB, on the background that the encoder's images have."""
-        return load_image(image, background_of(self.encoder.fingerprint.preprocessing))
+        return load_image(image, background_of(self.source.encoder.fingerprint.preprocessing))
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
         """Convert RGB images or texts to the encoder's inputs, one array per item."""
-        return self.encoder.prepare([self.view(item) for item in items])
+        return self.source.prepare(items)
 
     def embed(self, prepared: Sequence[Array]) -> Floats:
         """Encode and project prepared items: (N, P) float32, rows of length 1."""
-        parts = [np.empty((0, self.tower.output_width), np.float32)]
+        return self.encode(len(prepared), lambda rows: list(prepared[rows]))
+
+    def encode(self, num_items: int, prepare: Callable[[slice], list[Array]]) -> Floats:
+        """Prepare, encode and project items, a batch at a time: (N, P) float32, rows of length 1."""
+        batches = self.source.batches(num_items, prepare)
         with torch.autocast(torch.device(self.device).type, enabled=False):
-            for rows in blocks(len(prepared), self.encoder.batch_size):
-                encoded = self.encoder.encode(prepared[rows], self.names)
-                inputs = to_inputs([encoded[name] for name in self.names])
-                parts.append(project(self.tower, inputs, device=self.device))
-        return np.concatenate(parts)
+            parts = [project(self.tower, to_inputs(values), device=self.device) for values in batches]
+        return np.concatenate([np.empty((0, self.tower.output_width), np.float32), *parts])
 
 
 def open_projected_encoder(
@@ -331,17 +321,14 @@ def open_projected_encoder(
     next_step = f'embed vectors of that feature with project(vectors, "{modality}")'
     if reason := why_no_encoder(EncoderSpec.parse(tower_input.spec), modality, next_step=next_step):
         raise SettingError(reason)
-    feature, fingerprint = tower_input.feature, tower_input.fingerprint
-    encoder = reopen_encoder(
-        tower_input.spec, modality=modality, feature=feature, fingerprint=fingerprint, device=device
-    )
-    return ProjectedEncoder(
-        encoder=encoder,
-        view=reopen_recorded_view(feature, fingerprint),
-        names=feature_names(feature),
-        tower=pair.tower(modality),
+    source = open_feature_encoder(
+        tower_input.spec,
+        modality=modality,
+        feature=tower_input.feature,
+        fingerprint=tower_input.fingerprint,
         device=device,
     )
+    return ProjectedEncoder(source=source, tower=pair.tower(modality), device=device)
 
 
 def _load_text(text: str) -> str:

@@ -11,9 +11,9 @@ import pytest
 from embedcache.curate.select.select import SELECTORS
 from embedcache.derive.rules import RULES
 from embedcache.encoders.open import ENCODERS
+from embedcache.encoders.views import VIEWS
 from embedcache.errors import PathError
 from embedcache.evaluate.classifiers import METHODS
-from embedcache.extract.views import VIEWS
 from embedcache.interop.exporting import _file_root
 from embedcache.projectors.base import PROJECTORS
 from embedcache.projectors.modules import NETWORKS
@@ -29,7 +29,7 @@ from tests.images import write_images
 
 MODULE = """
 from embedcache.encoders.open import EncoderSpec
-from embedcache.extract.views import View
+from embedcache.encoders.views import View
 from embedcache.sources import Sample, TextItem
 from embedcache.projectors.heads import LinearProjector as Head
 from tests.toy import open_toy as open_encoder

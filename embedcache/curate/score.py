@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from embedcache.arrays import Array, Floats, Ints, blocks, check_finite, normalize, read_npy
+from embedcache.arrays import Array, Floats, Ints, check_finite, normalize, read_npy
 from embedcache.curate.settings import ScoreSettings
 from embedcache.dataset import keytable
 from embedcache.dataset.inputs import to_inputs
 from embedcache.devices import torch_device
-from embedcache.encoders.open import feature_names, reopen_encoder
+from embedcache.encoders.views import open_feature_encoder
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
-from embedcache.extract.views import reopen_recorded_view
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.outputs import check_table_output
@@ -221,11 +220,12 @@ def _encode_texts(vectors: Vectors, texts: list[str], device: str) -> Floats:
             f"{vectors.feature.name}, got none; train a run, or give --weights"
         )
     name = source.feature if pair is not None else source.name
-    encoder = reopen_encoder(source.spec, modality="text", feature=name, fingerprint=source.fingerprint, device=device)
-    view, names, parts = reopen_recorded_view(name, source.fingerprint), feature_names(name), []
-    for block in blocks(len(texts), encoder.batch_size):
-        encoded = encoder.encode(encoder.prepare([view(text) for text in texts[block]]), names)
-        inputs = to_inputs([encoded[each] for each in names])
+    encoder = open_feature_encoder(
+        source.spec, modality="text", feature=name, fingerprint=source.fingerprint, device=device
+    )
+    parts = []
+    for values in encoder.batches(len(texts), lambda rows: encoder.prepare(texts[rows])):
+        inputs = to_inputs(values)
         parts.append(normalize(inputs.values) if pair is None else project(pair.tower("text"), inputs, device=device))
     return np.concatenate(parts)
 

@@ -1,14 +1,15 @@
 """Raw items that a user passes, such as the path of a recording, decoded and prepared for encoders."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL.Image import Image
 
 from embedcache.arrays import Array
 from embedcache.encoders.base import Encoder, background_of
+from embedcache.encoders.views import FeatureEncoder
 from embedcache.errors import DataError, ItemError, PathError
 from embedcache.modalities import MODALITIES
 from embedcache.sources.images import load_image
@@ -33,24 +34,14 @@ def item_name(item: ItemLike, modality: str, number: int) -> str:
     return str(item) if isinstance(item, str | Path) else f"{modality} {number}"
 
 
-class OpenEncoder(Protocol):
-    """A frozen encoder, and the view that it was used with."""
-
-    @property
-    def encoder(self) -> Encoder: ...
-
-    @property
-    def view(self) -> Callable[[Any], Any]: ...
-
-
-def prepare_item(item: ItemLike, name: str, encoders: Sequence[OpenEncoder]) -> list[Array]:
-    """Decode an item, and return the input of each encoder of its modality.
+def prepare_item(item: ItemLike, name: str, encoder: FeatureEncoder) -> Array:
+    """Decode an item, and return the encoder's input.
 
     Raises:
         PathError: a file does not exist.
-        DataError: the item cannot be decoded, is none of the modality, or none that an encoder takes; names it.
+        DataError: the item cannot be decoded, is none of the modality, or none that the encoder takes; names it.
     """
-    modality = encoders[0].encoder.modality
+    modality = encoder.encoder.modality
     if isinstance(item, str | Path) and not Path(item).is_file():
         states = ((Path(item).is_dir(), "is a folder"), (Path(item).exists(), "is a pipe or a device"))
         state = next((words for is_so, words in states if is_so), "does not exist")
@@ -58,7 +49,7 @@ def prepare_item(item: ItemLike, name: str, encoders: Sequence[OpenEncoder]) -> 
     try:
         if isinstance(item, str | Path):
             item = Path(item).read_bytes()
-        return [opened.encoder.prepare([opened.view(_decode(item, opened.encoder, name))])[0] for opened in encoders]
+        return encoder.prepare([_decode(item, encoder.encoder, name)])[0]
     except (DataError, ItemError) as error:
         if str(error).startswith(f"{name}: "):
             raise

@@ -15,6 +15,7 @@ from embedcache.devices import AUTO, all_devices, announce_device
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import EncoderSpec, auto_precision, open_encoder, recorded_settings
 from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.views import open_view
 from embedcache.errors import EmbedcacheError, SourceError, UnfinishedError, first_few
 from embedcache.extract.feature_writer import (
     ChunkTask,
@@ -28,7 +29,6 @@ from embedcache.extract.feature_writer import (
 )
 from embedcache.extract.loop import encode_chunks
 from embedcache.extract.settings import ExtractJob, ExtractSettings
-from embedcache.extract.views import open_view
 from embedcache.files import open_path
 from embedcache.locks import divided_work, has_locks
 from embedcache.modalities import MODALITIES, encoder_option, noun

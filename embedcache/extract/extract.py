@@ -10,10 +10,10 @@ from typing import Any
 
 from embedcache.devices import torch_device
 from embedcache.encoders.open import EncoderSpec, check_spec
+from embedcache.encoders.views import open_view
 from embedcache.errors import PathError, SettingError, SourceError, quoted
 from embedcache.extract.engines import ShardReport, job_devices, run_engine
 from embedcache.extract.settings import ExtractJob, ExtractSettings
-from embedcache.extract.views import open_view
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.locks import divided_work, locked
 from embedcache.modalities import MODALITIES, ModalityName, noun

@@ -14,7 +14,7 @@ from embedcache.devices import torch_device
 from embedcache.encoders.base import Encoder, background_of
 from embedcache.encoders.open import EncoderSpec, open_encoder, recorded_settings
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.extract.views import View, reopen_view
+from embedcache.encoders.views import View, reopen_view
 from embedcache.locks import Leases
 from embedcache.modalities import MODALITIES
 from embedcache.processes import num_cores

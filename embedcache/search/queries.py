@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from embedcache.arrays import (
     Floats,
     Inputs,
     Ints,
-    blocks,
     check_finite,
     concatenated_ranges,
     normalize,
@@ -23,10 +22,10 @@ from embedcache.arrays import (
 )
 from embedcache.dataset.inputs import to_inputs
 from embedcache.dataset.raw_items import ItemLike, item_name, list_items, prepare_item
-from embedcache.encoders.base import Encoder, Modality, background_of
-from embedcache.encoders.open import EncoderSpec, feature_names, reopen_encoder, why_no_encoder
+from embedcache.encoders.base import Modality, background_of
+from embedcache.encoders.open import EncoderSpec, why_no_encoder
+from embedcache.encoders.views import FeatureEncoder, open_feature_encoder
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
-from embedcache.extract.views import reopen_recorded_view
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, list_texts, noun
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project, read_config
 from embedcache.registry import unknown_name
@@ -111,11 +110,6 @@ class Queries:
         return [*self.texts, *images, *items, *self.keys, *rows, *self.concepts, *vectors]
 
 
-class _Opened(NamedTuple):
-    encoder: Encoder
-    view: Callable[[Any], Any]
-
-
 class QueryEncoder:
     """Encodes queries into an index's vector space. The run and each encoder are opened once, when first needed.
 
@@ -126,7 +120,7 @@ class QueryEncoder:
         self._index, self._card, self._cache, self._run_path, self._device = index, card, cache, run_path, device
         self.config: PairConfig | None = None  # of the run
         self._pair: AlignedPair | None = None
-        self._encoders: dict[Modality, Encoder] = {}
+        self._encoders: dict[Modality, FeatureEncoder] = {}
         if card.run is None and run_path is not None:
             raise FingerprintError(
                 f"run: expected none for an index of the plain feature {card.feature}, got {run_path}; leave --run out"
@@ -179,13 +173,13 @@ class QueryEncoder:
         if (rejection := self.rejection(modality)) is not None:
             raise DataError(f"{modality} query: {rejection}")
 
-    def encoder(self, modality: Modality) -> Encoder:
+    def encoder(self, modality: Modality) -> FeatureEncoder:
         """Return the encoder of a modality, which must be the one that made the feature."""
         if modality not in self._encoders:
             self._check_comparable(modality)
             source = self._tower_input(modality)
             self._open_pair()  # a damaged run is refused first
-            self._encoders[modality] = reopen_encoder(
+            self._encoders[modality] = open_feature_encoder(
                 source.spec,
                 modality=modality,
                 feature=source.feature,
@@ -230,28 +224,21 @@ class QueryEncoder:
 
     def _encode_items(self, modality: Modality, items: Sequence[Any]) -> Floats:
         """Encode texts, or images that are loaded."""
-        encoder, view = self._open(modality)
-        return self._encode_batches(modality, len(items), lambda rows: encoder.prepare(list(map(view, items[rows]))))
+        encoder = self.encoder(modality)
+        return self._encode_batches(modality, len(items), lambda rows: encoder.prepare(items[rows]))
 
     def _encode_files(self, modality: Modality, items: Sequence[ItemLike]) -> Floats:
         """Encode items of any modality in files, or decoded."""
-        opened = self._open(modality)
+        encoder = self.encoder(modality)
         named = [(item, item_name(item, modality, number)) for number, item in enumerate(items)]
         return self._encode_batches(
-            modality, len(items), lambda rows: [prepare_item(*item, [opened])[0] for item in named[rows]]
+            modality, len(items), lambda rows: [prepare_item(*item, encoder) for item in named[rows]]
         )
 
-    def _open(self, modality: Modality) -> _Opened:
-        encoder, source = self.encoder(modality), self._tower_input(modality)
-        return _Opened(encoder, reopen_recorded_view(source.feature, source.fingerprint))
-
     def _encode_batches(self, modality: Modality, count: int, prepare: Callable[[slice], list[Array]]) -> Floats:
-        encoder, names = self.encoder(modality), feature_names(self._tower_input(modality).feature)
-        vectors = [np.empty((0, self._card.width), np.float32)]
-        for rows in blocks(count, encoder.batch_size):
-            encoded = encoder.encode(prepare(rows), names)
-            vectors.append(self._project(modality, to_inputs([encoded[name] for name in names])))
-        return np.concatenate(vectors)
+        batches = self.encoder(modality).batches(count, prepare)
+        parts = [self._project(modality, to_inputs(values)) for values in batches]
+        return np.concatenate([np.empty((0, self._card.width), np.float32), *parts])
 
     def _tower_input(self, modality: Modality) -> TowerInput | IndexCard:
         return self._card if self.config is None else self.config.tower_input(modality)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Floats
+from embedcache.encoders.views import View
 from embedcache.errors import ItemError, PathError, SettingError
-from embedcache.extract.views import View
 from embedcache.files import expand_home, read_file
 from embedcache.sources.media import decode_audio
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embedcache.encoders.views import open_view
 from embedcache.errors import SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
-from embedcache.extract.views import open_view
 from embedcache.sources import open_source
 from embedcache.sources.media import Video
 from embedcache.store.cache import Cache

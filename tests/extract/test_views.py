@@ -7,10 +7,10 @@ from PIL import Image, ImageOps
 from embedcache.axis import Axis
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.views import open_view
 from embedcache.errors import FingerprintError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.extract.views import open_view
 from embedcache.sources import open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache

@@ -6,13 +6,16 @@ features are stored in a folder of their own, `encoder@view`.
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from PIL.Image import Image, Transpose
 
-from embedcache.encoders.base import Modality
+from embedcache.arrays import Array, blocks
+from embedcache.encoders.base import Encoder, Modality
+from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import PathError, SettingError
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
@@ -21,8 +24,8 @@ from embedcache.registry import Registry, names_from
 VIEWS = Registry(
     "view",
     {
-        "crop": "embedcache.extract.views:open_crop",
-        "flip": "embedcache.extract.views:open_flip",
+        "crop": "embedcache.encoders.views:open_crop",
+        "flip": "embedcache.encoders.views:open_flip",
     },
     group="embedcache.views",
     arguments=1,
@@ -68,28 +71,30 @@ def open_view(name: str) -> View:
         PathError: a file that the view needs does not exist.
     """
     kind, _, argument = name.partition(":")
-    if kind in VIEWS:
-        view: View = VIEWS.load(kind)(argument)
-        return view
+    if kind not in VIEWS:
+        attribute, colon, argument = argument.partition(":")
+        kind = f"{kind}:{attribute}" if attribute else kind
+        apply = VIEWS.load(kind)
+        if not colon:
+            return _from_function(name, apply)
+    view = VIEWS.load(kind)(argument)
+    if not isinstance(view, View):
+        raise SettingError(f"view {name}: expected a function that returns a View, got a {type(view).__name__}")
+    return view
 
-    attribute, has_argument, argument = argument.partition(":")
-    apply = VIEWS.load(f"{kind}:{attribute}" if attribute else kind)
-    if has_argument:
-        view = apply(argument)
-        if not isinstance(view, View):
-            raise SettingError(f"view {name}: expected a function that returns a View, got a {type(view).__name__}")
-        return view
+
+def _from_function(name: str, apply: Callable[[Any], Any]) -> View:
+    """Return the view of a function of an item; a digest of its source makes a changed function another view."""
     modality = getattr(apply, "modality", "image")
     if modality not in MODALITIES:
         raise SettingError(
             f"view {name}: expected its attribute modality to be one of {', '.join(MODALITIES)}, got {modality!r}"
         )
-    return View(
-        name=name,
-        modality=MODALITIES[modality].name,
-        apply=apply,
-        fingerprint={"name": name, "code": _source_digest(apply)},
-    )
+    try:
+        code = digest(inspect.getsource(apply))
+    except (OSError, TypeError):
+        code = None
+    return View(name=name, modality=MODALITIES[modality].name, apply=apply, fingerprint={"name": name, "code": code})
 
 
 def reopen_view(fingerprint: Mapping[str, Any], location: str = "") -> View:
@@ -100,30 +105,55 @@ def reopen_view(fingerprint: Mapping[str, Any], location: str = "") -> View:
     Raises:
         PathError: the file is in neither.
     """
-    name, found = fingerprint["name"], []
-    for place in dict.fromkeys((location or name, name)):
+    with names_from("the cache"):
         try:
-            with names_from("the cache"):
-                return open_view(place)
+            return open_view(location or fingerprint["name"])
         except PathError as error:
-            found.append(str(error))
-    raise PathError(f"{found[0]}; put it back, or run this in the folder where it is")
+            with suppress(PathError):
+                return open_view(fingerprint["name"])
+            raise PathError(f"{error}; put it back, or run this in the folder where it is") from error
 
 
-def reopen_recorded_view(feature: str, fingerprint: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Return the view that a feature's fingerprint records, as a function of an item; without one, the identity.
+@dataclass(frozen=True, kw_only=True)
+class FeatureEncoder:
+    """The encoder of a cached feature, and the view through which it sees items.
+
+    Args:
+        names: the encoder's own names of the parts of the feature.
+    """
+
+    encoder: Encoder
+    view: Callable[[Any], Any]
+    names: Sequence[str]
+
+    def prepare(self, items: Sequence[Any]) -> list[Array]:
+        """Convert decoded items to the encoder's inputs, one array per item."""
+        return self.encoder.prepare([self.view(item) for item in items])
+
+    def batches(self, num_items: int, prepare: Callable[[slice], list[Array]]) -> Iterator[list[list[Array]]]:
+        """Iterate over the values of items, a batch of the encoder at a time: for each name, an array per item."""
+        for rows in blocks(num_items, self.encoder.batch_size):
+            encoded = self.encoder.encode(prepare(rows), self.names)
+            yield [encoded[name] for name in self.names]
+
+
+def open_feature_encoder(
+    spec: str, *, modality: Modality, feature: str, fingerprint: Mapping[str, Any], device: str
+) -> FeatureEncoder:
+    """Open the encoder that computed a cached feature, with the view that the feature's fingerprint records.
 
     Raises:
-        FingerprintError: the view is no longer the same.
-        PathError: a file of it no longer exists.
+        FingerprintError: the encoder or the view is no longer the same.
+        PathError: a file of the view no longer exists.
     """
+    encoder = reopen_encoder(spec, modality=modality, feature=feature, fingerprint=fingerprint, device=device)
     expected = fingerprint.get("view")
     if expected is None:
-        return lambda item: item
+        return FeatureEncoder(encoder=encoder, view=lambda item: item, names=feature_names(feature))
     view = reopen_view(expected)
     next_step = "restore the function, or extract again"
     check_same(f"the view of feature {feature}", expected, view.fingerprint, next_step=next_step)
-    return view.apply
+    return FeatureEncoder(encoder=encoder, view=view.apply, names=feature_names(feature))
 
 
 def open_crop(argument: str) -> View:
@@ -153,11 +183,3 @@ def open_flip(argument: str) -> View:
         return image.transpose(Transpose.FLIP_LEFT_RIGHT)
 
     return View(name="flip", modality="image", apply=flip, fingerprint={"name": "flip"})
-
-
-def _source_digest(function: Callable[[Any], Any]) -> str | None:
-    """Return a digest of a function's source code, so that a changed function is another view."""
-    try:
-        return digest(inspect.getsource(function))
-    except (OSError, TypeError):
-        return None
