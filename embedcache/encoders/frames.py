@@ -1,4 +1,4 @@
-"""`frames:lite:efficientnet-lite0,rate=25`: any image encoder on each frame of a video; `frames:pixels` for the pixels.
+"""`frames:lite:efficientnet-lite0,rate=25`: any image encoder on each frame of a video.
 
 Videos differ in their rates, and a feature has one: each video is sampled at `rate` frames per second, so that the time
 axis holds for all of them. The frame shown at the middle of a step stands for it; frames are dropped or repeated, never
@@ -12,20 +12,18 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality, check_names
-from embedcache.encoders.open import EncoderSpec, check_modality, check_options, open_encoder
+from embedcache.encoders.base import Encoder, ItemShape, Modality, check_names
+from embedcache.encoders.open import EncoderSpec, check_modality, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError
 from embedcache.units import format_bytes
 
 RATE_HZ = 25.0
 """Default rate: half the 50 Hz of speech encoders, and that of most recordings of talking faces."""
-PIXELS_SIZE = (24, 16)
-"""Default width and height of `frames:pixels`."""
 _VIDEOS_PER_BATCH = 4
 _MAX_PREPARED_BYTES = 2**31
 """Prepared frames of one video; 14,266 of uint8 at 224 x 224, 3,566 of float32."""
@@ -44,17 +42,13 @@ class RawVideo(Protocol):
 def open_frames(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
     """Open an image encoder for videos.
 
-    Options: `rate`, frames per second; of `frames:pixels` also `size`, WIDTHxHEIGHT in pixels. All other options are
-    those of the image encoder.
+    Options: `rate`, frames per second; all others are those of the image encoder.
     """
     check_modality(spec, modality, "video")
     rate_hz = _rate(spec)
-    if spec.model == "pixels":
-        check_options(spec, ("rate", "size"))
-        return FrameEncoder(Pixels(_size(spec), batch_size=settings.batch_size or 256), rate_hz)
     if spec.inner is None:
         raise SettingError(
-            f"{spec.text}: expected frames:pixels or frames:SPEC with the spec of an image encoder, such as "
+            f"{spec.text}: expected frames:SPEC with the spec of an image encoder, such as "
             "frames:lite:efficientnet-lite0"
         )
     return FrameEncoder(open_encoder(spec.inner, modality="image", settings=settings), rate_hz)
@@ -175,32 +169,6 @@ def _number_at(step: int, rate_hz: float, wanted_hz: float) -> int:
     return math.floor((step + 0.5) * rate_hz / wanted_hz)
 
 
-class Pixels:
-    """An image encoder whose vector is the gray image itself: the center of the size's aspect ratio, resized."""
-
-    modality: Modality = "image"
-
-    def __init__(self, size: tuple[int, int], *, batch_size: int) -> None:
-        self._size, self.batch_size = size, batch_size
-        self.features: Mapping[str, ItemShape] = {"pixels": (size[0] * size[1],)}
-        self.fingerprint = Fingerprint(
-            family="pixels",
-            model=f"{size[0]}x{size[1]}",
-            weights=NO_WEIGHTS,
-            preprocessing={"width": size[0], "height": size[1], "interpolation": "bilinear (Pillow)", "range": [0, 1]},
-            pooling={"pixels": "all pixels in gray, row by row"},
-            backend="numpy",
-        )
-
-    def prepare(self, items: Sequence[Any]) -> list[Array]:
-        method = Image.Resampling.BILINEAR
-        return [np.asarray(ImageOps.fit(image.convert("L"), self._size, method=method)) for image in items]
-
-    def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
-        vectors: list[Array] = [image.ravel() / np.float32(255) for image in prepared]
-        return {name: list(vectors) for name in names}
-
-
 def _rate(spec: EncoderSpec) -> float:
     text = spec.options.get("rate")
     if text is None:
@@ -208,13 +176,3 @@ def _rate(spec: EncoderSpec) -> float:
     if not re.fullmatch(r"\d+(\.\d+)?", text) or not 0 < float(text) <= 1000:
         raise SettingError(f"option rate in {spec.text}: expected frames per second, such as 25 or 0.5, got {text!r}")
     return float(text)
-
-
-def _size(spec: EncoderSpec) -> tuple[int, int]:
-    text = spec.options.get("size")
-    if text is None:
-        return PIXELS_SIZE
-    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
-    if match is None:
-        raise SettingError(f"option size in {spec.text}: expected WIDTHxHEIGHT in pixels, such as 24x16, got {text!r}")
-    return int(match[1]), int(match[2])

@@ -19,13 +19,14 @@ from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
 from embedcache.derive.rules import principal_components
 from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality, check_names
-from embedcache.encoders.frames import PIXELS_SIZE, RATE_HZ, FrameEncoder, Pixels, RawVideo
+from embedcache.encoders.frames import RATE_HZ, FrameEncoder, RawVideo
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import check_weights_file, hash_weights
 from embedcache.errors import CorruptError, DataError, SettingError, one_line
 from embedcache.files import expand_home, replacing
 from embedcache.projectors.closed_form import Moments
+from pipelines.avsr.pixels import PIXELS_SIZE, Pixels
 
 FAMILY = "pipelines.avsr.stacks:open_stacks"
 

@@ -42,7 +42,7 @@ def command(source: str, cache: str) -> list[str]:
         "audio=whisper:./whisper/ctranslate2",
         "audio=hf:./wav2vec2",
         "video=frames:timm:test_vit,weights=test_vit.safetensors,rate=5",
-        "video=frames:pixels,size=8x6",
+        "video=frames:pipelines.avsr.pixels:open_pixels:8x6",
         f"points={GEOMETRY}",
         f"points={FIELDS}",
     )
@@ -63,7 +63,7 @@ def test_features_have_shapes_dtypes_and_axes(folder: Path) -> None:
         ("audio", "ctranslate2/states"): ("float16", Axis(kind="time", rate_hz=50.0, start_s=0.0), (-1, 16)),
         ("audio", "wav2vec2/states"): ("float16", Axis(kind="time", rate_hz=50.0, start_s=0.0125), (-1, 16)),
         ("video", "test_vit/cls"): ("float16", Axis(kind="time", rate_hz=5.0, start_s=0.1), (-1, 64)),
-        ("video", "pixels/pixels"): ("float16", Axis(kind="time", rate_hz=25.0, start_s=0.02), (-1, 48)),
+        ("video", "8x6/pixels"): ("float16", Axis(kind="time", rate_hz=25.0, start_s=0.02), (-1, 48)),
         ("points", "eigen/points"): ("float16", Axis(kind="points"), (-1, 26)),
         ("points", "fields/xyz"): ("float32", Axis(kind="points"), (-1, 3)),
         ("points", "fields/label"): ("int16", Axis(kind="points"), (-1, 1)),
@@ -80,7 +80,7 @@ def test_values_are_those_of_the_files(folder: Path) -> None:
     assert tokens(folder, "audio", "ctranslate2/states").shape == (50, 16)
     assert tokens(folder, "audio", "wav2vec2/states").shape == (49, 16)
     assert tokens(folder, "video", "test_vit/cls").shape == (5, 64)  # 1 s of 30 frames
-    pixels = [tokens(folder, "video", "pixels/pixels", row).astype(np.float32) for row in (0, 1)]
+    pixels = [tokens(folder, "video", "8x6/pixels", row).astype(np.float32) for row in (0, 1)]
     assert [frames.shape for frames in pixels] == [(25, 48), (25, 48)]
     columns = np.arange(8)
     for frames in pixels:  # the bright square moves to the right
@@ -117,7 +117,7 @@ def test_encoding_again_gives_the_same(folder: Path) -> None:
         "ctranslate2/states",
         "wav2vec2/states",
         "test_vit/cls",
-        "pixels/pixels",
+        "8x6/pixels",
         "eigen/points",
         "fields/xyz",
     ):
@@ -127,9 +127,16 @@ def test_encoding_again_gives_the_same(folder: Path) -> None:
 
 
 def test_other_options_are_refused(folder: Path) -> None:
-    done = embedcache("extract", "media", "cache", "--encoder", "video=frames:pixels,size=4x4", cwd=folder)
+    done = embedcache(
+        "extract",
+        "media",
+        "cache",
+        "--encoder",
+        "video=frames:timm:test_vit,weights=test_vit.safetensors,rate=6",
+        cwd=folder,
+    )
     assert done.code == 1
-    assert "pixels" in done.stderr
-    done = embedcache("extract", "media", "cache", "--encoder", "audio=frames:pixels", cwd=folder)
+    assert "stored 5.0, requested 6.0" in done.stderr
+    done = embedcache("extract", "media", "cache", "--encoder", "audio=frames:lite:efficientnet-lite0", cwd=folder)
     assert done.code == 1
     assert "expected an encoder of recordings, got one of videos" in done.stderr

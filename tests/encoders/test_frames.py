@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from embedcache.encoders.frames import FrameEncoder, Pixels, sampled_frames
+from embedcache.encoders.frames import FrameEncoder, sampled_frames
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
 from embedcache.sources.media import MAX_VIDEO_PIXELS, Video, decode_video
 from embedcache.testing.encoders import TOLERANCE, VideoEncoderContract, example_videos
+from pipelines.avsr.pixels import FAMILY as PIXELS
+from pipelines.avsr.pixels import Pixels
 from tests.encoders.checkpoints import save_timm
 from tests.media_files import encode_video, large_video, moving_square
 
@@ -36,7 +38,7 @@ class TestPixels(VideoEncoderContract):
 
     @pytest.fixture
     def spec(self) -> str:
-        return "frames:pixels,size=12x8"
+        return f"frames:{PIXELS}:12x8"
 
 
 @pytest.mark.slow
@@ -56,7 +58,7 @@ def test_vectors_are_those_of_the_frames(test_vit: Path) -> None:
 
 
 def test_every_video_has_the_rate() -> None:
-    encoder = open_encoder("frames:pixels,rate=12.5", modality="video")
+    encoder = open_encoder(f"frames:{PIXELS}:24x16,rate=12.5", modality="video")
     frames = np.repeat(np.arange(50, dtype=np.uint8)[:, None, None, None], 3, axis=3) * np.ones((1, 4, 6, 1), np.uint8)
     (at_25,) = encoder.encode(encoder.prepare([Video(frames_THW3=frames, rate_hz=25.0)]), ["pixels"])["pixels"]
     assert at_25.shape == (25, 24 * 16)
@@ -158,7 +160,7 @@ def test_sampled_frames_are_the_middles_of_steps() -> None:
 
 
 def test_pixels_are_the_gray_center() -> None:
-    encoder = open_encoder("frames:pixels,size=4x4", modality="video")
+    encoder = open_encoder(f"frames:{PIXELS}:4x4", modality="video")
     frame = np.zeros((8, 20, 3), np.uint8)
     frame[:, 5:15] = (255, 0, 0)  # the center square, and one pixel more for the filter
     (found,) = encoder.encode(encoder.prepare([Video(frames_THW3=frame[None], rate_hz=25.0)]), ["pixels"])["pixels"]
@@ -166,7 +168,7 @@ def test_pixels_are_the_gray_center() -> None:
 
 
 def test_rate_and_size_are_in_the_fingerprint() -> None:
-    specs = ("frames:pixels", "frames:pixels,rate=12", "frames:pixels,size=16x16")
+    specs = (f"frames:{PIXELS}:8x6", f"frames:{PIXELS}:8x6,rate=12", f"frames:{PIXELS}:16x16")
     fingerprints = {str(open_encoder(spec, modality="video").fingerprint) for spec in specs}
     assert len(fingerprints) == 3
 
@@ -176,9 +178,9 @@ def test_rate_and_size_are_in_the_fingerprint() -> None:
     [
         ("frames:lite", SettingError, "SPEC"),
         ("frames:nonsense:model", UnknownNameError, "family"),
-        ("frames:pixels,rate=0", SettingError, "per second"),
-        ("frames:pixels,size=9", SettingError, "WIDTHxHEIGHT"),
-        ("frames:pixels,weights=x", UnknownNameError, "option"),
+        (f"frames:{PIXELS}:8x6,rate=0", SettingError, "per second"),
+        (f"frames:{PIXELS}:9", SettingError, "WIDTHxHEIGHT"),
+        (f"frames:{PIXELS}:8x6,weights=x", UnknownNameError, "option"),
     ],
 )
 def test_wrong_specs_raise(spec: str, error: type[Exception], word: str) -> None:
@@ -192,5 +194,5 @@ def test_specs_of_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert spec.inner == EncoderSpec("hf", "./dinov2", {"revision": "main"})
     assert spec.folder == "dinov2"
     assert spec.absolute.text == f"frames:hf:{tmp_path}/dinov2,rate=5,revision=main"
-    assert EncoderSpec.parse("frames:pixels").folder == "pixels"
+    assert EncoderSpec.parse(f"frames:{PIXELS}:8x6").folder == "8x6"
     assert EncoderSpec.parse("frames:lite:efficientnet-lite0").absolute.text == "frames:lite:efficientnet-lite0"

@@ -19,6 +19,7 @@ from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
 from embedcache.store.producer import FillReport
 from embedcache.store.verify import verify
+from pipelines.avsr.pixels import FAMILY as PIXELS
 from tests.cli.run import embedcache, succeed
 from tests.extract.cases import tree
 from tests.media_files import cloud, encode_audio, encode_video, moving_square, npz, tone, wav
@@ -158,15 +159,15 @@ def test_large_videos_are_streamed_by_frames_alone(tmp_path: Path, monkeypatch: 
     noise = np.random.default_rng(0).integers(0, 256, (100, 24, 32, 3), np.uint8)
     whole = encode_video(noise, kind="mkv")
     files = {"a.mkv": encode_video(noise[:50], kind="mkv"), "b.mkv": whole, "c.mkv": whole[: len(whole) * 6 // 10]}
-    source, encoders = open_source(write(tmp_path / "f", files)), {"video": [MEDIA, "frames:pixels,rate=5,size=8x6"]}
+    source, encoders = open_source(write(tmp_path / "f", files)), {"video": [MEDIA, f"frames:{PIXELS}:8x6,rate=5"]}
     settings = ExtractSettings(features=("pixels", "mean"), chunk_size=2)
     extract(source, tmp_path / "arrays", encoder=encoders, settings=settings)
     monkeypatch.setattr("embedcache.sources.media.MAX_VIDEO_PIXELS", 32 * 24 * 50)
     planned = plan(source, tmp_path / "streams", encoder=encoders, settings=settings)
-    assert {feature.name: feature.num_items for feature in planned.features}["pixels/pixels"] == 3
+    assert {feature.name: feature.num_items for feature in planned.features}["8x6/pixels"] == 3
     extract(source, tmp_path / "streams", encoder=encoders, settings=settings)
     arrays, streams = Cache(tmp_path / "arrays"), Cache(tmp_path / "streams")
-    expected, found = (cache.feature("video", "pixels/pixels") for cache in (arrays, streams))
+    expected, found = (cache.feature("video", "8x6/pixels") for cache in (arrays, streams))
     assert [len(tokens) for tokens in found.gather_tokens(np.arange(2))] == [10, 20]
     for one, other in zip(found.gather_tokens(np.arange(2)), expected.gather_tokens(np.arange(2)), strict=True):
         np.testing.assert_array_equal(one, other)

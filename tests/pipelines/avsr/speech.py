@@ -23,7 +23,7 @@ TONES_HZ = {"A": 300, "B": 600, "C": 1200, "D": 2400, GAP: 100}
 RATE_HZ, FRAME_S, FRAME_SAMPLES = 25, 0.04, 640
 WHISPER = {"audio": ("whisper:tiny.en", "tiny.en/states")}
 TOY = {"audio": (MEDIA, "open_media/frames")}
-PIXELS = {"video": ("frames:pixels,size=12x8", "pixels/pixels")}
+PIXELS = {"video": ("frames:pipelines.avsr.pixels:open_pixels:12x8", "12x8/pixels")}
 TRAINING: Mapping[str, Any] = {"ctc_weight": 0.2, "longest_s": 60.0, "augmentation": {"missing": {}}}
 SIZES: Mapping[str, Any] = {"width": 32, "num_layers": 1, "decoder_layers": 1, "num_heads": 2, "feed_forward": 32}
 

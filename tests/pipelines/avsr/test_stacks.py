@@ -7,11 +7,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from embedcache.axis import Axis
-from embedcache.encoders.frames import PIXELS_SIZE, RATE_HZ, FrameEncoder, Pixels
+from embedcache.encoders.frames import RATE_HZ, FrameEncoder
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import CorruptError, DataError, PathError
 from embedcache.sources.media import Video, decode_video
 from embedcache.testing.encoders import VideoEncoderContract
+from pipelines.avsr.pixels import PIXELS_SIZE, Pixels
 from pipelines.avsr.stacks import FAMILY, StackWeights, fit_stacks, gray_pixels, normalize_frames, stack_frames
 from tests.media_files import encode_video
 
