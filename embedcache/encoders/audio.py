@@ -8,6 +8,7 @@ recording needs the memory of its features and of the forward passes that run at
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from math import gcd, prod
 from typing import Any
@@ -48,7 +49,7 @@ class AudioEncoder:
         num_parallel: batches that the graph runs at once, each called from a thread of its own.
         axis: of the tokens.
         num_tokens: model input -> number of tokens that belong to the recording, not to padding; None for vectors.
-        fingerprint: of the model; backend and precision are filled in by the caller.
+        fingerprint: of the model; backend and precision are filled in here.
     """
 
     modality: Modality = "audio"
@@ -77,7 +78,7 @@ class AudioEncoder:
         self.batch_size = settings.batch_size or (on_cpu if is_on_cpu else on_gpu)
         self._long_window = long_window if is_on_cpu and settings.batch_size is None else None
         self._num_parallel, self._threads = num_parallel, ThreadPoolExecutor(num_parallel, "audio")
-        self.fingerprint = fingerprint
+        self.fingerprint = replace(fingerprint, backend=graph.backend, precision=settings.precision)
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
         """Convert waveforms to model inputs; an `ItemError` names the reason why one of them cannot be encoded."""

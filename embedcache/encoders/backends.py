@@ -6,8 +6,7 @@ against torch, and kept in the user's cache folder.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from embedcache.arrays import Array, Floats
+from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
 from embedcache.devices import announce_device, autocast, torch_device
 from embedcache.encoders.base import Backend, Fingerprint, ItemShape, Modality, check_names
@@ -90,13 +89,13 @@ class GraphEncoder:
         if not prepared:
             return {name: [] for name in names}
         outputs = self.graph(self._collate(prepared), names)
-        lengths = [len(ids) for ids in prepared]
-        return {
-            name: list(outputs[name])
-            if self.features[name][0] != -1
-            else [tokens_TD[:length] for tokens_TD, length in zip(outputs[name], lengths, strict=True)]
-            for name in names
-        }
+        features: dict[str, list[Array]] = {}
+        for name in names:
+            features[name] = list(outputs[name])
+            if self.features[name][0] == -1:
+                rows = zip(outputs[name], prepared, strict=True)
+                features[name] = [tokens_TD[: len(ids)] for tokens_TD, ids in rows]
+        return features
 
 
 class TorchGraph:
@@ -121,25 +120,21 @@ class TorchGraph:
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
         """Run one batch; outputs are float32 at any precision."""
         num_rows = len(next(iter(inputs.values())))
-        parts: list[dict[str, Floats]] = []
-        start = 0
-        while start < num_rows:
-            rows = slice(start, min(start + (self._max_rows or num_rows), num_rows))
-            part = self._try({name: array[rows] for name, array in inputs.items()}, names)
-            if part is None:
-                self._halve_batch(rows.stop - rows.start)
-            else:
-                parts.append(part)
-                start = rows.stop
+        while True:
+            size = min(num_rows, self._max_rows or num_rows)
+            try:
+                parts = [self._run(inputs, names, rows) for rows in blocks(num_rows, size)]
+            except torch.OutOfMemoryError:
+                parts = []  # the error, which keeps tensors in memory, is gone before the next attempt
+            if parts:
+                break
+            self._halve_batch(size)
         return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in names}
 
-    def _try(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats] | None:
-        try:
-            with torch.inference_mode(), autocast(self._device.type, self._precision):
-                outputs = self._module(**{name: self._to_device(array) for name, array in inputs.items()})
-                return {name: outputs[name].float().cpu().numpy() for name in names}
-        except torch.OutOfMemoryError:
-            return None
+    def _run(self, inputs: Mapping[str, Array], names: Sequence[str], rows: slice) -> dict[str, Floats]:
+        with torch.inference_mode(), autocast(self._device.type, self._precision):
+            outputs = self._module(**{name: self._to_device(array[rows]) for name, array in inputs.items()})
+            return {name: outputs[name].float().cpu().numpy() for name in names}
 
     def _to_device(self, array: Array) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -168,7 +163,7 @@ class OnnxExport:
         example: input name -> array to trace the module with.
         dynamic_axes: input or output name -> names of its dynamic axes, by number.
         check_inputs: inputs of other sizes along the dynamic axes; the export must agree with torch on them.
-        key: JSON values that determine the graph together with the weights; `name` starts the file name.
+        key: JSON values that determine what the module computes.
     """
 
     module: torch.nn.Module
@@ -204,91 +199,75 @@ class OnnxGraph:
         return dict(zip(names, self._session.run(list(names), dict(inputs)), strict=True))
 
 
-def build_graph(export: OnnxExport, settings: EncoderSettings, weights: str) -> Graph:
-    """Choose a backend for a model that exports to ONNX, and prepare the model to run on it.
+def build_graph(
+    module: torch.nn.Module, settings: EncoderSettings, name: str, export: OnnxExport | None = None
+) -> Graph:
+    """Choose a backend for a model, and prepare the model to run on it. The choice is part of the fingerprint.
 
     `auto` chooses onnxruntime if possible: float32 on the CPU, extra `cpu` installed, weights small enough for one
-    file, and an export that agrees with torch. Otherwise it chooses torch. The choice is part of the fingerprint.
+    file, and an export that agrees with torch. Otherwise it chooses torch.
+
+    Args:
+        name: name of the model, with which the name of its ONNX file starts.
+        export: how the model is exported to ONNX; None: it runs on torch only.
     """
-    is_chosen = suits_onnx(settings) and _num_bytes(export.module) < _MAX_ONNX_BYTES
-    if settings.backend == "torch" or (settings.backend == "auto" and not is_chosen):
-        return TorchGraph(export.module, settings)
-    _check_onnx_settings(settings)
+    is_onnx = settings.backend == "onnxruntime"
+    fits_onnx = torch_device(settings.device).type == "cpu" and settings.precision == "float32"
+    if is_onnx and (export is None or not fits_onnx):
+        given = "a model without an export" if export is None else f"{settings.precision} on {settings.device}"
+        raise SettingError(
+            f"backend onnxruntime: expected a model that exports to ONNX, in float32 on the device cpu, got {given}; "
+            "use backend torch"
+        )
+    if settings.backend == "auto":
+        num_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
+        is_onnx = fits_onnx and num_bytes < _MAX_ONNX_BYTES and is_installed("onnx") and is_installed("onnxruntime")
+    if export is None or not is_onnx:
+        return TorchGraph(module, settings)
     try:
-        return OnnxGraph(_export_once(export, weights))
+        return OnnxGraph(_export_once(export, name))
     except ArtifactError as error:
         if settings.backend == "onnxruntime":
             raise ArtifactError(f"{error}; use backend torch") from error
         _log.warning("running on torch: %s", error)
-        return TorchGraph(export.module, settings)
+        return TorchGraph(module, settings)
 
 
-def torch_graph(module: torch.nn.Module, settings: EncoderSettings, family: str) -> TorchGraph:
-    """Prepare a model without an ONNX export to run on torch."""
-    if settings.backend == "onnxruntime":
-        raise SettingError(
-            f"backend: expected auto or torch for the encoder family {family!r}, which runs on torch only, "
-            "got onnxruntime"
-        )
-    return TorchGraph(module, settings)
-
-
-def suits_onnx(settings: EncoderSettings) -> bool:
-    """Return whether models run on onnxruntime with `auto`: it is installed, on the CPU in float32."""
-    has_runtime = is_installed("onnx") and is_installed("onnxruntime")
-    return has_runtime and torch_device(settings.device).type == "cpu" and settings.precision == "float32"
-
-
-def _num_bytes(module: torch.nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-
-
-def _check_onnx_settings(settings: EncoderSettings) -> None:
-    """Check that onnxruntime runs on the device and at the precision of the settings."""
-    if torch_device(settings.device).type != "cpu":
-        raise SettingError(f"backend onnxruntime: expected device cpu, got {settings.device!r}; use backend torch")
-    if settings.precision != "float32":
-        raise SettingError(
-            f"backend onnxruntime: expected precision float32, got {settings.precision}; use backend torch"
-        )
-
-
-def _export_once(export: OnnxExport, weights: str) -> Path:
+def _export_once(export: OnnxExport, name: str) -> Path:
     """Return the path of the exported graph; export and check it if it does not exist yet, or has changed.
-
-    Args:
-        weights: digest of the weights.
 
     Raises:
         ArtifactError: the model cannot be exported, or its export computes other values than torch.
     """
     key = {
         **export.key,
-        "weights": weights,
         "inputs": {name: str(array.dtype) for name, array in export.example.items()},
         "outputs": list(export.outputs),
         "torch": torch.__version__,
         "opset": _OPSET,
     }
-    name = str(key["name"]).replace("/", "--")
-    path = user_folder() / "onnx" / f"{name}-{digest(key)[:32]}.onnx"
+    path = user_folder() / "onnx" / f"{name.replace('/', '--')}-{digest(key)[:32]}.onnx"
     if not is_intact(path):
         require("onnx", extra="onnx")
-        export.module.eval()
         with replacing(path) as temporary:
             export_graph(export, temporary)
-            _check_agreement(export, OnnxGraph(temporary))
-            found = digest_file(temporary)
-        write_atomic(_digest_path(path), found.encode())
+            _check_agreement(export, OnnxGraph(temporary), name)
+            graph_digest = digest_file(temporary)
+        write_atomic(_digest_path(path), graph_digest.encode())
     return path
 
 
 def export_graph(export: OnnxExport, path: Path) -> None:
     """Write a module as an ONNX file; ArtifactError if it has an operator that ONNX lacks, or cannot be traced."""
+    from unittest.mock import patch
+
     arguments = tuple(torch.from_numpy(array) for array in export.example.values())
     module = _PositionalModule(export.module, list(export.example), export.outputs)
+    # If an export fails, torch prints its graph to stdout, hundreds of lines, whatever its options.
+    without_graph_dump = patch.object(torch._C, "_jit_onnx_log")
+
     # The exporter warns about its own age and about every Python branch; the comparison with torch decides instead.
-    with warnings.catch_warnings(), torch.inference_mode(), _no_graph_dump():
+    with warnings.catch_warnings(), torch.inference_mode(), without_graph_dump:
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
@@ -304,17 +283,6 @@ def export_graph(export: OnnxExport, path: Path) -> None:
         except _EXPORT_ERRORS as error:
             first_line = str(error).partition("\n")[0]
             raise ArtifactError(f"cannot export the model to ONNX: {first_line}") from error
-
-
-@contextmanager
-def _no_graph_dump() -> Iterator[None]:
-    """Keep torch from printing its graph to stdout, hundreds of lines, if an export fails; none of its options does."""
-    print_graph = torch._C._jit_onnx_log
-    torch._C._jit_onnx_log = lambda *_: None
-    try:
-        yield
-    finally:
-        torch._C._jit_onnx_log = print_graph
 
 
 class _PositionalModule(torch.nn.Module):
@@ -339,11 +307,11 @@ def _digest_path(graph: Path) -> Path:
     return graph.with_suffix(".sha256")
 
 
-def _check_agreement(export: OnnxExport, graph: OnnxGraph) -> None:
+def _check_agreement(export: OnnxExport, graph: OnnxGraph, name: str) -> None:
     """Check that a graph computes what its module does on the CPU, or raise an `ArtifactError`."""
     expected = TorchGraph(export.module, EncoderSettings(device="cpu"))(export.check_inputs, export.outputs)
     outputs = graph(export.check_inputs, export.outputs)
-    for name in export.outputs:
+    for output in export.outputs:
         # The packaged models differ by at most 1e-5; a constant that the tracer froze wrongly differs by 1e-1 and more.
-        if not np.allclose(outputs[name], expected[name], rtol=1e-3, atol=1e-3):
-            raise ArtifactError(f"the ONNX export of {export.key['name']} computes another {name} than torch")
+        if not np.allclose(outputs[output], expected[output], rtol=1e-3, atol=1e-3):
+            raise ArtifactError(f"the ONNX export of {name} computes another {output} than torch")

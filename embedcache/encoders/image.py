@@ -13,7 +13,7 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, build_graph, torch_graph
+from embedcache.encoders.backends import GraphEncoder, OnnxExport, build_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import FeatureName, native_features, patch_grid, patch_pool
 from embedcache.encoders.open import EncoderSpec
@@ -28,60 +28,61 @@ INPUT = "images"
 
 
 def build_image_encoder(
+    spec: EncoderSpec,
+    settings: EncoderSettings,
     module: torch.nn.Module,
     pixels: "PixelTransform",
     *,
-    fingerprint: Fingerprint,
-    settings: EncoderSettings,
-    onnx_key: Mapping[str, Any] | None,
+    weights: str,
+    pooling: Mapping[str, str],
+    revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
     is_whole: bool = False,
 ) -> GraphEncoder:
     """Create an encoder from a loaded model.
 
     Args:
+        spec: the spec of the encoder.
+        settings: how it runs.
         module: computes native features, see `ImageModel`.
         pixels: how images become its input.
-        fingerprint: see `GraphEncoder`.
-        onnx_key: what determines the ONNX export beside the weights, see `OnnxExport`. If None, the model runs on torch
-            only.
+        weights: digest of the weights.
+        pooling: see `Fingerprint`.
+        revision: commit on the hub.
+        config: JSON values that determine the ONNX graph together with the weights and the preprocessing. If None, the
+            model runs on torch only.
         is_whole: whether the transform shows the model the whole image, not a part of it.
     """
     model = ImageModel(module, pixels.scale, input_size=pixels.input_size, requested=settings.features)
-    if onnx_key is None:
-        graph: Graph = torch_graph(model, settings, fingerprint.family)
-    else:
-        graph = build_graph(_onnx_export(model, onnx_key), settings, fingerprint.weights)
+    export = None
+    if config is not None:
+        noise = np.random.default_rng(0).integers(0, 256, (2, *model.input_size), dtype=np.uint8)
+        if not model.has_pixel_scale:
+            noise = ((noise - 127.5) / 64).astype(np.float32)
+        export = OnnxExport(
+            module=model,
+            example={INPUT: np.zeros_like(noise[:1])},
+            check_inputs={INPUT: noise},
+            outputs=tuple(model.features),
+            dynamic_axes={name: {0: "batch"} for name in (INPUT, *model.features)},
+            key={"config": config, "weights": weights, "preprocessing": pixels.published},
+        )
     return GraphEncoder(
         "image",
-        graph,
+        build_graph(model, settings, f"{spec.family}-{spec.folder}", export),
         prepare=lambda images: [pixels.transform(image) for image in images],
         collate=lambda prepared: {INPUT: np.stack(prepared)},
         features=model.features,
-        fingerprint=fingerprint,
+        fingerprint=Fingerprint(
+            family=spec.family,
+            model=spec.model_name,
+            revision=revision,
+            weights=weights,
+            preprocessing=pixels.published,
+            pooling=pooling,
+        ),
         settings=settings,
         axes=model.axes(box=(0.0, 0.0, 1.0, 1.0) if is_whole else None),
-    )
-
-
-def is_whole_fit(spec: EncoderSpec) -> bool:
-    """Return whether a spec has the option `fit=whole`: no crop, but both sides resized to those of the model."""
-    fit = spec.options.get("fit", "crop")
-    if fit not in ("crop", "whole"):
-        raise SettingError(f"option fit in {spec.text}: expected crop or whole, got {fit!r}")
-    return fit == "whole"
-
-
-def _onnx_export(module: "ImageModel", key: Mapping[str, Any]) -> OnnxExport:
-    noise = np.random.default_rng(0).integers(0, 256, (2, *module.input_size), dtype=np.uint8)
-    if not module.has_pixel_scale:
-        noise = ((noise - 127.5) / 64).astype(np.float32)
-    return OnnxExport(
-        module=module,
-        example={INPUT: np.zeros_like(noise[:1])},
-        check_inputs={INPUT: noise},
-        outputs=tuple(module.features),
-        dynamic_axes={name: {0: "batch"} for name in (INPUT, *module.features)},
-        key=key,
     )
 
 

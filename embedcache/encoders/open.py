@@ -9,7 +9,7 @@ with a space at an end, is a JSON string: `prompt="query, short: "`.
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -283,6 +283,13 @@ class EncoderSpec:
         if text is not None and not (text.isdecimal() and int(text)):
             raise SettingError(f"option {name} in {self.text}: expected {expected}, got {text!r}")
         return None if text is None else int(text)
+
+    def choice(self, name: str, expected: Sequence[str]) -> str:
+        """Return an option that is one of several words; the first if it is not given."""
+        text = self.options.get(name, expected[0])
+        if text not in expected:
+            raise SettingError(f"option {name} in {self.text}: expected {' or '.join(expected)}, got {text!r}")
+        return text
 
     @property
     def model_name(self) -> str:

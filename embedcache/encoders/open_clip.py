@@ -1,7 +1,6 @@
 """`open_clip:ViT-B-32,pretrained=/path.pt`: one tower of a CLIP model, not normalized."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from torch.nn.functional import pad
 
 from embedcache.arrays import Array
-from embedcache.encoders.base import Encoder, Fingerprint, Modality
+from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.image import PixelScale, PixelTransform, build_image_encoder, split_transform
 from embedcache.encoders.open import EncoderSpec, check_options
 from embedcache.encoders.settings import EncoderSettings
@@ -40,31 +39,24 @@ def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
     if spec.model not in open_clip.list_models():
         raise unknown_name("open_clip model", spec.model, open_clip.list_models())
     checkpoint = load_checkpoint(open_clip, spec, settings.device)
-    fingerprint = Fingerprint(
-        family="open_clip", model=spec.model, weights=checkpoint.weights, preprocessing={}, pooling=POOLING
-    )
     if modality == "image":
         published = dict(open_clip.get_model_preprocess_cfg(checkpoint.model))
         pixels = pixel_transform(checkpoint.preprocess, published)
-        return build_image_encoder(
-            _ImageTower(checkpoint.model),
-            pixels,
-            fingerprint=replace(fingerprint, preprocessing=pixels.published),
-            settings=settings,
-            onnx_key=None,
-        )
+        tower = _ImageTower(checkpoint.model)
+        return build_image_encoder(spec, settings, tower, pixels, weights=checkpoint.weights, pooling=POOLING)
     with translate_hub_errors(
         f"the tokenizer of {spec.model}", next_step="choose a model with open_clip's own tokenizer"
     ):
-        tokenizer = open_clip.get_tokenizer(spec.model)
-    num_tokens = int(tokenizer.context_length)
-    return build_text_encoder(
-        _TextTower(checkpoint.model, num_tokens),
-        Tokenizer(encode=lambda texts: tokenizer(texts).tolist(), max_tokens=num_tokens, pad_id=0),
-        fingerprint=replace(fingerprint, preprocessing={"num_tokens": num_tokens}),
-        settings=settings,
-        onnx_key=None,
+        encode = open_clip.get_tokenizer(spec.model)
+    num_tokens = int(encode.context_length)
+    tokenizer = Tokenizer(
+        encode=lambda texts: encode(texts).tolist(),
+        max_tokens=num_tokens,
+        pad_id=0,
+        published={"num_tokens": num_tokens},
     )
+    text_tower = _TextTower(checkpoint.model, num_tokens)
+    return build_text_encoder(spec, settings, text_tower, tokenizer, weights=checkpoint.weights, pooling=POOLING)
 
 
 class _ImageTower(torch.nn.Module):

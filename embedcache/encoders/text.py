@@ -16,17 +16,10 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.backends import (
-    Graph,
-    GraphEncoder,
-    OnnxExport,
-    OnnxGraph,
-    build_graph,
-    is_intact,
-    torch_graph,
-)
+from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, OnnxGraph, build_graph, is_intact
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features, requested_layers
+from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import load_part
 from embedcache.errors import ArtifactError, PathError, SettingError
@@ -38,21 +31,29 @@ _NO_LIMIT = 1_000_000  # tokenizers without a limit of their own state 1e30
 
 
 def build_text_encoder(
+    spec: EncoderSpec,
+    settings: EncoderSettings,
     module: torch.nn.Module,
     tokenizer: "Tokenizer",
     *,
-    fingerprint: Fingerprint,
-    settings: EncoderSettings,
-    onnx_key: Mapping[str, Any] | None,
+    weights: str,
+    pooling: Mapping[str, str],
+    revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> GraphEncoder:
     """Create an encoder from a loaded model.
 
     Args:
+        spec: the spec of the encoder.
+        settings: how it runs.
         module: maps token ids and mask to a dict of tensors: its native features, and the same names with the prefix
             `layerN.` for each requested block; `tokens` are (B, T, D).
-        fingerprint: see `GraphEncoder`.
-        onnx_key: JSON values that determine the ONNX graph together with the weights; `name` starts the file name.
-            If None, the model runs on torch only.
+        tokenizer: converts texts to token ids.
+        weights: digest of the weights.
+        pooling: see `Fingerprint`.
+        revision: commit on the hub.
+        config: JSON values that determine the ONNX graph together with the weights. If None, the model runs on torch
+            only.
     """
     example = _example_batch((5, 9), tokenizer.pad_id)
     with torch.inference_mode():
@@ -62,22 +63,30 @@ def build_text_encoder(
     }
     requested = [name for name in settings.features if name in shapes]
     features = {name: shapes[name] for name in [*native_features(shapes), *requested]}
-    if onnx_key is None:
-        graph: Graph = torch_graph(module, settings, fingerprint.family)
-        return _with_tokenizer(graph, tokenizer, features, fingerprint, settings)
 
-    axes: dict[str, dict[int, str]] = {name: {0: "batch", 1: "tokens"} for name in (_IDS, _MASK)}
-    for name, shape in features.items():
-        axes[name] = {0: "batch", 1: "tokens"} if shape[0] == -1 else {0: "batch"}
-    export = OnnxExport(
-        module=module,
-        example=example,
-        check_inputs=_example_batch((7, 1, 14), tokenizer.pad_id),
-        outputs=tuple(features),
-        dynamic_axes=axes,
-        key=onnx_key,
+    export = None
+    if config is not None:
+        dynamic_axes = {name: {0: "batch", 1: "tokens"} for name in (_IDS, _MASK, *features)}
+        for name, shape in features.items():
+            if len(shape) == 1:
+                del dynamic_axes[name][1]
+        export = OnnxExport(
+            module=module,
+            example=example,
+            check_inputs=_example_batch((7, 1, 14), tokenizer.pad_id),
+            outputs=tuple(features),
+            dynamic_axes=dynamic_axes,
+            key={"config": config, "weights": weights},
+        )
+    graph = build_graph(module, settings, f"{spec.family}-{spec.folder}", export)
+    fingerprint = Fingerprint(
+        family=spec.family,
+        model=spec.model_name,
+        revision=revision,
+        weights=weights,
+        preprocessing=tokenizer.preprocessing,
+        pooling=pooling,
     )
-    graph = build_graph(export, settings, fingerprint.weights)
     encoder = _with_tokenizer(graph, tokenizer, features, fingerprint, settings)
     _store(encoder, tokenizer)
     return encoder
@@ -108,18 +117,16 @@ def _store(encoder: GraphEncoder, tokenizer: "Tokenizer") -> None:
     """
     if tokenizer.state is None or not isinstance(encoder.graph, OnnxGraph):
         return
-    features = [[name, list(shape)] for name, shape in encoder.features.items()]
     record = {
         "graph": encoder.graph.path.name,
-        "features": features,
+        "features": [[name, list(shape)] for name, shape in encoder.features.items()],
         "pad_id": tokenizer.pad_id,
         "tokenizer": tokenizer.state,
     }
     path = _stored_path(encoder.fingerprint.to_json(), tuple(encoder.features))
     with suppress(ArtifactError, PathError):
-        before = read_record(path, next_step=f"delete {path}")
         # Fingerprints do not cover tokenizers: of two models that share one, neither may answer for the other.
-        if before.get("tokenizer") != tokenizer.state:
+        if read_record(path, next_step=f"delete {path}").get("tokenizer") != tokenizer.state:
             record = {}
     with suppress(OSError):
         write_record(path, record)
@@ -134,16 +141,15 @@ def open_stored(fingerprint: Mapping[str, Any], settings: EncoderSettings) -> Gr
     try:
         record = read_record(path, next_step=f"delete {path}")
         graph = path.with_name(record["graph"])
-        if not is_intact(graph):
-            return None
     except (ArtifactError, PathError, KeyError):
+        return None
+    if not is_intact(graph):
         return None
     import tokenizers
 
-    backend = tokenizers.Tokenizer.from_str(record["tokenizer"])
     preprocessing = fingerprint["preprocessing"]
     tokenizer = Tokenizer(
-        encode=_encode_on_threads(backend),
+        encode=_encode_on_threads(tokenizers.Tokenizer.from_str(record["tokenizer"])),
         max_tokens=preprocessing["max_tokens"],
         pad_id=record["pad_id"],
         prefix=preprocessing["prefix"],
@@ -166,11 +172,9 @@ def _example_batch(lengths: tuple[int, ...], pad_id: int) -> dict[str, Ints]:
 def pad(ids: Sequence[Array], pad_id: int) -> dict[str, Ints]:
     """Pad token ids of one or more texts on the right, and create their mask: both (B, T) int64."""
     lengths = np.array([len(row) for row in ids])
-    num_tokens = int(lengths.max())
-    padded = np.full((len(ids), num_tokens), pad_id, dtype=np.int64)
-    for row, tokens in zip(padded, ids, strict=True):
-        row[: len(tokens)] = tokens
-    mask = np.arange(num_tokens) < lengths[:, None]
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    padded = np.full(mask.shape, pad_id, dtype=np.int64)
+    padded[mask] = np.concatenate(ids)
     return {_IDS: padded, _MASK: mask.astype(np.int64)}
 
 
@@ -185,6 +189,7 @@ class Tokenizer:
         prefix: prepended to each text.
         is_lower: whether texts are lowercased first.
         state: JSON text from which the library tokenizers makes the tokenizer again; None if it cannot.
+        published: entry `preprocessing` of a fingerprint, if it is not the one of these settings.
     """
 
     encode: Callable[[list[str]], list[list[int]]]
@@ -193,6 +198,7 @@ class Tokenizer:
     prefix: str = ""
     is_lower: bool = False
     state: str | None = None
+    published: Mapping[str, Any] | None = None
 
     def __call__(self, texts: Sequence[str]) -> list[Ints]:
         """Return the token ids of each text: (T,) int64."""
@@ -201,9 +207,9 @@ class Tokenizer:
         return [np.array(ids, dtype=np.int64) for ids in rows]
 
     @property
-    def preprocessing(self) -> dict[str, Any]:
+    def preprocessing(self) -> Mapping[str, Any]:
         """Entry `preprocessing` of a fingerprint."""
-        return {"max_tokens": self.max_tokens, "prefix": self.prefix, "lower": self.is_lower}
+        return self.published or {"max_tokens": self.max_tokens, "prefix": self.prefix, "lower": self.is_lower}
 
 
 def open_tokenizer(
@@ -236,21 +242,11 @@ def open_tokenizer(
     return Tokenizer(
         encode=encode,
         max_tokens=limit,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        pad_id=tokenizer.pad_token_id or 0,
         prefix=prefix,
         is_lower=is_lower,
         state=state,
     )
-
-
-def _num_positions(model: torch.nn.Module) -> int | None:
-    """Return the number of tokens that a model's position table has room for; None if it has no table."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # RoBERTa and its relatives count positions from padding_idx + 1.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _encode_slowly(tokenizer: Any, max_tokens: int) -> Callable[[list[str]], list[list[int]]]:
@@ -269,14 +265,23 @@ def _encode_on_threads(backend: Any) -> Callable[[list[str]], list[list[int]]]:
 
 
 def _input_limit(requested: int | None, published: int | None, model: torch.nn.Module, folder: Path) -> int:
+    """Return the maximum length of a text, given the requested one and the one that the model's files state."""
     positions = _num_positions(model)
-    if requested is not None:
-        if positions is not None and requested > positions:
-            raise SettingError(
-                f"max_tokens: expected at most {positions}, the limit of the model in {folder}, got {requested}"
-            )
-        return requested
+    if requested is not None and positions is not None and requested > positions:
+        raise SettingError(
+            f"max_tokens: expected at most {positions}, the limit of the model in {folder}, got {requested}"
+        )
     limits = [limit for limit in (published, positions) if limit and limit < _NO_LIMIT]
-    if not limits:
+    if requested is None and not limits:
         raise SettingError(f"the model in {folder} states no maximum text length; add an option such as max_tokens=512")
-    return int(min(limits))
+    return requested or int(min(limits))
+
+
+def _num_positions(model: torch.nn.Module) -> int | None:
+    """Return the number of tokens that a model's position table has room for; None if it has no table."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            # RoBERTa and its relatives count positions from padding_idx + 1.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from embedcache.encoders.image_features import hidden_states, hidden_states_option, prefix_layer
+from embedcache.encoders.image_features import state_features, untie_last_state
 
 Pool = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -21,20 +21,23 @@ class TextFeatures(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module, layers: Sequence[int]) -> None:
         super().__init__()
+        untie_last_state(model, layers)
         self._model = model
         self._layers = layers
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the features of (B, T) token ids by name: (B, D), or (B, T, D) for tokens."""
-        states = self._model(input_ids=input_ids, attention_mask=attention_mask, **hidden_states_option(self._layers))
-        outputs = self._from_state(states.last_hidden_state, attention_mask)
-        for layer, state in hidden_states(states, self._layers):
-            outputs |= prefix_layer(layer, self._from_state(state, attention_mask))
-        return outputs
 
-    def _from_state(self, state: torch.Tensor, mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden_BTD = state.float()
-        return {"mean": mean(hidden_BTD, mask_BT), "cls": cls(hidden_BTD, mask_BT), "tokens": hidden_BTD}
+        def from_state(state: torch.Tensor) -> dict[str, torch.Tensor]:
+            hidden_BTD = state.float()
+            return {
+                "mean": mean(hidden_BTD, attention_mask),
+                "cls": cls(hidden_BTD, attention_mask),
+                "tokens": hidden_BTD,
+            }
+
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return state_features(self._model, inputs, self._layers, from_state)[1]
 
 
 class SentenceFeatures(torch.nn.Module):
@@ -52,6 +55,7 @@ class SentenceFeatures(torch.nn.Module):
         width: int | None = None,
     ) -> None:
         super().__init__()
+        untie_last_state(transformer, layers)
         self._transformer = transformer
         self._pools = pools
         self._heads = torch.nn.ModuleList(heads)
@@ -60,23 +64,21 @@ class SentenceFeatures(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the features of (B, T) token ids by name: (B, D), or (B, T, D) for tokens."""
-        states = self._transformer(
-            input_ids=input_ids, attention_mask=attention_mask, **hidden_states_option(self._layers)
-        )
-        outputs = self._pool(states.last_hidden_state, attention_mask)
+        pooled = "_".join(self._pools)
+
+        def from_state(state: torch.Tensor) -> dict[str, torch.Tensor]:
+            hidden_BTD = state.float()
+            vectors = [POOLS[name](hidden_BTD, attention_mask) for name in self._pools]
+            return {pooled: torch.cat(vectors, dim=-1), "tokens": hidden_BTD}
+
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        _, outputs = state_features(self._transformer, inputs, self._layers, from_state)
         if len(self._heads):
-            dense = outputs["_".join(self._pools)]
+            dense = outputs[pooled]
             for head in self._heads:
                 dense = head(dense)
             outputs = {"dense": dense, **outputs}
-        for layer, state in hidden_states(states, self._layers):
-            outputs |= prefix_layer(layer, self._pool(state, attention_mask))
         return {name: output[:, : self._width] if output.ndim == 2 else output for name, output in outputs.items()}
-
-    def _pool(self, state: torch.Tensor, mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden_BTD = state.float()
-        pooled = torch.cat([POOLS[name](hidden_BTD, mask_BT) for name in self._pools], dim=-1)
-        return {"_".join(self._pools): pooled, "tokens": hidden_BTD}
 
 
 class Dense(torch.nn.Module):

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from embedcache.encoders.base import Encoder, Fingerprint, Modality
+from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.image import (
     PixelScale,
     PixelTransform,
     build_image_encoder,
-    is_whole_fit,
     split_transform,
 )
 from embedcache.encoders.image_features import TimmFeatures, requested_layers
@@ -28,7 +27,6 @@ from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import find_hub_commit, hash_weights, read_weights, translate_hub_errors
 from embedcache.errors import ArtifactError, EmbedcacheError, SettingError, one_line
-from embedcache.provenance import digest
 from embedcache.registry import unknown_name
 
 POOLING: Mapping[str, str] = {
@@ -48,7 +46,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     of cropping.
     """
     check_options(spec, ("fit", "image_size", "weights"))
-    is_whole = is_whole_fit(spec)
+    is_whole = spec.choice("fit", ("crop", "whole")) == "whole"
     check_modality(spec, modality, "image")
     size_px = spec.int_option("image_size", expected="a whole number of pixels, such as 518")
     model, revision = load_model(spec)
@@ -58,22 +56,14 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
             model.set_input_size(img_size=(size_px, size_px))
         pixels = pixel_transform(model, size_px, is_whole=is_whole)
         return build_image_encoder(
+            spec,
+            settings,
             TimmFeatures(model, requested_layers(settings.features)),
             pixels,
-            fingerprint=Fingerprint(
-                family="timm",
-                model=spec.model,
-                revision=revision,
-                weights=hash_weights(model.state_dict()),
-                preprocessing=pixels.published,
-                pooling=POOLING,
-            ),
-            settings=settings,
-            onnx_key={
-                "name": f"timm-{spec.folder}",
-                "timm": version("timm"),
-                "preprocessing": digest(pixels.published),
-            },
+            weights=hash_weights(model.state_dict()),
+            pooling=POOLING,
+            revision=revision,
+            config={"timm": version("timm")},
             is_whole=is_whole,
         )
     except (RuntimeError, AssertionError, ValueError) as error:

@@ -7,7 +7,6 @@ evenly, whose vectors are averaged.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from PIL.Image import Image
 from embedcache.arrays import Array, Floats
 from embedcache.axis import Axis
 from embedcache.encoders.audio import SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder, resample
-from embedcache.encoders.backends import torch_graph
+from embedcache.encoders.backends import build_graph
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.image import (
     PixelScale,
@@ -30,10 +29,8 @@ from embedcache.encoders.image import (
 )
 from embedcache.encoders.image_features import (
     ImageFeatures,
-    hidden_states,
-    hidden_states_option,
-    prefix_layer,
     requested_layers,
+    state_features,
     untie_last_state,
 )
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
@@ -50,7 +47,6 @@ from embedcache.encoders.weights import (
     load_pretrained,
 )
 from embedcache.errors import SettingError
-from embedcache.provenance import digest
 
 IMAGE_POOLING: Mapping[str, str] = {
     "pooled": "the model's own pooled output",
@@ -82,49 +78,38 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
 
 
 def _open_image(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
-    model, fingerprint = _load_tower(spec, folder, "image", settings)
-    pixels = pixel_transform(folder.path)
+    model, weights = _load_tower(spec, folder, "image")
     return build_image_encoder(
+        spec,
+        settings,
         ImageFeatures(model, requested_layers(settings.features)),
-        pixels,
-        fingerprint=replace(fingerprint, pooling=IMAGE_POOLING, preprocessing=pixels.published),
-        settings=settings,
-        onnx_key={
-            "name": f"hf-{spec.folder}",
-            "transformers": version("transformers"),
-            "config": digest(plain_json(model.config.to_dict())),
-            "preprocessing": digest(pixels.published),
-        },
+        pixel_transform(folder.path),
+        weights=weights,
+        pooling=IMAGE_POOLING,
+        revision=folder.revision,
+        config={"transformers": version("transformers"), "model": plain_json(model.config.to_dict())},
     )
 
 
 def _open_text(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
-    model, fingerprint = _load_tower(spec, folder, "text", settings)
-    tokenizer = open_tokenizer(folder.path, max_tokens=spec.int_option("max_tokens"), model=model)
+    model, weights = _load_tower(spec, folder, "text")
     return build_text_encoder(
+        spec,
+        settings,
         TextFeatures(model, requested_layers(settings.features)),
-        tokenizer,
-        fingerprint=replace(fingerprint, pooling=TEXT_POOLING, preprocessing=tokenizer.preprocessing),
-        settings=settings,
-        onnx_key={"name": f"hf-{spec.folder}", "config": digest(model.config.to_dict())},
+        open_tokenizer(folder.path, max_tokens=spec.int_option("max_tokens"), model=model),
+        weights=weights,
+        pooling=TEXT_POOLING,
+        revision=folder.revision,
+        config={"transformers": version("transformers"), "model": plain_json(model.config.to_dict())},
     )
 
 
-def _load_tower(
-    spec: EncoderSpec, folder: ModelFolder, modality: Modality, settings: EncoderSettings
-) -> tuple[Any, Fingerprint]:
-    """Load a model, or its tower of one modality; return it with its fingerprint, but for the features."""
+def _load_tower(spec: EncoderSpec, folder: ModelFolder, modality: Modality) -> tuple[Any, str]:
+    """Load a model, or its tower of one modality; return it with the digest of its weights."""
     config, loader = find_tower(folder.path, modality)
     check_modality(spec, modality, _served(config))
-    model, weights = load_pretrained(loader, folder.path, config)
-    untie_last_state(model, requested_layers(settings.features))
-    return model, _fingerprint(spec, folder, weights)
-
-
-def _fingerprint(spec: EncoderSpec, folder: ModelFolder, weights: str) -> Fingerprint:
-    return Fingerprint(
-        family="hf", model=spec.model_name, revision=folder.revision, weights=weights, preprocessing={}, pooling={}
-    )
+    return load_pretrained(loader, folder.path, config)
 
 
 def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
@@ -169,16 +154,19 @@ def pixel_transform(folder: Path) -> PixelTransform:
         pixels = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
         return np.ascontiguousarray(pixels[0])
 
-    published = {name: value for name, value in processor.to_dict().items() if not name.startswith("_")}
-    return split_transform(whole, to_pixels, _pixel_scale(published), published)
-
-
-def _pixel_scale(published: Mapping[str, Any]) -> PixelScale:
+    published = published_settings(processor)
+    mean, std = [0.0] * 3, [1.0] * 3
+    if published.get("do_normalize"):
+        mean, std = published["image_mean"], published["image_std"]
     # The library's processors scale mean and std to the range of the pixels, not the pixels to [0, 1].
     pixel_range = 1.0 / published["rescale_factor"] if published.get("do_rescale") else 1.0
-    is_normalized = published.get("do_normalize")
-    mean, std = (published["image_mean"], published["image_std"]) if is_normalized else ([0.0] * 3, [1.0] * 3)
-    return PixelScale(*(torch.tensor(values) * pixel_range for values in (mean, std)))
+    scale = PixelScale(torch.tensor(mean) * pixel_range, torch.tensor(std) * pixel_range)
+    return split_transform(whole, to_pixels, scale, published)
+
+
+def published_settings(processor: Any) -> dict[str, Any]:
+    """Return the settings of an image processor or feature extractor, as JSON values."""
+    return plain_json({name: value for name, value in processor.to_dict().items() if not name.startswith("_")})
 
 
 def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
@@ -192,22 +180,23 @@ def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSetting
             f"{spec.text} is a {config.model_type}: expected {', '.join(SPEECH_TYPES)} without an adapter, or clap; "
             "for Whisper use the family whisper"
         )
-    if is_clap:
-        config = getattr(config, "audio_config", config)
+
     loader = transformers.ClapAudioModelWithProjection if is_clap else transformers.AutoModel
-    model, weights = load_pretrained(loader, folder.path, config)
+    model, weights = load_pretrained(loader, folder.path, getattr(config, "audio_config", config))
     extractor = load_part(
         transformers.AutoFeatureExtractor, folder.path, "feature extractor", "add preprocessor_config.json"
     )
-    fingerprint = replace(
-        _fingerprint(spec, folder, weights),
+    fingerprint = Fingerprint(
+        family=spec.family,
+        model=spec.model_name,
+        revision=folder.revision,
+        weights=weights,
         preprocessing={
-            **plain_json({name: value for name, value in extractor.to_dict().items() if not name.startswith("_")}),
+            **published_settings(extractor),
             "resampling": f"polyphase from {SAMPLE_RATE_HZ} Hz",
             "window_s": extractor.max_length_s if is_clap else WINDOW_S,
         },
         pooling=CLAP_POOLING if is_clap else STATES_POOLING,
-        precision=settings.precision,
     )
     open_model = _open_clap if is_clap else _open_speech
     return open_model(model, extractor, fingerprint, settings)
@@ -219,7 +208,6 @@ def _open_speech(model: Any, extractor: Any, fingerprint: Fingerprint, settings:
     Windows overlap by what the convolutions need, so that their frames are those of the whole recording.
     """
     layers = requested_layers(settings.features)
-    untie_last_state(model, layers)
     rate_hz = int(extractor.sampling_rate)
     field, stride = _receptive_field(model.config)
 
@@ -231,10 +219,10 @@ def _open_speech(model: Any, extractor: Any, fingerprint: Fingerprint, settings:
         step = WINDOW_S * rate_hz // stride * stride
         return [audio_N[start : start + step + field - stride] for start in range(0, len(audio_N) - field + 1, step)]
 
-    num_layers = len(layers) and int(model.config.num_hidden_layers)
+    num_layers = int(model.config.num_hidden_layers)
     names = ["states", *(f"layer{layer}.states" for layer in layers if layer <= num_layers)]
     return AudioEncoder(
-        torch_graph(_SpeechStates(model, layers), settings, fingerprint.family),
+        build_graph(_SpeechStates(model, layers), settings, fingerprint.model),
         prepare=prepare,
         split=split,
         outputs=dict.fromkeys(names, (-1, int(model.config.hidden_size))),
@@ -258,14 +246,12 @@ def _receptive_field(config: Any) -> tuple[int, int]:
 class _SpeechStates(torch.nn.Module):
     def __init__(self, model: Any, layers: Sequence[int]) -> None:
         super().__init__()
-        self._model, self._layers = model, layers
+        untie_last_state(model, layers)
+        self._model = model
+        self._layers = layers
 
     def forward(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        states = self._model(input_values=inputs, **hidden_states_option(self._layers))
-        outputs = {"states": states.last_hidden_state}
-        for layer, state in hidden_states(states, self._layers):
-            outputs |= prefix_layer(layer, {"states": state})
-        return outputs
+        return state_features(self._model, {"input_values": inputs}, self._layers, lambda state: {"states": state})[1]
 
 
 def _open_clap(model: Any, extractor: Any, fingerprint: Fingerprint, settings: EncoderSettings) -> AudioEncoder:
@@ -280,7 +266,7 @@ def _open_clap(model: Any, extractor: Any, fingerprint: Fingerprint, settings: E
         return np.ascontiguousarray(inputs, dtype=np.float32)
 
     return AudioEncoder(
-        torch_graph(_ClapVectors(model), settings, fingerprint.family),
+        build_graph(_ClapVectors(model), settings, fingerprint.model),
         prepare=prepare,
         split=list,
         outputs={"projected": (int(model.config.projection_dim),), "pooled": (int(model.config.hidden_size),)},

@@ -21,6 +21,8 @@ USE_LOCAL_FOLDER = "give the path of a local folder instead"
 
 _OPTIONAL_WEIGHTS = ("pooler.", "lm_head.", "masked_spec_embed")
 """Weights that a checkpoint may lack: no feature depends on them."""
+_DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError)
+"""Errors of files that are no weights, or cut."""
 
 
 def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
@@ -34,30 +36,28 @@ def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def check_weights_file(path: Path) -> None:
-    """Check that a path is a file, else raise `PathError`."""
+    """Check that a path is a file that can be read, else raise `PathError`."""
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
         raise PathError(f"expected a weights file, got {path}, which {reason}; give a .safetensors or .pth file")
+    if not os.access(path, os.R_OK):  # safetensors would report that the file does not exist
+        raise PathError(f"cannot read {path}: permission denied; change its permissions")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a `.safetensors` or torch file, without executing anything in it."""
     check_weights_file(path)
-    if not os.access(path, os.R_OK):  # safetensors would report that the file does not exist
-        raise PathError(f"cannot read {path}: permission denied; change its permissions")
-    next_step = "save the model's state_dict(), or download the file again"
     try:
         is_torch = path.suffix != ".safetensors"
         state = torch.load(path, map_location="cpu", weights_only=True) if is_torch else load_file(path)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        # Not the reason that torch gives: it advises to execute the file.
-        raise CorruptError(f"cannot read {path} as weights; {next_step}") from error
-
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CorruptError(f"expected a state dict in {path}; {next_step}")
-    return {str(name): value for name, value in state.items()}
+        state = state.get("state_dict", state)
+        if all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+            return {str(name): tensor for name, tensor in state.items()}
+    except (*_DAMAGED, RuntimeError, ValueError, KeyError, AttributeError):
+        pass  # the reason that torch gives advises to execute the file
+    raise CorruptError(
+        f"cannot read {path} as the tensors of a model; save its state_dict(), or download the file again"
+    )
 
 
 def load_weights(module: torch.nn.Module, path: Path, *, in_order: bool = False) -> str:
@@ -166,9 +166,8 @@ def find_model_class(config: Any, folder: Path) -> Any:
 
 def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Module, str]:
     """Load a transformers model in float32 and eval mode, and hash those of its weights that the checkpoint holds."""
-    misfit, next_step = f"the weights in {folder} do not fit its config.json", "download the folder again"
-    with quiet_transformers():
-        try:
+    try:
+        with quiet_transformers():
             model, info = loader.from_pretrained(
                 folder,
                 config=config,
@@ -176,19 +175,21 @@ def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Mo
                 output_loading_info=True,
                 trust_remote_code=has_trust(),
             )
-        except OSError as error:
-            raise PathError(
-                f"no weights in {folder}: {one_line(error)}; give a folder with model.safetensors"
-            ) from error
-        except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
-            raise CorruptError(f"cannot read the weights in {folder}; download the folder again") from error
-        except (RuntimeError, ValueError) as error:
-            raise ArtifactError(f"{misfit}: {one_line(error)}; {next_step}") from error
+    except OSError as error:
+        raise PathError(f"no weights in {folder}: {one_line(error)}; give a folder with model.safetensors") from error
+    except _DAMAGED as error:
+        raise CorruptError(f"cannot read the weights in {folder}; download the folder again") from error
+    except (RuntimeError, ValueError) as error:
+        raise _misfit(folder, one_line(error)) from error
     missing = set(info["missing_keys"])
     if any(not name.startswith(_OPTIONAL_WEIGHTS) for name in missing):
-        raise ArtifactError(f"{misfit}: {len(missing)} are missing, such as {min(missing)}; {next_step}")
+        raise _misfit(folder, f"{len(missing)} are missing, such as {min(missing)}")
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
     return model.eval(), hash_weights(state)
+
+
+def _misfit(folder: Path, reason: str) -> ArtifactError:
+    return ArtifactError(f"the weights in {folder} do not fit its config.json: {reason}; download the folder again")
 
 
 @contextmanager

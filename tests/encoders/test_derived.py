@@ -300,33 +300,34 @@ def test_text_model_blocks(family: str, backend: Any, bert: Path, tmp_path: Path
 def test_last_text_block_is_before_final_norm(tmp_path: Path) -> None:
     from transformers import T5Config, T5EncoderModel
 
-    from embedcache.encoders.image_features import hidden_states, hidden_states_option, untie_last_state
+    from embedcache.encoders.image_features import state_features, untie_last_state
 
     torch.manual_seed(0)
     config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
     model = T5EncoderModel(config).eval()
     untie_last_state(model, [2])
     with torch.no_grad():
-        states = model(input_ids=torch.arange(6)[None], **hidden_states_option([2]))
-        ((layer, state),) = hidden_states(states, [2, 3])
+        inputs = {"input_ids": torch.arange(6)[None]}
+        states, outputs = state_features(model, inputs, [2, 3], lambda state: {"states": state})
+        assert list(outputs) == ["states", "layer2.states"]
+        state = outputs["layer2.states"]
         np.testing.assert_allclose(model.encoder.final_layer_norm(state), states.last_hidden_state, atol=1e-6)
-    assert layer == 2
     assert not torch.allclose(state, states.last_hidden_state)
 
 
-def test_last_block_is_refused_where_transformers_cannot_return_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_refused_where_transformers_cannot_return_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import T5Config, T5EncoderModel
 
     from embedcache.encoders import image_features
 
-    config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
-    states = T5EncoderModel(config).eval()(input_ids=torch.arange(6)[None], output_hidden_states=True)
+    model = T5EncoderModel(T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2))
     monkeypatch.setattr(image_features, "version", lambda _: "5.17.1")
-    assert [layer for layer, _ in image_features.hidden_states(states, [1, 3])] == [1]
-    with pytest.raises(SettingError, match=r"feature layer2: transformers 5\.17\.1 .* 'transformers>=5\.18'"):
-        image_features.hidden_states(states, [1, 2])
+    image_features.untie_last_state(model, [])
+    with pytest.raises(SettingError, match=r"got 5\.17\.1; .* 'transformers>=5\.18'"):
+        image_features.untie_last_state(model, [1])
     monkeypatch.setattr(image_features, "version", lambda _: "5.18.0")
-    assert [layer for layer, _ in image_features.hidden_states(states, [1, 2])] == [1, 2]
+    image_features.untie_last_state(model, [1])
+    assert not model.config.tie_last_hidden_states
 
 
 def _check_native(

@@ -193,8 +193,6 @@ def _text_encoder(config: Mapping[str, Any]) -> nn.Module:
 def _pretrained(config: Mapping[str, Any]) -> nn.Module:
     settings = dict(config["config"])
     model_config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
-    if config["layers"]:
-        model_config.tie_last_hidden_states = False
     model: nn.Module = getattr(transformers, config["class"])._from_config(model_config)
     return model
 
