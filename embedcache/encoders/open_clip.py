@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,12 +38,13 @@ def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
     open_clip = require("open_clip", extra="open-clip")
     if spec.model not in open_clip.list_models():
         raise unknown_name("open_clip model", spec.model, open_clip.list_models())
-    checkpoint = load_checkpoint(open_clip, spec, settings.device)
+    pretrained = _pretrained(open_clip, spec)
+    path = Path(pretrained)
+    changed_ns = path.stat().st_mtime_ns if path.is_file() else None
+    model, preprocess, weights = _load_once(spec.model, pretrained, changed_ns, settings.device)
     if modality == "image":
-        published = dict(open_clip.get_model_preprocess_cfg(checkpoint.model))
-        pixels = pixel_transform(checkpoint.preprocess, published)
-        tower = _ImageTower(checkpoint.model)
-        return build_image_encoder(spec, settings, tower, pixels, weights=checkpoint.weights, pooling=POOLING)
+        pixels = pixel_transform(preprocess, dict(open_clip.get_model_preprocess_cfg(model)))
+        return build_image_encoder(spec, settings, _ImageTower(model), pixels, weights=weights, pooling=POOLING)
     with translate_hub_errors(
         f"the tokenizer of {spec.model}", next_step="choose a model with open_clip's own tokenizer"
     ):
@@ -55,8 +56,8 @@ def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
         pad_id=0,
         published={"num_tokens": num_tokens},
     )
-    text_tower = _TextTower(checkpoint.model, num_tokens)
-    return build_text_encoder(spec, settings, text_tower, tokenizer, weights=checkpoint.weights, pooling=POOLING)
+    tower = _TextTower(model, num_tokens)
+    return build_text_encoder(spec, settings, tower, tokenizer, weights=weights, pooling=POOLING)
 
 
 class _ImageTower(torch.nn.Module):
@@ -81,23 +82,9 @@ class _TextTower(torch.nn.Module):
         return {"pooled": self._model.encode_text(pad(input_ids, (0, self._num_tokens - input_ids.shape[1])))}
 
 
-class Checkpoint(NamedTuple):
-    """A CLIP model with its evaluation transform and the hash of its weights."""
-
-    model: Any
-    preprocess: Any
-    weights: str
-
-
-def load_checkpoint(open_clip: Any, spec: EncoderSpec, device: str) -> Checkpoint:
-    """Load a model; opening its second tower reuses the loaded one."""
-    pretrained = _pretrained(open_clip, spec)
-    path = Path(pretrained)
-    return _load_once(spec.model, pretrained, path.stat().st_mtime_ns if path.is_file() else None, device)
-
-
 @lru_cache(maxsize=1)  # for the second tower; per device, because a module is on one device only
-def _load_once(name: str, pretrained: str, _changed_ns: int | None, _device: str) -> Checkpoint:
+def _load_once(name: str, pretrained: str, _changed_ns: int | None, _device: str) -> tuple[Any, Any, str]:
+    """Load a model; return it with its evaluation transform and the digest of its weights."""
     import open_clip
 
     try:
@@ -109,7 +96,7 @@ def _load_once(name: str, pretrained: str, _changed_ns: int | None, _device: str
         raise ArtifactError(
             f"the weights {pretrained} do not fit {name}: {one_line(error)}; name the model that they belong to"
         ) from error
-    return Checkpoint(model=model.eval(), preprocess=preprocess, weights=hash_weights(model.state_dict()))
+    return model.eval(), preprocess, hash_weights(model.state_dict())
 
 
 def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
