@@ -25,6 +25,15 @@ FORMAT = 1
 DIGEST = "digest"
 """Key of JSON objects that are compared with their digest when they are read."""
 
+IMPORTED = "imported"
+"""Family in the spec of imported vectors, whose encoder is unknown; it cannot be opened, so it is not in `ENCODERS`."""
+
+DERIVED = "derived"
+"""Family in the spec of features that were derived from others, which no raw item can be encoded as."""
+
+RUN = "run"
+"""Model in the spec of derived features that a trained run has computed: the name of the rule that a run is."""
+
 _LONGEST_LIST = 120
 T = TypeVar("T")
 

@@ -15,11 +15,11 @@ from safetensors.numpy import load, save_file
 from embedcache.arrays import Array, Bools, Ints, distinct
 from embedcache.dataset.splits import read_split, require_split
 from embedcache.derive.rules import Block, Rule, to_items
-from embedcache.encoders.open import DERIVED, EncoderSpec
+from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import DataError, ItemError, SettingError, UnfinishedError
 from embedcache.files import read_file, replacing
 from embedcache.locks import locked
-from embedcache.provenance import digest_file
+from embedcache.provenance import DERIVED, digest_file
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, Commit
 from embedcache.store.feature import Feature

@@ -15,11 +15,11 @@ from embedcache.derive.rules import Rule, open_rule
 from embedcache.derive.runs import DerivedView, RunRequest, open_run, reopen_run
 from embedcache.derive.settings import DTYPES, DeriveSettings
 from embedcache.devices import AUTO
-from embedcache.encoders.open import DERIVED, RUN, EncoderSpec
+from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import SettingError, UnknownNameError
 from embedcache.files import AnyPath, remove_partials
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import digest
+from embedcache.provenance import DERIVED, RUN, digest
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import names_from
 from embedcache.store.cache import Cache

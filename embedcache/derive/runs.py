@@ -16,7 +16,6 @@ from embedcache.dataset.prompts import check_prompts, class_vectors, read_prompt
 from embedcache.derive.rules import Block, Output, Rule
 from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import ItemShape
-from embedcache.encoders.open import RUN
 from embedcache.errors import PathError, SettingError
 from embedcache.files import AnyPath
 from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module
@@ -31,6 +30,7 @@ from embedcache.projectors.saved import (
     project,
     read_run,
 )
+from embedcache.provenance import RUN
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.group import EncoderGroup

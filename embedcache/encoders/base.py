@@ -1,11 +1,10 @@
 """The encoder protocol, and the fingerprint that identifies what an encoder computes."""
 
 import hashlib
-import itertools
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, TypeAlias, TypeGuard
+from typing import Any, Literal, Protocol, TypeAlias
 
 from embedcache.arrays import Array
 from embedcache.modalities import ModalityName
@@ -52,28 +51,6 @@ class Fingerprint:
         """Return the fields as they read back from JSON."""
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return fields
-
-
-def is_fingerprint(value: Any) -> TypeGuard[dict[str, Any]]:
-    """Return whether a JSON value has the types of a fingerprint, of features of encoders or derived ones."""
-    if not isinstance(value, dict):
-        return False
-    view = value.get("view") or {}
-    texts = [value.get(name) or "" for name in ("family", "model", "revision", "weights", "backend", "precision")]
-    if not (isinstance(view, dict) and isinstance(value.get("preprocessing") or {}, dict)):
-        return False
-    if "fit" in value and not isinstance(value.get("weights"), str):  # the digest of what a rule was fitted to
-        return False
-    inputs = [value.get("inputs") or [], view.get("inputs") or []]
-    if not all(isinstance(entries, list) for entries in inputs):
-        return False
-    entries = [entry if isinstance(entry, dict) else {} for entry in itertools.chain(*inputs)]
-    names = [view.get("name", ""), *(entry.get(name) for entry in entries for name in _INPUT)]
-    return all(isinstance(text, str) for text in (*texts, *names))
-
-
-_INPUT = ("modality", "feature")
-"""Keys of an input of a derived feature."""
 
 
 def background_of(preprocessing: Mapping[str, Any] | None) -> str:

@@ -20,7 +20,7 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.files import expand_home
 from embedcache.modalities import noun
-from embedcache.provenance import check_same
+from embedcache.provenance import DERIVED, IMPORTED, check_same
 from embedcache.registry import Registry, has_trust, names_from, unknown_name
 
 ENCODERS = Registry(
@@ -40,14 +40,6 @@ ENCODERS = Registry(
 )
 """Each is a function `open_mine(spec, *, modality, settings) -> Encoder`."""
 
-IMPORTED = "imported"
-"""Family in the spec of imported vectors, whose encoder is unknown; it cannot be opened, so it is not in `ENCODERS`."""
-
-DERIVED = "derived"
-"""Family in the spec of features that were derived from others, which no raw item can be encoded as."""
-
-RUN = "run"
-"""Model in the spec of derived features that a trained run has computed: the name of the rule that a run is."""
 
 _OF_FOLDERS = frozenset({"hf", "st"})
 """Families whose models may bring code of their own."""

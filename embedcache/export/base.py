@@ -10,14 +10,15 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from embedcache.arrays import Floats
-from embedcache.encoders.base import Modality, is_fingerprint
-from embedcache.encoders.open import DERIVED
+from embedcache.encoders.base import Modality
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.inference import open_projected_encoder
 from embedcache.projectors.base import split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import CHANGED_CONFIG, PairConfig, TowerInput, config_path, load_pair
+from embedcache.provenance import DERIVED
 from embedcache.sources.images import load_image
+from embedcache.store.group import is_fingerprint
 
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
 """Modalities of the formats that include encoders."""

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array, Bools
-from embedcache.encoders.open import IMPORTED, EncoderSpec
+from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import CorruptError, SettingError, SourceError, UnfinishedError
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.settings import ImportSettings
 from embedcache.interop.vector_files import ImportedSamples, VectorImport, check_captions, stored_blocks
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import check_same, digest, digest_file
+from embedcache.provenance import IMPORTED, check_same, digest, digest_file
 from embedcache.records import new_record_path, record_stage
 from embedcache.samples import IMPORTED_SOURCE
 from embedcache.settings import merge_settings

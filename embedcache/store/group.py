@@ -9,17 +9,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from embedcache.axis import Axis
-from embedcache.encoders.base import is_fingerprint
-from embedcache.encoders.open import DERIVED, IMPORTED, RUN
 from embedcache.errors import ArtifactError, CorruptError, DataError, PathError
 from embedcache.files import find_files, is_remote
-from embedcache.provenance import check_same, digest
+from embedcache.provenance import DERIVED, IMPORTED, RUN, add_digest, check_record, check_same, digest
 from embedcache.store.arrays import (
     CRC_BYTES,
     REPAIR,
@@ -29,7 +28,7 @@ from embedcache.store.arrays import (
     write_metadata,
 )
 from embedcache.store.commits import Commit, read_commit
-from embedcache.store.layout import FORMAT_VERSION, CacheInfo, encoder_path, read_info
+from embedcache.store.layout import CacheInfo, encoder_path, read_info
 
 ATTRIBUTE = "embedcache"
 """Name of the Zarr attribute that holds all others of embedcache."""
@@ -181,6 +180,28 @@ class EncoderGroup:
         check_same(what, self.fingerprint, fingerprint, next_step=next_step)
 
 
+def is_fingerprint(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Return whether a JSON value has the types of a fingerprint, of features of encoders or derived ones."""
+    if not isinstance(value, dict):
+        return False
+    view = value.get("view") or {}
+    texts = [value.get(name) or "" for name in ("family", "model", "revision", "weights", "backend", "precision")]
+    if not (isinstance(view, dict) and isinstance(value.get("preprocessing") or {}, dict)):
+        return False
+    if "fit" in value and not isinstance(value.get("weights"), str):  # the digest of what a rule was fitted to
+        return False
+    inputs = [value.get("inputs") or [], view.get("inputs") or []]
+    if not all(isinstance(entries, list) for entries in inputs):
+        return False
+    entries = [entry if isinstance(entry, dict) else {} for entry in chain(*inputs)]
+    names = [view.get("name", ""), *(entry.get(name) for entry in entries for name in _INPUT)]
+    return all(isinstance(text, str) for text in (*texts, *names))
+
+
+_INPUT = ("modality", "feature")
+"""Keys of an input of a derived feature."""
+
+
 def _have_right_size(array_path: Path, numbers: Sequence[int]) -> bool:
     try:
         metadata = read_metadata(array_path)
@@ -202,6 +223,7 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
     """
     path = encoder_path(cache_path, modality, name)
     attributes = _read_attributes(path)
+    check_record(path / "zarr.json", attributes, next_step=_WRITE_AGAIN)
     spec, fingerprint, view = attributes.get("spec"), attributes.get("fingerprint"), attributes.get("view", "")
     if not (isinstance(spec, str) and is_fingerprint(fingerprint) and isinstance(view, str)):
         raise CorruptError(
@@ -242,8 +264,8 @@ def create_group(
         group.check_same(fingerprint)
         return group
     path = encoder_path(cache_path, modality, name)
-    attributes = {"format": FORMAT_VERSION, "spec": spec, "fingerprint": dict(fingerprint)}
-    write_metadata(path, group_metadata({ATTRIBUTE: {**attributes, "view": view} if view else attributes}))
+    attributes = {"spec": spec, "fingerprint": dict(fingerprint), **({"view": view} if view else {})}
+    write_metadata(path, group_metadata({ATTRIBUTE: add_digest(attributes)}))
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint, view=view)
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.open import EncoderSpec
-from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, UnfinishedError, pluralize
+from embedcache.errors import ArtifactError, CorruptError, PathError, UnfinishedError, pluralize
 from embedcache.files import find_files
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
@@ -20,9 +19,8 @@ from embedcache.store.cache import Cache
 from embedcache.store.columns import is_none, to_array
 from embedcache.store.commits import HASH, Commit, hash_item, read_commit, to_bytes
 from embedcache.store.feature import Feature
-from embedcache.store.group import ATTRIBUTE, EncoderGroup, open_group, read_feature
+from embedcache.store.group import EncoderGroup, open_group, read_feature
 from embedcache.store.layout import (
-    FORMAT_VERSION,
     INTERRUPTED_REMOVAL,
     SAMPLES,
     commit_path,
@@ -177,22 +175,10 @@ def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feat
 
 
 def _check_group(group: EncoderGroup) -> Iterator[Finding]:
-    """Check what the metadata of an encoder's folder state beside the fingerprint, which every commit names."""
-    path = group.path / "zarr.json"
-    finding = partial(Finding, modality=group.modality, encoder=group.name, name=path.name, can_repair=False)
-    stored = read_metadata(group.path)
-    expected = group_metadata(stored["attributes"])
-    if not has_metadata(group.path, expected):
-        yield finding(reason="it is not the metadata of a Zarr group; restore that file")
-    if stored["attributes"][ATTRIBUTE].get("format") != FORMAT_VERSION:
-        yield finding(reason=f"expected format {FORMAT_VERSION}; restore that file")
-    try:
-        spec = EncoderSpec.parse(group.spec)
-        is_own = group.is_derived or spec.is_path or group.name.startswith(spec.folder)
-    except SettingError:
-        is_own = False
-    if not is_own:
-        yield finding(reason=f"its spec {group.spec!r} is that of another encoder; restore that file")
+    """Check that the metadata of an encoder's folder are those of a Zarr group."""
+    if not has_metadata(group.path, group_metadata(read_metadata(group.path)["attributes"])):
+        reason = "it is not the metadata of a Zarr group; restore that file"
+        yield Finding(modality=group.modality, encoder=group.name, name="zarr.json", can_repair=False, reason=reason)
 
 
 def _check_metadata(feature: Feature, commit: Commit | None) -> Iterator[Finding]:

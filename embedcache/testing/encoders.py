@@ -12,12 +12,13 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.encoders.base import NO_WEIGHTS, Encoder, Modality, is_fingerprint
+from embedcache.encoders.base import NO_WEIGHTS, Encoder, Modality
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
 from embedcache.provenance import canonical_json
 from embedcache.sources.media import Video
+from embedcache.store.group import is_fingerprint
 
 TOLERANCE = 2e-5
 """Allowed difference, for values of about 1 that float32 sums in another order give."""

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedcache.encoders.open import DERIVED, IMPORTED, RUN
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, UnknownNameError
+from embedcache.provenance import DERIVED, IMPORTED, RUN, add_digest
 from embedcache.store.cache import Cache
 from embedcache.store.commits import write_commit
 from embedcache.store.feature import Feature
@@ -152,10 +152,10 @@ def test_groups_are_found_by_their_commits(tmp_path: Path) -> None:
     assert not other.has_commits
     assert (open_group(tmp_path, "image", "other", info).view, feature.group.view) == ("v", "")
     assert [group.name for group in found.siblings()] == ["other"]
-    attributes = [json.loads((group.path / "zarr.json").read_text())["attributes"] for group in (found, other)]
-    assert attributes == [
-        {"embedcache": {"format": 1, "spec": "test:m", "fingerprint": FINGERPRINT}},
-        {"embedcache": {"format": 1, "spec": "o:m", "fingerprint": {"family": "o"}, "view": "v"}},
+    written_attributes = [json.loads((group.path / "zarr.json").read_text())["attributes"] for group in (found, other)]
+    assert written_attributes == [
+        {"embedcache": add_digest({"spec": "test:m", "fingerprint": FINGERPRINT})},
+        {"embedcache": add_digest({"spec": "o:m", "fingerprint": {"family": "o"}, "view": "v"})},
     ]
     again = create_group(tmp_path, "image", "other", info, spec="o:n", fingerprint={"family": "p"})  # nothing is lost
     assert again.fingerprint == {"family": "p"}
@@ -165,7 +165,9 @@ def test_groups_are_found_by_their_commits(tmp_path: Path) -> None:
     record = json.loads(path.read_text())
     for name, value in (("spec", 3), ("fingerprint", "x"), ("view", 1)):
         damaged = json.loads(json.dumps(record))
-        damaged["attributes"]["embedcache"][name] = value
+        attributes = damaged["attributes"]["embedcache"] | {name: value}
+        del attributes["digest"]
+        damaged["attributes"]["embedcache"] = add_digest(attributes)  # as a stranger may
         path.write_text(json.dumps(damaged))
         with pytest.raises(CorruptError, match="expected the spec and the fingerprint of an encoder, got others"):
             open_group(tmp_path, "image", "other", info)

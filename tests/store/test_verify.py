@@ -8,12 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedcache.encoders.open import DERIVED, IMPORTED
 from embedcache.errors import CorruptError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
-from embedcache.provenance import digest, read_json
+from embedcache.provenance import DERIVED, IMPORTED, digest, read_json
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, write_commit
@@ -307,9 +306,8 @@ def test_metadata_that_follow_are_found_and_written_again(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("old", "new", "word"),
     [
-        ('"tests.toy:open_toy"', '"tests.toy:open_tox"', "open_tox"),
-        ('"tests.toy:open_toy"', '""', "spec"),
-        ('"format": 1', '"format": 2', "format 1"),
+        ('"tests.toy:open_toy"', '"tests.toy:open_tox"', "has changed since it was written"),
+        ('"tests.toy:open_toy"', '""', "has changed since it was written"),
         ('"node_type": "group"', '"node_type": "grop"', "group"),
     ],
 )
@@ -318,8 +316,9 @@ def test_verify_finds_changed_metadata_of_an_encoder(copy: Path, old: str, new: 
     text = path.read_text()
     path.write_text(text.replace(old, new, 1))
     assert path.read_text() != text
-    (finding,) = verify(Cache(copy))
-    assert (word in finding.line(), finding.can_repair) == (True, False)
+    findings = verify(Cache(copy))
+    assert findings
+    assert all((word in finding.line(), finding.can_repair) == (True, False) for finding in findings)
 
 
 def test_verify_finds_an_encoder_of_which_nothing_can_be_read(copy: Path) -> None:

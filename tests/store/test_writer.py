@@ -12,8 +12,8 @@ import pytest
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.encoders.open import IMPORTED
 from embedcache.errors import CorruptError, DataError, FingerprintError, UnfinishedError
+from embedcache.provenance import IMPORTED
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING
 from embedcache.store.feature import Feature
