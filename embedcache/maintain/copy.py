@@ -18,9 +18,8 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Ints, blocks, concatenated_ranges
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, PathError, UnfinishedError, pluralize
+from embedcache.errors import DataError, UnfinishedError, first_few, pluralize
 from embedcache.files import AnyPath, one_or_many, open_path, remove_partials, write_atomic
-from embedcache.locks import Leases
 from embedcache.modalities import MODALITIES
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest
@@ -96,7 +95,6 @@ def cut_cache(
         DataError: a key of the selection is not in the cache, or it is empty.
         UnfinishedError: a feature has missing chunks.
         FingerprintError: the folder holds another cache.
-        PathError: another process copies into the folder.
     """
     cache = Cache(open_path(cache))
     samples = np.setdiff1d(read_selection(selection, [cache]), cache.removed, assume_unique=True)
@@ -131,7 +129,6 @@ def merge_caches(
         DataError: two caches have a sample of the same key, one of them is named twice, or all samples were removed.
         FingerprintError: features of one name have different fingerprints; names each field that differs.
         UnfinishedError: a feature has missing chunks.
-        PathError: another process copies into the folder.
     """
     opened = [Cache(open_path(path)) for path in one_or_many(caches)]
     if len(opened) < 2:
@@ -145,23 +142,17 @@ def merge_caches(
         _check_keys(opened)
     own = [{name: value for name, value in cache.info.source.items() if name != SUBSET} for cache in opened]
     is_one_source = not prefix_keys and all(source == own[0] for source in own)
-    segments = [
-        segment
-        for number, (cache, prefix) in enumerate(zip(opened, prefixes, strict=True))
-        for segment in divide_segments(
-            cache,
-            np.setdiff1d(np.arange(cache.info.num_samples), cache.removed, assume_unique=True),
-            number=None if is_one_source else number,
-            prefix=prefix,
-        )
-    ]
+    segments = []
+    for number, (cache, prefix) in enumerate(zip(opened, prefixes, strict=True)):
+        source_number = None if is_one_source else number
+        segments += divide_segments(cache, _kept_samples(cache), number=source_number, prefix=prefix)
     if not segments:
         names = " and ".join(str(cache.path) for cache in opened)
         raise DataError(f"expected samples to merge, got only removed ones in {names}")
-    description = {
-        **(own[0] if is_one_source else merged_description(own)),
-        SUBSET: {"of": [cache.info.index_digest for cache in opened]},
-    }
+    subset: dict[str, Any] = {"of": [cache.info.index_digest for cache in opened]}
+    if prefix_keys:
+        subset["prefixes"] = prefixes
+    description = {**(own[0] if is_one_source else merged_description(own)), SUBSET: subset}
     return _copy(segments, description, open_path(out), features, "merge", to_progress(progress))
 
 
@@ -170,18 +161,24 @@ def _check_keys(caches: Sequence[Cache]) -> None:
     seen = np.empty(0, np.int64)  # hashes of keys
     for number, cache in enumerate(caches):
         hashes = np.concatenate([hash_texts(keys) for keys in iterate_keys(cache)])
-        left = np.setdiff1d(np.arange(len(cache)), cache.removed, assume_unique=True)
-        rows, seen = left[np.isin(hashes[left], seen)], np.concatenate([seen, hashes[left]])
+        kept = _kept_samples(cache)
+        rows = kept[np.isin(hashes[kept], seen)]
+        seen = np.concatenate([seen, hashes[kept]])
         if not len(rows):
             continue
         keys = to_array(key_column([cache]).select(rows), pa.string())
-        again = keys.take(pa.array(np.unique(match_keys(caches[:number], keys)[1])))
-        if len(again):
-            shown = ", ".join(repr(key) for key in again.slice(0, 3).to_pylist())
+        shared = keys.take(pa.array(np.unique(match_keys(caches[:number], keys)[1])))
+        if len(shared):
+            shown = first_few(shared.to_pylist(), 3, show=repr)
             raise DataError(
-                f"expected keys that no two caches have, got {len(again):,} of {cache.path} that another has too, "
+                f"expected keys that no two caches have, got {len(shared):,} of {cache.path} that another has too, "
                 f"such as {shown}; begin them with the names of the caches: --prefix-keys"
             )
+
+
+def _kept_samples(cache: Cache) -> Ints:
+    """Return the samples that were not removed, ascending."""
+    return np.setdiff1d(np.arange(len(cache)), cache.removed, assume_unique=True)
 
 
 def _digest_rows(rows: Ints) -> str:
@@ -203,21 +200,23 @@ def _copy(
     marks = merge_marks(read_removed(cache.path, cache.info).marks for cache in caches)
     if marks:
         description = {**description, SUBSET: {**description[SUBSET], "removed": digest_marks(marks)}}
-    source, chunk_size = CopySource(segments, description, out_path, marks), caches[0].info.chunk_size
-    index_tables(source, out_path, chunk_size=chunk_size, progress=progress)
+    source = CopySource(segments, description, out_path, marks)
+    index_tables(source, out_path, chunk_size=caches[0].info.chunk_size, progress=progress)
     out = Cache(out_path)
-    _check_tables(out, segments, description)
+    next_step = "give the path of a new folder"
+    check_same(f"cache {out_path}", out.info.source, description, next_step=next_step)
+    num_samples = sum(len(segment.samples) for segment in segments)
+    if out.info.num_samples != num_samples:
+        raise DataError(
+            f"cache {out_path}: expected the {num_samples:,} samples that it was made of, got "
+            f"{out.info.num_samples:,}, as it was extended since; {next_step}"
+        )
     if all(is_remembered(cache.info.source, cache.info.index_digest) for cache in caches):
         remember(out.info.source, out.info.index_digest)
     remove_partials(out.path)
     request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}
     with record_stage(new_record_path(out.path, stage), stage, request) as outcome:
         named = [(groups, names) for groups, names in named if groups[0].modality in out.info.num_items]
-        copying = Leases(out.path)
-        if not copying.acquire(0):
-            raise PathError(
-                f"another process copies samples into {out.path}; wait for it, or give the path of a new folder"
-            )
         reports = [_copy_group(out, segments, groups, names, progress) for groups, names in named]
         report = CopyReport(
             cache=out.path,
@@ -230,33 +229,6 @@ def _copy(
         if report.copied or not named:
             outcome |= {"num_samples": report.num_samples, "features": report.features, "left_out": left_out}
     return report
-
-
-def _check_tables(out: Cache, segments: "Sequence[SegmentSamples]", description: Mapping[str, Any]) -> None:
-    """Check that a cache, which may have existed, has the samples of the segments.
-
-    Of the keys, which may have other prefixes, the first of each cache is compared.
-
-    Raises:
-        FingerprintError: it is of other samples.
-        DataError: it was extended.
-    """
-    what, next_step = f"cache {out.path}", "give the path of a new folder"
-    check_same(what, out.info.source, description, next_step=next_step)
-    starts = np.cumsum([0, *(len(segment.samples) for segment in segments)]).tolist()
-    if out.info.num_samples != starts[-1]:
-        raise DataError(
-            f"{what}: expected the {starts[-1]:,} samples that it was made of, got {out.info.num_samples:,}, as it was "
-            f"extended since; {next_step}"
-        )
-    compared = set()
-    for segment, start in zip(segments, starts[:-1], strict=True):
-        left = np.setdiff1d(np.arange(len(segment.samples)), out.removed - start, assume_unique=True)  # others lost it
-        if segment.cache.path in compared or not len(left):
-            continue
-        compared.add(segment.cache.path)
-        key = segment.prefix + segment.cache.key(int(segment.samples[left[0]]))
-        check_same(what, {"key": out.key(start + int(left[0]))}, {"key": key}, next_step=next_step)
 
 
 def _choose(
@@ -328,8 +300,14 @@ class CopiedFeatures:
         self, segments: "Sequence[SegmentSamples]", groups: Sequence[EncoderGroup], names: Sequence[str]
     ) -> None:
         self.outputs = {name: Output.of(Feature(groups[0], name)) for name in names}
-        self._groups = {group.path.parents[1]: group for group in groups}
-        self._segments = [(segment.cache.path, segment.item_rows(groups[0].modality)) for segment in segments]
+        self._groups = groups
+        modality = groups[0].modality
+        number_by_cache = {group.path.parents[1]: number for number, group in enumerate(groups)}
+        segments = [segment for segment in segments if modality in segment.cache.info.num_items]
+        rows = [segment.item_rows(modality) for segment in segments]
+        numbers = [number_by_cache[segment.cache.path] for segment in segments]
+        self._numbers = np.repeat(numbers, list(map(len, rows)))  # the cache of each item
+        self._rows = np.concatenate(rows)  # its row there
         self._read = lru_cache(maxsize=1)(self._read_chunk)
 
     def compute(self, rows: slice) -> ChunkFeatures:
@@ -337,25 +315,22 @@ class CopiedFeatures:
         items: dict[str, list[Array | None]] = {name: [] for name in self.outputs}
         failures: dict[str, list[str | None]] = {name: [] for name in self.outputs}
         hashes: list[bytes | None] = []
-        start = 0
-        for path, of_segment in self._segments:
-            own_rows = of_segment[max(rows.start - start, 0) : max(rows.stop - start, 0)]
-            start += len(of_segment)
-            for row in own_rows.tolist():
-                chunk, offset = divmod(row, self._groups[path].info.chunk_size)
-                stored = self._read(path, chunk)
-                hashes.append(stored.hashes[offset])
-                for name in self.outputs:
-                    items[name].append(stored.items[name][offset])
-                    failures[name].append(stored.failures[name][offset])
+        for number, row in zip(self._numbers[rows].tolist(), self._rows[rows].tolist(), strict=True):
+            group = self._groups[number]
+            chunk, offset = divmod(row, group.info.chunk_size)
+            stored = self._read(number, chunk)
+            hashes.append(stored.hashes[offset])
+            for name in self.outputs:
+                items[name].append(stored.items[name][offset])
+                failures[name].append(stored.failures[name][offset])
         return ChunkFeatures(items, hashes, failures)
 
     def retries(self, _: Commit) -> bool:
         """Return False: what failed in the other caches has failed."""
         return False
 
-    def _read_chunk(self, cache_path: Path, chunk: int) -> ChunkFeatures:
-        group = self._groups[cache_path]
+    def _read_chunk(self, number: int, chunk: int) -> ChunkFeatures:
+        group = self._groups[number]
         commit = group.commit(chunk)
         if commit is None:  # the features were complete
             raise UnfinishedError(
@@ -401,8 +376,6 @@ class SegmentSamples:
 
     def item_rows(self, modality: str) -> Ints:
         """Return the rows of the items of the samples, ascending."""
-        if modality not in self.cache.info.num_items:
-            return np.empty(0, np.int64)
         of_items = self.cache.items(modality, columns=["sample"])["sample"].to_numpy()
         return np.flatnonzero(np.isin(of_items, self.samples))
 

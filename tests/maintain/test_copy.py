@@ -115,17 +115,14 @@ class OnceCopying(NullProgress):
             function()
 
 
-def check_refused(made: Path, folder: Path) -> None:
-    with pytest.raises(PathError, match=f"another process copies samples into {folder}; wait for it"):
-        cut_cache(made / "c", made / "chosen.txt", folder)
+def check_refused(folder: Path) -> None:
     with pytest.raises(PathError, match="another process computes features in this folder"):
         prune_cache(folder, feature="open_toy/cls", modality="image")
 
 
-def test_second_cut_into_a_folder_is_refused(made: Path, small: Path, tmp_path: Path) -> None:
-    """So is deleting a feature that is being copied."""
+def test_feature_that_is_being_copied_is_not_deleted(made: Path, small: Path, tmp_path: Path) -> None:
     folder = tmp_path / "small"
-    progress = OnceCopying(lambda: call(check_refused, made, folder))
+    progress = OnceCopying(lambda: call(check_refused, folder))
     report = cut_cache(made / "c", made / "chosen.txt", folder, progress=progress)
     assert report.reused == 0
     assert tree(folder) == tree(small)
@@ -225,7 +222,7 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
     assert read == reopen(Cache(second).info.source).read(FileItem(path="00001.png"))
     assert merge_caches([first, second], tmp_path / "both", prefix_keys=True).copied == 0
     (renamed := tmp_path / "d").symlink_to(second)
-    with pytest.raises(FingerprintError, match="both was made with .*: key: stored 'b/00000', requested 'd/00000'"):
+    with pytest.raises(FingerprintError, match="both was made with .*prefixes: stored .*'b/'.*, requested .*'d/'"):
         merge_caches([first, renamed], tmp_path / "both", prefix_keys=True)
     source = reopen(Cache(first).info.source)
     with pytest.raises(SettingError, match="was merged from caches of .*; to encode its samples, give it as its own"):
