@@ -36,7 +36,7 @@ class Items:
 
     def select(self, samples: Ints) -> "Items":
         """Return the items of some samples."""
-        return self.where(_is_among(samples, self.samples)[self.samples])
+        return self.where(np.isin(self.samples, samples))
 
     def where(self, mask: Bools) -> "Items":
         """Return the items with a true mask: (M,) bool."""
@@ -53,7 +53,7 @@ class Pairs:
     @property
     def samples(self) -> Ints:
         """Samples with an item of each modality, ascending."""
-        return np.flatnonzero(_is_among(self.first.samples))
+        return np.flatnonzero(np.bincount(self.first.samples))
 
     def all_pairs(self) -> tuple[Ints, Ints]:
         """Return all items of one sample with each other: two (M,) arrays of positions in `first` and `second`.
@@ -147,24 +147,11 @@ def choose_language(
 ) -> str | None:
     """Return the language of the captions to pair; None is all.
 
-    If none is named, it is that of the first caption, provided that no sample is lost by it: an encoder finds captions
-    alike in languages that it does not know. A note says so.
+    If none is named, it is that of the first caption, provided that every sample has a caption in it and some have
+    others, too: an encoder finds captions alike in languages that it does not know. A note says so.
     """
-    language = shared_language(caches) if named is None and "text" in modalities else None
-    if language is not None and progress is not None:
-        progress.note(
-            f"captions in several languages: only those in {language}, the language of the first, are used; "
-            "--language names another, or any for all"
-        )
-    return named or language
-
-
-def shared_language(caches: Sequence[Cache]) -> str | None:
-    """Return the language of the first caption if every sample has a caption in it and some have others too, or None.
-
-    Args:
-        caches: caches with captions.
-    """
+    if named is not None or "text" not in modalities:
+        return named
     languages = pc.unique(caption_languages(caches))  # in the order of the captions
     language: str | None = languages[0].as_py() if len(languages) > 1 else None
     if language is None:
@@ -176,6 +163,11 @@ def shared_language(caches: Sequence[Cache]) -> str | None:
         num_samples = pc.count_distinct(captions["sample"].filter(is_in_language))
         if num_samples.as_py() < pc.count_distinct(captions["sample"]).as_py():
             return None
+    if progress is not None:
+        progress.note(
+            f"captions in several languages: only those in {language}, the language of the first, are used; "
+            "--language names another, or any for all"
+        )
     return language
 
 
@@ -186,15 +178,9 @@ def name_caches(caches: Sequence[Cache]) -> str:
 
 def shared_samples(first: Items, second: Items) -> Ints:
     """Return the samples with an item on both sides, ascending."""
-    return np.flatnonzero(_is_among(first.samples, second.samples) & _is_among(second.samples, first.samples))
-
-
-def _is_among(samples: Ints, others: Ints | None = None) -> Bools:
-    """Return a mask over all samples, true for `samples`: (S,) bool, up to the last sample of both arguments."""
-    last = samples.max(initial=-1) if others is None else max(samples.max(initial=-1), others.max(initial=-1))
-    mask = np.zeros(last + 1, bool)
-    mask[samples] = True
-    return mask
+    counts = [np.bincount(items.samples) for items in (first, second)]
+    num_samples = min(map(len, counts))
+    return np.flatnonzero(np.minimum(counts[0][:num_samples], counts[1][:num_samples]))
 
 
 def _where(matrix: "scipy.sparse.csr_array") -> tuple[Ints, Ints]:

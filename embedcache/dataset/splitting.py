@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from embedcache.arrays import Array, Bools, Ints, distinct, number_values
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
-from embedcache.dataset.pairs import Pairs, caption_languages, name_caches
+from embedcache.dataset.pairs import Pairs, name_caches
 from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.dataset.splits import Split, column_parts, read_split
 from embedcache.errors import SettingError, SourceError
@@ -58,7 +58,7 @@ def make_split(
         pairs, settings, readers, progress or NullProgress(), are_useless=lambda groups: _lack_parts(groups, settings)
     )
     split = _by_groups(caches, pairs.samples, number_values(groups), settings, progress)
-    _require_parts(split, groups, settings, readers, _languages(caches, pairs, list(readers)))
+    _require_parts(split, groups, settings, readers)
     return split
 
 
@@ -123,15 +123,6 @@ def draw_groups(
     return drawn_G[groups_S]
 
 
-def _languages(caches: Sequence[Cache], pairs: Pairs, modalities: Sequence[str]) -> list[str]:
-    """Return the languages of the captions of some pairs, sorted."""
-    if "text" not in modalities:
-        return []
-    captions = (pairs.first, pairs.second)[modalities.index("text")]
-    languages = caption_languages(caches).take(pa.array(captions.rows))
-    return sorted(pc.unique(languages.drop_null()).to_pylist())
-
-
 def _lack_parts(groups: Ints, settings: SplitSettings) -> bool:
     """Return whether groups are so large that validation or test samples are missing, however they are drawn."""
     quotas = _quotas(settings, len(groups))
@@ -139,9 +130,7 @@ def _lack_parts(groups: Ints, settings: SplitSettings) -> bool:
     return int(((sizes > 0) & (sizes <= max(quotas))).sum()) < len(quotas)
 
 
-def _require_parts(
-    split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str], languages: Sequence[str] = ()
-) -> None:
+def _require_parts(split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str]) -> None:
     if split.parts.count("val") and split.parts.count("test"):
         return
     if settings.kind == "key":
@@ -150,16 +139,10 @@ def _require_parts(
             "--test-fraction, or use more samples"
         )
     named = " and ".join(f"--cosine {modality}={settings.cosines[modality]}" for modality in modalities)
-    advice = ""
-    if len(languages) > 1:
-        advice = (
-            f"its captions are in {len(languages)} languages, and an encoder finds captions alike in those that it "
-            f"does not know: use --language with one of {', '.join(languages)}, or else "
-        )
     raise SettingError(
         f"--split {settings.kind} leaves no validation or test samples among {len(groups):,}: the largest "
-        f"near-duplicate group has at least {np.bincount(groups).max():,} samples; {advice}raise {named}, or use "
-        "--split key"
+        f"near-duplicate group has at least {np.bincount(groups).max():,} samples; raise {named}, use captions in "
+        "one --language, or use --split key"
     )
 
 
@@ -228,18 +211,18 @@ def _leads(keys: Column[str], groups_S: Ints, sizes_G: Ints) -> Ints:
 
 
 def _random_order(keys: Column[str], lead_G: Ints, sizes_G: Ints, seed: int, progress: Progress) -> Ints:
-    """Return the groups by the SHA-256 of the seed and their lowest key."""
-    by_lead_G, words_G2 = np.argsort(lead_G, kind="stable"), np.empty((len(lead_G), 2), np.uint64)
-    salt, sha256, done = f"{seed}:".encode(), hashlib.sha256, 0
+    """Return the groups by the SHA-256 of the seed and their lowest key, of which the first 64 bits decide."""
+    by_lead_G = np.argsort(lead_G, kind="stable")
+    word_G = np.empty(len(lead_G), np.uint64)
+    salt = f"{seed}:".encode()
+    start = 0
     for block in keys.select(lead_G[by_lead_G]).blocks(_KEYS_PER_BLOCK):
-        digests = [sha256(salt + name).digest()[:16] for name in block.cast(pa.binary()).to_pylist()]
-        hashed = by_lead_G[done : done + len(block)]
-        words_G2[hashed] = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2)
-        done += len(block)
+        digests = [hashlib.sha256(salt + key).digest()[:8] for key in block.cast(pa.binary()).to_pylist()]
+        hashed = by_lead_G[start : start + len(block)]
+        word_G[hashed] = np.frombuffer(b"".join(digests), ">u8")
+        start += len(block)
         progress.advance(int(sizes_G[hashed].sum()))
-    order_G = np.argsort(words_G2[:, 0], kind="stable")
-    first_G = words_G2[order_G, 0]
-    return order_G if (first_G[1:] != first_G[:-1]).all() else np.lexsort((words_G2[:, 1], words_G2[:, 0]))
+    return np.argsort(word_G, kind="stable")
 
 
 def _take_first(sizes: Ints, quota: int) -> Bools:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.dataset.inputs import open_input
-from embedcache.dataset.pairs import Items, Pairs, number_items, pair_items, shared_language
+from embedcache.dataset.pairs import Items, Pairs, choose_language, number_items, pair_items
 from embedcache.errors import DataError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -127,7 +127,9 @@ def test_language_that_all_samples_share(tmp_path: Path, captions: list[tuple[st
     source = open_source(tmp_path / "t.jsonl", settings=SourceSettings(key_column="key"))
     extract(source, tmp_path / "cache", text_encoder=[TEXT])
     cache = Cache(tmp_path / "cache")
-    assert shared_language([cache]) == shared_language([cache, cache]) == expected
+    for caches in ([cache], [cache, cache]):
+        assert choose_language(caches, ["image", "text"], None) == expected
+        assert choose_language(caches, ["image", "text"], "any") == "any"
 
 
 def test_captions_that_cannot_be_paired_raise(captioned: Cache, two_caches: list[Path]) -> None:

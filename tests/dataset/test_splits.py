@@ -74,20 +74,6 @@ def test_drawn_groups_are_those_of_one_after_another(
     np.testing.assert_array_equal(draw(), expected)
     monkeypatch.setattr(splitting, "_KEYS_PER_BLOCK", 3)
     np.testing.assert_array_equal(draw(), expected)
-    sha256 = hashlib.sha256
-
-    class EqualStarts:
-        """Digests whose first eight bytes are equal."""
-
-        def __init__(self, data: bytes) -> None:
-            self._data = data
-
-        def digest(self) -> bytes:
-            return bytes(8) + sha256(self._data).digest()[3:]
-
-    monkeypatch.setattr(hashlib, "sha256", EqualStarts)
-    expected, draw = groups_one_after_another(sizes, quotas)
-    np.testing.assert_array_equal(draw(), expected)
 
 
 def test_nothing_is_drawn_from_nothing() -> None:
@@ -142,18 +128,6 @@ def test_column_split(tmp_path: Path) -> None:
         assert ((parts == "test") == (column == "test")).all()
         assert ((parts == "") == (column == "restval")).all()
         assert (parts == "val").sum() == round(fraction * (column == "train").sum())
-
-
-def test_languages_are_those_of_the_captions(two_caches: list[Path]) -> None:
-    data = open_data(two_caches[:1], FEATURES, memory_bytes=10**9)
-    languages = pa.chunked_array([["en", None] * 10 + ["de", "en"] * 10])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splitting, "caption_languages", lambda _: languages)
-        pairs = data.pairs(None)
-        assert splitting._languages(data.caches, pairs, ["image", "text"]) == ["de", "en"]
-        assert splitting._languages(data.caches, pairs, ["image", "audio"]) == []
-        some = pairs.select(np.arange(20))
-        assert splitting._languages(data.caches, some, ["image", "text"]) == ["en"]
 
 
 def test_strict_split_joins_by_any_caption(tmp_path: Path) -> None:
