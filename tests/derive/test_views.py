@@ -21,7 +21,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module, save_module
-from embedcache.provenance import read_json, write_json
+from embedcache.provenance import DIGEST, add_digest, read_json, write_json
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
@@ -232,9 +232,11 @@ def test_run_on_a_view_reads_another_in_its_place(work: Path, cache: Path) -> No
 
 def test_view_of_another_encoder_is_refused(work: Path, cache: Path) -> None:
     path = cache / "audio/open_media@babble5dB/zarr.json"
-    attributes = read_json(path)
-    attributes["attributes"]["embedcache"]["fingerprint"]["weights"] = "other"
-    write_json(path, attributes)
+    metadata = read_json(path)
+    attributes = metadata["attributes"]["embedcache"]
+    attributes["fingerprint"]["weights"] = "other"
+    metadata["attributes"]["embedcache"] = add_digest({**attributes, DIGEST: None})
+    write_json(path, metadata)
     with pytest.raises(FingerprintError, match="weights: stored .* the cache's open_media@babble5dB/frames comes from"):
         derive_from_run(cache, work / "both", "audio-states", view=("plain", "babble5dB"))
     assert not (cache / "audio/both-audio-states").exists()  # all views are opened before the first is computed
