@@ -30,7 +30,7 @@ from embedcache.store.columns import Column
 from embedcache.store.layout import SAMPLES
 from embedcache.store.removed import read_removed
 from embedcache.store.rows import RowReader, key_column, match_keys
-from embedcache.store.tables import BLOCK, add_footer_checksum, iterate_table, open_table, read_table
+from embedcache.store.tables import BLOCK, add_checksum, iterate_table, open_table, read_table
 
 _log = logging.getLogger(__name__)
 
@@ -122,11 +122,11 @@ def write(
     start = 0
     with new_output(path) as temporary:
         metadata = to_metadata(header, schema)
-        with pq.ParquetWriter(temporary, schema.with_metadata(metadata), write_page_checksum=True) as writer:
+        with pq.ParquetWriter(temporary, schema.with_metadata(metadata)) as writer:
             for keys in watch(blocks, progress or NullProgress(), f"writing the {kind}", len(rows), "samples"):
                 writer.write_table(table.slice(start, len(keys)).add_column(1, "key", keys.cast(pa.string())))
                 start += len(keys)
-        add_footer_checksum(temporary)
+        add_checksum(temporary)
 
 
 def read(

@@ -20,7 +20,6 @@ from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
 from embedcache.sources.table import open_parquet
-from embedcache.store.tables import check_footer
 
 GET_AGAIN = "get the file again"
 """What to do about a damaged file of vectors."""
@@ -189,7 +188,7 @@ def _open_column(path: Path, column: str) -> ParquetColumn:
         DataError: the column does not hold lists of float16, float32 or float64, or has no list at all.
     """
     with reading(path, GET_AGAIN), open_parquet(path) as file:
-        schema = check_footer(file).schema_arrow
+        schema = file.schema_arrow
         if column not in schema.names:
             raise unknown_name("column of vectors", column, _vector_columns(schema), where=f"in {path}")
         kind = schema.field(column).type

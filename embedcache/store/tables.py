@@ -1,7 +1,7 @@
 """Tables of a cache, whose parts are files that never change, and single Parquet files that carry checksums.
 
 A file of a cache is compared with the CRC-32C in `cache.json` when a process first opens it. Selections and the like
-are single files: their pages and their footer have checksums.
+are single files, which hold a checksum of their other bytes.
 """
 
 import os
@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, NamedTuple
 import google_crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints, blocks
@@ -36,9 +35,9 @@ RESTORE_TABLE = "restore the file, or extract into a new folder"
 """What to do about a damaged table of a cache."""
 
 _FOOTER_END = 8  # its length, int32 little-endian, and the magic number of Parquet
-_READ_BYTES = 2**16  # as Arrow reads at once; a footer of millions of rows is longer
-_CHECKSUM, _CHECKSUM_WORD = b"footer crc32c %08x", b"footer crc32c "
+_CHECKSUM, _CHECKSUM_WORD = b"crc32c of the rest %08x", b"crc32c of the rest "
 _CHECKSUM_BYTES = len(_CHECKSUM % 0)
+_READ_BYTES = 2**20
 
 _FILES = [("sample", pa.int64()), ("path", pa.string()), ("offset", pa.int64()), ("length", pa.int64())]
 _INTERVAL = [("start_s", pa.float64()), ("stop_s", pa.float64())]
@@ -53,109 +52,88 @@ _SAMPLES_SCHEMA = pa.schema([("key", pa.string())])
 
 @contextmanager
 def open_table(path: Path) -> Iterator[pq.ParquetFile]:
-    """Open a local or remote Parquet table; its footer and pages are compared with the checksums that they have.
+    """Open a local or remote Parquet table, after its bytes were compared with the checksum that it has, if any.
 
     Always read it with `use_threads=False`: the tables are small, and a process that exited right after Arrow's thread
-    pool had started aborted in 2 of 30 runs (pyarrow 26, with torch imported). Local files are not read ahead either:
-    Arrow does that in threads, which takes a table of one chunk four times as long.
+    pool had started aborted in 2 of 30 runs (pyarrow 26, with torch imported).
+
+    Raises:
+        pa.ArrowInvalid: its bytes have changed since it was written.
     """
     if not is_remote(path):
         check_regular(path)
-        with pa.OSFile(str(path)) as stream:  # opened once: another process may replace the table at any time
-            metadata = _parse_footer(stream)
-            with pq.ParquetFile(stream, metadata=metadata, pre_buffer=False, page_checksum_verification=True) as table:
-                yield table
-    else:
-        with path.open("rb") as stream:
-            metadata = _parse_footer(stream)
-            with pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True) as table:
-                yield table
-
-
-def _parse_footer(file: BinaryIO) -> pq.FileMetaData:
-    """Read the footer, and compare it with its checksum first: Arrow may end the process on a damaged one."""
-    size = file.seek(0, os.SEEK_END)
-    end = _read_end(file, size, _READ_BYTES)
-    length = _FOOTER_END + int.from_bytes(end[-_FOOTER_END:-4], "little")
-    if len(end) < length + _CHECKSUM_BYTES:
-        end = _read_end(file, size, length + _CHECKSUM_BYTES)
-    footer, checksum = end[-length:], end[-length - _CHECKSUM_BYTES : -length]
-    if checksum.startswith(_CHECKSUM_WORD) and checksum != _CHECKSUM % google_crc32c.value(footer):
-        raise pa.ArrowInvalid("its footer has changed since it was written")
-    with pq.ParquetFile(pa.BufferReader(end)) as table:
-        return check_footer(table).metadata
-
-
-def _read_end(file: BinaryIO, size: int, num_bytes: int) -> bytes:
-    file.seek(max(0, size - num_bytes))
-    return file.read()
-
-
-def check_footer(table: pq.ParquetFile) -> pq.ParquetFile:
-    """Return an open table whose footer counts its rows consistently, else raise `ArrowInvalid`."""
-    metadata = table.metadata
-    counts = {metadata.num_rows, sum(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))}
-    if len(counts) > 1:
-        raise pa.ArrowInvalid(f"its footer counts {' and '.join(map(str, sorted(counts)))} rows")
-    return table
-
-
-def add_footer_checksum(path: Path) -> None:
-    """Write the CRC-32C of a finished table's footer in front of it: a gap to readers, which know where pages are."""
-    with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        length = _FOOTER_END + int.from_bytes(_read_end(file, size, _FOOTER_END)[:4], "little")
-        footer = _read_end(file, size, length)
-        file.seek(size - length)
-        file.write(_CHECKSUM % google_crc32c.value(footer) + footer)
+    with path.open("rb") as file:  # opened once: another process may replace the table at any time
+        _compare(file)
+        with pq.ParquetFile(file) as table:
+            yield table
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read all rows of a table; `ArrowInvalid` if a page is damaged, or the counts of rows contradict each other."""
+    """Read all rows of a table; errors are those of `open_table`."""
     with open_table(path) as table:
-        rows, num_rows = table.read(columns=columns, use_threads=False), table.metadata.num_rows
-    if len(rows) != num_rows:
-        raise pa.ArrowInvalid(f"its footer counts {num_rows} rows, got {len(rows)}")
-    return rows
+        return table.read(columns=columns, use_threads=False)
 
 
 def iterate_table(path: Path, size: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """Iterate over the rows of a table, `size` at a time, or over one table without rows. Memory: a block.
 
-    Columns that the table does not have are left out; errors are those of `read_table`.
+    Columns that the table does not have are left out; errors are those of `open_table`.
     """
     with open_table(path) as table:
-        num_rows, expected = 0, table.metadata.num_rows
-        num_listed, expected_listed = 0, _count_listed(table.metadata, columns)
         for batch in table.iter_batches(size, columns=columns, use_threads=False):
-            num_rows += len(batch)
-            for column in batch.columns:
-                if pa.types.is_list(column.type):
-                    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
-                    num_listed += int(np.maximum(lengths, 1).sum())
             yield pa.table(batch)
-        if not expected:
+        if not table.metadata.num_rows:
             yield table.read(columns=columns, use_threads=False)
-    if num_rows != expected:
-        raise pa.ArrowInvalid(f"its footer counts {expected} rows, got {num_rows}")
-    if num_listed != expected_listed:  # headers of pages have no checksums
-        raise pa.ArrowInvalid(f"its footer counts {expected_listed} values of lists, got {num_listed}")
-
-
-def _count_listed(metadata: pq.FileMetaData, columns: Sequence[str] | None) -> int:
-    """Return how many values of lists there are by the footer, where an empty list counts as one."""
-    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-    listed = [number for number, path in enumerate(paths) if ".list." in path]
-    if columns is not None:
-        listed = [number for number in listed if paths[number].partition(".")[0] in columns]
-    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    return sum(group.column(number).num_values for group in groups for number in listed)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a table whose pages and footer have checksums, which `open_table` compares."""
-    pq.write_table(table, path, write_page_checksum=True)
-    add_footer_checksum(path)
+    """Write a table with a checksum of its bytes, with which `open_table` compares them."""
+    pq.write_table(table, path)
+    add_checksum(path)
+
+
+def add_checksum(path: Path) -> None:
+    """Write the CRC-32C of all bytes of a finished table in front of its footer.
+
+    To readers of Parquet this is a gap: they know where pages are.
+    """
+    with path.open("r+b") as file:
+        start = _footer_start(file)
+        checksum = _CHECKSUM % _crc(file, start, start)
+        file.seek(start)
+        footer = file.read()
+        file.seek(start)
+        file.write(checksum + footer)
+
+
+def _compare(file: BinaryIO) -> None:
+    """Compare a table with its checksum, before Arrow sees it: a damaged footer may end the process."""
+    start = _footer_start(file)
+    file.seek(max(0, start - _CHECKSUM_BYTES))
+    checksum = file.read(_CHECKSUM_BYTES)
+    if not checksum.startswith(_CHECKSUM_WORD):
+        return  # of another tool
+    if checksum != _CHECKSUM % _crc(file, start - _CHECKSUM_BYTES, start):
+        raise pa.ArrowInvalid("its bytes have changed since it was written")
+
+
+def _footer_start(file: BinaryIO) -> int:
+    """Return where the footer of a table begins, by its length at the end of the file."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _FOOTER_END))
+    return max(0, size - _FOOTER_END - int.from_bytes(file.read(4), "little"))
+
+
+def _crc(file: BinaryIO, stop: int, start: int) -> int:
+    """Return the CRC-32C of a file without its bytes from `stop` to `start`. Memory: a block."""
+    file.seek(0)
+    crc = 0
+    for rows in blocks(stop, _READ_BYTES):
+        crc = google_crc32c.extend(crc, file.read(rows.stop - rows.start))
+    file.seek(start)
+    while block := file.read(_READ_BYTES):
+        crc = google_crc32c.extend(crc, block)
+    return crc
 
 
 def to_file_item(row: Mapping[str, Any]) -> FileItem:

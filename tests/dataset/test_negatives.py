@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Ints
 from embedcache.dataset.negatives import read_negatives, write_negatives
-from embedcache.errors import CorruptError, DataError
+from embedcache.errors import DataError
 from embedcache.store.cache import Cache
 
 
@@ -94,17 +94,3 @@ def test_tables_that_do_not_belong_raise(caches: list[Cache], tmp_path: Path) ->
     pq.write_table(pq.read_table(paths[0]).replace_schema_metadata(), paths[0])  # nothing says whose rows are in lists
     with pytest.raises(DataError, match="another tool"):
         read_negatives([paths[0]], caches[:1])
-
-
-def test_fewer_negatives_than_the_footer_counts_are_refused(caches: list[Cache], tmp_path: Path) -> None:
-    """As after a flip in the header of a page, which has no checksum: the last list would be shorter."""
-    path, cache = tmp_path / "a.parquet", caches[0]
-    write(path, cache, np.tile(np.arange(9), (40, 1)), np.arange(40))
-    metadata = pq.ParquetFile(path).metadata
-    names = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-    column = metadata.row_group(0).column(names.index("negatives.list.element"))
-    data, page = bytearray(path.read_bytes()), column.data_page_offset
-    data[data.index(b"\x1c\x15", page) + 2] ^= 16  # the number of values, less 8
-    path.write_bytes(data)
-    with pytest.raises(CorruptError, match="352"):
-        read_negatives([path], [cache])
