@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from embedcache.errors import (
     ArtifactError,
@@ -17,7 +18,7 @@ from embedcache.errors import (
     first_few,
 )
 from embedcache.files import check_regular, io_reason, make_folder, read_limited, remove_partials, write_atomic
-from embedcache.settings import check_types
+from embedcache.settings import explain
 
 FORMAT = 1
 """Format of manifests, the only one that is read."""
@@ -36,6 +37,16 @@ RUN = "run"
 
 _LONGEST_LIST = 120
 T = TypeVar("T")
+
+
+class Manifest(BaseModel):
+    """A JSON object of an artifact, whose fields and types are checked when it is read; see `construct`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return self.model_dump(mode="json")
 
 
 def canonical_json(value: Any) -> bytes:
@@ -210,7 +221,7 @@ def _check_reachable(path: Path) -> None:
 
 
 def construct(path: Path, make: Callable[[], T]) -> T:
-    """Construct the dataclass of an artifact from what its file holds.
+    """Construct an object, such as a `Manifest`, from the values of its file.
 
     Args:
         path: the file, for the error.
@@ -220,10 +231,9 @@ def construct(path: Path, make: Callable[[], T]) -> T:
         CorruptError: fields are missing, unknown, or of another type or range. Errors of this package pass.
     """
     try:
-        made = make()
-        if is_dataclass(made):
-            check_types(made)
-        return made
+        return make()
+    except ValidationError as error:
+        raise CorruptError(f"{path} does not hold the fields of its format: {explain(error)}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, EmbedcacheError):
             raise

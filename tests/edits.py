@@ -4,7 +4,6 @@ import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def write_tables(
         path = cache / file["name"]
         path.parent.mkdir(exist_ok=True)
         pq.write_table(table, path, row_group_size=row_group_size, write_statistics=write_statistics)
-        part["tables"][name] = asdict(describe_file(cache, file["name"]))
+        part["tables"][name] = describe_file(cache, file["name"]).to_json()
     edit_record(cache / "cache.json", parts=[part])
 
 

@@ -62,7 +62,6 @@ HEAVY = {
     "matplotlib": {"reports"},
     "fastapi": {"serve"},
     "starlette": {"serve"},
-    "pydantic": {"serve"},
     "uvicorn": {"serve"},
     "optuna": {"sweep"},
     "sqlalchemy": {"sweep"},

@@ -1,7 +1,6 @@
 """Settings that are declared once: validation, flat names, JSON records, command-line options and TOML files."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import NonNegativeInt
 
 from embedcache.cli.config_files import read_config
 from embedcache.cli.options import with_settings
@@ -20,7 +20,7 @@ from embedcache.modalities import MODALITIES
 from embedcache.provenance import write_record
 from embedcache.search.settings import SearchSettings
 from embedcache.settings import (
-    check_settings,
+    Settings,
     flat_settings,
     from_flat,
     group,
@@ -34,28 +34,24 @@ from embedcache.sweep.space import read_space
 from embedcache.train.settings import LossSettings, OptimizerSettings, TrainSettings, command_line, train_settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inner:
+class Inner(Settings):
     fraction: float = setting(0.5, "A fraction.", ge=0, lt=1)
     seed: int = setting(0, "A seed.", flat_name="inner_seed")
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+
+class SmallInner(Inner):
+    fraction: float = setting(0.25, "A fraction.", ge=0, lt=1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outer:
+class Outer(Settings):
     count: int = setting(3, "A count.", gt=0, le=9)
     size: int | None = setting(None, "A size.", ge=1)
     mode: Literal["a", "b"] = setting("a", "A mode.")
     is_on: bool = setting(False, "A flag.", affects_result=False)
     names: tuple[str, ...] = setting((), "Some names.")
-    shots: tuple[int, ...] = setting((), "Some counts.", ge=0, affects_result=False)
+    shots: tuple[NonNegativeInt, ...] = setting((), "Some counts.", affects_result=False)
     check: bool = setting(True, "Check something.", affects_result=False)
-    inner: Inner = group(Inner, fraction=0.25)
-
-    def __post_init__(self) -> None:
-        check_settings(self)
+    inner: Inner = group(SmallInner)
 
 
 @pytest.mark.parametrize(
@@ -95,15 +91,11 @@ class Located:
         return "folder"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stored:
+class Stored(Settings):
     names: tuple[str, ...] = setting((), "Some names.")
     paths: tuple[Path, ...] = setting((), "Some paths.")
     run: Path | str | None = setting(None, "A run.")
     file: Path | None = setting(None, "A file.")
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
 
 def test_one_value_stands_for_several_and_an_object_for_its_path() -> None:
@@ -112,7 +104,7 @@ def test_one_value_stands_for_several_and_an_object_for_its_path() -> None:
     assert Stored(names=(Path("a"), Located())).names == ("a", "folder")  # type: ignore[arg-type]
     assert to_json(made) == {"names": ["a"], "paths": ["b.png", "folder"], "run": "folder", "file": "folder"}
     assert Outer(shots=3).shots == (3,)  # type: ignore[arg-type]
-    with pytest.raises(SettingError, match=r"shots: expected a value .*, got"):
+    with pytest.raises(SettingError, match="shots: expected a valid integer, got"):
         Outer(shots="3")  # type: ignore[arg-type]
 
 
@@ -123,13 +115,13 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert (loss.widths, [type(width) for width in loss.widths]) == ((8, 4), [int, int])
     assert (loss.mixup, type(loss.mixup)) == (0.5, float)
     for wrong in (np.float32(3), np.bool_(1)):
-        with pytest.raises(SettingError, match=r"k: expected a whole number of at least 1, got np\."):
+        with pytest.raises(SettingError, match="k: expected a valid integer, got"):
             SearchSettings(k=wrong)
 
 
 def test_replaced_values_keep_the_others() -> None:
     settings = replace_flat(Outer(count=5, size=2, inner=Inner(seed=4)), {"inner_seed": 6, "size": None})
-    assert settings == Outer(count=5, inner=Inner(seed=6))
+    assert to_flat(settings) == {"count": 5, "fraction": 0.5, "inner_seed": 6}
     assert replace_flat(settings, {}) is settings
 
 
@@ -143,7 +135,7 @@ def test_unknown_setting_suggests_a_name() -> None:
 def test_every_train_setting_is_declared_once() -> None:
     names = [item.name for item in flat_settings(TrainSettings)]
     assert len(set(names)) == len(names)
-    assert all(item.declared.help.endswith(".") for item in flat_settings(TrainSettings))
+    assert all(item.help.endswith(".") for item in flat_settings(TrainSettings))
 
 
 def test_group_overrides_defaults() -> None:
@@ -175,7 +167,7 @@ def test_split_seed_defaults_to_seed() -> None:
     assert train_settings({"seed": 4}).split.seed == 4
     assert train_settings({"seed": 4, "split_seed": 1}).split.seed == 1
     for wrong in ({"seed": -1}, {"seed": 2**32, "split_seed": 1}):
-        with pytest.raises(SettingError, match="^seed: expected a whole number"):
+        with pytest.raises(SettingError, match="^seed: expected a number"):
             train_settings(wrong)
     assert train_settings({"epochs": 3, "patience": None}).optimizer == OptimizerSettings(epochs=3)
     own = TrainSettings(split=SplitSettings(seed=7))
@@ -288,7 +280,7 @@ def test_numbers_by_modality(given: Any, toml: str, expected: dict[str, float], 
 
 @pytest.mark.parametrize("wrong", ["img=0.9", "image=high", "high", "image=", {"img": 0.9}, {"text": None}])
 def test_numbers_of_no_modality_raise(wrong: Any) -> None:
-    with pytest.raises(SettingError, match=r"cosine: expected \[MODALITY=\]C with a modality of image, text, .*, got "):
+    with pytest.raises(SettingError, match="^cosine: expected .*, got "):
         SplitSettings(cosines=wrong)
 
 
@@ -306,7 +298,7 @@ def test_numbers_of_a_modality_given_twice_raise() -> None:
 
 @pytest.mark.parametrize("wrong", [1.5, "image=-2", {"text": float("nan")}, True])
 def test_numbers_by_modality_have_bounds(wrong: Any) -> None:
-    with pytest.raises(SettingError, match=r"cosine: expected a number from -1 to 1, got "):
+    with pytest.raises(SettingError, match="^cosine: expected .*, got "):
         SplitSettings(cosines=wrong)
 
 
@@ -318,8 +310,7 @@ def test_texts_by_modality() -> None:
             from_flat(SourceSettings, {"item_column": wrong})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Commas:
+class Commas(Settings):
     names: tuple[str, ...] = setting((), "Some names.", metavar="TEXT")
     specs: tuple[str, ...] = setting((), "Some specs.", commas="split specs")
     texts: tuple[str, ...] = setting((), "Some texts.", commas="keep")

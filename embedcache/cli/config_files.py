@@ -173,6 +173,6 @@ def _pair_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     settings = {
         item.name: functools.reduce(lambda values, key: values[key], item.path, record["training"])
         for item in flat_settings(TrainSettings)
-        if item.declared.affects_result
+        if item.affects_result
     }
     return settings | {"feature": {modality: side["feature"] for modality, side in record["sides"].items()}}

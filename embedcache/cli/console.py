@@ -12,6 +12,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from embedcache.devices import announce
 from embedcache.errors import DataError, PathError, pluralize, visible
 from embedcache.files import read_text, split_lines
@@ -151,6 +153,8 @@ def to_plain(value: Any) -> Any:
     """Return a report as JSON values: dataclasses become objects, arrays and sequences lists, paths text."""
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     if isinstance(value, Mapping):
         return {str(key): to_plain(element) for key, element in value.items()}
     if isinstance(value, list | tuple):

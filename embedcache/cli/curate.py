@@ -79,7 +79,7 @@ def index(
                 "not trained again"
             )
 
-    publish(show, lambda: asdict(card), as_json=as_json, output=output)
+    publish(show, lambda: card.to_json(), as_json=as_json, output=output)
 
 
 @with_settings(settings=MapSettings)
@@ -96,7 +96,6 @@ def map_index(
 
     Example: embedcache curate map index/ --projection umap
     """
-    from dataclasses import asdict
 
     from embedcache.cli.console import open_progress, print_line, print_table, publish
     from embedcache.curate.map import FILE, build_map

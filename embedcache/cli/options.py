@@ -11,7 +11,7 @@ An option that several commands declare by hand is an alias here, with one meani
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
@@ -238,10 +238,9 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 def _option(item: FlatSetting) -> inspect.Parameter:
     """Return the parameter of one setting, as typer reads it."""
-    declared = item.declared
-    kind = _plain_type(item.type) if declared.parse is None else str
+    kind = _plain_type(item.type) if item.parse is None else str
     choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
-    metavar, help = declared.metavar, declared.help
+    metavar, help = item.metavar, item.help
     if kind is bool:
         metavar = ""
         help = f"Do not {help[0].lower()}{help[1:]}" if item.default is True else help
@@ -251,12 +250,12 @@ def _option(item: FlatSetting) -> inspect.Parameter:
         help = f"{help} One of: {', '.join(choices)}."
     is_list = get_origin(kind) in _LISTS
     element = get_args(kind)[0] if is_list else kind
-    title = declared.panel or (item.path[0] if len(item.path) > 1 else "")
+    title = item.panel or (item.path[0] if len(item.path) > 1 else "")
     option = typer.Option(
         _flags(item, kind),
         help=help,
         metavar=_METAVARS.get(element, "NAME") if metavar is None else metavar,
-        show_default=declared.default_text or not (item.default in (None, (), {}) or kind is bool),
+        show_default=item.default_text or not (item.default in (None, (), {}) or kind is bool),
         rich_help_panel=f"{title.capitalize()} options" if title else None,
     )
     if is_list:
@@ -286,24 +285,18 @@ def _plain_type(kind: Any) -> Any:
 
 def _setting_value(item: FlatSetting, value: Any) -> Any:
     """Return an option's value as the setting holds it: elements of a list may be separated by commas."""
-    kind = _plain_type(item.type) if item.declared.parse is None else str
+    kind = _plain_type(item.type) if item.parse is None else str
     if kind is bool and item.default is True:
         return not value
     if get_origin(kind) not in _LISTS:
         return value
     element = get_args(kind)[0]
-    if element is Path or item.declared.commas == "keep":
+    if element is Path or item.commas == "keep":
         return tuple(value)
-    comma = _COMMA_BETWEEN_SPECS if item.declared.commas == "split specs" else _COMMA
-    return tuple(_elements(item.name, element, split_at_commas(value, comma)))
-
-
-def _elements(name: str, kind: Any, words: Sequence[str]) -> Iterator[Any]:
-    for word in words:
-        try:
-            yield kind(word) if kind in (int, float) else word
-        except ValueError:
-            raise SettingError(f"{name}: expected numbers such as 1,2,4, got {word!r}") from None
+    comma = _COMMA_BETWEEN_SPECS if item.commas == "split specs" else _COMMA
+    words = split_at_commas(value, comma)
+    is_number = int in (element, *get_args(element))
+    return tuple(int(word) if is_number and word.isdecimal() else word for word in words)
 
 
 def by_modality(

@@ -29,7 +29,7 @@ from embedcache.progress import AnyProgress, to_progress
 from embedcache.projectors.saved import read_config
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.search.vectors import Vectors, run_pass
-from embedcache.settings import merge_settings
+from embedcache.settings import merge_settings, replace_fields
 from embedcache.store.cache import Cache
 
 _NUM_NEAREST = 8  # concepts that each concept is compared with for overlap
@@ -213,7 +213,9 @@ def measure_coverage(
     settings = merge_settings(CoverageSettings, settings, options)
     progress = to_progress(progress)
     if settings.feature is None and settings.run is None and settings.modality != "both":
-        settings = replace(settings, feature=choose_feature(cache, concepts, settings.modality, progress=progress))
+        settings = replace_fields(
+            settings, feature=choose_feature(cache, concepts, settings.modality, progress=progress)
+        )
     pool = _open_pool(cache, settings)
     is_selected_N = _is_selected(pool, settings.selection)
     answers = {} if settings.answers is None else read_answers(settings.answers, pool.cache, pool.modality)

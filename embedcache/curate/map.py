@@ -238,7 +238,7 @@ def read_map(index: OpenIndex) -> IndexMap | None:
 
 def _about(index: OpenIndex) -> dict[str, Any]:
     """Return the fields of the index's card by which a map is matched to its index."""
-    card = asdict(index.card)
+    card = index.card.to_json()
     return {
         name: card[name] for name in ("cache", "index_digest", "feature", "fingerprint", "run_weights", "num_vectors")
     }

@@ -1,16 +1,17 @@
 """Settings of curation, but for selection, which has its own. Nothing heavy is imported here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES, SELECTION_FORMAT, SELECTION_HELP
+from pydantic import Field
+
+from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES, SELECTION_FORMAT, SELECTION_HELP, Cosine
 from embedcache.devices import address_setting, device_setting, engine_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES, ModalityName, noun, order_pair
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, MOVED_CACHE, MOVED_RUN, RUN_HELP
-from embedcache.settings import check_settings, setting
+from embedcache.settings import Settings, setting
 
 _COMPARED: dict[str, Any] = {
     "default": None,
@@ -37,8 +38,7 @@ _SEED: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class CoverageSettings:
+class CoverageSettings(Settings):
     """Settings of coverage: which items are counted, what is known of them, and what is kept."""
 
     modality: Literal[ModalityName, "both"] = setting(
@@ -64,16 +64,14 @@ class CoverageSettings:
     address: str | None = address_setting()
     device: str = device_setting()
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if self.modality == "both" and (self.feature or self.answers):
             raise SettingError("modality: expected one with a feature or answers, which are of one modality, got both")
         if self.language is not None and self.modality not in ("text", "both"):
             raise SettingError(f"language: expected modality text or both, got {noun(self.modality)}, which have none")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DedupSettings:
+class DedupSettings(Settings):
     """Settings of deduplication: what counts as a duplicate, how duplicates are found, and which of them stay."""
 
     cosine: float | None = setting(
@@ -99,22 +97,18 @@ class DedupSettings:
     address: str | None = address_setting()
     device: str = device_setting()
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if self.cosine is not None and self.copies_only:
             raise SettingError("expected --cosine or --copies, got both; copies are removed with either")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LeakSettings:
+class LeakSettings(Settings):
     """Settings of leak detection: the similarity from which on a test item counts as leaked, and the features."""
 
-    cosines: Mapping[str, float] = setting(
+    cosines: Mapping[str, Annotated[float, Field(gt=0, le=1)]] = setting(
         {"image": 0.95, "text": 0.95},
         "Items at or above this cosine similarity are near-duplicates; of a modality without one, only copies are "
         "found. May be repeated.",
-        gt=0,
-        le=1,
         flat_name="cosine",
         metavar="[MODALITY=]C",
     )
@@ -122,12 +116,8 @@ class LeakSettings:
     seed: int = setting(**_SEED)
     device: str = device_setting()
 
-    def __post_init__(self) -> None:
-        check_settings(self)
 
-
-@dataclass(frozen=True, kw_only=True)
-class NegativesSettings:
+class NegativesSettings(Settings):
     """Settings of hard negatives: what is compared, which neighbors count, and which are near-duplicates."""
 
     run: Path | str | None = setting(
@@ -178,11 +168,9 @@ class NegativesSettings:
     sampling: Literal["top", "random"] = setting(
         "top", "Take the nearest of the considered neighbors, or random ones.", panel="neighbor"
     )
-    cosines: Mapping[str, float] = setting(
+    cosines: Mapping[str, Cosine] = setting(
         NEAR_DUPLICATE_COSINES,
         "Items above this cosine similarity are near-duplicates, never negatives. May be repeated.",
-        ge=-1,
-        le=1,
         flat_name="cosine",
         metavar="[MODALITY=]C",
         panel="near-duplicate",
@@ -196,8 +184,7 @@ class NegativesSettings:
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
     device: str = device_setting()
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if self.range_max is not None and self.range_max < self.range_min + self.num_negatives:
             raise SettingError(
                 f"range_max: expected at least range_min + num_negatives, {self.range_min + self.num_negatives}, got "
@@ -213,8 +200,7 @@ class NegativesSettings:
         return self.range_max or self.range_min + 10 * self.num_negatives
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutlierSettings:
+class OutlierSettings(Settings):
     """Settings of typicality, likely mislabels and pairs that do not match: what is compared, with how many others."""
 
     k: int = setting(50, "Nearest neighbors to which the mean cosine is the typicality.", ge=1, le=1000)
@@ -234,12 +220,8 @@ class OutlierSettings:
     address: str | None = address_setting()
     device: str = device_setting()
 
-    def __post_init__(self) -> None:
-        check_settings(self)
 
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreSettings:
+class ScoreSettings(Settings):
     """Settings of a score: a linear head or texts, and the items that are scored."""
 
     weights: Path | None = setting(
@@ -265,8 +247,7 @@ class ScoreSettings:
     normalize: bool = setting(True, "Scale vectors to length 1 before they are scored.")
     device: str = device_setting()
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if (self.weights is None) == (not self.prompts):
             got = "neither" if self.weights is None else "both"
             raise SettingError(f"expected --weights FILE or --prompt TEXT, got {got}; give one of them")
@@ -282,8 +263,7 @@ class ScoreSettings:
             raise SettingError(f"column: expected a name other than row and key, got {self.column!r}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class MapSettings:
+class MapSettings(Settings):
     """Settings of the map of an index: how its items are placed on a plane, and what its clusters are called."""
 
     projection: Literal["umap", "pca"] | None = setting(
@@ -300,6 +280,3 @@ class MapSettings:
     cache: str | Path | None = setting(**MOVED_CACHE)
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
     device: str = device_setting()
-
-    def __post_init__(self) -> None:
-        check_settings(self)

@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field
 
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES
-from embedcache.settings import check_settings, setting
+from embedcache.settings import Settings, setting
 
 SELECTION_FORMAT = "Parquet, a text file with one key per line, or a .npy of DataComp's uids"
 LANGUAGE_DEFAULT = "that of the first caption if every sample has one in it, else any"
 SELECTION_HELP = f"Use only the samples of this selection: {SELECTION_FORMAT}."
+Cosine: TypeAlias = Annotated[float, Field(ge=-1, le=1)]
 NEAR_DUPLICATE_COSINES: Mapping[str, float] = {**dict.fromkeys(MODALITIES, 0.9), "text": 0.7}
 """Items of a modality above this cosine are near-duplicates in a strict split, and never hard negatives."""
 KINDS = ("strict", "key", "column")
@@ -31,8 +33,7 @@ def with_split_seed(options: Mapping[str, Any], settings: Any = None) -> dict[st
     return given
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitSettings:
+class SplitSettings(Settings):
     """Settings of a split: how samples are divided into training, validation and test parts."""
 
     kind: str = setting(
@@ -46,11 +47,9 @@ class SplitSettings:
     test_fraction: float = setting(0.25, "Fraction of the samples for test.", gt=0, lt=1)
     max_val: int = setting(25_000, "Most samples for validation.", ge=1)
     max_test: int = setting(50_000, "Most samples for test.", ge=1)
-    cosines: Mapping[str, float] = setting(
+    cosines: Mapping[str, Cosine] = setting(
         NEAR_DUPLICATE_COSINES,
         "Strict split: items above this cosine similarity are near-duplicates. May be repeated.",
-        ge=-1,
-        le=1,
         flat_name="cosine",
         metavar="[MODALITY=]C",
     )
@@ -63,8 +62,7 @@ class SplitSettings:
         default_text="the value of --seed",
     )
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if self.val_fraction + self.test_fraction >= 1:
             raise SettingError(
                 f"val_fraction + test_fraction: expected a sum below 1, got {self.val_fraction} + "

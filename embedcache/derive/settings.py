@@ -1,20 +1,18 @@
 """Settings of `embedcache derive`. Nothing heavy is imported here, so that the command line starts quickly."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
-from embedcache.settings import check_settings, setting
+from embedcache.settings import Settings, setting
 
 DTYPES = ("float16", "float32", "int16", "int32", "int64")
 """Data types of derived features; integers are labels, with -1 where a value is missing."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeriveSettings:
+class DeriveSettings(Settings):
     """What to derive: the output of a run, or of a rule on some inputs."""
 
     run: Path | None = setting(None, "Apply this run to the features that it was trained on.", metavar="RUN")
@@ -64,13 +62,14 @@ class DeriveSettings:
     )
     device: str = device_setting()
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if (self.run is None) == (self.rule is None):
             got = "neither" if self.run is None else "both"
             raise SettingError(f"rule: expected either --run or --rule, got {got}")
         of_rule = {"input": self.inputs, "parameter": self.parameters, "fit_split": self.fit_split}
-        output = "" if self.run_output == type(self).run_output else self.run_output  # the default says nothing
+        output = (
+            "" if self.run_output == type(self).model_fields["run_output"].default else self.run_output
+        )  # the default says nothing
         of_run = {"run_output": output, "prompts": self.prompts, "modality": self.modality, "view": self.views}
         given = [name for name, value in (of_run if self.run is None else of_rule).items() if value]
         if given:

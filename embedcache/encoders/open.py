@@ -22,6 +22,7 @@ from embedcache.files import expand_home
 from embedcache.modalities import noun
 from embedcache.provenance import DERIVED, IMPORTED, check_same
 from embedcache.registry import Registry, has_trust, names_from, unknown_name
+from embedcache.settings import replace_fields
 
 ENCODERS = Registry(
     "encoder family",
@@ -137,7 +138,7 @@ def why_no_encoder(spec: "EncoderSpec", modality: Modality, *, next_step: str | 
 def _without_auto(settings: EncoderSettings) -> EncoderSettings:
     """Replace `auto`: the device is the CPU for onnxruntime, else chosen; the precision is float32."""
     is_onnx = settings.device == AUTO and settings.backend == "onnxruntime"
-    return replace(
+    return replace_fields(
         settings,
         device="cpu" if is_onnx else str(torch_device(settings.device)),
         precision="float32" if settings.precision == AUTO else settings.precision,

@@ -1,15 +1,15 @@
 """Settings of an encoder. Nothing heavy is imported here, so that the command line starts quickly."""
 
-from dataclasses import dataclass
 from typing import Literal
+
+from pydantic import Field, field_validator
 
 from embedcache.devices import AUTO
 from embedcache.errors import SettingError
-from embedcache.settings import check_settings, setting
+from embedcache.settings import Settings, setting
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderSettings:
+class EncoderSettings(Settings):
     """Settings of an encoder: how it runs. Only the backend and the precision change its output.
 
     Args:
@@ -18,8 +18,8 @@ class EncoderSettings:
             joins its native features (grammar: `embedcache/encoders/image_features.py`), any other name is left out.
     """
 
-    device: str = AUTO
-    features: tuple[str, ...] = ()
+    device: str = Field(default=AUTO, exclude=True)
+    features: tuple[str, ...] = Field(default=(), exclude=True)
     batch_size: int | None = setting(
         None,
         "Items per forward pass; halved automatically if the device runs out of memory.",
@@ -49,23 +49,21 @@ class EncoderSettings:
         metavar="COLOR",
     )
 
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if self.background != "white":
-            object.__setattr__(self, "background", _color(self.background))
+    @field_validator("background")
+    @classmethod
+    def _plain_color(cls, text: str) -> str:
+        """Return a color as `white` or `#rrggbb`."""
+        if text == "white":
+            return text
+        from PIL import ImageColor
 
-
-def _color(text: str) -> str:
-    """Return a color as `white` or `#rrggbb`."""
-    from PIL import ImageColor
-
-    try:
-        channels = ImageColor.getrgb(text)
-        red, green, blue = channels[:3]
-        if len(channels) > len((red, green, blue)):
-            raise ValueError(text)
-    except ValueError:
-        raise SettingError(
-            f"background: expected an opaque color such as white, black or #7f7f7f, got {text!r}"
-        ) from None
-    return "white" if (red, green, blue) == (255, 255, 255) else f"#{red:02x}{green:02x}{blue:02x}"
+        try:
+            channels = ImageColor.getrgb(text)
+            red, green, blue = channels[:3]
+            if len(channels) > len((red, green, blue)):
+                raise ValueError(text)
+        except ValueError:
+            raise SettingError(
+                f"background: expected an opaque color such as white, black or #7f7f7f, got {text!r}"
+            ) from None
+        return "white" if (red, green, blue) == (255, 255, 255) else f"#{red:02x}{green:02x}{blue:02x}"

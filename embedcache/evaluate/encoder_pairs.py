@@ -1,7 +1,7 @@
 """Compare encoder pairs before any training: every feature of one modality with every one of another."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +37,7 @@ from embedcache.metrics.ranking import best_ranks, tied_chance_recall
 from embedcache.modalities import MODALITIES, directions, noun, order_pair, pair_nouns
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
-from embedcache.settings import merge_settings, replace_flat
+from embedcache.settings import merge_settings, replace_fields, replace_flat
 from embedcache.store.cache import Cache
 
 _MIN_SAMPLES = 20
@@ -299,7 +299,7 @@ def evaluate_pairs(
     )
     for line in (skipped := [*skipped, *also_skipped]):
         progress.note(line)
-    settings = replace(settings, language=choose_language([cache], named, settings.language, progress))
+    settings = replace_fields(settings, language=choose_language([cache], named, settings.language, progress))
     pairs = draw_samples(cache, first_features, second_features, settings)
     sample = split_samples(pairs, cache, (first_features[0], second_features[0]), settings.split, progress)
     num_candidates = min(len(sample.val.first.rows), len(sample.val.second.rows))

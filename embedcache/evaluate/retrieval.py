@@ -24,7 +24,7 @@ from embedcache.metrics.intervals import (
 from embedcache.metrics.ranking import recall_at, tied_chance_recall
 from embedcache.modalities import directions, pair_nouns
 from embedcache.progress import AnyProgress, to_progress
-from embedcache.settings import merge_settings
+from embedcache.settings import merge_settings, replace_fields
 from embedcache.store.cache import Cache
 
 KS = (1, 5, 10)
@@ -199,7 +199,7 @@ def compare_retrieval(
     reports = {}
     for recipe in iterate_recipes(run, control_run):
         for language in settings.language or ("",):
-            per_language = replace(settings, language=(language,) if language else ())
+            per_language = replace_fields(settings, language=(language,) if language else ())
             title = f"{recipe.name}, {language}" if language else recipe.name
             reports[title] = evaluate_retrieval(
                 cache,

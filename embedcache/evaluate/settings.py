@@ -1,15 +1,16 @@
 """Settings of evaluations. Nothing heavy is imported here, so that the command line starts quickly."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic import PositiveInt
 
 from embedcache.dataset.settings import LANGUAGE_DEFAULT, SplitSettings, with_split_seed
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
 from embedcache.search.settings import FEATURE_HELP, LABEL
-from embedcache.settings import check_settings, from_flat, group, setting
+from embedcache.settings import Settings, from_flat, group, setting
 
 _PART_HELP = "Part of the run's split, or of the column split, to read."
 _PART_DEFAULT = "test, or all without a split"
@@ -17,8 +18,7 @@ _TRAINED_ON_HELP = "Where a training cache is now, if it has moved. May be repea
 _OVERLAP_HELP = "Check whether evaluated items were seen in training."
 
 
-@dataclass(frozen=True, kw_only=True)
-class RetrievalSettings:
+class RetrievalSettings(Settings):
     """Settings of retrieval between two modalities."""
 
     part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
@@ -30,10 +30,9 @@ class RetrievalSettings:
     )
     trained_on: tuple[str, ...] = setting((), _TRAINED_ON_HELP, metavar="CACHE", commas="keep")
     check_overlap: bool = setting(True, _OVERLAP_HELP)
-    widths: tuple[int, ...] = setting(
+    widths: tuple[PositiveInt, ...] = setting(
         (),
         "Also rank by the first components of the shared space, for each of these widths, such as 32,64.",
-        ge=1,
         metavar="N,...",
         default_text="the --widths that the run was trained with",
     )
@@ -42,14 +41,12 @@ class RetrievalSettings:
     )
     device: str = device_setting()
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if len(set(self.language)) < len(self.language):
             raise SettingError(f"language: expected each once, got {', '.join(self.language)}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ZeroShotSettings:
+class ZeroShotSettings(Settings):
     """Settings of zero-shot classification."""
 
     label: str = setting(**LABEL)
@@ -58,12 +55,8 @@ class ZeroShotSettings:
     check_overlap: bool = setting(True, _OVERLAP_HELP)
     device: str = device_setting()
 
-    def __post_init__(self) -> None:
-        check_settings(self)
 
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeSettings:
+class ProbeSettings(Settings):
     """Settings of classifiers on a frozen feature."""
 
     modality: ModalityName = setting("image", "Modality of the items to classify.")
@@ -77,7 +70,7 @@ class ProbeSettings:
         default_text="knn, logistic and ridge",
     )
     part: Literal["test", "val"] = setting("test", "Part of the column split to measure on.")
-    shots: tuple[int, ...] = setting(
+    shots: tuple[PositiveInt, ...] = setting(
         (), "Training items per class, such as 1,2,4,8,16, for a few-shot curve.", metavar="N,..."
     )
     draws: int = setting(5, "Number of few-shot draws, or of label shuffles for the control.", ge=1)
@@ -85,16 +78,18 @@ class ProbeSettings:
     seed: int = setting(0, "Random seed of the split, the draws and the shuffles.", ge=0, lt=2**32)
     device: str = device_setting()
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if not self.classifiers:
             raise SettingError("classifier: expected at least one classifier such as knn, got none; add --classifier")
-        if any(shots < 1 for shots in self.shots):
-            raise SettingError(f"shots: expected whole numbers above 0, got {', '.join(map(str, self.shots))}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairsSettings:
+class _ProbeSplitSettings(SplitSettings):
+    """Settings of the split of a probe, which needs many samples to be measured on."""
+
+    val_fraction: float = setting(0.25, "Fraction of the samples for validation.", gt=0, lt=1)
+
+
+class PairsSettings(Settings):
     """Settings of the comparison of encoder pairs."""
 
     language: str | None = setting(
@@ -105,10 +100,7 @@ class PairsSettings:
     resamples: int = setting(2000, "Bootstrap resamples of the 95% intervals.", ge=1)
     seed: int = setting(0, "Random seed of the draw.", ge=0, lt=2**32)
     device: str = device_setting()
-    split: SplitSettings = group(SplitSettings, val_fraction=0.25)  # a probe needs many samples to be measured on
-
-    def __post_init__(self) -> None:
-        check_settings(self)
+    split: SplitSettings = group(_ProbeSplitSettings)
 
 
 def pairs_settings(options: Mapping[str, Any]) -> PairsSettings:

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from embedcache.projectors.base import split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import CHANGED_CONFIG, PairConfig, TowerInput, config_path, load_pair
 from embedcache.provenance import DERIVED
+from embedcache.settings import replace_fields
 from embedcache.sources.images import load_image
 from embedcache.store.group import is_fingerprint
 
@@ -73,8 +74,8 @@ class ExportRun:
 def _in_float32(config: PairConfig) -> PairConfig:
     """Return a config whose encoders compute in float32, as exported models do, whatever the stored features have."""
     fingerprints = {name: {**side.fingerprint, "precision": "float32"} for name, side in config.sides.items()}
-    sides = {name: replace(side, fingerprint=fingerprints[name]) for name, side in config.sides.items()}
-    return replace(config, sides=sides)
+    sides = {name: replace_fields(side, fingerprint=fingerprints[name]) for name, side in config.sides.items()}
+    return replace_fields(config, sides=sides)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,11 @@
 """Settings of an export. Nothing heavy is imported here, so that the command line starts quickly."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embedcache.errors import SettingError
-from embedcache.settings import check_settings, setting
+from embedcache.settings import Settings, setting
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -17,8 +16,7 @@ _PUBLIC: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportSettings:
+class ExportSettings(Settings):
     """Options of an export of a trained run; `towers` is an option of the onnx format only."""
 
     metrics: Path | None = setting(None, "JSON report of evaluate --output, for the model card.", metavar="FILE")
@@ -31,21 +29,18 @@ class ExportSettings:
     public: bool = setting(**_PUBLIC)
     towers: bool = setting(False, "Include the encoders in the graphs, not the projectors alone.")
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if self.push_to_hub is not None:
             check_repository("push_to_hub", self.push_to_hub)
 
 
-@dataclass(frozen=True, kw_only=True)
-class HubSettings:
+class HubSettings(Settings):
     """Options of the upload of a cache to a dataset of the Hugging Face Hub."""
 
     public: bool = setting(**_PUBLIC)
     license: str = setting("unknown", "License of the data, as the Hub names it, for a new card.")
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if not _LICENSE.fullmatch(self.license):
             raise SettingError(f"license: expected a name such as cc-by-4.0 or unknown, got {self.license!r}")
 

@@ -36,6 +36,7 @@ from embedcache.processes import connected, num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import trust_files
 from embedcache.samples import Source
+from embedcache.settings import replace_fields
 from embedcache.sources.reopen import open_below
 from embedcache.store.cache import Cache
 from embedcache.store.group import find_group
@@ -120,7 +121,7 @@ def _run_device(task: tuple[ExtractJob, str, int], progress: Progress) -> list[S
 
     job, device, threads = task
     torch.set_num_threads(threads)  # also for encoders that stay on the CPU
-    settings = replace(job.settings, threads=job.settings.threads or threads)
+    settings = replace_fields(job.settings, threads=job.settings.threads or threads)
     return Worker(replace(job, settings=settings), device=device).run(progress)
 
 
@@ -246,14 +247,16 @@ def _encoder_settings(
     cache: Cache, job: ExtractJob, modality: Modality, spec: EncoderSpec, device: str
 ) -> EncoderSettings:
     """Return how an encoder runs: what is `auto` is as recorded with its features, or else as the job says."""
-    settings = replace(job.settings.encoder, device=device, features=job.settings.features)
+    settings = replace_fields(job.settings.encoder, device=device, features=job.settings.features)
     stored = find_group(cache.path, modality, spec.folder, cache.info)
     if stored is None:
-        return replace(settings, precision=auto_precision(spec, device)) if settings.precision == AUTO else settings
+        return (
+            replace_fields(settings, precision=auto_precision(spec, device)) if settings.precision == AUTO else settings
+        )
     recorded = recorded_settings(stored.fingerprint, device)
     if settings.backend == AUTO:
-        settings = replace(settings, backend=recorded["backend"], device=recorded["device"])
-    return replace(settings, precision=recorded["precision"]) if settings.precision == AUTO else settings
+        settings = replace_fields(settings, backend=recorded["backend"], device=recorded["device"])
+    return replace_fields(settings, precision=recorded["precision"]) if settings.precision == AUTO else settings
 
 
 def _record_chunks(tasks: Iterable[ChunkTask], encoded: Mapping[str, dict[int, int]]) -> Iterator[ChunkTask]:

@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import require, unknown_name
 from embedcache.samples import IMPORTED_SOURCE, MERGED, Source, is_description
-from embedcache.settings import flat_settings, from_flat, merge_settings
+from embedcache.settings import flat_settings, from_flat, merge_settings, replace_fields
 from embedcache.sources.open import SOURCES, open_source
 from embedcache.sources.reopen import RecordedSource, below_named, remember, reopen_source
 from embedcache.sources.settings import SourceSettings
@@ -285,7 +284,7 @@ def _record_location(source: Source, cache_path: Path, info: CacheInfo, progress
     with suppress(OSError), locked(cache_path):
         info = read_info(cache_path)  # read again: another process may have appended samples
         subset = {name: value for name, value in info.source.items() if name == SUBSET}
-        write_info(cache_path, replace(info, source={**found, **subset}))
+        write_info(cache_path, replace_fields(info, source={**found, **subset}))
         progress.note(f"the source of {cache_path} is now {found['path']}; it was {stored.get('path')}")
 
 

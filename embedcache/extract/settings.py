@@ -2,20 +2,21 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic import field_validator
 
 from embedcache.devices import AUTO, address_setting, device_setting, engine_setting
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
 from embedcache.processes import num_cores
-from embedcache.settings import check_settings, group, setting
+from embedcache.settings import Settings, group, replace_fields, setting
 from embedcache.units import parse_fraction
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtractSettings:
+class ExtractSettings(Settings):
     """Settings of extraction: how features are computed and stored.
 
     Only `features`, `views`, `dtype` and the encoders' precision and backend change the stored values.
@@ -90,11 +91,13 @@ class ExtractSettings:
     )
     encoder: EncoderSettings = group(EncoderSettings)
 
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if self.shard == "slurm":  # here, since worker processes and Ray actors may have another environment
-            object.__setattr__(self, "shard", _slurm_shard(os.environ))
-        self._shard_numbers()
+    @field_validator("shard")
+    @classmethod
+    def _named_shard(cls, shard: str) -> str:
+        """Return a shard as i/n. `slurm` is resolved here: worker processes may have another environment."""
+        shard = _slurm_shard(os.environ) if shard == "slurm" else shard
+        _parse_shard(shard)
+        return shard
 
     @property
     def num_threads(self) -> int:
@@ -104,25 +107,24 @@ class ExtractSettings:
     @property
     def is_divided(self) -> bool:
         """Whether other processes work on other chunks, so that no lock is needed: with shards, and on Ray."""
-        return self._shard_numbers()[1] > 1 or self.engine == "ray"
+        return _parse_shard(self.shard)[1] > 1 or self.engine == "ray"
 
     def is_in_shard(self, chunk: int) -> bool:
         """Return whether a chunk belongs to this process's shard: those whose number modulo n is i."""
-        number, count = self._shard_numbers()
+        number, count = _parse_shard(self.shard)
         return chunk % count == number
 
     def split_shard(self, number: int, count: int) -> "ExtractSettings":
         """Return the settings for part `number` of `count` equal parts of the shard."""
-        own_number, own_count = self._shard_numbers()
-        return replace(self, shard=f"{own_number + own_count * number}/{own_count * count}")
+        own_number, own_count = _parse_shard(self.shard)
+        return replace_fields(self, shard=f"{own_number + own_count * number}/{own_count * count}")
 
-    def _shard_numbers(self) -> tuple[int, int]:
-        number, slash, count = self.shard.partition("/")
-        if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-            raise SettingError(
-                f"shard: expected i/n with i from 0 to n - 1, such as 0/4 to 3/4, or slurm, got {self.shard!r}"
-            )
-        return int(number), int(count)
+
+def _parse_shard(shard: str) -> tuple[int, int]:
+    number, slash, count = shard.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise SettingError(f"shard: expected i/n with i from 0 to n - 1, such as 0/4 to 3/4, or slurm, got {shard!r}")
+    return int(number), int(count)
 
 
 def _slurm_shard(environment: Mapping[str, str]) -> str:
@@ -150,8 +152,7 @@ def _slurm_shard(environment: Mapping[str, str]) -> str:
     return f"{number}/{count}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerifySettings:
+class VerifySettings(Settings):
     """Steps beyond comparing checksums when a cache is verified."""
 
     reencode: float | None = setting(
@@ -164,9 +165,6 @@ class VerifySettings:
     )
     repair: bool = setting(False, "Encode or derive damaged and missing chunks.")
     device: str = device_setting()
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,19 @@
 """Settings of imports and exports of vectors. Nothing heavy is imported here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from embedcache.dataset.settings import SELECTION_HELP
 from embedcache.devices import device_setting
 from embedcache.modalities import ModalityName
 from embedcache.search.settings import RUN_HELP
-from embedcache.settings import check_settings, setting
+from embedcache.settings import Settings, setting
 from embedcache.sources.settings import ITEM_COLUMNS
 
 _FEATURE_DEFAULT = "the run's, or the only one in the cache"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportSettings:
+class ImportSettings(Settings):
     """Settings of an import: how vectors that another tool computed become a cache."""
 
     model: str | None = setting(
@@ -36,12 +34,8 @@ class ImportSettings:
         None, "Items per chunk of a new cache.", ge=1, le=2**24, default_text="2048", affects_result=False
     )
 
-    def __post_init__(self) -> None:
-        check_settings(self)
 
-
-@dataclass(frozen=True, kw_only=True)
-class VectorExportSettings:
+class VectorExportSettings(Settings):
     """Settings of an export of vectors: which ones, and of which samples."""
 
     features: tuple[str, ...] = setting(
@@ -58,6 +52,3 @@ class VectorExportSettings:
     selection: Path | None = setting(None, SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     device: str = device_setting()
-
-    def __post_init__(self) -> None:
-        check_settings(self)

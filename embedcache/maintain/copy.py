@@ -6,7 +6,7 @@ one, so that the same call finishes one that was killed. Nothing is encoded.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import unknown_name
+from embedcache.settings import replace_fields
 from embedcache.sources.open import merged_description, merged_path
 from embedcache.sources.reopen import is_remembered, remember
 from embedcache.store.cache import Cache
@@ -427,7 +428,7 @@ class CopySource:
                 progress.advance(rows.stop - rows.start)
             part = writer.close("", before)
             content = digest({name: file.checksum for name, file in part.tables.items()})
-            parts.append(replace(part, digest=content))
+            parts.append(replace_fields(part, digest=content))
             before = Table(folder, [each.tables[SAMPLES] for each in parts])
         progress.finish()
         return parts

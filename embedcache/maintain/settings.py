@@ -1,13 +1,11 @@
 """Settings of the commands that maintain a cache. Nothing heavy is imported here."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from embedcache.settings import check_settings, setting
+from embedcache.settings import Settings, setting
 
 
-@dataclass(frozen=True, kw_only=True)
-class RemoveSettings:
+class RemoveSettings(Settings):
     """Settings of a removal: where else the samples are."""
 
     indexes: tuple[Path, ...] = setting(
@@ -21,12 +19,8 @@ class RemoveSettings:
         metavar="PATH",
     )
 
-    def __post_init__(self) -> None:
-        check_settings(self)
 
-
-@dataclass(frozen=True, kw_only=True)
-class PruneSettings:
+class PruneSettings(Settings):
     """Settings of pruning: what is deleted."""
 
     features: tuple[str, ...] = setting(
@@ -38,6 +32,3 @@ class PruneSettings:
     modality: str | None = setting(
         None, "Modality of the features.", default_text="the only one that has them", metavar="MODALITY"
     )
-
-    def __post_init__(self) -> None:
-        check_settings(self)

@@ -1,7 +1,6 @@
 """A trained module on disk: `model.safetensors`, and `config.json` written after it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,14 @@ from embedcache.projectors.saved import (
     read_run,
     save_weights,
 )
-from embedcache.provenance import FORMAT, construct, digest_file, write_record
+from embedcache.provenance import FORMAT, Manifest, construct, digest_file, write_record
 from embedcache.registry import Registry, names_from
 
 NETWORKS = Registry("network", {}, group="embedcache.networks")
 """Modules by the names that installed packages declare. One of your own needs no entry: `module:attribute`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModuleInput:
+class ModuleInput(Manifest):
     """The stored feature, `encoder/feature`, that a module was trained on; `spec` opens the encoder again."""
 
     modality: str
@@ -36,8 +34,7 @@ class ModuleInput:
     width: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModuleConfig:
+class ModuleConfig(Manifest):
     """The content of a run's `config.json`.
 
     Args:
@@ -55,24 +52,13 @@ class ModuleConfig:
     kind: str
     arguments: Mapping[str, Any]
     sides: Mapping[str, ModuleInput]
-    training: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = {}
     trainable: Sequence[str] | None = None
-    init_runs: Mapping[str, str] = field(default_factory=dict)
+    init_runs: Mapping[str, str] = {}
     index_digest: str = ""
-    file_digests: Mapping[str, str] = field(default_factory=dict)
+    file_digests: Mapping[str, str] = {}
     weights_digest: str = ""
     format: int = FORMAT
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON values of `config.json`."""
-        trainable = None if self.trainable is None else list(self.trainable)
-        return {**asdict(self), "trainable": trainable}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "ModuleConfig":
-        """Build a config from the values of `to_json`."""
-        sides = {name: ModuleInput(**side) for name, side in values["sides"].items()}
-        return cls(**{**values, "sides": sides})
 
 
 def build_module(config: ModuleConfig) -> nn.Module:
@@ -108,7 +94,7 @@ def read_module_config(run_path: Path, *, kind: str | None = None) -> ModuleConf
             f"{run_path}: expected the run of a module, got an aligned pair; evaluate it with: embedcache evaluate "
             "retrieval"
         )
-    config = construct(config_path(run_path), lambda: ModuleConfig.from_json(values))
+    config = construct(config_path(run_path), lambda: ModuleConfig.model_validate(values))
     if kind is not None and config.kind != kind:
         raise DataError(f"{run_path}: expected a run of kind {kind}, got one of kind {config.kind}")
     return config

@@ -6,11 +6,11 @@ torch is imported where weights are used, so that a config is read in millisecon
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+from pydantic import Field, field_validator
 
 from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.devices import announce_device
@@ -20,6 +20,7 @@ from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
     FORMAT,
+    Manifest,
     check_same,
     construct,
     digest_file,
@@ -38,20 +39,19 @@ CHANGED_CONFIG = "restore the file"
 """What to do about a `config.json` that differs from its digest."""
 _PAIR = "pair"
 _BLOCK = 8192
+Width: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TowerInput:
+class TowerInput(Manifest):
     """The frozen feature, `encoder/feature`, that a tower was trained on; `spec` opens the encoder again."""
 
     feature: str
     spec: str
     fingerprint: Mapping[str, Any]
-    width: int
+    width: Width
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairConfig:
+class PairConfig(Manifest):
     """The content of a run's `config.json`.
 
     Args:
@@ -65,14 +65,23 @@ class PairConfig:
         weights_digest: SHA-256 of `model.safetensors`.
     """
 
+    format: int = FORMAT
+    kind: Literal["pair"] = "pair"
     projector: str
-    shared_width: int
+    shared_width: Width
     sides: Mapping[str, TowerInput]
     index_digest: str
     training: Mapping[str, Any]
-    file_digests: Mapping[str, str] = field(default_factory=dict)
+    file_digests: Mapping[str, str] = {}
     split_digest: str = ""
     weights_digest: str = ""
+
+    @field_validator("training")
+    @classmethod
+    def _check_groups(cls, training: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not all(isinstance(training.get(name, {}), Mapping) for name in _TRAINING_GROUPS):
+            raise ValueError(f"expected objects as {', '.join(_TRAINING_GROUPS)}")
+        return training
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -93,25 +102,7 @@ class PairConfig:
         self.tower_input(modality)
         return next(name for name in self.sides if name != modality)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON values of `config.json`."""
-        return {"format": FORMAT, "kind": _PAIR, **asdict(self)}
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "PairConfig":
-        """Build a config from the values of `to_json`."""
-        fields = {name: value for name, value in values.items() if name not in ("format", "kind", "sides")}
-        sides = {modality: TowerInput(**side) for modality, side in values["sides"].items()}
-        groups = [fields["training"].get(name, {}) for name in _TRAINING_GROUPS]
-        if not all(isinstance(group, Mapping) for group in groups):
-            raise TypeError(f"training: expected objects as {', '.join(_TRAINING_GROUPS)}")
-        widths = [fields["shared_width"], *(side.width for side in sides.values())]
-        if not all(isinstance(width, int) and 0 < width < _MAX_WIDTH for width in widths):
-            raise ValueError(f"expected positive widths of 32 bits, got {', '.join(map(str, widths))}")
-        return cls(sides=sides, **fields)
-
-
-_MAX_WIDTH = 2**31
 _TRAINING_GROUPS = ("loss", "machine", "model", "optimizer", "parts", "split")
 
 
@@ -227,7 +218,7 @@ def read_config(run_path: Path) -> PairConfig:
             f"{run_path}: expected an aligned pair, got a run of kind {values.get('kind')}; load it with "
             "embedcache.projectors.modules.load_module"
         )
-    return construct(config_path(run_path), lambda: PairConfig.from_json(values))
+    return construct(config_path(run_path), lambda: PairConfig.model_validate(values))
 
 
 def is_pair(manifest: Mapping[str, Any]) -> bool:

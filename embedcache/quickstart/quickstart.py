@@ -3,7 +3,6 @@
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from embedcache.search.hits import Hit
 from embedcache.search.index import build_index
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
+from embedcache.settings import replace_fields
 from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings, command_line
@@ -41,10 +41,10 @@ TRAINED = TrainSettings(
     optimizer=OptimizerSettings(epochs=10, batch_size=512, lr=1e-4),
     language="en",
 )
-CLOSED_FORM = replace(
+CLOSED_FORM = replace_fields(
     TRAINED,
-    model=replace(TRAINED.model, projector="linear"),
-    optimizer=replace(TRAINED.optimizer, epochs=0),
+    model=replace_fields(TRAINED.model, projector="linear"),
+    optimizer=replace_fields(TRAINED.optimizer, epochs=0),
 )
 
 
@@ -64,7 +64,7 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
         "trained": _train(stages, cache_path, workdir / "runs" / "seed", TRAINED),
         "closed form": _train(stages, cache_path, workdir / "runs" / "closed-form", CLOSED_FORM),
         "shuffled pairs": _train(
-            stages, cache_path, workdir / "runs" / "shuffled", replace(TRAINED, shuffle_pairs=True)
+            stages, cache_path, workdir / "runs" / "shuffled", replace_fields(TRAINED, shuffle_pairs=True)
         ),
     }
     retrieval = {
@@ -143,7 +143,7 @@ def _train(stages: _Stages, cache_path: Path, path: Path, settings: TrainSetting
     """Train once per seed and return the runs: `path` followed by the seed."""
     run_paths = [path.with_name(f"{path.name}-{seed}") for seed in SEEDS]
     for seed, run_path in zip(SEEDS, run_paths, strict=True):
-        seeded = replace(settings, split=SplitSettings(seed=seed), seed=seed)
+        seeded = replace_fields(settings, split=SplitSettings(seed=seed), seed=seed)
         stages.run(
             f"train {run_path.name}",
             ["train", cache_path, run_path, *command_line(seeded)],

@@ -22,7 +22,6 @@ A build of another kind first removes all files of this one.
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ from embedcache.search.card import (
 )
 from embedcache.search.faiss_index import RowIndex, is_whole, make_index, read_index
 from embedcache.search.vectors import Vectors
+from embedcache.settings import replace_fields
 from embedcache.store.arrays import file_checksum
 from embedcache.store.layout import CacheInfo
 
@@ -92,7 +92,7 @@ class IndexBuilder:
             check_same(
                 f"the unfinished index {folder}", state.source, requested, next_step="give the path of a new folder"
             )
-            self._state = replace(state, source=source)  # with the digest of the present samples
+            self._state = replace_fields(state, source=source)  # with the digest of the present samples
 
     @property
     def rejected(self) -> Mapping[str, float]:
@@ -300,12 +300,12 @@ class IndexBuilder:
         if self._card is None:
             _remove_rows(self._folder)
             (self._folder / INDEX).unlink(missing_ok=True)
-            self._state = replace(self._state, checksums={})
+            self._state = replace_fields(self._state, checksums={})
         else:
             _remove_rows(self._folder, self._card.lists, *self._state.recorded)
 
     def _write_state(self, **changes: Any) -> None:
-        self._state = replace(self._state, **changes)
+        self._state = replace_fields(self._state, **changes)
         write_state(self._folder, self._state)
 
 

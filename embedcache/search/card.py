@@ -4,7 +4,6 @@ While an index is built or extended, `building.json` says what is done.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
     FORMAT,
+    Manifest,
     check_same,
     construct,
     read_json,
@@ -35,8 +35,7 @@ _UNCHECKED = ("cache", "run")
 """Keys of a card that its digest leaves out: paths that may be corrected by hand when folders have moved."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndexCard:
+class IndexCard(Manifest):
     """Content of an index's `card.json`, which is written after the index.
 
     Args:
@@ -114,16 +113,15 @@ def read_card(index_path: Path) -> IndexCard:
         unchecked=_UNCHECKED,
     )
     values.pop(DIGEST, None)
-    return construct(path, lambda: IndexCard(**values))
+    return construct(path, lambda: IndexCard.model_validate(values))
 
 
 def write_card(index_path: Path, card: IndexCard) -> None:
     """Write an index's card, which marks the index as finished."""
-    write_record(index_path / CARD, asdict(card), unchecked=_UNCHECKED)
+    write_record(index_path / CARD, card.to_json(), unchecked=_UNCHECKED)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BuildState:
+class BuildState(Manifest):
     """Content of an index's `building.json`, which there is while it is built or extended.
 
     Args:
@@ -136,8 +134,8 @@ class BuildState:
 
     source: Mapping[str, Any]
     factory: str | None = None
-    rejected: Mapping[str, float] = field(default_factory=dict)
-    checksums: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    rejected: Mapping[str, float] = {}
+    checksums: Mapping[str, Mapping[str, str]] = {}
 
     @property
     def finished(self) -> Mapping[str, str]:
@@ -153,12 +151,12 @@ class BuildState:
 def read_state(index_path: Path) -> BuildState:
     """Read the state of an unfinished index; `CorruptError` if the file does not hold one."""
     path = index_path / STATE
-    return construct(path, lambda: BuildState(**read_json(path)))
+    return construct(path, lambda: BuildState.model_validate(read_json(path)))
 
 
 def write_state(index_path: Path, state: BuildState) -> None:
     """Write the state of an unfinished index."""
-    write_json(index_path / STATE, asdict(state))
+    write_json(index_path / STATE, state.to_json())
 
 
 def may_hold_removed(card: IndexCard, cache: Cache) -> bool:
@@ -235,7 +233,7 @@ def check_card(index_path: Path, card: IndexCard, requested: Mapping[str, Any], 
 
     The `FingerprintError` names each field that differs; if it is of another feature, only that.
     """
-    record = asdict(card)
+    record = card.to_json()
     for names in (("modality", "feature"), requested):
         check_same(
             f"index {index_path}",

@@ -1,6 +1,5 @@
 """Settings of indexes and searches. Nothing heavy is imported here, so that the command line starts quickly."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from embedcache.dataset.settings import SELECTION_HELP
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
-from embedcache.settings import check_settings, group, setting
+from embedcache.settings import Settings, group, setting
 from embedcache.units import parse_size
 
 FEATURE_HELP = "Feature, as encoder/feature."
@@ -29,8 +28,7 @@ MOVED_CACHE: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndexSettings:
+class IndexSettings(Settings):
     """Settings of an index: what is indexed, and which kind of index is built."""
 
     modality: ModalityName = setting("image", "Modality of the items to index.")
@@ -63,8 +61,7 @@ class IndexSettings:
     checkpoint_s: float = setting(60.0, "Seconds between checkpoints of the build.", ge=0, affects_result=False)
     device: str = device_setting()
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if self.factory is not None and self.memory is not None:
             raise SettingError(
                 f"expected factory or memory, got both: the factory string {self.factory!r} decides how much memory "
@@ -72,8 +69,7 @@ class IndexSettings:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Filter:
+class Filter(Settings):
     """Filter of the items that a search may return; all conditions must hold."""
 
     label_value: tuple[str, ...] = setting(
@@ -90,15 +86,11 @@ class Filter:
     )
     selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
 
-    def __post_init__(self) -> None:
-        check_settings(self)
-
     def __bool__(self) -> bool:
         return bool(self.label_value or self.part or self.language or self.selection)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchSettings:
+class SearchSettings(Settings):
     """Settings of a search: how many results it returns, which items they come from, and where encoders run."""
 
     k: int | None = setting(None, "Results per query.", ge=1, default_text="10, or all items if fewer")
@@ -107,6 +99,3 @@ class SearchSettings:
     run: Path | str | None = setting(**MOVED_RUN)
     cache: str | Path | None = setting(**MOVED_CACHE)
     device: str = device_setting()
-
-    def __post_init__(self) -> None:
-        check_settings(self)

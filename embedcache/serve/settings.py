@@ -2,19 +2,17 @@
 
 import ipaddress
 import re
-from dataclasses import dataclass
 
 from embedcache.errors import SettingError
 from embedcache.search.settings import LABEL
-from embedcache.settings import check_settings, setting
+from embedcache.settings import Settings, setting
 from embedcache.units import parse_size
 
 _MIN_TOKEN_LENGTH = 16
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServeSettings:
+class ServeSettings(Settings):
     """Where a search page is served, to whom, and its limits."""
 
     host: str = setting(
@@ -40,8 +38,7 @@ class ServeSettings:
     timeout: float = setting(30.0, "Request timeout in seconds.", gt=0, le=86_400, metavar="SECONDS", panel="server")
     label: str = setting(**LABEL)
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if not self.host:
             raise SettingError("host: expected an address such as 127.0.0.1, or 0.0.0.0 for all, got an empty text")
         if self.token is not None and len(self.token) < _MIN_TOKEN_LENGTH:

@@ -12,6 +12,7 @@ from typing import Any
 from embedcache.errors import SourceError
 from embedcache.files import decode_text, is_remote, open_path, reading
 from embedcache.samples import FileItem, Sample
+from embedcache.settings import replace_fields
 from embedcache.sources.captions import parse_captions, parse_json_object, to_scalar_columns, to_text_items
 from embedcache.sources.files import (
     find_root,
@@ -51,7 +52,7 @@ class CocoSource:
         require_file(self._path)
         self._root_text = find_root(settings.root or str(_guess_root(self._path)))
         self._root = open_path(self._root_text)
-        self._settings = replace(settings, root=self._root_text)
+        self._settings = replace_fields(settings, root=self._root_text)
 
     def describe(self) -> Mapping[str, Any]:
         return {"type": "coco", "path": str(self._path), "settings": self._settings.to_json()}

@@ -18,6 +18,7 @@ from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import hub_errors, io_reason, is_io_error, library_of
 from embedcache.registry import require
 from embedcache.samples import FileItem, Sample
+from embedcache.settings import replace_fields
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table import (
     BATCH_ROWS,
@@ -214,4 +215,4 @@ def _with_image(settings: SourceSettings, dataset: Any) -> SourceSettings:
     images = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
     named = [name for name in images if name.lower() in ITEM_NAMES["image"]]
     preferred = {"image": (named or images)[0]} if images else {}
-    return replace(settings, item_columns={**preferred, **settings.item_columns})
+    return replace_fields(settings, item_columns={**preferred, **settings.item_columns})

@@ -1,11 +1,10 @@
 """Settings of sources: which columns of a table to read, and which languages. Nothing heavy is imported here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from typing import Any
 
 from embedcache.errors import SettingError
-from embedcache.settings import check_settings, setting, to_json
+from embedcache.settings import Settings, setting, to_json
 
 ITEM_COLUMNS: dict[str, Any] = {
     "default": {},
@@ -19,8 +18,7 @@ ITEM_COLUMNS: dict[str, Any] = {
 _NO_DELIMITERS = ' "\r\n'
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceSettings:
+class SourceSettings(Settings):
     """Settings of a source: how it is read."""
 
     item_columns: Mapping[str, str] = setting(**ITEM_COLUMNS)
@@ -69,8 +67,7 @@ class SourceSettings:
         default_text="comma; tab in .tsv",
     )
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if "text" in self.item_columns:
             raise SettingError(f"item_column: expected no text, got {self.item_columns['text']}; give --caption-column")
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in _NO_DELIMITERS):
@@ -85,7 +82,7 @@ class SourceSettings:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "SourceSettings":
         """Build settings from the result of `to_json`; SettingError if there is no setting of a name."""
-        known = [item.name for item in fields(cls)]
+        known = [*cls.model_fields]
         for name in record:
             if name not in known:
                 raise SettingError(f"unknown source setting {name!r}; known: {', '.join(known)}")

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, islice
 from math import inf
@@ -21,6 +21,7 @@ from embedcache.errors import EmbedcacheError, ItemError, PathError, SettingErro
 from embedcache.files import TEXT_ENCODING, open_path, reading
 from embedcache.modalities import MODALITIES
 from embedcache.samples import FileItem, Sample, TextItem
+from embedcache.settings import replace_fields
 from embedcache.sources.captions import (
     join_captions,
     parse_captions,
@@ -92,7 +93,7 @@ class TableSource:
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("table", *COLUMN_SETTINGS, "delimiter", "root")
         root = settings.root and find_root(settings.root)
-        self._settings = replace(settings, root=root)
+        self._settings = replace_fields(settings, root=root)
         self._location = open_path(location).absolute()
         self._files = _find_files(self._location)
         self._root = self._location.parent if self._files == [self._location] else self._location

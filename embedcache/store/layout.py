@@ -4,12 +4,12 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
+from pydantic import Field, field_validator
 
 from embedcache.errors import CorruptError, quoted
 from embedcache.files import AnyPath, find_files, is_remote, is_url, open_path
@@ -17,6 +17,7 @@ from embedcache.locks import LOCK
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import (
     DIGEST,
+    Manifest,
     construct,
     digest,
     digest_file,
@@ -24,7 +25,7 @@ from embedcache.provenance import (
     write_record,
 )
 from embedcache.samples import is_description
-from embedcache.settings import check_types
+from embedcache.settings import replace_fields
 
 FORMAT_VERSION = 1
 SUBSET = "subset"
@@ -34,14 +35,15 @@ SAMPLES = "samples"
 """Name of the sample table, where item tables are named by their modality."""
 
 DEFAULT_CHUNK_SIZE = 2048
-_MAX_ROWS = 2**40
+Count: TypeAlias = Annotated[int, Field(ge=0, lt=2**40)]
+"""Number of rows, bytes or files."""
+
 _TOKEN_CHUNK_BYTES = 16 * 2**20
 _UNCHECKED = ("source",)
 """Keys that the digest leaves out: the path of a source that has moved may be corrected by hand."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableFile:
+class TableFile(Manifest):
     """A file of a table, which is never changed: other rows get another file.
 
     Args:
@@ -52,13 +54,12 @@ class TableFile:
     """
 
     name: str
-    num_rows: int
-    num_bytes: int
+    num_rows: Count
+    num_bytes: Count
     checksum: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
+class Part(Manifest):
     """Consecutive samples that were indexed together, and their items.
 
     Args:
@@ -69,22 +70,31 @@ class Part:
     digest: str
     tables: Mapping[str, TableFile]
 
+    @field_validator("tables")
+    @classmethod
+    def _check_names(cls, tables: Mapping[str, TableFile]) -> Mapping[str, TableFile]:
+        """Check the names of the files: those of another artifact are never opened."""
+        if SAMPLES not in tables or not tables.keys() <= {SAMPLES, *MODALITIES}:
+            raise ValueError(f"expected {SAMPLES} and any of {', '.join(MODALITIES)}, got {', '.join(tables)}")
+        for name, file in tables.items():
+            if not re.fullmatch(re.escape(table_name(name, 0)).replace("0", r"\d+(\.\d+)?"), file.name):
+                raise ValueError(f"expected a name such as {table_name(name, 0)}, got {file.name!r}")
+        return tables
+
     @property
     def num_samples(self) -> int:
         """Number of samples."""
         return self.tables[SAMPLES].num_rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableVersion:
+class TableVersion(Manifest):
     """An earlier version of the tables; chunks that were committed for it, with its digest, stay valid."""
 
     index_digest: str
-    num_parts: int
+    num_parts: Count
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheInfo:
+class CacheInfo(Manifest):
     """The content of `cache.json`.
 
     Args:
@@ -97,13 +107,27 @@ class CacheInfo:
             table of their rows, and `is_erased`, whether no chunk holds their items any more.
     """
 
-    chunk_size: int
+    chunk_size: Annotated[Count, Field(ge=1)]
     source: Mapping[str, Any]
     index_digest: str
-    parts: Sequence[Part]
+    parts: tuple[Part, ...] = Field(strict=False)
     format: int = FORMAT_VERSION
-    earlier_versions: Sequence[TableVersion] = ()
-    removed: Mapping[str, Any] = field(default_factory=dict)
+    earlier_versions: tuple[TableVersion, ...] = Field(default=(), strict=False)
+    removed: Mapping[str, Any] = {}
+
+    @field_validator("source")
+    @classmethod
+    def _check_source(cls, source: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not is_description(source):
+            raise ValueError("expected texts as type and path")
+        return source
+
+    @field_validator("removed")
+    @classmethod
+    def _check_removed(cls, removed: Mapping[str, Any]) -> Mapping[str, Any]:
+        if removed and removed.keys() != {"num_samples", "digest", "is_erased"}:
+            raise ValueError("expected num_samples, digest and is_erased")
+        return removed
 
     @cached_property
     def num_samples(self) -> int:
@@ -179,7 +203,7 @@ class CacheInfo:
         """Return the manifest with other parts, or with more samples removed."""
         removed = self.removed if removed is None else removed
         before = TableVersion(index_digest=self.index_digest, num_parts=len(self.parts))
-        return replace(
+        return replace_fields(
             self,
             index_digest=combined_digest(parts, removed),
             parts=tuple(parts),
@@ -232,15 +256,16 @@ def next_revision(file: TableFile) -> int:
 
 def find_unlisted(cache_path: Path, info: CacheInfo) -> list[Path]:
     """Return files of tables that the manifest does not list: those that were replaced, or that a kill left."""
-    listed = {file.name for part in info.parts for file in part.tables.values()} | {removed_path(cache_path, info).name}
+    listed = {file.name for part in info.parts for file in part.tables.values()}
+    listed.add(removed_path(cache_path, info.removed).name)
     patterns = [f"{SAMPLES}-*.parquet", "removed-[0-9]*.parquet", *(f"{name}/items-*.parquet" for name in MODALITIES)]
     files = [file for pattern in patterns for file in find_files(cache_path, pattern)]
     return [file for file in files if str(file)[len(str(cache_path)) + 1 :] not in listed]
 
 
-def removed_path(cache_path: Path, info: CacheInfo) -> Path:
+def removed_path(cache_path: Path, removed: Mapping[str, Any]) -> Path:
     """Return the path of the table of removed samples, which is never changed: more samples get another file."""
-    return cache_path / f"removed-{info.removed.get('num_samples', 0)}.parquet"
+    return cache_path / f"removed-{removed.get('num_samples', 0)}.parquet"
 
 
 def removed_before_path(cache_path: Path) -> Path:
@@ -285,7 +310,7 @@ def write_info(cache_path: Path, info: CacheInfo) -> None:
 
     Its last key is a digest of all others but `source`, whose path may be corrected by hand when files have moved.
     """
-    write_record(info_path(cache_path), asdict(info), unchecked=_UNCHECKED)
+    write_record(info_path(cache_path), info.to_json(), unchecked=_UNCHECKED)
 
 
 def is_cache_at(location: AnyPath, cache: AnyPath) -> bool:
@@ -312,7 +337,7 @@ def read_info(cache_path: Path) -> CacheInfo:
         unchecked=_UNCHECKED,
     )
     del record[DIGEST]
-    return construct(path, lambda: _parse(record))
+    return construct(path, lambda: CacheInfo.model_validate(record))
 
 
 def _how_to_make(path: Path) -> str:
@@ -324,41 +349,3 @@ def _how_to_make(path: Path) -> str:
     prompts = f" ({quoted(f'prompts:{path}')} if it lists classes or concepts)"
     names = prompts if path.suffix in {".txt", ".json"} else ""
     return f"embedcache extract {quoted(path)} CACHE{names}"
-
-
-def _parse(values: Mapping[str, Any]) -> CacheInfo:
-    parts = tuple(_parse_part(record) for record in values["parts"])
-    versions = tuple(TableVersion(**record) for record in values["earlier_versions"])
-    info = CacheInfo(**{**values, "parts": parts, "earlier_versions": versions})
-    _check_count("chunk_size", info.chunk_size, minimum=1)
-    for version in versions:
-        _check_count("num_parts", version.num_parts)
-    if not (isinstance(info.source, Mapping) and isinstance(info.removed, Mapping)):
-        raise TypeError("expected objects as source and removed")
-    if info.removed and info.removed.keys() != {"num_samples", "digest", "is_erased"}:
-        raise TypeError("removed: expected num_samples, digest and is_erased")
-    if not is_description(info.source):
-        raise TypeError("source: expected texts as type and path")
-    return info
-
-
-def _parse_part(record: Mapping[str, Any]) -> Part:
-    tables = {name: TableFile(**file) for name, file in record["tables"].items()}
-    for name, file in tables.items():
-        if name != SAMPLES and name not in MODALITIES:
-            raise ValueError(f"tables: expected one of {SAMPLES}, {', '.join(MODALITIES)}, got {name!r}")
-        if not re.fullmatch(re.escape(table_name(name, 0)).replace("0", r"\d+(\.\d+)?"), file.name):
-            raise ValueError(f"tables: expected a name such as {table_name(name, 0)}, got {file.name!r}")
-        _check_count(f"num_rows of {file.name}", file.num_rows)
-        _check_count(f"num_bytes of {file.name}", file.num_bytes)
-        check_types(file)
-    if SAMPLES not in tables:
-        raise ValueError("tables: expected one of samples")
-    part = Part(digest=record["digest"], tables=tables)
-    check_types(part)
-    return part
-
-
-def _check_count(name: str, count: object, *, minimum: int = 0) -> None:
-    if type(count) is not int or not minimum <= count < _MAX_ROWS:
-        raise ValueError(f"{name}: expected a whole number of at least {minimum}, got {count!r}")

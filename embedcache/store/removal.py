@@ -6,7 +6,7 @@ no chunk is left, `cache.json` says so. After a kill, the next removal finishes 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from embedcache.locks import locked
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest_file
+from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED
 from embedcache.store.feature import Feature
@@ -92,7 +93,7 @@ def remove_rows(cache: Cache, samples: Ints, keys: Sequence[str], *, progress: P
         parts = _parts_without(cache, samples, folder, progress)
         put_tables(folder, cache.path, parts)
         record = {"num_samples": len(removed.rows), "is_erased": False}
-        path = removed_path(cache.path, replace(cache.info, removed=record))
+        path = removed_path(cache.path, record)
         write_removed(path, removed)
         write_info(cache.path, cache.info.next_version(parts, {**record, "digest": digest_file(path)}))
 
@@ -118,7 +119,7 @@ def erase(cache_path: Path, *, progress: Progress | None = None) -> None:
             for erased in own:
                 _erase(erased, progress)
             progress.finish()
-        write_info(cache_path, replace(cache.info, removed={**cache.info.removed, "is_erased": True}))
+        write_info(cache_path, replace_fields(cache.info, removed={**cache.info.removed, "is_erased": True}))
 
 
 def _parts_without(cache: Cache, removed: Ints, folder: Path, progress: Progress) -> list[Part]:

@@ -102,7 +102,7 @@ def read_removed(cache_path: Path, info: CacheInfo) -> RemovedSamples:
     before = _read_marks(removed_before_path(cache_path), info.source.get(SUBSET, {}).get("removed"))
     if not info.removed:
         return no_removed(info.index_digest, before)
-    path = removed_path(cache_path, info)
+    path = removed_path(cache_path, info.removed)
     if not path.is_file() or digest_file(path) != info.removed["digest"]:
         raise CorruptError(
             f"{path}: expected the table of removed samples that cache.json was written for, got "

@@ -117,7 +117,7 @@ def _check_removed(cache: Cache) -> Iterator[Finding]:
     try:
         read_removed(cache.path, cache.info)
     except (CorruptError, PathError) as error:
-        yield finding(name=removed_path(cache.path, cache.info).name, reason=str(error))
+        yield finding(name=removed_path(cache.path, cache.info.removed).name, reason=str(error))
     if cache.info.has_interrupted_removal:
         yield finding(name=info_path(cache.path).name, reason=INTERRUPTED_REMOVAL)
 

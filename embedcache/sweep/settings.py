@@ -1,16 +1,14 @@
 """Settings of a sweep, apart from its search space."""
 
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from embedcache.settings import check_settings, setting
+from embedcache.settings import Settings, setting
 
 Sampler: TypeAlias = Literal["tpe", "random", "grid"]
 Pruner: TypeAlias = Literal["none", "median", "hyperband"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepSettings:
+class SweepSettings(Settings):
     """Settings of a sweep: how a space is searched."""
 
     trials: int = setting(50, "Trials of the study, by all workers together; pruned and failed ones count.", ge=1)
@@ -35,6 +33,3 @@ class SweepSettings:
         affects_result=False,
         default_text="SQLite in the study's folder",
     )
-
-    def __post_init__(self) -> None:
-        check_settings(self)

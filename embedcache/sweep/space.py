@@ -3,9 +3,11 @@
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from embedcache.dataset.settings import SplitSettings
 from embedcache.devices import torch_device
@@ -13,7 +15,7 @@ from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.files import read_text
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.registry import unknown_name
-from embedcache.settings import Declaration, check_value, flat_settings, with_underscores
+from embedcache.settings import explain, flat_settings, with_underscores
 from embedcache.train.losses import check_loss
 from embedcache.train.settings import TrainSettings, train_settings
 from embedcache.train.trackers import check_trackers
@@ -28,14 +30,15 @@ _COMPARED_BY = (*(item.name for item in flat_settings(SplitSettings)), "language
 """Settings that would give trials different validation samples."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Range:
+class Range(BaseModel):
     """Numbers from `low` to `high`, both inclusive; integers if the bounds and the step are.
 
     Args:
         log: whether values are sampled evenly on a logarithmic scale.
         step: distance between neighboring values; None: 1 for integers, any value otherwise.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     low: Number
     high: Number
@@ -47,7 +50,7 @@ class Range:
         """Whether it contains only integers."""
         return all(isinstance(value, int) for value in (self.low, self.high, self.step or 0))
 
-    def __post_init__(self) -> None:
+    def model_post_init(self, _context: object) -> None:
         if not self.low <= self.high:
             raise SettingError(f"low: expected at most high, {self.high}, got {self.low}")
         if self.log and self.low <= 0:
@@ -93,9 +96,10 @@ class Space:
 
     def to_json(self) -> Mapping[str, Any]:
         """Return everything that decides the trials as JSON values."""
-        fixed = {name: value for name, value in self.fixed.items() if _SETTINGS[name].declared.affects_result}
+        fixed = {name: value for name, value in self.fixed.items() if _SETTINGS[name].affects_result}
         ranges = {
-            name: asdict(values) if isinstance(values, Range) else list(values) for name, values in self.ranges.items()
+            name: values.model_dump() if isinstance(values, Range) else list(values)
+            for name, values in self.ranges.items()
         }
         return {"fixed": fixed, "space": ranges}
 
@@ -118,7 +122,7 @@ def read_space(path: Path) -> Space:
             )
         if name not in _SETTINGS:
             table = "fixed" if name in fixed else "space"
-            descriptions = {known: item.declared.help for known, item in _SETTINGS.items()}
+            descriptions = {known: item.help for known, item in _SETTINGS.items()}
             where = f"in [{table}] of {path}"
             raise unknown_name("training setting", name, _SETTINGS, where=where, descriptions=descriptions)
     for name in swept:
@@ -164,7 +168,7 @@ def _check_can_be_swept(path: Path, name: str, fixed: Mapping[str, Any]) -> None
         reason = "the best seed means nothing, and --seeds-per-config retrains the best configurations"
     elif name == "recipe":
         reason = "it chooses the settings of all trials that the file does not name"
-    elif name == "device" or not _SETTINGS[name].declared.affects_result:
+    elif name == "device" or not _SETTINGS[name].affects_result:
         reason = "it cannot improve a trial"
     if reason is not None:
         raise SettingError(f"{path} has {name} in [space], but {reason}; move it to [fixed]")
@@ -180,17 +184,10 @@ def _parse_range(path: Path, name: str, value: Any) -> Range | tuple[Value, ...]
         return choices
     if not isinstance(value, dict):
         raise SettingError(f"{location}: expected a range or choices, such as {_EXAMPLE}, got {value!r}")
-    unknown = [key for key in value if key not in ("low", "high", "log", "step")]
-    missing = [key for key in ("low", "high") if key not in value]
-    if unknown or missing:
-        problem = repr(unknown[0]) if unknown else f"no {missing[0]!r}"
-        raise SettingError(f"{location}: expected low and high, and optionally log or step, got {problem}")
-    for key, bound in value.items():
-        check_value(f"{location}: {key}", bound, bool if key == "log" else float, Declaration(help=""))
     try:
-        return Range(**value)
-    except SettingError as error:
-        raise SettingError(f"{location}: {error}") from error
+        return Range.model_validate(value)
+    except ValidationError as error:
+        raise SettingError(f"{location}: {explain(error)}; expected low and high, and optionally log or step") from None
 
 
 def _choice(value: Any) -> Value:

@@ -1,7 +1,6 @@
 """The folder of a study: settings that decide its trials, the split that they share, and the paths of their runs."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -14,6 +13,7 @@ from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
     FORMAT,
+    Manifest,
     check_same,
     construct,
     digest_file,
@@ -21,6 +21,7 @@ from embedcache.provenance import (
     read_study,
     write_record,
 )
+from embedcache.settings import replace_fields
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space
 from embedcache.train.checkpoint import FAILED, check_failed, check_not_extended, failed_digests
@@ -44,8 +45,7 @@ _FILES = (
 _FAILED = "failed"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Study:
+class Study(Manifest):
     """The content of `study.json`: everything that decides the trials of a study.
 
     Args:
@@ -57,6 +57,7 @@ class Study:
         split_digest: SHA-256 of `split.parquet`.
     """
 
+    format: int = FORMAT
     space: Mapping[str, Any]
     index_digest: str
     sides: Mapping[str, Mapping[str, Any]]
@@ -66,15 +67,6 @@ class Study:
     storage: str | None
     name: str = "sweep"
     split_digest: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON values of `study.json`."""
-        return {"format": FORMAT, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Study":
-        """Build a study from the values of `to_json`."""
-        return cls(**{name: value for name, value in values.items() if name != "format"})
 
 
 def open_study(
@@ -111,7 +103,7 @@ def open_study(
         pairs = data.pairs(language, progress=progress)
         split = data.split(pairs, fixed.split, progress=progress)
         write_split(split_path(path), data.caches, split)
-        made = replace(requested, split_digest=digest_file(split_path(path)))
+        made = replace_fields(requested, split_digest=digest_file(split_path(path)))
         write_record(manifest_path(path), made.to_json())
     return made
 
@@ -120,8 +112,8 @@ def _reopen_study(path: Path, requested: Study, failed: Mapping[str, str], data:
     """Read the study in a folder, and compare it with what is requested."""
     values = read_study(path)
     values.pop(DIGEST, None)
-    stored = construct(manifest_path(path), lambda: Study.from_json(values))
-    expected = replace(requested, name=stored.name, split_digest=stored.split_digest)
+    stored = construct(manifest_path(path), lambda: Study.model_validate(values))
+    expected = replace_fields(requested, name=stored.name, split_digest=stored.split_digest)
     next_step = "sweep into a new folder, or keep the study"
     check_not_extended(f"study {path} was begun", stored.index_digest, data.caches, next_step=next_step)
     next_step = "use a new folder, or request the same"
@@ -148,7 +140,7 @@ def _modalities(study: Study) -> dict[str, Any]:
 
 
 def _without_failed(study: Study) -> dict[str, Any]:
-    values = asdict(study)
+    values = study.to_json()
     for modality, side in values.pop("sides").items():
         values[modality] = {name: value for name, value in side.items() if name != _FAILED}
     return values

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -16,6 +16,7 @@ from embedcache.processes import run_processes
 from embedcache.progress import Progress
 from embedcache.projectors.base import split_names
 from embedcache.registry import mark_as_read
+from embedcache.settings import replace_fields
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, Value
 from embedcache.sweep.study import Study, retrained_path, split_path, trial_path
@@ -57,13 +58,13 @@ class StudyJob:
         """Return the training settings of a trial's parameters, with the study's split."""
         settings = self.space.settings(params)
         mark_as_read(self.path, [*split_names(settings.model.projector), settings.loss.name])
-        return replace(settings, split=replace(settings.split, kind=str(split_path(self.path.resolve()))))
+        return replace_fields(settings, split=replace_fields(settings.split, kind=str(split_path(self.path.resolve()))))
 
     def retrained_runs(self, trial: FrozenTrial) -> Iterator[tuple[Path, TrainSettings]]:
         """Iterate over the runs that retrain a trial's configuration, one per seed, the trial's own seed first."""
         first = self.run_settings(trial.params)
         for seed in range(first.seed, first.seed + self.settings.seeds_per_config):
-            yield retrained_path(self.path, trial.number, seed), replace(first, seed=seed)
+            yield retrained_path(self.path, trial.number, seed), replace_fields(first, seed=seed)
 
 
 def run_workers(job: StudyJob, progress: Progress) -> None:

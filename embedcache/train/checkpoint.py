@@ -7,7 +7,6 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol, TypeVar
@@ -32,6 +31,7 @@ from embedcache.provenance import (
     write_json,
 )
 from embedcache.records import record_stage
+from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
 from embedcache.train.data import TrainData, parse_views
 from embedcache.train.distributed import gather_objects, num_processes, process_rank, run_on_first
@@ -83,7 +83,7 @@ def name_device(machine: MachineSettings, run_path: Path, *, needs_float64: bool
         device = _recorded_device(run_path / "started.json")
     if not is_finished or device == AUTO:
         device = str(torch_device(device, needs_float64=needs_float64))
-    return replace(machine, device=device)
+    return replace_fields(machine, device=device)
 
 
 def _recorded_device(path: Path) -> str:

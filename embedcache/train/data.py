@@ -31,6 +31,7 @@ from embedcache.modalities import MODALITIES, order_pair
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import TowerInput, run_selection_path, split_path
 from embedcache.provenance import check_same, digest
+from embedcache.settings import to_flat
 from embedcache.store.cache import Cache
 from embedcache.store.rows import key_column
 from embedcache.train.distributed import run_on_first
@@ -380,7 +381,7 @@ def _write_split(
         return None
     if (kept := run_selection_path(run_path, settings.selection)) and settings.selection_path:
         write_atomic(kept, read_file(settings.selection_path))
-    is_default = settings.split.kind == "strict" and "split" not in settings.given
+    is_default = settings.split.kind == "strict" and "split" not in to_flat(settings)
     if is_default and any("split" in cache.columns for cache in data.caches):
         progress.note("--split strict ignores the column 'split' of the samples; --split column follows it")
     split = data.split(pairs, settings.split, progress=progress)

@@ -1,15 +1,19 @@
 """Train the module of any task, into a run folder."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from embedcache.dataset.inputs import InputFeature
 from embedcache.metrics.ranking import metric_label
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.modules import ModuleConfig, ModuleInput, read_module_config, save_module
 from embedcache.projectors.saved import config_path
+from embedcache.provenance import Manifest
+from embedcache.settings import replace_fields
 from embedcache.train.checkpoint import name_device, reuse_run, train_run
 from embedcache.train.distributed import process_group
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
@@ -18,8 +22,7 @@ from embedcache.train.trackers import check_trackers
 from embedcache.train.trainer import OnEpoch, Task, Trainer, seeded
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModuleReport:
+class ModuleReport(Manifest):
     """Result of `train_task`.
 
     Args:
@@ -32,7 +35,7 @@ class ModuleReport:
         wait_fraction: fraction of the training time spent waiting for data.
     """
 
-    path: Path
+    path: Path = Field(exclude=True)
     reused: bool
     num_parameters: int
     best_epoch: int
@@ -46,10 +49,6 @@ class ModuleReport:
         measures = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in self.measures.items())
         state = "reused, trained earlier with the same settings" if self.reused else "trained"
         return f"{self.path}: {state}: {self.num_parameters:,} parameters; {outcome}; validation {measures}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values, without the path."""
-        return {name: value for name, value in asdict(self).items() if name != "path"}
 
 
 def train_task(
@@ -82,8 +81,8 @@ def train_task(
     check_trackers(settings.machine.report_to)
     machine = name_device(settings.machine, run_path, needs_float64=True)  # some decode when they are measured
     with process_group(machine.device) as device:
-        settings = replace(settings, machine=replace(machine, device=device))
-        config = replace(
+        settings = replace_fields(settings, machine=replace_fields(machine, device=device))
+        config = replace_fields(
             config,
             training={**config.training, **settings.to_json()},
             trainable=None if settings.parts.trainable is None else settings.parts.trainable.split("+"),
@@ -91,7 +90,7 @@ def train_task(
         )
         if config_path(run_path).is_file():
             stored = read_module_config(run_path)
-            expected = replace(config, weights_digest=stored.weights_digest)
+            expected = replace_fields(config, weights_digest=stored.weights_digest)
             return reuse_run(
                 run_path,
                 stored.to_json(),

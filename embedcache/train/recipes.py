@@ -10,8 +10,9 @@ from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import SettingError, pluralize
 from embedcache.progress import Progress
+from embedcache.settings import replace_flat, to_flat
 from embedcache.train.data import TrainData
-from embedcache.train.settings import TrainSettings, given_options, replace_options
+from embedcache.train.settings import TrainSettings
 
 
 class TrainingLength(NamedTuple):
@@ -77,8 +78,8 @@ def apply_recipe(settings: TrainSettings, data: TrainData, progress: Progress) -
     """
     if settings.recipe is None:
         return settings
-    chosen = choose_settings(count_training_pairs(data, settings), given_options(settings), progress)
-    return replace_options(settings, {**chosen, "recipe": None})
+    chosen = choose_settings(count_training_pairs(data, settings), to_flat(settings), progress)
+    return replace_flat(settings, {**chosen, "recipe": None})
 
 
 def choose_settings(num_pairs: int, given: Mapping[str, Any], progress: Progress) -> dict[str, Any]:

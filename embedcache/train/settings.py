@@ -1,20 +1,22 @@
 """Settings of a training run. Nothing heavy is imported here, so that the command line starts quickly."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+from pydantic import PositiveInt
 
 from embedcache.dataset.settings import LANGUAGE_DEFAULT, SELECTION_HELP, SplitSettings, with_split_seed
 from embedcache.devices import AUTO, Precision
 from embedcache.errors import SettingError
 from embedcache.settings import (
-    check_settings,
+    Settings,
     flat_settings,
+    from_flat,
     get_setting,
     group,
-    replace_flat,
     setting,
+    to_flat,
     to_json,
     to_words,
 )
@@ -23,8 +25,7 @@ from embedcache.units import parse_size
 Initialization: TypeAlias = Literal["cca", "csa", "procrustes", "ridge", "random"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class ModelSettings(Settings):
     """Architecture of the projectors and their initialization."""
 
     projector: str = setting(
@@ -44,12 +45,8 @@ class ModelSettings:
         0.1, "Fraction of each input set to zero in training; use more for fewer pairs.", ge=0, lt=1
     )
 
-    def __post_init__(self) -> None:
-        check_settings(self)
 
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
+class OptimizerSettings(Settings):
     """AdamW with linear warm-up and cosine decay to zero."""
 
     epochs: int = setting(30, "Passes over the training samples; 0 keeps the closed form as it is.", ge=0, le=10**6)
@@ -70,12 +67,8 @@ class OptimizerSettings:
         default_text="train for all epochs",
     )
 
-    def __post_init__(self) -> None:
-        check_settings(self)
 
-
-@dataclass(frozen=True, kw_only=True)
-class LossSettings:
+class LossSettings(Settings):
     """Training objective."""
 
     name: str = setting(
@@ -93,20 +86,15 @@ class LossSettings:
     )
     mixup: float = setting(0.0, "FuseMix alpha: mix each batch with lambda ~ Beta(alpha, alpha); 0 disables it.", ge=0)
     structure: float = setting(0.0, "Weight of the STRUCTURE regularizer; 0 disables it.", ge=0)
-    widths: tuple[int, ...] = setting(
+    widths: tuple[PositiveInt, ...] = setting(
         (),
         "Matryoshka: add the loss of the first components of the shared space, for each of these widths, such as "
         "64,128.",
-        ge=1,
         metavar="N,...",
     )
 
-    def __post_init__(self) -> None:
-        check_settings(self)
 
-
-@dataclass(frozen=True, kw_only=True)
-class MachineSettings:
+class MachineSettings(Settings):
     """Where and how training runs."""
 
     device: str = setting(
@@ -143,12 +131,8 @@ class MachineSettings:
         affects_result=False,
     )
 
-    def __post_init__(self) -> None:
-        check_settings(self)
 
-
-@dataclass(frozen=True, kw_only=True)
-class PartSettings:
+class PartSettings(Settings):
     """Which parts of a module start from other runs, and which are trained; a pair has image, text, temperature."""
 
     init_from: tuple[str, ...] = setting(
@@ -166,12 +150,8 @@ class PartSettings:
         default_text="all",
     )
 
-    def __post_init__(self) -> None:
-        check_settings(self)
 
-
-@dataclass(frozen=True, kw_only=True)
-class FitSettings:
+class FitSettings(Settings):
     """Settings of the training loop, for any task."""
 
     optimizer: OptimizerSettings = group(OptimizerSettings)
@@ -179,21 +159,13 @@ class FitSettings:
     seed: int = setting(0, "Random seed of initialization, batch order and dropout.", ge=0, lt=2**32)
     machine: MachineSettings = group(MachineSettings)
 
-    def __post_init__(self) -> None:
-        check_settings(self)
-
     def to_json(self) -> Mapping[str, Any]:
         """Return the values that affect the result, as nested JSON values."""
         return _to_json(self, self.machine)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """All settings of a training run.
-
-    Args:
-        given: names of settings that a recipe keeps, beside those that differ from their defaults.
-    """
+class TrainSettings(Settings):
+    """All settings of a training run."""
 
     recipe: Literal["auto"] | None = setting(
         None,
@@ -247,10 +219,8 @@ class TrainSettings:
     )
     seed: int = setting(0, "Random seed of batch order, caption draws, initialization and dropout.", ge=0, lt=2**32)
     machine: MachineSettings = group(MachineSettings)
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if too_wide := [width for width in self.loss.widths if width > self.model.shared_width]:
             raise SettingError(
                 f"widths: expected at most the width of the shared space, {self.model.shared_width}, got "
@@ -286,32 +256,18 @@ def _to_json(settings: Any, machine: MachineSettings) -> Mapping[str, Any]:
 
 def train_settings(options: Mapping[str, Any]) -> TrainSettings:
     """Build settings from flat names; `split_seed` defaults to `seed`."""
-    return replace_options(TrainSettings(), with_split_seed(options))
-
-
-def replace_options(settings: TrainSettings, options: Mapping[str, Any]) -> TrainSettings:
-    """Return settings with some values replaced by flat name, which a recipe then keeps; None stands for the default.
-
-    Errors are those of `embedcache.settings.from_flat`.
-    """
-    names = {name for name, value in options.items() if value is not None}
-    return replace(replace_flat(settings, options), given=settings.given | names)
-
-
-def given_options(settings: TrainSettings) -> dict[str, Any]:
-    """Return the settings that were given by name, or differ from their defaults, by flat name."""
-    values = {item: get_setting(settings, item) for item in flat_settings(TrainSettings)}
-    return {item.name: value for item, value in values.items() if item.name in settings.given or value != item.default}
+    return from_flat(TrainSettings, with_split_seed(options))
 
 
 def command_line(settings: TrainSettings) -> list[str]:
     """Return the command-line options that ask for these settings: those that differ from their defaults."""
     words, defaults = [], train_settings({"seed": settings.seed})
+    given = to_flat(settings)
     for item in flat_settings(TrainSettings):
         value, default = get_setting(settings, item), get_setting(defaults, item)
         if isinstance(value, Mapping):
             value = {modality: part for modality, part in value.items() if part != default.get(modality)}
-        is_kept = settings.recipe is not None and item.name in settings.given
+        is_kept = settings.recipe is not None and item.name in given
         if item.name == "seed" or is_kept or value != default:
             option = f"--{item.name.replace('_', '-')}"
             words += [option] if value is True else [word for part in to_words(value) for word in (option, part)]

@@ -1,7 +1,6 @@
 """Train a pair of projectors on cached features, into a run folder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from embedcache.projectors.saved import (
     save_pair,
     split_path,
 )
-from embedcache.provenance import digest_file
-from embedcache.settings import merge_settings
+from embedcache.provenance import Manifest, digest_file
+from embedcache.settings import merge_settings, replace_fields, replace_flat
 from embedcache.train.batches import Loader
 from embedcache.train.checkpoint import (
     check_not_extended,
@@ -53,7 +52,7 @@ from embedcache.train.pair import PairTask, Validation, has_batch_norm, pair_par
 from embedcache.train.pair_batches import PairBatches, PairLoader
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
 from embedcache.train.recipes import apply_recipe
-from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings, replace_options
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.trackers import check_trackers
 from embedcache.train.trainer import OnEpoch, Trainer, seeded
 
@@ -62,8 +61,7 @@ _CHECKED_ROWS = 65_536
 _MIN_ITEMS = 2  # of a batch: others are the negatives
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainReport:
+class TrainReport(Manifest):
     """Result of a training run.
 
     Args:
@@ -114,15 +112,6 @@ class TrainReport:
             )
         return lines
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "TrainReport":
-        """Build a report from the values of `to_json`."""
-        return cls(**values)
-
 
 def train(
     caches: Paths,
@@ -162,15 +151,15 @@ def train(
         MissingExtraError: the library of a tracker is not installed.
     """
     settings = merge_settings(TrainSettings, settings, {})
-    settings = replace_options(settings, with_split_seed(options, settings))
+    settings = replace_flat(settings, with_split_seed(options, settings))
     progress = to_progress(progress)
     for name in split_names(settings.model.projector):
         PROJECTORS.load(name)
     check_loss(settings.loss.name, settings.captions)
     check_trackers(settings.machine.report_to)
-    settings = replace(settings, machine=name_device(settings.machine, Path(run)))
+    settings = replace_fields(settings, machine=name_device(settings.machine, Path(run)))
     with process_group(settings.machine.device) as device:
-        settings = replace(settings, machine=replace(settings.machine, device=device))
+        settings = replace_fields(settings, machine=replace_fields(settings.machine, device=device))
         data = open_data(caches, feature, memory_bytes=settings.machine.memory, progress=progress)
         return train_on(data, run, settings, progress=progress)
 
@@ -189,11 +178,11 @@ def train_on(
     raises ends the training.
     """
     run_path, progress = Path(run_path), progress or NullProgress()
-    settings = replace(settings, language=choose_language(data.caches, data.sides, settings.language, progress))
+    settings = replace_fields(settings, language=choose_language(data.caches, data.sides, settings.language, progress))
     settings = apply_recipe(settings, data, progress)
-    settings = replace(settings, machine=name_device(settings.machine, run_path))
+    settings = replace_fields(settings, machine=name_device(settings.machine, run_path))
     if settings.block_rows is None:
-        settings = replace(settings, block_rows=data.block_rows)
+        settings = replace_fields(settings, block_rows=data.block_rows)
     check_loss(settings.loss.name, settings.captions)
     _check_features(data, settings)
     if settings.negatives:  # a strict split may take hours: errors are found before
@@ -241,9 +230,9 @@ def _reuse_run(run_path: Path, config: PairConfig, data: TrainData) -> TrainRepo
     stored = read_config(run_path)
     next_step = "train into a new folder, or keep the run"
     check_not_extended(f"run {run_path} was trained", stored.index_digest, data.caches, next_step=next_step)
-    expected = replace(config, weights_digest=stored.weights_digest, split_digest=stored.split_digest)
-    report = reuse_run(run_path, stored.to_json(), expected.to_json(), TrainReport.from_json)
-    return replace(report, reused=True)
+    expected = replace_fields(config, weights_digest=stored.weights_digest, split_digest=stored.split_digest)
+    report = reuse_run(run_path, stored.to_json(), expected.to_json(), TrainReport.model_validate)
+    return replace_fields(report, reused=True)
 
 
 def _fit(
@@ -326,13 +315,13 @@ def _model_settings(pair: AlignedPair, settings: TrainSettings, sources: Mapping
     """Return the settings of the initialization, which is random by default where another run replaces a tower."""
     if settings.model.initialization is not None or sources.keys().isdisjoint(pair.modalities):
         return settings.model
-    return replace(settings.model, initialization="random")
+    return replace_fields(settings.model, initialization="random")
 
 
 def _optimizer_settings(pair: AlignedPair, settings: TrainSettings) -> OptimizerSettings:
     """Return the settings of the optimizer; towers without parameters, such as those of asif, are not trained."""
     has_parameters = any(True for tower in pair.towers for _ in tower.parameters())
-    return settings.optimizer if has_parameters else replace(settings.optimizer, epochs=0)
+    return settings.optimizer if has_parameters else replace_fields(settings.optimizer, epochs=0)
 
 
 def _hard_negatives(

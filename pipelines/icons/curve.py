@@ -284,7 +284,7 @@ def choose(draws: Sequence[SeedRuns]) -> dict[tuple[str, int], int]:
 
 def read_report(run_path: Path) -> TrainReport:
     """Read the report of a finished run."""
-    return TrainReport.from_json(read_json(run_path / "record.json")["outcome"])
+    return TrainReport.model_validate(read_json(run_path / "record.json")["outcome"])
 
 
 def read_score(run_path: Path) -> float:

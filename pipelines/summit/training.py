@@ -1,7 +1,7 @@
 """Segmentation of points as a task: source training on labels, and adaptation on pseudo-labels of the target."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor
 from embedcache.arrays import Floats, Ints, check_finite
 from embedcache.errors import DataError
 from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module, save_module
+from embedcache.settings import replace_fields
 from embedcache.train.batches import Loader, RowBatches, to_device
 from embedcache.train.distributed import own_slice
 from embedcache.train.modules import ModuleReport, train_task
@@ -278,7 +279,7 @@ def save_matched_entropy(
     }
     training = {**config.training, "entropy in nats": dict(entropies), "temperature": temperatures}
     matched_path.mkdir(parents=True, exist_ok=True)
-    save_module(matched_path, module.eval(), replace(config, training=training))
+    save_module(matched_path, module.eval(), replace_fields(config, training=training))
     return module
 
 

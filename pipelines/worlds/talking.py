@@ -24,7 +24,6 @@ import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +37,7 @@ from embedcache.processes import num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import require, unknown_name
 from embedcache.samples import FileItem, Sample, TextItem
-from embedcache.settings import check_settings, setting, to_json
+from embedcache.settings import Settings, setting, to_json
 from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
 from pipelines.worlds.talking_mouth import VIDEO_RATE_HZ, Damage, Phone, draw_clip, draw_face
@@ -59,8 +58,7 @@ _FORMAT = 1
 _FEW = 40  # utterances: less time than starting a process
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorldSettings:
+class WorldSettings(Settings):
     """Settings of a talking-mouth world."""
 
     seed: int = setting(0, "Draw texts, speech and faces from this seed.", ge=0)
@@ -82,8 +80,7 @@ class WorldSettings:
     replace: float = setting(0.2, "Largest fraction of its phones that show another phone.", ge=0, le=1)
     tape_s: int = setting(90, "Length of each noise tape in seconds.", ge=1)
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         reserved = {*UNSEEN_VOICES, *VALID_VOICES, *TAPE_VOICES} & set(self.espeak_voices)
         if reserved:
             raise SettingError(f"espeak_voices: {', '.join(sorted(reserved))} speak in other sets; name other voices")

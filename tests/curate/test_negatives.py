@@ -1,7 +1,6 @@
 """Hard negatives: mined, written, read and drawn; near-duplicates are never among them."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from embedcache.reports.summary import summarize
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
+from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache
 from tests.evaluate.test_retrieval import train_run
@@ -72,17 +72,17 @@ def test_negatives_are_the_nearest_of_other_groups(cache_path: Path, run_path: P
 @pytest.mark.slow
 def test_thresholds_margins_and_random_draws(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
     base = NegativesSettings(run=run_path, **LOOSE)
-    low = replace(base, max_score=0.5, min_score=0.1, num_negatives=2)
+    low = replace_fields(base, max_score=0.5, min_score=0.1, num_negatives=2)
     mine_negatives(cache_path, tmp_path / "low.parquet", low)
     scores = np.concatenate([np.array(row) for row in pq.read_table(tmp_path / "low.parquet")["scores"].to_pylist()])
     assert len(scores)
     assert ((scores >= 0.1) & (scores <= 0.5)).all()
-    margin = mine_negatives(cache_path, tmp_path / "margin.parquet", replace(base, relative_margin=0.3))
+    margin = mine_negatives(cache_path, tmp_path / "margin.parquet", replace_fields(base, relative_margin=0.3))
     plain = mine_negatives(cache_path, tmp_path / "plain.parquet", base)
     assert margin.num_negatives < plain.num_negatives
     drawn = [
         mine_negatives(
-            cache_path, tmp_path / f"{seed}.parquet", replace(base, sampling="random", range_max=50, seed=seed)
+            cache_path, tmp_path / f"{seed}.parquet", replace_fields(base, sampling="random", range_max=50, seed=seed)
         )
         for seed in (0, 1)
     ]
@@ -92,9 +92,11 @@ def test_thresholds_margins_and_random_draws(cache_path: Path, run_path: Path, t
     rows = [pq.read_table(tmp_path / f"{seed}.parquet")["negatives"] for seed in (0, 1)]
     assert not rows[0].equals(rows[1])
     with pytest.raises(DataError, match="range-max"):
-        mine_negatives(cache_path, tmp_path / "none.parquet", replace(base, max_score=-0.99))
+        mine_negatives(cache_path, tmp_path / "none.parquet", replace_fields(base, max_score=-0.99))
     with pytest.raises(DataError, match="near-duplicates"):
-        mine_negatives(cache_path, tmp_path / "none.parquet", replace(base, cosines={"image": -1.0, "text": 0.999}))
+        mine_negatives(
+            cache_path, tmp_path / "none.parquet", replace_fields(base, cosines={"image": -1.0, "text": 0.999})
+        )
     assert not (tmp_path / "none.parquet").exists()
 
 
@@ -112,7 +114,7 @@ def test_an_exact_index_finds_the_same(cache_path: Path, run_path: Path, mined: 
     ):
         build_index(cache_path, tmp_path / name, run=run_path, **options)
         with pytest.raises(FingerprintError, match=message):
-            mine_negatives(cache_path, tmp_path / "x.parquet", replace(settings, index=tmp_path / name))
+            mine_negatives(cache_path, tmp_path / "x.parquet", replace_fields(settings, index=tmp_path / name))
 
 
 def test_without_a_run_items_are_compared_with_their_own_modality(cache_path: Path, tmp_path: Path) -> None:
@@ -258,7 +260,7 @@ def test_limits_are_inclusive(two_caches: list[Path], own_run: Path, tmp_path: P
     settings = NegativesSettings(run=own_run, num_negatives=1, **LOOSE)
 
     def nearest(**options: Any) -> list[list[float]]:
-        mine_negatives(two_caches[0], tmp_path / "n.parquet", replace(settings, **options))
+        mine_negatives(two_caches[0], tmp_path / "n.parquet", replace_fields(settings, **options))
         scores: list[list[float]] = table_of(tmp_path / "n.parquet", two_caches[0])["scores"].to_pylist()
         return scores
 

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.similar_pairs import SAME_PICTURE
 from embedcache.extract.extract import extract
 from embedcache.reports.dedup import comparison_line, dedup_line, write_dedup_page, write_threshold_page
+from embedcache.settings import replace_fields
 from embedcache.sources import open_source
 from embedcache.sources.reopen import read_below
 from tests.toy import IMAGE
@@ -92,7 +92,7 @@ def test_copies_by_bytes_and_by_pixels_are_removed(faces: Path, tmp_path: Path) 
     settings = DedupSettings(copies_only=True)
     copies = {"1": (True, False), "2": (True, True), "3": (True, True)}
     assert removed(faces, tmp_path, settings) == copies
-    assert removed(faces, tmp_path, replace(settings, pixels=False)) == {"1": (True, False)}
+    assert removed(faces, tmp_path, replace_fields(settings, pixels=False)) == {"1": (True, False)}
     assert removed(faces, tmp_path, DedupSettings(cosine=0.9)) == {**copies, "4": (False, True)}
 
 

@@ -3,7 +3,6 @@
 import base64
 import io
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from embedcache.dataset.thumbnails import (
 )
 from embedcache.errors import ItemError, PathError
 from embedcache.extract.extract import extract
+from embedcache.settings import replace_fields
 from embedcache.sources import open_source, read_below
 from embedcache.sources.media import decode_audio, decode_video
 from embedcache.store.cache import Cache
@@ -35,7 +35,7 @@ def described(two_caches: list[Path], monkeypatch: pytest.MonkeyPatch) -> Descri
     def describe(kind: str, path: object, **others: Any) -> Cache:
         cache = Cache(two_caches[0])
         source = {"type": kind, "path": str(path), "settings": {}, **others}
-        monkeypatch.setattr(cache, "info", replace(cache.info, source=source))
+        monkeypatch.setattr(cache, "info", replace_fields(cache.info, source=source))
         return cache
 
     return describe

@@ -1,6 +1,5 @@
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.alignment import debiased_cka, linear_cka, mutual_knn, shuffled_cka
 from embedcache.projectors.saved import split_path
 from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table
+from embedcache.settings import replace_fields
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
@@ -89,7 +89,7 @@ def unit_means(cache: Cache, modality: str, name: str, samples: Ints) -> Array:
 @pytest.mark.slow
 @pytest.mark.parametrize(("image", "text"), [(IMAGES[0], TEXTS[0]), (IMAGES[1], TEXTS[1])])
 def test_metrics_match_the_plain_formulas(captioned: Path, tmp_path: Path, image: str, text: str) -> None:
-    split = replace(SPLIT, kind="key")
+    split = replace_fields(SPLIT, kind="key")
     report = compare(captioned, feature={"image": (image,), "text": (text,)}, split=split, k=5, resamples=20)
     cut = read_split(split_path(trained_run(captioned, tmp_path / "run", split)), [Cache(captioned)])
     samples = np.flatnonzero(np.isin(cut.parts, ["train", "val"]))
@@ -105,7 +105,7 @@ def test_metrics_match_the_plain_formulas(captioned: Path, tmp_path: Path, image
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["strict", "key"])
 def test_probe_matches_a_run_with_closed_form(captioned: Path, tmp_path: Path, kind: str) -> None:
-    split = replace(SPLIT, kind=kind, cosines={"image": 0.999, "text": 0.99})
+    split = replace_fields(SPLIT, kind=kind, cosines={"image": 0.999, "text": 0.99})
     run = trained_run(captioned, tmp_path / "run", split)
     expected = evaluate_retrieval(captioned, [run], RetrievalSettings(part="val"))
     for given in (split, SplitSettings(kind=str(split_path(run)))):
@@ -228,7 +228,7 @@ def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Pat
     wrong: list[tuple[Path, dict[str, Any], type[EmbedcacheError], str]] = [
         (cache_path, {"feature": {"image": ("open_toy/clz",)}}, UnknownNameError, "clz"),
         (captioned, {"k": 60, "split": key}, SettingError, "60"),
-        (cache_path, {"split": replace(SPLIT, cosines={"image": 0.995, "text": 0.1})}, SettingError, "300"),
+        (cache_path, {"split": replace_fields(SPLIT, cosines={"image": 0.995, "text": 0.1})}, SettingError, "300"),
         (cache_path, {"num_samples": 20, "split": key}, DataError, "10 and 5"),
         (cache_path, {"split": SplitSettings(kind=str(tmp_path / "ten.parquet"))}, DataError, "got 10"),
         (tmp_path / "few", {"split": key}, DataError, "got 19"),

@@ -22,6 +22,7 @@ from embedcache.outputs import write_report_json
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, project, save_pair, split_path
 from embedcache.records import record_stage
+from embedcache.settings import replace_fields
 from tests.crash import call_elsewhere
 from tests.edits import edit_record
 from tests.export.runs import make_run, tower_input
@@ -219,7 +220,7 @@ def test_card_states_widths(shorten: str | None, run: Path, tmp_path: Path) -> N
     write_card(path, opened, notes, "x", None)
     assert "Matryoshka" not in path.read_text()
     training = {**opened.config.training, "loss": {"name": "info_nce", "widths": [16, 8, 4]}}
-    write_card(path, replace(opened, config=replace(opened.config, training=training)), notes, "x", None)
+    write_card(path, replace(opened, config=replace_fields(opened.config, training=training)), notes, "x", None)
     assert "trained at the widths 4, 8 as well" in path.read_text()
     code = ": `encode(…, truncate_dim=4)`" if shorten else ""
     assert f"are vectors of that width{code}.\n" in path.read_text()

@@ -4,7 +4,6 @@ import ctypes.util
 import importlib.util
 import shutil
 import wave
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from embedcache.errors import DataError, MissingExtraError, SettingError, Source
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
+from embedcache.settings import replace_fields
 from embedcache.sources import Source, open_source
 from embedcache.sources.media import decode_audio, decode_video
 from embedcache.store.cache import Cache
@@ -51,7 +51,7 @@ needs_espeak = pytest.mark.skipif(not HAS_ESPEAK, reason="needs Debian's libespe
 needs_flite = pytest.mark.skipif(not HAS_FLITE, reason="needs Debian's flite")
 NEEDS_RECORDINGS = "needs pocketsphinx and Debian's asterisk-core-sounds-en-g722 and klettres-data"
 needs_recordings = pytest.mark.skipif(not HAS_RECORDINGS, reason=NEEDS_RECORDINGS)
-SMALL = replace(TINY, train=3, tape_s=1, pauses=0.5)
+SMALL = replace_fields(TINY, train=3, tape_s=1, pauses=0.5)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -244,7 +244,7 @@ class TestWorld:
         write_world(world, SMALL, sets=("train", "valid", "A", "B"))
         assert {path: path.stat().st_mtime_ns for path in world.rglob("*") if path.is_file()} == before
         with pytest.raises(SettingError, match="its seed is 0, requested 1; use a new folder"):
-            write_world(world, replace(SMALL, seed=1))
+            write_world(world, replace_fields(SMALL, seed=1))
         with pytest.raises(SettingError, match="expected names of train, valid, A, B, R, K, got 'C'"):
             write_world(world, SMALL, sets=("C",))
 
@@ -259,7 +259,7 @@ class TestWorld:
     def test_damaged_faces_are_recorded_and_drawn(self, tmp_path: Path) -> None:
         if not HAS_ESPEAK:
             pytest.skip("needs Debian's libespeak-ng1")
-        settings = replace(SMALL, train=2, damaged=0.5, faces=6, flite_voices=("kal16",))
+        settings = replace_fields(SMALL, train=2, damaged=0.5, faces=6, flite_voices=("kal16",))
         write_world(tmp_path / "world", settings, sets=("train",))
         samples = list(open_source(str(tmp_path / "world/train"), kind=KIND).samples())
         records = list(read_manifest(tmp_path / "world/train"))

@@ -3,7 +3,6 @@
 import json
 import runpy
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from embedcache.projectors.saved import (
     save_pair,
 )
 from embedcache.provenance import DIGEST, read_json, write_record
+from embedcache.settings import replace_fields
 
 IMAGE = TowerInput(feature="a/cls", spec="a:m", fingerprint={"family": "a", "weights": "w"}, width=6)
 TEXT = TowerInput(feature="b/mean", spec="b:m", fingerprint={"family": "b"}, width=5)
@@ -62,7 +62,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, sides: tuple[str, str]) -> None
     assert (values["index_digest"], values["file_digests"]) == ("d", {"split": "s"})
     assert is_pair(values)
     loaded, found = load_pair(tmp_path / "run")
-    assert replace(found, split_digest="", weights_digest="") == config
+    assert replace_fields(found, split_digest="", weights_digest="") == config
     assert len(found.split_digest) == len(found.weights_digest) == 64
     assert found.modalities == sides
     assert not loaded.training

@@ -46,6 +46,7 @@ from embedcache.search.queries import Queries, read_vectors
 from embedcache.search.search import CacheFilters, OpenIndex, search
 from embedcache.search.settings import Filter, IndexSettings, SearchSettings
 from embedcache.search.vectors import Vectors
+from embedcache.settings import replace_fields
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
@@ -629,7 +630,7 @@ def test_a_fraction_of_the_items_is_searched_more_thoroughly(
     settings = IndexSettings(feature="open_toy/cls", factory="IVF8,SQ8", min_recall=0.0)
     build_index(labeled, tmp_path / "index", settings)
     index = OpenIndex(tmp_path / "index")
-    index.card = replace(index.card, search={"nprobe": 2})
+    index.card = replace_fields(index.card, search={"nprobe": 2})
     searches: list[dict[str, int]] = []
     inner = index._index.search
     monkeypatch.setattr(
@@ -684,10 +685,12 @@ def test_samples_removed_since_are_not_found(labeled: Path, labeled_index: Path,
     cache, key = Path(shutil.copytree(labeled, tmp_path / "cache")), "train/cat/00003"
     card = read_card(labeled_index)
     assert not may_hold_removed(card, Cache(cache))
-    assert not may_hold_removed(replace(card, index_digest="other"), Cache(cache))  # grown, but nothing was removed
+    assert not may_hold_removed(
+        replace_fields(card, index_digest="other"), Cache(cache)
+    )  # grown, but nothing was removed
     remove_samples(cache, [key])
     assert may_hold_removed(card, Cache(cache))
-    assert not may_hold_removed(replace(card, index_digest=Cache(cache).info.index_digest), Cache(cache))
+    assert not may_hold_removed(replace_fields(card, index_digest=Cache(cache).info.index_digest), Cache(cache))
     index = OpenIndex(labeled_index, cache=cache)
     (hits,) = index.search(Queries(keys=["train/cat/00004"]), k=59)
     assert key not in {hit.key for hit in hits}

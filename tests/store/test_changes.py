@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from embedcache.arrays import Array
 from embedcache.errors import CorruptError, FingerprintError
 from embedcache.provenance import digest
+from embedcache.settings import replace_fields
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.changes import IndexedSample, SourceChanges, find_changes, read_samples
@@ -242,7 +243,7 @@ def test_replaced_images_after_a_kill(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_cut_cache_takes_new_samples_only_to_extend(tmp_path: Path) -> None:
     begin(tmp_path, rows(6), failed=(2,))
     info = read_info(tmp_path)
-    cut = replace(info, source={**info.source, SUBSET: {"of": "x"}})
+    cut = replace_fields(info, source={**info.source, SUBSET: {"of": "x"}})
     write_info(tmp_path, cut)
     source = Rows([*rows(6).rows, sample("a"), sample("b")])
     assert index(source, tmp_path) == index(source, tmp_path, limit=9) == cut

@@ -12,6 +12,7 @@ import pytest
 
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, UnknownNameError
 from embedcache.provenance import DERIVED, IMPORTED, RUN, add_digest
+from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
 from embedcache.store.commits import write_commit
 from embedcache.store.feature import Feature
@@ -99,7 +100,7 @@ def test_commits_are_those_of_the_rows_that_were_opened(tmp_path: Path) -> None:
     opened = write_feature(tmp_path, random_items(6, (4,), seed=1), (4,), chunk_size=4, skip_chunks=[1]).group
     version = TableVersion(index_digest="s", num_parts=1)
     parts = (*opened.info.parts, *made_info(1, {"image": 1}, chunk_size=4).parts)
-    longer = replace(opened.info, index_digest="l", parts=parts, earlier_versions=(version,))
+    longer = replace_fields(opened.info, index_digest="l", parts=parts, earlier_versions=(version,))
     write_info(tmp_path, longer)
     group, items = replace(opened, info=longer), [np.ones(4, np.float16)] * 3
     commit_chunk(group, 1, {"f": items}, [bytes(16)] * 3, {"f": [None] * 3})

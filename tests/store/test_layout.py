@@ -1,12 +1,12 @@
 """What `cache.json` holds, which numbers are refused, and how rows and chunks are counted."""
 
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from embedcache.errors import CorruptError
+from embedcache.settings import replace_fields
 from embedcache.store import layout
 from embedcache.store.layout import (
     CacheInfo,
@@ -52,7 +52,7 @@ def test_all_fields_are_read_back(tmp_path: Path) -> None:
 
 def with_file(**values: Any) -> list[dict[str, Any]]:
     """Return the parts of a manifest in which a file has other values."""
-    record = asdict(TWO)
+    record = TWO.to_json()
     record["parts"][1]["tables"]["image"].update(values)
     parts: list[dict[str, Any]] = record["parts"]
     return parts
@@ -107,7 +107,7 @@ def test_values_at_the_limits_are_read(tmp_path: Path, name: str, value: Any) ->
 
 
 def test_numbers_of_rows_and_chunks() -> None:
-    info = replace(TWO, removed={})
+    info = replace_fields(TWO, removed={})
     assert (info.num_samples, dict(info.num_items)) == (9, {"image": 10, "audio": 1})
     assert [file.name for file in info.files("image")] == ["image/items-0.parquet", "image/items-1.parquet"]
     assert (info.num_chunks("image"), info.num_chunks("text")) == (3, 0)
@@ -131,7 +131,7 @@ def test_digest_covers_parts_in_their_order_and_what_was_removed() -> None:
     assert longer.index_digest == combined_digest(longer.parts, TWO.removed)
     versions = [(version.index_digest, version.num_parts) for version in longer.earlier_versions]
     assert versions == [("old", 1), ("new", 2)]
-    assert (longer.is_partial, replace(longer, removed={}).is_partial) == (True, False)
+    assert (longer.is_partial, replace_fields(longer, removed={}).is_partial) == (True, False)
 
 
 def test_files_that_are_not_listed_are_found(tmp_path: Path) -> None:
@@ -142,20 +142,20 @@ def test_files_that_are_not_listed_are_found(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert sorted(find_unlisted(tmp_path, TWO)) == sorted(tmp_path / name for name in unlisted)
     assert next_revision(TWO.parts[0].tables["image"]) == 1
-    assert next_revision(replace(TWO.parts[0].tables["image"], name="image/items-0.4.parquet")) == 5
+    assert next_revision(replace_fields(TWO.parts[0].tables["image"], name="image/items-0.4.parquet")) == 5
 
 
 def test_chunks_of_tokens_are_halved_until_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "_TOKEN_CHUNK_BYTES", 16 * 4 * 8 * 2)  # of 16 rows of 4 tokens of width 8
-    info = replace(EMPTY, chunk_size=64)
+    info = replace_fields(EMPTY, chunk_size=64)
     assert info.chunk_shape((4, 8), "float16") == (16, 4, 8)
     assert info.chunk_shape((4, 8), "float32") == (8, 4, 8)
-    assert replace(info, chunk_size=63).chunk_shape((4, 8), "float16") == (63, 4, 8)  # chunks stay equal parts
-    assert replace(info, chunk_size=60).chunk_shape((4, 8), "float16") == (15, 4, 8)
+    assert replace_fields(info, chunk_size=63).chunk_shape((4, 8), "float16") == (63, 4, 8)  # chunks stay equal parts
+    assert replace_fields(info, chunk_size=60).chunk_shape((4, 8), "float16") == (15, 4, 8)
     assert info.chunk_shape((999,), "float64") == (64, 999)
 
 
 @pytest.mark.parametrize(("num_tokens", "rows"), [(256, 32), (264, 16)])  # 16 and 16.5 MiB are half of the rows
 def test_chunks_of_tokens_have_up_to_16_mebibytes(num_tokens: int, rows: int) -> None:
-    info = replace(EMPTY, chunk_size=64)
+    info = replace_fields(EMPTY, chunk_size=64)
     assert info.chunk_shape((num_tokens, 1024), "float16") == (rows, num_tokens, 1024)

@@ -14,6 +14,7 @@ from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.errors import CorruptError, DataError, FingerprintError, UnfinishedError
 from embedcache.provenance import IMPORTED
+from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING
 from embedcache.store.feature import Feature
@@ -33,7 +34,9 @@ def group_of(path: Path, num_items: int, *, earlier: int | None = None) -> Encod
     parts = [made_info(count, {"image": count}, chunk_size=4).parts[0] for count in counts]
     index_digest = "s" if earlier is None else "longer"
     versions = () if earlier is None else (TableVersion(index_digest="s", num_parts=1),)
-    info = replace(made_info(0, {}, chunk_size=4), parts=parts, index_digest=index_digest, earlier_versions=versions)
+    info = replace_fields(
+        made_info(0, {}, chunk_size=4), parts=parts, index_digest=index_digest, earlier_versions=versions
+    )
     write_info(path, info)
     if earlier is None:
         write_tables(path, image=pa.table({"path": [f"{row}.png" for row in range(num_items)]}))

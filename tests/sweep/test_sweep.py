@@ -20,6 +20,7 @@ from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file, read_json
 from embedcache.reports.summary import summarize
 from embedcache.reports.sweep import write_sweep_page
+from embedcache.settings import replace_fields
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import read_space
 from embedcache.sweep.study import open_study
@@ -141,7 +142,7 @@ def test_trials_share_one_split(swept: Swept) -> None:
 def test_more_trials_extend_a_study(cache_path: Path, tmp_path: Path, space_path: Path, swept: Swept) -> None:
     def run(num_trials: int) -> tuple[SweepReport, list[str]]:
         progress = RecordedProgress()
-        settings = replace(RANDOM, trials=num_trials, top_configs=1, seeds_per_config=1)
+        settings = replace_fields(RANDOM, trials=num_trials, top_configs=1, seeds_per_config=1)
         report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings, progress=progress)
         return report, progress.notes
 
@@ -182,11 +183,11 @@ def test_other_space_is_rejected(cache_path: Path, tmp_path: Path, swept: Swept)
 def test_other_settings_are_rejected(cache_path: Path, swept: Swept, settings: dict[str, str]) -> None:
     space_path = swept[0].parent / "space.toml"
     with pytest.raises(FingerprintError, match="".join(settings)):
-        sweep(cache_path, swept[0], space_path, **FEATURES, settings=replace(RANDOM, **settings))
+        sweep(cache_path, swept[0], space_path, **FEATURES, settings=replace_fields(RANDOM, **settings))
 
 
 def test_storage_that_cannot_be_opened_begins_no_study(cache_path: Path, tmp_path: Path) -> None:
-    settings = replace(RANDOM, storage="sqlite:////nowhere/at/all/study.db")
+    settings = replace_fields(RANDOM, storage="sqlite:////nowhere/at/all/study.db")
     with pytest.raises(PathError, match="nowhere"):
         sweep(cache_path, tmp_path / "study", write_space(tmp_path, SPACE), **FEATURES, settings=settings)
     assert not (tmp_path / "study").exists()
@@ -212,7 +213,7 @@ def test_failing_trials_and_seeds_are_reported(cache_path: Path, tmp_path: Path)
         "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\n"
         "[space]\nloss = ['multi_positive', 'tests.sweep.unlucky:Unlucky']\nbatch_size = [64, 9999]",
     )
-    settings = replace(RANDOM, sampler="grid")
+    settings = replace_fields(RANDOM, sampler="grid")
     report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings)
     found, page = read_json(report.json_path), report.page_path.read_text()
     assert found["counts"] == {"complete": 2, "pruned": 0, "failed": 2}
@@ -232,7 +233,7 @@ def test_study_of_failing_seeds_raises(cache_path: Path, tmp_path: Path) -> None
     space_path = write_space(
         tmp_path, "[fixed]\nsplit = 'key'\nepochs = 1\n[space]\nloss = ['tests.sweep.unlucky:Unlucky']"
     )
-    settings = replace(RANDOM, sampler="grid", trials=1)
+    settings = replace_fields(RANDOM, sampler="grid", trials=1)
     with pytest.raises(SettingError, match="none"):
         sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings)
 
@@ -243,7 +244,7 @@ def test_underperforming_trials_are_pruned(cache_path: Path, tmp_path: Path) -> 
         "[fixed]\nsplit = 'key'\nepochs = 3\nshared_width = 8\ninitialization = 'random'\n"
         "[space]\nlr = [1e-9, 1e-2]\ndropout = [0.0, 0.1, 0.2, 0.3, 0.4]",
     )
-    settings = replace(RANDOM, sampler="grid", trials=10, pruner="median", top_configs=1, seeds_per_config=1)
+    settings = replace_fields(RANDOM, sampler="grid", trials=10, pruner="median", top_configs=1, seeds_per_config=1)
     progress = RecordedProgress()
     report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings, progress=progress)
     pruned = [trial for trial in report.findings.trials if trial.state == "pruned"]
@@ -260,7 +261,7 @@ def test_recipe_is_fixed_for_all_trials(cache_path: Path, tmp_path: Path, monkey
     made = Recipe(min_pairs=0, options={"projector": "linear", "shrinkage": 10.0}, length=TrainingLength(400, 1, 9))
     monkeypatch.setattr(recipes, "RECIPES", (made,))
     space_path = write_space(tmp_path, "[fixed]\nrecipe = 'auto'\nsplit = 'key'\n[space]\nshrinkage = [0.5]")
-    settings = replace(RANDOM, trials=1, sampler="grid", top_configs=1, seeds_per_config=1)
+    settings = replace_fields(RANDOM, trials=1, sampler="grid", top_configs=1, seeds_per_config=1)
     progress = RecordedProgress()
     report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings, progress=progress)
     assert progress.notes[0] == "195 training pairs: recipe for 0 or more: projector linear, epochs 2, patience 3"
@@ -272,7 +273,7 @@ def test_lists_are_tried(cache_path: Path, tmp_path: Path, recwarn: pytest.Warni
     space_path = write_space(
         tmp_path, "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\n[space]\nwidths = [[4], [2, 4]]"
     )
-    settings = replace(RANDOM, trials=2, sampler="grid", top_configs=1, seeds_per_config=1)
+    settings = replace_fields(RANDOM, trials=2, sampler="grid", top_configs=1, seeds_per_config=1)
     for _ in range(2):  # the study is opened again
         report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings)
     for trial in report.findings.trials:
@@ -290,7 +291,7 @@ def test_each_cache_is_evaluated_and_each_trial_tracked(two_caches: list[Path], 
         "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\nreport_to = ['tests.train.test_trackers:Notebook']\n"
         "[space]\nprojector = ['linear']",
     )
-    settings = replace(RANDOM, trials=1, sampler="grid", top_configs=1, seeds_per_config=1)
+    settings = replace_fields(RANDOM, trials=1, sampler="grid", top_configs=1, seeds_per_config=1)
     report = sweep(two_caches, tmp_path / "study", space_path, **FEATURES, settings=settings)
     assert list(report.best[0].test) == [str(path) for path in two_caches]
     assert len(read_config(tmp_path / "study/trials/00000").index_digest.split("+")) == 2

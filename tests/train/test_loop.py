@@ -174,7 +174,7 @@ def test_report_warns_of_a_useless_training_and_of_held_out_samples(tmp_path: Pa
     for changed in (*warned, *silent):
         report = TrainReport(**{**values, **changed})
         assert ("WARNING" in report.line(tmp_path)) == (changed in warned)
-        assert TrainReport.from_json(report.to_json()) == report
+        assert TrainReport.model_validate(report.to_json()) == report
 
 
 def test_bad_losses_name_five_samples_or_the_feature(tmp_path: Path) -> None:

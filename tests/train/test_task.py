@@ -163,7 +163,7 @@ def test_runs_of_both_formats_are_named(finished: Path, run_path: Path) -> None:
     with pytest.raises(DataError, match="aligned pair"):
         load_module(run_path)
     config = read_module_config(finished)
-    assert ModuleConfig.from_json(config.to_json()) == config
+    assert ModuleConfig.model_validate(config.to_json()) == config
     summary = summarize(finished)
     assert summary.kind == "run"
     assert summary.rows == [["image", FEATURE, "3", "tests.toy:open_toy"]]

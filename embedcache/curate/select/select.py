@@ -1,7 +1,7 @@
 """Selecting samples of a cache: by a named method, or from other selections."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -18,7 +18,7 @@ from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.projectors.saved import read_config
 from embedcache.registry import Registry
-from embedcache.settings import merge_settings
+from embedcache.settings import merge_settings, replace_fields
 from embedcache.store.cache import Cache
 
 SELECTORS = Registry(
@@ -122,7 +122,7 @@ def select(
     modality = settings.modality or _default_modality(Cache(cache), selector, settings)
     pool = Pool(cache, modality, settings, progress=progress)
     num_pool = len(pool.samples)
-    settings = replace(settings, budget=_count_budget(settings.budget, num_pool))
+    settings = replace_fields(settings, budget=_count_budget(settings.budget, num_pool))
     selection = selector.select(pool, settings)
     write_selection(out, pool.cache, selection, _record(method, pool, settings), progress=progress)
     return SelectReport(path=out, num_selected=len(selection.rows), num_pool=num_pool)

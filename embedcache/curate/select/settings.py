@@ -1,6 +1,5 @@
 """Settings of selection. Nothing heavy is imported here."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES, ModalityName, order_pair
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, RUN_HELP
-from embedcache.settings import check_settings, flat_settings, setting, to_json
+from embedcache.settings import Settings, flat_settings, setting, to_json
 from embedcache.units import parse_count_or_fraction, parse_counts
 
 METHOD_SETTINGS = (
@@ -26,8 +25,7 @@ METHOD_SETTINGS = (
 """Settings that only some methods use: one that is set, and that the method does not accept, is refused."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SelectSettings:
+class SelectSettings(Settings):
     """Settings of selection: how much, by what, from which samples. A method refuses settings that it does not use."""
 
     budget: int | float | None = setting(
@@ -93,8 +91,7 @@ class SelectSettings:
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
     device: str = device_setting()
 
-    def __post_init__(self) -> None:
-        check_settings(self)
+    def model_post_init(self, _context: object) -> None:
         if isinstance(self.budget, float) and self.budget > 1:
             raise SettingError(f"budget: expected a whole number or a fraction of at most 1 (100%), got {self.budget}")
         if self.at_least is not None and self.at_most is not None and self.at_most < self.at_least:
