@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,7 +145,7 @@ def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trus
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process terminates this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        pipe.send(("result", work(task, _PipeProgress(pipe))))
+        pipe.send(("result", work(task, _PipeProgress(pipe.send))))
     except EmbedcacheError as error:
         pipe.send(("error", error))
     except BrokenPipeError:  # the parent process was killed
@@ -197,15 +197,15 @@ def _collect(parts: Mapping[Connection, Progress]) -> tuple[list[Any], int]:
 class _PipeProgress:
     """Progress whose calls are sent to the parent process, counts a few times per second."""
 
-    def __init__(self, pipe: Connection, name: str = "") -> None:
-        self._pipe, self._name = pipe, name
+    def __init__(self, send: Callable[[Any], object], name: str = "") -> None:
+        self._send, self._name = send, name
         self._state = ""
         self._count = 0
         self._last_s = 0.0
 
     def start(self, what: str, total: int, unit: str) -> None:
         self._state = ""
-        self._pipe.send(("start", join_names(self._name, what), total, unit))
+        self._send(("start", join_names(self._name, what), total, unit))
 
     def advance(self, count: int) -> None:
         self._count += count
@@ -217,17 +217,17 @@ class _PipeProgress:
 
     def finish(self) -> None:
         self._report()
-        self._pipe.send(("finish",))
+        self._send(("finish",))
 
     def note(self, line: str) -> None:
-        self._pipe.send(("note", line))
+        self._send(("note", line))
 
     def part(self, name: str = "") -> "_PipeProgress":
-        return _PipeProgress(self._pipe, join_names(self._name, name))
+        return _PipeProgress(self._send, join_names(self._name, name))
 
     def _report(self) -> None:
-        self._pipe.send(("describe", self._state))
-        self._pipe.send(("advance", self._count))
+        self._send(("describe", self._state))
+        self._send(("advance", self._count))
         self._count, self._last_s = 0, time.monotonic()
 
 
@@ -235,17 +235,19 @@ class _SharedProgress(NullProgress):
     """Progress of one of several processes that share the items of each step: the step begun last is shown, once.
 
     `current` has its name, and is the same object for all processes. No process ends a step, as others may be in it.
+    The total of a process is multiplied by `num_parts`, the number of processes with items of their own.
     """
 
-    def __init__(self, progress: Progress, current: dict[str, str]) -> None:
+    def __init__(self, progress: Progress, current: dict[str, str], num_parts: int = 1) -> None:
         self._progress, self._current = progress, current
+        self._num_parts = num_parts
         self._step = ""
 
     def start(self, what: str, total: int, unit: str) -> None:
         self._step = what
         if self._current.get("step") != what:
             self._current["step"] = what
-            self._progress.start(what, total, unit)
+            self._progress.start(what, total * self._num_parts, unit)
 
     def advance(self, count: int) -> None:
         if self._step == self._current.get("step"):
@@ -275,3 +277,73 @@ def connected(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def run_ray_tasks(
+    ray: Any,
+    work: Callable[[T, Progress], R],
+    tasks: Sequence[T],
+    progress: Progress,
+    *,
+    num_gpus: int,
+) -> list[R]:
+    """Run `work(task, progress)` as one Ray task each; Ray repeats those of a machine that was lost.
+
+    Args:
+        ray: the module, as of `connected`.
+        work: function of a module, which may be called twice for one task.
+        tasks: equal parts of the same steps.
+        progress: shows the progress of all tasks as one.
+        num_gpus: number of GPUs that each task needs.
+
+    Returns:
+        The results in the order in which tasks finished.
+
+    Raises:
+        EmbedcacheError: raised by `work` in one of the tasks; the others are cancelled.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
+    remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=-1, scheduling_strategy="SPREAD")(_run_ray_task)
+    running = [remote.remote(work, task, number, mailbox, current_trust()) for number, task in enumerate(tasks)]
+    current: dict[str, str] = {}
+    parts = [_SharedProgress(progress, current, len(tasks)) for _ in tasks]
+    results = []
+    try:
+        while running:
+            finished, running = ray.wait(running, timeout=_SECONDS_BETWEEN_REPORTS)
+            results += [ray.get(each) for each in finished]
+            for number, (method, *arguments) in ray.get(mailbox.take.remote()):
+                getattr(parts[number], method)(*arguments)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, EmbedcacheError):
+            raise error.cause from None
+        raise
+    finally:
+        for each in running:
+            ray.cancel(each, force=True)
+        ray.kill(mailbox)
+        progress.finish()
+    return results
+
+
+class _Mailbox:
+    """Messages about the progress of Ray tasks."""
+
+    def __init__(self) -> None:
+        self._messages: list[tuple[int, Any]] = []
+
+    def put(self, number: int, message: Any) -> None:
+        self._messages.append((number, message))
+
+    def take(self) -> list[tuple[int, Any]]:
+        messages = self._messages
+        self._messages = []
+        return messages
+
+
+def _run_ray_task(work: Callable[[T, Progress], R], task: T, number: int, mailbox: Any, trust: Trust) -> R:
+    adopt_trust(trust)
+    return work(task, _PipeProgress(partial(mailbox.put.remote, number)))

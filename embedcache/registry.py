@@ -10,8 +10,8 @@ A name `module:attribute` runs code: importing a module executes it. So `Registr
 
 Code that loads a name that it read from a file says so: by `names_from` around the call, or by `mark_as_read` where the
 name first becomes a setting. Any other name counts as the user's. `names_from` and `trust_files` hold for the thread
-that enters them, all else for the process; `embedcache.processes.run_processes` passes both on to its worker processes
-(`current_trust`, `adopt_trust`). Actors of Ray get names of the user only, and the source that the caller has opened.
+that enters them, all else for the process; `embedcache.processes` passes both on to its worker processes and Ray tasks
+(`current_trust`, `adopt_trust`).
 """
 
 import importlib

@@ -110,7 +110,7 @@ def test_processes_with_steps_of_their_own_are_parts() -> None:
     shown = RecordedProgress()
     pipes = [Pipe(duplex=False) for _ in range(2)]
     for (_, sender), name in zip(pipes, ("sound", "lips"), strict=True):
-        progress = _PipeProgress(sender)
+        progress = _PipeProgress(sender.send)
         step = progress.part(name)
         step.start("training", 3, "utterances")
         step.describe(f"loss of {name}")

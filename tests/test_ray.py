@@ -1,5 +1,6 @@
 """A Ray cluster of two machines computes what one process computes, and loses one of them."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from embedcache.extract.engines import count_processes
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import remove_partials
 from embedcache.search.vectors import Vectors, run_pass
-from tests.extract.cases import ALL_ENCODED, FEATURES, NUM_IMAGES, extract_slowly, run, same_bytes
+from tests.extract.cases import FEATURES, NUM_IMAGES, extract_slowly, run, same_bytes
 from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.search.test_vectors import Sums
@@ -63,7 +64,7 @@ def test_lost_machine_leaves_its_chunks_to_others(cluster: Any, tmp_path: Path) 
         num_committed.append(len(list(commits.glob("*.json"))))
 
     loser = threading.Thread(target=lose_machine)
-    # a plan counts the actors of the cluster, not the devices of this machine
+    # a plan counts the tasks of the cluster, not the devices of this machine
     assert count_processes(ExtractSettings(engine="ray")) == 2
     loser.start()
     try:
@@ -71,8 +72,11 @@ def test_lost_machine_leaves_its_chunks_to_others(cluster: Any, tmp_path: Path) 
     finally:
         loser.join()
     assert 2 <= num_committed[0] < 8
-    assert lines == ALL_ENCODED
-    assert progress.counts["encoding images"] == progress.counts["encoding texts"] == NUM_IMAGES
+    # The task of the lost machine is repeated, and finds what was committed there.
+    counts = [re.search(r"encoded (\d+) \w+, reused (\d+), failed 0$", line) for line in lines]
+    assert [sum(map(int, count.groups())) for count in counts if count] == [NUM_IMAGES] * 2
+    assert progress.counts["encoding images"] >= NUM_IMAGES - 2 * 8
+    assert progress.counts["encoding texts"] >= NUM_IMAGES - 2 * 8
     remove_partials(cache)  # as the next extraction does: the lost machine may have been writing a file
     assert same_bytes(tmp_path / "one", cache)
 

@@ -10,9 +10,8 @@ from embedcache.arrays import Array, Floats, Ints, normalize
 from embedcache.derive.derive import reopen_derivation
 from embedcache.devices import AUTO
 from embedcache.errors import EmbedcacheError, ItemError, pluralize
-from embedcache.extract.feature_writer import ChunkTask, reopen_writer, view_fingerprint
-from embedcache.extract.loop import encode_chunk, reopen_item_source
-from embedcache.processes import num_cores
+from embedcache.extract.encode import reopen_item_source
+from embedcache.extract.engines import reopen_encoders
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
 from embedcache.samples import Source
@@ -89,7 +88,7 @@ def measure_drift(
             note = "its vectors were imported, and their encoder is unknown"
             drifts += [_compare(feature, rows, [], note=note) for feature in _valid_features(group)]
         elif len(rows):
-            drifts += list(_measure_group(cache, open_source(group.modality), group, rows, device))
+            drifts += list(_measure_encoded(cache, open_source(group.modality), group, rows, device))
         progress.advance(1)
     progress.finish()
     return drifts
@@ -125,13 +124,13 @@ def _measure_derived(cache: Cache, group: EncoderGroup, rows: Ints, device: str)
         yield _compare(feature, rows, derived.get(feature.feature, []), differences=differences, note=note)
 
 
-def _measure_group(
+def _measure_encoded(
     cache: Cache, source: Source | None, group: EncoderGroup, rows: Ints, device: str
 ) -> Iterator[Drift]:
     features = _valid_features(group)
     names = [feature.feature for feature in features]
-    writer = reopen_writer(group, names, device=device)
-    differences = name_differences(group.fingerprint, view_fingerprint(writer.encoder, writer.view))
+    encoders = reopen_encoders(cache, group, names, source, device=device, allows_changes=True)
+    differences = name_differences(group.fingerprint, encoders.folders[0].fingerprint)
     encoded: dict[str, list[Array | None]] = {name: [] for name in names}
     num_changed = 0
     chunks = rows // cache.info.chunk_size
@@ -139,8 +138,7 @@ def _measure_group(
         offsets = (rows[chunks == chunk] - chunk * cache.info.chunk_size).tolist()
         commit = group.commit(chunk)
         assert commit is not None  # its rows are valid
-        task = ChunkTask(chunk, {writer: names}, offsets, allows_changes=True)
-        (again,) = encode_chunk(cache, source, task, threads=num_cores())
+        again = encoders.encode_rows(chunk, offsets)[group.name]
         num_changed += sum(again.hashes[offset] not in (None, commit.hashes[offset]) for offset in offsets)
         for name in names:
             encoded[name] += [again.items[name][offset] for offset in offsets]

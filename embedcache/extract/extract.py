@@ -11,7 +11,7 @@ from embedcache.devices import torch_device
 from embedcache.encoders.open import EncoderSpec, check_spec
 from embedcache.encoders.views import open_view
 from embedcache.errors import PathError, SettingError, SourceError, quoted
-from embedcache.extract.engines import ShardReport, job_devices, run_engine
+from embedcache.extract.engines import job_devices, run_job
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.locks import divided_work, locked
@@ -26,10 +26,9 @@ from embedcache.sources.reopen import RecordedSource, below_named, remember, reo
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import has_failed
-from embedcache.store.group import open_group
 from embedcache.store.indexing import index, open_indexed
 from embedcache.store.layout import SUBSET, CacheInfo, info_path, is_cache_at, read_info, write_info
-from embedcache.store.producer import FillReport, count_filled
+from embedcache.store.producer import FillReport
 
 _SOURCE_TYPE = "source_type"
 
@@ -79,7 +78,7 @@ def extract(
     cache = Cache(job.cache)
     remove_partials(cache.path)
     with record_job(cache, job, "extract") as outcome:
-        reports = [_count_items(cache, report) for report in run_engine(job, source, progress)]
+        reports = run_job(job, source, progress)
         if any(report.computed for report in reports):
             outcome["encoders"] = [vars(report) for report in reports]
     _check_any_encoded(cache, reports)
@@ -339,11 +338,6 @@ def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextMana
     if job.settings.limit is not None:
         request["limit"] = job.settings.limit
     return record_stage(new_record_path(cache.path, stage), stage, request)
-
-
-def _count_items(cache: Cache, report: ShardReport) -> FillReport:
-    group = open_group(cache.path, report.modality, report.encoder, cache.info)
-    return count_filled(group, "encoded", report.features, sum(report.chunks.values()))
 
 
 def _check_any_encoded(cache: Cache, reports: Sequence[FillReport]) -> None:

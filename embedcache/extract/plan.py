@@ -2,24 +2,24 @@
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
-from embedcache.extract.engines import Worker, count_processes, job_devices
+from embedcache.extract.encode import Encoders
+from embedcache.extract.engines import count_processes, job_devices, open_encoders
 from embedcache.extract.extract import join_encoders, open_job, open_request
-from embedcache.extract.feature_writer import ChunkTask, FeatureWriter
-from embedcache.extract.loop import encode_chunk
 from embedcache.extract.settings import ExtractSettings
-from embedcache.files import AnyPath, is_remote
+from embedcache.files import AnyPath, is_remote, open_path
+from embedcache.modalities import MODALITIES
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.samples import Source
-from embedcache.store.producer import ChunkFeatures
+from embedcache.store.cache import Cache
+from embedcache.store.producer import ChunkFeatures, Target, add_features, find_unfinished
 from embedcache.store.writer import num_padded
 from embedcache.units import format_bytes
 
@@ -115,56 +115,54 @@ def plan(
     source, settings = open_request(source, cache, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache, specs, settings=settings, progress=progress)
-    worker = Worker(job, source=source, device=job_devices(job.settings)[0])
+    path = open_path(job.cache)
     features: list[PlannedFeature] = []
     rates: dict[Modality, float] = {}
-    for modality, writers in worker.writers.items():
-        chunks = worker.missing(modality)
+    for encoders in open_encoders(job, source, job_devices(job.settings)[0]):
+        modality = MODALITIES[encoders.modality].name
+        for target in encoders.targets:
+            add_features(target)
+        chunks = find_unfinished(encoders, shard=job.settings.shard_numbers)
         if chunks:
-            rates[modality], encoded = _probe(worker, modality, chunks[0], job.settings.num_threads)
-            for writer, probed in zip(writers, encoded, strict=True):
-                for name, items in probed.items.items():
-                    features.append(_plan_feature(writer, modality, name, chunks, items))
+            rates[modality], encoded = _probe(encoders, min(chunks))
+            for target in encoders.targets:
+                features += _plan_features(target, chunks, encoded[target.group.name])
     return Plan(
-        cache=worker.cache.path,
+        cache=path,
         features=features,
         rates=rates,
         num_processes=count_processes(job.settings),
-        free_bytes=None if is_remote(worker.cache.path) else shutil.disk_usage(worker.cache.path).free,
-        chunk_size=worker.cache.info.chunk_size,
+        free_bytes=None if is_remote(path) else shutil.disk_usage(path).free,
+        chunk_size=Cache(path).info.chunk_size,
     )
 
 
-def _plan_feature(
-    writer: FeatureWriter, modality: Modality, name: str, chunks: Sequence[int], items: Sequence[Array | None]
-) -> PlannedFeature:
-    """Return what a feature of one encoder lacks in `chunks`; `items` are the first ones, None where one failed."""
-    missing_chunks = [chunk for chunk in chunks if name in writer.missing(chunk)]
-    num_items = writer.group.info.count_items(modality, missing_chunks)
-    sizes = [item.nbytes for item in items if item is not None]
-    return PlannedFeature(
-        name=f"{writer.group.name}/{name}",
-        modality=modality,
-        num_items=num_items,
-        num_rows=num_padded(writer.group, name, num_items),
-        item_bytes=fmean(sizes or [0]),
-    )
+def _plan_features(
+    target: Target, chunks: Mapping[int, Mapping[str, Sequence[str]]], encoded: ChunkFeatures
+) -> Iterator[PlannedFeature]:
+    """Iterate over the features that one folder lacks in chunks; `encoded` are those of the first items."""
+    group = target.group
+    for name in target.outputs:
+        missing_chunks = [chunk for chunk, missing in chunks.items() if name in missing.get(group.name, ())]
+        num_items = group.info.count_items(group.modality, missing_chunks)
+        sizes = [item.nbytes for item in encoded.items[name] if item is not None]
+        yield PlannedFeature(
+            name=f"{group.name}/{name}",
+            modality=MODALITIES[group.modality].name,
+            num_items=num_items,
+            num_rows=num_padded(group, name, num_items),
+            item_bytes=fmean(sizes or [0]),
+        )
 
 
-def _probe(worker: Worker, modality: Modality, chunk: int, threads: int) -> tuple[float, list[ChunkFeatures]]:
+def _probe(encoders: Encoders, chunk: int) -> tuple[float, Mapping[str, ChunkFeatures]]:
     """Encode the first batches of a chunk; return items per second, without the first batch, and the features."""
-    writers = worker.writers[modality]
-    batch_size = max(writer.encoder.batch_size for writer in writers)
-    num_items = min(_PROBE_BATCHES * batch_size, worker.cache.info.count_items(modality, [chunk]))
+    batch_size = max(folder.encoder.batch_size for folder in encoders.folders)
+    num_items = min(_PROBE_BATCHES * batch_size, encoders.cache.info.count_items(encoders.modality, [chunk]))
     num_warmup = max(1, num_items // _PROBE_BATCHES)
-
-    def encode(rows: range) -> list[ChunkFeatures]:
-        task = ChunkTask(chunk, {writer: writer.features for writer in writers}, rows)
-        return encode_chunk(worker.cache, worker.source, task, threads=threads)
-
-    encoded = encode(range(num_warmup))
+    encoded = encoders.encode_rows(chunk, range(num_warmup))
     started = time.perf_counter()
     if num_items > num_warmup:
-        encoded = encode(range(num_warmup, num_items))
+        encoded = encoders.encode_rows(chunk, range(num_warmup, num_items))
     rate = max(num_items - num_warmup, 1) / max(time.perf_counter() - started, 1e-9)
     return rate, encoded

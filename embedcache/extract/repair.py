@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,19 @@ from embedcache.derive.derive import derivation_depth, reopen_derivation
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, pluralize
 from embedcache.extract.drift import Drift, measure_drift
-from embedcache.extract.engines import Worker, job_devices
+from embedcache.extract.encode import reopen_item_source
+from embedcache.extract.engines import job_devices, open_encoders, reopen_encoders
 from embedcache.extract.extract import join_encoders, open_job, open_request, record_job
-from embedcache.extract.feature_writer import ChunkTask, FeatureWriter, check_unchanged, reopen_writer
-from embedcache.extract.loop import encode_chunk, reopen_item_source
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.files import AnyPath, remove_partials
-from embedcache.modalities import MODALITIES
-from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
+from embedcache.provenance import check_same
 from embedcache.samples import Source
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
-from embedcache.store.commits import Commit, has_failed
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
-from embedcache.store.producer import ChunkFeatures, FillReport, Output, Producer, Verb, fill
+from embedcache.store.producer import FillReport, fill, fill_all
 from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import add_feature, withdraw
 
@@ -142,13 +139,8 @@ def repair(
             add_feature(group, name, feature.item_shape, feature.dtype, axis=feature.axis)
             lines.append(f"{feature.name}: wrote its zarr.json again")
         of_chunks = [finding for finding in repairable[modality, encoder] if finding.chunk >= 0]
-        names = sorted({finding.name for finding in of_chunks})
         if of_chunks:
-            producer = _reopen(cache, group, names, device)  # before anything is withdrawn
-            for finding in of_chunks:
-                if finding.is_damage:
-                    withdraw(group, finding.chunk, [finding.name])
-            lines.append(fill(group, producer, progress=progress).line())
+            lines.append(_repair_chunks(cache, group, of_chunks, device, progress))
     return lines
 
 
@@ -157,59 +149,29 @@ def _turn(cache: Cache, group: EncoderGroup) -> tuple[int, bool]:
     return derivation_depth(cache, group), group.is_imported
 
 
-def _reopen(cache: Cache, group: EncoderGroup, features: Sequence[str], device: str) -> Producer:
-    """Open what computed some features of a folder, or raise a `FingerprintError` if it has changed."""
+def _repair_chunks(
+    cache: Cache, group: EncoderGroup, findings: Sequence[Finding], device: str, progress: Progress
+) -> str:
+    """Compute damaged and missing chunks again; a `FingerprintError` says that what computed them has changed."""
+    names = sorted({finding.name for finding in findings})
     if group.is_derived:
-        opened = reopen_derivation(cache, group, features, device=device)
-        group.check_same(opened.fingerprint)
-        return opened
-    writer = reopen_writer(group, features, device=device)
-    check_unchanged(writer)
-    return EncodedFeatures(cache, reopen_item_source(cache, group.modality), writer, threads=num_cores())
-
-
-class EncodedFeatures:
-    """Features of one encoder: their producer, which encodes one chunk at a time.
-
-    Args:
-        cache: the cache.
-        source: that of `reopen_item_source`.
-        writer: the open encoder.
-        threads: number of threads that read and decode items.
-        is_retry: whether items that failed are tried again.
-    """
-
-    verb: Verb = "encoded"
-
-    def __init__(
-        self, cache: Cache, source: Source | None, writer: FeatureWriter, *, threads: int, is_retry: bool = False
-    ) -> None:
-        self.outputs = {name: Output.of(Feature(writer.group, name)) for name in writer.features}
-        self._cache = cache
-        self._source = source
-        self._writer = writer
-        self._threads = threads
-        self._is_retry = is_retry
-
-    def compute(self, rows: slice) -> ChunkFeatures:
-        """Encode a chunk; in a retry only the items that failed."""
-        chunk = rows.start // self._cache.info.chunk_size
-        commit = self._writer.group.commit(chunk) if self._is_retry else None
-        tried = range(rows.stop - rows.start) if commit is None else self._failed_rows(commit)
-        task = ChunkTask(chunk, {self._writer: list(self.outputs)}, tried)
-        (encoded,) = encode_chunk(self._cache, self._source, task, threads=self._threads)
-        return encoded
-
-    def retries(self, commit: Commit) -> bool:
-        """Return whether items of a complete chunk failed and are to be tried again."""
-        if not (self._is_retry and all(self._writer.group.has(commit, name) for name in self.outputs)):
-            return False
-        return bool(self._failed_rows(commit))
-
-    def _failed_rows(self, commit: Commit) -> set[int]:
-        """Return the rows of a chunk, counted from its start, that were tried and lack a feature."""
-        reasons = [commit.failures[name] for name in self.outputs]
-        return {row for failures in reasons for row, reason in enumerate(failures) if has_failed(reason)}
+        derivation = reopen_derivation(cache, group, names, device=device)
+        group.check_same(derivation.fingerprint)
+    else:
+        encoders = reopen_encoders(cache, group, names, reopen_item_source(cache, group.modality), device=device)
+        check_same(
+            f"encoder {group.path}",
+            group.fingerprint,
+            encoders.folders[0].fingerprint,
+            next_step="restore the versions and files it was written with, or extract into a new folder",
+        )
+    for finding in findings:
+        if finding.is_damage:
+            withdraw(group, finding.chunk, [finding.name])
+    if group.is_derived:
+        return fill(group, derivation, progress=progress).line()
+    (report,) = fill_all([encoders], progress=progress)
+    return report.line()
 
 
 def retry_failed(
@@ -232,19 +194,15 @@ def retry_failed(
     source, settings = open_request(source, cache, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache, specs, settings=settings, repair_items=True, progress=progress)
-    worker = Worker(job, source=source, device=job_devices(job.settings)[0])
-    with record_job(worker.cache, job, "retry") as outcome:
-        reports = [
-            _retry(worker, writer, progress)
-            for modality, writers in worker.writers.items()
-            if MODALITIES[modality].kind == "files"
-            for writer in writers
-        ]
+    opened = Cache(job.cache)
+    producers = [
+        replace(encoders, folders=[folder])  # each tries its own failed rows
+        for encoders in open_encoders(job, source, job_devices(job.settings)[0])
+        if encoders.source is not None
+        for folder in encoders.folders
+    ]
+    with record_job(opened, job, "retry") as outcome:
+        reports = fill_all(producers, rows="failed", progress=progress)
         if any(report.computed for report in reports):
             outcome["encoders"] = [vars(report) for report in reports]
     return reports
-
-
-def _retry(worker: Worker, writer: FeatureWriter, progress: Progress) -> FillReport:
-    producer = EncodedFeatures(worker.cache, worker.source, writer, threads=worker.settings.num_threads, is_retry=True)
-    return fill(writer.group, producer, rows="failed", progress=progress)

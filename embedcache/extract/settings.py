@@ -83,7 +83,7 @@ class ExtractSettings(Settings):
     address: str | None = address_setting(panel="machine")
     actors: int | None = setting(
         None,
-        "Ray actors that hold the encoders.",
+        "Ray tasks that share the chunks.",
         ge=1,
         affects_result=False,
         default_text="one per GPU, or one per node without GPUs",
@@ -94,7 +94,7 @@ class ExtractSettings(Settings):
     @field_validator("shard")
     @classmethod
     def _named_shard(cls, shard: str) -> str:
-        """Return a shard as i/n. `slurm` is resolved here: worker processes may have another environment."""
+        """Return a shard as i/n; `slurm` is resolved here, as other processes may have another environment."""
         shard = _slurm_shard(os.environ) if shard == "slurm" else shard
         _parse_shard(shard)
         return shard
@@ -107,16 +107,16 @@ class ExtractSettings(Settings):
     @property
     def is_divided(self) -> bool:
         """Whether other processes work on other chunks, so that no lock is needed: with shards, and on Ray."""
-        return _parse_shard(self.shard)[1] > 1 or self.engine == "ray"
+        return self.shard_numbers[1] > 1 or self.engine == "ray"
 
-    def is_in_shard(self, chunk: int) -> bool:
-        """Return whether a chunk belongs to this process's shard: those whose number modulo n is i."""
-        number, count = _parse_shard(self.shard)
-        return chunk % count == number
+    @property
+    def shard_numbers(self) -> tuple[int, int]:
+        """The numbers i and n: chunks whose number modulo n is i belong to the shard."""
+        return _parse_shard(self.shard)
 
     def split_shard(self, number: int, count: int) -> "ExtractSettings":
         """Return the settings for part `number` of `count` equal parts of the shard."""
-        own_number, own_count = _parse_shard(self.shard)
+        own_number, own_count = self.shard_numbers
         return replace_fields(self, shard=f"{own_number + own_count * number}/{own_count * count}")
 
 

@@ -1,8 +1,11 @@
 """Producers of features, and `fill`, which computes the chunks that a cache lacks of one and says what it did."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import pyarrow as pa
@@ -13,7 +16,7 @@ from embedcache.locks import Leases
 from embedcache.modalities import count_items, noun
 from embedcache.progress import Progress
 from embedcache.store.columns import to_array
-from embedcache.store.commits import PENDING, Commit, describe_failures
+from embedcache.store.commits import PENDING, Commit, describe_failures, has_failed
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
 from embedcache.store.transaction import find_transactions, finish
@@ -21,6 +24,9 @@ from embedcache.store.writer import add_feature, commit_chunk
 
 Verb: TypeAlias = Literal["encoded", "derived", "imported", "copied"]
 """What a producer did with the items of a chunk."""
+
+Rows: TypeAlias = Literal["missing", "failed"]
+"""Which rows are computed: those that lack a feature, or those of complete chunks that failed."""
 
 _STEPS: Mapping[Verb, str] = {
     "encoded": "encoding",
@@ -57,8 +63,8 @@ class ChunkFeatures(NamedTuple):
     failures: Mapping[str, Sequence[str | None]]
 
 
-class Producer(Protocol):
-    """Computes the features of any chunk. The spec and the fingerprint are those of the folder that it fills."""
+class ChunkProducer(Protocol):
+    """Computes the features of one folder, a chunk at a time. The spec and the fingerprint are the folder's own."""
 
     @property
     def verb(self) -> Verb:
@@ -71,7 +77,69 @@ class Producer(Protocol):
         ...
 
     def compute(self, rows: slice) -> ChunkFeatures:
-        """Compute all outputs of the items of one chunk. Chunks come in ascending order, twice at most."""
+        """Compute all outputs of the items of one chunk. Chunks come in ascending order, a few times at most."""
+        ...
+
+    def retries(self, commit: Commit) -> bool:
+        """Return whether failed rows of a chunk would have a value now."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Target:
+    """A folder of a cache, and the features that are computed for it."""
+
+    group: EncoderGroup
+    outputs: Mapping[str, Output]
+
+    @cached_property
+    def leases(self) -> Leases:
+        """The leases of the folder's chunks, on which processes work one at a time."""
+        return Leases(self.group.path / "chunks")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChunkTask:
+    """A chunk that a producer computes; this process has its leases.
+
+    Args:
+        chunk: number of the chunk.
+        missing: folder -> the features that its chunk lacks.
+        commits: folder -> what its chunk has.
+        failed: rows that are tried again, counted from the start of the chunk; None: all that have no value yet.
+    """
+
+    chunk: int
+    missing: Mapping[str, Sequence[str]]
+    commits: Mapping[str, Commit | None]
+    failed: Collection[int] | None = None
+
+
+class ComputedChunk(NamedTuple):
+    """A chunk, and a function that returns its features by folder, called on the thread that commits them."""
+
+    task: ChunkTask
+    finish: Callable[[], Mapping[str, ChunkFeatures]]
+
+
+class Producer(Protocol):
+    """Computes the features of several folders of one modality in one pass over the items."""
+
+    @property
+    def verb(self) -> Verb:
+        """What the report says of the items."""
+        ...
+
+    @property
+    def targets(self) -> Sequence[Target]:
+        """The folders, at least one."""
+        ...
+
+    def compute(self, tasks: Iterable[ChunkTask], progress: Progress) -> Generator[ComputedChunk, None, None]:
+        """Iterate over computed chunks, in the order of the tasks; it may request tasks ahead.
+
+        It adds the items to the progress.
+        """
         ...
 
     def retries(self, commit: Commit) -> bool:
@@ -111,68 +179,223 @@ class FillReport:
         )
 
 
-def fill(
-    group: EncoderGroup, producer: Producer, *, rows: Literal["missing", "failed"] = "missing", progress: Progress
-) -> FillReport:
-    """Compute and commit the chunks of a folder that lack an output of a producer, or that it retries.
+def fill(group: EncoderGroup, producer: ChunkProducer, *, progress: Progress) -> FillReport:
+    """Compute and commit the chunks of one folder that lack an output of a producer, or that it retries.
 
-    With `rows="failed"`, only those that it retries.
+    The rules and errors are those of `fill_all`.
+    """
+    (report,) = fill_all([OneByOne(group, producer)], progress=progress)
+    return report
+
+
+class OneByOne:
+    """A producer of one folder that computes one chunk after the other."""
+
+    def __init__(self, group: EncoderGroup, producer: ChunkProducer) -> None:
+        self.verb = producer.verb
+        self.targets = [Target(group=group, outputs=producer.outputs)]
+        self.retries = producer.retries
+        self._group = group
+        self._producer = producer
+
+    def compute(self, tasks: Iterable[ChunkTask], progress: Progress) -> Generator[ComputedChunk, None, None]:
+        """Compute each chunk when it is requested."""
+        for task in tasks:
+            rows = self._group.info.chunk_rows(self._group.modality, task.chunk)
+            features = {self._group.name: self._producer.compute(rows)}
+            progress.advance(rows.stop - rows.start)
+            yield ComputedChunk(task, features.copy)
+
+
+def fill_all(
+    producers: Sequence[Producer],
+    *,
+    rows: Rows = "missing",
+    shard: tuple[int, int] = (0, 1),
+    progress: Progress,
+) -> list[FillReport]:
+    """Compute and commit the chunks that lack an output of a producer, or that it retries.
 
     Committed chunks stay, so that the same call finishes one that was killed. Several processes share the chunks: each
-    first computes those that no other one works on, then waits for the others, whose process may have been killed.
+    computes those that no other one works on, until none is left; it takes over those of a process that was killed.
+    A chunk is committed on a thread while the next one is computed.
+
+    Args:
+        producers: those of one cache.
+        rows: with `failed`, only the failed rows of complete chunks.
+        shard: `(i, n)`, only the chunks whose number modulo n is i.
+        progress: shows the number of items.
+
+    Returns:
+        One report per folder.
 
     Raises:
         FingerprintError: a feature exists with another shape, dtype or axis, or the items were others.
     """
-    for number in find_transactions(group.path):
-        finish(group.path, number)
-    for name, output in producer.outputs.items():
-        add_feature(group, name, output.shape, output.dtype, axis=output.axis)
-    chunks = range(group.info.num_chunks(group.modality))
-    states = {"failed"} if rows == "failed" else {"failed", "missing"}
-    unfinished = [chunk for chunk in chunks if _find_state(group, producer, chunk) in states]
-    num_computed: dict[int, int] = {}  # chunk that was computed here -> number of items
+    unfinished = []
+    for producer in producers:
+        for target in producer.targets:
+            for transaction in find_transactions(target.group.path):
+                finish(target.group.path, transaction)
+            add_features(target)
+        unfinished.append(find_unfinished(producer, rows=rows, shard=shard))
 
-    if unfinished:
-        leases = Leases(group.path / "chunks")
-        leases.take_part()  # from now on no other process deletes the folder
-        num_items = group.info.count_items(group.modality, unfinished)
-        progress.start(f"{_STEPS[producer.verb]} {group.name}", num_items, noun(group.modality))
-        for is_last_pass in (False, True):
-            for chunk in unfinished:
-                if chunk in num_computed or not leases.acquire(chunk, wait=is_last_pass):
-                    continue
-                try:
-                    state = _find_state(group, producer, chunk)  # another process may have computed it meanwhile
-                    if state in states:
-                        num_computed[chunk] = _fill_chunk(group, producer, chunk, is_retry=state == "failed")
-                        progress.advance(group.info.count_items(group.modality, [chunk]))
-                finally:
+    for producer, chunks in zip(producers, unfinished, strict=True):
+        folders = {folder for missing in chunks.values() for folder in missing}
+        for target in producer.targets:
+            if target.group.name in folders:
+                target.leases.take_part()  # from now on no other process deletes the folder
+
+    reports = []
+    for producer, chunks in zip(producers, unfinished, strict=True):
+        filling = _Filling(producer, rows, progress)
+        if chunks:
+            filling.run(chunks)
+        for target in producer.targets:
+            count = filling.num_computed[target.group.name]
+            reports.append(count_filled(target.group, producer.verb, list(target.outputs), count))
+    return reports
+
+
+def add_features(target: Target) -> None:
+    """Write the metadata of the features of a folder that it lacks; see `add_feature`."""
+    for name, output in target.outputs.items():
+        add_feature(target.group, name, output.shape, output.dtype, axis=output.axis)
+
+
+def find_unfinished(
+    producer: Producer, *, rows: Rows = "missing", shard: tuple[int, int] = (0, 1)
+) -> dict[int, Mapping[str, Sequence[str]]]:
+    """Return the chunks to compute: chunk -> folder -> features; see `fill_all`."""
+    first = producer.targets[0].group
+    number, count = shard
+    unfinished: dict[int, Mapping[str, Sequence[str]]] = {}
+    for chunk in range(number, first.info.num_chunks(first.modality), count):
+        states = {target.group.name: _find_state(producer, target, chunk, rows) for target in producer.targets}
+        missing = {folder: state.missing for folder, state in states.items() if state.missing}
+        if missing:
+            unfinished[chunk] = missing
+    return unfinished
+
+
+class _State(NamedTuple):
+    """What a folder has of a chunk, the features to compute, and the rows to try again; None if that is no retry."""
+
+    commit: Commit | None
+    missing: Sequence[str]
+    failed: set[int] | None = None
+
+
+def _find_state(producer: Producer, target: Target, chunk: int, rows: Rows) -> _State:
+    names = list(target.outputs)
+    commit = target.group.commit(chunk)
+    missing = [name for name in names if not target.group.has(commit, name)]
+    if rows == "missing" and (commit is None or not producer.retries(commit)):
+        return _State(commit, missing)
+    if commit is None or (rows == "failed" and missing):
+        return _State(commit, [])
+
+    failed = {row for name in names for row, reason in enumerate(commit.failures.get(name, ())) if has_failed(reason)}
+    return _State(commit, names if failed or rows == "missing" else [], failed)
+
+
+class _Filling:
+    """The chunks of one producer in this process: their leases, and how many items were computed.
+
+    Attributes:
+        num_computed: folder -> number of items.
+    """
+
+    def __init__(self, producer: Producer, rows: Rows, progress: Progress) -> None:
+        self.num_computed = Counter[str]()
+        self._producer = producer
+        self._targets = {target.group.name: target for target in producer.targets}
+        self._rows: Rows = rows
+        self._progress = progress
+        self._leased = set[tuple[str, int]]()
+
+    def run(self, chunks: Mapping[int, Iterable[str]]) -> None:
+        """Compute and commit chunks, given with the folders that lack them."""
+        group = self._producer.targets[0].group
+        items = noun(group.modality)
+        verb = self._producer.verb
+        step = f"{_STEPS[verb]} {items if verb == 'encoded' else group.name}"
+        self._progress.start(step, group.info.count_items(group.modality, chunks), items)
+        try:
+            while chunks:
+                busy: dict[int, list[str]] = {}
+                self._run_free(self._lease_free(chunks, busy))
+
+                # Wait only here, without any lease: two processes could wait for each other.
+                for chunk, folders in list(busy.items())[:1]:
+                    leases = self._targets[folders[0]].leases
+                    leases.acquire(chunk, wait=True)
                     leases.release(chunk)
-        progress.finish()
+                chunks = busy
+        finally:
+            for folder, chunk in list(self._leased):
+                self._release(folder, chunk)
+        self._progress.finish()
 
-    return count_filled(group, producer.verb, list(producer.outputs), sum(num_computed.values()))
+    def _run_free(self, tasks: Iterable[ChunkTask]) -> None:
+        """Compute chunks, and commit each on a thread while the next one is computed."""
+        with (
+            closing(self._producer.compute(tasks, self._progress)) as stream,
+            ThreadPoolExecutor(1, thread_name_prefix="commit") as thread,
+        ):
+            committing: Future[None] | None = None
+            for computed in stream:
+                if committing is not None:
+                    committing.result()
+                committing = thread.submit(self._commit, computed)
+            if committing is not None:
+                committing.result()
+
+    def _lease_free(self, chunks: Mapping[int, Iterable[str]], busy: dict[int, list[str]]) -> Iterator[ChunkTask]:
+        """Iterate over the chunks that no other process computes, each leased when it is requested."""
+        for chunk, folders in chunks.items():
+            states: dict[str, _State] = {}
+            for folder in folders:
+                if not self._targets[folder].leases.acquire(chunk):
+                    busy.setdefault(chunk, []).append(folder)
+                    continue
+                self._leased.add((folder, chunk))
+                # Another process may have committed it just before.
+                state = _find_state(self._producer, self._targets[folder], chunk, self._rows)
+                if state.missing:
+                    states[folder] = state
+                else:
+                    self._release(folder, chunk)
+            if states:
+                retried = [state.failed for state in states.values() if state.failed is not None]
+                yield ChunkTask(
+                    chunk=chunk,
+                    missing={folder: state.missing for folder, state in states.items()},
+                    commits={folder: state.commit for folder, state in states.items()},
+                    failed=set().union(*retried) if retried else None,
+                )
+
+    def _commit(self, computed: ComputedChunk) -> None:
+        task = computed.task
+        is_retry = task.failed is not None
+        for folder, features in computed.finish().items():
+            if not is_retry or _has_news(task.commits[folder], features):
+                commit_chunk(self._targets[folder].group, task.chunk, *features, overwrite_failed=is_retry)
+            reasons = next(iter(features.failures.values()))
+            self.num_computed[folder] += sum(reason != PENDING for reason in reasons)
+            self._release(folder, task.chunk)
+
+    def _release(self, folder: str, chunk: int) -> None:
+        self._targets[folder].leases.release(chunk)
+        self._leased.discard((folder, chunk))
 
 
-def _find_state(group: EncoderGroup, producer: Producer, chunk: int) -> Literal["missing", "failed", "complete"]:
-    """Return whether a chunk lacks an output, has failed rows that the producer retries, or neither."""
-    commit = group.commit(chunk)
-    if commit is not None and producer.retries(commit):
-        return "failed"
-    return "complete" if all(group.has(commit, name) for name in producer.outputs) else "missing"
-
-
-def _fill_chunk(group: EncoderGroup, producer: Producer, chunk: int, *, is_retry: bool) -> int:
-    """Compute and commit a chunk; return the number of items that were computed."""
-    stored = group.commit(chunk) if is_retry else None
-    computed = producer.compute(group.info.chunk_rows(group.modality, chunk))
+def _has_news(stored: Commit | None, computed: ChunkFeatures) -> bool:
+    """Return whether a retry has a new value, or a new reason, of an item that failed; else it writes nothing."""
     name, reasons = next(iter(computed.failures.items()))
-    # A retry writes only a new value, or a new reason, of an item that failed.
-    if stored is None or any(
+    return stored is None or any(
         old is not None and new not in (PENDING, old) for new, old in zip(reasons, stored.failures[name], strict=True)
-    ):
-        commit_chunk(group, chunk, *computed, overwrite_failed=is_retry)
-    return sum(reason != PENDING for reason in reasons)
+    )
 
 
 def count_filled(group: EncoderGroup, verb: Verb, features: Sequence[str], num_computed: int) -> FillReport:

@@ -80,7 +80,7 @@ def test_plugin_that_raises_when_it_is_imported(photos: Path, tmp_path: Path, co
 
 
 def test_bug_of_embedcache_is_one(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.extract.extract.run_engine", None)
+    monkeypatch.setattr("embedcache.extract.extract.run_job", None)
     done = embedcache("extract", photos, "c", *TOY, cwd=tmp_path)
     assert (done.code, "This is a bug" in done.stderr) == (70, True)
 

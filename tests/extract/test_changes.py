@@ -12,7 +12,7 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.thumbnails import Thumbnails
 from embedcache.errors import FingerprintError, PathError
 from embedcache.evaluate.retrieval import evaluate_retrieval
-from embedcache.extract.engines import Worker
+from embedcache.extract.engines import run_job
 from embedcache.extract.extract import extract, open_job
 from embedcache.extract.plan import plan
 from embedcache.extract.repair import retry_failed
@@ -132,7 +132,7 @@ def test_file_changed_after_indexing_is_rejected(source: Path, tmp_path: Path) -
     with pytest.raises(
         FingerprintError, match=r"image 00007.png: expected [\d,]+ bytes, as when the source was indexed"
     ):
-        Worker(job, source=opened).run()
+        run_job(job, opened, NullProgress())
 
 
 def test_replaced_file_is_retried_with_its_source(source: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from embedcache.axis import Axis
 from embedcache.errors import FingerprintError, MissingExtraError, SettingError, SourceError
-from embedcache.extract import loop
 from embedcache.extract.extract import extract
 from embedcache.extract.plan import plan
 from embedcache.extract.repair import retry_failed, verify_cache
@@ -125,7 +124,7 @@ def test_extend_appends_new_modalities(tmp_path: Path) -> None:
     settings = ExtractSettings(extend=True)
     reports = extract(open_source(folder), tmp_path / "c", image_encoder=[IMAGE], encoder=encoders, settings=settings)
     assert [(report.modality, report.computed, report.reused) for report in reports] == [
-        ("image", 2, 0),
+        ("image", 1, 1),
         ("audio", 1, 0),
         ("points", 1, 0),
     ]
@@ -266,7 +265,7 @@ def test_modality_without_items_raises(tmp_path: Path) -> None:
 
 
 def test_chunk_above_two_gibibytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_MAX_CHUNK_BYTES", 2_000)
+    monkeypatch.setattr("embedcache.extract.encode._MAX_CHUNK_BYTES", 2_000)
     folder = write(tmp_path / "f", {f"{number}.npz": npz(cloud(30)) for number in range(8)})
 
     def encode(cache: str, **changed: object) -> list[FillReport]:

@@ -12,7 +12,7 @@ from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
 from embedcache.store.layout import commit_path
-from embedcache.store.producer import ChunkFeatures, Output, Verb, fill
+from embedcache.store.producer import ChunkFeatures, OneByOne, Output, Verb, fill, fill_all
 from embedcache.store.writer import withdraw
 from tests.store.features import random_items, write_feature, written
 
@@ -24,11 +24,10 @@ class Items:
 
     verb: Verb = "copied"
 
-    def __init__(self, items: Sequence[Array | None] = ITEMS, *, is_retry: bool = False) -> None:
+    def __init__(self, items: Sequence[Array | None] = ITEMS) -> None:
         self.outputs = {"f": Output((4,), "float32")}
         self.computed: list[int] = []
         self._items = items
-        self._is_retry = is_retry
 
     def compute(self, rows: slice) -> ChunkFeatures:
         items = self._items[rows]
@@ -36,8 +35,8 @@ class Items:
         hashes = [f"{row:016}".encode() for row in range(rows.start, rows.stop)]
         return ChunkFeatures({"f": items}, hashes, {"f": [None if item is not None else "broken" for item in items]})
 
-    def retries(self, commit: Commit) -> bool:
-        return self._is_retry and any(commit.failures["f"])
+    def retries(self, _: Commit) -> bool:
+        return False
 
 
 @pytest.fixture
@@ -61,8 +60,8 @@ def test_retries_failed_rows_only(group: EncoderGroup) -> None:
     fill(group, Items(), progress=NullProgress())
     withdraw(group, 1, ["f"])
     good = random_items(9, (4,), seed=2)
-    retried = Items(good, is_retry=True)
-    report = fill(group, retried, rows="failed", progress=NullProgress())
+    retried = Items(good)
+    (report,) = fill_all([OneByOne(group, retried)], rows="failed", progress=NullProgress())
     assert (retried.computed, report.failures) == ([0, 8], {})
     assert group.commit(1) is None
 
@@ -77,6 +76,7 @@ def test_retries_failed_rows_only(group: EncoderGroup) -> None:
 def test_retry_without_a_new_value_writes_nothing(group: EncoderGroup) -> None:
     fill(group, Items(), progress=NullProgress())
     before = written(commit_path(group.path, 0))
-    report = fill(group, Items([None] * 9, is_retry=True), rows="failed", progress=NullProgress())
+    producer = OneByOne(group, Items([None] * 9))
+    (report,) = fill_all([producer], rows="failed", progress=NullProgress())
     assert report.failures == {"broken": 2}
     assert written(commit_path(group.path, 0)) == before
