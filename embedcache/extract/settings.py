@@ -39,7 +39,12 @@ class ExtractSettings(Settings):
     )
     dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored features.")
     chunk_size: int | None = setting(
-        None, "Items per chunk, the unit of work and resume.", ge=1, le=2**24, affects_result=False, default_text="2048"
+        None,
+        "Items per chunk, the unit of work and resume.",
+        ge=1,
+        le=2**24,
+        affects_result=False,
+        default_text="2048 to 16384, by their number",
     )
     limit: int | None = setting(
         None,

@@ -31,7 +31,12 @@ class ImportSettings(Settings):
     )
     item_columns: Mapping[str, str] = setting(**ITEM_COLUMNS)
     chunk_size: int | None = setting(
-        None, "Items per chunk of a new cache.", ge=1, le=2**24, default_text="2048", affects_result=False
+        None,
+        "Items per chunk of a new cache.",
+        ge=1,
+        le=2**24,
+        default_text="2048 to 16384, by their number",
+        affects_result=False,
     )
 
 

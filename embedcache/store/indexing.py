@@ -14,12 +14,12 @@ from embedcache.provenance import check_same, digest
 from embedcache.samples import Sample, Source
 from embedcache.store.changes import SourceChanges, check_allowed, digest_samples, find_changes, source_changed
 from embedcache.store.layout import (
-    DEFAULT_CHUNK_SIZE,
     INTERRUPTED_REMOVAL,
     SAMPLES,
     SUBSET,
     CacheInfo,
     Part,
+    choose_chunk_size,
     combined_digest,
     find_unlisted,
     info_path,
@@ -57,7 +57,7 @@ def index(
 
     Args:
         cache_path: a new or empty folder, or a cache of this source; a whole one without features is indexed again.
-        chunk_size: items per chunk; None keeps the cache's own, or uses 2,048 for a new cache.
+        chunk_size: items per chunk; None keeps the cache's own, or chooses that of a new cache by its number of items.
         limit: the most samples that the cache may have: the first ones of the source, and then, where it is extended,
             the first of those that it lacks; the source is read no further than needed. None: all.
         extend: append samples of the source that the cache lacks.
@@ -85,7 +85,7 @@ def index(
             return info
     with locked(cache_path), writing(cache_path):  # check again: another process may have been first
         if not info_path(cache_path).is_file():
-            return _create_from(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, limit, progress)
+            return _create_from(source, cache_path, chunk_size, limit, progress)
         info = _read_whole(cache_path)
         if _keeps_rows(cache_path, info):
             _check_chunk_size(cache_path, info, chunk_size)
@@ -238,7 +238,9 @@ def _note_removed(changes: SourceChanges, progress: Progress) -> None:
         progress.note(f"left out {changes.num_removed:,} samples of the source that were removed from this cache")
 
 
-def _create_from(source: Source, cache_path: Path, chunk_size: int, limit: int | None, progress: Progress) -> CacheInfo:
+def _create_from(
+    source: Source, cache_path: Path, chunk_size: int | None, limit: int | None, progress: Progress
+) -> CacheInfo:
     def write(folder: Path) -> list[Part]:
         writer = TableWriter(folder)
         found = digest_samples(source, "indexing", 0, limit, writer.add, progress)
@@ -250,7 +252,7 @@ def _create_from(source: Source, cache_path: Path, chunk_size: int, limit: int |
 def _create(
     source: Source | TableSource,
     cache_path: Path,
-    chunk_size: int,
+    chunk_size: int | None,
     write: Callable[[Path], Sequence[Part]],
     progress: Progress,
 ) -> CacheInfo:
@@ -262,7 +264,7 @@ def _create(
                 "use a source that contains images, captions or other items"
             )
         info = CacheInfo(
-            chunk_size=chunk_size,
+            chunk_size=chunk_size or choose_chunk_size(parts),
             source=dict(source.describe()),
             index_digest=combined_digest(parts),
             parts=tuple(parts),

@@ -34,10 +34,11 @@ SUBSET = "subset"
 SAMPLES = "samples"
 """Name of the sample table, where item tables are named by their modality."""
 
-DEFAULT_CHUNK_SIZE = 2048
 Count: TypeAlias = Annotated[int, Field(ge=0, lt=2**40)]
 """Number of rows, bytes or files."""
 
+_CHUNK_SIZES = (2048, 4096, 8192, 16_384)
+_MANY_CHUNKS = 1000
 _TOKEN_CHUNK_BYTES = 16 * 2**20
 _UNCHECKED = ("source",)
 """Keys that the digest leaves out: the path of a source that has moved may be corrected by hand."""
@@ -213,6 +214,15 @@ class CacheInfo(Manifest):
 
     def _versions(self) -> list[TableVersion]:
         return [*self.earlier_versions, TableVersion(index_digest=self.index_digest, num_parts=len(self.parts))]
+
+
+def choose_chunk_size(parts: Sequence[Part]) -> int:
+    """Return how many items a chunk of a new cache has: 2,048, or up to 16,384 if there would be many chunks.
+
+    A kill loses the chunk in work, and readers open one file per chunk.
+    """
+    num_items = max(count_rows(parts).values(), default=0)
+    return next((size for size in _CHUNK_SIZES if num_items <= size * _MANY_CHUNKS), _CHUNK_SIZES[-1])
 
 
 def count_rows(parts: Sequence[Part]) -> dict[str, int]:

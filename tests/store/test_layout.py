@@ -13,6 +13,7 @@ from embedcache.store.layout import (
     Part,
     TableFile,
     TableVersion,
+    choose_chunk_size,
     combined_digest,
     find_unlisted,
     info_path,
@@ -132,6 +133,14 @@ def test_digest_covers_parts_in_their_order_and_what_was_removed() -> None:
     versions = [(version.index_digest, version.num_parts) for version in longer.earlier_versions]
     assert versions == [("old", 1), ("new", 2)]
     assert (longer.is_partial, replace_fields(longer, removed={}).is_partial) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("num_items", "expected"),
+    [(1, 2048), (2_048_000, 2048), (2_048_001, 4096), (8_192_000, 8192), (20_000_000, 16_384), (10**9, 16_384)],
+)
+def test_large_caches_have_larger_chunks(num_items: int, expected: int) -> None:
+    assert choose_chunk_size([made_part("a", 0, samples=5, image=3, text=num_items)]) == expected
 
 
 def test_files_that_are_not_listed_are_found(tmp_path: Path) -> None:
