@@ -9,12 +9,13 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, blocks
 from embedcache.axis import Axis
 from embedcache.encoders.base import Encoder, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, open_encoder
@@ -102,19 +103,24 @@ class FrameEncoder:
         return [self._prepare(video) for video in items]
 
     def _prepare(self, video: RawVideo) -> Array:
-        """Prepare the frames that `sampled_frames` numbers while they are decoded, and the last one if it is needed."""
-        prepared: dict[int, Array] = {}
-        number, step = -1, 0
+        """Prepare the frame of each step while frames are decoded; the last frame also stands for steps after it."""
+        prepared: list[Array] = []
+        number = -1
         for number, frame in enumerate(video.frames()):
-            if number == _number_at(step, video.rate_hz, self._rate_hz):
-                prepared[number] = self._prepare_frame(frame())
-                while _number_at(step, video.rate_hz, self._rate_hz) == number:
-                    step += 1
-                self._check_size(video, step, prepared[number].nbytes)
-        numbers = sampled_frames(number + 1, video.rate_hz, self._rate_hz)
-        if numbers[-1] not in prepared:
-            prepared[number] = self._prepare_frame(frame())
-        return np.stack([prepared[number] for number in numbers.tolist()])
+            if number == self._frame_at(len(prepared), video):
+                image = self._prepare_frame(frame())
+                while number == self._frame_at(len(prepared), video):
+                    prepared.append(image)
+                self._check_size(video, len(prepared), image.nbytes)
+
+        num_steps = max(1, round((number + 1) * self._rate_hz / video.rate_hz))
+        if len(prepared) < num_steps:
+            prepared += [self._prepare_frame(frame())] * (num_steps - len(prepared))
+        return np.stack(prepared[:num_steps])
+
+    def _frame_at(self, step: int, video: RawVideo) -> int:
+        """Return the number of the frame that is shown at the middle of a step."""
+        return math.floor((step + 0.5) * video.rate_hz / self._rate_hz)
 
     def _prepare_frame(self, frame_HW3: Array) -> Array:
         return self._encoder.prepare([Image.fromarray(np.ascontiguousarray(frame_HW3))])[0]
@@ -132,41 +138,21 @@ class FrameEncoder:
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Run the image encoder on the frames of several videos, in batches of its own size."""
         check_names(names, self.features)
-        sources = list(dict.fromkeys(self._default if name == "mean" else name for name in names))
-        frames = [frame for frames in prepared for frame in frames]
-        parts: dict[str, list[Array]] = {name: [] for name in sources}
-        for start in range(0, len(frames), self._encoder.batch_size):
-            for name, rows in self._encoder.encode(frames[start : start + self._encoder.batch_size], sources).items():
-                parts[name] += rows
-        stops = np.cumsum([len(frames) for frames in prepared])
-        slices = [slice(stop - len(frames), stop) for stop, frames in zip(stops, prepared, strict=True)]
-        return {
-            name: [_mean(parts[self._default][rows]) for rows in slices]
-            if name == "mean"
-            else [np.stack(parts[name][rows]) for rows in slices]
-            for name in names
-        }
+        sources = {name: self._default if name == "mean" else name for name in names}
+        frames = list(chain.from_iterable(prepared))
+        encoded: dict[str, list[Array]] = {source: [] for source in sources.values()}
+        for rows in blocks(len(frames), self._encoder.batch_size):
+            for source, vectors in self._encoder.encode(frames[rows], list(encoded)).items():
+                encoded[source] += vectors
 
-
-def _mean(vectors: Sequence[Array]) -> Array:
-    return np.asarray(np.mean(vectors, axis=0, dtype=np.float32))
-
-
-def sampled_frames(num_frames: int, rate_hz: float, wanted_hz: float) -> Array:
-    """Return the numbers of the frames of a video that stand for steps at another rate: at least one.
-
-    Example:
-        >>> sampled_frames(6, 50, 25).tolist(), sampled_frames(3, 10, 20).tolist()
-        ([1, 3, 5], [0, 0, 1, 1, 2, 2])
-    """
-    num_steps = max(1, round(num_frames * wanted_hz / rate_hz))
-    numbers: Array = np.floor((np.arange(num_steps) + 0.5) * rate_hz / wanted_hz).astype(np.int64)
-    return np.minimum(numbers, num_frames - 1)
-
-
-def _number_at(step: int, rate_hz: float, wanted_hz: float) -> int:
-    """Return the number of the frame at the middle of a step, of a video that does not end before: to the same bits."""
-    return math.floor((step + 0.5) * rate_hz / wanted_hz)
+        outputs: dict[str, list[Array]] = {name: [] for name in names}
+        start = 0
+        for video in prepared:
+            for name, source in sources.items():
+                vectors_TD = np.stack(encoded[source][start : start + len(video)])
+                outputs[name].append(vectors_TD.mean(axis=0, dtype=np.float32) if name == "mean" else vectors_TD)
+            start += len(video)
+        return outputs
 
 
 def _rate(spec: EncoderSpec) -> float:

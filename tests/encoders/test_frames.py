@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from embedcache.encoders.frames import FrameEncoder, sampled_frames
+from embedcache.encoders.frames import FrameEncoder
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
@@ -67,6 +67,21 @@ def test_every_video_has_the_rate() -> None:
     assert len(at_30) == 12  # 1 s; half a step is rounded to even
     (short,) = encoder.encode(encoder.prepare([Video(frames_THW3=frames[:1], rate_hz=30.0)]), ["pixels"])["pixels"]
     assert len(short) == 1
+
+
+def sampled_frames(num_frames: int, rate_hz: float, wanted_hz: float) -> np.ndarray:
+    """Return the numbers of the frames of a video that stand for steps at another rate: at least one."""
+    num_steps = max(1, round(num_frames * wanted_hz / rate_hz))
+    numbers = np.floor((np.arange(num_steps) + 0.5) * rate_hz / wanted_hz).astype(np.int64)
+    return np.minimum(numbers, num_frames - 1)
+
+
+def test_oracle_takes_the_middles_of_steps() -> None:
+    assert sampled_frames(5, 25, 25).tolist() == [0, 1, 2, 3, 4]
+    assert sampled_frames(5, 29.97, 29.97).tolist() == [0, 1, 2, 3, 4]
+    assert sampled_frames(30, 30, 2).tolist() == [7, 22]
+    assert sampled_frames(6, 50, 25).tolist() == [1, 3, 5]
+    assert sampled_frames(3, 10, 25).max() == 2
 
 
 def pixels_of(video: Video, rate_hz: float) -> np.ndarray:
@@ -150,13 +165,6 @@ def test_too_many_frames_are_refused_before_they_are_decoded(monkeypatch: pytest
     for wanted_hz, reason in ((1, "truncated"), (25, "too many frames: 75")):
         with pytest.raises(ItemError, match=f"^{reason}"):
             pixels_of(video, wanted_hz)
-
-
-def test_sampled_frames_are_the_middles_of_steps() -> None:
-    assert sampled_frames(5, 25, 25).tolist() == [0, 1, 2, 3, 4]
-    assert sampled_frames(5, 29.97, 29.97).tolist() == [0, 1, 2, 3, 4]
-    assert sampled_frames(30, 30, 2).tolist() == [7, 22]
-    assert sampled_frames(3, 10, 25).max() == 2
 
 
 def test_pixels_are_the_gray_center() -> None:
