@@ -163,7 +163,7 @@ class OnnxExport:
         example: input name -> array to trace the module with.
         dynamic_axes: input or output name -> names of its dynamic axes, by number.
         check_inputs: inputs of other sizes along the dynamic axes; the export must agree with torch on them.
-        key: JSON values that determine what the module computes.
+        key: JSON values that determine, together with the weights, what the module computes.
     """
 
     module: torch.nn.Module
@@ -200,7 +200,7 @@ class OnnxGraph:
 
 
 def build_graph(
-    module: torch.nn.Module, settings: EncoderSettings, name: str, export: OnnxExport | None = None
+    module: torch.nn.Module, settings: EncoderSettings, fingerprint: Fingerprint, export: OnnxExport | None = None
 ) -> Graph:
     """Choose a backend for a model, and prepare the model to run on it. The choice is part of the fingerprint.
 
@@ -208,7 +208,7 @@ def build_graph(
     file, and an export that agrees with torch. Otherwise it chooses torch.
 
     Args:
-        name: name of the model, with which the name of its ONNX file starts.
+        fingerprint: family, model and weights, which name the ONNX file.
         export: how the model is exported to ONNX; None: it runs on torch only.
     """
     is_onnx = settings.backend == "onnxruntime"
@@ -225,7 +225,7 @@ def build_graph(
     if export is None or not is_onnx:
         return TorchGraph(module, settings)
     try:
-        return OnnxGraph(_export_once(export, name))
+        return OnnxGraph(_export_once(export, fingerprint))
     except ArtifactError as error:
         if settings.backend == "onnxruntime":
             raise ArtifactError(f"{error}; use backend torch") from error
@@ -233,7 +233,7 @@ def build_graph(
         return TorchGraph(module, settings)
 
 
-def _export_once(export: OnnxExport, name: str) -> Path:
+def _export_once(export: OnnxExport, fingerprint: Fingerprint) -> Path:
     """Return the path of the exported graph; export and check it if it does not exist yet, or has changed.
 
     Raises:
@@ -241,11 +241,13 @@ def _export_once(export: OnnxExport, name: str) -> Path:
     """
     key = {
         **export.key,
+        "weights": fingerprint.weights,
         "inputs": {name: str(array.dtype) for name, array in export.example.items()},
         "outputs": list(export.outputs),
         "torch": torch.__version__,
         "opset": _OPSET,
     }
+    name = f"{fingerprint.family}-{fingerprint.model}"
     path = user_folder() / "onnx" / f"{name.replace('/', '--')}-{digest(key)[:32]}.onnx"
     if not is_intact(path):
         require("onnx", extra="onnx")

@@ -5,6 +5,8 @@ Preprocessing is split where possible: images are resized to uint8 on threads an
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,7 +18,6 @@ from embedcache.axis import Axis
 from embedcache.encoders.backends import GraphEncoder, OnnxExport, build_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import FeatureName, native_features, patch_grid, patch_pool
-from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 
@@ -28,27 +29,21 @@ INPUT = "images"
 
 
 def build_image_encoder(
-    spec: EncoderSpec,
-    settings: EncoderSettings,
     module: torch.nn.Module,
     pixels: "PixelTransform",
+    fingerprint: Fingerprint,
+    settings: EncoderSettings,
     *,
-    weights: str,
-    pooling: Mapping[str, str],
-    revision: str | None = None,
     config: Mapping[str, Any] | None = None,
     is_whole: bool = False,
 ) -> GraphEncoder:
     """Create an encoder from a loaded model.
 
     Args:
-        spec: the spec of the encoder.
-        settings: how it runs.
         module: computes native features, see `ImageModel`.
         pixels: how images become its input.
-        weights: digest of the weights.
-        pooling: see `Fingerprint`.
-        revision: commit on the hub.
+        fingerprint: of the model; the preprocessing is filled in here, and the rest as in `GraphEncoder`.
+        settings: how it runs.
         config: JSON values that determine the ONNX graph together with the weights and the preprocessing. If None, the
             model runs on torch only.
         is_whole: whether the transform shows the model the whole image, not a part of it.
@@ -65,22 +60,15 @@ def build_image_encoder(
             check_inputs={INPUT: noise},
             outputs=tuple(model.features),
             dynamic_axes={name: {0: "batch"} for name in (INPUT, *model.features)},
-            key={"config": config, "weights": weights, "preprocessing": pixels.published},
+            key={"config": config, "preprocessing": pixels.published},
         )
     return GraphEncoder(
         "image",
-        build_graph(model, settings, f"{spec.family}-{spec.folder}", export),
+        build_graph(model, settings, fingerprint, export),
         prepare=lambda images: [pixels.transform(image) for image in images],
         collate=lambda prepared: {INPUT: np.stack(prepared)},
         features=model.features,
-        fingerprint=Fingerprint(
-            family=spec.family,
-            model=spec.model_name,
-            revision=revision,
-            weights=weights,
-            preprocessing=pixels.published,
-            pooling=pooling,
-        ),
+        fingerprint=replace(fingerprint, preprocessing=pixels.published),
         settings=settings,
         axes=model.axes(box=(0.0, 0.0, 1.0, 1.0) if is_whole else None),
     )
@@ -242,18 +230,16 @@ def split_transform(
             f"the image processor returns a different shape per image, {sorted(shapes)}, and a batch needs one: set "
             "do_center_crop, or a size with height and width, in preprocessor_config.json"
         )
-    is_exact = all(
-        _is_split_exact(image, array, to_pixels, scale) for image, array in zip(images, expected, strict=True)
-    )
+    try:
+        split = [to_pixels(image) for image in images]
+        is_exact = all(map(partial(_is_exact, scale), split, expected))
+    except (TypeError, ValueError, RuntimeError):  # a transform that normalizes twice may not support skipping it
+        is_exact = False
     transform, module = (to_pixels, scale) if is_exact else (whole, torch.nn.Identity())
     return PixelTransform(transform, module, plain_json(published), shapes.pop())
 
 
-def _is_split_exact(image: Image.Image, expected: Array, to_pixels: Transform, scale: PixelScale) -> bool:
-    try:
-        pixels = to_pixels(image)
-    except (TypeError, ValueError, RuntimeError):  # a transform that normalizes twice may not support skipping it
-        return False
+def _is_exact(scale: PixelScale, pixels: Array, expected: Array) -> bool:
     if pixels.dtype != np.uint8 or pixels.shape != expected.shape:
         return False
     scaled = scale(torch.from_numpy(pixels)[None])[0].numpy()

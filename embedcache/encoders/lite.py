@@ -81,12 +81,10 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
         (3, height_px, width_px),
     )
     return build_image_encoder(
-        spec,
-        settings,
         _LiteFeatures(model, requested_layers(settings.features)),
         pixels,
-        weights=weights,
-        pooling=POOLING,
+        spec.fingerprint(weights=weights, pooling=POOLING),
+        settings,
         config={},
         is_whole=whole_px is not None,
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.devices import AUTO, Precision, torch_device
-from embedcache.encoders.base import Encoder, Modality, background_of
+from embedcache.encoders.base import Encoder, Fingerprint, Modality, background_of
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.files import expand_home
@@ -270,11 +270,11 @@ class EncoderSpec:
         """The option `weights`, a local file instead of the published weights."""
         return expand_home(self.options["weights"]) if "weights" in self.options else None
 
-    def int_option(self, name: str, *, expected: str = "a whole number of at least 1") -> int | None:
+    def int_option(self, name: str) -> int | None:
         """Return an option that is a positive whole number; None if it is not given."""
         text = self.options.get(name)
         if text is not None and not (text.isdecimal() and int(text)):
-            raise SettingError(f"option {name} in {self.text}: expected {expected}, got {text!r}")
+            raise SettingError(f"option {name} in {self.text}: expected a whole number of at least 1, got {text!r}")
         return None if text is None else int(text)
 
     def choice(self, name: str, expected: Sequence[str]) -> str:
@@ -283,6 +283,24 @@ class EncoderSpec:
         if text not in expected:
             raise SettingError(f"option {name} in {self.text}: expected {' or '.join(expected)}, got {text!r}")
         return text
+
+    def fingerprint(
+        self,
+        *,
+        weights: str,
+        pooling: Mapping[str, str],
+        revision: str | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> Fingerprint:
+        """Return the fingerprint of the model that the spec names; see `Fingerprint`."""
+        return Fingerprint(
+            family=self.family,
+            model=self.model_name,
+            revision=revision,
+            weights=weights,
+            preprocessing=preprocessing or {},
+            pooling=pooling,
+        )
 
     @property
     def model_name(self) -> str:

@@ -1,6 +1,7 @@
 """`open_clip:ViT-B-32,pretrained=/path.pt`: one tower of a CLIP model, not normalized."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -42,22 +43,18 @@ def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
     path = Path(pretrained)
     changed_ns = path.stat().st_mtime_ns if path.is_file() else None
     model, preprocess, weights = _load_once(spec.model, pretrained, changed_ns, settings.device)
+    fingerprint = spec.fingerprint(weights=weights, pooling=POOLING)
     if modality == "image":
         pixels = pixel_transform(preprocess, dict(open_clip.get_model_preprocess_cfg(model)))
-        return build_image_encoder(spec, settings, _ImageTower(model), pixels, weights=weights, pooling=POOLING)
+        return build_image_encoder(_ImageTower(model), pixels, fingerprint, settings)
     with translate_hub_errors(
         f"the tokenizer of {spec.model}", next_step="choose a model with open_clip's own tokenizer"
     ):
         encode = open_clip.get_tokenizer(spec.model)
     num_tokens = int(encode.context_length)
-    tokenizer = Tokenizer(
-        encode=lambda texts: encode(texts).tolist(),
-        max_tokens=num_tokens,
-        pad_id=0,
-        published={"num_tokens": num_tokens},
-    )
-    tower = _TextTower(model, num_tokens)
-    return build_text_encoder(spec, settings, tower, tokenizer, weights=weights, pooling=POOLING)
+    tokenizer = Tokenizer(encode=lambda texts: encode(texts).tolist(), max_tokens=num_tokens, pad_id=0)
+    fingerprint = replace(fingerprint, preprocessing={"num_tokens": num_tokens})
+    return build_text_encoder(_TextTower(model, num_tokens), tokenizer, fingerprint, settings)
 
 
 class _ImageTower(torch.nn.Module):

@@ -102,18 +102,16 @@ def _open_modules(
     width = spec.int_option("truncate_dim")
     cut = "" if width is None else f"; first {width} dimensions"
     pooled = ", then ".join(POOLING[pool] for pool in modules.pools)
+    pooling = {
+        "dense": f"the model's dense layers on: {pooled}{cut}",
+        "_".join(modules.pools): pooled + cut,
+        "tokens": POOLING["tokens"],
+    }
     return build_text_encoder(
-        spec,
-        settings,
         SentenceFeatures(transformer, modules.pools, modules.heads, layers, width),
         tokenizer,
-        weights=weights,
-        pooling={
-            "dense": f"the model's dense layers on: {pooled}{cut}",
-            "_".join(modules.pools): pooled + cut,
-            "tokens": POOLING["tokens"],
-        },
-        revision=folder.revision,
+        spec.fingerprint(weights=weights, pooling=pooling, revision=folder.revision),
+        settings,
         config={
             "transformer": digest(config.to_dict()),
             "pools": modules.pools,
@@ -278,22 +276,21 @@ def _open_with_library(
     if (max_tokens := spec.int_option("max_tokens")) is not None:
         model.max_seq_length = max_tokens
     tokenizer = Tokenizer(
-        encode=lambda texts: [list(text.encode()) for text in texts],
-        max_tokens=model.max_seq_length,
-        pad_id=0,
-        published={"max_tokens": model.max_seq_length, "prefix": prompt, "files": _hash_descriptions(folder.path)},
+        encode=lambda texts: [list(text.encode()) for text in texts], max_tokens=model.max_seq_length, pad_id=0
     )
     width = spec.int_option("truncate_dim")
     cut = "" if width is None else f", first {width} dimensions"
-    return build_text_encoder(
-        spec,
-        settings,
-        _LibraryModel(model, prompt, width),
-        tokenizer,
+    fingerprint = spec.fingerprint(
         weights=hash_weights(model.state_dict()),
         pooling={"pooled": "the vector of the library sentence-transformers" + cut},
         revision=folder.revision,
+        preprocessing={
+            "max_tokens": model.max_seq_length,
+            "prefix": prompt,
+            "files": _hash_descriptions(folder.path),
+        },
     )
+    return build_text_encoder(_LibraryModel(model, prompt, width), tokenizer, fingerprint, settings)
 
 
 class _LibraryModel(torch.nn.Module):

@@ -7,7 +7,7 @@ encoded by the library tokenizers and onnxruntime alone.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,7 +19,6 @@ from embedcache.arrays import Array, Ints
 from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, OnnxGraph, build_graph, is_intact
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features, requested_layers
-from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import load_part
 from embedcache.errors import ArtifactError, PathError, SettingError
@@ -31,27 +30,21 @@ _NO_LIMIT = 1_000_000  # tokenizers without a limit of their own state 1e30
 
 
 def build_text_encoder(
-    spec: EncoderSpec,
-    settings: EncoderSettings,
     module: torch.nn.Module,
     tokenizer: "Tokenizer",
+    fingerprint: Fingerprint,
+    settings: EncoderSettings,
     *,
-    weights: str,
-    pooling: Mapping[str, str],
-    revision: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> GraphEncoder:
     """Create an encoder from a loaded model.
 
     Args:
-        spec: the spec of the encoder.
-        settings: how it runs.
         module: maps token ids and mask to a dict of tensors: its native features, and the same names with the prefix
             `layerN.` for each requested block; `tokens` are (B, T, D).
         tokenizer: converts texts to token ids.
-        weights: digest of the weights.
-        pooling: see `Fingerprint`.
-        revision: commit on the hub.
+        fingerprint: of the model; a preprocessing that is empty is filled in here, and the rest as in `GraphEncoder`.
+        settings: how it runs.
         config: JSON values that determine the ONNX graph together with the weights. If None, the model runs on torch
             only.
     """
@@ -76,17 +69,10 @@ def build_text_encoder(
             check_inputs=_example_batch((7, 1, 14), tokenizer.pad_id),
             outputs=tuple(features),
             dynamic_axes=dynamic_axes,
-            key={"config": config, "weights": weights},
+            key={"config": config},
         )
-    graph = build_graph(module, settings, f"{spec.family}-{spec.folder}", export)
-    fingerprint = Fingerprint(
-        family=spec.family,
-        model=spec.model_name,
-        revision=revision,
-        weights=weights,
-        preprocessing=tokenizer.preprocessing,
-        pooling=pooling,
-    )
+    graph = build_graph(module, settings, fingerprint, export)
+    fingerprint = replace(fingerprint, preprocessing=fingerprint.preprocessing or tokenizer.preprocessing)
     encoder = _with_tokenizer(graph, tokenizer, features, fingerprint, settings)
     _store(encoder, tokenizer)
     return encoder
@@ -189,7 +175,6 @@ class Tokenizer:
         prefix: prepended to each text.
         is_lower: whether texts are lowercased first.
         state: JSON text from which the library tokenizers makes the tokenizer again; None if it cannot.
-        published: entry `preprocessing` of a fingerprint, if it is not the one of these settings.
     """
 
     encode: Callable[[list[str]], list[list[int]]]
@@ -198,7 +183,6 @@ class Tokenizer:
     prefix: str = ""
     is_lower: bool = False
     state: str | None = None
-    published: Mapping[str, Any] | None = None
 
     def __call__(self, texts: Sequence[str]) -> list[Ints]:
         """Return the token ids of each text: (T,) int64."""
@@ -207,9 +191,9 @@ class Tokenizer:
         return [np.array(ids, dtype=np.int64) for ids in rows]
 
     @property
-    def preprocessing(self) -> Mapping[str, Any]:
+    def preprocessing(self) -> dict[str, Any]:
         """Entry `preprocessing` of a fingerprint."""
-        return self.published or {"max_tokens": self.max_tokens, "prefix": self.prefix, "lower": self.is_lower}
+        return {"max_tokens": self.max_tokens, "prefix": self.prefix, "lower": self.is_lower}
 
 
 def open_tokenizer(

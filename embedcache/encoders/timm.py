@@ -48,7 +48,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     check_options(spec, ("fit", "image_size", "weights"))
     is_whole = spec.choice("fit", ("crop", "whole")) == "whole"
     check_modality(spec, modality, "image")
-    size_px = spec.int_option("image_size", expected="a whole number of pixels, such as 518")
+    size_px = spec.int_option("image_size")
     model, revision = load_model(spec)
     fix_padding(model)
     try:
@@ -56,13 +56,10 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
             model.set_input_size(img_size=(size_px, size_px))
         pixels = pixel_transform(model, size_px, is_whole=is_whole)
         return build_image_encoder(
-            spec,
-            settings,
             TimmFeatures(model, requested_layers(settings.features)),
             pixels,
-            weights=hash_weights(model.state_dict()),
-            pooling=POOLING,
-            revision=revision,
+            spec.fingerprint(weights=hash_weights(model.state_dict()), pooling=POOLING, revision=revision),
+            settings,
             config={"timm": version("timm")},
             is_whole=is_whole,
         )

@@ -80,29 +80,27 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
 def _open_image(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
     model, weights = _load_tower(spec, folder, "image")
     return build_image_encoder(
-        spec,
-        settings,
         ImageFeatures(model, requested_layers(settings.features)),
         pixel_transform(folder.path),
-        weights=weights,
-        pooling=IMAGE_POOLING,
-        revision=folder.revision,
-        config={"transformers": version("transformers"), "model": plain_json(model.config.to_dict())},
+        spec.fingerprint(weights=weights, pooling=IMAGE_POOLING, revision=folder.revision),
+        settings,
+        config=_graph_config(model),
     )
 
 
 def _open_text(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
     model, weights = _load_tower(spec, folder, "text")
     return build_text_encoder(
-        spec,
-        settings,
         TextFeatures(model, requested_layers(settings.features)),
         open_tokenizer(folder.path, max_tokens=spec.int_option("max_tokens"), model=model),
-        weights=weights,
-        pooling=TEXT_POOLING,
-        revision=folder.revision,
-        config={"transformers": version("transformers"), "model": plain_json(model.config.to_dict())},
+        spec.fingerprint(weights=weights, pooling=TEXT_POOLING, revision=folder.revision),
+        settings,
+        config=_graph_config(model),
     )
+
+
+def _graph_config(model: Any) -> dict[str, Any]:
+    return {"transformers": version("transformers"), "model": plain_json(model.config.to_dict())}
 
 
 def _load_tower(spec: EncoderSpec, folder: ModelFolder, modality: Modality) -> tuple[Any, str]:
@@ -186,17 +184,15 @@ def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSetting
     extractor = load_part(
         transformers.AutoFeatureExtractor, folder.path, "feature extractor", "add preprocessor_config.json"
     )
-    fingerprint = Fingerprint(
-        family=spec.family,
-        model=spec.model_name,
-        revision=folder.revision,
+    fingerprint = spec.fingerprint(
         weights=weights,
+        pooling=CLAP_POOLING if is_clap else STATES_POOLING,
+        revision=folder.revision,
         preprocessing={
             **published_settings(extractor),
             "resampling": f"polyphase from {SAMPLE_RATE_HZ} Hz",
             "window_s": extractor.max_length_s if is_clap else WINDOW_S,
         },
-        pooling=CLAP_POOLING if is_clap else STATES_POOLING,
     )
     open_model = _open_clap if is_clap else _open_speech
     return open_model(model, extractor, fingerprint, settings)
@@ -222,7 +218,7 @@ def _open_speech(model: Any, extractor: Any, fingerprint: Fingerprint, settings:
     num_layers = int(model.config.num_hidden_layers)
     names = ["states", *(f"layer{layer}.states" for layer in layers if layer <= num_layers)]
     return AudioEncoder(
-        build_graph(_SpeechStates(model, layers), settings, fingerprint.model),
+        build_graph(_SpeechStates(model, layers), settings, fingerprint),
         prepare=prepare,
         split=split,
         outputs=dict.fromkeys(names, (-1, int(model.config.hidden_size))),
@@ -266,7 +262,7 @@ def _open_clap(model: Any, extractor: Any, fingerprint: Fingerprint, settings: E
         return np.ascontiguousarray(inputs, dtype=np.float32)
 
     return AudioEncoder(
-        build_graph(_ClapVectors(model), settings, fingerprint.model),
+        build_graph(_ClapVectors(model), settings, fingerprint),
         prepare=prepare,
         split=list,
         outputs={"projected": (int(model.config.projection_dim),), "pooled": (int(model.config.hidden_size),)},

@@ -19,7 +19,7 @@ from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
 from embedcache.devices import torch_device
 from embedcache.encoders.audio import INPUT, SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder
-from embedcache.encoders.base import Backend, Encoder, Fingerprint, Modality
+from embedcache.encoders.base import Backend, Encoder, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import CorruptError, PathError, SettingError, one_line
@@ -54,8 +54,8 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
         return log_mel(audio_N, graph.num_mels)
 
     def to_padded_windows(audio_N: Floats) -> list[Floats]:
-        window = WINDOW_S * SAMPLE_RATE_HZ
-        return _windows(log_mel(audio_N, graph.num_mels, num_samples=-(-len(audio_N) // window) * window))
+        silence = np.zeros(-len(audio_N) % (WINDOW_S * SAMPLE_RATE_HZ), np.float32)
+        return _windows(log_mel(np.concatenate([audio_N, silence]), graph.num_mels))
 
     def num_tokens(inputs: Array) -> int:
         return -(-(len(inputs) // HOP if is_padded else inputs.shape[1]) // 2)
@@ -70,10 +70,9 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
         num_parallel=graph.num_parallel,
         axis=AXIS,
         num_tokens=num_tokens,
-        fingerprint=Fingerprint(
-            family=spec.family,
-            model=spec.model_name,
+        fingerprint=spec.fingerprint(
             weights=graph.weights,
+            pooling=POOLING,
             preprocessing={
                 "sample_rate_hz": SAMPLE_RATE_HZ,
                 "num_mels": graph.num_mels,
@@ -82,13 +81,12 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
                 "window_s": WINDOW_S,
                 "padding": padding,
             },
-            pooling=POOLING,
         ),
         settings=settings,
     )
 
 
-def log_mel(audio_N: Floats, num_mels: int = 80, *, num_samples: int | None = None) -> Floats:
+def log_mel(audio_N: Floats, num_mels: int = 80) -> Floats:
     """Compute Whisper's log-mel spectrogram of a waveform at 16 kHz: (num_mels, N // 160) float32.
 
     Values are those of Whisper's own code for the whole waveform at once, to 1e-4: the dynamic range of 80 dB counts
@@ -97,10 +95,7 @@ def log_mel(audio_N: Floats, num_mels: int = 80, *, num_samples: int | None = No
 
     Args:
         audio_N: at least 201 samples.
-        num_samples: length to which silence is appended; None appends none.
     """
-    if num_samples is not None:
-        audio_N = np.pad(audio_N, (0, num_samples - len(audio_N)))
     padded = np.pad(audio_N, FFT_SIZE // 2, mode="reflect")
     frames_TK = np.lib.stride_tricks.sliding_window_view(padded, FFT_SIZE)[: len(audio_N) // HOP * HOP : HOP]
     window_K, filters_MK = np.hanning(FFT_SIZE + 1)[:-1], _mel_filters(num_mels)

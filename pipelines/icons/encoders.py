@@ -78,8 +78,8 @@ def _build(
 ) -> Encoder:
     check_options(spec, ())
     check_modality(spec, modality, "text")
-    weights = hash_weights(module.state_dict())
-    return build_text_encoder(spec, settings, module, tokenizer, weights=weights, pooling=pooling, config={})
+    fingerprint = spec.fingerprint(weights=hash_weights(module.state_dict()), pooling=pooling)
+    return build_text_encoder(module, tokenizer, fingerprint, settings, config={})
 
 
 class SentenceEncoder(torch.nn.Module):
