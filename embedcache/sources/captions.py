@@ -102,12 +102,9 @@ def join_captions(rows: Iterable[tuple[str, Sample]]) -> Iterator[Sample]:
 
 
 def _difference(one: Sample, other: Sample) -> str:
-    """Return what two samples differ in, beside their captions."""
-    if one.images != other.images:
-        return "images"
-    modality = next((name for name in (*one.files, *other.files) if one.files.get(name) != other.files.get(name)), None)
-    names = (name for name in (*one.columns, *other.columns) if one.columns.get(name) != other.columns.get(name))
-    return f"items of {modality}" if modality else f"values in column {next(names, None)!r}"
+    """Return the items or the column that two samples differ in, beside their captions."""
+    first, second = ({"images": sample.images, **sample.files, **sample.columns} for sample in (one, other))
+    return next((name for name in (*first, *second) if first.get(name) != second.get(name)), "columns")
 
 
 def to_scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:

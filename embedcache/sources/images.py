@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -20,7 +20,7 @@ MAX_PIXELS = 89_478_485
 """Limit checked in the header: Pillow's own, 256 MiB as RGB."""
 
 _IMAGE_AXES, _RGB = 3, 3
-_EXPECTED, _MAX_SHOWN = "the path of a file, an open PIL image, a tensor or an array", 80
+_EXPECTED = "the path of a file, an open PIL image, a tensor or an array"
 
 WHITE = "white"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -63,13 +63,8 @@ def list_images(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
     if isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", None) == _IMAGE_AXES:
         return [images]  # type: ignore[list-item]
     if isinstance(images, bytes) or not isinstance(images, Iterable):
-        raise DataError(f"images: expected {_EXPECTED}, or several of them, got {_short_repr(images)}")
+        raise DataError(f"images: expected {_EXPECTED}, or several of them, got {images!r:.80}")
     return images if isinstance(images, Sequence) or hasattr(images, "ndim") else list(images)
-
-
-def _short_repr(value: Any) -> str:
-    """Return the first characters of a value, which may be a whole file, for a message."""
-    return repr(value)[:_MAX_SHOWN]
 
 
 def load_image(image: ImageLike, background: str = WHITE) -> Image.Image:
@@ -80,7 +75,7 @@ def load_image(image: ImageLike, background: str = WHITE) -> Image.Image:
         DataError: an image cannot be decoded, or an array is no RGB image; the message names it.
     """
     if not isinstance(image, str | Path | Image.Image) and not hasattr(image, "__array__"):
-        raise DataError(f"image: expected {_EXPECTED}, got {_short_repr(image)}")
+        raise DataError(f"image: expected {_EXPECTED}, got {image!r:.80}")
     if isinstance(image, str | Path) and not Path(image).is_file():
         state = "is a folder" if Path(image).is_dir() else "does not exist"
         raise PathError(f"image {image} {state}: expected {_EXPECTED}; check the path")

@@ -132,11 +132,10 @@ def _read_templates(path: Path) -> list[str]:
 
 def _read_lines(path: Path) -> list[str]:
     require_file(path)
-    lines = [line.strip() for line in split_lines(read_text(path, SourceError))]
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
+    text = read_text(path, SourceError).rstrip()
+    if not text:
         raise SourceError(f"{path}: expected one text per line, got an empty file; add the texts")
+    lines = [line.strip() for line in split_lines(text)]
     for number, line in enumerate(lines):
         if not line:
             raise SourceError(f"{path} line {number + 1} is blank; line numbers are class numbers, so name every class")

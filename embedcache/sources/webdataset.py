@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby, islice
 from operator import itemgetter
@@ -11,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from embedcache.errors import PathError, SourceError
-from embedcache.files import is_remote, open_path, reading
+from embedcache.files import open_path, reading
 from embedcache.samples import FileItem, Sample, Scalar
 from embedcache.sources.captions import (
     SIDECAR_SUFFIXES,
@@ -45,7 +44,6 @@ _LABEL = re.compile(rb"\s*-?[0-9]{1,18}\s*")
 _MAX_LABEL_BYTES = 32
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
 _MAX_SHARDS = 1_000_000
-_CONCURRENT_REQUESTS = 32  # for the sizes of remote shards
 
 _DROPPED_COLUMNS = frozenset({"key", "status", "error_message", "caption"})  # of the tables that img2dataset writes
 
@@ -194,10 +192,9 @@ def _find_shards(part: str) -> list[Path]:
     if len(paths) > _MAX_SHARDS:
         raise SourceError(f"{part}: expected at most {_MAX_SHARDS:,} shards, got more; name fewer")
     shards = [open_path(path) for path in paths]
-    with ThreadPoolExecutor(_CONCURRENT_REQUESTS if is_remote(shards[0]) else 1) as executor:
-        missing = [shard for shard, size in zip(shards, executor.map(file_size, shards), strict=True) if size is None]
-    if missing:
-        raise PathError(f"expected a shard, got no file at {missing[0]} ({len(missing)} of {len(shards)} are missing)")
+    for shard in (shards[0], shards[-1]):  # a wrong range is named at once, without a request for each shard
+        if file_size(shard) is None:
+            raise PathError(f"expected a shard, got no file at {shard}; check the path")
     return shards
 
 

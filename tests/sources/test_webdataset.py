@@ -172,7 +172,7 @@ def test_invalid_json_is_reported_in_a_column(tmp_path: Path) -> None:
 
 
 def test_missing_shard_of_a_pattern_raises(shards: Path) -> None:
-    with pytest.raises(PathError, match=r"00003\.tar.*1 of 4"):
+    with pytest.raises(PathError, match=r"got no file at .*00003\.tar"):
         open_source(shards / "{00000..00003}.tar")
 
 
@@ -241,5 +241,10 @@ def test_several_locations_are_one_source(
 
 
 def test_missing_shard_of_a_list_raises(split_folders: Path) -> None:
-    with pytest.raises(PathError, match=r"val/2\.tar \(1 of 3"):
+    with pytest.raises(PathError, match=r"got no file at .*val/2\.tar"):
         open_source(f"{split_folders}/train/0.tar::{split_folders}/val/{{0..2}}.tar")
+    (split_folders / "val/2.tar").write_bytes((split_folders / "val/0.tar").read_bytes())
+    (split_folders / "val/1.tar").unlink()
+    source = open_source(f"{split_folders}/val/{{0..2}}.tar")
+    with pytest.raises(PathError, match=r"no such file: .*val/1\.tar"):
+        list(source.samples())
