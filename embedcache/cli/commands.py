@@ -209,7 +209,7 @@ def _with_trust(command: Callable[..., None], *, reads_items: bool) -> Callable[
     def run(*, trust: bool, image_folder: list[str] | None = None, **values: Any) -> None:
         with trust_files(trust), ExitStack() as stack:
             if image_folder:
-                from embedcache.sources.reopen import read_below
+                from embedcache.sources.open import read_below
 
                 stack.enter_context(read_below(*image_folder))
             command(**values)

@@ -15,8 +15,7 @@ from embedcache.modalities import noun
 from embedcache.samples import FileItem
 from embedcache.sources.images import decode_image
 from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio, decode_video, frame_at, probe_media
-from embedcache.sources.open import source_credit
-from embedcache.sources.reopen import reopen_source
+from embedcache.sources.open import reopen_source, source_credit
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader
 from embedcache.store.tables import ITEM_SCHEMAS

@@ -29,7 +29,7 @@ from embedcache.progress import Progress
 from embedcache.registry import names_from, trust_files, unknown_name
 from embedcache.samples import Source
 from embedcache.settings import replace_fields
-from embedcache.sources.reopen import open_below
+from embedcache.sources.open import open_below
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group, find_group, open_group

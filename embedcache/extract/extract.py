@@ -21,8 +21,7 @@ from embedcache.records import new_record_path, record_stage
 from embedcache.registry import require, unknown_name
 from embedcache.samples import IMPORTED_SOURCE, MERGED, Source, is_description
 from embedcache.settings import flat_settings, from_flat, merge_settings, replace_fields
-from embedcache.sources.open import SOURCES, open_source
-from embedcache.sources.reopen import RecordedSource, below_named, remember, reopen_source
+from embedcache.sources.open import SOURCES, RecordedSource, below_named, open_source, remember, reopen_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import has_failed

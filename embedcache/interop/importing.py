@@ -18,7 +18,7 @@ from embedcache.provenance import IMPORTED, check_same, digest, digest_file
 from embedcache.records import new_record_path, record_stage
 from embedcache.samples import IMPORTED_SOURCE
 from embedcache.settings import merge_settings
-from embedcache.sources.reopen import remember
+from embedcache.sources.open import remember
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, hash_item

@@ -26,8 +26,7 @@ from embedcache.provenance import check_same, digest
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import unknown_name
 from embedcache.settings import replace_fields
-from embedcache.sources.open import merged_description, merged_path
-from embedcache.sources.reopen import is_remembered, remember
+from embedcache.sources.open import is_remembered, merged_description, merged_path, remember
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
 from embedcache.store.commits import Commit

@@ -29,7 +29,7 @@ from embedcache.search.card import IndexCard, read_card
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.settings import merge_settings
-from embedcache.sources.reopen import is_remembered, remember
+from embedcache.sources.open import is_remembered, remember
 from embedcache.store.cache import Cache
 from embedcache.store.layout import INTERRUPTED_REMOVAL, CacheInfo, read_info
 from embedcache.store.removal import erase, find_chunks, remove_rows

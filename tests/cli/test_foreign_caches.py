@@ -25,7 +25,7 @@ from embedcache.search.settings import IndexSettings
 from embedcache.serve.service import ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source, read_below
-from embedcache.sources.reopen import remember
+from embedcache.sources.open import remember
 from embedcache.store.cache import Cache
 from tests.cli.run import Result, embedcache
 from tests.crash import forked_workers

@@ -16,7 +16,7 @@ from embedcache.extract.extract import extract
 from embedcache.reports.dedup import comparison_line, dedup_line, write_dedup_page, write_threshold_page
 from embedcache.settings import replace_fields
 from embedcache.sources import open_source
-from embedcache.sources.reopen import read_below
+from embedcache.sources.open import read_below
 from tests.toy import IMAGE
 
 

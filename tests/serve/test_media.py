@@ -27,7 +27,7 @@ from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
 from embedcache.sources.media import decode_audio
-from embedcache.sources.reopen import remember
+from embedcache.sources.open import remember
 from embedcache.store.cache import Cache
 from tests.media_files import encode_audio, tone, wav
 from tests.media_toy import MEDIA

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from embedcache.sources import Source
-from embedcache.sources.reopen import open_below
+from embedcache.sources.open import open_below
 
 COLORS = ("red", "green", "blue", "black", "white")
 

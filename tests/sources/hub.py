@@ -46,8 +46,7 @@ def ask(folder: Path, up: Sequence[str], down: Sequence[str]) -> dict[str, Any]:
         hub.revisions["org/name", "v1"] = {**files, "de/train.parquet": write_table("old")}
         os.environ |= hub.environment()
         from embedcache.errors import EmbedcacheError
-        from embedcache.sources.open import open_source
-        from embedcache.sources.reopen import open_below
+        from embedcache.sources.open import open_below, open_source
 
         for location in up:
             try:

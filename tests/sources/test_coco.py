@@ -6,7 +6,7 @@ import pytest
 
 from embedcache.errors import SourceError
 from embedcache.sources import FileItem, Source, SourceSettings, open_source
-from embedcache.sources.reopen import own_places
+from embedcache.sources.open import own_places
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from embedcache.testing.sources import SourceContract

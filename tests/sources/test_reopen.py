@@ -9,8 +9,7 @@ from embedcache.errors import ItemError, PathError
 from embedcache.registry import trust_files
 from embedcache.sources import read_below
 from embedcache.sources.files import check_read_allowed, is_below, restrict_reads
-from embedcache.sources.open import merged_description
-from embedcache.sources.reopen import allowed_places, is_remembered, own_places, remember
+from embedcache.sources.open import allowed_places, is_remembered, merged_description, own_places, remember
 
 
 def describe(kind: str, path: object, **settings: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from embedcache.errors import ItemError, SettingError, SourceError
 from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source, read_below
-from embedcache.sources.reopen import below_named
+from embedcache.sources.open import below_named
 from embedcache.store.indexing import index
 from embedcache.testing.sources import SourceContract
 from tests.recorded import RecordedProgress

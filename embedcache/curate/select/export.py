@@ -21,7 +21,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.samples import FileItem, Source, TextItem
 from embedcache.sources.captions import to_sidecar
 from embedcache.sources.files import MEDIA_SUFFIXES
-from embedcache.sources.reopen import reopen_source
+from embedcache.sources.open import reopen_source
 from embedcache.sources.table import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.commits import has_failed

@@ -20,7 +20,7 @@ from embedcache.extract.extract import extract
 from embedcache.outputs import replacing_files
 from embedcache.samples import Scalar
 from embedcache.sources import Sample, Source, SourceSettings, TextItem, open_source
-from embedcache.sources.reopen import remember
+from embedcache.sources.open import remember
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from tests.images import write_images
