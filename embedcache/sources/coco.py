@@ -13,7 +13,7 @@ from embedcache.errors import SourceError
 from embedcache.files import decode_text, is_remote, open_path, reading
 from embedcache.samples import FileItem, Sample
 from embedcache.settings import replace_fields
-from embedcache.sources.captions import parse_captions, parse_json_object, to_scalar_columns, to_text_items
+from embedcache.sources.captions import parse_json_object, to_scalar_columns, to_text_items
 from embedcache.sources.files import (
     find_root,
     item_path,
@@ -66,9 +66,10 @@ class CocoSource:
         with reading(self._path):
             text = decode_text(read_bytes(self._path), str(self._path), SourceError)
         fields = parse_json_object(text, str(self._path))
-        images = _objects(fields, "images", self._path)
+        images = _field(fields, "images", list, self._path)
+        names = [_image_name(image, f"{self._path}: image {number}") for number, image in enumerate(images)]
         read = _karpathy_samples if images and "sentences" in images[0] else partial(_coco_samples, fields)
-        self._check_images([_image_name(image, f"{self._path}: image {n}") for n, image in enumerate(images)])
+        self._check_images(names)
         for sample in read(images, self._path):
             path = item_path(self._root_text, self._root_text, sample.images[0].path)
             yield replace(sample, images=(FileItem(path=path),))
@@ -98,17 +99,20 @@ def _guess_root(path: Path) -> Path:
 
 def _coco_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Sample]:
     captions_of = defaultdict(list)
-    for number, annotation in enumerate(_objects(fields, "annotations", path)):
+    for number, annotation in enumerate(_field(fields, "annotations", list, path)):
         location = f"{path}: annotation {number}"
-        if not isinstance(annotation.get("caption"), str):
-            raise SourceError(f"{location} has no caption, but {', '.join(annotation)}; {_EXPECTED}")
-        captions_of[_read_id(annotation, "image_id", location)].append(annotation["caption"])
-    found = map(to_scalar_columns, _objects(fields, "licenses", path, default=[]))
-    licenses = {license_["id"]: license_.get("name") for license_ in found if "id" in license_}
+        caption = _field(annotation, "caption", str, location)
+        captions_of[_field(annotation, "image_id", int | str, location)].append(caption)
+
+    licenses = {}
+    for license_ in fields.get("licenses") or []:
+        if isinstance(license_, dict) and isinstance(license_.get("id"), int | str):
+            licenses[license_["id"]] = license_.get("name")
+
     numbers: dict[int | str, int] = {}
     for number, image in enumerate(images):
         location = f"{path}: image {number}"
-        first = numbers.setdefault(_read_id(image, "id", location), number)
+        first = numbers.setdefault(_field(image, "id", int | str, location), number)
         if first != number:
             raise SourceError(f"{location}: expected an id of its own, got {image['id']!r}, that of image {first}")
         columns = to_scalar_columns(image)
@@ -126,9 +130,7 @@ def _coco_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]]
 def _karpathy_samples(images: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Sample]:
     for number, image in enumerate(images):
         location = f"{path}: image {number}"
-        captions = []
-        for sentence in _objects(image, "sentences", location):
-            captions += parse_captions(sentence.get("raw"), f"{location}: raw")
+        captions = [_field(sentence, "raw", str, location) for sentence in _field(image, "sentences", list, location)]
         split = image.get("split")
         columns = {**image, "split": _KARPATHY_PARTS.get(split, split) if isinstance(split, str) else None}
         columns = {name: value for name, value in columns.items() if name not in ("filename", "filepath")}
@@ -144,27 +146,17 @@ def _sample(name: str, captions: Sequence[str], columns: Mapping[str, Any]) -> S
     )
 
 
-def _image_name(image: Mapping[str, Any], location: str) -> str:
+def _image_name(image: Any, location: str) -> str:
     """Return the path of an image as written in the file."""
-    name = image.get("file_name", image.get("filename"))
-    if not isinstance(name, str) or not name:
-        raise SourceError(f"{location}: expected file_name, the path of an image, got {name!r:.60}; {_EXPECTED}")
-    folder = image.get("filepath")
+    fields = image if isinstance(image, dict) else {}
+    name: str = _field({"file_name": fields.get("filename"), **fields}, "file_name", str, location)
+    folder = fields.get("filepath")
     return f"{folder}/{name}" if isinstance(folder, str) and folder else name
 
 
-def _read_id(fields: Mapping[str, Any], name: str, location: str) -> int | str:
-    number = fields.get(name)
-    if not isinstance(number, int | str):
-        raise SourceError(f"{location}: expected {name}, a number or a text, got {number!r:.60}; {_EXPECTED}")
-    return number
-
-
-def _objects(
-    fields: Mapping[str, Any], name: str, location: object, default: Sequence[Mapping[str, Any]] | None = None
-) -> Sequence[Mapping[str, Any]]:
-    """Return a field that is a list of objects."""
-    found = fields.get(name, default)
-    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-        raise SourceError(f"{location} has no list of {name}; {_EXPECTED}")
-    return found
+def _field(fields: Any, name: str, kind: Any, location: object) -> Any:
+    """Return a field of a JSON object, of a type; the error for another value starts with `location`."""
+    value = fields.get(name) if isinstance(fields, dict) else None
+    if not isinstance(value, kind):
+        raise SourceError(f"{location}: expected {name}, got {value!r:.60}; {_EXPECTED}")
+    return value

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError, quoted
@@ -67,6 +67,8 @@ WITHOUT_LOCATION = frozenset({"openmoji"})
 _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_SUFFIXES, "coco": JSON_SUFFIXES}
 """Kind of source -> suffixes of the files that it reads: one that is given as a location is of this kind."""
 
+_FILE_SUFFIXES = frozenset[str]().union(*_SUFFIXES.values())
+
 _FOLDER_SUFFIXES = {**{kind: _SUFFIXES[kind] for kind in ("webdataset", "table")}, "folder": frozenset({".npz"})}
 """The same of a folder that holds such files, and no images or media; the first kind of which there is a file."""
 
@@ -80,7 +82,6 @@ _ACCEPTED = (
 _READ_BELOW = frozenset({"coco", "folder", "huggingface", "table", "webdataset", IMPORTED_SOURCE})
 """Kinds of sources that read their location, below it, and what their items name: nothing else."""
 
-_FILE_SUFFIXES = JSON_SUFFIXES | TABLE_SUFFIXES | TAR_SUFFIXES | MEDIA_SUFFIXES["points"]
 _NAMED: ContextVar[tuple[str, ...]] = ContextVar("named_places", default=())
 
 _log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def _detect_kind(location: str) -> tuple[str, str]:
     if (SHARD_SEPARATOR in location and not is_chained) or ("{" in location and has_suffix(location, TAR_SUFFIXES)):
         return "webdataset", location
     path = open_path(location)
-    if is_folder(path, TAR_SUFFIXES | TABLE_SUFFIXES | JSON_SUFFIXES):
+    if is_folder(path, _FILE_SUFFIXES):
         return _folder_kind(path), location
     if file_size(path) is None:
         raise PathError(f"{location} does not exist{_hub_hint(location)}; check the path")
@@ -145,7 +146,7 @@ def _detect_kind(location: str) -> tuple[str, str]:
 
 def _hub_hint(location: str) -> str:
     """Return a hint for what may be the bare name of a dataset on the Hub."""
-    is_file = has_suffix(location, _MEDIA.union(*_SUFFIXES.values()))
+    is_file = has_suffix(location, _FILE_SUFFIXES | _MEDIA)
     if is_file or not _HUB_NAME.fullmatch(location) or Path(location).parent.exists():
         return ""
     return f"; if you mean the dataset of that name on the Hugging Face Hub, use hf:{location}"
@@ -338,7 +339,7 @@ def own_places(description: Mapping[str, Any]) -> list[str]:
     places: dict[str, None] = {}
     for location in (location for part in _parts(description) for location in _locations(part)):
         if is_url(location):
-            is_file = PurePosixPath(location).suffix.lower() in _FILE_SUFFIXES
+            is_file = has_suffix(location, _FILE_SUFFIXES)
             places[_resolve(location.rpartition("/")[0] if is_file else location)] = None
         else:
             path = Path(location).resolve()

@@ -480,18 +480,15 @@ def read_sample(
 
 def _read_interval(columns: TableColumns, row: Row, location: str) -> tuple[float | None, float | None]:
     """Return the start and the end of a row's recording or video; the error for other cells starts with `location`."""
-    if columns.interval == (None, None):
-        return None, None
-    start_s, stop_s = (
-        None if name is None or row.get(name) in (None, "") else _seconds(row[name], f"{location}: {name}")
-        for name in columns.interval
-    )
+    start_s, stop_s = (_seconds(row.get(name or ""), f"{location}: {name}") for name in columns.interval)
     if stop_s is not None and stop_s <= (start_s or 0):
         raise SourceError(f"{location}: expected stop_s after start_s, got {start_s or 0:g} to {stop_s:g}")
     return start_s, stop_s
 
 
-def _seconds(value: Any, location: str) -> float:
+def _seconds(value: Any, location: str) -> float | None:
+    if value is None or value == "":
+        return None
     try:
         seconds = float(value)
     except (TypeError, ValueError):
