@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load, save_file
 
-from embedcache.arrays import Array, Bools, Ints, distinct
+from embedcache.arrays import Array, Ints, distinct
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN
 from embedcache.dataset.splits import read_split, require_split
@@ -295,8 +295,7 @@ def derivation_depth(cache: Cache, group: EncoderGroup) -> int:
     return 1 + max(below, default=0) if group.is_derived else 0
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Rows:
+class Rows(NamedTuple):
     """Items of the first input, and the rows of every input that belong to them.
 
     Args:
@@ -310,10 +309,6 @@ class Rows:
     reasons: Sequence[str | None]
     valid: Ints
     input_rows: Sequence[Ints]
-
-    def where(self, mask: Bools) -> "Rows":
-        """Return the rows without some of the items that have all inputs; `mask` has an element per such item."""
-        return replace(self, valid=self.valid[mask], input_rows=[rows[mask] for rows in self.input_rows])
 
 
 class ChunkReader:
@@ -332,10 +327,10 @@ class ChunkReader:
             for chunk in range(self.cache.info.num_chunks(feature.modality)):
                 _read_commit(feature, chunk)
 
-    def open_chunk(self, chunk: int) -> Rows:
-        """Return the rows of one chunk of the first input's modality."""
+    def rows_of(self, chunk: int) -> Ints:
+        """Return the rows of a chunk of the first input's modality."""
         rows = self.cache.info.chunk_rows(self.modality, chunk)
-        return self.open_rows(np.arange(rows.start, rows.stop))
+        return np.arange(rows.start, rows.stop)
 
     def open_rows(self, rows: Ints) -> Rows:
         """Return some rows of the first input's modality, ascending."""
@@ -349,12 +344,7 @@ class ChunkReader:
         size = self.cache.info.chunk_size
         hashes = [self._commit(self.inputs[0], row // size).hashes[row % size] for row in rows.tolist()]
         valid = np.flatnonzero([reason is None for reason in reasons])
-        return Rows(hashes=hashes, reasons=reasons, valid=valid, input_rows=[each[valid] for each in input_rows])
-
-    def samples_of(self, rows: Rows) -> Ints:
-        """Return the sample of each item that has all inputs."""
-        samples: Ints = self._samples[rows.input_rows[0]]
-        return samples
+        return Rows(hashes, reasons, valid, [own_rows[valid] for own_rows in input_rows])
 
     def blocks(self, rows: Rows) -> list[Block]:
         """Read the values of each input for the items that have all inputs."""
@@ -391,7 +381,7 @@ class ChunkReader:
             return rows
         if modality not in self._rows_by_sample:
             self._rows_by_sample[modality] = self._find_rows_by_sample(modality)
-        found: Ints = self._rows_by_sample[modality][self._samples[rows]]
+        found: Ints = self._rows_by_sample[modality][self.samples[rows]]
         return found
 
     def _find_rows_by_sample(self, modality: str) -> Ints:
@@ -414,7 +404,8 @@ class ChunkReader:
         return rows_S
 
     @cached_property
-    def _samples(self) -> Ints:
+    def samples(self) -> Ints:
+        """Sample of each item of the first input's modality."""
         return _read_samples(self.cache, self.modality)
 
 
@@ -472,7 +463,7 @@ class OpenDerivation:
         reasons = [commit.failures[name] for name in self.outputs if name in commit.failures]
         if not any(map(any, reasons)):
             return False
-        now = self.reader.open_chunk(commit.chunk).reasons
+        now = self.reader.open_rows(self.reader.rows_of(commit.chunk)).reasons
         return any(
             reason not in (None, PENDING) and (None if reason.endswith(self._own_suffix) else reason) != reason_now
             for of_output in reasons
@@ -536,7 +527,7 @@ def _prepare_group(opened: OpenDerivation, *, split_path: Path | None) -> tuple[
     if opened.rule.fit is None:
         if split_path is not None:
             raise SettingError(f"fit_split: the rule {opened.rule.name!r} is not fitted; omit --fit-split")
-        opened.apply(_first(opened.reader))  # before anything is written
+        opened.apply(opened.reader.open_rows(np.arange(1)))  # before anything is written
         return create_group(*place, cache.info, spec=spec, fingerprint=opened.fingerprint), opened
 
     if split_path is not None:
@@ -552,12 +543,6 @@ def _prepare_group(opened: OpenDerivation, *, split_path: Path | None) -> tuple[
             weights = digest_file(fit_path(path))
         group = create_group(*place, cache.info, spec=spec, fingerprint={**fingerprint, "weights": weights})
     return group, _with_fit(opened, group)
-
-
-def _first(reader: ChunkReader) -> Rows:
-    """Return the first item of the first chunk that has all inputs, if there is one."""
-    rows = reader.open_chunk(0)
-    return rows.where(np.arange(len(rows.valid)) == 0)
 
 
 def _find_fit(cache: Cache, place: tuple[Path, str, str], fingerprint: Mapping[str, Any]) -> str | None:
@@ -588,11 +573,12 @@ def _fit(opened: OpenDerivation, split_path: Path | None) -> dict[str, Array]:
 
     def blocks() -> Iterator[list[Block]]:
         for chunk in range(reader.cache.info.num_chunks(reader.modality)):
-            rows = reader.open_chunk(chunk)
+            rows = reader.rows_of(chunk)
             if is_training is not None:
-                rows = rows.where(is_training[reader.samples_of(rows)])
-            if len(rows.valid):
-                yield reader.blocks(rows)
+                rows = rows[is_training[reader.samples[rows]]]
+            inputs = reader.open_rows(rows)
+            if len(inputs.valid):
+                yield reader.blocks(inputs)
 
     assert opened.rule.fit is not None
     arrays = opened.rule.fit(blocks(), opened.parameters)
