@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from embedcache.cli.config_files import is_from_file, refused_value, typed_refusal
+from embedcache.cli.config_files import is_from_file
 from embedcache.cli.failures import end_interrupted
 from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_new_file, keyword, set_parameters
 from embedcache.errors import AmbiguousNameError, EmbedcacheError, PathError, SettingError
@@ -33,16 +33,13 @@ class Command(TyperCommand):
     plugins: tuple[str, ...] = ()
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the command line; the error of a value says what was expected, and in a file names the file."""
+        """Parse the command line; the error of missing arguments names the first one."""
         words = list(args)  # parsing takes them off the list
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             if isinstance(error.param, TyperArgument) and error.param.nargs < 0:  # a list without a value
                 error.param = self._first_missing(ctx, words) or error.param
-            if (refused := refused_value(ctx, error)) is not None:
-                raise refused from error
-            error.message = typed_refusal(error) or error.message
             raise
 
     def _first_missing(self, ctx: Any, words: list[str]) -> Any:
@@ -106,19 +103,14 @@ def _check_local_paths(context: typer.Context) -> None:
 
 
 def _check_own_outputs(context: typer.Context) -> None:
-    """Check that no output is what an argument names that may be a URL; `check_path_is_own` compares the paths."""
+    """Check that no other parameter names the file of an output; arguments that may be URLs are texts."""
     arguments = {each.name for each in context.command.params if each.param_type_name == "argument"}
-    named = {
-        Path(value).absolute(): name
-        for name, value in context.params.items()
-        if name in arguments and isinstance(value, str)
-    }
-    for name in _WRITTEN:
-        path = context.params.get(name)
-        if isinstance(path, Path) and path.absolute() in named:
-            raise SettingError(
-                f"{name}: expected a file of its own, got {path}, which {named[path.absolute()]} names too"
-            )
+    for output in _WRITTEN:
+        path = context.params.get(output)
+        for name, value in context.params.items():
+            is_place = isinstance(value, Path) or (isinstance(value, str) and name in arguments)
+            if isinstance(path, Path) and is_place and name != output and Path(value).absolute() == path.absolute():
+                raise SettingError(f"{output}: expected a file of its own, got {path}, which {name} names too")
 
 
 def _name_option(context: typer.Context, message: str) -> str:

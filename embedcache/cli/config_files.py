@@ -37,29 +37,9 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
             option, is_off = options[name]
             if option.name in words:
                 raise SettingError(f"{path}: {name}: expected one value, got another of the same option; remove one")
-            try:
-                words[str(option.name)] = _as_words(value, option, is_off=is_off)
-            except ValueError:
-                raise _wrong_type(path, name, option, value) from None
+            words[str(option.name)] = _as_words(f"{path}: {name}", value, option, is_off=is_off)
         context.default_map = words
     return path
-
-
-def refused_value(context: typer.Context, error: typer.BadParameter) -> SettingError | None:
-    """Return the error of a value which the parser of the command line refuses and a file has; None for others."""
-    option = error.param
-    path = context.params.get("config")
-    if path is None or option is None or not is_from_file(context, str(option.name)):
-        return None
-    return _wrong_type(path, str(option.name), option, (context.default_map or {})[str(option.name)])
-
-
-def typed_refusal(error: typer.BadParameter) -> str | None:
-    """Return what was expected of a value on the command line, in place of the words of pydantic; None for others."""
-    errors = getattr(error.__cause__, "errors", None)
-    if error.param is None or errors is None:
-        return None
-    return f"expected {_expected(error.param)}, got {errors()[0]['input']!r}"
 
 
 def is_from_file(context: typer.Context, name: str) -> bool:
@@ -68,39 +48,21 @@ def is_from_file(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "DEFAULT_MAP"
 
 
-def _as_words(value: Any, option: Any, *, is_off: bool) -> Any:
-    """Return a value as the parser of the command line expects it; ValueError if it is of a type that no word has."""
+def _as_words(name: str, value: Any, option: Any, *, is_off: bool) -> Any:
+    """Return a value as the parser of the command line expects it, or raise a `SettingError` that names it."""
     is_flag = getattr(option, "is_flag", False)
     takes_many = getattr(option, "multiple", False) or option.nargs != 1
     if isinstance(value, dict) and takes_many:
         value = to_words(value)
     elements = value if isinstance(value, list) and takes_many else [value]
-    if is_flag != isinstance(value, bool) or any(
-        isinstance(element, list | dict) or isinstance(element, bool) is not is_flag for element in elements
-    ):
-        raise ValueError
+    if any(isinstance(each, list | dict) or isinstance(each, bool) is not is_flag for each in elements):
+        expected = "true or false" if is_flag else "a text or a number"
+        got = str(value).lower() if isinstance(value, bool) else value
+        raise SettingError(f"{name}: expected {expected}{' or a list of them' if takes_many else ''}, got {got}")
     if is_flag:
         return value is not is_off
     words = [str(element) for element in elements]
     return words if takes_many else words[0]
-
-
-def _wrong_type(path: Path, name: str, option: Any, value: Any) -> SettingError:
-    """Create the error of a value that an option cannot have."""
-    got = str(value).lower() if isinstance(value, bool) else value
-    return SettingError(f"{path}: {name}: expected {_expected(option)}, got {got}")
-
-
-def _expected(option: Any) -> str:
-    kind = option.type_descriptor
-    if kind.choices:
-        return f"one of {', '.join(map(str, kind.choices))}"
-    if getattr(option, "multiple", False):
-        return "a text, a number or a list of them"
-    return _NOUNS.get(kind.annotation, "a text")
-
-
-_NOUNS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
 
 
 def read_config(path: Path) -> dict[str, Any]:

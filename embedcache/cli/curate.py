@@ -337,9 +337,9 @@ def combine(
     publish_size(out, num_samples, as_json=as_json, output=output)
 
 
-def _check_export(context: typer.Context, option: typer.CallbackParam, path: Path) -> Path | None:
+def _check_export(context: typer.Context, path: Path) -> Path | None:
     """Check an output as `check_new_file` does; a folder is checked by the format, which is not known yet."""
-    return path if path.is_dir() else check_new_file(context, option, path)
+    return path if path.is_dir() else check_new_file(context, path)
 
 
 def export(

@@ -16,7 +16,6 @@ from embedcache.cli.options import (
     Output,
     ReportOptions,
     check_new_file,
-    check_path_is_own,
     output_option,
     with_settings,
 )
@@ -44,10 +43,9 @@ ControlRuns = Annotated[
 def check_new_results(context: typer.Context, option: typer.CallbackParam, path: Path | None) -> Path | None:
     """Check an output that is a `.json` file or a folder; the command checks the files in it, which it names."""
     if path is None or path.suffix == ".json":
-        return check_new_file(context, option, path)
+        return check_new_file(context, path)
     if os.path.lexists(path) and not path.is_dir():
         raise PathError(f"{option.opts[0]}: expected a .json file or a folder, got the file {path}; name another")
-    check_path_is_own(context, option, path)
     return path
 
 

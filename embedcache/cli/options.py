@@ -12,6 +12,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
@@ -33,12 +34,11 @@ OVERWRITE = "overwrite"
 """Parameter of all commands that write an output."""
 
 
-def check_new_file(context: typer.Context, option: typer.CallbackParam, path: Path | None) -> Path | None:
+def check_new_file(context: typer.Context, path: Path | None) -> Path | None:
     """Check, before the work, that an output can be written to a path; `--overwrite` is parsed before all outputs.
 
     Raises:
         PathError: the path is a folder, a link or, without `--overwrite`, an existing file.
-        SettingError: another parameter names the same path.
     """
     from embedcache.outputs import check_output, replacing_files
 
@@ -46,15 +46,7 @@ def check_new_file(context: typer.Context, option: typer.CallbackParam, path: Pa
         return None
     with replacing_files(context.params[OVERWRITE]):
         check_output(path)
-    check_path_is_own(context, option, path)
     return path
-
-
-def check_path_is_own(context: typer.Context, option: typer.CallbackParam, path: Path) -> None:
-    """Check that no other parameter names the same path; SettingError if one does."""
-    for name, other in context.params.items():
-        if name != option.name and isinstance(other, Path) and other.absolute() == path.absolute():
-            raise SettingError(f"{option.opts[0]}: expected a file of its own, got {path}, which {name} names too")
 
 
 def output_argument(help: str) -> Any:
@@ -237,8 +229,8 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _option(item: FlatSetting) -> inspect.Parameter:
-    """Return the parameter of one setting, as typer reads it."""
-    kind = _plain_type(item.type) if item.parse is None else str
+    """Return the parameter of one setting, as typer reads it: a flag, or texts, which the settings class checks."""
+    kind = _plain_type(item)
     choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     metavar, help = item.metavar, item.help
     if kind is bool:
@@ -258,13 +250,17 @@ def _option(item: FlatSetting) -> inspect.Parameter:
         show_default=item.default_text or not (item.default in (None, (), {}) or kind is bool),
         rich_help_panel=f"{title.capitalize()} options" if title else None,
     )
+
+    word = Path if element is Path else str
+    default = item.default
+    annotation: Any = word | None
     if is_list:
-        element = Path if element is Path else str
-        return keyword(item.name, Annotated[list[element] | None, option], to_words(item.default or ()) or None)  # type: ignore[valid-type]
-    if kind is bool:
-        default = None if item.default is None else False
-        return keyword(item.name, Annotated[bool | None if default is None else bool, option], default)
-    return keyword(item.name, Annotated[kind | None, option], item.default)
+        annotation = list[word] | None  # type: ignore[valid-type]
+        default = to_words(default or ()) or None
+    elif kind is bool:
+        annotation = bool if default is not None else bool | None
+        default = None if default is None else False
+    return keyword(item.name, Annotated[annotation, option], default)
 
 
 def _flags(item: FlatSetting, kind: Any) -> str:
@@ -277,26 +273,35 @@ def _flags(item: FlatSetting, kind: Any) -> str:
     return f"--{name}/--no-{name}" if kind is bool and item.default is None else f"--{name}"
 
 
-def _plain_type(kind: Any) -> Any:
-    """Return a type without None."""
-    arguments = get_args(kind)
-    return next(part for part in arguments if part is not type(None)) if type(None) in arguments else kind
+def _plain_type(item: FlatSetting) -> Any:
+    """Return the type of a setting without None; text if it is parsed."""
+    kinds = [kind for kind in get_args(item.type) if kind is not type(None)]
+    is_optional = len(kinds) < len(get_args(item.type))
+    return str if item.parse is not None else kinds[0] if is_optional else item.type
 
 
 def _setting_value(item: FlatSetting, value: Any) -> Any:
     """Return an option's value as the setting holds it: elements of a list may be separated by commas."""
-    kind = _plain_type(item.type) if item.parse is None else str
-    if kind is bool and item.default is True:
-        return not value
+    kind = _plain_type(item)
+    if kind is bool:
+        return not value if item.default is True else value
     if get_origin(kind) not in _LISTS:
-        return value
+        return _number(value, (kind,))
+
     element = get_args(kind)[0]
     if element is Path or item.commas == "keep":
         return tuple(value)
     comma = _COMMA_BETWEEN_SPECS if item.commas == "split specs" else _COMMA
-    words = split_at_commas(value, comma)
-    is_number = int in (element, *get_args(element))
-    return tuple(int(word) if is_number and word.isdecimal() else word for word in words)
+    return tuple(_number(word, (element, *get_args(element))) for word in split_at_commas(value, comma))
+
+
+def _number(word: Any, kinds: Sequence[Any]) -> Any:
+    """Return a text as a number of one of these types, or as it is: the settings class refuses other texts."""
+    for kind in (int, float):
+        if kind in kinds:
+            with suppress(ValueError):
+                return kind(word)
+    return word
 
 
 def by_modality(

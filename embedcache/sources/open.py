@@ -301,7 +301,7 @@ def open_below(description: Mapping[str, Any], places: Sequence[str] | None, max
 def _open(description: Mapping[str, Any]) -> Source:
     if description["type"] == MERGED:
         return MergedSource([_open(part) for part in merged_parts(description)], description)
-    settings = SourceSettings.from_json(description.get("settings", {}))
+    settings = SourceSettings(**description.get("settings", {}))
     with names_from("the cache"):
         return open_source(description["path"], kind=description["type"], settings=settings)
 

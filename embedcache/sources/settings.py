@@ -76,18 +76,8 @@ class SourceSettings(Settings):
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values that were given, as JSON; `from_json` is the inverse."""
+        """Return the values that were given, as JSON."""
         return {name: value for name, value in to_json(self).items() if value}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "SourceSettings":
-        """Build settings from the result of `to_json`; SettingError if there is no setting of a name."""
-        known = [*cls.model_fields]
-        for name in record:
-            if name not in known:
-                raise SettingError(f"unknown source setting {name!r}; known: {', '.join(known)}")
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
-        return cls(**values)
 
     def check_supported(self, kind: str, *names: str, hint: str = "") -> None:
         """Check that only settings are given that a source of this kind uses; else raise SettingError, with a hint."""

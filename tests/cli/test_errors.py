@@ -40,7 +40,7 @@ def test_error_of_the_system_is_one_line(name: str, monkeypatch: pytest.MonkeyPa
     [
         (("train", "c", "r", "--precision", "x"), "--precision"),
         (("train", "c", "r", "--lr", "abc"), "--lr"),
-        (("curate", "combine", "c", "a", "or", "b", "o.parquet"), "and, minus"),
+        (("curate", "combine", "c", "a", "or", "b", "o.parquet"), "minus"),
         (("inspect", "a\nb"), r"a\nb"),
         (("inspect", "x" * 300), "too long"),
         (("inspect", "caf\udce9"), r"caf\udce9"),

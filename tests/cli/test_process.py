@@ -53,11 +53,16 @@ def test_help_imports_nothing_heavy() -> None:
     assert float(seconds) < 1.5
 
 
-@pytest.mark.parametrize(
-    "line", ["trian cache run", "train cache", "train cache run --lr fast", "extract photos cache --backend mps"]
-)
+@pytest.mark.parametrize("line", ["trian cache run", "train cache", "train cache run --rate 1"])
 def test_wrong_usage_exits_with_2(tmp_path: Path, line: str) -> None:
     assert embedcache(*line.split(), cwd=tmp_path).code == 2
+
+
+@pytest.mark.parametrize("line", ["train cache run --lr fast", "extract photos cache --backend mps"])
+def test_refused_value_exits_with_1(tmp_path: Path, line: str) -> None:
+    done = embedcache(*line.split(), cwd=tmp_path)
+    assert done.code == 1
+    assert "expected" in done.stderr
 
 
 @pytest.mark.slow
