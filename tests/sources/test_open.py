@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from embedcache.errors import PathError, SettingError, SourceError, UnknownNameError
+from embedcache.errors import PathError, SourceError, UnknownNameError
 from embedcache.sources import Sample, SourceSettings, open_source
 from embedcache.sources.open import source_credit
 from tests.sources.files import jpeg, reopen, write, write_tar
@@ -125,7 +125,7 @@ def test_source_of_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_reopening_with_unknown_setting_raises(tmp_path: Path) -> None:
     description = {"type": "table", "path": str(tmp_path), "settings": {"color": "red"}}
-    with pytest.raises(SettingError, match=r"'color'.*item_columns"):
+    with pytest.raises(UnknownNameError, match=r"'color'.*item_columns"):
         reopen(description)
 
 
