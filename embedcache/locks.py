@@ -24,8 +24,6 @@ _LEASES = ".claims"
 """File in a folder on which its leases are taken, named as in format 1."""
 _UNUSED_BYTE = 2**40
 """Byte of such a file that stands for no piece of work; piece n is byte n."""
-_PRESENCE_BYTE = 2**41
-"""Byte of a file of leases that all processes share while they take part in the work on its folder."""
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of NFS; of Lustre without the option flock
 _DIVIDED: list[bool] = []  # an element per `divided_work` that has not ended
 _IN_THIS_PROCESS: dict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
@@ -88,9 +86,6 @@ class Leases:
 
     They are record locks on one file, so they exclude other processes of the machine and, if the file system supports
     it, of a cluster: `.claims` in the folder. Behind a URL every lease is granted to every process.
-
-    With its first lease a process takes part in the work on the folder, until this object is gone; another one that
-    wants the folder alone, see `without_others`, knows of it also between two leases.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,50 +98,28 @@ class Leases:
         path = self._folder / _LEASES
         descriptor = _open_shared(path)
         weakref.finalize(self, _close_shared, path)
-        if not _lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, _PRESENCE_BYTE, path):
-            raise PathError(f"{self._folder.parent} is being deleted by another process; run the same command again")
         return descriptor
 
-    def take_part(self) -> None:
-        """Take part in the work on the folder before the first lease is needed.
+    def acquire(self, number: int | None, *, wait: bool = False) -> bool:
+        """Acquire a lease, or all if None; return whether no other process has it. With `wait`, wait until it is free.
 
         Raises:
-            PathError: another process has the folder alone.
+            PathError: the file system has no record locks, and the work is not divided; see `divided_work`.
         """
-        self._descriptor  # noqa: B018  # opens the file
-
-    @contextmanager
-    def without_others(self) -> Iterator[bool]:
-        """Keep other processes from taking part until the block ends; yields whether none does, else it keeps nobody.
-
-        Behind a URL it keeps nobody either.
-        """
-        path = self._folder / _LEASES
-        if self._descriptor is None:
-            yield True
-            return
-        is_alone = _lock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, _PRESENCE_BYTE, path)
-        try:
-            yield is_alone
-        finally:
-            _lock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, _PRESENCE_BYTE, path)
-
-    def acquire(self, number: int, *, wait: bool = False) -> bool:
-        """Acquire a lease; return whether no other process holds it. With `wait`, wait until it is released."""
         if self._descriptor is None:
             return True
         return _lock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), number, self._folder / _LEASES)
 
-    def release(self, number: int) -> None:
-        """Release a lease."""
+    def release(self, number: int | None) -> None:
+        """Release a lease, or all if None."""
         if self._descriptor is not None:
             _lock(self._descriptor, fcntl.LOCK_UN, number, self._folder / _LEASES)
 
 
-def _lock(descriptor: int, kind: int, number: int, path: Path) -> bool:
-    """Take or release the record lock on a byte of a file; return whether no other process holds it."""
+def _lock(descriptor: int, kind: int, number: int | None, path: Path) -> bool:
+    """Take or release the record lock on a byte of a file, or on all; return whether no other process has it."""
     try:
-        fcntl.lockf(descriptor, kind, 1, number)
+        fcntl.lockf(descriptor, kind, int(number is not None), number or 0)  # a length of 0 is all of the file
     except OSError as error:
         if kind & fcntl.LOCK_NB and error.errno in (errno.EACCES, errno.EAGAIN):
             return False

@@ -77,11 +77,13 @@ def prune_cache(cache: AnyPath, settings: PruneSettings | None = None, **options
     remove_partials(opened.path)
     with ExitStack() as stack:
         for group, _ in targets:
-            if not stack.enter_context(Leases(group.path / "chunks").without_others()):
+            leases = Leases(group.path / "chunks")
+            if not leases.acquire(None):
                 raise PathError(
                     f"{group.path}: another process computes features in this folder; wait until it has ended, then "
                     "delete them; nothing was deleted"
                 )
+            stack.callback(leases.release, None)
         for group, feature in targets:
             if feature is None:
                 remove_folder(group.path)

@@ -240,12 +240,6 @@ def fill_all(
             add_features(target)
         unfinished.append(find_unfinished(producer, rows=rows, shard=shard))
 
-    for producer, chunks in zip(producers, unfinished, strict=True):
-        folders = {folder for missing in chunks.values() for folder in missing}
-        for target in producer.targets:
-            if target.group.name in folders:
-                target.leases.take_part()  # from now on no other process deletes the folder
-
     reports = []
     for producer, chunks in zip(producers, unfinished, strict=True):
         filling = _Filling(producer, rows, progress)
