@@ -1,14 +1,15 @@
 """What the tokens of a feature are: moments, cells of a grid, points or words; stored in the feature's metadata."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from pydantic import Field, ValidationError
+
 from embedcache.errors import DataError
+from embedcache.provenance import Manifest
+from embedcache.settings import explain, replace_fields
 
 
-@dataclass(frozen=True, kw_only=True)
-class Axis:
+class Axis(Manifest):
     """The axis of the tokens of one feature, in their order.
 
     Args:
@@ -23,45 +24,31 @@ class Axis:
     """
 
     kind: Literal["time", "grid", "points", "words"]
-    rate_hz: float | None = None
+    rate_hz: float | None = Field(default=None, gt=0)
     start_s: float | None = None
-    rows: int | None = None
-    columns: int | None = None
-    box: tuple[float, float, float, float] | None = None
+    rows: int | None = Field(default=None, gt=0)
+    columns: int | None = Field(default=None, gt=0)
+    box: tuple[float, float, float, float] | None = Field(default=None, strict=False)
 
-    def __post_init__(self) -> None:
-        if self.kind not in ("time", "grid", "points", "words"):
-            raise DataError(f"axis: expected the kind time, grid, points or words, got {self.kind!r}")
-        if self.kind == "time" and not (self.rate_hz is not None and self.rate_hz > 0):
-            raise DataError(f"axis of kind time: expected rate_hz above 0, got {self.rate_hz}")
-        if self.kind == "grid" and not (self.rows and self.columns and min(self.rows, self.columns) > 0):
-            raise DataError(f"axis of kind grid: expected rows and columns, got {self.rows} and {self.columns}")
-        if self.box is not None and not (
-            len(self.box) == 4 and self.box[0] < self.box[2] and self.box[1] < self.box[3]
-        ):
-            raise DataError(f"axis of kind grid: expected a box x0, y0, x1, y1, got {self.box}")
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise DataError(f"axis of a feature: {explain(error)}") from None
+
+    def model_post_init(self, _context: object) -> None:
+        if self.kind == "time" and self.rate_hz is None:
+            raise ValueError("expected rate_hz of the kind time, got none")
+        if self.kind == "grid" and None in (self.rows, self.columns):
+            raise ValueError(f"expected rows and columns of the kind grid, got {self.rows} and {self.columns}")
+        if self.box is not None and not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
+            raise ValueError(f"expected a box x0, y0, x1, y1, got {self.box}")
 
     @property
     def without_box(self) -> "Axis":
         """The same axis for items that were altered, so that it is unknown what part of them the grid covers."""
-        return replace(self, box=None)
+        return replace_fields(self, box=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields that are set, as JSON values; `from_json` is the inverse."""
-        fields = {name: value for name, value in asdict(self).items() if value is not None}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "Axis":
-        """Build an axis from JSON values.
-
-        Raises:
-            DataError: it is no object, or a field is unknown or missing.
-        """
-        try:
-            values: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
-            }
-            return cls(**values)
-        except (TypeError, AttributeError) as error:
-            raise DataError(f"expected the axis of a feature, got {record!r}: {error}") from None
+        """Return the fields that are set, as JSON values."""
+        return self.model_dump(mode="json", exclude_none=True)

@@ -118,6 +118,8 @@ def explain(error: ValidationError, names: Mapping[str, str] | None = None) -> E
     expected = problem["msg"].removeprefix("Input should be ")
     if problem["type"] == "missing":
         return SettingError(f"{name}: expected a value, got none")
+    if cause is not None:
+        return SettingError(f"{name}: {cause}" if location else str(cause))
     if expected.startswith(("greater", "less")):
         expected = f"a number {expected}"
     return SettingError(f"{name}: expected {expected}, got {problem['input']!r:.200}")

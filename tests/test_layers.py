@@ -14,12 +14,12 @@ import embedcache
 PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"arrays", "registry", "progress", "units", "modalities", "axis", "samples"},
+    {"arrays", "registry", "progress", "units", "modalities", "samples"},
     {"settings", "processes"},
     {"devices", "files"},
     {"locks"},
     {"metrics", "provenance"},
-    {"outputs", "records"},
+    {"outputs", "records", "axis"},
     {"store"},
     {"sources", "encoders", "projectors"},
     {"dataset"},

@@ -269,8 +269,8 @@ def _check_same(groups: Sequence[EncoderGroup], names: Sequence[str]) -> None:
         check_same(what, group.fingerprint, first.fingerprint, next_step=f"{step} with --feature")
         for name in names:
             Feature(group, name).require_complete()
-            stored = read_feature(group, name)
-            expected = read_feature(first, name)
+            stored = read_feature(group, name).to_json()
+            expected = read_feature(first, name).to_json()
             check_same(f"feature {name} of {what}", stored, expected, next_step=f"{step} with --feature")
 
 

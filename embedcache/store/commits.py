@@ -22,19 +22,21 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Strict, ValidationError
 
 from embedcache.arrays import Array, Bools, Ints
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, UnfinishedError, one_line
 from embedcache.files import flush, io_reason, read_file, remove_file, write_atomic
 from embedcache.modalities import MODALITIES
-from embedcache.provenance import add_digest, canonical_json, check_record
+from embedcache.provenance import Manifest, add_digest, canonical_json, check_record
+from embedcache.settings import explain
 from embedcache.store.arrays import REPAIR
 from embedcache.store.columns import Column, SparseColumn, is_none, to_array
-from embedcache.store.layout import commit_path
+from embedcache.store.layout import Count, commit_path
 
 PENDING = "not extracted yet"
 """Reason of a row that was not tried: the next extraction encodes it."""
@@ -126,24 +128,39 @@ def describe_failures(failures: Mapping[str, int]) -> str:
     return f"{removed}failed {num_failed:,}{': ' + kinds if kinds else ''}"
 
 
+class _Record(Manifest):
+    """The JSON object of a commit: plain lists, which are checked without an object per row."""
+
+    chunk: int
+    encoder: str
+    index_digest: str
+    num_rows: Count
+    features: Mapping[str, Mapping[str, str]]
+    attributes: Mapping[str, str]
+    failures: Mapping[str, Sequence[Annotated[tuple[int, str], Strict(strict=False)]]]
+    hashes: str
+    without_hash: Sequence[int]
+    digest: str = ""
+
+
 def write_commit(encoder_folder: Path, commit: Commit) -> None:
     """Commit a chunk. Its arrays must be on disk already."""
     without_hash = is_none(commit.hashes)
     hashes_R16 = np.array(to_bytes(to_array(commit.hashes, HASH)))
     hashes_R16[without_hash] = 0
 
-    record = {
-        "chunk": commit.chunk,
-        "encoder": commit.encoder,
-        "index_digest": commit.index_digest,
-        "num_rows": len(commit.hashes),
-        "features": {name: dict(files) for name, files in commit.features.items()},
-        "attributes": dict(commit.attributes),
-        "failures": {name: _reasons_by_row(commit.failures[name]) for name in commit.features},
-        "hashes": base64.b64encode(hashes_R16.tobytes()).decode(),
-        "without_hash": np.flatnonzero(without_hash).tolist(),
-    }
-    write_atomic(commit_path(encoder_folder, commit.chunk), canonical_json(add_digest(record)))
+    record = _Record(
+        chunk=commit.chunk,
+        encoder=commit.encoder,
+        index_digest=commit.index_digest,
+        num_rows=len(commit.hashes),
+        features=commit.features,
+        attributes=commit.attributes,
+        failures={name: _reasons_by_row(commit.failures[name]) for name in commit.features},
+        hashes=base64.b64encode(hashes_R16.tobytes()).decode(),
+        without_hash=np.flatnonzero(without_hash).tolist(),
+    )
+    write_atomic(commit_path(encoder_folder, commit.chunk), canonical_json(add_digest(record.to_json())))
 
 
 def _reasons_by_row(reasons: Sequence[str | None]) -> list[tuple[int, str]]:
@@ -176,37 +193,38 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
     try:
         record = json.loads(data)
         check_record(path, record, next_step=REPAIR)
-        commit = _parse(record)
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        commit = _parse(_Record.model_validate(record))
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         if isinstance(error, EmbedcacheError):
             raise
-        raise CorruptError(f"{path} is not a readable commit: {one_line(error)}; {REPAIR}") from error
+        reason = explain(error) if isinstance(error, ValidationError) else error
+        raise CorruptError(f"{path} is not a readable commit: {one_line(reason)}; {REPAIR}") from error
     if commit.chunk != chunk:
         raise CorruptError(f"{path}: expected the commit of chunk {chunk}, got chunk {commit.chunk}; {REPAIR}")
     return commit
 
 
-def _parse(record: Mapping[str, Any]) -> Commit:
-    num_rows = record["num_rows"]
-    hashes = base64.b64decode(record["hashes"], validate=True)
+def _parse(record: _Record) -> Commit:
+    num_rows = record.num_rows
+    hashes = base64.b64decode(record.hashes, validate=True)
     if len(hashes) != HASH_BYTES * num_rows:
         raise ValueError(f"expected {num_rows} hashes, got {len(hashes)} bytes")
 
     # A bit for each row tells Arrow which hashes are null; without null there is none.
-    without_hash = record["without_hash"]
+    without_hash = record.without_hash
     is_present = np.ones(num_rows, bool)
     is_present[without_hash] = False
     validity = pa.array(is_present).buffers()[1] if without_hash else None
     column = pa.FixedSizeBinaryArray.from_buffers(HASH, num_rows, [validity, pa.py_buffer(hashes)])
 
     return Commit(
-        chunk=record["chunk"],
-        encoder=record["encoder"],
-        index_digest=record["index_digest"],
-        features=record["features"],
+        chunk=record.chunk,
+        encoder=record.encoder,
+        index_digest=record.index_digest,
+        features=record.features,
         hashes=Column[bytes | None](column),
-        failures={name: _reasons_column(num_rows, reasons) for name, reasons in record["failures"].items()},
-        attributes=record["attributes"],
+        failures={name: _reasons_column(num_rows, reasons) for name, reasons in record.failures.items()},
+        attributes=record.attributes,
     )
 
 

@@ -18,7 +18,7 @@ from embedcache.provenance import digest
 from embedcache.store.arrays import REPAIR, max_maps, open_chunk
 from embedcache.store.columns import Column, is_none, to_array
 from embedcache.store.commits import HASH, Commit
-from embedcache.store.group import EncoderGroup, read_axis, read_feature
+from embedcache.store.group import EncoderGroup, read_feature
 from embedcache.store.transaction import finish, is_complete
 
 T = TypeVar("T")
@@ -42,11 +42,11 @@ class Feature:
         attributes = read_feature(group, feature)
         self.group = group
         self.feature = feature
-        self.item_shape: tuple[int, ...] = tuple(attributes["item_shape"])
-        self.dtype: str = attributes["dtype"]
-        self.axis = read_axis(attributes, self.name)
+        self.item_shape = attributes.item_shape
+        self.dtype = attributes.dtype
+        self.axis = attributes.axis
         self.num_items = group.info.num_items[group.modality]
-        self._attributes_digest = digest(attributes)
+        self._attributes_digest = digest(attributes.to_json())
         self._maps: OrderedDict[int, Array] = OrderedDict()
         self._few: dict[int, Commit | None] = {}  # commits of single chunks, until all are read
 

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
 import numpy as np
+from pydantic import Field, ValidationError
 
 from embedcache.axis import Axis
 from embedcache.errors import ArtifactError, CorruptError, DataError, PathError
 from embedcache.files import find_files, is_remote
-from embedcache.provenance import DERIVED, IMPORTED, RUN, add_digest, check_record, check_same, digest
+from embedcache.provenance import DERIVED, IMPORTED, RUN, Manifest, add_digest, check_record, check_same, digest
+from embedcache.settings import explain
 from embedcache.store.arrays import (
     CRC_BYTES,
     REPAIR,
@@ -40,9 +42,6 @@ _OTHER_NAME = (
 )
 _WRITE_AGAIN = "restore that file, or remove it and run the same embedcache extract, derive or import again"
 _SAME_DERIVATION = "use the same inputs and parameters as before, or derive under another name"
-
-_MAX_SIZE = 2**31
-_DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,37 +268,38 @@ def create_group(
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint, view=view)
 
 
-def read_feature(group: EncoderGroup, feature: str) -> dict[str, Any]:
-    """Read the `item_shape` and `dtype` of a feature, and its `axis` if it has one."""
-    attributes = _read_attributes(group.path / feature)
-    shape, dtype = attributes.get("item_shape"), attributes.get("dtype")
-    if not (_is_item_shape(shape) and isinstance(dtype, str) and dtype in _DTYPES):
-        raise CorruptError(
-            f"{group.path / feature / 'zarr.json'}: expected the item_shape and dtype of a feature, got "
-            f"{shape!r} and {dtype!r}; {_WRITE_AGAIN}"
-        )
-    return attributes
+_DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64"})
 
 
-def _is_item_shape(shape: Any) -> bool:
-    """Return whether a JSON value is (D,), (T, D) or (-1, D)."""
-    if not isinstance(shape, list) or not all(type(size) is int and -1 <= size < _MAX_SIZE for size in shape):
-        return False
-    return (len(shape) == 1 and shape[0] >= 0) or (len(shape) == 2 and shape[1] >= 0)
+class FeatureAttributes(Manifest):
+    """What the metadata of a feature state besides those of its arrays.
 
-
-def read_axis(attributes: Mapping[str, Any], name: str) -> Axis | None:
-    """Return the axis in the attributes of a feature; None if it has none.
-
-    Raises:
-        CorruptError: the attributes hold something else.
+    Args:
+        item_shape: (D,), (T, D), or (-1, D) for any number of tokens.
     """
-    if "axis" not in attributes:
-        return None
+
+    item_shape: tuple[Annotated[int, Field(ge=-1, lt=2**31)], ...] = Field(strict=False, min_length=1, max_length=2)
+    dtype: str
+    axis: Axis | None = None
+
+    def model_post_init(self, _context: object) -> None:
+        if self.item_shape[-1] < 0 or self.dtype not in _DTYPES:
+            raise ValueError(
+                f"expected the item_shape and dtype of a feature, got {self.item_shape} and {self.dtype!r}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that are set, as JSON values."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def read_feature(group: EncoderGroup, feature: str) -> FeatureAttributes:
+    """Read the shape and the dtype of a feature, and its axis if it has one."""
+    attributes = _read_attributes(group.path / feature)
     try:
-        return Axis.from_json(attributes["axis"])
-    except DataError as error:
-        raise CorruptError(f"feature {name}: {error}; extract into a new folder") from None
+        return FeatureAttributes(**attributes)
+    except ValidationError as error:
+        raise CorruptError(f"{group.path / feature / 'zarr.json'}: {explain(error)}; {_WRITE_AGAIN}") from error
 
 
 def _read_attributes(path: Path) -> dict[str, Any]:

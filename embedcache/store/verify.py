@@ -190,7 +190,7 @@ def _check_metadata(feature: Feature, commit: Commit | None) -> Iterator[Finding
     group = feature.group
     attributes = read_feature(group, feature.feature)
     written = None if commit is None else commit.attributes.get(feature.feature)
-    if written not in (None, digest(attributes)):
+    if written not in (None, digest(attributes.to_json())):
         return
     counts = group.info.item_counts(feature.modality)
     expected: dict[Path, list[bytes]] = {}

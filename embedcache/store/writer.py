@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ from embedcache.errors import ArtifactError, CorruptError, DataError, Fingerprin
 from embedcache.locks import locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
+from embedcache.settings import replace_fields
 from embedcache.store.arrays import (
     array_metadata,
     chunk_path,
@@ -27,7 +27,7 @@ from embedcache.store.arrays import (
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, Commit, remove_commit, removed_hash, write_commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import ATTRIBUTE, EncoderGroup, read_feature
+from embedcache.store.group import ATTRIBUTE, EncoderGroup, FeatureAttributes, read_feature
 from embedcache.store.layout import read_info
 from embedcache.store.removed import read_removed
 from embedcache.store.transaction import replacing_together, roll_forward
@@ -44,21 +44,19 @@ def add_feature(
         FingerprintError: the feature exists with another shape, dtype or axis.
     """
     path = group.path / feature
-    attributes: dict[str, Any] = {"item_shape": list(item_shape), "dtype": dtype}
-    if axis is not None:
-        attributes["axis"] = axis.to_json()
+    attributes = FeatureAttributes(item_shape=item_shape, dtype=dtype, axis=axis)
     if (path / "zarr.json").exists() and _must_keep(group, feature, attributes):
         next_step = "use the same, or extract into a new folder"
         stored = read_feature(group, feature)
-        requested = attributes if "axis" in stored else {k: v for k, v in attributes.items() if k != "axis"}
-        check_same(f"feature {group.name}/{feature}", stored, requested, next_step=next_step)
+        requested = attributes if stored.axis is not None else replace_fields(attributes, axis=None)
+        check_same(f"feature {group.name}/{feature}", stored.to_json(), requested.to_json(), next_step=next_step)
         attributes = stored
     for folder, metadata in feature_metadata(group, feature, attributes).items():
         if not has_metadata(folder, metadata):  # new, damaged, or of fewer samples
             write_metadata(folder, metadata)
 
 
-def _must_keep(group: EncoderGroup, feature: str, attributes: Mapping[str, Any]) -> bool:
+def _must_keep(group: EncoderGroup, feature: str, attributes: FeatureAttributes) -> bool:
     """Return whether the metadata is as requested, or a chunk of the feature is committed."""
     if read_feature(group, feature) == attributes:
         return True
@@ -67,7 +65,7 @@ def _must_keep(group: EncoderGroup, feature: str, attributes: Mapping[str, Any])
 
 
 def feature_metadata(
-    group: EncoderGroup, feature: str, attributes: Mapping[str, Any], *, num_items: int | None = None
+    group: EncoderGroup, feature: str, attributes: FeatureAttributes, *, num_items: int | None = None
 ) -> dict[Path, bytes]:
     """Return the metadata of a feature: folder -> content of its `zarr.json`, that of the feature last.
 
@@ -76,15 +74,15 @@ def feature_metadata(
     Args:
         num_items: number of items; None: of the cache now.
     """
-    path, item_shape, dtype = group.path / feature, tuple(attributes["item_shape"]), attributes["dtype"]
+    path, item_shape, dtype = group.path / feature, attributes.item_shape, attributes.dtype
     num_items = group.info.num_items[group.modality] if num_items is None else num_items
     if item_shape[0] >= 0:
         chunks = group.info.chunk_shape(item_shape, dtype)
-        return {path: array_metadata((num_items, *item_shape), chunks, dtype, {ATTRIBUTE: attributes})}
+        return {path: array_metadata((num_items, *item_shape), chunks, dtype, {ATTRIBUTE: attributes.to_json()})}
     return {
         path / "lengths": array_metadata((num_items,), (group.info.chunk_size,), "int32"),
         path / "values": group_metadata({}),
-        path: group_metadata({ATTRIBUTE: attributes}),
+        path: group_metadata({ATTRIBUTE: attributes.to_json()}),
     }
 
 
@@ -165,7 +163,7 @@ def _write(
     """Write features of one chunk below a folder, then the commit that they are added to."""
     files = {name: write_feature_chunk(group, name, chunk, items, folder=folder) for name, items in features.items()}
     reasons = {name: failures[name] for name in features}
-    attributes = {name: digest(read_feature(group, name)) for name in features}
+    attributes = {name: digest(read_feature(group, name).to_json()) for name in features}
     commit = Commit(
         chunk=chunk,
         encoder=group.fingerprint_digest,
@@ -286,7 +284,7 @@ def write_feature_chunk(
     """
     path = (folder or group.path) / feature
     attributes = read_feature(group, feature)
-    item_shape, dtype = tuple(attributes["item_shape"]), attributes["dtype"]
+    item_shape, dtype = attributes.item_shape, attributes.dtype
     dtypes = {str(found) for found in {item.dtype for item in items if item is not None}}
     if dtypes - {dtype}:
         raise FingerprintError(
@@ -324,11 +322,11 @@ def _write_ragged(
 def chunk_files(group: EncoderGroup, feature: str, chunk: int) -> list[Path]:
     """Return the files in which a feature of a chunk is written, whether they exist or not."""
     attributes, path = read_feature(group, feature), group.path / feature
-    item_shape, size = tuple(attributes["item_shape"]), group.info.chunk_size
+    item_shape, size = attributes.item_shape, group.info.chunk_size
     if item_shape[0] < 0:
         values = path / "values" / f"{chunk:05d}"
         return [chunk_path(path / "lengths", chunk, 1), chunk_path(values, 0, 2), values / "zarr.json"]
-    shape = group.info.chunk_shape(item_shape, attributes["dtype"])
+    shape = group.info.chunk_shape(item_shape, attributes.dtype)
     per_chunk = size // shape[0]
     return [chunk_path(path, chunk * per_chunk + number, len(shape)) for number in range(per_chunk)]
 
@@ -336,10 +334,10 @@ def chunk_files(group: EncoderGroup, feature: str, chunk: int) -> list[Path]:
 def num_padded(group: EncoderGroup, feature: str, num_items: int) -> int:
     """Return how many rows the files of a feature have for the items of its last chunks: files have one size."""
     attributes = read_feature(group, feature)
-    item_shape = tuple(attributes["item_shape"])
+    item_shape = attributes.item_shape
     if item_shape[0] < 0:
         return num_items
-    num_rows = group.info.chunk_shape(item_shape, attributes["dtype"])[0]
+    num_rows = group.info.chunk_shape(item_shape, attributes.dtype)[0]
     return -(-num_items // num_rows) * num_rows
 
 

@@ -58,7 +58,7 @@ def _lift_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[
 
 
 def _lift(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str, Output]:
-    axes = [Axis.from_json(grid) for grid in parameters["grids"]]
+    axes = [Axis(**grid) for grid in parameters["grids"]]
     uv, *patches = (block.items() for block in inputs)
     lifted: list[Array | ItemError] = []
     for uv_N2, *grids in zip(uv, *patches, strict=True):

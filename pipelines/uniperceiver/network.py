@@ -85,9 +85,7 @@ class SharedNetwork(nn.Module):
         sizes = LayerSizes(num_heads, feed_forward, dropout)
         self.width = width
         self.vocabulary = Vocabulary(words)
-        self.axes = {
-            name: Axis.from_json(given["axis"]) if given.get("axis") else None for name, given in modalities.items()
-        }
+        self.axes = {name: Axis(**given["axis"]) if given.get("axis") else None for name, given in modalities.items()}
         self.adapters = nn.ModuleDict({name: Adapter(int(given["width"]), width) for name, given in modalities.items()})
         self.words = WordAdapter(len(self.vocabulary), word_width, width)
         self.embedding_norm = nn.LayerNorm(width)

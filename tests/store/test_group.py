@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, UnknownNameError
 from embedcache.provenance import DERIVED, IMPORTED, RUN, add_digest
@@ -16,7 +18,7 @@ from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
 from embedcache.store.commits import write_commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, _is_item_shape, create_group, find_group, open_group, read_feature
+from embedcache.store.group import EncoderGroup, FeatureAttributes, create_group, find_group, open_group, read_feature
 from embedcache.store.layout import TableVersion, write_info
 from embedcache.store.producer import count_filled
 from embedcache.store.writer import add_feature, commit_chunk
@@ -41,12 +43,13 @@ from tests.store.features import FINGERPRINT, made_info, random_items, write_fea
         ([2.0], False),
         ([2**31 - 1], True),
         ([2**31], False),
-        ((5,), False),
+        ((5,), True),
         (None, False),
     ],
 )
 def test_shapes_of_items(shape: Any, expected: bool) -> None:
-    assert _is_item_shape(shape) is expected
+    with nullcontext() if expected else pytest.raises(ValidationError):
+        FeatureAttributes(item_shape=shape, dtype="float16")
 
 
 FEATURE = {"modality": "image", "feature": "e/f"}
@@ -186,7 +189,7 @@ def test_features_with_commits_keep_their_metadata(tmp_path: Path) -> None:
         add_feature(group, "f", (5,), "float16")
     add_feature(group, "g", (4,), "float16")
     add_feature(group, "g", (5,), "float32")  # no chunk of it is committed
-    assert read_feature(group, "g") == {"item_shape": [5], "dtype": "float32"}
+    assert read_feature(group, "g") == FeatureAttributes(item_shape=(5,), dtype="float32")
     path = group.path / "g" / "zarr.json"
     for old, new in (('"float32"', '"complex64"'), ("5\n", "-1\n")):
         path.write_text(path.read_text().replace(f'"dtype": {old}', f'"dtype": {new}'))

@@ -141,7 +141,7 @@ def test_verify_finds_items_with_other_bytes(tmp_path: Path) -> None:
                 features={feature: write_feature_chunk(group, feature, chunk, items) for feature in "fg"},
                 hashes=hashes,
                 failures={"f": reasons, "g": [None] * len(span) if name == "third" else ["all"] * len(span)},
-                attributes={feature: digest(read_feature(group, feature)) for feature in "fg"},
+                attributes={feature: digest(read_feature(group, feature).to_json()) for feature in "fg"},
             )
             if name == "third":
                 commit = replace(commit, failures={"f": ["all"] * len(span), "g": reasons})
