@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Ints
-from embedcache.errors import DataError, first_few, pluralize
+from embedcache.errors import DataError, first_few
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 
@@ -154,20 +154,13 @@ def _check_numbers(labels: Sequence[Label], classes: Sequence[str], location: st
 def _check_known(
     labels: Sequence[Label], which_M: Ints, numbers: Mapping[Label, int], names: Sequence[str], location: str
 ) -> None:
-    count_F = np.bincount(which_M, minlength=len(labels))
-    others = [position for position, label in enumerate(labels) if label not in numbers]
-    if not others:
+    is_other_F = np.array([label not in numbers for label in labels], bool)
+    if not is_other_F.any():
         return
-    others.sort(key=lambda position: -count_F[position])
-    listed = first_few(others, 5, show=lambda position: _describe(labels[position], int(count_F[position]), names))
+    others = [labels[position] for position in np.flatnonzero(is_other_F).tolist()]
+    similar = get_close_matches(str(others[0]), names, n=1, cutoff=0.5)
+    hint = f" (did you mean {similar[0]!r}?)" if similar else ""
     raise DataError(
-        f"{count_F[others].sum():,} of {len(which_M):,} samples have labels in {location} that are not classes: "
-        f"{listed}; the labels are {first_few(sorted(labels), 5, show=repr)}; the classes are "
-        f"{first_few(names, 5, show=repr)}, counted from 0"
+        f"{is_other_F[which_M].sum():,} of {len(which_M):,} samples have labels in {location} that are not classes: "
+        f"{first_few(others, 5, show=repr)}{hint}; the classes are {first_few(names, 5, show=repr)}, counted from 0"
     )
-
-
-def _describe(label: Label, count: int, names: Sequence[str]) -> str:
-    similar = get_close_matches(label, names, n=1, cutoff=0.5) if isinstance(label, str) else []
-    hint = f", did you mean {similar[0]!r}?" if similar else ""
-    return f"{label!r} ({pluralize(count, 'sample')}{hint})"
