@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 from embedcache.arrays import Array
@@ -42,7 +42,7 @@ class Fingerprint:
     model: str
     revision: str | None = None
     weights: str
-    preprocessing: Mapping[str, Any]
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
     pooling: Mapping[str, str]
     backend: Backend = "torch"
     precision: str = "float32"

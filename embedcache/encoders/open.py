@@ -284,23 +284,9 @@ class EncoderSpec:
             raise SettingError(f"option {name} in {self.text}: expected {' or '.join(expected)}, got {text!r}")
         return text
 
-    def fingerprint(
-        self,
-        *,
-        weights: str,
-        pooling: Mapping[str, str],
-        revision: str | None = None,
-        preprocessing: Mapping[str, Any] | None = None,
-    ) -> Fingerprint:
-        """Return the fingerprint of the model that the spec names; see `Fingerprint`."""
-        return Fingerprint(
-            family=self.family,
-            model=self.model_name,
-            revision=revision,
-            weights=weights,
-            preprocessing=preprocessing or {},
-            pooling=pooling,
-        )
+    def fingerprint(self, **fields: Any) -> Fingerprint:
+        """Return the fingerprint of the model that the spec names; `fields` are the others of `Fingerprint`."""
+        return Fingerprint(family=self.family, model=self.model_name, **fields)
 
     @property
     def model_name(self) -> str:
