@@ -92,22 +92,6 @@ def test_kmeans_does_not_depend_on_batch(num_patches: int, row: int, num_others:
     np.testing.assert_allclose(one, pool(alone_1TD)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("num_patches", [1, 4, 20])
-def test_kmeans_with_one_patch_per_cluster(num_patches: int) -> None:
-    patches_BTD = _draw(3, num_patches, seed=0)
-    np.testing.assert_allclose(KMeansPool(num_patches, num_patches)(patches_BTD), patches_BTD, atol=1e-6)
-
-
-def test_kmeans_with_one_cluster_is_the_mean() -> None:
-    patches_BTD = _draw(3, 20, seed=0)
-    np.testing.assert_allclose(KMeansPool(20, 1)(patches_BTD), patches_BTD.mean(1, keepdim=True), atol=1e-6)
-
-
-def test_kmeans_order_of_clusters() -> None:
-    patches_BTD = torch.tensor([90.0, 50, 10, 11, 51, 91])[None, :, None]
-    np.testing.assert_allclose(KMeansPool(6, 3)(patches_BTD).flatten(), [50.5, 10.5, 90.5])  # starts: 50, 11, 91
-
-
 def test_kmeans_empty_cluster_keeps_its_center() -> None:
     patches_BTD = torch.tensor([5.0, 5, 9, 9])[None, :, None]
     np.testing.assert_allclose(KMeansPool(4, 4)(patches_BTD).flatten(), [5, 5, 9, 9])
