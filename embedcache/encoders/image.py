@@ -17,7 +17,7 @@ from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.encoders.backends import GraphEncoder, OnnxExport, build_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
-from embedcache.encoders.image_features import FeatureName, native_features, patch_grid, patch_pool
+from embedcache.encoders.image_features import FeatureName, derive_features, native_features, patch_grid, patch_pools
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 
@@ -97,19 +97,15 @@ class ImageModel(torch.nn.Module):
         self.input_size = tuple(input_size)
         self.has_pixel_scale = isinstance(scale, PixelScale)
         self._module, self._scale = module.eval(), scale
-        self._pools = torch.nn.ModuleDict()
-        self._sources: dict[str, str] = {}
         shapes = _find_shapes(module, input_size)
-        self.features = {name: shapes[name] for name in native_features(shapes)}
-        for text in requested:
-            self._add(text, shapes)
+        self._pools = patch_pools(requested, shapes, input_size)
+        zeros = {name: torch.zeros(1, *shape) for name, shape in shapes.items()}
+        features = derive_features([*native_features(shapes), *requested], zeros, self._pools)
+        self.features = {name: tuple(values.shape[1:]) for name, values in features.items()}
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the features of (B, C, H, W) images by name: (B, D), or (B, T, D) for tokens."""
-        outputs = self._module(self._scale(images))
-        for text, source in self._sources.items():
-            outputs[text] = self._pools[text.replace(".", "_")](outputs[source])
-        return {text: outputs[text] for text in self.features}
+        return derive_features(self.features, self._module(self._scale(images)), self._pools)
 
     def axes(self, *, box: tuple[float, float, float, float] | None) -> dict[str, Axis]:
         """Return the axes of the features whose tokens form a grid; `box` is the part of the image that they cover."""
@@ -123,17 +119,6 @@ class ImageModel(torch.nn.Module):
             if grid is not None:
                 axes[text] = Axis(kind="grid", rows=grid[0], columns=grid[1], box=box)
         return axes
-
-    def _add(self, text: str, shapes: Mapping[str, ItemShape]) -> None:
-        name = FeatureName.parse(text)
-        if name is None or name.source not in shapes:
-            return
-        if name.grid is None and name.clusters is None:
-            self.features[text] = shapes[name.source]
-        elif (pool := patch_pool(name, shapes[name.source], self.input_size)) is not None:
-            self._pools[text.replace(".", "_")] = pool  # torch allows no dot in a submodule's name
-            self._sources[text] = name.source
-            self.features[text] = (pool.num_tokens, shapes[name.source][1])
 
 
 def _find_shapes(module: torch.nn.Module, input_size: Sequence[int]) -> dict[str, ItemShape]:

@@ -96,12 +96,45 @@ def patch_grid(num_patches: int, height_px: int, width_px: int) -> tuple[int, in
     return (shorter, longer) if height_px <= width_px else (longer, shorter)
 
 
-def patch_pool(name: FeatureName, shape: Sequence[int], input_size: Sequence[int]) -> "GridPool | KMeansPool | None":
-    """Create the module that derives a feature from (T, D) patches of a (3, H, W) image; None if they are too few."""
-    if name.clusters is not None:
-        return None if name.clusters > shape[0] else KMeansPool(shape[0], name.clusters)
-    grid = patch_grid(shape[0], *input_size[-2:])
-    return None if grid is None or name.grid is None or name.grid > min(grid) else GridPool(grid, name.grid)
+def patch_pools(
+    names: Iterable[str], shapes: Mapping[str, Sequence[int]], input_size: Sequence[int]
+) -> torch.nn.ModuleDict:
+    """Create the modules that derive features such as `grid:4` from the patches of (3, H, W) images.
+
+    Args:
+        names: names of features; those that are not derived, or need more patches than there are, are left out.
+        shapes: (T, D) of the features of the model.
+    """
+    pools = torch.nn.ModuleDict()
+    for text in names:
+        name = FeatureName.parse(text)
+        if name is None or name.source not in shapes:
+            continue
+        num_patches = shapes[name.source][0]
+        grid = patch_grid(num_patches, *input_size[-2:])
+        if name.clusters is not None and name.clusters <= num_patches:
+            pools[_pool_key(text)] = KMeansPool(num_patches, name.clusters)
+        elif name.grid is not None and grid is not None and name.grid <= min(grid):
+            pools[_pool_key(text)] = GridPool(grid, name.grid)
+    return pools
+
+
+def derive_features(
+    names: Iterable[str], outputs: Mapping[str, torch.Tensor], pools: torch.nn.ModuleDict
+) -> dict[str, torch.Tensor]:
+    """Return the named features that a model outputs, or that `pools` derive from its outputs; others are left out."""
+    features: dict[str, torch.Tensor] = {}
+    for text in names:
+        name = FeatureName.parse(text)
+        if text in outputs:
+            features[text] = outputs[text]
+        elif name is not None and _pool_key(text) in pools:
+            features[text] = pools[_pool_key(text)](outputs[name.source])
+    return features
+
+
+def _pool_key(text: str) -> str:
+    return text.replace(".", "_")  # torch allows no dot in a submodule's name
 
 
 class GridPool(torch.nn.Module):

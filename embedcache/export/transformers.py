@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from embedcache.encoders.base import Modality
+from embedcache.encoders.image_features import patch_pools
 from embedcache.encoders.weights import quiet_transformers
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images, unsupported
 from embedcache.export.towers import EncoderModule, open_module
@@ -159,14 +160,13 @@ def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, Enco
 
 
 def _state(run: ExportRun, encoders: Mapping[Modality, EncoderModule]) -> dict[str, Tensor]:
-    from embedcache.export.hub_code.modeling_embedcache import patch_pools
-
     state = {"logit_scale": run.pair.scale.detach().log()}
     for modality, encoder in encoders.items():
         for name, module in (("encoder", encoder.module), ("tower", run.pair.tower(modality))):
             state |= {f"{modality}_side.{name}.{key}": value for key, value in _tensors(module).items()}
-    pools = _tensors(patch_pools(encoders["image"].config))
-    state |= {f"image_side.pools.{key}": value for key, value in pools.items()}
+    image = encoders["image"].config
+    pools = patch_pools(image["features"], image["shapes"], image["input_size"])
+    state |= {f"image_side.pools.{key}": value for key, value in _tensors(pools).items()}
     return {name: value.detach().clone().contiguous() for name, value in state.items()}
 
 

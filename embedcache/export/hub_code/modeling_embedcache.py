@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers.models.clip.modeling_clip import CLIPOutput
 
-from embedcache.encoders.image_features import FeatureName, ImageFeatures, TimmFeatures, patch_pool
+from embedcache.encoders.image_features import ImageFeatures, TimmFeatures, derive_features, patch_pools
 from embedcache.encoders.text_features import Dense, SentenceFeatures, TextFeatures
 from embedcache.export.hub_code.projectors import ImageProjector, TextProjector
 from embedcache.projectors.heads import RawTower, TokenTower, Tower
@@ -116,33 +116,13 @@ class ImageTower(nn.Module):
         super().__init__()
         self.encoder = _image_encoder(config)
         self.tower = _tower(ImageProjector, config, width)
-        self._texts = config["features"]
-        self.pools = patch_pools(config)
+        self._names = config["features"]
+        self.pools = patch_pools(self._names, config["shapes"], config["input_size"])
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        outputs = self.encoder(pixel_values)
-        parts = [self._part(outputs, text) for text in self._texts]
-        projected: Tensor = self.tower(_concatenate(parts))
+        parts = derive_features(self._names, self.encoder(pixel_values), self.pools)
+        projected: Tensor = self.tower(_concatenate(list(parts.values())))
         return projected
-
-    def _part(self, outputs: Mapping[str, Tensor], text: str) -> Tensor:
-        name, key = FeatureName.parse(text), text.replace(".", "_")
-        assert name is not None
-        source = outputs[name.source]
-        part: Tensor = self.pools[key](source) if key in self.pools else source
-        return part
-
-
-def patch_pools(config: Mapping[str, Any]) -> nn.ModuleDict:
-    """Create the modules that compute derived features such as `grid:4`."""
-    pools = nn.ModuleDict()
-    for text in config["features"]:
-        name = FeatureName.parse(text)
-        if name is not None and (name.grid or name.clusters):
-            pool = patch_pool(name, tuple(config["shapes"][name.source]), config["input_size"])
-            assert pool is not None
-            pools[text.replace(".", "_")] = pool
-    return pools
 
 
 class TextTower(nn.Module):
