@@ -70,7 +70,7 @@ class AudioEncoder:
         settings: EncoderSettings,
     ) -> None:
         self._graph, self._prepare, self._split = graph, prepare, split
-        self._outputs, self._min_samples, self._num_tokens = outputs, min_samples, num_tokens
+        self._min_samples, self._num_tokens = min_samples, num_tokens
         self.features: Mapping[str, ItemShape] = dict(_features(outputs))
         self.axes = {name: axis for name, shape in self.features.items() if axis is not None and shape[0] == -1}
         is_on_cpu = torch_device(settings.device).type == "cpu"
