@@ -137,7 +137,7 @@ def _extract(source: "Source", cache: str, encoders: Mapping[str, Any], settings
 
 def _retry(source: "Source", cache: str, encoders: Mapping[str, Any], settings: ExtractSettings) -> _Outcome:
     from embedcache.cli.console import open_progress, print_lines
-    from embedcache.extract.repair import retry_failed
+    from embedcache.extract.extract import retry_failed
 
     reports = retry_failed(source, cache, **encoders, settings=settings, progress=open_progress())
     return reports, lambda: print_lines([report.line() for report in reports])

@@ -41,7 +41,7 @@ _DERIVED_FEATURES = (
 )
 
 
-def run_job(job: ExtractJob, source: Source, progress: Progress) -> list[FillReport]:
+def run_job(job: ExtractJob, progress: Progress) -> list[FillReport]:
     """Encode all missing chunks with the engine named in the settings; an error in one process ends the others.
 
     Raises:
@@ -54,7 +54,7 @@ def run_job(job: ExtractJob, source: Source, progress: Progress) -> list[FillRep
     for device in devices:
         announce_device(device)
     if len(devices) == 1:
-        return _fill_cache(job, source, devices[0], progress)
+        return _fill_cache(job, devices[0], progress)
     return _run_devices(job, devices, progress)
 
 
@@ -73,10 +73,10 @@ def job_devices(settings: ExtractSettings) -> tuple[str, ...]:
     return ("cpu",) if settings.encoder.backend == "onnxruntime" else all_devices()
 
 
-def _fill_cache(job: ExtractJob, source: Source | None, device: str, progress: Progress) -> list[FillReport]:
+def _fill_cache(job: ExtractJob, device: str, progress: Progress) -> list[FillReport]:
     """Encode the missing chunks of a shard on one device."""
     settings = job.settings
-    encoders = open_encoders(job, source, device)
+    encoders = open_encoders(job, device)
     with divided_work(is_divided=settings.is_divided):
         return fill_all(encoders, shard=settings.shard_numbers, progress=progress)
 
@@ -90,7 +90,7 @@ def _run_devices(job: ExtractJob, devices: Sequence[str], progress: Progress) ->
     count = len(devices)
     threads = max(1, num_cores() // count)
     is_split = not has_locks(open_path(job.cache))
-    parts = _split_job(job, count) if is_split else [job] * count
+    parts = _split_job(job, count) if is_split else [replace(job, opened=None)] * count
     tasks = [(part, device, threads) for part, device in zip(parts, devices, strict=True)]
     reports, num_died = run_processes(_run_part, tasks, progress, is_shared=True)
     if num_died and (is_split or not reports):
@@ -127,7 +127,7 @@ def _num_nodes(ray: Any) -> int:
 
 
 def _split_job(job: ExtractJob, count: int) -> list[ExtractJob]:
-    return [replace(job, settings=job.settings.split_shard(number, count)) for number in range(count)]
+    return [replace(job, settings=job.settings.split_shard(number, count), opened=None) for number in range(count)]
 
 
 def _run_part(task: tuple[ExtractJob, str, int], progress: Progress) -> list[FillReport]:
@@ -137,7 +137,7 @@ def _run_part(task: tuple[ExtractJob, str, int], progress: Progress) -> list[Fil
     job, device, threads = task
     torch.set_num_threads(threads)  # also for encoders that stay on the CPU; Ray allows one per requested CPU
     settings = replace_fields(job.settings, threads=job.settings.threads or threads)
-    return _fill_cache(replace(job, settings=settings), None, device, progress)
+    return _fill_cache(replace(job, settings=settings), device, progress)
 
 
 def _join_reports(job: ExtractJob, reports: Iterable[Sequence[FillReport]]) -> list[FillReport]:
@@ -155,11 +155,8 @@ def _join_reports(job: ExtractJob, reports: Iterable[Sequence[FillReport]]) -> l
     ]
 
 
-def open_encoders(job: ExtractJob, source: Source | None, device: str) -> list[Encoders]:
+def open_encoders(job: ExtractJob, device: str) -> list[Encoders]:
     """Open the encoders of a job on a device, and create their folders: one producer per modality.
-
-    Args:
-        source: the job's source, if this process has it open already; None opens it for items in files.
 
     Raises:
         SourceError: the source lacks a modality.
@@ -168,6 +165,7 @@ def open_encoders(job: ExtractJob, source: Source | None, device: str) -> list[E
     """
     cache = Cache(job.cache)
     settings = job.settings
+    source = job.opened
     if source is None and any(MODALITIES[modality].kind == "files" for modality in job.encoders):
         with trust_files():  # the process that made the job has opened this source
             source = open_below(job.source, job.places)

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from embedcache.devices import torch_device
 from embedcache.encoders.open import EncoderSpec, check_spec
 from embedcache.encoders.views import open_view
 from embedcache.errors import PathError, SettingError, SourceError, quoted
-from embedcache.extract.engines import job_devices, run_job
+from embedcache.extract.engines import job_devices, open_encoders, run_job
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.locks import divided_work, locked
@@ -27,7 +28,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import has_failed
 from embedcache.store.indexing import index, open_indexed
 from embedcache.store.layout import SUBSET, CacheInfo, info_path, is_cache_at, read_info, write_info
-from embedcache.store.producer import FillReport
+from embedcache.store.producer import FillReport, fill_all
 
 _SOURCE_TYPE = "source_type"
 
@@ -71,39 +72,47 @@ def extract(
         DiskFullError: the disk is full; committed chunks stay valid, so run again with more space.
     """
     progress = to_progress(progress)
-    source, settings = open_request(source, cache, settings, options)
-    specs = join_encoders(image_encoder, text_encoder, encoder)
-    job = open_job(source, cache, specs, settings=settings, progress=progress)
-    cache = Cache(job.cache)
-    remove_partials(cache.path)
-    with record_job(cache, job, "extract") as outcome:
-        reports = run_job(job, source, progress)
+    encoders = join_encoders(image_encoder, text_encoder, encoder)
+    job = open_job(source, cache, encoders, settings=settings, options=options, progress=progress)
+    remove_partials(open_path(job.cache))
+    with _record(job, "extract") as outcome:
+        reports = run_job(job, progress)
         if any(report.computed for report in reports):
             outcome["encoders"] = [vars(report) for report in reports]
-    _check_any_encoded(cache, reports)
+    _check_any_encoded(job, reports)
     return reports
 
 
-def open_request(
-    source: Source | object, cache: AnyPath, settings: ExtractSettings | None, options: Mapping[str, Any]
-) -> tuple[Source, ExtractSettings]:
-    """Open a source that is not open yet, and return the settings with options by flat name.
+def retry_failed(
+    source: Source | object,
+    cache: AnyPath,
+    *,
+    image_encoder: str | Sequence[str] = (),
+    text_encoder: str | Sequence[str] = (),
+    encoder: Mapping[str, str | Sequence[str]] | None = None,
+    settings: ExtractSettings | None = None,
+    progress: AnyProgress = None,
+    **options: Any,
+) -> list[FillReport]:
+    """Retry the files that failed, after one was replaced or a network came back; all other rows stay unchanged.
 
-    Raises:
-        SettingError: an option of the source, which is open already; and the errors of `open_source` and `from_flat`.
+    Captions that failed are blank and remain failed, because captions are part of the item table. The arguments and
+    errors are those of `extract`.
     """
-    of_source = {_SOURCE_TYPE, *(item.name for item in flat_settings(SourceSettings))} & options.keys()
-    if not isinstance(source, Source):
-        chosen = {name: options[name] for name in of_source - {_SOURCE_TYPE}}
-        of_kind = from_flat(SourceSettings, chosen)
-        source = open_source_or_cache(source, cache, kind=options.get(_SOURCE_TYPE), settings=of_kind)
-    elif of_source:
-        raise SettingError(
-            f"{min(of_source)}: expected a source that is not open, got a {type(source).__name__}; give its location, "
-            "or open it with settings of its own"
-        )
-    of_extract = {name: value for name, value in options.items() if name not in of_source}
-    return below_named(source), merge_settings(ExtractSettings, settings, of_extract)
+    progress = to_progress(progress)
+    encoders = join_encoders(image_encoder, text_encoder, encoder)
+    job = open_job(source, cache, encoders, settings=settings, options=options, accept_replaced=True, progress=progress)
+    producers = [
+        replace(opened, folders=[folder])  # each tries its own failed rows
+        for opened in open_encoders(job, job_devices(job.settings)[0])
+        if opened.source is not None
+        for folder in opened.folders
+    ]
+    with _record(job, "retry") as outcome:
+        reports = fill_all(producers, rows="failed", progress=progress)
+        if any(report.computed for report in reports):
+            outcome["encoders"] = [vars(report) for report in reports]
+    return reports
 
 
 def open_source_or_cache(
@@ -150,38 +159,52 @@ def _specs(specs: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def open_job(
-    source: Source,
-    cache_path: AnyPath,
+    source: Source | object,
+    cache: AnyPath,
     encoders: Mapping[ModalityName, tuple[str, ...]],
     *,
     settings: ExtractSettings | None = None,
-    repair_items: bool = False,
+    options: Mapping[str, Any] | None = None,
+    accept_replaced: bool = False,
     progress: Progress,
 ) -> ExtractJob:
-    """Check the request, then index the source, or check that the cache's index matches it.
+    """Open the source, check the request, then index the source, or check that the cache's index matches it.
 
-    With `repair_items`, items that failed before may have changed in the source.
+    Args:
+        options: settings by their names on the command line; also those of the source, if it is not open yet.
+        accept_replaced: whether items that failed before may have changed in the source.
 
     Raises:
         SettingError: no encoder is named, a name is invalid, or two would be stored as one; or the cache has no such
             source, or is its own source and should get more samples.
-        PathError, SourceError: the source that the cache recorded is gone.
+        PathError, SourceError: the source, or the one that the cache recorded, cannot be opened.
         UnknownNameError: a view is unknown.
         MissingExtraError: the package that decodes items of a modality is not installed.
     """
-    settings = settings or ExtractSettings()
-    if not encoders:
+    options = options or {}
+    of_source = {_SOURCE_TYPE, *(item.name for item in flat_settings(SourceSettings))} & options.keys()
+    if not isinstance(source, Source):
+        chosen = {name: options[name] for name in of_source - {_SOURCE_TYPE}}
+        source_settings = from_flat(SourceSettings, chosen)
+        source = open_source_or_cache(source, cache, kind=options.get(_SOURCE_TYPE), settings=source_settings)
+    elif of_source:
         raise SettingError(
-            "expected at least one encoder, got none; name one such as --text-encoder st:all-MiniLM-L6-v2"
+            f"{min(of_source)}: expected a source that is not open, got a {type(source).__name__}; give its location, "
+            "or open it with settings of its own"
         )
+    source = below_named(source)
+    of_extract = {name: value for name, value in options.items() if name not in of_source}
+    settings = merge_settings(ExtractSettings, settings, of_extract)
+
     _check_encoders(encoders, settings)
     for device in job_devices(settings) if settings.engine == "local" else settings.devices:
         torch_device(device)
-    path = open_path(cache_path)
+    path = open_path(cache)
     if isinstance(source, RecordedSource):
         _check_recorded(source, path, encoders, settings)
     else:
-        _index(source, path, settings, repair_items=repair_items, progress=progress)
+        with divided_work(is_divided=settings.is_divided):  # all shards write the same tables
+            _index(source, path, settings, accept_replaced=accept_replaced, progress=progress)
     reads_files = any(MODALITIES[modality].kind == "files" for modality in encoders)
     return ExtractJob(
         cache=str(path),
@@ -189,26 +212,31 @@ def open_job(
         encoders=encoders,
         settings=settings,
         places=getattr(source, "places", None) if reads_files else None,
+        opened=source,
     )
 
 
-def _index(source: Source, path: Path, settings: ExtractSettings, *, repair_items: bool, progress: Progress) -> None:
+def _index(source: Source, path: Path, settings: ExtractSettings, *, accept_replaced: bool, progress: Progress) -> None:
     """Index the source, or check that the cache's index matches it."""
     _check_has_a_source(path)
-    _check_description(source)
-    SOURCES.accept(source.describe()["type"])  # the user gave it as an object, so this process may open it again
-    with divided_work(is_divided=settings.is_divided):  # all shards write the same tables
-        info = index(
-            source,
-            path,
-            chunk_size=settings.chunk_size,
-            limit=settings.limit,
-            extend=settings.extend,
-            accept_replaced=repair_items,
-            progress=progress,
+    described = source.describe()
+    if not is_description(described):
+        raise SourceError(
+            f"{type(source).__name__}.describe: expected a text as the path of the type {described.get('type')!r}, got "
+            f"{described.get('path')!r}"
         )
-        remember(source.describe(), info.index_digest)
-        _record_location(source, path, info, progress)
+    SOURCES.accept(described["type"])  # the user gave it as an object, so this process may open it again
+    info = index(
+        source,
+        path,
+        chunk_size=settings.chunk_size,
+        limit=settings.limit,
+        extend=settings.extend,
+        accept_replaced=accept_replaced,
+        progress=progress,
+    )
+    remember(described, info.index_digest)
+    _record_location(described, path, info, progress)
     if info.num_samples == settings.limit:
         progress.note(
             f"the cache has the first {info.num_samples:,} samples (--limit); --extend with a larger --limit, or none, "
@@ -261,22 +289,13 @@ def _check_has_a_source(cache_path: Path) -> None:
     raise SettingError(f"{cache_path} was {made} {info.source['path']}, not from this source; {step}")
 
 
-def _check_description(source: Source) -> None:
-    """Check that a cache whose source has this description could be opened again."""
-    described = source.describe()
-    if not is_description(described):
-        raise SourceError(
-            f"{type(source).__name__}.describe: expected a text as the path of the type {described.get('type')!r}, got "
-            f"{described.get('path')!r}"
-        )
-
-
-def _record_location(source: Source, cache_path: Path, info: CacheInfo, progress: Progress) -> None:
+def _record_location(described: Mapping[str, Any], cache_path: Path, info: CacheInfo, progress: Progress) -> None:
     """Record where the source of a cache is now, if it is no longer where the cache says.
 
     Rows and digests stay as they are. A cache that cannot be written keeps the old place.
     """
-    found, stored = dict(source.describe()), info.source
+    found = dict(described)
+    stored = info.source
     if found["type"] != stored.get("type") or found["path"] == stored.get("path") or not _is_gone(info):
         return
     with suppress(OSError), locked(cache_path):
@@ -302,6 +321,10 @@ def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: Ex
 
     Encoders that this process opens must be of known families, and their files exist.
     """
+    if not encoders:
+        raise SettingError(
+            "expected at least one encoder, got none; name one such as --text-encoder st:all-MiniLM-L6-v2"
+        )
     for spec in [spec for specs in encoders.values() for spec in specs if settings.engine == "local"]:
         check_spec(spec)
     for package in filter(None, (MODALITIES[modality].package for modality in encoders)):
@@ -323,7 +346,7 @@ def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: Ex
             )
 
 
-def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextManager[dict[str, Any]]:
+def _record(job: ExtractJob, stage: str) -> AbstractContextManager[dict[str, Any]]:
     """Record a stage on a cache in its folder `records`."""
     request: dict[str, Any] = {
         "source": job.source,
@@ -336,10 +359,11 @@ def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextMana
     request |= {modality: list(specs) for modality, specs in job.encoders.items()}
     if job.settings.limit is not None:
         request["limit"] = job.settings.limit
-    return record_stage(new_record_path(cache.path, stage), stage, request)
+    return record_stage(new_record_path(open_path(job.cache), stage), stage, request)
 
 
-def _check_any_encoded(cache: Cache, reports: Sequence[FillReport]) -> None:
+def _check_any_encoded(job: ExtractJob, reports: Sequence[FillReport]) -> None:
+    cache = Cache(job.cache)
     for report in reports:
         failures = {kind: count for kind, count in report.failures.items() if has_failed(kind)}
         if failures and sum(report.failures.values()) == cache.info.num_items[report.modality]:

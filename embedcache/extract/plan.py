@@ -12,7 +12,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
 from embedcache.extract.encode import Encoders
 from embedcache.extract.engines import count_processes, job_devices, open_encoders
-from embedcache.extract.extract import join_encoders, open_job, open_request
+from embedcache.extract.extract import join_encoders, open_job
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import AnyPath, is_remote, open_path
 from embedcache.modalities import MODALITIES
@@ -112,13 +112,12 @@ def plan(
     The arguments and errors are those of `extract`.
     """
     progress = to_progress(progress)
-    source, settings = open_request(source, cache, settings, options)
-    specs = join_encoders(image_encoder, text_encoder, encoder)
-    job = open_job(source, cache, specs, settings=settings, progress=progress)
+    requested = join_encoders(image_encoder, text_encoder, encoder)
+    job = open_job(source, cache, requested, settings=settings, options=options, progress=progress)
     path = open_path(job.cache)
     features: list[PlannedFeature] = []
     rates: dict[Modality, float] = {}
-    for encoders in open_encoders(job, source, job_devices(job.settings)[0]):
+    for encoders in open_encoders(job, job_devices(job.settings)[0]):
         modality = MODALITIES[encoders.modality].name
         for target in encoders.targets:
             add_features(target)

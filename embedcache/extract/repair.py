@@ -1,30 +1,73 @@
-"""Repairing a cache: verify it, encode damaged and missing chunks again, and retry failed items."""
+"""Verifying a cache beyond its checksums: encode damaged and missing chunks again, and a sample to compare."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from embedcache.arrays import Array, Floats, Ints, normalize
 from embedcache.derive.derive import derivation_depth, reopen_derivation
 from embedcache.devices import AUTO
-from embedcache.errors import CorruptError, pluralize
-from embedcache.extract.drift import Drift, measure_drift
+from embedcache.errors import CorruptError, EmbedcacheError, ItemError, pluralize
 from embedcache.extract.encode import reopen_item_source
-from embedcache.extract.engines import job_devices, open_encoders, reopen_encoders
-from embedcache.extract.extract import join_encoders, open_job, open_request, record_job
-from embedcache.extract.settings import ExtractSettings, VerifySettings
+from embedcache.extract.engines import reopen_encoders
+from embedcache.extract.settings import VerifySettings
 from embedcache.files import AnyPath, remove_partials
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
-from embedcache.provenance import check_same
+from embedcache.provenance import name_differences
 from embedcache.samples import Source
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
-from embedcache.store.producer import FillReport, fill, fill_all
+from embedcache.store.producer import OneByOne, Producer, fill_all
 from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import add_feature, withdraw
+
+AGREEMENT_COSINE = 0.999
+"""Cosine below which an item has drifted: float16 on disk costs 1e-6, another summation order about as much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Difference between stored features and those of the same items encoded again.
+
+    Args:
+        rows: (n,) int64, the items that could be read.
+        cosines: (n,) float32, cosine between the stored and the new feature; of token features over all tokens.
+        differences: fields of the encoder's fingerprint that have changed.
+        note: why nothing was compared; else empty.
+    """
+
+    feature: str
+    rows: Ints
+    cosines: Floats
+    num_unreadable: int
+    num_changed: int
+    differences: Sequence[str]
+    note: str = ""
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether an item or its features changed."""
+        return bool(self.num_unreadable or self.num_changed or (self.cosines < AGREEMENT_COSINE).any())
+
+    def line(self) -> str:
+        """Return a summary in one line."""
+        if self.note:
+            return f"{self.feature}: not compared: {self.note}"
+        parts = [f"{self.feature}: {pluralize(len(self.cosines), 'item')} encoded again"]
+        if len(self.cosines):
+            parts.append(f"cosine to the stored feature: mean {self.cosines.mean():.6f}, min {self.cosines.min():.6f}")
+            parts += [f"in row {self.rows[self.cosines.argmin()]:,}"] * bool(self.cosines.min() < AGREEMENT_COSINE)
+        parts += [f"{pluralize(self.num_unreadable, 'item')} can no longer be read"] * bool(self.num_unreadable)
+        parts += [f"the bytes of {pluralize(self.num_changed, 'item')} have changed"] * bool(self.num_changed)
+        parts += [f"the encoder has changed: {'; '.join(self.differences)}"] * bool(self.differences)
+        return ("DRIFT " if self.is_bad else "") + ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,55 +197,130 @@ def _repair_chunks(
 ) -> str:
     """Compute damaged and missing chunks again; a `FingerprintError` says that what computed them has changed."""
     names = sorted({finding.name for finding in findings})
+    producer: Producer
     if group.is_derived:
         derivation = reopen_derivation(cache, group, names, device=device)
-        group.check_same(derivation.fingerprint)
+        fingerprint = derivation.fingerprint
+        producer = OneByOne(group, derivation)
     else:
-        encoders = reopen_encoders(cache, group, names, reopen_item_source(cache, group.modality), device=device)
-        check_same(
-            f"encoder {group.path}",
-            group.fingerprint,
-            encoders.folders[0].fingerprint,
-            next_step="restore the versions and files it was written with, or extract into a new folder",
-        )
+        producer = reopen_encoders(cache, group, names, reopen_item_source(cache, group.modality), device=device)
+        fingerprint = producer.folders[0].fingerprint
+
+    group.check_same(fingerprint)
     for finding in findings:
         if finding.is_damage:
             withdraw(group, finding.chunk, [finding.name])
-    if group.is_derived:
-        return fill(group, derivation, progress=progress).line()
-    (report,) = fill_all([encoders], progress=progress)
+    (report,) = fill_all([producer], progress=progress)
     return report.line()
 
 
-def retry_failed(
-    source: Source | object,
-    cache: AnyPath,
+def measure_drift(
+    cache: Cache,
+    fraction: float,
     *,
-    image_encoder: str | Sequence[str] = (),
-    text_encoder: str | Sequence[str] = (),
-    encoder: Mapping[str, str | Sequence[str]] | None = None,
-    settings: ExtractSettings | None = None,
-    progress: AnyProgress = None,
-    **options: Any,
-) -> list[FillReport]:
-    """Retry the files that failed, after one was replaced or a network came back; all other rows stay unchanged.
+    device: str = AUTO,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Drift]:
+    """Encode a random sample of the items of every feature again and compare with what is stored.
 
-    Captions that failed are blank and remain failed, because captions are part of the item table. The arguments and
-    errors are those of `extract`.
+    This detects changes in libraries, preprocessing, weights and source. At least one item per modality is encoded.
+    Derived features are computed again from the stored ones. Those whose rule or run cannot be opened, and imported
+    vectors, whose encoder is unknown, have a note.
     """
-    progress = to_progress(progress)
-    source, settings = open_request(source, cache, settings, options)
-    specs = join_encoders(image_encoder, text_encoder, encoder)
-    job = open_job(source, cache, specs, settings=settings, repair_items=True, progress=progress)
-    opened = Cache(job.cache)
-    producers = [
-        replace(encoders, folders=[folder])  # each tries its own failed rows
-        for encoders in open_encoders(job, source, job_devices(job.settings)[0])
-        if encoders.source is not None
-        for folder in encoders.folders
-    ]
-    with record_job(opened, job, "retry") as outcome:
-        reports = fill_all(producers, rows="failed", progress=progress)
-        if any(report.computed for report in reports):
-            outcome["encoders"] = [vars(report) for report in reports]
-    return reports
+    progress = progress or NullProgress()
+    groups = [group for modality in cache.info.num_items for group in cache.encoders(modality)]
+    progress.start("encoding a sample again", len(groups), "encoders")
+    open_source = lru_cache(maxsize=None)(partial(reopen_item_source, cache))
+    drifts: list[Drift] = []
+    for group in groups:
+        features = [feature for feature in (Feature(group, name) for name in group.features) if feature.valid.any()]
+        rows = _sample_rows(features, fraction, np.random.default_rng(seed))
+        again = _Again()
+        if len(rows) and group.is_derived:
+            again = _derive_again(cache, group, features, rows, device)
+        elif len(rows) and group.is_imported:
+            again = _Again(note="its vectors were imported, and their encoder is unknown")
+        elif len(rows):
+            again = _encode_again(cache, open_source(group.modality), group, features, rows, device)
+        drifts += [_compare(feature, rows, again) for feature in features if len(rows)]
+        progress.advance(1)
+    progress.finish()
+    return drifts
+
+
+def _sample_rows(features: Sequence[Feature], fraction: float, rng: np.random.Generator) -> Ints:
+    """Draw a fraction of the rows that have all features of an encoder, at least one, ascending."""
+    valid_rows = np.flatnonzero(np.logical_and.reduce([feature.valid for feature in features])) if features else ()
+    if not len(valid_rows):
+        return np.empty(0, np.int64)
+    rows: Ints = np.sort(rng.choice(valid_rows, max(1, round(fraction * len(valid_rows))), replace=False))
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Again:
+    """Features of some rows that were computed again, and fields of `Drift`; without items, nothing was compared."""
+
+    items: Mapping[str, Sequence[Array | ItemError | None]] = field(default_factory=dict)
+    num_changed: int = 0
+    differences: Sequence[str] = ()
+    note: str = ""
+
+
+def _derive_again(cache: Cache, group: EncoderGroup, features: Sequence[Feature], rows: Ints, device: str) -> _Again:
+    try:
+        derivation = reopen_derivation(cache, group, [feature.feature for feature in features], device=device)
+        items = derivation.apply(derivation.reader.open_rows(rows))
+    except EmbedcacheError as error:
+        return _Again(note=str(error))
+    return _Again(items=items, differences=name_differences(group.fingerprint, derivation.fingerprint))
+
+
+def _encode_again(
+    cache: Cache, source: Source | None, group: EncoderGroup, features: Sequence[Feature], rows: Ints, device: str
+) -> _Again:
+    names = [feature.feature for feature in features]
+    encoders = reopen_encoders(cache, group, names, source, device=device, allows_changes=True)
+    items: dict[str, list[Array | ItemError | None]] = {name: [] for name in names}
+    num_changed = 0
+    chunks = rows // cache.info.chunk_size
+    for chunk in np.unique(chunks).tolist():
+        offsets = (rows[chunks == chunk] - chunk * cache.info.chunk_size).tolist()
+        commit = group.commit(chunk)
+        assert commit is not None  # its rows are valid
+        encoded = encoders.encode_rows(chunk, offsets)[group.name]
+        num_changed += sum(encoded.hashes[offset] not in (None, commit.hashes[offset]) for offset in offsets)
+        for name in names:
+            items[name] += [encoded.items[name][offset] for offset in offsets]
+    differences = name_differences(group.fingerprint, encoders.folders[0].fingerprint)
+    return _Again(items=items, num_changed=num_changed, differences=differences)
+
+
+def _compare(feature: Feature, rows: Ints, again: _Again) -> Drift:
+    """Compare the stored items of some rows with new ones; None is one that could not be read."""
+    items = again.items.get(feature.feature, [])
+    computed = [item for item in items if item is not None]
+    rows_read = rows[np.array([item is not None for item in items], bool)] if items else rows[:0]
+    stored = feature.gather_tokens(rows_read)
+    return Drift(
+        feature=feature.name,
+        rows=rows_read,
+        cosines=np.array([_cosine(*pair) for pair in zip(stored, computed, strict=True)], np.float32),
+        num_unreadable=len(items) - len(computed),
+        num_changed=again.num_changed,
+        differences=again.differences,
+        note=again.note,
+    )
+
+
+def _cosine(stored: Array, encoded: Array | ItemError) -> float:
+    """Return the cosine between two features of one item, of tokens over all of them; -1 for other shapes."""
+    if isinstance(encoded, ItemError) or stored.shape != encoded.shape:
+        return -1.0
+    if np.array_equal(stored, encoded.astype(stored.dtype)):  # zeros have no direction
+        return 1.0
+    if stored.dtype.kind == "i":  # labels are equal or not
+        return float((stored == encoded).mean())
+    left, right = (normalize(array.astype(np.float32).reshape(1, -1)) for array in (stored, encoded))
+    return float((left * right).sum())

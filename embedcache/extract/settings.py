@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
 
@@ -14,6 +14,9 @@ from embedcache.modalities import ModalityName
 from embedcache.processes import num_cores
 from embedcache.settings import Settings, group, replace_fields, setting
 from embedcache.units import parse_fraction
+
+if TYPE_CHECKING:
+    from embedcache.samples import Source
 
 
 class ExtractSettings(Settings):
@@ -179,6 +182,7 @@ class ExtractJob:
     Args:
         encoders: modality -> specs of its encoders; a modality without encoders is absent.
         places: where items of the source are read; None: anywhere, as the user named the source itself.
+        opened: the source, in the process that opened it; None in others.
     """
 
     cache: str
@@ -186,3 +190,4 @@ class ExtractJob:
     encoders: Mapping[ModalityName, tuple[str, ...]]
     settings: ExtractSettings
     places: Sequence[str] | None = None
+    opened: "Source | None" = None

@@ -15,8 +15,8 @@ from embedcache.derive.derive import Derivation, derive
 from embedcache.derive.rules import Block, open_rule
 from embedcache.encoders.open import ENCODERS
 from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError, UnknownNameError
-from embedcache.extract.drift import measure_drift
-from embedcache.extract.repair import repair, retry_failed, verify_cache
+from embedcache.extract.extract import retry_failed
+from embedcache.extract.repair import measure_drift, repair, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.provenance import read_json
 from embedcache.registry import trust_files

@@ -21,9 +21,8 @@ from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.evaluate.zero_shot import classify
 from embedcache.export.base import check_plain
-from embedcache.extract.drift import measure_drift
 from embedcache.extract.extract import extract
-from embedcache.extract.repair import verify_cache
+from embedcache.extract.repair import measure_drift, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.inference import load
 from embedcache.projectors.modules import ModuleConfig, ModuleInput, save_module

@@ -13,9 +13,8 @@ from embedcache.dataset.thumbnails import Thumbnails
 from embedcache.errors import FingerprintError, PathError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.engines import run_job
-from embedcache.extract.extract import extract, open_job
+from embedcache.extract.extract import extract, open_job, retry_failed
 from embedcache.extract.plan import plan
-from embedcache.extract.repair import retry_failed
 from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
 from embedcache.reports.summary import summarize
@@ -132,7 +131,7 @@ def test_file_changed_after_indexing_is_rejected(source: Path, tmp_path: Path) -
     with pytest.raises(
         FingerprintError, match=r"image 00007.png: expected [\d,]+ bytes, as when the source was indexed"
     ):
-        run_job(job, opened, NullProgress())
+        run_job(job, NullProgress())
 
 
 def test_replaced_file_is_retried_with_its_source(source: Path, tmp_path: Path) -> None:

@@ -11,9 +11,8 @@ from PIL import Image
 
 from embedcache.derive.derive import Derivation, derive
 from embedcache.errors import CorruptError, FingerprintError
-from embedcache.extract.drift import AGREEMENT_COSINE, measure_drift
 from embedcache.extract.extract import extract
-from embedcache.extract.repair import repair
+from embedcache.extract.repair import AGREEMENT_COSINE, measure_drift, repair
 from embedcache.extract.settings import ExtractSettings
 from embedcache.interop.importing import import_vectors
 from embedcache.interop.npy import open_npy_vectors

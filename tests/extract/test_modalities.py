@@ -8,9 +8,9 @@ import pytest
 
 from embedcache.axis import Axis
 from embedcache.errors import FingerprintError, MissingExtraError, SettingError, SourceError
-from embedcache.extract.extract import extract
+from embedcache.extract.extract import extract, retry_failed
 from embedcache.extract.plan import plan
-from embedcache.extract.repair import retry_failed, verify_cache
+from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.reports.summary import summarize
 from embedcache.sources import open_source

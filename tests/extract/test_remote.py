@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from embedcache.errors import FingerprintError, PathError
-from embedcache.extract.drift import measure_drift
 from embedcache.extract.extract import extract
-from embedcache.extract.repair import repair
+from embedcache.extract.repair import measure_drift, repair
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import open_path, write_atomic
 from embedcache.progress import Progress

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from embedcache.errors import FingerprintError, SettingError
-from embedcache.extract.extract import extract
-from embedcache.extract.repair import retry_failed
+from embedcache.extract.extract import extract, retry_failed
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import partial_path
 from embedcache.maintain.remove import remove_samples

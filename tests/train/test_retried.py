@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from embedcache.errors import FingerprintError, UnfinishedError
-from embedcache.extract.extract import extract
-from embedcache.extract.repair import retry_failed
+from embedcache.extract.extract import extract, retry_failed
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import config_path, read_config
 from embedcache.sources import open_source
