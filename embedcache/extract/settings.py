@@ -1,6 +1,5 @@
 """Settings of an extraction, and the job they are part of. Nothing heavy is imported here."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,10 +61,9 @@ class ExtractSettings(Settings):
     )
     shard: str = setting(
         "0/1",
-        "Work only on shard i of n, so that n jobs of an array share the chunks; i counts from 0. With slurm, i and n "
-        "are those of this task of a SLURM array.",
+        "Work only on shard i of n, so that n jobs of an array share the chunks; i counts from 0.",
         affects_result=False,
-        metavar="I/N|slurm",
+        metavar="I/N",
         panel="machine",
     )
     devices: tuple[str, ...] = setting(
@@ -101,10 +99,10 @@ class ExtractSettings(Settings):
 
     @field_validator("shard")
     @classmethod
-    def _named_shard(cls, shard: str) -> str:
-        """Return a shard as i/n; `slurm` is resolved here, as other processes may have another environment."""
-        shard = _slurm_shard(os.environ) if shard == "slurm" else shard
-        _parse_shard(shard)
+    def _check_shard(cls, shard: str) -> str:
+        number, slash, count = shard.partition("/")
+        if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+            raise SettingError(f"shard: expected i/n with i from 0 to n - 1, such as 0/4 to 3/4, got {shard!r}")
         return shard
 
     @property
@@ -120,44 +118,13 @@ class ExtractSettings(Settings):
     @property
     def shard_numbers(self) -> tuple[int, int]:
         """The numbers i and n: chunks whose number modulo n is i belong to the shard."""
-        return _parse_shard(self.shard)
+        number, count = map(int, self.shard.split("/"))
+        return number, count
 
     def split_shard(self, number: int, count: int) -> "ExtractSettings":
         """Return the settings for part `number` of `count` equal parts of the shard."""
         own_number, own_count = self.shard_numbers
         return replace_fields(self, shard=f"{own_number + own_count * number}/{own_count * count}")
-
-
-def _parse_shard(shard: str) -> tuple[int, int]:
-    number, slash, count = shard.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise SettingError(f"shard: expected i/n with i from 0 to n - 1, such as 0/4 to 3/4, or slurm, got {shard!r}")
-    return int(number), int(count)
-
-
-def _slurm_shard(environment: Mapping[str, str]) -> str:
-    """Return the shard i/n of a task of a SLURM array, whose numbers may begin anywhere and have steps.
-
-    Raises:
-        SettingError: this is no task of an array, or one of an array with gaps.
-    """
-    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP")
-    words = [environment.get(name, "") for name in names]
-    if not (words[0].isdecimal() and words[1].isdecimal()):
-        raise SettingError(
-            f"shard: expected a task of a SLURM array, got {names[0]}={words[0]!r} and {names[1]}={words[1]!r}; submit "
-            "with sbatch --array=0-7, or name a shard such as 0/8"
-        )
-    task, count, first, step = (
-        int(word) if word.isdecimal() else default for word, default in zip(words, (0, 1, 0, 1), strict=True)
-    )
-    number, rest = divmod(task - first, step or 1)
-    if rest or not 0 <= number < count:
-        raise SettingError(
-            f"shard: expected a SLURM array without gaps, such as --array=0-7, got task {task} of {count} from {first} "
-            f"in steps of {step}; name a shard such as 0/{count}"
-        )
-    return f"{number}/{count}"
 
 
 class VerifySettings(Settings):

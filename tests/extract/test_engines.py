@@ -113,36 +113,6 @@ def test_invalid_request_is_rejected_before_indexing(
     assert not (tmp_path / "c").exists()
 
 
-def set_array(patch: pytest.MonkeyPatch, values: dict[str, int]) -> None:
-    for name in ("ID", "COUNT", "MIN", "STEP"):
-        patch.delenv(f"SLURM_ARRAY_TASK_{name}", raising=False)
-    for name, value in values.items():
-        patch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-
-
-@pytest.mark.parametrize(
-    ("tasks", "first", "step"), [(range(8), 0, 1), (range(1, 5), 1, 1), (range(10, 22, 4), 10, 4), ([5], 5, 1)]
-)
-def test_tasks_of_a_slurm_array_are_the_shards(
-    monkeypatch: pytest.MonkeyPatch, tasks: Sequence[int], first: int, step: int
-) -> None:
-    shards = []
-    for task in tasks:
-        set_array(monkeypatch, {"ID": task, "COUNT": len(tasks), "MIN": first, "STEP": step})
-        shards.append(ExtractSettings(shard="slurm").shard)
-    assert shards == [f"{number}/{len(tasks)}" for number in range(len(tasks))]
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{}, {"ID": 7, "COUNT": 3, "MIN": 1, "STEP": 1}, {"ID": 2, "COUNT": 3, "MIN": 1, "STEP": 2}],
-)
-def test_no_slurm_array_without_gaps_raises(monkeypatch: pytest.MonkeyPatch, values: dict[str, int]) -> None:
-    set_array(monkeypatch, values)
-    with pytest.raises(SettingError, match="array"):
-        ExtractSettings(shard="slurm")
-
-
 @pytest.mark.parametrize("shard", ["4/4", "1", "a/b", "-1/2", "0/0"])
 def test_invalid_shard_raises(shard: str) -> None:
     with pytest.raises(SettingError, match="shard"):
