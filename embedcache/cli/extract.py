@@ -125,8 +125,7 @@ _Outcome: TypeAlias = tuple[Any, Callable[[], None]]
 def _extract(source: "Source", cache: str, encoders: Mapping[str, Any], settings: ExtractSettings) -> _Outcome:
     from embedcache.cli.console import open_progress, print_lines
     from embedcache.extract.extract import extract as extract_features
-    from embedcache.reports.summary import caption_error_lines
-    from embedcache.store.cache import Cache
+    from embedcache.store.cache import Cache, caption_error_lines
 
     reports = extract_features(source, cache, **encoders, settings=settings, progress=open_progress())
     lines = [*(report.line() for report in reports), *caption_error_lines(Cache(cache))]

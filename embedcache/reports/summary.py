@@ -17,7 +17,7 @@ from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import read_report_json
 from embedcache.provenance import construct, read_json, read_study, recognize
 from embedcache.search.card import read_card
-from embedcache.store.cache import Cache
+from embedcache.store.cache import Cache, caption_error_lines
 from embedcache.store.commits import PENDING, REMOVED, has_failed
 from embedcache.store.feature import Feature
 from embedcache.units import format_bytes
@@ -107,21 +107,6 @@ def describe_cache(cache: Cache) -> str:
         f"{cache.path}: {pluralize(cache.info.num_samples, 'sample')}{removed} with {items}, from {source}; "
         f"chunks of {cache.info.chunk_size:,}, format {cache.info.format}"
     )
-
-
-def caption_error_lines(cache: Cache) -> list[str]:
-    """Return lines about the samples whose captions cannot be read; empty if there are none."""
-    if "caption_error" not in cache.columns:
-        return []
-    rows = np.flatnonzero(cache.column("caption_error").is_valid())
-    if not len(rows):
-        return []
-    samples = pluralize(len(rows), "sample has", "samples have")
-    count = "it counts as a sample" if len(rows) == 1 else "they count as samples"
-    lines = [f"{samples} captions that cannot be read; {count} without captions"]
-    errors = cache.column("caption_error")
-    lines += [f"  key {cache.key(row)}: {errors[row].as_py()}" for row in rows[:_NUM_SHOWN].tolist()]
-    return [*lines, f"  … and {len(rows) - _NUM_SHOWN:,} more"] if len(rows) > _NUM_SHOWN else lines
 
 
 def describe_feature(feature: Feature, num_bytes: int) -> list[str]:

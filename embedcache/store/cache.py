@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 _SAMPLES_AT_ONCE = 1024
 
+_NUM_ERRORS_SHOWN = 5
+
 
 class Cache:
     """The samples and features of one dataset, read-only.
@@ -355,3 +357,18 @@ def _with_columns_of_samples(items: pa.Table, samples: pa.Table) -> pa.Table:
     wide = {name: of.cast(pa.large_string()) if pa.types.is_string(of.type) else of for name, of in named}
     of_sample = pa.table(wide).take(items["sample"].combine_chunks())
     return pa.table({name: table[name] for table in (of_sample, items) for name in table.column_names})
+
+
+def caption_error_lines(cache: Cache) -> list[str]:
+    """Return lines about the samples whose captions cannot be read; empty if there are none."""
+    if "caption_error" not in cache.columns:
+        return []
+    rows = np.flatnonzero(cache.column("caption_error").is_valid())
+    if not len(rows):
+        return []
+    samples = pluralize(len(rows), "sample has", "samples have")
+    count = "it counts as a sample" if len(rows) == 1 else "they count as samples"
+    lines = [f"{samples} captions that cannot be read; {count} without captions"]
+    errors = cache.column("caption_error")
+    lines += [f"  key {cache.key(row)}: {errors[row].as_py()}" for row in rows[:_NUM_ERRORS_SHOWN].tolist()]
+    return [*lines, f"  … and {len(rows) - _NUM_ERRORS_SHOWN:,} more"] if len(rows) > _NUM_ERRORS_SHOWN else lines
