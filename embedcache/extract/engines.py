@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from math import ceil
 from typing import Any
 
@@ -143,15 +144,12 @@ def _run_part(task: tuple[ExtractJob, str, int], progress: Progress) -> list[Fil
 def _join_reports(job: ExtractJob, reports: Iterable[Sequence[FillReport]]) -> list[FillReport]:
     """Join the reports of several processes into one per folder."""
     cache = Cache(job.cache)
-    num_computed = Counter[tuple[str, str]]()
-    features: dict[tuple[str, str], Sequence[str]] = {}
-    for process_reports in reports:
-        for report in process_reports:
-            num_computed[report.modality, report.encoder] += report.computed
-            features[report.modality, report.encoder] = report.features
+    num_computed = Counter[tuple[str, str, tuple[str, ...]]]()
+    for report in chain.from_iterable(reports):
+        num_computed[report.modality, report.encoder, tuple(report.features)] += report.computed
     return [
-        count_filled(open_group(cache.path, *folder, cache.info), "encoded", names, num_computed[folder])
-        for folder, names in features.items()
+        count_filled(open_group(cache.path, modality, encoder, cache.info), "encoded", features, count)
+        for (modality, encoder, features), count in num_computed.items()
     ]
 
 
@@ -221,10 +219,9 @@ def _encoder_settings(
     settings = replace_fields(job_settings.encoder, device=device, features=job_settings.features)
     stored = find_group(cache.path, modality, spec.folder, cache.info)
     if stored is None:
-        return (
-            replace_fields(settings, precision=auto_precision(spec, device)) if settings.precision == AUTO else settings
-        )
-    recorded = recorded_settings(stored.fingerprint, device)
+        recorded = {"backend": AUTO, "device": device, "precision": auto_precision(spec, device)}
+    else:
+        recorded = recorded_settings(stored.fingerprint, device)
     if settings.backend == AUTO:
         settings = replace_fields(settings, backend=recorded["backend"], device=recorded["device"])
     return replace_fields(settings, precision=recorded["precision"]) if settings.precision == AUTO else settings
