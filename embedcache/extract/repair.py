@@ -18,7 +18,7 @@ from embedcache.extract.engines import reopen_encoders
 from embedcache.extract.settings import VerifySettings
 from embedcache.files import AnyPath, remove_partials
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
-from embedcache.provenance import name_differences
+from embedcache.provenance import check_same, name_differences
 from embedcache.samples import Source
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
@@ -200,13 +200,17 @@ def _repair_chunks(
     producer: Producer
     if group.is_derived:
         derivation = reopen_derivation(cache, group, names, device=device)
-        fingerprint = derivation.fingerprint
+        group.check_same(derivation.fingerprint)
         producer = OneByOne(group, derivation)
     else:
         producer = reopen_encoders(cache, group, names, reopen_item_source(cache, group.modality), device=device)
-        fingerprint = producer.folders[0].fingerprint
+        check_same(
+            f"encoder {group.path}",
+            group.fingerprint,
+            producer.folders[0].fingerprint,
+            next_step="restore the versions and files it was written with, or extract into a new folder",
+        )
 
-    group.check_same(fingerprint)
     for finding in findings:
         if finding.is_damage:
             withdraw(group, finding.chunk, [finding.name])
