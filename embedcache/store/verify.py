@@ -6,18 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from embedcache.arrays import Array, Ints
-from embedcache.errors import ArtifactError, CorruptError, PathError, UnfinishedError, pluralize
+from embedcache.arrays import Array
+from embedcache.errors import ArtifactError, CorruptError, PathError, UnfinishedError
 from embedcache.files import find_files
-from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest, digest_file
 from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_metadata
 from embedcache.store.cache import Cache
-from embedcache.store.columns import is_none, to_array
-from embedcache.store.commits import HASH, Commit, hash_item, read_commit, to_bytes
+from embedcache.store.commits import Commit, read_commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group, read_feature
 from embedcache.store.layout import (
@@ -72,8 +68,7 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
     """Check every committed chunk against its commit, and every commit against the cache. Reads all features once.
 
     Finds missing chunks, changed bytes, truncated files, chunks from another encoder or for other rows, changed
-    metadata, changed or reordered tables, captions that changed after they were encoded, and items whose bytes changed
-    between two encoders. Memory: one chunk.
+    metadata and changed tables. Memory: one chunk.
 
     Raises:
         UnfinishedError: something is found, and samples were appended or removed meanwhile, which looks like damage.
@@ -93,16 +88,9 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
     progress.start("verifying", sum(cache.info.num_chunks(feature.modality) for feature in features), "chunks")
     for feature in features:
         for chunk in range(cache.info.num_chunks(feature.modality)):
-            findings += list(_check_chunk(cache, feature, chunk))
+            findings += list(_check_chunk(feature, chunk))
             progress.advance(1)
     progress.finish()
-    groups = {
-        (feature.modality, feature.group.name): feature
-        for feature in reversed(features)
-        if not feature.group.is_imported
-    }
-    for modality in cache.info.num_items:
-        findings += list(_check_items([groups[key] for key in sorted(groups) if key[0] == modality], progress))
     if findings and read_info(cache.path).index_digest != cache.info.index_digest:
         raise UnfinishedError(
             f"{cache.path}: another process appended or removed samples while it was verified; verify it again once "
@@ -217,7 +205,7 @@ def _check_fit(group: EncoderGroup) -> list[Finding]:
     return [Finding(modality=group.modality, encoder=group.name, name=path.name, can_repair=False, reason=reason)]
 
 
-def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding]:
+def _check_chunk(feature: Feature, chunk: int) -> Iterator[Finding]:
     finding = partial(Finding, modality=feature.modality, encoder=feature.group.name, name=feature.feature, chunk=chunk)
     try:
         commit = feature.group.commit(chunk)
@@ -235,14 +223,6 @@ def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding
     except (ArtifactError, PathError) as error:
         yield finding(reason=str(error))
         return
-    if feature.modality == "text":
-        try:
-            texts = cache.items("text", chunk=chunk, columns=["text"])["text"].to_pylist()
-        except (ArtifactError, PathError):
-            return  # reported with the table
-        if [hash_item(text.encode()) for text in texts] != commit.hashes:
-            reason = "the captions or their order changed since they were encoded; extract into a new folder"
-            yield finding(can_repair=False, reason=reason)
 
 
 def _check_tokens(feature: Feature, chunk: int, items: Sequence[Array | None]) -> Iterator[str]:
@@ -251,57 +231,3 @@ def _check_tokens(feature: Feature, chunk: int, items: Sequence[Array | None]) -
     num_tokens = sum(len(item) for item in items if item is not None)
     if not has_metadata(folder, token_metadata(num_tokens, feature.item_shape[1], feature.dtype)):
         yield f"{folder / 'zarr.json'} is missing or does not describe this array; {REPAIR}"
-
-
-def _check_items(features: Sequence[Feature], progress: Progress) -> Iterator[Finding]:
-    """Check that the encoders of a modality encoded the same bytes of each item; of each, one feature is given."""
-    if len(features) < 2:
-        return  # nothing to compare
-    num_chunks = features[0].group.info.num_chunks(features[0].modality)
-    progress.start(f"comparing encoders of {noun(features[0].modality)}", num_chunks, "chunks")
-    for chunk in range(num_chunks):
-        seen = _SeenItems(features[0].group.info.count_items(features[0].modality, [chunk]))
-        for feature in features:
-            try:
-                commit = feature.group.commit(chunk)
-            except (ArtifactError, PathError):
-                continue  # reported with the chunk
-            differing = np.empty(0, np.int64) if commit is None else seen.compare(commit, feature.group.name)
-            if len(differing):
-                row = int(differing[0])
-                first = feature.group.info.chunk_rows(feature.modality, chunk).start
-                yield Finding(
-                    modality=feature.modality,
-                    encoder=feature.group.name,
-                    name=feature.feature,
-                    chunk=chunk,
-                    can_repair=False,
-                    reason=f"{pluralize(len(differing), 'item')}, first row {first + row:,}, had other bytes when "
-                    f"{seen.encoder(row)} was extracted; remove the folder of the one that is out of date, and "
-                    "extract it again",
-                )
-        progress.advance(1)
-    progress.finish()
-
-
-class _SeenItems:
-    """The hash of each item of a chunk, by the first encoder that used it."""
-
-    def __init__(self, num_items: int) -> None:
-        self._encoders: list[str] = []
-        self._first_N = np.full(num_items, -1)  # number of that encoder
-        self._hashes_N2 = np.zeros((num_items, 2), np.uint64)
-
-    def encoder(self, row: int) -> str:
-        """Return the encoder that used an item first."""
-        return self._encoders[int(self._first_N[row])]
-
-    def compare(self, commit: Commit, encoder: str) -> Ints:
-        """Return the used items of a chunk that another encoder read with other bytes, and note the others."""
-        is_used_N = ~is_none(commit.hashes) & np.any([is_none(reasons) for reasons in commit.failures.values()], 0)
-        hashes_N2 = np.ascontiguousarray(to_bytes(to_array(commit.hashes, HASH))).view(np.uint64)
-        is_new_N = is_used_N & (self._first_N < 0)
-        self._first_N[is_new_N] = len(self._encoders)
-        self._hashes_N2[is_new_N] = hashes_N2[is_new_N]
-        self._encoders.append(encoder)
-        return np.flatnonzero(is_used_N & (hashes_N2 != self._hashes_N2).any(axis=1))
