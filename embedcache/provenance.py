@@ -134,14 +134,14 @@ def _checked_part(record: Mapping[str, Any], unchecked: Collection[str]) -> dict
 
 
 def read_manifest(
-    path: Path, *, kind: str, make: str, next_step: str, unchecked: Collection[str] = ()
+    path: Path, *, kind: str, make: Callable[[], str], next_step: str, unchecked: Collection[str] = ()
 ) -> dict[str, Any]:
     """Read the manifest of an artifact, the JSON file whose presence marks its folder as complete.
 
     Args:
         path: path of the manifest.
         kind: kind of artifact: `cache`, `run`, `index`.
-        make: command that makes such an artifact.
+        make: returns the command that makes such an artifact, for errors.
         next_step: what to do about a changed manifest, for the error.
         unchecked: keys that its digest leaves out.
 
@@ -156,12 +156,12 @@ def read_manifest(
         state = f"is not a finished {kind}: it has no {path.name}" if path.parent.exists() else "does not exist"
         if path.parent.is_file():
             state = f"is a file, not {_ARTICLES.get(kind, kind)}"
-        raise PathError(f"{path.parent} {state}; make one with: {make}")
+        raise PathError(f"{path.parent} {state}; make one with: {make()}")
     values = read_json(path)
     found = values.get("format") if isinstance(values, dict) else None
     if found is None:
         raise ArtifactError(
-            f"{path} was not written by embedcache; give the path of a {kind}, or make one with: {make}"
+            f"{path} was not written by embedcache; give the path of a {kind}, or make one with: {make()}"
         )
     if found != FORMAT:
         raise ArtifactError(f"{path.parent} has {kind} format {found}; this version reads {FORMAT}: upgrade embedcache")
@@ -174,7 +174,7 @@ def read_study(path: Path) -> dict[str, Any]:
     return read_manifest(
         path / "study.json",
         kind="study",
-        make="embedcache sweep CACHE SPACE.toml STUDY",
+        make=lambda: "embedcache sweep CACHE SPACE.toml STUDY",
         next_step="restore the file, or use a new folder",
     )
 

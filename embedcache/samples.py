@@ -102,12 +102,3 @@ MERGED = "merged"
 
 PARTS = "parts"
 """Key in the description of a merged source: the descriptions of its parts."""
-
-
-def is_description(value: Mapping[str, Any]) -> bool:
-    """Return whether a JSON object has the types of a source's `describe`."""
-    names = value.get("type", ""), value.get("path", "")
-    are_texts = all(isinstance(name, str) and "\0" not in name for name in names)
-    parts = value.get(PARTS) if value.get("type") == MERGED else []
-    has_parts = isinstance(parts, list) and all(isinstance(part, Mapping) and is_description(part) for part in parts)
-    return are_texts and has_parts and isinstance(value.get("settings", {}), Mapping)

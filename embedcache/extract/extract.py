@@ -20,14 +20,14 @@ from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import require, unknown_name
-from embedcache.samples import IMPORTED_SOURCE, MERGED, Source, is_description
+from embedcache.samples import IMPORTED_SOURCE, MERGED, Source
 from embedcache.settings import flat_settings, from_flat, merge_settings, replace_fields
 from embedcache.sources.open import SOURCES, RecordedSource, below_named, open_source, remember, reopen_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import has_failed
 from embedcache.store.indexing import index, open_indexed
-from embedcache.store.layout import SUBSET, CacheInfo, info_path, is_cache_at, read_info, write_info
+from embedcache.store.layout import SUBSET, CacheInfo, info_path, is_cache_at, is_description, read_info, write_info
 from embedcache.store.producer import FillReport, fill_all
 
 _SOURCE_TYPE = "source_type"

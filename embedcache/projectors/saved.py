@@ -176,7 +176,7 @@ def read_run(run_path: Path, *, make: str = "embedcache train CACHE {}") -> dict
     values = read_manifest(
         config_path(run_path),
         kind="run",
-        make=make.format(quoted(run_path)),
+        make=lambda: make.format(quoted(run_path)),
         next_step=CHANGED_CONFIG,
     )
     values.pop(DIGEST, None)

@@ -108,7 +108,7 @@ def read_card(index_path: Path) -> IndexCard:
     values = read_manifest(
         path,
         kind="index",
-        make=make,
+        make=lambda: make,
         next_step=f"restore it, or {_rebuild(index_path)}",
         unchecked=_UNCHECKED,
     )

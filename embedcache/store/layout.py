@@ -24,7 +24,7 @@ from embedcache.provenance import (
     read_manifest,
     write_record,
 )
-from embedcache.samples import is_description
+from embedcache.samples import MERGED, PARTS
 from embedcache.settings import replace_fields
 
 FORMAT_VERSION = 1
@@ -225,6 +225,15 @@ def choose_chunk_size(parts: Sequence[Part]) -> int:
     return next((size for size in _CHUNK_SIZES if num_items <= size * _MANY_CHUNKS), _CHUNK_SIZES[-1])
 
 
+def is_description(value: Mapping[str, Any]) -> bool:
+    """Return whether a JSON object has the types of a source's `describe`."""
+    names = value.get("type", ""), value.get("path", "")
+    are_texts = all(isinstance(name, str) and "\0" not in name for name in names)
+    parts = value.get(PARTS) if value.get("type") == MERGED else []
+    has_parts = isinstance(parts, list) and all(isinstance(part, Mapping) and is_description(part) for part in parts)
+    return are_texts and has_parts and isinstance(value.get("settings", {}), Mapping)
+
+
 def count_rows(parts: Sequence[Part]) -> dict[str, int]:
     """Return modality -> number of items of some parts, of modalities with items."""
     counts = {name: sum(part.tables[name].num_rows for part in parts if name in part.tables) for name in MODALITIES}
@@ -342,7 +351,7 @@ def read_info(cache_path: Path) -> CacheInfo:
     record = read_manifest(
         path,
         kind="cache",
-        make=_how_to_make(cache_path),
+        make=lambda: _how_to_make(cache_path),
         next_step="restore the file, or extract into a new folder",
         unchecked=_UNCHECKED,
     )
