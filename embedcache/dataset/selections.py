@@ -46,18 +46,17 @@ def write_selection(
     keytable.write(path, [cache], selection.columns, "selection", about, rows=selection.rows, progress=progress)
 
 
-def read_selection(path: Path | str, caches: Sequence[Cache], *, can_be_removed: bool = False) -> Ints:
+def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     """Return the samples of a selection, ascending and counted across caches: (M,) int64.
 
     Args:
         path: any table or list of keys that `keytable.read` reads; of a split, the samples of its training part.
         caches: caches of the keys.
-        can_be_removed: whether all of the samples may have been removed; the result is empty then.
 
     Raises:
         PathError, CorruptError, DataError: as in `keytable.read`.
     """
-    return read_selection_table(path, caches, columns=_SPLIT, can_be_removed=can_be_removed).rows
+    return read_selection_table(path, caches, columns=_SPLIT).rows
 
 
 def read_selection_table(
@@ -68,7 +67,10 @@ def read_selection_table(
     can_be_removed: bool = False,
     can_be_others: bool = False,
 ) -> KeyTable:
-    """Return the samples of a selection with its columns; see `read_selection` and `keytable.read`."""
+    """Return the samples of a selection with its columns; see `read_selection` and `keytable.read`.
+
+    With `can_be_removed`, all of the samples may have been removed, and the result is empty.
+    """
     path = Path(path)
     check_split(path)  # the split of a run may serve as a selection
     table = keytable.read(
