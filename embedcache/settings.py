@@ -7,7 +7,7 @@ A settings class is a pydantic model whose fields are made by `setting`. From th
 
 - validation: type, bounds, finite numbers (`Settings`);
 - flat names for the command line, TOML files and sweeps (`flat_settings`, `from_flat`, `to_flat`);
-- the JSON record on disk (`to_json`);
+- the JSON record on disk (`Settings.to_json`);
 - the options of a command (`embedcache.cli.options`) and the tables of the reference documentation.
 
 A field that is itself a settings class is a group; its fields join those of the outer class.
@@ -97,6 +97,10 @@ class Settings(BaseModel):
             super().__init__(**converted)
         except ValidationError as error:
             raise explain(error, {name: _flat_name(name, item) for name, item in fields.items()}) from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values that affect results as nested JSON values."""
+        return self.model_dump(mode="json")
 
 
 def explain(error: ValidationError, names: Mapping[str, str] | None = None) -> EmbedcacheError:
@@ -354,11 +358,6 @@ def _given(settings: Settings) -> set[str]:
         is_group = isinstance(value, Settings)
         names |= _given(value) if is_group else {_flat_name(name, type(settings).model_fields[name])}
     return names
-
-
-def to_json(settings: Settings) -> dict[str, Any]:
-    """Return the values that affect results as nested JSON values."""
-    return settings.model_dump(mode="json")
 
 
 def to_words(value: Any) -> list[str]:

@@ -27,7 +27,6 @@ from embedcache.settings import (
     replace_flat,
     setting,
     to_flat,
-    to_json,
 )
 from embedcache.sources.settings import SourceSettings
 from embedcache.sweep.space import read_space
@@ -102,7 +101,7 @@ def test_one_value_stands_for_several_and_an_object_for_its_path() -> None:
     made = Stored(names="a", paths=["b.png", Located()], run=Located(), file=Located())  # type: ignore[arg-type]
     assert made == Stored(names=("a",), paths=(Path("b.png"), Path("folder")), run="folder", file=Path("folder"))
     assert Stored(names=(Path("a"), Located())).names == ("a", "folder")  # type: ignore[arg-type]
-    assert to_json(made) == {"names": ["a"], "paths": ["b.png", "folder"], "run": "folder", "file": "folder"}
+    assert made.to_json() == {"names": ["a"], "paths": ["b.png", "folder"], "run": "folder", "file": "folder"}
     assert Outer(shots=3).shots == (3,)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="shots: expected a valid integer, got"):
         Outer(shots="3")  # type: ignore[arg-type]
@@ -145,7 +144,7 @@ def test_group_overrides_defaults() -> None:
 
 
 def test_json_has_only_results() -> None:
-    assert to_json(Outer(names=("x",))) == {
+    assert Outer(names=("x",)).to_json() == {
         "count": 3,
         "size": None,
         "mode": "a",

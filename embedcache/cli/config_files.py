@@ -1,6 +1,5 @@
 """Options from a file: TOML, at the top or in `[fixed]` as in the space of a sweep; or the `config.json` of a run."""
 
-import functools
 import json
 import tomllib
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ import typer
 
 from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.registry import mark_as_read, unknown_name
-from embedcache.settings import flat_settings, to_words, with_underscores
+from embedcache.settings import to_flat, to_words, with_underscores
 
 
 def use_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -54,7 +53,7 @@ def _as_words(name: str, value: Any, option: Any, *, is_off: bool) -> Any:
     takes_many = getattr(option, "multiple", False) or option.nargs != 1
     if isinstance(value, dict) and takes_many:
         value = to_words(value)
-    elements = value if isinstance(value, list) and takes_many else [value]
+    elements = value if isinstance(value, list | tuple) and takes_many else [value]
     if any(isinstance(each, list | dict) or isinstance(each, bool) is not is_flag for each in elements):
         expected = "true or false" if is_flag else "a text or a number"
         got = str(value).lower() if isinstance(value, bool) else value
@@ -126,15 +125,11 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
             raise
         raise SettingError(f"{path}: expected the config.json of a run, got other content: {error!r}") from error
     mark_as_read(path, [*split_names(str(settings.get("projector", ""))), str(settings.get("loss", ""))])
-    return {name: value for name, value in settings.items() if value not in (None, [])}
+    return {name: value for name, value in settings.items() if value not in (None, ())}
 
 
 def _pair_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     from embedcache.train.settings import TrainSettings
 
-    settings = {
-        item.name: functools.reduce(lambda values, key: values[key], item.path, record["training"])
-        for item in flat_settings(TrainSettings)
-        if item.affects_result
-    }
+    settings = to_flat(TrainSettings(**record["training"]))
     return settings | {"feature": {modality: side["feature"] for modality, side in record["sides"].items()}}

@@ -31,7 +31,7 @@ from embedcache.projectors.saved import PairConfig, read_config, split_path
 from embedcache.search.card import IndexCard, check_card, open_row_index, read_card
 from embedcache.search.faiss_index import RowIndex
 from embedcache.search.vectors import Vectors
-from embedcache.settings import merge_settings, to_json
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.train.data import TrainData, open_data
 
@@ -122,7 +122,7 @@ def mine_negatives(
             "expected hard negatives, got none; give a larger --range-max or smaller --range-min, a smaller "
             "margin, a higher --max-score, or a higher --cosine of near-duplicates"
         )
-    about = {"task": "negatives", **to_json(settings), "sides": mining.names}
+    about = {"task": "negatives", **settings.to_json(), "sides": mining.names}
     write_negatives(out, mining.cache, mining.groups_S, negatives_MK, scores_MK, about)
     return NegativesReport(
         num_samples=len(mining.pairs.samples),

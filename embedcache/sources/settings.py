@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from embedcache.errors import SettingError
-from embedcache.settings import Settings, setting, to_json
+from embedcache.settings import Settings, setting
 
 ITEM_COLUMNS: dict[str, Any] = {
     "default": {},
@@ -77,7 +77,7 @@ class SourceSettings(Settings):
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that were given, as JSON."""
-        return {name: value for name, value in to_json(self).items() if value}
+        return {name: value for name, value in super().to_json().items() if value}
 
     def check_supported(self, kind: str, *names: str, hint: str = "") -> None:
         """Check that only settings are given that a source of this kind uses; else raise SettingError, with a hint."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_serializer
 
 from embedcache.dataset.settings import LANGUAGE_DEFAULT, SELECTION_HELP, SplitSettings, with_split_seed
 from embedcache.devices import AUTO, Precision
@@ -17,7 +17,6 @@ from embedcache.settings import (
     group,
     setting,
     to_flat,
-    to_json,
     to_words,
 )
 from embedcache.units import parse_size
@@ -131,6 +130,11 @@ class MachineSettings(Settings):
         affects_result=False,
     )
 
+    @field_serializer("device")
+    def _device_kind(self, device: str) -> str:
+        """Return what is recorded of a device: which of several GPUs it is changes nothing."""
+        return device.partition(":")[0]
+
 
 class PartSettings(Settings):
     """Which parts of a module start from other runs, and which are trained; a pair has image, text, temperature."""
@@ -158,10 +162,6 @@ class FitSettings(Settings):
     parts: PartSettings = group(PartSettings)
     seed: int = setting(0, "Random seed of initialization, batch order and dropout.", ge=0, lt=2**32)
     machine: MachineSettings = group(MachineSettings)
-
-    def to_json(self) -> Mapping[str, Any]:
-        """Return the values that affect the result, as nested JSON values."""
-        return _to_json(self, self.machine)
 
 
 class TrainSettings(Settings):
@@ -242,16 +242,6 @@ class TrainSettings(Settings):
     def negatives_paths(self) -> list[Path]:
         """Paths of the tables of hard negatives, with the seed filled in."""
         return [Path(path.replace("{seed}", str(self.seed))) for path in self.negatives]
-
-    def to_json(self) -> Mapping[str, Any]:
-        """Return the values that affect the result, as nested JSON values."""
-        return _to_json(self, self.machine)
-
-
-def _to_json(settings: Any, machine: MachineSettings) -> Mapping[str, Any]:
-    values = to_json(settings)
-    device = machine.device.partition(":")[0]  # which of several GPUs changes nothing
-    return {**values, "machine": {**values["machine"], "device": device}}
 
 
 def train_settings(options: Mapping[str, Any]) -> TrainSettings:

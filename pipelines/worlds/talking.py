@@ -37,7 +37,7 @@ from embedcache.processes import num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import require, unknown_name
 from embedcache.samples import FileItem, Sample, TextItem
-from embedcache.settings import Settings, setting, to_json
+from embedcache.settings import Settings, setting
 from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
 from pipelines.worlds.talking_mouth import VIDEO_RATE_HZ, Damage, Phone, draw_clip, draw_face
@@ -151,7 +151,7 @@ def write_world(
 def _check_world(folder: Path, settings: WorldSettings) -> None:
     """Record the settings of a new world; compare those of an old one."""
     path = folder / "world.json"
-    record = json.loads(json.dumps({"format": _FORMAT, **to_json(settings)}))
+    record = json.loads(json.dumps({"format": _FORMAT, **settings.to_json()}))
     if not path.is_file():
         write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
         return

@@ -8,7 +8,7 @@ from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES, ModalityName, order_pair
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, RUN_HELP
-from embedcache.settings import Settings, flat_settings, setting, to_json
+from embedcache.settings import Settings, flat_settings, setting
 from embedcache.units import parse_count_or_fraction, parse_counts
 
 METHOD_SETTINGS = (
@@ -112,4 +112,4 @@ class SelectSettings(Settings):
     def method_json(self) -> dict[str, Any]:
         """Return the settings of `METHOD_SETTINGS` and the seed as the metadata of a selection stores them."""
         names = {item.name for item in flat_settings(type(self)) if item.name in (*METHOD_SETTINGS, "seed")}
-        return {name: value for name, value in to_json(self).items() if name in names}
+        return {name: value for name, value in self.to_json().items() if name in names}
