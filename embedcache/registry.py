@@ -5,8 +5,8 @@ A name `module:attribute` runs code: importing a module executes it. So `Registr
 - from the user (an option, a TOML file of theirs, an argument in Python): it is imported, and from then on files may
   name it too, such as the run that is being written and read again;
 - from a file that a stranger may have written (a cache, run, index or study): it is imported only if it is built in or
-  an entry point of an installed package, if the user gave the same name, if `trust_package` was called for its
-  package, or within `trust_files`, which is what `--trust` is.
+  an entry point of an installed package, if the user gave the same name, if `trust_code` was called for it or
+  its package, or within `trust_files`, which is what `--trust` is.
 
 Code that loads a name that it read from a file says so: by `names_from` around the call, or by `mark_as_read` where the
 name first becomes a setting. Any other name counts as the user's. `names_from` and `trust_files` hold for the thread
@@ -37,8 +37,8 @@ class Trust:
     """What the user of a process lets it import besides built-in and installed plug-ins.
 
     Args:
-        accepted: names `module:attribute` that the user gave, each after its kind, such as `source my_sources:Zip`, and
-            packages whose modules any file may name, see `trust_package`.
+        accepted: names `module:attribute` that the user gave, and packages whose modules any file may name, see
+            `trust_code`.
         read: names that settings were filled with from a file -> the file, see `mark_as_read`.
         folders: folders in which plug-ins that the user gives or trusts are found, besides those of `sys.path`.
         all_files: whether any file may name any code. Only `current_trust` sets it: `trust_files` holds for one thread.
@@ -71,9 +71,9 @@ def has_trust() -> bool:
     return _TRUSTS_FILES.get()
 
 
-def trust_package(package: str) -> None:
-    """Allow files to name what is in the modules of a package: for pipelines that write such files."""
-    _TRUST.accepted.add(package)
+def trust_code(name: str) -> None:
+    """Allow files to name a plug-in `module:attribute`, or all in the modules of a package, such as a pipeline's."""
+    _TRUST.accepted.add(name)
 
 
 def search_plugins_in(folder: str) -> None:
@@ -178,16 +178,12 @@ class Registry:
         self._check_call(name, plugin)
         return plugin
 
-    def accept(self, name: str) -> None:
-        """Count a name among those that the user has given to this process, which files may name too."""
-        _TRUST.accepted.add(f"{self.kind} {name}")
-
     def _is_trusted(self, name: str) -> bool:
         """Return whether a `module:attribute` may be imported, as the top of this module says."""
         if _naming_file(name) is None:
-            self.accept(name)
+            trust_code(name)
         is_installed = name in self.paths.values() or name in self._declared().values()
-        is_accepted = not _TRUST.accepted.isdisjoint((f"{self.kind} {name}", _package_of(name)))
+        is_accepted = not _TRUST.accepted.isdisjoint((name, _package_of(name)))
         return is_installed or is_accepted or has_trust()
 
     def _untrusted(self, name: str) -> EmbedcacheError:

@@ -1,5 +1,5 @@
 """Pipelines from data to figures; their caches and runs name sources, encoders and rules of this package."""
 
-from embedcache.registry import trust_package
+from embedcache.registry import trust_code
 
-trust_package(__name__)
+trust_code(__name__)

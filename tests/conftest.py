@@ -21,7 +21,7 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # UMAP's, which it would set fo
 import tests.flushes  # noqa: F401 - before anything is written
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.registry import Trust, trust_package
+from embedcache.registry import Trust, trust_code
 from embedcache.sources import open_source
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
@@ -30,7 +30,7 @@ settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-trust_package("tests")  # caches of the tests name encoders of this package
+trust_code("tests")  # caches of the tests name encoders of this package
 
 FEATURES = ("cls", "patches", "mean", "tokens")
 LONGEST = (

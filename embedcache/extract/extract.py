@@ -19,10 +19,10 @@ from embedcache.locks import divided_work, locked
 from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
-from embedcache.registry import require, unknown_name
+from embedcache.registry import require, trust_code, unknown_name
 from embedcache.samples import IMPORTED_SOURCE, MERGED, Source
 from embedcache.settings import flat_settings, from_flat, merge_settings, replace_fields
-from embedcache.sources.open import SOURCES, RecordedSource, below_named, open_source, remember, reopen_source
+from embedcache.sources.open import RecordedSource, below_named, open_source, remember, reopen_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import has_failed
@@ -225,7 +225,7 @@ def _index(source: Source, path: Path, settings: ExtractSettings, *, accept_repl
             f"{type(source).__name__}.describe: expected a text as the path of the type {described.get('type')!r}, got "
             f"{described.get('path')!r}"
         )
-    SOURCES.accept(described["type"])  # the user gave it as an object, so this process may open it again
+    trust_code(described["type"])  # the user gave it as an object, so this process may open it again
     info = index(
         source,
         path,

@@ -18,7 +18,7 @@ from embedcache.projectors.saved import (
     save_weights,
 )
 from embedcache.provenance import FORMAT, Manifest, construct, digest_file, write_record
-from embedcache.registry import Registry, names_from
+from embedcache.registry import Registry, names_from, trust_code
 
 NETWORKS = Registry("network", {}, group="embedcache.networks")
 """Modules by the names that installed packages declare. One of your own needs no entry: `module:attribute`."""
@@ -69,7 +69,7 @@ def build_module(config: ModuleConfig) -> nn.Module:
 
 def save_module(run_path: Path, module: nn.Module, config: ModuleConfig) -> None:
     """Write the weights, then the config with their digest, which marks the run as complete."""
-    NETWORKS.accept(config.kind)
+    trust_code(config.kind)
     model_path = run_path / "model.safetensors"
     save_weights(model_path, module)
     write_record(config_path(run_path), {**config.to_json(), "weights_digest": digest_file(model_path)})

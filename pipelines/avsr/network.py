@@ -18,7 +18,7 @@ from torch.nn.functional import ctc_loss
 from embedcache.arrays import Floats, Ints
 from embedcache.axis import Axis
 from embedcache.errors import SettingError
-from embedcache.projectors.modules import NETWORKS, ModuleConfig, load_module
+from embedcache.projectors.modules import ModuleConfig, load_module
 from pipelines.avsr.attention import AttentionDecoder
 from pipelines.avsr.ctc import decode_ctc
 from pipelines.avsr.decoding import Decoding, Hypothesis, decode_attention, decode_hybrid
@@ -227,7 +227,6 @@ def load_network(run_path: Path | str, *, device: str = "cpu") -> tuple[SpeechNe
         DataError: the run recognizes no speech.
         CorruptError: the weights do not match the config.
     """
-    NETWORKS.accept(KIND)  # this class of ours, whoever wrote the run
     network, config = load_module(Path(run_path), kind=KIND, device=device)
     assert isinstance(network, SpeechNetwork)
     return network, config

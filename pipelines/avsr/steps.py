@@ -14,7 +14,7 @@ from embedcache.derive.derive import derive_from_run
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import Progress
-from embedcache.projectors.modules import NETWORKS, read_module_config
+from embedcache.projectors.modules import read_module_config
 from embedcache.settings import from_flat
 from embedcache.sources import open_source
 from embedcache.sources.media import decode_video
@@ -23,7 +23,6 @@ from embedcache.train.settings import FitSettings
 from pipelines.avsr.decoding import Decoding
 from pipelines.avsr.edits import count_word_errors
 from pipelines.avsr.evaluate import recognize_utterances
-from pipelines.avsr.network import KIND as NETWORK
 from pipelines.avsr.network import to_text
 from pipelines.avsr.noise import VIEW
 from pipelines.avsr.results import Result
@@ -256,7 +255,6 @@ class Runs:
         return SpeechRecipe(model=self._model("video"), augmentation=SpeechAugmentation(masked=0.05), **options)
 
     def _derive_states(self, name: str, views: Sequence[str], progress: Progress | None) -> None:
-        NETWORKS.accept(NETWORK)  # which the config of the run names
         for part in ("train", "valid"):
             output, of_run = f"{name}-states", f"seed{self.seed}-{name}"
             derive_from_run(self.caches[part], self.path(name), output, name=of_run, view=views, progress=progress)

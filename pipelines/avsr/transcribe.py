@@ -22,7 +22,7 @@ from embedcache.cli.console import open_progress, print_line
 from embedcache.cli.failures import run_program
 from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder
-from embedcache.encoders.open import ENCODERS, feature_names, reopen_encoder
+from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, ItemError, SettingError
 from embedcache.outputs import check_output, replacing_files, write_output
 from embedcache.progress import NullProgress, Progress
@@ -30,7 +30,6 @@ from pipelines.avsr.clips import MOUTH_FORM, Clip, Window, iter_windows, open_cl
 from pipelines.avsr.ctc import WordTime, num_ctc_frames, word_times
 from pipelines.avsr.decoding import Decoding
 from pipelines.avsr.network import Frames, check_decoder, load_network, recognize, stack_frames, to_text
-from pipelines.avsr.stacks import FAMILY
 
 WINDOW_S = 20.0
 """Longest window by default, in seconds."""
@@ -155,7 +154,6 @@ class Recognizer:
         self._device = str(torch_device(device, needs_float64=True))
         self._network, self.config = load_network(run_path, device=self._device)
         self._encoders: dict[str, Encoder] = {}
-        ENCODERS.accept(FAMILY)  # our own, whoever wrote the run
 
     def open(self, path: Path, *, streams: Sequence[str] = (), mouth: Sequence[float] | None = None) -> Clip:
         """Open a recording or video as `open_clip`; DataError if the network cannot do without a missing stream."""

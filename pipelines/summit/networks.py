@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from embedcache.arrays import Array, Floats, Ints, blocks
 from embedcache.errors import DataError, SettingError
-from embedcache.projectors.modules import NETWORKS
 from pipelines.summit.metrics import IGNORED
 
 RUN_KIND = f"{__name__}:PointNetworks"
@@ -26,7 +25,6 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 """Parts of a `PointNetwork` that may be trained alone -> their submodules."""
 
-NETWORKS.accept(RUN_KIND)  # runs of this pipeline open without trust
 
 _BLOCK = 65_536  # points that are read at once outside training
 _NUM_HALVINGS = 20

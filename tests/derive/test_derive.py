@@ -13,13 +13,12 @@ import pytest
 from embedcache.arrays import normalize
 from embedcache.derive.derive import Derivation, derive
 from embedcache.derive.rules import Block, open_rule
-from embedcache.encoders.open import ENCODERS
 from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.extract.extract import retry_failed
 from embedcache.extract.repair import measure_drift, repair, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.provenance import read_json
-from embedcache.registry import trust_files
+from embedcache.registry import trust_code, trust_files
 from embedcache.reports.summary import summarize
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
@@ -318,7 +317,7 @@ def test_rule_of_the_users_own_needs_trust(cache: Path) -> None:
     (finding,) = verify(Cache(cache))
     with pytest.raises(SettingError, match="'tests.derive.cases:HALVE', which is custom code; .* use --trust"):
         repair(Cache(cache), [finding])
-    ENCODERS.accept(IMAGE)
+    trust_code(IMAGE)
     (note,) = [drift for drift in measure_drift(Cache(cache), 0.1) if drift.feature == "halved/half"]
     assert "halved/half: not compared: halved: the cache names the rule" in note.line()
     assert not note.is_bad

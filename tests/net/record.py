@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 
 from embedcache.quickstart.quickstart import quickstart
-from embedcache.registry import trust_package
+from embedcache.registry import trust_code
 from tests.net import commands
 from tests.net.modalities import make_modalities
 
@@ -24,7 +24,7 @@ NUM_REAL_ITEMS = 8
 
 def record(folder: Path) -> None:
     """Compute all values in an empty folder."""
-    trust_package("tests")
+    trust_code("tests")
     toy, real = folder / "toy", folder / "quickstart"
     toy.mkdir()
     with contextlib.chdir(toy):

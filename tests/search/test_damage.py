@@ -16,7 +16,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.provenance import DIGEST, add_digest
 from embedcache.records import read_stage
-from embedcache.registry import trust_package
+from embedcache.registry import trust_code
 from embedcache.reports.summary import summarize
 from embedcache.search.index import build_index
 from embedcache.search.search import OpenIndex
@@ -228,7 +228,7 @@ def test_pipes_and_devices_are_not_read(folder: Path) -> None:
 
 def refuse_pipes(folder: Path) -> None:
     """Replace each of these files by a pipe or a device, which no reader must read and `verify` must find."""
-    trust_package("tests")
+    trust_code("tests")
     for number, name in enumerate(PIPES):
         path = folder / name
         content = path.read_bytes()
