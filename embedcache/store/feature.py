@@ -199,8 +199,10 @@ class Feature:
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         numbers, starts = np.unique(ordered // size, return_index=True)
-        for number, (start, stop) in zip(numbers, pairwise([*starts, len(rows)]), strict=True):
-            out[order[start:stop]] = self._map(int(number))[ordered[start:stop] - number * size]
+        bounds = pairwise([*starts.tolist(), len(rows)])
+        for number, (start, stop) in zip(numbers.tolist(), bounds, strict=True):
+            places = ordered[start:stop] - number * size
+            out[order[start:stop]] = self._map(number).take(places, axis=0)  # copies whole rows, as an index does not
         return out
 
     def gather_tokens(self, rows: Ints) -> list[Array]:
