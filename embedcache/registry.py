@@ -24,7 +24,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
-from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -187,10 +186,6 @@ class Registry:
         return is_installed or is_accepted or has_trust()
 
     def _untrusted(self, name: str) -> EmbedcacheError:
-        package = _package_of(self.path(name))
-        is_imported = package in sys.modules or package in sys.builtin_module_names
-        if not is_imported and PathFinder.find_spec(package, [*sys.path, *_TRUST.folders]) is None:  # imports nothing
-            return self._not_found(name, ModuleNotFoundError(f"No module named {package!r}"))
         return SettingError(
             f"{_naming_file(name)} names the {self.kind} {name!r}, which is custom code; if you trust its author, use "
             "--trust, or embedcache.registry.trust_files() in Python"

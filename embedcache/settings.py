@@ -115,18 +115,21 @@ def explain(error: ValidationError, names: Mapping[str, str] | None = None) -> E
     if isinstance(cause, EmbedcacheError):
         return cause
 
-    if problem["type"] == "extra_forbidden":
-        return SettingError(f"unknown name {problem['loc'][-1]!r}")
     location = [str(part) for part in problem["loc"] if part != "[key]"]
-    name = (names or {}).get(location[0]) if names else ".".join(location) or "content"
+    if names and location:
+        location = [names[location[0]]]
+    name = f"{'.'.join(location)}: " if location else ""
     expected = problem["msg"].removeprefix("Input should be ")
-    if problem["type"] == "missing":
-        return SettingError(f"{name}: expected a value, got none")
-    if cause is not None:
-        return SettingError(f"{name}: {cause}" if location else str(cause))
     if expected.startswith(("greater", "less")):
         expected = f"a number {expected}"
-    return SettingError(f"{name}: expected {expected}, got {problem['input']!r:.200}")
+
+    if cause is not None:
+        return SettingError(f"{name}{cause}")
+    if problem["type"] == "missing":
+        return SettingError(f"{name}expected a value, got none")
+    if problem["type"] == "extra_forbidden":
+        return SettingError(f"{name}expected no such name")
+    return SettingError(f"{name}expected {expected}, got {problem['input']!r:.200}")
 
 
 def _convert_setting(name: str, value: Any, item: FieldInfo) -> Any:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from embedcache.dataset.settings import SplitSettings
 from embedcache.devices import torch_device
 from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.files import read_text
 from embedcache.projectors.base import PROJECTORS, split_names
+from embedcache.provenance import Manifest
 from embedcache.registry import unknown_name
 from embedcache.settings import explain, flat_settings, with_underscores
 from embedcache.train.losses import check_loss
@@ -30,7 +31,7 @@ _COMPARED_BY = (*(item.name for item in flat_settings(SplitSettings)), "language
 """Settings that would give trials different validation samples."""
 
 
-class Range(BaseModel):
+class Range(Manifest):
     """Numbers from `low` to `high`, both inclusive; integers if the bounds and the step are.
 
     Args:
@@ -38,7 +39,7 @@ class Range(BaseModel):
         step: distance between neighboring values; None: 1 for integers, any value otherwise.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     low: Number
     high: Number
@@ -98,7 +99,7 @@ class Space:
         """Return everything that decides the trials as JSON values."""
         fixed = {name: value for name, value in self.fixed.items() if _SETTINGS[name].affects_result}
         ranges = {
-            name: values.model_dump() if isinstance(values, Range) else list(values)
+            name: values.to_json() if isinstance(values, Range) else list(values)
             for name, values in self.ranges.items()
         }
         return {"fixed": fixed, "space": ranges}
