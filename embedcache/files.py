@@ -268,13 +268,17 @@ def put_file(file: Path, path: Path) -> None:
 def find_files(folder: Path, pattern: str) -> Iterator[Path]:
     """Iterate over the files below a folder that match a pattern such as `*/zarr.json`; none if there is no folder.
 
+    Folders that are being deleted, see `remove_folder`, are left out.
+
     Behind a URL, `Path.glob` would read a bracket, `?` or `*` in the URL as part of the pattern. It takes a folder that
     must not be read for an empty one.
     """
     if not is_remote(folder):
         if folder.is_dir():
             os.scandir(folder).close()  # raises PermissionError
-        yield from folder.glob(pattern)
+        for path in folder.glob(pattern):
+            if not any(map(_PARTIAL.fullmatch, path.relative_to(folder).parts)):
+                yield path
         return
     parts = pattern.split("/")
     while "*" not in parts[0]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from embedcache.errors import PathError, UnknownNameError
+from embedcache.files import partial_path
 from embedcache.maintain.prune import plan_prune, prune_cache
 from embedcache.maintain.settings import PruneSettings
 from embedcache.reports.summary import summarize
@@ -55,6 +56,16 @@ def test_what_is_named_twice_is_deleted_once(cache: Path) -> None:
     assert [entry.name for entry in plan_prune(cache, settings).entries] == ["image/open_toy"]
     prune_cache(cache, settings)
     assert [name for name in names(cache) if name.startswith("image/open_toy/")] == []
+
+
+def test_folders_that_a_kill_left_do_not_exist(cache: Path) -> None:
+    prune_cache(cache, PruneSettings(features=("open_toy/patches",)))
+    expected = names(cache)
+    for name in ("image/open_toy/cls", "image/open_toy@flip"):
+        copy = partial_path(cache / name)
+        shutil.copytree(cache / name, copy)
+    assert names(cache) == expected
+    assert verify(Cache(cache)) == []
 
 
 @pytest.mark.parametrize(
