@@ -62,6 +62,6 @@ smoke workdir="embedcache-quickstart":
 bench *names:
     python -m benchmarks {{ names }}
 
-# Golden artifacts are written with the release of 0.1.0, with which the promise about formats begins (docs/versions.md).
+# Golden artifacts are written with the release of 0.1.0, with which the promise about formats begins (docs/reference/on_disk.md).
 golden:
     @echo "nothing to write: the promise about formats begins with the release of 0.1.0"
