@@ -93,6 +93,7 @@ def test_only_faiss_itself_suggests_faiss() -> None:
 DECIDES_NOTHING = {
     *("aiohttp", "fsspec", "gcsfs", "s3fs", "universal-pathlib", "google-crc32c", "threadpoolctl", "ray"),  # bytes move
     *("jinja2", "matplotlib", "rich", "tqdm", "typer", "fastapi", "uvicorn"),  # what people see
+    "pydantic",  # checks settings and manifests
 }
 
 
