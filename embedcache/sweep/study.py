@@ -102,6 +102,7 @@ def open_study(
         language = choose_language(data.caches, data.sides, fixed.language, progress)
         pairs = data.pairs(language, progress=progress)
         split = data.split(pairs, fixed.split, progress=progress)
+        split_path(path).unlink(missing_ok=True)  # of a process that was killed before it wrote the manifest
         write_split(split_path(path), data.caches, split)
         made = replace_fields(requested, split_digest=digest_file(split_path(path)))
         write_record(manifest_path(path), made.to_json())

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from embedcache.cli.main import main
 from embedcache.errors import FingerprintError, PathError, SettingError
 from embedcache.extract.extract import extract
+from embedcache.outputs import replacing_files
 from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file, read_json
 from embedcache.reports.summary import summarize
@@ -171,6 +173,20 @@ def test_study_of_an_extended_cache_says_so(tmp_path: Path, space_path: Path) ->
     extract(source, cache, **encoders, extend=True)
     with pytest.raises(FingerprintError, match="12 samples fewer"):
         begin()
+
+
+def test_study_that_was_killed_before_its_manifest_begins_again(
+    cache_path: Path, tmp_path: Path, space_path: Path, swept: Swept
+) -> None:
+    study_path, _, _ = swept
+    killed = tmp_path / "study"
+    killed.mkdir()
+    for name in (".lock", "split.parquet"):
+        shutil.copy(study_path / name, killed)
+    data = open_data(cache_path, FEATURES["feature"], memory_bytes=1e9)
+    with replacing_files(False):  # as on the command line
+        study = open_study(killed, data, read_space(space_path), RANDOM)
+    assert study.split_digest == digest_file(study_path / "split.parquet")
 
 
 def test_other_space_is_rejected(cache_path: Path, tmp_path: Path, swept: Swept) -> None:
