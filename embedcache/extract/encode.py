@@ -34,7 +34,7 @@ from embedcache.store.tables import to_file_item
 from embedcache.store.writer import cast_item
 from embedcache.units import format_bytes
 
-_MAX_CHUNK_BYTES = 2 * 2**30
+_MAX_CHUNK_BYTES = 2**30
 """Outputs of one chunk that are kept in memory; those of two chunks are, while one is committed."""
 
 _FEW_CORES = 4

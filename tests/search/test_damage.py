@@ -190,6 +190,9 @@ def test_other_types_in_json_are_a_clear_error(folder: Path, name: str, keys: tu
     unchecked = {"cache.json": ("source",), "record.json": ("settings",), "card.json": ("cache", "run")}
     if DIGEST in record:
         record = add_digest({**record, DIGEST: None}, unchecked=unchecked.get(path.name, ()))
+    if keys[:3] == ("attributes", "embedcache", "fingerprint") and value != "\ud800":  # which cannot be signed
+        own = record["attributes"]["embedcache"]
+        own |= add_digest({name: each for name, each in own.items() if name != DIGEST})
     path.write_text(json.dumps(record))
     try:
         with pytest.raises(EmbedcacheError) as raised:

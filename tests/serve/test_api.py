@@ -396,7 +396,7 @@ def test_missing_package_of_an_encoder_is_no_obstacle(
     def require(*_: Any, **__: Any) -> None:
         raise MissingExtraError("open_toy needs a package; pip install toys")
 
-    monkeypatch.setattr("embedcache.search.queries.reopen_encoder", require)
+    monkeypatch.setattr("embedcache.search.queries.open_feature_encoder", require)
     with visit(start(index=root / "index")) as client:
         assert set(client.get("/api/info").json()["rejects"]) == {"text", "image"}
         assert len(ask(client, row=3, k=2)) == 2
