@@ -199,7 +199,7 @@ def test_own_files_of_a_command_are_replaced(tmp_path: Path) -> None:
 
 def test_one_file_for_two_outputs_raises(tmp_path: Path) -> None:
     done = embedcache("evaluate", "pairs", "C", "--output", "x", "--html", "./x", cwd=tmp_path)
-    assert "--html: expected a file of its own, got x, which output names too" in done.stderr
+    assert "--output: expected a file of its own, got x, which html names too" in done.stderr
 
 
 def test_output_that_is_the_folder_of_the_command_raises(folder: Path, tmp_path: Path) -> None:

@@ -301,9 +301,3 @@ def test_run_of_a_language_is_evaluated_on_captions_of_any(
         for language in ((), ("any",))
     )
     assert chosen.num_items["text"][0] == 40 < of_all.num_items["text"][0]
-
-
-def test_many_languages_are_named_where_a_strict_split_fails(multilingual: Path, tmp_path: Path) -> None:
-    settings = SplitSettings(kind="strict", cosines={"image": 0.999, "text": -1.0})
-    with pytest.raises(SettingError, match="2 languages"):
-        train(multilingual, tmp_path / "run", settings=TrainSettings(split=settings), **FEATURES)
