@@ -14,6 +14,7 @@ from embedcache.errors import (
     CorruptError,
     DataError,
     PathError,
+    UnfinishedError,
     UnknownNameError,
     pluralize,
     quoted,
@@ -25,7 +26,7 @@ from embedcache.samples import IMPORTED_SOURCE
 from embedcache.store.columns import widen
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
-from embedcache.store.layout import SAMPLES, CacheInfo, read_info
+from embedcache.store.layout import INTERRUPTED_REMOVAL, SAMPLES, CacheInfo, read_info
 from embedcache.store.removed import read_removed
 from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table
 
@@ -288,9 +289,12 @@ class Cache:
 
         Raises:
             UnknownNameError: there is no such modality.
+            UnfinishedError: a removal of samples was interrupted, so that some chunks still hold them.
         """
         if modality not in (None, *MODALITIES):
             raise UnknownNameError(self._missing(str(modality)))
+        if self.info.has_interrupted_removal:
+            raise UnfinishedError(f"{self.path}: {INTERRUPTED_REMOVAL}")
         modalities = MODALITIES if modality is None else [modality]
         groups = [group for name in modalities for group in self.encoders(name)]
         return [Feature(group, name) for group in groups for name in group.features]
