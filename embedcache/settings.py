@@ -128,7 +128,7 @@ def explain(error: ValidationError, names: Mapping[str, str] | None = None) -> E
     if problem["type"] == "missing":
         return SettingError(f"{name}expected a value, got none")
     if problem["type"] == "extra_forbidden":
-        return SettingError(f"{name}expected no such name")
+        return SettingError(f"{name}unknown field")
     return SettingError(f"{name}expected {expected}, got {problem['input']!r:.200}")
 
 

@@ -46,7 +46,7 @@ class ExtractSettings(Settings):
         ge=1,
         le=2**24,
         affects_result=False,
-        default_text="2048 to 16384, by their number",
+        default_text="2048 to 16384, depending on the number of items",
     )
     limit: int | None = setting(
         None,

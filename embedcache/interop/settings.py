@@ -35,7 +35,7 @@ class ImportSettings(Settings):
         "Items per chunk of a new cache.",
         ge=1,
         le=2**24,
-        default_text="2048 to 16384, by their number",
+        default_text="2048 to 16384, depending on the number of items",
         affects_result=False,
     )
 
