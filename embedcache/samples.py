@@ -68,9 +68,7 @@ class Source(Protocol):
     - `credit`, of the class: the attribution that every page showing its images must carry;
     - `items_are_files`, of the class: whether the path of an item is that of a file, absolute or relative to the
       location, or to its folder if it is a file; exports then name the whole path;
-    - `skipped`: a count per kind of file that the last pass over the samples left out, reported after indexing;
-    - `shared_column`: the column of a table whose cells may name one image in several rows, which is noted with the
-      option that joins them.
+    - `skipped`: a count per kind of file that the last pass over the samples left out, reported after indexing.
     """
 
     def describe(self) -> Mapping[str, Any]:

@@ -286,8 +286,8 @@ def _find_keys(
     num_removed = 0
     if not can_be_others:
         others = known.filter(pc.invert(pc.is_in(known, value_set=known.take(pa.array(places)))))
-        removed = [read_removed(cache.path, cache.info) for cache in caches if cache.info.is_partial]
-        unknown = [key for key in pc.unique(others).to_pylist() if not any(each.has(key) for each in removed if key)]
+        removed = [read_removed(cache.path, cache.info) for cache in caches if cache.info.removed]
+        unknown = [key for key in pc.unique(others).to_pylist() if all(each.row_of(key) is None for each in removed)]
         num_removed = len(pc.unique(others)) - len(unknown)
         if unknown or not len(known):
             shown = ", ".join(map(repr, unknown[:3])) or "no keys"

@@ -21,7 +21,7 @@ CARD = "README.md"
 _LOG_IN = "run `hf auth login`, check the name and the network"
 _FOLDERS = (*MODALITIES, "records")
 _HIDDEN = (".*", "*/.*")  # locks, and what killed processes left
-_LAST = ("cache.json", "removed.parquet", "removed-before.parquet", "samples-*.parquet", "*/items-*.parquet")
+_LAST = ("cache.json", "removed-*.parquet", "samples-*.parquet", "*/items-*.parquet")
 """Files that make a cache of the others."""
 _MESSAGE = "Add a cache of embeddings"
 

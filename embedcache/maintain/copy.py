@@ -33,9 +33,8 @@ from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group, read_feature
 from embedcache.store.indexing import index_tables
-from embedcache.store.layout import SAMPLES, SUBSET, Part, checked_fit_path, fit_path
+from embedcache.store.layout import SAMPLES, SUBSET, WITHOUT_REMOVED, Part, checked_fit_path, fit_path
 from embedcache.store.producer import ChunkFeatures, FillReport, Output, Verb, fill
-from embedcache.store.removed import Marks, digest_marks, merge_marks, read_removed, write_marks
 from embedcache.store.rows import RowReader, iterate_keys, key_column, match_keys
 from embedcache.store.table_writer import SampleTables, TableWriter, hash_texts
 from embedcache.store.tables import BLOCK, ITEM_SCHEMAS, Table
@@ -81,8 +80,8 @@ def cut_cache(
     """Write the samples of a selection, with their features, into a cache of its own.
 
     The new cache has the same source, so that it can be extended with other encoders; samples of the source that were
-    not selected are left out until `--extend` adds them, except those that were removed from the old cache. Memory:
-    some 90 bytes per sample, and a chunk of each feature.
+    not selected are left out until `--extend` adds them, which a cache with removed samples must not do. Memory: some
+    90 bytes per sample, and a chunk of each feature.
 
     Args:
         cache: path or URL of the cache.
@@ -197,10 +196,9 @@ def _copy(
     caches = list({id(segment.cache): segment.cache for segment in segments}.values())
     features = [features] if isinstance(features, str) else features
     named, left_out = _choose(caches, features)
-    marks = merge_marks(read_removed(cache.path, cache.info).marks for cache in caches)
-    if marks:
-        description = {**description, SUBSET: {**description[SUBSET], "removed": digest_marks(marks)}}
-    source = CopySource(segments, description, out_path, marks)
+    if any(cache.info.removed or cache.info.is_without_removed for cache in caches):
+        description = {**description, SUBSET: {**description[SUBSET], WITHOUT_REMOVED: True}}
+    source = CopySource(segments, description)
     index_tables(source, out_path, chunk_size=caches[0].info.chunk_size, progress=progress)
     out = Cache(out_path)
     next_step = "give the path of a new folder"
@@ -398,15 +396,10 @@ def divide_segments(cache: Cache, samples: Ints, *, number: int | None, prefix: 
 
 
 class CopySource:
-    """The samples of a new cache: those of some segments, one after another; see `index_tables`.
+    """The samples of a new cache: those of some segments, one after another; see `index_tables`."""
 
-    Its folder gets the marks of the samples that were removed before.
-    """
-
-    def __init__(
-        self, segments: "Sequence[SegmentSamples]", description: Mapping[str, Any], out_path: Path, marks: Marks
-    ) -> None:
-        self._segments, self._description, self._out_path, self._marks = segments, description, out_path, marks
+    def __init__(self, segments: "Sequence[SegmentSamples]", description: Mapping[str, Any]) -> None:
+        self._segments, self._description = segments, description
 
     def describe(self) -> Mapping[str, Any]:
         """Return what the new cache records as its source."""
@@ -414,8 +407,6 @@ class CopySource:
 
     def write(self, folder: Path, progress: Progress) -> list[Part]:
         """Write each segment into files of a part. Memory: some blocks of 65,536 samples."""
-        if self._marks:
-            write_marks(self._out_path, self._marks)
         readers_of = lru_cache(maxsize=1)(_open_readers)
         progress.start("indexing", sum(len(segment.samples) for segment in self._segments), "samples")
         parts: list[Part] = []

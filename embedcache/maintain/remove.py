@@ -213,7 +213,7 @@ def _find_rows(cache_path: Path, keys: Sequence[str]) -> tuple[Ints, bool]:
         return np.array(removed_rows, np.int64), True
 
     rows = find_keys(cache, keys)
-    unknown = [key for key, row in zip(keys, rows.tolist(), strict=True) if row < 0 and not removed.has(key)]
+    unknown = [key for key, row in zip(keys, rows.tolist(), strict=True) if row < 0 and removed.row_of(key) is None]
     if unknown:
         raise DataError(
             f"expected keys of {cache_path}, got {len(unknown):,} of {len(keys):,} that it does not have, first "

@@ -84,8 +84,7 @@ class TableSource:
     its columns are the fields of its first 100 rows. Iterating over the samples reads no item.
 
     With the setting `key_column`, adjacent rows of one key that name the same items are one sample with the captions of
-    all of them; see `join_captions`. Without it, `shared_column` is the column of the paths of images, of which several
-    rows may name one.
+    all of them; see `join_captions`.
     """
 
     items_are_files = True
@@ -99,7 +98,6 @@ class TableSource:
         self._root = self._location.parent if self._files == [self._location] else self._location
         self._root_text = str(self._root)
         self._row_groups = RowGroups()
-        self.shared_column: str | None = None
 
     def describe(self) -> Mapping[str, Any]:
         return {"type": "table", "path": str(self._location), "settings": self._settings.to_json()}
@@ -115,9 +113,6 @@ class TableSource:
         for path in self._files:
             file = open_table_file(path, delimiter=self._settings.delimiter)
             columns = find_columns(file, self._settings)
-            image = columns.items.get("image")
-            if image not in columns.embedded and not self._settings.key_column:
-                self.shared_column = image
             table, stem = (relative_to(self._root_text, name) for name in (str(file.path), file.stem))
             for number, row in enumerate(file.rows(columns.to_read())):
                 place = f"{file.path} row {number}"

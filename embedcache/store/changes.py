@@ -2,23 +2,23 @@
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, islice, pairwise, repeat
+from itertools import groupby, islice, repeat
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from embedcache.errors import FingerprintError, pluralize, quoted
-from embedcache.modalities import FILE_MODALITIES, MODALITIES, noun
+from embedcache.modalities import FILE_MODALITIES, noun
 from embedcache.progress import Progress
 from embedcache.samples import FileItem, Sample, Source
 from embedcache.store.cache import Cache
-from embedcache.store.layout import SAMPLES, CacheInfo
+from embedcache.store.layout import SAMPLES, CacheInfo, TableFile, count_rows
 from embedcache.store.removed import RemovedSamples, read_removed
 from embedcache.store.table_writer import BATCH, digest_input
-from embedcache.store.tables import to_file_item
+from embedcache.store.tables import ITEM_SCHEMAS, Table, to_file_item
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class SourceChanges:
     """Changes in a source since it was indexed.
 
     Args:
-        digests: SHA-256 of the current samples of each segment.
+        digests: SHA-256 of the current samples of each part.
         relocated: modality -> row -> new location of the item's bytes, or their new length; empty if there are none.
         num_new: number of samples that the cache does not have.
         new_digest: SHA-256 of those samples.
@@ -52,7 +52,7 @@ def find_changes(
 ) -> SourceChanges:
     """Compare a source with a cache, sample by sample. Memory: one batch.
 
-    The samples of each segment must come in its order; new samples may be anywhere between them, as new files in a
+    The samples of each part must come in its order; new samples may be anywhere between them, as new files in a
     sorted folder do; `on_new` gets them in batches. Beyond the first `max_new` they are ignored, and the source is read
     only until those and the cache's own samples were found. Samples that were removed from the cache are passed over.
     With `extend` new samples are expected, and progress has no total: a source does not say how many samples it has.
@@ -60,31 +60,30 @@ def find_changes(
     Raises:
         FingerprintError: a sample is missing or out of order, or has other captions or files.
     """
-    bounds = pairwise(accumulate((part.num_samples for part in info.parts), initial=0))
     removed = read_removed(cache_path, info)
-    segments = [_SegmentReader(cache_path, info, range(start, stop), removed) for start, stop in bounds]
+    parts = [_PartReader(cache_path, info, number, removed) for number in range(len(info.parts))]
     num_removed = 0
-    new, relocated = _DigestBuffer(on_new), defaultdict[str, dict[int, FileItem]](dict)
+    new = _DigestBuffer(on_new)
+    relocated = defaultdict[str, dict[int, FileItem]](dict)
     progress.start("comparing samples", 0 if extend else info.num_samples, "samples")
     for sample in samples:
-        segment = next((segment for segment in segments if segment.is_next(sample)), None)
-        if segment is not None:
-            for modality, moved in segment.compare(sample).items():
+        part = next((part for part in parts if part.next is not None and part.next.key == sample.key), None)
+        if part is not None:
+            for modality, moved in part.compare(sample).items():
                 relocated[modality] |= moved
-        elif removed.has(sample.key):
+        elif removed.row_of(sample.key) is not None:
             num_removed += 1
         elif new.count != max_new:
             new.add(sample)
         progress.advance(1)
-        if new.count == max_new and all(segment.is_complete for segment in segments):
+        if new.count == max_new and all(part.next is None for part in parts):
             break
     progress.finish()
-    for segment in segments:
-        segment.close()
+    digests = [part.close() for part in parts]
     new.flush()
     return SourceChanges(
-        digests=[segment.buffer.digest.hexdigest() for segment in segments],
-        relocated=dict(relocated),
+        digests=digests,
+        relocated={modality: moved for modality, moved in relocated.items() if moved},
         num_new=new.count,
         new_digest=new.digest.hexdigest(),
         num_removed=num_removed,
@@ -171,9 +170,9 @@ def _used_rows(cache_path: Path, info: CacheInfo, modality: str, rows: Sequence[
 
 
 class _DigestBuffer:
-    """Buffer of samples that are hashed and forwarded in batches."""
+    """Buffer of samples that are hashed, and forwarded if somebody wants them, in batches."""
 
-    def __init__(self, forward: Callable[[list[Sample]], None]) -> None:
+    def __init__(self, forward: Callable[[list[Sample]], None] | None = None) -> None:
         self.digest = hashlib.sha256()
         self.count = 0
         self._forward = forward
@@ -187,86 +186,56 @@ class _DigestBuffer:
 
     def flush(self) -> None:
         self.digest.update(digest_input(self._samples))
-        if self._samples:
+        if self._samples and self._forward is not None:
             self._forward(self._samples)
         self._samples = []
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndexedSample:
-    """One sample of the tables of a cache.
-
-    Args:
-        files: modality -> first row of its items, and the items; of modalities that the cache has.
-        texts: each text with its language.
-    """
+class _IndexedSample(NamedTuple):
+    """One sample of the tables of a cache; `files` are modality -> first row of its items, and the items."""
 
     key: str
-    files: Mapping[str, tuple[int, Sequence[FileItem]]]
-    texts: Sequence[tuple[str, str | None]]
+    texts: list[str]
+    files: Mapping[str, tuple[int, list[FileItem]]]
 
 
-def read_samples(cache: Cache, modalities: Collection[str], rows: range) -> Iterator[IndexedSample]:
-    """Iterate over samples of a cache with items of some modalities in row order. Memory: one batch of each table."""
-    keys = (row["key"] for row in _iterate_rows(cache, SAMPLES, ["key"]))
-    names = [name for name in modalities if MODALITIES[name].kind == "files"]
-    texts = _rows_by_sample(cache, "text") if "text" in modalities else repeat([])
-    items = (_rows_by_sample(cache, modality) for modality in names)
-    next_rows = dict.fromkeys(names, 0)
-    for number, (key, captions, *groups) in enumerate(islice(zip(keys, texts, *items, strict=False), rows.stop)):
-        if number >= rows.start:
-            yield IndexedSample(
-                key=key,
-                files={
-                    name: (next_rows[name], [to_file_item(row) for row in group])
-                    for name, group in zip(names, groups, strict=True)
-                },
-                texts=[(row["text"], row["language"]) for row in captions],
-            )
-        for name, group in zip(names, groups, strict=True):
-            next_rows[name] += len(group)
+class _PartReader:
+    """Reader of one part of a cache, in step with the samples of the source. Memory: one batch of each table."""
 
+    def __init__(self, cache_path: Path, info: CacheInfo, number: int, removed: RemovedSamples) -> None:
+        self.hashed = _DigestBuffer()
+        self._cache_path, self._info, self._number = cache_path, info, number
+        self._stored = self._read(set(removed.rows.tolist()))
+        self.next: _IndexedSample | None = next(self._stored, None)
 
-def _rows_by_sample(cache: Cache, modality: str) -> Iterator[list[Mapping[str, Any]]]:
-    """Iterate over the rows of each sample in an item table, which is sorted by sample; without end."""
-    next_sample = 0
-    for sample, rows in groupby(_iterate_rows(cache, modality), key=itemgetter("sample")):
-        yield from repeat([], sample - next_sample)
-        yield list(rows)
-        next_sample = sample + 1
-    yield from repeat([])
+    def _read(self, left_out: Collection[int]) -> Iterator[_IndexedSample]:
+        """Iterate over the samples that were not removed."""
+        part, before = self._info.parts[self._number], self._info.parts[: self._number]
+        first_sample = sum(each.num_samples for each in before)
+        first_rows = Counter(count_rows(before))
+        tables = {name: self._iterate_rows(file, name) for name, file in part.tables.items()}
+        keys = tables.pop(SAMPLES)
+        items = {name: _group_by_sample(rows, first_sample) for name, rows in tables.items()}
 
+        for sample, row in enumerate(keys, first_sample):
+            own = {name: next(groups) for name, groups in items.items()}
+            texts = [each["text"] for each in own.pop("text", [])]
+            files = {name: (first_rows[name], [to_file_item(each) for each in rows]) for name, rows in own.items()}
+            if sample not in left_out:
+                yield _IndexedSample(row["key"], texts, files)
+            first_rows.update({name: len(rows) for name, rows in own.items()})
 
-def _iterate_rows(cache: Cache, name: str, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
-    for rows in cache.rows_of(name).blocks(BATCH, columns):
-        yield from rows.to_pylist()
-
-
-class _SegmentReader:
-    """Reader of one segment of a cache, in step with the samples of the source."""
-
-    def __init__(self, cache_path: Path, info: CacheInfo, rows: range, removed: RemovedSamples) -> None:
-        self.buffer = _DigestBuffer(lambda _: None)
-        self._cache_path, self._info = cache_path, info
-        left_out = set(removed.rows.tolist())
-        stored = read_samples(Cache(cache_path), info.num_items, rows)
-        self._stored = (sample for row, sample in zip(rows, stored, strict=False) if row not in left_out)
-        self._next = next(self._stored, None)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the source had all of its samples."""
-        return self._next is None
-
-    def is_next(self, sample: Sample) -> bool:
-        return self._next is not None and self._next.key == sample.key
+    def _iterate_rows(self, file: TableFile, name: str) -> Iterator[Mapping[str, Any]]:
+        table = Table(self._cache_path, [file], ITEM_SCHEMAS.get(name))
+        for rows in table.blocks(BATCH, ["key"] if name == SAMPLES else None):
+            yield from rows.to_pylist()
 
     def compare(self, sample: Sample) -> dict[str, dict[int, FileItem]]:
         """Compare the next sample; return modality -> row -> item for the items with other bytes."""
-        assert self._next is not None
-        stored, self._next = self._next, next(self._stored, None)
-        self.buffer.add(sample)
-        if [text.text for text in sample.texts] != [text for text, _ in stored.texts]:
+        assert self.next is not None
+        stored, self.next = self.next, next(self._stored, None)
+        self.hashed.add(sample)
+        if [text.text for text in sample.texts] != stored.texts:
             step = (
                 f"{self._removal()}, then append the changed sample under another key with --extend; or extract into a "
                 "new folder"
@@ -275,26 +244,37 @@ class _SegmentReader:
             raise source_changed(self._cache_path, self._info, reason, next_step=step)
         relocated: dict[str, dict[int, FileItem]] = {}
         for modality in FILE_MODALITIES:
-            first_row, old_items = stored.files.get(modality.name, (0, ()))
+            first_row, old_items = stored.files.get(modality.name, (0, []))
             new_items = sample.items_in_files(modality.name)
             if [_identity(item) for item in new_items] != [_identity(item) for item in old_items]:
                 raise source_changed(self._cache_path, self._info, f"sample {sample.key!r} has other {modality.noun}")
             pairs = zip(new_items, old_items, strict=True)
-            if moved := {row: new for row, (new, old) in enumerate(pairs, first_row) if new != old}:
-                relocated[modality.name] = moved
+            relocated[modality.name] = {row: new for row, (new, old) in enumerate(pairs, first_row) if new != old}
         return relocated
 
-    def close(self) -> None:
-        self.buffer.flush()
-        if self._next is not None:
-            reason = f"sample {self._next.key!r} is missing or out of order"
+    def close(self) -> str:
+        """Return the SHA-256 of the samples as the source has them now; FingerprintError if it lacks any."""
+        if self.next is not None:
+            reason = f"sample {self.next.key!r} is missing or out of order"
             step = f"if it was deleted, {self._removal()}; or extract into a new folder"
             raise source_changed(self._cache_path, self._info, reason, next_step=step)
+        self.hashed.flush()
+        return self.hashed.digest.hexdigest()
 
     def _removal(self) -> str:
         """Return the step that removes a sample from the cache."""
         command = f"embedcache cache remove {quoted(self._cache_path)} FILE-OF-KEYS --yes"
         return f"remove it with: {command}, which encodes nothing"
+
+
+def _group_by_sample(rows: Iterator[Mapping[str, Any]], first_sample: int) -> Iterator[list[Mapping[str, Any]]]:
+    """Iterate over the rows of each sample of an item table, which is sorted by sample; without end."""
+    next_sample = first_sample
+    for sample, group in groupby(rows, key=itemgetter("sample")):
+        yield from repeat([], sample - next_sample)
+        yield list(group)
+        next_sample = sample + 1
+    yield from repeat([])
 
 
 def _identity(item: FileItem) -> tuple[str, float | None, float | None]:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from embedcache.errors import FingerprintError, PathError, SettingError, SourceError, UnfinishedError, first_few
+from embedcache.errors import PathError, SettingError, SourceError, UnfinishedError, first_few
 from embedcache.files import find_files, flush, is_remote, make_folder, reading, remove_file, remove_folder, writing
 from embedcache.locks import LOCK, locked
 from embedcache.progress import NullProgress, Progress
@@ -28,7 +28,6 @@ from embedcache.store.layout import (
 )
 from embedcache.store.table_writer import (
     TableWriter,
-    count_distinct_images,
     put_tables,
     relocate,
     rewrite_table,
@@ -74,28 +73,24 @@ def index(
     progress = progress or NullProgress()
     if chunk_size is not None and chunk_size < 1:
         raise SettingError(f"chunk_size: expected an integer of at least 1, got {chunk_size}")
-    is_unchanged = partial(
-        _is_unchanged, source, cache_path, chunk_size=chunk_size, limit=limit, extend=extend, progress=progress
-    )
-    if _open_folder(cache_path):
-        info = _read_whole(cache_path)
-        _check_chunk_size(cache_path, info, chunk_size)
-        _check_limit(cache_path, info, limit)
-        if is_unchanged(info):
-            return info
-    with locked(cache_path), writing(cache_path):  # check again: another process may have been first
-        if not info_path(cache_path).is_file():
-            return _create_from(source, cache_path, chunk_size, limit, progress)
-        info = _read_whole(cache_path)
-        if _keeps_rows(cache_path, info):
-            _check_chunk_size(cache_path, info, chunk_size)
-            return _update(
-                source, cache_path, limit=limit, extend=extend, accept_replaced=accept_replaced, progress=progress
-            )
-        if is_unchanged(info):
-            return info
-        _discard(cache_path)
-        return _create_from(source, cache_path, chunk_size or info.chunk_size, limit, progress)
+    while True:  # until no other process has written the tables meanwhile
+        info = _read_whole(cache_path) if _open_folder(cache_path) else None
+        with writing(cache_path):
+            if info is None or not _keeps_rows(cache_path, info):
+                written = _index_anew(source, cache_path, info, chunk_size, limit, progress)
+            else:
+                _check_options(cache_path, info, chunk_size, limit, extend=extend)
+                written = _update(
+                    source,
+                    cache_path,
+                    info,
+                    limit=limit,
+                    extend=extend,
+                    accept_replaced=accept_replaced,
+                    progress=progress,
+                )
+        if written is not None:
+            return written
 
 
 def open_indexed(cache_path: Path, *, chunk_size: int | None = None) -> CacheInfo:
@@ -107,7 +102,8 @@ def open_indexed(cache_path: Path, *, chunk_size: int | None = None) -> CacheInf
         UnfinishedError: a removal of samples was interrupted.
     """
     info = _read_whole(cache_path)
-    _check_chunk_size(cache_path, info, chunk_size)
+    if _keeps_rows(cache_path, info):
+        _check_chunk_size(cache_path, info, chunk_size)
     return info
 
 
@@ -132,7 +128,7 @@ def index_tables(source: TableSource, cache_path: Path, *, chunk_size: int, prog
     with locked(cache_path), writing(cache_path):
         if info_path(cache_path).is_file():  # another process was first
             return read_info(cache_path)
-        return _create(source, cache_path, chunk_size, lambda folder: source.write(folder, progress), progress)
+        return _create(source, cache_path, chunk_size, lambda folder: source.write(folder, progress))
 
 
 def _open_folder(cache_path: Path) -> bool:
@@ -163,22 +159,31 @@ def _check_no_other_files(cache_path: Path) -> None:
         )
 
 
-def _discard(cache_path: Path) -> None:
-    """Remove the folders of encoders, and the manifest first: without it the tables do not exist."""
-    remove_file(info_path(cache_path))
-    flush(cache_path)
-    for group in find_files(cache_path, "*/*/zarr.json"):
-        remove_folder(group.parent)
-
-
 def _keeps_rows(cache_path: Path, info: CacheInfo) -> bool:
     """Return whether a cache is never indexed again: it has features, was cut, or has removed samples."""
     return info.is_partial or any(find_files(cache_path, "*/*/chunks/*.json"))
 
 
+def _check_options(
+    cache_path: Path, info: CacheInfo, chunk_size: int | None, limit: int | None, *, extend: bool
+) -> None:
+    """Check that the options are possible for a cache that keeps its rows."""
+    _check_chunk_size(cache_path, info, chunk_size)
+    if limit is not None and limit < info.num_samples:
+        raise SettingError(
+            f"limit: expected at least the {info.num_samples:,} samples that cache {cache_path} has, got {limit:,}; "
+            "omit it, or extract into a new folder"
+        )
+    if extend and info.is_without_removed:
+        raise SettingError(
+            f"extend: cache {cache_path} was made of caches from which samples were removed, and its source may still "
+            "have them; extend those caches, and cut or merge them again"
+        )
+
+
 def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None) -> None:
     """Check that a cache that keeps its rows keeps its chunk size."""
-    if chunk_size is not None and _keeps_rows(cache_path, info):
+    if chunk_size is not None:
         check_same(
             f"cache {cache_path}",
             {"chunk_size": info.chunk_size},
@@ -187,66 +192,58 @@ def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None)
         )
 
 
-def _check_limit(cache_path: Path, info: CacheInfo, limit: int | None) -> None:
-    """Check that the limit is that of a cache that keeps its rows."""
-    if limit is not None and limit < info.num_samples and _keeps_rows(cache_path, info):
-        raise SettingError(
-            f"limit: expected at least the {info.num_samples:,} samples that cache {cache_path} has, got {limit:,}; "
-            "omit it, or extract into a new folder"
-        )
+def _is_unchanged(source: Source, cache_path: Path, info: CacheInfo, limit: int | None, progress: Progress) -> bool:
+    """Return whether a cache of one part has the digest of its source, which is faster than comparing each sample.
 
-
-def _is_unchanged(
-    source: Source,
-    cache_path: Path,
-    info: CacheInfo,
-    *,
-    chunk_size: int | None,
-    limit: int | None,
-    extend: bool,
-    progress: Progress,
-) -> bool:
-    """Return whether a cache has the chunk size and the samples of its source, and no file that a kill has left."""
-    if chunk_size not in (None, info.chunk_size):
+    If so, remove what a killed process has left.
+    """
+    if len(info.parts) > 1 or info.is_partial:
+        return False
+    num_more = 1 if limit is None else min(1, limit - info.num_samples)  # tells whether the source has grown
+    found = digest_samples(source, "checking samples", info.num_samples, info.num_samples + num_more, _ignore, progress)
+    if found != info.index_digest:
         return False
     if not is_remote(cache_path) and find_unlisted(cache_path, info):
-        return False
-    max_new = _max_new(info, limit, extend=extend)
-    if len(info.parts) == 1 and not info.is_partial:
-        num_read = info.num_samples + (1 if max_new is None else min(1, max_new))  # tells whether the source has grown
-        found = digest_samples(source, "checking samples", info.num_samples, num_read, _ignore, progress)
-        return found == info.index_digest
-    try:
-        changes = find_changes(
-            cache_path, info, source.samples(), on_new=_ignore, max_new=max_new, extend=extend, progress=progress
-        )
-    except FingerprintError:
-        return False  # raised again by `_update`, under the lock
-    _note_removed(changes, progress)
-    return not (changes.num_new or changes.relocated) and _has_digests(info, changes)
+        with locked(cache_path):
+            _remove_unlisted(cache_path, read_info(cache_path))
+    return True
 
 
-def _max_new(info: CacheInfo, limit: int | None, *, extend: bool) -> int | None:
-    """Return how many new samples matter at most: a cache that was cut has fewer than its source by intention."""
-    if SUBSET in info.source and not extend:
-        return 0
-    return None if limit is None else limit - info.num_samples
+def _index_anew(
+    source: Source,
+    cache_path: Path,
+    info: CacheInfo | None,
+    chunk_size: int | None,
+    limit: int | None,
+    progress: Progress,
+) -> CacheInfo | None:
+    """Write the tables of a cache without features; None if another process has written it meanwhile."""
+    if info is not None:
+        is_same_size = chunk_size in (None, info.chunk_size)
+        if is_same_size and _is_unchanged(source, cache_path, info, limit, progress):
+            return info
+        chunk_size = chunk_size or info.chunk_size
 
-
-def _note_removed(changes: SourceChanges, progress: Progress) -> None:
-    if changes.num_removed:
-        progress.note(f"left out {changes.num_removed:,} samples of the source that were removed from this cache")
-
-
-def _create_from(
-    source: Source, cache_path: Path, chunk_size: int | None, limit: int | None, progress: Progress
-) -> CacheInfo:
     def write(folder: Path) -> list[Part]:
         writer = TableWriter(folder)
         found = digest_samples(source, "indexing", 0, limit, writer.add, progress)
         return [writer.close(found)] if writer.num_samples else []
 
-    return _create(source, cache_path, chunk_size, write, progress)
+    with locked(cache_path):
+        current = read_info(cache_path) if info_path(cache_path).is_file() else None
+        if current != info or (info is not None and _keeps_rows(cache_path, info)):
+            return None
+        if info is not None:
+            _discard(cache_path)
+        return _create(source, cache_path, chunk_size, write)
+
+
+def _discard(cache_path: Path) -> None:
+    """Remove the folders of encoders, and the manifest first: without it the tables do not exist."""
+    remove_file(info_path(cache_path))
+    flush(cache_path)
+    for group in find_files(cache_path, "*/*/zarr.json"):
+        remove_folder(group.parent)
 
 
 def _create(
@@ -254,7 +251,6 @@ def _create(
     cache_path: Path,
     chunk_size: int | None,
     write: Callable[[Path], Sequence[Part]],
-    progress: Progress,
 ) -> CacheInfo:
     with scratch_folder(cache_path) as folder:
         parts = write(folder)
@@ -270,14 +266,9 @@ def _create(
             parts=tuple(parts),
         )
         put_tables(folder, cache_path, parts)
-    _note_shared_images(source, cache_path, info, progress)
-    _write_info(cache_path, info)
-    return info
-
-
-def _write_info(cache_path: Path, info: CacheInfo) -> None:
     write_info(cache_path, info)
     _remove_unlisted(cache_path, info)
+    return info
 
 
 def _remove_unlisted(cache_path: Path, info: CacheInfo) -> None:
@@ -286,47 +277,51 @@ def _remove_unlisted(cache_path: Path, info: CacheInfo) -> None:
         remove_file(file)
 
 
-def _note_shared_images(source: Source | TableSource, cache_path: Path, info: CacheInfo, progress: Progress) -> None:
-    """Report images that several rows of a table name, if they have captions: the option joins these rows."""
-    column = getattr(source, "shared_column", None)
-    if column is None or not {"image", "text"} <= info.num_items.keys():
-        return
-    images = Table(cache_path, info.files("image"), ITEM_SCHEMAS["image"])
-    num_rows, num_images = len(images), count_distinct_images(images)
-    if num_rows > num_images:
-        progress.note(
-            f"{num_rows - num_images:,} rows name an image of an earlier row: {num_rows:,} rows, {num_images:,} "
-            f"images; to make them one sample with several captions: --key-column {column}"
-        )
-
-
 def _update(
-    source: Source, cache_path: Path, *, limit: int | None, extend: bool, accept_replaced: bool, progress: Progress
-) -> CacheInfo:
-    """Compare a source with a cache that has features, and write the changes that are allowed."""
-    info = read_info(cache_path)  # read again: another process may have written the changes before we got the lock
-    _check_limit(cache_path, info, limit)
-    max_new = _max_new(info, limit, extend=extend)
+    source: Source,
+    cache_path: Path,
+    info: CacheInfo,
+    *,
+    limit: int | None,
+    extend: bool,
+    accept_replaced: bool,
+    progress: Progress,
+) -> CacheInfo | None:
+    """Compare a source with a cache that keeps its rows, and write the changes that are allowed.
+
+    None if another process has written changes meanwhile.
+    """
+    if not extend and _is_unchanged(source, cache_path, info, limit, progress):
+        return info
+    max_new = None if limit is None else limit - info.num_samples
+    if SUBSET in info.source and not extend:
+        max_new = 0  # it has fewer samples than its source by intention
     with scratch_folder(cache_path) as folder:
         writer = TableWriter(folder, len(info.parts), info.num_samples)
         on_new = writer.add if extend else _ignore
         changes = find_changes(
             cache_path, info, source.samples(), on_new=on_new, max_new=max_new, extend=extend, progress=progress
         )
-        if not (changes.num_new or changes.relocated):
-            if not _has_digests(info, changes):
-                raise source_changed(cache_path, info, "columns or languages of its samples differ")
-            _remove_unlisted(cache_path, info)
-            return info
-        check_allowed(cache_path, info, changes, extend=extend, accept_replaced=accept_replaced)
-
-        parts = _relocated_parts(cache_path, info, changes, folder)
+        if changes.num_removed:
+            progress.note(f"left out {changes.num_removed:,} samples of the source that were removed from this cache")
+        parts = list(info.parts)
+        if changes.num_new or changes.relocated:
+            check_allowed(cache_path, info, changes, extend=extend, accept_replaced=accept_replaced)
+            parts = _relocated_parts(cache_path, info, changes, folder)
+        elif not info.is_partial and changes.digests != [part.digest for part in parts]:
+            raise source_changed(cache_path, info, "columns or languages of its samples differ")
         if changes.num_new:
             before = Table(cache_path, info.files(SAMPLES))
             parts.append(writer.close(changes.new_digest, before))
-        put_tables(folder, cache_path, parts)
-    info = info.next_version(parts)
-    _write_info(cache_path, info)
+
+        with locked(cache_path):
+            if read_info(cache_path) != info:
+                return None
+            if parts != list(info.parts):
+                put_tables(folder, cache_path, parts)
+                info = info.next_version(parts)
+                write_info(cache_path, info)
+            _remove_unlisted(cache_path, info)
     return info
 
 
@@ -359,8 +354,3 @@ def _joined(before: str, now: str, changes: SourceChanges) -> str:
 
 def _ignore(_: list[Sample]) -> None:
     """Ignore samples: they are read to be compared or counted only."""
-
-
-def _has_digests(info: CacheInfo, changes: SourceChanges) -> bool:
-    """Return whether the source has the samples that were indexed; of a part of them, keys and items are compared."""
-    return info.is_partial or list(changes.digests) == [part.digest for part in info.parts]

@@ -31,6 +31,9 @@ FORMAT_VERSION = 1
 SUBSET = "subset"
 """Key in the description of a source; present if the cache holds only some of the source's samples."""
 
+WITHOUT_REMOVED = "without_removed"
+"""Key in that entry: the cache was cut or merged from others, without samples that were removed from them."""
+
 SAMPLES = "samples"
 """Name of the sample table, where item tables are named by their modality."""
 
@@ -148,6 +151,11 @@ class CacheInfo(Manifest):
     def is_partial(self) -> bool:
         """Whether the source may have samples that the cache leaves out: it was cut, or samples were removed."""
         return bool(self.removed) or SUBSET in self.source
+
+    @property
+    def is_without_removed(self) -> bool:
+        """Whether the source may have samples that were removed before the cache was cut or merged from others."""
+        return bool(self.source.get(SUBSET, {}).get(WITHOUT_REMOVED))
 
     @property
     def has_interrupted_removal(self) -> bool:
@@ -285,11 +293,6 @@ def find_unlisted(cache_path: Path, info: CacheInfo) -> list[Path]:
 def removed_path(cache_path: Path, removed: Mapping[str, Any]) -> Path:
     """Return the path of the table of removed samples, which is never changed: more samples get another file."""
     return cache_path / f"removed-{removed.get('num_samples', 0)}.parquet"
-
-
-def removed_before_path(cache_path: Path) -> Path:
-    """Return the path of the marks of samples that were removed before a cache was cut or merged from others."""
-    return cache_path / "removed-before.parquet"
 
 
 INTERRUPTED_REMOVAL = "a removal of samples was interrupted; run the same embedcache cache remove again"

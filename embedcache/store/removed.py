@@ -2,16 +2,14 @@
 
 A removed sample keeps its row, so that the rows of all others stay: its key is `removed-` with its row, its other
 columns are null, its captions are empty, and its items have no path and no feature. The source may still have it, so
-the table holds a keyed digest of its key, by which an extraction leaves it out. A cache that is cut or
-merged from others does not have the rows, and keeps these digests in a table of its own.
+the table holds a keyed digest of its key, by which an extraction leaves it out.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -20,15 +18,11 @@ from embedcache.arrays import Ints
 from embedcache.errors import CorruptError
 from embedcache.files import reading, replacing
 from embedcache.provenance import digest_file
-from embedcache.store.layout import SUBSET, CacheInfo, removed_before_path, removed_path
+from embedcache.store.layout import CacheInfo, removed_path
 from embedcache.store.tables import RESTORE_TABLE, read_table, write_table
-
-Marks: TypeAlias = Mapping[str, Iterable[bytes]]
-"""Salt -> the digests of keys with it; each cache from which samples were removed has a salt of its own."""
 
 _DIGEST_BYTES = 16
 _SCHEMA = pa.schema([("row", pa.int64()), ("key_digest", pa.binary(_DIGEST_BYTES))])
-_BEFORE_SCHEMA = pa.schema([("salt", pa.string()), ("key_digest", pa.binary(_DIGEST_BYTES))])
 _SALT = b"salt"
 
 
@@ -39,12 +33,10 @@ class RemovedSamples:
     Args:
         table: `row`, ascending, and `key_digest`, the keyed BLAKE2b-128 of the key.
         salt: key of the digests.
-        before: marks of samples that were removed from the caches that the cache was cut or merged from.
     """
 
     table: pa.Table
     salt: str
-    before: Marks = field(default_factory=dict)
 
     @property
     def rows(self) -> Ints:
@@ -59,17 +51,6 @@ class RemovedSamples:
     def row_of(self, key: str) -> int | None:
         """Return the row that a key had; None if no sample of that key was removed, as far as digests tell."""
         return self._digests.get(digest_key(key, self.salt)) if self._digests else None
-
-    def has(self, key: str) -> bool:
-        """Return whether a sample of that key was removed, also before the cache was cut or merged from others."""
-        return self.row_of(key) is not None or any(
-            digest_key(key, salt) in digests for salt, digests in self.before.items()
-        )
-
-    @property
-    def marks(self) -> Marks:
-        """Marks of all samples, those that were removed before included."""
-        return merge_marks([{self.salt: self._digests.keys()}, self.before])
 
     def merge(self, other: "RemovedSamples") -> "RemovedSamples":
         """Return the samples of both, whose digests have one salt."""
@@ -88,20 +69,14 @@ def make_removed(rows: Ints, keys: Sequence[str], salt: str) -> RemovedSamples:
     return RemovedSamples(table=pa.table([rows, digests], schema=_SCHEMA), salt=salt)
 
 
-def no_removed(salt: str, before: Marks | None = None) -> RemovedSamples:
-    """Return an empty table."""
-    return RemovedSamples(table=_SCHEMA.empty_table(), salt=salt, before=before or {})
-
-
 def read_removed(cache_path: Path, info: CacheInfo) -> RemovedSamples:
-    """Read the samples that were removed from a cache, and from those that it was cut or merged from.
+    """Read the samples that were removed from a cache.
 
     Raises:
-        CorruptError: a table is missing or has changed.
+        CorruptError: the table is missing or has changed.
     """
-    before = _read_marks(removed_before_path(cache_path), info.source.get(SUBSET, {}).get("removed"))
     if not info.removed:
-        return no_removed(info.index_digest, before)
+        return make_removed(np.empty(0, np.int64), [], info.index_digest)
     path = removed_path(cache_path, info.removed)
     if not path.is_file() or digest_file(path) != info.removed["digest"]:
         raise CorruptError(
@@ -110,43 +85,10 @@ def read_removed(cache_path: Path, info: CacheInfo) -> RemovedSamples:
         )
     with reading(path, RESTORE_TABLE):
         table = read_table(path)
-        return RemovedSamples(table=table.cast(_SCHEMA), salt=table.schema.metadata[_SALT].decode(), before=before)
+        return RemovedSamples(table=table.cast(_SCHEMA), salt=table.schema.metadata[_SALT].decode())
 
 
 def write_removed(path: Path, removed: RemovedSamples) -> None:
     """Write a table of removed samples, atomically."""
     with replacing(path) as temporary:
         write_table(temporary, removed.table.cast(_SCHEMA.with_metadata({_SALT: removed.salt})))
-
-
-def merge_marks(parts: Iterable[Marks]) -> Marks:
-    """Return the marks of several caches, without salts that have none."""
-    merged: dict[str, set[bytes]] = {}
-    for salt, digests in (pair for part in parts for pair in part.items()):
-        merged.setdefault(salt, set()).update(digests)
-    return {salt: digests for salt, digests in merged.items() if digests}
-
-
-def digest_marks(marks: Marks) -> str:
-    """Return the SHA-256 of marks: of each salt, in order, as ASCII, followed by its digests in order."""
-    return hashlib.sha256(b"".join(salt.encode() + b"".join(sorted(marks[salt])) for salt in sorted(marks))).hexdigest()
-
-
-def write_marks(cache_path: Path, marks: Marks) -> None:
-    """Write the marks of a cache that is cut or merged from others, atomically; its source has their digest."""
-    rows = [(salt, mark) for salt in sorted(marks) for mark in sorted(marks[salt])]
-    with replacing(removed_before_path(cache_path)) as temporary:
-        write_table(temporary, pa.table(list(zip(*rows, strict=True)), schema=_BEFORE_SCHEMA))
-
-
-def _read_marks(path: Path, expected: str | None) -> Marks:
-    """Read marks whose digest is in the source of their cache; none if it has no digest."""
-    if expected is None:
-        return {}
-    with reading(path, RESTORE_TABLE):
-        table = read_table(path).cast(_BEFORE_SCHEMA)
-    pairs = zip(table["salt"].to_pylist(), table["key_digest"].to_pylist(), strict=True)
-    marks = merge_marks({salt: [mark]} for salt, mark in pairs)
-    if digest_marks(marks) != expected:
-        raise CorruptError(f"{path}: expected the marks that cache.json was written for, got others; restore the file")
-    return marks

@@ -206,12 +206,6 @@ def rewrite_table(
     return describe_file(folder, str(path.relative_to(folder)))
 
 
-def count_distinct_images(images: Table) -> int:
-    """Return how many images the rows of a table name. Memory: 16 bytes per row."""
-    hashes = [hash_texts(rows["path"]) for rows in images.blocks(BLOCK, ["path"])]
-    return len(distinct(np.concatenate(hashes)))
-
-
 @contextmanager
 def scratch_folder(cache_path: Path) -> Iterator[Path]:
     """Create a local folder for unfinished tables, beside those of the cache if possible."""

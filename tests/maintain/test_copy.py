@@ -31,7 +31,6 @@ from embedcache.samples import FileItem, Sample
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index, index_tables
-from embedcache.store.removed import write_marks
 from embedcache.store.rows import RowReader
 from embedcache.store.table_writer import SampleTables
 from embedcache.store.tables import to_file_item
@@ -229,30 +228,22 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
         extract(source, tmp_path / "both", image_encoder=[IMAGE])
 
 
-def test_extended_copy_leaves_out_what_was_removed_before(made: Path, halves: list[Path], tmp_path: Path) -> None:
-    """Also a copy of a copy, from which another sample was removed; both marks have salts of their own."""
-    cache, half = (Path(shutil.copytree(path, tmp_path / name)) for path, name in ((made / "c", "a"), (halves[0], "b")))
+def test_copy_without_removed_samples_is_not_extended(made: Path, halves: list[Path], tmp_path: Path) -> None:
+    """Also a copy of a copy: its source may still have the samples."""
+    cache = Path(shutil.copytree(made / "c", tmp_path / "a"))
     keys = Cache(cache).column("key").to_pylist()
     remove_samples(cache, [keys[1]])
-    remove_samples(half, [gone := Cache(half).key(1)])
-    for name, of, chosen in (("cut", "a", [keys[0], keys[3]]), ("again", "cut", [keys[0]])):
-        (tmp_path / "chosen.txt").write_text("".join(f"{key}\n" for key in chosen))
-        cut_cache(tmp_path / of, tmp_path / "chosen.txt", tmp_path / name)
-        remove_samples(tmp_path / name, chosen[1:] or [keys[1]])  # one that is removed already is known
-    merge_caches([half, halves[1]], tmp_path / "both")
-    for name, removed in (("cut", {keys[1], keys[3]}), ("again", {keys[1], keys[3]}), ("both", {gone})):
+    (tmp_path / "chosen.txt").write_text(f"{keys[0]}\n{keys[3]}\n")
+    cut_cache(cache, tmp_path / "chosen.txt", tmp_path / "cut")
+    cut_cache(tmp_path / "cut", tmp_path / "chosen.txt", tmp_path / "again")
+    merge_caches([cache, halves[1]], tmp_path / "both", prefix_keys=True)
+    for name in ("cut", "again"):
         source = reopen(Cache(tmp_path / name).info.source)
-        extract(source, tmp_path / name, image_encoder=[IMAGE], extend=True)
-        found = Cache(tmp_path / name)
-        assert {found.key(row) for row in range(len(found)) if row not in found.removed} == set(keys) - removed
-        assert not any(finding.is_damage for finding in verify(found))
-    path = tmp_path / "again" / "removed-before.parquet"
-    assert not any(key.encode() in path.read_bytes() for key in keys)
-    write_marks(path.parent, {"1": [b"0123456789abcdef"]})
-    with pytest.raises(CorruptError, match=r"removed-before.parquet: expected the marks .*, got others"):
-        len(Cache(path.parent).removed)
-    path.unlink()
-    assert str(path) in verify(Cache(path.parent))[0].reason
+        extract(source, tmp_path / name, image_encoder=[IMAGE])
+        with pytest.raises(SettingError, match=f"extend: cache {tmp_path / name} .* from which samples were removed"):
+            extract(source, tmp_path / name, image_encoder=[IMAGE], extend=True)
+        assert verify(Cache(tmp_path / name)) == []
+    assert Cache(tmp_path / "both").info.is_without_removed
 
 
 def test_merged_cache_takes_other_encoders(halves: list[Path], tmp_path: Path) -> None:
@@ -303,7 +294,7 @@ def test_cut_has_the_tables_of_a_source_of_its_samples(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("embedcache.maintain.copy.BLOCK", batch)
         patch.setattr("embedcache.store.changes.BATCH", batch)
-        source = CopySource(segments, Rows().describe(), folder / "cut", {})
+        source = CopySource(segments, Rows().describe())
         info = index_tables(source, folder / "cut", chunk_size=4, progress=NullProgress())
         expected = index(Rows(samples[first:]), folder / "expected", chunk_size=4)
     assert (info.num_samples, info.num_items) == (expected.num_samples, expected.num_items)

@@ -14,7 +14,6 @@ from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_
 from embedcache.sources.open import below_named
 from embedcache.store.indexing import index
 from embedcache.testing.sources import SourceContract
-from tests.recorded import RecordedProgress
 from tests.sources.files import COLORS, jpeg, reopen, write, write_parquet
 
 IMAGES = [jpeg(color) for color in COLORS]
@@ -107,21 +106,14 @@ def test_table_that_cannot_be_read_raises(
         list(open_source(tmp_path / name, settings=SourceSettings(**settings)).samples())
 
 
-def test_index_of_rows_that_name_one_image(tmp_path: Path) -> None:
+def test_rows_of_one_key_must_be_adjacent(tmp_path: Path) -> None:
     path = write_captions(tmp_path, "a.jpg,one,en,x\nb.jpg,two,en,x\na.jpg,three,en,x\na.jpg,four,en,x\n")
-    progress = RecordedProgress()
-    index(open_source(path), tmp_path / "c", progress=progress)
-    assert progress.notes == [
-        "2 rows name an image of an earlier row: 4 rows, 2 images; to make them one sample with several captions: "
-        "--key-column filename"
-    ]
     keyed = open_source(path, settings=SourceSettings(key_column="filename"))
     with pytest.raises(SourceError, match=r"'a.jpg' is the key of rows 0 and 2 .*sort the rows by --key-column"):
         index(keyed, tmp_path / "keyed")
     write_captions(tmp_path, "a.jpg,one,en,x\na.jpg,three,en,x\nb.jpg,two,en,x\n")
-    info = index(keyed, tmp_path / "keyed", progress=progress)
+    info = index(keyed, tmp_path / "keyed")
     assert (info.num_samples, dict(info.num_items)) == (2, {"image": 2, "text": 3})
-    assert len(progress.notes) == 1
 
 
 FLICKR = """image_name| comment_number| comment

@@ -16,7 +16,7 @@ from embedcache.provenance import digest
 from embedcache.settings import replace_fields
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
-from embedcache.store.changes import IndexedSample, SourceChanges, find_changes, read_samples
+from embedcache.store.changes import find_changes
 from embedcache.store.group import create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import SUBSET, read_info, write_info
@@ -95,22 +95,6 @@ def test_extend_repeatedly(tmp_path: Path) -> None:
         index(Rows([one for one in source.rows if one.key != "8"]), tmp_path)
 
 
-def test_new_samples_are_forwarded_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.store.changes.BATCH", 3)
-    info, batches, progress = index(rows(4), tmp_path), [], RecordedProgress()
-    source = Rows([*rows(4).rows[:2], *(sample(f"n{number}") for number in range(7)), *rows(4).rows[2:]])
-    changes = find_changes(tmp_path, info, source.samples(), on_new=batches.append, progress=progress)
-    assert [[one.key for one in batch] for batch in batches] == [["n0", "n1", "n2"], ["n3", "n4", "n5"], ["n6"]]
-    assert changes == SourceChanges(
-        digests=[info.index_digest],
-        relocated={},
-        num_new=7,
-        new_digest=hashlib.sha256(digest_input(source.rows[2:9])).hexdigest(),
-        num_removed=0,
-    )
-    assert (progress.started, progress.advances) == ([("comparing samples", 4, "samples")], [1] * 11)
-
-
 @pytest.mark.parametrize(("max_new", "num_read"), [(0, 4), (1, 5), (2, 6), (7, 11), (8, 11), (None, 11)])
 def test_source_is_read_no_further_than_needed(tmp_path: Path, max_new: int | None, num_read: int) -> None:
     info, source = index(rows(4), tmp_path), CountedRows([*rows(4).rows, *(sample(f"n{n}") for n in range(7))])
@@ -119,14 +103,12 @@ def test_source_is_read_no_further_than_needed(tmp_path: Path, max_new: int | No
     assert (changes.num_new, source.num_read) == (num_read - 4, num_read)
 
 
-@pytest.mark.parametrize(("extend", "total"), [(True, 0), (False, 4)])
-def test_progress_has_a_total_unless_new_samples_are_expected(tmp_path: Path, extend: bool, total: int) -> None:
+def test_extend_reads_the_source_once(tmp_path: Path) -> None:
     begin(tmp_path, rows(3))
-    index(rows(4), tmp_path, extend=True)
-    progress = RecordedProgress()
-    index(rows(9 if extend else 4), tmp_path, extend=extend, progress=progress)
-    assert set(progress.started) == {("comparing samples", total, "samples")}
-    assert len(progress.started) == 1 + extend, "the second time under the lock"
+    source, progress = rows(9), RecordedProgress()
+    index(source, tmp_path, extend=True, progress=progress)
+    assert progress.started == [("comparing samples", 0, "samples")]
+    assert progress.counts == {"comparing samples": 9}
 
 
 def changed(source: Rows, row: int, **fields: object) -> Rows:
@@ -264,22 +246,3 @@ def test_replaced_image_of_another_encoder_raises(tmp_path: Path) -> None:
     mended = changed(rows(6), 2, images=(FileItem(path="2.png", length=9),))
     with pytest.raises(FingerprintError, match="other bytes in 1 of its images, such as 2.png in row 2"):
         index(mended, tmp_path, accept_replaced=True)
-
-
-@pytest.mark.parametrize("modalities", [["image", "text"], ["image"], ["text"]])
-@pytest.mark.parametrize("span", [range(10), range(3, 7), range(9, 10), range(4, 4)])
-def test_samples_are_read_with_their_items(tmp_path: Path, modalities: list[str], span: range) -> None:
-    source = rows(10)
-    for row in (4, 5):
-        source.rows[row] = replace(source.rows[row], images=source.rows[row].images * (row - 3))
-    source.rows[2] = replace(source.rows[2], images=())
-    index(source, tmp_path / "c", chunk_size=4)
-    first_rows = [0, 1, 2, 2, 3, 4, 6, 7, 8, 9]
-    assert list(read_samples(Cache(tmp_path / "c"), modalities, span)) == [
-        IndexedSample(
-            key=f"k{row}",
-            files={"image": (first_rows[row], list(source.rows[row].images))} if "image" in modalities else {},
-            texts=[(text.text, "en") for text in source.rows[row].texts] if "text" in modalities else [],
-        )
-        for row in span
-    ]

@@ -15,7 +15,7 @@ from embedcache.store.commits import REMOVED, hash_item
 from embedcache.store.indexing import index
 from embedcache.store.layout import commit_path, read_info
 from embedcache.store.removal import erase, find_chunks, remove_rows
-from embedcache.store.removed import digest_key, make_removed, no_removed, read_removed
+from embedcache.store.removed import make_removed, read_removed
 from embedcache.store.verify import verify
 from tests.edits import table_file
 from tests.extract.cases import tree
@@ -184,7 +184,3 @@ def test_tables_of_removed_samples_are_merged() -> None:
     both = one.merge(other)
     assert both.rows.tolist() == [2, 5, 9]
     assert [both.row_of(key) for key in ("b", "i", "other")] == [2, 9, None]
-    assert no_removed("salt").row_of("b") is None
-    assert digest_key("b", "salt" * 30) == digest_key("b", "salt" * 16)  # BLAKE2b takes keys of up to 64 bytes
-    assert digest_key("b", "salt" * 15) != digest_key("b", "salt" * 16)
-    assert len(digest_key("b", "salt")) == 16
