@@ -18,14 +18,11 @@ LOCK = ".lock"
 """File in a folder on which its locks are taken."""
 
 SKIP_LOCKS = "EMBEDCACHE_SKIP_LOCKS"
-"""Environment variable: with 1, a file system without record locks is used without: one process per folder."""
+"""Environment variable: with 1, a file system without record locks is used without: one process per folder or shard."""
 
 _LEASES = ".claims"
-"""File in a folder on which its leases are taken, named as in format 1."""
-_UNUSED_BYTE = 2**40
-"""Byte of such a file that stands for no piece of work; piece n is byte n."""
+"""File in a folder on which its leases are taken: piece n is byte n."""
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of NFS; of Lustre without the option flock
-_DIVIDED: list[bool] = []  # an element per `divided_work` that has not ended
 _IN_THIS_PROCESS: dict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
 
 
@@ -36,7 +33,7 @@ def locked(folder: Path, number: int = 0) -> Iterator[None]:
     Behind a URL there are no locks: the last writer wins.
 
     Raises:
-        PathError: the file system has no record locks, and the work is not divided; see `divided_work`.
+        PathError: the file system has no record locks; see `SKIP_LOCKS`.
     """
     if is_remote(folder):
         yield
@@ -50,35 +47,9 @@ def locked(folder: Path, number: int = 0) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def divided_work(*, is_divided: bool) -> Iterator[None]:
-    """State that no other process works on the same chunks, so that locks that a file system lacks are not needed.
-
-    It applies to all threads of this process until the block ends.
-    """
-    _DIVIDED.append(is_divided)
-    try:
-        yield
-    finally:
-        _DIVIDED.remove(is_divided)
-
-
 def has_locks(folder: Path) -> bool:
-    """Return whether processes can exclude each other in a folder: it is local, and its file system has record locks.
-
-    Creates the folder.
-    """
-    if is_remote(folder):
-        return False
-    with ExitStack() as stack:
-        try:
-            descriptor = _open_shared(folder / LOCK)
-            stack.callback(_close_shared, folder / LOCK)
-            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, _UNUSED_BYTE)
-            fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _UNUSED_BYTE)
-        except OSError as error:
-            return error.errno not in _WITHOUT_LOCKS
-    return True
+    """Return whether processes can exclude each other in a folder: it is local, and locks are not skipped."""
+    return not (is_remote(folder) or _skips_locks())
 
 
 class Leases:
@@ -104,7 +75,7 @@ class Leases:
         """Acquire a lease, or all if None; return whether no other process has it. With `wait`, wait until it is free.
 
         Raises:
-            PathError: the file system has no record locks, and the work is not divided; see `divided_work`.
+            PathError: the file system has no record locks; see `SKIP_LOCKS`.
         """
         if self._descriptor is None:
             return True
@@ -125,12 +96,16 @@ def _lock(descriptor: int, kind: int, number: int | None, path: Path) -> bool:
             return False
         if error.errno not in _WITHOUT_LOCKS:
             raise
-        if not (any(_DIVIDED) or os.environ.get(SKIP_LOCKS, "0") != "0"):
+        if not _skips_locks():
             raise PathError(
-                f"{path.parent}: its file system has no record locks ({io_reason(error)}); divide an extraction with "
-                f"--shard i/n, which needs none, or set {SKIP_LOCKS}=1 if no other process writes to this folder"
+                f"{path.parent}: its file system has no record locks ({io_reason(error)}); set {SKIP_LOCKS}=1 if no "
+                "other process writes to this folder, or each extracts another --shard i/n"
             ) from error
     return True
+
+
+def _skips_locks() -> bool:
+    return os.environ.get(SKIP_LOCKS, "0") != "0"
 
 
 _SHARED: dict[Path, int] = {}  # file -> its only descriptor in this process

@@ -23,7 +23,7 @@ from embedcache.errors import SourceError, UnfinishedError, first_few
 from embedcache.extract.encode import Encoders, FolderEncoder, open_gate, view_fingerprint
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.files import open_path
-from embedcache.locks import divided_work, has_locks
+from embedcache.locks import has_locks
 from embedcache.modalities import MODALITIES, encoder_option
 from embedcache.processes import connected, num_cores, run_processes, run_ray_tasks
 from embedcache.progress import Progress
@@ -78,15 +78,14 @@ def _fill_cache(job: ExtractJob, device: str, progress: Progress) -> list[FillRe
     """Encode the missing chunks of a shard on one device."""
     settings = job.settings
     encoders = open_encoders(job, device)
-    with divided_work(is_divided=settings.is_divided):
-        return fill_all(encoders, shard=settings.shard_numbers, progress=progress)
+    return fill_all(encoders, shard=settings.shard_numbers, progress=progress)
 
 
 def _run_devices(job: ExtractJob, devices: Sequence[str], progress: Progress) -> list[FillReport]:
     """Encode in one process per device.
 
-    They lease chunks one by one, and finish the chunks of one that was killed. Behind a URL, and on a file system
-    without record locks, nothing can be leased, and each has a fixed part of the chunks instead.
+    They lease chunks one by one, and finish the chunks of one that was killed. Behind a URL, and where locks are
+    skipped, nothing can be leased, and each has a fixed part of the chunks instead.
     """
     count = len(devices)
     threads = max(1, num_cores() // count)

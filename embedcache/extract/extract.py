@@ -15,7 +15,7 @@ from embedcache.errors import PathError, SettingError, SourceError, quoted
 from embedcache.extract.engines import job_devices, open_encoders, run_job
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.files import AnyPath, open_path, remove_partials
-from embedcache.locks import divided_work, locked
+from embedcache.locks import locked
 from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
@@ -203,8 +203,7 @@ def open_job(
     if isinstance(source, RecordedSource):
         _check_recorded(source, path, encoders, settings)
     else:
-        with divided_work(is_divided=settings.is_divided):  # all shards write the same tables
-            _index(source, path, settings, accept_replaced=accept_replaced, progress=progress)
+        _index(source, path, settings, accept_replaced=accept_replaced, progress=progress)
     reads_files = any(MODALITIES[modality].kind == "files" for modality in encoders)
     return ExtractJob(
         cache=str(path),

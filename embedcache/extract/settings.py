@@ -111,11 +111,6 @@ class ExtractSettings(Settings):
         return self.threads or num_cores()
 
     @property
-    def is_divided(self) -> bool:
-        """Whether other processes work on other chunks, so that no lock is needed: with shards, and on Ray."""
-        return self.shard_numbers[1] > 1 or self.engine == "ray"
-
-    @property
     def shard_numbers(self) -> tuple[int, int]:
         """The numbers i and n: chunks whose number modulo n is i belong to the shard."""
         number, count = map(int, self.shard.split("/"))
