@@ -16,7 +16,6 @@ that enters them, all else for the process; `embedcache.processes` passes both o
 
 import importlib
 import inspect
-import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from embedcache.errors import EmbedcacheError, MissingExtraError, SettingError, UnknownNameError
+from embedcache.errors import MissingExtraError, SettingError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,10 @@ class Registry:
             raise unknown_name(self.kind, name, [*self.names, *self.presets], hint=missing_plugin_hint(name))
         if ":" in name:
             if not self._is_trusted(name):
-                raise self._untrusted(name)
+                raise SettingError(
+                    f"{_naming_file(name)} names the {self.kind} {name!r}, which is custom code; if you trust its "
+                    "author, use --trust, or embedcache.registry.trust_files() in Python"
+                )
             sys.path.extend(folder for folder in _TRUST.folders if folder not in sys.path)
         plugin = self._import(name, module, attribute)
         self._check_call(name, plugin)
@@ -185,23 +187,19 @@ class Registry:
         is_accepted = not _TRUST.accepted.isdisjoint((name, _package_of(name)))
         return is_installed or is_accepted or has_trust()
 
-    def _untrusted(self, name: str) -> EmbedcacheError:
-        return SettingError(
-            f"{_naming_file(name)} names the {self.kind} {name!r}, which is custom code; if you trust its author, use "
-            "--trust, or embedcache.registry.trust_files() in Python"
-        )
-
     def _import(self, name: str, module: str, attribute: str) -> Any:
         """Import an object; UnknownNameError if there is no such module or attribute."""
         _USED_PLUGINS.add(_package_of(module))  # before it is imported, which may raise
         try:
-            imported = _import_plugin(name, module)
+            plugin = getattr(_import_plugin(name, module), attribute, None)
+            reason = f"module {module!r} has no attribute {attribute!r}"
         except ModuleNotFoundError as error:
-            raise self._not_found(name, error) from error
-        try:
-            return getattr(imported, attribute)
-        except AttributeError as error:
-            raise self._not_found(name, error) from error
+            plugin = None
+            reason = str(error)
+        if plugin is None:
+            next_step = missing_plugin_hint(name) or "name a plug-in of yours as module:attribute"
+            raise unknown_name(self.kind, name, self.names, hint=f"{reason}; {next_step}")
+        return plugin
 
     def _check_call(self, name: str, plugin: Any) -> None:
         """Check that an object takes the arguments that plug-ins of this kind are called with."""
@@ -217,10 +215,6 @@ class Registry:
                 f"{name!r} is no {self.kind}: expected a class or function that takes {', '.join(takes)}, got one that "
                 f"does not: {error}"
             ) from None
-
-    def _not_found(self, name: str, error: Exception) -> UnknownNameError:
-        next_step = missing_plugin_hint(name) or "name a plug-in of yours as module:attribute"
-        return unknown_name(self.kind, name, self.names, hint=f"{error}; {next_step}")
 
     def _declared(self) -> Mapping[str, str]:
         return {} if self.group is None else _installed(self.group)
@@ -274,19 +268,8 @@ def missing_plugin_hint(name: str) -> str:
     return "" if file is None else f"{file} names it: if it is a plug-in, install its package, which is missing here"
 
 
-def unknown_name(
-    kind: str,
-    name: str,
-    known: Iterable[str],
-    *,
-    where: str = "",
-    hint: str = "",
-    descriptions: Mapping[str, str] | None = None,
-) -> UnknownNameError:
+def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str = "", hint: str = "") -> UnknownNameError:
     """Create the error for an unknown name, with the known names and the closest match.
-
-    The closest one is that whose description alone has the words of the unknown name, else that of the most similar
-    spelling.
 
     Args:
         kind: what it is the name of, such as `column`.
@@ -294,13 +277,9 @@ def unknown_name(
         known: all names that there are.
         where: what has these names, with a preposition, such as `of cache/`.
         hint: the next step.
-        descriptions: what some of the names mean.
     """
     names = sorted(known)
-    words = re.compile(rf"\b{re.escape(str(name)).replace('_', ' ')}\b", re.IGNORECASE)
-    described = [each for each, text in (descriptions or {}).items() if words.search(text)]
-    similar = get_close_matches(name, names, n=1, cutoff=0.5) if isinstance(name, str) else []
-    close = described if len(described) == 1 else similar
+    close = get_close_matches(name, names, n=1, cutoff=0.5) if isinstance(name, str) else []
     parts = [f"unknown {kind} {name!r} {where}".rstrip()]
     if close:
         parts.append(f"did you mean {close[0]!r}?")

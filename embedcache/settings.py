@@ -283,10 +283,10 @@ def from_flat(kind: type[S], values: Mapping[str, Any]) -> S:
         UnknownNameError: there is no setting of that name.
         SettingError: a value does not fit its declaration.
     """
-    descriptions = {item.name: item.help for item in flat_settings(kind)}
+    known = [item.name for item in flat_settings(kind)]
     for name in values:
-        if name not in descriptions:
-            raise unknown_name("setting", name, descriptions, descriptions=descriptions)
+        if name not in known:
+            raise unknown_name("setting", name, known)
     return _build(kind, values)
 
 

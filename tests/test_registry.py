@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from embedcache.errors import MissingExtraError, SettingError, UnknownNameError
-from embedcache.registry import Registry, is_installed, require, unknown_name
+from embedcache.registry import Registry, is_installed, require
 
 TABLE = Registry("number", {"pi": "math:pi", "broken": "math:no_such_number"})
 
@@ -60,35 +60,6 @@ def test_load_plugin_with_bug_raises_it(tmp_path: Path, monkeypatch: pytest.Monk
         TABLE.load("buggy_plugin:x")
 
 
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that declares an entry point."""
-    (tmp_path / "my_numbers.py").write_text("e = 2.718\n")
-    info = tmp_path / "my_numbers-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-numbers\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[embedcache.numbers]\ne = my_numbers:e\ngone = my_numbers:gone\n")
-    monkeypatch.syspath_prepend(tmp_path)
-
-
-@pytest.mark.usefixtures("installed")
-def test_load_entry_point() -> None:
-    table = Registry("number", {"pi": "math:pi"}, group="embedcache.numbers")
-    assert table.load("e") == 2.718
-    assert ("e" in table, "i" in table, table.names) == (True, False, ["e", "gone", "pi"])
-    with pytest.raises(UnknownNameError, match="unknown number 'gone'.*no attribute 'gone'"):
-        table.load("gone")
-    with pytest.raises(UnknownNameError, match="known: e, gone, pi"):
-        table.load("i")
-
-
-def test_unknown_name_in_the_words_of_a_description() -> None:
-    known = {"lr": "Peak learning rate.", "language": "Captions of this language.", "epochs": "Rate per epoch."}
-    assert "did you mean 'lr'?" in str(unknown_name("option", "learning_rate", known, descriptions=known))
-    assert "did you mean 'epochs'?" in str(unknown_name("option", "epoch", known, descriptions=known))
-    assert "did you mean" not in str(unknown_name("option", "rate", known, descriptions=known))
-
-
 def test_folder_that_an_uninstalled_package_leaves_is_no_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,10 +71,3 @@ def test_folder_that_an_uninstalled_package_leaves_is_no_package(
         require("left_behind", package="umap-learn")
     with pytest.raises(MissingExtraError, match=r"'left_behind' is not installed"):
         require("left_behind.part", package="umap-learn")
-
-
-def test_require_broken_package_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "half_installed.py").write_text("import no_such_dependency\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        require("half_installed", extra="cpu")

@@ -31,8 +31,7 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
         for name, value in read_config(path).items():
             if name not in options:
                 known = [each for each, (option, _) in options.items() if len(each) > 1 or len(option.opts) == 1]
-                descriptions = {each: str(getattr(options[each][0], "help", "")) for each in known}
-                raise unknown_name("option", name, known, where=f"in {path}", descriptions=descriptions)
+                raise unknown_name("option", name, known, where=f"in {path}")
             option, is_off = options[name]
             if option.name in words:
                 raise SettingError(f"{path}: {name}: expected one value, got another of the same option; remove one")

@@ -123,9 +123,7 @@ def read_space(path: Path) -> Space:
             )
         if name not in _SETTINGS:
             table = "fixed" if name in fixed else "space"
-            descriptions = {known: item.help for known, item in _SETTINGS.items()}
-            where = f"in [{table}] of {path}"
-            raise unknown_name("training setting", name, _SETTINGS, where=where, descriptions=descriptions)
+            raise unknown_name("training setting", name, _SETTINGS, where=f"in [{table}] of {path}")
     for name in swept:
         _check_can_be_swept(path, name, fixed)
     space = Space(
