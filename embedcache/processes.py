@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,15 +37,12 @@ def num_cores() -> int:
 
 
 def cgroup_cores(root: Path) -> int | None:
-    """Return the CPU quota of a container in cores, rounded up; None if there is none below `root`."""
+    """Return the CPU quota of a container in cores, rounded up; None if there is none in the control group `root`."""
     try:
-        if (root / "cpu.max").is_file():  # version 2 of the control groups; version 1 has two files
-            quota, period = (root / "cpu.max").read_text().split()
-        else:
-            quota, period = ((root / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return math.ceil(int(quota) / int(period)) if int(quota) > 0 else None
+        quota, period = map(int, (root / "cpu.max").read_text().split())
     except (OSError, ValueError):  # there are no control groups, or the quota is "max"
         return None
+    return math.ceil(quota / period)
 
 
 def prefetch_map(
@@ -302,10 +299,11 @@ def run_ray_tasks(
     Raises:
         EmbedcacheError: raised by `work` in one of the tasks; the others are cancelled.
     """
+    from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
+    mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=-1, scheduling_strategy="SPREAD")(_run_ray_task)
     running = [remote.remote(work, task, number, mailbox, current_trust()) for number, task in enumerate(tasks)]
     current: dict[str, str] = {}
@@ -315,7 +313,7 @@ def run_ray_tasks(
         while running:
             finished, running = ray.wait(running, timeout=_SECONDS_BETWEEN_REPORTS)
             results += [ray.get(each) for each in finished]
-            for number, (method, *arguments) in ray.get(mailbox.take.remote()):
+            for number, (method, *arguments) in mailbox.get_nowait_batch(mailbox.qsize()):
                 getattr(parts[number], method)(*arguments)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, EmbedcacheError):
@@ -324,26 +322,11 @@ def run_ray_tasks(
     finally:
         for each in running:
             ray.cancel(each, force=True)
-        ray.kill(mailbox)
+        mailbox.shutdown(force=True)
         progress.finish()
     return results
 
 
-class _Mailbox:
-    """Messages about the progress of Ray tasks."""
-
-    def __init__(self) -> None:
-        self._messages: list[tuple[int, Any]] = []
-
-    def put(self, number: int, message: Any) -> None:
-        self._messages.append((number, message))
-
-    def take(self) -> list[tuple[int, Any]]:
-        messages = self._messages
-        self._messages = []
-        return messages
-
-
 def _run_ray_task(work: Callable[[T, Progress], R], task: T, number: int, mailbox: Any, trust: Trust) -> R:
     adopt_trust(trust)
-    return work(task, _PipeProgress(partial(mailbox.put.remote, number)))
+    return work(task, _PipeProgress(lambda message: mailbox.put((number, message))))

@@ -16,10 +16,8 @@ from embedcache.errors import SettingError
 from embedcache.processes import (
     _collect,
     _PipeProgress,
-    _SharedProgress,
     cgroup_cores,
     check_cancelled,
-    num_cores,
     prefetch_map,
     run_processes,
 )
@@ -92,20 +90,6 @@ def test_bug_is_raised_with_its_traceback() -> None:
         run_processes(work, ["bug"], RecordedProgress())
 
 
-def test_steps_that_processes_share_are_shown_as_one() -> None:
-    shown = RecordedProgress()
-    current: dict[str, str] = {}
-    processes = [_SharedProgress(shown, current) for _ in range(2)]
-    for process in processes:
-        process.start("images", 10, "images")
-        process.advance(5)
-        process.finish()
-    processes[0].start("texts", 20, "texts")
-    processes[1].advance(3)
-    assert shown.started == [("images", 10, "images"), ("texts", 20, "texts")]
-    assert shown.counts == {"images": 10}
-
-
 def test_processes_with_steps_of_their_own_are_parts() -> None:
     shown = RecordedProgress()
     pipes = [Pipe(duplex=False) for _ in range(2)]
@@ -175,8 +159,6 @@ def test_calls_end_when_their_results_are_not_needed() -> None:
         ({}, None),
         ({"cpu.max": "max 100000"}, None),
         ({"cpu.max": "150000 100000"}, 2),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
     ],
 )
 def test_cpu_quota_of_a_container(tmp_path: Path, files: dict[str, str], cores: int | None) -> None:
@@ -184,7 +166,3 @@ def test_cpu_quota_of_a_container(tmp_path: Path, files: dict[str, str], cores: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{text}\n")
     assert cgroup_cores(tmp_path) == cores
-
-
-def test_num_cores_is_within_affinity() -> None:
-    assert 1 <= num_cores() <= len(os.sched_getaffinity(0))
