@@ -1,20 +1,19 @@
 """Sizes, fractions and counts as people write them: `4GB`, `0.1%`, `1000`. Invalid text raises `SettingError`."""
 
-import re
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from embedcache.errors import SettingError
 
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-_POWERS = ("", "K", "M", "G", "T")
-_MOST_BYTES = 2**63
+_SIZE = TypeAdapter(ByteSize)
 
 
 def parse_size(text: str) -> int:
     """Parse a number of bytes, such as `4GB`, `500M` or `4096`; 1 GB is 1000³ bytes, 1 GiB is 1024³."""
-    match = _SIZE.fullmatch(text.strip())
-    number = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS.index(match[2].upper()) if match else 0.0
-    size = int(number) if number < _MOST_BYTES else 0
-    if size <= 0:
+    try:
+        size = int(_SIZE.validate_python(text))
+    except (ValidationError, OverflowError):
+        size = 0
+    if not 0 < size < 2**63:
         raise SettingError(f"invalid size {text!r}: expected a number of bytes such as 500MB, 4GB or 4096")
     return size
 

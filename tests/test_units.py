@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from embedcache.errors import SettingError
-from embedcache.units import format_bytes, parse_count_or_fraction, parse_counts, parse_fraction, parse_size
+from embedcache.units import parse_count_or_fraction, parse_counts, parse_fraction, parse_size
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,3 @@ def test_invalid_text_raises(parse: Callable[[str], Any], texts: tuple[str, ...]
     for text in texts:
         with pytest.raises(SettingError, match="invalid"):
             parse(text)
-
-
-def test_format_bytes() -> None:
-    assert [format_bytes(size) for size in (12_000, 1.5e6, 4e9)] == ["0.01 MB", "1.50 MB", "4.00 GB"]

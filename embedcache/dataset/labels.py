@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -155,12 +154,10 @@ def _check_known(
     labels: Sequence[Label], which_M: Ints, numbers: Mapping[Label, int], names: Sequence[str], location: str
 ) -> None:
     is_other_F = np.array([label not in numbers for label in labels], bool)
-    if not is_other_F.any():
-        return
-    others = [labels[position] for position in np.flatnonzero(is_other_F).tolist()]
-    similar = get_close_matches(str(others[0]), names, n=1, cutoff=0.5)
-    hint = f" (did you mean {similar[0]!r}?)" if similar else ""
-    raise DataError(
-        f"{is_other_F[which_M].sum():,} of {len(which_M):,} samples have labels in {location} that are not classes: "
-        f"{first_few(others, 5, show=repr)}{hint}; the classes are {first_few(names, 5, show=repr)}, counted from 0"
-    )
+    if is_other_F.any():
+        others = [labels[position] for position in np.flatnonzero(is_other_F).tolist()]
+        raise DataError(
+            f"{is_other_F[which_M].sum():,} of {len(which_M):,} samples have labels in {location} that are not "
+            f"classes: {first_few(others, 5, show=repr)}; the classes are {first_few(names, 5, show=repr)}, counted "
+            "from 0"
+        )
