@@ -1,12 +1,9 @@
-"""The public API: names, types, and a model whose embeddings equal those in the cache."""
+"""The public API: types, and a model whose embeddings equal those in the cache."""
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
-from inspect import getdoc, isfunction, signature
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +13,14 @@ import torch
 from PIL import Image
 
 import embedcache
-from embedcache.cli.main import root_command
 from embedcache.dataset.inputs import open_input
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, SourceError, UnknownNameError
-from embedcache.settings import flat_settings
 from tests.edits import edit_record
 from tests.images import write_images
 from tests.interop.runs import SIDES, cached_vectors, train_run
 from tests.toy import IMAGE, TEXT
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "reference" / "api.md"
-
-
-def test_public_names_are_documented() -> None:
-    documented = re.findall(r"^::: embedcache\.(\w+)$", PAGE.read_text(), re.MULTILINE)
-    documented.remove("errors")  # the module, for the tree in its docstring
-    assert sorted(documented) == embedcache.__all__
-    for name in embedcache.__all__:
-        assert getattr(embedcache, name).__doc__, name
-    assert {*embedcache.__all__, "__version__"} <= set(dir(embedcache))
-
-
-def test_documented_arguments_exist() -> None:
-    for name in embedcache.__all__:
-        public = getattr(embedcache, name)
-        described = re.search(r"^Args:\n((?:    .*\n?|\n)*)", getdoc(public) or "", re.MULTILINE)
-        if described:
-            names = re.findall(r"^    (\w+): ", described[1], re.MULTILINE)
-            known = getattr(public, "model_fields", None) or signature(public).parameters
-            assert set(names) <= set(known), name
-
-
-def test_version_is_the_distributions() -> None:
-    assert embedcache.__version__ == version("embedcache")
-
-
-def test_no_package_hides_a_name() -> None:
-    packages = {path.stem for path in (ROOT / "embedcache").iterdir()}
-    assert not packages & set(embedcache.__all__)
-
-
-def test_unknown_name_raises() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'train_pair'; it has .*train_projectors"):
-        _ = embedcache.train_pair
-    with pytest.raises(AttributeError, match="it has ProbeSettings, evaluate_probe$"):
-        _ = embedcache.probe
 
 
 def test_import_is_light() -> None:
@@ -231,14 +190,6 @@ def test_stored_features_are_projected(run_path: Path, exact_cache: Path) -> Non
             model.project(wrong, "image")
 
 
-def test_iterators_and_tensors_with_gradients_are_items(run_path: Path) -> None:
-    model, image = embedcache.load(run_path), torch.rand(3, 8, 8)
-    texts = model.encode_text(["red", "blue"])
-    np.testing.assert_array_equal(model.encode_text(text for text in ("red", "blue")), texts)
-    images = model.encode_image([image, image])
-    np.testing.assert_array_equal(model.encode_image(each.requires_grad_() for each in (image, image)), images)
-
-
 def test_changed_encoder_raises_on_first_use(run_path: Path, tmp_path: Path) -> None:
     copied = tmp_path / "run"
     copied.mkdir()
@@ -297,50 +248,6 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     assert {leak.modality for leak in leaks.leaks} == {"image", "text"}
 
 
-NO_OPTIONS = {"trust", "config", "as_json", "output", "html", "image_folder", "overwrite", "quiet", "verbose"}
-OF_QUERIES = {"query", "query_image", "query_file", "query_key", "query_concept", "query_vectors", "concepts"}
-COMMANDS: dict[str, tuple[str, str, set[str]]] = {
-    "extract": ("extract_features", "ExtractSettings SourceSettings", {"plan", "retry_failed", "source_type"}),
-    "verify": ("verify_cache", "VerifySettings", set()),
-    "sweep": ("sweep_projectors", "SweepSettings", set()),
-    "search": ("search_index", "SearchSettings", OF_QUERIES),
-    "evaluate retrieval": ("compare_retrieval", "RetrievalSettings", set()),
-    "evaluate zero-shot": ("compare_zero_shot", "ZeroShotSettings", set()),
-    "evaluate probe": ("evaluate_probe", "ProbeSettings", set()),
-    "evaluate pairs": ("evaluate_pairs", "PairsSettings", set()),
-    "curate index": ("build_index", "IndexSettings", {"out"}),  # its metavar is INDEX
-    "curate coverage": ("measure_coverage", "CoverageSettings", set()),
-    "curate select": ("select_samples", "SelectSettings", set()),
-    "curate dedup": ("remove_duplicates", "DedupSettings", set()),
-    "curate leaks": ("find_leaks", "LeakSettings", {"out"}),
-    "export onnx": ("export_run", "ExportSettings", set()),
-    "export parquet": ("export_vectors", "VectorExportSettings", set()),
-    "import npy": ("import_vectors", "ImportSettings", {"file", "table"}),
-}
-"""Command -> its function, the settings that the function's options are from, and words that it takes otherwise."""
-NOT_CALLED = {embedcache.Model, embedcache.EmbedcacheError}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_words_of_commands_are_words_of_functions(command: str) -> None:
-    function, kinds, others = COMMANDS[command]
-    found: Any = root_command()
-    for word in command.split():
-        found = found.commands[word]
-    words = {word.name for word in found.params} - NO_OPTIONS
-    names = {item.name for kind in kinds.split() for item in flat_settings(getattr(embedcache, kind))}
-    parameters = set(signature(getattr(embedcache, function)).parameters)
-    assert not parameters & names  # else an option could not be given beside its settings
-    assert words - others <= names | parameters
-    assert others <= words - parameters
-
-
-def test_public_parameters_are_words_of_commands() -> None:
-    public = {getattr(embedcache, name) for name in embedcache.__all__} - NOT_CALLED
-    names = {name for member in public if callable(member) for name in signature(member).parameters}
-    assert not {name for name in names if name.endswith(("_path", "_paths"))}
-
-
 def test_options_are_those_of_the_command_line(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown setting 'epoch'; did you mean 'epochs'"):
         embedcache.train_projectors("cache", "run", epoch=5)
@@ -348,25 +255,6 @@ def test_options_are_those_of_the_command_line(image_folder: Path, tmp_path: Pat
         embedcache.extract_features(
             embedcache.open_source(image_folder), tmp_path / "cache", text_encoder=TEXT, language="en"
         )
-
-
-OPENED_FIRST = {
-    *("compare_zero_shot", "cut_cache", "derive_from_run", "evaluate_zero_shot", "export_vectors", "build_map"),
-    *("extract_features", "import_vectors", "merge_caches", "plan_extraction", "retry_failed", "verify_cache"),
-}
-"""Functions that open or check their first argument before the settings or the progress."""
-
-
-def test_settings_and_progress_of_another_type_are_named() -> None:
-    for name, wrong, shown in (("settings", embedcache.Filter(), "Filter"), ("progress", 10, "10")):
-        for public in sorted({*embedcache.__all__} - OPENED_FIRST):
-            function = getattr(embedcache, public)
-            parameters = signature(function).parameters if isfunction(function) else {}
-            if name in parameters:
-                required = [each for each in parameters.values() if each.default is each.empty]
-                paths = ["none"] * sum(each.kind == each.POSITIONAL_OR_KEYWORD for each in required)
-                with pytest.raises(SettingError, match=rf"^{name}: expected .*, got {shown}"):
-                    function(*paths, **{name: wrong})
 
 
 @pytest.mark.parametrize(
@@ -396,19 +284,3 @@ def test_arguments_of_another_type_are_named(
     (tmp_path / "a.txt").write_text("a dog\n")
     with pytest.raises(error, match=word):
         call(tmp_path)
-
-
-@pytest.mark.slow
-def test_iterators_and_arrays_name_several(
-    image_folder: Path, run_path: Path, exact_cache: Path, tmp_path: Path
-) -> None:
-    (expected,) = embedcache.compare_retrieval(exact_cache, run_path, check_overlap=False).values()
-    for runs in (iter([run_path]), np.array([str(run_path)])):
-        (found,) = embedcache.compare_retrieval(exact_cache, runs, check_overlap=False).values()
-        assert found.recalls == expected.recalls
-    (report,) = embedcache.extract_features(image_folder, tmp_path / "cache", text_encoder=iter([TEXT]))
-    assert report.computed
-
-
-def test_package_is_typed() -> None:
-    assert (ROOT / "embedcache" / "py.typed").is_file()

@@ -1,13 +1,12 @@
 """What `auto` means on machines with and without GPUs. Torch is asked what there is; nothing runs on a GPU."""
 
-import logging
 from typing import get_args
 
 import pytest
 import torch
 
 from embedcache import devices
-from embedcache.devices import Precision, all_devices, announce_device, autocast, torch_device
+from embedcache.devices import Precision, all_devices, autocast, torch_device
 from embedcache.errors import SettingError
 
 
@@ -28,14 +27,6 @@ def test_auto_is_the_fastest_device(cuda: int, mps: bool, expected: list[str], m
 def test_unknown_device_names_the_known_ones() -> None:
     with pytest.raises(SettingError, match=r"device 'gpu' is not available .* expected one of: auto, cpu"):
         torch_device("gpu")
-
-
-def test_device_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    devices.announce.cache_clear()
-    with caplog.at_level(logging.INFO, "embedcache.devices"):
-        for _ in range(2):
-            announce_device("cpu")
-    assert caplog.messages == ["device: cpu"]
 
 
 @pytest.mark.parametrize("precision", get_args(Precision))

@@ -1,4 +1,3 @@
-import ctypes
 import errno
 import os
 import re
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-import fsspec
 import pyarrow as pa
 import pytest
 
@@ -27,26 +25,15 @@ from embedcache.errors import (
 )
 from embedcache.files import (
     building,
-    expand_home,
-    find_files,
-    folder_bytes,
-    io_reason,
-    is_io_error,
     is_remote,
     make_folder,
     open_path,
-    put_file,
-    read_file,
     reading,
-    remove_file,
-    remove_folder,
     remove_partials,
-    replacing,
-    user_folder,
     write_atomic,
     writing,
 )
-from embedcache.locks import Leases, locked
+from embedcache.locks import Leases
 from embedcache.sweep.space import read_space
 
 TEXTS: list[tuple[str, Callable[[Path], Any], type[EmbedcacheError]]] = [
@@ -158,12 +145,6 @@ def test_reading_an_item_gives_a_reason_that_begins_with_its_kind() -> None:
         raise ValueError("a bug")
 
 
-def test_reason_of_arrow_is_that_of_the_system(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="Detail") as raised:
-        pa.OSFile(str(tmp_path / "nowhere"))
-    assert io_reason(raised.value) == "No such file or directory"
-
-
 def test_make_folder_at_file_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -210,36 +191,6 @@ def test_lease_can_be_released(tmp_path: Path) -> None:
         other.kill()
 
 
-def test_remote_files(tmp_path: Path) -> None:
-    folder = open_path("memory://disk/cache")
-    write_atomic(folder / "a" / "one.json", b"1")
-    with replacing(folder / "a" / "two") as temporary:
-        temporary.write_bytes(b"2")
-    (tmp_path / "three").write_bytes(b"3")
-    put_file(tmp_path / "three", folder / "a" / "three")
-    assert {path.name: read_file(path) for path in folder.rglob("*") if path.is_file()} == {
-        "one.json": b"1",
-        "two": b"2",
-        "three": b"3",
-    }
-    with locked(folder), locked(folder):
-        assert Leases(folder).acquire(1)
-    remove_folder(folder)
-    assert not (folder / "a" / "two").exists()
-
-
-def test_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container that runs as a number which its list of users does not have."""
-    for name in ("EMBEDCACHE_HOME", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 9)
-    assert expand_home("~/weights.pth") == Path("~/weights.pth")
-    with pytest.raises(PathError, match="has no home folder; set EMBEDCACHE_HOME"):
-        user_folder()
-    monkeypatch.setenv("HOME", "/home/me")
-    assert user_folder() == expand_home("~/.cache/embedcache") == Path("/home/me/.cache/embedcache")
-
-
 def test_open_path_local(tmp_path: Path) -> None:
     for location in (str(tmp_path), tmp_path, "shards/{00..09}.tar", "a:b", "a::b", "a.tar::b.tar"):
         path = open_path(location)
@@ -249,58 +200,10 @@ def test_open_path_local(tmp_path: Path) -> None:
     assert open_path(f"file://{tmp_path}/a b") == tmp_path / "a b"
 
 
-def test_open_path_url() -> None:
-    folder = open_path("memory://bucket/folder")
-    assert is_remote(folder)
-    (folder / "sub").mkdir(parents=True, exist_ok=True)
-    (folder / "sub" / "a.txt").write_bytes(b"hello")
-    assert (folder / "sub" / "a.txt").read_bytes() == b"hello"
-    assert [path.name for path in folder.glob("*/a.txt")] == ["a.txt"]
-    assert str(folder / "sub") == "memory://bucket/folder/sub"
-
-
 @pytest.mark.parametrize("url", ["simplecache::http://localhost:1/x", "zip://a::memory://x", "memory://a::b"])
 def test_open_path_chained_url_raises(url: str) -> None:
     with pytest.raises(PathError, match=f"expected one URL, got several chained by a double colon: {url}; name the"):
         open_path(url)
-
-
-def test_a_url_is_no_pattern() -> None:
-    folder, other = (open_path(f"memory://pattern/{name}") for name in ("photos [1]", "photos 1"))
-    for path in (folder, other):
-        for name in ("image/a/zarr.json", "image/b/zarr.json", "image/a/chunks/0.json", "image/zarr.json"):
-            write_atomic(path / name, b"{}")
-    found = sorted(str(path.relative_to(folder)) for path in find_files(folder, "*/*/zarr.json"))
-    assert found == ["image/a/zarr.json", "image/b/zarr.json"]
-    assert [path.name for path in find_files(folder, "image/a/chunks/*.json")] == ["0.json"]
-    assert not list(find_files(folder / "text", "*/zarr.json"))
-    assert folder_bytes(folder) == 8
-    remove_file(folder / "image" / "zarr.json")
-    remove_file(folder / "image" / "zarr.json", missing_ok=True)
-    remove_folder(folder / "image" / "a")
-    assert [str(path.relative_to(folder)) for path in find_files(folder, "*/*/zarr.json")] == ["image/b/zarr.json"]
-    assert folder_bytes(folder) == 2
-    assert folder_bytes(other) == 8
-
-
-def test_only_what_services_raise_is_an_io_error() -> None:
-    """Not an error that they raise of an argument of the wrong type, nor one of ours that they called."""
-    memory, web = fsspec.filesystem("memory"), fsspec.filesystem("http")
-
-    class Wrong:
-        def __fspath__(self) -> str:
-            raise ValueError("a bug of ours")
-
-    def caught(call: Callable[[], object]) -> bool:
-        with pytest.raises(Exception) as raised:  # noqa: PT011
-            call()
-        return is_io_error(raised.value)
-
-    assert caught(lambda: web.cat_file("http://localhost:99999/"))  # a ValueError
-    assert caught(lambda: web.cat_file(f"http://{'a' * 70}.b/"))  # of the standard library
-    assert caught(lambda: web.rm("http://localhost:1/x"))  # a NotImplementedError
-    assert not caught(lambda: memory.cat_file(None))
-    assert not caught(lambda: memory.cat_file(Wrong()))
 
 
 @pytest.mark.parametrize("is_folder", [True, False])
@@ -318,31 +221,3 @@ def test_building_what_another_process_wrote_raises(tmp_path: Path, *, is_folder
         build()
     assert other.read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def drop_rights() -> None:
-    """Take from this process, if it is root's, the rights to read and write where permissions forbid it."""
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        if os.getuid() == 0 and ctypes.CDLL(None).prctl(24, capability, 0, 0, 0):  # PR_CAPBSET_DROP
-            os._exit(77)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
-def test_folders_without_permission(tmp_path: Path) -> None:
-    """A folder that must not be read is not empty, and one that must not be made is not unreadable."""
-    (tmp_path / "closed").mkdir(mode=0)
-    (tmp_path / "fixed").mkdir(mode=0o555)
-    code = (
-        "import sys; from pathlib import Path; from embedcache.files import find_files, make_folder\n"
-        "try: make_folder(Path('fixed/new'))\n"
-        "except OSError as error: print(error)\n"
-        "try: list(find_files(Path('closed'), '*/zarr.json'))\n"
-        "except PermissionError as error: print(error.filename)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, preexec_fn=drop_rights, capture_output=True, text=True
-    )
-    assert done.stdout.splitlines() == [
-        "fixed/new: no permission to make this folder; give the path of one elsewhere",
-        "closed",
-    ], done.stderr

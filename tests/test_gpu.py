@@ -1,6 +1,5 @@
 """Training and encoding on a CUDA device."""
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +16,9 @@ from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.evaluate.classifiers import Examples, Fit, fit_knn, fit_ridge
-from embedcache.evaluate.encoder_pairs import evaluate_pairs
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.interop.benchmarks import load
 from embedcache.progress import NullProgress
 from embedcache.projectors.saved import read_config
 from embedcache.search.faiss_index import make_index, num_gpus, spherical_kmeans
@@ -31,11 +28,6 @@ from embedcache.store.cache import Cache
 from embedcache.testing.encoders import TEXTS, example_images
 from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
-from pipelines.avsr.attention import AttentionDecoder
-from pipelines.avsr.ctc import align_ctc, decode_ctc
-from pipelines.avsr.decoding import decode_attention, decode_hybrid
-from pipelines.sequence import LayerSizes, valid_frames
-from pipelines.summit.networks import PointNetwork, adapt_norms, norm_gaps, predict_points, scale_entropy
 from tests.encoders.checkpoints import save_bert, save_timm
 from tests.images import write_images
 
@@ -59,40 +51,6 @@ def test_training_recall_matches_cpu(cache_path: Path, tmp_path: Path, precision
     assert recalls["cuda"] == pytest.approx(recalls["cpu"], abs=0.1)
 
 
-def test_segmentation_of_points_matches_cpu() -> None:
-    torch.manual_seed(0)
-    features = np.random.default_rng(0).normal(1, 2, (500, 6)).astype(np.float32)
-    on_cpu = PointNetwork(6, 3, hidden=8)
-    on_gpu = copy.deepcopy(on_cpu).cuda()
-    assert norm_gaps(on_gpu, features) == pytest.approx(norm_gaps(on_cpu, features), rel=1e-4)
-    for network in (on_cpu, on_gpu):
-        adapt_norms(network, features)
-    assert scale_entropy(on_gpu, features, 0.5) == pytest.approx(scale_entropy(on_cpu, features, 0.5), rel=1e-3)
-    for expected, found in zip(predict_points(on_cpu, features), predict_points(on_gpu, features), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-3)
-
-
-@pytest.mark.parametrize("ctc_weight", [0.0, 0.1, 1.0])
-def test_decoding_matches_cpu(ctc_weight: float) -> None:
-    torch.manual_seed(0)
-    decoder = AttentionDecoder(16, 6, 2, LayerSizes(num_heads=2, feed_forward=16, dropout=0.0)).eval()
-    frames, lengths = torch.randn(8, 20, 16), torch.tensor([20, 18, 3, 9, 1, 20, 7, 12])
-    log_probs = (torch.randn(8, 20, 6) * 3).log_softmax(dim=-1)
-    found = {}
-    for device in ("cpu", "cuda"):
-        on_device = [values.to(device) for values in (log_probs, lengths, frames)]
-        is_valid = valid_frames(on_device[1], 20)
-        steps = decoder.to(device).steps(on_device[2], is_valid)
-        found[device] = decode_hybrid(*on_device[:2], steps, ctc_weight=ctc_weight)
-        greedy = decode_attention(decoder.steps(on_device[2], is_valid), on_device[1], num_symbols=6)
-        found[device] += greedy
-        assert len(decode_ctc(*on_device[:2])) == 8
-        assert len(align_ctc(on_device[0][0], np.array([1, 2, 2]))) == 3
-    for expected, hypothesis in zip(found["cpu"], found["cuda"], strict=True):
-        assert hypothesis.symbols.tolist() == expected.symbols.tolist()
-        assert hypothesis.score == pytest.approx(expected.score, abs=1e-3)
-
-
 REQUESTED = ("grid:4", "layer2.cls", "layer2.tokens")
 
 
@@ -101,32 +59,12 @@ def test_features_match_cpu(specs: dict[Modality, str], modality: Modality) -> N
     _check_close(specs[modality], modality, EncoderSettings(device="cuda", features=REQUESTED), relative=2e-3)  # TF32
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-@pytest.mark.parametrize("modality", ["image", "text"])
-def test_lower_precision_is_close(specs: dict[Modality, str], modality: Modality, precision: str) -> None:
-    settings = EncoderSettings(device="cuda", precision=precision, features=REQUESTED)  # type: ignore[arg-type]
-    _check_close(specs[modality], modality, settings, relative=0.05)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_compile_does_not_change_values(specs: dict[Modality, str], modality: Modality) -> None:
     settings = EncoderSettings(device="cuda", compile=True, features=REQUESTED)
     _check_close(specs[modality], modality, settings, relative=2e-3)
-
-
-def test_pinned_memory_copies_are_complete() -> None:
-    class Echo(torch.nn.Module):
-        def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-            assert (images.device.type, images.dtype) == ("cuda", torch.uint8)
-            return {"same": images}
-
-    graph = TorchGraph(Echo(), EncoderSettings(device="cuda"))
-    rng = np.random.default_rng(0)
-    for _ in range(20):  # an unfinished copy would show in one of them
-        images = rng.integers(0, 256, (64, 3, 64, 64), dtype=np.uint8)
-        np.testing.assert_array_equal(graph({"images": images}, ["same"])["same"], images)
 
 
 def test_out_of_memory_splits_batch(caplog: pytest.LogCaptureFixture) -> None:
@@ -141,13 +79,6 @@ def test_out_of_memory_splits_batch(caplog: pytest.LogCaptureFixture) -> None:
     found = TorchGraph(Wide(), EncoderSettings(device="cuda"))({"images": images}, ["first"])
     np.testing.assert_array_equal(found["first"], images[:, :1])
     assert "cuda is out of memory at batch size 50; continuing with 25" in caplog.text
-
-
-def test_default_batch_is_larger_on_gpu(specs: dict[Modality, str]) -> None:
-    for modality in specs:
-        on_gpu = open_encoder(specs[modality], modality=modality, settings=EncoderSettings(device="cuda"))
-        on_cpu = open_encoder(specs[modality], modality=modality, settings=EncoderSettings(device="cpu"))
-        assert on_gpu.batch_size > on_cpu.batch_size
 
 
 @pytest.fixture(scope="module")
@@ -173,21 +104,6 @@ def _check_close(spec: str, modality: Modality, settings: EncoderSettings, *, re
 def _encode(encoder: Encoder, modality: Modality) -> dict[str, list[np.ndarray]]:
     prepared = encoder.prepare(example_images() if modality == "image" else TEXTS)
     return encoder.encode(prepared, list(encoder.features))
-
-
-def test_clip_benchmark_model_matches_cpu(cache_path: Path, tmp_path: Path) -> None:
-    settings = TrainSettings(
-        model=ModelSettings(projector="linear", shared_width=16),
-        optimizer=OptimizerSettings(epochs=0),
-        split=SplitSettings(kind="key"),
-    )
-    train(cache_path, tmp_path / "run", feature={"image": "open_toy/cls", "text": "open_toy/mean"}, settings=settings)
-    vectors = {}
-    for device in ("cpu", "cuda"):
-        model, _, tokenizer = load("embedcache", tmp_path / "run", device=device)
-        vectors[device] = model.encode_text(tokenizer(["red bar", "blue"]).to(device))
-    assert vectors["cuda"].device.type == "cuda"
-    assert torch.allclose(vectors["cuda"].cpu(), vectors["cpu"], atol=2e-3)
 
 
 def test_auto_uses_the_gpu(specs: dict[Modality, str], image_folder: Path, tmp_path: Path) -> None:
@@ -246,12 +162,6 @@ def test_classifiers_match_cpu(fit: Fit) -> None:
     found = fit(train, val, 5).scores(vectors[500:])
     expected = fit(replace(train, products=dot_products), val, 5).scores(vectors[500:])
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_encoder_pairs_match_cpu(cache_path: Path) -> None:
-    found, expected = (evaluate_pairs(cache_path, device=device).pairs[0] for device in ("cuda", "cpu"))
-    for metric in ("probe", "mutual_knn", "debiased_cka"):
-        assert found.value(metric) == pytest.approx(expected.value(metric), abs=0.02)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -1,8 +1,6 @@
 """Imports between packages go downwards only, without cycles, and each heavy library has few importers."""
 
 import ast
-import subprocess
-import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -142,17 +140,3 @@ def test_heavy_libraries_have_few_importers() -> None:
 
 def test_every_package_has_a_level() -> None:
     assert {package_of(path) for path in FILES} - {"__init__"} == set(LEVEL)
-
-
-def test_local_imports_are_found() -> None:
-    tree = ast.parse("def f():\n    from embedcache.cli import main\n    import faiss\n")
-    assert all_imports(tree) == {"embedcache.cli", "embedcache.cli.main", "faiss"}
-
-
-@pytest.mark.slow
-def test_coverage_does_not_wait_for_imports() -> None:
-    modules = "embedcache.curate.coverage", "embedcache.reports.coverage"
-    slow = {"faiss", "matplotlib", "scipy.stats", "torch", "zarr"}
-    code = f"import sys, {', '.join(modules)}; print(*{slow} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert run.stdout == "\n"

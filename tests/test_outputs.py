@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,6 @@ from embedcache.cli.main import root_command
 from embedcache.dataset.selections import Selection, read_selected_keys, write_selection
 from embedcache.errors import CorruptError, PathError
 from embedcache.outputs import check_output, new_output, read_report_json, replacing_files, write_report_json
-from embedcache.reports.base import write_page
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
@@ -48,26 +45,6 @@ def test_folders_that_take_no_files_are_refused_before_the_work(
     monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
     with pytest.raises(PathError, match=r"page.html: no permission to write into .*; name a file in another folder"):
         check_output(tmp_path / "new" / "page.html")
-
-
-def test_folder_below_one_that_may_not_be_entered_is_refused(tmp_path: Path) -> None:
-    """In a process of its own, which gives up the rights of root: root may enter and write every folder."""
-    (tmp_path / "closed" / "in").mkdir(parents=True)
-    (tmp_path / "closed").chmod(0o600)
-    code = """
-import os, sys
-from pathlib import Path
-from embedcache.outputs import check_output
-if os.getuid() == 0:
-    os.setresuid(65534, 65534, 65534)
-check_output(Path(sys.argv[1]))
-"""
-    words = [sys.executable, "-c", code, str(tmp_path / "closed" / "in" / "page.html")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    (tmp_path / "closed").chmod(0o700)
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("embedcache.errors.PathError: ")
-    assert "page.html: no permission to write into " in last
 
 
 @pytest.mark.slow
@@ -157,14 +134,6 @@ def test_commands_replace_no_file_unasked(folder: Path, line: str) -> None:
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_second_output_of_a_command_is_not_replaced_unasked(cache_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "kept.removed.parquet").write_text("mine")
-    words = ("curate", "dedup", cache_path, "kept.parquet", "--feature", "open_toy/cls", "--cosine", "0.1")
-    assert "kept.removed.parquet: expected a new file" in embedcache(*words, cwd=tmp_path).stderr
-    assert (tmp_path / "kept.removed.parquet").read_text() == "mine"
-    assert not (tmp_path / "kept.parquet").exists()
-
-
 def test_every_output_is_checked() -> None:
     unchecked = {
         f"{words.removeprefix('embedcache ')} {parameter.name}"
@@ -187,23 +156,6 @@ def test_overwrite_replaces_a_file(folder: Path, tmp_path: Path) -> None:
     assert "got a link" in embedcache("inspect", folder / "C", "--output", "link", "--overwrite", cwd=tmp_path).stderr
 
 
-def test_own_files_of_a_command_are_replaced(tmp_path: Path) -> None:
-    """The page of a study or of the quickstart is not an output that the user names."""
-    with replacing_files(False):
-        for title in ("first", "second"):
-            write_page(
-                tmp_path / "report.html", "report.html.j2", title=title, summary="", warnings=[], sections=[], credit=""
-            )
-            assert title in (tmp_path / "report.html").read_text()
-
-
 def test_one_file_for_two_outputs_raises(tmp_path: Path) -> None:
     done = embedcache("evaluate", "pairs", "C", "--output", "x", "--html", "./x", cwd=tmp_path)
     assert "--output: expected a file of its own, got x, which html names too" in done.stderr
-
-
-def test_output_that_is_the_folder_of_the_command_raises(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "keys.txt").write_text("00003\n")
-    done = embedcache("cache", "cut", folder / "C", "keys.txt", "out", "--output", "./out", cwd=tmp_path)
-    assert "--output: expected a file of its own, got out, which out names too" in done.stderr
-    assert not (tmp_path / "out").exists()

@@ -1,7 +1,6 @@
 """Progress on standard error: names of parts, states, bars that stay when they are finished, and when there are any."""
 
 import sys
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -50,18 +49,6 @@ def test_watched_parts_count_once_they_are_used() -> None:
     assert progress.counts["writing"] == 9
 
 
-def test_bars_are_closed_before_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = BarProgress()
-    progress.start("training", 40, "utterances")
-    progress.advance(30)
-    assert not capsys.readouterr().err.endswith("\n")
-    module.close_bars()
-    assert capsys.readouterr().err.endswith("\n")
-    progress.finish()
-    module.close_bars()
-    assert capsys.readouterr().err == ""
-
-
 def test_bars_are_shown_in_terminals_and_notebooks_only(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {None: NullProgress, False: NullProgress, True: PlainProgress}
     assert {request: type(to_progress(request)) for request in kinds} == kinds
@@ -75,21 +62,3 @@ def test_bars_are_shown_in_terminals_and_notebooks_only(monkeypatch: pytest.Monk
         shell = SimpleNamespace(config=config)
         monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))  # type: ignore[arg-type]
         assert type(to_progress(None)) is kind
-
-
-def test_notebook_without_ipywidgets_gets_bars_without_a_warning(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shell = SimpleNamespace(config={"IPKernelApp": {}})
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", SimpleNamespace())  # type: ignore[arg-type]
-    for name in ("tqdm.auto", "tqdm.autonotebook"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr("tqdm.notebook.IProgress", None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        progress = to_progress(None)
-    assert not caught
-    progress.start("training", 4, "pairs")
-    progress.finish()
-    assert "training" in capsys.readouterr().err

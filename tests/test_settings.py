@@ -15,7 +15,6 @@ from embedcache.cli.config_files import read_config
 from embedcache.cli.options import with_settings
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.errors import PathError, SettingError, UnknownNameError
-from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import write_record
 from embedcache.search.settings import SearchSettings
@@ -28,7 +27,6 @@ from embedcache.settings import (
     setting,
     to_flat,
 )
-from embedcache.sources.settings import SourceSettings
 from embedcache.sweep.space import read_space
 from embedcache.train.settings import LossSettings, OptimizerSettings, TrainSettings, command_line, train_settings
 
@@ -124,33 +122,10 @@ def test_replaced_values_keep_the_others() -> None:
     assert replace_flat(settings, {}) is settings
 
 
-def test_unknown_setting_suggests_a_name() -> None:
-    with pytest.raises(UnknownNameError, match="unknown setting 'fractoin'; did you mean 'fraction'"):
-        from_flat(Outer, {"fractoin": 0.1})
-    with pytest.raises(UnknownNameError, match="unknown setting 'learnin_rate'"):
-        train_settings({"learnin_rate": 1})
-
-
-def test_every_train_setting_is_declared_once() -> None:
-    names = [item.name for item in flat_settings(TrainSettings)]
-    assert len(set(names)) == len(names)
-    assert all(item.help.endswith(".") for item in flat_settings(TrainSettings))
-
-
 def test_group_overrides_defaults() -> None:
     assert Outer().inner.fraction == from_flat(Outer, {"inner_seed": 1}).inner.fraction == 0.25
     assert next(item.default for item in flat_settings(Outer) if item.name == "fraction") == 0.25
     assert to_flat(from_flat(Outer, {"fraction": 0.5})) == {"fraction": 0.5}
-
-
-def test_json_has_only_results() -> None:
-    assert Outer(names=("x",)).to_json() == {
-        "count": 3,
-        "size": None,
-        "mode": "a",
-        "names": ["x"],
-        "inner": {"fraction": 0.25, "seed": 0},
-    }
 
 
 @pytest.mark.parametrize(
@@ -172,10 +147,6 @@ def test_split_seed_defaults_to_seed() -> None:
     own = TrainSettings(split=SplitSettings(seed=7))
     assert with_split_seed({"seed": 3}, own) == {"seed": 3}
     assert with_split_seed({"seed": 3}, TrainSettings()) == {"seed": 3, "split_seed": 3}
-
-
-def test_gpu_number_is_not_recorded() -> None:
-    assert {train_settings({"device": name}).to_json()["machine"]["device"] for name in ("cuda", "cuda:1")} == {"cuda"}
 
 
 def parse(words: list[str], kind: type[Any] = TrainSettings) -> Any:
@@ -202,10 +173,6 @@ def test_command_line_restores_settings(
         {"lr": rate, "projector": projector, "seed": seed, "shuffle_pairs": is_shuffled, "mixup": mixup}
     )
     assert parse(command_line(settings)) == settings
-
-
-def test_command_line_defaults_are_the_declared_ones() -> None:
-    assert parse([]) == TrainSettings()
 
 
 def test_config_file_gives_values_and_options_win(tmp_path: Path) -> None:
@@ -243,13 +210,6 @@ def test_bad_config_file_raises(tmp_path: Path, text: str | None, error: type[Ex
         path.write_text(text)
     with pytest.raises(error, match=word):
         parse(["--config", str(path)])
-
-
-def test_config_lists_become_tuples(tmp_path: Path) -> None:
-    path = tmp_path / "c.toml"
-    path.write_text('names = ["a", "b"]')
-    assert parse(["--config", str(path)], Outer).names == ("a", "b")
-    assert parse(["--names", "a,b", "--names", "c"], Outer).names == ("a", "b", "c")
 
 
 DEFAULT_COSINES = SplitSettings().cosines
@@ -290,23 +250,10 @@ def test_limits_are_accepted_and_nothing_beyond(name: str, largest: int) -> None
         train_settings({name: largest + 1})
 
 
-def test_numbers_of_a_modality_given_twice_raise() -> None:
-    with pytest.raises(SettingError, match="cosine: expected each modality once, got image twice"):
-        SplitSettings(cosines=["image=0.9", "text=0.8", "image=0.7"])  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("wrong", [1.5, "image=-2", {"text": float("nan")}, True])
 def test_numbers_by_modality_have_bounds(wrong: Any) -> None:
     with pytest.raises(SettingError, match="^cosine: expected .*, got "):
         SplitSettings(cosines=wrong)
-
-
-def test_texts_by_modality() -> None:
-    words = ["--item-column", "image=a,b", "--item-column", "audio=c=d"]
-    assert parse(words, SourceSettings).item_columns == {"image": "a,b", "audio": "c=d"}
-    for wrong in ("jpg", "motion=a", "text=a", {"image": 1}):
-        with pytest.raises(SettingError, match="^item_column: expected "):
-            from_flat(SourceSettings, {"item_column": wrong})
 
 
 class Commas(Settings):
@@ -334,19 +281,6 @@ def test_commas_mean_what_the_setting_declares(
     assert getattr(parse([word for text in texts for word in (f"--{name}", text)], Commas), name) == values
 
 
-@pytest.mark.parametrize("kind", [RetrievalSettings, ZeroShotSettings])
-def test_paths_of_training_caches_may_have_commas(kind: type[Any]) -> None:
-    assert parse(["--trained-on", "a, b", "--trained-on", "c"], kind).trained_on == ("a, b", "c")
-
-
-def test_flag_that_is_on_is_switched_off(tmp_path: Path) -> None:
-    path = tmp_path / "c.toml"
-    path.write_text("no-check = true")
-    assert parse([], Outer).check
-    assert not parse(["--no-check"], Outer).check
-    assert not parse(["--config", str(path)], Outer).check
-
-
 def test_config_of_a_run_restores_its_settings(run_path: Path) -> None:
     config = run_path / "config.json"
     values = {name: value for name, value in read_config(config).items() if name != "feature"}
@@ -358,8 +292,3 @@ def test_config_of_another_kind_of_run_is_one_error(tmp_path: Path) -> None:
     write_record(tmp_path / "config.json", {"format": 1, "kind": "mine:Net"})
     with pytest.raises(SettingError, match="got that of a run of the kind mine:Net; name its options one by one"):
         read_config(tmp_path / "config.json")
-
-
-def test_other_file_of_a_run_is_not_called_changed(run_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"record.json: expected the config.json of a run, .* it has no 'training'"):
-        read_config(run_path / "record.json")

@@ -124,14 +124,6 @@ def test_opened_files_run_nothing(stranger: Path, tamper: Callable[[Path], None]
         assert (stranger / "pwned").exists(), done
 
 
-def test_error_says_what_to_do(stranger: Path) -> None:
-    name_projector(stranger)
-    done = embedcache("evaluate", "retrieval", "cache", "run", cwd=stranger)
-    assert done.code == 1
-    assert "the run names the projector 'evil:open_it', which is custom code; if you trust its author" in done.stderr
-    assert "use --trust" in done.stderr
-
-
 def test_names_that_files_may_hold() -> None:
     with names_from("cache.json"):
         assert TABLE.load("pi") == TABLE.load("math:pi")
@@ -145,14 +137,6 @@ def test_names_that_files_may_hold() -> None:
     mark_as_read("config.json", ["math:tau"])
     with pytest.raises(SettingError, match="config.json names"):
         TABLE.load("math:tau")
-
-
-def test_package_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text("class Mine: pass\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    trust_code("mine")
-    with names_from("cache.json"):
-        assert TABLE.load("mine:Mine").__name__ == "Mine"
 
 
 def test_worker_processes_trust_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,15 +171,6 @@ def test_source_given_as_an_object_is_known(tmp_path: Path) -> None:
     extract(source, tmp_path / "cache", image_encoder=[IMAGE])
     info = Cache(tmp_path / "cache").info
     assert reopen_source(info.source, info.index_digest).describe() == source.describe()
-
-
-def test_source_given_as_an_object_may_have_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_images(tmp_path / "old", 3)
-    extract(Photos(str(folder), SourceSettings()), tmp_path / "cache", image_encoder=[IMAGE])
-    now = str(folder.rename(tmp_path / "new"))
-    monkeypatch.setattr("embedcache.registry._TRUST", Trust())  # of another process
-    extract(Photos(now, SourceSettings()), tmp_path / "cache", image_encoder=[IMAGE])
-    assert Cache(tmp_path / "cache").info.source["path"] == now
 
 
 class Photos(FolderSource):

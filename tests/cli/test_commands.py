@@ -1,11 +1,9 @@
 """Commands as a newcomer types them, in one folder with images, a cache, a run and an index."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -69,20 +67,6 @@ def test_folder_of_results_holds_those_of_several_commands(folder: Path) -> None
     assert "--output: expected a .json file or a folder, got the file notes; name another" in wrong.stderr
 
 
-def test_commands_report_what_they_did(folder: Path) -> None:
-    assert "encoded 100 images" in (folder / "extract.out").read_text()
-    assert "parameters" in (folder / "train.out").read_text()
-    assert "recall@10" in (folder / "index.out").read_text()
-    shown = (folder / "evaluate.out").read_text()
-    assert "chance" in shown
-    assert shown.count("WARNING: seen in training: ") == shown.count("WARNING") == 1  # the training part is among all
-    assert "wrote figures.json" in shown
-    assert json.loads((folder / "figures.json").read_text())["details"]["num_images"] == 100
-    page = (folder / "page.html").read_text()
-    assert "median rank" in page
-    assert page.count("WARNING") == 1
-
-
 @pytest.mark.parametrize(
     ("line", "key"),
     [
@@ -127,12 +111,6 @@ def test_search_takes_all_kinds_of_queries(folder: Path) -> None:
     assert [answer["query"] for answer in answers] == names
     assert answers[2]["hits"][0]["key"] == "00007"
     assert answers[3]["hits"][0]["key"] == "00009"
-
-
-def test_search_is_filtered_by_a_selection(folder: Path) -> None:
-    (folder / "keys.txt").write_text("00001\n00002\n")
-    (answer,) = json.loads(succeed(*["search", "index", "red", "--selection", "keys.txt", "--json"], cwd=folder))
-    assert {hit["key"] for hit in answer["hits"]} == {"00001", "00002"}
 
 
 def test_training_without_duplicates_and_leaks(folder: Path) -> None:
@@ -204,17 +182,6 @@ def test_plan_estimates_and_writes_no_feature(folder: Path, tmp_path: Path) -> N
     assert not list(tmp_path.glob("c/*/*/chunks/*"))
 
 
-def test_unreadable_captions_are_reported(tmp_path: Path) -> None:
-    write_images(tmp_path / "photos", 8)
-    for number in range(6):
-        (tmp_path / f"photos/{number:05d}.txt").write_bytes(b"\xff")
-    extracted = succeed("extract", "photos", "c", *TOY, cwd=tmp_path)
-    for output in (extracted, succeed("inspect", "c", cwd=tmp_path)):
-        assert re.search(r"6 samples have captions that cannot be read", output)
-        assert "00000.txt is not UTF-8" in output
-        assert "and 1 more" in output
-
-
 def test_config_of_a_run_trains_it_again(folder: Path) -> None:
     again = "train cache again --config run/config.json"
     succeed(*again.split(), cwd=folder)
@@ -266,61 +233,6 @@ def test_user_error_is_one_line_and_exit_1(folder: Path, line: str, word: str) -
     assert word in error
 
 
-def test_error_names_a_setting_as_it_was_given(folder: Path) -> None:
-    typed = embedcache(*["train", "cache", "r", "--lr", "-1"], cwd=folder).stderr
-    assert typed.startswith("error: --lr: ")
-    (folder / "wrong.toml").write_text("lr = -1")
-    read = embedcache(*["train", "cache", "r", "--config", "wrong.toml"], cwd=folder).stderr
-    assert read.startswith("error: wrong.toml: lr: ")
-
-
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
-        ("epochs = true", "epochs"),
-        ("epochs = 1.5", "epochs"),
-        ("device = ['cpu']", "device"),
-        ("widths = [4, true]", "widths"),
-        ("shuffle-pairs = 1", "shuffle_pairs"),
-        ("captions = 'some'", "captions"),
-        ("shared-width = 8\nshared_width = 16", "shared_width"),
-        ("quiet = true\nq = true", "q"),
-        ("config = 'x.toml'", "config"),
-    ],
-)
-def test_value_that_an_option_cannot_have_in_a_file(folder: Path, text: str, word: str) -> None:
-    (folder / "wrong.toml").write_text(text)
-    done = embedcache(*["train", "cache", "r", "--config", "wrong.toml"], cwd=folder)
-    assert done.code == 1
-    (line,) = done.stderr.splitlines()
-    assert word in line
-    assert "wrong.toml" in line
-
-
-def test_pipe_is_no_selection_to_train_on(folder: Path) -> None:
-    """Reading one may never end."""
-    os.mkfifo(folder / "pipe")
-    writer = Thread(target=(folder / "pipe").write_text, args=["00000"], daemon=True)
-    writer.start()
-    settings = ["--feature", "image=open_toy/cls", "--split", "key", "--epochs", "1"]
-    done = embedcache("train", "cache", "piped", "--selection", "pipe", *settings, cwd=folder)
-    assert (done.code, done.stderr.splitlines()[-1]) == (
-        1,
-        "error: selection pipe: expected Parquet with a column key, or a text file in UTF-8 with one key per line, got "
-        "no file",
-    )
-    reader = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # for which the thread waits
-    writer.join()
-    os.close(reader)
-
-
-def test_flag_of_a_file_may_be_off(folder: Path) -> None:
-    (folder / "calm.toml").write_text("shuffle-pairs = false\nfeature = ['open_toy/cls']\nwidths = 4\nepochs = 1\n")
-    succeed(*["train", "cache", "calm", "--config", "calm.toml", "--split", "key"], cwd=folder)
-    training = json.loads((folder / "calm/config.json").read_text())["training"]
-    assert (training["shuffle_pairs"], training["loss"]["widths"]) == (False, [4])
-
-
 @pytest.fixture(scope="module")
 def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a cache of labeled images."""
@@ -338,10 +250,3 @@ def test_probe_writes_its_reports(labeled: Path) -> None:
         assert expected in shown
     assert json.loads((labeled / "figures.json").read_text())["dataset"] == "cache"
     assert "<svg" in (labeled / "page.html").read_text()
-
-
-def test_probe_of_texts_by_one_method(labeled: Path) -> None:
-    line = "evaluate probe cache --modality text --feature open_toy/mean --classifier ridge"
-    shown = succeed(*line.split(), cwd=labeled)
-    assert "ridge" in shown
-    assert "knn" not in shown

@@ -1,11 +1,8 @@
 """Errors of the operating system are one line, and nothing that is printed can control the terminal."""
 
-import asyncio
 import errno
 import json
-import logging
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,21 +64,6 @@ def test_bad_argument_is_refused(words: tuple[str, ...], expected: str, tmp_path
     assert expected in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "missing"), [(("train",), "CACHE"), (("train", "--lr", "0.1", "c"), "RUN"), (("sweep", "c"), "SPACE")]
-)
-def test_first_missing_argument_is_named(words: tuple[str, ...], missing: str, tmp_path: Path) -> None:
-    done = embedcache(*words, cwd=tmp_path)
-    assert done.code == 2
-    assert f"Missing argument '{missing}'" in done.stderr
-
-
-def test_command_in_a_message_quotes_its_paths(tmp_path: Path) -> None:
-    done = embedcache("train", "my cache", "r", cwd=tmp_path)
-    assert done.code == 1
-    assert "'my cache'" in done.stderr
-
-
 def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
@@ -94,40 +76,6 @@ def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
         f"error: out of memory: can't allocate memory: you tried to allocate {2**52} bytes. Error code 12 (Cannot "
         "allocate memory); use smaller settings, or give this process more memory\n"
     )
-
-
-@pytest.mark.slow
-def test_tracebacks_of_errors_that_gcsfs_raises_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    retry = pytest.importorskip("gcsfs.retry")
-
-    async def fail() -> None:
-        raise retry.HttpError({"code": 400, "message": "x"})
-
-    run_program(lambda: None)
-    with pytest.raises(retry.HttpError):
-        asyncio.run(retry.retry_request(fail)())
-    for line in ("Could not determine bucket type for bucket name b", "deferred close failed"):
-        logging.getLogger("gcsfs").warning(line)
-    assert caplog.messages == ["deferred close failed"]
-
-
-def test_deleted_working_folder_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["embedcache", "inspect", "a"])
-    (tmp_path / "gone").mkdir()
-    os.chdir("gone")
-    (tmp_path / "gone").rmdir()
-    with pytest.raises(SystemExit, match="1"):
-        main.main()
-    assert capsys.readouterr().err == "error: the working folder does not exist any more; change to another one\n"
-
-
-def test_table_in_a_file_is_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
-    caption = f"a{' red' * 80} boat"
-    print_table(["caption", "key"], [[caption, "1"]])
-    assert f"│ {caption} │   1 │" in capsys.readouterr().out.splitlines()
 
 
 def test_cells_of_tables_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import tarfile
 import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver
@@ -182,21 +181,6 @@ def test_source_elsewhere_is_not_asked(crafted: Path, name: str, path: str) -> N
     assert "the cache says that its source is " in done.stderr
     assert opened_below(crafted / "secrets", events) == set()
     assert connections(events) == []
-
-
-def test_failed_items_are_not_exported(crafted: Path) -> None:
-    info = Cache(crafted / "copy").info
-    remember(info.source, info.index_digest)
-    keys = Cache(crafted / "copy").column("key").to_pylist()
-    (crafted / "keys.txt").write_text("".join(f"{key}\n" for key in keys[NUM_HOSTILE:]))
-    done, _ = run(crafted, "webdataset", "--json", "-q")
-    assert done.code == 0, done.stderr
-    assert json.loads(done.stdout)["num_samples"] == len(keys) - NUM_HOSTILE - 1
-    assert done.stderr.startswith("warning: left out 1 sample with an item that no encoder could encode")
-    with tarfile.open(crafted / "out/00000.tar") as tar:
-        names = tar.getnames()
-    assert "000000006.png" in names
-    assert not [name for name in names if name.startswith(f"{FAILED:09d}")]
 
 
 def test_pages_in_python_read_nothing(crafted: Path) -> None:

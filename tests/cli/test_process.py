@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import logging
 import os
 import re
 import signal
@@ -14,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.cli.console import open_progress, publish, verbosity
-from embedcache.errors import PathError
 from tests.cli.run import TOY, embedcache
 from tests.images import write_images
 
@@ -53,79 +50,10 @@ def test_help_imports_nothing_heavy() -> None:
     assert float(seconds) < 1.5
 
 
-@pytest.mark.parametrize("line", ["trian cache run", "train cache", "train cache run --rate 1"])
-def test_wrong_usage_exits_with_2(tmp_path: Path, line: str) -> None:
-    assert embedcache(*line.split(), cwd=tmp_path).code == 2
-
-
-@pytest.mark.parametrize("line", ["train cache run --lr fast", "extract photos cache --backend mps"])
-def test_refused_value_exits_with_1(tmp_path: Path, line: str) -> None:
-    done = embedcache(*line.split(), cwd=tmp_path)
-    assert done.code == 1
-    assert "expected" in done.stderr
-
-
-@pytest.mark.slow
-def test_bug_shows_its_traceback_and_exits_with_70(photos: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken_plugin.py").write_text("def source(location, settings):\n    raise ZeroDivisionError('ours')\n")
-    done = embedcache("extract", photos, "c", *TOY, "--source-type", "broken_plugin:source", cwd=tmp_path)
-    assert done.code == 70
-    assert "Traceback" in done.stderr
-    assert "ZeroDivisionError: ours" in done.stderr
-    assert "the contract test of broken_plugin" in done.stderr
-    assert "bug in embedcache" not in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("code", ["raise ZeroDivisionError", "import json; json.loads(5)"])
-def test_plugin_that_raises_when_it_is_imported(photos: Path, tmp_path: Path, code: str) -> None:
-    (tmp_path / "raising_plugin.py").write_text(code)
-    done = embedcache("extract", photos, "c", *TOY, "--source-type", "raising_plugin:source", cwd=tmp_path)
-    assert (done.code, "the contract test of raising_plugin" in done.stderr) == (70, True)
-
-
 def test_bug_of_embedcache_is_one(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.extract.extract.run_job", None)
     done = embedcache("extract", photos, "c", *TOY, cwd=tmp_path)
     assert (done.code, "This is a bug" in done.stderr) == (70, True)
-
-
-@pytest.mark.slow
-def test_fault_of_a_mapped_file_shows_where_it_happened(photos: Path, tmp_path: Path) -> None:
-    """A disk that fails below a mapped file raises SIGBUS, as a file that became shorter does."""
-    (tmp_path / "mapped_plugin.py").write_text(
-        "import mmap, resource\n"
-        "def source(location, settings):\n"
-        "    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
-        "    with open('mapped', 'w+b') as file:\n"
-        "        file.truncate(4096)\n"
-        "        mapped = mmap.mmap(file.fileno(), 4096)\n"
-        "        file.truncate(0)\n"
-        "        return mapped[0]\n"
-    )
-    words = [*PROGRAM, "extract", str(photos), "c", *TOY, "--source-type", "mapped_plugin:source"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False)
-    assert done.returncode == -signal.SIGBUS
-    assert "Fatal Python error: Bus error" in done.stderr
-    assert 'mapped_plugin.py", line 8 in source' in done.stderr
-
-
-def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "Traceback" not in embedcache("inspect", "nowhere", cwd=tmp_path).stderr
-    monkeypatch.setenv("EMBEDCACHE_DEBUG", "1")
-    done = embedcache("inspect", "nowhere", cwd=tmp_path)
-    assert done.code == 1
-    assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-
-
-def test_quiet_keeps_warnings(capsys: pytest.CaptureFixture[str]) -> None:
-    with verbosity(quiet=True, verbose=False):
-        logging.getLogger("embedcache.anything").warning("mind the gap")
-        logging.getLogger("embedcache.devices").info("device: cpu")
-        progress = open_progress()
-        progress.note("and progress")
-    assert capsys.readouterr().err == "warning: mind the gap\n"
 
 
 @pytest.mark.slow
@@ -143,22 +71,6 @@ def test_interrupt_of_an_extraction_is_one_line(photos: Path, tmp_path: Path) ->
         assert process.stderr is not None
         assert process.stderr.read().endswith("Interrupted. Run the same command again.\n")
     assert process.returncode == 130
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("is_interrupted", [False, True])
-def test_interrupt_while_the_process_exits_is_silent(*, is_interrupted: bool) -> None:
-    program = (
-        "import atexit, os, signal\n"
-        "from embedcache.cli.failures import run_program\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background ignores SIGINT
-        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
-        f"def interrupt():\n    if {is_interrupted}: raise KeyboardInterrupt\n"
-        "run_program(interrupt)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    line = "Interrupted. Run the same command again.\n" if is_interrupted else ""
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, line)
 
 
 @pytest.mark.slow
@@ -230,23 +142,3 @@ def test_selection_that_ends_early_writes_nothing(
     done = embedcache(*words, cwd=tmp_path)
     assert (done.code, done.stderr.splitlines()[-1]) == (code, last_line)
     assert not (tmp_path / "out.parquet").exists()
-
-
-def test_files_are_written_where_nobody_reads_the_table(tmp_path: Path) -> None:
-    page, printed = tmp_path / "page.html", list[str]()
-
-    def print_to_nobody() -> None:
-        raise BrokenPipeError
-
-    def write(path: Path) -> None:
-        path.write_text("page")
-
-    def fail(path: Path) -> None:
-        raise PathError(f"{path} cannot be written")
-
-    with pytest.raises(BrokenPipeError):
-        publish(print_to_nobody, dict, as_json=False, html=page, write_page=write)
-    assert page.read_text() == "page"
-    with pytest.raises(PathError):
-        publish(lambda: printed.append("table"), dict, as_json=False, html=page, write_page=fail)
-    assert printed == ["table"]

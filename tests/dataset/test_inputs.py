@@ -1,4 +1,3 @@
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from embedcache.dataset.inputs import (
     open_input,
     to_inputs,
     to_mean_vectors,
-    to_unit_vectors,
     view_feature,
 )
 from embedcache.errors import DataError, FingerprintError, UnfinishedError
@@ -29,27 +27,9 @@ def test_open_input_reads_no_hashes(cache_path: Path, monkeypatch: pytest.Monkey
     assert len(feature.read(np.array([2, 0])).values) == 2
 
 
-def test_joined_features_are_concatenated(cache_path: Path) -> None:
-    cache, rows = Cache(cache_path), np.array([3, 1])
-    once, twice = (
-        open_input(cache, "image", name) for name in ("open_toy/patches", "open_toy/patches+open_toy/patches")
-    )
-    patches = once.read(rows).values
-    np.testing.assert_array_equal(twice.read(rows).values, np.concatenate([patches, patches], axis=1))
-
-
 def test_joined_features_of_other_width_raises(cache_path: Path) -> None:
     with pytest.raises(DataError, match="open_toy/cls of width 48 and open_toy/patches of width 3"):
         open_input(Cache(cache_path), "image", "open_toy/cls+open_toy/patches")
-
-
-def test_joined_features_of_other_encoder_raises(two_caches: list[Path], tmp_path: Path) -> None:
-    path = Path(shutil.copytree(two_caches[0], tmp_path / "cache"))
-    shutil.copytree(path / "image" / "open_toy", path / "image" / "other")
-    with pytest.raises(
-        DataError, match="one encoder and one width, got open_toy/cls of width 48 and other/cls of width 48"
-    ):
-        open_input(Cache(path), "image", "open_toy/cls+other/cls")
 
 
 def test_ragged_feature_comes_last() -> None:
@@ -57,15 +37,6 @@ def test_ragged_feature_comes_last() -> None:
     assert to_inputs([[np.zeros(3)] * 2, tokens]).lengths.tolist() == [3, 5]  # type: ignore[union-attr]
     with pytest.raises(DataError, match="must come last"):
         to_inputs([tokens, [np.zeros(3)] * 2])
-
-
-def test_chunk_of_failed_items_is_empty(tmp_path: Path) -> None:
-    items = random_items(8, (-1, 5), seed=1, failed=range(4))
-    feature = InputFeature([write_feature(tmp_path, items, (-1, 5), chunk_size=4)])
-    rows, inputs = feature.chunk(0)
-    assert (len(rows), inputs.values.shape) == (0, (0, 5))
-    assert feature.chunk(1)[0].tolist() == [4, 5, 6, 7]
-    assert [rows.tolist() for rows, _ in feature.blocks()] == [[4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize("chunk_bytes", [24, 48])
@@ -81,23 +52,6 @@ def test_dense_items_are_read_without_an_object_each(
     assert (first.tolist(), second.tolist()) == ([0, 1, 3], [4, 5, 6, 7])
     for rows, inputs in ((first, one), (second, other)):
         assert inputs.values.tolist() == [items[row].astype(np.float16).tolist() for row in rows]  # type: ignore[union-attr]
-
-
-def test_one_item_has_its_own_number_of_tokens(tmp_path: Path) -> None:
-    items = [np.ones((5, 3), np.float32)]
-    assert InputFeature([write_feature(tmp_path, items, (-1, 3), chunk_size=4)]).item_shape == (5, 3)
-
-
-def test_items_are_padded_to_the_longest() -> None:
-    def shape(*lengths: int) -> tuple[int, ...]:
-        return to_inputs([[np.ones((length, 3)) for length in lengths]]).values.shape
-
-    assert [shape(0, 1), shape(1, 0, 4), shape(2, 2)] == [(2, 1, 3), (3, 4, 3), (2, 2, 3)]
-
-
-def test_unit_vectors_of_tokens() -> None:
-    values = np.array([[[3.0, 0], [5, 0]], [[0, 2], [0, 0]]])
-    assert to_unit_vectors(Inputs(values, np.array([2, 1]))).tolist() == [[1, 0], [0, 1]]
 
 
 SHAPES = {"vectors": (3,), "fixed": (2, 3), "varying": (-1, 3)}

@@ -131,15 +131,6 @@ def test_files_that_are_no_table_raise(caches: list[Cache], path: Path, kind: st
         keytable.read(path, caches, kind)
 
 
-def test_rows_that_do_not_ascend_raise(caches: list[Cache], path: Path) -> None:
-    for rows, word in (([3, 200, 7], "7 after 200"), ([3, 3, 7], "3 after 3")):
-        with pytest.raises(DataError, match=word):
-            keytable.write(path, caches, {}, "test", {}, rows=np.array(rows))
-    with pytest.raises(PathError, match="csv"):
-        keytable.write(path.with_suffix(".csv"), caches, {}, "test", {})
-    assert not list(path.parent.iterdir())
-
-
 def test_keys_beyond_what_one_array_holds(two_caches: list[Path], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrow's `string` holds 2 GiB, as 20 million keys of 108 characters take; here 100 bytes."""
     monkeypatch.setattr(columns, "_MAX_STRING_BYTES", 100)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.dataset.inputs import open_input
-from embedcache.dataset.pairs import Items, Pairs, choose_language, number_items, pair_items
+from embedcache.dataset.pairs import Items, Pairs, choose_language, pair_items
 from embedcache.errors import DataError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -89,17 +89,6 @@ def test_items_of_samples_with_both_features_are_paired(captioned: Cache) -> Non
         assert pairs.second.samples.tolist() == [0, 0, 1, 1, 4, 5]
         assert len(set(pairs.second.contents[:5].tolist())) == 5
         assert pairs.second.contents[4] == pairs.second.contents[5]
-
-
-def test_contents_need_not_be_numbered(captioned: Cache) -> None:
-    images, texts = (open_input(captioned, modality) for modality in ("image", "text"))
-    found, expected = (pair_items([captioned], [images], [texts], is_numbered=number) for number in (False, True))
-    sides = ((found.first, expected.first, images), (found.second, expected.second, texts))
-    for side, other, feature in sides:
-        assert (side.rows.tolist(), side.samples.tolist()) == (other.rows.tolist(), other.samples.tolist())
-        assert set(side.contents.tolist()) == {-1}
-        numbered = number_items(side, feature).contents
-        assert numbered.tolist() == np.unique(other.contents, return_inverse=True)[1].tolist()
 
 
 def test_captions_of_a_language_are_counted_across_caches(captioned: Cache) -> None:

@@ -1,6 +1,4 @@
 import hashlib
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from embedcache.dataset.splits import PARTS, Split, read_split, write_split
 from embedcache.dataset.splitting import draw_groups, make_split, split_samples
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
-from embedcache.provenance import write_record
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.data import open_data
@@ -76,10 +73,6 @@ def test_drawn_groups_are_those_of_one_after_another(
     np.testing.assert_array_equal(draw(), expected)
 
 
-def test_nothing_is_drawn_from_nothing() -> None:
-    assert draw_groups(pa.array([], pa.string()), np.empty(0, np.int64), [3], 0).tolist() == []
-
-
 def groups_one_after_another(sizes: list[int], quotas: list[int]) -> tuple[Ints, Callable[[], Ints]]:
     """Draw groups of some sizes in a loop; return what is expected, and a function that draws them."""
     groups = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
@@ -97,37 +90,12 @@ def groups_one_after_another(sizes: list[int], quotas: list[int]) -> tuple[Ints,
     return expected, lambda: draw_groups(pa.array(keys), groups, quotas, 3)
 
 
-@pytest.mark.parametrize("kind", ["strict", "key"])
-def test_split_is_reproducible(cache_path: Path, kind: str) -> None:
-    def parts(seed: int) -> list[str]:
-        return split_of(cache_path, SplitSettings(kind=kind, seed=seed, cosines={"image": 0.995, "text": 0.95})).parts
-
-    assert parts(0) == parts(0) != parts(1)
-
-
 def test_key_split_keeps_fractions(cache_path: Path) -> None:
     split = split_of(cache_path, SplitSettings(kind="key", val_fraction=0.2, test_fraction=0.3))
     assert [split.parts.count(part) for part in PARTS] == [150, 60, 90]
     capped = split_of(cache_path, SplitSettings(kind="key", max_val=10, max_test=20))
     assert [capped.parts.count(part) for part in PARTS] == [270, 10, 20]
     assert set(capped.rows("test")) <= set(split.rows("test"))  # the order is the same
-
-
-@pytest.mark.slow
-def test_column_split(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "s", 60)
-    for number, path in enumerate(sorted(folder.glob("*.txt"))):
-        part = "test" if number % 3 == 0 else "restval" if number % 10 == 1 else "train"
-        path.with_suffix(".json").write_text(json.dumps({"split": part}))
-    extract(open_source(folder), tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT])
-    cache = Cache(tmp_path / "c")
-    column = np.array(cache.samples["split"].to_pylist())
-    for fraction in (0.1, 0.4):
-        settings = SplitSettings(kind="column", val_fraction=fraction)
-        parts = np.array(split_of(tmp_path / "c", settings).parts)
-        assert ((parts == "test") == (column == "test")).all()
-        assert ((parts == "") == (column == "restval")).all()
-        assert (parts == "val").sum() == round(fraction * (column == "train").sum())
 
 
 def test_strict_split_joins_by_any_caption(tmp_path: Path) -> None:
@@ -141,11 +109,6 @@ def test_strict_split_joins_by_any_caption(tmp_path: Path) -> None:
     assert split.parts[3] == split.parts[20]
     assert split.groups[7] == -1
     assert split.parts[7] == ""
-
-
-def test_empty_part_raises() -> None:
-    with pytest.raises(DataError, match="val: 0"):
-        Split(parts=["train", "test", ""], groups=[0, 1, -1]).rows("val")
 
 
 def test_split_of_two_caches(cache_path: Path, two_caches: list[Path], tmp_path: Path) -> None:
@@ -172,20 +135,6 @@ def test_samples_that_were_appended_are_in_no_part(two_caches: list[Path], tmp_p
     keytable.write(path, [cache], {"part": parts, "group": groups}, "split", {}, rows=np.arange(30))
     added = list(range(max(groups) + 1, max(groups) + 11))
     assert read_split(path, [cache]) == Split(parts=parts + [""] * 10, groups=groups + added)
-
-
-@pytest.mark.parametrize("digest", [None, "", 7])
-def test_split_beside_a_manifest_without_its_digest_is_read(
-    two_caches: list[Path], tmp_path: Path, digest: object
-) -> None:
-    cache = Cache(two_caches[0])
-    split = split_samples([cache], np.arange(40), SplitSettings(kind="key"))
-    write_split(tmp_path / "split.parquet", [cache], split)
-    write_record(tmp_path / "config.json", {"split_digest": digest})
-    assert read_split(tmp_path / "split.parquet", [cache]) == split
-    write_record(tmp_path / "config.json", {"split_digest": "0" * 64})
-    shutil.copy(tmp_path / "split.parquet", tmp_path / "other.parquet")  # of another name, so not that of the run
-    assert read_split(tmp_path / "other.parquet", [cache]) == split
 
 
 def test_split_of_another_run_is_used(two_caches: list[Path], tmp_path: Path) -> None:
@@ -254,10 +203,3 @@ def test_column_of_several_caches(two_caches: list[Path]) -> None:
     caches[0]._sample_columns["split"] = pa.chunked_array([["Train", "x", None, "val"] * 10])
     with pytest.raises(SourceError, match="expected train"):
         split_samples(caches, samples, settings)
-
-
-def test_mistakes_are_named(cache_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="strickt"):
-        split_of(cache_path, SplitSettings(kind="strickt"))
-    with pytest.raises(SourceError, match="column"):
-        split_of(cache_path, SplitSettings(kind="column"))

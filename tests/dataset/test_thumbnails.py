@@ -2,9 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,32 +11,15 @@ from PIL import Image
 from embedcache.dataset.thumbnails import (
     Thumbnails,
     UnplayableError,
-    credit,
     draw_sound,
 )
-from embedcache.errors import ItemError, PathError
+from embedcache.errors import ItemError
 from embedcache.extract.extract import extract
-from embedcache.settings import replace_fields
-from embedcache.sources import open_source, read_below
+from embedcache.sources import open_source
 from embedcache.sources.media import decode_audio, decode_video
 from embedcache.store.cache import Cache
 from tests.media_files import encode_video, moving_square, tone, wav
 from tests.media_toy import MEDIA
-
-Described = Callable[..., Cache]
-
-
-@pytest.fixture
-def described(two_caches: list[Path], monkeypatch: pytest.MonkeyPatch) -> Described:
-    """Return a function that opens a cache as if it named another source."""
-
-    def describe(kind: str, path: object, **others: Any) -> Cache:
-        cache = Cache(two_caches[0])
-        source = {"type": kind, "path": str(path), "settings": {}, **others}
-        monkeypatch.setattr(cache, "info", replace_fields(cache.info, source=source))
-        return cache
-
-    return describe
 
 
 def test_images_are_read_and_made_small(two_caches: list[Path]) -> None:
@@ -59,21 +40,6 @@ def test_images_are_read_and_made_small(two_caches: list[Path]) -> None:
         assert image.size == (32, 32)  # never enlarged
     assert thumbnails.data_url(7) is url  # made once
     assert thumbnails.data_url(8) != url
-
-
-def test_thumbnails_are_88_pixels_at_most(described: Described, tmp_path: Path) -> None:
-    for name, size in (("00000", (300, 200)), ("00001", (40, 500))):
-        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
-    with read_below(tmp_path):
-        thumbnails = Thumbnails(described("folder", tmp_path))
-    for row, size in ((0, (88, 59)), (1, (7, 88))):
-        with Image.open(io.BytesIO(base64.b64decode(thumbnails.data_url(row).partition(",")[2]))) as image:
-            assert image.size == size
-
-
-def test_credit_of_the_source(described: Described) -> None:
-    assert "OpenMoji" in credit(described("openmoji", "en"))
-    assert credit(described("folder", "x")) == ""
 
 
 def test_sound_is_drawn_by_time_and_frequency() -> None:
@@ -154,10 +120,3 @@ def test_files_to_play(media: Path) -> None:
         videos.play(0, 1_000)
     with pytest.raises(UnplayableError, match="browsers play MP4 and WebM, and this video is neither"):
         videos.play(2, 10**6)
-
-
-def test_errors_name_what_is_missing(described: Described) -> None:
-    cache = described("folder", "/")
-    for modality, words in (("audio", "recordings"), ("video", "videos"), ("image", "images")):
-        with pytest.raises(PathError, match=words):
-            Thumbnails(cache, modality)
