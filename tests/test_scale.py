@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from benchmarks.scale_data import write_features, write_table
-from embedcache.dataset.pairs import pair_items
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split, write_split
@@ -69,17 +68,3 @@ def test_no_object_per_item(pairs_path: Path, tmp_path: Path) -> None:
     gc.freeze()  # what other tests hold, which each collection would go through
     kept = {make.__name__: kept_objects(make) for make in (open_feature, open_pairs, split, select)}
     assert max(kept.values()) < COUNT / 10, kept
-
-
-def test_contents_and_captions_of_made_pairs(pairs_path: Path) -> None:
-    """The data are what they are meant to be: copies, several captions and failures."""
-    cache = Cache(pairs_path)
-    image, text = cache.feature("image"), cache.feature("text")
-    assert text.num_items == COUNT * 1.2
-    assert (~image.valid).sum() == COUNT / 100
-    assert image.failures[7] == "not an image"
-    data = open_data(pairs_path, {"image": None, "text": None}, memory_bytes=1)
-    pairs = pair_items([cache], *data.sides.values())
-    assert len(pairs.samples) > 0.97 * COUNT
-    copied = np.isin(pairs.first.samples, [98, 99])
-    assert len(set(pairs.first.contents[copied])) == 1

@@ -31,30 +31,26 @@ def read(cache: Cache, **options: object) -> Labels:
     return read_labels(cache, np.arange(cache.info.num_samples), **options)  # type: ignore[arg-type]
 
 
-def test_read_labels_sorts_names(tmp_path: Path) -> None:
-    labels = read(make_cache(tmp_path, label=PETS))
-    assert labels.names == ["cat", "dog", "newt"]
-    assert labels.numbers.tolist() == [0, 1, 0, 2, 1]
-    assert labels.numbers.dtype == np.int64
-
-
-def test_read_labels_integers(tmp_path: Path) -> None:
-    labels = read(make_cache(tmp_path, class_id=[10, 2, 10, 7]), column="class_id")
-    assert labels.names == ["2", "7", "10"]
-    assert labels.numbers.tolist() == [2, 0, 2, 1]
-
-
-def test_read_labels_given_classes(tmp_path: Path) -> None:
-    labels = read(make_cache(tmp_path, label=PETS), classes=["newt", "eel", "dog", "cat"])
-    assert labels.names == ["newt", "eel", "dog", "cat"]
-    assert labels.numbers.tolist() == [3, 2, 3, 0, 2]
-
-
-@pytest.mark.parametrize(("classes", "numbers"), [(["cat", "dog"], [1, 0, 1]), (["1", "0"], [0, 1, 0])])
-def test_read_labels_digits_are_names_if_classes_are_named_so(
-    tmp_path: Path, classes: list[str], numbers: list[int]
+@pytest.mark.parametrize(
+    ("labels", "classes", "names", "numbers"),
+    [
+        (PETS, None, ["cat", "dog", "newt"], [0, 1, 0, 2, 1]),
+        (PETS, ["newt", "eel", "dog", "cat"], ["newt", "eel", "dog", "cat"], [3, 2, 3, 0, 2]),
+        ([10, 2, 10, 7], None, ["2", "7", "10"], [2, 0, 2, 1]),
+        ([2, 0, 2], ["cat", "dog", "newt"], ["cat", "dog", "newt"], [2, 0, 2]),
+        (["1", "0", "1"], ["cat", "dog"], ["cat", "dog"], [1, 0, 1]),
+        (["1", "0", "1"], ["1", "0"], ["1", "0"], [0, 1, 0]),
+        (["heron"], ["crane", "heron", "crane"], ["crane", "heron", "crane"], [1]),
+        ([True, False], None, ["false", "true"], [1, 0]),
+    ],
+)
+def test_read_labels(
+    tmp_path: Path, labels: list[object], classes: list[str] | None, names: list[str], numbers: list[int]
 ) -> None:
-    assert read(make_cache(tmp_path, label=["1", "0", "1"]), classes=classes).numbers.tolist() == numbers
+    cache = make_cache(tmp_path, label=labels)
+    read_all = read(cache, classes=classes)
+    assert (read_all.names, read_all.numbers.tolist()) == (names, numbers)
+    assert read_all.numbers.dtype == np.int64
 
 
 @pytest.mark.parametrize(
