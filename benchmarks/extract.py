@@ -21,9 +21,8 @@ from benchmarks.data import save_open_clip, save_vit, write_captions, write_imag
 from benchmarks.measure import median_rates, show
 from embedcache.arrays import Array
 from embedcache.cli.console import print_line
-from embedcache.encoders.base import Encoder
+from embedcache.encoders.base import Encoder, EncoderSettings
 from embedcache.encoders.open import open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress

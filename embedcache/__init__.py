@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from embedcache.derive.derive import Derivation as Derivation
     from embedcache.derive.derive import derive as derive_features
     from embedcache.derive.derive import derive_from_run as derive_from_run
-    from embedcache.encoders.settings import EncoderSettings as EncoderSettings
+    from embedcache.encoders.base import EncoderSettings as EncoderSettings
     from embedcache.errors import EmbedcacheError as EmbedcacheError
     from embedcache.evaluate.encoder_pairs import evaluate_pairs as evaluate_pairs
     from embedcache.evaluate.probe import evaluate_probe as evaluate_probe

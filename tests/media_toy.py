@@ -11,9 +11,8 @@ import numpy as np
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
 from embedcache.encoders.open import EncoderSpec
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError
 
 MEDIA = "tests.media_toy:open_media"

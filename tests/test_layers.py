@@ -45,7 +45,7 @@ HEAVY = {
     "faiss": {"search"},
     "timm": {"encoders"},
     "transformers": {"encoders", "export"},
-    "sentence_transformers": {"encoders", "export"},
+    "sentence_transformers": {"export"},
     "open_clip": {"encoders", "export"},
     "clip_benchmark": {"interop", "sources"},
     "mteb": {"interop"},

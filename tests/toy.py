@@ -13,9 +13,8 @@ import numpy as np
 from PIL.Image import Image, Resampling
 
 from embedcache.arrays import Array
-from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
 from embedcache.encoders.open import EncoderSpec, check_options
-from embedcache.encoders.settings import EncoderSettings
 
 IMAGE = "tests.toy:open_toy"
 TEXT = "tests.toy:open_toy"

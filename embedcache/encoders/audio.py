@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from math import gcd, prod
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,7 @@ from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
 from embedcache.devices import torch_device
 from embedcache.encoders.backends import Graph
-from embedcache.encoders.base import Fingerprint, ItemShape, Modality, check_names
-from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.base import EncoderSettings, Fingerprint, ItemShape, Modality, check_names
 from embedcache.errors import ItemError
 from embedcache.processes import prefetch_map
 
@@ -35,20 +34,21 @@ WINDOW_S = 30
 class AudioEncoder:
     """An encoder of recordings.
 
-    Its features are the outputs of the graph. Tokens of a recording's windows are joined, and each name that ends in
-    `states` also has a `mean` over time, in float32; vectors are averaged over the windows.
+    The tokens of a recording's windows are joined, and each name that ends in `states` also has a `mean` over time, in
+    float32.
 
     Args:
-        graph: computes the outputs of a batch of windows of one shape, passed as `INPUT`.
+        graph: computes the states of a batch of windows of one shape, passed as `INPUT`.
         prepare: checked waveform, (n,) float32 at 16 kHz -> model input; called from many threads at once.
         split: model input -> its windows.
-        outputs: name -> shape of one item, `(-1, D)` for tokens.
+        states: names of the outputs of the graph, (T, D) per window.
+        width: D.
         min_samples: samples of the shortest recording that gives one token.
         long_window: size of an input that runs alone on a CPU, where several of them at once need much more memory and
-            are hardly faster; None: all share batches.
+            are hardly faster.
         num_parallel: batches that the graph runs at once, each called from a thread of its own.
         axis: of the tokens.
-        num_tokens: model input -> number of tokens that belong to the recording, not to padding; None for vectors.
+        num_tokens: model input -> number of tokens that belong to the recording, not to padding.
         fingerprint: of the model; backend and precision are filled in here.
     """
 
@@ -60,24 +60,33 @@ class AudioEncoder:
         *,
         prepare: Callable[[Floats], Array],
         split: Callable[[Array], Sequence[Array]],
-        outputs: Mapping[str, ItemShape],
+        states: Sequence[str],
+        width: int,
         min_samples: int,
-        long_window: int | None = None,
+        long_window: int,
         num_parallel: int = 1,
-        axis: Axis | None = None,
-        num_tokens: Callable[[Array], int] | None = None,
+        axis: Axis,
+        num_tokens: Callable[[Array], int],
         fingerprint: Fingerprint,
         settings: EncoderSettings,
     ) -> None:
-        self._graph, self._prepare, self._split = graph, prepare, split
-        self._min_samples, self._num_tokens = min_samples, num_tokens
-        self.features: Mapping[str, ItemShape] = dict(_features(outputs))
-        self.axes = {name: axis for name, shape in self.features.items() if axis is not None and shape[0] == -1}
+        self._graph = graph
+        self._prepare = prepare
+        self._split = split
+        self._min_samples = min_samples
+        self._num_tokens = num_tokens
+        self.axes = dict.fromkeys(states, axis)
+        features: dict[str, ItemShape] = {}
+        for name in states:
+            features[name.removesuffix("states") + "mean"] = (width,)
+            features[name] = (-1, width)
+        self.features: Mapping[str, ItemShape] = features
+
         is_on_cpu = torch_device(settings.device).type == "cpu"
-        on_cpu, on_gpu = max(8, 2 * num_parallel), 32
-        self.batch_size = settings.batch_size or (on_cpu if is_on_cpu else on_gpu)
+        self.batch_size = settings.batch_size or (max(8, 2 * num_parallel) if is_on_cpu else 32)
         self._long_window = long_window if is_on_cpu and settings.batch_size is None else None
-        self._num_parallel, self._threads = num_parallel, ThreadPoolExecutor(num_parallel, "audio")
+        self._num_parallel = num_parallel
+        self._threads = ThreadPoolExecutor(num_parallel, "audio")
         self.fingerprint = replace(fingerprint, backend=graph.backend, precision=settings.precision)
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
@@ -102,7 +111,11 @@ class AudioEncoder:
         """
         check_names(names, self.features)
         windows = [(item, window) for item, inputs in enumerate(prepared) for window in self._split(inputs)]
-        joins = {name: [self._join(name, inputs, cast) for inputs in prepared] for name in names}
+        joins: dict[str, list[_Join]] = {}
+        for name in names:
+            cast_tokens = partial(cast, name) if name in self.axes else None
+            joins[name] = [_Join(self._num_tokens(inputs), cast_tokens) for inputs in prepared]
+
         sources = sorted({_source(name) for name in names})
         for item, outputs in self._run(windows, sources):
             for name in names:
@@ -142,42 +155,38 @@ class AudioEncoder:
             for rows in blocks(len(same), size):
                 yield same[rows]
 
-    def _join(self, name: str, inputs: Array, cast: Callable[[str, Array], Array]) -> "_Join":
-        num_tokens = None if self._num_tokens is None else self._num_tokens(inputs)
-        is_mean = num_tokens is None or name != _source(name)
-        return _Join(num_tokens, None if is_mean else partial(cast, name))
-
 
 class _Join:
-    """The tokens of a recording, or their mean, or the mean of the vectors of its windows.
+    """The tokens of a recording, or their mean.
 
     Args:
-        num_tokens: tokens of the recording; the windows may have more, of padding. If None, windows have vectors.
+        num_tokens: tokens of the recording; the windows may have more, of padding.
         cast: converts tokens, which are then written into one array window by window. If None, the mean is computed.
     """
 
-    def __init__(self, num_tokens: int | None, cast: Callable[[Array], Array] | None) -> None:
-        self._num_tokens, self._cast = num_tokens, cast
+    def __init__(self, num_tokens: int, cast: Callable[[Array], Array] | None) -> None:
+        self._num_tokens = num_tokens
+        self._cast = cast
         self._count = 0
         self._joined: Array | None = None
 
-    def add(self, output: Floats) -> None:
-        """Add the tokens (T, D) of the next window, or its vector (D,)."""
-        rows_TD = output[None] if self._num_tokens is None else output[: self._num_tokens - self._count]
+    def add(self, tokens_TD: Floats) -> None:
+        """Add the tokens of the next window."""
+        rows_TD = tokens_TD[: self._num_tokens - self._count]
         if self._cast is None:
             sum_D = rows_TD.sum(axis=0, dtype=np.float32)
             self._joined = sum_D if self._joined is None else self._joined + sum_D
         else:
             stored_TD = self._cast(rows_TD)
             if self._joined is None:
-                self._joined = np.empty((self._num_tokens or 0, stored_TD.shape[1]), stored_TD.dtype)
+                self._joined = np.empty((self._num_tokens, stored_TD.shape[1]), stored_TD.dtype)
             self._joined[self._count : self._count + len(stored_TD)] = stored_TD
         self._count += len(rows_TD)
 
     def result(self) -> Array:
         """Return all tokens, (T, D), or the mean, (D,)."""
         assert self._joined is not None
-        assert self._num_tokens in (None, self._count)
+        assert self._num_tokens == self._count
         return self._joined / np.float32(self._count) if self._cast is None else self._joined
 
 
@@ -194,25 +203,6 @@ def check_audio(item: Any, min_samples: int) -> Floats:
     if not np.isfinite(audio).all():
         raise ItemError(f"{np.count_nonzero(~np.isfinite(audio))} of {len(audio)} samples are NaN or infinite")
     return audio
-
-
-def resample(audio_N: Floats, rate_hz: int) -> Floats:
-    """Resample from 16 kHz with a polyphase filter; the band above 8 kHz stays empty."""
-    if rate_hz == SAMPLE_RATE_HZ:
-        return audio_N
-    from scipy.signal import resample_poly
-
-    common = gcd(rate_hz, SAMPLE_RATE_HZ)
-    resampled: Floats = resample_poly(audio_N, rate_hz // common, SAMPLE_RATE_HZ // common).astype(np.float32)
-    return resampled
-
-
-def _features(outputs: Mapping[str, ItemShape]) -> Iterator[tuple[str, ItemShape]]:
-    """Iterate over features with their shapes: a `mean` comes before the states that it is the mean of."""
-    for name, shape in outputs.items():
-        if shape[0] == -1:
-            yield name.removesuffix("states") + "mean", shape[1:]
-        yield name, shape
 
 
 def _source(name: str) -> str:

@@ -17,9 +17,8 @@ import torch
 from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
 from embedcache.devices import announce_device, autocast, torch_device
-from embedcache.encoders.base import Backend, Fingerprint, ItemShape, Modality, check_names
-from embedcache.encoders.image_features import native_features
-from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.base import Backend, EncoderSettings, Fingerprint, ItemShape, Modality, check_names
+from embedcache.encoders.features import native_features
 from embedcache.errors import ArtifactError, SettingError, one_line
 from embedcache.files import replacing, user_folder, write_atomic
 from embedcache.provenance import digest, digest_file

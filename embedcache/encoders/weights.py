@@ -149,19 +149,12 @@ def needs_trust(folder: Path) -> SettingError:
     )
 
 
-def find_model_class(config: Any, folder: Path) -> Any:
-    """Return the transformers class that loads a model: `AutoModel`, or the encoder of an encoder-decoder."""
+def find_model_class(config: Any) -> Any:
+    """Return the transformers class that loads a model, of an encoder-decoder such as T5 its encoder."""
     import transformers
 
-    if not getattr(config, "is_encoder_decoder", False):
-        return transformers.AutoModel
-    encoders = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel"}
-    if config.model_type not in encoders:
-        raise SettingError(
-            f"{folder} is an encoder-decoder of type {config.model_type}: expected {' or '.join(encoders)}, whose "
-            "encoder can be loaded alone; choose another model"
-        )
-    return getattr(transformers, encoders[config.model_type])
+    is_whole = not getattr(config, "is_encoder_decoder", False)
+    return transformers.AutoModel if is_whole else transformers.AutoModelForTextEncoding
 
 
 def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Module, str]:

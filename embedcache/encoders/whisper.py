@@ -19,9 +19,8 @@ from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
 from embedcache.devices import torch_device
 from embedcache.encoders.audio import INPUT, SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder
-from embedcache.encoders.base import Backend, Encoder, Modality
+from embedcache.encoders.base import Backend, Encoder, EncoderSettings, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import CorruptError, PathError, SettingError, one_line
 from embedcache.files import expand_home
 from embedcache.processes import num_cores
@@ -64,7 +63,8 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
         graph,
         prepare=np.asarray if is_padded else to_mel,
         split=to_padded_windows if is_padded else _windows,
-        outputs={"states": (-1, graph.width)},
+        states=["states"],
+        width=graph.width,
         min_samples=FFT_SIZE,
         long_window=graph.num_mels * _WINDOW_FRAMES,
         num_parallel=graph.num_parallel,

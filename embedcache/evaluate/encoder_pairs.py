@@ -19,7 +19,7 @@ from embedcache.dataset.pairs import Items, Pairs, choose_language, pair_items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.dataset.splitting import make_split
 from embedcache.devices import products_on
-from embedcache.encoders.image_features import FeatureName
+from embedcache.encoders.features import FeatureName
 from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize
 from embedcache.evaluate.settings import PairsSettings
 from embedcache.files import AnyPath

@@ -82,7 +82,7 @@ def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str |
     text_head_config, text_head = _head(run, "text")
 
     text.save_processor(folder)
-    transformer: Any = text.module.get_submodule("_transformer" if text.config["kind"] == "sentences" else "_model")
+    transformer: Any = text.module.get_submodule("_model")
     transformer.config.save_pretrained(folder)
     modules = {
         "visual.trunk": image.module.get_submodule("_model").state_dict(),

@@ -121,11 +121,9 @@ def _sentence_modules(spec: EncoderSpec, name: str, max_tokens: int, library: An
     folder = encoders.find_folder(spec).path
     model = library.SentenceTransformer(str(folder), device="cpu")
     model.max_seq_length = max_tokens
-    if name == "pooled":  # of a model that the library runs as a whole
-        return list(model)
     modules = encoders.read_modules(folder)
     library_modules = [module for module in model if type(module).__name__ != "Normalize"]
-    pooled = "_".join(modules.pools)
+    pooled = next(iter(modules.pools))
     default = "dense" if modules.heads else pooled
     if name == default:
         return library_modules

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from embedcache.encoders import lite, sentence_transformers, timm, transformers
+from embedcache.encoders import sentence_transformers, timm, transformers
 from embedcache.encoders.base import Modality, background_of
-from embedcache.encoders.image_features import (
+from embedcache.encoders.features import (
     LITE_CROP_PADDING_PX,
     ImageFeatures,
+    TextFeatures,
     TimmFeatures,
     requested_layers,
 )
 from embedcache.encoders.open import EncoderSpec, feature_names
-from embedcache.encoders.text_features import SentenceFeatures, TextFeatures
 from embedcache.encoders.weights import find_model_folder, load_part, load_pretrained
 from embedcache.errors import SettingError
 from embedcache.export.base import ExportRun, check_plain, unsupported
@@ -110,8 +110,6 @@ def _check_exportable(
         raise unsupported(format_name, "the exported image processor crops the center square")
     if background_of(preprocessing) != "white":
         raise unsupported(format_name, "the exported image processor composites transparent images onto white")
-    if "files" in preprocessing:
-        raise unsupported(format_name, "its encoder is run by the library sentence-transformers as a whole")
     if modality == "text" and (preprocessing["prefix"] or preprocessing["lower"]):
         text_alone = "use embedcache export sentence-transformers for the text tower"
         raise unsupported(
@@ -165,12 +163,18 @@ def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
 
 
 def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
-    network, _ = lite.load_model(spec)
-    size_px = lite.MODELS[spec.model]
+    network, _ = timm.load_lite_model(spec)
+    size_px = timm.LITE_MODELS[spec.model]
     network.reset_classifier(0)
     input_size = [3, size_px, size_px]
-    config = {"kind": "timm", "model": lite.timm_name(spec.model), "image_size": None, "input_size": input_size}
-    settings = {"size_px": size_px, "crop_padding_px": LITE_CROP_PADDING_PX, "mean": lite.MEAN, "std": lite.STD}
+    model = timm.lite_architecture(spec.model)
+    config = {"kind": "timm", "model": model, "image_size": None, "input_size": input_size}
+    settings = {
+        "size_px": size_px,
+        "crop_padding_px": LITE_CROP_PADDING_PX,
+        "mean": timm.LITE_MEAN,
+        "std": timm.LITE_STD,
+    }
     module = TimmFeatures(network, requested_layers(names)).eval()
     return _OpenedEncoder(module, config, partial(_save_image_processor, "lite", settings))
 
@@ -182,9 +186,11 @@ def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _Op
     tower_config, loader = transformers.find_tower(folder, modality)
     model = _load_seeded(lambda: load_pretrained(loader, folder, tower_config))
     layers = requested_layers(names)
-    config = {"kind": "transformers", **_model_config(model)}
+    config: dict[str, Any] = {"kind": "transformers", **_model_config(model)}
     if modality == "text":
-        return _OpenedEncoder(TextFeatures(model, layers).eval(), config, partial(_save_tokenizer, folder))
+        pools = transformers.TEXT_POOLS
+        config |= {"pools": pools, "heads": []}
+        return _OpenedEncoder(TextFeatures(model, layers, pools).eval(), config, partial(_save_tokenizer, folder))
     config["input_size"] = list(transformers.pixel_transform(folder).input_size)
     processor = load_part(AutoImageProcessor, folder, "image processor", "add preprocessor_config.json")
     settings = transformers.published_settings(processor)
@@ -204,7 +210,7 @@ def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
     config = {
         "kind": "sentences",
         **_model_config(model),
-        "pools": list(modules.pools),
+        "pools": modules.pools,
         "heads": [
             {
                 "num_in": head.linear.in_features,
@@ -216,9 +222,7 @@ def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
         ],
     }
     width = spec.int_option("truncate_dim")
-    if width is not None:
-        config["width"] = width
-    module = SentenceFeatures(model, modules.pools, modules.heads, requested_layers(names), width).eval()
+    module = TextFeatures(model, requested_layers(names), modules.pools, modules.heads, width).eval()
     return _OpenedEncoder(module, config, partial(_save_tokenizer, modules.tokenizer))
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from embedcache.encoders.base import Modality
-from embedcache.encoders.image_features import patch_pools
+from embedcache.encoders.features import patch_pools
 from embedcache.encoders.weights import quiet_transformers
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images, unsupported
 from embedcache.export.towers import EncoderModule, open_module
@@ -32,15 +32,14 @@ _PROCESSOR = "image_processing_embedcache"
 _COPIED = {
     f"{_HUB_CODE}.{_MODEL}": (
         f"{_HUB_CODE}.projectors",
-        "embedcache.encoders.image_features",
-        "embedcache.encoders.text_features",
+        "embedcache.encoders.features",
         "embedcache.errors",
         "embedcache.projectors.heads",
         "embedcache.projectors.tokens",
     ),
     f"{_HUB_CODE}.{_PROCESSOR}": (
         "embedcache.arrays",
-        "embedcache.encoders.image_features",
+        "embedcache.encoders.features",
         "embedcache.errors",
         "embedcache.sources.images",
     ),

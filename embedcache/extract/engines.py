@@ -15,9 +15,8 @@ from typing import Any
 
 from embedcache.axis import Axis
 from embedcache.devices import AUTO, all_devices, announce_device
-from embedcache.encoders.base import Encoder, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Modality
 from embedcache.encoders.open import EncoderSpec, auto_precision, open_encoder, recorded_settings
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.views import View, open_view, reopen_view
 from embedcache.errors import SourceError, UnfinishedError, first_few
 from embedcache.extract.encode import Encoders, FolderEncoder, open_gate, view_fingerprint

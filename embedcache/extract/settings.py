@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import field_validator
 
 from embedcache.devices import AUTO, address_setting, device_setting, engine_setting
-from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.base import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
 from embedcache.processes import num_cores

@@ -12,9 +12,8 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.encoders.base import NO_WEIGHTS, Encoder, Modality
+from embedcache.encoders.base import NO_WEIGHTS, Encoder, EncoderSettings, Modality
 from embedcache.encoders.open import EncoderSpec, open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
 from embedcache.provenance import canonical_json
 from embedcache.sources.media import Video

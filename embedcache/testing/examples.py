@@ -12,9 +12,8 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.dataset import keytable
-from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality
+from embedcache.encoders.base import NO_WEIGHTS, Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
 from embedcache.encoders.open import EncoderSpec, check_options
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source

@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from embedcache.arrays import Array
-from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality, check_names
+from embedcache.encoders.base import NO_WEIGHTS, Encoder, EncoderSettings, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 
 FAMILY = "pipelines.avsr.pixels:open_pixels"

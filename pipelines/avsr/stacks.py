@@ -18,10 +18,9 @@ from safetensors.numpy import load_file, save_file
 from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
 from embedcache.derive.rules import principal_components
-from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality, check_names
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.frames import RATE_HZ, FrameEncoder, RawVideo
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import check_weights_file, hash_weights
 from embedcache.errors import CorruptError, DataError, SettingError, one_line
 from embedcache.files import expand_home, replacing

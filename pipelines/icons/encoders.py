@@ -21,11 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 from embedcache.arrays import Array
-from embedcache.encoders.base import Encoder, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Modality
+from embedcache.encoders.features import POOLS
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import Tokenizer, build_text_encoder
-from embedcache.encoders.text_features import mean, mean_sqrt_len
 from embedcache.encoders.weights import hash_weights
 
 USE = "pipelines.icons.encoders:open_use:multilingual-v3"
@@ -109,7 +108,7 @@ class SentenceEncoder(torch.nn.Module):
         states = self.norm_in(self.project_in(vectors_BTD)).split(_NGRAM_WIDTH, dim=-1)
         ngrams = [ngram(state_BTD, mask_BT1) for ngram, state_BTD in zip(self.ngrams, states, strict=True)]
         tokens_BTD = self.project_out(self.norm_out(torch.cat([vectors_BTD, *ngrams], dim=-1))).float()
-        return {"dense": self.dense(mean_sqrt_len(tokens_BTD, attention_mask))}
+        return {"dense": self.dense(POOLS["mean_sqrt_len"](tokens_BTD, attention_mask))}
 
 
 class _NGrams(torch.nn.Module):
@@ -192,7 +191,7 @@ class _TokenTable(torch.nn.Module):
         self.embedding = torch.nn.Embedding(num_tokens, width)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"mean": mean(self.embedding(input_ids), attention_mask)}
+        return {"mean": POOLS["mean"](self.embedding(input_ids), attention_mask)}
 
 
 def _open_tokenizer(path: Path) -> Tokenizer:

@@ -17,9 +17,8 @@ from scipy.spatial import cKDTree
 
 from embedcache.arrays import Array, Floats
 from embedcache.axis import Axis
-from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality, check_names
+from embedcache.encoders.base import NO_WEIGHTS, Encoder, EncoderSettings, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError
 
 GEOMETRY, FIELDS = "pipelines.summit.encoders:open_geometry:eigen", "pipelines.summit.encoders:open_fields:fields"

@@ -14,9 +14,8 @@ from embedcache.curate import leaks as closest
 from embedcache.curate.leaks import find_leaks, write_clean_selection
 from embedcache.curate.settings import LeakSettings
 from embedcache.dataset.selections import read_selection
-from embedcache.encoders.base import Encoder, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Modality
 from embedcache.encoders.open import EncoderSpec
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnfinishedError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings

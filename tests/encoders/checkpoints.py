@@ -112,36 +112,6 @@ def save_speech(folder: Path, name: str, *, seed: int, **options: Any) -> Path:
     return folder
 
 
-def save_clap(folder: Path, *, seed: int, is_fused: bool) -> Path:
-    """Save a CLAP whose audio tower has 2 stages, for windows of 1 s at 48 kHz, and its feature extractor."""
-    import transformers
-
-    torch.manual_seed(seed)
-    audio = {
-        "window_size": 4,
-        "num_mel_bins": 16,
-        "spec_size": 64,
-        "patch_size": 4,
-        "patch_stride": [4, 4],
-        "num_classes": 4,
-        "hidden_size": 32,
-        "projection_dim": 12,
-        "depths": [1, 1],
-        "num_attention_heads": [2, 2],
-        "patch_embeds_hidden_size": 16,
-        "enable_fusion": is_fused,
-    }
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.ClapConfig(audio_config=audio, text_config={**text, "vocab_size": 30}, projection_dim=12)
-    transformers.ClapModel(config).save_pretrained(folder)
-    transformers.ClapFeatureExtractor(
-        feature_size=16,
-        max_length_s=1,
-        truncation="fusion" if is_fused else "rand_trunc",
-    ).save_pretrained(folder)
-    return folder
-
-
 def save_whisper(folder: Path, *, seed: int) -> Path:
     """Save a Whisper of 2 layers of 16, and the same for CTranslate2 in the folder `ctranslate2` in it."""
     import transformers
@@ -192,16 +162,3 @@ def change_one_weight(path: Path, change: Callable[[Any], Any] = lambda tensor: 
     first = state[name].clone()
     first.view(-1)[0] = change(first.view(-1)[0])
     save_file({**state, name: first}, path, metadata={"format": "pt"})
-
-
-def save_static(folder: Path, bert: Path, *, width: int) -> Path:
-    """Save a sentence-transformers folder of token vectors alone, with the prompts `query` and `document`."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer import modules
-    from tokenizers import Tokenizer
-
-    torch.manual_seed(2)
-    static = modules.StaticEmbedding(Tokenizer.from_file(str(bert / "tokenizer.json")), embedding_dim=width)
-    prompts = {"query": "a small dog ", "document": ""}
-    SentenceTransformer(modules=[static], device="cpu", prompts=prompts).save(str(folder), create_model_card=False)
-    return folder

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.encoders.backends import OnnxExport, TorchGraph, export_graph
+from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, SettingError
 
 

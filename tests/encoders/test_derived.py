@@ -11,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedcache.encoders.base import Modality
-from embedcache.encoders.image import ImageModel
-from embedcache.encoders.image_features import (
+from embedcache.encoders.base import EncoderSettings, Modality
+from embedcache.encoders.features import (
     FeatureName,
     GridPool,
     KMeansPool,
@@ -22,8 +21,8 @@ from embedcache.encoders.image_features import (
     patch_grid,
     requested_layers,
 )
+from embedcache.encoders.image import ImageModel
 from embedcache.encoders.open import open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.testing.encoders import TEXTS, example_images
 from tests.encoders.checkpoints import save_dinov2, save_sentence_transformer, save_timm
@@ -284,7 +283,7 @@ def test_text_model_blocks(family: str, backend: Any, bert: Path, tmp_path: Path
 def test_last_text_block_is_before_final_norm(tmp_path: Path) -> None:
     from transformers import T5Config, T5EncoderModel
 
-    from embedcache.encoders.image_features import state_features, untie_last_state
+    from embedcache.encoders.features import state_features, untie_last_state
 
     torch.manual_seed(0)
     config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
@@ -302,15 +301,15 @@ def test_last_text_block_is_before_final_norm(tmp_path: Path) -> None:
 def test_blocks_are_refused_where_transformers_cannot_return_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import T5Config, T5EncoderModel
 
-    from embedcache.encoders import image_features
+    from embedcache.encoders import features
 
     model = T5EncoderModel(T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2))
-    monkeypatch.setattr(image_features, "version", lambda _: "5.17.1")
-    image_features.untie_last_state(model, [])
+    monkeypatch.setattr(features, "version", lambda _: "5.17.1")
+    features.untie_last_state(model, [])
     with pytest.raises(SettingError, match=r"got 5\.17\.1; .* 'transformers>=5\.18'"):
-        image_features.untie_last_state(model, [1])
-    monkeypatch.setattr(image_features, "version", lambda _: "5.18.0")
-    image_features.untie_last_state(model, [1])
+        features.untie_last_state(model, [1])
+    monkeypatch.setattr(features, "version", lambda _: "5.18.0")
+    features.untie_last_state(model, [1])
     assert not model.config.tie_last_hidden_states
 
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.frames import FrameEncoder
 from embedcache.encoders.open import EncoderSpec, open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
 from embedcache.sources.media import MAX_VIDEO_PIXELS, Video, decode_video
 from embedcache.testing.encoders import TOLERANCE, VideoEncoderContract, example_videos

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from embedcache.axis import Axis
-from embedcache.encoders.image_features import lite_crop
-from embedcache.encoders.lite import _whole_size, load_model
+from embedcache.encoders.base import EncoderSettings
+from embedcache.encoders.features import lite_crop
 from embedcache.encoders.open import EncoderSpec, open_encoder
-from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.timm import load_lite_model
 from embedcache.errors import SettingError
 from embedcache.testing.encoders import ImageEncoderContract, example_images
 
@@ -57,8 +57,9 @@ def test_layers_are_blocks() -> None:
 def test_crop_classifies_photographs(photographs: Sequence[Image.Image]) -> None:
     """The classifier recognizes most photographs only with the crop that it was trained with."""
     prepared = [lite_crop(image, 224) for image in photographs]
+    model, _ = load_lite_model(EncoderSpec.parse("lite:efficientnet-lite0"))
     with torch.no_grad():
-        named = load_model(EncoderSpec.parse("lite:efficientnet-lite0"))[0](_scaled(prepared)).argmax(dim=1).tolist()
+        named = model(_scaled(prepared)).argmax(dim=1).tolist()
     right = [int(image.info["class"]) == label for image, label in zip(photographs, named, strict=True)]
     assert sum(right) >= 15
 
@@ -96,11 +97,9 @@ def test_cropped_patches_have_no_place_in_the_image() -> None:
     cropped = open_encoder("lite:efficientnet-lite0", modality="image", settings=TORCH)
     assert cropped.axes == {"patches": Axis(kind="grid", rows=7, columns=7)}  # where depends on the image's shape
     assert "fit" not in cropped.fingerprint.preprocessing
-    whole = open_encoder("lite:efficientnet-lite0,fit=whole", modality="image", settings=TORCH)
-    assert whole.axes["patches"] == Axis(kind="grid", rows=7, columns=7, box=(0.0, 0.0, 1.0, 1.0))
     for fit in ("448", "448x16", "box", "x"):
-        with pytest.raises(SettingError, match=f"expected crop, whole, or a width and height .* got '{fit}'"):
-            _whole_size(EncoderSpec.parse(f"lite:efficientnet-lite0,fit={fit}"), 224)
+        with pytest.raises(SettingError, match=f"expected crop, or a width and height .* got '{fit}'"):
+            open_encoder(f"lite:efficientnet-lite0,fit={fit}", modality="image", settings=TORCH)
 
 
 @pytest.fixture(scope="module")

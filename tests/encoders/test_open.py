@@ -11,9 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.encoders.base import Modality
+from embedcache.encoders.base import EncoderSettings, Modality
 from embedcache.encoders.open import ENCODERS, EncoderSpec, open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import hash_weights
 from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, PathError, SettingError, UnknownNameError
 from embedcache.store.group import is_fingerprint

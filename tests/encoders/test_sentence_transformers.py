@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,18 @@ import pytest
 
 from embedcache.arrays import normalize
 from embedcache.encoders import sentence_transformers
-from embedcache.encoders.base import Encoder, Fingerprint
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint
 from embedcache.encoders.open import open_encoder, reopen_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import (
-    ArtifactError,
     CorruptError,
     SettingError,
     UnknownNameError,
 )
-from embedcache.registry import trust_files
 from embedcache.testing.encoders import (
     TEXTS,
-    EncoderContract,
     TextEncoderContract,
 )
-from tests.encoders.checkpoints import change_one_weight, save_sentence_transformer, save_static
+from tests.encoders.checkpoints import change_one_weight, save_sentence_transformer
 
 MAX_TOKENS = 16
 TORCH = EncoderSettings(backend="torch")
@@ -214,17 +209,6 @@ def test_prompts(bert: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_prompt_that_is_not_pooled_is_left_to_the_library(bert: Path, tmp_path: Path) -> None:
-    folder = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=MAX_TOKENS)
-    path = folder / "1_Pooling" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "include_prompt": False}))
-    assert "mean" in open_encoder(f"st:{folder}", modality="text", settings=TORCH).features
-    encoder = open_encoder(f"st:{folder},prompt=a dog ", modality="text", settings=TORCH)
-    found = np.stack(encoder.encode(encoder.prepare(TEXTS), ["pooled"])["pooled"])
-    np.testing.assert_allclose(found, _library(folder).encode(TEXTS, prompt="a dog "), atol=1e-5)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_truncate_dim(backend: Any, bert: Path, tmp_path: Path) -> None:
     folder = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=MAX_TOKENS, width=12)
@@ -238,83 +222,20 @@ def test_truncate_dim(backend: Any, bert: Path, tmp_path: Path) -> None:
         open_encoder(f"st:{folder},truncate_dim=13", modality="text", settings=settings)
 
 
-@pytest.fixture(scope="module")
-def static(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
-    return save_static(tmp_path_factory.mktemp("st") / "static", bert, width=12)
-
-
-class TestStatic(EncoderContract):
-    """A model that only the library can run."""
-
-    modality = "text"
-
-    @pytest.fixture
-    def spec(self, static: Path) -> str:
-        return f"st:{static}"
-
-    @pytest.fixture
-    def items(self) -> list[str]:
-        return list(TEXTS)
-
-    @pytest.fixture
-    def other_spec(self, static: Path, tmp_path: Path) -> str:
-        shutil.copytree(static, tmp_path / "changed")
-        change_one_weight(tmp_path / "changed" / "model.safetensors")
-        return f"st:{tmp_path / 'changed'}"
-
-
-def test_the_library_runs_what_is_not_known(static: Path, tmp_path: Path) -> None:
-    for options, arguments in (
-        ("", {}),
-        (",prompt_name=query", {"prompt_name": "query"}),
-        (',prompt="a cat, "', {"prompt": "a cat, "}),
-        (",truncate_dim=4", {"truncate_dim": 4}),
-    ):
-        encoder = open_encoder(f"st:{static}{options}", modality="text")
-        found = np.stack(encoder.encode(encoder.prepare(TEXTS), ["pooled"])["pooled"])
-        np.testing.assert_allclose(found, _library(static).encode(TEXTS, **arguments), atol=1e-6)
-    shutil.copytree(static, tmp_path / "other")
-    path = tmp_path / "other" / "tokenizer.json"
-    path.write_text(path.read_text().replace("true", "false", 1))
-    fingerprints = [open_encoder(f"st:{folder}", modality="text").fingerprint for folder in (static, path.parent)]
-    assert fingerprints[0].preprocessing != fingerprints[1].preprocessing
-
-
-def test_module_that_the_library_lacks_raises(static: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(static, tmp_path / "other")
-    rows = json.loads((folder / "modules.json").read_text())
-    rows[0]["type"] = "sentence_transformers.models.Fourier"
-    (folder / "modules.json").write_text(json.dumps(rows))
-    with pytest.raises(ArtifactError, match="cannot open"):
-        open_encoder(f"st:{folder}", modality="text")
-
-
-def test_modules_of_its_own_need_trust(static: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    folder = tmp_path / "own"
-    shutil.copytree(static, folder)
-    rows = json.loads((folder / "modules.json").read_text())
-    (folder / "modules.json").write_text(json.dumps([{**rows[0], "type": "own_static.OwnStatic"}]))
-    code = "from sentence_transformers.sentence_transformer.modules import StaticEmbedding\n\n\n"
-    code += "class OwnStatic(StaticEmbedding):\n    @classmethod\n    def load(cls, *arguments, **options):\n"
-    code += "        made = super().load(*arguments, **options)\n        made.__class__ = cls\n        return made\n\n"
-    code += "    def forward(self, features, **_):\n"
-    code += (
-        "        found = super().forward(features)\n        found['sentence_embedding'] *= 2\n        return found\n"
-    )
-    (folder / "own_static.py").write_text(code)
-    with pytest.raises(SettingError, match="code of its own; .*--trust"):
-        open_encoder(f"st:{folder}", modality="text")
-    plain = open_encoder(f"st:{static}", modality="text")
-    with trust_files():
-        own = open_encoder(f"st:{folder}", modality="text")
-    doubled, single = (np.stack(each.encode(each.prepare(TEXTS), ["pooled"])["pooled"]) for each in (own, plain))
-    np.testing.assert_allclose(doubled, 2 * single, atol=1e-6)
-
-
-@pytest.mark.parametrize("modules", ["[]", '[{"idx": 0}]', '{"type": "x"}'])
-def test_damaged_list_of_modules_raises(tmp_path: Path, modules: str) -> None:
-    (tmp_path / "modules.json").write_text(modules)
-    with pytest.raises(CorruptError, match="modules|format"):
-        open_encoder(f"st:{tmp_path}", modality="text")
+@pytest.mark.parametrize(
+    ("file", "changed", "word"),
+    [
+        ("modules.json", [], "no modules"),
+        ("modules.json", [{"path": "", "type": "sentence_transformers.models.StaticEmbedding"}], "StaticEmbedding"),
+        ("modules.json", [{"path": "", "type": "own.Transformer"}, {"path": "1_Pooling", "type": "Pooling"}], "own"),
+        ("modules.json", [{"idx": 0}], "modules"),
+        ("1_Pooling/config.json", {"pooling_mode": "median"}, "median"),
+        ("1_Pooling/config.json", {"pooling_mode": "mean", "include_prompt": False}, "prompt"),
+        ("sentence_bert_config.json", {"modality_config": {"image": {}}}, "image"),
+    ],
+)
+def test_other_modules_are_refused(file: str, changed: object, word: str, folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "other")
+    (copy / file).write_text(json.dumps(changed))
+    with pytest.raises((SettingError, CorruptError), match=word):
+        open_encoder(f"st:{copy},prompt=a dog ", modality="text")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.timm import fix_padding
 from embedcache.errors import SettingError
 from embedcache.testing.encoders import ImageEncoderContract, example_images
@@ -126,37 +126,3 @@ def test_model_with_several_maps_raises(tmp_path: Path) -> None:
     path = save_timm("crossvit_tiny_240", tmp_path, seed=0)
     with pytest.raises(SettingError, match="one map of tokens, got CrossVit"):
         open_encoder(f"timm:crossvit_tiny_240,weights={path}", modality="image")
-
-
-def test_checkpoint_without_classifier(tmp_path: Path) -> None:
-    import timm
-
-    whole = save_timm("test_vit", tmp_path, seed=0)
-    model = timm.create_model("test_vit", checkpoint_path=str(whole), num_classes=1000)
-    model.reset_classifier(0)
-    torch.save(model.state_dict(), tmp_path / "headless.pth")
-    one, other = (
-        open_encoder(f"timm:test_vit,weights={path}", modality="image", settings=TORCH)
-        for path in (whole, tmp_path / "headless.pth")
-    )
-    assert one.fingerprint == other.fingerprint
-
-
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_whole_fit_sees_the_whole_image(name: str, tmp_path: Path) -> None:
-    path = save_timm(name, tmp_path, seed=0)
-    pixels = np.zeros((100, 300, 3), np.uint8)
-    pixels[:, :30] = 255  # outside of the center square
-    cropped, whole = (
-        open_encoder(f"timm:{name},weights={path}{option}", modality="image", settings=TORCH)
-        for option in ("", ",fit=whole")
-    )
-    assert cropped.prepare([Image.fromarray(pixels)])[0].max() < 40
-    (prepared,) = whole.prepare([Image.fromarray(pixels)])
-    assert prepared.shape == cropped.prepare([Image.fromarray(pixels)])[0].shape
-    assert (prepared[:, :, 0] == 255).all()
-    assert prepared[:, :, prepared.shape[2] // 2 :].max() == 0
-    changed = {"crop_pct": 1.0, "crop_mode": "squash", "fit": "whole"}
-    assert whole.fingerprint.preprocessing == {**cropped.fingerprint.preprocessing, **changed}
-    assert "fit" not in cropped.fingerprint.preprocessing
-    assert (whole.axes["patches"].box, cropped.axes["patches"].box) == ((0.0, 0.0, 1.0, 1.0), None)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from embedcache.encoders import transformers
+from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder, reopen_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
 from embedcache.testing.encoders import (
     TEXTS,

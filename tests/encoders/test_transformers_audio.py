@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.testing.encoders import TOLERANCE, AudioEncoderContract, example_audio
-from tests.encoders.checkpoints import copy_changed, save_clap, save_speech, save_whisper
+from tests.encoders.checkpoints import copy_changed, save_speech, save_whisper
 
 
 class TestWav2Vec2(AudioEncoderContract):
@@ -22,16 +22,6 @@ class TestWav2Vec2(AudioEncoderContract):
     @pytest.fixture
     def other_spec(self, wav2vec2: Path, tmp_path: Path) -> str:
         return f"hf:{copy_changed(wav2vec2, tmp_path / 'changed')}"
-
-
-class TestClap(AudioEncoderContract):
-    @pytest.fixture
-    def spec(self, clap: Path) -> str:
-        return f"hf:{clap}"
-
-    @pytest.fixture
-    def other_spec(self, clap: Path, tmp_path: Path) -> str:
-        return f"hf:{copy_changed(clap, tmp_path / 'changed')}"
 
 
 @pytest.mark.parametrize(
@@ -84,40 +74,6 @@ def test_windows_have_the_frames_of_the_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_fused", [False, True])
-def test_clap_matches_transformers(is_fused: bool, tmp_path: Path) -> None:
-    from scipy.signal import resample_poly
-    from transformers import ClapFeatureExtractor, ClapModel
-
-    folder = save_clap(tmp_path / "clap", seed=0, is_fused=is_fused)
-    encoder = open_encoder(f"hf:{folder}", modality="audio")
-    assert encoder.features == {"projected": (12,), "pooled": (32,)}
-    audio = example_audio()[0]  # shorter than a window
-    found = encoder.encode(encoder.prepare([audio]), ["projected", "pooled"])
-    extractor, model = ClapFeatureExtractor.from_pretrained(folder), ClapModel.from_pretrained(folder).eval()
-    resampled = resample_poly(audio, 3, 1).astype(np.float32)
-    mel = extractor(resampled, sampling_rate=48_000, return_tensors="pt")["input_features"]
-    with torch.no_grad():
-        states = model.audio_model(input_features=mel, is_longer=torch.zeros(1, 1, dtype=torch.bool))
-        projected = model.audio_projection(states.pooler_output)
-    np.testing.assert_allclose(found["pooled"][0], states.pooler_output[0].numpy(), atol=1e-4)
-    np.testing.assert_allclose(found["projected"][0], projected[0].numpy(), atol=1e-4)
-
-
-def test_clap_averages_windows_of_long_recordings(clap: Path) -> None:
-    encoder = open_encoder(f"hf:{clap}", modality="audio")
-    audio = np.concatenate([example_audio()[3]] * 2)[:40_000]  # 2.5 windows of 1 s
-    prepared = encoder.prepare([audio])
-    assert prepared[0].shape[:2] == (3, 1)
-    found = encoder.encode(prepared, ["pooled"])["pooled"][0]
-    again = encoder.encode(encoder.prepare([audio]), ["pooled"])["pooled"][0]
-    np.testing.assert_array_equal(found, again)  # transformers would draw a window at random
-    parts = [encoder.encode([prepared[0][[window]]], ["pooled"])["pooled"][0] for window in range(3)]
-    np.testing.assert_allclose(found, np.mean(parts, axis=0), atol=TOLERANCE)
-    assert np.abs(parts[0] - parts[2]).max() > 1e-4
-
-
-@pytest.mark.slow
 def test_wrong_models_raise(wav2vec2: Path, bert: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="texts"):
         open_encoder(f"hf:{bert}", modality="audio")
@@ -132,8 +88,3 @@ def test_wrong_models_raise(wav2vec2: Path, bert: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def wav2vec2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_speech(tmp_path_factory.mktemp("speech") / "tiny", "Wav2Vec2", seed=0)
-
-
-@pytest.fixture(scope="module")
-def clap(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_clap(tmp_path_factory.mktemp("clap") / "tiny", seed=0, is_fused=False)

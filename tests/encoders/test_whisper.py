@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from embedcache.arrays import Array, Floats
+from embedcache.axis import Axis
 from embedcache.encoders.audio import INPUT, AudioEncoder
-from embedcache.encoders.base import Backend, Fingerprint, Modality
+from embedcache.encoders.base import Backend, EncoderSettings, Fingerprint, Modality
 from embedcache.encoders.open import open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.whisper import log_mel
 from embedcache.errors import CorruptError, ItemError, PathError, SettingError
 from embedcache.processes import num_cores
@@ -132,8 +132,11 @@ def test_windows_of_any_lengths_run_at_once(lengths: Sequence[int]) -> None:
         PairedGraph(),
         prepare=np.asarray,
         split=lambda audio_N: [audio_N],
-        outputs={"states": (-1, 1)},
+        states=["states"],
+        width=1,
         min_samples=1,
+        long_window=100,
+        axis=Axis(kind="time", rate_hz=16_000.0, start_s=0.0),
         num_parallel=2,
         num_tokens=len,
         fingerprint=Fingerprint(family="own", model="paired", weights="", preprocessing={}, pooling={}),

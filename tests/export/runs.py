@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedcache.encoders.base import Modality
+from embedcache.encoders.base import EncoderSettings, Modality
 from embedcache.encoders.open import feature_names, open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.export.export import export_run
 from embedcache.projectors.base import HasAnchors

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from embedcache.dataset.settings import SplitSettings
-from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.base import EncoderSettings
 from embedcache.errors import ArtifactError, SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
 from embedcache.export.export import export_run

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.base import EncoderSettings
 from embedcache.errors import FingerprintError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from embedcache.axis import Axis
+from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.views import open_view
 from embedcache.errors import FingerprintError, SettingError
 from embedcache.extract.extract import extract
@@ -75,7 +75,7 @@ def test_invalid_argument_raises(name: str) -> None:
 @pytest.mark.slow
 def test_view_has_no_box(tmp_path: Path) -> None:
     source = write_images(tmp_path / "s", 2)
-    encoder = "lite:efficientnet-lite0,fit=whole"
+    encoder = "lite:efficientnet-lite0,fit=224x224"
     settings = ExtractSettings(features=("patches",), views=("crop:0.5",), encoder=EncoderSettings(backend="torch"))
     extract(open_source(source), tmp_path / "c", image_encoder=[encoder], settings=settings)
     plain, cropped = Cache(tmp_path / "c").features("image")

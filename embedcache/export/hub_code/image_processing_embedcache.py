@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
 
-from embedcache.encoders.image_features import lite_crop
+from embedcache.encoders.features import lite_crop
 from embedcache.sources.images import rgb_image
 
 

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers.models.clip.modeling_clip import CLIPOutput
 
-from embedcache.encoders.image_features import ImageFeatures, TimmFeatures, derive_features, patch_pools
-from embedcache.encoders.text_features import Dense, SentenceFeatures, TextFeatures
+from embedcache.encoders.features import (
+    Dense,
+    ImageFeatures,
+    TextFeatures,
+    TimmFeatures,
+    derive_features,
+    patch_pools,
+)
 from embedcache.export.hub_code.projectors import ImageProjector, TextProjector
 from embedcache.projectors.heads import RawTower, TokenTower, Tower
 
@@ -161,13 +167,11 @@ def _image_encoder(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _text_encoder(config: Mapping[str, Any]) -> nn.Module:
-    if config["kind"] == "transformers":
-        return TextFeatures(_pretrained(config), config["layers"])
     heads = [
         Dense(head["num_in"], head["num_out"], has_bias=head["has_bias"], activation=getattr(nn, head["activation"])())
         for head in config["heads"]
     ]
-    return SentenceFeatures(_pretrained(config), config["pools"], heads, config["layers"], config.get("width"))
+    return TextFeatures(_pretrained(config), config["layers"], config["pools"], heads, config["width"])
 
 
 def _pretrained(config: Mapping[str, Any]) -> nn.Module:

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.encoders.base import Encoder
+from embedcache.encoders.base import Encoder, EncoderSettings
 from embedcache.encoders.open import open_encoder
-from embedcache.encoders.settings import EncoderSettings
 from embedcache.testing.encoders import TEXTS
 from pipelines.icons.encoders import USE, WORDLLAMA
 

@@ -13,7 +13,7 @@ from scipy.interpolate import RegularGridInterpolator
 from embedcache.axis import Axis
 from embedcache.derive.derive import Derivation, derive, derive_from_run
 from embedcache.derive.rules import Rule
-from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.base import EncoderSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings

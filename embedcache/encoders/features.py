@@ -1,4 +1,4 @@
-"""Image features computed from the states of a vision model, and the grammar of derived features: `[layerN.]NAME`.
+"""Features computed from the states of a model, and the grammar of derived features: `[layerN.]NAME`.
 
 `layerN.` selects the state after block N, counted from 1, before the model's final norm; for a network of stages, after
 its N-th level. NAME is one of the model's native features, such as `cls` or `patches`, or is derived from its patches:
@@ -6,7 +6,8 @@ its N-th level. NAME is one of the model's native features, such as `cls` or `pa
 - `grid:K`: means over K × K cells of the image, row by row;
 - `kmeans:K`: means over K clusters of similar patches, wherever they lie.
 
-`layers` are blocks, or levels, counted from 1; those beyond a model's depth are ignored.
+`layers` are blocks, or levels, counted from 1; those beyond a model's depth are ignored. Masks of texts are (B, T) with
+1 on tokens and 0 on padding, which is on the right.
 
 `embedcache export transformers` copies this file into the model folder, where it runs without embedcache: import only
 torch, NumPy, PIL, the standard library and `embedcache.errors`.
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from inspect import signature
 from math import sqrt
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,9 @@ import torch
 from PIL.Image import Image, Resampling
 
 from embedcache.errors import SettingError
+
+Pool: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""States and mask of texts, (B, T, D) and (B, T) -> vectors, (B, D)."""
 
 LITE_CROP_PADDING_PX = 32
 
@@ -302,6 +306,69 @@ class ImageFeatures(torch.nn.Module):
         return {**outputs, **with_patch_mean(state[:, self._num_prefix :])}
 
 
+class TextFeatures(torch.nn.Module):
+    """Native features of a text model: its tokens, and vectors pooled from them; tokens and vectors of its blocks.
+
+    Args:
+        model: a transformers model; (B, T) token ids and mask -> states.
+        layers: blocks whose states are pooled too.
+        pools: feature -> the names in `POOLS` whose vectors it concatenates.
+        heads: layers on the first of these features, which give the feature `dense`.
+        width: vectors are truncated to their first dimensions, for models trained so that these are vectors of their
+            own. If None, they are whole.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layers: Sequence[int],
+        pools: Mapping[str, Sequence[str]],
+        heads: Sequence[torch.nn.Module] = (),
+        width: int | None = None,
+    ) -> None:
+        super().__init__()
+        untie_last_state(model, layers)
+        self._model = model
+        self._layers = layers
+        self._pools = pools
+        self._heads = torch.nn.ModuleList(heads)
+        self._width = width
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the features of (B, T) token ids by name: (B, D), or (B, T, D) for tokens."""
+
+        def from_state(state: torch.Tensor) -> dict[str, torch.Tensor]:
+            hidden_BTD = state.float()
+            features = {}
+            for name, pools in self._pools.items():
+                vectors = [POOLS[pool](hidden_BTD, attention_mask) for pool in pools]
+                features[name] = torch.cat(vectors, dim=-1)
+            return {**features, "tokens": hidden_BTD}
+
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        _, outputs = state_features(self._model, inputs, self._layers, from_state)
+        if len(self._heads):
+            dense = outputs[next(iter(self._pools))]
+            for head in self._heads:
+                dense = head(dense)
+            outputs = {"dense": dense, **outputs}
+        return {name: output[:, : self._width] if output.ndim == 2 else output for name, output in outputs.items()}
+
+
+class Dense(torch.nn.Module):
+    """A linear layer with an activation: (B, D) -> (B, P)."""
+
+    def __init__(self, input_width: int, output_width: int, *, has_bias: bool, activation: torch.nn.Module) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(input_width, output_width, bias=has_bias)
+        self.activation = activation
+
+    def forward(self, vectors_BD: torch.Tensor) -> torch.Tensor:
+        """Compute the outputs of the layer: (B, D) -> (B, P)."""
+        out_BP: torch.Tensor = self.activation(self.linear(vectors_BD))
+        return out_BP
+
+
 def untie_last_state(model: Any, layers: Sequence[int]) -> None:
     """Configure a transformers model so that its last hidden state precedes the final norm, if blocks are requested.
 
@@ -336,6 +403,69 @@ def state_features(
         if layer < len(states.hidden_states):
             outputs |= prefix_layer(layer, from_state(states.hidden_states[layer]))
     return states, outputs
+
+
+def _mean(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Compute the mean over tokens."""
+    return _sum(hidden_BTD, mask_BT) / _count(mask_BT)
+
+
+def _cls(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Return the first token."""
+    del mask_BT
+    return hidden_BTD[:, 0]
+
+
+def _last(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Return the last token that is not padding."""
+    index_B11 = (mask_BT.sum(dim=1) - 1)[:, None, None].expand(-1, 1, hidden_BTD.shape[2])
+    return hidden_BTD.gather(1, index_B11).squeeze(1)
+
+
+def _largest(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Compute the maximum over tokens in each dimension."""
+    return hidden_BTD.masked_fill(mask_BT[:, :, None] == 0, float("-inf")).amax(dim=1)
+
+
+def _mean_sqrt_len(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Compute the sum over tokens divided by the square root of their number."""
+    return _sum(hidden_BTD, mask_BT) / _count(mask_BT).sqrt()
+
+
+def _weighted_mean(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Compute the mean over tokens, weighted by position from 1."""
+    weights_BT = mask_BT * mask_BT.cumsum(dim=1)
+    return _sum(hidden_BTD, weights_BT) / _count(weights_BT)
+
+
+POOLS: Mapping[str, Pool] = {
+    "mean": _mean,
+    "cls": _cls,
+    "last": _last,
+    "max": _largest,
+    "mean_sqrt_len": _mean_sqrt_len,
+    "weighted_mean": _weighted_mean,
+}
+"""Feature name -> how it is pooled."""
+
+TEXT_POOLING: Mapping[str, str] = {
+    "mean": "mean of the last hidden states over all tokens, special ones included",
+    "cls": "last hidden state of the first token",
+    "last": "last hidden state of the last token",
+    "max": "largest value of the last hidden states over all tokens",
+    "mean_sqrt_len": "sum of the last hidden states over the square root of the number of tokens",
+    "weighted_mean": "mean of the last hidden states, weighted by position from 1",
+    "tokens": "last hidden states of all tokens, special ones included",
+}
+"""Feature name -> its description in a fingerprint."""
+
+
+def _sum(hidden_BTD: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+    return (hidden_BTD * weights_BT[:, :, None].to(hidden_BTD.dtype)).sum(dim=1)
+
+
+def _count(weights_BT: torch.Tensor) -> torch.Tensor:
+    return weights_BT.sum(dim=1, keepdim=True).to(torch.float32)
 
 
 def lite_crop(image: Image, size_px: int) -> npt.NDArray[np.uint8]:
