@@ -17,7 +17,7 @@ CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.tx
 """Files of a dataset in CLIP_benchmark's layout."""
 
 _SLOT = "{c}"
-_LANGUAGES = ("ar", "cn", "en", "it", "jp")
+_TEMPLATES_OF_DATASETS = "zeroshot_classification_templates.json"
 
 
 class PromptsSource:
@@ -26,10 +26,9 @@ class PromptsSource:
     The location is `CLASSES` or `CLASSES+TEMPLATES`. Classes are a `.txt` with one name per line; a `.json` of name ->
     prompts, which takes no templates; a folder with `classnames.txt`, or else with one sub-folder per class; or a
     dataset of the package clip-benchmark, such as `imagenet1k`. Templates are a `.txt` with one template per line and
-    `{c}` in place of the name; a dataset of clip-benchmark; or `cupl`, prompts that a language model wrote for each
-    ImageNet class. By default they are those of the folder or dataset, else two: the name as it is, and `a photo of a
-    {c}.` The setting `languages` may hold one language of clip-benchmark: ar, cn, en, it or jp. A location that does
-    not exist is split at its last `+`.
+    `{c}` in place of the name, or a dataset of clip-benchmark. By default they are those of the folder or dataset, else
+    two: the name as it is, and `a photo of a {c}.` The setting `languages` may hold one language of clip-benchmark: ar,
+    cn, en, it or jp. A location that does not exist is split at its last `+`.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -70,20 +69,33 @@ def _is_path(part: str) -> bool:
 
 def _class_prompts(classes: str, templates: str, language: str) -> list[tuple[str, Sequence[str]]]:
     """Return the name and the prompts of each class."""
+    path = open_path(classes)
     if classes.endswith(".json"):
         if templates:
             raise SourceError(f"{classes} already holds prompts; remove the templates {templates}")
-        return _json_prompts(open_path(classes))
-    names, default_templates = _class_names(classes, language)
-    if templates == "cupl":
-        return list(zip(names, _cupl_prompts(names), strict=True))
-    if not templates:
-        lines = default_templates
-    elif _is_path(templates):
-        lines = _read_templates(open_path(templates))
+        return _json_prompts(path)
+
+    lines = [_SLOT, f"a photo of a {_SLOT}."]
+    is_in_folder = path.is_dir() and (path / CLASS_NAMES).is_file()
+    if is_in_folder:
+        names = _read_lines(path / CLASS_NAMES)
+        if (path / TEMPLATES).is_file():
+            lines = _read_templates(path / TEMPLATES)
+    elif path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if not names:
+            raise SourceError(f"{path}: expected {CLASS_NAMES} or one sub-folder per class, got neither")
+    elif _is_path(classes):
+        names = _read_lines(path)
     else:
-        lines = _dataset_entry(f"{language}_zeroshot_classification_templates.json", templates, "templates")
-    words = [name.replace("_", " ") for name in names] if _has_sub_folders(open_path(classes)) else names
+        names = _dataset_entry(f"{language}_classnames.json", classes)
+        lines = clip_benchmark_file(f"{language}_{_TEMPLATES_OF_DATASETS}").get(classes, lines)
+
+    if templates:
+        is_file = _is_path(templates)
+        template_file = f"{language}_{_TEMPLATES_OF_DATASETS}"
+        lines = _read_templates(open_path(templates)) if is_file else _dataset_entry(template_file, templates)
+    words = [name.replace("_", " ") for name in names] if path.is_dir() and not is_in_folder else names
     return [(name, [line.replace(_SLOT, word) for line in lines]) for name, word in zip(names, words, strict=True)]
 
 
@@ -98,28 +110,6 @@ def _json_prompts(path: Path) -> list[tuple[str, Sequence[str]]]:
         if not prompts or not are_texts:
             raise SourceError(f"class {name!r} of {path}: expected a list of prompts, got {prompts!r:.60}")
     return list(classes.items())
-
-
-def _class_names(classes: str, language: str) -> tuple[list[str], list[str]]:
-    """Return the class names and their default templates."""
-    plain = [_SLOT, f"a photo of a {_SLOT}."]
-    path = open_path(classes)
-    if _has_sub_folders(path):
-        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        if not names:
-            raise SourceError(f"{path}: expected {CLASS_NAMES} or one sub-folder per class, got neither")
-        return names, plain
-    if path.is_dir():
-        templates = path / TEMPLATES
-        return _read_lines(path / CLASS_NAMES), _read_templates(templates) if templates.is_file() else plain
-    if _is_path(classes):
-        return _read_lines(path), plain
-    names = _dataset_entry(f"{language}_classnames.json", classes, "class names")
-    return names, clip_benchmark_file(f"{language}_zeroshot_classification_templates.json").get(classes, plain)
-
-
-def _has_sub_folders(path: Path) -> bool:
-    return path.is_dir() and not (path / CLASS_NAMES).is_file()
 
 
 def _read_templates(path: Path) -> list[str]:
@@ -142,19 +132,10 @@ def _read_lines(path: Path) -> list[str]:
     return lines
 
 
-def _cupl_prompts(names: Sequence[str]) -> list[Sequence[str]]:
-    prompts = clip_benchmark_file("cupl_prompts.json")["imagenet1k"]
-    missing = [name for name in names if name not in prompts]
-    if missing:
-        raise SourceError(f"CuPL has no prompts for {len(missing)} of {len(names)} classes, first {missing[0]!r}")
-    return [prompts[name] for name in names]
-
-
-def _dataset_entry(file: str, name: str, kind: str) -> list[str]:
+def _dataset_entry(file: str, name: str) -> list[str]:
     datasets = clip_benchmark_file(file)
     if name not in datasets:
-        hint = "or use a file or a folder"
-        raise unknown_name("dataset", name, datasets, where=f"of clip-benchmark with {kind}", hint=hint)
+        raise unknown_name("dataset", name, datasets, where="of clip-benchmark", hint="or use a file or a folder")
     entry: list[str] = datasets[name]
     return entry
 
@@ -164,7 +145,6 @@ def clip_benchmark_file(file: str) -> dict[str, Any]:
     package = require("clip_benchmark", package="clip-benchmark")
     path = Path(str(package.__file__)).parent / "datasets" / file
     if not path.is_file():
-        language = file.split("_")[0]
-        raise SourceError(f"clip-benchmark has no class names in {language!r}; it has {', '.join(_LANGUAGES)}")
+        raise SourceError(f"clip-benchmark has no {file}; it has the languages ar, cn, en, it and jp")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content

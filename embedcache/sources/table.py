@@ -31,7 +31,6 @@ from embedcache.sources.captions import (
 )
 from embedcache.sources.files import (
     TABLE_SUFFIXES,
-    file_size,
     find_root,
     has_suffix,
     is_folder,
@@ -39,6 +38,7 @@ from embedcache.sources.files import (
     open_binary,
     read_item_file,
     relative_to,
+    require_file,
     resolve_item,
     walk_files,
 )
@@ -113,10 +113,17 @@ class TableSource:
         for path in self._files:
             file = open_table_file(path, delimiter=self._settings.delimiter)
             columns = find_columns(file, self._settings)
-            table, stem = (relative_to(self._root_text, name) for name in (str(file.path), file.stem))
+            table = relative_to(self._root_text, str(file.path))
+            stem = relative_to(self._root_text, file.stem)
+            folder = self._settings.root or file.stem.rpartition("/")[0]
             for number, row in enumerate(file.rows(columns.to_read())):
                 place = f"{file.path} row {number}"
-                items = self._items(file, columns, row, place, (table, number))
+                items = {}
+                for modality, column in columns.items.items():
+                    if column in columns.embedded:
+                        items[modality] = f"{table}{COLUMN_MARK}{column}", number
+                    elif row.get(column):
+                        items[modality] = item_path(self._root_text, folder, str(row[column])), 0
                 yield place, read_sample(columns, row, place, key=f"{stem}/{number}", items=items)
 
     def read(self, item: FileItem) -> bytes:
@@ -129,35 +136,10 @@ class TableSource:
         cell = self._row_groups.read(path, column, item.offset)
         return item_bytes(cell, path.parent, column, f"row {item.offset} of {path}")
 
-    def _items(
-        self, file: "TableFile", columns: "TableColumns", row: Row, place: str, embedded: tuple[str, int]
-    ) -> dict[str, tuple[str, int]]:
-        """Return modality -> path and offset of the item of a row; a modality whose cell is empty is left out."""
-        table, number = embedded
-        items = {}
-        for modality, column in columns.items.items():
-            if column in columns.embedded:
-                items[modality] = f"{table}{COLUMN_MARK}{column}", number
-            elif path := self._written_path(file, row.get(column), place, modality, column):
-                items[modality] = path, 0
-        return items
-
-    def _written_path(self, file: "TableFile", cell: Any, place: str, modality: str, column: str) -> str:
-        """Return the path of an item as stored, given its cell; an empty one for an empty cell."""
-        if cell is None or cell == "":
-            return ""
-        if not isinstance(cell, str):
-            raise SourceError(
-                f"{place}: expected a path in column {column}, got {cell!r:.60}; name another column with "
-                f"--item-column {modality}=COLUMN"
-            )
-        return item_path(self._root_text, self._settings.root or file.stem.rpartition("/")[0], cell)
-
 
 def _find_files(location: Path) -> list[Path]:
     if not is_folder(location, TABLE_SUFFIXES):
-        if file_size(location) is None:
-            raise PathError(f"expected a table or a folder, got {location}, which does not exist; check the path")
+        require_file(location)
         return [location]
     names = [name for name in walk_files(location) if has_suffix(name, TABLE_SUFFIXES)]
     if not names:
@@ -193,6 +175,11 @@ class TableFile:
     def bytes_columns(self) -> frozenset[str]:
         """Columns of bytes, or of structs with a field `bytes`: they may hold items themselves."""
         return frozenset(field.name for field in self.schema if _holds_bytes(field.type))
+
+    @cached_property
+    def item_columns(self) -> tuple[str, ...]:
+        """Columns that may hold items: their bytes, or text, which may be their paths."""
+        return tuple(field.name for field in self.schema if _holds_bytes(field.type) or _is_text(field.type))
 
     @cached_property
     def plain_columns(self) -> tuple[str, ...]:
@@ -231,9 +218,11 @@ def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
             read: Callable[[Sequence[str]], Iterator[Row]] = partial(_read_jsonl, path)
         else:
             mark = delimiter or ("\t" if suffix == ".tsv" else ",")
-            skip_spaces = delimiter is not None
-            names = next(_csv_lines(path, mark, skip_spaces=skip_spaces), (0, []))[1]
-            read = partial(_read_csv, path, mark, skip_spaces=skip_spaces)
+            # Spaces after a delimiter are skipped if it is named, as in Flickr30k's table.
+            form = {"delimiter": mark, "skipinitialspace": delimiter is not None, "strict": True}
+            with path.open(encoding=TEXT_ENCODING, newline="") as lines:
+                names = list(csv.DictReader(lines, **form).fieldnames or [])
+            read = partial(_read_csv, path, form)
         return TableFile(path=path, schema=pa.schema([(name, pa.string()) for name in names]), read=read)
 
 
@@ -250,13 +239,19 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return bool(is_string or pa.types.is_null(kind))
+
+
 def _is_plain(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _is_plain(kind.value_type)
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     is_time = pa.types.is_temporal(kind) and not pa.types.is_interval(kind)
-    return bool(is_text or is_number or is_time or pa.types.is_boolean(kind) or pa.types.is_null(kind))
+    return bool(_is_text(kind) or is_number or is_time or pa.types.is_boolean(kind))
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -280,31 +275,21 @@ def _read_jsonl(path: Path, _columns: Sequence[str] = ()) -> Iterator[Row]:
                 yield parse_json_object(line, f"{path} line {number}")
 
 
-def _read_csv(path: Path, delimiter: str, columns: Sequence[str], *, skip_spaces: bool) -> Iterator[Row]:
-    lines = _csv_lines(path, delimiter, skip_spaces=skip_spaces)
-    _, header = next(lines, (0, []))
-    positions = [(name, header.index(name)) for name in columns]
-    for number, cells in lines:
-        if len(cells) != len(header):
-            raise SourceError(
-                f"{path} line {number}: expected {len(header)} cells as in the header, got {len(cells)}: "
-                f"{delimiter.join(cells)!r:.60}"
-            )
-        yield {name: cells[position] for name, position in positions}
+def _read_csv(path: Path, form: Mapping[str, Any], _columns: Sequence[str]) -> Iterator[Row]:
+    """Iterate over the rows of a text table, with all their cells; blank lines are skipped.
 
-
-def _csv_lines(path: Path, delimiter: str, *, skip_spaces: bool) -> Iterator[tuple[int, list[str]]]:
-    """Iterate over the rows of a text table, header first, each with the number of its last line, from 1.
-
-    Blank lines are skipped; so are spaces after a delimiter with `skip_spaces`, which Arrow's reader cannot do. That
-    would also join the rows between two quotes that cells begin with by mistake, without an error.
+    Arrow's reader cannot skip spaces after a delimiter. It would also join the rows between two quotes that cells begin
+    with by mistake, without an error.
     """
-    with path.open(encoding=TEXT_ENCODING, newline="") as file:
-        lines = csv.reader(file, delimiter=delimiter, skipinitialspace=skip_spaces, strict=True)
+    with path.open(encoding=TEXT_ENCODING, newline="") as lines:
+        rows = csv.DictReader(lines, **form)
         try:
-            yield from ((lines.line_num, cells) for cells in lines if cells)
+            for row in rows:
+                if None in row or None in row.values():
+                    raise SourceError(f"{path} line {rows.line_num}: expected a cell for each column, got {row!r:.80}")
+                yield row
         except csv.Error as error:
-            raise SourceError(f"{path} line {lines.line_num}: {error}; correct the line") from None
+            raise SourceError(f"{path} line {rows.reader.line_num}: {error}; correct the line") from None
 
 
 class RowGroups:
@@ -403,30 +388,26 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     items: dict[str, str] = {}
     for modality, names in ITEM_NAMES.items():
         free = [name for name in names if name not in map(str.lower, items.values())]
-        column = settings.item_columns.get(modality) or _find(file.columns, free)
+        column = settings.item_columns.get(modality)
         if column is not None:
-            allowed = (*file.plain_columns, *file.bytes_columns)
-            _check(file, column, f"--item-column {modality}=COLUMN", allowed)
+            _check(file, column, f"--item-column {modality}=COLUMN", file.item_columns)
+        column = column or _find(file.item_columns, free)
+        if column is not None:
             items[modality] = column
 
     captions = settings.caption_columns or _find_captions(file.columns)
-    named = {
-        "--caption-column": captions,
-        "--key-column": filter(None, [settings.key_column]),
-        "--language-column": filter(None, [settings.language_column]),
-    }
-    for option, columns in named.items():
-        for name in columns:
-            _check(file, name, option, file.plain_columns)
-    for name in settings.omit_columns:
-        _check(file, name, "--omit-column", file.columns)
     key = settings.key_column or _find(file.plain_columns, ("key", "id", "uid", "__key__"))
     language = settings.language_column or _find(file.plain_columns, ("language", "lang"))
+    for option, columns in (("caption", captions), ("key", [key]), ("language", [language])):
+        for name in filter(None, columns):
+            _check(file, name, f"--{option}-column", file.plain_columns)
+    for name in settings.omit_columns:
+        _check(file, name, "--omit-column", file.columns)
 
     is_timed = any(MODALITIES[modality].has_interval for modality in items)
     start, stop = (_find(file.columns, [name]) if is_timed else None for name in INTERVAL_NAMES)
-    reserved = "key"  # a column of the sample table itself
-    used = {reserved, *items.values(), start, stop, *captions, *settings.omit_columns, key, language}
+    # A sample table has a column `key` already.
+    used = {"key", *items.values(), start, stop, *captions, *settings.omit_columns, key, language}
     return TableColumns(
         items=items,
         embedded=file.bytes_columns & set(items.values()),
@@ -444,8 +425,8 @@ def _check(file: TableFile, name: str, option: str, allowed: Collection[str]) ->
         raise SourceError(f"{option} {name}: no such column in {file.path}; it has {_names(file)}")
     if name not in allowed:
         raise SourceError(
-            f"column {name} of {file.path} holds values of another type; name another column with {option}; the table "
-            f"has {', '.join(file.columns)}"
+            f"column {name} of {file.path} holds values of another type; name another column with {option}; it has "
+            f"{_names(file)}"
         )
 
 
@@ -475,22 +456,16 @@ def read_sample(
 
 def _read_interval(columns: TableColumns, row: Row, location: str) -> tuple[float | None, float | None]:
     """Return the start and the end of a row's recording or video; the error for other cells starts with `location`."""
-    start_s, stop_s = (_seconds(row.get(name or ""), f"{location}: {name}") for name in columns.interval)
-    if stop_s is not None and stop_s <= (start_s or 0):
-        raise SourceError(f"{location}: expected stop_s after start_s, got {start_s or 0:g} to {stop_s:g}")
-    return start_s, stop_s
-
-
-def _seconds(value: Any, location: str) -> float | None:
-    if value is None or value == "":
-        return None
+    cells = [row.get(name or "") for name in columns.interval]
     try:
-        seconds = float(value)
+        start_s, stop_s = (None if cell in (None, "") else float(cell) for cell in cells)
     except (TypeError, ValueError):
-        seconds = -1.0
-    if not 0 <= seconds < inf:
-        raise SourceError(f"{location}: expected seconds of at least 0, got {value!r:.60}")
-    return seconds
+        start_s, stop_s = -1.0, None
+    if not 0 <= (start_s or 0.0) < (inf if stop_s is None else stop_s) or stop_s == inf:
+        raise SourceError(
+            f"{location}: expected seconds of at least 0 in start_s and stop_s, which is after it, got {cells!r:.60}"
+        )
+    return start_s, stop_s
 
 
 def _read_key(columns: TableColumns, row: Row, location: str) -> str | None:

@@ -138,18 +138,10 @@ def test_recordings_inside_a_table(tmp_path: Path, cell: object) -> None:
     assert source.read(sample.images[0]) == jpeg("blue")
 
 
-@pytest.mark.parametrize(
-    ("bounds", "message"),
-    [
-        ("2,1", "row 0: expected stop_s after start_s, got 2 to 1"),
-        ("-1,1", "row 0: start_s: expected seconds of at least 0, got '-1'"),
-        ("nan,", "row 0: start_s: expected seconds of at least 0, got 'nan'"),
-        ("soon,", "row 0: start_s: expected seconds of at least 0, got 'soon'"),
-    ],
-)
-def test_wrong_interval_raises(tmp_path: Path, bounds: str, message: str) -> None:
+@pytest.mark.parametrize("bounds", ["2,1", "-1,1", "nan,", "soon,", "0,inf", "0,nan"])
+def test_wrong_interval_raises(tmp_path: Path, bounds: str) -> None:
     (tmp_path / "t.csv").write_text(f"audio,start_s,stop_s\na.wav,{bounds}\n")
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(SourceError, match="row 0: expected seconds"):
         list(open_source(tmp_path / "t.csv").samples())
 
 
@@ -161,7 +153,7 @@ def test_interval_columns_of_other_tables_stay_columns(tmp_path: Path) -> None:
 
 def test_numbers_in_a_named_column_raise(tmp_path: Path) -> None:
     table = write_parquet(tmp_path / "t.parquet", score=[1, 2])
-    with pytest.raises(SourceError, match="expected a path in column score, got 1.*--item-column points=COLUMN"):
+    with pytest.raises(SourceError, match="column score of .*--item-column points=COLUMN"):
         list(open_source(table, settings=SourceSettings(item_columns={"points": "score"})).samples())
 
 

@@ -73,10 +73,6 @@ def test_clip_benchmark_datasets() -> None:
     assert samples_of("imagenet1k", "it")[1].texts[0].text == "una brutta foto di un pesce rosso"
 
 
-def test_cupl_prompts() -> None:
-    assert prompts(next(open_source("prompts:imagenet1k+cupl").samples()))[0].startswith("A tench")
-
-
 def test_path_with_plus(tmp_path: Path) -> None:
     write(tmp_path, {"c++/names.txt": NAMES})
     assert len(samples_of(f"{tmp_path}/c++/names.txt")) == 3
@@ -128,14 +124,13 @@ def test_missing_file_is_named_whole(
         ({"p.json": '{"cat": ["x"], "cat": ["y"]}'}, "p.json", SourceError, "twice"),
         ({"p.json": '{"cat": ["x"], "dog": []}'}, "p.json", SourceError, "dog"),
         ({"p.json": '{"cat": "x"}', "t.txt": "{c}"}, "p.json+t.txt", SourceError, "already"),
-        ({"n.txt": "cat"}, "n.txt+cupl", SourceError, "CuPL"),
     ],
 )
 def test_invalid_files_raise(
     tmp_path: Path, files: dict[str, bytes | str], location: str, error: type[Exception], word: str
 ) -> None:
     write(tmp_path, files)
-    place = "+".join(part if part == "cupl" else f"{tmp_path}/{part}" for part in location.split("+"))
+    place = "+".join(f"{tmp_path}/{part}" for part in location.split("+"))
     with pytest.raises(error, match=word):
         samples_of(place)
 

@@ -140,7 +140,7 @@ def test_captions_of_flickr30k_as_downloaded(tmp_path: Path) -> None:
     assert source.read(second.images[0]) == IMAGES[1]
     assert list(reopen(source.describe()).samples()) == [first, second]
     write(tmp_path, {"results.csv": FLICKR + "b.jpg| 1| A | bar\n"})
-    with pytest.raises(SourceError, match=r"results.csv line 5: expected 3 cells as in the header, got 4: 'b.jpg\|"):
+    with pytest.raises(SourceError, match=r"results.csv line 5: expected a cell for each"):
         list(source.samples())
 
 
