@@ -14,7 +14,7 @@ from embedcache.errors import ItemError, PathError
 from embedcache.modalities import noun
 from embedcache.samples import FileItem
 from embedcache.sources.images import decode_image
-from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio, decode_video, frame_at, probe_media
+from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio, decode_video, probe_media
 from embedcache.sources.open import reopen_source, source_credit
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader
@@ -152,9 +152,11 @@ def draw_sound(samples_n: Floats, width_px: int) -> Image.Image:
 
 def _middle_frame(data: bytes, item: FileItem) -> Image.Image:
     """Return the frame in the middle of a video or its interval; the first one if its end is not known."""
-    duration_s = decode_video(data, item.start_s, item.stop_s).duration_s or 0.0
-    middle_s = (item.start_s or 0.0) + duration_s / 2
-    return Image.fromarray(np.ascontiguousarray(frame_at(data, middle_s)))
+    video = decode_video(data, item.start_s, item.stop_s)
+    middle_s = (item.start_s or 0.0) + (video.duration_s or 0.0) / 2
+    half_step_s = 0.5 / video.rate_hz
+    frame = next(decode_video(data, max(0.0, middle_s - half_step_s)).frames())
+    return Image.fromarray(np.ascontiguousarray(frame()))
 
 
 def _wav(samples_n: Floats) -> bytes:

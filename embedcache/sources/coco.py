@@ -24,7 +24,6 @@ from embedcache.sources.files import (
 )
 from embedcache.sources.settings import SourceSettings
 
-_KARPATHY_PARTS = {"restval": "train"}  # of COCO: the part of val2014 that everybody trains on
 _LOOKED_FOR = 100  # images of which one must exist
 _EXPECTED = (
     "expected the JSON of COCO's captions, with images and annotations, or of Karpathy's splits, whose images have "
@@ -36,8 +35,8 @@ class CocoSource:
     """One sample per image with all of its captions, in the order of the file.
 
     The key is the image's path without its suffix, such as `000000397133`. The fields of an image that are numbers or
-    texts become columns; its `id` becomes `image_id`, the number of its license the name of the license, and the split
-    `restval` of Karpathy's COCO `train`. An image without captions is a sample without texts.
+    texts become columns; its `id` becomes `image_id`, and the split `restval` of Karpathy's COCO `train`. An image
+    without captions is a sample without texts.
 
     Paths of images are relative to the setting `root`. Without it, to the folder that is named like the end of
     the file (`annotations/captions_val2017.json`: `val2017`) beside that of the file or in it, as COCO is unpacked,
@@ -104,22 +103,12 @@ def _coco_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]]
         caption = _field(annotation, "caption", str, location)
         captions_of[_field(annotation, "image_id", int | str, location)].append(caption)
 
-    licenses = {}
-    for license_ in fields.get("licenses") or []:
-        if isinstance(license_, dict) and isinstance(license_.get("id"), int | str):
-            licenses[license_["id"]] = license_.get("name")
-
-    numbers: dict[int | str, int] = {}
-    for number, image in enumerate(images):
-        location = f"{path}: image {number}"
-        first = numbers.setdefault(_field(image, "id", int | str, location), number)
-        if first != number:
-            raise SourceError(f"{location}: expected an id of its own, got {image['id']!r}, that of image {first}")
-        columns = to_scalar_columns(image)
-        license_ = columns.get("license")
-        columns |= {"image_id": image["id"], "license": licenses.get(license_, license_)}
-        columns = {name: value for name, value in columns.items() if name not in ("id", "file_name", "filename")}
-        yield _sample(_image_name(image, location), captions_of.pop(image["id"], []), columns)
+    ids = [_field(image, "id", int | str, f"{path}: image {number}") for number, image in enumerate(images)]
+    if len(set(ids)) < len(ids):
+        raise SourceError(f"{path}: expected images with different id, got one twice; download the file again")
+    for image_id, image in zip(ids, images, strict=True):
+        columns = {name: value for name, value in image.items() if name not in ("id", "file_name", "filename")}
+        yield _sample(_image_name(image, str(path)), captions_of.pop(image_id, []), {**columns, "image_id": image_id})
     if captions_of:
         raise SourceError(
             f"{path}: expected annotations of its images only, got image_id {next(iter(captions_of))!r}; download the "
@@ -131,9 +120,9 @@ def _karpathy_samples(images: Sequence[Mapping[str, Any]], path: Path) -> Iterat
     for number, image in enumerate(images):
         location = f"{path}: image {number}"
         captions = [_field(sentence, "raw", str, location) for sentence in _field(image, "sentences", list, location)]
-        split = image.get("split")
-        columns = {**image, "split": _KARPATHY_PARTS.get(split, split) if isinstance(split, str) else None}
-        columns = {name: value for name, value in columns.items() if name not in ("filename", "filepath")}
+        columns = {name: value for name, value in image.items() if name not in ("filename", "filepath")}
+        if columns.get("split") == "restval":  # of COCO: the part of val2014 that everybody trains on
+            columns["split"] = "train"
         yield _sample(_image_name(image, location), captions, columns)
 
 

@@ -221,9 +221,7 @@ def walk_files(folder: Path) -> Iterator[str]:
     return (path for _, files in walk_groups(folder) for path in files)
 
 
-def walk_groups(
-    folder: Path, *, prefix: str = "", above: tuple[tuple[int, int], ...] = ()
-) -> Iterator[tuple[str, dict[str, int]]]:
+def walk_groups(folder: Path, *, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, int]]]:
     """Iterate over all files below a folder: groups of those that differ in their suffix only, sorted by path.
 
     Hidden files and folders are skipped, and so are links to a folder above them. Memory holds the names of one folder
@@ -232,20 +230,19 @@ def walk_groups(
     Args:
         folder: the folder.
         prefix: prepended to the paths.
-        above: device and inode of the folders above.
+        above: the folders above, without links.
 
     Yields:
         the path of a group relative to `folder`, with `/` and without a suffix; and the path of each file -> its size
         in bytes, or -1 if the listing does not contain sizes.
     """
-    identity = _identity(folder)
-    if identity in above:
+    place = str(folder if is_remote(folder) else folder.resolve())
+    if place in above:
         return
     sizes = _list_remote(folder) if is_remote(folder) else _list(folder)
     for stem, names in groupby(sorted(sizes, key=lambda name: (_stem(name), name)), key=_stem):
         if stem.endswith("/"):
-            inner = (*above, identity) if identity else ()
-            yield from walk_groups(folder / stem[:-1], prefix=prefix + stem, above=inner)
+            yield from walk_groups(folder / stem[:-1], prefix=prefix + stem, above=(*above, place))
         else:
             yield prefix + stem, {prefix + name: sizes[name] for name in names}
 
@@ -258,9 +255,12 @@ def _stem(name: str) -> str:
 
 def _list(folder: Path) -> dict[str, int]:
     """List a folder; names of folders end in `/`."""
+    names = []
     with reading(folder), os.scandir(folder) as entries:
-        names = [_typed_name(entry) for entry in entries if not entry.name.startswith(".")]
-    return {check_utf8_name(name, folder): -1 for name in names if name}
+        for entry in entries:
+            is_folder = entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry).is_dir())
+            names.append(entry.name + "/" * is_folder)
+    return {check_utf8_name(name, folder): -1 for name in names if not name.startswith(".")}
 
 
 def _list_remote(folder: Path) -> dict[str, int]:
@@ -275,25 +275,6 @@ def _list_remote(folder: Path) -> dict[str, int]:
         if not name.startswith(".") and "/" not in name:  # the listing contains the folder itself if it is an object
             sizes[name + "/" * (entry["type"] == "directory")] = -1 if entry["size"] is None else entry["size"]
     return sizes
-
-
-def _typed_name(entry: os.DirEntry[str]) -> str:
-    """Return the name of a file, the name of a folder with `/`, or an empty string for a pipe or a device."""
-    try:
-        if entry.is_dir():
-            return entry.name + "/"
-        return entry.name if entry.is_file() or entry.is_symlink() else ""
-    except OSError:  # a link to itself becomes an item that cannot be read
-        return entry.name
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Return device and inode of a local folder, which detect cycles of links; None for remote folders."""
-    if is_remote(folder):
-        return None
-    with reading(folder):
-        status = folder.stat()
-    return status.st_dev, status.st_ino
 
 
 def relative_to(root: str, path: str) -> str:

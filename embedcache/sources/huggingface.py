@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.files import hub_errors, io_reason, is_io_error, library_of
+from embedcache.files import hub_errors
 from embedcache.registry import require
 from embedcache.samples import FileItem, Sample
 from embedcache.settings import replace_fields
@@ -142,8 +142,10 @@ def _load(name: _DatasetName) -> Any:
     with hub_errors(f"load the dataset {name.text}", _EXPECTED, error_class=error_class):
         if name.text == name.name and name.is_folder:
             return datasets.load_from_disk(name.name, keep_in_memory=False)
-        if not name.is_folder:
-            _check_hub(name)
+        hub = require("huggingface_hub", extra="datasets")
+        if not name.is_folder and not hub.constants.HF_HUB_OFFLINE:
+            # If the Hub is down, `load_dataset` tries for half a minute; of a private one, it says less.
+            hub.HfApi().dataset_info(name.name, revision=name.revision, timeout=_TIMEOUT_S)
         return _load_repository(datasets, name)
 
 
@@ -151,11 +153,6 @@ def _load_repository(datasets: Any, name: _DatasetName) -> Any:
     config, split = name.config or None, name.split
     if config is not None and split is None:  # the only bracket
         configs = datasets.get_dataset_config_names(name.name, revision=name.revision)
-        if config not in configs and len(configs) > 1:
-            raise SourceError(
-                f"{name.text}: expected a config, one of {', '.join(configs)}, got {config!r}; for a split write "
-                f"hf:{name.name}[{configs[0]}][{config}]"
-            )
         config, split = (config, None) if config in configs else (None, config)
     if split is None:
         return datasets.load_dataset(name.name, config, revision=name.revision)
@@ -165,22 +162,6 @@ def _load_repository(datasets: Any, name: _DatasetName) -> Any:
         raise SourceError(f"{name.text}: expected each split once, as keys are numbered in it, got {split}")
     loaded = datasets.load_dataset(name.name, config, split=parts, revision=name.revision)
     return datasets.DatasetDict(zip(names, loaded, strict=True))
-
-
-def _check_hub(name: _DatasetName) -> None:
-    """Check that the Hub can be reached, once: `load_dataset` would try for half a minute if it is down."""
-    hub = require("huggingface_hub", extra="datasets")
-    if hub.constants.HF_HUB_OFFLINE:
-        return
-    try:
-        hub.HfApi().dataset_info(name.name, revision=name.revision, timeout=_TIMEOUT_S)
-    except Exception as error:
-        if library_of(type(error)) == "huggingface_hub" or not is_io_error(error):
-            raise
-        raise PathError(
-            f"cannot reach the Hugging Face Hub for {name.name}: {io_reason(error)}; check the network, or set "
-            "HF_HUB_OFFLINE=1 to use what was downloaded before"
-        ) from None
 
 
 def _by_split(loaded: Any) -> dict[str, Any]:

@@ -171,7 +171,10 @@ class Video:
         if not 0 < rate_hz < np.inf:
             raise DataError(f"video: expected a positive frame rate, got {rate_hz}")
         if frames_THW3 is not None:
-            _check_frames(frames_THW3)
+            is_rgb = frames_THW3.ndim == 4 and frames_THW3.shape[-1] == 3 and frames_THW3.dtype == np.uint8
+            if not is_rgb or not frames_THW3.size:
+                given = f"{frames_THW3.dtype} of shape {frames_THW3.shape}"
+                raise DataError(f"video: expected uint8 RGB frames of shape (T, H, W, 3), got {given}")
             self.frames_THW3 = frames_THW3
             duration_s = len(frames_THW3) / rate_hz
         self.rate_hz = rate_hz
@@ -207,13 +210,6 @@ class Video:
         return (partial(np.asarray, frame_HW3) for frame_HW3 in self.frames_THW3)
 
 
-def _check_frames(frames: Array) -> None:
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
-        raise DataError(
-            f"video: expected uint8 RGB frames of shape (T, H, W, 3), got {frames.dtype} of shape {frames.shape}"
-        )
-
-
 def decode_video(file: bytes | Path, start_s: float | None = None, stop_s: float | None = None) -> Video:
     """Open a video, whose frames are decoded when they are read; damage is found then.
 
@@ -238,20 +234,6 @@ def decode_video(file: bytes | Path, start_s: float | None = None, stop_s: float
         duration_s=min(ends_s) - (start_s or 0.0) if ends_s else None,
         decode=partial(_decode, file, start_s, stop_s),
     )
-
-
-def frame_at(data: bytes, time_s: float) -> Array:
-    """Return the frame of a video that is shown at a time: (H, W, 3) uint8, RGB and upright.
-
-    Formats that store exact times are not decoded from their beginning. Memory: two frames.
-
-    Raises:
-        ItemError: the file cannot be decoded, or no frame is shown at the time.
-    """
-    half_step_s = 0.5 / decode_video(data).rate_hz
-    for frame in _decode(data, max(0.0, time_s - half_step_s), None):
-        return frame()
-    raise ItemError("no frames")
 
 
 def _decode(file: bytes | Path, start_s: float | None, stop_s: float | None) -> Iterator[Frame]:

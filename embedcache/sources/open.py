@@ -206,11 +206,6 @@ def merged_description(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"type": MERGED, "path": path, "settings": {}, PARTS: [dict(part) for part in parts]}
 
 
-def merged_parts(description: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the descriptions that a merged description was made of, or the description itself."""
-    return list(description[PARTS]) if description.get("type") == MERGED else [description]
-
-
 def merged_path(number: int, path: str) -> str:
     """Return the path of an item of one of the sources, counted from 0."""
     return f"{number}/{path}"
@@ -221,7 +216,7 @@ def source_credit(description: Mapping[str, Any]) -> str:
 
     The description may come from an untrusted cache: only built-in and installed plug-ins are imported.
     """
-    kinds = dict.fromkeys(str(part.get("type", "")) for part in merged_parts(description))
+    kinds = dict.fromkeys(str(part.get("type", "")) for part in _parts(description))
     credits = [str(getattr(SOURCES.load(kind), "credit", "")) for kind in kinds if kind in SOURCES]
     return "; ".join(filter(None, credits))
 
@@ -300,7 +295,7 @@ def open_below(description: Mapping[str, Any], places: Sequence[str] | None, max
 
 def _open(description: Mapping[str, Any]) -> Source:
     if description["type"] == MERGED:
-        return MergedSource([_open(part) for part in merged_parts(description)], description)
+        return MergedSource([_open(part) for part in description[PARTS]], description)
     settings = SourceSettings(**description.get("settings", {}))
     with names_from("the cache"):
         return open_source(description["path"], kind=description["type"], settings=settings)
@@ -352,7 +347,7 @@ def _parts(description: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     if description.get("type") != MERGED:
         yield description
         return
-    for part in merged_parts(description):
+    for part in description[PARTS]:
         yield from _parts(part)
 
 

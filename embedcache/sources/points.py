@@ -77,7 +77,9 @@ def _check(arrays: dict[str, Array]) -> dict[str, Array]:
         if values.ndim not in (1, 2) or len(values) != len(xyz_N3):
             raise ItemError(f"wrong shape: expected one row of {name} per point, {len(xyz_N3):,}, got {values.shape}")
     checked = {name: _plain(name, values) for name, values in {"xyz": xyz_N3.astype(np.float64), **arrays}.items()}
-    _check_resolution(xyz_N3)
+    extent = np.ptp(xyz_N3.astype(np.float64), axis=0).max()
+    if np.abs(checked["xyz"] - xyz_N3).max() > _MIN_RESOLUTION * extent:
+        raise ItemError(f"too far from the origin for float32, over an extent of {extent:,.6g}; subtract an origin")
     return checked
 
 
@@ -94,14 +96,3 @@ def _plain(name: str, values: Array) -> Array:
     if not np.isfinite(plain).all():
         raise ItemError(f"invalid values: {name} has NaN, infinity, or a value beyond float32")
     return plain
-
-
-def _check_resolution(xyz_N3: Array) -> None:
-    largest = float(np.abs(xyz_N3).max())
-    extent = float(np.ptp(xyz_N3.astype(np.float64), axis=0).max())
-    step = float(np.spacing(np.float32(largest)))
-    if extent > 0 and step > _MIN_RESOLUTION * extent:
-        raise ItemError(
-            f"too far from the origin: coordinates up to {largest:,.0f} over an extent of {extent:,.6g}; float32 "
-            f"resolves {step:g} there; subtract an origin"
-        )

@@ -22,8 +22,6 @@ BLOCK_BYTES = 512
 
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _CHECKSUM_BLANKS = 8 * ord(" ")
-_EXTENDED = frozenset({b"x", b"g", b"X", b"L", b"K"})
-_MAX_EXTENDED_BYTES = 2**20
 _OVERRIDES = re.compile(rb" path=| size=|GNU\.sparse|hdrcharset")  # pax records that override fields of the header
 _MAX_REMOTE_FILES = 8
 _REMOTE_BLOCK_BYTES = 8 * 2**20
@@ -53,7 +51,7 @@ def iter_members(tar: BinaryIO, location: str) -> Iterator[Member]:
     while (header := _read(tar, offset, BLOCK_BYTES)) != _ZERO_BLOCK:
         if len(header) < BLOCK_BYTES:
             raise _damaged(location, f"the file ends at offset {offset}, where a header was expected")
-        member, after = _plain_member(tar, location, offset, header) or _other_member(tar, location, offset)
+        member, after = _plain_member(tar, offset, header) or _other_member(tar, location, offset)
         if after <= offset:
             raise _damaged(location, f"the header at offset {offset} has no valid size")
         if after > size:
@@ -72,11 +70,9 @@ def _damaged(location: str, reason: str) -> SourceError:
     return SourceError(f"{location} is not a tar, or is truncated or damaged: {reason}; copy or create it again")
 
 
-def _plain_member(tar: BinaryIO, location: str, offset: int, header: bytes) -> tuple[Member, int] | None:
+def _plain_member(tar: BinaryIO, offset: int, header: bytes) -> tuple[Member, int] | None:
     """Return a file with a plain header, and the offset of the next header; None if `tarfile` must read it."""
     kind = header[156:157]
-    if kind in _EXTENDED and (_size(header) or 0) > _MAX_EXTENDED_BYTES:
-        raise _damaged(location, f"the extended header at offset {offset} has {_size(header):,} bytes")
     if kind == b"x":
         size = _size(header)
         if size is None or not _has_valid_checksum(header):
@@ -135,10 +131,8 @@ def _other_member(tar: BinaryIO, location: str, offset: int) -> tuple[Member | N
         with tarfile.TarFile(fileobj=tar) as archive:
             info = archive.next()
             after = archive.offset
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError) as error:  # it calls itself for every extended header before a member
         raise _damaged(location, f"{error} at offset {offset}") from None
-    except RecursionError:  # tarfile calls itself for every extended header before a member
-        raise _damaged(location, f"too many extended headers at offset {offset}") from None
     if info is None:
         raise _damaged(location, f"no valid header at offset {offset}")
     if info.issparse():
