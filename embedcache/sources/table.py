@@ -219,7 +219,7 @@ def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
         else:
             mark = delimiter or ("\t" if suffix == ".tsv" else ",")
             # Spaces after a delimiter are skipped if it is named, as in Flickr30k's table.
-            form = {"delimiter": mark, "skipinitialspace": delimiter is not None, "strict": True}
+            form: dict[str, Any] = {"delimiter": mark, "skipinitialspace": delimiter is not None, "strict": True}
             with path.open(encoding=TEXT_ENCODING, newline="") as lines:
                 names = list(csv.DictReader(lines, **form).fieldnames or [])
             read = partial(_read_csv, path, form)

@@ -6,11 +6,8 @@ import pytest
 
 from embedcache.errors import SourceError
 from embedcache.sources import FileItem, Source, SourceSettings, open_source
-from embedcache.sources.open import own_places
-from embedcache.store.cache import Cache
-from embedcache.store.indexing import index
 from embedcache.testing.sources import SourceContract
-from tests.sources.files import COLORS, jpeg, reopen, write
+from tests.sources.files import COLORS, jpeg, write
 
 IMAGES = [
     {"id": 100 + n, "file_name": f"00000000{n}.jpg", "license": n % 2, "width": 20, "height": 10} for n in range(5)
@@ -136,18 +133,3 @@ ONE = {"file_name": "000000000.jpg"}
 def test_invalid_file_raises(tmp_path: Path, fields: Any, word: str) -> None:
     with pytest.raises(SourceError, match=word):
         list(open_source(write_coco(tmp_path, fields)).samples())
-
-
-def test_cut_file_raises(tmp_path: Path) -> None:
-    path = write_coco(tmp_path)
-    path.write_text(path.read_text()[:-9])
-    with pytest.raises(SourceError, match="is not valid JSON"):
-        list(open_source(path).samples())
-
-
-def test_images_are_read_again_from_their_folder(tmp_path: Path) -> None:
-    path = write_coco(tmp_path)
-    index(open_source(path), tmp_path / "cache")
-    source = Cache(tmp_path / "cache").info.source
-    assert own_places(source) == [str(path.parent), str(tmp_path / "val2017")]
-    assert reopen(source).describe() == source

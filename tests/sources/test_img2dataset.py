@@ -10,7 +10,7 @@ from embedcache.errors import PathError, SourceError
 from embedcache.sources import Source, TextItem, open_source
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, jpeg, write, write_parquet, write_tar
-from tests.sources.s3 import WebServer, upload
+from tests.sources.s3 import WebServer
 
 ROWS = 5
 FAILED = 2  # the row whose URL cannot be downloaded
@@ -56,16 +56,6 @@ class TestOutputWithoutCaptionFiles(SourceContract):
         return open_source(write_output(tmp_path))
 
 
-@pytest.mark.slow
-class TestOutputOnS3(SourceContract):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
-        folder = tmp_path_factory.mktemp("laion")
-        write_shard(folder, 0, (".jpg",))
-        return open_source(upload(folder, f"{class_bucket}/laion"))
-
-
 @pytest.mark.parametrize("suffixes", [(".jpg",), (".jpg", ".txt"), (".jpg", ".txt", ".json")])
 def test_samples_have_the_columns_of_the_table(tmp_path: Path, suffixes: tuple[str, ...]) -> None:
     source = open_source(write_output(tmp_path, suffixes))
@@ -82,23 +72,13 @@ def test_samples_have_the_columns_of_the_table(tmp_path: Path, suffixes: tuple[s
 
 def test_caption_in_tar_takes_precedence(tmp_path: Path) -> None:
     write_shard(tmp_path, 0, (".jpg",))
-    write_tar(tmp_path / "00000.tar", [("000000000.jpg", jpeg()), ("000000000.txt", "better words")])
-    (sample,) = open_source(tmp_path).samples()
-    assert sample.texts == (TextItem(text="better words"),)
-
-
-def test_files_without_a_row_are_samples(tmp_path: Path) -> None:
-    write_shard(tmp_path, 0, (".jpg",))
-    write_tar(tmp_path / "00000.tar", [("other.jpg", jpeg()), ("other.txt", "words")])
-    (sample,) = open_source(tmp_path).samples()
-    assert (sample.key, sample.columns) == ("other", {})
-
-
-def test_other_table_is_ignored(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", [("a.jpg", jpeg())])
-    write_parquet(tmp_path / "0.parquet", key=["a"], caption=["not by img2dataset"])
-    (sample,) = open_source(tmp_path).samples()
-    assert (sample.texts, sample.columns) == ((), {})
+    members = [("000000000.jpg", jpeg()), ("000000000.txt", "better words"), ("other.jpg", jpeg())]
+    write_tar(tmp_path / "00000.tar", members)
+    first, other = open_source(tmp_path).samples()
+    assert first.texts == (TextItem(text="better words"),)
+    assert (other.key, other.texts, other.columns) == ("other", (), {})
+    write_parquet(tmp_path / "00000.parquet", key=["other"], caption=["not by img2dataset"])
+    assert not list(open_source(tmp_path).samples())[1].texts
 
 
 def test_damaged_table_raises(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Decoding of recordings and videos: formats, intervals, limits, damage of each kind, and containers that were cut."""
 
 import io
-import tracemalloc
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -16,13 +14,6 @@ from embedcache.processes import prefetch_map
 from embedcache.sources import media
 from embedcache.sources.media import StreamInfo, Video, decode_audio, decode_video, iter_audio, probe_media
 from tests.media_files import CODECS, encode_audio, encode_video, float_wav, jpeg_video, moving_square, tone, wav
-
-
-def test_wav_values() -> None:
-    samples = tone(0.5)
-    decoded = decode_audio(wav(samples))
-    assert decoded.dtype == np.float32
-    np.testing.assert_allclose(decoded, samples, atol=2 / 32768)
 
 
 def test_stereo_at_another_rate() -> None:
@@ -47,17 +38,6 @@ def test_interval_of_a_recording(start_s: float | None, stop_s: float | None) ->
     np.testing.assert_array_equal(decode_audio(data, start_s, stop_s), decode_audio(data)[first:last])
 
 
-@pytest.mark.parametrize(("rate_hz", "channels"), [(44_100, 2), (12_345, 1)])
-def test_interval_of_a_resampled_recording(rate_hz: int, channels: int) -> None:
-    """Its start lies between two samples of the file: up to half a sample beside those of the whole."""
-    data = wav(tone(4, 100, rate_hz=rate_hz), rate_hz=rate_hz, channels=channels)
-    whole = decode_audio(data)
-    for start_s in (1.5, 2.2345):
-        first = round(start_s * 16_000)
-        part = decode_audio(data, start_s, start_s + 0.5)
-        np.testing.assert_allclose(part, whole[first : first + 8_000], atol=2 * np.pi * 100 * 0.5 / 16_000)
-
-
 @pytest.mark.parametrize("kind", ["flac", "ogg", "m4a"])
 def test_interval_of_a_compressed_recording(kind: str) -> None:
     data = encode_audio(tone(4), kind)
@@ -80,16 +60,6 @@ def test_title_that_is_not_utf8_is_no_damage() -> None:
     np.testing.assert_array_equal(decode_audio(named), decode_audio(data))
 
 
-@pytest.mark.slow
-def test_decoding_holds_a_recording_once() -> None:
-    data = wav(tone(60.0))
-    tracemalloc.start()
-    num_bytes = decode_audio(data).nbytes
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1.5 * num_bytes
-
-
 @pytest.mark.parametrize("bounds", [(5.0, None), (0.0, 5.0), (5.0, 6.0)])
 def test_interval_beyond_the_end_fails(bounds: tuple[float, float | None]) -> None:
     with pytest.raises(ItemError, match=r"no such interval: expected [05] s to .* within its 2\.00 s"):
@@ -100,11 +70,13 @@ def test_interval_may_end_a_little_late() -> None:
     assert len(decode_audio(wav(tone(2)), 1.0, 2.05)) == 16_000
 
 
-def test_long_recording_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_recording_has_blocks_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(media, "MAX_AUDIO_S", 1)
     with pytest.raises(ItemError, match="too long: more than 1 s"):
         decode_audio(wav(tone(4)))
     assert len(decode_audio(wav(tone(4)), 1, 2)) == 16_000
+    (tmp_path / "a.wav").write_bytes(wav(tone(4)))
+    assert sum(len(block) for block in iter_audio(tmp_path / "a.wav")) == 64_000
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "webm", "avi", "mov"])
@@ -156,27 +128,19 @@ def test_frames_that_are_no_video(frames: np.ndarray, rate_hz: float, word: str)
         Video(frames_THW3=frames, rate_hz=rate_hz)
 
 
-@pytest.mark.parametrize(
-    ("kind", "codec", "duration_s"), [("mp4", None, 0.44), ("mkv", None, 0.44), ("mpegts", "mpeg4", None)]
-)
-def test_large_video_is_no_array(
-    monkeypatch: pytest.MonkeyPatch, kind: str, codec: str | None, duration_s: float | None
-) -> None:
+@pytest.mark.parametrize(("kind", "duration_s"), [("mp4", 0.44), ("mpegts", None)])
+def test_large_video_is_no_array(monkeypatch: pytest.MonkeyPatch, kind: str, duration_s: float | None) -> None:
     monkeypatch.setattr(media, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
-    large = decode_video(encode_video(moving_square(11), kind=kind, codec=codec))
+    large = decode_video(encode_video(moving_square(11), kind=kind, codec="mpeg4"))
     assert (large.rate_hz, large.duration_s) == (25, duration_s)
     assert len(list(large.frames())) == 11
     with pytest.raises(ItemError, match="too many pixels: more than 7,680 in frames of 32 x 24; index intervals"):
         large.frames_THW3  # noqa: B018
 
 
-@pytest.mark.parametrize("bounds", [(None, None), (None, 1.3), (0.6, 1.5), (2.2, None)])
-@pytest.mark.parametrize("kind", ["mp4", "webm", "mkv", "avi"])
-def test_frames_one_by_one_are_those_of_the_array(kind: str, bounds: tuple[float | None, float | None]) -> None:
-    video = decode_video(encode_video(moving_square(70), kind=kind), *bounds)
-    assert video.frames_THW3 is video.frames_THW3
-    np.testing.assert_array_equal(np.stack([frame() for frame in video.frames()]), video.frames_THW3)
-    kept = list(video.frames())[::7]  # a frame may be converted after later ones were decoded
+def test_frames_may_be_converted_after_later_ones_were_decoded() -> None:
+    video = decode_video(encode_video(moving_square(70), kind="webm"), 0.6, 1.5)
+    kept = list(video.frames())[::7]
     np.testing.assert_array_equal(np.stack([frame() for frame in kept]), video.frames_THW3[::7])
 
 
@@ -204,10 +168,6 @@ def test_decoding_ends_when_it_is_cancelled() -> None:
         found.close()
         closed.set()
     assert read == [0]
-
-
-def iter_frames(file: bytes | Path) -> Iterator[np.ndarray]:
-    return (frame() for frame in decode_video(file).frames())
 
 
 def decode_frames(data: bytes) -> np.ndarray:
@@ -287,42 +247,16 @@ def test_truncated_file_fails(samples: np.ndarray | None) -> None:
         decode_audio(sound[: len(sound) // 2])
 
 
-@pytest.mark.parametrize("kind", ["wav", *CODECS])
-def test_blocks_of_a_recording_are_the_whole(kind: str, tmp_path: Path) -> None:
-    data = wav(tone(3.0)) if kind == "wav" else encode_audio(tone(3.0), kind)
-    (tmp_path / "a").write_bytes(data)
-    blocks = list(iter_audio(tmp_path / "a"))
-    assert len(blocks) > 3
-    np.testing.assert_array_equal(np.concatenate(blocks), decode_audio(data))
-
-
-@pytest.mark.parametrize("kind", ["mp4", "webm", "mkv", "avi"])
-def test_frames_of_a_constant_rate_are_all_frames(kind: str, tmp_path: Path) -> None:
-    data = encode_video(moving_square(30), rate_hz=30, kind=kind)
-    (tmp_path / "a").write_bytes(data)
-    np.testing.assert_array_equal(np.stack(list(iter_frames(tmp_path / "a"))), decode_video(data).frames_THW3)
-    assert probe_media(tmp_path / "a")["video"].rate_hz == 30
-
-
 def test_frames_of_too_many_pixels_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither if the file announces their size, nor if it announces another one."""
     small, large = moving_square(2), moving_square(1, width=320)
     monkeypatch.setattr(media, "MAX_FRAME_PIXELS", 4_096)
-    assert len(list(iter_frames(jpeg_video(small)))) == 2
+    assert len(decode_frames(jpeg_video(small))) == 2
     with pytest.raises(ItemError, match="^damaged video: "):
-        list(iter_frames(jpeg_video([small[0], *large, small[1]])))
+        decode_frames(jpeg_video([small[0], *large, small[1]]))
     monkeypatch.setattr(media, "MAX_FRAME_PIXELS", 767)
     with pytest.raises(ItemError, match="^too many pixels: 32 x 24 in one frame, more than 767$"):
         decode_video(jpeg_video(small))
-
-
-@pytest.mark.parametrize("times_ms", [[0, 40, 80, 200, 240], [0, 25, 50, 90, 130, 170], list(range(0, 900, 45))])
-def test_frames_read_one_by_one_are_those_that_are_encoded(times_ms: list[int], tmp_path: Path) -> None:
-    """At a variable rate, at a nearly constant one, and at another than the announced."""
-    (tmp_path / "a.mkv").write_bytes(encode_video(moving_square(len(times_ms)), times_ms=times_ms, kind="mkv"))
-    encoded = decode_video((tmp_path / "a.mkv").read_bytes()).frames_THW3
-    np.testing.assert_array_equal(np.stack(list(iter_frames(tmp_path / "a.mkv"))), encoded)
-    assert len(encoded) / 25 == pytest.approx(times_ms[-1] / 1000 + 0.04, abs=0.04)
 
 
 def test_frames_of_varying_length_are_put_at_a_constant_rate(tmp_path: Path) -> None:
@@ -331,13 +265,12 @@ def test_frames_of_varying_length_are_put_at_a_constant_rate(tmp_path: Path) -> 
     (tmp_path / "a").write_bytes(data)
     with av.open(io.BytesIO(data)) as container:
         distinct = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    found = list(iter_frames(tmp_path / "a"))
+    found = [frame() for frame in decode_video(tmp_path / "a").frames()]
     rate_hz = probe_media(tmp_path / "a")["video"].rate_hz
     times_ms = (np.arange(len(found)) + 0.5) * 1000 / rate_hz
     shown = np.searchsorted([0, 40, 80, 200, 240], times_ms, side="right") - 1
     assert len(found) == pytest.approx(0.28 * rate_hz, abs=1)
     np.testing.assert_array_equal(np.stack(found), distinct[shown])
-    np.testing.assert_array_equal(decode_video(data).frames_THW3, np.stack(found))
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "webm"])
@@ -361,41 +294,11 @@ def test_streams_are_found_without_decoding(tmp_path: Path) -> None:
     assert probe_media(tmp_path / "a.mp3") == {"audio": StreamInfo(rate_hz=16_000, duration_s=None)}
 
 
-def test_long_recordings_have_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(media, "MAX_AUDIO_S", 1)
-    (tmp_path / "a.wav").write_bytes(wav(tone(4)))
-    assert sum(len(block) for block in iter_audio(tmp_path / "a.wav")) == 64_000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("function", [iter_audio, iter_frames])
-def test_damaged_files_have_no_blocks(function: Callable[[Path], Iterator[np.ndarray]], tmp_path: Path) -> None:
-    whole = encode_video(moving_square(200), samples=tone(8.0), kind="mkv")
-    for name, data, message in (
-        ("empty", b"", "empty file"),
-        ("text", b"no media" * 99, "damaged .*: Invalid data"),
-        ("cut", whole[: len(whole) // 2], r"truncated: \d\.\d s could be decoded of 8\.\d s"),
-        (
-            "other",
-            wav(tone(1)) if function is iter_frames else encode_video(moving_square(9)),
-            "no (sound|frames): the",
-        ),
-    ):
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(ItemError, match=message):
-            list(function(tmp_path / name))
-
-
-def recording(kind: str) -> bytes:
-    return wav(tone(2.0)) if kind == "wav" else encode_audio(tone(2.0), kind)
-
-
 @pytest.mark.parametrize("kind", ["wav", "aiff", "flac"])
-@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.9])
-def test_cut_recording_fails(kind: str, fraction: float) -> None:
-    whole = recording(kind)
+def test_cut_recording_fails(kind: str) -> None:
+    whole = wav(tone(2.0)) if kind == "wav" else encode_audio(tone(2.0), kind)
     with pytest.raises(ItemError, match="truncated|damaged"):
-        decode_audio(whole[: int(len(whole) * fraction)])
+        decode_audio(whole[: int(len(whole) * 0.9)])
 
 
 @pytest.mark.parametrize("size", [0, 2**31 - 4096, 2**31, 2**32 - 1])

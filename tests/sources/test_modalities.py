@@ -64,32 +64,11 @@ def test_two_recordings_of_one_name_raise(tmp_path: Path) -> None:
         list(open_source(tmp_path).samples())
 
 
-def test_no_spelling_of_a_suffix_is_lost(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jpg": jpeg(), "a.Wav": SOUND, "b.Npz": POINTS})
-    found = [(sample.key, modalities(sample)) for sample in open_source(tmp_path).samples()]
-    assert found == [("a", {"image": ["a.jpg"], "audio": ["a.Wav"]}), ("b", {"points": ["b.Npz"]})]
-
-
 def test_names_between_those_of_one_sample(tmp_path: Path) -> None:
     write(tmp_path, {"a.jpg": jpeg(), "a.k.jpg": jpeg(), "a-1.jpg": jpeg(), "a.txt": "words", "a.k/b.jpg": jpeg()})
     samples = list(open_source(tmp_path).samples())
     assert [sample.key for sample in samples] == ["a", "a-1", "a.k", "a.k/b"]
     assert samples[0].texts[0].text == "words"
-
-
-@pytest.mark.parametrize(
-    ("names", "kind"),
-    [
-        (["a.wav", "t.csv"], "folder"),
-        (["a.npz"], "folder"),
-        (["a.npz", "t.parquet"], "table"),
-        (["a.mp4", "s.tar"], "folder"),
-    ],
-)
-def test_kind_of_a_folder(tmp_path: Path, names: list[str], kind: str) -> None:
-    for name in names:
-        (tmp_path / name).write_bytes(b"")
-    assert open_source(tmp_path).describe()["type"] == kind
 
 
 def test_members_of_a_tar(tmp_path: Path) -> None:
@@ -126,16 +105,6 @@ def test_one_column_is_audio_and_video(tmp_path: Path) -> None:
     item = FileItem(path="a.mp4", start_s=0.5)
     assert (sample.images, sample.files) == ((), {"audio": (item,), "video": (item,)})
     assert len(decode_audio(source.read(item), item.start_s, item.stop_s)) == pytest.approx(8_000, abs=2_100)
-
-
-@pytest.mark.parametrize("cell", [SOUND, {"bytes": SOUND, "path": "a.wav"}])
-def test_recordings_inside_a_table(tmp_path: Path, cell: object) -> None:
-    table = write_parquet(tmp_path / "t.parquet", audio=[None, cell], image=[jpeg(), jpeg("blue")])
-    source = open_source(table)
-    sample = list(source.samples())[1]
-    assert sample.files == {"audio": (FileItem(path="t.parquet#audio", offset=1),)}
-    assert source.read(sample.files["audio"][0]) == SOUND
-    assert source.read(sample.images[0]) == jpeg("blue")
 
 
 @pytest.mark.parametrize("bounds", ["2,1", "-1,1", "nan,", "soon,", "0,inf", "0,nan"])

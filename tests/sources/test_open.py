@@ -36,6 +36,10 @@ class CustomSource:
         ({"t.csv": "caption\nx"}, "t.csv", "table"),
         ({"t.jsonl": '{"text": "x"}'}, "t.jsonl", "table"),
         ({"prompts.txt": "x"}, "prompts.txt", "texts"),
+        ({"a.wav": b"", "t.csv": b""}, "", "folder"),
+        ({"a.npz": b""}, "", "folder"),
+        ({"a.npz": b"", "t.parquet": b"PAR1"}, "", "table"),
+        ({"a.mp4": b"", "s.tar": b""}, "", "folder"),
     ],
 )
 def test_kind_is_detected(tmp_path: Path, files: dict[str, bytes | str], location: str, kind: str) -> None:

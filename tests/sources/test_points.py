@@ -22,11 +22,6 @@ def test_npz_values() -> None:
         np.testing.assert_array_equal(decoded[name], values)
 
 
-def test_float64_becomes_float32() -> None:
-    arrays = {"xyz": CLOUD["xyz"].astype(np.float64), "intensity": np.arange(50.0)}
-    assert {str(values.dtype) for values in decode_points(npz(arrays)).values()} == {"float32"}
-
-
 def with_value(name: str, value: float) -> dict[str, np.ndarray]:
     arrays = {key: values.copy() for key, values in CLOUD.items()}
     arrays[name][3] = value

@@ -1,5 +1,4 @@
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -73,11 +72,6 @@ def test_clip_benchmark_datasets() -> None:
     assert samples_of("imagenet1k", "it")[1].texts[0].text == "una brutta foto di un pesce rosso"
 
 
-def test_path_with_plus(tmp_path: Path) -> None:
-    write(tmp_path, {"c++/names.txt": NAMES})
-    assert len(samples_of(f"{tmp_path}/c++/names.txt")) == 3
-
-
 @pytest.mark.parametrize(
     ("classes", "templates"),
     [("c+x/n.txt", "t.txt"), ("c+x", "t.txt")],
@@ -93,22 +87,6 @@ def test_paths_of_classes_may_have_plus(
     samples = list(source.samples())
     assert [prompts(sample) for sample in samples][1] == ["a photo of a Trouser.", "Trouser, on a table"]
     assert list(reopen(source.describe()).samples()) == samples
-
-
-@pytest.mark.parametrize(
-    ("location", "named"),
-    [
-        ("c+x/none.txt+t.txt", "c+x/none.txt"),
-        ("none.txt+t.txt", "none.txt"),
-    ],
-)
-def test_missing_file_is_named_whole(
-    tmp_path: Path, location: str, named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path, {"c+x/n.txt": NAMES, "t.txt": TEMPLATES})
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(PathError, match=f"expected a file, got {re.escape(named)}, which does not exist"):
-        open_source(f"prompts:{location}")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """Sources behind URLs, read from local servers."""
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +14,7 @@ from embedcache.files import open_path
 from embedcache.sources import FileItem, Source, open_source, tars
 from embedcache.sources.tars import ByteRanges
 from embedcache.testing.sources import SourceContract
-from tests.crash import call_elsewhere
-from tests.sources.files import COLORS, jpeg, reopen, write, write_parquet, write_tar
+from tests.sources.files import COLORS, jpeg, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, forget_clients, upload
 
 pytestmark = pytest.mark.slow
@@ -69,43 +66,12 @@ class TestFolderOfShardsOnS3(SourceContract):
         assert list(source.samples()) == list(open_source(shards(tmp_path, 2)).samples())
 
 
-class TestParquetOfBytesOnS3(SourceContract):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
-        folder = tmp_path_factory.mktemp("source")
-        write_parquet(folder / "t.parquet", image=IMAGES, caption=list(COLORS))
-        return open_source(upload(folder, class_bucket) + "/t.parquet")
-
-
-class TestFolderOfTablesOnS3(SourceContract):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
-        folder = tmp_path_factory.mktemp("source")
-        write(folder, {f"images/{n}.bin": IMAGES[n] for n in range(2)})
-        write(folder, {"sub/t.csv": "image,caption\n" + "".join(f"../images/{n}.bin,c\n" for n in range(2))})
-        write(folder, {"t.jsonl": '{"image": "images/0.bin", "caption": ["x", "y"]}\n'})
-        return open_source(upload(folder, f"{class_bucket}/tables"))
-
-    def test_item_paths_are_relative(self, source: Source) -> None:
-        assert [s.images[0].path for s in source.samples()] == [f"images/{n}.bin" for n in (0, 1, 0)]
-
-
 class TestOneShardByHttp(SourceContract):
     @pytest.fixture(scope="class")
     @classmethod
     def source(cls, class_web: WebServer) -> Source:
         shards(class_web.folder)
         return open_source(f"{class_web.url}/00001.tar")
-
-
-class TestPatternByHttp(SourceContract):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def source(cls, class_web: WebServer) -> Source:
-        shards(class_web.folder)
-        return open_source(f"{class_web.url}/{{00000..00002}}.tar")
 
 
 class TestParquetByHttp(SourceContract):
@@ -125,20 +91,6 @@ class TestTableHereOfUrls(SourceContract):
         upload(class_web.folder, f"{class_bucket}/x")
         urls = [f"{class_web.url}/0.jpg?size=1", f"{class_bucket}/x/1.jpg"]
         return open_source(write_parquet(folder / "t.parquet", image=urls, caption=["a", "b"]))
-
-
-class TestMemory(SourceContract):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def source(cls, tmp_path_factory: pytest.TempPathFactory) -> Source:
-        folder = tmp_path_factory.mktemp("source")
-        root = open_path("memory://tests-of-sources/images")
-        for path in write_images(folder).rglob("*.*"):
-            if path.is_file():
-                there = root / str(path.relative_to(folder))
-                there.parent.mkdir(parents=True, exist_ok=True)
-                there.write_bytes(path.read_bytes())
-        return open_source(str(root))
 
 
 @pytest.mark.parametrize("path", ["none", "none.tar", "none.parquet", "{0..1}.tar", "shards/{0..1}.tar"])
@@ -222,17 +174,6 @@ def test_ranges_are_the_bytes_of_the_file(
         assert files.read(path, offset, length) == data[offset : offset + length]
 
 
-def test_failed_block_is_retried(tmp_path: Path, web: WebServer) -> None:
-    data = np.random.default_rng(0).bytes(1500)
-    write(tmp_path / "web", {"x.bin": data})
-    blocks, path = ByteRanges(), open_path(f"{web.url}/x.bin")
-    (tmp_path / "web" / "x.bin").rename(tmp_path / "web" / "away")
-    with pytest.raises(ItemError, match="no such file"):
-        blocks.read(path, 0, 10)
-    (tmp_path / "web" / "away").rename(tmp_path / "web" / "x.bin")
-    assert blocks.read(path, 0, 10) == data[:10]
-
-
 def test_only_one_row_group_is_read(tmp_path: Path, web: WebServer) -> None:
     images = [np.random.default_rng(n).bytes(500_000) for n in range(20)]
     write_parquet(tmp_path / "web" / "t.parquet", row_group_size=2, image=images, caption=["x"] * 20)
@@ -242,17 +183,6 @@ def test_only_one_row_group_is_read(tmp_path: Path, web: WebServer) -> None:
     web.sent.clear()
     assert source.read(samples[7].images[0]) == images[7]
     assert sum(web.sent) < 2_000_000
-
-
-def test_new_process_reads_the_same(tmp_path: Path, bucket: str) -> None:
-    source = open_source(upload(shards(tmp_path, 1), bucket))
-    items = [sample.images[0] for sample in source.samples()]
-    assert [source.read(item) for item in items] == IMAGES
-    assert call_elsewhere(read_again, dict(source.describe()), items, environment=os.environ) == IMAGES
-
-
-def read_again(description: dict[str, Any], items: list[FileItem]) -> list[bytes]:
-    return [reopen(description).read(item) for item in items]
 
 
 def test_listings_are_not_cached(tmp_path: Path, bucket: str) -> None:

@@ -94,13 +94,6 @@ def test_sources_of_strangers_are_read_below_named_places(tmp_path: Path) -> Non
         allowed_places(merged_description([describe("folder", tmp_path), describe("folder", "/usr")]), "")
 
 
-def test_a_state_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    remember(describe("folder", tmp_path), "1")
-    assert not is_remembered(describe("folder", tmp_path), "1")
-
-
 def test_restricted_reads(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"four")
     with restrict_reads([str(tmp_path), "https://host/x"], 3):
@@ -118,3 +111,10 @@ def test_restricted_reads(tmp_path: Path) -> None:
                 check_read_allowed(path)
     assert is_below("https://host/x", ["https://host/x"])
     assert not is_below("https://host/x/../y", ["https://host/x"])
+
+
+def test_a_state_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    remember(describe("folder", tmp_path), "1")
+    assert not is_remembered(describe("folder", tmp_path), "1")

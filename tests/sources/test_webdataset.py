@@ -2,13 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.sources import Source, TextItem, open_source
+from embedcache.errors import ItemError, PathError
+from embedcache.sources import Source, open_source
 from embedcache.sources.webdataset import expand_braces
 from embedcache.testing.sources import SourceContract
-from tests.sources.files import COLORS, encode, jpeg, reopen, write, write_tar
+from tests.sources.files import COLORS, jpeg, reopen, write, write_tar
 
 
 def members(first: int, number: int) -> list[tuple[str, bytes | str]]:
@@ -36,18 +35,6 @@ class TestFolderOfShards(SourceContract):
         return open_source(shards)
 
 
-class TestBracePattern(SourceContract):
-    @pytest.fixture
-    def source(self, shards: Path) -> Source:
-        return open_source(shards / "{00000..00001}.tar")
-
-
-class TestOneShard(SourceContract):
-    @pytest.fixture
-    def source(self, shards: Path) -> Source:
-        return open_source(shards / "00001.tar")
-
-
 class TestClassificationSet(SourceContract):
     """CLIP_benchmark's layout: shards of a split are numbered from 0, and so are their keys."""
 
@@ -63,13 +50,9 @@ def write_classes(folder: Path) -> Path:
     for split, labels in (("train", [1, 0]), ("test", [0])):
         write(folder, {f"{split}/nshards.txt": "1"})
         names = [(f"s{number:07d}", label) for number, label in enumerate(labels)]
-        members = [m for name, label in names for m in ((f"{name}.cls", str(label)), (f"{name}.webp", webp()))]
+        members = [m for name, label in names for m in ((f"{name}.cls", str(label)), (f"{name}.jpg", jpeg()))]
         write_tar(folder / split / "0.tar", members)
     return folder
-
-
-def webp() -> bytes:
-    return encode(Image.new("RGB", (20, 10), "red"), "WEBP")
 
 
 def test_classification_dataset_labels_and_splits(tmp_path: Path) -> None:
@@ -79,17 +62,6 @@ def test_classification_dataset_labels_and_splits(tmp_path: Path) -> None:
         ("train/s0000000", {"split": "train", "label": 1}),
         ("train/s0000001", {"split": "train", "label": 0}),
     ]
-
-
-def test_single_split_has_plain_keys(tmp_path: Path) -> None:
-    samples = list(open_source(write_classes(tmp_path) / "test").samples())
-    assert [(sample.key, dict(sample.columns)) for sample in samples] == [("s0000000", {"label": 0})]
-
-
-@pytest.mark.parametrize(("content", "label"), [("7", 7), (" 12\n", 12), ("-1", -1)])
-def test_cls_is_a_class_number(tmp_path: Path, content: str, label: int) -> None:
-    path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg()), ("0.CLS", content)])
-    assert [dict(sample.columns) for sample in open_source(path).samples()] == [{"label": label}]
 
 
 @pytest.mark.parametrize("content", [b"cat", b"", b"0.5", b"1 2", b"\xff", b"9" * 5000])
@@ -104,25 +76,6 @@ def test_invalid_cls_is_reported_in_a_column(tmp_path: Path, content: bytes) -> 
 def test_label_in_json_takes_precedence(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("0.cls", "3"), ("0.jpg", jpeg()), ("0.json", '{"label": "cat", "w": 1}')])
     assert [dict(sample.columns) for sample in open_source(path).samples()] == [{"label": "cat", "w": 1}]
-
-
-def test_sample_joins_files_of_one_name(shards: Path) -> None:
-    sample = list(open_source(shards).samples())[5]
-    assert sample.key == "0011"
-    assert sample.texts == (TextItem(text="caption 11"),)
-    assert sample.columns == {"width": 11}
-    assert sample.images[0].path == "00001.tar"
-
-
-def test_item_offset_and_length(shards: Path) -> None:
-    item = list(open_source(shards).samples())[5].images[0]
-    data = (shards / item.path).read_bytes()
-    assert data[item.offset : item.offset + item.length] == jpeg(COLORS[11 % 5])
-
-
-def test_pattern_selects_shards(shards: Path) -> None:
-    keys = [sample.key for sample in open_source(shards / "{00001..00002}.tar").samples()]
-    assert keys == [f"{n:04d}" for first in (10, 20) for n in range(first, first + 4)]
 
 
 def test_member_folder_is_part_of_the_key(tmp_path: Path) -> None:
@@ -145,42 +98,6 @@ def test_members_of_other_kinds_are_counted(tmp_path: Path) -> None:
             ".svg": 1,
             "files without a suffix": 1,
         }
-
-
-def test_more_shards_than_open_files(tmp_path: Path) -> None:
-    for shard in range(40):
-        write_tar(tmp_path / f"{shard:02d}.tar", [(f"{shard}.jpg", jpeg(COLORS[shard % 5]))])
-    source = open_source(tmp_path)
-    items = [sample.images[0] for sample in source.samples()]
-    for _ in range(2):
-        assert [source.read(item) for item in items] == [jpeg(COLORS[n % 5]) for n in range(40)]
-
-
-@pytest.mark.parametrize("keep", [100, 700, 2_048, 5_000])
-def test_truncated_shard_raises_with_offset(tmp_path: Path, keep: int) -> None:
-    path = write_tar(tmp_path / "cut.tar", members(0, 4))
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(SourceError, match=r"cut\.tar.*offset \d+|cut\.tar.*truncated"):
-        list(open_source(path).samples())
-
-
-def test_invalid_json_is_reported_in_a_column(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", [("0001.jpg", jpeg()), ("0001.json", "{"), ("0002.txt", "words")])
-    first, second = open_source(path).samples()
-    assert str(first.columns["caption_error"]).startswith("0001.json is not valid JSON")
-    assert second.texts == (TextItem(text="words"),)
-
-
-def test_missing_shard_of_a_pattern_raises(shards: Path) -> None:
-    with pytest.raises(PathError, match=r"got no file at .*00003\.tar"):
-        open_source(shards / "{00000..00003}.tar")
-
-
-def test_missing_shard_cannot_be_reopened(shards: Path) -> None:
-    description = open_source(shards / "00000.tar").describe()
-    (shards / "00000.tar").unlink()
-    with pytest.raises(PathError, match=r"00000\.tar"):
-        reopen(description)
 
 
 def test_shard_truncated_later_raises_item_error(shards: Path) -> None:
