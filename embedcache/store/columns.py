@@ -60,11 +60,6 @@ class Column(Sequence[T]):
         is_null: Bools = self.array.is_null().to_numpy(zero_copy_only=False)
         return is_null
 
-    def present(self) -> "tuple[Ints, pa.Array]":
-        """Return the places that are not null, ascending, and their values."""
-        array = to_array(self, self.array.type)
-        return np.flatnonzero(~self.is_null()), array.drop_null()
-
     def count(self, value: object) -> int:
         """Count a value."""
         return int(pc.sum(pc.equal(self.array, pa.scalar(value, self.array.type))).as_py() or 0)
@@ -72,10 +67,6 @@ class Column(Sequence[T]):
     def _parts(self) -> "Iterable[pa.Array | pa.ChunkedArray]":
         """Return all values, in parts of any size."""
         return [self.array]
-
-    def _value(self, index: int) -> Any:
-        """Return the value at a place, which may count from the end."""
-        return self.array[index].as_py()
 
     def __len__(self) -> int:
         return len(self._array)
@@ -87,7 +78,7 @@ class Column(Sequence[T]):
     def __getitem__(self, index: slice) -> list[T]: ...
 
     def __getitem__(self, index: int | slice) -> Any:
-        return self.array[index].to_pylist() if isinstance(index, slice) else self._value(index)
+        return self.array[index].to_pylist() if isinstance(index, slice) else self.array[index].as_py()
 
     def __iter__(self) -> Iterator[T]:
         return iter(self.array.to_pylist())
@@ -97,8 +88,8 @@ class Column(Sequence[T]):
         return values
 
     def __contains__(self, value: object) -> bool:
-        values = self.present()[1] if value is not None else self.array
-        return bool(len(values) and pc.any(pc.equal(values, pa.scalar(value, values.type))).as_py())
+        array = self.array
+        return bool(pc.any(array.is_null() if value is None else pc.equal(array, pa.scalar(value, array.type))).as_py())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -131,45 +122,6 @@ class DeferredColumn(Column[T]):
 
     def _parts(self) -> "Iterable[pa.Array | pa.ChunkedArray]":
         return self._read() if self._read else [self.array]
-
-    def __len__(self) -> int:
-        return self._length
-
-
-class SparseColumn(Column[T]):
-    """A column that is null but at a few places, as the reasons of failed items are.
-
-    Args:
-        length: number of values, nulls included.
-        places: (P,) int64, ascending, of the values that are not null.
-        values: these values, P of them.
-    """
-
-    def __init__(self, length: int, places: Ints, values: "pa.Array") -> None:
-        self._length, self._places, self._values = length, places, values
-
-    @property
-    def array(self) -> "pa.Array | pa.ChunkedArray":
-        """The values and all nulls in Arrow's memory, made now."""
-        indices = np.zeros(self._length, np.int64)
-        indices[self._places] = np.arange(len(self._places))
-        return self._values.take(pa.array(indices, mask=self.is_null()))
-
-    def is_null(self) -> Bools:
-        """Return which values are null: (N,) bool."""
-        is_null = np.ones(self._length, bool)
-        is_null[self._places] = False
-        return is_null
-
-    def present(self) -> "tuple[Ints, pa.Array]":
-        """Return the places that are not null, ascending, and their values."""
-        return self._places, self._values
-
-    def _value(self, index: int) -> Any:
-        index = range(self._length)[index]
-        place = int(np.searchsorted(self._places, index))
-        is_present = place < len(self._places) and self._places[place] == index
-        return self._values[place].as_py() if is_present else None
 
     def __len__(self) -> int:
         return self._length

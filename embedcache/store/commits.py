@@ -35,7 +35,7 @@ from embedcache.modalities import MODALITIES
 from embedcache.provenance import Manifest, add_digest, canonical_json, check_record
 from embedcache.settings import explain
 from embedcache.store.arrays import REPAIR
-from embedcache.store.columns import Column, SparseColumn, is_none, to_array
+from embedcache.store.columns import Column, is_none, to_array
 from embedcache.store.layout import Count, commit_path
 
 PENDING = "not extracted yet"
@@ -229,8 +229,11 @@ def _parse(record: _Record) -> Commit:
 
 
 def _reasons_column(num_rows: int, reasons: Sequence[tuple[int, str]]) -> Column[str | None]:
-    rows = np.array([row for row, _ in reasons], np.int64)
-    return SparseColumn(num_rows, rows, pa.array([reason for _, reason in reasons], pa.string()))
+    """Return the reasons of a chunk's rows, null for the others: 4 bytes per row, and the texts."""
+    values: list[str | None] = [None] * num_rows
+    for row, reason in reasons:
+        values[row] = reason
+    return Column(pa.array(values, pa.string()))
 
 
 def hash_item(data: bytes, *, interval: tuple[float | None, float | None] = (None, None)) -> bytes:

@@ -23,8 +23,6 @@ from embedcache.store.transaction import finish, is_complete
 
 T = TypeVar("T")
 
-_FEW_CHUNKS = 64  # reading the commits of these takes less than reading the table of thousands
-
 
 class Feature:
     """One named output of one encoder over all items of its modality, read-only. Open it with `Cache.feature`.
@@ -48,7 +46,8 @@ class Feature:
         self.num_items = group.info.num_items[group.modality]
         self._attributes_digest = digest(attributes.to_json())
         self._maps: OrderedDict[int, Array] = OrderedDict()
-        self._few: dict[int, Commit | None] = {}  # commits of single chunks, until all are read
+        self._commits: dict[int, Commit | None] = {}  # of the chunks that were asked for
+        self._valid_N = np.zeros(self.num_items, bool)  # of these chunks
 
     def __repr__(self) -> str:
         shape = ", ".join("any" if size < 0 else str(size) for size in self.shape)
@@ -93,12 +92,16 @@ class Feature:
         Raises:
             CorruptError: a commit has changed, or the metadata of this feature has since it was committed.
         """
-        return list(map(self._own, self.group.commits()))
+        return [self._find_commit(chunk) for chunk in range(self.group.info.num_chunks(self.modality))]
 
-    @property
-    def _has_read_commits(self) -> bool:
-        """Whether `commits` was used, so that it holds all of them."""
-        return "commits" in self.__dict__
+    def _find_commit(self, chunk: int) -> Commit | None:
+        """Return the commit of a chunk, None if this feature is not committed; each is read once."""
+        if chunk not in self._commits:
+            commit = self._own(self.group.commit(chunk))
+            if commit is not None:
+                self._valid_N[self._rows(chunk)] = is_none(commit.failures[self.feature])
+            self._commits[chunk] = commit
+        return self._commits[chunk]
 
     def _own(self, commit: Commit | None) -> Commit | None:
         """Return a commit if it has this feature, as the metadata describe it."""
@@ -119,35 +122,24 @@ class Feature:
                 f"{path}: its attributes have changed since chunk {commit.chunk} was committed; restore that file"
             )
 
-    @cached_property
+    @property
     def valid(self) -> Bools:
         """(N,) bool, whether each item has this feature; `has` tells of a few."""
-        valid = np.zeros(self.num_items, bool)
-        for chunk, commit in enumerate(self.commits):
-            if commit is not None:
-                valid[self._rows(chunk)] = is_none(commit.failures[self.feature])
-        return valid
+        _ = self.commits  # now all are read
+        return self._valid_N
 
     def has(self, rows: Ints) -> Bools:
         """Return whether each row has this feature, (B,) bool, False if there is no such row.
 
-        Of rows in a few chunks, only the commits of these chunks are read.
+        Only the commits of their chunks are read.
         """
         rows = to_rows(rows)
         has_B = (rows >= 0) & (rows < self.num_items)
         rows = rows[has_B]
-        chunks = rows // self.group.info.chunk_size
-        numbers = distinct(chunks)
-        if self._has_read_commits or len(numbers) > _FEW_CHUNKS:
-            has_B[has_B] = self.valid[rows]
-            return has_B
-        is_valid = np.zeros(len(rows), bool)
-        for chunk in numbers.tolist():
-            commit, is_in_chunk = self._find_commit(chunk), chunks == chunk
-            if commit is not None:
-                has_no_failure = is_none(commit.failures[self.feature])
-                is_valid[is_in_chunk] = has_no_failure[rows[is_in_chunk] - self._rows(chunk).start]
-        has_B[has_B] = is_valid
+        if len(self._commits) < self.group.info.num_chunks(self.modality):
+            for chunk in distinct(rows // self.group.info.chunk_size).tolist():
+                self._find_commit(chunk)
+        has_B[has_B] = self._valid_N[rows]
         return has_B
 
     @cached_property
@@ -156,11 +148,9 @@ class Feature:
         rows, reasons = [np.empty(0, np.int64)], [pa.array([], pa.string())]
         for commit in self.commits:
             if commit is not None:
-                failures = commit.failures[self.feature]  # a list if samples were appended since
-                column = failures if isinstance(failures, Column) else Column(pa.array(failures, pa.string()))
-                places, values = column.present()
-                rows.append(self._rows(commit.chunk).start + places)
-                reasons.append(values)
+                of_chunk = to_array(commit.failures[self.feature], pa.string())
+                rows.append(self._rows(commit.chunk).start + np.flatnonzero(of_chunk.is_valid()))
+                reasons.append(of_chunk.drop_null())
         return np.concatenate(rows), pa.chunked_array(reasons)
 
     @cached_property
@@ -319,14 +309,6 @@ class Feature:
         commit = self._find_commit(chunk)
         assert commit is not None  # the caller has checked its rows
         return commit
-
-    def _find_commit(self, chunk: int) -> Commit | None:
-        """Return the commit of a chunk, None if this feature is not committed; reads no other commit."""
-        if self._has_read_commits:
-            return self.commits[chunk]
-        if chunk not in self._few:
-            self._few[chunk] = self._own(self.group.commit(chunk))
-        return self._few[chunk]
 
     def _read(self, commit: Commit, read: Callable[[Commit], T]) -> T:
         """Read files of a chunk; again with its new commit if another process has written the chunk since.

@@ -5,8 +5,7 @@ states the shape and dtype of its items, and their axis.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -17,8 +16,8 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from embedcache.axis import Axis
-from embedcache.errors import ArtifactError, CorruptError, DataError, PathError
-from embedcache.files import find_files, is_remote
+from embedcache.errors import CorruptError, DataError, PathError
+from embedcache.files import find_files
 from embedcache.provenance import DERIVED, IMPORTED, RUN, Manifest, add_digest, check_record, check_same, digest
 from embedcache.settings import explain
 from embedcache.store.arrays import (
@@ -102,46 +101,20 @@ class EncoderGroup:
         """Names of the features that have metadata, complete or not."""
         return sorted(path.parent.name for path in find_files(self.path, "*/zarr.json"))
 
-    def siblings(self) -> "list[EncoderGroup]":
-        """Open the folders of the other encoders of this modality, as far as they can be read.
-
-        Behind a URL they are listed once: each listing is several requests.
-        """
-        return self._siblings if is_remote(self.path) else self._open_siblings()
-
-    @cached_property
-    def _siblings(self) -> "list[EncoderGroup]":
-        return self._open_siblings()
-
-    def _open_siblings(self) -> "list[EncoderGroup]":
-        names = {path.parent.name for path in find_files(self.path.parent, "*/zarr.json")} - {self.name}
-        opened = []
-        for name in sorted(names):
-            with suppress(ArtifactError, PathError):  # damaged: `verify` reports it
-                opened.append(open_group(self.path.parents[1], self.modality, name, self.info))
-        return opened
-
     @property
     def has_commits(self) -> bool:
         """Whether any chunk is committed."""
         return any(find_files(self.path, "chunks/*.json"))
 
     def commit(self, chunk: int) -> Commit | None:
-        """Return the commit of a chunk, or None.
+        """Return the commit of a chunk with the rows of the tables now, or None.
 
         Raises:
             CorruptError: the commit belongs to another encoder or to other rows, or has another number of rows.
         """
         commit = read_commit(self.path, chunk)
-        return None if commit is None else self._checked(commit)
-
-    def commits(self) -> list[Commit | None]:
-        """Return the commit of each chunk; errors are those of `commit`."""
-        return [self.commit(chunk) for chunk in range(self.info.num_chunks(self.modality))]
-
-    def _checked(self, commit: Commit) -> Commit:
-        """Check that a commit belongs to this encoder and these rows; return it with the rows of the tables now."""
-        chunk = commit.chunk
+        if commit is None:
+            return None
         if commit.encoder != self.fingerprint_digest:
             raise CorruptError(f"chunk {chunk} in {self.path} belongs to another encoder; {REPAIR}")
         num_rows = self.info.num_chunk_rows(commit.index_digest, self.modality, chunk)
@@ -159,11 +132,7 @@ class EncoderGroup:
 
     def has_files(self, commit: Commit, feature: str) -> bool:
         """Return whether the files of a feature of a chunk exist and have the right size."""
-        arrays: dict[str, list[int]] = {}
-        for file in commit.features[feature]:
-            array, _, number = file.rpartition("/")
-            arrays.setdefault(array, []).append(int(number))
-        return all(_have_right_size(self.path / array, numbers) for array, numbers in arrays.items())
+        return all(_has_right_size(self.path / file) for file in commit.features[feature])
 
     def check_fingerprint(self) -> None:
         """Check that the folder still belongs to this encoder: two processes may have created it together."""
@@ -201,12 +170,14 @@ _INPUT = ("modality", "feature")
 """Keys of an input of a derived feature."""
 
 
-def _have_right_size(array_path: Path, numbers: Sequence[int]) -> bool:
+def _has_right_size(file: Path) -> bool:
+    """Return whether a file of a commit, the folder of its array and its number, exists and has the right size."""
+    array_path = file.parent
     try:
         metadata = read_metadata(array_path)
         shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         num_bytes = math.prod(shape) * np.dtype(metadata["data_type"]).itemsize + CRC_BYTES
-        return all(chunk_path(array_path, number, len(shape)).stat().st_size == num_bytes for number in numbers)
+        return bool(chunk_path(array_path, int(file.name), len(shape)).stat().st_size == num_bytes)
     except (FileNotFoundError, PathError, CorruptError):
         return False
     except (LookupError, TypeError, ValueError):  # metadata of another array: the chunk and they are written again

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.arrays import Ints, blocks, distinct
+from embedcache.arrays import Ints, blocks
 from embedcache.errors import SourceError
 from embedcache.files import is_remote, partial_path, put_file
 from embedcache.modalities import FILE_MODALITIES, MODALITIES
 from embedcache.samples import FileItem, Sample
 from embedcache.store.arrays import file_checksum
-from embedcache.store.columns import widen
+from embedcache.store.columns import index_in, widen
 from embedcache.store.layout import SAMPLES, Part, TableFile, next_revision, table_name
 from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table
 
@@ -243,11 +243,9 @@ class _SampleWriter:
         self._schemas.append(rows.schema)
 
     def close(self, before: Table | None) -> None:
-        self._check_unique()
         try:
             schema = pa.unify_schemas(self._schemas, promote_options="permissive")
             if before is not None:
-                self._check_new(before)
                 pa.unify_schemas([before.schema, schema], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise SourceError(f"a column of the source changes its type between samples: {error}") from error
@@ -258,38 +256,45 @@ class _SampleWriter:
                 writer.write_table(table, row_group_size=BATCH)
                 self._batch_path(number).unlink()
 
-    def _check_unique(self) -> None:
+        hashes_N = np.concatenate(self._hashes)
+        self._check_unique(hashes_N)
+        if before is not None:
+            self._check_new(hashes_N, before)
+
+    def _check_unique(self, hashes_N: Ints) -> None:
         """Check that no two keys are equal, by reading those whose hashes are."""
-        hashes_N = np.concatenate([np.empty(0, np.int64), *self._hashes])
         order_N = np.argsort(hashes_N, kind="stable")
         is_next = np.diff(hashes_N[order_N]) == 0
         rows = np.sort(order_N[np.append(is_next, False) | np.append(False, is_next)])
         if not len(rows):
             return
-        starts, keys = np.cumsum([0, *map(len, self._hashes)]), []
-        for number in distinct(np.searchsorted(starts, rows, side="right") - 1).tolist():
-            inside = rows[(rows >= starts[number]) & (rows < starts[number + 1])] - starts[number]
-            keys.append(self._read_keys(number).take(pa.array(inside)))
-        _check_keys(widen(pa.chunked_array([chunk for part in keys for chunk in part.chunks], pa.string())), rows)
+        keys = self._read_keys().take(pa.array(rows))
+        counts = pc.value_counts(keys)
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(repeated):
+            key = repeated[0]["values"].as_py()
+            first, second = rows[pc.indices_nonzero(pc.equal(keys, key)).to_numpy()[:2]].tolist()
+            raise SourceError(
+                f"keys must be unique; {key!r} is the key of rows {first} and {second} ({len(repeated)} such keys); "
+                "rename a file (a.jpg and a.png have the same key); of a table, sort the rows by --key-column if those "
+                "of one key are one sample, or choose another column"
+            )
 
-    def _check_new(self, before: Table) -> None:
+    def _check_new(self, hashes_N: Ints, before: Table) -> None:
         """Check that no key is one of those of earlier parts."""
-        hashes_N = np.concatenate(self._hashes)
-        for start in range(0, len(before), BATCH):
-            keys = before.read(start, min(start + BATCH, len(before)), ["key"])["key"]
-            if not np.isin(hash_texts(keys), hashes_N).any():
+        for number, rows in enumerate(before.blocks(BATCH, ["key"])):
+            if not np.isin(hash_texts(rows["key"]), hashes_N).any():
                 continue
-            for number in range(len(self._schemas)):
-                places = np.flatnonzero(pc.is_in(self._read_keys(number), value_set=keys.combine_chunks()))
-                if len(places):
-                    key = self._read_keys(number)[int(places[0])].as_py()
-                    raise SourceError(
-                        f"keys must be unique; {key!r} is the key of row {start + pc.index(keys, key).as_py()} and of "
-                        "a new sample; rename a file, or choose another --key-column"
-                    )
+            places = np.flatnonzero(index_in(rows["key"], self._read_keys()).is_valid())
+            if len(places):
+                key = rows["key"][int(places[0])].as_py()
+                raise SourceError(
+                    f"keys must be unique; {key!r} is the key of row {number * BATCH + places[0]} and of a new sample; "
+                    "rename a file, or choose another --key-column"
+                )
 
-    def _read_keys(self, number: int) -> pa.ChunkedArray:
-        return pq.read_table(self._batch_path(number), columns=["key"], use_threads=False)["key"]
+    def _read_keys(self) -> pa.ChunkedArray:
+        return widen(pq.read_table(self._path, columns=["key"], use_threads=False)["key"])
 
     def _batch_path(self, number: int) -> Path:
         return self._path.with_name(f"batch-{number:05d}.parquet")
@@ -378,17 +383,3 @@ def relocate(table: pa.Table, first_row: int, relocated: Mapping[int, FileItem])
 def hash_texts(texts: pa.Array | pa.ChunkedArray) -> Ints:
     """Return a 64-bit hash of each text that is not null, the same within this process."""
     return np.fromiter(map(hash, texts.drop_null().to_pylist()), np.int64)
-
-
-def _check_keys(keys: pa.ChunkedArray, rows_N: Ints) -> None:
-    """Check that keys are unique; `rows_N` are their rows in the sample table."""
-    counts = pc.value_counts(keys)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(repeated):
-        key = repeated[0]["values"].as_py()
-        rows = rows_N[pc.indices_nonzero(pc.equal(keys, key)).to_numpy()].tolist()
-        raise SourceError(
-            f"keys must be unique; {key!r} is the key of rows {rows[0]} and {rows[1]} ({len(repeated)} such keys); "
-            "rename a file (a.jpg and a.png have the same key); of a table, sort the rows by --key-column if those of "
-            "one key are one sample, or choose another column"
-        )

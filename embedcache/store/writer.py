@@ -11,6 +11,7 @@ import pyarrow as pa
 from embedcache.arrays import Array, blocks, fit_integers
 from embedcache.axis import Axis
 from embedcache.errors import ArtifactError, CorruptError, DataError, FingerprintError, PathError
+from embedcache.files import find_files
 from embedcache.locks import locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
@@ -27,7 +28,7 @@ from embedcache.store.arrays import (
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, Commit, remove_commit, removed_hash, write_commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import ATTRIBUTE, EncoderGroup, FeatureAttributes, read_feature
+from embedcache.store.group import ATTRIBUTE, EncoderGroup, FeatureAttributes, open_group, read_feature
 from embedcache.store.layout import read_info
 from embedcache.store.removed import read_removed
 from embedcache.store.transaction import replacing_together, roll_forward
@@ -205,14 +206,15 @@ def _check_same_items(group: EncoderGroup, hashes: Sequence[bytes | None], chunk
     """
     if group.is_imported:
         return
-    stored = {group.name: before} if before is not None else {}
-    for other in group.siblings():
-        with suppress(ArtifactError, PathError):  # damaged: `verify` reports it
-            if (commit := other.commit(chunk)) is not None:
-                stored[other.name] = commit
+    stored = {group.name: before}
+    for path in find_files(group.path.parent, "*/zarr.json"):
+        name = path.parent.name
+        if name not in stored:
+            with suppress(ArtifactError, PathError):  # damaged: `verify` reports it
+                stored[name] = open_group(group.path.parents[1], group.modality, name, group.info).commit(chunk)
     first, of_removed = group.info.chunk_rows(group.modality, chunk).start, removed_hash(group.modality)
     for name, commit in stored.items():
-        for row in commit.used_rows():
+        for row in commit.used_rows() if commit is not None else ():
             old, new = commit.hashes[row], hashes[row]
             if old is not None and new not in (None, of_removed, old):
                 raise FingerprintError(

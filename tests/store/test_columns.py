@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.store.columns import Column, DeferredColumn, SparseColumn, is_none, to_array
+from embedcache.store.columns import Column, DeferredColumn, is_none, to_array
 
 
 def test_strings_that_one_array_cannot_hold_stay_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,38 +31,6 @@ def test_column_is_a_sequence() -> None:
     assert is_none(column).tolist() == is_none(values).tolist() == [False, True, False, False]
     assert to_array(column, pa.string()).equals(to_array(values, pa.string()))
     assert np.array(Column(pa.array([1, 2]))).tolist() == [1, 2]
-
-
-@pytest.mark.slow
-@given(st.lists(st.none() | st.text(alphabet="ab"), max_size=9))
-def test_sparse_column_equals_dense(values: list[str | None]) -> None:
-    places = np.flatnonzero([value is not None for value in values])
-    kept = pa.array([value for value in values if value is not None], pa.string())
-    column, dense = (
-        SparseColumn[str | None](len(values), places, kept),
-        Column[str | None](pa.array(values, pa.string())),
-    )
-    assert [column[number] for number in range(-len(values), len(values))] == values * 2
-    for number in (-len(values) - 1, len(values)):
-        with pytest.raises(IndexError):
-            column[number]
-    assert column[1:3] == values[1:3]
-    assert list(column) == values
-    assert is_none(column).tolist() == is_none(values).tolist()
-    assert ("a" in column, "c" in column, None in column) == ("a" in values, False, None in dense)
-    for one in (column, dense):
-        found, texts = one.present()
-        assert found.tolist() == places.tolist()
-        assert texts.equals(kept)
-
-
-def test_deferred_column_is_read_when_a_value_is() -> None:
-    reads: list[int] = []
-    column = DeferredColumn[str | None](3, lambda: reads.append(1) or pa.array(["a", None, "b"]))
-    assert (len(column), reads) == (3, [])
-    assert (column[0], column[1:], list(column)) == ("a", [None, "b"], ["a", None, "b"])
-    assert column.is_null().tolist() == [False, True, False]
-    assert len(reads) == 4
 
 
 @pytest.mark.slow
