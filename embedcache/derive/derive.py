@@ -34,8 +34,8 @@ from embedcache.store.commits import PENDING, Commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group, open_group
 from embedcache.store.layout import checked_fit_path, encoder_path, fit_path
-from embedcache.store.producer import ChunkFeatures, FillReport, Output, Verb, fill
-from embedcache.store.writer import cast_item
+from embedcache.store.producer import FillReport, Output, Verb, fill
+from embedcache.store.writer import ChunkFeatures, cast_item
 
 
 @dataclass(frozen=True, kw_only=True)

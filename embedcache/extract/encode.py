@@ -29,9 +29,9 @@ from embedcache.samples import FileItem, Source
 from embedcache.sources import reopen_source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, Commit, hash_item
-from embedcache.store.producer import ChunkFeatures, ChunkTask, ComputedChunk, Target, Verb
+from embedcache.store.producer import ChunkTask, ComputedChunk, Target, Verb
 from embedcache.store.tables import to_file_item
-from embedcache.store.writer import cast_item
+from embedcache.store.writer import ChunkFeatures, cast_item
 from embedcache.units import format_bytes
 
 _MAX_CHUNK_BYTES = 2**30

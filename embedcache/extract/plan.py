@@ -19,8 +19,8 @@ from embedcache.modalities import MODALITIES
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.samples import Source
 from embedcache.store.cache import Cache
-from embedcache.store.producer import ChunkFeatures, Target, add_features, find_unfinished
-from embedcache.store.writer import num_padded
+from embedcache.store.producer import Target, add_features, find_unfinished
+from embedcache.store.writer import ChunkFeatures, num_padded
 from embedcache.units import format_bytes
 
 _PROBE_BATCHES = 4

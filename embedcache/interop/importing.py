@@ -26,8 +26,8 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import info_path, read_info
-from embedcache.store.producer import ChunkFeatures, FillReport, Output, Verb, fill
-from embedcache.store.writer import add_feature, withdraw
+from embedcache.store.producer import FillReport, Output, Verb, fill
+from embedcache.store.writer import ChunkFeatures, add_feature, withdraw
 
 _FEATURE = "vector"
 _NO_VECTOR = "NaN or infinity in the imported vector"

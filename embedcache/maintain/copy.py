@@ -34,10 +34,11 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group, read_feature
 from embedcache.store.indexing import index_tables
 from embedcache.store.layout import SAMPLES, SUBSET, WITHOUT_REMOVED, Part, checked_fit_path, fit_path
-from embedcache.store.producer import ChunkFeatures, FillReport, Output, Verb, fill
+from embedcache.store.producer import FillReport, Output, Verb, fill
 from embedcache.store.rows import RowReader, iterate_keys, key_column, match_keys
 from embedcache.store.table_writer import SampleTables, TableWriter, hash_texts
 from embedcache.store.tables import BLOCK, ITEM_SCHEMAS, Table
+from embedcache.store.writer import ChunkFeatures
 
 
 @dataclass(frozen=True, kw_only=True)

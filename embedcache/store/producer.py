@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import pyarrow as pa
 
-from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.locks import Leases
 from embedcache.modalities import count_items, noun
@@ -20,7 +19,7 @@ from embedcache.store.commits import PENDING, Commit, describe_failures, has_fai
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
 from embedcache.store.transaction import find_transactions, finish
-from embedcache.store.writer import add_feature, commit_chunk
+from embedcache.store.writer import ChunkFeatures, add_feature, commit_chunk
 
 Verb: TypeAlias = Literal["encoded", "derived", "imported", "copied"]
 """What a producer did with the items of a chunk."""
@@ -47,20 +46,6 @@ class Output(NamedTuple):
     def of(cls, feature: Feature) -> "Output":
         """Return what describes a stored feature."""
         return cls(feature.item_shape, feature.dtype, feature.axis)
-
-
-class ChunkFeatures(NamedTuple):
-    """Features of the items of one chunk, in row order.
-
-    Args:
-        items: feature -> one array per item in the dtype on disk, None for a failed item.
-        hashes: hash of each item's raw bytes or text; None if they could not be read.
-        failures: feature -> why each failed item has no value, `PENDING` for one that was not tried, None for others.
-    """
-
-    items: Mapping[str, Sequence[Array | None]]
-    hashes: Sequence[bytes | None]
-    failures: Mapping[str, Sequence[str | None]]
 
 
 class ChunkProducer(Protocol):

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,6 @@ from embedcache.files import find_files
 from embedcache.locks import locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
-from embedcache.settings import replace_fields
 from embedcache.store.arrays import (
     array_metadata,
     chunk_path,
@@ -34,35 +34,39 @@ from embedcache.store.removed import read_removed
 from embedcache.store.transaction import replacing_together, roll_forward
 
 
+class ChunkFeatures(NamedTuple):
+    """Features of the items of one chunk, in row order.
+
+    Args:
+        items: feature -> one array per item in the dtype on disk, None for a failed item.
+        hashes: hash of each item's raw bytes or text; None if they could not be read.
+        failures: feature -> why each failed item has no value, `PENDING` for one that was not tried, None for others.
+    """
+
+    items: Mapping[str, Sequence[Array | None]]
+    hashes: Sequence[bytes | None]
+    failures: Mapping[str, Sequence[str | None]]
+
+
 def add_feature(
     group: EncoderGroup, feature: str, item_shape: tuple[int, ...], dtype: str, *, axis: Axis | None = None
 ) -> None:
     """Write the metadata of a feature with items of shape (D,), (T, D) or (-1, D), unless a chunk is committed.
-
-    A feature with committed chunks that was created without an axis keeps its metadata.
 
     Raises:
         FingerprintError: the feature exists with another shape, dtype or axis.
     """
     path = group.path / feature
     attributes = FeatureAttributes(item_shape=item_shape, dtype=dtype, axis=axis)
-    if (path / "zarr.json").exists() and _must_keep(group, feature, attributes):
-        next_step = "use the same, or extract into a new folder"
-        stored = read_feature(group, feature)
-        requested = attributes if stored.axis is not None else replace_fields(attributes, axis=None)
-        check_same(f"feature {group.name}/{feature}", stored.to_json(), requested.to_json(), next_step=next_step)
-        attributes = stored
+    if (path / "zarr.json").exists() and (stored := read_feature(group, feature)) != attributes:
+        commits = (group.commit(chunk) for chunk in range(group.info.num_chunks(group.modality)))
+        if any(commit is not None and feature in commit.features for commit in commits):
+            next_step = "use the same, or extract into a new folder"
+            what = f"feature {group.name}/{feature}"
+            check_same(what, stored.to_json(), attributes.to_json(), next_step=next_step)
     for folder, metadata in feature_metadata(group, feature, attributes).items():
         if not has_metadata(folder, metadata):  # new, damaged, or of fewer samples
             write_metadata(folder, metadata)
-
-
-def _must_keep(group: EncoderGroup, feature: str, attributes: FeatureAttributes) -> bool:
-    """Return whether the metadata is as requested, or a chunk of the feature is committed."""
-    if read_feature(group, feature) == attributes:
-        return True
-    commits = (group.commit(chunk) for chunk in range(group.info.num_chunks(group.modality)))
-    return any(commit is not None and feature in commit.features for commit in commits)
 
 
 def feature_metadata(
@@ -118,24 +122,22 @@ def commit_chunk(
         FingerprintError: an item's bytes differ from those of the stored features, of this encoder or another, or the
             folder belongs to another encoder by now.
     """
+    new = ChunkFeatures(features, hashes, failures)
     with locked(group.path / "chunks", chunk):
         roll_forward(group.path, chunk)
         group.check_fingerprint()
-        features, hashes, failures = _without_removed(group, chunk, features, hashes, failures)
+        new = _without_removed(group, chunk, new)
         before = group.commit(chunk)
-        _check_same_items(group, hashes, chunk, before)
+        _check_same_items(group, new.hashes, chunk, before)
         if before is not None:
-            if not overwrite_failed:
-                features = {name: items for name, items in features.items() if not group.has(before, name)}
-            features, failures = _keep_stored(group, before, features, failures, overwrite_failed=overwrite_failed)
-            hashes = [new if new is not None else old for new, old in zip(hashes, before.hashes, strict=True)]
-        if not features:
+            new = _keep_stored(group, before, new, overwrite_failed=overwrite_failed)
+        if not new.items:
             return
-        if before is None or before.features.keys().isdisjoint(features):
-            _write(group, group.path, chunk, features, hashes, failures, before)
+        if before is None or before.features.keys().isdisjoint(new.items):
+            _write(group, group.path, chunk, new, before)
             return
         with replacing_together(group.path, chunk) as folder:
-            _write(group, folder, chunk, features, hashes, failures, before)
+            _write(group, folder, chunk, new, before)
 
 
 def rewrite_chunk(group: EncoderGroup, chunk: int) -> None:
@@ -144,59 +146,47 @@ def rewrite_chunk(group: EncoderGroup, chunk: int) -> None:
         roll_forward(group.path, chunk)
         commit = group.commit(chunk)
         assert commit is not None
-        features = {name: Feature(group, name).items(commit) for name in commit.features}
-        for items in features.values():
-            items += [None] * (len(commit.hashes) - len(items))
-        kept = _without_removed(group, chunk, features, commit.hashes, commit.failures)
+        items = {name: Feature(group, name).items(commit) for name in commit.features}
+        for of_feature in items.values():
+            of_feature += [None] * (len(commit.hashes) - len(of_feature))
+        kept = _without_removed(group, chunk, ChunkFeatures(items, commit.hashes, commit.failures))
         with replacing_together(group.path, chunk) as folder:
-            _write(group, folder, chunk, *kept, before=None)
+            _write(group, folder, chunk, kept, before=None)
 
 
-def _write(
-    group: EncoderGroup,
-    folder: Path,
-    chunk: int,
-    features: Mapping[str, Sequence[Array | None]],
-    hashes: Sequence[bytes | None],
-    failures: Mapping[str, Sequence[str | None]],
-    before: Commit | None,
-) -> None:
+def _write(group: EncoderGroup, folder: Path, chunk: int, new: ChunkFeatures, before: Commit | None) -> None:
     """Write features of one chunk below a folder, then the commit that they are added to."""
-    files = {name: write_feature_chunk(group, name, chunk, items, folder=folder) for name, items in features.items()}
-    reasons = {name: failures[name] for name in features}
-    attributes = {name: digest(read_feature(group, name).to_json()) for name in features}
+    files = {name: write_feature_chunk(group, name, chunk, items, folder=folder) for name, items in new.items.items()}
+    failures = {name: new.failures[name] for name in files}
+    attributes = {name: digest(read_feature(group, name).to_json()) for name in files}
     commit = Commit(
         chunk=chunk,
         encoder=group.fingerprint_digest,
         index_digest=group.info.index_digest,
         features=files if before is None else {**before.features, **files},
-        hashes=hashes,
-        failures=reasons if before is None else {**before.failures, **reasons},
+        hashes=new.hashes,
+        failures=failures if before is None else {**before.failures, **failures},
         attributes=attributes if before is None else {**before.attributes, **attributes},
     )
     write_commit(folder, commit)
 
 
-def _without_removed(
-    group: EncoderGroup,
-    chunk: int,
-    features: Mapping[str, Sequence[Array | None]],
-    hashes: Sequence[bytes | None],
-    failures: Mapping[str, Sequence[str | None]],
-) -> tuple[dict[str, list[Array | None]], list[bytes | None], dict[str, list[str | None]]]:
+def _without_removed(group: EncoderGroup, chunk: int, new: ChunkFeatures) -> ChunkFeatures:
     """Leave out the items of samples that are removed by now: a removal writes the tables before any chunk."""
-    items, kept = {name: list(new) for name, new in features.items()}, list(hashes)
-    reasons = {name: list(failures[name]) for name in features}
     cache_path = group.path.parents[1]
     info = read_info(cache_path)
     if not info.removed:
-        return items, kept, reasons
+        return new
+    items = {name: list(of_feature) for name, of_feature in new.items.items()}
+    failures = {name: list(new.failures[name]) for name in items}
+    hashes = list(new.hashes)
     samples = _read_items(group, chunk, "sample").to_numpy()
-    for row in np.flatnonzero(np.isin(samples[: len(kept)], read_removed(cache_path, info).rows)).tolist():
-        kept[row] = removed_hash(group.modality)
+    for row in np.flatnonzero(np.isin(samples[: len(hashes)], read_removed(cache_path, info).rows)).tolist():
+        hashes[row] = removed_hash(group.modality)
         for name in items:
-            items[name][row], reasons[name][row] = None, REMOVED
-    return items, kept, reasons
+            items[name][row] = None
+            failures[name][row] = REMOVED
+    return ChunkFeatures(items, hashes, failures)
 
 
 def _check_same_items(group: EncoderGroup, hashes: Sequence[bytes | None], chunk: int, before: Commit | None) -> None:
@@ -236,26 +226,24 @@ def _read_items(group: EncoderGroup, chunk: int, column: str) -> pa.ChunkedArray
     return cache.items(group.modality, chunk=chunk, columns=[column])[column]
 
 
-def _keep_stored(
-    group: EncoderGroup,
-    before: Commit,
-    features: Mapping[str, Sequence[Array | None]],
-    failures: Mapping[str, Sequence[str | None]],
-    *,
-    overwrite_failed: bool,
-) -> tuple[dict[str, list[Array | None]], dict[str, list[str | None]]]:
-    """Replace new items and reasons by those already stored."""
-    items = {name: list(new) for name, new in features.items()}
-    reasons = {name: list(failures[name]) for name in features}
-    for name in before.features.keys() & features.keys():
-        if not group.has_files(before, name):
+def _keep_stored(group: EncoderGroup, before: Commit, new: ChunkFeatures, *, overwrite_failed: bool) -> ChunkFeatures:
+    """Leave out features that a chunk has, and replace new items, reasons and hashes by those already stored."""
+    names = [name for name in new.items if overwrite_failed or not group.has(before, name)]
+    items = {name: list(new.items[name]) for name in names}
+    failures = {name: list(new.failures[name]) for name in names}
+    for name in names:
+        if name not in before.features or not group.has_files(before, name):
             continue  # all rows are written again
         stored = Feature(group, name).items(before)
         for row, (item, reason) in enumerate(zip(stored, before.failures[name], strict=False)):
-            if reason == PENDING or (overwrite_failed and reason is not None and reasons[name][row] != PENDING):
+            if reason == PENDING or (overwrite_failed and reason is not None and failures[name][row] != PENDING):
                 continue
-            items[name][row], reasons[name][row] = item, reason
-    return items, reasons
+            items[name][row] = item
+            failures[name][row] = reason
+    hashes = [
+        hash_now if hash_now is not None else old for hash_now, old in zip(new.hashes, before.hashes, strict=True)
+    ]
+    return ChunkFeatures(items, hashes, failures)
 
 
 def withdraw(group: EncoderGroup, chunk: int, features: Collection[str]) -> None:

@@ -12,8 +12,8 @@ from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
 from embedcache.store.layout import commit_path
-from embedcache.store.producer import ChunkFeatures, OneByOne, Output, Verb, fill, fill_all
-from embedcache.store.writer import withdraw
+from embedcache.store.producer import OneByOne, Output, Verb, fill, fill_all
+from embedcache.store.writer import ChunkFeatures, withdraw
 from tests.store.features import random_items, write_feature, written
 
 ITEMS = random_items(9, (4,), seed=1, failed=[2, 8])
