@@ -146,14 +146,11 @@ def to_numbers(values: Any, name: str) -> Array:
     except (TypeError, ValueError) as error:
         raise DataError(f"{name}: expected numbers in an array, got an error: {one_line(error)}") from error
     if array.dtype.kind not in "fiub":
-        for each in array.ravel().tolist():
-            is_number = isinstance(each, int | float | np.integer | np.floating)
-            if not is_number or (isinstance(each, int) and abs(each) >= 2**63):
-                raise DataError(
-                    f"{name}: expected floating-point numbers or integers of 64 bits, got {each!r}; give an array or a "
-                    "tensor"
-                )
-        array = np.array(array.tolist())  # numbers as objects, as a column of pandas may hold them
+        first = next(iter(array.ravel().tolist()), None)
+        raise DataError(
+            f"{name}: expected floating-point numbers or integers of 64 bits, got values such as {first!r}; "
+            "give an array or a tensor"
+        )
     return array
 
 

@@ -40,7 +40,6 @@ from embedcache.search.faiss_index import RowIndex, check_factory, read_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings
-from embedcache.store.arrays import skips_checksums
 
 
 def build_index(
@@ -96,7 +95,7 @@ def build_index(
             _check_reuse(index, card, vectors, settings)
         if card is None or _is_outdated(index, card, vectors):
             is_started = (index / STATE).is_file()  # the index may be newer than its card
-            if card is not None and not is_started and not skips_checksums():
+            if card is not None and not is_started:
                 verify_index(index, card, progress=progress)
             card = _build(index, vectors, card, settings, progress)
             write_card(index, card)

@@ -32,9 +32,6 @@ CRC_BYTES = 4
 REPAIR = "repair it with: embedcache verify CACHE --repair"
 """Next step for damaged chunks and commits."""
 
-SKIP_CHECKSUMS = "EMBEDCACHE_SKIP_CHECKSUMS"
-"""Environment variable: with 1, chunks of features and indexes that are mapped into memory are not compared."""
-
 _OPTIONAL = ("storage_transformers", "dimension_names", "consolidated_metadata")
 _CHECKED: set[tuple[tuple[int, ...] | None, str]] = set()  # files that this process has compared with their commit
 _MAX_OPEN_FILES = 32_768
@@ -156,8 +153,8 @@ def open_chunk(
     A chunk behind a URL is read.
 
     Args:
-        once: skip the rows of a file that this process has compared before, and all rows if `skips_checksums`. The
-            size, and the copy of the checksum that ends the file, are compared each time.
+        once: skip the rows of a file that this process has compared before. The size, and the copy of the checksum
+            that ends the file, are compared each time.
 
     Raises:
         UnfinishedError: the chunk is committed, but its file is missing.
@@ -178,7 +175,7 @@ def open_chunk(
     if mapped[num_bytes:] != int(committed_crc, 16).to_bytes(CRC_BYTES, "little"):
         raise _changed(path, committed_crc, f"{int.from_bytes(mapped[num_bytes:], 'little'):08x} at its end")
     checked = (identity, committed_crc)
-    if not once or (checked not in _CHECKED and not skips_checksums()):
+    if not once or checked not in _CHECKED:
         actual_crc = f"{google_crc32c.value(np.frombuffer(mapped, np.uint8, num_bytes)):08x}"
         if actual_crc != committed_crc:
             raise _changed(path, committed_crc, actual_crc)
@@ -211,7 +208,7 @@ def check_file(
     """Compare a local file with its checksum.
 
     Args:
-        once: skip a file that this process has compared before, and any if `skips_checksums`.
+        once: skip a file that this process has compared before.
         progress: shows the comparison as one step.
 
     Raises:
@@ -222,7 +219,7 @@ def check_file(
         raise PathError(f"{path} does not exist; {next_step}")
     status = path.stat()
     checked = ((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns), checksum)
-    if once and (checked in _CHECKED or skips_checksums()):
+    if once and checked in _CHECKED:
         return
     actual = file_checksum(path, progress=progress)
     if actual != checksum:
@@ -230,11 +227,6 @@ def check_file(
             f"{path}: expected checksum {checksum}, got {actual}: the bytes changed on disk; {next_step}"
         )
     _CHECKED.add(checked)
-
-
-def skips_checksums() -> bool:
-    """Return whether the user has opted out of comparing checksums when a file is first used in a process."""
-    return os.environ.get(SKIP_CHECKSUMS, "0") != "0"
 
 
 def _map(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:

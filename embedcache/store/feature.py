@@ -31,7 +31,7 @@ class Feature:
     them. `valid` says which rows have a value, `failures` why the others have none.
 
     Opening reads no vectors. No byte is used before it was compared with its checksum: each time a chunk is read in
-    order, and once in a process when a chunk is mapped for rows in any order (unless `EMBEDCACHE_SKIP_CHECKSUMS=1`).
+    order, and once in a process when a chunk is mapped for rows in any order.
     Memory: the commits (under 100 bytes per item) once rows are read, and memory maps, which the system may drop at any
     time.
     """

@@ -10,15 +10,16 @@ from embedcache.arrays import Array
 from embedcache.errors import ArtifactError, CorruptError, PathError, UnfinishedError
 from embedcache.files import find_files
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import digest, digest_file
+from embedcache.provenance import digest
 from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_metadata
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, read_commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, open_group, read_feature
+from embedcache.store.group import open_group, read_feature
 from embedcache.store.layout import (
     INTERRUPTED_REMOVAL,
     SAMPLES,
+    checked_fit_path,
     commit_path,
     fit_path,
     info_path,
@@ -26,7 +27,7 @@ from embedcache.store.layout import (
     removed_path,
 )
 from embedcache.store.removed import read_removed
-from embedcache.store.tables import RESTORE_TABLE, count_rows_of
+from embedcache.store.tables import check_table
 from embedcache.store.writer import feature_metadata, token_metadata
 
 _FIRST_COMMIT = commit_path(Path(), 0)
@@ -116,14 +117,10 @@ def check_tables(cache: Cache, *, progress: Progress | None = None) -> Iterator[
     files = [(name, file) for part in cache.info.parts for name, file in part.tables.items()]
     progress.start("checking tables", sum(file.num_rows for _, file in files), "rows")
     for name, file in files:
-        finding = partial(Finding, modality=name, encoder="", name=file.name, can_repair=False)
         try:
-            num_rows = count_rows_of(cache.path, file)
+            check_table(cache.path, file)
         except (CorruptError, PathError) as error:
-            yield finding(reason=str(error))
-            continue
-        if num_rows != file.num_rows:
-            yield finding(reason=f"expected {file.num_rows:,} rows, got {num_rows:,}; {RESTORE_TABLE}")
+            yield Finding(modality=name, encoder="", name=file.name, can_repair=False, reason=str(error))
         progress.advance(file.num_rows)
     progress.finish()
 
@@ -137,36 +134,43 @@ def _encoders(cache: Cache, modality: str) -> list[str]:
 
 def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feature], list[Finding]]:
     """Open the features of an encoder; return a finding for each with unreadable metadata."""
-    opened: list[Feature] = []
-    findings: list[Finding] = []
+    path = cache.path / modality / encoder
+    finding = partial(Finding, modality=modality, encoder=encoder, can_repair=False)
     commit = None
-    names = {path.parent.name for path in find_files(cache.path / modality / encoder, "*/zarr.json")}
+    names = {metadata.parent.name for metadata in find_files(path, "*/zarr.json")}
     with suppress(ArtifactError, PathError):  # a damaged commit is reported with its chunk
-        commit = read_commit(cache.path / modality / encoder, 0)
+        commit = read_commit(path, 0)
         names |= set() if commit is None else commit.features.keys()
     try:
         group = open_group(cache.path, modality, encoder, cache.info)
-        findings += [*_check_group(group), *_check_fit(group)]
-    except (ArtifactError, PathError):  # reported with each feature
-        names |= {""} if not names else set()
+    except (ArtifactError, PathError) as error:
+        return [], [finding(name=name, reason=_reason(error)) for name in sorted(names or {""})]
+
+    opened: list[Feature] = []
+    findings: list[Finding] = []
+    if not has_metadata(path, group_metadata(read_metadata(path)["attributes"])):
+        reason = "it is not the metadata of a Zarr group; restore that file"
+        findings.append(finding(name="zarr.json", reason=reason))
+    if "fit" in group.fingerprint:
+        try:
+            checked_fit_path(path, group.fingerprint)
+        except CorruptError as error:
+            findings.append(finding(name=fit_path(path).name, reason=str(error)))
     for name in sorted(names):
         try:
-            feature = Feature(open_group(cache.path, modality, encoder, cache.info), name)
+            feature = Feature(group, name)
         except (ArtifactError, PathError) as error:
-            is_missing = isinstance(error, PathError)
-            reason = f"{error}; run the same embedcache extract, derive or import again" if is_missing else str(error)
-            findings.append(Finding(modality=modality, encoder=encoder, name=name, can_repair=False, reason=reason))
+            findings.append(finding(name=name, reason=_reason(error)))
             continue
         opened.append(feature)
-        findings += list(_check_metadata(feature, commit))
+        findings += _check_metadata(feature, commit)
     return opened, findings
 
 
-def _check_group(group: EncoderGroup) -> Iterator[Finding]:
-    """Check that the metadata of an encoder's folder are those of a Zarr group."""
-    if not has_metadata(group.path, group_metadata(read_metadata(group.path)["attributes"])):
-        reason = "it is not the metadata of a Zarr group; restore that file"
-        yield Finding(modality=group.modality, encoder=group.name, name="zarr.json", can_repair=False, reason=reason)
+def _reason(error: Exception) -> str:
+    """Return the reason of unreadable metadata; missing ones are written again."""
+    step = "; run the same embedcache extract, derive or import again" if isinstance(error, PathError) else ""
+    return f"{error}{step}"
 
 
 def _check_metadata(feature: Feature, commit: Commit | None) -> Iterator[Finding]:
@@ -194,15 +198,6 @@ def _check_metadata(feature: Feature, commit: Commit | None) -> Iterator[Finding
                 can_repair=written is not None,
                 reason=f"{folder / 'zarr.json'} is missing or does not describe this array; {REPAIR}",
             )
-
-
-def _check_fit(group: EncoderGroup) -> list[Finding]:
-    """Check the arrays that the rule of derived features was fitted to."""
-    path = fit_path(group.path)
-    if "fit" not in group.fingerprint or (path.is_file() and digest_file(path) == group.fingerprint["weights"]):
-        return []
-    reason = "missing or changed since the features were derived with it; restore it, or derive under another name"
-    return [Finding(modality=group.modality, encoder=group.name, name=path.name, can_repair=False, reason=reason)]
 
 
 def _check_chunk(feature: Feature, chunk: int) -> Iterator[Finding]:

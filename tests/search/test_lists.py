@@ -14,7 +14,7 @@ from embedcache.search.card import open_row_index, read_card, verify_index
 from embedcache.search.faiss_index import RowIndex, read_index
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
-from embedcache.store.arrays import SKIP_CHECKSUMS, file_checksum
+from embedcache.store.arrays import file_checksum
 from embedcache.store.cache import Cache
 from tests.edits import edit_record, exchange
 
@@ -106,11 +106,3 @@ def test_lists_on_disk_are_not_mapped_twice(copy: Path, monkeypatch: pytest.Monk
     index = opened(copy)
     assert index.lists_file == LISTS
     assert read_card(copy).file_bytes == sum((copy / name).stat().st_size for name in ("index.faiss", LISTS))
-
-
-def test_comparison_may_be_skipped(copy: Path, queries_QP: Floats, monkeypatch: pytest.MonkeyPatch) -> None:
-    flip(copy / LISTS, 0)
-    monkeypatch.setenv(SKIP_CHECKSUMS, "1")
-    opened(copy).search(queries_QP, 5, {"nprobe": 4})
-    with pytest.raises(CorruptError, match=CHANGED):  # what is asked for is done
-        verify_index(copy, read_card(copy))

@@ -122,10 +122,10 @@ def test_verify_finds_changed_arrays_of_a_rule(tmp_path: Path) -> None:
     fit_path(group.path).write_bytes(data)
     assert lines_of(tmp_path) == []
     fit_path(group.path).write_bytes(b"other")
-    reason = "missing or changed since the features were derived with it; restore it, or derive under another name"
-    assert lines_of(tmp_path) == [f"pca/fit.safetensors: {reason}"]
+    (line,) = lines_of(tmp_path)
+    assert line.startswith("pca/fit.safetensors: ")
     fit_path(group.path).unlink()
-    assert lines_of(tmp_path) == [f"pca/fit.safetensors: {reason}"]
+    assert lines_of(tmp_path) == [line]
 
 
 def test_verify_finds_a_removal_that_was_interrupted(copy: Path) -> None:
