@@ -104,8 +104,8 @@ def plan_removal(
     num_chunks: dict[str, int] = {}
     if len(rows) and not is_resumed:
         opened = Cache(path)
-        for erased in find_chunks(opened, rows):
-            num_chunks[f"{erased.group.modality}/{erased.group.name}"] = len(erased.rows)
+        for group, chunks in find_chunks(opened, rows):
+            num_chunks[f"{group.modality}/{group.name}"] = len(chunks)
         for modality in opened.info.num_items:
             samples_N = opened.items(modality, columns=["sample"])["sample"].to_numpy()
             num_items[modality] = int(np.isin(samples_N, rows).sum())

@@ -263,22 +263,6 @@ class Cache:
                 raise
         return Table(self.path, files, ITEM_SCHEMAS.get(name)).read(start, stop, columns)
 
-    def likely_blocks(self, name: str, column: str, texts: Sequence[str]) -> list[int]:
-        """Return all blocks of a table, first those that may hold one of some texts by the statistics of row groups.
-
-        Args:
-            name: `samples` or a modality.
-            column: column of texts.
-            texts: the texts, ascending.
-
-        Raises:
-            CorruptError: the table cannot be read.
-        """
-        table, size = self.rows_of(name), self.block_rows(name)
-        ranges = [range(rows.start, rows.stop) for rows in blocks(len(table), size)]
-        likely_B = np.array([table.may_hold(rows, column, texts) for rows in ranges], bool)
-        return [*np.flatnonzero(likely_B).tolist(), *np.flatnonzero(~likely_B).tolist()]
-
     def encoders(self, modality: str) -> list[EncoderGroup]:
         """Return the encoders with features of a modality, sorted by name; none of a modality without items."""
         paths = sorted(find_files(self.path / modality, "*/zarr.json")) if modality in self.info.num_items else []

@@ -5,8 +5,7 @@ Then each chunk that holds an item of removed samples is written again, of all f
 no chunk is left, `cache.json` says so. After a kill, the next removal finishes what is left.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,24 +32,19 @@ from embedcache.store.verify import check_tables
 from embedcache.store.writer import chunk_files, rewrite_chunk
 
 
-@dataclass(frozen=True, kw_only=True)
-class ErasedChunks:
-    """The chunks of one encoder that hold items of some samples: chunk -> those items, counted from its start."""
+def find_chunks(cache: Cache, samples: Ints) -> list[tuple[EncoderGroup, dict[int, list[int]]]]:
+    """Return the chunks of all encoders, views and derived features that hold items of some samples.
 
-    group: EncoderGroup
-    rows: dict[int, list[int]]
-
-
-def find_chunks(cache: Cache, samples: Ints) -> list[ErasedChunks]:
-    """Return the chunks of all encoders, views and derived features that hold items of some samples."""
-    found = []
+    Each encoder has chunk -> those items, counted from the start of the chunk.
+    """
+    found: list[tuple[EncoderGroup, dict[int, list[int]]]] = []
     for modality in cache.info.num_items:
         of_items = cache.items(modality, columns=["sample"])["sample"].to_numpy()
         rows: dict[int, list[int]] = {}
         for row in np.flatnonzero(np.isin(of_items, samples)).tolist():
             chunk, offset = divmod(row, cache.info.chunk_size)
             rows.setdefault(chunk, []).append(offset)
-        found += [ErasedChunks(group=group, rows=rows) for group in cache.encoders(modality)]
+        found += [(group, rows) for group in cache.encoders(modality)]
     return found
 
 
@@ -79,11 +73,12 @@ def remove_rows(cache: Cache, samples: Ints, keys: Sequence[str], *, progress: P
     if damaged is not None:
         raise CorruptError(f"{cache.path}: {damaged.line()}")
     chunks = find_chunks(cache, samples)
-    progress.start("checking chunks", sum(len(erased.rows) for erased in chunks), "chunks")
-    for erased in chunks:
-        for chunk in erased.rows:
-            _read_items(erased.group, chunk)
-            progress.advance(1)
+    progress.start("checking chunks", sum(len(rows) for _, rows in chunks), "chunks")
+    for group, rows in chunks:
+        for commit in filter(None, map(group.commit, rows)):
+            for name in commit.features:
+                Feature(group, name).items(commit)  # compares them with their checksums
+        progress.advance(len(rows))
     progress.finish()
 
     with locked(cache.path), writing(cache.path), scratch_folder(cache.path) as folder:
@@ -113,11 +108,11 @@ def erase(cache_path: Path, *, progress: Progress | None = None) -> None:
             return
         chunks = find_chunks(cache, cache.removed)
         for modality in cache.info.num_items:
-            own = [erased for erased in chunks if erased.group.modality == modality]
-            num_items = sum(cache.info.count_items(modality, erased.rows) for erased in own)
+            own = [(group, rows) for group, rows in chunks if group.modality == modality]
+            num_items = sum(cache.info.count_items(modality, rows) for _, rows in own)
             progress.start(f"writing chunks of {noun(modality)}", num_items, noun(modality))
-            for erased in own:
-                _erase(erased, progress)
+            for group, rows in own:
+                _erase(group, rows, progress)
             progress.finish()
         write_info(cache_path, replace_fields(cache.info, removed={**cache.info.removed, "is_erased": True}))
 
@@ -146,12 +141,11 @@ def _parts_without(cache: Cache, removed: Ints, folder: Path, progress: Progress
     return parts
 
 
-def _erase(erased: ErasedChunks, progress: Progress) -> None:
+def _erase(group: EncoderGroup, rows_by_chunk: Mapping[int, Sequence[int]], progress: Progress) -> None:
     """Write the chunks of one encoder again, without the items of removed samples."""
-    group = erased.group
     for number in find_transactions(group.path):
         finish(group.path, number)
-    for chunk, rows in erased.rows.items():
+    for chunk, rows in rows_by_chunk.items():
         commit = group.commit(chunk)
         for name in set(group.features) - set(() if commit is None else commit.features):
             for path in chunk_files(group, name, chunk):  # of a process that was killed before it committed
@@ -159,11 +153,3 @@ def _erase(erased: ErasedChunks, progress: Progress) -> None:
         if commit is not None and any(reasons[row] != REMOVED for reasons in commit.failures.values() for row in rows):
             rewrite_chunk(group, chunk)
         progress.advance(group.info.count_items(group.modality, [chunk]))
-
-
-def _read_items(group: EncoderGroup, chunk: int) -> None:
-    """Read the features of a chunk, which compares them with their checksums."""
-    commit = group.commit(chunk)
-    if commit is not None:
-        for name in commit.features:
-            Feature(group, name).items(commit)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Ints
+from embedcache.arrays import Ints, blocks
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, DeferredColumn, index_in, widen
 from embedcache.store.layout import SAMPLES
@@ -154,10 +154,13 @@ def find_keys(cache: Cache, keys: Sequence[str]) -> Ints:
     """
     wanted = pc.unique(pa.array(keys, pa.string()))
     rows = np.full(len(wanted), -1, np.int64)
-    for number in cache.likely_blocks(SAMPLES, "key", sorted(set(keys))):
-        found = pc.index_in(cache.block(SAMPLES, number, columns=["key"])["key"], value_set=wanted)
+    table = cache.rows_of(SAMPLES)
+    sorted_keys = sorted(set(keys))
+    spans = [range(span.start, span.stop) for span in blocks(len(table), BLOCK)]
+    for span in sorted(spans, key=lambda span: not table.may_hold(span, "key", sorted_keys)):
+        found = pc.index_in(cache.block(SAMPLES, span.start // BLOCK, columns=["key"])["key"], value_set=wanted)
         places = np.flatnonzero(found.is_valid())
-        rows[found.take(pa.array(places)).to_numpy()] = number * BLOCK + places
+        rows[found.take(pa.array(places)).to_numpy()] = span.start + places
         if (rows >= 0).all():
             break
     of_keys: Ints = rows[pc.index_in(pa.array(keys, pa.string()), value_set=wanted).to_numpy()]

@@ -9,7 +9,6 @@ import pytest
 from embedcache.errors import DataError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.reports.summary import describe_cache, describe_feature, failure_lines
 from embedcache.sources import SourceSettings, open_source
 from embedcache.store.cache import Cache, _with_columns_of_samples
 from tests.images import write_images
@@ -26,37 +25,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     settings = ExtractSettings(features=("cls",), chunk_size=4)
     extract(open_source(source), folder / "cache", image_encoder=[IMAGE], settings=settings)
     return Cache(folder / "cache")
-
-
-def test_describe(cache: Cache) -> None:
-    assert "20 samples with 20 images, 20 texts" in describe_cache(cache)
-    assert describe_feature(cache.feature("image"), 0)[:6] == [
-        "open_toy/cls",
-        "image",
-        "20 × 48",
-        "float16",
-        "5/5",
-        "7",
-    ]
-
-
-def test_failure_lines_read_single_chunks(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    items = Cache.items
-
-    def items_of_chunk(self: Cache, modality: str, *, chunk: int | None = None) -> pa.Table:
-        assert chunk is not None, "the whole item table is read for one row"
-        return items(self, modality, chunk=chunk)
-
-    monkeypatch.setattr(Cache, "items", items_of_chunk)
-    lines = failure_lines(cache, cache.feature("image"), num_shown=2)
-    assert lines[0].startswith("  7 failed: ")
-    assert "row 3, key 00003, 00003.png: " in lines[1]
-    assert lines[-1] == "    … and 5 more"
-
-
-def test_failures_are_collected_once(cache: Cache) -> None:
-    feature = cache.feature("image")
-    assert feature.failures is feature.failures
 
 
 @pytest.mark.parametrize(
@@ -87,13 +55,6 @@ def test_items_of_a_modality_without_any(cache: Cache) -> None:
     assert cache.items("video").num_rows == 0
     assert cache.items("audio", columns=["sample", "stop_s"]).column_names == ["sample", "stop_s"]
     assert not len(cache.removed_items("points"))
-
-
-def test_columns_are_read_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, table, num_read = Cache(cache.path), Cache.table, []
-    monkeypatch.setattr(Cache, "table", lambda *arguments: num_read.append(1) or table(*arguments))
-    assert opened.column("key") is opened.column("key")
-    assert len(num_read) == 1
 
 
 def test_repr_has_counts(cache: Cache) -> None:

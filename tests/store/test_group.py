@@ -165,20 +165,6 @@ def test_features_are_found_by_name_or_the_message_lists_them(copied: Path) -> N
     assert [feature.modality for feature in cache.features("text")] == ["text", "text"]
 
 
-@pytest.mark.parametrize("group_rows", [7, 16, 32, 40])
-def test_rows_are_found_in_row_groups_of_any_size(copied: Path, tmp_path: Path, group_rows: int) -> None:
-    path = Path(shutil.copytree(copied, tmp_path / "c"))
-    table = read_rows(path, "text")
-    write_tables(path, text=table, row_group_size=group_rows)
-    cache = Cache(path)
-    assert cache.items("text", chunk=0).equals(table.slice(0, 32))
-    assert cache.items("text", chunk=1, columns=["text"]).equals(table.select(["text"]).slice(32))
-    assert cache.items("text").equals(table)
-    assert cache.key(39) == "00039"
-    assert (cache.num_rows("samples"), cache.num_rows("text"), cache.num_rows("audio")) == (40, 40, 0)
-    assert not cache.removed_items("text").any()
-
-
 def test_damaged_tables_raise(copied: Path, tmp_path: Path) -> None:
     """Also one whose checksum is right, as in a cache of a stranger."""
     path = Path(shutil.copytree(copied, tmp_path / "c"))

@@ -93,13 +93,6 @@ def test_index_changed_source_raises(tmp_path: Path) -> None:
             index(source, tmp_path / "c")
 
 
-def test_index_other_chunk_size_raises(tmp_path: Path) -> None:
-    index(rows(3), tmp_path / "c", chunk_size=2)
-    begin_a_feature(tmp_path / "c")
-    with pytest.raises(FingerprintError, match="chunk_size: stored 2, requested 3"):
-        index(rows(3), tmp_path / "c", chunk_size=3)
-
-
 def test_index_duplicate_key_raises(tmp_path: Path) -> None:
     source = rows(5)
     source.rows[4] = replace(source.rows[4], key="k1")
@@ -162,13 +155,6 @@ def test_digest_of_images_and_texts_never_changes() -> None:
     sample = Sample(key="k", images=(FileItem(path="a.png", length=3),), texts=(TextItem(text="é", language="fr"),))
     expected = '["k",[["a.png",0,3]],[["é","fr"]],{"label":1}]\n'
     assert digest_input([replace(sample, columns={"label": 1}, files={"audio": ()})]) == expected.encode()
-
-
-def test_digest_of_other_modalities() -> None:
-    whole, part = FileItem(path="a.wav", length=9), FileItem(path="b.wav", start_s=0.5)
-    sample = Sample(key="k", files={"video": (whole,), "audio": (whole, part)})
-    expected = b'["k",[],[],{},{"audio":[["a.wav",0,9],["b.wav",0,0,0.5,null]],"video":[["a.wav",0,9]]}]\n'
-    assert digest_input([sample]) == expected
 
 
 def test_item_tables_of_other_modalities(tmp_path: Path) -> None:

@@ -85,42 +85,6 @@ def test_find_many_samples_reads_a_chunk_twice_at_most(cache: Cache, read: list[
     assert len(read) <= 2 * num_chunks
 
 
-def test_loaded_rows_are_read_once(cache: Cache, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, tables = RowReader(cache, "text"), [cache.table("text")]
-    monkeypatch.setattr(Cache, "table", lambda *_: tables.pop())
-    for _ in range(2):
-        reader.load()
-        assert reader.take(np.array([7]))["text"].to_pylist() == ["caption 7"]
-        assert reader.find(np.array([0]))[0].tolist() == [0]
-    assert (tables, read) == ([], [])
-    nothing = RowReader(cache, "audio")
-    nothing.load()
-    assert len(nothing) == 0
-
-
-@pytest.mark.parametrize(("kept_rows", "expected"), [(2 * ITEM_BLOCK, [0, 1, 2, 0]), (1, [0, 1, 0, 2, 0])])
-def test_blocks_that_were_used_last_are_kept(
-    cache: Cache, read: list[int], monkeypatch: pytest.MonkeyPatch, kept_rows: int, expected: list[int]
-) -> None:
-    assert RowReader(cache, SAMPLES)._block.cache_info().maxsize == 64  # 4 million rows
-    monkeypatch.setattr("embedcache.store.rows._KEPT_ROWS", kept_rows)
-    reader = RowReader(cache, "text")
-    for block in (0, 0, 1, 0, 1 if kept_rows > 1 else 0, 2, 0):
-        reader.take(np.array([block * ITEM_BLOCK + 5]))
-    assert read == expected
-    read.clear()
-    monkeypatch.setattr("embedcache.store.rows._KEPT_ROWS", 2**22)
-    reader = RowReader(cache, "text", kept_rows=kept_rows)
-    for block in (0, 0, 1, 0, 1 if kept_rows > 1 else 0, 2, 0):
-        reader.take(np.array([block * ITEM_BLOCK + 5]))
-    assert read == expected
-
-
-def test_no_rows_of_a_table_of_one_block_have_its_columns(cache: Cache, tmp_path: Path) -> None:
-    short = write_cache(tmp_path, {SAMPLES: cache.table(SAMPLES).slice(0, 9)})
-    assert RowReader(short, SAMPLES).take(np.array([], np.int64)).schema == cache.table(SAMPLES).schema
-
-
 def test_find_keys(cache: Cache, read: list[int]) -> None:
     keys = cache.column("key").take(pa.array(ROWS)).to_pylist()
     assert find_keys(cache, [*keys, "none"]).tolist() == [*ROWS, -1]
@@ -142,24 +106,19 @@ def test_loaded_rows_have_the_same_keys(cache: Cache, read: list[int]) -> None:
 
 
 @pytest.mark.parametrize("has_statistics", [True, False])
-def test_keys_are_looked_for_where_they_are_first(tmp_path: Path, *, has_statistics: bool) -> None:
+def test_keys_are_looked_for_where_they_are_first(tmp_path: Path, read: list[int], *, has_statistics: bool) -> None:
     table = pa.table({"key": [f"é{row:06d}" for row in range(2 * BLOCK + 10)]})
     opened = write_cache(tmp_path, {SAMPLES: table}, row_group_size=BLOCK, write_statistics=has_statistics)
     last = [f"é{2 * BLOCK:06d}"]
-    assert opened.likely_blocks(SAMPLES, "key", last) == ([2, 0, 1] if has_statistics else [0, 1, 2])
-    assert opened.likely_blocks(SAMPLES, "key", ["a", *last, "z"])[0] == (2 if has_statistics else 0)
+    assert find_keys(opened, last).tolist() == [2 * BLOCK]
+    assert read == ([2] if has_statistics else [0, 1, 2])
+    table = opened.rows_of(SAMPLES)
     for row in (BLOCK, 2 * BLOCK - 1):  # the least and the greatest text of a group
-        assert opened.likely_blocks(SAMPLES, "key", [f"é{row:06d}"]) == ([1, 0, 2] if has_statistics else [0, 1, 2])
-    assert opened.likely_blocks(SAMPLES, "other", last) == [0, 1, 2]
+        spans = [range(BLOCK), range(BLOCK, 2 * BLOCK), range(2 * BLOCK, 2 * BLOCK + 10)]
+        may_hold = [table.may_hold(span, "key", [f"é{row:06d}"]) for span in spans]
+        assert may_hold == ([False, True, False] if has_statistics else [True] * 3)
     for row in (0, BLOCK - 1, BLOCK, 2 * BLOCK + 9):
         assert find_keys(opened, [f"é{row:06d}", "none"]).tolist() == [row, -1]
-
-
-def test_groups_of_rows_of_several_blocks_make_each_likely(tmp_path: Path) -> None:
-    table = pa.table({"key": [f"{row:06d}" for row in range(3 * BLOCK)]})
-    opened = write_cache(tmp_path, {SAMPLES: table}, row_group_size=45_000)  # rows of blocks 0, 0 to 1, 1 to 2, 2, 2
-    for row, expected in ((45_000, [0, 1, 2]), (90_000, [1, 2, 0]), (139_000, [2, 0, 1]), (180_000, [2, 0, 1])):
-        assert opened.likely_blocks(SAMPLES, "key", [f"{row:06d}"]) == expected
 
 
 def test_keys_of_bytes_raise(cache: Cache, tmp_path: Path) -> None:

@@ -17,11 +17,10 @@ from embedcache.store.cache import Cache
 from embedcache.store.group import create_group
 from embedcache.store.layout import INTERRUPTED_REMOVAL, fit_path
 from embedcache.store.removal import remove_rows
-from embedcache.store.verify import Finding, verify
+from embedcache.store.verify import verify
 from tests.edits import edit_record, read_rows, table_file, write_rows, write_tables
 from tests.extract.cases import tree
 from tests.images import write_images
-from tests.recorded import RecordedProgress
 from tests.store.features import random_items, write_feature
 from tests.toy import IMAGE, TEXT
 
@@ -34,23 +33,6 @@ def copy(cache_path: Path, tmp_path: Path) -> Path:
 def flip_a_bit(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:9] + bytes([data[9] ^ 1]) + data[10:])
-
-
-def test_verify_intact_cache(copy: Path) -> None:
-    progress = RecordedProgress()
-    assert verify(Cache(copy), progress=progress) == []
-    assert progress.started == [("checking tables", 900, "rows"), ("verifying", 20, "chunks")]
-    assert progress.counts == {"checking tables": 900, "verifying": 20}
-    assert progress.advances[-20:] == [1] * 20
-
-
-@pytest.mark.parametrize(
-    ("chunk", "encoder", "line"),
-    [(-1, "", "n: r"), (-1, "e", "e/n: r"), (0, "e", "e/n chunk 0: r"), (7, "e", "e/n chunk 7: r")],
-)
-def test_findings_name_their_place(chunk: int, encoder: str, line: str) -> None:
-    finding = Finding(modality="image", encoder=encoder, name="n", chunk=chunk, reason="r")
-    assert (finding.line(), finding.is_damage, finding.can_repair) == (line, True, True)
 
 
 @pytest.mark.parametrize(
@@ -152,19 +134,6 @@ def test_verify_ignores_files_that_are_not_listed(copy: Path) -> None:
     assert verify(Cache(copy)) == []
 
 
-@pytest.mark.slow
-def test_repair_after_verify(copy: Path, cache_path: Path, image_folder: Path) -> None:
-    path = copy / "image/open_toy/cls/c/2/0"
-    flip_a_bit(path)
-    (finding,) = verify(Cache(copy))
-    assert f"{path}: expected checksum" in finding.reason
-    assert "repair it with: embedcache verify CACHE --repair" in finding.reason
-    path.unlink()
-    extract(open_source(image_folder), copy, image_encoder=[IMAGE], text_encoder=[TEXT])
-    assert verify(Cache(copy)) == []
-    assert path.read_bytes() == (cache_path / "image/open_toy/cls/c/2/0").read_bytes()
-
-
 @pytest.mark.parametrize(
     ("name", "places"),
     [
@@ -211,13 +180,6 @@ def test_verify_finds_changed_attributes(copy: Path, name: str, old: str, new: s
     findings = [finding for finding in verify(Cache(copy)) if finding.name == name]
     assert findings
     assert all(finding.is_damage and not finding.can_repair for finding in findings)
-
-
-def test_changed_cache_json_raises(copy: Path) -> None:
-    path = copy / "cache.json"
-    path.write_text(path.read_text().replace('"chunk_size": 64', '"chunk_size": 46'))
-    with pytest.raises(CorruptError, match=r"cache\.json has changed since it was written; restore the file"):
-        Cache(copy)
 
 
 def test_source_may_be_corrected_by_hand(copy: Path) -> None:
@@ -280,15 +242,3 @@ def test_verify_finds_an_encoder_of_which_nothing_can_be_read(copy: Path) -> Non
     (copy / "image/other/zarr.json").write_text("{}")
     (finding,) = verify(Cache(copy))
     assert finding.line().startswith("other/: ")
-
-
-@pytest.mark.slow
-def test_repair_leaves_nothing_missing(copy: Path) -> None:
-    (copy / "text/open_toy/chunks/00004.json").unlink()
-    report = verify_cache(copy)
-    assert report.is_sound
-    assert len(report.findings) == 2
-    report = verify_cache(copy, VerifySettings(repair=True))
-    assert report.is_sound
-    (line,) = report.repaired
-    assert line.startswith("open_toy (mean, tokens): encoded ")

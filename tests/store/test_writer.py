@@ -235,17 +235,6 @@ def test_items_of_other_encoders_are_compared(tmp_path: Path) -> None:
     assert values(other) == [1] * 4
 
 
-def test_changed_captions_have_no_path(tmp_path: Path) -> None:
-    info = made_info(6, {"text": 6}, chunk_size=4)
-    write_info(tmp_path, info)
-    group = create_group(tmp_path, "text", "t", info, spec="s:m", fingerprint={"family": "t"})
-    for name in ("f", "g"):
-        add_feature(group, name, (3,), "float16")
-    commit_chunk(group, 1, {"f": [item(0, (3,))] * 2}, [bytes(16)] * 2, {"f": [None] * 2})
-    with pytest.raises(FingerprintError, match="^text in row 5 has other bytes now than when t was extracted"):
-        commit_chunk(group, 1, {"g": [item(0, (3,))] * 2}, [bytes(16), b"1" * 16], {"g": [None] * 2})
-
-
 def test_withdrawn_features_leave_the_others(tmp_path: Path) -> None:
     group, path = group_of(tmp_path, 4), tmp_path / "image/test/chunks/00000.json"
     for name in ("f", "g"):
