@@ -185,28 +185,31 @@ class CacheInfo(Manifest):
         rows = [self.chunk_rows(modality, chunk) for chunk in chunks]
         return sum(row.stop - row.start for row in rows)
 
+    @cached_property
+    def _num_parts(self) -> Mapping[str, int]:
+        """Index digest of each version of the tables -> the number of its parts."""
+        earlier = {version.index_digest: version.num_parts for version in self.earlier_versions}
+        return {**earlier, self.index_digest: len(self.parts)}
+
     def has_rows_of(self, index_digest: str) -> bool:
         """Return whether the rows of that digest are the same rows in this cache, which may have more now."""
-        return any(index_digest == version.index_digest for version in self._versions())
+        return index_digest in self._num_parts
 
     def num_samples_since(self, index_digest: str) -> int:
         """Return the number of samples that were appended since the rows of that digest; 0 if it is not known."""
-        for count in range(1, len(self.parts)):
-            if combined_digest(self.parts[:count], self.removed) == index_digest:
-                return sum(part.num_samples for part in self.parts[count:])
-        return 0
+        num_parts = self._num_parts.get(index_digest, len(self.parts))
+        return sum(part.num_samples for part in self.parts[num_parts:])
 
     def num_chunk_rows(self, index_digest: str, modality: str, chunk: int) -> int | None:
         """Return the number of rows that a chunk had in a version of the tables; None for an unknown version."""
-        for version in self._versions():
-            if version.index_digest == index_digest:
-                num_items = count_rows(self.parts[: version.num_parts]).get(modality, 0)
-                return min(max(num_items - chunk * self.chunk_size, 0), self.chunk_size)
-        return None
+        if index_digest not in self._num_parts:
+            return None
+        num_items = count_rows(self.parts[: self._num_parts[index_digest]]).get(modality, 0)
+        return min(max(num_items - chunk * self.chunk_size, 0), self.chunk_size)
 
     def item_counts(self, modality: str) -> set[int]:
         """Return how many items of a modality the cache has, and had in earlier versions."""
-        return {count_rows(self.parts[: version.num_parts]).get(modality, 0) for version in self._versions()}
+        return {count_rows(self.parts[:num_parts]).get(modality, 0) for num_parts in self._num_parts.values()}
 
     def next_version(self, parts: Sequence[Part], removed: Mapping[str, Any] | None = None) -> "CacheInfo":
         """Return the manifest with other parts, or with more samples removed."""
@@ -219,9 +222,6 @@ class CacheInfo(Manifest):
             earlier_versions=(*self.earlier_versions, before),
             removed=removed,
         )
-
-    def _versions(self) -> list[TableVersion]:
-        return [*self.earlier_versions, TableVersion(index_digest=self.index_digest, num_parts=len(self.parts))]
 
 
 def choose_chunk_size(parts: Sequence[Part]) -> int:

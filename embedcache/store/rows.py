@@ -142,8 +142,7 @@ def keys_of(caches: Sequence[Cache]) -> pa.ChunkedArray:
 
 def keys_at(cache: Cache, rows: Ints) -> pa.ChunkedArray:
     """Return the keys of samples of a cache, in any order: (M,) texts. Memory: these keys, and a block of others."""
-    distinct, which = np.unique(rows, return_inverse=True)
-    return widen(key_column([cache]).select(distinct).array).take(pa.array(which))
+    return RowReader(cache, SAMPLES, ["key"], kept_rows=0).take(rows)["key"]
 
 
 def find_keys(cache: Cache, keys: Sequence[str]) -> Ints:
