@@ -204,7 +204,9 @@ def _check_same_items(group: EncoderGroup, hashes: Sequence[bytes | None], chunk
                 stored[name] = open_group(group.path.parents[1], group.modality, name, group.info).commit(chunk)
     first, of_removed = group.info.chunk_rows(group.modality, chunk).start, removed_hash(group.modality)
     for name, commit in stored.items():
-        for row in commit.used_rows() if commit is not None else ():
+        if commit is None:
+            continue
+        for row in commit.used_rows():
             old, new = commit.hashes[row], hashes[row]
             if old is not None and new not in (None, of_removed, old):
                 raise FingerprintError(
