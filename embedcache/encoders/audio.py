@@ -2,14 +2,13 @@
 
 Most models of speech were trained without a mask, and padding changes what they compute. So nothing is padded: a long
 recording is cut into windows, and windows of one length share a batch. The batch size does not change the output by
-more than float32 rounding, 2e-5 of values of about 1. Tokens are converted and joined window by window, so that a long
-recording needs the memory of its features and of the forward passes that run at once, one in most families.
+more than float32 rounding, 2e-5 of values of about 1.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -95,32 +94,21 @@ class AudioEncoder:
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Compute the named features of one batch: name -> one float32 array per item, (D,) or (T, D)."""
-        return self.encode_cast(prepared, names, lambda _, tokens_TD: tokens_TD)
-
-    def encode_cast(
-        self, prepared: Sequence[Array], names: Sequence[str], cast: Callable[[str, Array], Array]
-    ) -> dict[str, list[Array]]:
-        """Compute features as `encode` does, with the tokens of each window converted as soon as they are computed.
-
-        Memory: the model inputs, the features as returned, the forward passes that run at once, and the float32 outputs
-        of one more.
-
-        Args:
-            prepared: arrays from `prepare`.
-            cast: name of a feature, (T, D) float32 -> (T, D) of any dtype.
-        """
         check_names(names, self.features)
         windows = [(item, window) for item, inputs in enumerate(prepared) for window in self._split(inputs)]
-        joins: dict[str, list[_Join]] = {}
-        for name in names:
-            cast_tokens = partial(cast, name) if name in self.axes else None
-            joins[name] = [_Join(self._num_tokens(inputs), cast_tokens) for inputs in prepared]
-
         sources = sorted({_source(name) for name in names})
+        parts: dict[tuple[int, str], list[Floats]] = defaultdict(list)
         for item, outputs in self._run(windows, sources):
+            for source in sources:
+                parts[item, source].append(outputs[source])
+
+        features: dict[str, list[Array]] = {name: [] for name in names}
+        for item, inputs in enumerate(prepared):
             for name in names:
-                joins[name][item].add(outputs[_source(name)])
-        return {name: [join.result() for join in joins[name]] for name in names}
+                tokens_TD = np.concatenate(parts[item, _source(name)])[: self._num_tokens(inputs)]
+                mean_D = tokens_TD.mean(axis=0, dtype=np.float64).astype(np.float32)
+                features[name].append(tokens_TD if name in self.axes else mean_D)
+        return features
 
     def _run(
         self, windows: Sequence[tuple[int, Array]], names: Sequence[str]
@@ -154,40 +142,6 @@ class AudioEncoder:
             size = 1 if is_alone else min(self.batch_size, -(-len(same) // self._num_parallel))
             for rows in blocks(len(same), size):
                 yield same[rows]
-
-
-class _Join:
-    """The tokens of a recording, or their mean.
-
-    Args:
-        num_tokens: tokens of the recording; the windows may have more, of padding.
-        cast: converts tokens, which are then written into one array window by window. If None, the mean is computed.
-    """
-
-    def __init__(self, num_tokens: int, cast: Callable[[Array], Array] | None) -> None:
-        self._num_tokens = num_tokens
-        self._cast = cast
-        self._count = 0
-        self._joined: Array | None = None
-
-    def add(self, tokens_TD: Floats) -> None:
-        """Add the tokens of the next window."""
-        rows_TD = tokens_TD[: self._num_tokens - self._count]
-        if self._cast is None:
-            sum_D = rows_TD.sum(axis=0, dtype=np.float32)
-            self._joined = sum_D if self._joined is None else self._joined + sum_D
-        else:
-            stored_TD = self._cast(rows_TD)
-            if self._joined is None:
-                self._joined = np.empty((self._num_tokens, stored_TD.shape[1]), stored_TD.dtype)
-            self._joined[self._count : self._count + len(stored_TD)] = stored_TD
-        self._count += len(rows_TD)
-
-    def result(self) -> Array:
-        """Return all tokens, (T, D), or the mean, (D,)."""
-        assert self._joined is not None
-        assert self._num_tokens == self._count
-        return self._joined / np.float32(self._count) if self._cast is None else self._joined
 
 
 def check_audio(item: Any, min_samples: int) -> Floats:

@@ -71,9 +71,7 @@ class Encoder(Protocol):
 
     It may have two more attributes, both mappings from feature names: `axes`, the `embedcache.axis.Axis` of a feature
     of tokens, and `dtypes`, the dtype on disk of a feature that has one of its own, such as `int16` for labels and
-    `float32` for coordinates, whatever `--dtype` says. An encoder of long items may also have the method
-    `encode_cast(prepared, names, cast)`, as `embedcache.encoders.audio.AudioEncoder` has: extraction calls it instead
-    of `encode`, so that the float32 tokens of an item never exist whole.
+    `float32` for coordinates, whatever `--dtype` says.
 
     `prepare` is called from many threads at once and needs no device; `encode` is called from one thread.
     """

@@ -20,7 +20,6 @@ from embedcache.encoders.open import EncoderSpec, check_options
 from embedcache.encoders.text import Tokenizer, build_text_encoder
 from embedcache.encoders.weights import (
     check_weights_file,
-    find_hub_commit,
     hash_weights,
     translate_hub_errors,
 )
@@ -104,10 +103,6 @@ def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
         )
     pretrained = spec.options["pretrained"]
     if pretrained in tags:
-        owner, _, rest = open_clip.get_pretrained_cfg(spec.model, pretrained).get("hf_hub", "").partition("/")
-        if owner:
-            repository = f"{owner}/{rest.partition('/')[0]}"
-            find_hub_commit(repository, model=f"{spec.model} {pretrained}", next_step=_USE_FILE)
         return pretrained
     path = expand_home(pretrained)
     if not path.exists() and "/" not in pretrained and not path.suffix:

@@ -73,13 +73,9 @@ class FolderEncoder:
         return background_of(self.encoder.fingerprint.preprocessing)
 
     def encode(self, batch: Sequence[Array], features: Sequence[str]) -> dict[str, list[Array]]:
-        """Run the encoder on prepared items; the tokens of one with `encode_cast` have the dtype on disk."""
-        encode_cast = getattr(self.encoder, "encode_cast", None)
+        """Run the encoder on prepared items."""
         with self.gate:
-            if encode_cast is None:
-                return self.encoder.encode(batch, features)
-            encoded: dict[str, list[Array]] = encode_cast(batch, features, self.cast)
-            return encoded
+            return self.encoder.encode(batch, features)
 
     def cast(self, feature: str, item: Array) -> Array:
         """Check the encoder's output for one item and convert it to the dtype on disk."""
