@@ -17,9 +17,9 @@ from embedcache.encoders.features import (
     GridPool,
     KMeansPool,
     TimmFeatures,
-    native_features,
     patch_grid,
-    requested_layers,
+    state_features,
+    untie_last_state,
 )
 from embedcache.encoders.image import ImageModel
 from embedcache.encoders.open import open_encoder
@@ -50,13 +50,6 @@ from tests.encoders.checkpoints import save_dinov2, save_sentence_transformer, s
 )
 def test_parse_feature_name(text: str, name: FeatureName | None) -> None:
     assert FeatureName.parse(text) == name
-
-
-def test_native_features_and_layers() -> None:
-    names = ["cls", "layer6.cls", "grid:2", "layer11.grid:2", "patches", "layer6.patches", "no sense"]
-    names += ["kmeans:2", "layer7.kmeans:2"]
-    assert native_features(names) == ["cls", "patches"]
-    assert requested_layers(names) == [6, 7, 11]
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
@@ -91,11 +84,6 @@ def test_kmeans_does_not_depend_on_batch(num_patches: int, row: int, num_others:
     np.testing.assert_allclose(one, pool(alone_1TD)[0], atol=1e-5)
 
 
-def test_kmeans_empty_cluster_keeps_its_center() -> None:
-    patches_BTD = torch.tensor([5.0, 5, 9, 9])[None, :, None]
-    np.testing.assert_allclose(KMeansPool(4, 4)(patches_BTD).flatten(), [5, 5, 9, 9])
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_kmeans_ignores_rounding(seed: int) -> None:
     """A convolution yields equal patches that differ by rounding between batches."""
@@ -105,21 +93,11 @@ def test_kmeans_ignores_rounding(seed: int) -> None:
     np.testing.assert_allclose(KMeansPool(100, 9)(others_BTD), KMeansPool(100, 9)(patches_BTD), atol=1e-5)
 
 
-def test_kmeans_with_large_offset() -> None:
-    patches_BTD = _draw(2, 20, seed=0)
-    expected = KMeansPool(20, 4)(patches_BTD)
-    np.testing.assert_allclose(KMeansPool(20, 4)(patches_BTD + 1000) - 1000, expected, atol=1e-3)
-
-
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 32), st.data())
 def test_patch_grid_with_remainder(height: int, width: int, patch_px: int, data: st.DataObject) -> None:
     rest_px = st.integers(0, patch_px - 1)
     size_px = height * patch_px + data.draw(rest_px), width * patch_px + data.draw(rest_px)
     assert patch_grid(height * width, *size_px) == (height, width)
-
-
-def test_patch_grid_is_none_without_grid() -> None:
-    assert patch_grid(17, 224, 224) is None
 
 
 @pytest.mark.parametrize(("height_px", "width_px"), [(16, 48), (48, 16)])
@@ -133,11 +111,6 @@ def test_grid_of_rectangular_image(height_px: int, width_px: int) -> None:
     np.testing.assert_allclose(model(images)["grid:2"], expected, atol=1e-6)
 
 
-def test_too_many_clusters_are_left_out() -> None:
-    model = ImageModel(_EightPx(), torch.nn.Identity(), input_size=(3, 16, 48), requested=["kmeans:12", "kmeans:13"])
-    assert model.features == {"patches": (12, 3), "kmeans:12": (12, 3)}
-
-
 class _EightPx(torch.nn.Module):
     """The mean color of each 8 × 8 pixels."""
 
@@ -145,45 +118,68 @@ class _EightPx(torch.nn.Module):
         return {"patches": torch.nn.functional.avg_pool2d(images, 8).flatten(2).transpose(1, 2)}
 
 
-REQUESTED = ("layer1.cls", "layer2.patches", "grid:2", "layer1.grid:3", "layer2.patch_mean", "layer2.tokens",
-             "layer1.mean", "layer99.cls", "grid:99", "kmeans:3", "layer1.kmeans:2", "kmeans:9999", "nonsense",
-             "cls")  # fmt: skip
+REQUESTED = (
+    "layer1.cls",
+    "layer2.patches",
+    "layer2.patch_mean",
+    "layer1.grid:2",
+    "grid:2",
+    "layer1.kmeans:2",
+    "kmeans:3",
+)
+UNKNOWN = ("layer2.tokens", "layer1.mean", "layer99.cls", "grid:99", "kmeans:9999", "nonsense")
+BLOCKS: dict[str, Callable[[Any], Any]] = {
+    "test_vit": lambda model: model.blocks,
+    "test_vit3": lambda model: model.blocks,
+    "test_convnext": lambda model: model.stages,
+    "test_resnet": lambda model: [model.act1, model.layer1],  # a ResNet's first level is its stem
+    "lite": lambda model: chain.from_iterable(model.blocks),
+    "dinov2": lambda model: _only_list(model),
+    "dinov2 with registers": lambda model: _only_list(model),
+}
+"""Image model -> its blocks, or levels, in order."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_vit_relpos"])
-def test_timm_transformer_blocks(name: str, tmp_path: Path) -> None:
-    import timm
-
-    if name not in timm.list_models():
-        pytest.skip(f"timm {timm.__version__} does not have {name}")
-    spec = f"timm:{name},weights={save_timm(name, tmp_path, seed=0)}"
-    encoder, prepared, found = _check_native(spec, "image", REQUESTED)
-    model = _inner(encoder)
-    states = _states(model, model.blocks, prepared, encoder)
-    num_prefix = model.num_prefix_tokens
+@pytest.mark.parametrize("name", BLOCKS)
+def test_image_blocks(name: str, tmp_path: Path) -> None:
+    if name == "lite":
+        spec = "lite:efficientnet-lite0,fit=128x128"
+    elif name.startswith("dinov2"):
+        spec = f"hf:{save_dinov2(tmp_path / 'dinov2', num_registers=3 if 'registers' in name else 0)}"
+    else:
+        spec = f"timm:{name},weights={save_timm(name, tmp_path, seed=0)}"
+    encoder, prepared, found = _check_native(spec, "image", (*REQUESTED, *UNKNOWN))
+    assert not found.keys() & set(UNKNOWN)
     assert ("layer1.cls" in found) == ("cls" in found)
+
+    model = _inner(encoder)
+    states = _states(model, BLOCKS[name](model), prepared, encoder)
     if "cls" in found:
         np.testing.assert_allclose(found["layer1.cls"], states[0][:, 0], atol=1e-6)
-    np.testing.assert_allclose(found["layer2.patches"], states[1][:, num_prefix:], atol=1e-6)
-    np.testing.assert_allclose(found["layer2.patch_mean"], states[1][:, num_prefix:].mean(1), atol=1e-5)
-    np.testing.assert_allclose(found["layer1.grid:3"], _grid(states[0][:, num_prefix:], 3), atol=1e-5)
-    np.testing.assert_allclose(found["grid:2"], _grid(torch.tensor(found["patches"]), 2), atol=1e-5)
-    np.testing.assert_allclose(found["layer1.kmeans:2"], _clusters(states[0][:, num_prefix:], 2), atol=1e-5)
-    np.testing.assert_allclose(found["kmeans:3"], _clusters(torch.tensor(found["patches"]), 3), atol=1e-5)
-    assert "kmeans:9999" not in found
+    num_prefix = states[0].shape[1] - found["layer2.patches"].shape[1]
+    first, second = (state.flatten(2).mT if state.ndim == 4 else state[:, num_prefix:] for state in states[:2])
+    np.testing.assert_allclose(found["layer2.patches"], second, atol=1e-6)
+    np.testing.assert_allclose(found["layer2.patch_mean"], second.mean(1), atol=1e-4)
+    for feature, expected in (
+        ("layer1.grid:2", _grid(first, 2)),
+        ("layer1.kmeans:2", _clusters(first, 2)),
+        ("grid:2", _grid(torch.tensor(found["patches"]), 2)),
+        ("kmeans:3", _clusters(torch.tensor(found["patches"]), 3)),
+    ):
+        np.testing.assert_allclose(found[feature], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
-def test_timm_network_levels(name: str, tmp_path: Path) -> None:
-    spec = f"timm:{name},weights={save_timm(name, tmp_path, seed=0)}"
-    encoder, prepared, found = _check_native(spec, "image", ("layer2.patches", "layer1.patch_mean", "layer1.cls"))
-    assert "layer1.cls" not in found
-    model = _inner(encoder)
-    block = model.stages[1] if name == "test_convnext" else model.layer1  # a ResNet's first level is its stem
-    states = _states(model, [block], prepared, encoder)
-    np.testing.assert_allclose(found["layer2.patches"], states[0].flatten(2).transpose(1, 2), atol=1e-6)
+def test_lite_onnx_agrees_with_torch() -> None:
+    spec = "lite:efficientnet-lite0,fit=128x128"
+    settings = EncoderSettings(backend="onnxruntime", features=REQUESTED)
+    _, prepared, expected = _check_native(spec, "image", REQUESTED)
+    encoder = open_encoder(spec, modality="image", settings=settings)
+    assert list(encoder.features) == list(expected)
+    found = encoder.encode(prepared, list(encoder.features))
+    for name, values in found.items():
+        np.testing.assert_allclose(np.stack(values), expected[name], atol=2e-3)  # values of up to 30
 
 
 def test_timm_network_that_stops_early() -> None:
@@ -201,78 +197,19 @@ def test_timm_network_that_stops_early() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_registers", [0, 3])
-def test_transformers_image_blocks(num_registers: int, tmp_path: Path) -> None:
-    spec = f"hf:{save_dinov2(tmp_path / 'dinov2', num_registers=num_registers)}"
-    encoder, prepared, found = _check_native(spec, "image", REQUESTED)
-    model = _inner(encoder)
-    states = _states(model, _blocks(model), prepared, encoder)
-    np.testing.assert_allclose(found["layer1.cls"], states[0][:, 0], atol=1e-6)
-    np.testing.assert_allclose(found["layer2.patches"], states[1][:, 1 + num_registers :], atol=1e-6)
-    np.testing.assert_allclose(found["layer1.grid:3"], _grid(states[0][:, 1 + num_registers :], 3), atol=1e-5)
-    np.testing.assert_allclose(found["layer1.kmeans:2"], _clusters(states[0][:, 1 + num_registers :], 2), atol=1e-5)
-
-
-LITE = ("layer3.patches", "layer1.grid:2", "layer16.patch_mean", "grid:4", "kmeans:6", "layer11.patches",
-        "layer11.kmeans:16")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def lite() -> dict[str, Any]:
-    """Encoder, prepared images and values per backend; names that cannot be derived are requested too."""
-    spec, requested = "lite:efficientnet-lite0,fit=128x128", (*LITE, "layer17.patch_mean", "layer1.cls", "kmeans:50")
-    on_torch = _check_native(spec, "image", requested)
-    settings = EncoderSettings(backend="onnxruntime", features=requested)
-    encoder, prepared = open_encoder(spec, modality="image", settings=settings), on_torch[1]
-    found = encoder.encode(prepared, list(encoder.features))
-    values = {name: np.stack(arrays) for name, arrays in found.items()}
-    return {"torch": on_torch, "onnxruntime": (encoder, prepared, values)}
-
-
-@pytest.mark.slow
-def test_lite_blocks(lite: dict[str, Any]) -> None:
-    encoder, prepared, found = lite["torch"]
-    assert list(found) == ["patch_mean", "patches", *LITE]
-    model = _inner(encoder)
-    states = _states(model, chain.from_iterable(model.blocks), prepared, encoder)
-    np.testing.assert_allclose(found["layer3.patches"], states[2].flatten(2).transpose(1, 2), atol=1e-6)
-    expected = _grid(states[0].flatten(2).transpose(1, 2), 2)
-    np.testing.assert_allclose(found["layer1.grid:2"], expected, rtol=1e-4, atol=1e-4)  # means of 1,024 values
-
-
-@pytest.mark.slow
-def test_lite_onnx_agrees_with_torch(lite: dict[str, Any]) -> None:
-    (_, _, expected), (encoder, _, found) = lite["torch"], lite["onnxruntime"]
-    assert encoder.fingerprint.backend == "onnxruntime"
-    assert list(encoder.features) == list(expected)
-    for name in ("patch_mean", "patches", "layer3.patches", "layer1.grid:2", "layer16.patch_mean"):
-        np.testing.assert_allclose(found[name], expected[name], atol=1e-3)  # values of up to 30
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-def test_lite_grid_and_clusters(backend: str, lite: dict[str, Any]) -> None:
-    encoder, prepared, found = lite[backend]
-    patches, blocks = torch.tensor(found["patches"]), torch.tensor(found["layer11.patches"])
-    np.testing.assert_allclose(found["grid:4"], _grid(patches, 4), atol=1e-5)
-    np.testing.assert_allclose(found["kmeans:6"], _clusters(patches, 6), atol=1e-4)
-    np.testing.assert_allclose(found["layer11.kmeans:16"], _clusters(blocks, 16), atol=1e-3)  # values of up to 30
-    repeated = encoder.encode(prepared, ["kmeans:6"])["kmeans:6"]
-    np.testing.assert_array_equal(repeated, encoder.encode(prepared, ["kmeans:6"])["kmeans:6"])
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "backend"), [("hf", "torch"), ("hf", "onnxruntime"), ("st", "torch")])
 def test_text_model_blocks(family: str, backend: Any, bert: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
     if family == "st":
         bert = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=16)
     settings = EncoderSettings(backend=backend)
-    encoder, prepared, found = _check_native(f"{family}:{bert}", "text", REQUESTED, settings, atol=1e-5)
+    encoder, prepared, found = _check_native(f"{family}:{bert}", "text", (*REQUESTED, *UNKNOWN), settings, atol=1e-5)
     own = ["mean", "cls", "tokens"] if family == "hf" else ["mean", "tokens"]
     blocks = ["layer1.cls", "layer2.tokens", "layer1.mean"] if family == "hf" else ["layer2.tokens", "layer1.mean"]
     assert list(encoder.features) == [*own, *blocks]
     assert encoder.features["layer2.tokens"] == (-1, 32)
-    model = _bert(bert)
+    model = AutoModel.from_pretrained(bert).eval()
     for row, ids in enumerate(prepared):
         with torch.no_grad():
             states = model(input_ids=torch.tensor(ids)[None], output_hidden_states=True).hidden_states
@@ -282,8 +219,6 @@ def test_text_model_blocks(family: str, backend: Any, bert: Path, tmp_path: Path
 
 def test_last_text_block_is_before_final_norm(tmp_path: Path) -> None:
     from transformers import T5Config, T5EncoderModel
-
-    from embedcache.encoders.features import state_features, untie_last_state
 
     torch.manual_seed(0)
     config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
@@ -298,19 +233,11 @@ def test_last_text_block_is_before_final_norm(tmp_path: Path) -> None:
     assert not torch.allclose(state, states.last_hidden_state)
 
 
-def test_blocks_are_refused_where_transformers_cannot_return_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import T5Config, T5EncoderModel
-
-    from embedcache.encoders import features
-
-    model = T5EncoderModel(T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2))
-    monkeypatch.setattr(features, "version", lambda _: "5.17.1")
-    features.untie_last_state(model, [])
-    with pytest.raises(SettingError, match=r"got 5\.17\.1; .* 'transformers>=5\.18'"):
-        features.untie_last_state(model, [1])
-    monkeypatch.setattr(features, "version", lambda _: "5.18.0")
-    features.untie_last_state(model, [1])
-    assert not model.config.tie_last_hidden_states
+def test_blocks_need_a_transformers_that_can_return_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exported models run with earlier versions."""
+    monkeypatch.setattr("embedcache.encoders.features.version", lambda _: "5.17.1")
+    with pytest.raises(SettingError, match=r"5\.18 or later, got 5\.17\.1"):
+        untie_last_state(None, [1])
 
 
 def _check_native(
@@ -355,7 +282,7 @@ def _keep_in(states: list[torch.Tensor]) -> Callable[..., None]:
     return hook
 
 
-def _blocks(model: Any) -> Any:
+def _only_list(model: Any) -> Any:
     return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 2)
 
 
@@ -387,9 +314,3 @@ def _lloyd(patches_TD: Any, num_clusters: int) -> Any:
             if cluster in labels:
                 centers_KD[cluster] = patches_TD[np.array(labels) == cluster].mean(0)
     return centers_KD
-
-
-def _bert(folder: Path) -> Any:
-    from transformers import AutoModel
-
-    return AutoModel.from_pretrained(folder).eval()

@@ -33,14 +33,6 @@ class TestFrames(VideoEncoderContract):
         return f"frames:timm:test_vit,weights={save_timm('test_vit', tmp_path, seed=1)},rate=15"
 
 
-class TestPixels(VideoEncoderContract):
-    has_weights = False
-
-    @pytest.fixture
-    def spec(self) -> str:
-        return f"frames:{PIXELS}:12x8"
-
-
 @pytest.mark.slow
 def test_vectors_are_those_of_the_frames(test_vit: Path) -> None:
     settings = EncoderSettings(features=("layer2.cls", "patches"), backend="torch")
@@ -57,31 +49,11 @@ def test_vectors_are_those_of_the_frames(test_vit: Path) -> None:
     assert encoder.axes["cls"].to_json() == {"kind": "time", "rate_hz": 30.0, "start_s": 0.5 / 30}  # type: ignore[attr-defined]
 
 
-def test_every_video_has_the_rate() -> None:
-    encoder = open_encoder(f"frames:{PIXELS}:24x16,rate=12.5", modality="video")
-    frames = np.repeat(np.arange(50, dtype=np.uint8)[:, None, None, None], 3, axis=3) * np.ones((1, 4, 6, 1), np.uint8)
-    (at_25,) = encoder.encode(encoder.prepare([Video(frames_THW3=frames, rate_hz=25.0)]), ["pixels"])["pixels"]
-    assert at_25.shape == (25, 24 * 16)
-    np.testing.assert_allclose(at_25[:, 0] * 255, np.arange(1, 50, 2), atol=1e-3)
-    (at_30,) = encoder.encode(encoder.prepare([Video(frames_THW3=frames[:30], rate_hz=30.0)]), ["pixels"])["pixels"]
-    assert len(at_30) == 12  # 1 s; half a step is rounded to even
-    (short,) = encoder.encode(encoder.prepare([Video(frames_THW3=frames[:1], rate_hz=30.0)]), ["pixels"])["pixels"]
-    assert len(short) == 1
-
-
 def sampled_frames(num_frames: int, rate_hz: float, wanted_hz: float) -> np.ndarray:
     """Return the numbers of the frames of a video that stand for steps at another rate: at least one."""
     num_steps = max(1, round(num_frames * wanted_hz / rate_hz))
     numbers = np.floor((np.arange(num_steps) + 0.5) * rate_hz / wanted_hz).astype(np.int64)
     return np.minimum(numbers, num_frames - 1)
-
-
-def test_oracle_takes_the_middles_of_steps() -> None:
-    assert sampled_frames(5, 25, 25).tolist() == [0, 1, 2, 3, 4]
-    assert sampled_frames(5, 29.97, 29.97).tolist() == [0, 1, 2, 3, 4]
-    assert sampled_frames(30, 30, 2).tolist() == [7, 22]
-    assert sampled_frames(6, 50, 25).tolist() == [1, 3, 5]
-    assert sampled_frames(3, 10, 25).max() == 2
 
 
 def pixels_of(video: Video, rate_hz: float) -> np.ndarray:
@@ -165,14 +137,6 @@ def test_too_many_frames_are_refused_before_they_are_decoded(monkeypatch: pytest
     for wanted_hz, reason in ((1, "truncated"), (25, "too many frames: 75")):
         with pytest.raises(ItemError, match=f"^{reason}"):
             pixels_of(video, wanted_hz)
-
-
-def test_pixels_are_the_gray_center() -> None:
-    encoder = open_encoder(f"frames:{PIXELS}:4x4", modality="video")
-    frame = np.zeros((8, 20, 3), np.uint8)
-    frame[:, 5:15] = (255, 0, 0)  # the center square, and one pixel more for the filter
-    (found,) = encoder.encode(encoder.prepare([Video(frames_THW3=frame[None], rate_hz=25.0)]), ["pixels"])["pixels"]
-    np.testing.assert_allclose(found, np.full((1, 16), 76 / 255), atol=1e-6)  # red in ITU-R 601 gray
 
 
 def test_rate_and_size_are_in_the_fingerprint() -> None:

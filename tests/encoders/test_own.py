@@ -71,21 +71,6 @@ def save_convolution(path: Path, *, first: float) -> str:
     return spec
 
 
-def test_plugin_is_as_short_as_the_page_says() -> None:
-    code = next(block.code for block in blocks_of(PAGE) if block.language == "python")
-    lines = [line for line in code.splitlines() if line.strip()]
-    assert len(lines) <= 45
-
-
-def test_page_defines_the_contract_of_this_file() -> None:
-    assert "class TestLoudness(AudioEncoderContract):\n    has_weights = False\n" in PAGE.read_text()
-    assert "class TestMine(ImageEncoderContract):\n    has_weights = False\n" in IMAGES.read_text()
-    assert (
-        "class TestConvolution(ImageEncoderContract):\n    @pytest.fixture\n    def spec(self, tmp_path):\n"
-        in IMAGES.read_text()
-    )
-
-
 ENCODER = """
 from embedcache.axis import Axis
 from embedcache.encoders.base import NO_WEIGHTS, Fingerprint

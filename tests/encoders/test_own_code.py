@@ -117,17 +117,6 @@ def test_code_that_does_not_fit_is_an_error_of_the_model(bert: Path, tmp_path: P
         open_encoder(f"{family}:{folder}", modality="text")
 
 
-def test_class_that_does_not_exist_is_an_error_of_the_model(bert: Path, tmp_path: Path) -> None:
-    add_code(bert, tmp_path / "pwned")
-    (bert / "modeling_evil.py").write_text("import a_package_that_nobody_has\n")
-    write_images(tmp_path / "photos", 1)
-    words = ("extract", "photos", "cache", "--text-encoder", f"hf:{bert}", "--trust")
-    done = embedcache(*words, cwd=tmp_path)
-    assert done.code == 1
-    assert "a_package_that_nobody_has" in done.stderr
-    assert "bug in embedcache" not in done.stderr
-
-
 def test_caches_and_indexes_of_a_stranger_run_no_model_code(bert: Path, tmp_path: Path) -> None:
     """Their features were computed when the folder had no code, or on another machine."""
     marker = tmp_path / "pwned"

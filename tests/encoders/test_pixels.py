@@ -107,15 +107,6 @@ def test_split_that_differs_is_not_used() -> None:
     assert split_transform(whole, to_pixels, wrong, {}).transform is whole
 
 
-def test_pixel_scale_is_float32_under_autocast() -> None:
-    scale = PixelScale([0.5] * 3, [0.25] * 3, divisor=255)
-    images = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = scale(images)
-    np.testing.assert_array_equal(found, scale(images))
-    assert found.dtype == torch.float32
-
-
 def _check(pixels: np.ndarray, scale: torch.nn.Module, expected: np.ndarray) -> None:
     assert pixels.dtype == np.uint8
     found = scale(torch.from_numpy(pixels)[None])[0].numpy()

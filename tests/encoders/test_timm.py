@@ -10,7 +10,6 @@ from PIL import Image
 
 from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
-from embedcache.encoders.timm import fix_padding
 from embedcache.errors import SettingError
 from embedcache.testing.encoders import ImageEncoderContract, example_images
 from tests.encoders.checkpoints import save_timm
@@ -82,19 +81,6 @@ def test_onnxruntime_agrees_with_torch(name: str, tmp_path: Path) -> None:
     found, expected = (encoder.encode(prepared, list(chosen.features)) for encoder in (chosen, torch_one))
     for feature in chosen.features:
         np.testing.assert_allclose(np.stack(found[feature]), np.stack(expected[feature]), atol=1e-4)
-
-
-def test_same_padding_is_fixed_for_the_first_size(tmp_path: Path) -> None:
-    from timm.layers import Conv2dSame
-
-    conv = Conv2dSame(3, 4, 3, stride=2)
-    images = torch.rand(2, 3, 9, 8, generator=torch.Generator().manual_seed(0))
-    expected = conv(images)
-    fix_padding(torch.nn.Sequential(conv))
-    for _ in range(2):
-        torch.testing.assert_close(conv(images), expected, rtol=0, atol=0)
-    assert conv(images[:, :, :8]).shape[2] == 4
-    assert not conv._forward_pre_hooks
 
 
 @pytest.mark.parametrize(("name", "num_tokens"), [("test_vit", 36), ("test_resnet", 9)])
