@@ -7,16 +7,18 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from pydantic import Field, field_validator
 
-from embedcache.arrays import Array
 from embedcache.devices import AUTO
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
 from embedcache.registry import unknown_name
 from embedcache.settings import Settings, setting
+
+if TYPE_CHECKING:
+    from embedcache.arrays import Array
 
 ItemShape: TypeAlias = tuple[int, ...]
 """Shape of one item's feature: `(D,)` a vector, `(T, D)` a fixed number of tokens, `(-1, D)` any number of tokens."""
@@ -83,7 +85,7 @@ class Encoder(Protocol):
     batch_size: int
     """Number of items per call of `encode`."""
 
-    def prepare(self, items: Sequence[Any]) -> list[Array]:
+    def prepare(self, items: Sequence[Any]) -> "list[Array]":
         """Convert raw items to model inputs.
 
         Args:
@@ -99,7 +101,7 @@ class Encoder(Protocol):
         """
         ...
 
-    def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
+    def encode(self, prepared: "Sequence[Array]", names: Sequence[str]) -> "dict[str, list[Array]]":
         """Run the model on one batch.
 
         Args:
@@ -175,17 +177,13 @@ class EncoderSettings(Settings):
     @classmethod
     def _plain_color(cls, text: str) -> str:
         """Return a color as `white` or `#rrggbb`."""
-        if text == "white":
-            return text
         from PIL import ImageColor
 
         try:
-            channels = ImageColor.getrgb(text)
-            red, green, blue = channels[:3]
-            if len(channels) > len((red, green, blue)):
-                raise ValueError(text)
-        except ValueError:
+            red, green, blue = ImageColor.getrgb(text)
+        except ValueError:  # no color, or one with transparency
             raise SettingError(
                 f"background: expected an opaque color such as white, black or #7f7f7f, got {text!r}"
             ) from None
-        return "white" if (red, green, blue) == (255, 255, 255) else f"#{red:02x}{green:02x}{blue:02x}"
+        color = f"#{red:02x}{green:02x}{blue:02x}"
+        return "white" if color == "#ffffff" else color
