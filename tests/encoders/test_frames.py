@@ -94,20 +94,6 @@ def test_prepared_frames_are_those_of_the_video(
 
 
 @pytest.mark.slow
-@given(
-    num_frames=st.integers(1, 250),
-    rate_hz=st.one_of(st.sampled_from([24_000 / 1001, 25.0, 30_000 / 1001]), st.floats(1, 200)),
-    wanted_hz=st.one_of(st.sampled_from([1.0, 12.5, 25.0, 30.0]), st.floats(0.1, 200)),
-)
-def test_frames_are_chosen_by_number(num_frames: int, rate_hz: float, wanted_hz: float) -> None:
-    frames = np.repeat(np.arange(num_frames, dtype=np.uint8)[:, None, None, None], 3, axis=3)
-    (found,) = FrameEncoder(Pixels((1, 1), batch_size=4), wanted_hz).prepare(
-        [Video(frames_THW3=frames, rate_hz=rate_hz)]
-    )
-    np.testing.assert_array_equal(found[:, 0, 0], sampled_frames(num_frames, rate_hz, wanted_hz))
-
-
-@pytest.mark.slow
 def test_video_above_the_limit_of_pixels() -> None:
     video, num_pixels = decode_video(large_video(140)), 1920 * 1080
     assert num_pixels > MAX_VIDEO_PIXELS / 140
@@ -128,15 +114,6 @@ def test_video_that_has_too_many_frames(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(ItemError, match=f"^too many frames: {num_frames} at rate=25 .* choose a lower rate"):
             pixels_of(video, 25)
         assert len(pixels_of(video, 3)) == 9
-
-
-def test_too_many_frames_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.encoders.frames._MAX_PREPARED_BYTES", 8 * 6 * 10)
-    data = encode_video(np.random.default_rng(0).integers(0, 256, (75, 12, 16, 3), np.uint8), kind="mkv")
-    video = decode_video(data[: len(data) // 4])
-    for wanted_hz, reason in ((1, "truncated"), (25, "too many frames: 75")):
-        with pytest.raises(ItemError, match=f"^{reason}"):
-            pixels_of(video, wanted_hz)
 
 
 def test_rate_and_size_are_in_the_fingerprint() -> None:

@@ -1,6 +1,5 @@
 """EfficientNet-Lite0, compared with features that the network of efficientnet-lite-pytorch gave."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,7 @@ from PIL import Image
 
 from embedcache.axis import Axis
 from embedcache.encoders.base import EncoderSettings
-from embedcache.encoders.features import lite_crop
-from embedcache.encoders.open import EncoderSpec, open_encoder
-from embedcache.encoders.timm import load_lite_model
+from embedcache.encoders.open import open_encoder
 from embedcache.errors import SettingError
 from embedcache.testing.encoders import ImageEncoderContract, example_images
 
@@ -45,17 +42,6 @@ def test_features_have_the_same_values() -> None:
 
 
 @pytest.mark.slow
-def test_crop_classifies_photographs(photographs: Sequence[Image.Image]) -> None:
-    """The classifier recognizes most photographs only with the crop that it was trained with."""
-    prepared = [lite_crop(image, 224) for image in photographs]
-    model, _ = load_lite_model(EncoderSpec.parse("lite:efficientnet-lite0"))
-    with torch.no_grad():
-        named = model(_scaled(prepared)).argmax(dim=1).tolist()
-    right = [int(image.info["class"]) == label for image, label in zip(photographs, named, strict=True)]
-    assert sum(right) >= 15
-
-
-@pytest.mark.slow
 def test_patches_of_whole_images_lie_where_the_axis_says() -> None:
     settings = EncoderSettings(features=("layer3.patches", "layer5.patches", "patches", "grid:2"), backend="torch")
     encoder = open_encoder("lite:efficientnet-lite0,fit=128x64", modality="image", settings=settings)
@@ -79,26 +65,6 @@ def test_cropped_patches_have_no_place_in_the_image() -> None:
     for fit in ("448", "448x16", "box", "x"):
         with pytest.raises(SettingError, match=f"expected crop, or a width and height .* got '{fit}'"):
             open_encoder(f"lite:efficientnet-lite0,fit={fit}", modality="image", settings=TORCH)
-
-
-@pytest.fixture(scope="module")
-def photographs() -> list[Image.Image]:
-    import importlib.util
-
-    spec = importlib.util.find_spec("foolbox")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package foolbox, which holds 20 photographs, is not installed")
-    images = []
-    for path in sorted((Path(spec.origin).parent / "data").glob("imagenet_*.jpg")):
-        image = Image.open(path).convert("RGB")
-        image.info["class"] = path.stem.rpartition("_")[2]
-        images.append(image)
-    assert len(images) == 20
-    return images
-
-
-def _scaled(pixels: Sequence[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy((np.stack(pixels).astype(np.float32) - 127) / 128)
 
 
 def _packaged() -> str:
