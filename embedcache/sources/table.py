@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedcache.errors import EmbedcacheError, ItemError, PathError, SettingError, SourceError
+from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.files import TEXT_ENCODING, open_path, reading
 from embedcache.modalities import MODALITIES
 from embedcache.samples import FileItem, Sample, TextItem
@@ -97,7 +97,9 @@ class TableSource:
         self._files = _find_files(self._location)
         self._root = self._location.parent if self._files == [self._location] else self._location
         self._root_text = str(self._root)
-        self._row_groups = RowGroups()
+        self._row_group_starts = lru_cache(_MAX_FILES)(_row_group_starts)
+        self._cells = lru_cache(2)(_read_row_group)
+        self._lock = Lock()
 
     def describe(self) -> Mapping[str, Any]:
         return {"type": "table", "path": str(self._location), "settings": self._settings.to_json()}
@@ -127,14 +129,25 @@ class TableSource:
                 yield place, read_sample(columns, row, place, key=f"{stem}/{number}", items=items)
 
     def read(self, item: FileItem) -> bytes:
-        """Read the bytes of one item: a file, or a cell of a Parquet file."""
+        """Read the bytes of one item: a file, or a cell of a Parquet file.
+
+        The last two row groups are kept: consecutive rows cost one read of their group. Peak memory: three row groups
+        of a column of items.
+        """
         embedded = _EMBEDDED.fullmatch(item.path)
         if embedded is None:
             return read_item_file(resolve_item(self._root, item.path))
         table, column = embedded.groups()
         path = resolve_item(self._root, table)
-        cell = self._row_groups.read(path, column, item.offset)
-        return item_bytes(cell, path.parent, column, f"row {item.offset} of {path}")
+        row = item.offset
+        # pyarrow reads a row group with several threads.
+        with self._lock, reading(path, _SAVE_AGAIN, error_class=ItemError, damage_class=ItemError):
+            starts = self._row_group_starts(path)
+            if row >= starts[-1]:
+                raise ItemError(f"no such row: {path} has {starts[-1]} rows, no row {row}")
+            group = bisect_right(starts, row) - 1
+            cells = self._cells(path, column, group)
+        return item_bytes(cells[row - starts[group]].as_py(), path.parent, column, f"row {row} of {path}")
 
 
 def _find_files(location: Path) -> list[Path]:
@@ -290,36 +303,6 @@ def _read_csv(path: Path, form: Mapping[str, Any], _columns: Sequence[str]) -> I
                 yield row
         except csv.Error as error:
             raise SourceError(f"{path} line {rows.reader.line_num}: {error}; correct the line") from None
-
-
-class RowGroups:
-    """Single cells, of whose row groups the last two are kept: consecutive rows cost one read of their group.
-
-    Peak memory: three row groups of a column of items.
-    """
-
-    def __init__(self) -> None:
-        self._starts = lru_cache(_MAX_FILES)(_row_group_starts)
-        self._cells = lru_cache(2)(_read_row_group)
-        self._lock = Lock()
-
-    def read(self, path: Path, column: str, row: int) -> Any:
-        """Read one cell: bytes, a dict for a struct, or None. Thread-safe.
-
-        Raises:
-            ItemError: the file is missing or damaged, or has no such column or row.
-        """
-        try:
-            # pyarrow reads a row group with several threads
-            with self._lock, reading(path, _SAVE_AGAIN, damage_class=SourceError):
-                starts = self._starts(path)
-                if row >= starts[-1]:
-                    raise ItemError(f"no such row: {path} has {starts[-1]} rows, no row {row}")
-                group = bisect_right(starts, row) - 1
-                cells = self._cells(path, column, group)
-        except EmbedcacheError as error:
-            raise ItemError(str(error)) from None
-        return cells[row - starts[group]].as_py()
 
 
 def _row_group_starts(path: Path) -> list[int]:

@@ -41,7 +41,6 @@ _EMPTY = Sidecar()
 _MODALITIES = {suffix: modality for modality, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes}
 _LABEL_SUFFIX = ".cls"
 _LABEL = re.compile(rb"\s*-?[0-9]{1,18}\s*")
-_MAX_LABEL_BYTES = 32
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
 _MAX_SHARDS = 1_000_000
 
@@ -125,7 +124,7 @@ class WebdatasetSource:
                 sidecar_files[suffix] = tar.read(length)
             elif suffix == _LABEL_SUFFIX:
                 tar.seek(offset)
-                columns = {**columns, **_label(tar.read(min(length, _MAX_LABEL_BYTES)), key)}
+                columns = {**columns, **_label(tar.read(length), key)}
             else:
                 self.skipped[_skipped_kind(suffix)] += 1
         sidecar = read_sidecar(sidecar_files, key) if sidecar_files else row
@@ -158,7 +157,7 @@ def _skipped_kind(suffix: str) -> str:
 def _label(content: bytes, key: str) -> Mapping[str, Scalar]:
     if _LABEL.fullmatch(content):
         return {"label": int(content)}
-    return {"label_error": f"{key}{_LABEL_SUFFIX} holds {content!r}; expected the number of a class"}
+    return {"label_error": f"{key}{_LABEL_SUFFIX} holds {content!r:.60}; expected the number of a class"}
 
 
 def shard_root(location: str) -> Path:

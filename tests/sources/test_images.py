@@ -2,11 +2,8 @@ import io
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 from contextlib import suppress
-from importlib.metadata import distribution
-from pathlib import Path
 
 import iscc_samples
 import numpy as np
@@ -21,7 +18,6 @@ from tests.images import png_of_size
 from tests.sources.files import encode, noise
 
 ORIENTATION = 0x0112
-FOOLBOX = Path(str(distribution("foolbox").locate_file("foolbox/data")))  # importing it warns
 REAL_FILES = {path.name: path.read_bytes() for path in iscc_samples.images() if path.suffix != ".psd"}
 
 
@@ -63,18 +59,13 @@ def test_exif_orientation_beside_a_damaged_tag() -> None:
     assert np.array_equal(pixels(decode_image(damaged)), pixels(decode_image(data)))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "RGB", "P"])
 def test_transparent_pixels_become_white(mode: str) -> None:
-    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0)).convert(mode)
-    assert pixels(decode_image(encode(image, "PNG"))).min() == 255
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
-def test_transparent_palette_color_becomes_white(mode: str) -> None:
-    image = Image.new("L", (4, 4), 0).convert(mode)
-    transparent = (0, 0, 0) if mode == "RGB" else 0
-    data = encode(image, "PNG", transparency=transparent)
-    assert decode_image(data).getpixel((0, 0)) == (255, 255, 255)
+    """Those of a layer, and those of a color that is named as transparent."""
+    is_layer = mode.endswith("A")
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
+    options = {} if is_layer else {"transparency": (0, 0, 0) if mode == "RGB" else 0}
+    assert pixels(decode_image(encode(image, "PNG", **options))).min() == 255
 
 
 def test_cmyk_converts_as_in_pillow() -> None:
@@ -91,9 +82,6 @@ def test_sixteen_bit_gray_is_scaled(kind: str) -> None:
     assert decoded[0, :, 0].tolist() == [0, 100, 255]
 
 
-PHOTO = (FOOLBOX / "imagenet_00_243.jpg").read_bytes()
-
-
 @pytest.mark.parametrize(
     ("data", "word"),
     [
@@ -101,7 +89,7 @@ PHOTO = (FOOLBOX / "imagenet_00_243.jpg").read_bytes()
         (b"", "empty"),
         (b"a caption, not an image", "not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
-        (PHOTO[: len(PHOTO) * 2 // 3], "truncated"),
+        (encode(noise())[:-200], "truncated"),
         (encode(Image.new("RGB", (1, 3000)), "PNG"), "narrow"),
     ],
 )
@@ -113,13 +101,10 @@ def test_bytes_that_are_no_image_raise(data: bytes, word: str) -> None:
 def test_huge_image_is_rejected_from_its_header() -> None:
     data = png_of_size(30_000, 30_000)
     tracemalloc.start()
-    start = time.thread_time()
     with pytest.raises(ItemError, match=r"too many pixels.*89,478,485"):
         decode_image(data)
-    seconds = time.thread_time() - start
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seconds < 1
     assert peak_bytes < 10_000_000
 
 

@@ -56,7 +56,7 @@ class TestOutputWithoutCaptionFiles(SourceContract):
         return open_source(write_output(tmp_path))
 
 
-@pytest.mark.parametrize("suffixes", [(".jpg",), (".jpg", ".txt"), (".jpg", ".txt", ".json")])
+@pytest.mark.parametrize("suffixes", [(".jpg",), (".jpg", ".txt", ".json")])
 def test_samples_have_the_columns_of_the_table(tmp_path: Path, suffixes: tuple[str, ...]) -> None:
     source = open_source(write_output(tmp_path, suffixes))
     assert source.describe()["type"] == "webdataset"

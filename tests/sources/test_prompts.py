@@ -41,11 +41,6 @@ def test_class_columns_and_prompts(tmp_path: Path) -> None:
     assert prompts(samples_of(tmp_path / "names.txt")[1]) == ["Trouser", "a photo of a Trouser."]
 
 
-def test_folder_with_names_and_templates(tmp_path: Path) -> None:
-    write(tmp_path, {"classnames.txt": NAMES, "zeroshot_classification_templates.txt": TEMPLATES, "test/0.tar": b""})
-    assert [prompts(sample) for sample in samples_of(tmp_path)][1] == ["a photo of a Trouser.", "Trouser, on a table"]
-
-
 def test_sub_folders_are_classes(tmp_path: Path) -> None:
     write(tmp_path, {"pecan_pie/1.jpg": b"", "apple_pie/1.jpg": b""})
     found = samples_of(tmp_path)
@@ -72,10 +67,7 @@ def test_clip_benchmark_datasets() -> None:
     assert samples_of("imagenet1k", "it")[1].texts[0].text == "una brutta foto di un pesce rosso"
 
 
-@pytest.mark.parametrize(
-    ("classes", "templates"),
-    [("c+x/n.txt", "t.txt"), ("c+x", "t.txt")],
-)
+@pytest.mark.parametrize(("classes", "templates"), [("c+x/n.txt", "t.txt"), ("c+x", "t.txt")])
 def test_paths_of_classes_may_have_plus(
     tmp_path: Path, classes: str, templates: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,14 +66,6 @@ class TestFolderOfShardsOnS3(SourceContract):
         assert list(source.samples()) == list(open_source(shards(tmp_path, 2)).samples())
 
 
-class TestOneShardByHttp(SourceContract):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def source(cls, class_web: WebServer) -> Source:
-        shards(class_web.folder)
-        return open_source(f"{class_web.url}/00001.tar")
-
-
 class TestParquetByHttp(SourceContract):
     @pytest.fixture(scope="class")
     @classmethod

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -10,22 +9,12 @@ from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, jpeg, reopen, write, write_tar
 
 
-def members(first: int, number: int) -> list[tuple[str, bytes | str]]:
-    return [
-        member
-        for n in range(first, first + number)
-        for member in (
-            (f"{n:04d}.jpg", jpeg(COLORS[n % 5])),
-            (f"{n:04d}.txt", f"caption {n}"),
-            (f"{n:04d}.json", json.dumps({"width": n})),
-        )
-    ]
-
-
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    for shard in range(3):
-        write_tar(tmp_path / f"{shard:05d}.tar", members(10 * shard, 4))
+    for shard in range(2):
+        members = [(f"{shard}{n}{suffix}", content) for n in range(4) for suffix, content in (
+            (".jpg", jpeg(COLORS[n])), (".txt", f"caption {n}"), (".json", f'{{"width": {n}}}'))]  # fmt: skip
+        write_tar(tmp_path / f"{shard:05d}.tar", members)
     return tmp_path
 
 
@@ -64,7 +53,7 @@ def test_classification_dataset_labels_and_splits(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("content", [b"cat", b"", b"0.5", b"1 2", b"\xff", b"9" * 5000])
+@pytest.mark.parametrize("content", [b"cat", b"", b"0.5", b"9" * 5000])
 def test_invalid_cls_is_reported_in_a_column(tmp_path: Path, content: bytes) -> None:
     path = write_tar(tmp_path / "x.tar", [("0.cls", content), ("0.jpg", jpeg()), ("1.cls", "3"), ("1.jpg", jpeg())])
     first, second = open_source(path).samples()
@@ -73,14 +62,10 @@ def test_invalid_cls_is_reported_in_a_column(tmp_path: Path, content: bytes) -> 
     assert second.columns == {"label": 3}
 
 
-def test_label_in_json_takes_precedence(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", [("0.cls", "3"), ("0.jpg", jpeg()), ("0.json", '{"label": "cat", "w": 1}')])
-    assert [dict(sample.columns) for sample in open_source(path).samples()] == [{"label": "cat", "w": 1}]
-
-
-def test_member_folder_is_part_of_the_key(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", [("a.b/c.d.jpg", jpeg()), ("a.b/e.txt", "words")])
-    assert [sample.key for sample in open_source(path).samples()] == ["a.b/c", "a.b/e"]
+def test_json_overrides_the_label_and_the_folder_is_part_of_the_key(tmp_path: Path) -> None:
+    members = [("a.b/0.cls", "3"), ("a.b/0.jpg", jpeg()), ("a.b/0.json", '{"label": "cat", "w": 1}')]
+    (sample,) = open_source(write_tar(tmp_path / "x.tar", members)).samples()
+    assert (sample.key, sample.columns) == ("a.b/0", {"label": "cat", "w": 1})
 
 
 def test_members_of_other_kinds_are_counted(tmp_path: Path) -> None:
@@ -112,13 +97,10 @@ def test_shard_truncated_later_raises_item_error(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "paths"),
     [
-        ("a.tar", ["a.tar"]),
         ("{08..10}.tar", ["08.tar", "09.tar", "10.tar"]),
-        ("{8..10}.tar", ["8.tar", "9.tar", "10.tar"]),
         ("{2..0}.tar", ["2.tar", "1.tar", "0.tar"]),
         ("{1..010}.tar", [f"{n:03d}.tar" for n in range(1, 11)]),
         ("{val,train}/{0..1}.tar", ["val/0.tar", "val/1.tar", "train/0.tar", "train/1.tar"]),
-        ("x{,-b}.tar", ["x.tar", "x-b.tar"]),
         ("{only}.tar", ["{only}.tar"]),
         ("s3://b/{0..1}-{a,b}.tar", ["s3://b/0-a.tar", "s3://b/0-b.tar", "s3://b/1-a.tar", "s3://b/1-b.tar"]),
     ],
@@ -140,7 +122,6 @@ def split_folders(tmp_path: Path) -> Path:
     ("location", "paths"),
     [
         ("train/0.tar::val/1.tar", ["0.tar", "{}/val/1.tar"]),
-        ("train/{0..1}.tar::val/0.tar", ["0.tar", "1.tar", "{}/val/0.tar"]),
         ("{val,train}/1.tar", ["val/1.tar", "train/1.tar"]),
         ("val::train", ["0.tar", "1.tar", "{}/train/0.tar", "{}/train/1.tar"]),
     ],
