@@ -103,8 +103,14 @@ def _sample(split: str, columns: TableColumns, number: int, row: Row, place: str
 
 @dataclass(frozen=True, kw_only=True)
 class _DatasetName:
-    """A parsed location: the name on the Hub or the absolute path of a folder, and what to use of it."""
+    """A parsed location.
 
+    Args:
+        text: the whole location, with the absolute path of a folder.
+        name: the name on the Hub or the absolute path of a folder.
+    """
+
+    text: str
     name: str
     config: str | None = None
     split: str | None = None
@@ -118,21 +124,18 @@ class _DatasetName:
                 " to open_source(dataset) again, or save it with save_to_disk and use that folder"
             )
         if Path(location).exists():
-            return cls(name=Path(location).absolute().as_posix())
+            path = Path(location).absolute().as_posix()
+            return cls(text=path, name=path)
         found = _NAME.fullmatch(location)
         if found is None:
             raise SourceError(f"{location!r} is no name of a dataset; {_EXPECTED}")
         name = Path(found["name"]).absolute().as_posix() if Path(found["name"]).exists() else found["name"]
-        return cls(name=name, config=found["config"], split=found["split"], revision=found["revision"])
+        text = name + location.removeprefix(found["name"])
+        return cls(text=text, name=name, config=found["config"], split=found["split"], revision=found["revision"])
 
     @property
     def is_folder(self) -> bool:
         return Path(self.name).exists()
-
-    @property
-    def text(self) -> str:
-        brackets = [f"[{part}]" for part in (self.config, self.split) if part is not None]
-        return self.name + "".join(brackets) + (f"@{self.revision}" if self.revision else "")
 
 
 def _load(name: _DatasetName) -> Any:

@@ -198,9 +198,8 @@ def _find_shards(part: str) -> list[Path]:
 
 
 def _range(first: str, last: str) -> Iterator[str]:
-    """Count up or down, padded with zeros if either end is, as a shell does."""
-    has_zeros = any(len(end) > 1 and end.startswith("0") for end in (first, last))
-    width = max(len(first), len(last)) if has_zeros else 0
+    """Count up or down, padded with zeros if the first number is."""
+    width = len(first) if first.startswith("0") else 0
     step = 1 if int(first) <= int(last) else -1
     return (str(number).zfill(width) for number in range(int(first), int(last) + step, step))
 

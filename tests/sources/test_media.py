@@ -60,14 +60,14 @@ def test_title_that_is_not_utf8_is_no_damage() -> None:
     np.testing.assert_array_equal(decode_audio(named), decode_audio(data))
 
 
-@pytest.mark.parametrize("bounds", [(5.0, None), (0.0, 5.0), (5.0, 6.0)])
-def test_interval_beyond_the_end_fails(bounds: tuple[float, float | None]) -> None:
-    with pytest.raises(ItemError, match=r"no such interval: expected [05] s to .* within its 2\.00 s"):
-        decode_audio(wav(tone(2)), *bounds)
-
-
-def test_interval_may_end_a_little_late() -> None:
-    assert len(decode_audio(wav(tone(2)), 1.0, 2.05)) == 16_000
+@pytest.mark.parametrize("kind", ["wav", "ogg", "mp3"])
+def test_interval_beyond_the_end_fails(kind: str) -> None:
+    """It may end a little late, as labels are rounded. Only a WAV announces its duration."""
+    data = wav(tone(2)) if kind == "wav" else encode_audio(tone(2), kind)
+    for bounds in ((5.0, None), (0.0, 5.0), (5.0, 6.0)):
+        with pytest.raises(ItemError, match=r"no such interval: expected [05] s to .* within its 2\.\d\d s"):
+            decode_audio(data, *bounds)
+    assert len(decode_audio(data, 1.0, 2.05)) == pytest.approx(16_000, abs=1_000)
 
 
 def test_long_recording_has_blocks_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -94,12 +94,6 @@ def test_interval_of_a_video() -> None:
     np.testing.assert_array_equal(decode_video(data, 3.6).frames_THW3, whole[90:])
 
 
-def test_one_file_is_a_recording_and_a_video() -> None:
-    data = encode_video(moving_square(50), samples=tone(2))
-    assert len(decode_video(data).frames_THW3) == 50
-    assert len(decode_audio(data)) == pytest.approx(32_000, abs=2_100)
-
-
 def test_missing_stream_fails() -> None:
     with pytest.raises(ItemError, match="no sound: the file has no audio stream"):
         decode_audio(encode_video(moving_square(5)))
@@ -115,17 +109,12 @@ def test_videos_in_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("frames", "rate_hz", "word"),
-    [
-        (np.zeros((2, 8, 8), np.uint8), 25.0, "shape"),
-        (np.zeros((2, 8, 8, 3), np.float32), 25.0, "float32"),
-        (np.zeros((2, 0, 8, 3), np.uint8), 25.0, "shape"),
-        (np.zeros((2, 8, 8, 3), np.uint8), 0.0, "rate"),
-    ],
+    ("shape", "kind", "rate_hz"),
+    [((2, 8, 8), "u1", 25), ((2, 8, 8, 3), "f4", 25), ((0, 8, 8, 3), "u1", 25), ((1, 8, 8, 3), "u1", 0)],
 )
-def test_frames_that_are_no_video(frames: np.ndarray, rate_hz: float, word: str) -> None:
-    with pytest.raises(DataError, match=word):
-        Video(frames_THW3=frames, rate_hz=rate_hz)
+def test_frames_that_are_no_video(shape: tuple[int, ...], kind: str, rate_hz: float) -> None:
+    with pytest.raises(DataError, match="^video: expected"):
+        Video(frames_THW3=np.zeros(shape, kind), rate_hz=rate_hz)
 
 
 @pytest.mark.parametrize(("kind", "duration_s"), [("mp4", 0.44), ("mpegts", None)])
@@ -226,14 +215,6 @@ def test_random_damage_never_crashes(kind: str) -> None:
     assert num_failed or kind in {"wav", "mp3"}
 
 
-@pytest.mark.parametrize("kind", ["ogg", "mp3"])
-def test_interval_beyond_the_end_of_unknown_duration_fails(kind: str) -> None:
-    data = encode_audio(tone(2), kind)
-    for bounds in ((3.5, None), (1.0, 3.5)):
-        with pytest.raises(ItemError, match=r"no such interval: expected .* within its 2\.\d\d s"):
-            decode_audio(data, *bounds)
-
-
 @pytest.mark.parametrize("samples", [None, tone(4)])
 def test_truncated_file_fails(samples: np.ndarray | None) -> None:
     """A file that announces its length first and was cut between packets is no shorter recording."""
@@ -301,7 +282,7 @@ def test_cut_recording_fails(kind: str) -> None:
         decode_audio(whole[: int(len(whole) * 0.9)])
 
 
-@pytest.mark.parametrize("size", [0, 2**31 - 4096, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("size", [0, 2**31 - 4096, 2**32 - 1])
 def test_wav_of_unknown_size_is_read_to_its_end(size: int) -> None:
     """Programs that write WAV into a pipe announce one of these sizes: FFmpeg, sox and arecord."""
     whole, field = wav(tone(2.0)), size.to_bytes(4, "little")

@@ -18,13 +18,6 @@ from tests.sources.files import COLORS, jpeg, reopen, write, write_parquet
 IMAGES = [jpeg(color) for color in COLORS]
 
 
-class TestParquetOfBytes(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path) -> Source:
-        path = tmp_path / "t.parquet"
-        return open_source(write_parquet(path, image=IMAGES, caption=list(COLORS)))
-
-
 class TestFolderOfHuggingFaceParquet(SourceContract):
     @pytest.fixture
     def source(self, tmp_path: Path) -> Source:
@@ -144,18 +137,10 @@ def test_captions_of_flickr30k_as_downloaded(tmp_path: Path) -> None:
 
 
 def test_images_in_a_folder_elsewhere(tmp_path: Path) -> None:
-    write(tmp_path, {"images/a.jpg": IMAGES[0], "c.jpg": IMAGES[1], "table/t.csv": "image\na.jpg\n../c.jpg\n"})
-    settings = SourceSettings(root=str(tmp_path / "images"))
-    with read_below(tmp_path / "table"):
-        source = below_named(open_source(tmp_path / "table/t.csv", settings=settings))
-    first, second = (sample.images[0] for sample in source.samples())
-    assert (first.path, second.path) == (f"{tmp_path}/images/a.jpg", f"{tmp_path}/c.jpg")
-    assert source.read(first) == IMAGES[0]
-    with pytest.raises(ItemError, match="outside the source and --image-folder"):
-        source.read(second)
-    bucket = SourceSettings(root="s3://bucket/images")
-    (item, _) = (sample.images[0] for sample in open_source(tmp_path / "table/t.csv", settings=bucket).samples())
-    assert item.path == "s3://bucket/images/a.jpg"
+    write(tmp_path, {"images/a.jpg": IMAGES[0], "table/t.csv": "image\na.jpg\n"})
+    for root in (f"{tmp_path}/images", "s3://bucket/images"):
+        source = open_source(tmp_path / "table/t.csv", settings=SourceSettings(root=root))
+        assert [sample.images[0].path for sample in source.samples()] == [f"{root}/a.jpg"]
 
 
 def test_delimiter_of_a_table_without_one_raises(tmp_path: Path) -> None:
@@ -189,12 +174,14 @@ def test_several_caption_columns(tmp_path: Path, names: tuple[str, str]) -> None
     assert [item.text for item in sample.texts] == ["a", "b"]
 
 
-def test_blank_captions_of_one_column_are_kept(tmp_path: Path) -> None:
-    """They are reported as failed items; of several columns, blank cells are dropped."""
-    source = open_source(write_parquet(tmp_path / "t.parquet", caption=[["a", " "]]))
-    assert [[text.text for text in sample.texts] for sample in source.samples()] == [["a", ""]]
-    source = open_source(write_parquet(tmp_path / "u.parquet", caption_1=["a"], caption_2=[" "]))
-    assert [[text.text for text in sample.texts] for sample in source.samples()] == [["a"]]
+def test_blank_captions_are_kept_unless_there_are_others(tmp_path: Path) -> None:
+    for texts, columns in (
+        (["a", ""], {"caption": [["a", " "]]}),
+        (["a"], {"caption_1": ["a"], "caption_2": [" "]}),
+        (["", ""], {"caption_1": [""], "caption_2": [" "]}),
+    ):
+        (sample,) = open_source(write_parquet(tmp_path / "t.parquet", **columns)).samples()
+        assert [text.text for text in sample.texts] == texts
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])

@@ -99,7 +99,6 @@ def test_shard_truncated_later_raises_item_error(shards: Path) -> None:
     [
         ("{08..10}.tar", ["08.tar", "09.tar", "10.tar"]),
         ("{2..0}.tar", ["2.tar", "1.tar", "0.tar"]),
-        ("{1..010}.tar", [f"{n:03d}.tar" for n in range(1, 11)]),
         ("{val,train}/{0..1}.tar", ["val/0.tar", "val/1.tar", "train/0.tar", "train/1.tar"]),
         ("{only}.tar", ["{only}.tar"]),
         ("s3://b/{0..1}-{a,b}.tar", ["s3://b/0-a.tar", "s3://b/0-b.tar", "s3://b/1-a.tar", "s3://b/1-b.tar"]),
