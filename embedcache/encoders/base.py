@@ -180,10 +180,9 @@ class EncoderSettings(Settings):
         from PIL import ImageColor
 
         try:
-            red, green, blue = ImageColor.getrgb(text)
-        except ValueError:  # no color, or one with transparency
-            raise SettingError(
-                f"background: expected an opaque color such as white, black or #7f7f7f, got {text!r}"
-            ) from None
-        color = f"#{red:02x}{green:02x}{blue:02x}"
+            color = "#" + bytes(ImageColor.getrgb(text)).hex()
+        except ValueError:
+            color = ""
+        if len(color) != len("#rrggbb"):
+            raise SettingError(f"background: expected an opaque color such as white, black or #7f7f7f, got {text!r}")
         return "white" if color == "#ffffff" else color
