@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -35,16 +35,13 @@ def locked(folder: Path, number: int = 0) -> Iterator[None]:
     Raises:
         PathError: the file system has no record locks; see `SKIP_LOCKS`.
     """
-    if is_remote(folder):
-        yield
-        return
-    path = folder / LOCK
-    with _IN_THIS_PROCESS[str(folder.absolute()), number], ExitStack() as stack:
-        descriptor = _open_shared(path)
-        stack.callback(_close_shared, path)
-        _lock(descriptor, fcntl.LOCK_EX, number, path)
-        stack.callback(_lock, descriptor, fcntl.LOCK_UN, number, path)
-        yield
+    lock = Leases(folder, LOCK)
+    with _IN_THIS_PROCESS[str(folder.absolute()), number]:
+        lock.acquire(number, wait=True)
+        try:
+            yield
+        finally:
+            lock.release(number)
 
 
 def has_locks(folder: Path) -> bool:
@@ -56,19 +53,18 @@ class Leases:
     """Leases of this process on numbered pieces of work in a folder. Those of a killed process are released.
 
     They are record locks on one file, so they exclude other processes of the machine and, if the file system supports
-    it, of a cluster: `.claims` in the folder. Behind a URL every lease is granted to every process.
+    it, of a cluster: `name` in the folder. Behind a URL every lease is granted to every process.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, name: str = _LEASES) -> None:
+        self._path = folder / name
 
     @cached_property
     def _descriptor(self) -> int | None:
-        if is_remote(self._folder):
+        if is_remote(self._path):
             return None
-        path = self._folder / _LEASES
-        descriptor = _open_shared(path)
-        weakref.finalize(self, _close_shared, path)
+        descriptor = _open_shared(self._path)
+        weakref.finalize(self, _close_shared, self._path)
         return descriptor
 
     def acquire(self, number: int | None, *, wait: bool = False) -> bool:
@@ -79,12 +75,12 @@ class Leases:
         """
         if self._descriptor is None:
             return True
-        return _lock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), number, self._folder / _LEASES)
+        return _lock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), number, self._path)
 
     def release(self, number: int | None) -> None:
         """Release a lease, or all if None."""
         if self._descriptor is not None:
-            _lock(self._descriptor, fcntl.LOCK_UN, number, self._folder / _LEASES)
+            _lock(self._descriptor, fcntl.LOCK_UN, number, self._path)
 
 
 def _lock(descriptor: int, kind: int, number: int | None, path: Path) -> bool:

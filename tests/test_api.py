@@ -248,15 +248,6 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     assert {leak.modality for leak in leaks.leaks} == {"image", "text"}
 
 
-def test_options_are_those_of_the_command_line(image_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown setting 'epoch'; did you mean 'epochs'"):
-        embedcache.train_projectors("cache", "run", epoch=5)
-    with pytest.raises(SettingError, match=r"language: expected a source that is not open, got a FolderSource"):
-        embedcache.extract_features(
-            embedcache.open_source(image_folder), tmp_path / "cache", text_encoder=TEXT, language="en"
-        )
-
-
 @pytest.mark.parametrize(
     ("call", "error", "word"),
     [

@@ -39,11 +39,6 @@ def test_normalize_keeps_what_is_not_finite_visible() -> None:
     assert np.isnan(normalize(np.array([[np.inf, 1], [np.nan, 1]]))).any(axis=1).all()
 
 
-@pytest.mark.parametrize(("scale", "unit"), [(0, [0, 0]), (1, [0.6, 0.8]), (1e30, [0.6, 0.8]), (1e-30, [0.6, 0.8])])
-def test_normalize_one_vector(scale: float, unit: list[float]) -> None:
-    np.testing.assert_allclose(normalize(np.array([3, 4]) * scale), unit, atol=1e-6)
-
-
 def test_check_finite_names_row() -> None:
     values = np.ones((4, 2))
     check_finite(values, "x")

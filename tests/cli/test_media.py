@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from embedcache.axis import Axis
@@ -50,11 +49,6 @@ def command(source: str, cache: str) -> list[str]:
     return ["extract", source, cache, *options, "--feature", "mean,states,cls,pixels"]
 
 
-def tokens(folder: Path, modality: str, name: str, row: int = 0) -> np.ndarray:
-    found: np.ndarray = Cache(folder / "cache").feature(modality, name).gather_tokens(np.array([row]))[0]
-    return found
-
-
 def test_features_have_shapes_dtypes_and_axes(folder: Path) -> None:
     cache = Cache(folder / "cache")
     assert cache.info.num_items == {"audio": 4, "video": 2, "points": 2}
@@ -72,32 +66,6 @@ def test_features_have_shapes_dtypes_and_axes(folder: Path) -> None:
         feature = cache.feature(modality, name)
         assert (feature.dtype, feature.axis, tuple(feature.item_shape)) == (dtype, axis, shape), name
     assert not verify(cache)
-
-
-def test_values_are_those_of_the_files(folder: Path) -> None:
-    np.testing.assert_array_equal(tokens(folder, "points", "fields/xyz"), CLOUDS["a"]["xyz"])
-    np.testing.assert_array_equal(tokens(folder, "points", "fields/label")[:, 0], CLOUDS["a"]["label"])
-    assert tokens(folder, "audio", "ctranslate2/states").shape == (50, 16)
-    assert tokens(folder, "audio", "wav2vec2/states").shape == (49, 16)
-    assert tokens(folder, "video", "test_vit/cls").shape == (5, 64)  # 1 s of 30 frames
-    pixels = [tokens(folder, "video", "8x6/pixels", row).astype(np.float32) for row in (0, 1)]
-    assert [frames.shape for frames in pixels] == [(25, 48), (25, 48)]
-    columns = np.arange(8)
-    for frames in pixels:  # the bright square moves to the right
-        centers = [(image.sum(axis=0) * columns).sum() / image.sum() for image in frames.reshape(25, 6, 8)[:20]]
-        assert np.all(np.diff(centers) > -0.05)
-        assert centers[-1] - centers[0] > 3
-
-
-def test_unfit_items_fail_for_their_encoder_only(folder: Path) -> None:
-    cache = Cache(folder / "cache")
-    geometry = cache.feature("points", "eigen/points").failures
-    assert geometry == {1: "too few points: expected at least 40, got 20"}
-    assert cache.feature("points", "fields/label").failures == {}
-    (short, silent) = cache.feature("audio", "ctranslate2/mean").failures.items()
-    assert short[0] == 1
-    assert short[1].startswith("too short: 160 samples, 0.010 s")
-    assert silent == (3, "no sound: the file has no audio stream")
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The command as a process: start-up time, exit codes, signals, terminals and full disks."""
 
-import errno
 import gc
 import os
 import re
@@ -99,46 +98,3 @@ def test_full_disk_is_one_line_and_loses_nothing(photos: Path, tmp_path: Path) -
     finally:
         gc.collect()  # what still maps a file of the disk keeps it busy
         subprocess.run(["umount", disk], check=True)
-
-
-SELECTORS = f"""
-import os
-
-class Ends:
-    accepts, requires_one_of, required_inputs, modality, uses_seed = ("budget",), (), (), "image", False
-
-    def select(self, pool, settings):
-        pool.progress.start("selecting", 9, "samples")
-        pool.progress.advance(3)
-        self.end()
-
-class Interrupted(Ends):
-    def end(self):
-        raise KeyboardInterrupt
-
-class Full(Ends):
-    def end(self):
-        raise OSError({errno.ENOSPC}, os.strerror({errno.ENOSPC}), "scratch")
-
-class Damaged(Ends):
-    def end(self):
-        raise OSError({errno.EIO}, os.strerror({errno.EIO}), "disk")
-"""
-
-
-@pytest.mark.parametrize(
-    ("selector", "code", "last_line"),
-    [
-        ("Interrupted", 130, "Interrupted. Run the same command again."),
-        ("Full", 1, "error: scratch: no space left on the disk; free some space and rerun the same command"),
-        ("Damaged", 1, "error: disk: Input/output error; check the disk, and rerun the same command"),
-    ],
-)
-def test_selection_that_ends_early_writes_nothing(
-    cache_path: Path, tmp_path: Path, selector: str, code: int, last_line: str
-) -> None:
-    (tmp_path / "ending_plugin.py").write_text(SELECTORS)
-    words = ["curate", "select", cache_path, "out.parquet", "--method", f"ending_plugin:{selector}", "--budget", "9"]
-    done = embedcache(*words, cwd=tmp_path)
-    assert (done.code, done.stderr.splitlines()[-1]) == (code, last_line)
-    assert not (tmp_path / "out.parquet").exists()
