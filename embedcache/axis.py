@@ -6,7 +6,7 @@ from pydantic import Field, ValidationError
 
 from embedcache.errors import DataError
 from embedcache.provenance import Manifest
-from embedcache.settings import explain, replace_fields
+from embedcache.settings import explain
 
 
 class Axis(Manifest):
@@ -43,11 +43,6 @@ class Axis(Manifest):
             raise ValueError(f"expected rows and columns of the kind grid, got {self.rows} and {self.columns}")
         if self.box is not None and not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
             raise ValueError(f"expected a box x0, y0, x1, y1, got {self.box}")
-
-    @property
-    def without_box(self) -> "Axis":
-        """The same axis for items that were altered, so that it is unknown what part of them the grid covers."""
-        return replace_fields(self, box=None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are set, as JSON values."""

@@ -26,11 +26,6 @@ _WRITE_AGAIN = "write it again with the command that made it"
 _REPLACES_FILES: ContextVar[bool] = ContextVar("replaces_files", default=True)
 
 
-def removed_table_path(selection: Path) -> Path:
-    """Return the path of the table of the samples that dedup removes, which it writes beside their selection."""
-    return selection.with_name(f"{selection.stem}.removed.parquet")
-
-
 @contextmanager
 def replacing_files(is_allowed: bool) -> Iterator[None]:  # noqa: FBT001
     """Replace existing outputs while this context lasts, or refuse to; without it, functions replace them."""
@@ -125,11 +120,6 @@ def to_metadata(record: Mapping[str, Any], schema: "pa.Schema") -> dict[str, str
     return {_METADATA: json.dumps(add_digest({**record, _COLUMNS: columns}))}
 
 
-def with_metadata(table: "pa.Table", record: Mapping[str, Any]) -> "pa.Table":
-    """Return a table with the metadata of `to_metadata`, in place of any other."""
-    return table.replace_schema_metadata(to_metadata(record, table.schema))
-
-
 def read_metadata(path: Path, schema: "pa.Schema") -> dict[str, Any]:
     """Return the record in the metadata of a table's schema, of all its columns; empty if it has none.
 
@@ -150,10 +140,9 @@ def read_metadata(path: Path, schema: "pa.Schema") -> dict[str, Any]:
     found = {field.name: _kind(field.type) for field in schema}
     del record[_COLUMNS]
     if len(columns) == len(found) and list(columns.items()) != list(found.items()):  # else a user has chosen columns
-        shown = (", ".join(f"{name} ({kind})" for name, kind in kinds.items()) for kinds in (columns, found))
         raise CorruptError(
-            f"{path}: expected the columns {next(shown)}, got {next(shown)}; {_WRITE_AGAIN}, or without the metadata "
-            "embedcache if you have changed the columns"
+            f"{path}: expected the columns {columns}, got {found}; {_WRITE_AGAIN}, or without the metadata embedcache "
+            "if you have changed the columns"
         )
     return record
 

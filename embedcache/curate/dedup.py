@@ -32,7 +32,7 @@ from embedcache.dataset.thumbnails import Thumbnails, not_shown
 from embedcache.errors import DataError, EmbedcacheError, SettingError, quoted
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
-from embedcache.outputs import check_output, check_table_output, removed_table_path
+from embedcache.outputs import check_output, check_table_output
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, Progress, to_progress, watch
 from embedcache.provenance import digest
@@ -220,7 +220,7 @@ def dedup(
     out, cosine = Path(out), settings.cosine
     if cosine is None and not settings.copies_only:
         raise SettingError("expected --cosine or --copies with a file to write, got neither; give one of them")
-    removed_path = removed_table_path(out)
+    removed_path = out.with_name(f"{out.stem}.removed.parquet")
     check_table_output("selection", out)
     check_output(removed_path)
     analysis = _compare(cache, settings, progress)

@@ -24,7 +24,7 @@ from embedcache.errors import CorruptError
 from embedcache.files import AnyPath, replacing
 from embedcache.metrics.neighbors import find_closest, top_k
 from embedcache.modalities import noun
-from embedcache.outputs import read_metadata, with_metadata
+from embedcache.outputs import read_metadata, to_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments
 from embedcache.provenance import FORMAT
@@ -209,7 +209,8 @@ def write_map(index: OpenIndex, computed: IndexMap) -> None:
         "clusters": [asdict(cluster) for cluster in computed.clusters],
     }
     with replacing(index.path / FILE) as temporary:
-        write_table(temporary, with_metadata(pa.table(columns), header))
+        table = pa.table(columns)
+        write_table(temporary, table.replace_schema_metadata(to_metadata(header, table.schema)))
 
 
 def read_map(index: OpenIndex) -> IndexMap | None:

@@ -43,8 +43,7 @@ def prepare_item(item: ItemLike, name: str, encoder: FeatureEncoder) -> Array:
     """
     modality = encoder.encoder.modality
     if isinstance(item, str | Path) and not Path(item).is_file():
-        states = ((Path(item).is_dir(), "is a folder"), (Path(item).exists(), "is a pipe or a device"))
-        state = next((words for is_so, words in states if is_so), "does not exist")
+        state = "is not a file" if Path(item).exists() else "does not exist"
         raise PathError(f"{modality} {name} {state}: expected the path or bytes of a file, or an open item")
     try:
         if isinstance(item, str | Path):

@@ -247,7 +247,7 @@ def _create_target(
         dtype: str = getattr(encoder, "dtypes", {}).get(name, settings.dtype)
         axis: Axis | None = getattr(encoder, "axes", {}).get(name)
         if axis is not None and view is not None:  # a crop or a flip: the grid no longer covers the stored box
-            axis = axis.without_box
+            axis = replace_fields(axis, box=None)
         outputs[name] = Output(encoder.features[name], dtype, axis)
     return Target(group=group, outputs=outputs)
 
