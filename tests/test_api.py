@@ -129,7 +129,7 @@ def test_classes_without_training(image_folder: Path, run_path: Path) -> None:
     ("image", "word"),
     [
         ("missing.png", "exist"),
-        (ROOT, "not a file"),
+        (ROOT, "folder"),
         (__file__, "not an image"),
         (torch.zeros(4, 8, 8), "3, H, W"),
         (torch.full((3, 8, 8), 2.0), "normalize"),

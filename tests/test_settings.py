@@ -43,6 +43,7 @@ class SmallInner(Inner):
 class Outer(Settings):
     count: int = setting(3, "A count.", gt=0, le=9)
     size: int | None = setting(None, "A size.", ge=1)
+    rate: float = setting(1.0, "A rate.")
     mode: Literal["a", "b"] = setting("a", "A mode.")
     is_on: bool = setting(False, "A flag.", affects_result=False)
     names: tuple[str, ...] = setting((), "Some names.")
@@ -62,7 +63,8 @@ class Outer(Settings):
         {"size": 2**31},
         {"shots": (1, -1)},
         {"shots": (1, 10**20)},
-        {"fraction": float("nan")},
+        {"rate": float("nan")},
+        {"rate": float("inf")},
         {"fraction": -0.1},
         {"fraction": False},
         {"mode": "c"},

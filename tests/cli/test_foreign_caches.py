@@ -15,15 +15,10 @@ from typing import Any
 
 import pytest
 
-from embedcache.errors import EmbedcacheError
 from embedcache.extract.extract import extract
-from embedcache.progress import NullProgress
-from embedcache.search.hits import Hit, Hits
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
-from embedcache.serve.service import ServePaths, open_service
-from embedcache.serve.settings import ServeSettings
-from embedcache.sources import open_source, read_below
+from embedcache.sources import open_source
 from embedcache.sources.open import remember
 from embedcache.store.cache import Cache
 from tests.cli.run import Result, embedcache
@@ -181,26 +176,6 @@ def test_source_elsewhere_is_not_asked(crafted: Path, name: str, path: str) -> N
     assert "the cache says that its source is " in done.stderr
     assert opened_below(crafted / "secrets", events) == set()
     assert connections(events) == []
-
-
-def test_pages_in_python_read_nothing(crafted: Path) -> None:
-    """The server, hits in a notebook, and utterances."""
-    cache, paths = Cache(crafted / "copy"), ServePaths(index=crafted / "index")
-    hits = Hits([Hit(score=1, row=0, key="a", captions=[])], query="q", cache=cache, modality="image")
-    for folder, num_images in ((None, 0), (crafted / "photos", 1)):
-        with contextlib.ExitStack() as stack:
-            if folder is not None:
-                stack.enter_context(read_below(folder))
-            events = stack.enter_context(recorded())
-            served = open_service(paths, ServeSettings(), device="cpu", progress=NullProgress())
-            assert "<img" not in hits.to_html()
-        assert len(served.shown) == num_images
-        with recorded() as later:
-            for row, items in enumerate(served.shown.values()):
-                with pytest.raises(EmbedcacheError):
-                    items.thumbnail(row)
-        assert opened_below(crafted / "secrets", [*events, *later]) == set()
-        assert connections([*events, *later]) == []
 
 
 def test_source_of_yours_takes_the_place_of_one_that_is_not_asked(crafted: Path) -> None:

@@ -13,7 +13,6 @@ from embedcache.dataset.thumbnails import (
     UnplayableError,
     draw_sound,
 )
-from embedcache.errors import ItemError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.sources.media import decode_audio, decode_video
@@ -84,26 +83,6 @@ def test_middle_frames_of_videos(media: Path) -> None:
     url = thumbnails.data_url(0)
     assert url.startswith("data:image/webp;base64,")
     assert [thumbnails.interval_fragment(row) for row in (0, 1)] == ["", "#t=0.4,0.6"]
-
-
-def test_middle_frames_of_short_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single frame, the last frame of a longer video, and an interval that ends a little after its video."""
-    (tmp_path / "files").mkdir()
-    for name, num_frames in (("one", 1), ("long", 50)):
-        (tmp_path / "files" / f"{name}.mp4").write_bytes(encode_video(moving_square(num_frames)))
-    lines = ["key,video,start_s,stop_s", "0,one.mp4,,", "1,long.mp4,1.96,2", "2,long.mp4,1.96,2.09", ""]
-    (tmp_path / "files" / "table.csv").write_text("\n".join(lines))
-    extract(open_source(tmp_path / "files" / "table.csv"), tmp_path / "cache", encoder={"video": [MEDIA]})
-    thumbnails = Thumbnails(Cache(tmp_path / "cache"), modality="video")
-    last = decode_video((tmp_path / "files" / "long.mp4").read_bytes()).frames_THW3[-1]
-    for row in range(3):
-        with Image.open(io.BytesIO(thumbnails.webp(row, 224))) as image:
-            shown = np.asarray(image.convert("RGB"), np.float32)
-        assert shown.shape == (24, 32, 3)
-        assert row == 0 or np.abs(last - shown).mean() < 8
-    monkeypatch.setattr("embedcache.sources.media.MAX_FRAME_PIXELS", 767)
-    with pytest.raises(ItemError, match="too many pixels: 32 x 24 in one frame"):
-        thumbnails.webp(0, 224)
 
 
 def test_files_to_play(media: Path) -> None:
