@@ -20,7 +20,7 @@ from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import require, trust_code, unknown_name
-from embedcache.samples import IMPORTED_SOURCE, MERGED, Source
+from embedcache.samples import IMPORTED_SOURCE, Source
 from embedcache.settings import flat_settings, from_flat, merge_settings, replace_fields
 from embedcache.sources.open import RecordedSource, below_named, open_source, remember, reopen_source
 from embedcache.sources.settings import SourceSettings
@@ -269,6 +269,8 @@ def _check_recorded(
         try:
             _ = source.opened
         except PathError as error:
+            if SUBSET in info.source:
+                raise
             raise PathError(f"{error}; if the source of {path} has moved, name it in place of the cache") from None
 
 
@@ -276,16 +278,14 @@ def _check_has_a_source(cache_path: Path) -> None:
     """Check that a cache, if there is one, was made of raw samples, not of vectors or of other caches."""
     if not info_path(cache_path).is_file():
         return
-    info = read_info(cache_path)
-    is_imported = info.source.get("type") == IMPORTED_SOURCE
-    if not is_imported and info.source.get("type") != MERGED:
-        return
-    made, has = ("imported from", "captions") if is_imported else ("merged from caches of", "samples")
-    command = f"embedcache extract {quoted(cache_path)} {quoted(cache_path)}"
-    step = f"to encode its {has}, give it as its own source: {command}"
-    if is_imported and not info.num_items.get("text"):
-        step = "it has vectors, but no texts to encode; extract the files themselves into a new folder"
-    raise SettingError(f"{cache_path} was {made} {info.source['path']}, not from this source; {step}")
+    source = read_info(cache_path).source
+    is_imported = source.get("type") == IMPORTED_SOURCE
+    if is_imported or SUBSET in source:
+        made, items = ("imported from", "captions") if is_imported else ("cut or merged from caches of", "samples")
+        raise SettingError(
+            f"{cache_path} was {made} {source['path']}, not from this source; to encode its {items}, give it as its "
+            f"own source: embedcache extract {quoted(cache_path)} {quoted(cache_path)}"
+        )
 
 
 def _record_location(described: Mapping[str, Any], cache_path: Path, info: CacheInfo, progress: Progress) -> None:
@@ -299,8 +299,7 @@ def _record_location(described: Mapping[str, Any], cache_path: Path, info: Cache
         return
     with suppress(OSError), locked(cache_path):
         info = read_info(cache_path)  # read again: another process may have appended samples
-        subset = {name: value for name, value in info.source.items() if name == SUBSET}
-        write_info(cache_path, replace_fields(info, source={**found, **subset}))
+        write_info(cache_path, replace_fields(info, source=found))
         progress.note(f"the source of {cache_path} is now {found['path']}; it was {stored.get('path')}")
 
 

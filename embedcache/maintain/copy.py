@@ -1,16 +1,15 @@
 """New caches from the samples of others: a subset of one, or several caches of the same encoders as one.
 
-The samples are a source of the new cache, which is indexed like any other; chunks are then read and committed one by
-one, so that the same call finishes one that was killed. Nothing is encoded.
+Tables are copied first; chunks are then read and committed one by one, so that the same call finishes one that was
+killed. Nothing is encoded.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Ints, blocks, concatenated_ranges
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, UnfinishedError, first_few, pluralize
+from embedcache.errors import DataError, SourceError, UnfinishedError, pluralize
 from embedcache.files import AnyPath, one_or_many, open_path, remove_partials, write_atomic
 from embedcache.modalities import MODALITIES
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -28,15 +27,14 @@ from embedcache.registry import unknown_name
 from embedcache.settings import replace_fields
 from embedcache.sources.open import is_remembered, merged_description, merged_path, remember
 from embedcache.store.cache import Cache
-from embedcache.store.columns import to_array
 from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group, read_feature
 from embedcache.store.indexing import index_tables
-from embedcache.store.layout import SAMPLES, SUBSET, WITHOUT_REMOVED, Part, checked_fit_path, fit_path
+from embedcache.store.layout import SAMPLES, SUBSET, Part, checked_fit_path, fit_path
 from embedcache.store.producer import FillReport, Output, Verb, fill
-from embedcache.store.rows import RowReader, iterate_keys, key_column, match_keys
-from embedcache.store.table_writer import SampleTables, TableWriter, hash_texts
+from embedcache.store.rows import RowReader
+from embedcache.store.table_writer import SampleTables, TableWriter
 from embedcache.store.tables import BLOCK, ITEM_SCHEMAS, Table
 from embedcache.store.writer import ChunkFeatures
 
@@ -70,6 +68,15 @@ class CopyReport:
         ]
 
 
+class _Origin(NamedTuple):
+    """A cache, the rows of the samples to copy, ascending, and what to put before their keys and paths."""
+
+    cache: Cache
+    samples: Ints
+    key_prefix: str = ""
+    path_prefix: str = ""
+
+
 def cut_cache(
     cache: AnyPath,
     selection: Path | str,
@@ -80,9 +87,8 @@ def cut_cache(
 ) -> CopyReport:
     """Write the samples of a selection, with their features, into a cache of its own.
 
-    The new cache has the same source, so that it can be extended with other encoders; samples of the source that were
-    not selected are left out until `--extend` adds them, which a cache with removed samples must not do. Memory: some
-    90 bytes per sample, and a chunk of each feature.
+    Other encoders are extracted with the new cache as its own source. Memory: some 90 bytes per sample, and a chunk of
+    each feature.
 
     Args:
         cache: path or URL of the cache.
@@ -100,10 +106,10 @@ def cut_cache(
     samples = np.setdiff1d(read_selection(selection, [cache]), cache.removed, assume_unique=True)
     if not len(samples):
         raise DataError(f"selection {selection}: expected samples of {cache.path}, got only removed ones")
-    subset = {"of": cache.info.index_digest, "rows": _digest_rows(samples)}
+    rows_digest = hashlib.sha256(np.ascontiguousarray(samples, "<i8").data).hexdigest()
+    subset = {"of": cache.info.index_digest, "rows": rows_digest}
     description = {**cache.info.source, SUBSET: subset}
-    segments = divide_segments(cache, samples, number=None)
-    return _copy(segments, description, open_path(out), features, "cut", to_progress(progress))
+    return _copy([_Origin(cache, samples)], description, open_path(out), features, "cut", to_progress(progress))
 
 
 def merge_caches(
@@ -134,89 +140,47 @@ def merge_caches(
     if len(opened) < 2:
         raise DataError(f"expected at least two caches to merge, got {len(opened)}")
     prefixes = [f"{cache.path.name}/" if prefix_keys else "" for cache in opened]
-    if prefix_keys and len(set(prefixes)) < len(prefixes):
-        raise DataError(
-            f"--prefix-keys: expected caches of different names, got {', '.join(prefixes)}; rename a folder"
-        )
-    if not prefix_keys:
-        _check_keys(opened)
-    own = [{name: value for name, value in cache.info.source.items() if name != SUBSET} for cache in opened]
-    is_one_source = not prefix_keys and all(source == own[0] for source in own)
-    segments = []
+
+    origins = []
     for number, (cache, prefix) in enumerate(zip(opened, prefixes, strict=True)):
-        source_number = None if is_one_source else number
-        segments += divide_segments(cache, _kept_samples(cache), number=source_number, prefix=prefix)
-    if not segments:
+        samples = np.setdiff1d(np.arange(len(cache)), cache.removed, assume_unique=True)
+        if len(samples):
+            origins.append(_Origin(cache, samples, prefix, merged_path(number, "")))
+    if not origins:
         names = " and ".join(str(cache.path) for cache in opened)
         raise DataError(f"expected samples to merge, got only removed ones in {names}")
+
     subset: dict[str, Any] = {"of": [cache.info.index_digest for cache in opened]}
     if prefix_keys:
         subset["prefixes"] = prefixes
-    description = {**(own[0] if is_one_source else merged_description(own)), SUBSET: subset}
-    return _copy(segments, description, open_path(out), features, "merge", to_progress(progress))
-
-
-def _check_keys(caches: Sequence[Cache]) -> None:
-    """Check that no key is in two caches. Memory: 40 bytes per sample."""
-    seen = np.empty(0, np.int64)  # hashes of keys
-    for number, cache in enumerate(caches):
-        hashes = np.concatenate([hash_texts(keys) for keys in iterate_keys(cache)])
-        kept = _kept_samples(cache)
-        rows = kept[np.isin(hashes[kept], seen)]
-        seen = np.concatenate([seen, hashes[kept]])
-        if not len(rows):
-            continue
-        keys = to_array(key_column([cache]).select(rows), pa.string())
-        shared = keys.take(pa.array(np.unique(match_keys(caches[:number], keys)[1])))
-        if len(shared):
-            shown = first_few(shared.to_pylist(), 3, show=repr)
-            raise DataError(
-                f"expected keys that no two caches have, got {len(shared):,} of {cache.path} that another has too, "
-                f"such as {shown}; begin them with the names of the caches: --prefix-keys"
-            )
-
-
-def _kept_samples(cache: Cache) -> Ints:
-    """Return the samples that were not removed, ascending."""
-    return np.setdiff1d(np.arange(len(cache)), cache.removed, assume_unique=True)
-
-
-def _digest_rows(rows: Ints) -> str:
-    """Return the SHA-256 of rows as int64, little-endian."""
-    return hashlib.sha256(np.ascontiguousarray(rows, "<i8").data).hexdigest()
+    sources = [{name: value for name, value in cache.info.source.items() if name != SUBSET} for cache in opened]
+    description = {**merged_description(sources), SUBSET: subset}
+    return _copy(origins, description, open_path(out), features, "merge", to_progress(progress))
 
 
 def _copy(
-    segments: "Sequence[SegmentSamples]",
+    origins: Sequence[_Origin],
     description: Mapping[str, Any],
     out_path: Path,
     features: str | Sequence[str],
     stage: str,
     progress: Progress,
 ) -> CopyReport:
-    caches = list({id(segment.cache): segment.cache for segment in segments}.values())
+    caches = [origin.cache for origin in origins]
     features = [features] if isinstance(features, str) else features
     named, left_out = _choose(caches, features)
-    if any(cache.info.removed or cache.info.is_without_removed for cache in caches):
-        description = {**description, SUBSET: {**description[SUBSET], WITHOUT_REMOVED: True}}
-    source = CopySource(segments, description)
-    index_tables(source, out_path, chunk_size=caches[0].info.chunk_size, progress=progress)
+    write = partial(_write_tables, origins)
+    index_tables(description, write, out_path, chunk_size=caches[0].info.chunk_size, progress=progress)
     out = Cache(out_path)
-    next_step = "give the path of a new folder"
-    check_same(f"cache {out_path}", out.info.source, description, next_step=next_step)
-    num_samples = sum(len(segment.samples) for segment in segments)
-    if out.info.num_samples != num_samples:
-        raise DataError(
-            f"cache {out_path}: expected the {num_samples:,} samples that it was made of, got "
-            f"{out.info.num_samples:,}, as it was extended since; {next_step}"
-        )
+    check_same(f"cache {out_path}", out.info.source, description, next_step="give the path of a new folder")
     if all(is_remembered(cache.info.source, cache.info.index_digest) for cache in caches):
         remember(out.info.source, out.info.index_digest)
     remove_partials(out.path)
+
     request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}
     with record_stage(new_record_path(out.path, stage), stage, request) as outcome:
         named = [(groups, names) for groups, names in named if groups[0].modality in out.info.num_items]
-        reports = [_copy_group(out, segments, groups, names, progress) for groups, names in named]
+        reports = [_copy_group(out, origins, groups, names, progress) for groups, names in named]
         report = CopyReport(
             cache=out.path,
             num_samples=out.info.num_samples,
@@ -275,7 +239,7 @@ def _check_same(groups: Sequence[EncoderGroup], names: Sequence[str]) -> None:
 
 def _copy_group(
     out: Cache,
-    segments: "Sequence[SegmentSamples]",
+    origins: Sequence[_Origin],
     groups: Sequence[EncoderGroup],
     names: Sequence[str],
     progress: Progress,
@@ -287,25 +251,24 @@ def _copy_group(
     )  # refuses features of one name that were fitted to something else
     if "fit" in first.fingerprint:
         write_atomic(fit_path(group.path), checked_fit_path(first.path, first.fingerprint).read_bytes())
-    return fill(group, CopiedFeatures(segments, groups, names), progress=progress)
+    return fill(group, _CopiedFeatures(origins, groups, names), progress=progress)
 
 
-class CopiedFeatures:
+class _CopiedFeatures:
     """Features of one encoder of other caches: their producer. Memory: one chunk of a cache."""
 
     verb: Verb = "copied"
 
-    def __init__(
-        self, segments: "Sequence[SegmentSamples]", groups: Sequence[EncoderGroup], names: Sequence[str]
-    ) -> None:
+    def __init__(self, origins: Sequence[_Origin], groups: Sequence[EncoderGroup], names: Sequence[str]) -> None:
         self.outputs = {name: Output.of(Feature(groups[0], name)) for name in names}
         self._groups = groups
         modality = groups[0].modality
-        number_by_cache = {group.path.parents[1]: number for number, group in enumerate(groups)}
-        segments = [segment for segment in segments if modality in segment.cache.info.num_items]
-        rows = [segment.item_rows(modality) for segment in segments]
-        numbers = [number_by_cache[segment.cache.path] for segment in segments]
-        self._numbers = np.repeat(numbers, list(map(len, rows)))  # the cache of each item
+        rows = []
+        for origin in origins:
+            if modality in origin.cache.info.num_items:
+                samples_N = origin.cache.items(modality, columns=["sample"])["sample"].to_numpy()
+                rows.append(np.flatnonzero(np.isin(samples_N, origin.samples)))
+        self._numbers = np.repeat(np.arange(len(rows)), [len(each) for each in rows])  # the folder of each item
         self._rows = np.concatenate(rows)  # its row there
         self._read = lru_cache(maxsize=1)(self._read_chunk)
 
@@ -343,87 +306,44 @@ class CopiedFeatures:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SegmentSamples:
-    """Samples of a cache that were indexed together there.
+def _write_tables(origins: Sequence[_Origin], folder: Path, progress: Progress) -> list[Part]:
+    """Write the samples of each cache into files of a part. Memory: some blocks of 65,536 samples."""
+    progress.start("indexing", sum(len(origin.samples) for origin in origins), "samples")
+    parts: list[Part] = []
+    for number, origin in enumerate(origins):
+        before = Table(folder, [part.tables[SAMPLES] for part in parts])
+        names = (SAMPLES, *origin.cache.info.num_items)
+        readers = {name: RowReader(origin.cache, name, kept_rows=0) for name in names}
+        writer = TableWriter(folder, number, len(before))
+        for rows in blocks(len(origin.samples), BLOCK):
+            writer.add_tables(_read_tables(origin, origin.samples[rows], readers))
+            progress.advance(rows.stop - rows.start)
 
-    Args:
-        cache: the cache.
-        samples: (S,) int64 rows of the sample table, ascending.
-        number: number of the cache's source among those of a merged one; None if the new cache has the same source.
-        prefix: text to put before the keys.
-    """
+        try:
+            part = writer.close("", before)
+        except SourceError as error:
+            raise DataError(f"{error}; with --prefix-keys each begins with the name of its cache") from error
+        content = digest({name: file.checksum for name, file in part.tables.items()})
+        parts.append(replace_fields(part, digest=content))
+    progress.finish()
+    return parts
 
-    cache: Cache
-    samples: Ints
-    number: int | None
-    prefix: str = ""
 
-    def read(self, rows: slice, readers: Mapping[str, RowReader]) -> SampleTables:
-        """Return some of the samples with their items, read by readers of the tables of the cache."""
-        samples = self.samples[rows]
-        found, items = readers[SAMPLES].take(samples), {}
-        if self.prefix:
-            found = _with_prefix(self.prefix, found, "key")
-        for modality in self.cache.info.num_items:
-            which, item_rows = concatenated_ranges(*readers[modality].find(samples))
-            own = readers[modality].take(item_rows).set_column(0, "sample", pa.array(which))
-            if self.number is not None and MODALITIES[modality].kind != "texts":
-                own = _with_prefix(merged_path(self.number, ""), own, "path")
-            items[modality] = own.select(ITEM_SCHEMAS[modality].names).cast(ITEM_SCHEMAS[modality])
-        return SampleTables(found, items)
-
-    def item_rows(self, modality: str) -> Ints:
-        """Return the rows of the items of the samples, ascending."""
-        of_items = self.cache.items(modality, columns=["sample"])["sample"].to_numpy()
-        return np.flatnonzero(np.isin(of_items, self.samples))
+def _read_tables(origin: _Origin, samples: Ints, readers: Mapping[str, RowReader]) -> SampleTables:
+    """Read some samples with their items."""
+    items = {}
+    for modality in origin.cache.info.num_items:
+        which, item_rows = concatenated_ranges(*readers[modality].find(samples))
+        table = readers[modality].take(item_rows).set_column(0, "sample", pa.array(which))
+        if MODALITIES[modality].kind != "texts":
+            table = _with_prefix(origin.path_prefix, table, "path")
+        items[modality] = table.select(ITEM_SCHEMAS[modality].names).cast(ITEM_SCHEMAS[modality])
+    return SampleTables(_with_prefix(origin.key_prefix, readers[SAMPLES].take(samples), "key"), items)
 
 
 def _with_prefix(prefix: str, table: pa.Table, name: str) -> pa.Table:
-    """Return a table with a text before those of a column."""
+    """Return a table with a prefix before the strings of a column."""
+    if not prefix:
+        return table
     longer = pc.binary_join_element_wise(prefix, table[name].cast(pa.string()), "")
     return table.set_column(table.schema.get_field_index(name), name, longer)
-
-
-def divide_segments(cache: Cache, samples: Ints, *, number: int | None, prefix: str = "") -> list[SegmentSamples]:
-    """Divide samples of a cache by the segments in which they were indexed: the source has each in its order."""
-    bounds = np.cumsum([0, *(part.num_samples for part in cache.info.parts)])
-    places = np.searchsorted(samples, bounds)
-    return [
-        SegmentSamples(cache=cache, samples=samples[start:stop], number=number, prefix=prefix)
-        for start, stop in pairwise(places.tolist())
-        if stop > start
-    ]
-
-
-class CopySource:
-    """The samples of a new cache: those of some segments, one after another; see `index_tables`."""
-
-    def __init__(self, segments: "Sequence[SegmentSamples]", description: Mapping[str, Any]) -> None:
-        self._segments, self._description = segments, description
-
-    def describe(self) -> Mapping[str, Any]:
-        """Return what the new cache records as its source."""
-        return self._description
-
-    def write(self, folder: Path, progress: Progress) -> list[Part]:
-        """Write each segment into files of a part. Memory: some blocks of 65,536 samples."""
-        readers_of = lru_cache(maxsize=1)(_open_readers)
-        progress.start("indexing", sum(len(segment.samples) for segment in self._segments), "samples")
-        parts: list[Part] = []
-        before = Table(folder, [])
-        for number, segment in enumerate(self._segments):
-            writer = TableWriter(folder, number, len(before))
-            for rows in blocks(len(segment.samples), BLOCK):
-                writer.add_tables(segment.read(rows, readers_of(segment.cache)))
-                progress.advance(rows.stop - rows.start)
-            part = writer.close("", before)
-            content = digest({name: file.checksum for name, file in part.tables.items()})
-            parts.append(replace_fields(part, digest=content))
-            before = Table(folder, [each.tables[SAMPLES] for each in parts])
-        progress.finish()
-        return parts
-
-
-def _open_readers(cache: Cache) -> dict[str, RowReader]:
-    return {name: RowReader(cache, name, kept_rows=0) for name in (SAMPLES, *cache.info.num_items)}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from embedcache.errors import PathError, SettingError, SourceError, UnfinishedError, first_few
 from embedcache.files import find_files, flush, is_remote, make_folder, reading, remove_file, remove_folder, writing
@@ -16,7 +16,6 @@ from embedcache.store.changes import SourceChanges, check_allowed, digest_sample
 from embedcache.store.layout import (
     INTERRUPTED_REMOVAL,
     SAMPLES,
-    SUBSET,
     CacheInfo,
     Part,
     choose_chunk_size,
@@ -79,7 +78,7 @@ def index(
             if info is None or not _keeps_rows(cache_path, info):
                 written = _index_anew(source, cache_path, info, chunk_size, limit, progress)
             else:
-                _check_options(cache_path, info, chunk_size, limit, extend=extend)
+                _check_options(cache_path, info, chunk_size, limit)
                 written = _update(
                     source,
                     cache_path,
@@ -107,18 +106,19 @@ def open_indexed(cache_path: Path, *, chunk_size: int | None = None) -> CacheInf
     return info
 
 
-class TableSource(Protocol):
-    """Where the samples of a copy come from: the tables of caches."""
-
-    def describe(self) -> Mapping[str, Any]:
-        """Return what the new cache records as its source."""
-
-    def write(self, folder: Path, progress: Progress) -> Sequence[Part]:
-        """Write all samples into files of tables below a folder; return their parts."""
-
-
-def index_tables(source: TableSource, cache_path: Path, *, chunk_size: int, progress: Progress) -> CacheInfo:
+def index_tables(
+    description: Mapping[str, Any],
+    write: Callable[[Path, Progress], Sequence[Part]],
+    cache_path: Path,
+    *,
+    chunk_size: int,
+    progress: Progress,
+) -> CacheInfo:
     """Write the sample and item tables of a new cache from those of others, unless it exists. Memory: as `index`.
+
+    Args:
+        description: what the new cache records as its source.
+        write: writes all samples into files of tables below a folder, and returns their parts.
 
     Raises:
         PathError, SourceError: as `index`.
@@ -128,7 +128,7 @@ def index_tables(source: TableSource, cache_path: Path, *, chunk_size: int, prog
     with locked(cache_path), writing(cache_path):
         if info_path(cache_path).is_file():  # another process was first
             return read_info(cache_path)
-        return _create(source, cache_path, chunk_size, lambda folder: source.write(folder, progress))
+        return _create(description, cache_path, chunk_size, lambda folder: write(folder, progress))
 
 
 def _open_folder(cache_path: Path) -> bool:
@@ -160,24 +160,17 @@ def _check_no_other_files(cache_path: Path) -> None:
 
 
 def _keeps_rows(cache_path: Path, info: CacheInfo) -> bool:
-    """Return whether a cache is never indexed again: it has features, was cut, or has removed samples."""
+    """Return whether a cache is never indexed again: it has features, or samples were removed."""
     return info.is_partial or any(find_files(cache_path, "*/*/chunks/*.json"))
 
 
-def _check_options(
-    cache_path: Path, info: CacheInfo, chunk_size: int | None, limit: int | None, *, extend: bool
-) -> None:
+def _check_options(cache_path: Path, info: CacheInfo, chunk_size: int | None, limit: int | None) -> None:
     """Check that the options are possible for a cache that keeps its rows."""
     _check_chunk_size(cache_path, info, chunk_size)
     if limit is not None and limit < info.num_samples:
         raise SettingError(
             f"limit: expected at least the {info.num_samples:,} samples that cache {cache_path} has, got {limit:,}; "
             "omit it, or extract into a new folder"
-        )
-    if extend and info.is_without_removed:
-        raise SettingError(
-            f"extend: cache {cache_path} was made of caches from which samples were removed, and its source may still "
-            "have them; extend those caches, and cut or merge them again"
         )
 
 
@@ -235,7 +228,7 @@ def _index_anew(
             return None
         if info is not None:
             _discard(cache_path)
-        return _create(source, cache_path, chunk_size, write)
+        return _create(source.describe(), cache_path, chunk_size, write)
 
 
 def _discard(cache_path: Path) -> None:
@@ -247,7 +240,7 @@ def _discard(cache_path: Path) -> None:
 
 
 def _create(
-    source: Source | TableSource,
+    description: Mapping[str, Any],
     cache_path: Path,
     chunk_size: int | None,
     write: Callable[[Path], Sequence[Part]],
@@ -256,12 +249,12 @@ def _create(
         parts = write(folder)
         if not parts:
             raise SourceError(
-                f"{source.describe().get('path', 'the source')}: expected samples, got none; "
+                f"{description.get('path', 'the source')}: expected samples, got none; "
                 "use a source that contains images, captions or other items"
             )
         info = CacheInfo(
             chunk_size=chunk_size or choose_chunk_size(parts),
-            source=dict(source.describe()),
+            source=dict(description),
             index_digest=combined_digest(parts),
             parts=tuple(parts),
         )
@@ -294,8 +287,6 @@ def _update(
     if not extend and _is_unchanged(source, cache_path, info, limit, progress):
         return info
     max_new = None if limit is None else limit - info.num_samples
-    if SUBSET in info.source and not extend:
-        max_new = 0  # it has fewer samples than its source by intention
     with scratch_folder(cache_path) as folder:
         writer = TableWriter(folder, len(info.parts), info.num_samples)
         on_new = writer.add if extend else _ignore

@@ -29,10 +29,7 @@ from embedcache.settings import replace_fields
 
 FORMAT_VERSION = 1
 SUBSET = "subset"
-"""Key in the description of a source; present if the cache holds only some of the source's samples."""
-
-WITHOUT_REMOVED = "without_removed"
-"""Key in that entry: the cache was cut or merged from others, without samples that were removed from them."""
+"""Key in the description of a source; present if the cache was cut or merged from others."""
 
 SAMPLES = "samples"
 """Name of the sample table, where item tables are named by their modality."""
@@ -149,13 +146,8 @@ class CacheInfo(Manifest):
 
     @property
     def is_partial(self) -> bool:
-        """Whether the source may have samples that the cache leaves out: it was cut, or samples were removed."""
-        return bool(self.removed) or SUBSET in self.source
-
-    @property
-    def is_without_removed(self) -> bool:
-        """Whether the source may have samples that were removed before the cache was cut or merged from others."""
-        return bool(self.source.get(SUBSET, {}).get(WITHOUT_REMOVED))
+        """Whether the source may have samples that the cache leaves out, as they were removed."""
+        return bool(self.removed)
 
     @property
     def has_interrupted_removal(self) -> bool:

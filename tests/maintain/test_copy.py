@@ -1,14 +1,11 @@
 """Cutting and merging: the same values in new rows, nothing encoded, and the same bytes after a kill."""
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from embedcache.derive.derive import Derivation, derive
 from embedcache.errors import (
@@ -23,16 +20,13 @@ from embedcache.errors import (
 )
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.maintain.copy import CopySource, SegmentSamples, cut_cache, divide_segments, merge_caches
+from embedcache.maintain.copy import cut_cache, merge_caches
 from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.remove import remove_samples
 from embedcache.progress import NullProgress
-from embedcache.samples import FileItem, Sample
+from embedcache.samples import FileItem
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.store.indexing import index, index_tables
-from embedcache.store.rows import RowReader
-from embedcache.store.table_writer import SampleTables
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import verify
 from tests.crash import call
@@ -40,8 +34,6 @@ from tests.extract.cases import tree
 from tests.images import write_images
 from tests.maintain.cases import KEYS, make_cache, write_source
 from tests.sources.files import reopen
-from tests.store.test_changes import begin
-from tests.store.test_indexing import Rows, rows
 from tests.toy import IMAGE
 
 pytestmark = pytest.mark.slow
@@ -51,9 +43,14 @@ CHOSEN = ["00001", KEYS[0], "00006", "00007", "00008", "00011"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source of twelve images, its cache, and a selection of six of them. Not to be changed."""
+    """A source of twelve images, its cache of two parts, and a selection of six of them. Not to be changed."""
     folder = tmp_path_factory.mktemp("copy")
-    make_cache(write_source(folder / "source"), folder / "c")
+    source = write_source(folder / "source")
+    late = [path.rename(folder / path.name) for path in source.glob("00011.*")]
+    make_cache(source, folder / "c")
+    for path in late:
+        path.rename(source / path.name)
+    make_cache(source, folder / "c", extend=True)
     (folder / "chosen.txt").write_text("".join(f"{key}\n" for key in CHOSEN))
     return folder
 
@@ -87,15 +84,6 @@ def test_cut_has_samples_of_selection(made: Path, small: Path) -> None:
     assert verify(cache) == []
     assert_same_values(cache, whole, [1, 3, 6, 7, 8, 11])
     assert len(cache.features("image")) == len(whole.features("image"))
-
-
-def test_cut_cache_takes_other_encoders_of_its_samples_only(made: Path, small: Path, tmp_path: Path) -> None:
-    cache = Path(shutil.copytree(small, tmp_path / "small"))
-    extract(open_source(made / "source"), cache, image_encoder=["tests.toy:open_other"])
-    assert Cache(cache).feature("image", "open_other/cls").shape == (6, 48)
-    extract(open_source(made / "source"), cache, image_encoder=[IMAGE], settings=ExtractSettings(extend=True))
-    assert Cache(cache).column("key").to_pylist()[:6] == CHOSEN
-    assert Cache(cache).feature("image", "open_toy/cls").valid.sum() == 12
 
 
 class OnceCopying(NullProgress):
@@ -203,7 +191,7 @@ def test_damaged_fit_is_not_copied(made: Path, tmp_path: Path) -> None:
 
 def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
     first, second = two_caches
-    with pytest.raises(DataError, match=r"got 40 of .*b that another has too, such as '00000', '00001', '00002'"):
+    with pytest.raises(DataError, match=r"'00000' is the key of row 0 .*--prefix-keys"):
         merge_caches([first, second], tmp_path / "both")
     report = merge_caches([first, second], tmp_path / "both", prefix_keys=True)
     assert (report.num_samples, report.copied) == (120, 240)
@@ -224,29 +212,11 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
     with pytest.raises(FingerprintError, match="both was made with .*prefixes: stored .*'b/'.*, requested .*'d/'"):
         merge_caches([first, renamed], tmp_path / "both", prefix_keys=True)
     source = reopen(Cache(first).info.source)
-    with pytest.raises(SettingError, match="was merged from caches of .*; to encode its samples, give it as its own"):
+    with pytest.raises(SettingError, match="was cut or merged from caches of .*give it as its own"):
         extract(source, tmp_path / "both", image_encoder=[IMAGE])
 
 
-def test_copy_without_removed_samples_is_not_extended(made: Path, halves: list[Path], tmp_path: Path) -> None:
-    """Also a copy of a copy: its source may still have the samples."""
-    cache = Path(shutil.copytree(made / "c", tmp_path / "a"))
-    keys = Cache(cache).column("key").to_pylist()
-    remove_samples(cache, [keys[1]])
-    (tmp_path / "chosen.txt").write_text(f"{keys[0]}\n{keys[3]}\n")
-    cut_cache(cache, tmp_path / "chosen.txt", tmp_path / "cut")
-    cut_cache(tmp_path / "cut", tmp_path / "chosen.txt", tmp_path / "again")
-    merge_caches([cache, halves[1]], tmp_path / "both", prefix_keys=True)
-    for name in ("cut", "again"):
-        source = reopen(Cache(tmp_path / name).info.source)
-        extract(source, tmp_path / name, image_encoder=[IMAGE])
-        with pytest.raises(SettingError, match=f"extend: cache {tmp_path / name} .* from which samples were removed"):
-            extract(source, tmp_path / name, image_encoder=[IMAGE], extend=True)
-        assert verify(Cache(tmp_path / name)) == []
-    assert Cache(tmp_path / "both").info.is_without_removed
-
-
-def test_merged_cache_takes_other_encoders(halves: list[Path], tmp_path: Path) -> None:
+def test_copies_take_other_encoders_as_their_own_source(made: Path, halves: list[Path], tmp_path: Path) -> None:
     merge_caches(halves, tmp_path / "whole")
     extract(tmp_path / "whole", tmp_path / "whole", image_encoder="tests.toy:open_other")
     for number, half in enumerate(halves):
@@ -257,78 +227,20 @@ def test_merged_cache_takes_other_encoders(halves: list[Path], tmp_path: Path) -
     np.testing.assert_array_equal(found.load(), expected.load())
     assert list(found.hashes) == list(expected.hashes)
     assert verify(Cache(tmp_path / "whole")) == []
+    with pytest.raises(SettingError, match="give it as its own source"):
+        extract(made / "source", halves[0], image_encoder=[IMAGE])
 
 
-def test_merge_reads_each_sample_once(halves: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-    tables_of = SegmentSamples.read
-
-    def counted(self: SegmentSamples, rows: slice, readers: Mapping[str, RowReader]) -> SampleTables:
-        read.extend(self.samples[rows].tolist())
-        return tables_of(self, rows, readers)
-
-    monkeypatch.setattr(SegmentSamples, "read", counted)
-    merge_caches(halves, tmp_path / "whole")
-    assert sorted(read) == sorted([*range(6), *range(6)])
-
-
-def with_values(samples: list[Sample]) -> list[Sample]:
-    """Return samples without columns of None: a table does not tell which samples had them."""
-    columns = [{name: value for name, value in one.columns.items() if value is not None} for one in samples]
-    return [replace(one, columns=own) for one, own in zip(samples, columns, strict=True)]
-
-
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 6), st.integers(0, 3))
-@settings(max_examples=8)
-def test_cut_has_the_tables_of_a_source_of_its_samples(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], batch: int, first: int
-) -> None:
-    """With a part for each that samples were added in; whatever blocks they are read in."""
-    folder, samples = tmp_path_factory.mktemp("segments"), with_values(rows(first + sum(sizes)).rows)
-    begin(folder / "c", Rows(samples[: first + sizes[0]]))
-    for stop in np.cumsum(sizes)[1:].tolist():
-        index(Rows(samples[: first + stop]), folder / "c", extend=True)
-    whole = Cache(folder / "c")
-    chosen = np.arange(first, len(samples))
-    segments = divide_segments(whole, chosen, number=None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("embedcache.maintain.copy.BLOCK", batch)
-        patch.setattr("embedcache.store.changes.BATCH", batch)
-        source = CopySource(segments, Rows().describe())
-        info = index_tables(source, folder / "cut", chunk_size=4, progress=NullProgress())
-        expected = index(Rows(samples[first:]), folder / "expected", chunk_size=4)
-    assert (info.num_samples, info.num_items) == (expected.num_samples, expected.num_items)
-    assert [part.num_samples for part in info.parts] == [len(segment.samples) for segment in segments]
-    cut, made = Cache(folder / "cut"), Cache(folder / "expected")
-    assert cut.samples.to_pydict() == {name: made.samples[name].to_pylist() for name in cut.columns}
-    for modality in info.num_items:
-        assert cut.items(modality).equals(made.items(modality))
-    assert index_tables(source, folder / "cut", chunk_size=4, progress=NullProgress()) == info
-
-
-def test_longer_cut_is_not_the_selection(made: Path, small: Path, tmp_path: Path) -> None:
-    cache = Path(shutil.copytree(small, tmp_path / "small"))
-    extract(open_source(made / "source"), cache, image_encoder=[IMAGE], settings=ExtractSettings(extend=True))
-    with pytest.raises(DataError, match=r"small: expected the 6 samples that it was made of, got 12, as it was ext"):
-        cut_cache(made / "c", made / "chosen.txt", cache)
-
-
-def test_cut_and_merged_again_is_the_same_source(made: Path, halves: list[Path], tmp_path: Path) -> None:
-    merge_caches(halves, tmp_path / "again")
-    again = Cache(tmp_path / "again")
-    keys = again.column("key").to_pylist()
-    assert (keys[:6], len(set(keys))) == (CHOSEN, 12)
-    extract(open_source(made / "source"), again.path, image_encoder=["tests.toy:open_other"])
-    assert Cache(again.path).feature("image", "open_other/cls").valid.all()
-
-
-def test_merge_with_a_cache_without_captions(made: Path, tmp_path: Path) -> None:
+def test_merge_with_a_cache_without_captions(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.maintain.copy.BLOCK", 5)  # samples that are read together
     source = write_images(tmp_path / "source", 5, seed=3)
     for path in source.glob("*.txt"):
         path.unlink()
     extract(open_source(source), tmp_path / "images", image_encoder=[IMAGE])
     both = Cache(merge_caches([made / "c", tmp_path / "images"], tmp_path / "both", prefix_keys=True).cache)
     assert both.info.num_items == {"image": 17, "text": 12}
+    assert both.items("text").equals(Cache(made / "c").items("text"))
+    assert both.items("image")["sample"].to_pylist() == list(range(17))
     assert verify(both) == []
     first, second = (
         cache.feature("text", "open_toy/mean").gather(np.arange(12)) for cache in (both, Cache(made / "c"))

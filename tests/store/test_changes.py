@@ -1,6 +1,5 @@
 """A source that changed since a cache numbered it: what is taken in, what is refused."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +11,12 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Array
 from embedcache.errors import CorruptError, FingerprintError
-from embedcache.provenance import digest
-from embedcache.settings import replace_fields
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.changes import find_changes
 from embedcache.store.group import create_group
 from embedcache.store.indexing import index
-from embedcache.store.layout import SUBSET, read_info, write_info
-from embedcache.store.table_writer import digest_input
+from embedcache.store.layout import read_info
 from embedcache.store.writer import add_feature, commit_chunk
 from tests.edits import flip
 from tests.recorded import RecordedProgress
@@ -220,24 +216,6 @@ def test_replaced_images_after_a_kill(tmp_path: Path, monkeypatch: pytest.Monkey
     infos = [index(source, tmp_path / name, extend=True, accept_replaced=True) for name in ("killed", "whole")]
     assert infos[0] == infos[1]
     assert index(source, tmp_path / "killed") == infos[0]
-
-
-def test_cut_cache_takes_new_samples_only_to_extend(tmp_path: Path) -> None:
-    begin(tmp_path, rows(6), failed=(2,))
-    info = read_info(tmp_path)
-    cut = replace_fields(info, source={**info.source, SUBSET: {"of": "x"}})
-    write_info(tmp_path, cut)
-    source = Rows([*rows(6).rows, sample("a"), sample("b")])
-    assert index(source, tmp_path) == index(source, tmp_path, limit=9) == cut
-    assert index(changed(source, 3, columns={"label": 5}), tmp_path) == cut, "columns may have been chosen"
-    longer = index(source, tmp_path, limit=7, extend=True)
-    new = hashlib.sha256(digest_input(source.rows[6:7])).hexdigest()
-    assert [(part.num_samples, part.digest) for part in longer.parts] == [(6, info.index_digest), (1, new)]
-    assert index(source, tmp_path) == longer
-    mended = index(replaced(source, (2,)), tmp_path, accept_replaced=True)
-    now = hashlib.sha256(digest_input(replaced(source, (2,)).rows[:6])).hexdigest()
-    assert mended.parts[0].digest == digest([info.index_digest, now])
-    assert mended.num_items == longer.num_items
 
 
 def test_replaced_image_of_another_encoder_raises(tmp_path: Path) -> None:
