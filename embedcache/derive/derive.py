@@ -5,7 +5,7 @@ damaged chunks, and some rows to compare.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ from embedcache.arrays import Array, Ints, distinct
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN
 from embedcache.dataset.splits import read_split, require_split
-from embedcache.derive.rules import Block, Rule, open_rule, to_items
-from embedcache.derive.runs import DerivedView, RunRequest, open_run, reopen_run
-from embedcache.derive.settings import DTYPES, DeriveSettings
+from embedcache.derive.rules import Block, Derivation, DerivedView, Rule, open_rule, to_items
+from embedcache.derive.runs import RunRequest, open_run, reopen_run
+from embedcache.derive.settings import DeriveSettings
 from embedcache.devices import AUTO
 from embedcache.encoders.open import EncoderSpec
-from embedcache.errors import DataError, ItemError, SettingError, UnfinishedError, UnknownNameError
+from embedcache.errors import DataError, ItemError, SettingError, UnfinishedError
 from embedcache.files import AnyPath, read_file, remove_partials, replacing
 from embedcache.locks import locked
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -36,52 +36,6 @@ from embedcache.store.group import EncoderGroup, create_group, open_group
 from embedcache.store.layout import checked_fit_path, encoder_path, fit_path
 from embedcache.store.producer import FillReport, Output, Verb, fill
 from embedcache.store.writer import ChunkFeatures, cast_item
-
-
-@dataclass(frozen=True, kw_only=True)
-class Derivation:
-    """A description of derived features.
-
-    Args:
-        name: name of their folder in the cache, beside those of encoders.
-        inputs: modality and name, `encoder/feature`, of each feature that the rule reads. The derived features have an
-            item per item of the first input; other modalities contribute the item of the same sample.
-        rule: a rule, its name, or `module:attribute`; see `embedcache.derive.rules`.
-        parameters: parameters of the rule, as JSON values.
-        dtype: dtype on disk of the outputs.
-        fit_split: a run's `split.parquet`; a rule that is fitted reads its training part. None: all items.
-        view: the view that the inputs are of, which is added to the name of the folder: `NAME@VIEW`.
-    """
-
-    name: str
-    inputs: Sequence[tuple[str, str]]
-    rule: str | Rule
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str = "float16"
-    fit_split: Path | None = None
-    view: DerivedView | None = None
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder in the cache."""
-        return self.name if self.view is None else f"{self.name}@{self.view.name}"
-
-    def __post_init__(self) -> None:
-        if not self.inputs:
-            raise SettingError("inputs: expected at least one feature to derive from, got none")
-        for each in self.inputs:
-            is_pair = isinstance(each, tuple | list) and [isinstance(part, str) for part in each] == [True, True]
-            if not is_pair:
-                expected = "pairs of a modality and a feature, such as ('image', 'dinov2-base/cls')"
-                raise SettingError(f"inputs: expected {expected}, got {each!r}")
-        if not self.name or EncoderSpec("", self.name).folder != self.name:
-            raise SettingError(f"name: expected a name of letters, digits and . = + - _, got {self.name!r}")
-        if not isinstance(self.rule, str | Rule):
-            raise SettingError(f"rule: expected a Rule or the name of one, got {self.rule!r}")
-        if not isinstance(self.parameters, Mapping):
-            raise SettingError(f"parameters: expected a mapping of names and values, got {self.parameters!r}")
-        if self.dtype not in DTYPES:
-            raise SettingError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = None) -> FillReport:
@@ -100,8 +54,6 @@ def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = No
         DataError: a sample has several items of another modality, or a value does not fit the declared output.
     """
     progress = to_progress(progress)
-    if not isinstance(derivation, Derivation):
-        raise SettingError(f"derivation: expected a Derivation, got {derivation!r}")
     cache = Cache(cache)
     remove_partials(cache.path)
     opened = _open(cache, derivation)
@@ -210,13 +162,20 @@ def derive_from_run(
     progress = to_progress(progress)
     name = name or f"{run.resolve().name}-{output}"
     views = [view] if isinstance(view, str) else view
-    requests = [
-        RunRequest(cache=cache, path=run, output=output, modality=modality, view=view, prompts=prompts, device=device)
-        for view in views
-    ]
-    derivations = [
-        Derivation(name=name, dtype=dtype, **opened._asdict()) for request in requests for opened in open_run(request)
-    ]
+    derivations: list[Derivation] = []
+    for view_name in views:
+        request = RunRequest(
+            cache=cache,
+            path=run,
+            output=output,
+            name=name,
+            modality=modality,
+            view=view_name,
+            prompts=prompts,
+            dtype=dtype,
+            device=device,
+        )
+        derivations += open_run(request)
     return [derive(cache, derivation, progress=progress) for derivation in derivations]
 
 
@@ -228,7 +187,7 @@ def derive_with_settings(
         return derive_from_run(
             cache_path,
             settings.run,
-            settings.run_output,
+            settings.run_output or "projected",
             name=settings.name,
             modality=settings.modality,
             view=settings.views or (PLAIN,),
@@ -263,9 +222,10 @@ def reopen_derivation(
     spec = EncoderSpec.parse(group.spec)
     name = group.name.partition("@")[0]
     if spec.model == RUN:
-        derivation = Derivation(name=name, **reopen_run(cache, group, spec.options, device=device)._asdict())
+        derivation = reopen_run(cache, group, spec.options, device=device)
     else:
-        rule = _reopen_rule(group, spec.model)
+        with names_from(f"{group.name}: the cache"):
+            rule = open_rule(spec.model)
         parameters = group.fingerprint["preprocessing"]
         derivation = Derivation(name=name, inputs=group.inputs, rule=rule, parameters=parameters)
 
@@ -275,17 +235,6 @@ def reopen_derivation(
         fingerprint |= {name: group.fingerprint[name] for name in ("fit", "weights")}
     outputs = {name: Output.of(Feature(group, name)) for name in features}
     return replace(opened, fingerprint=fingerprint, outputs=outputs)
-
-
-def _reopen_rule(group: EncoderGroup, name: str) -> Rule:
-    try:
-        with names_from(f"{group.name}: the cache"):
-            return open_rule(name)
-    except UnknownNameError as error:
-        raise UnknownNameError(
-            f"{group.name}: the rule {name!r} that computed it cannot be imported; make its module importable, or "
-            f"derive it again under another name: {error}"
-        ) from error
 
 
 def derivation_depth(cache: Cache, group: EncoderGroup) -> int:
@@ -479,21 +428,18 @@ class OpenDerivation:
         """Apply the rule to the items that have all inputs: output -> one array or error per item, as it is stored.
 
         Raises:
-            SettingError: the rule does not return an output.
+            SettingError: the rule lacks an output.
             DataError: an output has another number of items or another shape, or a value does not fit the dtype.
         """
         num_items = len(rows.valid)
         if not num_items:
             return {name: [] for name in self.outputs}
         returned = self.rule.apply(self.reader.blocks(rows), self.parameters)
-        if not isinstance(returned, Mapping):
-            raise SettingError(f"the rule {self.rule.name!r}: expected output -> values, got {type(returned).__name__}")
         values: dict[str, list[Array | ItemError]] = {}
         for name, output in self.outputs.items():
-            if name not in returned:
-                raise SettingError(
-                    f"the rule {self.rule.name!r} returned {', '.join(returned) or 'nothing'}, but no output {name!r}"
-                )
+            if not isinstance(returned, Mapping) or name not in returned:
+                found = list(returned) if isinstance(returned, Mapping) else type(returned).__name__
+                raise SettingError(f"the rule {self.rule.name!r}: expected the output {name!r}, got {found}")
             full_name = f"{self.name}/{name}"
             values[name] = [
                 item if isinstance(item, ItemError) else cast_item(item, output.shape, output.dtype, full_name)

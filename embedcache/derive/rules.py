@@ -8,13 +8,16 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, normalize
 from embedcache.axis import Axis
+from embedcache.derive.settings import DTYPES
 from embedcache.encoders.base import ItemShape
+from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import DataError, ItemError, SettingError
 from embedcache.projectors.closed_form import Moments
 from embedcache.provenance import canonical_json, digest
@@ -106,7 +109,7 @@ class Rule:
             default, value = defaults[name], value.item() if isinstance(value, np.generic) else value
             if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
                 raise SettingError(
-                    f"parameter {name} of the rule {self.name!r}: expected {_KINDS[type(default)]}, got {value!r}"
+                    f"parameter {name} of the rule {self.name!r}: expected a value such as {default!r}, got {value!r}"
                 )
             values[name] = float(value) if isinstance(default, float) else value
         try:
@@ -115,15 +118,6 @@ class Rule:
             raise SettingError(f"parameters of the rule {self.name!r}: expected JSON values: {error}") from error
         return checked
 
-
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "a mapping",
-}
 
 RULES = Registry(
     "rule",
@@ -136,6 +130,55 @@ RULES = Registry(
     group="embedcache.rules",
 )
 """Each is a `Rule`."""
+
+
+class DerivedView(NamedTuple):
+    """A view of the inputs that derived features are computed from; they differ from the plain ones in nothing else.
+
+    Args:
+        name: name of the view, such as `babble-5dB`.
+        plain_inputs: modality, name and fingerprint of the features in whose place the views are read.
+    """
+
+    name: str
+    plain_inputs: Sequence[tuple[str, str, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derivation:
+    """A description of derived features.
+
+    Args:
+        name: name of their folder in the cache, beside those of encoders.
+        inputs: modality and name, `encoder/feature`, of each feature that the rule reads. The derived features have an
+            item per item of the first input; other modalities contribute the item of the same sample.
+        rule: a rule, its name, or `module:attribute`; see `RULES`.
+        parameters: parameters of the rule, as JSON values.
+        dtype: dtype on disk of the outputs.
+        fit_split: a run's `split.parquet`; a rule that is fitted reads its training part. None: all items.
+        view: the view that the inputs are of, which is added to the name of the folder: `NAME@VIEW`.
+    """
+
+    name: str
+    inputs: Sequence[tuple[str, str]]
+    rule: str | Rule
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float16"
+    fit_split: Path | None = None
+    view: DerivedView | None = None
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder in the cache."""
+        return self.name if self.view is None else f"{self.name}@{self.view.name}"
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise SettingError("inputs: expected at least one feature to derive from, got none")
+        if not self.name or EncoderSpec("", self.name).folder != self.name:
+            raise SettingError(f"name: expected a name of letters, digits and . = + - _, got {self.name!r}")
+        if self.dtype not in DTYPES:
+            raise SettingError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 def open_rule(rule: str | Rule) -> Rule:

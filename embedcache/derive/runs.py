@@ -1,6 +1,5 @@
 """Trained runs as rules: each kind of run offers outputs by name, such as `projected` and `prob` of an aligned pair."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ from embedcache.arrays import Array, Floats, Inputs, blocks
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN, check_same_view, open_input, to_inputs, view_feature
 from embedcache.dataset.prompts import check_prompts, class_vectors, read_prompts
-from embedcache.derive.rules import Block, Output, Rule
-from embedcache.devices import AUTO, torch_device
+from embedcache.derive.rules import Block, Derivation, DerivedView, Output, Rule
+from embedcache.devices import torch_device
 from embedcache.encoders.base import ItemShape
-from embedcache.errors import PathError, SettingError
+from embedcache.errors import SettingError
 from embedcache.files import AnyPath
 from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module
 from embedcache.projectors.pair import AlignedPair, AnyTower
@@ -24,7 +23,6 @@ from embedcache.projectors.saved import (
     PairConfig,
     TowerInput,
     check_feature,
-    config_path,
     is_pair,
     load_pair,
     project,
@@ -46,49 +44,22 @@ class RunRequest:
         cache: the cache whose features the run reads.
         path: folder of the run.
         output: name of the output.
+        name: name of the derived features' folder in the cache.
         modality: modality of the features to derive; None: every modality for which the run has the output.
         view: view of the run's features of that modality; `plain` is these features.
         prompts: cache of prompts, for outputs that compare with classes.
+        dtype: dtype on disk.
     """
 
     cache: Cache
     path: Path
     output: str
-    modality: str | None = None
-    view: str = PLAIN
-    prompts: AnyPath | None = None
-    device: str = AUTO
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.=+-]+", self.view):
-            raise SettingError(
-                f"view: expected the name of a view as in the folders of the cache, such as babble-5dB for the folder "
-                f"tiny.en@babble-5dB, got {self.view!r}"
-            )
-
-
-class DerivedView(NamedTuple):
-    """A view of the inputs that derived features are computed from; they differ from the plain ones in nothing else.
-
-    Args:
-        name: name of the view, such as `babble-5dB`.
-        plain_inputs: modality, name and fingerprint of the features in whose place the views are read.
-    """
-
     name: str
-    plain_inputs: Sequence[tuple[str, str, Mapping[str, Any]]]
-
-
-class RunRule(NamedTuple):
-    """One output of a run for the items of one modality: the features it reads, the rule and its parameters.
-
-    `view` says which view these features are of; None: they are those that the run was trained on.
-    """
-
-    inputs: Sequence[tuple[str, str]]
-    rule: Rule
-    parameters: Mapping[str, Any]
-    view: DerivedView | None = None
+    modality: str | None
+    view: str
+    prompts: AnyPath | None
+    device: str
+    dtype: str = "float16"
 
 
 class OutputModule(Protocol):
@@ -111,8 +82,8 @@ class OutputModule(Protocol):
         ...
 
 
-def open_run(request: RunRequest) -> list[RunRule]:
-    """Open one output of a trained run as rules, one per modality.
+def open_run(request: RunRequest) -> list[Derivation]:
+    """Open one output of a trained run as derivations, one per modality.
 
     Raises:
         PathError: the folder is not a finished run.
@@ -123,7 +94,7 @@ def open_run(request: RunRequest) -> list[RunRule]:
     return _open_pair(request) if is_pair(read_run(request.path)) else [_open_module(request)]
 
 
-def _open_module(request: RunRequest) -> RunRule:
+def _open_module(request: RunRequest) -> Derivation:
     """Open an output of a run of a module, which says what it offers.
 
     Raises:
@@ -155,7 +126,7 @@ def _open_module(request: RunRequest) -> RunRule:
         return output_module.compute_outputs(blocks, [request.output])
 
     axis = getattr(module, "output_axis", None)
-    return _make_rule(request, config, sides, compute, find_shape, {"kind": config.kind}, axis=axis)
+    return _make_derivation(request, config, sides, compute, find_shape, {"kind": config.kind}, axis=axis)
 
 
 def _output_sides(module: OutputModule, config: ModuleConfig, output: str) -> list[ModuleInput]:
@@ -167,7 +138,7 @@ def _output_sides(module: OutputModule, config: ModuleConfig, output: str) -> li
     return [config.sides[name] for name in names]
 
 
-def _make_rule(
+def _make_derivation(
     request: RunRequest,
     config: ModuleConfig | PairConfig,
     sides: Sequence[tuple[str, ModuleInput | TowerInput]],
@@ -177,8 +148,8 @@ def _make_rule(
     *,
     axis: Callable[[str, Sequence[Axis | None]], Axis | None] | None = None,
     location: Mapping[str, str] | None = None,
-) -> RunRule:
-    """Return the rule of an output with the features of the cache that it reads, a view of those of the first side.
+) -> Derivation:
+    """Return the derivation of an output from features of the cache, a view of those of the first side.
 
     Raises:
         FingerprintError: the cache holds features from another encoder than the run was trained on.
@@ -203,10 +174,17 @@ def _make_rule(
         location={RUN: str(request.path), **(location or {})},
     )
     derived_view = None if request.view == PLAIN else DerivedView(request.view, plain_inputs)
-    return RunRule(inputs, rule, {"output": request.output, **parameters}, derived_view)
+    return Derivation(
+        name=request.name,
+        inputs=inputs,
+        rule=rule,
+        parameters={"output": request.output, **parameters},
+        dtype=request.dtype,
+        view=derived_view,
+    )
 
 
-def _open_pair(request: RunRequest) -> list[RunRule]:
+def _open_pair(request: RunRequest) -> list[Derivation]:
     """Open an output of an aligned pair: `projected` for both modalities, `prob` for images.
 
     Raises:
@@ -253,7 +231,7 @@ def _read_classes(prompts_path: AnyPath, pair: AlignedPair, config: PairConfig, 
 
 def _open_tower(
     request: RunRequest, pair: AlignedPair, config: PairConfig, modality: str, classes: _Classes | None, device: str
-) -> RunRule:
+) -> Derivation:
     """Open the unit vectors in the shared space, or the softmax of their scaled cosines to classes."""
     tower = pair.tower(modality)
     scale = pair.scale.item()
@@ -262,13 +240,14 @@ def _open_tower(
         vectors_BP = _project(tower, blocks, device)
         if classes is None:
             return {"projected": vectors_BP}
-        return {"prob": _softmax(scale * vectors_BP @ classes.vectors_CP.T)}
+        scores_BC = torch.from_numpy(scale * vectors_BP @ classes.vectors_CP.T)
+        return {"prob": scores_BC.softmax(dim=1).numpy()}
 
     width = config.shared_width if classes is None else len(classes.vectors_CP)
     parameters = {} if classes is None else classes.parameters
     location = {} if classes is None else {"prompts": str(request.prompts)}
     sides = [(modality, config.tower_input(modality))]
-    return _make_rule(request, config, sides, compute, lambda _: (width,), parameters, location=location)
+    return _make_derivation(request, config, sides, compute, lambda _: (width,), parameters, location=location)
 
 
 def _project(tower: AnyTower, inputs: Sequence[Block], device: str) -> Floats:
@@ -284,24 +263,17 @@ def _to_inputs(inputs: Sequence[Block], items: Sequence[Sequence[Array]], rows: 
     return to_inputs([part[rows] for part in items])
 
 
-def _softmax(scores_BC: Array) -> Floats:
-    exponents_BC = np.exp(scores_BC - scores_BC.max(axis=1, keepdims=True))
-    probabilities_BC: Floats = exponents_BC / exponents_BC.sum(axis=1, keepdims=True)
-    return probabilities_BC
-
-
-def reopen_run(cache: Cache, group: EncoderGroup, location: Mapping[str, str], *, device: str) -> RunRule:
+def reopen_run(cache: Cache, group: EncoderGroup, location: Mapping[str, str], *, device: str) -> Derivation:
     """Open the output of a run again from what a folder of derived features records."""
     request = RunRequest(
         cache=cache,
         path=Path(location[RUN]),
         output=group.fingerprint["preprocessing"]["output"],
+        name=group.name.partition("@")[0],
         modality=group.modality,
         view=group.fingerprint.get("view", {}).get("name", PLAIN),
         prompts=location.get("prompts"),
         device=device,
     )
-    if not config_path(request.path).is_file():
-        raise PathError(f"{request.path} is not a finished run; put the run back where the feature was derived from it")
     (opened,) = open_run(request)
     return opened

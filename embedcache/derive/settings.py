@@ -16,10 +16,11 @@ class DeriveSettings(Settings):
     """What to derive: the output of a run, or of a rule on some inputs."""
 
     run: Path | None = setting(None, "Apply this run to the features that it was trained on.", metavar="RUN")
-    run_output: str = setting(
-        "projected",
+    run_output: str | None = setting(
+        None,
         "Output of the run: projected (unit vectors in the shared space) or prob (probabilities of classes).",
         metavar="NAME",
+        default_text="projected",
     )
     prompts: str | None = setting(None, "Cache of prompts, written by extract prompts:FILE.", metavar="CACHE")
     modality: str | None = setting(
@@ -67,10 +68,12 @@ class DeriveSettings(Settings):
             got = "neither" if self.run is None else "both"
             raise SettingError(f"rule: expected either --run or --rule, got {got}")
         of_rule = {"input": self.inputs, "parameter": self.parameters, "fit_split": self.fit_split}
-        output = (
-            "" if self.run_output == type(self).model_fields["run_output"].default else self.run_output
-        )  # the default says nothing
-        of_run = {"run_output": output, "prompts": self.prompts, "modality": self.modality, "view": self.views}
+        of_run = {
+            "run_output": self.run_output,
+            "prompts": self.prompts,
+            "modality": self.modality,
+            "view": self.views,
+        }
         given = [name for name, value in (of_run if self.run is None else of_rule).items() if value]
         if given:
             raise SettingError(f"{given[0]}: expected with {'--run' if self.run is None else '--rule'} only; omit it")

@@ -1,6 +1,5 @@
 """Derivations on the toy features, shared by the tests; `HALVE` and `LABEL` are rules of a user's own."""
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,23 +69,3 @@ def run(source: Path, cache: Path, **settings: Any) -> None:
     """Extract all toy features in chunks of 8."""
     chosen = ExtractSettings(**{"features": FEATURES, "chunk_size": 8, **settings})
     extract(open_source(source), cache, image_encoder=[IMAGE], text_encoder=[TEXT], settings=chosen)
-
-
-MAXIMUM = Rule(
-    name="tests.derive.cases:MAXIMUM",
-    apply=lambda inputs, _: {"maximum": inputs[0].rows().max(axis=1, keepdims=True)},
-    outputs=lambda _, __: {"maximum": (1,)},
-    parameters={},
-)
-
-
-def _sleep(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
-    time.sleep(0.05)
-    return {"same": inputs[0]}
-
-
-SLOWLY = Rule(name="tests.derive.cases:SLOWLY", apply=_sleep, outputs=lambda shapes, _: {"same": shapes[0]})
-
-
-def slowly() -> Derivation:
-    return Derivation(name="slowly", inputs=(CLS,), rule=SLOWLY)

