@@ -32,7 +32,7 @@ from embedcache.registry import names_from
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, Commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, create_group, open_group
+from embedcache.store.group import EncoderGroup, create_group, find_group, open_group
 from embedcache.store.layout import checked_fit_path, encoder_path, fit_path
 from embedcache.store.producer import FillReport, Output, Verb, fill
 from embedcache.store.writer import ChunkFeatures, cast_item
@@ -133,7 +133,6 @@ def derive_from_run(
     name: str | None = None,
     modality: str | None = None,
     view: str | Sequence[str] = PLAIN,
-    prompts: AnyPath | None = None,
     dtype: str = "float16",
     device: str = AUTO,
     progress: AnyProgress = None,
@@ -143,13 +142,11 @@ def derive_from_run(
     Args:
         cache: cache with the features that the run reads.
         run: folder of the run.
-        output: for an aligned pair, `projected` (unit vectors in the shared space) or `prob` (probabilities of
-            classes).
+        output: name of the output; that of an aligned pair is `projected`, unit vectors in the shared space.
         name: name of the folder in the cache; None: `RUN-OUTPUT`.
         modality: modality to derive features of; None: every modality for which the run has the output.
         view: a view of the run's features of that modality, such as `babble-5dB`, or several, each into the folder
             `NAME@VIEW`; `plain` is the features that the run was trained on.
-        prompts: cache of prompts that define the classes of `prob`.
         dtype: dtype on disk.
         device: torch device of the run.
         progress: shows the number of items.
@@ -171,7 +168,6 @@ def derive_from_run(
             name=name,
             modality=modality,
             view=view_name,
-            prompts=prompts,
             dtype=dtype,
             device=device,
         )
@@ -191,7 +187,6 @@ def derive_with_settings(
             name=settings.name,
             modality=settings.modality,
             view=settings.views or (PLAIN,),
-            prompts=settings.prompts,
             dtype=settings.dtype,
             device=settings.device,
             progress=progress,
@@ -463,11 +458,9 @@ def _prepare_group(opened: OpenDerivation, *, split_path: Path | None) -> tuple[
     cache = opened.reader.cache
     place = (cache.path, opened.reader.modality, opened.name)
     path = encoder_path(*place)
-    has_metadata = (path / "zarr.json").is_file()
-    if has_metadata:
-        stored = open_group(*place, cache.info)
-        if not stored.is_derived:
-            raise SettingError(f"name: {path} holds the features of the encoder {stored.spec}; choose another name")
+    stored = find_group(*place, cache.info)
+    if stored is not None and not stored.is_derived:
+        raise SettingError(f"name: {path} holds the features of the encoder {stored.spec}; choose another name")
     spec = _spec(opened.rule)
 
     if opened.rule.fit is None:
@@ -496,12 +489,11 @@ def _find_fit(cache: Cache, place: tuple[Path, str, str], fingerprint: Mapping[s
 
     None if it has neither chunks nor arrays that an interrupted derivation of the same features was fitted to.
     """
-    path = encoder_path(*place)
-    if not (path / "zarr.json").is_file():
+    stored = find_group(*place, cache.info)
+    if stored is None:
         return None
-    stored = open_group(*place, cache.info)
     is_same = {**stored.fingerprint, "weights": ""} == {**fingerprint, "weights": ""}
-    if stored.has_commits or (is_same and fit_path(path).is_file()):
+    if stored.has_commits or (is_same and fit_path(stored.path).is_file()):
         return str(stored.fingerprint["weights"])
     return None
 

@@ -1,28 +1,26 @@
-"""Trained runs as rules: each kind of run offers outputs by name, such as `projected` and `prob` of an aligned pair."""
+"""Trained runs as rules: an aligned pair offers the output `projected`, other modules have outputs of their own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 
-from embedcache.arrays import Array, Floats, Inputs, blocks
+from embedcache.arrays import Array, Inputs, blocks
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN, check_same_view, open_input, to_inputs, view_feature
-from embedcache.dataset.prompts import check_prompts, class_vectors, read_prompts
 from embedcache.derive.rules import Block, Derivation, DerivedView, Output, Rule
 from embedcache.devices import torch_device
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import SettingError
-from embedcache.files import AnyPath
 from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module
-from embedcache.projectors.pair import AlignedPair, AnyTower
+from embedcache.projectors.pair import AnyTower
 from embedcache.projectors.saved import (
     PairConfig,
     TowerInput,
-    check_feature,
     is_pair,
     load_pair,
     project,
@@ -47,7 +45,6 @@ class RunRequest:
         name: name of the derived features' folder in the cache.
         modality: modality of the features to derive; None: every modality for which the run has the output.
         view: view of the run's features of that modality; `plain` is these features.
-        prompts: cache of prompts, for outputs that compare with classes.
         dtype: dtype on disk.
     """
 
@@ -57,7 +54,6 @@ class RunRequest:
     name: str
     modality: str | None
     view: str
-    prompts: AnyPath | None
     device: str
     dtype: str = "float16"
 
@@ -88,7 +84,7 @@ def open_run(request: RunRequest) -> list[Derivation]:
     Raises:
         PathError: the folder is not a finished run.
         UnknownNameError: the run has no such output, or is of an unknown kind.
-        SettingError: the output needs prompts, or has no use for them.
+        SettingError: the run has no outputs, or none for the modality.
         FingerprintError: the cache holds features from another encoder than the run was trained on.
     """
     return _open_pair(request) if is_pair(read_run(request.path)) else [_open_module(request)]
@@ -98,7 +94,7 @@ def _open_module(request: RunRequest) -> Derivation:
     """Open an output of a run of a module, which says what it offers.
 
     Raises:
-        SettingError: the module is not an `OutputModule`, or a setting is for aligned pairs only.
+        SettingError: the module is not an `OutputModule`, or the output is of another modality.
     """
     module, config = load_module(request.path, device=str(torch_device(request.device, needs_float64=True)))
     if not (hasattr(module, "output_shapes") and hasattr(module, "compute_outputs")):
@@ -108,12 +104,10 @@ def _open_module(request: RunRequest) -> Derivation:
         )
     output_module = cast(OutputModule, module)
     sides = [(side.modality, side) for side in _output_sides(output_module, config, request.output)]
-    for name, value, expected in (
-        ("prompts", request.prompts, (None,)),
-        ("modality", request.modality, (None, sides[0][0])),
-    ):
-        if value not in expected:
-            raise SettingError(f"{name}: expected none for a run of {config.kind}, got {value}; omit --{name}")
+    if request.modality not in (None, sides[0][0]):
+        raise SettingError(
+            f"modality: expected none for a run of {config.kind}, got {request.modality}; omit --modality"
+        )
 
     def find_shape(shapes: Sequence[ItemShape]) -> ItemShape:
         offered = output_module.output_shapes(shapes)
@@ -147,7 +141,6 @@ def _make_derivation(
     parameters: Mapping[str, Any],
     *,
     axis: Callable[[str, Sequence[Axis | None]], Axis | None] | None = None,
-    location: Mapping[str, str] | None = None,
 ) -> Derivation:
     """Return the derivation of an output from features of the cache, a view of those of the first side.
 
@@ -171,7 +164,7 @@ def _make_derivation(
         outputs=lambda shapes, _: {request.output: find_shape(shapes)},
         axis=axis,
         weights=config.weights_digest,
-        location={RUN: str(request.path), **(location or {})},
+        location={RUN: str(request.path)},
     )
     derived_view = None if request.view == PLAIN else DerivedView(request.view, plain_inputs)
     return Derivation(
@@ -185,76 +178,32 @@ def _make_derivation(
 
 
 def _open_pair(request: RunRequest) -> list[Derivation]:
-    """Open an output of an aligned pair: `projected` for both modalities, `prob` for images.
-
-    Raises:
-        SettingError: prompts are missing, or of no use.
-    """
+    """Open the unit vectors of an aligned pair in the shared space, for one modality or both."""
     device = str(torch_device(request.device))
     pair, config = load_pair(request.path, device=device)
-    if request.output not in ("projected", "prob"):
-        raise unknown_name("output", request.output, ("projected", "prob"), where=f"of the run {request.path}")
-    if request.output == "prob" and request.prompts is None:
-        raise SettingError("the output prob compares with classes; name a cache of prompts with --prompts")
-    if request.output != "prob" and request.prompts is not None:
-        raise SettingError(f"prompts: expected the output prob, got {request.output}; omit --prompts")
+    if request.output != "projected":
+        raise unknown_name("output", request.output, ["projected"], where=f"of the run {request.path}")
     if request.modality is None:
         modalities = [name for name in config.modalities if request.cache.info.num_items.get(name)]
-        modalities = modalities[:1] if request.output == "prob" else modalities
     elif request.modality in config.modalities:
         modalities = [request.modality]
     else:
         raise unknown_name("modality", request.modality, config.modalities, where=f"of the run {request.path}")
 
-    classes = None if request.prompts is None else _read_classes(request.prompts, pair, config, device)
-    return [_open_tower(request, pair, config, modality, classes, device) for modality in modalities]
+    derivations = []
+    for modality in modalities:
+        sides = [(modality, config.tower_input(modality))]
+        compute = partial(_project, pair.tower(modality), device)
+        derivations.append(_make_derivation(request, config, sides, compute, lambda _: (config.shared_width,), {}))
+    return derivations
 
 
-class _Classes(NamedTuple):
-    """Classes of prompts: (C, P) unit vectors in the shared space, and what the fingerprint says of them."""
-
-    vectors_CP: Floats
-    parameters: Mapping[str, Any]
-
-
-def _read_classes(prompts_path: AnyPath, pair: AlignedPair, config: PairConfig, device: str) -> _Classes:
-    """Project the prompts of classes; a class is the mean of its projected prompts, as in zero-shot classification."""
-    cache = Cache(prompts_path)
-    check_prompts(cache, config.tower_input("text").spec)
-    feature = open_input(cache, "text", config.tower_input("text").feature)
-    check_feature(config, "text", feature.name, feature.fingerprint)
-    prompts = read_prompts(cache, feature)
-    record = {"feature": feature.name, "index_digest": cache.info.index_digest}
-    vectors_CP = class_vectors(prompts, pair.tower("text"), device=device)
-    return _Classes(vectors_CP, {"classes": prompts.names, "prompts": record})
-
-
-def _open_tower(
-    request: RunRequest, pair: AlignedPair, config: PairConfig, modality: str, classes: _Classes | None, device: str
-) -> Derivation:
-    """Open the unit vectors in the shared space, or the softmax of their scaled cosines to classes."""
-    tower = pair.tower(modality)
-    scale = pair.scale.item()
-
-    def compute(blocks: Sequence[Block]) -> Mapping[str, Output]:
-        vectors_BP = _project(tower, blocks, device)
-        if classes is None:
-            return {"projected": vectors_BP}
-        scores_BC = torch.from_numpy(scale * vectors_BP @ classes.vectors_CP.T)
-        return {"prob": scores_BC.softmax(dim=1).numpy()}
-
-    width = config.shared_width if classes is None else len(classes.vectors_CP)
-    parameters = {} if classes is None else classes.parameters
-    location = {} if classes is None else {"prompts": str(request.prompts)}
-    sides = [(modality, config.tower_input(modality))]
-    return _make_derivation(request, config, sides, compute, lambda _: (width,), parameters, location=location)
-
-
-def _project(tower: AnyTower, inputs: Sequence[Block], device: str) -> Floats:
+def _project(tower: AnyTower, device: str, inputs: Sequence[Block]) -> Mapping[str, Output]:
     """Project B items, a few at a time, as token sequences are padded: (B, P) float32, rows of length 1."""
     items = [block.items() for block in inputs]
     rows = blocks(len(items[0]), _BLOCK)
-    return np.concatenate([project(tower, _to_inputs(inputs, items, row), device=device) for row in rows])
+    vectors_BP = np.concatenate([project(tower, _to_inputs(inputs, items, row), device=device) for row in rows])
+    return {"projected": vectors_BP}
 
 
 def _to_inputs(inputs: Sequence[Block], items: Sequence[Sequence[Array]], rows: slice) -> Inputs:
@@ -272,7 +221,6 @@ def reopen_run(cache: Cache, group: EncoderGroup, location: Mapping[str, str], *
         name=group.name.partition("@")[0],
         modality=group.modality,
         view=group.fingerprint.get("view", {}).get("name", PLAIN),
-        prompts=location.get("prompts"),
         device=device,
     )
     (opened,) = open_run(request)

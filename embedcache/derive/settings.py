@@ -18,11 +18,10 @@ class DeriveSettings(Settings):
     run: Path | None = setting(None, "Apply this run to the features that it was trained on.", metavar="RUN")
     run_output: str | None = setting(
         None,
-        "Output of the run: projected (unit vectors in the shared space) or prob (probabilities of classes).",
+        "Output of the run: projected, unit vectors in the shared space, of an aligned pair, or a module's own.",
         metavar="NAME",
         default_text="projected",
     )
-    prompts: str | None = setting(None, "Cache of prompts, written by extract prompts:FILE.", metavar="CACHE")
     modality: str | None = setting(
         None,
         "Modality whose features the run is applied to.",
@@ -68,12 +67,7 @@ class DeriveSettings(Settings):
             got = "neither" if self.run is None else "both"
             raise SettingError(f"rule: expected either --run or --rule, got {got}")
         of_rule = {"input": self.inputs, "parameter": self.parameters, "fit_split": self.fit_split}
-        of_run = {
-            "run_output": self.run_output,
-            "prompts": self.prompts,
-            "modality": self.modality,
-            "view": self.views,
-        }
+        of_run = {"run_output": self.run_output, "modality": self.modality, "view": self.views}
         given = [name for name, value in (of_run if self.run is None else of_rule).items() if value]
         if given:
             raise SettingError(f"{given[0]}: expected with {'--run' if self.run is None else '--rule'} only; omit it")

@@ -14,7 +14,6 @@ from embedcache.errors import DataError, FingerprintError, SettingError, Unfinis
 from embedcache.extract.extract import retry_failed
 from embedcache.extract.repair import measure_drift, repair, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
-from embedcache.provenance import read_json
 from embedcache.registry import trust_code, trust_files
 from embedcache.reports.summary import summarize
 from embedcache.sources import open_source
@@ -32,7 +31,6 @@ from tests.derive.cases import (
     labels,
     run,
 )
-from tests.edits import edit_record
 from tests.extract.cases import tree
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
@@ -254,15 +252,6 @@ def test_verify_repairs_inputs_before_derived_features(cache: Path) -> None:
     ]
     assert report.is_sound
     assert tree(cache) == whole
-
-
-@pytest.mark.slow
-def test_repair_of_derived_features_needs_no_source(cache: Path) -> None:
-    source = read_json(cache / "cache.json")["source"]
-    edit_record(cache / "cache.json", source={**source, "path": "/moved/away"})
-    derive_pca(cache)
-    damage(cache / "image/pca/pca/c/2/0/0")
-    assert verify_cache(cache, VerifySettings(repair=True)).is_sound
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from embedcache.dataset.inputs import open_input
 from embedcache.derive.derive import derive_from_run
 from embedcache.derive.rules import Block
 from embedcache.encoders.base import ItemShape
-from embedcache.errors import DataError, FingerprintError, UnknownNameError
+from embedcache.errors import FingerprintError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
@@ -27,14 +27,10 @@ from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from embedcache.train.data import open_data
 from pipelines.avsr.noise import VIEW
-from tests.cli.run import embedcache, succeed
 from tests.extract.cases import tree
-from tests.images import write_images
 from tests.media_files import encode_video, moving_square, tone, wav
 from tests.media_toy import MEDIA
 from tests.sources.files import write, write_tar
-from tests.toy import IMAGE, TEXT
-from tests.train.runs import run as train
 
 AUDIO, VIDEO = "open_media/frames", "open_media/frames"
 STACKS = {"audio": 2, "video": 1}
@@ -164,20 +160,15 @@ class Length(nn.Module):
         return {name: np.array(lengths, np.float32).T for name in names}
 
 
-class Plain(Length):
-    """The same, with its sides in the order of the run."""
-
-    output_sides = None  # type: ignore[assignment]
-
-
 def test_first_side_that_is_read_decides_the_items(work: Path, cache: Path, tmp_path: Path) -> None:
     write_run(cache, tmp_path / "run", {"audio": AUDIO, "video": VIDEO}, Length())
     derive_from_run(cache, tmp_path / "run", "length")
     found = Cache(cache).feature("video", "run-length/length").load()
     np.testing.assert_array_equal(found, [[25, 50], [25, 50], [26, 55], [27, 60]])
-    write_run(cache, tmp_path / "other", {"audio": AUDIO, "video": VIDEO}, Plain())
-    with pytest.raises(DataError, match="expected one video per sample, got 2 in the sample '0'.*first input"):
-        derive_from_run(cache, tmp_path / "other", "length")
+    with pytest.raises(UnknownNameError, match="unknown output 'prob' of the run .*; known: length, of-video"):
+        derive_from_run(cache, tmp_path / "run", "prob")
+    with pytest.raises(SettingError, match="modality: expected none for a run of .*Length, got audio"):
+        derive_from_run(cache, tmp_path / "run", "length", modality="audio")
 
 
 def test_view_is_read_in_place_of_the_sides_of_its_modality(work: Path, cache: Path, tmp_path: Path) -> None:
@@ -221,15 +212,6 @@ def test_second_run_on_derived_views(work: Path, cache: Path, tmp_path: Path) ->
     assert tree(cache) == whole
 
 
-@pytest.mark.slow
-def test_run_on_a_view_reads_another_in_its_place(work: Path, cache: Path) -> None:
-    reports = derive_from_run(cache, work / "noisy", "audio-states", view=("plain", "babble-5dB"), dtype="float32")
-    assert [report.encoder for report in reports] == ["noisy-audio-states", "noisy-audio-states@babble-5dB"]
-    for name, feature in (("", "open_media@babble5dB/frames"), ("@babble-5dB", "open_media@babble-5dB/frames")):
-        (found,) = Cache(cache).feature("audio", f"noisy-audio-states{name}").gather_tokens(np.array([1]))
-        np.testing.assert_allclose(found, states(work, "noisy", cache, feature, 1), atol=1e-5)
-
-
 def test_view_of_another_encoder_is_refused(work: Path, cache: Path) -> None:
     path = cache / "audio/open_media@babble5dB/zarr.json"
     metadata = read_json(path)
@@ -240,26 +222,3 @@ def test_view_of_another_encoder_is_refused(work: Path, cache: Path) -> None:
     with pytest.raises(FingerprintError, match="weights: stored .* the cache's open_media@babble5dB/frames comes from"):
         derive_from_run(cache, work / "both", "audio-states", view=("plain", "babble5dB"))
     assert not (cache / "audio/both-audio-states").exists()  # all views are opened before the first is computed
-
-
-@pytest.mark.slow
-def test_command_line(work: Path, cache: Path) -> None:
-    words = ("derive", cache, "--run", work / "both", "--run-output", "audio-states", "--name", "ao")
-    out = succeed(*words, "--view", "plain,babble5dB", "--view", "babble-5dB", cwd=work)
-    assert [line.partition(" ")[0] for line in out.splitlines()] == ["ao", "ao@babble5dB", "ao@babble-5dB"]
-    assert "ao@babble-5dB/audio-states" in succeed("inspect", cache, cwd=work)
-    refused = embedcache(*words, "--view", "babble7dB", cwd=work)
-    assert (refused.code, "open_media@babble5dB/frames" in refused.stderr) == (1, True)
-
-
-@pytest.mark.slow
-def test_pair_on_flipped_images(tmp_path: Path) -> None:
-    source = open_source(write_images(tmp_path / "s", 40))
-    settings = ExtractSettings(views=("flip",), chunk_size=16)
-    extract(source, tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
-    train(tmp_path / "c", tmp_path / "run", batch_size=20, epochs=0)
-    reports = derive_from_run(tmp_path / "c", tmp_path / "run", modality="image", view=("plain", "flip"))
-    assert [report.encoder for report in reports] == ["run-projected", "run-projected@flip"]
-    plain, flipped = (Cache(tmp_path / "c").feature("image", report.encoder).load() for report in reports)
-    assert (plain != flipped).any(axis=1).all()
-    assert verify_cache(tmp_path / "c", VerifySettings(reencode=1)).is_sound
