@@ -135,8 +135,8 @@ class VectorExport:
     def table(self, rows: slice) -> pa.Table:
         """Return `key`, and where they exist `image_path`, `caption`, `language`, and all columns of some rows.
 
-        Recordings are in `audio_path` and so on, with `start_s` and `stop_s` if they are intervals. Fast for rows that
-        ascend from call to call.
+        Recordings are in `audio_path` and so on, with `start_s` and `stop_s`. Fast for rows that ascend from call to
+        call.
         """
         samples = self._readers[SAMPLES].take(self.samples[rows])
         columns = {"key": samples["key"]}
@@ -144,12 +144,11 @@ class VectorExport:
             if MODALITIES[modality].kind == "files":
                 items = self._readers[modality].take(self.item_rows(modality, rows))
                 columns[f"{modality}_path"] = self._paths(items)
-                columns |= {name: items[name] for name in INTERVAL_NAMES if modality in self._with_intervals}
+                columns |= {name: items[name] for name in INTERVAL_NAMES if MODALITIES[modality].has_interval}
         if "text" in self._readers:
             captions = self._captions(rows)
             columns["caption"] = captions["text"]
-            if self._has_languages:
-                columns["language"] = captions["language"]
+            columns["language"] = captions["language"]
         others = [name for name in samples.column_names if name not in columns]
         return pa.table({**columns, **{name: samples[name] for name in others}})
 
@@ -203,20 +202,6 @@ class VectorExport:
         if "text" in self._items:
             return self._items["text"]
         return _first_items(self._samples_of["text"], self._is_usable("text"))
-
-    @cached_property
-    def _has_languages(self) -> bool:
-        """Whether any of the captions has a language."""
-        caption_rows, has_caption = self._caption_rows(slice(None))
-        is_known_N = self.cache.items("text", columns=["language"])["language"].is_valid().to_numpy()
-        return bool(is_known_N[caption_rows[has_caption]].any())
-
-    @cached_property
-    def _with_intervals(self) -> set[Modality]:
-        """Modalities of which any item is an interval of a file."""
-        timed = [modality for modality in self.modalities if MODALITIES[modality].has_interval]
-        tables = {modality: self.cache.items(modality, columns=list(INTERVAL_NAMES)) for modality in timed}
-        return {name for name, table in tables.items() if any(c.null_count < len(c) for c in table.columns)}
 
     def _paths(self, items: pa.Table) -> pa.ChunkedArray:
         """Return absolute paths where the items are files, URLs as they are; otherwise the stored paths."""

@@ -1,13 +1,12 @@
 """Vectors of other tools by the name of their format: files to import, and exports of a cache."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embedcache.encoders.base import Modality
-from embedcache.errors import SettingError, pluralize
+from embedcache.errors import pluralize
 from embedcache.files import AnyPath
 from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
 from embedcache.interop.exporting import IMAGES_AND_TEXTS, MODALITY_NAMES, VectorExport
@@ -19,14 +18,12 @@ from embedcache.progress import AnyProgress, to_progress
 from embedcache.registry import unknown_name
 from embedcache.settings import merge_settings
 
-_OPENERS: Mapping[str, tuple[Callable[..., VectorImport], tuple[str, ...]]] = {
-    "clip-retrieval": (open_clip_retrieval, ("path",)),
-    "datacomp": (open_datacomp, ("path", "arrays")),
-    "npy": (open_npy_vectors, ("files", "table")),
-    "parquet": (open_parquet_vectors, ("path", "vector_columns")),
+_OPENERS: Mapping[str, Callable[..., VectorImport]] = {
+    "clip-retrieval": open_clip_retrieval,
+    "datacomp": open_datacomp,
+    "npy": open_npy_vectors,
+    "parquet": open_parquet_vectors,
 }
-_PATHS = ("path", "table")
-_BY_MODALITY = ("arrays", "files", "vector_columns")
 _WRITERS: Mapping[str, tuple[Callable[..., int], Sequence[Modality]]] = {
     "clip-retrieval": (write_clip_retrieval, IMAGES_AND_TEXTS),
     "npy": (write_npy, MODALITY_NAMES),
@@ -45,7 +42,7 @@ def open_vectors(format_name: str, path: AnyPath | None = None, **options: Any) 
             and `vector_columns` (modality -> column or columns) of `parquet`.
 
     Raises:
-        UnknownNameError: there is no such format, option, column or array.
+        UnknownNameError: there is no such format, column or array.
         SettingError: nothing to read is named.
         PathError: a file does not exist.
         DataError: files that belong together differ in their rows, width or dtype.
@@ -53,22 +50,8 @@ def open_vectors(format_name: str, path: AnyPath | None = None, **options: Any) 
     """
     if format_name not in _OPENERS:
         raise unknown_name("import format", format_name, _OPENERS)
-    opener, names = _OPENERS[format_name]
-    given = {name: value for name, value in {"path": path, **options}.items() if value is not None}
-    for name in given:
-        if name not in names:
-            raise unknown_name("argument", name, names, where=f"of the import format {format_name}")
-    for name, value in given.items():
-        if name in _BY_MODALITY and not _is_by_modality(value):
-            raise SettingError(f"{name}: expected modality -> name, such as {{'audio': 'clap'}}, got {value!r}")
-    if "path" in names and path is None:
-        raise SettingError(f"path: expected a folder or file of the format {format_name}, got none")
-    return opener(**{name: Path(value) if name in _PATHS else value for name, value in given.items()})
-
-
-def _is_by_modality(value: Any) -> bool:
-    kinds = (str, os.PathLike, list, tuple)
-    return isinstance(value, Mapping) and all(isinstance(name, kinds) for name in value.values())
+    paths = [] if path is None else [Path(path)]
+    return _OPENERS[format_name](*paths, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

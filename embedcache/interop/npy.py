@@ -1,7 +1,6 @@
 """Vectors in `.npy` files with a table beside them, and DataComp's metadata: `<hash>.parquet` beside `<hash>.npz`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,10 @@ from numpy.lib import format as npy_format
 from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError
-from embedcache.files import building, check_regular, one_or_many, reading
+from embedcache.files import AnyPath, building, check_regular, one_or_many, reading
 from embedcache.interop.exporting import IMAGES_AND_TEXTS, VectorExport
 from embedcache.interop.parquet import GET_AGAIN, write_rows
-from embedcache.interop.vector_files import FileGroup, VectorImport, check_dtype
+from embedcache.interop.vector_files import FileGroup, VectorFile, VectorImport, check_dtype
 from embedcache.modalities import MODALITIES
 from embedcache.progress import Progress, watch
 from embedcache.registry import unknown_name
@@ -22,7 +21,7 @@ _BLOCK = 8192
 _ROW_GROUP = 2**20
 
 
-def open_npy_vectors(files: Mapping[str, Path | str], *, table: Path | None = None) -> VectorImport:
+def open_npy_vectors(files: Mapping[str, AnyPath], *, table: AnyPath | None = None) -> VectorImport:
     """Open `.npy` files whose rows belong together, with a table of their keys, captions and columns.
 
     Args:
@@ -30,7 +29,7 @@ def open_npy_vectors(files: Mapping[str, Path | str], *, table: Path | None = No
         table: table of the rows.
 
     Raises:
-        SettingError: no file is named, or several of one modality.
+        SettingError: no file is named.
         UnknownNameError: a modality is unknown.
         CorruptError: a file is damaged.
         DataError: an array is not (rows, width) of float16, float32 or float64, or they differ in their rows.
@@ -39,14 +38,13 @@ def open_npy_vectors(files: Mapping[str, Path | str], *, table: Path | None = No
     for name, path in files.items():
         if name not in MODALITIES:
             raise unknown_name("modality", name, MODALITIES)
-        if not isinstance(path, str | Path):
-            raise SettingError(f"files: expected one .npy file of {name} vectors, got {path!r}; name one")
         given[MODALITIES[name].name] = Path(path)
     if not given:
         raise SettingError("files: expected a .npy file, got none; name one with --file MODALITY=FILE")
-    group = FileGroup(vectors={modality: open_npy(path) for modality, path in given.items()}, table=table)
-    first = next(iter(given.values()))
-    return VectorImport(form="npy", path=first, modalities={name: name for name in given}, groups=[group])
+    vectors = {modality: open_npy(path) for modality, path in given.items()}
+    group = FileGroup(vectors=vectors, table=None if table is None else Path(table))
+    path = group.table or next(iter(given.values()))
+    return VectorImport(form="npy", path=path, modalities={name: name for name in given}, groups=[group])
 
 
 def open_datacomp(path: Path, *, arrays: Mapping[str, str | Sequence[str]]) -> VectorImport:
@@ -113,25 +111,8 @@ def write_npy(export: VectorExport, folder: Path, *, progress: Progress) -> int:
     return num_rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class NpyFile:
-    """A two-dimensional array of float16, float32 or float64: a memory-mapped `.npy`, or one array of an `.npz`."""
-
-    path: Path
-    num_rows: int
-    width: int
-    dtype: str
-    member: str | None = None
-
-    def blocks(self, first: int, size: int) -> Iterator[Array]:
-        """Iterate over the rows from `first` on: arrays (B, D) of at most `size` rows."""
-        rows_ND = _load(self.path, self.member)
-        for row in range(first, self.num_rows, size):
-            yield np.array(rows_ND[row : row + size])
-
-
-def open_npy(path: Path, member: str | None = None) -> NpyFile:
-    """Open a `.npy` file, or an array of an `.npz` file.
+def open_npy(path: Path, member: str | None = None) -> VectorFile:
+    """Open a `.npy` file, which is mapped, or an array of an `.npz` file.
 
     Raises:
         CorruptError: it is not such a file, or ends before its last row.
@@ -142,8 +123,15 @@ def open_npy(path: Path, member: str | None = None) -> NpyFile:
     location = str(path) if member is None else f"{path}, array {member}"
     if rows_ND.ndim != 2 or not rows_ND.shape[1]:
         raise DataError(f"{location}: expected an array (rows, width), got shape {rows_ND.shape}")
+
+    def read_blocks(first: int, size: int) -> Iterator[Array]:
+        rows_ND = _load(path, member)
+        for row in range(first, len(rows_ND), size):
+            yield np.array(rows_ND[row : row + size])
+
     num_rows, width = rows_ND.shape
-    return NpyFile(path=path, num_rows=num_rows, width=width, dtype=check_dtype(rows_ND.dtype, location), member=member)
+    dtype = check_dtype(rows_ND.dtype, location)
+    return VectorFile(path=path, num_rows=num_rows, width=width, dtype=dtype, blocks=read_blocks)
 
 
 def _load(path: Path, member: str | None) -> Array:

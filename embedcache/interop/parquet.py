@@ -1,7 +1,7 @@
 """Parquet with vectors as lists of one length: one row per sample, with its key, caption and columns."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, DataError, PathError, SettingError
 from embedcache.files import reading
 from embedcache.interop.exporting import MODALITY_NAMES, VectorExport, check_new_file
-from embedcache.interop.vector_files import FileGroup, VectorImport, check_dtype
+from embedcache.interop.vector_files import FileGroup, VectorFile, VectorImport, check_dtype
 from embedcache.modalities import MODALITIES
 from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.progress import Progress
@@ -138,49 +138,38 @@ def _read_origin(path: Path, schema: pa.Schema) -> Mapping[str, Any]:
 _DTYPES = {"halffloat": "float16", "float": "float32", "double": "float64"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParquetColumn:
-    """A column of float16, float32 or float64 lists of one length in a Parquet file."""
+def _read_blocks(path: Path, column: str, width: int, dtype: str, first: int, size: int) -> Iterator[Array]:
+    """Iterate over the rows from `first` on: arrays (B, D) of at most `size` rows; a null row is NaN.
 
-    path: Path
-    column: str
-    num_rows: int
-    width: int
-    dtype: str
-
-    def blocks(self, first: int, size: int) -> Iterator[Array]:
-        """Iterate over the rows from `first` on: arrays (B, D) of at most `size` rows; a null row is NaN.
-
-        Raises:
-            DataError: a list differs in length from the first.
-        """
-        with reading(self.path, GET_AGAIN), open_parquet(self.path) as file:
-            groups, row = _groups_from(file, first)
-            for batch in file.iter_batches(size, row_groups=groups, columns=[self.column], use_threads=False):
-                yield self._values(batch.column(0), row)[max(0, first - row) :]
-                row += len(batch)
-            if row != self.num_rows:
-                raise CorruptError(
-                    f"{self.path}: expected {self.num_rows:,} rows as its footer counts, got {row:,} of the column "
-                    f"{self.column}; get the file again"
+    Raises:
+        DataError: a list differs in length from the first.
+    """
+    with reading(path, GET_AGAIN), open_parquet(path) as file:
+        groups, row = _groups_from(file, first)
+        for batch in file.iter_batches(size, row_groups=groups, columns=[column], use_threads=False):
+            lists = batch.column(0)
+            lengths = lists.value_lengths().fill_null(width).to_numpy(zero_copy_only=False)
+            wrong = np.flatnonzero(lengths != width)
+            if len(wrong):
+                raise DataError(
+                    f"{path}, column {column}, row {row + wrong[0]:,}: expected {width:,} components as in the first "
+                    f"row, got {lengths[wrong[0]]:,}; vectors of a feature have one width"
                 )
 
-    def _values(self, lists: pa.Array, first: int) -> Array:
-        lengths = lists.value_lengths().fill_null(self.width).to_numpy(zero_copy_only=False)
-        wrong = np.flatnonzero(lengths != self.width)
-        if len(wrong):
-            raise DataError(
-                f"{self.path}, column {self.column}, row {first + wrong[0]:,}: expected {self.width:,} components as "
-                f"in the first row, got {lengths[wrong[0]]:,}; vectors of a feature have one width"
+            components = lists.drop_null().flatten().to_numpy(zero_copy_only=False)
+            values = np.full((len(lists), width), np.nan, dtype)
+            values[lists.is_valid().to_numpy(zero_copy_only=False)] = components.reshape(-1, width)
+            yield values[max(0, first - row) :]
+            row += len(batch)
+
+        if row != file.metadata.num_rows:
+            raise CorruptError(
+                f"{path}: expected {file.metadata.num_rows:,} rows as its footer counts, got {row:,} of the column "
+                f"{column}; get the file again"
             )
-        valid_lists = lists.drop_null()
-        values = np.full((len(lists), self.width), np.nan, self.dtype)
-        components = valid_lists.flatten().to_numpy(zero_copy_only=False)
-        values[lists.is_valid().to_numpy(zero_copy_only=False)] = components.reshape(len(valid_lists), self.width)
-        return values
 
 
-def _open_column(path: Path, column: str) -> ParquetColumn:
+def _open_column(path: Path, column: str) -> VectorFile:
     """Open a column of vectors.
 
     Raises:
@@ -199,7 +188,9 @@ def _open_column(path: Path, column: str) -> ParquetColumn:
         width = kind.list_size if pa.types.is_fixed_size_list(kind) else _first_length(file, column)
         if not width:
             raise DataError(f"column {column} of {path}: expected vectors, got none in {file.metadata.num_rows:,} rows")
-        return ParquetColumn(path=path, column=column, num_rows=file.metadata.num_rows, width=width, dtype=dtype)
+        blocks_from = partial(_read_blocks, path, column, width, dtype)
+        num_rows = file.metadata.num_rows
+        return VectorFile(path=path, num_rows=num_rows, width=width, dtype=dtype, blocks=blocks_from)
 
 
 def _vector_columns(schema: pa.Schema) -> list[str]:

@@ -1,11 +1,10 @@
 """Files of vectors that an import reads, in groups whose rows belong together, and samples in tables beside them."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,6 @@ import pyarrow as pa
 from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, ItemError, SettingError, SourceError
-from embedcache.files import is_url
 from embedcache.modalities import MODALITIES
 from embedcache.samples import IMPORTED_SOURCE, FileItem, Sample, TextItem
 from embedcache.sources.files import read_item_file, resolve_item
@@ -31,28 +29,22 @@ _DTYPES = {"float16": "float16", "float32": "float32", "float64": "float32"}
 _KEY_FORMAT = "{:09d}"
 
 
-class VectorFile(Protocol):
-    """Vectors of float16, float32 or float64 in one file, one per row."""
+@dataclass(frozen=True, kw_only=True)
+class VectorFile:
+    """Vectors of float16, float32 or float64 in one file, one per row.
 
-    @property
-    def path(self) -> Path:
-        """Path of the file."""
+    Args:
+        width: D, the number of dimensions of each vector.
+        dtype: dtype in the file.
+        blocks: `blocks(first, size)` iterates over the rows from `first` on in arrays (B, D) of up to `size` rows; a
+            missing vector is NaN.
+    """
 
-    @property
-    def num_rows(self) -> int:
-        """Number of vectors."""
-
-    @property
-    def width(self) -> int:
-        """D, the number of dimensions of each vector."""
-
-    @property
-    def dtype(self) -> str:
-        """Dtype in the file: `float16`, `float32` or `float64`."""
-
-    def blocks(self, first: int, size: int) -> Iterator[Array]:
-        """Iterate over the rows from `first` on in arrays (B, D) of up to `size` rows; a missing vector is NaN."""
-        ...
+    path: Path
+    num_rows: int
+    width: int
+    dtype: str
+    blocks: Callable[[int, int], Iterator[Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +66,7 @@ class VectorImport:
 
     Args:
         form: name of the format.
-        path: path that the user named.
+        path: path that the user named, of which relative paths in tables are seen.
         modalities: name of a feature -> modality of its vectors.
         groups: groups of files, at least one.
         origin: what the format itself records of the vectors, as JSON values.
@@ -256,10 +248,10 @@ class ImportedSamples:
                 f"{file.path}: text vectors need a column of captions; name one of {', '.join(file.columns)} with "
                 "--caption-column"
             )
-        count, folder = 0, self._folder_of_paths(group.table)
+        count = 0
         for count, row in enumerate(file.rows(columns.to_read()), start=1):
             if count <= group.num_rows:
-                yield self._sample(columns, row, first + count - 1, f"{group.table} row {count - 1:,}", folder)
+                yield self._sample(columns, row, first + count - 1, f"{group.table} row {count - 1:,}")
         if count != group.num_rows:
             vectors = next(iter(group.vectors.values())).path
             raise SourceError(
@@ -267,15 +259,8 @@ class ImportedSamples:
                 "belong together"
             )
 
-    def _folder_of_paths(self, table: Path) -> str:
-        """Return the folder of a table's relative paths, seen from the import's; empty if it is the same."""
-        if self._vectors.form != "npy":  # a tree has its tables in a folder of their own
-            return ""
-        folder = os.path.relpath(table.parent.resolve(), self._vectors.path.parent.resolve())
-        return "" if folder == "." else folder
-
-    def _sample(self, columns: TableColumns, row: Row, number: int, location: str, folder: str) -> Sample:
-        items = {modality: (_item_path(columns, row, modality, folder), 0) for modality in self._in_files}
+    def _sample(self, columns: TableColumns, row: Row, number: int, location: str) -> Sample:
+        items = {modality: (_item_path(columns, row, modality), 0) for modality in self._in_files}
         sample = read_sample(columns, row, location, key=_KEY_FORMAT.format(number), items=items)
         if "text" not in self._modalities:
             return sample
@@ -287,14 +272,11 @@ class ImportedSamples:
         return sample if sample.texts else replace(sample, texts=(TextItem(text=""),))
 
 
-def _item_path(columns: TableColumns, row: Row, modality: str, folder: str) -> str:
-    """Return the path of the file that a row names, if one does, in a folder if it is relative."""
+def _item_path(columns: TableColumns, row: Row, modality: str) -> str:
+    """Return the path of the file that a row names; empty if it names none."""
     column = columns.items.get(modality)
     cell = None if column is None or column in columns.embedded else row.get(column)
-    path = cell if isinstance(cell, str) else ""
-    if folder and path and not path.startswith("/") and not is_url(path):
-        path = os.path.normpath(f"{folder}/{path}")
-    return path
+    return cell if isinstance(cell, str) else ""
 
 
 class ImportedSource:

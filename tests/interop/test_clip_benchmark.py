@@ -101,24 +101,6 @@ def test_image_modes_are_prepared_as_in_extraction(kind: str, runs: dict[str, Pa
     assert torch.equal(transform(Image.open(io.BytesIO(file.getvalue()))), expected)
 
 
-@pytest.mark.slow
-def test_view_of_run_is_applied(image_folder: Path, tmp_path: Path) -> None:
-    settings = ExtractSettings(views=("crop:0.5",), dtype="float32")
-    extract(
-        open_source(image_folder), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings
-    )
-    run = train_run(tmp_path / "cache", tmp_path / "run", "open_toy@crop-0.5/cls", "open_toy/mean", "linear")
-    model, transform, _ = load("embedcache", run)
-    images = [transform(Image.open(path)) for path in sorted(image_folder.glob("*.png"))[:20]]
-    expected = cached_vectors(tmp_path / "cache", run, "image")[:20]
-    np.testing.assert_allclose(model.encode_image(default_collate(images)).numpy(), expected, atol=CLOSE)
-
-
-def test_no_texts_give_no_vectors(runs: dict[str, Path]) -> None:
-    model, _, tokenizer = load("embedcache", runs["vectors"])
-    assert model.encode_text(tokenizer([])).shape == (0, 16)
-
-
 def pairs_of(
     image_folder: Path, transform: object, count: int
 ) -> Iterator[tuple[torch.Tensor, Sequence[Sequence[str]]]]:

@@ -52,13 +52,6 @@ def test_arrays_parse_as_in_embedding_reader(labeled: Path, tmp_path: Path) -> N
             assert metadata["caption"].null_count == metadata["image_path"].null_count == 0
 
 
-def test_image_paths_are_absolute(labeled: Path, tmp_path: Path) -> None:
-    write_clip_retrieval(export_of(labeled), tmp_path / "tree", progress=NullProgress())
-    paths = pq.read_table(tmp_path / "tree" / "metadata" / "metadata_0.parquet")["image_path"].to_pylist()
-    assert len(paths) == 39
-    assert paths[0].endswith("images/00000.png")
-
-
 def test_row_numbers_are_keys_without_metadata(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", unit_rows(25))
     for path in (tree / "metadata").iterdir():

@@ -41,11 +41,8 @@ def test_exported_vectors_are_imported(labeled: Path, tmp_path: Path) -> None:
     ("words", "options", "error", "word"),
     [
         (("parket", "x"), {}, UnknownNameError, "parquet"),
-        (("npy", "x.npy"), {}, UnknownNameError, "files, table"),
-        (("npy",), {"files": "x.npy"}, SettingError, "files"),
-        (("npy",), {"files": {"audio": 3}}, SettingError, "files"),
-        (("npy",), {"files": {"audio": ["x", "y"]}}, SettingError, "one"),
-        (("datacomp",), {}, SettingError, "path"),
+        (("npy",), {"files": {}}, SettingError, "none"),
+        (("npy",), {"files": {"sound": "x.npy"}}, UnknownNameError, "audio"),
     ],
 )
 def test_vectors_that_cannot_be_opened_raise(

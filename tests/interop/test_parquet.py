@@ -1,7 +1,6 @@
 """Vectors as lists in Parquet, of ours and of others."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from embedcache.extract.extract import extract
 from embedcache.files import open_path
 from embedcache.interop import parquet
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
-from embedcache.maintain.remove import remove_samples
 from embedcache.progress import NullProgress
 from embedcache.sources import open_source
 from tests.images import write_images
@@ -82,12 +80,6 @@ def test_columns_of_vectors_have_no_other_role(tmp_path: Path) -> None:
     assert [feature.name for feature in cache.features()] == ["image/vector", "text/vector"]
 
 
-def test_origin_is_recorded(labeled: Path, tmp_path: Path) -> None:
-    write_parquet(export_of(labeled), tmp_path / "rows.parquet", progress=NullProgress())
-    cache, _ = import_files(open_parquet_vectors(tmp_path / "rows.parquet"), tmp_path / "cache")
-    assert cache.info.source["origin"]["features"]["image"]["spec"] == "tests.toy:open_toy"
-
-
 @pytest.mark.parametrize(
     ("lists", "columns", "error", "word"),
     [
@@ -150,10 +142,3 @@ def test_image_paths_of_files_are_absolute_and_those_of_urls_unchanged(tmp_path:
         cache = tmp_path / location.replace("/", "-")
         extract(open_source(location), cache, image_encoder=[IMAGE])
         assert export_of(cache, modality="image").table(slice(None))["image_path"].to_pylist() == expected
-
-
-def test_removed_samples_are_not_counted_as_left_out(labeled: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    shutil.copytree(labeled, cache)
-    remove_samples(cache, [f"{number:032x}" for number in (3, 4)])
-    assert export_of(cache, modality="image").left_out == export_of(labeled, modality="image").left_out

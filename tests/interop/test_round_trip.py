@@ -88,21 +88,6 @@ def test_intervals_of_recordings(form: str, tmp_path: Path) -> None:
     assert verify(twice) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMATS)
-def test_import_export_import_is_identical(form: str, labeled: Path, tmp_path: Path) -> None:
-    write, read, features, name = FORMATS[form]
-    write(export_of(labeled), tmp_path / "1" / name)
-    once = import_files(read(tmp_path / "1" / name), tmp_path / "one")[0]
-    write(export_of(once.path), tmp_path / "2" / name)
-    twice = import_files(read(tmp_path / "2" / name), tmp_path / "two")[0]
-    assert twice.info.index_digest == once.info.index_digest
-    for modality, feature in zip(("image", "text"), features, strict=True):
-        np.testing.assert_array_equal(
-            twice.feature(modality, feature).load(), once.feature(modality, feature).load(), strict=True
-        )
-
-
 def test_selection_and_modality(labeled: Path, tmp_path: Path) -> None:
     write, read, *_ = FORMATS["parquet"]
     chosen = [f"{row:032x}" for row in (5, 6, FAILED, 20)]
@@ -177,10 +162,6 @@ def test_invalid_settings_raise(
 ) -> None:
     with pytest.raises(error, match=words):
         export_of(labeled, **settings)
-
-
-def test_any_language_keeps_all_captions(labeled: Path) -> None:
-    np.testing.assert_array_equal(export_of(labeled, language="any").samples, export_of(labeled).samples)
 
 
 def test_selection_without_vectors_raises(labeled: Path, tmp_path: Path) -> None:
