@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from embedcache.errors import PathError, SettingError, UnknownNameError, pluralize
 from embedcache.files import AnyPath, folder_bytes, open_path, remove_folder, remove_partials
@@ -76,7 +76,7 @@ def prune_cache(cache: AnyPath, settings: PruneSettings | None = None, **options
     plan = _describe(targets)
     remove_partials(opened.path)
     with ExitStack() as stack:
-        for group, _ in targets:
+        for group in {target.group.path: target.group for target in targets}.values():
             leases = Leases(group.path / "chunks")
             if not leases.acquire(None):
                 raise PathError(
@@ -84,29 +84,39 @@ def prune_cache(cache: AnyPath, settings: PruneSettings | None = None, **options
                     "delete them; nothing was deleted"
                 )
             stack.callback(leases.release, None)
-        for group, feature in targets:
-            if feature is None:
-                remove_folder(group.path)
-            else:
-                _delete_feature(opened, group, feature)
+        for target in targets:
+            if not target.feature:
+                remove_folder(target.path)
+                continue
+            for chunk in range(opened.info.num_chunks(target.group.modality)):
+                withdraw(target.group, chunk, [target.feature])
+            with locked(opened.path):
+                remove_folder(target.path)
     return plan
 
 
-def _find_all(cache: Cache, settings: PruneSettings) -> list[tuple[EncoderGroup, str | None]]:
-    """Return the folder of each encoder, and the feature to delete of it; None: the whole folder."""
+class _Target(NamedTuple):
+    """A feature to delete, or the whole folder of an encoder if the name is empty."""
+
+    group: EncoderGroup
+    feature: str
+
+    @property
+    def path(self) -> Path:
+        """What is deleted."""
+        return self.group.path / self.feature if self.feature else self.group.path
+
+
+def _find_all(cache: Cache, settings: PruneSettings) -> list[_Target]:
+    """Return what is to be deleted: features, then whole folders."""
     if not settings.features:
         raise SettingError("expected something to delete, got nothing; name it with --feature")
-    targets = [target for name in settings.features for target in _find(cache, name, settings.modality)]
-    whole = {group.path for group, feature in targets if feature is None}
-    unique = {
-        (group.path, feature): (group, feature)
-        for group, feature in targets
-        if feature is None or group.path not in whole
-    }
-    return list(unique.values())
+    found = [target for name in settings.features for target in _find(cache, name, settings.modality)]
+    by_path = {target.path: target for target in found}
+    return sorted(by_path.values(), key=lambda target: not target.feature)
 
 
-def _find(cache: Cache, name: str, modality: str | None) -> list[tuple[EncoderGroup, str | None]]:
+def _find(cache: Cache, name: str, modality: str | None) -> list[_Target]:
     """Return what a name stands for; nothing if a killed command has begun to delete it."""
     folder, _, feature = name.partition("/")
     modalities = [modality] if modality else list(cache.info.num_items)
@@ -117,8 +127,8 @@ def _find(cache: Cache, name: str, modality: str | None) -> list[tuple[EncoderGr
         raise UnknownNameError(f"feature {name!r} of {cache.path} is one of {found}; name one of them with --modality")
     if named:
         [group] = named
-        is_whole = not feature or group.features == [feature]
-        return [(group, None if is_whole else feature)]
+        is_whole = group.features == [feature]
+        return [_Target(group, "" if is_whole else feature)]
 
     places = [cache.path / each / name.rstrip("/") for each in modalities]
     if any(list(place.parent.glob(f".{place.name}.*.partial")) for place in places):
@@ -127,19 +137,10 @@ def _find(cache: Cache, name: str, modality: str | None) -> list[tuple[EncoderGr
     raise unknown_name("feature", name, list(dict.fromkeys(known)), where=f"of {cache.path}")
 
 
-def _describe(targets: Sequence[tuple[EncoderGroup, str | None]]) -> PrunePlan:
+def _describe(targets: Sequence[_Target]) -> PrunePlan:
     entries = []
-    for group, feature in targets:
-        place = group.name if feature is None else f"{group.name}/{feature}"
-        path = group.path if feature is None else group.path / feature
-        kind = "encoder" if feature is None else "feature"
-        name = f"{group.modality}/{place}"
-        entries.append(PrunedEntry(name=name, kind=kind, path=path, num_bytes=folder_bytes(path)))
+    for target in targets:
+        kind = "feature" if target.feature else "encoder"
+        name = f"{target.group.modality}/{target.group.name}{'/' * bool(target.feature)}{target.feature}"
+        entries.append(PrunedEntry(name=name, kind=kind, path=target.path, num_bytes=folder_bytes(target.path)))
     return PrunePlan(entries=entries)
-
-
-def _delete_feature(cache: Cache, group: EncoderGroup, feature: str) -> None:
-    for chunk in range(cache.info.num_chunks(group.modality)):
-        withdraw(group, chunk, [feature])
-    with locked(cache.path):
-        remove_folder(group.path / feature)

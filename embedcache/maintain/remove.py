@@ -252,7 +252,7 @@ def _purge(cache_path: Path, index_path: Path, card: IndexCard, progress: Progre
 
 
 def count_named(path: Path, keys: Collection[str]) -> int:
-    """Count how often a file or folder names samples: in Parquet, lists of keys, DataComp's uids or WebDataset shards.
+    """Count how often a file or folder names samples: in Parquet, lists of keys or WebDataset shards.
 
     Raises:
         PathError: there are no such files.
@@ -285,12 +285,6 @@ def _read_list(path: Path) -> Iterable[pa.Array]:
     yield pa.array(path.read_text(TEXT_ENCODING).splitlines(), pa.string())
 
 
-def _read_uids(path: Path) -> Iterable[pa.Array]:
-    uids = np.load(path, mmap_mode="r", allow_pickle=False)
-    if uids.dtype == np.dtype("u8,u8"):
-        yield pa.array([f"{high:016x}{low:016x}" for high, low in uids.tolist()], pa.string())
-
-
 def _read_shard(path: Path) -> Iterable[pa.Array]:
     """Read the keys of a shard, each in the `.json` of its sample."""
     with tarfile.open(path, "r:") as tar:
@@ -302,7 +296,6 @@ def _read_shard(path: Path) -> Iterable[pa.Array]:
 _READERS: Mapping[str, Callable[[Path], Iterable[pa.Array]]] = {
     ".parquet": _read_table,
     ".txt": _read_list,
-    ".npy": _read_uids,
     ".tar": _read_shard,
 }
 """Suffix -> function that reads the keys of samples that a file names."""

@@ -225,21 +225,6 @@ def test_new_encoder_knows_removed_samples(made: Path, removed: Path, tmp_path: 
     assert {(entry["num_failed"], entry["num_removed"]) for entry in summary.record["features"]} == {(0, 2)}
 
 
-def test_removed_items_are_no_failures_of_their_modality(tmp_path: Path) -> None:
-    from embedcache.extract.extract import extract
-    from embedcache.sources import open_source
-    from tests.images import write_images
-    from tests.toy import IMAGE, TEXT
-
-    source = write_images(tmp_path / "source", 2)
-    (source / "00001.txt").unlink()  # the only caption is that of the other image
-    for _ in range(2):
-        reports = extract(open_source(source), tmp_path / "c", image_encoder=IMAGE, text_encoder=TEXT, extend=True)
-        if not Cache(tmp_path / "c").removed.size:
-            remove_samples(tmp_path / "c", ["00000"])
-    assert [report.failures for report in reports] == [{"removed": 1}, {"removed": 1}]
-
-
 @pytest.mark.parametrize(
     ("keys", "options", "error", "word"),
     [
@@ -334,12 +319,6 @@ def test_outputs_that_name_samples_are_listed(made: Path, copy: Path) -> None:
     assert embedcache("cache", "remove", copy / "c", copy / "keys.txt", "--yes", *options, cwd=copy).code == 1
     (copy / "mine.txt").write_text("b\n")
     assert embedcache("cache", "remove", copy / "c", copy / "keys.txt", "--yes", *options[-2:], cwd=copy).code == 0
-
-
-def test_uids_are_searched(tmp_path: Path) -> None:
-    np.save(tmp_path / "uids.npy", np.array([(1, 2), (3, 4), (5, 6)], "u8,u8"))
-    np.save(tmp_path / "vectors.npy", np.zeros(3))
-    assert count_named(tmp_path, {f"{3:016x}{4:016x}", "nobody"}) == 1
 
 
 def test_damaged_tar_is_one_line(tmp_path: Path) -> None:
