@@ -258,8 +258,6 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
         ),
         (lambda path: embedcache.extract_features(path / "a.txt", path, image_encoder=[5]), SettingError, "5"),
         (lambda path: embedcache.import_vectors("vectors.npy", path), SettingError, "open_vectors"),
-        (lambda path: embedcache.derive_features(path, "pca"), SettingError, "Derivation"),
-        (lambda path: embedcache.Derivation(name="a", rule="pca", inputs="a/cls"), SettingError, "pairs"),
         (lambda path: embedcache.open_source(["a dog", "a cat"]), SourceError, ".txt"),
         (lambda path: embedcache.open_source(path, kind=5), UnknownNameError, "5"),
         (lambda path: embedcache.train_projectors([], path), SettingError, "none"),

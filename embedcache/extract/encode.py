@@ -16,17 +16,15 @@ from threading import Lock
 from typing import Any
 
 import pyarrow as pa
-from PIL.Image import Image
 
 from embedcache.arrays import Array
 from embedcache.encoders.base import Encoder, background_of
 from embedcache.encoders.views import View
-from embedcache.errors import FingerprintError, ItemError, SettingError, pluralize
-from embedcache.modalities import MODALITIES, noun, one_noun
+from embedcache.errors import FingerprintError, ItemError, SettingError
+from embedcache.modalities import MODALITIES
 from embedcache.processes import num_cores, prefetch_map
 from embedcache.progress import NullProgress, Progress
 from embedcache.samples import FileItem, Source
-from embedcache.sources import reopen_source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, Commit, hash_item
 from embedcache.store.producer import ChunkTask, ComputedChunk, Target, Verb
@@ -61,11 +59,6 @@ class FolderEncoder:
     def name(self) -> str:
         """Name of the folder."""
         return self.target.group.name
-
-    @property
-    def fingerprint(self) -> Mapping[str, Any]:
-        """Everything that decides the features."""
-        return view_fingerprint(self.encoder, self.view)
 
     @cached_property
     def background(self) -> str:
@@ -113,13 +106,11 @@ class _Item:
         hash: hash of its content; None if it was not read.
         failures: for each encoder why it failed, or None.
         inputs: for each encoder the model's input; None for a failed item.
-        is_blank: whether it is an image of a single color.
     """
 
     hash: bytes | None
     failures: Sequence[str | None]
     inputs: list[Array | None] = field(default_factory=list)
-    is_blank: bool = False
 
 
 class BatchBuffer:
@@ -250,13 +241,11 @@ class Encoders:
                 return task, _not_encoded(len(task.missing), item, hash=None)
             return task, self._load_file(item, decode, self._folders_of(task))
 
-        num_blank = 0
         with closing(prefetch_map(executor, load, self._list_files(tasks), window=modality.num_ahead)) as stream:
             for task, group in groupby(stream, key=itemgetter(0)):
                 buffers = self._open_buffers(task)
                 loaded = []
                 for row, (_, item) in enumerate(group):
-                    num_blank += item.is_blank
                     for buffer, inputs in zip(buffers, item.inputs, strict=True):
                         if inputs is not None:
                             buffer.add(row, inputs)
@@ -264,9 +253,6 @@ class Encoders:
                     item.inputs.clear()  # the last item stays referenced while the chunk is committed
                     progress.advance(1)
                 yield ComputedChunk(task, partial(_finish, buffers, loaded))
-        if num_blank:
-            is_blank = pluralize(num_blank, f"{one_noun(self.modality)} has", f"{noun(self.modality)} have")
-            progress.note(f"{is_blank} a single color; encoded like any other")
 
     def _list_files(self, tasks: Iterable[ChunkTask]) -> Iterator[tuple[ChunkTask, FileItem | str]]:
         """Iterate over the items of chunks in row order: where each is, or the reason why it is not encoded."""
@@ -324,16 +310,15 @@ class Encoders:
         """
         if task.failed is not None:
             return task.failed
-        num_rows = self._num_rows(task)
         num_stored = []
         for folder in self._folders_of(task):
             commit = task.commits[folder.name]
             for name in task.missing[folder.name]:
-                has_files = (
-                    commit is not None and name in commit.features and folder.target.group.has_files(commit, name)
-                )
-                num_stored.append(commit.count_tried(name) if commit is not None and has_files else 0)
-        return range(min(num_stored), num_rows)
+                if commit is None or name not in commit.features or not folder.target.group.has_files(commit, name):
+                    num_stored.append(0)
+                else:
+                    num_stored.append(commit.count_tried(name))
+        return range(min(num_stored), self._num_rows(task))
 
     def _load_file(self, item: FileItem, decode: Callable[..., Any], folders: Sequence[FolderEncoder]) -> _Item:
         """Read and decode one item, and prepare it for every encoder; an image once per background color.
@@ -364,9 +349,7 @@ class Encoders:
             except ItemError as error:
                 inputs.append(None)
                 failures.append(str(error))
-        raw = raws[colors[0]]
-        is_blank = isinstance(raw, Image) and raw.getcolors(1) is not None  # stops at the second color
-        return _Item(hash=content_hash, failures=failures, inputs=inputs, is_blank=is_blank)
+        return _Item(hash=content_hash, failures=failures, inputs=inputs)
 
     def _check_length(self, item: FileItem, num_bytes: int) -> None:
         """Check that a file is as long as when it was indexed, or raise a `FingerprintError` that names it."""
@@ -376,13 +359,6 @@ class Encoders:
                 f"{num_bytes:,}; put the old file back, or extract into a new folder; if all encoders had failed on "
                 "it, give its source, not the cache, with --retry-failed"
             )
-
-
-def reopen_item_source(cache: Cache, modality: str) -> Source | None:
-    """Open the source of a cache again to read items; None for texts, which are in the tables of the cache."""
-    if MODALITIES[modality].kind == "texts":
-        return None
-    return reopen_source(cache.info.source, cache.info.index_digest)
 
 
 def _finish(buffers: Sequence[BatchBuffer], loaded: Sequence[_Item]) -> dict[str, ChunkFeatures]:

@@ -27,9 +27,8 @@ from embedcache.modalities import MODALITIES, encoder_option
 from embedcache.processes import connected, num_cores, run_processes, run_ray_tasks
 from embedcache.progress import Progress
 from embedcache.registry import names_from, trust_files, unknown_name
-from embedcache.samples import Source
 from embedcache.settings import replace_fields
-from embedcache.sources.open import open_below
+from embedcache.sources.open import open_below, reopen_source
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group, find_group, open_group
@@ -256,12 +255,13 @@ def reopen_encoders(
     cache: Cache,
     group: EncoderGroup,
     features: Sequence[str],
-    source: Source | None,
     *,
     device: str,
     allows_changes: bool = False,
 ) -> Encoders:
     """Open the encoder and the view of an existing folder, with the precision and backend recorded there."""
+    is_text = MODALITIES[group.modality].kind == "texts"
+    source = None if is_text else reopen_source(cache.info.source, cache.info.index_digest)
     fingerprint: Mapping[str, Any] = group.fingerprint
     settings = EncoderSettings(**recorded_settings(fingerprint, device), features=tuple(features))
     with names_from(group.path):

@@ -346,17 +346,7 @@ def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: Ex
 
 def _record(job: ExtractJob, stage: str) -> AbstractContextManager[dict[str, Any]]:
     """Record a stage on a cache in its folder `records`."""
-    request: dict[str, Any] = {
-        "source": job.source,
-        "image": [],
-        "text": [],
-        "features": list(job.settings.features),
-        "views": list(job.settings.views),
-        "dtype": job.settings.dtype,
-    }
-    request |= {modality: list(specs) for modality, specs in job.encoders.items()}
-    if job.settings.limit is not None:
-        request["limit"] = job.settings.limit
+    request = {"source": job.source, "encoders": job.encoders, "settings": job.settings.to_json()}
     return record_stage(new_record_path(open_path(job.cache), stage), stage, request)
 
 

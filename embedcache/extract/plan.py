@@ -20,7 +20,7 @@ from embedcache.progress import AnyProgress, to_progress
 from embedcache.samples import Source
 from embedcache.store.cache import Cache
 from embedcache.store.producer import Target, add_features, find_unfinished
-from embedcache.store.writer import ChunkFeatures, num_padded
+from embedcache.store.writer import ChunkFeatures
 from embedcache.units import format_bytes
 
 _PROBE_BATCHES = 4
@@ -34,20 +34,18 @@ class PlannedFeature:
 
     Args:
         num_items: number of items in the chunks that lack it.
-        num_rows: number of rows on disk: more than items where the last file is not full, as files have one size.
         item_bytes: bytes on disk per item; the mean of the probe where items differ in length.
     """
 
     name: str
     modality: Modality
     num_items: int
-    num_rows: int
     item_bytes: float
 
     @property
     def num_bytes(self) -> int:
         """Bytes on disk."""
-        return round(self.num_rows * self.item_bytes + self.num_items * _COMMIT_BYTES)
+        return round(self.num_items * (self.item_bytes + _COMMIT_BYTES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +147,6 @@ def _plan_features(
             name=f"{group.name}/{name}",
             modality=MODALITIES[group.modality].name,
             num_items=num_items,
-            num_rows=num_padded(group, name, num_items),
             item_bytes=fmean(sizes or [0]),
         )
 

@@ -3,23 +3,21 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints, normalize
+from embedcache.arrays import Array, Floats, Ints, distinct, normalize
 from embedcache.derive.derive import derivation_depth, reopen_derivation
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, EmbedcacheError, ItemError, pluralize
-from embedcache.extract.encode import reopen_item_source
+from embedcache.extract.encode import Encoders, view_fingerprint
 from embedcache.extract.engines import reopen_encoders
 from embedcache.extract.settings import VerifySettings
 from embedcache.files import AnyPath, remove_partials
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.provenance import check_same, name_differences
-from embedcache.samples import Source
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
@@ -44,11 +42,11 @@ class Drift:
     """
 
     feature: str
-    rows: Ints
-    cosines: Floats
-    num_unreadable: int
-    num_changed: int
-    differences: Sequence[str]
+    rows: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    cosines: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    num_unreadable: int = 0
+    num_changed: int = 0
+    differences: Sequence[str] = ()
     note: str = ""
 
     @property
@@ -173,23 +171,21 @@ def repair(
     for finding in findings:
         if finding.can_repair:
             repairable[finding.modality, finding.encoder].append(finding)
-    groups = {key: open_group(cache.path, *key, cache.info) for key in repairable}
+
+    # Features come after those that they are derived from, and imported vectors, which end a repair, after others.
+    groups = [open_group(cache.path, *key, cache.info) for key in sorted(repairable)]
+    groups.sort(key=lambda group: (derivation_depth(cache, group), group.is_imported))
     lines = []
-    for (modality, encoder), group in sorted(groups.items(), key=lambda item: _turn(cache, item[1])):
-        of_arrays = {finding.name for finding in repairable[modality, encoder] if finding.chunk < 0}
-        for name in sorted(of_arrays):
+    for group in groups:
+        damaged = repairable[group.modality, group.name]
+        for name in sorted({finding.name for finding in damaged if finding.chunk < 0}):
             feature = Feature(group, name)
             add_feature(group, name, feature.item_shape, feature.dtype, axis=feature.axis)
             lines.append(f"{feature.name}: wrote its zarr.json again")
-        of_chunks = [finding for finding in repairable[modality, encoder] if finding.chunk >= 0]
-        if of_chunks:
-            lines.append(_repair_chunks(cache, group, of_chunks, device, progress))
+        chunks = [finding for finding in damaged if finding.chunk >= 0]
+        if chunks:
+            lines.append(_repair_chunks(cache, group, chunks, device, progress))
     return lines
-
-
-def _turn(cache: Cache, group: EncoderGroup) -> tuple[int, bool]:
-    """Sort features after those that they are derived from, and imported vectors, which end a repair, after others."""
-    return derivation_depth(cache, group), group.is_imported
 
 
 def _repair_chunks(
@@ -203,11 +199,11 @@ def _repair_chunks(
         group.check_same(derivation.fingerprint)
         producer = OneByOne(group, derivation)
     else:
-        producer = reopen_encoders(cache, group, names, reopen_item_source(cache, group.modality), device=device)
+        producer = reopen_encoders(cache, group, names, device=device)
         check_same(
             f"encoder {group.path}",
             group.fingerprint,
-            producer.folders[0].fingerprint,
+            view_fingerprint(producer.folders[0].encoder, producer.folders[0].view),
             next_step="restore the versions and files it was written with, or extract into a new folder",
         )
 
@@ -219,12 +215,7 @@ def _repair_chunks(
 
 
 def measure_drift(
-    cache: Cache,
-    fraction: float,
-    *,
-    device: str = AUTO,
-    seed: int = 0,
-    progress: Progress | None = None,
+    cache: Cache, fraction: float, *, device: str = AUTO, seed: int = 0, progress: Progress | None = None
 ) -> list[Drift]:
     """Encode a random sample of the items of every feature again and compare with what is stored.
 
@@ -235,19 +226,12 @@ def measure_drift(
     progress = progress or NullProgress()
     groups = [group for modality in cache.info.num_items for group in cache.encoders(modality)]
     progress.start("encoding a sample again", len(groups), "encoders")
-    open_source = lru_cache(maxsize=None)(partial(reopen_item_source, cache))
     drifts: list[Drift] = []
     for group in groups:
         features = [feature for feature in (Feature(group, name) for name in group.features) if feature.valid.any()]
         rows = _sample_rows(features, fraction, np.random.default_rng(seed))
-        again = _Again()
-        if len(rows) and group.is_derived:
-            again = _derive_again(cache, group, features, rows, device)
-        elif len(rows) and group.is_imported:
-            again = _Again(note="its vectors were imported, and their encoder is unknown")
-        elif len(rows):
-            again = _encode_again(cache, open_source(group.modality), group, features, rows, device)
-        drifts += [_compare(feature, rows, again) for feature in features if len(rows)]
+        if len(rows):
+            drifts += _measure_group(cache, group, features, rows, device)
         progress.advance(1)
     progress.finish()
     return drifts
@@ -262,60 +246,65 @@ def _sample_rows(features: Sequence[Feature], fraction: float, rng: np.random.Ge
     return rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Again:
-    """Features of some rows that were computed again, and fields of `Drift`; without items, nothing was compared."""
+def _measure_group(
+    cache: Cache, group: EncoderGroup, features: Sequence[Feature], rows: Ints, device: str
+) -> list[Drift]:
+    """Compute some rows of the features of one folder again, and compare them with the stored ones."""
+    names = [feature.feature for feature in features]
+    num_changed = 0
+    note = ""
+    if group.is_imported:
+        note = "its vectors were imported, and their encoder is unknown"
+    elif group.is_derived:
+        try:
+            derivation = reopen_derivation(cache, group, names, device=device)
+            items = derivation.apply(derivation.reader.open_rows(rows))
+            fingerprint = derivation.fingerprint
+        except EmbedcacheError as error:
+            note = str(error)
+    else:
+        encoders = reopen_encoders(cache, group, names, device=device, allows_changes=True)
+        items, num_changed = _encode_again(encoders, group, names, rows)
+        fingerprint = view_fingerprint(encoders.folders[0].encoder, encoders.folders[0].view)
+    if note:
+        return [Drift(feature=feature.name, note=note) for feature in features]
 
-    items: Mapping[str, Sequence[Array | ItemError | None]] = field(default_factory=dict)
-    num_changed: int = 0
-    differences: Sequence[str] = ()
-    note: str = ""
-
-
-def _derive_again(cache: Cache, group: EncoderGroup, features: Sequence[Feature], rows: Ints, device: str) -> _Again:
-    try:
-        derivation = reopen_derivation(cache, group, [feature.feature for feature in features], device=device)
-        items = derivation.apply(derivation.reader.open_rows(rows))
-    except EmbedcacheError as error:
-        return _Again(note=str(error))
-    return _Again(items=items, differences=name_differences(group.fingerprint, derivation.fingerprint))
+    differences = name_differences(group.fingerprint, fingerprint)
+    drifts = []
+    for feature in features:
+        computed = items[feature.feature]
+        is_read = np.array([item is not None for item in computed], bool)
+        read = [item for item in computed if item is not None]
+        pairs = zip(feature.gather_tokens(rows[is_read]), read, strict=True)
+        drifts.append(
+            Drift(
+                feature=feature.name,
+                rows=rows[is_read],
+                cosines=np.array([_cosine(stored, item) for stored, item in pairs], np.float32),
+                num_unreadable=len(computed) - len(read),
+                num_changed=num_changed,
+                differences=differences,
+            )
+        )
+    return drifts
 
 
 def _encode_again(
-    cache: Cache, source: Source | None, group: EncoderGroup, features: Sequence[Feature], rows: Ints, device: str
-) -> _Again:
-    names = [feature.feature for feature in features]
-    encoders = reopen_encoders(cache, group, names, source, device=device, allows_changes=True)
+    encoders: Encoders, group: EncoderGroup, names: Sequence[str], rows: Ints
+) -> tuple[Mapping[str, Sequence[Array | ItemError | None]], int]:
+    """Encode some rows: feature -> an item per row, None if it could not be read; and how many have other bytes."""
     items: dict[str, list[Array | ItemError | None]] = {name: [] for name in names}
     num_changed = 0
-    chunks = rows // cache.info.chunk_size
-    for chunk in np.unique(chunks).tolist():
-        offsets = (rows[chunks == chunk] - chunk * cache.info.chunk_size).tolist()
+    chunks, offsets = np.divmod(rows, group.info.chunk_size)
+    for chunk in distinct(chunks).tolist():
+        chosen = offsets[chunks == chunk].tolist()
         commit = group.commit(chunk)
         assert commit is not None  # its rows are valid
-        encoded = encoders.encode_rows(chunk, offsets)[group.name]
-        num_changed += sum(encoded.hashes[offset] not in (None, commit.hashes[offset]) for offset in offsets)
+        encoded = encoders.encode_rows(chunk, chosen)[group.name]
+        num_changed += sum(encoded.hashes[offset] not in (None, commit.hashes[offset]) for offset in chosen)
         for name in names:
-            items[name] += [encoded.items[name][offset] for offset in offsets]
-    differences = name_differences(group.fingerprint, encoders.folders[0].fingerprint)
-    return _Again(items=items, num_changed=num_changed, differences=differences)
-
-
-def _compare(feature: Feature, rows: Ints, again: _Again) -> Drift:
-    """Compare the stored items of some rows with new ones; None is one that could not be read."""
-    items = again.items.get(feature.feature, [])
-    computed = [item for item in items if item is not None]
-    rows_read = rows[np.array([item is not None for item in items], bool)] if items else rows[:0]
-    stored = feature.gather_tokens(rows_read)
-    return Drift(
-        feature=feature.name,
-        rows=rows_read,
-        cosines=np.array([_cosine(*pair) for pair in zip(stored, computed, strict=True)], np.float32),
-        num_unreadable=len(items) - len(computed),
-        num_changed=again.num_changed,
-        differences=again.differences,
-        note=again.note,
-    )
+            items[name] += [encoded.items[name][offset] for offset in chosen]
+    return items, num_changed
 
 
 def _cosine(stored: Array, encoded: Array | ItemError) -> float:

@@ -323,16 +323,6 @@ def chunk_files(group: EncoderGroup, feature: str, chunk: int) -> list[Path]:
     return [chunk_path(path, chunk * per_chunk + number, len(shape)) for number in range(per_chunk)]
 
 
-def num_padded(group: EncoderGroup, feature: str, num_items: int) -> int:
-    """Return how many rows the files of a feature have for the items of its last chunks: files have one size."""
-    attributes = read_feature(group, feature)
-    item_shape = attributes.item_shape
-    if item_shape[0] < 0:
-        return num_items
-    num_rows = group.info.chunk_shape(item_shape, attributes.dtype)[0]
-    return -(-num_items // num_rows) * num_rows
-
-
 def cast_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -> Array:
     """Convert the value of one item, (D,) or (T, D), to the dtype on disk.
 

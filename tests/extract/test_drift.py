@@ -11,13 +11,10 @@ from PIL import Image
 
 from embedcache.derive.derive import Derivation, derive
 from embedcache.errors import CorruptError, FingerprintError
-from embedcache.extract.extract import extract
 from embedcache.extract.repair import AGREEMENT_COSINE, measure_drift, repair
-from embedcache.extract.settings import ExtractSettings
 from embedcache.interop.importing import import_vectors
 from embedcache.interop.npy import open_npy_vectors
 from embedcache.provenance import read_json
-from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests import toy
@@ -77,16 +74,6 @@ def test_zero_vectors_do_not_drift(source: Path, tmp_path: Path, monkeypatch: py
     assert not any(drift.is_bad for drift in measure_drift(Cache(tmp_path / "c"), 0.1))
 
 
-def test_empty_encoder_is_skipped(cache: Path) -> None:
-    for path in (cache / "image/open_toy/chunks").glob("*.json"):
-        path.unlink()
-    assert [drift.feature for drift in measure_drift(Cache(cache), 0.1)] == [
-        "open_toy@crop-0.5/cls",
-        "open_toy@crop-0.5/patches",
-        "open_toy/tokens",
-    ]
-
-
 def test_repair_rejects_damaged_table(cache: Path) -> None:
     table = pq.read_table(cache / "image/items-0.parquet")
     write_rows(cache / "image/items-0.parquet", table.take([1, 0, *range(2, len(table))]), row_group_size=8)
@@ -95,18 +82,6 @@ def test_repair_rejects_damaged_table(cache: Path) -> None:
     with pytest.raises(CorruptError, match="image/items-0.parquet: .*expected checksum"):
         repair(Cache(cache), verify(Cache(cache)))
     assert tree(cache) == before
-
-
-@pytest.mark.slow
-def test_repair_keeps_dtypes(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "c", features=("cls",), chunk_size=8)
-    settings = ExtractSettings(features=("patches",), dtype="float32")
-    extract(open_source(source), tmp_path / "c", image_encoder=[toy.IMAGE], settings=settings)
-    whole = tree(tmp_path / "c")
-    for name in ("cls/c/1/0", "patches/c/1/0/0"):
-        (tmp_path / "c/image/open_toy" / name).unlink()
-    repair(Cache(tmp_path / "c"), verify(Cache(tmp_path / "c")))
-    assert tree(tmp_path / "c") == whole
 
 
 def test_changed_weights_are_named(extracted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

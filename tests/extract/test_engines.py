@@ -17,7 +17,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from tests.crash import forked_workers, running_processes
-from tests.extract.cases import ALL_ENCODED, FEATURES, NUM_IMAGES, extract_slowly, run, same_bytes
+from tests.extract.cases import FEATURES, NUM_IMAGES, extract_slowly, run, same_bytes
 from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
@@ -33,15 +33,6 @@ def one_process(source: Path) -> Path:
     """The cache of one process. Not to be changed."""
     run(source, source.parent / "one", features=FEATURES, chunk_size=8)
     return source.parent / "one"
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_bytes_of_one(source: Path, one_process: Path, tmp_path: Path) -> None:
-    progress = RecordedProgress()
-    with forked_workers():
-        lines = extract_slowly(source, tmp_path / "two", progress, delay_ms=50, devices=("cpu", "cpu"))
-    assert lines == ALL_ENCODED
-    assert same_bytes(one_process, tmp_path / "two")
 
 
 @pytest.mark.slow

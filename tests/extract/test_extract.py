@@ -1,10 +1,7 @@
 """What an extraction stores, and what it rejects."""
 
-import ctypes
-import os
 import shutil
 import struct
-import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -22,13 +19,12 @@ from embedcache.errors import (
     SettingError,
     SourceError,
 )
-from embedcache.extract.extract import extract, join_encoders
+from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import SourceSettings, open_source, read_below
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
-from tests.cli.run import succeed
-from tests.crash import call_elsewhere, forked_workers
+from tests.crash import forked_workers
 from tests.extract.cases import lines, run, tree
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
@@ -62,35 +58,6 @@ def test_unreadable_metadata_is_written_again_once_it_is_removed(source: Path, c
     path.unlink()
     assert [report.computed for report in run(source, cache, **settings)] == [0, 0]
     assert tree(cache) == before
-
-
-def extract_without_privileges(source: Path, cache: Path) -> str:
-    """Extract by the command line in this process, from which root's right to write anywhere is taken."""
-    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    libc.capget(header, sets)
-    sets[0] &= ~2  # CAP_DAC_OVERRIDE among the effective ones
-    libc.capset(header, sets)
-    assert not os.access(cache / "cache.json", os.W_OK, effective_ids=True)
-    options = ["--image-encoder", IMAGE, "--text-encoder", TEXT, "--feature", "cls,tokens"]
-    return succeed("extract", source, cache, *options, cwd=source)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="needs capset")
-def test_complete_cache_that_cannot_be_written(source: Path, cache: Path) -> None:
-    def stamps() -> dict[Path, tuple[int, int]]:
-        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (cache, *cache.rglob("*"))}
-
-    before = stamps()
-    try:
-        for path in before:
-            path.chmod(0o555 if path.is_dir() else 0o444)
-        printed = call_elsewhere(extract_without_privileges, source, cache, environment=os.environ)
-    finally:
-        for path in before:
-            path.chmod(0o755 if path.is_dir() else 0o644)
-    assert "nothing to do: every chunk is committed" in printed
-    assert stamps() == before
 
 
 def test_cache_holds_the_encoders_outputs(image_folder: Path, cache_path: Path) -> None:
@@ -136,18 +103,6 @@ def test_item_that_changed_before_a_feature_is_added(tmp_path: Path) -> None:
         run(folder, tmp_path / "c", features=("patches",))
 
 
-def test_complete_encoder_is_left_alone(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "s", 6)
-    run(folder, tmp_path / "c")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c/image/open_toy").rglob("*.parquet")}
-    encoders = [IMAGE, "tests.toy:open_other"]
-    extract(open_source(folder), tmp_path / "c", image_encoder=encoders, text_encoder=[TEXT])
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    cache = Cache(tmp_path / "c")
-    assert cache.feature("image", "open_toy/cls").valid.all()
-    assert cache.feature("image", "open_other/cls").valid.all()
-
-
 def test_cache_as_its_own_source(source: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(shutil.copytree(source, tmp_path / "s"))
     run(folder, tmp_path / "own", features=("cls", "tokens"), chunk_size=8)
@@ -172,11 +127,6 @@ def test_cache_as_its_own_source(source: Path, cache: Path, tmp_path: Path, monk
 def test_cache_as_its_own_source_has_no_options(extracted: Path, name: str, value: object) -> None:
     with pytest.raises((SettingError, FingerprintError), match=name):
         extract(extracted, extracted, image_encoder=IMAGE, **{name: value})
-
-
-def test_cache_by_a_local_url_is_its_own_source(extracted: Path) -> None:
-    (report,) = extract(f"file://{extracted}", extracted, image_encoder=IMAGE)
-    assert report.computed == 0 < report.reused
 
 
 def test_cache_as_the_source_of_another_raises(cache: Path, tmp_path: Path) -> None:
@@ -274,14 +224,6 @@ def test_shards_together_equal_one_run(source: Path, extracted: Path, tmp_path: 
     assert tree(tmp_path / "c") == tree(extracted)
 
 
-def test_equal_items_have_equal_hashes(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "s", 3)
-    (folder / "00002.png").write_bytes((folder / "00000.png").read_bytes())
-    run(folder, tmp_path / "c")
-    hashes = Cache(tmp_path / "c").feature("image").hashes
-    assert hashes[2] == hashes[0] != hashes[1]
-
-
 def test_other_encoder_of_the_same_name_raises(source: Path, cache: Path) -> None:
     with pytest.raises(FingerprintError, match="encoder 'open_toy'.*weights: "):
         extract(open_source(source), cache, image_encoder=[f"{IMAGE},scale=2"])
@@ -294,11 +236,6 @@ def test_values_beyond_float16_need_float32(source: Path, tmp_path: Path) -> Non
     settings = ExtractSettings(dtype="float32")
     extract(open_source(source), tmp_path / "c", image_encoder=[image], settings=settings)
     assert Cache(tmp_path / "c").feature("image").load().max() > 65_504
-
-
-def test_encoders_are_any_names_that_can_be_listed() -> None:
-    named = join_encoders((name for name in ("a", "b")), np.array(["c"]), {"audio": {"d": 1}.keys()})
-    assert named == {"image": ("a", "b"), "text": ("c",), "audio": ("d",)}
 
 
 def test_captions_in_columns_of_unusual_names(tmp_path: Path) -> None:
@@ -326,20 +263,3 @@ def test_source_without_captions_has_no_texts(tmp_path: Path) -> None:
     table = folder / "captions.csv"
     table.write_text("image,caption\n00000.png,one\n00001.png,two\n")
     assert [report.computed for report in run(table, tmp_path / "c")] == [2, 2], "the folder's index is replaced"
-
-
-def test_source_whose_cache_could_not_be_opened_is_refused(source: Path, tmp_path: Path) -> None:
-    class Described:
-        """A source of another class that describes itself as a folder whose path is a list."""
-
-        def __init__(self) -> None:
-            self._source = open_source(source)
-            self.samples, self.read = self._source.samples, self._source.read
-
-        def describe(self) -> dict[str, object]:
-            return {**self._source.describe(), "path": ["a", "b"]}
-
-    message = r"Described.describe: expected a text as the path of the type 'folder', got \['a', 'b'\]"
-    with pytest.raises(SourceError, match=message):
-        extract(Described(), tmp_path / "cache", image_encoder=[IMAGE])
-    assert not list(tmp_path.iterdir())

@@ -56,14 +56,6 @@ def test_resume_after_kill_is_identical(
     assert tree(cache) == uninterrupted
 
 
-def test_five_kills_in_a_row(source: Path, uninterrupted: dict[str, str], tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    for moment_s in MOMENTS_S:
-        kill_when(start(command(source, cache)), cache, moment_s)
-    start(command(source, cache)).join()
-    assert tree(cache) == uninterrupted
-
-
 def test_two_processes_share_the_chunks(source: Path, uninterrupted: dict[str, str], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     outputs = [tmp_path / "a.txt", tmp_path / "b.txt"]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from embedcache.axis import Axis
-from embedcache.errors import FingerprintError, MissingExtraError, SettingError, SourceError
-from embedcache.extract.extract import extract, retry_failed
+from embedcache.errors import FingerprintError, MissingExtraError, SettingError
+from embedcache.extract.extract import extract
 from embedcache.extract.plan import plan
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
@@ -19,8 +19,6 @@ from embedcache.store.cache import Cache
 from embedcache.store.producer import FillReport
 from embedcache.store.verify import verify
 from pipelines.avsr.pixels import FAMILY as PIXELS
-from tests.cli.run import embedcache, succeed
-from tests.extract.cases import tree
 from tests.media_files import cloud, encode_audio, encode_video, moving_square, npz, tone, wav
 from tests.media_toy import MEDIA
 from tests.sources.files import jpeg, write
@@ -104,15 +102,6 @@ def test_missing_decoder_is_named_before_the_source_is_indexed(
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.slow
-def test_interrupted_extraction_resumes_to_the_same_bytes(source: Path, cache: Path, tmp_path: Path) -> None:
-    before = tree(cache)
-    for commit in [*cache.glob("*/open_media/chunks/00000.json"), *cache.glob("audio/*/chunks/00002.json")]:
-        commit.unlink()
-    assert [report.computed for report in run(source, cache)] == [0, 3, 2, 2]
-    assert tree(cache) == before
-
-
 def test_extend_appends_new_modalities(tmp_path: Path) -> None:
     folder = write(tmp_path / "f", {"a.jpg": jpeg()})
     extract(open_source(folder), tmp_path / "c", image_encoder=[IMAGE])
@@ -131,25 +120,6 @@ def test_extend_appends_new_modalities(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "c")
     assert cache.items("audio")["sample"].to_pylist() == [1]
     assert cache.items("points")["sample"].to_pylist() == [2]
-    assert not verify(cache)
-
-
-@pytest.mark.slow
-def test_retry_encodes_repaired_files_only(tmp_path: Path) -> None:
-    folder = write_media(tmp_path / "f")
-    run(folder, tmp_path / "c")
-    write(folder, {"x.wav": wav(tone(0.4)), "z.npz": npz(cloud(7))})
-    with pytest.raises(FingerprintError, match="failed .* have other bytes now; .*encode them with --retry-failed"):
-        run(folder, tmp_path / "c")
-    settings = ExtractSettings(features=FEATURES)
-    reports = retry_failed(open_source(folder), tmp_path / "c", encoder=ENCODERS, settings=settings)
-    assert [report.line() for report in reports] == [
-        "open_media (mean, frames): encoded 2 recordings, reused 3, failed 1: 1 damaged recording",
-        "open_media (mean, frames): encoded 1 video, reused 1, failed 1: 1 damaged video",
-        "open_media (extent, xyz, uv, label): encoded 1 point cloud, reused 1, failed 0",
-    ]
-    cache = Cache(tmp_path / "c")
-    assert len(cache.feature("points", "open_media/label").gather_tokens(np.array([1]))[0]) == 7
     assert not verify(cache)
 
 
@@ -212,36 +182,6 @@ def test_intervals_of_one_recording(tmp_path: Path) -> None:
     assert len(report.drifts[0].cosines) == 3
 
 
-@pytest.mark.slow
-def test_drift_of_all_modalities(cache: Path) -> None:
-    report = verify_cache(cache, VerifySettings(reencode=1))
-    assert [(drift.feature.rpartition("/")[2], len(drift.cosines)) for drift in report.drifts] == [
-        ("cls", 1),
-        *[(name, 3) for name in ("frames", "mean")],
-        *[(name, 1) for name in ("frames", "mean", "extent", "label", "uv", "xyz")],
-    ]
-    assert report.is_sound, report.lines()
-
-
-@pytest.mark.slow
-def test_damage_is_found_and_repaired(cache: Path) -> None:
-    before = tree(cache)
-    damaged = [*cache.glob("audio/open_media/mean/c/*/0"), *cache.glob("points/open_media/label/values/*/c/0/0")]
-    for path in damaged:
-        path.write_bytes(b"\1" + path.read_bytes()[1:])
-    detected = verify(Cache(cache))
-    assert {finding.location for finding in detected} == {"open_media/mean", "open_media/label"}
-    report = verify_cache(cache, VerifySettings(repair=True))
-    assert report.is_sound
-    assert tree(cache) == before
-
-
-@pytest.mark.slow
-def test_changed_item_table_is_found(cache: Path) -> None:
-    (cache / "audio" / "items-0.parquet").write_bytes((cache / "video" / "items-0.parquet").read_bytes())
-    assert "audio/items-0.parquet" in {finding.name for finding in verify(Cache(cache))}
-
-
 def test_plan_counts_items(tmp_path: Path) -> None:
     settings = ExtractSettings(features=("mean", "xyz"))
     write(tmp_path / "f", {f"{name}.npz": npz(cloud(30, seed=seed)) for seed, name in enumerate("abcd")})
@@ -249,19 +189,6 @@ def test_plan_counts_items(tmp_path: Path) -> None:
     made = plan(open_source(tmp_path / "f"), tmp_path / "c", encoder=ENCODERS, settings=settings)
     assert [feature.num_items for feature in made.features] == [2, 1, 4]
     assert made.features[2].item_bytes == 30 * 3 * 4  # float32, whatever --dtype says
-
-
-def test_model_may_refuse_an_item(tmp_path: Path) -> None:
-    folder = write(tmp_path / "f", {"a.wav": wav(tone(0.01)), "b.wav": wav(tone(0.1))})
-    extract(open_source(folder), tmp_path / "c", encoder={"audio": [MEDIA]})
-    failures = Cache(tmp_path / "c").feature("audio").failures
-    assert failures == {0: "too short: 160 samples, expected at least 320"}
-
-
-def test_modality_without_items_raises(tmp_path: Path) -> None:
-    only_images = write(tmp_path / "f", {"a.jpg": jpeg()})
-    with pytest.raises(SourceError, match="audio"):
-        extract(open_source(only_images), tmp_path / "d", encoder={"audio": [MEDIA]})
 
 
 def test_chunk_above_two_gibibytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,18 +202,3 @@ def test_chunk_above_two_gibibytes_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(SettingError, match=r"chunk_size: expected a chunk of at most .* 8 items of .*--chunk-size 4"):
         encode("c", chunk_size=64)
     assert [report.computed for report in encode("d", chunk_size=4)] == [8]
-
-
-def test_command_line(source: Path, tmp_path: Path) -> None:
-    encoders = [word for modality in ("audio", "points") for word in ("--encoder", f"{modality}={MEDIA}")]
-    output = succeed("extract", source, "c", *encoders, cwd=tmp_path)
-    assert "open_media (mean): encoded 5 recordings" in output
-    assert "open_media (extent): encoded 2 point clouds" in output
-
-
-@pytest.mark.parametrize("option", ["audio", "sound=a:b", "=a:b", "audio="])
-def test_wrong_encoder_option(option: str, source: Path, tmp_path: Path) -> None:
-    done = embedcache("extract", source, "c", "--encoder", option, cwd=tmp_path)
-    assert done.code == 1
-    assert "--encoder: expected MODALITY=SPEC with a modality of image, text, audio" in done.stderr
-    assert not (tmp_path / "c").exists()

@@ -14,10 +14,8 @@ from embedcache.sources import open_source
 from embedcache.sources.media import Video
 from embedcache.store.cache import Cache
 from embedcache.store.producer import FillReport
-from embedcache.train.data import open_data, parse_views
 from pipelines.avsr.noise import VIEW
 from tests.cli.run import succeed
-from tests.extract.cases import tree
 from tests.media_files import cloud, encode_audio, encode_video, moving_square, npz, tone, wav
 from tests.media_toy import MEDIA
 from tests.sources.files import jpeg, write
@@ -47,19 +45,6 @@ def source(tmp_path: Path) -> Path:
 def run(source: Path, cache: Path, *views: str) -> list[FillReport]:
     settings = ExtractSettings(**SETTINGS, views=views)  # type: ignore[arg-type]
     return extract(open_source(source), cache, encoder={"audio": [MEDIA]}, settings=settings)
-
-
-@pytest.mark.slow
-def test_interrupted_extraction_with_noise_resumes_to_the_same_bytes(
-    source: Path, tape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tape.parent)
-    run(source, tmp_path / "c", f"{VIEW}:5,tape=babble.wav")
-    before = tree(tmp_path / "c")
-    for commit in (tmp_path / "c").glob("audio/*/chunks/00001.json"):
-        commit.unlink()
-    assert [report.computed for report in run(source, tmp_path / "c", f"{VIEW}:5.0,tape={tape}")] == [2, 2]
-    assert tree(tmp_path / "c") == before
 
 
 @pytest.mark.slow
@@ -120,23 +105,6 @@ def test_views_apply_to_their_modality_only(tmp_path: Path, tape: Path) -> None:
     plain, view = (cache.feature("video", f"open_media{suffix}/frames") for suffix in ("", f"@{suffixes['video']}"))
     np.testing.assert_array_equal(plain.gather_tokens(np.array([0]))[0], view.gather_tokens(np.array([0]))[0][::-1])
     assert verify_cache(tmp_path / "c", VerifySettings(reencode=1)).is_sound
-
-
-@pytest.mark.slow
-def test_training_draws_views_of_recordings(tmp_path: Path, tape: Path) -> None:
-    videos: dict[str, bytes | str] = {
-        f"{number}.mp4": encode_video(moving_square(25), samples=tone(1, 400 + 100 * number)) for number in range(3)
-    }
-    settings = ExtractSettings(features=("frames",), views=(f"{VIEW}:-5,tape={tape}",))
-    encoders = {"audio": [MEDIA], "video": [MEDIA]}
-    extract(open_source(write(tmp_path / "f", videos)), tmp_path / "c", encoder=encoders, settings=settings)
-    features = {"audio": "open_media/frames", "video": "open_media/frames"}
-    data = open_data(tmp_path / "c", features, memory_bytes=1e6)
-    rows, (views,) = np.arange(3), parse_views(["audio=plain,babble-5dB:2"]).values()
-    read = data.draw_views("audio", views, 0).read(rows, np.array([0, 1, 1])).values
-    stored = [Cache(tmp_path / "c").feature("audio", f"open_media{view}/frames") for view in ("", "@babble-5dB")]
-    np.testing.assert_array_equal(read[0], stored[0].gather_tokens(rows)[0])
-    np.testing.assert_array_equal(read[1:], np.stack(stored[1].gather_tokens(rows)[1:]))
 
 
 @pytest.mark.parametrize(("name", "word"), [("lost", "modality"), ("lost:5", "View")])

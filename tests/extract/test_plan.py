@@ -1,17 +1,12 @@
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL.Image import Image
 
-from embedcache.arrays import Array
 from embedcache.errors import DiskFullError
 from embedcache.extract.plan import Plan, PlannedFeature, plan
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
-from tests import toy
 from tests.extract.cases import FEATURES, run, tree
 from tests.toy import IMAGE, TEXT
 
@@ -31,8 +26,7 @@ def test_planned_bytes_match_the_stored_features(image_folder: Path, tmp_path: P
     for feature in planned.features:
         folder = tmp_path / "c" / feature.modality / feature.name
         stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "zarr.json")
-        assert feature.num_rows * feature.item_bytes == pytest.approx(stored, rel=0.05)  # the last chunk is padded
-    assert [feature.num_rows for feature in planned.features] == [320, 320, 300]  # tokens differ in number
+        assert feature.num_items * feature.item_bytes == pytest.approx(stored, rel=0.1)  # the last chunk is padded
 
 
 def test_plan_measures_a_rate_and_stores_nothing(image_folder: Path, tmp_path: Path) -> None:
@@ -52,9 +46,7 @@ def test_plan_skips_existing_chunks(image_folder: Path, tmp_path: Path) -> None:
 
 
 def test_plan_beyond_disk_space_raises() -> None:
-    feature = PlannedFeature(
-        name="e/patches", modality="image", num_items=20_000_000, num_rows=20_000_000, item_bytes=530_000
-    )
+    feature = PlannedFeature(name="e/patches", modality="image", num_items=20_000_000, item_bytes=530_000)
     planned = Plan(
         cache=Path("c"),
         features=[feature],
@@ -70,21 +62,3 @@ def test_plan_beyond_disk_space_raises() -> None:
     ):
         planned.check_space()
     replace(planned, free_bytes=None).check_space()
-
-
-@pytest.mark.parametrize("threads", [None, 2])
-def test_plan_uses_the_threads_of_extraction(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None
-) -> None:
-    numbers = set[str]()
-    prepare = toy.ToyImages.prepare
-
-    def record_thread(self: toy.ToyImages, items: list[Image]) -> list[Array]:
-        numbers.add(threading.current_thread().name.rpartition("_")[2])  # its number in the pool
-        time.sleep(0.002)  # so that the executor needs all its threads
-        return prepare(self, items)
-
-    monkeypatch.setattr("embedcache.extract.settings.num_cores", lambda: 1)
-    monkeypatch.setattr(toy.ToyImages, "prepare", record_thread)
-    plan(open_source(image_folder), tmp_path / "c", image_encoder=[IMAGE], settings=ExtractSettings(threads=threads))
-    assert len(numbers) == (threads or 1)

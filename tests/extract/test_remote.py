@@ -12,12 +12,10 @@ from embedcache.errors import FingerprintError, PathError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import measure_drift, repair
 from embedcache.extract.settings import ExtractSettings
-from embedcache.files import open_path, write_atomic
+from embedcache.files import open_path
 from embedcache.progress import Progress
-from embedcache.provenance import read_json
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.store.commits import read_commit
 from embedcache.store.verify import verify
 from tests.crash import forked_workers
 from tests.extract.cases import FEATURES
@@ -81,22 +79,6 @@ def test_remote_cache_has_the_bytes_of_a_local_one_and_is_read(shards: Path, buc
     assert np.isfinite(whole).all()
     np.testing.assert_array_equal(feature.gather(rows), whole[rows])
     assert len(Cache(remote).feature("text").gather_tokens(rows)) == 4
-
-
-def test_small_files_are_read_with_one_request(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import s3fs
-
-    write_atomic(open_path(f"{bucket}/cache/zarr.json"), b"{}")
-    requests, call = [], s3fs.S3FileSystem._call_s3
-
-    async def record(system: Any, method: str, *arguments: Any, **options: Any) -> Any:
-        requests.append(method)
-        return await call(system, method, *arguments, **options)
-
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", record)
-    assert read_json(open_path(f"{bucket}/cache/zarr.json")) == {}
-    assert read_commit(open_path(f"{bucket}/cache"), 0) is None
-    assert requests == ["get_object", "get_object"]
 
 
 def test_resume_extend_and_repair_remote_cache(shards: Path, bucket: str) -> None:
