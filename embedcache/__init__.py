@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from embedcache.curate.settings import OutlierSettings as OutlierSettings
     from embedcache.curate.settings import ScoreSettings as ScoreSettings
     from embedcache.dataset.settings import SplitSettings as SplitSettings
-    from embedcache.derive.derive import Derivation as Derivation
     from embedcache.derive.derive import derive as derive_features
     from embedcache.derive.derive import derive_from_run as derive_from_run
+    from embedcache.derive.rules import Derivation as Derivation
     from embedcache.encoders.base import EncoderSettings as EncoderSettings
     from embedcache.errors import EmbedcacheError as EmbedcacheError
     from embedcache.evaluate.encoder_pairs import evaluate_pairs as evaluate_pairs

@@ -251,6 +251,7 @@ def _measure_group(
 ) -> list[Drift]:
     """Compute some rows of the features of one folder again, and compare them with the stored ones."""
     names = [feature.feature for feature in features]
+    items: Mapping[str, Sequence[Array | ItemError | None]] = {}
     num_changed = 0
     note = ""
     if group.is_imported:

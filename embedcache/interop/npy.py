@@ -41,7 +41,7 @@ def open_npy_vectors(files: Mapping[str, AnyPath], *, table: AnyPath | None = No
         given[MODALITIES[name].name] = Path(path)
     if not given:
         raise SettingError("files: expected a .npy file, got none; name one with --file MODALITY=FILE")
-    vectors = {modality: open_npy(path) for modality, path in given.items()}
+    vectors: dict[str, VectorFile] = {modality: open_npy(path) for modality, path in given.items()}
     group = FileGroup(vectors=vectors, table=None if table is None else Path(table))
     path = group.table or next(iter(given.values()))
     return VectorImport(form="npy", path=path, modalities={name: name for name in given}, groups=[group])

@@ -13,8 +13,8 @@ import numpy as np
 
 from embedcache.arrays import Floats, Ints
 from embedcache.dataset.splits import Split, write_split
-from embedcache.derive.derive import Derivation, derive, derive_from_run
-from embedcache.derive.rules import Rule
+from embedcache.derive.derive import derive, derive_from_run
+from embedcache.derive.rules import Derivation, Rule
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.modules import ModuleInput, load_module, read_module_config

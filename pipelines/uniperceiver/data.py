@@ -20,8 +20,8 @@ from embedcache.dataset.pairs import pair_items
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split, read_split, write_split
 from embedcache.dataset.splitting import make_split
-from embedcache.derive.derive import Derivation, derive
-from embedcache.derive.rules import Block, Output, Rule
+from embedcache.derive.derive import derive
+from embedcache.derive.rules import Block, Derivation, Output, Rule
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import SettingError
 from embedcache.extract.extract import extract

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedcache.derive.derive import Derivation, derive
-from embedcache.derive.rules import Block, open_rule
+from embedcache.derive.derive import derive
+from embedcache.derive.rules import Block, Derivation, open_rule
 from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.extract.extract import retry_failed
 from embedcache.extract.repair import measure_drift, repair, verify_cache

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedcache.derive.derive import Derivation, derive
-from embedcache.derive.rules import Block, Output, Rule
+from embedcache.derive.derive import derive
+from embedcache.derive.rules import Block, Derivation, Output, Rule
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source

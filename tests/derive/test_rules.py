@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from embedcache.dataset.splits import read_split
-from embedcache.derive.derive import Derivation, derive
+from embedcache.derive.derive import derive
 from embedcache.derive.rules import MEAN as MEAN_RULE
-from embedcache.derive.rules import RULES, Block, Rule, open_rule, to_items
+from embedcache.derive.rules import RULES, Block, Derivation, Rule, open_rule, to_items
 from embedcache.errors import DataError, ItemError, SettingError, UnknownNameError
 from embedcache.maintain.copy import cut_cache
 from embedcache.store.cache import Cache

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from embedcache.derive.derive import Derivation, derive
+from embedcache.derive.derive import derive
+from embedcache.derive.rules import Derivation
 from embedcache.errors import CorruptError, FingerprintError
 from embedcache.extract.repair import AGREEMENT_COSINE, measure_drift, repair
 from embedcache.interop.importing import import_vectors

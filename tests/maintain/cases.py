@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.derive.derive import Derivation, derive
+from embedcache.derive.derive import derive
+from embedcache.derive.rules import Derivation
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.search.index import build_index

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.derive.derive import Derivation, derive
+from embedcache.derive.derive import derive
+from embedcache.derive.rules import Derivation
 from embedcache.errors import (
     CorruptError,
     DataError,

@@ -207,7 +207,8 @@ def test_source_with_removed_samples_extracts_nothing(made: Path, removed: Path,
 
 
 def test_new_encoder_knows_removed_samples(made: Path, removed: Path, tmp_path: Path) -> None:
-    from embedcache.derive.derive import Derivation, derive
+    from embedcache.derive.derive import derive
+    from embedcache.derive.rules import Derivation
     from embedcache.extract.extract import extract
     from embedcache.reports.summary import summarize
     from embedcache.sources import open_source

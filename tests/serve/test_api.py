@@ -18,7 +18,8 @@ from starlette.testclient import TestClient
 from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.map import compute_map, read_map
 from embedcache.curate.settings import MapSettings
-from embedcache.derive.derive import Derivation, derive
+from embedcache.derive.derive import derive
+from embedcache.derive.rules import Derivation
 from embedcache.errors import CorruptError, FingerprintError, MissingExtraError, PathError, SettingError
 from embedcache.maintain.remove import remove_samples
 from embedcache.outputs import write_report_json

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
 
 from embedcache.axis import Axis
-from embedcache.derive.derive import Derivation, derive, derive_from_run
-from embedcache.derive.rules import Rule
+from embedcache.derive.derive import derive, derive_from_run
+from embedcache.derive.rules import Derivation, Rule
 from embedcache.encoders.base import EncoderSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
