@@ -57,14 +57,6 @@ def run_job(job: ExtractJob, progress: Progress) -> list[FillReport]:
     return _run_devices(job, devices, progress)
 
 
-def count_processes(settings: ExtractSettings) -> int:
-    """Return the number of devices or Ray tasks that would share the work."""
-    if settings.engine == "local":
-        return len(job_devices(settings))
-    with connected(settings.address) as ray:
-        return _count_tasks(ray, settings)
-
-
 def job_devices(settings: ExtractSettings) -> tuple[str, ...]:
     """Return the devices that share the work on this machine: those named, else all GPUs; onnxruntime is on the CPU."""
     if settings.devices not in ((), (AUTO,)):

@@ -11,7 +11,7 @@ from typing import Any
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
 from embedcache.extract.encode import Encoders
-from embedcache.extract.engines import count_processes, job_devices, open_encoders
+from embedcache.extract.engines import job_devices, open_encoders
 from embedcache.extract.extract import join_encoders, open_job
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import AnyPath, is_remote, open_path
@@ -115,7 +115,8 @@ def plan(
     path = open_path(job.cache)
     features: list[PlannedFeature] = []
     rates: dict[Modality, float] = {}
-    for encoders in open_encoders(job, job_devices(job.settings)[0]):
+    devices = job_devices(job.settings)
+    for encoders in open_encoders(job, devices[0]):
         modality = MODALITIES[encoders.modality].name
         for target in encoders.targets:
             add_features(target)
@@ -128,7 +129,7 @@ def plan(
         cache=path,
         features=features,
         rates=rates,
-        num_processes=count_processes(job.settings),
+        num_processes=len(devices) if job.settings.engine == "local" else job.settings.actors or 1,
         free_bytes=None if is_remote(path) else shutil.disk_usage(path).free,
         chunk_size=Cache(path).info.chunk_size,
     )

@@ -21,7 +21,7 @@ from embedcache.files import TEXT_ENCODING, AnyPath, is_remote, open_path, readi
 from embedcache.interop.parquet import GET_AGAIN
 from embedcache.locks import locked
 from embedcache.maintain.settings import RemoveSettings
-from embedcache.modalities import MODALITIES, count_items, list_texts
+from embedcache.modalities import MODALITIES, list_texts
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import read_run
 from embedcache.records import new_record_path, record_stage
@@ -31,7 +31,7 @@ from embedcache.search.settings import IndexSettings
 from embedcache.settings import merge_settings
 from embedcache.sources.open import is_remembered, remember
 from embedcache.store.cache import Cache
-from embedcache.store.layout import INTERRUPTED_REMOVAL, CacheInfo, read_info
+from embedcache.store.layout import INTERRUPTED_REMOVAL, read_info
 from embedcache.store.removal import erase, find_chunks, remove_rows
 from embedcache.store.removed import read_removed
 from embedcache.store.rows import find_keys
@@ -51,7 +51,6 @@ class RemovalReport:
         cache: the cache.
         rows: rows of the samples that the cache has, ascending.
         num_before: how many of the keys were removed before.
-        num_items: modality -> number of items of the samples.
         num_chunks: `modality/encoder` -> number of chunks that are written again.
         named: selection, run or export -> number of entries that name the samples, if there are any.
         is_resumed: whether the same removal was interrupted, and is finished.
@@ -61,7 +60,6 @@ class RemovalReport:
     cache: Path
     rows: Ints
     num_before: int
-    num_items: Mapping[str, int]
     num_chunks: Mapping[str, int]
     named: Mapping[str, int]
     is_resumed: bool
@@ -69,8 +67,7 @@ class RemovalReport:
 
     def lines(self) -> list[str]:
         """Return the report as lines."""
-        items = [count_items(count, modality) for modality, count in self.num_items.items()]
-        lines = [f"{self.cache}: {', '.join([pluralize(len(self.rows), 'sample'), *items])}"]
+        lines = [f"{self.cache}: {pluralize(len(self.rows), 'sample')}"]
         if self.num_before:
             lines.append(f"{pluralize(self.num_before, 'sample was', 'samples were')} removed before")
         if self.is_resumed:
@@ -100,15 +97,10 @@ def plan_removal(
     found, is_resumed = _find_rows(path, keys)
     rows = np.sort(found[found >= 0])
 
-    num_items: dict[str, int] = {}
     num_chunks: dict[str, int] = {}
     if len(rows) and not is_resumed:
-        opened = Cache(path)
-        for group, chunks in find_chunks(opened, rows):
+        for group, chunks in find_chunks(Cache(path), rows):
             num_chunks[f"{group.modality}/{group.name}"] = len(chunks)
-        for modality in opened.info.num_items:
-            samples_N = opened.items(modality, columns=["sample"])["sample"].to_numpy()
-            num_items[modality] = int(np.isin(samples_N, rows).sum())
 
     for index in settings.indexes:
         _open_card(index, path)
@@ -117,7 +109,6 @@ def plan_removal(
         cache=path,
         rows=rows,
         num_before=len(keys) - len(rows),
-        num_items=num_items,
         num_chunks=num_chunks,
         named={output: count for output, count in counts.items() if count},
         is_resumed=is_resumed,
@@ -171,7 +162,9 @@ def _remove(path: Path, keys: Sequence[str], settings: RemoveSettings, progress:
             opened = Cache(path)
             removed_keys = opened.column("key").take(pa.array(report.rows)).to_pylist()
             remove_rows(opened, report.rows, removed_keys, progress=progress)
-        _remember(read_info(path))
+        info = read_info(path)
+        if any(is_remembered(info.source, version.index_digest) for version in info.earlier_versions):
+            remember(info.source, info.index_digest)  # the rows that are left of what this user indexed
         erase(path, progress=progress)
         for index, card in cards.items():
             report.indexes[str(index)] = _purge(path, index, card, progress)
@@ -180,12 +173,6 @@ def _remove(path: Path, keys: Sequence[str], settings: RemoveSettings, progress:
             outcome |= {"index_digest": read_info(path).index_digest, "num_chunks": report.num_chunks}
             outcome |= {"indexes": report.indexes}
     return report
-
-
-def _remember(info: CacheInfo) -> None:
-    """Record that this user indexed the source as the rows that are left, if the user did as those before."""
-    if any(is_remembered(info.source, version.index_digest) for version in info.earlier_versions):
-        remember(info.source, info.index_digest)
 
 
 def _local(cache_path: AnyPath) -> Path:
