@@ -1,7 +1,6 @@
 """Commands as a newcomer types them, in one folder with images, a cache, a run and an index."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -170,18 +169,6 @@ def test_verify_finds_damage_and_exits_with_1(folder: Path, tmp_path: Path) -> N
     assert (refused.code, refused.stderr.count("\n")) == (1, 1)
 
 
-def test_plan_estimates_and_writes_no_feature(folder: Path, tmp_path: Path) -> None:
-    shown = succeed("extract", folder / "photos", tmp_path / "c", *TOY, "--plan", cwd=folder)
-    stored = [
-        sum(path.stat().st_size for path in (folder / "cache").glob(f"*/*/{name}/c/*/*")) for name in ("cls", "mean")
-    ]
-    assert re.search(rf"open_toy/cls +│ +100 +│ +96 +│ {stored[0] / 1e6:.2f} MB", shown)
-    assert re.search(r"images: measured [\d,.]+ per second; [\d.]+ seconds", shown)
-    assert re.search(r"memory: 0\.39 MB per process", shown)
-    assert re.search(rf"disk: {sum(stored) / 1e6:.2f} MB; [\d,.]+ GB are free", shown)
-    assert not list(tmp_path.glob("c/*/*/chunks/*"))
-
-
 def test_config_of_a_run_trains_it_again(folder: Path) -> None:
     again = "train cache again --config run/config.json"
     succeed(*again.split(), cwd=folder)
@@ -231,22 +218,3 @@ def test_user_error_is_one_line_and_exit_1(folder: Path, line: str, word: str) -
     assert done.code == 1, done.stderr
     (error,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert word in error
-
-
-@pytest.fixture(scope="module")
-def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a cache of labeled images."""
-    from tests.evaluate.conftest import color, make_cache
-
-    folder = tmp_path_factory.mktemp("probe")
-    make_cache(folder, color)
-    return folder
-
-
-def test_probe_writes_its_reports(labeled: Path) -> None:
-    line = "evaluate probe cache --feature open_toy/cls --shots 1,2 --control --output figures.json --html page.html"
-    shown = succeed(*line.split(), cwd=labeled)
-    for expected in ("6 classes", "logistic", "shuffled"):
-        assert expected in shown
-    assert json.loads((labeled / "figures.json").read_text())["dataset"] == "cache"
-    assert "<svg" in (labeled / "page.html").read_text()
