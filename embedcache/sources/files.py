@@ -259,7 +259,8 @@ def _list(folder: Path) -> dict[str, int]:
     with reading(folder), os.scandir(folder) as entries:
         for entry in entries:
             is_folder = entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry).is_dir())
-            names.append(entry.name + "/" * is_folder)
+            if is_folder or entry.is_symlink() or entry.is_file(follow_symlinks=False):  # no pipe, no device
+                names.append(entry.name + "/" * is_folder)
     return {check_utf8_name(name, folder): -1 for name in names if not name.startswith(".")}
 
 

@@ -233,8 +233,7 @@ def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
             mark = delimiter or ("\t" if suffix == ".tsv" else ",")
             # Spaces after a delimiter are skipped if it is named, as in Flickr30k's table.
             form: dict[str, Any] = {"delimiter": mark, "skipinitialspace": delimiter is not None, "strict": True}
-            with path.open(encoding=TEXT_ENCODING, newline="") as lines:
-                names = list(csv.DictReader(lines, **form).fieldnames or [])
+            names = next(_csv_lines(path, form), (0, []))[1]
             read = partial(_read_csv, path, form)
         return TableFile(path=path, schema=pa.schema([(name, pa.string()) for name in names]), read=read)
 
@@ -289,20 +288,26 @@ def _read_jsonl(path: Path, _columns: Sequence[str] = ()) -> Iterator[Row]:
 
 
 def _read_csv(path: Path, form: Mapping[str, Any], _columns: Sequence[str]) -> Iterator[Row]:
-    """Iterate over the rows of a text table, with all their cells; blank lines are skipped.
+    lines = _csv_lines(path, form)
+    _, header = next(lines, (0, []))
+    for number, cells in lines:
+        if len(cells) != len(header):
+            raise SourceError(f"{path} line {number}: expected {len(header)} cells, got {len(cells)}: {cells!r:.60}")
+        yield dict(zip(header, cells, strict=True))
+
+
+def _csv_lines(path: Path, form: Mapping[str, Any]) -> Iterator[tuple[int, list[str]]]:
+    """Iterate over the rows of a text table, header first, each with the number of its last line; skip blank lines.
 
     Arrow's reader cannot skip spaces after a delimiter. It would also join the rows between two quotes that cells begin
     with by mistake, without an error.
     """
-    with path.open(encoding=TEXT_ENCODING, newline="") as lines:
-        rows = csv.DictReader(lines, **form)
+    with path.open(encoding=TEXT_ENCODING, newline="") as file:
+        lines = csv.reader(file, **form)
         try:
-            for row in rows:
-                if None in row or None in row.values():
-                    raise SourceError(f"{path} line {rows.line_num}: expected a cell for each column, got {row!r:.80}")
-                yield row
+            yield from ((lines.line_num, cells) for cells in lines if cells)
         except csv.Error as error:
-            raise SourceError(f"{path} line {rows.reader.line_num}: {error}; correct the line") from None
+            raise SourceError(f"{path} line {lines.line_num}: {error}; correct the line") from None
 
 
 def _row_group_starts(path: Path) -> list[int]:

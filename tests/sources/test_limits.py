@@ -21,6 +21,7 @@ def test_devices_and_pipes_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name, target in (("c.png", "/dev/zero"), ("d.png", tmp_path / "pipe"), ("b.txt", tmp_path / "pipe")):
         (tmp_path / "source" / name).symlink_to(target)
+    os.mkfifo(tmp_path / "source" / "e.png")
     source = open_source(tmp_path / "source")
     _, b, c, d = source.samples()
     assert b.columns[CAPTION_ERROR] == f"cannot read b.txt: not a regular file: {tmp_path}/source/b.txt"

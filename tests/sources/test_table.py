@@ -77,6 +77,7 @@ def test_rows_of_one_key_are_one_sample(tmp_path: Path) -> None:
         ("t.csv", 'image,caption\na.jpg,one\nb.jpg,"two" three\n', {}, "line 3"),
         ("t.csv", 'image,caption\na.jpg,"5 inch pipe\nb.jpg,a "big" dog\n', {}, "line 3"),
         ("t.csv", "caption,caption\na,b\n", {}, "twice"),
+        ("t.csv", '"caption" x,y\na,b\n', {}, "line 1"),
         ("t.csv", 'caption,image\nx\n"y,z', {}, "line"),
         ("t.csv", "words\nx\n", {}, "--item-column MODALITY=COLUMN and --caption-column"),
         ("t.csv", "words\nx\n", {"item_columns": {"image": "image"}}, "--item-column image"),
@@ -132,7 +133,7 @@ def test_captions_of_flickr30k_as_downloaded(tmp_path: Path) -> None:
     assert source.read(second.images[0]) == IMAGES[1]
     assert list(reopen(source.describe()).samples()) == [first, second]
     write(tmp_path, {"results.csv": FLICKR + "b.jpg| 1| A | bar\n"})
-    with pytest.raises(SourceError, match=r"results.csv line 5: expected a cell for each"):
+    with pytest.raises(SourceError, match=r"results.csv line 5: expected 3 cells, got 4"):
         list(source.samples())
 
 
