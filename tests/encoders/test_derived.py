@@ -21,7 +21,6 @@ from embedcache.encoders.features import (
     state_features,
     untie_last_state,
 )
-from embedcache.encoders.image import ImageModel
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import SettingError
 from embedcache.testing.encoders import TEXTS, example_images
@@ -35,15 +34,10 @@ from tests.encoders.checkpoints import save_dinov2, save_sentence_transformer, s
         ("grid:4", FeatureName("patches", grid=4)),
         ("layer6.cls", FeatureName("cls", layer=6)),
         ("layer11.grid:2", FeatureName("patches", layer=11, grid=2)),
-        ("kmeans:8", FeatureName("patches", clusters=8)),
         ("layer11.kmeans:2", FeatureName("patches", layer=11, clusters=2)),
         ("layer0.cls", None),
         ("layer3", None),
-        ("layer3.", None),
         ("grid:0", None),
-        ("grid:", None),
-        ("kmeans:0", None),
-        ("kmeans:", None),
         ("layer3.layer2.cls", None),
         ("Cls", None),
     ],
@@ -98,24 +92,6 @@ def test_patch_grid_with_remainder(height: int, width: int, patch_px: int, data:
     rest_px = st.integers(0, patch_px - 1)
     size_px = height * patch_px + data.draw(rest_px), width * patch_px + data.draw(rest_px)
     assert patch_grid(height * width, *size_px) == (height, width)
-
-
-@pytest.mark.parametrize(("height_px", "width_px"), [(16, 48), (48, 16)])
-def test_grid_of_rectangular_image(height_px: int, width_px: int) -> None:
-    model = ImageModel(
-        _EightPx(), torch.nn.Identity(), input_size=(3, height_px, width_px), requested=["grid:2", "grid:3", "grid:1"]
-    )
-    assert model.features == {"patches": (12, 3), "grid:2": (4, 3), "grid:1": (1, 3)}
-    images = torch.rand(2, 3, height_px, width_px, generator=torch.Generator().manual_seed(0))
-    expected = torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(2).transpose(1, 2)
-    np.testing.assert_allclose(model(images)["grid:2"], expected, atol=1e-6)
-
-
-class _EightPx(torch.nn.Module):
-    """The mean color of each 8 × 8 pixels."""
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"patches": torch.nn.functional.avg_pool2d(images, 8).flatten(2).transpose(1, 2)}
 
 
 REQUESTED = (
