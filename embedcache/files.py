@@ -214,7 +214,7 @@ def building(folder: Path) -> Iterator[Path]:
 
     PathError if `folder` is a file or not empty, also if another process has written it meanwhile; it stays as it is.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if _is_taken(folder):
         found = "a file" if folder.is_file() else "one that is not empty"
         raise PathError(f"{folder}: expected a new or empty folder, got {found}; name another one")
     make_folder(folder.parent)
@@ -228,22 +228,19 @@ def building(folder: Path) -> Iterator[Path]:
             for path in (*temporary.rglob("*"), temporary):
                 _share(path)
                 flush(path)
-            _move_folder(temporary, folder)
+            if _is_taken(folder):
+                raise PathError(
+                    f"{folder}: expected a new folder, but another process wrote it meanwhile; run the same command "
+                    "again, or give the path of a new folder"
+                )
+            temporary.rename(folder)  # refused by the system if it is taken now
             flush(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _move_folder(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        raise PathError(
-            f"{folder}: expected a new folder, but another process wrote it meanwhile; run the same command again, or "
-            "give the path of a new folder"
-        ) from error
+def _is_taken(folder: Path) -> bool:
+    return folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
 
 
 def _share(path: Path) -> None:

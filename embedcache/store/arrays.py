@@ -173,19 +173,19 @@ def open_chunk(
     if len(mapped) != num_bytes + CRC_BYTES:
         raise CorruptError(f"{path}: expected {num_bytes + CRC_BYTES} bytes, got {len(mapped)}; {REPAIR}")
     if mapped[num_bytes:] != int(committed_crc, 16).to_bytes(CRC_BYTES, "little"):
-        raise _changed(path, committed_crc, f"{int.from_bytes(mapped[num_bytes:], 'little'):08x} at its end")
+        raise _changed(path, committed_crc, f"{int.from_bytes(mapped[num_bytes:], 'little'):08x} at its end", REPAIR)
     checked = (identity, committed_crc)
     if not once or checked not in _CHECKED:
         actual_crc = f"{google_crc32c.value(np.frombuffer(mapped, np.uint8, num_bytes)):08x}"
         if actual_crc != committed_crc:
-            raise _changed(path, committed_crc, actual_crc)
+            raise _changed(path, committed_crc, actual_crc, REPAIR)
         if identity is not None:
             _CHECKED.add(checked)
     return np.frombuffer(mapped, dtype, num_bytes // np.dtype(dtype).itemsize).reshape(chunk_shape)
 
 
-def _changed(path: Path, committed_crc: str, found: str) -> CorruptError:
-    return CorruptError(f"{path}: expected checksum {committed_crc}, got {found}: the bytes changed on disk; {REPAIR}")
+def _changed(path: Path, checksum: str, found: str, next_step: str) -> CorruptError:
+    return CorruptError(f"{path}: expected checksum {checksum}, got {found}: the bytes changed on disk; {next_step}")
 
 
 def file_checksum(path: Path, *, progress: Progress | None = None) -> str:
@@ -223,9 +223,7 @@ def check_file(
         return
     actual = file_checksum(path, progress=progress)
     if actual != checksum:
-        raise CorruptError(
-            f"{path}: expected checksum {checksum}, got {actual}: the bytes changed on disk; {next_step}"
-        )
+        raise _changed(path, checksum, actual, next_step)
     _CHECKED.add(checked)
 
 

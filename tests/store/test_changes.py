@@ -1,6 +1,6 @@
 """A source that changed since a cache numbered it: what is taken in, what is refused."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +105,21 @@ def test_extend_reads_the_source_once(tmp_path: Path) -> None:
     index(source, tmp_path, extend=True, progress=progress)
     assert progress.started == [("comparing samples", 0, "samples")]
     assert progress.counts == {"comparing samples": 9}
+
+
+def test_extend_starts_over_if_another_process_was_first(tmp_path: Path) -> None:
+    begin(tmp_path, rows(3))
+
+    class Interrupted(Rows):
+        def samples(self) -> Iterator[Sample]:
+            if read_info(tmp_path).num_samples == 3:
+                index(rows(5), tmp_path, extend=True)
+            return iter(self.rows)
+
+    info = index(Interrupted(rows(9).rows), tmp_path, extend=True)
+    assert [part.num_samples for part in info.parts] == [3, 2, 4]
+    assert Cache(tmp_path).samples["key"].to_pylist() == [f"k{row}" for row in range(9)]
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def changed(source: Rows, row: int, **fields: object) -> Rows:

@@ -283,22 +283,6 @@ def test_integers_read_back(tmp_path: Path, item_shape: tuple[int, ...]) -> None
         assert (feature.load()[3] == -1).all()
 
 
-@pytest.mark.parametrize("item_shape", [(0,), (0, 3)])
-def test_items_without_values_have_one_shape(tmp_path: Path, item_shape: tuple[int, ...]) -> None:
-    feature = write_feature(tmp_path, [np.zeros(item_shape)] * 5, item_shape, chunk_size=4)
-    assert feature.gather(np.arange(5)).shape == (5, *item_shape)
-    assert not (feature.group.path / "f" / "lengths").exists()
-
-
-def test_cast_item_copies_what_keeps_a_batch_in_memory() -> None:
-    batch = np.ones((5, 3), np.float16)
-    own = batch[0].copy()
-    assert cast_item(own, (3,), "float16", "f") is own
-    copied = cast_item(batch[0], (3,), "float16", "f")
-    assert copied.base is None
-    assert cast_item(own, (3,), "float32", "f").dtype == np.float32
-
-
 def test_open_chunks_of_a_remote_feature_fit_the_memory(small_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = open_path("memory://tests-of-store/cache")
     root.fs.put(f"{small_cache}/", root.path, recursive=True)  # type: ignore[attr-defined]

@@ -157,22 +157,6 @@ def test_verify_finds_unreadable_file(copy: Path, name: str, places: set[str], d
     assert all(finding.is_damage != (damage == "gone" and "chunks" in name) for finding in findings)
 
 
-@pytest.mark.slow
-def test_extract_restores_metadata(copy: Path, image_folder: Path) -> None:
-    for name in ("image/open_toy/zarr.json", "image/open_toy/cls/zarr.json"):
-        (copy / name).unlink()
-    assert "run the same embedcache extract, derive or import again" in verify(Cache(copy))[0].line()
-    reports = extract(
-        open_source(image_folder),
-        copy,
-        image_encoder=[IMAGE],
-        text_encoder=[TEXT],
-        settings=ExtractSettings(features=("cls", "patches", "mean", "tokens")),
-    )
-    assert {report.computed for report in reports} == {0}
-    assert verify(Cache(copy)) == []
-
-
 @pytest.mark.parametrize(("name", "old", "new"), [("tokens", '"float16"', '"int16"'), ("cls", '"dtype"', '"dtype_"')])
 def test_verify_finds_changed_attributes(copy: Path, name: str, old: str, new: str) -> None:
     (path,) = copy.glob(f"*/open_toy/{name}/zarr.json")
