@@ -28,7 +28,7 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.layout import INTERRUPTED_REMOVAL, SAMPLES, CacheInfo, read_info
 from embedcache.store.removed import read_removed
-from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table
+from embedcache.store.tables import BLOCK, ITEM_SCHEMAS, Table, block_rows
 
 if TYPE_CHECKING:
     import pandas
@@ -231,10 +231,6 @@ class Cache:
         """Return the number of rows of a table, `samples` or that of a modality."""
         return self.info.num_samples if name == SAMPLES else self.info.num_items.get(name, 0)
 
-    def block_rows(self, name: str) -> int:
-        """Return the number of rows that are read together, those of a row group; the last block has fewer."""
-        return BLOCK if name == SAMPLES else ITEM_BLOCK
-
     def block(self, name: str, number: int, *, columns: Sequence[str] | None = None) -> pa.Table:
         """Read one block of a table: 65,536 samples or 16,384 items. Thread-safe.
 
@@ -245,7 +241,7 @@ class Cache:
         Raises:
             CorruptError: the table cannot be read, or differs from its checksum.
         """
-        size = self.block_rows(name)
+        size = block_rows(name)
         return self._read(name, number * size, min((number + 1) * size, self.num_rows(name)), columns)
 
     def _read(self, name: str, start: int, stop: int, columns: Sequence[str] | None) -> pa.Table:

@@ -137,7 +137,13 @@ def _open_folder(cache_path: Path) -> bool:
         exists = info_path(cache_path).is_file()
         if not exists:
             make_folder(cache_path)
-            _check_no_other_files(cache_path)
+            names = [path.name for path in cache_path.iterdir()] if cache_path.is_dir() else []  # not in object stores
+            other_names = sorted(name for name in names if name not in _CACHE_FILES and not _OWN_NAME.fullmatch(name))
+            if other_names:
+                raise PathError(
+                    f"{cache_path} is not a cache and not empty: it contains {first_few(other_names)}; "
+                    "use the path of a new folder"
+                )
     return exists
 
 
@@ -147,16 +153,6 @@ def _read_whole(cache_path: Path) -> CacheInfo:
     if info.has_interrupted_removal:
         raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
     return info
-
-
-def _check_no_other_files(cache_path: Path) -> None:
-    names = [path.name for path in cache_path.iterdir()] if cache_path.is_dir() else []  # object stores have no folders
-    other_names = sorted(name for name in names if name not in _CACHE_FILES and not _OWN_NAME.fullmatch(name))
-    if other_names:
-        raise PathError(
-            f"{cache_path} is not a cache and not empty: it contains {first_few(other_names)}; "
-            "use the path of a new folder"
-        )
 
 
 def _keeps_rows(cache_path: Path, info: CacheInfo) -> bool:
@@ -334,13 +330,10 @@ def _relocated_parts(cache_path: Path, info: CacheInfo, changes: SourceChanges, 
                 table = Table(cache_path, info.files(modality), ITEM_SCHEMAS[modality])
                 edit = partial(relocate, relocated=moved)
                 tables[modality] = rewrite_table(folder, modality, table, file, first_row, edit)
-        parts.append(Part(digest=_joined(part.digest, now, changes) if info.is_partial else now, tables=tables))
+        if info.is_partial:  # the source's samples may be more: the digest follows what was replaced
+            now = digest([part.digest, now]) if changes.relocated else part.digest
+        parts.append(Part(digest=now, tables=tables))
     return parts
-
-
-def _joined(before: str, now: str, changes: SourceChanges) -> str:
-    """Return the digest of a segment of which the source's samples are only a part: it follows what was replaced."""
-    return digest([before, now]) if changes.relocated else before
 
 
 def _ignore(_: list[Sample]) -> None:

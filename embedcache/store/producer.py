@@ -54,20 +54,16 @@ class ChunkProducer(Protocol):
     @property
     def verb(self) -> Verb:
         """What the report says of the items."""
-        ...
 
     @property
     def outputs(self) -> Mapping[str, Output]:
         """The features, at least one, by name."""
-        ...
 
     def compute(self, rows: slice) -> ChunkFeatures:
         """Compute all outputs of the items of one chunk. Chunks come in ascending order, a few times at most."""
-        ...
 
     def retries(self, commit: Commit) -> bool:
         """Return whether failed rows of a chunk would have a value now."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,23 +109,19 @@ class Producer(Protocol):
     @property
     def verb(self) -> Verb:
         """What the report says of the items."""
-        ...
 
     @property
     def targets(self) -> Sequence[Target]:
         """The folders, at least one."""
-        ...
 
     def compute(self, tasks: Iterable[ChunkTask], progress: Progress) -> Generator[ComputedChunk, None, None]:
         """Iterate over computed chunks, in the order of the tasks; it may request tasks ahead.
 
         It adds the items to the progress.
         """
-        ...
 
     def retries(self, commit: Commit) -> bool:
         """Return whether failed rows of a chunk would have a value now."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

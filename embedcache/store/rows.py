@@ -12,7 +12,7 @@ from embedcache.arrays import Ints, blocks
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, DeferredColumn, index_in, widen
 from embedcache.store.layout import SAMPLES
-from embedcache.store.tables import BLOCK
+from embedcache.store.tables import BLOCK, block_rows
 
 _KEPT_ROWS = 2**22
 _MATCHED_AT_ONCE = 2**20  # Arrow hashes all keys for each block
@@ -35,7 +35,7 @@ class RowReader:
         self, cache: Cache, name: str, columns: Sequence[str] | None = None, *, kept_rows: int | None = None
     ) -> None:
         self._cache, self._name, self._columns = cache, name, columns
-        self._num_rows, self._size = cache.num_rows(name), cache.block_rows(name)
+        self._num_rows, self._size = cache.num_rows(name), block_rows(name)
         self._whole: pa.Table | None = None
         self._samples_N: Ints | None = None
         kept_rows = _KEPT_ROWS if kept_rows is None else kept_rows

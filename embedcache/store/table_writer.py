@@ -22,7 +22,7 @@ from embedcache.samples import FileItem, Sample
 from embedcache.store.arrays import file_checksum
 from embedcache.store.columns import index_in, widen
 from embedcache.store.layout import SAMPLES, Part, TableFile, next_revision, table_name
-from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table
+from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table, block_rows
 
 ALWAYS = ("image", "text")
 """Modalities that always have an item table, and a list in each line of JSON; others have them if there are items."""
@@ -98,14 +98,11 @@ def digest_input(batch: Sequence[Sample]) -> bytes:
         try:
             line = _JSON.encode([sample.key, images, texts, dict(sample.columns), *([others] if others else [])])
             lines.append(f"{line}\n".encode())
-        except UnicodeEncodeError as error:
+        except (UnicodeEncodeError, TypeError) as error:
+            reason = f"text that is not valid Unicode: {error.reason}" if isinstance(error, UnicodeError) else error
             raise SourceError(
-                f"sample {sample.key!r} holds text that is not valid Unicode: {error.reason}; correct the source"
-            ) from error
-        except TypeError as error:
-            raise SourceError(
-                f"sample {sample.key!r}: expected texts, numbers, booleans and None in its items and columns: {error}; "
-                "correct the source"
+                f"sample {sample.key!r}: expected texts, numbers, booleans and None in its items and columns, got "
+                f"{reason}; correct the source"
             ) from error
     return b"".join(lines)
 
@@ -202,7 +199,7 @@ def rewrite_table(
     with _TableFile(path, table.schema) as writer:
         for rows in blocks(file.num_rows, BLOCK):
             start = first_row + rows.start
-            writer.write_table(edit(table.read(start, first_row + rows.stop), start), row_group_size=group_rows(name))
+            writer.write_table(edit(table.read(start, first_row + rows.stop), start), row_group_size=block_rows(name))
     return describe_file(folder, str(path.relative_to(folder)))
 
 
@@ -327,11 +324,6 @@ class _ItemWriter:
         if len(self._buffer):
             self._writer.write_table(self._buffer, row_group_size=ITEM_BLOCK)
         self._writer.close()
-
-
-def group_rows(name: str) -> int:
-    """Return the rows of a row group of a table, `samples` or that of a modality."""
-    return BLOCK if name == SAMPLES else ITEM_BLOCK
 
 
 def without_samples(table: pa.Table, first_row: int, removed: Ints) -> pa.Table:

@@ -23,13 +23,19 @@ from embedcache.files import check_regular, is_remote, read_file, reading
 from embedcache.modalities import MODALITIES
 from embedcache.samples import FileItem
 from embedcache.store.arrays import check_file
-from embedcache.store.layout import TableFile
+from embedcache.store.layout import SAMPLES, TableFile
 
 BLOCK = 65_536
 """Samples that are read and written together: the rows of a row group."""
 
 ITEM_BLOCK = 16_384
 """Items that are read and written together."""
+
+
+def block_rows(name: str) -> int:
+    """Return the rows of a row group of a table, `samples` or that of a modality; the last one has fewer."""
+    return BLOCK if name == SAMPLES else ITEM_BLOCK
+
 
 RESTORE_TABLE = "restore the file, or extract into a new folder"
 """What to do about a damaged table of a cache."""
