@@ -87,8 +87,9 @@ class Commit:
 
     def used_rows(self) -> list[int]:
         """Return the rows, counted from the start of the chunk, that have at least one feature."""
-        failures = list(self.failures.values())
-        return [row for row in range(len(self.hashes)) if any(reasons[row] is None for reasons in failures)]
+        is_used = np.logical_or.reduce([is_none(reasons) for reasons in self.failures.values()])
+        rows: list[int] = np.flatnonzero(is_used).tolist()
+        return rows
 
     def is_complete(self, feature: str) -> bool:
         """Return whether every row has the feature or a reason why not."""

@@ -206,8 +206,10 @@ def _check_same_items(group: EncoderGroup, hashes: Sequence[bytes | None], chunk
     for name, commit in stored.items():
         if commit is None:
             continue
+        old_hashes = list(commit.hashes)
         for row in commit.used_rows():
-            old, new = commit.hashes[row], hashes[row]
+            old = old_hashes[row]
+            new = hashes[row]
             if old is not None and new not in (None, of_removed, old):
                 raise FingerprintError(
                     f"{group.modality} {_item_path(group, chunk, row)}in row {first + row} has other bytes now than "
