@@ -150,10 +150,12 @@ def test_cut_without_some(made: Path, tmp_path: Path) -> None:
 def test_cut_of_samples_without_captions_has_no_features_of_them(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source")
     (source / "00001.txt").unlink()
+    (source / "00000.png").write_bytes(b"junk")
     make_cache(source, tmp_path / "c")
     (tmp_path / "one.txt").write_text("00001\n")
     report = cut_cache(tmp_path / "c", tmp_path / "one.txt", tmp_path / "one", features="open_toy")
     assert report.features == ["image/open_toy/cls", "image/open_toy/patches"]
+    assert Cache(tmp_path / "one").feature("image", "open_toy/cls").valid.all()
     assert verify(Cache(tmp_path / "one")) == []
 
 
