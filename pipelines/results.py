@@ -162,9 +162,10 @@ class Results:
             self._results.setdefault((result.question, result.model), []).append(result)
 
     @classmethod
-    def read(cls, folder: Path) -> "Results":
-        """Read the results of all seeds in the folder of the pipeline."""
-        return cls(Result.read(path) for path in sorted(folder.glob("seed*/results/*.json")))
+    def read(cls, folder: Path, *, seed: int | None = None) -> "Results":
+        """Read the results of all seeds in the folder of the pipeline, or those of one."""
+        pattern = f"seed{'*' if seed is None else seed}/results/*.json"
+        return cls(Result.read(path) for path in sorted(folder.glob(pattern)))
 
     def models(self, question: str) -> list[str]:
         """Return the models with results on a question."""

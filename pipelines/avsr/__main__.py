@@ -11,7 +11,7 @@ folder; a second call goes on. All settings were chosen on the sets `valid` and 
 """
 
 import argparse
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,24 +20,26 @@ import torch
 from embedcache.cli.console import print_table
 from embedcache.cli.failures import run_program
 from pipelines.avsr.decoding import Decoding
-from pipelines.avsr.page import SETS, Layout, show_utterances, write_pages
-from pipelines.avsr.results import Results, rate_table
-from pipelines.avsr.steps import DECODING, LOUD, NARROW, TEST_VIEWS, TINY, Question, Runs, Size, Variant, make_caches
+from pipelines.avsr.page import SETS, show_utterances, write_pages
+from pipelines.avsr.results import rate_table
+from pipelines.avsr.steps import (
+    ABLATIONS,
+    AUDIO,
+    DECODING,
+    DEEP,
+    FUSION,
+    FUSIONS,
+    TEST_VIEWS,
+    TINY,
+    VIDEO,
+    Question,
+    Runs,
+    Size,
+    make_caches,
+)
 from pipelines.parallel import run_parallel
+from pipelines.results import Results
 
-AUDIO, VIDEO, DEEP = "audio", "video", "video, as deep as the fusion"
-FUSION, NARROW_NOISE, PAPER = "both", "both, narrow noise", "both, concatenated"
-MISSING = {"audio": 0.3, "video": 0.1}
-FUSIONS: Mapping[str, Variant] = {
-    FUSION: Variant(noise=LOUD, missing=MISSING),
-    DEEP: Variant(readouts="video", missing={"audio": 1.0}),
-}
-ABLATIONS: Mapping[str, Variant] = {
-    NARROW_NOISE: Variant(noise=NARROW, missing=MISSING),
-    PAPER: Variant(kind="concat", readouts=None, noise=LOUD),
-    "both, nothing missing": Variant(noise=LOUD),
-    "both, lips swapped and shifted": Variant(noise=LOUD, missing=MISSING, swapped=0.1, shift_s=0.04),
-}
 GREEDY, AS_PUBLISHED = Decoding(decoder="ctc"), Decoding()
 SHOWN = {"A": ("0003", "0011"), "R": ("0007",)}
 
@@ -67,7 +69,7 @@ def main() -> None:
         run_all([*((runs.train_fusion, *variant) for variant in variants.items()), *of_video])
         run_all([(runs.evaluate, *question) for question in asked])
 
-        results = Results.read([runs.folder])
+        results = Results.read(options.workdir, seed=seed)
         print_table(*rate_table(results, [AUDIO, VIDEO, *variants], "A"), title=f"seed {seed}, set A, WER in %")
 
     runs = Runs(folder=options.workdir / f"seed{seeds[0]}", caches=caches, seed=seeds[0], size=size)
@@ -77,8 +79,8 @@ def main() -> None:
             shown = {model: runs.path(model) for model in (AUDIO, FUSION)}
             world = options.workdir / "world" / name
             rows += show_utterances(world, caches[name], shown, keys, TEST_VIEWS[3], DECODING)
-    layout = page_layout({**FUSIONS, **(ABLATIONS if options.ablations else {})})
-    write_pages(options.workdir, Results.read(sorted(options.workdir.glob("seed*"))), layout, rows=rows)
+    tried = list(ABLATIONS) if options.ablations else []
+    write_pages(options.workdir, Results.read(options.workdir), sets, tried, rows=rows)
 
 
 def questions(name: str, sets: Sequence[str]) -> list[tuple[str, Question]]:
@@ -94,26 +96,6 @@ def questions(name: str, sets: Sequence[str]) -> list[tuple[str, Question]]:
         asked.append(Question(model=f"{name}, without video", test_set="A", streams=("audio",)))
         asked.append(Question(model=f"{name}, without audio", test_set="A", streams=("video",)))
     return [(name, question) for question in asked]
-
-
-def page_layout(models: Collection[str]) -> Layout:
-    """Return what the page shows of the fusions that were trained."""
-    tried = [name for name in models if name not in FUSIONS]
-    return Layout(
-        models=[AUDIO, VIDEO, *FUSIONS],
-        curves=[AUDIO, VIDEO, *FUSIONS, *(name for name in tried if name == NARROW_NOISE)],
-        controls=[NARROW_NOISE, DEEP],
-        single=(AUDIO, VIDEO),
-        fusion=FUSION,
-        confused=[AUDIO, FUSION],
-        ablations={
-            "One stream, decoders": [
-                *(f"{name}{decoder}" for name in (AUDIO, FUSION) for decoder in ("", ", greedy", ", λ 0.1")),
-                *(f"{FUSION}, {how}" for how in ("without video", "without audio", "lips of others")),
-            ],
-            **({"What else was tried": [FUSION, *tried]} if tried else {}),
-        },
-    )
 
 
 if __name__ == "__main__":

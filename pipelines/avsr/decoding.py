@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embedcache.arrays import Ints
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError
 from pipelines.avsr.ctc import CtcPrefixes, check_log_probs
 from pipelines.avsr.transcripts import BLANK
 
@@ -71,7 +71,6 @@ def decode_hybrid(
     *,
     ctc_weight: float = 0.1,
     beam: int = 5,
-    max_length: int | None = None,
 ) -> list[Hypothesis]:
     """Search the most probable transcript of each item by CTC and an attention decoder in one pass, B items at once.
 
@@ -89,25 +88,16 @@ def decode_hybrid(
         step: the attention decoder, with log-probabilities on the same device; not called if `ctc_weight` is 1.
         ctc_weight: λ, from 0, attention alone, where CTC is not computed, to 1, CTC alone.
         beam: number of hypotheses kept per item.
-        max_length: longest transcript, in symbols; None: as many as frames.
 
     Returns:
         The best hypothesis of each item.
 
     Raises:
-        SettingError: a weight outside 0 to 1, a beam or length below 1, or no attention decoder.
         DataError: lengths or log-probabilities of an unexpected shape, or NaN.
     """
-    if not 0 <= ctc_weight <= 1:
-        raise SettingError(f"ctc_weight: expected a number from 0 to 1, got {ctc_weight}")
-    if beam < 1 or (max_length is not None and max_length < 1):
-        raise SettingError(f"expected beam and max_length of at least 1, got {beam} and {max_length}")
-    if step is None and ctc_weight < 1:
-        raise SettingError(f"expected an attention decoder for ctc_weight={ctc_weight:g}, got none; pass ctc_weight=1")
     check_log_probs(log_probs_BTC, lengths_B)
     ctc = CtcPrefixes(log_probs_BTC, lengths_B) if ctc_weight > 0 else None
-    caps_B = lengths_B if max_length is None else lengths_B.clamp(max=max_length)
-    search = _BeamSearch(ctc, step, caps_B, log_probs_BTC.shape[2], ctc_weight, beam)
+    search = _BeamSearch(ctc, step, lengths_B, log_probs_BTC.shape[2], ctc_weight, beam)
     while search.is_running:
         next_BKC = search.attend()
         search.complete(next_BKC)

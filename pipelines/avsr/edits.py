@@ -1,9 +1,8 @@
-"""Word and character errors of transcripts, by the token of the reference that each belongs to.
+"""Word errors of transcripts, by the word of the reference that each belongs to.
 
 Words are compared as they are: bring references and hypotheses to one case and spelling first.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -24,8 +23,21 @@ def align_words(references: Sequence[str], hypotheses: Sequence[str]) -> list[li
         >>> align_words(["SET B AT"], ["SET D"])
         [[('SET', 'SET'), ('B', 'D'), ('AT', '')]]
     """
-    _check(references, hypotheses)
-    return _pair_tokens(jiwer.process_words(list(references), list(hypotheses)))
+    if len(references) != len(hypotheses) or not references or not all(text.strip() for text in references):
+        raise DataError(
+            f"expected a hypothesis for each of one or more references with words, got {len(references)} references "
+            f"and {len(hypotheses)} hypotheses; leave out utterances without speech"
+        )
+    output = jiwer.process_words(list(references), list(hypotheses))
+    aligned = []
+    for chunks, said, heard in zip(output.alignments, output.references, output.hypotheses, strict=True):
+        pairs: list[tuple[str, str]] = []
+        for chunk in chunks:
+            said_part = said[chunk.ref_start_idx : chunk.ref_end_idx]
+            heard_part = heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            pairs += zip_longest(said_part, heard_part, fillvalue="")
+        aligned.append(pairs)
+    return aligned
 
 
 def count_word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Ints:
@@ -38,44 +50,8 @@ def count_word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> I
         >>> count_word_errors(["SET B AT 2"], ["SET D AT 2 NOW"]).tolist()
         [0, 1, 0, 1]
     """
-    return _count_errors(align_words(references, hypotheses))
-
-
-def count_character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Ints:
-    """Count the errors of each reference character, as `count_word_errors`; a space between words is a character."""
-    _check(references, hypotheses)
-    said, heard = ([" ".join(text.split()) for text in texts] for texts in (references, hypotheses))
-    return _count_errors(_pair_tokens(jiwer.process_characters(said, heard)))
-
-
-def count_confusions(references: Sequence[str], hypotheses: Sequence[str]) -> Counter[tuple[str, str]]:
-    """Count which word was recognized for which, correct ones included; "" stands for none."""
-    return Counter(pair for pairs in align_words(references, hypotheses) for pair in pairs)
-
-
-def _check(references: Sequence[str], hypotheses: Sequence[str]) -> None:
-    if len(references) != len(hypotheses) or not references or not all(text.strip() for text in references):
-        raise DataError(
-            f"expected a hypothesis for each of one or more references with words, got {len(references)} references "
-            f"and {len(hypotheses)} hypotheses; leave out utterances without speech"
-        )
-
-
-def _pair_tokens(output: jiwer.WordOutput | jiwer.CharacterOutput) -> list[list[tuple[str, str]]]:
-    aligned = []
-    for chunks, said, heard in zip(output.alignments, output.references, output.hypotheses, strict=True):
-        pairs: list[tuple[str, str]] = []
-        for chunk in chunks:
-            said_part = said[chunk.ref_start_idx : chunk.ref_end_idx]
-            heard_part = heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
-            pairs += zip_longest(said_part, heard_part, fillvalue="")
-        aligned.append(pairs)
-    return aligned
-
-
-def _count_errors(aligned: Sequence[Sequence[tuple[str, str]]]) -> Ints:
     errors: list[int] = []
-    for pairs in aligned:
+    for pairs in align_words(references, hypotheses):
         first = len(errors)
         inserted_before = 0
         for said, heard in pairs:

@@ -8,7 +8,6 @@ import torch
 from embedcache.arrays import Ints
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError
-from embedcache.progress import NullProgress, Progress
 from pipelines.avsr.ctc import WordTime, word_times
 from pipelines.avsr.decoding import Decoding
 from pipelines.avsr.network import check_decoder, load_network, recognize, to_text
@@ -25,7 +24,6 @@ def recognize_utterances(
     decoding: Decoding | None = None,
     videos_of: Ints | None = None,
     device: str = AUTO,
-    progress: Progress | None = None,
 ) -> dict[str, list[str]]:
     """Recognize utterances with a run, in views of their sound. The result does not depend on the batch size.
 
@@ -38,7 +36,6 @@ def recognize_utterances(
         decoding: the decoder.
         videos_of: (N,) utterance whose lips each one gets, as by `shuffle_videos`; None: its own.
         device: torch device.
-        progress: progress in utterances and views.
 
     Returns:
         View -> text of each utterance.
@@ -47,14 +44,12 @@ def recognize_utterances(
         SettingError: a stream is missing in a run of one stream, or the decoder was not trained.
         DataError: the run recognizes no speech, or streams of an utterance differ in length.
     """
-    progress = progress or NullProgress()
     decoding = decoding or Decoding()
     device = str(torch_device(device, needs_float64=True))
     network, config = load_network(run_path, device=device)
     check_decoder(config.training, decoding)
 
     decoded = views if "audio" in utterances.streams else views[:1]
-    progress.start("recognize", len(utterances) * len(decoded), "utterances")
     texts: dict[str, list[str]] = {}
     for view in decoded:
         texts[view] = []
@@ -62,8 +57,6 @@ def recognize_utterances(
             network, utterances, views={"audio": view}, videos_of=videos_of, device=device
         ):
             texts[view] += [to_text(best.symbols) for best in recognize(network, encoded, decoding)]
-            progress.advance(len(encoded.frames_BTP))
-    progress.finish()
     return {view: texts.get(view, texts[decoded[0]]) for view in views}
 
 

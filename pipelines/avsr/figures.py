@@ -1,123 +1,46 @@
-"""Speech recognition as figures: error rates by noise, confused words, and utterances with their words in time."""
+"""Speech recognition as figures: error rates by noise, and utterances with their words in time."""
 
-import re
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from embedcache.arrays import Array, Floats
-from embedcache.dataset.inputs import PLAIN
-from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import BAD, COLORS, GRID, INK, SOFT, label, open_axes
+from embedcache.reports.base import BAD, COLORS, GRID, INK, SOFT
 from embedcache.sources.media import AUDIO_RATE_HZ
 from pipelines.avsr.ctc import WordTime
-from pipelines.avsr.edits import align_words, count_confusions
+from pipelines.avsr.edits import align_words
+from pipelines.avsr.results import level_name, measured, views_of, word_error_rate
 from pipelines.curves import Curves, estimate_curves
+from pipelines.results import Results
 from pipelines.worlds.talking_mouth import VIDEO_RATE_HZ, Phone
 
-LETTERS = ("BCDEGPTVZ", "AHJK", "FSX", "MN", "IY", "QUW", "LOR")
-"""Letters whose English names sound alike, and the rest."""
-
-_LEVEL = re.compile(r"(-?\d+(\.\d+)?)dB$")
-_OTHER, _NONE = "other", "none"
-_HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#bfd4fb", COLORS[0], "#0b1d51"])
 _MARGIN = 1.5  # inches on the left, for the names of the lines
 _MOST_FRAMES = 33
 
 
-def snr_db(view: str) -> float:
-    """Return the signal-to-noise ratio of a view by its name, such as `plain`, infinite, or `babble-5dB`."""
-    if view == PLAIN:
-        return np.inf
-    found = _LEVEL.search(view)
-    assert found is not None, view
-    return float(found[1])
-
-
-def level_name(view: str) -> str:
-    """Return the signal-to-noise ratio of a view as text, such as `clean` or `-5 dB`."""
-    level = snr_db(view)
-    return "clean" if np.isinf(level) else f"{level:g} dB"
-
-
-Rates: TypeAlias = Mapping[str, Mapping[str, Estimate]]
-"""Model -> view of the sound -> its error rate."""
-
-
-def error_curves(panels: Mapping[str, Rates], *, controls: Collection[str] = ()) -> Figure:
-    """Draw word error rates by the level of noise, with 95% intervals as bands.
+def error_curves(
+    results: Results, titles: Mapping[str, str], models: Sequence[str], *, controls: Collection[str] = ()
+) -> Figure:
+    """Draw word error rates by the level of noise, with 95% intervals as bands, one panel per test set.
 
     Args:
-        panels: title -> model -> view -> its error rate. A model has one color in all panels.
+        results: results of all seeds.
+        titles: test set -> title of its panel.
+        models: models to draw, those that a set has; a model has one color in all panels.
         controls: models that are drawn dashed and thin.
     """
-    curves = {}
-    for title, rates in panels.items():
-        views = sorted({view for of_view in rates.values() for view in of_view}, key=snr_db, reverse=True)
-        lines = {name: [of_view.get(view) for view in views] for name, of_view in rates.items()}
-        curves[title] = Curves([level_name(view) for view in views], lines)
-    return estimate_curves(curves, x="signal-to-noise ratio", y="word error rate", controls=controls)
-
-
-def confusion_figure(
-    panels: Mapping[str, Sequence[tuple[Sequence[str], Sequence[str]]]], groups: Sequence[Sequence[str]] = LETTERS
-) -> Figure:
-    """Draw which of some words were recognized for which, in percent of each word: one panel per model.
-
-    Args:
-        panels: title -> references and hypotheses of each run of a model; its runs are summed.
-        groups: groups of words that are shown if they are in the references, with lines between them. What else was
-            recognized is one column, and nothing another one.
-    """
-    counts = {title: sum((count_confusions(*run) for run in runs), Counter()) for title, runs in panels.items()}
-    said = {pair[0] for found in counts.values() for pair in found}
-    parts = [[word for word in group if word in said] for group in groups]
-    shown, edges = [word for part in parts for word in part], np.cumsum([len(part) for part in parts])[:-1]
-    columns = [*shown, _OTHER, _NONE]
-    size = 0.25 * len(columns) + 0.7
-    axes = open_axes(size, width=(size + 0.1) * len(panels), ncols=len(panels), squeeze=False)[0]
-    for panel, (title, found) in zip(axes, counts.items(), strict=True):
-        table = _confusion_table(found, shown)
-        total = table.sum(axis=1, keepdims=True)
-        fractions = table / np.maximum(total, 1)
-        panel.imshow(fractions, cmap=_HEAT, vmin=0, vmax=1, aspect="equal")
-        for row, column in zip(*np.nonzero(fractions >= 0.045), strict=True):
-            value = fractions[row, column]
-            color = "white" if value > 0.42 else INK
-            panel.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color=color)
-        panel.set_xticks(range(len(columns)), columns, fontsize=7)
-        for tick in panel.get_xticklabels()[-2:]:
-            tick.set_rotation(90)
-        panel.set_yticks(range(len(shown)), shown, fontsize=7)
-        panel.axvline(len(shown) - 0.5, color=INK, linewidth=0.8)
-        for edge in edges:
-            panel.axvline(edge - 0.5, color=GRID, linewidth=0.8)
-            panel.axhline(edge - 0.5, color=GRID, linewidth=0.8)
-        is_right = [found[word, word] for word in shown]
-        correct = sum(is_right) / max(1, int(total.sum()))
-        panel.set_title(f"{title}: {correct:.0%} of {int(total.sum()):,} right", color=INK, fontsize=10)
-        label(panel, "recognized", "said" * (panel is axes[0]))
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(True)
-            panel.spines[side].set_color(INK)
-    figure: Figure = axes[0].figure
-    return figure
-
-
-def _confusion_table(counts: Mapping[tuple[str, str], int], words: Sequence[str]) -> Array:
-    """Return (words, words + 2) counts; the last columns are other words, and none."""
-    places = {word: place for place, word in enumerate(words)}
-    table: Array = np.zeros((len(words), len(words) + 2), np.int64)
-    for (said, heard), count in counts.items():
-        if said in places:
-            column = len(words) + 1 if not heard else places.get(heard, len(words))
-            table[places[said], column] += count
-    return table
+    panels = {}
+    for test_set, title in titles.items():
+        views = views_of(results, test_set)
+        lines = {
+            model: [word_error_rate(results, model, test_set, view) for view in views]
+            for model in measured(results, models, test_set)
+        }
+        panels[title] = Curves([level_name(view) for view in views], lines)
+    return estimate_curves(panels, x="signal-to-noise ratio", y="word error rate", controls=controls)
 
 
 @dataclass(frozen=True, kw_only=True)

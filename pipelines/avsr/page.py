@@ -1,21 +1,20 @@
-"""The page of audio-visual speech recognition: tables, curves, confused letters and mouths in time."""
+"""The page of audio-visual speech recognition: tables, curves, and mouths in time."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
 from pipelines.avsr.ctc import WordTime
 from pipelines.avsr.decoding import Decoding
 from pipelines.avsr.evaluate import recognize_utterances, time_words
-from pipelines.avsr.figures import UtteranceRow, confusion_figure, error_curves, level_name, snr_db, utterance_figure
-from pipelines.avsr.results import Results, crossing_db, gain_table, rate_table, seed_table
+from pipelines.avsr.figures import UtteranceRow, error_curves, utterance_figure
+from pipelines.avsr.results import gain_table, level_name, rate_table, views_of, word_error_rate
+from pipelines.avsr.steps import AUDIO, DEEP, FUSION, FUSIONS, NARROW_NOISE, VIDEO
 from pipelines.avsr.utterances import open_for_run, take_utterances
-from pipelines.results import Part
+from pipelines.results import Part, Results
 from pipelines.results import write_pages as write_parts
 from pipelines.worlds.talking import draw_record, read_manifest
 from pipelines.worlds.talking_mouth import Phone
@@ -52,140 +51,77 @@ SETS: Mapping[str, str] = {
 }
 """Test set -> its title."""
 
-_HALFWAY_DB = 0.0  # of the levels at which confused letters are shown: halfway between clean and hopeless
 _FRAME_PX = 144
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """What the page shows, by the names of models in the results.
-
-    Args:
-        models: models of the tables, in this order; those without results in a set are left out of its table.
-        curves: models of the curves.
-        controls: models of the curves that are drawn thin.
-        single: models of one stream: on sound, and on lips.
-        fusion: the recommended model.
-        confused: models whose confused letters are shown, on set R.
-        ablations: title -> models of further tables.
-    """
-
-    models: Sequence[str]
-    curves: Sequence[str]
-    controls: Sequence[str]
-    single: tuple[str, str]
-    fusion: str
-    confused: Sequence[str]
-    ablations: Mapping[str, Sequence[str]]
+_SINGLE, _MODELS = (AUDIO, VIDEO), (AUDIO, VIDEO, *FUSIONS)
+_DECODERS = [
+    *(f"{name}{decoder}" for name in (AUDIO, FUSION) for decoder in ("", ", greedy", ", λ 0.1")),
+    *(f"{FUSION}, {how}" for how in ("without video", "without audio", "lips of others")),
+]
 
 
 def write_pages(
-    folder: Path, results: Results, layout: Layout, *, rows: Sequence[UtteranceRow] = (), notes: Sequence[str] = ()
+    folder: Path,
+    results: Results,
+    sets: Sequence[str],
+    tried: Sequence[str] = (),
+    *,
+    rows: Sequence[UtteranceRow] = (),
 ) -> None:
     """Write `avsr.html`, and `avsr.md` with its figures, into the folder.
 
     Args:
         folder: folder of the pages.
         results: results of all models, test sets and seeds.
-        layout: what is shown.
+        sets: names of `SETS` that were recognized.
+        tried: fusions besides the recommended one.
         rows: utterances to draw in time, as by `show_utterances`.
-        notes: further notes at the beginning, such as what was tried without success.
     """
-    sets = [name for name in SETS if any(results.has(model, name) for model in layout.models)]
+    curves = [*_MODELS, *(name for name in tried if name == NARROW_NOISE)]
+    titles = {name: SETS[name] for name in sets}
     parts = [
-        *_figure_parts(results, layout, sets, rows),
-        *_error_parts(results, layout, sets),
+        Part(
+            "Word error rate by noise",
+            ["Means over seeds; bands are 95% intervals over seeds and utterances, in set R seeds and recordings."],
+            figure=error_curves(results, titles, curves, controls=[NARROW_NOISE, DEEP]),
+            name="curves",
+        )
     ]
-    summary = summarize(results, layout, sets)
-    write_parts(folder / "avsr", TITLE, parts, notes=[*NOTES, *notes], summary=summary, credit=CREDIT)
-
-
-def summarize(results: Results, layout: Layout, sets: Sequence[str]) -> str:
-    """Return the word error rates of both streams and of the recommended models in a few sentences."""
-    lines = []
-    for name in sets:
-        views = results.views(name)
-        shown = [*layout.single, layout.fusion]
-        rates = [
-            f"{model} " + " / ".join(f"{100 * results.mean(model, name, view):.1f}" for view in views)
-            for model in shown
-            if results.has(model, name)
-        ]
-        lines.append(f"Set {name}: {'; '.join(rates)}.")
-    seeds = {
-        result.seed
-        for model in layout.models
-        for name in sets
-        if results.has(model, name)
-        for result in results.seeds(model, name)
-    }
-    levels = ", ".join(map(level_name, results.views(sets[0])))
-    averaged = "one seed" if len(seeds) == 1 else f"means over {len(seeds)} seeds"
-    return f"Word error rates in percent at {levels}, {averaged}. " + " ".join(lines)
-
-
-def _figure_parts(
-    results: Results, layout: Layout, sets: Sequence[str], rows: Sequence[UtteranceRow]
-) -> Iterator[Part]:
-    """Iterate over the sections with figures: error curves, mouths in time if there are rows, and confused letters."""
-    panels = {SETS[name]: results.rates(layout.curves, name) for name in sets}
-    yield Part(
-        "Word error rate by noise",
-        ["Means over seeds; bands are 95% intervals over seeds and utterances, in set R over seeds and recordings."],
-        figure=error_curves(panels, controls=layout.controls),
-        name="curves",
-    )
     if rows:
         note = (
             "The mouth every 80 ms or a multiple of it, drawn larger than the encoder sees it; phones; sound without "
             "noise; words where CTC is certain of their letters. Wrong words are red."
         )
-        yield Part("Mouths and words in time", [note], figure=utterance_figure(rows), name="mouths")
-    test_set = "R" if "R" in sets else sets[0]  # R has the most letters
-    view = min(results.views(test_set), key=lambda view: abs(snr_db(view) - _HALFWAY_DB))
-    if confusions := _confusions(results, layout, test_set, view):
+        parts.append(Part("Mouths and words in time", [note], figure=utterance_figure(rows), name="mouths"))
+
+    for name in sets:
+        result = results.seeds(AUDIO, name)[0]
+        clusters_M = next(iter(result.measures.values())).clusters_M
         note = (
-            f"Percent of each letter in set {test_set} at {level_name(view)}, all seeds. Letters whose "
-            "names sound alike are side by side: B and D, or M and N, differ by what the lips do."
+            f"{result.num_examples} utterances, {len(clusters_M):,} words. Intervals are over seeds and "
+            f"{len(np.unique(clusters_M))} {'recordings' if name == 'R' else 'utterances'}."
         )
-        yield Part("Letters confused with and without lips", [note], figure=confusions, name="letters")
+        parts.append(Part(f"Set {SETS[name]}", [note], rate_table(results, _MODELS, name)))
+        gains = gain_table(results, list(FUSIONS), _SINGLE, name)
+        parts.append(Part(f"Set {name}: gain over one stream", ["Negative: fewer errors."], gains))
+    parts.append(Part("One stream, decoders, set A", [], rate_table(results, _DECODERS, "A")))
+    if tried:
+        parts.append(Part("What else was tried, set A", [], rate_table(results, [FUSION, *tried], "A")))
+    write_parts(folder / "avsr", TITLE, parts, notes=NOTES, summary=summarize(results, sets), credit=CREDIT)
 
 
-def _confusions(results: Results, layout: Layout, test_set: str, view: str) -> Figure | None:
-    panels = {
-        model: [(result.references, result.hypotheses[view]) for result in results.seeds(model, test_set)]
-        for model in layout.confused
-        if results.has(model, test_set)
-    }
-    return confusion_figure(panels) if panels else None
-
-
-def _error_parts(results: Results, layout: Layout, sets: Sequence[str]) -> Iterator[Part]:
-    """Iterate over the sections with error rates: of each test set, of ablations, of each seed, of characters."""
-    fusions = [model for model in layout.models if model not in layout.single]
+def summarize(results: Results, sets: Sequence[str]) -> str:
+    """Return the word error rates of both streams and of the fusion in a few sentences."""
+    lines = []
     for name in sets:
-        found = next(results.seeds(model, name)[0] for model in layout.models if results.has(model, name))
-        count = len(np.unique(found.clusters_M))
-        notes = [
-            f"{len(found.references)} utterances, {len(found.clusters_M):,} words. Intervals are over seeds and "
-            f"{count} {found.cluster_noun}."
-        ]
-        crossing = crossing_db(results, *layout.single, name)
-        if crossing is not None:
-            notes.append(f"Below {crossing:.1f} dB, {layout.single[1]} makes fewer errors than {layout.single[0]}.")
-        yield Part(f"Set {SETS[name]}", notes, rate_table(results, layout.models, name))
-        gains = gain_table(results, fusions, layout.single, name)
-        yield Part(f"Set {name}: gain over one stream", ["Negative: fewer errors."], gains)
-    for title, models in layout.ablations.items():
-        for name in sets:
-            if any(results.has(model, name) for model in models):
-                yield Part(f"{title}, set {name}", [], rate_table(results, models, name))
-    for name in sets:
-        rates = seed_table(results, layout.models, name)
-        yield Part(f"Set {name}: each seed", ["The seeds in their order."], rates)
-    for name in sets:
-        rates = rate_table(results, layout.curves, name, unit="characters")
-        yield Part(f"Set {name}: characters", [], rates)
+        rates = []
+        for model in (*_SINGLE, FUSION):
+            values = [word_error_rate(results, model, name, view).value for view in views_of(results, name)]
+            rates.append(f"{model} " + " / ".join(f"{100 * value:.1f}" for value in values))
+        lines.append(f"Set {name}: {'; '.join(rates)}.")
+    levels = ", ".join(map(level_name, views_of(results, sets[0])))
+    num_seeds = len(results.seeds(FUSION, sets[0]))
+    averaged = "one seed" if num_seeds == 1 else f"means over {num_seeds} seeds"
+    return f"Word error rates in percent at {levels}, {averaged}. " + " ".join(lines)
 
 
 def show_utterances(

@@ -5,6 +5,7 @@ Every step leaves files that a second call finds again.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from embedcache.dataset.inputs import PLAIN
 from embedcache.derive.derive import derive_from_run
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.metrics.intervals import MetricValues
 from embedcache.progress import Progress
 from embedcache.projectors.modules import read_module_config
 from embedcache.settings import from_flat
@@ -25,7 +27,6 @@ from pipelines.avsr.edits import count_word_errors
 from pipelines.avsr.evaluate import recognize_utterances
 from pipelines.avsr.network import to_text
 from pipelines.avsr.noise import VIEW
-from pipelines.avsr.results import Result
 from pipelines.avsr.stacks import FAMILY, fit_stacks
 from pipelines.avsr.train import SpeechRecipe, train_speech
 from pipelines.avsr.utterances import (
@@ -36,6 +37,7 @@ from pipelines.avsr.utterances import (
     shuffle_videos,
     word_clusters,
 )
+from pipelines.results import Result, keep_result
 from pipelines.worlds.talking import KIND, WorldSettings, write_world
 from pipelines.worlds.talking import TINY as TINY_WORLD
 
@@ -120,6 +122,22 @@ LOUD = _noise(0.25, (0.06, 0.08, 0.14, 0.14, 0.18), 0.15)
 NARROW = {PLAIN: 0.5, "babble5dB": 0.25, "babble0dB": 0.25}
 """View of the sound -> probability in training: of the run on sound; of fusions, which have to learn where to leave the
 sound; and near those of the released recipe."""
+
+
+AUDIO, VIDEO, DEEP = "audio", "video", "video, as deep as the fusion"
+FUSION, NARROW_NOISE = "both", "both, narrow noise"
+MISSING = {"audio": 0.3, "video": 0.1}
+FUSIONS: Mapping[str, Variant] = {
+    FUSION: Variant(noise=LOUD, missing=MISSING),
+    DEEP: Variant(readouts="video", missing={"audio": 1.0}),
+}
+ABLATIONS: Mapping[str, Variant] = {
+    NARROW_NOISE: Variant(noise=NARROW, missing=MISSING),
+    "both, concatenated": Variant(kind="concat", readouts=None, noise=LOUD),
+    "both, nothing missing": Variant(noise=LOUD),
+    "both, lips swapped and shifted": Variant(noise=LOUD, missing=MISSING, swapped=0.1, shift_s=0.04),
+}
+"""Model -> how it is trained; the ablations with the first seed alone."""
 
 
 def make_caches(folder: Path, size: Size, sets: Sequence[str]) -> dict[str, Path]:
@@ -213,37 +231,26 @@ class Runs:
 
     def evaluate(self, name: str, asked: "Question", *, progress: Progress | None = None) -> Result:
         """Recognize a test set, unless the result of these weights is there already."""
-        path, run = self.folder / "results" / f"{asked.file_name}.json", self.path(name)
-        weights = read_module_config(run).weights_digest
-        if path.is_file() and (found := Result.read(path)).weights == weights:
-            return found
+        weights = read_module_config(self.path(name)).weights_digest
+        compute = partial(self._recognize, self.path(name), asked)
+        return keep_result(self.folder, asked.model, asked.test_set, weights, compute, progress)
+
+    def _recognize(self, run: Path, asked: "Question") -> Result:
         cache = Cache(self.caches[asked.test_set])
-        utterances = open_for_run(cache, run, views=asked.views, streams=asked.streams)
-        hypotheses = recognize_utterances(
-            run,
-            utterances,
-            asked.views,
-            decoding=asked.decoding,
-            videos_of=shuffle_videos(utterances, seed=self.seed) if asked.is_shuffled else None,
-            progress=progress,
-        )
+        utterances = open_for_run(cache, run, views=TEST_VIEWS, streams=asked.streams)
+        videos_of = shuffle_videos(utterances, seed=self.seed) if asked.is_shuffled else None
+        hypotheses = recognize_utterances(run, utterances, TEST_VIEWS, decoding=asked.decoding, videos_of=videos_of)
 
         references = [to_text(symbols) for symbols in utterances.symbols]
-        clusters = word_clusters(utterances)
-        result = Result(
-            model=asked.model,
-            test_set=asked.test_set,
+        clusters_M = word_clusters(utterances)
+        return Result(
             seed=self.seed,
-            weights=weights,
-            cluster_noun=clusters.noun,
-            clusters_M=clusters.numbers_M,
-            references=references,
-            words={view: count_word_errors(references, texts) for view, texts in hypotheses.items()},
-            hypotheses=hypotheses,
+            num_examples=len(utterances),
+            measures={
+                view: MetricValues(count_word_errors(references, texts), clusters_M)
+                for view, texts in hypotheses.items()
+            },
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result.write(path)
-        return result
 
     def _train_stream(
         self, stage: str, stream: str, recipe: SpeechRecipe, progress: Progress | None, **options: Any
@@ -281,7 +288,6 @@ class Question:
     Args:
         model: name of the row in tables.
         test_set: set to recognize.
-        views: views of the sound.
         streams: streams to use; None: all.
         decoding: the decoder.
         is_shuffled: with the lips of other utterances.
@@ -289,15 +295,9 @@ class Question:
 
     model: str
     test_set: str
-    views: Sequence[str] = TEST_VIEWS
     streams: tuple[str, ...] | None = None
     decoding: Decoding = DECODING
     is_shuffled: bool = False
-
-    @property
-    def file_name(self) -> str:
-        """Name of the result's file."""
-        return f"{self.model}-{self.test_set}".replace(" ", "-").replace(",", "")
 
 
 def _views(names: Sequence[str]) -> dict[str, Sequence[str]]:

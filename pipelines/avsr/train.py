@@ -287,7 +287,6 @@ def encode_utterances(
     utterances: Utterances,
     *,
     views: Mapping[str, str] | None = None,
-    streams: Sequence[str] | None = None,
     videos_of: Ints | None = None,
     is_encoded: bool = False,
     batch_size: int = _BATCH_SIZE,
@@ -297,23 +296,20 @@ def encode_utterances(
 
     Args:
         views: stream -> view; others are plain.
-        streams: streams to use, as if the others were missing; None: all.
         videos_of: (S,) utterance whose lips each one gets, as a control; None: its own.
         is_encoded: the features are states of the encoders.
     """
     module.eval()
-    names = tuple(utterances.streams) if streams is None else tuple(streams)
     for rows in blocks(len(utterances), batch_size):
         numbers_B = np.arange(rows.start, rows.stop)
         inputs = {}
-        for name in names:
-            stream = utterances.streams[name]
+        for name, stream in utterances.streams.items():
             of_B = videos_of[numbers_B] if name == "video" and videos_of is not None else numbers_B
             view = utterances.view_number(name, (views or {}).get(name, PLAIN))
             inputs[name] = stream.read(stream.rows(of_B), np.full(len(of_B), view))
         if videos_of is None:
             utterances.require_close_lengths(inputs, numbers_B)
-        stacked = {name: stack_inputs(inputs[name], 1 if is_encoded else module.stacks[name]) for name in names}
+        stacked = {name: stack_inputs(inputs[name], 1 if is_encoded else module.stacks[name]) for name in inputs}
         yield module.encode(
             {name: Frames(*(to_device(array, device) for array in arrays)) for name, arrays in stacked.items()},
             is_encoded=is_encoded,

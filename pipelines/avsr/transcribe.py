@@ -46,7 +46,7 @@ _CUE_CHARACTERS, _CUE_S, _PAUSE_S = 42, 6.0, 1.0
 
 
 def main() -> None:
-    """Print the transcript of each file, and write JSON and subtitles."""
+    """Print the transcript of each file, and write subtitles."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="recordings or videos, of any format")
@@ -54,26 +54,23 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", choices=("audio", "video"), default=[], help="default: all there are")
     parser.add_argument("--window-s", type=float, help="cut longer files at quiet places into windows of this length")
     parser.add_argument("--decoder", choices=("hybrid", "ctc", "attention"), default="hybrid")
-    parser.add_argument("--beam", type=int, default=Decoding.beam, help="hypotheses of the hybrid decoder")
-    parser.add_argument("--ctc-weight", type=float, default=Decoding.ctc_weight, help="of the hybrid decoder")
     parser.add_argument("--device", default=AUTO)
     parser.add_argument("--json", action="store_true", help="print JSON with the times of words")
-    parser.add_argument("--output", type=Path, help="write this JSON to a file")
     parser.add_argument("--srt", type=Path, help="write SubRip subtitles of one recording to a file")
-    parser.add_argument("--vtt", type=Path, help="write WebVTT subtitles of one recording to a file")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     options = parser.parse_args()
-    if (options.srt or options.vtt) and len(options.files) > 1:
+    if options.srt and len(options.files) > 1:
         raise SettingError(f"subtitles: expected one recording, got {len(options.files)}; transcribe each alone")
+
     with replacing_files(options.overwrite):
-        for path in filter(None, (options.output, options.srt, options.vtt)):
-            check_output(path)  # before the work
+        if options.srt:
+            check_output(options.srt)  # before the work
         _transcribe_files(options)
 
 
 def _transcribe_files(options: argparse.Namespace) -> None:
     recognizer = Recognizer(options.run, device=options.device)
-    decoding = Decoding(decoder=options.decoder, beam=options.beam, ctc_weight=options.ctc_weight)
+    decoding = Decoding(decoder=options.decoder)
     mouth = None if options.mouth is None else parse_mouth(options.mouth)
     clips = [recognizer.open(path, streams=options.streams, mouth=mouth) for path in options.files]
     transcripts = []
@@ -83,20 +80,14 @@ def _transcribe_files(options: argparse.Namespace) -> None:
         if not options.json:
             print_line(transcript.text if len(clips) == 1 else f"{clip.path}: {transcript.text}")
 
-    records = [
-        {"file": str(clip.path), **asdict(transcript), "words": [word._asdict() for word in transcript.words]}
-        for clip, transcript in zip(clips, transcripts, strict=True)
-    ]
-    text = json.dumps(records, indent=2, ensure_ascii=False)
     if options.json:
-        print_line(text)
-    for path, content in (
-        (options.output, text + "\n"),
-        (options.srt, transcripts[0].to_srt()),
-        (options.vtt, transcripts[0].to_vtt()),
-    ):
-        if path is not None:
-            write_output(path, content.encode())
+        records = [
+            {"file": str(clip.path), **asdict(transcript), "words": [word._asdict() for word in transcript.words]}
+            for clip, transcript in zip(clips, transcripts, strict=True)
+        ]
+        print_line(json.dumps(records, indent=2, ensure_ascii=False))
+    if options.srt:
+        write_output(options.srt, transcripts[0].to_srt().encode())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +112,7 @@ class Transcript:
     def to_srt(self) -> str:
         """Return SubRip subtitles."""
         cues = enumerate(_cues(self.words), start=1)
-        return "\n".join(f"{number}\n{_interval(words, ',')}\n{_line(words)}\n" for number, words in cues)
-
-    def to_vtt(self) -> str:
-        """Return WebVTT subtitles."""
-        cues = [f"{_interval(words, '.')}\n{_line(words)}\n" for words in _cues(self.words)]
-        return "\n".join(["WEBVTT\n", *cues])
+        return "\n".join(f"{number}\n{_interval(words)}\n{_line(words)}\n" for number, words in cues)
 
 
 class _PreparedWindow(NamedTuple):
@@ -315,14 +301,14 @@ def _line(words: Sequence[WordTime]) -> str:
     return " ".join(word.word for word in words)
 
 
-def _interval(words: Sequence[WordTime], point: str) -> str:
-    return f"{_clock(words[0].start_s, point)} --> {_clock(words[-1].stop_s, point)}"
+def _interval(words: Sequence[WordTime]) -> str:
+    return f"{_clock(words[0].start_s)} --> {_clock(words[-1].stop_s)}"
 
 
-def _clock(time_s: float, point: str) -> str:
+def _clock(time_s: float) -> str:
     """Return a time such as `00:01:02,345`."""
     seconds, milliseconds = divmod(round(time_s * 1000), 1000)
-    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{point}{milliseconds:03}"
+    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02},{milliseconds:03}"
 
 
 if __name__ == "__main__":

@@ -151,7 +151,6 @@ def open_utterances(
     features: Mapping[str, str],
     *,
     views: Mapping[str, Sequence[str]] | None = None,
-    in_memory: bool = True,
 ) -> Utterances:
     """Open the utterances of a cache, and the features of each stream; those without a transcript are left out.
 
@@ -159,7 +158,6 @@ def open_utterances(
         cache: a cache with texts, one per utterance.
         features: stream, `audio` or `video` -> name of its feature, with an axis of time.
         views: stream -> names of its views, such as `plain` and `babble-5dB`; None: `plain`.
-        in_memory: read all features into memory, else rows from memory maps as they are needed.
 
     Raises:
         UnknownNameError: there is no such feature or view.
@@ -181,7 +179,7 @@ def open_utterances(
     streams = {}
     for name, found in opened.items():
         kept = rows[name][np.isin(owners[name][rows[name]], wanted)]
-        streams[name] = _open_stream(cache, name, found, kept, owners[name][kept], in_memory=in_memory)
+        streams[name] = _open_stream(cache, name, found, kept, owners[name][kept])
     keys = cache.column("key").take(wanted).to_pylist()
     texts = _read_transcripts(table, wanted, keys)
     symbols = [encode_transcript(text) for text in texts]
@@ -229,9 +227,7 @@ def _open_views(cache: Cache, stream: str, feature: str, views: Sequence[str] | 
     return {view: open_input(cache, stream, view_feature(feature, view)) for view in views or (PLAIN,)}
 
 
-def _open_stream(
-    cache: Cache, name: str, views: Mapping[str, InputFeature], rows_M: Ints, samples_M: Ints, *, in_memory: bool
-) -> Stream:
+def _open_stream(cache: Cache, name: str, views: Mapping[str, InputFeature], rows_M: Ints, samples_M: Ints) -> Stream:
     """Open a stream of the items of some rows, given the sample of each."""
     plain = next(iter(views.values()))
     axis = cache.feature(name, plain.name).axis
@@ -241,7 +237,7 @@ def _open_stream(
     _, first_S, count_S = np.unique(samples_M[order], return_index=True, return_counts=True)
     return Stream(
         feature=plain,
-        readers={view: feature.load() if in_memory else feature.read for view, feature in views.items()},
+        readers={view: feature.load() for view, feature in views.items()},
         rate_hz=axis.rate_hz,
         order_M=rows_M[order],
         first_S=first_S,
@@ -391,20 +387,8 @@ def mask_spans(values_BTD: Array, lengths_B: Ints, fraction: float, rng: np.rand
     return np.where(is_masked_BT[..., None], means_B1D, values_BTD)
 
 
-class WordClusters(NamedTuple):
-    """Clusters of words, which intervals resample as a whole.
-
-    Args:
-        noun: what they are.
-        numbers_M: (M,) int64, cluster of each word of all utterances.
-    """
-
-    noun: str
-    numbers_M: Ints
-
-
-def word_clusters(utterances: Utterances) -> WordClusters:
-    """Return the cluster of each word: the recording it comes from, by the column `recordings`, else its utterance.
+def word_clusters(utterances: Utterances) -> Ints:
+    """Return the cluster of each word, (M,): the recording it comes from, by the column `recordings`, or its utterance.
 
     Words of one recording have the same sound, in whichever utterance they are: they are not independent.
 
@@ -412,12 +396,13 @@ def word_clusters(utterances: Utterances) -> WordClusters:
         DataError: an utterance has not one recording per word.
     """
     cache, named = utterances.cache, [None] * len(utterances)
-    numbers: dict[tuple[str, str], int] = {}
     if _RECORDINGS in cache.columns:
         named = cache.samples[_RECORDINGS].take(utterances.samples_S).to_pylist()
+    numbers: dict[tuple[str, str], int] = {}
     clusters: list[int] = []
     for key, text, names in zip(utterances.keys, utterances.texts, named, strict=True):
-        words, recordings = text.split(), (names or "").split()
+        words = text.split()
+        recordings = (names or "").split()
         if recordings and len(recordings) != len(words):
             raise DataError(
                 f"{key}: expected one recording for each of {len(words)} words in the column {_RECORDINGS}, got "
@@ -425,17 +410,7 @@ def word_clusters(utterances: Utterances) -> WordClusters:
             )
         places = [(_RECORDINGS, name) for name in recordings] or [("utterances", key)] * len(words)
         clusters += [numbers.setdefault(place, len(numbers)) for place in places]
-    nouns = dict.fromkeys(noun for noun, _ in numbers)
-    return WordClusters(" and ".join(nouns), np.array(clusters, np.int64))
-
-
-def clusters_of_characters(clusters_M: Ints, references: Sequence[str]) -> Ints:
-    """Return the cluster of each character: that of its word; a space belongs to the word before it."""
-    repeats: list[int] = []
-    for text in references:
-        words = text.split()
-        repeats += [len(word) + 1 for word in words[:-1]] + [len(word) for word in words[-1:]]
-    return np.repeat(clusters_M, repeats)
+    return np.array(clusters, np.int64)
 
 
 def shuffle_videos(utterances: Utterances, *, seed: int) -> Ints:

@@ -13,7 +13,6 @@ from pipelines.avsr.evaluate import recognize_utterances
 from pipelines.avsr.train import train_speech
 from pipelines.avsr.utterances import (
     Utterances,
-    clusters_of_characters,
     open_for_run,
     shuffle_videos,
     take_utterances,
@@ -70,13 +69,12 @@ def test_lips_of_another_utterance_are_recognized_as_that_one(folder: Path) -> N
 @pytest.mark.slow
 def test_words_of_one_recording_are_one_cluster(folder: Path) -> None:
     data = opened(folder, "audio")
-    _, numbers = word_clusters(data)
+    numbers = word_clusters(data)
     words = [(key, word) for key, text in zip(data.keys, data.texts, strict=True) for word in text.split()]
     names = [word if int(key) % 2 else key for key, word in words]
     for first, second in pairwise(range(len(words))):
         assert (numbers[first] == numbers[second]) == (names[first] == names[second])
     assert len(np.unique(numbers)) == 10 + 3
-    assert clusters_of_characters(np.array([5, 6, 7]), ["AB C", "DEF"]).tolist() == [5, 5, 5, 6, 7, 7, 7]
 
 
 @pytest.mark.slow

@@ -85,19 +85,6 @@ def augmented(data: Utterances, numbers: Ints, seed: int = 0, **options: Any) ->
     return read_augmented(data, numbers, dict.fromkeys(data.streams, 1), SpeechAugmentation(**options), rng)
 
 
-@pytest.mark.parametrize("is_ragged", [True, False])
-def test_lips_alone_are_shifted_by_up_to_the_seconds(is_ragged: bool) -> None:
-    data, numbers = make_utterances(is_ragged=is_ragged), np.repeat(np.arange(NUM), 20)
-    streams = augmented(data, numbers, shift_s=1.0)
-    audio, lengths = streams["audio"]
-    assert audio[..., 0].tolist() == (100.0 * (6 - numbers[:, None]) + np.arange(12)).tolist()
-    assert lengths.tolist() == [12] * len(numbers)
-    video = streams["video"][0][..., 0] % 100
-    shifted = {shift: tuple(np.clip(np.arange(6.0) + shift, 0, 5)) for shift in range(-2, 3)}
-    assert set(map(tuple, video)) == set(shifted.values())
-    assert set(map(tuple, augmented(data, numbers)["video"][0][..., 0] % 100)) == {shifted[0]}
-
-
 def test_draws_of_a_seed_are_those_of_earlier_versions() -> None:
     streams = augmented(
         make_utterances(),
