@@ -21,9 +21,10 @@ from embedcache.errors import SettingError
 from embedcache.projectors.modules import ModuleConfig, load_module
 from pipelines.avsr.attention import AttentionDecoder
 from pipelines.avsr.ctc import decode_ctc
-from pipelines.avsr.decoding import Decoding, Hypothesis, decode_attention, decode_hybrid
+from pipelines.avsr.decoding import Decoding, decode_attention, decode_hybrid
 from pipelines.avsr.layers import FrameReadout, Fusion, FusionKind, SequenceEncoder
 from pipelines.avsr.transcripts import BLANK, END, SYMBOLS, decode_symbols
+from pipelines.beam import Hypothesis
 from pipelines.sequence import LayerSizes, valid_frames
 
 PAPER: Mapping[str, Any] = {
@@ -97,13 +98,6 @@ class SpeechNetwork(nn.Module):
                 f"expected one or two streams and a width that is a multiple of {2 * num_heads}, got {list(streams)} "
                 f"and {width}"
             )
-        for name, layers, least in (
-            ("num_layers", num_layers, 1),
-            ("fusion_layers", fusion_layers, int(len(streams) > 1)),
-            ("decoder_layers", decoder_layers, 1),
-        ):
-            if layers < least:
-                raise SettingError(f"{name}: expected at least {least}, got {layers}; streams: {', '.join(streams)}")
         sizes = LayerSizes(num_heads, feed_forward, dropout)
         self.stacks = {name: int(stream["stack"]) for name, stream in streams.items()}
         self.widths = {name: int(stream["width"]) for name, stream in streams.items()}

@@ -3,13 +3,14 @@
 The words of a vocabulary are candidates like any others: log p(word | input, words before) is that of the likelihood.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from embedcache.arrays import Ints
+from pipelines.beam import search_beam
 from pipelines.uniperceiver.candidates import Likelihood
 from pipelines.uniperceiver.layers import KeysValues, SharedLayer
 from pipelines.uniperceiver.network import SharedNetwork, Tokens
@@ -90,111 +91,32 @@ def write_captions(
     beam: int = 5,
     max_length: int = 20,
 ) -> list[Caption]:
-    """Search the most probable caption of each of B items, all at once.
+    """Search the most probable caption of each of B items, all at once, see `pipelines.beam.search_beam`.
 
-    The log-probability of a caption is the sum over its words and the end. At every length, each hypothesis is also
-    considered complete. The others are dropped once they are less probable than the best complete one, so that a wide
-    enough beam is an exact search.
+    The log-probability of a caption is the sum over its words and the end.
 
     Args:
         network: the network, in evaluation mode.
         tokens: what the captions are about.
         likelihood: likelihood of the words.
-        vocabulary: (C,) int64 numbers of the words to write, with `END` among them, and their representations.
+        vocabulary: (C,) int64 numbers of the words to write, `END` first, and their representations.
         beam: hypotheses kept per item.
         max_length: most words of a caption.
     """
     numbers_C, vectors_CP = vocabulary
+    assert int(numbers_C[0]) == END
+    end = len(numbers_C)  # its symbol; those of words are their places, and 0 is the symbol of none
     steps = CaptionSteps(network, tokens)
 
-    def log_probs(numbers_N: Tensor | None, parents_N: Tensor) -> Tensor:
-        logits_NC = likelihood.logits(steps(numbers_N, parents_N), vectors_CP)
-        return logits_NC.double().log_softmax(dim=1)
+    def next_log_probs(symbols_N: Tensor, parents_N: Tensor) -> Tensor:
+        is_first = bool((symbols_N == end).all())
+        representations_NP = steps(None if is_first else numbers_C[symbols_N], parents_N)
+        log_probs_NC = likelihood.logits(representations_NP, vectors_CP).double().log_softmax(dim=1)
+        unused_N1 = torch.full_like(log_probs_NC[:, :1], -torch.inf)
+        return torch.cat([unused_N1, log_probs_NC[:, 1:], log_probs_NC[:, :1]], dim=1)
 
     num_items = len(next(iter(tokens.values())).values_BTD)
-    search = _CaptionSearch(log_probs, numbers_C, num_items, beam, max_length)
-    while search.is_running:
-        search.step()
-    return search.results()
-
-
-class _CaptionSearch:
-    """State of the search: N hypotheses of one length, sorted by item, and the best captions so far."""
-
-    def __init__(
-        self,
-        log_probs: Callable[[Tensor | None, Tensor], Tensor],
-        numbers_C: Tensor,
-        num_items: int,
-        beam: int,
-        max_length: int,
-    ) -> None:
-        device = numbers_C.device
-        self._next = log_probs
-        self._numbers_C = numbers_C
-        self._end = int(torch.nonzero(numbers_C == END)[0, 0])
-        self._beam = beam
-        self._max_length = max_length
-
-        self._items_N = torch.arange(num_items, device=device)
-        self._parents_N = self._items_N
-        self._words_NL = torch.empty((num_items, 0), dtype=torch.int64, device=device)
-        self._log_prob_N = torch.zeros(num_items, dtype=torch.float64, device=device)
-        self._best_log_prob_B = torch.full((num_items,), -torch.inf, dtype=torch.float64, device=device)
-        self._best_BL = torch.full((num_items, max_length), END, device=device)
-
-    @property
-    def is_running(self) -> bool:
-        return len(self._items_N) > 0
-
-    @property
-    def _length(self) -> int:
-        return self._words_NL.shape[1]
-
-    def step(self) -> None:
-        """Consider each hypothesis complete, then replace all by their best extensions that can still win."""
-        last_words_N = self._words_NL[:, -1] if self._length else None
-        log_prob_NC = self._log_prob_N[:, None] + self._next(last_words_N, self._parents_N)
-        self._complete(log_prob_NC[:, self._end])
-
-        log_prob_NC[:, self._end] = -torch.inf
-        self._extend(log_prob_NC)
-
-    def _complete(self, log_prob_N: Tensor) -> None:
-        first_B = self._by_item(self._items_N, log_prob_N, 1)
-        better_B = first_B[log_prob_N[first_B] > self._best_log_prob_B[self._items_N[first_B]]]
-        items_B = self._items_N[better_B]
-
-        self._best_log_prob_B[items_B] = log_prob_N[better_B]
-        self._best_BL[items_B, : self._length] = self._words_NL[better_B]  # a later one is longer
-
-    def _extend(self, log_prob_NC: Tensor) -> None:
-        top_NK, index_NK = log_prob_NC.topk(min(self._beam, log_prob_NC.shape[1]), dim=1)
-        is_live_NK = top_NK > self._best_log_prob_B[self._items_N][:, None]
-        if self._length == self._max_length:
-            is_live_NK = torch.zeros_like(is_live_NK)
-
-        parents_M, ranks_M = torch.nonzero(is_live_NK, as_tuple=True)
-        items_M = self._items_N[parents_M]
-        log_prob_M = top_NK[parents_M, ranks_M]
-        kept = self._by_item(items_M, log_prob_M, self._beam)
-
-        self._parents_N = parents_M[kept]
-        self._items_N = items_M[kept]
-        self._log_prob_N = log_prob_M[kept]
-        words_N1 = self._numbers_C[index_NK[parents_M, ranks_M][kept]][:, None]
-        self._words_NL = torch.cat([self._words_NL[self._parents_N], words_N1], dim=1)
-
-    def _by_item(self, items_M: Tensor, scores_M: Tensor, count: int) -> Tensor:
-        """Return the positions of the best `count` hypotheses of each item, by item, then the best first."""
-        order_M = torch.argsort(scores_M, descending=True, stable=True)
-        order_M = order_M[torch.argsort(items_M[order_M], stable=True)]
-        counts_B = torch.bincount(items_M, minlength=len(self._best_log_prob_B))
-        starts_M = (counts_B.cumsum(0) - counts_B)[items_M[order_M]]
-        return order_M[torch.arange(len(order_M), device=order_M.device) - starts_M < count]
-
-    def results(self) -> list[Caption]:
-        lengths_B = (self._best_BL != END).sum(dim=1).tolist()
-        rows = self._best_BL.cpu().numpy()
-        found = zip(rows, lengths_B, self._best_log_prob_B.tolist(), strict=True)
-        return [Caption(row[:length].copy(), log_prob) for row, length, log_prob in found]
+    caps_B = torch.full((num_items,), max_length, device=numbers_C.device)
+    found = search_beam(next_log_probs, caps_B, num_symbols=end + 1, beam=beam)
+    numbers = numbers_C.cpu().numpy()
+    return [Caption(numbers[hypothesis.symbols], hypothesis.score) for hypothesis in found]

@@ -1,6 +1,5 @@
 """Caption search with kept keys and values, against computing every prefix anew."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,19 +55,6 @@ def log_probs(net: SharedNetwork, tokens: dict[str, Tokens], prefix: Sequence[in
     return logits[0].double().log_softmax(dim=0).numpy()
 
 
-def all_log_probs(net: SharedNetwork, tokens: dict[str, Tokens], max_length: int) -> dict[tuple[int, ...], float]:
-    """Log-probability of every caption up to a length."""
-    words = range(NUM_SPECIAL, NUM_SPECIAL + NUM_WORDS)
-    found: dict[tuple[int, ...], float] = {}
-    starts: dict[tuple[int, ...], float] = {(): 0.0}
-    for length in range(max_length + 1):
-        for text in itertools.product(words, repeat=length):
-            following = starts[text] + log_probs(net, tokens, text)
-            found[text] = float(following[0])
-            starts |= {(*text, word): float(following[1 + place]) for place, word in enumerate(words)}
-    return found
-
-
 @pytest.mark.parametrize("num_prompts", [0, 2])
 def test_steps_match_the_network_without_a_memory(num_prompts: int) -> None:
     net, tokens = network(num_prompts=num_prompts), images(3)
@@ -83,17 +69,6 @@ def test_steps_match_the_network_without_a_memory(num_prompts: int) -> None:
         for item, text in zip([1, 2], texts, strict=True)
     ]
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_wide_beam_finds_the_best_of_all_captions() -> None:
-    net, tokens = network(), images(2)
-    found = write_captions(net, tokens, net.likelihood("caption"), vocabulary(net), beam=NUM_WORDS**3, max_length=3)
-    for item, caption in enumerate(found):
-        scores = all_log_probs(net, one(tokens, item), 3)
-        best = max(scores, key=lambda text: scores[text])
-        assert tuple(caption.numbers.tolist()) == best
-        assert caption.log_prob == pytest.approx(scores[best], abs=1e-4)
 
 
 def plain_beam(net: SharedNetwork, tokens: dict[str, Tokens], *, beam: int, max_length: int) -> tuple[int, ...]:
