@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
-from typer.core import TyperArgument, TyperCommand, TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from embedcache.cli.config_files import is_from_file
 from embedcache.cli.failures import end_interrupted
 from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_new_file, keyword, set_parameters
-from embedcache.errors import AmbiguousNameError, EmbedcacheError, PathError, SettingError
+from embedcache.errors import AmbiguousNameError, EmbedcacheError, PathError, SettingError, pluralize
 from embedcache.files import one_or_many
 from embedcache.registry import installed_plugins, trust_files
 
@@ -27,20 +27,42 @@ _URL = re.compile(r"((?:.*::)?(?:s3|s3a|gs|gcs|az|abfss?|adl|https?|hf|file|memo
 """A URL as a path; a folder of such a name can be given by its absolute path."""
 
 
+_HELP_ALL = "help_all"
+"""Parameter of commands whose `--help` does not show all options."""
+
+
+_ALIASES = {"--learning-rate": "--lr", "--wd": "--weight-decay", "--top-k": "-k"}
+
+
 class Command(TyperCommand):
     """A command whose help shows plain metavars and installed plug-ins, and whose errors name options as typed."""
 
     plugins: tuple[str, ...] = ()
+    common: tuple[str, ...] = ()
+    """Parameters whose options `--help` shows; empty: all."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line; the error of missing arguments names the first one."""
-        words = list(args)  # parsing takes them off the list
+        words = self._without_aliases(args)
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, [*words])  # parsing takes them off the list
         except typer.BadParameter as error:
             if isinstance(error.param, TyperArgument) and error.param.nargs < 0:  # a list without a value
                 error.param = self._first_missing(ctx, words) or error.param
             raise
+
+    def _without_aliases(self, args: list[str]) -> list[str]:
+        """Return the words of the command line with options that other tools name otherwise by our names."""
+        known = {flag for option in self.params for flag in option.opts}
+        words: list[str] = []
+        for word in args:
+            alias, separator, value = word.partition("=")
+            option = _ALIASES.get(alias)
+            if option in known:
+                words += [option, value] if separator else [option]
+            else:
+                words.append(word)
+        return words
 
     def _first_missing(self, ctx: Any, words: list[str]) -> Any:
         """Return the first argument that has no value: the parser gives the last values to those behind a list."""
@@ -78,9 +100,20 @@ class Command(TyperCommand):
         for parameter in self.params:
             if isinstance(parameter, TyperArgument):
                 parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign]  # noqa: ARG005
+        notes = []
+        is_short = bool(self.common) and not ctx.params.get(_HELP_ALL)
+        options = [each for each in self.params if isinstance(each, TyperOption)]
+        for option in options:
+            option.hidden = is_short and option.name not in self.common
+        if is_short:
+            num_hidden = sum(option.hidden for option in options)
+            notes.append(f"{pluralize(num_hidden, 'more option')}: {ctx.command_path} --help-all")
+
         found = {kind: installed_plugins(kind) for kind in self.plugins}
         lists = [f"{kind} {', '.join(names)}" for kind, names in found.items() if names]
-        self.epilog = f"Plug-ins of installed packages: {'; '.join(lists)}." if lists else None
+        if lists:
+            notes.append(f"Plug-ins of installed packages: {'; '.join(lists)}.")
+        self.epilog = "\n\n".join(notes)
         super().format_help(ctx, formatter)
 
 
@@ -142,7 +175,15 @@ def _feature_option(context: typer.Context, modality: str) -> str:
 
 
 class CommandGroup(TyperGroup):
-    """A group of commands whose help shows plain metavars."""
+    """A group of commands whose help shows plain metavars, and which finds a command of its groups by its last word."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that is named; the error of one that is in a group names it."""
+        for name, group in self.commands.items():
+            is_in_group = isinstance(group, TyperGroup) and args[0] in group.commands
+            if is_in_group and args[0] not in self.commands:
+                ctx.fail(f"No such command '{args[0]}'. Did you mean '{name} {args[0]}'?")
+        return super().resolve_command(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the options, flags without a metavar: typer's own, `--help` and shell completion, have one."""
@@ -169,6 +210,7 @@ def add_command(
     runs_named_code: bool = True,
     reads_items: bool = False,
     plugins: tuple[str, ...] = (),
+    common: tuple[str, ...] = (),
     **options: Any,
 ) -> None:
     """Add a command with the options that all have; its help is its docstring.
@@ -180,11 +222,14 @@ def add_command(
         runs_named_code: whether files that the command opens may name code, so that it has the option `--trust`.
         reads_items: whether it reads items again from the source of a cache, so that it has `--image-folder`.
         plugins: kinds of plug-ins that it takes by name, such as `encoders`; `--help` lists the installed ones.
+        common: parameters of the options that `--help` shows, of a command that has many; `--help-all` shows all.
         options: further arguments of `typer.Typer.command`.
     """
     help = _help_text(command)
     summary = help.partition("\n\n")[0]
-    kind = type("DeclaredCommand", (Command,), {"plugins": plugins})
+    kind = type("DeclaredCommand", (Command,), {"plugins": plugins, "common": common and (*common, _HELP_ALL)})
+    if common:
+        command = _with_help_all(command)
     app.command(name=name, help=help, short_help=summary, cls=kind, **options)(
         _with_verbosity(_with_trust(command, reads_items=reads_items) if runs_named_code else command)
     )
@@ -194,6 +239,26 @@ def _help_text(command: Callable[..., None]) -> str:
     """Return the docstring with every paragraph on one line, but for examples."""
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
     return "\n\n".join(text if text.startswith("Example") else " ".join(text.split()) for text in paragraphs)
+
+
+def _with_help_all(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(*, help_all: bool, **values: Any) -> None:  # noqa: ARG001
+        command(**values)
+
+    option = typer.Option(
+        "--help-all", metavar="", help="Show all options and exit.", is_eager=True, callback=_show_all_options
+    )
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    set_parameters(run, [*own, keyword(_HELP_ALL, Annotated[bool, option], False)])
+    return run
+
+
+def _show_all_options(context: typer.Context, is_asked: bool) -> None:
+    if is_asked:
+        context.params[_HELP_ALL] = True
+        print(context.get_help())
+        raise typer.Exit
 
 
 def _with_trust(command: Callable[..., None], *, reads_items: bool) -> Callable[..., None]:
@@ -267,7 +332,7 @@ def _place_in_help(parameter: inspect.Parameter) -> int:
     return _LAST.index(parameter.name) if parameter.name in _LAST and not has_panel else -1
 
 
-_LAST = ("engine", "address", "device", "image_folder", "trust", "config")
+_LAST = ("engine", "address", "device", "image_folder", "trust", "config", _HELP_ALL)
 
 
 _Overwrite: TypeAlias = Annotated[

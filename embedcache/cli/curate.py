@@ -470,7 +470,27 @@ def score(
 add_command(app, "index", index)
 add_command(app, "map", map_index)
 add_command(app, "coverage", coverage, reads_items=True)
-add_command(app, "select", select, plugins=("selectors",))
+add_command(
+    app,
+    "select",
+    select,
+    plugins=("selectors",),
+    common=(
+        "method",
+        "budget",
+        "run",
+        "modality",
+        "feature",
+        "concepts",
+        "label",
+        "scores",
+        "at_least",
+        "selection",
+        "seed",
+        "device",
+        "config",
+    ),
+)
 add_command(app, "combine", combine)
 add_command(app, "export", export, reads_items=True)
 add_command(app, "dedup", dedup, reads_items=True)

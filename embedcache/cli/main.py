@@ -82,11 +82,52 @@ def quickstart(
 
 
 add_command(app, "quickstart", quickstart, runs_named_code=False)
-add_command(app, "extract", extract, reads_items=True, plugins=("encoders", "sources", "views"))
+add_command(
+    app,
+    "extract",
+    extract,
+    reads_items=True,
+    plugins=("encoders", "sources", "views"),
+    common=(
+        "image_encoder",
+        "text_encoder",
+        "encoder",
+        "feature",
+        "source_type",
+        "caption_column",
+        "limit",
+        "extend",
+        "retry_failed",
+        "plan",
+        "device",
+        "batch_size",
+        "config",
+    ),
+)
 add_command(app, "derive", derive, plugins=("rules",))
 add_command(app, "inspect", inspect)
 add_command(app, "verify", verify, reads_items=True)
-add_command(app, "train", train, plugins=("projectors", "losses", "trackers"))
+add_command(
+    app,
+    "train",
+    train,
+    plugins=("projectors", "losses", "trackers"),
+    common=(
+        "feature",
+        "recipe",
+        "projector",
+        "dropout",
+        "loss",
+        "epochs",
+        "batch_size",
+        "lr",
+        "split",
+        "language",
+        "selection",
+        "seed",
+        "config",
+    ),
+)
 add_command(app, "sweep", sweep, plugins=("projectors", "losses", "trackers"))
 app.add_typer(evaluate.app, name="evaluate")
 add_command(app, "search", search)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from embedcache.cli.console import print_json, print_line, print_table
 from embedcache.cli.failures import run_program
 from embedcache.errors import visible
 from embedcache.progress import PlainProgress
-from tests.cli.run import embedcache
+from tests.cli.run import embedcache, succeed
 
 HOSTILE = "\x1b]0;owned\x07\x9b2J\u202eabc\ud800"
 
@@ -100,3 +101,41 @@ def test_controls_are_printed_as_escapes(capsys: pytest.CaptureFixture[str]) -> 
     assert not any(visible(text) != text for text in (shown.out, shown.err))
     text = shown.out[shown.out.index("{") :]
     assert json.loads(text)["caption"] == HOSTILE
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [("train", {"--lr", "--config"}), ("extract", {"--image-encoder", "--limit"}), ("curate select", {"--method"})],
+)
+def test_help_of_many_options_shows_the_common_ones(command: str, expected: set[str], tmp_path: Path) -> None:
+    """Check that a newcomer sees few options, and the way to all of them."""
+    short, full = (
+        set(
+            re.findall(r"^│ (?:\*)? *(--[a-z-]+|-[a-z])", succeed(*command.split(), option, cwd=tmp_path), re.MULTILINE)
+        )
+        for option in ("--help", "--help-all")
+    )
+    assert expected | {"--help-all"} < short
+    assert len(short) <= 15
+    assert short < full
+
+
+@pytest.mark.parametrize("name", ["index", "coverage", "dedup", "select"])
+def test_command_of_a_group_is_found_by_its_name(name: str, tmp_path: Path) -> None:
+    """Check that a command that is typed without its group names the group."""
+    result = embedcache(name, "cache", cwd=tmp_path)
+    assert result.code == 2
+    assert f"curate {name}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("train", "cache", "run", "--learning-rate", "-1"), "--lr"),
+        (("train", "cache", "run", "--wd=-1"), "--weight-decay"),
+        (("search", "index", "a cat", "--top-k", "0"), "-k"),
+    ],
+)
+def test_options_of_other_tools_are_understood(words: tuple[str, ...], option: str, tmp_path: Path) -> None:
+    """Check that the usual names of other tools set our options."""
+    assert embedcache(*words, cwd=tmp_path).stderr.startswith(f"error: {option}: expected")
