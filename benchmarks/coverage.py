@@ -9,7 +9,7 @@ seconds are the minimum, which other processes disturb less than the clock.
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,10 @@ from benchmarks.measure import median_rates, run_command
 from embedcache.arrays import Floats, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.curate.counting import SAMPLE, CoverageCounter, estimate_background
-from embedcache.metrics.neighbors import top_k
+from embedcache.dataset.vectors import Vectors
+from embedcache.neighbors.knn import knn
+from embedcache.neighbors.scan import scan
 from embedcache.search.concepts import open_concepts
-from embedcache.search.vectors import Vectors, run_pass
 from embedcache.store.cache import Cache
 
 ROWS, WIDTH, NUM_CONCEPTS, CHUNK, K = 300_000, 512, 3_000, 2_048, 10
@@ -91,11 +92,11 @@ def _pass_rate(folder: Path, num_rows: int, cpu: list[float]) -> float:
     pool = Vectors(folder / "pool", "text")
     concepts = open_concepts(Cache(folder / "concepts"), pool)
     background = estimate_background(concepts.vectors, pool.sample(SAMPLE), K)
-    nearest, _ = top_k(concepts.vectors, concepts.vectors, 8)
+    nearest, _ = knn(concepts.vectors, concepts.vectors, 8)
     work = CoverageCounter(concepts.vectors, background, nearest_CJ=nearest, k=K)
 
     started, cpu_started = time.perf_counter(), time.process_time()
-    counts = run_pass(pool, work)
+    counts = reduce(work.merge, scan(pool, work.process), work.empty())
     counts.top.table()
     seconds = time.perf_counter() - started
     cpu.append(time.process_time() - cpu_started)

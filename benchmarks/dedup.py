@@ -20,7 +20,7 @@ from embedcache.arrays import Array, Ints, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.curate.near_duplicates import find_near_duplicates
 from embedcache.curate.settings import DedupSettings
-from embedcache.search.vectors import Vectors
+from embedcache.dataset.vectors import Vectors
 
 WIDTH, NUM_CENTERS, FRACTION, LIMIT = 768, 20_000, 0.05, 0.95
 

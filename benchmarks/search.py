@@ -14,9 +14,9 @@ from benchmarks.data import cluster_vectors, write_clusters
 from benchmarks.measure import run_command
 from embedcache.arrays import normalize
 from embedcache.cli.console import print_table
+from embedcache.dataset.vectors import Vectors
 from embedcache.search.card import read_card
 from embedcache.search.faiss_index import exact_search, read_index
-from embedcache.search.vectors import Vectors
 
 VARIABLE = "EMBEDCACHE_BENCH_VECTORS"
 WIDTH, NUM_QUERIES, K = 768, 1000, 10

@@ -1,6 +1,7 @@
 """Shared by all tests: Hypothesis profiles, and small caches made by the real pipeline."""
 
 import gc
+import json
 import os
 import shutil
 import signal
@@ -175,5 +176,20 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
         write_images(folder / "s" / name, 15, seed=number)
     settings = ExtractSettings(chunk_size=16)
+    extract(open_source(folder / "s"), folder / "cache", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
+    return folder / "cache"
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three cats, with four captions, with two German and two others, and with none; and two dogs without captions."""
+    folder = tmp_path_factory.mktemp("captioned")
+    for name, count in (("cat", 3), ("dog", 2)):
+        for path in sorted(write_images(folder / "s" / name, count).glob("*.txt")):
+            path.unlink()
+    (folder / "s/cat/00000.txt").write_text("one\ntwo\nthree\nfour\n")
+    (folder / "s/cat/00001.json").write_text(json.dumps({"caption": ["rot", "blau"], "language": "de"}))
+    (folder / "s/cat/00001.txt").write_text("red\nblue\n")
+    settings = ExtractSettings(chunk_size=4)
     extract(open_source(folder / "s"), folder / "cache", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     return folder / "cache"

@@ -10,6 +10,7 @@ import torch
 import embedcache
 from embedcache.arrays import dot_products
 from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.vectors import Vectors
 from embedcache.devices import products_on
 from embedcache.encoders.backends import TorchGraph
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
@@ -21,7 +22,6 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
 from embedcache.projectors.saved import read_config
 from embedcache.search.faiss_index import make_index, num_gpus, spherical_kmeans
-from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.testing.encoders import TEXTS, example_images

@@ -15,7 +15,7 @@ LAYERS = [
     {"arrays", "registry", "progress", "units", "modalities", "samples"},
     {"settings", "processes"},
     {"devices", "files"},
-    {"locks"},
+    {"locks", "neighbors"},
     {"metrics", "provenance"},
     {"outputs", "records", "axis"},
     {"store"},

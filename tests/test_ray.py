@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedcache.dataset.vectors import Vectors
 from embedcache.errors import EmbedcacheError
 from embedcache.files import remove_partials
-from embedcache.search.vectors import Vectors, run_pass
+from tests.dataset.test_vectors import scan_all
 from tests.extract.cases import FEATURES, NUM_IMAGES, extract_slowly, run, same_bytes
 from tests.images import write_images
 from tests.recorded import RecordedProgress
-from tests.search.test_vectors import Sums
 from tests.toy import IMAGE
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -41,9 +41,7 @@ def cluster() -> Iterator[Any]:
 
 
 def test_pass_is_identical(cluster: Any, cache_path: Path) -> None:
-    here, there = (
-        run_pass(Vectors(cache_path, "image", "open_toy/cls"), Sums(), engine=engine) for engine in ("local", "ray")
-    )
+    here, there = (scan_all(Vectors(cache_path, "image", "open_toy/cls"), engine=engine) for engine in ("local", "ray"))
     assert here[0] == there[0] == list(range(300))
     assert np.array_equal(here[1], there[1])
 

@@ -10,6 +10,7 @@ from threadpoolctl import threadpool_limits
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.curate.prevalence import CERTAIN, COUNTED, POSSIBLE, Scale, measure_scale, strip_ranks
+from embedcache.neighbors.knn import KBest
 from embedcache.processes import num_cores
 
 SAMPLE = 65_536
@@ -80,54 +81,6 @@ def estimate_background(concepts_CP: Floats, sample_SP: Floats, k: int) -> Backg
     )
 
 
-class TopItems:
-    """The k most similar items of each concept; of equal scores the lower row.
-
-    The result does not depend on the order in which candidates are added. Memory: 2 C × k candidates, and those that
-    were added last.
-    """
-
-    def __init__(self, num_concepts: int, k: int) -> None:
-        self._num_concepts, self._k = num_concepts, k
-        self._parts: list[tuple[Ints, Floats, Ints]] = []
-
-    def add(self, concepts_M: Ints, scores_M: Floats, rows_M: Ints) -> None:
-        """Add candidates."""
-        self._parts.append((concepts_M, scores_M, rows_M))
-        if sum(len(part[0]) for part in self._parts) > 2 * self._num_concepts * self._k:
-            self._shrink()
-
-    def merge(self, other: "TopItems") -> None:
-        """Add the candidates of another."""
-        for part in other._parts:
-            self.add(*part)
-
-    def table(self) -> tuple[Floats, Ints]:
-        """Return scores (C, k), best first, and rows (C, k); -inf and -1 if there are fewer."""
-        self._shrink()
-        scores_CK = np.full((self._num_concepts, self._k), -np.inf, np.float32)
-        rows_CK = np.full((self._num_concepts, self._k), -1, np.int64)
-        if self._parts:
-            concepts_M, scores_M, rows_M = self._parts[0]
-            ranks_M = _ranks(concepts_M)
-            scores_CK[concepts_M, ranks_M] = scores_M
-            rows_CK[concepts_M, ranks_M] = rows_M
-        return scores_CK, rows_CK
-
-    def _shrink(self) -> None:
-        if not self._parts:
-            return
-        concepts_M, scores_M, rows_M = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-        order = np.lexsort((rows_M, -scores_M, concepts_M))
-        kept = order[_ranks(concepts_M[order]) < self._k]
-        self._parts = [(concepts_M[kept], scores_M[kept], rows_M[kept])]
-
-
-def _ranks(sorted_M: Array) -> Ints:
-    """Count equal neighbors from 0: [3, 3, 5] -> [0, 1, 0]."""
-    return np.arange(len(sorted_M)) - np.searchsorted(sorted_M, sorted_M)
-
-
 _TILE = 2_000_000  # similarities at a time: 8 MB per core; smaller tiles slow the product down
 _MIN_TILE_ROWS = 64
 _SCRATCH = threading.local()
@@ -144,11 +97,11 @@ class PartialCoverage:
     assigned: Ints  # (G, C) these items, as far as they are above its threshold
     certain: Ints  # (G, C) these items, as far as they are almost certain
     shared: Ints  # (C, J) items of the whole pool above the thresholds of both a concept and its j-th nearest
-    top: TopItems
+    top: KBest  # the most similar items of each concept
 
 
 class CoverageCounter:
-    """An exact pass over a pool (see `run_pass`) that counts the items near each concept.
+    """The computation of an exact pass over a pool, which counts the items near each concept.
 
     A tile of similarities is one matrix product, one comparison and one search for the best concept of each item; all
     else works on the few values above a threshold or possibly among the k best. Memory: a chunk, a tile, C × (k + J)
@@ -178,7 +131,7 @@ class CoverageCounter:
 
     def process(self, rows_B: Ints, vectors_BP: Floats) -> PartialCoverage:
         """Count a chunk."""
-        partial = self._empty()
+        partial = self.empty()
         partial.num_items = np.array([mask.sum() for mask in self._group_masks(rows_B)])
         num_rows, num_concepts = max(1, len(rows_B)), len(self._lower_C)
         num_tiles = -(-num_rows // max(_MIN_TILE_ROWS, _TILE // num_concepts))
@@ -201,10 +154,12 @@ class CoverageCounter:
         for field in fields(PartialCoverage):
             if field.name != "top":
                 setattr(before, field.name, getattr(before, field.name) + getattr(after, field.name))
-        before.top.merge(after.top)
+        concepts, ranks = np.nonzero(after.top.numbers >= 0)
+        before.top.add(concepts, after.top.numbers[concepts, ranks], after.top.scores[concepts, ranks])
         return before
 
-    def _empty(self) -> PartialCoverage:
+    def empty(self) -> PartialCoverage:
+        """Return counts of nothing, into which others may be merged."""
         num_groups, num_concepts = 1 if self._is_selected_N is None else 2, len(self._lower_C)
         above, best, assigned, certain = np.zeros((4, num_groups, num_concepts), np.int64)
         return PartialCoverage(
@@ -215,7 +170,7 @@ class CoverageCounter:
             assigned=assigned,
             certain=certain,
             shared=np.zeros(self._nearest_CJ.shape, np.int64),
-            top=TopItems(num_concepts, self._k),
+            top=KBest(num_concepts, self._k),
         )
 
     def _count_best(self, partial: PartialCoverage, rows_B: Ints, sims_BC: Floats) -> None:
@@ -232,7 +187,7 @@ class CoverageCounter:
     def _count_above(self, partial: PartialCoverage, rows_M: Ints, concepts_M: Ints, scores_M: Floats) -> None:
         """Count matches: all those of an item, sorted by row and concept, that are not below `_lower_C`."""
         is_candidate = scores_M >= self._background.floors[concepts_M]
-        partial.top.add(concepts_M[is_candidate], scores_M[is_candidate], rows_M[is_candidate])
+        partial.top.add(concepts_M[is_candidate], rows_M[is_candidate], scores_M[is_candidate])
 
         is_above = scores_M > self._background.thresholds[concepts_M]
         rows_A, concepts_A = rows_M[is_above], concepts_M[is_above]

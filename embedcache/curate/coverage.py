@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ from embedcache.curate.prevalence import Estimate, estimate_counts, read_answers
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.pairs import ANY_LANGUAGE
 from embedcache.dataset.selections import read_selection
+from embedcache.dataset.vectors import Vectors
 from embedcache.errors import SettingError, pluralize
 from embedcache.files import AnyPath
-from embedcache.metrics.neighbors import top_k
 from embedcache.metrics.ranking import gini, top_fraction
 from embedcache.modalities import count_items, noun
+from embedcache.neighbors.knn import knn
+from embedcache.neighbors.scan import scan
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.projectors.saved import read_config
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
-from embedcache.search.vectors import Vectors, run_pass
 from embedcache.settings import merge_settings, replace_fields
 from embedcache.store.cache import Cache
 
@@ -223,15 +225,15 @@ def measure_coverage(
 
     sample_rows = np.random.default_rng(0).permutation(pool.rows)[: max(SAMPLE, settings.k)]
     background = estimate_background(opened.vectors, _read_shuffled(pool, sample_rows), settings.k)
-    nearest, cosines = top_k(
-        opened.vectors, opened.vectors, min(_NUM_NEAREST, len(opened.names) - 1), exclude_self=True
+    num_concepts = len(opened.names)
+    nearest, cosines = knn(
+        opened.vectors, opened.vectors, min(_NUM_NEAREST, num_concepts - 1), own=np.arange(num_concepts)
     )
     counter = CoverageCounter(opened.vectors, background, nearest_CJ=nearest, k=settings.k, is_selected_N=is_selected_N)
-    partial = run_pass(
-        pool, counter, engine=settings.engine, address=settings.address, title="counting", progress=progress
+    counted = scan(
+        pool, counter.process, engine=settings.engine, address=settings.address, title="counting", progress=progress
     )
-
-    scores, rows = partial.top.table()
+    partial = reduce(counter.merge, counted, counter.empty())
     pool_counts, *others = _concept_counts(partial, background, pool, settings.selection)
     report = CoverageReport(
         pool=pool,
@@ -241,8 +243,8 @@ def measure_coverage(
         thresholds=background.thresholds,
         pool_counts=pool_counts,
         selection_counts=others[0] if others else None,
-        scores=scores,
-        rows=rows,
+        scores=partial.top.scores,
+        rows=partial.top.numbers.astype(np.int64),
         nearest=nearest[:, 0] if nearest.shape[1] else np.full(len(nearest), -1),
         overlaps=_overlaps(pool_counts.above, partial.shared, nearest, cosines),
         strip_rows=sample_rows[background.strips],

@@ -13,37 +13,45 @@ from PIL import Image
 from embedcache.arrays import Array, Floats, Ints, blocks
 from embedcache.curate.keep import (
     FAR,
+    NO_DISTANCE,
+    SAME_PICTURE,
     Copies,
     RemovedSamples,
+    SimilarPairs,
     check_keep,
     choose_modality,
     choose_removed,
     find_copies,
     order_samples,
 )
-from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, assign_clusters, find_near_duplicates
+from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, cluster_items, find_near_duplicates
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset import keytable
-from embedcache.dataset.clusters import scratch_matrix
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, read_selection, write_selection
-from embedcache.dataset.similar_pairs import NOT_COMPARED, SAME_PICTURE, PairCollector, SimilarPairs, cosine_limit
 from embedcache.dataset.thumbnails import Thumbnails, not_shown
+from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, EmbedcacheError, SettingError, quoted
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
+from embedcache.neighbors.clusters import scratch_matrix
+from embedcache.neighbors.pairs import cosine_limit
 from embedcache.outputs import check_output, check_table_output
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, Progress, to_progress, watch
 from embedcache.provenance import digest
-from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from embedcache.store.rows import keys_at
 
 LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen
-_NO_PAIRS = PairCollector(0, LEVELS, MAX_PAIRS).pairs()
+_NO_PAIRS = SimilarPairs(
+    left=np.empty(0, np.int64),
+    right=np.empty(0, np.int64),
+    cosines=np.empty(0, np.float32),
+    distances=np.empty(0, np.int16),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +122,7 @@ class DedupAnalysis:
     @property
     def num_same_picture(self) -> int | None:
         """Number of pairs of contents that are the same picture; None if no pixels were compared."""
-        is_compared = self.near is not None and self.near.pairs.distances.min(initial=NOT_COMPARED) < NOT_COMPARED
+        is_compared = self.near is not None and self.near.pairs.distances.min(initial=NO_DISTANCE) < NO_DISTANCE
         return len(self.duplicates(None).left) if is_compared else None
 
     @property
@@ -266,7 +274,7 @@ def _compare(cache_path: AnyPath, settings: DedupSettings, progress: Progress) -
             near = replace(near, pairs=pairs)
     centroid_cosines = None if near is None else near.centroid_cosines
     if settings.keep == FAR and vectors is not None and centroid_cosines is None:
-        centroid_cosines = assign_clusters(vectors, copies.unique_rows, 1.0, settings, progress).cosines
+        centroid_cosines = cluster_items(vectors, copies.unique_rows, 1.0, settings, progress).cosines
     order = order_samples(settings.keep, copies, cache, centroid_cosines)
     return DedupAnalysis(
         cache=cache, feature=feature, samples=samples, copies=copies, order=order, near=near, settings=settings
@@ -316,7 +324,7 @@ def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
         "kept_key": keys_at(cache, removed.kept),
         "cosine": removed.cosines,
         "is_copy": removed.is_copy,
-        "hash_distance": pa.array(removed.distances, mask=removed.distances == NOT_COMPARED),
+        "hash_distance": pa.array(removed.distances, mask=removed.distances == NO_DISTANCE),
     }
     keytable.write(path, [cache], columns, "removed", {"method": "dedup"}, rows=removed.samples)
 
@@ -385,7 +393,7 @@ def compare_pixels(
             left = position_C[pairs.left[block]]
             right = position_C[pairs.right[block]]
             difference = np.maximum(hashes[left], hashes[right]) - np.minimum(hashes[left], hashes[right])
-            distances[block] = np.where(is_read[left] & is_read[right], difference.max(axis=1), np.int16(NOT_COMPARED))
+            distances[block] = np.where(is_read[left] & is_read[right], difference.max(axis=1), np.int16(NO_DISTANCE))
 
     if reason is not None:
         _log.warning("pixels of %s images are not compared: %s", f"{(~is_read).sum():,}", reason)

@@ -9,10 +9,10 @@ import pyarrow as pa
 from embedcache.arrays import Array, Bools, Floats, Ints
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import read_items
-from embedcache.dataset.similar_pairs import NOT_COMPARED, SAME_PICTURE, SimilarPairs
 from embedcache.errors import SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, order_pair
+from embedcache.neighbors.pairs import cosine_limit
 from embedcache.projectors.saved import read_config
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
@@ -20,6 +20,26 @@ from embedcache.store.cache import Cache
 FIRST, FAR, BEST = "first", "far", "best:"
 _IS_NUMBER = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
 _COPY = 2.0  # sorts above every cosine
+NO_DISTANCE = 256  # in place of a hash distance, of which 255 is the largest
+SAME_PICTURE = 24  # largest hash distance of an image to its copies, docs/about/results.md
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarPairs:
+    """Unique pairs of items whose cosine is at least a limit, the smaller number first, sorted by both numbers."""
+
+    left: Ints  # (L,)
+    right: Ints  # (L,)
+    cosines: Floats  # (L,)
+    distances: Array  # (L,) int16 hash distances of images, see `embedcache.curate.dedup`, or NO_DISTANCE
+
+    def select(self, mask: Bools) -> "SimilarPairs":
+        """Return the pairs of a mask."""
+        return SimilarPairs(**{name: values[mask] for name, values in vars(self).items()})
+
+    def between(self, low: float, high: float = np.inf) -> "SimilarPairs":
+        """Return the pairs of at least one cosine and below another."""
+        return self.select((self.cosines >= cosine_limit(low)) & (self.cosines < cosine_limit(high)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +92,7 @@ class RemovedSamples:
     kept: Ints  # (R,) a sample that stays
     cosines: Floats  # (R,) of the two; for a sample with several items, the smallest of its items' cosines
     is_copy: Bools  # (R,) whether all of its items have the bytes, text or pixels of items that stay
-    distances: Array  # (R,) int16 hash distance of the two images; NOT_COMPARED of equal bytes, and without pixels
+    distances: Array  # (R,) int16 hash distance of the two images; NO_DISTANCE of equal bytes, and without pixels
 
 
 def choose_removed(copies: Copies, pairs: SimilarPairs, order: Ints) -> RemovedSamples:
@@ -125,12 +145,12 @@ class _Graph:
     def partner(self, content: int, holder_C: Ints) -> tuple[int, float, int]:
         """Return the sample that stays and holds the most similar content, -1 if none does; cosine; hash distance."""
         if holder_C[content] >= 0:
-            return int(holder_C[content]), _COPY, NOT_COMPARED
+            return int(holder_C[content]), _COPY, NO_DISTANCE
         here = slice(self.starts[content], self.starts[content + 1])
         holders = holder_C[self._others[here]]
         held = np.flatnonzero(holders >= 0)
         if not len(held):
-            return -1, 0.0, NOT_COMPARED
+            return -1, 0.0, NO_DISTANCE
         best = self.starts[content] + held[0]
         return int(holders[held[0]]), float(self._cosines[best]), int(self._distances[best])
 

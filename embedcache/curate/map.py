@@ -19,11 +19,12 @@ from embedcache.arrays import Floats, Ints, blocks
 from embedcache.curate.counting import estimate_background
 from embedcache.curate.select.cluster_methods import draw_balanced, find_centroids
 from embedcache.curate.settings import MapSettings
+from embedcache.dataset.vectors import Vectors
 from embedcache.derive.rules import principal_components
 from embedcache.errors import CorruptError
 from embedcache.files import AnyPath, replacing
-from embedcache.metrics.neighbors import find_closest, top_k
 from embedcache.modalities import noun
+from embedcache.neighbors.knn import find_closest, knn
 from embedcache.outputs import read_metadata, to_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments
@@ -32,7 +33,6 @@ from embedcache.registry import is_installed, require
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.hits import Hit
 from embedcache.search.search import OpenIndex
-from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table, write_table
@@ -293,7 +293,7 @@ def _fit(fitted_FP: Floats, projection: Literal["umap", "pca"], *, seed: int) ->
     fitted_F2 = _run_umap(fitted_FP, seed=seed)
 
     def place(vectors_BP: Floats) -> Floats:
-        rows_BK, cosines_BK = top_k(vectors_BP, fitted_FP, min(_NUM_ANCHORS, len(fitted_FP)))
+        rows_BK, cosines_BK = knn(vectors_BP, fitted_FP, min(_NUM_ANCHORS, len(fitted_FP)))
         weights_BK = (1e-4 + np.maximum(1 - cosines_BK, 0)) ** -2  # an item of the sample stays where it is
         weights_BK /= weights_BK.sum(axis=1, keepdims=True)
         placed: Floats = np.einsum("bk,bke->be", weights_BK, fitted_F2[rows_BK])

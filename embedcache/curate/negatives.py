@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks, concatenated_ranges, distinct
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks, concatenated_ranges, distinct, number_values
 from embedcache.curate.settings import NegativesSettings
 from embedcache.dataset.inputs import NamedFeatures
 from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
@@ -21,22 +19,22 @@ from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
+from embedcache.dataset.vectors import Vectors
 from embedcache.devices import products_on
 from embedcache.errors import DataError, FingerprintError, SettingError, pluralize, quoted
 from embedcache.files import AnyPath
-from embedcache.metrics.neighbors import top_k
+from embedcache.neighbors.knn import KBest, knn
+from embedcache.neighbors.pairs import components
 from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import PairConfig, read_config, split_path
 from embedcache.search.card import IndexCard, check_card, open_row_index, read_card
 from embedcache.search.faiss_index import RowIndex
-from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.train.data import TrainData, open_data
 
-_BLOCK = 8192
-_QUERIES_PER_STEP = 1024  # after which progress is shown
+_BLOCK = 1024
 _MEMORY_BYTES = 4 * 10**9
 
 
@@ -120,7 +118,7 @@ def mine_negatives(
     if not num_negatives:
         raise DataError(
             "expected hard negatives, got none; give a larger --range-max or smaller --range-min, a smaller "
-            "margin, a higher --max-score, or a higher --cosine of near-duplicates"
+            "--relative-margin, a higher --max-score, or a higher --cosine of near-duplicates"
         )
     about = {"task": "negatives", **settings.to_json(), "sides": mining.names}
     write_negatives(out, mining.cache, mining.groups_S, negatives_MK, scores_MK, about)
@@ -130,7 +128,7 @@ def mine_negatives(
         num_negatives=num_negatives,
         num_groups=num_groups,
         mean_score=float(scores_MK[is_some_MK].mean(dtype=np.float64)),
-        mean_own_score=mining.mean_own_score,
+        mean_own_score=float(np.concatenate(own).mean(dtype=np.float64)) if (own := mining.own_scores) else None,
     )
 
 
@@ -138,13 +136,11 @@ class _Mining:
     """The samples that look for negatives, their near-duplicate groups, and the vectors that are compared."""
 
     def __init__(
-        self,
-        cache_path: AnyPath,
-        settings: NegativesSettings,
-        feature: NamedFeatures,
-        progress: Progress,
+        self, cache_path: AnyPath, settings: NegativesSettings, feature: NamedFeatures, progress: Progress
     ) -> None:
-        self.settings, self.progress, self.cache = settings, progress, Cache(cache_path)
+        self.settings = settings
+        self.progress = progress
+        self.cache = Cache(cache_path)
         config = None if settings.run is None else read_config(Path(settings.run))
         if config is not None:
             if feature is not None:
@@ -156,9 +152,11 @@ class _Mining:
         if modality not in data.sides:
             raise SettingError(f"modality: expected {' or '.join(data.sides)}, got {modality}")
         other = modality if config is None else next(name for name in data.sides if name != modality)
+
         self.pairs = self._choose_pairs(data, config)
-        of = dict(zip(data.sides, (self.pairs.first, self.pairs.second), strict=True))
-        self._queries, self._candidates = of[modality], of[other]
+        items = dict(zip(data.sides, (self.pairs.first, self.pairs.second), strict=True))
+        self._queries = items[modality]
+        self._candidates = items[other]
         self._query_vectors, self._vectors = (
             Vectors(cache_path, name, self.names[name], settings.run, device=settings.device)
             for name in (modality, other)
@@ -166,123 +164,88 @@ class _Mining:
         self._index = None if settings.index is None else _open_index(settings.index, self._vectors)
         self.groups_S = np.full(self.cache.info.num_samples, -1, np.int64)
         self.groups_S[self.pairs.samples] = _group_samples(self.pairs, data, settings, progress)
-        self._own_sum, self._num_own = 0.0, 0
-        self._candidate_vectors = np.empty((0, self._vectors.width), np.float32)  # read before all are compared
+        self.own_scores: list[Floats] = []  # with a run, the cosines of the samples' own pairs
 
     def _choose_pairs(self, data: TrainData, config: PairConfig | None) -> Pairs:
         """Return the items of the samples of the selection, or of the run's training part, or of all samples."""
-        pairs, run = data.pairs(None, progress=self.progress), self.settings.run
+        pairs = data.pairs(None, progress=self.progress)
         if self.settings.selection is not None:
             pairs = pairs.select(read_selection(self.settings.selection, [self.cache]))
         elif config is not None and any(map(self.cache.info.has_rows_of, config.index_digest.split("+"))):
-            pairs = pairs.select(read_split(split_path(Path(str(run))), [self.cache]).rows("train"))
+            split = read_split(split_path(Path(str(self.settings.run))), [self.cache])
+            pairs = pairs.select(split.rows("train"))
         if len(pairs.samples) < 2:
             raise DataError(
                 f"{self.cache.path}: expected at least two samples with both features, got {len(pairs.samples)}"
             )
         return pairs
 
-    @property
-    def mean_own_score(self) -> float | None:
-        return self._own_sum / self._num_own if self._num_own else None
-
     def mine(self) -> tuple[Array, Floats]:
-        """Find the negatives of all samples of the pairs: (M, K) samples, -1: none, and their cosines."""
+        """Find the negatives of all samples of the pairs: (M, K) samples, -1: none, and their cosines, 0: none."""
         samples = self.pairs.samples
+        candidates_CP = None
         if self._index is None:
-            self._candidate_vectors = self._vectors.read(self._candidates.rows, self.progress)
-        self.progress.start("mining hard negatives", len(samples), "samples")
+            candidates_CP = self._vectors.read(self._candidates.rows, self.progress)
         first_query = np.searchsorted(self._queries.samples, samples)  # items are in the order of their samples
-        shape = (len(samples), self.settings.num_negatives)
-        negatives_MK, scores_MK = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+        best = KBest(len(samples), self.settings.num_negatives)
+        self.progress.start("mining hard negatives", len(samples), "samples")
         for number, block in enumerate(blocks(self.cache.info.num_samples, _BLOCK)):
-            places = slice(*np.searchsorted(samples, [block.start, block.stop]))
-            if places.stop > places.start:
-                rng = np.random.default_rng([self.settings.seed, number])
-                rows = self._queries.rows[first_query[places]]
-                negatives_MK[places], scores_MK[places] = self._find_negatives(samples[places], rows, rng)
+            rng = np.random.default_rng([self.settings.seed, number])
+            places = np.arange(*np.searchsorted(samples, [block.start, block.stop]))
+            queries_BP = self._query_vectors.read(self._queries.rows[first_query[places]])
+            found_BK, scores_BK = self._search(samples[places], queries_BP, candidates_CP)
+            found_BK = self._choose(samples[places], queries_BP, found_BK, scores_BK, rng)
+            row, column = np.nonzero(found_BK >= 0)
+            best.add(places[row], found_BK[row, column], scores_BK[row, column])
+            self.progress.advance(len(places))
         self.progress.finish()
-        return negatives_MK, scores_MK
+        return best.numbers, np.where(best.numbers < 0, np.float32(0), best.scores)
 
-    def _find_negatives(self, samples_B: Ints, rows_B: Ints, rng: np.random.Generator) -> tuple[Ints, Floats]:
-        """Find the negatives of some samples by one item of each: (B, K) samples, -1: none, and their cosines."""
-        queries_BP = self._query_vectors.read(rows_B)
-        if self._index is None:
-            found_BK, scores_BK = self._compare_all(self.groups_S[samples_B], queries_BP)
-        else:
-            found_BK, scores_BK = self._search_index(self.groups_S[samples_B], queries_BP, *self._index)
-        rank_BK = np.cumsum(found_BK >= 0, axis=1) - 1
-        is_kept_BK = self._is_in_range(found_BK, scores_BK, rank_BK)
-        if self.settings.run is not None:
-            is_kept_BK &= self._is_below_margins(scores_BK, self._own_scores(samples_B, queries_BP))
-        return self._choose(np.where(is_kept_BK, found_BK, -1), scores_BK, rank_BK, rng)
+    def _search(self, samples_B: Ints, queries_BP: Floats, candidates_CP: Floats | None) -> tuple[Ints, Floats]:
+        """Return the samples of the nearest items of other groups, best first, -1: none, and their cosines: (B, K).
 
-    def _is_in_range(self, found_BK: Ints, scores_BK: Floats, rank_BK: Ints) -> Bools:
-        """Return which neighbors have ranks and scores within the settings; an item's sample counts once: (B, K)."""
+        With an index, -1 is also between others, for items of the own group and those that are not selected.
+        """
+        rows_C = self._candidates.rows
+        samples_C = self._candidates.samples
+        groups_B = self.groups_S[samples_B]
+        if candidates_CP is not None:
+            groups = (groups_B, self.groups_S[samples_C])
+            k = min(self.settings.last_rank, len(rows_C))
+            products = products_on(self.settings.device)
+            places_BK, scores_BK = knn(queries_BP, candidates_CP, k, groups=groups, products=products)
+            return np.where(places_BK < 0, -1, samples_C[places_BK]), scores_BK
+
+        assert self._index is not None
+        index, card = self._index
+        k = min(2 * self.settings.last_rank + 64, len(index))  # more than are needed
+        scores_BK, rows_BK = index.search(queries_BP, k, card.search)
+        places_BK = np.searchsorted(rows_C, rows_BK).clip(max=len(rows_C) - 1)
+        found_BK = samples_C[places_BK]
+        is_usable_BK = (rows_C[places_BK] == rows_BK) & (self.groups_S[found_BK] != groups_B[:, None])
+        return np.where(is_usable_BK, found_BK, -1), scores_BK
+
+    def _choose(
+        self, samples_B: Ints, queries_BP: Floats, found_BK: Ints, scores_BK: Floats, rng: np.random.Generator
+    ) -> Ints:
+        """Choose negatives by the settings, the nearest or at random; the others become -1. A sample counts once."""
         settings = self.settings
+        rank_BK = np.cumsum(found_BK >= 0, axis=1) - 1
         is_kept_BK = (found_BK >= 0) & (rank_BK >= settings.range_min) & (rank_BK < settings.last_rank)
         is_kept_BK &= _is_first(found_BK)
         if settings.max_score is not None:
             is_kept_BK &= scores_BK <= settings.max_score
-        if settings.min_score is not None:
-            is_kept_BK &= scores_BK >= settings.min_score
-        return is_kept_BK
-
-    def _is_below_margins(self, scores_BK: Floats, own_B: Floats) -> Bools:
-        """Return which scores are below that of the own pair by the margins, or all if there are none: (B, K)."""
-        relative, absolute = self.settings.relative_margin, self.settings.absolute_margin
-        if relative is None and absolute is None:
-            return np.ones(scores_BK.shape, bool)
-        highest_B = own_B - np.abs(own_B) * (relative or 0) - (absolute or 0)
-        return scores_BK <= highest_B[:, None]
-
-    def _choose(
-        self, found_BK: Ints, scores_BK: Floats, rank_BK: Ints, rng: np.random.Generator
-    ) -> tuple[Ints, Floats]:
-        """Choose as many negatives as the settings say, the nearest or at random: samples and cosines, best first.
-
-        Fewer are padded: samples with -1, cosines with 0.
-        """
-        num_negatives = self.settings.num_negatives
-        order_BK = rng.random(found_BK.shape) if self.settings.sampling == "random" else rank_BK.astype(np.float64)
-        chosen_BK = np.argsort(np.where(found_BK >= 0, order_BK, np.inf), axis=1, kind="stable")
-        chosen_BK = np.sort(chosen_BK[:, :num_negatives], axis=1)
-        negatives_BK = np.take_along_axis(found_BK, chosen_BK, axis=1)
-        scores_BK = np.take_along_axis(scores_BK, chosen_BK, axis=1)
-        missing = num_negatives - negatives_BK.shape[1]  # fewer candidates than negatives
-        return (
-            np.pad(negatives_BK, ((0, 0), (0, missing)), constant_values=-1),
-            np.pad(scores_BK, ((0, 0), (0, missing))),
-        )
-
-    def _compare_all(self, groups_B: Ints, queries_BP: Floats) -> tuple[Ints, Floats]:
-        """Return the samples of the nearest items of other groups, best first, -1: none, and their cosines: (B, K)."""
-        groups_C = self.groups_S[self._candidates.samples]
-        k = min(self.settings.last_rank, len(groups_C))
-        places_BK, scores_BK = np.empty((len(groups_B), k), np.int64), np.empty((len(groups_B), k), np.float32)
-        for part in blocks(len(groups_B), _QUERIES_PER_STEP):
-            places_BK[part], scores_BK[part] = top_k(
-                queries_BP[part],
-                self._candidate_vectors,
-                k,
-                groups=(groups_B[part], groups_C),
-                products=products_on(self.settings.device),
-            )
-            self.progress.advance(part.stop - part.start)
-        return np.where(np.isfinite(scores_BK), self._candidates.samples[places_BK], -1), scores_BK
-
-    def _search_index(
-        self, groups_B: Ints, queries_BP: Floats, index: RowIndex, card: IndexCard
-    ) -> tuple[Ints, Floats]:
-        """Search as `_compare_all` does; -1 also between others, for items of the own group and those not selected."""
-        k = min(2 * self.settings.last_rank + 64, len(index))  # more than are needed
-        scores_BK, rows_BK = index.search(queries_BP, k, card.search)
-        self.progress.advance(len(groups_B))
-        places_BK = np.searchsorted(self._candidates.rows, rows_BK).clip(max=len(self._candidates.rows) - 1)
-        samples_BK = self._candidates.samples[places_BK]
-        is_other_BK = self.groups_S[samples_BK] != groups_B[:, None]
-        is_candidate_BK = self._candidates.rows[places_BK] == rows_BK
-        return np.where(is_other_BK & is_candidate_BK, samples_BK, -1), scores_BK
+        if settings.run is not None:
+            own_B = self._own_scores(samples_B, queries_BP)
+            self.own_scores.append(own_B)
+            if settings.relative_margin is not None:
+                is_kept_BK &= scores_BK <= (own_B - np.abs(own_B) * settings.relative_margin)[:, None]
+        if settings.sampling == "random":
+            order_BK = np.argsort(np.where(is_kept_BK, rng.random(found_BK.shape), np.inf), axis=1, kind="stable")
+            is_drawn_BK = np.zeros(found_BK.shape, bool)
+            np.put_along_axis(is_drawn_BK, order_BK[:, : settings.num_negatives], values=True, axis=1)
+            is_kept_BK &= is_drawn_BK
+        return np.where(is_kept_BK, found_BK, -1)
 
     def _own_scores(self, samples_B: Ints, queries_BP: Floats) -> Floats:
         """Compute the largest cosine of each query with the items of its own sample: (B,)."""
@@ -292,7 +255,6 @@ class _Mining:
         own_BP = self._vectors.read(self._candidates.rows[places])
         scores_B = np.full(len(samples_B), -np.inf, np.float32)
         np.maximum.at(scores_B, which, np.einsum("bp,bp->b", queries_BP[which], own_BP))
-        self._own_sum, self._num_own = self._own_sum + float(scores_B.sum()), self._num_own + len(scores_B)
         return scores_B
 
 
@@ -337,16 +299,12 @@ def _group_samples(pairs: Pairs, data: TrainData, settings: NegativesSettings, p
     return join_equal(labels, pairs)
 
 
-def join_equal(labels_S: Ints, pairs: Pairs) -> Ints:
-    """Join the groups of samples that have an equal item: (S,) int64 labels in the order of `pairs.samples`."""
-    samples = pairs.samples
-    nodes, values, size = [], [], int(labels_S.max()) + 1
+def join_equal(groups_S: Ints, pairs: Pairs) -> Ints:
+    """Join the groups of samples that have an equal item: (S,) int64 groups in the order of `pairs.samples`."""
+    groups, contents = [], []
+    size = int(groups_S.max()) + 1
     for side in (pairs.first, pairs.second):
-        nodes.append(labels_S[np.searchsorted(samples, side.samples)])
-        values.append(size + side.contents)
+        groups.append(groups_S[np.searchsorted(pairs.samples, side.samples)])
+        contents.append(size + side.contents)
         size += int(side.contents.max()) + 1
-    node, value = np.concatenate(nodes), np.concatenate(values)
-    graph = coo_array((np.ones(len(node), bool), (node, value)), shape=(size, size))
-    _, component = connected_components(graph, directed=False)
-    _, groups_S = np.unique(component[labels_S], return_inverse=True)
-    return groups_S.astype(np.int64)
+    return number_values(components(np.concatenate(groups), np.concatenate(contents), size)[groups_S])

@@ -17,13 +17,13 @@ from embedcache.curate.select.settings import SelectSettings
 from embedcache.curate.settings import OutlierSettings
 from embedcache.dataset import keytable
 from embedcache.dataset.labels import Labels, has_label, read_labels
+from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import digest
-from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 

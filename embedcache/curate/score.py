@@ -14,6 +14,7 @@ from embedcache.arrays import Array, Floats, Ints, check_finite, normalize, read
 from embedcache.curate.settings import ScoreSettings
 from embedcache.dataset import keytable
 from embedcache.dataset.inputs import to_inputs
+from embedcache.dataset.vectors import Vectors
 from embedcache.devices import torch_device
 from embedcache.encoders.views import open_feature_encoder
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
@@ -23,7 +24,6 @@ from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import load_pair, project
 from embedcache.provenance import digest_file
-from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 

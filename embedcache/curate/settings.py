@@ -113,6 +113,7 @@ class LeakSettings(Settings):
         metavar="[MODALITY=]C",
     )
     all_pairs: bool | None = setting(**{**_ALL_PAIRS, "default_text": "if that takes about a minute"})
+    scratch: Path | str | None = setting(**_SCRATCH)
     seed: int = setting(**_SEED)
     device: str = device_setting()
 
@@ -148,16 +149,6 @@ class NegativesSettings(Settings):
     max_score: float | None = setting(
         None, "Skip neighbors above this cosine similarity.", ge=-1, le=1, panel="neighbor"
     )
-    min_score: float | None = setting(
-        None, "Skip neighbors below this cosine similarity.", ge=-1, le=1, panel="neighbor"
-    )
-    absolute_margin: float | None = setting(
-        None,
-        "With --run: skip neighbors that are not this much less similar than the sample's own pair.",
-        ge=0,
-        le=2,
-        panel="neighbor",
-    )
     relative_margin: float | None = setting(
         None,
         "With --run: skip neighbors that are not this fraction less similar than the sample's own pair, such as 0.05.",
@@ -190,9 +181,10 @@ class NegativesSettings(Settings):
                 f"range_max: expected at least range_min + num_negatives, {self.range_min + self.num_negatives}, got "
                 f"{self.range_max}"
             )
-        for name in ("absolute_margin", "relative_margin"):
-            if self.run is None and getattr(self, name) is not None:
-                raise SettingError(f"{name}: expected a run that compares the pair, got none; add --run, or omit it")
+        if self.run is None and self.relative_margin is not None:
+            raise SettingError(
+                "relative_margin: expected a run that compares the pair, got none; add --run, or omit it"
+            )
 
     @property
     def last_rank(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from embedcache.arrays import Array, Floats, Ints, Products, blocks, dot_products, normalize
-from embedcache.metrics.neighbors import top_k, vote
+from embedcache.neighbors.knn import knn
 from embedcache.registry import Registry, require
 
 _NUM_NEIGHBORS = 20
@@ -85,10 +85,27 @@ def fit_knn(train: Examples, val: Examples | None, num_classes: int) -> Classifi
     k = min(_NUM_NEIGHBORS, len(candidates))
 
     def scores(vectors_QD: Floats) -> Floats:
-        rows_QK, sims_QK = top_k(normalize(vectors_QD), candidates, k, products=both.products)
+        rows_QK, sims_QK = knn(normalize(vectors_QD), candidates, k, products=both.products)
         return vote(both.labels[rows_QK], sims_QK, num_classes, temperature=_TEMPERATURE)
 
     return Classifier(scores, {"neighbors": k, "temperature": _TEMPERATURE})
+
+
+def vote(labels_QK: Ints, sims_QK: Floats, num_classes: int, *, temperature: float) -> Floats:
+    """Compute the score of each class for each query, exp(similarity / temperature) per neighbor: (Q, C) float32.
+
+    The weights are those of "Emerging Properties in Self-Supervised Vision Transformers" (DINO, ICCV 2021), divided by
+    the nearest neighbor's weight so that no temperature overflows.
+
+    Args:
+        labels_QK: class of each neighbor.
+        sims_QK: similarity of each neighbor, best first.
+        temperature: a lower temperature gives more weight to the nearest neighbors.
+    """
+    weights_QK = np.exp((sims_QK - sims_QK[:, :1]) / temperature)
+    votes_QC = np.zeros((len(labels_QK), num_classes), np.float32)
+    np.add.at(votes_QC, (np.arange(len(labels_QK))[:, None], labels_QK), weights_QK)
+    return votes_QC
 
 
 def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Classifier:

@@ -4,22 +4,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
-from typing import NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 
-from embedcache.arrays import Bools, blocks, distinct
-from embedcache.dataset.inputs import InputFeature, to_unit_vectors
-from embedcache.dataset.pairs import Items, pair_items
+from embedcache.arrays import distinct
+from embedcache.dataset.matches import ItemSet, find_equal, find_near
+from embedcache.dataset.pairs import pair_items
 from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES
 from embedcache.errors import DataError, PathError, pluralize
 from embedcache.evaluate.runs import Run, read_run_selection, read_run_split, run_input, was_trained_on
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.files import is_url
-from embedcache.metrics.neighbors import find_closest
-from embedcache.modalities import name_pair, noun
-from embedcache.progress import NullProgress, Progress, watch
+from embedcache.modalities import name_pair
+from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import read_run_record
 from embedcache.provenance import construct
 from embedcache.store.cache import Cache
@@ -29,15 +26,6 @@ COSINES = {"image": 0.9, "text": 0.7}
 
 _MAX_PRODUCTS = 2e10
 _MIN_CHECKED = 200
-_BLOCK = 4096
-_HASHES_AT_ONCE = 2**20
-
-
-class ItemSet(NamedTuple):
-    """Items of one modality with a feature that compares them."""
-
-    feature: InputFeature
-    items: Items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +105,12 @@ def find_overlap(
     exact, near = set[int](), set[int]()
     for modality, item_set in evaluated.items():
         others = [items[modality] for items in trained]
-        exact |= set(item_set.items.samples[_is_equal(item_set, others)].tolist())
-        part = item_set.items.select(checked)
-        is_near = _is_near(ItemSet(item_set.feature, part), others, cosines[modality], progress or NullProgress())
-        near |= set(part.samples[is_near].tolist())
+        part = item_set._replace(items=item_set.items.select(checked))
+        for other in others:
+            copies, _ = find_equal(item_set, other)
+            exact |= set(item_set.items.samples[copies >= 0].tolist())
+            found = find_near(part, other, cosines[modality], all_pairs=True, progress=progress or NullProgress())
+            near |= set(part.items.samples[found.closest.sims > cosines[modality]].tolist())
     return Overlap(
         num_samples=len(samples),
         exact=len(exact),
@@ -187,25 +177,3 @@ def _num_affordable(evaluated: Mapping[str, ItemSet], trained: Sequence[Mapping[
         for modality, item_set in evaluated.items()
     )
     return max(_MIN_CHECKED, int(_MAX_PRODUCTS / max(1, products_per_sample)))
-
-
-def _is_equal(item_set: ItemSet, others: Sequence[ItemSet]) -> Bools:
-    hashes = item_set.feature.hashes_of(item_set.items.rows)
-    is_equal = np.zeros(len(hashes), bool)
-    for other in others:
-        for trained in other.feature.hashes.select(other.items.rows).blocks(_HASHES_AT_ONCE):
-            seen = trained.filter(pc.is_in(trained, value_set=hashes))
-            is_equal |= pc.is_in(hashes, value_set=seen, skip_nulls=True).to_numpy()
-    return is_equal
-
-
-def _is_near(item_set: ItemSet, others: Sequence[ItemSet], cosine: float, progress: Progress) -> Bools:
-    candidates = (
-        to_unit_vectors(other.feature.read(other.items.rows[block]))
-        for other in others
-        for block in blocks(len(other.items.rows), _BLOCK)
-    )
-    name, num_trained = noun(item_set.feature.modality), sum(len(other.items.rows) for other in others)
-    shown = watch(candidates, progress, f"comparing with training {name}", num_trained, name)
-    is_near: Bools = find_closest(to_unit_vectors(item_set.feature.read(item_set.items.rows)), shown).sims > cosine
-    return is_near

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, Products, normalize
+from embedcache.dataset.matches import ItemSet
 from embedcache.dataset.pairs import ANY_LANGUAGE, Items, Pairs, number_items, pair_items
 from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError
-from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap
+from embedcache.evaluate.overlap import Overlap, find_overlap
 from embedcache.evaluate.runs import EvalSplit, Run, read_eval_split, run_input
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.metrics.ranking import average_precisions, first_ranks, negatives_before

@@ -13,6 +13,7 @@ from embedcache.arrays import Array, Bools, Ints, distinct
 from embedcache.dataset.inputs import features_by_modality
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.dataset.selections import read_selection
+from embedcache.dataset.vectors import Vectors
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError, UnknownNameError, pluralize
 from embedcache.files import URL_PATTERN, AnyPath, is_url
@@ -22,7 +23,6 @@ from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import check_output
 from embedcache.projectors.saved import read_config
 from embedcache.samples import IMPORTED_SOURCE
-from embedcache.search.vectors import Vectors
 from embedcache.sources.open import SOURCES
 from embedcache.sources.table import INTERVAL_NAMES
 from embedcache.store.cache import Cache

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from embedcache.arrays import Array, Ints, Products, check_finite, dot_products, normalize
 from embedcache.errors import DataError
-from embedcache.metrics.neighbors import top_k
+from embedcache.neighbors.knn import knn
 
 Doubles = npt.NDArray[np.float64]
 
@@ -60,13 +60,13 @@ def mutual_knn(x_ND: Array, y_NE: Array, k: int) -> float:
 
 
 def nearest_others(rows_ND: Array, k: int, *, products: Products = dot_products) -> Ints:
-    """Find the k nearest other rows of each row by cosine: (N, K) int64. Memory and `products`: those of `top_k`."""
+    """Find the k nearest other rows of each row by cosine: (N, K) int64. Memory and `products`: those of `knn`."""
     num_rows = len(rows_ND)
     if not 0 < k < num_rows:
         raise DataError(f"k: expected a number from 1 to {num_rows - 1} for {num_rows} rows, got {k}")
     check_finite(rows_ND, "the rows")
     unit_ND = normalize(rows_ND)
-    return top_k(unit_ND, unit_ND, k, exclude_self=True, products=products)[0]
+    return knn(unit_ND, unit_ND, k, own=np.arange(num_rows), products=products)[0]
 
 
 def neighbor_overlap(first_NK: Ints, second_NK: Ints) -> Doubles:

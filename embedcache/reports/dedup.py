@@ -10,8 +10,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, distinct
 from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupReport
-from embedcache.curate.keep import RemovedSamples
-from embedcache.dataset.similar_pairs import NOT_COMPARED, SAME_PICTURE, SimilarPairs
+from embedcache.curate.keep import NO_DISTANCE, SAME_PICTURE, RemovedSamples, SimilarPairs
 from embedcache.dataset.thumbnails import credit
 from embedcache.errors import pluralize
 from embedcache.modalities import count_items
@@ -196,7 +195,7 @@ def _example(analysis: DedupAnalysis, removed: RemovedSamples, positions: Ints, 
 
 def _similarity_text(cosines: Floats, distances: Array, *, is_copy: bool) -> str:
     """Describe how similar one or more items are to another, of which they all are copies or not."""
-    known = distances[distances < NOT_COMPARED]
+    known = distances[distances < NO_DISTANCE]
     if is_copy and not len(known):
         return "equal bytes"
     lowest, highest = (format_fraction(min(cosine, 1)) for cosine in (cosines.min(), cosines.max()))

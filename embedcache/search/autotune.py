@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
+from embedcache.dataset.vectors import Vectors
 from embedcache.devices import AUTO
 from embedcache.errors import SettingError
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.faiss_index import RowIndex, exact_search
-from embedcache.search.vectors import Vectors
 
 _FLAT_LIMIT = 200_000  # up to this many vectors, an exact query takes tens of milliseconds on one core
 _ID_BYTES = 8

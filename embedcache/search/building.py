@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Bools, Ints, distinct
+from embedcache.dataset.vectors import Vectors
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.files import flush
@@ -46,7 +47,6 @@ from embedcache.search.card import (
     write_state,
 )
 from embedcache.search.faiss_index import RowIndex, is_whole, make_index, read_index
-from embedcache.search.vectors import Vectors
 from embedcache.settings import replace_fields
 from embedcache.store.arrays import file_checksum
 from embedcache.store.layout import CacheInfo

@@ -8,12 +8,12 @@ import numpy as np
 from embedcache.arrays import Array, Floats, Ints, blocks, normalize
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.prompts import CLASS, has_prompts, read_prompts
+from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.provenance import check_same
-from embedcache.search.vectors import Vectors
 from embedcache.sources.open import IMPORT_TOGETHER
 from embedcache.store.cache import Cache
 

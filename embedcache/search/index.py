@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Ints
+from embedcache.dataset.vectors import Vectors
 from embedcache.errors import FingerprintError, SettingError
 from embedcache.files import AnyPath, relative_location, writing
 from embedcache.locks import LOCK, locked
@@ -38,7 +39,6 @@ from embedcache.search.card import (
 )
 from embedcache.search.faiss_index import RowIndex, check_factory, read_index
 from embedcache.search.settings import IndexSettings
-from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings
 
 

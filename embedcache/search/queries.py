@@ -22,6 +22,7 @@ from embedcache.arrays import (
 )
 from embedcache.dataset.inputs import to_inputs
 from embedcache.dataset.raw_items import ItemLike, item_name, list_items, prepare_item
+from embedcache.dataset.vectors import Vectors
 from embedcache.encoders.base import Modality, background_of
 from embedcache.encoders.open import EncoderSpec, why_no_encoder
 from embedcache.encoders.views import FeatureEncoder, open_feature_encoder
@@ -32,7 +33,6 @@ from embedcache.registry import unknown_name
 from embedcache.search.card import IndexCard
 from embedcache.search.concepts import open_concepts
 from embedcache.search.faiss_index import RowIndex
-from embedcache.search.vectors import Vectors
 from embedcache.sources.images import ImageLike, list_images, load_image
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader, find_keys

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Ints
+from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.cli.console import open_progress, print_line
 from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.dedup import analyze
@@ -26,7 +26,7 @@ from embedcache.dataset.splitting import draw_groups
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import write_atomic
 from embedcache.maintain.copy import cut_cache
-from embedcache.metrics.neighbors import find_closest
+from embedcache.neighbors.knn import find_closest
 from embedcache.reports.coverage import coverage_json, write_coverage_page
 from embedcache.reports.dedup import comparison_line, threshold_json, write_threshold_page
 from embedcache.reports.leaks import leak_line, write_leak_page
@@ -320,8 +320,10 @@ def strict_split(
 
 def _near(feature: Any, items: Items, rows: Ints, others: Ints, cosine: float) -> Ints:
     """Return the samples among `rows` with an item above a cosine to one of `others`, ascending."""
-    candidates, queries = items.select(rows), items.select(others)
-    blocks = (slice(start, start + 4096) for start in range(0, len(candidates.rows), 4096))
-    vectors = (to_unit_vectors(feature.read(candidates.rows[block])) for block in blocks)
-    closest = find_closest(to_unit_vectors(feature.read(queries.rows)), vectors)
-    return np.unique(candidates.samples[closest.candidate_sims > cosine])
+    queries = items.select(rows)
+    candidates_CP = to_unit_vectors(feature.read(items.select(others).rows))
+    found = []
+    for block in blocks(len(queries.rows), 4096):
+        closest = find_closest(to_unit_vectors(feature.read(queries.rows[block])), [candidates_CP])
+        found.append(queries.samples[block][closest.sims > cosine])
+    return np.unique(np.concatenate(found))

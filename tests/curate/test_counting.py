@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Array, normalize
 from embedcache.curate import counting
-from embedcache.curate.counting import CoverageCounter, PartialCoverage, TopItems, estimate_background
+from embedcache.curate.counting import CoverageCounter, PartialCoverage, estimate_background
 from embedcache.curate.prevalence import POSSIBLE, strip_ranks
 
 
@@ -40,7 +40,7 @@ def best_of(sims_NC: Array, k: int) -> tuple[Array, Array]:
 
 def count(work: CoverageCounter, rows: Array, vectors: Array, cuts: Sequence[int]) -> PartialCoverage:
     parts = [work.process(*part) for part in zip(np.split(rows, cuts), np.split(vectors, cuts), strict=True)]
-    return reduce(work.merge, parts)
+    return reduce(work.merge, parts, work.empty())
 
 
 @st.composite
@@ -91,9 +91,8 @@ def test_counter_equals_brute_force(problem: dict[str, Array]) -> None:
         both = [int((above[:, concept] & above[:, other]).sum()) for other in others]
         assert partial.shared[concept].tolist() == both
     scores, places = best_of(sims, k)
-    found = partial.top.table()
-    assert np.array_equal(found[0], scores)
-    assert np.array_equal(found[1], rows[places])
+    assert np.array_equal(partial.top.scores, scores)
+    assert np.array_equal(partial.top.numbers, rows[places])
 
 
 def test_tile_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +103,8 @@ def test_tile_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(counting, "_TILE", tile)
         monkeypatch.setattr(counting, "_MIN_TILE_ROWS", 1)
         partial = counter(concepts, vectors[:20], k=3, thresholds=1, certain=2).process(rows, vectors)
-        found += [partial.above, partial.best, partial.assigned, partial.certain, partial.shared, *partial.top.table()]
+        found += [partial.above, partial.best, partial.assigned, partial.certain, partial.shared]
+        found += [partial.top.scores, partial.top.numbers]
     assert all(np.array_equal(one, other) for one, other in zip(whole, tiled, strict=True))
 
 
@@ -134,7 +134,7 @@ def test_items_at_a_floor_are_candidates_and_those_at_a_threshold_do_not_count()
     partial = work.process(np.arange(3), np.array([[1, 0], [2, 1], [0, 3]], np.float32))
     assert partial.above.tolist() == partial.assigned.tolist() == [[1, 1]]
     assert (partial.best.tolist(), partial.certain.tolist()) == ([[2, 1]], [[0, 0]])
-    assert [array.tolist() for array in partial.top.table()] == [[[2, 1], [3, 1]], [[1, 0], [2, 1]]]
+    assert (partial.top.scores.tolist(), partial.top.numbers.tolist()) == ([[2, 1], [3, 1]], [[1, 0], [2, 1]])
 
 
 def test_merge_of_copied_read_only_parts() -> None:
@@ -148,37 +148,8 @@ def test_merge_of_copied_read_only_parts() -> None:
     parts = [copy.deepcopy(part) for part in parts]
     for array in (array for part in parts for array in vars(part).values() if isinstance(array, np.ndarray)):
         array.flags.writeable = False
-    partial = reduce(work.merge, parts)
+    partial = reduce(work.merge, parts, work.empty())
     assert partial.above[0].tolist() == (vectors @ concepts.T > 0).sum(axis=0).tolist()
-
-
-@pytest.mark.slow
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-3, 3), st.integers(0, 99)), unique_by=lambda x: x[2]))
-def test_top_items_ignore_order(candidates: list[tuple[int, int, int]]) -> None:
-    best, merged = TopItems(4, 2), TopItems(4, 2)
-    for concept, score, row in candidates:
-        best.add(np.array([concept]), np.array([score], np.float32), np.array([row]))
-        other = TopItems(4, 2)
-        other.add(np.array([concept]), np.array([score], np.float32), np.array([row]))
-        other.merge(merged)
-        merged = other
-    scores, rows = best.table()
-    for concept in range(4):
-        expected = sorted((-score, row) for number, score, row in candidates if number == concept)[:2]
-        there = rows[concept] >= 0
-        assert list(zip(-scores[concept][there], rows[concept][there], strict=True)) == expected
-    assert np.array_equal(rows, merged.table()[1])
-
-
-def test_top_items_hold_few_candidates() -> None:
-    """Check that more than twice what is asked for is cut to that."""
-    top, sizes = TopItems(3, 2), []
-    assert [array.tolist() for array in top.table()] == [[[-np.inf] * 2] * 3, [[-1] * 2] * 3]
-    for row in range(14):
-        top.add(np.array([row % 3]), np.array([row], np.float32), np.array([row]))
-        sizes.append(sum(len(part[0]) for part in top._parts))
-    assert sizes == [*range(1, 13), 6, 7]
-    assert top.table()[1].tolist() == [[12, 9], [13, 10], [11, 8]]
 
 
 @pytest.mark.slow

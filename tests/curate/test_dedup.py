@@ -15,10 +15,10 @@ from embedcache.curate.keep import find_copies
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import read_selection
-from embedcache.dataset.similar_pairs import cosine_limit
 from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.neighbors.pairs import cosine_limit
 from embedcache.reports.dedup import (
     comparison_line,
     dedup_line,

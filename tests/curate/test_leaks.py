@@ -6,11 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, normalize
-from embedcache.curate import leaks as closest
 from embedcache.curate.leaks import find_leaks, write_clean_selection
 from embedcache.curate.settings import LeakSettings
 from embedcache.dataset.selections import read_selection
@@ -19,8 +16,6 @@ from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnfinishedError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.metrics.neighbors import find_closest
-from embedcache.progress import NullProgress
 from embedcache.reports.leaks import (
     closest_pairs,
     leak_line,
@@ -34,6 +29,7 @@ from embedcache.store.cache import Cache
 from tests import toy
 from tests.cli.run import embedcache, succeed
 from tests.images import write_images
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 PLANTED = {"00000": "00011", "00007": "00000"}  # the first item of either cache is copied
@@ -66,46 +62,11 @@ def unit(path: Path, modality: str) -> Floats:
     return normalize(np.nan_to_num(Cache(path).feature(modality, FEATURES[modality]).load()))
 
 
-@given(st.integers(1, 20), st.lists(st.integers(0, 7), max_size=4), st.integers(0, 99))
-def test_closest_equals_brute_force(num_queries: int, sizes: list[int], seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    queries = rng.standard_normal((num_queries, 4)).astype(np.float32)
-    blocks = [rng.standard_normal((size, 4)).astype(np.float32) for size in sizes]
-    found = find_closest(queries, blocks)
-    candidates = np.concatenate([np.empty((0, 4), np.float32), *blocks])
-    if not len(candidates):
-        assert (found.rows == -1).all()
-        assert np.isneginf(found.sims).all()
-        return
-    sims = queries @ candidates.T
-    assert found.sims == pytest.approx(sims.max(axis=1), abs=1e-5)
-    assert found.candidate_sims == pytest.approx(sims.max(axis=0), abs=1e-5)
-    assert sims[np.arange(num_queries), found.rows] == pytest.approx(found.sims, abs=1e-5)
-
-
-class Counted(NullProgress):
-    """Counts the finished units of each step."""
-
-    def __init__(self) -> None:
-        self.totals: list[int] = []
-        self.done: list[int] = []
-
-    def start(self, what: str, total: int, unit: str) -> None:
-        self.totals.append(total)
-        self.done.append(0)
-
-    def advance(self, count: int) -> None:
-        self.done[-1] += count
-
-
-@pytest.mark.parametrize("test_bytes", [2**29, 2048])
-def test_leaks_equal_brute_force(caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, test_bytes: int) -> None:
-    monkeypatch.setattr(closest, "_TEST_BYTES", test_bytes)
+def test_leaks_equal_brute_force(caches: tuple[Path, Path]) -> None:
     train, test = caches
-    progress = Counted()
+    progress = RecordedProgress()
     found = find_leaks(train, test, feature=BOTH, cosine={"image": 0.99, "text": 0.999}, progress=progress)
-    assert progress.done == progress.totals
-    assert sum(progress.done) == (29 + 30) * 80
+    assert progress.counts == {what: count for what, count, _ in progress.started}
     leaked, dirty = set(), set()
     for leak in found.leaks:
         cosines = unit(test, leak.modality) @ unit(train, leak.modality).T
@@ -295,7 +256,7 @@ def test_other_weights_compare_hashes(caches: tuple[Path, Path], tmp_path: Path)
 def test_mistakes_are_refused_before_anything_is_compared(
     caches: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedcache.curate.leaks.find_closest_items", None)
+    monkeypatch.setattr("embedcache.curate.leaks.find_near", None)
     monkeypatch.setattr("embedcache.curate.leaks.MODALITIES", ("text", "image"))  # of which the second has several
     with pytest.raises(SettingError, match="feature: expected one of the several"):
         find_leaks(*caches)

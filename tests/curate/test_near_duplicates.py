@@ -9,20 +9,17 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints
 from embedcache.curate import near_duplicates as near_duplicates
-from embedcache.curate.keep import Copies, choose_removed
-from embedcache.curate.near_duplicates import find_near_duplicates, find_neighbors, fit_centroids
+from embedcache.curate.keep import NO_DISTANCE, Copies, SimilarPairs, choose_removed
+from embedcache.curate.near_duplicates import find_near_duplicates
 from embedcache.curate.settings import DedupSettings
-from embedcache.dataset import clusters
-from embedcache.dataset.similar_pairs import NOT_COMPARED, SimilarPairs
+from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError
 from embedcache.interop.importing import import_vectors
 from embedcache.interop.npy import open_npy_vectors
-from embedcache.progress import NullProgress
-from embedcache.search.vectors import Vectors
 from embedcache.store.group import create_group
 from embedcache.store.layout import write_info
 from embedcache.store.writer import add_feature, commit_chunk
-from tests.dataset.test_clusters import brute, made_vectors
+from tests.neighbors.made import brute, made_vectors
 from tests.store.features import made_info
 
 LIMIT = 0.9
@@ -91,64 +88,8 @@ def test_all_pairs_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert (near.recall is None) == is_all_pairs
 
 
-@pytest.mark.parametrize(("limit", "num_pairs"), [(0.600098, 0), (0.6000975, 0), (0.6, 1)])
-def test_recall_leaves_out_pairs_at_the_limit(tmp_path: Path, limit: float, num_pairs: int) -> None:
-    """Check that a pair within 1e-6 of the limit, which rounding may move across it, is not counted as missed."""
-    vectors = np.array([[1, 0], [0.6, 0.8]], np.float32)  # in float16 the cosine is 0.60009766
-    settings = DedupSettings(pixels=False, all_pairs=False, scratch=tmp_path)
-    near = find_near_duplicates(write_vectors(tmp_path / "cache", vectors), np.arange(2), [limit], settings)
-    assert near.recall is not None
-    assert (near.recall.num_items, near.recall.num_pairs, near.recall.num_found) == (2, num_pairs, num_pairs)
-    assert near.recall.to_json()["value"] == (1 if num_pairs else None)
-
-
-def test_any_neighbor_of_the_same_cosine_counts_as_found(tmp_path: Path) -> None:
-    opened = write_vectors(tmp_path / "cache", np.repeat(made_vectors(20, 1, noise=1), 6, axis=0))
-    found = find_neighbors(opened, np.arange(120), 3, DedupSettings(pixels=False, all_pairs=False, scratch=tmp_path))
-    assert found.recall is not None
-    assert found.recall.to_json() == {"num_items": 120, "num_pairs": 360, "num_found": 360, "value": 1}
-
-
-@pytest.mark.slow
-def test_recall_equals_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near_duplicates, "MAX_VISITS", 0)  # as SemDeDup: pairs that a border cuts are missed
-    vectors = made_vectors(2000, 5, width=8, noise=0.12)
-    opened = write_vectors(tmp_path / "cache", vectors)
-    near = find_near_duplicates(
-        opened, np.arange(2000), [LIMIT], DedupSettings(pixels=False, all_pairs=False, scratch=tmp_path)
-    )
-    true = brute(vectors, LIMIT)
-    assert near.recall is not None
-    assert near.recall.value == pytest.approx(len(pairs_of(near.pairs) & true) / len(true), abs=0.01)
-    assert 0.1 < near.recall.value < 0.95
-    assert near.recall.num_items == 1000
-    assert near.complete < 1
-
-
-@pytest.mark.slow
-def test_chunk_and_block_size_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors = made_vectors(600, 7)
-    rows = np.delete(np.arange(600), [3, 64, 599])
-    found = []
-    for name, chunk_size, block in (("a", 64, 2048), ("b", 600, 16), ("c", 7, 100)):
-        monkeypatch.setattr(near_duplicates, "BLOCK", block)
-        monkeypatch.setattr(clusters, "BLOCK", block)
-        monkeypatch.setattr(clusters, "PLANNED_ROWS", block)
-        opened = write_vectors(tmp_path / name, vectors, chunk_size=chunk_size)
-        found.append(
-            find_near_duplicates(
-                opened, rows, [LIMIT], DedupSettings(pixels=False, all_pairs=False, scratch=tmp_path, seed=4)
-            )
-        )
-    for other in found[1:]:
-        assert pairs_of(other.pairs) == pairs_of(found[0].pairs)
-        assert other.highest == pytest.approx(found[0].highest, abs=1e-6)
-        assert other.recall == found[0].recall
-    assert not {3, 64, 599} & {int(rows[i]) for pair in pairs_of(found[0].pairs) for i in pair}
-
-
 def linked(left: Ints, right: Ints, cosines: Floats, distances: Sequence[int] | None = None) -> SimilarPairs:
-    hashes = [NOT_COMPARED] * len(left) if distances is None else distances
+    hashes = [NO_DISTANCE] * len(left) if distances is None else distances
     return SimilarPairs(left=left, right=right, cosines=cosines, distances=np.array(hashes, np.int16))
 
 
@@ -241,13 +182,3 @@ def test_zero_vector_raises(tmp_path: Path) -> None:
         find_near_duplicates(
             Vectors(tmp_path / "cache", "image"), np.arange(20), [LIMIT], DedupSettings(pixels=False, scratch=tmp_path)
         )
-
-
-def test_centroids_depend_on_seed(capfd: pytest.CaptureFixture[str]) -> None:
-    vectors = made_vectors(400, 2)
-    one, two, other = (fit_centroids(vectors, 10, seed=seed, progress=NullProgress()) for seed in (1, 1, 2))
-    assert np.array_equal(one, two)
-    assert not np.array_equal(one, other)
-    assert np.linalg.norm(one, axis=1) == pytest.approx(1, abs=1e-5)
-    assert len(fit_centroids(vectors[:4], 10, seed=0, progress=NullProgress())) == 4
-    assert capfd.readouterr().err == ""  # FAISS would warn of few vectors per cluster

@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from embedcache.arrays import Floats, Ints, normalize
-from embedcache.curate import near_duplicates, outliers
-from embedcache.curate.near_duplicates import find_neighbors
+from embedcache.arrays import normalize
+from embedcache.curate import outliers
 from embedcache.curate.outliers import MARGIN, PAIR_COSINE, TYPICALITY, compare_labels, find_outliers
 from embedcache.curate.select.select import select
 from embedcache.curate.select.settings import SelectSettings
@@ -24,12 +23,11 @@ from embedcache.errors import DataError, PathError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.interop.clip_retrieval import open_clip_retrieval
-from embedcache.metrics.neighbors import top_k
+from embedcache.neighbors.knn import knn
 from embedcache.projectors.saved import load_pair
 from embedcache.reports.scores import outlier_line, outlier_notes, threshold_table, write_outlier_page
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.curate.test_near_duplicates import made_vectors, write_vectors
 from tests.images import write_images
 from tests.interop.cases import import_files, write_tree
 from tests.recorded import RecordedProgress
@@ -38,28 +36,6 @@ from tests.toy import IMAGE, TEXT
 NUM = 240
 NOISE, COPY, FAILED, SWAPPED, RELABELED = (11, 47, 90), {60: 11}, 75, {20: 33, 33: 20}, (40, 105)
 UNLABELED = 150
-
-
-@pytest.mark.slow
-def test_clusters_find_most_neighbors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the neighbors within clusters against all pairs, and the measured recall against the true one."""
-    monkeypatch.setattr(near_duplicates, "MAX_VISITS", 2)  # 16 of 49 clusters find them all
-    values = made_vectors(600, 3, noise=0.3)
-    vectors = write_vectors(tmp_path / "cache", values)
-    found = find_neighbors(vectors, np.arange(600), 5, OutlierSettings(all_pairs=False, scratch=tmp_path))
-    exact = find_neighbors(vectors, np.arange(600), 5, OutlierSettings(scratch=tmp_path))
-    assert (found.num_clusters, exact.num_clusters, exact.recall) == (49, 1, None)
-    expected, _ = top_k(values, values, 5, exclude_self=True)
-    np.testing.assert_array_equal(np.sort(exact.items), np.sort(expected))
-    recall = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(found.items.tolist(), expected.tolist(), strict=True)])
-    assert found.recall is not None
-    assert (found.recall.num_items, found.recall.num_pairs) == (600, 3000)
-    assert found.recall.value == pytest.approx(recall, abs=0.005)
-    assert 0.8 < recall < 1
-    monkeypatch.setattr(near_duplicates, "BLOCK", 5)
-    assert find_neighbors(vectors, np.arange(600), 5, OutlierSettings(all_pairs=False, scratch=tmp_path)).recall == (
-        found.recall
-    )
 
 
 def test_labels_of_neighbors() -> None:
@@ -239,25 +215,10 @@ def test_typicality_is_the_mean_of_compared_neighbors(planted: Path) -> None:
     expected[5:] = cosines[5:, 0]
     expected[7] = 0
     items[5:, 1:] = items[7] = -1
-    cosines[items < 0] = -2
+    cosines[items < 0] = -np.inf
     few = replace(report.neighbors, items=items, cosines=cosines)
     found, _ = outliers._typicality(report.cache, report.copies, few)
     np.testing.assert_allclose(found[report.copies.samples], expected[report.copies.content_ids], atol=1e-6)
-
-
-def test_many_labels_are_compared_block_by_block(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that as many items are compared at a time as have 4 million pairs of labels."""
-    sizes = []
-
-    def compare(own: Ints, near: Ints) -> tuple[Ints, Floats]:
-        sizes.append(near.shape)
-        return compare_labels(own, near)
-
-    monkeypatch.setattr(outliers, "compare_labels", compare)
-    report = find_outliers(planted, settings=OutlierSettings(k=1000, label_neighbors=1000))
-    record = report.to_json()
-    assert (record["k"], record["label_neighbors"]) == (NUM - 3, NUM - 3)  # all others that differ
-    assert sizes == [(74, 237)] * 3 + [(17, 237)]
 
 
 def test_recall_of_neighbors_is_recorded(planted: Path) -> None:
@@ -314,7 +275,7 @@ def test_typicality_of_captions(planted: Path) -> None:
     values = Cache(planted).feature("text").load()
     contents = {caption: row for row, caption in reversed(list(enumerate(captions_of(planted))))}
     rows = sorted(contents.values())
-    _, cosines = top_k(normalize(values[rows]), normalize(values[rows]), 2, exclude_self=True)
+    _, cosines = knn(normalize(values[rows]), normalize(values[rows]), 2, own=np.arange(len(rows)))
     expected = dict(zip(rows, cosines.mean(axis=1).tolist(), strict=True))
     wanted = [expected[contents[caption]] for caption in captions_of(planted)]
     np.testing.assert_allclose(report.typicality_S, wanted, atol=1e-5)

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from embedcache.curate.dedup import analyze, dedup, hash_image
+from embedcache.curate.keep import SAME_PICTURE
 from embedcache.curate.settings import DedupSettings
-from embedcache.dataset.similar_pairs import SAME_PICTURE
 from embedcache.extract.extract import extract
 from embedcache.reports.dedup import comparison_line, dedup_line, write_dedup_page, write_threshold_page
 from embedcache.settings import replace_fields

@@ -1,7 +1,5 @@
 """Near-duplicate groups against connected components of all pairs, compared at once and within clusters."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import scipy
@@ -9,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Inputs, Ints, normalize
-from embedcache.dataset import clusters
 from embedcache.dataset import near_duplicate_groups as module
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
+from embedcache.neighbors import clusters
 from tests.recorded import RecordedProgress
 
 COSINES = SplitSettings(cosines={"image": 0.9, "text": 0.5}, seed=3)
@@ -61,57 +59,34 @@ def test_groups_are_connected_components(seed: int, num_samples: int, block: int
     assert progress.counts == {what: count for what, count, _ in progress.started}
     progress = RecordedProgress()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("ALL_PAIRS_LIMIT", 1), ("BLOCK", block), ("READ_ROWS", block), ("_MAX_EDGES", block)):
-            patch.setattr(module, name, value)
+        patch.setattr(module, "ALL_PAIRS_LIMIT", 1)
+        patch.setattr(clusters, "BLOCK", block)
         found = near_duplicate_groups(pairs, COSINES, readers, progress)
     assert found.dtype == np.int64
     assert together(found) == expected  # so few clusters that every border is crossed
     assert progress.counts == {what: count for what, count, _ in progress.started}
 
 
-def group_clustered(
-    vectors: Floats, cosine: float, monkeypatch: pytest.MonkeyPatch, **numbers: Any
-) -> tuple[Ints, list[str]]:
+def group_clustered(vectors: Floats, cosine: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Ints, list[str]]:
     """Compare one text per sample within clusters, and images that are all different: the groups and the notes."""
     items = Items(rows=np.arange(len(vectors)), samples=np.arange(len(vectors)), contents=np.arange(len(vectors)))
     readers = {"image": lambda rows: Inputs(np.eye(len(vectors))[rows]), "text": lambda rows: Inputs(vectors[rows])}
     progress, settings = RecordedProgress(), SplitSettings(cosines={"image": 0.95, "text": cosine})
-    for name, value in {"ALL_PAIRS_LIMIT": 0, **numbers}.items():
-        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "ALL_PAIRS_LIMIT", 0)
     groups = near_duplicate_groups(Pairs(first=items, second=items), settings, readers, progress)
     return groups, progress.notes
 
 
 def test_pairs_that_no_cluster_holds_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without visits, pairs across borders are missed; items are compared with all in blocks of eight."""
+    """Without visits, pairs across borders are missed."""
     angles = np.deg2rad(np.arange(0, 360, 9))
     vectors: Floats = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     monkeypatch.setattr(clusters, "MAX_VISITS", 0)
-    groups, notes = group_clustered(vectors, 0.97, monkeypatch, BLOCK=1)
-    is_near = vectors @ vectors.T > 0.97
-    np.fill_diagonal(is_near, False)
+    groups, notes = group_clustered(vectors, 0.97, monkeypatch)
+    is_near = np.triu(vectors @ vectors.T > 0.97, 1)
     num_found = int((is_near & (groups[:, None] == groups)).sum())
     assert 0 < num_found < is_near.sum()
     assert notes[1].endswith(
         f"of the {is_near.sum()} pairs above cosine 0.97 that hold one of 40 random items, "
         f"{num_found / is_near.sum():.4f} are in one group"
     )
-
-
-def test_items_at_the_cosine_are_no_near_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors = np.array([[1, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]], np.float32)
-    items = Items(rows=np.arange(2), samples=np.arange(2), contents=np.arange(2))
-    pairs, readers = (
-        Pairs(first=items, second=items),
-        {name: lambda rows: Inputs(vectors[rows]) for name in ("audio", "points")},
-    )
-    for limit in (4, 3):  # four items of both sides are compared at once, or not
-        monkeypatch.setattr(module, "ALL_PAIRS_LIMIT", limit)
-        for cosine, num_groups in ((0.5, 2), (0.499, 1)):
-            progress = RecordedProgress()
-            groups = near_duplicate_groups(
-                pairs, SplitSettings(cosines=dict.fromkeys(readers, cosine)), readers, progress
-            )
-            assert len(set(groups.tolist())) == num_groups
-            assert len(progress.notes) == {4: 0, 3: 2}[limit]
-            assert all(f"of the {4 - 2 * num_groups} pairs above" in note for note in progress.notes)

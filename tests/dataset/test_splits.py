@@ -56,7 +56,6 @@ def test_many_items_are_compared_within_clusters(cache_path: Path, monkeypatch: 
     assert len(progress.notes) == 2
     assert "300 image items compared within clusters" in progress.notes[0]
     assert "1.0000 are in one group" in progress.notes[1]
-    monkeypatch.setattr(near_duplicate_groups, "_MAX_EDGES", 3)  # groups are merged after each few pairs
     assert data.split(data.pairs(None), settings) == split
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedcache.dataset.vectors import Vectors
 from embedcache.derive.derive import derive_from_run
 from embedcache.errors import FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.export.base import check_plain
@@ -15,7 +16,6 @@ from embedcache.extract.repair import measure_drift, verify_cache
 from embedcache.extract.settings import VerifySettings
 from embedcache.inference import load
 from embedcache.projectors.saved import config_path, read_config
-from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
 from tests.edits import edit_record

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.errors import DataError
-from embedcache.metrics import neighbors
 from embedcache.metrics.alignment import (
     CenteredRows,
     cka,
@@ -20,6 +19,7 @@ from embedcache.metrics.alignment import (
 )
 from embedcache.metrics.intervals import jackknife
 from embedcache.metrics.ranking import best_ranks
+from embedcache.neighbors import knn as neighbors
 
 
 def sides(rows: int, *, seed: int = 0, widths: tuple[int, int] = (7, 6)) -> tuple[np.ndarray, np.ndarray]:

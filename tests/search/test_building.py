@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedcache.dataset.vectors import Vectors
 from embedcache.errors import FingerprintError, SettingError
 from embedcache.extract.extract import extract, retry_failed
 from embedcache.extract.settings import ExtractSettings
@@ -23,7 +24,6 @@ from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
-from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from tests.crash import crash_function
 from tests.edits import edit_record

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs, normalize
+from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, EmbedcacheError, FingerprintError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.projectors.saved import load_pair, project
 from embedcache.search.concepts import open_concepts
-from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.images import COLORS, write_images

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedcache.dataset.vectors import Vectors
 from embedcache.errors import SettingError
 from embedcache.maintain.remove import remove_samples
 from embedcache.search import building, index
@@ -16,7 +17,6 @@ from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
-from embedcache.search.vectors import Vectors
 from tests.edits import edit_record
 from tests.recorded import RecordedProgress
 from tests.search.test_building import FEATURE, ON_DISK, Stop, bytes_of, files_of, write_cache

@@ -22,6 +22,7 @@ from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split, write_split
+from embedcache.dataset.vectors import Vectors
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import (
     CorruptError,
@@ -45,7 +46,6 @@ from embedcache.search.index import build_index
 from embedcache.search.queries import Queries, read_vectors
 from embedcache.search.search import CacheFilters, OpenIndex, search
 from embedcache.search.settings import Filter, IndexSettings, SearchSettings
-from embedcache.search.vectors import Vectors
 from embedcache.settings import replace_fields
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Bools, Floats, Ints, normalize
+from embedcache.dataset.vectors import Vectors
 from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.search import autotune
 from embedcache.search.autotune import (
@@ -22,7 +23,6 @@ from embedcache.search.autotune import (
     tune_search,
 )
 from embedcache.search.faiss_index import RowIndex, exact_search, make_index
-from embedcache.search.vectors import Vectors
 from tests.interop.cases import import_files, unit_rows, write_tree
 from tests.recorded import RecordedProgress
 

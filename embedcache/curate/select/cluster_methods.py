@@ -13,7 +13,7 @@ from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.neighbors import find_closest
+from embedcache.neighbors.knn import find_closest
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.faiss_index import spherical_kmeans
 

@@ -10,12 +10,12 @@ from embedcache.arrays import Floats, Ints, concatenated_ranges, distinct
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.scores import Score, read_scores
 from embedcache.dataset.selections import read_selection
+from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, name_pair, noun, pair_nouns
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
-from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 
 _TEXTS_PER_BLOCK = 65_536

@@ -11,10 +11,10 @@ from scipy.stats import spearmanr
 from embedcache.arrays import Floats, normalize
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
+from embedcache.dataset.vectors import Vectors
 from embedcache.metrics.ranking import gini
 from embedcache.projectors.saved import read_config
 from embedcache.search.concepts import open_concepts
-from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 from embedcache.train.recipes import TrainingLength
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER

@@ -1,38 +1,32 @@
-"""Unit vectors of one cached feature, plain or projected by a run, and passes over all of them.
-
-A pass is a pure function of one chunk and an associative merge of partial results. Partial results are merged in the
-order of the chunks, so that any number of workers computes the same bits, on this machine or on a Ray cluster.
-"""
+"""Stored rows as unit vectors: those of one cached feature, plain or projected by a run, or of some items."""
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, blocks, normalize
-from embedcache.dataset.inputs import InputFeature, open_input
+from embedcache.dataset.inputs import InputFeature, Reader, open_input, to_unit_vectors
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
-from embedcache.devices import AUTO, announce_device, torch_device
+from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError, quoted
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
-from embedcache.processes import connected, num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project, read_config
 from embedcache.store.cache import Cache
+from embedcache.store.rows import RowReader
 
 if TYPE_CHECKING:
     from embedcache.projectors.pair import AlignedPair
 
 _BLOCK = 256
 _READ_ROWS = 65_536
-_READING = "reading vectors"
+_CHUNK = 2048
+_READ_AT_ONCE = 1024  # rows of which the tokens may be padded
 
 
 class Vectors:
@@ -77,6 +71,7 @@ class Vectors:
         self.run_path = None if run is None else Path(run)
         self.config = None if self.run_path is None else read_config(self.run_path)
         self._pair: AlignedPair | None = None
+        self._selected: Ints | None = None
         if not on_demand:
             self._load_pair()
         self.feature = _open(self.cache, modality, feature, self.config, on_demand=on_demand)
@@ -96,12 +91,21 @@ class Vectors:
         return self._device if self.run_path is None else str(torch_device(self._device))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Vectors, self._arguments
+        return _open_again, (self._arguments, self._selected)
+
+    def select(self, rows: Ints) -> "Vectors":
+        """Return some rows, ascending, each of which must have a direction: reading another raises a `DataError`."""
+        return _open_again(self._arguments, rows)
 
     @property
     def modality(self) -> str:
         """Modality of the items."""
         return self.feature.modality
+
+    @property
+    def unit(self) -> str:
+        """What the items are, such as `images`."""
+        return noun(self.modality)
 
     @property
     def other_modality(self) -> str | None:
@@ -116,12 +120,23 @@ class Vectors:
     @cached_property
     def rows(self) -> Ints:
         """Rows of the valid items, ascending: (N,)."""
+        if self._selected is not None:
+            return self._selected
         rows = np.flatnonzero(self.feature.valid)
         return rows if self._in_language is None else rows[self._in_language[rows]]
 
     @cached_property
     def _in_language(self) -> Bools | None:
         return None if self._language is None else is_language([self.cache], self._language)
+
+    @cached_property
+    def _is_kept(self) -> Bools | None:
+        """Whether each item is of the language, or selected; None if all are."""
+        if self._selected is None:
+            return self._in_language
+        is_kept_N = np.zeros(self.feature.num_items, bool)
+        is_kept_N[self._selected] = True
+        return is_kept_N
 
     def has(self, rows: Ints) -> Bools:
         """Return whether each item is valid, (B,) bool; see `Feature.has`."""
@@ -133,15 +148,16 @@ class Vectors:
     def chunk(self, number: int) -> tuple[Ints, Floats]:
         """Read one chunk and verify its checksums: rows (B,) and vectors (B, P); both are empty if all items failed."""
         rows, inputs = self.feature.chunk(number)
-        if self._in_language is not None:
-            kept = np.flatnonzero(self._in_language[rows])
-            rows, inputs = rows[kept], inputs.take(kept)
-        return rows, self._unit(inputs)
+        if self._is_kept is not None:
+            kept = np.flatnonzero(self._is_kept[rows])
+            rows = rows[kept]
+            inputs = inputs.take(kept)
+        return rows, self._unit(rows, inputs)
 
     def blocks(self, title: str = "", progress: Progress | None = None) -> Iterator[tuple[Ints, Floats]]:
         """Iterate over all chunks in order, as one step of `progress`."""
         progress = progress or NullProgress()
-        progress.start(title, len(self.rows), noun(self.modality))
+        progress.start(title, len(self.rows), self.unit)
         for number in range(self.num_chunks):
             rows_B, vectors_BP = self.chunk(number)
             yield rows_B, vectors_BP
@@ -153,13 +169,12 @@ class Vectors:
 
         Raises `DataError` if a row is out of range or failed.
         """
-        if progress is None:
-            return self._unit(self.feature.read(rows))
-        progress.start(_READING, len(rows), noun(self.modality))
+        progress = progress or NullProgress()
+        progress.start("reading vectors", len(rows), self.unit)
         unit_BP = np.empty((len(rows), self.width), np.float32)
         at_once = len(rows) if self.feature.has_tokens else _READ_ROWS  # tokens are padded to the longest of a block
         for block in blocks(len(rows), max(1, at_once)):
-            unit_BP[block] = self._unit(self.feature.read(rows[block]), progress)
+            unit_BP[block] = self._unit(rows[block], self.feature.read(rows[block]), progress)
         progress.finish()
         return unit_BP
 
@@ -167,14 +182,35 @@ class Vectors:
         """Read a random sample of items, or all items if there are no more: (S, P)."""
         return self.read(np.sort(np.random.default_rng(seed).permutation(self.rows)[:size]), progress)
 
-    def _unit(self, inputs: Inputs, progress: Progress | None = None) -> Floats:
-        pair, progress = self._load_pair(), progress or NullProgress()
+    def _unit(self, rows: Ints, inputs: Inputs, progress: Progress | None = None) -> Floats:
+        pair = self._load_pair()
+        progress = progress or NullProgress()
         if pair is not None:
             tower = pair.tower(self.modality)
-            return project(tower, inputs, width=self.width, device=self.device, progress=progress)
-        unit_BD = _normalize_blocks(inputs.values[:, : self.width])
-        progress.advance(len(unit_BD))
-        return unit_BD
+            unit_BP = project(tower, inputs, width=self.width, device=self.device, progress=progress)
+        else:
+            unit_BP = _normalize_blocks(inputs.values[:, : self.width])
+            progress.advance(len(unit_BP))
+        if self._selected is not None:
+            self._check_directions(rows, unit_BP)
+        return unit_BP
+
+    def _check_directions(self, rows_B: Ints, unit_BP: Floats) -> None:
+        bad = np.flatnonzero(np.rint(np.einsum("bp,bp->b", unit_BP, unit_BP)) != 1)
+        if len(bad):
+            item = RowReader(self.cache, self.modality, ["sample"]).take(rows_B[bad[:1]])
+            key = self.cache.key(item["sample"][0].as_py())
+            raise DataError(
+                f"feature {self.feature.name}: expected vectors that have a cosine, got {len(bad):,} of length zero or "
+                f"NaN in one chunk, first that of the sample {key!r}; copy the others with: embedcache cache cut, or "
+                "remove these with: embedcache cache remove"
+            )
+
+
+def _open_again(arguments: tuple[Any, ...], selected: Ints | None) -> Vectors:
+    vectors = Vectors(*arguments)
+    vectors._selected = selected
+    return vectors
 
 
 def _normalize_blocks(values_BD: Array) -> Floats:
@@ -205,86 +241,35 @@ def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | No
     return feature
 
 
-State = TypeVar("State")
+class ItemVectors:
+    """Unit vectors of some rows that a reader gathers, their tokens averaged. See `StoredVectors`.
 
-_TASKS_PER_CORE = 2  # one running, one waiting
-
-
-class ChunkPass(Protocol[State]):
-    """The computation of a pass on each chunk. It is pickled for other processes."""
-
-    def process(self, rows_B: Ints, vectors_BP: Floats) -> State:
-        """Compute the partial result of one chunk, which may be empty."""
-        ...
-
-    def merge(self, before: State, after: State) -> State:
-        """Merge the results of two neighboring ranges of chunks.
-
-        May change and return the first, but must not write into its arrays: those that come from Ray are read-only.
-        """
-        ...
-
-
-def run_pass(
-    vectors: Vectors,
-    chunk_pass: ChunkPass[State],
-    *,
-    engine: Literal["local", "ray"] = "local",
-    address: str | None = None,
-    title: str = _READING,
-    progress: Progress | None = None,
-) -> State:
-    """Run a pass over all chunks, one chunk per core at a time.
-
-    With the engine `ray`, all machines must see the cache and the run; without an address, the connected cluster is
-    used, or a new one on this machine. Memory: per core, a chunk, what the pass needs for it, and two partial results.
-    With Ray the chunks are in its workers, the partial results here.
-
-    Raises:
-        MissingExtraError: Ray is not installed.
-        EmbedcacheError: no Ray cluster answers at the address.
+    Args:
+        read: reader of the rows.
+        rows: (N,) rows, ascending.
+        width: width of the vectors.
+        unit: what the items are.
     """
-    progress = progress or NullProgress()
-    progress.start(title, len(vectors.rows), noun(vectors.modality))
-    results = _run_local(vectors, chunk_pass) if engine == "local" else _run_on_ray(vectors, chunk_pass, address)
-    state: State | None = None
-    for count, result in results:
-        state = result if state is None else chunk_pass.merge(state, result)
-        progress.advance(count)
-    progress.finish()
-    assert state is not None  # a complete feature has a chunk
-    return state
 
+    def __init__(self, read: Reader, rows: Ints, width: int, unit: str) -> None:
+        self.rows = rows
+        self.width = width
+        self.unit = unit
+        self._read = read
 
-def _run_local(vectors: Vectors, chunk_pass: ChunkPass[State]) -> Iterator[tuple[int, State]]:
-    """Run one chunk per core; BLAS uses one thread per product."""
-    announce_device("cpu")
-    cores = num_cores()
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cores, "pass") as pool:
-        yield from _in_order(
-            lambda chunk: pool.submit(_process, vectors, chunk_pass, chunk), Future.result, vectors.num_chunks, cores
-        )
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunks."""
+        return -(-len(self.rows) // _CHUNK)
 
+    def chunk(self, number: int) -> tuple[Ints, Floats]:
+        """Read one chunk: rows (B,) and vectors (B, P)."""
+        rows = self.rows[number * _CHUNK : (number + 1) * _CHUNK]
+        return rows, self.read(rows)
 
-def _process(vectors: Vectors, chunk_pass: ChunkPass[State], chunk: int) -> tuple[int, State]:
-    rows_B, vectors_BP = vectors.chunk(chunk)
-    return len(rows_B), chunk_pass.process(rows_B, vectors_BP)
-
-
-def _run_on_ray(vectors: Vectors, chunk_pass: ChunkPass[State], address: str | None) -> Iterator[tuple[int, State]]:
-    """Run the chunks as Ray tasks; Ray repeats a task whose machine is lost."""
-    with connected(address) as ray:
-        shared = ray.put(vectors), ray.put(chunk_pass)
-        task = ray.remote(num_cpus=1, max_retries=-1)(_process)
-        cores = int(ray.cluster_resources().get("CPU", 1))
-        yield from _in_order(lambda chunk: task.remote(*shared, chunk), ray.get, vectors.num_chunks, cores)
-
-
-def _in_order(start: Callable[[int], Any], wait: Callable[[Any], Any], num_chunks: int, cores: int) -> Iterator[Any]:
-    running: deque[Any] = deque()
-    for chunk in range(num_chunks):
-        running.append(start(chunk))
-        if len(running) > _TASKS_PER_CORE * cores:
-            yield wait(running.popleft())
-    while running:
-        yield wait(running.popleft())
+    def read(self, rows: Ints) -> Floats:
+        """Read rows in the given order, a few at a time: (B, P)."""
+        unit_BP = np.empty((len(rows), self.width), np.float32)
+        for block in blocks(len(rows), _READ_AT_ONCE):
+            unit_BP[block] = to_unit_vectors(self._read(rows[block]))
+        return unit_BP

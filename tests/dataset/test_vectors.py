@@ -11,12 +11,13 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from embedcache.arrays import Floats, Ints
+from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, MissingExtraError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.remove import remove_samples
+from embedcache.neighbors.scan import scan
 from embedcache.projectors.saved import load_pair
-from embedcache.search.vectors import Vectors, run_pass
 from embedcache.sources import open_source
 from tests.images import write_images
 from tests.recorded import RecordedProgress
@@ -25,15 +26,16 @@ from tests.toy import IMAGE
 Found = tuple[list[int], np.ndarray]
 
 
-class Sums:
-    """The rows in the order of their merges, and the sum of their vectors in that order."""
+def add_up(rows_B: Ints, vectors_BP: Floats) -> Found:
+    """Return the rows of a chunk, and the sum of its vectors."""
+    assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
+    return rows_B.tolist(), vectors_BP.sum(axis=0, dtype=np.float32)
 
-    def process(self, rows_B: Ints, vectors_BP: Floats) -> Found:
-        assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
-        return rows_B.tolist(), vectors_BP.sum(axis=0, dtype=np.float32)
 
-    def merge(self, before: Found, after: Found) -> Found:
-        return before[0] + after[0], before[1] + after[1]
+def scan_all(vectors: Vectors, **options: Any) -> Found:
+    """Return the rows of a pass in the order of its chunks, and the sum of their vectors in that order."""
+    parts = list(scan(vectors, add_up, **options))
+    return [row for rows, _ in parts for row in rows], np.sum([total for _, total in parts], axis=0)
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +51,17 @@ def holed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_pass_visits_valid_rows_in_order(cache_path: Path, holed: Path) -> None:
     progress = RecordedProgress()
-    rows, _ = run_pass(Vectors(cache_path, "image", "open_toy/cls"), Sums(), progress=progress)
+    rows, _ = scan_all(Vectors(cache_path, "image", "open_toy/cls"), progress=progress)
     assert rows == list(range(300))
     assert (progress.started, progress.advances) == ([("reading vectors", 300, "images")], [64] * 4 + [44])
-    rows, total = run_pass(Vectors(holed, "image"), Sums())
+    rows, total = scan_all(Vectors(holed, "image"))
     assert rows == [row for row in range(30) if row not in (5, 8, 9, 10, 11)]
     vectors = Vectors(holed, "image")
     assert total == pytest.approx(vectors.read(vectors.rows).sum(axis=0), rel=1e-5)
 
 
 def test_shown_reading_has_the_same_bits(cache_path: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.search.vectors._READ_ROWS", 64)
+    monkeypatch.setattr("embedcache.dataset.vectors._READ_ROWS", 64)
     monkeypatch.setattr("embedcache.projectors.saved._BLOCK", 32)
     plain, projected = Vectors(cache_path, "image", "open_toy/cls"), Vectors(cache_path, "image", run_path=run_path)
     rows = np.random.default_rng(0).permutation(300)[:150]
@@ -91,7 +93,7 @@ def test_token_feature_raises(cache_path: Path) -> None:
 def test_missing_ray_names_extra(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"embedcache\[ray\]"):
-        run_pass(Vectors(holed, "image"), Sums(), engine="ray")
+        scan_all(Vectors(holed, "image"), engine="ray")
 
 
 def test_the_other_modality_is_that_of_the_run(cache_path: Path, run_path: Path) -> None:
@@ -131,9 +133,9 @@ def test_tasks_of_a_pass_take_one_core_and_are_repeated(
             cluster_resources=lambda: cores,
         )
 
-    monkeypatch.setattr("embedcache.search.vectors.connected", connected)
-    rows, total = run_pass(Vectors(holed, "image"), Sums(), engine="ray")
-    expected_rows, expected = run_pass(Vectors(holed, "image"), Sums())
+    monkeypatch.setattr("embedcache.neighbors.scan.connected", connected)
+    rows, total = scan_all(Vectors(holed, "image"), engine="ray")
+    expected_rows, expected = scan_all(Vectors(holed, "image"))
     assert rows == expected_rows
     np.testing.assert_array_equal(total, expected)
     assert options == [{"num_cpus": 1, "max_retries": -1}]
@@ -178,7 +180,7 @@ def test_width_and_device(cache_path: Path, run_path: Path) -> None:
 def test_run_is_loaded_once(cache_path: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
     monkeypatch.setattr(
-        "embedcache.search.vectors.load_pair", lambda path, device: [loaded.append(device), load_pair(path)][1]
+        "embedcache.dataset.vectors.load_pair", lambda path, device: [loaded.append(device), load_pair(path)][1]
     )
     vectors = Vectors(cache_path, "image", run_path=run_path, device="auto")
     vectors.read(np.array([3]))

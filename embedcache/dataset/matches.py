@@ -1,0 +1,140 @@
+"""Which items are among others: copies by hash, and near-duplicates by cosine. Leaks and overlaps are found by it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+
+from embedcache.arrays import Bools, Floats, Ints, distinct
+from embedcache.dataset.inputs import InputFeature, to_unit_vectors
+from embedcache.dataset.pairs import Items
+from embedcache.dataset.vectors import ItemVectors
+from embedcache.devices import products_on
+from embedcache.modalities import noun
+from embedcache.neighbors.clusters import arrange, find_clusters
+from embedcache.neighbors.knn import Closest
+from embedcache.neighbors.pairs import Recall, cosine_limit, draw_probes
+from embedcache.progress import NullProgress, Progress
+
+ALL_PAIRS_LIMIT = 4e12
+"""Up to this many multiplications, items × other items × width, all pairs are compared: about a minute."""
+
+_BATCH = 65_536  # other items, so that a cluster is compared with many of them at once
+
+
+class ItemSet(NamedTuple):
+    """Items of one modality with a feature that compares them."""
+
+    feature: InputFeature
+    items: Items
+
+    def vectors(self) -> ItemVectors:
+        """Return the unit vectors of the items, tokens averaged."""
+        return ItemVectors(self.feature.read, self.items.rows, self.feature.width, noun(self.feature.modality))
+
+    def batches(self, size: int) -> Iterator[Floats]:
+        """Iterate over the unit vectors of all items, at least `size` at a time; each chunk is read once."""
+        rows = self.items.rows
+        chunk_size = self.feature.group.info.chunk_size
+        parts: list[Floats] = []
+        for chunk in distinct(rows // chunk_size).tolist():
+            chunk_rows, inputs = self.feature.chunk(chunk)
+            start, stop = np.searchsorted(rows, [chunk * chunk_size, (chunk + 1) * chunk_size])
+            parts.append(to_unit_vectors(inputs.take(np.searchsorted(chunk_rows, rows[start:stop]))))
+            if sum(map(len, parts)) >= size:
+                yield np.concatenate(parts)
+                parts = []
+        if parts:
+            yield np.concatenate(parts)
+
+
+def find_equal(items: ItemSet, others: ItemSet) -> tuple[Ints, Bools]:
+    """Return the first row among others with the bytes of each item, -1 if there is none, and which others it is of."""
+    hashes_Q = items.feature.hashes_of(items.items.rows)
+    contents = pc.unique(hashes_Q)
+    hashes_C = others.feature.hashes_of(others.items.rows)
+    numbers_C = pc.fill_null(pc.index_in(hashes_C, value_set=contents, skip_nulls=True), -1).to_numpy()
+    is_equal_C: Bools = numbers_C >= 0
+    first_F = np.full(len(contents) + 1, -1, np.int64)  # the last is that of an item without a hash
+    first_F[numbers_C[is_equal_C][::-1]] = others.items.rows[is_equal_C][::-1]
+    numbers_Q = pc.fill_null(pc.index_in(hashes_Q, value_set=contents, skip_nulls=True), -1).to_numpy()
+    return first_F[numbers_Q], is_equal_C
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearItems:
+    """The closest pairs of Q items and C others, of the pairs that were compared."""
+
+    closest: Closest  # other item of each item, by its position among the others
+    other_sims: Floats  # (C,) similarity of each other item to the closest item; -inf if it was compared with none
+    num_clusters: int  # 1 if all pairs were compared
+    complete: float  # fraction of items whose near borders were all crossed; 1 means that no pair is missing
+    recall: Recall | None  # of the pairs of drawn items above the limit; None if all pairs were compared
+
+
+def find_near(
+    items: ItemSet,
+    others: ItemSet,
+    cosine: float,
+    *,
+    is_probe: Bools | None = None,
+    all_pairs: bool | None = None,
+    seed: int = 0,
+    scratch: Path | str | None = None,
+    device: str = "cpu",
+    progress: Progress,
+) -> NearItems:
+    """Find the closest pairs of items and others.
+
+    All pairs: Q C products. Clusters: about 11 C √Q, with 2 √Q clusters, and 1,000 C for the recall. Scratch space: as
+    of `arrange` for the items. Memory: twice 65,536 vectors, 200 bytes per item and 4 per other item. Deterministic.
+
+    Args:
+        items: at least one item; their vectors are kept in the scratch file, and may be fewer than the others.
+        others: other items of the same feature, which are read once.
+        cosine: pairs of at least this cosine are to be found.
+        is_probe: (Q,) items that may be drawn to measure recall; None: all.
+        all_pairs: whether all pairs are compared; None: if that takes about a minute.
+        seed: of clusters and of the drawn items.
+        scratch: folder of the scratch file; None: the system's.
+        device: where products are computed.
+        progress: progress in other items.
+    """
+    queries = items.vectors()
+    num_items, num_others = len(items.items.rows), len(others.items.rows)
+    if all_pairs is None:
+        all_pairs = num_items * num_others * queries.width <= ALL_PAIRS_LIMIT
+    clusters = None if all_pairs else find_clusters(queries, cosine, seed=seed, progress=progress)
+    closest = Closest(num_items)
+    other_sims = np.full(num_others, -np.inf, np.float32)
+    probes = draw_probes(np.arange(num_items) if is_probe is None else np.flatnonzero(is_probe), seed)
+    is_drawn = np.zeros(num_items, bool)
+    is_drawn[probes] = True
+    limit = cosine_limit(cosine)
+    products = products_on(device)
+    num_pairs = num_found = 0
+    with arrange(queries, clusters, scratch=scratch, progress=NullProgress()) as arranged:
+        probes_QP = arranged.read(arranged.positions[probes])
+        progress.start(f"comparing with {num_others:,} {queries.unit}", num_others, queries.unit)
+        start = 0
+        for others_BP in others.batches(_BATCH):
+            if clusters is not None:
+                num_pairs += int((products(probes_QP, others_BP) >= limit).sum())
+            for tile in arranged.tiles_with(others_BP, products):
+                num_found += int((tile.cosines[is_drawn[tile.left]] >= limit).sum())
+                closest.add(tile.left, tile.right + start, tile.cosines)
+                sims_R = other_sims[tile.right + start]
+                other_sims[tile.right + start] = np.maximum(sims_R, tile.cosines.max(axis=0))
+            start += len(others_BP)
+            progress.advance(len(others_BP))
+        progress.finish()
+    return NearItems(
+        closest=closest,
+        other_sims=other_sims,
+        num_clusters=arranged.num_clusters,
+        complete=arranged.complete,
+        recall=None if all_pairs else Recall(num_items=len(probes), num_pairs=num_pairs, num_found=num_found),
+    )

@@ -1,0 +1,189 @@
+"""Exact nearest neighbors by dot product. Rows of length 1 make it the cosine; ties go to the lower row."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, dot_products, from_sort_keys, to_sort_keys
+
+_TILE = 1024  # queries per tile
+_CANDIDATES = 16_384  # candidates per tile: 64 MB of similarities
+_FEW = 4  # candidates per neighbor, up to which sorting them is faster than finding the best by partition
+
+
+class KBest:
+    """The K best candidates of each of N rows, which may come in any order.
+
+    Of equal scores the lower number is better. A score of -inf is that of no candidate. Memory: 8 K bytes per row, and
+    a few copies of what is added.
+
+    Args:
+        num_rows: N.
+        k: K, at least 1.
+        num_candidates: if a candidate may come twice to a row, the largest number of one plus 1.
+
+    Attributes:
+        numbers: (N, K) int32, best first; -1 where there are fewer.
+        scores: (N, K) float32; -inf where there are fewer.
+    """
+
+    def __init__(self, num_rows: int, k: int, num_candidates: int | None = None) -> None:
+        self.numbers: Array = np.full((num_rows, k), -1, np.int32)
+        self.scores: Floats = np.full((num_rows, k), -np.inf, np.float32)
+        # The column of each candidate in a block; the last entry is that of number -1.
+        self._columns: Array | None = None if num_candidates is None else np.full(num_candidates + 1, -1, np.int32)
+
+    def add(self, rows_M: Ints, numbers_M: Ints, scores_M: Floats) -> None:
+        """Add candidates of some rows, each of which comes only once."""
+        candidates = np.flatnonzero(scores_M >= self.scores[rows_M, -1])
+        candidates = candidates[np.argsort(rows_M[candidates], kind="stable")]
+        rows_U, place_M = np.unique(rows_M[candidates], return_inverse=True)
+        self._merge(rows_U, place_M, numbers_M[candidates].astype(np.int64), scores_M[candidates])
+
+    def add_block(self, rows_B: Ints, numbers_R: Ints, scores_BR: Floats) -> None:
+        """Add R candidates of each of B different rows."""
+        changed = np.flatnonzero(scores_BR.max(axis=1, initial=-np.inf) >= self.scores[rows_B, -1])
+        rows_U = rows_B[changed]
+        scores_UR = np.ascontiguousarray(scores_BR[changed])
+        if self._columns is not None:
+            self._leave_out_listed(self._columns, rows_U, numbers_R, scores_UR)
+
+        flat = np.flatnonzero(self._is_candidate(rows_U, scores_UR))
+        place_M = flat // len(numbers_R)
+        column_M = flat - place_M * len(numbers_R)
+        self._merge(rows_U, place_M, numbers_R[column_M], scores_UR.ravel()[flat])
+
+    def _leave_out_listed(self, columns: Array, rows_U: Ints, numbers_R: Ints, scores_UR: Floats) -> None:
+        """Lower the scores of candidates that are listed already below all others."""
+        columns[numbers_R] = np.arange(len(numbers_R))
+        columns_UK = columns[self.numbers[rows_U]]
+        columns[numbers_R] = -1
+        row, listed = np.nonzero(columns_UK >= 0)
+        scores_UR[row, columns_UK[row, listed]] = -np.inf
+
+    def _is_candidate(self, rows_U: Ints, scores_UR: Floats) -> Bools:
+        """Return which candidates may be among the K best: of many in a row, the best K of the row."""
+        k = self.scores.shape[1]
+        is_candidate_UR: Bools = scores_UR >= self.scores[rows_U, -1:]
+        many = np.flatnonzero(np.count_nonzero(is_candidate_UR, axis=1) > _FEW * k)
+        if len(many):
+            lowest_M1 = np.partition(scores_UR[many], -k, axis=1)[:, [-k]]
+            is_candidate_UR[many] &= scores_UR[many] >= lowest_M1
+        return is_candidate_UR
+
+    def _merge(self, rows_U: Ints, place_M: Ints, numbers_M: Ints, scores_M: Floats) -> None:
+        """Sort candidates into the lists of some rows, given the place of each one's row, ascending.
+
+        The list of a row and its candidates are a row of sort keys, of which the K largest are kept.
+        """
+        if not len(place_M):
+            return
+        k = self.scores.shape[1]
+        counts_U = np.bincount(place_M, minlength=len(rows_U))
+        column_M = k + np.arange(len(place_M)) - (np.cumsum(counts_U) - counts_U)[place_M]
+        keys = np.full((len(rows_U), k + int(counts_U.max())), np.iinfo(np.int64).min)
+        keys[:, :k] = to_sort_keys(self.scores[rows_U], self.numbers[rows_U].view(np.uint32))  # -1 is the highest
+        keys[place_M, column_M] = to_sort_keys(scores_M, numbers_M)
+        keys.sort(axis=1)
+
+        scores_UK, numbers_UK = from_sort_keys(keys[:, : -k - 1 : -1])
+        self.scores[rows_U] = scores_UK
+        self.numbers[rows_U] = np.where(np.isneginf(scores_UK), -1, numbers_UK)
+
+
+def knn(
+    queries_QP: Floats,
+    candidates: Floats | Iterable[Floats],
+    k: int,
+    *,
+    own: Ints | None = None,
+    groups: tuple[Ints, Ints] | None = None,
+    products: Products = dot_products,
+) -> tuple[Ints, Floats]:
+    """Find the k candidates with the largest dot product.
+
+    Memory: the inputs, four times the products of 1,024 queries with 16,384 candidates or a block, and the result.
+
+    Args:
+        candidates: (C, P) rows, or blocks of them, which are counted across blocks.
+        k: number of candidates per query.
+        own: (Q,) candidate that each query is, which is not its own neighbor.
+        groups: (Q,) and (C,) groups of queries and candidates; one of the query's own group is no neighbor.
+        products: computes dot products, perhaps on a GPU.
+
+    Returns:
+        (Q, K) int64 rows of candidates, best first, -1 where there are fewer, and (Q, K) float32 their similarities,
+        -inf where there are fewer.
+
+    Example:
+        >>> eye = np.eye(3, dtype=np.float32)
+        >>> knn(eye[:1], 2 * eye + eye[[1, 2, 0]], 2)[0].tolist()
+        [[0, 2]]
+    """
+    best = KBest(len(queries_QP), k)
+    start = 0
+    for block_CP in _divide(candidates) if k else ():
+        numbers = np.arange(start, start + len(block_CP))
+        for tile in blocks(len(queries_QP), _TILE):
+            sims_TC = products(queries_QP[tile], block_CP)
+            if own is not None:
+                here = np.flatnonzero((own[tile] >= start) & (own[tile] < start + len(block_CP)))
+                sims_TC[here, own[tile][here] - start] = -np.inf
+            if groups is not None:
+                sims_TC[groups[0][tile, None] == groups[1][numbers]] = -np.inf
+            best.add_block(np.arange(tile.start, tile.stop), numbers, sims_TC)
+        start += len(block_CP)
+    return best.numbers.astype(np.int64), best.scores
+
+
+def _divide(candidates: Floats | Iterable[Floats]) -> Iterator[Floats]:
+    if not isinstance(candidates, np.ndarray):
+        yield from candidates
+        return
+    for block in blocks(len(candidates), _CANDIDATES):
+        yield candidates[block]
+
+
+class Closest:
+    """The closest of the candidates so far of each of N rows; of equally close ones the first that was added.
+
+    Attributes:
+        rows: (N,) int64, the closest candidate; -1 without candidates.
+        sims: (N,) float32, its similarity; -inf without candidates.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.rows: Ints = np.full(num_rows, -1, np.int64)
+        self.sims: Floats = np.full(num_rows, -np.inf, np.float32)
+
+    def add(self, rows_B: Ints, numbers_R: Ints, sims_BR: Floats) -> None:
+        """Add R candidates, at least one, of each of B different rows."""
+        column_B = sims_BR.argmax(axis=1)
+        sims_B = sims_BR[np.arange(len(rows_B)), column_B]
+        is_closer = sims_B > self.sims[rows_B]
+        self.rows[rows_B[is_closer]] = numbers_R[column_B[is_closer]]
+        self.sims[rows_B[is_closer]] = sims_B[is_closer]
+
+
+def find_closest(queries_QP: Floats, candidates: Iterable[Floats], *, products: Products = dot_products) -> Closest:
+    """Find the closest candidate of each query.
+
+    Memory: a block of candidates, its product with 1,024 queries, and the result.
+
+    Args:
+        candidates: blocks of (B, P) float32 rows; rows are counted across blocks.
+        products: computes dot products, perhaps on a GPU.
+
+    Example:
+        >>> eye = np.eye(3, dtype=np.float32)
+        >>> find_closest(eye[:2], [eye[2:], 0.5 * eye[:1]]).rows.tolist()
+        [1, 0]
+    """
+    closest = Closest(len(queries_QP))
+    start = 0
+    for block_BP in candidates:
+        numbers = np.arange(start, start + len(block_BP))
+        for tile in blocks(len(queries_QP) if len(block_BP) else 0, _TILE):
+            closest.add(np.arange(tile.start, tile.stop), numbers, products(queries_QP[tile], block_BP))
+        start += len(block_BP)
+    return closest
