@@ -12,7 +12,6 @@ from PIL import Image
 
 from embedcache.arrays import Array, Floats, Ints, blocks
 from embedcache.curate.keep import (
-    FAR,
     NO_DISTANCE,
     SAME_PICTURE,
     Copies,
@@ -24,7 +23,7 @@ from embedcache.curate.keep import (
     find_copies,
     order_samples,
 )
-from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, cluster_items, find_near_duplicates
+from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, find_near_duplicates
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset import keytable
 from embedcache.dataset.inputs import InputFeature, open_input
@@ -33,7 +32,6 @@ from embedcache.dataset.thumbnails import Thumbnails, not_shown
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, EmbedcacheError, SettingError, quoted
 from embedcache.files import AnyPath
-from embedcache.modalities import noun
 from embedcache.neighbors.clusters import scratch_matrix
 from embedcache.neighbors.pairs import cosine_limit
 from embedcache.outputs import check_output, check_table_output
@@ -188,10 +186,9 @@ def analyze(
     settings = merge_settings(DedupSettings, settings, options)
     progress = to_progress(progress)
     if settings.cosine is not None or settings.copies_only:
-        given = "--copies" if settings.copies_only else f"--cosine {settings.cosine:g}"
         raise SettingError(
-            f"OUT: expected a .parquet file for the samples that stay, because {given} removes the others, got none; "
-            f"add it after the cache, or omit {given} to get a report"
+            "OUT: expected a .parquet file for the samples that stay with --cosine or --copies, got none; add it after "
+            "the cache, or omit the option to get a report"
         )
     return _compare(cache, settings, progress)
 
@@ -218,7 +215,7 @@ def dedup(
         progress: progress in items.
 
     Raises:
-        SettingError: neither a cosine nor `copies_only` is set, no pair reaches the cosine, or too many pairs do.
+        SettingError: neither a cosine nor `copies_only` is set, or too many pairs reach the cosine.
         PathError: the path does not end in `.parquet`; or the errors of `check_output`.
         DataError, UnfinishedError, FingerprintError, UnknownNameError: see `analyze`.
         DiskFullError: the scratch file does not fit.
@@ -232,7 +229,6 @@ def dedup(
     check_table_output("selection", out)
     check_output(removed_path)
     analysis = _compare(cache, settings, progress)
-    _check_any_pairs(analysis, cosine)
     report = DedupReport(
         analysis=analysis,
         cosine=cosine,
@@ -251,9 +247,8 @@ def _compare(cache_path: AnyPath, settings: DedupSettings, progress: Progress) -
     modality = choose_modality(cache, settings.modality, settings.run)
     check_keep(settings.keep, cache)
     images = open_images(cache) if modality == "image" and settings.pixels else None
-    has_near = not settings.copies_only or images is not None  # copies of images are looked for among similar ones
     vectors = None
-    if has_near or settings.keep == FAR:
+    if not settings.copies_only or images is not None:  # copies of images are looked for among similar ones
         vectors = Vectors(cache_path, modality, settings.feature, settings.run, device=settings.device)
     feature = open_input(cache, modality, settings.feature) if vectors is None else vectors.feature
     samples = np.setdiff1d(np.arange(len(cache)), cache.removed, assume_unique=True)
@@ -266,37 +261,21 @@ def _compare(cache_path: AnyPath, settings: DedupSettings, progress: Progress) -
             f"inspect {cache.path}"
         )
     near = None
-    if vectors is not None and has_near:
+    if vectors is not None:
         levels = LEVELS if settings.cosine is None else [settings.cosine]
         near = find_near_duplicates(vectors, copies.unique_rows, levels, settings, progress)
         if images is not None:
             pairs = compare_pixels(images, copies.unique_rows, near.pairs, settings.scratch, progress)
             near = replace(near, pairs=pairs)
-    centroid_cosines = None if near is None else near.centroid_cosines
-    if settings.keep == FAR and vectors is not None and centroid_cosines is None:
-        centroid_cosines = cluster_items(vectors, copies.unique_rows, 1.0, settings, progress).cosines
-    order = order_samples(settings.keep, copies, cache, centroid_cosines)
+        if settings.cosine is not None and near.limit > settings.cosine:
+            raise SettingError(
+                f"cosine: expected at most {MAX_PAIRS:,} pairs above it, got more with {settings.cosine}; give a "
+                f"higher one: embedcache curate dedup {quoted(cache.path)} helps to choose it"
+            )
+    order = order_samples(settings.keep, copies, cache)
     return DedupAnalysis(
         cache=cache, feature=feature, samples=samples, copies=copies, order=order, near=near, settings=settings
     )
-
-
-def _check_any_pairs(analysis: DedupAnalysis, cosine: float | None) -> None:
-    near = analysis.near
-    if near is None or cosine is None:
-        return
-    if near.limit > cosine:
-        raise SettingError(
-            f"cosine: expected at most {MAX_PAIRS:,} pairs above it, got more with {cosine}; give a higher one: "
-            f"embedcache curate dedup {quoted(analysis.cache.path)} helps to choose it"
-        )
-    if not len(analysis.duplicates(cosine).left) and not analysis.copies.num_copies:
-        none = "there is only one" if len(near.highest) == 1 else "no two were in one cluster or near each other"
-        highest = none if analysis.highest is None else f"the highest cosine is {analysis.highest:.5f}"
-        raise SettingError(
-            f"cosine: expected one that two {noun(analysis.feature.modality)} of {analysis.cache.path} reach, got "
-            f"{cosine}: {highest}; nothing would be removed, and nothing is written"
-        )
 
 
 def _selection(analysis: DedupAnalysis, removed: RemovedSamples) -> Selection:

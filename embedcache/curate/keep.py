@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Array, Bools, Floats, Ints
+from embedcache.arrays import Array, Bools, Floats, Ints, distinct
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import read_items
 from embedcache.errors import SettingError
@@ -17,7 +17,7 @@ from embedcache.projectors.saved import read_config
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 
-FIRST, FAR, BEST = "first", "far", "best:"
+FIRST, BEST = "first", "best:"
 _IS_NUMBER = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
 _COPY = 2.0  # sorts above every cosine
 NO_DISTANCE = 256  # in place of a hash distance, of which 255 is the largest
@@ -155,19 +155,15 @@ class _Graph:
         return int(holders[held[0]]), float(self._cosines[best]), int(self._distances[best])
 
 
-def order_samples(keep: str, copies: Copies, cache: Cache, centroid_cosines: Floats | None) -> Ints:
+def order_samples(keep: str, copies: Copies, cache: Cache) -> Ints:
     """Sort the samples that have items by a keep rule.
 
-    `first`: in row order. `far`: farthest from the centroid of its cluster first, as in SemDeDup. `best:COLUMN`: the
-    largest number in a column of the samples first, samples without a number last. `centroid_cosines` (C,) are of each
-    content; only `far` needs them.
+    `first`: in row order. `best:COLUMN`: the largest number in a column of the samples first, samples without a number
+    last.
     """
-    samples, first = np.unique(copies.samples, return_index=True)
+    samples = distinct(copies.samples)
     if keep == FIRST:
         return samples
-    if keep == FAR:
-        assert centroid_cosines is not None
-        return samples[np.argsort(centroid_cosines[copies.content_ids[first]], kind="stable")]
     return samples[np.argsort(-_read_column(cache, keep.removeprefix(BEST))[samples], kind="stable")]
 
 
@@ -175,8 +171,8 @@ def check_keep(keep: str, cache: Cache) -> None:
     """Check a keep rule: `UnknownNameError` for another rule or column, `SettingError` if it holds no numbers."""
     if keep.startswith(BEST):
         _read_column(cache, keep.removeprefix(BEST))
-    elif keep not in (FIRST, FAR):
-        raise unknown_name("keep rule", keep, (FIRST, FAR, f"{BEST}COLUMN"))
+    elif keep != FIRST:
+        raise unknown_name("keep rule", keep, (FIRST, f"{BEST}COLUMN"))
 
 
 def _read_column(cache: Cache, name: str) -> Floats:

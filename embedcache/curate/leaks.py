@@ -1,7 +1,6 @@
 """Leaks: test samples that are in a training cache, as exact copies by hash or as near-duplicates by cosine."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from embedcache.dataset.inputs import InputFeature, NamedFeatures, features_by_m
 from embedcache.dataset.matches import ItemSet, find_equal, find_near
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.errors import DataError, SettingError, UnfinishedError, quoted
+from embedcache.errors import DataError, SettingError, quoted
 from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, noun, order_pair
 from embedcache.neighbors.pairs import Recall, cosine_limit
@@ -256,8 +255,8 @@ def _find_leaks(
     copies, train_is_copy = find_equal(test_set, train_set)
     is_copy: Bools = copies >= 0
     train_rows = copies
-    cosines = np.where(is_copy, np.float32(1), np.float32(-np.inf))
-    train_cosines = np.where(train_is_copy, np.float32(1), np.float32(-np.inf))
+    cosines = np.full(len(is_copy), -np.inf, np.float32)
+    train_cosines = np.full(len(train_is_copy), -np.inf, np.float32)
     near = None
     if reason is None and cosine is not None:
         near = find_near(
@@ -273,8 +272,8 @@ def _find_leaks(
         )
         closest_rows = np.append(train_set.items.rows, -1)[near.closest.rows]  # -1 stays -1
         train_rows = np.where(is_copy, copies, closest_rows)
-        cosines = np.where(is_copy, np.float32(1), near.closest.sims)
-        train_cosines = np.where(train_is_copy, np.float32(1), near.other_sims)
+        cosines = near.closest.sims
+        train_cosines = near.other_sims
     return ModalityLeaks(
         modality=modality,
         feature=None if reason else test_set.feature.name,
@@ -283,9 +282,9 @@ def _find_leaks(
         test=test_set.items,
         train=train_set.items,
         train_rows=train_rows,
-        cosines=cosines,
+        cosines=np.where(is_copy, np.float32(1), cosines),
         is_copy=is_copy,
-        train_cosines=train_cosines,
+        train_cosines=np.where(train_is_copy, np.float32(1), train_cosines),
         train_is_copy=train_is_copy,
         num_clusters=near.num_clusters if near else None,
         complete=near.complete if near else None,
@@ -307,7 +306,7 @@ def _choose_features(
         if name is None:
             names = [", ".join(feature.name for feature in cache.features(modality)) for cache in (train, test)]
             reason = f"no encoder made {modality} features of both: {names[0]} in training, {names[1]} in test"
-    opened = [open_input(cache, modality, name) if name else _any_feature(cache, modality) for cache in (train, test)]
+    opened = [open_input(cache, modality, name or cache.features(modality)[0].name) for cache in (train, test)]
     if reason is None:
         differences = name_differences(opened[0].fingerprint, opened[1].fingerprint)
         if differences or opened[0].name != opened[1].name:
@@ -340,17 +339,6 @@ def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:
             f"--feature {modality}=NAME: {', '.join(both)}"
         )
     return both[0] if both else None
-
-
-def _any_feature(cache: Cache, modality: str) -> InputFeature:
-    """Open a complete feature, for its hashes."""
-    *others, last = cache.features(modality)
-    for feature in others:
-        with suppress(UnfinishedError):
-            feature.require_complete()
-            return InputFeature([feature])
-    last.require_complete()
-    return InputFeature([last])
 
 
 def _open_items(cache: Cache, feature: InputFeature) -> ItemSet:

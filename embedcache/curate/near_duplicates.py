@@ -12,7 +12,7 @@ from embedcache.curate.keep import NO_DISTANCE, SimilarPairs
 from embedcache.curate.settings import DedupSettings, OutlierSettings
 from embedcache.dataset.vectors import Vectors
 from embedcache.devices import products_on
-from embedcache.neighbors.clusters import Arranged, Clusters, CosineTile, arrange, find_clusters
+from embedcache.neighbors.clusters import Arranged, CosineTile, arrange, find_clusters
 from embedcache.neighbors.pairs import (
     NeighborCollector,
     PairCollector,
@@ -40,7 +40,6 @@ class NearDuplicates:
     num_clusters: int  # 1 if all pairs were compared
     complete: float  # fraction of items whose near borders were all crossed; 1 means that no pair is missing
     recall: Recall | None  # None if all pairs were compared
-    centroid_cosines: Floats | None  # (N,) to the item's own centroid; None if all pairs were compared
 
 
 def find_near_duplicates(
@@ -84,7 +83,6 @@ def find_near_duplicates(
         num_clusters=arranged.num_clusters,
         complete=arranged.complete,
         recall=recall,
-        centroid_cosines=None if arranged.clusters is None else arranged.clusters.cosines,
     )
 
 
@@ -128,24 +126,19 @@ def _compared(
 ) -> Iterator[Arranged]:
     """Compare items, all pairs or within clusters, and then give access to the vectors in the scratch file."""
     is_exact = len(rows_N) <= ALL_PAIRS_LIMIT if settings.all_pairs is None else settings.all_pairs
-    clusters = None if is_exact else cluster_items(vectors, rows_N, cosine, settings, progress)
-    with arrange(vectors.select(rows_N), clusters, scratch=settings.scratch, progress=progress) as arranged:
-        del clusters
+    selected = vectors.select(rows_N)
+    clusters = None
+    if not is_exact:
+        clusters = find_clusters(
+            selected,
+            cosine,
+            partial(spherical_kmeans, iterations=10, max_per_cluster=40, device=vectors.device),
+            seed=settings.seed,
+            engine=settings.engine,
+            address=settings.address,
+            progress=progress,
+        )
+    with arrange(selected, clusters, scratch=settings.scratch, progress=progress) as arranged:
         for tile in arranged.tiles(progress, products=products_on(vectors.device)):
             add(tile)
         yield arranged
-
-
-def cluster_items(
-    vectors: Vectors, rows_N: Ints, cosine: float, settings: DedupSettings | OutlierSettings, progress: Progress
-) -> Clusters:
-    """Assign items to 2 √N clusters; errors as in `find_near_duplicates`."""
-    return find_clusters(
-        vectors.select(rows_N),
-        cosine,
-        partial(spherical_kmeans, iterations=10, max_per_cluster=40, device=vectors.device),
-        seed=settings.seed,
-        engine=settings.engine,
-        address=settings.address,
-        progress=progress,
-    )

@@ -84,7 +84,7 @@ class DedupSettings(Settings):
     run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")
     keep: str = setting(
         "first",
-        "Which duplicate stays: first, far (farthest from the center of its cluster) or best:COLUMN (largest number).",
+        "Which duplicate stays: first, or best:COLUMN (largest number).",
         metavar="RULE",
     )
     selection: Path | str | None = setting(

@@ -63,7 +63,6 @@ class Clusters:
 
     centroids: Floats  # (K, P)
     numbers: Array  # (N,) int32, the nearest centroid of each item
-    cosines: Floats  # (N,) to that centroid
     visits: Array  # (N, V) int32, other clusters that may hold a near-duplicate, the nearest border first; K: no more
     complete: float  # fraction of items that visit every cluster that may hold one; 1 means that no pair is missing
 
@@ -104,7 +103,6 @@ def find_clusters(
 
     num_visits = min(MAX_VISITS, len(centroids_KP) - 1)
     numbers_N = np.empty(len(rows), np.int32)
-    cosines_N = np.empty(len(rows), np.float32)
     visits_NV = np.empty((len(rows), num_visits), np.int32)
     num_complete = 0
     farthest = math.sqrt(1 - max(cosine, 0.0) ** 2) + _BORDER_ROUNDING
@@ -114,12 +112,11 @@ def find_clusters(
         vectors, assign, engine=engine, address=address, title=title, progress=progress
     ):
         items_B = np.searchsorted(rows, rows_B)
-        numbers_N[items_B], cosines_N[items_B], visits_NV[items_B] = assigned
+        numbers_N[items_B], visits_NV[items_B] = assigned
         num_complete += int(is_complete_B.sum())
     return Clusters(
         centroids=centroids_KP,
         numbers=numbers_N,
-        cosines=cosines_N,
         visits=visits_NV,
         complete=num_complete / len(rows),
     )
@@ -127,8 +124,8 @@ def find_clusters(
 
 def _assign(
     centroids_KP: Floats, inverse_KK: Floats, farthest: float, num_visits: int, rows_B: Ints, vectors_BP: Floats
-) -> tuple[Ints, Array, Floats, Array, Bools]:
-    """Return the rows, clusters, cosines to the centroid and visits of items, and whether they visit all that are near.
+) -> tuple[Ints, Array, Array, Bools]:
+    """Return the rows, clusters and visits of items, and whether they visit all clusters that are near.
 
     Args:
         centroids_KP: centroids.
@@ -151,7 +148,7 @@ def _assign(
     nearest_BV = np.take_along_axis(nearest_BV, order_BV, axis=1)
     is_near_BV = np.take_along_axis(distances_BV, order_BV, axis=1) <= farthest
     visits_BV = np.where(is_near_BV, nearest_BV, len(centroids_KP))[:, :-1].astype(np.int32)
-    return rows_B, clusters_B.astype(np.int32), cosines_B, visits_BV, ~is_near_BV[:, -1]
+    return rows_B, clusters_B.astype(np.int32), visits_BV, ~is_near_BV[:, -1]
 
 
 def _inverse_distances(centroids_KP: Floats) -> Floats:

@@ -74,7 +74,6 @@ def test_visits_are_the_nearest_borders_within_reach(
         stored(vectors), float(np.cos(np.deg2rad(degrees))), lambda *_, **__: centroids, seed=0, progress=PROGRESS
     )
     assert found.numbers.tolist() == [0, 0, 0, 1]
-    np.testing.assert_allclose(found.cosines, np.cos(np.deg2rad([0.5, 40, 35, 40])), atol=1e-6)
     assert found.visits.tolist() == [row[: found.visits.shape[1]] for row in visits]
     assert found.complete == complete
 
@@ -103,7 +102,6 @@ def test_tiles_hold_each_pair_of_a_cluster_and_of_its_visitors_once(
     clusters = Clusters(
         centroids=normalize(rng.standard_normal((num, 3))),
         numbers=numbers,
-        cosines=np.ones(count, np.float32),
         visits=np.where(is_visited, np.arange(num), num).astype(np.int32),
         complete=0.5,
     )
