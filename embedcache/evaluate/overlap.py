@@ -11,11 +11,10 @@ from embedcache.arrays import distinct
 from embedcache.dataset.matches import ItemSet, find_equal, find_near
 from embedcache.dataset.pairs import pair_items
 from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES
-from embedcache.errors import DataError, PathError, pluralize
+from embedcache.errors import DataError, PathError
 from embedcache.evaluate.runs import Run, read_run_selection, read_run_split, run_input, was_trained_on
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.files import is_url
-from embedcache.modalities import name_pair
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import read_run_record
 from embedcache.provenance import construct
@@ -64,13 +63,7 @@ class Overlap:
     @property
     def warning(self) -> str | None:
         """Warning that the results are too high, or None."""
-        near, has = f"{self.near:,} of {self.num_checked:,}", "has" if self.near == 1 else "have"
-        if self.exact:
-            shared = pluralize(self.exact, "sample shares", "samples share")
-            modalities = [*self.cosines] if len(self.cosines) == 2 else [*self.cosines, "text"]
-            line = f"WARNING: {shared} {name_pair(modalities, 'or')} with the training part"
-            return line + (f", {near} {has} a near-duplicate there" if self.near else "")
-        return f"WARNING: {near} samples {has} a near-duplicate in the training part" if self.near else None
+        return f"WARNING: {self.line()}" if self.exact or self.near else None
 
 
 def largest_overlap(overlaps: Iterable[Overlap | None]) -> Overlap | None:
@@ -96,10 +89,8 @@ def find_overlap(
     caches, missing = _open_training_caches(run, cache, settings.trained_on)
     trained = [items for cache in caches for items in [training_items(run, cache)] if items]
     samples = distinct(np.concatenate([items.items.samples for items in evaluated.values()]))
-    count = _num_affordable(evaluated, trained) if trained else 0
-    checked = (
-        samples if len(samples) <= count else np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
-    )
+    count = min(len(samples), _num_affordable(evaluated, trained) if trained else 0)
+    checked = np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
     trained_cosines = run.config.training.get("split", {}).get("cosines", NEAR_DUPLICATE_COSINES)
     cosines = {modality: COSINES.get(modality, trained_cosines[modality]) for modality in evaluated}
     exact, near = set[int](), set[int]()

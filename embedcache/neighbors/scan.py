@@ -7,7 +7,7 @@ computes the same bits.
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from threadpoolctl import threadpool_limits
 
@@ -17,6 +17,8 @@ from embedcache.processes import connected, num_cores
 from embedcache.progress import NullProgress, Progress
 
 Result = TypeVar("Result")
+Compute: TypeAlias = Callable[[Ints, Floats], Result]
+"""Function of the rows and the vectors of a chunk."""
 
 _TASKS_PER_CORE = 2  # one running, one waiting
 
@@ -55,7 +57,7 @@ class StoredVectors(Protocol):
 
 def scan(
     vectors: StoredVectors,
-    compute: Callable[[Ints, Floats], Result],
+    compute: Compute[Result],
     *,
     engine: Literal["local", "ray"] = "local",
     address: str | None = None,
@@ -81,7 +83,7 @@ def scan(
     progress.finish()
 
 
-def _scan_here(vectors: StoredVectors, compute: Callable[[Ints, Floats], Result]) -> Iterator[tuple[int, Result]]:
+def _scan_here(vectors: StoredVectors, compute: Compute[Result]) -> Iterator[tuple[int, Result]]:
     """Compute one chunk per core; BLAS uses one thread per product."""
     announce_device("cpu")
     cores = num_cores()
@@ -91,14 +93,12 @@ def _scan_here(vectors: StoredVectors, compute: Callable[[Ints, Floats], Result]
         )
 
 
-def _process(vectors: StoredVectors, compute: Callable[[Ints, Floats], Result], chunk: int) -> tuple[int, Result]:
+def _process(vectors: StoredVectors, compute: Compute[Result], chunk: int) -> tuple[int, Result]:
     rows_B, vectors_BP = vectors.chunk(chunk)
     return len(rows_B), compute(rows_B, vectors_BP)
 
 
-def _scan_on_ray(
-    vectors: StoredVectors, compute: Callable[[Ints, Floats], Result], address: str | None
-) -> Iterator[tuple[int, Result]]:
+def _scan_on_ray(vectors: StoredVectors, compute: Compute[Result], address: str | None) -> Iterator[tuple[int, Result]]:
     """Compute the chunks as Ray tasks; Ray repeats a task whose machine is lost."""
     with connected(address) as ray:
         shared = ray.put(vectors), ray.put(compute)
