@@ -1,7 +1,7 @@
 """Typicality, likely mislabels and pairs that do not match, from the neighbors that deduplication compares."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +29,9 @@ from embedcache.store.cache import Cache
 
 TYPICALITY, MARGIN, SUGGESTED, PAIR_COSINE = "typicality", "label_margin", "suggested_label", "pair_cosine"
 _LABEL = "label"
-_NUM_NAMED = 20
 _MISLABELED = -0.5
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 1.0)
 _COMPARISONS = 2**22  # of labels with each other, per block
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelVotes:
-    """Votes of the neighbors of S samples on their labels.
-
-    Args:
-        names: class names.
-        own_S: (S,) class of each sample, -1 without a label.
-        suggested_S: (S,) other class that most of the nearest neighbors have, -1 without one.
-        margins_S: (S,) fraction of the labeled neighbors with the sample's class less that with the suggested one; NaN
-            without a label or labeled neighbors.
-    """
-
-    names: Sequence[str]
-    own_S: Ints
-    suggested_S: Ints
-    margins_S: Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +46,13 @@ class OutlierReport:
         vectors: the compared vectors.
         copies: items, and contents that were compared; copies count once.
         neighbors: of the contents.
-        typicality_S: (S,) mean cosine of an item to its k nearest neighbors, NaN without an item.
-        rows_S: (S,) row of the item that it is of, -1 without one.
-        votes: by label; None without labels.
-        pair_cosines_S: (S,) best cosine of a sample's items of the run's two modalities, such as images and captions,
-            NaN without both; None without a run.
+        scores: name -> (S,) scores, NaN where a sample has none. `typicality`: mean cosine of an item to its k nearest
+            neighbors. With labels, `label_margin`: fraction of the labeled neighbors with the sample's class less that
+            with the suggested one. With a run, `pair_cosine`: best cosine of a sample's items of the run's two
+            modalities, such as images and captions.
+        rows_S: (S,) row of the item that the typicality is of, -1 without one.
+        labels: class of each sample, -1 without a label; None without labels.
+        suggested_S: with labels, (S,) other class that most of the nearest neighbors have, -1 without one.
         settings: what was compared.
     """
 
@@ -78,21 +61,11 @@ class OutlierReport:
     vectors: Vectors
     copies: Copies
     neighbors: Neighbors
-    typicality_S: Floats
+    scores: Mapping[str, Floats]
     rows_S: Ints
-    votes: LabelVotes | None
-    pair_cosines_S: Floats | None
-    settings: OutlierSettings = field(default_factory=OutlierSettings)
-
-    @property
-    def scores(self) -> Mapping[str, Floats]:
-        """Name -> (S,) scores, NaN where a sample has none."""
-        scores = {TYPICALITY: self.typicality_S}
-        if self.votes is not None:
-            scores[MARGIN] = self.votes.margins_S
-        if self.pair_cosines_S is not None:
-            scores[PAIR_COSINE] = self.pair_cosines_S
-        return scores
+    labels: Labels | None
+    suggested_S: Ints
+    settings: OutlierSettings
 
     @property
     def num_samples(self) -> int:
@@ -102,8 +75,7 @@ class OutlierReport:
     @property
     def is_mislabeled(self) -> Bools:
         """Whether the neighbors of each sample agree on another label, with a margin below -0.5: (S,)."""
-        assert self.votes is not None
-        return np.nan_to_num(self.votes.margins_S, nan=1.0) < _MISLABELED
+        return np.nan_to_num(self.scores[MARGIN], nan=1.0) < _MISLABELED
 
     def lowest(self, name: str, count: int) -> Ints:
         """Return the samples with the lowest values of a score, lowest first, then by row."""
@@ -114,8 +86,10 @@ class OutlierReport:
     def quantiles(self, name: str, fractions: Sequence[float]) -> list[float | None]:
         """Return quantiles of a score; None if no sample has it, as one labeled sample alone has no margin."""
         known = self.scores[name][np.isfinite(self.scores[name])]
-        found: list[float | None] = np.quantile(known, fractions).tolist() if len(known) else [None] * len(fractions)
-        return found
+        quantiles: list[float | None] = (
+            np.quantile(known, fractions).tolist() if len(known) else [None] * len(fractions)
+        )
+        return quantiles
 
     def neighbors_of(self, row: int) -> Ints:
         """Return the rows of the nearest neighbors of an item, best first."""
@@ -125,8 +99,10 @@ class OutlierReport:
         return rows
 
     def to_json(self) -> dict[str, Any]:
-        """Return what was compared, quantiles of the scores and the samples with the lowest, as JSON values."""
-        run, recall, k = self.settings.run, self.neighbors.recall, self.neighbors.items.shape[1]
+        """Return what was compared, and quantiles of the scores, as JSON values."""
+        run = self.settings.run
+        recall = self.neighbors.recall
+        k = self.neighbors.items.shape[1]
         return {
             "cache": str(self.cache.path),
             "scores": None if self.path is None else str(self.path),
@@ -142,30 +118,12 @@ class OutlierReport:
             "num_contents": len(self.copies.unique_rows),
             "num_clusters": self.neighbors.num_clusters,
             "recall": None if recall is None else recall.to_json(),
-            "num_likely_mislabels": None if self.votes is None else int(self.is_mislabeled.sum()),
+            "num_likely_mislabels": None if self.labels is None else int(self.is_mislabeled.sum()),
             "quantiles": {
                 name: dict(zip(map(str, _QUANTILES), self.quantiles(name, _QUANTILES), strict=True))
                 for name in self.scores
             },
-            "lowest": {name: self._named(name) for name in self.scores},
         }
-
-    def _named(self, name: str) -> list[dict[str, Any]]:
-        """Return the samples with the lowest values of a score as JSON values."""
-        samples = []
-        for sample in self.lowest(name, _NUM_NAMED).tolist():
-            values = {"row": sample, "key": self.cache.key(sample), name: float(self.scores[name][sample])}
-            if name == MARGIN and self.votes is not None:
-                values[_LABEL] = self.votes.names[self.votes.own_S[sample]]
-                values[SUGGESTED] = self.suggested(sample)
-            samples.append(values)
-        return samples
-
-    def suggested(self, sample: int) -> str | None:
-        """Return the name of the other class that most neighbors of a sample have; None without one."""
-        assert self.votes is not None
-        number = int(self.votes.suggested_S[sample])
-        return None if number < 0 else self.votes.names[number]
 
 
 def find_outliers(
@@ -201,32 +159,62 @@ def find_outliers(
     cache = Cache(cache)
     modality = choose_modality(cache, settings.modality, settings.run)
     vectors = Vectors(cache, modality, settings.feature, settings.run, device=settings.device)
-    labels = _requested_labels(cache, settings.label, progress)  # raises before the work if they are no classes
+    labels = _read_labels(cache, settings.label, progress)  # raises before the work if they are no classes
     copies = find_copies(cache, vectors.feature)
-    if len(copies.unique_rows) < 2:
-        raise DataError(
-            f"{cache.path}: expected at least 2 different {noun(modality)} to compare, got {len(copies.unique_rows)}"
-        )
+    num_contents = len(copies.unique_rows)
+    if num_contents < 2:
+        raise DataError(f"{cache.path}: expected at least 2 different {noun(modality)} to compare, got {num_contents}")
     pair_cosines_S = _pair_cosines(vectors, progress)  # raises before the longest part if nothing is paired
-    neighbors = find_neighbors(
-        vectors, copies.unique_rows, min(settings.k, len(copies.unique_rows) - 1), settings, progress
-    )
+    neighbors = find_neighbors(vectors, copies.unique_rows, min(settings.k, num_contents - 1), settings, progress)
     typicality_S, rows_S = _typicality(cache, copies, neighbors)
+    scores = {TYPICALITY: typicality_S}
+    suggested_S = np.full(len(typicality_S), -1)
+    if labels is not None:
+        suggested_S, scores[MARGIN] = _vote(copies, neighbors.items[:, : settings.label_neighbors], labels.numbers)
+    if pair_cosines_S is not None:
+        scores[PAIR_COSINE] = pair_cosines_S
     report = OutlierReport(
         cache=cache,
         path=out,
         vectors=vectors,
         copies=copies,
         neighbors=neighbors,
-        typicality_S=typicality_S,
+        scores=scores,
         rows_S=rows_S,
-        votes=None if labels is None else _vote(copies, neighbors.items[:, : settings.label_neighbors], labels),
-        pair_cosines_S=pair_cosines_S,
+        labels=labels,
+        suggested_S=suggested_S,
         settings=settings,
     )
     if out is not None:
-        _write(out, report)
+        columns: dict[str, Any] = dict(scores)
+        if labels is not None:
+            names = pa.array(labels.names, pa.string())
+            columns[SUGGESTED] = names.take(pa.array(suggested_S, mask=suggested_S < 0))
+        keytable.write(out, [cache], columns, "scores", {"method": "outliers", **report.to_json()})
     return report
+
+
+def _read_labels(cache: Cache, column: str | None, progress: Progress) -> Labels | None:
+    """Return the class number of each sample, (S,), -1 without a label; None if no sample has a label.
+
+    Without a column, the default one is read if it exists and its values are classes.
+    """
+    name = column or _LABEL
+    if column is None and name not in cache.columns:
+        return None
+    try:
+        labeled = np.flatnonzero(has_label(cache, np.arange(cache.info.num_samples), column=name))
+        labels = read_labels(cache, labeled, column=name) if len(labeled) else None
+    except DataError as error:
+        if column is not None:
+            raise
+        progress.note(f"labels are not compared: {error}")
+        return None
+    if labels is None:
+        return None
+    numbers_S = np.full(cache.info.num_samples, -1, np.int64)
+    numbers_S[labeled] = labels.numbers
+    return Labels(names=labels.names, numbers=numbers_S)
 
 
 def _typicality(cache: Cache, copies: Copies, neighbors: Neighbors) -> tuple[Floats, Ints]:
@@ -240,47 +228,21 @@ def _typicality(cache: Cache, copies: Copies, neighbors: Neighbors) -> tuple[Flo
     return np.where(missing, np.float32(np.nan), typicality_N[best_S]), np.where(missing, -1, copies.item_rows[best_S])
 
 
-def _requested_labels(cache: Cache, label: str | None, progress: Progress) -> Labels | None:
-    """Return the labels of a column; of the default one only if it exists and its values are classes."""
-    if label is not None:
-        return _number_labels(cache, label)
-    try:
-        return _number_labels(cache, _LABEL) if _LABEL in cache.columns else None
-    except DataError as error:
-        progress.note(f"labels are not compared: {error}")
-        return None
-
-
-def _number_labels(cache: Cache, label: str) -> Labels | None:
-    """Return the class number of each sample, (S,), -1 without a label; None if no sample has a label."""
-    labeled = np.flatnonzero(has_label(cache, np.arange(cache.info.num_samples), column=label))
-    if not len(labeled):
-        return None
-    labels = read_labels(cache, labeled, column=label)
-    own_S = np.full(cache.info.num_samples, -1, np.int64)
-    own_S[labeled] = labels.numbers
-    return Labels(names=labels.names, numbers=own_S)
-
-
-def _vote(copies: Copies, near_CK: Array, labels: Labels) -> LabelVotes:
-    """Compare the label of each item with those of its neighbors."""
-    own_S, label_C = labels.numbers, np.full(len(near_CK), -1, np.int64)
+def _vote(copies: Copies, near_CK: Array, own_S: Ints) -> tuple[Ints, Floats]:
+    """Compare the label of each item with those of its neighbors: suggested classes and margins, (S,) each."""
+    label_C = np.full(len(near_CK), -1, np.int64)
     labeled = np.flatnonzero(own_S[copies.samples] >= 0)[::-1]
     label_C[copies.content_ids[labeled]] = own_S[copies.samples[labeled]]  # of the first copy that has one
     num_items, k = len(copies.content_ids), near_CK.shape[1]
-    suggested_N, margins_N = np.empty(num_items, np.int64), np.empty(num_items, np.float32)
+    suggested_N = np.empty(num_items, np.int64)
+    margins_N = np.empty(num_items, np.float32)
     for block in blocks(num_items, _COMPARISONS // k**2):  # k is at most 1,000
         near_BK = near_CK[copies.content_ids[block]]
         label_BK = np.where(near_BK < 0, -1, label_C[near_BK])
         suggested_N[block], margins_N[block] = compare_labels(own_S[copies.samples[block]], label_BK)
     best_S = best_per_sample(len(own_S), copies.samples, np.nan_to_num(margins_N, nan=-np.inf))
     missing = best_S < 0
-    return LabelVotes(
-        names=labels.names,
-        own_S=own_S,
-        suggested_S=np.where(missing, -1, suggested_N[best_S]),
-        margins_S=np.where(missing, np.float32(np.nan), margins_N[best_S]),
-    )
+    return np.where(missing, -1, suggested_N[best_S]), np.where(missing, np.float32(np.nan), margins_N[best_S])
 
 
 def compare_labels(own_B: Ints, label_BK: Ints) -> tuple[Ints, Floats]:
@@ -317,12 +279,3 @@ def _pair_cosines(vectors: Vectors, progress: Progress) -> Floats | None:
     cosines_S = np.full(cache.info.num_samples, np.nan, np.float32)
     cosines_S[samples_M] = cosines_M
     return cosines_S
-
-
-def _write(path: Path, report: OutlierReport) -> None:
-    columns: dict[str, Any] = dict(report.scores)
-    if report.votes is not None:
-        names, suggested_S = pa.array(report.votes.names, pa.string()), report.votes.suggested_S
-        columns[SUGGESTED] = names.take(pa.array(suggested_S, mask=suggested_S < 0))
-    record = {name: value for name, value in report.to_json().items() if name != "lowest"}
-    keytable.write(path, [report.cache], columns, "scores", {"method": "outliers", **record})

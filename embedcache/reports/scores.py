@@ -105,14 +105,13 @@ def outlier_line(report: OutlierReport) -> str:
 def outlier_notes(report: OutlierReport) -> list[str]:
     """Return one line per score beside typicality."""
     notes = []
-    if report.votes is not None:
-        labeled = int(np.isfinite(report.votes.margins_S).sum())
+    if report.labels is not None:
+        labeled = int(np.isfinite(report.scores[MARGIN]).sum())
         count = format_part(int(report.is_mislabeled.sum()), labeled)
         notes.append(f"likely mislabels: {count} of the labeled samples")
-    if report.pair_cosines_S is not None:
-        notes.append(
-            f"pairs: {int(np.isfinite(report.pair_cosines_S).sum()):,} samples with {name_pair(_pair(report))}"
-        )
+    if PAIR_COSINE in report.scores:
+        num_pairs = int(np.isfinite(report.scores[PAIR_COSINE]).sum())
+        notes.append(f"pairs: {num_pairs:,} samples with {name_pair(_pair(report))}")
     return notes
 
 
@@ -139,7 +138,7 @@ def _floor(value: float) -> str:
 def write_outlier_page(path: Path, report: OutlierReport) -> None:
     """Write a page of odd samples: distributions, thresholds, and the lowest of each score beside their neighbors."""
     renderer = ItemRenderer(report.cache, report.vectors.modality)
-    modalities = [] if report.pair_cosines_S is None else _pair(report)
+    modalities = _pair(report) if PAIR_COSINE in report.scores else []
     nouns = pair_nouns(modalities) if modalities else ()
     pair = [
         renderer if modality == report.vectors.modality else ItemRenderer(report.cache, modality)
@@ -175,9 +174,9 @@ def write_outlier_page(path: Path, report: OutlierReport) -> None:
 def _beside_neighbors(report: OutlierReport, name: str, sample: int, renderer: ItemRenderer) -> QueryExample:
     row = int(report.rows_S[sample])
     outcome = f"{name.replace('_', ' ')} {report.scores[name][sample]:.3f}"
-    if name == MARGIN and report.votes is not None:
-        own = report.votes.names[report.votes.own_S[sample]]
-        outcome = f"{own}, its neighbors {report.suggested(sample)}; {outcome}"
+    if name == MARGIN and report.labels is not None:
+        own, suggested = (report.labels.names[of[sample]] for of in (report.labels.numbers, report.suggested_S))
+        outcome = f"{own}, its neighbors {suggested}; {outcome}"
     near = report.neighbors_of(row)[:_NUM_NEIGHBORS]
     return QueryExample(
         query=renderer.render(row),
@@ -197,12 +196,11 @@ def _pair_examples(
     report: OutlierReport, samples: Ints, first: ItemRenderer, second: ItemRenderer
 ) -> list[QueryExample]:
     """Return the first item of some samples beside their items of the other modality, such as an image and captions."""
-    assert report.pair_cosines_S is not None
     (rows, _), (starts, counts) = (RowReader(report.cache, modality).find(samples) for modality in _pair(report))
     return [
         QueryExample(
             query=first.render(row),
-            outcome=f"pair cosine {report.pair_cosines_S[sample]:.3f}",
+            outcome=f"pair cosine {report.scores[PAIR_COSINE][sample]:.3f}",
             is_correct=True,
             results=[second.render(other) for other in range(start, start + min(count, _NUM_NEIGHBORS))],
         )

@@ -82,58 +82,50 @@ def test_planted_outliers_and_labels(planted: Path, tmp_path: Path) -> None:
     odd, out = tmp_path / "odd.parquet", tmp_path / "kept.parquet"
     report = find_outliers(planted, odd, OutlierSettings(k=3))
     assert set(report.lowest(TYPICALITY, 4).tolist()) == {*NOISE, *COPY}
-    assert np.isnan(report.typicality_S[FAILED])
-    assert report.votes is not None
+    assert np.isnan(report.scores[TYPICALITY][FAILED])
     assert report.is_mislabeled[list(RELABELED)].all()
     assert set(RELABELED) <= set(report.lowest(MARGIN, 12).tolist())
     assert report.is_mislabeled.mean() < 0.1  # some pairs of colors are rare, and noise has no color
-    assert report.pair_cosines_S is None
+    assert PAIR_COSINE not in report.scores
 
     table = pq.read_table(odd).to_pylist()
     captions = [(planted.parent / "source" / f"{row:05d}.txt").read_text() for row in RELABELED]
     assert [table[row]["suggested_label"] for row in RELABELED] == [colors_of(caption) for caption in captions]
     assert table[FAILED]["typicality"] is None
-    worst = report.to_json()["lowest"]["label_margin"][0]
-    assert {"row", "key", "label", "suggested_label", "label_margin"} == set(worst)
 
-    limit = float(report.typicality_S[report.lowest(TYPICALITY, 5)[-1]])
+    limit = float(report.scores[TYPICALITY][report.lowest(TYPICALITY, 5)[-1]])
     select(planted, out, "score", SelectSettings(scores=odd, score=TYPICALITY, at_least=limit))
     left = set(range(NUM)) - set(read_selection(out, [Cache(planted)]).tolist())
     assert left == {*NOISE, *COPY, FAILED}
     assert "each with its 3 nearest of 238 different ones; every pair was compared" in outlier_line(report)
     assert outlier_notes(report)[0].startswith("likely mislabels: ")
     assert threshold_table(report)[0][2:] == ["typicality of at least", "label_margin of at least"]
-    half = np.where(np.arange(NUM) < NUM // 2, report.typicality_S, np.float32(np.nan))
+    half = np.where(np.arange(NUM) < NUM // 2, report.scores[TYPICALITY], np.float32(np.nan))
     num_half = int(np.isfinite(half).sum())
-    assert threshold_table(replace(report, typicality_S=half))[1][-1][:2] == ["10.0%", str(round(num_half / 10))]
+    assert threshold_table(replace(report, scores={TYPICALITY: half}))[1][-1][:2] == [
+        "10.0%",
+        str(round(num_half / 10)),
+    ]
     for _, count, *limits in threshold_table(report)[1]:
         for limit, scores in zip(limits, report.scores.values(), strict=True):
             assert int((scores < np.float32(limit)).sum()) <= int(count)
     again = find_outliers(planted, tmp_path / "again.parquet", k=3, label_neighbors=1)
-    assert again.typicality_S.tobytes() == report.typicality_S.tobytes()
-    assert again.votes is not None
-    assert set(again.votes.margins_S[np.isfinite(again.votes.margins_S)].tolist()) == {-1, 1}
+    assert again.scores[TYPICALITY].tobytes() == report.scores[TYPICALITY].tobytes()
+    assert set(again.scores[MARGIN][np.isfinite(again.scores[MARGIN])].tolist()) == {-1, 1}
 
 
 def test_report_holds_what_was_compared(planted: Path) -> None:
     """Check the JSON record against plain computations."""
     report = find_outliers(planted, settings=OutlierSettings(k=3, label_neighbors=2))
-    record, votes = report.to_json(), report.votes
-    assert votes is not None
+    record = report.to_json()
     assert (record["k"], record["label_neighbors"], record["num_samples"]) == (3, 2, NUM)
     assert (record["num_items"], record["num_contents"], record["num_clusters"]) == (NUM - 1, NUM - 2, 1)
     assert (record["scores"], record["run"], record["run_weights"], record["recall"]) == (None, None, None, None)
-    margins = votes.margins_S[np.isfinite(votes.margins_S)]
-    assert record["num_likely_mislabels"] == (margins < -0.5).sum()
-    known = report.typicality_S[np.isfinite(report.typicality_S)]
+    assert record["num_likely_mislabels"] == (np.nan_to_num(report.scores[MARGIN]) < -0.5).sum()
+    known = report.scores[TYPICALITY][np.isfinite(report.scores[TYPICALITY])]
     for name in ("0.0", "0.01", "0.25", "1.0"):
         assert record["quantiles"][TYPICALITY][name] == pytest.approx(np.quantile(known, float(name)), abs=1e-6)
-    lowest = record["lowest"][TYPICALITY]
-    assert [entry["row"] for entry in lowest] == report.lowest(TYPICALITY, 20).tolist()
-    assert [entry[TYPICALITY] for entry in lowest] == np.sort(known)[:20].tolist()
-    assert lowest[0]["key"] == Cache(planted).key(lowest[0]["row"])
-    for entry in record["lowest"][MARGIN]:
-        assert entry["label"] == votes.names[votes.own_S[entry["row"]]]
+    assert report.scores[TYPICALITY][report.lowest(TYPICALITY, 20)].tolist() == np.sort(known)[:20].tolist()
     assert len(report.lowest(TYPICALITY, 1000)) == NUM - 1
     copy, original = next(iter(COPY.items()))
     assert report.neighbors_of(copy).tolist() == report.neighbors_of(original).tolist()
@@ -152,7 +144,7 @@ def test_column_label_that_holds_no_classes_is_left_out_with_a_note(tmp_path: Pa
         (source / f"{number:05d}.json").write_text(json.dumps({"label": number + 0.5}))
     extract(open_source(source), tmp_path / "cache", image_encoder=[IMAGE])
     progress = RecordedProgress()
-    assert find_outliers(tmp_path / "cache", settings=OutlierSettings(k=3), progress=progress).votes is None
+    assert find_outliers(tmp_path / "cache", settings=OutlierSettings(k=3), progress=progress).labels is None
     assert progress.notes[0].startswith("labels are not compared: column 'label' of ")
     with pytest.raises(DataError, match="class"):
         find_outliers(tmp_path / "cache", settings=OutlierSettings(k=3, label="label"))
@@ -161,8 +153,7 @@ def test_column_label_that_holds_no_classes_is_left_out_with_a_note(tmp_path: Pa
 def test_labels_are_compared_with_those_of_the_nearest(planted: Path, tmp_path: Path) -> None:
     """Check the margin and the suggestion of each sample against counted labels."""
     report = find_outliers(planted, tmp_path / "odd.parquet", OutlierSettings(k=5, label_neighbors=3))
-    labels, votes = Cache(planted).column("label").to_pylist(), report.votes
-    assert votes is not None
+    labels = Cache(planted).column("label").to_pylist()
     margins, suggested = np.full(NUM, np.nan), [None] * NUM
     for row in set(range(NUM)) - {FAILED}:
         near = [labels[other] for other in report.neighbors_of(row)[:3] if labels[other] is not None]
@@ -170,41 +161,24 @@ def test_labels_are_compared_with_those_of_the_nearest(planted: Path, tmp_path: 
         suggested[row], most = others.most_common(1)[0] if others else (None, 0)
         if row != UNLABELED:
             margins[row] = (near.count(labels[row]) - most) / len(near)
-    np.testing.assert_allclose(votes.margins_S, margins, atol=1e-6)
-    assert [report.suggested(row) for row in range(NUM)] == suggested
-    assert (votes.own_S[UNLABELED], votes.suggested_S[FAILED]) == (-1, -1)
+    np.testing.assert_allclose(report.scores[MARGIN], margins, atol=1e-6)
+    assert report.labels is not None
+    assert (report.labels.numbers[UNLABELED], report.suggested_S[FAILED]) == (-1, -1)
     table = pq.read_table(tmp_path / "odd.parquet").to_pydict()
     assert table["suggested_label"] == suggested
     record = json.loads(pq.read_schema(tmp_path / "odd.parquet").metadata[b"embedcache"])
-    described = {name: value for name, value in report.to_json().items() if name != "lowest"}
-    assert "lowest" not in record
-    assert described.items() <= record.items()
+    assert report.to_json().items() <= record.items()
     expected_rows = np.where(np.arange(NUM) == FAILED, -1, np.arange(NUM))
     assert report.rows_S.tolist() == expected_rows.tolist()
-    lowest = report.to_json()["lowest"]
-    assert [entry["suggested_label"] for entry in lowest[MARGIN]] == [
-        suggested[entry["row"]] for entry in lowest[MARGIN]
-    ]
-    assert set(lowest[TYPICALITY][0]) == {"row", "key", "typicality"}
 
 
 @pytest.mark.parametrize("labels", [["a", None, "b", "a"], [None, "a", "b", "a"]])
 def test_a_copy_without_a_label_does_not_hide_that_of_the_other(labels: list[str | None], tmp_path: Path) -> None:
     vectors = np.array([[1, 0.1], [1, 0.1], [1, 0.2], [0, 1]], np.float16)
     cache, _ = import_files(open_clip_retrieval(write_tree(tmp_path / "tree", vectors, label=labels)), tmp_path / "c")
-    report = find_outliers(cache, k=1)
-    assert report.votes is not None
-    assert report.votes.margins_S[2:].tolist() == [-1, -1]
-    assert [report.suggested(row) for row in (2, 3)] == ["a", "b"]
-
-
-def test_table_names_the_suggested_labels(planted: Path, tmp_path: Path) -> None:
-    report = find_outliers(planted, k=3)
-    assert report.votes is not None
-    votes = replace(report.votes, suggested_S=np.arange(NUM) % 3 - 1)
-    outliers._write(tmp_path / "odd.parquet", replace(report, votes=votes))
-    names = pq.read_table(tmp_path / "odd.parquet")["suggested_label"].to_pylist()
-    assert names == [None, votes.names[0], votes.names[1]] * (NUM // 3)
+    report = find_outliers(cache, tmp_path / "odd.parquet", k=1)
+    assert report.scores[MARGIN][2:].tolist() == [-1, -1]
+    assert pq.read_table(tmp_path / "odd.parquet")["suggested_label"].to_pylist()[2:] == ["a", "b"]
 
 
 def test_typicality_is_the_mean_of_compared_neighbors(planted: Path) -> None:
@@ -221,20 +195,14 @@ def test_typicality_is_the_mean_of_compared_neighbors(planted: Path) -> None:
     np.testing.assert_allclose(found[report.copies.samples], expected[report.copies.content_ids], atol=1e-6)
 
 
-def test_recall_of_neighbors_is_recorded(planted: Path) -> None:
-    report = find_outliers(planted, all_pairs=False, k=3)
-    assert report.neighbors.recall is not None
-    assert report.to_json()["recall"] == report.neighbors.recall.to_json()
-
-
 def test_labels_in_floating_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check class numbers as pandas writes them if one is missing; other numbers are rejected before the comparison."""
     numbers, vectors = [0.0, 0.0, 1.0, math.nan, 0.0], np.eye(5, dtype=np.float16) + np.float16(0.5)
     tree = write_tree(tmp_path / "tree", vectors, label=numbers, price=[0.5, 1.0, 2.0, 3.0, 4.0])
     cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
-    votes = find_outliers(cache).votes
-    assert votes is not None
-    assert (votes.names, votes.own_S.tolist()) == (["0", "1"], [0, 0, 1, -1, 0])
+    labels = find_outliers(cache).labels
+    assert labels is not None
+    assert (labels.names, labels.numbers.tolist()) == (["0", "1"], [0, 0, 1, -1, 0])
     monkeypatch.delattr(outliers, "find_neighbors")  # the error comes before the work
     with pytest.raises(DataError, match="price"):
         find_outliers(cache, label="price")
@@ -249,7 +217,7 @@ def test_scores_that_no_sample_has_are_null(tmp_path: Path) -> None:
     report = find_outliers(cache, tmp_path / "odd.parquet")
     nothing = dict.fromkeys(map(str, outliers._QUANTILES))
     record = json.loads(json.dumps(report.to_json(), allow_nan=False))
-    assert (record["quantiles"][MARGIN], record["lowest"][MARGIN], record["num_likely_mislabels"]) == (nothing, [], 0)
+    assert (record["quantiles"][MARGIN], record["num_likely_mislabels"]) == (nothing, 0)
     metadata = pq.read_schema(tmp_path / "odd.parquet").metadata[b"embedcache"]
     assert json.loads(metadata)["quantiles"] == record["quantiles"]
     assert {row[-1] for row in threshold_table(report)[1]} == {""}
@@ -264,10 +232,10 @@ def test_two_images_are_as_typical_as_they_are_similar(run_path: Path, tmp_path:
     report = find_outliers(tmp_path / "cache")
     orange, red = normalize(Cache(tmp_path / "cache").feature("image").load())
     assert orange @ red > 0.1
-    np.testing.assert_allclose(report.typicality_S, [orange @ red] * 2, atol=1e-6)
+    np.testing.assert_allclose(report.scores[TYPICALITY], [orange @ red] * 2, atol=1e-6)
     record = report.to_json()
-    assert (record["k"], record["num_likely_mislabels"], list(record["lowest"])) == (1, None, [TYPICALITY])
-    assert find_outliers(tmp_path / "cache", run=run_path).pair_cosines_S is None  # there are no captions
+    assert (record["k"], record["num_likely_mislabels"], list(report.scores)) == (1, None, [TYPICALITY])
+    assert PAIR_COSINE not in find_outliers(tmp_path / "cache", run=run_path).scores  # there are no captions
 
 
 def test_typicality_of_captions(planted: Path) -> None:
@@ -278,7 +246,7 @@ def test_typicality_of_captions(planted: Path) -> None:
     _, cosines = knn(normalize(values[rows]), normalize(values[rows]), 2, own=np.arange(len(rows)))
     expected = dict(zip(rows, cosines.mean(axis=1).tolist(), strict=True))
     wanted = [expected[contents[caption]] for caption in captions_of(planted)]
-    np.testing.assert_allclose(report.typicality_S, wanted, atol=1e-5)
+    np.testing.assert_allclose(report.scores[TYPICALITY], wanted, atol=1e-5)
 
 
 def colors_of(caption: str) -> str:
@@ -296,13 +264,12 @@ def captions_of(path: Path) -> list[str]:
 def test_swapped_captions(planted: Path, cache_path: Path, run_path: Path, tmp_path: Path) -> None:
     """Check by a run that was trained on other pairs."""
     report = find_outliers(planted, tmp_path / "odd.parquet", OutlierSettings(run=run_path))
-    assert report.pair_cosines_S is not None
     record = report.to_json()
     assert (record["scores"], record["run"]) == (str(tmp_path / "odd.parquet"), str(run_path))
     assert record["run_weights"] == load_pair(run_path)[1].weights_digest
     lowest = report.lowest(PAIR_COSINE, len(SWAPPED) + len(NOISE) + len(COPY))
     assert set(SWAPPED) <= set(lowest.tolist())
-    assert np.isnan(report.pair_cosines_S[FAILED])
+    assert np.isnan(report.scores[PAIR_COSINE][FAILED])
     write_outlier_page(tmp_path / "page.html", report)
     assert (tmp_path / "page.html").read_text().count("data:image/webp") > 50
 
