@@ -81,7 +81,7 @@ def find_near_duplicates(
         limit=collector.limit,
         highest=collector.highest,
         num_clusters=arranged.num_clusters,
-        complete=arranged.complete,
+        complete=arranged.clusters.complete,
         recall=recall,
     )
 
@@ -127,17 +127,16 @@ def _compared(
     """Compare items, all pairs or within clusters, and then give access to the vectors in the scratch file."""
     is_exact = len(rows_N) <= ALL_PAIRS_LIMIT if settings.all_pairs is None else settings.all_pairs
     selected = vectors.select(rows_N)
-    clusters = None
-    if not is_exact:
-        clusters = find_clusters(
-            selected,
-            cosine,
-            partial(spherical_kmeans, iterations=10, max_per_cluster=40, device=vectors.device),
-            seed=settings.seed,
-            engine=settings.engine,
-            address=settings.address,
-            progress=progress,
-        )
+    clusters = find_clusters(
+        selected,
+        cosine,
+        all_pairs=is_exact,
+        fit=partial(spherical_kmeans, iterations=10, max_per_cluster=40, device=vectors.device),
+        seed=settings.seed,
+        engine=settings.engine,
+        address=settings.address,
+        progress=progress,
+    )
     with arrange(selected, clusters, scratch=settings.scratch, progress=progress) as arranged:
         for tile in arranged.tiles(progress, products=products_on(vectors.device)):
             add(tile)

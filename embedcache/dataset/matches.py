@@ -107,7 +107,7 @@ def find_near(
     num_items, num_others = len(items.items.rows), len(others.items.rows)
     if all_pairs is None:
         all_pairs = num_items * num_others * queries.width <= ALL_PAIRS_LIMIT
-    clusters = None if all_pairs else find_clusters(queries, cosine, seed=seed, progress=progress)
+    clusters = find_clusters(queries, cosine, all_pairs=all_pairs, seed=seed, progress=progress)
     closest = Closest(num_items)
     other_sims = np.full(num_others, -np.inf, np.float32)
     probes = draw_probes(np.arange(num_items) if is_probe is None else np.flatnonzero(is_probe), seed)
@@ -121,7 +121,7 @@ def find_near(
         progress.start(f"comparing with {num_others:,} {queries.unit}", num_others, queries.unit)
         start = 0
         for others_BP in others.batches(_BATCH):
-            if clusters is not None:
+            if not all_pairs:
                 num_pairs += int((products(probes_QP, others_BP) >= limit).sum())
             for tile in arranged.tiles_with(others_BP, products):
                 num_found += int((tile.cosines[is_drawn[tile.left]] >= limit).sum())
@@ -135,6 +135,6 @@ def find_near(
         closest=closest,
         other_sims=other_sims,
         num_clusters=arranged.num_clusters,
-        complete=arranged.complete,
+        complete=clusters.complete,
         recall=None if all_pairs else Recall(num_items=len(probes), num_pairs=num_pairs, num_found=num_found),
     )

@@ -41,7 +41,7 @@ def near_duplicate_groups(
     for items, (modality, read) in zip((pairs.first, pairs.second), readers.items(), strict=True):
         cosine = settings.cosines[modality]
         vectors = _open_items(items, read, f"{modality} items for the {purpose}")
-        clusters = None if use_all_pairs else find_clusters(vectors, cosine, seed=settings.seed, progress=progress)
+        clusters = find_clusters(vectors, cosine, all_pairs=use_all_pairs, seed=settings.seed, progress=progress)
         nodes = np.searchsorted(samples, items.samples)
         with arrange(vectors, clusters, progress=progress) as arranged:
             groups = _merge_near(arranged, GroupCollector(groups, nodes, cosine), are_useless, progress)

@@ -70,9 +70,10 @@ class Clusters:
 def find_clusters(
     vectors: StoredVectors,
     cosine: float,
-    fit: Callable[..., Floats] = spherical_means,
     *,
-    seed: int,
+    all_pairs: bool = False,
+    fit: Callable[..., Floats] = spherical_means,
+    seed: int = 0,
     engine: Literal["local", "ray"] = "local",
     address: str | None = None,
     progress: Progress,
@@ -90,11 +91,19 @@ def find_clusters(
     Args:
         vectors: the items.
         cosine: cos θ, the cosine of near-duplicates; below 0 it counts as 0.
+        all_pairs: all items are one cluster.
         fit: k-means, as `spherical_means`.
         seed: of the items drawn for k-means, and of k-means.
         engine: as of `scan`, like `address`.
     """
     rows = vectors.rows
+    if all_pairs:
+        return Clusters(
+            centroids=np.zeros((1, vectors.width), np.float32),
+            numbers=np.zeros(len(rows), np.int32),
+            visits=np.empty((len(rows), 0), np.int32),
+            complete=1.0,
+        )
     num_clusters = round(2 * math.sqrt(len(rows)))
     drawn = np.sort(np.random.default_rng(seed).permutation(rows)[: _TRAINING_PER_CLUSTER * num_clusters])
     training_SP = copy.copy(vectors).read(drawn)  # a copy, so that its maps of the whole feature are freed
@@ -114,12 +123,8 @@ def find_clusters(
         items_B = np.searchsorted(rows, rows_B)
         numbers_N[items_B], visits_NV[items_B] = assigned
         num_complete += int(is_complete_B.sum())
-    return Clusters(
-        centroids=centroids_KP,
-        numbers=numbers_N,
-        visits=visits_NV,
-        complete=num_complete / len(rows),
-    )
+    complete = num_complete / len(rows)
+    return Clusters(centroids=centroids_KP, numbers=numbers_N, visits=visits_NV, complete=complete)
 
 
 def _assign(
@@ -174,26 +179,21 @@ class CosineTile:
 
 @dataclass(frozen=True, kw_only=True)
 class Arranged:
-    """N vectors in a scratch file, cluster by cluster. Without clusters, all are one, and all pairs are compared."""
+    """N vectors in a scratch file, cluster by cluster."""
 
-    matrix: Array  # (N, P) float32, or float16 in clusters
+    matrix: Array  # (N, P) float16, or float32 if all are in one cluster
     items: Ints  # (N,) item at each position, in the order of the rows within a cluster
     positions: Ints  # (N,) position of each item
     starts: Ints  # (K + 1,) position where each cluster begins
     visitors: Array  # items, by the cluster that they visit
     visitor_starts: Ints  # (K + 1,) where in `visitors` each cluster's begin
-    clusters: Clusters | None
+    clusters: Clusters
     unit: str  # what the items are
 
     @property
     def num_clusters(self) -> int:
         """Number of clusters; 1 if all pairs are compared."""
-        return len(self.starts) - 1
-
-    @property
-    def complete(self) -> float:
-        """Fraction of items that are compared with every item that may be near; 1 means that no pair is missing."""
-        return 1.0 if self.clusters is None else self.clusters.complete
+        return len(self.clusters.centroids)
 
     def read(self, positions: Ints | slice) -> Floats:
         """Return the vectors at some positions."""
@@ -229,20 +229,16 @@ class Arranged:
     def tiles_with(self, others_BP: Floats, products: Products = dot_products) -> Iterator[CosineTile]:
         """Iterate over the cosines of the items of each cluster and its visitors to the others that are nearest to it.
 
-        The others, of length 1, are numbered from 0. Without clusters, all items are compared with all others.
+        The others, of length 1, are numbered from 0.
         """
-        if self.clusters is None:
-            clusters_B = np.zeros(len(others_BP), np.int64)
-        else:
-            centroids_KP = self.clusters.centroids
-            nearest = [products(others_BP[tile], centroids_KP).argmax(axis=1) for tile in blocks(len(others_BP), BLOCK)]
-            clusters_B = np.concatenate(nearest)
+        centroids_KP = self.clusters.centroids
+        nearest = [products(others_BP[tile], centroids_KP).argmax(axis=1) for tile in blocks(len(others_BP), BLOCK)]
+        clusters_B = np.concatenate(nearest)
         order_B = np.argsort(clusters_B, kind="stable")
         other_starts = np.searchsorted(clusters_B[order_B], np.arange(self.num_clusters + 1))
         for cluster in np.flatnonzero(np.diff(other_starts)).tolist():
-            items = np.concatenate(
-                [self.items[self.starts[cluster] : self.starts[cluster + 1]], self._visitors(cluster)]
-            )
+            members = self.items[self.starts[cluster] : self.starts[cluster + 1]]
+            items = np.concatenate([members, self._visitors(cluster)])
             others = order_B[other_starts[cluster] : other_starts[cluster + 1]]
             for block in blocks(len(items), BLOCK):
                 left_BP = self.read(self.positions[items[block]])
@@ -253,29 +249,28 @@ class Arranged:
 
 @contextmanager
 def arrange(
-    vectors: StoredVectors, clusters: Clusters | None, *, scratch: Path | str | None = None, progress: Progress
+    vectors: StoredVectors, clusters: Clusters, *, scratch: Path | str | None = None, progress: Progress
 ) -> Iterator[Arranged]:
     """Write vectors to a scratch file in the order in which they are compared.
 
-    Scratch space: `4 N P` bytes, or with clusters `2 N P` in float16, whose rounding changes a cosine by 1e-5. Memory:
-    pages of the scratch file, which the system may drop, and about 40 bytes per item and 6 per visit.
+    Scratch space: `4 N P` bytes, or with several clusters `2 N P` in float16, whose rounding changes a cosine by 1e-5.
+    Memory: pages of the scratch file, which the system may drop, and about 40 bytes per item and 6 per visit.
 
     Args:
         vectors: the items.
-        clusters: their clusters; None: all pairs are compared.
+        clusters: their clusters.
         scratch: folder of the scratch file; None: the system's for temporary files.
 
     Raises:
         PathError, DiskFullError: as of `scratch_matrix`.
     """
     count = len(vectors.rows)
-    num_clusters = 1 if clusters is None else len(clusters.centroids)
-    numbers_N = np.zeros(count, np.int32) if clusters is None else clusters.numbers
-    items = np.argsort(numbers_N, kind="stable")
+    num_clusters = len(clusters.centroids)
+    items = np.argsort(clusters.numbers, kind="stable")
     positions = np.empty(count, np.int64)
     positions[items] = np.arange(count)
     visitors, visitor_starts = _sort_visits(clusters)
-    dtype = np.float32 if clusters is None else np.float16
+    dtype = np.float32 if num_clusters == 1 else np.float16
     with scratch_matrix(scratch, (count, vectors.width), dtype) as matrix_NP:
         progress.start(f"sorting {vectors.unit}", count, "items")
         for chunk in range(vectors.num_chunks):
@@ -287,7 +282,7 @@ def arrange(
             matrix=matrix_NP,
             items=items,
             positions=positions,
-            starts=np.concatenate([[0], np.cumsum(np.bincount(numbers_N, minlength=num_clusters))]),
+            starts=np.concatenate([[0], np.cumsum(np.bincount(clusters.numbers, minlength=num_clusters))]),
             visitors=visitors,
             visitor_starts=visitor_starts,
             clusters=clusters,
@@ -295,18 +290,14 @@ def arrange(
         )
 
 
-def _sort_visits(clusters: Clusters | None) -> tuple[Array, Array]:
+def _sort_visits(clusters: Clusters) -> tuple[Array, Array]:
     """Sort items by the cluster that they visit: (V,) int32, and where each cluster's begin."""
-    if clusters is None:
-        return np.empty(0, np.int32), np.zeros(2, np.int64)
     num_items, num_visits = clusters.visits.shape
-    starts = np.arange(num_items + 1) * num_visits
     visited = clusters.visits.ravel()
-    matrix = scipy.sparse.csr_array(
-        (np.ones(len(visited), bool), visited, starts), shape=(num_items, len(clusters.centroids) + 1)
-    )
-    by_cluster = matrix.tocsc()
-    return by_cluster.indices, by_cluster.indptr  # the last column is that of no cluster
+    by_item = (np.ones(len(visited), bool), visited, np.arange(num_items + 1) * num_visits)
+    shape = (num_items, len(clusters.centroids) + 1)  # the last column is that of no cluster
+    by_cluster = scipy.sparse.csr_array(by_item, shape=shape).tocsc()
+    return by_cluster.indices, by_cluster.indptr
 
 
 @contextmanager

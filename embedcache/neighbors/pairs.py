@@ -184,7 +184,7 @@ def measure_recall(
         is_found: returns which pairs of items, two (M,) of item numbers, were found.
         seed: of the drawn items.
     """
-    if arranged.clusters is None:
+    if arranged.num_clusters == 1:
         return None
     probes = draw_probes(np.arange(len(arranged.items)), seed)
     probes_QP = arranged.read(probes)
@@ -204,7 +204,7 @@ def measure_recall(
 
 def measure_neighbor_recall(arranged: Arranged, best: KBest, *, seed: int, progress: Progress) -> Recall | None:
     """Compare random items with all, and count how many of their nearest neighbors were found, or ones as near."""
-    if arranged.clusters is None:
+    if arranged.num_clusters == 1:
         return None
     probes = draw_probes(np.arange(len(arranged.items)), seed)
     title = f"measuring the recall of {arranged.unit}"

@@ -1,6 +1,5 @@
 """Clusters of near vectors: k-means, which clusters an item visits, what is compared, and the scratch file."""
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,7 +70,7 @@ def test_visits_are_the_nearest_borders_within_reach(
     vectors: Floats = np.stack([np.cos(items), np.sin(items)], axis=1).astype(np.float32)
     monkeypatch.setattr(module, "MAX_VISITS", num_visits)
     found = find_clusters(
-        stored(vectors), float(np.cos(np.deg2rad(degrees))), lambda *_, **__: centroids, seed=0, progress=PROGRESS
+        stored(vectors), float(np.cos(np.deg2rad(degrees))), fit=lambda *_, **__: centroids, progress=PROGRESS
     )
     assert found.numbers.tolist() == [0, 0, 0, 1]
     assert found.visits.tolist() == [row[: found.visits.shape[1]] for row in visits]
@@ -85,19 +84,19 @@ def test_some_items_are_drawn_for_k_means() -> None:
         drawn.extend((len(vectors_SP), num_clusters))
         return vectors_SP[:num_clusters]
 
-    find_clusters(stored(made_vectors(10_000, 0, width=2)), 0.9, fit, seed=0, progress=PROGRESS)
-    find_clusters(stored(made_vectors(1, 0)), 0.9, fit, seed=0, progress=PROGRESS)
+    find_clusters(stored(made_vectors(10_000, 0, width=2)), 0.9, fit=fit, progress=PROGRESS)
+    find_clusters(stored(made_vectors(1, 0)), 0.9, fit=fit, progress=PROGRESS)
     assert drawn == [40 * 200, 200, 1, 1]
 
 
 @pytest.mark.slow
-@given(st.integers(1, 30), st.integers(1, 6), st.integers(0, 999), st.integers(1, 5), st.booleans())
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(0, 999), st.integers(1, 5))
 def test_tiles_hold_each_pair_of_a_cluster_and_of_its_visitors_once(
-    count: int, num: int, seed: int, block: int, is_exact: bool
+    count: int, num: int, seed: int, block: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    numbers = np.zeros(count, np.int32) if is_exact else rng.integers(num, size=count).astype(np.int32)
-    is_visited = (rng.random((count, num)) < 0.3) & (numbers[:, None] != np.arange(num)) & (not is_exact)
+    numbers = rng.integers(num, size=count).astype(np.int32)
+    is_visited = (rng.random((count, num)) < 0.3) & (numbers[:, None] != np.arange(num))
     vectors, others = (normalize(rng.standard_normal((size, 3))) for size in (count, 7))
     clusters = Clusters(
         centroids=normalize(rng.standard_normal((num, 3))),
@@ -107,10 +106,10 @@ def test_tiles_hold_each_pair_of_a_cluster_and_of_its_visitors_once(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", block)
-        with arrange(stored(vectors), None if is_exact else clusters, progress=PROGRESS) as arranged:
+        with arrange(stored(vectors), clusters, progress=PROGRESS) as arranged:
             tiles = list(arranged.tiles(PROGRESS))
             across = list(arranged.tiles_with(others))
-        assert (arranged.num_clusters, arranged.complete) == ((1, 1) if is_exact else (num, 0.5))
+        assert arranged.num_clusters == num
 
     found: list[tuple[int, int]] = []
     for tile in tiles:
@@ -123,7 +122,7 @@ def test_tiles_hold_each_pair_of_a_cluster_and_of_its_visitors_once(
     visiting = [(a, b) for a in range(count) for b in range(count) if is_visited[a, numbers[b]]]
     assert sorted((min(pair), max(pair)) for pair in found) == sorted((min(p), max(p)) for p in within + visiting)
 
-    nearest: Ints = np.zeros(7, np.int64) if is_exact else (others @ clusters.centroids.T).argmax(axis=1)
+    nearest: Ints = (others @ clusters.centroids.T).argmax(axis=1)
     for tile in across:
         np.testing.assert_allclose(tile.cosines, vectors[tile.left] @ others[tile.right].T, atol=5e-3)
     assert sorted((int(a), int(b)) for tile in across for a in tile.left for b in tile.right) == [
@@ -131,14 +130,13 @@ def test_tiles_hold_each_pair_of_a_cluster_and_of_its_visitors_once(
     ]
 
 
-def test_vectors_are_rounded_only_in_clusters() -> None:
-    vectors = made_vectors(20, 1)
-    clusters = find_clusters(stored(vectors), 0.9, seed=0, progress=PROGRESS)
-    for given_clusters, dtype in ((None, np.float32), (clusters, np.float16)):
-        with arrange(stored(vectors), given_clusters, progress=PROGRESS) as arranged:
-            expected = stored(vectors).read(np.arange(20)).astype(dtype)
-            assert np.array_equal(arranged.read(arranged.positions), expected)
-    assert replace(clusters, complete=0.25).complete == 0.25
+@pytest.mark.parametrize(("all_pairs", "dtype"), [(True, np.float32), (False, np.float16)])
+def test_vectors_are_rounded_only_in_clusters(all_pairs: bool, dtype: type[np.floating]) -> None:
+    vectors = stored(made_vectors(20, 1))
+    clusters = find_clusters(vectors, 0.9, all_pairs=all_pairs, progress=PROGRESS)
+    with arrange(vectors, clusters, progress=PROGRESS) as arranged:
+        assert np.array_equal(arranged.read(arranged.positions), vectors.read(np.arange(20)).astype(dtype))
+    assert (clusters.complete, len(clusters.centroids)) == (1, 1 if all_pairs else 9)
 
 
 @pytest.mark.parametrize(

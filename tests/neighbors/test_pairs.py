@@ -144,5 +144,6 @@ def test_recall_leaves_out_pairs_at_the_limit(limit: float, num_pairs: int) -> N
     assert recall is not None
     assert (recall.num_items, recall.num_pairs, recall.num_found) == (2, num_pairs, num_pairs)
     assert recall.to_json()["value"] == (1 if num_pairs else None)
-    with arrange(stored(vectors), None, progress=PROGRESS) as arranged:
+    found = find_clusters(stored(vectors), limit, all_pairs=True, progress=PROGRESS)
+    with arrange(stored(vectors), found, progress=PROGRESS) as arranged:
         assert measure_recall(arranged, limit, lambda one, _: one >= 0, seed=0, progress=PROGRESS) is None
