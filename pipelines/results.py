@@ -252,7 +252,7 @@ class Part(NamedTuple):
 
 
 def write_pages(
-    path: Path, title: str, parts: Sequence[Part], *, notes: Sequence[str], summary: str, credit: str = ""
+    path: Path, title: str, parts: Sequence[Part], *, notes: Sequence[str], summary: str = "", credit: str = ""
 ) -> None:
     """Write a page as HTML and as Markdown.
 

@@ -106,10 +106,9 @@ def run_scenario(
     }
     scenario = Scenario(sources, caches[domains.target], runs / "-".join(domains), seed=seed, epochs=epochs)
     switches = {"switch": Adaptation(), **(ablations or {})}
-    found, labels = scenario.adapt_all(switches, baselines=ablations is None)
+    found = scenario.adapt_all(switches, baselines=ablations is None)
     counts = {method: scenario.evaluate(run) for method, run in found.items()}
-    quality = {method: scenario.quality(feature) for method, feature in labels.items()}
-    result = Result(scenario=name, world=world, seed=seed, gaps=scenario.gaps, counts=counts, labels=quality)
+    result = Result(scenario=name, world=world, seed=seed, gaps=scenario.gaps, counts=counts)
     result.write(path, settings)
     return result
 

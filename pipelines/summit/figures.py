@@ -10,7 +10,6 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from embedcache.arrays import Array, Floats, Ints
-from embedcache.errors import DataError
 from embedcache.reports.base import INK, legend_name, open_axes
 from pipelines.summit.metrics import IGNORED
 
@@ -38,13 +37,7 @@ class FrameRow:
 
 
 def draw_frames(rows: Sequence[FrameRow], class_names: Sequence[str], *, width: float = 13.0) -> Figure:
-    """Draw frames, one per row; return the figure. The panels of all rows have the same names.
-
-    Raises:
-        DataError: there are more classes than colors, nine.
-    """
-    if len(class_names) > len(CLASS_COLORS):
-        raise DataError(f"expected at most {len(CLASS_COLORS)} classes, one per color, got {len(class_names)}")
+    """Draw frames, one per row; return the figure. The panels of all rows have the same names."""
     names = list(rows[0].panels)
     height_px, width_px = rows[0].image.shape[:2]
     panel_width = width / (len(names) + 1)

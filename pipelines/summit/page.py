@@ -6,44 +6,25 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.files import replacing, write_atomic
 from embedcache.projectors.modules import load_module
-from embedcache.reports.base import Section, svg, write_report
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from pipelines.common import markdown_table
+from pipelines.results import Part
+from pipelines.results import write_pages as write_parts
 from pipelines.summit.figures import FrameRow, draw_frames
 from pipelines.summit.metrics import predict_together
 from pipelines.summit.networks import PointNetworks, predict_points
-from pipelines.summit.results import (
-    BOTH,
-    Result,
-    interval_table,
-    label_table,
-    scenario_table,
-    summary_table,
-)
-from pipelines.summit.steps import FEATURES, ORACLE, SOURCE, Domains, read_points, rows_of
+from pipelines.summit.results import BOTH, Result, scenario_table, summary_table
+from pipelines.summit.steps import FEATURES, ORACLE, SOURCE, Adaptation, Domains, read_points, rows_of
 from pipelines.worlds.street import KIND, StreetSource
 from pipelines.worlds.street_scene import CLASSES, DOMAINS
 
 TITLE = "Adaptation of unimodal models to a multimodal target"
 _FEWEST = [SOURCE, "switch", ORACLE]
 NOTES = (
-    "Two models are trained on unpaired data of single modalities, then adapted to an unlabeled target in which images "
-    "and point clouds are paired; the source data are out of reach. The method is SUMMIT (ICCV 2023), with heads and "
-    "norm statistics on cached features instead of whole networks. Nothing here estimates its published figures.",
-    "The data are a synthetic street, ray-cast: no real lidar with labels is in any package. Image features are real: "
-    "EfficientNet-Lite0 with ImageNet weights, blocks 1, 3, 5 and 11 at 448 x 224 pixels, interpolated at the points. "
-    "Features of points are the eigenvalues of their neighborhoods, not learned. Labels of source images are those of "
-    "their lidar points; source point clouds are other frames, without images.",
     "mIoU in percent, over seven classes, of the test frames of a domain: 2D / 3D / 2D+3D, the sum of both "
-    "probabilities. AF: labels on which both agree. EW: probabilities weighted by certainty; HT: labels recovered by a "
-    "hypothesis test. certain: each modality's own certain labels. norm statistics: those of the target, no labels. "
-    "switch: only a modality whose own gap exceeds 0.3 is adapted: norm statistics, then EW weighted by the gap, + HT, "
-    "then the entropy of the predictions is scaled back. oracle: the true labels of the same frames. The switch is "
-    "ours; the code of the paper has none. The oracle learns from more labeled frames than the source models, so "
-    "it is above them even where there is no gap. Produced by `python -m pipelines.summit`.",
+    "probabilities. The data are a synthetic street: nothing here estimates published figures. What is compared, and "
+    "what each method is: `pipelines/summit/RESULTS.md`.",
 )
 
 
@@ -56,7 +37,7 @@ def write_pages(
     *,
     unlike: Sequence[str],
 ) -> None:
-    """Write `summit.html`, and `summit.md` with `summit.jpg`, into the folder.
+    """Write `summit.html`, and `summit.md` with its figure, into the folder.
 
     Args:
         folder: folder of the pages, with the caches and runs below it.
@@ -67,30 +48,6 @@ def write_pages(
         unlike: scenarios of `results` with shifts that chose no setting.
     """
     chosen = [result for result in results if result.scenario not in unlike]
-    sections = _sections(results, ablated, methods, unlike)
-    figure = _frames(folder, results, scenarios)
-    summary = switch_line(chosen or results)
-    frames = Section(title="Frames", notes=["The first test frame of each scenario that moves."], figures=[svg(figure)])
-    write_report(
-        folder / "summit.html",
-        title=TITLE,
-        summary=summary,
-        sections=[Section(title="What is compared", notes=NOTES), frames, *sections],
-    )
-    blocks = [f"# {TITLE}", *NOTES, summary, f"![{TITLE}](summit.jpg)"]
-    for section in sections:
-        blocks += [f"## {section.title}", *section.notes]
-        blocks += [] if section.table is None else [markdown_table(*section.table)]
-    with replacing(folder / "summit.jpg") as temporary:
-        figure.savefig(temporary, format="jpg", dpi=110, pil_kwargs={"quality": 80})  # an SVG of photographs is 2 MB
-    write_atomic(folder / "summit.md", ("\n\n".join(blocks) + "\n").encode())
-
-
-def _sections(
-    results: Sequence[Result], ablated: Sequence[Result], methods: Sequence[str], unlike: Sequence[str]
-) -> list[Section]:
-    """Return the sections with tables; arguments are those of `write_pages`."""
-    chosen = [result for result in results if result.scenario not in unlike]
     others = [result for result in results if result.scenario in unlike]
     worlds, seeds = ({getattr(result, name) for result in results} for name in ("world", "seed"))
     num_frames = {len(result.counts[SOURCE][BOTH]) for result in results}
@@ -98,25 +55,24 @@ def _sections(
         f"worlds {_joined(worlds)}, seeds {_joined(seeds)}, {_joined(num_frames)} test frames per domain; "
         "settings were chosen on worlds 10 and 11"
     )
-    sections = [Section(title="All scenarios but fog and roof", notes=[runs], table=summary_table(chosen, methods))]
+    first = "The first test frame of each scenario that moves."
+    parts = [
+        Part("Frames", [first], figure=_frames(folder, results, scenarios), name="frames"),
+        Part("All scenarios but fog and roof", [runs], summary_table(chosen, methods)),
+    ]
     if others:
-        sections.append(
-            Section(title="Shifts unlike those for choosing", notes=[runs], table=summary_table(others, methods))
-        )
-    note = "2D / 3D / 2D+3D, means over worlds and seeds."
-    sections.append(Section(title="Each scenario", notes=[note], table=scenario_table(results, methods)))
-    note = "Fraction of points with a label, and of those that are right."
-    sections.append(Section(title="Pseudo-labels", notes=[note], table=label_table(results)))
-    parts = [result for result in ablated if len(result.counts) > len(_FEWEST)]
-    if parts:
+        parts.append(Part("Shifts unlike those for choosing", [runs], summary_table(others, methods)))
+    means = "2D / 3D / 2D+3D, means over worlds and seeds."
+    parts.append(Part("Each scenario", [means], scenario_table(results, methods)))
+    switched = [result for result in ablated if len(result.counts) > len(_FEWEST)]
+    if switched:
         note = "The switch with one part off, in the scenarios in which it moves; one world and seed."
-        sections.append(Section(title="Ablations", notes=[note], table=scenario_table(parts, list(parts[0].counts))))
+        parts.append(Part("Ablations", [note], scenario_table(switched, list(switched[0].counts))))
     noises = [result for result in ablated if len(result.counts) <= len(_FEWEST)]
     if noises:
         note = "Points are projected with a wrong orientation, drawn per frame; 0 leaves the data as they are."
-        sections.append(Section(title="Calibration noise", notes=[note], table=scenario_table(noises, _FEWEST)))
-    note = "2D+3D with 95% intervals over test frames."
-    return [*sections, Section(title="Intervals", notes=[note], table=interval_table(results, "switch"))]
+        parts.append(Part("Calibration noise", [note], scenario_table(noises, _FEWEST)))
+    write_parts(folder / "summit", TITLE, parts, notes=NOTES, summary=switch_line(chosen or results))
 
 
 def switch_line(results: Sequence[Result]) -> str:
@@ -134,7 +90,7 @@ def switch_line(results: Sequence[Result]) -> str:
 def _frames(folder: Path, results: Sequence[Result], scenarios: Mapping[str, Domains]) -> Any:
     """Draw the first test frame of scenarios in which the switch moved, else of all."""
     first = [result for result in results if (result.world, result.seed) == (results[0].world, results[0].seed)]
-    shown = [result for result in first if "switch" in result.labels] or first
+    shown = [result for result in first if max(result.gaps.values()) > Adaptation.threshold] or first
     rows = []
     for result in shown[:5]:
         domains, world = scenarios[result.scenario], folder / f"world{result.world}"

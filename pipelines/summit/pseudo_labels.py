@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints
-from embedcache.errors import DataError
 from pipelines.summit.metrics import IGNORED
 
 _NUM_BINS = 1000
@@ -38,17 +37,9 @@ class CertaintyThresholds:
         self._cap = cap
 
     def add(self, prob_NC: Floats) -> "CertaintyThresholds":
-        """Count the probabilities of some points, (N, C); return this object.
-
-        Raises:
-            DataError: another number of classes, or a value that is not a probability.
-        """
+        """Count the probabilities of some points, (N, C); return this object."""
         num_classes = len(self._counts_CH)
-        if prob_NC.ndim != 2 or prob_NC.shape[1] != num_classes:
-            raise DataError(f"expected probabilities of {num_classes} classes per point, got shape {prob_NC.shape}")
         predicted_N, value_N = prob_NC.argmax(axis=1), prob_NC.max(axis=1)
-        if len(value_N) and not (value_N.min() >= 0 and value_N.max() <= 1 + 1e-3):  # false for NaN
-            raise DataError(f"expected probabilities from 0 to 1, got {value_N.min()} to {value_N.max()}")
         bin_N = np.minimum(np.searchsorted(_EDGES, value_N, side="right") - 1, _NUM_BINS - 1)
         flat = np.bincount(predicted_N * _NUM_BINS + bin_N, minlength=num_classes * _NUM_BINS)
         self._counts_CH += flat.reshape(num_classes, _NUM_BINS)
@@ -176,8 +167,6 @@ def recover_labels(labels_N: Ints, first: ModalityPredictions, second: ModalityP
         second: the other modality.
         k: k near 0 rejects nothing, a large k rejects everything; both recover nothing.
     """
-    if k <= 0:
-        raise DataError(f"k: expected a number above 0, got {k}")
     is_open_N = (labels_N == IGNORED) & (first.predicted_N != second.predicted_N)
     for modality in (first, second):
         count_C = modality.gaussians.count_C
@@ -197,20 +186,3 @@ def _is_rejected(modality: ModalityPredictions, rows: Ints, own: Ints, other: In
     own_M, other_M = (modality.gaussians.log_density(features_MD, classes) for classes in (own, other))
     is_rejected_M: Bools = own_M <= np.log(k) + other_M
     return is_rejected_M
-
-
-class LabelQuality(NamedTuple):
-    """How many points have a pseudo-label, and how many of these are right; for reports only, as it needs the truth."""
-
-    coverage: float
-    accuracy: float
-
-
-def label_quality(labels_N: Ints, truth_N: Ints) -> LabelQuality:
-    """Compare pseudo-labels with the truth, over points whose true class is known; NaN without any."""
-    is_known_N = truth_N != IGNORED
-    is_kept_N = is_known_N & (labels_N != IGNORED)
-    num_known, num_kept = int(is_known_N.sum()), int(is_kept_N.sum())
-    num_right = int((labels_N[is_kept_N] == truth_N[is_kept_N]).sum())
-    nan = float("nan")
-    return LabelQuality(num_kept / num_known if num_known else nan, num_right / num_kept if num_kept else nan)

@@ -1,4 +1,4 @@
-"""Results of adaptation as tables: per scenario, over all scenarios, and of the pseudo-labels."""
+"""Results of adaptation as tables: per scenario, and over all scenarios."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from embedcache.arrays import Ints
 from embedcache.provenance import construct
 from embedcache.reports.base import Table
 from pipelines.results import read_step, write_step
-from pipelines.summit.metrics import bootstrap_iou_difference, bootstrap_mean_iou, mean_iou
+from pipelines.summit.metrics import bootstrap_iou_difference, mean_iou
 from pipelines.summit.steps import ORACLE, SOURCE, VIEWS
 
 BOTH = "2D+3D"
@@ -28,7 +28,6 @@ class Result:
     Args:
         gaps: modality -> gap.
         counts: method -> view -> (G, C, C) confusion counts per test frame.
-        labels: method -> coverage and accuracy of its pseudo-labels.
     """
 
     scenario: str
@@ -36,7 +35,6 @@ class Result:
     seed: int
     gaps: Mapping[str, float]
     counts: Mapping[str, Mapping[str, Ints]]
-    labels: Mapping[str, Sequence[float]]
 
     def write(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Write the result with the settings that it was computed with."""
@@ -68,10 +66,6 @@ class Result:
         ious = " / ".join(f"{100 * self.iou(SOURCE, view):.1f} to {100 * self.iou(method, view):.1f}" for view in VIEWS)
         return f"{self.scenario}: gaps {gaps}; 2D / 3D / 2D+3D from {ious}"
 
-    def is_below_best(self, method: str) -> bool:
-        """Return whether 2D+3D is lower by more than 0.5 points than the best of the source models' 2D, 3D, 2D+3D."""
-        return self.iou(method) < max(self.iou(SOURCE, view) for view in VIEWS) - _MARGIN
-
     def is_harmed(self, method: str, view: str) -> bool:
         """Return whether the mean IoU is lower by more than 0.5 points, beyond the interval over frames."""
         counts = self.counts[method][view], self.counts[SOURCE][view]
@@ -88,7 +82,6 @@ def summary_table(results: Sequence[Result], methods: Iterable[str]) -> Table:
         "worse by > 0.5",
         "any view worse",
         "beyond interval",
-        "below best source",
         "to oracle",
     ]
     distance = sum(result.gain(ORACLE) for result in results)
@@ -106,7 +99,6 @@ def summary_table(results: Sequence[Result], methods: Iterable[str]) -> Table:
             f"{(gains < -_MARGIN).sum()} of {len(gains)}",
             f"{num_worse} of {len(views)}",
             f"{num_harmed} of {len(views)}",
-            f"{sum(result.is_below_best(method) for result in results)} of {len(gains)}",
             f"{gains.sum() / distance:.0%}" if distance else "",
         ])  # fmt: skip
     return columns, rows
@@ -124,33 +116,6 @@ def scenario_table(results: Sequence[Result], methods: Sequence[str]) -> Table:
         ]
         rows.append([scenario, " / ".join(f"{gap:.2f}" for gap in gaps), *cells])
     return ["", "gap 2D / 3D", *(_SHORT.get(method, method) for method in methods)], rows
-
-
-def interval_table(results: Sequence[Result], method: str) -> Table:
-    """Return 2D+3D of the source models and of a method with 95% intervals over frames, for each result."""
-    rows = []
-    for result in results:
-        estimates = [bootstrap_mean_iou(result.counts[name][BOTH]) for name in (SOURCE, method)]
-        change = bootstrap_iou_difference(result.counts[method][BOTH], result.counts[SOURCE][BOTH])
-        cells = [f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]" for e in estimates]
-        change_text = f"{100 * change.value:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
-        rows.append([result.scenario, f"{result.world}, {result.seed}", *cells, change_text])
-    return ["", "world, seed", SOURCE, method, "change"], rows
-
-
-def label_table(results: Sequence[Result]) -> Table:
-    """Return coverage and accuracy of each method's pseudo-labels per scenario, means over worlds and seeds."""
-    methods = list(dict.fromkeys(name for result in results for name in result.labels))
-    rows = []
-    for scenario in dict.fromkeys(result.scenario for result in results):
-        own = [result for result in results if result.scenario == scenario]
-        cells = []
-        for method in methods:
-            found = [result.labels[method] for result in own if method in result.labels]
-            coverage, accuracy = np.nanmean(found, axis=0) if found else (np.nan, np.nan)
-            cells.append(f"{coverage:.0%}, {accuracy:.1%}" if found else "none")
-        rows.append([scenario, *cells])
-    return ["coverage, accuracy", *methods], rows
 
 
 def _points(fraction: float | np.floating[Any]) -> str:

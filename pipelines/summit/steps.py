@@ -26,7 +26,7 @@ from embedcache.train.settings import FitSettings
 from pipelines.summit.encoders import FIELDS, GEOMETRY
 from pipelines.summit.metrics import count_frames, predict_together
 from pipelines.summit.networks import PointNetworks, norm_gaps, predict_points
-from pipelines.summit.pseudo_labels import LabelQuality, entropy, label_quality
+from pipelines.summit.pseudo_labels import entropy
 from pipelines.summit.rules import AGREE, CERTAIN, LIFT, RECOVER, WEIGHT_BY_ENTROPY, lift_parameters
 from pipelines.summit.training import (
     PointData,
@@ -231,10 +231,6 @@ class Scenario:
         values = Cache(self.cache).feature("points", feature).gather_tokens(rows_of(self.cache, "target"))
         return np.concatenate(values)[:, 0].astype(np.int64)
 
-    def quality(self, feature: str) -> LabelQuality:
-        """Return coverage and accuracy of pseudo-labels; for reports only."""
-        return label_quality(self.read_labels(feature), self.target.labels_N)
-
     def train(
         self,
         name: str,
@@ -265,11 +261,11 @@ class Scenario:
         )
         return self.folder / name
 
-    def switch(self, name: str, options: Adaptation) -> tuple[Path, str | None]:
-        """Adapt the modalities whose gap exceeds the threshold; return the run and the labels' feature, if any."""
+    def switch(self, name: str, options: Adaptation) -> Path:
+        """Adapt the modalities whose gap exceeds the threshold; return the run."""
         moved = [m for m in FEATURES if self.gaps[m] > options.threshold]
         if not moved:
-            return self.sources, None
+            return self.sources
         start = self.sources
         if options.norms_first:
             start = self.adapt_norms(dict.fromkeys(FEATURES, self.sources), moved, f"norms-{'-'.join(moved)}")
@@ -278,51 +274,45 @@ class Scenario:
         labels = dict.fromkeys(moved, self.read_labels(feature))
         run = self.train(f"{name}-trained", start, labels, consistency=options.consistency, parts=options.parts)
         if not options.entropy_matched:
-            return run, feature
+            return run
         if not _is_matched(self.folder / name, run):
             before = {m: _predict(_load(start), m, self.target.features[m]) for m in moved}
             entropies = {m: float(entropy(prob_NC).mean()) for m, prob_NC in before.items()}
             save_matched_entropy(run, self.target.features, entropies, self.folder / name)
-        return self.folder / name, feature
+        return self.folder / name
 
-    def adapt_all(
-        self, switches: Mapping[str, Adaptation], *, baselines: bool = True
-    ) -> tuple[dict[str, Path], dict[str, str]]:
-        """Adapt with every method; return method -> run, and method -> feature of its pseudo-labels.
+    def adapt_all(self, switches: Mapping[str, Adaptation], *, baselines: bool = True) -> dict[str, Path]:
+        """Adapt with every method; return method -> run.
 
         Args:
             switches: name -> options of a switch.
             baselines: whether to adapt with the methods that the switch is compared with.
         """
-        runs, labels, start = {SOURCE: self.sources}, {}, dict.fromkeys(FEATURES, self.sources)
+        runs = {SOURCE: self.sources}
+        start = dict.fromkeys(FEATURES, self.sources)
         if baselines:
             for name, (rule, test_k) in FUSED.items():
-                labels[name] = self.labels(self.sources, rule=rule, test_k=test_k)["image"]
-                runs[name] = self.train(name, self.sources, dict.fromkeys(FEATURES, self.read_labels(labels[name])))
+                feature = self.labels(self.sources, rule=rule, test_k=test_k)["image"]
+                runs[name] = self.train(name, self.sources, dict.fromkeys(FEATURES, self.read_labels(feature)))
             own = self.labels(self.sources, rule=CERTAIN)
             runs["certain"] = self.train("certain", self.sources, {m: self.read_labels(own[m]) for m in own})
             by_gap = [m for m in FEATURES if self.gaps[m] > Adaptation.threshold]
             runs["norm statistics"] = self.adapt_norms(start, list(FEATURES), "norms")
             runs["norm statistics by the gap"] = self.adapt_norms(start, by_gap, "norms-by-gap")
         for name, options in switches.items():
-            runs[name], feature = self.switch(name.replace(" ", "-"), options)
-            labels |= {name: feature} if feature else {}
+            runs[name] = self.switch(name.replace(" ", "-"), options)
         runs[ORACLE] = self.train(ORACLE, self.sources, dict.fromkeys(FEATURES, self.target.labels_N))
-        return runs, labels
+        return runs
 
     def evaluate(self, run: Path) -> dict[str, Ints]:
         """Count the points of each test frame by true and predicted class: `2D`, `3D`, `2D+3D` -> (G, C, C)."""
-        predicted = self.predict(run)
-        return {
-            view: count_frames(self.test.labels_N, predicted_N, self.test.lengths_G, C)
-            for view, predicted_N in predicted.items()
-        }
-
-    def predict(self, run: Path) -> dict[str, Ints]:
-        """Return the predicted class of each point of the test frames: `2D`, `3D`, `2D+3D` -> (N,)."""
         module = _load(run)
         prob = {m: _predict(module, m, self.test.features[m]) for m in FEATURES}
-        return {view: predict_together(*(prob[m] for m in modalities)) for view, modalities in VIEWS.items()}
+        counts = {}
+        for view, modalities in VIEWS.items():
+            predicted_N = predict_together(*(prob[m] for m in modalities))
+            counts[view] = count_frames(self.test.labels_N, predicted_N, self.test.lengths_G, C)
+        return counts
 
     def _output(self, run: Path, output: str) -> str:
         name = self._name(run, output)

@@ -19,31 +19,6 @@ class TestGeometry(PointsEncoderContract):
         return GEOMETRY
 
 
-@pytest.mark.parametrize(
-    ("axes", "column", "other"),
-    [("x", LINEARITY, PLANARITY), ("xy", PLANARITY, SCATTERING), ("xyz", SCATTERING, LINEARITY)],
-)
-def test_lines_planes_and_volumes_are_told_apart(axes: str, column: int, other: int) -> None:
-    xyz = np.zeros((600, 3))
-    for axis in axes:
-        xyz[:, "xyz".index(axis)] = np.random.default_rng(ord(axis)).uniform(0, 1, 600)
-    features = eigen_features(xyz)[:, 16:24]  # of 40 points
-    mean = features.mean(axis=0)
-    assert mean[column] > 0.3
-    assert mean[column] > mean[other] + 0.1
-    sums = features[:, [LINEARITY, PLANARITY, SCATTERING]].sum(axis=1)
-    np.testing.assert_allclose(sums, 1, atol=1e-5)
-
-
-def test_ground_and_wall_differ_in_verticality() -> None:
-    rng = np.random.default_rng(0)
-    ground, wall = rng.uniform(0, 5, (2, 400, 3))
-    ground[:, 2] = 0
-    wall[:, 0] = 0
-    assert eigen_features(ground)[:, VERTICALITY].max() < 1e-6
-    assert eigen_features(wall)[:, VERTICALITY].min() > 1 - 1e-6
-
-
 def test_height_above_the_ground() -> None:
     """On a slope with a pole, the height of the pole's points is that above the ground near it."""
     grid = np.stack(np.meshgrid(np.arange(0, 40, 0.5), np.arange(0, 10, 0.5)), axis=-1).reshape(-1, 2)
@@ -71,12 +46,6 @@ def test_features_follow_their_definition() -> None:
             np.log10(np.sort(distances)[size - 1] + 1e-3), np.ptp(near[:, 2]), xyz[point, 2] - near[:, 2].mean(),
         ]  # fmt: skip
         np.testing.assert_allclose(features[number * 8 : number * 8 + 8], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_points_at_one_place_have_no_shape() -> None:
-    features = eigen_features(np.ones((50, 3)))
-    assert np.isfinite(features).all()
-    np.testing.assert_array_equal(features[:, [LINEARITY, PLANARITY, SCATTERING, VARIATION]], 0)
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from embedcache.errors import DataError
 from pipelines.summit.metrics import (
     bootstrap_iou_difference,
-    bootstrap_mean_iou,
     class_iou,
     count_frames,
     mean_iou,
-    predict_together,
 )
 
 NUM_CLASSES = 4
@@ -74,9 +71,6 @@ def test_difference_is_paired() -> None:
     same, difference = bootstrap_iou_difference(base, base), bootstrap_iou_difference(counts, base)
     assert (same.low, same.high) == (0, 0)
     assert 0 < difference.low < difference.value < difference.high
-    for other in (counts[::-1], counts[:-1]):
-        with pytest.raises(DataError, match="same frames"):
-            bootstrap_iou_difference(counts, other)
 
 
 @pytest.mark.slow
@@ -84,14 +78,6 @@ def test_frames_are_drawn_1000_times_from_seed_0() -> None:
     counts, base = random_frames(0, 9, 0.3), random_frames(0, 9, 0.2)
     drawn = np.random.default_rng(0).integers(9, size=(1000, 9))
     values = [[mean_iou(each[rows].sum(axis=0)) for each in (counts, base)] for rows in drawn]
-    found = bootstrap_mean_iou(counts)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile([own for own, _ in values], [0.025, 0.975])))
     found = bootstrap_iou_difference(counts, base)
     differences = [own - other for own, other in values]
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])))
-
-
-def test_predict_together_sums_probabilities() -> None:
-    first, second = np.array([[0.6, 0.4]], np.float16), np.array([[0.1, 0.9]], np.float16)
-    assert predict_together(first).tolist() == [0]
-    assert predict_together(first, second).tolist() == [1]

@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from pipelines.summit.networks import (
-    Moments,
     PointBatch,
     PointNetwork,
     PointNetworks,
@@ -81,19 +80,6 @@ def accuracy(network: PointNetwork, seed: int, shift: float = 0.0) -> float:
     return float((predict_points(network, features).prob_NC.argmax(axis=1) == labels).mean())
 
 
-def test_source_training_learns(source: PointNetwork) -> None:
-    assert accuracy(source, 5) > 0.9
-
-
-def test_points_do_not_depend_on_each_other_in_evaluation(source: PointNetwork) -> None:
-    features, _ = make_points(7)
-    whole, part = predict_points(source, features), predict_points(source, features[40:50])
-    assert part.prob_NC == pytest.approx(whole.prob_NC[40:50], abs=1e-6)
-    assert part.hidden_NP == pytest.approx(whole.hidden_NP[40:50], abs=1e-5)
-    none = predict_points(source, features[:0])
-    assert (none.prob_NC.shape, none.hidden_NP.shape) == ((0, whole.prob_NC.shape[1]), (0, whole.hidden_NP.shape[1]))
-
-
 def test_labeled_loss_matches_torch_and_ignores() -> None:
     logits, labels = torch.randn(20, C), torch.arange(20) % C
     weights = torch.tensor([1.0, 2.0, 3.0])
@@ -151,15 +137,6 @@ def test_entropy_is_scaled_without_changing_predictions(source: PointNetwork) ->
         assert np.array_equal(after.argmax(axis=1), before.argmax(axis=1))
 
 
-def test_moments_of_blocks_match_numpy() -> None:
-    rows = (np.random.default_rng(0).normal(size=(1000, 4)) + 1e4).astype(np.float32)
-    moments = Moments()
-    for start, stop in ((0, 1), (1, 1), (1, 700), (700, 1000)):
-        moments.add(rows[start:stop])
-    assert moments.mean == pytest.approx(rows.mean(axis=0, dtype=np.float64), rel=1e-12)
-    assert moments.variance == pytest.approx(rows.astype(np.float64).var(axis=0), rel=1e-9)
-
-
 def test_gap_grows_with_the_shift_and_counts_variances(source: PointNetwork) -> None:
     gaps = [norm_gaps(source, make_points(6, 4000, shift=shift)[0]) for shift in (0.0, 1.0, 3.0)]
     for layer in range(2):
@@ -196,10 +173,3 @@ def test_divergence_matches_torch() -> None:
     first, second = (Normal(torch.tensor(mean), torch.tensor(variance).sqrt()) for mean, variance in moments)
     expected = kl_divergence(first, second) + kl_divergence(second, first)
     np.testing.assert_allclose(symmetric_kl(*moments[0], *moments[1]), expected, rtol=1e-9)
-
-
-def test_gap_of_constant_channels() -> None:
-    zeros, ones = np.zeros(3), np.ones(3)
-    found = symmetric_kl(np.array([0.0, 0, 0]), np.array([0.0, 0, 1]), np.array([0.0, 1, 0]), np.array([0.0, 0, 0]))
-    assert found.tolist() == [0, np.inf, np.inf]
-    assert domain_gap(zeros, ones, zeros, np.array([1.0, 1, 0])) == 0  # one odd channel does not decide

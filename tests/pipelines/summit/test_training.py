@@ -16,14 +16,12 @@ from pipelines.summit.networks import RUN_KIND, PointNetworks
 from pipelines.summit.training import (
     PointData,
     SegmentationInputs,
-    SegmentationTask,
     mean_iou_of,
     save_adapted_norms,
     train_adaptation,
     train_source,
 )
-from tests.crash import call_together
-from tests.train.runs import interrupted_after, log_lines
+from tests.train.runs import interrupted_after
 
 C, WIDTHS = 3, {"image": 6, "points": 4}
 
@@ -133,27 +131,3 @@ def test_nan_feature_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
     data.features["image"][7, 0] = np.nan
     with pytest.raises(DataError, match="the feature of the points' image holds NaN or infinity"):
         train_source(data, data, tmp_path / "run", inputs("image"), settings(), num_classes=C)
-
-
-@pytest.mark.parametrize("consistency", [0.0, 0.1])
-def test_heads_are_equal_where_one_imitates_the_other(consistency: float) -> None:
-    torch.manual_seed(0)
-    data = make_data(3)
-    module = PointNetworks(widths={"image": WIDTHS["image"]}, num_classes=C)
-    task = SegmentationTask(module, data, {"image": data.labels_N}, settings(), consistency=consistency)
-    assert task.objective is task.objective
-    network = module["image"]
-    assert torch.equal(network.mimic_head.weight, network.head.weight) == bool(consistency)
-
-
-@pytest.mark.slow
-@pytest.mark.no_mutants
-def test_two_processes_train_a_source(tmp_path: Path) -> None:
-    call_together(2, train_points, str(tmp_path / "run"))
-    assert len(log_lines(tmp_path / "run")) == 2 * 5 + 3
-
-
-def train_points(path: str) -> None:
-    """Train a network of one modality, whose second head is not trained."""
-    data = make_data(10)
-    train_source(data, data, Path(path), inputs("image"), settings(epochs=2, batch_size=100), num_classes=C)
