@@ -16,11 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.errors import SettingError, SourceError
+from embedcache.errors import SettingError
 from embedcache.files import replacing
 from embedcache.samples import Source
-
-_COLUMNS = ("key", "text", "target")
 
 
 def make_examples(
@@ -38,43 +36,28 @@ def make_examples(
 
 def write_examples(path: Path, examples: pa.Table) -> None:
     """Write a table of examples as Parquet; the file appears complete or not at all."""
-    if tuple(examples.column_names[: len(_COLUMNS)]) != _COLUMNS:
-        raise SettingError(f"expected the columns {', '.join(_COLUMNS)} first, got {', '.join(examples.column_names)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         pq.write_table(examples, temporary)
 
 
-def caption_examples(source: Source, *, split: str | None = None) -> pa.Table:
-    """Return one example per caption of a source, of one split or of all, with its column `split`."""
+def caption_examples(source: Source) -> pa.Table:
+    """Return one example per caption of a source, with its column `split`."""
     rows = [
         (sample.key, text.text, str(sample.columns.get("split") or ""))
         for sample in source.samples()
-        if split is None or sample.columns.get("split") == split
         for text in sample.texts
     ]
     return _of_rows(rows)
 
 
-def label_examples(source: Source, names: Sequence[str] | None = None) -> pa.Table:
-    """Return one example per sample with a label, with its column `split`.
-
-    Args:
-        source: samples with the column `label`, a text, or a number if `names` are given.
-        names: text of each number.
-
-    Raises:
-        SourceError: a label has no name.
-    """
-    rows = []
-    for sample in source.samples():
-        label = sample.columns.get("label")
-        if label is None:
-            continue
-        if names is not None and not (isinstance(label, int) and 0 <= label < len(names)):
-            raise SourceError(f"{sample.key}: expected a label below {len(names)}, got {label!r}")
-        target = str(label) if names is None else names[int(label)]
-        rows.append((sample.key, target, str(sample.columns.get("split") or "")))
+def label_examples(source: Source) -> pa.Table:
+    """Return one example per sample of a source whose column `label` has a text, with its column `split`."""
+    rows = [
+        (sample.key, str(sample.columns["label"]), str(sample.columns.get("split") or ""))
+        for sample in source.samples()
+        if sample.columns.get("label") is not None
+    ]
     return _of_rows(rows)
 
 
@@ -90,14 +73,12 @@ def draw_examples(examples: pa.Table, count: int, *, seed: int, by: Sequence[str
         by: columns whose combinations are the strata.
 
     Raises:
-        SettingError: there are fewer examples than `count`, or no such column.
+        SettingError: there are fewer examples than `count`.
     """
     if not 0 < count <= len(examples):
         raise SettingError(f"expected 1 to {len(examples):,} examples to draw, got {count:,}")
     strata_N = np.zeros(len(examples), np.int64)
     for name in by:
-        if name not in examples.column_names:
-            raise SettingError(f"expected a column of {', '.join(examples.column_names)}, got {name!r}")
         codes = pc.dictionary_encode(examples[name].combine_chunks()).indices.fill_null(-1)
         strata_N = strata_N * (pc.max(codes).as_py() + 2) + codes.to_numpy(zero_copy_only=False) + 1
     rng = np.random.default_rng(seed)

@@ -71,7 +71,7 @@ class StreetSource:
                     )
 
     def read(self, item: FileItem) -> bytes:
-        """Compute the bytes of an image (PNG) or of points (NPZ with `xyz`, `uv`, `label` and `intensity`)."""
+        """Compute the bytes of an image (PNG) or of points (NPZ with `xyz`, `uv` and `label`)."""
         key, _, suffix = item.path.rpartition(".")
         domain_name = key.partition("/")[0]
         if domain_name not in DOMAINS or suffix not in {"png", "npz"}:

@@ -329,7 +329,7 @@ def hit_points(origin: Vector, rays: Floats, hits: Hits) -> Floats:
 
 
 def scan(lidar: Lidar, scene: Scene, camera: Camera, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Return the points that a lidar measures within the camera's image: `xyz`, `uv`, `label` and `intensity`."""
+    """Return the points that a lidar measures within the camera's image: `xyz`, `uv` and `label`."""
     origin = (-0.2, scene.lane, lidar.height)
     half = camera.fov / 2 + 3
     azimuth = np.radians(np.arange(-half, half, lidar.step)) + camera.yaw
@@ -338,7 +338,7 @@ def scan(lidar: Lidar, scene: Scene, camera: Camera, rng: np.random.Generator) -
     cos = np.cos(elevation)
     rays = np.stack([cos * np.cos(azimuth), cos * np.sin(azimuth), np.sin(elevation)], axis=2).astype(np.float32)
     hits = cast_rays(origin, rays, scene.solids, scene.ground)
-    xyz, cosine = hit_points(origin, rays, hits), -np.einsum("hwc,hwc->hw", rays, hits.normal)
+    xyz = hit_points(origin, rays, hits)
     labels = label_hits(scene, hits, xyz)
     rough = np.where(labels == _NUMBERS["vegetation"], 0.12, 0.0)
     errors = rng.normal(size=labels.shape) * (lidar.noise_m + rough) * np.where(hits.surface == RAISED, 0.4, 1)
@@ -347,11 +347,8 @@ def scan(lidar: Lidar, scene: Scene, camera: Camera, rng: np.random.Generator) -
     uv, depth = camera.project(xyz.reshape(-1, 3))
     is_inside = (depth > 0.5) & (uv >= 0).all(axis=1) & (uv < 1).all(axis=1)
     is_seen = is_inside & (labels.ravel() >= 0) & kept.ravel() & (hits.distance.ravel() < _FARTHEST_M)
-    brightness = np.array([0.25, 0.4, 0.5, 0.45, 0.6, 0.35, 0.7])[labels.ravel()]
-    intensity = brightness * np.clip(cosine.ravel(), 0, 1) * rng.uniform(0.7, 1.3, len(uv))
     return {
         "xyz": xyz.reshape(-1, 3)[is_seen].astype(np.float32),
         "uv": uv[is_seen].astype(np.float32),
         "label": labels.ravel()[is_seen].astype(np.int16),
-        "intensity": intensity[is_seen].astype(np.float32),
     }

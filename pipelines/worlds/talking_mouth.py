@@ -129,21 +129,6 @@ class Face:
     motion: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Damage:
-    """How lips disagree with the speech, as they do where phones were found by an aligner.
-
-    Args:
-        shift_s: seconds by which the lips are late; negative: early.
-        jitter_s: standard deviation of the boundaries between phones.
-        replace: fraction of phones, silence apart, that show the mouth shapes of another phone.
-    """
-
-    shift_s: float = 0.0
-    jitter_s: float = 0.0
-    replace: float = 0.0
-
-
 def espeak_phones(name: str) -> tuple[str, ...]:
     """Return the phones of CMU's dictionary for one of espeak-ng's, such as `'i@`; DataError if there are none."""
     phones = _ESPEAK.get(name.strip(_STRESS))
@@ -191,30 +176,14 @@ def draw_clip(
     num_frames: int,
     face: Face,
     rng: np.random.Generator,
-    damage: Damage | None = None,
     width: int = WIDTH,
 ) -> Array:
     """Draw a face that says `phones`: (T, H, W) uint8 at 25 frames per second, H = 2/3 W.
 
     The same arguments and generator state give the same frames. Frames of another width show the same face.
     """
-    targets_T6 = mouth_track(damaged(phones, damage, rng) if damage else phones, num_frames=num_frames, face=face)
+    targets_T6 = mouth_track(phones, num_frames=num_frames, face=face)
     return draw_mouths(targets_T6, face=face, rng=rng, width=width)
-
-
-def damaged(phones: Sequence[Phone], damage: Damage, rng: np.random.Generator) -> list[Phone]:
-    """Return phones with boundaries moved and names replaced; phones keep their order."""
-    names = [name for name in PHONES if name != "SIL"]
-    bounds = np.array([[phone.start_s, phone.stop_s] for phone in phones]).reshape(-1, 2)
-    moves = rng.standard_normal(len(phones) + 1) * damage.jitter_s
-    bounds += damage.shift_s + np.stack([moves[:-1], moves[1:]], axis=1)  # neighbours share their boundary
-    bounds = np.maximum.accumulate(bounds.reshape(-1)).reshape(-1, 2)
-    is_replaced = rng.random(len(phones)) < damage.replace
-    others = rng.integers(len(names), size=len(phones))
-    return [
-        Phone(names[other] if replaced and phone.name != "SIL" else phone.name, float(start_s), float(stop_s))
-        for phone, (start_s, stop_s), replaced, other in zip(phones, bounds, is_replaced, others, strict=True)
-    ]
 
 
 def mouth_track(phones: Sequence[Phone], *, num_frames: int, face: Face | None = None) -> Floats:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from embedcache.errors import SettingError
 from embedcache.sources.prompts import clip_benchmark_file
 from pipelines.uniperceiver.words import list_words, split_words
 from pipelines.worlds.examples import make_examples
@@ -58,16 +57,10 @@ def load_descriptions(*, max_per_class: int | None = None) -> pa.Table:
 
 
 def collect_words(texts: Sequence[str], *, num_words: int = 0) -> list[str]:
-    """Return all words of some texts, then frequent words of all descriptions up to `num_words` in all, if above 0.
-
-    Raises:
-        SettingError: `num_words` is above 0 and below the number of words of the texts.
-    """
+    """Return all words of some texts, then frequent words of all descriptions up to `num_words` in all, if above 0."""
     words = list_words(texts)
     if not num_words:
         return words
-    if num_words < len(words):
-        raise SettingError(f"num_words: expected at least the {len(words):,} words of the texts, got {num_words:,}")
     known = set(words)
     words += [word for word in frequent_words() if word not in known]
     return words[:num_words]

@@ -5,19 +5,15 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from embedcache.errors import ItemError, SourceError, UnknownNameError
 from embedcache.sources import FileItem, Source, open_source
 from embedcache.testing.sources import SourceContract
-from pipelines.worlds.ray_casting import NOTHING, RAISED, ROAD, Camera, Ground, Solid, cast_rays
-from pipelines.worlds.street import KIND, StreetSource, splits_of
+from pipelines.worlds.ray_casting import cast_rays
+from pipelines.worlds.street import KIND, splits_of
 from pipelines.worlds.street_image import render
-from pipelines.worlds.street_scene import CLASSES, DOMAINS, Lidar, build_scene, hit_points, open_camera, scan
+from pipelines.worlds.street_scene import DOMAINS, Lidar, build_scene, open_camera, scan
 
 LOCATION = "world=3,frames=1,test=1,domains=day+night"
-CAMERA = Camera((0.0, 0.0, 1.6), 0.1, -0.05, 70.0, 64, 32)
-FLAT = Ground(half_width=1e6, crossing=0.0, crossing_half_width=1.0)
 
 
 @pytest.mark.slow
@@ -60,33 +56,6 @@ def test_splits_share_no_frame_and_points_have_no_image() -> None:
 
 
 @pytest.mark.slow
-def test_points_have_all_arrays_and_classes() -> None:
-    source = open_source("world=3,frames=6,domains=day", kind=KIND)
-    frames = [points_of(source, f"day/image/{number:03d}") for number in range(6)]
-    for frame in frames:
-        assert 1000 < len(frame["xyz"]) < 5000
-        assert {len(values) for values in frame.values()} == {len(frame["xyz"])}
-        assert frame["label"].dtype == np.int16
-        assert frame["xyz"].dtype == frame["uv"].dtype == np.float32
-        assert (frame["uv"] >= 0).all()
-        assert (frame["uv"] < 1).all()
-    counts = np.bincount(np.concatenate([frame["label"] for frame in frames]), minlength=len(CLASSES))
-    assert (counts > 50).all()
-
-
-@pytest.mark.parametrize(("location", "error", "message"), [
-    ("word=3", SourceError, "expected world=…, frames=…, test=…, calibration=…, domains=…, got 'word=3'"),
-    ("world=x", SourceError, "expected a whole number for world, got 'x'"),
-    ("domains=day+moon", UnknownNameError, "moon"),
-])  # fmt: skip
-def test_wrong_locations_are_refused(location: str, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        open_source(location, kind=KIND)
-    with pytest.raises(ItemError, match="expected DOMAIN/SPLIT/NUMBER"):
-        open_source("world=0", kind=KIND).read(FileItem(path="moon/test/000.png"))
-
-
-@pytest.mark.slow
 def test_windows_of_solids_change_nothing() -> None:
     """Check that testing each solid only where it can be seen finds the same surfaces as testing it everywhere."""
     for seed in range(3):
@@ -99,44 +68,6 @@ def test_windows_of_solids_change_nothing() -> None:
         assert np.array_equal(fast.surface, slow.surface)
         # Not to the bit: NumPy may round the last elements of an array in another way, and grazing rays amplify that.
         np.testing.assert_allclose(fast.distance, slow.distance, rtol=1e-4)
-
-
-@pytest.mark.parametrize("shape", ["box", "ellipsoid"])
-def test_hits_lie_on_the_solid(shape: str) -> None:
-    solid = Solid(shape, (9.0, 1.0, 1.2), (1.5, 0.8, 0.7), 0.4 if shape == "box" else 0.0)  # type: ignore[arg-type]
-    hits = cast_rays(CAMERA.position, CAMERA.rays(), [solid], FLAT)
-    is_hit = hits.surface == 0
-    assert is_hit.sum() > 20
-    offset = hit_points(CAMERA.position, CAMERA.rays(), hits)[is_hit] - np.array(solid.center)
-    cos, sin = np.cos(solid.yaw), np.sin(solid.yaw)
-    own = np.stack([cos * offset[:, 0] + sin * offset[:, 1], cos * offset[:, 1] - sin * offset[:, 0], offset[:, 2]], 1)
-    scaled = own / np.array(solid.half)
-    extent = np.abs(scaled).max(axis=1) if shape == "box" else np.linalg.norm(scaled, axis=1)
-    assert extent == pytest.approx(1, abs=1e-4)
-    assert (np.einsum("nc,nc->n", hits.normal[is_hit], CAMERA.rays()[is_hit]) < 1e-6).all()
-    assert np.linalg.norm(hits.normal[is_hit], axis=1) == pytest.approx(1, abs=1e-5)
-    assert (np.einsum("nc,nc->n", hits.normal[is_hit], offset) > 0).all()
-
-
-def test_ground_has_a_road_a_curb_and_a_horizon() -> None:
-    ground = Ground(half_width=3.0, crossing=20.0, crossing_half_width=4.0)
-    hits = cast_rays(CAMERA.position, CAMERA.rays(), [], ground)
-    xyz = hit_points(CAMERA.position, CAMERA.rays(), hits)
-    assert xyz[..., 2][hits.surface == ROAD] == pytest.approx(0, abs=1e-3)
-    heights = xyz[..., 2][hits.surface == RAISED]
-    assert ((heights > -1e-3) & (heights < 0.15 + 1e-3)).all()
-    is_beside = (np.abs(xyz[..., 1]) > 3.2) & (np.abs(xyz[..., 0] - 20) > 4.5) & np.isfinite(hits.distance)
-    assert (hits.surface[is_beside] == RAISED).all()
-    assert (hits.surface[0] == NOTHING).all()
-
-
-def test_projection_inverts_the_rays() -> None:
-    rays = CAMERA.rays()
-    points = np.array(CAMERA.position, np.float32) + 7 * rays.reshape(-1, 3)
-    uv, depth = CAMERA.project(points)
-    columns, rows = np.meshgrid((np.arange(64) + 0.5) / 64, (np.arange(32) + 0.5) / 32)
-    assert uv == pytest.approx(np.stack([columns.ravel(), rows.ravel()], axis=1), abs=1e-4)
-    assert (depth > 0).all()
 
 
 def agreement(domain: str, lidar: Lidar, *, same_place: bool) -> float:
@@ -171,18 +102,3 @@ def test_calibration_error_moves_only_uv() -> None:
         assert all(np.array_equal(plain[name], moved[name]) == (name != "uv") for name in plain)
     distance = [np.abs(points["uv"] - plain["uv"]).mean() for points in (small, large)]
     assert 0 < distance[0] < distance[1] < 0.1
-
-
-@pytest.mark.slow
-def test_domains_look_different() -> None:
-    """Check that night is dark, fog is flat, and that left-hand traffic puts the car on the other side."""
-    means, contrasts = {}, {}
-    source = open_source("world=0", kind=KIND)
-    assert isinstance(source, StreetSource)
-    for name in ("day", "dusk", "night", "fog", "headlight"):
-        image = np.asarray(Image.fromarray(source.render(f"{name}/test/000", DOMAINS[name])).convert("L"), float)
-        means[name], contrasts[name] = image.mean(), image.std()
-    assert means["headlight"] < means["night"] < means["dusk"] < means["day"]
-    assert contrasts["fog"] < contrasts["day"]
-    lanes = [build_scene(DOMAINS[name].style, np.random.default_rng(0)).lane for name in ("day", "sg")]
-    assert lanes[0] < 0 < lanes[1]

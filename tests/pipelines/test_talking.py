@@ -3,13 +3,12 @@
 import ctypes.util
 import importlib.util
 import shutil
-import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from embedcache.errors import DataError, MissingExtraError, SettingError, SourceError
+from embedcache.errors import MissingExtraError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
@@ -33,10 +32,8 @@ from pipelines.worlds.talking import (
 )
 from pipelines.worlds.talking_mouth import (
     PHONES,
-    Phone,
 )
-from pipelines.worlds.talking_noise import TAPES
-from pipelines.worlds.talking_recordings import RECORDINGS, Recording, align, join_recordings, load_recordings
+from pipelines.worlds.talking_recordings import RECORDINGS, load_recordings
 from pipelines.worlds.talking_speech import DIGITS, LETTERS, WORDS, espeak, speak_flite
 from tests.crash import crash_function
 from tests.extract.cases import tree
@@ -93,19 +90,6 @@ class TestSpeech:
         part = utterance.samples[round(start_s * 16_000) : round(stop_s * 16_000)]
         return float(np.sqrt(np.mean(part**2))) if len(part) else 0.0
 
-    @needs_espeak
-    def test_pauses_are_silence_between_words(self) -> None:
-        words = ["BIN", "A", "TWO"]
-        plain, paused = (espeak().speak(words, voice="f2", has_pauses=p, rng=rng()) for p in (False, True))
-        gaps = [b.start_s - a.stop_s for a, b in zip(paused.words, paused.words[1:], strict=False)]
-        assert min(gaps) > 0.1
-        assert paused.num_frames > plain.num_frames
-
-    @needs_espeak
-    def test_unknown_voice_is_refused(self) -> None:
-        with pytest.raises(DataError, match=r"got 'nobody'; see: espeak-ng --voices=variant"):
-            espeak().speak(["BIN"], voice="nobody", rng=rng())
-
     @pytest.mark.slow
     @needs_recordings
     def test_recordings_are_aligned_and_trimmed(self) -> None:
@@ -118,34 +102,6 @@ class TestSpeech:
             assert [phone.name for phone in recording.phones] == phones
             assert recording.phones[0].start_s == pytest.approx(0.03)
             assert recording.phones[-1].stop_s == pytest.approx(duration_s - 0.03)
-        six = next(recording for recording in recordings if recording.word == "SIX")
-        assert self.is_hissing(six, six.phones[0])
-        assert not self.is_hissing(six, six.phones[1])
-
-    def is_hissing(self, recording: Recording, phone: Phone) -> bool:
-        part = recording.samples[round(phone.start_s * 16_000) : round(phone.stop_s * 16_000)]
-        power = np.abs(np.fft.rfft(part)) ** 2
-        return bool(power[len(power) // 3 :].sum() > power[: len(power) // 3].sum())  # above 2.7 kHz
-
-    @pytest.mark.slow
-    @needs_recordings
-    def test_wrong_phones_are_an_error(self) -> None:
-        with pytest.raises(DataError, match="cannot align S EH V"):
-            align(np.zeros(400, np.float32), ["S", "EH", "V", "AH", "N", "S", "EH", "V", "AH", "N"])
-
-    def test_joined_recordings_name_their_words(self) -> None:
-        parts = [
-            Recording(f"x/{word}", word, np.full(8000, 0.3, np.float32), (Phone("IY", 0.1, 0.4),)) for word in "BDB"
-        ]
-        utterance = join_recordings(parts, rng=rng())
-        assert utterance.text == "B D B"
-        assert [word.recording for word in utterance.words] == ["x/B", "x/D", "x/B"]
-        assert [phone.name for phone in utterance.phones] == ["SIL", "IY"] * 3 + ["SIL"]
-        for word, phone in zip(utterance.words, utterance.phones[1::2], strict=True):
-            assert phone.start_s == pytest.approx(word.start_s + 0.1)
-            first = round(word.start_s * 16_000)
-            assert np.all(utterance.samples[first : first + 8000] == np.float32(0.5))
-            assert utterance.samples[first - 1] == 0
 
     def test_missing_program_names_its_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "")
@@ -207,14 +163,6 @@ class TestWorld:
                     drawn = draw_record(record, face)
                     assert np.abs(frames[..., 0].astype(float) - drawn).mean() < 6
 
-    def test_tapes_are_as_long_as_asked(self, world: Path) -> None:
-        tapes = {}
-        for name in TAPES:
-            with wave.open(str(world / "tapes" / f"{name}.wav")) as file:
-                assert (file.getframerate(), file.getnframes(), file.getnchannels()) == (16_000, 16_000, 1)
-                tapes[name] = file.readframes(16_000)
-        assert len(set(tapes.values())) == len(TAPES)
-
     def test_killed_run_continues_to_the_same_faces(self, world: Path, tmp_path: Path) -> None:
         folder = shutil.copytree(world, tmp_path / "world")
         manifest = (folder / "train" / MANIFEST).read_bytes()
@@ -226,19 +174,6 @@ class TestWorld:
         assert (folder / "train/0001.face0.mp4").read_bytes() == kept
         assert (folder / "train" / MANIFEST).read_bytes() == manifest
 
-    def test_lost_sound_is_spoken_again_with_its_phones_and_faces(self, world: Path, tmp_path: Path) -> None:
-        folder = shutil.copytree(world, tmp_path / "world")
-        before = list(read_manifest(folder / "train"))
-        old = {path.name: path.stat().st_mtime_ns for path in (folder / "train").iterdir()}
-        (folder / "train/0002.wav").unlink()
-        write_world(folder, SMALL, sets=("train",))
-        changed = {path.name for path in (folder / "train").iterdir() if old[path.name] != path.stat().st_mtime_ns}
-        assert changed == {MANIFEST, "0002.wav", "0002.json", "0002.face0.mp4", "0002.face1.mp4"}
-        after = list(read_manifest(folder / "train"))
-        assert [record["text"] for record in after] == [record["text"] for record in before]
-        assert after[:2] == before[:2]
-        assert len(decode_audio((folder / "train/0002.wav").read_bytes())) == 640 * after[2]["num_frames"]
-
     def test_finished_world_is_left_alone_and_other_settings_are_refused(self, world: Path) -> None:
         before = {path: path.stat().st_mtime_ns for path in world.rglob("*") if path.is_file()}
         write_world(world, SMALL, sets=("train", "valid", "A", "B"))
@@ -247,28 +182,6 @@ class TestWorld:
             write_world(world, replace_fields(SMALL, seed=1))
         with pytest.raises(SettingError, match="expected names of train, valid, A, B, R, K, got 'C'"):
             write_world(world, SMALL, sets=("C",))
-
-    def test_samples_name_voices_and_faces(self, world: Path) -> None:
-        sample = next(iter(open_source(str(world / "train"), kind=KIND).samples()))
-        assert sample.columns["voice"] == SMALL.espeak_voices[0]
-        assert sample.columns["recordings"] is None
-        assert [len(sample.files[name]) for name in ("audio", "video")] == [1, 2]
-        with pytest.raises(SourceError, match=f"expected the folder of one set, with {MANIFEST}"):
-            open_source(str(world), kind=KIND)
-
-    def test_damaged_faces_are_recorded_and_drawn(self, tmp_path: Path) -> None:
-        if not HAS_ESPEAK:
-            pytest.skip("needs Debian's libespeak-ng1")
-        settings = replace_fields(SMALL, train=2, damaged=0.5, faces=6, flite_voices=("kal16",))
-        write_world(tmp_path / "world", settings, sets=("train",))
-        samples = list(open_source(str(tmp_path / "world/train"), kind=KIND).samples())
-        records = list(read_manifest(tmp_path / "world/train"))
-        counts = [sum("shift_s" in face for face in record["faces"]) for record in records]
-        assert [sample.columns["damaged_faces"] for sample in samples] == counts
-        assert 2 <= sum(counts) <= 10
-        record, face = next((r, f) for r in records for f in r["faces"] if "shift_s" in f)
-        whole = {name: face[name] for name in ("video", "seed")}
-        assert not np.array_equal(draw_record(record, face), draw_record(record, whole))
 
     def test_recorded_sets_name_their_recordings(self, recorded: Path) -> None:
         (first, second) = open_source(str(recorded / "K"), kind=KIND).samples()
@@ -290,10 +203,6 @@ class TestWorld:
         assert not voices["valid"] & voices["A"]
         assert len(voices["train"]) == 16
         assert sum(plan.voice in voices["train"] for plan in plan_set("valid", WorldSettings())) == 45
-        with pytest.raises(SettingError, match="m4 speak in other sets"):
-            WorldSettings(espeak_voices=("m1", "m4"))
-        with pytest.raises(SettingError, match="leave one for set B"):
-            WorldSettings(flite_voices=("awb", "kal16", "rms", "slt"))
 
 
 @pytest.mark.slow
