@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from embedcache.arrays import Bools, Floats, Ints, blocks, distinct
+from embedcache.arrays import Bools, Ints, blocks, distinct
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError
 from embedcache.metrics.intervals import MetricValues
@@ -18,7 +18,7 @@ from pipelines.results import Measures, Result
 from pipelines.uniperceiver.captions import write_captions
 from pipelines.uniperceiver.examples import Media, TaskExamples
 from pipelines.uniperceiver.network import SharedNetwork
-from pipelines.uniperceiver.tasks import ExampleTask, encode_texts, predict, read_inputs, read_tokens, retrieval_ranks
+from pipelines.uniperceiver.tasks import ExampleTask, encode_texts, predict, read_tokens, retrieval_ranks
 from pipelines.uniperceiver.training import KIND
 from pipelines.uniperceiver.words import WordLists
 
@@ -81,17 +81,6 @@ def evaluate_task(
         chance=_chance(task, examples),
         captions=captions,
     )
-
-
-@torch.no_grad()
-def represent(run_path: Path, task: ExampleTask, examples: TaskExamples) -> Floats:
-    """Compute the representation of each example of `classify` or `answer`, for a probe: (N, P) float32."""
-    network, device = _open_network(run_path, examples)
-    parts = [
-        read_inputs(network, task.load(examples.take(np.arange(rows.start, rows.stop)), None, device=device))
-        for rows in blocks(len(examples), _BLOCK)
-    ]
-    return torch.cat(parts).float().cpu().numpy()
 
 
 def answer_blindly(train: TaskExamples, examples: TaskExamples) -> Bools:

@@ -16,7 +16,7 @@ from embedcache.metrics.intervals import MetricValues
 from embedcache.progress import Progress
 from embedcache.projectors.modules import read_module_config
 from pipelines.results import Measures, Result, keep_result
-from pipelines.uniperceiver.evaluation import BLIND, SHUFFLED, answer_blindly, evaluate_task, represent
+from pipelines.uniperceiver.evaluation import BLIND, SHUFFLED, answer_blindly, evaluate_task
 from pipelines.uniperceiver.examples import TaskExamples
 from pipelines.uniperceiver.runs import (
     ADAPTERS,
@@ -35,14 +35,12 @@ from pipelines.uniperceiver.words import NUM_SPECIAL
 from pipelines.worlds.shapes import check_caption
 
 ZERO_SHOT = "pre-trained, not tuned"
-FEATURE_PROBE, NETWORK_PROBE = "linear probe, cached features", "linear probe, pre-trained network"
-BLIND_DRAW, BLIND_ALL = "blind, these answers", "blind, all training answers"
-PROBES, BLIND_ANSWERS = (FEATURE_PROBE, NETWORK_PROBE), (BLIND_DRAW, BLIND_ALL)
+PROBE, BLIND_ANSWERS = "linear probe, cached features", "blind, all training answers"
 MODELS: Mapping[str, Sequence[str]] = {
-    EASY_VQA: (*TUNINGS, *PROBES, *BLIND_ANSWERS),
+    EASY_VQA: (*TUNINGS, PROBE, BLIND_ANSWERS),
     EMOJI: (*TUNINGS,),
-    FASHION: (*TUNINGS, *PROBES),
-    LETTERS: (*ADAPTERS, FEATURE_PROBE),
+    FASHION: (*TUNINGS, PROBE),
+    LETTERS: (*ADAPTERS, PROBE),
 }
 """Downstream data -> models that are measured on it, besides the pre-trained one as it is."""
 _NUM_CAPTIONS = 8  # that a result keeps
@@ -164,11 +162,11 @@ class Evaluation:
         if model in TUNINGS or model == ZERO_SHOT:
             controls = [SHUFFLED, BLIND] if task.kind == "answer" else [SHUFFLED]
             return self._evaluate(run, task, examples, controls, groups)
-        if model in BLIND_ANSWERS:
+        if model == BLIND_ANSWERS:
             (all_answers,) = self.runs.tables.tuning(data, 1, seed=self.runs.seed)
-            right = {"": answer_blindly((task if model == BLIND_DRAW else all_answers).train, examples)}
+            right = {"": answer_blindly(all_answers.train, examples)}
         else:
-            right = self._probe(model, task, {"": examples, SHUFFLED: examples.shuffle_media(seed=0)})
+            right = self._probe(task, {"": examples, SHUFFLED: examples.shuffle_media(seed=0)})
         return self._of_right(right, examples, groups)
 
     def _test_speaker(self, model: str, speaker: str) -> Result:
@@ -179,7 +177,7 @@ class Evaluation:
             result = self._evaluate(adapted_run(model, speaker), task, examples, [SHUFFLED])
         else:
             tests = {"": examples, SHUFFLED: examples.shuffle_media(seed=0)}
-            result = self._of_right(self._probe(model, task, tests), examples, {})
+            result = self._of_right(self._probe(task, tests), examples, {})
         return replace(result, num_trained=len(task.train))
 
     def _of_right(self, right: Mapping[str, Bools], examples: TaskExamples, groups: Mapping[str, Bools]) -> Result:
@@ -196,12 +194,10 @@ class Evaluation:
         own = measures.pop("")
         return Result(seed=self.runs.seed, num_examples=len(examples), measures=own, controls=measures)
 
-    def _probe(self, model: str, task: ExampleTask, tests: Mapping[str, TaskExamples]) -> dict[str, Bools]:
+    def _probe(self, task: ExampleTask, tests: Mapping[str, TaskExamples]) -> dict[str, Bools]:
         """Fit logistic regression to the training examples, and return which test examples are right."""
 
         def read(examples: TaskExamples) -> Floats:
-            if model == NETWORK_PROBE:
-                return represent(self.runs.path(PRETRAINED), task, examples)
             return pool(examples, np.asarray(self.runs.tables.words.vectors_VD, np.float32))
 
         train = classifiers.Examples(vectors=read(task.train), labels=_labels(task, task.train))

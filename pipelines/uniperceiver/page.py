@@ -26,25 +26,9 @@ CREDIT = (
     "the package clip-benchmark, MIT license."
 )
 NOTES = (
-    'One small transformer on features of frozen encoders answers every task by the same likelihood, as in "'
-    'Uni-Perceiver: Pre-training Unified Architecture for Generic Perception for Zero-shot and Few-shot Tasks" (CVPR '
-    "2022). It is pre-trained on images of shapes (their classes, captions, masked words, and the words that make "
-    "statements of what an image has or lacks true) and on descriptions whose classes are to be found, all together. "
-    "Then it meets what pre-training has not, neither items nor texts: questions about the images of easy-VQA, the "
-    "drawings of OpenMoji with their names, the classes of Fashion-MNIST, and recorded letters, a modality without an "
-    "adapter so far.",
-    "What is synthetic: the images of shapes are drawn, and their captions and statements written, by a program; so "
-    "are the images and questions of easy-VQA, by another one. The descriptions were written by a language model. "
-    "Drawings and names of OpenMoji are people's work, Fashion-MNIST consists of photographs, and the letters are "
-    "recorded speech of three people.",
-    "Tuning trains on a draw of the training examples, of answers stratified by kind and answer, of labels by class. "
-    "Prompts are on keys and values, and LayerNorms and scales are trained with them; the transformer stays as it is. "
-    "The epoch is chosen on validation images, whose answers, labels and captions are not in the draw. A new adapter "
-    "is trained with a scale and nothing else, for a fixed number of steps. Linear probes are logistic regression with "
-    "fixed regularization. Blind: the most frequent answer of each question. Items of others: each example with the "
-    "image or recording of another one.",
-    "What cannot be concluded: no figure of the paper is repeated. A network that was never pre-trained, tuned in the "
-    "same way, is the control of what prompts and norms, or an adapter, learn by themselves.",
+    "Shapes, their captions and statements, and easy-VQA are drawn and written by programs; the descriptions were "
+    "written by a language model. No figure of the paper is repeated. What is compared, and how it is tuned: "
+    "`pipelines/uniperceiver/RESULTS.md`.",
 )
 
 
@@ -80,18 +64,6 @@ COLUMNS: Mapping[str, Sequence[Column]] = {
     LETTERS: (Column("accuracy", "accuracy"), Column(f"accuracy, {SHUFFLED}", "accuracy", SHUFFLED)),
 }
 """Downstream data -> columns of its table."""
-_ABOUT: Mapping[str, str] = {
-    EASY_VQA: "{trained:,} answers to train on, {count:,} to test. Open questions are answered by a color or a shape; "
-    "negated ones by yes or no. The control of open questions has the image of another question, or none.",
-    EMOJI: "{trained:,} captions to train on. Retrieval is among {count:,} test captions and their images; equal "
-    "captions are correct. Captions are tested word by word after the true words, among all words of names, and "
-    "written whole. Parts are divided by captions that are near-duplicates (cosine above 0.7): what a test caption "
-    "says, no training caption says in other words.",
-    FASHION: "{trained:,} labels to train on, {count:,} images to test, and 10 classes by their names, such as `ankle "
-    "boot`. The fraction is of the 60,000 published training labels.",
-    LETTERS: "{count} recordings and 26 letters by their names. Each speaker in turn is the test, and is not in "
-    "training: {trained} recordings of the others are.",
-}
 
 
 def write_pages(
@@ -118,20 +90,7 @@ def write_pages(
             f"every shape. Questions are answered after tuning prompts on {100 * min(fractions):g} % of the answers."
         )
         parts.append(Part("What the runs say about images", [note], figure=image_figure(images), name="images"))
-    summary = summarize(results, fractions)
-    pages.write_pages(folder / "uniperceiver", TITLE, parts, notes=NOTES, summary=summary, credit=CREDIT)
-
-
-def summarize(results: Results, fractions: Sequence[float]) -> str:
-    """Return the accuracy on open questions of easy-VQA of each model in a few sentences."""
-    lines = []
-    for fraction in fractions:
-        question = question_name(EASY_VQA, fraction)
-        models = [model for model in MODELS[EASY_VQA] if model in results.models(question)]
-        found = {model: results.estimate(model, question, "accuracy: open") for model in models}
-        rates = [f"{model} {100 * item.value:.1f}" for model, item in found.items() if item is not None]
-        lines.append(f"With {100 * fraction:g} % of the answers: {'; '.join(rates)}.")
-    return " ".join(["Accuracy on open questions of easy-VQA in percent.", *lines])
+    pages.write_pages(folder / "uniperceiver", TITLE, parts, notes=NOTES, credit=CREDIT)
 
 
 def title_of(data: str, fraction: float) -> str:
@@ -174,7 +133,7 @@ def answer_curves(results: Results, fractions: Sequence[float]) -> Figure:
         },
         x="fraction of the training answers",
         y="accuracy",
-        controls=[*BLIND_ANSWERS, *(model for model, tuning in TUNINGS.items() if tuning.start == NEVER)],
+        controls=[BLIND_ANSWERS, *(model for model, tuning in TUNINGS.items() if tuning.start == NEVER)],
     )
 
 
@@ -191,7 +150,7 @@ def _parts(results: Results, fractions: Sequence[float], others: Mapping[str, fl
     for data, fraction in [*((EASY_VQA, fraction) for fraction in fractions), *others.items(), (LETTERS, 1)]:
         question = question_name(data, fraction)
         result = results.seeds(MODELS[data][0], question)[0]
-        about = _ABOUT[data].format(count=result.num_examples, trained=result.num_trained)
+        about = f"{result.num_trained:,} examples to train on, {result.num_examples:,} to test."
         parts.append(Part(title_of(data, fraction), [averaged, about], novel_table(results, data, fraction)))
     curves = answer_curves(results, fractions)
     parts.insert(1, Part("easy-VQA by the fraction of answers", [averaged], figure=curves, name="curves"))
@@ -200,9 +159,7 @@ def _parts(results: Results, fractions: Sequence[float], others: Mapping[str, fl
     if rows:
         note = "The first seed. One task alone has its own batches as often as among all, and no others."
         parts.append(Part("Interference", [note], (columns, rows)))
-    captions = results.seeds(PRETRAINED, "captions")[0].captions
-    table = ["image", "caption"], [[*row] for row in captions.items()]
-    return [*parts, Part("Captions", ["The first test images."], table)]
+    return parts
 
 
 def pretraining_table(results: Results, questions: Sequence[str]) -> Table:

@@ -70,18 +70,6 @@ def test_drawn_candidates_stand_for_all_in_the_mean() -> None:
     assert np.mean(sums) == pytest.approx(np.exp(logits).sum(), rel=0.02)
 
 
-@pytest.mark.parametrize("limit", [40, 100])
-def test_all_candidates_are_used_if_they_fit(limit: int) -> None:
-    numbers, positions, log_weights = draw_candidates(40, np.array([7]), limit=limit, rng=np.random.default_rng(0))
-    assert (len(numbers), positions.tolist(), log_weights) == (40, [7], None)
-
-
-def test_more_positives_than_the_limit_are_all_kept() -> None:
-    numbers, positions, _ = draw_candidates(40, np.arange(0, 40, 2), limit=8, rng=np.random.default_rng(0))
-    assert numbers[positions].tolist() == list(range(0, 40, 2))
-    assert len(numbers) == 21
-
-
 def test_a_learned_scale_is_clipped_and_can_fall_again() -> None:
     likelihood = Likelihood()
     with torch.no_grad():

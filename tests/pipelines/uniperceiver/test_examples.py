@@ -14,7 +14,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from pipelines.uniperceiver.examples import open_examples, open_media
-from pipelines.uniperceiver.words import BLANK, UNKNOWN, Vocabulary, with_blanks
+from pipelines.uniperceiver.words import BLANK, Vocabulary, with_blanks
 from pipelines.worlds.examples import make_examples
 from tests.pipelines.uniperceiver.cases import COLORS, IMAGE_TOKENS, Squares, SquaresSource, colors_of
 from tests.toy import IMAGE, TEXT
@@ -52,14 +52,6 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return Cache(path)
 
 
-def test_word_table_has_the_words_of_its_cache_in_order(
-    squares: Squares, squares_paths: tuple[Path, Path, Path]
-) -> None:
-    texts = Cache(squares_paths[2]).items("text")["text"].to_pylist()
-    assert list(squares.words.vocabulary.words) == texts
-    assert squares.words.vectors_VD.shape == (len(texts), 32)
-
-
 def test_examples_are_found_by_key_in_any_order(squares: Squares, squares_paths: tuple[Path, Path, Path]) -> None:
     media = open_media(Cache(squares_paths[0]), "image", IMAGE_TOKENS)
     table = make_examples(keys=["7", "3", "7"], targets=["red", "a red", "red"])
@@ -88,23 +80,6 @@ def test_examples_are_about_the_first_item_that_has_the_feature(uneven: Cache) -
         open_examples(table.take([1, 3]), WORDS, media=media)
     with pytest.raises(DataError, match="'w'"):
         media.find_rows(pa.chunked_array([["one", "w"]]))
-
-
-def test_null_texts_have_no_words() -> None:
-    examples = open_examples(make_examples(texts=["What color?", None], targets=["red", "blue"]), WORDS)  # type: ignore[list-item]
-    assert examples.text_words is not None
-    assert examples.text_words.lengths().tolist() == [2, 0]
-    assert examples.target_words.numbers_M.tolist() == [4, UNKNOWN]
-
-
-def test_spread_examples_are_the_first_the_last_and_some_between(squares: Squares) -> None:
-    examples = squares.train["captions"].take(np.arange(7))
-    assert examples.rows_N is not None
-    for limit, expected in ((3, [0, 3, 6]), (4, [0, 2, 4, 6]), (1, [0])):
-        found = examples.spread(limit).rows_N
-        assert found is not None
-        assert found.tolist() == examples.rows_N[expected].tolist()
-    assert examples.spread(7) is examples
 
 
 def test_shuffled_media_are_those_of_others_and_the_same_for_one_item(squares: Squares) -> None:

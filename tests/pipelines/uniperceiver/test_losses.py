@@ -1,20 +1,16 @@
 """Losses, ranks and tokens of tasks against plain references, with a network that is not trained."""
 
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from embedcache.arrays import Inputs
-from embedcache.errors import DataError
 from pipelines.uniperceiver.network import SharedNetwork
 from pipelines.uniperceiver.tasks import load_words, read_tokens, retrieval_ranks
-from pipelines.uniperceiver.training import LikelihoodObjective, LoadedTask, MixtureTask, sample_tokens
-from tests.pipelines.uniperceiver.cases import MODEL, Squares, fit_settings
+from pipelines.uniperceiver.training import LikelihoodObjective, LoadedTask
+from tests.pipelines.uniperceiver.cases import MODEL, Squares
 
 
 @pytest.fixture
@@ -56,51 +52,6 @@ def test_the_loss_of_retrieval_is_the_mean_of_both_directions(squares: Squares, 
         else:
             assert batch.log_weights_C is not None
         torch.testing.assert_close(objective(LoadedTask(number, batch)), expected)
-
-
-def test_cost_of_a_step_grows_with_its_largest_batch(squares: Squares, network: SharedNetwork) -> None:
-    def cost(*sizes: int) -> float:
-        tasks = [squares.task(f"task{size}", "classify", "classify", batch_size=size) for size in sizes]
-        return MixtureTask(network, tasks, fit_settings(), num_steps=1).forward_flops
-
-    assert cost(8, 16) == cost(16) == 2 * 16 * 40 * sum(value.numel() for value in network.layers.parameters())
-
-
-def test_bad_losses_name_the_feature_or_the_task(squares: Squares, network: SharedNetwork) -> None:
-    tasks = [squares.task("classify", "classify"), squares.task("texts", "answer")]
-    mixture = MixtureTask(network, tasks, fit_settings(), num_steps=1)
-    loaded = [LoadedTask(n, task.draw(np.random.default_rng(0), device="cpu")) for n, task in enumerate(tasks)]
-    for item, name in zip(loaded, ("classify", "texts"), strict=True):
-        assert f"at step 7, in a batch of the task {name}" in str(mixture.explain(item, loss=float("nan"), step=7))
-    rows = loaded[0].batch.rows
-    assert rows is not None
-    loaded[0].batch.tokens["image"].values_BTD[2, 0, 0] = torch.nan
-    with pytest.raises(DataError, match=f"at step 7, the image feature holds NaN or infinity.*{rows[2]}"):
-        mixture.explain(loaded[0], loss=float("nan"), step=7)
-
-
-def media_of(*, is_ragged: bool, first: int = 0) -> SimpleNamespace:
-    """Items whose token t has the values 10 · (first + row) + t and its negative; of 1 to 3 tokens if ragged."""
-
-    def read(rows: np.ndarray) -> Inputs:
-        tokens = (10 * (first + rows[:, None]) + np.arange(3)).astype(np.float16)
-        values = np.stack([tokens, -tokens], axis=2)
-        return Inputs(values, 1 + rows % 3) if is_ragged else Inputs(values[:, 0])
-
-    return SimpleNamespace(modality="image", read=read)
-
-
-def test_tokens_of_256_spread_items_of_each_cache_are_sampled() -> None:
-    ragged, vectors = media_of(is_ragged=True), media_of(is_ragged=False, first=100)
-    other = SimpleNamespace(modality="audio")
-    parts = [(ragged, np.arange(100, 600)), (vectors, np.array([7, 5])), (ragged, np.arange(1000)), (other, None)]
-    tasks: Any = [SimpleNamespace(train=SimpleNamespace(media=media, rows_N=rows)) for media, rows in parts]
-    rows = np.linspace(0, 999, 256).astype(int)
-    first = [10 * row + token for row in rows.tolist() for token in range(1 + row % 3)]
-    found = sample_tokens(tasks, "image")
-    assert found.dtype == np.float32
-    expected = np.array([*first, 1050, 1070], np.float16).astype(np.float32)
-    assert found.tolist() == np.stack([expected, -expected], axis=1).tolist()
 
 
 @torch.no_grad()

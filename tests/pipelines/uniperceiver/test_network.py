@@ -1,6 +1,5 @@
 """The shared transformer: what sees what, no leakage, prompts that change nothing, positions by axis."""
 
-import inspect
 from typing import Any
 
 import pytest
@@ -9,9 +8,9 @@ import torch
 from embedcache.axis import Axis
 from embedcache.errors import DataError
 from embedcache.train.parts import freeze
-from pipelines.uniperceiver.layers import SharedLayer, positions_of
+from pipelines.uniperceiver.layers import positions_of
 from pipelines.uniperceiver.network import SharedNetwork, Tokens, Words
-from pipelines.uniperceiver.words import BLANK, END, NUM_SPECIAL, UNKNOWN
+from pipelines.uniperceiver.words import BLANK, END, UNKNOWN
 
 GRID = {"kind": "grid", "rows": 2, "columns": 2, "box": [0, 0, 1, 1]}
 MODALITIES = {"image": {"width": 5, "axis": GRID}, "audio": {"width": 4, "axis": {"kind": "time", "rate_hz": 50.0}}}
@@ -108,27 +107,6 @@ def test_a_masked_word_is_read_at_its_blank_in_sight_of_both_sides() -> None:
     torch.testing.assert_close(other[1:], read[1:])
 
 
-def test_word_numbers_are_the_only_input_of_text() -> None:
-    for method in (SharedNetwork.encode, SharedNetwork.predict_words):
-        assert set(inspect.signature(method).parameters) - {"self", "side", "read"} == {"tokens", "words"}
-    with pytest.raises(DataError, match="image, audio, got text"):
-        network().encode({"text": Tokens(torch.randn(1, 3, 6))})
-
-
-def test_prompts_of_length_zero_are_no_prompts() -> None:
-    layer = network().layers[0]
-    assert isinstance(layer, SharedLayer)
-    hidden, mask = torch.randn(2, 5, 16), torch.rand(2, 1, 1, 5) > 0.3
-    mask[..., 0] = True
-    keys = layer.key_values(hidden)
-    empty = layer.key_values(torch.zeros(1, 0, 16))
-    for seen in (mask, None):
-        torch.testing.assert_close(
-            layer(hidden, keys, seen, prompts=empty), layer(hidden, keys, seen), atol=1e-6, rtol=0
-        )
-    assert "prompts" not in network().parts()
-
-
 def test_prompts_change_their_own_side_only() -> None:
     net, tokens = network(num_prompts=2), images()
     before = net.encode(tokens), net.encode(words=words([3, 4]), side="target")
@@ -157,12 +135,3 @@ def test_parts_cover_everything_but_the_word_vectors() -> None:
     trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
     assert {name.split(".")[0] for name in trained} == {"prompts", "layers", "embedding_norm", "final_norm"}
     assert all(name.split(".")[2].endswith("_norm") for name in trained if name.startswith("layers"))
-
-
-def test_words_have_the_vectors_of_the_table_alone() -> None:
-    net = network()
-    embedded = net.words(torch.tensor([[NUM_SPECIAL + 1, UNKNOWN], [NUM_SPECIAL + 1, END]]))
-    torch.testing.assert_close(embedded[0, 0], embedded[1, 0])
-    expected = super(type(net.words), net.words).forward(net.words.table[1])
-    torch.testing.assert_close(embedded[0, 0], expected)
-    torch.testing.assert_close(embedded[1, 1], net.words.special[END] + net.words.type_embedding)

@@ -1,6 +1,5 @@
 """What a batch of a task contains: its candidates, pairs, masks and next words; and tasks that are refused."""
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,33 +14,6 @@ from pipelines.uniperceiver.words import BLANK, END, NUM_SPECIAL, WordLists
 from tests.pipelines.uniperceiver.cases import Squares, colors_of
 
 
-def test_masks_of_validation_are_always_the_same(squares: Squares) -> None:
-    task = squares.task("masked", "masked", "captions", masked=0.5)
-    batches = [task.load(task.train, rng, device="cpu") for rng in (None, None, np.random.default_rng(0))]
-    numbers = [batch.words.numbers_BL.tolist() for batch in batches if batch.words is not None]
-    assert numbers[0] == numbers[1] == numbers[2]
-    other = task.load(task.train, np.random.default_rng(1), device="cpu").words
-    assert other is not None
-    assert other.numbers_BL.tolist() != numbers[0]
-
-
-def test_what_decides_the_batches_is_described(squares: Squares) -> None:
-    task = squares.task("classify", "classify")
-    described = dict(task.describe())
-    assert described["candidates"] == sorted(task.train.targets.to_pylist())
-    for name, value in {
-        "weight": 2.0,
-        "batch_size": 3,
-        "max_candidates": 4,
-        "masked": 0.5,
-        "max_validation": 9,
-    }.items():
-        assert squares.task("classify", "classify", **{name: value}).describe() == {**described, name: value}
-    assert squares.task("classify", "classify", candidates=["b", "a"]).describe()["candidates"] == ["b", "a"]
-    others = squares.task("classify", "classify", train=squares.valid["classify"], candidates=described["candidates"])
-    assert others.describe()["train"] != described["train"]
-
-
 def test_targets_are_candidates_and_texts_have_one_blank(squares: Squares) -> None:
     task = squares.task("classify", "classify")
     one = squares.task("classify", "classify", candidates=task.train.targets.to_pylist()[1:])
@@ -54,34 +26,6 @@ def test_targets_are_candidates_and_texts_have_one_blank(squares: Squares) -> No
     with pytest.raises(DataError, match="at most one blank"):
         squares.task("texts", "answer").load(two, None, device="cpu")
     squares.task("masked", "masked", "texts").load(two, None, device="cpu")  # its texts are not read
-
-
-def test_next_words_follow_each_prefix(squares: Squares) -> None:
-    task = squares.task("caption", "caption", "captions")
-    texts = task.train.target_words.take(np.array([0, 1]))
-    for is_training in (True, False):
-        places, is_read = task._next_words(texts, is_training=is_training)
-        numbers = task.candidate_words.numbers_M[places].tolist()
-        ends = texts.offsets_N.tolist()
-        words = [texts.numbers_M[start:stop].tolist() for start, stop in itertools.pairwise(ends)]
-        assert numbers == [number for text in words for number in [*text, END]]
-        assert is_read.sum(axis=1).tolist() == [len(text) + 1 for text in words]
-
-
-def test_masks_of_about_a_fraction_of_the_words(squares: Squares) -> None:
-    task = squares.task("masked", "masked", "captions", masked=0.5)
-    texts = task.train.target_words.take(np.repeat(task.train.target_N, 4))
-    masked, places = task._mask(texts, np.random.default_rng(0))
-    is_blank = masked.numbers_M == BLANK
-    assert 0.4 < is_blank.mean() < 0.6
-    assert task.candidate_words.numbers_M[places].tolist() == texts.numbers_M[is_blank].tolist()
-    assert (masked.numbers_M[~is_blank] == texts.numbers_M[~is_blank]).all()
-    assert masked.offsets_N.tolist() == texts.offsets_N.tolist()
-    some = squares.task("masked", "masked", "captions", candidates=["red"])
-    hidden, places = some._mask(texts, np.random.default_rng(0))
-    red = squares.words.vocabulary.encode(["red"]).numbers_M[0]
-    assert set(texts.numbers_M[hidden.numbers_M == BLANK].tolist()) == {red}  # never what is no candidate
-    assert red >= NUM_SPECIAL
 
 
 @pytest.mark.slow

@@ -107,15 +107,6 @@ def test_a_new_modality_is_learned_by_its_adapter_alone(squares: Squares, square
     assert described["audio"]["axis"]["rate_hz"] == 50
 
 
-def test_texts_alone_are_classified_at_their_blank(squares: Squares, tmp_path: Path) -> None:
-    task = squares.task("texts", "answer")
-    masked = squares.task("masked", "masked", "texts")
-    report = train_likelihood(
-        [task, masked], squares.words, tmp_path / "run", recipe(), fit_settings(epochs=3, lr=1e-2)
-    )
-    assert report.measures["texts accuracy"] > 0.9
-
-
 def test_a_run_of_other_settings_is_kept(squares: Squares, squares_run: Path) -> None:
     tasks = [squares.task("classify", "classify", weight=0.5)]
     with pytest.raises(FingerprintError, match="other settings|differ"):

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from embedcache.errors import DataError
-from pipelines.uniperceiver.words import BLANK, END, NUM_SPECIAL, UNKNOWN, Vocabulary, list_words, split_words
+from pipelines.uniperceiver.words import BLANK, END, NUM_SPECIAL, UNKNOWN, Vocabulary, list_words
 
 WORDS = Vocabulary(["a", "red", "circle", "isn't"])
 
@@ -17,19 +17,6 @@ def test_texts_become_numbers_and_back() -> None:
     assert lists.numbers_M.dtype == np.int32
     assert WORDS.decode(np.array([3, 4, 5, END, 3])) == "a red circle"
     assert WORDS.decode(lists.take(np.array([3])).numbers_M) == "isn't _ ?"
-
-
-def test_texts_are_taken_in_any_order_and_padded() -> None:
-    lists = WORDS.encode(["a", "red circle", ""]).take(np.array([1, 2, 0, 1]))
-    padded, lengths = lists.padded()
-    assert padded.tolist() == [[4, 5], [END, END], [3, END], [4, 5]]
-    assert lengths.tolist() == [2, 0, 1, 2]
-    assert WORDS.encode(["", None]).padded()[0].shape == (2, 1)
-
-
-def test_a_sliced_array_is_split_like_a_copy() -> None:
-    texts = pa.array(["one", "two words", " ", "three more words"])
-    assert split_words(texts[1:]).to_pylist() == [["two", "words"], [], ["three", "more", "words"]]
 
 
 def test_words_are_listed_by_frequency() -> None:
