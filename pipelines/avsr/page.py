@@ -28,21 +28,8 @@ CREDIT = (
     "of the GRID corpus."
 )
 NOTES = (
-    'Speech is recognized from sound, from lips and from both, as in "Leveraging Unimodal Self-Supervised '
-    'Learning for Multimodal Audio-Visual Speech Recognition" (ACL 2022): the encoders of both streams are '
-    "frozen and their features are computed once; small networks are trained on them, one per stream, and then "
-    "a fusion of both that starts from these complete runs with their encoders frozen. Noise is added to the "
-    "sound before encoding, as views.",
-    "What is synthetic: all faces, and all speech but that of set R. Mouths are drawn from the phones that the "
-    "speech was made of. They are therefore cleaner, and more in time with the sound, than those of real "
-    "videos; nobody turns away or covers the mouth. The words are five of 51 in random order, so no grammar "
-    "helps. In set R the sound is real: letters and digits that one speaker recorded one by one, joined to "
-    "utterances; an aligner finds their phones, and the mouths are drawn from those.",
-    "What cannot be concluded: nothing here estimates an error rate on LRS2, LRS3 or any real video, and no "
-    "figure of the paper is repeated. How much lips help depends on how clear they were drawn. Whisper, the "
-    "encoder of the sound, was trained with transcripts: it is frozen, but not self-supervised. The encoder of "
-    "the lips is fitted without labels, to whitened principal components of stacked frames. Set R has one "
-    "speaker.",
+    "All faces are drawn, and all speech but that of set R is synthetic: nothing here estimates an error rate on LRS2, "
+    "LRS3 or any real video. What is compared, and what cannot be concluded: `pipelines/avsr/RESULTS.md`.",
 )
 SETS: Mapping[str, str] = {
     "A": "A: unseen voices and faces",

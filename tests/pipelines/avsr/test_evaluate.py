@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.errors import DataError, UnknownNameError
 from embedcache.store.cache import Cache
 from pipelines.avsr.decoding import Decoding
 from pipelines.avsr.evaluate import recognize_utterances
@@ -75,11 +74,3 @@ def test_words_of_one_recording_are_one_cluster(folder: Path) -> None:
     for first, second in pairwise(range(len(words))):
         assert (numbers[first] == numbers[second]) == (names[first] == names[second])
     assert len(np.unique(numbers)) == 10 + 3
-
-
-@pytest.mark.slow
-def test_unknown_views_and_lone_utterances_are_refused(folder: Path) -> None:
-    with pytest.raises(UnknownNameError, match="babble0dB"):
-        open_for_run(Cache(folder / "test"), folder / "audio", views=("babble0dB",))
-    with pytest.raises(DataError, match="at least 2 utterances, got 1"):
-        shuffle_videos(take_utterances(opened(folder, "video"), np.array([3])), seed=0)

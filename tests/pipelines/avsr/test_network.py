@@ -1,7 +1,6 @@
 """The network of speech recognition: sequences, fusion, attention, losses, and what its decoders find."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from string import ascii_uppercase, digits
 from typing import Any
 
@@ -9,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError
 from pipelines.avsr.decoding import Decoding
-from pipelines.avsr.layers import Fusion, MaskedNorm
-from pipelines.avsr.network import EncodedSpeech, Frames, SpeechNetwork, check_decoder, recognize
+from pipelines.avsr.layers import MaskedNorm
+from pipelines.avsr.network import EncodedSpeech, Frames, SpeechNetwork, recognize
 from pipelines.avsr.train import SpeechBatch, SpeechObjective, pad_transcripts
 from pipelines.avsr.transcripts import END, decode_symbols, encode_transcript
 from pipelines.sequence import valid_frames
@@ -75,17 +74,6 @@ def test_an_absent_stream_is_a_missing_one(kind: str) -> None:
     assert not torch.allclose(dropped[is_valid], module.encode(streams).frames_BTP[is_valid])
 
 
-def test_the_gate_weighs_streams_and_gives_a_missing_one_nothing() -> None:
-    fusion = network(fusion="gated").fusion
-    assert isinstance(fusion, Fusion)
-    parts, gone = [torch.randn(3, 9, 16), torch.randn(3, 9, 16)], torch.tensor([[0, 1], [1, 0], [0, 0]]).bool()
-    weights = fusion.weights(parts, valid_frames(LENGTHS, 9), gone)
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3, 9))
-    assert weights[0, :, 1].abs().max() == 0
-    assert weights[1, :, 0].abs().max() == 0
-    assert weights[2].min() > 0
-
-
 def test_the_loss_is_that_of_its_docstring() -> None:
     module, streams = network(), inputs()
     loaded = batch(streams)
@@ -128,22 +116,6 @@ def test_an_utterance_is_recognized_the_same_alone(module: SpeechNetwork, decode
         (alone,) = recognize(module, one, decoding)
         assert alone.symbols.tolist() == hypothesis.symbols.tolist()
         assert alone.score == pytest.approx(hypothesis.score, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("ctc_weight", "decoding", "is_trained"),
-    [
-        (0.0, Decoding(decoder="ctc"), False),
-        (0.0, Decoding(), False),
-        (0.0, Decoding(decoder="attention"), True),
-        (1.0, Decoding(), False),
-        (1.0, Decoding(ctc_weight=1), True),
-        (0.2, Decoding(), True),
-    ],
-)
-def test_decoder_of_an_untrained_head_is_an_error(ctc_weight: float, decoding: Decoding, is_trained: bool) -> None:
-    with nullcontext() if is_trained else pytest.raises(SettingError):
-        check_decoder({"ctc_weight": ctc_weight}, decoding)
 
 
 def test_symbols_have_stored_numbers() -> None:

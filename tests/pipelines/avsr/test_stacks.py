@@ -4,12 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from embedcache.axis import Axis
 from embedcache.encoders.frames import RATE_HZ, FrameEncoder
 from embedcache.encoders.open import open_encoder
-from embedcache.errors import CorruptError, DataError, PathError
 from embedcache.sources.media import Video, decode_video
 from embedcache.testing.encoders import VideoEncoderContract
 from pipelines.avsr.pixels import PIXELS_SIZE, Pixels
@@ -71,13 +69,3 @@ def test_states_are_stacks_projected_on_their_whitened_components(path: Path, vi
     expected = axes[:5].T / singular[:5] * np.sqrt(len(together))
     products = np.abs((weights.components_KDE.reshape(-1, 5) * expected).sum(axis=0))
     np.testing.assert_allclose(products, (expected**2).sum(axis=0), rtol=1e-3)
-
-
-def test_wrong_files_raise(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match="does not exist"):
-        open_encoder(f"{FAMILY}:{tmp_path}/no.safetensors", modality="video")
-    save_file({"mean": np.zeros((3, 7), np.float32)}, tmp_path / "bare.safetensors")
-    with pytest.raises(CorruptError, match="fit it again"):
-        open_encoder(f"{FAMILY}:{tmp_path}/bare.safetensors", modality="video")
-    with pytest.raises(DataError, match="at least 2 frames"):
-        fit_stacks([], tmp_path / "no.safetensors")

@@ -16,14 +16,11 @@ from pipelines.avsr.train import encode_utterances, train_speech
 from pipelines.avsr.utterances import (
     SpeechAugmentation,
     Utterances,
-    draw_missing,
     mask_spans,
     open_utterances,
-    read_augmented,
 )
 from tests.crash import crash_function
 from tests.pipelines.avsr.cases import MODEL, QUIET, fit_settings, make_cache, recipe, utterances
-from tests.train.runs import log_lines
 
 pytestmark = pytest.mark.slow
 
@@ -71,15 +68,6 @@ def test_a_recognizer_learns_letters_from_sound_or_lips(caches: tuple[Path, Path
         assert set(report.measures) == {"WER plain"}
 
 
-def test_an_epoch_is_chosen_by_both_readouts(caches: tuple[Path, Path], tmp_path: Path) -> None:
-    data = [utterances(cache, "audio") for cache in caches]
-    run = tmp_path / "run"
-    report = train_speech(*data, run, recipe(align_epochs=1), fit_settings(epochs=2))
-    logged = [line["validation"] for line in log_lines(run) if "validation" in line]
-    assert all(set(measures) == {"WER plain", "attention WER plain"} for measures in logged)
-    assert dict(report.measures) == min(logged, key=lambda measures: sum(measures.values()))
-
-
 def train_with_views(caches: tuple[Path, Path], run: Path, checkpoint_s: float) -> None:
     """Train on drawn views, in a process of its own."""
     augmentation = SpeechAugmentation(views={"audio": {"plain": 0.5, QUIET: 0.5}}, masked=0.2)
@@ -124,26 +112,6 @@ def test_states_of_another_run_are_refused(caches: tuple[Path, Path], runs: dict
     train_speech(*(utterances(cache, "audio") for cache in caches), other, recipe(), fit_settings(seed=1))
     with pytest.raises(FingerprintError, match="audio encoder: expected states that were derived from the run"):
         train_fusion(caches, tmp_path / "av", {**runs, "audio": other}, on_states=True)
-
-
-def test_views_and_items_are_drawn_by_their_weights(caches: tuple[Path, Path]) -> None:
-    data = utterances(caches[0], "audio", "video", views={"audio": ["plain", QUIET]})
-    augmentation = SpeechAugmentation(views={"audio": {"plain": 1, QUIET: 3}})
-    rng, rows = np.random.default_rng(0), np.zeros(400, np.int64)
-    streams = read_augmented(data, rows, {"audio": 1, "video": 1}, augmentation, rng)
-    loud = streams["audio"][0][:, 0, 0]
-    assert len(np.unique(loud)) == 2
-    assert 0.68 < (loud == loud.min()).mean() < 0.82
-    assert 0.4 < (streams["video"][0][:, 0].max(axis=1) > 0.7).mean() < 0.6
-
-
-def test_no_utterance_loses_every_stream() -> None:
-    rng = np.random.default_rng(0)
-    missing = draw_missing({"audio": 0.3, "video": 0.2}, ("audio", "video"), 10_000, rng)
-    assert missing["audio"].mean() == pytest.approx(0.3, abs=0.02)
-    assert missing["video"].mean() == pytest.approx(0.2, abs=0.02)
-    assert not (missing["audio"] & missing["video"]).any()
-    assert draw_missing({"audio": 0.3}, ("audio",), 10, rng) == {}
 
 
 @pytest.mark.parametrize("length", [12, 70, 300])

@@ -4,22 +4,17 @@ import json
 import sys
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from embedcache.encoders.open import open_encoder
 from embedcache.errors import DataError, PathError, SettingError
-from embedcache.sources.media import decode_audio, decode_video
 from embedcache.store.cache import Cache
 from pipelines.avsr import transcribe
 from pipelines.avsr.clips import WHOLE_FRAME, Clip, iter_windows, open_clip, parse_mouth
 from pipelines.avsr.ctc import WordTime
 from pipelines.avsr.decoding import Decoding
 from pipelines.avsr.lrs import KIND
-from pipelines.avsr.network import Frames, load_network, recognize, stack_frames, to_text
 from pipelines.avsr.noise import VIEW
 from pipelines.avsr.train import SpeechRecipe, train_speech
 from pipelines.avsr.transcribe import Recognizer, Transcript
@@ -32,7 +27,6 @@ from tests.pipelines.avsr.speech import (
     PIXELS,
     SIZES,
     TOY,
-    WHISPER,
     random_text,
     save_run,
     say,
@@ -76,30 +70,6 @@ def test_long_recordings_are_cut_between_words_whose_times_are_known(trained: Pa
     assert transcript.text == " ".join(word for word, _, _ in speech.words)
     times = [word[1:] for word in transcript.words]
     np.testing.assert_allclose(times, [word[1:] for word in speech.words], atol=0.09)
-
-
-def test_text_is_that_of_the_parts(tmp_path: Path) -> None:
-    """The encoders and the network by hand, on the file as extraction decodes it."""
-    speech = say("AB CD BA", np.random.default_rng(7))
-    write(tmp_path, {"clip.mp4": encode_video(speech.frames, samples=speech.samples)})
-    recognizer = Recognizer(save_run(tmp_path / "run", WHISPER | PIXELS))
-    network, _ = load_network(tmp_path / "run")
-    data = (tmp_path / "clip.mp4").read_bytes()
-    streams = {}
-    for name, raw in (("audio", decode_audio(data)), ("video", decode_video(data))):
-        spec, feature = (WHISPER | PIXELS)[name]
-        encoder, short = open_encoder(spec, modality=name), feature.rpartition("/")[2]  # type: ignore[arg-type]
-        (values_TD,) = encoder.encode(encoder.prepare([raw]), [short])[short]
-        stacked_TD = torch.from_numpy(stack_frames(values_TD, network.stacks[name]))
-        streams[name] = Frames(stacked_TD[None], torch.tensor([len(stacked_TD)]))
-    decoders: list[Any] = ["hybrid", "ctc", "attention"]
-    for decoder in decoders:
-        clip = recognizer.open(tmp_path / "clip.mp4", mouth=WHOLE_FRAME)
-        found = recognizer.transcribe(clip, Decoding(decoder=decoder))
-        with torch.no_grad():
-            (best,) = recognize(network, network.encode(streams), Decoding(decoder=decoder))
-        assert found.text == to_text(best.symbols), decoder
-        assert found.score == pytest.approx(best.score, rel=1e-4)
 
 
 def test_windows_end_where_it_is_quiet(tmp_path: Path) -> None:

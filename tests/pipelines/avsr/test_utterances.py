@@ -5,10 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 
 from embedcache.arrays import Inputs, Ints
-from embedcache.errors import DataError
 from embedcache.settings import from_flat
 from embedcache.train.settings import FitSettings
 from pipelines.avsr.network import SpeechNetwork
@@ -63,21 +61,6 @@ def make_utterances(audio_frames: Mapping[int, int] | None = None, **options: An
             "video": make_stream(2.0, NUM_VIDEOS, np.full(NUM_VIDEOS.sum(), 6), **options),
         },
     )
-
-
-def read_both(data: Utterances, numbers: Ints) -> dict[str, Inputs]:
-    plain = np.zeros(len(numbers), np.int64)
-    return {name: stream.read(stream.rows(numbers), plain) for name, stream in data.streams.items()}
-
-
-def test_streams_may_differ_by_a_quarter_of_a_second() -> None:
-    data = make_utterances({1: 13, 2: 11, 3: 14, 5: 10})
-    near = np.array([0, 1, 2])
-    data.require_close_lengths(read_both(data, near), near)
-    for number, seconds in ((3, "3.50"), (5, "2.50")):
-        numbers = np.array([2, number])
-        with pytest.raises(DataError, match=f"k{number}: expected audio and video of one length.* got {seconds} and"):
-            data.require_close_lengths(read_both(data, numbers), numbers)
 
 
 def augmented(data: Utterances, numbers: Ints, seed: int = 0, **options: Any) -> dict[str, tuple[np.ndarray, Ints]]:
