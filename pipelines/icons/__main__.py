@@ -19,61 +19,53 @@ With `--curve`, more recipes are measured instead, on more and more pairs, with 
 `--ablation`, one recipe with one setting changed at a time. With `--features`, tokens and pairs of encoders on a cut of
 the icons, with the first of the seeds, for which more features are extracted.
 
-A folder per number of icons gets `results.json`, `report.html`, a page and a JSON file of each step, splits and runs;
-of the last four `NAME.json`, `NAME.html`, and `NAME.md` with its figures. Steps whose output is there for
-the same icons and settings are skipped. A larger `--limit` appends icons.
+A folder per number of icons gets a page and a JSON file of each step, splits and runs; of `report` and the last four
+`NAME.json`, `NAME.html`, and `NAME.md` with its figures. Steps whose output is there for the same icons and settings
+are skipped. A larger `--limit` appends icons.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from embedcache.cli.console import print_line, print_table
+from embedcache.cli.console import print_table
 from embedcache.cli.failures import run_program
 from embedcache.devices import Precision
-from embedcache.provenance import digest_file
+from embedcache.reports.base import Table, format_percent
 from pipelines.icons.ablation import NUM_PAIRS, run_ablation
 from pipelines.icons.curation import BUDGETS
 from pipelines.icons.curation_page import run_curation
-from pipelines.icons.curve import RECIPES, SIZES, in_precision
+from pipelines.icons.curve import RECIPES, SIZES, Recipe, in_precision
 from pipelines.icons.curve_page import run_curve
 from pipelines.icons.features import run_features
-from pipelines.icons.results import (
-    MLP,
-    accuracy_table,
-    measure_clothes,
-    measure_retrieval,
-    recall_table,
-    results_json,
-    split_table,
-    train_runs,
-    write_icon_page,
-)
 from pipelines.icons.steps import PACKAGE, Data
 
+BASE: Mapping[str, Recipe] = {name: RECIPES[name] for name in ("CCA", "mlp", "CCA of shuffled pairs")}
+"""Recipes without other options: a closed form, `mlp` that starts from it, and the control."""
 
-def run(data: Data, seeds: Sequence[int]) -> dict[str, Any]:
-    """Run all steps; return the results as JSON values."""
+
+def run(data: Data, seeds: Sequence[int], recipes: Mapping[str, Recipe] = BASE) -> dict[str, Any]:
+    """Run all steps on all icons; return the results as JSON values."""
     data.prepare()
     data.report_duplicates()
     data.measure_coverage()
     splits = {seed: data.split(seed) for seed in seeds}
-    runs = train_runs(data, seeds)
-
-    def measure() -> dict[str, Any]:
-        retrieval = measure_retrieval(data, runs)
-        values = results_json(retrieval, measure_clothes(data, runs))
-        write_icon_page(data.folder / "report.html", data, retrieval, values, splits, runs[MLP][0])
-        return values
-
-    trained = {name: [digest_file(path / "config.json") for path in paths] for name, paths in runs.items()}
-    results = data.step("results", {"runs": trained, "clothes": data.has_clothes}, measure)
     print_table(*split_table(splits), title="icons of each part")
-    print_table(*recall_table(results), title="retrieval")
-    print_table(*accuracy_table(results), title="classes")
-    print_line(f"{data.folder / 'report.html'}; {data.folder / 'results.json'}")
-    return results
+    return run_curve(data, seeds, [], recipes, name="report")
+
+
+def split_table(counts: Mapping[int, Mapping[str, int]]) -> Table:
+    """Return the number of icons of each part of the split of each seed, and of what is in none."""
+    names = list(next(iter(counts.values())))
+    rows = [
+        [
+            str(seed),
+            *(f"{count:,} ({format_percent(count / max(1, sum(of_seed.values())))})" for count in of_seed.values()),
+        ]
+        for seed, of_seed in counts.items()
+    ]
+    return ["seed", *names], rows
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -20,14 +19,13 @@ from embedcache.reports.base import (
     INK,
     Table,
     estimate_bars,
-    format_count,
     format_estimate,
     format_fraction,
     label,
     open_axes,
 )
 from embedcache.train.recipes import TrainingLength
-from pipelines.icons.curve import Recipe, SeedRuns, choice_name, open_runs, question, run_all
+from pipelines.icons.curve import Recipe, SeedRuns, open_runs, question, run_all
 from pipelines.icons.curve_page import (
     CREDIT,
     estimate_of,
@@ -38,7 +36,6 @@ from pipelines.icons.curve_page import (
     part_of_test,
     run_json,
 )
-from pipelines.icons.results import NAMES
 from pipelines.icons.steps import Data
 from pipelines.results import Part, Result, Results, estimates_json, with_both, write_pages
 
@@ -99,14 +96,8 @@ GROUPS: Mapping[str, Group] = {
 """Setting -> its variants."""
 
 TITLE = "Batch, temperature and width: one setting of a training at a time"
-NOTES = (
-    "The pairs, split and tests of the learning curve. `default` is what `train` does without options; each variant "
-    "changes one setting. All train on as many pairs in all: 10 epochs of 100,000 pairs, of which the best by "
-    "validation recall is kept. Each batch size chooses its learning rate (1e-3, 4e-3) by the validation recall of the "
-    "first seed.",
-)
+NOTES = ("The pairs, split and tests of the learning curve; each variant changes one setting of `default`.",)
 _RETRIEVAL = "R@10 over the queries of both directions."
-_TAKEN = "Means over seeds, of one thread; seconds are of all of the run, or what followed its last interruption."
 
 
 def run_ablation(
@@ -124,7 +115,6 @@ def run_ablation(
         return values
 
     values = data.step("ablation", {"runs": trained, "clothes": data.has_clothes}, measure)
-    print_line(summarize(values))
     print_line(f"{data.folder / 'ablation.html'}; {data.folder / 'ablation.json'}")
     return values
 
@@ -179,26 +169,8 @@ def write_ablation_pages(path: Path, values: Mapping[str, Any]) -> None:
     parts = [
         Part("Gains over the base", [retrieval], figure=gain_figure(values), name="gains"),
         *(part_of_test(test, about[test], variant_table(values, test)) for test in values["tests"]),
-        Part("What training takes", [_TAKEN], cost_table(values)),
     ]
-    write_pages(path, TITLE, parts, notes=NOTES, summary=summarize(values), credit=CREDIT)
-
-
-def summarize(values: Mapping[str, Any]) -> str:
-    """Return the variants whose gain over their base on names never seen has an interval without zero."""
-    found, lines = main_measure(values, NAMES), []
-    for setting, gains in found["gains"].items():
-        differing = [
-            f"{name} {format_gain(estimate_of(gain))}"
-            for name, gain in gains.items()
-            if gain["interval"][0] > 0 or gain["interval"][1] < 0
-        ]
-        base = values["groups"][setting]["base"]
-        value = format_fraction(found["values"][base]["value"])
-        lines.append(f"{setting}: {base} {value}; {', '.join(differing) or 'no variant differs'}")
-    (count,) = {run["num_pairs"] for run in values["runs"].values()}
-    about = f"R@10 on {NAMES}, trained on {format_count(count)} pairs, and gains whose interval excludes zero."
-    return f"{about} {'. '.join(lines)}."
+    write_pages(path, TITLE, parts, notes=NOTES, credit=CREDIT)
 
 
 def variant_table(values: Mapping[str, Any], test: str) -> Table:
@@ -212,17 +184,6 @@ def variant_table(values: Mapping[str, Any], test: str) -> Table:
             rows.append([setting, name, *cells, "" if gain is None else format_gain(estimate_of(gain))])
     rows.append(["", "chance", *(format_fraction(found["chance"]) for found in measures.values()), ""])
     return ["setting", "variant", *measures, "gain"], rows
-
-
-def cost_table(values: Mapping[str, Any]) -> Table:
-    """Return what the training of each variant took."""
-    rows = []
-    for name, run in values["runs"].items():
-        epochs = ", ".join(map(str, run["best_epochs"]))
-        validation = format_fraction(fmean(run["validation"]))
-        taken = [f"{run['seconds']:,.0f}", f"{run['flops'] / 1e12:,.1f}"]
-        rows.append([name, choice_name(run["choice"]), format_count(run["num_parameters"]), validation, epochs, *taken])
-    return ["variant", "choice", "parameters", "validation recall", "best epoch", "seconds", "TFLOP"], rows
 
 
 def gain_figure(values: Mapping[str, Any]) -> Figure:

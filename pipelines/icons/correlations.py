@@ -1,16 +1,15 @@
-"""Correlate the metrics of encoder pairs before training with their recall after training, as a page."""
+"""Correlate the metrics of encoder pairs before training with their recall after training."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.figure import Figure
-from scipy.stats import kendalltau, rankdata
+from scipy.stats import rankdata
 
 from embedcache.arrays import Array
 from embedcache.evaluate.encoder_pairs import METRICS, PairsReport
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import COLORS, GRID, INK, Table, format_estimate, format_fraction, label
+from embedcache.reports.base import Table, format_estimate, format_fraction
 
 UNDEFINED = "all equal"
 """Cell of a correlation between values of which one side has no order."""
@@ -61,11 +60,11 @@ def correlation_table(outcomes: Outcomes) -> Table:
             values = outcomes.metric(metric)
             best = format_fraction(recalls.max())
             if min(np.ptp(values), np.ptp(recalls)) == 0:  # neither ranks nor chooses
-                rows.append([name, recipe, UNDEFINED, UNDEFINED, UNDEFINED, best])
+                rows.append([name, recipe, UNDEFINED, UNDEFINED, best])
                 continue
-            correlations = [format_estimate(estimate) for estimate in rank_correlation(values, recalls)]
-            rows.append([name, recipe, *correlations, format_fraction(recalls[values.argmax()]), best])
-    return ["metric", "training", "Spearman", "Kendall", "recall of its choice", "best recall"], rows
+            correlation = format_estimate(rank_correlation(values, recalls))
+            rows.append([name, recipe, correlation, format_fraction(recalls[values.argmax()]), best])
+    return ["metric", "training", "Spearman", "recall of its choice", "best recall"], rows
 
 
 def pair_table(outcomes: Outcomes) -> Table:
@@ -76,30 +75,10 @@ def pair_table(outcomes: Outcomes) -> Table:
     return ["image", "text", *columns], rows
 
 
-def correlation_figure(outcomes: Outcomes) -> Figure:
-    """Draw one panel per recipe (rows) and metric (columns), with one color per image feature."""
-    images = sorted({image for image, _ in outcomes.pairs})
-    figure = Figure(figsize=(2.9 * len(METRICS), 0.5 + 2.7 * len(outcomes.recalls)), layout="constrained")
-    grid = figure.subplots(len(outcomes.recalls), len(METRICS), sharex="col", sharey="row", squeeze=False)
-    for row, recipe in enumerate(outcomes.recalls):
-        recalls = outcomes.recall(recipe)
-        for column, (metric, name) in enumerate(METRICS.items()):
-            axes, values = grid[row, column], outcomes.metric(metric)
-            for color, image in zip(COLORS, images, strict=False):
-                is_shown = np.array([pair[0] == image for pair in outcomes.pairs])
-                axes.scatter(values[is_shown], recalls[is_shown], s=18, color=color, label=image)
-            label(axes, name if row == len(outcomes.recalls) - 1 else "", "" if column else f"test R@10, {recipe}")
-            axes.grid(color=GRID)
-            axes.set_axisbelow(True)
-    handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
-    return figure
+def rank_correlation(x_M: Array, y_M: Array, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
+    """Compute Spearman's rho, with a 95% percentile interval from resampling the M rows.
 
-
-def rank_correlation(x_M: Array, y_M: Array, *, num_draws: int = 1000, seed: int = 0) -> tuple[Estimate, Estimate]:
-    """Compute Spearman's rho and Kendall's tau-b, with 95% percentile intervals from resampling the M rows.
-
-    Tau-b accounts for ties. Rows are treated as independent. Resamples in which one measure is constant are left out.
+    Rows are treated as independent. Resamples in which one measure is constant are left out.
 
     Args:
         x_M: (M,) float.
@@ -111,9 +90,8 @@ def rank_correlation(x_M: Array, y_M: Array, *, num_draws: int = 1000, seed: int
     draws = rng.integers(len(x_M), size=(num_draws, len(x_M)))
     usable = [draw for draw in draws if min(len(np.unique(x_M[draw])), len(np.unique(y_M[draw]))) > 1]
 
-    def estimate(statistic: Callable[[Array, Array], float]) -> Estimate:
-        low, high = np.quantile([statistic(x_M[draw], y_M[draw]) for draw in usable], [0.025, 0.975])
-        return Estimate(statistic(x_M, y_M), float(low), float(high))
+    def spearman(x: Array, y: Array) -> float:
+        return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
-    spearman = estimate(lambda x, y: float(np.corrcoef(rankdata(x), rankdata(y))[0, 1]))
-    return spearman, estimate(lambda x, y: float(kendalltau(x, y, method="asymptotic").statistic))
+    low, high = np.quantile([spearman(x_M[draw], y_M[draw]) for draw in usable], [0.025, 0.975])
+    return Estimate(spearman(x_M, y_M), float(low), float(high))

@@ -4,11 +4,8 @@ The settings of a recipe for a budget are chosen by the validation part of the f
 Finished selections, runs and results are reused.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +16,12 @@ from embedcache.cli.console import open_progress, print_line
 from embedcache.curate.dedup import analyze
 from embedcache.curate.select.baselines import draw_rows
 from embedcache.curate.select.cluster_methods import default_levels
-from embedcache.curate.select.concept_methods import Matches, match_near
-from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.select import SELECTORS, combine_selections, select
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError
-from embedcache.metrics.ranking import gini
 from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file
 from pipelines.icons.curve import (
@@ -211,33 +205,26 @@ class Curation:
             scorer: run by which pairs are scored, of the random draw `AGAIN`, whose pairs are then left out.
 
         Returns:
-            Number of pairs drawn at random where the method had fewer; seconds of CPU and wall time of all steps; see
-            `count_concepts`.
+            Number of pairs drawn at random where the method had fewer.
         """
         folder, steps = self._folder / file_name(name) / f"seed{seed}", self.methods[name]
         folder.mkdir(parents=True, exist_ok=True)
         out = selection_path(folder, budget)
 
         def compute() -> Mapping[str, Any]:
-            """Run the steps one after another, each on the pairs that the one before kept; return counts and times."""
-            pools, costs = [self._pool(seed)], []
+            """Run the steps one after another, each on the pairs that the one before kept."""
+            pools = [self._pool(seed)]
             if scorer is not None:
                 pools.append(self._without_scored(pools[0], seed, budget))
             for step in steps[:-1]:
-                path, cost = self._filter(step, pools[-1], seed, scorer)
-                pools.append(path)
-                costs.append(cost)
-            with _timed() as cost:
-                rows = self._last(steps[-1], pools[-1], out, seed, budget, scorer)
+                pools.append(self._filter(step, pools[-1], seed, scorer))
+            rows = self._last(steps[-1], pools[-1], out, seed, budget, scorer)
             num_filled = budget - len(rows)
             if num_filled:
                 rows = self._fill(rows, pools, budget, seed)
                 write_selection(out, self._data.icons, Selection(rows=rows), {"method": name})
-            taken = {unit: round(sum(each[unit] for each in [*costs, cost]), 3) for unit in ("cpu", "wall")}
-            print_line(
-                f"{name}, seed {seed}: {budget:,} pairs, {num_filled:,} of them at random; {taken['wall']:.1f} s"
-            )
-            return {"num_filled": num_filled, **taken, **self.count_concepts(rows)}
+            print_line(f"{name}, seed {seed}: {budget:,} pairs, {num_filled:,} of them at random")
+            return {"num_filled": num_filled}
 
         settings = {**self._settings(seed), "steps": [repr(step) for step in steps], "budget": budget}
         if scorer is not None:
@@ -280,23 +267,22 @@ class Curation:
         combine_selections(self._data.icons.path, out, pool, "minus", own)
         return out
 
-    def _filter(self, step: Step, pool: Path, seed: int, scorer: Path | None) -> tuple[Path, dict[str, float]]:
-        """Write what a step leaves of a pool, once; return its path and the seconds that it took."""
+    def _filter(self, step: Step, pool: Path, seed: int, scorer: Path | None) -> Path:
+        """Write what a step leaves of a pool, once; return its path."""
         out = pool.with_name(f"{pool.stem}-{step.method}.parquet")
 
         def compute() -> Mapping[str, Any]:
-            with _timed() as cost:
-                values = self._dedup(step, pool, out, seed) if step.method == "dedup" else {}
-                if step.method != "dedup":
-                    self._select(step, pool, out, seed, scorer)
-            return {**cost, **values}
+            if step.method == "dedup":
+                return self._dedup(step, pool, out, seed)
+            self._select(step, pool, out, seed, scorer)
+            return {}
 
         settings = {**self._settings(seed), "step": repr(step), "pool": digest_file(pool)}
-        values = self._step(out, settings, compute)
-        return out, {unit: values[unit] for unit in ("cpu", "wall")}
+        self._step(out, settings, compute)
+        return out
 
     def _dedup(self, step: Step, pool: Path, out: Path, seed: int) -> dict[str, Any]:
-        """Write what `curate dedup --selection` keeps of a pool; return the counts of each cosine.
+        """Write what `curate dedup --selection` keeps of a pool; return how many these are.
 
         Unlike the command, which would write nothing, it keeps all if there are no duplicates.
         """
@@ -306,8 +292,7 @@ class Curation:
         kept = np.setdiff1d(analysis.samples, analysis.removed(cosine).samples)
         about = {"method": "dedup", **analysis.to_json(), "cosine": cosine}
         write_selection(out, self._data.icons, Selection(rows=kept), about)
-        levels = [(level.cosine, level.num_gone) for level in analysis.levels()]
-        return {"cosine": cosine, "num_samples": len(analysis.samples), "num_kept": len(kept), "levels": levels}
+        return {"cosine": cosine, "num_samples": len(analysis.samples), "num_kept": len(kept)}
 
     def _last(self, step: Step, pool: Path, out: Path, seed: int, budget: int, scorer: Path | None) -> Ints:
         """Write as many of a pool as a step can select, but not more than the budget; return their rows."""
@@ -338,41 +323,3 @@ class Curation:
             others = np.setdiff1d(read_selection(pool, [self._data.icons]), rows)
             rows = np.union1d(rows, draw_rows(others, budget - len(rows), seed=seed))
         return rows
-
-    def count_concepts(self, rows: Ints) -> dict[str, Any]:
-        """Count the concepts of the step of coverage of which samples have a near-duplicate as a caption.
-
-        Returns:
-            Number of concepts with a sample, Gini coefficient of their samples over all concepts, and the number of
-            samples with a concept.
-        """
-        matches, num_concepts = self._matches
-        is_inside_M = np.isin(matches.samples_M, rows)
-        counts_C = np.bincount(matches.concepts_M[is_inside_M], minlength=num_concepts)
-        return {
-            "concepts": int((counts_C > 0).sum()),
-            "gini": float(np.nan_to_num(gini(counts_C), nan=1.0)),
-            "matched": len(np.unique(matches.samples_M[is_inside_M])),
-        }
-
-    def dedup_paths(self) -> list[Path]:
-        """Return the records of what deduplication removed of each seed, if a method begins with it."""
-        paths = [self._folder / "pools" / f"seed{runs.seed}" / "train-dedup.json" for runs in self.runs[AGAIN]]
-        return [path for path in paths if path.is_file()]
-
-    @cached_property
-    def _matches(self) -> tuple[Matches, int]:
-        settings = SelectSettings(concepts=self._data.folder / "concepts")
-        pool = Pool(self._data.icons.path, "text", settings, progress=open_progress())
-        threshold = float(self._data.holdout.text_cosine)
-        found = match_near(pool.blocks("counting concepts"), pool.concepts.vectors, threshold)
-        return found, len(pool.concepts.names)
-
-
-@contextmanager
-def _timed() -> Iterator[dict[str, float]]:
-    """Fill in the seconds that a block took, of this process and by the clock."""
-    cost: dict[str, float] = {}
-    cpu, wall = time.process_time(), time.perf_counter()
-    yield cost
-    cost |= {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}

@@ -1,4 +1,4 @@
-"""The page of curation: gains of each method over random draws on each test, costs, concepts, and what was claimed."""
+"""The page of curation: gains of each method over random draws on each test, costs and concepts."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,11 +9,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import rankdata
 
-from embedcache.arrays import Array
 from embedcache.cli.console import print_line, print_table
-from embedcache.metrics.intervals import interval_of
 from embedcache.provenance import digest_file, read_json
 from embedcache.reports.base import (
     COLORS,
@@ -21,10 +18,8 @@ from embedcache.reports.base import (
     SOFT,
     Table,
     estimate_bars,
-    format_count,
     format_estimate,
     format_fraction,
-    format_percent,
     label,
     open_axes,
     round_json,
@@ -40,18 +35,12 @@ from pipelines.icons.curve_page import (
     measures_json,
     part_of_test,
     size_names,
-    validation_table,
 )
-from pipelines.icons.results import NAMES
 from pipelines.icons.steps import Data
-from pipelines.results import Part, Result, Results, estimate_json, estimates_json, with_both, write_pages
+from pipelines.results import Part, Result, Results, estimates_json, with_both, write_pages
 
 TITLE = "Is curation worth it at scale? Equal numbers of icons by several methods, compared with random draws"
-NOTES = (
-    "The pairs, tests and recipes of the learning curve. Each method selects a budget of pairs from the training part "
-    "of each seed's split, with `embedcache curate`, and every budget is the number of pairs that is trained on. Where "
-    "a method finds fewer, the others are drawn at random. What each method is: `pipelines/icons/README.md`.",
-)
+NOTES = ("Each method selects as many pairs of the training part. What it is: `pipelines/icons/README.md`.",)
 _RANDOM_NOTE = "In each resample random is one of its draws. Of 40 intervals two exclude zero by chance."
 _GAIN_NOTE = (
     "Random itself, and what each method gains over it, with 95% intervals. *: less than half of the pairs are the "
@@ -60,11 +49,6 @@ _GAIN_NOTE = (
 _VERDICT_NOTE = (
     "Better than random (the interval of the gain is above zero) / undecided / worse, without budgets of which a "
     "method found less than half."
-)
-_CORRELATION_NOTE = "Spearman's rank correlation over methods of the number of concepts covered and the gain."
-_SELECTION_NOTE = (
-    "Means over seeds. Seconds are of the selection alone; a step that several methods or budgets share is counted in "
-    "each. Concepts: those with a selected pair; Gini: of the pairs of all concepts, 0 is even."
 )
 
 
@@ -89,7 +73,6 @@ def run_curation(
     trained = [digest_file(run.path / "config.json") for run in curation.all_runs(chosen)]
     values = data.step("curation", {"runs": trained, "clothes": data.has_clothes}, measure)
     print_table(*verdict_table(values), title="better than random / undecided / worse")
-    print_line(summarize(values))
     print_line(f"{data.folder / 'curation.html'}; {data.folder / 'curation.json'}")
     return values
 
@@ -106,21 +89,11 @@ def write_curation_pages(path: Path, values: Mapping[str, Any]) -> None:
         )
         for test in values["tests"]
     ]
-    removed = "Near-duplicates among the images of the training part, means over seeds."
-    validated = validation_table({**values, "runs": values["recipes"]})
     parts = [
         Part("Better or worse than random", [_VERDICT_NOTE, intervals], verdict_table(values)),
         *tests,
-        Part("Concepts and gains", [_CORRELATION_NOTE], correlation_table(values)),
-        Part("What selections cost and cover", [_SELECTION_NOTE], selection_table(values)),
-        *([Part("What deduplication removes", [removed], dedup_table(values))] if values["dedup"] else []),
-        Part(
-            "Validation recall of random draws",
-            ["R@1, R@5, R@10, and what is chosen."],
-            validated,
-        ),
     ]
-    write_pages(path, TITLE, parts, notes=NOTES, summary=summarize(values), credit=CREDIT)
+    write_pages(path, TITLE, parts, notes=NOTES, credit=CREDIT)
 
 
 def gain_figure(values: Mapping[str, Any], test: str) -> Figure:
@@ -154,8 +127,6 @@ def _color(name: str, concept_methods: Sequence[str]) -> str:
 
 
 RANDOM = "random"
-PAPER = "rare-first"
-"""The curation of "Harnessing Frozen Unimodal Encoders for Flexible Multimodal Alignment" (CVPR 2025)."""
 _BETTER, _UNDECIDED, _WORSE = "better", "undecided", "worse"
 
 
@@ -178,10 +149,9 @@ def curation_json(curation: Curation, chosen: Mapping[tuple[str, int], int], res
     """Return all of curation as JSON values.
 
     Budgets are text. `recipes`: recipe -> budget -> its choice and the mean validation recall of the draws that chose
-    it. `selections`: method -> budget -> means over seeds of what `Curation.select` returns. `dedup`: what
-    deduplication removes of the training part of each seed. `tests`: test -> metric -> `num_examples`, `chance`, and
-    `recipes` -> recipe -> budget -> `values` and `gains` over random of each method, and `correlation` of the gains
-    with the number of concepts, over methods. `concept_methods`: methods that are given the names of concepts.
+    it. `selections`: method -> budget -> means over seeds of what `Curation.select` returns. `tests`: test ->
+    metric -> `num_examples`, `chance`, and `recipes` -> recipe -> budget -> `values` and `gains` over random of each
+    method. `concept_methods`: methods that are given the names of concepts.
     """
     draws = [curation.runs[name][0] for name in DRAWS]
     methods = [name for name in curation.methods if name not in DRAWS]
@@ -211,7 +181,6 @@ def curation_json(curation: Curation, chosen: Mapping[tuple[str, int], int], res
         ],
         "recipes": recipes,
         "selections": selections,
-        "dedup": [read_json(path)["values"] for path in curation.dedup_paths()],
         "tests": {test: _budgets_json(results, test, methods, selections, list(recipes)) for test in draws[0].tests},
     }
 
@@ -239,7 +208,6 @@ def _budgets_json(
                     measure,
                     recipe,
                     methods,
-                    [selections[name][size]["concepts"] for name in methods],
                 )
                 for size in sizes
             }
@@ -250,9 +218,7 @@ def _budgets_json(
     return measures_json(results, _model(AGAIN, recipes[0]), question(test, int(sizes[0])), estimates)
 
 
-def _methods_json(
-    results: Results, asked: str, measure: str, recipe: str, methods: Sequence[str], concepts: Sequence[float]
-) -> dict[str, Any]:
+def _methods_json(results: Results, asked: str, measure: str, recipe: str, methods: Sequence[str]) -> dict[str, Any]:
     """Return recalls and gains of one test, recipe and budget, all from the same resamples.
 
     In each resample, random is one of its draws: an interval holds how much one draw differs from another.
@@ -263,20 +229,10 @@ def _methods_json(
     random_R[0] = means[0, : len(DRAWS)].mean()
     columns = {RANDOM: random_R, **dict(zip(methods, means.T[len(DRAWS) :], strict=True))}
     gains = {name: columns[name] - random_R for name in methods}
-    correlation_R = rank_correlations(np.array(concepts), np.stack(list(gains.values()), axis=1))
     return {
         "values": estimates_json(columns),
         "gains": estimates_json(gains),
-        "correlation": estimate_json(interval_of(correlation_R)),
     }
-
-
-def rank_correlations(x_M: Array, values_RM: Array) -> Array:
-    """Compute Spearman's rho of x and each row of values: (R,); 0 where one of them is constant."""
-    first_M, second_RM = rankdata(x_M), rankdata(values_RM, axis=1)
-    first_M, second_RM = first_M - first_M.mean(), second_RM - second_RM.mean(axis=1, keepdims=True)
-    lengths_R = np.sqrt((first_M**2).sum() * (second_RM**2).sum(axis=1))
-    return np.asarray(second_RM @ first_M / np.where(lengths_R > 0, lengths_R, np.inf))
 
 
 def verdict(gain: Mapping[str, Any]) -> str:
@@ -328,79 +284,3 @@ def gain_table(values: Mapping[str, Any], test: str) -> Table:
             rows.append([f"{recipe}, {name}", *map("".join, zip(gains, stars, strict=True))])
     rows.append(["chance", *[format_fraction(found["chance"])] * len(sizes)])
     return ["", *sizes.values()], rows
-
-
-def selection_table(values: Mapping[str, Any]) -> Table:
-    """Return what each selection costs, covers, and lacked."""
-    rows = []
-    for name, of_size in values["selections"].items():
-        for size, count in size_names(values).items():
-            found = of_size[size]
-            rows.append(
-                [
-                    name,
-                    count,
-                    format_count(found["num_filled"]),
-                    f"{found['cpu']:,.1f}",
-                    f"{found['wall']:,.1f}",
-                    format_count(found["concepts"]),
-                    format_percent(found["matched"] / int(size)),
-                    format_fraction(found["gini"]),
-                ]
-            )
-    return ["method", "pairs", "filled at random", "CPU s", "wall s", "concepts", "pairs with a concept", "Gini"], rows
-
-
-def correlation_table(values: Mapping[str, Any]) -> Table:
-    """Return the rank correlation of concepts and gains over methods, by test, recipe and budget."""
-    sizes = size_names(values)
-    rows = [
-        [test, recipe, *(format_estimate(estimate_of(of_size[size]["correlation"])) for size in sizes)]
-        for test in values["tests"]
-        for recipe, of_size in main_measure(values, test)["recipes"].items()
-    ]
-    return ["test", "recipe", *sizes.values()], rows
-
-
-def dedup_table(values: Mapping[str, Any]) -> Table:
-    """Return how many pairs of the training part deduplication would remove at each cosine, means over seeds."""
-    of_seeds = values["dedup"]
-    total = fmean(found["num_samples"] for found in of_seeds)
-    rows = []
-    for number, (cosine, _) in enumerate(of_seeds[0]["levels"]):
-        gone = [found["levels"][number][1] for found in of_seeds]
-        if None not in gone:
-            rows.append(
-                [
-                    "copies only" if cosine is None else f"{cosine:g}",
-                    format_count(fmean(gone)),
-                    format_percent(fmean(gone) / total),
-                ]
-            )
-    return ["cosine", "removed", "of the training part"], rows
-
-
-def summarize(values: Mapping[str, Any]) -> str:
-    """Return which methods are better and worse than random on names never seen, and whether concepts are worth it."""
-    recipe, of_size = list(main_measure(values, NAMES)["recipes"].items())[-1]
-    lines = []
-    for size, count in size_names(values).items():
-        names = [name for name in values["methods"] if name != AGAIN and not is_mostly_random(values, name, size)]
-        gains = {name: of_size[size]["gains"][name] for name in names}
-        ranked = sorted(gains, key=lambda name: -gains[name]["value"])
-        parts = [f"random {of_size[size]['values'][RANDOM]['value']:.3f}"]
-        for kind in (_BETTER, _WORSE):
-            named = [f"{name} {gains[name]['value']:+.3f}" for name in ranked if verdict(gains[name]) == kind]
-            parts.append(f"{kind}: {', '.join(named) or 'none'}")
-        lines.append(f"{count} pairs: {'; '.join(parts)}")
-    head = f"R@10 on {NAMES} with {recipe}, over both directions, and gains whose interval does not hold zero."
-    return " ".join([head, ". ".join(lines) + ".", count_all(values)])
-
-
-def count_all(values: Mapping[str, Any]) -> str:
-    """Return how the methods fare on all tests, in a sentence."""
-    with_concepts = values["concept_methods"]
-    groups = {name: [name] for name in (PAPER, "dedup + random", AGAIN) if name in values["methods"]}
-    groups[f"all {len(with_concepts)} methods with concepts"] = with_concepts
-    counted = ", ".join(f"{title} {count_verdicts(values, names)}" for title, names in groups.items())
-    return f"Better / undecided / worse than random on all tests, with all recipes and budgets: {counted}."

@@ -32,11 +32,13 @@ from embedcache.train.recipes import TrainingLength
 from embedcache.train.settings import TrainSettings, train_settings
 from embedcache.train.train import TrainReport, train_on
 from pipelines.common import with_options
-from pipelines.icons.results import CLOTHES, EMOJI, FAMILIES, NAMES
 from pipelines.icons.steps import FEATURES, Data
 from pipelines.parallel import run_parallel
 from pipelines.results import Result, file_name, keep_result
 
+NAMES, FAMILIES, EMOJI = "names never seen", "families never seen", "OpenMoji"
+CLOTHES = "Fashion-MNIST"
+"""The tests."""
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
 _K = 10
 _MAX_SAMPLES = 10_000

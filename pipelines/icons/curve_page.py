@@ -23,6 +23,9 @@ from embedcache.reports.base import (
 )
 from pipelines.curves import Curves, estimate_curves
 from pipelines.icons.curve import (
+    EMOJI,
+    FAMILIES,
+    NAMES,
     RECIPES,
     Recipe,
     SeedRuns,
@@ -35,34 +38,24 @@ from pipelines.icons.curve import (
     read_score,
     run_all,
 )
-from pipelines.icons.results import CLOTHES, EMOJI, FAMILIES, NAMES
 from pipelines.icons.steps import Data
 from pipelines.results import Part, Result, Results, estimates_json, file_name, write_pages
 
-TITLE = "From how many pairs on training gains over a closed form"
 CREDIT = (
     "Icons: Iconify (npm package @iconify/json), each family under the license that its author chose. Drawings: "
     "OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0. Fashion-MNIST: Zalando (Debian "
     "package dataset-fashion-mnist), MIT license."
 )
+TITLE = "From how many pairs on training gains over a closed form"
 NOTES = (
-    "Pairs of an icon of Iconify and its name, under EfficientNet-Lite0's `patch_mean` and MiniLM's `mean`, both "
-    "frozen and cached once. The pairs of a size are a random draw of the training part, and each draw is a part of "
-    "the next larger one. The closed form of a size is the one with the highest mean validation recall. The "
-    "recommended recipe has the highest R@10 on half of the names never seen; all figures are those of the other half, "
-    "and of the other tests. What each recipe is and how its settings are chosen: `pipelines/icons/README.md`.",
+    "The pairs of a size are a random draw of the training part. The closed form of a size is the one with the highest "
+    "mean validation recall; the recommended recipe has the highest R@10 on half of the names never seen, and figures "
+    "are those of the other half. What each recipe and test is: `pipelines/icons/README.md`.",
 )
 INTERVALS = (
     "Brackets hold 95% percentile intervals from 1,000 resamples of both seeds and items (icons of one name are drawn "
     "together), the same for all that is compared."
 )
-ABOUT: Mapping[str, str] = {
-    NAMES: "Icons whose names, and drawings, are no near-duplicates of any in training.",
-    FAMILIES: "Whole families, whose drawings are no near-duplicates of any in training; their names may be.",
-    EMOJI: "The test part of OpenMoji's strict split; icons that are near-duplicates of OpenMoji's are not in "
-    "training.",
-    CLOTHES: "Ten classes by their bare names.",
-}
 _GAIN_NOTE = "The gain of each trained recipe over the closed form of the size, in recall at 10 of texts for an image."
 _CROSSING_NOTE = (
     "The number of pairs from which on the gain over the closed form stays above zero, on a line over the logarithm of "
@@ -71,22 +64,35 @@ _CROSSING_NOTE = (
 
 
 def run_curve(
-    data: Data, seeds: Sequence[int], sizes: Sequence[int], recipes: Mapping[str, Recipe] = RECIPES
+    data: Data,
+    seeds: Sequence[int],
+    sizes: Sequence[int],
+    recipes: Mapping[str, Recipe] = RECIPES,
+    *,
+    name: str = "curve",
 ) -> dict[str, Any]:
-    """Train and measure recipes on more and more pairs, but for what is finished; return the curve as JSON values."""
-    every = open_runs(data, data.folder / "curve", seeds, curve_sizes(data, seeds[0], sizes), recipes)
+    """Train and measure recipes on more and more pairs, but for what is finished; return the curve as JSON values.
+
+    Args:
+        data: the icons.
+        seeds: seeds of splits, draws and trainings.
+        sizes: numbers of pairs, besides all.
+        recipes: recipes by name.
+        name: name of the page and of the folder of the runs.
+    """
+    every = open_runs(data, data.folder / name, seeds, curve_sizes(data, seeds[0], sizes), recipes)
     chosen = run_all(every)
     trained = [digest_file(runs.path(*key, choice) / "config.json") for runs in every for key, choice in chosen.items()]
 
     def measure() -> dict[str, Any]:
         values = curve_json(every, chosen, read_results(every))
-        write_curve_pages(data.folder / "curve", values)
+        write_curve_pages(data.folder / name, values)
         return values
 
-    values = data.step("curve", {"runs": trained, "clothes": data.has_clothes}, measure)
+    values = data.step(name, {"runs": trained, "clothes": data.has_clothes}, measure)
     print_table(*recommendation_table(values), title="recommended, and gains over the closed form")
     print_table(*crossing_table(values), title="pairs from which on training gains")
-    print_line(f"{data.folder / 'curve.html'}; {data.folder / 'curve.json'}")
+    print_line(f"{data.folder / name}.html; {data.folder / name}.json")
     return values
 
 
@@ -97,14 +103,11 @@ def intervals_note(values: Mapping[str, Any]) -> str:
 
 def part_of_test(test: str, note: str, table: Table, figure: Figure | None = None) -> Part:
     """Return the section of a test: what it is, a note, a table and perhaps a figure."""
-    return Part(f"{test[0].upper()}{test[1:]}", [ABOUT[test], note], table, figure, file_name(test))
+    return Part(f"{test[0].upper()}{test[1:]}", [note], table, figure, file_name(test))
 
 
 def write_curve_pages(path: Path, values: Mapping[str, Any]) -> None:
     """Write the page of the curve as HTML and Markdown, from its JSON values."""
-    notes = [*NOTES]
-    if precision := _precision(values):
-        notes.append(f"Trained recipes compute in {precision}, closed forms in float32.")
     intervals = intervals_note(values)
     tests = [
         part_of_test(test, f"{_counts(measures)}. {intervals}", curve_table(values, test), curve_figure(values, test))
@@ -117,33 +120,13 @@ def write_curve_pages(path: Path, values: Mapping[str, Any]) -> None:
         Part("Gains of training", [_GAIN_NOTE, intervals], figure=gain_figure(values), name="gains"),
         Part("Where training begins to gain", [_CROSSING_NOTE], crossing_table(values)),
         *tests,
-        Part("Validation recall", ["The mean of R@1, R@5 and R@10 in both directions."], validation_table(values)),
         Part("What training takes", [taken], cost_table(values)),
     ]
-    write_pages(path, TITLE, parts, notes=notes, summary=summarize(values), credit=CREDIT)
-
-
-def _precision(values: Mapping[str, Any]) -> str | None:
-    """Return the precision that trained recipes were asked to compute in, if any."""
-    options = [run["options"] for of_size in values["runs"].values() for run in of_size.values()]
-    return next((given["precision"] for given in options if "precision" in given), None)
+    write_pages(path, TITLE, parts, notes=NOTES, credit=CREDIT)
 
 
 def _counts(measures: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}: {found['num_examples']:,} queries" for name, found in measures.items())
-
-
-def summarize(values: Mapping[str, Any]) -> str:
-    """Return what is recommended for each number of pairs, and what it changes on names never seen."""
-    lines = []
-    for size, count in size_names(values).items():
-        name, closed = values["recommended"][size], values["closed_form"][size]
-        changes = [
-            f"{measure} {found['recipes'][closed][size]['value']:.3f} → {found['recipes'][name][size]['value']:.3f}"
-            for measure, found in values["tests"][NAMES].items()
-        ]
-        lines.append(f"{count} pairs: {closed} → {name}, {', '.join(changes)}")
-    return f"The closed form and the recommended recipe on {NAMES}. {'; '.join(lines)}."
 
 
 def curve_figure(values: Mapping[str, Any], test: str) -> Figure:
@@ -413,17 +396,6 @@ def _with_choice(values: Mapping[str, Any], name: str, size: str) -> str:
 def main_measure(values: Mapping[str, Any], test: str) -> dict[str, Any]:
     """Return the estimates of the first metric of a test."""
     return dict(next(iter(values["tests"][test].values())))
-
-
-def validation_table(values: Mapping[str, Any]) -> Table:
-    """Return the validation recall of each recipe by the number of pairs, with what was chosen."""
-    sizes, rows = size_names(values), []
-    for name, of_size in values["runs"].items():
-        runs = [of_size[size] for size in sizes]
-        recalls = [format_fraction(float(np.mean(run["validation"]))) for run in runs]
-        choices = [choice_name(run["choice"]) for run in runs]
-        rows.append([name, *(f"{recall} {choice}".strip() for recall, choice in zip(recalls, choices, strict=True))])
-    return ["recipe", *sizes.values()], rows
 
 
 def cost_table(values: Mapping[str, Any]) -> Table:

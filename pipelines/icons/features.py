@@ -26,11 +26,21 @@ from embedcache.store.feature import Feature
 from embedcache.train.recipes import TrainingLength
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER, extract_source
 from pipelines.icons.ablation import NUM_PAIRS
-from pipelines.icons.correlations import UNDEFINED, Outcomes, correlation_figure, correlation_table, pair_table
-from pipelines.icons.curve import RECIPES, Recipe, SeedRuns, open_runs, question, run_all, selection_path
+from pipelines.icons.correlations import Outcomes, correlation_table, pair_table
+from pipelines.icons.curve import (
+    EMOJI,
+    FAMILIES,
+    NAMES,
+    RECIPES,
+    Recipe,
+    SeedRuns,
+    open_runs,
+    question,
+    run_all,
+    selection_path,
+)
 from pipelines.icons.curve_page import CREDIT, estimate_of, format_gain, run_json
 from pipelines.icons.encoders import USE, WORDLLAMA
-from pipelines.icons.results import EMOJI, FAMILIES, NAMES
 from pipelines.icons.source import KIND
 from pipelines.icons.steps import Data
 from pipelines.results import Part, Result, Results, estimates_json, with_both, write_pages
@@ -278,10 +288,10 @@ def write_feature_pages(path: Path, values: Mapping[str, Any], outcomes: Outcome
     """Write the page as HTML and Markdown, with the rank correlations of `correlation_table`."""
     parts = [
         Part("Tokens", [_TOKEN_NOTE], token_table(values)),
-        Part("Encoders", [_PAIR_NOTE], ranked, correlation_figure(outcomes), "encoders"),
+        Part("Encoders", [_PAIR_NOTE], ranked),
         Part("All pairs of features", ["Sorted by recall."], pair_table(outcomes)),
     ]
-    write_pages(path, TITLE, parts, notes=NOTES, summary=summarize(values, len(outcomes.pairs), ranked), credit=CREDIT)
+    write_pages(path, TITLE, parts, notes=NOTES, credit=CREDIT)
 
 
 def token_table(values: Mapping[str, Any]) -> Table:
@@ -302,19 +312,3 @@ def token_table(values: Mapping[str, Any]) -> Table:
 
 def _gain(value: Mapping[str, Any] | None) -> str:
     return "" if value is None else format_gain(estimate_of(value))
-
-
-def summarize(values: Mapping[str, Any], num_pairs: int, ranked: Table) -> str:
-    """Return which tokens are best, and whether the probe on few pairs chooses the best encoders."""
-    found = values["tests"][NAMES]["values"]
-    tokens = ", ".join(f"{name} {format_estimate(estimate_of(found[name]))}" for name in values["num_bytes"])
-    columns, rows = ranked
-    probe = dict(zip(columns, rows[0], strict=True))
-    ranked_as = (
-        f"All {num_pairs} pairs of features have the same {probe['metric']} on {format_count(NUM_MEASURED)} pairs"
-        if probe["Spearman"] == UNDEFINED
-        else f"The ranking of {num_pairs} pairs of features by the {probe['metric']} on {format_count(NUM_MEASURED)} "
-        f"pairs has a Spearman correlation of {probe['Spearman']} with that by {probe['training']}; its choice reaches "
-        f"{probe['recall of its choice']}, the best pair {probe['best recall']}"
-    )
-    return f"R@10 on {NAMES}, by tokens: {tokens}. {ranked_as}."

