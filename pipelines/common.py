@@ -6,11 +6,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from embedcache.cli.console import open_progress, print_line
-from embedcache.extract.extract import extract
+from embedcache.extract.extract import extract, open_source_or_cache
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import replacing
 from embedcache.settings import to_flat
-from embedcache.sources import open_source
 from embedcache.train.settings import TrainSettings, train_settings
 
 IMAGE_ENCODER, TEXT_ENCODER = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
@@ -18,7 +17,7 @@ IMAGE_FEATURE, TEXT_FEATURE = "efficientnet-lite0/patch_mean", "all-MiniLM-L6-v2
 
 
 def extract_source(
-    location: str,
+    location: str | Path,
     cache_path: Path,
     *,
     images: Sequence[str] = (IMAGE_ENCODER,),
@@ -26,8 +25,9 @@ def extract_source(
     settings: ExtractSettings | None = None,
     kind: str | None = None,
 ) -> None:
-    """Extract the features of a source with image and text encoders, and print a line per encoder."""
-    source, progress = open_source(location, kind=kind), open_progress()
+    """Extract the features of a source, or of a cache itself, with encoders, and print a line per encoder."""
+    source = open_source_or_cache(location, cache_path, kind=kind)
+    progress = open_progress()
     for report in extract(
         source, cache_path, image_encoder=images, text_encoder=texts, settings=settings, progress=progress
     ):

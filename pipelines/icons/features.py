@@ -41,7 +41,6 @@ from pipelines.icons.curve import (
 )
 from pipelines.icons.curve_page import CREDIT, estimate_of, format_gain, run_json
 from pipelines.icons.encoders import USE, WORDLLAMA
-from pipelines.icons.source import KIND
 from pipelines.icons.steps import Data
 from pipelines.results import Part, Result, Results, estimates_json, with_both, write_pages
 
@@ -143,7 +142,7 @@ def run_features(data: Data, seed: int, size: int = NUM_PAIRS, compared: Compare
     write_pairs_split(folder, seed)
     encoders = {**compared.image_encoders, **compared.text_encoders}
     made = {"pairs": digest_file(selection), "encoders": {name: list(features) for name, features in encoders.items()}}
-    data.step("features/encoders", made, lambda: _extract_all(data, compared, caches))
+    data.step("features/encoders", made, lambda: _extract_all(compared, caches))
     tests = {name: [path] for name, path in caches.items()}
     runs = replace(runs, icons=caches[NAMES], tests=tests, split=f"{folder}/split-{{seed}}.parquet")
     chosen = run_all([runs])
@@ -202,16 +201,15 @@ def write_pairs_split(folder: Path, seed: int) -> None:
     write_split(folder / f"pairs-{seed}.parquet", [icons], replace(split, parts=parts))
 
 
-def _extract_all(data: Data, compared: Compared, caches: Mapping[str, Path]) -> dict[str, int]:
-    """Extract all features of all caches; return test -> number of samples."""
-    for name, path in caches.items():
-        location, kind = ("openmoji:en", None) if name == EMOJI else (str(data.icons_path), KIND)
+def _extract_all(compared: Compared, caches: Mapping[str, Path]) -> dict[str, int]:
+    """Extract all features of all caches, which are cuts; return test -> number of samples."""
+    for path in caches.values():
         for encoder, features in compared.image_encoders.items():
             settings = ExtractSettings(features=tuple(features))
-            extract_source(location, path, images=[encoder], texts=[], settings=settings, kind=kind)
+            extract_source(path, path, images=[encoder], texts=[], settings=settings)
         for encoder, features in compared.text_encoders.items():
             settings = ExtractSettings(features=tuple(features))
-            extract_source(location, path, images=[], texts=[encoder], settings=settings, kind=kind)
+            extract_source(path, path, images=[], texts=[encoder], settings=settings)
     return {name: len(Cache(path)) for name, path in caches.items()}
 
 

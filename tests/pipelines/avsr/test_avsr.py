@@ -20,7 +20,7 @@ from tests.pipelines.test_talking import HAS_ESPEAK, HAS_FLITE, HAS_RECORDINGS
 @pytest.mark.skipif(not (HAS_ESPEAK and HAS_FLITE and HAS_RECORDINGS), reason="needs the packages of .ci/run")
 def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     run_tiny("avsr.__main__", tmp_path)
-    assert "What is synthetic" in (tmp_path / "avsr.html").read_text()
+    assert "synthetic" in (tmp_path / "avsr.html").read_text()  # nobody takes its figures for those of real speech
     results = Results.read(tmp_path)
     for model in (AUDIO, VIDEO, FUSION):
         assert set(results.seeds(model, "A")[0].measures) == set(TEST_VIEWS)
