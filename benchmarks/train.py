@@ -20,9 +20,8 @@ from embedcache.cli.console import print_table
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train import losses
-from embedcache.train.batches import Loader
-from embedcache.train.pair import Objective
-from embedcache.train.pair_batches import PairBatches, PairLoader
+from embedcache.train.pair import PairObjective
+from embedcache.train.pair_batches import PairBatches, load_pairs
 from embedcache.train.settings import LossSettings, OptimizerSettings
 from embedcache.train.trainer import keep_freed_memory, make_optimizer, update
 
@@ -117,7 +116,7 @@ def _make_product(product: Product, dtype: torch.dtype) -> Callable[[], None]:
 def make_step(batch_size: int, precision: str = "float32") -> Callable[[], None]:
     """Return a training step on one batch: forward and backward passes, clipping and AdamW, as the training loop."""
     pair = AlignedPair(PROJECTOR, widths={"image": WIDTH, "text": WIDTH}, shared_width=WIDTH, dropout=0.1)
-    objective = Objective(pair, LossSettings(), precision=precision)
+    objective = PairObjective(pair, LossSettings(), precision=precision)
     optimizer = make_optimizer(objective, OptimizerSettings())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     keep_freed_memory()
@@ -127,11 +126,11 @@ def make_step(batch_size: int, precision: str = "float32") -> Callable[[], None]
     rows = np.arange(batch_size)
     items = Items(rows=rows, samples=rows, contents=rows)
     batches = PairBatches(Pairs(first=items, second=items), batch_size=batch_size, seed=0)
-    loader = PairLoader(lambda rows: Inputs(image[rows]), lambda rows: Inputs(text[rows]), device="cpu")
-    batch = next(iter(Loader(batches, loader).epoch(0)))
+    readers = {"image": lambda rows: Inputs(image[rows]), "text": lambda rows: Inputs(text[rows])}
+    batch = load_pairs(next(batches.epoch(0)), readers, "cpu")
 
     def step() -> None:
-        objective(batch).backward()
+        objective.loss(batch).backward()
         update(objective, optimizer, 1e-3, 1.0, scaler)
 
     return step

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -20,9 +19,10 @@ from embedcache.encoders.views import FeatureEncoder, open_feature_encoder
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import list_distinct, list_texts
+from embedcache.projectors.base import project
 from embedcache.projectors.heads import TokenTower
-from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.projectors.saved import PairConfig, load_pair, project
+from embedcache.projectors.pair import AnyTower
+from embedcache.runs import PAIR, Run
 from embedcache.sources.images import ImageLike, list_images, load_image
 
 PairedItems: TypeAlias = ImageLike | ItemLike | Sequence[ImageLike | ItemLike]
@@ -46,10 +46,7 @@ def load(run: AnyPath, *, device: str = AUTO) -> "Model":
         CorruptError: the weights do not match the config.
         SettingError: the device does not exist.
     """
-    run = Path(run)
-    device = str(torch_device(device))
-    pair, config = load_pair(run, device=device)
-    return Model(pair, config, run_path=run, device=device)
+    return Model(Run.open(run, kind=PAIR, device=str(torch_device(device))).load())
 
 
 @dataclass(frozen=True)
@@ -86,28 +83,27 @@ class Scores:
 class Model:
     """A trained pair with its frozen encoders: embeds items of both modalities in a shared space, see `load`."""
 
-    def __init__(self, pair: AlignedPair, config: PairConfig, *, run_path: Path, device: str) -> None:
-        self._pair, self._run_path, self._device = pair, run_path, device
-        self.config = config
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self._encoders: dict[str, ProjectedEncoder] = {}
 
     def __repr__(self) -> str:
-        features = " + ".join(side.feature for side in self.config.sides.values())
+        features = " + ".join(side.feature for side in self.run.info.inputs.values())
         return f"Model({features} -> {self.width})"
 
     def __fspath__(self) -> str:
         """Return the folder of the run, so that functions that take the path of a run take a `Model`."""
-        return str(self._run_path)
+        return str(self.run.path)
 
     @property
     def width(self) -> int:
         """P, the width of the shared space."""
-        return self.config.shared_width
+        return self.run.shared_width
 
     @property
     def scale(self) -> float:
         """Inverse temperature that training multiplied cosine similarities by; use it for probabilities."""
-        return self._pair.scale.item()
+        return self.run.pair.scale.item()
 
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Floats:
         """Embed images, one batch of the encoder at a time.
@@ -186,7 +182,7 @@ class Model:
         Raises:
             DataError: the run does not have the modality, the vectors have another width, or one holds NaN or infinity.
         """
-        tower, side = self._pair.tower(modality), self.config.tower_input(modality)
+        tower, side = self.run.pair.tower(modality), self.run.input(modality)
         values, has_tokens = np.atleast_2d(to_numbers(vectors, "vectors")), isinstance(tower, TokenTower)
         if values.shape[-1] != side.width or values.ndim > 2 + has_tokens:
             raise DataError(
@@ -196,7 +192,7 @@ class Model:
         with np.errstate(over="ignore"):  # float64 beyond the range of float32 is infinite
             values = values.astype(np.float32)
         check_finite(values, "the array of vectors")
-        return project(tower, Inputs(values), device=self._device)
+        return project(tower, Inputs(values), device=self.run.device)
 
     def similarity(self, items: PairedItems | Tensor, texts: str | Sequence[str] | Array | Tensor) -> Floats:
         """Compute the cosine similarity of every item with every text, or of vectors with vectors.
@@ -254,7 +250,7 @@ class Model:
 
     def _encode_items(self, items: PairedItems) -> Floats:
         """Embed items of the modality that the run pairs with texts, or raise a `DataError` if it has no texts."""
-        return self.encode(items, cast(Modality, self.config.other_modality("text")))
+        return self.encode(items, cast(Modality, self.run.other_modality("text")))
 
     def _to_vectors(self, items: Any, encode: Callable[[Any], Floats]) -> Floats:
         """Encode items, unless they are vectors in the shared space, which are scaled to length 1."""
@@ -273,7 +269,7 @@ class Model:
     def _encoder(self, modality: Modality) -> "ProjectedEncoder":
         """Return the encoder of a modality, which is opened on first use."""
         if modality not in self._encoders:
-            self._encoders[modality] = open_projected_encoder(modality, self._pair, self.config, device=self._device)
+            self._encoders[modality] = open_projected_encoder(modality, self.run)
         return self._encoders[modality]
 
 
@@ -308,16 +304,14 @@ class ProjectedEncoder:
         return np.concatenate([np.empty((0, self.tower.output_width), np.float32), *parts])
 
 
-def open_projected_encoder(
-    modality: Modality, pair: AlignedPair, config: PairConfig, *, device: str
-) -> ProjectedEncoder:
-    """Open the encoder of one tower of a run, with the view that it was used with.
+def open_projected_encoder(modality: Modality, run: Run) -> ProjectedEncoder:
+    """Open the encoder of one tower of a run on its device, with the view that it was used with.
 
     Raises:
         FingerprintError: the encoder or view is not the one that the run was trained on.
         SettingError: no encoder computed the feature.
     """
-    tower_input = config.tower_input(modality)
+    tower_input = run.input(modality)
     next_step = f'embed vectors of that feature with project(vectors, "{modality}")'
     if reason := why_no_encoder(EncoderSpec.parse(tower_input.spec), modality, next_step=next_step):
         raise SettingError(reason)
@@ -326,9 +320,9 @@ def open_projected_encoder(
         modality=modality,
         feature=tower_input.feature,
         fingerprint=tower_input.fingerprint,
-        device=device,
+        device=run.device,
     )
-    return ProjectedEncoder(source=source, tower=pair.tower(modality), device=device)
+    return ProjectedEncoder(source=source, tower=run.pair.tower(modality), device=run.device)
 
 
 def _load_text(text: str) -> str:

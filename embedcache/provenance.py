@@ -179,7 +179,7 @@ def read_study(path: Path) -> dict[str, Any]:
     )
 
 
-_MANIFESTS = {"cache.json": "cache", "config.json": "run", "card.json": "index", "study.json": "study"}
+_MANIFESTS = {"cache.json": "cache", "run.json": "run", "card.json": "index", "study.json": "study"}
 _ARTICLES = {kind: f"{'an' if kind == 'index' else 'a'} {kind}" for kind in _MANIFESTS.values()}
 
 
@@ -282,7 +282,11 @@ def name_differences(found: Mapping[str, Any], requested: Mapping[str, Any]) -> 
 
 def _explain(name: str) -> str:
     """Return the name of a field, with what it holds if the name does not say it."""
-    return f"{name} (the samples of the cache)" if name.rpartition(".")[2] == "index_digest" else name
+    if name.rpartition(".")[2] == "index_digest":
+        return f"{name} (the samples of the cache, which may have been extended)"
+    if "failed " in name:
+        return f"{name} (the items without a feature, which may have been retried)"
+    return name
 
 
 def _text(value: Any) -> str:

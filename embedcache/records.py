@@ -13,8 +13,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import CorruptError
-from embedcache.provenance import read_record, write_record
+from embedcache.provenance import write_record
 from embedcache.registry import used_plugins
 
 RECORDED_PACKAGES = (
@@ -29,10 +28,7 @@ RECORDED_PACKAGES = (
 """Packages that can decide an output, by their names on the index; a record has the installed ones."""
 
 _UNCHECKED = ("settings",)
-"""Keys of the record of a stage that its digest leaves out: the caches of a run may have moved."""
-
-_OBJECTS = ("settings", "outcome", "packages")
-"""Keys of the record of a stage whose values are objects."""
+"""Keys of the record of a stage that its digest leaves out: the caches that they name may have moved."""
 
 
 def new_record_path(cache_path: Path, stage: str) -> Path:
@@ -64,15 +60,22 @@ def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterato
             "stage": stage,
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - clock, 3),
-            "peak_memory_bytes": peak_memory_bytes(),
             "settings": dict(settings),
             "outcome": outcome,
-            "python": platform.python_version(),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "packages": _installed_packages(),
+            **describe_process(),
         },
         unchecked=_UNCHECKED,
     )
+
+
+def describe_process() -> dict[str, Any]:
+    """Return the memory that this process has needed, its machine, and the versions of packages."""
+    return {
+        "peak_memory_bytes": peak_memory_bytes(),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "packages": _installed_packages(),
+    }
 
 
 def _installed_packages() -> dict[str, str]:
@@ -98,14 +101,6 @@ def _version(name: str) -> str | None:
 def owners_of_modules(search_path: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG001  # it is the key
     """Return name of a module -> packages that installed it; reads the metadata of all of them."""
     return packages_distributions()
-
-
-def read_stage(path: Path) -> dict[str, Any]:
-    """Read the record of a stage, or raise the errors of `read_record`, also for another file in its place."""
-    record = read_record(path, unchecked=_UNCHECKED, next_step="restore the file")
-    if "stage" not in record or not all(isinstance(record.get(name, {}), dict) for name in _OBJECTS):
-        raise CorruptError(f"{path}: expected the record of a stage, got another JSON file; restore the file")
-    return record
 
 
 def peak_memory_bytes() -> int:

@@ -14,7 +14,12 @@ from embedcache.provenance import DIGEST, read_json, write_record
 from embedcache.store.layout import read_info, table_name
 from embedcache.store.table_writer import describe_file
 
-_UNCHECKED = {"cache.json": ("source",), "card.json": ("cache", "run"), "record.json": ("settings",)}
+_UNCHECKED = {
+    "cache.json": ("source",),
+    "card.json": ("cache", "run"),
+    "record.json": ("settings",),
+    "run.json": ("caches",),
+}
 """Keys that digests leave out."""
 
 

@@ -176,7 +176,7 @@ def test_invalid_classes_raise(run_path: Path, names: Any, template: str, error:
 
 def test_stored_features_are_projected(run_path: Path, exact_cache: Path) -> None:
     model = embedcache.load(run_path)
-    feature = model.config.sides["image"].feature
+    feature = model.run.info.inputs["image"].feature
     stored = open_input(embedcache.Cache(exact_cache), "image", feature).read(np.arange(3)).values
     projected = model.project(stored.astype(np.float64), "image")
     np.testing.assert_allclose(projected, cached_vectors(exact_cache, run_path, "image")[:3], atol=1e-5)
@@ -196,7 +196,7 @@ def test_changed_encoder_raises_on_first_use(run_path: Path, tmp_path: Path) -> 
     for file in run_path.iterdir():
         if file.is_file():
             (copied / file.name).write_bytes(file.read_bytes())
-    edit_record(copied / "config.json", {f'"spec": "{IMAGE}"': f'"spec": "{IMAGE},scale=2"'})
+    edit_record(copied / "run.json", {f'"spec": "{IMAGE}"': f'"spec": "{IMAGE},scale=2"'})
     model = embedcache.load(copied)  # opens no encoder
     with pytest.raises(FingerprintError, match="weights"):
         model.encode_text("red")
@@ -217,7 +217,7 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     assert embedcache.plan_extraction(photos, cache, image_encoder=IMAGE).num_bytes == 0
     assert embedcache.retry_failed(photos, cache, image_encoder=IMAGE)[0].computed == 0
     assert model.width == 16
-    assert model.config.training["optimizer"]["epochs"] == 2
+    assert model.run.info.settings["optimizer"]["epochs"] == 2
     report = embedcache.evaluate_retrieval(cache, model, language=None)
     assert 0 <= report.recalls["i2t"]["r@10"].value <= 1
     assert embedcache.compare_retrieval(cache, model, check_overlap=False)["run"].overlap is None

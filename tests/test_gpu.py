@@ -20,7 +20,7 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
-from embedcache.projectors.saved import read_config
+from embedcache.runs import Run
 from embedcache.search.faiss_index import make_index, num_gpus, spherical_kmeans
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -122,7 +122,7 @@ def test_auto_uses_the_gpu(specs: dict[Modality, str], image_folder: Path, tmp_p
     assert {fingerprint["precision"] for fingerprint in fingerprints} <= {"bfloat16", "float32"}
     settings = TrainSettings(optimizer=OptimizerSettings(epochs=1, batch_size=64), split=SplitSettings(kind="key"))
     train(tmp_path / "cache", tmp_path / "run", settings=settings)
-    assert read_config(tmp_path / "run").training["machine"]["device"] == "cuda"
+    assert Run.open(tmp_path / "run").info.settings["machine"]["device"] == "cuda"
     assert train(tmp_path / "cache", tmp_path / "run", settings=settings).reused
     assert evaluate_retrieval(tmp_path / "cache", tmp_path / "run").num_items["image"][0] > 0
     model = embedcache.load(tmp_path / "run")

@@ -15,13 +15,12 @@ from embedcache.encoders.views import VIEWS
 from embedcache.errors import PathError
 from embedcache.evaluate.classifiers import METHODS
 from embedcache.projectors.base import PROJECTORS
-from embedcache.projectors.modules import NETWORKS
 from embedcache.registry import Registry
+from embedcache.runs import NETWORKS
 from embedcache.sources import reopen_source
 from embedcache.sources.open import SOURCES
 from embedcache.store.cache import Cache
 from embedcache.train.losses import LOSSES
-from embedcache.train.trackers import TRACKERS
 from tests.blocks import ROOT
 from tests.cli.run import embedcache, succeed
 from tests.images import write_images
@@ -32,6 +31,7 @@ from embedcache.encoders.views import View
 from embedcache.sources import Sample, TextItem
 from embedcache.projectors.heads import LinearProjector as Head
 from tests.toy import open_toy as open_encoder
+from embedcache.runs import NETWORKS
 
 
 class Words:
@@ -77,7 +77,6 @@ REGISTRIES: dict[str, tuple[Registry, str]] = {
     "rules": (RULES, "Anything"),
     "selectors": (SELECTORS, "Anything"),
     "sources": (SOURCES, "Words"),
-    "trackers": (TRACKERS, "Anything"),
     "views": (VIEWS, "open_view"),
 }
 
@@ -160,7 +159,7 @@ def test_artifacts_of_plugins_that_are_not_installed(tmp_path: Path, cache_path:
     sys.modules.pop("plugged")
     for line in (
         f"evaluate retrieval {cache_path} run",
-        f"train {cache_path} again --config run/config.json",
+        f"train {cache_path} again --config run/run.json",
         "verify c --reencode 100%",
     ):
         done = embedcache(*line.split(), cwd=tmp_path)

@@ -5,8 +5,8 @@ import pytest
 
 from embedcache.errors import CorruptError, FingerprintError, PathError
 from embedcache.files import partial_path
-from embedcache.projectors.saved import read_config
 from embedcache.provenance import check_same, digest, prepare_folder, read_json, recognize
+from embedcache.runs import Run
 from embedcache.search.card import read_card
 from embedcache.store.layout import read_info
 
@@ -21,7 +21,7 @@ def test_recognize(artifacts: Path, name: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("read", "folder", "word"),
-    [(read_info, "run", "a run"), (read_config, "study", "study/best"), (read_card, "cache", "a cache")],
+    [(read_info, "run", "a run"), (Run.open, "study", "study/best"), (read_card, "cache", "a cache")],
 )
 def test_folder_of_another_kind_is_named(
     artifacts: Path, read: Callable[[Path], object], folder: str, word: str
@@ -71,7 +71,7 @@ def test_read_json_of_other_content_raises(tmp_path: Path) -> None:
 
 def test_partial_file_of_another_process_is_not_foreign(tmp_path: Path) -> None:
     partial_path(tmp_path / "building.json").write_text("{}")  # of this process, which lives
-    prepare_folder(tmp_path, kind="an index", marker="started.json", allowed=["started.json"])
+    prepare_folder(tmp_path, kind="an index", marker="building.json", allowed=["building.json"])
     (tmp_path / "other.txt").write_text("")
     with pytest.raises(PathError, match=r"not an index and not empty: it holds other\.txt;"):
-        prepare_folder(tmp_path, kind="an index", marker="started.json", allowed=["started.json"])
+        prepare_folder(tmp_path, kind="an index", marker="building.json", allowed=["building.json"])

@@ -14,7 +14,7 @@ from pydantic import NonNegativeInt
 from embedcache.cli.config_files import read_config
 from embedcache.cli.options import with_settings
 from embedcache.dataset.settings import SplitSettings, with_split_seed
-from embedcache.errors import PathError, SettingError, UnknownNameError
+from embedcache.errors import CorruptError, PathError, SettingError, UnknownNameError
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import write_record
 from embedcache.search.settings import SearchSettings
@@ -284,13 +284,15 @@ def test_commas_mean_what_the_setting_declares(
 
 
 def test_config_of_a_run_restores_its_settings(run_path: Path) -> None:
-    config = run_path / "config.json"
+    config = run_path / "run.json"
     values = {name: value for name, value in read_config(config).items() if name != "feature"}
-    assert train_settings(values).to_json() == json.loads(config.read_text())["training"]
+    assert train_settings(values).to_json() == json.loads(config.read_text())["settings"]
     assert read_config(config)["feature"] == {"image": "open_toy/cls", "text": "open_toy/mean"}
 
 
-def test_config_of_another_kind_of_run_is_one_error(tmp_path: Path) -> None:
-    write_record(tmp_path / "config.json", {"format": 1, "kind": "mine:Net"})
-    with pytest.raises(SettingError, match="got that of a run of the kind mine:Net; name its options one by one"):
-        read_config(tmp_path / "config.json")
+def test_other_file_as_the_config_of_a_run_is_one_error(run_path: Path, tmp_path: Path) -> None:
+    write_record(tmp_path / "run.json", {"format": 1, "kind": "mine:Net"})
+    for path, error in ((tmp_path / "run.json", CorruptError), (run_path / "losses.json", SettingError)):
+        path.touch()
+        with pytest.raises(error, match=path.name):
+            read_config(path)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from embedcache.errors import PathError, SettingError
 from embedcache.extract.extract import extract
-from embedcache.provenance import read_json, write_record
+from embedcache.provenance import read_json
 from embedcache.registry import (
     Registry,
     Trust,
@@ -72,25 +72,20 @@ def name_entry_point(folder: Path) -> None:
     name_source(folder, "harmless")
 
 
-def name_projector(folder: Path) -> None:
-    path = folder / "run" / "config.json"
-    training = read_json(path)["training"]
-    model = {**training["model"], "projector": "evil:open_it"}
-    edit_record(path, projector="evil:open_it", training={**training, "model": model})
+def name_projector(folder: Path, name: str = "evil:open_it") -> None:
+    path = folder / "run" / "run.json"
+    values = read_json(path)
+    settings = values["settings"]
+    model = {**settings["model"], "projector": name}
+    edit_record(path, arguments={**values["arguments"], "projector": name}, settings={**settings, "model": model})
 
 
 def name_projector_of_odd_name(folder: Path) -> None:
-    path = folder / "run" / "config.json"
-    training = read_json(path)["training"]
-    model = {**training["model"], "projector": "glu+evil:open_it+x"}
-    edit_record(path, training={**training, "model": model})
+    name_projector(folder, "glu+evil:open_it+x")
 
 
 def name_network(folder: Path) -> None:
-    path = folder / "run" / "config.json"
-    digest = read_json(path)["weights_digest"]
-    config = {"kind": "evil:open_it", "arguments": {}, "sides": {}, "training": {}, "weights_digest": digest}
-    write_record(path, {"format": 1, **config})
+    edit_record(folder / "run" / "run.json", kind="evil:open_it", arguments={})
 
 
 def name_encoder(folder: Path) -> None:
@@ -105,8 +100,8 @@ def name_encoder(folder: Path) -> None:
         (name_source, "curate dedup cache --feature open_toy/cls out.parquet --cosine 0.5 --html out.html"),
         (name_entry_point, "verify cache --reencode 100%"),
         (name_projector, "evaluate retrieval cache run"),
-        (name_projector, "train cache new --config run/config.json --epochs 0"),
-        (name_projector_of_odd_name, "train cache new --config run/config.json --epochs 0"),
+        (name_projector, "train cache new --config run/run.json --epochs 0"),
+        (name_projector_of_odd_name, "train cache new --config run/run.json --epochs 0"),
         (name_network, "derive cache --run run --output x"),
         (name_encoder, "search index --query-image x.png"),
     ],

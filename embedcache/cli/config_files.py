@@ -1,14 +1,12 @@
-"""Options from a file: TOML, at the top or in `[fixed]` as in the space of a sweep; or the `config.json` of a run."""
+"""Options from a file: TOML, at the top or in `[fixed]` as in the space of a sweep; or the `run.json` of a run."""
 
-import json
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from embedcache.errors import EmbedcacheError, PathError, SettingError
+from embedcache.errors import PathError, SettingError
 from embedcache.registry import mark_as_read, unknown_name
 from embedcache.settings import to_flat, to_words, with_underscores
 
@@ -64,7 +62,7 @@ def _as_words(name: str, value: Any, option: Any, *, is_off: bool) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read option values from a TOML file, or from the `config.json` of a run.
+    """Read option values from a TOML file, or from the `run.json` of a run.
 
     In TOML, `lr` and `max-grad-norm` are written as on the command line, without the dashes in front, at the top or in
     a table `[fixed]`.
@@ -79,10 +77,10 @@ def read_config(path: Path) -> dict[str, Any]:
         text = read_text(path, SettingError)
     except OSError as error:
         raise PathError(
-            f"cannot read {path}: {io_reason(error)}; pass a TOML file or a run's config.json to --config"
+            f"cannot read {path}: {io_reason(error)}; pass a TOML file or a run's run.json to --config"
         ) from error
     if path.suffix == ".json":
-        return _read_run_config(path, text)
+        return _read_run(path)
     try:
         values = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -101,34 +99,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return with_underscores(path, fixed or values)
 
 
-def _read_run_config(path: Path, text: str) -> dict[str, Any]:
-    """Return the settings and features of a run by option name."""
+def _read_run(path: Path) -> dict[str, Any]:
+    """Return the settings and features of a pair by option name."""
     from embedcache.projectors.base import split_names
-    from embedcache.projectors.saved import CHANGED_CONFIG
-    from embedcache.provenance import check_record
-
-    try:
-        record = json.loads(text)
-        if not {"training", "kind"} & set(record):  # its digest may be of another kind
-            raise SettingError(f"{path}: expected the config.json of a run, got other content: it has no 'training'")
-        check_record(path, record, next_step=CHANGED_CONFIG)
-        kind = record["kind"]
-        if kind != "pair":
-            raise SettingError(
-                f"{path}: expected the config.json of a pair of projectors, got that of a run of the kind {kind}; name "
-                "its options one by one"
-            )
-        settings = _pair_settings(record)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, EmbedcacheError):
-            raise
-        raise SettingError(f"{path}: expected the config.json of a run, got other content: {error!r}") from error
-    mark_as_read(path, [*split_names(str(settings.get("projector", ""))), str(settings.get("loss", ""))])
-    return {name: value for name, value in settings.items() if value not in (None, ())}
-
-
-def _pair_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    from embedcache.provenance import construct
+    from embedcache.runs import MANIFEST, PAIR, Run
     from embedcache.train.settings import TrainSettings
 
-    settings = to_flat(TrainSettings(**record["training"]))
-    return settings | {"feature": {modality: side["feature"] for modality, side in record["sides"].items()}}
+    if path.name != MANIFEST:
+        raise SettingError(f"{path}: expected a TOML file or the {MANIFEST} of a run, got another file")
+    run = Run.open(path.parent, kind=PAIR)
+    settings = construct(path, lambda: to_flat(TrainSettings(**run.info.settings)))
+    settings["feature"] = {modality: side.feature for modality, side in run.info.inputs.items()}
+    mark_as_read(path, [*split_names(str(settings.get("projector", ""))), str(settings.get("loss", ""))])
+    return {name: value for name, value in settings.items() if value not in (None, ())}

@@ -111,7 +111,7 @@ add_command(
     app,
     "train",
     train,
-    plugins=("projectors", "losses", "trackers"),
+    plugins=("projectors", "losses"),
     common=(
         "feature",
         "recipe",
@@ -128,7 +128,7 @@ add_command(
         "config",
     ),
 )
-add_command(app, "sweep", sweep, plugins=("projectors", "losses", "trackers"))
+add_command(app, "sweep", sweep, plugins=("projectors", "losses"))
 app.add_typer(evaluate.app, name="evaluate")
 add_command(app, "search", search)
 add_command(app, "serve", serve, reads_items=True)

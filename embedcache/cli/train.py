@@ -18,7 +18,7 @@ from embedcache.train.settings import TrainSettings, train_settings
 @with_settings(
     settings=TrainSettings,
     build={"settings": train_settings},
-    config_help="Read options from this TOML file, or from a run's config.json; the command line takes precedence.",
+    config_help="Read options from this TOML file, or from a run's run.json; the command line takes precedence.",
 )
 def train(
     caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="One or more caches: folders or URLs.")],

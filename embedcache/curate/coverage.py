@@ -29,7 +29,7 @@ from embedcache.modalities import count_items, noun
 from embedcache.neighbors.knn import knn
 from embedcache.neighbors.scan import scan
 from embedcache.progress import AnyProgress, to_progress
-from embedcache.projectors.saved import read_config
+from embedcache.runs import PAIR, Run
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.settings import merge_settings, replace_fields
 from embedcache.store.cache import Cache
@@ -175,7 +175,7 @@ def measure_coverage_by_modality(
     progress = to_progress(progress)
     if settings.modality != "both":
         return {settings.modality: measure_coverage(cache, concepts, settings, progress=progress)}
-    pair = ("image", "text") if settings.run is None else read_config(Path(settings.run)).modalities
+    pair = ("image", "text") if settings.run is None else Run.open(settings.run, kind=PAIR).modalities
     reports = {}
     for modality in pair:
         options = {"modality": modality, "language": settings.language if modality == "text" else None}

@@ -1,7 +1,6 @@
 """Which duplicates stay: exact copies by hash, an order by a keep rule, and a greedy choice along near-duplicates."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +12,8 @@ from embedcache.errors import SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, order_pair
 from embedcache.neighbors.pairs import cosine_limit
-from embedcache.projectors.saved import read_config
 from embedcache.registry import unknown_name
+from embedcache.runs import PAIR, Run
 from embedcache.store.cache import Cache
 
 FIRST, BEST = "first", "best:"
@@ -64,7 +63,7 @@ def choose_modality(cache: Cache, modality: str | None, run: AnyPath | None = No
     """
     if modality is not None:
         return modality
-    names = order_pair(MODALITIES if run is None else read_config(Path(run)).modalities)
+    names = order_pair(MODALITIES if run is None else Run.open(run, kind=PAIR).modalities)
     return next((name for name in names if cache.features(name)), names[0])
 
 

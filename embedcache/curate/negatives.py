@@ -27,7 +27,7 @@ from embedcache.neighbors.knn import KBest, knn
 from embedcache.neighbors.pairs import components
 from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.projectors.saved import PairConfig, read_config, split_path
+from embedcache.runs import PAIR, SPLIT, Run
 from embedcache.search.card import IndexCard, check_card, open_row_index, read_card
 from embedcache.search.faiss_index import RowIndex
 from embedcache.settings import merge_settings
@@ -141,19 +141,19 @@ class _Mining:
         self.settings = settings
         self.progress = progress
         self.cache = Cache(cache_path)
-        config = None if settings.run is None else read_config(Path(settings.run))
-        if config is not None:
+        run = None if settings.run is None else Run.open(settings.run, kind=PAIR)
+        if run is not None:
             if feature is not None:
                 raise SettingError("feature: expected those of the run, got others; omit them, or --run")
-            feature = {name: side.feature for name, side in config.sides.items()}
+            feature = {name: side.feature for name, side in run.info.inputs.items()}
         data = open_data(cache_path, feature, memory_bytes=_MEMORY_BYTES, progress=progress)
-        self.names = {name: side.feature for name, side in data.tower_inputs.items()}
+        self.names = {name: feature.name for name, feature in data.features.items()}
         modality = settings.modality or next(iter(data.sides))
         if modality not in data.sides:
             raise SettingError(f"modality: expected {' or '.join(data.sides)}, got {modality}")
-        other = modality if config is None else next(name for name in data.sides if name != modality)
+        other = modality if run is None else next(name for name in data.sides if name != modality)
 
-        self.pairs = self._choose_pairs(data, config)
+        self.pairs = self._choose_pairs(data, run)
         items = dict(zip(data.sides, (self.pairs.first, self.pairs.second), strict=True))
         self._queries = items[modality]
         self._candidates = items[other]
@@ -166,13 +166,13 @@ class _Mining:
         self.groups_S[self.pairs.samples] = _group_samples(self.pairs, data, settings, progress)
         self.own_scores: list[Floats] = []  # with a run, the cosines of the samples' own pairs
 
-    def _choose_pairs(self, data: TrainData, config: PairConfig | None) -> Pairs:
+    def _choose_pairs(self, data: TrainData, run: Run | None) -> Pairs:
         """Return the items of the samples of the selection, or of the run's training part, or of all samples."""
         pairs = data.pairs(None, progress=self.progress)
         if self.settings.selection is not None:
             pairs = pairs.select(read_selection(self.settings.selection, [self.cache]))
-        elif config is not None and any(map(self.cache.info.has_rows_of, config.index_digest.split("+"))):
-            split = read_split(split_path(Path(str(self.settings.run))), [self.cache])
+        elif run is not None and any(map(self.cache.info.has_rows_of, run.info.index_digest.split("+"))):
+            split = read_split(run.path / SPLIT, [self.cache])
             pairs = pairs.select(split.rows("train"))
         if len(pairs.samples) < 2:
             raise DataError(
@@ -272,7 +272,7 @@ def _open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
         "modality": pool.modality,
         "feature": pool.feature.name,
         "fingerprint": pool.feature.fingerprint,
-        "run_weights": None if pool.config is None else pool.config.weights_digest,
+        "run_weights": None if pool.run is None else pool.run.info.weights,
         "num_vectors": len(pool.rows),
         "width": pool.width,
     }

@@ -110,7 +110,7 @@ class OutlierReport:
             "feature": self.vectors.feature.name,
             "fingerprint": digest(self.vectors.feature.fingerprint),
             "run": None if run is None else str(run),
-            "run_weights": None if self.vectors.config is None else self.vectors.config.weights_digest,
+            "run_weights": None if self.vectors.run is None else self.vectors.run.info.weights,
             "k": k,
             "label_neighbors": min(self.settings.label_neighbors, k),
             "num_samples": self.num_samples,
@@ -271,7 +271,7 @@ def compare_labels(own_B: Ints, label_BK: Ints) -> tuple[Ints, Floats]:
 
 def _pair_cosines(vectors: Vectors, progress: Progress) -> Floats | None:
     """Compare the items of each pair by the run; None without one, or if the cache lacks a modality of it."""
-    cache, config = vectors.cache, vectors.config
+    cache, config = vectors.cache, vectors.run
     if config is None or not all(map(cache.features, config.modalities)):
         return None
     settings = SelectSettings(run=vectors.run_path, device=vectors.device)

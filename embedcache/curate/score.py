@@ -22,7 +22,7 @@ from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.projectors.saved import load_pair, project
+from embedcache.projectors.base import project
 from embedcache.provenance import digest_file
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
@@ -156,7 +156,7 @@ def _describe_source(vectors: Vectors, settings: ScoreSettings) -> Mapping[str, 
         **source,
         "normalized": settings.normalize,
         "run": None if settings.run is None else str(settings.run),
-        "run_weights": None if vectors.config is None else vectors.config.weights_digest,
+        "run_weights": None if vectors.run is None else vectors.run.info.weights,
     }
 
 
@@ -209,11 +209,12 @@ def _prompt_direction(vectors: Vectors, settings: ScoreSettings) -> Array:
 
 def _encode_texts(vectors: Vectors, texts: list[str], device: str) -> Floats:
     """Encode texts into the space of the vectors: (T, P) float32, rows of length 1."""
-    if vectors.run_path is not None:
-        pair, config = load_pair(vectors.run_path, device=device)
-        source: Any = config.tower_input("text")
+    pair = None
+    if vectors.run is not None:
+        pair = vectors.run.pair
+        source: Any = vectors.run.input("text")
     elif vectors.modality == "text":
-        pair, source = None, vectors.feature
+        source = vectors.feature
     else:
         raise SettingError(
             f"prompt: expected --run RUN, whose text tower reads it, to score the plain {vectors.modality} feature "

@@ -9,7 +9,7 @@ from embedcache.arrays import Floats, Ints, mean_directions
 from embedcache.dataset.inputs import InputFeature
 from embedcache.encoders.open import EncoderSpec, why_no_encoder
 from embedcache.errors import DataError, quoted
-from embedcache.projectors.saved import project
+from embedcache.projectors.base import project
 from embedcache.provenance import IMPORTED
 from embedcache.store.cache import Cache
 

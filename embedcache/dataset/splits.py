@@ -12,7 +12,9 @@ import pyarrow.compute as pc
 from embedcache.arrays import Bools, Ints
 from embedcache.dataset import keytable
 from embedcache.errors import CorruptError, DataError
-from embedcache.provenance import digest_file, read_record
+from embedcache.provenance import digest_file, read_study
+from embedcache.runs import MANIFEST, SPLIT, read_info
+from embedcache.store.arrays import check_file
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, to_array
 
@@ -28,7 +30,7 @@ PART_NAMES: dict[str, Part] = {
 }
 """Value of a source's column `split`, in lower case -> part."""
 
-_MANIFESTS = ("config.json", "study.json")
+_RESTORE = "restore it, or use a new folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +69,23 @@ def write_split(path: Path, caches: Sequence[Cache], split: Split) -> None:
 
 
 def check_split(path: Path) -> None:
-    """Compare a split with its digest in the `config.json` of its run, or the `study.json` of its study, if any.
+    """Compare a split with the `run.json` of its run, or the `study.json` of its study, if it has one.
 
     Raises:
-        CorruptError: the split is missing, or it or that file has changed since it was written.
+        PathError: it is missing.
+        CorruptError: the split or that file has changed since it was written.
     """
-    for name in _MANIFESTS if path.name == "split.parquet" else ():
-        if (manifest := path.with_name(name)).is_file():
-            written = read_record(manifest, next_step="restore the file").get("split_digest")
-            if isinstance(written, str) and written and not (path.is_file() and digest_file(path) == written):
-                got = "another file" if path.is_file() else "none"
-                raise CorruptError(
-                    f"{path}: expected the split that {manifest.name} was written for, got {got}; restore it, or use "
-                    "a new folder"
-                )
+    folder = path.parent
+    if path.name != SPLIT:
+        return
+    if (folder / MANIFEST).is_file():
+        files = read_info(folder).files
+        if SPLIT in files:
+            check_file(path, files[SPLIT].checksum, next_step=_RESTORE)
+    elif (folder / "study.json").is_file():
+        expected = read_study(folder)["split_digest"]
+        if not path.is_file() or digest_file(path) != expected:
+            raise CorruptError(f"{path}: expected the split that study.json was written for; {_RESTORE}")
 
 
 def require_split(path: Path) -> None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,12 +16,10 @@ from embedcache.errors import DataError, SettingError, quoted
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
-from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project, read_config
+from embedcache.projectors.base import project
+from embedcache.runs import PAIR, Run
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader
-
-if TYPE_CHECKING:
-    from embedcache.projectors.pair import AlignedPair
 
 _BLOCK = 256
 _READ_ROWS = 65_536
@@ -69,21 +67,15 @@ class Vectors:
         run = None if run_path is None else os.fspath(run_path)
         self._arguments = (str(self.cache.path), modality, feature, run, language, width, device)
         self.run_path = None if run is None else Path(run)
-        self.config = None if self.run_path is None else read_config(self.run_path)
-        self._pair: AlignedPair | None = None
+        self.run = None if run is None else Run.open(run, kind=PAIR, device=device)
         self._selected: Ints | None = None
-        if not on_demand:
-            self._load_pair()
-        self.feature = _open(self.cache, modality, feature, self.config, on_demand=on_demand)
-        self.full_width = self.feature.width if self.config is None else self.config.shared_width
+        if self.run is not None and not on_demand:
+            self.run.load()
+        self.feature = _open(self.cache, modality, feature, self.run, on_demand=on_demand)
+        self.full_width = self.feature.width if self.run is None else self.run.shared_width
         if width is not None and width > self.full_width:
             raise SettingError(f"width: expected at most {self.full_width}, the width of the space, got {width}")
         self.width = width or self.full_width
-
-    def _load_pair(self) -> "AlignedPair | None":
-        if self._pair is None and self.run_path is not None:
-            self._pair, self.config = load_pair(self.run_path, device=self.device)
-        return self._pair
 
     @cached_property
     def device(self) -> str:
@@ -110,7 +102,7 @@ class Vectors:
     @property
     def other_modality(self) -> str | None:
         """The other modality of the run; None without a run."""
-        return None if self.config is None else self.config.other_modality(self.modality)
+        return None if self.run is None else self.run.other_modality(self.modality)
 
     @property
     def num_chunks(self) -> int:
@@ -183,10 +175,9 @@ class Vectors:
         return self.read(np.sort(np.random.default_rng(seed).permutation(self.rows)[:size]), progress)
 
     def _unit(self, rows: Ints, inputs: Inputs, progress: Progress | None = None) -> Floats:
-        pair = self._load_pair()
         progress = progress or NullProgress()
-        if pair is not None:
-            tower = pair.tower(self.modality)
+        if self.run is not None:
+            tower = self.run.pair.tower(self.modality)
             unit_BP = project(tower, inputs, width=self.width, device=self.device, progress=progress)
         else:
             unit_BP = _normalize_blocks(inputs.values[:, : self.width])
@@ -221,14 +212,14 @@ def _normalize_blocks(values_BD: Array) -> Floats:
     return unit_BD
 
 
-def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | None, *, on_demand: bool) -> InputFeature:
-    if name is None and config is not None:
-        name = config.tower_input(modality).feature
+def _open(cache: Cache, modality: str, name: str | None, run: Run | None, *, on_demand: bool) -> InputFeature:
+    if name is None and run is not None:
+        name = run.input(modality).feature
     feature = open_input(cache, modality, name)
     if not on_demand:
         feature.require_complete()
-    if config is not None:
-        check_feature(config, modality, feature.name, feature.fingerprint)
+    if run is not None:
+        run.check_feature(modality, feature.name, feature.fingerprint)
     elif feature.has_tokens:
         raise DataError(
             f"feature {feature.name}: expected one vector per item, got several; choose a vector feature, or a run "

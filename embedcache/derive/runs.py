@@ -16,18 +16,11 @@ from embedcache.derive.rules import Block, Derivation, DerivedView, Output, Rule
 from embedcache.devices import torch_device
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import SettingError
-from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module
+from embedcache.projectors.base import project
 from embedcache.projectors.pair import AnyTower
-from embedcache.projectors.saved import (
-    PairConfig,
-    TowerInput,
-    is_pair,
-    load_pair,
-    project,
-    read_run,
-)
 from embedcache.provenance import RUN
 from embedcache.registry import unknown_name
+from embedcache.runs import PAIR, Run, RunInput
 from embedcache.store.cache import Cache
 from embedcache.store.group import EncoderGroup
 
@@ -87,26 +80,29 @@ def open_run(request: RunRequest) -> list[Derivation]:
         SettingError: the run has no outputs, or none for the modality.
         FingerprintError: the cache holds features from another encoder than the run was trained on.
     """
-    return _open_pair(request) if is_pair(read_run(request.path)) else [_open_module(request)]
+    run = Run.open(request.path)
+    device = str(torch_device(request.device, needs_float64=run.info.kind != PAIR))
+    run = Run.open(request.path, device=device)
+    return _open_pair(request, run) if run.info.kind == PAIR else [_open_module(request, run)]
 
 
-def _open_module(request: RunRequest) -> Derivation:
+def _open_module(request: RunRequest, run: Run) -> Derivation:
     """Open an output of a run of a module, which says what it offers.
 
     Raises:
         SettingError: the module is not an `OutputModule`, or the output is of another modality.
     """
-    module, config = load_module(request.path, device=str(torch_device(request.device, needs_float64=True)))
+    module = run.module
     if not (hasattr(module, "output_shapes") and hasattr(module, "compute_outputs")):
         raise SettingError(
-            f"{request.path}: the module {config.kind} offers no outputs; give it the methods of OutputModule in "
+            f"{request.path}: the module {run.info.kind} offers no outputs; give it the methods of OutputModule in "
             "embedcache/derive/runs.py"
         )
     output_module = cast(OutputModule, module)
-    sides = [(side.modality, side) for side in _output_sides(output_module, config, request.output)]
+    sides = [(side.modality, side) for side in _output_sides(output_module, run, request.output)]
     if request.modality not in (None, sides[0][0]):
         raise SettingError(
-            f"modality: expected none for a run of {config.kind}, got {request.modality}; omit --modality"
+            f"modality: expected none for a run of {run.info.kind}, got {request.modality}; omit --modality"
         )
 
     def find_shape(shapes: Sequence[ItemShape]) -> ItemShape:
@@ -120,22 +116,23 @@ def _open_module(request: RunRequest) -> Derivation:
         return output_module.compute_outputs(blocks, [request.output])
 
     axis = getattr(module, "output_axis", None)
-    return _make_derivation(request, config, sides, compute, find_shape, {"kind": config.kind}, axis=axis)
+    return _make_derivation(request, run, sides, compute, find_shape, {"kind": run.info.kind}, axis=axis)
 
 
-def _output_sides(module: OutputModule, config: ModuleConfig, output: str) -> list[ModuleInput]:
+def _output_sides(module: OutputModule, run: Run, output: str) -> list[RunInput]:
     """Return the sides that an output reads: all, unless the module says which."""
     choose: Callable[[str], Sequence[str]] | None = getattr(module, "output_sides", None)
-    names = list(config.sides) if choose is None else choose(output)
-    if not names or any(name not in config.sides for name in names):  # of an unknown output, which is named later
-        names = list(config.sides)
-    return [config.sides[name] for name in names]
+    inputs = run.info.inputs
+    names = list(inputs) if choose is None else choose(output)
+    if not names or any(name not in inputs for name in names):  # of an unknown output, which is named later
+        names = list(inputs)
+    return [inputs[name] for name in names]
 
 
 def _make_derivation(
     request: RunRequest,
-    config: ModuleConfig | PairConfig,
-    sides: Sequence[tuple[str, ModuleInput | TowerInput]],
+    run: Run,
+    sides: Sequence[tuple[str, RunInput]],
     compute: Callable[[Sequence[Block]], Mapping[str, Output]],
     find_shape: Callable[[Sequence[ItemShape]], ItemShape],
     parameters: Mapping[str, Any],
@@ -163,7 +160,7 @@ def _make_derivation(
         apply=lambda blocks, _: compute(blocks),
         outputs=lambda shapes, _: {request.output: find_shape(shapes)},
         axis=axis,
-        weights=config.weights_digest,
+        weights=run.info.weights,
         location={RUN: str(request.path)},
     )
     derived_view = None if request.view == PLAIN else DerivedView(request.view, plain_inputs)
@@ -177,24 +174,23 @@ def _make_derivation(
     )
 
 
-def _open_pair(request: RunRequest) -> list[Derivation]:
+def _open_pair(request: RunRequest, run: Run) -> list[Derivation]:
     """Open the unit vectors of an aligned pair in the shared space, for one modality or both."""
-    device = str(torch_device(request.device))
-    pair, config = load_pair(request.path, device=device)
+    run.load()
     if request.output != "projected":
         raise unknown_name("output", request.output, ["projected"], where=f"of the run {request.path}")
     if request.modality is None:
-        modalities = [name for name in config.modalities if request.cache.info.num_items.get(name)]
-    elif request.modality in config.modalities:
+        modalities = [name for name in run.modalities if request.cache.info.num_items.get(name)]
+    elif request.modality in run.modalities:
         modalities = [request.modality]
     else:
-        raise unknown_name("modality", request.modality, config.modalities, where=f"of the run {request.path}")
+        raise unknown_name("modality", request.modality, run.modalities, where=f"of the run {request.path}")
 
     derivations = []
     for modality in modalities:
-        sides = [(modality, config.tower_input(modality))]
-        compute = partial(_project, pair.tower(modality), device)
-        derivations.append(_make_derivation(request, config, sides, compute, lambda _: (config.shared_width,), {}))
+        sides = [(modality, run.input(modality))]
+        compute = partial(_project, run.pair.tower(modality), run.device)
+        derivations.append(_make_derivation(request, run, sides, compute, lambda _: (run.shared_width,), {}))
     return derivations
 
 

@@ -12,12 +12,11 @@ from embedcache.dataset.matches import ItemSet, find_equal, find_near
 from embedcache.dataset.pairs import pair_items
 from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES
 from embedcache.errors import DataError, PathError
-from embedcache.evaluate.runs import Run, read_run_selection, read_run_split, run_input, was_trained_on
+from embedcache.evaluate.runs import read_run_selection, read_run_split, run_input, was_trained_on
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.files import is_url
 from embedcache.progress import NullProgress, Progress
-from embedcache.projectors.saved import read_run_record
-from embedcache.provenance import construct
+from embedcache.runs import Run
 from embedcache.store.cache import Cache
 
 COSINES = {"image": 0.9, "text": 0.7}
@@ -91,7 +90,7 @@ def find_overlap(
     samples = distinct(np.concatenate([items.items.samples for items in evaluated.values()]))
     count = min(len(samples), _num_affordable(evaluated, trained) if trained else 0)
     checked = np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
-    trained_cosines = run.config.training.get("split", {}).get("cosines", NEAR_DUPLICATE_COSINES)
+    trained_cosines = run.info.settings.get("split", {}).get("cosines", NEAR_DUPLICATE_COSINES)
     cosines = {modality: COSINES.get(modality, trained_cosines[modality]) for modality in evaluated}
     exact, near = set[int](), set[int]()
     for modality, item_set in evaluated.items():
@@ -124,12 +123,10 @@ def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple
                 f"{other.path}: expected a cache that run {run.path} was trained on, got another; name the caches it "
                 "was trained on"
             )
-    index_digests = run.config.index_digest.split("+")
-    record_path = run.path / "record.json"
-    record = read_run_record(run.path, run.config.to_json())
-    recorded = construct(record_path, lambda: [str(path) for path in record["settings"]["caches"]])
+    index_digests = run.info.index_digest.split("+")
     caches, missing = [], []
-    for index_digest, path in zip_longest(index_digests, recorded[: len(index_digests)], fillvalue="an unnamed cache"):
+    recorded = run.info.caches[: len(index_digests)]
+    for index_digest, path in zip_longest(index_digests, recorded, fillvalue="an unnamed cache"):
         candidates = chain([cache], named, _open_recorded(path if is_url(path) else str(run.path / path)))
         match = next((other for other in candidates if other.info.has_rows_of(index_digest)), None)
         if match is None:
@@ -155,8 +152,8 @@ def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
         rows = np.intersect1d(rows, selected, assume_unique=True)
     if not len(rows):
         return {}
-    first, second = (run_input(cache, run.config, modality) for modality in run.config.sides)
-    language = run.config.training.get("language")
+    first, second = (run_input(cache, run, modality) for modality in run.info.inputs)
+    language = run.info.settings.get("language")
     pairs = pair_items([cache], [first], [second], language=language, is_numbered=False).select(rows)
     return {first.modality: ItemSet(first, pairs.first), second.modality: ItemSet(second, pairs.second)}
 

@@ -11,12 +11,13 @@ from embedcache.dataset.pairs import ANY_LANGUAGE, Items, Pairs, number_items, p
 from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.overlap import Overlap, find_overlap
-from embedcache.evaluate.runs import EvalSplit, Run, read_eval_split, run_input
+from embedcache.evaluate.runs import EvalSplit, read_eval_split, run_input
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.metrics.ranking import average_precisions, first_ranks, negatives_before
 from embedcache.modalities import directions, noun
 from embedcache.progress import NullProgress, Progress
-from embedcache.projectors.saved import project
+from embedcache.projectors.base import project
+from embedcache.runs import Run
 from embedcache.store.cache import Cache
 
 
@@ -75,8 +76,8 @@ def rank(
 ) -> Ranking:
     """Project and rank one part of a cache with one run, in both directions."""
     settings = settings or RetrievalSettings(check_overlap=False)
-    modalities = run.config.modalities
-    sides = [run_input(cache, run.config, modality) for modality in modalities]
+    modalities = run.modalities
+    sides = [run_input(cache, run, modality) for modality in modalities]
     split = read_eval_split(cache, run, settings.part)
     progress, language = progress or NullProgress(), ranked_language(run, settings)
     pairs = pair_items(
@@ -115,12 +116,12 @@ def _project(run: Run, items: ItemSet, progress: Progress) -> Floats:
 
 def _smaller_widths(run: Run, settings: RetrievalSettings) -> list[int]:
     """Return the widths to rank by besides the whole, ascending: those of the settings, or of the training."""
-    whole = run.config.shared_width
+    whole = run.shared_width
     if too_wide := [width for width in settings.widths if width > whole]:
         raise SettingError(
             f"widths: expected at most the width of the shared space of {run.path}, {whole}, got {too_wide[0]}"
         )
-    widths = settings.widths or run.config.training.get("loss", {}).get("widths", ())
+    widths = settings.widths or run.info.settings.get("loss", {}).get("widths", ())
     return sorted(set(widths) - {whole})
 
 
@@ -191,7 +192,7 @@ def ranked_language(run: Run, settings: RetrievalSettings) -> str | None:
     if len(settings.language) > 1:
         languages = ", ".join(settings.language)
         raise SettingError(f"language: expected one language, got {languages}; use compare_retrieval for several")
-    language: str | None = settings.language[0] if settings.language else run.config.training.get("language")
+    language: str | None = settings.language[0] if settings.language else run.info.settings.get("language")
     return None if language == ANY_LANGUAGE else language
 
 

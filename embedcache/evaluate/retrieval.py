@@ -143,7 +143,7 @@ def evaluate_retrieval(
     if on_ranking:
         for ranking in rankings:
             on_ranking(ranking)
-    modalities = runs[0].config.modalities
+    modalities = runs[0].modalities
     both = directions(modalities)
     recalls = {direction: _recalls(rankings, direction) for direction in both}
     has_repeats = any(ranking.distinct for ranking in rankings)

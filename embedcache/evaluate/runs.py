@@ -1,10 +1,9 @@
 """The runs that are evaluated, and the samples they are evaluated on. Seeds of one recipe are averaged."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -15,19 +14,10 @@ from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import read_selection_table
 from embedcache.dataset.splits import Split, column_parts, read_split
 from embedcache.devices import AUTO, torch_device
-from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError, UnknownNameError
+from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
 from embedcache.files import AnyPath, one_or_many
-from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import (
-    PairConfig,
-    check_feature,
-    config_path,
-    load_pair,
-    read_config,
-    run_selection_path,
-    split_path,
-)
-from embedcache.provenance import check_same, construct, digest_file
+from embedcache.provenance import check_same
+from embedcache.runs import PAIR, SPLIT, Run
 from embedcache.samples import IMPORTED_SOURCE
 from embedcache.sources.open import IMPORT_TOGETHER
 from embedcache.store.cache import Cache
@@ -39,47 +29,39 @@ _CONTROL = "shuffled pairs"
 _NO_RUN = "expected at least one run to evaluate, got none"
 
 
-@dataclass(frozen=True)
-class Run:
-    """A trained pair with its config, on a device."""
-
-    path: Path
-    pair: AlignedPair
-    config: PairConfig
-    device: str = "cpu"
-
-    @property
-    def seed(self) -> int:
-        """Random seed of the training."""
-        return _seed_of(self.path, self.config.training)
-
-
 def load_runs(run_paths: RunPaths, *, is_control: bool = False, device: str = AUTO) -> list[Run]:
-    """Load seeds of one recipe onto a device.
+    """Open seeds of one recipe, with their pairs on a device.
 
     Raises:
         SettingError: no run, two of one seed, a control that was not trained on shuffled pairs, or a missing device.
         FingerprintError: they differ in more than their seeds.
         PathError: a folder is not a finished run.
-        CorruptError: the weights differ from those that `config.json` was written for.
+        CorruptError: weights have other bytes than were written.
     """
-    paths = [Path(path) for path in one_or_many(run_paths)]
-    if not paths:
-        raise SettingError(_NO_RUN)
     device = str(torch_device(device))
-    runs = [Run(path, *load_pair(path, device=device), device) for path in paths]
-    for run in runs if is_control else ():
-        _check_control(run.path, run.config)
-    _check_same_recipe(runs)
+    runs = _open_runs(run_paths, is_control=is_control, device=device)
+    if not runs:
+        raise SettingError(_NO_RUN)
+
+    first, *others = runs
+    seeds = [run.seed for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise SettingError(f"expected runs of different seeds to average, got seeds {', '.join(map(str, seeds))}")
+    for run in others:
+        next_step = f"average only seeds of one recipe: evaluate {first.path} and {run.path} one by one"
+        check_same(f"run {first.path}", first.recipe, run.recipe, next_step=next_step)
     return runs
 
 
-def _check_control(path: Path, config: PairConfig) -> None:
-    if not config.training.get("shuffle_pairs"):
-        raise SettingError(f"{path}: expected a control trained with --shuffle-pairs, got another run")
+def _open_runs(run_paths: RunPaths, *, is_control: bool, device: str = "cpu") -> list[Run]:
+    runs = [Run.open(path, kind=PAIR, device=device) for path in one_or_many(run_paths)]
+    for run in runs:
+        if is_control and not run.is_control:
+            raise SettingError(f"{run.path}: expected a control trained with --shuffle-pairs, got another run")
+    return runs
 
 
-def group_by_recipe(run_paths: RunPaths) -> dict[str, list[Path]]:
+def group_by_recipe(run_paths: RunPaths, *, is_control: bool = False) -> dict[str, list[Path]]:
     """Group runs by recipe: name -> seeds, in the given order.
 
     Runs of one recipe of which two have the same seed are not averaged: each is a group.
@@ -87,27 +69,21 @@ def group_by_recipe(run_paths: RunPaths) -> dict[str, list[Path]]:
     Raises:
         SettingError: a run is named twice.
     """
-    groups: list[tuple[Mapping[str, Any], dict[Path, int]]] = []
-    for path in map(Path, one_or_many(run_paths)):
-        config = read_config(path)
-        recipe, seed = _recipe(config), _seed_of(path, config.training)
-        seeds = next((seeds for other, seeds in groups if other == recipe), None)
-        if seeds is None:
-            groups.append((recipe, seeds := {}))
-        if path in seeds:
-            raise SettingError(f"expected each run once, got {path} twice")
-        seeds[path] = seed
+    groups: list[list[Run]] = []
+    for run in _open_runs(run_paths, is_control=is_control):
+        group = next((group for group in groups if group[0].recipe == run.recipe), None)
+        if group is None:
+            groups.append([run])
+        elif any(run.path == other.path for other in group):
+            raise SettingError(f"expected each run once, got {run.path} twice")
+        else:
+            group.append(run)
 
     recipes: list[list[Path]] = []
-    for _, seeds in groups:
-        is_averaged = len(set(seeds.values())) == len(seeds)
-        recipes += [list(seeds)] if is_averaged else [[path] for path in seeds]
+    for group in groups:
+        is_averaged = len({run.seed for run in group}) == len(group)
+        recipes += [[run.path for run in group]] if is_averaged else [[run.path] for run in group]
     return _name_recipes(recipes)
-
-
-def _seed_of(run_path: Path, training: Mapping[str, Any]) -> int:
-    """Return the random seed in the config of a run, or raise a `CorruptError`."""
-    return construct(config_path(run_path), lambda: int(training["seed"]))
 
 
 class RecipeRuns(NamedTuple):
@@ -126,9 +102,8 @@ def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[Re
     run_paths, control_paths = one_or_many(run_paths), one_or_many(control_paths)
     if not (run_paths or control_paths):
         raise SettingError(_NO_RUN)
-    for path in map(Path, control_paths):  # before the others are measured
-        _check_control(path, read_config(path))
-    runs, controls = group_by_recipe(run_paths), group_by_recipe(control_paths)
+    runs = group_by_recipe(run_paths)
+    controls = group_by_recipe(control_paths, is_control=True)
     for name, paths in runs.items():
         yield RecipeRuns(name, paths, is_control=False)
     for name, paths in controls.items():
@@ -144,12 +119,12 @@ def report_line(start: str, seeds: Sequence[int], scores: Sequence[float], name:
     return "; ".join([f"{line}; 95% intervals over near-duplicate groups", *filter(None, [warning])])
 
 
-def run_input(cache: Cache, config: PairConfig, modality: str) -> InputFeature:
+def run_input(cache: Cache, run: Run, modality: str) -> InputFeature:
     """Open the feature of a cache that a tower of a run was trained on, made by the same encoder."""
-    expected = config.tower_input(modality)
+    expected = run.input(modality)
     try:
         feature = open_input(cache, modality, expected.feature)
-        check_feature(config, modality, feature.name, feature.fingerprint)
+        run.check_feature(modality, feature.name, feature.fingerprint)
     except (UnknownNameError, FingerprintError) as error:
         if expected.fingerprint.get("family") == cache.info.source.get("type") == IMPORTED_SOURCE:
             raise type(error)(f"{error}; {IMPORT_TOGETHER}") from None
@@ -208,24 +183,19 @@ def read_part(cache: Cache, part: str | None = None) -> EvalSplit:
 
 def was_trained_on(run: Run, cache: Cache) -> bool:
     """Return whether a cache is one of those that a run was trained on."""
-    return any(map(cache.info.has_rows_of, run.config.index_digest.split("+")))
+    return any(map(cache.info.has_rows_of, run.info.index_digest.split("+")))
 
 
 def read_run_split(run: Run, cache: Cache) -> Split:
     """Read the split of a run for one of its caches."""
-    return read_split(split_path(run.path), [cache])
+    return read_split(run.path / SPLIT, [cache])
 
 
 def read_run_selection(run: Run, cache: Cache) -> Ints | None:
     """Return the samples of a cache that the selection of a run contains; None without a selection."""
-    path = run_selection_path(run.path, run.config.training.get("selection"))
+    path = run.selection_path
     if path is None:
         return None
-    if not path.is_file() or digest_file(path) != run.config.file_digests["selection"]:
-        raise CorruptError(
-            f"{path}: expected the selection that the run was trained on, got another file; train again into a new "
-            "folder"
-        )
     return read_selection_table(path, [cache], can_be_others=True, can_be_removed=True).rows
 
 
@@ -239,27 +209,3 @@ def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
         is_unique = len(set(folders)) == len(folders)
         names = [", ".join(path.name if is_unique else str(path) for path in paths) for paths in recipes]
     return dict(zip(names, recipes, strict=True))
-
-
-def _check_same_recipe(runs: Sequence[Run]) -> None:
-    seeds = [run.seed for run in runs]
-    if len(set(seeds)) < len(seeds):
-        raise SettingError(f"expected runs of different seeds to average, got seeds {', '.join(map(str, seeds))}")
-    for run in runs[1:]:
-        next_step = f"average only seeds of one recipe: evaluate {runs[0].path} and {run.path} one by one"
-        check_same(f"run {runs[0].path}", _recipe(runs[0].config), _recipe(run.config), next_step=next_step)
-
-
-def _recipe(config: PairConfig) -> dict[str, Any]:
-    """Return all that decides a run except its seeds and where it was trained.
-
-    A split from a file counts as one of several, as a seed does.
-    """
-    is_file = "split" in config.file_digests
-    machine = {**config.training.get("machine", {}), "device": None}  # `auto` may have chosen another one for each seed
-    split = {**config.training.get("split", {}), "seed": None, **({"kind": "a file"} if is_file else {})}
-    return {
-        **{modality: side.feature for modality, side in config.sides.items()},
-        "index_digest": config.index_digest,
-        "training": {**config.training, "seed": None, "split": split, "machine": machine},
-    }

@@ -17,7 +17,6 @@ from embedcache.errors import DataError, pluralize
 from embedcache.evaluate.overlap import Overlap, find_overlap, largest_overlap
 from embedcache.evaluate.runs import (
     EvalSplit,
-    Run,
     RunPaths,
     iterate_recipes,
     load_runs,
@@ -31,7 +30,8 @@ from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstr
 from embedcache.metrics.ranking import class_means, count_confusion, rank_labels, recall_at, top_classes
 from embedcache.modalities import count_items, noun
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
-from embedcache.projectors.saved import project
+from embedcache.projectors.base import project
+from embedcache.runs import Run
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 
@@ -240,13 +240,13 @@ def classify(
 ) -> ZeroShotPredictions:
     """Classify the items of one part with one run; errors are those of `evaluate_zero_shot`."""
     settings = settings or ZeroShotSettings(check_overlap=False)
-    if "text" not in run.config.sides:
+    if "text" not in run.info.inputs:
         raise DataError(
             f"run {run.path}: expected one with the modality text, which prompts have, got one of "
-            f"{' and '.join(run.config.sides)}; train one with texts"
+            f"{' and '.join(run.info.inputs)}; train one with texts"
         )
-    modality = run.config.other_modality("text")
-    prompts, feature = _run_prompts(prompts_cache, run), run_input(cache, run.config, modality)
+    modality = run.other_modality("text")
+    prompts, feature = _run_prompts(prompts_cache, run), run_input(cache, run, modality)
     split = read_eval_split(cache, run, settings.part)
     items = read_items([cache], [feature], is_numbered=False).select(split.samples)
     if not len(items.rows):
@@ -321,5 +321,5 @@ def _chances(num_classes: int, num_items: int) -> dict[str, Estimate]:
 
 def _run_prompts(cache: Cache, run: Run) -> Prompts:
     """Read the prompts that a run can project; errors are those of `evaluate_zero_shot`."""
-    check_prompts(cache, run.config.tower_input("text").spec)
-    return read_prompts(cache, run_input(cache, run.config, "text"))
+    check_prompts(cache, run.input("text").spec)
+    return read_prompts(cache, run_input(cache, run, "text"))

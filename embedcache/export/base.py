@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.inference import open_projected_encoder
 from embedcache.projectors.base import split_names
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import CHANGED_CONFIG, PairConfig, TowerInput, config_path, load_pair
 from embedcache.provenance import DERIVED
+from embedcache.runs import PAIR, Run, RunInput
 from embedcache.settings import replace_fields
 from embedcache.sources.images import load_image
 from embedcache.store.group import is_fingerprint
@@ -34,34 +34,42 @@ TEXTS = ("a red cat", "two small dogs on the green hill, and a cat.", "x", "Zwei
 class ExportRun:
     """A trained run to export, with its projectors on the CPU."""
 
-    path: Path
-    pair: AlignedPair
-    config: PairConfig
+    trained: Run
     _examples: dict[str, Floats] = field(default_factory=dict, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> "ExportRun":
         """Load a run of any two modalities."""
-        pair, config = load_pair(path)
-        fingerprints = [side.fingerprint for side in config.sides.values()]
+        run = Run.open(path, kind=PAIR)
+        fingerprints = [side.fingerprint for side in run.info.inputs.values()]
         if not all(is_fingerprint(each) and {"family", "model", "weights"} <= each.keys() for each in fingerprints):
-            raise CorruptError(f"{config_path(path)}: expected fingerprints of encoders, got others; {CHANGED_CONFIG}")
-        return cls(path, pair, config)
+            raise CorruptError(f"{path}: expected fingerprints of encoders in run.json, got others; restore the file")
+        return cls(run)
+
+    @property
+    def path(self) -> Path:
+        """Folder of the run."""
+        return self.trained.path
+
+    @property
+    def pair(self) -> AlignedPair:
+        """The trained pair."""
+        return self.trained.pair
 
     def projector(self, modality: str) -> str:
         """Return the name of a modality's projector."""
-        return dict(zip(self.config.modalities, split_names(self.config.projector), strict=True))[modality]
+        return dict(zip(self.trained.modalities, split_names(self.trained.projector), strict=True))[modality]
 
     def require(self, modalities: Sequence[Modality], format_name: str) -> None:
         """Check that the run has the modalities of a format, or raise a `SettingError`."""
-        if not set(modalities) <= set(self.config.modalities):
-            reason = f"expected a run of {' and '.join(modalities)}, got one of {' and '.join(self.config.modalities)}"
+        if not set(modalities) <= set(self.trained.modalities):
+            reason = f"expected a run of {' and '.join(modalities)}, got one of {' and '.join(self.trained.modalities)}"
             raise unsupported(format_name, reason)
 
     def embed_examples(self, modality: Modality) -> Floats:
         """Embed the example images or texts with the run's own encoder, in float32: (N, P) float32 unit vectors."""
         if modality not in self._examples:
-            encoder = open_projected_encoder(modality, self.pair, _in_float32(self.config), device="cpu")
+            encoder = open_projected_encoder(modality, _in_float32(self.trained))
             items: Sequence[Any] = [load_image(image) for image in example_images()] if modality == "image" else TEXTS
             self._examples[modality] = encoder.embed(encoder.prepare(items))
         return self._examples[modality]
@@ -71,11 +79,12 @@ class ExportRun:
         return {name: check_parity(library, rows, self.embed_examples(name)) for name, rows in vectors.items()}
 
 
-def _in_float32(config: PairConfig) -> PairConfig:
-    """Return a config whose encoders compute in float32, as exported models do, whatever the stored features have."""
-    fingerprints = {name: {**side.fingerprint, "precision": "float32"} for name, side in config.sides.items()}
-    sides = {name: replace_fields(side, fingerprint=fingerprints[name]) for name, side in config.sides.items()}
-    return replace_fields(config, sides=sides)
+def _in_float32(run: Run) -> Run:
+    """Return a run whose encoders compute in float32, as exported models do, whatever the stored features have."""
+    inputs = {}
+    for name, side in run.info.inputs.items():
+        inputs[name] = replace_fields(side, fingerprint={**side.fingerprint, "precision": "float32"})
+    return replace(run, info=replace_fields(run.info, inputs=inputs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +110,7 @@ class ExportNotes:
     shorten: str | None = None
 
 
-def check_plain(tower_input: TowerInput, format_name: str) -> None:
+def check_plain(tower_input: RunInput, format_name: str) -> None:
     """Check that a feature is an encoder's plain output: not derived, and not of a view."""
     name, fingerprint = tower_input.feature, tower_input.fingerprint
     if fingerprint["family"] == DERIVED:

@@ -9,8 +9,7 @@ from typing import Any
 from embedcache.dataset.settings import KINDS
 from embedcache.export.base import ExportNotes, ExportRun
 from embedcache.files import read_text, write_atomic
-from embedcache.projectors.saved import TowerInput, read_run_record
-from embedcache.provenance import construct
+from embedcache.runs import RunInput
 from embedcache.train.initialization import default_initialization
 
 _KNOWN_LICENSES = {
@@ -26,8 +25,7 @@ def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str,
     """Write the model card, `README.md`."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    config = run.config
-    sides = {modality: config.tower_input(modality) for modality in config.modalities}
+    sides = run.trained.info.inputs
     licenses = {modality: _find_license(side) for modality, side in sides.items()}
     included = {licenses[modality] for modality in notes.encoders}
     known_license = included.pop() if len(included) == 1 else None
@@ -43,7 +41,7 @@ def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str,
         data,
         template_path=str(Path(__file__).with_name("model_card.md.j2")),
         name=path.parent.name,
-        config=config,
+        run=run.trained,
         notes=notes,
         format_name=format_name,
         sides=sides,
@@ -57,7 +55,7 @@ def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str,
     write_atomic(path, f"{card}\n".encode())
 
 
-def _find_license(tower_input: TowerInput) -> str | None:
+def _find_license(tower_input: RunInput) -> str | None:
     """Return the license of a packaged encoder, or that in the model card of its folder; None if unknown."""
     fingerprint = tower_input.fingerprint
     for (family, start), known in _KNOWN_LICENSES.items():
@@ -74,19 +72,16 @@ def _find_license(tower_input: TowerInput) -> str | None:
 
 def _training(run: ExportRun) -> dict[str, Any]:
     """Return the part of the card on training; of files only the names, as a card may become public."""
-    path, training = run.path / "record.json", run.config.training
-    record = read_run_record(run.path, run.config.to_json()) if path.is_file() else {}
-    recorded = record.get("settings", {})  # their paths are relative to the run, or to where it was trained
-    caches = construct(path, lambda: [str(name) for name in recorded.get("caches", [])])
-    outcome, selection = record.get("outcome", {}), training.get("selection")
+    training, report = run.trained.info.settings, run.trained.info.report
+    selection = training.get("selection")
 
     return {
         "training": training,
-        "widths": sorted({*training.get("loss", {}).get("widths", ())} - {run.config.shared_width}),
-        "caches": [f"the cache `{(run.path / name).resolve().name}`" for name in caches],
+        "widths": sorted({*training.get("loss", {}).get("widths", ())} - {run.trained.shared_width}),
+        "caches": [f"the cache `{(run.path / name).resolve().name}`" for name in run.trained.info.caches],
         "selection": Path(selection).name if selection else None,
-        "held_out": construct(path, lambda: _held_out(training.get("split", {}), outcome.get("num_samples") or {})),
-        "weights": _weights_line(run, outcome.get("best_epoch")),
+        "held_out": _held_out(training.get("split", {}), report.get("num_samples") or {}),
+        "weights": _weights_line(run, report.get("best_epoch")),
     }
 
 
@@ -100,7 +95,7 @@ def _held_out(split: Mapping[str, Any], num_samples: Mapping[str, int]) -> str:
 
 def _weights_line(run: ExportRun, best_epoch: int | None) -> str:
     """Return where the weights come from; `best_epoch` is 0 if the initialization was kept, None if unknown."""
-    training = run.config.training
+    training = run.trained.info.settings
     model, loss, optimizer = (training.get(name, {}) for name in ("model", "loss", "optimizer"))
     form = model.get("initialization") or default_initialization(run.pair)
     start = "other runs" if training.get("parts", {}).get("init_from") else f"`{form}`"
@@ -154,7 +149,7 @@ def _names(report: Mapping[str, Any], run: ExportRun) -> bool:
 
 
 def _seeds_line(report: Mapping[str, Any], run: ExportRun) -> str:
-    details, own = _mapping(report, "details"), run.config.training.get("seed")
+    details, own = _mapping(report, "details"), run.trained.info.settings.get("seed")
     seeds = details.get("seeds")
     if not isinstance(seeds, list) or len(seeds) < 2:
         return ""

@@ -24,9 +24,9 @@ from embedcache.export.base import (
     unsupported,
 )
 from embedcache.export.transformers import copy_processor_code, load_exported, write_transformers
+from embedcache.projectors.base import project
 from embedcache.projectors.heads import TokenTower
 from embedcache.projectors.pair import AnyTower
-from embedcache.projectors.saved import project
 from embedcache.registry import require
 
 _PROJECTORS_CODE = """\
@@ -84,7 +84,7 @@ class _Projection(nn.Module):
 
 def _write_projectors(run: ExportRun, folder: Path) -> ExportNotes:
     differences: dict[str, float] = {}
-    for modality in run.config.modalities:
+    for modality in run.trained.modalities:
         tower, path = run.pair.tower(modality), folder / f"{modality}_projector.onnx"
         example = _example_features(run, modality, 3, 4)
         dynamic_axes = {name: {0: "batch"} for name in (*example, "embeds")}
@@ -102,7 +102,7 @@ def _write_projectors(run: ExportRun, folder: Path) -> ExportNotes:
     return ExportNotes(
         library="onnx",
         task=None,
-        code=_PROJECTORS_CODE.replace("{modalities}", str(run.config.modalities)),
+        code=_PROJECTORS_CODE.replace("{modalities}", str(run.trained.modalities)),
         requirements=("onnxruntime", "numpy"),
         differences=differences,
         notes=("The encoders are not included: `features` are the output of the encoders below, not normalized.",),
@@ -111,7 +111,7 @@ def _write_projectors(run: ExportRun, folder: Path) -> ExportNotes:
 
 
 def _example_features(run: ExportRun, modality: str, num_rows: int, num_tokens: int) -> dict[str, Array]:
-    width = run.config.tower_input(modality).width
+    width = run.trained.input(modality).width
     random = np.random.default_rng(num_rows)
     if not isinstance(run.pair.tower(modality), TokenTower):
         return {"features": random.normal(size=(num_rows, width)).astype(np.float32)}
@@ -213,14 +213,14 @@ def _write_graph(
         export_graph(export, path)
     except ArtifactError as error:
         raise unsupported("onnx", f"{path.stem.replace('_', ' ')}: {error}", next_step) from error
-    tower_input = run.config.tower_input(modality)
+    tower_input = run.trained.input(modality)
     graph = onnx.load(path)
     metadata = {
         "producer": "embedcache",
         "feature": tower_input.feature,
         "projector": run.projector(modality),
         "fingerprint": json.dumps(dict(tower_input.fingerprint), sort_keys=True),
-        "run_weights": run.config.weights_digest,
+        "run_weights": run.trained.info.weights,
         "temperature": f"{float(run.pair.temperature.detach()):.9g}",
     }
     onnx.helper.set_model_props(graph, metadata)

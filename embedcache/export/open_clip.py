@@ -69,11 +69,11 @@ def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str |
     `final` is the path that the folder will have, `hub_name` the repository that it will be uploaded to, if any.
     """
     require("open_clip", extra=_FORMAT)
-    _find("image encoder's family", run.config.tower_input("image").fingerprint["family"], {"timm": "timm"})
+    _find("image encoder's family", run.trained.input("image").fingerprint["family"], {"timm": "timm"})
     text = open_module(run, "text", _FORMAT)  # encoders before projectors: another projector does not help them
     image = open_module(run, "image", _FORMAT)
-    text_input = run.config.tower_input("text")
-    transform = run.config.tower_input("image").fingerprint["preprocessing"]
+    text_input = run.trained.input("text")
+    transform = run.trained.input("image").fingerprint["preprocessing"]
     pool = _find("image feature", "+".join(image.config["features"]), _POOLS)
     resize_mode = _find("crop_mode", transform["crop_mode"], _RESIZE_MODES)
     pooler = _find("text feature", "_".join(text.config["features"]), _POOLERS)
@@ -109,7 +109,7 @@ def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str |
         **text_head_config,
     }
     config: dict[str, Any] = {
-        "model_cfg": {"embed_dim": run.config.shared_width, "vision_cfg": vision_config, "text_cfg": text_config},
+        "model_cfg": {"embed_dim": run.trained.shared_width, "vision_cfg": vision_config, "text_cfg": text_config},
         "preprocess_cfg": {
             "size": transform["input_size"][-1],
             "mode": "RGB",

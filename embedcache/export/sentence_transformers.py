@@ -41,7 +41,7 @@ print(vectors.shape)
 def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
     """Write a folder that `SentenceTransformer` opens, and check it with that library."""
     library = require("sentence_transformers", extra=_FORMAT)
-    check_plain(run.config.tower_input("text"), _FORMAT)
+    check_plain(run.trained.input("text"), _FORMAT)
     with quiet_transformers():
         encoder = _encoder_modules(run, library)  # before the projector: another one does not help an encoder
         chain = dense_chain(run.pair.tower("text"), _FORMAT, _NEXT_STEP)
@@ -98,16 +98,16 @@ def _pooling_as_before(config: dict[str, Any]) -> dict[str, Any]:
 
 def _encoder_modules(run: ExportRun, library: Any) -> list[Any]:
     """Return the text encoder's modules, up to the run's feature."""
-    spec = EncoderSpec.parse(run.config.tower_input("text").spec)
-    name = "+".join(feature_names(run.config.tower_input("text").feature))
-    max_tokens = int(run.config.tower_input("text").fingerprint["preprocessing"].get("max_tokens", 0))
+    spec = EncoderSpec.parse(run.trained.input("text").spec)
+    name = "+".join(feature_names(run.trained.input("text").feature))
+    max_tokens = int(run.trained.input("text").fingerprint["preprocessing"].get("max_tokens", 0))
     if spec.family == "st":
         return _sentence_modules(spec, name, max_tokens, library)
     if spec.family == "hf" and name in ("mean", "cls"):
         parts = library.sentence_transformer.modules
         transformer = parts.Transformer(str(find_model_folder(spec).path), max_seq_length=max_tokens)
         return [transformer, parts.Pooling(transformer.get_embedding_dimension(), pooling_mode=name)]
-    feature = run.config.tower_input("text").feature
+    feature = run.trained.input("text").feature
     raise unsupported(
         _FORMAT,
         f"its text feature is {feature}: expected the pooled one of st, or mean or cls of hf",

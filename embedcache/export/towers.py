@@ -75,7 +75,7 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
     Raises:
         SettingError: the format does not support its family, or the feature is of a view.
     """
-    tower_input, tower = run.config.tower_input(modality), run.pair.tower(modality)
+    tower_input, tower = run.trained.input(modality), run.pair.tower(modality)
     check_plain(tower_input, format_name)
     spec, names = EncoderSpec.parse(tower_input.spec), list(feature_names(tower_input.feature))
     openers = _openers(modality)

@@ -142,7 +142,7 @@ def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, Enco
     config = EmbedcacheConfig(
         image=encoders["image"].config,
         text=encoders["text"].config,
-        projection_dim=run.config.shared_width,
+        projection_dim=run.trained.shared_width,
         architectures=["EmbedcacheModel"],
     )
     classes = dict.fromkeys(("AutoModel", f"AutoModelFor{_PIPELINE}"), f"{_MODEL}.EmbedcacheModel")

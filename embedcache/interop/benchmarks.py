@@ -17,9 +17,9 @@ from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.inference import Model, ProjectedEncoder, load, open_projected_encoder
-from embedcache.projectors.saved import load_pair
 from embedcache.registry import require
 from embedcache.reports.results import MODEL
+from embedcache.runs import PAIR, Run
 
 
 class _Tokens:
@@ -90,9 +90,9 @@ def load_clip_benchmark(
     """
     del model_name, cache_dir
     device = str(torch_device(str(device)))
-    pair, config = load_pair(Path(pretrained), device=device)
-    image = open_projected_encoder("image", pair, config, device=device)
-    text = open_projected_encoder("text", pair, config, device=device)
+    run = Run.open(pretrained, kind=PAIR, device=device)
+    image = open_projected_encoder("image", run)
+    text = open_projected_encoder("text", run)
     return (
         _RunModel(image, text, device),
         lambda pil_image: torch.from_numpy(image.prepare([image.load_image(pil_image)])[0]),
@@ -129,8 +129,8 @@ def load_mteb(run: AnyPath, *, device: str = AUTO) -> "MtebModel":
     meta = require("mteb.models.model_meta", package="mteb")
     about = {
         "name": f"embedcache/{Path(run).resolve().name}",
-        "revision": model.config.weights_digest[:40] or None,
-        "modalities": list(model.config.modalities),
+        "revision": model.run.info.weights[:40] or None,
+        "modalities": list(model.run.modalities),
         "embed_dim": model.width,
         "similarity_fn_name": meta.ScoringFunction.COSINE,
     }

@@ -21,7 +21,7 @@ from embedcache.interop.settings import VectorExportSettings
 from embedcache.interop.vector_files import rechunk
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import check_output
-from embedcache.projectors.saved import read_config
+from embedcache.runs import PAIR, Run
 from embedcache.samples import IMPORTED_SOURCE
 from embedcache.sources.open import SOURCES
 from embedcache.sources.table import INTERVAL_NAMES
@@ -235,7 +235,8 @@ def open_exported(cache: Cache, settings: VectorExportSettings, allowed: Sequenc
         raise SettingError(f"modality: expected {' or '.join(allowed)} for this format, got {settings.modality}")
     requested = [modality for modality in allowed if settings.modality in (None, modality)]
     if settings.run is not None:
-        requested = [modality for modality in requested if modality in read_config(settings.run).sides] or requested
+        run = Run.open(settings.run, kind=PAIR)
+        requested = [modality for modality in requested if modality in run.modalities] or requested
     modalities = [modality for modality in requested if cache.features(modality)]
     if not modalities:
         is_imported = cache.info.source.get("type") == IMPORTED_SOURCE

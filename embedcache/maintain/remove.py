@@ -23,8 +23,8 @@ from embedcache.locks import locked
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, list_texts
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.projectors.saved import read_run
 from embedcache.records import new_record_path, record_stage
+from embedcache.runs import Run
 from embedcache.search.card import IndexCard, read_card
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
@@ -214,7 +214,7 @@ def _open_card(index_path: Path, cache_path: Path) -> IndexCard:
     if not read_info(cache_path).has_rows_of(card.index_digest):
         raise SettingError(f"index: expected an index of {cache_path}, got {index_path}, which is of other samples")
     if card.run is not None:
-        read_run(index_path / card.run)  # it is needed to fill the index again
+        Run.open(index_path / card.run)  # it is needed to fill the index again
     return card
 
 

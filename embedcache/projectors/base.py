@@ -1,13 +1,24 @@
-"""The projectors by name, and the interface of a projector from a plug-in.
+"""The projectors by name, the interface of a projector from a plug-in, and the projection of items by a tower.
 
-A projector is a `torch.nn.Module`. `embedcache.testing.projectors` has the tests that a plug-in must pass.
+A projector is a `torch.nn.Module`. `embedcache.testing.projectors` has the tests that a plug-in must pass. torch is
+imported when items are projected.
 """
 
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
-from torch import Tensor
+import numpy as np
 
+from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
+from embedcache.devices import announce_device
+from embedcache.progress import NullProgress, Progress
 from embedcache.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from embedcache.projectors.pair import AnyTower
+
+_BLOCK = 8192
 
 _PRESETS = {"openclip-mlp": "openclip-mlp-image+openclip-mlp-text"}
 
@@ -52,7 +63,7 @@ class Projector(Protocol):
     them, divided by one number. In training, dropout is applied to them before.
     """
 
-    def __call__(self, vectors_BD: Tensor) -> Tensor:
+    def __call__(self, vectors_BD: "Tensor") -> "Tensor":
         """Project a batch: (B, D) float32 -> (B, P) float32."""
         ...
 
@@ -62,7 +73,7 @@ class TokenProjector(Protocol):
 
     has_token_input: ClassVar[bool] = True
 
-    def __call__(self, tokens_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
+    def __call__(self, tokens_BTD: "Tensor", lengths_B: "Tensor | None") -> "Tensor":
         """Project a batch to (B, P) float32.
 
         Args:
@@ -76,7 +87,7 @@ class TokenProjector(Protocol):
 class HasLinearBranch(Protocol):
     """A projector that can be initialized with a closed form."""
 
-    def set_linear_map(self, weights_DP: Tensor) -> None:
+    def set_linear_map(self, weights_DP: "Tensor") -> None:
         """Make the projector compute x @ weights, up to float32 rounding."""
         ...
 
@@ -85,6 +96,44 @@ class HasLinearBranch(Protocol):
 class HasAnchors(Protocol):
     """A projector that compares items with those of training pairs."""
 
-    def set_anchors(self, anchors_PD: Tensor) -> None:
+    def set_anchors(self, anchors_PD: "Tensor") -> None:
         """Set the (P, D) anchor vectors; row j of both towers comes from the same training pair."""
         ...
+
+
+def project(
+    tower: "AnyTower",
+    inputs: Inputs,
+    *,
+    device: str = "cpu",
+    width: int | None = None,
+    progress: Progress | None = None,
+) -> Floats:
+    """Project items block by block: N items of any float dtype -> (N, P) float32, rows of length 1.
+
+    Args:
+        tower: the tower.
+        inputs: the items.
+        device: device of the tower.
+        width: P, the first components to keep before rows are scaled to length 1; None: all.
+        progress: a step that advances by the items.
+
+    Raises:
+        DataError: a value is NaN or infinite after projection.
+    """
+    import torch
+
+    announce_device(device)
+    progress = progress or NullProgress()
+    parts_NP = [np.empty((0, width or tower.output_width), np.float32)]
+    num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
+    with torch.inference_mode():
+        for block in blocks(len(inputs.values), max(1, _BLOCK // num_tokens)):
+            part = inputs.take(block)
+            values = torch.from_numpy(np.require(part.values, np.float32, ["W"])).to(device)  # chunks are read-only
+            lengths = None if part.lengths is None else torch.from_numpy(part.lengths).to(device)
+            parts_NP.append(tower(values, lengths)[:, :width].float().cpu().numpy())
+            progress.advance(len(parts_NP[-1]))
+    projected_NP = np.concatenate(parts_NP)
+    check_finite(projected_NP, "the projected feature")
+    return normalize(projected_NP)

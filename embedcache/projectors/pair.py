@@ -58,6 +58,10 @@ class AlignedPair(nn.Module):
         first, second = self.modalities
         return self.tower(first), self.tower(second)
 
+    def parts(self) -> dict[str, list[str]]:
+        """Return the parts that may be loaded or trained alone: both towers by modality, and the temperature."""
+        return {**{modality: [modality] for modality in self.modalities}, "temperature": ["log_scale"]}
+
     def tower(self, modality: str) -> AnyTower:
         """Return the tower of one of the modalities, or raise a `DataError`."""
         if modality not in self.modalities:

@@ -151,7 +151,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
             "feature": pool.feature.name,
             "fingerprint": dict(pool.feature.fingerprint),
             "run": None if pool.run_path is None else str(pool.run_path),
-            "run_weights": None if pool.config is None else pool.config.weights_digest,
+            "run_weights": None if pool.run is None else pool.run.info.weights,
         },
         "concepts_from": report.concepts.source,
         "min_count": report.settings.min_count,

@@ -188,8 +188,8 @@ def _beside_neighbors(report: OutlierReport, name: str, sample: int, renderer: I
 
 def _pair(report: OutlierReport) -> Sequence[str]:
     """Return the modalities of the pairs that the run compares."""
-    assert report.vectors.config is not None
-    return report.vectors.config.modalities
+    assert report.vectors.run is not None
+    return report.vectors.run.modalities
 
 
 def _pair_examples(

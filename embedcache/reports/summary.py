@@ -16,6 +16,7 @@ from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import read_report_json
 from embedcache.provenance import construct, read_json, read_study, recognize
+from embedcache.runs import PAIR, Run
 from embedcache.search.card import read_card
 from embedcache.store.cache import Cache, caption_error_lines
 from embedcache.store.commits import PENDING, REMOVED, has_failed
@@ -195,53 +196,32 @@ def _disk_line(num_bytes: Mapping[str, int]) -> str:
 
 
 def _summarize_run(path: Path) -> Summary:
-    from embedcache.projectors.saved import is_pair, read_config, read_run, read_run_record  # torch takes seconds
+    run = Run.open(path)
+    info, report = run.info, run.info.report
+    seed = info.settings.get("seed")
+    if info.kind == PAIR:
+        lines = [f"{path}: projector {run.projector}, shared width {run.shared_width}, seed {seed}"]
+    else:
+        arguments = ", ".join(f"{name}={value}" for name, value in info.arguments.items())
+        lines = [f"{path}: {info.kind}({arguments}), seed {seed}"]
+    if trainable := info.settings.get("parts", {}).get("trainable"):
+        lines.append(f"trained parts: {trainable.replace('+', ', ')}; the others are those of the start")
+    for name, digest in info.digests.items():
+        if name.startswith("init_from "):
+            lines.append(f"part {name.removeprefix('init_from ')} started from weights {digest[:12]}")
 
-    values, has_record = read_run(path), (path / "record.json").is_file()
-    outcome = read_run_record(path, values).get("outcome", {}) if has_record else {}
-    if not is_pair(values):
-        return _summarize_module(path, outcome)
-    config = read_config(path)
-    projector = config.training["model"]["projector"]
-    lines = [f"{path}: projector {projector}, shared width {config.shared_width}, seed {config.training['seed']}"]
-    rows = []
-    for modality, entry in config.sides.items():
-        rows.append([modality, entry.feature, f"{entry.width:,}", entry.spec])
-    counts = ", ".join(f"{count:,} {part}" for part, count in outcome.get("num_samples", {}).items())
+    counts = ", ".join(f"{count:,} {part}" for part, count in report.get("num_samples", {}).items())
     notes = [f"samples: {counts}"] if counts else []
-    if outcome.get("recalls"):
-        recalls = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in outcome["recalls"].items())
-        notes.append(f"validation of epoch {outcome.get('best_epoch')}: {recalls}")
+    if report.get("measures"):
+        measures = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in report["measures"].items())
+        notes.append(f"validation of epoch {report.get('best_epoch')}: {measures}")
     return Summary(
         kind="run",
         lines=lines,
-        columns=("modality", "feature", "width", "encoder"),
-        rows=rows,
+        columns=("input", "feature", "width", "encoder"),
+        rows=[[name, entry.feature, f"{entry.width:,}", entry.spec] for name, entry in info.inputs.items()],
         notes=notes,
-        record={"path": str(path), **config.to_json(), "outcome": outcome},
-    )
-
-
-def _summarize_module(path: Path, outcome: Mapping[str, Any]) -> Summary:
-    from embedcache.projectors.modules import read_module_config
-
-    config = read_module_config(path)
-    arguments = ", ".join(f"{name}={value}" for name, value in config.arguments.items())
-    lines = [f"{path}: {config.kind}({arguments}), seed {config.training.get('seed')}"]
-    if config.trainable is not None:
-        lines.append(f"trained parts: {', '.join(config.trainable)}; the others are those of the start")
-    lines += [f"part {part} started from weights {digest[:12]}" for part, digest in config.init_runs.items()]
-    notes = []
-    if outcome.get("measures"):
-        measures = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in outcome["measures"].items())
-        notes.append(f"validation of epoch {outcome.get('best_epoch')}: {measures}")
-    return Summary(
-        kind="run",
-        lines=lines,
-        columns=("side", "feature", "width", "encoder"),
-        rows=[[name, side.feature, f"{side.width:,}", side.spec] for name, side in config.sides.items()],
-        notes=notes,
-        record={"path": str(path), **config.to_json(), "outcome": outcome},
+        record={"path": str(path), **info.to_json()},
     )
 
 

@@ -91,7 +91,7 @@ def open_concepts(
         "feature": vectors.feature.name,
         "fingerprint": dict(vectors.feature.fingerprint),
         "run": None if vectors.run_path is None else str(vectors.run_path),
-        "run_weights": None if vectors.config is None else vectors.config.weights_digest,
+        "run_weights": None if vectors.run is None else vectors.run.info.weights,
         "of": "prompts" if is_prompts else "examples",
     }
     if is_prompts:
@@ -155,8 +155,8 @@ def _open(cache: Cache, pool: Vectors, *, is_prompts: bool) -> Vectors:
 
 def _projected_modality(cache: Cache, pool: Vectors, *, is_prompts: bool) -> str:
     """Return the modality of the run by which concepts are projected: that of prompts, or of the examples."""
-    assert pool.config is not None
-    modalities = pool.config.modalities
+    assert pool.run is not None
+    modalities = pool.run.modalities
     if not is_prompts:
         return next((name for name in modalities if cache.info.num_items.get(name)), modalities[-1])
     if "text" not in modalities:

@@ -278,7 +278,7 @@ def _source(vectors: Vectors, index_path: Path) -> dict[str, Any]:
         "spec": vectors.feature.spec,
         "fingerprint": vectors.feature.fingerprint,
         "run": None if vectors.run_path is None else relative_location(vectors.run_path, index_path),
-        "run_weights": None if vectors.config is None else vectors.config.weights_digest,
+        "run_weights": None if vectors.run is None else vectors.run.info.weights,
     }
 
 

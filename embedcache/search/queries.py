@@ -28,8 +28,9 @@ from embedcache.encoders.open import EncoderSpec, why_no_encoder
 from embedcache.encoders.views import FeatureEncoder, open_feature_encoder
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, list_texts, noun
-from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project, read_config
+from embedcache.projectors.base import project
 from embedcache.registry import unknown_name
+from embedcache.runs import PAIR, Run, RunInput
 from embedcache.search.card import IndexCard
 from embedcache.search.concepts import open_concepts
 from embedcache.search.faiss_index import RowIndex
@@ -38,7 +39,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader, find_keys
 
 if TYPE_CHECKING:
-    from embedcache.projectors.pair import AlignedPair
+    pass
 
 
 _IN_FILES = tuple(modality.name for modality in FILE_MODALITIES)
@@ -118,16 +119,15 @@ class QueryEncoder:
 
     def __init__(self, index: RowIndex, card: IndexCard, cache: Cache, run_path: Path | None, device: str) -> None:
         self._index, self._card, self._cache, self._run_path, self._device = index, card, cache, run_path, device
-        self.config: PairConfig | None = None  # of the run
-        self._pair: AlignedPair | None = None
+        self.run: Run | None = None
         self._encoders: dict[Modality, FeatureEncoder] = {}
         if card.run is None and run_path is not None:
             raise FingerprintError(
                 f"run: expected none for an index of the plain feature {card.feature}, got {run_path}; leave --run out"
             )
         if run_path is not None:
-            self.config = read_config(run_path)
-            weights = self.config.weights_digest
+            self.run = Run.open(run_path, kind=PAIR)
+            weights = self.run.info.weights
             if weights != card.run_weights:
                 raise FingerprintError(
                     f"run {run_path}: expected the weights of the index, {card.run_weights}, got {weights}; give the "
@@ -148,24 +148,19 @@ class QueryEncoder:
             on_demand=True,
         )
 
-    def _open_pair(self) -> "AlignedPair | None":
-        if self._pair is None and self._run_path is not None:
-            self._pair, _ = load_pair(self._run_path)
-        return self._pair
-
     def rejection(self, modality: Modality) -> str | None:
         """Return why items of a modality cannot be compared with the index; None if they can."""
         own = self._card.modality
-        if self.config is None and modality != own:
+        if self.run is None and modality != own:
             option = "" if own == "image" else f" --modality {own}"
             return (
                 f"expected an index built with a run, got one of the plain {own} feature {self._card.feature}; "
                 f"build one with: embedcache curate index CACHE INDEX --run RUN{option}"
             )
-        if self.config is not None and modality not in self.config.sides:
-            return f"expected one of the modalities of the run, {' and '.join(self.config.sides)}"
+        if self.run is not None and modality not in self.run.modalities:
+            return f"expected one of the modalities of the run, {' and '.join(self.run.modalities)}"
         next_step = "search with --query-key or --query-vectors"
-        if self.config is not None:
+        if self.run is not None:
             next_step = f"search with --query-key, or with --query-vectors and what {_project_call(modality)} returns"
         return why_no_encoder(EncoderSpec.parse(self._tower_input(modality).spec), modality, next_step=next_step)
 
@@ -178,7 +173,8 @@ class QueryEncoder:
         if modality not in self._encoders:
             self._check_comparable(modality)
             source = self._tower_input(modality)
-            self._open_pair()  # a damaged run is refused first
+            if self.run is not None:
+                self.run.load()  # a damaged run is refused first
             self._encoders[modality] = open_feature_encoder(
                 source.spec,
                 modality=modality,
@@ -240,14 +236,13 @@ class QueryEncoder:
         parts = [self._project(modality, to_inputs(values)) for values in batches]
         return np.concatenate([np.empty((0, self._card.width), np.float32), *parts])
 
-    def _tower_input(self, modality: Modality) -> TowerInput | IndexCard:
-        return self._card if self.config is None else self.config.tower_input(modality)
+    def _tower_input(self, modality: Modality) -> RunInput | IndexCard:
+        return self._card if self.run is None else self.run.input(modality)
 
     def _project(self, modality: Modality, inputs: Inputs) -> Floats:
-        pair = self._open_pair()
-        if pair is None:
+        if self.run is None:
             return normalize(inputs.values[:, : self._card.width])
-        return project(pair.tower(modality), inputs, width=self._card.width)
+        return project(self.run.pair.tower(modality), inputs, width=self._card.width)
 
     def _read_keys(self, keys: Sequence[str]) -> Floats:
         samples = find_keys(self._cache, keys)
@@ -300,8 +295,8 @@ class QueryEncoder:
 
     def _how_to_project(self, vectors_QD: Array) -> str:
         """Return the next step for vectors of the width of a feature of the run; empty for others."""
-        sides = {} if self.config is None else self.config.sides
-        calls = [_project_call(modality) for modality, side in sides.items() if vectors_QD.shape[-1] == side.width]
+        inputs = {} if self.run is None else self.run.info.inputs
+        calls = [_project_call(modality) for modality, side in inputs.items() if vectors_QD.shape[-1] == side.width]
         return f"; project vectors of the run's feature first: {' or '.join(calls)}" if calls else ""
 
 

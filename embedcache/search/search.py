@@ -20,8 +20,8 @@ from embedcache.devices import AUTO
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.files import AnyPath, is_url
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress, watch
-from embedcache.projectors.saved import split_path
 from embedcache.registry import unknown_name
+from embedcache.runs import MANIFEST, SPLIT
 from embedcache.search.card import may_hold_removed, open_row_index, read_card
 from embedcache.search.faiss_index import exact_search
 from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
@@ -104,7 +104,7 @@ class OpenIndex:
         self.path = Path(index)
         self.card = read_card(self.path)
         if run is None and self.card.run is not None:
-            run = _require_file(self.path / self.card.run, "config.json", "run")
+            run = _require_file(self.path / self.card.run, MANIFEST, "run")
         if cache is None and is_url(self.card.cache):
             cache = self.card.cache
         elif cache is None:
@@ -237,7 +237,7 @@ class CacheFilters:
 
     def __init__(self, cache: Cache, modality: str, run_path: Path | None = None, *, label: str = "label") -> None:
         self._cache, self._modality, self._label = cache, modality, label
-        self._run_path = run_path if run_path is not None and split_path(run_path).is_file() else None
+        self._run_path = run_path if run_path is not None and (run_path / SPLIT).is_file() else None
         self._column = lru_cache(maxsize=None)(self._read_column)
         self._languages = lru_cache(maxsize=None)(self._read_languages)
         self._selected = lru_cache(maxsize=16)(self._read_selection)
@@ -308,7 +308,7 @@ class CacheFilters:
         if self._column_of(name) in self._cache.columns:
             return _encode(self._cache.column(self._column_of(name)))
         if name == "split" and self._run_path is not None:
-            parts = to_array(read_split(split_path(self._run_path), [self._cache]).parts, pa.string())
+            parts = to_array(read_split(self._run_path / SPLIT, [self._cache]).parts, pa.string())
             return _encode(pa.chunked_array([pc.if_else(pc.equal(parts, ""), None, parts)]))
         raise UnknownNameError(
             f"--{_OPTIONS[name]}: expected a column {name!r} in {self._cache.path}, got the columns "

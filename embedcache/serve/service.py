@@ -14,7 +14,6 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, MissingExtraError, PathError, SettingError, UnknownNameError
 from embedcache.modalities import count_items, noun
 from embedcache.progress import Progress
-from embedcache.projectors.saved import read_run_record
 from embedcache.search.hits import Hit
 from embedcache.search.search import OpenIndex
 from embedcache.search.settings import Filter
@@ -338,18 +337,16 @@ def info_tables(index: OpenIndex) -> list[InfoTable]:
 
 
 def _run_table(index: OpenIndex) -> list[InfoTable]:
-    config = index.query_encoder.config
-    if index.run_path is None or config is None:
+    run = index.query_encoder.run
+    if run is None:
         return []
-    has_record = (index.run_path / "record.json").is_file()
-    outcome = read_run_record(index.run_path, config.to_json()).get("outcome", {}) if has_record else {}
     rows = [
-        ["name", index.run_path.resolve().name],
-        ["projector", config.projector],
-        ["shared width", f"{config.shared_width:,}"],
-        *([f"{modality} feature", f"{side.feature} of {side.spec}"] for modality, side in config.sides.items()),
-        ["weights (SHA-256)", config.weights_digest],
-        *_flat("", outcome),
+        ["name", run.path.resolve().name],
+        ["projector", run.projector],
+        ["shared width", f"{run.shared_width:,}"],
+        *([f"{modality} feature", f"{side.feature} of {side.spec}"] for modality, side in run.info.inputs.items()),
+        ["weights (SHA-256)", run.info.weights],
+        *_flat("", run.info.report),
     ]
     return [{"title": "Run", "rows": rows}]
 

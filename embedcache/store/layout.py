@@ -187,11 +187,6 @@ class CacheInfo(Manifest):
         """Return whether the rows of that digest are the same rows in this cache, which may have more now."""
         return index_digest in self._num_parts
 
-    def num_samples_since(self, index_digest: str) -> int:
-        """Return the number of samples that were appended since the rows of that digest; 0 if it is not known."""
-        num_parts = self._num_parts.get(index_digest, len(self.parts))
-        return sum(part.num_samples for part in self.parts[num_parts:])
-
     def num_chunk_rows(self, index_digest: str, modality: str, chunk: int) -> int | None:
         """Return the number of rows that a chunk had in a version of the tables; None for an unknown version."""
         if index_digest not in self._num_parts:

@@ -3,7 +3,6 @@
 import shlex
 import warnings
 from collections.abc import Iterator, Sequence
-from statistics import fmean
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution
@@ -14,9 +13,9 @@ from embedcache.dataset.splits import read_split
 from embedcache.errors import SettingError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.files import is_remote
-from embedcache.provenance import digest_file
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.reports.sweep import State, SweepConfig, SweepFindings, SweepParameter, SweepTrial
+from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from embedcache.sweep.study import split_path
 from embedcache.sweep.trials import Trials, get_outcome, get_reason, get_score
@@ -74,7 +73,7 @@ def _evaluate_top(
                 score=get_score(trial),
                 num_parameters=outcome.num_parameters,
                 num_pairs=outcome.num_pairs,
-                scores=[fmean(report.recalls.values()) for report in trained],
+                scores=[report.score for report in trained if report.score is not None],
                 run_paths=run_paths,
                 test={cache: evaluate_retrieval(cache, run_paths) for cache in caches},
                 kept_initialization=outcome.num_pairs > 0 and not any(report.best_epoch for report in trained),
@@ -158,7 +157,7 @@ def findings_json(job: StudyJob, trials: Trials, findings: SweepFindings) -> dic
         "winner": {
             "trial": winner.number,
             "run": str(winner.run_paths[0]),
-            "weights": digest_file(winner.run_paths[0] / "model.safetensors"),
+            "weights": Run.open(winner.run_paths[0]).info.weights,
             "command": findings.command,
         },
         "best": [_config_json(config, by_number[config.number]) for config in findings.best],
@@ -180,7 +179,7 @@ def _config_json(config: SweepConfig, trial: FrozenTrial) -> dict[str, Any]:
             "highest": round(max(config.scores), 5),
             "scores": [round(score, 5) for score in config.scores],
         },
-        **{name: outcome[name] for name in ("num_parameters", "flops_per_pair", "num_pairs")},
+        **{name: outcome[name] for name in ("num_parameters", "num_pairs")},
         "runs": [str(run_path) for run_path in config.run_paths],
         "test": {cache: retrieval_json(report) for cache, report in config.test.items()},
     }

@@ -24,8 +24,7 @@ from embedcache.provenance import (
 from embedcache.settings import replace_fields
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space
-from embedcache.train.checkpoint import FAILED, check_failed, check_not_extended, failed_digests
-from embedcache.train.data import TrainData
+from embedcache.train.data import TrainData, failed_digests
 
 _FILES = (
     LOCK,
@@ -42,16 +41,13 @@ _FILES = (
 )
 
 
-_FAILED = "failed"
-
-
 class Study(Manifest):
     """The content of `study.json`: everything that decides the trials of a study.
 
     Args:
         space: fixed and swept settings, by name.
-        sides: modality -> `feature` and its `fingerprint`, and as `failed` the digest of the rows without it, if there
-            are any; in the order of `order_pair`.
+        sides: modality -> `feature` and its `fingerprint`, in the order of `order_pair`.
+        digests: SHA-256 of the rows that lack a feature, by `failed MODALITY`.
         storage: URL of the storage without its password; None is the file `study.db` in the folder.
         name: name of the study in the storage.
         split_digest: SHA-256 of `split.parquet`.
@@ -61,6 +57,7 @@ class Study(Manifest):
     space: Mapping[str, Any]
     index_digest: str
     sides: Mapping[str, Mapping[str, Any]]
+    digests: Mapping[str, str] = {}
     sampler: str
     pruner: str
     seed: int
@@ -81,11 +78,14 @@ def open_study(
             samples were appended to the cache since.
         PathError: the folder contains other files.
     """
-    failed = failed_digests(data)
     requested = Study(
         space=space.to_json(),
         index_digest=data.index_digest,
-        sides={modality: _describe_side(data, modality, failed) for modality in data.sides},
+        sides={
+            modality: {"feature": feature.name, "fingerprint": feature.fingerprint}
+            for modality, feature in data.features.items()
+        },
+        digests=failed_digests(data),
         sampler=settings.sampler,
         pruner=settings.pruner,
         seed=settings.seed,
@@ -97,7 +97,7 @@ def open_study(
     with locked(path):
         _check_folder(path)
         if manifest_path(path).is_file():
-            return _reopen_study(path, requested, failed, data)
+            return _reopen_study(path, requested)
         fixed = space.settings({})
         language = choose_language(data.caches, data.sides, fixed.language, progress)
         pairs = data.pairs(language, progress=progress)
@@ -109,18 +109,16 @@ def open_study(
     return made
 
 
-def _reopen_study(path: Path, requested: Study, failed: Mapping[str, str], data: TrainData) -> Study:
+def _reopen_study(path: Path, requested: Study) -> Study:
     """Read the study in a folder, and compare it with what is requested."""
     values = read_study(path)
     values.pop(DIGEST, None)
     stored = construct(manifest_path(path), lambda: Study.model_validate(values))
     expected = replace_fields(requested, name=stored.name, split_digest=stored.split_digest)
-    next_step = "sweep into a new folder, or keep the study"
-    check_not_extended(f"study {path} was begun", stored.index_digest, data.caches, next_step=next_step)
     next_step = "use a new folder, or request the same"
-    for describe in (_modalities, _without_failed):  # not every field of the features of other modalities
-        check_same(f"study {path}", describe(stored), describe(expected), next_step=next_step)
-    check_failed(f"study {path}", _failed_of(stored), failed)
+    modalities = [{"modalities": list(study.sides)} for study in (stored, expected)]
+    check_same(f"study {path}", *modalities, next_step=next_step)  # else every field of their features differs
+    check_same(f"study {path}", stored.to_json(), expected.to_json(), next_step=next_step)
     check_split(split_path(path))
     return stored
 
@@ -128,27 +126,6 @@ def _reopen_study(path: Path, requested: Study, failed: Mapping[str, str], data:
 def manifest_path(path: Path) -> Path:
     """Return the path of the file whose presence marks a study as begun."""
     return path / "study.json"
-
-
-def _describe_side(data: TrainData, modality: str, failed: Mapping[str, str]) -> dict[str, Any]:
-    side, name = data.tower_inputs[modality], f"{FAILED}{modality}"
-    described = {"feature": side.feature, "fingerprint": side.fingerprint}
-    return {**described, _FAILED: failed[name]} if name in failed else described
-
-
-def _modalities(study: Study) -> dict[str, Any]:
-    return {"modalities": list(study.sides)}
-
-
-def _without_failed(study: Study) -> dict[str, Any]:
-    values = study.to_json()
-    for modality, side in values.pop("sides").items():
-        values[modality] = {name: value for name, value in side.items() if name != _FAILED}
-    return values
-
-
-def _failed_of(study: Study) -> dict[str, str]:
-    return {f"{FAILED}{modality}": side[_FAILED] for modality, side in study.sides.items() if _FAILED in side}
 
 
 def split_path(path: Path) -> Path:

@@ -48,14 +48,12 @@ class Outcome:
     Args:
         recalls: validation recalls of the best epoch.
         best_epoch: epoch whose weights were saved; 0 is the initialization.
-        flops_per_pair: floating-point operations of the forward pass, per pair.
         num_pairs: number of pairs seen in training, repetitions included.
     """
 
     recalls: Mapping[str, float]
     best_epoch: int
     num_parameters: int
-    flops_per_pair: int
     num_pairs: int
     seconds: float
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -129,11 +128,11 @@ def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Tri
     """Train one trial and record its outcome: its best mean of R@1, R@5 and R@10 of both directions is the score."""
     started, last_epoch = time.perf_counter(), 0
 
-    def on_epoch(epoch: int, recalls: Mapping[str, float]) -> None:
+    def on_epoch(epoch: int, score: float) -> None:
         nonlocal last_epoch
         last_epoch = epoch
         if trials.use_pruner and epoch:  # a commit to SQLite takes 10 ms, as long as an epoch of a small cache
-            trial.report(fmean(recalls.values()), epoch)
+            trial.report(score, epoch)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
@@ -149,17 +148,16 @@ def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Tri
     if isinstance(report, str):
         trials.fail(trial, report)
         return f"failed: {report}"
-    score = fmean(report.recalls.values())
+    assert report.score is not None
     outcome = Outcome(
-        recalls=report.recalls,
+        recalls=report.measures,
         best_epoch=report.best_epoch,
         num_parameters=report.num_parameters,
-        flops_per_pair=report.flops_per_pair,
         num_pairs=last_epoch * report.num_samples["train"],
         seconds=round(time.perf_counter() - started, 3),
     )
-    trials.complete(trial, score, outcome)
-    return f"validation recall {score:.3f}"
+    trials.complete(trial, report.score, outcome)
+    return f"validation recall {report.score:.3f}"
 
 
 def _try_to_train(

@@ -1,10 +1,10 @@
-"""Batches of any task: random batches of rows, and a loader that reads the next ones during a step."""
+"""Batches of any task: what a step reads, random batches of rows, and reading ahead during a step."""
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,18 +14,39 @@ from embedcache.arrays import Array, Ints, concatenated_ranges
 from embedcache.train.distributed import check_batches
 
 _BUFFER_BLOCKS = 1024
-_NUM_PREFETCHED = 2
+_NUM_PREFETCHED = 3
+T = TypeVar("T")
 
 
-class BatchPlan(Protocol):
-    """Which samples are in which batch: a pure function of the epoch, for any number of processes."""
+class BatchInput(NamedTuple):
+    """Items of one input on the device.
 
+    Args:
+        values: (B, D) or (B, T, D), in the dtype on disk.
+        lengths: (B,) int64 number of tokens of each item; None: T tokens each.
+        rows: (B,) rows of the feature, to name those that are not finite.
+    """
+
+    values: Tensor
+    lengths: Tensor | None = None
+    rows: Ints | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one training step of this process reads, on the device.
+
+    Args:
+        samples: numbers of its samples, to name them if the loss is not finite.
+        num_samples: number of samples of all processes.
+        inputs: name of an input, such as its modality -> items.
+        targets: what the outputs are compared with, as the loss of the task has it.
+    """
+
+    samples: Ints
     num_samples: int
-    num_steps: int
-
-    def epoch(self, number: int, *, first_step: int) -> Iterator[Any]:
-        """Iterate over descriptions of the batches of one epoch, from a step on."""
-        ...
+    inputs: Mapping[str, BatchInput] = field(default_factory=dict)
+    targets: Any = None
 
 
 class RowBatches:
@@ -37,7 +58,8 @@ class RowBatches:
 
     def __init__(self, rows: Ints, *, batch_size: int, seed: int, block_rows: int = 1) -> None:
         self._rows, self._seed, self._block_rows = rows, seed, block_rows
-        self.num_samples, self.num_steps = len(rows), -(-len(rows) // batch_size)
+        self.num_samples = len(rows)
+        self.num_steps = -(-len(rows) // batch_size)
         check_batches(self.num_samples, self.num_steps)
 
     def epoch(self, number: int, *, first_step: int = 0) -> Iterator[Ints]:
@@ -47,34 +69,15 @@ class RowBatches:
             yield self._rows[part]
 
 
-class Loader:
-    """Batches of a plan, loaded in order on one thread, two batches ahead.
-
-    `load` reads a batch and moves it to the device; under torchrun only this process's part, `own_slice`. `waited_s`
-    counts the seconds that the training loop waited for a batch.
-    """
-
-    def __init__(self, plan: BatchPlan, load: Callable[[Any], Any]) -> None:
-        self._plan, self._load = plan, load
-        self.num_steps, self.num_samples = plan.num_steps, plan.num_samples
-        self.waited_s = 0.0
-
-    def epoch(self, number: int, *, first_step: int = 0) -> Iterator[Any]:
-        """Iterate over the loaded batches of one epoch, from a step on."""
-        with ThreadPoolExecutor(1, "loader") as executor:
-            pending: deque[Future[Any]] = deque()
-            for batch in self._plan.epoch(number, first_step=first_step):
-                pending.append(executor.submit(self._load, batch))
-                if len(pending) > _NUM_PREFETCHED:
-                    yield self._wait(pending.popleft())
-            while pending:
-                yield self._wait(pending.popleft())
-
-    def _wait(self, future: "Future[Any]") -> Any:
-        started = time.perf_counter()
-        loaded = future.result()
-        self.waited_s += time.perf_counter() - started
-        return loaded
+def read_ahead(batches: Iterator[T]) -> Iterator[T]:
+    """Iterate over batches that a thread makes in order, a few ahead of the one that is used."""
+    with ThreadPoolExecutor(1, "loader") as executor:
+        pending: deque[Future[T | None]] = deque()
+        for _ in range(_NUM_PREFETCHED):
+            pending.append(executor.submit(next, batches, None))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(executor.submit(next, batches, None))
+            yield batch
 
 
 def to_device(array: Array, device: str) -> Tensor:

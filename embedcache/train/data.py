@@ -1,5 +1,6 @@
 """The input of a training run: two features of one or several caches, and their pairs, divided by the run's split."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,8 +30,8 @@ from embedcache.errors import DataError, SettingError, pluralize
 from embedcache.files import AnyPath, one_or_many, read_file, write_atomic
 from embedcache.modalities import MODALITIES, order_pair
 from embedcache.progress import NullProgress, Progress
-from embedcache.projectors.saved import TowerInput, run_selection_path, split_path
-from embedcache.provenance import check_same, digest
+from embedcache.provenance import check_same, digest, digest_file
+from embedcache.runs import SPLIT, RunInput
 from embedcache.settings import to_flat
 from embedcache.store.cache import Cache
 from embedcache.store.rows import key_column
@@ -187,11 +188,6 @@ class TrainData:
         return {modality: opened[0] for modality, opened in self.sides.items()}
 
     @property
-    def tower_inputs(self) -> dict[str, TowerInput]:
-        """Modality -> entry of its feature in a run's config."""
-        return {modality: _tower_input(feature) for modality, feature in self.features.items()}
-
-    @property
     def index_digest(self) -> str:
         """Digest of the sample and item tables of the cache, joined by `+` for several caches."""
         return "+".join(cache.info.index_digest for cache in self.caches)
@@ -295,8 +291,15 @@ def _check_same_feature(first_cache: Cache, first: InputFeature, cache: Cache, f
     )
 
 
-def _tower_input(feature: InputFeature) -> TowerInput:
-    return TowerInput(feature=feature.name, spec=feature.spec, fingerprint=feature.fingerprint, width=feature.width)
+def describe_input(feature: InputFeature) -> RunInput:
+    """Return the entry of a feature among the inputs of a run."""
+    return RunInput(
+        modality=feature.modality,
+        feature=feature.name,
+        spec=feature.spec,
+        fingerprint=feature.fingerprint,
+        width=feature.width,
+    )
 
 
 def _fits(features: Sequence[InputFeature], memory_bytes: float) -> bool:
@@ -353,13 +356,12 @@ def divide_pairs(data: TrainData, run_path: Path, settings: TrainSettings, progr
         selected = read_selection(settings.selection_path, data.caches)
     pairs = data.pairs(settings.language, progress=progress)
     made = run_on_first(lambda: _write_split(data, pairs, run_path, settings, progress))
-    split = made or read_split(split_path(run_path), data.caches)
+    split = made or read_split(run_path / SPLIT, data.caches)
     training = _shuffle_pairs(_training_pairs(data, pairs, split, selected, settings), settings)
     validation = _shuffle_pairs(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
         raise DataError(
-            f"validation part of {split_path(run_path)}: expected samples with both features, got none; "
-            "check --language"
+            f"validation part of {run_path / SPLIT}: expected samples with both features, got none; check --language"
         )
     counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
     if left_out := split.parts.count(""):
@@ -376,11 +378,12 @@ def _write_split(
     data: TrainData, pairs: Pairs, run_path: Path, settings: TrainSettings, progress: Progress
 ) -> Split | None:
     """Write the split of a run and a copy of its selection, and return the split; None if an interrupted run did."""
-    path = split_path(run_path)
+    path = run_path / SPLIT
     if path.is_file():
         return None
-    if (kept := run_selection_path(run_path, settings.selection)) and settings.selection_path:
-        write_atomic(kept, read_file(settings.selection_path))
+    if settings.selection_path is not None:
+        suffix = settings.selection_path.suffix or ".txt"
+        write_atomic(run_path / f"selection{suffix}", read_file(settings.selection_path))
     is_default = settings.split.kind == "strict" and "split" not in to_flat(settings)
     if is_default and any("split" in cache.columns for cache in data.caches):
         progress.note("--split strict ignores the column 'split' of the samples; --split column follows it")
@@ -423,14 +426,45 @@ def _shuffle_pairs(pairs: Pairs, settings: TrainSettings) -> Pairs:
     return Pairs(first=pairs.first, second=second)
 
 
-def view_digests(data: TrainData, settings: TrainSettings) -> dict[str, str]:
-    """Return the SHA-256 of the fingerprint of each view that is drawn."""
+def digest_inputs(data: TrainData, settings: TrainSettings) -> dict[str, str]:
+    """Return the SHA-256 of what decides a run besides settings and features.
+
+    These are the files that settings name, the fingerprints of the views that are drawn, and `failed_digests`.
+    """
     views = parse_views(settings.views)
     for modality in views:
         if modality not in data.sides:
             raise SettingError(f"views: expected views of {' or '.join(data.sides)}, got {modality}")
-    return {
-        f"view {modality}@{view}": digest(features[0].fingerprint)
-        for modality, weights in views.items()
-        for view, features in data.open_views(modality, weights).items()
-    }
+    files = {"split": settings.split.path, "selection": settings.selection_path}
+    files |= {f"negatives {number}": path for number, path in enumerate(settings.negatives_paths)}
+    digests = {name: digest_file(path) for name, path in files.items() if path is not None and path.is_file()}
+    for modality, weights in views.items():
+        for view, features in data.open_views(modality, weights).items():
+            digests[f"view {modality}@{view}"] = digest(features[0].fingerprint)
+    return {**digests, **failed_digests(data, settings.views)}
+
+
+def failed_digests(data: TrainData, views: Sequence[str] = ()) -> dict[str, str]:
+    """Return the SHA-256 of the rows that lack a feature, by names such as `failed image` and `failed image@flip`.
+
+    Sides and views that all items have are left out. Reads commits only.
+
+    Args:
+        data: the features.
+        views: as the setting of training has them.
+
+    Raises:
+        UnfinishedError: a feature has missing chunks.
+    """
+    sides = dict(data.sides)
+    for modality, weights in parse_views(views).items():
+        opened = data.open_views(modality, weights)
+        sides |= {f"{modality}@{view}": features for view, features in opened.items() if view != PLAIN}
+    digests = {}
+    for name, features in sides.items():
+        for feature in features:
+            feature.require_complete()
+        rows = [feature.failed_rows for feature in features]
+        if any(map(len, rows)):
+            digests[f"failed {name}"] = digest([hashlib.sha256(part.tobytes()).hexdigest() for part in rows])
+    return digests

@@ -1,14 +1,11 @@
-"""The aligned pair as a task: two towers trained by a contrastive loss, validated by retrieval in both directions.
-
-The objective takes a loaded batch to its loss: mixup, both towers, embeddings gathered over processes, regularizer.
-"""
+"""The aligned pair as a task: two towers trained by a contrastive loss, validated by retrieval in both directions."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +14,20 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from embedcache.arrays import blocks, check_finite
+from embedcache.arrays import blocks
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Pairs
 from embedcache.devices import autocast
-from embedcache.errors import DataError
 from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.modalities import directions
+from embedcache.projectors.base import project
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import project
-from embedcache.train.batches import Loader
+from embedcache.train.batches import Batch, BatchInput
+from embedcache.train.data import DrawnViews
 from embedcache.train.distributed import gather_rows
 from embedcache.train.losses import LOSSES, TILE_ROWS
-from embedcache.train.pair_batches import LoadedBatch, LoadedInputs
-from embedcache.train.settings import LossSettings
+from embedcache.train.pair_batches import PairBatches, PairTargets, load_pairs
+from embedcache.train.settings import LossSettings, TrainSettings
 
 _KS = (1, 5, 10)
 _MAX_SAMPLES = 5000
@@ -41,66 +38,45 @@ class PairTask:
     """The aligned pair as a `Task`.
 
     Args:
-        module: the pair.
+        network: the pair.
+        plan: which pairs are in which batch.
+        readers: modality -> reader of its feature, or of the views that are drawn.
         validation: None on all processes but the first.
-        keys: key of every sample, to name those of a batch with a bad loss.
-        forward_flops: operations of a forward pass of one batch.
+        keys: key of every sample.
+        about: numbers of samples, for the report.
     """
 
-    unit: ClassVar[str] = "pairs"
-
-    module: AlignedPair
-    loader: Loader
+    network: AlignedPair
+    plan: PairBatches
+    readers: Mapping[str, Reader | DrawnViews]
     validation: "Validation | None"
-    loss: LossSettings
-    precision: str
+    settings: TrainSettings
     keys: Sequence[str]
-    forward_flops: float
-
-    @property
-    def parts(self) -> dict[str, Sequence[str]]:
-        """The towers by modality, and the temperature."""
-        return pair_parts(self.module)
+    about: Mapping[str, Any]
 
     @cached_property
-    def objective(self) -> "Objective":
-        """The loss of a batch."""
-        return Objective(self.module, self.loss, precision=self.precision)
+    def module(self) -> "PairObjective":
+        """The pair with its loss, at the temperature that training begins with."""
+        if self.settings.loss.temperature is not None:
+            self.network.set_temperature(self.settings.loss.temperature)
+        return PairObjective(self.network, self.settings.loss, precision=self.settings.machine.precision)
 
-    def count(self, batch: LoadedBatch) -> int:
-        """Return the number of samples of the epoch in a batch, without those added as hard negatives."""
-        return len(batch.batch.samples) - batch.batch.num_hard
+    @property
+    def num_steps(self) -> int:
+        """Batches per epoch; none for towers without parameters, such as those of asif."""
+        has_parameters = any(True for tower in self.network.towers for _ in tower.parameters())
+        return self.plan.num_steps if has_parameters else 0
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch, from a step on."""
+        for rows in self.plan.epoch(epoch, first_step=first_step):
+            yield load_pairs(rows, self.readers, self.settings.machine.device)
 
     def measure(self) -> dict[str, float]:
-        """Compute the validation recalls."""
-        if self.validation is None:
-            raise AssertionError("only the first process has validation pairs")
-        return self.validation.recalls(self.module)
-
-    def score(self, measures: Mapping[str, float]) -> float:
-        """Return the mean of R@1, R@5 and R@10 over both directions."""
-        return fmean(measures.values())
-
-    def watch(self) -> dict[str, float]:
-        """Return the temperature."""
-        return {"temperature": self.module.temperature.item()}
-
-    def explain(self, batch: LoadedBatch, *, loss: float, step: int) -> DataError:
-        """Return an error that names the values, or else the samples, of a bad loss."""
-        for name, inputs in zip(self.module.modalities, (batch.first, batch.second), strict=True):
-            values = inputs.values.float().cpu().numpy()
-            check_finite(values, f"at step {step}, the {name} feature", rows=inputs.rows)
-        keys = [self.keys[sample] for sample in batch.batch.samples[:5].tolist()]
-        return DataError(
-            f"the loss is {loss} at step {step} with temperature {self.module.temperature.item():.4g}, in the batch of "
-            f"the {len(batch.batch.samples):,} keys {', '.join(keys)} …; lower --lr, or check the features "
-            "with: embedcache inspect"
-        )
-
-
-def pair_parts(pair: AlignedPair) -> dict[str, Sequence[str]]:
-    """Return the parts of a pair: `image`, `text` and `temperature` of images and texts."""
-    return {**{modality: (modality,) for modality in pair.modalities}, "temperature": ("log_scale",)}
+        """Compute the validation recalls; the score is the mean of R@1, R@5 and R@10 over both directions."""
+        assert self.validation is not None
+        recalls = self.validation.recalls(self.network)
+        return {**recalls, "score": fmean(recalls.values())}
 
 
 class Validation:
@@ -134,8 +110,8 @@ MAX_VECTORS = 32_768
 """Vectors per forward pass of a tower; a larger batch is processed in parts, which the backward pass recomputes."""
 
 
-class Objective(nn.Module):
-    """All trained parameters, and the loss of a batch.
+class PairObjective(nn.Module):
+    """A pair and its loss, with all parameters that are trained.
 
     Memory: two embeddings per modality, the activations of `MAX_VECTORS` vectors, and the tiles of the loss. Parameters
     of the loss are trained with those of the pair. The precision is that of matrix products only.
@@ -147,32 +123,39 @@ class Objective(nn.Module):
     def __init__(self, pair: AlignedPair, settings: LossSettings, *, precision: str) -> None:
         super().__init__()
         self.pair = pair
-        self.loss = LOSSES.load(settings.name)()
+        self.contrast = LOSSES.load(settings.name)()
         self._structure = settings.structure
         self._widths = sorted({*settings.widths, pair.towers[0].output_width})
         self._precision = precision
 
-    def forward(self, loaded: LoadedBatch) -> Tensor:
-        """Return the loss, a scalar."""
-        inputs = [_mix(side, loaded.batch.mix) for side in (loaded.first, loaded.second)]
+    def scalars(self) -> dict[str, float]:
+        """Return the temperature, to be logged."""
+        return {"temperature": self.pair.temperature.item()}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch, a scalar."""
+        targets: PairTargets = batch.targets
+        inputs = [_mix(side, targets.mix) for side in batch.inputs.values()]
+        counts = list(targets.num_items.values())
         outputs = [
-            gather_rows(self._embed(tower, side), side.num_items)
-            for tower, side in zip(self.pair.towers, inputs, strict=True)
+            gather_rows(self._embed(tower, side), count)
+            for tower, side, count in zip(self.pair.towers, inputs, counts, strict=True)
         ]
         loss = outputs[0].new_zeros(())
         for width in self._widths:
-            images, texts = (unit_rows(output[:, :width]) for output in outputs)
-            with self._autocast(images):
-                loss = loss + self.loss(images, texts, self.pair.scale, loaded.positives)
+            first, second = (unit_rows(output[:, :width]) for output in outputs)
+            with self._autocast(first):
+                loss = loss + self.contrast(first, second, self.pair.scale, targets.positives)
         if not self._structure:
             return loss
+
         divergences = [
-            structure(gather_rows(side.values.float(), side.num_items), output)
-            for side, output in zip(inputs, outputs, strict=True)
+            structure(gather_rows(side.values.float(), count), output)
+            for side, output, count in zip(inputs, outputs, counts, strict=True)
         ]
         return loss + self._structure * (divergences[0] + divergences[1]) / 2
 
-    def _embed(self, tower: nn.Module, inputs: LoadedInputs) -> Tensor:
+    def _embed(self, tower: nn.Module, inputs: BatchInput) -> Tensor:
         """Project this process's items: (b, P) float32, not normalized."""
         num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
         part_rows = max(1, MAX_VECTORS // num_tokens)
@@ -240,7 +223,7 @@ class _UnitRows(torch.autograd.Function):
         return result_BP
 
 
-def _mix(inputs: LoadedInputs, mix: float | None) -> LoadedInputs:
+def _mix(inputs: BatchInput, mix: float | None) -> BatchInput:
     """Mix the first half of the items with the second, vectors of length 1; lambda is that of both modalities.
 
     FuseMix: "Data-Efficient Multimodal Fusion on a Single GPU" (CVPR 2024), section 4.
@@ -248,7 +231,7 @@ def _mix(inputs: LoadedInputs, mix: float | None) -> LoadedInputs:
     if mix is None:
         return inputs
     first, second = normalize(inputs.values.float()).chunk(2)
-    return replace(inputs, values=mix * first + (1 - mix) * second)
+    return inputs._replace(values=mix * first + (1 - mix) * second)
 
 
 def structure(inputs_BD: Tensor, outputs_BP: Tensor, *, temperature: float = 0.05) -> Tensor:

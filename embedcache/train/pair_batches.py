@@ -3,19 +3,18 @@
 Which rows a batch holds is a pure function of the pairs, the seed and the epoch, for any number of processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
 from embedcache.arrays import Array, Ints, concatenated_ranges, distinct
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import SettingError
-from embedcache.train.batches import shuffle_blocks, to_device
+from embedcache.train.batches import Batch, BatchInput, shuffle_blocks, to_device
 from embedcache.train.data import DrawnViews
 from embedcache.train.distributed import own_slice
 from embedcache.train.losses import Positives
@@ -24,7 +23,7 @@ _HARD = 3  # 1 and 2 seed the draws of views
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class PairRows:
     """Rows of both features for B samples, one first item per sample, and which items belong together.
 
     Args:
@@ -116,7 +115,7 @@ class PairBatches:
         """Number of items in the smallest batch, after mixup."""
         return self.num_samples // self.num_steps // (2 if self._mixup else 1)
 
-    def epoch(self, number: int, *, first_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, number: int, *, first_step: int = 0) -> Iterator[PairRows]:
         """Iterate over the batches of one epoch, from a step on."""
         draws = self._draw(number)
         for step, numbers in enumerate(np.array_split(draws.order_S, self.num_steps)):
@@ -149,7 +148,7 @@ class PairBatches:
         num_free = self.batch_size - len(numbers)
         return hard if len(hard) <= num_free else np.sort(rng.choice(hard, num_free, replace=False))
 
-    def _batch(self, numbers: Ints, draws: "_Draws", *, num_hard: int, mix: float | None) -> Batch:
+    def _batch(self, numbers: Ints, draws: "_Draws", *, num_hard: int, mix: float | None) -> PairRows:
         """Return the batch of some samples, by number in the training part, of which the last are hard negatives."""
         if mix is not None:
             numbers = numbers[: len(numbers) // 2 * 2]  # half of them are mixed with the other half
@@ -158,7 +157,7 @@ class PairBatches:
         positives = self._positives(first, second) if mix is None else self._mixed_positives(first, second)
         rows = self._pairs.first.rows[first], self._pairs.second.rows[second]
         of_first, of_second = draws.views
-        return Batch(
+        return PairRows(
             samples=self._samples[numbers],
             first_rows=rows[0],
             second_rows=rows[1],
@@ -260,67 +259,50 @@ class _SampleItems:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedInputs:
-    """One modality of a batch on the device.
+class PairTargets:
+    """What the loss of a batch of pairs compares with; it is that of all processes.
 
     Args:
-        values: (b, D) or (b, T, D) of this process's items, in the dtype on disk.
-        num_items: number of items of all processes.
+        positives: positions of items that belong together.
+        mix: lambda of mixup, or None. This process's items are then its part of the first half, then of the second.
+        num_items: modality -> number of items of all processes.
     """
 
-    values: Tensor
-    lengths: Tensor | None
-    rows: Ints
-    num_items: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedBatch:
-    """The input of one training step.
-
-    `batch` and `positives` are those of all processes. With mixup, this process's items are its part of the first
-    half, then that of the second.
-    """
-
-    batch: Batch
-    first: LoadedInputs
-    second: LoadedInputs
     positives: Positives
+    mix: float | None
+    num_items: Mapping[str, int]
 
 
-class PairLoader:
-    """Loads batches of pairs: reads both features and moves them to the device."""
+def load_pairs(batch: PairRows, readers: Mapping[str, Reader | DrawnViews], device: str) -> Batch:
+    """Read this process's part of both features, and move it to the device."""
+    first, second = (to_device(positions, device) for positions in batch.positives)
+    excluded = None
+    if batch.excluded is not None:
+        of_first, of_second = (to_device(positions, device) for positions in batch.excluded)
+        excluded = of_first, of_second
 
-    def __init__(self, first: Reader | DrawnViews, second: Reader | DrawnViews, *, device: str) -> None:
-        self._first, self._second, self._device = first, second, device
+    num_halves = 1 if batch.mix is None else 2
+    inputs: dict[str, BatchInput] = {}
+    num_items: dict[str, int] = {}
+    sides = zip(readers.items(), (batch.first_rows, batch.second_rows), batch.views, strict=True)
+    for (modality, read), rows, views in sides:
+        num_items[modality] = len(rows) // num_halves
+        positions = np.arange(len(rows)).reshape(num_halves, -1)[:, own_slice(num_items[modality])].ravel()
+        inputs[modality] = _read(read, rows[positions], None if views is None else views[positions], device)
+    return Batch(
+        samples=batch.samples,
+        num_samples=len(batch.samples) - batch.num_hard,
+        inputs=inputs,
+        targets=PairTargets(
+            positives=Positives(first=first, second=second, excluded=excluded), mix=batch.mix, num_items=num_items
+        ),
+    )
 
-    def __call__(self, batch: Batch) -> LoadedBatch:
-        """Read this process's part of a batch."""
-        first, second = (to_device(positions, self._device) for positions in batch.positives)
-        excluded = None
-        if batch.excluded is not None:
-            rows, columns = (to_device(positions, self._device) for positions in batch.excluded)
-            excluded = rows, columns
-        return LoadedBatch(
-            batch=batch,
-            first=self._read(self._first, batch.first_rows, batch.views[0], is_mixed=batch.mix is not None),
-            second=self._read(self._second, batch.second_rows, batch.views[1], is_mixed=batch.mix is not None),
-            positives=Positives(first=first, second=second, excluded=excluded),
-        )
 
-    def _read(self, read: Reader | DrawnViews, rows: Ints, views: Ints | None, *, is_mixed: bool) -> LoadedInputs:
-        num_halves = 2 if is_mixed else 1
-        num_items = len(rows) // num_halves
-        positions = np.arange(len(rows)).reshape(num_halves, num_items)[:, own_slice(num_items)].ravel()
-        own = rows[positions]
-        if isinstance(read, DrawnViews):
-            assert views is not None
-            inputs = read.read(own, views[positions])
-        else:
-            inputs = read(own)
-        return LoadedInputs(
-            values=to_device(inputs.values, self._device),
-            lengths=None if inputs.lengths is None else to_device(inputs.lengths, self._device),
-            rows=own,
-            num_items=num_items,
-        )
+def _read(read: Reader | DrawnViews, rows: Ints, views: Ints | None, device: str) -> BatchInput:
+    if isinstance(read, DrawnViews):
+        assert views is not None
+        values, lengths = read.read(rows, views)
+    else:
+        values, lengths = read(rows)
+    return BatchInput(to_device(values, device), None if lengths is None else to_device(lengths, device), rows)

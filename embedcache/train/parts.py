@@ -3,7 +3,7 @@
 A part has a name, and the names of its submodules and parameters in the module: `{"temperature": ["log_scale"]}`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,14 +11,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from embedcache.errors import CorruptError, DataError, PathError, SettingError, first_few
-from embedcache.projectors.saved import config_path, read_run
-from embedcache.provenance import construct, digest_file
+from embedcache.errors import DataError, SettingError, first_few
 from embedcache.registry import unknown_name
+from embedcache.runs import WEIGHTS, Run
 
 Parts: TypeAlias = Mapping[str, Sequence[str]]
 ALL_PARTS = "*"
 """Stands for all parts that are not named."""
+
+
+def parts_of(network: nn.Module) -> Parts:
+    """Return the parts of a network: those that its method `parts` names, else each submodule and each parameter."""
+    named: Callable[[], Parts] | None = getattr(network, "parts", None)
+    if named is not None:
+        return named()
+    names = [name for name, _ in (*network.named_children(), *network.named_parameters(recurse=False))]
+    return {name: [name] for name in names}
 
 
 def find_sources(words: Sequence[str], parts: Parts) -> dict[str, Path]:
@@ -42,7 +50,7 @@ def source_digests(words: Sequence[str]) -> dict[str, str]:
         PathError: a folder is not a finished run.
         SettingError: a part is named twice.
     """
-    return {name: _weights_digest(path) for name, path in parse_sources(words).items()}
+    return {name: Run.open(path).info.weights for name, path in parse_sources(words).items()}
 
 
 def parse_sources(words: Sequence[str]) -> dict[str, Path]:
@@ -70,13 +78,13 @@ def load_parts(module: nn.Module, parts: Parts, sources: Mapping[str, Path]) -> 
 
     Raises:
         PathError: a folder is not a finished run.
-        CorruptError: the weights differ from those that `config.json` was written for.
+        CorruptError: the weights have other bytes than were written.
         DataError: a run lacks weights of a part, has others, or has them in other shapes; nothing is set then.
     """
     state = module.state_dict()
     loaded: dict[str, Tensor] = {}
     for name, run_path in sources.items():
-        weights = _read_weights(run_path)
+        weights = load_file(Run.open(run_path).file(WEIGHTS))
         expected = {key: value for key, value in state.items() if _is_in(key, parts[name])}
         found = {key: value for key, value in weights.items() if _is_in(key, parts[name])}
         _check_weights(name, run_path, expected, found)
@@ -84,22 +92,6 @@ def load_parts(module: nn.Module, parts: Parts, sources: Mapping[str, Path]) -> 
     with torch.no_grad():
         for key, value in loaded.items():
             state[key].copy_(value)
-
-
-def _weights_digest(run_path: Path) -> str:
-    path = config_path(run_path)
-    if not path.is_file():
-        raise PathError(f"init_from: expected a finished run, got {run_path}, which has no config.json")
-    values = read_run(run_path)
-    return construct(path, lambda: str(values["weights_digest"]))
-
-
-def _read_weights(run_path: Path) -> dict[str, Tensor]:
-    path = run_path / "model.safetensors"
-    if not path.is_file() or digest_file(path) != _weights_digest(run_path):
-        raise CorruptError(f"{path} is missing or not the file that config.json was written for; use another run")
-    weights: dict[str, Tensor] = load_file(path)
-    return weights
 
 
 def _check_weights(part: str, run_path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -125,7 +125,7 @@ class MachineSettings(Settings):
     checkpoint_s: float = setting(60.0, "Seconds between checkpoints.", ge=0, affects_result=False, metavar="SECONDS")
     report_to: tuple[str, ...] = setting(
         (),
-        "Report losses and validation metrics to these trackers too: tensorboard, wandb or module:attribute.",
+        "Report losses and validation metrics to these trackers too: tensorboard, wandb.",
         metavar="NAME",
         affects_result=False,
     )

@@ -1,6 +1,7 @@
-"""Train a pair of projectors on cached features, into a run folder."""
+"""Train a module into a run folder: a pair of projectors on cached features, or the module of any task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +13,35 @@ from embedcache.dataset.negatives import HardNegatives, read_negatives
 from embedcache.dataset.pairs import Pairs, choose_language
 from embedcache.dataset.settings import with_split_seed
 from embedcache.errors import DataError, SettingError
-from embedcache.files import AnyPath, relative_location
+from embedcache.files import AnyPath, relative_location, writing
 from embedcache.metrics.ranking import metric_label
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import (
-    PairConfig,
-    build,
-    config_path,
-    count_cost,
-    read_config,
-    save_pair,
-    split_path,
-)
-from embedcache.provenance import Manifest, digest_file
+from embedcache.provenance import Manifest
+from embedcache.runs import PAIR, SPLIT, Run, RunInfo
 from embedcache.settings import merge_settings, replace_fields, replace_flat
-from embedcache.train.batches import Loader
-from embedcache.train.checkpoint import (
-    check_not_extended,
-    failed_digests,
-    name_device,
-    reuse_run,
-    train_run,
-)
+from embedcache.train.checkpoint import name_device
 from embedcache.train.data import (
     DrawnViews,
     Paths,
     TrainData,
+    describe_input,
+    digest_inputs,
     divide_pairs,
     open_data,
     parse_views,
-    view_digests,
 )
-from embedcache.train.distributed import check_batches, process_group, process_rank
+from embedcache.train.distributed import check_batches, process_group, process_rank, run_on_first
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import check_loss
-from embedcache.train.pair import PairTask, Validation, has_batch_norm, pair_parts
-from embedcache.train.pair_batches import PairBatches, PairLoader
-from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
+from embedcache.train.pair import PairTask, Validation, has_batch_norm
+from embedcache.train.pair_batches import PairBatches
+from embedcache.train.parts import find_sources, load_parts, parse_trainable, parts_of, source_digests
 from embedcache.train.recipes import apply_recipe
-from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
+from embedcache.train.settings import FitSettings, ModelSettings, TrainSettings
 from embedcache.train.trackers import check_trackers
-from embedcache.train.trainer import OnEpoch, Trainer, seeded
+from embedcache.train.trainer import OnEpoch, Task, Trainer, network_of, seeded
 
 _DEFAULT_BATCH_SIZE = 1024
 _CHECKED_ROWS = 65_536
@@ -66,51 +53,123 @@ class TrainReport(Manifest):
 
     Args:
         reused: whether the run existed already, with the same settings and features.
-        num_samples: part -> samples with both features.
-        num_parameters: trained parameters, the temperature included.
-        flops_per_pair: operations of a forward pass of both towers, for one item each.
+        num_samples: part -> samples with both features; only of pairs.
+        num_parameters: trained parameters.
         best_epoch: epoch whose weights were kept; 0 is the initialization.
-        recalls: validation recall at that epoch.
-        pairs_per_s: training pairs per second, since the run started or resumed.
+        score: what epochs are compared by, at that epoch: of pairs the mean of the recalls. None if nothing could be
+            compared.
+        measures: validation metrics at that epoch: of pairs recalls.
+        samples_per_s: training samples per second, since the run started or resumed.
         wait_fraction: fraction of the training time spent waiting for data.
         num_held_out: samples of the selection that the split holds out; None without a selection.
     """
 
     reused: bool
-    num_samples: dict[str, int]
+    num_samples: Mapping[str, int] = {}
     num_parameters: int
-    flops_per_pair: int
     best_epoch: int
-    recalls: dict[str, float]
-    pairs_per_s: float
+    score: float | None
+    measures: dict[str, float]
+    samples_per_s: float
     wait_fraction: float
     num_held_out: int | None = None
 
     def line(self, run_path: Path) -> str:
         """Summarize the report in one line, with what to change if the selection or the training fell short."""
-        counts = ", ".join(f"{count:,} {part}" for part, count in self.num_samples.items())
-        start = "the initialization was best and was kept" if self.pairs_per_s else "the initialization, as it is"
+        start = "the initialization was best and was kept" if self.samples_per_s else "the initialization, as it is"
         outcome = f"best epoch {self.best_epoch}" if self.best_epoch else start
-        recalls = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in self.recalls.items())
+        measures = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in self.measures.items())
         state = "reused, trained earlier with the same settings" if self.reused else "trained"
-        size = f"{self.num_parameters:,} parameters, {self.flops_per_pair / 1e6:,.1f} MFLOP per pair"
-        line = f"{run_path}: {state}: {size}; samples: {counts}; {outcome}; validation {recalls}"
-        return "; ".join([line, *self._advice(run_path)])
+        parts = [f"{run_path}: {state}: {self.num_parameters:,} parameters"]
+        if self.num_samples:
+            counts = ", ".join(f"{count:,} {part}" for part, count in self.num_samples.items())
+            parts.append(f"samples: {counts}")
+        return "; ".join([*parts, outcome, f"validation {measures}", *self._advice(run_path)])
 
     def _advice(self, run_path: Path) -> list[str]:
-        lines, path = [], split_path(run_path)
+        lines = []
         if self.num_held_out:
+            path = run_path / SPLIT
             lines.append(
                 f"WARNING: {self.num_held_out:,} of the selected samples are held out for validation and test; to "
                 f"train on a whole budget, select it with --selection {path} and train with --split {path}"
             )
-        if not self.best_epoch and self.pairs_per_s:
+        if not self.best_epoch and self.samples_per_s and self.num_samples:
             lines.append(
                 "WARNING: no epoch was better on validation than the initialization; with "
                 f"{self.num_samples['train']:,} training samples, use a higher --dropout and a lower --lr than now "
                 "(0.5 and 0.0001 suit few samples), or keep the initialization with --epochs 0"
             )
         return lines
+
+
+def train_task(
+    make_task: Callable[[str], Task],
+    run_path: AnyPath,
+    info: RunInfo,
+    settings: FitSettings | TrainSettings,
+    *,
+    progress: Progress | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> TrainReport:
+    """Train a task into a run folder: resumed if interrupted, reused if finished. Under torchrun all processes call it.
+
+    Args:
+        make_task: builds the task for a device, under the seed of the run; not called for a finished run.
+        run_path: folder of the run.
+        info: kind, arguments and inputs of the module; settings and digests of start runs are filled in here. What else
+            decides the result, such as a label column, belongs in `info.settings`.
+        settings: optimizer, machine, seed, start runs and trainable parts.
+        progress: progress in steps.
+        on_epoch: called after each validation; an exception that it raises ends the training.
+
+    Raises:
+        FingerprintError: the folder holds a run with other settings or inputs.
+        PathError: the folder holds other files, or a start run does not exist.
+        DataError: a start run lacks weights of a part, or a loss is NaN or infinite.
+        UnknownNameError: the task has no part of a name.
+    """
+    run_path, progress = Path(run_path), progress or NullProgress()
+    check_trackers(settings.machine.report_to)
+    machine = name_device(settings.machine, run_path, needs_float64=True)  # some decode when they are measured
+    with process_group(machine.device) as device:
+        settings = replace_fields(settings, machine=replace_fields(machine, device=device))
+        init_digests = source_digests(settings.parts.init_from)
+        info = replace_fields(
+            info,
+            settings={**info.settings, **settings.to_json()},
+            digests={**info.digests, **{f"init_from {part}": value for part, value in init_digests.items()}},
+        )
+        finished = Run.reuse(run_path, info)
+        if finished is not None:
+            report = finished.info.report
+            return TrainReport.model_validate({**report, "reused": True})
+
+        run = run_on_first(lambda: Run.create(run_path, info))
+        with writing(run_path):
+            with seeded(settings.seed, device):
+                task = make_task(device)
+            network = network_of(task).to(device)
+            parts = parts_of(network)
+            load_parts(network, parts, find_sources(settings.parts.init_from, parts))
+            result = Trainer(
+                task=task,
+                settings=settings,
+                run_path=run_path,
+                progress=progress,
+                trainable=parse_trainable(settings.parts.trainable, parts),
+                on_epoch=on_epoch,
+            ).fit()
+            trained = (parameter for parameter in network.parameters() if parameter.requires_grad)
+            made = TrainReport(
+                reused=False,
+                num_parameters=sum(value.numel() for value in trained),
+                **asdict(result),
+                **getattr(task, "about", {}),
+            )
+            if run is not None:  # the first process
+                run.finish(network, made.to_json())
+    return made
 
 
 def train(
@@ -124,10 +183,9 @@ def train(
 ) -> TrainReport:
     """Train projectors on features of two modalities, such as an image and a text feature, of one or several caches.
 
-    The run folder gets `started.json`, `split.parquet`, `losses.jsonl`, `last.safetensors`, `record.json`,
-    `model.safetensors` and, last, `config.json`; before that `checkpoint.pt`, from which an interrupted run resumes. A
-    finished run with the same settings is reused. Memory: the features, or `memory`, and about 270 bytes per pair.
-    Under torchrun all processes must call it.
+    The run folder gets `run.json`, `split.parquet`, `losses.jsonl`, `last.safetensors` and `model.safetensors`; while
+    it is trained also `checkpoint.pt`, from which an interrupted run resumes. A finished run with the same settings is
+    reused. Memory: the features, or `memory`, and about 270 bytes per pair. Under torchrun all processes must call it.
 
     Args:
         caches: one cache, or several made by the same encoders.
@@ -137,7 +195,7 @@ def train(
             feature; without any name they are images and texts, or the only two that the cache has features of.
         settings: settings of the run.
         options: settings by their names on the command line, which replace those of `settings`.
-        progress: progress in training pairs.
+        progress: progress in steps.
 
     Raises:
         UnknownNameError: there is no feature, projector, loss, language or split of that name.
@@ -187,30 +245,25 @@ def train_on(
     _check_features(data, settings)
     if settings.negatives:  # a strict split may take hours: errors are found before
         read_negatives(settings.negatives_paths, data.caches)
-    files = {"split": settings.split.path, "selection": settings.selection_path}
-    init_digests = source_digests(settings.parts.init_from)
-    config = PairConfig(
-        projector=settings.model.projector,
-        shared_width=settings.model.shared_width,
-        sides=data.tower_inputs,
-        index_digest=data.index_digest,
-        training=settings.to_json(),
-        file_digests={
-            **{name: digest_file(path) for name, path in files.items() if path and path.is_file()},
-            **{f"negatives {number}": digest_file(path) for number, path in enumerate(settings.negatives_paths)},
-            **{f"init_from {part}": value for part, value in init_digests.items()},
-            **view_digests(data, settings),
-            **failed_digests(data, settings.views),
+    info = RunInfo(
+        kind=PAIR,
+        arguments={
+            "projector": settings.model.projector,
+            "widths": {modality: feature.width for modality, feature in data.features.items()},
+            "shared_width": settings.model.shared_width,
         },
+        inputs={modality: describe_input(feature) for modality, feature in data.features.items()},
+        index_digest=data.index_digest,
+        digests=digest_inputs(data, settings),
+        caches=[relative_location(cache.path, run_path) for cache in data.caches],
     )
-    if config_path(run_path).is_file():
-        return _reuse_run(run_path, config, data)
-    return train_run(
+    return train_task(
+        lambda device: _make_task(data, run_path, info, settings, device, progress),
         run_path,
-        config.to_json(),
-        lambda: _fit(data, run_path, config, settings, progress, on_epoch),
-        lambda pair: save_pair(run_path, pair, config),
-        recorded={"caches": [relative_location(cache.path, run_path) for cache in data.caches], **config.to_json()},
+        info,
+        settings,
+        progress=progress,
+        on_epoch=on_epoch,
     )
 
 
@@ -226,102 +279,42 @@ def _check_features(data: TrainData, settings: TrainSettings) -> None:
                 raise SettingError(f"{option}: expected 0 for the token feature {feature.name}, got {value}")
 
 
-def _reuse_run(run_path: Path, config: PairConfig, data: TrainData) -> TrainReport:
-    stored = read_config(run_path)
-    next_step = "train into a new folder, or keep the run"
-    check_not_extended(f"run {run_path} was trained", stored.index_digest, data.caches, next_step=next_step)
-    expected = replace_fields(config, weights_digest=stored.weights_digest, split_digest=stored.split_digest)
-    report = reuse_run(run_path, stored.to_json(), expected.to_json(), TrainReport.model_validate)
-    return replace_fields(report, reused=True)
-
-
-def _fit(
-    data: TrainData,
-    run_path: Path,
-    config: PairConfig,
-    settings: TrainSettings,
-    progress: Progress,
-    on_epoch: OnEpoch | None,
-) -> tuple[AlignedPair, TrainReport]:
-    """Train a new pair, or resume its training; return it with the weights of the best epoch."""
+def _make_task(
+    data: TrainData, run_path: Path, info: RunInfo, settings: TrainSettings, device: str, progress: Progress
+) -> PairTask:
+    """Divide the pairs, and build the pair with its initialization on the training part."""
+    settings = replace_fields(settings, machine=replace_fields(settings.machine, device=device))
     divided = divide_pairs(data, run_path, settings, progress)
-    training, views = divided.training, _open_views(data, settings)
-    negatives = _hard_negatives(data, training, settings, progress)
-    batches, device = _make_batches(training, settings, views, negatives), settings.machine.device
-    pair = _build_pair(config, data, training, settings, progress)
+    views = {
+        modality: data.draw_views(modality, weights, settings.seed)
+        for modality, weights in parse_views(settings.views).items()
+    }
+    negatives = _hard_negatives(data, divided.training, settings, progress)
+    plan = _make_batches(divided.training, settings, [views.get(modality) for modality in data.sides], negatives)
+    pair = info.build(dropout=settings.model.dropout).to(device)
+    assert isinstance(pair, AlignedPair)
     if any(map(has_batch_norm, pair.towers)):
-        check_batches(batches.smallest, least=2)
-    size = count_cost(config, {modality: feature.item_shape for modality, feature in data.features.items()})
-    first, second = data.readers.values()
-    load = PairLoader(views[0] or first, views[1] or second, device=device)
-    task = PairTask(
-        module=pair,
-        loader=Loader(batches, load),
-        validation=None if process_rank() else Validation(divided.validation, first, second, device=device),
-        loss=settings.loss,
-        precision=settings.machine.precision,
+        check_batches(plan.smallest, least=2)
+    model = _model_settings(pair, settings)
+    initialize(pair, divided.training, data.readers, model, seed=settings.seed, progress=progress)
+    readers = [*data.readers.values()]
+    return PairTask(
+        network=pair,
+        plan=plan,
+        readers={**data.readers, **views},
+        validation=None if process_rank() else Validation(divided.validation, *readers, device=device),
+        settings=settings,
         keys=data.keys,
-        forward_flops=size.flops_per_pair * batches.batch_size,
-    )
-    result = Trainer(
-        task=task,
-        optimizer=_optimizer_settings(pair, settings),
-        machine=settings.machine,
-        seed=settings.seed,
-        run_path=run_path,
-        progress=progress,
-        trainable=parse_trainable(settings.parts.trainable, pair_parts(pair)),
-        on_epoch=on_epoch,
-    ).fit()
-    return pair, TrainReport(
-        reused=False,
-        num_samples=divided.num_samples,
-        num_parameters=sum(value.numel() for value in pair.parameters() if value.requires_grad),
-        flops_per_pair=size.flops_per_pair,
-        best_epoch=result.best_epoch,
-        recalls=result.measures,
-        pairs_per_s=result.samples_per_s,
-        wait_fraction=result.wait_fraction,
-        num_held_out=divided.num_held_out,
+        about={"num_samples": divided.num_samples, "num_held_out": divided.num_held_out},
     )
 
 
-def _open_views(data: TrainData, settings: TrainSettings) -> list[DrawnViews | None]:
-    """Open the views of each side that epochs draw from; None: its feature alone."""
-    views = parse_views(settings.views)
-    return [
-        data.draw_views(modality, views[modality], settings.seed) if modality in views else None
-        for modality in data.sides
-    ]
-
-
-def _build_pair(
-    config: PairConfig, data: TrainData, training: Pairs, settings: TrainSettings, progress: Progress
-) -> AlignedPair:
-    """Build the pair on its device: the initialization on the training pairs, parts of other runs, a temperature."""
-    with seeded(settings.seed, settings.machine.device):
-        pair = build(config, dropout=settings.model.dropout).to(settings.machine.device)
-    parts = pair_parts(pair)
-    sources = find_sources(settings.parts.init_from, parts)
-    model = _model_settings(pair, settings, sources)
-    initialize(pair, training, data.readers, model, seed=settings.seed, progress=progress)
-    load_parts(pair, parts, sources)
-    if settings.loss.temperature is not None:
-        pair.set_temperature(settings.loss.temperature)
-    return pair
-
-
-def _model_settings(pair: AlignedPair, settings: TrainSettings, sources: Mapping[str, Path]) -> ModelSettings:
+def _model_settings(pair: AlignedPair, settings: TrainSettings) -> ModelSettings:
     """Return the settings of the initialization, which is random by default where another run replaces a tower."""
+    sources = find_sources(settings.parts.init_from, pair.parts())
     if settings.model.initialization is not None or sources.keys().isdisjoint(pair.modalities):
         return settings.model
     return replace_fields(settings.model, initialization="random")
-
-
-def _optimizer_settings(pair: AlignedPair, settings: TrainSettings) -> OptimizerSettings:
-    """Return the settings of the optimizer; towers without parameters, such as those of asif, are not trained."""
-    has_parameters = any(True for tower in pair.towers for _ in tower.parameters())
-    return settings.optimizer if has_parameters else replace_fields(settings.optimizer, epochs=0)
 
 
 def _hard_negatives(

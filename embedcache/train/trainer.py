@@ -1,8 +1,4 @@
-"""The training loop of any task: AdamW with linear warm-up and cosine decay to zero, checkpoints and validation.
-
-A `Task` is what the loop trains: a module, its loss, its batches and its validation, such as
-`embedcache.train.pair.PairTask`; a task of your own is any object with its attributes and methods.
-"""
+"""The training loop of any task: AdamW with linear warm-up and cosine decay to zero, checkpoints and validation."""
 
 import copy
 import ctypes
@@ -20,96 +16,69 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from embedcache.arrays import check_finite
 from embedcache.devices import announce_device
-from embedcache.errors import DataError, EmbedcacheError
+from embedcache.errors import DataError
 from embedcache.progress import Progress
-from embedcache.projectors.saved import save_weights
+from embedcache.runs import LAST_WEIGHTS, save_weights
+from embedcache.train.batches import Batch, read_ahead
 from embedcache.train.checkpoint import RunLog, load_checkpoint, save_checkpoint
 from embedcache.train.distributed import broadcast_from_first, num_processes, process_rank, run_on_first
-from embedcache.train.parts import freeze
-from embedcache.train.settings import MachineSettings, OptimizerSettings
+from embedcache.train.parts import freeze, parts_of
+from embedcache.train.settings import FitSettings, OptimizerSettings, TrainSettings
 
-OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
-"""Called with the epoch and its validation metrics; an exception that it raises ends the training."""
+OnEpoch: TypeAlias = Callable[[int, float], None]
+"""Called with the epoch and its validation score; an exception that it raises ends the training."""
 
 _GENERATORS = threading.RLock()
 _SMALL_STEP_FLOPS = 2e10
 """Below this, threads mostly wait for each other: two were 5 times slower than one on busy cores."""
 
 
-class TaskLoader(Protocol):
-    """The batches of a task. `embedcache.train.batches.Loader` reads them ahead.
-
-    Which items a batch holds must depend on nothing but the number of the epoch, or a resumed run would differ.
-    """
-
-    num_samples: int
-    """Training samples per epoch."""
-    num_steps: int
-    """Batches per epoch."""
-    waited_s: float
-    """Seconds that the training loop has waited for batches."""
-
-    def epoch(self, number: int, *, first_step: int) -> Iterator[Any]:
-        """Iterate over the batches of one epoch, from a step on; under torchrun over this process's part of each."""
-        ...
-
-
 class Task(Protocol):
-    """What `Trainer` trains. Attributes may be properties; `objective` is first read under the seed of the run."""
+    """What `Trainer` trains.
+
+    A task may have more attributes:
+
+    - `network`: the part of `module` whose weights are saved, if not all are. `module` is first read after the network
+      got the weights of the runs that it starts from.
+    - `keys`: names of the samples, for the error of a loss that is not finite.
+    - `about`: further fields of `TrainReport`.
+
+    The network may have a method `parts`, which names parts for `init_from` and `trainable` (else each submodule and
+    each parameter is one); the module may have a method `scalars`, whose values are logged with each step.
+    """
 
     @property
     def module(self) -> nn.Module:
-        """The module whose weights are saved; after training it has those of the best epoch."""
+        """The module that is trained. Its method `loss(batch)` returns a scalar, the mean over the batch."""
         ...
 
     @property
-    def objective(self) -> nn.Module:
-        """A module that contains `module` and maps a batch to its loss, a scalar; all its parameters are trained.
+    def num_steps(self) -> int:
+        """Batches per epoch."""
+        ...
 
-        Under torchrun `DistributedDataParallel` wraps it, which averages gradients over the processes.
+    def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch, from a step on; under torchrun over this process's part of each.
+
+        They depend on the seed, the epoch and the step alone, or a resumed run would differ. A thread reads ahead.
         """
         ...
 
-    @property
-    def loader(self) -> TaskLoader:
-        """The training batches."""
-        ...
-
-    @property
-    def parts(self) -> Mapping[str, Sequence[str]]:
-        """Name of a part -> names of its submodules and parameters in `module`, for `init_from` and `trainable`."""
-        ...
-
-    @property
-    def unit(self) -> str:
-        """What a sample is called in progress messages, in the plural."""
-        ...
-
-    @property
-    def forward_flops(self) -> float:
-        """Operations of a forward pass of one batch: below 7e9 a step runs on one thread."""
-        ...
-
-    def count(self, batch: Any) -> int:
-        """Return the number of samples of a batch, over all processes."""
-        ...
-
     def measure(self) -> Mapping[str, float]:
-        """Compute the validation metrics with `module` in evaluation mode; called on the first process only."""
+        """Compute the validation metrics with `module` in evaluation mode, on the first process only.
+
+        `score` among them is what epochs are compared by; a higher one is better. If all are NaN, the last epoch is
+        kept.
+        """
         ...
 
-    def score(self, measures: Mapping[str, float]) -> float:
-        """Return the number by which epochs are compared; a higher one is better. If all are NaN, the last is kept."""
-        ...
 
-    def watch(self) -> Mapping[str, float]:
-        """Return values to log with each step, such as a temperature; may be empty."""
-        ...
-
-    def explain(self, batch: Any, *, loss: float, step: int) -> EmbedcacheError:
-        """Return the error to raise for a loss that is NaN or infinite; it should name the samples of the batch."""
-        ...
+def network_of(task: Task) -> nn.Module:
+    """Return the module of a task whose weights are saved."""
+    network: nn.Module | None = getattr(task, "network", None)
+    return task.module if network is None else network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +86,30 @@ class FitResult:
     """Result of the training loop.
 
     Args:
-        best_epoch: epoch whose weights the module has; 0 is the initialization.
-        measures: validation metrics of that epoch.
+        best_epoch: epoch whose weights the network has; 0 is the initialization.
+        score: what epochs are compared by, at that epoch; None if nothing could be compared.
+        measures: the other validation metrics of that epoch.
         samples_per_s: training samples per second, since training started or resumed.
         wait_fraction: fraction of the training time spent waiting for data.
     """
 
     best_epoch: int
+    score: float | None
     measures: dict[str, float]
     samples_per_s: float
     wait_fraction: float
+
+
+class _Loss(nn.Module):
+    """The loss of a batch as the forward pass, which `DistributedDataParallel` wraps."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.module.loss(batch)  # type: ignore[operator]
+        return loss
 
 
 @dataclass(kw_only=True)
@@ -135,14 +118,12 @@ class Trainer:
 
     Deterministic for a seed on one kind of device, also where training resumes from a checkpoint: to the bit.
 
-    The run folder gets `losses.jsonl`, checkpoints and, at the end, the last weights. Of the task's parts only
-    `trainable` change, None: all; the others keep their buffers too.
+    The run folder gets `losses.jsonl`, checkpoints and, at the end, the last weights. Only the parts in `trainable` are
+    updated (all if None); the others keep their buffers as well.
     """
 
     task: Task
-    optimizer: OptimizerSettings
-    machine: MachineSettings
-    seed: int
+    settings: FitSettings | TrainSettings
     run_path: Path
     progress: Progress
     trainable: Sequence[str] | None = None
@@ -152,57 +133,66 @@ class Trainer:
         self._best, self._run_id = _BestWeights(), uuid.uuid4().hex
         self._step = self._epoch = 0  # those that come next
         self._num_resumed = self._num_samples = 0  # samples trained on up to the checkpoint, and since
+        self._is_small: bool | None = None
+        self._waited_s = 0.0
         self._log_bytes = 0
         self._last_checkpoint = time.perf_counter()
+        self._device = self.settings.machine.device
 
     def fit(self) -> FitResult:
-        """Train to the end; the module then has the weights of its best validation score, or its initialization.
+        """Train to the end; the network then has the weights of its best validation score, or its initialization.
 
         Raises:
-            DataError: the loss is NaN or infinite; the message names the step and is that of `Task.explain`. Or the
-                module cannot be measured, such as after the last step of an epoch was too large.
+            DataError: the loss is NaN or infinite; the message names the step and the samples. Or the module cannot be
+                measured, such as after the last step of an epoch was too large.
             CorruptError: the checkpoint cannot be read.
         """
         keep_freed_memory()
-        announce_device(self.machine.device)
-        with seeded(self.seed, self.machine.device), _threads(self.task.forward_flops, self.machine):
-            self._objective = self.task.objective.to(self.machine.device)
-            parts = self.task.parts
-            self._frozen = freeze(self.task.module, parts, parts if self.trainable is None else self.trainable)
-            self._adamw = make_optimizer(self._objective, self.optimizer)
-            device_type = torch.device(self.machine.device).type
-            self._scaler = torch.amp.GradScaler(device_type, enabled=self.machine.precision == "float16")
+        announce_device(self._device)
+        self._network = network_of(self.task)
+        with seeded(self.settings.seed, self._device), _restored_threads():
+            if self.settings.machine.threads:
+                torch.set_num_threads(self.settings.machine.threads)
+            self._module = self.task.module.to(self._device)
+            parts = parts_of(self._network)
+            self._frozen = freeze(self._network, parts, parts if self.trainable is None else self.trainable)
+            self._adamw = make_optimizer(self._module, self.settings.optimizer)
+            device_type = torch.device(self._device).type
+            self._scaler = torch.amp.GradScaler(device_type, enabled=self.settings.machine.precision == "float16")
             self._resume()
             seconds = self._train()
+
         if process_rank() == 0:
-            save_weights(self.run_path / "last.safetensors", self.task.module)
-        self.task.module.load_state_dict(self._best.weights)
+            save_weights(self.run_path / LAST_WEIGHTS, self._network)
+        self._network.load_state_dict(self._best.weights)
         return FitResult(
             best_epoch=self._best.epoch,
+            score=None if math.isnan(self._best.score) else self._best.score,
             measures=self._best.measures,
             samples_per_s=round(self._num_samples / seconds, 1) if self._num_samples else 0.0,
-            wait_fraction=round(self.task.loader.waited_s / seconds, 4) if self._num_samples else 0.0,
+            wait_fraction=round(self._waited_s / seconds, 4) if self._num_samples else 0.0,
         )
 
     def _train(self) -> float:
         """Run all epochs and return the seconds of training, without validation."""
-        total = self.optimizer.epochs * self.task.loader.num_samples
-        self.progress.start("training", total - self._num_resumed, self.task.unit)
+        num_steps = self.settings.optimizer.epochs * self.task.num_steps
+        self.progress.start("training", num_steps - self._step, "steps")
         self._log = RunLog(
             self.run_path,
             num_bytes=self._log_bytes,
             step=self._step,
-            report_to=self.machine.report_to,
+            report_to=self.settings.machine.report_to,
             run_id=self._run_id,
         )
         with self._log:
             if not self._best.weights:
                 self._validate()
-            trained = DistributedDataParallel(self._objective) if num_processes() > 1 else self._objective
+            loss = _Loss(self._module)
+            trained = DistributedDataParallel(loss) if num_processes() > 1 else loss
             seconds = 0.0
             while not self._is_finished():
                 started = time.perf_counter()
-                self._train_epoch(trained)
+                self._train_epoch(trained, num_steps)
                 seconds += time.perf_counter() - started
                 self._epoch += 1
                 self._validate()
@@ -210,42 +200,78 @@ class Trainer:
         return seconds
 
     def _is_finished(self) -> bool:
-        patience = self.optimizer.patience
+        epochs, patience = self.settings.optimizer.epochs, self.settings.optimizer.patience
         is_stalled = patience is not None and self._epoch - self._best.epoch >= patience
-        return self._epoch >= self.optimizer.epochs or is_stalled
+        return self._epoch >= epochs or is_stalled or not self.task.num_steps
 
-    def _train_epoch(self, trained: nn.Module) -> None:
-        self.task.module.train()
+    def _train_epoch(self, trained: nn.Module, num_steps: int) -> None:
+        self._module.train()
         for module in self._frozen:
             module.training = False
-        settings, loader = self.optimizer, self.task.loader
-        for batch in loader.epoch(self._epoch, first_step=self._step - self._epoch * loader.num_steps):
+
+        optimizer = self.settings.optimizer
+        first_step = self._step - self._epoch * self.task.num_steps
+        for batch in self._timed(read_ahead(self.task.batches(self._epoch, first_step))):
+            self._choose_threads(batch)
             loss = trained(batch)
-            rate = learning_rate(settings, self._step, settings.epochs * loader.num_steps)
+            rate = learning_rate(optimizer, self._step, num_steps)
             self._log_step(loss, rate, batch)
             self._scaler.scale(loss).backward()
-            update(self._objective, self._adamw, rate, settings.max_grad_norm, self._scaler)
+            update(self._module, self._adamw, rate, optimizer.max_grad_norm, self._scaler)
             self._step += 1
-            self._num_samples += self.task.count(batch)
-            self.progress.advance(self.task.count(batch))
+            self._num_samples += batch.num_samples
+            self.progress.advance(1)
             self._checkpoint()
 
-    def _log_step(self, loss: Tensor, rate: float, batch: Any) -> None:
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Iterate over batches, and add up the seconds of waiting for them."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self._waited_s += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def _choose_threads(self, batch: Batch) -> None:
+        """Use one thread for small steps, by the size of the first one, unless a number of threads was given."""
+        if self._is_small is None:
+            vectors = [values.numel() // values.shape[-1] for values, *_ in batch.inputs.values()]
+            num_vectors = sum(vectors) / len(vectors) if vectors else len(batch.samples)
+            num_parameters = sum(parameter.numel() for parameter in self._module.parameters())
+            self._is_small = 6 * num_parameters * num_vectors < _SMALL_STEP_FLOPS
+        if self._is_small and not self.settings.machine.threads:
+            torch.set_num_threads(1)
+
+    def _log_step(self, loss: Tensor, rate: float, batch: Batch) -> None:
         value = loss.item()
         if not math.isfinite(value):
-            raise self.task.explain(batch, loss=value, step=self._step)
-        values = {"epoch": self._epoch, "loss": value, **self.task.watch(), "learning_rate": rate}
+            raise self._bad_loss(batch, value)
+        scalars: Callable[[], Mapping[str, float]] = getattr(self._module, "scalars", dict)
+        values = {"epoch": self._epoch, "loss": value, **scalars(), "learning_rate": rate}
         self._log.write({"step": self._step, **values}, self._step, values)
         best = f", best epoch {self._best.epoch}" if self._best.epoch else ""
-        self.progress.describe(f"epoch {self._epoch + 1}/{self.optimizer.epochs}, loss {value:.4g}{best}")
+        self.progress.describe(f"epoch {self._epoch + 1}/{self.settings.optimizer.epochs}, loss {value:.4g}{best}")
+
+    def _bad_loss(self, batch: Batch, loss: float) -> DataError:
+        """Return the error of a loss that is not finite; one that names the values is raised if these are not."""
+        for name, (values, _, rows) in batch.inputs.items():
+            check_finite(values.float().cpu().numpy(), f"at step {self._step}, the {name} feature", rows=rows)
+        keys = getattr(self.task, "keys", None)
+        samples = [str(sample) if keys is None else keys[sample] for sample in batch.samples[:5].tolist()]
+        return DataError(
+            f"the loss is {loss} at step {self._step}, in the batch of the {len(batch.samples):,} samples "
+            f"{', '.join(samples)} …; lower the learning rate, or check the features with: embedcache inspect"
+        )
 
     def _validate(self) -> None:
-        self.task.module.eval()
+        self._module.eval()
         measures = broadcast_from_first(run_on_first(self._measure) or {})
+        score = measures.pop("score")
         self._log.write({"epoch": self._epoch, "validation": measures}, self._step, measures)
-        self._best.update(self._epoch, self.task.score(measures), measures, self.task.module)
+        self._best.update(self._epoch, score, measures, self._network)
         if self.on_epoch is not None:
-            self.on_epoch(self._epoch, measures)
+            self.on_epoch(self._epoch, score)
 
     def _measure(self) -> dict[str, float]:
         try:
@@ -257,37 +283,39 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         seconds = time.perf_counter() - self._last_checkpoint
-        if not broadcast_from_first(seconds >= self.machine.checkpoint_s):
+        if not broadcast_from_first(seconds >= self.settings.machine.checkpoint_s):
             return
         log_bytes = self._log.flush()
         save_checkpoint(
             self.run_path,
-            self.machine.device,
+            self._device,
             {
-                "objective": self._objective.state_dict(),
+                "module": self._module.state_dict(),
                 "optimizer": self._adamw.state_dict(),
-                "best": self._best.to_state(),
+                "best": vars(self._best),
                 "step": self._step,
                 "epoch": self._epoch,
-                "pairs": self._num_resumed + self._num_samples,
+                "samples": self._num_resumed + self._num_samples,
                 "log_bytes": log_bytes,
                 "scaler": self._scaler.state_dict(),
+                "is_small": self._is_small,
                 "run_id": self._run_id,
             },
         )
         self._last_checkpoint = time.perf_counter()
 
     def _resume(self) -> None:
-        state = load_checkpoint(self.run_path, self.machine.device)
+        state = load_checkpoint(self.run_path, self._device)
         if state is None:
             return
-        self._objective.load_state_dict(state["objective"])
+        self._module.load_state_dict(state["module"])
         self._adamw.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
-        self._best = _BestWeights.from_state(state["best"])
+        self._best = _BestWeights(**state["best"])
         self._step, self._epoch = state["step"], state["epoch"]
         self._log_bytes = state["log_bytes"]
-        self._num_resumed = state["pairs"]
+        self._num_resumed = state["samples"]
+        self._is_small = state["is_small"]
         self._run_id = state["run_id"]
         self.progress.note(f"resumed from the checkpoint after step {self._step:,}")
 
@@ -307,15 +335,6 @@ class _BestWeights:
             self.epoch, self.score, self.measures = epoch, score, measures
             self.weights = copy.deepcopy(module.state_dict())
 
-    def to_state(self) -> dict[str, Any]:
-        """Return the values for a checkpoint."""
-        return {"epoch": self.epoch, "score": self.score, "measures": self.measures, "weights": self.weights}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "_BestWeights":
-        """Build from the values of `to_state`."""
-        return cls(**state)
-
 
 @contextmanager
 def seeded(seed: int, device: str) -> Iterator[None]:
@@ -330,9 +349,8 @@ def seeded(seed: int, device: str) -> Iterator[None]:
 
 
 @contextmanager
-def _threads(forward_flops: float, machine: MachineSettings) -> Iterator[None]:
+def _restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(machine.threads or (1 if 3 * forward_flops < _SMALL_STEP_FLOPS else before))
     try:
         yield
     finally:

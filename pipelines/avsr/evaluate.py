@@ -46,8 +46,8 @@ def recognize_utterances(
     """
     decoding = decoding or Decoding()
     device = str(torch_device(device, needs_float64=True))
-    network, config = load_network(run_path, device=device)
-    check_decoder(config.training, decoding)
+    network, run = load_network(run_path, device=device)
+    check_decoder(run.info.settings, decoding)
 
     decoded = views if "audio" in utterances.streams else views[:1]
     texts: dict[str, list[str]] = {}

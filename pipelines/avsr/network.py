@@ -18,7 +18,7 @@ from torch.nn.functional import ctc_loss
 from embedcache.arrays import Floats, Ints
 from embedcache.axis import Axis
 from embedcache.errors import SettingError
-from embedcache.projectors.modules import ModuleConfig, load_module
+from embedcache.runs import Run
 from pipelines.avsr.attention import AttentionDecoder
 from pipelines.avsr.ctc import decode_ctc
 from pipelines.avsr.decoding import Decoding, decode_attention, decode_hybrid
@@ -213,17 +213,18 @@ class SpeechNetwork(nn.Module):
         return states
 
 
-def load_network(run_path: Path | str, *, device: str = "cpu") -> tuple[SpeechNetwork, ModuleConfig]:
-    """Load a run of `pipelines.avsr.train.train_speech`, in evaluation mode, with its config.
+def load_network(run_path: Path | str, *, device: str = "cpu") -> tuple[SpeechNetwork, Run]:
+    """Load a run of `pipelines.avsr.train.train_speech`, in evaluation mode.
 
     Raises:
         PathError: the folder is not a finished run.
         DataError: the run recognizes no speech.
-        CorruptError: the weights do not match the config.
+        CorruptError: the weights have other bytes than were written.
     """
-    network, config = load_module(Path(run_path), kind=KIND, device=device)
+    run = Run.open(run_path, kind=KIND, device=device)
+    network = run.module
     assert isinstance(network, SpeechNetwork)
-    return network, config
+    return network, run
 
 
 def _with_lengths(values_BTP: Tensor, lengths_B: Tensor, is_valid_BT: Tensor) -> Tensor:
@@ -283,7 +284,7 @@ def check_decoder(training: Mapping[str, Any], decoding: Decoding) -> None:
     """Check that the heads which a decoder needs had a weight in the loss.
 
     Args:
-        training: the entry `training` of the run's config.
+        training: settings of the run.
         decoding: the decoder.
 
     Raises:

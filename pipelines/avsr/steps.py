@@ -16,7 +16,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.intervals import MetricValues
 from embedcache.progress import Progress
-from embedcache.projectors.modules import read_module_config
+from embedcache.runs import Run
 from embedcache.settings import from_flat
 from embedcache.sources import open_source
 from embedcache.sources.media import decode_video
@@ -231,7 +231,7 @@ class Runs:
 
     def evaluate(self, name: str, asked: "Question", *, progress: Progress | None = None) -> Result:
         """Recognize a test set, unless the result of these weights is there already."""
-        weights = read_module_config(self.path(name)).weights_digest
+        weights = Run.open(self.path(name)).info.weights
         compute = partial(self._recognize, self.path(name), asked)
         return keep_result(self.folder, asked.model, asked.test_set, weights, compute, progress)
 

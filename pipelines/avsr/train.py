@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, ctc_loss
 
-from embedcache.arrays import Floats, Ints, blocks, check_finite
+from embedcache.arrays import Floats, Ints, blocks
 from embedcache.dataset.inputs import PLAIN
-from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.errors import FingerprintError, SettingError
 from embedcache.progress import Progress
-from embedcache.projectors.modules import ModuleConfig
 from embedcache.provenance import canonical_json, digest
-from embedcache.train.batches import Loader, to_device
+from embedcache.runs import RunInfo
+from embedcache.train.batches import Batch, BatchInput, to_device
+from embedcache.train.data import describe_input
 from embedcache.train.distributed import own_slice
-from embedcache.train.modules import ModuleReport, describe_input, train_task
 from embedcache.train.parts import source_digests
 from embedcache.train.settings import FitSettings
+from embedcache.train.train import TrainReport, train_task
 from pipelines.avsr.decoding import Decoder, Decoding
 from pipelines.avsr.edits import count_word_errors
 from pipelines.avsr.network import KIND, EncodedSpeech, Frames, SpeechNetwork, recognize, to_text
@@ -45,7 +45,6 @@ _IGNORED = -100
 _BATCH_SIZE = 32
 _ROUNDING = 1e-6
 _NUM_SAMPLED = 256  # utterances whose frames standardize the channels of a feature
-_TYPICAL_S = 3.0  # length of an utterance, for the estimate of FLOPs
 FRAME_RATE_HZ = 25.0
 """Frames per second of a network whose streams are all faster; else those of the slowest stream."""
 
@@ -72,28 +71,20 @@ class SpeechRecipe:
     smoothing: float = SMOOTHING
 
 
-class SpeechBatch(NamedTuple):
-    """A batch of utterances.
+class SpeechTargets(NamedTuple):
+    """What the loss of a batch of utterances compares with.
 
     Args:
-        streams: stream -> stacked frames, or with `is_encoded` outputs of `encode_stream`.
-        targets_BL: (B, L) int64, symbols of each transcript, then END, then padding of any value.
-        target_lengths_B: (B,) int64, symbols of each transcript without END.
-        is_missing: stream -> (B,) bool.
-        is_encoded: whether the streams are encoded already.
+        symbols_BL: (B, L) int64, symbols of each transcript, then END, then padding of any value.
+        lengths_B: (B,) int64, symbols of each transcript without END.
+        is_missing: stream -> (B,) bool, utterances that are treated as if they had no such stream.
         is_ctc_alone: whether CTC is all of the loss, as in the first epochs of training.
-        numbers_B: utterances of this process's part of the batch.
-        num_utterances: number of those of all processes.
     """
 
-    streams: Mapping[str, Frames]
-    targets_BL: Tensor
-    target_lengths_B: Tensor
+    symbols_BL: Tensor
+    lengths_B: Tensor
     is_missing: Mapping[str, Tensor] | None = None
-    is_encoded: bool = False
     is_ctc_alone: bool = False
-    numbers_B: Ints | None = None
-    num_utterances: int = 0
 
 
 class SpeechObjective(nn.Module):
@@ -106,43 +97,57 @@ class SpeechObjective(nn.Module):
     transcript; the cross-entropy is the mean over all symbols of the batch.
     """
 
-    def __init__(self, module: SpeechNetwork, *, ctc_weight: float = CTC_WEIGHT, smoothing: float = SMOOTHING) -> None:
+    def __init__(
+        self,
+        network: SpeechNetwork,
+        *,
+        ctc_weight: float = CTC_WEIGHT,
+        smoothing: float = SMOOTHING,
+        is_encoded: bool = False,
+    ) -> None:
         super().__init__()
-        self.module, self.ctc_weight, self.smoothing = module, ctc_weight, smoothing
+        self.network, self.ctc_weight, self.smoothing = network, ctc_weight, smoothing
+        self._is_encoded = is_encoded
 
-    def forward(self, batch: SpeechBatch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Compute the loss of a batch, a scalar."""
-        encoded = self.module.encode(batch.streams, is_missing=batch.is_missing, is_encoded=batch.is_encoded)
-        loss = _no_loss(self.module.ctc) + _no_loss(self.module.attention)
-        ctc_weight = 1.0 if batch.is_ctc_alone else self.ctc_weight
+        targets: SpeechTargets = batch.targets
+        streams = {}
+        for name, (values, lengths, _) in batch.inputs.items():
+            assert lengths is not None
+            streams[name] = Frames(values, lengths)
+        encoded = self.network.encode(streams, is_missing=targets.is_missing, is_encoded=self._is_encoded)
+
+        loss = _no_loss(self.network.ctc) + _no_loss(self.network.attention)
+        ctc_weight = 1.0 if targets.is_ctc_alone else self.ctc_weight
         if ctc_weight:
-            loss = loss + ctc_weight * self._ctc(encoded, batch)
+            loss = loss + ctc_weight * self._ctc(encoded, targets)
         if ctc_weight < 1:
-            loss = loss + (1 - ctc_weight) * self._attention(encoded, batch)
+            loss = loss + (1 - ctc_weight) * self._attention(encoded, targets)
         return loss
 
-    def _ctc(self, encoded: EncodedSpeech, batch: SpeechBatch) -> Tensor:
-        log_probs_BTC = self.module.ctc_log_probs(encoded)
+    def _ctc(self, encoded: EncodedSpeech, targets: SpeechTargets) -> Tensor:
+        log_probs_BTC = self.network.ctc_log_probs(encoded)
         losses_B = ctc_loss(
             log_probs_BTC.transpose(0, 1),
-            batch.targets_BL,
+            targets.symbols_BL,
             encoded.is_valid_BT.sum(dim=1),
-            batch.target_lengths_B,
+            targets.lengths_B,
             blank=BLANK,
             reduction="none",
             zero_infinity=True,
         )
-        loss = (losses_B / batch.target_lengths_B.clamp(min=1)).mean()
+        loss = (losses_B / targets.lengths_B.clamp(min=1)).mean()
         uniform = -log_probs_BTC[encoded.is_valid_BT].mean()
         return (1 - self.smoothing) * loss + self.smoothing * uniform
 
-    def _attention(self, encoded: EncodedSpeech, batch: SpeechBatch) -> Tensor:
-        starts_B1 = torch.full_like(batch.targets_BL[:, :1], END)
-        logits_BLC = self.module.attention(
-            torch.cat([starts_B1, batch.targets_BL[:, :-1]], dim=1), encoded.frames_BTP, encoded.is_valid_BT
+    def _attention(self, encoded: EncodedSpeech, targets: SpeechTargets) -> Tensor:
+        starts_B1 = torch.full_like(targets.symbols_BL[:, :1], END)
+        logits_BLC = self.network.attention(
+            torch.cat([starts_B1, targets.symbols_BL[:, :-1]], dim=1), encoded.frames_BTP, encoded.is_valid_BT
         )
-        is_symbol_BL = valid_frames(batch.target_lengths_B + 1, batch.targets_BL.shape[1])
-        targets_BL = batch.targets_BL.masked_fill(~is_symbol_BL, _IGNORED)
+        is_symbol_BL = valid_frames(targets.lengths_B + 1, targets.symbols_BL.shape[1])
+        targets_BL = targets.symbols_BL.masked_fill(~is_symbol_BL, _IGNORED)
         return cross_entropy(
             logits_BLC.flatten(0, 1), targets_BL.flatten(), ignore_index=_IGNORED, label_smoothing=self.smoothing
         )
@@ -154,7 +159,7 @@ def _no_loss(module: nn.Module) -> Tensor:
 
 
 def pad_transcripts(transcripts: Sequence[Ints]) -> tuple[Ints, Ints]:
-    """Return transcripts as `SpeechBatch` holds them: (B, L) int64 with END after each, and lengths without it."""
+    """Return transcripts as `SpeechTargets` holds them: (B, L) int64 with END after each, and lengths without it."""
     lengths_B = np.array([len(symbols) for symbols in transcripts], np.int64)
     padded_BL = np.full((len(transcripts), int(lengths_B.max(initial=0)) + 1), END, np.int64)
     for row, symbols in enumerate(transcripts):
@@ -166,7 +171,7 @@ class SpeechTask:
     """A `Task`: a speech recognizer on utterances. The epoch with the lowest word error rate in validation is kept.
 
     Args:
-        module: the network.
+        network: the network.
         train: utterances to train on.
         validation: utterances of other speakers, recognized by the best path of CTC, or by attention if CTC has no
             weight.
@@ -175,11 +180,9 @@ class SpeechTask:
         is_encoded: the features are states of the encoders, derived from the runs that `module` starts from.
     """
 
-    unit = "utterances"
-
     def __init__(
         self,
-        module: SpeechNetwork,
+        network: SpeechNetwork,
         train: Utterances,
         validation: Utterances,
         settings: FitSettings,
@@ -188,63 +191,57 @@ class SpeechTask:
         is_encoded: bool = False,
         device: str = "cpu",
     ) -> None:
-        self.module, self._train, self._validation = module, train, validation
+        self.network, self._train, self._validation = network, train, validation
+        self.module = SpeechObjective(
+            network, ctc_weight=recipe.ctc_weight, smoothing=recipe.smoothing, is_encoded=is_encoded
+        )
+        self.keys = train.keys
         self._recipe, self._is_encoded, self._device = recipe, is_encoded, device
         batch_size = settings.optimizer.batch_size or _BATCH_SIZE
         lengths_S = np.array([len(symbols) for symbols in train.symbols], np.int64)
-        plan = UtteranceBatches(lengths_S, batch_size=batch_size, seed=settings.seed)
-        self.loader = Loader(plan, self._load)
-        num_frames = round(_TYPICAL_S * FRAME_RATE_HZ)
-        self.forward_flops = 2.0 * batch_size * num_frames * sum(value.numel() for value in module.parameters())
+        self._plan = UtteranceBatches(lengths_S, batch_size=batch_size, seed=settings.seed)
+        self.num_steps = self._plan.num_steps
 
-    @property
-    def parts(self) -> Mapping[str, Sequence[str]]:
-        """The encoder of each stream, fusion, CTC and attention."""
-        return self.module.parts()
+    def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch, from a step on."""
+        for drawn in self._plan.epoch(epoch, first_step=first_step):
+            yield self._load(drawn)
 
-    @cached_property
-    def objective(self) -> SpeechObjective:
-        """The loss."""
-        return SpeechObjective(self.module, ctc_weight=self._recipe.ctc_weight, smoothing=self._recipe.smoothing)
-
-    def _load(self, drawn: DrawnBatch) -> SpeechBatch:
+    def _load(self, drawn: DrawnBatch) -> Batch:
         numbers_B = drawn.numbers_B[own_slice(len(drawn.numbers_B))]
         rng = np.random.default_rng([drawn.seed, drawn.epoch, drawn.step, int(numbers_B[0])])
         is_aligning, augmentation = drawn.epoch < self._recipe.align_epochs, self._recipe.augmentation
         if is_aligning:
             augmentation = replace(augmentation, views={})
-        streams = read_augmented(self._train, numbers_B, self._stacks, augmentation, rng)
+        stacks = dict.fromkeys(self.network.stacks, 1) if self._is_encoded else self.network.stacks
+        streams = read_augmented(self._train, numbers_B, stacks, augmentation, rng)
         missing = draw_missing(augmentation.missing, tuple(streams), len(numbers_B), rng)
-        targets_BL, lengths_B = pad_transcripts([self._train.symbols[number] for number in numbers_B])
-        return SpeechBatch(
-            streams={name: self._frames(*stream) for name, stream in streams.items()},
-            targets_BL=to_device(targets_BL, self._device),
-            target_lengths_B=to_device(lengths_B, self._device),
-            is_missing={name: to_device(is_gone_B, self._device) for name, is_gone_B in missing.items()},
-            is_encoded=self._is_encoded,
-            is_ctc_alone=is_aligning,
-            numbers_B=numbers_B,
-            num_utterances=len(drawn.numbers_B),
+        symbols_BL, lengths_B = pad_transcripts([self._train.symbols[number] for number in numbers_B])
+        return Batch(
+            samples=numbers_B,
+            num_samples=len(drawn.numbers_B),
+            inputs={
+                name: BatchInput(to_device(values, self._device), to_device(lengths, self._device))
+                for name, (values, lengths) in streams.items()
+            },
+            targets=SpeechTargets(
+                symbols_BL=to_device(symbols_BL, self._device),
+                lengths_B=to_device(lengths_B, self._device),
+                is_missing={name: to_device(is_gone_B, self._device) for name, is_gone_B in missing.items()},
+                is_ctc_alone=is_aligning,
+            ),
         )
-
-    @property
-    def _stacks(self) -> Mapping[str, int]:
-        return dict.fromkeys(self.module.stacks, 1) if self._is_encoded else self.module.stacks
-
-    def _frames(self, values_BTD: Any, lengths_B: Ints) -> Frames:
-        return Frames(to_device(values_BTD, self._device), to_device(lengths_B, self._device))
-
-    def count(self, batch: SpeechBatch) -> int:
-        """Return the number of utterances of a batch."""
-        return batch.num_utterances
 
     def measure(self) -> dict[str, float]:
         """Compute the word error rates on the validation utterances, for each readout and each measured view.
 
-        Both decode greedily. The epoch is chosen by their mean: the best CTC may be that of an epoch in which the
-        attention decoder knows nothing, and the hybrid decoder needs both.
+        Both decode greedily. The score is minus their mean: the best CTC may be that of an epoch in which the attention
+        decoder knows nothing, and the hybrid decoder needs both.
         """
-        return {name: rate for view in self._recipe.measured for name, rate in self._word_errors(view).items()}
+        rates: dict[str, float] = {}
+        for view in self._recipe.measured:
+            rates |= self._word_errors(view)
+        return {**rates, "score": -float(np.mean(list(rates.values())))}
 
     def _word_errors(self, view: str) -> dict[str, float]:
         """Return the word error rates of a view, by the name of the measure."""
@@ -253,32 +250,13 @@ class SpeechTask:
             decoders[f"attention WER {view}"] = "attention"
         found: dict[str, list[str]] = {name: [] for name in decoders}
         for encoded in encode_utterances(
-            self.module, self._validation, views={"audio": view}, is_encoded=self._is_encoded, device=self._device
+            self.network, self._validation, views={"audio": view}, is_encoded=self._is_encoded, device=self._device
         ):
             for name, decoder in decoders.items():
-                best = recognize(self.module, encoded, Decoding(decoder=decoder))
+                best = recognize(self.network, encoded, Decoding(decoder=decoder))
                 found[name] += [to_text(hypothesis.symbols) for hypothesis in best]
         references = [to_text(symbols) for symbols in self._validation.symbols]
         return {name: float(count_word_errors(references, texts).mean()) for name, texts in found.items()}
-
-    def score(self, measures: Mapping[str, float]) -> float:
-        """Return minus the mean word error rate over readouts and views."""
-        return -float(np.mean(list(measures.values())))
-
-    def watch(self) -> dict[str, float]:
-        """Return nothing more to log."""
-        return {}
-
-    def explain(self, batch: SpeechBatch, *, loss: float, step: int) -> DataError:
-        """Return an error that names the feature, or else the utterances, of a bad loss."""
-        for name, stream in batch.streams.items():
-            check_finite(stream.values_BTD.float().cpu().numpy(), f"at step {step}, the {name} feature")
-        assert batch.numbers_B is not None
-        keys = [self._train.keys[number] for number in batch.numbers_B[:5].tolist()]
-        return DataError(
-            f"the loss is {loss} at step {step}, in the batch of the utterances {', '.join(keys)} …; lower the "
-            "learning rate"
-        )
 
 
 @torch.no_grad()
@@ -325,7 +303,7 @@ def train_speech(
     *,
     states: tuple[Utterances, Utterances] | None = None,
     progress: Progress | None = None,
-) -> ModuleReport:
+) -> TrainReport:
     """Train a speech recognizer into a run folder; resumed if interrupted, reused if finished.
 
     To train a fusion, `settings.parts` starts both encoders from runs of one stream each, `audio=RUN` and `video=RUN`,
@@ -338,7 +316,7 @@ def train_speech(
             encoders start from; training reads them in place of the features, and skips the encoders.
 
     Raises:
-        FingerprintError: the folder holds a run with another config, or states come from another run.
+        FingerprintError: the folder holds a run with other settings, or states come from another run.
         DataError: a start run lacks weights of a part, or a loss is NaN or infinite.
         SettingError: streams have rates without a whole ratio, or states are given while encoders are trained.
     """
@@ -348,23 +326,23 @@ def train_speech(
         "states": _describe_states(train, states, settings),
         "longest_s": round(max(stream.longest_s for stream in train.streams.values()), 3),
     }
-    config = ModuleConfig(
+    info = RunInfo(
         kind=KIND,
         arguments=arguments,
-        sides={name: describe_input(stream.feature) for name, stream in train.streams.items()},
-        training=json.loads(canonical_json(training)),
+        inputs={name: describe_input(stream.feature) for name, stream in train.streams.items()},
+        settings=json.loads(canonical_json(training)),
         index_digest="+".join(item.cache.info.index_digest for item in (train, validation)),
-        file_digests={"utterances": digest([train.keys, validation.keys])},
+        digests={"utterances": digest([train.keys, validation.keys])},
     )
     trained, measured = states or (train, validation)
 
     def make_task(device: str) -> SpeechTask:
         """Build the network, with inputs standardized by the training utterances, and its task on a device."""
-        module = SpeechNetwork(**arguments)
+        network = SpeechNetwork(**arguments)
         for name, stream in train.streams.items():
-            module.standardize(name, sample_frames(stream))
+            network.standardize(name, sample_frames(stream))
         return SpeechTask(
-            module,
+            network,
             trained,
             measured,
             settings,
@@ -373,7 +351,7 @@ def train_speech(
             device=device,
         )
 
-    return train_task(make_task, run_path, config, settings, progress=progress)
+    return train_task(make_task, run_path, info, settings, progress=progress)
 
 
 def sample_frames(stream: Stream) -> Floats:

@@ -133,18 +133,18 @@ class Recognizer:
     Raises:
         PathError: the folder is not a finished run.
         DataError: the run recognizes no speech.
-        CorruptError: the weights do not match the config.
+        CorruptError: the weights have other bytes than were written.
     """
 
     def __init__(self, run_path: Path | str, *, device: str = AUTO) -> None:
         self._device = str(torch_device(device, needs_float64=True))
-        self._network, self.config = load_network(run_path, device=self._device)
+        self._network, self.run = load_network(run_path, device=self._device)
         self._encoders: dict[str, Encoder] = {}
 
     def open(self, path: Path, *, streams: Sequence[str] = (), mouth: Sequence[float] | None = None) -> Clip:
         """Open a recording or video as `open_clip`; DataError if the network cannot do without a missing stream."""
         clip = open_clip(path, self._network.streams, streams, mouth)
-        chances = self.config.training["augmentation"]["missing"]
+        chances = self.run.info.settings["augmentation"]["missing"]
         for stream in self._network.streams:
             if stream not in clip.streams and not chances.get(stream):
                 raise DataError(
@@ -178,8 +178,8 @@ class Recognizer:
         """
         decoding = decoding or Decoding()
         progress = progress or NullProgress()
-        check_decoder(self.config.training, decoding)
-        trained_s = TRAINED_FRACTION * float(self.config.training["longest_s"])
+        check_decoder(self.run.info.settings, decoding)
+        trained_s = TRAINED_FRACTION * float(self.run.info.settings["longest_s"])
         window_s = window_s or max(_SHORTEST_WINDOW_S, min(WINDOW_S, trained_s))
         if window_s < _SHORTEST_WINDOW_S:
             raise SettingError(f"window-s: expected at least {_SHORTEST_WINDOW_S:g} seconds, got {window_s:g}")
@@ -239,7 +239,7 @@ class Recognizer:
         for window, best, log_probs_TC, length in zip(batch, hypotheses, log_probs_BTC, lengths_B, strict=True):
             text = to_text(best.symbols)
             words = [WordTime(word, window.start_s, window.stop_s) for word in text.split()]
-            if self.config.training["ctc_weight"] > 0 and num_ctc_frames(best.symbols) <= length:
+            if self.run.info.settings["ctc_weight"] > 0 and num_ctc_frames(best.symbols) <= length:
                 words = [
                     WordTime(word, *(round(min(window.start_s + time_s, window.stop_s), 3) for time_s in times))
                     for word, *times in word_times(log_probs_TC[:length], best.symbols, 1 / step_s)
@@ -258,7 +258,7 @@ class Recognizer:
     def _encoder(self, stream: str) -> Encoder:
         """Return the encoder of a stream, opened on first use."""
         if stream not in self._encoders:
-            side = self.config.sides[stream]
+            side = self.run.info.inputs[stream]
             self._encoders[stream] = reopen_encoder(
                 side.spec,
                 modality=stream,  # type: ignore[arg-type]  # audio or video
@@ -269,7 +269,7 @@ class Recognizer:
         return self._encoders[stream]
 
     def _feature_name(self, stream: str) -> str:
-        (name,) = feature_names(self.config.sides[stream].feature)
+        (name,) = feature_names(self.run.info.inputs[stream].feature)
         return name
 
     def _step_s(self, stream: str) -> float:
@@ -277,7 +277,7 @@ class Recognizer:
         axes: Mapping[str, Axis] = getattr(self._encoder(stream), "axes", {})
         axis = axes.get(self._feature_name(stream))
         if axis is None or axis.rate_hz is None:
-            raise DataError(f"{self.config.sides[stream].feature}: expected a feature with an axis of time")
+            raise DataError(f"{self.run.info.inputs[stream].feature}: expected a feature with an axis of time")
         return self._network.stacks[stream] / axis.rate_hz
 
 

@@ -17,8 +17,8 @@ from embedcache.arrays import Array, Bools, Inputs, Ints, blocks, distinct
 from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, check_same_view, open_input, view_feature
 from embedcache.dataset.pairs import read_items
 from embedcache.errors import DataError
-from embedcache.projectors.modules import read_module_config
 from embedcache.registry import unknown_name
+from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from embedcache.train.data import read_views
 from embedcache.train.distributed import check_batches
@@ -206,20 +206,20 @@ def open_for_run(
         FingerprintError: a view comes from another encoder than the run was trained on.
         DataError: the run is no speech recognizer; or as in `open_utterances`.
     """
-    config = read_module_config(Path(run_path), kind=KIND)
-    names = tuple(streams or config.sides)
+    inputs = Run.open(run_path, kind=KIND).info.inputs
+    names = tuple(streams or inputs)
     opened = {name: views if name == "audio" else (PLAIN,) for name in names}
     for name in names:
         for view in opened[name]:
-            feature = open_input(cache, name, view_feature(config.sides[name].feature, view))
+            feature = open_input(cache, name, view_feature(inputs[name].feature, view))
             check_same_view(
                 f"the {name} feature of {run_path}",
-                config.sides[name].fingerprint,
+                inputs[name].fingerprint,
                 feature.fingerprint,
                 view,
                 next_step=f"{feature.name} of {cache.path} comes from another encoder: extract it with the same one",
             )
-    features = {name: config.sides[name].feature for name in names}
+    features = {name: inputs[name].feature for name in names}
     return open_utterances(cache, features, views=opened)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from embedcache.cli.console import print_line
-from embedcache.provenance import digest_file
 from embedcache.reports.base import (
     COLORS,
     INK,
@@ -24,6 +23,7 @@ from embedcache.reports.base import (
     label,
     open_axes,
 )
+from embedcache.runs import Run
 from embedcache.train.recipes import TrainingLength
 from pipelines.icons.curve import Recipe, SeedRuns, open_runs, question, run_all
 from pipelines.icons.curve_page import (
@@ -107,7 +107,7 @@ def run_ablation(
     recipes = {name: recipe for group in groups.values() for name, recipe in group.variants.items()}
     every = open_runs(data, data.folder / "ablation", seeds, [size], recipes)
     chosen = run_all(every)
-    trained = [digest_file(runs.path(*key, choice) / "config.json") for runs in every for key, choice in chosen.items()]
+    trained = [Run.open(runs.path(*key, choice)).info.weights for runs in every for key, choice in chosen.items()]
 
     def measure() -> dict[str, Any]:
         values = ablation_json(every, chosen, groups)

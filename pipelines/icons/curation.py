@@ -22,8 +22,8 @@ from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError
-from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file
+from embedcache.runs import Run
 from pipelines.icons.curve import (
     RECIPES,
     Recipe,
@@ -228,7 +228,7 @@ class Curation:
 
         settings = {**self._settings(seed), "steps": [repr(step) for step in steps], "budget": budget}
         if scorer is not None:
-            settings["scorer"] = read_config(scorer).weights_digest
+            settings["scorer"] = Run.open(scorer).info.weights
         return self._step(out, settings, compute)
 
     def _step(self, out: Path, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:

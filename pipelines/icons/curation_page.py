@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from embedcache.cli.console import print_line, print_table
-from embedcache.provenance import digest_file, read_json
+from embedcache.provenance import read_json
 from embedcache.reports.base import (
     COLORS,
     INK,
@@ -24,6 +24,7 @@ from embedcache.reports.base import (
     open_axes,
     round_json,
 )
+from embedcache.runs import Run
 from pipelines.icons.curation import AGAIN, DRAWS, METHODS, TAUGHT, Curation, Step
 from pipelines.icons.curve import Recipe, question, read_score, selection_path
 from pipelines.icons.curve_page import (
@@ -70,7 +71,7 @@ def run_curation(
         write_curation_pages(data.folder / "curation", values)
         return values
 
-    trained = [digest_file(run.path / "config.json") for run in curation.all_runs(chosen)]
+    trained = [Run.open(run.path).info.weights for run in curation.all_runs(chosen)]
     values = data.step("curation", {"runs": trained, "clothes": data.has_clothes}, measure)
     print_table(*verdict_table(values), title="better than random / undecided / worse")
     print_line(f"{data.folder / 'curation.html'}; {data.folder / 'curation.json'}")

@@ -24,8 +24,8 @@ from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.evaluate.zero_shot import classify
 from embedcache.metrics.intervals import MetricValues
 from embedcache.progress import Progress
-from embedcache.projectors.saved import read_config
-from embedcache.provenance import digest_file, read_json
+from embedcache.provenance import digest_file
+from embedcache.runs import PAIR, Run
 from embedcache.store.cache import Cache
 from embedcache.train.data import TrainData, open_data
 from embedcache.train.recipes import TrainingLength
@@ -138,7 +138,7 @@ class SeedRuns:
     def measure(self, recipe: str, size: int, choice: int, *, progress: Progress | None = None) -> None:
         """Measure a run on all tests."""
         run_path = self.path(recipe, size, choice)
-        weights = read_config(run_path).weights_digest
+        weights = Run.open(run_path, kind=PAIR).info.weights
         for test in self.tests:
             compute = partial(self._measure, test, run_path)
             keep_result(self.folder, recipe, question(test, size), weights, compute, progress)
@@ -286,12 +286,14 @@ def choose(draws: Sequence[SeedRuns]) -> dict[tuple[str, int], int]:
 
 def read_report(run_path: Path) -> TrainReport:
     """Read the report of a finished run."""
-    return TrainReport.model_validate(read_json(run_path / "record.json")["outcome"])
+    return TrainReport.model_validate(Run.open(run_path).info.report)
 
 
 def read_score(run_path: Path) -> float:
     """Return the validation recall of a run, averaged over k and both directions."""
-    return fmean(read_report(run_path).recalls.values())
+    score = read_report(run_path).score
+    assert score is not None
+    return score
 
 
 class Cost(NamedTuple):
@@ -305,17 +307,18 @@ class Cost(NamedTuple):
 def read_cost(run_path: Path) -> Cost:
     """Count what the training of a run took.
 
-    Operations: of each pair three forward passes, and four products of the batch and the shared width in the loss; the
-    second moments of all pairs, for means and closed forms; the eigenvectors and singular vectors of a closed form.
+    Operations: of each pair three forward passes, of two per parameter, and four products of the batch and the shared
+    width in the loss; the second moments of all pairs, for means and closed forms; the eigenvectors and singular
+    vectors of a closed form.
     """
-    record, report, config = read_json(run_path / "record.json"), read_report(run_path), read_config(run_path)
+    run, report = Run.open(run_path), read_report(run_path)
     lines = [json.loads(line) for line in (run_path / "losses.jsonl").read_text().splitlines()]
     epochs = max((line["epoch"] for line in lines if "validation" in line), default=0)
-    num_pairs, settings = report.num_samples["train"], config.training
+    num_pairs, settings = report.num_samples["train"], run.info.settings
     batch_size = min(settings["optimizer"]["batch_size"] or 1024, num_pairs)
-    widths = [side.width for side in config.sides.values()]
-    flops = epochs * num_pairs * (3 * report.flops_per_pair + 8.0 * batch_size * config.shared_width)
+    widths = [item.width for item in run.info.inputs.values()]
+    flops = epochs * num_pairs * (6.0 * report.num_parameters + 8.0 * batch_size * run.shared_width)
     flops += 2.0 * num_pairs * sum(widths) ** 2
     if settings["model"]["initialization"] != "random":
         flops += sum(10.0 * width**3 for width in widths)
-    return Cost(epochs, record["seconds"], flops)
+    return Cost(epochs, run.info.record["seconds"], flops)

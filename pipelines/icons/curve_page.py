@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from embedcache.arrays import Array
 from embedcache.cli.console import print_line, print_table
 from embedcache.metrics.intervals import Estimate, MetricValues, interval_of
-from embedcache.provenance import digest_file
 from embedcache.reports.base import (
     Table,
     format_count,
@@ -21,6 +20,7 @@ from embedcache.reports.base import (
     format_fraction,
     round_json,
 )
+from embedcache.runs import Run
 from pipelines.curves import Curves, estimate_curves
 from pipelines.icons.curve import (
     EMOJI,
@@ -82,7 +82,7 @@ def run_curve(
     """
     every = open_runs(data, data.folder / name, seeds, curve_sizes(data, seeds[0], sizes), recipes)
     chosen = run_all(every)
-    trained = [digest_file(runs.path(*key, choice) / "config.json") for runs in every for key, choice in chosen.items()]
+    trained = [Run.open(runs.path(*key, choice)).info.weights for runs in every for key, choice in chosen.items()]
 
     def measure() -> dict[str, Any]:
         values = curve_json(every, chosen, read_results(every))

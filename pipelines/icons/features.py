@@ -21,6 +21,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.copy import cut_cache
 from embedcache.provenance import digest_file
 from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, round_json
+from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.train.recipes import TrainingLength
@@ -146,7 +147,7 @@ def run_features(data: Data, seed: int, size: int = NUM_PAIRS, compared: Compare
     tests = {name: [path] for name, path in caches.items()}
     runs = replace(runs, icons=caches[NAMES], tests=tests, split=f"{folder}/split-{{seed}}.parquet")
     chosen = run_all([runs])
-    trained = [digest_file(runs.path(*key, choice) / "config.json") for key, choice in chosen.items()]
+    trained = [Run.open(runs.path(*key, choice)).info.weights for key, choice in chosen.items()]
 
     def measure() -> dict[str, Any]:
         values = features_json(runs, chosen, compared)

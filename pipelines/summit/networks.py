@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from embedcache.arrays import Array, Floats, Ints, blocks
 from embedcache.errors import DataError, SettingError
+from embedcache.train.batches import Batch
 from pipelines.summit.metrics import IGNORED
 
 RUN_KIND = f"{__name__}:PointNetworks"
@@ -129,19 +130,6 @@ class PointNetworks(nn.Module):
         return outputs
 
 
-class PointBatch(NamedTuple):
-    """Points of a batch.
-
-    Args:
-        features: modality -> (N, D) features.
-        labels: modality -> (N,) labels or pseudo-labels; -1 where there is none. Modalities without labels are not
-            trained.
-    """
-
-    features: Mapping[str, Tensor]
-    labels: Mapping[str, Tensor]
-
-
 class PointObjective(nn.Module):
     """Loss of one modality with labels, or of two modalities that are adapted with pseudo-labels.
 
@@ -154,37 +142,38 @@ class PointObjective(nn.Module):
     Targets" (ICCV 2023), without the back-propagation into the encoders.
 
     Args:
-        module: the networks, of one or two modalities.
+        network: the networks, of one or two modalities.
         weights: trained modality -> weight of each class, (C,).
         consistency: weight of the second term.
     """
 
-    def __init__(self, module: PointNetworks, weights: Mapping[str, Floats], *, consistency: float = 0.0) -> None:
+    def __init__(self, network: PointNetworks, weights: Mapping[str, Floats], *, consistency: float = 0.0) -> None:
         super().__init__()
-        if not weights or set(weights) - set(module.networks) or len(module.networks) > 2:
+        if not weights or set(weights) - set(network.networks) or len(network.networks) > 2:
             raise SettingError(
-                f"expected one or two modalities and those to train, got {list(module.networks)} and {list(weights)}"
+                f"expected one or two modalities and those to train, got {list(network.networks)} and {list(weights)}"
             )
-        self.module = module
-        self.trained = tuple(name for name in module.networks if name in weights)
+        self.network = network
+        self.trained = tuple(name for name in network.networks if name in weights)
         self.consistency = consistency
-        if len(module.networks) == 1:
+        if len(network.networks) == 1:
             # there is nothing to imitate, and `DistributedDataParallel` refuses parameters without a gradient
-            (name,) = module.networks
-            module[name].mimic_head.requires_grad_(requires_grad=False)
+            (name,) = network.networks
+            network[name].mimic_head.requires_grad_(requires_grad=False)
         for name, weights_C in weights.items():
             self.register_buffer(f"weights_{name}", torch.from_numpy(weights_C))
 
-    def forward(self, batch: PointBatch) -> Tensor:
-        """Compute the loss of a batch."""
+    def loss(self, batch: Batch) -> Tensor:
+        """Compute the loss of a batch: points of each modality, and labels or -1 of each one that is trained."""
         outputs: dict[str, PointOutput] = {}
-        for name in self.module.networks:
+        for name in self.network.networks:
             with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained):
-                outputs[name] = self.module[name](batch.features[name])
+                outputs[name] = self.network[name](batch.inputs[name].values)
+
         losses = []
         for name in self.trained:
             weights_C: Tensor = getattr(self, f"weights_{name}")
-            losses.append(labeled_loss(outputs[name].logits_NC, batch.labels[name], weights_C))
+            losses.append(labeled_loss(outputs[name].logits_NC, batch.targets[name], weights_C))
             losses += [self.consistency * imitation_loss(outputs[name], outputs[o]) for o in outputs if o != name]
         return torch.stack(losses).sum()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.projectors.modules import load_module
+from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from pipelines.results import Part
@@ -103,7 +103,7 @@ def _frames(folder: Path, results: Sequence[Result], scenarios: Mapping[str, Dom
         panels = {"truth": data.labels_N}
         for name, run in (("source only", "source"), ("switch", "switch"), ("oracle", "oracle")):
             path = runs / "-".join(domains) / run
-            module, _ = load_module(path if path.is_dir() else path.with_name("source"))
+            module = Run.open(path if path.is_dir() else path.with_name("source")).module
             assert isinstance(module, PointNetworks)
             prob = [predict_points(module[m], np.asarray(data.features[m], np.float32)).prob_NC for m in FEATURES]
             panels[name] = predict_together(*prob)

@@ -17,8 +17,7 @@ from embedcache.derive.derive import derive, derive_from_run
 from embedcache.derive.rules import Derivation, Rule
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.projectors.modules import ModuleInput, load_module, read_module_config
-from embedcache.projectors.saved import config_path
+from embedcache.runs import Run, RunInput, is_finished
 from embedcache.settings import from_flat
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -124,17 +123,17 @@ def read_points(cache: Path, split: str, modalities: Sequence[str]) -> PointData
 
 def inputs_of(cache: Path, modalities: Sequence[str], labels: str) -> SegmentationInputs:
     """Describe what a run is trained on."""
-    sides = {}
+    features = {}
     for name in modalities:
         feature = Cache(cache).feature("points", FEATURES[name])
-        sides[name] = ModuleInput(
+        features[name] = RunInput(
             modality="points",
             feature=feature.name,
             spec=feature.group.spec,
             fingerprint=feature.fingerprint,
             width=feature.item_shape[-1],
         )
-    return SegmentationInputs(sides=sides, data_digest=f"{Cache(cache).info.index_digest} {labels}")
+    return SegmentationInputs(features=features, data_digest=f"{Cache(cache).info.index_digest} {labels}")
 
 
 def train_source_run(cache: Path, modality: str, run: Path, *, seed: int, epochs: int) -> Path:
@@ -348,23 +347,20 @@ class Scenario:
 
 def is_adapted(run: Path, sources: Mapping[str, Path], modalities: Sequence[str]) -> bool:
     """Return whether a run joins these source runs, as they are now, with other norm statistics of these modalities."""
-    if not config_path(run).is_file():
+    if not is_finished(run):
         return False
-    weights = {name: read_module_config(source).weights_digest for name, source in sources.items()}
-    config = read_module_config(run)
-    return config.init_runs == weights and config.training.get("norm statistics") == list(modalities)
+    weights = {f"init_from {name}": Run.open(source).info.weights for name, source in sources.items()}
+    info = Run.open(run).info
+    return info.digests == weights and info.settings.get("norm statistics") == list(modalities)
 
 
 def _is_matched(matched: Path, run: Path) -> bool:
-    """Return whether a run has the scaled predictions of another one: the same start and training."""
-    if not config_path(matched).is_file():
-        return False
-    found, source = read_module_config(matched), read_module_config(run)
-    return found.init_runs == source.init_runs and {**found.training, **source.training} == found.training
+    """Return whether a run has the scaled predictions of another one."""
+    return is_finished(matched) and Run.open(matched).info.digests == {"scaled": Run.open(run).info.weights}
 
 
 def _load(run: Path) -> PointNetworks:
-    module, _ = load_module(run)
+    module = Run.open(run).module
     assert isinstance(module, PointNetworks)
     return module
 

@@ -1,26 +1,22 @@
 """Segmentation of points as a task: source training on labels, and adaptation on pseudo-labels of the target."""
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from embedcache.arrays import Floats, Ints, check_finite
-from embedcache.errors import DataError
-from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module, save_module
-from embedcache.settings import replace_fields
-from embedcache.train.batches import Loader, RowBatches, to_device
+from embedcache.arrays import Floats, Ints
+from embedcache.runs import Run, RunInfo, RunInput
+from embedcache.train.batches import Batch, BatchInput, RowBatches, to_device
 from embedcache.train.distributed import own_slice
-from embedcache.train.modules import ModuleReport, train_task
 from embedcache.train.settings import FitSettings
+from embedcache.train.train import TrainReport, train_task
 from pipelines.summit.metrics import count_frames, mean_iou
 from pipelines.summit.networks import (
     RUN_KIND,
-    PointBatch,
     PointNetworks,
     PointObjective,
     adapt_norms,
@@ -54,21 +50,6 @@ class PointData:
         return PointData(features=features, labels_N=self.labels_N[rows], lengths_G=self.lengths_G[first:last])
 
 
-class LoadedPoints(NamedTuple):
-    """This process's part of a batch on the device, its rows, and the number of points of all processes."""
-
-    batch: PointBatch
-    rows: Ints
-    num_points: int
-
-
-class _Objective(PointObjective):
-    """The loss of a loaded batch."""
-
-    def forward(self, batch: LoadedPoints) -> Tensor:  # type: ignore[override]  # what the loop passes
-        return super().forward(batch.batch)
-
-
 class SegmentationTask:
     """A `Task`: networks on points with labels, or with pseudo-labels per modality.
 
@@ -76,7 +57,7 @@ class SegmentationTask:
     one is: nothing there can be compared.
 
     Args:
-        module: the networks.
+        network: the networks.
         data: training points.
         labels: trained modality -> (N,) labels or pseudo-labels.
         settings: batch size and seed; of the machine, the device.
@@ -84,11 +65,9 @@ class SegmentationTask:
         validation: labeled frames.
     """
 
-    unit = "points"
-
     def __init__(
         self,
-        module: PointNetworks,
+        network: PointNetworks,
         data: PointData,
         labels: Mapping[str, Ints],
         settings: FitSettings,
@@ -97,65 +76,45 @@ class SegmentationTask:
         consistency: float = 0.0,
         validation: PointData | None = None,
     ) -> None:
-        self.module = module
+        self.network = network
         self._data, self._labels, self._device = data, labels, device
         self._consistency, self._validation = consistency, validation
         batch_size = settings.optimizer.batch_size or _BATCH_SIZE
-        rows = np.arange(len(data.labels_N))
-        self.loader = Loader(RowBatches(rows, batch_size=batch_size, seed=settings.seed), self._load)
-        self.forward_flops = 2.0 * batch_size * sum(value.numel() for value in module.parameters())
-
-    @property
-    def parts(self) -> Mapping[str, Sequence[str]]:
-        """Each modality, and its heads, linear layer and norms."""
-        return self.module.parts()
+        self._plan = RowBatches(np.arange(len(data.labels_N)), batch_size=batch_size, seed=settings.seed)
+        self.num_steps = self._plan.num_steps
 
     @cached_property
-    def objective(self) -> _Objective:
-        """The loss; made after the weights were loaded, so that the second heads can start as copies."""
+    def module(self) -> PointObjective:
+        """The networks with their loss; made after the weights were loaded, so that the second heads are copies."""
         if self._consistency:
             for name in self._labels:
-                self.module[name].copy_head()
-        num_classes = next(self.module[name].num_classes for name in self._labels)
+                self.network[name].copy_head()
+        num_classes = next(self.network[name].num_classes for name in self._labels)
         weights = {name: class_weights(labels_N, num_classes) for name, labels_N in self._labels.items()}
-        return _Objective(self.module, weights, consistency=self._consistency)
+        return PointObjective(self.network, weights, consistency=self._consistency)
 
-    def _load(self, rows: Ints) -> LoadedPoints:
-        own = rows[own_slice(len(rows))]
-        features = {
-            name: to_device(np.asarray(self._data.features[name][own], np.float32), self._device)
-            for name in self.module.networks
-        }
-        labels = {name: to_device(labels_N[own], self._device) for name, labels_N in self._labels.items()}
-        return LoadedPoints(PointBatch(features, labels), own, len(rows))
-
-    def count(self, batch: LoadedPoints) -> int:
-        """Return the number of points of a batch."""
-        return batch.num_points
+    def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch, from a step on."""
+        for rows in self._plan.epoch(epoch, first_step=first_step):
+            own = rows[own_slice(len(rows))]
+            inputs = {}
+            for name in self.network.networks:
+                values = np.asarray(self._data.features[name][own], np.float32)
+                inputs[name] = BatchInput(to_device(values, self._device), rows=own)
+            targets = {name: to_device(labels_N[own], self._device) for name, labels_N in self._labels.items()}
+            yield Batch(samples=own, num_samples=len(rows), inputs=inputs, targets=targets)
 
     def measure(self) -> dict[str, float]:
-        """Compute the mean IoU on the validation frames; without any, the number of batches that the norms saw."""
+        """Compute the mean IoU on the validation frames; the score is the mean over modalities.
+
+        Without validation frames, it is the number of batches that the norms saw, and the last epoch is kept.
+        """
         if self._validation is None:
             name = next(iter(self._labels))
-            return {"steps": float(self.module.state_dict()[f"networks.{name}.input_norm.num_batches_tracked"])}
-        return {f"{name} mIoU": mean_iou_of(self.module, name, self._validation) for name in self._labels}
-
-    def score(self, measures: Mapping[str, float]) -> float:
-        """Return the mean over modalities; NaN without validation frames, so that the last epoch is kept."""
-        return float("nan") if self._validation is None else float(np.mean(list(measures.values())))
-
-    def watch(self) -> dict[str, float]:
-        """Return nothing more to log."""
-        return {}
-
-    def explain(self, batch: LoadedPoints, *, loss: float, step: int) -> DataError:
-        """Return an error that names the feature, or else the points, of a bad loss."""
-        for name, values_ND in batch.batch.features.items():
-            check_finite(values_ND.cpu().numpy(), f"at step {step}, the feature of the points' {name}", rows=batch.rows)
-        return DataError(
-            f"the loss is {loss} at step {step}, in the batch of the points {batch.rows[:5].tolist()} …; lower the "
-            "learning rate"
-        )
+            steps = float(self.network.state_dict()[f"networks.{name}.input_norm.num_batches_tracked"])
+            return {"steps": steps, "score": float("nan")}
+        measures = {f"{name} mIoU": mean_iou_of(self.network, name, self._validation) for name in self._labels}
+        return {**measures, "score": float(np.mean(list(measures.values())))}
 
 
 def mean_iou_of(module: PointNetworks, modality: str, data: PointData) -> float:
@@ -171,11 +130,11 @@ class SegmentationInputs:
     """What a segmentation run is trained on, for its config.
 
     Args:
-        sides: modality -> feature.
+        features: modality -> feature.
         data_digest: digest of what decides the points and their labels beside the features.
     """
 
-    sides: Mapping[str, ModuleInput]
+    features: Mapping[str, RunInput]
     data_digest: str
 
 
@@ -187,17 +146,17 @@ def train_source(
     settings: FitSettings,
     *,
     num_classes: int,
-) -> ModuleReport:
+) -> TrainReport:
     """Train a network of one modality on labeled points of its own domain, into a run folder."""
-    config = _config(inputs, num_classes=num_classes)
-    (modality,) = inputs.sides
+    info = _describe(inputs, num_classes=num_classes)
+    (modality,) = inputs.features
 
     def make_task(device: str) -> SegmentationTask:
-        module = PointNetworks(**config.arguments)
+        network = PointNetworks(**info.arguments)
         labels = {modality: data.labels_N}
-        return SegmentationTask(module, data, labels, settings, device=device, validation=validation)
+        return SegmentationTask(network, data, labels, settings, device=device, validation=validation)
 
-    return train_task(make_task, run_path, config, settings)
+    return train_task(make_task, run_path, info, settings)
 
 
 def train_adaptation(
@@ -209,19 +168,19 @@ def train_adaptation(
     *,
     num_classes: int,
     consistency: float = 0.1,
-) -> ModuleReport:
+) -> TrainReport:
     """Adapt networks to a target on pseudo-labels, into a run folder.
 
     `settings.parts.init_from` names the source runs, `image=RUN`; only modalities in `labels` change. The true labels
     in `data` are not read.
     """
-    config = _config(inputs, num_classes=num_classes, consistency=consistency)
+    info = _describe(inputs, num_classes=num_classes, consistency=consistency)
 
     def make_task(device: str) -> SegmentationTask:
-        module = PointNetworks(**config.arguments)
-        return SegmentationTask(module, data, labels, settings, device=device, consistency=consistency)
+        network = PointNetworks(**info.arguments)
+        return SegmentationTask(network, data, labels, settings, device=device, consistency=consistency)
 
-    return train_task(make_task, run_path, config, settings)
+    return train_task(make_task, run_path, info, settings)
 
 
 def save_adapted_norms(
@@ -237,27 +196,27 @@ def save_adapted_norms(
         adapted: modalities whose statistics are replaced.
         run_path: folder of the new run.
     """
-    loaded = {name: load_module(path) for name, path in run_paths.items()}
-    configs = {name: config for name, (_, config) in loaded.items()}
-    arguments = [dict(config.arguments) for config in configs.values()]
+    runs = {name: Run.open(path) for name, path in run_paths.items()}
+    arguments = [run.info.arguments for run in runs.values()]
     widths = {name: width for values in arguments for name, width in values["widths"].items()}
-    config = ModuleConfig(
+    info = RunInfo(
         kind=RUN_KIND,
         arguments={**arguments[0], "widths": widths},
-        sides={name: config.sides[name] for name, config in configs.items()},
-        training={"norm statistics": list(adapted)},
-        init_runs={name: config.weights_digest for name, config in configs.items()},
-        index_digest="+".join(dict.fromkeys(config.index_digest for config in configs.values())),
+        inputs={name: run.input(name) for name, run in runs.items()},
+        settings={"norm statistics": list(adapted)},
+        digests={f"init_from {name}": run.info.weights for name, run in runs.items()},
+        index_digest="+".join(dict.fromkeys(run.info.index_digest for run in runs.values())),
     )
-    module = PointNetworks(**config.arguments)
-    for name, (source, _) in loaded.items():
+    network = PointNetworks(**info.arguments)
+    for name, run in runs.items():
+        source = run.module
         assert isinstance(source, PointNetworks)
-        module[name].load_state_dict(source[name].state_dict())
+        network[name].load_state_dict(source[name].state_dict())
     for name in adapted:
-        adapt_norms(module[name], features[name])
-    run_path.mkdir(parents=True, exist_ok=True)
-    save_module(run_path, module.eval(), config)
-    return module
+        adapt_norms(network[name], features[name])
+    shutil.rmtree(run_path, ignore_errors=True)  # of other runs
+    Run.create(run_path, info).finish(network.eval(), {})
+    return network
 
 
 def save_matched_entropy(
@@ -271,25 +230,34 @@ def save_matched_entropy(
         entropies: modality to scale -> mean entropy in nats, see `pipelines.summit.networks.scale_entropy`.
         matched_path: folder of the new run.
     """
-    module, config = load_module(run_path)
+    run = Run.open(run_path)
+    module = run.module
     assert isinstance(module, PointNetworks)
     temperatures = {
         name: scale_entropy(module[name], np.asarray(features[name], np.float32), nats)
         for name, nats in entropies.items()
     }
-    training = {**config.training, "entropy in nats": dict(entropies), "temperature": temperatures}
-    matched_path.mkdir(parents=True, exist_ok=True)
-    save_module(matched_path, module.eval(), replace_fields(config, training=training))
+    settings = {**run.info.settings, "entropy in nats": dict(entropies), "temperature": temperatures}
+    info = RunInfo(
+        kind=RUN_KIND,
+        arguments=run.info.arguments,
+        inputs=run.info.inputs,
+        settings=settings,
+        digests={"scaled": run.info.weights},
+        index_digest=run.info.index_digest,
+    )
+    shutil.rmtree(matched_path, ignore_errors=True)  # of another run
+    Run.create(matched_path, info).finish(module.eval(), {})
     return module
 
 
-def _config(inputs: SegmentationInputs, *, num_classes: int, **training: float) -> ModuleConfig:
-    return ModuleConfig(
+def _describe(inputs: SegmentationInputs, *, num_classes: int, **settings: float) -> RunInfo:
+    return RunInfo(
         kind=RUN_KIND,
         arguments={
-            "widths": {name: side.width for name, side in inputs.sides.items()},
+            "widths": {name: feature.width for name, feature in inputs.features.items()},
             "num_classes": num_classes,
         },
-        sides=inputs.sides,
-        training={**training, "labels": inputs.data_digest},
+        inputs=inputs.features,
+        settings={**settings, "labels": inputs.data_digest},
     )

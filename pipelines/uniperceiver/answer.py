@@ -53,8 +53,8 @@ def answer_question(run_path: Path, image: Path, question: str) -> dict[str, flo
         DataError: the run was not trained on answers, or the image cannot be decoded.
         FingerprintError: the encoder is not the one that the run was trained on.
     """
-    network, config = load_shared(run_path)
-    tasks = [task for task in config.training["tasks"] if task["kind"] == "answer"]
+    network, run = load_shared(run_path)
+    tasks = [task for task in run.info.settings["tasks"] if task["kind"] == "answer"]
     if len(tasks) != 1:
         raise DataError(
             f"{run_path}: expected a run of one task of answers, got {len(tasks)}; use one tuned on easy-VQA"
@@ -66,7 +66,7 @@ def answer_question(run_path: Path, image: Path, question: str) -> dict[str, flo
         check_same(
             str(image),
             media.feature.fingerprint,
-            config.sides["image"].fingerprint,
+            run.info.inputs["image"].fingerprint,
             next_step="use the encoder and the rule that the run was trained on",
         )
         tokens = read_tokens(media, np.zeros(1, np.int64), device=str(network.task_token.device))

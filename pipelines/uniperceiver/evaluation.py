@@ -12,8 +12,8 @@ from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError
 from embedcache.metrics.intervals import MetricValues
 from embedcache.metrics.ranking import chance_recall
-from embedcache.projectors.modules import ModuleConfig, load_module
 from embedcache.provenance import check_same
+from embedcache.runs import Run
 from pipelines.results import Measures, Result
 from pipelines.uniperceiver.captions import write_captions
 from pipelines.uniperceiver.examples import Media, TaskExamples
@@ -29,16 +29,17 @@ _KS = (1, 5, 10)
 _BLOCK = 64
 
 
-def load_shared(run_path: Path, *, device: str = AUTO) -> tuple[SharedNetwork, ModuleConfig]:
+def load_shared(run_path: Path, *, device: str = AUTO) -> tuple[SharedNetwork, Run]:
     """Load the network of a run of `train_likelihood` in evaluation mode.
 
     Raises:
         DataError: the run is of something else.
     """
     device = str(torch_device(device, needs_float64=True))
-    network, config = load_module(run_path, kind=KIND, device=device)
+    run = Run.open(run_path, kind=KIND, device=device)
+    network = run.module
     assert isinstance(network, SharedNetwork)
-    return network, config
+    return network, run
 
 
 def evaluate_task(
@@ -118,7 +119,7 @@ def _pad_alike(train: WordLists, examples: WordLists) -> Ints:
 
 def _open_network(run_path: Path, examples: TaskExamples) -> tuple[SharedNetwork, str]:
     """Load a run, after checking that examples have its words and the feature that it was trained on."""
-    network, config = load_shared(run_path)
+    network, run = load_shared(run_path)
     if examples.vocabulary.words != network.vocabulary.words:
         raise DataError(
             f"{run_path}: expected examples with the {len(network.vocabulary):,} words of the run, got "
@@ -129,7 +130,7 @@ def _open_network(run_path: Path, examples: TaskExamples) -> tuple[SharedNetwork
         check_same(
             f"{feature.name} of {examples.media.cache.path}",
             feature.fingerprint,
-            config.sides[feature.modality].fingerprint,
+            run.info.inputs[feature.modality].fingerprint,
             next_step=f"use the feature of the encoder that {run_path} was trained on",
         )
     return network, str(network.task_token.device)

@@ -81,8 +81,8 @@ def show_images(runs: Runs, fraction: float) -> list[ShownImage]:
     files = {key: photos.read(items[key]) for key in list(objects)[:num_photos]}
     described = _describe(runs, network, "vqa", files, objects)
 
-    tuned_network, config = load_shared(runs.path(tuned_run("prompts", EASY_VQA, fraction)))
-    (task,) = config.training["tasks"]
+    tuned_network, tuned = load_shared(runs.path(tuned_run("prompts", EASY_VQA, fraction)))
+    (task,) = tuned.info.settings["tasks"]
     answers = {key: _answer(runs, tuned_network, task["candidates"], key, asked[key]) for key in files}
     return shown + [replace(image, answers=answers[image.title]) for image in described]
 

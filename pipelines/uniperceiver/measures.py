@@ -14,7 +14,7 @@ from embedcache.dataset.inputs import to_unit_vectors
 from embedcache.evaluate import classifiers
 from embedcache.metrics.intervals import MetricValues
 from embedcache.progress import Progress
-from embedcache.projectors.modules import read_module_config
+from embedcache.runs import Run
 from pipelines.results import Measures, Result, keep_result
 from pipelines.uniperceiver.evaluation import BLIND, SHUFFLED, answer_blindly, evaluate_task
 from pipelines.uniperceiver.examples import TaskExamples
@@ -216,7 +216,7 @@ class Evaluation:
         progress: Progress | None,
     ) -> Result:
         """Read the result of these runs, or compute and write it."""
-        weights = "+".join(read_module_config(self.runs.path(run)).weights_digest for run in runs)
+        weights = "+".join(Run.open(self.runs.path(run)).info.weights for run in runs)
 
         def compute_and_cut() -> Result:
             result = compute()

@@ -74,9 +74,8 @@ class Runs:
     def count_steps(self) -> dict[str, int]:
         """Return how often each task is drawn in pre-training."""
         tasks = self.tables.pretraining()
-        weights, sizes = zip(*((task.weight, min(task.batch_size, len(task.train))) for task in tasks), strict=True)
         each = self.size.steps_per_epoch
-        mixture = TaskMixture(weights, sizes, num_steps=each, seed=self.seed)
+        mixture = TaskMixture([task.weight for task in tasks], num_steps=each, seed=self.seed)
         drawn = Counter(step.number for epoch in range(self.size.steps // each) for step in mixture.epoch(epoch))
         return {task.name: drawn[number] for number, task in enumerate(tasks)}
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from embedcache.arrays import Bools, Ints, blocks, distinct
 from embedcache.errors import DataError
 from embedcache.metrics.ranking import best_ranks, recall_at
-from embedcache.train.batches import to_device
+from embedcache.train.batches import Batch, BatchInput, to_device
 from pipelines.sequence import valid_frames
 from pipelines.uniperceiver.candidates import Positives, draw_candidates
 from pipelines.uniperceiver.examples import Media, TaskExamples
@@ -39,11 +39,11 @@ _BLOCK_ROWS = 256
 _BLOCK_WORDS = 2048
 
 
-class TaskBatch(NamedTuple):
-    """A batch of one task on the device.
+class TaskTargets(NamedTuple):
+    """What a batch of one task is compared with, on the device; its inputs are the tokens of the batch.
 
     Args:
-        tokens: modality -> tokens of the inputs.
+        kind: kind of the task.
         words: words of the inputs; None: none.
         read: where inputs are read; `next`: after each word, in two streams.
         candidates: words of the candidates.
@@ -51,10 +51,9 @@ class TaskBatch(NamedTuple):
         is_read: of `next`, (B, L + 1) bool, which blanks have a target.
         log_weights_C: (C,) log-weights of the candidates, None: 0.
         is_symmetric: whether candidates are also compared with inputs, as in retrieval.
-        rows: rows of the feature, to name them.
     """
 
-    tokens: Mapping[str, Tokens]
+    kind: Kind
     words: Words | None
     read: ReadOut | Literal["next"]
     candidates: Words
@@ -62,7 +61,6 @@ class TaskBatch(NamedTuple):
     is_read: Tensor | None = None
     log_weights_C: Tensor | None = None
     is_symmetric: bool = False
-    rows: Ints | None = None
 
 
 class InputTexts(NamedTuple):
@@ -141,13 +139,13 @@ class ExampleTask:
             | {"candidates": list(self.candidates or self.names)}
         )
 
-    def draw(self, rng: np.random.Generator, *, device: str) -> TaskBatch:
+    def draw(self, rng: np.random.Generator, *, device: str) -> Batch:
         """Draw a batch of different examples."""
         count = min(self.batch_size, len(self.train))
         positions_B = rng.choice(len(self.train), size=count, replace=False)
         return self.load(self.train.take(positions_B), rng, device=device)
 
-    def load(self, examples: TaskExamples, rng: np.random.Generator | None, *, device: str) -> TaskBatch:
+    def load(self, examples: TaskExamples, rng: np.random.Generator | None, *, device: str) -> Batch:
         """Return examples as a batch; without a generator all candidates are used, and masks are always the same."""
         if self.kind == "retrieve":
             return self._load_pairs(examples, device)
@@ -159,16 +157,16 @@ class ExampleTask:
         limit = num_candidates if rng is None else self.max_candidates
         sample = draw_candidates(num_candidates, targets_M, limit=limit, rng=draws)
         log_weights_C = sample.log_weights_C
-        return TaskBatch(
-            tokens=read_tokens(examples.media, examples.rows_N, device=device),
+        targets = TaskTargets(
+            kind=self.kind,
             words=None if words is None else load_words(words, device=device),
             read={"classify": "task", "caption": "next"}.get(self.kind, "blank"),  # type: ignore[arg-type]
             is_read=None if is_read is None else to_device(is_read, device),
             candidates=load_words(self.candidate_words.take(sample.numbers_C), device=device),
             positives=(to_device(np.arange(len(targets_M)), device), to_device(sample.positives_M, device)),
             log_weights_C=None if log_weights_C is None else to_device(log_weights_C, device),
-            rows=examples.rows_N,
         )
+        return _batch(examples, examples.rows_N, targets, device)
 
     def read_texts(self, examples: TaskExamples, rng: np.random.Generator, *, is_training: bool) -> InputTexts:
         """Return the texts of inputs, and the candidates that belong to the places where they are read."""
@@ -183,22 +181,22 @@ class ExampleTask:
             return InputTexts(words, *self._next_words(words, is_training=is_training))
         return InputTexts(*self._mask(words, rng))
 
-    def _load_pairs(self, examples: TaskExamples, device: str) -> TaskBatch:
+    def _load_pairs(self, examples: TaskExamples, device: str) -> Batch:
         """Return the distinct items and the distinct texts of a batch; pairs of both are positives."""
         assert examples.rows_N is not None
         rows_B, which_row_B = np.unique(examples.rows_N, return_inverse=True)
         targets_C, which_target_B = np.unique(examples.target_N, return_inverse=True)
         pairs_E = distinct(which_row_B * len(targets_C) + which_target_B)
         of_item_E, of_text_E = np.divmod(pairs_E, len(targets_C))
-        return TaskBatch(
-            tokens=read_tokens(examples.media, rows_B, device=device),
+        targets = TaskTargets(
+            kind=self.kind,
             words=None,
             read="task",
             candidates=load_words(examples.target_words.take(targets_C), device=device),
             positives=(to_device(of_item_E, device), to_device(of_text_E, device)),
             is_symmetric=True,
-            rows=rows_B,
         )
+        return _batch(examples, rows_B, targets, device)
 
     def _target_positions(self, examples: TaskExamples) -> Ints:
         """Return the number of the candidate of each example.
@@ -252,6 +250,17 @@ class ExampleTask:
         return {f"{self.name} accuracy": float(np.mean(predict(self, network, examples, device=device).is_correct_M))}
 
 
+def _batch(examples: TaskExamples, rows_B: Ints | None, targets: TaskTargets, device: str) -> Batch:
+    """Return the batch of some examples, which reads these rows."""
+    tokens = read_tokens(examples.media, rows_B, device=device)
+    return Batch(
+        samples=np.arange(len(examples)) if rows_B is None else rows_B,
+        num_samples=len(examples),
+        inputs={name: BatchInput(values, lengths, rows_B) for name, (values, lengths) in tokens.items()},
+        targets=targets,
+    )
+
+
 def read_tokens(media: Media | None, rows_B: Ints | None, *, device: str) -> dict[str, Tokens]:
     """Read the tokens of some rows."""
     if media is None:
@@ -267,22 +276,24 @@ def load_words(texts: WordLists, *, device: str) -> Words:
     return Words(*(to_device(array, device) for array in texts.padded()))
 
 
-def read_inputs(network: SharedNetwork, batch: TaskBatch) -> Tensor:
+def read_inputs(network: SharedNetwork, batch: Batch) -> Tensor:
     """Compute the representations of the inputs of a batch that have targets: (M, P)."""
-    if batch.read != "next":
-        return network.encode(batch.tokens, batch.words, read=batch.read)
-    assert batch.words is not None
-    assert batch.is_read is not None
-    return network.predict_words(batch.tokens, batch.words)[batch.is_read]
+    targets: TaskTargets = batch.targets
+    tokens = {name: Tokens(values, lengths) for name, (values, lengths, _) in batch.inputs.items()}
+    if targets.read != "next":
+        return network.encode(tokens, targets.words, read=targets.read)
+    assert targets.words is not None
+    assert targets.is_read is not None
+    return network.predict_words(tokens, targets.words)[targets.is_read]
 
 
-def _examples_of(batch: TaskBatch) -> Ints:
+def _examples_of(targets: TaskTargets) -> Ints:
     """Return the number in its batch of the example of each input that was read."""
-    if batch.words is None:
-        return np.arange(len(batch.positives[0]))
-    is_read = batch.is_read
+    if targets.words is None:
+        return np.arange(len(targets.positives[0]))
+    is_read = targets.is_read
     if is_read is None:
-        numbers_BL, lengths_B = batch.words
+        numbers_BL, lengths_B = targets.words
         is_read = (numbers_BL == BLANK) & valid_frames(lengths_B, numbers_BL.shape[1])
     examples_M: Ints = torch.nonzero(is_read)[:, 0].cpu().numpy()
     return examples_M
@@ -330,7 +341,9 @@ def predict(task: ExampleTask, network: SharedNetwork, examples: TaskExamples, *
             (queries_MP[part] @ candidates_CP.T).argmax(dim=1).cpu().numpy()
             for part in blocks(len(queries_MP), _BLOCK_ROWS)
         ]
-        parts.append((np.concatenate(best), batch.positives[1].cpu().numpy(), numbers_B[_examples_of(batch)]))
+        parts.append(
+            (np.concatenate(best), batch.targets.positives[1].cpu().numpy(), numbers_B[_examples_of(batch.targets)])
+        )
 
     predicted_M, target_M, example_M = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return Prediction(predicted_M, target_M, predicted_M == target_M, example_M)

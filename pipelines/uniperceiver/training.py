@@ -7,31 +7,29 @@ Perception for Zero-shot and Few-shot Tasks" (CVPR 2022) on features of frozen e
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
-from embedcache.arrays import Floats, check_finite, distinct
+from embedcache.arrays import Floats, distinct
 from embedcache.devices import autocast
-from embedcache.errors import DataError
 from embedcache.progress import Progress
-from embedcache.projectors.modules import ModuleConfig, read_module_config
 from embedcache.provenance import canonical_json, check_same, digest
-from embedcache.train.batches import Loader
-from embedcache.train.modules import ModuleReport, describe_input, train_task
+from embedcache.runs import Run, RunInfo
+from embedcache.train.batches import Batch
+from embedcache.train.data import describe_input
 from embedcache.train.settings import FitSettings, PartSettings
+from embedcache.train.train import TrainReport, train_task
 from pipelines.uniperceiver.candidates import cross_entropy_over
 from pipelines.uniperceiver.examples import Media, TaskExamples, WordTable
 from pipelines.uniperceiver.network import SharedNetwork
-from pipelines.uniperceiver.tasks import ExampleTask, TaskBatch, read_inputs
+from pipelines.uniperceiver.tasks import ExampleTask, TaskTargets, read_inputs
 
 KIND = "pipelines.uniperceiver.network:SharedNetwork"
 """Kind of the runs."""
 _NUM_SAMPLED = 256  # items whose tokens standardize the channels of a feature
-_SEQUENCE = 40  # positions of a typical input
 _SIZES = ("width", "num_layers", "num_heads", "feed_forward")
 
 
@@ -47,16 +45,14 @@ class TaskMixture:
 
     Args:
         weights: how often each task is drawn.
-        batch_sizes: examples per batch of each task.
         num_steps: steps per epoch.
         seed: seed of the run.
     """
 
-    def __init__(self, weights: Sequence[float], batch_sizes: Sequence[int], *, num_steps: int, seed: int) -> None:
+    def __init__(self, weights: Sequence[float], *, num_steps: int, seed: int) -> None:
         self._chances = np.array(weights) / np.sum(weights)
         self._seed = seed
         self.num_steps = num_steps
-        self.num_samples = max(1, round(num_steps * float(self._chances @ np.array(batch_sizes))))
 
     def epoch(self, number: int, *, first_step: int = 0) -> Iterator[DrawnTask]:
         """Iterate over the steps of one epoch, from a step on."""
@@ -65,34 +61,31 @@ class TaskMixture:
             yield DrawnTask(int(rng.choice(len(self._chances), p=self._chances)), rng)
 
 
-class LoadedTask(NamedTuple):
-    """A batch, and the number of its task."""
-
-    number: int
-    batch: TaskBatch
-
-
 class LikelihoodObjective(nn.Module):
     """The negative log-likelihood of the right candidates of a batch, in both directions for retrieval."""
 
-    def __init__(self, module: SharedNetwork, tasks: Sequence[ExampleTask], *, precision: str = "float32") -> None:
+    def __init__(self, network: SharedNetwork, families: Sequence[str], *, precision: str = "float32") -> None:
         super().__init__()
-        self.module = module
-        self._tasks = tasks
+        self.network = network
+        self._families = families
         self._precision = precision
 
-    def forward(self, loaded: LoadedTask) -> Tensor:
-        """Compute the loss of a batch, a scalar."""
-        batch = loaded.batch
-        with autocast(batch.candidates.numbers_BL.device.type, self._precision):
-            queries_BP = read_inputs(self.module, batch).float()
-            vectors_CP = self.module.encode(words=batch.candidates, side="target").float()
+    def scalars(self) -> dict[str, float]:
+        """Return the scale of each family of tasks, to be logged."""
+        return {f"{name} scale": self.network.likelihood(name).scale.item() for name in self._families}
 
-        likelihood = self.module.likelihood(self._tasks[loaded.number].kind)
+    def loss(self, batch: Batch) -> Tensor:
+        """Compute the loss of a batch of one task, a scalar."""
+        targets: TaskTargets = batch.targets
+        with autocast(targets.candidates.numbers_BL.device.type, self._precision):
+            queries_BP = read_inputs(self.network, batch).float()
+            vectors_CP = self.network.encode(words=targets.candidates, side="target").float()
+
+        likelihood = self.network.likelihood(targets.kind)
         scaled = likelihood.scaled(queries_BP, vectors_CP)
-        loss = cross_entropy_over(*scaled, batch.positives, bias_C=batch.log_weights_C)
-        if batch.is_symmetric:
-            turned = batch.positives[1], batch.positives[0]
+        loss = cross_entropy_over(*scaled, targets.positives, bias_C=targets.log_weights_C)
+        if targets.is_symmetric:
+            turned = targets.positives[1], targets.positives[0]
             loss = (loss + cross_entropy_over(*likelihood.scaled(vectors_CP, queries_BP), turned)) / 2
         return loss
 
@@ -101,78 +94,43 @@ class MixtureTask:
     """A `Task` of the training loop: several tasks of one likelihood. The epoch with the best mean score is kept.
 
     Args:
-        module: the network.
+        network: the network.
         tasks: the tasks.
         settings: seed and machine; batch sizes are those of the tasks.
         num_steps: steps per epoch.
     """
 
-    unit = "examples"
-
     def __init__(
         self,
-        module: SharedNetwork,
+        network: SharedNetwork,
         tasks: Sequence[ExampleTask],
         settings: FitSettings,
         *,
         num_steps: int,
         device: str = "cpu",
     ) -> None:
-        self.module = module
+        self.network = network
         self._tasks = tasks
         self._device = device
-        self._precision = settings.machine.precision
+        families = list(dict.fromkeys(task.kind for task in tasks))
+        self.module = LikelihoodObjective(network, families, precision=settings.machine.precision)
+        self._mixture = TaskMixture([task.weight for task in tasks], num_steps=num_steps, seed=settings.seed)
+        self.num_steps = num_steps
 
-        sizes = [min(task.batch_size, len(task.train)) for task in tasks]
-        mixture = TaskMixture([task.weight for task in tasks], sizes, num_steps=num_steps, seed=settings.seed)
-        self.loader = Loader(mixture, self._load)
-        num_weights = sum(value.numel() for value in module.layers.parameters())
-        self.forward_flops = 2.0 * max(sizes) * _SEQUENCE * num_weights
-
-    @property
-    def parts(self) -> Mapping[str, Sequence[str]]:
-        """Parts of the network, see `SharedNetwork.parts`."""
-        return self.module.parts()
-
-    @cached_property
-    def objective(self) -> LikelihoodObjective:
-        """The loss."""
-        return LikelihoodObjective(self.module, self._tasks, precision=self._precision)
-
-    def _load(self, drawn: DrawnTask) -> LoadedTask:
-        return LoadedTask(drawn.number, self._tasks[drawn.number].draw(drawn.rng, device=self._device))
-
-    def count(self, batch: LoadedTask) -> int:
-        """Return the number of examples of a batch."""
-        task = self._tasks[batch.number]
-        return min(task.batch_size, len(task.train))
+    def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch, from a step on."""
+        for number, rng in self._mixture.epoch(epoch, first_step=first_step):
+            yield self._tasks[number].draw(rng, device=self._device)
 
     def measure(self) -> dict[str, float]:
-        """Compute the validation metrics of all tasks."""
+        """Compute the validation metrics of all tasks; the score is the mean over tasks of their mean."""
         measures: dict[str, float] = {}
+        scores = []
         for task in self._tasks:
-            measures |= task.measure(self.module, device=self._device)
-        return measures
-
-    def score(self, measures: Mapping[str, float]) -> float:
-        """Return the mean over tasks of the mean of their metrics."""
-        of_task = [
-            [value for name, value in measures.items() if name.startswith(f"{task.name} ")] for task in self._tasks
-        ]
-        return float(np.mean([np.mean(values) for values in of_task]))
-
-    def watch(self) -> dict[str, float]:
-        """Return the scale of each kind of tasks."""
-        kinds = dict.fromkeys(task.kind for task in self._tasks)
-        return {f"{name} scale": self.module.likelihood(name).scale.item() for name in kinds}
-
-    def explain(self, batch: LoadedTask, *, loss: float, step: int) -> DataError:
-        """Return an error that names the feature, or else the task, of a bad loss."""
-        for name, tokens in batch.batch.tokens.items():
-            values = tokens.values_BTD.float().cpu().numpy()
-            check_finite(values, f"at step {step}, the {name} feature", rows=batch.batch.rows)
-        name = self._tasks[batch.number].name
-        return DataError(f"the loss is {loss} at step {step}, in a batch of the task {name}; lower the learning rate")
+            values = task.measure(self.network, device=self._device)
+            scores.append(np.mean(list(values.values())))
+            measures |= values
+        return {**measures, "score": float(np.mean(scores))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +160,7 @@ def train_likelihood(
     settings: FitSettings,
     *,
     progress: Progress | None = None,
-) -> ModuleReport:
+) -> TrainReport:
     """Train tasks together into a run folder; resumed if interrupted, reused if finished.
 
     There are `settings.optimizer.epochs` times `recipe.steps_per_epoch` steps. For prompt tuning, or for a new modality
@@ -210,7 +168,7 @@ def train_likelihood(
 
     Raises:
         DataError: as `train_task`.
-        FingerprintError: the folder contains a run with another config, or features of one modality differ.
+        FingerprintError: the folder contains a run with other settings, or features of one modality differ.
     """
     media = _media_of(tasks)
     arguments = {
@@ -221,26 +179,26 @@ def train_likelihood(
         "num_prompts": recipe.num_prompts,
         **recipe.model,
     }
-    sides = {name: describe_input(item.feature) for name, item in media.items()}
+    inputs = {name: describe_input(item.feature) for name, item in media.items()}
     described = [dict(task.describe()) for task in tasks]
     indexes = [item.cache.info.index_digest for item in _all_media([task.train for task in tasks])]
-    config = ModuleConfig(
+    info = RunInfo(
         kind=KIND,
         arguments=arguments,
-        sides={**sides, "words": describe_input(words.feature)},
-        training=json.loads(canonical_json({"steps_per_epoch": recipe.steps_per_epoch, "tasks": described})),
+        inputs={**inputs, "words": describe_input(words.feature)},
+        settings=json.loads(canonical_json({"steps_per_epoch": recipe.steps_per_epoch, "tasks": described})),
         index_digest="+".join(dict.fromkeys([*indexes, words.index_digest])),
-        file_digests={"examples": digest(described)},
+        digests={"examples": digest(described)},
     )
 
     def make_task(device: str) -> MixtureTask:
-        module = SharedNetwork(**arguments)
-        module.set_words(np.asarray(words.vectors_VD, np.float32))
+        network = SharedNetwork(**arguments)
+        network.set_words(np.asarray(words.vectors_VD, np.float32))
         for name in media:
-            module.standardize(name, sample_tokens(tasks, name))
-        return MixtureTask(module, tasks, settings, num_steps=recipe.steps_per_epoch, device=device)
+            network.standardize(name, sample_tokens(tasks, name))
+        return MixtureTask(network, tasks, settings, num_steps=recipe.steps_per_epoch, device=device)
 
-    return train_task(make_task, run_path, config, settings, progress=progress)
+    return train_task(make_task, run_path, info, settings, progress=progress)
 
 
 def start_from(
@@ -258,7 +216,7 @@ def start_from(
         num_prompts: prompts per layer.
         steps_per_epoch: steps between two validations.
     """
-    arguments = read_module_config(run_path, kind=KIND).arguments
+    arguments = Run.open(run_path, kind=KIND).info.arguments
     recipe = Recipe(
         model={name: arguments[name] for name in _SIZES if name in arguments},
         num_prompts=num_prompts,

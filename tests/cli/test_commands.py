@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embedcache.runs import Run
 from tests.cli.run import TOY, embedcache, succeed
 from tests.images import write_images
 
@@ -170,10 +171,10 @@ def test_verify_finds_damage_and_exits_with_1(folder: Path, tmp_path: Path) -> N
 
 
 def test_config_of_a_run_trains_it_again(folder: Path) -> None:
-    again = "train cache again --config run/config.json"
+    again = "train cache again --config run/run.json"
     succeed(*again.split(), cwd=folder)
-    first, second = (json.loads((folder / name / "config.json").read_text()) for name in ("run", "again"))
-    assert first == second
+    first, second = (Run.open(folder / name).info for name in ("run", "again"))
+    assert (first.settings, first.weights) == (second.settings, second.weights)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from embedcache.errors import CorruptError, DataError, FingerprintError, PathErr
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.remove import remove_samples
-from embedcache.projectors.saved import load_pair, project
+from embedcache.projectors.base import project
 from embedcache.reports.coverage import concept_table
+from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.curate.conftest import of_texts
@@ -60,7 +61,7 @@ def test_counts_of_texts_equal_brute_force(cache_path: Path, prompts: Path) -> N
 
 def test_counts_of_projected_images(cache_path: Path, prompts: Path, run_path: Path) -> None:
     report = measure_coverage(cache_path, prompts, CoverageSettings(run=run_path, k=3, min_count=10))
-    images = project(load_pair(run_path)[0].image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
+    images = project(Run.open(run_path).pair.image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
     check_counts(report, images @ report.concepts.vectors.T)
     assert f", open_toy/cls projected by {run_path.name}; 6 concepts of " in report.line()
     backs = [caption.split()[-1] for caption in Cache(cache_path).items("text")["text"].to_pylist()]

@@ -10,7 +10,6 @@ from embedcache.cli.main import app
 from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import SettingError
-from embedcache.projectors.saved import load_pair
 from embedcache.reports.coverage import (
     concept_table,
     coverage_json,
@@ -20,6 +19,7 @@ from embedcache.reports.coverage import (
     summary_table,
     write_coverage_page,
 )
+from embedcache.runs import Run
 from tests.curate.conftest import of_texts
 from tests.search.test_concepts import NAMES
 
@@ -55,7 +55,7 @@ def test_tables_json_and_page(cache_path: Path, prompts: Path, run_path: Path, h
     assert [hit["row"] for hit in first["strip"]] == report.strip_rows[0].tolist()
     assert len(first["strip"]) == len(found["strip_weights"])
     assert found["parts"][1]["gaps"] == [NAMES[number] for number in report.all_counts[1].gaps(25)]
-    assert found["pool"]["run_weights"] == load_pair(run_path)[1].weights_digest
+    assert found["pool"]["run_weights"] == Run.open(run_path).info.weights
     assert found["concepts_from"]["of"] == "prompts"
     write_coverage_page(tmp_path / "page.html", report)
     page = (tmp_path / "page.html").read_text()

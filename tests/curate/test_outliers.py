@@ -24,8 +24,8 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.neighbors.knn import knn
-from embedcache.projectors.saved import load_pair
 from embedcache.reports.scores import outlier_line, outlier_notes, threshold_table, write_outlier_page
+from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.images import write_images
@@ -266,7 +266,7 @@ def test_swapped_captions(planted: Path, cache_path: Path, run_path: Path, tmp_p
     report = find_outliers(planted, tmp_path / "odd.parquet", OutlierSettings(run=run_path))
     record = report.to_json()
     assert (record["scores"], record["run"]) == (str(tmp_path / "odd.parquet"), str(run_path))
-    assert record["run_weights"] == load_pair(run_path)[1].weights_digest
+    assert record["run_weights"] == Run.open(run_path).info.weights
     lowest = report.lowest(PAIR_COSINE, len(SWAPPED) + len(NOISE) + len(COPY))
     assert set(SWAPPED) <= set(lowest.tolist())
     assert np.isnan(report.scores[PAIR_COSINE][FAILED])

@@ -11,7 +11,8 @@ from embedcache.dataset.inputs import open_input
 from embedcache.dataset.prompts import check_prompts, class_vectors, has_prompts, read_prompts
 from embedcache.errors import DataError
 from embedcache.extract.extract import extract
-from embedcache.projectors.saved import load_pair, project
+from embedcache.projectors.base import project
+from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.toy import TEXT
@@ -35,7 +36,7 @@ def test_class_vectors_are_mean_directions(prompts_path: Path, run_path: Path) -
     assert prompts.counts.tolist() == [2, 3]
     assert prompts.rows.tolist() == [0, 1, 2, 3, 4]
     assert prompts.classes.tolist() == [0, 0, 1, 1, 1]
-    tower = load_pair(run_path)[0].tower("text")
+    tower = Run.open(run_path).pair.tower("text")
     projected_TP = project(tower, prompts.feature.read(prompts.rows))
     expected = normalize(np.stack([projected_TP[:2].mean(axis=0), projected_TP[2:].mean(axis=0)]))
     np.testing.assert_allclose(class_vectors(prompts, tower), expected, atol=1e-6)

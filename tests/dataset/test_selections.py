@@ -38,10 +38,10 @@ def test_split_of_a_run_or_study_is_compared(run_path: Path, cache_path: Path, t
     split = read_split(path, [cache])
     write_split(path, [cache], replace(split, parts=["train"] * 300))
     for read in (lambda: read_split(path, [cache]), lambda: read_selection(path, [cache])):
-        with pytest.raises(CorruptError, match="config.json"):
+        with pytest.raises(CorruptError, match="split.parquet"):
             read()
-    (run / "config.json").unlink()  # an unfinished run, which has no digest yet
+    (run / "run.json").unlink()
     assert read_split(path, [cache]).parts.count("train") == 300 > len(selected)
-    write_record(run / "study.json", {"split_digest": "0" * 64})
+    write_record(run / "study.json", {"format": 1, "split_digest": "0" * 64})
     with pytest.raises(CorruptError, match="study.json"):
         read_split(path, [cache])

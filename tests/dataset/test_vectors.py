@@ -17,7 +17,6 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.remove import remove_samples
 from embedcache.neighbors.scan import scan
-from embedcache.projectors.saved import load_pair
 from embedcache.sources import open_source
 from tests.images import write_images
 from tests.recorded import RecordedProgress
@@ -62,7 +61,7 @@ def test_pass_visits_valid_rows_in_order(cache_path: Path, holed: Path) -> None:
 
 def test_shown_reading_has_the_same_bits(cache_path: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.dataset.vectors._READ_ROWS", 64)
-    monkeypatch.setattr("embedcache.projectors.saved._BLOCK", 32)
+    monkeypatch.setattr("embedcache.projectors.base._BLOCK", 32)
     plain, projected = Vectors(cache_path, "image", "open_toy/cls"), Vectors(cache_path, "image", run_path=run_path)
     rows = np.random.default_rng(0).permutation(300)[:150]
     for vectors, advances in ((plain, [64, 64, 22]), (projected, [32, 32, 32, 32, 22])):
@@ -175,17 +174,6 @@ def test_width_and_device(cache_path: Path, run_path: Path) -> None:
     assert Vectors(cache_path, "image", "open_toy/cls", device="auto").device == "auto"
     vectors = Vectors(cache_path, "image", run_path=run_path, device="auto")
     assert (vectors.device, vectors.width, vectors.full_width) == ("cpu", 16, 16)
-
-
-def test_run_is_loaded_once(cache_path: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[str] = []
-    monkeypatch.setattr(
-        "embedcache.dataset.vectors.load_pair", lambda path, device: [loaded.append(device), load_pair(path)][1]
-    )
-    vectors = Vectors(cache_path, "image", run_path=run_path, device="auto")
-    vectors.read(np.array([3]))
-    vectors.chunk(1)
-    assert loaded == ["cpu"]
 
 
 def test_unfinished_feature_raises_unless_it_was_indexed(holed: Path, tmp_path: Path) -> None:

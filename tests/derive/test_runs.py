@@ -15,7 +15,8 @@ from embedcache.export.base import check_plain
 from embedcache.extract.repair import measure_drift, verify_cache
 from embedcache.extract.settings import VerifySettings
 from embedcache.inference import load
-from embedcache.projectors.saved import config_path, read_config
+from embedcache.provenance import read_json
+from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
 from tests.edits import edit_record
@@ -58,7 +59,7 @@ def test_train_on_projected_features(cache: Path, work: Path, tmp_path: Path) ->
     report = train(cache, tmp_path / "second", image=name, text=name)
     assert report.best_epoch is not None
     with pytest.raises(SettingError, match="the onnx format .*run: the feature vectors-projected/projected is derived"):
-        check_plain(read_config(tmp_path / "second").tower_input("image"), "onnx")
+        check_plain(Run.open(tmp_path / "second").input("image"), "onnx")
     with pytest.raises(SettingError, match="^features of derived:run are derived from other features, so"):
         load(tmp_path / "second").encode_image([])
 
@@ -93,9 +94,9 @@ def test_refusals(
 
 def test_run_on_another_encoder_is_refused(cache: Path, work: Path, tmp_path: Path) -> None:
     other = shutil.copytree(work / "vectors", tmp_path / "other")
-    sides = json.loads(config_path(other).read_text())["sides"]
-    sides["image"]["fingerprint"]["weights"] = "other"
-    edit_record(config_path(other), sides=sides)
+    inputs = read_json(other / "run.json")["inputs"]
+    inputs["image"]["fingerprint"]["weights"] = "other"
+    edit_record(other / "run.json", inputs=inputs)
     with pytest.raises(FingerprintError, match="the cache's open_toy/cls comes from another encoder"):
         derive_from_run(cache, other)
 

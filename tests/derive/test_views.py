@@ -20,12 +20,12 @@ from embedcache.errors import FingerprintError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
-from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module, save_module
 from embedcache.provenance import DIGEST, add_digest, read_json, write_json
+from embedcache.runs import Run, RunInfo
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
-from embedcache.train.data import open_data
+from embedcache.train.data import describe_input, open_data
 from pipelines.avsr.noise import VIEW
 from tests.extract.cases import tree
 from tests.media_files import encode_video, moving_square, tone, wav
@@ -63,21 +63,11 @@ def cache(work: Path, tmp_path: Path) -> Path:
 def write_run(cache: Path, run: Path, features: Mapping[str, str], module: nn.Module | None = None) -> None:
     """Write a run of an untrained network on features of a cache."""
     torch.manual_seed(0)
-    sides = {}
-    for modality, name in features.items():
-        feature = open_input(Cache(cache), modality, name)
-        sides[modality] = ModuleInput(
-            modality=modality,
-            feature=feature.name,
-            spec=feature.spec,
-            fingerprint=feature.fingerprint,
-            width=feature.width,
-        )
-    arguments = {"widths": {name: side.width for name, side in sides.items()}} if module is None else {}
+    inputs = {modality: describe_input(open_input(Cache(cache), modality, name)) for modality, name in features.items()}
+    arguments = {"widths": {name: item.width for name, item in inputs.items()}} if module is None else {}
     module = module or States(**arguments)
     kind = f"tests.derive.test_views:{type(module).__name__}"
-    run.mkdir()
-    save_module(run, module, ModuleConfig(kind=kind, arguments=arguments, sides=sides))
+    Run.create(run, RunInfo(kind=kind, arguments=arguments, inputs=inputs)).finish(module, {})
 
 
 class States(nn.Module):
@@ -107,7 +97,7 @@ class States(nn.Module):
 
 def states(work: Path, run: str, cache: Path, feature: str, row: int) -> Floats:
     """Encode the stored sound of one item with the module itself."""
-    module, _ = load_module(work / run)
+    module = Run.open(work / run).module
     (item,) = Cache(cache).feature("audio", feature).gather_tokens(np.array([row]))
     with torch.inference_mode():
         encoded: Floats = module.compute_outputs([Block(item, np.array([len(item)]))], ["audio-states"])[

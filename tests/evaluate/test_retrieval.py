@@ -86,7 +86,7 @@ def test_seeds_are_averaged(cache_path: Path, runs: list[Path]) -> None:
 
 def test_seeds_may_come_from_other_devices(runs: list[Path], tmp_path: Path) -> None:
     moved = Path(shutil.copytree(runs[1], tmp_path / "on-a-gpu"))
-    edit_record(moved / "config.json", {'"device": "cpu"': '"device": "cuda"'})
+    edit_record(moved / "run.json", {'"device": "cpu"': '"device": "cuda"'})
     assert len(load_runs([runs[0], moved])) == 2
     assert len(group_by_recipe([runs[0], moved])) == 1
 
@@ -152,7 +152,7 @@ def test_control_does_not_take_the_name_of_a_run(runs: list[Path], tmp_path: Pat
     run, control = (
         Path(shutil.copytree(path, tmp_path / name)) for path, name in zip(runs, ("shuffled pairs", "c"), strict=True)
     )
-    edit_record(control / "config.json", {'"shuffle_pairs": false': '"shuffle_pairs": true'})
+    edit_record(control / "run.json", {'"shuffle_pairs": false': '"shuffle_pairs": true'})
     assert [recipe.name for recipe in iterate_recipes(run, control)] == ["shuffled pairs", "shuffled pairs, c"]
     assert [recipe.name for recipe in iterate_recipes(runs[0], control)] == ["seed", "shuffled pairs"]
 

@@ -10,7 +10,7 @@ from embedcache.errors import DataError, EmbedcacheError, FingerprintError, Unkn
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.zero_shot import ZeroShotPredictions, classify, evaluate_zero_shot
 from embedcache.extract.extract import extract
-from embedcache.projectors.saved import project
+from embedcache.projectors.base import project
 from embedcache.reports.zero_shot import confusion_table, write_zero_shot_page, zero_shot_json, zero_shot_table
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache

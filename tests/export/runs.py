@@ -14,39 +14,37 @@ from embedcache.export.export import export_run
 from embedcache.projectors.base import HasAnchors
 from embedcache.projectors.heads import RawTower, Tower
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, TowerInput, save_pair, split_path
+from embedcache.runs import PAIR, Run, RunInfo, RunInput
 
 
 @cache
-def tower_input(modality: Modality, spec: str, feature: str) -> TowerInput:
+def tower_input(modality: Modality, spec: str, feature: str) -> RunInput:
     """Describe a feature of an encoder, which is opened once."""
     names = feature_names(feature)
     settings = EncoderSettings(features=names, backend="torch")
     encoder = open_encoder(spec, modality=modality, settings=settings)
     name = "+".join(f"encoder/{part}" for part in names)
     width = encoder.features[names[0]][-1]
-    return TowerInput(feature=name, spec=spec, fingerprint=encoder.fingerprint.to_json(), width=width)
+    fingerprint = encoder.fingerprint.to_json()
+    return RunInput(modality=modality, feature=name, spec=spec, fingerprint=fingerprint, width=width)
 
 
 def make_run(
     path: Path, image: tuple[str, str], text: tuple[str, str], projector: str = "mlp", *, width: int = 16, seed: int = 0
 ) -> Path:
     """Write a run whose weights are all random, including means and norms."""
-    path.mkdir(parents=True)
     inputs = {"image": tower_input("image", *image), "text": tower_input("text", *text)}
     torch.manual_seed(seed)
-    pair = AlignedPair(
-        projector, widths={"image": inputs["image"].width, "text": inputs["text"].width}, shared_width=width
-    )
+    widths = {name: item.width for name, item in inputs.items()}
+    pair = AlignedPair(projector, widths=widths, shared_width=width)
     with torch.no_grad():
         for tower in (pair.tower("image"), pair.tower("text")):
             _randomize(tower)
         pair.log_scale.fill_(2.5)
-    split_path(path).write_bytes(b"a split")
-    training = {"loss": {"name": "multi_positive"}, "optimizer": {"epochs": 3}, "split": {"kind": "key"}, "seed": 0}
-    config = PairConfig(projector=projector, shared_width=width, index_digest="rows", training=training, sides=inputs)
-    save_pair(path, pair, config)
-    return path
+    settings = {"loss": {"name": "multi_positive"}, "optimizer": {"epochs": 3}, "split": {"kind": "key"}, "seed": 0}
+    arguments = {"projector": projector, "widths": widths, "shared_width": width}
+    info = RunInfo(kind=PAIR, arguments=arguments, inputs=inputs, settings=settings, index_digest="rows")
+    return Run.create(path, info).finish(pair, {}).path
 
 
 def _randomize(tower: torch.nn.Module) -> None:

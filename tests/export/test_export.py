@@ -19,9 +19,9 @@ from embedcache.export.card import _metrics, _weights_line, write_card
 from embedcache.export.export import export_run
 from embedcache.export.settings import ExportSettings
 from embedcache.outputs import write_report_json
+from embedcache.projectors.base import project
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, TowerInput, project, save_pair, split_path
-from embedcache.records import record_stage
+from embedcache.runs import PAIR, Run, RunInfo, RunInput
 from embedcache.settings import replace_fields
 from tests.crash import call_elsewhere
 from tests.edits import edit_record
@@ -150,9 +150,7 @@ def test_card_states_where_the_weights_come_from(
         "seed": 5,
         "split": {},
     }
-    edit_record(copy / "config.json", training=training)
-    with record_stage(copy / "record.json", "train", {}) as outcome:
-        outcome["best_epoch"] = best_epoch
+    edit_record(copy / "run.json", settings=training, report={"best_epoch": best_epoch})
     export_run("onnx", copy, tmp_path / "out")
     assert expected in (tmp_path / "out" / "README.md").read_text()
 
@@ -162,9 +160,8 @@ def test_card_states_the_split_without_folders(run: Path, tmp_path: Path) -> Non
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     split = {"kind": "/home/me/study/split.parquet", "val_fraction": 0.1, "test_fraction": 0.25}
     training = {"split": split, "selection": "/home/me/chosen.parquet", "optimizer": {"epochs": 3}, "seed": 0}
-    edit_record(copy / "config.json", training=training)
-    with record_stage(copy / "record.json", "train", {}) as outcome:
-        outcome["num_samples"] = {"train": 4110, "val": 58, "test": 1310}
+    report = {"num_samples": {"train": 4110, "val": 58, "test": 1310}}
+    edit_record(copy / "run.json", settings=training, report=report)
     export_run("onnx", copy, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- held out: split of the file `split.parquet`, 58 for validation, 1,310 for test\n" in card
@@ -177,17 +174,13 @@ def sounds(tiny: dict[str, str], tmp_path: Path) -> Path:
     """A run of recordings, whose vectors were imported, and texts."""
     text, path = tower_input("text", tiny["bert"], "mean"), tmp_path / "sounds"
     fingerprint = {**text.fingerprint, "family": "imported", "model": "unknown"}
-    audio = TowerInput(feature="audio/vector", spec="imported:audio", fingerprint=fingerprint, width=4)
-    config = PairConfig(
-        projector="linear", shared_width=2, index_digest="rows", training={}, sides={"audio": audio, "text": text}
-    )
-    path.mkdir()
-    split_path(path).write_bytes(b"a split")
-    pair = AlignedPair("linear", widths={"audio": 4, "text": text.width}, shared_width=2)
+    audio = RunInput(modality="audio", feature="audio/vector", spec="imported:audio", fingerprint=fingerprint, width=4)
+    arguments = {"projector": "linear", "widths": {"audio": 4, "text": text.width}, "shared_width": 2}
+    info = RunInfo(kind=PAIR, arguments=arguments, inputs={"audio": audio, "text": text}, index_digest="rows")
+    pair = AlignedPair(**arguments)
     with torch.no_grad():
         pair.tower("audio").mean.fill_(0.1)
-    save_pair(path, pair, config)
-    return path
+    return Run.create(path, info).finish(pair, {}).path
 
 
 def test_run_of_other_modalities(sounds: Path, tmp_path: Path) -> None:
@@ -219,8 +212,9 @@ def test_card_states_widths(shorten: str | None, run: Path, tmp_path: Path) -> N
     notes = ExportNotes(library="x", task=None, code="", requirements=(), shorten=shorten)
     write_card(path, opened, notes, "x", None)
     assert "Matryoshka" not in path.read_text()
-    training = {**opened.config.training, "loss": {"name": "info_nce", "widths": [16, 8, 4]}}
-    write_card(path, replace(opened, config=replace_fields(opened.config, training=training)), notes, "x", None)
+    settings = {**opened.trained.info.settings, "loss": {"name": "info_nce", "widths": [16, 8, 4]}}
+    trained = replace(opened.trained, info=replace_fields(opened.trained.info, settings=settings))
+    write_card(path, replace(opened, trained=trained), notes, "x", None)
     assert "trained at the widths 4, 8 as well" in path.read_text()
     code = ": `encode(…, truncate_dim=4)`" if shorten else ""
     assert f"are vectors of that width{code}.\n" in path.read_text()
@@ -233,7 +227,7 @@ def test_card_names_the_default_initialization(tiny: dict[str, str], tmp_path: P
     mlp = make_run(tmp_path / "mlp", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "mlp")
     for path, name in ((glu, "random"), (mlp, "cca")):
         training = {"model": {"initialization": None}, "optimizer": {"epochs": 3}, "split": {}, "seed": 0}
-        edit_record(path / "config.json", training=training)
+        edit_record(path / "run.json", settings=training)
         assert _weights_line(ExportRun.open(path), 0).startswith(f"weights: the initialization (`{name}`); ")
 
 

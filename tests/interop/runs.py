@@ -6,7 +6,8 @@ import numpy as np
 
 from embedcache.dataset.inputs import open_input
 from embedcache.dataset.settings import SplitSettings
-from embedcache.projectors.saved import load_pair, project
+from embedcache.projectors.base import project
+from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
@@ -31,6 +32,6 @@ def train_run(cache_path: Path, run_path: Path, image: str, text: str, projector
 
 def cached_vectors(cache_path: Path, run_path: Path, modality: str) -> np.ndarray:
     """Project the features of a cache, in row order."""
-    pair, config = load_pair(run_path)
-    side = open_input(Cache(cache_path), modality, config.tower_input(modality).feature)
-    return project(pair.tower(modality), side.read(np.arange(side.num_items)))
+    run = Run.open(run_path)
+    side = open_input(Cache(cache_path), modality, run.input(modality).feature)
+    return project(run.pair.tower(modality), side.read(np.arange(side.num_items)))

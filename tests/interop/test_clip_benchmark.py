@@ -137,9 +137,9 @@ def test_retrieval_equals_clip_benchmark(image_folder: Path, runs: dict[str, Pat
 def edited(run_path: Path, folder: Path, modality: str, **fields: object) -> Path:
     """Copy a run, and change what its config says of one side."""
     copy = shutil.copytree(run_path, folder / "edited")
-    path = copy / "config.json"
-    sides = json.loads(path.read_text())["sides"]
-    edit_record(path, sides={**sides, modality: {**sides[modality], **fields}})
+    path = copy / "run.json"
+    inputs = json.loads(path.read_text())["inputs"]
+    edit_record(path, inputs={**inputs, modality: {**inputs[modality], **fields}})
     return copy
 
 
@@ -220,6 +220,6 @@ def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path, monkeypatch: pytes
     assert 0 < ours["metrics"]["acc5"] < 1
     [loaded] = load_runs([run])
     prompts = Cache(tmp_path / "prompts")
-    classes = class_vectors(read_prompts(prompts, run_input(prompts, loaded.config, "text")), loaded.pair.tower("text"))
+    classes = class_vectors(read_prompts(prompts, run_input(prompts, loaded, "text")), loaded.pair.tower("text"))
     found = torch.load(tmp_path / "classes.pt", weights_only=True).T
     np.testing.assert_allclose(found, classes, atol=HALF)

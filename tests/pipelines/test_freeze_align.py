@@ -17,4 +17,4 @@ def test_tiny_recipe_beats_its_control(tmp_path: Path) -> None:
     assert recalls["run"][2] > 3 * recalls["shuffled"][2], printed  # image to text, R@10
     assert recalls["shuffled"][2] < 3 * recalls["chance"][2], printed
     assert (tmp_path / "chosen.parquet").is_file()
-    assert (tmp_path / "run" / "config.json").is_file()
+    assert (tmp_path / "run" / "run.json").is_file()

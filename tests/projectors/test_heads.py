@@ -10,7 +10,6 @@ from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.heads import AsifProjector, Dropout
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, TowerInput, count_cost
 from embedcache.testing.projectors import ProjectorContract, TokenProjectorContract
 
 
@@ -215,23 +214,6 @@ def test_pair_sets_dropout_of_token_heads() -> None:
     for name, dropout in (("cls_token", 0.3), ("token_mlp", 0.0)):
         pair = AlignedPair(name, widths={"image": 4, "text": 4}, shared_width=4, dropout=dropout)
         assert {module.p for module in pair.modules() if isinstance(module, torch.nn.Dropout)} == {dropout}
-
-
-def config(projector: str) -> PairConfig:
-    image, text = (TowerInput(feature="f", spec="s", fingerprint={}, width=width) for width in (6, 5))
-    return PairConfig(
-        projector=projector, shared_width=4, sides={"image": image, "text": text}, index_digest="", training={}
-    )
-
-
-def test_cost_matches_hand_count() -> None:
-    linear = count_cost(config("linear"), {"image": (6,), "text": (5,)})
-    assert (linear.parameters, linear.flops_per_pair) == (6 * 4 + 5 * 4 + 1, 2 * (6 * 4 + 5 * 4))
-    token = count_cost(config("token+linear"), {"image": (49, 6), "text": (5,)})
-    assert token.flops_per_pair == 2 * (49 * 6 * 4 + 6 * 4 + 4 * 4 + 5 * 4)
-    assert token.parameters == 12 + 2 * (6 * 4 + 4) + 4 * 4 + 4 + 5 * 4 + 1
-    asif = count_cost(config("asif"), {"image": (6,), "text": (5,)})
-    assert (asif.parameters, asif.flops_per_pair) == (1, 2 * (6 * 4 + 5 * 4))
 
 
 def make_asif(num_anchors: int, num_rows: int) -> tuple[AsifProjector, np.ndarray, np.ndarray, np.ndarray]:

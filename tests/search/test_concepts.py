@@ -11,7 +11,8 @@ from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, EmbedcacheError, FingerprintError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.interop.clip_retrieval import open_clip_retrieval
-from embedcache.projectors.saved import load_pair, project
+from embedcache.projectors.base import project
+from embedcache.runs import Run
 from embedcache.search.concepts import open_concepts
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -83,11 +84,11 @@ def test_prompts_are_averaged(cache_path: Path, prompts: Path) -> None:
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_run_projects_prompts(cache_path: Path, prompts: Path, run_path: Path, modality: str) -> None:
     concepts = open_concepts(Cache(prompts), Vectors(cache_path, modality, run_path=run_path))
-    pair, config = load_pair(run_path)
-    texts = project(pair.tower("text"), Inputs(Cache(prompts).feature("text").load()))
+    run = Run.open(run_path)
+    texts = project(run.pair.tower("text"), Inputs(Cache(prompts).feature("text").load()))
     expected = normalize(texts.reshape(len(NAMES), len(TEMPLATES), -1).mean(axis=1))
     np.testing.assert_allclose(concepts.vectors, expected, atol=1e-5)
-    assert (concepts.source["run"], concepts.source["run_weights"]) == (str(run_path), config.weights_digest)
+    assert (concepts.source["run"], concepts.source["run_weights"]) == (str(run_path), run.info.weights)
 
 
 def test_prototypes_are_means_of_examples(cache_path: Path, labeled: Path) -> None:
@@ -120,7 +121,7 @@ def test_run_projects_examples(cache_path: Path, labeled: Path, run_path: Path) 
     feature = Cache(labeled).feature("image", "open_toy/cls")
     labels = np.array(Cache(labeled).samples["label"].to_pylist())
     rows = np.flatnonzero((labels == NAMES[0]) & feature.valid)
-    images = project(load_pair(run_path)[0].image, Inputs(feature.gather(rows)))
+    images = project(Run.open(run_path).pair.image, Inputs(feature.gather(rows)))
     np.testing.assert_allclose(concepts.vectors[0], normalize(images.mean(axis=0)), atol=1e-5)
 
 

@@ -15,7 +15,6 @@ from embedcache.evaluate.runs import load_runs, read_run_split
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.provenance import DIGEST, add_digest
-from embedcache.records import read_stage
 from embedcache.registry import trust_code
 from embedcache.reports.summary import summarize
 from embedcache.search.index import build_index
@@ -39,7 +38,7 @@ FEATURES = (
 SELECTION = "kept.parquet"
 """Is not replaced by another table of keys: that would be another selection."""
 KINDS = ("flip", "flip", "flip", "flip", "cut", "zeros", "append", "delete", "swap", "copy")
-NOT_READ = ("losses.jsonl", "started.json", "last.safetensors")
+NOT_READ = ("losses.jsonl", "last.safetensors")
 """Files of a run from which no reader takes numbers."""
 
 
@@ -73,8 +72,7 @@ def read_all(folder: Path) -> Iterator[bytes]:
         yield b"".join(item.tobytes() for item in feature.gather_tokens(np.flatnonzero(feature.valid)[::7]))
     (run,) = load_runs([folder / "run"])
     yield repr(run.seed).encode()
-    config = run.config
-    yield repr(config).encode()
+    yield repr(run.info).encode()
     yield b"".join(parameter.detach().numpy().tobytes() for parameter in run.pair.parameters())
     split = read_run_split(run, cache)
     yield repr([list(values) for values in (split.parts, split.groups)]).encode()
@@ -86,7 +84,6 @@ def read_all(folder: Path) -> Iterator[bytes]:
     yield repr(summarize(folder / SELECTION).rows).encode()
     summaries = [summarize(folder / name) for name in ("run", "index")]
     yield repr([(summary.lines[:2], summary.rows) for summary in summaries]).encode()
-    yield repr(read_stage(folder / "run" / "record.json")["outcome"]).encode()
 
 
 def damage(path: Path, other: Path, kind: str, rng: np.random.Generator) -> None:
@@ -168,11 +165,11 @@ OTHER_TYPES = [
     ("cache/image/open_toy/zarr.json", ("attributes", "embedcache", "fingerprint", "preprocessing"), "x"),
     ("cache/image/open_toy/zarr.json", ("attributes", "embedcache", "fingerprint", "family"), "\ud800"),
     ("cache/image/open_toy/cls/zarr.json", ("attributes", "embedcache", "dtype"), {}),
-    ("run/config.json", ("sides", "image", "width"), 7),
-    ("run/config.json", ("shared_width",), 2**80),
-    ("run/config.json", ("training", "split"), 3),
-    ("run/config.json", ("training", "seed"), []),
-    ("run/record.json", ("settings",), "x"),
+    ("run/run.json", ("arguments", "widths", "image"), 7),
+    ("run/run.json", ("arguments", "shared_width"), 2**80),
+    ("run/run.json", ("settings", "split"), 3),
+    ("run/run.json", ("settings", "seed"), []),
+    ("run/run.json", ("caches",), "x"),
     ("index/card.json", ("search",), {"nprobe": "x"}),
 ]
 """File, keys in it, and a value of a type that the format does not have there."""
@@ -187,7 +184,7 @@ def test_other_types_in_json_are_a_clear_error(folder: Path, name: str, keys: tu
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
-    unchecked = {"cache.json": ("source",), "record.json": ("settings",), "card.json": ("cache", "run")}
+    unchecked = {"cache.json": ("source",), "run.json": ("caches",), "card.json": ("cache", "run")}
     if DIGEST in record:
         record = add_digest({**record, DIGEST: None}, unchecked=unchecked.get(path.name, ()))
     if keys[:3] == ("attributes", "embedcache", "fingerprint") and value != "\ud800":  # which cannot be signed
@@ -217,7 +214,7 @@ def test_state_of_another_type_beside_a_damaged_index_is_a_clear_error(
 PIPES = (
     *("cache/samples-0.parquet", "cache/image/open_toy/zarr.json", "cache/image/open_toy/chunks/00001.json"),
     *("cache/image/open_toy/cls/c/1/0", "cache/text/open_toy/tokens/lengths/c/0"),
-    *("run/config.json", "run/model.safetensors", "index/card.json"),
+    *("run/run.json", "run/model.safetensors", "index/card.json"),
 )
 
 

@@ -20,7 +20,8 @@ from embedcache.errors import (
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
-from embedcache.projectors.saved import load_pair, project
+from embedcache.projectors.base import project
+from embedcache.runs import Run
 from embedcache.search import autotune, faiss_index
 from embedcache.search.card import open_row_index, read_card
 from embedcache.search.faiss_index import read_index
@@ -61,15 +62,15 @@ def test_card_content(cache_path: Path, index_path: Path) -> None:
     assert card.memory_bytes == 300 * (16 * 4 + 8)
     assert card.file_bytes == (index_path / "index.faiss").stat().st_size == pytest.approx(card.memory_bytes, rel=0.01)
     assert {path.name for path in index_path.iterdir()} == {".lock", "index.faiss", "card.json", "record.json"}
-    assert card.run_weights == load_pair(index_path / str(card.run))[1].weights_digest
+    assert card.run_weights == Run.open(index_path / str(card.run)).info.weights
 
 
 def test_config_is_that_of_the_run(index_path: Path, cache_path: Path, tmp_path: Path) -> None:
-    config = OpenIndex(index_path).query_encoder.config
+    config = OpenIndex(index_path).query_encoder.run
     assert config is not None
-    assert config.weights_digest == read_card(index_path).run_weights
+    assert config.info.weights == read_card(index_path).run_weights
     build_index(cache_path, tmp_path / "plain", IndexSettings(feature="open_toy/cls"))
-    assert OpenIndex(tmp_path / "plain").query_encoder.config is None
+    assert OpenIndex(tmp_path / "plain").query_encoder.run is None
 
 
 def test_same_index_is_reused(cache_path: Path, run_path: Path, index_path: Path, tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_codes_that_cannot_reach_the_recall_are_refused_on_a_sample(
 def test_index_of_a_smaller_width(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
     card = build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path, width=5))
     assert (card.width, card.recall_at_10) == (5, 1)
-    pair, _ = load_pair(run_path)
+    pair = Run.open(run_path).pair
     cache = Cache(cache_path)
     images, texts = (
         normalize(project(pair.tower(modality), Inputs(cache.feature(modality, name).load()))[:, :5])

@@ -10,7 +10,7 @@ import pytest
 
 from embedcache.errors import CorruptError, SettingError
 from embedcache.maintain.remove import remove_samples
-from embedcache.records import read_stage
+from embedcache.provenance import read_json
 from embedcache.search.card import read_card
 from embedcache.search.faiss_index import read_index
 from embedcache.search.index import build_index
@@ -46,11 +46,11 @@ def test_exact_index_reaches_every_recall(labeled: Path, tmp_path: Path) -> None
     assert card.seconds < 600
     assert card.seconds == round(card.seconds, 3)
     assert (card.num_training, card.format) == (0, 1)
-    record = read_stage(tmp_path / "index" / "record.json")
+    record = read_json(tmp_path / "index" / "record.json")
     assert record["outcome"] == {"recall_at_10": 1.0, "num_vectors": 60}
     assert "width" not in record["settings"]
     build_index(labeled, tmp_path / "narrow", IndexSettings(feature=CLS, width=5, min_recall=0.0))
-    assert read_stage(tmp_path / "narrow" / "record.json")["settings"]["width"] == 5
+    assert read_json(tmp_path / "narrow" / "record.json")["settings"]["width"] == 5
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_one_sample_removed_and_one_added(tmp_path: Path) -> None:
         ("searching exactly", 20, "images"),
     ]
     assert read_index(tmp_path / "index" / "index.faiss").rows.tolist() == [*range(3), *range(4, 21)]
-    outcome = read_stage(tmp_path / "index" / "record.json")["outcome"]
+    outcome = read_json(tmp_path / "index" / "record.json")["outcome"]
     assert outcome == {
         "recall_at_10": 1.0,
         "num_vectors": 20,

@@ -38,7 +38,8 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.inference import load
 from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.maintain.remove import remove_samples
-from embedcache.projectors.saved import load_pair, project
+from embedcache.projectors.base import project
+from embedcache.runs import Run
 from embedcache.search.card import may_hold_removed, read_card
 from embedcache.search.faiss_index import make_index
 from embedcache.search.hits import HitReader
@@ -61,7 +62,7 @@ from tests.toy import IMAGE, TEXT, ToyTexts
 
 def test_search_equals_brute_force(cache_path: Path, run_path: Path, index_path: Path) -> None:
     cache = Cache(cache_path)
-    pair, _ = load_pair(run_path)
+    pair = Run.open(run_path).pair
     texts = cache.items("text")["text"].to_pylist()
     images = project(pair.tower("image"), Inputs(cache.feature("image", "open_toy/cls").load()))
     queries = project(pair.tower("text"), Inputs(cache.feature("text", "open_toy/mean").load()[:3]))
@@ -133,7 +134,7 @@ def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
     )
     assert build_index(cache_path, tmp_path / "index", IndexSettings(run=tmp_path / "run")).num_vectors == 300
     cache = Cache(cache_path)
-    pair, _ = load_pair(tmp_path / "run")
+    pair = Run.open(tmp_path / "run").pair
     queries = cache.items("text")["text"].to_pylist()[:2]
     rows = np.arange(300)
     images = project(pair.tower("image"), open_input(cache, "image", "open_toy/patches").read(rows))
@@ -237,7 +238,7 @@ def test_invalid_search_raises(index_path: Path, tmp_path: Path) -> None:
 
 
 def test_query_images_keys_and_vectors(cache_path: Path, image_folder: Path, run_path: Path, index_path: Path) -> None:
-    pair, _ = load_pair(run_path)
+    pair = Run.open(run_path).pair
     images = project(pair.tower("image"), Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
     paths = [image_folder / "00005.png", image_folder / "00012.png"]
     queries = Queries(images=paths, keys=["00005", "00012"], vectors=3 * images[[5, 12]])
@@ -252,7 +253,7 @@ def test_query_images_keys_and_vectors(cache_path: Path, image_folder: Path, run
 
 def test_query_image_of_text_index(cache_path: Path, image_folder: Path, run_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path, modality="text"))
-    pair, _ = load_pair(run_path)
+    pair = Run.open(run_path).pair
     cache = Cache(cache_path)
     image = project(pair.tower("image"), Inputs(cache.feature("image", "open_toy/cls").load()[5:6]))
     texts = project(pair.tower("text"), Inputs(cache.feature("text", "open_toy/mean").load()))
@@ -281,7 +282,7 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_query_concept_is_mean_of_prompts(cache_path: Path, run_path: Path, index_path: Path, concepts: Path) -> None:
-    pair, _ = load_pair(run_path)
+    pair = Run.open(run_path).pair
     cache = Cache(concepts)
     prompts = project(pair.tower("text"), Inputs(cache.feature("text", "open_toy/mean").load()))
     mean = normalize(prompts[:2].mean(axis=0, keepdims=True))[0]
@@ -398,15 +399,6 @@ def test_modalities_that_can_be_compared(index_path: Path, labeled_index: Path, 
             search(labeled_index, queries)
     with pytest.raises(FingerprintError, match="run"):
         OpenIndex(labeled_index, run=run_path)
-
-
-def test_run_is_loaded_once(index_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[Path] = []
-    monkeypatch.setattr("embedcache.search.queries.load_pair", lambda path: [loaded.append(path), load_pair(path)][1])
-    index = OpenIndex(index_path)
-    for texts in ("red", "blue"):
-        index.search(Queries(texts=texts, images=image_folder / "00005.png"), k=1)
-    assert len(loaded) == 1
 
 
 def test_keys_without_an_indexed_item_are_named(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from embedcache.cli.main import main
 from embedcache.errors import FingerprintError, PathError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.outputs import replacing_files
-from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file, read_json
 from embedcache.reports.summary import summarize
 from embedcache.reports.sweep import write_sweep_page
+from embedcache.runs import Run, is_finished
 from embedcache.settings import replace_fields
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import read_space
@@ -31,7 +31,6 @@ from embedcache.sweep.worker import StudyJob
 from embedcache.train import recipes
 from embedcache.train.data import open_data
 from embedcache.train.recipes import Recipe, TrainingLength
-from embedcache.train.trackers import TrackedRun
 from tests.cli.run import embedcache
 from tests.crash import forked_workers, pause, start
 from tests.images import write_images
@@ -40,7 +39,6 @@ from tests.recorded import RecordedProgress
 from tests.sweep.conftest import FEATURES, RANDOM, SPACE
 from tests.toy import IMAGE, TEXT
 from tests.train.test_modalities import Sounds
-from tests.train.test_trackers import NOTES
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +91,7 @@ def test_validation_selects_the_winner(swept: Swept) -> None:
 def test_winner_that_kept_its_initialization_is_a_warning(swept: Swept, tmp_path: Path) -> None:
     findings = swept[1].findings
     for config in findings.best:
-        epochs = [read_json(path / "record.json")["outcome"]["best_epoch"] for path in config.run_paths]
+        epochs = [Run.open(path).info.report["best_epoch"] for path in config.run_paths]
         assert config.kept_initialization == (not any(epochs))
     for kept in (True, False):
         changed = replace(findings, best=[replace(findings.winner, kept_initialization=kept)])
@@ -126,16 +124,16 @@ def test_printed_command_gives_the_winners_weights(
         main()
     assert stopped.value.code == 0, capsys.readouterr().err
     assert digest_file(tmp_path / "again" / "model.safetensors") == winner["weights"]
-    assert read_config(report.best[0].run_paths[0]).weights_digest == winner["weights"]
+    assert Run.open(report.best[0].run_paths[0]).info.weights == winner["weights"]
 
 
 def test_trials_share_one_split(swept: Swept) -> None:
     study_path, report, _ = swept
     split_path = study_path.resolve() / "split.parquet"
-    digests = {read_config(study_path / "trials" / f"{number:05d}").split_digest for number in range(6)}
+    digests = {Run.open(study_path / "trials" / f"{number:05d}").info.files["split.parquet"] for number in range(6)}
     assert digests == {digest_file(split_path)}
     for trial in report.findings.trials:
-        config = read_config(study_path / "trials" / f"{trial.number:05d}")
+        config = Run.open(study_path / "trials" / f"{trial.number:05d}")
         assert config.training["optimizer"]["lr"] == trial.params["lr"]
         assert config.training["split"]["kind"] == str(split_path)
         assert (config.projector, config.shared_width) == (trial.params["projector"], trial.params["shared_width"])
@@ -293,27 +291,22 @@ def test_lists_are_tried(cache_path: Path, tmp_path: Path, recwarn: pytest.Warni
     for _ in range(2):  # the study is opened again
         report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings)
     for trial in report.findings.trials:
-        config = read_config(tmp_path / "study/trials" / f"{trial.number:05d}")
-        assert ",".join(map(str, config.training["loss"]["widths"])) == trial.params["widths"]
+        settings_ = Run.open(tmp_path / "study/trials" / f"{trial.number:05d}").info.settings
+        assert ",".join(map(str, settings_["loss"]["widths"])) == trial.params["widths"]
     assert {trial.params["widths"] for trial in report.findings.trials} == {"4", "2,4"}
     assert f"--widths {report.best[0].params['widths']}" in report.findings.command
     assert not [warning for warning in recwarn if "optuna" in str(warning.message).lower()]
 
 
-def test_each_cache_is_evaluated_and_each_trial_tracked(two_caches: list[Path], tmp_path: Path) -> None:
-    NOTES.clear()
+def test_each_cache_is_evaluated(two_caches: list[Path], tmp_path: Path) -> None:
     space_path = write_space(
         tmp_path,
-        "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\nreport_to = ['tests.train.test_trackers:Notebook']\n"
-        "[space]\nprojector = ['linear']",
+        "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\n[space]\nprojector = ['linear']",
     )
     settings = replace_fields(RANDOM, trials=1, sampler="grid", top_configs=1, seeds_per_config=1)
     report = sweep(two_caches, tmp_path / "study", space_path, **FEATURES, settings=settings)
     assert list(report.best[0].test) == [str(path) for path in two_caches]
-    assert len(read_config(tmp_path / "study/trials/00000").index_digest.split("+")) == 2
-    tracked = [note.path.relative_to(tmp_path / "study").parts for note in NOTES if isinstance(note, TrackedRun)]
-    assert [parts[0] for parts in tracked] == ["trials", "best"]
-    assert tracked[0] == ("trials", "00000")
+    assert len(Run.open(tmp_path / "study/trials/00000").info.index_digest.split("+")) == 2
 
 
 def test_sweep_of_recordings_and_texts(cache_path: Path, tmp_path: Path) -> None:
@@ -355,7 +348,7 @@ def pause_in_a_later_trial(process: BaseProcess, study_path: Path) -> int:
     def running() -> list[int]:
         folders = study_path.glob("trials/0000[1-5]")
         has_begun = (path for path in folders if (path / "losses.jsonl").is_file())
-        return [int(path.name) for path in has_begun if not (path / "config.json").is_file()]
+        return [int(path.name) for path in has_begun if not is_finished(path)]
 
     while process.is_alive():
         if running():

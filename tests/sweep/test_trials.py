@@ -23,7 +23,7 @@ from tests.sweep.conftest import FEATURES
 
 pytestmark = pytest.mark.slow
 
-OUTCOME = Outcome(recalls={}, best_epoch=1, num_parameters=1, flops_per_pair=1, num_pairs=1, seconds=1.0)
+OUTCOME = Outcome(recalls={}, best_epoch=1, num_parameters=1, num_pairs=1, seconds=1.0)
 OPENED: list[Trials] = []
 
 

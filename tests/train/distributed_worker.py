@@ -13,12 +13,13 @@ from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train import losses
-from embedcache.train.batches import Loader
+from embedcache.train.batches import Batch
 from embedcache.train.distributed import process_group, process_rank, sum_over_processes
 from embedcache.train.losses import LOSSES
-from embedcache.train.pair import Objective
-from embedcache.train.pair_batches import PairBatches, PairLoader
+from embedcache.train.pair import PairObjective
+from embedcache.train.pair_batches import PairBatches, load_pairs
 from embedcache.train.settings import LossSettings
+from embedcache.train.trainer import _Loss
 
 SAMPLES, WIDTH = 23, 6
 
@@ -48,27 +49,29 @@ def _write_gradients(path: str) -> None:
     for name in LOSSES.paths:
         for mixup in (0.0, 1.0):
             for weight in (0.0, 0.5):
-                objective = Objective(pair, LossSettings(name=name, mixup=mixup, structure=weight), precision="float32")
+                objective = PairObjective(
+                    pair, LossSettings(name=name, mixup=mixup, structure=weight), precision="float32"
+                )
                 gradients[f"{name} {mixup} {weight}"] = _gradients(objective, mixup)
     for name in [name for name in LOSSES.paths if name != "info_nce"]:  # in one order in all processes
-        objective = Objective(pair, LossSettings(name=name), precision="float32")
+        objective = PairObjective(pair, LossSettings(name=name), precision="float32")
         gradients[f"{name} all captions"] = _gradients(objective, 0.0, captions="all")
-    objective = Objective(pair, LossSettings(name="info_nce", widths=(2,)), precision="float32")
+    objective = PairObjective(pair, LossSettings(name="info_nce", widths=(2,)), precision="float32")
     gradients["info_nce at two widths"] = _gradients(objective, 0.0)
     for name in LOSSES.paths:
-        objective = Objective(pair, LossSettings(name=name), precision="float32")
+        objective = PairObjective(pair, LossSettings(name=name), precision="float32")
         gradients[f"{name} with hard negatives"] = _gradients(objective, 0.0, negatives=_negatives())
     if process_rank() == 0:
         torch.save(gradients, path)
 
 
 def _gradients(
-    objective: Objective, mixup: float, captions: str = "draw", negatives: HardNegatives | None = None
+    objective: PairObjective, mixup: float, captions: str = "draw", negatives: HardNegatives | None = None
 ) -> dict[str, torch.Tensor]:
     objective.zero_grad()
-    loaded = next(iter(_loader(mixup, captions, negatives).epoch(0)))
-    trained = DistributedDataParallel(objective) if torch.distributed.is_initialized() else objective
-    trained(loaded).backward()
+    loss = _Loss(objective)
+    trained = DistributedDataParallel(loss) if torch.distributed.is_initialized() else loss
+    trained(_first_batch(mixup, captions, negatives)).backward()
     return {name: value.grad.clone() for name, value in objective.named_parameters()}
 
 
@@ -77,7 +80,7 @@ def _negatives() -> HardNegatives:
     return HardNegatives(negatives_SK=numbers, groups_S=np.arange(SAMPLES) // 3)
 
 
-def _loader(mixup: float, captions: str, negatives: HardNegatives | None = None) -> Loader:
+def _first_batch(mixup: float, captions: str, negatives: HardNegatives | None = None) -> Batch:
     rng = np.random.default_rng(0)
     images, texts = rng.standard_normal((2, 2 * SAMPLES, WIDTH))
     text_samples = np.sort(np.concatenate([np.arange(SAMPLES), rng.integers(SAMPLES, size=SAMPLES)]))
@@ -96,4 +99,4 @@ def _loader(mixup: float, captions: str, negatives: HardNegatives | None = None)
 
         return read
 
-    return Loader(batches, PairLoader(reader(images), reader(texts), device="cpu"))
+    return load_pairs(next(batches.epoch(0)), {"image": reader(images), "text": reader(texts)}, "cpu")

@@ -1,9 +1,9 @@
 """A second task, of its own module: where the bar of an image is, from the tokens of the image."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +12,14 @@ from torch.nn.functional import cross_entropy
 
 from embedcache.arrays import Floats, Ints
 from embedcache.dataset.inputs import open_input
-from embedcache.errors import DataError
-from embedcache.projectors.modules import ModuleConfig
+from embedcache.runs import RunInfo
 from embedcache.settings import from_flat
 from embedcache.store.cache import Cache
-from embedcache.train.batches import Loader, RowBatches, to_device
+from embedcache.train.batches import Batch, BatchInput, RowBatches, to_device
+from embedcache.train.data import describe_input
 from embedcache.train.distributed import own_slice
-from embedcache.train.modules import ModuleReport, describe_input, train_task
 from embedcache.train.settings import FitSettings
+from embedcache.train.train import TrainReport, train_task
 from embedcache.train.trainer import OnEpoch
 from tests.images import PLACES
 
@@ -48,69 +48,47 @@ class WiderClassifier(PlaceClassifier):
         super().__init__(num_tokens, width, hidden=96)
 
 
-class Loaded(NamedTuple):
-    """A batch on the device."""
-
-    tokens: Tensor
-    labels: Tensor
-    rows: Ints
-
-
 class PlaceLoss(nn.Module):
     """Cross-entropy of a batch."""
 
-    def __init__(self, module: nn.Module, precision: str) -> None:
+    def __init__(self, network: nn.Module, precision: str) -> None:
         super().__init__()
-        self.module = module
+        self.network = network
         self._bfloat16 = precision == "bfloat16"
 
-    def forward(self, batch: Loaded) -> Tensor:
-        with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16, enabled=self._bfloat16):
-            scores = self.module(batch.tokens)
-        return cross_entropy(scores.float(), batch.labels)
+    def loss(self, batch: Batch) -> Tensor:
+        tokens = batch.inputs["image"].values
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self._bfloat16):
+            scores = self.network(tokens)
+        return cross_entropy(scores.float(), batch.targets)
 
 
 class PlaceTask:
     """The task: every fifth image is for validation."""
 
-    unit = "images"
-    parts: Mapping[str, Sequence[str]] = {"body": ["body"], "head": ["head"]}
-
     def __init__(self, tokens_NTD: Floats, labels_N: Ints, settings: FitSettings, device: str) -> None:
         self._tokens, self._labels, self._device = tokens_NTD, labels_N, device
         is_val = np.arange(len(labels_N)) % 5 == 0
         self._val = np.flatnonzero(is_val)
-        self.module = PlaceClassifier(*tokens_NTD.shape[1:])
-        self.objective = PlaceLoss(self.module, settings.machine.precision)
+        self.network = PlaceClassifier(*tokens_NTD.shape[1:])
+        self.module = PlaceLoss(self.network, settings.machine.precision)
         batch_size = settings.optimizer.batch_size or 64
-        batches = RowBatches(np.flatnonzero(~is_val), batch_size=batch_size, seed=settings.seed)
-        self.loader = Loader(batches, self._load)
-        self.forward_flops = 2.0 * batch_size * sum(value.numel() for value in self.module.parameters())
+        self._plan = RowBatches(np.flatnonzero(~is_val), batch_size=batch_size, seed=settings.seed)
+        self.num_steps = self._plan.num_steps
 
-    def _load(self, rows: Ints) -> Loaded:
-        own = rows[own_slice(len(rows))]
-        return Loaded(to_device(self._tokens[own], self._device), to_device(self._labels[own], self._device), rows)
-
-    def count(self, batch: Loaded) -> int:
-        return len(batch.rows)
+    def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        for rows in self._plan.epoch(epoch, first_step=first_step):
+            own = rows[own_slice(len(rows))]
+            tokens = BatchInput(to_device(self._tokens[own], self._device))
+            labels = to_device(self._labels[own], self._device)
+            yield Batch(samples=own, num_samples=len(rows), inputs={"image": tokens}, targets=labels)
 
     @torch.inference_mode()
     def measure(self) -> dict[str, float]:
-        scores = self.module(to_device(self._tokens[self._val], self._device))
+        scores = self.network(to_device(self._tokens[self._val], self._device))
         labels = to_device(self._labels[self._val], self._device)
-        return {
-            "accuracy": (scores.argmax(dim=1) == labels).float().mean().item(),
-            "loss": cross_entropy(scores, labels).item(),
-        }
-
-    def score(self, measures: Mapping[str, float]) -> float:
-        return -measures["loss"]
-
-    def watch(self) -> dict[str, float]:
-        return {}
-
-    def explain(self, batch: Loaded, *, loss: float, step: int) -> DataError:
-        return DataError(f"the loss is {loss} at step {step}, in the batch of the rows {batch.rows[:5].tolist()} …")
+        loss = cross_entropy(scores, labels).item()
+        return {"accuracy": (scores.argmax(dim=1) == labels).float().mean().item(), "loss": loss, "score": -loss}
 
 
 def train_places(
@@ -120,20 +98,20 @@ def train_places(
     *,
     scale: float = 1.0,
     on_epoch: OnEpoch | None = None,
-) -> ModuleReport:
+) -> TrainReport:
     """Train the classifier on the shared cache."""
     feature = open_input(Cache(cache_path), "image", FEATURE)
     tokens = scale * np.asarray(feature.load()(np.arange(feature.num_items)).values, np.float32)
-    config = ModuleConfig(
+    info = RunInfo(
         kind="tests.train.places:PlaceClassifier",
         arguments={"num_tokens": tokens.shape[1], "width": tokens.shape[2]},
-        sides={"image": describe_input(feature)},
+        inputs={"image": describe_input(feature)},
         index_digest=Cache(cache_path).info.index_digest,
     )
     return train_task(
         lambda device: PlaceTask(tokens, read_places(cache_path), settings, device),
         run_path,
-        config,
+        info,
         settings,
         on_epoch=on_epoch,
     )

@@ -11,7 +11,7 @@ from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
-from embedcache.projectors.saved import read_config
+from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
@@ -84,7 +84,7 @@ def test_captions_in_several_languages_are_trained_on_in_the_first(tmp_path: Pat
     options = {"split": "strict", "cosine": 0.999, "epochs": 0, "batch_size": 16}
     progress = RecordedProgress()
     run(tmp_path / "c", tmp_path / "run", **options, progress=progress)
-    assert read_config(tmp_path / "run").training["language"] == "en"
+    assert Run.open(tmp_path / "run").info.settings["language"] == "en"
     assert any("only those in en" in note for note in progress.notes)
     assert run(tmp_path / "c", tmp_path / "run", **options, language="en").reused
     with pytest.raises(SettingError, match="language"):
@@ -107,7 +107,7 @@ def test_selection_limits_the_training_part(cache_path: Path, tmp_path: Path) ->
         part: whole.num_samples[part] for part in ("val", "test")
     }
     assert (tmp_path / "text/model.safetensors").read_bytes() == (tmp_path / "table/model.safetensors").read_bytes()
-    assert tables.recalls == texts.recalls
+    assert tables.measures == texts.measures
     held_out = 100 - texts.num_samples["train"]
     assert f"WARNING: {held_out} of the selected samples are held out" in texts.line(tmp_path / "text")
     assert "WARNING" not in whole.line(tmp_path / "whole")
@@ -132,26 +132,6 @@ def test_selection_without_training_samples_raises(cache_path: Path, run_path: P
         run(cache_path, tmp_path / "run", **options)
 
 
-@pytest.fixture(scope="module")
-def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of 120 images, every other one with two captions."""
-    folder = write_images(tmp_path_factory.mktemp("source") / "s", 120)
-    for path in sorted(folder.glob("*.txt"))[::2]:
-        path.write_text(path.read_text() + "a picture with a " + path.read_text())
-    path = tmp_path_factory.mktemp("captioned") / "cache"
-    extract(open_source(folder), path, image_encoder=[IMAGE], text_encoder=[TEXT])
-    return path
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", ["multi_positive", "siglip", "sail"])
-def test_all_captions_are_positives(captioned: Path, tmp_path: Path, loss: str) -> None:
-    options = {"epochs": 8, "lr": 1e-2, "batch_size": 32, "initialization": "random"}
-    report = run(captioned, tmp_path / "run", captions="all", loss=loss, **options)
-    assert report.best_epoch > 0
-    assert beats_chance(evaluate_retrieval(captioned, [tmp_path / "run"]))
-
-
 def test_changed_selection_is_another_run(cache_path: Path, tmp_path: Path) -> None:
     keys = Cache(cache_path).samples["key"].to_pylist()
     (tmp_path / "keys.txt").write_text("\n".join(keys[:150]))
@@ -160,14 +140,6 @@ def test_changed_selection_is_another_run(cache_path: Path, tmp_path: Path) -> N
     (tmp_path / "keys.txt").write_text("\n".join(keys[:100]))
     with pytest.raises(FingerprintError, match="selection"):
         run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"), epochs=0)
-
-
-@pytest.mark.slow
-def test_run_with_a_given_split_is_reused(two_caches: list[Path], tmp_path: Path) -> None:
-    run(two_caches, tmp_path / "both", epochs=0)
-    given = {"split": str(tmp_path / "both/split.parquet"), "epochs": 0, "batch_size": 32}
-    run(two_caches[1], tmp_path / "one", **given)
-    assert run(two_caches[1], tmp_path / "one", **given).reused
 
 
 @pytest.mark.slow

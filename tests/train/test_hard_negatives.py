@@ -1,6 +1,5 @@
 """Training with mined hard negatives."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from embedcache.curate.negatives import mine_negatives
 from embedcache.dataset.negatives import read_negatives
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
+from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from embedcache.train.pair_batches import PairBatches
 from tests.recorded import RecordedProgress
@@ -56,9 +56,7 @@ def test_hard_negatives_of_the_training_part_are_added(
     assert sum(len(own) for own, _ in seen) == 2 * report.num_samples["train"]
     steps = [line for line in log_lines(tmp_path / "run") if "loss" in line]
     assert len(steps) == len(seen)
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    assert "negatives 0" in config["file_digests"]
-    assert config["training"]["num_negatives"] == 2
+    assert set(Run.open(tmp_path / "run").info.digests) == {"negatives 0"}
 
 
 def test_resume_with_hard_negatives_is_identical(cache_path: Path, table: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """A pair of recordings and texts, from files to retrieval, search and export's refusal."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.inference import load
-from embedcache.projectors.saved import load_pair, read_config
+from embedcache.runs import PAIR, Run
 from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
@@ -26,7 +25,6 @@ from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
 from embedcache.train.settings import train_settings
 from embedcache.train.train import TrainReport, train
-from tests.cli.run import embedcache
 from tests.media_files import tone, wav
 from tests.media_toy import MEDIA
 from tests.toy import TEXT
@@ -97,13 +95,10 @@ def test_retrieval_of_recordings_beats_chance_and_control(sounds: Path, finished
 
 
 def test_run_has_sides_by_modality(sounds: Path, finished: Path) -> None:
-    values = json.loads((finished / "config.json").read_text())
-    assert (values["format"], values["kind"], list(values["sides"])) == (1, "pair", ["audio", "text"])
-    assert values["sides"]["audio"]["feature"] == FEATURES["audio"]
-    config = read_config(finished)
-    assert {**values, **config.to_json()} == values
-    pair, _ = load_pair(finished)
-    assert {name.partition(".")[0] for name in pair.state_dict()} == {"audio", "text", "log_scale"}
+    opened = Run.open(finished, kind=PAIR)
+    assert opened.modalities == ("audio", "text")
+    assert opened.input("audio").feature == FEATURES["audio"]
+    assert {name.partition(".")[0] for name in opened.pair.state_dict()} == {"audio", "text", "log_scale"}
     assert run(sounds, finished).reused
     validation = log_lines(finished)[0]["validation"]
     assert {name.partition(" ")[0] for name in validation} == {"a2t", "t2a"}
@@ -116,15 +111,10 @@ def test_strict_split_keeps_similar_recordings_together(sounds: Path, tmp_path: 
     split = read_split(tmp_path / "run/split.parquet", [Cache(sounds)])
     captions = Cache(sounds).items("text")["text"].to_pylist()
     assert len(set(zip(captions, split.groups, strict=True))) == len(set(captions)) > 10
-    stored = json.loads((tmp_path / "run/config.json").read_text())["training"]["split"]
+    stored = Run.open(tmp_path / "run").info.settings["split"]
     assert stored["cosines"] == {"image": 0.9, "text": 0.999, "audio": 0.99999, "video": 0.9, "points": 0.9}
     with pytest.raises(SettingError, match="raise --cosine audio=-1.0 and --cosine text=0.7"):
         run(sounds, tmp_path / "one", split="strict", cosine="audio=-1")
-
-
-def test_parts_are_named_by_modality(sounds: Path, finished: Path, tmp_path: Path) -> None:
-    run(sounds, tmp_path / "run", init_from=(f"audio={finished}",), trainable="text", epochs=1)
-    assert read_config(tmp_path / "run").file_digests == {"init_from audio": read_config(finished).weights_digest}
 
 
 def test_index_of_recordings_is_searched_with_texts(sounds: Path, finished: Path, tmp_path: Path) -> None:
@@ -170,25 +160,6 @@ def test_invalid_recordings_are_named(finished: Path, tmp_path: Path) -> None:
             model.encode(item, "audio")
     with pytest.raises(DataError, match="image"):
         model.encode(np.zeros((8, 8, 3), np.uint8), "image")
-
-
-@pytest.mark.slow
-def test_command_line_trains_and_shows_recordings(sounds: Path, tmp_path: Path) -> None:
-    options = "--feature text=open_toy/mean --feature audio=open_media/mean --split key --epochs 2 --shared-width 8"
-    outcome = embedcache("train", str(sounds), str(tmp_path / "run"), *options.split(), cwd=tmp_path)
-    assert outcome.code == 0, outcome.stderr
-    assert "a2t R@1" in outcome.stdout
-    again = embedcache("train", str(sounds), "again", "--config", "run/config.json", cwd=tmp_path)
-    assert again.code == 0, again.stderr
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
-    shown = embedcache("inspect", "run", cwd=tmp_path).stdout
-    assert "open_media/mean" in shown
-    page = embedcache("evaluate", "retrieval", sounds, "run", "--output", "r.json", cwd=tmp_path)
-    assert page.code == 0, page.stderr
-    assert "a2t R@1" in page.stdout
-    metrics = json.loads((tmp_path / "r.json").read_text())["metrics"]
-    assert {name.partition("_")[0] for name in metrics} == {"audio", "text"}
 
 
 def test_pair_without_names_is_of_the_two_modalities_of_the_cache(sounds: Path, finished: Path) -> None:

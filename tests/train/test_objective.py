@@ -1,60 +1,162 @@
-"""The loss of a batch with mixup and the regularizer, and the recalls of validation, compared with their formulas."""
+"""The loss of a batch with mixup, widths and the regularizer, and validation, compared with their formulas."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import normalize
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, normalize, softmax
 
 from embedcache.arrays import Inputs
+from embedcache.arrays import normalize as to_unit
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Items, Pairs
+from embedcache.errors import SettingError
+from embedcache.evaluate.ranking import rank
+from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.evaluate.runs import load_runs
+from embedcache.evaluate.settings import RetrievalSettings
+from embedcache.metrics.ranking import best_ranks
 from embedcache.projectors.pair import AlignedPair
-from embedcache.train.losses import Positives
-from embedcache.train.pair import Objective, Validation, structure, unit_rows
+from embedcache.reports.retrieval import retrieval_json
+from embedcache.store.cache import Cache
+from embedcache.train import pair as pair_module
+from embedcache.train.batches import Batch, BatchInput
+from embedcache.train.losses import LOSSES, Positives
+from embedcache.train.pair import PairObjective, Validation, structure, unit_rows
+from embedcache.train.pair_batches import PairTargets
 from embedcache.train.settings import LossSettings
-from tests.train.test_widths import WIDTH, batch
+from tests.train.runs import run
+
+WIDTH = 6
 
 
-def make_pair() -> AlignedPair:
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair_module, "TILE_ROWS", 3)
+        yield
+
+
+def batch(size: int, seed: int) -> Batch:
+    """Draw a batch in which some items belong to several others."""
+    generator = torch.Generator().manual_seed(seed)
+    contents = torch.randint(size, (size,), generator=generator)
+    rows, columns = (contents[:, None] == contents).nonzero(as_tuple=True)
+    names = ("image", "text")
+    return Batch(
+        samples=np.arange(size),
+        num_samples=size,
+        inputs={name: BatchInput(torch.randn(size, WIDTH, generator=generator)) for name in names},
+        targets=PairTargets(
+            positives=Positives(first=rows, second=columns), mix=None, num_items=dict.fromkeys(names, size)
+        ),
+    )
+
+
+def make(shared_width: int = 4, **options: object) -> PairObjective:
     torch.manual_seed(0)
-    return AlignedPair("linear", widths={"image": WIDTH, "text": WIDTH}, shared_width=4)
+    pair = AlignedPair("linear", widths={"image": WIDTH, "text": WIDTH}, shared_width=shared_width)
+    return PairObjective(pair, LossSettings(**options), precision="float32")
+
+
+def truncated_loss(objective: PairObjective, loaded: Batch, width: int) -> Tensor:
+    """Compute the loss of the first components of both projections."""
+    pair = objective.pair
+    sides = [pair.tower(name)(inputs.values) for name, inputs in loaded.inputs.items()]
+    images, texts = (normalize(side[:, :width], dim=1) for side in sides)
+    value: Tensor = objective.contrast(images, texts, pair.scale, loaded.targets.positives)
+    return value
+
+
+@pytest.mark.slow
+@given(
+    st.sampled_from(sorted(LOSSES.paths)),
+    st.integers(2, 9),
+    st.integers(0, 100),
+    st.lists(st.integers(1, 8), max_size=3),
+)
+def test_loss_is_the_sum_over_truncated_vectors(name: str, size: int, seed: int, widths: list[int]) -> None:
+    objective = make(8, name=name, widths=tuple(widths))
+    loaded, parameters = batch(size, seed), list(objective.pair.parameters())
+    expected = sum((truncated_loss(objective, loaded, width) for width in {*widths, 8}), torch.zeros(()))
+    ours = objective.loss(loaded)
+    torch.testing.assert_close(ours, expected)
+    for one, other in zip(*(torch.autograd.grad(value, parameters) for value in (ours, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_regularizer_is_the_mean_of_both_sides_by_its_weight() -> None:
-    pair, loaded = make_pair(), batch(7, 3)
-    plain, regularized = (Objective(pair, LossSettings(structure=weight), precision="float32") for weight in (0, 0.7))
-    sides = zip(pair.towers, (loaded.first, loaded.second), strict=True)
-    divergences = [structure(inputs.values, tower(inputs.values)) for tower, inputs in sides]
+    plain, regularized = make(), make(structure=0.7)
+    loaded = batch(7, 3)
+    divergences = [structure(side.values, plain.pair.tower(name)(side.values)) for name, side in loaded.inputs.items()]
     assert divergences[0] != divergences[1]
-    torch.testing.assert_close(regularized(loaded), plain(loaded) + 0.7 * sum(divergences) / 2)
+    torch.testing.assert_close(regularized.loss(loaded), plain.loss(loaded) + 0.7 * sum(divergences) / 2)
 
 
 def test_mixup_is_of_vectors_of_length_1() -> None:
-    pair, loaded = make_pair(), batch(8, 1)
+    objective, loaded = make(mixup=1.0), batch(8, 1)
     half = torch.arange(4)
-    objective = Objective(pair, LossSettings(mixup=1.0), precision="float32")
-    mixed = [
-        0.3 * normalize(inputs.values, dim=1)[:4] + 0.7 * normalize(inputs.values, dim=1)[4:]
-        for inputs in (loaded.first, loaded.second)
-    ]
-    images, texts = (normalize(tower(values), dim=1) for tower, values in zip(pair.towers, mixed, strict=True))
-    loaded = replace(
-        loaded,
-        batch=replace(loaded.batch, mix=0.3),
-        first=replace(loaded.first, num_items=4),
-        second=replace(loaded.second, num_items=4),
-        positives=Positives(first=half, second=half),
-    )
-    torch.testing.assert_close(objective(loaded), objective.loss(images, texts, pair.scale, loaded.positives))
+    mixed = []
+    for name, side in loaded.inputs.items():
+        unit = normalize(side.values, dim=1)
+        mixed.append(normalize(objective.pair.tower(name)(0.3 * unit[:4] + 0.7 * unit[4:]), dim=1))
+    positives = Positives(first=half, second=half)
+    targets = PairTargets(positives=positives, mix=0.3, num_items={"image": 4, "text": 4})
+    found = objective.loss(replace(loaded, targets=targets))
+    torch.testing.assert_close(found, objective.contrast(*mixed, objective.pair.scale, positives))
+
+
+@given(st.integers(1, 600), st.integers(1, 40), st.integers(0, 100))
+def test_unit_rows_are_normalized_ones_to_the_bit(num: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vectors, gradient = torch.randn(num, 2 * width, generator=generator), torch.randn(num, width, generator=generator)
+    vectors[::7], vectors[1::7] = 0, 1e-14  # shorter than 1e-12, by which `normalize` divides them
+    found = []
+    for function in (unit_rows, partial(normalize, dim=-1)):
+        whole = vectors.clone().requires_grad_()
+        unit = function(whole[:, :width])
+        unit.backward(gradient)
+        found.append((unit, whole.grad))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("count", "tokens", "parts"), [(6, 0, [6]), (7, 0, [6, 1]), (4, 3, [2, 2]), (3, 9, [1] * 3)])
+def test_a_large_batch_is_projected_in_parts(
+    monkeypatch: pytest.MonkeyPatch, count: int, tokens: int, parts: list[int]
+) -> None:
+    """The backward pass projects the parts again; a batch that is normalized is not divided."""
+    monkeypatch.setattr(pair_module, "MAX_VECTORS", 6)
+    objective, sizes = make(), list[int]()
+    tower = nn.Linear(2, 2)
+    tower.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    values = torch.randn((count, tokens, 2) if tokens else (count, 2))
+    monkeypatch.setattr(objective, "_project", lambda tower, values, lengths: tower(values))
+    found = objective._embed(tower, BatchInput(values))
+    assert sizes == parts
+    torch.testing.assert_close(found, tower(values))
+    sizes.clear()
+    found.sum().backward()
+    assert sizes == ([] if len(parts) == 1 else parts[::-1])
+    sizes.clear()
+    normed = nn.Sequential(tower, nn.BatchNorm1d(2))
+    if not tokens:
+        objective._embed(normed, BatchInput(values))
+        assert sizes == [count]
 
 
 def test_recalls_are_those_of_a_full_ranking() -> None:
     rng, rows = np.random.default_rng(0), np.arange(30)
     images = rng.standard_normal((30, WIDTH)).astype(np.float32)
     texts = images + 1.5 * rng.standard_normal((30, WIDTH)).astype(np.float32)
-    pair = make_pair()
+    pair = make().pair
     items = Items(rows=rows, samples=rows, contents=rows)
     validation = Validation(Pairs(first=items, second=items), reader(images), reader(texts), device="cpu")
     with torch.inference_mode():
@@ -71,11 +173,84 @@ def test_recalls_are_those_of_a_full_ranking() -> None:
     assert validation.recalls(pair) == pytest.approx(expected)
 
 
-def test_rows_are_scaled_in_blocks_on_a_cpu() -> None:
-    unit = unit_rows(torch.ones(3, 4, requires_grad=True))
-    assert unit.grad_fn is not None
-    assert unit.grad_fn.name() == "_UnitRowsBackward"
+def test_validation_is_of_evenly_spaced_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.arange(9)
+    items = Items(rows=rows + 100, samples=rows, contents=rows)
+    read: list[list[int]] = []
+
+    def reader(wanted: np.ndarray) -> Inputs:
+        read.append(wanted.tolist())
+        return Inputs(np.ones((len(wanted), 2), np.float32))
+
+    monkeypatch.setattr(pair_module, "_MAX_SAMPLES", 4)
+    Validation(Pairs(first=items, second=items), reader, reader, device="cpu")
+    assert read == [[100, 102, 105, 108]] * 2
 
 
 def reader(values: np.ndarray) -> Reader:
     return lambda rows: Inputs(values[rows])
+
+
+@pytest.mark.slow
+def test_recall_by_width_is_that_of_truncated_vectors(cache_path: Path, tmp_path: Path) -> None:
+    run(cache_path, tmp_path / "run", epochs=1, widths=(2, 6))
+    settings = RetrievalSettings(check_overlap=False)
+    report = evaluate_retrieval(cache_path, [tmp_path / "run"], settings)
+    assert list(report.by_width) == [2, 6, 16]
+    assert report.by_width[16] == report.recalls
+    ranking = rank(Cache(cache_path), load_runs([tmp_path / "run"])[0], settings)
+    first, second = to_unit(ranking.first[:, :2]), to_unit(ranking.second[:, :2])
+    ranks = best_ranks(first, second, ranking.positives)
+    assert report.by_width[2]["i2t"]["r@5"].value == pytest.approx(np.mean(ranks <= 5))
+    assert list(retrieval_json(report)["widths"]) == ["2", "6", "16"]
+    other = evaluate_retrieval(cache_path, [tmp_path / "run"], RetrievalSettings(check_overlap=False, widths=(3, 16)))
+    assert list(other.by_width) == [3, 16]
+    with pytest.raises(SettingError, match="17"):
+        evaluate_retrieval(cache_path, [tmp_path / "run"], RetrievalSettings(widths=(17,)))
+
+
+def plain_structure(inputs_BD: Tensor, outputs_BP: Tensor, temperature: float) -> Tensor:
+    def neighbors(vectors: Tensor) -> Tensor:
+        vectors = vectors - vectors.mean(dim=0, keepdim=True)
+        vectors = vectors / vectors.norm(dim=1, keepdim=True)
+        return softmax(vectors @ vectors.T / temperature, dim=1)
+
+    before_BB, after_BB = neighbors(inputs_BD), neighbors(outputs_BP)
+    middle_BB = (before_BB + after_BB) / 2
+    both = [kl_div(middle_BB.log(), side_BB, reduction="batchmean") for side_BB in (before_BB, after_BB)]
+    return (both[0] + both[1]) / 2
+
+
+def draw(size: int, seed: int, *, width: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Draw a batch before and after a projector."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs_BD = torch.randn(size, 6, generator=generator, dtype=torch.float64) + 1
+    outputs_BP = torch.randn(size, width, generator=generator, dtype=torch.float64) * 3
+    return inputs_BD.to(dtype).requires_grad_(), outputs_BP.to(dtype).requires_grad_()
+
+
+@pytest.mark.slow
+@given(st.integers(2, 11), st.integers(0, 1000), st.integers(1, 7), st.floats(0.05, 2))
+def test_structure_matches_the_plain_formula(size: int, seed: int, width: int, temperature: float) -> None:
+    inputs, outputs = draw(size, seed, width=width)
+    ours, expected = (function(inputs, outputs, temperature=temperature) for function in (structure, plain_structure))
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    gradients = (torch.autograd.grad(value, outputs)[0] for value in (ours, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-10)
+    single = structure(*draw(size, seed, width=width, dtype=torch.float32), temperature=temperature)
+    torch.testing.assert_close(single.double(), ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_structure_is_zero_without_a_change_and_has_no_gradient_of_inputs(size: int) -> None:
+    """One or two items have no geometry; a rotation, scale and shift changes none."""
+    inputs, outputs = draw(size, 0)
+    if size > 2:
+        rotation, _ = torch.linalg.qr(draw(6, 1, width=6)[1].detach())
+        outputs = (3 * inputs.detach() @ rotation + 5).requires_grad_()
+    value = structure(inputs, outputs)
+    value.backward()
+    assert value.item() == pytest.approx(0, abs=1e-12)
+    assert inputs.grad is None
+    assert outputs.grad is not None
+    assert outputs.grad.abs().max() < 1e-6

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 
-from embedcache.cli.config_files import read_config as read_options
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import SettingError
 from embedcache.progress import NullProgress
-from embedcache.projectors.saved import read_config
+from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from embedcache.train import recipes
 from embedcache.train.data import TrainData, open_data
@@ -23,7 +22,6 @@ from embedcache.train.recipes import (
 )
 from embedcache.train.settings import TrainSettings, command_line, train_settings
 from embedcache.train.train import train
-from tests.cli.run import embedcache
 from tests.recorded import RecordedProgress
 from tests.train.runs import IMAGE, TEXT
 
@@ -79,12 +77,6 @@ def test_recipes_by_the_number_of_pairs(num_pairs: int, sizes: str, chosen: dict
     assert progress.notes == [f"{num_pairs:,} training pairs: recipe for {sizes}: {words}"]
 
 
-def test_length_keeps_its_bounds() -> None:
-    length = TrainingLength(100_000, 3, 20)
-    assert [length.options(pairs)["epochs"] for pairs in (10, 10_000, 10**6)] == [20, 10, 3]
-    assert [length.options(pairs)["patience"] for pairs in (10, 10_000)] == [5, 3]
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("_recipes")
 def test_run_is_that_of_the_chosen_settings(cache_path: Path, tmp_path: Path) -> None:
@@ -96,8 +88,8 @@ def test_run_is_that_of_the_chosen_settings(cache_path: Path, tmp_path: Path) ->
     assert train(cache_path, tmp_path / "auto", **FEATURES, **chosen, **SPLIT).reused
     train(cache_path, tmp_path / "named", **FEATURES, **chosen, **SPLIT)
     assert train(cache_path, tmp_path / "named", **FEATURES, recipe="auto", **SPLIT).reused
-    config = read_config(tmp_path / "auto")
-    assert (config, config.training["recipe"]) == (read_config(tmp_path / "named"), None)
+    auto, named = (Run.open(tmp_path / name).info for name in ("auto", "named"))
+    assert (auto.settings, auto.weights, auto.settings["recipe"]) == (named.settings, named.weights, None)
 
 
 @pytest.mark.usefixtures("_recipes")
@@ -140,14 +132,3 @@ def test_training_pairs_are_counted(data: TrainData, cache_path: Path, tmp_path:
     selection = str(tmp_path / "s{seed}.parquet")
     assert count(selection=selection, split=split, seed=7) == 60
     assert count(selection=selection, seed=7) == round(60 * 0.65)
-
-
-@pytest.mark.usefixtures("_recipes")
-def test_command_line_and_config_file(cache_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "auto.toml").write_text('recipe = "auto"\nsplit = "key"\nepochs = 1\nshared-width = 16\n')
-    words = ("--feature", f"image={IMAGE}", "--feature", f"text={TEXT}", "--config", "auto.toml")
-    done = embedcache("train", cache_path, "run", *words, "--dropout", "0.1", cwd=tmp_path)
-    assert done.code == 0, done.stderr
-    assert "195 training pairs: recipe for 100 to 999: projector linear, initialization procrustes" in done.stderr
-    options = read_options(tmp_path / "run/config.json")
-    assert (options["dropout"], options["epochs"], options["patience"]) == (0.1, 1, 3)

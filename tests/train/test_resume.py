@@ -5,8 +5,6 @@ import io
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,23 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.errors import CorruptError, FingerprintError, PathError, SettingError
-from embedcache.provenance import read_json
+from embedcache.errors import CorruptError, FingerprintError, SettingError
+from embedcache.runs import CHECKPOINT, Run, is_finished
 from embedcache.train import checkpoint
-from embedcache.train.checkpoint import (
-    RunLog,
-    checkpoint_path,
-    load_checkpoint,
-    name_device,
-    train_run,
-)
+from embedcache.train.checkpoint import RunLog, load_checkpoint, name_device
 from embedcache.train.settings import MachineSettings
 from tests.cli.run import embedcache
 from tests.crash import start
 from tests.edits import edit_record
 from tests.train import runs
 
-SAME = ("model.safetensors", "last.safetensors", "losses.jsonl", "split.parquet", "config.json")
+SAME = ("model.safetensors", "last.safetensors", "losses.jsonl", "split.parquet")
 OPTIONS = {"initialization": "random", "loss": "siglip", "mixup": 0.5, "epochs": 2, "checkpoint_s": 0}
 
 
@@ -45,12 +37,17 @@ def run_interrupted(cache_path: Path, run_path: Path, num_steps: int, **options:
     """Train until an exception right after the checkpoint of a step."""
     with runs.interrupted_after(num_steps), pytest.raises(InterruptedError):
         run(cache_path, run_path, **options)
+    assert (run_path / CHECKPOINT).is_file()
+    assert not is_finished(run_path)
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
     for name in SAME:
         assert (found / name).read_bytes() == (expected / name).read_bytes(), name
-    assert not checkpoint_path(found).exists()
+    first, second = (Run.open(path).info for path in (found, expected))
+    assert (first.settings, first.inputs, first.digests) == (second.settings, second.inputs, second.digests)
+    assert first.report["measures"] == second.report["measures"]
+    assert not (found / CHECKPOINT).exists()
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +76,6 @@ def unfinished(interrupted: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("num_steps", [1, 4, 8])
 def test_resume_is_identical(cache_path: Path, whole: Path, tmp_path: Path, num_steps: int) -> None:
     run_interrupted(cache_path, tmp_path / "run", num_steps)
-    assert checkpoint_path(tmp_path / "run").is_file()
-    assert not (tmp_path / "run/config.json").exists()
     torch.manual_seed(99)  # the generator of the resuming process must not matter
     run(cache_path, tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
@@ -106,10 +101,10 @@ def test_resume_uses_the_split_of_the_run(
 
 
 def test_resume_with_other_settings_is_refused(cache_path: Path, unfinished: Path) -> None:
-    before = checkpoint_path(unfinished).read_bytes()
+    before = (unfinished / CHECKPOINT).read_bytes()
     with pytest.raises(FingerprintError, match="seed"):
         run(cache_path, unfinished, seed=1)
-    assert checkpoint_path(unfinished).read_bytes() == before
+    assert (unfinished / CHECKPOINT).read_bytes() == before
 
 
 def saved(state: Mapping[str, Any]) -> bytes:
@@ -120,7 +115,7 @@ def saved(state: Mapping[str, Any]) -> bytes:
 
 @pytest.mark.slow
 def test_damaged_checkpoint_is_noticed(unfinished: Path) -> None:
-    path, rng = checkpoint_path(unfinished), np.random.default_rng(0)
+    path, rng = unfinished / CHECKPOINT, np.random.default_rng(0)
     data, num_refused = path.read_bytes(), 0
     expected = load_checkpoint(unfinished, "cpu")
     assert expected is not None
@@ -136,34 +131,17 @@ def test_damaged_checkpoint_is_noticed(unfinished: Path) -> None:
     assert num_refused > 30
 
 
-class Report:
-    def to_json(self) -> dict[str, Any]:
-        return {}
-
-
-@pytest.mark.slow
-def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    script = (
-        "import sys; from pathlib import Path; from embedcache.locks import Leases; "
-        "leases = Leases(Path(sys.argv[1])); "
-        "print(leases.acquire(0), flush=True); input(); leases.release(0); "
-        "print('released', flush=True); input(); print(leases.acquire(0), flush=True)"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "True\n"
-        (tmp_path / "run/started.json").write_text("{}")
-        with pytest.raises(PathError, match="another process"):
-            run(cache_path, tmp_path / "run")
-        assert other.stdin is not None
-        other.stdin.write("\n")
-        other.stdin.flush()
-        assert other.stdout.readline() == "released\n"
-        train_run(tmp_path / "run", {}, lambda: (None, Report()), lambda _: None, recorded={})
-        assert other.communicate("\n") == ("True\n", None)
-    runs.run(cache_path, tmp_path / "run", epochs=0)
+def test_wrong_checkpoint_is_refused(cache_path: Path, unfinished: Path) -> None:
+    path = unfinished / CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    for content, error, word in (
+        (saved({**state, "generators": state["generators"] * 2}), FingerprintError, "2 processes"),
+        (saved({"step": 3}), CorruptError, "checkpoint.pt"),
+        (bytes(1000), CorruptError, "checkpoint.pt"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(error, match=word):
+            run(cache_path, unfinished)
 
 
 def test_only_the_first_process_writes_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,14 +154,7 @@ def test_only_the_first_process_writes_the_log(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_missing_log_is_not_padded(cache_path: Path, unfinished: Path) -> None:
-    (unfinished / "losses.jsonl").unlink()
-    run(cache_path, unfinished)
-    assert b"\0" not in (unfinished / "losses.jsonl").read_bytes()
-
-
-@pytest.mark.slow
-def test_log_that_was_cut_is_refused(cache_path: Path, unfinished: Path) -> None:
+def test_log_that_was_cut_is_refused_and_a_missing_one_is_not_padded(cache_path: Path, unfinished: Path) -> None:
     path = unfinished / "losses.jsonl"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(CorruptError, match="losses.jsonl"):
@@ -191,40 +162,7 @@ def test_log_that_was_cut_is_refused(cache_path: Path, unfinished: Path) -> None
     assert path.stat().st_size == 50
     path.unlink()
     run(cache_path, unfinished)
-
-
-def test_run_that_another_process_has_finished_is_not_trained_again(
-    cache_path: Path, whole: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other process writes the config between the look at the folder and the lease."""
-    acquire = checkpoint.Leases.acquire
-
-    def finish_first(leases: checkpoint.Leases, number: int) -> bool:
-        shutil.copytree(whole, unfinished, dirs_exist_ok=True)
-        checkpoint_path(unfinished).unlink(missing_ok=True)
-        return acquire(leases, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Leases, "acquire", finish_first)
-        with pytest.raises(PathError, match="another process"):
-            run(cache_path, unfinished)
-    assert_same_run(unfinished, whole)
-
-
-def test_wrong_checkpoint_is_refused(cache_path: Path, unfinished: Path) -> None:
-    path = checkpoint_path(unfinished)
-    state = torch.load(path, weights_only=True)
-    for content, error, word in (
-        (saved({**state, "generators": state["generators"] * 2}), FingerprintError, "2 processes"),
-        (saved({"step": 3}), CorruptError, "checkpoint.pt"),
-        (bytes(1000), CorruptError, "checkpoint.pt"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(error, match=word):
-            run(cache_path, unfinished)
-    (unfinished / "started.json").write_text("[]")
-    with pytest.raises(CorruptError, match="started.json"):
-        run(cache_path, unfinished)
+    assert b"\0" not in path.read_bytes()
 
 
 def test_finished_run_on_a_read_only_disk_is_reused(
@@ -238,22 +176,6 @@ def test_finished_run_on_a_read_only_disk_is_reused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("left", [[".claims"], [".claims", ".started.json.0.partial"]])
-def test_resume_after_kill_at_the_start(cache_path: Path, whole: Path, tmp_path: Path, left: list[str]) -> None:
-    """A lease is acquired before anything is written, so its file may be all there is."""
-    (tmp_path / "killed").mkdir()
-    for name in left:
-        (tmp_path / "killed" / name).touch()
-    run(cache_path, tmp_path / "killed")
-    assert_same_run(tmp_path / "killed", whole)
-    (tmp_path / "other").mkdir()
-    for name in (".claims", "notes.txt"):
-        (tmp_path / "other" / name).touch()
-    with pytest.raises(PathError, match="notes.txt"):
-        run(cache_path, tmp_path / "other")
-
-
-@pytest.mark.slow
 @pytest.mark.no_mutants
 def test_resume_after_kill_is_identical(cache_path: Path, tmp_path: Path) -> None:
     options = (
@@ -262,45 +184,37 @@ def test_resume_after_kill_is_identical(cache_path: Path, tmp_path: Path) -> Non
     )
     command = ["train", str(cache_path), str(tmp_path / "killed"), *options.split()]
     process = start(command)
-    while not checkpoint_path(tmp_path / "killed").exists():
+    while not (tmp_path / "killed" / CHECKPOINT).exists():
         assert process.is_alive()
         time.sleep(0.02)
     assert process.pid
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert not (tmp_path / "killed/config.json").exists()
+    assert not is_finished(tmp_path / "killed")
     outcome = embedcache(*command, cwd=tmp_path)
     assert "resumed from the checkpoint after step" in outcome.stderr
     runs.run(cache_path, tmp_path / "whole", epochs=15)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_auto_device_is_that_of_the_run(cache_path: Path, whole: Path, tmp_path: Path) -> None:
+def test_auto_device_is_that_of_the_run(cache_path: Path, whole: Path, unfinished: Path, tmp_path: Path) -> None:
     """A machine without a GPU reuses a run that was trained on one, and does not resume it elsewhere."""
-    assert read_json(whole / "config.json")["training"]["machine"]["device"] == "cpu"
-    finished, stopped = (Path(shutil.copytree(whole, tmp_path / name)) for name in ("finished", "stopped"))
-    for name in ("config.json", "record.json"):
-        edit_record(finished / name, {'"device": "cpu"': '"device": "cuda"'})
-    checkpoint_path(finished).touch()  # as if interrupted right after its config was written
+    finished = Path(shutil.copytree(whole, tmp_path / "finished"))
+    for path in (finished, unfinished):
+        edit_record(path / "run.json", {'"device": "cpu"': '"device": "cuda"'})
     run(cache_path, finished)
-    assert not checkpoint_path(finished).exists()
     with pytest.raises(FingerprintError, match="device: stored 'cuda', requested 'cpu'"):
         runs.run(cache_path, finished, device="cpu", **OPTIONS)
-    (finished / "config.json").rename(stopped / "started.json")
-    (stopped / "config.json").unlink()
-    checkpoint_path(stopped).touch()
     with pytest.raises(SettingError, match="device 'cuda' is not available"):
-        run(cache_path, stopped)
-    assert name_device(MachineSettings(device="cpu"), stopped).device == "cpu"
-    checkpoint_path(stopped).unlink()
-    assert name_device(MachineSettings(), stopped).device == "cpu"  # nothing to resume
+        run(cache_path, unfinished)
+    assert name_device(MachineSettings(device="cpu"), unfinished).device == "cpu"
+    (unfinished / CHECKPOINT).unlink()
+    assert name_device(MachineSettings(), unfinished).device == "cpu"  # nothing to resume
 
 
 @pytest.mark.slow
 def test_float16_resumes(cache_path: Path, tmp_path: Path) -> None:
-    options = {"precision": "float16"}
-    run_interrupted(cache_path, tmp_path / "stopped", 2, **options)
+    run_interrupted(cache_path, tmp_path / "stopped", 2, precision="float16")
     for name in ("whole", "stopped"):
-        runs.run(cache_path, tmp_path / name, **{**OPTIONS, **options})
+        run(cache_path, tmp_path / name, precision="float16")
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-    assert read_json(tmp_path / "whole" / "config.json")["training"]["machine"]["precision"] == "float16"

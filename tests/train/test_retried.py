@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from embedcache.errors import FingerprintError, UnfinishedError
+from embedcache.errors import FingerprintError
 from embedcache.extract.extract import extract, retry_failed
 from embedcache.extract.settings import ExtractSettings
-from embedcache.projectors.saved import config_path, read_config
+from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.layout import read_info
 from embedcache.sweep.settings import SweepSettings
@@ -25,7 +25,7 @@ from tests.train.runs import run
 
 SETTINGS = ExtractSettings(chunk_size=16, views=("flip",))
 OPTIONS: dict[str, Any] = {"epochs": 0, "batch_size": 8}
-RETRIED = "was made when other images had no features, which were retried since; give the path of a new folder"
+RETRIED = "digests.failed image .*retried"
 
 
 @pytest.fixture(scope="module")
@@ -56,37 +56,29 @@ def after(before: Path, source: Path) -> Path:
 
 def test_finished_run(before: Path, after: Path, tmp_path: Path) -> None:
     run(before, tmp_path / "run", **OPTIONS)
-    assert set(read_config(tmp_path / "run").file_digests) == {"failed image"}
+    assert set(Run.open(tmp_path / "run").info.digests) == {"failed image"}
     assert run(before, tmp_path / "run", **OPTIONS).reused
-    with pytest.raises(FingerprintError, match=f"^run .*/run {RETRIED}"):
+    with pytest.raises(FingerprintError, match=RETRIED):
         run(after, tmp_path / "run", **OPTIONS)
-    with pytest.raises(FingerprintError, match="with other settings: training.optimizer.epochs: stored 0, req"):
+    with pytest.raises(FingerprintError, match="settings.optimizer.epochs: stored 0, req"):
         run(after, tmp_path / "run", epochs=1, batch_size=8)
 
 
 def test_unfinished_run(before: Path, after: Path, tmp_path: Path) -> None:
     test_resume.run_interrupted(before, tmp_path / "run", 1, batch_size=8)
-    with pytest.raises(FingerprintError, match=f"the unfinished run .*/run {RETRIED}"):
+    with pytest.raises(FingerprintError, match=f"the unfinished run .*{RETRIED}"):
         test_resume.run(after, tmp_path / "run", batch_size=8)
 
 
 def test_view_of_a_run(before: Path, after: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "views": ("image=plain,flip",)}
     run(before, tmp_path / "run", **options)
-    digests = dict(read_config(tmp_path / "run").file_digests)
+    digests = dict(Run.open(tmp_path / "run").info.digests)
     assert set(digests) == {"failed image", "failed image@flip", "view image@flip", "view image@plain"}
     del digests["failed image"]
-    edit_record(config_path(tmp_path / "run"), file_digests=digests)
-    with pytest.raises(FingerprintError, match="other images of the view flip had no features"):
+    edit_record(tmp_path / "run/run.json", digests=digests)
+    with pytest.raises(FingerprintError, match="failed image@flip"):
         run(after, tmp_path / "run", **options)
-
-
-def test_missing_chunk_is_no_retried_item(before: Path, tmp_path: Path) -> None:
-    run(before, tmp_path / "run", **OPTIONS)
-    cache = Path(shutil.copytree(before, tmp_path / "c"))
-    (cache / "image/open_toy/chunks/00000.json").unlink()
-    with pytest.raises(UnfinishedError, match="open_toy/cls is not finished: 1 of 3 chunks is missing"):
-        run(cache, tmp_path / "run", **OPTIONS)
 
 
 def test_study(before: Path, after: Path, tmp_path: Path) -> None:
@@ -96,5 +88,5 @@ def test_study(before: Path, after: Path, tmp_path: Path) -> None:
     then, now = (open_data(cache, names, memory_bytes=10**9) for cache in (before, after))
     made = open_study(tmp_path / "study", then, space, SweepSettings())
     assert open_study(tmp_path / "study", then, space, SweepSettings()) == made
-    with pytest.raises(FingerprintError, match=f"study .*/study {RETRIED}"):
+    with pytest.raises(FingerprintError, match=f"study .*{RETRIED}"):
         open_study(tmp_path / "study", now, space, SweepSettings())

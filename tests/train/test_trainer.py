@@ -1,20 +1,25 @@
-"""The training loop with the smallest task: its clock, checkpoints, progress, learning rates, seeds and patience."""
+"""The training loop with the smallest task, and its parts by themselves: processes, threads, rates, bad losses."""
 
-import ctypes
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from embedcache.errors import DataError
 from embedcache.projectors.pair import AlignedPair
-from embedcache.train import trainer
-from embedcache.train.settings import MachineSettings, OptimizerSettings
-from embedcache.train.trainer import Trainer, keep_freed_memory, learning_rate, make_optimizer, seeded
+from embedcache.settings import from_flat
+from embedcache.train import distributed, trainer
+from embedcache.train.batches import Batch, BatchInput
+from embedcache.train.settings import FitSettings, OptimizerSettings
+from embedcache.train.train import TrainReport
+from embedcache.train.trainer import Trainer, learning_rate, make_optimizer, seeded
 from tests.recorded import RecordedProgress
 from tests.train.runs import log_lines
 
@@ -29,34 +34,39 @@ class Line(nn.Module):
         super().__init__()
         self.line = nn.Linear(1, 1)
 
-    def forward(self, batch_B1: Tensor) -> Tensor:
-        return self.line(batch_B1).square().mean()  # type: ignore[no-any-return]
+    def scalars(self) -> dict[str, float]:
+        return {"slope": 2.0}
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self.line(batch.inputs["x"].values).square().mean()  # type: ignore[no-any-return]
 
 
 class LineTask:
     """A task whose validation scores are given, one after another."""
 
-    unit, forward_flops, parts = "points", 0.0, {"line": ["line"]}
-    num_samples, num_steps, waited_s = sum(BATCHES), len(BATCHES), 1.23457
+    num_steps = len(BATCHES)
+    keys = "abcdefg"
 
-    def __init__(self, scores: Sequence[float]) -> None:
-        self.objective = self.module = Line()
-        self.loader, self._scores = self, iter(scores)
+    def __init__(self, scores: Sequence[float], *, value: float = 1.0) -> None:
+        self.module = Line()
+        self._scores, self._value = iter(scores), value
 
-    def epoch(self, number: int, *, first_step: int) -> Iterator[Tensor]:
-        yield from [torch.full((size, 1), 1.0 + number) for size in BATCHES][first_step:]
-
-    def count(self, batch_B1: Tensor) -> int:
-        return len(batch_B1)
+    def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        for size in BATCHES[first_step:]:
+            values = torch.full((size, 1), self._value + epoch)
+            yield Batch(samples=np.arange(size), num_samples=size, inputs={"x": BatchInput(values)})
 
     def measure(self) -> dict[str, float]:
-        return {"score": next(self._scores)}
+        score = next(self._scores)
+        return {"accuracy": score, "score": score}
 
-    def score(self, measures: Mapping[str, float]) -> float:
-        return measures["score"]
 
-    def watch(self) -> dict[str, float]:
-        return {"slope": 2.0}
+def make(path: Path, scores: Sequence[float], *, task: LineTask | None = None, **options: Any) -> Trainer:
+    given = {name: options.pop(name) for name in ("progress", "on_epoch") if name in options}
+    options = {"epochs": 2, "lr": 0.5, "warmup_fraction": 0.5, "seed": 3, "device": "cpu", **options}
+    settings = from_flat(FitSettings, options)
+    task = task or LineTask(scores)
+    return Trainer(task=task, settings=settings, run_path=path, **{"progress": RecordedProgress(), **given})
 
 
 @pytest.fixture
@@ -66,69 +76,52 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
 
 
-def make(
-    path: Path, scores: Sequence[float], *, epochs: int = 2, patience: int | None = None, **options: Any
-) -> Trainer:
-    machine = {name: options.pop(name) for name in ("checkpoint_s", "precision") if name in options}
-    return Trainer(
-        task=LineTask(scores),  # type: ignore[arg-type]
-        optimizer=OptimizerSettings(epochs=epochs, patience=patience, lr=0.5, warmup_fraction=0.5),
-        machine=MachineSettings(device="cpu", **machine),
-        seed=3,
-        run_path=path,
-        **{"progress": RecordedProgress(), **options},
-    )
-
-
 def test_log_progress_and_rates_of_a_run(tmp_path: Path, ticking: None) -> None:
-    told: list[tuple[int, Mapping[str, float]]] = []
+    told: list[tuple[int, float]] = []
     progress = RecordedProgress()
     training = make(tmp_path, [0.1, 0.3, 0.2], progress=progress, on_epoch=lambda *values: told.append(values))
     result = training.fit()
-    assert (result.best_epoch, result.measures) == (1, {"score": 0.3})
+    assert (result.best_epoch, result.score, result.measures) == (1, 0.3, {"accuracy": 0.3})
+    assert result.samples_per_s > 0
+    assert 0 < result.wait_fraction < 1
     assert (tmp_path / "last.safetensors").is_file()
-    assert result.samples_per_s == 1.8  # 14 samples in twice 4 s: the clock is read before, and after each of 3 steps
-    assert result.wait_fraction == 0.1543
-    assert progress.started == [("training", 14, "points")]
-    assert progress.advances == [3, 2, 2] * 2
+    assert progress.started == [("training", 6, "steps")]
+    assert progress.advances == [1] * 6
     lines = log_lines(tmp_path)
     steps = [line for line in lines if "step" in line]
-    rates = [learning_rate(training.optimizer, step, 6) for step in range(6)]
+    rates = [learning_rate(training.settings.optimizer, step, 6) for step in range(6)]
     assert [line["learning_rate"] for line in steps] == rates == pytest.approx([1 / 6, 1 / 3, 1 / 2, 0.5, 0.375, 0.125])
     assert [(line["step"], line["epoch"], line["slope"]) for line in steps] == [(n, n // 3, 2.0) for n in range(6)]
-    assert progress.states == {"training": f"epoch 2/2, loss {steps[-1]['loss']:.4g}, best epoch 1"}
-    scores = [(number, {"score": score}) for number, score in enumerate((0.1, 0.3, 0.2))]
-    assert told == scores == [(line["epoch"], line["validation"]) for line in lines if "validation" in line]
+    assert told == [(0, 0.1), (1, 0.3), (2, 0.2)]
+    assert [line["validation"]["accuracy"] for line in lines if "validation" in line] == [0.1, 0.3, 0.2]
 
 
-def test_progress_names_no_best_epoch_before_there_is_one(tmp_path: Path) -> None:
-    training = make(tmp_path, [0.3, 0.2], epochs=1)
-    assert training.fit().best_epoch == 0
-    loss = log_lines(tmp_path)[-2]["loss"]
-    assert training.progress.states == {"training": f"epoch 1/1, loss {loss:.4g}"}  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    ("scores", "patience", "best", "last"),
+    [
+        ((0.1, 0.5, 0.2, 0.3, 0.9), 2, 1, 3),
+        ((0.5, 0.2, 0.9, 0.1, 0.1), 2, 2, 4),
+        ((0.5, 0.2), 1, 0, 1),
+        ((0.5,) * 5, None, 0, 4),  # the first of equal scores
+        ((float("nan"),) * 5, None, 4, 4),  # nothing can be compared
+    ],
+)
+def test_best_epoch_and_patience(
+    tmp_path: Path, scores: Sequence[float], patience: int | None, best: int, last: int
+) -> None:
+    training = make(tmp_path, scores, epochs=4, patience=patience)
+    found: list[Tensor] = []
+    weight = training.task.module.line.weight  # type: ignore[union-attr]
+    training.on_epoch = lambda *_: found.append(weight.detach().clone())
+    result = training.fit()
+    assert (result.best_epoch, log_lines(tmp_path)[-1]["epoch"]) == (best, last)
+    assert torch.equal(weight, found[best])
+    assert (result.score is None) == np.isnan(scores[0])
 
 
 def test_without_epochs_there_is_no_speed(tmp_path: Path) -> None:
     result = make(tmp_path, [0.3], epochs=0).fit()
-    assert (result.samples_per_s, result.wait_fraction, result.measures) == (0.0, 0.0, {"score": 0.3})
-
-
-@pytest.mark.parametrize(
-    ("scores", "patience", "last"),
-    [((0.1, 0.5, 0.2, 0.3, 0.9), 2, 3), ((0.5, 0.2, 0.9, 0.1, 0.1), 2, 4), ((0.5, 0.2), 1, 1), ((0.5,) * 5, None, 4)],
-)
-def test_training_stops_after_epochs_without_a_better_score(
-    tmp_path: Path, scores: Sequence[float], patience: int | None, last: int
-) -> None:
-    make(tmp_path, scores, epochs=4, patience=patience).fit()
-    assert log_lines(tmp_path)[-1]["epoch"] == last
-
-
-def test_checkpoints_are_seconds_apart(tmp_path: Path, ticking: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    states: list[Mapping[str, Any]] = []
-    monkeypatch.setattr(trainer, "save_checkpoint", lambda path, device, state: states.append(state))
-    make(tmp_path, [0.1] * 3, checkpoint_s=3.0).fit()
-    assert [(state["step"], state["epoch"], state["pairs"]) for state in states] == [(2, 0, 5), (4, 1, 10)]
+    assert (result.samples_per_s, result.wait_fraction, result.score) == (0.0, 0.0, 0.3)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -146,16 +139,39 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     options: dict[str, Any] = {"checkpoint_s": 0.0, "precision": precision}
     with pytest.raises(InterruptedError):
         make(tmp_path, [0.1, 0.3], **options).fit()
-    keys = {"objective", "optimizer", "best", "step", "epoch", "pairs", "log_bytes", "run_id", "scaler"}
-    assert states[-1].keys() == keys
     again = make(tmp_path, [0.2], **options)
     assert again.fit().best_epoch == 1
     progress: RecordedProgress = again.progress  # type: ignore[assignment]
     assert progress.notes == ["resumed from the checkpoint after step 4"]
-    assert progress.started == [("training", 4, "points")]
-    assert progress.advances == [2, 2]
-    assert [state["pairs"] for state in states] == [3, 5, 7, 10, 12, 14]
+    assert progress.started == [("training", 2, "steps")]
+    assert [state["samples"] for state in states] == [3, 5, 7, 10, 12, 14]
     assert len({state["run_id"] for state in states}) == 1
+
+
+def test_checkpoints_are_seconds_apart(tmp_path: Path, ticking: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda path, device, state: steps.append(state["step"]))
+    make(tmp_path, [0.1] * 3, checkpoint_s=8.0).fit()
+    assert 1 < len(steps) < 6
+
+
+@pytest.mark.parametrize(("value", "word"), [(1e30, "samples a, b, c …"), (np.inf, "x feature holds NaN")])
+def test_bad_loss_names_step_and_samples_or_feature(tmp_path: Path, value: float, word: str) -> None:
+    with pytest.raises(DataError, match=f"at step 0.*{word}"):
+        make(tmp_path, [0.1], task=LineTask([0.1], value=value)).fit()
+
+
+@pytest.mark.parametrize(("threads", "small", "expected"), [(None, 1e3, 1), (None, 0.0, 5), (3, 1e3, 3)])
+def test_small_steps_use_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None, small: float, expected: int
+) -> None:
+    used = [5]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(trainer, "_SMALL_STEP_FLOPS", small)
+    make(tmp_path, [0.1, 0.2], epochs=1, threads=threads).fit()
+    assert used[-1] == 5  # as it was before
+    assert used[-2 if len(used) > 2 else -1] == expected
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -167,7 +183,7 @@ def test_several_processes_average_their_gradients(
     monkeypatch.setattr(trainer, "DistributedDataParallel", lambda module: wrapped.append(module) or module)
     training = make(tmp_path, [0.1, 0.2], epochs=1)
     training.fit()
-    assert wrapped == [training.task.objective] * (processes - 1)
+    assert [loss.module for loss in wrapped] == [training.task.module] * (processes - 1)
 
 
 def test_each_process_has_random_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,12 +204,95 @@ def test_only_matrices_decay() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
 
 
-def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, int]] = []
-    for library in (SimpleNamespace(mallopt=lambda *values: calls.append(values)), SimpleNamespace()):
-        monkeypatch.setattr(ctypes, "CDLL", lambda name, library=library: library)
-        keep_freed_memory()
-    assert calls == [
-        (-3, 1_073_741_824),
-        (-1, 2_147_483_647),
-    ]  # thresholds of mmap and of trimming, in glibc's malloc.h
+def test_learning_rate_rises_then_falls_to_zero() -> None:
+    settings = OptimizerSettings(lr=2.0, warmup_fraction=0.25)
+    rates = [learning_rate(settings, step, 12) for step in range(12)]
+    expected = [2 * (step + 1) / 3 for step in range(3)]
+    expected += [1 + np.cos(np.pi * step / 9) for step in range(9)]
+    assert rates == pytest.approx(expected)
+    assert learning_rate(OptimizerSettings(lr=2.0, warmup_fraction=0), 0, 1) == 2
+    assert learning_rate(OptimizerSettings(lr=2.0, warmup_fraction=1), 3, 4) == 2
+
+
+def test_report_warns_of_a_useless_training_and_of_held_out_samples(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "reused": False,
+        "num_samples": {"train": 1000, "val": 20},
+        "num_parameters": 5000,
+        "best_epoch": 2,
+        "score": 0.25,
+        "measures": {"i2t r@1": 0.25},
+        "samples_per_s": 9.0,
+        "wait_fraction": 0.0,
+    }
+    warned = ({"num_held_out": 1234}, {"best_epoch": 0})
+    silent = ({}, {"num_held_out": 0}, {"best_epoch": 0, "samples_per_s": 0.0})
+    for changed in (*warned, *silent):
+        report = TrainReport(**{**values, **changed})
+        assert ("WARNING" in report.line(tmp_path)) == (changed in warned)
+        assert TrainReport.model_validate(report.to_json()) == report
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A group of a single process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_group_of_one_process_changes_nothing(one_process: None) -> None:
+    rows = torch.randn(5, 3, requires_grad=True)
+    gathered = distributed.gather_rows(rows, 5)
+    assert torch.equal(gathered, rows)
+    (gathered * torch.arange(15.0).reshape(5, 3)).sum().backward()
+    assert torch.equal(rows.grad, torch.arange(15.0).reshape(5, 3))  # type: ignore[arg-type]
+    logs = torch.tensor([0.5, -30.0, 100.0])
+    torch.testing.assert_close(distributed.log_sum_over_processes(logs), logs)
+    assert distributed.broadcast_from_first("x") == "x"
+    assert distributed.gather_objects("x") == ["x"]
+    assert distributed.run_on_first(lambda: 3) == 3
+    with distributed.process_group("cpu") as device:
+        assert device == "cpu"
+    assert dist.is_initialized()  # it was there before
+
+    def fail() -> None:
+        raise DataError("no")
+
+    with pytest.raises(DataError, match="no"):
+        distributed.run_on_first(fail)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "used", "backend"),
+    [("cpu", "cpu", "gloo"), ("cuda", "cuda:1", "nccl"), ("cuda:0", "cuda:0", "nccl")],
+)
+def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch, asked: str, used: str, backend: str) -> None:
+    calls: list[Any] = []
+    distributed._join_store.cache_clear()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: calls.append(backend))
+    monkeypatch.setattr(dist, "barrier", lambda: calls.append("wait"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("leave"))
+    with distributed.process_group(asked) as device:
+        assert device == used
+    distributed._join_store.cache_clear()
+    assert calls == [*([used] if asked == "cuda" else []), backend, "wait", "leave"]
+
+
+@pytest.mark.parametrize(("count", "processes"), list(itertools.product((0, 1, 7, 12), (1, 2, 3, 5))))
+def test_slices_of_processes_are_consecutive_and_of_one_size(
+    monkeypatch: pytest.MonkeyPatch, count: int, processes: int
+) -> None:
+    monkeypatch.setattr(distributed, "num_processes", lambda: processes)
+    slices = []
+    for rank in range(processes):
+        monkeypatch.setattr(distributed, "process_rank", lambda rank=rank: rank)
+        slices.append(distributed.own_slice(count))
+    assert [row for part in slices for row in range(count)[part]] == list(range(count))
+    sizes = [part.stop - part.start for part in slices]
+    assert max(sizes) - min(sizes) <= 1

@@ -10,14 +10,13 @@ import pytest
 from embedcache.arrays import Inputs, Ints
 from embedcache.dataset.inputs import Reader, view_feature
 from embedcache.dataset.pairs import Items, Pairs
-from embedcache.errors import FingerprintError, SettingError, UnknownNameError
+from embedcache.errors import SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.projectors.saved import read_config
+from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.data import DrawnViews, TrainData, open_data, parse_views
-from embedcache.train.settings import command_line, train_settings
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 from tests.train.runs import interrupted_after, log_lines, run
@@ -92,7 +91,8 @@ def test_resume_with_views_is_identical(flipped: Path, tmp_path: Path, options: 
     with interrupted_after(4), pytest.raises(InterruptedError):
         run(flipped, tmp_path / "run", **options)
     run(flipped, tmp_path / "run", **options)
-    for name in ("model.safetensors", "last.safetensors", "losses.jsonl", "config.json"):
+    assert set(Run.open(tmp_path / "run").info.digests) == {"view image@plain", "view image@flip"}
+    for name in ("model.safetensors", "last.safetensors", "losses.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -104,20 +104,6 @@ def test_views_change_training_and_not_validation(flipped: Path, tmp_path: Path)
     assert none == plain
     assert none[0]["validation"] == drawn[0]["validation"]
     assert none[1]["loss"] != drawn[1]["loss"]
-
-
-@pytest.mark.slow
-def test_views_are_recorded_only_if_used(flipped: Path, tmp_path: Path) -> None:
-    run(flipped, tmp_path / "none", epochs=0, batch_size=20)
-    assert read_config(tmp_path / "none").training["views"] == []
-    assert read_config(tmp_path / "none").file_digests == {}
-    run(flipped, tmp_path / "drawn", views=VIEWS, epochs=0, batch_size=20)
-    config = read_config(tmp_path / "drawn")
-    assert config.training["views"] == list(VIEWS)
-    assert set(config.file_digests) == {"view image@plain", "view image@flip"}
-    with pytest.raises(FingerprintError, match=r"training\.views"):
-        run(flipped, tmp_path / "drawn", views=("image=plain:1,flip:1",), epochs=0, batch_size=20)
-    assert command_line(train_settings({"views": VIEWS}))[:2] == ["--views", VIEWS[0]]
 
 
 @pytest.mark.parametrize("word", ["flip", "picture=flip", "image=flip:x", "image=flip:0", "image=a,a", "image=:1"])

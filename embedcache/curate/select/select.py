@@ -16,8 +16,8 @@ from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, to_progress
-from embedcache.projectors.saved import read_config
 from embedcache.registry import Registry
+from embedcache.runs import PAIR, Run
 from embedcache.settings import merge_settings, replace_fields
 from embedcache.store.cache import Cache
 
@@ -130,7 +130,7 @@ def select(
 
 def _default_modality(cache: Cache, selector: Selector, settings: SelectSettings) -> str:
     """Return the modality of the pool: the method's, or, of a method that compares pairs, the run's first."""
-    names = None if settings.run is None else read_config(Path(settings.run)).modalities
+    names = None if settings.run is None else Run.open(settings.run, kind=PAIR).modalities
     if selector.modality is None and names is not None:
         return names[0]
     modality = selector.modality or "image"

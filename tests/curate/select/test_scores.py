@@ -20,8 +20,8 @@ from embedcache.dataset.scores import read_scores
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError
 from embedcache.extract.extract import extract
-from embedcache.projectors.saved import load_pair
 from embedcache.reports.scores import write_score_page
+from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.images import write_images
@@ -75,7 +75,7 @@ def test_texts_through_a_run(around: dict[str, Path], tmp_path: Path) -> None:
         "negative": ["blue bar top on black"],
         "normalized": True,
         "run": str(around["run"]),
-        "run_weights": load_pair(around["run"])[1].weights_digest,
+        "run_weights": Run.open(around["run"]).info.weights,
     }
 
 

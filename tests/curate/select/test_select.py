@@ -16,7 +16,7 @@ from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.runs import group_by_recipe
 from embedcache.extract.extract import extract
-from embedcache.projectors.saved import read_config
+from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
@@ -103,7 +103,7 @@ def test_select_from_selection_and_train(around: dict[str, Path], tmp_path: Path
     for seed, run in enumerate(runs):
         settings = train_settings({**recipe, "seed": seed})
         train(around["cache"], run, feature={"image": IMAGE_FEATURE, "text": TEXT_FEATURE}, settings=settings)
-    assert len({read_config(run).file_digests["selection"] for run in runs}) == 2
+    assert len({Run.open(run).info.digests["selection"] for run in runs}) == 2
     assert list(group_by_recipe(runs).values()) == [runs]  # seeds of one recipe, each with a selection of its own
 
 

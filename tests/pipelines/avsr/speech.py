@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import nll_loss
 
 from embedcache.encoders.open import open_encoder
-from embedcache.projectors.modules import ModuleConfig, ModuleInput, save_module
+from embedcache.runs import Run, RunInfo, RunInput
 from embedcache.sources.media import Video
 from pipelines.avsr.network import KIND, Frames, SpeechNetwork, stack_frames
 from pipelines.avsr.transcripts import BLANK, SYMBOLS
@@ -99,17 +99,15 @@ def save_run(
         width = encoder.features[short][-1]
         rate_hz = encoder.axes[short].rate_hz  # type: ignore[attr-defined]
         streams[name] = {"width": width, "stack": round(rate_hz / RATE_HZ)}
-        inputs[name] = ModuleInput(
+        inputs[name] = RunInput(
             modality=name, feature=feature, spec=spec, fingerprint=encoder.fingerprint.to_json(), width=width
         )
     arguments = {"streams": streams, "fusion_layers": len(sides) - 1, **SIZES}
     if module is None:
         torch.manual_seed(0)
         module = SpeechNetwork(**arguments)
-    config = ModuleConfig(kind=KIND, arguments=arguments, sides=inputs, training={**TRAINING, **(training or {})})
-    path.mkdir(parents=True)
-    save_module(path, module.eval(), config)
-    return path
+    info = RunInfo(kind=KIND, arguments=arguments, inputs=inputs, settings={**TRAINING, **(training or {})})
+    return Run.create(path, info).finish(module.eval(), {}).path
 
 
 @cache

@@ -4,15 +4,17 @@ from collections.abc import Mapping
 from string import ascii_uppercase, digits
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from embedcache.errors import DataError
+from embedcache.train.batches import Batch, BatchInput
 from pipelines.avsr.decoding import Decoding
 from pipelines.avsr.layers import MaskedNorm
 from pipelines.avsr.network import EncodedSpeech, Frames, SpeechNetwork, recognize
-from pipelines.avsr.train import SpeechBatch, SpeechObjective, pad_transcripts
+from pipelines.avsr.train import SpeechObjective, SpeechTargets, pad_transcripts
 from pipelines.avsr.transcripts import END, decode_symbols, encode_transcript
 from pipelines.sequence import valid_frames
 
@@ -38,9 +40,14 @@ def inputs(*, names: tuple[str, ...] = ("audio", "video"), lengths_B: torch.Tens
     return {n: Frames(torch.randn(*shape, STREAMS[n]["width"] * STREAMS[n]["stack"]), lengths_B) for n in names}
 
 
-def batch(streams: Mapping[str, Frames], **options: Any) -> SpeechBatch:
-    targets, lengths = pad_transcripts([encode_transcript(text) for text in TEXTS])
-    return SpeechBatch(streams, torch.from_numpy(targets), torch.from_numpy(lengths), **options)
+def batch(streams: Mapping[str, Frames]) -> Batch:
+    symbols, lengths = pad_transcripts([encode_transcript(text) for text in TEXTS])
+    return Batch(
+        samples=np.arange(len(TEXTS)),
+        num_samples=len(TEXTS),
+        inputs={name: BatchInput(*frames) for name, frames in streams.items()},
+        targets=SpeechTargets(torch.from_numpy(symbols), torch.from_numpy(lengths)),
+    )
 
 
 def test_masked_norm_is_layer_norm_over_valid_frames_and_channels() -> None:
@@ -93,9 +100,9 @@ def test_the_loss_is_that_of_its_docstring() -> None:
         mean.append(-following.mean(dim=-1))
     of_ctc = 0.99 * torch.stack(ctc).mean() + 0.01 * torch.cat(uniform).mean()
     of_attention = 0.99 * torch.cat(nll).mean() + 0.01 * torch.cat(mean).mean()
-    torch.testing.assert_close(SpeechObjective(module)(loaded), 0.2 * of_ctc + 0.8 * of_attention)
-    torch.testing.assert_close(SpeechObjective(module, ctc_weight=1)(loaded), of_ctc)
-    torch.testing.assert_close(SpeechObjective(module, ctc_weight=0)(loaded), of_attention)
+    torch.testing.assert_close(SpeechObjective(module).loss(loaded), 0.2 * of_ctc + 0.8 * of_attention)
+    torch.testing.assert_close(SpeechObjective(module, ctc_weight=1).loss(loaded), of_ctc)
+    torch.testing.assert_close(SpeechObjective(module, ctc_weight=0).loss(loaded), of_attention)
 
 
 @pytest.fixture

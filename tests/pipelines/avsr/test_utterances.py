@@ -90,10 +90,10 @@ def test_first_epochs_align_ctc_on_plain_views() -> None:
     augmentation = SpeechAugmentation(views={"audio": {"loud": 1.0}}, missing={"audio": 0.5})
     task = make_task(make_utterances(), SpeechRecipe(align_epochs=2, augmentation=augmentation), 4)
     for epoch in range(4):
-        for loaded in task.loader.epoch(epoch):
-            values = loaded.streams["audio"].values_BTD
+        for batch in task.batches(epoch, 0):
+            values = batch.inputs["audio"].values
             assert values.shape[1:] == (6, 2)  # stacked
-            assert loaded.is_ctc_alone == (epoch < 2)
+            assert batch.targets.is_ctc_alone == (epoch < 2)
             assert bool((values >= 10_000).all()) == (epoch >= 2)
             assert bool((values < 10_000).all()) == (epoch < 2)
-            assert loaded.is_missing.keys() == {"audio", "video"}
+            assert batch.targets.is_missing.keys() == {"audio", "video"}

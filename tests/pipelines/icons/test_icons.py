@@ -10,7 +10,7 @@ import pytest
 from embedcache.arrays import Floats, normalize
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
-from embedcache.projectors.saved import read_config
+from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from embedcache.train.recipes import TrainingLength
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER
@@ -125,7 +125,7 @@ def test_curve_is_trained_on_nested_pairs(data: Data, make_curve: Callable[[], d
     some, everything = (read_selection(selection_path(folder, size), [data.icons]) for size in (40, 256))
     assert len(some) == 40
     assert set(some) < set(everything) == set(train)
-    reports = {path.parent.name: read_report(path.parent) for path in folder.glob("*/record.json")}
+    reports = {path.parent.name: read_report(path.parent) for path in folder.glob("*/run.json")}
     names = ("ridge-shared-width-1", "ridge-shared-width-64", "random", "shuffled-shared-width-64")
     assert {name: report.num_samples["train"] for name, report in reports.items()} == {
         f"{size}-{name}": len(rows) for size, rows in ((40, some), (256, everything)) for name in names
@@ -157,8 +157,8 @@ def test_curve_chooses_by_validation_and_measures_on_tests(
             )
             assert found["crossings"]["random"]["value"] is None
     for name, precision in (("ridge-shared-width-64", "float32"), ("random", "bfloat16")):
-        config = read_config(folder / "curve" / "seed0" / f"256-{name}")
-        assert config.training["machine"]["precision"] == precision
+        settings = Run.open(folder / "curve" / "seed0" / f"256-{name}").info.settings
+        assert settings["machine"]["precision"] == precision
     assert (folder / "curve.html").is_file()
 
 
@@ -211,7 +211,7 @@ def test_curation_selects_equal_numbers_of_training_pairs(
     assert {len(found) for found in selected.values()} == {40}
     assert len(set(map(frozenset, selected.values()))) == len(selected)
     assert all(found < train for found in selected.values())
-    reports = [read_report(path.parent) for path in folder.glob("*/seed0/40-*/record.json")]
+    reports = [read_report(path.parent) for path in folder.glob("*/seed0/40-*/run.json")]
     assert {report.num_samples["train"] for report in reports} == {40}
     kept = rows("pools/seed0/train-dedup.parquet")
     images = unit_vectors(data.icons, "image")[sorted(kept)]

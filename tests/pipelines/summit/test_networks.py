@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
+from embedcache.train.batches import Batch, BatchInput
 from pipelines.summit.networks import (
-    PointBatch,
     PointNetwork,
     PointNetworks,
     PointObjective,
@@ -37,22 +37,21 @@ def make_points(seed: int, num_points: int = 300, shift: float = 0.0) -> tuple[n
     return (means[labels] + noise + shift * (means[1] - means[0])).astype(np.float32), labels
 
 
-def train(objective: PointObjective, batch: PointBatch, *, steps: int = 60) -> None:
+def train(objective: PointObjective, batch: Batch, *, steps: int = 60) -> None:
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
-        objective(batch).backward()
+        objective.loss(batch).backward()
         optimizer.step()
 
 
-def make_batch(seed: int, shifts: Mapping[str, float], labels: np.ndarray | None = None) -> PointBatch:
+def make_batch(seed: int, shifts: Mapping[str, float], labels: np.ndarray | None = None) -> Batch:
     """Points of several modalities, with labels or, by default, with the true ones."""
     points = {name: make_points(seed, shift=shift) for name, shift in shifts.items()}
-    features = {name: torch.from_numpy(features) for name, (features, _) in points.items()}
-    return PointBatch(
-        features, {n: torch.from_numpy(true if labels is None else labels) for n, (_, true) in points.items()}
-    )
+    inputs = {name: BatchInput(torch.from_numpy(features)) for name, (features, _) in points.items()}
+    targets = {n: torch.from_numpy(true if labels is None else labels) for n, (_, true) in points.items()}
+    return Batch(samples=np.arange(300), num_samples=300, inputs=inputs, targets=targets)
 
 
 ONES = np.ones(C, np.float32)
@@ -104,7 +103,7 @@ def test_imitation_matches_kl_divergence(source: PointNetwork) -> None:
 def test_consistency_gives_no_gradient_to_the_teacher(source: PointNetwork) -> None:
     module = networks_of(image=source, points=source)
     objective = PointObjective(module, {"image": ONES, "points": ONES}, consistency=1.0)
-    objective(make_batch(3, {"image": 0.5, "points": 0.0}, np.full(300, -1))).backward()
+    objective.loss(make_batch(3, {"image": 0.5, "points": 0.0}, np.full(300, -1))).backward()
     for name in ("image", "points"):
         main, mimic = module[name].head.weight.grad, module[name].mimic_head.weight.grad
         assert main is None or not main.any()

@@ -17,7 +17,7 @@ from embedcache.encoders.base import EncoderSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings
-from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module, save_module
+from embedcache.runs import Run, RunInfo, RunInput
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from pipelines.summit.encoders import FIELDS, GEOMETRY
@@ -85,19 +85,17 @@ def make_run(path: Path, run: Path) -> Path:
     sides = {}
     for name, feature in (("image", "lifted/lifted"), ("points", "eigen/points")):
         stored = Cache(path).feature("points", feature)
-        sides[name] = ModuleInput(
+        sides[name] = RunInput(
             modality="points", feature=feature, spec="", fingerprint=stored.fingerprint, width=stored.item_shape[1]
         )
     widths = {name: side.width for name, side in sides.items()}
-    config = ModuleConfig(kind=RUN_KIND, arguments={"widths": widths, "num_classes": C}, sides=sides)
+    info = RunInfo(kind=RUN_KIND, arguments={"widths": widths, "num_classes": C}, inputs=sides)
     torch.manual_seed(0)
     module = PointNetworks(widths=widths, num_classes=C)
     with torch.no_grad():
         for name in widths:
             module[name].head.weight *= 20  # predictions that are certain for some points
-    run.mkdir()
-    save_module(run, module.eval(), config)
-    return run
+    return Run.create(run, info).finish(module.eval(), {}).path
 
 
 def values_of(path: Path, name: str) -> dict[int, np.ndarray]:
@@ -128,7 +126,7 @@ def test_lifted_features_are_those_of_the_pixels(cache: Path) -> None:
 
 
 def test_outputs_of_a_run_are_its_predictions(cache: Path) -> None:
-    module, _ = load_module(cache.parent / "run")
+    module = Run.open(cache.parent / "run").module
     assert isinstance(module, PointNetworks)
     for name, feature in (("image", "lifted/lifted"), ("points", "eigen/points")):
         stored = values_of(cache, feature)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.projectors.modules import ModuleConfig, ModuleInput, load_module, save_module
+from embedcache.runs import Run, RunInfo, RunInput
 from embedcache.store.cache import Cache
 from pipelines.summit.__main__ import METHODS
 from pipelines.summit.metrics import mean_iou
@@ -43,11 +43,10 @@ def test_norms_of_another_source_run_are_not_reused(tmp_path: Path) -> None:
     features = {"image": np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)}
     for name, seed in (("a", 0), ("b", 1)):
         torch.manual_seed(seed)
-        side = ModuleInput(modality="points", feature="f", spec="s", fingerprint={}, width=3)
+        feature = RunInput(modality="points", feature="f", spec="s", fingerprint={}, width=3)
         arguments = {"widths": {"image": 3}, "num_classes": 2}
-        config = ModuleConfig(kind=RUN_KIND, arguments=arguments, sides={"image": side}, training={})
-        (tmp_path / name).mkdir()
-        save_module(tmp_path / name, PointNetworks(**arguments), config)
+        info = RunInfo(kind=RUN_KIND, arguments=arguments, inputs={"image": feature})
+        Run.create(tmp_path / name, info).finish(PointNetworks(**arguments), {})
     save_adapted_norms({"image": tmp_path / "a"}, features, ["image"], tmp_path / "norms")
     assert is_adapted(tmp_path / "norms", {"image": tmp_path / "a"}, ["image"])
     assert not is_adapted(tmp_path / "norms", {"image": tmp_path / "b"}, ["image"])
@@ -85,7 +84,7 @@ def test_tiny_pipeline_runs_and_resumes(tmp_path: Path) -> None:
     assert result.iou(SOURCE, "2D") < result.iou("switch", "2D")
     runs = result_path.with_suffix("")
     for name in ("source", "AF", "EW+HT", "switch", ORACLE):
-        assert load_module(runs / name)[1].kind == RUN_KIND
+        assert Run.open(runs / name).info.kind == RUN_KIND
     labels = Cache(tmp_path / "world1" / "night").feature("points", "seed0-day-day-night-source-agree/label")
     assert labels.dtype == "int16"
     page = (tmp_path / "summit.html").read_text()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from embedcache.errors import DataError
-from embedcache.projectors.modules import ModuleInput, load_module, read_module_config
+from embedcache.runs import Run, RunInput
 from embedcache.settings import from_flat
 from embedcache.train.settings import FitSettings
 from pipelines.summit.networks import RUN_KIND, PointNetworks
@@ -40,13 +40,11 @@ def make_data(seed: int, *, shift: float = 0.0, num_frames: int = 8) -> PointDat
 
 
 def inputs(*names: str) -> SegmentationInputs:
-    sides = {
-        name: ModuleInput(
-            modality="points", feature=f"{name}/f", spec=f"toy:{name}", fingerprint={}, width=WIDTHS[name]
-        )
+    features = {
+        name: RunInput(modality="points", feature=f"{name}/f", spec=f"toy:{name}", fingerprint={}, width=WIDTHS[name])
         for name in names
     }
-    return SegmentationInputs(sides=sides, data_digest="made up")
+    return SegmentationInputs(features=features, data_digest="made up")
 
 
 def settings(**options: Any) -> FitSettings:
@@ -80,7 +78,7 @@ def adapt(runs: dict[str, Path], path: Path, **options: Any) -> Path:
 
 
 def load(path: Path) -> PointNetworks:
-    module, _ = load_module(path)
+    module = Run.open(path).module
     assert isinstance(module, PointNetworks)
     return module
 
@@ -88,8 +86,7 @@ def load(path: Path) -> PointNetworks:
 def test_source_run_learns_and_records_its_input(runs: dict[str, Path]) -> None:
     for name, run in runs.items():
         assert mean_iou_of(load(run), name, make_data(30)) > 0.7
-        config = read_module_config(run)
-        assert (config.kind, set(config.sides)) == (RUN_KIND, {name})
+        assert Run.open(run, kind=RUN_KIND).modalities == (name,)
 
 
 @pytest.mark.slow
@@ -98,7 +95,7 @@ def test_adaptation_changes_one_modality_only(runs: dict[str, Path], tmp_path: P
     assert mean_iou_of(module, "image", target) > mean_iou_of(load(runs["image"]), "image", target) + 0.2
     before, after = load(runs["points"])["points"].state_dict(), module["points"].state_dict()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
-    assert set(read_module_config(tmp_path / "run").init_runs) == {"image", "points"}
+    assert set(Run.open(tmp_path / "run").info.digests) == {"init_from image", "init_from points"}
 
 
 @pytest.mark.slow
@@ -129,5 +126,5 @@ def test_norm_statistics_are_a_run_that_training_starts_from(runs: dict[str, Pat
 def test_nan_feature_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
     data = make_data(10)
     data.features["image"][7, 0] = np.nan
-    with pytest.raises(DataError, match="the feature of the points' image holds NaN or infinity"):
+    with pytest.raises(DataError, match="the image feature holds NaN or infinity"):
         train_source(data, data, tmp_path / "run", inputs("image"), settings(), num_classes=C)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.uniperceiver.network import SharedNetwork
+from pipelines.uniperceiver.network import SharedNetwork, Tokens
 from pipelines.uniperceiver.tasks import load_words, read_tokens, retrieval_ranks
-from pipelines.uniperceiver.training import LikelihoodObjective, LoadedTask
+from pipelines.uniperceiver.training import LikelihoodObjective
 from tests.pipelines.uniperceiver.cases import MODEL, Squares
 
 
@@ -39,19 +39,21 @@ def test_the_loss_of_retrieval_is_the_mean_of_both_directions(squares: Squares, 
         squares.task("classify", "classify", max_candidates=6, batch_size=4),
         squares.task("retrieve", "retrieve", "captions", batch_size=12),
     ]
-    objective = LikelihoodObjective(network, tasks)
+    objective = LikelihoodObjective(network, ["classify", "retrieve"])
     for number, task in enumerate(tasks):
         batch = task.draw(np.random.default_rng(0), device="cpu")
-        items, texts = network.encode(batch.tokens), network.encode(words=batch.candidates, side="target")
-        family, (of_item, of_text) = network.likelihood(task.kind), batch.positives
+        targets = batch.targets
+        tokens = {name: Tokens(values, lengths) for name, (values, lengths, _) in batch.inputs.items()}
+        items, texts = network.encode(tokens), network.encode(words=targets.candidates, side="target")
+        family, (of_item, of_text) = network.likelihood(task.kind), targets.positives
         logits = family.logits(items, texts)
-        weighted = logits if batch.log_weights_C is None else logits + batch.log_weights_C
+        weighted = logits if targets.log_weights_C is None else logits + targets.log_weights_C
         expected = cross_entropy(weighted, (of_item, of_text))
         if number:
             expected = (expected + cross_entropy(logits.T, (of_text, of_item))) / 2
         else:
-            assert batch.log_weights_C is not None
-        torch.testing.assert_close(objective(LoadedTask(number, batch)), expected)
+            assert targets.log_weights_C is not None
+        torch.testing.assert_close(objective.loss(batch), expected)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from embedcache.axis import Axis
 from embedcache.derive.rules import Block
 from embedcache.errors import DataError, EmbedcacheError, SettingError
 from embedcache.metrics.intervals import MetricValues
-from embedcache.projectors.modules import read_module_config
+from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from pipelines.results import Result, Results
@@ -260,10 +260,8 @@ def check_trained(runs: Runs) -> None:
             for name, values in weights.items()
             if not any(part in name for part in changed)
         )
-    assert read_module_config(runs.path(adapted_run("new adapter", "klettres-us"))).trainable == [
-        "audio",
-        "scale-classify",
-    ]
+    settings = Run.open(runs.path(adapted_run("new adapter", "klettres-us"))).info.settings
+    assert settings["parts"]["trainable"] == "audio+scale-classify"
 
 
 def load_weights(run: Path) -> dict[str, Array]:

@@ -1,0 +1,394 @@
+"""The folder of a run: a trained module, what it was trained on, how, and with what result.
+
+`run.json` is written when training starts and completed when it ends; no other module knows its keys. torch is imported
+where weights are used, so that a run is opened in milliseconds.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from pydantic import Field, field_validator
+
+from embedcache.devices import announce_device
+from embedcache.errors import ArtifactError, DataError, PathError, one_line, quoted
+from embedcache.files import AnyPath, replacing
+from embedcache.locks import Leases
+from embedcache.provenance import (
+    DIGEST,
+    FORMAT,
+    Manifest,
+    check_same,
+    construct,
+    digest_file,
+    prepare_folder,
+    read_manifest,
+    write_record,
+)
+from embedcache.records import describe_process
+from embedcache.registry import Registry, names_from, trust_code
+from embedcache.settings import replace_fields
+from embedcache.store.arrays import check_file, file_checksum
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from embedcache.projectors.pair import AlignedPair
+
+PAIR = "pair"
+"""Kind of a run of an aligned pair."""
+
+NETWORKS = Registry("network", {PAIR: "embedcache.projectors.pair:AlignedPair"}, group="embedcache.networks")
+"""Modules by name. One of your own needs no entry: `module:attribute`."""
+
+MANIFEST, WEIGHTS, SPLIT, CHECKPOINT = "run.json", "model.safetensors", "split.parquet", "checkpoint.pt"
+LAST_WEIGHTS, LOG = "last.safetensors", "losses.jsonl"
+
+_LISTED = (WEIGHTS, LAST_WEIGHTS, SPLIT, "selection.*", LOG)
+"""Files that `run.json` lists, where a run has them."""
+
+_FILES = (".claims", MANIFEST, CHECKPOINT, "tensorboard", *_LISTED)
+"""What the folder of a run may hold before it is finished."""
+
+_UNCHECKED = ("caches",)
+"""Keys that the digest leaves out: caches that have moved may be corrected by hand."""
+
+_GROUPS = ("loss", "machine", "model", "optimizer", "parts", "split")
+"""Groups among the settings of a training."""
+
+_RESTORE = "restore the file, or train again into a new folder"
+
+Width: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
+
+
+class RunInput(Manifest):
+    """A frozen feature, `encoder/feature`, that a module reads; `spec` opens the encoder again."""
+
+    modality: str
+    feature: str
+    spec: str
+    fingerprint: Mapping[str, Any]
+    width: Width
+
+
+class RunFile(Manifest):
+    """A file of a run: its size, and the CRC-32C of all its bytes as 8 hex digits."""
+
+    num_bytes: int
+    checksum: str
+
+
+class RunInfo(Manifest):
+    """The content of `run.json`.
+
+    Args:
+        kind: name in `NETWORKS`, or `module:attribute`, of what builds the module.
+        arguments: keyword arguments of `kind`, JSON values; of a pair, those of `AlignedPair`.
+        inputs: name of an input, such as its modality -> the feature. Those of a pair are in the order of its towers.
+        settings: all settings of the training that affect its result.
+        index_digest: digest of the sample and item tables of the cache, joined by `+` for several caches.
+        digests: SHA-256 of what else decides the result: of files that settings name, by setting; of the weights that a
+            part started from, as `init_from PART`; of the rows that lack a feature, as `failed MODALITY`.
+        caches: paths of the caches, relative to the run.
+        is_finished: whether the training is complete. What follows is empty before.
+        report: result of the training.
+        record: time, memory, machine, and versions of packages.
+        weights: SHA-256 of the weights, which identifies them elsewhere.
+        files: name -> file.
+    """
+
+    format: int = FORMAT
+    kind: str
+    arguments: Mapping[str, Any]
+    inputs: Mapping[str, RunInput]
+    settings: Mapping[str, Any] = {}
+    index_digest: str = ""
+    digests: Mapping[str, str] = {}
+    caches: Sequence[str] = ()
+    is_finished: bool = False
+    report: Mapping[str, Any] = {}
+    record: Mapping[str, Any] = {}
+    weights: str = ""
+    files: Mapping[str, RunFile] = {}
+
+    @field_validator("settings")
+    @classmethod
+    def _check_groups(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not all(isinstance(settings.get(name, {}), Mapping) for name in _GROUPS):
+            raise ValueError(f"expected objects as {', '.join(_GROUPS)}")
+        return settings
+
+    def build(self, **options: Any) -> "nn.Module":
+        """Create the module, untrained. UnknownNameError or SettingError if its code is missing or not trusted."""
+        module: nn.Module = NETWORKS.load(self.kind)(**self.arguments, **options)
+        return module
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run, by `open` a finished one. Its module is read when it is first used, onto the device."""
+
+    path: Path
+    info: RunInfo
+    device: str = "cpu"
+    leases: Leases | None = None
+    started: float = 0.0
+
+    @classmethod
+    def open(cls, path: AnyPath, *, kind: str | None = None, device: str = "cpu") -> "Run":
+        """Open a finished run.
+
+        Args:
+            path: its folder.
+            kind: the kind that it must have; None: any.
+            device: torch device of the module.
+
+        Raises:
+            PathError: the folder is not a finished run.
+            ArtifactError: it has another format.
+            DataError: it is of another kind.
+            CorruptError: `run.json` has changed since it was written, or lacks fields.
+        """
+        path = Path(path)
+        info = read_info(path)
+        if not info.is_finished:
+            raise PathError(f"{path} is not a finished run: its training was interrupted; run the same command again")
+        if kind not in (None, info.kind):
+            expected = "an aligned pair" if kind == PAIR else f"a run of kind {kind}"
+            raise DataError(f"{path}: expected {expected}, got a run of kind {info.kind}; check the path")
+        return cls(path, info, device)
+
+    @classmethod
+    def reuse(cls, path: Path, info: RunInfo) -> "Run | None":
+        """Return the finished run in a folder, after comparing it with what is requested; None if there is none.
+
+        Raises:
+            FingerprintError: it was trained with other settings, or on other features.
+            CorruptError: a file of it has other bytes than were written.
+        """
+        if not (path / MANIFEST).is_file():
+            return None
+        stored = read_info(path)
+        if not stored.is_finished:
+            return None
+
+        next_step = "give the path of a new folder, or use the same settings"
+        check_same(f"run {path}", _comparable(stored), _comparable(info), next_step=next_step)
+        run = cls(path, stored)
+        for name in stored.files.keys() & {WEIGHTS, SPLIT}:
+            run.file(name)
+        if (path / CHECKPOINT).exists():  # nothing may be removed on a read-only disk
+            (path / CHECKPOINT).unlink(missing_ok=True)
+        return run
+
+    @classmethod
+    def create(cls, path: Path, info: RunInfo) -> "Run":
+        """Start a run in a folder under a lease, or resume an interrupted one that has a checkpoint.
+
+        Raises:
+            PathError: the folder holds other files, or another process trains into it.
+            FingerprintError: the interrupted run has other settings.
+        """
+        prepare_folder(path, kind="a run", marker=MANIFEST, allowed=_FILES)
+        leases = Leases(path)
+        if not leases.acquire(0):
+            raise PathError(f"another process trains into {path}; wait for it, or give the path of a new folder")
+
+        stored = read_info(path) if (path / MANIFEST).is_file() else None
+        if stored is not None and stored.is_finished:
+            leases.release(0)
+            raise PathError(f"another process has just finished the run {path}; run the same command again to reuse it")
+        if stored is not None and (path / CHECKPOINT).is_file():
+            next_step = "use the same settings to resume, or give the path of a new folder"
+            check_same(f"the unfinished run {path}", _comparable(stored), _comparable(info), next_step=next_step)
+        else:
+            (path / SPLIT).unlink(missing_ok=True)
+        write_record(path / MANIFEST, info.to_json(), unchecked=_UNCHECKED)
+        return cls(path, info, leases=leases, started=time.time())
+
+    def finish(self, module: "nn.Module", report: Mapping[str, Any]) -> "Run":
+        """Write the weights, then complete `run.json`, which makes the run a finished one."""
+        trust_code(self.info.kind)
+        save_weights(self.path / WEIGHTS, module)
+        paths = sorted(found for pattern in _LISTED for found in self.path.glob(pattern))
+        files = {path.name: RunFile(num_bytes=path.stat().st_size, checksum=file_checksum(path)) for path in paths}
+        info = replace_fields(
+            self.info,
+            is_finished=True,
+            report=report,
+            record={
+                "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.time() - self.started, 3),
+                **describe_process(),
+            },
+            weights=digest_file(self.path / WEIGHTS),
+            files=files,
+        )
+        write_record(self.path / MANIFEST, info.to_json(), unchecked=_UNCHECKED)
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
+        if self.leases is not None:
+            self.leases.release(0)
+        return Run(self.path, info)
+
+    def load(self) -> "Run":
+        """Read the module now, so that a run that is damaged or not trusted is refused early, and return the run."""
+        _ = self.module
+        return self
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file of the run, after comparing its bytes.
+
+        Raises:
+            PathError: it is missing.
+            CorruptError: it has other bytes than were written.
+        """
+        path = self.path / name
+        if name not in self.info.files:
+            raise PathError(f"{path} is not a file of this run")
+        check_file(path, self.info.files[name].checksum, next_step=_RESTORE)
+        return path
+
+    @property
+    def selection_path(self) -> Path | None:
+        """Path of the run's copy of the selection that it was trained on; None without one."""
+        return next((self.file(name) for name in self.info.files if name.startswith("selection.")), None)
+
+    @cached_property
+    def module(self) -> "nn.Module":
+        """The trained module in evaluation mode.
+
+        Raises:
+            UnknownNameError: its kind is not installed here.
+            SettingError: its kind is custom code, and the run is not trusted.
+            ArtifactError: the code of this kind has changed since: other arguments, or weights of other shapes.
+            CorruptError: the weights have other bytes than were written.
+        """
+        from safetensors.torch import load_file
+
+        path = self.file(WEIGHTS)
+        announce_device(self.device)
+        try:
+            with names_from(self.path):
+                module = self.info.build()
+            module.load_state_dict(load_file(path))
+        except (TypeError, RuntimeError) as error:
+            raise ArtifactError(
+                f"{self.path / MANIFEST}: expected the network {self.info.kind} that this run was trained with, got "
+                f"another one: {one_line(error)}; load it with the version that wrote it, or train again"
+            ) from error
+        return module.to(self.device).eval()
+
+    @property
+    def pair(self) -> "AlignedPair":
+        """The trained pair of a run of that kind."""
+        pair: AlignedPair = self.module  # type: ignore[assignment]
+        return pair
+
+    @property
+    def projector(self) -> str:
+        """Name of the projector of a pair."""
+        return str(self.info.arguments["projector"])
+
+    @property
+    def shared_width(self) -> int:
+        """Width of the shared space of a pair."""
+        return int(self.info.arguments["shared_width"])
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the inputs; of a pair, both modalities in the order of the towers."""
+        return tuple(self.info.inputs)
+
+    def input(self, name: str) -> RunInput:
+        """Return one of the inputs, or raise a `DataError`."""
+        if name not in self.info.inputs:
+            raise DataError(
+                f"expected a run with the modality {name}, got one of {' and '.join(self.modalities)}; choose one of "
+                "these, on the command line with --modality"
+            )
+        return self.info.inputs[name]
+
+    def other_modality(self, modality: str) -> str:
+        """Return the modality that a pair aligns with one of its modalities, or raise a `DataError`."""
+        self.input(modality)
+        return next(name for name in self.modalities if name != modality)
+
+    def check_feature(self, modality: str, name: str, fingerprint: Mapping[str, Any]) -> None:
+        """Check that a feature comes from the encoder that an input was computed by, or raise a `FingerprintError`."""
+        expected = self.input(modality)
+        check_same(
+            f"the run's {modality} feature {expected.feature}",
+            expected.fingerprint,
+            fingerprint,
+            next_step=f"the cache's {name} comes from another encoder: use the cache that the run was trained on",
+        )
+
+    @property
+    def seed(self) -> int:
+        """Random seed of the training."""
+        return construct(self.path / MANIFEST, lambda: int(self.info.settings["seed"]))
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the run was trained on shuffled pairs."""
+        return bool(self.info.settings.get("shuffle_pairs"))
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """All that decides the run except its seeds and where it was trained.
+
+        A split from a file counts as one of several, as a seed does.
+        """
+        settings = self.info.settings
+        kind = "a file" if "split" in self.info.digests else settings.get("split", {}).get("kind")
+        split = {**settings.get("split", {}), "seed": None, "kind": kind}
+        machine = {**settings.get("machine", {}), "device": None}  # `auto` may have chosen another one for each seed
+        return {
+            "arguments": self.info.arguments,
+            "inputs": {name: item.feature for name, item in self.info.inputs.items()},
+            "index_digest": self.info.index_digest,
+            "settings": {**settings, "seed": None, "split": split, "machine": machine},
+        }
+
+
+def read_info(path: Path) -> RunInfo:
+    """Read the `run.json` of a run that need not be finished. Errors are those of `Run.open`."""
+    values = read_manifest(
+        path / MANIFEST,
+        kind="run",
+        make=lambda: f"embedcache train CACHE {quoted(path)}",
+        next_step=_RESTORE,
+        unchecked=_UNCHECKED,
+    )
+    values.pop(DIGEST)
+    return construct(path / MANIFEST, lambda: RunInfo.model_validate(values))
+
+
+def is_finished(path: Path) -> bool:
+    """Return whether a folder holds a finished run."""
+    return (path / MANIFEST).is_file() and read_info(path).is_finished
+
+
+def _comparable(info: RunInfo) -> dict[str, Any]:
+    """Return what equal runs have in common: not paths of files whose digests they have, which may have moved."""
+    values = info.to_json()
+    settings = dict(info.settings)
+    if "split" in info.digests:
+        settings["split"] = {**settings["split"], "kind": "a file"}
+    if "selection" in info.digests:
+        settings["selection"] = "a file"
+    names = ("kind", "arguments", "inputs", "index_digest", "digests")
+    return {**{name: values[name] for name in names}, "settings": settings}
+
+
+def save_weights(path: Path, module: "nn.Module") -> None:
+    """Write the parameters and buffers of a module as safetensors, atomically."""
+    from safetensors.torch import save_file
+
+    state = {name: value.contiguous() for name, value in module.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary)
