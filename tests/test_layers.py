@@ -20,6 +20,7 @@ LAYERS = [
     {"outputs", "records", "axis"},
     {"store"},
     {"sources", "encoders", "projectors"},
+    {"runs"},
     {"dataset"},
     {"derive"},
     {"extract"},

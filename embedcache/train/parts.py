@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from embedcache.errors import DataError, SettingError, first_few
+from embedcache.errors import DataError, SettingError
 from embedcache.registry import unknown_name
 from embedcache.runs import WEIGHTS, Run
 
@@ -36,7 +36,7 @@ def find_sources(words: Sequence[str], parts: Parts) -> dict[str, Path]:
         UnknownNameError: there is no part of that name.
         SettingError: a part is named twice, or two words name all parts.
     """
-    named = parse_sources(words)
+    named = _parse_sources(words)
     for name in named:
         if name not in (*parts, ALL_PARTS):
             raise unknown_name("part", name, parts, hint="named in init_from")
@@ -50,24 +50,18 @@ def source_digests(words: Sequence[str]) -> dict[str, str]:
         PathError: a folder is not a finished run.
         SettingError: a part is named twice.
     """
-    return {name: Run.open(path).info.weights for name, path in parse_sources(words).items()}
+    return {name: Run.open(path).info.weights for name, path in _parse_sources(words).items()}
 
 
-def parse_sources(words: Sequence[str]) -> dict[str, Path]:
-    """Return the run that each word names, by part; `*` stands for all parts.
-
-    Raises:
-        SettingError: a part is named twice, or two words name all parts.
-    """
+def _parse_sources(words: Sequence[str]) -> dict[str, Path]:
     sources: dict[str, Path] = {}
     for word in words:
         name, separator, run = word.partition("=")
         if not separator or Path(word).exists():  # a path may contain a `=`
             name, run = ALL_PARTS, word
         if name in sources:
-            what = "all parts" if name == ALL_PARTS else f"part {name}"
             raise SettingError(
-                f"init_from: expected one run for {what}, got {sources[name]} and {run}; name parts, as in image={run}"
+                f"init_from: expected one run for {name}, got {sources[name]} and {run}; name parts, as in image={run}"
             )
         sources[name] = Path(run)
     return sources
@@ -85,29 +79,20 @@ def load_parts(module: nn.Module, parts: Parts, sources: Mapping[str, Path]) -> 
     loaded: dict[str, Tensor] = {}
     for name, run_path in sources.items():
         weights = load_file(Run.open(run_path).file(WEIGHTS))
-        expected = {key: value for key, value in state.items() if _is_in(key, parts[name])}
-        found = {key: value for key, value in weights.items() if _is_in(key, parts[name])}
-        _check_weights(name, run_path, expected, found)
-        loaded |= found
+        expected = {key: value.shape for key, value in state.items() if _is_in(key, parts[name])}
+        found = {key: value.shape for key, value in weights.items() if _is_in(key, parts[name])}
+        wrong = sorted(key for key in {**expected, **found} if expected.get(key) != found.get(key))
+        if wrong:
+            key = wrong[0]
+            raise DataError(
+                f"init_from: {len(wrong)} weights of the part {name} of {run_path} do not fit: {key}: expected shape "
+                f"{expected.get(key)}, got {found.get(key)}; use a run with the same architecture and widths, or name "
+                "the parts to take as PART=RUN"
+            )
+        loaded |= {key: weights[key] for key in found}
     with torch.no_grad():
         for key, value in loaded.items():
             state[key].copy_(value)
-
-
-def _check_weights(part: str, run_path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    lacking, other = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    problems = [f"it lacks {first_few(lacking)}"] if lacking else []
-    problems += [f"it also has {first_few(other)}"] if other else []
-    problems += [
-        f"{key}: expected shape {tuple(expected[key].shape)}, got {tuple(found[key].shape)}"
-        for key in sorted(expected.keys() & found.keys())
-        if expected[key].shape != found[key].shape
-    ]
-    if problems:
-        raise DataError(
-            f"init_from: the part {part} of {run_path} does not fit: {first_few(problems, separator='; ')}; use a run "
-            "with the same architecture and widths, or name the parts to take as PART=RUN"
-        )
 
 
 def parse_trainable(names: str | None, parts: Parts) -> tuple[str, ...]:

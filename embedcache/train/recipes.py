@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embedcache.dataset.selections import read_selection
-from embedcache.dataset.settings import SplitSettings
-from embedcache.errors import SettingError, pluralize
+from embedcache.errors import SettingError
 from embedcache.progress import Progress
 from embedcache.settings import replace_flat, to_flat
 from embedcache.train.data import TrainData
@@ -67,14 +66,12 @@ A recipe leaves out `initialization` where it is the default, so that `--init-fr
 
 _REPLACED = ("projector", "initialization", "init_from", "trainable")
 """Settings that replace what a closed form consists of, so that training is needed."""
-_SPLITS_BY_FRACTION = ("strict", "key")
 
 
 def apply_recipe(settings: TrainSettings, data: TrainData, progress: Progress) -> TrainSettings:
     """Return settings in which a recipe, if they ask for one, is replaced by the settings that it chooses.
 
-    Those that were given are kept. A note names the others. Errors are those of `choose_settings`, and of reading the
-    selection and the split.
+    Those that were given are kept. Errors are those of `choose_settings`, and of reading the selection and the split.
     """
     if settings.recipe is None:
         return settings
@@ -95,20 +92,17 @@ def choose_settings(num_pairs: int, given: Mapping[str, Any], progress: Progress
     """
     recipe = [recipe for recipe in RECIPES if recipe.min_pairs <= num_pairs][-1]
     settings = recipe.settings(num_pairs)
-    replaced = {name: given[name] for name in _REPLACED if name in given and given[name] != settings.get(name)}
+    replaced = [name for name in _REPLACED if name in given and given[name] != settings.get(name)]
     if replaced and recipe.length is None and "epochs" not in given:
-        name, value = next(iter(replaced.items()))
         raise SettingError(
-            f"{name}: expected {settings.get(name, 'none')} with --recipe auto, whose recipe for {num_pairs:,} "
-            f"training pairs is a closed form, got {_text(value)}; give --epochs too, or omit one of them"
+            f"{replaced[0]}: expected none with --recipe auto, whose recipe for {num_pairs:,} training pairs is a "
+            f"closed form, got {given[replaced[0]]}; give --epochs too, or omit one of them"
         )
     if replaced:
         settings.pop("initialization", None)  # of the projector that is replaced
     chosen = {name: value for name, value in settings.items() if name not in given}
-    words = ", ".join(f"{name} {_text(value)}" for name, value in chosen.items())
-    progress.note(
-        f"{pluralize(num_pairs, 'training pair')}: {_sizes(recipe)}: {words or 'all of its settings are given'}"
-    )
+    words = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    progress.note(f"recipe for {num_pairs:,} training pairs: {words or 'all of its settings are given'}")
     return chosen
 
 
@@ -117,37 +111,14 @@ def count_training_pairs(data: TrainData, settings: TrainSettings) -> int:
 
     The training part of a strict split, or of one by key, is estimated from the fractions of the others.
     """
-    pairs = data.pairs(settings.language)
+    split, pairs = settings.split, data.pairs(settings.language)
     samples, fraction = pairs.samples, 1.0
-    if settings.split.kind in _SPLITS_BY_FRACTION:
-        fraction = _training_fraction(len(samples), settings.split)
+    if split.kind in ("strict", "key"):
+        num_val = min(len(samples) * split.val_fraction, split.max_val)
+        num_test = min(len(samples) * split.test_fraction, split.max_test)
+        fraction = 1 - (num_val + num_test) / len(samples)
     else:
-        samples = np.intersect1d(samples, data.split(pairs, settings.split).rows("train"), assume_unique=True)
+        samples = np.intersect1d(samples, data.split(pairs, split).rows("train"), assume_unique=True)
     if settings.selection_path is not None:
         samples = np.intersect1d(samples, read_selection(settings.selection_path, data.caches), assume_unique=True)
     return round(len(samples) * fraction)
-
-
-def _training_fraction(num_samples: int, settings: SplitSettings) -> float:
-    """Return about which fraction of the samples is in the training part."""
-    num_val = min(num_samples * settings.val_fraction, settings.max_val)
-    num_test = min(num_samples * settings.test_fraction, settings.max_test)
-    return 1 - (num_val + num_test) / num_samples
-
-
-def _sizes(recipe: Recipe) -> str:
-    """Return the numbers of pairs that a recipe is meant for."""
-    larger = [other.min_pairs for other in RECIPES if other.min_pairs > recipe.min_pairs]
-    if not larger:
-        return f"recipe for {recipe.min_pairs:,} or more"
-    return (
-        f"recipe for {recipe.min_pairs:,} to {larger[0] - 1:,}"
-        if recipe.min_pairs
-        else f"recipe for fewer than {larger[0]:,}"
-    )
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
