@@ -134,6 +134,7 @@ class Trainer:
         self._step = self._epoch = 0  # those that come next
         self._num_resumed = self._num_samples = 0  # samples trained on up to the checkpoint, and since
         self._is_small: bool | None = None
+        self._has_threads = self.settings.machine.threads is not None
         self._waited_s = 0.0
         self._log_bytes = 0
         self._last_checkpoint = time.perf_counter()
@@ -235,12 +236,15 @@ class Trainer:
 
     def _choose_threads(self, batch: Batch) -> None:
         """Use one thread for small steps, by the size of the first one, unless a number of threads was given."""
+        if self._has_threads:
+            return
+        self._has_threads = True
         if self._is_small is None:
             vectors = [values.numel() // values.shape[-1] for values, *_ in batch.inputs.values()]
             num_vectors = sum(vectors) / len(vectors) if vectors else len(batch.samples)
             num_parameters = sum(parameter.numel() for parameter in self._module.parameters())
             self._is_small = 6 * num_parameters * num_vectors < _SMALL_STEP_FLOPS
-        if self._is_small and not self.settings.machine.threads:
+        if self._is_small:
             torch.set_num_threads(1)
 
     def _log_step(self, loss: Tensor, rate: float, batch: Batch) -> None:

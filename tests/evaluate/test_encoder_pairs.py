@@ -90,7 +90,7 @@ def unit_means(cache: Cache, modality: str, name: str, samples: Ints) -> Array:
 def test_metrics_match_the_plain_formulas(captioned: Path, tmp_path: Path, image: str, text: str) -> None:
     split = replace_fields(SPLIT, kind="key")
     report = compare(captioned, feature={"image": (image,), "text": (text,)}, split=split, k=5, resamples=20)
-    cut = read_split(trained_run(captioned, tmp_path / "run", split) / SPLIT, [Cache(captioned)])
+    cut = read_split(trained_run(captioned, tmp_path / "run", split) / "split.parquet", [Cache(captioned)])
     samples = np.flatnonzero(np.isin(cut.parts, ["train", "val"]))
     assert (report.num_drawn, report.num_compared, report.num_held) == (80, 60, 20)
     x, y = (unit_means(Cache(captioned), *side, samples) for side in (("image", image), ("text", text)))
@@ -107,7 +107,7 @@ def test_probe_matches_a_run_with_closed_form(captioned: Path, tmp_path: Path, k
     split = replace_fields(SPLIT, kind=kind, cosines={"image": 0.999, "text": 0.99})
     run = trained_run(captioned, tmp_path / "run", split)
     expected = evaluate_retrieval(captioned, [run], RetrievalSettings(part="val"))
-    for given in (split, SplitSettings(kind=str(run / SPLIT))):
+    for given in (split, SplitSettings(kind=str(run / "split.parquet"))):
         report = compare(captioned, feature={"image": IMAGES[:1], "text": TEXTS[:1]}, split=given)
         found = report.pairs[0].recalls
         for direction, estimate in found.items():

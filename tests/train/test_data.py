@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.dataset.splits import read_split
-from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError
+from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.runs import Run
@@ -37,13 +37,6 @@ def test_two_caches_train_as_one(two_caches: list[Path], tmp_path: Path) -> None
         run(two_caches[::-1], tmp_path / "run")
 
 
-@pytest.mark.slow
-def test_other_cache_is_evaluated_as_a_whole(cache_path: Path, two_caches: list[Path], tmp_path: Path) -> None:
-    run(two_caches, tmp_path / "run", epochs=0)
-    report = evaluate_retrieval(cache_path, [tmp_path / "run"])
-    assert (report.part, report.num_items["image"]) == ("all samples", [300])
-
-
 def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 10))
     extract(source, tmp_path / "c", image_encoder=["tests.toy:open_toy,scale=2"], text_encoder=[TEXT])
@@ -58,14 +51,6 @@ def test_the_same_samples_twice_are_refused(two_caches: list[Path], tmp_path: Pa
     for caches in ([two_caches[0], two_caches[0]], [two_caches[0], larger], [larger, two_caches[0]]):
         with pytest.raises(DataError, match="different samples"):
             open_data(caches, {"image": IMAGE_FEATURE, "text": TEXT_FEATURE}, memory_bytes=0)
-
-
-def test_unfinished_feature_is_named(two_caches: list[Path], tmp_path: Path) -> None:
-    source = open_source(write_images(tmp_path / "s", 10))
-    extract(source, tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT])
-    (tmp_path / "c/image/open_toy/chunks/00000.json").unlink()
-    with pytest.raises(UnfinishedError, match="1 of 1 chunks"):
-        run([two_caches[0], tmp_path / "c"], tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -121,25 +106,6 @@ def test_selection_is_read_before_the_split_is_made(cache_path: Path, tmp_path: 
     with pytest.raises(DataError, match="keys"):
         run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"))
     assert not (tmp_path / "run" / "split.parquet").exists()
-
-
-def test_selection_without_training_samples_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
-    split = read_split(run_path / "split.parquet", [Cache(cache_path)])
-    test_keys = Cache(cache_path).column("key").take(split.rows("test")).to_pylist()
-    (tmp_path / "test.txt").write_text("\n".join(test_keys))
-    options = {"selection": str(tmp_path / "test.txt"), "split": str(run_path / "split.parquet")}
-    with pytest.raises(DataError, match="got none"):
-        run(cache_path, tmp_path / "run", **options)
-
-
-def test_changed_selection_is_another_run(cache_path: Path, tmp_path: Path) -> None:
-    keys = Cache(cache_path).samples["key"].to_pylist()
-    (tmp_path / "keys.txt").write_text("\n".join(keys[:150]))
-    run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"), epochs=0)
-    assert run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"), epochs=0).reused
-    (tmp_path / "keys.txt").write_text("\n".join(keys[:100]))
-    with pytest.raises(FingerprintError, match="selection"):
-        run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"), epochs=0)
 
 
 @pytest.mark.slow

@@ -76,19 +76,9 @@ def test_anchors_of_both_towers_are_the_same_pairs() -> None:
     np.testing.assert_allclose(anchors(pair.tower("text")), centered(TEXTS)[texts], atol=1e-5)
     np.testing.assert_array_equal(images, texts // 2)
     assert len(set(texts)) == 40
-
-
-def test_training_image_is_nearest_to_its_anchors() -> None:
-    pair = initialized("asif", shared_width=2 * NUM_SAMPLES)
-    projected = pair.tower("image")(torch.from_numpy(IMAGES))
-    np.testing.assert_allclose(projected.max(dim=1).values, 1, atol=1e-4)
-    assert (projected > 0.99).sum(dim=1).tolist() == [2] * NUM_SAMPLES
-
-
-def test_seed_decides_the_anchors() -> None:
-    first, again, other = (anchors(initialized("asif", seed=seed).text) for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    again, other = (anchors(initialized("asif", shared_width=40, seed=seed).text) for seed in (0, 1))
+    assert torch.equal(again, anchors(pair.text))
+    assert not torch.equal(other, anchors(pair.text))
 
 
 def test_too_few_pairs_for_anchors_raise() -> None:
@@ -98,26 +88,16 @@ def test_too_few_pairs_for_anchors_raise() -> None:
     initialized("linear", shared_width=11, pairs=make_pairs(5))
 
 
-def test_infinite_vector_is_named_by_row() -> None:
-    images = IMAGES.copy()
-    images[17, 2] = np.inf
-    with pytest.raises(DataError, match="17"):
-        initialized("linear", image=reader(images))
-
-
-def test_one_pair_is_too_few() -> None:
-    rows = np.zeros(1, np.int64)
-    one = Items(rows=rows, samples=rows, contents=rows)
-    with pytest.raises(DataError, match="got 1"):
-        initialized("linear", kind="random", pairs=Pairs(first=one, second=one))
-
-
 @pytest.mark.parametrize("kind", ["cca", "csa", "procrustes", "ridge"])
 def test_one_vector_in_all_pairs_has_no_closed_form(kind: Initialization) -> None:
     for images in (np.tile(IMAGES[:1], (NUM_SAMPLES, 1)), np.zeros_like(IMAGES)):
         with pytest.raises(DataError, match="directions"):
             initialized("linear", kind=kind, image=reader(images))
     initialized("linear", kind="random", image=reader(images))
+    images = IMAGES.copy()
+    images[17, 2] = np.inf
+    with pytest.raises(DataError, match="17"):
+        initialized("linear", kind=kind, image=reader(images))
 
 
 def test_token_towers_are_unchanged_and_unread() -> None:
@@ -125,17 +105,8 @@ def test_token_towers_are_unchanged_and_unread() -> None:
     torch.manual_seed(0)
     fresh = AlignedPair("token", widths={"image": 6, "text": 5}, shared_width=8).state_dict()
     assert all(torch.equal(found[name], value) for name, value in fresh.items())
-    initialized("cls_token+token_mlp", image=unread, text=unread)
-
-
-def test_vector_tower_beside_token_tower_is_centered() -> None:
     pair = initialized("token+mlp", image=unread)
-    assert isinstance(pair.tower("text"), Tower)
     np.testing.assert_allclose(pair.tower("text").mean, normalize(TEXTS).mean(axis=0), atol=1e-6)
-    pair = initialized("asif+token", text=unread)
-    assert anchors(pair.tower("image")).any()
-    pair = initialized("asif+mlp")
-    assert anchors(pair.tower("image")).any()
 
 
 def test_raw_tower_has_the_root_mean_square_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +150,3 @@ def test_many_pairs_are_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch) -> N
     image = pair.tower("image")
     assert isinstance(image, Tower)
     np.testing.assert_allclose(image.mean, normalize(IMAGES[sorted(set(read))]).mean(axis=0), atol=1e-6)
-
-
-def test_a_million_pairs_are_all_read() -> None:
-    assert len(initialization._thin_out(np.arange(2**20))) == 2**20
-    assert len(initialization._thin_out(np.arange(2**20 + 1))) == 2**19 + 1  # every other block of 8,192, and the last

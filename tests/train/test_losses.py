@@ -191,18 +191,6 @@ def test_held_tiles_change_no_bit(name: str, scale: float, is_lower: bool, monke
     assert num_products[1] - num_products[0] == 2  # each backward pass computes them again
 
 
-@pytest.mark.parametrize("spared", [0, 1])
-def test_each_process_holds_its_own_tiles(spared: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two processes, each holds half of the tiles: the backward pass computes no product of the forward pass."""
-    monkeypatch.setattr(losses, "num_processes", lambda: 2)
-    monkeypatch.setattr(losses, "HELD_BYTES", 4 * 9 * 9 // 2 - spared)
-    rows = [side.detach().float().requires_grad_() for side in draw(9, 4)[:2]]
-    value = sum(side.sum() for side in _log_sum_exp(*rows, torch.tensor(14.0)))
-    with FlopCounterMode(display=False) as counter:
-        value.backward()  # type: ignore[union-attr]
-    assert counter.get_total_flops() == spared * (2 * 6 * 9 * WIDTH)  # of rows 0 to 2 and 6 to 8
-
-
 @pytest.mark.parametrize(("scale", "are_powers"), [(40.0, True), (-40.0, True), (41.0, False), (-41.0, False)])
 def test_powers_are_summed_where_no_logit_overflows(
     scale: float, are_powers: bool, monkeypatch: pytest.MonkeyPatch
@@ -215,27 +203,3 @@ def test_powers_are_summed_where_no_logit_overflows(
     assert not torch.equal(by_powers, by_logs)
     over_rows, _ = _log_sum_exp(images, texts, torch.tensor(scale))
     assert torch.equal(over_rows, by_powers if are_powers else by_logs)
-
-
-def test_many_positives_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "TILE_ROWS", 256)
-    monkeypatch.setattr(losses, "TILE_COLUMNS", 256)
-    rows = normalize(torch.randn(800, 64, generator=torch.Generator().manual_seed(0)), dim=1)
-    positives = Positives(first=torch.arange(800), second=torch.arange(800))
-    values = []
-    for enabled in (False, True):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            values.append(LOSSES.load("multi_positive")()(rows, rows, torch.tensor(30.0), positives).item())
-    assert values[1] == pytest.approx(values[0], rel=0.02)
-
-
-@pytest.mark.slow
-@every_loss
-@given(st.integers(2, 9), st.integers(0, 100), st.floats(0.5, 1000))
-def test_float32_is_close(name: str, size: int, seed: int, scale: float) -> None:
-    loss = LOSSES.load(name)()
-    images, texts, positives = draw(size, seed, num_contents=3)
-    factor = torch.tensor(scale)
-    exact = loss.double()(images, texts, factor.double(), positives)
-    ours = loss.float()(images.float(), texts.float(), factor, positives)
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6 * scale)

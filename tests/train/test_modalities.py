@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedcache.dataset.splits import read_split
-from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError
+from embedcache.errors import DataError, EmbedcacheError, PathError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -100,21 +99,9 @@ def test_run_has_sides_by_modality(sounds: Path, finished: Path) -> None:
     assert opened.input("audio").feature == FEATURES["audio"]
     assert {name.partition(".")[0] for name in opened.pair.state_dict()} == {"audio", "text", "log_scale"}
     assert run(sounds, finished).reused
+    assert run(sounds, finished, feature=None).reused  # the two modalities of the cache
     validation = log_lines(finished)[0]["validation"]
     assert {name.partition(" ")[0] for name in validation} == {"a2t", "t2a"}
-
-
-@pytest.mark.slow
-def test_strict_split_keeps_similar_recordings_together(sounds: Path, tmp_path: Path) -> None:
-    thresholds = {"cosine": {"audio": 0.99999, "text": 0.999}, "split": "strict"}
-    run(sounds, tmp_path / "run", **thresholds, epochs=0)
-    split = read_split(tmp_path / "run/split.parquet", [Cache(sounds)])
-    captions = Cache(sounds).items("text")["text"].to_pylist()
-    assert len(set(zip(captions, split.groups, strict=True))) == len(set(captions)) > 10
-    stored = Run.open(tmp_path / "run").info.settings["split"]
-    assert stored["cosines"] == {"image": 0.9, "text": 0.999, "audio": 0.99999, "video": 0.9, "points": 0.9}
-    with pytest.raises(SettingError, match="raise --cosine audio=-1.0 and --cosine text=0.7"):
-        run(sounds, tmp_path / "one", split="strict", cosine="audio=-1")
 
 
 def test_index_of_recordings_is_searched_with_texts(sounds: Path, finished: Path, tmp_path: Path) -> None:
@@ -145,7 +132,7 @@ def test_invalid_recordings_are_named(finished: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     wrong: list[tuple[Any, type[EmbedcacheError], str]] = [
         ("missing.wav", PathError, "missing"),
-        (tmp_path, PathError, "folder"),
+        (tmp_path, PathError, "not a file"),
         (tmp_path / "pipe", PathError, "pipe"),
         (tmp_path / "0.wav", DataError, "truncated"),
         ([tone(0.1, 200), b""], DataError, "audio 1"),
@@ -160,7 +147,3 @@ def test_invalid_recordings_are_named(finished: Path, tmp_path: Path) -> None:
             model.encode(item, "audio")
     with pytest.raises(DataError, match="image"):
         model.encode(np.zeros((8, 8, 3), np.uint8), "image")
-
-
-def test_pair_without_names_is_of_the_two_modalities_of_the_cache(sounds: Path, finished: Path) -> None:
-    assert run(sounds, finished, feature=None).reused

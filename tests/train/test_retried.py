@@ -16,7 +16,6 @@ from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import read_space
 from embedcache.sweep.study import open_study
 from embedcache.train.data import open_data
-from tests.edits import edit_record
 from tests.images import write_images
 from tests.sweep.conftest import FEATURES, SPACE
 from tests.toy import IMAGE, TEXT
@@ -68,17 +67,6 @@ def test_unfinished_run(before: Path, after: Path, tmp_path: Path) -> None:
     test_resume.run_interrupted(before, tmp_path / "run", 1, batch_size=8)
     with pytest.raises(FingerprintError, match=f"the unfinished run .*{RETRIED}"):
         test_resume.run(after, tmp_path / "run", batch_size=8)
-
-
-def test_view_of_a_run(before: Path, after: Path, tmp_path: Path) -> None:
-    options = {**OPTIONS, "views": ("image=plain,flip",)}
-    run(before, tmp_path / "run", **options)
-    digests = dict(Run.open(tmp_path / "run").info.digests)
-    assert set(digests) == {"failed image", "failed image@flip", "view image@flip", "view image@plain"}
-    del digests["failed image"]
-    edit_record(tmp_path / "run/run.json", digests=digests)
-    with pytest.raises(FingerprintError, match="failed image@flip"):
-        run(after, tmp_path / "run", **options)
 
 
 def test_study(before: Path, after: Path, tmp_path: Path) -> None:

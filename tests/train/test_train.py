@@ -48,17 +48,6 @@ def finished(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-@pytest.mark.parametrize(("given", "is_noted"), [({}, True), ({"split": "strict"}, False), ({"split": "key"}, False)])
-def test_column_that_no_split_follows_is_noted(
-    labeled: Path, tmp_path: Path, given: dict[str, str], is_noted: bool
-) -> None:
-    progress = RecordedProgress()
-    settings = train_settings({"epochs": 0, "cosine": 1.0, **given})
-    train_module.train(labeled, tmp_path / "run", settings=settings, progress=progress)
-    assert [note for note in progress.notes if note.endswith("; --split column follows it")] == progress.notes
-    assert bool(progress.notes) == is_noted
-
-
 RANDOM = {"initialization": "random", "epochs": 6, "lr": 1e-2}
 RECIPES: dict[str, dict[str, Any]] = {
     "cca mlp": {"initialization": "cca", "projector": "mlp"},
@@ -178,20 +167,6 @@ def test_zero_epochs_keep_the_closed_form(cache_path: Path, tmp_path: Path) -> N
     linear = (unit - pair.tower("image").mean.numpy()) @ pair.tower("image").projector.linear.weight.detach().numpy().T
     linear /= np.linalg.norm(linear, axis=1, keepdims=True)
     np.testing.assert_allclose(project(pair.tower("image"), Inputs(vectors)), linear, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_mapped_features_train_the_same(cache_path: Path, finished: Path, tmp_path: Path) -> None:
-    run(cache_path, tmp_path / "run", memory=1, block_rows=1)
-    assert (finished / "model.safetensors").read_bytes() == (tmp_path / "run/model.safetensors").read_bytes()
-    run(cache_path, tmp_path / "blocks", memory=1, epochs=0)
-    assert Run.open(tmp_path / "blocks").info.settings["block_rows"] == 64
-
-
-@pytest.mark.slow
-def test_bfloat16_trains(cache_path: Path, tmp_path: Path) -> None:
-    report = run(cache_path, tmp_path / "run", precision="bfloat16", initialization="random", epochs=3)
-    assert report.best_epoch > 0
 
 
 @pytest.mark.parametrize(

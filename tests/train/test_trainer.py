@@ -119,11 +119,6 @@ def test_best_epoch_and_patience(
     assert (result.score is None) == np.isnan(scores[0])
 
 
-def test_without_epochs_there_is_no_speed(tmp_path: Path) -> None:
-    result = make(tmp_path, [0.3], epochs=0).fit()
-    assert (result.samples_per_s, result.wait_fraction, result.score) == (0.0, 0.0, 0.3)
-
-
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_run_resumes_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     states: list[Mapping[str, Any]] = []
@@ -261,27 +256,6 @@ def test_a_group_of_one_process_changes_nothing(one_process: None) -> None:
 
     with pytest.raises(DataError, match="no"):
         distributed.run_on_first(fail)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("asked", "used", "backend"),
-    [("cpu", "cpu", "gloo"), ("cuda", "cuda:1", "nccl"), ("cuda:0", "cuda:0", "nccl")],
-)
-def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch, asked: str, used: str, backend: str) -> None:
-    calls: list[Any] = []
-    distributed._join_store.cache_clear()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 1, 2)]))
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: calls.append(backend))
-    monkeypatch.setattr(dist, "barrier", lambda: calls.append("wait"))
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("leave"))
-    with distributed.process_group(asked) as device:
-        assert device == used
-    distributed._join_store.cache_clear()
-    assert calls == [*([used] if asked == "cuda" else []), backend, "wait", "leave"]
 
 
 @pytest.mark.parametrize(("count", "processes"), list(itertools.product((0, 1, 7, 12), (1, 2, 3, 5))))

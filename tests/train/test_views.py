@@ -63,17 +63,6 @@ def test_views_are_drawn_by_weight_seed_and_epoch() -> None:
     np.testing.assert_array_equal(inputs.values, [[7, 1], [2, 0], [2, 1], [5, 0]])
 
 
-def test_rows_come_from_the_drawn_view(flipped: Path) -> None:
-    data = open_data(flipped, {"image": "open_toy/cls", "text": "open_toy/mean"}, memory_bytes=10**9)
-    views = data.draw_views("image", {"plain": 0.5, "flip": 0.5}, 0)
-    rows, numbers = np.arange(90), views.draw(5)
-    found = views.read(rows, numbers).values
-    for number, name in enumerate(("open_toy/cls", "open_toy@flip/cls")):
-        expected = Cache(flipped).feature("image", name).gather(rows)
-        np.testing.assert_array_equal(found[numbers == number], expected[numbers == number])
-    assert set(numbers) == {0, 1}
-
-
 @pytest.mark.parametrize(("spared", "is_loaded"), [(0, True), (1, False)])
 def test_views_share_the_memory_of_their_side(flipped: Path, spared: int, is_loaded: bool) -> None:
     num_bytes = Cache(flipped).feature("image", "open_toy@flip/cls").load().nbytes
