@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Field, field_validator
 
-from embedcache.devices import announce_device
+from embedcache.devices import announce_device, torch_device
 from embedcache.errors import ArtifactError, DataError, PathError, one_line, quoted
 from embedcache.files import AnyPath, replacing
 from embedcache.locks import Leases
@@ -145,7 +145,7 @@ class Run:
         Args:
             path: its folder.
             kind: the kind that it must have; None: any.
-            device: torch device of the module.
+            device: torch device of the module, or `auto`.
 
         Raises:
             PathError: the folder is not a finished run.
@@ -270,7 +270,8 @@ class Run:
         from safetensors.torch import load_file
 
         path = self.file(WEIGHTS)
-        announce_device(self.device)
+        device = str(torch_device(self.device, needs_float64=self.info.kind != PAIR))
+        announce_device(device)
         try:
             with names_from(self.path):
                 module = self.info.build()
@@ -280,7 +281,7 @@ class Run:
                 f"{self.path / MANIFEST}: expected the network {self.info.kind} that this run was trained with, got "
                 f"another one: {one_line(error)}; load it with the version that wrote it, or train again"
             ) from error
-        return module.to(self.device).eval()
+        return module.to(device).eval()
 
     @property
     def pair(self) -> "AlignedPair":

@@ -126,7 +126,7 @@ def test_auto_uses_the_gpu(specs: dict[Modality, str], image_folder: Path, tmp_p
     assert train(tmp_path / "cache", tmp_path / "run", settings=settings).reused
     assert evaluate_retrieval(tmp_path / "cache", tmp_path / "run").num_items["image"][0] > 0
     model = embedcache.load(tmp_path / "run")
-    assert next(model._pair.parameters()).device.type == "cuda"
+    assert next(model.run.pair.parameters()).device.type == "cuda"
     assert np.isfinite(model.encode_image(example_images())).all()
 
 

@@ -192,7 +192,7 @@ def test_config_of_a_run_trains_it_again(folder: Path) -> None:
         ("train cache r --split stricct", "strict"),
         ("train cache r --batch-size 1", "--batch-size"),
         ("train cache r --split key --device cuda:77", "cuda:77"),
-        ("train cache run --seed 7", "training.seed"),
+        ("train cache run --seed 7", "settings.seed"),
         ("inspect cache --output photos", "photos"),
         ("evaluate retrieval cache run --html photos", "photos"),
         ("evaluate retrieval cache run --control-run run", "--shuffle-pairs"),

@@ -223,7 +223,7 @@ def test_clip_score_exceeds_shuffled_pairs(pools: Any) -> None:
     samples, scores = pool.pair_scores()
     assert len(samples) == 300
     images = pool.vectors.read(pool.vectors.rows)
-    texts = pool.vectors._pair.tower("text")
+    texts = pool.vectors.run.pair.tower("text")
     assert images.shape[0] == 300
     assert texts is not None
     assert scores.mean() > 0.2

@@ -44,22 +44,22 @@ def test_blocks_do_not_change_predictions(squares: Squares, squares_run: Path, m
 def test_pairs_of_a_batch_count_equal_texts_and_items_once(squares: Squares) -> None:
     examples = squares.train["captions"].take(np.array([0, 1, 2, 0, *range(10, 20)]))
     batch = squares.task("retrieve", "retrieve", "captions").load(examples, None, device="cpu")
-    assert len(batch.tokens["image"].values_BTD) == 13
-    assert len(batch.candidates.numbers_BL) == len(np.unique(examples.target_N))
-    first, second = (positions.numpy() for positions in batch.positives)
+    assert len(batch.inputs["image"].values) == 13
+    assert len(batch.targets.candidates.numbers_BL) == len(np.unique(examples.target_N))
+    first, second = (positions.numpy() for positions in batch.targets.positives)
     texts = examples.targets.take(np.unique(examples.target_N)[second]).to_pylist()
-    keys = squares.train["captions"].media.cache.samples["key"].take(batch.rows[first]).to_pylist()  # type: ignore[union-attr,index]
+    keys = squares.train["captions"].media.cache.samples["key"].take(batch.samples[first]).to_pylist()  # type: ignore[union-attr,index]
     assert texts == [f"a {left} square left of a {right} square" for left, right in map(colors_of, map(int, keys))]
 
 
 def test_masks_hide_known_words_and_at_least_one(squares: Squares) -> None:
     task = squares.task("masked", "masked", "captions", masked=0.01)
     batch = task.load(squares.train["captions"], np.random.default_rng(0), device="cpu")
-    assert batch.words is not None
-    assert (batch.words.numbers_BL == BLANK).sum(dim=1).tolist() == [1] * len(squares.train["captions"])
-    hidden = batch.candidates.numbers_BL[batch.positives[1], 0]
+    assert batch.targets.words is not None
+    assert (batch.targets.words.numbers_BL == BLANK).sum(dim=1).tolist() == [1] * len(squares.train["captions"])
+    hidden = batch.targets.candidates.numbers_BL[batch.targets.positives[1], 0]
     assert hidden.min() >= NUM_SPECIAL
-    found = batch.words.numbers_BL.clone()
+    found = batch.targets.words.numbers_BL.clone()
     found[found == BLANK] = hidden
     expected, _ = squares.train["captions"].target_words.take(squares.train["captions"].target_N).padded()
     assert found.numpy().tolist() == expected.tolist()
@@ -68,13 +68,13 @@ def test_masks_hide_known_words_and_at_least_one(squares: Squares) -> None:
 def test_candidates_of_captions_are_their_words_and_the_end(squares: Squares) -> None:
     examples, vocabulary = squares.train["captions"], squares.words.vocabulary
     batch = squares.task("caption", "caption", "captions").load(examples, None, device="cpu")
-    found = batch.candidates.numbers_BL[:, 0]
+    found = batch.targets.candidates.numbers_BL[:, 0]
     assert found[0] == END
     assert {vocabulary.decode(np.array([number])) for number in found[1:].tolist()} == {
         word for text in examples.targets.to_pylist() for word in text.split()
     }
     assert len(found) < len(vocabulary)
-    assert (batch.positives[1] == 0).sum() == len(examples)
+    assert (batch.targets.positives[1] == 0).sum() == len(examples)
 
 
 def test_words_that_are_no_candidates_are_not_trained_and_never_right(squares: Squares, squares_run: Path) -> None:
@@ -84,6 +84,10 @@ def test_words_that_are_no_candidates_are_not_trained_and_never_right(squares: S
     measured = task.load(examples, None, device="cpu")
     num_blue = sum(text.split().count("blue") for text in examples.targets.take(examples.target_N).to_pylist())
     assert num_blue
-    assert len(measured.positives[1]) - len(trained.positives[1]) == num_blue == (measured.positives[1] == -1).sum()
+    assert (
+        len(measured.targets.positives[1]) - len(trained.targets.positives[1])
+        == num_blue
+        == (measured.targets.positives[1] == -1).sum()
+    )
     found = predict(task, load_shared(squares_run)[0], examples, device="cpu")
     assert not found.is_correct_M[found.target_M < 0].any()
