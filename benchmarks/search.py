@@ -15,8 +15,9 @@ from benchmarks.measure import run_command
 from embedcache.arrays import normalize
 from embedcache.cli.console import print_table
 from embedcache.dataset.vectors import Vectors
+from embedcache.neighbors.knn import knn_of_blocks
 from embedcache.search.card import read_card
-from embedcache.search.faiss_index import exact_search, read_index
+from embedcache.search.faiss_index import read_index
 
 VARIABLE = "EMBEDCACHE_BENCH_VECTORS"
 WIDTH, NUM_QUERIES, K = 768, 1000, 10
@@ -30,7 +31,7 @@ def main(*, quick: bool) -> None:
         folder = Path(name)
         cache = write_clusters(folder / "cache", count, WIDTH)
         queries = normalize(cluster_vectors(range(count, count + NUM_QUERIES), WIDTH))
-        _, truth = exact_search(queries, Vectors(cache, "image").blocks(), K)
+        truth, _ = knn_of_blocks(queries, Vectors(cache, "image").blocks(), K)
 
         for budget in (f"{4 * count}KB", f"{9 * count // 10}KB"):
             words = f"embedcache curate index cache {budget} --memory {budget}"

@@ -7,7 +7,7 @@ import numpy as np
 from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, dot_products, from_sort_keys, to_sort_keys
 
 _TILE = 1024  # queries per tile
-_CANDIDATES = 16_384  # candidates per tile: 64 MB of similarities
+_CANDIDATES = 4096  # candidates per tile: 16 MB of similarities, which stay in the cache of many processors
 _FEW = 4  # candidates per neighbor, up to which sorting them is faster than finding the best by partition
 
 
@@ -102,7 +102,7 @@ def knn(
 ) -> tuple[Ints, Floats]:
     """Find the k candidates with the largest dot product.
 
-    Memory: the inputs, four times the products of 1,024 queries with 16,384 candidates or a block, and the result.
+    Memory: the inputs, four times the products of 1,024 queries with 4,096 candidates or a block, and the result.
 
     Args:
         candidates: (C, P) rows, or blocks of them, which are counted across blocks.
@@ -142,6 +142,26 @@ def _divide(candidates: Floats | Iterable[Floats]) -> Iterator[Floats]:
         return
     for block in blocks(len(candidates), _CANDIDATES):
         yield candidates[block]
+
+
+def knn_of_blocks(
+    queries_QP: Floats, candidates: Iterable[tuple[Ints, Floats]], k: int, *, products: Products = dot_products
+) -> tuple[Ints, Floats]:
+    """Find the k candidates with the largest dot product, given blocks of the rows and vectors of candidates.
+
+    The result is that of `knn` with these rows, ascending within and across blocks, and has fewer columns if there are
+    fewer candidates. Memory: as of `knn`, and 8 bytes per candidate.
+    """
+    rows: list[Ints] = [np.empty(0, np.int64)]
+
+    def vectors() -> Iterator[Floats]:
+        for rows_B, vectors_BP in candidates:
+            rows.append(rows_B)
+            yield vectors_BP
+
+    places_QK, sims_QK = knn(queries_QP, vectors(), k, products=products)
+    rows_N = np.concatenate(rows)
+    return rows_N[places_QK[:, : len(rows_N)]], sims_QK[:, : len(rows_N)]
 
 
 class Closest:

@@ -1,17 +1,18 @@
 """Index selection: candidate configurations and their memory, measured recall, and search parameters that reach it."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.dataset.vectors import Vectors
-from embedcache.devices import AUTO
+from embedcache.devices import AUTO, products_on
 from embedcache.errors import SettingError
+from embedcache.neighbors.knn import knn_of_blocks
 from embedcache.progress import NullProgress, Progress
-from embedcache.search.faiss_index import RowIndex, exact_search
+from embedcache.search.faiss_index import RowIndex
 
 _FLAT_LIMIT = 200_000  # up to this many vectors, an exact query takes tens of milliseconds on one core
 _ID_BYTES = 8
@@ -85,7 +86,6 @@ _NUM_QUERIES = 2000
 _NUM_SAMPLED = 100_000  # vectors that tell whether codes can reach the recall, before all are added
 _NUM_ASKED = 1000  # queries of that sample
 _NUM_TIMED = 200
-_SEARCHED_AT_ONCE = 16_384
 _NUM_TRUE = 100  # stored of the true ranking, so that results that tie with the k-th count as found too
 _ROUNDING = 1e-5  # two ways of summing one cosine in float32
 _PLATEAU = 0.002
@@ -141,7 +141,7 @@ class IndexQuality:
 def draw_query_set(vectors: Vectors, progress: Progress) -> QuerySet:
     """Draw queries and find their true neighbors: items of the other modality if a run gives it, else the items' own.
 
-    Memory: 2,000 queries, and twice 16,384 vectors and a chunk of the feature.
+    Memory: 2,000 queries, a chunk of the feature, and 8 bytes per vector.
     """
     queries = _queried(vectors)
     rows = np.random.default_rng(1).permutation(queries.rows)[:_NUM_QUERIES]
@@ -187,29 +187,13 @@ def _queried(vectors: Vectors) -> Vectors:
 def make_query_set(
     queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], *, own: Ints | None, device: str = AUTO
 ) -> QuerySet:
-    """Find the true neighbors of queries by exact search. Memory: twice 16,384 vectors and a block."""
-    scores, rows = exact_search(queries_QP, _join(blocks), _NUM_TRUE, device=device)
+    """Find the true neighbors of queries by exact search. Memory: as of `knn_of_blocks`."""
+    rows, scores = knn_of_blocks(queries_QP, blocks, _NUM_TRUE, products=products_on(device))
     if own is not None:
         last = _own_last(rows, own)
         scores = np.take_along_axis(scores, last, axis=1)[:, :-1]
         rows = np.take_along_axis(rows, last, axis=1)[:, :-1]
     return QuerySet(vectors=queries_QP, own=own, scores=scores, rows=rows)
-
-
-def _join(blocks: Iterable[tuple[Ints, Floats]]) -> Iterator[tuple[Ints, Floats]]:
-    """Join blocks to larger ones, of each of which FAISS sorts the best of every query."""
-    parts: list[tuple[Ints, Floats]] = []
-    for block in blocks:
-        parts.append(block)
-        if sum(len(rows) for rows, _ in parts) >= _SEARCHED_AT_ONCE:
-            yield _concatenate(parts)
-            parts = []
-    if parts:
-        yield _concatenate(parts)
-
-
-def _concatenate(parts: Sequence[tuple[Ints, Floats]]) -> tuple[Ints, Floats]:
-    return np.concatenate([rows for rows, _ in parts]), np.concatenate([vectors for _, vectors in parts])
 
 
 def drop_own(rows_QK: Ints, own_Q: Ints) -> Ints:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -388,32 +388,6 @@ def read_index(path: Path, *, is_mapped: bool | None = None, device: str = AUTO)
         if size != lists.totsize:
             raise CorruptError(f"{lists_path}: expected {lists.totsize:,} bytes, as the index states, got {size:,}")
     return index
-
-
-def exact_search(
-    queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], k: int, *, device: str = AUTO
-) -> tuple[Floats, Ints]:
-    """Search for the true k best of each query among all vectors, best first: scores and rows, (Q, K).
-
-    Equal scores are ordered by row. K is smaller if there are fewer vectors. Memory: a block, and 8 bytes per vector.
-    """
-    rows: list[Ints] = []
-
-    def vectors() -> Iterator[Floats]:
-        for rows_B, vectors_BP in blocks:
-            if len(rows_B):
-                rows.append(rows_B)
-                yield np.ascontiguousarray(vectors_BP)
-
-    search = import_faiss("faiss.contrib.exhaustive_search").knn_ground_truth
-    gpus = num_gpus(device) if k <= MOST_SELECTED else 0
-    metric = import_faiss().METRIC_INNER_PRODUCT
-    scores_QK, positions_QK = search(np.ascontiguousarray(queries_QP), vectors(), k, metric_type=metric, ngpu=gpus)
-    rows_N = np.concatenate([np.empty(0, np.int64), *rows])
-    scores_QK = scores_QK[:, : len(rows_N)]
-    rows_QK = rows_N[positions_QK[:, : len(rows_N)]]
-    order_QK = np.lexsort((rows_QK, -scores_QK))
-    return np.take_along_axis(scores_QK, order_QK, axis=1), np.take_along_axis(rows_QK, order_QK, axis=1)
 
 
 def spherical_kmeans(

@@ -16,14 +16,14 @@ from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.dataset.labels import label_text, require_column
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
-from embedcache.devices import AUTO
+from embedcache.devices import AUTO, products_on
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.files import AnyPath, is_url
+from embedcache.neighbors.knn import knn_of_blocks
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress, watch
 from embedcache.registry import unknown_name
 from embedcache.runs import MANIFEST, SPLIT
 from embedcache.search.card import may_hold_removed, open_row_index, read_card
-from embedcache.search.faiss_index import exact_search
 from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
 from embedcache.search.queries import Queries, QueryEncoder
 from embedcache.search.settings import LABEL, Filter, SearchSettings
@@ -218,7 +218,8 @@ class OpenIndex:
     def _search_subset(self, queries_QP: Floats, k: int, subset: "_Subset") -> tuple[Floats, Ints]:
         """Search the items that pass a filter: exactly if they are few, and more thoroughly the fewer they are."""
         if subset.vectors is not None:
-            return exact_search(queries_QP, [subset.vectors], k, device=self.device)
+            rows_QK, scores_QK = knn_of_blocks(queries_QP, [subset.vectors], k, products=products_on(self.device))
+            return scores_QK, rows_QK
         fraction = subset.num_items / len(self._index)
         parameters = {name: round(value / fraction) for name, value in self.card.search.items()}
         is_allowed_N = subset.is_allowed_N

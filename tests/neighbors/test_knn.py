@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints
 from embedcache.neighbors import knn as module
-from embedcache.neighbors.knn import KBest, find_closest, knn
+from embedcache.neighbors.knn import KBest, find_closest, knn, knn_of_blocks
 
 
 def sort_best(scores_QC: Floats, k: int) -> tuple[Ints, Floats]:
@@ -84,6 +84,14 @@ def test_closest_is_the_first_of_a_sort(num_queries: int, sizes: list[int], seed
     assert np.array_equal(found.sims, sims[:, 0])
 
 
+def test_blocks_name_their_rows() -> None:
+    eye = np.eye(5, dtype=np.float32)
+    given_blocks = [(np.array([3, 7]), eye[:2]), (np.empty(0, np.int64), eye[:0]), (np.array([8, 9, 20]), eye[2:])]
+    rows, sims = knn_of_blocks(eye[3:] + 0.5 * eye[[0, 2]], given_blocks, 2)
+    assert (rows.tolist(), sims.tolist()) == ([[9, 3], [20, 8]], [[1, 0.5]] * 2)
+    assert knn_of_blocks(eye, given_blocks, 9)[0].shape == (5, 5)
+
+
 def test_products_of_tiles_are_held_at_once() -> None:
     shapes: list[tuple[int, int]] = []
 
@@ -91,8 +99,8 @@ def test_products_of_tiles_are_held_at_once() -> None:
         shapes.append((len(left), len(right)))
         return left @ right.T
 
-    one, many, wide = (np.ones((count, 1), np.float32) for count in (1, 1025, 16_385))
+    one, many, wide = (np.ones((count, 1), np.float32) for count in (1, 1025, 4097))
     knn(many, one, 1, products=products)
     knn(one, wide, 1, products=products)
     find_closest(many, [one], products=products)
-    assert shapes == [(1024, 1), (1, 1), (1, 16_384), (1, 1), (1024, 1), (1, 1)]
+    assert shapes == [(1024, 1), (1, 1), (1, 4096), (1, 1), (1024, 1), (1, 1)]

@@ -1,26 +1,20 @@
 """Candidate configurations and exact search."""
 
-from collections.abc import Iterable
-from typing import Any
-
-import faiss.contrib.exhaustive_search
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.arrays import Floats, normalize
+from embedcache.arrays import normalize
 from embedcache.errors import SettingError
-from embedcache.search import autotune
 from embedcache.search.autotune import (
     Configuration,
     fit_memory,
     in_memory_configurations,
-    make_query_set,
     num_lists,
     on_disk_configurations,
 )
-from embedcache.search.faiss_index import exact_search, make_index
+from embedcache.search.faiss_index import make_index
 
 GB = 1024**3
 
@@ -115,35 +109,3 @@ def test_index_size_matches_formula(configuration: Configuration, tmp_path) -> N
     index.add(np.arange(2000), vectors)
     index.write(tmp_path / "index")
     assert (tmp_path / "index").stat().st_size == pytest.approx(configuration.memory_bytes, rel=0.03)
-
-
-@pytest.mark.parametrize("size", [1, 4, 7, 40])
-def test_true_neighbors_are_searched_in_blocks_of_several_chunks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors, rows, searched = np.random.default_rng(0).random((40, 4), np.float32), np.arange(40) + 7, []
-    search = faiss.contrib.exhaustive_search.knn_ground_truth
-
-    def counted(queries_QP: Floats, blocks: Iterable[Floats], *given: Any, **options: Any) -> Any:
-        return search(queries_QP, (searched.append(len(block)) or block for block in blocks), *given, **options)
-
-    monkeypatch.setattr(faiss.contrib.exhaustive_search, "knn_ground_truth", counted)
-    monkeypatch.setattr(autotune, "_SEARCHED_AT_ONCE", 9)
-    cut = [(rows[start : start + size], vectors[start : start + size]) for start in range(0, 40, size)]
-    queries = make_query_set(vectors[:3], cut, own=None)
-    expected = np.argsort(-(vectors[:3] @ vectors.T), axis=1, kind="stable")
-    np.testing.assert_array_equal(queries.rows, expected + 7)
-    assert searched == {1: [9, 9, 9, 9, 4], 4: [12, 12, 12, 4], 7: [14, 14, 12], 40: [40]}[size]
-
-
-@given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 8), st.integers(0, 99))
-def test_exact_search_equals_sorting(count: int, k: int, block: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    vectors, queries = (
-        rng.standard_normal((count, 4)).astype(np.float32),
-        rng.standard_normal((3, 4)).astype(np.float32),
-    )
-    rows = np.arange(count) + 7
-    cut = [(rows[start : start + block], vectors[start : start + block]) for start in range(0, count, block)]
-    expected = -np.sort(-(queries @ vectors.T), axis=1)[:, :k]
-    scores, found = exact_search(queries, cut, k)
-    np.testing.assert_allclose(scores, expected, atol=1e-5)
-    np.testing.assert_allclose(np.take_along_axis(queries @ vectors.T, found - 7, axis=1), expected, atol=1e-5)

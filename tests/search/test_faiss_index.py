@@ -4,14 +4,13 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-import faiss.contrib.exhaustive_search
 import numpy as np
 import pytest
 
 from embedcache.arrays import Floats, normalize
 from embedcache.errors import DiskFullError, SettingError
 from embedcache.search import faiss_index
-from embedcache.search.faiss_index import RowIndex, check_factory, exact_search, make_index, read_index
+from embedcache.search.faiss_index import RowIndex, check_factory, make_index, read_index
 
 VECTORS = normalize(np.random.default_rng(0).standard_normal((400, 16)))
 ROWS = 2 * np.arange(400) + 5
@@ -116,29 +115,6 @@ def test_standard_output_is_left_as_it_was(tmp_path: Path, capfd: pytest.Capture
     assert [os.fstat(number).st_ino for number in (1, 2)] == before
     os.write(1, b"after\n")
     assert tuple(capfd.readouterr()) == ("after\n", "error\n")
-
-
-def test_exact_search_takes_a_gpu_for_as_many_neighbors_as_it_selects(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus: list[int] = []
-
-    def search(queries_QP: Floats, blocks: object, k: int, *, metric_type: int, ngpu: int) -> tuple[Floats, Floats]:
-        gpus.append(ngpu)
-        return knn(queries_QP, blocks, k, metric_type=metric_type, ngpu=0)
-
-    knn = faiss.contrib.exhaustive_search.knn_ground_truth
-    monkeypatch.setattr(faiss.contrib.exhaustive_search, "knn_ground_truth", search)
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2, raising=False)
-    for k, device in ((2048, "auto"), (2049, "auto"), (1, "cpu")):
-        scores, rows = exact_search(VECTORS[:2], [(ROWS[:0], VECTORS[:0]), (ROWS, VECTORS)], k, device=device)
-        assert scores.shape == rows.shape == (2, min(k, 400))
-    assert gpus == [2, 0, 0]
-
-
-def test_equal_scores_are_ordered_by_row() -> None:
-    vectors = np.repeat(VECTORS[:1], 4, axis=0)
-    assert exact_search(vectors[:1], [(np.array([7, 3]), vectors[:2]), (np.array([9, 1]), vectors[2:])], 4)[
-        1
-    ].tolist() == [[1, 3, 7, 9]]
 
 
 @pytest.mark.parametrize(
