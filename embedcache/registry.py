@@ -16,6 +16,7 @@ that enters them, all else for the process; `embedcache.processes` passes both o
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,7 +92,12 @@ def names_from(file: object) -> Iterator[None]:
 
 def mark_as_read(file: object, names: Iterable[str]) -> None:
     """Treat some names as read from a file wherever they are loaded, as settings do not say where they come from."""
-    _TRUST.read.update({name: str(file) for name in names if name})
+    _TRUST.read.update({plugin_name(name): str(file) for name in names if name})
+
+
+def plugin_name(text: str) -> str:
+    """Return the name of a plug-in in a text that may name parameters too: `mlp` of `mlp:hidden=1024`."""
+    return re.split(r":(?=\s*\w+\s*=)", text, maxsplit=1)[0]
 
 
 def _naming_file(name: str) -> str | None:
@@ -128,6 +134,7 @@ class Registry:
         presets: names of combinations of plug-ins, to list in error messages.
         arguments: number of positional arguments that a plug-in is called with; None: not checked.
         options: names of the keyword arguments that it is called with.
+        has_parameters: whether its other arguments are parameters that users name, see `embedcache.parameters`.
     """
 
     kind: str
@@ -136,6 +143,7 @@ class Registry:
     presets: Collection[str] = ()
     arguments: int | None = None
     options: Sequence[str] = ()
+    has_parameters: bool = False
 
     def __contains__(self, name: str) -> bool:
         """Return whether a name is built in or declared by an installed package."""
@@ -153,7 +161,7 @@ class Registry:
         return name if ":" in name else self._declared().get(name, name)
 
     def load(self, name: str) -> Any:
-        """Import a plug-in by its name, or any object by its `module:attribute`.
+        """Import a plug-in by its name, or any object by its `module:attribute`, without parameters that follow it.
 
         Raises:
             UnknownNameError: there is no such name, module or attribute.
@@ -163,6 +171,8 @@ class Registry:
         """
         if not isinstance(name, str):
             raise unknown_name(self.kind, name, [*self.names, *self.presets])
+        if self.has_parameters:
+            name = plugin_name(name)
         module, _, attribute = self.path(name).partition(":")
         if name in self.paths:
             return getattr(importlib.import_module(module), attribute)
@@ -208,7 +218,9 @@ class Registry:
         try:
             if not callable(plugin) or inspect.isbuiltin(plugin):
                 raise TypeError(f"it is a {type(plugin).__name__}")
-            inspect.signature(plugin).bind(*[None] * self.arguments, **dict.fromkeys(self.options))
+            signature = inspect.signature(plugin)
+            bind = signature.bind_partial if self.has_parameters else signature.bind
+            bind(*[None] * self.arguments, **dict.fromkeys(self.options))
         except (TypeError, ValueError) as error:  # ValueError: a class of C has no signature
             takes = [f"{self.arguments} positional arguments", *self.options]
             raise SettingError(

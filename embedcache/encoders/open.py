@@ -7,7 +7,6 @@ A spec is text, so that a cache can store it and anyone can open the same encode
 with a space at an end, is a JSON string: `prompt="query, short: "`.
 """
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Moda
 from embedcache.errors import ArtifactError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.files import expand_home
 from embedcache.modalities import noun
+from embedcache.parameters import parse_options, quote_option, split_options
 from embedcache.provenance import DERIVED, IMPORTED, check_same
 from embedcache.registry import Registry, has_trust, names_from, unknown_name
 from embedcache.settings import replace_fields
@@ -49,8 +49,6 @@ _IN_TORCH = frozenset({"frames", "hf", "lite", "open_clip", "st", "timm"})
 
 _EXAMPLES = "timm:vit_small_patch14_dinov2.lvd142m or st:all-MiniLM-L6-v2"
 _PATH_STARTS = ("/", "./", "../", "~")
-_PART = re.compile(r'(?:^|,)([^,=]*=\s*"(?:\\.|[^"\\])*"\s*(?=,|$)|[^,]*)')
-"""A part of a spec between commas, those in quotes excluded."""
 _TEXTS = frozenset({"prompt", "prompt_name"})
 """Options whose values are texts: never paths, and with the spaces that were given."""
 
@@ -210,7 +208,7 @@ class EncoderSpec:
     @classmethod
     def parse(cls, text: str) -> "EncoderSpec":
         """Parse `family:model[,option=value]…`."""
-        name, *options = _PART.findall(text)
+        name, *options = split_options(text)
         family, colon, model = name.strip().partition(":")
         if not (family and colon and model):
             raise SettingError(
@@ -220,13 +218,13 @@ class EncoderSpec:
         if family not in ENCODERS and family not in (IMPORTED, DERIVED):
             attribute, _, model = model.partition(":")
             family = f"{family}:{attribute}"
-        return cls(family, model, _parse_options(text, options))
+        return cls(family, model, parse_options(text, options, unstripped=_TEXTS))
 
     @property
     def text(self) -> str:
         """The spec as text, with options sorted by name; `parse` reads it back."""
         name = f"{self.family}:{self.model}" if self.model else self.family
-        return ",".join([name, *(f"{key}={_quoted(value)}" for key, value in sorted(self.options.items()))])
+        return ",".join([name, *(f"{key}={quote_option(value)}" for key, value in sorted(self.options.items()))])
 
     @property
     def absolute(self) -> "EncoderSpec":
@@ -307,34 +305,3 @@ def check_modality(spec: EncoderSpec, modality: Modality, served: Modality) -> N
             f"{spec.text}: expected an encoder of {noun(modality)}, got one of {noun(served)}; use it as the {served} "
             f"encoder, or choose another for {modality}"
         )
-
-
-def _parse_options(text: str, parts: Collection[str]) -> dict[str, str]:
-    options: dict[str, str] = {}
-    for part in parts:
-        name, equals, value = part.partition("=")
-        name, value = name.strip(), _unquoted(value) if name.strip() in _TEXTS else _unquoted(value.strip())
-        if not (name and equals and value):
-            raise SettingError(
-                f"invalid option {part!r} in {text!r}: expected name=value after a comma; put a value with a comma in "
-                'quotes, such as prompt="query, short: "'
-            )
-        if name in options:
-            raise SettingError(f"option {name} in {text!r}: expected it once, got it twice; remove one")
-        options[name] = value
-    return options
-
-
-def _quoted(value: str) -> str:
-    is_plain = value == value.strip() and value.isprintable() and "," not in value and not value.startswith('"')
-    return value if is_plain else json.dumps(value, ensure_ascii=False)
-
-
-def _unquoted(value: str) -> str:
-    """Return the text of a value in quotes; empty if its quotes are not those of a JSON string."""
-    if not value.lstrip().startswith('"'):
-        return value
-    try:
-        return str(json.loads(value, strict=False))
-    except ValueError:
-        return ""

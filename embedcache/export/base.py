@@ -57,7 +57,7 @@ class ExportRun:
         return self.trained.pair
 
     def projector(self, modality: str) -> str:
-        """Return the name of a modality's projector."""
+        """Return the text of a modality's projector."""
         return dict(zip(self.trained.modalities, split_names(self.trained.projector), strict=True))[modality]
 
     def require(self, modalities: Sequence[Modality], format_name: str) -> None:

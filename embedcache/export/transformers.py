@@ -23,6 +23,7 @@ from embedcache.encoders.weights import quiet_transformers
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images, unsupported
 from embedcache.export.towers import EncoderModule, open_module
 from embedcache.files import read_text
+from embedcache.projectors.base import bind_projector
 from embedcache.provenance import read_json, write_json
 
 _FORMAT = "transformers"
@@ -125,14 +126,17 @@ def _copy_code(opened: str, folder: Path) -> None:
 
 def _write_projectors(run: ExportRun, folder: Path) -> None:
     """Write the module that names the projectors of the run."""
-    lines = ['"""The projectors of both modalities."""', ""]
+    lines = ['"""The projectors of both modalities."""', "", "from functools import partial", ""]
+    names = []
     for modality in MODALITIES:
         projector = type(run.pair.tower(modality).projector)
         if projector.__module__ not in _COPIED[f"{_HUB_CODE}.{_MODEL}"]:
             raise unsupported(_FORMAT, f"its {modality} projector {run.projector(modality)} is a plug-in")
         module = projector.__module__.rpartition(".")[2]
-        lines.append(f"from .{module} import {projector.__name__} as {modality.title()}Projector")
-    text = "\n".join([*lines, "", '__all__ = ["ImageProjector", "TextProjector"]', ""])
+        lines.append(f"from .{module} import {projector.__name__}")
+        parameters = bind_projector(run.projector(modality)).keywords
+        names.append(f"{modality.title()}Projector = partial({projector.__name__}, **{parameters!r})")
+    text = "\n".join([*lines, "", *names, "", '__all__ = ["ImageProjector", "TextProjector"]', ""])
     (folder / "projectors.py").write_text(text, "utf-8")
 
 

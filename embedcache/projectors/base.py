@@ -4,12 +4,14 @@ A projector is a `torch.nn.Module`. `embedcache.testing.projectors` has the test
 imported when items are projected.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.devices import announce_device
+from embedcache.parameters import bind
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import Registry
 
@@ -42,11 +44,12 @@ PROJECTORS = Registry(
     group="embedcache.projectors",
     presets=_PRESETS,
     arguments=2,
+    has_parameters=True,
 )
 
 
 def split_names(names: str) -> tuple[str, str]:
-    """Return the projectors of both towers: `glu` names both, `identity+sharelock` the first and the second."""
+    """Return the projectors of both towers: `glu` names both, `identity+mlp:hidden=1024` the first and the second."""
     first, _, second = _PRESETS.get(names, names).partition("+")
     return first, second or first
 
@@ -54,6 +57,12 @@ def split_names(names: str) -> tuple[str, str]:
 def has_token_input(projector: str) -> bool:
     """Return whether the projector of this name maps token sequences."""
     return bool(getattr(PROJECTORS.load(projector), "has_token_input", False))
+
+
+def bind_projector(projector: str) -> partial[Any]:
+    """Return the class of a projector with the parameters that its text names, such as `mlp:hidden=1024`."""
+    given = ("dropout",) if has_token_input(projector) else ()
+    return bind(PROJECTORS, projector, given=given)
 
 
 class Projector(Protocol):

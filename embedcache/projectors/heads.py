@@ -119,21 +119,19 @@ class IdentityProjector(nn.Module):
 
 
 class MlpProjector(nn.Module):
-    """y = W x + V gelu(U layernorm(x)), hidden width 512, dropout 0.1 on the hidden layer.
+    """y = W x + V gelu(U layernorm(x)), with dropout on the hidden layer.
 
     V starts at zero, so that training starts from the linear map. The linear branch in place of an identity skip
     follows the token projector of "From Unimodal to Multimodal" (CVPR 2025).
     """
 
-    HIDDEN_WIDTH = 512
-
-    def __init__(self, input_width: int, output_width: int) -> None:
+    def __init__(self, input_width: int, output_width: int, *, hidden: int = 512, hidden_dropout: float = 0.1) -> None:
         super().__init__()
         self.linear = nn.Linear(input_width, output_width, bias=False)
         self.hidden = nn.Sequential(
-            nn.LayerNorm(input_width), nn.Linear(input_width, self.HIDDEN_WIDTH), nn.GELU(), Dropout(0.1)
+            nn.LayerNorm(input_width), nn.Linear(input_width, hidden), nn.GELU(), Dropout(hidden_dropout)
         )
-        self.output = nn.Linear(self.HIDDEN_WIDTH, output_width, bias=False)
+        self.output = nn.Linear(hidden, output_width, bias=False)
         nn.init.zeros_(self.output.weight)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
@@ -147,15 +145,15 @@ class MlpProjector(nn.Module):
 
 
 class GluProjector(nn.Module):
-    """y = V (relu6(U x') * W x') with x' = layernorm(x), hidden width 8 D.
+    """y = V (relu6(U x') * W x') with x' = layernorm(x), whose hidden width is `expansion` times D.
 
     The projector of SAIL, "Assessing and Learning Alignment of Unimodal Vision and Language Models" (CVPR 2025): the
     two for 2,048 and 4,096 -> 1,024 have 386.0 M parameters. It has no linear branch for a closed form.
     """
 
-    def __init__(self, input_width: int, output_width: int) -> None:
+    def __init__(self, input_width: int, output_width: int, *, expansion: int = 8) -> None:
         super().__init__()
-        hidden_width = 8 * input_width
+        hidden_width = expansion * input_width
         self.norm = nn.LayerNorm(input_width)
         self.gate = nn.Linear(input_width, hidden_width)
         self.value = nn.Linear(input_width, hidden_width)
@@ -171,15 +169,25 @@ class GluProjector(nn.Module):
 
 
 class FuseMixProjector(nn.Module):
-    """y = W f(x) + b, where f is four residual blocks x + V gelu(U layernorm(x)) of hidden width 4 D, dropout 0.6.
+    """y = W f(x) + b, where f is some residual blocks x + V gelu(U layernorm(x)) of hidden width `expansion` times D.
 
     The projector of FuseMix, "Data-Efficient Multimodal Fusion on a Single GPU" (CVPR 2024), with the dropout of its
     configuration: the two for 1,536 and 1,024 -> 512 have 110.4 M parameters.
     """
 
-    def __init__(self, input_width: int, output_width: int) -> None:
+    def __init__(
+        self,
+        input_width: int,
+        output_width: int,
+        *,
+        num_blocks: int = 4,
+        expansion: int = 4,
+        hidden_dropout: float = 0.6,
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_FuseMixBlock(input_width) for _ in range(4))
+        self.blocks = nn.ModuleList(
+            _FuseMixBlock(input_width, expansion * input_width, hidden_dropout) for _ in range(num_blocks)
+        )
         self.linear = nn.Linear(input_width, output_width)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
@@ -199,10 +207,10 @@ class FuseMixProjector(nn.Module):
 
 
 class _FuseMixBlock(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.hidden = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), Dropout(0.6))
-        self.output = nn.Linear(4 * width, width)
+        self.hidden = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), Dropout(dropout))
+        self.output = nn.Linear(hidden, width)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
         added: Tensor = self.output(self.hidden(vectors_BD))
@@ -210,21 +218,27 @@ class _FuseMixBlock(nn.Module):
 
 
 class ShareLockProjector(nn.Module):
-    """Four linear layers of width 4,096, with batch normalization, ReLU and dropout 0.2 between them.
+    """Linear layers with batch normalization, ReLU and dropout between them.
 
     The text head of ShareLock, "Better Language Models Exhibit Higher Visual Alignment" (TMLR 2026), whose image side
     is the frozen feature itself: use `identity+sharelock`. For 4,096 -> 1,024 it has 54.6 M parameters.
     """
 
-    HIDDEN_WIDTH, NUM_LAYERS = 4096, 4
-
-    def __init__(self, input_width: int, output_width: int) -> None:
+    def __init__(
+        self,
+        input_width: int,
+        output_width: int,
+        *,
+        hidden: int = 4096,
+        num_layers: int = 4,
+        hidden_dropout: float = 0.2,
+    ) -> None:
         super().__init__()
-        widths = [input_width, *[self.HIDDEN_WIDTH] * (self.NUM_LAYERS - 1)]
-        hidden: list[nn.Module] = []
+        widths = [input_width, *[hidden] * (num_layers - 1)]
+        layers: list[nn.Module] = []
         for before, after in pairwise(widths):
-            hidden += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(), Dropout(0.2)]
-        self.layers = nn.Sequential(*hidden, nn.Linear(self.HIDDEN_WIDTH, output_width))
+            layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(), Dropout(hidden_dropout)]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], output_width))
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
         projected: Tensor = self.layers(vectors_BD)
@@ -232,25 +246,26 @@ class ShareLockProjector(nn.Module):
 
 
 class AsifProjector(nn.Module):
-    """Cosine similarities to P anchors, to the power 8; only the 800 largest are kept, negative ones become zero.
+    """Cosine similarities to P anchors, to a power; only the `num_kept` largest are kept, negative ones become zero.
 
     The sparse relative representation of "ASIF: Coupled Data Turns Unimodal Models to Multimodal Without Training"
-    (NeurIPS 2023) with its 800 and 8: the anchors of both towers are the same training pairs, so that entry j measures
+    (NeurIPS 2023) with its numbers: the anchors of both towers are the same training pairs, so that entry j measures
     how close an item is to pair j. Nothing is trained. Unlike the paper, cosines are between centered vectors, as a
     tower centers its input. Until anchors are set, every item is projected to zero.
     """
 
-    NUM_KEPT, POWER = 800, 8
     anchors: Tensor
 
-    def __init__(self, input_width: int, output_width: int) -> None:
+    def __init__(self, input_width: int, output_width: int, *, num_kept: int = 800, power: int = 8) -> None:
         super().__init__()
+        self.num_kept = num_kept
+        self.power = power
         self.register_buffer("anchors", torch.zeros(output_width, input_width))
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
         cosines_BP = normalize(vectors_BD, dim=-1) @ self.anchors.T
-        largest_BK, where_BK = cosines_BP.topk(min(self.NUM_KEPT, len(self.anchors)), dim=-1)
-        kept_BK = largest_BK.float().clamp(min=0) ** self.POWER
+        largest_BK, where_BK = cosines_BP.topk(min(self.num_kept, len(self.anchors)), dim=-1)
+        kept_BK = largest_BK.float().clamp(min=0) ** self.power
         return torch.zeros_like(cosines_BP, dtype=torch.float32).scatter(-1, where_BK, kept_BK)
 
     @torch.no_grad()

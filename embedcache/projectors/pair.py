@@ -7,8 +7,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from embedcache.errors import DataError
-from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
+from embedcache.errors import DataError, SettingError, one_line
+from embedcache.projectors.base import bind_projector, has_token_input, split_names
 from embedcache.projectors.heads import RawTower, TokenTower, Tower
 
 AnyTower: TypeAlias = Tower | RawTower | TokenTower
@@ -71,8 +71,15 @@ class AlignedPair(nn.Module):
 
 
 def _tower(projector: str, input_width: int, output_width: int, dropout: float) -> AnyTower:
-    kind = PROJECTORS.load(projector)
+    build = bind_projector(projector)
     if has_token_input(projector):
-        return TokenTower(kind(input_width, output_width, dropout=dropout), input_width, output_width)
-    tower = RawTower if getattr(kind, "has_raw_input", False) else Tower
-    return tower(kind(input_width, output_width), input_width, output_width, dropout=dropout)
+        return TokenTower(build(input_width, output_width, dropout=dropout), input_width, output_width)
+
+    try:
+        module = build(input_width, output_width)
+    except (ValueError, RuntimeError) as error:
+        if not build.keywords:
+            raise
+        raise SettingError(f"projector {projector}: expected other parameters: {one_line(error)}") from error
+    tower = RawTower if getattr(module, "has_raw_input", False) else Tower
+    return tower(module, input_width, output_width, dropout=dropout)

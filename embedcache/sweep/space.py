@@ -13,7 +13,7 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.devices import torch_device
 from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.files import read_text
-from embedcache.projectors.base import PROJECTORS, split_names
+from embedcache.projectors.base import bind_projector, split_names
 from embedcache.provenance import Manifest
 from embedcache.registry import unknown_name
 from embedcache.settings import explain, flat_settings, with_underscores
@@ -209,7 +209,7 @@ def _check_value(path: Path, space: Space, name: str, value: Any) -> None:
     try:
         settings = space.settings({name: value})
         for projector in split_names(settings.model.projector):
-            PROJECTORS.load(projector)
+            bind_projector(projector)
         check_loss(settings.loss.name, settings.captions)
         torch_device(settings.machine.device)
         check_trackers(settings.machine.report_to)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from embedcache.parameters import bind
 from embedcache.train.losses import LOSSES, Positives
 
 
@@ -21,7 +22,7 @@ class LossContract:
     def loss(self) -> torch.nn.Module:
         """Return the loss under test, in float64."""
         torch.manual_seed(0)
-        module: torch.nn.Module = LOSSES.load(self.name)()
+        module: torch.nn.Module = bind(LOSSES, self.name)()
         return module.double()
 
     def test_loss_is_a_finite_scalar(self, loss: torch.nn.Module) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.projectors.base import PROJECTORS, HasAnchors, HasLinearBranch, has_token_input
+from embedcache.projectors.base import HasAnchors, HasLinearBranch, bind_projector, has_token_input
 
 
 class ProjectorContract:
@@ -24,7 +24,7 @@ class ProjectorContract:
     def projector(self) -> torch.nn.Module:
         """Return the projector under test, from D to P, with random weights."""
         torch.manual_seed(0)
-        module: torch.nn.Module = PROJECTORS.load(self.name)(*self.widths)
+        module: torch.nn.Module = bind_projector(self.name)(*self.widths)
         if isinstance(module, HasAnchors):
             module.set_anchors(torch.randn(*self.widths[::-1]))
         return module
@@ -68,7 +68,7 @@ class TokenProjectorContract:
     def projector(self) -> torch.nn.Module:
         """Return the projector under test, from D to P, with random weights."""
         torch.manual_seed(0)
-        module: torch.nn.Module = PROJECTORS.load(self.name)(*self.widths, dropout=0.1)
+        module: torch.nn.Module = bind_projector(self.name)(*self.widths, dropout=0.1)
         return module
 
     def test_token_input_is_declared(self) -> None:

@@ -21,6 +21,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from embedcache.arrays import blocks
 from embedcache.errors import SettingError
+from embedcache.parameters import bind
 from embedcache.registry import Registry
 from embedcache.train.distributed import log_sum_over_processes, num_processes, process_rank, sum_over_processes
 
@@ -34,6 +35,7 @@ LOSSES = Registry(
     },
     group="embedcache.losses",
     arguments=0,
+    has_parameters=True,
 )
 
 TILE_ROWS = 512
@@ -65,7 +67,9 @@ class Positives:
 
 
 class Loss(Protocol):
-    """A `torch.nn.Module` built without arguments; its parameters are trained with those of the projectors.
+    """A `torch.nn.Module`, built with the arguments that its text names, as in `siglip:bias=-5`.
+
+    Its own parameters are trained with those of the projectors.
 
     One that takes one second item per first one has the class attribute `has_all_captions = False`: training on all
     captions is then refused, see `check_loss`.
@@ -85,13 +89,13 @@ class Loss(Protocol):
 
 
 def check_loss(name: str, captions: str) -> None:
-    """Check that a loss exists, and that it takes all captions of an image if these are the positives.
+    """Check a loss and the arguments that its text names, and that it takes all captions if these are the positives.
 
     Raises:
-        UnknownNameError: there is no loss of that name.
-        SettingError: `captions` is `all`, and it takes one text per image.
+        UnknownNameError: there is no loss of that name, or it has no such parameter.
+        SettingError: a parameter is of another type; or `captions` is `all`, and it takes one text per image.
     """
-    loss = LOSSES.load(name)
+    loss = bind(LOSSES, name).func
     if captions == "all" and not getattr(loss, "has_all_captions", True):
         raise SettingError(
             f"captions: expected draw, got all: {name} has one positive per image; use captions=draw or "
@@ -142,16 +146,16 @@ def _weights(positions_E: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class SigLip(nn.Module):
-    """Binary cross-entropy of each pair of the batch, with a learned bias.
+    """Binary cross-entropy of each pair of the batch, with a learned bias that starts at `bias`.
 
     -1/B Σ log sigmoid(z (scale · cosine + bias)) over all pairs that are not excluded, z = 1 for those that belong
     together, else -1.
     "Sigmoid Loss for Language Image Pre-Training" (2023), equation 1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bias: float = -10.0) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.tensor(-10.0))
+        self.bias = nn.Parameter(torch.tensor(bias))
 
     def forward(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
         return self._sum(first_BP, second_MP, scale, positives) / len(first_BP)

@@ -20,6 +20,7 @@ from embedcache.dataset.pairs import Pairs
 from embedcache.devices import autocast
 from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.modalities import directions
+from embedcache.parameters import bind
 from embedcache.projectors.base import project
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train.batches import Batch, BatchInput
@@ -123,7 +124,7 @@ class PairObjective(nn.Module):
     def __init__(self, pair: AlignedPair, settings: LossSettings, *, precision: str) -> None:
         super().__init__()
         self.pair = pair
-        self.contrast = LOSSES.load(settings.name)()
+        self.contrast = bind(LOSSES, settings.name)()
         self._structure = settings.structure
         self._widths = sorted({*settings.widths, pair.towers[0].output_width})
         self._precision = precision

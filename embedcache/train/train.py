@@ -16,7 +16,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath, relative_location, writing
 from embedcache.metrics.ranking import metric_label
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
-from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
+from embedcache.projectors.base import bind_projector, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.provenance import Manifest
 from embedcache.runs import PAIR, SPLIT, Run, RunInfo
@@ -212,7 +212,7 @@ def train(
     settings = replace_flat(settings, with_split_seed(options, settings))
     progress = to_progress(progress)
     for name in split_names(settings.model.projector):
-        PROJECTORS.load(name)
+        bind_projector(name)
     check_loss(settings.loss.name, settings.captions)
     check_trackers(settings.machine.report_to)
     settings = replace_fields(settings, machine=name_device(settings.machine, Path(run)))

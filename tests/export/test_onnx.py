@@ -13,20 +13,25 @@ from embedcache.errors import SettingError
 from embedcache.export.base import TOLERANCE
 from embedcache.export.export import export_run
 from embedcache.export.settings import ExportSettings
-from embedcache.projectors.heads import ShareLockProjector
 from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
 
-VECTORS = ("linear+identity", "mlp", "glu", "fusemix", "linear+sharelock", "asif", "openclip-linear", "openclip-mlp")
+VECTORS = (
+    "linear+identity",
+    "mlp",
+    "glu",
+    "fusemix",
+    "linear+sharelock:hidden=64",
+    "asif",
+    "openclip-linear",
+    "openclip-mlp",
+)
 TOKENS = ("token", "cls_token", "token_mlp")
 
 
 @pytest.mark.parametrize("projector", [*VECTORS, *TOKENS])
-def test_projectors_match_the_run(
-    projector: str, tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ShareLockProjector, "HIDDEN_WIDTH", 64)  # 4,096 is slow on a CPU
+def test_projectors_match_the_run(projector: str, tiny: dict[str, str], tmp_path: Path) -> None:
     image, text = ("cls+patches", "tokens") if projector in TOKENS else ("cls", "mean")
     width = 32 if "identity" in projector else 16
     run = make_run(tmp_path / "run", (tiny["vit"], image), (tiny["bert"], text), projector, width=width)

@@ -8,7 +8,6 @@ import pytest
 from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun
 from embedcache.export.export import export_run
-from embedcache.projectors.heads import ShareLockProjector
 from embedcache.provenance import read_json
 from tests.export.runs import follow_error, make_run
 
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.slow
     [
         ("st", "mean", "linear", "TPNDN"),
         ("bert", "cls", "linear+identity", "TPNDN"),
-        ("dense", "dense", "linear+sharelock", "TPDNDDDDN"),
+        ("dense", "dense", "linear+sharelock:hidden=64", "TPDNDDDDN"),
         ("dense", "cls", "linear", "TPNDN"),
         ("bert", "mean", "openclip-mlp", "TPDDN"),
         ("bert", "mean", "openclip-linear", "TPDN"),
@@ -33,11 +32,9 @@ def test_matches_the_run(
     kinds: str,
     tiny: dict[str, str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
-    monkeypatch.setattr(ShareLockProjector, "HIDDEN_WIDTH", 64)  # 4,096 is slow on a CPU
     width = 32 if "identity" in projector else 16
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny[text], feature), projector, width=width)
     report = export_run("sentence-transformers", run, tmp_path / "model")

@@ -26,7 +26,7 @@ CASES = {
     "kmeans": ("vit", "kmeans:3", "dense", "dense", "token+mlp"),
     "vit of transformers": ("hf_vit", "cls", "truncated", "dense", "fusemix+linear"),
     "asif": ("vit", "patch_mean", "st", "mean", "asif"),
-    "identity": ("dino", "cls", "bert", "mean", "identity+sharelock"),
+    "identity": ("dino", "cls", "bert", "mean", "identity+sharelock:hidden=64,num_layers=3"),
     "openclip-linear": ("mamba", "patch_mean", "bert", "cls", "openclip-linear+openclip-mlp-text"),
     "openclip-mlp": ("mamba", "pooled", "bert", "mean", "openclip-mlp-image+openclip-linear"),
 }

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm
 
 from embedcache.errors import DataError, SettingError, UnknownNameError
-from embedcache.projectors.base import PROJECTORS
+from embedcache.projectors.base import PROJECTORS, bind_projector
 from embedcache.projectors.heads import AsifProjector, Dropout
 from embedcache.projectors.pair import AlignedPair
 from embedcache.testing.projectors import ProjectorContract, TokenProjectorContract
@@ -110,11 +110,11 @@ def test_vector_heads_compute_their_formulas() -> None:
 def test_wrong_projectors_raise() -> None:
     for name, error, word in (
         ("identity", SettingError, "24"),
-        ("embedcache.projectors.heads:Tower", SettingError, "2 positional"),  # takes a projector too
+        ("embedcache.projectors.heads:Tower", SettingError, "output_width"),  # takes a projector too
         ("mpl", UnknownNameError, "mpl"),
     ):
         with pytest.raises(error, match=word):
-            PROJECTORS.load(name)(24, 10)
+            bind_projector(name)(24, 10)
 
 
 def plain_token(projector: torch.nn.Module, token: Tensor) -> Tensor:

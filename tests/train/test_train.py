@@ -24,7 +24,6 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.inference import load
 from embedcache.modalities import noun
 from embedcache.projectors.base import project
-from embedcache.projectors.heads import ShareLockProjector
 from embedcache.reports.summary import summarize
 from embedcache.runs import Run
 from embedcache.store.cache import Cache
@@ -71,11 +70,8 @@ def test_training_beats_chance(cache_path: Path, tmp_path: Path, recipe: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("projector", ["fusemix", "glu", "identity+sharelock"])
-def test_every_projector_beats_chance(
-    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, projector: str
-) -> None:
-    monkeypatch.setattr(ShareLockProjector, "HIDDEN_WIDTH", 256)  # 4,096 is slow on a CPU
+@pytest.mark.parametrize("projector", ["fusemix", "glu", "identity+sharelock:hidden=256"])
+def test_every_projector_beats_chance(cache_path: Path, tmp_path: Path, projector: str) -> None:
     run(cache_path, tmp_path / "run", projector=projector, shared_width=48, shrinkage=0.01, epochs=8)
     assert beats_chance(evaluate_retrieval(cache_path, [tmp_path / "run"]))
 

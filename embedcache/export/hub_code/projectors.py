@@ -1,6 +1,10 @@
 """The projectors of both modalities; in an export, this file is replaced by one that imports those of the run."""
 
-from embedcache.projectors.heads import MlpProjector as ImageProjector
-from embedcache.projectors.heads import MlpProjector as TextProjector
+from functools import partial
+
+from embedcache.projectors.heads import MlpProjector
+
+ImageProjector = partial(MlpProjector)
+TextProjector = partial(MlpProjector)
 
 __all__ = ["ImageProjector", "TextProjector"]
