@@ -83,9 +83,8 @@ def select_captions(workdir: Path, captions: str, concepts: str, recipe: Recipe,
     report = embedcache.select_samples(
         workdir / "captions",
         workdir / "chosen.parquet",
-        "rare-first",
+        f"rare-first:per_concept={recipe.per_concept}",
         embedcache.SelectSettings(
-            per_concept=recipe.per_concept,
             concepts=workdir / "concepts",
             join_names=True,  # two class names of ImageNet occur twice
         ),

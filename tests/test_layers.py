@@ -13,7 +13,7 @@ PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
     {"arrays", "registry", "progress", "units", "modalities", "samples"},
-    {"settings", "processes"},
+    {"settings", "processes", "parameters"},
     {"devices", "files"},
     {"locks", "neighbors"},
     {"metrics", "provenance"},

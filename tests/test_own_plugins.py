@@ -66,7 +66,7 @@ def test_modules_of_the_page_run_in_commands(folder: Path) -> None:
     )
     succeed("train", "cache", "run", *heads, "--epochs", "2", cwd=folder)
     assert "R@1" in succeed("evaluate", "retrieval", "cache", "run", "--trust", cwd=folder)
-    select = ("curate", "select", "cache", "unusual.parquet", "--method", "my_selectors:Unusual", "--budget", "10%")
+    select = ("curate", "select", "cache", "unusual.parquet", "--method", "my_selectors:unusual", "--budget", "10%")
     succeed(*select, cwd=folder)
     cosines = pq.read_table(folder / "unusual.parquet")["cosine"].to_pylist()
     assert len(cosines) == 6

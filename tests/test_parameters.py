@@ -14,7 +14,7 @@ from embedcache.train.losses import check_loss
 HERE = f"{__name__}:"
 
 
-def choose(
+def choose(  # type: ignore[no-untyped-def]
     pool: object,
     /,
     *,
@@ -24,7 +24,7 @@ def choose(
     levels: tuple[int, ...] | None = None,
     is_fast: bool = False,
     path: str | None = None,
-    untyped=7,  # type: ignore[no-untyped-def]
+    untyped=7,
 ) -> dict[str, Any]:
     return {"pool": pool, "budget": budget, "width": width, "levels": levels, "path": path, "untyped": untyped}
 

@@ -293,9 +293,10 @@ def select(
     method: Annotated[
         str,
         typer.Option(
-            metavar="NAME",
+            metavar="NAME[:PARAMETER=VALUE,…]",
             help="Method: random, top-score, clip-score, rare-first (the paper's), metaclip, image-based (DataComp's), "
-            "hierarchical, k-center, score (of a table), or module:attribute.",
+            "hierarchical, k-center, score (of a table), or module:attribute. Parameters follow a colon, as in "
+            "metaclip:head=100,threshold=0.3.",
         ),
     ],
     *,
@@ -484,7 +485,6 @@ add_command(
         "concepts",
         "label",
         "scores",
-        "at_least",
         "selection",
         "seed",
         "device",

@@ -1,51 +1,38 @@
 """Contract tests for methods of selection.
 
 class TestMine(SelectorContract):
-    name = "mypackage.selection:MySelector"
+    name = "mypackage.selection:choose"
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from embedcache.curate.select.pool import Pool
-from embedcache.curate.select.select import SELECTORS, Selector, check_method_settings
-from embedcache.curate.select.settings import METHOD_SETTINGS, SelectSettings
+from embedcache.curate.select.select import apply_method, load_method, named_inputs
+from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
-from embedcache.errors import SettingError
+from embedcache.store.cache import Cache
 from embedcache.testing.examples import write_examples
 
-Pools = Callable[..., Pool]
-"""`pools(which, selector, selection=None)` opens a pool of 80 samples or more, `cache` or `other`, which differ in
-chunk size."""
-
-_VALUES: dict[str, Any] = {
-    "budget": 3,
-    "per_concept": 2,
-    "threshold": 0.5,
-    "head": 2.0,
-    "clusters": (3,),
-    "candidates": 9,
-    "score": "score",
-    "at_least": 0.5,
-    "at_most": 0.5,
-}
-"""A value of each of `METHOD_SETTINGS`."""
+Select = Callable[..., Selection]
+"""`select(which, **settings)` selects from a pool of 80 samples or more, `cache` or `other`, which differ in chunk
+size."""
 
 
 class SelectorContract:
-    """Tests of a method; `name` is its name, `settings` are what it needs beside `budget`, which may be None.
+    """Tests of a method; `name` is its name with its parameters, and `budget` may be None.
 
     The pools are example caches with what the method requires. A method that needs other data overrides the fixture
-    `pools`, see `Pools`, or `paths`: a path for each of `cache`, `other` and the method's `required_inputs`.
+    `paths`: a path for each of `cache`, `other` and its inputs among `scores`, `concepts`, `target` and `run`; or
+    `select`, see `Select`.
     """
 
     name: str
-    settings: ClassVar[dict[str, Any]] = {}
     budget: int | None = 40
 
     @pytest.fixture
@@ -54,59 +41,42 @@ class SelectorContract:
         return write_examples(tmp_path_factory.getbasetemp() / "embedcache-examples")
 
     @pytest.fixture
-    def pools(self, paths: Mapping[str, Path]) -> Pools:
-        """Return a function that opens a pool with all that a method requires."""
+    def select(self, paths: Mapping[str, Path]) -> Select:
+        """Return a function that selects from one of the example caches, with the budget of the contract."""
+        bound = load_method(self.name)
 
-        def open_pool(which: str, selector: Selector, *, selection: Path | None = None) -> Pool:
-            inputs: dict[str, Any] = {name: paths[name] for name in selector.required_inputs}
-            return Pool(paths[which], selector.modality or "image", SelectSettings(selection=selection, **inputs))
+        def select_from(which: str = "cache", **settings: Any) -> Selection:
+            inputs = {name: paths[name] for name in named_inputs(bound) if name in paths}
+            made = SelectSettings(**{"budget": self.budget, **inputs, **settings})
+            modality = "text" if "concepts" in inputs else "image"
+            return apply_method(bound, Pool(paths[which], modality, made), made)
 
-        return open_pool
+        return select_from
 
-    @pytest.fixture
-    def selector(self) -> Selector:
-        """Return the method under test."""
-        selector: Selector = SELECTORS.load(self.name)()
-        return selector
-
-    def select(
-        self, selector: Selector, pools: Pools, which: str = "cache", *, selection: Path | None = None, **others: Any
-    ) -> Selection:
-        """Select from one of the `pools`, with the budget and settings of the contract unless others are given."""
-        settings = SelectSettings(**{"budget": self.budget, **self.settings, **others})
-        return selector.select(pools(which, selector, selection=selection), settings)
-
-    def test_rows_ascend_with_columns(self, selector: Selector, pools: Pools) -> None:
-        found = self.select(selector, pools)
+    def test_rows_ascend_with_columns(self, select: Select) -> None:
+        found = select()
         assert found.rows.dtype == np.int64
         assert (np.diff(found.rows) > 0).all(), "rows ascend, each once"
         assert all(len(values) == len(found.rows) for values in found.columns.values())
 
-    def test_budget_is_met(self, selector: Selector, pools: Pools) -> None:
+    def test_budget_is_met(self, select: Select) -> None:
         for budget in (1, 7, 40) if self.budget is not None else ():
-            assert len(self.select(selector, pools, budget=budget).rows) == budget
+            assert len(select(budget=budget).rows) == budget
 
-    def test_seed(self, selector: Selector, pools: Pools) -> None:
-        """Check that the same seed selects the same, and another seed something else if the method uses it."""
-        first, again, other = (self.select(selector, pools, seed=seed) for seed in (3, 3, 4))
+    def test_seed(self, select: Select) -> None:
+        """Check that the same seed selects the same, and another seed something else if the method takes one."""
+        first, again, other = (select(seed=seed) for seed in (3, 3, 4))
         assert np.array_equal(first.rows, again.rows)
         assert pa.table(dict(first.columns)).equals(pa.table(dict(again.columns)))
         if self.budget is not None:
-            assert np.array_equal(first.rows, other.rows) != selector.uses_seed, "uses_seed says what the seed changes"
+            takes_seed = "seed" in named_inputs(load_method(self.name))
+            assert np.array_equal(first.rows, other.rows) != takes_seed, "take a seed if it changes the result"
 
-    def test_chunk_size_changes_nothing(self, selector: Selector, pools: Pools) -> None:
-        rows, other = (self.select(selector, pools, which).rows for which in ("cache", "other"))
-        assert np.array_equal(rows, other)
+    def test_chunk_size_changes_nothing(self, select: Select) -> None:
+        assert np.array_equal(select("cache").rows, select("other").rows)
 
-    def test_selection_limits_the_pool(self, selector: Selector, pools: Pools, tmp_path: Path) -> None:
-        keys = pools("cache", selector).cache.column("key").to_pylist()
+    def test_selection_limits_the_pool(self, select: Select, paths: Mapping[str, Path], tmp_path: Path) -> None:
+        keys = Cache(paths["cache"]).column("key").to_pylist()
         (tmp_path / "keys.txt").write_text("\n".join(keys[::2]))
-        rows = self.select(selector, pools, selection=tmp_path / "keys.txt").rows
+        rows = select(selection=tmp_path / "keys.txt").rows
         assert (rows % 2 == 0).all(), "select from pool.samples only"
-
-    def test_unused_setting_raises(self, selector: Selector) -> None:
-        for name in set(METHOD_SETTINGS) - set(selector.accepts):
-            with pytest.raises(
-                SettingError, match=f"--method {self.name}: expected .*, got --{name.replace('_', '-')}"
-            ):
-                check_method_settings(self.name, selector, SelectSettings(**{name: _VALUES[name]}))

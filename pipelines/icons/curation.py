@@ -16,7 +16,7 @@ from embedcache.cli.console import open_progress, print_line
 from embedcache.curate.dedup import analyze
 from embedcache.curate.select.baselines import draw_rows
 from embedcache.curate.select.cluster_methods import default_levels
-from embedcache.curate.select.select import SELECTORS, combine_selections, select
+from embedcache.curate.select.select import combine_selections, load_method, named_inputs, select
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.selections import Selection, read_selection, write_selection
@@ -50,7 +50,7 @@ class Step:
 
     Args:
         method: its name.
-        options: options as on the command line; the last step of a method has the budget besides.
+        options: budget and parameters of the method; the last step of a method has the budget besides.
         everything: options in place of the budget by which it selects all that it can, where that is less; None if it
             can always select as many.
         draw: number that makes random seeds differ.
@@ -64,7 +64,9 @@ class Step:
     @property
     def inputs(self) -> Sequence[str]:
         """What it needs of `concepts`, `target` and `run`."""
-        return () if self.method == "dedup" else tuple(SELECTORS.load(self.method).required_inputs)
+        if self.method == "dedup":
+            return ()
+        return [name for name in named_inputs(load_method(self.method)) if name in ("concepts", "target", "run")]
 
 
 DRAWS: Mapping[str, Sequence[Step]] = {
@@ -310,12 +312,17 @@ class Curation:
     def _select(self, step: Step, pool: Path, out: Path, seed: int, scorer: Path | None, **options: Any) -> None:
         folder = self._data.folder
         inputs = {"concepts": folder / "concepts", "target": folder / "target", "run": scorer}
-        options |= {**step.options, **{name: inputs[name] for name in step.inputs}}
+        parameters = {**step.options, **options}
+        budget = parameters.pop("budget", None)
         if step.method in ("hierarchical", "image-based"):
             levels = default_levels(min(len(read_selection(pool, [self._data.icons])), _MOST_CLUSTERED))
-            options["clusters"] = levels if step.method == "hierarchical" else levels[:1]
-        settings = SelectSettings(selection=pool, seed=seed + 1000 * step.draw, **options)
-        select(self._data.icons.path, out, step.method, settings, progress=open_progress())
+            parameters["clusters"] = "+".join(map(str, levels)) if step.method == "hierarchical" else levels[0]
+        named = ",".join(f"{name}={value}" for name, value in parameters.items())
+        method = f"{step.method}:{named}" if named else step.method
+
+        needed: dict[str, Any] = {name: inputs[name] for name in step.inputs}
+        settings = SelectSettings(selection=pool, seed=seed + 1000 * step.draw, budget=budget, **needed)
+        select(self._data.icons.path, out, method, settings, progress=open_progress())
 
     def _fill(self, rows: Ints, pools: Sequence[Path], budget: int, seed: int) -> Ints:
         """Add random samples of the last pool, then of those before it, until there are as many as the budget."""

@@ -16,6 +16,7 @@ from embedcache.curate.outliers import find_outliers
 from embedcache.curate.select.select import SELECTORS, select
 from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
+from embedcache.registry import plugin_name
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex
@@ -176,7 +177,7 @@ SELECTIONS = {
     "random": ["--budget", 5],
     "k-center": ["--budget", 5],
     "hierarchical": ["--budget", 5],
-    "image-based": ["--target", "TEST", "--clusters", 4],
+    "image-based:clusters=4": ["--target", "TEST"],
     "top-score": ["--budget", 5, "--concepts", "TEST", "--modality", "MODALITY"],
     "rare-first": ["--budget", 5, "--concepts", "TEST", "--modality", "MODALITY"],
 }
@@ -185,7 +186,7 @@ SELECTIONS = {
 
 def test_every_method_that_compares_items_is_tested() -> None:
     others = {"clip-score", "metaclip", "score"}  # compare pairs of a run, captions, or no items
-    assert SELECTORS.paths.keys() - SELECTIONS.keys() == others, "add its options to SELECTIONS"
+    assert {plugin_name(name) for name in SELECTIONS} == SELECTORS.paths.keys() - others, "add it to SELECTIONS"
 
 
 @pytest.mark.parametrize("method", SELECTIONS)

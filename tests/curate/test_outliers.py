@@ -94,7 +94,7 @@ def test_planted_outliers_and_labels(planted: Path, tmp_path: Path) -> None:
     assert table[FAILED]["typicality"] is None
 
     limit = float(report.scores[TYPICALITY][report.lowest(TYPICALITY, 5)[-1]])
-    select(planted, out, "score", SelectSettings(scores=odd, score=TYPICALITY, at_least=limit))
+    select(planted, out, f"score:at_least={limit!r}", SelectSettings(scores=odd, score=TYPICALITY))
     left = set(range(NUM)) - set(read_selection(out, [Cache(planted)]).tolist())
     assert left == {*NOISE, *COPY, FAILED}
     assert "each with its 3 nearest of 238 different ones; every pair was compared" in outlier_line(report)

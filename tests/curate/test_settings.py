@@ -33,7 +33,6 @@ RUN, HEAD = Path("run"), Path("head.npy")
         (DedupSettings, {"copies_only": True}, {"copies_only": True, "cosine": 0.9}, "both"),
         (DedupSettings, {"cosine": 0.9}, {"copies_only": True, "cosine": 1.0}, "both"),
         (NegativesSettings, {"range_min": 10, "range_max": 13}, {"range_min": 10, "range_max": 12}, "13"),
-        (NegativesSettings, {"run": RUN, "absolute_margin": 0}, {"absolute_margin": 0}, "absolute_margin"),
         (NegativesSettings, {"run": RUN, "relative_margin": 0}, {"relative_margin": 0}, "relative_margin"),
         (ScoreSettings, {"weights": HEAD}, {}, "neither"),
         (ScoreSettings, {"prompts": ("a",)}, {"weights": HEAD, "prompts": ("a",)}, "both"),
@@ -53,9 +52,6 @@ RUN, HEAD = Path("run"), Path("head.npy")
         (ScoreSettings, {"prompts": ("a",)}, {"prompts": ("a",), "column": ""}, "''"),
         (SelectSettings, {"budget": 1.0}, {"budget": 1.5}, "fraction"),
         (SelectSettings, {"budget": 2}, {"budget": 1.01}, "fraction"),
-        (SelectSettings, {"clusters": (9, 1)}, {"clusters": (9, 0)}, "clusters"),
-        (SelectSettings, {"clusters": None}, {"clusters": ()}, "clusters"),
-        (SelectSettings, {"at_least": 0.5, "at_most": 0.5}, {"at_least": 0.5, "at_most": 0.4}, "at_most"),
     ],
 )
 def test_settings_that_exclude_each_other(
@@ -69,22 +65,3 @@ def test_settings_that_exclude_each_other(
 def test_ranks_to_consider() -> None:
     assert NegativesSettings(num_negatives=2, range_min=5).last_rank == 25
     assert NegativesSettings(num_negatives=2, range_min=5, range_max=9).last_rank == 9
-
-
-def test_settings_of_a_selection_are_recorded() -> None:
-    found = SelectSettings(budget=0.5, candidates=7, seed=3)
-    assert found.method_settings == ["budget", "candidates"]
-    names = [
-        "budget",
-        "per_concept",
-        "threshold",
-        "head",
-        "clusters",
-        "candidates",
-        "score",
-        "at_least",
-        "at_most",
-        "seed",
-    ]
-    assert found.method_json() == {**dict.fromkeys(names), "budget": 0.5, "candidates": 7, "seed": 3}
-    assert SelectSettings(run=RUN, concepts="c").inputs() == {"concepts": "c", "run": "run"}

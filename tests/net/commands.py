@@ -58,11 +58,11 @@ PROJECTORS = {
     "token_mlp": f"--epochs 1 {TOKENS}",
 }
 SELECTIONS = {
-    "rare-first": "--concepts concepts --run run --per-concept 4",
-    "clip-score": "--run run --budget 25%",
-    "random": "--feature open_toy/cls --budget 20 --seed 5",
-    "k-center": "--budget 12 --modality image --feature open_toy/cls",
-    "metaclip": "--concepts concepts --feature open_toy/mean --modality text --threshold 0.4 --head 6",
+    "rare-first": "--method rare-first:per_concept=4 --concepts concepts --run run",
+    "clip-score": "--method clip-score --run run --budget 25%",
+    "random": "--method random --feature open_toy/cls --budget 20 --seed 5",
+    "k-center": "--method k-center --budget 12 --modality image --feature open_toy/cls",
+    "metaclip": "--method metaclip:threshold=0.4,head=6 --concepts concepts --feature open_toy/mean --modality text",
 }
 INDEXES = {
     "index": "--run run --factory HNSW8 --min-recall 0.5",
@@ -120,7 +120,7 @@ def make_toy() -> None:
 
     embedcache("train", "cache", "run", RUN)
     for method, options in SELECTIONS.items():
-        embedcache("curate", "select", "cache", f"{method}.parquet", f"--method {method}", options)
+        embedcache("curate", "select", "cache", f"{method}.parquet", options)
     for index, options in INDEXES.items():
         embedcache("curate", "index", "cache", index, options)
 
@@ -194,7 +194,7 @@ def quickstart_figures() -> Iterator[tuple[str, Any]]:
     yield "coverage", counts(coverage)
     report("curate", "dedup", "cache", "kept.parquet", "--cosine 0.9 --no-pixels")
     yield "duplicates", len(keys_of("kept.parquet"))
-    report("curate", "select", "cache", "rare.parquet", "--method rare-first --concepts groups --per-concept 30")
+    report("curate", "select", "cache", "rare.parquet", "--method rare-first:per_concept=30 --concepts groups")
     yield "selection", keys_of("rare.parquet")
     report("curate", "outliers", "cache", "outliers.parquet")
     yield "outliers", keys_of("outliers.parquet")[:20]

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import ClassVar
 
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, blocks, normalize
-from embedcache.curate.select.baselines import draw_rows
+from embedcache.curate.select.baselines import Count, draw_rows
 from embedcache.curate.select.pool import Pool
-from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
+from embedcache.dataset.vectors import Vectors
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
 from embedcache.neighbors.knn import find_closest
@@ -23,46 +22,46 @@ _ITEMS_PER_CLUSTER = 40
 _MAX_CLUSTERS = 10_000
 
 
-class ImageBasedSelector:
-    """The image-based filter of "DataComp" (NeurIPS 2023), which compares vectors of any modality.
+def image_based(
+    pool: Pool,
+    *,
+    target: Vectors,
+    budget: int | None = None,
+    clusters: Count | None = None,
+    seed: int = 0,
+    device: str = AUTO,
+) -> Selection:
+    """Select by the image-based filter of "DataComp" (NeurIPS 2023), which compares vectors of any modality.
 
-    The pool is divided into clusters. The samples of those that hold an item of the target are selected, or, with a
-    budget, a random sample of them. The target must not hold test data.
+    The pool is divided into clusters, by default one per 40 samples. The samples of those that hold an item of the
+    target are selected, or, with a budget, a random sample of them. The target must not hold test data.
+
+    Memory: 256 vectors per cluster, and two integers per item.
     """
+    num_clusters = clusters or default_clusters(len(pool.samples))
+    drawn = pool.sample(_TRAINING_PER_CLUSTER * num_clusters, seed=seed)
+    centroids_CP = find_centroids(drawn, num_clusters, seed=seed, progress=pool.progress, device=device)
+    target_blocks = target.blocks("assigning the target to clusters", pool.progress)
+    target_T = _nearest_centroids((vectors for _, vectors in target_blocks), centroids_CP)
 
-    accepts: ClassVar[tuple[str, ...]] = ("budget", "clusters")
-    requires_one_of: ClassVar[tuple[str, ...]] = ()
-    modality: ClassVar[str | None] = "image"
-    required_inputs: ClassVar[tuple[str, ...]] = ("target",)
-    uses_seed: ClassVar[bool] = True
+    item_samples = []
+    item_clusters = []
+    for samples_B, vectors_BP in pool.blocks("assigning to clusters"):
+        item_samples.append(samples_B)
+        item_clusters.append(find_closest(vectors_BP, [centroids_CP]).rows)
+    selected_S, cluster_S = find_near_target(np.concatenate(item_samples), np.concatenate(item_clusters), target_T)
 
-    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select the samples. Memory: 256 vectors per cluster, and two integers per item."""
-        if settings.clusters is not None and len(settings.clusters) > 1:
-            raise SettingError(f"clusters: expected one level for image-based, got {len(settings.clusters)}")
-        num_clusters = settings.clusters[0] if settings.clusters else default_clusters(len(pool.samples))
-        drawn = pool.sample(_TRAINING_PER_CLUSTER * num_clusters, seed=settings.seed)
-        centroids_CP = find_centroids(
-            drawn, num_clusters, seed=settings.seed, progress=pool.progress, device=settings.device
-        )
-        target_blocks = pool.target.blocks("assigning the target to clusters", pool.progress)
-        target_T = _nearest_centroids((vectors for _, vectors in target_blocks), centroids_CP)
-        samples, clusters = [], []
-        for samples_B, vectors_BP in pool.blocks("assigning to clusters"):
-            samples.append(samples_B)
-            clusters.append(find_closest(vectors_BP, [centroids_CP]).rows)
-        selected_S, cluster_S = find_near_target(np.concatenate(samples), np.concatenate(clusters), target_T)
-        if isinstance(settings.budget, int):
-            if settings.budget > len(selected_S):
-                raise DataError(
-                    f"budget: expected at most the {len(selected_S):,} of {len(pool.samples):,} samples in the "
-                    f"target's {len(set(target_T)):,} clusters, got {settings.budget:,}; lower it, or give fewer "
-                    "--clusters"
-                )
-            drawn_rows = draw_rows(selected_S, settings.budget, seed=settings.seed)
-            cluster_S, selected_S = cluster_S[np.searchsorted(selected_S, drawn_rows)], drawn_rows
-        counts_C = np.bincount(target_T)
-        return Selection(rows=selected_S, columns={"cluster": cluster_S, "num_target_items": counts_C[cluster_S]})
+    if budget is not None:
+        if budget > len(selected_S):
+            raise DataError(
+                f"budget: expected at most the {len(selected_S):,} of {len(pool.samples):,} samples in the "
+                f"target's {len(set(target_T)):,} clusters, got {budget:,}; lower it, or give fewer clusters"
+            )
+        drawn_rows = draw_rows(selected_S, budget, seed=seed)
+        cluster_S = cluster_S[np.searchsorted(selected_S, drawn_rows)]
+        selected_S = drawn_rows
+    counts_C = np.bincount(target_T)
+    return Selection(rows=selected_S, columns={"cluster": cluster_S, "num_target_items": counts_C[cluster_S]})
 
 
 def _nearest_centroids(vectors: Iterable[Floats], centroids_CP: Floats) -> Ints:
@@ -108,42 +107,42 @@ def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int, progress
     )
 
 
-class HierarchicalSelector:
-    """The balancing of "Automatic Data Curation for Self-Supervised Learning: A Clustering-Based Approach" (TMLR 2024).
+def hierarchical(
+    pool: Pool,
+    *,
+    budget: int,
+    clusters: tuple[Count, ...] | None = None,
+    seed: int = 0,
+    device: str = AUTO,
+) -> Selection:
+    """Balance as "Automatic Data Curation for Self-Supervised Learning: A Clustering-Based Approach" (TMLR 2024).
 
-    k-means on the samples, then on its centroids, and so on. From the top, the budget is divided equally among the
-    branches; what small branches cannot use goes to the others, down to samples drawn at random. Unlike in the paper,
-    no level is clustered again on the points nearest its centroids. A sample is represented by its first item.
+    k-means on the samples, then on its centroids, and so on: `clusters` has their number on each level, finest first.
+    From the top, the budget is divided equally among the branches; what small branches cannot use goes to the others,
+    down to samples drawn at random. Unlike in the paper, no level is clustered again on the points nearest its
+    centroids. A sample is represented by its first item.
+
+    Memory: 256 vectors per finest cluster, and an integer per sample and level.
     """
-
-    accepts: ClassVar[tuple[str, ...]] = ("budget", "clusters")
-    requires_one_of: ClassVar[tuple[str, ...]] = ("budget",)
-    modality: ClassVar[str | None] = "image"
-    required_inputs: ClassVar[tuple[str, ...]] = ()
-    uses_seed: ClassVar[bool] = True
-
-    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select the samples. Memory: 256 vectors per finest cluster, and an integer per sample and level."""
-        assert isinstance(settings.budget, int)
-        rows_S = pool.first_items()
-        sizes = settings.clusters or default_levels(len(rows_S))
-        if any(finer <= coarser for finer, coarser in pairwise(sizes)):
-            raise SettingError(
-                f"clusters: expected fewer on each level than on the one before, got {','.join(map(str, sizes))}"
-            )
-        drawn = np.random.default_rng(settings.seed).permutation(rows_S)[: _TRAINING_PER_CLUSTER * sizes[0]]
-        vectors_NP = pool.vectors.read(np.sort(drawn), pool.progress)
-        centroids = find_centroids(
-            vectors_NP, sizes[0], seed=settings.seed, progress=pool.progress, device=settings.device
+    rows_S = pool.first_items()
+    sizes = clusters or default_levels(len(rows_S))
+    if any(finer <= coarser for finer, coarser in pairwise(sizes)):
+        raise SettingError(
+            f"clusters: expected fewer on each level than on the one before, got {'+'.join(map(str, sizes))}"
         )
-        parts = (pool.vectors.read(rows_S[block]) for block in blocks(len(rows_S), _BLOCK))
-        shown = watch(parts, pool.progress, "assigning to clusters", len(rows_S), "samples")
-        leaf_S = _nearest_centroids(shown, centroids)
-        labels_SL = build_tree(leaf_S, centroids, sizes[1:], seed=settings.seed, device=settings.device)
-        chosen = draw_balanced(labels_SL, settings.budget, seed=settings.seed)
-        columns = {f"cluster_{level}": labels_SL[chosen, -level] for level in range(1, labels_SL.shape[1] + 1)}
-        columns["cluster_size"] = np.bincount(leaf_S)[leaf_S[chosen]]
-        return Selection(rows=pool.samples[chosen], columns=columns)
+    drawn = np.random.default_rng(seed).permutation(rows_S)[: _TRAINING_PER_CLUSTER * sizes[0]]
+    vectors_NP = pool.vectors.read(np.sort(drawn), pool.progress)
+    centroids = find_centroids(vectors_NP, sizes[0], seed=seed, progress=pool.progress, device=device)
+
+    parts = (pool.vectors.read(rows_S[block]) for block in blocks(len(rows_S), _BLOCK))
+    shown = watch(parts, pool.progress, "assigning to clusters", len(rows_S), "samples")
+    leaf_S = _nearest_centroids(shown, centroids)
+    labels_SL = build_tree(leaf_S, centroids, sizes[1:], seed=seed, device=device)
+    chosen = draw_balanced(labels_SL, budget, seed=seed)
+
+    columns = {f"cluster_{level}": labels_SL[chosen, -level] for level in range(1, labels_SL.shape[1] + 1)}
+    columns["cluster_size"] = np.bincount(leaf_S)[leaf_S[chosen]]
+    return Selection(rows=pool.samples[chosen], columns=columns)
 
 
 def default_levels(num_samples: int) -> tuple[int, ...]:
@@ -204,34 +203,24 @@ def _draw(labels_SL: Ints, rows: Ints, budget: int, rng: np.random.Generator) ->
 _CANDIDATES = 20_000
 
 
-class KCenterSelector:
-    """The greedy k-center coreset of "Active Learning for Convolutional Neural Networks" (ICLR 2018), Algorithm 1.
+def k_center(pool: Pool, *, budget: int, candidates: Count | None = None, seed: int = 0) -> Selection:
+    """Select the greedy k-center coreset of "Active Learning for Convolutional Neural Networks" (ICLR 2018), Alg. 1.
 
-    It chooses from candidates drawn at random, as its time is budget x candidates, and starts from a random one. Noise
-    is far from everything, so it is chosen early: clean the pool first. A sample is represented by its first item.
+    It chooses from candidates drawn at random, by default 20,000 or twice the budget, as its time is
+    budget x candidates, and starts from a random one. Noise is far from everything, so it is chosen early: clean the
+    pool first. A sample is represented by its first item. Memory: the vectors of the candidates.
     """
+    num_candidates = candidates or max(_CANDIDATES, 2 * budget)
+    if num_candidates < budget:
+        raise SettingError(f"candidates: expected at least the budget of {budget:,}, got {num_candidates:,}")
+    drawn = np.random.default_rng(seed).permutation(len(pool.samples))[:num_candidates]
+    vectors_NP = pool.vectors.read(pool.first_items()[drawn], pool.progress)
+    chosen, cosines = farthest_first(vectors_NP, budget, progress=pool.progress)
 
-    accepts: ClassVar[tuple[str, ...]] = ("budget", "candidates")
-    requires_one_of: ClassVar[tuple[str, ...]] = ("budget",)
-    modality: ClassVar[str | None] = "image"
-    required_inputs: ClassVar[tuple[str, ...]] = ()
-    uses_seed: ClassVar[bool] = True
-
-    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select the samples. Memory: the vectors of the candidates."""
-        assert isinstance(settings.budget, int)
-        num_candidates = settings.candidates or max(_CANDIDATES, 2 * settings.budget)
-        if num_candidates < settings.budget:
-            raise SettingError(
-                f"candidates: expected at least the budget of {settings.budget:,}, got {num_candidates:,}"
-            )
-        candidates = np.random.default_rng(settings.seed).permutation(len(pool.samples))[:num_candidates]
-        vectors_NP = pool.vectors.read(pool.first_items()[candidates], pool.progress)
-        chosen, cosines = farthest_first(vectors_NP, settings.budget, progress=pool.progress)
-        order = np.argsort(candidates[chosen])
-        # A sample is compared with those that were chosen before it.
-        columns = {"number": order + 1, "nearest_cosine": cosines[order]}
-        return Selection(rows=pool.samples[candidates[chosen[order]]], columns=columns)
+    order = np.argsort(drawn[chosen])
+    # A sample is compared with those that were chosen before it.
+    columns = {"number": order + 1, "nearest_cosine": cosines[order]}
+    return Selection(rows=pool.samples[drawn[chosen[order]]], columns=columns)
 
 
 def farthest_first(vectors_NP: Floats, size: int, *, progress: Progress | None = None) -> tuple[Ints, Floats]:

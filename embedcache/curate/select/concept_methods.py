@@ -3,59 +3,53 @@
 import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise, repeat
-from typing import ClassVar, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from embedcache.arrays import Array, Bools, Floats, Ints, concatenated_ranges, distinct, from_sort_keys, to_sort_keys
+from embedcache.curate.select.baselines import Cosine, Count, check_one
 from embedcache.curate.select.pool import Pool, compute_cosines, whole_samples
-from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError
 from embedcache.progress import Progress
+from embedcache.search.concepts import Concepts
 
 _CANDIDATES_PER_SAMPLE = 25
 _END = "\0"  # of a caption among joined ones
 _WORD, _WORD_OR_END = re.compile(r"\w+"), re.compile(rf"\w+|{_END}")
 
 
-class RareFirstSelector:
-    """The curation of "Harnessing Frozen Unimodal Encoders for Flexible Multimodal Alignment" (CVPR 2025).
+def rare_first(
+    pool: Pool, *, concepts: Concepts, budget: int | None = None, per_concept: Count | None = None
+) -> Selection:
+    """Curate as "Harnessing Frozen Unimodal Encoders for Flexible Multimodal Alignment" (CVPR 2025).
 
     About n samples per concept, each sample once. As in the paper, a concept's candidates are the 25 n samples that
     match it best, and concepts choose one after another, the rarest first. Unlike in its code, a concept's rarity is
     its score at rank n and not that of the last candidate, whose rank depends on memory; and cosines are float32, not
-    in steps of .0027.
+    in steps of .0027. Memory: 16 bytes for each of C x 25 n candidates.
     """
+    check_one(budget=budget, per_concept=per_concept)
+    num_concepts = len(concepts.names)
+    # One more for the rarest, if there is a remainder.
+    quotas_C = np.full(num_concepts, per_concept) if budget is None else even_quotas(budget, num_concepts)
+    most = int(quotas_C.max())
+    k = min(len(pool.samples), _CANDIDATES_PER_SAMPLE * most)
+    best = best_samples(pool.blocks("comparing with concepts"), concepts.vectors, k)
 
-    accepts: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
-    requires_one_of: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
-    modality: ClassVar[str | None] = "text"
-    required_inputs: ClassVar[tuple[str, ...]] = ("concepts",)
-    uses_seed: ClassVar[bool] = False
-
-    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select the samples. Memory: 16 bytes for each of C x 25 n candidates."""
-        concepts = pool.concepts
-        num_concepts = len(concepts.names)
-        if isinstance(settings.budget, int):
-            quotas_C = even_quotas(settings.budget, num_concepts)  # the rarest first
-        else:
-            quotas_C = np.full(num_concepts, settings.per_concept)
-        most = int(quotas_C.max())
-        k = min(len(pool.samples), _CANDIDATES_PER_SAMPLE * most)
-        best = best_samples(pool.blocks("comparing with concepts"), concepts.vectors, k)
-        order_C = rarest_first(best.scores_CK, most)
-        concept_M, rank_M = assign(best.samples_CK, order_C, quotas_C[np.argsort(order_C)])
-        rows_M = best.samples_CK[concept_M, rank_M]
-        by_row = np.argsort(rows_M)
-        columns = {
-            "concept": pa.array(concepts.names, pa.string()).take(pa.array(concept_M[by_row])),
-            "cosine": best.scores_CK[concept_M, rank_M][by_row],
-            "rank": rank_M[by_row] + 1,
-        }
-        return Selection(rows=rows_M[by_row], columns=columns)
+    order_C = rarest_first(best.scores_CK, most)
+    concept_M, rank_M = assign(best.samples_CK, order_C, quotas_C[np.argsort(order_C)])
+    rows_M = best.samples_CK[concept_M, rank_M]
+    by_row = np.argsort(rows_M)
+    columns = {
+        "concept": pa.array(concepts.names, pa.string()).take(pa.array(concept_M[by_row])),
+        "cosine": best.scores_CK[concept_M, rank_M][by_row],
+        "rank": rank_M[by_row] + 1,
+    }
+    return Selection(rows=rows_M[by_row], columns=columns)
 
 
 def even_quotas(budget: int, num_concepts: int) -> Ints:
@@ -156,35 +150,53 @@ def assign(samples_CK: Ints, order_C: Ints, quota_C: Ints) -> tuple[Ints, Ints]:
     return np.concatenate([concept for concept, _ in chosen]), np.concatenate([ranks for _, ranks in chosen])
 
 
-class MetaclipSelector:
-    """The balancing of "Demystifying CLIP Data" (ICLR 2024), Algorithm 1.
+def metaclip(
+    pool: Pool,
+    *,
+    concepts: Concepts,
+    budget: int | None = None,
+    head: Annotated[float, Field(ge=1)] | None = None,
+    threshold: Cosine | None = None,
+    seed: int = 0,
+) -> Selection:
+    """Balance as "Demystifying CLIP Data" (ICLR 2024), Algorithm 1.
 
     Samples match concepts by the words of their captions or, with `threshold`, by cosine. Each match of a concept with
     n matches is kept with probability min(1, t / n), and a sample if any of its matches is. t is `head`, or the value
-    that keeps `budget` samples. A sample that matches no concept is never kept.
+    that keeps `budget` samples. A sample that matches no concept is never kept. Memory: some 50 bytes per match.
     """
+    check_one(budget=budget, head=head)
+    names = concepts.names
+    if threshold is None:
+        note_names(names, pool.progress)
+        matches = match_words(pool.texts(), names)
+        step = "match by cosine with the parameter threshold"
+    else:
+        matches = match_near(pool.blocks("comparing with concepts"), concepts.vectors, threshold)
+        step = "lower the threshold"
+    if not len(matches.samples_M):
+        raise DataError(
+            f"expected samples that match one of {len(names):,} concepts, such as {names[0]!r}, got none of "
+            f"{len(pool.samples):,}; {step}, or give other concepts"
+        )
 
-    accepts: ClassVar[tuple[str, ...]] = ("budget", "head", "threshold")
-    requires_one_of: ClassVar[tuple[str, ...]] = ("budget", "head")
-    modality: ClassVar[str | None] = "text"
-    required_inputs: ClassVar[tuple[str, ...]] = ("concepts",)
-    uses_seed: ClassVar[bool] = True
-
-    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select the samples. Memory: some 50 bytes per match."""
-        names = pool.concepts.names
-        if settings.threshold is None:
-            note_names(names, pool.progress)
-            matches = match_words(pool.texts(), names)
-        else:
-            matches = match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors, settings.threshold)
-        kept = np.sort(_balance(matches, pool, settings))  # matches are sorted by sample
-        concepts_M = matches.concepts_M[kept]
-        columns = {
-            "concept": pa.array(names, pa.string()).take(pa.array(concepts_M)),
-            "num_matches": np.bincount(matches.concepts_M)[concepts_M],
-        }
-        return Selection(rows=matches.samples_M[kept], columns=columns)
+    first_matches_S, heads_S = lowest_heads(matches, seed=seed)
+    if budget is None:
+        kept = first_matches_S[heads_S < head]
+    elif budget > len(first_matches_S):
+        raise DataError(
+            f"budget: expected at most the {len(first_matches_S):,} of {len(pool.samples):,} samples that match one of "
+            f"{len(names):,} concepts, got {budget:,}; lower it, or {step}"
+        )
+    else:
+        kept = first_matches_S[np.argsort(heads_S, kind="stable")[:budget]]
+    kept = np.sort(kept)  # matches are sorted by sample
+    concepts_M = matches.concepts_M[kept]
+    columns = {
+        "concept": pa.array(names, pa.string()).take(pa.array(concepts_M)),
+        "num_matches": np.bincount(matches.concepts_M)[concepts_M],
+    }
+    return Selection(rows=matches.samples_M[kept], columns=columns)
 
 
 def note_names(names: Sequence[str], progress: Progress) -> None:
@@ -290,26 +302,6 @@ def match_near(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, thres
         concepts.append(concept)
     pairs_M2 = np.unique(np.stack([np.concatenate(samples), np.concatenate(concepts)], axis=1), axis=0)
     return Matches(pairs_M2[:, 0], pairs_M2[:, 1])
-
-
-def _balance(matches: Matches, pool: Pool, settings: SelectSettings) -> Ints:
-    """Choose the kept samples, each by the first of its matches that is kept: positions of these matches."""
-    num_concepts, num_samples = len(pool.concepts.names), len(pool.samples)
-    step = "match by cosine with --threshold" if settings.threshold is None else "lower --threshold"
-    if not len(matches.samples_M):
-        raise DataError(
-            f"expected samples that match one of {num_concepts:,} concepts, such as {pool.concepts.names[0]!r}, got "
-            f"none of {num_samples:,}; {step}, or give other concepts"
-        )
-    first_matches_S, heads_S = lowest_heads(matches, seed=settings.seed)
-    if settings.budget is not None and settings.budget > len(first_matches_S):
-        raise DataError(
-            f"budget: expected at most the {len(first_matches_S):,} of {num_samples:,} samples that match one of "
-            f"{num_concepts:,} concepts, got {settings.budget:,}; lower it, or {step}"
-        )
-    if isinstance(settings.budget, int):
-        return first_matches_S[np.argsort(heads_S, kind="stable")[: settings.budget]]
-    return first_matches_S[heads_S < settings.head]
 
 
 def lowest_heads(matches: Matches, *, seed: int) -> tuple[Ints, Array]:

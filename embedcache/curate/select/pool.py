@@ -109,16 +109,16 @@ class Pool:
         return samples
 
     def _scored_samples(self) -> Ints:
-        samples: Ints = np.flatnonzero(np.isfinite(self.score.values))
+        samples: Ints = np.flatnonzero(np.isfinite(self.scores.values))
         if self._settings.selection is not None:
             selected = read_selection(self._settings.selection, [self.cache])
             samples = np.intersect1d(samples, selected, assume_unique=True)
         if not len(samples):
-            raise DataError(f"{self._settings.scores}: expected samples with {self.score.name}, got none in the pool")
+            raise DataError(f"{self._settings.scores}: expected samples with {self.scores.name}, got none in the pool")
         return samples
 
     @cached_property
-    def score(self) -> Score:
+    def scores(self) -> Score:
         """A score of each sample of the cache."""
         assert self._settings.scores is not None  # which the method requires
         return read_scores(self._settings.scores, self.cache, self._settings.score)
@@ -126,9 +126,8 @@ class Pool:
     @cached_property
     def concepts(self) -> Concepts:
         """Concepts in the space of the vectors."""
-        if self._settings.concepts is None:
-            raise SettingError("concepts: expected a cache of concepts, got none; give --concepts CACHE")
         settings = self._settings
+        assert settings.concepts is not None  # which the method requires
         return open_concepts(
             Cache(str(settings.concepts)), self.vectors, label=settings.label, join_names=settings.join_names
         )
@@ -136,8 +135,7 @@ class Pool:
     @cached_property
     def target(self) -> Vectors:
         """Vectors of the target."""
-        if self._settings.target is None:
-            raise SettingError("target: expected the cache of a target, got none; give --target CACHE")
+        assert self._settings.target is not None  # which the method requires
         return Vectors(
             self._settings.target,
             self.modality,

@@ -1,12 +1,14 @@
 """Selecting samples of a cache: by a named method, or from other selections."""
 
-from collections.abc import Sequence
+import inspect
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic_core import to_jsonable_python
 
 from embedcache.curate.keep import choose_modality
 from embedcache.curate.select.pool import Pool
@@ -15,8 +17,9 @@ from embedcache.dataset.selections import Selection, read_selection_table, write
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.outputs import check_table_output
+from embedcache.parameters import bind, find_parameters
 from embedcache.progress import AnyProgress, to_progress
-from embedcache.registry import Registry
+from embedcache.registry import Registry, plugin_name
 from embedcache.runs import PAIR, Run
 from embedcache.settings import merge_settings, replace_fields
 from embedcache.store.cache import Cache
@@ -24,47 +27,34 @@ from embedcache.store.cache import Cache
 SELECTORS = Registry(
     "method of selection",
     {
-        "clip-score": "embedcache.curate.select.baselines:ClipScoreSelector",
-        "hierarchical": "embedcache.curate.select.cluster_methods:HierarchicalSelector",
-        "image-based": "embedcache.curate.select.cluster_methods:ImageBasedSelector",
-        "k-center": "embedcache.curate.select.cluster_methods:KCenterSelector",
-        "metaclip": "embedcache.curate.select.concept_methods:MetaclipSelector",
-        "random": "embedcache.curate.select.baselines:RandomSelector",
-        "rare-first": "embedcache.curate.select.concept_methods:RareFirstSelector",
-        "score": "embedcache.curate.select.baselines:ScoreSelector",
-        "top-score": "embedcache.curate.select.baselines:TopScoreSelector",
+        "clip-score": "embedcache.curate.select.baselines:clip_score",
+        "hierarchical": "embedcache.curate.select.cluster_methods:hierarchical",
+        "image-based": "embedcache.curate.select.cluster_methods:image_based",
+        "k-center": "embedcache.curate.select.cluster_methods:k_center",
+        "metaclip": "embedcache.curate.select.concept_methods:metaclip",
+        "random": "embedcache.curate.select.baselines:random_draw",
+        "rare-first": "embedcache.curate.select.concept_methods:rare_first",
+        "score": "embedcache.curate.select.baselines:by_score",
+        "top-score": "embedcache.curate.select.baselines:top_score",
     },
     group="embedcache.selectors",
-    arguments=0,
+    arguments=1,
+    has_parameters=True,
 )
+"""Each is a function `method(pool, **arguments) -> Selection`, whose rows ascend.
 
+It names what it needs as keyword arguments, required ones without a default: `budget`, a whole number; `scores`,
+`concepts` and `target`, opened; `run`, a path; `seed` and `device`. All other arguments are parameters of its name.
+"""
 
-class Selector(Protocol):
-    """A method of selection.
-
-    Attributes:
-        accepts: settings of `METHOD_SETTINGS` that it uses; `seed` is always accepted.
-        requires_one_of: settings of which exactly one must be set.
-        modality: modality that it compares by default; `image` stands for the first that a cache without images has
-            features of. None: none, or both of the run.
-        required_inputs: `scores`, `concepts`, `target` and `run`, as far as the pool must have them. With `scores` no
-            feature is read.
-        uses_seed: whether the seed changes the result.
-    """
-
-    accepts: ClassVar[tuple[str, ...]]
-    requires_one_of: ClassVar[tuple[str, ...]]
-    modality: ClassVar[str | None]
-    required_inputs: ClassVar[tuple[str, ...]]
-    uses_seed: ClassVar[bool]
-
-    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select some samples of a pool, each once, in their order. `settings.budget` is a whole number, or None.
-
-        Raises:
-            DataError: no sample passes.
-        """
-        ...
+_NEEDED = {
+    "budget": "--budget COUNT",
+    "scores": "--scores FILE, of curate score, curate outliers or another tool",
+    "concepts": "--concepts CACHE, made by: embedcache extract prompts:concepts.txt CACHE --text-encoder SPEC",
+    "target": "--target CACHE, with the features of the pool's encoder",
+    "run": "--run RUN, a run of embedcache train",
+}
+_GIVEN = (*_NEEDED, "seed", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +91,14 @@ def select(
     Args:
         cache: path or URL of the cache.
         out: Parquet file to write, or to replace.
-        method: a name in `SELECTORS`, or `module:attribute`.
+        method: a name in `SELECTORS` or `module:attribute`, and parameters of it, such as `metaclip:head=100`.
         settings: how much is selected, by what, and from which samples.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
 
     Raises:
         PathError: the file's name does not end in `.parquet`.
-        UnknownNameError: there is no such method or feature.
+        UnknownNameError: there is no such method, parameter or feature.
         SettingError: a setting is missing or not used by the method, or the budget exceeds the pool.
         DataError: no sample passes.
         FingerprintError: the run, the concepts or the target have features of another encoder.
@@ -117,23 +107,62 @@ def select(
     out, settings = Path(out), merge_settings(SelectSettings, settings, options)
     progress = to_progress(progress)
     check_table_output("selection", out)
-    selector: Selector = SELECTORS.load(method)()
-    check_method_settings(method, selector, settings)
-    modality = settings.modality or _default_modality(Cache(cache), selector, settings)
+    bound = load_method(method)
+    _check_inputs(method, bound, settings)
+
+    modality = settings.modality or _default_modality(Cache(cache), bound, settings)
     pool = Pool(cache, modality, settings, progress=progress)
     num_pool = len(pool.samples)
     settings = replace_fields(settings, budget=_count_budget(settings.budget, num_pool))
-    selection = selector.select(pool, settings)
-    write_selection(out, pool.cache, selection, _record(method, pool, settings), progress=progress)
+    selection = apply_method(bound, pool, settings)
+    write_selection(out, pool.cache, selection, _record(method, bound, pool, settings), progress=progress)
     return SelectReport(path=out, num_selected=len(selection.rows), num_pool=num_pool)
 
 
-def _default_modality(cache: Cache, selector: Selector, settings: SelectSettings) -> str:
-    """Return the modality of the pool: the method's, or, of a method that compares pairs, the run's first."""
+def load_method(method: str) -> partial[Selection]:
+    """Load a method of selection and bind the parameters that its text names."""
+    return bind(SELECTORS, method, given=_GIVEN)
+
+
+def named_inputs(bound: partial[Selection]) -> list[str]:
+    """Return what a method takes of `budget`, `scores`, `concepts`, `target`, `run`, `seed` and `device`."""
+    return [name for name in inspect.signature(bound.func).parameters if name in _GIVEN]
+
+
+def apply_method(bound: partial[Selection], pool: Pool, settings: SelectSettings) -> Selection:
+    """Call a method with those of its inputs that are set."""
+    inputs = {}
+    for name in named_inputs(bound):
+        if getattr(settings, name) is not None:
+            inputs[name] = getattr(pool if name in ("scores", "concepts", "target") else settings, name)
+    return bound(pool, **inputs)
+
+
+def _check_inputs(method: str, bound: partial[Selection], settings: SelectSettings) -> None:
+    """Check that a method has all inputs that it needs, and uses all that are given, else raise `SettingError`."""
+    arguments = inspect.signature(bound.func).parameters
+    for name, needed in _NEEDED.items():
+        is_required = name in arguments and arguments[name].default is inspect.Parameter.empty
+        if is_required and getattr(settings, name) is None:
+            raise SettingError(f"--method {method}: expected {needed}, got none")
+
+    refused = {"budget", "scores", "concepts", "target"} - set(arguments)
+    if "scores" in arguments:  # no features are read
+        refused |= {"run", "feature", "modality"}
+    for name in sorted(refused):
+        value = getattr(settings, name)
+        if value is not None:
+            raise SettingError(f"--method {method}: expected no --{name}, got {value}; leave it out")
+
+
+def _default_modality(cache: Cache, bound: partial[Selection], settings: SelectSettings) -> str:
+    """Return the modality of the pool: text to compare with concepts, the run's first for its pairs, else images."""
     names = None if settings.run is None else Run.open(settings.run, kind=PAIR).modalities
-    if selector.modality is None and names is not None:
+    inputs = named_inputs(bound)
+    if "run" in inputs and names is not None:
         return names[0]
-    modality = selector.modality or "image"
+
+    modality = "text" if "concepts" in inputs else "image"
     is_there = modality != "image" or bool(cache.info.num_items.get("image"))
     return modality if is_there and (names is None or modality in names) else choose_modality(cache, None, settings.run)
 
@@ -147,57 +176,24 @@ def _count_budget(budget: int | float | None, num_pool: int) -> int | None:
     return budget
 
 
-def _record(method: str, pool: Pool, settings: SelectSettings) -> dict[str, Any]:
+def _record(method: str, bound: partial[Selection], pool: Pool, settings: SelectSettings) -> dict[str, Any]:
     """Return what was selected by, as the metadata of the selection; with scores no vectors are compared."""
-    inputs = settings.inputs()
+    known = find_parameters(SELECTORS, bound.func, given=_GIVEN)
+    parameters = {name: item.default for name, item in known.items()} | bound.keywords
+    has_scores = settings.scores is not None
+    values = settings.to_json()
+    names = ["budget", "seed"]
+    names += ["score"] if has_scores else []
+    names += ["label", "join_names"] if settings.concepts is not None else []
     return {
-        "method": method,
-        "settings": settings.method_json(),
-        **({"scores": inputs["scores"]} if "scores" in inputs else {}),
-        "modality": None if "scores" in inputs else pool.modality,
-        "feature": None if "scores" in inputs else pool.feature,
-        "within": None if settings.selection is None else str(settings.selection),
-        **{name: inputs.get(name) for name in ("concepts", "target", "run")},
+        "method": plugin_name(method),
+        "settings": {**{name: values[name] for name in names}, **to_jsonable_python(parameters)},
+        **({"scores": values["scores"]} if has_scores else {}),
+        "modality": None if has_scores else pool.modality,
+        "feature": None if has_scores else pool.feature,
+        "within": values["selection"],
+        **{name: values[name] for name in ("concepts", "target", "run")},
     }
-
-
-_INPUTS = {
-    "scores": "--scores FILE, of curate score, curate outliers or another tool",
-    "concepts": "--concepts CACHE, made by: embedcache extract prompts:concepts.txt CACHE --text-encoder SPEC",
-    "target": "--target CACHE, with the features of the pool's encoder",
-    "run": "--run RUN, a run of embedcache train",
-}
-
-
-def check_method_settings(method: str, selector: Selector, settings: SelectSettings) -> None:
-    """Check that a method uses all settings that are set and has all that it needs, else raise `SettingError`."""
-    unused = [name for name in settings.method_settings if name not in selector.accepts]
-    if unused:
-        accepted = f"only {_options(selector.accepts)}" if selector.accepts else "no settings of its own"
-        raise SettingError(f"--method {method}: expected {accepted}, got {_options(unused)}; leave it out")
-    given = [name for name in selector.requires_one_of if name in settings.method_settings]
-    if selector.requires_one_of and len(given) != 1:
-        got = _options(given) if given else "none"
-        raise SettingError(f"--method {method}: expected one of {_options(selector.requires_one_of)}, got {got}")
-    inputs = settings.inputs()
-    for name in selector.required_inputs:
-        if name not in inputs:
-            raise SettingError(f"--method {method}: expected {_INPUTS[name]}, got none")
-    reads_features = "scores" not in selector.required_inputs
-    refused = {name: path for name, path in inputs.items() if name != "run" or not reads_features}
-    refused |= {} if settings.feature is None or reads_features else {"feature": settings.feature}
-    for name, path in refused.items():
-        if name not in selector.required_inputs:
-            raise SettingError(f"--method {method}: expected no --{name}, got {path}; leave it out")
-    if selector.modality is None and settings.modality is not None:
-        compares = "as it compares both of the run's" if reads_features else "as it compares no items"
-        raise SettingError(
-            f"--method {method}: expected no --modality, {compares}, got {settings.modality}; leave it out"
-        )
-
-
-def _options(names: Sequence[str]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def combine_selections(

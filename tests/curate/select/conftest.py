@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from embedcache.curate.select.pool import Pool
-from embedcache.curate.select.select import SELECTORS, Selector
+from embedcache.curate.select.select import apply_method, load_method, named_inputs
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset import keytable
 from embedcache.dataset.selections import Selection
@@ -55,16 +55,33 @@ def around(cache_path: Path, image_folder: Path, tmp_path_factory: pytest.TempPa
 def pools(around: dict[str, Path]) -> Callable[..., Pool]:
     """Return a function that opens a pool with all that a method needs."""
 
-    def make(which: str, selector: Selector, *, selection: Path | None = None) -> Pool:
-        modality = selector.modality or "image"
-        inputs: dict[str, Any] = {name: around[name] for name in selector.required_inputs}
-        feature = None if {"run", "scores"} & set(selector.required_inputs) else FEATURES[modality]
-        return Pool(around[which], modality, SelectSettings(feature=feature, selection=selection, **inputs))
+    def make(method: str, which: str = "cache", **options: Any) -> Pool:
+        return open_pool(around, load_method(method), which, make_settings(around, load_method(method), **options))
 
     return make
 
 
-def apply(pools: Any, name: str, **options: Any) -> Selection:
-    """Select from the session's cache by a method."""
-    selector = SELECTORS.load(name)()
-    return selector.select(pools("cache", selector), SelectSettings(**options))
+@pytest.fixture
+def chosen(around: dict[str, Path]) -> Callable[..., Selection]:
+    """Return a function that selects by a method, with its parameters, from the session's cache or the `other` one."""
+
+    def choose(method: str, which: str = "cache", **options: Any) -> Selection:
+        bound = load_method(method)
+        settings = make_settings(around, bound, **options)
+        return apply_method(bound, open_pool(around, bound, which, settings), settings)
+
+    return choose
+
+
+def make_settings(around: dict[str, Path], bound: Any, **options: Any) -> SelectSettings:
+    inputs = [name for name in named_inputs(bound) if name in around]
+    feature = None if {"run", "scores"} & set(inputs) else FEATURES[default_modality(inputs)]
+    return SelectSettings(**{"feature": feature, **{name: around[name] for name in inputs}, **options})
+
+
+def open_pool(around: dict[str, Path], bound: Any, which: str, settings: SelectSettings) -> Pool:
+    return Pool(around[which], default_modality(named_inputs(bound)), settings)
+
+
+def default_modality(inputs: list[str]) -> str:
+    return "text" if "concepts" in inputs else "image"

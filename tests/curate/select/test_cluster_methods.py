@@ -19,7 +19,6 @@ from embedcache.curate.select.cluster_methods import (
 )
 from embedcache.errors import DataError, SettingError
 from embedcache.progress import NullProgress
-from tests.curate.select.conftest import apply
 
 
 def test_near_target() -> None:
@@ -28,21 +27,19 @@ def test_near_target() -> None:
     assert (kept.tolist(), cluster.tolist()) == ([1, 2, 3], [2, 3, 2])
 
 
-def test_image_based_takes_the_clusters_of_the_target(pools: Any) -> None:
-    whole = apply(pools, "image-based", clusters=(30,))
+def test_image_based_takes_the_clusters_of_the_target(chosen: Any) -> None:
+    whole = chosen("image-based:clusters=30")
     counts = dict(zip(whole.columns["cluster"].tolist(), whole.columns["num_target_items"].tolist(), strict=True))
     assert sum(counts.values()) == 12
-    drawn = apply(pools, "image-based", clusters=(30,), budget=len(whole.rows))
+    drawn = chosen("image-based:clusters=30", budget=len(whole.rows))
     assert drawn.rows.tolist() == whole.rows.tolist()
     assert pa.table(drawn.columns).equals(pa.table(whole.columns))
     with pytest.raises(DataError, match=f"{len(whole.rows)} of 300"):
-        apply(pools, "image-based", clusters=(30,), budget=len(whole.rows) + 1)
-    with pytest.raises(SettingError, match="clusters: expected one level for image-based, got 2"):
-        apply(pools, "image-based", clusters=(9, 3))
+        chosen("image-based:clusters=30", budget=len(whole.rows) + 1)
 
 
-def test_hierarchical_names_the_path_from_the_top(pools: Any) -> None:
-    found = apply(pools, "hierarchical", budget=300, clusters=(20, 4))
+def test_hierarchical_names_the_path_from_the_top(chosen: Any) -> None:
+    found = chosen("hierarchical:clusters=20+4", budget=300)
     assert found.rows.tolist() == list(range(300))
     leaves, tops = Counter(), {}
     assert list(found.columns) == ["cluster_1", "cluster_2", "cluster_size"]

@@ -41,16 +41,16 @@ def test_select_combine_and_export(command: Command, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     for line, expected in (
         (
-            "select cache a.parquet --method rare-first --concepts concepts --per-concept 9 --feature {text}",
+            "select cache a.parquet --method rare-first:per_concept=9 --concepts concepts --feature {text}",
             "36 of 300",
         ),
         ("select cache b.parquet --method metaclip --concepts concepts --budget 20% --feature {text}", "60 of 300"),
-        ("select cache c.parquet --method hierarchical --budget 50 --clusters 20,4 --feature {image}", "50 of 300"),
+        ("select cache c.parquet --method hierarchical:clusters=20+4 --budget 50 --feature {image}", "50 of 300"),
         (
-            "select cache d.parquet --method image-based --target target --clusters 9 --feature {image}",
+            "select cache d.parquet --method image-based:clusters=9 --target target --feature {image}",
             "of 300 samples",
         ),
-        ("select cache e.parquet --method clip-score --run run --threshold -1", "300 of 300 samples (100.0%)"),
+        ("select cache e.parquet --method clip-score:threshold=-1 --run run", "300 of 300 samples (100.0%)"),
         ("combine cache e.parquet minus a.parquet f.parquet", "f.parquet: 264 samples"),
         ("select cache g.parquet --method random --budget 5 --selection f.parquet --seed 2", "5 of 264 samples"),
         ("export cache g.parquet keys.txt", "keys.txt: 5 samples"),
@@ -71,7 +71,7 @@ def test_select_combine_and_export(command: Command, tmp_path: Path) -> None:
 def test_feature_need_not_be_named(command: Command, tmp_path: Path) -> None:
     for line, expected in (
         ("select cache a.parquet --method random --budget 7", "7 of 300"),
-        ("select cache b.parquet --method rare-first --concepts concepts --per-concept 9", "36 of 300"),
+        ("select cache b.parquet --method rare-first:per_concept=9 --concepts concepts", "36 of 300"),
     ):
         code, out, err = command(line)
         assert code == 0, err
@@ -89,7 +89,7 @@ MISTAKES = [
     ("negatives cache out.parquet", "--feature image=NAME"),
     ("select cache a.parquet --method random --budget many", "many"),
     ("select cache a.parquet --method random --budget 200% --feature {image}", "200%"),
-    ("select cache a.parquet --method hierarchical --budget 3 --clusters 5,x", "'x'"),
+    ("select cache a.parquet --method hierarchical:clusters=5+x --budget 3", "5+x"),
     ("combine cache x.parquet and y.parquet a.parquet", "x.parquet"),
     ("export cache keys.txt uids.npy --format datacomp", "keys.txt"),
 ]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints
-from embedcache.curate.select.baselines import ClipScoreSelector, find_above, find_highest
+from embedcache.curate.select.baselines import find_above, find_highest
 from embedcache.curate.select.concept_methods import (
     Matches,
-    MetaclipSelector,
     assign,
     best_samples,
     even_quotas,
@@ -27,89 +26,92 @@ from embedcache.curate.select.concept_methods import (
     match_near,
     match_words,
     note_names,
+    rare_first,
     rarest_first,
 )
 from embedcache.curate.select.pool import Pool, compute_cosines, whole_samples
 from embedcache.curate.select.select import SELECTORS
-from embedcache.curate.select.settings import SelectSettings
 from embedcache.errors import DataError
+from embedcache.registry import plugin_name
 from embedcache.testing.selectors import SelectorContract
-from tests.curate.select.conftest import apply
 from tests.edits import read_rows, write_tables
 from tests.recorded import RecordedProgress
 
 
-class TestRandom(SelectorContract):
+class Contract(SelectorContract):
+    """The contract on the session's caches."""
+
+    @pytest.fixture
+    def paths(self, around: dict[str, Path]) -> dict[str, Path]:
+        return around
+
+    @pytest.fixture
+    def select(self, chosen: Any) -> Any:
+        return lambda which="cache", **options: chosen(self.name, which, **{"budget": self.budget, **options})
+
+
+class TestRandom(Contract):
     name = "random"
 
 
-class TestTopScore(SelectorContract):
+class TestTopScore(Contract):
     name = "top-score"
 
 
-class TestClipScore(SelectorContract):
+class TestClipScore(Contract):
     name = "clip-score"
 
 
-class TestClipScoreAbove(SelectorContract):
-    name = "clip-score"
+class TestClipScoreAbove(Contract):
+    name = "clip-score:threshold=0.3"
     budget = None
-    settings: ClassVar[dict[str, Any]] = {"threshold": 0.3}
 
 
-class TestScore(SelectorContract):
+class TestScore(Contract):
     name = "score"
 
 
-class TestRareFirst(SelectorContract):
+class TestRareFirst(Contract):
     name = "rare-first"
 
 
-class TestRareFirstPerConcept(SelectorContract):
-    name = "rare-first"
+class TestRareFirstPerConcept(Contract):
+    name = "rare-first:per_concept=6"
     budget = None
-    settings: ClassVar[dict[str, Any]] = {"per_concept": 6}
 
 
-class TestMetaclip(SelectorContract):
+class TestMetaclip(Contract):
     name = "metaclip"
 
 
-class TestMetaclipNear(SelectorContract):
-    name = "metaclip"
-    settings: ClassVar[dict[str, Any]] = {"threshold": 0.2}
+class TestMetaclipNear(Contract):
+    name = "metaclip:threshold=0.2"
 
 
-class TestMetaclipHead(SelectorContract):
-    name = "metaclip"
+class TestMetaclipHead(Contract):
+    name = "metaclip:head=5"
     budget = None
-    settings: ClassVar[dict[str, Any]] = {"head": 5.0}
 
 
-class TestImageBased(SelectorContract):
-    name = "image-based"
-    settings: ClassVar[dict[str, Any]] = {"clusters": (12,)}
+class TestImageBased(Contract):
+    name = "image-based:clusters=12"
 
 
-class TestImageBasedWhole(SelectorContract):
-    name = "image-based"
+class TestImageBasedWhole(Contract):
+    name = "image-based:clusters=30"
     budget = None
-    settings: ClassVar[dict[str, Any]] = {"clusters": (30,)}
 
 
-class TestHierarchical(SelectorContract):
-    name = "hierarchical"
-    settings: ClassVar[dict[str, Any]] = {"clusters": (20, 4)}
+class TestHierarchical(Contract):
+    name = "hierarchical:clusters=20+4"
 
 
-class TestKCenter(SelectorContract):
+class TestKCenter(Contract):
     name = "k-center"
 
 
 def test_every_selector_has_a_contract_test() -> None:
-    contracts = SelectorContract.__subclasses__()
-    tested = {kind.name for kind in contracts if kind.__module__.startswith("tests.")}  # not those of a page
-    assert tested == set(SELECTORS.paths)
+    assert {plugin_name(kind.name) for kind in Contract.__subclasses__()} == set(SELECTORS.paths)
 
 
 def concept_cosines(pool: Pool) -> Floats:
@@ -155,10 +157,17 @@ def test_even_quotas() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "quotas"), [({"budget": 10}, [3, 3, 2, 2]), ({"budget": 4}, [1] * 4), ({"per_concept": 6}, [6] * 4)]
+    ("method", "budget", "quotas"),
+    [
+        ("rare-first", 10, [3, 3, 2, 2]),
+        ("rare-first", 4, [1] * 4),
+        ("rare-first:per_concept=6", None, [6] * 4),
+    ],
 )
-def test_rare_first_equals_a_plain_search(pools: Any, options: dict[str, int], quotas: list[int]) -> None:
-    pool = pools("cache", SELECTORS.load("rare-first"))
+def test_rare_first_equals_a_plain_search(
+    pools: Any, chosen: Any, method: str, budget: int | None, quotas: list[int]
+) -> None:
+    pool = pools(method)
     cosines_SC, names = concept_cosines(pool), pool.concepts.names
     ranked = [np.argsort(-cosines_SC[:, concept], kind="stable").tolist() for concept in range(4)]
     rarest = sorted(range(4), key=lambda concept: cosines_SC[ranked[concept][quotas[0] - 1], concept])
@@ -167,7 +176,7 @@ def test_rare_first_equals_a_plain_search(pools: Any, options: dict[str, int], q
         free = [(rank, row) for rank, row in enumerate(ranked[concept], start=1) if row not in reasons]
         for rank, row in free[:quota]:
             reasons[row] = (names[concept], cosines_SC[row, concept], rank)
-    found = apply(pools, "rare-first", **options)
+    found = chosen(method, budget=budget)
     table = pa.table(dict(found.columns))
     assert [tuple(values.values()) for values in table.to_pylist()] == [reasons[row] for row in sorted(reasons)]
     assert found.rows.tolist() == sorted(reasons)
@@ -175,11 +184,10 @@ def test_rare_first_equals_a_plain_search(pools: Any, options: dict[str, int], q
 
 def test_rare_first_considers_25_candidates_per_sample(pools: Any) -> None:
     """Check with 27 equal concepts, of which the last two find all of their candidates taken."""
-    selector = SELECTORS.load("rare-first")()
-    pool = pools("cache", selector)
+    pool = pools("rare-first")
     equal = np.repeat(pool.concepts.vectors[:1], 27, axis=0)
-    pool.concepts = replace(pool.concepts, names=[f"red {number}" for number in range(27)], vectors=equal)
-    assert len(selector.select(pool, SelectSettings(per_concept=1)).rows) == 25
+    concepts = replace(pool.concepts, names=[f"red {number}" for number in range(27)], vectors=equal)
+    assert len(rare_first(pool, concepts=concepts, per_concept=1).rows) == 25
 
 
 # top score and CLIP score
@@ -191,8 +199,9 @@ def test_highest_prefers_first_of_equals(scores: list[float], size: int) -> None
     assert find_highest(np.array(scores, np.float32), size).tolist() == expected
 
 
-def test_top_score_equals_a_sort(pools: Any) -> None:
-    found, pool = apply(pools, "top-score", budget=25), pools("cache", SELECTORS.load("top-score"))
+def test_top_score_equals_a_sort(pools: Any, chosen: Any) -> None:
+    found = chosen("top-score", budget=25)
+    pool = pools("top-score")
     cosines_SC, names = concept_cosines(pool), pool.concepts.names
     best = sorted(np.argsort(-cosines_SC.max(axis=1), kind="stable")[:25].tolist())
     assert found.rows.tolist() == best
@@ -207,26 +216,16 @@ def test_above_names_range_of_scores() -> None:
         find_above(scores, 0.9)
 
 
-def test_clip_score_takes_up_to_all_pairs(pools: Any) -> None:
-    samples, scores = pools("cache", ClipScoreSelector()).pair_scores()
+def test_clip_score_takes_up_to_all_pairs(pools: Any, chosen: Any) -> None:
+    samples, scores = pools("clip-score").pair_scores()
     threshold = float(np.median(scores))
-    found = apply(pools, "clip-score", threshold=threshold)
+    found = chosen(f"clip-score:threshold={threshold!r}")
     assert found.rows.tolist() == samples[scores >= np.float32(threshold)].tolist()
     assert found.columns["cosine"].tolist() == scores[found.rows].tolist()
-    assert apply(pools, "clip-score", budget=300).rows.tolist() == list(range(300))
+    assert chosen("clip-score", budget=300).rows.tolist() == list(range(300))
+    assert scores.mean() > 0.2  # pairs match better than chance
     with pytest.raises(DataError, match="300"):
-        apply(pools, "clip-score", budget=301)
-
-
-def test_clip_score_exceeds_shuffled_pairs(pools: Any) -> None:
-    pool = pools("cache", ClipScoreSelector())
-    samples, scores = pool.pair_scores()
-    assert len(samples) == 300
-    images = pool.vectors.read(pool.vectors.rows)
-    texts = pool.vectors.run.pair.tower("text")
-    assert images.shape[0] == 300
-    assert texts is not None
-    assert scores.mean() > 0.2
+        chosen("clip-score", budget=301)
 
 
 # MetaCLIP
@@ -302,40 +301,33 @@ def test_metaclip_keeps_rare_concepts() -> None:
     assert frequent == pytest.approx(50, abs=5 * np.sqrt(50 / 50))
 
 
-def test_metaclip_heads_are_nested(pools: Any) -> None:
-    few, more = (
-        set(
-            MetaclipSelector()
-            .select(pools("cache", MetaclipSelector()), SelectSettings(head=head, seed=1))
-            .rows.tolist()
-        )
-        for head in (3.0, 9.0)
-    )
+def test_metaclip_heads_are_nested(chosen: Any) -> None:
+    few, more = (set(chosen(f"metaclip:head={head}", seed=1).rows.tolist()) for head in (3, 9))
     assert few < more
 
 
-def test_metaclip_keeps_a_sample_whose_head_is_below(pools: Any) -> None:
+def test_metaclip_keeps_a_sample_whose_head_is_below(pools: Any, chosen: Any) -> None:
     """Check with the head at which one sample is kept next: it is not kept yet."""
-    pool = pools("cache", MetaclipSelector())
+    pool = pools("metaclip")
     matches = match_words(pool.texts(), pool.concepts.names)
     first, heads = lowest_heads(matches, seed=0)
     head = float(np.sort(heads[heads >= 1])[5])
     kept, counts = first[heads < head], Counter(matches.concepts_M.tolist())
-    found = apply(pools, "metaclip", head=head)
+    found = chosen(f"metaclip:head={head!r}")
     assert found.rows.tolist() == matches.samples_M[kept].tolist()
     concepts = matches.concepts_M[kept].tolist()
     assert found.columns["concept"].to_pylist() == [pool.concepts.names[concept] for concept in concepts]
     assert found.columns["num_matches"].tolist() == [counts[concept] for concept in concepts]
 
 
-def test_metaclip_takes_up_to_all_matching_samples(pools: Any) -> None:
-    pool = pools("cache", MetaclipSelector())
+def test_metaclip_takes_up_to_all_matching_samples(pools: Any, chosen: Any) -> None:
+    pool = pools("metaclip")
     matching = np.unique(match_words(pool.texts(), pool.concepts.names).samples_M).tolist()
-    assert apply(pools, "metaclip", budget=len(matching)).rows.tolist() == matching
+    assert chosen("metaclip", budget=len(matching)).rows.tolist() == matching
     with pytest.raises(DataError, match=f"{len(matching)} of 300"):
-        apply(pools, "metaclip", budget=len(matching) + 1)
+        chosen("metaclip", budget=len(matching) + 1)
     with pytest.raises(DataError, match="none of 300"):
-        apply(pools, "metaclip", budget=3, threshold=1.0)
+        chosen("metaclip:threshold=1", budget=3)
 
 
 def test_pool_reads_no_paths(cache_path: Path, tmp_path: Path) -> None:

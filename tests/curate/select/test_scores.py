@@ -18,7 +18,7 @@ from embedcache.curate.select.settings import SelectSettings
 from embedcache.curate.settings import ScoreSettings
 from embedcache.dataset.scores import read_scores
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.reports.scores import write_score_page
 from embedcache.runs import Run
@@ -201,8 +201,8 @@ def test_wrong_settings_raise(cache_path: Path, run_path: Path, tmp_path: Path, 
 # selection by a score
 
 
-def chosen(cache: Path, out: Path, scores: Path, **options: Any) -> list[int]:
-    select(cache, out, "score", SelectSettings(scores=scores, **options))
+def chosen(cache: Path, out: Path, scores: Path, bounds: str = "", **options: Any) -> list[int]:
+    select(cache, out, f"score:{bounds}" if bounds else "score", SelectSettings(scores=scores, **options))
     return read_selection(out, [Cache(cache)]).tolist()
 
 
@@ -210,11 +210,11 @@ def test_bounds_and_budget(cache_path: Path, tmp_path: Path, weights: Path) -> N
     scores, out = tmp_path / "scores.parquet", tmp_path / "out.parquet"
     found = scored(cache_path, scores, weights=weights, feature=FEATURE)
     low, high = np.quantile(found, [0.4, 0.8]).tolist()
-    assert chosen(cache_path, out, scores, at_least=low) == np.flatnonzero(found >= np.float32(low)).tolist()
-    assert chosen(cache_path, out, scores, at_most=low) == np.flatnonzero(found <= np.float32(low)).tolist()
+    assert chosen(cache_path, out, scores, f"at_least={low!r}") == np.flatnonzero(found >= np.float32(low)).tolist()
+    assert chosen(cache_path, out, scores, f"at_most={low!r}") == np.flatnonzero(found <= np.float32(low)).tolist()
     best = sorted(np.argsort(-found, kind="stable")[:30].tolist())
     assert chosen(cache_path, out, scores, budget=0.1) == best
-    between = chosen(cache_path, out, scores, at_most=high, budget=5)
+    between = chosen(cache_path, out, scores, f"at_most={high!r}", budget=5)
     assert found[between].min() >= np.sort(found[found <= np.float32(high)])[-5]
     table = pq.read_table(out)
     assert table["score"].to_pylist() == found[between].tolist()
@@ -235,8 +235,8 @@ def test_scores_of_another_tool(cache_path: Path, tmp_path: Path) -> None:
     }
     pq.write_table(pa.table(table), tmp_path / "theirs.parquet")
     scores, out = tmp_path / "theirs.parquet", tmp_path / "out.parquet"
-    assert chosen(cache_path, out, scores, score="aesthetic", at_least=5) == [2, 4]
-    assert chosen(cache_path, out, scores, score="nsfw", at_most=0) == [4]
+    assert chosen(cache_path, out, scores, "at_least=5", score="aesthetic") == [2, 4]
+    assert chosen(cache_path, out, scores, "at_most=0", score="nsfw") == [4]
 
 
 def test_scores_with_more_digits_than_float32_has(cache_path: Path, tmp_path: Path) -> None:
@@ -244,9 +244,9 @@ def test_scores_with_more_digits_than_float32_has(cache_path: Path, tmp_path: Pa
     table = {"key": keys, "time": [1_700_000_000, 1_700_000_001, 1_700_000_002], "loss": [1e300, 1 + 2**-40, 1.0]}
     pq.write_table(pa.table(table), tmp_path / "theirs.parquet")
     scores, out = tmp_path / "theirs.parquet", tmp_path / "out.parquet"
-    assert chosen(cache_path, out, scores, score="time", at_least=1_700_000_001) == [1, 2]
+    assert chosen(cache_path, out, scores, "at_least=1700000001", score="time") == [1, 2]
     assert chosen(cache_path, out, scores, score="time", budget=1) == [2]
-    assert chosen(cache_path, out, scores, score="loss", at_least=1 + 2**-41) == [0, 1]
+    assert chosen(cache_path, out, scores, f"at_least={1 + 2**-41!r}", score="loss") == [0, 1]
 
 
 def test_wrong_selections_raise(cache_path: Path, tmp_path: Path, weights: Path) -> None:
@@ -257,16 +257,16 @@ def test_wrong_selections_raise(cache_path: Path, tmp_path: Path, weights: Path)
         ("score", {"budget": 3}, SettingError, "scores"),
         ("score", {"scores": scores, "budget": 3, "feature": FEATURE}, SettingError, "feature"),
         ("score", {"scores": scores, "budget": 3, "modality": "text"}, SettingError, "text"),
-        ("score", {"scores": scores, "at_least": 99}, DataError, "0 of 300"),
-        ("score", {"scores": scores, "at_most": low, "budget": 2}, DataError, "1 of 300"),
+        ("score:at_least=99", {"scores": scores}, DataError, "0 of 300"),
+        (f"score:at_most={low!r}", {"scores": scores, "budget": 2}, DataError, "1 of 300"),
         ("random", {"scores": scores, "budget": 3, "feature": FEATURE}, SettingError, "scores"),
-        ("random", {"at_most": 1, "budget": 3}, SettingError, "at-most"),
+        ("random:at_most=1", {"budget": 3}, UnknownNameError, "at_most"),
     ]
     for method, options, error, word in wrong:
         with pytest.raises(error, match=word):
             select(cache_path, out, method, SelectSettings(**options))
     assert not out.exists()
-    assert len(chosen(cache_path, out, scores, at_most=low, budget=1)) == 1
+    assert len(chosen(cache_path, out, scores, f"at_most={low!r}", budget=1)) == 1
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.curate.select.baselines import RandomSelector
+from embedcache.curate.select.baselines import random_draw
 from embedcache.curate.select.select import combine_selections, select
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import read_selection
@@ -35,12 +35,13 @@ def chosen(around: dict[str, Path], out: Path, method: str = "random", **options
 
 
 def test_selection_metadata(around: dict[str, Path], tmp_path: Path) -> None:
-    rows = chosen(around, tmp_path / "a.parquet", "rare-first", per_concept=5, concepts=around["concepts"])
+    rows = chosen(around, tmp_path / "a.parquet", "rare-first:per_concept=5", concepts=around["concepts"])
     table = pq.read_table(tmp_path / "a.parquet")
     record = json.loads(table.schema.metadata[b"embedcache"])
     assert len(rows) == 20
     assert (record["method"], record["modality"], record["feature"]) == ("rare-first", "text", TEXT_FEATURE)
-    assert record["settings"]["per_concept"] == 5
+    expected = {"budget": None, "seed": 0, "label": "label", "join_names": False, "per_concept": 5}
+    assert record["settings"] == expected
     assert table.column_names == ["row", "key", "concept", "cosine", "rank"]
     inputs = (record["within"], record["concepts"], record["target"], record["run"])
     assert inputs == (None, str(around["concepts"]), None, None)
@@ -67,17 +68,10 @@ def test_random_draw_needs_no_feature(tmp_path: Path) -> None:
         select(tmp_path / "cache", tmp_path / "b.parquet", "random", budget=4, modality="image")
 
 
-class NamedSelector(RandomSelector):
-    """A method that cannot be made without a name."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-def test_methods_of_a_user_are_made_without_arguments(around: dict[str, Path], tmp_path: Path) -> None:
-    assert len(chosen(around, tmp_path / "a.parquet", f"{RandomSelector.__module__}:RandomSelector", budget=3)) == 3
-    with pytest.raises(SettingError, match="arguments"):
-        chosen(around, tmp_path / "a.parquet", f"{__name__}:NamedSelector", budget=3)
+def test_methods_of_a_user(around: dict[str, Path], tmp_path: Path) -> None:
+    assert len(chosen(around, tmp_path / "a.parquet", f"{random_draw.__module__}:random_draw", budget=3)) == 3
+    with pytest.raises(SettingError, match="list"):
+        chosen(around, tmp_path / "a.parquet", f"{__name__}:MISTAKES", budget=3)
 
 
 def test_select_is_deterministic(around: dict[str, Path], tmp_path: Path) -> None:
@@ -166,15 +160,20 @@ MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("random", {}, SettingError, "budget"),
     ("random", {"budget": 301}, SettingError, "301"),
     ("random", {"budget": 3, "concepts": "concepts"}, SettingError, "concepts"),
+    ("random:head=4", {"budget": 3}, UnknownNameError, "head"),
     ("rare-first", {"budget": 3}, SettingError, "concepts"),
+    ("rare-first:per_concept=4", {"budget": 3, "concepts": "concepts"}, SettingError, "per_concept"),
+    ("rare-first:per_concept=0", {"concepts": "concepts"}, SettingError, "per_concept"),
+    ("metaclip", {"concepts": "concepts"}, SettingError, "none"),
+    ("metaclip:heads=4", {"concepts": "concepts"}, UnknownNameError, "known: head, threshold"),
     ("clip-score", {"budget": 3}, SettingError, "run"),
-    ("clip-score", {"budget": 3, "run": "run", "modality": "text"}, SettingError, "modality"),
-    ("clip-score", {"threshold": 1.0, "run": "run", "feature": None}, DataError, "1.0"),
+    ("clip-score:threshold=1", {"run": "run", "feature": None}, DataError, "1.0"),
     ("image-based", {"budget": 3}, SettingError, "target"),
-    ("hierarchical", {"budget": 3, "clusters": (5, 9)}, SettingError, "5,9"),
-    ("hierarchical", {"budget": 3, "clusters": (9, 9)}, SettingError, "9,9"),
-    ("hierarchical", {"budget": 3, "clusters": (999,)}, SettingError, "999"),
-    ("k-center", {"budget": 9, "candidates": 5}, SettingError, "candidates"),
+    ("image-based:clusters=9+3", {"budget": 3}, SettingError, "clusters"),
+    ("hierarchical:clusters=5+9", {"budget": 3}, SettingError, "5.9"),
+    ("hierarchical:clusters=9+9", {"budget": 3}, SettingError, "9.9"),
+    ("hierarchical:clusters=999", {"budget": 3}, SettingError, "999"),
+    ("k-center:candidates=5", {"budget": 9}, SettingError, "candidates"),
 ]
 
 
@@ -219,15 +218,15 @@ def test_join_names(around: dict[str, Path], tmp_path: Path) -> None:
     extract(open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "names", text_encoder=["tests.toy:open_toy"])
     path = tmp_path / "a.parquet"
     with pytest.raises(DataError, match="red"):
-        chosen(around, path, "rare-first", per_concept=4, concepts=tmp_path / "names")
-    rows = chosen(around, path, "rare-first", per_concept=4, concepts=tmp_path / "names", join_names=True)
+        chosen(around, path, "rare-first:per_concept=4", concepts=tmp_path / "names")
+    rows = chosen(around, path, "rare-first:per_concept=4", concepts=tmp_path / "names", join_names=True)
     assert len(rows) == 8
 
 
 def test_concept_with_unmatched_prompt(around: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"red": ["red"], "nothing": ["x"]}))
     extract(open_source(f"prompts:{tmp_path}/c.json"), tmp_path / "c", text_encoder=["tests.toy:open_toy"])
-    assert len(chosen(around, tmp_path / "a.parquet", "rare-first", per_concept=4, concepts=tmp_path / "c")) == 8
+    assert len(chosen(around, tmp_path / "a.parquet", "rare-first:per_concept=4", concepts=tmp_path / "c")) == 8
 
 
 def test_select_images_with_run(around: dict[str, Path], tmp_path: Path) -> None:
