@@ -223,7 +223,7 @@ def test_recordings_that_have_moved(media: Path, caplog: pytest.LogCaptureFixtur
     missing = "the videos and recordings cannot be read; the reason is in the server's log"
     assert gone.info()["missing_images"] == missing
     assert [hit["player"] for hit in gone.items(np.array([0]))] == [None]
-    assert "videos are not shown: expected a table or a folder" in caplog.text
+    assert "videos are not shown: " in caplog.text
 
 
 @pytest.mark.slow
