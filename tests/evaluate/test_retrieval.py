@@ -96,7 +96,7 @@ def test_overlap_with_training_warns(cache_path: Path, runs: list[Path]) -> None
     report = evaluate_retrieval(cache_path, runs[:1])
     assert report.overlap is not None
     assert report.overlap.exact > 0  # a split by key of images whose captions repeat
-    said = f"WARNING: {report.overlap.exact} samples share an image or a caption with the training part"
+    said = f"WARNING: seen in training: {report.overlap.exact} of "
     assert said in report.line()
     assert evaluate_retrieval(cache_path, runs[:1], RetrievalSettings(part="train")).overlap is None
     assert evaluate_retrieval(cache_path, runs[:1], RetrievalSettings(check_overlap=False)).overlap is None

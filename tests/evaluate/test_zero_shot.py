@@ -97,7 +97,7 @@ def test_seeds_are_averaged(labeled: Path, prompts: Path, runs: list[Path]) -> N
     assert both.accuracies["acc1"].value == pytest.approx(np.mean([*one.by_seed, *other.by_seed]))
     assert np.array_equal(both.confusion, one.confusion + other.confusion)
     assert both.confusion.sum() == 200
-    steps = [("classifying", 100, "images"), ("comparing with training images", 195, "images")]
+    steps = [("classifying", 100, "images"), ("comparing with 195 images", 195, "images")]
     assert progress.started == steps * 2
     assert progress.counts == {what: 2 * total for what, total, _ in steps}
     assert [np.mean(of_run.ranks == 1) for of_run in predictions] == [*one.by_seed, *other.by_seed]

@@ -98,7 +98,6 @@ def test_numbers_of_rows_and_chunks() -> None:
     assert info.num_chunk_rows("new", "text", 0) == 0
     assert info.num_chunk_rows("other", "image", 0) is None
     assert [info.has_rows_of(name) for name in ("old", "new", "other")] == [True, True, False]
-    assert (info.num_samples_since("old"), info.num_samples_since("other")) == (5, 0)
 
 
 def test_digest_covers_parts_in_their_order_and_what_was_removed() -> None:

@@ -213,7 +213,11 @@ def test_progress_begins_before_the_first_step(cache_path: Path, tmp_path: Path,
     loading = [(f"loading {feature.name}", feature.num_items, noun(feature.modality)) for feature in features]
     pairing, splitting = ("pairing", 2 * len(cache), "items"), ("splitting", len(cache), "samples")
     sides = zip(("image", "text"), loading, strict=True)
-    comparing = [(f"comparing {name} items for the split", count, "items") for name, (_, count, _) in sides]
+    comparing = [
+        (f"{verb} {name} items for the split", count, "items")
+        for name, (_, count, _) in sides
+        for verb in ("sorting", "comparing")
+    ]
     steps = [splitting, *loading] if split == "key" else [*loading, *comparing, splitting]
     assert progress.started[:-2] == [pairing, *steps]
     assert [what for what, *_ in progress.started[-2:]] == ["initializing", "training"]
