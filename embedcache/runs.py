@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from pydantic import Field, field_validator
 
 from embedcache.devices import announce_device, torch_device
-from embedcache.errors import ArtifactError, DataError, PathError, one_line, quoted
+from embedcache.errors import ArtifactError, DataError, EmbedcacheError, PathError, one_line, quoted
 from embedcache.files import AnyPath, replacing
 from embedcache.locks import Leases
 from embedcache.provenance import (
@@ -35,7 +35,7 @@ from embedcache.settings import replace_fields
 from embedcache.store.arrays import check_file, file_checksum
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from embedcache.projectors.pair import AlignedPair
 
@@ -273,15 +273,30 @@ class Run:
         device = str(torch_device(self.device, needs_float64=self.info.kind != PAIR))
         announce_device(device)
         try:
+            weights = load_file(path)
             with names_from(self.path):
+                self._check_shapes(weights)
                 module = self.info.build()
-            module.load_state_dict(load_file(path))
+            module.load_state_dict(weights)
         except (TypeError, RuntimeError) as error:
             raise ArtifactError(
                 f"{self.path / MANIFEST}: expected the network {self.info.kind} that this run was trained with, got "
                 f"another one: {one_line(error)}; load it with the version that wrote it, or train again"
             ) from error
         return module.to(device).eval()
+
+    def _check_shapes(self, weights: Mapping[str, "Tensor"]) -> None:
+        """Check that the module would have weights of these shapes, before a width in `run.json` exceeds the memory."""
+        import torch
+
+        try:
+            with torch.device("meta"):
+                module = self.info.build()
+        except EmbedcacheError:
+            raise
+        except Exception:  # noqa: BLE001 - of custom code that cannot be built without memory
+            return
+        module.to("meta").load_state_dict({name: value.to("meta") for name, value in weights.items()})
 
     @property
     def pair(self) -> "AlignedPair":

@@ -115,6 +115,9 @@ def test_changed_manifest_is_refused(tmp_path: Path) -> None:
         ({"kind": "torch.nn:Linear"}, "unexpected keyword"),
         ({"arguments": {**INFO.arguments, "widths": {"image": 7, "text": 5}}}, "size mismatch"),
         ({"arguments": {**INFO.arguments, "shared_width": 2**80}}, "run.json"),
+        # before memory is allocated
+        ({"arguments": {**INFO.arguments, "shared_width": 2**31 - 1}}, "size mismatch"),
+        ({"arguments": {**INFO.arguments, "widths": {"image": 2**31 - 1, "text": 5}}}, "size mismatch"),
     ],
 )
 def test_network_of_other_shapes_is_refused(tmp_path: Path, changed: dict[str, Any], reason: str) -> None:
