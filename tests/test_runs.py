@@ -142,7 +142,7 @@ def test_unfinished_run_is_no_run(tmp_path: Path) -> None:
     Run.create(tmp_path / "run", INFO)
     assert not is_finished(tmp_path / "run")
     assert Run.reuse(tmp_path / "run", INFO) is None
-    with pytest.raises(PathError, match="is not a finished run: its training was interrupted"):
+    with pytest.raises(PathError, match="is not a finished run: its training has not ended"):
         Run.open(tmp_path / "run")
 
 
