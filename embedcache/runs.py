@@ -156,7 +156,9 @@ class Run:
         path = Path(path)
         info = read_info(path)
         if not info.is_finished:
-            raise PathError(f"{path} is not a finished run: its training has not ended; run the same embedcache train again")
+            raise PathError(
+                f"{path} is not a finished run: its training has not ended; run the same embedcache train again"
+            )
         if kind not in (None, info.kind):
             expected = "an aligned pair" if kind == PAIR else f"a run of kind {kind}"
             raise DataError(f"{path}: expected {expected}, got a run of kind {info.kind}; check the path")
