@@ -19,9 +19,9 @@ from benchmarks.data import RandomSource, write_random_cache
 from benchmarks.measure import median_rates, run_command
 from embedcache.arrays import Floats, normalize
 from embedcache.cli.console import print_line, print_table
-from embedcache.curate.counting import SAMPLE, CoverageCounter, estimate_background
+from embedcache.curate.coverage import CoverageCounter
+from embedcache.curate.prevalence import SAMPLE, estimate_background
 from embedcache.dataset.vectors import Vectors
-from embedcache.neighbors.knn import knn
 from embedcache.neighbors.scan import scan
 from embedcache.search.concepts import open_concepts
 from embedcache.store.cache import Cache
@@ -92,12 +92,10 @@ def _pass_rate(folder: Path, num_rows: int, cpu: list[float]) -> float:
     pool = Vectors(folder / "pool", "text")
     concepts = open_concepts(Cache(folder / "concepts"), pool)
     background = estimate_background(concepts.vectors, pool.sample(SAMPLE), K)
-    nearest, _ = knn(concepts.vectors, concepts.vectors, 8)
-    work = CoverageCounter(concepts.vectors, background, nearest_CJ=nearest, k=K)
+    work = CoverageCounter(concepts.vectors, background, k=K)
 
     started, cpu_started = time.perf_counter(), time.process_time()
     counts = reduce(work.merge, scan(pool, work.process), work.empty())
-    counts.top.table()
     seconds = time.perf_counter() - started
     cpu.append(time.process_time() - cpu_started)
     assert counts.num_items[0] == num_rows

@@ -124,7 +124,7 @@ def coverage(
 ) -> None:
     """Estimate how many items of a cache show each concept.
 
-    Each estimate has a 95% interval; the largest concepts, gaps and overlaps are listed.
+    Each estimate has a 95% interval; the largest and smallest concepts and the gaps are listed.
 
     Example: embedcache curate coverage cache/ concepts/ --run run/ --html coverage.html
     """
@@ -153,7 +153,7 @@ def coverage(
 
 def _show_coverage(report: "CoverageReport") -> None:
     from embedcache.cli.console import print_line, print_table
-    from embedcache.reports.coverage import concept_table, gap_note, largest_first, overlap_table, summary_table
+    from embedcache.reports.coverage import concept_table, gap_note, largest_first, summary_table
 
     print_line(report.line())
     for warning in report.warnings():
@@ -163,8 +163,6 @@ def _show_coverage(report: "CoverageReport") -> None:
     print_table(*concept_table(report, order[:10]), title="largest concepts")
     if len(order) > 10:
         print_table(*concept_table(report, order[10:][-10:]), title="smallest concepts")
-    if report.overlaps:
-        print_table(*overlap_table(report, num_rows=5), title="concepts that share items")
     if len(report.all_counts[-1].gaps(report.settings.min_count)):
         print_line(gap_note(report))
 

@@ -1,23 +1,26 @@
 """Concept coverage: how many items of a cache show each concept of a list."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Bools, Floats, Ints
-from embedcache.curate.counting import (
+from embedcache.arrays import Bools, Floats, Ints, blocks
+from embedcache.curate.prevalence import (
     SAMPLE,
     STRIP_SAMPLE,
     Background,
-    CoverageCounter,
-    PartialCoverage,
+    Estimate,
     estimate_background,
+    estimate_counts,
+    read_answers,
+    settle,
+    strip_weights,
 )
-from embedcache.curate.prevalence import Estimate, estimate_counts, read_answers, settle, strip_weights
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.pairs import ANY_LANGUAGE
 from embedcache.dataset.selections import read_selection
@@ -26,7 +29,7 @@ from embedcache.errors import SettingError, pluralize
 from embedcache.files import AnyPath
 from embedcache.metrics.ranking import gini, top_fraction
 from embedcache.modalities import count_items, noun
-from embedcache.neighbors.knn import knn
+from embedcache.neighbors.knn import KBest, knn
 from embedcache.neighbors.scan import scan
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.runs import PAIR, Run
@@ -34,7 +37,9 @@ from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.settings import merge_settings, replace_fields
 from embedcache.store.cache import Cache
 
-_NUM_NEAREST = 8  # concepts that each concept is compared with for overlap
+_TILE = 2_000_000  # similarities at a time: 8 MB per core; smaller tiles slow the product down
+_MIN_TILE_ROWS = 64
+_SCRATCH = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +87,6 @@ class ConceptCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConceptOverlap:
-    """Two concepts, by number, that share items."""
-
-    first: int
-    second: int
-    num_items: int  # above both thresholds
-    jaccard: float  # these as a fraction of the items above at least one of the two
-    cosine: float  # of the concepts' vectors
-
-
-@dataclass(frozen=True, kw_only=True)
 class CoverageReport:
     """Coverage of a list of concepts by a pool of items.
 
@@ -107,7 +101,6 @@ class CoverageReport:
         scores: (C, k) float32, similarities of the most similar items of the pool, best first.
         rows: (C, k) their rows.
         nearest: (C,) the nearest other concept; -1 if there is none.
-        overlaps: concepts that share items, sorted by number times Jaccard index; each is compared with the 8 nearest.
         strip_rows: (C, R) rows of items of all ranks, best first, about which a person can be asked.
         strip_weights: (R,) number of items of the pool that each of them stands for.
         answers: name of a concept -> row of an item -> whether it shows the concept, as a person said.
@@ -123,7 +116,6 @@ class CoverageReport:
     scores: Floats
     rows: Ints
     nearest: Ints
-    overlaps: Sequence[ConceptOverlap]
     strip_rows: Ints
     strip_weights: Floats
     answers: Mapping[str, Mapping[int, bool]]
@@ -193,7 +185,7 @@ def measure_coverage(
 ) -> CoverageReport:
     """Estimate the items of each concept, in one pass over the vectors of a cache.
 
-    What is counted, the best k and overlaps are exact, as each vector is multiplied with each concept's. Thresholds and
+    What is counted, and the best k are exact, as each vector is multiplied with each concept's. Thresholds and
     the possible items of a concept come from 65,536 items drawn at random, or from all items. How a count is estimated:
     `embedcache.curate.prevalence`. Memory: the sample, C × (P + k) values, and per core a chunk, a tile of 8 MB of
     similarities, and a few values per position above a threshold.
@@ -225,16 +217,13 @@ def measure_coverage(
 
     sample_rows = np.random.default_rng(0).permutation(pool.rows)[: max(SAMPLE, settings.k)]
     background = estimate_background(opened.vectors, _read_shuffled(pool, sample_rows), settings.k)
-    num_concepts = len(opened.names)
-    nearest, cosines = knn(
-        opened.vectors, opened.vectors, min(_NUM_NEAREST, num_concepts - 1), own=np.arange(num_concepts)
-    )
-    counter = CoverageCounter(opened.vectors, background, nearest_CJ=nearest, k=settings.k, is_selected_N=is_selected_N)
+    counter = CoverageCounter(opened.vectors, background, k=settings.k, is_selected_N=is_selected_N)
     counted = scan(
         pool, counter.process, engine=settings.engine, address=settings.address, title="counting", progress=progress
     )
     partial = reduce(counter.merge, counted, counter.empty())
-    pool_counts, *others = _concept_counts(partial, background, pool, settings.selection)
+    pool_counts, *selection_counts = _concept_counts(partial, background, pool, settings.selection)
+    nearest, _ = knn(opened.vectors, opened.vectors, 1, own=np.arange(len(opened.names)))
     report = CoverageReport(
         pool=pool,
         concepts=opened,
@@ -242,11 +231,10 @@ def measure_coverage(
         background=background,
         thresholds=background.thresholds,
         pool_counts=pool_counts,
-        selection_counts=others[0] if others else None,
+        selection_counts=selection_counts[0] if selection_counts else None,
         scores=partial.top.scores,
         rows=partial.top.numbers.astype(np.int64),
-        nearest=nearest[:, 0] if nearest.shape[1] else np.full(len(nearest), -1),
-        overlaps=_overlaps(pool_counts.above, partial.shared, nearest, cosines),
+        nearest=nearest[:, 0],
         strip_rows=sample_rows[background.strips],
         strip_weights=strip_weights(min(STRIP_SAMPLE, len(sample_rows)), len(pool.rows)),
         answers={name: answers[name] for name in opened.names if answers.get(name)},
@@ -315,7 +303,7 @@ def _is_selected(pool: Vectors, selection: Path | str | None) -> Bools | None:
 
 
 def _concept_counts(
-    partial: PartialCoverage, background: Background, pool: Vectors, selection: Path | str | None
+    partial: "PartialCoverage", background: Background, pool: Vectors, selection: Path | str | None
 ) -> list[ConceptCounts]:
     """Return the counts of the pool and, if there is one, of the selection."""
     names = [f"all {noun(pool.modality)}", *([] if selection is None else [Path(selection).name])]
@@ -344,13 +332,125 @@ def _concept_counts(
     return counts
 
 
-def _overlaps(counts_C: Ints, shared_CJ: Ints, nearest_CJ: Ints, cosines_CJ: Floats) -> list[ConceptOverlap]:
-    """Return each pair of near concepts that share an item once, sorted by shared items times Jaccard index."""
-    overlaps: dict[tuple[int, int], ConceptOverlap] = {}
-    for first, rank in zip(*np.nonzero(shared_CJ), strict=True):
-        second, num = int(nearest_CJ[first, rank]), int(shared_CJ[first, rank])
-        pair = (min(int(first), second), max(int(first), second))
-        jaccard = num / (int(counts_C[first] + counts_C[second]) - num)
-        cosine = float(cosines_CJ[first, rank])
-        overlaps[pair] = ConceptOverlap(first=pair[0], second=pair[1], num_items=num, jaccard=jaccard, cosine=cosine)
-    return sorted(overlaps.values(), key=lambda pair: (-pair.jaccard * pair.num_items, pair.first, pair.second))
+@dataclass(kw_only=True)
+class PartialCoverage:
+    """Counts of a range of chunks. G is 1, or 2 if a selection is counted beside the whole pool."""
+
+    num_items: Ints  # (G,)
+    num_covered: Ints  # (G,) items above the threshold of at least one concept
+    above: Ints  # (G, C) items above each concept's threshold
+    best: Ints  # (G, C) items by the concept they are most similar to
+    assigned: Ints  # (G, C) these items, as far as they are above its threshold
+    certain: Ints  # (G, C) these items, as far as they are almost certain
+    top: KBest  # the most similar items of each concept
+
+
+class CoverageCounter:
+    """The computation of an exact pass over a pool, which counts the items near each concept.
+
+    A tile of similarities is one matrix product, one comparison and one search for the best concept of each item; all
+    else works on the few values above a threshold or possibly among the k best. Memory: a chunk, a tile, C × k
+    numbers, and the positions above a threshold.
+
+    Args:
+        concepts_CP: rows of length 1.
+        background: thresholds of the concepts.
+        k: items to keep per concept.
+        is_selected_N: whether each row of the pool's modality is selected; None: no selection.
+    """
+
+    def __init__(
+        self,
+        concepts_CP: Floats,
+        background: Background,
+        *,
+        k: int,
+        is_selected_N: Bools | None = None,
+    ) -> None:
+        self._columns_PC = np.ascontiguousarray(concepts_CP.T)
+        self._background = background
+        self._lower_C = np.minimum(background.thresholds, background.floors)
+        self._k = k
+        self._is_selected_N = is_selected_N
+
+    def process(self, rows_B: Ints, vectors_BP: Floats) -> PartialCoverage:
+        """Count a chunk."""
+        partial = self.empty()
+        partial.num_items = np.array([mask.sum() for mask in self._group_masks(rows_B)])
+        num_rows, num_concepts = max(1, len(rows_B)), len(self._lower_C)
+        num_tiles = -(-num_rows // max(_MIN_TILE_ROWS, _TILE // num_concepts))
+        size = -(-num_rows // num_tiles)  # tiles of about equal size
+        sims, mask = _scratch_arrays(size, num_concepts)
+
+        for tile in blocks(len(rows_B), size):
+            sims_BC, mask_BC = sims[: tile.stop - tile.start], mask[: tile.stop - tile.start]
+            np.matmul(vectors_BP[tile], self._columns_PC, out=sims_BC)
+            self._count_best(partial, rows_B[tile], sims_BC)
+
+            np.greater_equal(sims_BC, self._lower_C, out=mask_BC)
+            positions = np.flatnonzero(mask_BC)
+            items, concepts = np.divmod(positions, num_concepts)
+            self._count_above(partial, rows_B[tile][items], concepts, sims_BC.ravel()[positions])
+        return partial
+
+    def merge(self, before: PartialCoverage, after: PartialCoverage) -> PartialCoverage:
+        """Add the second to the first."""
+        for field in fields(PartialCoverage):
+            if field.name != "top":
+                setattr(before, field.name, getattr(before, field.name) + getattr(after, field.name))
+        concepts, ranks = np.nonzero(after.top.numbers >= 0)
+        before.top.add(concepts, after.top.numbers[concepts, ranks], after.top.scores[concepts, ranks])
+        return before
+
+    def empty(self) -> PartialCoverage:
+        """Return counts of nothing, into which others may be merged."""
+        num_groups, num_concepts = 1 if self._is_selected_N is None else 2, len(self._lower_C)
+        above, best, assigned, certain = np.zeros((4, num_groups, num_concepts), np.int64)
+        return PartialCoverage(
+            num_items=np.zeros(num_groups, np.int64),
+            num_covered=np.zeros(num_groups, np.int64),
+            above=above,
+            best=best,
+            assigned=assigned,
+            certain=certain,
+            top=KBest(num_concepts, self._k),
+        )
+
+    def _count_best(self, partial: PartialCoverage, rows_B: Ints, sims_BC: Floats) -> None:
+        """Count the items of a tile by the concept they are most similar to; of equal ones the first."""
+        concepts_B = sims_BC.argmax(axis=1)
+        scores_B = sims_BC[np.arange(len(concepts_B)), concepts_B]
+        is_above_B = scores_B > self._background.thresholds[concepts_B]
+        is_certain_B = scores_B > self._background.certain[concepts_B]
+        for group, mask_B in enumerate(self._group_masks(rows_B)):
+            partial.best[group] += self._count_concepts(concepts_B[mask_B])
+            partial.assigned[group] += self._count_concepts(concepts_B[mask_B & is_above_B])
+            partial.certain[group] += self._count_concepts(concepts_B[mask_B & is_certain_B])
+
+    def _count_above(self, partial: PartialCoverage, rows_M: Ints, concepts_M: Ints, scores_M: Floats) -> None:
+        """Count matches: all those of an item, sorted by row and concept, that are not below `_lower_C`."""
+        is_candidate = scores_M >= self._background.floors[concepts_M]
+        partial.top.add(concepts_M[is_candidate], rows_M[is_candidate], scores_M[is_candidate])
+
+        is_above = scores_M > self._background.thresholds[concepts_M]
+        rows_A, concepts_A = rows_M[is_above], concepts_M[is_above]
+        for group, mask_A in enumerate(self._group_masks(rows_A)):
+            partial.num_covered[group] += np.count_nonzero(np.diff(rows_A[mask_A], prepend=-1))
+            partial.above[group] += self._count_concepts(concepts_A[mask_A])
+
+    def _count_concepts(self, concepts: Ints) -> Ints:
+        return np.bincount(concepts, minlength=len(self._lower_C))
+
+    def _group_masks(self, rows: Ints) -> list[Bools]:
+        """Return which rows are in the pool, and which in the selection."""
+        everything = np.ones(len(rows), bool)
+        return [everything] if self._is_selected_N is None else [everything, self._is_selected_N[rows]]
+
+
+def _scratch_arrays(num_rows: int, num_concepts: int) -> tuple[Floats, Bools]:
+    """Return arrays that a thread keeps from tile to tile; new ones would come from the system page by page."""
+    arrays: tuple[Floats, Bools] | None = getattr(_SCRATCH, "arrays", None)
+    if arrays is None or len(arrays[0]) < num_rows or arrays[0].shape[1] != num_concepts:
+        arrays = np.empty((num_rows, num_concepts), np.float32), np.empty((num_rows, num_concepts), bool)
+        _SCRATCH.arrays = arrays
+    return arrays

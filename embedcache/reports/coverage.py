@@ -1,4 +1,4 @@
-"""Concept coverage as tables, JSON and one page: counts, gaps, overlaps, and the best items of each concept."""
+"""Concept coverage as tables, JSON and one page: counts, gaps, and the best items of each concept."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +37,6 @@ _FRACTIONS = (0.01, 0.1)
 _MAX_BARS = 50
 _MAX_GAPS = 100
 _MAX_EXAMPLES = 100
-_MAX_OVERLAPS = 20
 _MAX_DIFFERENCES = 20
 _COUNT = "{x:,.0f}"
 
@@ -106,16 +105,6 @@ def concept_table(report: CoverageReport, numbers: Ints | Sequence[int]) -> Tabl
     return [*columns, "most similar to it", "certain", "median", "threshold", "highest", "nearest concept"], rows
 
 
-def overlap_table(report: CoverageReport, *, num_rows: int = _MAX_OVERLAPS) -> Table:
-    """Return the pairs of concepts that share most items."""
-    names = report.concepts.names
-    rows = []
-    for pair in report.overlaps[:num_rows]:
-        numbers = [format_count(pair.num_items), format_fraction(pair.jaccard), format_fraction(pair.cosine)]
-        rows.append([names[pair.first], names[pair.second], *numbers])
-    return ["concept", "and", "items of both", "Jaccard index", "cosine of the concepts"], rows
-
-
 def nouns_of(first: CoverageReport, second: CoverageReport) -> tuple[str, str]:
     """Return the plurals of the items of two modalities, such as `("images", "captions")`."""
     return pair_nouns((first.pool.modality, second.pool.modality))
@@ -141,7 +130,7 @@ def modality_table(first: CoverageReport, second: CoverageReport, *, num_rows: i
 
 
 def coverage_json(report: CoverageReport) -> dict[str, Any]:
-    """Return a report as JSON values: what was measured, a summary of each part, each concept, and the overlaps."""
+    """Return a report as JSON values: what was measured, a summary of each part, and each concept."""
     pool = report.pool
     return {
         "pool": {
@@ -172,15 +161,6 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
         ],
         "strip_weights": report.strip_weights.tolist(),
         "concepts": _concepts_json(report),
-        "overlaps": [
-            {
-                "concepts": [report.concepts.names[pair.first], report.concepts.names[pair.second]],
-                "items": pair.num_items,
-                "jaccard": round_json(pair.jaccard),
-                "cosine": round_json(pair.cosine),
-            }
-            for pair in report.overlaps
-        ],
     }
 
 
@@ -272,7 +252,6 @@ def _sections(report: CoverageReport, renderer: ItemRenderer) -> list[Section]:
         Section(title="Summary", notes=notes, table=summary_table(report)),
         _count_section(report),
         _gap_section(report),
-        _overlap_section(report),
         _concept_section(report, renderer),
     ]
 
@@ -296,16 +275,6 @@ def _gap_section(report: CoverageReport) -> Section:
     if len(gaps) > _MAX_GAPS:
         notes.append(f"The first {_MAX_GAPS} of {len(gaps):,}; the JSON report has all of them.")
     return Section(title="Gaps", notes=notes, table=concept_table(report, gaps[:_MAX_GAPS]))
-
-
-def _overlap_section(report: CoverageReport) -> Section:
-    if not report.overlaps:
-        return Section(title="Overlap", notes=["No concept shares an item with one of its 8 nearest concepts."])
-    note = (
-        "Items above both thresholds; the Jaccard index divides them by the items above either. Each concept is "
-        "compared with its 8 nearest concepts."
-    )
-    return Section(title="Overlap", notes=[note], table=overlap_table(report))
 
 
 def _concept_section(report: CoverageReport, renderer: ItemRenderer) -> Section:

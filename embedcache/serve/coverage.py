@@ -68,7 +68,6 @@ class ServedCoverage:
             "min_count": self._least,
             "warnings": warnings,
             "parts": [{name: part[name] for name in names} | {"gaps": len(part["gaps"])} for part in values["parts"]],
-            "overlaps": values["overlaps"][:20],
         }
 
     def concepts(self) -> list[dict[str, Any]]:

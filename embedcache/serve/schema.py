@@ -153,15 +153,6 @@ class PartOut(BaseModel):
     gaps: int
 
 
-class OverlapOut(BaseModel):
-    """Two concepts that share items."""
-
-    concepts: list[str]
-    items: int
-    jaccard: float
-    cosine: float
-
-
 class CoverageOut(BaseModel):
     """Coverage of the concepts by the items."""
 
@@ -170,7 +161,6 @@ class CoverageOut(BaseModel):
     warnings: list[str]
     parts: list[PartOut]
     concepts: list[ConceptOut]
-    overlaps: list[OverlapOut]
 
 
 class AskedHit(HitOut):

@@ -1,24 +1,37 @@
 """What coverage counts and estimates, against plain counts, and which caches, answers and settings it refuses."""
 
+import copy
 import json
 import shutil
-from itertools import combinations
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embedcache.arrays import Array, Inputs, normalize
-from embedcache.curate.coverage import ConceptCounts, CoverageReport, measure_coverage
-from embedcache.curate.prevalence import Estimate, write_answers
+from embedcache.curate import coverage
+from embedcache.curate.coverage import (
+    ConceptCounts,
+    CoverageCounter,
+    CoverageReport,
+    PartialCoverage,
+    measure_coverage,
+    measure_coverage_by_modality,
+)
+from embedcache.curate.prevalence import POSSIBLE, Estimate, estimate_background, strip_ranks, write_answers
 from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.remove import remove_samples
 from embedcache.projectors.base import project
-from embedcache.reports.coverage import concept_table
+from embedcache.reports.coverage import coverage_json
 from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -85,7 +98,11 @@ def test_estimates_hold_the_true_counts(clear: Path) -> None:
     assert (estimate.highs[:2] >= [50, 10]).all()
     assert (estimate.lows[:2] >= [30, 6]).all()
     assert all(np.isnan(bound[2]) for bound in (estimate.counts, estimate.lows, estimate.highs))
+    assert report.pool_counts.gaps(60).tolist() == [1]
     assert report.pool_counts.gaps(10**6).tolist() == [1, 0]
+    (zebra, _, gnu) = json.loads(json.dumps(coverage_json(report), allow_nan=False))["concepts"]
+    assert zebra["low"] <= zebra["count"] == 50 <= zebra["high"]
+    assert (gnu["count"], gnu["low"], gnu["high"]) == (None, None, None)
 
 
 def test_items_of_related_concepts_count_for_both(clear: Path, tmp_path: Path) -> None:
@@ -106,9 +123,6 @@ def test_chunk_size_changes_nothing(image_folder: Path, prompts: Path, cache_pat
     for name in ("above", "best", "certain"):
         assert np.array_equal(getattr(one.pool_counts, name), getattr(other.pool_counts, name)), name
     np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
-    assert [(pair.first, pair.second, pair.num_items) for pair in one.overlaps] == [
-        (pair.first, pair.second, pair.num_items) for pair in other.overlaps
-    ]
 
 
 def test_selection_reads_no_captions(cache_path: Path, prompts: Path, half: Path, tmp_path: Path) -> None:
@@ -145,21 +159,6 @@ def test_gaps_are_concepts_whose_upper_bound_is_below_the_least_count() -> None:
     assert part.gaps(4).tolist() == [2, 4, 1]
 
 
-def test_overlaps_equal_brute_force(cache_path: Path, prompts: Path) -> None:
-    report = of_texts(cache_path, prompts, k=1)
-    texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
-    above, cosines = texts @ report.concepts.vectors.T > report.thresholds, report.concepts.vectors
-    expected = []
-    for first, second in combinations(range(len(NAMES)), 2):
-        both, either = above[:, [first, second]].all(axis=1).sum(), above[:, [first, second]].any(axis=1).sum()
-        if both:
-            cosine = pytest.approx(cosines[first] @ cosines[second], abs=1e-5)
-            expected.append((-both * both / either, first, second, both, pytest.approx(both / either), cosine))
-    assert len(expected) > 3
-    found = [(pair.first, pair.second, pair.num_items, pair.jaccard, pair.cosine) for pair in report.overlaps]
-    assert found == [pair[1:] for pair in sorted(expected, key=lambda pair: pair[:3])]
-
-
 def test_captions_of_one_language_are_counted(prompts: Path, tmp_path: Path) -> None:
     rows = [
         "caption,language",
@@ -177,14 +176,7 @@ def test_captions_of_one_language_are_counted(prompts: Path, tmp_path: Path) -> 
 def test_single_concept(cache_path: Path, tmp_path: Path) -> None:
     report = of_texts(cache_path, prompt_cache(tmp_path, ["red"]), k=300)
     assert report.nearest.tolist() == [-1]
-    assert report.overlaps == []
     assert sorted(report.rows[0].tolist()) == list(range(300))
-    assert concept_table(report, [0])[1][0][-1] == ""
-
-
-def test_only_feature_of_the_concepts_is_used(cache_path: Path, prompts: Path) -> None:
-    report = measure_coverage(cache_path, prompts, CoverageSettings(modality="text", k=5))
-    assert report.pool.feature.name == "open_toy/mean"
 
 
 def test_of_equal_items_nothing_is_told(prompts: Path, tmp_path: Path) -> None:
@@ -259,7 +251,146 @@ def test_invalid_coverage_raises(cache_path: Path, prompts: Path, tmp_path: Path
         of_texts(cache_path, prompts, selection=tmp_path / "keys.txt")
 
 
-def test_coverage_without_source(cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path) -> None:
-    shutil.copytree(cache_path, tmp_path / "moved")
-    one, other = (measure_coverage(path, prompts, run=run_path) for path in (cache_path, tmp_path / "moved"))
-    assert np.array_equal(one.pool_counts.above, other.pool_counts.above)
+@pytest.mark.slow
+def test_both_modalities_are_those_of_each_alone(cache_path: Path, prompts: Path, run_path: Path) -> None:
+    reports = measure_coverage_by_modality(cache_path, prompts, modality="both", run=run_path)
+    assert list(reports) == ["image", "text"]
+    for modality, report in reports.items():
+        alone = measure_coverage(cache_path, prompts, modality=modality, run=run_path)
+        assert coverage_json(report) == coverage_json(alone)
+    with pytest.raises(SettingError, match="both"):
+        measure_coverage(cache_path, prompts, modality="both", run=run_path)
+
+
+def small(rng: np.random.Generator, *shape: int) -> Array:
+    """Whole numbers from -2 to 2: products are exact in float32, and many tie."""
+    return rng.integers(-2, 3, shape).astype(np.float32)
+
+
+def counter(concepts: Array, sample: Array, *, k: int, **limits: Any) -> CoverageCounter:
+    """A counter with other thresholds, limits of certainty or floors than those of the sample."""
+    selected = limits.pop("selected", None)
+    given = {name: np.broadcast_to(np.float32(limit), len(concepts)) for name, limit in limits.items()}
+    background = replace(estimate_background(concepts, sample, k), **given)
+    return CoverageCounter(concepts, background, k=k, is_selected_N=selected)
+
+
+def best_of(sims_NC: Array, k: int) -> tuple[Array, Array]:
+    """Sort everything: scores and rows (C, k), ties in row order, padded with -inf and -1."""
+    order = np.argsort(-sims_NC.T, axis=1, kind="stable")[:, :k]
+    scores = np.take_along_axis(sims_NC.T, order, axis=1)
+    padding = ((0, 0), (0, k - order.shape[1]))
+    return np.pad(scores, padding, constant_values=-np.inf), np.pad(order, padding, constant_values=-1)
+
+
+def count(work: CoverageCounter, rows: Array, vectors: Array, cuts: Sequence[int]) -> PartialCoverage:
+    parts = [work.process(*part) for part in zip(np.split(rows, cuts), np.split(vectors, cuts), strict=True)]
+    return reduce(work.merge, parts, work.empty())
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Array]:
+    num_items, num_concepts = draw(st.integers(1, 40)), draw(st.integers(1, 7))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rows = np.sort(rng.permutation(num_items + 20)[:num_items])
+    concepts, vectors = small(rng, num_concepts, 3), small(rng, num_items, 3)
+    k = draw(st.integers(1, num_items))
+    sampled = rng.permutation(num_items)[: draw(st.integers(k, num_items))]
+    return {
+        "rows": rows,
+        "vectors": vectors,
+        "concepts": concepts,
+        "sample": vectors[sampled],
+        "thresholds": rng.integers(-5, 9, num_concepts),
+        "certain": rng.integers(-5, 9, num_concepts),
+        "selected": rng.random(num_items + 20) < draw(st.floats(0, 1)),
+        "k": np.array(k),
+        "cuts": np.sort(rng.integers(0, num_items + 1, draw(st.integers(0, 5)))),
+    }
+
+
+@pytest.mark.slow
+@given(problems())
+def test_counter_equals_brute_force(problem: dict[str, Array]) -> None:
+    rows, thresholds, k = problem["rows"], problem["thresholds"], int(problem["k"])
+    limits = {name: problem[name] for name in ("thresholds", "certain", "selected")}
+    work = counter(problem["concepts"], problem["sample"], k=k, **limits)
+    partial = count(work, rows, problem["vectors"], problem["cuts"].tolist())
+    sims = problem["vectors"] @ problem["concepts"].T
+    above, best, highest = sims > thresholds, sims.argmax(axis=1), sims.max(axis=1)
+    assert (partial.num_items.shape, partial.above.shape) == ((2,), (2, len(thresholds)))
+    for group, chosen in enumerate((np.ones(len(rows), bool), problem["selected"][rows])):
+        assert partial.num_items[group] == chosen.sum()
+        assert partial.num_covered[group] == (above.any(axis=1) & chosen).sum()
+        assert partial.above[group].tolist() == above[chosen].sum(axis=0).tolist()
+        for name, mask in (
+            ("best", chosen),
+            ("assigned", chosen & (highest > thresholds[best])),
+            ("certain", chosen & (highest > problem["certain"][best])),
+        ):
+            expected = np.bincount(best[mask], minlength=len(thresholds))
+            assert getattr(partial, name)[group].tolist() == expected.tolist(), name
+    scores, places = best_of(sims, k)
+    assert np.array_equal(partial.top.scores, scores)
+    assert np.array_equal(partial.top.numbers, rows[places])
+
+
+def test_tile_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    concepts, vectors, rows = small(rng, 5, 4), small(rng, 100, 4), np.arange(100)
+    whole, tiled = [], []
+    for found, tile in ((whole, 10**6), (tiled, 15)):
+        monkeypatch.setattr(coverage, "_TILE", tile)
+        monkeypatch.setattr(coverage, "_MIN_TILE_ROWS", 1)
+        partial = counter(concepts, vectors[:20], k=3, thresholds=1, certain=2).process(rows, vectors)
+        found += [partial.above, partial.best, partial.assigned, partial.certain]
+        found += [partial.top.scores, partial.top.numbers]
+    assert all(np.array_equal(one, other) for one, other in zip(whole, tiled, strict=True))
+
+
+def test_items_at_a_floor_are_candidates_and_those_at_a_threshold_do_not_count() -> None:
+    eye = np.eye(2, dtype=np.float32)
+    work = counter(eye, eye, k=2, thresholds=[1, 2], certain=[2, 3], floors=1)
+    partial = work.process(np.arange(3), np.array([[1, 0], [2, 1], [0, 3]], np.float32))
+    assert partial.above.tolist() == partial.assigned.tolist() == [[1, 1]]
+    assert (partial.best.tolist(), partial.certain.tolist()) == ([[2, 1]], [[0, 0]])
+    assert (partial.top.scores.tolist(), partial.top.numbers.tolist()) == ([[2, 1], [3, 1]], [[1, 0], [2, 1]])
+
+
+def test_merge_of_copied_read_only_parts() -> None:
+    """As Ray returns them."""
+    rng = np.random.default_rng(0)
+    concepts, vectors = small(rng, 4, 3), small(rng, 30, 3)
+    work = counter(concepts, vectors, k=2, thresholds=0)
+    parts = [
+        copy.deepcopy(work).process(np.arange(start, start + 10), vectors[start : start + 10]) for start in (0, 10, 20)
+    ]
+    parts = [copy.deepcopy(part) for part in parts]
+    for array in (array for part in parts for array in vars(part).values() if isinstance(array, np.ndarray)):
+        array.flags.writeable = False
+    partial = reduce(work.merge, parts, work.empty())
+    assert partial.above[0].tolist() == (vectors @ concepts.T > 0).sum(axis=0).tolist()
+
+
+def test_background_of_a_sample() -> None:
+    rng = np.random.default_rng(0)
+    concepts, sample = normalize(rng.standard_normal((200, 8))), normalize(rng.standard_normal((5001, 8)))
+    background = estimate_background(concepts, sample, 7)
+    sims = concepts @ sample.T
+    np.testing.assert_allclose(background.scale.medians, np.median(sims, axis=1), atol=1e-6)
+    assert ((np.median(sims, axis=1) < background.thresholds) & (background.thresholds < background.certain)).all()
+    assert (background.certain < sims.max(axis=1)).all()
+    possible = sims > background.scale.cosines(POSSIBLE)[:, None]
+    np.testing.assert_allclose(background.possible, possible.sum(axis=1), atol=1)
+    assert (background.floors < np.sort(sims, axis=1)[:, -7]).all()
+    assert (background.floors > np.sort(sims, axis=1)[:, -8] - 1e-4).all()
+
+
+def test_strips_are_items_of_all_ranks() -> None:
+    rng = np.random.default_rng(0)
+    concepts, sample = normalize(rng.standard_normal((40, 8))), normalize(rng.standard_normal((5001, 8)))
+    background = estimate_background(concepts, sample, 7)
+    sims = (concepts @ sample.T)[:, : coverage.STRIP_SAMPLE]
+    assert background.strips.shape == background.strip_cosines.shape == (40, 24)
+    np.testing.assert_allclose(np.take_along_axis(sims, background.strips, axis=1), background.strip_cosines, atol=1e-6)
+    np.testing.assert_allclose(background.strip_cosines, -np.sort(-sims)[:, strip_ranks(sims.shape[1])], atol=1e-6)

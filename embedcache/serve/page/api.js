@@ -57,7 +57,7 @@ async function start() {
   const operations = Object.entries(paths).flatMap(([path, methods]) =>
     Object.entries(methods).map(([method, operation]) => section(path, method, operation, schemas)));
   const others = Object.entries(schemas).filter(([name]) =>
-    /^(SearchOptions|HitOut|PlayerOut|CaptionOut|ConceptOut|PartOut|OverlapOut|ErrorOut)$/.test(name));
+    /^(SearchOptions|HitOut|PlayerOut|CaptionOut|ConceptOut|PartOut|ErrorOut)$/.test(name));
   byId("operations").replaceChildren(
     element("p", {}, info.description),
     ...operations,

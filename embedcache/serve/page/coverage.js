@@ -30,7 +30,7 @@ export class CoverageView {
   }
 
   build() {
-    const { parts, texts, warnings, min_count: least, concepts, overlaps } = this.coverage;
+    const { parts, texts, warnings, min_count: least, concepts } = this.coverage;
     const rows = [
       ["items", ...parts.map((part) => count(part.items))],
       ["items above any threshold", ...parts.map((part) => `${count(part.covered)} (${(100 * part.covered / Math.max(1, part.items)).toFixed(1)}%)`)],
@@ -51,10 +51,7 @@ export class CoverageView {
       ...warnings.map((warning) => element("p", { class: "warning" }, warning)),
       element("div", { class: "scroll" }, table(rows, { head: ["", ...parts.map((part) => part.name)] })),
       element("div", { class: "tools" }, this.find, this.order, element("label", {}, this.gaps, "gaps only"), this.summary),
-      element("div", { class: "covered" }, element("div", {}, this.bars, this.all), this.gallery),
-      ...(overlaps.length ? [element("h2", {}, "Concepts that share items"), element("div", { class: "scroll" }, table(
-        overlaps.map((one) => [one.concepts[0], one.concepts[1], count(one.items), one.jaccard.toFixed(3), one.cosine.toFixed(3)]),
-        { head: ["concept", "and", "items of both", "Jaccard index", "cosine of the concepts"] }))] : []));
+      element("div", { class: "covered" }, element("div", {}, this.bars, this.all), this.gallery));
   }
 
   draw() {
