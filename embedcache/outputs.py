@@ -1,7 +1,7 @@
 """Files that a user names to write to: reports, selections, exports.
 
-A command replaces a file only with `--overwrite`, and never a link, a device or a folder. JSON reports and the metadata
-of Parquet have a digest, which their readers compare.
+A command replaces a file only with `--overwrite`, and never a link, a device or a folder. JSON reports have a digest,
+which their readers compare.
 """
 
 import json
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _METADATA = "embedcache"
 """Key of the schema metadata of Parquet."""
-_COLUMNS = "columns"
 _WRITE_AGAIN = "write it again with the command that made it"
 _REPLACES_FILES: ContextVar[bool] = ContextVar("replaces_files", default=True)
 
@@ -114,50 +113,15 @@ def read_report_json(path: Path) -> Any:
     return report
 
 
-def to_metadata(record: Mapping[str, Any], schema: "pa.Schema") -> dict[str, str]:
-    """Return schema metadata of Parquet: what a table belongs to, and its columns, whose names have no checksum."""
-    columns = {field.name: _kind(field.type) for field in schema}
-    return {_METADATA: json.dumps(add_digest({**record, _COLUMNS: columns}))}
+def to_metadata(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return schema metadata of Parquet that says what a table belongs to."""
+    return {_METADATA: json.dumps(record)}
 
 
 def read_metadata(path: Path, schema: "pa.Schema") -> dict[str, Any]:
-    """Return the record in the metadata of a table's schema, of all its columns; empty if it has none.
-
-    Columns that were added or left out since are not compared: a user has changed the table.
-
-    Raises:
-        CorruptError: the record or a column has changed since it was written, or the record is no JSON object.
-    """
+    """Return the record in the metadata of a table's schema; empty if it has none, `CorruptError` if it is none."""
     written = (schema.metadata or {}).get(_METADATA.encode())
-    if written is None:
-        return {}
     try:
-        record = dict(json.loads(written))
-        columns = record[_COLUMNS]
-    except (ValueError, TypeError, KeyError) as error:
+        return {} if written is None else dict(json.loads(written))
+    except (ValueError, TypeError) as error:
         raise CorruptError(f"{path} has changed since it was written: {error}; {_WRITE_AGAIN}") from error
-    check_record(path, record, next_step=_WRITE_AGAIN)
-    found = {field.name: _kind(field.type) for field in schema}
-    del record[_COLUMNS]
-    if len(columns) == len(found) and list(columns.items()) != list(found.items()):  # else a user has chosen columns
-        raise CorruptError(
-            f"{path}: expected the columns {columns}, got {found}; {_WRITE_AGAIN}, or without the metadata embedcache "
-            "if you have changed the columns"
-        )
-    return record
-
-
-def _kind(kind: "pa.DataType") -> str:
-    """Return the type of a column in a word that does not depend on how a version of Arrow reads it."""
-    import pyarrow as pa
-
-    types = pa.types
-    if types.is_dictionary(kind):
-        return _kind(kind.value_type)
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return "text"
-    if types.is_list(kind) or types.is_large_list(kind):
-        return f"list of {_kind(kind.value_type)}"
-    if types.is_fixed_size_list(kind):
-        return f"{kind.list_size} of {_kind(kind.value_type)}"
-    return str(kind) if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) else "other"

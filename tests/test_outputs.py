@@ -5,7 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,11 +13,8 @@ from hypothesis import strategies as st
 
 from docs.hooks import leaves
 from embedcache.cli.main import root_command
-from embedcache.dataset.selections import Selection, read_selected_keys, write_selection
 from embedcache.errors import CorruptError, PathError
 from embedcache.outputs import check_output, new_output, read_report_json, replacing_files, write_report_json
-from embedcache.reports.summary import summarize
-from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
 
 
@@ -63,17 +59,6 @@ def test_changed_reports_are_not_read(tmp_path_factory: pytest.TempPathFactory, 
     except CorruptError:
         return
     assert read == json.loads(written)
-
-
-def test_changed_metadata_of_a_selection_is_not_read(small_cache: Path, tmp_path: Path) -> None:
-    cache, path = Cache(small_cache), tmp_path / "s.parquet"
-    write_selection(path, cache, Selection(rows=np.arange(2)), {"method": "clip-score"})
-    table = pq.read_table(path)
-    changed = table.schema.metadata[b"embedcache"].replace(b"clip-score", b"rare-first")
-    pq.write_table(table.replace_schema_metadata({b"embedcache": changed}), path, write_page_checksum=True)
-    for read in (read_selected_keys, summarize):
-        with pytest.raises(CorruptError, match="has changed since it was written; write it again"):
-            read(path)
 
 
 def test_links_devices_and_folders_are_never_replaced(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def write_map(index: OpenIndex, computed: IndexMap) -> None:
     }
     with replacing(index.path / FILE) as temporary:
         table = pa.table(columns)
-        write_table(temporary, table.replace_schema_metadata(to_metadata(header, table.schema)))
+        write_table(temporary, table.replace_schema_metadata(to_metadata(header)))
 
 
 def read_map(index: OpenIndex) -> IndexMap | None:

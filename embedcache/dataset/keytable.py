@@ -121,7 +121,7 @@ def write(
     blocks = key_column(caches).select(rows).blocks(_ROWS_PER_GROUP)
     start = 0
     with new_output(path) as temporary:
-        metadata = to_metadata(header, schema)
+        metadata = to_metadata(header)
         with pq.ParquetWriter(temporary, schema.with_metadata(metadata)) as writer:
             for keys in watch(blocks, progress or NullProgress(), f"writing the {kind}", len(rows), "samples"):
                 writer.write_table(table.slice(start, len(keys)).add_column(1, "key", keys.cast(pa.string())))

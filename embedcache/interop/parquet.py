@@ -18,6 +18,7 @@ from embedcache.interop.vector_files import FileGroup, VectorFile, VectorImport,
 from embedcache.modalities import MODALITIES
 from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.progress import Progress
+from embedcache.provenance import add_digest, check_record
 from embedcache.registry import unknown_name
 from embedcache.sources.table import open_parquet
 
@@ -97,7 +98,7 @@ def to_vector_lists(vectors_ND: Array) -> pa.Array:
 def write_rows(path: Path, tables: Iterator[pa.Table], record: Mapping[str, Any]) -> None:
     """Write a stream of tables of one schema, one row group each; `open_parquet` compares the checksums of pages."""
     first = next(tables)
-    schema = first.schema.with_metadata(to_metadata(record, first.schema))
+    schema = first.schema.with_metadata(to_metadata(add_digest(record)))
     with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
         writer.write_table(first.cast(schema))
         for table in tables:
@@ -132,6 +133,8 @@ def _assign_modalities(
 def _read_origin(path: Path, schema: pa.Schema) -> Mapping[str, Any]:
     """Return what the file records of the cache that it was exported from; empty for other files."""
     origin = read_metadata(path, schema)
+    if origin:
+        check_record(path, origin, next_step=GET_AGAIN)
     return {"origin": origin} if origin else {}
 
 

@@ -99,13 +99,10 @@ def test_table_may_be_sorted_cut_and_extended(caches: list[Cache], path: Path) -
 def test_changed_tables_are_refused(caches: list[Cache], path: Path) -> None:
     keytable.write(path, caches, VALUES, "test", {"method": "a"}, rows=ROWS)
     table = pq.read_table(path)
-    renamed = table.rename_columns(["row", "key", "cache", "sine", "concept", "lists"])
-    metadata = table.schema.metadata[b"embedcache"].replace(b'"method": "a"', b'"method": "b"')
     others = table.set_column(1, "key", table["key"].take(pa.array([1, 0, 2, 3, 4])))
     outside = table.set_column(0, "row", pa.array([3, 7, 38, 1, 80]))
     changes = [
-        (renamed.replace_schema_metadata(table.schema.metadata), CorruptError, "sine"),
-        (table.replace_schema_metadata({b"embedcache": metadata}), CorruptError, "write it again"),
+        (table.replace_schema_metadata({b"embedcache": b"{"}), CorruptError, "write it again"),
         (others, DataError, "in each row the key"),
         (outside, DataError, "in each row the key"),
         (table.drop_columns("key"), CorruptError, "columns row, cache"),
