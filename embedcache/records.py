@@ -17,7 +17,7 @@ from embedcache.provenance import write_record
 from embedcache.registry import used_plugins
 
 RECORDED_PACKAGES = (
-    *("embedcache", "numpy", "scipy", "torch", "torchvision", "zarr", "pyarrow", "pillow"),
+    *("embedcache", "numpy", "scipy", "torch", "torchvision", "pyarrow", "pillow"),
     *("timm", "transformers", "tokenizers", "safetensors", "open_clip_torch", "sentence-transformers", "ctranslate2"),
     *("onnx", "onnxruntime", "onnxruntime-gpu", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs"),
     *("av", "datasets", "clip-benchmark", "scikit-learn", "optuna"),

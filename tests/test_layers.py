@@ -35,7 +35,6 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {
-    "zarr": {"store"},
     "google_crc32c": {"store"},
     "upath": {"files"},
     "ray": {"processes"},

@@ -1,11 +1,9 @@
 """Zarr v3 arrays whose chunks are raw little-endian rows and a CRC-32C, so that they can be memory-mapped.
 
-zarr-python writes the metadata, and any Zarr reader can read the arrays. Chunks are written here because they must be
-flushed before they are committed, and read from memory maps because zarr-python reads a complete chunk for one row.
-zarr-python is imported where metadata are written: readers do without it.
+Any Zarr reader can read the arrays. They are written without zarr-python because chunks must be flushed before they are
+committed, and read without it because it reads a complete chunk for one row, where a memory map reads the row.
 """
 
-import json
 import math
 import mmap
 import os
@@ -13,7 +11,7 @@ import resource
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -22,17 +20,13 @@ from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, PathError, UnfinishedError
 from embedcache.files import check_regular, io_reason, is_remote, read_file, write_atomic
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import read_json
-
-if TYPE_CHECKING:
-    from zarr.core.buffer import Buffer
+from embedcache.provenance import read_json, write_json
 
 CRC_BYTES = 4
 
 REPAIR = "repair it with: embedcache verify CACHE --repair"
 """Next step for damaged chunks and commits."""
 
-_OPTIONAL = ("storage_transformers", "dimension_names", "consolidated_metadata")
 _CHECKED: set[tuple[tuple[int, ...] | None, str]] = set()  # files that this process has compared with their commit
 _MAX_OPEN_FILES = 32_768
 _REMOTE_BYTES = 2**30
@@ -40,57 +34,43 @@ _BLOCK_BYTES = 2**22
 _READ_BYTES = 2**20
 
 
-def group_metadata(attributes: Mapping[str, Any]) -> bytes:
+def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a Zarr group's `zarr.json`."""
-    import zarr
-    from zarr.storage import MemoryStore
-
-    files: dict[str, Buffer] = {}
-    zarr.create_group(MemoryStore(files), attributes=dict(attributes))
-    return files["zarr.json"].to_bytes()
+    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
 def array_metadata(
     shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, attributes: Mapping[str, Any] | None = None
-) -> bytes:
+) -> dict[str, Any]:
     """Return the content of a Zarr array's `zarr.json`; the fill value is NaN, or -1 for integers."""
-    import zarr
-    from zarr.codecs import BytesCodec, Crc32cCodec
-    from zarr.storage import MemoryStore
+    is_bytes = np.dtype(dtype).itemsize == 1
+    rows = {"name": "bytes"} if is_bytes else {"name": "bytes", "configuration": {"endian": "little"}}
+    chunk_shape = [max(size, 1) for size in chunks]  # Zarr has no chunk without values
 
-    files: dict[str, Buffer] = {}
-    zarr.create_array(
-        MemoryStore(files),
-        shape=shape,
-        chunks=tuple(max(size, 1) for size in chunks),  # Zarr 3.4 takes no chunk without values
-        dtype=dtype,
-        filters=None,
-        serializer=BytesCodec(endian="little"),
-        compressors=Crc32cCodec(),
-        fill_value=fill_value(dtype),
-        attributes=dict(attributes or {}),
-    )
-    return files["zarr.json"].to_bytes()
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": -1 if np.dtype(dtype).kind == "i" else "NaN",
+        "codecs": [rows, {"name": "crc32c"}],
+        "attributes": dict(attributes or {}),
+    }
 
 
-def write_metadata(path: Path, metadata: bytes) -> None:
+def write_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
     """Write the metadata of a Zarr group or array."""
-    write_atomic(path / "zarr.json", metadata)
+    write_json(path / "zarr.json", metadata)
 
 
-def has_metadata(path: Path, metadata: bytes) -> bool:
-    """Return whether a Zarr group or array has this metadata, as any version of zarr-python writes it."""
+def has_metadata(path: Path, metadata: Mapping[str, Any]) -> bool:
+    """Return whether a Zarr group or array has this metadata."""
     try:
-        return bool(_without_empty(read_metadata(path)) == _without_empty(json.loads(metadata)))
+        return bool(read_metadata(path) == metadata)
     except (CorruptError, PathError):
         return False
-
-
-def _without_empty(metadata: Any) -> Any:
-    """Return metadata without empty optional entries, which some versions write and some omit."""
-    if not isinstance(metadata, dict):
-        return metadata
-    return {name: value for name, value in metadata.items() if value or name not in _OPTIONAL}
 
 
 def fill_value(dtype: Any) -> float:

@@ -8,15 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, TypeGuard
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from embedcache.axis import Axis
-from embedcache.errors import CorruptError, DataError, PathError
+from embedcache.errors import CorruptError, PathError
 from embedcache.files import find_files
 from embedcache.provenance import DERIVED, IMPORTED, RUN, Manifest, add_digest, check_record, check_same, digest
 from embedcache.settings import explain
@@ -30,6 +29,8 @@ from embedcache.store.arrays import (
 )
 from embedcache.store.commits import Commit, read_commit
 from embedcache.store.layout import CacheInfo, encoder_path, read_info
+
+M = TypeVar("M", bound=Manifest)
 
 ATTRIBUTE = "embedcache"
 """Name of the Zarr attribute that holds all others of embedcache."""
@@ -134,11 +135,6 @@ class EncoderGroup:
         """Return whether the files of a feature of a chunk exist and have the right size."""
         return all(_has_right_size(self.path / file) for file in commit.features[feature])
 
-    def check_fingerprint(self) -> None:
-        """Check that the folder still belongs to this encoder: two processes may have created it together."""
-        stored = open_group(self.path.parents[1], self.modality, self.name, self.info)
-        stored.check_same(self.fingerprint)
-
     def check_same(self, fingerprint: Mapping[str, Any]) -> None:
         """Check that the stored features have a fingerprint; `FingerprintError` names each field that differs."""
         is_same_family = self.fingerprint.get("family") == fingerprint.get("family")
@@ -146,28 +142,6 @@ class EncoderGroup:
         what = f"{'derived feature' if is_derived else 'encoder'} {self.name!r} of cache {self.path.parents[1]}"
         next_step = _SAME_DERIVATION if is_derived else _SAME_ENCODER if is_same_family else _OTHER_NAME
         check_same(what, self.fingerprint, fingerprint, next_step=next_step)
-
-
-def is_fingerprint(value: Any) -> TypeGuard[dict[str, Any]]:
-    """Return whether a JSON value has the types of a fingerprint, of features of encoders or derived ones."""
-    if not isinstance(value, dict):
-        return False
-    view = value.get("view") or {}
-    texts = [value.get(name) or "" for name in ("family", "model", "revision", "weights", "backend", "precision")]
-    if not (isinstance(view, dict) and isinstance(value.get("preprocessing") or {}, dict)):
-        return False
-    if "fit" in value and not isinstance(value.get("weights"), str):  # the digest of what a rule was fitted to
-        return False
-    inputs = [value.get("inputs") or [], view.get("inputs") or []]
-    if not all(isinstance(entries, list) for entries in inputs):
-        return False
-    entries = [entry if isinstance(entry, dict) else {} for entry in chain(*inputs)]
-    names = [view.get("name", ""), *(entry.get(name) for entry in entries for name in _INPUT)]
-    return all(isinstance(text, str) for text in (*texts, *names))
-
-
-_INPUT = ("modality", "feature")
-"""Keys of an input of a derived feature."""
 
 
 def _has_right_size(file: Path) -> bool:
@@ -192,14 +166,17 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
         CorruptError: its metadata is not that of an encoder.
     """
     path = encoder_path(cache_path, modality, name)
-    attributes = _read_attributes(path)
-    check_record(path / "zarr.json", attributes, next_step=_WRITE_AGAIN)
-    spec, fingerprint, view = attributes.get("spec"), attributes.get("fingerprint"), attributes.get("view", "")
-    if not (isinstance(spec, str) and is_fingerprint(fingerprint) and isinstance(view, str)):
-        raise CorruptError(
-            f"{path / 'zarr.json'}: expected the spec and the fingerprint of an encoder, got others; {_WRITE_AGAIN}"
-        )
-    return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint, view=view)
+    record = _read_attributes(path)
+    check_record(path / "zarr.json", record, next_step=_WRITE_AGAIN)
+    attributes = _construct(path, _GroupAttributes, record)
+    return EncoderGroup(
+        path=path,
+        modality=modality,
+        info=info,
+        spec=attributes.spec,
+        fingerprint=attributes.fingerprint,
+        view=attributes.view,
+    )
 
 
 def find_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> EncoderGroup | None:
@@ -223,13 +200,7 @@ def create_group(
 
     Raises:
         FingerprintError: another encoder wrote it; names each field that differs with both values.
-        DataError: the fingerprint, of a plug-in, has values of other types, so that its folder could not be opened.
     """
-    if not is_fingerprint(dict(fingerprint)):
-        raise DataError(
-            f"encoder {spec}: expected a fingerprint of texts, with an object as preprocessing, got "
-            f"{dict(fingerprint)!r:.400}; correct the encoder"
-        )
     if (group := find_group(cache_path, modality, name, info)) is not None:
         group.check_same(fingerprint)
         return group
@@ -240,6 +211,15 @@ def create_group(
 
 
 _DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64"})
+
+
+class _GroupAttributes(Manifest):
+    """What the metadata of a folder state of its encoder."""
+
+    spec: str
+    fingerprint: dict[str, Any]
+    view: str = ""
+    digest: str
 
 
 class FeatureAttributes(Manifest):
@@ -266,11 +246,8 @@ class FeatureAttributes(Manifest):
 
 def read_feature(group: EncoderGroup, feature: str) -> FeatureAttributes:
     """Read the shape and the dtype of a feature, and its axis if it has one."""
-    attributes = _read_attributes(group.path / feature)
-    try:
-        return FeatureAttributes(**attributes)
-    except ValidationError as error:
-        raise CorruptError(f"{group.path / feature / 'zarr.json'}: {explain(error)}; {_WRITE_AGAIN}") from error
+    path = group.path / feature
+    return _construct(path, FeatureAttributes, _read_attributes(path))
 
 
 def _read_attributes(path: Path) -> dict[str, Any]:
@@ -285,3 +262,10 @@ def _read_attributes(path: Path) -> dict[str, Any]:
         path = path / "zarr.json"
         raise CorruptError(f"{path}: expected Zarr attributes of embedcache, got none; {_WRITE_AGAIN}")
     return attributes
+
+
+def _construct(path: Path, kind: type[M], attributes: dict[str, Any]) -> M:
+    try:
+        return kind(**attributes)
+    except ValidationError as error:
+        raise CorruptError(f"{path / 'zarr.json'}: {explain(error)}; {_WRITE_AGAIN}") from error

@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from embedcache.arrays import Array
 from embedcache.errors import ArtifactError, CorruptError, PathError, UnfinishedError
@@ -185,7 +186,7 @@ def _check_metadata(feature: Feature, commit: Commit | None) -> Iterator[Finding
     if written not in (None, digest(attributes.to_json())):
         return
     counts = group.info.item_counts(feature.modality)
-    expected: dict[Path, list[bytes]] = {}
+    expected: dict[Path, list[dict[str, Any]]] = {}
     for count in sorted(counts):
         for folder, metadata in feature_metadata(group, feature.feature, attributes, num_items=count).items():
             expected.setdefault(folder, []).append(metadata)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +71,7 @@ def add_feature(
 
 def feature_metadata(
     group: EncoderGroup, feature: str, attributes: FeatureAttributes, *, num_items: int | None = None
-) -> dict[Path, bytes]:
+) -> dict[Path, dict[str, Any]]:
     """Return the metadata of a feature: folder -> content of its `zarr.json`, that of the feature last.
 
     Each chunk of a feature with a varying number of tokens has one more, `token_metadata`.
@@ -91,7 +91,7 @@ def feature_metadata(
     }
 
 
-def token_metadata(num_tokens: int, width: int, dtype: str) -> bytes:
+def token_metadata(num_tokens: int, width: int, dtype: str) -> dict[str, Any]:
     """Return the metadata of the tokens of one chunk."""
     return array_metadata((num_tokens, width), (num_tokens, width), dtype)
 
@@ -125,7 +125,8 @@ def commit_chunk(
     new = ChunkFeatures(features, hashes, failures)
     with locked(group.path / "chunks", chunk):
         roll_forward(group.path, chunk)
-        group.check_fingerprint()
+        # Two processes may have created the folder together.
+        open_group(group.path.parents[1], group.modality, group.name, group.info).check_same(group.fingerprint)
         new = _without_removed(group, chunk, new)
         before = group.commit(chunk)
         _check_same_items(group, new.hashes, chunk, before)

@@ -7,6 +7,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
+import zarr
 
 from embedcache.errors import CorruptError, PathError
 from embedcache.files import open_path
@@ -15,32 +16,31 @@ from embedcache.store.arrays import (
     array_metadata,
     check_file,
     file_checksum,
+    fill_value,
     has_metadata,
     max_maps,
     open_chunk,
     write_chunk,
+    write_metadata,
 )
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"storage_transformers": [], "dimension_names": None, "consolidated_metadata": None}, True),
-        ({"dimension_names": ["a", "b"]}, False),
-        ({"attributes": {"a": 1}}, False),
-        ({"attributes": None}, False),
-        ({"shape": [3, 5]}, False),
-        (None, False),
-    ],
-)
-def test_metadata_may_lack_empty_optional_entries_only(tmp_path: Path, changes: object, expected: bool) -> None:
-    metadata = array_metadata((3, 4), (2, 4), "float16")
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "int32"])
+def test_zarr_reads_the_metadata(tmp_path: Path, dtype: str) -> None:
+    metadata = array_metadata((3, 4), (2, 4), dtype, {"a": 1})
     assert not has_metadata(tmp_path, metadata)
-    record = json.loads(metadata)
-    for name in ("storage_transformers", "dimension_names", "consolidated_metadata"):
-        record.pop(name, None)
-    (tmp_path / "zarr.json").write_text(json.dumps({**record, **changes} if isinstance(changes, dict) else [record]))
-    assert has_metadata(tmp_path, metadata) is expected
+    write_metadata(tmp_path, metadata)
+    assert has_metadata(tmp_path, metadata)
+    values = np.arange(12).reshape(3, 4).astype(dtype)
+    for number in (0, 1):
+        write_chunk(tmp_path, number, [values[2 * number : 2 * number + 2]], (2, 4), dtype)
+    array = zarr.open_array(tmp_path, mode="r+")
+    assert (array.shape, array.chunks, array.dtype, dict(array.attrs)) == ((3, 4), (2, 4), dtype, {"a": 1})
+    np.testing.assert_array_equal(array[:], values)
+    np.testing.assert_array_equal(array.fill_value, fill_value(dtype))
+    for changed in ({**metadata, "shape": [3, 5]}, [metadata]):
+        (tmp_path / "zarr.json").write_text(json.dumps(changed))
+        assert not has_metadata(tmp_path, metadata)
 
 
 @pytest.mark.parametrize(("once", "num_compared"), [(False, 3), (True, 1)])
