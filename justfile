@@ -40,6 +40,10 @@ lowest *args:
 gpu *args:
     python -m pytest -m gpu {{ args }}
 
+# Write the types of options by name, after a setting has changed.
+options:
+    python -m tests.options
+
 # Fix style and format.
 fix:
     ruff check --fix .

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import isfunction, signature
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from embedcache.errors import DataError, FingerprintError, PathError, SettingErr
 from tests.edits import edit_record
 from tests.images import write_images
 from tests.interop.runs import SIDES, cached_vectors, train_run
+from tests.options import STUB, write_stub
 from tests.toy import IMAGE, TEXT
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,13 @@ def test_import_is_light() -> None:
     took, *loaded = done.stdout.split()
     assert loaded == []
     assert float(took) < 0.2
+
+
+def test_options_have_the_types_of_their_settings() -> None:
+    assert STUB.read_text() == write_stub(), "run: just options"
+    functions = [getattr(embedcache, name) for name in embedcache.__all__]
+    parameters = [part for each in functions if isfunction(each) for part in signature(each).parameters.values()]
+    assert {str(part) for part in parameters if part.kind is part.VAR_KEYWORD and "Options" not in str(part)} == set()
 
 
 @pytest.fixture(scope="module")

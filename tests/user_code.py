@@ -2,6 +2,7 @@
 """What users write with the public API. `just types` checks it and that it rejects mistakes; nothing runs it."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,6 +10,9 @@ from torch.utils.data import DataLoader
 
 import embedcache
 from embedcache.progress import Progress
+
+if TYPE_CHECKING:
+    from embedcache.options import TrainOptions
 
 
 def extract(progress: Progress) -> None:
@@ -36,6 +40,9 @@ def align(cache: embedcache.Cache) -> None:
     )
     model = embedcache.load("run", device="cpu")
     recall: float = embedcache.evaluate_retrieval(cache, model, part="test").recalls["i2t"]["r@10"].value
+    options: TrainOptions = {"cosine": {"text": 0.9}, "widths": [64, 128], "memory": "4GB"}
+    embedcache.train_projectors(cache, "run", **options)
+    embedcache.train_projectors(cache, "run", lr=1, init_from=["image=a", Path("b")], views=None, selection=Path("a"))
     names: list[str] = list(embedcache.compare_retrieval(cache, ["run", model], control_run="shuffled"))
     print(line, recall, names, embedcache.evaluate_probe(cache, shots=(1, 2)).majority)
     print(
@@ -78,6 +85,10 @@ def mistake(cache: embedcache.Cache, model: embedcache.Model) -> None:
     model.classify(3, "a")  # type: ignore[arg-type]
     embedcache.train_projectors(3, "run")  # type: ignore[arg-type]
     embedcache.extract_features("photos", "cache", "lite:efficientnet-lite0")  # type: ignore[call-arg]
+    embedcache.train_projectors(cache, "run", epoch=3)  # type: ignore[call-arg]
+    embedcache.train_projectors(cache, "run", epochs="3")  # type: ignore[arg-type]
+    embedcache.extract_features("photos", "cache", dtype="float64")  # type: ignore[arg-type]
+    embedcache.open_vectors("npy", vectors={"image": "image.npy"})  # type: ignore[call-arg]
     key: int = embedcache.search_index("index", "a")[0][0].key  # type: ignore[assignment]
     print(tensors, key, cache[0.5])  # type: ignore[call-overload]
     embedcache.evaluate_retrieval(cache, model, progress="yes")  # type: ignore[arg-type]

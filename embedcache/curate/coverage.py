@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -34,8 +34,11 @@ from embedcache.neighbors.scan import scan
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.runs import PAIR, Run
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
-from embedcache.settings import merge_settings, replace_fields
+from embedcache.settings import merge_settings, replace_fields, replace_flat
 from embedcache.store.cache import Cache
+
+if TYPE_CHECKING:
+    from embedcache.options import CoverageOptions
 
 _TILE = 2_000_000  # similarities at a time: 8 MB per core; smaller tiles slow the product down
 _MIN_TILE_ROWS = 64
@@ -157,7 +160,7 @@ def measure_coverage_by_modality(
     settings: CoverageSettings | None = None,
     *,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["CoverageOptions"],
 ) -> dict[str, CoverageReport]:
     """Measure coverage by each modality of the settings; see `measure_coverage`.
 
@@ -170,8 +173,9 @@ def measure_coverage_by_modality(
     pair = ("image", "text") if settings.run is None else Run.open(settings.run, kind=PAIR).modalities
     reports = {}
     for modality in pair:
-        options = {"modality": modality, "language": settings.language if modality == "text" else None}
-        reports[modality] = measure_coverage(cache, concepts, settings, progress=progress, **options)
+        language = settings.language if modality == "text" else None
+        of_modality = replace_flat(settings, {"modality": modality, "language": language})
+        reports[modality] = measure_coverage(cache, concepts, of_modality, progress=progress)
     return reports
 
 
@@ -181,7 +185,7 @@ def measure_coverage(
     settings: CoverageSettings | None = None,
     *,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["CoverageOptions"],
 ) -> CoverageReport:
     """Estimate the items of each concept, in one pass over the vectors of a cache.
 

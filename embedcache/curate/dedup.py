@@ -4,7 +4,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,9 @@ from embedcache.settings import merge_settings
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from embedcache.store.rows import keys_at
+
+if TYPE_CHECKING:
+    from embedcache.options import DedupOptions
 
 LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen
 _NO_PAIRS = SimilarPairs(
@@ -171,7 +174,7 @@ def analyze(
     settings: DedupSettings | None = None,
     *,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["DedupOptions"],
 ) -> DedupAnalysis:
     """Compare the items of a cache; `DedupAnalysis.levels` returns what each cosine would remove.
 
@@ -199,7 +202,7 @@ def dedup(
     settings: DedupSettings | None = None,
     *,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["DedupOptions"],
 ) -> DedupReport:
     """Write a selection of the samples that stay, and beside it, in `OUT.removed.parquet`, the removed ones.
 

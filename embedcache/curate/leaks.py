@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,9 @@ from embedcache.samples import IMPORTED_SOURCE
 from embedcache.settings import merge_settings
 from embedcache.sources.open import IMPORT_TOGETHER
 from embedcache.store.cache import Cache
+
+if TYPE_CHECKING:
+    from embedcache.options import LeakOptions
 
 _NO_LIMIT = "their near-duplicates are found with --cosine; curate dedup shows which cosine suits the encoder"
 _OTHER_HASHES = (
@@ -163,7 +166,7 @@ def find_leaks(
     *,
     feature: NamedFeatures = None,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["LeakOptions"],
 ) -> LeakReport:
     """Find the items of a test cache that are in a training cache.
 

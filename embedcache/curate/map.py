@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,9 @@ from embedcache.search.search import OpenIndex
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table, write_table
+
+if TYPE_CHECKING:
+    from embedcache.options import MapOptions
 
 FILE = "map.parquet"
 _MIN_POINTS = 4  # fewer cannot be projected
@@ -102,7 +105,11 @@ class IndexMap:
 
 
 def build_map(
-    index: AnyPath, settings: MapSettings | None = None, *, progress: Progress | None = None, **options: Any
+    index: AnyPath,
+    settings: MapSettings | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Unpack["MapOptions"],
 ) -> IndexMap:
     """Compute the map of an index, and write it into the index's folder as `map.parquet`.
 

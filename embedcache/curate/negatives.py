@@ -6,7 +6,7 @@ one group, connected by equal items or by near-duplicates, are never negatives o
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from embedcache.search.faiss_index import RowIndex
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.train.data import TrainData, open_data
+
+if TYPE_CHECKING:
+    from embedcache.options import NegativesOptions
 
 _BLOCK = 1024
 _MEMORY_BYTES = 4 * 10**9
@@ -79,7 +82,7 @@ def mine_negatives(
     *,
     feature: NamedFeatures = None,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["NegativesOptions"],
 ) -> NegativesReport:
     """Write the hard negatives of each sample of a cache, for `train` with `negatives`.
 

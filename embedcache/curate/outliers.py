@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,9 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import digest
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
+
+if TYPE_CHECKING:
+    from embedcache.options import OutlierOptions
 
 TYPICALITY, MARGIN, SUGGESTED, PAIR_COSINE = "typicality", "label_margin", "suggested_label", "pair_cosine"
 _LABEL = "label"
@@ -132,7 +135,7 @@ def find_outliers(
     settings: OutlierSettings | None = None,
     *,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["OutlierOptions"],
 ) -> OutlierReport:
     """Score how typical the samples of a cache are, whether their labels fit, and whether the items of a pair do.
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from embedcache.projectors.base import project
 from embedcache.provenance import digest_file
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
+
+if TYPE_CHECKING:
+    from embedcache.options import ScoreOptions
 
 _LAYER = re.compile(r"(?:(.*)\.)?weights?")
 _NUMBERS = re.compile(r"\d+")
@@ -104,7 +107,7 @@ def score(
     settings: ScoreSettings | None = None,
     *,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["ScoreOptions"],
 ) -> ScoreReport:
     """Score the samples of a cache, and write the table that `curate select --method score` reads.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 import numpy as np
 
@@ -39,6 +39,9 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.settings import merge_settings, replace_fields, replace_flat
 from embedcache.store.cache import Cache
+
+if TYPE_CHECKING:
+    from embedcache.options import PairsOptions
 
 _MIN_SAMPLES = 20
 _NUM_BLOCKS = 50
@@ -266,7 +269,7 @@ def evaluate_pairs(
     *,
     feature: NamedFeatures = None,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["PairsOptions"],
 ) -> PairsReport:
     """Compare every feature of one modality with every one of another on the same samples, without training.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from embedcache.modalities import noun, one_noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
+
+if TYPE_CHECKING:
+    from embedcache.options import ProbeOptions
 
 _TOP = 5
 _BLOCK = 8192
@@ -120,7 +123,11 @@ class ProbeReport:
 
 
 def evaluate_probe(
-    cache: AnyPath, settings: ProbeSettings | None = None, *, progress: AnyProgress = None, **options: Any
+    cache: AnyPath,
+    settings: ProbeSettings | None = None,
+    *,
+    progress: AnyProgress = None,
+    **options: Unpack["ProbeOptions"],
 ) -> ProbeReport:
     """Fit classifiers on the training items of a feature, and measure them on its test items.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from embedcache.modalities import directions, pair_nouns
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.settings import merge_settings, replace_fields
 from embedcache.store.cache import Cache
+
+if TYPE_CHECKING:
+    from embedcache.options import RetrievalOptions
 
 KS = (1, 5, 10)
 _MAX_K = 100
@@ -113,7 +116,7 @@ def evaluate_retrieval(
     is_control: bool = False,
     progress: AnyProgress = None,
     on_ranking: OnRanking | None = None,
-    **options: Any,
+    **options: Unpack["RetrievalOptions"],
 ) -> RetrievalReport:
     """Rank the items of one part of a cache with a run, or with the seeds of one recipe, which are averaged.
 
@@ -178,7 +181,7 @@ def compare_retrieval(
     control_run: RunPaths = (),
     progress: AnyProgress = None,
     on_ranking: OnRanking | None = None,
-    **options: Any,
+    **options: Unpack["RetrievalOptions"],
 ) -> dict[str, RetrievalReport]:
     """Evaluate several recipes, each in every language of the settings; seeds of one recipe are averaged.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from embedcache.projectors.base import project
 from embedcache.runs import Run
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
+
+if TYPE_CHECKING:
+    from embedcache.options import ZeroShotOptions
 
 KS = (1, 5)
 _BLOCK = 4096
@@ -138,7 +141,7 @@ def evaluate_zero_shot(
     is_control: bool = False,
     progress: AnyProgress = None,
     on_predictions: OnPredictions | None = None,
-    **options: Any,
+    **options: Unpack["ZeroShotOptions"],
 ) -> ZeroShotReport:
     """Classify the items of a cache with a run, or with the seeds of one recipe, which are averaged.
 
@@ -204,7 +207,7 @@ def compare_zero_shot(
     control_run: RunPaths = (),
     progress: AnyProgress = None,
     on_predictions: OnPredictions | None = None,
-    **options: Any,
+    **options: Unpack["ZeroShotOptions"],
 ) -> dict[str, ZeroShotReport]:
     """Evaluate several recipes; seeds of one recipe are averaged.
 
@@ -221,10 +224,17 @@ def compare_zero_shot(
     Returns:
         Name of the recipe -> report.
     """
-    options |= {"progress": to_progress(progress), "on_predictions": on_predictions}
+    progress = to_progress(progress)
     return {
         recipe.name: evaluate_zero_shot(
-            cache, recipe.run_paths, prompts, settings, is_control=recipe.is_control, **options
+            cache,
+            recipe.run_paths,
+            prompts,
+            settings,
+            is_control=recipe.is_control,
+            progress=progress,
+            on_predictions=on_predictions,
+            **options,
         )
         for recipe in iterate_recipes(run, control_run)
     }

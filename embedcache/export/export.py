@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 from embedcache.encoders.base import Modality
 from embedcache.errors import SettingError
@@ -19,6 +19,9 @@ from embedcache.files import AnyPath, building, remove_folder
 from embedcache.outputs import read_report_json
 from embedcache.registry import unknown_name
 from embedcache.settings import merge_settings
+
+if TYPE_CHECKING:
+    from embedcache.options import ExportOptions
 
 FORMATS: Mapping[str, tuple[Callable[..., ExportNotes], Sequence[str], Sequence[Modality]]] = {
     "onnx": (write_onnx, ("towers",), ()),
@@ -44,7 +47,11 @@ class ExportReport:
 
 
 def export_run(
-    format_name: str, run: AnyPath, out: AnyPath, settings: ExportSettings | None = None, **options: Any
+    format_name: str,
+    run: AnyPath,
+    out: AnyPath,
+    settings: ExportSettings | None = None,
+    **options: Unpack["ExportOptions"],
 ) -> ExportReport:
     """Export a run, and upload it if requested.
 

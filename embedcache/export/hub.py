@@ -4,7 +4,7 @@ import glob
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from embedcache.errors import FingerprintError, PathError, SettingError, UnfinishedError, pluralize
 from embedcache.export.settings import HubSettings, check_repository
@@ -16,6 +16,8 @@ from embedcache.store.layout import INTERRUPTED_REMOVAL, info_path, read_info
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
+
+    from embedcache.options import HubOptions
 
 CARD = "README.md"
 _LOG_IN = "run `hf auth login`, check the name and the network"
@@ -39,7 +41,9 @@ class HubReport:
     location: str
 
 
-def push_cache(cache_path: AnyPath, repository: str, settings: HubSettings | None = None, **options: Any) -> HubReport:
+def push_cache(
+    cache_path: AnyPath, repository: str, settings: HubSettings | None = None, **options: Unpack["HubOptions"]
+) -> HubReport:
     """Upload a cache to a dataset of the Hub, where `hf://datasets/OWNER/NAME` opens it.
 
     The last commit has the tables and `cache.json`, so a first upload that is interrupted leaves no cache. The same

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from embedcache.devices import torch_device
 from embedcache.encoders.open import EncoderSpec, check_spec
@@ -30,6 +30,9 @@ from embedcache.store.indexing import index, open_indexed
 from embedcache.store.layout import SUBSET, CacheInfo, info_path, is_cache_at, is_description, read_info, write_info
 from embedcache.store.producer import FillReport, fill_all
 
+if TYPE_CHECKING:
+    from embedcache.options import ExtractOptions
+
 _SOURCE_TYPE = "source_type"
 
 
@@ -42,7 +45,7 @@ def extract(
     encoder: Mapping[str, str | Sequence[str]] | None = None,
     settings: ExtractSettings | None = None,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["ExtractOptions"],
 ) -> list[FillReport]:
     """Encode the items of a source once and store the features in a cache.
 
@@ -92,7 +95,7 @@ def retry_failed(
     encoder: Mapping[str, str | Sequence[str]] | None = None,
     settings: ExtractSettings | None = None,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["ExtractOptions"],
 ) -> list[FillReport]:
     """Retry the files that failed, after one was replaced or a network came back; all other rows stay unchanged.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
@@ -22,6 +22,9 @@ from embedcache.store.cache import Cache
 from embedcache.store.producer import Target, add_features, find_unfinished
 from embedcache.store.writer import ChunkFeatures
 from embedcache.units import format_bytes
+
+if TYPE_CHECKING:
+    from embedcache.options import ExtractOptions
 
 _PROBE_BATCHES = 4
 _COMMIT_BYTES = 24
@@ -103,7 +106,7 @@ def plan(
     encoder: Mapping[str, str | Sequence[str]] | None = None,
     settings: ExtractSettings | None = None,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["ExtractOptions"],
 ) -> Plan:
     """Index the source, open the encoders and encode a few batches without storing their outputs.
 

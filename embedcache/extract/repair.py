@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.producer import OneByOne, Producer, fill_all
 from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import add_feature, withdraw
+
+if TYPE_CHECKING:
+    from embedcache.options import VerifyOptions
 
 AGREEMENT_COSINE = 0.999
 """Cosine below which an item has drifted: float16 on disk costs 1e-6, another summation order about as much."""
@@ -107,7 +110,11 @@ class VerifyReport:
 
 
 def verify_cache(
-    cache: AnyPath, settings: VerifySettings | None = None, *, progress: AnyProgress = None, **options: Any
+    cache: AnyPath,
+    settings: VerifySettings | None = None,
+    *,
+    progress: AnyProgress = None,
+    **options: Unpack["VerifyOptions"],
 ) -> VerifyReport:
     """Check every chunk of a cache against its checksum; on request repair it and encode a sample again.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 from embedcache.encoders.base import Modality
 from embedcache.errors import pluralize
@@ -17,6 +17,9 @@ from embedcache.interop.vector_files import VectorImport
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.registry import unknown_name
 from embedcache.settings import merge_settings
+
+if TYPE_CHECKING:
+    from embedcache.options import VectorExportOptions
 
 _OPENERS: Mapping[str, Callable[..., VectorImport]] = {
     "clip-retrieval": open_clip_retrieval,
@@ -32,14 +35,24 @@ _WRITERS: Mapping[str, tuple[Callable[..., int], Sequence[Modality]]] = {
 """Name of a format -> what writes it, and the modalities that it has."""
 
 
-def open_vectors(format_name: str, path: AnyPath | None = None, **options: Any) -> VectorImport:
+def open_vectors(
+    format_name: str,
+    path: AnyPath | None = None,
+    *,
+    arrays: Mapping[str, str | Sequence[str]] | None = None,
+    files: Mapping[str, AnyPath] | None = None,
+    table: AnyPath | None = None,
+    vector_columns: Mapping[str, str | Sequence[str]] | None = None,
+) -> VectorImport:
     """Open vectors that another tool computed, to be imported by `import_vectors`.
 
     Args:
         format_name: `clip-retrieval`, `datacomp`, `npy` or `parquet`.
         path: the folder or file; `npy` has none.
-        options: `arrays` of `datacomp` (modality -> array or arrays), `files` (modality -> file) and `table` of `npy`,
-            and `vector_columns` (modality -> column or columns) of `parquet`.
+        arrays: modality -> array or arrays, of `datacomp`.
+        files: modality -> file, of `npy`.
+        table: table of the rows, of `npy`.
+        vector_columns: modality -> column or columns, of `parquet`.
 
     Raises:
         UnknownNameError: there is no such format, column or array.
@@ -51,7 +64,8 @@ def open_vectors(format_name: str, path: AnyPath | None = None, **options: Any) 
     if format_name not in _OPENERS:
         raise unknown_name("import format", format_name, _OPENERS)
     paths = [] if path is None else [Path(path)]
-    return _OPENERS[format_name](*paths, **options)
+    options = {"arrays": arrays, "files": files, "table": table, "vector_columns": vector_columns}
+    return _OPENERS[format_name](*paths, **{name: value for name, value in options.items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +95,7 @@ def export_vectors(
     settings: VectorExportSettings | None = None,
     *,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["VectorExportOptions"],
 ) -> VectorExportReport:
     """Write the vectors of a cache, with keys, captions and columns, for another tool; whole or not at all.
 

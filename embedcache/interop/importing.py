@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from embedcache.store.layout import info_path, read_info
 from embedcache.store.producer import FillReport, Output, Verb, fill
 from embedcache.store.writer import ChunkFeatures, add_feature, withdraw
 
+if TYPE_CHECKING:
+    from embedcache.options import ImportOptions
+
 _FEATURE = "vector"
 _NO_VECTOR = "NaN or infinity in the imported vector"
 _EMPTY = "empty caption"
@@ -43,7 +46,7 @@ def import_vectors(
     settings: ImportSettings | None = None,
     *,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["ImportOptions"],
 ) -> list[FillReport]:
     """Write a normal cache of vectors that another tool computed.
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 from embedcache.errors import PathError, SettingError, UnknownNameError, pluralize
 from embedcache.files import AnyPath, folder_bytes, open_path, remove_folder, remove_partials
@@ -16,6 +16,9 @@ from embedcache.store.cache import Cache
 from embedcache.store.group import EncoderGroup
 from embedcache.store.writer import withdraw
 from embedcache.units import format_bytes
+
+if TYPE_CHECKING:
+    from embedcache.options import PruneOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class PrunePlan:
         return [*lines, f"{pluralize(len(self.entries), 'entry', 'entries')}, {format_bytes(self.num_bytes)}"]
 
 
-def plan_prune(cache: AnyPath, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
+def plan_prune(cache: AnyPath, settings: PruneSettings | None = None, **options: Unpack["PruneOptions"]) -> PrunePlan:
     """Return what `prune_cache` would delete; the arguments and errors are its own.
 
     What a killed command had begun to delete is not listed: it does not exist for any reader.
@@ -54,7 +57,7 @@ def plan_prune(cache: AnyPath, settings: PruneSettings | None = None, **options:
     return _describe(_find_all(Cache(open_path(cache)), settings))
 
 
-def prune_cache(cache: AnyPath, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
+def prune_cache(cache: AnyPath, settings: PruneSettings | None = None, **options: Unpack["PruneOptions"]) -> PrunePlan:
     """Delete features and views, and return what was deleted.
 
     A feature is withdrawn from the commits of its chunks before its files are deleted, and a folder gets another name

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,9 @@ from embedcache.store.removal import erase, find_chunks, remove_rows
 from embedcache.store.removed import read_removed
 from embedcache.store.rows import find_keys
 from embedcache.store.tables import open_table
+
+if TYPE_CHECKING:
+    from embedcache.options import RemoveOptions
 
 _REMOVAL = 1
 """Lock of the cache's folder for one removal at a time."""
@@ -86,7 +89,10 @@ class RemovalReport:
 
 
 def plan_removal(
-    cache: AnyPath, keys: str | Sequence[str], settings: RemoveSettings | None = None, **options: Any
+    cache: AnyPath,
+    keys: str | Sequence[str],
+    settings: RemoveSettings | None = None,
+    **options: Unpack["RemoveOptions"],
 ) -> RemovalReport:
     """Return what `remove_samples` would do, which changes nothing; the arguments and errors are its own."""
     settings = merge_settings(RemoveSettings, settings, options)
@@ -121,7 +127,7 @@ def remove_samples(
     settings: RemoveSettings | None = None,
     *,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["RemoveOptions"],
 ) -> RemovalReport:
     """Remove samples from a cache and its indexes, and say which selections, runs and exports name them.
 

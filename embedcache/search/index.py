@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -41,6 +41,9 @@ from embedcache.search.faiss_index import RowIndex, check_factory, read_index
 from embedcache.search.settings import IndexSettings
 from embedcache.settings import merge_settings
 
+if TYPE_CHECKING:
+    from embedcache.options import IndexOptions
+
 
 def build_index(
     cache: AnyPath,
@@ -48,7 +51,7 @@ def build_index(
     settings: IndexSettings | None = None,
     *,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["IndexOptions"],
 ) -> IndexCard:
     """Index all valid items of a feature, and measure the index against exact search.
 

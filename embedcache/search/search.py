@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,9 @@ from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
 
+if TYPE_CHECKING:
+    from embedcache.options import SearchOptions
+
 _BATCH = 4096  # queries that are searched at once
 _DEFAULT_K = 10
 _COMPARE_ALL = 20_000  # up to this many filtered items, all are compared: fast, and a graph or lists would miss most
@@ -44,7 +47,7 @@ def search(
     settings: SearchSettings | None = None,
     *,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["SearchOptions"],
 ) -> SearchResults:
     """Search an index.
 

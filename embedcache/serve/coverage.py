@@ -18,6 +18,7 @@ from embedcache.progress import Progress
 from embedcache.provenance import construct
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.search import OpenIndex
+from embedcache.settings import replace_flat
 
 _NUM_ITEMS = 24
 
@@ -182,13 +183,7 @@ def measure_served_coverage(
     concepts_path: Path | str, index: OpenIndex, progress: Progress, *, settings: CoverageSettings | None = None
 ) -> ServedCoverage:
     """Measure coverage in the index's space; see `measure_coverage`. Answers are saved beside the index."""
-    report = measure_coverage(
-        index.cache.path,
-        concepts_path,
-        settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors), label=index.label),
-        progress=progress,
-        modality=index.card.modality,
-        feature=index.card.feature,
-        run=index.run_path,
-    )
+    settings = settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors), label=index.label)
+    space = {"modality": index.card.modality, "feature": index.card.feature, "run": index.run_path}
+    report = measure_coverage(index.cache.path, concepts_path, replace_flat(settings, space), progress=progress)
     return ServedCoverage(coverage_json(report), index, answers_path(index.path))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from embedcache.dataset.inputs import NamedFeatures
 from embedcache.files import AnyPath, writing
@@ -21,6 +21,7 @@ from embedcache.train.data import Paths, TrainData, open_data
 from embedcache.train.recipes import choose_settings, count_training_pairs
 
 if TYPE_CHECKING:
+    from embedcache.options import SweepOptions
     from embedcache.sweep.trials import Trials
     from embedcache.sweep.worker import StudyJob
 
@@ -47,7 +48,7 @@ def sweep(
     feature: NamedFeatures = None,
     settings: SweepSettings | None = None,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["SweepOptions"],
 ) -> SweepReport:
     """Train with many settings, retrain the best ones with several seeds, and report.
 

@@ -1,7 +1,7 @@
 """The pairs of a cache as a dataset of PyTorch, for training loops and losses of the user's own."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from embedcache.errors import DataError
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.settings import replace_flat
 from embedcache.train.data import Paths, TrainData, open_data
+
+if TYPE_CHECKING:
+    from embedcache.options import SplitOptions
 
 
 class PairDataset(Dataset[dict[str, Tensor]]):
@@ -60,7 +63,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         part: Part | None = None,
         language: str | None = None,
         progress: AnyProgress = None,
-        **options: Any,
+        **options: Unpack["SplitOptions"],
     ) -> None:
         settings = replace_flat(SplitSettings(), options)
         data = open_data(caches, feature, memory_bytes=0)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -42,6 +42,9 @@ from embedcache.train.recipes import apply_recipe
 from embedcache.train.settings import FitSettings, ModelSettings, TrainSettings
 from embedcache.train.trackers import check_trackers
 from embedcache.train.trainer import OnEpoch, Task, Trainer, network_of, seeded
+
+if TYPE_CHECKING:
+    from embedcache.options import TrainOptions
 
 _DEFAULT_BATCH_SIZE = 1024
 _CHECKED_ROWS = 65_536
@@ -179,7 +182,7 @@ def train(
     feature: NamedFeatures = None,
     settings: TrainSettings | None = None,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["TrainOptions"],
 ) -> TrainReport:
     """Train projectors on features of two modalities, such as an image and a text feature, of one or several caches.
 

@@ -4,7 +4,7 @@ import inspect
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,9 @@ from embedcache.registry import Registry, plugin_name
 from embedcache.runs import PAIR, Run
 from embedcache.settings import merge_settings, replace_fields
 from embedcache.store.cache import Cache
+
+if TYPE_CHECKING:
+    from embedcache.options import SelectOptions
 
 SELECTORS = Registry(
     "method of selection",
@@ -84,7 +87,7 @@ def select(
     settings: SelectSettings | None = None,
     *,
     progress: AnyProgress = None,
-    **options: Any,
+    **options: Unpack["SelectOptions"],
 ) -> SelectReport:
     """Select some samples of a cache and write the selection; the same arguments give the same selection.
 
