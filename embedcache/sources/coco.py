@@ -1,10 +1,9 @@
-"""Captions in COCO's JSON, as of COCO and nocaps, and in that of Karpathy's splits of COCO, Flickr8k and Flickr30k."""
+"""Captions in COCO's JSON, as of COCO and nocaps."""
 
 import posixpath
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,14 @@ from embedcache.sources.files import (
 from embedcache.sources.settings import SourceSettings
 
 _LOOKED_FOR = 100  # images of which one must exist
-_EXPECTED = (
-    "expected the JSON of COCO's captions, with images and annotations, or of Karpathy's splits, whose images have "
-    "sentences"
-)
+_EXPECTED = "expected the JSON of COCO's captions, with images and annotations"
 
 
 class CocoSource:
     """One sample per image with all of its captions, in the order of the file.
 
     The key is the image's path without its suffix, such as `000000397133`. The fields of an image that are numbers or
-    texts become columns; its `id` becomes `image_id`, and the split `restval` of Karpathy's COCO `train`. An image
-    without captions is a sample without texts.
+    texts become columns; its `id` becomes `image_id`. An image without captions is a sample without texts.
 
     Paths of images are relative to the setting `root`. Without it, to the folder that is named like the end of
     the file (`annotations/captions_val2017.json`: `val2017`) beside that of the file or in it, as COCO is unpacked,
@@ -60,16 +55,15 @@ class CocoSource:
         """Iterate over the images. Memory holds the parsed file: 0.5 GB for the 592,000 captions of COCO's train2017.
 
         Raises:
-            SourceError: the file is neither kind of JSON, contradicts itself, or none of its first images exists.
+            SourceError: the file is no such JSON, contradicts itself, or none of its first images exists.
         """
         with reading(self._path):
             text = decode_text(read_bytes(self._path), str(self._path), SourceError)
         fields = parse_json_object(text, str(self._path))
         images = _field(fields, "images", list, self._path)
         names = [_image_name(image, f"{self._path}: image {number}") for number, image in enumerate(images)]
-        read = _karpathy_samples if images and "sentences" in images[0] else partial(_coco_samples, fields)
         self._check_images(names)
-        for sample in read(images, self._path):
+        for sample in _read_samples(fields, images, self._path):
             path = item_path(self._root_text, self._root_text, sample.images[0].path)
             yield replace(sample, images=(FileItem(path=path),))
 
@@ -96,7 +90,7 @@ def _guess_root(path: Path) -> Path:
     return next((folder for folder in folders if folder.is_dir()), path.parent)
 
 
-def _coco_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Sample]:
+def _read_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Sample]:
     captions_of = defaultdict(list)
     for number, annotation in enumerate(_field(fields, "annotations", list, path)):
         location = f"{path}: annotation {number}"
@@ -107,8 +101,14 @@ def _coco_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]]
     if len(set(ids)) < len(ids):
         raise SourceError(f"{path}: expected images with different id, got one twice; download the file again")
     for image_id, image in zip(ids, images, strict=True):
-        columns = {name: value for name, value in image.items() if name not in ("id", "file_name", "filename")}
-        yield _sample(_image_name(image, str(path)), captions_of.pop(image_id, []), {**columns, "image_id": image_id})
+        columns = {name: value for name, value in image.items() if name not in ("id", "file_name", "key")}
+        name = _image_name(image, str(path))
+        yield Sample(
+            key=posixpath.splitext(name)[0],
+            images=(FileItem(path=name),),
+            texts=to_text_items(captions_of.pop(image_id, []), None),
+            columns=to_scalar_columns({**columns, "image_id": image_id}),
+        )
     if captions_of:
         raise SourceError(
             f"{path}: expected annotations of its images only, got image_id {next(iter(captions_of))!r}; download the "
@@ -116,31 +116,10 @@ def _coco_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]]
         )
 
 
-def _karpathy_samples(images: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Sample]:
-    for number, image in enumerate(images):
-        location = f"{path}: image {number}"
-        captions = [_field(sentence, "raw", str, location) for sentence in _field(image, "sentences", list, location)]
-        columns = {name: value for name, value in image.items() if name not in ("filename", "filepath")}
-        if columns.get("split") == "restval":  # of COCO: the part of val2014 that everybody trains on
-            columns["split"] = "train"
-        yield _sample(_image_name(image, location), captions, columns)
-
-
-def _sample(name: str, captions: Sequence[str], columns: Mapping[str, Any]) -> Sample:
-    return Sample(
-        key=posixpath.splitext(name)[0],
-        images=(FileItem(path=name),),
-        texts=to_text_items(captions, None),
-        columns=to_scalar_columns({name: value for name, value in columns.items() if name != "key"}),
-    )
-
-
 def _image_name(image: Any, location: str) -> str:
     """Return the path of an image as written in the file."""
-    fields = image if isinstance(image, dict) else {}
-    name: str = _field({"file_name": fields.get("filename"), **fields}, "file_name", str, location)
-    folder = fields.get("filepath")
-    return f"{folder}/{name}" if isinstance(folder, str) and folder else name
+    name: str = _field(image, "file_name", str, location)
+    return name
 
 
 def _field(fields: Any, name: str, kind: Any, location: object) -> Any:

@@ -37,7 +37,6 @@ _SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 SHARD_SEPARATOR = "::"
 """Separates several paths or patterns in the location of a WebDataset."""
 
-_FORBIDDEN = 403
 _WINDOW_BYTES = 2**17  # of a local file: the headers of several small members of a tar
 _READ_AHEAD_BYTES = 2**18  # one request for small columns that are adjacent in the file
 _RESTRICTION: ContextVar[tuple[Sequence[str], int | None] | None] = ContextVar("restriction", default=None)
@@ -120,20 +119,15 @@ def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
         return path.is_dir()
 
 
-def file_size(path: Path, *, forbidden_is_missing: bool = False) -> int | None:
-    """Return the size of a file in bytes, None if there is no file; PathError if the disk or service does not answer.
-
-    With `forbidden_is_missing`, the answer "forbidden" counts as a missing file: S3 gives it to users who may read
-    files but not list them.
-    """
+def file_size(path: Path) -> int | None:
+    """Return the size of a file in bytes, None if there is none; PathError if the disk or service does not answer."""
     with reading(path):
         try:
             if is_remote(path):
                 return _remote_size(path)
             return path.stat().st_size if path.is_file() else None
         except OSError as error:
-            is_forbidden = isinstance(error, PermissionError) or getattr(error.__cause__, "status", None) == _FORBIDDEN
-            if is_missing(error) or (forbidden_is_missing and is_forbidden):
+            if is_missing(error):
                 return None
             raise
 

@@ -47,7 +47,7 @@ SOURCES = Registry(
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
         "imported": "embedcache.interop.vector_files:ImportedSource",
         "openmoji": "embedcache.quickstart.openmoji:OpenmojiSource",
-        "prompts": "embedcache.sources.prompts:PromptsSource",
+        "prompts": "embedcache.sources.texts:PromptsSource",
         "table": "embedcache.sources.table:TableSource",
         "texts": "embedcache.sources.texts:TextsSource",
         "webdataset": "embedcache.sources.webdataset:WebdatasetSource",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from embedcache.sources.prompts import clip_benchmark_file
+from embedcache.sources.texts import clip_benchmark_file
 from pipelines.uniperceiver.words import list_words, split_words
 from pipelines.worlds.examples import make_examples
 

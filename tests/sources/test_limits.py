@@ -11,8 +11,7 @@ from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.interop.npy import open_npy
 from embedcache.sources import open_source
 from embedcache.sources.captions import CAPTION_ERROR, read_sidecar
-from embedcache.sources.tars import iter_members
-from embedcache.sources.webdataset import expand_braces
+from embedcache.sources.webdataset import expand_braces, iter_members
 from tests.sources.files import jpeg, write
 
 
