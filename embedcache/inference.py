@@ -19,9 +19,8 @@ from embedcache.encoders.views import FeatureEncoder, open_feature_encoder
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import list_distinct, list_texts
+from embedcache.modeling.heads import AnyTower, TokenTower
 from embedcache.projectors.base import project
-from embedcache.projectors.heads import TokenTower
-from embedcache.projectors.pair import AnyTower
 from embedcache.runs import PAIR, Run
 from embedcache.sources.images import ImageLike, list_images, load_image
 

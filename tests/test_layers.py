@@ -12,7 +12,7 @@ import embedcache
 PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"arrays", "registry", "progress", "units", "modalities", "samples"},
+    {"arrays", "registry", "progress", "units", "modalities", "samples", "modeling"},
     {"settings", "processes", "parameters"},
     {"devices", "files"},
     {"locks", "neighbors"},
@@ -44,7 +44,7 @@ HEAVY = {
     "fontTools": {"quickstart"},
     "faiss": {"search"},
     "timm": {"encoders"},
-    "transformers": {"encoders", "export"},
+    "transformers": {"encoders", "export", "modeling"},
     "sentence_transformers": {"export"},
     "open_clip": {"encoders", "export"},
     "clip_benchmark": {"interop", "sources"},

@@ -29,7 +29,7 @@ MODULE = """
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.views import View
 from embedcache.sources import Sample, TextItem
-from embedcache.projectors.heads import LinearProjector as Head
+from embedcache.modeling.heads import LinearProjector as Head
 from tests.toy import open_toy as open_encoder
 from embedcache.runs import NETWORKS
 

@@ -14,7 +14,7 @@ from embedcache.provenance import IMPORTED
 from embedcache.store.cache import Cache
 
 if TYPE_CHECKING:
-    from embedcache.projectors.pair import AnyTower
+    from embedcache.modeling.heads import AnyTower
 
 CLASS = "class"
 """Column of the samples that names the class of their prompts."""

@@ -16,8 +16,8 @@ from embedcache.derive.rules import Block, Derivation, DerivedView, Output, Rule
 from embedcache.devices import torch_device
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import SettingError
+from embedcache.modeling.heads import AnyTower
 from embedcache.projectors.base import project
-from embedcache.projectors.pair import AnyTower
 from embedcache.provenance import RUN
 from embedcache.registry import unknown_name
 from embedcache.runs import PAIR, Run, RunInput

@@ -18,9 +18,9 @@ from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
 from embedcache.devices import announce_device, autocast, torch_device
 from embedcache.encoders.base import Backend, EncoderSettings, Fingerprint, ItemShape, Modality, check_names
-from embedcache.encoders.features import native_features
 from embedcache.errors import ArtifactError, SettingError, one_line
 from embedcache.files import replacing, user_folder, write_atomic
+from embedcache.modeling.features import native_features
 from embedcache.provenance import digest, digest_file
 from embedcache.registry import is_installed, require
 

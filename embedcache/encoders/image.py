@@ -17,8 +17,8 @@ from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.encoders.backends import GraphEncoder, OnnxExport, build_graph
 from embedcache.encoders.base import EncoderSettings, Fingerprint, ItemShape
-from embedcache.encoders.features import FeatureName, derive_features, native_features, patch_grid, patch_pools
 from embedcache.errors import SettingError
+from embedcache.modeling.features import FeatureName, derive_features, native_features, patch_grid, patch_pools
 
 Transform: TypeAlias = Callable[[Image.Image], Array]
 """RGB image of any size -> (3, H, W): uint8 if the model normalizes pixels itself, else float32."""

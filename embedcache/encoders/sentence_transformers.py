@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
-from embedcache.encoders.features import TEXT_POOLING, Dense, TextFeatures, requested_layers
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.text import build_text_encoder, open_tokenizer
 from embedcache.encoders.weights import (
@@ -28,6 +27,7 @@ from embedcache.encoders.weights import (
     load_weights,
 )
 from embedcache.errors import PathError, SettingError
+from embedcache.modeling.features import TEXT_POOLING, Dense, TextFeatures, requested_layers
 from embedcache.provenance import construct, digest, read_json
 from embedcache.registry import is_installed, unknown_name
 

@@ -17,10 +17,10 @@ import torch
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, OnnxGraph, build_graph, is_intact
 from embedcache.encoders.base import EncoderSettings, Fingerprint, ItemShape
-from embedcache.encoders.features import native_features, requested_layers
 from embedcache.encoders.weights import load_part
 from embedcache.errors import ArtifactError, PathError, SettingError
 from embedcache.files import user_folder
+from embedcache.modeling.features import native_features, requested_layers
 from embedcache.provenance import digest, read_record, write_record
 
 _IDS, _MASK = "input_ids", "attention_mask"

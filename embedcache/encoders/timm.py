@@ -27,14 +27,6 @@ from torch.nn.functional import pad
 
 from embedcache.arrays import Array
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
-from embedcache.encoders.features import (
-    LITE_CROP_PADDING_PX,
-    TimmFeatures,
-    lite_crop,
-    prefix_layer,
-    requested_layers,
-    with_patch_mean,
-)
 from embedcache.encoders.image import (
     PixelScale,
     PixelTransform,
@@ -44,6 +36,8 @@ from embedcache.encoders.image import (
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.weights import find_hub_commit, hash_weights, load_weights, read_weights, translate_hub_errors
 from embedcache.errors import ArtifactError, EmbedcacheError, SettingError, one_line
+from embedcache.modeling.features import TimmFeatures, prefix_layer, requested_layers, with_patch_mean
+from embedcache.modeling.images import LITE_CROP_PADDING_PX, lite_crop
 from embedcache.registry import require, unknown_name
 
 POOLING: Mapping[str, str] = {
@@ -87,6 +81,8 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
             settings,
             config={"timm": version("timm")},
         )
+    except TypeError as error:
+        raise SettingError(f"{spec.model}: {one_line(error)}; choose another architecture") from error
     except (RuntimeError, AssertionError, ValueError) as error:
         if size_px is None or isinstance(error, EmbedcacheError):
             raise

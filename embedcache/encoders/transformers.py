@@ -17,14 +17,6 @@ from embedcache.axis import Axis
 from embedcache.encoders.audio import SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder
 from embedcache.encoders.backends import build_graph
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
-from embedcache.encoders.features import (
-    TEXT_POOLING,
-    ImageFeatures,
-    TextFeatures,
-    requested_layers,
-    state_features,
-    untie_last_state,
-)
 from embedcache.encoders.image import (
     PixelScale,
     PixelTransform,
@@ -43,6 +35,14 @@ from embedcache.encoders.weights import (
     load_pretrained,
 )
 from embedcache.errors import SettingError
+from embedcache.modeling.features import (
+    TEXT_POOLING,
+    ImageFeatures,
+    TextFeatures,
+    requested_layers,
+    state_features,
+    untie_last_state,
+)
 
 IMAGE_POOLING: Mapping[str, str] = {
     "pooled": "the model's own pooled output",

@@ -19,7 +19,6 @@ from embedcache.dataset.pairs import Items, Pairs, choose_language, pair_items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.dataset.splitting import make_split
 from embedcache.devices import products_on
-from embedcache.encoders.features import FeatureName
 from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize
 from embedcache.evaluate.settings import PairsSettings
 from embedcache.files import AnyPath
@@ -35,6 +34,7 @@ from embedcache.metrics.alignment import (
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, effective_number, jackknife
 from embedcache.metrics.ranking import best_ranks, tied_chance_recall
 from embedcache.modalities import MODALITIES, directions, noun, order_pair, pair_nouns
+from embedcache.modeling.features import FeatureName
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.settings import merge_settings, replace_fields, replace_flat

@@ -1,9 +1,9 @@
 """Export ONNX graphs: the projectors, or the whole towers, from prepared items to the shared space."""
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,9 @@ from embedcache.export.base import (
     example_images,
     unsupported,
 )
-from embedcache.export.transformers import copy_processor_code, load_exported, write_transformers
+from embedcache.export.transformers import load_exported, write_transformers
+from embedcache.modeling.heads import AnyTower, TokenTower
 from embedcache.projectors.base import project
-from embedcache.projectors.heads import TokenTower
-from embedcache.projectors.pair import AnyTower
 from embedcache.registry import require
 
 _PROJECTORS_CODE = """\
@@ -135,10 +134,22 @@ class _ModelTower(nn.Module):
 
 
 def _write_towers(run: ExportRun, folder: Path) -> ExportNotes:
-    requirements = write_transformers(run, folder).requirements
-    model = load_exported(folder)
-    prepared = _prepared_inputs(folder)
-    _fix_positions(model, prepared["image"]["pixel_values"])
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    with TemporaryDirectory(dir=folder) as path:
+        requirements = write_transformers(run, Path(path)).requirements
+        model = load_exported(Path(path))
+        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        for part in (processor, tokenizer):
+            part.save_pretrained(folder)
+
+    pixels = processor(images=example_images(), return_tensors="pt")["pixel_values"].numpy()
+    tokens = tokenizer(list(TEXTS), padding=True, truncation=True, return_tensors="np")
+    ids = {name: np.asarray(tokens[name], np.int64) for name in ("input_ids", "attention_mask")}
+    prepared: dict[Modality, dict[str, Array]] = {"image": {"pixel_values": pixels}, "text": ids}
+    _fix_positions(model, pixels)
+
     differences: dict[str, float] = {}
     for modality, inputs in prepared.items():
         axes = {name: {0: "batch"} | ({1: "tokens"} if array.ndim == 2 else {}) for name, array in inputs.items()}
@@ -154,7 +165,6 @@ def _write_towers(run: ExportRun, folder: Path) -> ExportNotes:
         differences[modality] = check_parity("onnxruntime", graph(inputs, ["embeds"])["embeds"], expected)
         single = graph({name: array[:1] for name, array in inputs.items()}, ["embeds"])["embeds"]
         check_parity("onnxruntime, for a single item,", single, expected[:1])
-    _keep_processors(folder)
     return ExportNotes(
         library="onnx",
         task="zero-shot-image-classification",
@@ -193,17 +203,6 @@ def _keep_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return first
 
 
-def _prepared_inputs(folder: Path) -> Mapping[Modality, dict[str, Array]]:
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-    pixels = processor(images=example_images(), return_tensors="pt")["pixel_values"].numpy()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    tokens = tokenizer(list(TEXTS), padding=True, truncation=True, return_tensors="np")
-    ids = {name: np.asarray(tokens[name], np.int64) for name in ("input_ids", "attention_mask")}
-    return {"image": {"pixel_values": pixels}, "text": ids}
-
-
 def _write_graph(
     export: OnnxExport, path: Path, run: ExportRun, modality: str, *, next_step: str = "embedcache.load applies it"
 ) -> OnnxGraph:
@@ -226,15 +225,3 @@ def _write_graph(
     onnx.helper.set_model_props(graph, metadata)
     onnx.save(graph, path)
     return OnnxGraph(path)
-
-
-def _keep_processors(folder: Path) -> None:
-    """Delete everything but the graphs, and the image processor and tokenizer that prepare their inputs."""
-    for name in ("model.safetensors", "config.json", "processor_config.json"):
-        (folder / name).unlink()
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.suffix == ".py":
-            path.unlink()
-    copy_processor_code(folder)

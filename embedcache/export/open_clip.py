@@ -17,9 +17,9 @@ from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import one_line
 from embedcache.export.base import TEXTS, ExportNotes, ExportRun, example_images, unsupported
 from embedcache.export.towers import open_module
+from embedcache.modeling.images import rgb_image
 from embedcache.provenance import write_json
 from embedcache.registry import require
-from embedcache.sources.images import rgb_image
 
 _FORMAT = "open-clip"
 _CODE = """\
@@ -81,7 +81,7 @@ def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str |
     image_head_config, image_head = _head(run, "image")
     text_head_config, text_head = _head(run, "text")
 
-    text.save_processor(folder)
+    text.processor.save_pretrained(folder)
     transformer: Any = text.module.get_submodule("_model")
     transformer.config.save_pretrained(folder)
     modules = {

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from embedcache.encoders import sentence_transformers, timm, transformers
 from embedcache.encoders.base import Modality, background_of
-from embedcache.encoders.features import (
-    LITE_CROP_PADDING_PX,
+from embedcache.encoders.open import EncoderSpec, feature_names
+from embedcache.encoders.weights import find_model_folder, load_part, load_pretrained
+from embedcache.errors import SettingError
+from embedcache.export.base import ExportRun, check_plain, unsupported
+from embedcache.modeling.features import (
     ImageFeatures,
     TextFeatures,
     TimmFeatures,
     requested_layers,
 )
-from embedcache.encoders.open import EncoderSpec, feature_names
-from embedcache.encoders.weights import find_model_folder, load_part, load_pretrained
-from embedcache.errors import SettingError
-from embedcache.export.base import ExportRun, check_plain, unsupported
-from embedcache.projectors.heads import (
+from embedcache.modeling.heads import (
+    AnyTower,
     AsifProjector,
     FuseMixProjector,
     GluProjector,
@@ -40,7 +40,7 @@ from embedcache.projectors.heads import (
     ShareLockProjector,
     TokenTower,
 )
-from embedcache.projectors.pair import AnyTower
+from embedcache.modeling.images import LITE_CROP_PADDING_PX
 
 _Affine = tuple[Tensor, Tensor]  # (a, b) of x -> a x + b, in float64
 _Refuse = Callable[[str], SettingError]
@@ -63,10 +63,10 @@ class EncoderModule:
     """A frozen encoder as a module that returns a dict of features."""
 
     config: Mapping[str, Any]
-    """JSON values that `hub_code/modeling_embedcache.py` builds it from."""
+    """JSON values that `modeling_embedcache.py` builds it from."""
     module: nn.Module
-    save_processor: Callable[[Path], None]
-    """Writes its image processor or tokenizer into a folder."""
+    processor: Any
+    """Its image processor or tokenizer, of transformers."""
 
 
 def open_module(run: ExportRun, modality: Modality, format_name: str) -> EncoderModule:
@@ -75,7 +75,7 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
     Raises:
         SettingError: the format does not support its family, or the feature is of a view.
     """
-    tower_input, tower = run.trained.input(modality), run.pair.tower(modality)
+    tower_input = run.trained.input(modality)
     check_plain(tower_input, format_name)
     spec, names = EncoderSpec.parse(tower_input.spec), list(feature_names(tower_input.feature))
     openers = _openers(modality)
@@ -85,12 +85,11 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
     preprocessing = tower_input.fingerprint["preprocessing"]
     layers = requested_layers(names)
     _check_exportable(spec, modality, preprocessing, layers, format_name)
-    module, own_config, save_processor = openers[spec.family](spec, names)
+    module, own_config, processor = openers[spec.family](spec, names)
     config: dict[str, Any] = {
         "features": names,
         "layers": layers,
         "width": tower_input.width,
-        "takes": "tokens" if isinstance(tower, TokenTower) else "bare" if isinstance(tower, RawTower) else "centred",
         **own_config,
     }
     if modality == "image":
@@ -98,8 +97,8 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
             outputs: dict[str, torch.Tensor] = module(torch.zeros(1, *config["input_size"]))
         config["shapes"] = {name: list(output.shape[1:]) for name, output in outputs.items()}
     else:
-        save_processor = partial(save_processor, max_tokens=int(preprocessing["max_tokens"]))
-    return EncoderModule(config=config, module=module, save_processor=save_processor)
+        processor.model_max_length = int(preprocessing["max_tokens"])
+    return EncoderModule(config=config, module=module, processor=processor)
 
 
 def _check_exportable(
@@ -128,12 +127,12 @@ class _OpenedEncoder(NamedTuple):
     Args:
         module: returns a dict of features.
         config: the part of the config that depends on the family.
-        save_processor: writes the image processor, or the tokenizer with `max_tokens`, into a folder.
+        processor: its image processor or tokenizer.
     """
 
     module: nn.Module
     config: dict[str, Any]
-    save_processor: Callable[..., None]
+    processor: Any
 
 
 def _openers(modality: Modality) -> dict[str, Callable[..., _OpenedEncoder]]:
@@ -159,7 +158,7 @@ def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
         "input_size": list(transform.input_size),
     }
     module = TimmFeatures(model, requested_layers(names)).eval()
-    return _OpenedEncoder(module, config, partial(_save_image_processor, "timm", transform.published))
+    return _OpenedEncoder(module, config, _image_processor("timm", transform.published))
 
 
 def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
@@ -176,7 +175,7 @@ def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
         "std": timm.LITE_STD,
     }
     module = TimmFeatures(network, requested_layers(names)).eval()
-    return _OpenedEncoder(module, config, partial(_save_image_processor, "lite", settings))
+    return _OpenedEncoder(module, config, _image_processor("lite", settings))
 
 
 def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
@@ -190,12 +189,12 @@ def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _Op
     if modality == "text":
         pools = transformers.TEXT_POOLS
         config |= {"pools": pools, "heads": []}
-        return _OpenedEncoder(TextFeatures(model, layers, pools).eval(), config, partial(_save_tokenizer, folder))
+        return _OpenedEncoder(TextFeatures(model, layers, pools).eval(), config, _tokenizer(folder))
     config["input_size"] = list(transformers.pixel_transform(folder).input_size)
     processor = load_part(AutoImageProcessor, folder, "image processor", "add preprocessor_config.json")
     settings = transformers.published_settings(processor)
     module = ImageFeatures(model, layers).eval()
-    return _OpenedEncoder(module, config, partial(_save_image_processor, "transformers", settings))
+    return _OpenedEncoder(module, config, _image_processor("transformers", settings))
 
 
 def _load_seeded(load: Callable[[], tuple[nn.Module, str]]) -> nn.Module:
@@ -223,7 +222,7 @@ def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
     }
     width = spec.int_option("truncate_dim")
     module = TextFeatures(model, requested_layers(names), modules.pools, modules.heads, width).eval()
-    return _OpenedEncoder(module, config, partial(_save_tokenizer, modules.tokenizer))
+    return _OpenedEncoder(module, config, _tokenizer(modules.tokenizer))
 
 
 def _model_config(model: nn.Module) -> dict[str, Any]:
@@ -232,17 +231,17 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
     return {"class": type(model).__name__, "config": settings}
 
 
-def _save_image_processor(kind: str, settings: Mapping[str, Any], folder: Path) -> None:
-    from embedcache.export.hub_code.image_processing_embedcache import EmbedcacheImageProcessor
+def _image_processor(kind: str, settings: Mapping[str, Any]) -> Any:
+    from embedcache.modeling.image_processing_embedcache import EmbedcacheImageProcessor
 
-    EmbedcacheImageProcessor(kind=kind, settings=dict(settings)).save_pretrained(folder)
+    EmbedcacheImageProcessor.register_for_auto_class()
+    return EmbedcacheImageProcessor(kind=kind, settings=dict(settings))
 
 
-def _save_tokenizer(source: Path, folder: Path, *, max_tokens: int) -> None:
+def _tokenizer(source: Path) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = load_part(AutoTokenizer, source, "tokenizer", "add the model's tokenizer files")
-    tokenizer.model_max_length = max_tokens
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
@@ -251,7 +250,7 @@ def _save_tokenizer(source: Path, folder: Path, *, max_tokens: int) -> None:
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

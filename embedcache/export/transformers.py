@@ -1,55 +1,28 @@
 """Export a model folder for transformers (AutoModel, AutoProcessor, AutoImageProcessor, AutoTokenizer).
 
 transformers has no class for two frozen encoders with trained projectors, nor an image processor that prepares images
-exactly as at extraction. With `trust_remote_code=True` it runs the code in the folder instead. That code is a copy of
-modules of this package, in which imports of each other are relative, so that it runs without the package. Apart from
-each other, they import PIL, NumPy, torch, transformers and the standard library only.
+exactly as at extraction. With `trust_remote_code=True` it runs the code in the folder instead: the files of
+`embedcache.modeling`, which transformers copies when it saves the model and the image processor.
 """
 
 import gc
-import re
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from embedcache.encoders.base import Modality
-from embedcache.encoders.features import patch_pools
 from embedcache.encoders.weights import quiet_transformers
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images, unsupported
 from embedcache.export.towers import EncoderModule, open_module
-from embedcache.files import read_text
+from embedcache.modeling import heads
 from embedcache.projectors.base import bind_projector
-from embedcache.provenance import read_json, write_json
+from embedcache.provenance import write_json
 
 _FORMAT = "transformers"
-_HUB_CODE = "embedcache.export.hub_code"
-_MODEL = "modeling_embedcache"
-_PROCESSOR = "image_processing_embedcache"
-_COPIED = {
-    f"{_HUB_CODE}.{_MODEL}": (
-        f"{_HUB_CODE}.projectors",
-        "embedcache.encoders.features",
-        "embedcache.errors",
-        "embedcache.projectors.heads",
-        "embedcache.projectors.tokens",
-    ),
-    f"{_HUB_CODE}.{_PROCESSOR}": (
-        "embedcache.arrays",
-        "embedcache.encoders.features",
-        "embedcache.errors",
-        "embedcache.sources.images",
-    ),
-}
-"""Module that transformers opens -> modules that it imports, directly or not."""
-_IMPORT = re.compile(r"^(\s*from )embedcache[\w.]*(\.\w+ import)", re.MULTILINE)
-_HEADER = "# Copyright the embedcache authors. Apache-2.0. Copied from {module} of embedcache by its export.\n"
-_NESTED = "\n# Imports of the modules above: transformers 4 copies only what this file imports itself.\n"
-_PIPELINE = "ZeroShotImageClassification"
+_PIPELINE = "AutoModelForZeroShotImageClassification"
 _CODE = """\
 import torch
 from PIL import Image
@@ -72,13 +45,14 @@ with torch.inference_mode():
 def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
     """Write a folder that transformers opens with `trust_remote_code=True`, and check it with that library."""
     encoders = {modality: open_module(run, modality, _FORMAT) for modality in MODALITIES}
+    model = _build_model(run, encoders)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with quiet_transformers():
+        model.save_pretrained(folder, state_dict=state)
     for encoder in encoders.values():
-        encoder.save_processor(folder)
-    copy_processor_code(folder)
-    _copy_code(f"{_HUB_CODE}.{_MODEL}", folder)
-    _write_projectors(run, folder)
-    save_file(_state(run, encoders), folder / "model.safetensors", metadata={"format": "pt"})
-    _write_config(run, folder, encoders)
+        encoder.processor.save_pretrained(folder)
+    write_json(folder / "processor_config.json", {"processor_class": "VisionTextDualEncoderProcessor"})
+
     differences = run.check_parity(_FORMAT, _embed_examples(folder))
     is_timm = encoders["image"].config["kind"] == "timm"
     return ExportNotes(
@@ -104,73 +78,35 @@ def load_exported(folder: Path) -> Any:
         return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 
 
-def copy_processor_code(folder: Path) -> None:
-    """Copy the code of the image processor into a folder."""
-    _copy_code(f"{_HUB_CODE}.{_PROCESSOR}", folder)
+def _build_model(run: ExportRun, encoders: Mapping[Modality, EncoderModule]) -> Any:
+    from embedcache.modeling.modeling_embedcache import EmbedcacheConfig, EmbedcacheModel
+
+    EmbedcacheConfig.register_for_auto_class()
+    EmbedcacheModel.register_for_auto_class("AutoModel")
+    sides = {name: {**encoder.config, **_tower_config(run, name)} for name, encoder in encoders.items()}
+    config = EmbedcacheConfig(**sides, projection_dim=run.trained.shared_width)
+    config.auto_map = {_PIPELINE: "modeling_embedcache.EmbedcacheModel"}
+    model = EmbedcacheModel(config)
+
+    for name, encoder in encoders.items():
+        side = model.get_submodule(f"{name}_side")
+        side.encoder.load_state_dict(_tensors(encoder.module), assign=True)
+        side.tower.load_state_dict(_tensors(run.pair.tower(name)))
+    with torch.no_grad():
+        model.logit_scale.copy_(run.pair.scale.log())
+    return model
 
 
-def _copy_code(opened: str, folder: Path) -> None:
-    """Copy a module that transformers opens, and the modules that it imports, with relative imports."""
-    for module in (opened, *_COPIED[opened]):
-        spec = find_spec(module)
-        assert spec is not None
-        assert spec.origin is not None
-        text = _IMPORT.sub(r"\1\2", read_text(Path(spec.origin)))
-
-        if module == opened:
-            nested = [name.rpartition(".")[2] for name in _COPIED[opened]]
-            text += _NESTED + "".join(f"from .{name} import __name__ as _\n" for name in nested)
-        path = folder / f"{module.rpartition('.')[2]}.py"
-        path.write_text(_HEADER.format(module=module) + text, "utf-8")
-
-
-def _write_projectors(run: ExportRun, folder: Path) -> None:
-    """Write the module that names the projectors of the run."""
-    lines = ['"""The projectors of both modalities."""', "", "from functools import partial", ""]
-    names = []
-    for modality in MODALITIES:
-        projector = type(run.pair.tower(modality).projector)
-        if projector.__module__ not in _COPIED[f"{_HUB_CODE}.{_MODEL}"]:
-            raise unsupported(_FORMAT, f"its {modality} projector {run.projector(modality)} is a plug-in")
-        module = projector.__module__.rpartition(".")[2]
-        lines.append(f"from .{module} import {projector.__name__}")
-        parameters = bind_projector(run.projector(modality)).keywords
-        names.append(f"{modality.title()}Projector = partial({projector.__name__}, **{parameters!r})")
-    text = "\n".join([*lines, "", *names, "", '__all__ = ["ImageProjector", "TextProjector"]', ""])
-    (folder / "projectors.py").write_text(text, "utf-8")
-
-
-def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, EncoderModule]) -> None:
-    from embedcache.export.hub_code.modeling_embedcache import EmbedcacheConfig
-
-    config = EmbedcacheConfig(
-        image=encoders["image"].config,
-        text=encoders["text"].config,
-        projection_dim=run.trained.shared_width,
-        architectures=["EmbedcacheModel"],
-    )
-    classes = dict.fromkeys(("AutoModel", f"AutoModelFor{_PIPELINE}"), f"{_MODEL}.EmbedcacheModel")
-    config.auto_map = {"AutoConfig": f"{_MODEL}.EmbedcacheConfig", **classes}
-    config.save_pretrained(folder)
-    path = folder / "preprocessor_config.json"
-    processor = {
-        **read_json(path),
-        "processor_class": "VisionTextDualEncoderProcessor",
-        "auto_map": {"AutoImageProcessor": f"{_PROCESSOR}.EmbedcacheImageProcessor"},
+def _tower_config(run: ExportRun, modality: Modality) -> dict[str, Any]:
+    """Return the names of the classes of a tower and its projector, and the projector's parameters."""
+    tower, name = run.pair.tower(modality), run.projector(modality)
+    if type(tower.projector).__module__ != heads.__name__:
+        raise unsupported(_FORMAT, f"its {modality} projector {name} is a plug-in")
+    return {
+        "tower": type(tower).__name__,
+        "projector": type(tower.projector).__name__,
+        "parameters": bind_projector(name).keywords,
     }
-    write_json(path, processor)
-    write_json(folder / "processor_config.json", {"processor_class": "VisionTextDualEncoderProcessor"})
-
-
-def _state(run: ExportRun, encoders: Mapping[Modality, EncoderModule]) -> dict[str, Tensor]:
-    state = {"logit_scale": run.pair.scale.detach().log()}
-    for modality, encoder in encoders.items():
-        for name, module in (("encoder", encoder.module), ("tower", run.pair.tower(modality))):
-            state |= {f"{modality}_side.{name}.{key}": value for key, value in _tensors(module).items()}
-    image = encoders["image"].config
-    pools = patch_pools(image["features"], image["shapes"], image["input_size"])
-    state |= {f"image_side.pools.{key}": value for key, value in _tensors(pools).items()}
-    return {name: value.detach().clone().contiguous() for name, value in state.items()}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

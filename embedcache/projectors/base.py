@@ -18,7 +18,7 @@ from embedcache.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from embedcache.projectors.pair import AnyTower
+    from embedcache.modeling.heads import AnyTower
 
 _BLOCK = 8192
 
@@ -27,19 +27,19 @@ _PRESETS = {"openclip-mlp": "openclip-mlp-image+openclip-mlp-text"}
 PROJECTORS = Registry(
     "projector",
     {
-        "asif": "embedcache.projectors.heads:AsifProjector",
-        "cls_token": "embedcache.projectors.tokens:ClsTokenProjector",
-        "fusemix": "embedcache.projectors.heads:FuseMixProjector",
-        "glu": "embedcache.projectors.heads:GluProjector",
-        "identity": "embedcache.projectors.heads:IdentityProjector",
-        "linear": "embedcache.projectors.heads:LinearProjector",
-        "mlp": "embedcache.projectors.heads:MlpProjector",
-        "openclip-linear": "embedcache.projectors.heads:OpenClipLinear",
-        "openclip-mlp-image": "embedcache.projectors.heads:OpenClipImageMlp",
-        "openclip-mlp-text": "embedcache.projectors.heads:OpenClipTextMlp",
-        "sharelock": "embedcache.projectors.heads:ShareLockProjector",
-        "token": "embedcache.projectors.tokens:MeanTokenProjector",
-        "token_mlp": "embedcache.projectors.tokens:TokenMlpProjector",
+        "asif": "embedcache.modeling.heads:AsifProjector",
+        "cls_token": "embedcache.modeling.heads:ClsTokenProjector",
+        "fusemix": "embedcache.modeling.heads:FuseMixProjector",
+        "glu": "embedcache.modeling.heads:GluProjector",
+        "identity": "embedcache.modeling.heads:IdentityProjector",
+        "linear": "embedcache.modeling.heads:LinearProjector",
+        "mlp": "embedcache.modeling.heads:MlpProjector",
+        "openclip-linear": "embedcache.modeling.heads:OpenClipLinear",
+        "openclip-mlp-image": "embedcache.modeling.heads:OpenClipImageMlp",
+        "openclip-mlp-text": "embedcache.modeling.heads:OpenClipTextMlp",
+        "sharelock": "embedcache.modeling.heads:ShareLockProjector",
+        "token": "embedcache.modeling.heads:MeanTokenProjector",
+        "token_mlp": "embedcache.modeling.heads:TokenMlpProjector",
     },
     group="embedcache.projectors",
     presets=_PRESETS,

@@ -2,16 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from embedcache.errors import DataError, SettingError, one_line
+from embedcache.modeling.heads import AnyTower, RawTower, TokenTower, Tower
 from embedcache.projectors.base import bind_projector, has_token_input, split_names
-from embedcache.projectors.heads import RawTower, TokenTower, Tower
-
-AnyTower: TypeAlias = Tower | RawTower | TokenTower
 
 _INITIAL_TEMPERATURE = 0.07
 _TEMPERATURE_RANGE = (0.001, 0.5)
@@ -78,8 +75,6 @@ def _tower(projector: str, input_width: int, output_width: int, dropout: float) 
     try:
         module = build(input_width, output_width)
     except (ValueError, RuntimeError) as error:
-        if not build.keywords:
-            raise
-        raise SettingError(f"projector {projector}: expected other parameters: {one_line(error)}") from error
+        raise SettingError(f"projector {projector}: {one_line(error)}") from error
     tower = RawTower if getattr(module, "has_raw_input", False) else Tower
     return tower(module, input_width, output_width, dropout=dropout)

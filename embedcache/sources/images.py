@@ -1,19 +1,18 @@
 """Decode image files to 8-bit RGB, upright and on a plain background, white as the published encoders expect."""
 
 import io
-import struct
 import warnings
-import zlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from embedcache.arrays import Array, to_numbers
 from embedcache.errors import DataError, ItemError, PathError
+from embedcache.modeling.images import DAMAGE, PixelError, rgb_image
 
 _MAX_ASPECT_RATIO = 100
 MAX_PIXELS = 89_478_485
@@ -24,22 +23,6 @@ _EXPECTED = "the path of a file, an open PIL image, a tensor or an array"
 
 WHITE = "white"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-# Errors that Pillow raises on damaged bytes: those of 340,000 mutated files, and those that `Image.open` handles.
-_DAMAGE = (
-    *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, MemoryError),
-    *(struct.error, zlib.error),
-)
 
 
 class HasArray(Protocol):
@@ -83,7 +66,7 @@ def load_image(image: ImageLike, background: str = WHITE) -> Image.Image:
         if isinstance(image, str | Path):
             return decode_image(Path(image).read_bytes(), background=background)
         return rgb_image(image, background) if isinstance(image, Image.Image) else _array_image(image)
-    except ItemError as error:
+    except (ItemError, PixelError) as error:
         raise DataError(f"image {image}: {error}") from error
 
 
@@ -124,24 +107,14 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, background: str =
         return rgb_image(_load(data, max_pixels), background)
     except ItemError:
         raise
+    except PixelError as error:
+        raise ItemError(str(error)) from None
     except UnidentifiedImageError:
         raise ItemError(f"not an image ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise ItemError(f"too many pixels: more than {max_pixels:,}") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ItemError(_reason(error)) from None
-
-
-def rgb_image(image: Image.Image, background: str = WHITE) -> Image.Image:
-    """Convert an open image as `decode_image` does; ItemError if pixels are floating-point or exceed 16 bits."""
-    image.load()  # a PNG may store its orientation after the pixels
-    image = _upright(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _eight_bit(image).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
-    return image.convert("RGB")
 
 
 @cache
@@ -164,28 +137,6 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
         raise ItemError(f"too many pixels: {width} x {height}, more than {max_pixels:,}")
     image.load()
     return image
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a damaged block is ignored, as other readers do: the pixels are intact.
-
-    Not `ImageOps.exif_transpose`: it also rewrites the block, which fails if any other tag is damaged.
-    """
-    try:
-        method = _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except _DAMAGE:
-        return image
-    return image if method is None else image.transpose(method)
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray to 8-bit gray: 0..65535 -> 0..255, rounded; other values have no standard range."""
-    if image.mode == "F":
-        raise ItemError("floating-point pixels; save as 8 or 16 bit")
-    values = np.asarray(image).astype(np.int64)
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ItemError(f"pixels out of range: {values.min()} to {values.max()}; save as 8 or 16 bit")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def _reason(error: BaseException) -> str:

@@ -10,11 +10,11 @@ from embedcache.arrays import Floats, Ints, blocks, check_finite, normalize
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Pairs
 from embedcache.errors import DataError, SettingError
+from embedcache.modeling.heads import AnyTower, RawTower, Tower
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import HasAnchors, HasLinearBranch
 from embedcache.projectors.closed_form import Matrix, Moments, solve
-from embedcache.projectors.heads import RawTower, Tower
-from embedcache.projectors.pair import AlignedPair, AnyTower
+from embedcache.projectors.pair import AlignedPair
 from embedcache.train.settings import Initialization, ModelSettings
 
 _BLOCK = 8192

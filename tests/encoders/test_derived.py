@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.encoders.base import EncoderSettings, Modality
-from embedcache.encoders.features import (
+from embedcache.encoders.open import open_encoder
+from embedcache.modeling.features import (
     FeatureName,
     GridPool,
     KMeansPool,
@@ -21,8 +22,6 @@ from embedcache.encoders.features import (
     state_features,
     untie_last_state,
 )
-from embedcache.encoders.open import open_encoder
-from embedcache.errors import SettingError
 from embedcache.testing.encoders import TEXTS, example_images
 from tests.encoders.checkpoints import save_dinov2, save_sentence_transformer, save_timm
 
@@ -211,8 +210,8 @@ def test_last_text_block_is_before_final_norm(tmp_path: Path) -> None:
 
 def test_blocks_need_a_transformers_that_can_return_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exported models run with earlier versions."""
-    monkeypatch.setattr("embedcache.encoders.features.version", lambda _: "5.17.1")
-    with pytest.raises(SettingError, match=r"5\.18 or later, got 5\.17\.1"):
+    monkeypatch.setattr("embedcache.modeling.features.version", lambda _: "5.17.1")
+    with pytest.raises(RuntimeError, match=r"5\.18 or later, got 5\.17\.1"):
         untie_last_state(None, [1])
 
 

@@ -11,8 +11,8 @@ from embedcache.encoders.base import EncoderSettings, Modality
 from embedcache.encoders.open import feature_names, open_encoder
 from embedcache.errors import SettingError
 from embedcache.export.export import export_run
+from embedcache.modeling.heads import RawTower, Tower
 from embedcache.projectors.base import HasAnchors
-from embedcache.projectors.heads import RawTower, Tower
 from embedcache.projectors.pair import AlignedPair
 from embedcache.runs import PAIR, Run, RunInfo, RunInput
 

@@ -13,8 +13,8 @@ from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
 from embedcache.export.export import export_run
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.modeling.images import rgb_image
 from embedcache.sources import open_source
-from embedcache.sources.images import rgb_image
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.export.runs import make_run

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from embedcache.export.towers import DenseChain, dense_chain
-from embedcache.projectors.heads import OpenClipLinear, RawTower, Tower
+from embedcache.modeling.heads import OpenClipLinear, RawTower, Tower
 
 PIECES = st.lists(st.sampled_from(["linear", "plain", "norm", "relu", "gelu", "dropout"]), min_size=0, max_size=6)
 

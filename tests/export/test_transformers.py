@@ -1,6 +1,5 @@
 """Export for transformers."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
 from embedcache.export.export import export_run
-from embedcache.export.transformers import _COPIED, _copy_code, load_exported
-from embedcache.sources.images import rgb_image
+from embedcache.export.transformers import load_exported
+from embedcache.modeling.images import rgb_image
 from pipelines.icons.encoders import WORDLLAMA
 from tests.export.runs import make_run
 
@@ -80,7 +79,7 @@ def test_processor_of_transformers_gets_rgb_images(mode: str) -> None:
     """As the encoder did; without the conversion, the processor of a ViT accepts RGB images only."""
     from transformers import ViTImageProcessor
 
-    from embedcache.export.hub_code.image_processing_embedcache import EmbedcacheImageProcessor
+    from embedcache.modeling.image_processing_embedcache import EmbedcacheImageProcessor
 
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 4), dtype=np.uint8)
     image = Image.fromarray(noise).convert(mode)
@@ -114,19 +113,6 @@ def test_saved_model_loads(tiny: dict[str, str], tmp_path: Path) -> None:
     assert len(list(sharded.glob("*.safetensors"))) > 1
     for saved in (tuned, sharded):
         assert load_exported(saved).logit_scale == model.logit_scale
-
-
-@pytest.mark.parametrize("opened", _COPIED)
-def test_opened_module_imports_all_that_it_needs(opened: str, tmp_path: Path) -> None:
-    """transformers 4 copies only what a module imports itself."""
-    _copy_code(opened, tmp_path)
-    names = {path.stem for path in tmp_path.iterdir()}
-    for path in tmp_path.iterdir():
-        text = path.read_text()
-        assert set(re.findall(r"^\s*from \.(\S+) import", text, re.MULTILINE)) <= names
-        assert not re.findall(r"^\s*(?:from|import) embedcache.*", text, re.MULTILINE)
-    opened_file = tmp_path / f"{opened.rpartition('.')[2]}.py"
-    assert set(re.findall(r"^from \.(\S+) import", opened_file.read_text(), re.MULTILINE)) == names - {opened_file.stem}
 
 
 class Own(torch.nn.Module):

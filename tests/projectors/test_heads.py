@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm
 
 from embedcache.errors import DataError, SettingError, UnknownNameError
+from embedcache.modeling.heads import AsifProjector, Dropout
 from embedcache.projectors.base import PROJECTORS, bind_projector
-from embedcache.projectors.heads import AsifProjector, Dropout
 from embedcache.projectors.pair import AlignedPair
 from embedcache.testing.projectors import ProjectorContract, TokenProjectorContract
 
@@ -66,7 +66,7 @@ class TestTokenMlp(TokenProjectorContract):
 
 
 class TestPlugIn(ProjectorContract):
-    name = "embedcache.projectors.heads:LinearProjector"
+    name = "embedcache.modeling.heads:LinearProjector"
 
 
 def test_every_projector_has_a_contract_test() -> None:
@@ -109,8 +109,8 @@ def test_vector_heads_compute_their_formulas() -> None:
 
 def test_wrong_projectors_raise() -> None:
     for name, error, word in (
-        ("identity", SettingError, "24"),
-        ("embedcache.projectors.heads:Tower", SettingError, "output_width"),  # takes a projector too
+        ("identity", ValueError, "24"),
+        ("embedcache.modeling.heads:Tower", SettingError, "output_width"),  # takes a projector too
         ("mpl", UnknownNameError, "mpl"),
     ):
         with pytest.raises(error, match=word):

@@ -8,8 +8,8 @@ from embedcache.arrays import Inputs, Ints, normalize
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import DataError, SettingError
-from embedcache.projectors.heads import Tower
-from embedcache.projectors.pair import AlignedPair, AnyTower
+from embedcache.modeling.heads import AnyTower, Tower
+from embedcache.projectors.pair import AlignedPair
 from embedcache.train import initialization
 from embedcache.train.initialization import initialize
 from embedcache.train.settings import Initialization, ModelSettings
@@ -111,7 +111,7 @@ def test_token_towers_are_unchanged_and_unread() -> None:
 
 def test_raw_tower_has_the_root_mean_square_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initialization, "_BLOCK", 7)
-    raw = "embedcache.projectors.heads:OpenClipLinear"
+    raw = "embedcache.modeling.heads:OpenClipLinear"
     pair = initialized(f"{raw}+{raw}")
     for tower, values in ((pair.tower("image"), IMAGES), (pair.tower("text"), TEXTS)):
         np.testing.assert_allclose(tower.length, np.sqrt((values.astype(np.float64) ** 2).sum(axis=1).mean()))

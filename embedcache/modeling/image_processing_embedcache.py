@@ -11,8 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
 
-from embedcache.encoders.features import lite_crop
-from embedcache.sources.images import rgb_image
+from .images import lite_crop, rgb_image
 
 
 class EmbedcacheImageProcessor(BaseImageProcessor):  # type: ignore[misc]

@@ -8,9 +8,6 @@ its N-th level. NAME is one of the model's native features, such as `cls` or `pa
 
 `layers` are blocks, or levels, counted from 1; those beyond a model's depth are ignored. Masks of texts are (B, T) with
 1 on tokens and 0 on padding, which is on the right.
-
-`embedcache export transformers` copies this file into the model folder, where it runs without embedcache: import only
-torch, NumPy, PIL, the standard library and `embedcache.errors`.
 """
 
 import re
@@ -21,17 +18,10 @@ from inspect import signature
 from math import sqrt
 from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL.Image import Image, Resampling
-
-from embedcache.errors import SettingError
 
 Pool: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """States and mask of texts, (B, T, D) and (B, T) -> vectors, (B, D)."""
-
-LITE_CROP_PADDING_PX = 32
 
 _NAME = re.compile(
     r"(?:layer(?P<layer>[1-9]\d*)\.)?(?:grid:(?P<grid>[1-9]\d*)|kmeans:(?P<clusters>[1-9]\d*)|(?P<native>[a-z_]+))"
@@ -262,10 +252,7 @@ class TimmFeatures(torch.nn.Module):
 
     def _native(self, states: Any) -> dict[str, torch.Tensor]:
         if not isinstance(states, torch.Tensor):
-            raise SettingError(
-                f"expected an encoder with one map of tokens, got {type(self._model).__name__}, which returns several; "
-                "choose another architecture"
-            )
+            raise TypeError(f"expected a model with one map of tokens, got several from {type(self._model).__name__}")
         outputs = {"pooled": self._model.forward_head(states, pre_logits=True)}
         if states.ndim == 3 and self._has_cls:
             outputs["cls"] = states[:, 0]
@@ -373,13 +360,13 @@ def untie_last_state(model: Any, layers: Sequence[int]) -> None:
     """Configure a transformers model so that its last hidden state precedes the final norm, if blocks are requested.
 
     Raises:
-        SettingError: the installed transformers may return the state after the final norm all the same.
+        RuntimeError: the installed transformers may return the state after the final norm all the same.
     """
     if not layers:
         return
     installed = version("transformers")
     if tuple(map(int, installed.split(".")[:2])) < (5, 18):
-        raise SettingError(
+        raise RuntimeError(
             f"features of single blocks need transformers 5.18 or later, got {installed}; upgrade with: pip install "
             "'transformers>=5.18'"
         )
@@ -466,16 +453,3 @@ def _sum(hidden_BTD: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
 
 def _count(weights_BT: torch.Tensor) -> torch.Tensor:
     return weights_BT.sum(dim=1, keepdim=True).to(torch.float32)
-
-
-def lite_crop(image: Image, size_px: int) -> npt.NDArray[np.uint8]:
-    """Crop and resize an RGB image as EfficientNet-Lite does: (3, size_px, size_px) uint8.
-
-    The center square of size / (size + 32) of the shorter side is resized with Pillow's bicubic filter.
-    """
-    width, height = image.size
-    side = max(1, int(min(width, height) * size_px / (size_px + LITE_CROP_PADDING_PX)))
-    left, top = (width - side + 1) // 2, (height - side + 1) // 2
-    box = (left, top, left + side, top + side)
-    square = image.resize((size_px, size_px), Resampling.BICUBIC, box=box)
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))

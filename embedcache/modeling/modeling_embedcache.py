@@ -11,16 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers.models.clip.modeling_clip import CLIPOutput
 
-from embedcache.encoders.features import (
-    Dense,
-    ImageFeatures,
-    TextFeatures,
-    TimmFeatures,
-    derive_features,
-    patch_pools,
-)
-from embedcache.export.hub_code.projectors import ImageProjector, TextProjector
-from embedcache.projectors.heads import RawTower, TokenTower, Tower
+from .features import Dense, ImageFeatures, TextFeatures, TimmFeatures, derive_features, patch_pools
+from .heads import build_tower
 
 
 class EmbedcacheConfig(transformers.PretrainedConfig):  # type: ignore[misc]
@@ -58,8 +50,9 @@ class EmbedcacheModel(transformers.PreTrainedModel):  # type: ignore[misc]
             self.image_side = ImageTower(config.image, config.projection_dim)
             self.text_side = TextTower(config.text, config.projection_dim)
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # The weights file contains every tensor that affects the output.
         for module in self.modules():
-            module._non_persistent_buffers_set.clear()  # the weights file holds every tensor that affects the output
+            module._non_persistent_buffers_set.clear()
         self.post_init()
 
     @classmethod
@@ -121,7 +114,7 @@ class ImageTower(nn.Module):
     def __init__(self, config: Mapping[str, Any], width: int) -> None:
         super().__init__()
         self.encoder = _image_encoder(config)
-        self.tower = _tower(ImageProjector, config, width)
+        self.tower = _tower(config, width)
         self._names = config["features"]
         self.pools = patch_pools(self._names, config["shapes"], config["input_size"])
 
@@ -137,7 +130,7 @@ class TextTower(nn.Module):
     def __init__(self, config: Mapping[str, Any], width: int) -> None:
         super().__init__()
         self.encoder = _text_encoder(config)
-        self.tower = _tower(TextProjector, config, width)
+        self.tower = _tower(config, width)
         self._names = config["features"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -181,8 +174,5 @@ def _pretrained(config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _tower(projector: Any, config: Mapping[str, Any], width: int) -> nn.Module:
-    module = projector(config["width"], width)
-    if config["takes"] == "tokens":
-        return TokenTower(module, config["width"], width)
-    return {"centred": Tower, "bare": RawTower}[config["takes"]](module, config["width"], width)
+def _tower(config: Mapping[str, Any], width: int) -> nn.Module:
+    return build_tower(config["tower"], config["projector"], config["parameters"], config["width"], width)
