@@ -18,7 +18,7 @@ from benchmarks.data import RandomSource, write_random_cache
 from benchmarks.measure import run_command
 from embedcache.arrays import Array, Ints, normalize
 from embedcache.cli.console import print_line, print_table
-from embedcache.curate.near_duplicates import find_near_duplicates
+from embedcache.curate.dedup import find_near_duplicates
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.vectors import Vectors
 
@@ -42,7 +42,7 @@ def _compare(folder: Path, count: int) -> None:
     def find_pairs(*, all_pairs: bool) -> set[tuple[int, int]]:
         settings = DedupSettings(all_pairs=all_pairs, scratch=folder, pixels=False)
         pairs = find_near_duplicates(vectors, vectors.rows, [LIMIT], settings).pairs
-        return set(zip(pairs.left.tolist(), pairs.right.tolist(), strict=True))
+        return set(zip(pairs["left"].tolist(), pairs["right"].tolist(), strict=True))
 
     def search_flat() -> set[tuple[int, int]]:
         index = faiss.IndexFlatIP(WIDTH)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from embedcache.curate.outliers import find_outliers as find_outliers
     from embedcache.curate.score import score as score_samples
     from embedcache.curate.select.select import select as select_samples
-    from embedcache.curate.select.settings import SelectSettings as SelectSettings
     from embedcache.curate.settings import CoverageSettings as CoverageSettings
     from embedcache.curate.settings import DedupSettings as DedupSettings
     from embedcache.curate.settings import LeakSettings as LeakSettings
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from embedcache.curate.settings import NegativesSettings as NegativesSettings
     from embedcache.curate.settings import OutlierSettings as OutlierSettings
     from embedcache.curate.settings import ScoreSettings as ScoreSettings
+    from embedcache.curate.settings import SelectSettings as SelectSettings
     from embedcache.dataset.settings import SplitSettings as SplitSettings
     from embedcache.derive.derive import derive as derive_features
     from embedcache.derive.derive import derive_from_run as derive_from_run

@@ -149,7 +149,7 @@ def run_path(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def artifacts(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one artifact of each kind: cache, run, index, study and selection. Not to be changed."""
     from embedcache.curate.select.select import select
-    from embedcache.curate.select.settings import SelectSettings
+    from embedcache.curate.settings import SelectSettings
     from embedcache.search.index import build_index
     from embedcache.search.settings import IndexSettings
     from embedcache.sweep.sweep import sweep

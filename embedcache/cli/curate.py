@@ -21,7 +21,6 @@ from embedcache.cli.options import (
     output_argument,
     with_settings,
 )
-from embedcache.curate.select.settings import SelectSettings
 from embedcache.curate.settings import (
     CoverageSettings,
     DedupSettings,
@@ -30,6 +29,7 @@ from embedcache.curate.settings import (
     NegativesSettings,
     OutlierSettings,
     ScoreSettings,
+    SelectSettings,
 )
 from embedcache.dataset.settings import SELECTION_FORMAT
 from embedcache.errors import pluralize

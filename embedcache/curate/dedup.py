@@ -1,45 +1,29 @@
 """Deduplication of a cache: compare its items, choose a cosine, and write which samples stay."""
 
-import logging
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
-from embedcache.arrays import Array, Floats, Ints, blocks
-from embedcache.curate.keep import (
-    NO_DISTANCE,
-    SAME_PICTURE,
-    Copies,
-    RemovedSamples,
-    SimilarPairs,
-    check_keep,
-    choose_modality,
-    choose_removed,
-    find_copies,
-    order_samples,
-)
-from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, find_near_duplicates
+from embedcache.arrays import Array, Bools, Floats, Ints, distinct
+from embedcache.curate.copies import Copies, choose_modality, compare, find_copies
+from embedcache.curate.pixels import NO_DISTANCE, SAME_PICTURE, hash_distances, open_images
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset import keytable
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, read_selection, write_selection
-from embedcache.dataset.thumbnails import Thumbnails, not_shown
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import DataError, EmbedcacheError, SettingError, quoted
+from embedcache.errors import DataError, SettingError, quoted
 from embedcache.files import AnyPath
-from embedcache.neighbors.clusters import scratch_matrix
-from embedcache.neighbors.pairs import cosine_limit
+from embedcache.neighbors.pairs import PairCollector, Recall, cosine_limit, measure_recall, pair_keys
 from embedcache.outputs import check_output, check_table_output
-from embedcache.processes import num_cores
-from embedcache.progress import AnyProgress, Progress, to_progress, watch
+from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.provenance import digest
+from embedcache.registry import unknown_name
 from embedcache.settings import merge_settings
-from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from embedcache.store.rows import keys_at
 
@@ -47,12 +31,21 @@ if TYPE_CHECKING:
     from embedcache.options import DedupOptions
 
 LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen
-_NO_PAIRS = SimilarPairs(
-    left=np.empty(0, np.int64),
-    right=np.empty(0, np.int64),
-    cosines=np.empty(0, np.float32),
-    distances=np.empty(0, np.int16),
-)
+MAX_PAIRS = 20_000_000
+CANDIDATE_COSINES = (0.7, 0.8)  # images of closer pairs are read again; from the second on if there are too many
+_IS_NUMBER = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
+_COPY = 2.0  # sorts above every cosine
+
+PAIR = np.dtype([("left", "i8"), ("right", "i8"), ("cosine", "f4"), ("distance", "i2")])
+"""A unique pair of contents, the smaller number first, sorted by both; hash distance of images, or `NO_DISTANCE`."""
+
+REMOVED = np.dtype([("sample", "i8"), ("kept", "i8"), ("cosine", "f4"), ("distance", "i2"), ("is_copy", "?")])
+"""A removed sample, in row order, and one that stays and that it duplicates.
+
+The cosine is that of the two; for a sample with several items, the smallest of its items' cosines. The distance is
+`NO_DISTANCE` of equal bytes, and without pixels. `is_copy` says whether all of its items have the bytes, text or pixels
+of items that stay.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +55,18 @@ class DedupLevel:
     cosine: float | None  # limit; None: copies only
     num_near: int | None  # items with another above it, equal bytes counted once; None for copies
     num_gone: int | None  # samples that would be removed; None if there are too many pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearDuplicates:
+    """Near-duplicates among N items."""
+
+    pairs: Array  # (L,) of dtype `PAIR`, from `limit` on
+    limit: float  # above the requested cosine if there were too many pairs, infinite if there still are
+    highest: Floats  # (N,) each item's largest cosine to another item; -2 if it was compared with none
+    num_clusters: int  # 1 if all pairs were compared
+    complete: float  # fraction of items whose near borders were all crossed; 1 means that no pair is missing
+    recall: Recall | None  # None if all pairs were compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,31 +81,34 @@ class DedupAnalysis:
     near: NearDuplicates | None  # among the contents; None if only equal bytes were searched
     settings: DedupSettings = field(default_factory=DedupSettings)
 
-    def removed(self, cosine: float | None) -> RemovedSamples:
-        """Choose the samples to remove at a cosine; None: copies only."""
+    def removed(self, cosine: float | None) -> Array:
+        """Choose the samples to remove at a cosine, or copies only if it is None: (R,) of dtype `REMOVED`."""
         return choose_removed(self.copies, self.duplicates(cosine), self.order)
 
-    def duplicates(self, cosine: float | None) -> SimilarPairs:
+    def duplicates(self, cosine: float | None) -> Array:
         """Return the pairs of contents that are the same picture or have at least a cosine; None: the former only."""
         if self.near is None:
-            return _NO_PAIRS
+            return np.empty(0, PAIR)
         pairs = self.near.pairs
-        is_near = pairs.cosines >= cosine_limit(np.inf if cosine is None else cosine)
-        return pairs.select(is_near | (pairs.distances <= SAME_PICTURE))
+        is_near = pairs["cosine"] >= cosine_limit(np.inf if cosine is None else cosine)
+        duplicates: Array = pairs[is_near | (pairs["distance"] <= SAME_PICTURE)]
+        return duplicates
 
     def levels(self) -> list[DedupLevel]:
         """Return what deduplication by copies and at each cosine of `LEVELS` would remove."""
         assert self.near is not None
-        levels = [DedupLevel(cosine=None, num_near=None, num_gone=len(self.removed(None).samples))]
+        levels = [DedupLevel(cosine=None, num_near=None, num_gone=len(self.removed(None)))]
         for cosine in reversed(LEVELS):
             num_near = int((self.near.highest >= cosine_limit(cosine)).sum())
-            num_gone = len(self.removed(cosine).samples) if cosine >= self.near.limit else None
+            num_gone = len(self.removed(cosine)) if cosine >= self.near.limit else None
             levels.append(DedupLevel(cosine=cosine, num_near=num_near, num_gone=num_gone))
         return levels
 
     def to_json(self) -> dict[str, Any]:
         """Return what was compared, and how completely, as JSON values."""
-        near, run, selection = self.near, self.settings.run, self.settings.selection
+        near = self.near
+        run = self.settings.run
+        selection = self.settings.selection
         return {
             "cache": str(self.cache.path),
             "modality": self.feature.modality,
@@ -123,8 +131,8 @@ class DedupAnalysis:
     @property
     def num_same_picture(self) -> int | None:
         """Number of pairs of contents that are the same picture; None if no pixels were compared."""
-        is_compared = self.near is not None and self.near.pairs.distances.min(initial=NO_DISTANCE) < NO_DISTANCE
-        return len(self.duplicates(None).left) if is_compared else None
+        is_compared = self.near is not None and self.near.pairs["distance"].min(initial=NO_DISTANCE) < NO_DISTANCE
+        return len(self.duplicates(None)) if is_compared else None
 
     @property
     def highest(self) -> float | None:
@@ -145,14 +153,14 @@ class DedupReport:
     Args:
         analysis: the compared items.
         cosine: limit; None: copies only.
-        removed: removed samples.
+        removed: removed samples, (R,) of dtype `REMOVED`.
         path: selection of those that stay.
         removed_path: table of those that are removed.
     """
 
     analysis: DedupAnalysis
     cosine: float | None
-    removed: RemovedSamples
+    removed: Array
     path: Path
     removed_path: Path
 
@@ -161,9 +169,9 @@ class DedupReport:
         return {
             **self.analysis.to_json(),
             "cosine": self.cosine,
-            "num_removed": len(self.removed.samples),
-            "num_removed_copies": int(self.removed.is_copy.sum()),
-            "num_removed_same_picture": int((self.removed.distances <= SAME_PICTURE).sum()),
+            "num_removed": len(self.removed),
+            "num_removed_copies": int(self.removed["is_copy"].sum()),
+            "num_removed_same_picture": int((self.removed["distance"] <= SAME_PICTURE).sum()),
             "selection": str(self.path),
             "removed": str(self.removed_path),
         }
@@ -178,8 +186,8 @@ def analyze(
 ) -> DedupAnalysis:
     """Compare the items of a cache; `DedupAnalysis.levels` returns what each cosine would remove.
 
-    Time and memory as in `find_near_duplicates`, and for images as in `compare_pixels`. Images are read again where
-    `reopen_source` allows.
+    Time and memory as of `compare`, and for images as of `hash_distances`. Images are read again where `reopen_source`
+    allows.
 
     Raises:
         SettingError: a cosine or `copies_only` is set, which need a file to write, or the keep rule is invalid.
@@ -187,13 +195,12 @@ def analyze(
         DataError, UnfinishedError, FingerprintError: see `Vectors`.
     """
     settings = merge_settings(DedupSettings, settings, options)
-    progress = to_progress(progress)
     if settings.cosine is not None or settings.copies_only:
         raise SettingError(
             "OUT: expected a .parquet file for the samples that stay with --cosine or --copies, got none; add it after "
             "the cache, or omit the option to get a report"
         )
-    return _compare(cache, settings, progress)
+    return _compare(cache, settings, to_progress(progress))
 
 
 def dedup(
@@ -225,158 +232,206 @@ def dedup(
     """
     settings = merge_settings(DedupSettings, settings, options)
     progress = to_progress(progress)
-    out, cosine = Path(out), settings.cosine
-    if cosine is None and not settings.copies_only:
+    out = Path(out)
+    if settings.cosine is None and not settings.copies_only:
         raise SettingError("expected --cosine or --copies with a file to write, got neither; give one of them")
     removed_path = out.with_name(f"{out.stem}.removed.parquet")
     check_table_output("selection", out)
     check_output(removed_path)
+
     analysis = _compare(cache, settings, progress)
+    removed = analysis.removed(settings.cosine)
     report = DedupReport(
-        analysis=analysis,
-        cosine=cosine,
-        removed=analysis.removed(cosine),
-        path=out,
-        removed_path=removed_path,
+        analysis=analysis, cosine=settings.cosine, removed=removed, path=out, removed_path=removed_path
     )
-    _write_removed(report.removed_path, analysis.cache, report.removed)
-    record = {"method": "dedup", **report.to_json()}
-    write_selection(out, analysis.cache, _selection(analysis, report.removed), record, progress=progress)
+    columns = {
+        "kept_row": removed["kept"],
+        "kept_key": keys_at(analysis.cache, removed["kept"]),
+        "cosine": removed["cosine"],
+        "is_copy": removed["is_copy"],
+        "hash_distance": pa.array(removed["distance"], mask=removed["distance"] == NO_DISTANCE),
+    }
+    about = {"method": "dedup"}
+    keytable.write(removed_path, [analysis.cache], columns, "removed", about, rows=removed["sample"])
+    write_selection(
+        out, analysis.cache, _selection(analysis, removed), {**about, **report.to_json()}, progress=progress
+    )
     return report
 
 
 def _compare(cache_path: AnyPath, settings: DedupSettings, progress: Progress) -> DedupAnalysis:
     cache = Cache(cache_path)
     modality = choose_modality(cache, settings.modality, settings.run)
-    check_keep(settings.keep, cache)
     images = open_images(cache) if modality == "image" and settings.pixels else None
     vectors = None
     if not settings.copies_only or images is not None:  # copies of images are looked for among similar ones
         vectors = Vectors(cache_path, modality, settings.feature, settings.run, device=settings.device)
     feature = open_input(cache, modality, settings.feature) if vectors is None else vectors.feature
+
     samples = np.setdiff1d(np.arange(len(cache)), cache.removed, assume_unique=True)
     if settings.selection is not None:
         samples = read_selection(settings.selection, [cache])
     copies = find_copies(cache, feature, samples)
+    order = order_samples(settings.keep, copies, cache)
     if not len(copies.unique_rows):
         raise DataError(
             f"feature {feature.name}: expected encoded items of {len(samples):,} samples, got none; see: embedcache "
             f"inspect {cache.path}"
         )
+
     near = None
     if vectors is not None:
         levels = LEVELS if settings.cosine is None else [settings.cosine]
         near = find_near_duplicates(vectors, copies.unique_rows, levels, settings, progress)
         if images is not None:
-            pairs = compare_pixels(images, copies.unique_rows, near.pairs, settings.scratch, progress)
-            near = replace(near, pairs=pairs)
+            ends = near.pairs["left"], near.pairs["right"]
+            near.pairs["distance"] = hash_distances(images, copies.unique_rows, *ends, settings.scratch, progress)
         if settings.cosine is not None and near.limit > settings.cosine:
             raise SettingError(
                 f"cosine: expected at most {MAX_PAIRS:,} pairs above it, got more with {settings.cosine}; give a "
                 f"higher one: embedcache curate dedup {quoted(cache.path)} helps to choose it"
             )
-    order = order_samples(settings.keep, copies, cache)
     return DedupAnalysis(
         cache=cache, feature=feature, samples=samples, copies=copies, order=order, near=near, settings=settings
     )
 
 
-def _selection(analysis: DedupAnalysis, removed: RemovedSamples) -> Selection:
+def find_near_duplicates(
+    vectors: Vectors, rows_N: Ints, levels: Sequence[float], settings: DedupSettings, progress: Progress | None = None
+) -> NearDuplicates:
+    """Find the pairs of items whose cosine is at least `levels[0]`, which may rise to the next if there are too many.
+
+    For `settings.pixels`, pairs of images are returned from the first of `CANDIDATE_COSINES` on, of those that are
+    compared for `levels[0]`; the recall is that from `levels[0]` on. Time, memory and errors as of `compare`, and the
+    pairs, at most 20 million in 0.5 GB.
+    """
+    progress = progress or NullProgress()
+    candidates = CANDIDATE_COSINES if settings.pixels and vectors.modality == "image" else ()
+    collector = PairCollector(len(rows_N), sorted({*candidates, *levels}), MAX_PAIRS)
+    with compare(vectors, rows_N, levels[0], settings, collector.add, progress) as arranged:
+        left, right, cosines = collector.pairs()
+        keys = pair_keys(left, right, len(rows_N))
+
+        def is_found(one: Ints, other: Ints) -> Bools:
+            wanted = pair_keys(one, other, len(rows_N))
+            is_pair: Bools = np.append(keys, -1)[np.searchsorted(keys, wanted)] == wanted
+            return is_pair
+
+        limit = max(collector.limit, levels[0])
+        recall = measure_recall(arranged, limit, is_found, seed=settings.seed, progress=progress)
+
+    pairs = np.empty(len(left), PAIR)
+    pairs["left"] = left
+    pairs["right"] = right
+    pairs["cosine"] = cosines
+    pairs["distance"] = NO_DISTANCE
+    return NearDuplicates(
+        pairs=pairs,
+        limit=collector.limit,
+        highest=collector.highest,
+        num_clusters=arranged.num_clusters,
+        complete=arranged.clusters.complete,
+        recall=recall,
+    )
+
+
+def choose_removed(copies: Copies, pairs: Array, order: Ints) -> Array:
+    """Visit samples in an order and remove one if each of its items equals, or is paired with, an item that stays.
+
+    Of several partners, that with the same bytes is named, else that with the same pixels, else the most similar.
+
+    So each removed sample has a partner that stays, unlike with connected components: of a chain a - b - c, a and c may
+    be far apart, and here both stay. SemDeDup compares with earlier samples whether they stay or not.
+
+    Args:
+        copies: the items by content.
+        pairs: (L,) of dtype `PAIR`, of contents that are near.
+        order: all samples with items, those to keep first.
+    """
+    graph = _Graph(pairs, len(copies.unique_rows))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(copies.samples))])
+    num_like_C = np.bincount(copies.content_ids) - 1 + np.diff(graph.starts)  # copies and near-duplicates
+    may_be_duplicate = np.bincount(copies.samples, weights=num_like_C[copies.content_ids]).astype(bool)
+    holder_C = np.full(len(copies.unique_rows), -1, np.int64)
+
+    removed = []
+    for sample in order[may_be_duplicate[order]].tolist():  # the others stay
+        contents = copies.content_ids[starts[sample] : starts[sample + 1]]
+        partners = [graph.partner(content, holder_C) for content in contents.tolist()]
+        if all(kept >= 0 for kept, _, _ in partners):
+            kept, cosine, distance = min(partners, key=lambda partner: partner[1])
+            removed.append((sample, kept, min(cosine, 1), distance, cosine == _COPY or distance <= SAME_PICTURE))
+        else:
+            holder_C[contents[holder_C[contents] < 0]] = sample
+    return np.array(sorted(removed), REMOVED)
+
+
+class _Graph:
+    """Near-duplicates of each content: the same picture first, then the most similar."""
+
+    def __init__(self, pairs: Array, num_contents: int) -> None:
+        ends = np.concatenate([pairs["left"], pairs["right"]])
+        cosines = np.tile(pairs["cosine"], 2)
+        distances = np.tile(pairs["distance"], 2)
+        order = np.lexsort((-cosines, distances > SAME_PICTURE, ends))
+        self._others = np.concatenate([pairs["right"], pairs["left"]])[order]
+        self._cosines = cosines[order]
+        self._distances = distances[order]
+        self.starts = np.concatenate([[0], np.cumsum(np.bincount(ends, minlength=num_contents))])
+
+    def partner(self, content: int, holder_C: Ints) -> tuple[int, float, int]:
+        """Return the sample that stays and holds the most similar content, -1 if none does; cosine; hash distance."""
+        if holder_C[content] >= 0:
+            return int(holder_C[content]), _COPY, NO_DISTANCE
+        here = slice(self.starts[content], self.starts[content + 1])
+        holders = holder_C[self._others[here]]
+        is_held = holders >= 0
+        if not is_held.any():
+            return -1, 0.0, NO_DISTANCE
+        best = int(is_held.argmax())
+        return int(holders[best]), float(self._cosines[here][best]), int(self._distances[here][best])
+
+
+def order_samples(keep: str, copies: Copies, cache: Cache) -> Ints:
+    """Sort the samples that have items by a keep rule.
+
+    `first`: in row order. `best:COLUMN`: the largest number in a column of the samples first, samples without a number
+    last.
+
+    Raises:
+        UnknownNameError: there is no such rule or column.
+        SettingError: the column does not hold numbers.
+    """
+    samples = distinct(copies.samples)
+    rule, _, name = keep.partition(":")
+    if keep == "first":
+        return samples
+    if rule != "best":
+        raise unknown_name("keep rule", keep, ("first", "best:COLUMN"))
+    if name not in cache.columns:
+        raise unknown_name("column", name, cache.columns, where=f"of {cache.path}")
+    column = cache.column(name)
+    if not any(is_number(column.type) for is_number in _IS_NUMBER):
+        raise SettingError(f"keep: expected numbers in column {name!r} of {cache.path}, got {column.type}")
+    values: Floats = column.cast(pa.float64(), safe=False).to_numpy()  # null is NaN
+    return samples[np.argsort(-np.nan_to_num(values[samples], nan=-np.inf), kind="stable")]
+
+
+def _selection(analysis: DedupAnalysis, removed: Array) -> Selection:
     """Select the samples that stay, with the number of samples that each stands for; null without an item."""
-    rows = np.setdiff1d(analysis.samples, removed.samples, assume_unique=True)
+    rows = np.setdiff1d(analysis.samples, removed["sample"], assume_unique=True)
     num_samples = analysis.cache.info.num_samples
     has_no_item_S = np.ones(num_samples, bool)
     has_no_item_S[analysis.copies.samples] = False
-    num_copies_S = np.bincount(removed.kept[removed.is_copy], minlength=num_samples)
-    near = np.flatnonzero(~removed.is_copy)
-    num_near_S = np.bincount(removed.kept[near], minlength=num_samples)
+
+    near = removed[~removed["is_copy"]]
+    num_removed_S = np.bincount(removed["kept"], minlength=num_samples)
+    num_near_S = np.bincount(near["kept"], minlength=num_samples)
     closest_S = np.full(num_samples, -np.inf, np.float32)
-    np.maximum.at(closest_S, removed.kept[near], removed.cosines[near])
+    np.maximum.at(closest_S, near["kept"], near["cosine"])
     columns = {
-        "num_copies": pa.array(num_copies_S[rows], pa.int32(), mask=has_no_item_S[rows]),
+        "num_copies": pa.array((num_removed_S - num_near_S)[rows], pa.int32(), mask=has_no_item_S[rows]),
         "num_near_duplicates": pa.array(num_near_S[rows], pa.int32(), mask=has_no_item_S[rows]),
         "closest_cosine": pa.array(closest_S[rows], mask=num_near_S[rows] == 0),
     }
     return Selection(rows=rows, columns=columns)
-
-
-def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
-    columns = {
-        "kept_row": removed.kept,
-        "kept_key": keys_at(cache, removed.kept),
-        "cosine": removed.cosines,
-        "is_copy": removed.is_copy,
-        "hash_distance": pa.array(removed.distances, mask=removed.distances == NO_DISTANCE),
-    }
-    keytable.write(path, [cache], columns, "removed", {"method": "dedup"}, rows=removed.samples)
-
-
-_HASH_PX = 24
-_BLOCK = 512
-_log = logging.getLogger(__name__)
-
-
-def open_images(cache: Cache) -> Thumbnails | None:
-    """Open the images of a cache to read them again; None, with a warning, if its source cannot be opened."""
-    try:
-        return Thumbnails(cache)
-    except EmbedcacheError as error:
-        _log.warning("pixels are not compared: %s", str(error).removeprefix(not_shown("image")))
-        return None
-
-
-def hash_image(data: bytes) -> Array:
-    """Return the perceptual hash of an image file, (1728,) uint8; raise an ItemError if it cannot be decoded."""
-    image = decode_image(data).resize((_HASH_PX, _HASH_PX), Image.Resampling.LANCZOS)
-    return np.asarray(image).ravel()
-
-
-def compare_pixels(
-    images: Thumbnails, rows_C: Ints, pairs: SimilarPairs, scratch: Path | str | None, progress: Progress
-) -> SimilarPairs:
-    """Compute the hash distances of pairs of contents; a warning says how many images could not be read, and why.
-
-    Each image is read and decoded once, on all cores. Scratch space: 1,728 bytes per image, in the folder `scratch` or
-    the system's. Memory: 9 bytes per content, 20 per pair and the images in work. The result is deterministic.
-
-    Args:
-        images: reader of the images.
-        rows_C: row of each content.
-        pairs: pairs of contents.
-        scratch: folder of the scratch file; None: the system's.
-        progress: progress in images.
-
-    Raises:
-        DiskFullError: the scratch file does not fit.
-    """
-    is_paired_C = np.zeros(len(rows_C), bool)
-    is_paired_C[np.concatenate([pairs.left, pairs.right])] = True
-    position_C = np.cumsum(is_paired_C) - 1
-    rows = rows_C[is_paired_C]
-    is_read = np.zeros(len(rows), bool)
-    reason = None
-    distances = pairs.distances.copy()
-
-    def read_hash(row: int) -> tuple[Array | int, str | None]:
-        try:
-            return hash_image(images.read(row)), None
-        except EmbedcacheError as error:
-            return 0, str(error)
-
-    shape = (len(rows), 3 * _HASH_PX**2)
-    with scratch_matrix(scratch, shape, np.uint8) as hashes, ThreadPoolExecutor(num_cores()) as pool:
-        for block in watch(blocks(len(rows), _BLOCK), progress, "reading similar images", len(rows), "images"):
-            for position, (value, failure) in enumerate(pool.map(read_hash, rows[block].tolist()), block.start):
-                hashes[position] = value
-                is_read[position] = failure is None
-                reason = reason or failure
-
-        for block in blocks(len(distances), _BLOCK):
-            left = position_C[pairs.left[block]]
-            right = position_C[pairs.right[block]]
-            difference = np.maximum(hashes[left], hashes[right]) - np.minimum(hashes[left], hashes[right])
-            distances[block] = np.where(is_read[left] & is_read[right], difference.max(axis=1), np.int16(NO_DISTANCE))
-
-    if reason is not None:
-        _log.warning("pixels of %s images are not compared: %s", f"{(~is_read).sum():,}", reason)
-    return replace(pairs, distances=distances)

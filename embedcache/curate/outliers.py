@@ -1,26 +1,25 @@
 """Typicality, likely mislabels and pairs that do not match, from the neighbors that deduplication compares."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
-from embedcache.curate.keep import Copies, choose_modality, find_copies
-from embedcache.curate.near_duplicates import Neighbors, find_neighbors
+from embedcache.curate.copies import Copies, choose_modality, compare, find_copies
 from embedcache.curate.score import best_per_sample
 from embedcache.curate.select.pool import Pool
-from embedcache.curate.select.settings import SelectSettings
-from embedcache.curate.settings import OutlierSettings
+from embedcache.curate.settings import OutlierSettings, SelectSettings
 from embedcache.dataset import keytable
 from embedcache.dataset.labels import Labels, has_label, read_labels
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
+from embedcache.neighbors.pairs import NeighborCollector, Recall, measure_neighbor_recall
 from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import digest
@@ -33,8 +32,18 @@ if TYPE_CHECKING:
 TYPICALITY, MARGIN, SUGGESTED, PAIR_COSINE = "typicality", "label_margin", "suggested_label", "pair_cosine"
 _LABEL = "label"
 _MISLABELED = -0.5
+_ANY_COSINE = 0.0  # neighbors may be this far away, so that the nearest borders are crossed wherever they are
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 1.0)
 _COMPARISONS = 2**22  # of labels with each other, per block
+
+
+class Neighbors(NamedTuple):
+    """The K other items that are most similar to each of N items, best first."""
+
+    items: Array  # (N, K) int32 item numbers; -1 where fewer were compared
+    cosines: Floats  # (N, K); -inf where there is none
+    num_clusters: int  # 1 if all pairs were compared
+    recall: Recall | None  # of the K nearest of drawn items; None if all pairs were compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +95,6 @@ class OutlierReport:
         order = np.argsort(values_S, kind="stable")
         return order[: min(count, int(np.isfinite(values_S).sum()))]
 
-    def quantiles(self, name: str, fractions: Sequence[float]) -> list[float | None]:
-        """Return quantiles of a score; None if no sample has it, as one labeled sample alone has no margin."""
-        known = self.scores[name][np.isfinite(self.scores[name])]
-        quantiles: list[float | None] = (
-            np.quantile(known, fractions).tolist() if len(known) else [None] * len(fractions)
-        )
-        return quantiles
-
     def neighbors_of(self, row: int) -> Ints:
         """Return the rows of the nearest neighbors of an item, best first."""
         content = self.copies.content_ids[np.searchsorted(self.copies.item_rows, row)]
@@ -122,11 +123,14 @@ class OutlierReport:
             "num_clusters": self.neighbors.num_clusters,
             "recall": None if recall is None else recall.to_json(),
             "num_likely_mislabels": None if self.labels is None else int(self.is_mislabeled.sum()),
-            "quantiles": {
-                name: dict(zip(map(str, _QUANTILES), self.quantiles(name, _QUANTILES), strict=True))
-                for name in self.scores
-            },
+            "quantiles": {name: _quantiles(values_S) for name, values_S in self.scores.items()},
         }
+
+
+def _quantiles(values_S: Floats) -> dict[str, float | None]:
+    """Return quantiles of a score; None if no sample has it, as one labeled sample alone has no margin."""
+    known = values_S[np.isfinite(values_S)]
+    return {str(fraction): float(np.quantile(known, fraction)) if len(known) else None for fraction in _QUANTILES}
 
 
 def find_outliers(
@@ -139,7 +143,7 @@ def find_outliers(
 ) -> OutlierReport:
     """Score how typical the samples of a cache are, whether their labels fit, and whether the items of a pair do.
 
-    Time and scratch space as in `find_near_duplicates`; memory 8 k + 200 bytes per item.
+    Time and scratch space as of `compare`; memory 8 k + 200 bytes per item.
 
     Args:
         cache: path or URL of the cache.
@@ -155,23 +159,27 @@ def find_outliers(
         UnfinishedError, FingerprintError: see `Vectors`.
         DiskFullError: the scratch file does not fit.
     """
-    settings, progress = merge_settings(OutlierSettings, settings, options), to_progress(progress)
-    out = None if out is None else Path(out)
+    settings = merge_settings(OutlierSettings, settings, options)
+    progress = to_progress(progress)
     if out is not None:
+        out = Path(out)
         check_table_output("scores", out)
     cache = Cache(cache)
     modality = choose_modality(cache, settings.modality, settings.run)
     vectors = Vectors(cache, modality, settings.feature, settings.run, device=settings.device)
-    labels = _read_labels(cache, settings.label, progress)  # raises before the work if they are no classes
+    labels = _read_labels(cache, settings.label, progress)
     copies = find_copies(cache, vectors.feature)
     num_contents = len(copies.unique_rows)
     if num_contents < 2:
         raise DataError(f"{cache.path}: expected at least 2 different {noun(modality)} to compare, got {num_contents}")
-    pair_cosines_S = _pair_cosines(vectors, progress)  # raises before the longest part if nothing is paired
+
+    # Labels that are no classes and a cache without pairs were refused above and here, before the longest part.
+    pair_cosines_S = _pair_cosines(vectors, progress)
     neighbors = find_neighbors(vectors, copies.unique_rows, min(settings.k, num_contents - 1), settings, progress)
-    typicality_S, rows_S = _typicality(cache, copies, neighbors)
+
+    typicality_S, best_S = best_per_sample(len(cache), copies.samples, _typicality(neighbors)[copies.content_ids])
     scores = {TYPICALITY: typicality_S}
-    suggested_S = np.full(len(typicality_S), -1)
+    suggested_S = np.full(len(cache), -1)
     if labels is not None:
         suggested_S, scores[MARGIN] = _vote(copies, neighbors.items[:, : settings.label_neighbors], labels.numbers)
     if pair_cosines_S is not None:
@@ -183,7 +191,7 @@ def find_outliers(
         copies=copies,
         neighbors=neighbors,
         scores=scores,
-        rows_S=rows_S,
+        rows_S=np.where(best_S < 0, -1, copies.item_rows[best_S]),
         labels=labels,
         suggested_S=suggested_S,
         settings=settings,
@@ -195,6 +203,14 @@ def find_outliers(
             columns[SUGGESTED] = names.take(pa.array(suggested_S, mask=suggested_S < 0))
         keytable.write(out, [cache], columns, "scores", {"method": "outliers", **report.to_json()})
     return report
+
+
+def find_neighbors(vectors: Vectors, rows_N: Ints, k: int, settings: OutlierSettings, progress: Progress) -> Neighbors:
+    """Find the K nearest neighbors of each item: of all others, or of those in its cluster and near its borders."""
+    collector = NeighborCollector(len(rows_N), k)
+    with compare(vectors, rows_N, _ANY_COSINE, settings, collector.add, progress) as arranged:
+        recall = measure_neighbor_recall(arranged, collector.best, seed=settings.seed, progress=progress)
+    return Neighbors(collector.best.numbers, collector.best.scores, arranged.num_clusters, recall)
 
 
 def _read_labels(cache: Cache, column: str | None, progress: Progress) -> Labels | None:
@@ -220,15 +236,12 @@ def _read_labels(cache: Cache, column: str | None, progress: Progress) -> Labels
     return Labels(names=labels.names, numbers=numbers_S)
 
 
-def _typicality(cache: Cache, copies: Copies, neighbors: Neighbors) -> tuple[Floats, Ints]:
-    """Return the typicality of each sample, and the row of its most typical item."""
-    is_found = neighbors.items >= 0
-    sums_C = np.where(is_found, neighbors.cosines, 0).sum(axis=1, dtype=np.float64)
-    typicality_C = (sums_C / np.maximum(is_found.sum(axis=1), 1)).astype(np.float32)
-    typicality_N = typicality_C[copies.content_ids]
-    best_S = best_per_sample(cache.info.num_samples, copies.samples, typicality_N)
-    missing = best_S < 0
-    return np.where(missing, np.float32(np.nan), typicality_N[best_S]), np.where(missing, -1, copies.item_rows[best_S])
+def _typicality(neighbors: Neighbors) -> Floats:
+    """Return the mean cosine of each content to its neighbors: (C,)."""
+    is_found_CK = neighbors.items >= 0
+    sums_C = np.where(is_found_CK, neighbors.cosines, 0).sum(axis=1, dtype=np.float64)
+    typicality_C: Floats = (sums_C / np.maximum(is_found_CK.sum(axis=1), 1)).astype(np.float32)
+    return typicality_C
 
 
 def _vote(copies: Copies, near_CK: Array, own_S: Ints) -> tuple[Ints, Floats]:
@@ -236,6 +249,7 @@ def _vote(copies: Copies, near_CK: Array, own_S: Ints) -> tuple[Ints, Floats]:
     label_C = np.full(len(near_CK), -1, np.int64)
     labeled = np.flatnonzero(own_S[copies.samples] >= 0)[::-1]
     label_C[copies.content_ids[labeled]] = own_S[copies.samples[labeled]]  # of the first copy that has one
+
     num_items, k = len(copies.content_ids), near_CK.shape[1]
     suggested_N = np.empty(num_items, np.int64)
     margins_N = np.empty(num_items, np.float32)
@@ -243,9 +257,12 @@ def _vote(copies: Copies, near_CK: Array, own_S: Ints) -> tuple[Ints, Floats]:
         near_BK = near_CK[copies.content_ids[block]]
         label_BK = np.where(near_BK < 0, -1, label_C[near_BK])
         suggested_N[block], margins_N[block] = compare_labels(own_S[copies.samples[block]], label_BK)
-    best_S = best_per_sample(len(own_S), copies.samples, np.nan_to_num(margins_N, nan=-np.inf))
-    missing = best_S < 0
-    return np.where(missing, -1, suggested_N[best_S]), np.where(missing, np.float32(np.nan), margins_N[best_S])
+
+    # A sample whose items have no margin keeps the suggestion of the first.
+    _, best_S = best_per_sample(len(own_S), copies.samples, np.nan_to_num(margins_N, nan=-np.inf))
+    is_missing_S = best_S < 0
+    margins_S = np.where(is_missing_S, np.float32(np.nan), margins_N[best_S])
+    return np.where(is_missing_S, -1, suggested_N[best_S]), margins_S
 
 
 def compare_labels(own_B: Ints, label_BK: Ints) -> tuple[Ints, Floats]:
@@ -266,6 +283,7 @@ def compare_labels(own_B: Ints, label_BK: Ints) -> tuple[Ints, Floats]:
     nearest_B = other_BK.argmax(axis=1)[:, None]
     other_B = np.take_along_axis(other_BK, nearest_B, axis=1)[:, 0]
     suggested_B = np.where(other_B > 0, np.take_along_axis(label_BK, nearest_B, axis=1)[:, 0], -1)
+
     num_labeled_B = is_labeled_BK.sum(axis=1)
     margins_B = (is_own_BK.sum(axis=1) - other_B) / np.maximum(num_labeled_B, 1)
     is_known_B = (own_B >= 0) & (num_labeled_B > 0)
@@ -274,11 +292,11 @@ def compare_labels(own_B: Ints, label_BK: Ints) -> tuple[Ints, Floats]:
 
 def _pair_cosines(vectors: Vectors, progress: Progress) -> Floats | None:
     """Compare the items of each pair by the run; None without one, or if the cache lacks a modality of it."""
-    cache, config = vectors.cache, vectors.run
-    if config is None or not all(map(cache.features, config.modalities)):
+    cache = vectors.cache
+    if vectors.run is None or not all(map(cache.features, vectors.run.modalities)):
         return None
     settings = SelectSettings(run=vectors.run_path, device=vectors.device)
-    samples_M, cosines_M = Pool(cache.path, config.modalities[0], settings, progress=progress).pair_scores()
+    samples_M, cosines_M = Pool(cache.path, vectors.run.modalities[0], settings, progress=progress).pair_scores()
     cosines_S = np.full(cache.info.num_samples, np.nan, np.float32)
     cosines_S[samples_M] = cosines_M
     return cosines_S

@@ -163,13 +163,18 @@ def _describe_source(vectors: Vectors, settings: ScoreSettings) -> Mapping[str, 
     }
 
 
-def best_per_sample(num_samples: int, samples_N: Ints, values_N: Floats) -> Ints:
-    """Return the position of the highest value of each sample, the first of equal ones; -1 without any: (S,)."""
+def best_per_sample(num_samples: int, samples_N: Ints, values_N: Floats) -> tuple[Floats, Ints]:
+    """Return the highest value of each sample, NaN without any, and its position, the first of equal ones: (S,) each.
+
+    The position of a sample without any is -1.
+    """
     best_S = np.full(num_samples, -1, np.int64)
     order = np.lexsort((np.arange(len(values_N)), -values_N, samples_N))
     samples, first = np.unique(samples_N[order], return_index=True)
     best_S[samples] = order[first]
-    return best_S
+    highest_S = np.full(num_samples, np.nan, values_N.dtype)
+    highest_S[samples] = values_N[order[first]]
+    return highest_S, best_S
 
 
 def _score_samples(
@@ -187,9 +192,8 @@ def _score_samples(
         progress.advance(len(rows_B))
     progress.finish()
     rows_N, scores_N = np.concatenate(rows), np.concatenate(scores)
-    best_S = best_per_sample(vectors.cache.info.num_samples, item_samples[rows_N], scores_N)
-    missing = best_S < 0
-    return np.where(missing, np.float32(np.nan), scores_N[best_S]), np.where(missing, -1, rows_N[best_S])
+    scores_S, best_S = best_per_sample(vectors.cache.info.num_samples, item_samples[rows_N], scores_N)
+    return scores_S, np.where(best_S < 0, -1, rows_N[best_S])
 
 
 def _blocks(vectors: Vectors, *, is_unit: bool) -> Iterator[tuple[Ints, Array]]:

@@ -10,10 +10,11 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, distinct
 from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupReport
-from embedcache.curate.keep import NO_DISTANCE, SAME_PICTURE, RemovedSamples, SimilarPairs
+from embedcache.curate.pixels import NO_DISTANCE, SAME_PICTURE
 from embedcache.dataset.thumbnails import credit
 from embedcache.errors import pluralize
 from embedcache.modalities import count_items
+from embedcache.neighbors.pairs import cosine_limit
 from embedcache.reports.base import (
     QueryExample,
     Section,
@@ -81,8 +82,8 @@ def threshold_json(analysis: DedupAnalysis) -> dict[str, Any]:
 
 def dedup_line(result: DedupReport) -> str:
     """Return how many samples are kept and removed, in one line."""
-    num_removed, num_samples = len(result.removed.samples), len(result.analysis.samples)
-    copies = pluralize(int(result.removed.is_copy.sum()), "is a copy", "are copies")
+    num_removed, num_samples = len(result.removed), len(result.analysis.samples)
+    copies = pluralize(int(result.removed["is_copy"].sum()), "is a copy", "are copies")
     return (
         f"{result.path}: kept {num_samples - num_removed:,} of {num_samples:,} samples; removed {num_removed:,}, of "
         f"which {copies}; {result.removed_path} names what each one duplicates"
@@ -105,17 +106,17 @@ def write_dedup_page(path: Path, result: DedupReport) -> None:
     """Write a page of the samples that are removed: counts, borderline cases, and random groups."""
     analysis, removed = result.analysis, result.removed
     renderer = ItemRenderer(analysis.cache, analysis.feature.modality)
-    num_removed = len(removed.samples)
-    near = np.flatnonzero(~removed.is_copy)
-    borderline = near[np.argsort(removed.cosines[near], kind="stable")][:_NUM_BORDERLINE].tolist()
+    num_removed = len(removed)
+    near = np.flatnonzero(~removed["is_copy"])
+    borderline = near[np.argsort(removed["cosine"][near], kind="stable")][:_NUM_BORDERLINE].tolist()
     rng = np.random.default_rng(analysis.settings.seed)
-    kept = np.sort(rng.permutation(distinct(removed.kept))[:_NUM_GROUPS]).tolist()
-    groups = [np.flatnonzero(removed.kept == sample) for sample in kept]
+    kept = np.sort(rng.permutation(distinct(removed["kept"]))[:_NUM_GROUPS]).tolist()
+    groups = [np.flatnonzero(removed["kept"] == sample) for sample in kept]
     counts = [
         "copies only" if result.cosine is None else f"{result.cosine:g}",
         format_count(num_removed),
-        format_count(int(removed.is_copy.sum())),
-        format_count(int((removed.distances <= SAME_PICTURE).sum())),
+        format_count(int(removed["is_copy"].sum())),
+        format_count(int((removed["distance"] <= SAME_PICTURE).sum())),
         format_count(len(analysis.samples) - num_removed),
     ]
     sections = [
@@ -124,12 +125,12 @@ def write_dedup_page(path: Path, result: DedupReport) -> None:
         Section(
             title="Borderline cases",
             notes=["The removed samples closest to the threshold; left what is kept, right what is removed."],
-            examples=[_example(analysis, removed, np.array([position]), renderer) for position in borderline],
+            examples=[_example(analysis, removed[[position]], renderer) for position in borderline],
         ),
         Section(
             title="Drawn at random",
             notes=["Left what is kept, right what is removed as its duplicate."],
-            examples=[_example(analysis, removed, positions, renderer) for positions in groups],
+            examples=[_example(analysis, removed[positions], renderer) for positions in groups],
         ),
     ]
     _write(path, analysis, "Duplicates", renderer, sections)
@@ -159,42 +160,45 @@ def _similarity_section(analysis: DedupAnalysis, limit: float | None) -> Section
 def _pair_sections(analysis: DedupAnalysis, renderer: ItemRenderer) -> Iterator[Section]:
     """Iterate over sections of pairs: the same picture, then one for each band of cosines, the closest first."""
     assert analysis.near is not None
+    pairs = analysis.near.pairs
     titled = {"The same picture": analysis.duplicates(None)}
     for low, high in reversed(list(pairwise((*LEVELS, np.inf)))):
         if low >= analysis.near.limit:
-            titled[f"Pairs with a cosine of {low:g} to {min(high, 1):g}"] = analysis.near.pairs.between(low, high)
+            titled[f"Pairs with a cosine of {low:g} to {min(high, 1):g}"] = pairs[
+                (pairs["cosine"] >= cosine_limit(low)) & (pairs["cosine"] < cosine_limit(high))
+            ]
     rng = np.random.default_rng(analysis.settings.seed)
-    for title, pairs in titled.items():
-        sampled = np.sort(rng.permutation(len(pairs.left))[:_EXAMPLES_PER_BAND])
+    for title, similar in titled.items():
+        sampled = np.sort(rng.permutation(len(similar))[:_EXAMPLES_PER_BAND])
         if len(sampled):
             yield Section(
                 title=title,
-                notes=[f"{len(sampled)} of {len(pairs.left):,}, drawn at random."],
-                examples=[_pair_example(analysis, pairs, pair, renderer) for pair in sampled.tolist()],
+                notes=[f"{len(sampled)} of {len(similar):,}, drawn at random."],
+                examples=[_pair_example(analysis, pair, renderer) for pair in similar[sampled]],
             )
 
 
-def _pair_example(analysis: DedupAnalysis, pairs: SimilarPairs, pair: int, renderer: ItemRenderer) -> QueryExample:
+def _pair_example(analysis: DedupAnalysis, pair: Array, renderer: ItemRenderer) -> QueryExample:
     """Return two similar items side by side."""
-    rows = analysis.copies.unique_rows[[pairs.left[pair], pairs.right[pair]]]
-    is_copy = bool(pairs.distances[pair] <= SAME_PICTURE)
-    outcome = _similarity_text(pairs.cosines[[pair]], pairs.distances[[pair]], is_copy=is_copy)
+    rows = analysis.copies.unique_rows[[pair["left"], pair["right"]]]
+    outcome = _similarity_text(pair.reshape(1), is_copy=bool(pair["distance"] <= SAME_PICTURE))
     return _side_by_side(renderer, rows, outcome)
 
 
-def _example(analysis: DedupAnalysis, removed: RemovedSamples, positions: Ints, renderer: ItemRenderer) -> QueryExample:
+def _example(analysis: DedupAnalysis, removed: Array, renderer: ItemRenderer) -> QueryExample:
     """Return a kept sample beside the samples that are removed as its duplicates."""
-    shown = positions[np.argsort(-removed.cosines[positions], kind="stable")][:_MAX_SHOWN_PER_GROUP]
-    is_copy = bool(removed.is_copy[positions].all())
-    similarity = _similarity_text(removed.cosines[positions], removed.distances[positions], is_copy=is_copy)
-    count = f", {len(positions):,} removed" if len(positions) > 1 else ""
-    samples = [removed.kept[positions[0]], *removed.samples[shown]]
+    shown = removed[np.argsort(-removed["cosine"], kind="stable")][:_MAX_SHOWN_PER_GROUP]
+    similarity = _similarity_text(removed, is_copy=bool(removed["is_copy"].all()))
+    count = f", {len(removed):,} removed" if len(removed) > 1 else ""
+    samples = [removed["kept"][0], *shown["sample"]]
     rows = analysis.copies.item_rows[np.searchsorted(analysis.copies.samples, samples)]
     return _side_by_side(renderer, rows, similarity + count)
 
 
-def _similarity_text(cosines: Floats, distances: Array, *, is_copy: bool) -> str:
+def _similarity_text(pairs: Array, *, is_copy: bool) -> str:
     """Describe how similar one or more items are to another, of which they all are copies or not."""
+    cosines = pairs["cosine"]
+    distances = pairs["distance"]
     known = distances[distances < NO_DISTANCE]
     if is_copy and not len(known):
         return "equal bytes"

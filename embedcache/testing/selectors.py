@@ -14,7 +14,7 @@ import pytest
 
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.select import apply_method, load_method, named_inputs
-from embedcache.curate.select.settings import SelectSettings
+from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.store.cache import Cache
 from embedcache.testing.examples import write_examples

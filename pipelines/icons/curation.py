@@ -17,8 +17,7 @@ from embedcache.curate.dedup import analyze
 from embedcache.curate.select.baselines import draw_rows
 from embedcache.curate.select.cluster_methods import default_levels
 from embedcache.curate.select.select import combine_selections, load_method, named_inputs, select
-from embedcache.curate.select.settings import SelectSettings
-from embedcache.curate.settings import DedupSettings
+from embedcache.curate.settings import DedupSettings, SelectSettings
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError
@@ -291,7 +290,7 @@ class Curation:
         analysis = analyze(self._data.icons.path, DedupSettings(selection=pool, seed=seed), progress=open_progress())
         assert analysis.near is not None
         cosine = max(step.options["cosine"], analysis.near.limit)
-        kept = np.setdiff1d(analysis.samples, analysis.removed(cosine).samples)
+        kept = np.setdiff1d(analysis.samples, analysis.removed(cosine)["sample"])
         about = {"method": "dedup", **analysis.to_json(), "cosine": cosine}
         write_selection(out, self._data.icons, Selection(rows=kept), about)
         return {"cosine": cosine, "num_samples": len(analysis.samples), "num_kept": len(kept)}

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from embedcache.arrays import Floats, normalize
+from embedcache.curate.copies import find_copies
 from embedcache.curate.dedup import analyze, dedup
-from embedcache.curate.keep import find_copies
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import read_selection
@@ -136,7 +136,7 @@ def test_copies_or_near_duplicates_suffice(copied: Path, tmp_path: Path) -> None
     def removed(rows: list[int]) -> list[int]:
         (tmp_path / "keys.txt").write_text("\n".join(f"{row:05d}" for row in rows))
         settings = DedupSettings(cosine=0.97, selection=tmp_path / "keys.txt")
-        return dedup(copied, tmp_path / "kept.parquet", settings).removed.samples.tolist()
+        return dedup(copied, tmp_path / "kept.parquet", settings).removed["sample"].tolist()
 
     assert removed([3, 50]) == [50]
     assert removed(near) == [near[1]]
@@ -155,9 +155,9 @@ def test_analyze_levels(copied: Path, tmp_path: Path) -> None:
     assert levels[None].num_gone == 3
     for cosine in (0.9, 0.97, 0.99):
         done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=cosine, pixels=False))
-        assert levels[cosine].num_gone == len(done.removed.samples)
+        assert levels[cosine].num_gone == len(done.removed)
         row = next(row for row in threshold_table(analysis)[1] if row[0] == f"{cosine:g}")
-        assert row[2] == f"{len(done.removed.samples)}"
+        assert row[2] == f"{len(done.removed)}"
     written = threshold_json(analysis)
     assert sum(written["histogram"]["counts"]) == NUM - 4
     assert comparison_line(analysis).endswith("3 are byte-identical copies; every pair was compared")
@@ -186,16 +186,16 @@ def test_items_alone_in_their_clusters_have_no_similarity(copied: Path) -> None:
 
 
 def test_too_many_pairs(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.curate.near_duplicates.MAX_PAIRS", 2)
+    monkeypatch.setattr("embedcache.curate.dedup.MAX_PAIRS", 2)
     assert threshold_table(analyze(copied))[1][-1][2:] == ["too many pairs", "", ""]
-    with pytest.raises(SettingError, match="20,000,000"):
+    with pytest.raises(SettingError, match="at most 2 pairs"):
         dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=0.5))
 
 
 def test_dedup_texts_and_projected_images(cache_path: Path, run_path: Path, copied: Path, tmp_path: Path) -> None:
     done = dedup(copied, tmp_path / "a.parquet", DedupSettings(pixels=False, copies_only=True, modality="text"))
     captions = Cache(copied).items("text")["text"].to_pylist()
-    assert NUM - len(done.removed.samples) == len(set(captions))
+    assert NUM - len(done.removed) == len(set(captions))
     projected = analyze(cache_path, DedupSettings(run=run_path))
     assert projected.feature.name == "open_toy/cls"
     assert projected.to_json()["run"] == str(run_path)
@@ -254,7 +254,7 @@ def test_dedup_text_cache(tmp_path: Path) -> None:
     extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text_encoder=[TEXT])
     done = dedup(tmp_path / "cache", tmp_path / "kept.parquet", DedupSettings(pixels=False, copies_only=True))
     assert done.analysis.feature.modality == "text"
-    assert (done.removed.samples.tolist(), done.removed.kept.tolist()) == ([2], [0])
+    assert (done.removed["sample"].tolist(), done.removed["kept"].tolist()) == ([2], [0])
     write_threshold_page(tmp_path / "look.html", analyze(tmp_path / "cache"))
     with pytest.raises(UnknownNameError, match="has no image features"):
         analyze(tmp_path / "cache", DedupSettings(modality="image"))
@@ -265,5 +265,5 @@ def test_removed_samples_do_not_stay(without: Cache, tmp_path: Path) -> None:
         without.path, tmp_path / "kept.parquet", DedupSettings(pixels=False, copies_only=True, feature="open_toy/cls")
     )
     kept = pq.read_table(tmp_path / "kept.parquet")["row"].to_pylist()
-    assert len(done.analysis.samples) == 37 == len(kept) + len(done.removed.samples)
+    assert len(done.analysis.samples) == 37 == len(kept) + len(done.removed)
     assert not set(kept) & set(without.removed.tolist())

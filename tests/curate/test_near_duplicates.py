@@ -1,5 +1,4 @@
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedcache.arrays import Floats, Ints
-from embedcache.curate import near_duplicates as near_duplicates
-from embedcache.curate.keep import NO_DISTANCE, Copies, SimilarPairs, choose_removed
-from embedcache.curate.near_duplicates import find_near_duplicates
+from embedcache.arrays import Array, Floats, Ints
+from embedcache.curate import copies
+from embedcache.curate.copies import Copies
+from embedcache.curate.dedup import PAIR, choose_removed, find_near_duplicates
+from embedcache.curate.pixels import NO_DISTANCE
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError
@@ -41,8 +41,8 @@ def write_vectors(path: Path, vectors_NP: Floats, *, chunk_size: int = 64) -> Ve
     return Vectors(path, "image")
 
 
-def pairs_of(pairs: SimilarPairs) -> set[tuple[int, int]]:
-    return set(zip(pairs.left.tolist(), pairs.right.tolist(), strict=True))
+def pairs_of(pairs: Array) -> set[tuple[int, int]]:
+    return set(zip(pairs["left"].tolist(), pairs["right"].tolist(), strict=True))
 
 
 @pytest.mark.slow
@@ -74,13 +74,13 @@ def test_all_pairs_equal_brute_force(tmp_path: Path) -> None:
     )
     assert near.num_clusters == 1
     assert pairs_of(near.pairs) == brute(vectors, LIMIT)
-    assert len(near.pairs.left) > 500
-    cosines = np.einsum("lp,lp->l", vectors[near.pairs.left], vectors[near.pairs.right])
-    np.testing.assert_allclose(near.pairs.cosines, cosines, atol=1e-6)  # not those of float16
+    assert len(near.pairs) > 500
+    cosines = np.einsum("lp,lp->l", vectors[near.pairs["left"]], vectors[near.pairs["right"]])
+    np.testing.assert_allclose(near.pairs["cosine"], cosines, atol=1e-6)  # not those of float16
 
 
 def test_all_pairs_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near_duplicates, "ALL_PAIRS_LIMIT", 200)
+    monkeypatch.setattr(copies, "ALL_PAIRS_LIMIT", 200)
     opened = write_vectors(tmp_path / "cache", made_vectors(201, 1))
     for count, is_all_pairs in ((200, True), (201, False)):
         near = find_near_duplicates(opened, np.arange(count), [LIMIT], DedupSettings(pixels=False, scratch=tmp_path))
@@ -88,13 +88,12 @@ def test_all_pairs_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert (near.recall is None) == is_all_pairs
 
 
-def linked(left: Ints, right: Ints, cosines: Floats, distances: Sequence[int] | None = None) -> SimilarPairs:
-    hashes = [NO_DISTANCE] * len(left) if distances is None else distances
-    return SimilarPairs(left=left, right=right, cosines=cosines, distances=np.array(hashes, np.int16))
+def linked(*links: tuple[int, int, float, int]) -> Array:
+    return np.array(list(links), PAIR)
 
 
 @st.composite
-def duplicates(draw: st.DrawFn) -> tuple[Copies, SimilarPairs, Ints]:
+def duplicates(draw: st.DrawFn) -> tuple[Copies, Array, Ints]:
     """Items of some samples, copies among them, links between their contents, and an order of the samples."""
     num_samples = draw(st.integers(1, 12))
     samples = np.sort(np.array(draw(st.lists(st.integers(0, num_samples - 1), min_size=1, max_size=30))))
@@ -103,26 +102,25 @@ def duplicates(draw: st.DrawFn) -> tuple[Copies, SimilarPairs, Ints]:
     rank = np.argsort(np.argsort(first))
     count = len(first)
     edges = draw(st.sets(st.tuples(st.integers(0, count - 1), st.integers(0, count - 1)).filter(lambda e: e[0] < e[1])))
-    left, right = (np.array([edge[k] for edge in sorted(edges)], np.int64) for k in (0, 1))
-    cosines = np.array([0.9 + 0.01 * (k % 9) for k in range(len(left))], np.float32)
+    links = [(*edge, 0.9 + 0.01 * (k % 9), NO_DISTANCE) for k, edge in enumerate(sorted(edges))]
     order = np.array(draw(st.permutations(np.unique(samples).tolist())))
     items = Copies(
         item_rows=np.arange(len(samples)), samples=samples, content_ids=rank[contents], unique_rows=np.sort(first)
     )
-    return items, linked(left, right, cosines), order
+    return items, linked(*links), order
 
 
 @pytest.mark.slow
 @given(duplicates())
-def test_removed_samples_have_a_kept_partner(made: tuple[Copies, SimilarPairs, Ints]) -> None:
+def test_removed_samples_have_a_kept_partner(made: tuple[Copies, Array, Ints]) -> None:
     items, links, order = made
     removed = choose_removed(items, links, order)
     close = {(a, a): 1.0 for a in range(len(items.unique_rows))}
-    for a, b, cosine in zip(links.left.tolist(), links.right.tolist(), links.cosines.tolist(), strict=True):
+    for a, b, cosine, _ in links.tolist():
         close[a, b] = close[b, a] = cosine
-    gone = set(removed.samples.tolist())
-    assert removed.samples.tolist() == sorted(gone)
-    assert not gone & set(removed.kept.tolist())
+    gone = set(removed["sample"].tolist())
+    assert removed["sample"].tolist() == sorted(gone)
+    assert not gone & set(removed["kept"].tolist())
     contents_of = {sample: items.content_ids[items.samples == sample].tolist() for sample in order.tolist()}
     position = {sample: k for k, sample in enumerate(order.tolist())}
     stay = [sample for sample in order.tolist() if sample not in gone]
@@ -135,41 +133,32 @@ def test_removed_samples_have_a_kept_partner(made: tuple[Copies, SimilarPairs, I
     for sample in order.tolist():
         weakest = min(best(content, sample) for content in contents_of[sample])
         assert (weakest > 0) == (sample in gone)
-    for sample, kept, cosine in zip(removed.samples.tolist(), removed.kept.tolist(), removed.cosines, strict=True):
+    for sample, kept, cosine, *_ in removed.tolist():
         weakest = min(best(content, sample) for content in contents_of[sample])
         assert cosine == pytest.approx(weakest)
         assert any((a, b) in close for a in contents_of[sample] for b in contents_of[kept])
 
 
-def test_chain_keeps_both_ends() -> None:
+def removed_of(items: Copies, links: Array, order: list[int] | None = None) -> list[tuple[int, int]]:
+    removed = choose_removed(items, links, np.arange(3) if order is None else np.array(order))
+    return list(zip(removed["sample"].tolist(), removed["kept"].tolist(), strict=True))
+
+
+def test_partner_that_stays() -> None:
+    """Check a chain, a picture that is less similar than another item, and a content that two samples hold."""
     items = Copies(item_rows=np.arange(3), samples=np.arange(3), content_ids=np.arange(3), unique_rows=np.arange(3))
-    links = linked(np.array([0, 1]), np.array([1, 2]), np.array([0.96, 0.97], np.float32))
-    removed = choose_removed(items, links, np.arange(3))
-    assert (removed.samples.tolist(), removed.kept.tolist()) == ([1], [0])
-    from_the_middle = choose_removed(items, links, np.array([1, 0, 2]))
-    assert (from_the_middle.samples.tolist(), from_the_middle.kept.tolist()) == ([0, 2], [1, 1])
-
-
-def test_partner_is_the_same_picture_before_a_more_similar_one() -> None:
-    items = Copies(item_rows=np.arange(3), samples=np.arange(3), content_ids=np.arange(3), unique_rows=np.arange(3))
-    links = linked(np.array([0, 1]), np.array([2, 2]), np.array([0.8, 0.97], np.float32), [5, 90])
-    removed = choose_removed(items, links, np.arange(3))
-    assert (removed.samples.tolist(), removed.kept.tolist()) == ([2], [0])
-    assert (removed.is_copy.tolist(), removed.distances.tolist()) == ([True], [5])
-    assert removed.cosines == pytest.approx([0.8])
-
-
-def test_partner_is_the_first_sample_that_holds_a_content() -> None:
-    """Check where a later sample, which stays for another item, holds the same content."""
-    items = Copies(
+    chain = linked((0, 1, 0.96, NO_DISTANCE), (1, 2, 0.97, NO_DISTANCE))
+    assert removed_of(items, chain) == [(1, 0)]
+    assert removed_of(items, chain, [1, 0, 2]) == [(0, 1), (2, 1)]
+    (picture,) = choose_removed(items, linked((0, 2, 0.8, 5), (1, 2, 0.97, 90)), np.arange(3)).tolist()
+    assert picture == (2, 0, pytest.approx(0.8), 5, True)
+    held_twice = Copies(
         item_rows=np.arange(4),
         samples=np.array([0, 1, 1, 2]),
         content_ids=np.array([0, 0, 1, 0]),
         unique_rows=np.array([0, 2]),
     )
-    none = linked(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
-    removed = choose_removed(items, none, np.arange(3))
-    assert (removed.samples.tolist(), removed.kept.tolist()) == ([2], [0])
+    assert removed_of(held_twice, linked()) == [(2, 0)]
 
 
 def test_zero_vector_raises(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from embedcache.arrays import normalize
 from embedcache.curate import outliers
 from embedcache.curate.outliers import MARGIN, PAIR_COSINE, TYPICALITY, compare_labels, find_outliers
 from embedcache.curate.select.select import select
-from embedcache.curate.select.settings import SelectSettings
-from embedcache.curate.settings import OutlierSettings
+from embedcache.curate.settings import OutlierSettings, SelectSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, PathError, UnknownNameError
 from embedcache.extract.extract import extract

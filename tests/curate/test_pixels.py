@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from embedcache.curate.dedup import analyze, dedup, hash_image
-from embedcache.curate.keep import SAME_PICTURE
+from embedcache.curate.dedup import analyze, dedup
+from embedcache.curate.pixels import SAME_PICTURE, hash_image
 from embedcache.curate.settings import DedupSettings
 from embedcache.extract.extract import extract
 from embedcache.reports.dedup import comparison_line, dedup_line, write_dedup_page, write_threshold_page
@@ -122,7 +122,7 @@ def test_moved_source_leaves_copies_by_bytes(faces: Path, tmp_path: Path, caplog
         assert len(caplog.records) == 3
         with read_below(faces.parent / "moved"):  # nothing is found there: the cache names the old paths
             moved = dedup(faces, tmp_path / "kept.parquet", copies=True)
-        assert len(moved.removed.samples) == 1
+        assert len(moved.removed) == 1
     finally:
         (faces.parent / "moved").rename(source)
 

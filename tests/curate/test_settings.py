@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from embedcache.curate.select.settings import SelectSettings
 from embedcache.curate.settings import (
     CoverageSettings,
     DedupSettings,
     LeakSettings,
     NegativesSettings,
     ScoreSettings,
+    SelectSettings,
 )
 from embedcache.errors import SettingError
 

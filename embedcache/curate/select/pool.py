@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Floats, Ints, concatenated_ranges, distinct
-from embedcache.curate.select.settings import SelectSettings
+from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.scores import Score, read_scores
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.vectors import Vectors

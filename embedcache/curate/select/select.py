@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from pydantic_core import to_jsonable_python
 
-from embedcache.curate.keep import choose_modality
+from embedcache.curate.copies import choose_modality
 from embedcache.curate.select.pool import Pool
-from embedcache.curate.select.settings import SelectSettings
+from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection, read_selection_table, write_selection
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath

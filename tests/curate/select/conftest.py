@@ -10,7 +10,7 @@ import pytest
 
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.select import apply_method, load_method, named_inputs
-from embedcache.curate.select.settings import SelectSettings
+from embedcache.curate.settings import SelectSettings
 from embedcache.dataset import keytable
 from embedcache.dataset.selections import Selection
 from embedcache.extract.extract import extract

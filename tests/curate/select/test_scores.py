@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from embedcache.arrays import Floats, normalize
 from embedcache.curate.score import best_per_sample, read_head, score
 from embedcache.curate.select.select import select
-from embedcache.curate.select.settings import SelectSettings
-from embedcache.curate.settings import ScoreSettings
+from embedcache.curate.settings import ScoreSettings, SelectSettings
 from embedcache.dataset.scores import read_scores
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
@@ -90,7 +89,9 @@ def test_captions_are_scored_by_their_own_encoder(cache_path: Path, tmp_path: Pa
 
 def test_best_item_of_a_sample() -> None:
     samples, values = np.array([0, 0, 2, 2, 2]), np.array([1, 2, 5, 7, 7], np.float32)
-    assert best_per_sample(4, samples, values).tolist() == [1, -1, 3, -1]
+    highest, best = best_per_sample(4, samples, values)
+    assert best.tolist() == [1, -1, 3, -1]
+    np.testing.assert_array_equal(highest, [values[1], np.nan, values[3], np.nan])
 
 
 def test_samples_without_an_item_have_no_score(tmp_path: Path, weights: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from embedcache.curate.select.baselines import random_draw
 from embedcache.curate.select.select import combine_selections, select
-from embedcache.curate.select.settings import SelectSettings
+from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.runs import group_by_recipe
