@@ -12,8 +12,8 @@ from embedcache.arrays import dot_products
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.vectors import Vectors
 from embedcache.devices import products_on
-from embedcache.encoders.backends import TorchGraph
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
+from embedcache.encoders.models import TorchGraph
 from embedcache.encoders.open import open_encoder
 from embedcache.evaluate.classifiers import Examples, Fit, fit_knn, fit_ridge
 from embedcache.evaluate.retrieval import evaluate_retrieval

@@ -17,8 +17,8 @@ import numpy as np
 from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
 from embedcache.devices import torch_device
-from embedcache.encoders.backends import Graph
 from embedcache.encoders.base import EncoderSettings, Fingerprint, ItemShape, Modality, check_names
+from embedcache.encoders.models import Graph
 from embedcache.errors import ItemError
 from embedcache.processes import prefetch_map
 

@@ -162,7 +162,7 @@ def reopen_encoder(
     settings = EncoderSettings(**recorded_settings(fingerprint, device), features=feature_names(feature))
     expected = {field: value for field, value in fingerprint.items() if field != "view"}
     if modality == "text" and fingerprint["backend"] == "onnxruntime":
-        from embedcache.encoders.text import open_stored
+        from embedcache.encoders.models import open_stored
 
         if (stored := open_stored(expected, _without_auto(settings))) is not None:
             return stored

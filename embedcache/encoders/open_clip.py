@@ -15,9 +15,15 @@ from torch.nn.functional import pad
 
 from embedcache.arrays import Array
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
-from embedcache.encoders.image import PixelScale, PixelTransform, build_image_encoder, split_transform
+from embedcache.encoders.models import (
+    PixelScale,
+    PixelTransform,
+    Tokenizer,
+    build_image_encoder,
+    build_text_encoder,
+    split_transform,
+)
 from embedcache.encoders.open import EncoderSpec, check_options
-from embedcache.encoders.text import Tokenizer, build_text_encoder
 from embedcache.encoders.weights import (
     check_weights_file,
     hash_weights,

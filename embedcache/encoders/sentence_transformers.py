@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
+from embedcache.encoders.models import build_text_encoder, open_tokenizer
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.text import build_text_encoder, open_tokenizer
 from embedcache.encoders.weights import (
     USE_LOCAL_FOLDER,
     ModelFolder,

@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from embedcache.arrays import Array
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
-from embedcache.encoders.image import (
+from embedcache.encoders.models import (
     PixelScale,
     PixelTransform,
     build_image_encoder,

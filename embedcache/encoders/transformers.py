@@ -15,17 +15,18 @@ from PIL.Image import Image
 from embedcache.arrays import Array, Floats
 from embedcache.axis import Axis
 from embedcache.encoders.audio import SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder
-from embedcache.encoders.backends import build_graph
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
-from embedcache.encoders.image import (
+from embedcache.encoders.models import (
     PixelScale,
     PixelTransform,
+    build_graph,
     build_image_encoder,
+    build_text_encoder,
+    open_tokenizer,
     plain_json,
     split_transform,
 )
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.text import build_text_encoder, open_tokenizer
 from embedcache.encoders.weights import (
     ModelFolder,
     find_model_class,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from embedcache.arrays import Array, Inputs
-from embedcache.encoders.backends import OnnxExport, OnnxGraph, export_graph
 from embedcache.encoders.base import Modality
+from embedcache.encoders.models import OnnxExport, OnnxGraph, export_graph
 from embedcache.errors import ArtifactError
 from embedcache.export.base import (
     TEXTS,

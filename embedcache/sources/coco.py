@@ -12,14 +12,16 @@ from embedcache.errors import SourceError
 from embedcache.files import decode_text, is_remote, open_path, reading
 from embedcache.samples import FileItem, Sample
 from embedcache.settings import replace_fields
-from embedcache.sources.captions import parse_json_object, to_scalar_columns, to_text_items
 from embedcache.sources.files import (
     find_root,
     item_path,
+    parse_json_object,
     read_bytes,
     read_item_file,
     require_file,
     resolve_item,
+    to_scalar_columns,
+    to_text_items,
 )
 from embedcache.sources.settings import SourceSettings
 

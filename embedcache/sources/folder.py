@@ -11,9 +11,9 @@ from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_remote, open_path, reading
 from embedcache.modalities import noun
 from embedcache.samples import FileItem, Sample
-from embedcache.sources.captions import SIDECAR_SUFFIXES, read_sidecar
 from embedcache.sources.files import (
     MEDIA_SUFFIXES,
+    SIDECAR_SUFFIXES,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
     add_sound,
@@ -21,6 +21,7 @@ from embedcache.sources.files import (
     is_folder,
     read_bytes,
     read_item_file,
+    read_sidecar,
     split_from_path,
     walk_groups,
 )

@@ -22,24 +22,22 @@ from embedcache.files import TEXT_ENCODING, open_path, reading
 from embedcache.modalities import MODALITIES
 from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.settings import replace_fields
-from embedcache.sources.captions import (
-    join_captions,
-    parse_captions,
-    parse_json_object,
-    to_scalar_columns,
-    to_text_items,
-)
 from embedcache.sources.files import (
     TABLE_SUFFIXES,
     find_root,
     has_suffix,
     is_folder,
     item_path,
+    join_captions,
     open_binary,
+    parse_captions,
+    parse_json_object,
     read_item_file,
     relative_to,
     require_file,
     resolve_item,
+    to_scalar_columns,
+    to_text_items,
     walk_files,
 )
 from embedcache.sources.settings import SourceSettings

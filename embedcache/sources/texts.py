@@ -12,8 +12,7 @@ from embedcache.errors import ItemError, SourceError
 from embedcache.files import TEXT_ENCODING, check_regular, open_path, read_text, reading, split_lines
 from embedcache.registry import require, unknown_name
 from embedcache.samples import FileItem, Sample, TextItem
-from embedcache.sources.captions import parse_json, to_text_items
-from embedcache.sources.files import TEXT_SUFFIXES, has_suffix, require_file
+from embedcache.sources.files import TEXT_SUFFIXES, has_suffix, parse_json, require_file, to_text_items
 from embedcache.sources.settings import SourceSettings
 
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"

@@ -21,10 +21,10 @@ from typing import Any, BinaryIO, NamedTuple
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_remote, open_path, reading
 from embedcache.samples import FileItem, Sample, Scalar
-from embedcache.sources.captions import SIDECAR_SUFFIXES, read_sidecar
 from embedcache.sources.files import (
     MEDIA_SUFFIXES,
     SHARD_SEPARATOR,
+    SIDECAR_SUFFIXES,
     TAR_SUFFIXES,
     add_sound,
     check_read_allowed,
@@ -33,6 +33,7 @@ from embedcache.sources.files import (
     has_suffix,
     is_folder,
     open_binary,
+    read_sidecar,
     relative_to,
     resolve_item,
     split_from_path,

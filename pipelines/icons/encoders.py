@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from embedcache.arrays import Array
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
+from embedcache.encoders.models import Tokenizer, build_text_encoder
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.text import Tokenizer, build_text_encoder
 from embedcache.encoders.weights import hash_weights
 from embedcache.modeling.features import POOLS
 

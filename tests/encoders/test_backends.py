@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.encoders.backends import OnnxExport, TorchGraph, export_graph
 from embedcache.encoders.base import EncoderSettings
+from embedcache.encoders.models import OnnxExport, TorchGraph, export_graph
 from embedcache.errors import ArtifactError, SettingError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from embedcache.encoders.image import PixelScale, split_transform
+from embedcache.encoders.models import PixelScale, split_transform
 from embedcache.testing.encoders import example_images
 
 ATOL = 1e-6

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from embedcache.arrays import Inputs
-from embedcache.encoders.backends import OnnxGraph
+from embedcache.encoders.models import OnnxGraph
 from embedcache.errors import ArtifactError, PathError, SettingError, UnknownNameError
 from embedcache.export.base import ExportNotes, ExportRun, check_parity
 from embedcache.export.card import _metrics, _weights_line, write_card

@@ -10,7 +10,7 @@ import pytest
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.interop.npy import open_npy
 from embedcache.sources import open_source
-from embedcache.sources.captions import CAPTION_ERROR, read_sidecar
+from embedcache.sources.files import CAPTION_ERROR, read_sidecar
 from embedcache.sources.webdataset import expand_braces, iter_members
 from tests.sources.files import jpeg, write
 

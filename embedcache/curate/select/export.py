@@ -19,8 +19,7 @@ from embedcache.modalities import FILE_MODALITIES, MODALITIES, Modality, one_nou
 from embedcache.outputs import check_output, new_output
 from embedcache.progress import NullProgress, Progress
 from embedcache.samples import FileItem, Source, TextItem
-from embedcache.sources.captions import to_sidecar
-from embedcache.sources.files import MEDIA_SUFFIXES
+from embedcache.sources.files import MEDIA_SUFFIXES, to_sidecar
 from embedcache.sources.open import reopen_source
 from embedcache.sources.table import INTERVAL_NAMES
 from embedcache.store.cache import Cache
