@@ -49,9 +49,7 @@ def write_rows(path: Path, table: pa.Table, **options: Any) -> None:
     pq.write_table(table, path, **options)
 
 
-def write_tables(
-    cache: Path, *, row_group_size: int | None = None, write_statistics: bool = True, **tables: pa.Table
-) -> None:
+def write_tables(cache: Path, *, row_group_size: int | None = None, **tables: pa.Table) -> None:
     """Write tables in place of those of a cache of one part, and sign them anew, as a stranger may."""
     record = read_json(cache / "cache.json")
     (part,) = record["parts"]
@@ -59,7 +57,7 @@ def write_tables(
         file = part["tables"].setdefault(name, {"name": table_name(name, 0)})
         path = cache / file["name"]
         path.parent.mkdir(exist_ok=True)
-        pq.write_table(table, path, row_group_size=row_group_size, write_statistics=write_statistics)
+        pq.write_table(table, path, row_group_size=row_group_size)
         part["tables"][name] = describe_file(cache, file["name"]).to_json()
     edit_record(cache / "cache.json", parts=[part])
 

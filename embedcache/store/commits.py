@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Strict, ValidationError
 
-from embedcache.arrays import Array, Bools, Ints
+from embedcache.arrays import Array, Ints, number_values
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, UnfinishedError, one_line
 from embedcache.files import flush, io_reason, read_file, remove_file, write_atomic
 from embedcache.modalities import MODALITIES
@@ -251,48 +251,19 @@ def removed_hash(modality: str) -> bytes | None:
 
 
 def number_contents(hashes: "pa.Array | pa.ChunkedArray") -> Ints:
-    """Number hashes in order of first appearance, null as one value: (N,) int64. Memory: about 40 bytes per item.
+    """Number hashes in order of first appearance, null as one value: (N,) int64. Memory: about 50 bytes per item.
+
+    Their first 8 bytes are compared: with a probability of 1e-5, two of 20 million contents get one number.
 
     Example:
         >>> number_contents(pa.array([b"b" * 16, None, b"a" * 16, b"b" * 16], pa.binary(16))).tolist()
         [0, 1, 2, 0]
     """
     chunks = hashes.chunks if isinstance(hashes, pa.ChunkedArray) else [hashes]
-    if not len(hashes):
-        return np.empty(0, np.int64)
-    missing_N = np.concatenate([chunk.is_null().to_numpy(zero_copy_only=False) for chunk in chunks])
-    halves = [_half(chunks, place, missing_N) for place in (0, 1)]
-    order_N = np.argsort(halves[0], kind="stable")
-    is_first_N = _differs_from_last(halves[0], order_N)
-    differs_N = _differs_from_last(halves[1], order_N) | _differs_from_last(missing_N, order_N)
-    if (differs_N & ~is_first_N).any():  # equal in one half only
-        order_N = np.lexsort((halves[1], halves[0], missing_N))
-        is_first_N = np.logical_or.reduce([_differs_from_last(values, order_N) for values in (*halves, missing_N)])
-    del halves, missing_N, differs_N
-    first_F = order_N[is_first_N]  # the sort is stable, so that it is the lowest row of its hash
-    place_N = np.cumsum(is_first_N, dtype=np.int64)
-    place_N -= 1
-    numbers_N = np.empty(len(order_N), np.int64)
-    numbers_N[order_N] = place_N
-    del order_N, place_N
-    number_F = np.empty(len(first_F), np.int64)
-    number_F[np.argsort(first_F)] = np.arange(len(first_F))
-    np.take(number_F, numbers_N, out=numbers_N, mode="clip")  # other modes copy the output
-    return numbers_N
-
-
-def _half(chunks: Sequence[pa.Array], place: int, missing_N: Bools) -> Array:
-    """Return the first or the second eight bytes of hashes, 0 where they are null: (N,) uint64."""
-    half_N = np.concatenate([to_bytes(chunk)[:, 8 * place : 8 * (place + 1)] for chunk in chunks]).view(np.uint64)[:, 0]
-    half_N[missing_N] = 0
-    return half_N
-
-
-def _differs_from_last(values_N: Array, order_N: Ints) -> Bools:
-    """Return which values, in an order, differ from the one before; the first does."""
-    differs_N, ordered_N = np.ones(len(order_N), bool), values_N[order_N]
-    np.not_equal(ordered_N[1:], ordered_N[:-1], out=differs_N[1:])
-    return differs_N
+    firsts = [np.empty((0, 8), np.uint8), *(to_bytes(chunk)[:, :8] for chunk in chunks)]
+    first_N = np.concatenate(firsts).view(np.int64)[:, 0]
+    first_N[hashes.is_null().to_numpy(zero_copy_only=False)] = 0
+    return number_values(first_N)
 
 
 def to_bytes(hashes: pa.Array) -> Array:

@@ -50,7 +50,7 @@ def index(
 ) -> CacheInfo:
     """Write the sample and item tables of a source, or check that a cache still matches its source.
 
-    Rows never change: samples that are added later get the next rows. Memory: some 90 bytes per sample while tables
+    Rows never change: samples that are added later get the next rows. Memory: some 120 bytes per sample while tables
     are written, one batch while a cache is checked.
 
     Args:

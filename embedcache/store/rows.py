@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Ints, blocks
+from embedcache.arrays import Ints
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, DeferredColumn, index_in, widen
 from embedcache.store.layout import SAMPLES
@@ -146,23 +146,12 @@ def keys_at(cache: Cache, rows: Ints) -> pa.ChunkedArray:
 
 
 def find_keys(cache: Cache, keys: Sequence[str]) -> Ints:
-    """Return the row of each key in the sample table, -1 for a key that it does not have: (K,) int64.
-
-    Blocks of samples are read until all keys are found: first those that may hold one by the statistics of the table,
-    then all others. Memory: a block.
-    """
-    wanted = pc.unique(pa.array(keys, pa.string()))
-    rows = np.full(len(wanted), -1, np.int64)
-    table = cache.rows_of(SAMPLES)
-    sorted_keys = sorted(set(keys))
-    spans = [range(span.start, span.stop) for span in blocks(len(table), BLOCK)]
-    for span in sorted(spans, key=lambda span: not table.may_hold(span, "key", sorted_keys)):
-        found = pc.index_in(cache.block(SAMPLES, span.start // BLOCK, columns=["key"])["key"], value_set=wanted)
-        places = np.flatnonzero(found.is_valid())
-        rows[found.take(pa.array(places)).to_numpy()] = span.start + places
-        if (rows >= 0).all():
-            break
-    of_keys: Ints = rows[pc.index_in(pa.array(keys, pa.string()), value_set=wanted).to_numpy()]
+    """Return the row of each key in the sample table, -1 for a key that it does not have: (K,) int64."""
+    known = pc.unique(pa.array(keys, pa.large_string()))
+    rows = np.full(len(known), -1, np.int64)
+    samples, places = match_keys([cache], known)
+    rows[places] = samples
+    of_keys: Ints = rows[pc.index_in(pa.array(keys, pa.large_string()), value_set=known).to_numpy()]
     return of_keys
 
 

@@ -113,12 +113,13 @@ def _location(item: FileItem) -> list[str | int | float | None]:
 
 
 BATCH = BLOCK
+_COMPARED_AT_ONCE = 2**20  # Arrow hashes all new keys for each block
 
 
 class TableWriter:
     """Writer of the tables of one part of a cache, first to a local folder.
 
-    Memory: some 90 bytes per sample, to check that keys are unique, and a batch.
+    Memory: some 120 bytes per sample, to check that keys are unique, and a batch.
 
     Args:
         folder: local folder for unfinished files.
@@ -230,13 +231,11 @@ class _SampleWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._hashes: list[Ints] = []
         self._schemas: list[pa.Schema] = []
 
     def write(self, rows: pa.Table) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(rows, self._batch_path(len(self._schemas)))
-        self._hashes.append(hash_texts(rows["key"]))
         self._schemas.append(rows.schema)
 
     def close(self, before: Table | None) -> None:
@@ -253,48 +252,40 @@ class _SampleWriter:
                 writer.write_table(table, row_group_size=BATCH)
                 self._batch_path(number).unlink()
 
-        hashes_N = np.concatenate(self._hashes)
-        self._check_unique(hashes_N)
+        keys = widen(pq.read_table(self._path, columns=["key"], use_threads=False)["key"])
+        _check_unique(keys)
         if before is not None:
-            self._check_new(hashes_N, before)
-
-    def _check_unique(self, hashes_N: Ints) -> None:
-        """Check that no two keys are equal, by reading those whose hashes are."""
-        order_N = np.argsort(hashes_N, kind="stable")
-        is_next = np.diff(hashes_N[order_N]) == 0
-        rows = np.sort(order_N[np.append(is_next, False) | np.append(False, is_next)])
-        if not len(rows):
-            return
-        keys = self._read_keys().take(pa.array(rows))
-        counts = pc.value_counts(keys)
-        repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-        if len(repeated):
-            key = repeated[0]["values"].as_py()
-            first, second = rows[pc.indices_nonzero(pc.equal(keys, key)).to_numpy()[:2]].tolist()
-            raise SourceError(
-                f"keys must be unique; {key!r} is the key of rows {first} and {second} ({len(repeated)} such keys); "
-                "rename a file (a.jpg and a.png have the same key); of a table, sort the rows by --key-column if those "
-                "of one key are one sample, or choose another column"
-            )
-
-    def _check_new(self, hashes_N: Ints, before: Table) -> None:
-        """Check that no key is one of those of earlier parts."""
-        for number, rows in enumerate(before.blocks(BATCH, ["key"])):
-            if not np.isin(hash_texts(rows["key"]), hashes_N).any():
-                continue
-            places = np.flatnonzero(index_in(rows["key"], self._read_keys()).is_valid())
-            if len(places):
-                key = rows["key"][int(places[0])].as_py()
-                raise SourceError(
-                    f"keys must be unique; {key!r} is the key of row {number * BATCH + places[0]} and of a new sample; "
-                    "rename a file, or choose another --key-column"
-                )
-
-    def _read_keys(self) -> pa.ChunkedArray:
-        return widen(pq.read_table(self._path, columns=["key"], use_threads=False)["key"])
+            _check_new(keys, before)
 
     def _batch_path(self, number: int) -> Path:
         return self._path.with_name(f"batch-{number:05d}.parquet")
+
+
+def _check_unique(keys: pa.ChunkedArray) -> None:
+    """Check that no two keys are equal."""
+    if pc.count_distinct(keys).as_py() == len(keys):
+        return
+    counts = pc.value_counts(keys)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    key = repeated[0]["values"].as_py()
+    first, second = pc.indices_nonzero(pc.equal(keys, key))[:2].to_pylist()
+    raise SourceError(
+        f"keys must be unique; {key!r} is the key of rows {first} and {second} ({len(repeated)} such keys); "
+        "rename a file (a.jpg and a.png have the same key); of a table, sort the rows by --key-column if those "
+        "of one key are one sample, or choose another column"
+    )
+
+
+def _check_new(keys: pa.ChunkedArray, before: Table) -> None:
+    """Check that no key is one of those of earlier parts."""
+    for number, rows in enumerate(before.blocks(_COMPARED_AT_ONCE, ["key"])):
+        places = np.flatnonzero(index_in(rows["key"], keys).is_valid())
+        if len(places):
+            key = rows["key"][int(places[0])].as_py()
+            raise SourceError(
+                f"keys must be unique; {key!r} is the key of row {number * _COMPARED_AT_ONCE + places[0]} and of a new "
+                "sample; rename a file, or choose another --key-column"
+            )
 
 
 class _TableFile(pq.ParquetWriter):  # type: ignore[misc]
@@ -370,8 +361,3 @@ def relocate(table: pa.Table, first_row: int, relocated: Mapping[int, FileItem])
             values[row] = getattr(item, name)
         table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.int64()))
     return table
-
-
-def hash_texts(texts: pa.Array | pa.ChunkedArray) -> Ints:
-    """Return a 64-bit hash of each text that is not null, the same within this process."""
-    return np.fromiter(map(hash, texts.drop_null().to_pylist()), np.int64)

@@ -5,7 +5,6 @@ are single files, which hold a checksum of their other bytes.
 """
 
 import os
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -199,14 +198,6 @@ class Table:
         for rows in blocks(len(self), size):
             yield self.read(rows.start, rows.stop, columns)
 
-    def may_hold(self, rows: range, column: str, texts: Sequence[str]) -> bool:
-        """Return whether some rows may have one of some texts, ascending, by the statistics of their row groups."""
-        for file, first in zip(self._files, self._starts.tolist(), strict=False):
-            inside = range(max(rows.start - first, 0), min(rows.stop - first, file.num_rows))
-            if inside and _open_part(self._folder, file).may_hold(inside, column, texts):
-                return True
-        return False
-
 
 class _OpenedPart(NamedTuple):
     """The footer of a file, its columns, and the first row of each row group, then the number of rows."""
@@ -219,19 +210,6 @@ class _OpenedPart(NamedTuple):
         """Return the row groups that hold some rows."""
         first = int(np.searchsorted(self.starts, rows.start, "right")) - 1
         return range(first, int(np.searchsorted(self.starts[:-1], rows.stop)))
-
-    def may_hold(self, rows: range, column: str, texts: Sequence[str]) -> bool:
-        if column not in self.footer.schema.names:
-            return False
-        place = self.footer.schema.names.index(column)
-        for group in self.groups(rows):
-            found = self.footer.row_group(group).column(place).statistics
-            if found is None or not found.has_min_max or not isinstance(found.min, str):
-                return True
-            first = bisect_left(texts, found.min)
-            if first < len(texts) and texts[first] <= found.max:
-                return True
-        return False
 
 
 def _open_part(folder: Path, file: TableFile) -> _OpenedPart:

@@ -23,8 +23,8 @@ from embedcache.store.commits import (
 )
 from embedcache.store.layout import commit_path
 
-_OFTEN = [b"a" * 16, b"a" * 8 + b"b" * 8, b"b" * 16, bytes(16)]
-HASHES = st.lists(st.none() | st.binary(min_size=16, max_size=16) | st.sampled_from(_OFTEN))
+_OFTEN = [b"a" * 16, b"b" * 16, b"ab" * 8]
+HASHES = st.lists(st.none() | st.sampled_from(_OFTEN) | st.integers(1).map(lambda n: hash_item(str(n).encode())))
 
 
 def made(**values: Any) -> Commit:
@@ -71,9 +71,7 @@ def test_hashes_of_items_and_of_intervals() -> None:
 
 
 @given(HASHES, st.integers(0, 3))
-@example([_OFTEN[1], _OFTEN[0], None, _OFTEN[1], _OFTEN[2], _OFTEN[1], _OFTEN[3], _OFTEN[2], None, _OFTEN[0]], 2)
-@example([_OFTEN[0], _OFTEN[1], _OFTEN[0]], 0)
-@example([_OFTEN[1], _OFTEN[2], _OFTEN[1]], 0)
+@example([_OFTEN[1], _OFTEN[0], None, _OFTEN[1], _OFTEN[2], _OFTEN[1], None, _OFTEN[0]], 2)
 def test_contents_are_numbered_as_python_objects(values: list[bytes | None], skipped: int) -> None:
     array = pa.array([b"x" * 16] * skipped + values, HASH).slice(skipped)
     numbers: dict[bytes | None, int] = {}

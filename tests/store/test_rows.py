@@ -85,13 +85,10 @@ def test_find_many_samples_reads_a_chunk_twice_at_most(cache: Cache, read: list[
     assert len(read) <= 2 * num_chunks
 
 
-def test_find_keys(cache: Cache, read: list[int]) -> None:
+def test_find_keys(cache: Cache) -> None:
     keys = cache.column("key").take(pa.array(ROWS)).to_pylist()
     assert find_keys(cache, [*keys, "none"]).tolist() == [*ROWS, -1]
     assert find_keys(cache, []).tolist() == []
-    read.clear()
-    assert find_keys(cache, ["k0"]).tolist() == [0]
-    assert read == [0], "no block is read once all are found"
     assert [cache.key(row) for row in ROWS.tolist()] == keys
 
 
@@ -103,22 +100,6 @@ def test_loaded_rows_have_the_same_keys(cache: Cache, read: list[int]) -> None:
     read.clear()
     assert [reader.find_key(key) for key in keys] == found == [*ROWS, -1]
     assert not read
-
-
-@pytest.mark.parametrize("has_statistics", [True, False])
-def test_keys_are_looked_for_where_they_are_first(tmp_path: Path, read: list[int], *, has_statistics: bool) -> None:
-    table = pa.table({"key": [f"é{row:06d}" for row in range(2 * BLOCK + 10)]})
-    opened = write_cache(tmp_path, {SAMPLES: table}, row_group_size=BLOCK, write_statistics=has_statistics)
-    last = [f"é{2 * BLOCK:06d}"]
-    assert find_keys(opened, last).tolist() == [2 * BLOCK]
-    assert read == ([2] if has_statistics else [0, 1, 2])
-    table = opened.rows_of(SAMPLES)
-    for row in (BLOCK, 2 * BLOCK - 1):  # the least and the greatest text of a group
-        spans = [range(BLOCK), range(BLOCK, 2 * BLOCK), range(2 * BLOCK, 2 * BLOCK + 10)]
-        may_hold = [table.may_hold(span, "key", [f"é{row:06d}"]) for span in spans]
-        assert may_hold == ([False, True, False] if has_statistics else [True] * 3)
-    for row in (0, BLOCK - 1, BLOCK, 2 * BLOCK + 9):
-        assert find_keys(opened, [f"é{row:06d}", "none"]).tolist() == [row, -1]
 
 
 def test_keys_of_bytes_raise(cache: Cache, tmp_path: Path) -> None:
@@ -139,7 +120,6 @@ def test_parts_are_one_table(tmp_path: Path) -> None:
     assert table.read().to_pydict() == expected
     assert table.read(1, 3, ["label", "key"]).to_pydict() == {"label": [None, "x"], "key": ["b", "c"]}
     assert [rows.to_pydict()["key"] for rows in table.blocks(2, ["key"])] == [["a", "b"], ["c"]]
-    assert [table.may_hold(range(2), "label", ["x"]), table.may_hold(range(3), "label", ["x"])] == [False, True]
     with pytest.raises(KeyError):
         table.read(columns=["other"])
 

@@ -81,14 +81,7 @@ def test_rewritten_files_lack_what_was_removed_and_have_what_moved(tmp_path: Pat
         ("abcbcbd", "'b' is the key of rows 1 and 3 (2 such keys); rename a file"),
     ],
 )
-@pytest.mark.parametrize("hashes", ["own", "equal", "pairs"])
-def test_keys_must_be_unique(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: str, words: str, hashes: str
-) -> None:
-    if hashes != "own":
-        number = {"equal": lambda _: 7, "pairs": lambda key: ord(key) // 2}[hashes]
-        monkeypatch.setattr(table_writer, "hash", number, raising=False)
-        index(Rows([Sample(key=key) for key in "abcdefg"]), tmp_path / "unique")
+def test_keys_must_be_unique(tmp_path: Path, keys: str, words: str) -> None:
     with pytest.raises(SourceError) as raised:
         index(Rows([Sample(key=key) for key in keys]), tmp_path / "c")
     assert f"keys must be unique; {words}" in str(raised.value)
