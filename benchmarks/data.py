@@ -16,7 +16,7 @@ from PIL import Image
 from embedcache.arrays import Array, Floats
 from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources import open_source
-from embedcache.store.group import create_group
+from embedcache.store.feature import create_group
 from embedcache.store.indexing import index
 from embedcache.store.writer import add_feature, commit_chunk
 

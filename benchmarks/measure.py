@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from embedcache.cli.console import print_line, print_table
-from embedcache.records import peak_memory_bytes
+from embedcache.provenance import peak_memory_bytes
 
 
 def median_seconds(call: Callable[[], object], *, repeats: int = 5) -> float:

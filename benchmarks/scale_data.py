@@ -18,7 +18,7 @@ from embedcache.encoders.base import Fingerprint
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import hash_item
-from embedcache.store.group import create_group
+from embedcache.store.feature import create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import read_info
 from embedcache.store.writer import add_feature, commit_chunk

@@ -24,12 +24,12 @@ from embedcache.provenance import (
     Manifest,
     check_same,
     construct,
+    describe_process,
     digest_file,
     prepare_folder,
     read_manifest,
     write_record,
 )
-from embedcache.records import describe_process
 from embedcache.registry import Registry, names_from, trust_code
 from embedcache.settings import replace_fields
 from embedcache.store.arrays import check_file, file_checksum

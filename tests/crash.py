@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 
 import tests.flushes  # noqa: F401 - in forked processes, too
 from embedcache.cli.main import root_command
-from embedcache.records import owners_of_modules
+from embedcache.provenance import owners_of_modules
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"devices", "files"},
     {"locks", "neighbors"},
     {"metrics", "provenance"},
-    {"outputs", "records", "axis"},
+    {"outputs", "axis"},
     {"store"},
     {"sources", "encoders", "projectors"},
     {"runs"},

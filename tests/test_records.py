@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.provenance import read_json
-from embedcache.records import record_stage
+from embedcache.provenance import read_json, record_stage
 from embedcache.registry import Registry
 
 

@@ -24,8 +24,7 @@ from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.provenance import digest
 from embedcache.registry import unknown_name
 from embedcache.settings import merge_settings
-from embedcache.store.cache import Cache
-from embedcache.store.rows import keys_at
+from embedcache.store.cache import Cache, keys_at
 
 if TYPE_CHECKING:
     from embedcache.options import DedupOptions

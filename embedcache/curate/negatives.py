@@ -13,10 +13,9 @@ import numpy as np
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks, concatenated_ranges, distinct, number_values
 from embedcache.curate.settings import NegativesSettings
 from embedcache.dataset.inputs import NamedFeatures
-from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
-from embedcache.dataset.negatives import write_negatives
+from embedcache.dataset.matches import near_duplicate_groups
 from embedcache.dataset.pairs import Pairs
-from embedcache.dataset.selections import read_selection
+from embedcache.dataset.selections import read_selection, write_negatives
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
 from embedcache.dataset.vectors import Vectors

@@ -14,9 +14,9 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
-from embedcache.store.columns import Column, is_none
 from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
+from embedcache.store.tables import Column, is_none
 
 Names: TypeAlias = str | Sequence[str]
 """A feature, or several of one encoder."""

@@ -25,12 +25,9 @@ from embedcache.errors import DataError, PathError, pluralize
 from embedcache.files import TEXT_ENCODING, read_file, reading
 from embedcache.outputs import check_table_output, new_output, read_metadata, to_metadata
 from embedcache.progress import NullProgress, Progress, watch
-from embedcache.store.cache import Cache
-from embedcache.store.columns import Column
+from embedcache.store.cache import Cache, RowReader, key_column, match_keys
 from embedcache.store.layout import SAMPLES
-from embedcache.store.removed import read_removed
-from embedcache.store.rows import RowReader, key_column, match_keys
-from embedcache.store.tables import BLOCK, add_checksum, iterate_table, open_table, read_table
+from embedcache.store.tables import BLOCK, Column, add_checksum, iterate_table, open_table, read_removed, read_table
 
 _log = logging.getLogger(__name__)
 

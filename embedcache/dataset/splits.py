@@ -1,6 +1,10 @@
-"""Splits of samples into training, validation and test parts, and the files that they are written to and read from."""
+"""Splits of samples into training, validation and test parts: by near-duplicate groups, by key, by a column or a file.
 
-from collections.abc import Sequence
+Whole groups are drawn in an order that depends only on the keys of their samples and a seed.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -9,14 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Bools, Ints
+from embedcache.arrays import Array, Bools, Ints, distinct, number_values
 from embedcache.dataset import keytable
-from embedcache.errors import CorruptError, DataError
+from embedcache.dataset.inputs import Reader
+from embedcache.dataset.matches import near_duplicate_groups
+from embedcache.dataset.pairs import Pairs, name_caches
+from embedcache.dataset.settings import KINDS, SplitSettings
+from embedcache.errors import CorruptError, DataError, SettingError, SourceError
+from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest_file, read_study
+from embedcache.registry import unknown_name
 from embedcache.runs import MANIFEST, SPLIT, read_info
 from embedcache.store.arrays import check_file
-from embedcache.store.cache import Cache
-from embedcache.store.columns import Column, to_array
+from embedcache.store.cache import Cache, key_column
+from embedcache.store.tables import Column, to_array
 
 Part: TypeAlias = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
@@ -128,3 +138,217 @@ def column_parts(names: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedA
     known = pc.unique(names)
     parts = pa.array([PART_NAMES.get(str(name).lower(), "") for name in known.to_pylist()], pa.string())
     return parts.take(pc.index_in(names, value_set=known))
+
+
+_CODES = {"train": 0, "val": 1, "test": 2, "": 3}
+"""Part -> its number in an array; empty for a sample that is in no part."""
+_KEYS_PER_BLOCK = 65_536
+
+
+def make_split(
+    caches: Sequence[Cache],
+    pairs: Pairs,
+    settings: SplitSettings,
+    readers: Mapping[str, Reader],
+    *,
+    progress: Progress | None = None,
+) -> Split:
+    """Split the samples that have both features. The same features and settings give the same split.
+
+    Only a strict split reads the features; time and memory as in `near_duplicate_groups`.
+
+    Args:
+        caches: the caches.
+        pairs: items of both features, counted across caches.
+        settings: settings of the split.
+        readers: modality -> reader of its feature, in the order of the pair's sides.
+        progress: progress of a strict split, and what it found among many items.
+
+    Raises:
+        UnknownNameError: the kind is neither a known one nor a file.
+        SettingError: a part is empty.
+        SourceError: `column` without a column `split` that names train and test.
+    """
+    if settings.kind != "strict":
+        return split_samples(caches, pairs.samples, settings, progress=progress)
+    groups = near_duplicate_groups(
+        pairs, settings, readers, progress or NullProgress(), are_useless=lambda groups: _lack_parts(groups, settings)
+    )
+    split = _by_groups(caches, pairs.samples, number_values(groups), settings, progress)
+    _require_parts(split, groups, settings, readers)
+    return split
+
+
+def split_samples(
+    caches: Sequence[Cache], samples: Ints, settings: SplitSettings, *, progress: Progress | None = None
+) -> Split:
+    """Split samples without their features: by key, by a column or by a file.
+
+    Args:
+        caches: the caches.
+        samples: (S,) the samples, counted across caches, ascending; the others are in no part.
+        settings: settings of the split.
+        progress: progress in samples.
+
+    Raises:
+        UnknownNameError, SettingError, SourceError: as in `make_split`.
+    """
+    if settings.kind == "column":
+        return _by_column(caches, samples, settings, progress)
+    if settings.kind == "key":
+        groups = np.arange(len(samples))
+        split = _by_groups(caches, samples, groups, settings, progress)
+        _require_parts(split, groups, settings, ())
+        return split
+    if settings.path is None or not settings.path.is_file():
+        raise unknown_name("split", settings.kind, KINDS, hint="or use the path of another run's split.parquet")
+    return read_split(settings.path, caches)
+
+
+def draw_groups(
+    keys: "Column[str] | pa.Array | pa.ChunkedArray",
+    groups_S: Ints,
+    quotas: Sequence[int],
+    seed: int,
+    progress: Progress | None = None,
+) -> Ints:
+    """Draw whole groups of samples for each of several quotas, in an order that depends only on keys and seed.
+
+    Groups larger than the rest of a quota are skipped. Memory: about 60 bytes per sample, and the keys of samples that
+    share a group.
+
+    Args:
+        keys: (S,) key of each sample; a column is read in blocks.
+        groups_S: group of each sample, from 0 to G - 1, none of them empty.
+        quotas: most samples to draw; a later quota draws from what the earlier ones left.
+        progress: progress in samples, as the step "splitting".
+
+    Returns:
+        (S,) int64 position of the quota that a sample was drawn for, or -1.
+    """
+    keys = keys if isinstance(keys, Column) else Column(keys)
+    sizes_G = np.bincount(groups_S)
+    progress = progress or NullProgress()
+    progress.start("splitting", len(groups_S), "samples")
+    drawn_G, leads_G = np.full(len(sizes_G), -1, np.int64), _leads(keys, groups_S, sizes_G)
+    order = _random_order(keys, leads_G, sizes_G, seed, progress)
+    for number, quota in enumerate(quotas):
+        is_taken = _take_first(sizes_G[order], quota)
+        drawn_G[order[is_taken]] = number
+        order = order[~is_taken]
+    progress.finish()
+    return drawn_G[groups_S]
+
+
+def _lack_parts(groups: Ints, settings: SplitSettings) -> bool:
+    """Return whether groups are so large that validation or test samples are missing, however they are drawn."""
+    quotas = _quotas(settings, len(groups))
+    sizes = np.bincount(groups)
+    return int(((sizes > 0) & (sizes <= max(quotas))).sum()) < len(quotas)
+
+
+def _require_parts(split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str]) -> None:
+    if split.parts.count("val") and split.parts.count("test"):
+        return
+    if settings.kind == "key":
+        raise SettingError(
+            f"--split key leaves no validation or test samples among {len(groups):,}; raise --val-fraction and "
+            "--test-fraction, or use more samples"
+        )
+    named = " and ".join(f"--cosine {modality}={settings.cosines[modality]}" for modality in modalities)
+    raise SettingError(
+        f"--split {settings.kind} leaves no validation or test samples among {len(groups):,}: the largest "
+        f"near-duplicate group has at least {np.bincount(groups).max():,} samples; raise {named}, use captions in "
+        "one --language, or use --split key"
+    )
+
+
+def _by_column(caches: Sequence[Cache], samples: Ints, settings: SplitSettings, progress: Progress | None) -> Split:
+    for cache in caches:
+        if "split" not in cache.columns:
+            raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
+    columns = [cache.column("split") for cache in caches]
+    codes = [pc.index_in(column_parts(names), value_set=pa.array(list(_CODES))) for names in columns]
+    part_S = np.concatenate([of_cache.to_numpy() for of_cache in codes]).astype(np.int8)
+    if not {_CODES["train"], _CODES["test"]} <= set(distinct(part_S).tolist()):
+        known = sorted({str(name).lower() for names in columns for name in pc.unique(names).to_pylist()})
+        raise SourceError(f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(known)}")
+    is_used = np.zeros(len(part_S), bool)
+    is_used[samples] = True
+    part_S[~is_used] = _CODES[""]
+    if not (part_S == _CODES["val"]).any():
+        train = np.flatnonzero(part_S == _CODES["train"])
+        quota = _quota(settings.val_fraction, settings.max_val, len(train))
+        drawn = draw_groups(key_column(caches).select(train), np.arange(len(train)), [quota], settings.seed, progress)
+        part_S[train[drawn == 0]] = _CODES["val"]
+    return _split(part_S, np.arange(len(part_S)))
+
+
+def _by_groups(
+    caches: Sequence[Cache], samples: Ints, groups: Ints, settings: SplitSettings, progress: Progress | None
+) -> Split:
+    """Draw the parts of samples, ascending, by whole groups, which are numbered from 0."""
+    num_samples = sum(map(len, caches))
+    quotas = _quotas(settings, len(samples))
+    drawn = draw_groups(key_column(caches).select(samples), groups, quotas, settings.seed, progress)
+    part_S, group_S = np.full(num_samples, _CODES[""], np.int8), np.full(num_samples, -1, np.int64)
+    part_S[samples] = np.array([_CODES["train"], _CODES["test"], _CODES["val"]], np.int8)[drawn + 1]
+    group_S[samples] = groups
+    return _split(part_S, group_S)
+
+
+def _split(part_S: Array, group_S: Ints) -> Split:
+    """Return the split of all samples by the codes of their parts, (S,) int8, and their groups, (S,) int64."""
+    names = pa.array(list(_CODES), pa.string())
+    return Split(parts=Column(names.take(pa.array(part_S))), groups=Column(pa.array(group_S)))
+
+
+def _quotas(settings: SplitSettings, count: int) -> list[int]:
+    """Return the most samples of the test and of the validation part."""
+    return [
+        _quota(settings.test_fraction, settings.max_test, count),
+        _quota(settings.val_fraction, settings.max_val, count),
+    ]
+
+
+def _quota(fraction: float, largest: int, count: int) -> int:
+    """Return the number of samples of a part: a fraction of all, but at most `largest`."""
+    return min(round(fraction * count), largest)
+
+
+def _leads(keys: Column[str], groups_S: Ints, sizes_G: Ints) -> Ints:
+    """Return the sample of the lowest key of each group."""
+    lead_G, is_shared_S = np.empty(len(sizes_G), np.int64), sizes_G[groups_S] > 1
+    lead_G[groups_S[~is_shared_S]] = np.flatnonzero(~is_shared_S)
+    shared = np.flatnonzero(is_shared_S)
+    if len(shared):
+        by_key = shared[pc.sort_indices(keys.select(shared).array).to_numpy()]
+        lead_G[groups_S[by_key[::-1]]] = by_key[::-1]  # the last assignment is that of the lowest key
+    return lead_G
+
+
+def _random_order(keys: Column[str], lead_G: Ints, sizes_G: Ints, seed: int, progress: Progress) -> Ints:
+    """Return the groups by the SHA-256 of the seed and their lowest key, of which the first 64 bits decide."""
+    by_lead_G = np.argsort(lead_G, kind="stable")
+    word_G = np.empty(len(lead_G), np.uint64)
+    salt = f"{seed}:".encode()
+    start = 0
+    for block in keys.select(lead_G[by_lead_G]).blocks(_KEYS_PER_BLOCK):
+        digests = [hashlib.sha256(salt + key).digest()[:8] for key in block.cast(pa.binary()).to_pylist()]
+        hashed = by_lead_G[start : start + len(block)]
+        word_G[hashed] = np.frombuffer(b"".join(digests), ">u8")
+        start += len(block)
+        progress.advance(int(sizes_G[hashed].sum()))
+    return np.argsort(word_G, kind="stable")
+
+
+def _take_first(sizes: Ints, quota: int) -> Bools:
+    """Return which of some groups to take in their order, skipping those that are larger than what is left."""
+    is_taken, start = np.zeros(len(sizes), bool), 0
+    while len(fits := np.flatnonzero(sizes[start:] <= quota)):
+        start += int(fits[0])
+        count = int(np.searchsorted(np.cumsum(sizes[start:]), quota, side="right"))
+        is_taken[start : start + count] = True
+        quota -= int(sizes[start : start + count].sum())
+        start += count
+    return is_taken

@@ -16,8 +16,7 @@ from embedcache.samples import FileItem
 from embedcache.sources.images import decode_image
 from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio, decode_video, probe_media
 from embedcache.sources.open import reopen_source, source_credit
-from embedcache.store.cache import Cache
-from embedcache.store.rows import RowReader
+from embedcache.store.cache import Cache, RowReader
 from embedcache.store.tables import ITEM_SCHEMAS
 from embedcache.units import format_bytes
 

@@ -18,8 +18,7 @@ from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import project
 from embedcache.runs import PAIR, Run
-from embedcache.store.cache import Cache
-from embedcache.store.rows import RowReader
+from embedcache.store.cache import Cache, RowReader
 
 _BLOCK = 256
 _READ_ROWS = 65_536

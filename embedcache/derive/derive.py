@@ -26,13 +26,11 @@ from embedcache.errors import DataError, ItemError, SettingError, UnfinishedErro
 from embedcache.files import AnyPath, read_file, remove_partials, replacing
 from embedcache.locks import locked
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import DERIVED, RUN, digest, digest_file
-from embedcache.records import new_record_path, record_stage
+from embedcache.provenance import DERIVED, RUN, digest, digest_file, new_record_path, record_stage
 from embedcache.registry import names_from
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, Commit
-from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, create_group, find_group, open_group
+from embedcache.store.feature import EncoderGroup, Feature, create_group, find_group, open_group
 from embedcache.store.layout import checked_fit_path, encoder_path, fit_path
 from embedcache.store.producer import FillReport, Output, Verb, fill
 from embedcache.store.writer import ChunkFeatures, cast_item

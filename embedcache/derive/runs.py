@@ -22,7 +22,7 @@ from embedcache.provenance import RUN
 from embedcache.registry import unknown_name
 from embedcache.runs import PAIR, Run, RunInput
 from embedcache.store.cache import Cache
-from embedcache.store.group import EncoderGroup
+from embedcache.store.feature import EncoderGroup
 
 _BLOCK = 256
 

@@ -17,7 +17,7 @@ from embedcache.dataset.inputs import (
 )
 from embedcache.dataset.pairs import Items, Pairs, choose_language, pair_items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
-from embedcache.dataset.splitting import make_split
+from embedcache.dataset.splits import make_split
 from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize
 from embedcache.evaluate.settings import PairsSettings

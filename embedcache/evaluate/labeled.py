@@ -11,15 +11,13 @@ from embedcache.arrays import Array, Bools, Floats, Ints, distinct, number_value
 from embedcache.dataset.inputs import InputFeature, open_input, to_mean_vectors
 from embedcache.dataset.labels import Labels, has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
-from embedcache.dataset.splits import PARTS, column_parts
-from embedcache.dataset.splitting import draw_groups
+from embedcache.dataset.splits import PARTS, column_parts, draw_groups
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.classifiers import Examples
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
-from embedcache.store.cache import Cache
-from embedcache.store.rows import key_column
+from embedcache.store.cache import Cache, key_column
 
 _TEST_FRACTION, _VAL_FRACTION = 0.25, 0.1
 _SPLIT = "split"

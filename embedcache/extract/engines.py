@@ -30,8 +30,7 @@ from embedcache.registry import names_from, trust_files, unknown_name
 from embedcache.settings import replace_fields
 from embedcache.sources.open import open_below, reopen_source
 from embedcache.store.cache import Cache
-from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, create_group, find_group, open_group
+from embedcache.store.feature import EncoderGroup, Feature, create_group, find_group, open_group
 from embedcache.store.producer import FillReport, Output, Target, count_filled, fill_all
 
 _DERIVED_FEATURES = (

@@ -18,7 +18,7 @@ from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.locks import locked
 from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.records import new_record_path, record_stage
+from embedcache.provenance import new_record_path, record_stage
 from embedcache.registry import require, trust_code, unknown_name
 from embedcache.samples import IMPORTED_SOURCE, Source
 from embedcache.settings import flat_settings, from_flat, merge_settings, replace_fields

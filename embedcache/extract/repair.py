@@ -20,8 +20,7 @@ from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.provenance import check_same, name_differences
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
-from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, open_group
+from embedcache.store.feature import EncoderGroup, Feature, open_group
 from embedcache.store.producer import OneByOne, Producer, fill_all
 from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import add_feature, withdraw

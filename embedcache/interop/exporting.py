@@ -25,9 +25,8 @@ from embedcache.runs import PAIR, Run
 from embedcache.samples import IMPORTED_SOURCE
 from embedcache.sources.open import SOURCES
 from embedcache.sources.table import INTERVAL_NAMES
-from embedcache.store.cache import Cache
+from embedcache.store.cache import Cache, RowReader
 from embedcache.store.layout import SAMPLES
-from embedcache.store.rows import RowReader
 
 MODALITY_NAMES: Sequence[Modality] = tuple(modality.name for modality in MODALITIES.values())
 IMAGES_AND_TEXTS: Sequence[Modality] = ("image", "text")

@@ -14,16 +14,14 @@ from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.settings import ImportSettings
 from embedcache.interop.vector_files import ImportedSamples, VectorImport, check_captions, stored_blocks
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import IMPORTED, check_same, digest, digest_file
-from embedcache.records import new_record_path, record_stage
+from embedcache.provenance import IMPORTED, check_same, digest, digest_file, new_record_path, record_stage
 from embedcache.samples import IMPORTED_SOURCE
 from embedcache.settings import merge_settings
 from embedcache.sources.open import remember
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, hash_item
-from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, create_group
+from embedcache.store.feature import EncoderGroup, Feature, create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import info_path, read_info
 from embedcache.store.producer import FillReport, Output, Verb, fill

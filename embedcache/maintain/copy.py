@@ -21,19 +21,16 @@ from embedcache.errors import DataError, SourceError, UnfinishedError, pluralize
 from embedcache.files import AnyPath, one_or_many, open_path, remove_partials, write_atomic
 from embedcache.modalities import MODALITIES
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import check_same, digest
-from embedcache.records import new_record_path, record_stage
+from embedcache.provenance import check_same, digest, new_record_path, record_stage
 from embedcache.registry import unknown_name
 from embedcache.settings import replace_fields
 from embedcache.sources.open import is_remembered, merged_description, merged_path, remember
-from embedcache.store.cache import Cache
+from embedcache.store.cache import Cache, RowReader
 from embedcache.store.commits import Commit
-from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, create_group, read_feature
+from embedcache.store.feature import EncoderGroup, Feature, create_group, read_feature
 from embedcache.store.indexing import index_tables
 from embedcache.store.layout import SAMPLES, SUBSET, Part, checked_fit_path, fit_path
 from embedcache.store.producer import FillReport, Output, Verb, fill
-from embedcache.store.rows import RowReader
 from embedcache.store.table_writer import SampleTables, TableWriter
 from embedcache.store.tables import BLOCK, ITEM_SCHEMAS, Table
 from embedcache.store.writer import ChunkFeatures

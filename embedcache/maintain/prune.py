@@ -13,7 +13,7 @@ from embedcache.maintain.settings import PruneSettings
 from embedcache.registry import unknown_name
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
-from embedcache.store.group import EncoderGroup
+from embedcache.store.feature import EncoderGroup
 from embedcache.store.writer import withdraw
 from embedcache.units import format_bytes
 

@@ -23,19 +23,17 @@ from embedcache.locks import locked
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, list_texts
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.records import new_record_path, record_stage
+from embedcache.provenance import new_record_path, record_stage
 from embedcache.runs import Run
 from embedcache.search.card import IndexCard, read_card
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.settings import merge_settings
 from embedcache.sources.open import is_remembered, remember
-from embedcache.store.cache import Cache
+from embedcache.store.cache import Cache, find_keys
 from embedcache.store.layout import INTERRUPTED_REMOVAL, read_info
 from embedcache.store.removal import erase, find_chunks, remove_rows
-from embedcache.store.removed import read_removed
-from embedcache.store.rows import find_keys
-from embedcache.store.tables import open_table
+from embedcache.store.tables import open_table, read_removed
 
 if TYPE_CHECKING:
     from embedcache.options import RemoveOptions

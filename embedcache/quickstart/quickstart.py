@@ -12,8 +12,7 @@ from embedcache.errors import PathError
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import recognize, write_record
-from embedcache.records import peak_memory_bytes
+from embedcache.provenance import peak_memory_bytes, recognize, write_record
 from embedcache.reports.quickstart import QuickstartReport, Stage, write_quickstart_page
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.search.hits import Hit

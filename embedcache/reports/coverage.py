@@ -31,7 +31,7 @@ from embedcache.reports.base import (
     write_report,
 )
 from embedcache.reports.items import ItemRenderer, PageItem
-from embedcache.store.rows import keys_at
+from embedcache.store.cache import keys_at
 
 _FRACTIONS = (0.01, 0.1)
 _MAX_BARS = 50

@@ -9,8 +9,7 @@ from embedcache.dataset.thumbnails import PICTURED, PLAYED, Thumbnails, Unplayab
 from embedcache.errors import EmbedcacheError, pluralize
 from embedcache.modalities import noun, one_noun
 from embedcache.sources.files import file_name_beside_key
-from embedcache.store.cache import Cache
-from embedcache.store.rows import RowReader
+from embedcache.store.cache import Cache, RowReader
 
 _log = logging.getLogger(__name__)
 

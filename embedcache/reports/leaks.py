@@ -19,8 +19,8 @@ from embedcache.reports.base import (
     write_report,
 )
 from embedcache.reports.items import ItemRenderer
+from embedcache.store.cache import RowReader
 from embedcache.store.layout import SAMPLES
-from embedcache.store.rows import RowReader
 
 _MAX_PAIRS = 40
 

@@ -20,7 +20,7 @@ from embedcache.reports.base import (
     write_report,
 )
 from embedcache.reports.items import ItemRenderer, PageItem
-from embedcache.store.rows import RowReader
+from embedcache.store.cache import RowReader
 
 _NUM_BINS = 40
 _PER_BAND = 8

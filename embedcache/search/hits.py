@@ -13,9 +13,8 @@ from embedcache.dataset.thumbnails import PICTURED, Thumbnails, credit, not_show
 from embedcache.errors import EmbedcacheError, visible
 from embedcache.registry import require
 from embedcache.sources.files import file_name_beside_key
-from embedcache.store.cache import Cache
+from embedcache.store.cache import Cache, RowReader
 from embedcache.store.layout import SAMPLES
-from embedcache.store.rows import RowReader
 
 if TYPE_CHECKING:
     import pandas

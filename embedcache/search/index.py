@@ -14,8 +14,7 @@ from embedcache.errors import FingerprintError, SettingError
 from embedcache.files import AnyPath, relative_location, writing
 from embedcache.locks import LOCK, locked
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import prepare_folder
-from embedcache.records import record_stage
+from embedcache.provenance import prepare_folder, record_stage
 from embedcache.search.autotune import (
     Configuration,
     IndexQuality,

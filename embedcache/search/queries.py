@@ -35,8 +35,7 @@ from embedcache.search.card import IndexCard
 from embedcache.search.concepts import open_concepts
 from embedcache.search.faiss_index import RowIndex
 from embedcache.sources.images import ImageLike, list_images, load_image
-from embedcache.store.cache import Cache
-from embedcache.store.rows import RowReader, find_keys
+from embedcache.store.cache import Cache, RowReader, find_keys
 
 if TYPE_CHECKING:
     pass

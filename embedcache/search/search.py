@@ -29,7 +29,7 @@ from embedcache.search.queries import Queries, QueryEncoder
 from embedcache.search.settings import LABEL, Filter, SearchSettings
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
-from embedcache.store.columns import to_array
+from embedcache.store.tables import to_array
 
 if TYPE_CHECKING:
     from embedcache.options import SearchOptions

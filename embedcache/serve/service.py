@@ -22,8 +22,8 @@ from embedcache.serve.maps import ServedMap
 from embedcache.serve.media import ServedItems
 from embedcache.serve.schema import SearchOptions
 from embedcache.serve.settings import ServeSettings
+from embedcache.store.cache import RowReader
 from embedcache.store.layout import SAMPLES
-from embedcache.store.rows import RowReader
 from embedcache.units import format_bytes
 
 log = logging.getLogger("embedcache.serve")

@@ -35,8 +35,8 @@ from embedcache.modalities import MODALITIES
 from embedcache.provenance import Manifest, add_digest, canonical_json, check_record
 from embedcache.settings import explain
 from embedcache.store.arrays import REPAIR
-from embedcache.store.columns import Column, is_none, to_array
 from embedcache.store.layout import Count, commit_path
+from embedcache.store.tables import Column, is_none, to_array
 
 PENDING = "not extracted yet"
 """Reason of a row that was not tried: the next extraction encodes it."""

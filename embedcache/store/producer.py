@@ -14,10 +14,9 @@ from embedcache.axis import Axis
 from embedcache.locks import Leases
 from embedcache.modalities import count_items, noun
 from embedcache.progress import Progress
-from embedcache.store.columns import to_array
 from embedcache.store.commits import PENDING, Commit, describe_failures, has_failed
-from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup
+from embedcache.store.feature import EncoderGroup, Feature
+from embedcache.store.tables import to_array
 from embedcache.store.transaction import find_transactions, finish
 from embedcache.store.writer import ChunkFeatures, add_feature, commit_chunk
 

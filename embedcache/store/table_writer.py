@@ -20,9 +20,8 @@ from embedcache.files import is_remote, partial_path, put_file
 from embedcache.modalities import FILE_MODALITIES, MODALITIES
 from embedcache.samples import FileItem, Sample
 from embedcache.store.arrays import file_checksum
-from embedcache.store.columns import index_in, widen
 from embedcache.store.layout import SAMPLES, Part, TableFile, next_revision, table_name
-from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table, block_rows
+from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table, block_rows, index_in, widen
 
 ALWAYS = ("image", "text")
 """Modalities that always have an item table, and a list in each line of JSON; others have them if there are items."""

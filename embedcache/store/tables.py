@@ -1,28 +1,188 @@
 """Tables of a cache, whose parts are files that never change, and single Parquet files that carry checksums.
 
 A file of a cache is compared with the CRC-32C in `cache.json` when a process first opens it. Selections and the like
-are single files, which hold a checksum of their other bytes.
+are single files, which hold a checksum of their other bytes. Values of millions of rows stay in Arrow's memory.
+
+A removed sample keeps its row, so that the rows of all others stay: its key is `removed-` with its row, its other
+columns are null, its captions are empty, and its items have no path and no feature. The source may still have it, so
+the table of `RemovedSamples` holds a keyed digest of its key, by which an extraction leaves it out.
 """
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
 
 import google_crc32c
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.arrays import Ints, blocks
+from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.errors import CorruptError, PathError
-from embedcache.files import check_regular, is_remote, read_file, reading
+from embedcache.files import check_regular, is_remote, read_file, reading, replacing
 from embedcache.modalities import MODALITIES
+from embedcache.provenance import digest_file
 from embedcache.samples import FileItem
 from embedcache.store.arrays import check_file
-from embedcache.store.layout import SAMPLES, TableFile
+from embedcache.store.layout import SAMPLES, CacheInfo, TableFile, removed_path
+
+T = TypeVar("T")
+_MAX_STRING_BYTES = 2**31 - 1
+_SELECTED_FROM = 65_536  # rows of a block of which some are selected
+
+
+class Column(Sequence[T]):
+    """A column of values, None where it is null; a Python object is made only for a value that is read.
+
+    Args:
+        array: the values.
+    """
+
+    def __init__(self, array: "pa.Array | pa.ChunkedArray") -> None:
+        self._array = array
+
+    @property
+    def array(self) -> "pa.Array | pa.ChunkedArray":
+        """The values in Arrow's memory."""
+        return self._array
+
+    def blocks(self, size: int) -> "Iterator[pa.Array]":
+        """Iterate over the values, `size` at a time. Memory: a block, also of a column that is read in blocks."""
+        left: pa.ChunkedArray | None = None
+        for values in self._parts():
+            chunks = values.chunks if isinstance(values, pa.ChunkedArray) else [values]
+            left = pa.chunked_array([*(left.chunks if left else ()), *chunks], values.type)
+            del values, chunks
+            while len(left) >= size:
+                block, left = left.slice(0, size).combine_chunks(), left.slice(size)
+                yield block
+                del block  # not kept while the next one is read
+        if left is not None and len(left):
+            yield left.combine_chunks()
+
+    def select(self, rows: Ints) -> "Column[T]":
+        """Return the values of some rows, (M,) int64 ascending, as a column that is read in blocks when it is used."""
+
+        def read() -> "Iterator[pa.Array]":
+            start = 0
+            for block in self.blocks(_SELECTED_FROM):
+                first, last = np.searchsorted(rows, [start, start + len(block)])
+                yield block.take(pa.array(rows[first:last] - start))
+                start += len(block)
+
+        return DeferredColumn(len(rows), lambda: pa.chunked_array(read()) if len(self) else self.array, read=read)
+
+    def is_null(self) -> Bools:
+        """Return which values are null: (N,) bool."""
+        is_null: Bools = self.array.is_null().to_numpy(zero_copy_only=False)
+        return is_null
+
+    def count(self, value: object) -> int:
+        """Count a value."""
+        return int(pc.sum(pc.equal(self.array, pa.scalar(value, self.array.type))).as_py() or 0)
+
+    def _parts(self) -> "Iterable[pa.Array | pa.ChunkedArray]":
+        """Return all values, in parts of any size."""
+        return [self.array]
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self.array[index].to_pylist() if isinstance(index, slice) else self.array[index].as_py()
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.array.to_pylist())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:  # noqa: FBT001 - as NumPy calls it
+        values: Array = np.array(self.array, dtype=dtype, copy=copy)
+        return values
+
+    def __contains__(self, value: object) -> bool:
+        array = self.array
+        return bool(pc.any(array.is_null() if value is None else pc.equal(array, pa.scalar(value, array.type))).as_py())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class DeferredColumn(Column[T]):
+    """A column of a known length whose values are read when one is used, as the keys of a cache are.
+
+    Args:
+        length: number of values.
+        load: returns all values; called whenever they are used, so it keeps them if that is often.
+        read: iterates over all values, in blocks of any size, for `blocks`; None: `load` is called.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        load: "Callable[[], pa.Array | pa.ChunkedArray]",
+        *,
+        read: "Callable[[], Iterator[pa.Array | pa.ChunkedArray]] | None" = None,
+    ) -> None:
+        self._length, self._load, self._read = length, load, read
+
+    @property
+    def array(self) -> "pa.Array | pa.ChunkedArray":
+        """The values in Arrow's memory, read now."""
+        return self._load()
+
+    def _parts(self) -> "Iterable[pa.Array | pa.ChunkedArray]":
+        return self._read() if self._read else [self.array]
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def to_array(values: Sequence[Any], kind: pa.DataType) -> "pa.Array | pa.ChunkedArray":
+    """Return values as one Arrow array; strings beyond the 2 GiB that one can hold stay in chunks."""
+    if not isinstance(values, Column):
+        return pa.array(values, kind)
+    array = values.array if values.array.type == kind else values.array.cast(kind)
+    if not isinstance(array, pa.ChunkedArray) or (pa.types.is_string(kind) and array.nbytes > _MAX_STRING_BYTES):
+        return array
+    return array.combine_chunks()
+
+
+def widen(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return texts that exceed the 2 GiB of one array of `string` as `large_string`.
+
+    Arrow joins the chunks of a column of `string` when rows are taken from it, and fails beyond that.
+    """
+    if pa.types.is_string(texts.type) and texts.nbytes > _MAX_STRING_BYTES:
+        return texts.cast(pa.large_string())
+    return texts
+
+
+def index_in(texts: "pa.Array | pa.ChunkedArray", known: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedArray":
+    """Return the first place of each text among known ones, null if it is not one of them; all may exceed 2 GiB."""
+    if texts.type != known.type:
+        texts, known = texts.cast(pa.large_string()), known.cast(pa.large_string())
+    return pc.index_in(texts, value_set=known)
+
+
+def is_none(values: Sequence[Any]) -> Bools:
+    """Return which values are None: (N,) bool."""
+    if isinstance(values, Column):
+        return values.is_null()
+    return np.array([value is None for value in values], bool)
+
 
 BLOCK = 65_536
 """Samples that are read and written together: the rows of a row group."""
@@ -277,3 +437,76 @@ def _read_rows(folder: Path, file: TableFile, rows: range, schema: pa.Schema, *,
             for field in schema
         }
         return pa.table(columns, schema=schema)
+
+
+_DIGEST_BYTES = 16
+_SCHEMA = pa.schema([("row", pa.int64()), ("key_digest", pa.binary(_DIGEST_BYTES))])
+_SALT = b"salt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovedSamples:
+    """Samples that were removed.
+
+    Args:
+        table: `row`, ascending, and `key_digest`, the keyed BLAKE2b-128 of the key.
+        salt: key of the digests.
+    """
+
+    table: pa.Table
+    salt: str
+
+    @property
+    def rows(self) -> Ints:
+        """(M,) int64 rows of the sample table, ascending."""
+        rows: Ints = self.table["row"].to_numpy()
+        return rows
+
+    @cached_property
+    def _digests(self) -> dict[bytes, int]:
+        return dict(zip(self.table["key_digest"].to_pylist(), self.rows.tolist(), strict=True))
+
+    def row_of(self, key: str) -> int | None:
+        """Return the row that a key had; None if no sample of that key was removed, as far as digests tell."""
+        return self._digests.get(digest_key(key, self.salt)) if self._digests else None
+
+    def merge(self, other: "RemovedSamples") -> "RemovedSamples":
+        """Return the samples of both, whose digests have one salt."""
+        table = pa.concat_tables([self.table, other.table.filter(~np.isin(other.rows, self.rows))])
+        return RemovedSamples(table=table.sort_by("row"), salt=self.salt)
+
+
+def digest_key(key: str, salt: str) -> bytes:
+    """Return the keyed BLAKE2b-128 of a key."""
+    return hashlib.blake2b(key.encode(), digest_size=_DIGEST_BYTES, key=salt.encode()[:64]).digest()
+
+
+def make_removed(rows: Ints, keys: Sequence[str], salt: str) -> RemovedSamples:
+    """Return the table of some samples."""
+    digests = [digest_key(key, salt) for key in keys]
+    return RemovedSamples(table=pa.table([rows, digests], schema=_SCHEMA), salt=salt)
+
+
+def read_removed(cache_path: Path, info: CacheInfo) -> RemovedSamples:
+    """Read the samples that were removed from a cache.
+
+    Raises:
+        CorruptError: the table is missing or has changed.
+    """
+    if not info.removed:
+        return make_removed(np.empty(0, np.int64), [], info.index_digest)
+    path = removed_path(cache_path, info.removed)
+    if not path.is_file() or digest_file(path) != info.removed["digest"]:
+        raise CorruptError(
+            f"{path}: expected the table of removed samples that cache.json was written for, got "
+            f"{'another file' if path.is_file() else 'none'}; restore the file"
+        )
+    with reading(path, RESTORE_TABLE):
+        table = read_table(path)
+        return RemovedSamples(table=table.cast(_SCHEMA), salt=table.schema.metadata[_SALT].decode())
+
+
+def write_removed(path: Path, removed: RemovedSamples) -> None:
+    """Write a table of removed samples, atomically."""
+    with replacing(path) as temporary:
+        write_table(temporary, removed.table.cast(_SCHEMA.with_metadata({_SALT: removed.salt})))

@@ -15,8 +15,7 @@ from embedcache.provenance import digest
 from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_metadata
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, read_commit
-from embedcache.store.feature import Feature
-from embedcache.store.group import open_group, read_feature
+from embedcache.store.feature import Feature, open_group, read_feature
 from embedcache.store.layout import (
     INTERRUPTED_REMOVAL,
     SAMPLES,
@@ -27,8 +26,7 @@ from embedcache.store.layout import (
     read_info,
     removed_path,
 )
-from embedcache.store.removed import read_removed
-from embedcache.store.tables import check_table
+from embedcache.store.tables import check_table, read_removed
 from embedcache.store.writer import feature_metadata, token_metadata
 
 _FIRST_COMMIT = commit_path(Path(), 0)

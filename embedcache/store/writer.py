@@ -27,10 +27,9 @@ from embedcache.store.arrays import (
 )
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, Commit, remove_commit, removed_hash, write_commit
-from embedcache.store.feature import Feature
-from embedcache.store.group import ATTRIBUTE, EncoderGroup, FeatureAttributes, open_group, read_feature
+from embedcache.store.feature import ATTRIBUTE, EncoderGroup, Feature, FeatureAttributes, open_group, read_feature
 from embedcache.store.layout import read_info
-from embedcache.store.removed import read_removed
+from embedcache.store.tables import read_removed
 from embedcache.store.transaction import replacing_together, roll_forward
 
 

@@ -24,8 +24,7 @@ from embedcache.dataset.inputs import (
 from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import PARTS, Split, read_split, write_split
-from embedcache.dataset.splitting import make_split
+from embedcache.dataset.splits import PARTS, Split, make_split, read_split, write_split
 from embedcache.errors import DataError, SettingError, pluralize
 from embedcache.files import AnyPath, one_or_many, read_file, write_atomic
 from embedcache.modalities import MODALITIES, order_pair
@@ -33,8 +32,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.runs import SPLIT, RunInput
 from embedcache.settings import to_flat
-from embedcache.store.cache import Cache
-from embedcache.store.rows import key_column
+from embedcache.store.cache import Cache, key_column
 from embedcache.train.distributed import run_on_first
 from embedcache.train.settings import TrainSettings
 

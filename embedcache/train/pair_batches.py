@@ -11,8 +11,8 @@ import numpy as np
 
 from embedcache.arrays import Array, Ints, concatenated_ranges, distinct
 from embedcache.dataset.inputs import Reader
-from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
+from embedcache.dataset.selections import HardNegatives
 from embedcache.errors import SettingError
 from embedcache.train.batches import Batch, BatchInput, shuffle_blocks, to_device
 from embedcache.train.data import DrawnViews

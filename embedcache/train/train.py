@@ -9,8 +9,8 @@ import numpy as np
 
 from embedcache.arrays import blocks
 from embedcache.dataset.inputs import NamedFeatures
-from embedcache.dataset.negatives import HardNegatives, read_negatives
 from embedcache.dataset.pairs import Pairs, choose_language
+from embedcache.dataset.selections import HardNegatives, read_negatives
 from embedcache.dataset.settings import with_split_seed
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath, relative_location, writing

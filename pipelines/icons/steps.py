@@ -21,8 +21,7 @@ from embedcache.dataset.inputs import open_input, to_unit_vectors
 from embedcache.dataset.pairs import Items, read_items, shared_samples
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import Split, write_split
-from embedcache.dataset.splitting import draw_groups
+from embedcache.dataset.splits import Split, draw_groups, write_split
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import write_atomic
 from embedcache.maintain.copy import cut_cache

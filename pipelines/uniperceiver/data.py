@@ -18,8 +18,7 @@ from embedcache.cli.console import open_progress
 from embedcache.dataset.inputs import open_input
 from embedcache.dataset.pairs import pair_items
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import Split, read_split, write_split
-from embedcache.dataset.splitting import make_split
+from embedcache.dataset.splits import Split, make_split, read_split, write_split
 from embedcache.derive.derive import derive
 from embedcache.derive.rules import Block, Derivation, Output, Rule
 from embedcache.encoders.base import ItemShape

@@ -16,7 +16,7 @@ from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError
 from embedcache.interop.importing import import_vectors
 from embedcache.interop.npy import open_npy_vectors
-from embedcache.store.group import create_group
+from embedcache.store.feature import create_group
 from embedcache.store.layout import write_info
 from embedcache.store.writer import add_feature, commit_chunk
 from tests.neighbors.made import brute, made_vectors

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from embedcache.curate.negatives import _is_first, join_equal, mine_negatives
 from embedcache.curate.settings import NegativesSettings
 from embedcache.dataset import keytable
-from embedcache.dataset.negatives import read_negatives
 from embedcache.dataset.pairs import Items, Pairs
+from embedcache.dataset.selections import read_negatives
 from embedcache.dataset.splits import read_split
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError

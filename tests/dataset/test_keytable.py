@@ -12,9 +12,8 @@ import pytest
 from embedcache.dataset import keytable
 from embedcache.dataset.keytable import KeyTable
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError
-from embedcache.store import columns
-from embedcache.store.cache import Cache
-from embedcache.store.rows import keys_of
+from embedcache.store import tables
+from embedcache.store.cache import Cache, keys_of
 from tests.edits import no_more_files
 
 ROWS = np.array([3, 7, 38, 41, 119])
@@ -130,7 +129,7 @@ def test_files_that_are_no_table_raise(caches: list[Cache], path: Path, kind: st
 
 def test_keys_beyond_what_one_array_holds(two_caches: list[Path], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrow's `string` holds 2 GiB, as 20 million keys of 108 characters take; here 100 bytes."""
-    monkeypatch.setattr(columns, "_MAX_STRING_BYTES", 100)
+    monkeypatch.setattr(tables, "_MAX_STRING_BYTES", 100)
     caches = [Cache(folder) for folder in two_caches]
     assert str(keys_of(caches).type) == "large_string"
     keytable.write(path, caches, VALUES, "test", {}, rows=ROWS)

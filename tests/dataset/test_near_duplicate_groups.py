@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Inputs, Ints, normalize
-from embedcache.dataset import near_duplicate_groups as module
+from embedcache.dataset import matches as module
 from embedcache.dataset.inputs import Reader
-from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
+from embedcache.dataset.matches import near_duplicate_groups
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
 from embedcache.neighbors import clusters
@@ -59,7 +59,7 @@ def test_groups_are_connected_components(seed: int, num_samples: int, block: int
     assert progress.counts == {what: count for what, count, _ in progress.started}
     progress = RecordedProgress()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "ALL_PAIRS_LIMIT", 1)
+        patch.setattr(module, "MAX_COMPARED_ITEMS", 1)
         patch.setattr(clusters, "BLOCK", block)
         found = near_duplicate_groups(pairs, COSINES, readers, progress)
     assert found.dtype == np.int64
@@ -72,7 +72,7 @@ def group_clustered(vectors: Floats, cosine: float, monkeypatch: pytest.MonkeyPa
     items = Items(rows=np.arange(len(vectors)), samples=np.arange(len(vectors)), contents=np.arange(len(vectors)))
     readers = {"image": lambda rows: Inputs(np.eye(len(vectors))[rows]), "text": lambda rows: Inputs(vectors[rows])}
     progress, settings = RecordedProgress(), SplitSettings(cosines={"image": 0.95, "text": cosine})
-    monkeypatch.setattr(module, "ALL_PAIRS_LIMIT", 0)
+    monkeypatch.setattr(module, "MAX_COMPARED_ITEMS", 0)
     groups = near_duplicate_groups(Pairs(first=items, second=items), settings, readers, progress)
     return groups, progress.notes
 

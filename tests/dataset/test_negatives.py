@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.arrays import Ints
-from embedcache.dataset.negatives import read_negatives, write_negatives
+from embedcache.dataset.selections import read_negatives, write_negatives
 from embedcache.errors import DataError
 from embedcache.store.cache import Cache
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.dataset import keytable
-from embedcache.dataset.scores import read_scores
+from embedcache.dataset.selections import read_scores
 from embedcache.errors import CorruptError, DataError, SettingError, UnknownNameError
 from embedcache.store.cache import Cache
 

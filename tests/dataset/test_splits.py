@@ -8,11 +8,10 @@ import pyarrow as pa
 import pytest
 
 from embedcache.arrays import Inputs, Ints, normalize
-from embedcache.dataset import keytable, near_duplicate_groups, splitting
+from embedcache.dataset import keytable, matches, splits
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import PARTS, Split, read_split, write_split
-from embedcache.dataset.splitting import draw_groups, make_split, split_samples
+from embedcache.dataset.splits import PARTS, Split, draw_groups, make_split, read_split, split_samples, write_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -48,7 +47,7 @@ def test_strict_split_separates_near_duplicates(cache_path: Path) -> None:
 @pytest.mark.slow
 def test_many_items_are_compared_within_clusters(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, split = opened(cache_path)
-    monkeypatch.setattr(near_duplicate_groups, "ALL_PAIRS_LIMIT", 100)
+    monkeypatch.setattr(matches, "MAX_COMPARED_ITEMS", 100)
     data, progress = open_data(cache_path, FEATURES, memory_bytes=10**9), RecordedProgress()
     settings = SplitSettings(cosines={"image": 0.995, "text": 0.95})
     clustered = data.split(data.pairs(None), settings, progress=progress)
@@ -68,7 +67,7 @@ def test_drawn_groups_are_those_of_one_after_another(
 ) -> None:
     expected, draw = groups_one_after_another(sizes, quotas)
     np.testing.assert_array_equal(draw(), expected)
-    monkeypatch.setattr(splitting, "_KEYS_PER_BLOCK", 3)
+    monkeypatch.setattr(splits, "_KEYS_PER_BLOCK", 3)
     np.testing.assert_array_equal(draw(), expected)
 
 

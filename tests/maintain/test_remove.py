@@ -35,7 +35,7 @@ from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex
 from embedcache.store.cache import Cache
 from embedcache.store.commits import removed_hash
-from embedcache.store.group import create_group
+from embedcache.store.feature import create_group
 from embedcache.store.verify import verify
 from embedcache.store.writer import add_feature, commit_chunk
 from tests.cli.run import embedcache, succeed

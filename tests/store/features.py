@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.store.feature import Feature
-from embedcache.store.group import create_group
+from embedcache.store.feature import Feature, create_group
 from embedcache.store.layout import SAMPLES, CacheInfo, Part, TableFile, table_name, write_info
 from embedcache.store.writer import add_feature, cast_item, commit_chunk, write_feature_chunk
 

@@ -13,9 +13,8 @@ from embedcache.arrays import Array
 from embedcache.errors import CorruptError, FingerprintError
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
-from embedcache.store.changes import find_changes
-from embedcache.store.group import create_group
-from embedcache.store.indexing import index
+from embedcache.store.feature import create_group
+from embedcache.store.indexing import find_changes, index
 from embedcache.store.layout import read_info
 from embedcache.store.writer import add_feature, commit_chunk
 from tests.edits import flip

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.store.columns import Column, DeferredColumn, is_none, to_array
+from embedcache.store.tables import Column, DeferredColumn, is_none, to_array
 
 
 def test_strings_that_one_array_cannot_hold_stay_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     column = Column[str](pa.chunked_array([["ab", "cd"], ["ef"]]))
     assert to_array(column, pa.string()).equals(pa.array(["ab", "cd", "ef"]))
-    monkeypatch.setattr("embedcache.store.columns._MAX_STRING_BYTES", 8)
+    monkeypatch.setattr("embedcache.store.tables._MAX_STRING_BYTES", 8)
     assert to_array(column, pa.string()).num_chunks == 2
     assert to_array(column, pa.large_string()).equals(pa.array(["ab", "cd", "ef"], pa.large_string()))
 
@@ -45,7 +45,7 @@ def test_blocks_are_those_of_a_list(parts: list[list[str | None]], size: int, da
     for column in (Column[str | None](chunked), Column[str | None](chunked.combine_chunks()), read):
         assert [block.to_pylist() for block in column.blocks(size)] == expected
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("embedcache.store.columns._SELECTED_FROM", size)
+            patch.setattr("embedcache.store.tables._SELECTED_FROM", size)
             selected = column.select(np.array(rows, np.int64))
             assert selected == [values[row] for row in rows]
             assert [value for block in selected.blocks(2) for value in block.to_pylist()] == selected

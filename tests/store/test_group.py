@@ -17,7 +17,7 @@ from embedcache.provenance import add_digest
 from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
 from embedcache.store.commits import write_commit
-from embedcache.store.group import FeatureAttributes, create_group, find_group, open_group, read_feature
+from embedcache.store.feature import FeatureAttributes, create_group, find_group, open_group, read_feature
 from embedcache.store.layout import TableVersion, write_info
 from embedcache.store.producer import count_filled
 from embedcache.store.writer import add_feature, commit_chunk

@@ -9,8 +9,7 @@ import pytest
 from embedcache.arrays import Array
 from embedcache.progress import NullProgress
 from embedcache.store.commits import Commit
-from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup
+from embedcache.store.feature import EncoderGroup, Feature
 from embedcache.store.layout import commit_path
 from embedcache.store.producer import OneByOne, Output, Verb, fill, fill_all
 from embedcache.store.writer import ChunkFeatures, withdraw

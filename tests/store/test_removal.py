@@ -15,7 +15,7 @@ from embedcache.store.commits import REMOVED, hash_item
 from embedcache.store.indexing import index
 from embedcache.store.layout import commit_path, read_info
 from embedcache.store.removal import erase, find_chunks, remove_rows
-from embedcache.store.removed import read_removed
+from embedcache.store.tables import read_removed
 from embedcache.store.verify import verify
 from tests.edits import table_file
 from tests.extract.cases import tree

@@ -8,9 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import CorruptError
-from embedcache.store.cache import Cache
+from embedcache.store.cache import Cache, RowReader, find_keys, keys_at, match_keys
 from embedcache.store.layout import SAMPLES, table_name, write_info
-from embedcache.store.rows import RowReader, find_keys, keys_at, match_keys
 from embedcache.store.table_writer import describe_file
 from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table
 from tests.edits import write_tables
@@ -132,7 +131,7 @@ def test_keys_at(cache: Cache) -> None:
 
 
 def test_match_keys(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.store.rows._MATCHED_AT_ONCE", 30_000)
+    monkeypatch.setattr("embedcache.store.cache._MATCHED_AT_ONCE", 30_000)
     keys = pa.array([*cache.column("key").take(pa.array(np.unique(ROWS))).to_pylist(), "none"], pa.large_string())
     rows, places = match_keys([cache, cache], keys)
     assert rows.tolist() == [*np.unique(ROWS), *(np.unique(ROWS) + NUM_SAMPLES)]

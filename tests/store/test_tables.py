@@ -35,7 +35,7 @@ def test_files_do_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest.Monk
     index(rows(10), tmp_path / "whole", chunk_size=5)
     assert group_rows(table_file(tmp_path / "whole", "image")) == [4, 4, 2]
     assert group_rows(table_file(tmp_path / "whole", "text")) == [4, 4, 1]
-    monkeypatch.setattr("embedcache.store.changes.BATCH", 3)
+    monkeypatch.setattr("embedcache.store.indexing.BATCH", 3)
     progress = RecordedProgress()
     index(rows(10), tmp_path / "batches", chunk_size=5, progress=progress)
     assert (progress.started, progress.advances) == ([("indexing", 0, "samples")], [3, 3, 3, 1])
@@ -102,7 +102,7 @@ def test_columns_of_mixed_types_are_texts(tmp_path: Path, values: list[object], 
 
 
 def test_columns_that_change_their_type_between_batches_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.store.changes.BATCH", 2)
+    monkeypatch.setattr("embedcache.store.indexing.BATCH", 2)
     samples = [Sample(key=f"k{number}", columns={"x": value}) for number, value in enumerate([1, 2, "b", "c"])]
     with pytest.raises(SourceError, match="a column of the source changes its type between samples: .*x"):
         index(Rows(samples), tmp_path / "c")

@@ -11,8 +11,7 @@ import pytest
 
 from embedcache.errors import UnfinishedError
 from embedcache.files import open_path, remove_partials
-from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, open_group
+from embedcache.store.feature import EncoderGroup, Feature, open_group
 from embedcache.store.layout import read_info
 from embedcache.store.transaction import find_transactions, finish, is_complete, replacing_together
 from embedcache.store.writer import add_feature, commit_chunk

@@ -14,7 +14,7 @@ from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.provenance import DERIVED, read_json
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.store.group import create_group
+from embedcache.store.feature import create_group
 from embedcache.store.layout import INTERRUPTED_REMOVAL, fit_path
 from embedcache.store.removal import remove_rows
 from embedcache.store.verify import verify

@@ -17,8 +17,7 @@ from embedcache.provenance import IMPORTED
 from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING
-from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, create_group
+from embedcache.store.feature import EncoderGroup, Feature, create_group
 from embedcache.store.layout import TableVersion, read_info, write_info
 from embedcache.store.writer import add_feature, chunk_files, commit_chunk, withdraw
 from tests.crash import start_call

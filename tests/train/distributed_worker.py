@@ -9,8 +9,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from embedcache.arrays import Inputs, Ints
-from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
+from embedcache.dataset.selections import HardNegatives
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train import losses
 from embedcache.train.batches import Batch

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from embedcache.curate.negatives import mine_negatives
-from embedcache.dataset.negatives import read_negatives
+from embedcache.dataset.selections import read_negatives
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.runs import Run

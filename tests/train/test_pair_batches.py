@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Array, Inputs
-from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
+from embedcache.dataset.selections import HardNegatives
 from embedcache.errors import SettingError
 from embedcache.store.cache import Cache
 from embedcache.train.data import DrawnViews, open_data

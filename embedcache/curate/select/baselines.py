@@ -9,8 +9,7 @@ from pydantic import Field
 
 from embedcache.arrays import Array, Floats, Ints
 from embedcache.curate.select.pool import Pool, compute_cosines, whole_samples
-from embedcache.dataset.scores import Score
-from embedcache.dataset.selections import Selection
+from embedcache.dataset.selections import Score, Selection
 from embedcache.errors import DataError, SettingError
 from embedcache.modalities import name_pair
 from embedcache.search.concepts import Concepts

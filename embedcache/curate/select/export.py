@@ -22,9 +22,8 @@ from embedcache.samples import FileItem, Source, TextItem
 from embedcache.sources.files import MEDIA_SUFFIXES, to_sidecar
 from embedcache.sources.open import reopen_source
 from embedcache.sources.table import INTERVAL_NAMES
-from embedcache.store.cache import Cache
+from embedcache.store.cache import Cache, key_column
 from embedcache.store.commits import has_failed
-from embedcache.store.rows import key_column
 from embedcache.store.tables import BLOCK
 
 Format: TypeAlias = Literal["datacomp", "keys", "webdataset"]

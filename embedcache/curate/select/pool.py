@@ -8,8 +8,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Floats, Ints, concatenated_ranges, distinct
 from embedcache.curate.settings import SelectSettings
-from embedcache.dataset.scores import Score, read_scores
-from embedcache.dataset.selections import read_selection
+from embedcache.dataset.selections import Score, read_scores, read_selection
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.files import AnyPath

@@ -15,8 +15,7 @@ from embedcache.arrays import Floats, normalize
 from embedcache.curate.score import best_per_sample, read_head, score
 from embedcache.curate.select.select import select
 from embedcache.curate.settings import ScoreSettings, SelectSettings
-from embedcache.dataset.scores import read_scores
-from embedcache.dataset.selections import read_selection
+from embedcache.dataset.selections import read_scores, read_selection
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.reports.scores import write_score_page
