@@ -11,13 +11,13 @@ import pyarrow as pa
 from embedcache.arrays import Bools, Floats, Ints, distinct
 from embedcache.curate.settings import LeakSettings
 from embedcache.dataset.inputs import InputFeature, NamedFeatures, features_by_modality, open_input
-from embedcache.dataset.matches import ItemSet, find_equal, find_near
+from embedcache.dataset.matches import ItemSet, NearItems, find_equal, find_near
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, SettingError, quoted
 from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, noun, order_pair
-from embedcache.neighbors.pairs import Recall, cosine_limit
+from embedcache.neighbors.pairs import cosine_limit
 from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import name_differences
@@ -50,14 +50,7 @@ class ModalityLeaks:
     is_copy: Bools  # (Q,)
     train_cosines: Floats  # (C,) largest cosine of each training item to a test item that it was compared with
     train_is_copy: Bools  # (C,)
-    num_clusters: int | None  # 1 if all pairs were compared; None if only copies were searched
-    complete: float | None  # fraction of test items whose near borders were all crossed
-    recall: Recall | None  # of the near-duplicates of drawn test items; None if all pairs or only copies were compared
-
-    @property
-    def is_compared(self) -> bool:
-        """Whether copies were searched: the hashes of imported vectors are not those of files."""
-        return self.reason != _OTHER_HASHES
+    near: NearItems | None  # how completely near-duplicates were searched; None if only copies were
 
     @property
     def is_leaked(self) -> Bools:
@@ -96,13 +89,13 @@ class ModalityLeaks:
             "cosine": self.cosine,
             "num_test_items": len(self.test.rows),
             "num_train_items": len(self.train.rows),
-            "num_samples_copied": len(self.copied_samples) if self.is_compared else None,
-            "num_samples_leaked": len(self.leaked_samples) if self.is_compared else None,
-            "num_train_samples": len(self.train_samples) if self.is_compared else None,
+            "num_samples_copied": len(self.copied_samples),
+            "num_samples_leaked": len(self.leaked_samples),
+            "num_train_samples": len(self.train_samples),
             "highest_cosine": self.highest,
-            "num_clusters": self.num_clusters,
-            "complete": self.complete,
-            "recall": None if self.recall is None else self.recall.to_json(),
+            "num_clusters": self.near.num_clusters if self.near else None,
+            "complete": self.near.complete if self.near else None,
+            "recall": self.near.recall.to_json() if self.near and self.near.recall else None,
         }
 
 
@@ -192,7 +185,8 @@ def find_leaks(
         UnknownNameError: there is no such feature.
         UnfinishedError: chunks of a feature are missing.
     """
-    settings, progress = merge_settings(LeakSettings, settings, options), to_progress(progress)
+    settings = merge_settings(LeakSettings, settings, options)
+    progress = to_progress(progress)
     train, test = Cache(train), Cache(test)
     if train.info.has_rows_of(test.info.index_digest):
         raise SettingError(
@@ -200,19 +194,16 @@ def find_leaks(
             "the same samples"
         )
     common = [name for name in order_pair(MODALITIES) if train.features(name) and test.features(name)]
+    for name in [name for name in common if _are_vectors_hashed(train, name) != _are_vectors_hashed(test, name)]:
+        progress.note(f"{noun(name)} are not compared: {_OTHER_HASHES}")
+        common.remove(name)
     if not common:
-        train_has, test_has = (
-            " and ".join(noun(name) for name in MODALITIES if cache.features(name)) or "nothing"
-            for cache in (train, test)
-        )
         raise DataError(
-            f"expected caches with a modality in common, got features of {train_has} in {train.path} and of "
-            f"{test_has} in {test.path}"
+            f"{train.path} and {test.path}: expected features of one modality, and hashes of files or of vectors in "
+            "both, got none in common"
         )
     named = _named_features(train, feature, common)
     chosen = [_choose_features(train, test, name, named.get(name), settings) for name in common]  # all before the work
-    if all(reason == _OTHER_HASHES for _, _, reason in chosen):
-        raise DataError(f"{train.path} and {test.path} have no items to compare: {_OTHER_HASHES}")
     leaks = [
         _find_leaks(_open_items(train, train_feature), _open_items(test, test_feature), reason, settings, progress)
         for train_feature, test_feature, reason in chosen
@@ -258,8 +249,8 @@ def _find_leaks(
     copies, train_is_copy = find_equal(test_set, train_set)
     is_copy: Bools = copies >= 0
     train_rows = copies
-    cosines = np.full(len(is_copy), -np.inf, np.float32)
-    train_cosines = np.full(len(train_is_copy), -np.inf, np.float32)
+    cosines: Floats = np.full(len(is_copy), -np.inf, np.float32)
+    train_cosines: Floats = np.full(len(train_is_copy), -np.inf, np.float32)
     near = None
     if reason is None and cosine is not None:
         near = find_near(
@@ -273,9 +264,8 @@ def _find_leaks(
             device=settings.device,
             progress=progress,
         )
-        closest_rows = np.append(train_set.items.rows, -1)[near.closest.rows]  # -1 stays -1
-        train_rows = np.where(is_copy, copies, closest_rows)
-        cosines = near.closest.sims
+        train_rows = np.where(is_copy, copies, np.append(train_set.items.rows, -1)[near.closest])  # -1 stays -1
+        cosines = near.sims
         train_cosines = near.other_sims
     return ModalityLeaks(
         modality=modality,
@@ -289,9 +279,7 @@ def _find_leaks(
         is_copy=is_copy,
         train_cosines=np.where(train_is_copy, np.float32(1), train_cosines),
         train_is_copy=train_is_copy,
-        num_clusters=near.num_clusters if near else None,
-        complete=near.complete if near else None,
-        recall=near.recall if near else None,
+        near=near,
     )
 
 
@@ -300,9 +288,7 @@ def _choose_features(
 ) -> tuple[InputFeature, InputFeature, str | None]:
     """Open a feature of both caches; without a limit or of different encoders, return why only hashes are compared."""
     reason = None
-    if _are_vectors_hashed(train, modality) != _are_vectors_hashed(test, modality):
-        reason = _OTHER_HASHES
-    elif modality not in settings.cosines:
+    if modality not in settings.cosines:
         reason = _NO_LIMIT
     elif name is None:
         name = _common_feature(train, test, modality)
@@ -317,7 +303,7 @@ def _choose_features(
             differ = "; ".join(differences[:2]) or "the features differ"
             reason = f"{names[0]} in training and {names[1]} in test are of different encoders ({differ})"
     are_imported = all(cache.info.source.get("type") == IMPORTED_SOURCE for cache in (train, test))
-    if reason is not None and reason not in (_OTHER_HASHES, _NO_LIMIT) and are_imported:
+    if reason is not None and reason != _NO_LIMIT and are_imported:
         reason += f"; {IMPORT_TOGETHER}"
     return opened[0], opened[1], reason
 

@@ -24,7 +24,7 @@ from embedcache.derive.rules import principal_components
 from embedcache.errors import CorruptError
 from embedcache.files import AnyPath, replacing
 from embedcache.modalities import noun
-from embedcache.neighbors.knn import find_closest, knn
+from embedcache.neighbors.knn import knn
 from embedcache.outputs import read_metadata, to_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments
@@ -179,10 +179,10 @@ def _place_items(
     progress.start("placing on the map", len(rows_N), noun(vectors.modality))
     for block in blocks(len(rows_N), _BLOCK):
         vectors_BP = vectors.read(rows_N[block])
-        closest = find_closest(vectors_BP, [centroids_CP])
+        clusters_B1, cosines_B1 = knn(vectors_BP, centroids_CP, 1)
         points.append(place(vectors_BP))
-        clusters.append(closest.rows)
-        cosines.append(closest.sims)
+        clusters.append(clusters_B1[:, 0])
+        cosines.append(cosines_B1[:, 0])
         progress.advance(len(vectors_BP))
     progress.finish()
     return _to_unit_square(np.concatenate(points)), np.concatenate(clusters), np.concatenate(cosines)
@@ -340,8 +340,8 @@ def _find_concepts(concepts: Concepts, vectors: Vectors, rows_N: Ints, fitted_FP
     thresholds_C = np.where(background.scale.separates, background.thresholds, np.inf)
     found = []
     for block in blocks(len(rows_N), _BLOCK):
-        closest = find_closest(vectors.read(rows_N[block]), [concepts.vectors])
-        found.append(np.where(closest.sims > thresholds_C[closest.rows], closest.rows, -1))
+        concepts_B1, cosines_B1 = knn(vectors.read(rows_N[block]), concepts.vectors, 1)
+        found.append(np.where(cosines_B1 > thresholds_C[concepts_B1], concepts_B1, -1)[:, 0])
     return np.concatenate(found)
 
 

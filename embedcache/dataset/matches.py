@@ -19,7 +19,7 @@ from embedcache.dataset.vectors import ItemVectors
 from embedcache.devices import products_on
 from embedcache.modalities import noun
 from embedcache.neighbors.clusters import Arranged, arrange, find_clusters
-from embedcache.neighbors.knn import Closest
+from embedcache.neighbors.knn import KBest
 from embedcache.neighbors.pairs import GroupCollector, Recall, cosine_limit, draw_probes, measure_recall
 from embedcache.progress import NullProgress, Progress
 
@@ -72,7 +72,8 @@ def find_equal(items: ItemSet, others: ItemSet) -> tuple[Ints, Bools]:
 class NearItems:
     """The closest pairs of Q items and C others, of the pairs that were compared."""
 
-    closest: Closest  # other item of each item, by its position among the others
+    closest: Ints  # (Q,) closest other item of each item, by its position among the others; -1 if compared with none
+    sims: Floats  # (Q,) similarity to it; -inf if it was compared with none
     other_sims: Floats  # (C,) similarity of each other item to the closest item; -inf if it was compared with none
     num_clusters: int  # 1 if all pairs were compared
     complete: float  # fraction of items whose near borders were all crossed; 1 means that no pair is missing
@@ -112,7 +113,7 @@ def find_near(
     if all_pairs is None:
         all_pairs = num_items * num_others * queries.width <= ALL_PAIRS_LIMIT
     clusters = find_clusters(queries, cosine, all_pairs=all_pairs, seed=seed, progress=progress)
-    closest = Closest(num_items)
+    best = KBest(num_items, 1)
     other_sims = np.full(num_others, -np.inf, np.float32)
     probes = draw_probes(np.arange(num_items) if is_probe is None else np.flatnonzero(is_probe), seed)
     is_drawn = np.zeros(num_items, bool)
@@ -129,14 +130,15 @@ def find_near(
                 num_pairs += int((products(probes_QP, others_BP) >= limit).sum())
             for tile in arranged.tiles_with(others_BP, products):
                 num_found += int((tile.cosines[is_drawn[tile.left]] >= limit).sum())
-                closest.add(tile.left, tile.right + start, tile.cosines)
+                best.add_block(tile.left, tile.right + start, tile.cosines)
                 sims_R = other_sims[tile.right + start]
                 other_sims[tile.right + start] = np.maximum(sims_R, tile.cosines.max(axis=0))
             start += len(others_BP)
             progress.advance(len(others_BP))
         progress.finish()
     return NearItems(
-        closest=closest,
+        closest=best.numbers[:, 0].astype(np.int64),
+        sims=best.scores[:, 0],
         other_sims=other_sims,
         num_clusters=arranged.num_clusters,
         complete=clusters.complete,

@@ -100,7 +100,7 @@ def find_overlap(
             copies, _ = find_equal(item_set, other)
             exact |= set(item_set.items.samples[copies >= 0].tolist())
             found = find_near(part, other, cosines[modality], all_pairs=True, progress=progress or NullProgress())
-            near |= set(part.items.samples[found.closest.sims > cosines[modality]].tolist())
+            near |= set(part.items.samples[found.sims > cosines[modality]].tolist())
     return Overlap(
         num_samples=len(samples),
         exact=len(exact),

@@ -67,8 +67,8 @@ class KBest:
         is_candidate_UR: Bools = scores_UR >= self.scores[rows_U, -1:]
         many = np.flatnonzero(np.count_nonzero(is_candidate_UR, axis=1) > _FEW * k)
         if len(many):
-            lowest_M1 = np.partition(scores_UR[many], -k, axis=1)[:, [-k]]
-            is_candidate_UR[many] &= scores_UR[many] >= lowest_M1
+            lowest_M = scores_UR[many].max(axis=1) if k == 1 else np.partition(scores_UR[many], -k, axis=1)[:, -k]
+            is_candidate_UR[many] = scores_UR[many] >= lowest_M[:, None]
         return is_candidate_UR
 
     def _merge(self, rows_U: Ints, place_M: Ints, numbers_M: Ints, scores_M: Floats) -> None:
@@ -162,48 +162,3 @@ def knn_of_blocks(
     places_QK, sims_QK = knn(queries_QP, vectors(), k, products=products)
     rows_N = np.concatenate(rows)
     return rows_N[places_QK[:, : len(rows_N)]], sims_QK[:, : len(rows_N)]
-
-
-class Closest:
-    """The closest of the candidates so far of each of N rows; of equally close ones the first that was added.
-
-    Attributes:
-        rows: (N,) int64, the closest candidate; -1 without candidates.
-        sims: (N,) float32, its similarity; -inf without candidates.
-    """
-
-    def __init__(self, num_rows: int) -> None:
-        self.rows: Ints = np.full(num_rows, -1, np.int64)
-        self.sims: Floats = np.full(num_rows, -np.inf, np.float32)
-
-    def add(self, rows_B: Ints, numbers_R: Ints, sims_BR: Floats) -> None:
-        """Add R candidates, at least one, of each of B different rows."""
-        column_B = sims_BR.argmax(axis=1)
-        sims_B = sims_BR[np.arange(len(rows_B)), column_B]
-        is_closer = sims_B > self.sims[rows_B]
-        self.rows[rows_B[is_closer]] = numbers_R[column_B[is_closer]]
-        self.sims[rows_B[is_closer]] = sims_B[is_closer]
-
-
-def find_closest(queries_QP: Floats, candidates: Iterable[Floats], *, products: Products = dot_products) -> Closest:
-    """Find the closest candidate of each query.
-
-    Memory: a block of candidates, its product with 1,024 queries, and the result.
-
-    Args:
-        candidates: blocks of (B, P) float32 rows; rows are counted across blocks.
-        products: computes dot products, perhaps on a GPU.
-
-    Example:
-        >>> eye = np.eye(3, dtype=np.float32)
-        >>> find_closest(eye[:2], [eye[2:], 0.5 * eye[:1]]).rows.tolist()
-        [1, 0]
-    """
-    closest = Closest(len(queries_QP))
-    start = 0
-    for block_BP in candidates:
-        numbers = np.arange(start, start + len(block_BP))
-        for tile in blocks(len(queries_QP) if len(block_BP) else 0, _TILE):
-            closest.add(np.arange(tile.start, tile.stop), numbers, products(queries_QP[tile], block_BP))
-        start += len(block_BP)
-    return closest

@@ -50,15 +50,13 @@ def leak_notes(leaks: LeakReport) -> list[str]:
 
 
 def _search_note(leak: ModalityLeaks) -> str | None:
-    if not leak.is_compared:
-        return f"not compared: {leak.reason}"
     if leak.reason:
         return f"searched for copies only: {leak.reason}"
-    if leak.recall is None:
+    if leak.near is None or leak.near.recall is None:
         return None
-    recall = leak.recall
+    recall = leak.near.recall
     pairs = f"found {recall.num_found:,} of the {recall.num_pairs:,} pairs of {recall.num_items:,} sampled test items"
-    return f"{leak.num_clusters:,} clusters {pairs}"
+    return f"{leak.near.num_clusters:,} clusters {pairs}"
 
 
 def leak_table(leaks: LeakReport) -> Table:
@@ -67,11 +65,11 @@ def leak_table(leaks: LeakReport) -> Table:
     rows = [
         [
             f"{len(leak.test.rows):,} × {len(leak.train.rows):,} {noun(leak.modality)}",
-            leak.feature or ("hashes only" if leak.is_compared else "none"),
+            leak.feature or "hashes only",
             f"{leak.cosine:g}" if leak.feature and leak.cosine is not None else "",
-            format_count(len(leak.copied_samples)) if leak.is_compared else "unknown",
+            format_count(len(leak.copied_samples)),
             format_count(len(leak.leaked_samples)) if leak.feature else "unknown",
-            format_count(len(leak.train_samples)) if leak.is_compared else "unknown",
+            format_count(len(leak.train_samples)),
             format_fraction(leak.highest),
         ]
         for leak in leaks.leaks

@@ -25,7 +25,7 @@ from embedcache.dataset.splits import Split, draw_groups, write_split
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import write_atomic
 from embedcache.maintain.copy import cut_cache
-from embedcache.neighbors.knn import find_closest
+from embedcache.neighbors.knn import knn
 from embedcache.reports.coverage import coverage_json, write_coverage_page
 from embedcache.reports.dedup import comparison_line, threshold_json, write_threshold_page
 from embedcache.reports.leaks import leak_line, write_leak_page
@@ -323,6 +323,6 @@ def _near(feature: Any, items: Items, rows: Ints, others: Ints, cosine: float) -
     candidates_CP = to_unit_vectors(feature.read(items.select(others).rows))
     found = []
     for block in blocks(len(queries.rows), 4096):
-        closest = find_closest(to_unit_vectors(feature.read(queries.rows[block])), [candidates_CP])
-        found.append(queries.samples[block][closest.sims > cosine])
+        _, closest_B1 = knn(to_unit_vectors(feature.read(queries.rows[block])), candidates_CP, 1)
+        found.append(queries.samples[block][closest_B1[:, 0] > cosine])
     return np.unique(np.concatenate(found))

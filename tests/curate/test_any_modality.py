@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.curate.dedup import dedup
-from embedcache.curate.leaks import find_leaks
 from embedcache.curate.outliers import find_outliers
 from embedcache.curate.select.select import SELECTORS, select
-from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
+from embedcache.errors import DataError, PathError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.registry import plugin_name
 from embedcache.search.index import build_index
@@ -291,13 +290,3 @@ def test_leaks_of_near_duplicates(made: Made, tmp_path: Path) -> None:
     assert leak["feature"] == made.feature
     kept = pq.read_table(tmp_path / "clean.parquet")["key"].to_pylist()
     assert {"03", "18", "07"}.isdisjoint(kept)
-
-
-@of_sounds
-def test_features_of_leaks_are_of_common_modalities(made: Made) -> None:
-    with pytest.raises(SettingError, match="video"):
-        find_leaks(made.train, made.test, feature={"video": "open_media/mean"})
-    with pytest.raises(SettingError, match="a and b"):
-        find_leaks(made.train, made.test, feature={"text": ["a", "b"]})
-    with pytest.raises(UnknownNameError, match="mea"):
-        find_leaks(made.train, made.test, feature={"audio": "open_media/mea"})

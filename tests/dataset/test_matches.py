@@ -36,7 +36,7 @@ def find(sets: tuple[ItemSet, ItemSet], **options: Any) -> NearItems:
 
 def near(found: NearItems) -> tuple[list[int], list[int]]:
     """Items and other items that have a near-duplicate."""
-    sims = found.closest.sims, found.other_sims
+    sims = found.sims, found.other_sims
     return np.flatnonzero(sims[0] >= LIMIT).tolist(), np.flatnonzero(sims[1] >= LIMIT).tolist()
 
 
@@ -48,19 +48,19 @@ def test_closest_pairs_equal_brute_force(
     sets = made_sets(tmp_path, vectors[:num_test], vectors[num_test:])
     cosines = vectors[:num_test] @ vectors[num_test:].T
     exact = find(sets, all_pairs=True)
-    assert exact.closest.rows.tolist() == cosines.argmax(axis=1).tolist()
-    np.testing.assert_allclose(exact.closest.sims, cosines.max(axis=1), atol=1e-6)
+    assert exact.closest.tolist() == cosines.argmax(axis=1).tolist()
+    np.testing.assert_allclose(exact.sims, cosines.max(axis=1), atol=1e-6)
     np.testing.assert_allclose(exact.other_sims, cosines.max(axis=0), atol=1e-6)
     assert (exact.num_clusters, exact.complete, exact.recall) == (1, 1, None)
 
     monkeypatch.setattr(module, "_BATCH", 64)
     found = find(sets, all_pairs=False)
     assert near(found) == near(exact)  # so few clusters that every border is crossed
-    is_near = exact.closest.sims >= LIMIT
-    assert found.closest.rows[is_near].tolist() == exact.closest.rows[is_near].tolist()
+    is_near = exact.sims >= LIMIT
+    assert found.closest[is_near].tolist() == exact.closest[is_near].tolist()
     assert found.recall is not None
     assert found.recall.num_found == found.recall.num_pairs == pytest.approx((cosines >= LIMIT).sum(), abs=1)
-    assert ((found.closest.rows >= 0) == np.isfinite(found.closest.sims)).all()
+    assert ((found.closest >= 0) == np.isfinite(found.sims)).all()
 
 
 def test_recall_is_that_of_drawn_items(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_first_of_equal_items_is_found(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "_BATCH", 100)
     vectors = made_vectors(160, 2)
     sets = made_sets(tmp_path, vectors[:60], np.tile(vectors[60:], (3, 1)))
-    assert find(sets, all_pairs=all_pairs).closest.rows.max() < 100
+    assert find(sets, all_pairs=all_pairs).closest.max() < 100
 
 
 def test_equal_items_are_found_by_hash(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints
 from embedcache.neighbors import knn as module
-from embedcache.neighbors.knn import KBest, find_closest, knn, knn_of_blocks
+from embedcache.neighbors.knn import KBest, knn, knn_of_blocks
 
 
 def sort_best(scores_QC: Floats, k: int) -> tuple[Ints, Floats]:
@@ -72,18 +72,6 @@ def test_few_of_many_candidates_are_kept_by_partition() -> None:
     assert best.numbers.tolist() == sort_best(scores, 2)[0].tolist()
 
 
-@given(st.integers(0, 9), st.lists(st.integers(0, 7), max_size=4), st.integers(0, 99), st.integers(1, 5))
-def test_closest_is_the_first_of_a_sort(num_queries: int, sizes: list[int], seed: int, tile: int) -> None:
-    rng = np.random.default_rng(seed)
-    queries = rng.integers(-2, 3, (num_queries, 3)).astype(np.float32)
-    blocks = [rng.integers(-2, 3, (size, 3)).astype(np.float32) for size in sizes]
-    with patch.object(module, "_TILE", tile):
-        found = find_closest(queries, blocks)
-    rows, sims = sort_best(queries @ np.concatenate([np.empty((0, 3), np.float32), *blocks]).T, 1)
-    assert found.rows.tolist() == rows[:, 0].tolist()
-    assert np.array_equal(found.sims, sims[:, 0])
-
-
 def test_blocks_name_their_rows() -> None:
     eye = np.eye(5, dtype=np.float32)
     given_blocks = [(np.array([3, 7]), eye[:2]), (np.empty(0, np.int64), eye[:0]), (np.array([8, 9, 20]), eye[2:])]
@@ -102,5 +90,4 @@ def test_products_of_tiles_are_held_at_once() -> None:
     one, many, wide = (np.ones((count, 1), np.float32) for count in (1, 1025, 4097))
     knn(many, one, 1, products=products)
     knn(one, wide, 1, products=products)
-    find_closest(many, [one], products=products)
-    assert shapes == [(1024, 1), (1, 1), (1, 4096), (1, 1), (1024, 1), (1, 1)]
+    assert shapes == [(1024, 1), (1, 1), (1, 4096), (1, 1)]

@@ -1,6 +1,6 @@
 """Methods on vectors alone: DataComp's image-based filter, hierarchical k-means, and the greedy k-center coreset."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +12,7 @@ from embedcache.dataset.selections import Selection
 from embedcache.dataset.vectors import Vectors
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
-from embedcache.neighbors.knn import find_closest
+from embedcache.neighbors.knn import knn
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.faiss_index import spherical_kmeans
 
@@ -42,13 +42,13 @@ def image_based(
     drawn = pool.sample(_TRAINING_PER_CLUSTER * num_clusters, seed=seed)
     centroids_CP = find_centroids(drawn, num_clusters, seed=seed, progress=pool.progress, device=device)
     target_blocks = target.blocks("assigning the target to clusters", pool.progress)
-    target_T = _nearest_centroids((vectors for _, vectors in target_blocks), centroids_CP)
+    target_T = np.concatenate([_nearest_centroids(vectors_BP, centroids_CP) for _, vectors_BP in target_blocks])
 
     item_samples = []
     item_clusters = []
     for samples_B, vectors_BP in pool.blocks("assigning to clusters"):
         item_samples.append(samples_B)
-        item_clusters.append(find_closest(vectors_BP, [centroids_CP]).rows)
+        item_clusters.append(_nearest_centroids(vectors_BP, centroids_CP))
     selected_S, cluster_S = find_near_target(np.concatenate(item_samples), np.concatenate(item_clusters), target_T)
 
     if budget is not None:
@@ -64,8 +64,9 @@ def image_based(
     return Selection(rows=selected_S, columns={"cluster": cluster_S, "num_target_items": counts_C[cluster_S]})
 
 
-def _nearest_centroids(vectors: Iterable[Floats], centroids_CP: Floats) -> Ints:
-    return np.concatenate([find_closest(vectors_BP, [centroids_CP]).rows for vectors_BP in vectors])
+def _nearest_centroids(vectors_NP: Floats, centroids_CP: Floats) -> Ints:
+    nearest_N1, _ = knn(vectors_NP, centroids_CP, 1)
+    return nearest_N1[:, 0]
 
 
 def find_near_target(samples_N: Ints, clusters_N: Ints, target_T: Ints) -> tuple[Ints, Ints]:
@@ -136,7 +137,7 @@ def hierarchical(
 
     parts = (pool.vectors.read(rows_S[block]) for block in blocks(len(rows_S), _BLOCK))
     shown = watch(parts, pool.progress, "assigning to clusters", len(rows_S), "samples")
-    leaf_S = _nearest_centroids(shown, centroids)
+    leaf_S = np.concatenate([_nearest_centroids(vectors_BP, centroids) for vectors_BP in shown])
     labels_SL = build_tree(leaf_S, centroids, sizes[1:], seed=seed, device=device)
     chosen = draw_balanced(labels_SL, budget, seed=seed)
 
@@ -158,7 +159,7 @@ def build_tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed
     labels = [leaf_S]
     for size in sizes:
         above_CP = find_centroids(centroids_CP, size, seed=seed, progress=NullProgress(), device=device)
-        labels.append(find_closest(centroids_CP, [above_CP]).rows[labels[-1]])
+        labels.append(_nearest_centroids(centroids_CP, above_CP)[labels[-1]])
         centroids_CP = above_CP
     return np.stack(labels, axis=1)
 
