@@ -13,7 +13,7 @@ from embedcache.arrays import Array, Floats, Inputs, check_finite, normalize, to
 from embedcache.dataset.inputs import to_inputs
 from embedcache.dataset.raw_items import ItemLike, item_name, list_items, prepare_item
 from embedcache.devices import AUTO, torch_device
-from embedcache.encoders.base import Modality, background_of
+from embedcache.encoders.base import Modality
 from embedcache.encoders.open import EncoderSpec, why_no_encoder
 from embedcache.encoders.views import FeatureEncoder, open_feature_encoder
 from embedcache.errors import DataError, SettingError
@@ -22,7 +22,7 @@ from embedcache.modalities import list_distinct, list_texts
 from embedcache.modeling.heads import AnyTower, TokenTower
 from embedcache.projectors.base import project
 from embedcache.runs import PAIR, Run
-from embedcache.sources.images import ImageLike, list_images, load_image
+from embedcache.sources.images import ImageLike
 
 PairedItems: TypeAlias = ImageLike | ItemLike | Sequence[ImageLike | ItemLike]
 """One item, or N items, of a modality that a run pairs with texts."""
@@ -110,19 +110,18 @@ class Model:
         EXIF orientation, transparency and color modes are handled as in extraction.
 
         Args:
-            images: one image, or N: paths, open PIL images, tensors or arrays; see `ImageLike`.
+            images: one image, or N: paths, bytes of files, or open PIL images.
 
         Returns:
             (N, P) float32, rows of length 1; a single image gives (1, P), an empty list (0, P).
 
         Raises:
             PathError: a file does not exist.
-            DataError: an image cannot be decoded, or it is no image or no RGB tensor; the message names it.
+            DataError: an image cannot be decoded, or it is no image; the message names it.
             FingerprintError: the encoder is not the one whose features the run was trained on.
             MissingExtraError: the encoder's package is not installed.
         """
-        encoder, listed = self._encoder("image"), list_images(images)
-        return encoder.encode(len(listed), lambda rows: encoder.prepare(list(map(encoder.load_image, listed[rows]))))
+        return self.encode(images, "image")
 
     def encode_text(self, texts: str | Sequence[str]) -> Floats:
         """Embed texts, one batch of the encoder at a time; spaces around them are left out, as of captions.
@@ -144,9 +143,8 @@ class Model:
         """Embed items of either modality of the run, texts unless another is named, one batch at a time.
 
         Args:
-            items: one item, or N: images and texts as in `encode_image` and `encode_text`; others as the path or the
-                bytes of a file, or decoded: (n,) float32 mono samples in [-1, 1] at 16 kHz, a `Video`, or arrays of
-                points by name.
+            items: one item, or N: texts as in `encode_text`; others as the path or the bytes of a file, or decoded: an
+                open PIL image, (n,) float32 mono samples in [-1, 1] at 16 kHz, a `Video`, or arrays of points by name.
             modality: one of the two of the run, such as `audio`.
 
         Returns:
@@ -157,8 +155,6 @@ class Model:
             DataError: the run does not have the modality, or an item, which is named, cannot be decoded or encoded.
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
-        if modality == "image":
-            return self.encode_image(items)
         if modality == "text":
             return self.encode_text(items)
         encoder, listed = self._encoder(modality), list_items(items)
@@ -282,10 +278,6 @@ class ProjectedEncoder:
     source: FeatureEncoder
     tower: AnyTower
     device: str
-
-    def load_image(self, image: ImageLike) -> Any:
-        """Return an image as RGB, on the background that the encoder's images have."""
-        return load_image(image, background_of(self.source.encoder.fingerprint.preprocessing))
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
         """Convert RGB images or texts to the encoder's inputs, one array per item."""

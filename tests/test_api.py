@@ -104,15 +104,6 @@ def test_embedding_shapes(image_folder: Path, run_path: Path) -> None:
     assert model.scale > 1
 
 
-def test_images_may_be_arrays_and_tensors(image_folder: Path, run_path: Path) -> None:
-    model, paths = embedcache.load(run_path), sorted(image_folder.glob("*.png"))[:3]
-    expected, pixels = model.encode_image(paths), [np.asarray(Image.open(path).convert("RGB")) for path in paths]
-    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # (3, 3, H, W)
-    for images in (pixels, np.stack(pixels), batch, batch / 255, list(batch)):
-        np.testing.assert_allclose(model.encode_image(images), expected, atol=1e-6)
-    np.testing.assert_allclose(model.encode_image(batch[0]), expected[:1], atol=1e-6)
-
-
 def test_classes_without_training(image_folder: Path, run_path: Path) -> None:
     model, paths = embedcache.load(run_path), sorted(image_folder.glob("*.png"))[:3]
     names = ("red bar", "green bar", "blue bar")
@@ -138,15 +129,11 @@ def test_classes_without_training(image_folder: Path, run_path: Path) -> None:
     ("image", "word"),
     [
         ("missing.png", "exist"),
-        (ROOT, "folder"),
+        (ROOT, "not a file"),
         (__file__, "not an image"),
-        (torch.zeros(4, 8, 8), "3, H, W"),
-        (torch.full((3, 8, 8), 2.0), "normalize"),
-        (np.zeros((3, 8, 8), np.uint8), "H, W, 3"),
-        (np.zeros((8, 8, 3), np.int64), "int64"),
-        (np.zeros((0, 8, 3), np.uint8), "pixel"),
+        (torch.zeros(3, 8, 8), "Tensor"),
         ([None], "None"),
-        (b"bytes", "bytes"),
+        (b"bytes", "not an image"),
     ],
 )
 def test_invalid_images_raise(run_path: Path, image: Any, word: str) -> None:

@@ -71,7 +71,7 @@ def use(cache: embedcache.Cache) -> None:
     model = embedcache.load("run")
     vectors = model.encode(["a dog", "a cat"])
     rows: int = model.similarity(["a.jpg"], "a dog").shape[0] + model.similarity(vectors, torch.zeros(2, 8)).shape[0]
-    images: np.ndarray = model.encode_image(torch.zeros(2, 3, 8, 8))
+    images: np.ndarray = model.encode_image(["a.jpg", b"bytes"])
     best: list[str] = model.classify("a.jpg", ["cat", "dog"], template="a photo of a {}").best
     print(rows, images, best)
     for batch in DataLoader(embedcache.PairDataset(cache, part="train", split="key"), batch_size=2):

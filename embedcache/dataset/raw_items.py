@@ -12,12 +12,12 @@ from embedcache.encoders.base import Encoder, background_of
 from embedcache.encoders.views import FeatureEncoder
 from embedcache.errors import DataError, ItemError, PathError
 from embedcache.modalities import MODALITIES
-from embedcache.sources.images import load_image
+from embedcache.modeling.images import PixelError, rgb_image
 from embedcache.sources.media import Video, check_audio
 
 ItemLike: TypeAlias = str | Path | bytes | Image | Array | Video | Mapping[str, Array]
-"""An item: the path or the bytes of a file, or decoded: an image as in `ImageLike`, (n,) float32 mono samples in [-1,
-1] at 16 kHz, a `Video`, or arrays of points by name."""
+"""An item: the path or the bytes of a file, or decoded: an open PIL image, (n,) float32 mono samples in [-1, 1] at 16
+kHz, a `Video`, or arrays of points by name."""
 
 _ONE = (str, Path, bytes, Image, np.ndarray, Video, Mapping)
 
@@ -49,7 +49,7 @@ def prepare_item(item: ItemLike, name: str, encoder: FeatureEncoder) -> Array:
         if isinstance(item, str | Path):
             item = Path(item).read_bytes()
         return encoder.prepare([_decode(item, encoder.encoder, name)])[0]
-    except (DataError, ItemError) as error:
+    except (DataError, ItemError, PixelError) as error:
         if str(error).startswith(f"{name}: "):
             raise
         raise DataError(f"{name}: {error}") from error
@@ -61,7 +61,9 @@ def _decode(item: Any, encoder: Encoder, name: str) -> Any:
         decode = MODALITIES[modality].load_decoder()
         return decode(item, background=color) if modality == "image" else decode(item)
     if modality == "image":
-        return load_image(item, color)
+        if not isinstance(item, Image):
+            raise DataError(f"{name}: expected a path, bytes or an open PIL image, got {type(item).__name__}")
+        return rgb_image(item, color)
     if modality == "audio":
         return check_audio(item, name)
     if modality == "video" and not isinstance(item, Video):

@@ -13,12 +13,12 @@ from embedcache.arrays import Floats
 from embedcache.encoders.base import Modality
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.inference import open_projected_encoder
+from embedcache.modeling.images import rgb_image
 from embedcache.projectors.base import split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.provenance import DERIVED
 from embedcache.runs import PAIR, Run, RunInput
 from embedcache.settings import replace_fields
-from embedcache.sources.images import load_image
 
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
 """Modalities of the formats that include encoders."""
@@ -69,7 +69,7 @@ class ExportRun:
         """Embed the example images or texts with the run's own encoder, in float32: (N, P) float32 unit vectors."""
         if modality not in self._examples:
             encoder = open_projected_encoder(modality, _in_float32(self.trained))
-            items: Sequence[Any] = [load_image(image) for image in example_images()] if modality == "image" else TEXTS
+            items: Sequence[Any] = [rgb_image(image) for image in example_images()] if modality == "image" else TEXTS
             self._examples[modality] = encoder.embed(encoder.prepare(items))
         return self._examples[modality]
 

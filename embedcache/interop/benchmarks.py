@@ -13,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from embedcache.arrays import Array, Floats
+from embedcache.dataset.raw_items import prepare_item
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
@@ -95,7 +96,7 @@ def load_clip_benchmark(
     text = open_projected_encoder("text", run)
     return (
         _RunModel(image, text, device),
-        lambda pil_image: torch.from_numpy(image.prepare([image.load_image(pil_image)])[0]),
+        lambda pil_image: torch.from_numpy(prepare_item(pil_image, "image", image.source)),
         lambda texts: _Tokens(text.prepare(texts)),
     )
 

@@ -34,7 +34,7 @@ from embedcache.runs import PAIR, Run, RunInput
 from embedcache.search.card import IndexCard
 from embedcache.search.concepts import open_concepts
 from embedcache.search.faiss_index import RowIndex
-from embedcache.sources.images import ImageLike, list_images, load_image
+from embedcache.sources.images import ImageLike
 from embedcache.store.cache import Cache, RowReader, find_keys
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Queries:
 
     Args:
         texts: one text or several, to encode.
-        images: one image or several, to encode: files, open PIL images, tensors or arrays; see `ImageLike`.
+        images: one image or several, to encode: paths, bytes of files, or open PIL images.
         items: modality -> one item or several of any modality, to encode, such as paths of recordings; see `ItemLike`.
         keys: keys of samples in the index's cache: the stored vector of the first item of the index's modality.
         rows: rows of items of the index's modality: the stored vector.
@@ -76,7 +76,7 @@ class Queries:
     def __post_init__(self) -> None:
         for name in ("texts", "keys", "concepts"):
             object.__setattr__(self, name, list_texts(getattr(self, name), name))
-        object.__setattr__(self, "images", list_images(self.images))
+        object.__setattr__(self, "images", list_items(self.images))
         for name in self.items:
             if name not in _IN_FILES:
                 raise unknown_name("modality of items in files", name, _IN_FILES)
@@ -96,18 +96,14 @@ class Queries:
     @property
     def names(self) -> list[str]:
         """A name of each query: its text, path, key or concept, or the number of its item, row or vector."""
-        images = [
-            str(image) if isinstance(image, str | Path) else f"image {n}"
-            for n, image in enumerate(list_images(self.images))
-        ]
         items = [
             item_name(item, modality, number)
-            for modality, listed in self.items.items()
+            for modality, listed in [("image", self.images), *self.items.items()]
             for number, item in enumerate(list_items(listed))
         ]
         rows = [f"row {row}" for row in self.rows]
         vectors = [f"vector {row}" for row in range(0 if self.vectors is None else len(np.atleast_2d(self.vectors)))]
-        return [*self.texts, *images, *items, *self.keys, *rows, *self.concepts, *vectors]
+        return [*self.texts, *items, *self.keys, *rows, *self.concepts, *vectors]
 
 
 class QueryEncoder:
@@ -200,13 +196,12 @@ class QueryEncoder:
         """
         parts = [np.empty((0, self._card.width), np.float32)]
         if queries.texts:
-            parts.append(self._encode_items("text", [text.strip() for text in queries.texts]))  # as captions are
-        if len(images := list_images(queries.images)):
-            self._check_comparable("image")
-            color = self.background
-            parts.append(self._encode_items("image", [load_image(image, color) for image in images]))
-        for modality, items in queries.items.items():
-            parts.append(self._encode_files(MODALITIES[modality].name, list_items(items)))
+            texts = [text.strip() for text in queries.texts]  # as captions are
+            encoder = self.encoder("text")
+            parts.append(self._encode_batches("text", len(texts), lambda rows: encoder.prepare(texts[rows])))
+        for modality, items in [("image", queries.images), *queries.items.items()]:
+            if items:
+                parts.append(self._encode_files(MODALITIES[modality].name, list_items(items)))
         if queries.keys:
             parts.append(self._read_keys(queries.keys))
         if queries.rows:
@@ -216,11 +211,6 @@ class QueryEncoder:
         if queries.vectors is not None:
             parts.append(self._check_vectors(np.atleast_2d(queries.vectors)))
         return np.concatenate(parts)
-
-    def _encode_items(self, modality: Modality, items: Sequence[Any]) -> Floats:
-        """Encode texts, or images that are loaded."""
-        encoder = self.encoder(modality)
-        return self._encode_batches(modality, len(items), lambda rows: encoder.prepare(items[rows]))
 
     def _encode_files(self, modality: Modality, items: Sequence[ItemLike]) -> Floats:
         """Encode items of any modality in files, or decoded."""

@@ -2,89 +2,25 @@
 
 import io
 import warnings
-from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from embedcache.arrays import Array, to_numbers
-from embedcache.errors import DataError, ItemError, PathError
+from embedcache.errors import ItemError
 from embedcache.modeling.images import DAMAGE, PixelError, rgb_image
 
 _MAX_ASPECT_RATIO = 100
 MAX_PIXELS = 89_478_485
 """Limit checked in the header: Pillow's own, 256 MiB as RGB."""
 
-_IMAGE_AXES, _RGB = 3, 3
-_EXPECTED = "the path of a file, an open PIL image, a tensor or an array"
-
 WHITE = "white"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-class HasArray(Protocol):
-    """An array of NumPy, or a tensor of PyTorch."""
-
-    def __array__(self) -> Array: ...
-
-
-ImageLike: TypeAlias = str | Path | Image.Image | HasArray
-"""An image: the path of a file; an open `PIL.Image.Image` of any mode; a tensor (3, H, W); or an array (H, W, 3).
-
-Tensors and arrays are RGB, uint8 from 0 to 255 or floating-point from 0 to 1."""
-
-
-def list_images(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
-    """Return a sequence of images, given one image or several; a tensor or array of four axes holds several.
-
-    Raises:
-        DataError: it is neither an image nor several.
-    """
-    if isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", None) == _IMAGE_AXES:
-        return [images]  # type: ignore[list-item]
-    if isinstance(images, bytes) or not isinstance(images, Iterable):
-        raise DataError(f"images: expected {_EXPECTED}, or several of them, got {images!r:.80}")
-    return images if isinstance(images, Sequence) or hasattr(images, "ndim") else list(images)
-
-
-def load_image(image: ImageLike, background: str = WHITE) -> Image.Image:
-    """Return an image as `decode_image` does.
-
-    Raises:
-        PathError: a file does not exist.
-        DataError: an image cannot be decoded, or an array is no RGB image; the message names it.
-    """
-    if not isinstance(image, str | Path | Image.Image) and not hasattr(image, "__array__"):
-        raise DataError(f"image: expected {_EXPECTED}, got {image!r:.80}")
-    if isinstance(image, str | Path) and not Path(image).is_file():
-        state = "is a folder" if Path(image).is_dir() else "does not exist"
-        raise PathError(f"image {image} {state}: expected {_EXPECTED}; check the path")
-    try:
-        if isinstance(image, str | Path):
-            return decode_image(Path(image).read_bytes(), background=background)
-        return rgb_image(image, background) if isinstance(image, Image.Image) else _array_image(image)
-    except (ItemError, PixelError) as error:
-        raise DataError(f"image {image}: {error}") from error
-
-
-def _array_image(image: HasArray) -> Image.Image:
-    values = to_numbers(image, "image")
-    is_tensor = not isinstance(image, np.ndarray)  # the channels are first
-    if is_tensor and values.ndim == _IMAGE_AXES:
-        values = np.moveaxis(values, 0, -1)
-    if values.ndim != _IMAGE_AXES or values.shape[-1] != _RGB or not values.size:
-        axes = "(3, H, W)" if is_tensor else "(H, W, 3)"
-        raise DataError(f"image: expected RGB pixels of shape {axes}, got {tuple(np.shape(image))}")
-    if values.dtype.kind == "f":
-        if not (values.min() >= 0 and values.max() <= 1):
-            raise DataError("image: expected floating-point values from 0 to 1, got others; do not normalize it")
-        values = np.round(values * 255).astype(np.uint8)
-    if values.dtype != np.uint8:
-        raise DataError(f"image: expected uint8 or floating-point values, got {values.dtype}")
-    return Image.fromarray(np.ascontiguousarray(values))
+ImageLike: TypeAlias = str | Path | bytes | Image.Image
+"""An image: the path or the bytes of a file, or an open `PIL.Image.Image` of any mode."""
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, background: str = WHITE) -> Image.Image:

@@ -362,7 +362,7 @@ def test_names_of_queries(image_folder: Path) -> None:
         ({"texts": [None]}, "texts"),
         ({"keys": [3]}, "keys"),
         ({"concepts": 3}, "concepts"),
-        ({"images": 3}, "images"),
+        ({"images": 3}, "items"),
         ({"rows": [0, 1.5]}, "1.5"),
         ({"rows": [float("inf")]}, "inf"),
         ({"rows": [True]}, "True"),
