@@ -1,27 +1,32 @@
 """The search space of a sweep, read from TOML: fixed training settings, and ranges or choices of others."""
 
-import math
+import json
 import tomllib
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pydantic import ConfigDict, ValidationError
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
 
 from embedcache.dataset.settings import SplitSettings
 from embedcache.devices import torch_device
 from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.files import read_text
 from embedcache.projectors.base import bind_projector, split_names
-from embedcache.provenance import Manifest
 from embedcache.registry import unknown_name
-from embedcache.settings import explain, flat_settings, with_underscores
+from embedcache.settings import flat_settings, with_underscores
 from embedcache.train.losses import check_loss
 from embedcache.train.settings import TrainSettings, train_settings
 from embedcache.train.trackers import check_trackers
 
-Number: TypeAlias = int | float
 Value: TypeAlias = str | int | float | bool
 """A value of a setting, as Optuna stores it; a list is text there, such as `4,8`."""
 
@@ -31,55 +36,18 @@ _COMPARED_BY = (*(item.name for item in flat_settings(SplitSettings)), "language
 """Settings that would give trials different validation samples."""
 
 
-class Range(Manifest):
-    """Numbers from `low` to `high`, both inclusive; integers if the bounds and the step are.
-
-    Args:
-        log: whether values are sampled evenly on a logarithmic scale.
-        step: distance between neighboring values; None: 1 for integers, any value otherwise.
-    """
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    low: Number
-    high: Number
-    log: bool = False
-    step: Number | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it contains only integers."""
-        return all(isinstance(value, int) for value in (self.low, self.high, self.step or 0))
-
-    def model_post_init(self, _context: object) -> None:
-        if not self.low <= self.high:
-            raise SettingError(f"low: expected at most high, {self.high}, got {self.low}")
-        if self.log and self.low <= 0:
-            raise SettingError(f"low: expected a number above 0 with log, got {self.low}")
-        if self.step is None:
-            return
-        if self.log:
-            raise SettingError(f"step: expected none with log, got {self.step}; omit one of the two")
-        if self.step <= 0:
-            raise SettingError(f"step: expected a number above 0, got {self.step}")
-        num_steps = (self.high - self.low) / self.step
-        if not math.isclose(num_steps, round(num_steps), abs_tol=1e-9):
-            nearest = self.low + self.step * math.floor(num_steps)
-            raise SettingError(
-                f"high: expected low {self.low} plus a multiple of step {self.step}, such as {nearest}, got {self.high}"
-            )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """The settings of all trials by flat name: fixed values, and ranges or choices.
+    """The settings of all trials by flat name: fixed values, and distributions of others.
 
     Args:
-        lists: choices that are lists: name of the setting -> the choice, such as `4,8` -> the list.
+        fixed: name of a setting -> value.
+        ranges: name -> distribution: numbers from `low` to `high`, both inclusive, or choices.
+        lists: choices that are lists: name -> the choice as text, such as `4,8` -> the list.
     """
 
     fixed: Mapping[str, Value]
-    ranges: Mapping[str, Range | tuple[Value, ...]]
+    ranges: Mapping[str, BaseDistribution]
     lists: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)
 
     def settings(self, values: Mapping[str, Value]) -> TrainSettings:
@@ -92,16 +60,14 @@ class Space:
 
     def max_epochs(self) -> int:
         """Return the largest number of epochs that a trial can have."""
-        epochs = self.ranges.get("epochs", (self.settings({}).optimizer.epochs,))
-        return int(epochs.high) if isinstance(epochs, Range) else max(int(value) for value in epochs)
+        if "epochs" not in self.ranges:
+            return self.settings({}).optimizer.epochs
+        return int(max(_ends(self.ranges["epochs"])))
 
     def to_json(self) -> Mapping[str, Any]:
         """Return everything that decides the trials as JSON values."""
         fixed = {name: value for name, value in self.fixed.items() if _SETTINGS[name].affects_result}
-        ranges = {
-            name: values.to_json() if isinstance(values, Range) else list(values)
-            for name, values in self.ranges.items()
-        }
+        ranges = {name: json.loads(distribution_to_json(values))["attributes"] for name, values in self.ranges.items()}
         return {"fixed": fixed, "space": ranges}
 
 
@@ -114,29 +80,25 @@ def read_space(path: Path) -> Space:
         UnknownNameError: there is no setting, projector or loss of that name.
     """
     tables = _read_tables(path)
-    fixed, swept = tables.get("fixed", {}), tables.get("space", {})
+    fixed = tables.get("fixed", {})
+    swept = tables["space"]
     for name in {**fixed, **swept}:
-        if name == "feature":
-            raise SettingError(
-                f"{path}: expected settings of training, got the feature, which all trials share; remove it, and give "
-                "--feature to sweep"
-            )
-        if name not in _SETTINGS:
-            table = "fixed" if name in fixed else "space"
-            raise unknown_name("training setting", name, _SETTINGS, where=f"in [{table}] of {path}")
-    for name in swept:
-        _check_can_be_swept(path, name, fixed)
+        _check_name(path, name, fixed, swept)
+
     space = Space(
         fixed={"split_seed": 0, **fixed},
-        ranges={name: _parse_range(path, name, value) for name, value in swept.items()},
+        ranges={name: _parse_range(f"{path}: {name} in [space]", value) for name, value in swept.items()},
         lists={
             name: {str(_choice(choice)): choice for choice in value if isinstance(choice, list)}
             for name, value in swept.items()
             if isinstance(value, list)
         },
     )
-    for name, value in _testable_values(space):
+    for name, value in space.fixed.items():
         _check_value(path, space, name, value)
+    for name, values in space.ranges.items():
+        for value in _ends(values):
+            _check_value(path, space, name, value)
     return space
 
 
@@ -157,10 +119,19 @@ def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
     return {name: with_underscores(path, table) for name, table in tables.items()}
 
 
-def _check_can_be_swept(path: Path, name: str, fixed: Mapping[str, Any]) -> None:
+def _check_name(path: Path, name: str, fixed: Mapping[str, Any], swept: Mapping[str, Any]) -> None:
+    """Check that a setting exists, and that it can be in its table."""
+    if name == "feature":
+        raise SettingError(f"{path}: expected settings of training, got the feature; give --feature to sweep instead")
+    if name not in _SETTINGS:
+        table = "fixed" if name in fixed else "space"
+        raise unknown_name("training setting", name, _SETTINGS, where=f"in [{table}] of {path}")
+    if name not in swept:
+        return
+
+    reason = None
     if name in fixed:
         raise SettingError(f"{path} has {name} both in [fixed] and in [space]; remove one of them")
-    reason = None
     if name in _COMPARED_BY:
         reason = "all trials are compared on the same validation samples"
     elif name == "seed":
@@ -173,20 +144,21 @@ def _check_can_be_swept(path: Path, name: str, fixed: Mapping[str, Any]) -> None
         raise SettingError(f"{path} has {name} in [space], but {reason}; move it to [fixed]")
 
 
-def _parse_range(path: Path, name: str, value: Any) -> Range | tuple[Value, ...]:
-    location = f"{path}: {name} in [space]"
-    if isinstance(value, list) and value:
-        choices = tuple(_choice(choice) for choice in value)
-        for position, choice in enumerate(choices):
-            if choice in choices[:position]:
-                raise SettingError(f"{location}: expected different choices, got {choice!r} twice; remove one of them")
-        return choices
-    if not isinstance(value, dict):
-        raise SettingError(f"{location}: expected a range or choices, such as {_EXAMPLE}, got {value!r}")
+def _parse_range(location: str, value: Any) -> BaseDistribution:
     try:
-        return Range.model_validate(value)
-    except ValidationError as error:
-        raise SettingError(f"{location}: {explain(error)}; expected low and high, and optionally log or step") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Optuna lowers a `high` that no step reaches
+            if isinstance(value, dict):
+                numbers = [number for name, number in value.items() if name != "log"]
+                is_whole = all(isinstance(number, int) for number in numbers)
+                return IntDistribution(**value) if is_whole else FloatDistribution(**value)
+            if isinstance(value, list) and value:
+                return CategoricalDistribution([_choice(choice) for choice in value])
+    except (TypeError, ValueError, UserWarning) as error:
+        raise SettingError(
+            f"{location}: expected low and high with log or step, or a list of choices, got {value}: {error}"
+        ) from error
+    raise SettingError(f"{location}: expected a range or choices, such as {_EXAMPLE}, got {value!r}")
 
 
 def _choice(value: Any) -> Value:
@@ -195,14 +167,12 @@ def _choice(value: Any) -> Value:
     return choice
 
 
-def _testable_values(space: Space) -> Iterator[tuple[str, Any]]:
-    """Iterate over the values that can be checked one at a time: fixed ones, choices, and the ends of ranges."""
-    yield from space.fixed.items()
-    for name, values in space.ranges.items():
-        if isinstance(values, Range):
-            values = (values.low, values.high) if values.is_whole else (float(values.low), float(values.high))
-        for value in values:
-            yield name, value
+def _ends(values: BaseDistribution) -> Sequence[Any]:
+    """Return the choices, or the ends of a range."""
+    if isinstance(values, CategoricalDistribution):
+        return values.choices
+    assert isinstance(values, IntDistribution | FloatDistribution)
+    return values.low, values.high
 
 
 def _check_value(path: Path, space: Space, name: str, value: Any) -> None:

@@ -1,14 +1,30 @@
-"""The folder of a study: settings that decide its trials, the split that they share, and the paths of their runs."""
+"""The folder of a study: what decides its trials, the split that they share, and the trials in Optuna's storage."""
 
-from collections.abc import Mapping
+import itertools
+import math
+import sqlite3
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+
 from embedcache.dataset.pairs import choose_language
 from embedcache.dataset.splits import check_split, write_split
-from embedcache.locks import LOCK, locked
+from embedcache.errors import CorruptError, EmbedcacheError, PathError, SettingError, one_line
+from embedcache.files import remove_folder
+from embedcache.locks import LOCK, Leases, locked
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
@@ -23,7 +39,7 @@ from embedcache.provenance import (
 )
 from embedcache.settings import replace_fields
 from embedcache.sweep.settings import SweepSettings
-from embedcache.sweep.space import Space
+from embedcache.sweep.space import Space, Value
 from embedcache.train.data import TrainData, failed_digests
 
 _FILES = (
@@ -39,6 +55,9 @@ _FILES = (
     "trials",
     "winner",
 )
+_MAX_ATTEMPTS = 3
+_SQLITE_TIMEOUT_S = 60
+_MAX_GRID_POINTS = 100_000
 
 
 class Study(Manifest):
@@ -98,6 +117,7 @@ def open_study(
         _check_folder(path)
         if manifest_path(path).is_file():
             return _reopen_study(path, requested)
+
         fixed = space.settings({})
         language = choose_language(data.caches, data.sides, fixed.language, progress)
         pairs = data.pairs(language, progress=progress)
@@ -123,6 +143,10 @@ def _reopen_study(path: Path, requested: Study) -> Study:
     return stored
 
 
+def _check_folder(path: Path) -> None:
+    prepare_folder(path, kind="a study", marker=LOCK, allowed=_FILES)
+
+
 def manifest_path(path: Path) -> Path:
     """Return the path of the file whose presence marks a study as begun."""
     return path / "study.json"
@@ -138,9 +162,164 @@ def trial_path(path: Path, number: int) -> Path:
     return path / "trials" / f"{number:05d}"
 
 
-def retrained_path(path: Path, number: int, seed: int) -> Path:
-    """Return the path of the run that retrains a trial's configuration with a seed."""
-    return path / "best" / f"{number:05d}" / f"seed-{seed}"
+class Trials:
+    """The trials of a study in Optuna's storage. A killed process loses only its current trial.
+
+    A process leases each trial that it works on by a record lock, which ends with the process. A running trial that
+    nobody leases was lost: its settings are tried again under a new number, three times at most.
+
+    The study's folder must be visible to all processes. Errors of the storage are a `CorruptError`, or a `PathError`
+    if the storage was given as a URL.
+    """
+
+    def __init__(self, path: Path, study: Study, space: Space, settings: SweepSettings) -> None:
+        self._path = path
+        self._space = space
+        self._settings = settings
+        self._leases = Leases(path)
+        self._grid = make_grid_points(space, settings)
+        self.total = settings.trials if self._grid is None else min(settings.trials, len(self._grid))
+        self.use_pruner = settings.pruner != "none"
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            self._repeat = RetryHeartbeatStaleTrialCallback(max_retry=_MAX_ATTEMPTS - 1)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with locked(path), storage_errors(settings.storage, path):
+            self._storage = _open_storage(settings.storage, path)
+            self.optuna = optuna.create_study(
+                storage=self._storage,
+                study_name=study.name,
+                direction="maximize",
+                pruner=_make_pruner(settings.pruner, max_epochs=space.max_epochs()),
+                load_if_exists=True,
+            )
+
+    def close(self) -> None:
+        """Close the connections to the storage; the next use opens new ones."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    def lease_next(self) -> optuna.Trial | None:
+        """Lease a trial to work on, waiting for those of other processes; None if all are finished."""
+        while True:
+            with locked(self._path), storage_errors(self._settings.storage, self._path):
+                self._repeat_lost()
+                trials = self._all()
+                is_waiting = any(trial.state == TrialState.WAITING for trial in trials)
+                if is_waiting or len(trials) < self.total:
+                    return self._start(trials, is_waiting=is_waiting)
+
+            running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
+            if not running:
+                return None
+            self._leases.acquire(running[0], wait=True)
+            self._leases.release(running[0])
+
+    def finish(self, trial: optuna.Trial, state: TrialState, score: float | None = None, **about: Any) -> None:
+        """Record how a trial ended, and what is known about it; only a complete one keeps its run."""
+        for name, value in about.items():
+            trial.set_user_attr(name, value)
+        if state != TrialState.COMPLETE:
+            remove_run(self._path, trial.number)
+        self.optuna.tell(trial, score, state=state)
+        self._leases.release(trial.number)
+
+    def finished(self) -> list[FrozenTrial]:
+        """Return the trials that are complete, pruned or failed, by number, without lost ones that are repeated."""
+        with storage_errors(self._settings.storage, self._path):
+            return [trial for trial in self._all() if trial.state.is_finished()]
+
+    def _all(self) -> list[FrozenTrial]:
+        """Return all trials but lost ones that are repeated."""
+        trials = self.optuna.get_trials(deepcopy=False)
+        repeated = _repeated_numbers(trials)
+        return [trial for trial in trials if trial.number not in repeated]
+
+    def _start(self, trials: Sequence[FrozenTrial], *, is_waiting: bool) -> optuna.Trial:
+        draw = len(trials)  # a repeated trial has the settings of the lost one
+        self.optuna.sampler = _make_sampler(self._settings.sampler, seed=self._settings.seed, draw=draw)
+        if self._grid is not None and not is_waiting:
+            self.optuna.enqueue_trial(self._grid[draw])
+        trial = self.optuna.ask(dict(self._space.ranges))
+        self._leases.acquire(trial.number)
+        return trial
+
+    def _repeat_lost(self) -> None:
+        """Queue the settings of lost trials again; each is queued before it is closed, so that none is forgotten."""
+        for lost in self.optuna.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if not self._leases.acquire(lost.number):
+                continue
+            trials = self.optuna.get_trials(deepcopy=False)  # it may have finished before its lease was released
+            trial = next(trial for trial in trials if trial.number == lost.number)
+            if trial.state == TrialState.RUNNING:
+                if trial.number not in _repeated_numbers(trials):
+                    self._repeat(self.optuna, trial)
+                remove_run(self._path, trial.number)
+                self.optuna.tell(trial.number, state=TrialState.FAIL)
+            self._leases.release(trial.number)
+
+
+def _repeated_numbers(trials: Sequence[FrozenTrial]) -> set[int]:
+    return {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
+
+
+def remove_run(path: Path, number: int) -> None:
+    """Remove the run of a trial if it exists."""
+    run_path = trial_path(path, number)
+    if run_path.exists():
+        remove_folder(run_path)
+
+
+def rank_complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the complete trials by score, the best first, each configuration once."""
+    ranked: list[FrozenTrial] = []
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    for trial in sorted(complete, key=lambda trial: (-(trial.value or 0), trial.number)):
+        if all(trial.params != other.params for other in ranked):
+            ranked.append(trial)
+    return ranked
+
+
+def get_reason(trial: FrozenTrial) -> str:
+    """Return the reason why a trial failed."""
+    return str(trial.user_attrs.get("reason", f"its process was killed {_MAX_ATTEMPTS} times"))
+
+
+def check_storage(url: str) -> None:
+    """Open the storage of a URL, and close it; a `PathError` if it cannot be opened."""
+    with storage_errors(url):
+        _open_storage(url, Path()).engine.dispose()
+
+
+def _open_storage(url: str | None, path: Path) -> RDBStorage:
+    if url is not None:
+        is_sqlite = url.startswith("sqlite")
+        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _SQLITE_TIMEOUT_S}} if is_sqlite else {})
+
+    def connect() -> sqlite3.Connection:  # by its path: in a URL, `?` and `%` of a folder's name have a meaning
+        return sqlite3.connect(path.resolve() / "study.db", timeout=_SQLITE_TIMEOUT_S, check_same_thread=False)
+
+    return RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
+
+
+@contextmanager
+def storage_errors(url: str | None, path: Path = Path()) -> Iterator[None]:
+    """Raise an error of the storage, by its URL or else in a study's folder, as one with the next step."""
+    try:
+        yield
+    except EmbedcacheError:
+        raise
+    except Exception as error:  # of Optuna or SQLAlchemy, about anything in a damaged storage
+        if url is None:
+            raise CorruptError(
+                f"{path / 'study.db'}: expected the trials of a study, got an error: {one_line(error)}; end a process "
+                "that keeps it locked, restore it, or use a new folder"
+            ) from error
+        raise PathError(
+            f"storage {without_password(url)} cannot be opened: {one_line(error)}; use a URL such as "
+            "postgresql://user:password@host/database and install its driver, or omit --storage"
+        ) from error
 
 
 def without_password(url: str) -> str:
@@ -151,5 +330,57 @@ def without_password(url: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
 
 
-def _check_folder(path: Path) -> None:
-    prepare_folder(path, kind="a study", marker=LOCK, allowed=_FILES)
+def _make_sampler(name: str, *, seed: int, draw: int) -> BaseSampler:
+    """Create the sampler of one trial, seeded so that neither restarts nor the choice of process change the result."""
+    draw_seed = int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
+    if name != "tpe":
+        return RandomSampler(seed=draw_seed)  # the points of a grid are enqueued, so nothing is sampled
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # about `constant_liar` in Optuna 4
+        return TPESampler(seed=draw_seed, constant_liar=True)  # takes running trials of other processes into account
+
+
+def _make_pruner(name: str, *, max_epochs: int) -> BasePruner:
+    """Create a pruner; its steps are epochs from 1, since random initializations begin below closed forms."""
+    if name == "median":
+        return MedianPruner(n_startup_trials=5, n_warmup_steps=1 + max_epochs // 5)
+    if name == "hyperband":
+        return HyperbandPruner(min_resource=1, max_resource=max(1, max_epochs))
+    return NopPruner()
+
+
+def make_grid_points(space: Space, settings: SweepSettings) -> list[dict[str, Value]] | None:
+    """Return all points of a grid, shuffled so that the first few are spread out; None for other samplers.
+
+    Optuna's `GridSampler` may try a point twice if several processes work on a study; these points are tried once.
+
+    Raises:
+        SettingError: a range without steps has infinitely many values, or there are more than 100,000 points.
+    """
+    if settings.sampler != "grid":
+        return None
+    values = {name: _grid_values(name, distribution) for name, distribution in space.ranges.items()}
+    num_points = math.prod(map(len, values.values()))
+    if num_points > _MAX_GRID_POINTS:
+        raise SettingError(
+            f"grid: expected at most {_MAX_GRID_POINTS:,} points, got {num_points:,}; name fewer values, or use "
+            "--sampler tpe"
+        )
+    points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+    return [points[number] for number in np.random.default_rng(settings.seed).permutation(len(points))]
+
+
+def _grid_values(name: str, values: BaseDistribution) -> Sequence[Value]:
+    if isinstance(values, CategoricalDistribution):
+        return values.choices  # type: ignore[return-value]
+    assert isinstance(values, IntDistribution | FloatDistribution)
+    if values.log or values.step is None:
+        raise SettingError(
+            f"--sampler grid: {name}: expected a range with a step, or choices such as "
+            f"{name} = [{values.low}, {values.high}], got a range without a step"
+        )
+    if isinstance(values, IntDistribution):
+        return range(values.low, values.high + 1, values.step)
+    num_steps = round((values.high - values.low) / values.step)
+    points = [values.low + number * values.step for number in range(num_steps + 1)]
+    return [float(f"{point:.12g}") for point in points]  # 0.1 + 2 * 0.1 is above 0.3

@@ -15,15 +15,12 @@ from embedcache.registry import require
 from embedcache.reports.sweep import SweepConfig, SweepFindings, write_sweep_page
 from embedcache.settings import merge_settings
 from embedcache.sweep.settings import SweepSettings
-from embedcache.sweep.space import Space, read_space
-from embedcache.sweep.study import manifest_path, open_study
 from embedcache.train.data import Paths, TrainData, open_data
 from embedcache.train.recipes import choose_settings, count_training_pairs
 
 if TYPE_CHECKING:
     from embedcache.options import SweepOptions
-    from embedcache.sweep.trials import Trials
-    from embedcache.sweep.worker import StudyJob
+    from embedcache.sweep.space import Space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +68,9 @@ def sweep(
     """
     for library in ("optuna", "sklearn"):  # scikit-learn is needed only at the end, to measure importance
         require(library, extra="sweep")
-    from embedcache.sweep.trials import check_storage, make_grid_points
-    from embedcache.sweep.worker import StudyJob, run_workers, work
+    from embedcache.sweep.space import read_space
+    from embedcache.sweep.study import check_storage, make_grid_points, manifest_path, open_study
+    from embedcache.sweep.trials import StudyJob, collect_findings, findings_json, run_workers, work
 
     settings = merge_settings(SweepSettings, settings, options)
     folder, progress = Path(study), to_progress(progress)
@@ -92,10 +90,15 @@ def sweep(
                 run_workers(job, progress)
                 data = job.mapped_data()
             work(job, data, trials, progress)
-            return _write_report(job, data, trials)
+            findings = collect_findings(job, data, trials)
+        report = SweepReport(findings=findings, page_path=folder / "report.html", json_path=folder / "report.json")
+        with locked(folder):
+            write_record(report.json_path, findings_json(job, findings))
+            write_sweep_page(report.page_path, findings)
+    return report
 
 
-def _with_recipe(space: Space, data: TrainData, progress: Progress) -> Space:
+def _with_recipe(space: "Space", data: TrainData, progress: Progress) -> "Space":
     """Fix what a recipe chooses, apart from settings of the space, so that all trials and pruners know it."""
     settings = space.settings({})
     if settings.recipe is None:
@@ -106,7 +109,7 @@ def _with_recipe(space: Space, data: TrainData, progress: Progress) -> Space:
     return replace(space, fixed={**fixed, **chosen})
 
 
-def _with_block_rows(space: Space, data: TrainData) -> Space:
+def _with_block_rows(space: "Space", data: TrainData) -> "Space":
     """Fix the size of shuffled blocks by the size of the features alone.
 
     Otherwise training would choose it by whether they are mapped, which depends on the number of workers.
@@ -114,18 +117,3 @@ def _with_block_rows(space: Space, data: TrainData) -> Space:
     if "block_rows" in {**space.fixed, **space.ranges}:
         return space
     return replace(space, fixed={**space.fixed, "block_rows": data.block_rows})
-
-
-def _write_report(job: "StudyJob", data: TrainData, trials: "Trials") -> SweepReport:
-    """Retrain and evaluate the best configurations, and write the page and the report."""
-    from embedcache.sweep.findings import collect_findings, findings_json
-
-    report = SweepReport(
-        findings=collect_findings(job, data, trials),
-        page_path=job.path / "report.html",
-        json_path=job.path / "report.json",
-    )
-    with locked(job.path):
-        write_record(report.json_path, findings_json(job, trials, report.findings))
-        write_sweep_page(report.page_path, report.findings)
-    return report

@@ -1,341 +1,350 @@
-"""The trials of a study in Optuna's storage: which process works on each, and their outcomes."""
+"""The work of a sweep: run trials, retrain the top configurations with several seeds, and collect the findings."""
 
-import itertools
-import sqlite3
+import shlex
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.distributions import CategoricalDistribution
+from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
-from embedcache.errors import CorruptError, EmbedcacheError, PathError, SettingError, one_line
-from embedcache.files import remove_folder
-from embedcache.locks import Leases, locked
-from embedcache.sweep.settings import Pruner, Sampler, SweepSettings
-from embedcache.sweep.space import Range, Space, Value
-from embedcache.sweep.study import Study, trial_path, without_password
+from embedcache.dataset.splits import read_split
+from embedcache.errors import DiskFullError, EmbedcacheError, SettingError, UnfinishedError, is_out_of_memory
+from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.files import is_remote
+from embedcache.locks import Leases
+from embedcache.processes import run_processes
+from embedcache.progress import Progress
+from embedcache.projectors.base import split_names
+from embedcache.registry import mark_as_read
+from embedcache.reports.retrieval import retrieval_json
+from embedcache.reports.sweep import State, SweepConfig, SweepFindings, SweepParameter, SweepTrial
+from embedcache.runs import Run
+from embedcache.settings import replace_fields
+from embedcache.sweep.settings import SweepSettings
+from embedcache.sweep.space import Space, Value
+from embedcache.sweep.study import Study, Trials, get_reason, rank_complete, remove_run, split_path, trial_path
+from embedcache.train.data import TrainData, open_data
+from embedcache.train.settings import TrainSettings, command_line
+from embedcache.train.train import TrainReport, train_on
+from embedcache.train.trainer import OnEpoch
 
-Params: TypeAlias = dict[str, Value]
-"""Values of the swept settings, by name, as Optuna has them."""
-
-_MAX_ATTEMPTS = 3
-_SQLITE_TIMEOUT_S = 60
-_MAX_GRID_POINTS = 100_000
-_RESTORE = "restore the storage, or use a new folder"
-_SQLITE_STEPS = {
-    "BUSY": "another process keeps it locked: end that process, and rerun the same command",
-    "FULL": "free some space, and rerun the same command",
-    "READONLY": "make the file and its folder writable",
-    "CANTOPEN": "make the file and its folder readable and writable",
+_AFTER_TRIALS = 2**40
+_MIN_TRIALS_FOR_IMPORTANCE = 4
+_STATES: dict[TrialState, State] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
 }
-"""What SQLite calls an error -> what to do, where the storage is not damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """The outcome of a complete trial.
+class StudyJob:
+    """Everything a process needs to work on a study in the folder `path`."""
 
-    Args:
-        recalls: validation recalls of the best epoch.
-        best_epoch: epoch whose weights were saved; 0 is the initialization.
-        num_pairs: number of pairs seen in training, repetitions included.
+    caches: tuple[str, ...]
+    path: Path
+    study: Study
+    space: Space
+    settings: SweepSettings
+
+    def trials(self) -> Trials:
+        """Open the trials of the study."""
+        return Trials(self.path, self.study, self.space, self.settings)
+
+    def mapped_data(self) -> TrainData:
+        """Open the data memory-mapped, so that the processes of a machine share the pages that were read.
+
+        Forked processes would share loaded features as well, but forking is unsafe after CUDA or OpenMP were used.
+        """
+        features = {modality: side["feature"] for modality, side in self.study.sides.items()}
+        return open_data(self.caches, features, memory_bytes=0)
+
+    def run_settings(self, params: Mapping[str, Value]) -> TrainSettings:
+        """Return the training settings of a trial's parameters, with the study's split."""
+        settings = self.space.settings(params)
+        mark_as_read(self.path, [*split_names(settings.model.projector), settings.loss.name])
+        return replace_fields(settings, split=replace_fields(settings.split, kind=str(split_path(self.path.resolve()))))
+
+    def retrained_runs(self, trial: FrozenTrial) -> Iterator[tuple[Path, TrainSettings]]:
+        """Iterate over the runs that retrain a trial's configuration, one per seed, the trial's own seed first."""
+        first = self.run_settings(trial.params)
+        for seed in range(first.seed, first.seed + self.settings.seeds_per_config):
+            yield self.path / "best" / f"{trial.number:05d}" / f"seed-{seed}", replace_fields(first, seed=seed)
+
+
+def run_workers(job: StudyJob, progress: Progress) -> None:
+    """Run the trials of a study in several processes until it is finished; if one dies, another repeats its trial.
+
+    Raises:
+        UnfinishedError: all processes died.
+        EmbedcacheError: raised in one of them; the others are terminated.
     """
-
-    recalls: Mapping[str, float]
-    best_epoch: int
-    num_parameters: int
-    num_pairs: int
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the outcome as JSON values."""
-        return asdict(self)
+    count = job.settings.workers
+    _, num_died = run_processes(_run_worker, [job] * count, progress)
+    if num_died == count:
+        raise UnfinishedError(f"all {count} workers died; finished trials are stored; run the same command again")
+    if num_died:
+        progress.note(f"{num_died} of {count} workers died; the others ran their trials")
 
 
-class Trials:
-    """Leases the trials of a study and records their outcomes; a killed process loses only its current trial.
-
-    A process leases each trial it works on by a record lock, which ends with the process. A running trial that nobody
-    has leased was lost: it is closed, and its settings are tried again under a new number.
-
-    The study's folder must be visible to all processes. A storage that cannot be opened raises a `PathError`.
-    """
-
-    def __init__(self, path: Path, study: Study, space: Space, settings: SweepSettings) -> None:
-        self._path, self._space, self._settings = path, space, settings
-        self._leases = Leases(path)
-        self._grid = make_grid_points(space, settings)
-        self.total = settings.trials if self._grid is None else min(settings.trials, len(self._grid))
-        self.use_pruner = settings.pruner != "none"
-        with locked(path):
-            self._storage, self.optuna = _open_storage(path, study, space, settings)
-
-    def close(self) -> None:
-        """Close the connections to the storage; the next use opens new ones."""
-        self._storage.remove_session()
-        self._storage.engine.dispose()
-
-    def lease_next(self) -> optuna.Trial | None:
-        """Lease a trial to work on, waiting for those of other processes; None if all are finished."""
-        while True:
-            with locked(self._path):
-                self._close_lost()
-                running = self._running()
-                if len(running) + len(self.finished()) < self.total:
-                    return self._next()
-            if not running:
-                return None
-            self._leases.acquire(running[0].number, wait=True)
-            self._leases.release(running[0].number)
-
-    def complete(self, trial: optuna.Trial, score: float, outcome: Outcome) -> None:
-        """Record the score and the outcome of a trial."""
-        trial.set_user_attr("outcome", outcome.to_json())
-        self._close(trial, TrialState.COMPLETE, score)
-
-    def prune(self, trial: optuna.Trial) -> None:
-        """Record that a trial was pruned, and remove its run; the scores it reported stay in the storage."""
-        remove_run(self._path, trial.number)
-        self._close(trial, TrialState.PRUNED)
-
-    def fail(self, trial: optuna.Trial, reason: str) -> None:
-        """Record why a trial failed, and remove its run."""
-        trial.set_user_attr("reason", reason)
-        remove_run(self._path, trial.number)
-        self._close(trial, TrialState.FAIL)
-
-    def finished(self) -> list[FrozenTrial]:
-        """Return the trials that are complete, pruned or failed, by number, without lost ones that are repeated."""
-        return [trial for trial in self._all() if trial.state.is_finished() and not _is_lost(trial)]
-
-    def _all(self) -> list[FrozenTrial]:
-        try:
-            trials = self.optuna.get_trials(deepcopy=False)
-        except Exception as error:  # of Optuna or SQLAlchemy, about anything in a damaged storage
-            raise _storage_error(error, f"study {self._path}: its storage cannot be read: {one_line(error)}") from error
-        if [trial.number for trial in trials] != list(range(len(trials))):
-            raise CorruptError(
-                f"study {self._path}: expected trials numbered from 0 in its storage, got others; {_RESTORE}"
-            )
-        return trials
-
-    def _running(self) -> list[FrozenTrial]:
-        return [trial for trial in self._all() if trial.state == TrialState.RUNNING]
-
-    def _next(self) -> optuna.Trial:
-        trials = self._all()
-        num_started = sum(not _num_losses(trial) for trial in trials)  # without those that are repeated
-        self.optuna.sampler = _make_sampler(self._settings.sampler, seed=self._settings.seed, draw=num_started)
-        if self._grid is not None and not any(trial.state == TrialState.WAITING for trial in trials):
-            self.optuna.enqueue_trial(self._grid[num_started])
-        trial = self.optuna.ask(make_distributions(self._space))
-        self._leases.acquire(trial.number)
-        return trial
-
-    def _close(self, trial: optuna.Trial, state: TrialState, score: float | None = None) -> None:
-        self.optuna.tell(trial, score, state=state)
-        self._leases.release(trial.number)
-
-    def _close_lost(self) -> None:
-        """Close the running trials of dead processes, which nobody has leased."""
-        for number in [trial.number for trial in self._running()]:
-            if not self._leases.acquire(number):
-                continue
-            for trial in self._running():  # read again: it may have finished just before its lease was released
-                if trial.number == number:
-                    self.optuna.tell(number, state=TrialState.FAIL)
-                    remove_run(self._path, number)
-                    if _is_repeated(trial):
-                        self.optuna.enqueue_trial(trial.params, user_attrs={"deaths": _num_losses(trial) + 1})
-            self._leases.release(number)
+def _run_worker(job: StudyJob, progress: Progress) -> None:
+    with closing(job.trials()) as trials:
+        work(job, job.mapped_data(), trials, progress)
 
 
-def remove_run(path: Path, number: int) -> None:
-    """Remove the run of a trial if it exists."""
-    run_path = trial_path(path, number)
-    if run_path.exists():
-        remove_folder(run_path)
+def work(job: StudyJob, data: TrainData, trials: Trials, progress: Progress) -> None:
+    """Run trials until all are finished, then retrain the top configurations; other processes may do the same."""
+    while (trial := trials.lease_next()) is not None:
+        result = _run_trial(job, data, trials, trial)
+
+        finished = trials.finished()
+        best = rank_complete(finished)[:1]
+        record = f" (best {best[0].value:.3f} in trials/{best[0].number:05d})" if best else ""
+        progress.note(f"trial {len(finished)} of {trials.total}: {result}{record}")
+    retrain(job, data, top_trials(trials, job.settings))
 
 
-def rank_complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return the complete trials by score, the best first, each configuration once."""
-    ranked: list[FrozenTrial] = []
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    for trial in sorted(complete, key=lambda trial: (-get_score(trial), trial.number)):
-        if all(trial.params != other.params for other in ranked):
-            ranked.append(trial)
-    return ranked
+def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Trial) -> str:
+    """Train one trial and record its outcome: its best mean of R@1, R@5 and R@10 of both directions is the score."""
+    started = time.perf_counter()
+    last_epoch = 0
 
+    def on_epoch(epoch: int, score: float) -> None:
+        nonlocal last_epoch
+        last_epoch = epoch
+        if trials.use_pruner and epoch:  # a commit to SQLite takes 10 ms, as long as an epoch of a small cache
+            trial.report(score, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
 
-def get_score(trial: FrozenTrial) -> float:
-    """Return the score of a complete trial, or the last one that a pruned trial reported."""
-    assert trial.value is not None
-    return trial.value
-
-
-def get_outcome(trial: FrozenTrial) -> Outcome:
-    """Return the outcome of a complete trial."""
-    return Outcome(**trial.user_attrs["outcome"])
-
-
-def get_reason(trial: FrozenTrial) -> str:
-    """Return the reason why a trial failed."""
-    return str(trial.user_attrs.get("reason", f"its process was killed {_MAX_ATTEMPTS} times"))
-
-
-def _is_lost(trial: FrozenTrial) -> bool:
-    """Return whether a trial ended with its process and its settings are tried again."""
-    return trial.state == TrialState.FAIL and "reason" not in trial.user_attrs and _is_repeated(trial)
-
-
-def _is_repeated(trial: FrozenTrial) -> bool:
-    """Return whether a lost trial is repeated; the third loss of the same settings is a failure."""
-    return _num_losses(trial) + 1 < _MAX_ATTEMPTS
-
-
-def _num_losses(trial: FrozenTrial) -> int:
-    return int(trial.user_attrs.get("deaths", 0))
-
-
-def _open_storage(
-    path: Path, study: Study, space: Space, settings: SweepSettings
-) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    file = path.resolve() / "study.db"
-    url = settings.storage or "sqlite:///study.db"
-    engine = _engine_options(url)
-    if settings.storage is None:  # by its path: in a URL, `?` and `%` of the name of a folder have a meaning
-        engine = {"creator": lambda: sqlite3.connect(file, timeout=_SQLITE_TIMEOUT_S, check_same_thread=False)}
-    pruner = _make_pruner(settings.pruner, max_epochs=space.max_epochs())
-    with _explained(settings.storage, file):
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=engine)
-        if url.startswith("sqlite"):
-            _check_pages(storage)
-        return storage, optuna.create_study(
-            storage=storage,
-            study_name=study.name,
-            direction="maximize",
-            pruner=pruner,
-            load_if_exists=True,
-        )
-
-
-def check_storage(url: str) -> None:
-    """Open the storage of a URL, and close it; a `PathError` if it cannot be opened."""
-    with _explained(url):
-        optuna.storages.RDBStorage(url, engine_kwargs=_engine_options(url)).engine.dispose()
-
-
-def _engine_options(url: str) -> dict[str, Any]:
-    return {"connect_args": {"timeout": _SQLITE_TIMEOUT_S}} if url.startswith("sqlite") else {}
-
-
-@contextmanager
-def _explained(url: str | None, file: Path | None = None) -> Iterator[None]:
-    """Raise an error of opening a storage, by its URL or else from a file, as one with the next step."""
+    remove_run(job.path, trial.number)  # left by a storage that was deleted
     try:
-        yield
-    except Exception as error:  # of Optuna or SQLAlchemy, about anything in a damaged storage
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if url is None:
-            raise _storage_error(error, f"{file}: expected the trials of a study, got an error: {reason}") from error
-        raise PathError(
-            f"storage {without_password(url)} cannot be opened: {reason}; use a URL such as "
-            "postgresql://user:password@host/database and install its driver, or omit --storage"
-        ) from error
+        settings = job.run_settings(trial.params)
+        report = _try_to_train(data, trial_path(job.path, trial.number), settings, on_epoch=on_epoch)
+    except SettingError as error:
+        report = str(error)
+    except optuna.TrialPruned:
+        trials.finish(trial, TrialState.PRUNED)
+        return f"pruned after epoch {last_epoch}"
+
+    if isinstance(report, str):
+        trials.finish(trial, TrialState.FAIL, reason=report)
+        return f"failed: {report}"
+
+    outcome = {
+        "recalls": report.measures,
+        "best_epoch": report.best_epoch,
+        "num_parameters": report.num_parameters,
+        "num_pairs": last_epoch * report.num_samples["train"],  # seen in training, repetitions included
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    trials.finish(trial, TrialState.COMPLETE, report.score, outcome=outcome)
+    return f"validation recall {report.score:.3f}"
 
 
-def _storage_error(error: BaseException | None, message: str) -> EmbedcacheError:
-    """Return the error of a storage with its next step: it is damaged, unless SQLite gives another reason."""
-    while error is not None:
-        name = getattr(error, "sqlite_errorname", "")  # such as SQLITE_BUSY_RECOVERY
-        step = _SQLITE_STEPS.get(name.removeprefix("SQLITE_").partition("_")[0])
-        if step is not None:
-            return PathError(f"{message}; {step}")
-        error = error.__cause__
-    return CorruptError(f"{message}; {_RESTORE}")
+def _try_to_train(
+    data: TrainData, run_path: Path, settings: TrainSettings, *, on_epoch: OnEpoch | None = None
+) -> TrainReport | str:
+    """Train, or return the reason why these settings cannot be trained, such as too little memory."""
+    try:
+        return train_on(data, run_path, settings, on_epoch=on_epoch)
+    except DiskFullError:  # not the fault of the settings
+        raise
+    except (EmbedcacheError, MemoryError, RuntimeError) as error:
+        if not (isinstance(error, EmbedcacheError) or is_out_of_memory(error)):
+            raise
+        return str(error) or "not enough memory"
 
 
-def _check_pages(storage: optuna.storages.RDBStorage) -> None:
-    """Check that the tables of SQLite agree with their indexes, so that no trial has vanished."""
-    with storage.engine.connect() as connection:
-        found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
-    if found != "ok":
-        raise SQLAlchemyError(str(found))
+def top_trials(trials: Trials, settings: SweepSettings) -> list[FrozenTrial]:
+    """Return the best trials, each configuration once; if no trial is complete, a `SettingError` says why."""
+    finished = trials.finished()
+    top = rank_complete(finished)[: settings.top_configs]
+    if not top:
+        failed = [trial for trial in finished if trial.state == TrialState.FAIL]
+        reason = f"trial {failed[0].number} failed: {get_reason(failed[0])}" if failed else "all were pruned"
+        raise SettingError(f"none of {len(finished)} trials is complete; {reason}; try another space")
+    return top
 
 
-def make_distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Return the distribution of each swept setting, by name."""
+def retrain(job: StudyJob, data: TrainData, trials: Sequence[FrozenTrial]) -> list[list[TrainReport | str]]:
+    """Retrain the configurations of some trials with several seeds each; existing runs are reused.
+
+    Processes that do so together share the runs: each first trains those that are free, then waits for the others.
+
+    Returns:
+        For each trial one report per seed, or the reason why that seed cannot be trained.
+    """
+    leases = Leases(job.path)
+    reports: dict[Path, TrainReport | str] = {}
+    for wait in (False, True):
+        for trial in trials:
+            for position, (run_path, settings) in enumerate(job.retrained_runs(trial)):
+                number = _AFTER_TRIALS + trial.number * 2**16 + position
+                if run_path not in reports and leases.acquire(number, wait=wait):
+                    reports[run_path] = _try_to_train(data, run_path, settings)
+                    leases.release(number)
+    return [[reports[run_path] for run_path, _ in job.retrained_runs(trial)] for trial in trials]
+
+
+def collect_findings(job: StudyJob, data: TrainData, trials: Trials) -> SweepFindings:
+    """Retrain and evaluate the top configurations, and collect the results of a sweep.
+
+    Raises:
+        SettingError: no trial is complete, or every top configuration fails with another seed.
+    """
+    finished = trials.finished()
+    best, left_out = _evaluate_top(job, data, top_trials(trials, job.settings))
+    complete = next(trial for trial in finished if trial.state == TrialState.COMPLETE)
+    parameters = [
+        SweepParameter(
+            name=name,
+            choices=distribution.choices if isinstance(distribution, CategoricalDistribution) else None,
+            is_log=bool(getattr(distribution, "log", False)),
+        )
+        for name, distribution in complete.distributions.items()
+    ]
+    return SweepFindings(
+        features={modality: feature.name for modality, feature in data.features.items()},
+        sampler=job.study.sampler,
+        pruner=job.study.pruner,
+        seed=job.study.seed,
+        parameters=parameters,
+        trials=[_describe(trial) for trial in finished],
+        best=best,
+        left_out=left_out,
+        importance=_importance(trials),
+        command=_command(job, data, best[0].params),
+    )
+
+
+def _evaluate_top(
+    job: StudyJob, data: TrainData, top: Sequence[FrozenTrial]
+) -> tuple[list[SweepConfig], dict[int, str]]:
+    """Evaluate retrained configurations on the test part; also return trial number -> reason why another seed fails."""
+    best: list[SweepConfig] = []
+    left_out: dict[int, str] = {}
+    caches = _caches_with_test(job, data)
+    for trial, reports in zip(top, retrain(job, data, top), strict=True):
+        trained = [report for report in reports if isinstance(report, TrainReport)]
+        if len(trained) < len(reports):
+            left_out[trial.number] = next(report for report in reports if isinstance(report, str))
+            continue
+
+        run_paths = [run_path for run_path, _ in job.retrained_runs(trial)]
+        outcome = trial.user_attrs["outcome"]
+        best.append(
+            SweepConfig(
+                number=trial.number,
+                params=trial.params,
+                score=trial.value or 0.0,
+                num_parameters=outcome["num_parameters"],
+                num_pairs=outcome["num_pairs"],
+                scores=[report.score for report in trained if report.score is not None],
+                run_paths=run_paths,
+                test={cache: evaluate_retrieval(cache, run_paths) for cache in caches},
+                kept_initialization=outcome["num_pairs"] > 0 and not any(report.best_epoch for report in trained),
+            )
+        )
+    if not best:
+        number, reason = next(iter(left_out.items()))
+        raise SettingError(
+            f"none of the top {len(left_out)} configurations can be trained with {job.settings.seeds_per_config} "
+            f"seeds; trial {number} failed: {reason}; use a larger --top-configs or a smaller --seeds-per-config"
+        )
+    return sorted(best, key=lambda config: (-config.mean_score, config.number)), left_out
+
+
+def _caches_with_test(job: StudyJob, data: TrainData) -> list[str]:
+    parts = read_split(split_path(job.path), data.caches).parts
+    caches = []
+    start = 0
+    for cache in data.caches:
+        stop = start + cache.info.num_samples
+        if "test" in parts[start:stop]:
+            caches.append(str(cache.path))
+        start = stop
+    return caches
+
+
+def _describe(trial: FrozenTrial) -> SweepTrial:
+    outcome = trial.user_attrs.get("outcome", {})
+    return SweepTrial(
+        number=trial.number,
+        state=_STATES[trial.state],
+        score=trial.value,
+        params=trial.params,
+        num_parameters=outcome.get("num_parameters", 0),
+        num_pairs=outcome.get("num_pairs", 0),
+        reason=get_reason(trial) if trial.state == TrialState.FAIL else "",
+    )
+
+
+def _importance(trials: Trials) -> dict[str, float]:
+    """Split the variance of scores by fANOVA, which ranks settings better than Optuna's default on 60 trials."""
+    scores = [trial.value for trial in trials.finished() if trial.state == TrialState.COMPLETE]
+    if len(scores) < _MIN_TRIALS_FOR_IMPORTANCE or len(set(scores)) == 1:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_param_importances(trials.optuna, evaluator=FanovaImportanceEvaluator(seed=0))
+
+
+def _command(job: StudyJob, data: TrainData, params: Mapping[str, Value]) -> str:
+    """Return the command that trains a configuration again, to the same weights."""
+    caches = [str(cache.path if is_remote(cache.path) else cache.path.resolve()) for cache in data.caches]
+    run = str(job.path.resolve() / "winner")
+    features = [
+        word for modality, feature in data.features.items() for word in ("--feature", f"{modality}={feature.name}")
+    ]
+    return shlex.join(["embedcache", "train", *caches, run, *features, *command_line(job.run_settings(params))])
+
+
+def findings_json(job: StudyJob, findings: SweepFindings) -> dict[str, Any]:
+    """Return everything the page shows as JSON values."""
+    winner = findings.winner
     return {
-        name: _range_distribution(values) if isinstance(values, Range) else CategoricalDistribution(values)
-        for name, values in space.ranges.items()
+        "study": job.study.to_json(),
+        "counts": findings.counts(),
+        "winner": {
+            "trial": winner.number,
+            "run": str(winner.run_paths[0]),
+            "weights": Run.open(winner.run_paths[0]).info.weights,
+            "command": findings.command,
+        },
+        "best": [_config_json(config) for config in findings.best],
+        "left_out": {str(number): reason for number, reason in findings.left_out.items()},
+        "importance": {name: round(fraction, 5) for name, fraction in findings.importance.items()},
+        "trials": [_trial_json(trial) for trial in findings.trials],
     }
 
 
-def _range_distribution(values: Range) -> BaseDistribution:
-    if values.is_whole:
-        return IntDistribution(int(values.low), int(values.high), log=values.log, step=int(values.step or 1))
-    return FloatDistribution(values.low, values.high, log=values.log, step=values.step)
+def _config_json(config: SweepConfig) -> dict[str, Any]:
+    return {
+        "trial": config.number,
+        "params": dict(config.params),
+        "score": round(config.score, 5),
+        "validation": {
+            "mean": round(config.mean_score, 5),
+            "lowest": round(min(config.scores), 5),
+            "highest": round(max(config.scores), 5),
+            "scores": [round(score, 5) for score in config.scores],
+        },
+        "num_parameters": config.num_parameters,
+        "num_pairs": config.num_pairs,
+        "runs": [str(run_path) for run_path in config.run_paths],
+        "test": {cache: retrieval_json(report) for cache, report in config.test.items()},
+    }
 
 
-def _make_sampler(name: Sampler, *, seed: int, draw: int) -> BaseSampler:
-    """Create the sampler of one trial, seeded so that neither restarts nor the choice of process change the result."""
-    draw_seed = int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
-    if name != "tpe":
-        return RandomSampler(seed=draw_seed)  # the points of a grid are enqueued, so nothing is sampled
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # about `constant_liar` in Optuna 4
-        return TPESampler(seed=draw_seed, constant_liar=True)  # takes running trials of other processes into account
-
-
-def _make_pruner(name: Pruner, *, max_epochs: int) -> BasePruner:
-    """Create a pruner; its steps are epochs from 1, since random initializations begin below closed forms."""
-    if name == "median":
-        return MedianPruner(n_startup_trials=5, n_warmup_steps=1 + max_epochs // 5)
-    if name == "hyperband":
-        return HyperbandPruner(min_resource=1, max_resource=max(1, max_epochs))
-    return NopPruner()
-
-
-def make_grid_points(space: Space, settings: SweepSettings) -> list[Params] | None:
-    """Return all points of a grid, shuffled so that the first few are spread out; None for other samplers.
-
-    Raises:
-        SettingError: a range without steps has infinitely many values, or there are more than 100,000 points.
-    """
-    if settings.sampler != "grid":
-        return None
-    values = {name: _grid_values(name, values) for name, values in space.ranges.items()}
-    num_points = int(np.prod([len(values_V) for values_V in values.values()], dtype=np.float64))
-    if num_points > _MAX_GRID_POINTS:
-        raise SettingError(
-            f"grid: expected at most {_MAX_GRID_POINTS:,} points, got {num_points:,}; name fewer values, or use "
-            "--sampler tpe"
-        )
-    points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-    return [points[number] for number in np.random.default_rng(settings.seed).permutation(len(points))]
-
-
-def _grid_values(name: str, values: Range | tuple[Value, ...]) -> tuple[Value, ...]:
-    if not isinstance(values, Range):
-        return values
-    step = values.step or (1 if values.is_whole and not values.log else None)
-    if step is None:
-        raise SettingError(
-            f"--sampler grid: {name}: expected a range with a step, or choices such as "
-            f"{name} = [{values.low}, {values.high}], got a range without a step"
-        )
-    points = [values.low + number * step for number in range(round((values.high - values.low) / step) + 1)]
-    if values.is_whole:
-        return tuple(points)
-    return tuple(float(f"{point:.12g}") for point in points)  # 0.1 + 2 * 0.1 is above 0.3
+def _trial_json(trial: SweepTrial) -> dict[str, Any]:
+    values = asdict(trial)
+    number = values.pop("number")
+    return {"trial": number, **values}

@@ -1,7 +1,7 @@
 """Which process gets which trial. Nothing is trained here."""
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -15,15 +15,23 @@ from embedcache.files import make_folder
 from embedcache.reports.sweep import pareto_front
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
-from embedcache.sweep.study import Study, open_study, split_path, trial_path, without_password
-from embedcache.sweep.trials import Outcome, Trials, get_reason, rank_complete
-from embedcache.sweep.worker import top_trials
+from embedcache.sweep.study import (
+    Study,
+    Trials,
+    get_reason,
+    open_study,
+    rank_complete,
+    split_path,
+    trial_path,
+    without_password,
+)
+from embedcache.sweep.trials import top_trials
 from embedcache.train.data import open_data
 from tests.sweep.conftest import FEATURES
 
 pytestmark = pytest.mark.slow
 
-OUTCOME = Outcome(recalls={}, best_epoch=1, num_parameters=1, num_pairs=1, seconds=1.0)
+COMPLETE, FAIL = TrialState.COMPLETE, TrialState.FAIL
 OPENED: list[Trials] = []
 
 
@@ -31,15 +39,7 @@ def open_trials(path: Path, space: Space, **settings: object) -> Trials:
     """Open the trials as a new process would, after the one before has died."""
     make_folder(path)
     given = SweepSettings(**{"trials": 5, "sampler": "random", **settings})  # type: ignore[arg-type]
-    study = Study(
-        space={},
-        index_digest="",
-        sides={},
-        sampler=given.sampler,
-        pruner="none",
-        seed=given.seed,
-        storage=None,
-    )
+    study = Study(space={}, index_digest="", sides={}, sampler=given.sampler, pruner="none", seed=0, storage=None)
     OPENED.append(Trials(path, study, space, given))
     return OPENED[-1]
 
@@ -55,13 +55,19 @@ def _close_trials() -> Iterator[None]:
 def run_all(trials: Trials) -> list[dict[str, object]]:
     """Complete all remaining trials, and return what was tried."""
     while (trial := trials.lease_next()) is not None:
-        trials.complete(trial, 0.5, OUTCOME)
+        trials.finish(trial, COMPLETE, 0.5)
     return [trial.params for trial in trials.finished()]
 
 
 @pytest.fixture
 def space(space_path: Path) -> Space:
     return read_space(space_path)
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Space:
+    (tmp_path / "grid.toml").write_text("[space]\nprojector = ['linear', 'mlp']\nshared_width = [8, 16]")
+    return read_space(tmp_path / "grid.toml")
 
 
 @pytest.mark.parametrize(("sampler", "trials"), [("random", 4), ("tpe", 11)])  # of which tpe draws 10 at random
@@ -78,29 +84,38 @@ def test_seed_decides_the_trials(tmp_path: Path, space: Space, sampler: str, tri
 
 
 def test_restart_draws_new_trials(tmp_path: Path, space: Space) -> None:
-    whole = run_all(open_trials(tmp_path / "whole", space))
+    whole = run_all(open_trials(tmp_path / "50%20? #é", space))
+    assert [path.name for path in (tmp_path / "50%20? #é").glob("*.db")] == ["study.db"]  # in a folder of any name
     run_all(open_trials(tmp_path / "parts", space, trials=2))
     assert run_all(open_trials(tmp_path / "parts", space, trials=5)) == whole
-
-
-def test_storage_is_in_a_folder_of_any_name(tmp_path: Path, space: Space) -> None:
-    run_all(open_trials(tmp_path / "50%20? #é", space, trials=1))
-    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.db")] == [Path("50%20? #é/study.db")]
-    assert {path.name for path in tmp_path.iterdir()} == {"50%20? #é", "space.toml"}
 
 
 def test_trial_of_a_dead_process_is_repeated(tmp_path: Path, space: Space) -> None:
     whole = run_all(open_trials(tmp_path / "whole", space))
     trials = open_trials(tmp_path / "killed", space)
-    done = trials.lease_next()
+    done, lost = trials.lease_next(), None
     assert done is not None
-    trials.complete(done, 0.5, OUTCOME)
+    trials.finish(done, COMPLETE, 0.5)
     lost = trials.lease_next()
     assert lost is not None
     make_folder(trial_path(tmp_path / "killed", lost.number))
+
     again = run_all(open_trials(tmp_path / "killed", space))
     assert sorted(map(str, again)) == sorted(map(str, whole))
     assert not trial_path(tmp_path / "killed", lost.number).exists()
+
+
+def test_process_killed_between_repeating_and_closing_a_trial(
+    tmp_path: Path, grid: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings are queued, and the trial is still open: they are not queued a second time."""
+    open_trials(tmp_path, grid, sampler="grid").lease_next()
+    killed = open_trials(tmp_path, grid, sampler="grid")
+    monkeypatch.setattr(killed.optuna, "tell", lambda *_, **__: 1 / 0)
+    with pytest.raises(CorruptError, match="division"):
+        killed.lease_next()
+    tried = run_all(open_trials(tmp_path, grid, sampler="grid", trials=50))
+    assert len(tried) == len({str(params) for params in tried}) == 4
 
 
 def test_trial_finished_during_check_stays_finished(
@@ -111,19 +126,19 @@ def test_trial_finished_during_check_stays_finished(
     assert trial is not None
 
     def take(_number: int) -> bool:
-        ours.complete(trial, 0.5, OUTCOME)
+        ours.finish(trial, COMPLETE, 0.5)
         return True
 
     monkeypatch.setattr(theirs._leases, "acquire", take)
     assert theirs.lease_next() is None
-    assert [trial.state for trial in theirs.finished()] == [TrialState.COMPLETE]
+    assert [trial.state for trial in theirs.finished()] == [COMPLETE]
 
 
 def test_trial_of_a_living_process_is_kept(tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = open_trials(tmp_path, space), open_trials(tmp_path, space)
     alive = ours.lease_next()
-    monkeypatch.setattr(ours._leases, "acquire", lambda number: number != 0)  # as if another process had it
-    monkeypatch.setattr(theirs._leases, "acquire", lambda number: number != 0)
+    for trials in (ours, theirs):  # as if another process had the first
+        monkeypatch.setattr(trials._leases, "acquire", lambda number: number != 0)
     lost, again = ours.lease_next(), theirs.lease_next()
     assert alive is not None
     assert lost is not None
@@ -131,7 +146,7 @@ def test_trial_of_a_living_process_is_kept(tmp_path: Path, space: Space, monkeyp
     assert (lost.number, again.number) == (1, 2)
     assert again.params == lost.params
     states = [trial.state for trial in theirs.optuna.get_trials()]
-    assert states == [TrialState.RUNNING, TrialState.FAIL, TrialState.RUNNING]
+    assert states == [TrialState.RUNNING, FAIL, TrialState.RUNNING]
 
 
 def test_third_loss_is_a_failure(tmp_path: Path, space: Space) -> None:
@@ -144,31 +159,17 @@ def test_third_loss_is_a_failure(tmp_path: Path, space: Space) -> None:
     trials = open_trials(tmp_path, space, trials=1)
     assert trials.lease_next() is None
     (failed,) = trials.finished()
-    assert failed.state == TrialState.FAIL
+    assert failed.state == FAIL
     assert get_reason(failed) == "its process was killed 3 times"
-
-
-def test_grid_ends_with_its_points_after_a_loss(tmp_path: Path) -> None:
-    (tmp_path / "space.toml").write_text("[space]\nprojector = ['linear', 'mlp']\nshared_width = [8, 16]")
-    space = read_space(tmp_path / "space.toml")
-    open_trials(tmp_path / "a", space, sampler="grid").lease_next()
-    trials = open_trials(tmp_path / "a", space, sampler="grid", trials=50)
-    assert trials.total == 4
-    tried = run_all(trials)
-    assert {(params["projector"], params["shared_width"]) for params in tried} == {
-        (projector, width) for projector in ("linear", "mlp") for width in (8, 16)
-    }
-    assert len(tried) == 4
 
 
 def test_rank_complete_lists_each_configuration_once(tmp_path: Path) -> None:
     (tmp_path / "space.toml").write_text("[space]\nprojector = ['linear', 'mlp']")
     trials = open_trials(tmp_path / "a", read_space(tmp_path / "space.toml"), trials=8)
-    scores = [0.1, 0.5, 0.3, 0.5, 0.2, 0.4, 0.5, 0.1]
-    for score in scores:
+    for score in [0.1, 0.5, 0.3, 0.5, 0.2, 0.4, 0.5, 0.1]:
         trial = trials.lease_next()
         assert trial is not None
-        trials.complete(trial, score, OUTCOME)
+        trials.finish(trial, COMPLETE, score)
     first, second = rank_complete(trials.finished())
     assert (first.number, first.value) == (1, 0.5)
     others = [trial.value for trial in trials.finished() if trial.params == second.params]
@@ -176,63 +177,36 @@ def test_rank_complete_lists_each_configuration_once(tmp_path: Path) -> None:
     assert second.value == max(value for value in others if value is not None)
 
 
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "cut": lambda data: data[: len(data) // 2],
-    "zeros": lambda data: data[:40_000] + bytes(30_000) + data[70_000:],
-    "kind of a range": lambda data: data.replace(b"CategoricalDistribution", b"CategoricbhDistribution", 1),
-    "name of the study": lambda data: data.replace(b"sweep", b"sweeq", 1),
-    "text": lambda data: data.replace(b"too wide", b"too wid\xff"),
-}
-
-
-def test_damaged_storage_is_one_line(tmp_path: Path, space: Space) -> None:
-    trials = open_trials(tmp_path / "a", space, trials=3)
-    for number in range(3):
-        trial = trials.lease_next()
-        assert trial is not None
-        trial.report(0.1875, 1)
-        if number == 0:
-            trials.fail(trial, "too wide")
-        else:
-            trials.prune(trial) if number == 1 else trials.complete(trial, 0.5, OUTCOME)
-    trials.close()
+def test_storage_errors_are_one_line(tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.sweep.study._SQLITE_TIMEOUT_S", 0.01)
+    run_all(open_trials(tmp_path / "a", space, trials=3))
+    OPENED.pop().close()
     storage = tmp_path / "a" / "study.db"
-    data = storage.read_bytes()
-    for name, damage in DAMAGES.items():
-        damaged = damage(data)
-        assert damaged != data, name
-        storage.write_bytes(damaged)
-        with pytest.raises(CorruptError, match=r"^[^\n]*; restore the storage, or use a new folder$"):
-            open_trials(tmp_path / "a", space, trials=3).lease_next()
-    storage.write_bytes(data)
-    assert open_trials(tmp_path / "a", space, trials=3).lease_next() is None
-
-
-def test_locked_storage_is_not_called_damaged(tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.sweep.trials._SQLITE_TIMEOUT_S", 0.01)
-    open_trials(tmp_path / "a", space, trials=1).close()
-    with closing(sqlite3.connect(tmp_path / "a" / "study.db")) as other:
+    with closing(sqlite3.connect(storage)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(PathError, match="locked"):
-            open_trials(tmp_path / "a", space, trials=1).lease_next()
+        with pytest.raises(CorruptError, match="locked"):
+            open_trials(tmp_path / "a", space).lease_next()
 
-
-def test_study_without_complete_trials_raises(tmp_path: Path, space: Space) -> None:
-    trials = open_trials(tmp_path, space, trials=1)
-    trial = trials.lease_next()
-    assert trial is not None
-    trials.fail(trial, "too few samples")
-    with pytest.raises(SettingError, match="too few samples"):
-        top_trials(trials, SweepSettings())
-
-
-def test_storage_error_hides_the_password(tmp_path: Path, space: Space) -> None:
+    data = storage.read_bytes()
+    for damaged in (data[: len(data) // 2], data.replace(b"CategoricalDistribution", b"CategoricbhDistribution", 1)):
+        storage.write_bytes(damaged)
+        with pytest.raises(CorruptError, match=r"^[^\n]*study.db: [^\n]*or use a new folder$"):
+            open_trials(tmp_path / "a", space, trials=3).lease_next()
     for url in ("nonsense://user:secret@host/x", "sqlite:////nowhere/at/all/study.db"):
         with pytest.raises(PathError, match="cannot be opened: .*use a URL such as postgresql") as raised:
             open_trials(tmp_path, space, storage=url)
         assert "secret" not in str(raised.value)
     assert without_password("a://user:secret@host/x") == "a://user:***@host/x"
     assert without_password("sqlite:///study.db") == "sqlite:///study.db"
+
+
+def test_study_without_complete_trials_raises(tmp_path: Path, space: Space) -> None:
+    trials = open_trials(tmp_path, space, trials=1)
+    trial = trials.lease_next()
+    assert trial is not None
+    trials.finish(trial, FAIL, reason="too few samples")
+    with pytest.raises(SettingError, match="too few samples"):
+        top_trials(trials, SweepSettings())
 
 
 def test_pareto_front() -> None:
