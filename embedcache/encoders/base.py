@@ -139,7 +139,7 @@ class EncoderSettings(Settings):
     Args:
         device: torch device, or `auto`, the first of `cuda`, `mps` and `cpu` that this machine has.
         features: names of requested features; a name that an encoder can derive, such as `grid:4` or `layer6.cls`,
-            joins its native features (grammar: `embedcache/encoders/features.py`), any other name is left out.
+            joins its native features (grammar: `embedcache/modeling/features.py`), any other name is left out.
     """
 
     device: str = Field(default=AUTO, exclude=True)

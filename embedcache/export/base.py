@@ -1,9 +1,8 @@
-"""What all export formats share: the exported run, the notes for its model card, and the parity check."""
+"""What all export formats share: the notes for a model card, refusals, and the comparison with the run."""
 
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,12 @@ from PIL import ExifTags, Image
 
 from embedcache.arrays import Floats
 from embedcache.encoders.base import Modality
-from embedcache.errors import ArtifactError, CorruptError, SettingError
+from embedcache.errors import ArtifactError, SettingError
 from embedcache.inference import open_projected_encoder
 from embedcache.modeling.images import rgb_image
 from embedcache.projectors.base import split_names
-from embedcache.projectors.pair import AlignedPair
 from embedcache.provenance import DERIVED
-from embedcache.runs import PAIR, Run, RunInput
+from embedcache.runs import Run, RunInput
 from embedcache.settings import replace_fields
 
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
@@ -27,63 +25,6 @@ TOLERANCE = 1e-4
 """Allowed difference in one component of a unit vector; float32 sums in another order differ by some 1e-6."""
 
 TEXTS = ("a red cat", "two small dogs on the green hill, and a cat.", "x", "Zwei kleine Hunde " * 200)
-
-
-@dataclass(frozen=True)
-class ExportRun:
-    """A trained run to export, with its projectors on the CPU."""
-
-    trained: Run
-    _examples: dict[str, Floats] = field(default_factory=dict, compare=False)
-
-    @classmethod
-    def open(cls, path: Path) -> "ExportRun":
-        """Load a run of any two modalities."""
-        run = Run.open(path, kind=PAIR)
-        fingerprints = [side.fingerprint for side in run.info.inputs.values()]
-        if not all({"family", "model", "weights"} <= each.keys() for each in fingerprints):
-            raise CorruptError(f"{path}: expected fingerprints of encoders in run.json, got others; restore the file")
-        return cls(run)
-
-    @property
-    def path(self) -> Path:
-        """Folder of the run."""
-        return self.trained.path
-
-    @property
-    def pair(self) -> AlignedPair:
-        """The trained pair."""
-        return self.trained.pair
-
-    def projector(self, modality: str) -> str:
-        """Return the text of a modality's projector."""
-        return dict(zip(self.trained.modalities, split_names(self.trained.projector), strict=True))[modality]
-
-    def require(self, modalities: Sequence[Modality], format_name: str) -> None:
-        """Check that the run has the modalities of a format, or raise a `SettingError`."""
-        if not set(modalities) <= set(self.trained.modalities):
-            reason = f"expected a run of {' and '.join(modalities)}, got one of {' and '.join(self.trained.modalities)}"
-            raise unsupported(format_name, reason)
-
-    def embed_examples(self, modality: Modality) -> Floats:
-        """Embed the example images or texts with the run's own encoder, in float32: (N, P) float32 unit vectors."""
-        if modality not in self._examples:
-            encoder = open_projected_encoder(modality, _in_float32(self.trained))
-            items: Sequence[Any] = [rgb_image(image) for image in example_images()] if modality == "image" else TEXTS
-            self._examples[modality] = encoder.embed(encoder.prepare(items))
-        return self._examples[modality]
-
-    def check_parity(self, library: str, vectors: Mapping[Modality, Any]) -> dict[str, float]:
-        """Compare the example vectors of a library with the run's; return the largest difference per modality."""
-        return {name: check_parity(library, rows, self.embed_examples(name)) for name, rows in vectors.items()}
-
-
-def _in_float32(run: Run) -> Run:
-    """Return a run whose encoders compute in float32, as exported models do, whatever the stored features have."""
-    inputs = {}
-    for name, side in run.info.inputs.items():
-        inputs[name] = replace_fields(side, fingerprint={**side.fingerprint, "precision": "float32"})
-    return replace(run, info=replace_fields(run.info, inputs=inputs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +50,18 @@ class ExportNotes:
     shorten: str | None = None
 
 
+def projector_of(run: Run, modality: str) -> str:
+    """Return the name of a modality's projector, with its parameters."""
+    return dict(zip(run.modalities, split_names(run.projector), strict=True))[modality]
+
+
+def check_modalities(run: Run, modalities: Sequence[Modality], format_name: str) -> None:
+    """Check that a run has the modalities of a format, or raise a `SettingError`."""
+    if not set(modalities) <= set(run.modalities):
+        reason = f"expected a run of {' and '.join(modalities)}, got one of {' and '.join(run.modalities)}"
+        raise unsupported(format_name, reason)
+
+
 def check_plain(tower_input: RunInput, format_name: str) -> None:
     """Check that a feature is an encoder's plain output: not derived, and not of a view."""
     name, fingerprint = tower_input.feature, tower_input.fingerprint
@@ -126,6 +79,35 @@ def unsupported(format_name: str, reason: str, next_step: str = "") -> SettingEr
     """
     next_step = next_step or "use embedcache export onnx for the projectors alone"
     return SettingError(f"the {format_name} format does not support this run: {reason}; {next_step}")
+
+
+def compare_examples(run: Run, library: str, vectors: Mapping[Modality, Any]) -> dict[str, float]:
+    """Compare the example vectors of a library with the run's; return the largest difference per modality."""
+    return {name: check_parity(library, rows, embed_examples(run, name)) for name, rows in vectors.items()}
+
+
+def embed_examples(run: Run, modality: Modality) -> Floats:
+    """Embed the example images or texts with the run's own encoder: (N, P) float32 unit vectors.
+
+    The encoder computes in float32, as exported models do, whatever the stored features have.
+    """
+    inputs = dict(run.info.inputs)
+    side = inputs[modality]
+    inputs[modality] = replace_fields(side, fingerprint={**side.fingerprint, "precision": "float32"})
+    encoder = open_projected_encoder(modality, replace(run, info=replace_fields(run.info, inputs=inputs)))
+    items: Sequence[Any] = [rgb_image(image) for image in example_images()] if modality == "image" else TEXTS
+    return encoder.embed(encoder.prepare(items))
+
+
+def check_parity(library: str, actual: Any, expected: Floats) -> float:
+    """Return the largest difference of a component of unit vectors; raise `ArtifactError` if it is too large or NaN."""
+    difference = float(np.abs(np.asarray(actual, np.float32) - expected).max(initial=0))
+    if not difference <= TOLERANCE:
+        raise ArtifactError(
+            f"{library}: expected vectors that differ from the run's by at most {TOLERANCE:.0e}, got {difference:.1e}; "
+            "nothing was written: use another format"
+        )
+    return difference
 
 
 def example_images() -> list[Image.Image]:
@@ -148,14 +130,3 @@ def _lying_jpeg(random: np.random.Generator) -> Image.Image:
     file = io.BytesIO()
     blocks.save(file, "JPEG", exif=exif)
     return Image.open(file)
-
-
-def check_parity(library: str, actual: Any, expected: Floats) -> float:
-    """Return the largest difference of a component of unit vectors; raise `ArtifactError` if it is too large or NaN."""
-    difference = float(np.abs(np.asarray(actual, np.float32) - expected).max(initial=0))
-    if not difference <= TOLERANCE:
-        raise ArtifactError(
-            f"{library}: expected vectors that differ from the run's by at most {TOLERANCE:.0e}, got {difference:.1e}; "
-            "nothing was written: use another format"
-        )
-    return difference

@@ -1,13 +1,13 @@
 """Export a run in another library's format: complete, checked with that library, with a model card, or not at all."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from embedcache.encoders.base import Modality
 from embedcache.errors import SettingError
-from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
+from embedcache.export.base import MODALITIES, ExportNotes, check_modalities
 from embedcache.export.card import write_card
 from embedcache.export.hub import CARD, push_folder
 from embedcache.export.onnx import write_onnx
@@ -18,19 +18,11 @@ from embedcache.export.transformers import write_transformers
 from embedcache.files import AnyPath, building, remove_folder
 from embedcache.outputs import read_report_json
 from embedcache.registry import unknown_name
+from embedcache.runs import PAIR, Run
 from embedcache.settings import merge_settings
 
 if TYPE_CHECKING:
     from embedcache.options import ExportOptions
-
-FORMATS: Mapping[str, tuple[Callable[..., ExportNotes], Sequence[str], Sequence[Modality]]] = {
-    "onnx": (write_onnx, ("towers",), ()),
-    "open-clip": (write_open_clip, ("final", "hub_name"), MODALITIES),
-    "sentence-transformers": (write_sentence_transformers, (), ("text",)),
-    "transformers": (write_transformers, (), MODALITIES),
-}
-"""Format -> a function that fills an empty folder, checks it with the other library and returns notes, the names of the
-options that it accepts, and the modalities that a run must have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +48,7 @@ def export_run(
     """Export a run, and upload it if requested.
 
     Args:
-        format_name: a name in `FORMATS`.
+        format_name: `onnx`, `open-clip`, `sentence-transformers` or `transformers`.
         out: a new or empty folder.
         options: settings by their names on the command line, which replace those of `settings`.
 
@@ -68,19 +60,25 @@ def export_run(
         MissingExtraError: the other library is not installed.
     """
     settings = merge_settings(ExportSettings, settings, options)
-    run, out = Path(run), Path(out)
-    if format_name not in FORMATS:
-        raise unknown_name("export format", format_name, FORMATS)
-    values = {"towers": settings.towers, "final": str(out.absolute()), "hub_name": settings.push_to_hub}
-    arguments = {name: values[name] for name in FORMATS[format_name][1]}
-    if settings.towers and "towers" not in arguments:
+    out = Path(out)
+    writers: dict[str, Callable[[Run, Path], ExportNotes]] = {
+        "onnx": partial(write_onnx, towers=settings.towers),
+        "open-clip": partial(write_open_clip, address=settings.push_to_hub or str(out.absolute())),
+        "sentence-transformers": write_sentence_transformers,
+        "transformers": write_transformers,
+    }
+    if format_name not in writers:
+        raise unknown_name("export format", format_name, writers)
+    if settings.towers and format_name != "onnx":
         raise SettingError(f"towers: expected false for the {format_name} format, got true")
-    opened = ExportRun.open(run)
-    opened.require(MODALITIES if settings.towers else FORMATS[format_name][2], format_name)
+
+    opened = Run.open(run, kind=PAIR)
+    if settings.towers or format_name in ("open-clip", "transformers"):
+        check_modalities(opened, MODALITIES, format_name)
     metrics = None if settings.metrics is None else read_report_json(settings.metrics)
 
     with building(out) as temporary:
-        notes = FORMATS[format_name][0](opened, temporary, **arguments)
+        notes = writers[format_name](opened, temporary)
         for cached in temporary.rglob("__pycache__"):
             remove_folder(cached)
         write_card(temporary / CARD, opened, notes, format_name, metrics)

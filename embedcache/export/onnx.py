@@ -18,15 +18,17 @@ from embedcache.errors import ArtifactError
 from embedcache.export.base import (
     TEXTS,
     ExportNotes,
-    ExportRun,
     check_parity,
+    embed_examples,
     example_images,
+    projector_of,
     unsupported,
 )
 from embedcache.export.transformers import load_exported, write_transformers
 from embedcache.modeling.heads import AnyTower, TokenTower
 from embedcache.projectors.base import project
 from embedcache.registry import require
+from embedcache.runs import Run
 
 _PROJECTORS_CODE = """\
 import numpy as np
@@ -64,7 +66,7 @@ print(image @ text.T)
 """
 
 
-def write_onnx(run: ExportRun, folder: Path, *, towers: bool) -> ExportNotes:
+def write_onnx(run: Run, folder: Path, *, towers: bool) -> ExportNotes:
     """Write ONNX graphs (opset 17, any number of items), and check them with onnxruntime."""
     require("onnx", extra="onnx")
     return _write_towers(run, folder) if towers else _write_projectors(run, folder)
@@ -81,9 +83,9 @@ class _Projection(nn.Module):
         return {"embeds": normalize(self.tower(features, lengths), dim=-1)}
 
 
-def _write_projectors(run: ExportRun, folder: Path) -> ExportNotes:
+def _write_projectors(run: Run, folder: Path) -> ExportNotes:
     differences: dict[str, float] = {}
-    for modality in run.trained.modalities:
+    for modality in run.modalities:
         tower, path = run.pair.tower(modality), folder / f"{modality}_projector.onnx"
         example = _example_features(run, modality, 3, 4)
         dynamic_axes = {name: {0: "batch"} for name in (*example, "embeds")}
@@ -101,7 +103,7 @@ def _write_projectors(run: ExportRun, folder: Path) -> ExportNotes:
     return ExportNotes(
         library="onnx",
         task=None,
-        code=_PROJECTORS_CODE.replace("{modalities}", str(run.trained.modalities)),
+        code=_PROJECTORS_CODE.replace("{modalities}", str(run.modalities)),
         requirements=("onnxruntime", "numpy"),
         differences=differences,
         notes=("The encoders are not included: `features` are the output of the encoders below, not normalized.",),
@@ -109,8 +111,8 @@ def _write_projectors(run: ExportRun, folder: Path) -> ExportNotes:
     )
 
 
-def _example_features(run: ExportRun, modality: str, num_rows: int, num_tokens: int) -> dict[str, Array]:
-    width = run.trained.input(modality).width
+def _example_features(run: Run, modality: str, num_rows: int, num_tokens: int) -> dict[str, Array]:
+    width = run.input(modality).width
     random = np.random.default_rng(num_rows)
     if not isinstance(run.pair.tower(modality), TokenTower):
         return {"features": random.normal(size=(num_rows, width)).astype(np.float32)}
@@ -133,7 +135,7 @@ class _ModelTower(nn.Module):
         return {"embeds": getattr(self.model, f"get_{self.modality}_features")(**inputs)}
 
 
-def _write_towers(run: ExportRun, folder: Path) -> ExportNotes:
+def _write_towers(run: Run, folder: Path) -> ExportNotes:
     from transformers import AutoImageProcessor, AutoTokenizer
 
     with TemporaryDirectory(dir=folder) as path:
@@ -161,7 +163,7 @@ def _write_towers(run: ExportRun, folder: Path) -> ExportNotes:
         )
         next_step = "use embedcache export transformers"  # which has opened this run
         graph = _write_graph(export, folder / f"{modality}.onnx", run, modality, next_step=next_step)
-        expected = run.embed_examples(modality)
+        expected = embed_examples(run, modality)
         differences[modality] = check_parity("onnxruntime", graph(inputs, ["embeds"])["embeds"], expected)
         single = graph({name: array[:1] for name, array in inputs.items()}, ["embeds"])["embeds"]
         check_parity("onnxruntime, for a single item,", single, expected[:1])
@@ -204,7 +206,7 @@ def _keep_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _write_graph(
-    export: OnnxExport, path: Path, run: ExportRun, modality: str, *, next_step: str = "embedcache.load applies it"
+    export: OnnxExport, path: Path, run: Run, modality: str, *, next_step: str = "embedcache.load applies it"
 ) -> OnnxGraph:
     """Write a graph with the run, feature and encoder in its metadata, and open it."""
     onnx = require("onnx", extra="onnx")
@@ -212,14 +214,14 @@ def _write_graph(
         export_graph(export, path)
     except ArtifactError as error:
         raise unsupported("onnx", f"{path.stem.replace('_', ' ')}: {error}", next_step) from error
-    tower_input = run.trained.input(modality)
+    tower_input = run.input(modality)
     graph = onnx.load(path)
     metadata = {
         "producer": "embedcache",
         "feature": tower_input.feature,
-        "projector": run.projector(modality),
+        "projector": projector_of(run, modality),
         "fingerprint": json.dumps(dict(tower_input.fingerprint), sort_keys=True),
-        "run_weights": run.trained.info.weights,
+        "run_weights": run.info.weights,
         "temperature": f"{float(run.pair.temperature.detach()):.9g}",
     }
     onnx.helper.set_model_props(graph, metadata)

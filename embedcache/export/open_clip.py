@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embedcache.encoders.base import Modality
-from embedcache.encoders.open import EncoderSpec
+from embedcache.encoders.open import EncoderSpec, feature_names
 from embedcache.errors import one_line
-from embedcache.export.base import TEXTS, ExportNotes, ExportRun, example_images, unsupported
+from embedcache.export.base import TEXTS, ExportNotes, compare_examples, example_images, projector_of, unsupported
 from embedcache.export.towers import open_module
 from embedcache.modeling.images import rgb_image
 from embedcache.provenance import write_json
 from embedcache.registry import require
+from embedcache.runs import Run
 
 _FORMAT = "open-clip"
 _CODE = """\
@@ -63,21 +64,15 @@ _HEADS: Mapping[str, Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]]] 
 """Projector -> its entries in open_clip's config, and the names of its weights there."""
 
 
-def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str | None) -> ExportNotes:
+def write_open_clip(run: Run, folder: Path, *, address: str) -> ExportNotes:
     """Write a folder that open_clip opens, and check it with that library.
 
-    `final` is the path that the folder will have, `hub_name` the repository that it will be uploaded to, if any.
+    `address` is the path that the folder will have, or the repository that it will be uploaded to.
     """
     require("open_clip", extra=_FORMAT)
-    _find("image encoder's family", run.trained.input("image").fingerprint["family"], {"timm": "timm"})
-    text = open_module(run, "text", _FORMAT)  # encoders before projectors: another projector does not help them
+    text = open_module(run, "text", _FORMAT)
     image = open_module(run, "image", _FORMAT)
-    text_input = run.trained.input("text")
-    transform = run.trained.input("image").fingerprint["preprocessing"]
-    pool = _find("image feature", "+".join(image.config["features"]), _POOLS)
-    resize_mode = _find("crop_mode", transform["crop_mode"], _RESIZE_MODES)
-    pooler = _find("text feature", "_".join(text.config["features"]), _POOLERS)
-    _find("text encoder", text.config["config"]["model_type"], dict.fromkeys(("bert", "roberta", "xlm-roberta")))
+    _check_supported(run, text.config["config"])
     image_head_config, image_head = _head(run, "image")
     text_head_config, text_head = _head(run, "text")
 
@@ -95,35 +90,38 @@ def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str |
     state = {name: value.detach().clone().contiguous() for name, value in state.items()}
     save_file(state, folder / "open_clip_model.safetensors")
 
+    transform = run.input("image").fingerprint["preprocessing"]
     vision_config = {
         "image_size": image.config["input_size"][-1],
         "timm_model_name": image.config["model"],
         "timm_model_pretrained": False,
-        "timm_pool": pool,
+        "timm_pool": _POOLS["+".join(image.config["features"])],
         "timm_proj_bias": False,
         **image_head_config,
     }
     text_config = {
-        "hf_pooler_type": pooler,
-        "context_length": int(text_input.fingerprint["preprocessing"]["max_tokens"]),
+        "hf_pooler_type": _POOLERS["+".join(text.config["features"])],
+        "context_length": text.processor.model_max_length,
         **text_head_config,
     }
     config: dict[str, Any] = {
-        "model_cfg": {"embed_dim": run.trained.shared_width, "vision_cfg": vision_config, "text_cfg": text_config},
+        "model_cfg": {"embed_dim": run.shared_width, "vision_cfg": vision_config, "text_cfg": text_config},
         "preprocess_cfg": {
             "size": transform["input_size"][-1],
             "mode": "RGB",
             **{name: transform[name] for name in ("mean", "std", "interpolation")},
-            "resize_mode": resize_mode,
+            "resize_mode": _RESIZE_MODES[transform["crop_mode"]],
         },
     }
-    spec = EncoderSpec.parse(text_input.spec)
+    spec = EncoderSpec.parse(run.input("text").spec)
     is_on_hub = spec.family == "hf" and not spec.is_path
-    name = text_input.fingerprint["model"] if is_on_hub else hub_name or final
-    text_config |= dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), str(folder))  # its path during the check
+    name = run.input("text").fingerprint["model"] if is_on_hub else address
+
+    # During the check, open_clip finds the text tower's config in this folder.
+    text_config |= {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
     write_json(folder / "open_clip_config.json", config)
     differences = _compare(run, folder)
-    text_config |= dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), name)
+    text_config |= {"hf_model_name": name, "hf_tokenizer_name": name}
     write_json(folder / "open_clip_config.json", config)
 
     return ExportNotes(
@@ -142,16 +140,26 @@ def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str |
     )
 
 
-def _find(what: str, key: str, table: Mapping[str, Any]) -> Any:
-    """Return what open_clip has for a part of the run."""
-    if key not in table:
-        raise unsupported(_FORMAT, f"its {what} is {key}: expected {', '.join(table)}")
-    return table[key]
+def _check_supported(run: Run, text_config: Mapping[str, Any]) -> None:
+    """Check that open_clip has every part of a run, or raise a `SettingError`."""
+    image, text = run.input("image"), run.input("text")
+    parts = {
+        "image encoder's family": (image.fingerprint["family"], ("timm",)),
+        "image feature": ("+".join(feature_names(image.feature)), _POOLS),
+        "crop_mode": (image.fingerprint["preprocessing"].get("crop_mode"), _RESIZE_MODES),
+        "text encoder": (text_config["model_type"], ("bert", "roberta", "xlm-roberta")),
+        "text feature": ("+".join(feature_names(text.feature)), _POOLERS),
+        "image projector": (projector_of(run, "image"), _HEADS["image"]),
+        "text projector": (projector_of(run, "text"), _HEADS["text"]),
+    }
+    for part, (name, names) in parts.items():
+        if name not in names:
+            raise unsupported(_FORMAT, f"its {part} is {name}: expected {', '.join(names)}")
 
 
-def _head(run: ExportRun, modality: Modality) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+def _head(run: Run, modality: Modality) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     """Return the entries of a head in open_clip's config, and its weights; the length of the features is folded in."""
-    entries, names = _find(f"{modality} projector", run.projector(modality), _HEADS[modality])
+    entries, names = _HEADS[modality][projector_of(run, modality)]
     tower: Any = run.pair.tower(modality)
     weights = tower.projector.layers.state_dict()
     weights["0.weight"] = weights["0.weight"] / tower.length
@@ -159,7 +167,7 @@ def _head(run: ExportRun, modality: Modality) -> tuple[Mapping[str, Any], dict[s
 
 
 @torch.inference_mode()
-def _compare(run: ExportRun, folder: Path) -> dict[str, float]:
+def _compare(run: Run, folder: Path) -> dict[str, float]:
     import open_clip
 
     name = f"local-dir:{folder}"
@@ -175,4 +183,4 @@ def _compare(run: ExportRun, folder: Path) -> dict[str, float]:
         }
     except RuntimeError as error:  # some timm networks have another width than they announce to open_clip
         raise unsupported(_FORMAT, f"open_clip cannot run its encoders: {one_line(error)}") from error
-    return run.check_parity("open_clip", vectors)
+    return compare_examples(run, "open_clip", vectors)

@@ -1,34 +1,28 @@
 """Export the text tower for sentence-transformers: transformer, pooling, and the projector as dense layers."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from embedcache.encoders import sentence_transformers as encoders
 from embedcache.encoders.open import EncoderSpec, feature_names
 from embedcache.encoders.weights import find_model_folder, quiet_transformers
-from embedcache.export.base import TEXTS, ExportNotes, ExportRun, check_plain, unsupported
-from embedcache.export.towers import SENTENCE_OPTIONS, DenseChain, dense_chain
-from embedcache.provenance import read_json, write_json
+from embedcache.export.base import TEXTS, ExportNotes, check_modalities, check_plain, compare_examples, unsupported
+from embedcache.modeling import heads
 from embedcache.registry import require
+from embedcache.runs import Run
 
 _FORMAT = "sentence-transformers"
 _NEXT_STEP = (
     "train with --projector linear, identity, sharelock, openclip-linear or openclip-mlp on a vector feature, or use "
     "embedcache export onnx for the projectors alone"
 )
-_SINCE_LONG = frozenset({"Transformer", "Pooling", "Dense", "Normalize"})
-"""Modules that all versions of the library have."""
-_POOLING_FLAGS = {
-    "cls": "pooling_mode_cls_token",
-    "max": "pooling_mode_max_tokens",
-    "mean": "pooling_mode_mean_tokens",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-    "weightedmean": "pooling_mode_weightedmean_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-}
+_UNSUPPORTED_OPTIONS = ("prompt", "prompt_name", "truncate_dim")
 _CODE = """\
 from sentence_transformers import SentenceTransformer
 
@@ -38,84 +32,50 @@ print(vectors.shape)
 """
 
 
-def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
+def write_sentence_transformers(run: Run, folder: Path) -> ExportNotes:
     """Write a folder that `SentenceTransformer` opens, and check it with that library."""
     library = require("sentence_transformers", extra=_FORMAT)
-    check_plain(run.trained.input("text"), _FORMAT)
+    check_modalities(run, ("text",), _FORMAT)
+    check_plain(run.input("text"), _FORMAT)
     with quiet_transformers():
         encoder = _encoder_modules(run, library)  # before the projector: another one does not help an encoder
-        chain = dense_chain(run.pair.tower("text"), _FORMAT, _NEXT_STEP)
-        modules = [*encoder, *_projector_modules(chain, library)]
+        modules = [*encoder, *_tower_modules(run, library)]
         model = library.SentenceTransformer(modules=modules, device="cpu")
         with torch.inference_mode():
             model.save(str(folder), create_model_card=False)
-        _write_as_before(folder, model)
         exported = library.SentenceTransformer(str(folder), device="cpu")
     vectors = exported.encode(list(TEXTS), show_progress_bar=False)
+
     return ExportNotes(
         library=_FORMAT,
         task="sentence-similarity",
         code=_CODE,
         shorten="model.encode(…, truncate_dim={width}, normalize_embeddings=True)",
-        requirements=("sentence-transformers",),
-        differences=run.check_parity(_FORMAT, {"text": vectors}),
+        requirements=("sentence-transformers>=6",),
+        differences=compare_examples(run, _FORMAT, {"text": vectors}),
         notes=("The text tower only; `embedcache export transformers` includes both.",),
         encoders=("text",),
     )
 
 
-def _write_as_before(folder: Path, model: Any) -> None:
-    """Write the modules of a saved model as versions before 5.4 of the library did, which all versions read."""
-    kinds = [type(module).__name__ for module in model]
-    if not _SINCE_LONG.issuperset(kinds):
-        return
-    entries = read_json(folder / "modules.json")
-    for entry, kind in zip(entries, kinds, strict=True):
-        entry["type"] = f"sentence_transformers.models.{kind}"
-        path = folder / entry["path"] / "config.json"
-        if kind == "Pooling":
-            write_json(path, _pooling_as_before(read_json(path)))
-        elif kind == "Dense":
-            write_json(path, {name: value for name, value in read_json(path).items() if not name.startswith("module_")})
-    write_json(folder / "modules.json", entries)
-    length = {"max_seq_length": model.max_seq_length, "do_lower_case": bool(getattr(model[0], "do_lower_case", False))}
-    write_json(folder / "sentence_bert_config.json", length)
-
-
-def _pooling_as_before(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of a pooling module with one flag per mode; versions before 5.4 write that already."""
-    if "pooling_mode" not in config:
-        return config
-    modes = config["pooling_mode"]
-    chosen = [modes] if isinstance(modes, str) else modes
-    flags = {flag: mode in chosen for mode, flag in _POOLING_FLAGS.items()}
-    return {
-        "word_embedding_dimension": config["embedding_dimension"],
-        **flags,
-        "include_prompt": config["include_prompt"],
-    }
-
-
-def _encoder_modules(run: ExportRun, library: Any) -> list[Any]:
+def _encoder_modules(run: Run, library: Any) -> list[Any]:
     """Return the text encoder's modules, up to the run's feature."""
-    spec = EncoderSpec.parse(run.trained.input("text").spec)
-    name = "+".join(feature_names(run.trained.input("text").feature))
-    max_tokens = int(run.trained.input("text").fingerprint["preprocessing"].get("max_tokens", 0))
+    side = run.input("text")
+    spec = EncoderSpec.parse(side.spec)
+    name = "+".join(feature_names(side.feature))
+    max_tokens = int(side.fingerprint["preprocessing"].get("max_tokens", 0))
     if spec.family == "st":
         return _sentence_modules(spec, name, max_tokens, library)
     if spec.family == "hf" and name in ("mean", "cls"):
         parts = library.sentence_transformer.modules
         transformer = parts.Transformer(str(find_model_folder(spec).path), max_seq_length=max_tokens)
         return [transformer, parts.Pooling(transformer.get_embedding_dimension(), pooling_mode=name)]
-    feature = run.trained.input("text").feature
-    raise unsupported(
-        _FORMAT,
-        f"its text feature is {feature}: expected the pooled one of st, or mean or cls of hf",
-    )
+    reason = f"its text feature is {side.feature}: expected the pooled one of st, or mean or cls of hf"
+    raise unsupported(_FORMAT, reason)
 
 
 def _sentence_modules(spec: EncoderSpec, name: str, max_tokens: int, library: Any) -> list[Any]:
-    for option in SENTENCE_OPTIONS:
+    for option in _UNSUPPORTED_OPTIONS:
         if option in spec.options:
             raise unsupported(_FORMAT, f"its text encoder has the option {option}")
     folder = encoders.find_folder(spec).path
@@ -123,6 +83,7 @@ def _sentence_modules(spec: EncoderSpec, name: str, max_tokens: int, library: An
     model.max_seq_length = max_tokens
     modules = encoders.read_modules(folder)
     library_modules = [module for module in model if type(module).__name__ != "Normalize"]
+
     pooled = next(iter(modules.pools))
     default = "dense" if modules.heads else pooled
     if name == default:
@@ -132,17 +93,60 @@ def _sentence_modules(spec: EncoderSpec, name: str, max_tokens: int, library: An
     raise unsupported(_FORMAT, f"its text feature is {name!r}: expected {default!r}, the library's pooling")
 
 
-def _projector_modules(chain: DenseChain, library: Any) -> Iterator[Any]:
+@torch.no_grad()
+def _tower_modules(run: Run, library: Any) -> Iterator[Any]:
+    """Yield the library's modules that compute the same as a tower, up to rounding.
+
+    Raises:
+        SettingError: the projector is not a chain of dense layers.
+    """
     parts = library.sentence_transformer.modules
-    if chain.has_unit_input and chain.layers:
+    tower = run.pair.tower("text")
+    layers = _dense_layers(tower.projector, tower.input_width)
+
+    # Centering, or the division by the vectors' length, moves into the first layer.
+    first, _ = layers[0]
+    if isinstance(tower, heads.RawTower):
+        first.weight /= tower.length
+    else:
+        assert isinstance(tower, heads.Tower)
         yield parts.Normalize()
-    for layer in chain.layers:
+        shift_P = -first.weight @ tower.mean
+        first.bias = nn.Parameter(shift_P if first.bias is None else first.bias + shift_P)
+
+    for linear, activation in layers:
         yield parts.Dense(
-            layer.weight_PD.shape[1],
-            layer.weight_PD.shape[0],
-            bias=layer.bias_P is not None,
-            activation_function=layer.activation,
-            init_weight=layer.weight_PD,
-            init_bias=layer.bias_P,
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            activation_function=activation,
+            init_weight=linear.weight,
+            init_bias=linear.bias,
         )
     yield parts.Normalize()
+
+
+def _dense_layers(projector: nn.Module, width: int) -> list[tuple[nn.Linear, nn.Module]]:
+    """Return copies of the linear layers of a projector, each with its activation."""
+    modules: list[nn.Module]
+    if isinstance(projector, heads.IdentityProjector):
+        identity = nn.Linear(width, width, bias=False)
+        nn.init.eye_(identity.weight)
+        modules = [identity]
+    elif isinstance(projector, heads.LinearProjector):
+        modules = [projector.linear]
+    elif isinstance(projector, heads.ShareLockProjector | heads.OpenClipHead):
+        modules = list(projector.layers)
+    else:
+        reason = f"{type(projector).__name__} is not a chain of dense layers on one vector"
+        raise unsupported(_FORMAT, reason, _NEXT_STEP)
+
+    layers: list[tuple[nn.Linear, nn.Module]] = []
+    for module in copy.deepcopy(modules):
+        if isinstance(module, nn.Linear):
+            layers.append((module, nn.Identity()))
+        elif isinstance(module, nn.BatchNorm1d):
+            layers[-1] = (fuse_linear_bn_eval(layers[-1][0], module), nn.Identity())
+        elif not isinstance(module, nn.Dropout):
+            layers[-1] = (layers[-1][0], module)
+    return layers

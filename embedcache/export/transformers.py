@@ -15,11 +15,20 @@ from torch import Tensor, nn
 
 from embedcache.encoders.base import Modality
 from embedcache.encoders.weights import quiet_transformers
-from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images, unsupported
+from embedcache.export.base import (
+    MODALITIES,
+    TEXTS,
+    ExportNotes,
+    compare_examples,
+    example_images,
+    projector_of,
+    unsupported,
+)
 from embedcache.export.towers import EncoderModule, open_module
 from embedcache.modeling import heads
 from embedcache.projectors.base import bind_projector
 from embedcache.provenance import write_json
+from embedcache.runs import Run
 
 _FORMAT = "transformers"
 _PIPELINE = "AutoModelForZeroShotImageClassification"
@@ -42,7 +51,7 @@ with torch.inference_mode():
 """
 
 
-def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
+def write_transformers(run: Run, folder: Path) -> ExportNotes:
     """Write a folder that transformers opens with `trust_remote_code=True`, and check it with that library."""
     encoders = {modality: open_module(run, modality, _FORMAT) for modality in MODALITIES}
     model = _build_model(run, encoders)
@@ -53,7 +62,7 @@ def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
         encoder.processor.save_pretrained(folder)
     write_json(folder / "processor_config.json", {"processor_class": "VisionTextDualEncoderProcessor"})
 
-    differences = run.check_parity(_FORMAT, _embed_examples(folder))
+    differences = compare_examples(run, _FORMAT, _embed_examples(folder))
     is_timm = encoders["image"].config["kind"] == "timm"
     return ExportNotes(
         library="transformers",
@@ -78,13 +87,13 @@ def load_exported(folder: Path) -> Any:
         return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 
 
-def _build_model(run: ExportRun, encoders: Mapping[Modality, EncoderModule]) -> Any:
+def _build_model(run: Run, encoders: Mapping[Modality, EncoderModule]) -> Any:
     from embedcache.modeling.modeling_embedcache import EmbedcacheConfig, EmbedcacheModel
 
     EmbedcacheConfig.register_for_auto_class()
     EmbedcacheModel.register_for_auto_class("AutoModel")
     sides = {name: {**encoder.config, **_tower_config(run, name)} for name, encoder in encoders.items()}
-    config = EmbedcacheConfig(**sides, projection_dim=run.trained.shared_width)
+    config = EmbedcacheConfig(**sides, projection_dim=run.shared_width)
     config.auto_map = {_PIPELINE: "modeling_embedcache.EmbedcacheModel"}
     model = EmbedcacheModel(config)
 
@@ -97,9 +106,10 @@ def _build_model(run: ExportRun, encoders: Mapping[Modality, EncoderModule]) -> 
     return model
 
 
-def _tower_config(run: ExportRun, modality: Modality) -> dict[str, Any]:
+def _tower_config(run: Run, modality: Modality) -> dict[str, Any]:
     """Return the names of the classes of a tower and its projector, and the projector's parameters."""
-    tower, name = run.pair.tower(modality), run.projector(modality)
+    tower = run.pair.tower(modality)
+    name = projector_of(run, modality)
     if type(tower.projector).__module__ != heads.__name__:
         raise unsupported(_FORMAT, f"its {modality} projector {name} is a plug-in")
     return {

@@ -293,7 +293,7 @@ class AsifProjector(nn.Module):
         self.anchors.copy_(normalize(anchors_PD, dim=-1))
 
 
-class _OpenClipHead(nn.Module):
+class OpenClipHead(nn.Module):
     has_raw_input = True
 
     def __init__(self, *layers: nn.Module) -> None:
@@ -305,14 +305,14 @@ class _OpenClipHead(nn.Module):
         return projected
 
 
-class OpenClipLinear(_OpenClipHead):
+class OpenClipLinear(OpenClipHead):
     """y = W x: open_clip's `linear` head for images and for texts."""
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__(nn.Linear(input_width, output_width, bias=False))
 
 
-class OpenClipImageMlp(_OpenClipHead):
+class OpenClipImageMlp(OpenClipHead):
     """y = V gelu(U x + b), hidden width 2 P: open_clip's `timm_proj: mlp`."""
 
     def __init__(self, input_width: int, output_width: int) -> None:
@@ -320,7 +320,7 @@ class OpenClipImageMlp(_OpenClipHead):
         super().__init__(nn.Linear(input_width, width), nn.GELU(), nn.Linear(width, output_width, bias=False))
 
 
-class OpenClipTextMlp(_OpenClipHead):
+class OpenClipTextMlp(OpenClipHead):
     """y = V gelu(U x), hidden width (D + P) / 2: open_clip's `hf_proj_type: mlp`."""
 
     def __init__(self, input_width: int, output_width: int) -> None:

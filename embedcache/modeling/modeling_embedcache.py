@@ -161,7 +161,12 @@ def _image_encoder(config: Mapping[str, Any]) -> nn.Module:
 
 def _text_encoder(config: Mapping[str, Any]) -> nn.Module:
     heads = [
-        Dense(head["num_in"], head["num_out"], has_bias=head["has_bias"], activation=getattr(nn, head["activation"])())
+        Dense(
+            head["input_width"],
+            head["output_width"],
+            has_bias=head["has_bias"],
+            activation=getattr(nn, head["activation"])(),
+        )
         for head in config["heads"]
     ]
     return TextFeatures(_pretrained(config), config["layers"], config["pools"], heads, config["width"])

@@ -1,16 +1,12 @@
 """Runs on tiny encoders, with random weights everywhere so that every part of a projector matters."""
 
-import re
 from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
 
 from embedcache.encoders.base import EncoderSettings, Modality
 from embedcache.encoders.open import feature_names, open_encoder
-from embedcache.errors import SettingError
-from embedcache.export.export import export_run
 from embedcache.modeling.heads import RawTower, Tower
 from embedcache.projectors.base import HasAnchors
 from embedcache.projectors.pair import AlignedPair
@@ -60,14 +56,3 @@ def _randomize(tower: torch.nn.Module) -> None:
         tower.length.fill_(3.0)
     if isinstance(tower, (Tower, RawTower)) and isinstance(tower.projector, HasAnchors):
         tower.projector.set_anchors(torch.randn_like(tower.projector.anchors))
-
-
-def follow_error(format_name: str, run: Path, out: Path) -> str:
-    """Export a run that a format refuses, then in the format that the error names; return the error."""
-    with pytest.raises(SettingError) as caught:
-        export_run(format_name, run, out)
-    message = str(caught.value)
-    named = re.findall(r"use embedcache export ([\w-]+)", message)
-    assert named, message
-    export_run(named[0], run, out)
-    return message

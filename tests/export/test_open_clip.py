@@ -9,11 +9,12 @@ import torch
 from embedcache.dataset.settings import SplitSettings
 from embedcache.encoders.base import EncoderSettings
 from embedcache.errors import ArtifactError, SettingError
-from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
+from embedcache.export.base import TEXTS, TOLERANCE, embed_examples, example_images
 from embedcache.export.export import export_run
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.modeling.images import rgb_image
+from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
@@ -54,9 +55,9 @@ def _check_loads(folder: Path, run: Path) -> None:
     with torch.inference_mode():
         image = model.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
         text = model.encode_text(open_clip.get_tokenizer(name)(list(TEXTS)), normalize=True)
-    opened = ExportRun.open(run)
-    torch.testing.assert_close(image, torch.from_numpy(opened.embed_examples("image")), atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(text, torch.from_numpy(opened.embed_examples("text")), atol=TOLERANCE, rtol=0)
+    opened = Run.open(run)
+    torch.testing.assert_close(image, torch.from_numpy(embed_examples(opened, "image")), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(text, torch.from_numpy(embed_examples(opened, "text")), atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(model.logit_scale.exp(), opened.pair.scale)
 
 
@@ -76,8 +77,7 @@ def test_trained_preset(cache: Path, tmp_path: Path) -> None:
         split=SplitSettings(kind="key"),
     )
     assert train(cache, tmp_path / "run", settings=settings) is not None
-    run = ExportRun.open(tmp_path / "run")
-    assert run.pair.tower("image").length != 1, "the length of the features was learned"
+    assert Run.open(tmp_path / "run").pair.tower("image").length != 1, "the length of the features was learned"
     report = export_run("open-clip", tmp_path / "run", tmp_path / "model")
     assert max(report.differences.values()) < TOLERANCE
     _check_loads(tmp_path / "model", tmp_path / "run")

@@ -9,10 +9,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from embedcache.errors import SettingError
-from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
+from embedcache.export.base import TEXTS, TOLERANCE, embed_examples, example_images
 from embedcache.export.export import export_run
 from embedcache.export.transformers import load_exported
 from embedcache.modeling.images import rgb_image
+from embedcache.runs import Run
 from pipelines.icons.encoders import WORDLLAMA
 from tests.export.runs import make_run
 
@@ -53,8 +54,8 @@ def test_has_the_interface_of_clip(tiny: dict[str, str], tmp_path: Path) -> None
     inputs = processor(images=example_images(), text=list(TEXTS), return_tensors="pt", padding=True, truncation=True)
     with torch.inference_mode():
         output = model(**inputs)
-    opened = ExportRun.open(run)
-    image, text = (torch.from_numpy(opened.embed_examples(modality)) for modality in ("image", "text"))
+    opened = Run.open(run)
+    image, text = (torch.from_numpy(embed_examples(opened, modality)) for modality in ("image", "text"))
     torch.testing.assert_close(output.image_embeds, image, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(output.text_embeds, text, atol=TOLERANCE, rtol=0)
     logits = opened.pair.scale.detach() * image @ text.T
@@ -132,10 +133,16 @@ class Own(torch.nn.Module):
     [
         (WORDLLAMA, "linear", "expected hf or st"),
         ("st", f"{__name__}:Own", "is a plug-in; use embedcache export onnx"),
+        ("prompted", "mlp", "prompt.*use embedcache export onnx"),
     ],
 )
 def test_unsupported_run_raises(text: str, projector: str, words: str, tiny: dict[str, str], tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny.get(text, text), "mean"), projector)
+    run = make_run(
+        tmp_path / "run",
+        (tiny["vit"], "cls"),
+        ({**tiny, "prompted": f"{tiny['st']},prompt=query"}.get(text, text), "mean"),
+        projector,
+    )
     with pytest.raises(SettingError, match=words):
         export_run("transformers", run, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
