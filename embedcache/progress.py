@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
@@ -86,16 +85,13 @@ class BarProgress:
 
     def __init__(self, name: str = "") -> None:
         self._name = name
-        self._tqdm = _import_tqdm()
         self._bar: Any = None
 
     def start(self, what: str, total: int, unit: str) -> None:
         """Start a bar; without a total it only counts."""
         self.finish()
         name = visible(join_names(self._name, what))
-        # tqdm draws nothing in a terminal that does not know its size
-        size: Any = {} if _is_notebook() else dict(zip(("ncols", "nrows"), shutil.get_terminal_size(), strict=True))
-        self._bar = self._tqdm(total=total or None, desc=name, unit=f" {unit}", **size)
+        self._bar = _import_tqdm()(total=total or None, desc=name, unit=f" {unit}", **self._options())
         _OPEN.add(self)
 
     def advance(self, count: int) -> None:
@@ -117,11 +113,15 @@ class BarProgress:
 
     def note(self, line: str) -> None:
         """Print a line above all bars."""
-        self._tqdm.write(visible(line), file=sys.stdout if _is_notebook() else sys.stderr)
+        _import_tqdm().write(visible(line), file=sys.stdout if _is_notebook() else sys.stderr)
 
     def part(self, name: str = "") -> "BarProgress":
         """Return the progress of a part, whose bars are on the same screen."""
-        return BarProgress(join_names(self._name, name))
+        return type(self)(join_names(self._name, name))
+
+    def _options(self) -> dict[str, Any]:
+        # tqdm draws nothing in a terminal that does not know its size
+        return {} if _is_notebook() else dict(zip(("ncols", "nrows"), shutil.get_terminal_size(), strict=True))
 
 
 _OPEN: WeakSet[BarProgress] = WeakSet()
@@ -130,7 +130,7 @@ _OPEN: WeakSet[BarProgress] = WeakSet()
 def close_bars() -> None:
     """Stop all bars and leave them where they are, so that the last line of a program is below them."""
     for progress in list(_OPEN):
-        progress.finish()
+        BarProgress.finish(progress)
 
 
 def _import_tqdm() -> Any:
@@ -141,61 +141,35 @@ def _import_tqdm() -> Any:
     return tqdm
 
 
-class PlainProgress:
-    """Progress as a line every ten seconds, for logs."""
-
-    def __init__(self, name: str = "") -> None:
-        self._name = name
-        self._what, self._unit, self._state = "", "", ""
-        self._count, self._total = 0, 0
-        self._started_s: float | None = None  # None between two steps
-
-    def start(self, what: str, total: int, unit: str) -> None:
-        """Start a step."""
-        self._what, self._unit, self._state = join_names(self._name, what), unit, ""
-        self._count, self._total = 0, total
-        self._started_s = self._written_s = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        """Write the count, the time left, the rate and the state, at most every ten seconds."""
-        if self._started_s is None:
-            return
-        self._count += count
-        if time.monotonic() - self._written_s >= _SECONDS_BETWEEN_LINES:
-            self._write(self._started_s)
-
-    def describe(self, state: str) -> None:
-        """Write the state with the next count."""
-        self._state = state
+class PlainProgress(BarProgress):
+    """Progress as a line every ten seconds, for logs, and one when a step ends; those of parts have their name."""
 
     def finish(self) -> None:
         """Write the last count and the total time."""
-        if self._started_s is not None and self._count:
-            self._write(self._started_s)
-        self._started_s = None
+        if self._bar is not None and self._bar.n:
+            self._bar.refresh()
+        super().finish()
 
     def note(self, line: str) -> None:
         """Write a line."""
         sys.stderr.write(f"{visible(line)}\n")
         sys.stderr.flush()
 
-    def part(self, name: str = "") -> "PlainProgress":
-        """Return the progress of a part, whose lines have its name."""
-        return PlainProgress(join_names(self._name, name))
+    def _options(self) -> dict[str, Any]:
+        # Lines have no bar, and there is none before the first count, nor a second one at the end.
+        look = {"ncols": 0, "leave": False, "delay": 1e-9, "smoothing": 0}
+        return {**look, "mininterval": _SECONDS_BETWEEN_LINES, "miniters": 1, "file": _Lines()}
 
-    def _write(self, started_s: float) -> None:
-        """Write a line in the format of bars, such as `training: 10/40 pairs [00:10<00:30, 1.00 pairs/s, loss 0.5]`."""
-        self._written_s = time.monotonic()
-        line = _import_tqdm().format_meter(
-            self._count,
-            self._total if self._count <= self._total else None,
-            self._written_s - started_s,
-            ncols=0,  # no bar
-            prefix=self._what,
-            unit=f" {self._unit}",
-            postfix=self._state,
-        )
-        self.note(line)
+
+class _Lines:
+    """A file for tqdm that writes to standard error what a bar would show, each time in a new line."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 Part = TypeVar("Part", bound=Sized | slice)
