@@ -59,28 +59,9 @@ class Inputs(NamedTuple):
 
 def normalize(vectors_ND: Array) -> Floats:
     """Scale each row, or one vector, to length 1: (..., D) any float -> (..., D) float32. A zero row stays zero."""
-    given_ND = np.asarray(vectors_ND)
-    with np.errstate(over="ignore", invalid="ignore"):  # of rows that are computed again
-        vectors_ND = given_ND.astype(np.float32, copy=False)
-        length_N1 = np.linalg.norm(vectors_ND, axis=-1, keepdims=True)
-        unit_ND: Floats = vectors_ND / np.maximum(length_N1, np.finfo(np.float32).tiny)
-    if length_N1.size and not _SHORTEST < length_N1.min() <= length_N1.max() < np.inf:
-        is_unusual_N = np.asarray(~((length_N1 > _SHORTEST) & (length_N1 < np.inf))[..., 0])  # also of one vector
-        is_unusual_N[is_unusual_N] = given_ND[is_unusual_N].any(axis=-1)
-        unit_ND[is_unusual_N] = _normalize_unusual(given_ND[is_unusual_N])
-    return unit_ND
-
-
-_SHORTEST = 2.0**-60
-"""Length of a row below which squares in float32 lose digits; from about 2^64 on they overflow."""
-
-
-def _normalize_unusual(vectors_ND: Array) -> Array:
-    """Scale rows that are not zero to length 1 by way of their largest component; those with infinity become NaN."""
-    vectors_ND = vectors_ND.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        scaled_ND = vectors_ND / np.abs(vectors_ND).max(axis=-1, keepdims=True, initial=0)
-        unit_ND: Array = scaled_ND / np.linalg.norm(scaled_ND, axis=-1, keepdims=True)
+    vectors_ND = np.asarray(vectors_ND, np.float32)
+    length_N1 = np.linalg.norm(vectors_ND, axis=-1, keepdims=True)
+    unit_ND: Floats = vectors_ND / np.maximum(length_N1, np.finfo(np.float32).tiny)
     return unit_ND
 
 

@@ -123,7 +123,6 @@ def require_column(cache: Cache, column: str) -> None:
 def _number_labels(labels: Sequence[Label], classes: Sequence[str], location: str) -> dict[Label, int]:
     """Return label -> class number, where labels are class names or class numbers."""
     if labels and isinstance(labels[0], int):
-        _check_numbers(labels, classes, location)
         return {number: number for number in range(len(classes))}
     if not set(labels) & set(classes) and all(str(label).isdecimal() for label in labels):
         return {str(number): number for number in range(len(classes))}  # numbers in a CSV
@@ -136,18 +135,6 @@ def _number_labels(labels: Sequence[Label], classes: Sequence[str], location: st
             )
         numbers.setdefault(name, number)
     return numbers
-
-
-def _check_numbers(labels: Sequence[Label], classes: Sequence[str], location: str) -> None:
-    """Check that whole numbers which number classes are not the names of others: `DataError` with one that is."""
-    names = set(classes)
-    others = [label for label in labels if label in range(len(classes)) and classes[int(label)] != str(label)]
-    if others and all(str(label) in names for label in labels):
-        raise DataError(
-            f"{location} holds whole numbers that are names of classes and number others, counted from 0: {others[0]} "
-            f"is a name, and number {others[0]} is {classes[int(others[0])]!r}; write the labels as text to name "
-            "classes, or give the classes other names"
-        )
 
 
 def _check_known(

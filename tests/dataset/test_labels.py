@@ -86,14 +86,6 @@ def test_empty_cells_are_missing_labels(tmp_path: Path) -> None:
         has_label(cache, np.arange(3), column="lable")
 
 
-def test_read_labels_numbers_that_name_other_classes_raise(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path, label=[2, 1, 3], other=[0, 2, 1])
-    with pytest.raises(DataError, match="2 is a name"):
-        read(cache, classes=["1", "2", "3", "4"])
-    assert read(cache, column="other", classes=["1", "2", "3"]).numbers.tolist() == [0, 2, 1]  # 0 is no name
-    assert read(cache, classes=["0", "1", "2", "3"]).numbers.tolist() == [2, 1, 3]
-
-
 def float_cache(folder: Path, labels: list[float], kind: pa.DataType) -> Cache:
     """Create a cache of texts with labels in floating point, as pandas writes integers of which one is missing."""
     table = pa.table({"key": [f"k{number}" for number in range(len(labels))], "text": ["words"] * len(labels)})
