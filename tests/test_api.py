@@ -17,7 +17,6 @@ import embedcache
 from embedcache.dataset.inputs import open_input
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, SourceError, UnknownNameError
 from tests.edits import edit_record
-from tests.images import write_images
 from tests.interop.runs import SIDES, cached_vectors, train_run
 from tests.options import STUB, write_stub
 from tests.toy import IMAGE, TEXT
@@ -89,19 +88,6 @@ def test_texts_are_encoded_and_vectors_are_compared(image_folder: Path, run_path
     assert model.similarity(texts_QP, texts_QP).diagonal() == pytest.approx(1)
     with pytest.raises(DataError, match="NaN"):
         model.similarity(images_NP, texts_QP * np.nan)
-
-
-def test_embedding_shapes(image_folder: Path, run_path: Path) -> None:
-    model, path = embedcache.load(run_path), min(image_folder.glob("*.png"))
-    for one, some, none in (
-        (model.encode_image(str(path)), model.encode_image([path, str(path)]), model.encode_image([])),
-        (model.encode_text("a red box"), model.encode_text(("a", "b")), model.encode_text([])),
-    ):
-        assert [part.shape for part in (one, some, none)] == [(1, model.width), (2, model.width), (0, model.width)]
-        assert one.dtype == some.dtype == none.dtype == np.float32
-        np.testing.assert_allclose(np.linalg.norm(some, axis=1), 1, atol=1e-5)
-    assert model.similarity([], "a").shape == (0, 1)
-    assert model.scale > 1
 
 
 def test_classes_without_training(image_folder: Path, run_path: Path) -> None:
@@ -195,52 +181,6 @@ def test_changed_encoder_raises_on_first_use(run_path: Path, tmp_path: Path) -> 
     model = embedcache.load(copied)  # opens no encoder
     with pytest.raises(FingerprintError, match="weights"):
         model.encode_text("red")
-
-
-@pytest.mark.slow
-def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
-    """Every function, as a notebook calls them: paths as text, one run as a path."""
-    folder = str(tmp_path)
-    photos = write_images(tmp_path / "photos", 90)
-    embedcache.extract_features(
-        str(photos), f"{folder}/cache", image_encoder=IMAGE, text_encoder=TEXT, source_type="folder"
-    )
-    settings = embedcache.TrainSettings(optimizer=embedcache.OptimizerSettings(epochs=2, batch_size=32))
-    embedcache.train_projectors(f"{folder}/cache", f"{folder}/run", settings=settings, shared_width=16, split="key")
-    cache, model = embedcache.Cache(f"{folder}/cache"), embedcache.load(f"{folder}/run")
-    assert embedcache.verify_cache(cache).is_sound
-    assert embedcache.plan_extraction(photos, cache, image_encoder=IMAGE).num_bytes == 0
-    assert embedcache.retry_failed(photos, cache, image_encoder=IMAGE)[0].computed == 0
-    assert model.width == 16
-    assert model.run.info.settings["optimizer"]["epochs"] == 2
-    report = embedcache.evaluate_retrieval(cache, model, language=None)
-    assert 0 <= report.recalls["i2t"]["r@10"].value <= 1
-    assert embedcache.compare_retrieval(cache, model, check_overlap=False)["run"].overlap is None
-    card = embedcache.build_index(cache, f"{folder}/index", run=model)
-    assert card.num_vectors == 90
-    (hits,) = embedcache.search_index(f"{folder}/index", "a red box", k=3, run=model, cache=cache)
-    assert len(hits) == 3
-    chosen = embedcache.select_samples(cache, f"{folder}/some.parquet", "random", budget=10)
-    assert chosen.num_selected == 10
-    names = tmp_path / "names.txt"
-    names.write_text("red\ngreen\n")
-    embedcache.extract_features(embedcache.open_source(f"prompts:{names}"), f"{folder}/concepts", text_encoder=[TEXT])
-    assert embedcache.measure_coverage_by_modality(
-        cache, embedcache.Cache(f"{folder}/concepts"), modality="text"
-    ).keys() == {"text"}
-    coverage = embedcache.measure_coverage(
-        f"{folder}/cache",
-        f"{folder}/concepts",
-        embedcache.CoverageSettings(modality="text", selection=f"{folder}/some.parquet"),
-    )
-    assert coverage.pool_counts.num_items == 90
-    done = embedcache.remove_duplicates(
-        f"{folder}/cache", f"{folder}/kept.parquet", embedcache.DedupSettings(cosine=0.999)
-    )
-    assert done.path.is_file()
-    train, test = map(embedcache.Cache, two_caches)
-    leaks = embedcache.find_leaks(train, test, feature={"image": "open_toy/cls", "text": "open_toy/mean"})
-    assert {leak.modality for leak in leaks.leaks} == {"image", "text"}
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,17 @@
 import errno
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import pyarrow as pa
 import pytest
 
-from embedcache.cli.config_files import read_config
-from embedcache.cli.console import read_lines
 from embedcache.errors import (
     CorruptError,
-    DataError,
     DiskFullError,
-    EmbedcacheError,
     PathError,
-    SettingError,
     UnfinishedError,
 )
 from embedcache.files import (
@@ -33,27 +25,6 @@ from embedcache.files import (
     writing,
 )
 from embedcache.locks import Leases
-from embedcache.sweep.space import read_space
-
-TEXTS: list[tuple[str, Callable[[Path], Any], type[EmbedcacheError]]] = [
-    ("a red square\na circle\n", read_lines, DataError),
-    ("lr = 0.25\n", read_config, SettingError),
-    ("[space]\ndropout = [0.1, 0.2]\n", read_space, SettingError),
-]
-
-
-@pytest.mark.parametrize(("text", "read", "error"), TEXTS, ids=["queries", "config", "space"])
-def test_byte_order_mark_is_no_part_of_a_text(
-    tmp_path: Path, text: str, read: Callable[[Path], Any], error: type[EmbedcacheError]
-) -> None:
-    path = tmp_path / "t.txt"
-    path.write_text(text, encoding="utf-8")
-    plain = read(path)
-    path.write_text(text, encoding="utf-8-sig")
-    assert read(path) == plain
-    path.write_bytes(b"# caf\xe9\n")
-    with pytest.raises(error, match=rf"^{re.escape(str(path))} is not UTF-8 \(byte 5 is 0xe9\); save it as UTF-8$"):
-        read(path)
 
 
 def test_failed_write_keeps_old_file(tmp_path: Path) -> None:

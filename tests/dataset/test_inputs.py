@@ -21,17 +21,6 @@ from embedcache.store.feature import Feature
 from tests.store.features import random_items, write_feature
 
 
-def test_open_input_reads_no_hashes(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Feature, "hashes", property(lambda _: pytest.fail("hashes are read")))
-    feature = open_input(Cache(cache_path), "image", "open_toy/cls")
-    assert len(feature.read(np.array([2, 0])).values) == 2
-
-
-def test_joined_features_of_other_width_raises(cache_path: Path) -> None:
-    with pytest.raises(DataError, match="open_toy/cls of width 48 and open_toy/patches of width 3"):
-        open_input(Cache(cache_path), "image", "open_toy/cls+open_toy/patches")
-
-
 def test_ragged_feature_comes_last() -> None:
     tokens = [np.ones((2, 3)), np.ones((4, 3))]
     assert to_inputs([[np.zeros(3)] * 2, tokens]).lengths.tolist() == [3, 5]  # type: ignore[union-attr]

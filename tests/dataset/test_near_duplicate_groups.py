@@ -65,28 +65,3 @@ def test_groups_are_connected_components(seed: int, num_samples: int, block: int
     assert found.dtype == np.int64
     assert together(found) == expected  # so few clusters that every border is crossed
     assert progress.counts == {what: count for what, count, _ in progress.started}
-
-
-def group_clustered(vectors: Floats, cosine: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Ints, list[str]]:
-    """Compare one text per sample within clusters, and images that are all different: the groups and the notes."""
-    items = Items(rows=np.arange(len(vectors)), samples=np.arange(len(vectors)), contents=np.arange(len(vectors)))
-    readers = {"image": lambda rows: Inputs(np.eye(len(vectors))[rows]), "text": lambda rows: Inputs(vectors[rows])}
-    progress, settings = RecordedProgress(), SplitSettings(cosines={"image": 0.95, "text": cosine})
-    monkeypatch.setattr(module, "MAX_COMPARED_ITEMS", 0)
-    groups = near_duplicate_groups(Pairs(first=items, second=items), settings, readers, progress)
-    return groups, progress.notes
-
-
-def test_pairs_that_no_cluster_holds_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without visits, pairs across borders are missed."""
-    angles = np.deg2rad(np.arange(0, 360, 9))
-    vectors: Floats = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    monkeypatch.setattr(clusters, "MAX_VISITS", 0)
-    groups, notes = group_clustered(vectors, 0.97, monkeypatch)
-    is_near = np.triu(vectors @ vectors.T > 0.97, 1)
-    num_found = int((is_near & (groups[:, None] == groups)).sum())
-    assert 0 < num_found < is_near.sum()
-    assert notes[1].endswith(
-        f"of the {is_near.sum()} pairs above cosine 0.97 that hold one of 40 random items, "
-        f"{num_found / is_near.sum():.4f} are in one group"
-    )

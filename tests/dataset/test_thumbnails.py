@@ -11,7 +11,6 @@ from PIL import Image
 from embedcache.dataset.thumbnails import (
     Thumbnails,
     UnplayableError,
-    draw_sound,
 )
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -39,22 +38,6 @@ def test_images_are_read_and_made_small(two_caches: list[Path]) -> None:
         assert image.size == (32, 32)  # never enlarged
     assert thumbnails.data_url(7) is url  # made once
     assert thumbnails.data_url(8) != url
-
-
-def test_sound_is_drawn_by_time_and_frequency() -> None:
-    high, low = tone(1, 4_000)[::-1].copy(), tone(1, 250)
-    image = draw_sound(np.concatenate([low, np.zeros(16_000, np.float32), high]), 224)
-    pixels = np.asarray(image)
-    assert (pixels.shape, pixels.dtype) == ((112, 224), np.uint8)
-    darkest = pixels.argmin(axis=0)  # the row of the loudest frequency, 0 at 8 kHz
-    mel = 112 * (1 - np.log1p(np.array([250, 4_000]) / 700) / np.log1p(8_000 / 700))
-    assert np.abs(darkest[40:70] - mel[0]).max() <= 3
-    assert np.abs(darkest[155:200] - mel[1]).max() <= 3
-    assert (pixels[:, 80:145] == 255).all()
-    assert pixels.min(axis=0)[5] > pixels.min(axis=0)[70]  # it grows louder
-    for samples in (np.zeros(9, np.float32), tone(0.001), np.full(16_000, 1e-9, np.float32)):
-        assert np.asarray(draw_sound(samples, 88)).shape == (44, 88)
-    assert (np.asarray(draw_sound(np.zeros(16_000, np.float32), 88)) == 255).all()
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,6 @@
 import copy
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +9,7 @@ from threadpoolctl import threadpool_info
 
 from embedcache.arrays import Floats, Ints
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import DataError, MissingExtraError, SettingError, UnfinishedError, UnknownNameError
+from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.remove import remove_samples
@@ -84,61 +81,10 @@ def test_vectors_pickle(holed: Path) -> None:
     assert vectors.width == vectors.chunk(2)[1].shape[1] == 48
 
 
-def test_token_feature_raises(cache_path: Path) -> None:
-    with pytest.raises(DataError, match="open_toy/patches: expected one vector per item"):
-        Vectors(cache_path, "image", "open_toy/patches")
-
-
-def test_missing_ray_names_extra(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(MissingExtraError, match=r"embedcache\[ray\]"):
-        scan_all(Vectors(holed, "image"), engine="ray")
-
-
 def test_the_other_modality_is_that_of_the_run(cache_path: Path, run_path: Path) -> None:
     for modality, other in (("image", "text"), ("text", "image")):
         assert Vectors(cache_path, modality, run_path=run_path).other_modality == other  # type: ignore[arg-type]
     assert Vectors(cache_path, "image", "open_toy/cls").other_modality is None
-
-
-@pytest.mark.parametrize(("cores", "most"), [({"CPU": 3.0}, 7), ({}, 3)])
-def test_tasks_of_a_pass_take_one_core_and_are_repeated(
-    holed: Path, monkeypatch: pytest.MonkeyPatch, cores: dict[str, float], most: int
-) -> None:
-    """Stand for a Ray cluster, whose start takes seconds, and check the tasks that it gets: two per core and one."""
-    options: list[dict[str, int]] = []
-    waiting: list[Any] = []
-    counts: list[int] = []
-
-    def start(*task: Any) -> Any:
-        waiting.append(task)
-        counts.append(len(waiting))
-        return task
-
-    def finish(task: Any) -> Any:
-        assert task is waiting.pop(0)
-        return task[0](*task[1:])
-
-    def remote(**values: int) -> Any:
-        options.append(values)
-        return lambda function: SimpleNamespace(remote=lambda *given: start(function, *given))
-
-    @contextmanager
-    def connected(_: str | None) -> Iterator[Any]:
-        yield SimpleNamespace(
-            put=lambda value: value,
-            remote=remote,
-            get=finish,
-            cluster_resources=lambda: cores,
-        )
-
-    monkeypatch.setattr("embedcache.neighbors.scan.connected", connected)
-    rows, total = scan_all(Vectors(holed, "image"), engine="ray")
-    expected_rows, expected = scan_all(Vectors(holed, "image"))
-    assert rows == expected_rows
-    np.testing.assert_array_equal(total, expected)
-    assert options == [{"num_cpus": 1, "max_retries": -1}]
-    assert (max(counts), len(counts), waiting) == (most, 8, [])
 
 
 def test_sample_is_that_of_seed_0_unless_told_otherwise(holed: Path) -> None:

@@ -98,14 +98,6 @@ def test_source_is_read_no_further_than_needed(tmp_path: Path, max_new: int | No
     assert (changes.num_new, source.num_read) == (num_read - 4, num_read)
 
 
-def test_extend_reads_the_source_once(tmp_path: Path) -> None:
-    begin(tmp_path, rows(3))
-    source, progress = rows(9), RecordedProgress()
-    index(source, tmp_path, extend=True, progress=progress)
-    assert progress.started == [("comparing samples", 0, "samples")]
-    assert progress.counts == {"comparing samples": 9}
-
-
 def test_extend_starts_over_if_another_process_was_first(tmp_path: Path) -> None:
     begin(tmp_path, rows(3))
 
@@ -166,18 +158,6 @@ def test_damaged_table_is_not_taken_for_another_source(tmp_path: Path, table: st
         index(Rows([*rows(6).rows, sample("a")]), tmp_path, extend=True)
 
 
-def test_replaced_failed_image_is_accepted(tmp_path: Path) -> None:
-    begin(tmp_path, rows(6), failed=(2,))
-    mended = changed(rows(6), 2, images=(FileItem(path="2.png", length=9),))
-    with pytest.raises(FingerprintError, match="1 of its failed images have other bytes now;.*with --retry-failed"):
-        index(mended, tmp_path)
-    info = index(mended, tmp_path, accept_replaced=True)
-    assert index(mended, tmp_path) == info == read_info(tmp_path)
-    cache = Cache(tmp_path)
-    assert cache.items("image")["length"].to_pylist() == [0, 1, 9, 3, 4, 5]
-    assert cache.feature("image").valid.tolist() == [True, True, False, True, True, True], "commits are good still"
-
-
 def replaced(source: Rows, failed: Sequence[int]) -> Rows:
     """Return the source with other bytes of some images."""
     for row in failed:
@@ -208,33 +188,3 @@ def test_replaced_images_of_which_one_has_features_raise(tmp_path: Path, row: in
     begin(tmp_path, rows(9), failed=(2, 7))
     with pytest.raises(FingerprintError, match=f"row {row}"):
         index(replaced(rows(9), (2, row)), tmp_path, accept_replaced=True)
-
-
-def stop(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("added", [0, 1])
-@pytest.mark.parametrize("last", ["write_info", "_remove_unlisted"])
-def test_replaced_images_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, added: int, last: str) -> None:
-    """Before the manifest nothing has changed, and after it all has, but for files that are not listed any more."""
-    source = Rows([*replaced(rows(6), (2, 5)).rows, *[sample("a")] * added])
-    for name in ("killed", "whole"):
-        begin(tmp_path / name, rows(6), failed=(2, 5))
-    before = read_info(tmp_path / "killed")
-    with monkeypatch.context() as patch:
-        patch.setattr(f"embedcache.store.indexing.{last}", stop)
-        with pytest.raises(KeyboardInterrupt):
-            index(source, tmp_path / "killed", extend=True, accept_replaced=True)
-    assert (read_info(tmp_path / "killed") == before) == (last == "write_info")
-    infos = [index(source, tmp_path / name, extend=True, accept_replaced=True) for name in ("killed", "whole")]
-    assert infos[0] == infos[1]
-    assert index(source, tmp_path / "killed") == infos[0]
-
-
-def test_replaced_image_of_another_encoder_raises(tmp_path: Path) -> None:
-    begin(tmp_path, rows(6), failed=(2,))
-    begin(tmp_path, rows(6), encoder="other")
-    mended = changed(rows(6), 2, images=(FileItem(path="2.png", length=9),))
-    with pytest.raises(FingerprintError, match="other bytes in 1 of its images, such as 2.png in row 2"):
-        index(mended, tmp_path, accept_replaced=True)

@@ -1,9 +1,7 @@
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 
 from embedcache.errors import CorruptError, DataError, UnfinishedError
 from embedcache.files import open_path
-from embedcache.store import arrays, transaction
+from embedcache.store import arrays
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.writer import cast_item, commit_chunk
@@ -59,16 +57,6 @@ def test_round_trip(item_shape: tuple[int, ...], count: int, chunk_size: int, fa
                 assert found is None or np.isnan(found).all()
 
 
-@pytest.mark.parametrize("item_shape", [(5,), (3, 4)])
-def test_plain_zarr_reads_vectors(tmp_path: Path, item_shape: tuple[int, ...]) -> None:
-    items = random_items(10, item_shape, seed=0, failed=[3])
-    feature = write_feature(tmp_path, items, item_shape, chunk_size=4)
-    array = zarr.open_array(tmp_path / "image" / "test" / "f", mode="r")
-    np.testing.assert_array_equal(array[:], feature.load())
-    assert np.isnan(array[3]).all()
-    assert zarr.open_group(tmp_path / "image" / "test", mode="r").attrs["embedcache"]["spec"] == "test:m"
-
-
 def test_plain_zarr_reads_ragged_tokens(tmp_path: Path) -> None:
     items = random_items(10, (-1, 4), seed=0, failed=[3])
     write_feature(tmp_path, items, (-1, 4), chunk_size=4)
@@ -102,36 +90,6 @@ def test_few_rows_need_only_the_commits_of_their_chunks(tmp_path: Path) -> None:
     assert feature.has(np.array([0])).all(), "each is read once"
 
 
-def test_reader_waits_for_a_chunk_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its new array is in its place, and its commit is not."""
-    items = random_items(8, (5,), seed=1, failed=[7])
-    group = write_feature(tmp_path, items, (5,), chunk_size=4).group
-    reader = Feature(group, "f")
-    assert reader.has(np.array([6])).all()
-    has_moved_array, is_waiting = Event(), Event()
-    move = transaction._move
-
-    def move_in_turn(file: Path, path: Path) -> None:
-        if path.suffix == ".json":
-            has_moved_array.set()
-            is_waiting.wait()
-        move(file, path)
-
-    def wait(root: Path, number: int) -> None:
-        is_waiting.set()
-        transaction.finish(root, number)
-
-    monkeypatch.setattr(transaction, "_move", move_in_turn)
-    monkeypatch.setattr("embedcache.store.feature.finish", wait)
-    new = {"f": [np.full(5, row, np.float16) for row in range(4)]}
-    with ThreadPoolExecutor(1) as executor:
-        done = executor.submit(commit_chunk, group, 1, new, [None] * 4, {"f": [None] * 4}, overwrite_failed=True)
-        has_moved_array.wait()
-        np.testing.assert_array_equal(reader.gather(np.array([6]))[0], np.array(items[6], np.float16))
-    assert done.exception() is None
-    assert Feature(group, "f").gather(np.array([7])).tolist() == [[3] * 5]
-
-
 @pytest.mark.parametrize(
     ("rows", "word"),
     [
@@ -146,31 +104,6 @@ def test_gather_of_rows_without_a_feature_raises(tmp_path: Path, rows: list[floa
     feature = write_feature(tmp_path, random_items(5, (5,), seed=0, failed=[2]), (5,), chunk_size=4)
     with pytest.raises(DataError, match=word):
         feature.gather(np.array(rows))
-
-
-def test_chunk_that_another_thread_removes_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    feature = write_feature(tmp_path, random_items(8, (5,), seed=0), (5,), chunk_size=2)
-
-    def remove_all(*_: object) -> int:
-        feature._maps.clear()  # at the moment when this thread looks whether to remove one
-        return -1
-
-    monkeypatch.setattr("embedcache.store.feature.max_maps", remove_all)
-    np.testing.assert_array_equal(feature.gather(np.arange(8)), feature.load())
-
-
-@pytest.mark.parametrize("kind", SHAPES)
-def test_flipped_bit_raises(tmp_path: Path, kind: str) -> None:
-    feature = write_feature(tmp_path, random_items(8, SHAPES[kind], seed=1), SHAPES[kind], chunk_size=4)
-    for path in sorted((tmp_path / "image" / "test" / "f").rglob("c/**/*")):
-        if not path.is_file():
-            continue
-        data = path.read_bytes()
-        path.write_bytes(data[:3] + bytes([data[3] ^ 16]) + data[4:])
-        with pytest.raises(CorruptError, match=rf"{path}.*the bytes changed on disk; repair it with"):
-            list(Feature(feature.group, "f").chunks())
-        path.write_bytes(data)
-    list(Feature(feature.group, "f").chunks())
 
 
 @pytest.mark.parametrize(
@@ -293,12 +226,3 @@ def test_open_chunks_of_a_remote_feature_fit_the_memory(small_cache: Path, monke
     np.testing.assert_array_equal(feature.gather(rows), local.gather(rows))
     assert len(feature._maps) == 2 < feature.group.info.num_chunks("image")
     assert Cache(root).samples.equals(Cache(small_cache).samples)
-
-
-def test_token_chunk_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.store.layout._TOKEN_CHUNK_BYTES", 3 * 4 * 2 * 2)
-    items = random_items(21, (3, 4), seed=0, failed=[20])
-    feature = write_feature(tmp_path, items, (3, 4), chunk_size=8)
-    assert zarr.open_array(tmp_path / "image" / "test" / "f", mode="r").chunks == (2, 3, 4)
-    np.testing.assert_array_equal(feature.load()[:20], np.stack(items[:20]).astype(np.float16))  # type: ignore[arg-type]
-    np.testing.assert_array_equal(feature.gather(np.array([19, 2])), feature.load()[[19, 2]])

@@ -19,7 +19,6 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import write_commit
 from embedcache.store.feature import FeatureAttributes, create_group, find_group, open_group, read_feature
 from embedcache.store.layout import TableVersion, write_info
-from embedcache.store.producer import count_filled
 from embedcache.store.writer import add_feature, commit_chunk
 from tests.edits import read_rows, table_file, write_rows, write_tables
 from tests.store.features import FINGERPRINT, made_info, random_items, write_feature, written
@@ -41,13 +40,6 @@ from tests.store.features import FINGERPRINT, made_info, random_items, write_fea
 def test_shapes_of_items(shape: Any, expected: bool) -> None:
     with nullcontext() if expected else pytest.raises(ValidationError):
         FeatureAttributes(item_shape=shape, dtype="float16")
-
-
-def test_items_without_files_are_not_counted(tmp_path: Path) -> None:
-    group = write_feature(tmp_path, random_items(9, (4,), seed=1), (4,), chunk_size=4, skip_chunks=[0]).group
-    (group.path / "f/c/1/0").write_bytes(b"x")
-    counts = count_filled(group, "encoded", ["f"], 0)
-    assert (counts.computed, counts.reused, counts.failures) == (0, 1, {})
 
 
 def test_commits_are_those_of_the_rows_that_were_opened(tmp_path: Path) -> None:

@@ -212,12 +212,6 @@ def test_limit_counts_rows_of_the_cache(tmp_path: Path) -> None:
     assert Cache(tmp_path / "c").samples["key"].to_pylist() == ["k4", "k5", "k6", "k0", "k1"]
 
 
-def test_limit_of_a_cache_without_features_may_shrink(tmp_path: Path) -> None:
-    index(rows(10), tmp_path / "c", limit=6)
-    assert index(rows(10), tmp_path / "c", limit=2).num_samples == 2
-    assert index(rows(10), tmp_path / "c").num_samples == 10
-
-
 def test_rows_of_a_cache_with_removed_samples_stay(tmp_path: Path) -> None:
     info = index(rows(10), tmp_path / "c", chunk_size=4)
     cache = Cache(tmp_path / "c")

@@ -7,18 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedcache.errors import CorruptError, PathError
+from embedcache.errors import CorruptError
 from embedcache.progress import Progress
-from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, hash_item
-from embedcache.store.indexing import index
 from embedcache.store.layout import commit_path, read_info
 from embedcache.store.removal import erase, find_chunks, remove_rows
 from embedcache.store.tables import read_removed
 from embedcache.store.verify import verify
-from tests.edits import table_file
-from tests.extract.cases import tree
 from tests.recorded import RecordedProgress
 
 SAMPLES = np.array([3, 9, 33])
@@ -106,24 +102,6 @@ def test_samples_that_are_removed_later_are_added(cache: Path, tmp_path: Path) -
     assert verify(other) == []
 
 
-def test_what_is_erased_is_not_written_again(cache: Path) -> None:
-    remove(cache)
-    before, times = tree(cache), {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
-    erase(cache)
-    assert tree(cache) == before
-    assert [path for path, time in times.items() if path.stat().st_mtime_ns != time] == []
-
-
-def test_removed_samples_of_the_source_are_left_out(two_caches: list[Path], cache: Path) -> None:
-    remove(cache)
-    source, before, progress = open_source(two_caches[0].parent / "a-source"), tree(cache), RecordedProgress()
-    for extend in (False, True):
-        index(source, cache, extend=extend, progress=progress)
-    assert progress.notes == ["left out 3 samples of the source that were removed from this cache"] * 2
-    assert progress.counts == {"comparing samples": 80}
-    assert tree(cache) == before
-
-
 def test_chunk_without_commit_loses_its_arrays(cache: Path) -> None:
     commit = commit_path(cache / "image/open_toy", 1)
     commit.unlink()
@@ -139,27 +117,6 @@ def test_chunk_without_commit_loses_its_arrays(cache: Path) -> None:
     assert not commit.exists()
     assert Cache(cache).feature("image", "open_toy/cls").valid.sum() == 32
     assert Cache(cache).feature("text", "open_toy/mean").valid.sum() == 32
-
-
-def test_nothing_starts_on_what_is_damaged_or_unfinished(cache: Path) -> None:
-    path = cache / "image/open_toy/cls/c/1/0"
-    data = path.read_bytes()
-    path.write_bytes(b"x" + data[1:])
-    with pytest.raises(CorruptError, match="open_toy/cls"):
-        start(cache)
-    path.write_bytes(data)
-    partial = cache / "image" / ".x.json.otherhost-1-0.partial"
-    partial.touch()
-    with pytest.raises(PathError, match="expected no unfinished files, got that of a process that runs, or was killed"):
-        start(cache)
-    partial.unlink()
-    table = table_file(cache, "text")
-    data = table.read_bytes()
-    table.write_bytes(data[:99] + bytes([data[99] ^ 1]) + data[100:])
-    with pytest.raises(CorruptError):
-        start(cache)
-    table.write_bytes(data)
-    assert not read_info(cache).removed
 
 
 def test_another_table_of_removed_samples_is_noticed(cache: Path) -> None:

@@ -1,4 +1,4 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,28 +62,6 @@ def test_find_the_items_of_samples(cache: Cache, *, is_loaded: bool) -> None:
     assert counts.tolist() == [(sample_N == sample).sum() for sample in samples]
 
 
-@pytest.fixture
-def read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of the blocks that are read, in order."""
-    numbers: list[int] = []
-    block = Cache.block
-
-    def counted(self: Cache, name: str, number: int, *, columns: Sequence[str] | None = None) -> pa.Table:
-        numbers.append(number)
-        return block(self, name, number, columns=columns)
-
-    monkeypatch.setattr(Cache, "block", counted)
-    return numbers
-
-
-def test_find_many_samples_reads_a_chunk_twice_at_most(cache: Cache, read: list[int]) -> None:
-    """Once to find it, once for all samples in it: not once per sample."""
-    RowReader(cache, "text").find(np.arange(NUM_SAMPLES))
-    num_chunks = -(-len(cache.table("text")) // ITEM_BLOCK)
-    assert sorted(set(read)) == list(range(num_chunks))
-    assert len(read) <= 2 * num_chunks
-
-
 def test_find_keys(cache: Cache) -> None:
     keys = cache.column("key").take(pa.array(ROWS)).to_pylist()
     assert find_keys(cache, [*keys, "none"]).tolist() == [*ROWS, -1]
@@ -91,14 +69,12 @@ def test_find_keys(cache: Cache) -> None:
     assert [cache.key(row) for row in ROWS.tolist()] == keys
 
 
-def test_loaded_rows_have_the_same_keys(cache: Cache, read: list[int]) -> None:
+def test_loaded_rows_have_the_same_keys(cache: Cache) -> None:
     keys = [*cache.column("key").take(pa.array(ROWS)).to_pylist(), "none"]
     reader = RowReader(cache, SAMPLES, ["key"])
     found = [reader.find_key(key) for key in keys]
     reader.load()
-    read.clear()
     assert [reader.find_key(key) for key in keys] == found == [*ROWS, -1]
-    assert not read
 
 
 def test_keys_of_bytes_raise(cache: Cache, tmp_path: Path) -> None:

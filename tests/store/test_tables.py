@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -13,11 +12,11 @@ import pytest
 
 from embedcache.errors import CorruptError, SourceError
 from embedcache.sources import FileItem, Sample
-from embedcache.store import table_writer, tables
+from embedcache.store import table_writer
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from embedcache.store.table_writer import TableWriter, relocate, rewrite_table, without_items, without_samples
-from embedcache.store.tables import Table, add_checksum, read_table, write_table
+from embedcache.store.tables import Table, add_checksum, read_table
 from tests.edits import table_file
 from tests.extract.cases import tree
 from tests.recorded import RecordedProgress
@@ -148,19 +147,3 @@ def test_key_of_an_earlier_part_is_refused(tmp_path: Path) -> None:
     writer.add([Sample(key=key) for key in "dbe"])
     with pytest.raises(SourceError, match="keys must be unique; 'b' is the key of row 1 and of a new sample"):
         writer.close("", Table(tmp_path / "c", before.files("samples")))
-
-
-def test_table_that_is_replaced_while_it_is_opened_is_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = pa.table({"key": ["a", "b"]}), pa.table({"key": ["a", "b", "c" * 1000], "width": [1, 2, 3]})
-    write_table(tmp_path / "old.parquet", old)
-    write_table(tmp_path / "new.parquet", new)
-    compare = tables._compare
-
-    def replacing(file: BinaryIO) -> None:
-        compare(file)
-        (tmp_path / "new.parquet").replace(tmp_path / "old.parquet")
-
-    monkeypatch.setattr(tables, "_compare", replacing)
-    assert read_table(tmp_path / "old.parquet").equals(old)
