@@ -3,6 +3,7 @@
 import io
 import logging
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -11,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Bools, Ints, blocks
+from embedcache.arrays import Array, Bools, Ints, blocks, distinct
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, ItemError, pluralize
 from embedcache.files import building
-from embedcache.modalities import FILE_MODALITIES, MODALITIES, Modality, one_noun
+from embedcache.modalities import FILE_MODALITIES, MODALITIES, one_noun
 from embedcache.outputs import check_output, new_output
 from embedcache.progress import NullProgress, Progress
 from embedcache.samples import FileItem, Source, TextItem
@@ -118,10 +119,24 @@ def write_shards(
                 pluralize(num_selected - len(rows), "sample"),
             )
 
-        samples = _Samples(cache, rows)
+        is_selected_S = np.zeros(len(cache), bool)
+        is_selected_S[rows] = True
+        samples = cache.samples.filter(is_selected_S)
+        tables = {name: cache.items(name) for name in MODALITIES if name in cache.info.num_items}
+        tables = {name: items.filter(is_selected_S[items["sample"].to_numpy()]) for name, items in tables.items()}
+        for modality in FILE_MODALITIES:
+            if modality.name in tables:
+                _check_files(cache, modality.name, tables[modality.name], len(rows))
+
         progress.start("writing shards", len(rows), "samples")
         for number, part in enumerate(blocks(len(rows), size)):
-            _write_shard(temporary / f"{number:05d}.tar", samples, part, source)
+            items = {name: _items_by_sample(table, rows[part]) for name, table in tables.items()}
+            with tarfile.open(temporary / f"{number:05d}.tar", "w") as tar:
+                for row, columns in zip(rows[part].tolist(), samples[part].to_pylist(), strict=True):
+                    for suffix, data in _sample_files(columns, {name: by[row] for name, by in items.items()}, source):
+                        member = tarfile.TarInfo(f"{row:09d}.{suffix}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
             progress.advance(part.stop - part.start)
         progress.finish()
     return len(rows)
@@ -148,68 +163,34 @@ def _have_failed(cache: Cache) -> Bools:
     return have_failed_S
 
 
-class _Samples:
-    """Tables of some samples, (M,) ascending rows of a cache, and of their items."""
+def _check_files(cache: Cache, modality: str, items: pa.Table, num_samples: int) -> None:
+    """Check that the files of a modality can be members of a tar: one per sample, and none is an interval."""
+    samples_N = items["sample"].to_numpy()
+    has_interval_N = np.zeros(len(items), bool)
+    for name in set(INTERVAL_NAMES) & set(items.column_names):
+        has_interval_N |= pc.is_valid(items[name]).to_numpy()
+    is_repeated_N = np.diff(samples_N, prepend=-1) == 0
 
-    def __init__(self, cache: Cache, rows: Ints) -> None:
-        self._rows = rows
-        self._columns = cache.samples.filter(pa.array(np.isin(np.arange(cache.info.num_samples), rows)))
-        self._items = {name: _Items(cache, name, rows) for name in MODALITIES if name in cache.info.num_items}
-        for modality in FILE_MODALITIES:
-            if modality.name in self._items:
-                self._check_files(modality)
-
-    def _check_files(self, modality: Modality) -> None:
-        """Check that the files of a modality can be members of a tar: one per sample, and none is an interval."""
-        items, thing = self._items[modality.name], one_noun(modality.name)
-        several_M, has_interval_M = items.num_items_M > 1, items.are_intervals()
-        for is_refused_M, expected, got in (
-            (several_M, f"one {thing}", "several"),
-            (has_interval_M, f"a whole {thing}", "intervals of longer ones"),
-        ):
-            refused = np.flatnonzero(is_refused_M)
-            if len(refused):
-                key = self._columns["key"][int(refused[0])].as_py()
-                raise DataError(
-                    f"expected {expected} per sample of WebDataset, got {got} in {len(refused):,} of "
-                    f"{len(self._rows):,} samples, first {key!r}; use --format keys"
-                )
-
-    def files(self, part: slice, source: Source) -> Iterator[tuple[str, bytes]]:
-        """Iterate over the files of some samples, given by their positions: name and content."""
-        columns = self._columns.slice(part.start, part.stop - part.start).to_pylist()
-        items = {name: of.lists(part) for name, of in self._items.items()}
-        for position, row in enumerate(self._rows[part].tolist()):
-            of_sample = {name: lists[position] for name, lists in items.items()}
-            for suffix, data in _sample_files(columns[position], of_sample, source):
-                yield f"{row:09d}.{suffix}", data
+    thing = one_noun(modality)
+    for is_refused_N, expected, got in (
+        (is_repeated_N, f"one {thing}", "several"),
+        (has_interval_N, f"a whole {thing}", "intervals of longer ones"),
+    ):
+        refused = distinct(samples_N[is_refused_N])
+        if len(refused):
+            raise DataError(
+                f"expected {expected} per sample of WebDataset, got {got} in {len(refused):,} of {num_samples:,} "
+                f"samples, first {cache.key(int(refused[0]))!r}; use --format keys"
+            )
 
 
-class _Items:
-    """The items of some samples of one modality: those of sample i are `num_items_M[i]` rows of a table."""
-
-    def __init__(self, cache: Cache, modality: str, rows: Ints) -> None:
-        items = cache.items(modality)
-        self._items = items.filter(pc.is_in(items["sample"], pa.array(rows)))
-        samples_N = self._items["sample"].to_numpy()
-        self._starts_M, self._stops_M = (np.searchsorted(samples_N, rows, side) for side in ("left", "right"))
-        self.num_items_M: Ints = self._stops_M - self._starts_M
-
-    def are_intervals(self) -> Bools:
-        """Return whether any item of each sample is an interval of its file: (M,) bool."""
-        has_interval_N = np.zeros(len(self._items), bool)
-        for name in INTERVAL_NAMES:
-            if name in self._items.column_names:
-                has_interval_N |= pc.is_valid(self._items[name]).to_numpy()
-        counts = np.concatenate([[0], np.cumsum(has_interval_N)])
-        return np.asarray(counts[self._stops_M] > counts[self._starts_M])
-
-    def lists(self, part: slice) -> list[list[dict[str, Any]]]:
-        """Return the items of each of some samples, given by their positions."""
-        starts, stops = self._starts_M[part], self._stops_M[part]
-        first = int(starts[0])
-        items = self._items.slice(first, int(stops[-1]) - first).to_pylist()
-        return [items[start:stop] for start, stop in zip(starts - first, stops - first, strict=True)]
+def _items_by_sample(items: pa.Table, rows: Ints) -> Mapping[int, list[dict[str, Any]]]:
+    """Return the items of some consecutive ones of the samples of a table, which is in the order of its samples."""
+    start, stop = np.searchsorted(items["sample"].to_numpy(), [rows[0], rows[-1] + 1])
+    by_sample: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+    for item in items.slice(start, stop - start).to_pylist():
+        by_sample[item["sample"]].append(item)
+    return by_sample
 
 
 def _sample_files(
@@ -233,14 +214,6 @@ def _sample_files(
     if texts:
         yield "txt", " ".join(texts[0].text.split()).encode()  # a line is a caption
     yield "json", to_sidecar(columns["key"], texts, {name: columns[name] for name in columns if name != "key"})
-
-
-def _write_shard(path: Path, samples: _Samples, part: slice, source: Source) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in samples.files(part, source):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
 
 
 def _suffix(modality: str, path: str) -> str:

@@ -215,17 +215,21 @@ def compute_cosines(left_QP: Floats, right_CP: Floats) -> Floats:
     return (left_QP.astype(np.float64) @ right_CP.astype(np.float64).T).astype(np.float32)
 
 
-def whole_samples(blocks: Iterable[tuple[Ints, Floats]]) -> Iterator[tuple[Ints, Floats]]:
-    """Divide blocks of items anew, so that all items of a sample are in one block."""
-    pending: tuple[Ints, Floats] | None = None
+def whole_samples(blocks: Iterable[tuple[Ints, Floats]], size: int = 1) -> Iterator[tuple[Ints, Floats]]:
+    """Divide blocks of items anew: all items of a sample are in one block, which has at least `size`, but for the last.
+
+    Memory: `size` items, or a block.
+    """
+    pending: list[tuple[Ints, Floats]] = []
     for samples, vectors in blocks:
-        if pending is not None:
-            samples = np.concatenate([pending[0], samples])
-            vectors = np.concatenate([pending[1], vectors])
-        if len(samples):
-            last = int(np.searchsorted(samples, samples[-1]))
-            if last:
-                yield samples[:last], vectors[:last]
-            pending = samples[last:], vectors[last:]
-    if pending is not None:
-        yield pending
+        pending.append((samples, vectors))
+        if sum(len(part) for part, _ in pending) <= size or not len(samples):
+            continue
+        samples_B, vectors_BP = map(np.concatenate, zip(*pending, strict=True))
+        last = int(np.searchsorted(samples_B, samples_B[-1]))
+        if last:
+            yield samples_B[:last], vectors_BP[:last]
+        pending = [(samples_B[last:], vectors_BP[last:])]
+    if pending:
+        samples_B, vectors_BP = map(np.concatenate, zip(*pending, strict=True))
+        yield samples_B, vectors_BP
