@@ -1,7 +1,7 @@
 """A score per sample from cached vectors: a linear head, or the cosine with texts. Either is one product per item."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -135,32 +135,28 @@ def score(
     else:
         head = LinearHead(weights_P=_prompt_direction(vectors, settings))
     scores_S, rows_S = _score_samples(vectors, head, settings, progress)
+    if settings.weights is None:
+        source: dict[str, Any] = {"prompts": list(settings.prompts), "negative": list(settings.negative)}
+    else:
+        source = {"weights": str(settings.weights), "weights_sha256": digest_file(settings.weights)}
+    source |= {
+        "normalized": settings.normalize,
+        "run": None if settings.run is None else str(settings.run),
+        "run_weights": None if vectors.run is None else vectors.run.info.weights,
+    }
     report = ScoreReport(
         cache=vectors.cache,
         path=out,
         name=settings.column,
         modality=vectors.modality,
         feature=vectors.feature.name,
-        source=_describe_source(vectors, settings),
+        source=source,
         scores_S=scores_S,
         rows_S=rows_S,
     )
     about = {"method": "score", **report.to_json()}
     keytable.write(out, [vectors.cache], {report.name: scores_S}, "scores", about)
     return report
-
-
-def _describe_source(vectors: Vectors, settings: ScoreSettings) -> Mapping[str, Any]:
-    if settings.weights is None:
-        source: dict[str, Any] = {"prompts": list(settings.prompts), "negative": list(settings.negative)}
-    else:
-        source = {"weights": str(settings.weights), "weights_sha256": digest_file(settings.weights)}
-    return {
-        **source,
-        "normalized": settings.normalize,
-        "run": None if settings.run is None else str(settings.run),
-        "run_weights": None if vectors.run is None else vectors.run.info.weights,
-    }
 
 
 def best_per_sample(num_samples: int, samples_N: Ints, values_N: Floats) -> tuple[Floats, Ints]:
@@ -184,7 +180,8 @@ def _score_samples(
     item_samples = vectors.cache.items(vectors.modality, columns=["sample"])["sample"].to_numpy()
     rows, scores = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
     progress.start("scoring", len(vectors.rows), noun(vectors.modality))
-    for rows_B, vectors_BP in _blocks(vectors, is_unit=settings.normalize):
+    stored = ((rows_B, inputs.values) for rows_B, inputs in vectors.feature.blocks())
+    for rows_B, vectors_BP in vectors.blocks() if settings.normalize else stored:
         scores_B = (vectors_BP.astype(np.float64) @ head.weights_P + head.bias).astype(np.float32)
         check_finite(scores_B, f"scores of {vectors.feature.name}", rows=rows_B)
         rows.append(rows_B)
@@ -194,14 +191,6 @@ def _score_samples(
     rows_N, scores_N = np.concatenate(rows), np.concatenate(scores)
     scores_S, best_S = best_per_sample(vectors.cache.info.num_samples, item_samples[rows_N], scores_N)
     return scores_S, np.where(best_S < 0, -1, rows_N[best_S])
-
-
-def _blocks(vectors: Vectors, *, is_unit: bool) -> Iterator[tuple[Ints, Array]]:
-    if is_unit:
-        yield from vectors.blocks()
-        return
-    for rows, inputs in vectors.feature.blocks():
-        yield rows, inputs.values
 
 
 def _prompt_direction(vectors: Vectors, settings: ScoreSettings) -> Array:
@@ -216,18 +205,14 @@ def _prompt_direction(vectors: Vectors, settings: ScoreSettings) -> Array:
 
 def _encode_texts(vectors: Vectors, texts: list[str], device: str) -> Floats:
     """Encode texts into the space of the vectors: (T, P) float32, rows of length 1."""
-    pair = None
-    if vectors.run is not None:
-        pair = vectors.run.pair
-        source: Any = vectors.run.input("text")
-    elif vectors.modality == "text":
-        source = vectors.feature
-    else:
+    if vectors.run is None and vectors.modality != "text":
         raise SettingError(
             f"prompt: expected --run RUN, whose text tower reads it, to score the plain {vectors.modality} feature "
             f"{vectors.feature.name}, got none; train a run, or give --weights"
         )
-    name = source.feature if pair is not None else source.name
+    pair = None if vectors.run is None else vectors.run.pair
+    source: Any = vectors.feature if vectors.run is None else vectors.run.input("text")
+    name = vectors.feature.name if vectors.run is None else source.feature
     encoder = open_feature_encoder(
         source.spec, modality="text", feature=name, fingerprint=source.fingerprint, device=device
     )
@@ -252,11 +237,9 @@ def read_head(path: Path, width: int, *, fold_layers: bool = False) -> LinearHea
         CorruptError: the file cannot be read.
         DataError: its tensors are no such head; the message has their shapes.
     """
-    if not path.is_file():
-        raise PathError(f"weights: expected a .npy, .safetensors or .pth file, got {path}, which does not exist")
-    if path.suffix == ".npy":
-        return _from_array(path, width)
-    layers = _read_layers(path)
+    if path.suffix not in (".npy", ".safetensors", ".pt", ".pth") or not path.is_file():
+        raise PathError(f"weights: expected a .npy, .safetensors or .pth file that exists, got {path}")
+    layers = [_read_array(path, width)] if path.suffix == ".npy" else _read_layers(path)
     if len(layers) > 1 and not fold_layers:
         raise DataError(
             f"{path}: expected one layer, got {len(layers)}; if there is no activation between them, as in LAION's "
@@ -269,53 +252,38 @@ def read_head(path: Path, width: int, *, fold_layers: bool = False) -> LinearHea
                 f"{path}: expected a layer of {len(weights_UP)} inputs after one of as many outputs, got a weight of "
                 f"shape {weight_TU.shape}"
             )
-        weights_UP, bias_U = weight_TU @ weights_UP, weight_TU @ bias_U + bias_T
+        weights_UP = weight_TU @ weights_UP
+        bias_U = weight_TU @ bias_U + bias_T
     if weights_UP.shape != (1, width):
-        raise DataError(f"{path}: expected a head of shape (1, {width:,}) for these vectors, got {weights_UP.shape}")
-    return _checked(path, LinearHead(weights_P=weights_UP[0], bias=float(bias_U[0])))
+        raise DataError(f"{path}: expected {width:,} weights for these vectors, got shape {weights_UP.shape}")
+    check_finite(np.append(weights_UP, bias_U), f"the head {path}")
+    return LinearHead(weights_P=weights_UP[0], bias=float(bias_U[0]))
 
 
-def _from_array(path: Path, width: int) -> LinearHead:
-    values = read_npy(path).astype(np.float64)
-    if values.size not in (width, width + 1) or values.squeeze().ndim > 1:
-        raise DataError(
-            f"{path}: expected {width:,} weights, or {width + 1:,} with the bias last, got shape {values.shape}"
-        )
-    values = values.ravel()
-    return _checked(path, LinearHead(weights_P=values[:width], bias=float(values[width:].sum())))
-
-
-def _checked(path: Path, head: LinearHead) -> LinearHead:
-    check_finite(np.append(head.weights_P, head.bias), f"the head {path}")
-    return head
+def _read_array(path: Path, width: int) -> tuple[Array, Array]:
+    """Return the weights of one layer and its bias, which is the last number if there is one more than needed."""
+    values = np.atleast_2d(read_npy(path).squeeze()).astype(np.float64)
+    has_bias = values.shape == (1, width + 1)
+    return (values[:, :-1], values[:, -1]) if has_bias else (values, np.zeros(len(values)))
 
 
 def _read_layers(path: Path) -> list[tuple[Array, Array]]:
     """Return the weights and biases of the linear layers in a file, in the order of the numbers in their names."""
-    tensors = _read_tensors(path)
-    names = [name for name in tensors if _LAYER.fullmatch(name)]
-    names.sort(key=lambda name: [int(number) for number in _NUMBERS.findall(name)])
-    shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items()) or "no tensors"
-    layers = []
-    for name in names:
-        weight_UT = np.atleast_2d(tensors[name])
-        bias_name = re.sub(r"weights?$", "bias", name)
-        bias_U = np.atleast_1d(tensors.get(bias_name, np.zeros(len(weight_UT))))
-        if weight_UT.ndim != 2 or bias_U.shape != (len(weight_UT),):
-            raise DataError(f"{path}: expected tensors weight (1, P) and bias (1,), got {shapes}")
-        layers.append((weight_UT, bias_U))
-    if not layers:
-        raise DataError(f"{path}: expected tensors weight (1, P) and bias (1,), got {shapes}")
-    return layers
-
-
-def _read_tensors(path: Path) -> dict[str, Array]:
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise PathError(f"weights: expected a .npy, .safetensors or .pth file, got {path}")
     try:
         is_safe = path.suffix == ".safetensors"
-        found: Any = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+        read: Any = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors have no common base class
         raise CorruptError(f"{path}: expected a file of tensors, got an error: {one_line(error)}") from error
-    found = found.get("state_dict", found) if isinstance(found, dict) else {}
-    return {name: value.detach().double().numpy() for name, value in found.items() if isinstance(value, torch.Tensor)}
+    read = read.get("state_dict", read) if isinstance(read, dict) else {}
+    tensors = {name: value.detach().double().numpy() for name, value in read.items() if isinstance(value, torch.Tensor)}
+
+    layers = []
+    names = [name for name in tensors if _LAYER.fullmatch(name)]
+    for name in sorted(names, key=lambda name: [int(number) for number in _NUMBERS.findall(name)]):
+        weight_UT = np.atleast_2d(tensors[name])
+        bias_name = re.sub(r"weights?$", "bias", name)
+        layers.append((weight_UT, np.atleast_1d(tensors.get(bias_name, np.zeros(len(weight_UT))))))
+    if not layers or any(weight.ndim != 2 or bias.shape != weight.shape[:1] for weight, bias in layers):
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items()) or "no tensors"
+        raise DataError(f"{path}: expected tensors weight (1, P) and bias (1,), got {shapes}")
+    return layers
