@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ import pytest
 from embedcache.curate.dedup import dedup
 from embedcache.curate.outliers import find_outliers
 from embedcache.curate.select.select import SELECTORS, select
-from embedcache.errors import DataError, PathError, UnknownNameError
+from embedcache.errors import DataError, EmbedcacheError, PathError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.registry import plugin_name
 from embedcache.search.index import build_index
@@ -133,36 +134,29 @@ def test_search_by_file(made: Made, tmp_path: Path) -> None:
     opened = OpenIndex(tmp_path / "index")
     data = case.write(4)
     assert opened.search(Queries(items={modality: data}), k=1)[0][0].key == "04"
-    (missing := tmp_path / f"no.{case.suffix}").unlink(missing_ok=True)
-    with pytest.raises(PathError, match=f"{modality} {missing} does not exist"):
-        opened.search(Queries(items={modality: missing}))
-    with pytest.raises(DataError, match="image query"):
-        opened.search(Queries(items={"image": tmp_path / "x.png"}))
-    with pytest.raises(UnknownNameError, match="text"):
-        Queries(items={"text": "a dog"})
-    with pytest.raises(DataError, match=f"{modality} 0: "):
-        opened.search(Queries(items={modality: b"nothing"}))
+    calls: list[tuple[dict[str, Any], type[EmbedcacheError], str]] = [
+        ({modality: tmp_path / f"no.{case.suffix}"}, PathError, "does not exist"),
+        ({"image": tmp_path / "x.png"}, DataError, "image query"),
+        ({"text": "a dog"}, UnknownNameError, "text"),
+        ({modality: b"nothing"}, DataError, f"{modality} 0: "),
+    ]
+    for items, error, word in calls:
+        with pytest.raises(error, match=word):
+            opened.search(Queries(items=items))
 
 
 def test_dedup(made: Made, tmp_path: Path) -> None:
-    printed = succeed("curate", "dedup", made.train, "kept.parquet", "--cosine", 0.99999, cwd=tmp_path)
-    assert f"20 {made.case.noun} of {made.feature}; 1 is a byte-identical copy;" in " ".join(printed.split())
+    succeed("curate", "dedup", made.train, "kept.parquet", "--cosine", 0.99999, cwd=tmp_path)
     removed = pq.read_table(tmp_path / "kept.removed.parquet").to_pylist()
     assert [(row["key"], row["kept_key"], row["is_copy"]) for row in removed] == [
         ("18", "03", True),
         ("19", "05", False),
     ]
-    if made.case.modality == "audio":  # drawing takes a second
-        succeed("curate", "dedup", made.train, "x.parquet", "--copies", "--html", "page.html", cwd=tmp_path)
-        assert "<audio" in (tmp_path / "page.html").read_text()
 
 
 def test_outliers(made: Made, tmp_path: Path) -> None:
     words = ("curate", "outliers", made.train, "odd.parquet", "-k", 3, "--modality", made.case.modality)
-    printed = succeed(*words, cwd=tmp_path)
-    assert f"20 {made.case.noun} of {made.feature}, each with its 3 nearest of 19 different ones" in " ".join(
-        printed.split()
-    )
+    succeed(*words, cwd=tmp_path)
     table = pq.read_table(tmp_path / "odd.parquet")
     assert {"typicality", "label_margin"} <= set(table.column_names)
 
@@ -230,8 +224,7 @@ def test_modality_of_a_run(tmp_path: Path) -> None:
 
 @of_sounds
 def test_pairs_of_a_run(made: Made, run: Path, tmp_path: Path) -> None:
-    printed = succeed("curate", "outliers", made.train, "odd.parquet", "-k", 3, "--run", run, cwd=tmp_path)
-    assert f"pairs: 20 samples with a {made.case.noun[:-1]} and a caption" in printed
+    succeed("curate", "outliers", made.train, "odd.parquet", "-k", 3, "--run", run, cwd=tmp_path)
     succeed(*SELECT, made.train, "some.parquet", "--method", "clip-score", "--run", run, "--budget", 20, cwd=tmp_path)
     cosines = pq.read_table(tmp_path / "odd.parquet")["pair_cosine"].to_pylist()
     assert pq.read_table(tmp_path / "some.parquet")["cosine"].to_pylist() == cosines
@@ -260,19 +253,8 @@ def test_coverage_by_examples(made: Made, tmp_path: Path) -> None:
     assert best <= {f"{number:02d}" for number in (*range(9), 18, 19)}
 
 
-@pytest.mark.slow
-@of_sounds
-def test_coverage_of_both_modalities_of_a_run(made: Made, run: Path, concepts: Path, tmp_path: Path) -> None:
-    options = ("--run", run, "--modality", "both", "-k", 2, "--html", "page.html")
-    printed = succeed("curate", "coverage", made.train, concepts, *options, cwd=tmp_path)
-    assert "20 recordings, open_media/mean projected by run" in printed
-    assert "20 texts, open_toy/mean projected by run" in printed
-    assert "<audio" in (tmp_path / "page.html").read_text()
-
-
 def test_leaks_of_copies(made: Made, tmp_path: Path) -> None:
-    printed = succeed("curate", "leaks", made.train, made.test, "--output", "leaks.json", cwd=tmp_path)
-    assert f"{made.case.noun}: searched for copies only: their near-duplicates are found with --cosine" in printed
+    succeed("curate", "leaks", made.train, made.test, "--output", "leaks.json", cwd=tmp_path)
     found = json.loads((tmp_path / "leaks.json").read_text())["by"]
     assert list(found) == [made.case.modality, "text"]
     leak = found[made.case.modality]
@@ -283,8 +265,7 @@ def test_leaks_of_copies(made: Made, tmp_path: Path) -> None:
 def test_leaks_of_near_duplicates(made: Made, tmp_path: Path) -> None:
     named = ("--feature", f"{made.case.modality}={made.feature}", "--cosine", f"{made.case.modality}=0.99999")
     words = ("curate", "leaks", made.train, made.test, "clean.parquet", *named, "--cosine", "text=1", "--overwrite")
-    printed = succeed(*words, "--output", "leaks.json", cwd=tmp_path)
-    assert f"{made.case.noun} that leak most" in " ".join(printed.split())
+    succeed(*words, "--output", "leaks.json", cwd=tmp_path)
     leak = json.loads((tmp_path / "leaks.json").read_text())["by"][made.case.modality]
     assert (leak["num_samples_copied"], leak["num_samples_leaked"], leak["num_train_samples"]) == (1, 2, 3)
     assert leak["feature"] == made.feature

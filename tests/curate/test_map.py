@@ -4,14 +4,11 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.arrays import Floats, normalize
 from embedcache.curate import map as map_module
 from embedcache.curate.map import (
     FILE,
@@ -53,8 +50,12 @@ def test_map_holds_every_item_and_is_stored(index: OpenIndex) -> None:
     sizes = [cluster.size for cluster in built.clusters]
     assert len(sizes) == 8  # half the square root of 300
     assert sizes == np.bincount(built.clusters_N).tolist() == sorted(sizes, reverse=True)
+    captions = index.cache.items("text")["text"].to_pylist()
     for number, cluster in enumerate(built.clusters):
         assert (built.clusters_N[np.searchsorted(built.rows, cluster.nearest)] == number).all()
+        median = np.median(built.points[built.clusters_N == number], axis=0)
+        assert (cluster.x, cluster.y) == pytest.approx(tuple(median))
+        assert cluster.question in {captions[row] for row in cluster.nearest[:8]}
     read = read_map(index)
     assert read is not None
     np.testing.assert_array_equal(read.points, built.points)
@@ -112,25 +113,6 @@ def test_plane_of_the_largest_variance() -> None:
     np.testing.assert_allclose(np.abs(line), [[1.5, 0], [0.5, 0], [0.5, 0], [1.5, 0]], atol=1e-5)
 
 
-@pytest.mark.parametrize(("count", "num_neighbors"), [(10, 9), (16, 15), (17, 15)])
-def test_umap_has_fifteen_neighbors(count: int, num_neighbors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {}
-
-    class Umap:
-        def __init__(self, **given: Any) -> None:
-            options.update(given)
-
-        def fit_transform(self, vectors: Floats) -> Floats:
-            return vectors[:, :2].astype(np.float64)
-
-    monkeypatch.setattr(map_module, "require", lambda *_, **__: SimpleNamespace(UMAP=Umap))
-    vectors = np.random.default_rng(0).standard_normal((count, 4)).astype(np.float32)
-    found = map_module._run_umap(vectors, seed=3)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, vectors[:, :2])
-    assert options == {"metric": "cosine", "n_neighbors": num_neighbors, "random_state": 3, "n_jobs": 1}
-
-
 def test_clusters_are_named_by_the_concept_of_a_third_of_their_items() -> None:
     concepts = Concepts(names=["x", "y", "z"], vectors=np.eye(3, dtype=np.float32), counts=np.ones(3, int), source={})
     concepts_N = np.array([1, -1, -1, 0, -1, -1, -1, 2, 2, 0, 0, -1, -1, -1])
@@ -149,26 +131,19 @@ def test_clusters_without_items_of_a_concept_have_no_name(clear: Path, tmp_path:
     assert min(names["zebra"].nearest) < 50
 
 
-def test_names_are_what_distinguishes() -> None:
-    dogs, cats = [hit("a dog on the grass"), hit("the dog")], [hit("a cat on the sofa"), hit("the cat")]
-    assert name_clusters([dogs, cats]) == ["dog", "cat"]
-    assert name_clusters([[hit("")], dogs]) == ["group 1", "dog"]
-
-
-def test_names_are_by_the_fraction_of_captions() -> None:
-    """Check a word that is in two of three captions of one cluster, and in the only one of the other."""
-    birds = [hit("bird rock"), hit("bird"), hit("lake")]
-    assert name_clusters([birds, [hit("bird tree")]]) == ["lake, rock", "tree"]
-
-
-def test_names_of_one_or_two_words() -> None:
-    """Check that a second word is named from 0.6 of the weight of the first, the more frequent one first."""
-    both = [hit("red dog"), hit("red dog"), hit("dog")]
-    assert name_clusters([both, [hit("cat")]]) == ["dog, red", "cat"]
-    few = [hit("red dog"), hit("dog"), hit("dog"), hit("dog")]
-    assert name_clusters([few, [hit("cat")]]) == ["dog", "cat"]
+def test_names_are_the_words_that_distinguish() -> None:
+    """Check fractions of captions, and that a second word is named from 0.6 of the weight of the first."""
+    dogs = [hit("a dog on the grass"), hit("the dog")]
     labeled = Hit(score=0.0, row=0, key="", captions=[], label="bird")
-    assert name_clusters([[labeled], [hit("Cat, CAT!")]]) == ["bird", "cat"]
+    for clusters, names in (
+        ([dogs, [hit("a cat on the sofa"), hit("the cat")]], ["dog", "cat"]),
+        ([[hit("")], dogs], ["group 1", "dog"]),
+        ([[hit("bird rock"), hit("bird"), hit("lake")], [hit("bird tree")]], ["lake, rock", "tree"]),
+        ([[hit("red dog"), hit("red dog"), hit("dog")], [hit("cat")]], ["dog, red", "cat"]),
+        ([[hit("red dog"), *[hit("dog")] * 3], [hit("cat")]], ["dog", "cat"]),
+        ([[labeled], [hit("Cat, CAT!")]], ["bird", "cat"]),
+    ):
+        assert name_clusters(clusters) == names
 
 
 def test_questions_are_the_shortest_captions_of_the_nearest() -> None:
@@ -205,15 +180,6 @@ def test_placed_items_are_weighted_means_of_five_anchors(monkeypatch: pytest.Mon
     assert map_module._fit(fitted[:3], "umap", seed=0)(other).tolist() == [[0, 0]]
 
 
-def test_umap_places_items_between_those_that_it_was_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(map_module, "_run_umap", lambda vectors, **_: vectors[:, :2].copy())
-    vectors = normalize(np.random.default_rng(0).standard_normal((100, 6)).astype(np.float32))
-    points = map_module._fit(vectors[:30], "umap", seed=0)(vectors)
-    np.testing.assert_allclose(points[:30], vectors[:30, :2], atol=1e-3)
-    assert (np.abs(points) <= np.abs(vectors[:30, :2]).max()).all()
-    assert len(np.unique(points, axis=0)) == 100
-
-
 def test_projection_is_chosen_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for has_umap, count, expected in ((True, 16, "umap"), (True, 15, "pca"), (False, 16, "pca")):
         monkeypatch.setattr(map_module, "is_installed", lambda _, found=has_umap: found)
@@ -242,16 +208,6 @@ def test_maps_that_name_what_does_not_exist_are_invalid(index: OpenIndex) -> Non
     ):
         assert not map_module._is_valid(replace(built, **changed), index), changed.keys()  # type: ignore[arg-type]
     assert map_module._is_valid(replace(built, clusters=[replace(built.clusters[0], nearest=[0, 299])] * 8), index)
-
-
-def test_clusters_are_at_their_median(index: OpenIndex) -> None:
-    built = compute_map(index, PCA)
-    captions = index.cache.items("text")["text"].to_pylist()
-    for number, cluster in enumerate(built.clusters):
-        median = np.median(built.points[built.clusters_N == number], axis=0)
-        assert (cluster.x, cluster.y) == pytest.approx(tuple(median))
-        assert cluster.question in {captions[row] for row in cluster.nearest[:8]}
-    assert len(compute_map(index, MapSettings(projection="pca", max_items=15)).clusters) == 1
 
 
 def test_other_or_damaged_map_counts_as_absent(index: OpenIndex, tmp_path: Path) -> None:
