@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Floats, Ints, concatenated_ranges, distinct
+from embedcache.arrays import Bools, Floats, Ints, concatenated_ranges
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Score, read_scores, read_selection
 from embedcache.dataset.vectors import Vectors
@@ -53,14 +53,10 @@ class Pool:
     def vectors(self) -> Vectors:
         """Vectors of the compared items: of the feature of the settings, or the only one that the concepts have too."""
         settings = self._settings
-        return Vectors(self.cache.path, self.modality, self._chosen_feature, settings.run, device=settings.device)
-
-    @cached_property
-    def _chosen_feature(self) -> str | None:
-        settings = self._settings
-        if settings.feature is None and settings.run is None and settings.concepts is not None:
-            return choose_feature(self.cache.path, settings.concepts, self.modality, progress=self.progress)
-        return settings.feature
+        feature = settings.feature
+        if feature is None and settings.run is None and settings.concepts is not None:
+            feature = choose_feature(self.cache.path, settings.concepts, self.modality, progress=self.progress)
+        return Vectors(self.cache.path, self.modality, feature, settings.run, device=settings.device)
 
     @cached_property
     def feature(self) -> str | None:
@@ -76,13 +72,19 @@ class Pool:
             return None
 
     @cached_property
+    def _is_inside_S(self) -> Bools:
+        """Whether each sample of the cache is of the selection that limits the pool: (S,)."""
+        if self._settings.selection is None:
+            return np.ones(len(self.cache), bool)
+        is_inside_S = np.zeros(len(self.cache), bool)
+        is_inside_S[read_selection(self._settings.selection, [self.cache])] = True
+        return is_inside_S
+
+    @cached_property
     def item_samples(self) -> Ints:
         """Sample of each item row, -1 if it is not in the pool: (N,) int64."""
-        samples = self._samples_of(self.modality)
-        if self._settings.selection is not None:
-            inside = read_selection(self._settings.selection, [self.cache])
-            samples = np.where(np.isin(samples, inside), samples, -1)
-        return samples
+        samples_N = self._samples_of(self.modality)
+        return np.where(self._is_inside_S[samples_N], samples_N, -1)
 
     @cached_property
     def samples(self) -> Ints:
@@ -91,29 +93,23 @@ class Pool:
         Without a feature, those that have an item of the modality.
         """
         if self._settings.scores is not None:
-            return self._scored_samples()
-        feature = self.feature  # choosing it may be a step of its own
-        self.progress.start("finding samples", 0, "samples")  # nearly all of it is reading the commits, all at once
-        rows = ~self.cache.removed_items(self.modality) if feature is None else self.vectors.rows
-        samples = distinct(self.item_samples[rows])
-        samples = samples[samples >= 0]
-        self.progress.advance(len(samples))
-        self.progress.finish()
+            is_there_S = np.isfinite(self.scores.values)
+            what = self.scores.name
+        else:
+            feature = self.feature  # choosing it may be a step of its own
+            self.progress.start("finding samples", 0, "samples")  # nearly all of it is reading the commits, all at once
+            rows = ~self.cache.removed_items(self.modality) if feature is None else self.vectors.rows
+            is_there_S = np.zeros(len(self.cache), bool)
+            is_there_S[self._samples_of(self.modality)[rows]] = True
+            what = noun(self.modality) if feature is None else f"{noun(self.modality)} of {feature}"
+            self.progress.finish()
+
+        samples: Ints = np.flatnonzero(is_there_S & self._is_inside_S)
         if not len(samples):
-            of_feature = "" if feature is None else f" of {feature}"
-            where = self._settings.selection or self.cache.path
+            where = self._settings.selection or self._settings.scores or self.cache.path
             others = [name for name in MODALITIES if name != self.modality and self.cache.features(name)]
             step = f"; choose others with --modality: {', '.join(others)}" if others else ""
-            raise DataError(f"{where}: expected samples with {noun(self.modality)}{of_feature}, got none{step}")
-        return samples
-
-    def _scored_samples(self) -> Ints:
-        samples: Ints = np.flatnonzero(np.isfinite(self.scores.values))
-        if self._settings.selection is not None:
-            selected = read_selection(self._settings.selection, [self.cache])
-            samples = np.intersect1d(samples, selected, assume_unique=True)
-        if not len(samples):
-            raise DataError(f"{self._settings.scores}: expected samples with {self.scores.name}, got none in the pool")
+            raise DataError(f"{where}: expected samples with {what}, got none{step}")
         return samples
 
     @cached_property
@@ -126,22 +122,16 @@ class Pool:
     def concepts(self) -> Concepts:
         """Concepts in the space of the vectors."""
         settings = self._settings
-        assert settings.concepts is not None  # which the method requires
-        return open_concepts(
-            Cache(str(settings.concepts)), self.vectors, label=settings.label, join_names=settings.join_names
-        )
+        cache = Cache(str(settings.concepts))
+        return open_concepts(cache, self.vectors, label=settings.label, join_names=settings.join_names)
 
     @cached_property
     def target(self) -> Vectors:
         """Vectors of the target."""
-        assert self._settings.target is not None  # which the method requires
-        return Vectors(
-            self._settings.target,
-            self.modality,
-            self.vectors.feature.name,
-            self._settings.run,
-            device=self._settings.device,
-        )
+        settings = self._settings
+        assert settings.target is not None  # which the method requires
+        name = self.vectors.feature.name
+        return Vectors(settings.target, self.modality, name, settings.run, device=settings.device)
 
     def blocks(self, title: str) -> Iterator[tuple[Ints, Floats]]:
         """Iterate over all items once, chunk by chunk: the sample of each (B,), and its vector (B, P)."""
@@ -152,14 +142,18 @@ class Pool:
 
     def first_items(self) -> Ints:
         """Return the row of the first item of each of `samples`: (S,) int64."""
-        rows = self.vectors.rows[self.item_samples[self.vectors.rows] >= 0]
-        _, first = np.unique(self.item_samples[rows], return_index=True)
-        return rows[first]
+        _, first = np.unique(self.item_samples[self._rows], return_index=True)
+        return self._rows[first]
 
     def sample(self, size: int, *, seed: int) -> Floats:
         """Read a random sample of the items, or all items if there are no more: (M, P)."""
-        rows = self.vectors.rows[self.item_samples[self.vectors.rows] >= 0]
-        return self.vectors.read(np.sort(np.random.default_rng(seed).permutation(rows)[:size]), self.progress)
+        drawn = np.random.default_rng(seed).permutation(self._rows)[:size]
+        return self.vectors.read(np.sort(drawn), self.progress)
+
+    @cached_property
+    def _rows(self) -> Ints:
+        """Rows of all items, ascending."""
+        return self.vectors.rows[self.item_samples[self.vectors.rows] >= 0]
 
     def texts(self) -> Iterator[tuple[Ints, list[str]]]:
         """Iterate over the captions of the pool: the sample of each (B,), and the texts. Memory: the table of texts."""

@@ -116,7 +116,10 @@ def select(
     modality = settings.modality or _default_modality(Cache(cache), bound, settings)
     pool = Pool(cache, modality, settings, progress=progress)
     num_pool = len(pool.samples)
-    settings = replace_fields(settings, budget=_count_budget(settings.budget, num_pool))
+    if isinstance(settings.budget, float):
+        settings = replace_fields(settings, budget=max(1, round(settings.budget * num_pool)))
+    if settings.budget is not None and settings.budget > num_pool:
+        raise SettingError(f"budget: expected at most the {num_pool:,} samples of the pool, got {settings.budget:,}")
     selection = apply_method(bound, pool, settings)
     write_selection(out, pool.cache, selection, _record(method, bound, pool, settings), progress=progress)
     return SelectReport(path=out, num_selected=len(selection.rows), num_pool=num_pool)
@@ -168,15 +171,6 @@ def _default_modality(cache: Cache, bound: partial[Selection], settings: SelectS
     modality = "text" if "concepts" in inputs else "image"
     is_there = modality != "image" or bool(cache.info.num_items.get("image"))
     return modality if is_there and (names is None or modality in names) else choose_modality(cache, None, settings.run)
-
-
-def _count_budget(budget: int | float | None, num_pool: int) -> int | None:
-    """Return a budget as a number of samples, of a fraction one at least; `SettingError` if the pool has fewer."""
-    if isinstance(budget, float):
-        budget = max(1, round(budget * num_pool))
-    if budget is not None and budget > num_pool:
-        raise SettingError(f"budget: expected at most the {num_pool:,} samples of the pool, got {budget:,}")
-    return budget
 
 
 def _record(method: str, bound: partial[Selection], pool: Pool, settings: SelectSettings) -> dict[str, Any]:
