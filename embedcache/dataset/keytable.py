@@ -19,13 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.arrays import Ints
+from embedcache.arrays import Ints, blocks
 from embedcache.dataset.pairs import name_caches
 from embedcache.errors import DataError, PathError, pluralize
 from embedcache.files import TEXT_ENCODING, read_file, reading
 from embedcache.outputs import check_table_output, new_output, read_metadata, to_metadata
 from embedcache.progress import NullProgress, Progress, watch
-from embedcache.store.cache import Cache, RowReader, key_column, match_keys
+from embedcache.store.cache import Cache, Keys, RowReader, match_keys
 from embedcache.store.layout import SAMPLES
 from embedcache.store.tables import BLOCK, Column, add_checksum, iterate_table, open_table, read_removed, read_table
 
@@ -80,7 +80,7 @@ def write(
 ) -> None:
     """Write values of samples: `row` and `key` of each one, of several caches also the number of its `cache`.
 
-    Memory: the keys of a million samples.
+    Memory: the keys of the samples.
 
     Args:
         path: the file, which ends in `.parquet`.
@@ -112,17 +112,17 @@ def write(
         is_arrow = isinstance(array, pa.Array | pa.ChunkedArray)
         table = table.append_column(name, array if is_arrow else pa.array(array, from_pandas=True))
 
-    schema = table.schema.insert(1, pa.field("key", pa.string()))
+    table = table.add_column(1, "key", Keys(caches, rows).array)
     digests = [cache.info.index_digest for cache in caches]
     header = {"kind": kind, "caches": [str(cache.path) for cache in caches], "index_digests": digests, **about}
-    blocks = key_column(caches).select(rows).blocks(_ROWS_PER_GROUP)
-    start = 0
+    table = table.replace_schema_metadata(to_metadata(header))
+    parts = watch(
+        blocks(len(table), _ROWS_PER_GROUP), progress or NullProgress(), f"writing the {kind}", len(table), "samples"
+    )
     with new_output(path) as temporary:
-        metadata = to_metadata(header)
-        with pq.ParquetWriter(temporary, schema.with_metadata(metadata)) as writer:
-            for keys in watch(blocks, progress or NullProgress(), f"writing the {kind}", len(rows), "samples"):
-                writer.write_table(table.slice(start, len(keys)).add_column(1, "key", keys.cast(pa.string())))
-                start += len(keys)
+        with pq.ParquetWriter(temporary, table.schema) as writer:
+            for part in parts:
+                writer.write_table(table.slice(part.start, part.stop - part.start))
         add_checksum(temporary)
 
 

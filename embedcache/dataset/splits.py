@@ -4,7 +4,7 @@ Whole groups are drawn in an order that depends only on the keys of their sample
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -25,7 +25,7 @@ from embedcache.provenance import digest_file, read_study
 from embedcache.registry import unknown_name
 from embedcache.runs import MANIFEST, SPLIT, read_info
 from embedcache.store.arrays import check_file
-from embedcache.store.cache import Cache, key_column
+from embedcache.store.cache import Cache, Keys
 from embedcache.store.tables import Column, to_array
 
 Part: TypeAlias = Literal["train", "val", "test"]
@@ -142,7 +142,6 @@ def column_parts(names: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedA
 
 _CODES = {"train": 0, "val": 1, "test": 2, "": 3}
 """Part -> its number in an array; empty for a sample that is in no part."""
-_KEYS_PER_BLOCK = 65_536
 
 
 def make_split(
@@ -206,7 +205,7 @@ def split_samples(
 
 
 def draw_groups(
-    keys: "Column[str] | pa.Array | pa.ChunkedArray",
+    keys: "Keys | pa.Array | pa.ChunkedArray",
     groups_S: Ints,
     quotas: Sequence[int],
     seed: int,
@@ -218,7 +217,7 @@ def draw_groups(
     share a group.
 
     Args:
-        keys: (S,) key of each sample; a column is read in blocks.
+        keys: (S,) key of each sample; those of caches are read in blocks.
         groups_S: group of each sample, from 0 to G - 1, none of them empty.
         quotas: most samples to draw; a later quota draws from what the earlier ones left.
         progress: progress in samples, as the step "splitting".
@@ -226,7 +225,6 @@ def draw_groups(
     Returns:
         (S,) int64 position of the quota that a sample was drawn for, or -1.
     """
-    keys = keys if isinstance(keys, Column) else Column(keys)
     sizes_G = np.bincount(groups_S)
     progress = progress or NullProgress()
     progress.start("splitting", len(groups_S), "samples")
@@ -279,7 +277,7 @@ def _by_column(caches: Sequence[Cache], samples: Ints, settings: SplitSettings, 
     if not (part_S == _CODES["val"]).any():
         train = np.flatnonzero(part_S == _CODES["train"])
         quota = _quota(settings.val_fraction, settings.max_val, len(train))
-        drawn = draw_groups(key_column(caches).select(train), np.arange(len(train)), [quota], settings.seed, progress)
+        drawn = draw_groups(Keys(caches, train), np.arange(len(train)), [quota], settings.seed, progress)
         part_S[train[drawn == 0]] = _CODES["val"]
     return _split(part_S, np.arange(len(part_S)))
 
@@ -290,7 +288,7 @@ def _by_groups(
     """Draw the parts of samples, ascending, by whole groups, which are numbered from 0."""
     num_samples = sum(map(len, caches))
     quotas = _quotas(settings, len(samples))
-    drawn = draw_groups(key_column(caches).select(samples), groups, quotas, settings.seed, progress)
+    drawn = draw_groups(Keys(caches, samples), groups, quotas, settings.seed, progress)
     part_S, group_S = np.full(num_samples, _CODES[""], np.int8), np.full(num_samples, -1, np.int64)
     part_S[samples] = np.array([_CODES["train"], _CODES["test"], _CODES["val"]], np.int8)[drawn + 1]
     group_S[samples] = groups
@@ -316,30 +314,35 @@ def _quota(fraction: float, largest: int, count: int) -> int:
     return min(round(fraction * count), largest)
 
 
-def _leads(keys: Column[str], groups_S: Ints, sizes_G: Ints) -> Ints:
+def _leads(keys: "Keys | pa.Array", groups_S: Ints, sizes_G: Ints) -> Ints:
     """Return the sample of the lowest key of each group."""
     lead_G, is_shared_S = np.empty(len(sizes_G), np.int64), sizes_G[groups_S] > 1
     lead_G[groups_S[~is_shared_S]] = np.flatnonzero(~is_shared_S)
     shared = np.flatnonzero(is_shared_S)
     if len(shared):
-        by_key = shared[pc.sort_indices(keys.select(shared).array).to_numpy()]
+        by_key = shared[pc.sort_indices(pa.chunked_array(_blocks(keys, shared))).to_numpy()]
         lead_G[groups_S[by_key[::-1]]] = by_key[::-1]  # the last assignment is that of the lowest key
     return lead_G
 
 
-def _random_order(keys: Column[str], lead_G: Ints, sizes_G: Ints, seed: int, progress: Progress) -> Ints:
+def _random_order(keys: "Keys | pa.Array", lead_G: Ints, sizes_G: Ints, seed: int, progress: Progress) -> Ints:
     """Return the groups by the SHA-256 of the seed and their lowest key, of which the first 64 bits decide."""
     by_lead_G = np.argsort(lead_G, kind="stable")
     word_G = np.empty(len(lead_G), np.uint64)
     salt = f"{seed}:".encode()
     start = 0
-    for block in keys.select(lead_G[by_lead_G]).blocks(_KEYS_PER_BLOCK):
+    for block in _blocks(keys, lead_G[by_lead_G]):
         digests = [hashlib.sha256(salt + key).digest()[:8] for key in block.cast(pa.binary()).to_pylist()]
         hashed = by_lead_G[start : start + len(block)]
         word_G[hashed] = np.frombuffer(b"".join(digests), ">u8")
         start += len(block)
         progress.advance(int(sizes_G[hashed].sum()))
     return np.argsort(word_G, kind="stable")
+
+
+def _blocks(keys: "Keys | pa.Array", rows: Ints) -> Iterator[pa.Array]:
+    """Iterate over the keys of some samples, ascending."""
+    return keys.select(rows).blocks() if isinstance(keys, Keys) else iter([keys.take(pa.array(rows))])
 
 
 def _take_first(sizes: Ints, quota: int) -> Bools:

@@ -17,7 +17,7 @@ from embedcache.evaluate.classifiers import Examples
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
-from embedcache.store.cache import Cache, key_column
+from embedcache.store.cache import Cache, Keys
 
 _TEST_FRACTION, _VAL_FRACTION = 0.25, 0.1
 _SPLIT = "split"
@@ -166,7 +166,7 @@ def _read_parts(cache: Cache, part: Literal["test", "val"]) -> Array:
 def _draw(cache: Cache, items: Items, quotas: Sequence[int], seed: int) -> tuple[Ints, Ints]:
     """Return the samples of some items, and what `draw_groups` returns: equal first items stay together."""
     samples, first = np.unique(items.samples, return_index=True)
-    return samples, draw_groups(key_column([cache]).select(samples), number_values(items.contents[first]), quotas, seed)
+    return samples, draw_groups(Keys([cache], samples), number_values(items.contents[first]), quotas, seed)
 
 
 def _read_vectors(feature: InputFeature, rows: Ints, progress: Progress) -> Floats:

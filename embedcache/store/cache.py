@@ -30,11 +30,8 @@ from embedcache.store.layout import INTERRUPTED_REMOVAL, SAMPLES, CacheInfo, rea
 from embedcache.store.tables import (
     BLOCK,
     ITEM_SCHEMAS,
-    Column,
-    DeferredColumn,
     Table,
     block_rows,
-    index_in,
     read_removed,
     widen,
 )
@@ -199,7 +196,7 @@ class Cache:
         """Return the key of one sample; reads the block that holds it. DataError if there is no such row."""
         if not 0 <= sample < len(self):
             raise DataError(f"{self.path}: expected a row from 0 to {len(self) - 1}, got {sample}")
-        key: str = self.block(SAMPLES, sample // BLOCK, columns=["key"])["key"][sample % BLOCK].as_py()
+        key: str = self.table(SAMPLES, ["key"], rows=slice(sample, sample + 1))["key"][0].as_py()
         return key
 
     def items(self, modality: str, *, chunk: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
@@ -221,42 +218,32 @@ class Cache:
         if chunk is not None and not 0 <= chunk < self.info.num_chunks(modality):
             known = pluralize(self.info.num_chunks(modality), "chunk")
             raise DataError(f"{self.path}: expected one of {known} of {modality}, counted from 0, got {chunk}")
-        if chunk is None:
-            return self.table(modality, columns)
-        rows = self.info.chunk_rows(modality, chunk)
-        return self._read(modality, rows.start, rows.stop, columns)
+        rows = None if chunk is None else self.info.chunk_rows(modality, chunk)
+        return self.table(modality, columns, rows=rows)
 
     def rows_of(self, name: str) -> Table:
         """Return a table, `samples` or that of a modality, without reading it."""
         return Table(self.path, self.info.files(name), ITEM_SCHEMAS.get(name))
 
-    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return all rows of a table; the arguments and errors are those of `block`."""
-        return self._read(name, 0, self.num_rows(name), columns)
-
     def num_rows(self, name: str) -> int:
         """Return the number of rows of a table, `samples` or that of a modality."""
         return self.info.num_samples if name == SAMPLES else self.info.num_items.get(name, 0)
 
-    def block(self, name: str, number: int, *, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read one block of a table: 65,536 samples or 16,384 items. Thread-safe.
+    def table(self, name: str, columns: Sequence[str] | None = None, *, rows: slice | None = None) -> pa.Table:
+        """Read a table. Thread-safe.
+
+        Another process may have replaced files by `--retry-failed` or `cache remove` since this cache was opened: rows
+        keep their numbers, so that those of the new files are read.
 
         Args:
             name: `samples` or a modality.
-            columns: names of the columns to read; None reads all.
+            columns: names of the columns to read. If None, all.
+            rows: rows to read, without a step. If None, all. Whole blocks of rows are read, see `block_rows`.
 
         Raises:
             CorruptError: the table cannot be read, or differs from its checksum.
         """
-        size = block_rows(name)
-        return self._read(name, number * size, min((number + 1) * size, self.num_rows(name)), columns)
-
-    def _read(self, name: str, start: int, stop: int, columns: Sequence[str] | None) -> pa.Table:
-        """Read rows of a table.
-
-        Another process may have replaced files by `--retry-failed` or `cache remove` since this cache was opened: rows
-        keep their numbers, so that those of the new files are read.
-        """
+        start, stop, _ = (rows or slice(None)).indices(self.num_rows(name))
         try:
             return self.rows_of(name).read(start, stop, columns)
         except (CorruptError, PathError):
@@ -437,8 +424,9 @@ class RowReader:
         keys = self._whole["key"].chunk(0)
         return int(pc.index(keys, pa.scalar(key, keys.type)).as_py())
 
-    def _read_block(self, number: int) -> pa.Table:
-        return self._cache.block(self._name, number, columns=self._columns)
+    def _read_block(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        rows = slice(number * self._size, (number + 1) * self._size)
+        return self._cache.table(self._name, columns or self._columns, rows=rows)
 
     def _first_rows(self, samples: Ints) -> Ints:
         """Return the first row of each sample or of a later one, from the chunks that hold them; samples ascend.
@@ -451,14 +439,14 @@ class RowReader:
             number = bisect_left(range(num_blocks), int(samples[start]), lo=number, key=self._last_sample)
             if number == num_blocks:
                 break
-            samples_B = self._cache.block(self._name, number, columns=["sample"])["sample"].to_numpy()
+            samples_B = self._read_block(number, ["sample"])["sample"].to_numpy()
             stop = int(np.searchsorted(samples, samples_B[-1], "right"))
             first_rows[start:stop] = number * self._size + np.searchsorted(samples_B, samples[start:stop])
             number, start = number + 1, stop
         return first_rows
 
     def _read_last_sample(self, number: int) -> int:
-        last: int = self._cache.block(self._name, number, columns=["sample"])["sample"][-1].as_py()
+        last: int = self._read_block(number, ["sample"])["sample"][-1].as_py()
         return last
 
 
@@ -467,28 +455,44 @@ def _contiguous(column: pa.ChunkedArray) -> pa.Array:
     return (column.cast(pa.large_string()) if pa.types.is_string(column.type) else column).combine_chunks()
 
 
-def key_column(caches: Sequence[Cache]) -> Column[str]:
-    """Return the keys of the samples of some caches, one after another, as a column that reads them when it is used.
+class Keys(Sequence[str]):
+    """The keys of samples of some caches, one after another, which are read each time they are used.
 
-    Its `blocks` keep none of them; whatever else needs values has the caches keep all, as `keys_of` does.
+    Args:
+        caches: the caches.
+        rows: (M,) samples, ascending and counted across the caches. If None, all.
     """
-    return DeferredColumn(
-        sum(map(len, caches)),
-        lambda: keys_of(caches),
-        read=lambda: (keys for cache in caches for keys in iterate_keys(cache)),
-    )
 
+    def __init__(self, caches: Sequence[Cache], rows: Ints | None = None) -> None:
+        self._caches = caches
+        self._rows = np.arange(sum(map(len, caches))) if rows is None else rows
 
-def iterate_keys(cache: Cache) -> Iterator[pa.ChunkedArray]:
-    """Iterate over the keys of a cache, 65,536 at a time. Memory: a block."""
-    for number in range(-(-len(cache) // BLOCK)):
-        yield cache.block(SAMPLES, number, columns=["key"])["key"].cast(pa.string())
+    def __len__(self) -> int:
+        return len(self._rows)
 
+    def __getitem__(self, place: Any) -> Any:
+        return self.select(np.array([place])).array[0].as_py()
 
-def keys_of(caches: Sequence[Cache]) -> pa.ChunkedArray:
-    """Return the keys of the samples of some caches, one after another; see `widen`."""
-    columns = [cache.column("key").cast(pa.string()) for cache in caches]
-    return widen(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()))
+    def select(self, places: Ints) -> "Keys":
+        """Return some of the keys, ascending."""
+        return Keys(self._caches, self._rows[places])
+
+    def blocks(self, size: int = BLOCK) -> Iterator[pa.Array]:
+        """Iterate over the keys, those of `size` samples of a cache at a time. Memory: a block."""
+        start = 0
+        for cache in self._caches:
+            for block in blocks(len(cache), size):
+                first, last = np.searchsorted(self._rows, [start + block.start, start + block.stop])
+                if first < last:
+                    keys = cache.table(SAMPLES, ["key"], rows=block)["key"].cast(pa.large_string())
+                    places = self._rows[first:last] - start - block.start
+                    yield keys.combine_chunks().take(pa.array(places))
+            start += len(cache)
+
+    @property
+    def array(self) -> pa.ChunkedArray:
+        """All of them in Arrow's memory."""
+        return pa.chunked_array(self.blocks(), pa.large_string())
 
 
 def keys_at(cache: Cache, rows: Ints) -> pa.ChunkedArray:
@@ -516,8 +520,8 @@ def match_keys(caches: Sequence[Cache], keys: pa.Array) -> tuple[Ints, Ints]:
         place of the key of each.
     """
     rows, places, start = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
-    for block in key_column(caches).blocks(_MATCHED_AT_ONCE):
-        found = index_in(block, keys)
+    for block in Keys(caches).blocks(_MATCHED_AT_ONCE):
+        found = pc.index_in(block, value_set=keys)
         rows.append(start + np.flatnonzero(found.is_valid()))
         places.append(found.drop_null().to_numpy())
         start += len(block)

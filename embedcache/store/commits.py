@@ -93,7 +93,7 @@ class Commit:
 
     def is_complete(self, feature: str) -> bool:
         """Return whether every row has the feature or a reason why not."""
-        return feature in self.features and PENDING not in self.failures[feature]
+        return feature in self.features and not self.failures[feature].count(PENDING)
 
     def check_keeps(self, earlier: "Commit", feature: str) -> None:
         """Check that rows that had a feature in an earlier commit of the chunk have it still.

@@ -10,7 +10,7 @@ the table of `RemovedSamples` holds a keyed digest of its key, by which an extra
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -34,49 +34,17 @@ from embedcache.store.layout import SAMPLES, CacheInfo, TableFile, removed_path
 
 T = TypeVar("T")
 _MAX_STRING_BYTES = 2**31 - 1
-_SELECTED_FROM = 65_536  # rows of a block of which some are selected
 
 
 class Column(Sequence[T]):
     """A column of values, None where it is null; a Python object is made only for a value that is read.
 
     Args:
-        array: the values.
+        array: the values, in Arrow's memory.
     """
 
     def __init__(self, array: "pa.Array | pa.ChunkedArray") -> None:
-        self._array = array
-
-    @property
-    def array(self) -> "pa.Array | pa.ChunkedArray":
-        """The values in Arrow's memory."""
-        return self._array
-
-    def blocks(self, size: int) -> "Iterator[pa.Array]":
-        """Iterate over the values, `size` at a time. Memory: a block, also of a column that is read in blocks."""
-        left: pa.ChunkedArray | None = None
-        for values in self._parts():
-            chunks = values.chunks if isinstance(values, pa.ChunkedArray) else [values]
-            left = pa.chunked_array([*(left.chunks if left else ()), *chunks], values.type)
-            del values, chunks
-            while len(left) >= size:
-                block, left = left.slice(0, size).combine_chunks(), left.slice(size)
-                yield block
-                del block  # not kept while the next one is read
-        if left is not None and len(left):
-            yield left.combine_chunks()
-
-    def select(self, rows: Ints) -> "Column[T]":
-        """Return the values of some rows, (M,) int64 ascending, as a column that is read in blocks when it is used."""
-
-        def read() -> "Iterator[pa.Array]":
-            start = 0
-            for block in self.blocks(_SELECTED_FROM):
-                first, last = np.searchsorted(rows, [start, start + len(block)])
-                yield block.take(pa.array(rows[first:last] - start))
-                start += len(block)
-
-        return DeferredColumn(len(rows), lambda: pa.chunked_array(read()) if len(self) else self.array, read=read)
+        self.array = array
 
     def is_null(self) -> Bools:
         """Return which values are null: (N,) bool."""
@@ -87,12 +55,8 @@ class Column(Sequence[T]):
         """Count a value."""
         return int(pc.sum(pc.equal(self.array, pa.scalar(value, self.array.type))).as_py() or 0)
 
-    def _parts(self) -> "Iterable[pa.Array | pa.ChunkedArray]":
-        """Return all values, in parts of any size."""
-        return [self.array]
-
     def __len__(self) -> int:
-        return len(self._array)
+        return len(self.array)
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -110,44 +74,10 @@ class Column(Sequence[T]):
         values: Array = np.array(self.array, dtype=dtype, copy=copy)
         return values
 
-    def __contains__(self, value: object) -> bool:
-        array = self.array
-        return bool(pc.any(array.is_null() if value is None else pc.equal(array, pa.scalar(value, array.type))).as_py())
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
-
-
-class DeferredColumn(Column[T]):
-    """A column of a known length whose values are read when one is used, as the keys of a cache are.
-
-    Args:
-        length: number of values.
-        load: returns all values; called whenever they are used, so it keeps them if that is often.
-        read: iterates over all values, in blocks of any size, for `blocks`; None: `load` is called.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        load: "Callable[[], pa.Array | pa.ChunkedArray]",
-        *,
-        read: "Callable[[], Iterator[pa.Array | pa.ChunkedArray]] | None" = None,
-    ) -> None:
-        self._length, self._load, self._read = length, load, read
-
-    @property
-    def array(self) -> "pa.Array | pa.ChunkedArray":
-        """The values in Arrow's memory, read now."""
-        return self._load()
-
-    def _parts(self) -> "Iterable[pa.Array | pa.ChunkedArray]":
-        return self._read() if self._read else [self.array]
-
-    def __len__(self) -> int:
-        return self._length
 
 
 def to_array(values: Sequence[Any], kind: pa.DataType) -> "pa.Array | pa.ChunkedArray":

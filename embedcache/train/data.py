@@ -32,7 +32,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.runs import SPLIT, RunInput
 from embedcache.settings import to_flat
-from embedcache.store.cache import Cache, key_column
+from embedcache.store.cache import Cache, Keys
 from embedcache.train.distributed import run_on_first
 from embedcache.train.settings import TrainSettings
 
@@ -192,7 +192,7 @@ class TrainData:
 
     @property
     def keys(self) -> Sequence[str]:
-        return key_column(self.caches)
+        return Keys(self.caches)
 
     def split(self, pairs: Pairs, settings: SplitSettings, *, progress: Progress | None = None) -> Split:
         """Split the samples; features are loaded for a strict split only."""

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from embedcache.arrays import Inputs, Ints, normalize
-from embedcache.dataset import keytable, matches, splits
+from embedcache.dataset import keytable, matches
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import PARTS, Split, draw_groups, make_split, read_split, split_samples, write_split
@@ -62,12 +62,8 @@ def test_many_items_are_compared_within_clusters(cache_path: Path, monkeypatch: 
     ("sizes", "quotas"),
     [([1] * 30, [9, 4]), ([5, 1, 1, 7, 3, 2, 1, 1], [6, 5]), ([4, 4], [3, 9]), ([1, 2, 1], [4, 0]), ([2, 2], [0, 9])],
 )
-def test_drawn_groups_are_those_of_one_after_another(
-    sizes: list[int], quotas: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drawn_groups_are_those_of_one_after_another(sizes: list[int], quotas: list[int]) -> None:
     expected, draw = groups_one_after_another(sizes, quotas)
-    np.testing.assert_array_equal(draw(), expected)
-    monkeypatch.setattr(splits, "_KEYS_PER_BLOCK", 3)
     np.testing.assert_array_equal(draw(), expected)
 
 

@@ -1,10 +1,8 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from embedcache.store.tables import Column, DeferredColumn, is_none, to_array
+from embedcache.store.tables import Column, is_none, to_array
 
 
 def test_strings_that_one_array_cannot_hold_stay_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,21 +29,3 @@ def test_column_is_a_sequence() -> None:
     assert is_none(column).tolist() == is_none(values).tolist() == [False, True, False, False]
     assert to_array(column, pa.string()).equals(to_array(values, pa.string()))
     assert np.array(Column(pa.array([1, 2]))).tolist() == [1, 2]
-
-
-@pytest.mark.slow
-@given(st.lists(st.lists(st.none() | st.text("ab", max_size=3), max_size=5), min_size=1), st.integers(1, 7), st.data())
-def test_blocks_are_those_of_a_list(parts: list[list[str | None]], size: int, data: st.DataObject) -> None:
-    """In whatever chunks the values are, and whether they are read when they are used."""
-    values = [value for part in parts for value in part]
-    chunked = pa.chunked_array(parts, pa.string())
-    read = DeferredColumn[str | None](len(values), lambda: chunked, read=lambda: iter(chunked.chunks))
-    expected = [values[start : start + size] for start in range(0, len(values), size)]
-    rows = sorted(data.draw(st.sets(st.integers(0, len(values) - 1)))) if values else []
-    for column in (Column[str | None](chunked), Column[str | None](chunked.combine_chunks()), read):
-        assert [block.to_pylist() for block in column.blocks(size)] == expected
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("embedcache.store.tables._SELECTED_FROM", size)
-            selected = column.select(np.array(rows, np.int64))
-            assert selected == [values[row] for row in rows]
-            assert [value for block in selected.blocks(2) for value in block.to_pylist()] == selected

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import CorruptError
-from embedcache.store.cache import Cache, RowReader, find_keys, keys_at, match_keys
+from embedcache.store.cache import Cache, Keys, RowReader, find_keys, keys_at, match_keys
 from embedcache.store.layout import SAMPLES, table_name, write_info
 from embedcache.store.table_writer import describe_file
 from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table
@@ -113,3 +113,17 @@ def test_match_keys(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows.tolist() == [*np.unique(ROWS), *(np.unique(ROWS) + NUM_SAMPLES)]
     assert places.tolist() == [0, 1, 2, 3, 4] * 2
     assert [part.tolist() for part in match_keys([cache], keys[:0])] == [[], []]
+
+
+def test_keys_of_some_samples_are_read_in_blocks(cache: Cache) -> None:
+    every = cache.column("key").to_pylist() * 2
+    rows = np.array([0, 3, BLOCK, NUM_SAMPLES, NUM_SAMPLES + BLOCK + 1])
+    keys = Keys([cache, cache], rows)
+    assert (len(keys), keys[1], keys[4]) == (5, every[3], every[rows[4]])
+    assert keys.array.to_pylist() == [every[row] for row in rows]
+    assert [block.to_pylist() for block in keys.select(np.array([1, 2, 3])).blocks()] == [
+        [every[3]],
+        [every[BLOCK]],
+        [every[NUM_SAMPLES]],
+    ]
+    assert Keys([cache, cache]).array.to_pylist() == every

@@ -23,7 +23,7 @@ from embedcache.samples import FileItem, Source, TextItem
 from embedcache.sources.files import MEDIA_SUFFIXES, to_sidecar
 from embedcache.sources.open import reopen_source
 from embedcache.sources.table import INTERVAL_NAMES
-from embedcache.store.cache import Cache, key_column
+from embedcache.store.cache import Cache, Keys
 from embedcache.store.commits import has_failed
 from embedcache.store.tables import BLOCK
 
@@ -53,7 +53,7 @@ def export_selection(
     rows = read_selection(selection, [cache])
     if format_name == "webdataset":
         return write_shards(cache, rows, out_path, progress=progress)
-    keys = key_column([cache]).select(rows).array
+    keys = Keys([cache], rows).array
     if format_name == "keys":
         broken = keys.filter(pc.match_substring(keys, "\n"))
         if len(broken):
