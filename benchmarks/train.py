@@ -20,8 +20,8 @@ from embedcache.cli.console import print_table
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train import losses
+from embedcache.train.batches import PairBatches, load_pairs
 from embedcache.train.pair import PairObjective
-from embedcache.train.pair_batches import PairBatches, load_pairs
 from embedcache.train.settings import LossSettings, OptimizerSettings
 from embedcache.train.trainer import keep_freed_memory, make_optimizer, update
 

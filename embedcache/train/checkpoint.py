@@ -1,37 +1,29 @@
-"""What a run writes while it is trained: the checkpoint, from which it resumes to the bit, and the log of losses."""
+"""What a run writes while it is trained: the checkpoint, from which it resumes to the bit, and the log of losses.
+
+Trackers, TensorBoard and Weights & Biases, get the values of the log, too.
+"""
 
 import io
 import json
-import lzma
 import os
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
-from zipfile import BadZipFile, ZipFile
+from typing import Any, NamedTuple
+from zipfile import ZipFile
 
 import torch
 
 from embedcache.devices import AUTO, torch_device
-from embedcache.errors import CorruptError, FingerprintError, one_line
+from embedcache.errors import CorruptError, FingerprintError, SettingError, one_line
 from embedcache.files import replacing
+from embedcache.registry import require, unknown_name
 from embedcache.runs import CHECKPOINT, LOG, MANIFEST, read_info
 from embedcache.settings import replace_fields
 from embedcache.train.distributed import gather_objects, num_processes, process_rank
 from embedcache.train.settings import MachineSettings
-from embedcache.train.trackers import Trackers
 
-_UNREADABLE = (
-    *(RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError),
-    *(UnpicklingError, BadZipFile, zlib.error, lzma.LZMAError, OSError),
-)
-"""Errors of reading a damaged checkpoint."""
-
-_NAMES = (
-    *("module", "optimizer", "scaler", "best", "step", "epoch", "samples", "log_bytes", "is_small", "generators"),
-    "run_id",
-)
+TRACKERS = ("tensorboard", "wandb")
 
 
 def name_device(machine: MachineSettings, run_path: Path, *, needs_float64: bool = False) -> MachineSettings:
@@ -82,8 +74,8 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
             if file.testzip():
                 raise ValueError("other bytes than were written")
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        generators = {name: state[name] for name in _NAMES}["generators"]
-    except _UNREADABLE as error:
+        generators = state["generators"]
+    except Exception as error:  # a damaged file raises any
         reason = "objects that are no tensors" if isinstance(error, UnpicklingError) else f"an error: {one_line(error)}"
         raise CorruptError(f"{path}: expected a checkpoint, got {reason}; delete it to restart training") from error
     if len(generators) != num_processes():
@@ -106,14 +98,23 @@ class RunLog:
     A context manager: it ends with the training. What follows the first `num_bytes`, which were written before the
     checkpoint, is cut off. A log that was deleted begins at the checkpoint.
 
+    Args:
+        run_path: folder of the run, as the user named it.
+        num_bytes: bytes of the log before the checkpoint.
+        step: step that is logged next; above 0, the run resumes.
+        report_to: names of trackers.
+        run_id: random text that stays the same when the run resumes.
+
     Raises:
         CorruptError: the log is shorter than that.
+        SettingError: a tracker cannot start, such as without a login.
     """
 
     def __init__(
-        self, run_path: Path, *, num_bytes: int, step: int, report_to: tuple[str, ...] = (), run_id: str = ""
+        self, run_path: Path, *, num_bytes: int, step: int, report_to: Sequence[str] = (), run_id: str = ""
     ) -> None:
-        self._file, self._trackers = None, None
+        self._file = None
+        self._trackers: list[_Tracker] = []
         if process_rank():
             return
         path = run_path / LOG
@@ -123,9 +124,7 @@ class RunLog:
                 f"{path}: expected the {num_bytes:,} bytes of losses before the checkpoint, got {size:,}; delete it to "
                 f"go on without them, or {CHECKPOINT} to restart training"
             )
-        if report_to:
-            config = read_info(run_path).settings
-            self._trackers = Trackers(report_to, run_path, run_id=run_id, first_step=step, config=config)
+        self._trackers = [_open_tracker(name, run_path, run_id=run_id, first_step=step) for name in report_to]
         self._file = path.open("ab")
         self._file.truncate(min(size, num_bytes))
 
@@ -135,15 +134,15 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if self._file is not None:
             self._file.close()
-        if self._trackers is not None:
-            self._trackers.finish(failed=kind is not None)
+        for tracker in self._trackers:
+            tracker.finish(kind is not None)
 
     def write(self, line: Mapping[str, Any], step: int, scalars: Mapping[str, float]) -> None:
         """Write a line of JSON, and report the scalars of a step to the trackers."""
         if self._file is not None:
             self._file.write(json.dumps(line).encode() + b"\n")
-        if self._trackers is not None:
-            self._trackers.log(step, scalars)
+        for tracker in self._trackers:
+            tracker.log(step, scalars)
 
     def flush(self) -> int:
         """Flush all lines to the disk and return the number of bytes."""
@@ -152,3 +151,53 @@ class RunLog:
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
+
+
+class _Tracker(NamedTuple):
+    log: Callable[[int, Mapping[str, float]], object]
+    finish: Callable[[bool], object]
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that trackers exist, and that their libraries are installed.
+
+    Raises:
+        UnknownNameError: there is no tracker of a name.
+        MissingExtraError: its library is not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise unknown_name("tracker", name, TRACKERS)
+        require(name, package=name)
+
+
+def _open_tracker(name: str, run_path: Path, *, run_id: str, first_step: int) -> _Tracker:
+    """Open a tracker: event files in the folder `tensorboard` of the run, or a run in the project WANDB_PROJECT.
+
+    Steps that a resumed run repeats are hidden in TensorBoard, and ignored by Weights & Biases.
+    """
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(run_path / name), purge_step=first_step)
+
+            def log(step: int, scalars: Mapping[str, float]) -> None:
+                for key, value in scalars.items():
+                    writer.add_scalar(key, value, step)
+
+            return _Tracker(log, lambda _: writer.close())
+
+        wandb = require("wandb", package="wandb")
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or "embedcache",
+            id=run_id,
+            name=str(run_path),
+            config=dict(read_info(run_path).settings),
+            resume="allow",
+            reinit="create_new",  # a run that the caller has open stays open
+            settings=wandb.Settings(console="off"),  # prints are not copied
+        )
+        return _Tracker(lambda step, scalars: run.log(dict(scalars), step=step), lambda failed: run.finish(int(failed)))
+    except Exception as error:
+        raise SettingError(f"report_to: {name} cannot start: {one_line(error)}; check it, or omit it") from error

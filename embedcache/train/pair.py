@@ -23,11 +23,10 @@ from embedcache.modalities import directions
 from embedcache.parameters import bind
 from embedcache.projectors.base import project
 from embedcache.projectors.pair import AlignedPair
-from embedcache.train.batches import Batch, BatchInput
+from embedcache.train.batches import Batch, BatchInput, PairBatches, PairTargets, load_pairs
 from embedcache.train.data import DrawnViews
 from embedcache.train.distributed import gather_rows
 from embedcache.train.losses import LOSSES, TILE_ROWS
-from embedcache.train.pair_batches import PairBatches, PairTargets, load_pairs
 from embedcache.train.settings import LossSettings, TrainSettings
 
 _KS = (1, 5, 10)

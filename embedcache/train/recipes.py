@@ -1,7 +1,6 @@
 """Recipes of `train --recipe auto`: settings by the number of training pairs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,23 +29,12 @@ class TrainingLength(NamedTuple):
         return {"epochs": epochs, "patience": max(3, epochs // 4)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Settings for a number of training pairs.
-
-    Args:
-        min_pairs: smallest number of training pairs that it is meant for.
-        options: settings by their names on the command line, without epochs and patience.
-        length: how long to train; None for a closed form.
-    """
+class Recipe(NamedTuple):
+    """Settings for at least `min_pairs` training pairs: options by name, and how long to train; None: not at all."""
 
     min_pairs: int
     options: Mapping[str, Any]
     length: TrainingLength | None = None
-
-    def settings(self, num_pairs: int) -> dict[str, Any]:
-        """Return all settings for so many pairs by flat name."""
-        return {**self.options, **(self.length.options(num_pairs) if self.length else {"epochs": 0})}
 
 
 RECIPES = (
@@ -69,12 +57,10 @@ _REPLACED = ("projector", "initialization", "init_from", "trainable")
 
 
 def apply_recipe(settings: TrainSettings, data: TrainData, progress: Progress) -> TrainSettings:
-    """Return settings in which a recipe, if they ask for one, is replaced by the settings that it chooses.
+    """Return settings in which a recipe is replaced by the settings that it chooses, apart from those that were given.
 
-    Those that were given are kept. Errors are those of `choose_settings`, and of reading the selection and the split.
+    Errors are those of `choose_settings`, and of reading the selection and the split.
     """
-    if settings.recipe is None:
-        return settings
     chosen = choose_settings(count_training_pairs(data, settings), to_flat(settings), progress)
     return replace_flat(settings, {**chosen, "recipe": None})
 
@@ -91,7 +77,7 @@ def choose_settings(num_pairs: int, given: Mapping[str, Any], progress: Progress
         SettingError: the recipe is a closed form, and what is given needs training.
     """
     recipe = [recipe for recipe in RECIPES if recipe.min_pairs <= num_pairs][-1]
-    settings = recipe.settings(num_pairs)
+    settings = {**recipe.options, **(recipe.length.options(num_pairs) if recipe.length else {"epochs": 0})}
     replaced = [name for name in _REPLACED if name in given and given[name] != settings.get(name)]
     if replaced and recipe.length is None and "epochs" not in given:
         raise SettingError(

@@ -21,7 +21,8 @@ from embedcache.projectors.pair import AlignedPair
 from embedcache.provenance import Manifest
 from embedcache.runs import PAIR, SPLIT, Run, RunInfo
 from embedcache.settings import merge_settings, replace_fields, replace_flat
-from embedcache.train.checkpoint import name_device
+from embedcache.train.batches import PairBatches
+from embedcache.train.checkpoint import check_trackers, name_device
 from embedcache.train.data import (
     DrawnViews,
     Paths,
@@ -33,14 +34,18 @@ from embedcache.train.data import (
     parse_views,
 )
 from embedcache.train.distributed import check_batches, process_group, process_rank, run_on_first
-from embedcache.train.initialization import initialize
+from embedcache.train.initialization import (
+    find_sources,
+    initialize,
+    load_parts,
+    parse_trainable,
+    parts_of,
+    source_digests,
+)
 from embedcache.train.losses import check_loss
 from embedcache.train.pair import PairTask, Validation, has_batch_norm
-from embedcache.train.pair_batches import PairBatches
-from embedcache.train.parts import find_sources, load_parts, parse_trainable, parts_of, source_digests
 from embedcache.train.recipes import apply_recipe
 from embedcache.train.settings import FitSettings, ModelSettings, TrainSettings
-from embedcache.train.trackers import check_trackers
 from embedcache.train.trainer import OnEpoch, Task, Trainer, network_of, seeded
 
 if TYPE_CHECKING:
@@ -63,7 +68,6 @@ class TrainReport(Manifest):
             compared.
         measures: validation metrics at that epoch: of pairs recalls.
         samples_per_s: training samples per second, since the run started or resumed.
-        wait_fraction: fraction of the training time spent waiting for data.
         num_held_out: samples of the selection that the split holds out; None without a selection.
     """
 
@@ -74,7 +78,6 @@ class TrainReport(Manifest):
     score: float | None
     measures: dict[str, float]
     samples_per_s: float
-    wait_fraction: float
     num_held_out: int | None = None
 
     def line(self, run_path: Path) -> str:
@@ -134,7 +137,8 @@ def train_task(
     """
     run_path, progress = Path(run_path), progress or NullProgress()
     check_trackers(settings.machine.report_to)
-    machine = name_device(settings.machine, run_path, needs_float64=True)  # some decode when they are measured
+    needs_float64 = info.kind != PAIR  # some decode when they are measured
+    machine = name_device(settings.machine, run_path, needs_float64=needs_float64)
     with process_group(machine.device) as device:
         settings = replace_fields(settings, machine=replace_fields(machine, device=device))
         init_digests = source_digests(settings.parts.init_from)
@@ -145,8 +149,7 @@ def train_task(
         )
         finished = Run.reuse(run_path, info)
         if finished is not None:
-            report = finished.info.report
-            return TrainReport.model_validate({**report, "reused": True})
+            return TrainReport.model_validate({**finished.info.report, "reused": True})
 
         run = run_on_first(lambda: Run.create(run_path, info))
         with writing(run_path):
@@ -214,15 +217,8 @@ def train(
     settings = merge_settings(TrainSettings, settings, {})
     settings = replace_flat(settings, with_split_seed(options, settings))
     progress = to_progress(progress)
-    for name in split_names(settings.model.projector):
-        bind_projector(name)
-    check_loss(settings.loss.name, settings.captions)
-    check_trackers(settings.machine.report_to)
-    settings = replace_fields(settings, machine=name_device(settings.machine, Path(run)))
-    with process_group(settings.machine.device) as device:
-        settings = replace_fields(settings, machine=replace_fields(settings.machine, device=device))
-        data = open_data(caches, feature, memory_bytes=settings.machine.memory, progress=progress)
-        return train_on(data, run, settings, progress=progress)
+    data = open_data(caches, feature, memory_bytes=settings.machine.memory, progress=progress)
+    return train_on(data, run, settings, progress=progress)
 
 
 def train_on(
@@ -240,8 +236,8 @@ def train_on(
     """
     run_path, progress = Path(run_path), progress or NullProgress()
     settings = replace_fields(settings, language=choose_language(data.caches, data.sides, settings.language, progress))
-    settings = apply_recipe(settings, data, progress)
-    settings = replace_fields(settings, machine=name_device(settings.machine, run_path))
+    if settings.recipe is not None:
+        settings = apply_recipe(settings, data, progress)
     if settings.block_rows is None:
         settings = replace_fields(settings, block_rows=data.block_rows)
     check_loss(settings.loss.name, settings.captions)
@@ -272,6 +268,7 @@ def train_on(
 
 def _check_features(data: TrainData, settings: TrainSettings) -> None:
     for feature, name in zip(data.features.values(), split_names(settings.model.projector), strict=True):
+        bind_projector(name)
         if feature.has_tokens and not has_token_input(name):
             raise DataError(
                 f"{feature.name}: expected a vector feature for projector {name}, got a token feature; use a feature "

@@ -24,7 +24,7 @@ from embedcache.runs import LAST_WEIGHTS, save_weights
 from embedcache.train.batches import Batch, read_ahead
 from embedcache.train.checkpoint import RunLog, load_checkpoint, save_checkpoint
 from embedcache.train.distributed import broadcast_from_first, num_processes, process_rank, run_on_first
-from embedcache.train.parts import freeze, parts_of
+from embedcache.train.initialization import freeze, parts_of
 from embedcache.train.settings import FitSettings, OptimizerSettings, TrainSettings
 
 OnEpoch: TypeAlias = Callable[[int, float], None]
@@ -90,14 +90,12 @@ class FitResult:
         score: what epochs are compared by, at that epoch; None if nothing could be compared.
         measures: the other validation metrics of that epoch.
         samples_per_s: training samples per second, since training started or resumed.
-        wait_fraction: fraction of the training time spent waiting for data.
     """
 
     best_epoch: int
     score: float | None
     measures: dict[str, float]
     samples_per_s: float
-    wait_fraction: float
 
 
 class _Loss(nn.Module):
@@ -130,13 +128,8 @@ class Trainer:
     on_epoch: OnEpoch | None = None
 
     def __post_init__(self) -> None:
-        self._best, self._run_id = _BestWeights(), uuid.uuid4().hex
-        self._step = self._epoch = 0  # those that come next
-        self._num_resumed = self._num_samples = 0  # samples trained on up to the checkpoint, and since
-        self._is_small: bool | None = None
-        self._has_threads = self.settings.machine.threads is not None
-        self._waited_s = 0.0
-        self._log_bytes = 0
+        self._state = _State(run_id=uuid.uuid4().hex)
+        self._num_samples = 0  # since training started or resumed
         self._last_checkpoint = time.perf_counter()
         self._device = self.settings.machine.device
 
@@ -165,28 +158,28 @@ class Trainer:
 
         if process_rank() == 0:
             save_weights(self.run_path / LAST_WEIGHTS, self._network)
-        self._network.load_state_dict(self._best.weights)
+        state = self._state
+        self._network.load_state_dict(state.best_weights)
         return FitResult(
-            best_epoch=self._best.epoch,
-            score=None if math.isnan(self._best.score) else self._best.score,
-            measures=self._best.measures,
+            best_epoch=state.best_epoch,
+            score=None if math.isnan(state.best_score) else state.best_score,
+            measures=state.best_measures,
             samples_per_s=round(self._num_samples / seconds, 1) if self._num_samples else 0.0,
-            wait_fraction=round(self._waited_s / seconds, 4) if self._num_samples else 0.0,
         )
 
     def _train(self) -> float:
         """Run all epochs and return the seconds of training, without validation."""
         num_steps = self.settings.optimizer.epochs * self.task.num_steps
-        self.progress.start("training", num_steps - self._step, "steps")
+        self.progress.start("training", num_steps - self._state.step, "steps")
         self._log = RunLog(
             self.run_path,
-            num_bytes=self._log_bytes,
-            step=self._step,
+            num_bytes=self._state.log_bytes,
+            step=self._state.step,
             report_to=self.settings.machine.report_to,
-            run_id=self._run_id,
+            run_id=self._state.run_id,
         )
         with self._log:
-            if not self._best.weights:
+            if not self._state.best_weights:
                 self._validate()
             loss = _Loss(self._module)
             trained = DistributedDataParallel(loss) if num_processes() > 1 else loss
@@ -195,56 +188,44 @@ class Trainer:
                 started = time.perf_counter()
                 self._train_epoch(trained, num_steps)
                 seconds += time.perf_counter() - started
-                self._epoch += 1
+                self._state.epoch += 1
                 self._validate()
         self.progress.finish()
         return seconds
 
     def _is_finished(self) -> bool:
         epochs, patience = self.settings.optimizer.epochs, self.settings.optimizer.patience
-        is_stalled = patience is not None and self._epoch - self._best.epoch >= patience
-        return self._epoch >= epochs or is_stalled or not self.task.num_steps
+        is_stalled = patience is not None and self._state.epoch - self._state.best_epoch >= patience
+        return self._state.epoch >= epochs or is_stalled or not self.task.num_steps
 
     def _train_epoch(self, trained: nn.Module, num_steps: int) -> None:
         self._module.train()
         for module in self._frozen:
             module.training = False
 
-        optimizer = self.settings.optimizer
-        first_step = self._step - self._epoch * self.task.num_steps
-        for batch in self._timed(read_ahead(self.task.batches(self._epoch, first_step))):
+        optimizer, state = self.settings.optimizer, self._state
+        first_step = state.step - state.epoch * self.task.num_steps
+        for batch in read_ahead(self.task.batches(state.epoch, first_step)):
             self._choose_threads(batch)
             loss = trained(batch)
-            rate = learning_rate(optimizer, self._step, num_steps)
+            rate = learning_rate(optimizer, state.step, num_steps)
             self._log_step(loss, rate, batch)
             self._scaler.scale(loss).backward()
             update(self._module, self._adamw, rate, optimizer.max_grad_norm, self._scaler)
-            self._step += 1
+            state.step += 1
             self._num_samples += batch.num_samples
             self.progress.advance(1)
             self._checkpoint()
 
-    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Iterate over batches, and add up the seconds of waiting for them."""
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            self._waited_s += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
-
     def _choose_threads(self, batch: Batch) -> None:
         """Use one thread for small steps, by the size of the first one, unless a number of threads was given."""
-        if self._has_threads:
+        if self._state.is_small is not None or self.settings.machine.threads is not None:
             return
-        self._has_threads = True
-        if self._is_small is None:
-            vectors = [values.numel() // values.shape[-1] for values, *_ in batch.inputs.values()]
-            num_vectors = sum(vectors) / len(vectors) if vectors else len(batch.samples)
-            num_parameters = sum(parameter.numel() for parameter in self._module.parameters())
-            self._is_small = 6 * num_parameters * num_vectors < _SMALL_STEP_FLOPS
-        if self._is_small:
+        vectors = [values.numel() // values.shape[-1] for values, *_ in batch.inputs.values()]
+        num_vectors = sum(vectors) / len(vectors) if vectors else len(batch.samples)
+        num_parameters = sum(parameter.numel() for parameter in self._module.parameters())
+        self._state.is_small = 6 * num_parameters * num_vectors < _SMALL_STEP_FLOPS
+        if self._state.is_small:
             torch.set_num_threads(1)
 
     def _log_step(self, loss: Tensor, rate: float, batch: Batch) -> None:
@@ -252,92 +233,91 @@ class Trainer:
         if not math.isfinite(value):
             raise self._bad_loss(batch, value)
         scalars: Callable[[], Mapping[str, float]] = getattr(self._module, "scalars", dict)
-        values = {"epoch": self._epoch, "loss": value, **scalars(), "learning_rate": rate}
-        self._log.write({"step": self._step, **values}, self._step, values)
-        best = f", best epoch {self._best.epoch}" if self._best.epoch else ""
-        self.progress.describe(f"epoch {self._epoch + 1}/{self.settings.optimizer.epochs}, loss {value:.4g}{best}")
+        values = {"epoch": self._state.epoch, "loss": value, **scalars(), "learning_rate": rate}
+        state = self._state
+        self._log.write({"step": state.step, **values}, state.step, values)
+        best = f", best epoch {state.best_epoch}" if state.best_epoch else ""
+        self.progress.describe(f"epoch {state.epoch + 1}/{self.settings.optimizer.epochs}, loss {value:.4g}{best}")
 
     def _bad_loss(self, batch: Batch, loss: float) -> DataError:
         """Return the error of a loss that is not finite; one that names the values is raised if these are not."""
         for name, (values, _, rows) in batch.inputs.items():
-            check_finite(values.float().cpu().numpy(), f"at step {self._step}, the {name} feature", rows=rows)
+            check_finite(values.float().cpu().numpy(), f"at step {self._state.step}, the {name} feature", rows=rows)
         keys = getattr(self.task, "keys", None)
         samples = [str(sample) if keys is None else keys[sample] for sample in batch.samples[:5].tolist()]
         return DataError(
-            f"the loss is {loss} at step {self._step}, in the batch of the {len(batch.samples):,} samples "
+            f"the loss is {loss} at step {self._state.step}, in the batch of the {len(batch.samples):,} samples "
             f"{', '.join(samples)} …; lower the learning rate, or check the features with: embedcache inspect"
         )
 
     def _validate(self) -> None:
         self._module.eval()
+        state = self._state
         measures = broadcast_from_first(run_on_first(self._measure) or {})
         score = measures.pop("score")
-        self._log.write({"epoch": self._epoch, "validation": measures}, self._step, measures)
-        self._best.update(self._epoch, score, measures, self._network)
+        self._log.write({"epoch": state.epoch, "validation": measures}, state.step, measures)
+        if not state.best_weights or score > state.best_score or math.isnan(state.best_score):
+            state.best_epoch, state.best_score, state.best_measures = state.epoch, score, measures
+            state.best_weights = copy.deepcopy(self._network.state_dict())
         if self.on_epoch is not None:
-            self.on_epoch(self._epoch, score)
+            self.on_epoch(state.epoch, score)
 
     def _measure(self) -> dict[str, float]:
         try:
             return dict(self.task.measure())
         except DataError as error:
-            if not self._step:
+            step = self._state.step
+            if not step:
                 raise
-            raise DataError(f"validation after step {self._step - 1}: {error}; lower --lr if the loss rose") from error
+            raise DataError(f"validation after step {step - 1}: {error}; lower --lr if the loss rose") from error
 
     def _checkpoint(self) -> None:
         seconds = time.perf_counter() - self._last_checkpoint
         if not broadcast_from_first(seconds >= self.settings.machine.checkpoint_s):
             return
-        log_bytes = self._log.flush()
-        save_checkpoint(
-            self.run_path,
-            self._device,
-            {
-                "module": self._module.state_dict(),
-                "optimizer": self._adamw.state_dict(),
-                "best": vars(self._best),
-                "step": self._step,
-                "epoch": self._epoch,
-                "samples": self._num_resumed + self._num_samples,
-                "log_bytes": log_bytes,
-                "scaler": self._scaler.state_dict(),
-                "is_small": self._is_small,
-                "run_id": self._run_id,
-            },
-        )
+        self._state.log_bytes = self._log.flush()
+        kept = {name: part.state_dict() for name, part in self._kept().items()}
+        save_checkpoint(self.run_path, self._device, {**kept, "loop": vars(self._state)})
         self._last_checkpoint = time.perf_counter()
 
     def _resume(self) -> None:
-        state = load_checkpoint(self.run_path, self._device)
-        if state is None:
+        checkpoint = load_checkpoint(self.run_path, self._device)
+        if checkpoint is None:
             return
-        self._module.load_state_dict(state["module"])
-        self._adamw.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
-        self._best = _BestWeights(**state["best"])
-        self._step, self._epoch = state["step"], state["epoch"]
-        self._log_bytes = state["log_bytes"]
-        self._num_resumed = state["samples"]
-        self._is_small = state["is_small"]
-        self._run_id = state["run_id"]
-        self.progress.note(f"resumed from the checkpoint after step {self._step:,}")
+        for name, part in self._kept().items():
+            part.load_state_dict(checkpoint[name])
+        self._state = _State(**checkpoint["loop"])
+        if self._state.is_small and self.settings.machine.threads is None:
+            torch.set_num_threads(1)
+        self.progress.note(f"resumed from the checkpoint after step {self._state.step:,}")
+
+    def _kept(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps the state of, by name."""
+        return {"module": self._module, "optimizer": self._adamw, "scaler": self._scaler}
 
 
 @dataclass(kw_only=True)
-class _BestWeights:
-    """The weights with the highest validation score."""
+class _State:
+    """Where the loop is, and its best weights.
 
+    Args:
+        run_id: of the run in trackers.
+        step: step that comes next.
+        epoch: epoch that comes next.
+        log_bytes: bytes of the log before the checkpoint.
+        is_small: whether steps are small enough for one thread; None before the first one.
+        best_epoch: epoch with the highest validation score, which the next fields have.
+    """
+
+    run_id: str
+    step: int = 0
     epoch: int = 0
-    score: float = -math.inf
-    measures: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, Any] = field(default_factory=dict)
-
-    def update(self, epoch: int, score: float, measures: dict[str, float], module: nn.Module) -> None:
-        """Copy the weights after an epoch if they are better than all before."""
-        if not self.weights or score > self.score or math.isnan(self.score):
-            self.epoch, self.score, self.measures = epoch, score, measures
-            self.weights = copy.deepcopy(module.state_dict())
+    log_bytes: int = 0
+    is_small: bool | None = None
+    best_epoch: int = 0
+    best_score: float = -math.inf
+    best_measures: dict[str, float] = field(default_factory=dict)
+    best_weights: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager

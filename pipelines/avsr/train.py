@@ -20,7 +20,7 @@ from embedcache.runs import RunInfo
 from embedcache.train.batches import Batch, BatchInput, to_device
 from embedcache.train.data import describe_input
 from embedcache.train.distributed import own_slice
-from embedcache.train.parts import source_digests
+from embedcache.train.initialization import source_digests
 from embedcache.train.settings import FitSettings
 from embedcache.train.train import TrainReport, train_task
 from pipelines.avsr.decoding import Decoder, Decoding

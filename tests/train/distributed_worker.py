@@ -13,11 +13,10 @@ from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.selections import HardNegatives
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train import losses
-from embedcache.train.batches import Batch
+from embedcache.train.batches import Batch, PairBatches, load_pairs
 from embedcache.train.distributed import process_group, process_rank, sum_over_processes
 from embedcache.train.losses import LOSSES
 from embedcache.train.pair import PairObjective
-from embedcache.train.pair_batches import PairBatches, load_pairs
 from embedcache.train.settings import LossSettings
 from embedcache.train.trainer import _Loss
 

@@ -12,7 +12,7 @@ from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.runs import Run
 from embedcache.store.cache import Cache
-from embedcache.train.pair_batches import PairBatches
+from embedcache.train.batches import PairBatches
 from tests.recorded import RecordedProgress
 from tests.train.runs import IMAGE, TEXT, log_lines, run
 from tests.train.test_resume import assert_same_run, run_interrupted

@@ -27,10 +27,9 @@ from embedcache.projectors.pair import AlignedPair
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.store.cache import Cache
 from embedcache.train import pair as pair_module
-from embedcache.train.batches import Batch, BatchInput
+from embedcache.train.batches import Batch, BatchInput, PairTargets
 from embedcache.train.losses import LOSSES, Positives
 from embedcache.train.pair import PairObjective, Validation, structure, unit_rows
-from embedcache.train.pair_batches import PairTargets
 from embedcache.train.settings import LossSettings
 from tests.train.runs import run
 

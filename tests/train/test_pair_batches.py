@@ -11,8 +11,8 @@ from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.selections import HardNegatives
 from embedcache.errors import SettingError
 from embedcache.store.cache import Cache
+from embedcache.train.batches import PairBatches, PairRows, load_pairs
 from embedcache.train.data import DrawnViews, open_data
-from embedcache.train.pair_batches import PairBatches, PairRows, load_pairs
 
 
 def make_pairs(samples: int, *, seed: int) -> Pairs:
@@ -156,7 +156,7 @@ def test_a_process_loads_its_part_of_a_batch(
     monkeypatch: pytest.MonkeyPatch, mix: float | None, rows: int, own: list[int]
 ) -> None:
     """The last two thirds, of mixed items those of both halves."""
-    monkeypatch.setattr("embedcache.train.pair_batches.own_slice", lambda count: slice(count // 3, count))
+    monkeypatch.setattr("embedcache.train.batches.own_slice", lambda count: slice(count // 3, count))
     table = np.arange(40, dtype=np.float32).reshape(20, 2)
     first = DrawnViews(
         readers={"plain": lambda rows: Inputs(table[rows]), "other": lambda rows: Inputs(-table[rows])},

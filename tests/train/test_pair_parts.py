@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from embedcache.errors import DataError, SettingError
 from embedcache.runs import Run, is_finished
-from embedcache.train.parts import find_sources
+from embedcache.train.initialization import find_sources
 from tests.train.runs import log_lines, run
 
 PARTS = {"image": ["image"], "text": ["text"], "temperature": ["log_scale"]}

@@ -1,7 +1,6 @@
-"""Trackers: what happens when one fails, and each library for real, without a network."""
+"""Trackers: each library for real, without a network."""
 
 import json
-import logging
 import struct
 import time
 from collections.abc import Callable
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 
 from embedcache.errors import SettingError, UnknownNameError
-from embedcache.train.trackers import Trackers
-from tests.train.runs import log_lines, run
+from embedcache.train.checkpoint import RunLog
+from tests.train.runs import interrupted_after, log_lines, run
 
 
 def read_tensorboard(folder: Path, name: str) -> list[tuple[int, float]]:
@@ -56,9 +55,10 @@ def read_whole(
 @pytest.mark.no_mutants
 @pytest.mark.filterwarnings("ignore")  # of the libraries
 @pytest.mark.parametrize(("library", "read"), [("tensorboard", read_tensorboard), ("wandb", read_wandb)])
-def test_library_records_without_a_network(
+def test_resumed_run_is_tracked_without_a_network(
     library: str,
     read: Callable[[Path, str], list[tuple[int, float]]],
+    cache_path: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -66,44 +66,26 @@ def test_library_records_without_a_network(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     pytest.importorskip(library)
-    config = {"optimizer": {"lr": 0.001}, "selection": None}
-    for first_step in (0, 2):  # the second resumes the first
-        time.sleep(first_step / 2)  # wandb names a folder by the second
-        trackers = Trackers([library], Path("run"), run_id="01" * 16, first_step=first_step, config=config)
-        for step in range(first_step, first_step + 2):
-            trackers.log(step, {"loss": 1 / (step + 1), "i2t r@1": 0.25})
-        trackers.finish(failed=first_step == 0)
-    for name, expected in (("loss", [1, 1 / 2, 1 / 3, 1 / 4]), ("i2t r@1", [0.25] * 4)):
-        steps, values = zip(*read_whole(read, tmp_path, name, 4), strict=True)
-        assert steps == (0, 1, 2, 3)
-        np.testing.assert_allclose(values, expected, rtol=1e-6)
+    options = {"report_to": (library,), "checkpoint_s": 0}
+    with interrupted_after(3), pytest.raises(InterruptedError):
+        run(cache_path, tmp_path / "run", **options)
+    time.sleep(1)  # wandb names a folder by the second
+    run(cache_path, tmp_path / "run", **options)
+    steps, losses = zip(
+        *((line["step"], line["loss"]) for line in log_lines(tmp_path / "run") if "loss" in line), strict=True
+    )
+    found = read_whole(read, tmp_path, "loss", len(losses))
+    assert tuple(step for step, _ in found) == steps
+    np.testing.assert_allclose([value for _, value in found], losses, rtol=1e-6)
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the library
-def test_run_is_tracked(cache_path: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    run(cache_path, tmp_path / "run", report_to=("tensorboard",))
-    losses = [(line["step"], line["loss"]) for line in log_lines(tmp_path / "run") if "loss" in line]
-    found = read_tensorboard(tmp_path, "loss")
-    assert [step for step, _ in found] == [step for step, _ in losses]
-    np.testing.assert_allclose([value for _, value in found], [value for _, value in losses], rtol=1e-6)
     assert run(cache_path, tmp_path / "run").reused  # where a run is reported is not one of its settings
 
 
-def test_failing_tracker_is_dropped_or_one_error(
-    cache_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tracker_that_cannot_start_is_one_error(cache_path: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    trackers = Trackers(["tensorboard"], tmp_path, run_id="0", first_step=0, config={})
-    with caplog.at_level(logging.WARNING, logger="embedcache"):
-        trackers.log(0, {"loss": "many"})  # type: ignore[dict-item]
-    assert "tensorboard stopped recording" in caplog.text
-    trackers.finish(failed=False)
-    (tmp_path / "file").touch()
+    (tmp_path / "tensorboard").touch()
     with pytest.raises(SettingError, match="tensorboard cannot start"):
-        Trackers(["tensorboard"], tmp_path / "file", run_id="0", first_step=0, config={})
+        RunLog(tmp_path, num_bytes=0, step=0, report_to=["tensorboard"])
     with pytest.raises(UnknownNameError, match="tensorbord"):
         run(cache_path, tmp_path / "other", report_to=("tensorbord",))
     assert not (tmp_path / "other").exists()

@@ -28,11 +28,9 @@ from embedcache.reports.summary import summarize
 from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from embedcache.train import train as train_module
-from embedcache.train.batches import RowBatches
-from embedcache.train.initialization import initialize
+from embedcache.train.batches import PairBatches, RowBatches
+from embedcache.train.initialization import initialize, source_digests
 from embedcache.train.pair import Validation
-from embedcache.train.pair_batches import PairBatches
-from embedcache.train.parts import source_digests
 from embedcache.train.settings import train_settings
 from tests.cli.run import embedcache
 from tests.recorded import RecordedProgress

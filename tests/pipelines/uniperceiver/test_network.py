@@ -7,7 +7,7 @@ import torch
 
 from embedcache.axis import Axis
 from embedcache.errors import DataError
-from embedcache.train.parts import freeze
+from embedcache.train.initialization import freeze
 from pipelines.uniperceiver.layers import positions_of
 from pipelines.uniperceiver.network import SharedNetwork, Tokens, Words
 from pipelines.uniperceiver.words import BLANK, END, UNKNOWN
