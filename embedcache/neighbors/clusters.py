@@ -197,7 +197,10 @@ class Arranged:
 
     def read(self, positions: Ints | slice) -> Floats:
         """Return the vectors at some positions."""
-        return np.asarray(self.matrix[positions], np.float32)
+        import torch  # which converts float16 ten times as fast as NumPy
+
+        vectors_BP: Floats = torch.from_numpy(self.matrix[positions]).float().numpy()
+        return vectors_BP
 
     def tiles(self, progress: Progress, *, products: Products = dot_products) -> Iterator[CosineTile]:
         """Iterate over the cosines of all pairs within clusters and of visitors, some of them twice."""
