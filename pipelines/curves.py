@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import COLORS, GRID, INK, SOFT, format_gain, label, legend_name, open_axes
+from embedcache.reports.figures import COLORS, GRID, INK, SOFT, format_gain, label, legend_name, open_axes
 
 _MARKERS = "os^DvPX*"
 _LOWEST = 0.001  # of a logarithmic axis

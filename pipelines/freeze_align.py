@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import embedcache
-from embedcache.cli.console import open_progress, print_line, print_table
-from embedcache.cli.failures import run_program
+from embedcache.cli.console import open_progress, print_line, print_table, run_program
 from embedcache.reports.retrieval import retrieval_table
 from embedcache.train.settings import TrainSettings, train_settings
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER, extract_source, with_options

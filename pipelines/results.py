@@ -17,7 +17,8 @@ from embedcache.files import write_atomic
 from embedcache.metrics.intervals import Estimate, MetricValues, interval_of, resample_runs
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import DIGEST, add_digest, construct, read_record
-from embedcache.reports.base import Section, Table, interval_json, round_json, svg, write_report
+from embedcache.reports.figures import svg
+from embedcache.reports.render import Presentation, Section, Table, interval_json, round_json, write_page
 from pipelines.common import markdown_table, save_figure
 
 _NEXT_STEP = "delete it, and it is computed again"
@@ -264,24 +265,15 @@ def write_pages(
         summary: what was found, in a few sentences.
         credit: who made what is shown.
     """
-    write_report(
-        path.with_suffix(".html"),
-        title=title,
-        summary=summary,
-        sections=[
-            Section(title="What is compared", notes=_plain(notes)),
-            *(
-                Section(
-                    title=part.title,
-                    notes=_plain(part.notes),
-                    table=part.table,
-                    figures=[] if part.figure is None else [svg(part.figure)],
-                )
-                for part in parts
-            ),
-        ],
-        credit=credit,
-    )
+    sections = [Section(title="What is compared", notes=_plain(notes))]
+    for part in parts:
+        figures = partial(_draw, part.figure) if part.figure else tuple
+        sections.append(Section(title=part.title, notes=_plain(part.notes), table=part.table, figures=figures))
+    if credit:
+        sections.append(Section(title="Credits", notes=[credit]))
+    page = Presentation(title=title, lines=[summary] if summary else [], sections=sections, record=dict)
+    write_page(path.with_suffix(".html"), page)
+
     blocks = [f"# {title}", *notes, summary]
     for part in parts:
         blocks += [f"## {part.title}", *part.notes]
@@ -290,6 +282,10 @@ def write_pages(
             figure_name = save_figure(path.with_name(f"{path.name}-{part.name}"), part.figure)
             blocks.append(f"![{part.title}]({figure_name})")
     write_atomic(path.with_suffix(".md"), ("\n\n".join(filter(None, [*blocks, credit])) + "\n").encode())
+
+
+def _draw(figure: Figure) -> list[str]:
+    return [svg(figure)]
 
 
 def _plain(notes: Sequence[str]) -> list[str]:

@@ -142,5 +142,5 @@ def test_overwrite_replaces_a_file(folder: Path, tmp_path: Path) -> None:
 
 
 def test_one_file_for_two_outputs_raises(tmp_path: Path) -> None:
-    done = embedcache("evaluate", "pairs", "C", "--output", "x", "--html", "./x", cwd=tmp_path)
-    assert "--output: expected a file of its own, got x, which html names too" in done.stderr
+    done = embedcache("evaluate", "pairs", "C", "--output", "x", "--html", "x", cwd=tmp_path)
+    assert "--output, --html: expected two files, got x twice" in done.stderr

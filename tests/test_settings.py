@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import NonNegativeInt
 
-from embedcache.cli.config_files import read_config
-from embedcache.cli.options import with_settings
+from embedcache.cli.commands import command
+from embedcache.cli.options import read_config
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.errors import CorruptError, PathError, SettingError, UnknownNameError
 from embedcache.modalities import MODALITIES
@@ -154,10 +154,10 @@ def test_split_seed_defaults_to_seed() -> None:
 def parse(words: list[str], kind: type[Any] = TrainSettings) -> Any:
     """Return the settings that a command with the options of a class gets from a command line."""
     app, found = typer.Typer(), []
+    build = {"settings": train_settings} if kind is TrainSettings else None
 
-    @app.command()
-    @with_settings(settings=kind, build={"settings": train_settings} if kind is TrainSettings else None)
-    def command(*, settings: Any) -> None:
+    @command(app, "name", has_report=False, settings=kind, build=build)
+    def receive(*, settings: Any) -> None:
         found.append(settings)
 
     app(words, standalone_mode=False)

@@ -1,21 +1,20 @@
 """embedcache inspect, verify and cache"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.options import CacheArgument, Json, Output, SelectionArgument, split_at_commas, with_settings
+from embedcache.cli.commands import command, exit_with_findings, new_group
+from embedcache.cli.options import CacheArgument, SelectionArgument, split_at_commas
 from embedcache.errors import SettingError
 from embedcache.extract.settings import VerifySettings
 from embedcache.maintain.settings import PruneSettings, RemoveSettings
 
+top = new_group()
 app = new_group("Prune, cut and merge caches, and remove samples from them.")
 
-Yes = Annotated[
-    bool, typer.Option("--yes", metavar="", help="Do it; without this option, only print what would be done.")
-]
+Yes = Annotated[bool, typer.Option("--yes", help="Do it; without this option, only print what would be done.")]
 NewCache = Annotated[
     str, typer.Argument(metavar="OUT", help="New folder, or one in which the same command was interrupted.")
 ]
@@ -30,41 +29,29 @@ CopiedFeatures = Annotated[
 ]
 
 
+@command(top, "inspect")
 def inspect(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="Cache, run, index, study or selection: a path or a URL.")
     ],
-    as_json: Json = False,
-    output: Output = None,
-) -> None:
+) -> Any:
     """Show what a cache, run, index, study or selection holds.
 
     Of a cache: features, their shapes, how complete they are, and why items failed.
 
     Example: embedcache inspect cache/
     """
-    from embedcache.cli.console import print_lines, print_table, publish
     from embedcache.reports.summary import summarize
 
-    summary = summarize(path)
-
-    def show() -> None:
-        print_lines(summary.lines)
-        if summary.rows:
-            print_table(summary.columns, summary.rows)
-        print_lines(summary.notes)
-
-    publish(show, lambda: {"kind": summary.kind, **summary.record}, as_json=as_json, output=output)
+    return summarize(path)
 
 
-@with_settings(settings=VerifySettings)
+@command(top, "verify", settings=VerifySettings, reads_items=True)
 def verify(
     cache: Annotated[str, typer.Argument(metavar="PATH", help="Cache, or index: a folder or a URL.")],
-    as_json: Json = False,
-    output: Output = None,
     *,
     settings: VerifySettings,
-) -> None:
+) -> Any:
     """Check every chunk of a cache, or all bytes of an index.
 
     The exit code is 1 if something is damaged, if encoding items again yields other vectors, or if a chunk is still
@@ -72,7 +59,8 @@ def verify(
 
     Example: embedcache verify cache/ --reencode 0.1%
     """
-    from embedcache.cli.console import open_progress, print_line, print_lines, publish, to_plain
+    from embedcache.cli.console import open_progress
+    from embedcache.reports.render import Presentation, present
 
     if (Path(cache) / "card.json").is_file():
         from embedcache.search.card import read_card, verify_index
@@ -81,50 +69,41 @@ def verify(
             raise SettingError(f"--repair, --reencode: expected a cache, got {cache}, an index; leave the option out")
         card = read_card(Path(cache))
         verify_index(Path(cache), card, progress=open_progress())
-        publish(
-            lambda: print_line(f"{cache}: all bytes equal their checksums"),
-            lambda: {"index": cache, "compared": sorted(card.checksums)},
-            as_json=as_json,
-            output=output,
+        return Presentation(
+            lines=[f"{cache}: all bytes equal their checksums"],
+            record=lambda: {"index": cache, "compared": sorted(card.checksums)},
         )
-        return
     from embedcache.extract.repair import verify_cache
 
     report = verify_cache(cache, settings, progress=open_progress())
-    publish(lambda: print_lines(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
-    if not report.is_sound:
-        raise typer.Exit(1)
+    return present(report, finish=tuple if report.is_sound else exit_with_findings)
 
 
-@with_settings(settings=PruneSettings)
+@command(app, "prune", settings=PruneSettings)
 def prune(
     cache: CacheArgument,
     yes: Yes = False,
     *,
     settings: PruneSettings,
-    as_json: Json = False,
-    output: Output = None,
-) -> None:
+) -> Any:
     """Delete features and views.
 
     Without --yes, print what would be deleted, and delete nothing.
 
     Example: embedcache cache prune cache/ --feature dinov2-large/patches --yes
     """
-    from embedcache.cli.console import print_line, print_lines, publish, to_plain
     from embedcache.maintain.prune import plan_prune, prune_cache
+    from embedcache.reports.render import Presentation, to_plain
 
     plan = prune_cache(cache, settings) if yes else plan_prune(cache, settings)
-
-    def show() -> None:
-        print_lines(plan.lines())
-        print_line("deleted" if yes else "nothing is deleted; add --yes to delete this")
-
-    record = {"is_done": yes, **to_plain(plan), "num_bytes": plan.num_bytes}
-    publish(show, lambda: record, as_json=as_json, output=output)
+    return Presentation(
+        lines=plan.lines(),
+        notes=["deleted" if yes else "nothing is deleted; add --yes to delete this"],
+        record=lambda: {"is_done": yes, **to_plain(plan), "num_bytes": plan.num_bytes},
+    )
 
 
-@with_settings(settings=RemoveSettings)
+@command(app, "remove", settings=RemoveSettings)
 def remove(
     cache: CacheArgument,
     keys: Annotated[
@@ -136,9 +115,7 @@ def remove(
     yes: Yes = False,
     *,
     settings: RemoveSettings,
-    as_json: Json = False,
-    output: Output = None,
-) -> None:
+) -> Any:
     """Remove samples from a cache and its indexes.
 
     Nothing of their keys, captions, columns and vectors is left in these files; the rows of all other samples stay.
@@ -147,9 +124,10 @@ def remove(
 
     Example: embedcache cache remove cache/ keys.txt --index index/ --check run/ --yes
     """
-    from embedcache.cli.console import open_progress, print_line, print_lines, publish, to_plain
+    from embedcache.cli.console import open_progress
     from embedcache.dataset.selections import read_selected_keys
     from embedcache.maintain.remove import plan_removal, remove_samples
+    from embedcache.reports.render import Presentation, to_plain
 
     names = read_selected_keys(keys).to_pylist()
     report = (
@@ -157,40 +135,37 @@ def remove(
         if yes
         else plan_removal(cache, names, settings)
     )
-
-    def show() -> None:
-        print_lines(report.lines())
-        if yes:
-            print_line(f"removed; {keys} still names the samples, as do backups, snapshots and copies of these files")
-        else:
-            print_line("nothing is removed; add --yes to remove this")
-
-    publish(show, lambda: {"is_done": yes, **to_plain(report)}, as_json=as_json, output=output)
-    if yes and report.named:
-        raise typer.Exit(1)
+    note = "nothing is removed; add --yes to remove this"
+    if yes:
+        note = f"removed; {keys} still names the samples, as do backups, snapshots and copies of these files"
+    return Presentation(
+        lines=report.lines(),
+        notes=[note],
+        record=lambda: {"is_done": yes, **to_plain(report)},
+        finish=exit_with_findings if yes and report.named else tuple,
+    )
 
 
+@command(app, "cut")
 def cut(
     cache: CacheArgument,
     selection: SelectionArgument,
     out: NewCache,
     feature: CopiedFeatures = None,
-    as_json: Json = False,
-    output: Output = None,
-) -> None:
+) -> Any:
     """Write the samples of a selection into a cache of their own.
 
     Nothing is encoded. Run the same command again to finish an interrupted one.
 
     Example: embedcache cache cut cache/ selection.parquet small/
     """
-    from embedcache.cli.console import open_progress, print_lines, publish, to_plain
+    from embedcache.cli.console import open_progress
     from embedcache.maintain.copy import cut_cache
 
-    report = cut_cache(cache, selection, out, features=split_at_commas(feature), progress=open_progress())
-    publish(lambda: print_lines(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
+    return cut_cache(cache, selection, out, features=split_at_commas(feature), progress=open_progress())
 
 
+@command(app, "merge")
 def merge(
     caches: Annotated[
         list[str], typer.Argument(metavar="CACHE", help="Two caches or more of the same encoders: folders or URLs.")
@@ -198,32 +173,21 @@ def merge(
     out: NewCache,
     prefix_keys: Annotated[
         bool,
-        typer.Option(
-            "--prefix-keys", metavar="", help="Begin each key with the name of its cache's folder and a slash."
-        ),
+        typer.Option("--prefix-keys", help="Begin each key with the name of its cache's folder and a slash."),
     ] = False,
     feature: CopiedFeatures = None,
-    as_json: Json = False,
-    output: Output = None,
-) -> None:
+) -> Any:
     """Merge caches of the same encoders into a new one.
 
     Nothing is encoded. Run the same command again to finish an interrupted one.
 
     Example: embedcache cache merge first/ second/ both/
     """
-    from embedcache.cli.console import open_progress, print_lines, publish, to_plain
+    from embedcache.cli.console import open_progress
     from embedcache.maintain.copy import merge_caches
 
     if len(caches) < 2:
         raise SettingError(f"expected two caches or more, then a new folder, got {caches[0]} and {out}")
-    report = merge_caches(
+    return merge_caches(
         caches, out, prefix_keys=prefix_keys, features=split_at_commas(feature), progress=open_progress()
     )
-    publish(lambda: print_lines(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
-
-
-add_command(app, "prune", prune)
-add_command(app, "merge", merge)
-add_command(app, "cut", cut)
-add_command(app, "remove", remove)

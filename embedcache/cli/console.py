@@ -1,29 +1,51 @@
-"""What the command line prints: progress and log messages on standard error, results on standard output."""
+"""What the command line prints, and how it ends.
 
+Progress and log messages are printed on standard error, results on standard output. A user's error is one line, a bug
+has its traceback.
+"""
+
+import errno
 import json
 import logging
+import os
 import re
 import resource
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from embedcache.devices import announce
-from embedcache.errors import DataError, PathError, pluralize, visible
-from embedcache.files import read_text, split_lines
-from embedcache.progress import Progress, to_progress
+from embedcache.errors import DataError, EmbedcacheError, PathError, is_out_of_memory, one_line, show_faults, visible
+from embedcache.files import disk_full_message, io_reason, is_io_error, read_text, split_lines
+from embedcache.progress import Progress, close_bars, to_progress
+from embedcache.registry import used_plugins
+
+if TYPE_CHECKING:
+    from embedcache.reports.render import Presentation
 
 log = logging.getLogger("embedcache")
 
 _PLAIN_WIDTH = 10_000
 """Letters of a line of a table in a file or pipe, where nothing needs to be wrapped."""
 _JSON_CONTROLS = re.compile(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_BUG = 70
+_INTERRUPTED = 130
+_NEXT_STEPS = {
+    errno.EMFILE: "raise the limit of open files with ulimit -n, or use fewer --threads",
+    errno.EFBIG: "raise the limit of file sizes with ulimit -f, or use a file system with larger files",
+    errno.EIO: "check the disk, and rerun the same command",
+    errno.ESTALE: "check the file system, and rerun the same command",
+    errno.ENAMETOOLONG: "use shorter names",
+}
+"""Error of the operating system -> what to do, where its own text does not say it."""
 
 
 @contextmanager
@@ -32,16 +54,16 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
     level, started = log.level, time.monotonic()
     handler = logging.StreamHandler()
     devices, device_lines = logging.getLogger("embedcache.devices"), logging.StreamHandler()
-    warnings = logging.StreamHandler()
-    warnings.setLevel(logging.WARNING)
-    warnings.setFormatter(_VisibleFormatter("warning: %(message)s"))
+    warned = logging.StreamHandler()
+    warned.setLevel(logging.WARNING)
+    warned.setFormatter(_VisibleFormatter("warning: %(message)s"))
     handler.setFormatter(_VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     announce.cache_clear()  # a test runs several commands in one process
     if verbose and not quiet:
         log.addHandler(handler)
         log.setLevel(logging.DEBUG)
     else:
-        log.addHandler(warnings)
+        log.addHandler(warned)
     if quiet:
         log.setLevel(logging.WARNING)
     elif not verbose:
@@ -53,7 +75,7 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         log.info("run time %.1f s, peak memory %.0f MB", time.monotonic() - started, peak_mb)
         log.removeHandler(handler)
-        log.removeHandler(warnings)
+        log.removeHandler(warned)
         log.setLevel(level)
         devices.removeHandler(device_lines)
         devices.setLevel(logging.NOTSET)
@@ -100,68 +122,42 @@ def print_json(record: Any) -> None:
     print(_JSON_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
 
 
-def publish(
-    show: Callable[[], None],
-    record: Callable[[], Any],
-    *,
-    as_json: bool,
-    output: Path | None = None,
-    write_output: Callable[[Path], None] | None = None,
-    html: Path | None = None,
-    write_page: Callable[[Path], None] | None = None,
-) -> None:
+def publish(report: Any, *, as_json: bool, output: Path | None = None, html: Path | None = None) -> None:
     """Write the requested files, and print a report as text or as JSON.
 
     Args:
-        show: prints the report as text.
-        record: returns the report as JSON values.
-        as_json: print the JSON values instead.
+        report: a `Presentation`, or what `present` takes.
+        as_json: print the JSON values.
         output: JSON file to write.
-        write_output: writes it; None: the JSON values in one file.
         html: page to write.
-        write_page: writes the page.
     """
-    from embedcache.outputs import write_report_json
+    from embedcache.outputs import write_output, write_report_json
+    from embedcache.reports.render import Presentation, present, to_html
 
+    shown = report if isinstance(report, Presentation) else present(report)
     try:  # before printing, which ends the command where `head` reads no further
-        if output is not None and write_output is not None:
-            write_output(output)
-        elif output is not None:
-            write_report_json(output, record())
-        if html is not None and write_page is not None:
-            write_page(html)
+        if output is not None:
+            write_report_json(output, shown.record())
+        if html is not None:
+            write_output(html, to_html(shown).encode())
     finally:  # what may have taken hours is printed also if it cannot be written
         if as_json:
-            print_json(record())
+            print_json(shown.record())
         else:
-            show()
+            print_report(shown)
     for path in filter(None, (output, html)):
         print(visible(f"wrote {path}"), file=sys.stderr if as_json else sys.stdout, flush=True)
+    shown.finish()
 
 
-def publish_size(path: Path, num_samples: int, *, as_json: bool, output: Path | None) -> None:
-    """Publish how many samples a command has written to a file."""
-    publish(
-        lambda: print_line(f"{path}: {pluralize(num_samples, 'sample')}"),
-        lambda: {"path": str(path), "num_samples": num_samples},
-        as_json=as_json,
-        output=output,
-    )
-
-
-def to_plain(value: Any) -> Any:
-    """Return a report as JSON values: dataclasses become objects, arrays and sequences lists, paths text."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(element) for key, element in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(element) for element in value]
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+def print_report(report: "Presentation") -> None:
+    """Print a report as lines and tables."""
+    print_lines([*report.lines, *(f"WARNING: {warning}" for warning in report.warnings)])
+    for section in report.sections:
+        if section.table is not None and section.num_printed != 0:
+            columns, rows = section.table
+            print_table(columns, rows[: section.num_printed], title=section.title)
+    print_lines(report.notes)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -175,3 +171,115 @@ def read_lines(path: Path) -> list[str]:
         return [line for line in split_lines(read_text(path, DataError)) if line.strip()]
     except FileNotFoundError as error:
         raise PathError(f"expected a file with one text per line, got {path}, which does not exist") from error
+
+
+def run_program(run: Callable[[], object]) -> None:
+    """Run a program: the command line, or a pipeline.
+
+    Exit codes: 0 success; 1 a user's error, printed as one line; 70 a bug, in embedcache or a plug-in,
+    with its traceback; 130 interrupted.
+    EMBEDCACHE_DEBUG=1 prints the traceback of a user's error too.
+    """
+    show_faults()
+    _silence_libraries()
+    try:
+        _check_arguments()
+        run()
+    except KeyboardInterrupt:
+        end_interrupted()
+    except EmbedcacheError as error:
+        _fail(str(error), error)
+    except BrokenPipeError:  # whoever read the output has ended, as in `embedcache … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes its standard output when it exits
+        sys.exit(1)
+    except OSError as error:
+        _fail(_os_error_line(error), error)
+    except Exception as error:  # noqa: BLE001
+        if is_out_of_memory(error):
+            reason = one_line(error).rpartition("DefaultCPUAllocator: ")[2]  # without the line in torch's source
+            _fail(f"out of memory: {reason}; use smaller settings, or give this process more memory")
+        if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+            _fail("can't start new thread; raise the limit of processes with ulimit -u, or use fewer --threads")
+        if not is_io_error(error):
+            _report_bug()
+        _fail(f"a remote service failed: {io_reason(error)}; check the address and the network")
+    finally:
+        _end_on_interrupt()
+
+
+def end_interrupted() -> NoReturn:
+    """End the process after Ctrl-C: outputs are whole or absent, and what resumes goes on from its finished work."""
+    _end_on_interrupt()
+    close_bars()
+    print("Interrupted. Run the same command again.", file=sys.stderr)
+    sys.exit(_INTERRUPTED)
+
+
+def _end_on_interrupt() -> None:
+    """Let Ctrl-C end the process at once from now on: while it exits, Python would print it as a traceback."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _silence_libraries() -> None:
+    """Silence what libraries print of errors that they raise too, and of kinds of URLs that they have not tested."""
+    logging.getLogger("gcsfs").addFilter(_is_not_raised)
+    warnings.filterwarnings("ignore", "UPath '.*' filesystem not explicitly implemented", UserWarning)
+
+
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """Return false for tracebacks that the module of retries logs before it raises, and for a step before an error."""
+    is_raised = record.module == "retry" and bool(record.exc_info)
+    return not (is_raised or record.getMessage().startswith("Could not determine bucket type"))
+
+
+def _check_arguments() -> None:
+    """Check that names can be stored and printed; a name of other bytes has them as lone surrogates."""
+    for word in sys.argv[1:]:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise PathError(f"expected arguments in UTF-8, got {word!r}; rename the file") from None
+
+
+def _os_error_line(error: OSError) -> str:
+    """Return the file, the reason of the operating system, and the next step."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = disk_full_message()
+    else:
+        step = _NEXT_STEPS.get(error.errno or 0)
+        reason = f"{io_reason(error)}; {step}" if step else io_reason(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _fail(message: str, error: Exception | None = None) -> NoReturn:
+    close_bars()
+    message = "; ".join([message, *getattr(error, "__notes__", ())])
+    if os.environ.get("EMBEDCACHE_DEBUG", "0") != "0":
+        traceback.print_exc()
+    print("error:", visible(message).replace("\n", r"\n"), file=sys.stderr)  # a name may have a line break
+    sys.exit(1)
+
+
+def _report_bug() -> NoReturn:
+    close_bars()
+    traceback.print_exc()
+    used = sorted(used_plugins() - {"embedcache"})
+    line = "This is a bug in embedcache, not an error of yours: please report it with the text above."
+    if used:
+        line = (
+            f"This is a bug, maybe of a plug-in: run the contract test of {_plugin_names(used)}, see "
+            "embedcache.testing; if it passes, please report the text above."
+        )
+    print(line, file=sys.stderr)
+    sys.exit(_BUG)
+
+
+def _plugin_names(modules: Sequence[str]) -> str:
+    """Return the modules of plug-ins, each with the package that installed it and its version."""
+    from importlib.metadata import packages_distributions, version
+
+    owners = packages_distributions()
+    found = {module: [f"{name} {version(name)}" for name in sorted({*owners.get(module, ())})] for module in modules}
+    return " and ".join(f"{name} ({', '.join(packages)})" if packages else name for name, packages in found.items())

@@ -1,11 +1,11 @@
 """embedcache extract and derive"""
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedcache.cli.options import CacheArgument, Json, Output, by_modality, with_settings
+from embedcache.cli.commands import command, new_group
+from embedcache.cli.options import CacheArgument, by_modality
 from embedcache.derive.settings import DeriveSettings
 from embedcache.errors import SettingError
 from embedcache.extract.settings import ExtractSettings
@@ -15,10 +15,34 @@ from embedcache.units import format_bytes
 
 if TYPE_CHECKING:
     from embedcache.extract.plan import Plan
-    from embedcache.samples import Source
+    from embedcache.reports.render import Presentation
+
+app = new_group()
 
 
-@with_settings(settings=ExtractSettings, source_settings=SourceSettings)
+@command(
+    app,
+    "extract",
+    settings=ExtractSettings,
+    source_settings=SourceSettings,
+    reads_items=True,
+    plugins=("encoders", "sources", "views"),
+    common=(
+        "image_encoder",
+        "text_encoder",
+        "encoder",
+        "feature",
+        "source_type",
+        "caption_column",
+        "limit",
+        "extend",
+        "retry_failed",
+        "plan",
+        "device",
+        "batch_size",
+        "config",
+    ),
+)
 def extract(
     source: Annotated[
         str,
@@ -54,10 +78,8 @@ def extract(
             "audio=whisper:tiny.en. May be repeated.",
         ),
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", metavar="", help="Estimate time, memory and disk, and stop.")] = False,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", metavar="", help="Retry only the items that failed.")
-    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Estimate time, memory and disk, and stop.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry only the items that failed.")] = False,
     source_type: Annotated[
         str | None,
         typer.Option(
@@ -66,39 +88,48 @@ def extract(
             show_default="by its content",
         ),
     ] = None,
-    as_json: Json = False,
-    output: Output = None,
     *,
     settings: ExtractSettings,
     source_settings: SourceSettings,
-) -> None:
+) -> Any:
     """Encode a dataset once, into a cache.
 
     Run the same command again to resume an interrupted extraction; a second run changes nothing.
 
     Example: embedcache extract photos/ cache/ --image-encoder timm:resnet18 --text-encoder st:all-MiniLM-L6-v2
     """
-    from embedcache.cli.console import publish, to_plain
+    from embedcache.cli.console import open_progress
+    from embedcache.extract.extract import extract as extract_features
     from embedcache.extract.extract import open_source_or_cache
+    from embedcache.extract.extract import retry_failed as retry
+    from embedcache.extract.plan import plan as make_plan
+    from embedcache.reports.render import present
+    from embedcache.store.cache import Cache, caption_error_lines
 
     if retry_failed and (plan or settings.extend):
         other = "--plan" if plan else "--extend"
         raise SettingError(f"--retry-failed: expected neither --plan nor --extend, got {other}; omit one of the two")
     opened = open_source_or_cache(source, cache, kind=source_type, settings=source_settings)
-    encoders: dict[str, Any] = {
+    options: dict[str, Any] = {
         "image_encoder": image_encoder or (),
         "text_encoder": text_encoder or (),
         "encoder": by_modality("--encoder", encoder, "audio=whisper:tiny.en", metavar="SPEC"),
+        "settings": settings,
+        "progress": open_progress(),
     }
-    run = _plan if plan else _retry if retry_failed else _extract
-    report, show = run(opened, cache, encoders, settings)
-    publish(show, lambda: to_plain(report), as_json=as_json, output=output)
     if plan:
-        report.check_space()
+        return _present_plan(make_plan(opened, cache, **options))
+    if retry_failed:
+        return retry(opened, cache, **options)
+    reports = extract_features(opened, cache, **options)
+    notes = caption_error_lines(Cache(cache))
+    if not any(report.computed for report in reports):
+        notes.append("nothing to do: every chunk is committed")
+    return present(reports, notes=notes)
 
 
-@with_settings(settings=DeriveSettings)
-def derive(cache: CacheArgument, as_json: Json = False, output: Output = None, *, settings: DeriveSettings) -> None:
+@command(app, "derive", settings=DeriveSettings, plugins=("rules",))
+def derive(cache: CacheArgument, *, settings: DeriveSettings) -> Any:
     """Compute features from cached ones, by a run or a rule.
 
     They are features of the cache like any other. Run the same command again to resume an interrupted derivation, or
@@ -106,67 +137,37 @@ def derive(cache: CacheArgument, as_json: Json = False, output: Output = None, *
 
     Example: embedcache derive cache/ --run run/ --run-output projected
     """
-    from embedcache.cli.console import open_progress, print_line, publish, to_plain
+    from embedcache.cli.console import open_progress
     from embedcache.derive.derive import derive_with_settings
 
-    reports = derive_with_settings(cache, settings, progress=open_progress())
-
-    def show() -> None:
-        for report in reports:
-            print_line(report.line())
-
-    publish(show, lambda: [to_plain(report) for report in reports], as_json=as_json, output=output)
+    return derive_with_settings(cache, settings, progress=open_progress())
 
 
-_Outcome: TypeAlias = tuple[Any, Callable[[], None]]
-"""What a command reports, and a function that prints it."""
+def _present_plan(plan: "Plan") -> "Presentation":
+    """Return the presentation of a plan; after it was shown, too little space on the disk is an error."""
+    from embedcache.reports.render import Presentation, Section, to_plain
 
-
-def _extract(source: "Source", cache: str, encoders: Mapping[str, Any], settings: ExtractSettings) -> _Outcome:
-    from embedcache.cli.console import open_progress, print_lines
-    from embedcache.extract.extract import extract as extract_features
-    from embedcache.store.cache import Cache, caption_error_lines
-
-    reports = extract_features(source, cache, **encoders, settings=settings, progress=open_progress())
-    lines = [*(report.line() for report in reports), *caption_error_lines(Cache(cache))]
-    if not any(report.computed for report in reports):
-        lines.append("nothing to do: every chunk is committed")
-    return reports, lambda: print_lines(lines)
-
-
-def _retry(source: "Source", cache: str, encoders: Mapping[str, Any], settings: ExtractSettings) -> _Outcome:
-    from embedcache.cli.console import open_progress, print_lines
-    from embedcache.extract.extract import retry_failed
-
-    reports = retry_failed(source, cache, **encoders, settings=settings, progress=open_progress())
-    return reports, lambda: print_lines([report.line() for report in reports])
-
-
-def _plan(source: "Source", cache: str, encoders: Mapping[str, Any], settings: ExtractSettings) -> _Outcome:
-    from embedcache.cli.console import open_progress
-    from embedcache.extract.plan import plan
-
-    made = plan(source, cache, **encoders, settings=settings, progress=open_progress())
-    return made, lambda: _show_plan(made)
-
-
-def _show_plan(plan: "Plan") -> None:
-    from embedcache.cli.console import print_line, print_table
-
-    if not plan.features:
-        print_line(f"{plan.cache}: nothing is missing")
-        return
     rows = [
         [feature.name, f"{feature.num_items:,}", f"{feature.item_bytes:,.0f}", format_bytes(feature.num_bytes)]
         for feature in plan.features
     ]
-    print_table(["feature", "items", "bytes per item", "disk"], rows)
+    notes = []
     for modality, rate in plan.rates.items():
         processes = f" on each of {plan.num_processes} devices" if plan.num_processes > 1 else ""
-        print_line(f"{noun(modality)}: measured {rate:,.1f} per second{processes}; {_time(plan.hours(modality))}")
-    print_line(f"memory: {format_bytes(plan.memory_bytes)} per process for the outputs of two chunks; see --chunk-size")
+        notes.append(f"{noun(modality)}: measured {rate:,.1f} per second{processes}; {_time(plan.hours(modality))}")
+    memory = format_bytes(plan.memory_bytes)
+    notes.append(f"memory: {memory} per process for the outputs of two chunks; see --chunk-size")
     free = "" if plan.free_bytes is None else f"; {format_bytes(plan.free_bytes)} are free"
-    print_line(f"disk: {format_bytes(plan.num_bytes)}{free}")
+    notes.append(f"disk: {format_bytes(plan.num_bytes)}{free}")
+
+    features = Section(title="missing features", table=(["feature", "items", "bytes per item", "disk"], rows))
+    return Presentation(
+        lines=[] if rows else [f"{plan.cache}: nothing is missing"],
+        sections=[features] if rows else [],
+        notes=notes if rows else [],
+        record=lambda: to_plain(plan),
+        finish=plan.check_space,
+    )
 
 
 def _time(hours: float) -> str:

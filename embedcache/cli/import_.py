@@ -1,12 +1,12 @@
 """embedcache import"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.options import Json, Output, by_modality, with_settings
+from embedcache.cli.commands import command, new_group
+from embedcache.cli.options import by_modality
 from embedcache.errors import SettingError
 from embedcache.interop.settings import ImportSettings
 
@@ -20,17 +20,15 @@ NewCache = Annotated[
 ]
 
 
-@with_settings(settings=ImportSettings)
+@command(app, "clip-retrieval", settings=ImportSettings, runs_named_code=False)
 def clip_retrieval(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Folder of clip-retrieval inference: img_emb, text_emb, metadata.")
     ],
     cache: NewCache,
-    as_json: Json = False,
-    output: Output = None,
     *,
     settings: ImportSettings,
-) -> None:
+) -> Any:
     """Import vectors of clip-retrieval.
 
     Run the same command again to resume an interrupted import.
@@ -39,10 +37,10 @@ def clip_retrieval(
     """
     from embedcache.interop.clip_retrieval import open_clip_retrieval
 
-    _import(open_clip_retrieval(folder), cache, settings, as_json=as_json, output=output)
+    return _import(open_clip_retrieval(folder), cache, settings)
 
 
-@with_settings(settings=ImportSettings)
+@command(app, "datacomp", settings=ImportSettings, runs_named_code=False)
 def datacomp(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Metadata of DataComp: NAME.parquet beside NAME.npz.")
@@ -55,11 +53,9 @@ def datacomp(
             help="Array of vectors in the .npz, such as image=l14_img. May be repeated.",
         ),
     ] = None,
-    as_json: Json = False,
-    output: Output = None,
     *,
     settings: ImportSettings,
-) -> None:
+) -> Any:
     """Import metadata and vectors of DataComp.
 
     Run the same command again to resume an interrupted import.
@@ -69,10 +65,10 @@ def datacomp(
     from embedcache.interop.npy import open_datacomp
 
     vectors = open_datacomp(folder, arrays=by_modality("--array", array, "image=l14_img", metavar="NAME"))
-    _import(vectors, cache, settings, as_json=as_json, output=output)
+    return _import(vectors, cache, settings)
 
 
-@with_settings(settings=ImportSettings)
+@command(app, "parquet", settings=ImportSettings, runs_named_code=False)
 def parquet(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A .parquet file, or a folder of them.")],
     cache: NewCache,
@@ -84,11 +80,9 @@ def parquet(
             show_default="image=image_vector, text=text_vector and so on",
         ),
     ] = None,
-    as_json: Json = False,
-    output: Output = None,
     *,
     settings: ImportSettings,
-) -> None:
+) -> Any:
     """Import vectors in list columns of Parquet.
 
     Keys, captions and all other columns are imported as well. Run the same command again to resume an interrupted
@@ -102,10 +96,10 @@ def parquet(
         path,
         vector_columns=by_modality("--vector-column", vector_column, "audio=clap", metavar="NAME"),
     )
-    _import(vectors, cache, settings, as_json=as_json, output=output)
+    return _import(vectors, cache, settings)
 
 
-@with_settings(settings=ImportSettings)
+@command(app, "npy", settings=ImportSettings, runs_named_code=False)
 def npy(
     cache: NewCache,
     file: Annotated[
@@ -118,11 +112,9 @@ def npy(
     table: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Table with the keys, captions and columns of the rows.")
     ] = None,
-    as_json: Json = False,
-    output: Output = None,
     *,
     settings: ImportSettings,
-) -> None:
+) -> Any:
     """Import NumPy arrays.
 
     Run the same command again to resume an interrupted import.
@@ -137,25 +129,11 @@ def npy(
             raise SettingError(f"--file: expected one file of {modality} vectors, got {' and '.join(paths)}; name one")
     files = {modality: Path(path) for modality, (path,) in named.items()}
     vectors = open_npy_vectors(files, table=table)
-    _import(vectors, cache, settings, as_json=as_json, output=output)
+    return _import(vectors, cache, settings)
 
 
-def _import(
-    vectors: "VectorImport", cache: str, settings: ImportSettings, *, as_json: bool, output: Path | None
-) -> None:
-    from embedcache.cli.console import open_progress, print_line, publish, to_plain
+def _import(vectors: "VectorImport", cache: str, settings: ImportSettings) -> Any:
+    from embedcache.cli.console import open_progress
     from embedcache.interop.importing import import_vectors
 
-    reports = import_vectors(vectors, cache, settings, progress=open_progress())
-
-    def show() -> None:
-        for report in reports:
-            print_line(report.line())
-
-    publish(show, lambda: to_plain(reports), as_json=as_json, output=output)
-
-
-add_command(app, "clip-retrieval", clip_retrieval, runs_named_code=False)
-add_command(app, "datacomp", datacomp, runs_named_code=False)
-add_command(app, "parquet", parquet, runs_named_code=False)
-add_command(app, "npy", npy, runs_named_code=False)
+    return import_vectors(vectors, cache, settings, progress=open_progress())

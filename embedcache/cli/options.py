@@ -1,37 +1,29 @@
-"""Options of commands: those generated from settings classes, and those that commands share.
+"""Options of commands: those that commands share, those of settings classes, and `--config`, which sets them.
 
-    @with_settings(settings=TrainSettings)
-    def train(caches: ..., run: ..., *, settings: TrainSettings) -> None: ...
-
-Each parameter that `with_settings` names is replaced by one option per setting of its class; a group of settings
-becomes a panel of `--help`. A parameter of the type `ReportOptions` is replaced by the options of reports with a page.
-An option that several commands declare by hand is an alias here, with one meaning in all.
+An option that several commands declare by hand is an alias here, with one meaning in all. A settings class gives one
+option per setting; a group of settings becomes a panel of `--help`. A config is TOML, with options at the top or in
+`[fixed]` as in the space of a sweep, or the `run.json` of a run.
 """
 
-import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 import typer
 
-from embedcache.cli.config_files import use_config
 from embedcache.dataset.settings import SELECTION_FORMAT
 from embedcache.devices import DEVICE_HELP
-from embedcache.errors import SettingError
+from embedcache.errors import PathError, SettingError
 from embedcache.modalities import MODALITIES, split_modality
-from embedcache.settings import FlatSetting, flat_settings, from_flat, to_words
+from embedcache.registry import mark_as_read, unknown_name
+from embedcache.settings import FlatSetting, Settings, flat_settings, to_flat, to_words, with_underscores
 
 OUTPUT_PANEL = "Output options"
 """Panel of `--help`."""
-OUTPUT_NAMES = ("as_json", "output", "html")
-"""Parameters that come last in the help."""
-OVERWRITE = "overwrite"
-"""Parameter of all commands that write an output."""
 
 
 def check_new_file(context: typer.Context, path: Path | None) -> Path | None:
@@ -44,7 +36,7 @@ def check_new_file(context: typer.Context, path: Path | None) -> Path | None:
 
     if path is None:
         return None
-    with replacing_files(context.params[OVERWRITE]):
+    with replacing_files(context.params["overwrite"]):
         check_output(path)
     return path
 
@@ -52,12 +44,6 @@ def check_new_file(context: typer.Context, path: Path | None) -> Path | None:
 def output_argument(help: str) -> Any:
     """Return the declaration of OUT, a new file that a command writes."""
     return typer.Argument(metavar="OUT", help=help, callback=check_new_file)
-
-
-def output_option(check: Callable[..., Path | None]) -> Any:
-    """Return the declaration of `--output`, whose path is checked before the work."""
-    text = "Write the report as JSON to this file."
-    return typer.Option("--output", metavar="FILE", help=text, rich_help_panel=OUTPUT_PANEL, callback=check)
 
 
 CacheArgument: TypeAlias = Annotated[str, typer.Argument(metavar="CACHE", help="Cache: a folder or a URL.")]
@@ -86,56 +72,44 @@ Features: TypeAlias = Annotated[
 ]
 
 Device: TypeAlias = Annotated[str, typer.Option("--device", metavar="DEVICE", help=DEVICE_HELP)]
-Json: TypeAlias = Annotated[
+
+
+def _output(*flags: str, help: str, **declared: Any) -> Any:
+    return typer.Option(*flags, help=help, rich_help_panel=OUTPUT_PANEL, **declared)
+
+
+def _new_file(flag: str, help: str) -> Any:
+    return _output(flag, help=help, metavar="FILE", callback=check_new_file)
+
+
+Json: TypeAlias = Annotated[bool, _output("--json", help="Print the report as JSON on standard output.")]
+Output: TypeAlias = Annotated[Path | None, _new_file("--output", "Write the report as JSON to this file.")]
+Html: TypeAlias = Annotated[Path | None, _new_file("--html", "Write the report as an HTML page.")]
+Overwrite: TypeAlias = Annotated[
+    bool,
+    _output("--overwrite", help="Replace the files that are named as outputs, if they exist.", is_eager=True),
+]
+Quiet: TypeAlias = Annotated[bool, _output("--quiet", "-q", help="Hide progress.")]
+Verbose: TypeAlias = Annotated[bool, _output("--verbose", "-v", help="Print log messages, run time and peak memory.")]
+TRUST: TypeAlias = Annotated[
     bool,
     typer.Option(
-        "--json", metavar="", help="Print the report as JSON on standard output.", rich_help_panel=OUTPUT_PANEL
+        "--trust",
+        help="Run code that the opened files name as module:attribute; only for files whose authors you trust.",
     ),
 ]
-Output: TypeAlias = Annotated[Path | None, output_option(check_new_file)]
-Html: TypeAlias = Annotated[
-    Path | None,
+IMAGE_FOLDER: TypeAlias = Annotated[
+    list[str] | None,
     typer.Option(
-        "--html",
-        metavar="FILE",
-        help="Write the report as an HTML page.",
-        rich_help_panel=OUTPUT_PANEL,
-        callback=check_new_file,
+        "--image-folder",
+        metavar="FOLDER",
+        help="Folder or URL below which items may be read, besides the folder of a source that you extract or have "
+        "extracted on this machine. May be repeated.",
     ),
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions:
-    """Where a command publishes its report: on standard output, as JSON in a file, and as a page with images."""
-
-    as_json: Json = False
-    output: Output = None
-    html: Html = None
-
-    def publish(
-        self,
-        show: Callable[[], None],
-        record: Callable[[], Any],
-        write_page: Callable[[Path], None],
-        *,
-        write_output: Callable[[Path], None] | None = None,
-    ) -> None:
-        """Publish a report; arguments are those of `embedcache.cli.console.publish`."""
-        from embedcache.cli.console import publish
-
-        publish(
-            show,
-            record,
-            as_json=self.as_json,
-            output=self.output,
-            write_output=write_output,
-            html=self.html,
-            write_page=write_page,
-        )
-
-
-_CONFIG_HELP = "Read options from this TOML file; the command line takes precedence."
+CONFIG_HELP = "Read options from this TOML file; the command line takes precedence."
 _WIDEST_CHOICES = 24
 _LISTS = (tuple, Mapping)
 """Types of settings whose option may be repeated."""
@@ -144,88 +118,29 @@ _COMMA_BETWEEN_SPECS = re.compile(r",(?!\s*\w+=)")
 _METAVARS: Mapping[Any, str] = {int: "N", float: "FLOAT", str: "NAME", Path: "FILE"}
 
 
-def with_settings(
-    *,
-    skip: Sequence[str] = (),
-    build: Mapping[str, Callable[[Mapping[str, Any]], Any]] | None = None,
-    config_help: str = _CONFIG_HELP,
-    output: Any = Output,
-    **kinds: type[Any],
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that replaces parameters of a command by one option per setting, and adds `--config`.
+def setting_options(kind: type[Settings], skip: Sequence[str] = ()) -> list[inspect.Parameter]:
+    """Return one parameter per setting of a class and of its groups, as typer reads it.
 
     Args:
+        kind: settings class.
         skip: flat names that get no option.
-        build: parameter -> function that builds its settings from flat values; `from_flat` if not given.
-        config_help: help of `--config`.
-        output: declaration of the option `--output` of `ReportOptions`.
-        kinds: parameter -> settings class.
     """
-    items = {key: [item for item in flat_settings(kind) if item.name not in skip] for key, kind in kinds.items()}
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        """Return a function with the options as its signature, which builds the settings and calls the command."""
-
-        @functools.wraps(command)
-        def run(*, context: typer.Context, config: Path | None, **values: Any) -> None:  # noqa: ARG001
-            for key, kind in kinds.items():
-                flat = _pop_given(values, items[key], context)
-                values[key] = build[key](flat) if build and key in build else from_flat(kind, flat)
-            for key in reports:
-                values[key] = ReportOptions(**{name: values.pop(name) for name in report_options})
-            command(**values)
-
-        own = inspect.signature(command, eval_str=True).parameters
-        reports = [name for name, parameter in own.items() if parameter.annotation is ReportOptions]
-        report_options = _report_parameters(output) if reports else {}
-        generated = [_option(item) for key in kinds for item in items[key]]
-        config = Annotated[
-            Path | None,
-            typer.Option("--config", metavar="FILE", help=config_help, is_eager=True, callback=use_config),
-        ]
-        set_parameters(
-            run,
-            [
-                inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
-                *(parameter for name, parameter in own.items() if name not in (*kinds, *reports, *OUTPUT_NAMES)),
-                *generated,
-                keyword("config", config, None),
-                *(parameter for name, parameter in own.items() if name in OUTPUT_NAMES),
-                *report_options.values(),
-            ],
-        )
-        return run
-
-    return decorate
+    return [_option(item) for item in flat_settings(kind) if item.name not in skip]
 
 
-def _pop_given(values: dict[str, Any], items: Sequence[FlatSetting], context: typer.Context) -> dict[str, Any]:
-    """Remove the options of settings from `values`; return the flat values of those that the user gave."""
-    popped = {item.name: values.pop(item.name) for item in items}
-    return {item.name: _setting_value(item, popped[item.name]) for item in items if _is_given(context, item.name)}
-
-
-def _report_parameters(output: Any) -> dict[str, inspect.Parameter]:
-    """Return the parameters of `ReportOptions` that a command gets, with its declaration of `--output`."""
-    parameters = dict(inspect.signature(ReportOptions).parameters)
-    return {**parameters, "output": parameters["output"].replace(annotation=output)}
-
-
-def set_parameters(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
-    """Set the signature that typer reads."""
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-
-
-def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    """Return a parameter that is passed by name."""
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+def given_settings(
+    context: typer.Context, values: dict[str, Any], kind: type[Settings], skip: Sequence[str]
+) -> dict[str, Any]:
+    """Remove the options of a settings class from `values`; return the flat values of those that the user gave."""
+    flat = {}
+    for item in flat_settings(kind):
+        if item.name in skip:
+            continue
+        value = values.pop(item.name)
+        source = context.get_parameter_source(item.name)
+        if source is not None and source.name != "DEFAULT":
+            flat[item.name] = _setting_value(item, value)
+    return flat
 
 
 def _option(item: FlatSetting) -> inspect.Parameter:
@@ -234,7 +149,6 @@ def _option(item: FlatSetting) -> inspect.Parameter:
     choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     metavar, help = item.metavar, item.help
     if kind is bool:
-        metavar = ""
         help = f"Do not {help[0].lower()}{help[1:]}" if item.default is True else help
     elif choices and len("|".join(choices)) <= _WIDEST_CHOICES:
         metavar = metavar or "|".join(choices)
@@ -260,7 +174,9 @@ def _option(item: FlatSetting) -> inspect.Parameter:
     elif kind is bool:
         annotation = bool if default is not None else bool | None
         default = None if default is None else False
-    return keyword(item.name, Annotated[annotation, option], default)
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+    )
 
 
 def _flags(item: FlatSetting, kind: Any) -> str:
@@ -327,3 +243,114 @@ def by_modality(
 def split_at_commas(values: Sequence[Any] | None, comma: re.Pattern[str] = _COMMA) -> tuple[str, ...]:
     """Split the values of an option that may be repeated and may hold several names with commas between them."""
     return tuple(word.strip() for value in values or () for word in comma.split(str(value)) if word.strip())
+
+
+def config_option(help: str) -> Any:
+    """Return the option `--config`, which is parsed before those whose values it gives."""
+    return Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help=help, is_eager=True, callback=use_config)
+    ]
+
+
+def use_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Read the options that are not on the command line from a file.
+
+    Raises:
+        UnknownNameError: the command has no option of that name.
+        SettingError: an option occurs twice, or has a value of another type.
+    """
+    if path is not None:
+        options = {
+            flag.lstrip("-").replace("-", "_"): (option, flag in option.secondary_opts)
+            for option in context.command.params
+            for flag in (*option.opts, *option.secondary_opts)
+            if option.name != "config"
+        }
+        words: dict[str, Any] = {}
+        for name, value in read_config(path).items():
+            if name not in options:
+                known = [each for each, (option, _) in options.items() if len(each) > 1 or len(option.opts) == 1]
+                raise unknown_name("option", name, known, where=f"in {path}")
+            option, is_off = options[name]
+            if option.name in words:
+                raise SettingError(f"{path}: {name}: expected one value, got another of the same option; remove one")
+            words[str(option.name)] = _as_words(f"{path}: {name}", value, option, is_off=is_off)
+        context.default_map = words
+    return path
+
+
+def is_from_file(context: typer.Context, name: str) -> bool:
+    """Return whether the value of an option was read from a file."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT_MAP"
+
+
+def _as_words(name: str, value: Any, option: Any, *, is_off: bool) -> Any:
+    """Return a value as the parser of the command line expects it, or raise a `SettingError` that names it."""
+    is_flag = getattr(option, "is_flag", False)
+    takes_many = getattr(option, "multiple", False) or option.nargs != 1
+    if isinstance(value, dict) and takes_many:
+        value = to_words(value)
+    elements = value if isinstance(value, list | tuple) and takes_many else [value]
+    if any(isinstance(each, list | dict) or isinstance(each, bool) is not is_flag for each in elements):
+        expected = "true or false" if is_flag else "a text or a number"
+        got = str(value).lower() if isinstance(value, bool) else value
+        raise SettingError(f"{name}: expected {expected}{' or a list of them' if takes_many else ''}, got {got}")
+    if is_flag:
+        return value is not is_off
+    words = [str(element) for element in elements]
+    return words if takes_many else words[0]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read option values from a TOML file, or from the `run.json` of a run.
+
+    In TOML, `lr` and `max-grad-norm` are written as on the command line, without the dashes in front, at the top or in
+    a table `[fixed]`.
+
+    Raises:
+        PathError: the file cannot be read.
+        SettingError: it is not TOML, or not JSON of a run, or has ranges of settings in a table `[space]`.
+    """
+    from embedcache.files import io_reason, read_text
+
+    try:
+        text = read_text(path, SettingError)
+    except OSError as error:
+        raise PathError(
+            f"cannot read {path}: {io_reason(error)}; pass a TOML file or a run's run.json to --config"
+        ) from error
+    if path.suffix == ".json":
+        return _read_run(path)
+    try:
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise SettingError(f"{path}: expected TOML such as `lr = 0.001`, got an error: {error}") from error
+    if swept := values.pop("space", None):
+        raise SettingError(
+            f"{path}: expected one value per option, got ranges and choices in [space]: {', '.join(swept)}; name one "
+            "value of each in [fixed], or search them with embedcache sweep"
+        )
+    fixed = values.pop("fixed", {})
+    if not isinstance(fixed, dict) or (fixed and values):
+        raise SettingError(
+            f"{path}: expected all options at the top or all in a table [fixed], got both: "
+            f"{', '.join(values) or 'fixed'}; move them into one"
+        )
+    return with_underscores(path, fixed or values)
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """Return the settings and features of a pair by option name."""
+    from embedcache.projectors.base import split_names
+    from embedcache.provenance import construct
+    from embedcache.runs import MANIFEST, PAIR, Run
+    from embedcache.train.settings import TrainSettings
+
+    if path.name != MANIFEST:
+        raise SettingError(f"{path}: expected a TOML file or the {MANIFEST} of a run, got another file")
+    run = Run.open(path.parent, kind=PAIR)
+    settings = construct(path, lambda: to_flat(TrainSettings(**run.info.settings)))
+    settings["feature"] = {modality: side.feature for modality, side in run.info.inputs.items()}
+    mark_as_read(path, [*split_names(str(settings.get("projector", ""))), str(settings.get("loss", ""))])
+    return {name: value for name, value in settings.items() if value not in (None, ())}

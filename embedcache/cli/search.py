@@ -2,21 +2,18 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from embedcache.cli.commands import command, new_group
 from embedcache.cli.options import (
     OUTPUT_PANEL,
     Concepts,
     Device,
     IndexArgument,
-    Json,
-    Output,
     by_modality,
-    with_settings,
 )
 from embedcache.devices import AUTO
 from embedcache.errors import quoted
@@ -27,11 +24,11 @@ from embedcache.serve.settings import ServeSettings
 if TYPE_CHECKING:
     from embedcache.search.hits import Hit
 
-_T = TypeVar("_T")
+app = new_group()
 _MODALITIES_OF_FILES = [modality.name for modality in FILE_MODALITIES]
 
 
-@with_settings(settings=SearchSettings)
+@command(app, "search", settings=SearchSettings)
 def search(
     index: IndexArgument,
     query: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Texts to search for.")] = None,
@@ -57,16 +54,15 @@ def search(
     concepts: Concepts = None,
     *,
     settings: SearchSettings,
-    as_json: Json = False,
-    output: Output = None,
-) -> None:
+) -> Any:
     """Search an index with texts, files or vectors.
 
     A query is a text, a file, a sample of the index, a concept or a vector; several queries may be mixed.
 
     Example: embedcache search index/ "a red bicycle" -k 5
     """
-    from embedcache.cli.console import open_progress, print_table, publish, read_lines
+    from embedcache.cli.console import open_progress, read_lines
+    from embedcache.reports.render import Presentation, Section, to_plain
     from embedcache.search.queries import Queries, read_vectors
     from embedcache.search.search import search as run_search
 
@@ -86,20 +82,14 @@ def search(
         )
     hit_lists = run_search(index, all_queries, settings, progress=progress)
     results = list(zip(all_queries.names, hit_lists, strict=True))
-
-    def show() -> None:
-        for name, hits in results:
-            print_table(*_hit_rows(hits), title=name)
-
-    publish(
-        show,
-        lambda: [{"query": name, "hits": [asdict(hit) for hit in hits]} for name, hits in results],
-        as_json=as_json,
-        output=output,
+    return Presentation(
+        lines=(),
+        sections=[Section(title=name, table=_hit_table(hits)) for name, hits in results],
+        record=lambda: [{"query": name, "hits": to_plain(hits)} for name, hits in results],
     )
 
 
-@with_settings(settings=ServeSettings)
+@command(app, "serve", settings=ServeSettings, has_report=False, reads_items=True)
 def serve(
     index: IndexArgument,
     run: Annotated[Path | None, typer.Option(metavar=MOVED_RUN["metavar"], help=MOVED_RUN["help"])] = None,
@@ -114,9 +104,7 @@ def serve(
     device: Device = AUTO,
     as_json: Annotated[
         bool,
-        typer.Option(
-            "--json", metavar="", help="Print the address as JSON on standard output.", rich_help_panel=OUTPUT_PANEL
-        ),
+        typer.Option("--json", help="Print the address as JSON on standard output.", rich_help_panel=OUTPUT_PANEL),
     ] = False,
     *,
     settings: ServeSettings,
@@ -166,7 +154,7 @@ def _file_option(path: str) -> str:
     return f"--query-image {quoted(path)}" if modality == "image" else f"--query-file {modality}={quoted(path)}"
 
 
-def _hit_rows(hits: Sequence["Hit"]) -> tuple[list[str], list[list[str]]]:
+def _hit_table(hits: Sequence["Hit"]) -> tuple[list[str], list[list[str]]]:
     """Return the columns and rows of a table of hits: files where keys do not name them, labels where there are any."""
     from embedcache.sources.files import is_key_of_file
 

@@ -1,9 +1,9 @@
 """Retrieval between the two modalities of trained runs, such as images and texts, on cached features."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 KS = (1, 5, 10)
 _MAX_K = 100
-
-OnRanking: TypeAlias = Callable[[Ranking], object]
-"""Receives the ranking of a run, such as to show queries of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +112,6 @@ def evaluate_retrieval(
     *,
     is_control: bool = False,
     progress: AnyProgress = None,
-    on_ranking: OnRanking | None = None,
     **options: Unpack["RetrievalOptions"],
 ) -> RetrievalReport:
     """Rank the items of one part of a cache with a run, or with the seeds of one recipe, which are averaged.
@@ -131,7 +127,6 @@ def evaluate_retrieval(
         options: settings by their names on the command line, which replace those of `settings`.
         is_control: require that the runs were trained on shuffled pairs.
         progress: progress in queries.
-        on_ranking: receives the ranking of each run.
 
     Raises:
         SettingError: no run, two of one seed, a control that was not trained on shuffled pairs, several languages, or a
@@ -143,9 +138,6 @@ def evaluate_retrieval(
     progress = to_progress(progress)
     cache, runs = Cache(cache), load_runs(run, is_control=is_control, device=settings.device)
     rankings = [rank(cache, run, settings, progress=progress) for run in runs]
-    if on_ranking:
-        for ranking in rankings:
-            on_ranking(ranking)
     modalities = runs[0].modalities
     both = directions(modalities)
     recalls = {direction: _recalls(rankings, direction) for direction in both}
@@ -180,7 +172,6 @@ def compare_retrieval(
     *,
     control_run: RunPaths = (),
     progress: AnyProgress = None,
-    on_ranking: OnRanking | None = None,
     **options: Unpack["RetrievalOptions"],
 ) -> dict[str, RetrievalReport]:
     """Evaluate several recipes, each in every language of the settings; seeds of one recipe are averaged.
@@ -192,7 +183,6 @@ def compare_retrieval(
         options: settings by their names on the command line, which replace those of `settings`.
         control_run: runs trained on shuffled pairs.
         progress: progress in queries.
-        on_ranking: receives the ranking of each run.
 
     Returns:
         Name of the recipe, with the language if there are several -> report.
@@ -210,7 +200,6 @@ def compare_retrieval(
                 per_language,
                 is_control=recipe.is_control,
                 progress=progress,
-                on_ranking=on_ranking,
             )
     return reports
 

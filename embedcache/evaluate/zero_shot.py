@@ -1,9 +1,9 @@
 """Zero-shot classification of trained runs on two caches: the items, such as images, and the prompts of the classes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -66,10 +66,6 @@ class ZeroShotPredictions:
     ranks: Ints
     predicted: Ints
     overlap: Overlap | None
-
-
-OnPredictions: TypeAlias = Callable[[ZeroShotPredictions], object]
-"""Receives the predictions of a run, such as to show items with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +136,6 @@ def evaluate_zero_shot(
     *,
     is_control: bool = False,
     progress: AnyProgress = None,
-    on_predictions: OnPredictions | None = None,
     **options: Unpack["ZeroShotOptions"],
 ) -> ZeroShotReport:
     """Classify the items of a cache with a run, or with the seeds of one recipe, which are averaged.
@@ -156,7 +151,6 @@ def evaluate_zero_shot(
         options: settings by their names on the command line, which replace those of `settings`.
         is_control: require that the runs were trained on shuffled pairs.
         progress: progress in items.
-        on_predictions: receives the predictions of each run.
 
     Raises:
         SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
@@ -170,9 +164,6 @@ def evaluate_zero_shot(
     runs = load_runs(run, is_control=is_control, device=settings.device)
     progress = to_progress(progress)
     predictions = [classify(cache, run, prompts, settings, progress=progress) for run in runs]
-    if on_predictions:
-        for of_run in predictions:
-            on_predictions(of_run)
     first, num_classes = predictions[0], len(predictions[0].names)
     labels = np.concatenate([prediction.labels for prediction in predictions])
     ranks = np.concatenate([prediction.ranks for prediction in predictions])
@@ -206,7 +197,6 @@ def compare_zero_shot(
     *,
     control_run: RunPaths = (),
     progress: AnyProgress = None,
-    on_predictions: OnPredictions | None = None,
     **options: Unpack["ZeroShotOptions"],
 ) -> dict[str, ZeroShotReport]:
     """Evaluate several recipes; seeds of one recipe are averaged.
@@ -219,7 +209,6 @@ def compare_zero_shot(
         options: settings by their names on the command line, which replace those of `settings`.
         control_run: runs trained on shuffled pairs.
         progress: progress in items.
-        on_predictions: receives the predictions of each run.
 
     Returns:
         Name of the recipe -> report.
@@ -233,7 +222,6 @@ def compare_zero_shot(
             settings,
             is_control=recipe.is_control,
             progress=progress,
-            on_predictions=on_predictions,
             **options,
         )
         for recipe in iterate_recipes(run, control_run)

@@ -74,13 +74,12 @@ def _find_license(tower_input: RunInput) -> str | None:
     return license_name
 
 
-def _report_of(run: Run, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+def _report_of(run: Run, metrics: Any) -> Mapping[str, Any]:
     """Return the report of a run, alone or with other seeds of its recipe, among those of `evaluate --output`."""
     try:
-        reports: list[Mapping[str, Any]] = [metrics, *metrics["details"].get("others", {}).values()]
-        for report in reports:
+        for report in metrics if isinstance(metrics, list) else [metrics]:
             if run.path.resolve().name in {Path(name).name for name in report["pretrained"].split(",")}:
-                return report
+                return dict(report)
     except (KeyError, TypeError, AttributeError):
         pass
     raise SettingError(

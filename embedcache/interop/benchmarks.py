@@ -19,7 +19,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.inference import Model, ProjectedEncoder, load, open_projected_encoder
 from embedcache.registry import require
-from embedcache.reports.results import MODEL
+from embedcache.reports.render import MODEL
 from embedcache.runs import PAIR, Run
 
 

@@ -13,7 +13,8 @@ from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import peak_memory_bytes, recognize, write_record
-from embedcache.reports.quickstart import QuickstartReport, Stage, write_quickstart_page
+from embedcache.quickstart.report import QuickstartReport, Stage, present_quickstart
+from embedcache.reports.render import write_page
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.search.hits import Hit
 from embedcache.search.index import build_index
@@ -21,7 +22,6 @@ from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.settings import replace_fields
 from embedcache.sources.open import open_source
-from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings, command_line
 from embedcache.train.train import TrainReport, train
 
@@ -81,6 +81,7 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
         retrieval=retrieval,
         run_paths=runs["trained"],
         hits=hits,
+        cache_path=cache_path,
         peak_memory_bytes=peak_memory_bytes(),
         page_path=workdir / "report.html",
         metrics_path=workdir / "metrics.json",
@@ -89,7 +90,7 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
         retrieval["trained"], closed_form=retrieval["closed form"], shuffled=retrieval["shuffled pairs"]
     )
     write_record(report.metrics_path, {"retrieval": metrics})
-    write_quickstart_page(report, Cache(cache_path))
+    write_page(report.page_path, present_quickstart(report))
     return report
 
 

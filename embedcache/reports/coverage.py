@@ -1,40 +1,31 @@
-"""Concept coverage as tables, JSON and one page: counts, gaps, and the best items of each concept."""
+"""The presentation of concept coverage: counts, gaps, and the best items of each concept."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embedcache.arrays import Array, Ints
 from embedcache.curate.coverage import ConceptCounts, CoverageReport
-from embedcache.dataset.thumbnails import credit
 from embedcache.modalities import noun, pair_nouns
-from embedcache.reports.base import (
-    BAD,
-    COLORS,
-    INK,
-    SOFT,
-    QueryExample,
+from embedcache.reports.figures import BAD, COLORS, INK, SOFT, label, legend_name, open_axes, svg
+from embedcache.reports.items import ItemRenderer, PageItem, QueryExample
+from embedcache.reports.render import (
+    Presentation,
     Section,
     Table,
     format_count,
     format_fraction,
     format_part,
     format_percent,
-    label,
-    legend_name,
-    open_axes,
     round_json,
-    svg,
-    write_report,
 )
-from embedcache.reports.items import ItemRenderer, PageItem
 from embedcache.store.cache import keys_at
 
 _FRACTIONS = (0.01, 0.1)
 _MAX_BARS = 50
+_NUM_ENDS = 10
 _MAX_GAPS = 100
 _MAX_EXAMPLES = 100
 _MAX_DIFFERENCES = 20
@@ -209,34 +200,40 @@ def _items_json(report: CoverageReport, rows_CK: Ints, cosines_CK: Array) -> lis
     ]
 
 
-def write_coverage_page(path: Path, *reports: CoverageReport) -> None:
-    """Write a page of coverage by one modality or by two; images are read as by `Thumbnails`."""
-    is_both = len(reports) == 2
-    renderers = [ItemRenderer(report.pool.cache, report.pool.modality) for report in reports]
-    sections = []
-    if is_both:
-        items, others = nouns_of(*reports)
-        notes = [
-            f"{modality_line(*reports).capitalize()}.",
-            f"The table lists the concepts whose fractions of the {items} and of the {others} differ most.",
-        ]
-        table = modality_table(*reports, num_rows=_MAX_DIFFERENCES)
-        sections = [Section(title=f"{items.capitalize()} and {others}", notes=notes, table=table)]
-    for report, renderer in zip(reports, renderers, strict=True):
+def present_coverage(reports: Mapping[str, CoverageReport]) -> Presentation:
+    """Return the presentation of coverage by modality, of one or of two."""
+    renderers = [ItemRenderer(report.pool.cache, report.pool.modality) for report in reports.values()]
+    is_both = len(reports) > 1
+    sections = [_difference_section(*reports.values())] if is_both else []
+    for report, renderer in zip(reports.values(), renderers, strict=True):
         prefix = f"{noun(report.pool.modality).capitalize()}: " if is_both else ""
         sections += [replace(section, title=f"{prefix}{section.title}") for section in _sections(report, renderer)]
-    warnings = [
-        warning
-        for report, renderer in zip(reports, renderers, strict=True)
-        for warning in (*report.warnings(), *renderer.warnings())
-    ]
-    write_report(
-        path,
+
+    def record() -> Any:
+        records = {modality: coverage_json(report) for modality, report in reports.items()}
+        return records if is_both else next(iter(records.values()))
+
+    return Presentation(
         title="Concept coverage",
-        summary=" ".join(f"{report.line()}." for report in reports),
-        warnings=dict.fromkeys(warnings),
+        lines=[report.line() for report in reports.values()],
+        warnings=[warning for report in reports.values() for warning in report.warnings()],
         sections=sections,
-        credit=credit(reports[0].pool.cache) if reports[0].pool.modality != "text" else "",
+        record=record,
+        notes=[gap_note(report) for report in reports.values() if len(_gaps(report))],
+        renderers=renderers,
+    )
+
+
+def _difference_section(first: CoverageReport, second: CoverageReport) -> Section:
+    items, others = nouns_of(first, second)
+    return Section(
+        title=f"{items.capitalize()} and {others}",
+        notes=[
+            f"{modality_line(first, second).capitalize()}.",
+            f"The table lists the concepts whose fractions of the {items} and of the {others} differ most.",
+        ],
+        table=modality_table(first, second, num_rows=_MAX_DIFFERENCES),
+        num_printed=10,
     )
 
 
@@ -248,33 +245,43 @@ def _sections(report: CoverageReport, renderer: ItemRenderer) -> list[Section]:
         "--coverage REPORT.json, then curate coverage with --answers.",
         "Certain items have the concept as their best one, and are about as near as its typical best items.",
     ]
+    order = largest_first(report.pool_counts)
+    smallest = order[_NUM_ENDS:][-_NUM_ENDS:]
     return [
         Section(title="Summary", notes=notes, table=summary_table(report)),
         _count_section(report),
+        Section(title="Largest concepts", table=concept_table(report, order[:_NUM_ENDS])),
+        *([Section(title="Smallest concepts", table=concept_table(report, smallest))] if len(smallest) else []),
         _gap_section(report),
         _concept_section(report, renderer),
     ]
 
 
 def _count_section(report: CoverageReport) -> Section:
-    parts, least = report.all_counts, report.settings.min_count
-    bars = _coverage_bars(report.concepts.names, parts, min_count=least)
-    if len(report.concepts.names) <= _MAX_BARS:
-        return Section(title="Items per concept", figures=[bars])
-    notes = [f"All concepts as a curve, then the {_MAX_BARS // 2} largest and the {_MAX_BARS // 2} smallest as bars."]
-    figures = [_coverage_curve(parts, min_count=least), bars]
-    return Section(title="Items per concept", notes=notes, figures=figures)
+    parts, names, least = report.all_counts, report.concepts.names, report.settings.min_count
+    if len(names) <= _MAX_BARS:
+        return Section(title="Items per concept", figures=lambda: [_coverage_bars(names, parts, least)])
+    half = _MAX_BARS // 2
+    return Section(
+        title="Items per concept",
+        notes=[f"All concepts as a curve, then the {half} largest and the {half} smallest as bars."],
+        figures=lambda: [_coverage_curve(parts, least), _coverage_bars(names, parts, least)],
+    )
+
+
+def _gaps(report: CoverageReport) -> Ints:
+    """Return the positions of the gaps in the pool, or in its selection."""
+    return report.all_counts[-1].gaps(report.settings.min_count)
 
 
 def _gap_section(report: CoverageReport) -> Section:
-    part, least = report.all_counts[-1], report.settings.min_count
-    gaps = part.gaps(least)
+    gaps, least, part = _gaps(report), report.settings.min_count, report.all_counts[-1].name
     if not len(gaps):
         return Section(title="Gaps", notes=[f"No concept has an upper bound below {least:,} items."])
-    notes = [f"Concepts of which even the upper bound is below {least:,} in {part.name}. {gap_note(report)}"]
+    notes = [f"Concepts of which even the upper bound is below {least:,} in {part}. {gap_note(report)}"]
     if len(gaps) > _MAX_GAPS:
         notes.append(f"The first {_MAX_GAPS} of {len(gaps):,}; the JSON report has all of them.")
-    return Section(title="Gaps", notes=notes, table=concept_table(report, gaps[:_MAX_GAPS]))
+    return Section(title="Gaps", notes=notes, table=concept_table(report, gaps[:_MAX_GAPS]), num_printed=0)
 
 
 def _concept_section(report: CoverageReport, renderer: ItemRenderer) -> Section:
@@ -284,8 +291,11 @@ def _concept_section(report: CoverageReport, renderer: ItemRenderer) -> Section:
         order = order[np.linspace(0, len(order) - 1, _MAX_EXAMPLES).round().astype(np.int64)]
         total = len(report.concepts.names)
         notes.append(f"{_MAX_EXAMPLES} of {total:,} concepts, evenly spaced from the largest to the smallest.")
-    examples = [_concept_example(report, renderer, int(number)) for number in order]
-    return Section(title="Concepts", notes=notes, examples=examples)
+    return Section(
+        title="Concepts",
+        notes=notes,
+        examples=lambda: [_concept_example(report, renderer, int(number)) for number in order],
+    )
 
 
 def _concept_example(report: CoverageReport, renderer: ItemRenderer, number: int) -> QueryExample:
@@ -305,7 +315,7 @@ def _concept_example(report: CoverageReport, renderer: ItemRenderer, number: int
     )
 
 
-def _coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
+def _coverage_curve(parts: Sequence[ConceptCounts], min_count: int) -> str:
     """Draw the items per concept, the largest first: one curve per part, dashed where gaps begin; an SVG element."""
     axes = open_axes(3.4)
     for part, color in zip(parts, COLORS, strict=False):
@@ -320,7 +330,7 @@ def _coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     return svg(axes.figure)
 
 
-def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_count: int) -> str:
+def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], min_count: int) -> str:
     """Draw one bar per concept and part as an SVG element; of many concepts the largest and the smallest."""
     order = largest_first(parts[0])
     if len(order) > _MAX_BARS:

@@ -1,18 +1,17 @@
-"""A comparison of encoder pairs as a table, JSON and one page with a heat map per metric."""
+"""The presentation of a comparison of encoder pairs: a table, and a heat map per metric."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import Normalize
 
 from embedcache.evaluate.encoder_pairs import METRICS, PairMetrics, PairsReport
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import INK, Section, Table, format_estimate, format_fraction, open_axes, svg, write_report
+from embedcache.reports.figures import INK, open_axes, svg
+from embedcache.reports.render import Presentation, Section, Table, format_fraction
 
 _NOTES = {
     "probe": "Recall at 10, mean of both directions, of a CCA fitted on the training part that ranks the validation "
@@ -34,8 +33,8 @@ def encoder_pairs_table(report: PairsReport) -> Table:
     for pair in report.pairs:
         estimates = (*pair.recalls.values(), pair.mutual_knn, pair.debiased_cka, pair.linear_cka)
         shuffled = format_fraction(pair.shuffled_cka)
-        rows.append([" × ".join(pair.features.values()), *map(format_estimate, estimates), shuffled])
-    chance = [*map(format_estimate, report.chance.values()), format_fraction(report.knn_chance)]
+        rows.append([" × ".join(pair.features.values()), *map(str, estimates), shuffled])
+    chance = [*map(str, report.chance.values()), format_fraction(report.knn_chance)]
     return columns, [*rows, ["chance", *chance, format_fraction(0.0), "as shuffled", ""]]
 
 
@@ -49,29 +48,34 @@ def encoder_pairs_json(report: PairsReport) -> dict[str, Any]:
     return {**values, "pairs": pairs, "rows": report.rows, "centred": True}
 
 
-def write_encoder_pairs_page(path: Path, report: PairsReport) -> None:
-    """Write a page with the table, one heat map per metric, and how each encoder pools its vectors."""
+def present_encoder_pairs(report: PairsReport) -> Presentation:
+    """Return the presentation of a comparison, with one heat map per metric, and how each encoder pools its vectors."""
     best = report.pairs[0]
-    table = Section(title="All pairs, best probe first", notes=[f"{report.line()}."], table=encoder_pairs_table(report))
-    heat_maps = [
-        Section(title=name, notes=[_NOTES[metric]], figures=[_heat_map(report, metric)])
-        for metric, name in METRICS.items()
-    ]
     pooling = [[feature, words] for feature, words in report.pooling.items()]
-    write_report(
-        path,
+    return Presentation(
         title="Encoder pairs",
-        summary=f"Before any training: {' × '.join(best.features.values())} has the best probe, R@10 "
-        f"{format_fraction(best.probe)}, of {len(report.pairs)} pairs.",
+        lines=[
+            report.line(),
+            f"before any training: {' × '.join(best.features.values())} has the best probe, R@10 "
+            f"{format_fraction(best.probe)}, of {len(report.pairs)} pairs",
+        ],
         warnings=report.skipped,
-        sections=[table, *heat_maps, Section(title="Pooling", table=(["feature", "pooling"], pooling))],
+        sections=[
+            Section(title="All pairs, best probe first", table=encoder_pairs_table(report)),
+            *(
+                Section(title=name, notes=[_NOTES[metric]], figures=partial(_heat_maps, report, metric))
+                for metric, name in METRICS.items()
+            ),
+            Section(title="Pooling", table=(["feature", "pooling"], pooling), num_printed=0),
+        ],
+        record=lambda: {"pairs": encoder_pairs_json(report)},
     )
 
 
 _DARKEST = 0.6  # of the shades, so that dark text is readable on all of them
 
 
-def _heat_map(report: PairsReport, metric: str) -> str:
+def _heat_maps(report: PairsReport, metric: str) -> list[str]:
     """Draw one of `METRICS` as an SVG element: one row per feature of the first modality, one column per other one.
 
     Both are in order of their mean probe, best first, so that the heat maps of all metrics have the same layout.
@@ -81,8 +85,8 @@ def _heat_map(report: PairsReport, metric: str) -> str:
     pairs = {tuple(pair.features.values()): pair for pair in report.pairs}
     values = np.array([[pairs[first, second].value(metric) for second in second_names] for first in first_names])
     lowest = min(0.0, values.min())  # colors start at 0, so that a small difference looks small
-    scale = Normalize(lowest, lowest + (values.max() - lowest) / _DARKEST)
-    axes.imshow(values, cmap=colormaps["Blues"], norm=scale, aspect="auto")
+    darkest = lowest + (values.max() - lowest) / _DARKEST
+    axes.imshow(values, cmap="Blues", vmin=lowest, vmax=darkest, aspect="auto")
     centered: dict[str, Any] = {"ha": "center", "va": "center", "color": "#1f2933"}
     for row, first in enumerate(first_names):
         for column, second in enumerate(second_names):
@@ -92,7 +96,7 @@ def _heat_map(report: PairsReport, metric: str) -> str:
     axes.set_yticks(range(len(first_names)), [name.replace("/", "/\n", 1) for name in first_names], fontsize=8)
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
-    return svg(axes.figure)
+    return [svg(axes.figure)]
 
 
 def _by_probe(pairs: Sequence[PairMetrics], modality: str) -> list[str]:

@@ -1,11 +1,14 @@
 """Items on pages: the one place where an image, a text, a recording or a video of a cache becomes part of a page."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from embedcache.dataset.thumbnails import PICTURED, PLAYED, Thumbnails, UnplayableError, data_url, not_shown
+from embedcache.arrays import Bools
+from embedcache.dataset.thumbnails import PICTURED, PLAYED, Thumbnails, UnplayableError, credit, data_url, not_shown
 from embedcache.errors import EmbedcacheError, pluralize
 from embedcache.modalities import noun, one_noun
 from embedcache.sources.files import file_name_beside_key
@@ -38,6 +41,38 @@ class PageItem:
     is_correct: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class QueryExample:
+    """A query with its top results, best first; how it went; and a correct item, if none is among the results."""
+
+    query: PageItem
+    outcome: str
+    is_correct: bool
+    results: Sequence[PageItem]
+    answer: PageItem | None = None
+
+
+def ranked_example(query: PageItem, results: Sequence[PageItem], *, rank: int, answer: PageItem) -> QueryExample:
+    """Return the example of a query whose best correct item has `rank`; 1 is the top."""
+    return QueryExample(
+        query=query,
+        outcome="correct at rank 1" if rank == 1 else f"first correct result at rank {rank:,}",
+        is_correct=rank == 1,
+        results=results,
+        answer=None if any(result.is_correct for result in results) else answer,
+    )
+
+
+def sample_outcomes(is_correct_N: Bools, num_each: int) -> list[int]:
+    """Sample the positions of `num_each` correct outcomes, then of as many wrong ones, or as many as there are."""
+    rng = np.random.default_rng(0)
+    return [
+        int(position)
+        for outcome_N in (is_correct_N, ~is_correct_N)
+        for position in rng.permutation(np.flatnonzero(outcome_N))[:num_each]
+    ]
+
+
 class ItemRenderer:
     """Renderer of items of one modality for a page.
 
@@ -48,17 +83,27 @@ class ItemRenderer:
     def __init__(self, cache: Cache, modality: str) -> None:
         self._cache, self._modality = cache, modality
         self._items = RowReader(cache, modality, ["text"] if modality == "text" else ["sample", "path"])
-        self._thumbnails: Thumbnails | None = None
         self._reason: str | None = None
         self._left_out: set[int] = set()
         self._silent: set[int] = set()
         self._bytes_left = _PAGE_BYTES
-        if modality in PICTURED:
-            try:
-                self._thumbnails = Thumbnails(cache, modality)
-            except EmbedcacheError as error:
-                self._reason = str(error)
-                _log.warning("%s", self._reason)
+
+    @property
+    def credit(self) -> str:
+        """Attribution that must be shown with the items; empty if none is required."""
+        return credit(self._cache) if self._modality in PICTURED else ""
+
+    @cached_property
+    def _thumbnails(self) -> Thumbnails | None:
+        """Thumbnails of the items, for which the source is opened; None if it cannot be."""
+        if self._modality not in PICTURED:
+            return None
+        try:
+            return Thumbnails(self._cache, self._modality)
+        except EmbedcacheError as error:
+            self._reason = str(error)
+            _log.warning("%s", self._reason)
+            return None
 
     def render(self, row: int, *, is_correct: bool = False) -> PageItem:
         """Return the item in a row as it is shown on a page."""

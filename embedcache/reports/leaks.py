@@ -1,24 +1,16 @@
-"""Test samples that leaked into training, as tables, lines of text and one page."""
+"""The presentation of test samples that leaked into training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from embedcache.curate.leaks import LeakReport, ModalityLeaks
-from embedcache.dataset.thumbnails import credit
+from embedcache.curate.leaks import LeakReport, ModalityLeaks, write_clean_selection
 from embedcache.modalities import noun, one_noun
-from embedcache.reports.base import (
-    QueryExample,
-    Section,
-    Table,
-    format_count,
-    format_fraction,
-    format_percent,
-    write_report,
-)
-from embedcache.reports.items import ItemRenderer
+from embedcache.reports.items import ItemRenderer, QueryExample
+from embedcache.reports.render import Presentation, Section, Table, format_count, format_fraction, format_percent
 from embedcache.store.cache import RowReader
 from embedcache.store.layout import SAMPLES
 
@@ -105,29 +97,27 @@ def leaked_pair_table(pairs: Sequence[LeakedPair]) -> Table:
     return ["test", "train", "cosine"], [[pair.test, pair.train, pair.similarity] for pair in pairs]
 
 
-def write_leak_page(path: Path, leaks: LeakReport) -> None:
-    """Write a page with the number of leaked samples and the closest pairs of each modality."""
-    renderers = [
-        (
-            ItemRenderer(leaks.test, leak.modality),
-            ItemRenderer(leaks.train, leak.modality),
-        )
-        for leak in leaks.leaks
-    ]
+def present_leaks(leaks: LeakReport, out: Path | None = None) -> Presentation:
+    """Return the presentation of the number of leaked samples and the closest pairs of each modality.
+
+    `out` is the selection of training samples without leaks, which is written after the report was shown.
+    """
+    num_clean = len(leaks.clean_selection().rows) if out else 0
     modalities = [leak.modality for leak in leaks.leaks]
+    renderers = [(ItemRenderer(leaks.test, modality), ItemRenderer(leaks.train, modality)) for modality in modalities]
     such = " or ".join(map(one_noun, modalities if {*modalities} - {"image", "text"} else ("image", "text")))
     note = f"Samples with at least one such {such}. A copy has equal bytes, or equal text."
-    sections = [
-        Section(title="Leaked samples", notes=[note, *leak_notes(leaks)], table=leak_table(leaks)),
-        *(_pair_section(leaks, leak, *pair) for leak, pair in zip(leaks.leaks, renderers, strict=True)),
-    ]
-    write_report(
-        path,
+    return Presentation(
         title="Leaks",
-        summary=f"{leak_line(leaks)}.",
-        warnings=sorted({warning for pair in renderers for renderer in pair for warning in renderer.warnings()}),
-        sections=sections,
-        credit=" ".join(dict.fromkeys(filter(None, (credit(leaks.test), credit(leaks.train))))),
+        lines=[leak_line(leaks), *leak_notes(leaks)],
+        sections=[
+            Section(title="Leaked samples", notes=[note], table=leak_table(leaks)),
+            *(_pair_section(leaks, leak, *pair) for leak, pair in zip(leaks.leaks, renderers, strict=True)),
+        ],
+        record=leaks.to_json,
+        notes=[f"{out}: {num_clean:,} of {leaks.num_train_samples:,} samples are kept"] if out else [],
+        finish=partial(write_clean_selection, out, leaks) if out else tuple,
+        renderers=[renderer for pair in renderers for renderer in pair],
     )
 
 
@@ -136,8 +126,9 @@ def _pair_section(leaks: LeakReport, leak: ModalityLeaks, test: ItemRenderer, tr
     return Section(
         title=f"Leaked {noun(leak.modality)}",
         notes=[f"{len(pairs)} of {int(leak.is_leaked.sum()):,}, the closest first: left test, right training."],
-        table=leaked_pair_table(pairs) if leak.modality != "text" and pairs else None,
-        examples=[
+        table=leaked_pair_table(pairs) if pairs else None,
+        num_printed=10,
+        examples=lambda: [
             QueryExample(
                 query=test.render(pair.test_row),
                 outcome=pair.similarity if pair.similarity == "equal" else f"cosine {pair.similarity}",

@@ -1,30 +1,23 @@
-"""A linear probe as tables, JSON and one page: accuracies beside chance, the few-shot curve, and each class."""
+"""The presentation of a probe: accuracies beside chance, the few-shot curve, and each class."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from embedcache.evaluate.classifiers import METHODS
 from embedcache.evaluate.probe import Control, ProbeReport, Score
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import (
-    COLORS,
-    GRID,
-    INK,
+from embedcache.reports.figures import COLORS, GRID, INK, label, open_axes, svg
+from embedcache.reports.render import (
+    Presentation,
     Section,
     Table,
+    clip_benchmark_json,
     format_count,
-    format_estimate,
     format_fraction,
     interval_json,
-    label,
-    open_axes,
     round_json,
-    svg,
-    write_report,
 )
 from embedcache.reports.zero_shot import accuracy_bars, class_bars
 
@@ -38,11 +31,11 @@ def probe_table(report: ProbeReport) -> Table:
     majority, uniform = format_fraction(report.majority), format_fraction(report.uniform)
     rows = []
     for score in report.scores:
-        top1, top5, by_class = score.accuracy, format_fraction(score.top5), format_estimate(score.mean_per_class)
+        top1, top5, by_class = score.accuracy, format_fraction(score.top5), str(score.mean_per_class)
         chosen = [text.format(score.chosen[key]) for key, text in _CHOSEN.items() if key in score.chosen]
-        rows.append([score.method, format_estimate(top1), top5, by_class, ", ".join(chosen)])
+        rows.append([score.method, str(top1), top5, by_class, ", ".join(chosen)])
     rows += [
-        *([control_name(control), format_estimate(control.accuracy), "", "", ""] for control in report.controls),
+        *([control_name(control), str(control.accuracy), "", "", ""] for control in report.controls),
         ["the most frequent class", majority, "", uniform, ""],
         ["a class at random", uniform, "", uniform, ""],
     ]
@@ -58,7 +51,7 @@ def control_name(control: Control) -> str:
 def few_shot_table(report: ProbeReport) -> Table:
     """Return few-shot accuracies: one row per method, one column per number of training items per class."""
     shots = sorted({result.shots for result in report.few_shots})
-    accuracies = {(result.method, result.shots): format_estimate(result.accuracy) for result in report.few_shots}
+    accuracies = {(result.method, result.shots): str(result.accuracy) for result in report.few_shots}
     methods = dict.fromkeys(result.method for result in report.few_shots)
     columns = ["top-1 [95%]", *(f"{number} per class" for number in shots)]
     return columns, [[method, *(accuracies[method, number] for number in shots)] for method in methods]
@@ -77,15 +70,14 @@ def probe_json(report: ProbeReport, dataset: str) -> dict[str, Any]:
         metrics[f"{prefix}_acc5"] = round_json(score.top5)
         metrics[f"{prefix}_mean_per_class_recall"] = round_json(score.mean_per_class.value)
     is_linear = any(score.method != "knn" for score in report.scores)
-    return {
-        "dataset": dataset,
-        "model": feature.spec,
-        "pretrained": feature.fingerprint.get("revision") or f"sha256:{feature.fingerprint['weights'][:16]}",
-        "task": "linear_probe" if is_linear else "knn",
-        "metrics": metrics,
-        "language": None,
-        "details": _details(report),
-    }
+    return clip_benchmark_json(
+        "linear_probe" if is_linear else "knn",
+        metrics,
+        _details(report),
+        dataset=dataset,
+        model=feature.spec,
+        pretrained=feature.fingerprint.get("revision") or f"sha256:{feature.fingerprint['weights'][:16]}",
+    )
 
 
 def _details(report: ProbeReport) -> dict[str, Any]:
@@ -137,22 +129,23 @@ def _accuracy_json(estimate: Estimate) -> dict[str, Any]:
     return {"acc1": round_json(estimate.value), "interval": interval_json(estimate)}
 
 
-def write_probe_page(path: Path, report: ProbeReport) -> None:
-    """Write a page with the accuracies, the few-shot curve and each class."""
-    few_shot = []
-    if report.few_shots:
-        note = (
+def present_probe(report: ProbeReport, dataset: str) -> Presentation:
+    """Return the presentation of a report, with the few-shot curve and each class."""
+    few_shot = Section(
+        title="Few items per class",
+        notes=[
             f"Fitted on that many training items per class, {report.settings.draws} draws, at a fixed regularization "
             "strength; intervals are over draws and test items."
-        )
-        table, figures = few_shot_table(report), [_few_shot_curve(report)]
-        few_shot = [Section(title="Few items per class", notes=[note], table=table, figures=figures)]
-    write_report(
-        path,
+        ],
+        table=few_shot_table(report) if report.few_shots else None,
+        figures=lambda: [_few_shot_curve(report)],
+    )
+    return Presentation(
         title=f"How well {report.labeled.feature.name} predicts {report.settings.label!r}",
-        summary=report.line(),
+        lines=[report.line()],
         warnings=report.warnings(),
-        sections=[_accuracy_section(report), *few_shot, _class_section(report)],
+        sections=[_accuracy_section(report), *([few_shot] if report.few_shots else []), _class_section(report)],
+        record=lambda: probe_json(report, dataset),
     )
 
 
@@ -170,8 +163,12 @@ def _accuracy_section(report: ProbeReport) -> Section:
         )
     rows = {score.method: score.accuracy for score in report.scores}
     rows |= {f"{control.method}, labels shuffled": control.accuracy for control in report.controls}
-    figure = accuracy_bars(rows, chance=max(report.majority, report.uniform))
-    return Section(title="Accuracy on the test items", notes=notes, table=probe_table(report), figures=[figure])
+    return Section(
+        title="Accuracy on the test items",
+        notes=notes,
+        table=probe_table(report),
+        figures=lambda: [accuracy_bars(rows, max(report.majority, report.uniform))],
+    )
 
 
 def _class_section(report: ProbeReport) -> Section:
@@ -188,7 +185,8 @@ def _class_section(report: ProbeReport) -> Section:
         title="Each class",
         notes=[f"{which} classes, the hardest for {best.method} first; the figure shows {best.method}."],
         table=(["", "test items", *(score.method for score in report.scores)], rows),
-        figures=[class_bars(data.names, best.recalls, chance=max(report.majority, report.uniform))],
+        num_printed=0,
+        figures=lambda: [class_bars(data.names, best.recalls, max(report.majority, report.uniform))],
     )
 
 
@@ -204,9 +202,8 @@ def _few_shot_curve(report: ProbeReport) -> str:
         axes.plot(shots, values, "o-", color=color, markersize=4, label=score.method)
         axes.axhline(score.accuracy.value, color=color, linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(shots))
-    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(shots, list(map(str, shots)))
+    axes.set_xticks([], minor=True)
     axes.set_ylim(0, 1)
     axes.grid(axis="y", color=GRID)
     label(axes, "training items per class; dashed: all of them", "top-1 accuracy")

@@ -1,40 +1,37 @@
-"""Retrieval as tables, JSON and one page: recalls, curves, and example queries."""
+"""The presentation of retrieval: recalls, curves, and example queries."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache as once
+from functools import partial
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.dataset.thumbnails import PICTURED, credit
-from embedcache.evaluate.ranking import Ranking
+from embedcache.dataset.thumbnails import PICTURED
+from embedcache.evaluate.ranking import Ranking, rank
 from embedcache.evaluate.retrieval import KS, RetrievalReport
+from embedcache.evaluate.runs import load_runs
+from embedcache.evaluate.settings import RetrievalSettings
+from embedcache.files import AnyPath
 from embedcache.metrics.intervals import Estimate
-from embedcache.modalities import noun, one_noun, pair_nouns
-from embedcache.reports.base import (
-    COLORS,
-    INK,
-    SOFT,
-    QueryExample,
+from embedcache.modalities import directions, noun, one_noun, pair_nouns
+from embedcache.reports.figures import COLORS, INK, SOFT, estimate_bars, label, legend_name, open_axes, svg
+from embedcache.reports.items import ItemRenderer, PageItem, QueryExample, ranked_example, sample_outcomes
+from embedcache.reports.render import (
+    Presentation,
     Section,
     Table,
-    estimate_bars,
+    clip_benchmark_json,
     estimates_json,
     format_count,
-    format_estimate,
-    label,
-    legend_name,
-    open_axes,
-    ranked_example,
+    format_fraction,
+    one_or_list,
     round_json,
-    sample_outcomes,
-    svg,
-    write_report,
 )
-from embedcache.reports.items import ItemRenderer, PageItem
+from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
 
 _DirectionEstimates: TypeAlias = Mapping[str, Mapping[str, Estimate]]
@@ -66,9 +63,18 @@ def retrieval_table(reports: Mapping[str, RetrievalReport]) -> Table:
     if first.distinct_chance:
         rows["chance, distinct"] = first.distinct_chance
     return columns, [
-        [name, *(format_estimate(recalls[direction][f"r@{k}"]) for direction in first.directions for k in KS)]
+        [name, *(str(recalls[direction][f"r@{k}"]) for direction in first.directions for k in KS)]
         for name, recalls in rows.items()
     ]
+
+
+def recall_tiles(report: RetrievalReport) -> list[tuple[str, str]]:
+    """Return R@10 of both directions as main numbers of a page."""
+    tiles = []
+    for direction, recalls in report.recalls.items():
+        chance = format_fraction(report.chance[direction]["r@10"].value)
+        tiles.append((format_fraction(recalls["r@10"].value), f"{direction} R@10 on test, chance {chance}"))
+    return tiles
 
 
 def rank_table(reports: Mapping[str, RetrievalReport]) -> Table:
@@ -80,7 +86,7 @@ def rank_table(reports: Mapping[str, RetrievalReport]) -> Table:
         cells = []
         for direction in directions:
             cells += [
-                format_estimate(report.rank_metrics[direction]["map"]),
+                str(report.rank_metrics[direction]["map"]),
                 _format_rank(report.rank_metrics[direction]["median_rank"]),
             ]
         rows.append([name, *cells])
@@ -92,7 +98,7 @@ def width_table(reports: Mapping[str, RetrievalReport]) -> Table:
     directions = next(iter(reports.values())).directions
     columns = ["", "width", *(f"{direction} R@{k}" for direction in directions for k in KS)]
     return columns, [
-        [name, str(width), *(format_estimate(recalls[direction][f"r@{k}"]) for direction in directions for k in KS)]
+        [name, str(width), *(str(recalls[direction][f"r@{k}"]) for direction in directions for k in KS)]
         for name, report in reports.items()
         for width, recalls in report.by_width.items()
     ]
@@ -140,41 +146,74 @@ def _widths_json(report: RetrievalReport) -> dict[str, Any]:
     return {str(width): _directions_json(recalls) for width, recalls in report.by_width.items()}
 
 
-def write_retrieval_page(
-    path: Path,
-    cache: Cache,
-    reports: Mapping[str, RetrievalReport],
-    ranking: Ranking,
-) -> None:
-    """Write a page with the recalls of all reports, the main one first, and example queries of one run.
-
-    Images are read as by `Thumbnails`.
-    """
-    first = next(iter(reports.values()))
+def present_retrieval(
+    reports: Mapping[str, RetrievalReport], cache: AnyPath, settings: RetrievalSettings
+) -> Presentation:
+    """Return the presentation of reports on a cache, the main one first, with example queries of its first run."""
+    cache, first = Cache(cache), next(iter(reports.values()))
     one, other = (plural.removesuffix("s") for plural in pair_nouns(tuple(first.num_items)))
+
+    @once
+    def rank_first() -> Ranking:
+        run = load_runs(first.run_paths[:1], device=settings.device)[0]
+        return rank(cache, run, replace_fields(settings, language=settings.language[:1], check_overlap=False))
+
     recall = Section(
         title="Recall",
         notes=[
             "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the "
             "range that holds 95% of random rankings, in which equal captions stay together. Distinct: each "
-            f"{one} and each {other} counted once.",
-            *(f"{name}: {report.overlap.line()}." for name, report in reports.items() if report.overlap),
+            f"{one} and each {other} counted once."
         ],
         table=retrieval_table(reports),
-        figures=[
+        figures=lambda: [
             _recall_curves(reports),
             recall_bars({**{name: report.recalls for name, report in reports.items()}, "chance": first.chance}),
         ],
     )
-    widths = width_section({name: report for name, report in reports.items() if report.by_width})
-    queries, left_out = query_sections(cache, ranking)
-    write_report(
-        path,
+    widths = _width_sections({name: report for name, report in reports.items() if report.by_width})
+    queries, renderers = query_sections(cache, tuple(first.num_items), rank_first)
+    return Presentation(
         title=f"{'-'.join(first.num_items).capitalize()} retrieval",
-        summary=f"{cache.path.name}, {replace(first, overlap=None).line()}.",
-        warnings=[*(f"{name}: {report.warning}" for name, report in reports.items() if report.warning), *left_out],
+        lines=report_lines(reports),
+        warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],
         sections=[recall, *widths, Section(title="Ranks", table=rank_table(reports)), *queries],
-        credit=credit(cache),
+        record=lambda: one_or_list([_result(report, cache) for report in reports.values()]),
+        renderers=renderers,
+    )
+
+
+def report_lines(reports: Mapping[str, Any]) -> list[str]:
+    """Return the line of each report of a recipe, and that of its overlap with the training part."""
+    lines = []
+    for name, report in reports.items():
+        lines.append(f"{name}: {replace(report, overlap=None).line()}")
+        if report.overlap:
+            lines.append(f"{name}: {report.overlap.line()}")
+    return lines
+
+
+def _result(report: RetrievalReport, cache: Cache) -> dict[str, Any]:
+    """Return a report of a run, or of seeds that were averaged, as CLIP_benchmark's `zeroshot_retrieval`.
+
+    `image_retrieval_recall@K` is the fraction of texts with their image among the top K, `text_retrieval_recall@K`
+    that of images with any of their texts there. Two things differ: equal texts and copies of an image are positives
+    of each other here and not there; among equal similarities we rank the wrong ones first, CLIP_benchmark any.
+    """
+    first, second = report.num_items
+    retrieved = dict(zip(report.directions, (second, first), strict=True))
+    metrics = {
+        f"{retrieved[direction]}_retrieval_recall@{name.removeprefix('r@')}": estimate.value
+        for direction, recalls in report.recalls.items()
+        for name, estimate in recalls.items()
+    }
+    return clip_benchmark_json(
+        "zeroshot_retrieval",
+        metrics,
+        retrieval_json(report),
+        dataset=cache.path.name,
+        pretrained=",".join(map(str, report.run_paths)),
+        language=report.language,
     )
 
 
@@ -206,13 +245,18 @@ def _recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
     return svg(axes.figure)
 
 
-def width_section(reports: Mapping[str, RetrievalReport]) -> list[Section]:
+def _width_sections(reports: Mapping[str, RetrievalReport]) -> list[Section]:
     """Return a section with recall by width, or none without reports."""
     if not reports:
         return []
-    note = "Ranked by the first components of the shared space alone, scaled to length 1 again."
-    figure = recall_by_width({name: report.by_width for name, report in reports.items()})
-    return [Section(title="Recall by width", notes=[note], table=width_table(reports), figures=[figure])]
+    return [
+        Section(
+            title="Recall by width",
+            notes=["Ranked by the first components of the shared space alone, scaled to length 1 again."],
+            table=width_table(reports),
+            figures=lambda: [recall_by_width({name: report.by_width for name, report in reports.items()})],
+        )
+    ]
 
 
 def recall_by_width(reports: Mapping[str, Mapping[int, _DirectionEstimates]]) -> str:
@@ -233,30 +277,35 @@ def recall_by_width(reports: Mapping[str, Mapping[int, _DirectionEstimates]]) ->
     return svg(axes.figure)
 
 
-def query_sections(cache: Cache, ranking: Ranking) -> tuple[list[Section], list[str]]:
-    """Return one section per direction, with queries and their top results: texts to images first; and warnings."""
-    renderers = [ItemRenderer(cache, modality) for modality in ranking.modalities]
-    first, second = (
-        _item_view(cache, renderer, modality, items.rows)
-        for renderer, modality, items in zip(
-            renderers, ranking.modalities, (ranking.pairs.first, ranking.pairs.second), strict=True
+def query_sections(
+    cache: Cache, modalities: Sequence[str], get_ranking: Callable[[], Ranking]
+) -> tuple[list[Section], list[ItemRenderer]]:
+    """Return one section per direction, with queries and their top results, texts to images first; and the renderers.
+
+    `get_ranking` returns the ranking whose queries are shown; called for a page only.
+    """
+    renderers = [ItemRenderer(cache, modality) for modality in modalities]
+    queries_of = dict(zip(modalities, pair_nouns(modalities), strict=True))
+    there, back = directions(modalities)
+
+    def show(direction: str) -> list[QueryExample]:
+        ranking = get_ranking()
+        sides = (ranking.pairs.first, ranking.pairs.second)
+        first, second = (
+            _item_view(cache, renderer, modality, items.rows)
+            for renderer, modality, items in zip(renderers, modalities, sides, strict=True)
         )
-    )
-    there, back = ranking.ranks
-    nouns = dict(zip(ranking.modalities, pair_nouns(ranking.modalities), strict=True))
-    sections = []
-    for direction, (query, result), (show_query, show_result) in (
-        (back, ranking.modalities[::-1], (second, first)),
-        (there, ranking.modalities, (first, second)),
-    ):
-        sections.append(
-            Section(
-                title=f"{one_noun(query).capitalize()} to {noun(result)}",
-                notes=[_EXAMPLES_NOTE.format(queries=nouns[query])],
-                examples=query_examples(ranking, direction, show_query, show_result),
-            )
+        return query_examples(ranking, direction, *((first, second) if direction == there else (second, first)))
+
+    sections = [
+        Section(
+            title=f"{one_noun(query).capitalize()} to {noun(result)}",
+            notes=[_EXAMPLES_NOTE.format(queries=queries_of[query])],
+            examples=partial(show, direction),
         )
-    return sections, [warning for renderer in renderers for warning in renderer.warnings()]
+        for direction, (query, result) in ((back, modalities[::-1]), (there, modalities))
+    ]
+    return sections, renderers
 
 
 def _item_view(cache: Cache, renderer: ItemRenderer, modality: str, rows: Ints) -> Callable[..., PageItem]:

@@ -1,6 +1,7 @@
-"""Scores of samples as tables, lines of text and pages: those of a head or of texts, and those of odd samples."""
+"""The presentation of scores of samples: scores by a head or by texts, and scores of odd samples."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,21 +9,12 @@ import numpy as np
 from embedcache.arrays import Floats, Ints
 from embedcache.curate.outliers import MARGIN, PAIR_COSINE, TYPICALITY, OutlierReport
 from embedcache.curate.score import ScoreReport
-from embedcache.dataset.thumbnails import credit
 from embedcache.modalities import count_items, name_pair, pair_nouns
-from embedcache.reports.base import (
-    QueryExample,
-    Section,
-    Table,
-    count_histogram,
-    format_count,
-    format_part,
-    write_report,
-)
-from embedcache.reports.items import ItemRenderer, PageItem
+from embedcache.reports.figures import histogram
+from embedcache.reports.items import ItemRenderer, PageItem, QueryExample
+from embedcache.reports.render import Presentation, Section, Table, format_count, format_part
 from embedcache.store.cache import RowReader
 
-_NUM_BINS = 40
 _PER_BAND = 8
 _BANDS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 _FRACTIONS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
@@ -50,27 +42,26 @@ def score_table(report: ScoreReport) -> Table:
     return [f"{fraction:.0%}" for fraction in _BANDS], [[f"{value:.4g}" for value in values]]
 
 
-def write_score_page(path: Path, report: ScoreReport) -> None:
-    """Write a page to choose a threshold by: the distribution of the scores, and items of each part of it."""
+def present_scores(report: ScoreReport) -> Presentation:
+    """Return the presentation to choose a threshold by: the distribution of the scores, and items of each part."""
     renderer = ItemRenderer(report.cache, report.modality)
     distribution = Section(
         title="Distribution",
         notes=["Quantiles of the samples' scores: a column says below which score so many of them are."],
         table=score_table(report),
-        figures=[_histogram(report.scores_S, report.name)],
+        figures=lambda: [_histogram(report.scores_S, report.name)],
     )
     bands = Section(
         title="Items of each part",
         notes=["From each part a few items at equal distances, the lowest first."],
-        examples=list(_bands(report, renderer)),
+        examples=lambda: list(_bands(report, renderer)),
     )
-    write_report(
-        path,
+    return Presentation(
         title=f"Scores: {report.name}",
-        summary=f"{report.cache.path.name}: {report.line()}.",
-        warnings=renderer.warnings(),
+        lines=[report.line()],
         sections=[distribution, bands],
-        credit=credit(report.cache),
+        record=report.to_json,
+        renderers=[renderer],
     )
 
 
@@ -135,8 +126,8 @@ def _floor(value: float) -> str:
     return f"{np.floor(1000 * (value + _NEARLY)) / 1000:.3f}"
 
 
-def write_outlier_page(path: Path, report: OutlierReport) -> None:
-    """Write a page of odd samples: distributions, thresholds, and the lowest of each score beside their neighbors."""
+def present_outliers(report: OutlierReport, out: Path | None) -> Presentation:
+    """Return the presentation of odd samples, and of the table of their scores `out`, if one was written."""
     renderer = ItemRenderer(report.cache, report.vectors.modality)
     modalities = _pair(report) if PAIR_COSINE in report.scores else []
     nouns = pair_nouns(modalities) if modalities else ()
@@ -144,30 +135,35 @@ def write_outlier_page(path: Path, report: OutlierReport) -> None:
         renderer if modality == report.vectors.modality else ItemRenderer(report.cache, modality)
         for modality in modalities
     ]
+
+    def show_lowest(name: str) -> list[QueryExample]:
+        samples = report.lowest(name, _NUM_EXAMPLES)
+        if name == PAIR_COSINE:
+            return _pair_examples(report, samples, *pair)
+        samples = samples[report.is_mislabeled[samples]] if name == MARGIN else samples
+        return [_beside_neighbors(report, name, sample, renderer) for sample in samples.tolist()]
+
     thresholds = Section(
         title="What a threshold leaves out",
-        notes=["A sample is judged by the best of its items.", *outlier_notes(report)],
+        notes=["A sample is judged by the best of its items."],
         table=threshold_table(report),
-        figures=[_histogram(values_S, name) for name, values_S in report.scores.items()],
+        figures=lambda: [_histogram(values_S, name) for name, values_S in report.scores.items()],
     )
-    sections = [thresholds]
-    for name in report.scores:
-        samples = report.lowest(name, _NUM_EXAMPLES)
-        samples = samples[report.is_mislabeled[samples]] if name == MARGIN else samples
-        examples = (
-            _pair_examples(report, samples, *pair)
-            if name == PAIR_COSINE
-            else [_beside_neighbors(report, name, sample, renderer) for sample in samples.tolist()]
+    lowest = [
+        Section(
+            title=_TITLES[name].format(*nouns).capitalize(),
+            notes=[_NOTES[name].format(*nouns)],
+            examples=partial(show_lowest, name),
         )
-        title, note = (text.format(*nouns) for text in (_TITLES[name], _NOTES[name]))
-        sections.append(Section(title=title.capitalize(), notes=[note], examples=examples))
-    write_report(
-        path,
+        for name in report.scores
+    ]
+    return Presentation(
         title="Outliers",
-        summary=f"{report.cache.path.name}: {outlier_line(report)}.",
-        warnings=dict.fromkeys(warning for each in (renderer, *pair) for warning in each.warnings()),
-        sections=sections,
-        credit=credit(report.cache),
+        lines=[outlier_line(report), *outlier_notes(report)],
+        sections=[thresholds, *lowest],
+        record=report.to_json,
+        notes=[f"wrote {out}: {', '.join(report.scores)} of {report.num_samples:,} samples"] if out else [],
+        renderers=[renderer, *pair],
     )
 
 
@@ -209,6 +205,4 @@ def _pair_examples(
 
 
 def _histogram(values_S: Floats, name: str) -> str:
-    """Draw the distribution of a score."""
-    counts, edges = np.histogram(values_S[np.isfinite(values_S)], bins=_NUM_BINS)
-    return count_histogram(edges[:-1], float(edges[1] - edges[0]), counts, x=name.replace("_", " "), y="samples")
+    return histogram(values_S, x=name.replace("_", " "), y="samples")

@@ -1,7 +1,6 @@
 """Summaries of what embedcache writes: a cache, a run, an index, a study or a selection."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import read_report_json
 from embedcache.provenance import construct, read_json, read_study, recognize
+from embedcache.reports.render import Presentation, Section
 from embedcache.runs import PAIR, Run
-from embedcache.search.card import read_card
+from embedcache.search.card import IndexCard, read_card
 from embedcache.store.cache import Cache, caption_error_lines
 from embedcache.store.commits import PENDING, REMOVED, has_failed
 from embedcache.store.feature import Feature
@@ -29,23 +29,8 @@ _NUM_SHOWN = 5
 """Items that are shown of each kind of failure."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """Summary of a `cache`, `run`, `index`, `study` or keyed table: lines, a table, and notes below it.
-
-    `record` is the content as JSON values.
-    """
-
-    kind: str
-    lines: Sequence[str]
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    notes: Sequence[str] = ()
-    record: Mapping[str, Any]
-
-
-def summarize(location: str | Path) -> Summary:
-    """Return a summary of what a path or URL holds.
+def summarize(location: str | Path) -> Presentation:
+    """Return the presentation of what a path or URL holds: a cache, run, index, study or keyed table.
 
     Raises:
         PathError: the path does not exist, or is nothing that embedcache writes.
@@ -55,7 +40,7 @@ def summarize(location: str | Path) -> Summary:
     return construct(path, lambda: _SUMMARIES[recognize(path)](path))
 
 
-def _summarize_cache(path: Path) -> Summary:
+def _summarize_cache(path: Path) -> Presentation:
     cache = Cache(path)
     features = [feature for modality in cache.info.num_items for feature in cache.features(modality)]
     notes = []
@@ -66,13 +51,10 @@ def _summarize_cache(path: Path) -> Summary:
     num_bytes = [folder_bytes(feature.group.path / feature.feature) for feature in features]
     rows = [describe_feature(*described) for described in zip(features, num_bytes, strict=True)]
     disk = _disk_use(cache, num_bytes)
-    return Summary(
-        kind="cache",
-        lines=[describe_cache(cache), _disk_line(disk), *caption_error_lines(cache)],
-        columns=_FEATURE_COLUMNS,
-        rows=rows,
-        notes=notes or ["no features yet: add some with embedcache extract"],
-        record={
+    return _present(
+        "cache",
+        [describe_cache(cache), _disk_line(disk), *caption_error_lines(cache)],
+        {
             "path": str(path),
             "source": cache.info.source,
             "num_samples": cache.info.num_samples,
@@ -96,6 +78,22 @@ def _summarize_cache(path: Path) -> Summary:
             "num_removed": cache.info.removed.get("num_samples", 0),
             "num_bytes": disk,
         },
+        Section(title="features", table=(_FEATURE_COLUMNS, rows)),
+        notes or ["no features yet: add some with embedcache extract"],
+    )
+
+
+def _present(
+    kind: str,
+    lines: Sequence[str],
+    record: Mapping[str, Any],
+    section: Section | None = None,
+    notes: Sequence[str] = (),
+) -> Presentation:
+    """Return the presentation of an artifact with one table, which is left out if it has no row."""
+    sections = [section] if section and section.table and section.table[1] else []
+    return Presentation(
+        title=kind, lines=lines, sections=sections, notes=notes, record=lambda: {"kind": kind, **record}
     )
 
 
@@ -195,7 +193,7 @@ def _disk_line(num_bytes: Mapping[str, int]) -> str:
     return f"{format_bytes(num_bytes['total'])} on disk: {parts}"
 
 
-def _summarize_run(path: Path) -> Summary:
+def _summarize_run(path: Path) -> Presentation:
     run = Run.open(path)
     info, report = run.info, run.info.report
     seed = info.settings.get("seed")
@@ -215,29 +213,29 @@ def _summarize_run(path: Path) -> Summary:
     if report.get("measures"):
         measures = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in report["measures"].items())
         notes.append(f"validation of epoch {report.get('best_epoch')}: {measures}")
-    return Summary(
-        kind="run",
-        lines=lines,
-        columns=("input", "feature", "width", "encoder"),
-        rows=[[name, entry.feature, f"{entry.width:,}", entry.spec] for name, entry in info.inputs.items()],
-        notes=notes,
-        record={"path": str(path), **info.to_json()},
-    )
+    rows = [[name, entry.feature, f"{entry.width:,}", entry.spec] for name, entry in info.inputs.items()]
+    inputs = Section(title="inputs", table=(("input", "feature", "width", "encoder"), rows))
+    return _present("run", lines, {"path": str(path), **info.to_json()}, inputs, notes)
 
 
-def _summarize_index(path: Path) -> Summary:
-    card = read_card(path)
-    size = f", {format_bytes(card.file_bytes)}"
-    lines = [
-        f"{path}: {count_items(card.num_vectors, card.modality)}, width {card.width}, {card.factory}{size}",
+def _summarize_index(path: Path) -> Presentation:
+    record = {"path": str(path), **read_json(path / "card.json")}
+    return _present("index", describe_index(path, read_card(path)), record)
+
+
+def describe_index(path: Path, card: IndexCard) -> list[str]:
+    """Return what an index holds, how well it finds it, and what it was built of, in one line each."""
+    projected = f", projected by {card.run}" if card.run else ""
+    size = f"{format_bytes(card.file_bytes)}{' on disk' if card.lists else ''}"
+    return [
+        f"{path}: {count_items(card.num_vectors, card.modality)}, width {card.width}, {card.factory}, {size}",
         f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries:,} queries, "
         f"{card.latency_ms:.2f} ms per query",
-        f"feature {card.feature} of {card.cache}" + (f", projected by {card.run}" if card.run else ""),
+        f"feature {card.feature} of {card.cache}{projected}",
     ]
-    return Summary(kind="index", lines=lines, record={"path": str(path), **read_json(path / "card.json")})
 
 
-def _summarize_study(path: Path) -> Summary:
+def _summarize_study(path: Path) -> Presentation:
     study = read_study(path)
     report_path = path / "report.json"
     report = read_report_json(report_path) if report_path.is_file() else {}
@@ -255,14 +253,8 @@ def _summarize_study(path: Path) -> Summary:
     best = report.get("best", [])
     rows = [[str(trial["trial"]), f"{trial['score']:.3f}", _values(trial["params"])] for trial in best]
     notes = [f"to train the best again: {report['winner']['command']}"] if report.get("winner") else []
-    return Summary(
-        kind="study",
-        lines=lines,
-        columns=("trial", "score", "settings"),
-        rows=rows,
-        notes=notes,
-        record={"path": str(path), **study, "counts": report.get("counts", {}), "best": best},
-    )
+    record = {"path": str(path), **study, "counts": report.get("counts", {}), "best": best}
+    return _present("study", lines, record, Section(title="best", table=(("trial", "score", "settings"), rows)), notes)
 
 
 def _is_of(reported: Any, study: Mapping[str, Any]) -> bool:
@@ -277,7 +269,7 @@ def _values(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
 
 
-def _summarize_table(path: Path) -> Summary:
+def _summarize_table(path: Path) -> Presentation:
     """Summarize a keyed table: a selection, split, scores, hard negatives or removed samples."""
     about = keytable.read_header(path, "table")
     if "kind" not in about:
@@ -294,13 +286,8 @@ def _summarize_table(path: Path) -> Summary:
         if name not in ("row", "key", "cache", "group", "kept_row", "kept_key"):
             rows += [[name, *row] for row in _describe_column(values)]
     record = {name: value for name, value in about.items() if name != "index_digests"}
-    return Summary(
-        kind=about["kind"],
-        lines=lines,
-        columns=("column", "value", "samples"),
-        rows=rows,
-        record={"path": str(path), **record, "num_samples": len(table)},
-    )
+    columns = Section(title="columns", table=(("column", "value", "samples"), rows))
+    return _present(about["kind"], lines, {"path": str(path), **record, "num_samples": len(table)}, columns)
 
 
 def _describe_column(values: pa.ChunkedArray) -> list[list[str]]:
@@ -320,7 +307,7 @@ def _describe_column(values: pa.ChunkedArray) -> list[list[str]]:
     return rows
 
 
-_SUMMARIES: Mapping[str, Callable[[Path], Summary]] = {
+_SUMMARIES: Mapping[str, Callable[[Path], Presentation]] = {
     "cache": _summarize_cache,
     "run": _summarize_run,
     "index": _summarize_index,

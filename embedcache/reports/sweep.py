@@ -14,20 +14,10 @@ from matplotlib.ticker import MaxNLocator
 
 from embedcache.errors import pluralize
 from embedcache.evaluate.retrieval import RetrievalReport
-from embedcache.reports.base import (
-    BAD,
-    COLORS,
-    INK,
-    SOFT,
-    Table,
-    format_count,
-    format_fraction,
-    label,
-    open_axes,
-    svg,
-    write_page,
-)
-from embedcache.reports.retrieval import retrieval_table
+from embedcache.provenance import read_json
+from embedcache.reports.figures import BAD, COLORS, INK, SOFT, label, open_axes, svg
+from embedcache.reports.render import Presentation, Section, Table, format_count, format_fraction
+from embedcache.reports.retrieval import recall_tiles, retrieval_table
 
 _BLUE, _ORANGE = COLORS[0], COLORS[3]
 _SHADES = colormaps["viridis_r"]
@@ -138,28 +128,103 @@ class SweepFindings:
         return {state: counts[state] for state in ("complete", "pruned", "failed")}
 
 
-def write_sweep_page(path: Path, findings: SweepFindings) -> None:
-    """Write the page of a study as one self-contained HTML file."""
-    failed = [(str(trial.number), trial.reason) for trial in findings.trials if trial.state == "failed"]
-    complete = [trial for trial in findings.trials if trial.state == "complete"]
-    winner_test = next(iter(findings.winner.test.values()))
-    first, second = winner_test.num_items
-    write_page(
-        path,
-        "sweep.html.j2",
-        findings=findings,
-        counts=findings.counts(),
-        num_seeds=pluralize(len(findings.winner.scores), "seed"),
-        best=best_table(findings.best),
-        tests=test_tables(findings.best),
-        winner_test=winner_test,
-        directions=dict(zip(winner_test.directions, (f"{first} to {second}", f"{second} to {first}"), strict=True)),
-        failed=[*((f"{number}, another seed", reason) for number, reason in findings.left_out.items()), *failed],
-        history=_history(findings.trials),
-        importance=_importance_bars(findings.importance) if findings.importance else "",
-        parallel=_parallel_coordinates(findings.parameters, complete),
-        costs=_costs(complete),
+def present_sweep(findings: SweepFindings, json_path: Path) -> Presentation:
+    """Return the presentation of a study, whose JSON values are in a file."""
+    winner, counts = findings.winner, findings.counts()
+    num_seeds = pluralize(len(winner.scores), "seed")
+    return Presentation(
+        title="embedcache sweep",
+        lines=[
+            f"{' and '.join(findings.features.values())}, aligned {len(findings.trials)} times; sampler "
+            f"{findings.sampler}, pruner {findings.pruner}, seed {findings.seed}"
+        ],
+        warnings=[findings.warning] if findings.warning else [],
+        tiles=[
+            (str(counts["complete"]), f"trials complete, {counts['pruned']} pruned, {counts['failed']} failed"),
+            (
+                format_fraction(winner.mean_score),
+                f"validation recall of the winner, trial {winner.number}, mean of {num_seeds}",
+            ),
+            *recall_tiles(next(iter(winner.test.values()))),
+        ],
+        sections=_sections(findings, num_seeds),
+        record=lambda: read_json(json_path),
+        notes=[
+            f"best run: {winner.run_paths[0]}",
+            f"to train it again: {findings.command}",
+            f"results: {json_path}",
+            f"open {json_path.with_suffix('.html')} in a browser",
+        ],
     )
+
+
+def _sections(findings: SweepFindings, num_seeds: str) -> list[Section]:
+    winner, complete = findings.winner, [trial for trial in findings.trials if trial.state == "complete"]
+    failed = [[str(trial.number), trial.reason] for trial in findings.trials if trial.state == "failed"]
+    failed = [*([f"{number}, another seed", reason] for number, reason in findings.left_out.items()), *failed]
+    left_out = f", without {len(findings.left_out)} that another seed fails on" if findings.left_out else ""
+    best = Section(
+        title="Best configurations",
+        notes=[
+            f"The top {len(findings.best) + len(findings.left_out)} configurations by the score of their trial, "
+            f"retrained with {num_seeds} on the same split and ordered by the mean of the seeds{left_out}. Scores are "
+            "validation recall: the mean of R@1, R@5 and R@10 in both directions, at the best epoch. The score of a "
+            "trial is the best of many attempts and therefore too high; the mean of the seeds is less biased, and the "
+            "test part is not biased at all."
+        ],
+        table=best_table(findings.best),
+    )
+    tests = [
+        Section(
+            title=f"Retrieval on test: {cache}",
+            notes=[
+                "Validation selected the configurations; the test part was used only now. In brackets: the 95% "
+                "interval over groups of near-duplicates; for chance, the range of 95% of random orders.",
+                f"{winner.test[cache].line()}.",
+            ],
+            table=table,
+        )
+        for cache, table in test_tables(findings.best).items()
+    ]
+    again = Section(
+        title="Train the winner again",
+        notes=[f"With its first seed; the weights are identical to those of {winner.run_paths[0]}."],
+        code=findings.command,
+    )
+    importance = Section(
+        title="Which settings matter",
+        notes=[
+            "How much of the variance of the complete trials' scores each setting explains. With few trials, this is "
+            "only a hint."
+            if findings.importance
+            else "There are too few complete trials, or their scores are too similar, to tell which setting matters."
+        ],
+        figures=lambda: [_importance_bars(findings.importance)] if findings.importance else [],
+    )
+    parallel = Section(
+        title="All settings together",
+        notes=["Each line is a complete trial; darker is better."],
+        figures=lambda: [_parallel_coordinates(findings.parameters, complete)],
+    )
+    costs = Section(
+        title="Costs",
+        notes=[
+            "Score against the number of trained parameters, and against the number of pairs seen in training, "
+            "repetitions included. No trial is both better and cheaper than those on the line."
+        ],
+        figures=lambda: [_costs(complete)],
+    )
+    failures = Section(title="Failures", table=(["trial", "reason"], failed), num_printed=0)
+    return [
+        best,
+        *tests,
+        again,
+        Section(title="History", figures=lambda: [_history(findings.trials)]),
+        importance,
+        parallel,
+        costs,
+        *([failures] if failed else []),
+    ]
 
 
 def best_table(best: Sequence[SweepConfig]) -> Table:

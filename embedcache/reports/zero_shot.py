@@ -1,37 +1,34 @@
-"""Zero-shot classification as tables, JSON and one page: accuracies, classes, confusions and example items."""
+"""The presentation of zero-shot classification: accuracies, classes, confusions and example items."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.dataset.thumbnails import PICTURED, credit
-from embedcache.evaluate.zero_shot import ZeroShotPredictions, ZeroShotReport
+from embedcache.dataset.thumbnails import PICTURED
+from embedcache.evaluate.runs import load_runs
+from embedcache.evaluate.settings import ZeroShotSettings
+from embedcache.evaluate.zero_shot import ZeroShotPredictions, ZeroShotReport, classify
+from embedcache.files import AnyPath
 from embedcache.metrics.intervals import Estimate
 from embedcache.modalities import noun
-from embedcache.reports.base import (
-    COLORS,
-    INK,
-    SOFT,
+from embedcache.reports.figures import COLORS, INK, SOFT, estimate_bars, label, open_axes, svg
+from embedcache.reports.items import ItemRenderer, PageItem, QueryExample, ranked_example, sample_outcomes
+from embedcache.reports.render import (
+    Presentation,
     Section,
     Table,
-    estimate_bars,
+    clip_benchmark_json,
     estimates_json,
     format_count,
-    format_estimate,
     format_percent,
-    label,
-    open_axes,
-    ranked_example,
+    one_or_list,
     round_json,
-    sample_outcomes,
-    svg,
-    write_report,
 )
-from embedcache.reports.items import ItemRenderer, PageItem
+from embedcache.reports.retrieval import report_lines
+from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
 
 _COLUMNS = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "mean per class"}
@@ -50,7 +47,7 @@ def zero_shot_table(reports: Mapping[str, ZeroShotReport]) -> Table:
             rows[f"{name}, over seeds"] = report.over_seeds
     rows["chance"] = next(iter(reports.values())).chance
     return ["", *_COLUMNS.values()], [
-        [name, *(format_estimate(accuracies[column]) for column in _COLUMNS)] for name, accuracies in rows.items()
+        [name, *(str(accuracies[column]) for column in _COLUMNS)] for name, accuracies in rows.items()
     ]
 
 
@@ -92,56 +89,76 @@ def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
     }
 
 
-def write_zero_shot_page(
-    path: Path,
-    cache: Cache,
-    reports: Mapping[str, ZeroShotReport],
-    classified: ZeroShotPredictions,
-) -> None:
-    """Write a page with the accuracies of all reports, and the classes and example items of the first.
+def present_zero_shot(
+    reports: Mapping[str, ZeroShotReport], cache: AnyPath, prompts: AnyPath, settings: ZeroShotSettings
+) -> Presentation:
+    """Return the presentation of reports on a cache, with the classes of the first and example items of its first run.
 
-    Items are read as by `Thumbnails`.
+    Args:
+        reports: name of a recipe -> its report, the main one first.
+        cache: cache of the items.
+        prompts: cache of the prompts.
+        settings: settings of the evaluation.
     """
-    first = next(iter(reports.values()))
+    cache, prompts, first = Cache(cache), Cache(prompts), next(iter(reports.values()))
     chance = first.chance["acc1"].value
     accuracy = Section(
         title="Accuracy",
         notes=[
             "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the "
-            "range that holds 95% of random guesses.",
-            *(f"{name}: {report.overlap.line()}." for name, report in reports.items() if report.overlap),
+            "range that holds 95% of random guesses."
         ],
         table=zero_shot_table(reports),
-        figures=[accuracy_bars({name: report.accuracies["acc1"] for name, report in reports.items()}, chance=chance)],
+        figures=lambda: [accuracy_bars({name: each.accuracies["acc1"] for name, each in reports.items()}, chance)],
     )
     confusions = Section(
         title="Confusions",
         notes=["Sum over all runs."],
         table=confusion_table(first),
-        figures=[_confusion_matrix(first.names, first.confusion)],
+        num_printed=0,
+        figures=lambda: [_confusion_matrix(first.names, first.confusion)],
     )
-    renderer = ItemRenderer(cache, classified.modality)
-    items = _item_section(renderer, classified)
-    write_report(
-        path,
+    renderer, name = ItemRenderer(cache, first.modality), noun(first.modality)
+
+    def show_items() -> list[QueryExample]:
+        run = load_runs(first.run_paths[:1], device=settings.device)[0]
+        return _examples(renderer, classify(cache, run, prompts, replace_fields(settings, check_overlap=False)))
+
+    items = Section(
+        title=name.capitalize(),
+        notes=[f"Drawn at random: first {name} whose top class is correct, then {name} whose top class is wrong."],
+        examples=show_items,
+    )
+    classes = Section(title="Classes", figures=lambda: [class_bars(first.names, first.by_class, chance)])
+    return Presentation(
         title="Zero-shot classification",
-        summary=f"{cache.path.name}, {replace(first, overlap=None).line()}.",
-        warnings=[
-            *(f"{name}: {report.warning}" for name, report in reports.items() if report.warning),
-            *renderer.warnings(),
-        ],
-        sections=[
-            accuracy,
-            Section(title="Classes", figures=[class_bars(first.names, first.by_class, chance=chance)]),
-            confusions,
-            items,
-        ],
-        credit=credit(cache),
+        lines=report_lines(reports),
+        warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],
+        sections=[accuracy, classes, confusions, items],
+        record=lambda: one_or_list([_result(report, cache, prompts) for report in reports.values()]),
+        renderers=[renderer],
     )
 
 
-def _item_section(renderer: ItemRenderer, classified: ZeroShotPredictions) -> Section:
-    names, name, examples = classified.names, noun(classified.modality), []
+def _result(report: ZeroShotReport, cache: Cache, prompts: Cache) -> dict[str, Any]:
+    """Return a report as CLIP_benchmark's `zeroshot_classification`; `acc5` needs five classes, as there."""
+    metrics = {name: estimate.value for name, estimate in report.accuracies.items()}
+    if len(report.names) < 5:
+        del metrics["acc5"]
+    languages = set(prompts.items("text", columns=["language"])["language"].to_pylist())
+    return clip_benchmark_json(
+        "zeroshot_classification",
+        metrics,
+        {"prompts": str(prompts.path), **zero_shot_json(report)},
+        dataset=cache.path.name,
+        pretrained=",".join(map(str, report.run_paths)),
+        language=languages.pop() if len(languages) == 1 else None,
+    )
+
+
+def _examples(renderer: ItemRenderer, classified: ZeroShotPredictions) -> list[QueryExample]:
+    """Return random items whose top class is correct, then random ones whose top class is wrong."""
+    names, examples = classified.names, []
     for position in sample_outcomes(classified.predicted[:, 0] == classified.labels, _EXAMPLES_PER_OUTCOME):
         true = int(classified.labels[position])
         results = [
@@ -154,14 +171,10 @@ def _item_section(renderer: ItemRenderer, classified: ZeroShotPredictions) -> Se
         examples.append(
             ranked_example(replace(item, text=text), results, rank=int(classified.ranks[position]), answer=answer)
         )
-    return Section(
-        title=name.capitalize(),
-        notes=[f"Drawn at random: first {name} whose top class is correct, then {name} whose top class is wrong."],
-        examples=examples,
-    )
+    return examples
 
 
-def accuracy_bars(rows: Mapping[str, Estimate], *, chance: float) -> str:
+def accuracy_bars(rows: Mapping[str, Estimate], chance: float) -> str:
     """Draw one bar per accuracy with its 95% interval, and a line at the chance level, as an SVG element."""
     axes = open_axes(0.6 + 0.36 * len(rows))
     estimate_bars(axes, rows, height=0.6, colors=COLORS[:1])
@@ -171,7 +184,7 @@ def accuracy_bars(rows: Mapping[str, Estimate], *, chance: float) -> str:
     return svg(axes.figure)
 
 
-def class_bars(names: Sequence[str], accuracies_C: Array, *, chance: float) -> str:
+def class_bars(names: Sequence[str], accuracies_C: Array, chance: float) -> str:
     """Draw the accuracy of each class, best first, as an SVG element; of many classes the best and the worst."""
     order = np.argsort(-np.nan_to_num(accuracies_C), kind="stable")
     if len(order) > _MAX_BARS:

@@ -12,7 +12,8 @@ from embedcache.locks import locked
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import write_record
 from embedcache.registry import require
-from embedcache.reports.sweep import SweepConfig, SweepFindings, write_sweep_page
+from embedcache.reports.render import write_page
+from embedcache.reports.sweep import SweepConfig, SweepFindings, present_sweep
 from embedcache.settings import merge_settings
 from embedcache.sweep.settings import SweepSettings
 from embedcache.train.data import Paths, TrainData, open_data
@@ -94,7 +95,7 @@ def sweep(
         report = SweepReport(findings=findings, page_path=folder / "report.html", json_path=folder / "report.json")
         with locked(folder):
             write_record(report.json_path, findings_json(job, findings))
-            write_sweep_page(report.page_path, findings)
+            write_page(report.page_path, present_sweep(findings, report.json_path))
     return report
 
 

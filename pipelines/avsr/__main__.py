@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from embedcache.cli.console import print_table
-from embedcache.cli.failures import run_program
+from embedcache.cli.console import print_table, run_program
 from pipelines.avsr.decoding import Decoding
 from pipelines.avsr.page import SETS, show_utterances, write_pages
 from pipelines.avsr.results import rate_table

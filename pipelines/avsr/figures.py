@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from embedcache.arrays import Array, Floats
-from embedcache.reports.base import BAD, COLORS, GRID, INK, SOFT
+from embedcache.reports.figures import BAD, COLORS, GRID, INK, SOFT
 from embedcache.sources.media import AUDIO_RATE_HZ
 from pipelines.avsr.ctc import WordTime
 from pipelines.avsr.edits import align_words

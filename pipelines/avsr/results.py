@@ -11,7 +11,7 @@ import numpy as np
 
 from embedcache.dataset.inputs import PLAIN
 from embedcache.metrics.intervals import Estimate, interval_of
-from embedcache.reports.base import Table
+from embedcache.reports.render import Table
 from pipelines.results import Results
 
 _LEVEL = re.compile(r"(-?\d+(\.\d+)?)dB$")

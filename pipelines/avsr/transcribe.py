@@ -18,8 +18,7 @@ import torch
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.cli.console import open_progress, print_line
-from embedcache.cli.failures import run_program
+from embedcache.cli.console import open_progress, print_line, run_program
 from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import feature_names, reopen_encoder

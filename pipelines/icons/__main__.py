@@ -29,10 +29,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from embedcache.cli.console import print_table
-from embedcache.cli.failures import run_program
+from embedcache.cli.console import print_table, run_program
 from embedcache.devices import Precision
-from embedcache.reports.base import Table, format_percent
+from embedcache.reports.render import Table, format_percent
 from pipelines.icons.ablation import NUM_PAIRS, run_ablation
 from pipelines.icons.curation import BUDGETS
 from pipelines.icons.curation_page import run_curation

@@ -13,16 +13,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from embedcache.cli.console import print_line
-from embedcache.reports.base import (
-    COLORS,
-    INK,
-    Table,
-    estimate_bars,
-    format_estimate,
-    format_fraction,
-    label,
-    open_axes,
-)
+from embedcache.reports.figures import COLORS, INK, estimate_bars, label, open_axes
+from embedcache.reports.render import Table, format_fraction
 from embedcache.runs import Run
 from embedcache.train.recipes import TrainingLength
 from pipelines.icons.curve import Recipe, SeedRuns, open_runs, question, run_all
@@ -180,7 +172,7 @@ def variant_table(values: Mapping[str, Any], test: str) -> Table:
     for setting, group in values["groups"].items():
         for name in group["variants"]:
             gain = first["gains"][setting].get(name)
-            cells = [format_estimate(estimate_of(found["values"][name])) for found in measures.values()]
+            cells = [str(estimate_of(found["values"][name])) for found in measures.values()]
             rows.append([setting, name, *cells, "" if gain is None else format_gain(estimate_of(gain))])
     rows.append(["", "chance", *(format_fraction(found["chance"]) for found in measures.values()), ""])
     return ["setting", "variant", *measures, "gain"], rows

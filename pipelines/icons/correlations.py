@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 from embedcache.arrays import Array
 from embedcache.evaluate.encoder_pairs import METRICS, PairsReport
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import Table, format_estimate, format_fraction
+from embedcache.reports.render import Table, format_fraction
 
 UNDEFINED = "all equal"
 """Cell of a correlation between values of which one side has no order."""
@@ -62,7 +62,7 @@ def correlation_table(outcomes: Outcomes) -> Table:
             if min(np.ptp(values), np.ptp(recalls)) == 0:  # neither ranks nor chooses
                 rows.append([name, recipe, UNDEFINED, UNDEFINED, best])
                 continue
-            correlation = format_estimate(rank_correlation(values, recalls))
+            correlation = str(rank_correlation(values, recalls))
             rows.append([name, recipe, correlation, format_fraction(recalls[values.argmax()]), best])
     return ["metric", "training", "Spearman", "recall of its choice", "best recall"], rows
 

@@ -30,12 +30,11 @@ from matplotlib.font_manager import findfont
 from PIL import Image
 
 from embedcache.arrays import Array, Bools, Floats, Ints
-from embedcache.cli.console import print_line, print_table
-from embedcache.cli.failures import run_program
+from embedcache.cli.console import print_line, print_table, run_program
 from embedcache.curate.coverage import CoverageReport, measure_coverage
 from embedcache.curate.prevalence import write_answers
 from embedcache.errors import ItemError
-from embedcache.reports.base import Table
+from embedcache.reports.render import Table
 from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache

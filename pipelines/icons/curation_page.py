@@ -12,18 +12,8 @@ from matplotlib.figure import Figure
 
 from embedcache.cli.console import print_line, print_table
 from embedcache.provenance import read_json
-from embedcache.reports.base import (
-    COLORS,
-    INK,
-    SOFT,
-    Table,
-    estimate_bars,
-    format_estimate,
-    format_fraction,
-    label,
-    open_axes,
-    round_json,
-)
+from embedcache.reports.figures import COLORS, INK, SOFT, estimate_bars, label, open_axes
+from embedcache.reports.render import Table, format_fraction, round_json
 from embedcache.runs import Run
 from pipelines.icons.curation import AGAIN, DRAWS, METHODS, TAUGHT, Curation, Step
 from pipelines.icons.curve import Recipe, question, read_score, selection_path
@@ -277,7 +267,7 @@ def gain_table(values: Mapping[str, Any], test: str) -> Table:
     sizes, found = size_names(values), main_measure(values, test)
     rows = []
     for recipe, of_size in found["recipes"].items():
-        at = [format_estimate(estimate_of(of_size[size]["values"][RANDOM])) for size in sizes]
+        at = [str(estimate_of(of_size[size]["values"][RANDOM])) for size in sizes]
         rows.append([f"{recipe}, {RANDOM}", *at])
         for name in values["methods"]:
             gains = [format_gain(estimate_of(of_size[size]["gains"][name])) for size in sizes]

@@ -13,13 +13,7 @@ from matplotlib.figure import Figure
 from embedcache.arrays import Array
 from embedcache.cli.console import print_line, print_table
 from embedcache.metrics.intervals import Estimate, MetricValues, interval_of
-from embedcache.reports.base import (
-    Table,
-    format_count,
-    format_estimate,
-    format_fraction,
-    round_json,
-)
+from embedcache.reports.render import Table, format_count, format_fraction, round_json
 from embedcache.runs import Run
 from pipelines.curves import Curves, estimate_curves
 from pipelines.icons.curve import (
@@ -347,7 +341,7 @@ def curve_table(values: Mapping[str, Any], test: str) -> Table:
     sizes, rows = size_names(values), []
     for measure, found in values["tests"][test].items():
         for name, of_size in found["recipes"].items():
-            rows.append([measure, name, *(format_estimate(estimate_of(of_size[size])) for size in sizes)])
+            rows.append([measure, name, *(str(estimate_of(of_size[size])) for size in sizes)])
         rows.append([measure, "chance", *[format_fraction(found["chance"])] * len(sizes)])
     return ["", "recipe", *sizes.values()], rows
 
@@ -381,7 +375,7 @@ def recommendation_table(values: Mapping[str, Any]) -> Table:
     for size, count in size_names(values).items():
         name, closed = values["recommended"][size], values["closed_form"][size]
         gains = [
-            format_estimate(estimate_of(found["gains"][name][size])) if name in found["gains"] else ""
+            str(estimate_of(found["gains"][name][size])) if name in found["gains"] else ""
             for measures in values["tests"].values()
             for found in measures.values()
         ]

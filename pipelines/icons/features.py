@@ -20,7 +20,7 @@ from embedcache.evaluate.settings import pairs_settings
 from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.copy import cut_cache
 from embedcache.provenance import digest_file
-from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, round_json
+from embedcache.reports.render import Table, format_count, format_fraction, round_json
 from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
@@ -301,7 +301,7 @@ def token_table(values: Mapping[str, Any]) -> Table:
         recalls = [
             cell
             for found in tests.values()
-            for cell in (format_estimate(estimate_of(found["values"][name])), _gain(found["gains"].get(name)))
+            for cell in (str(estimate_of(found["values"][name])), _gain(found["gains"].get(name)))
         ]
         rows.append([name, format_count(num_bytes), *recalls, f"{run['seconds']:,.0f}", f"{run['flops'] / 1e12:,.1f}"])
     chances = [cell for found in tests.values() for cell in (format_fraction(found["chance"]), "")]

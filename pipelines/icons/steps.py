@@ -26,9 +26,10 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.files import write_atomic
 from embedcache.maintain.copy import cut_cache
 from embedcache.neighbors.knn import knn
-from embedcache.reports.coverage import coverage_json, write_coverage_page
-from embedcache.reports.dedup import comparison_line, threshold_json, write_threshold_page
-from embedcache.reports.leaks import leak_line, write_leak_page
+from embedcache.reports.coverage import coverage_json, present_coverage
+from embedcache.reports.dedup import present_thresholds
+from embedcache.reports.leaks import present_leaks
+from embedcache.reports.render import write_page
 from embedcache.store.cache import Cache
 from embedcache.train.data import open_data
 from pipelines.common import IMAGE_FEATURE, TEXT_FEATURE, extract_source
@@ -133,9 +134,10 @@ class Data:
 
         def compute() -> Mapping[str, Any]:
             analysis = analyze(self.icons.path, progress=open_progress())
-            write_threshold_page(self.folder / "duplicates.html", analysis)
-            print_line(f"duplicates: {comparison_line(analysis)}")
-            return threshold_json(analysis)
+            report = present_thresholds(analysis)
+            write_page(self.folder / "duplicates.html", report)
+            print_line(f"duplicates: {report.lines[0]}")
+            return dict(report.record())
 
         return self.step("duplicates", {}, compute)
 
@@ -145,8 +147,9 @@ class Data:
         def compute() -> Mapping[str, Any]:
             report = find_leaks(self.icons.path, self.workdir / "emoji", progress=open_progress())
             write_clean_selection(self.folder / "clean.parquet", report)
-            write_leak_page(self.folder / "leaks.html", report)
-            print_line(f"leaks: {leak_line(report)}")
+            shown = present_leaks(report)
+            write_page(self.folder / "leaks.html", shown)
+            print_line(f"leaks: {shown.lines[0]}")
             return report.to_json()
 
         return self.step("leaks", {"emoji": Cache(self.workdir / "emoji").info.index_digest}, compute)
@@ -203,7 +206,7 @@ class Data:
             extract_source(self._write_prompts("concepts", names), self.folder / "concepts", images=[])
             settings = CoverageSettings(modality="text")
             report = measure_coverage(self.icons.path, self.folder / "concepts", settings, progress=open_progress())
-            write_coverage_page(self.folder / "coverage.html", report)
+            write_page(self.folder / "coverage.html", present_coverage({settings.modality: report}))
             num_gaps = len(report.pool_counts.gaps(settings.min_count))
             print_line(f"coverage: {report.line()}; {num_gaps:,} gaps")
             return coverage_json(report)

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from embedcache.cli.console import print_line, print_table
-from embedcache.cli.failures import run_program
+from embedcache.cli.console import print_line, print_table, run_program
 from pipelines.summit import steps
 from pipelines.summit.page import write_pages
 from pipelines.summit.results import Result, summary_table

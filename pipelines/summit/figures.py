@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from embedcache.arrays import Array, Floats, Ints
-from embedcache.reports.base import INK, legend_name, open_axes
+from embedcache.reports.figures import INK, legend_name, open_axes
 from pipelines.summit.metrics import IGNORED
 
 CLASS_COLORS = ("#804080", "#f423e8", "#6b8e23", "#8a8a8a", "#1f4bd8", "#dc143c", "#f5c400", "#00a6a6", "#8b4513")

@@ -10,7 +10,7 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.provenance import construct
-from embedcache.reports.base import Table
+from embedcache.reports.render import Table
 from pipelines.results import read_step, write_step
 from pipelines.summit.metrics import bootstrap_iou_difference, mean_iou
 from pipelines.summit.steps import ORACLE, SOURCE, VIEWS

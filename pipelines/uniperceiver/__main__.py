@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-from embedcache.cli.console import print_table
-from embedcache.cli.failures import run_program
+from embedcache.cli.console import print_table, run_program
 from pipelines.parallel import run_parallel
 from pipelines.results import Results
 from pipelines.uniperceiver.data import make_data

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Floats
-from embedcache.cli.console import print_table
-from embedcache.cli.failures import run_program
+from embedcache.cli.console import print_table, run_program
 from embedcache.errors import DataError, PathError, SourceError
 from embedcache.progress import NullProgress
 from embedcache.provenance import check_same

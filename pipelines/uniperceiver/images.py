@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from embedcache.arrays import Array
-from embedcache.reports.base import BAD, COLORS, INK, SOFT, open_axes
+from embedcache.reports.figures import BAD, COLORS, INK, SOFT, open_axes
 from embedcache.sources import FileItem, open_source
 from pipelines.uniperceiver.answer import compute_probabilities
 from pipelines.uniperceiver.evaluation import load_shared, write_item_captions

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import Table
+from embedcache.reports.render import Table
 from pipelines import results as pages
 from pipelines.curves import Curves, estimate_curves
 from pipelines.results import Part, Results

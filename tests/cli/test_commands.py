@@ -48,25 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_folder_of_results_holds_those_of_several_commands(folder: Path) -> None:
-    """Check runs and tasks that are evaluated one after another, and that no result is replaced unasked."""
-    shutil.copytree(folder / "run", folder / "run-1", dirs_exist_ok=True)
-    words = ("evaluate", "retrieval", "cache", "run", "--part", "all", "--output", "results")
-    for run in ("run", "run-1"):
-        succeed("evaluate", "retrieval", "cache", run, "--part", "all", "--output", "results", cwd=folder)
-    files = {path.name: path.read_bytes() for path in (folder / "results").iterdir()}
-    assert set(files) == {f"cache_{run}_zeroshot_retrieval.json" for run in ("run", "run-1")}
-    again = embedcache(*words, cwd=folder)
-    assert (again.code, again.stdout) == (1, "")  # before the work
-    assert "results/cache_run_zeroshot_retrieval.json: expected a new file, got one that exists" in again.stderr
-    succeed(*words, "--overwrite", cwd=folder)
-    succeed(*words[:-1], "results/", "--language", "any", cwd=folder)
-    assert len(list((folder / "results").iterdir())) == 3
-    (folder / "notes").write_text("mine")
-    wrong = embedcache(*words[:-1], "notes", "--overwrite", cwd=folder)
-    assert "--output: expected a .json file or a folder, got the file notes; name another" in wrong.stderr
-
-
 @pytest.mark.parametrize(
     ("line", "key"),
     [

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from embedcache.cli import main
-from embedcache.cli.console import print_json, print_line, print_table
-from embedcache.cli.failures import run_program
+from embedcache.cli.console import print_json, print_line, print_table, run_program
 from embedcache.errors import visible
 from embedcache.progress import PlainProgress
 from tests.cli.run import embedcache, succeed

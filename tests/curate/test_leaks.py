@@ -25,13 +25,17 @@ from embedcache.errors import (
 )
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.reports.leaks import closest_pairs
+from embedcache.reports.leaks import (
+    closest_pairs,
+    present_leaks,
+)
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests import toy
 from tests.cli.run import embedcache, succeed
 from tests.images import write_images
 from tests.recorded import RecordedProgress
+from tests.reports.contract import check_report
 from tests.toy import IMAGE, TEXT
 
 PLANTED = {"00000": "00011", "00007": "00000"}  # the first item of either cache is copied
@@ -135,8 +139,7 @@ def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_report_is_shown_before_a_selection_of_nothing_is_refused(caches: tuple[Path, Path], tmp_path: Path) -> None:
     options = ("--feature", "image=open_toy/cls", "--feature", "text=open_toy/mean", "--cosine", "image=0.01")
-    files = ("--output", "leaks.json", "--html", "leaks.html")
-    done = embedcache("curate", "leaks", *caches, "none.parquet", *options, *files, cwd=tmp_path)
+    done = embedcache("curate", "leaks", *caches, "none.parquet", *options, cwd=tmp_path)
     assert done.code == 1
     assert "samples of" in done.stdout
     assert done.stderr.splitlines()[-1].startswith("error: every sample of ")
@@ -184,6 +187,11 @@ def test_limit_is_inclusive_and_the_smallest_cosine_is_one(caches: tuple[Path, P
         assert replace(images, cosines=cosines, is_copy=np.arange(count) == 2).highest == expected
     opposite = replace(found, leaks=[replace(near, train_cosines=-np.ones_like(images.train_cosines))])
     assert set(opposite.clean_selection().columns["closest_image"].to_pylist()) == {-1}
+
+
+@pytest.mark.slow
+def test_page_shows_images(caches: tuple[Path, Path]) -> None:
+    assert check_report(present_leaks(find_leaks(*caches, feature=BOTH))).count("data:image/webp") >= 4
 
 
 def test_token_features_are_averaged(caches: tuple[Path, Path]) -> None:

@@ -315,5 +315,5 @@ def test_inspect_names_the_inputs(cache: Path) -> None:
     summary = summarize(cache)
     line = "derived:tests.derive.cases:HALVE, from image open_toy/cls, text open_toy/mean"
     assert f"halved/half: {line}" in summary.notes
-    (entry,) = [entry for entry in summary.record["features"] if entry["feature"] == "halved/half"]
+    (entry,) = [entry for entry in summary.record()["features"] if entry["feature"] == "halved/half"]
     assert entry["inputs"] == ["image/open_toy/cls", "text/open_toy/mean"]

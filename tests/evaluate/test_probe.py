@@ -26,11 +26,12 @@ from embedcache.evaluate.settings import ProbeSettings
 from embedcache.extract.extract import extract
 from embedcache.metrics.ranking import rank_labels
 from embedcache.progress import NullProgress
-from embedcache.reports.probe import probe_json, write_probe_page
+from embedcache.reports.probe import present_probe, probe_json
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.evaluate.conftest import FEATURE, make_cache, write_colors
 from tests.images import COLORS
+from tests.reports.contract import check_report
 from tests.sources.files import write_tar
 from tests.toy import IMAGE
 
@@ -156,13 +157,9 @@ def test_json_has_the_fields_of_clip_benchmark(report: ProbeReport) -> None:
 
 
 @pytest.mark.slow
-def test_page_is_self_contained(report: ProbeReport, tmp_path: Path) -> None:
-    write_probe_page(tmp_path / "page.html", report)
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 3
-    assert "src=" not in page
-    assert "<link" not in page
-    write_probe_page(tmp_path / "short.html", replace(report, few_shots=[], controls=[]))
+def test_report_is_presented(report: ProbeReport) -> None:
+    assert check_report(present_probe(report, "images")).count("<svg") == 3
+    check_report(present_probe(replace(report, few_shots=[], controls=[]), "images"))
 
 
 def test_missing_device_raises(labeled_path: Path) -> None:

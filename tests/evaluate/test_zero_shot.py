@@ -8,15 +8,17 @@ import pytest
 from embedcache.arrays import Inputs, normalize
 from embedcache.errors import DataError, EmbedcacheError, FingerprintError, UnknownNameError
 from embedcache.evaluate.runs import load_runs
-from embedcache.evaluate.zero_shot import ZeroShotPredictions, classify, evaluate_zero_shot
+from embedcache.evaluate.settings import ZeroShotSettings
+from embedcache.evaluate.zero_shot import evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.projectors.base import project
-from embedcache.reports.zero_shot import confusion_table, write_zero_shot_page, zero_shot_json, zero_shot_table
+from embedcache.reports.zero_shot import confusion_table, present_zero_shot, zero_shot_json, zero_shot_table
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.evaluate.test_retrieval import train_run
 from tests.images import COLORS, PLACES, write_images
 from tests.recorded import RecordedProgress
+from tests.reports.contract import check_report
 from tests.toy import IMAGE, TEXT
 
 COLOR_NAMES = sorted(COLORS)
@@ -92,15 +94,15 @@ def test_items_of_classes_with_equal_prompts_are_in_no_table_as_right(
 @pytest.mark.slow
 def test_seeds_are_averaged(labeled: Path, prompts: Path, runs: list[Path]) -> None:
     one, other = (evaluate_zero_shot(labeled, paths, prompts) for paths in (runs[:1], runs[1:]))
-    progress, predictions = RecordedProgress(), list[ZeroShotPredictions]()
-    both = evaluate_zero_shot(labeled, runs, prompts, progress=progress, on_predictions=predictions.append)
+    progress = RecordedProgress()
+    both = evaluate_zero_shot(labeled, runs, prompts, progress=progress)
     assert both.accuracies["acc1"].value == pytest.approx(np.mean([*one.by_seed, *other.by_seed]))
     assert np.array_equal(both.confusion, one.confusion + other.confusion)
     assert both.confusion.sum() == 200
     steps = [("classifying", 100, "images"), ("comparing with 195 images", 195, "images")]
     assert progress.started == steps * 2
     assert progress.counts == {what: 2 * total for what, total, _ in steps}
-    assert [np.mean(of_run.ranks == 1) for of_run in predictions] == [*one.by_seed, *other.by_seed]
+    assert both.by_seed == [*one.by_seed, *other.by_seed]
 
 
 def test_labels_may_be_numbers_or_missing(prompts: Path, runs: list[Path], tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_labels_may_be_numbers_or_missing(prompts: Path, runs: list[Path], tmp_p
 
 
 @pytest.mark.slow
-def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path]) -> None:
     report = evaluate_zero_shot(labeled, runs, prompts)
     columns, rows = zero_shot_table({"run": report})
     assert columns == ["", "top-1", "top-5", "mean per class"]
@@ -132,13 +134,9 @@ def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp
     wrong = report.confusion.copy()
     np.fill_diagonal(wrong, 0)
     assert int(confusion_table(report)[1][0][2]) == wrong.max()
-    shown = classify(Cache(labeled), load_runs(runs[:1])[0], Cache(prompts))
-    write_zero_shot_page(tmp_path / "page.html", Cache(labeled), {"run": report}, shown)
-    page = (tmp_path / "page.html").read_text()
+    page = check_report(present_zero_shot({"run": report}, labeled, prompts, ZeroShotSettings()))
     assert page.count("<svg") == 3
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "https://matplotlib.org", ""
-    ).replace("http://creativecommons.org", "")
+    assert "first correct result at rank" in page
 
 
 def test_unusable_prompts_or_labels_raise(

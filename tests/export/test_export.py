@@ -129,8 +129,8 @@ def test_card_content(run: Path, tmp_path: Path) -> None:
         "dataset": "birds", "task": "zeroshot_retrieval", "pretrained": "x/copy,x/seed-1",
         "details": {"i2t": {**chance, "r@1": 0.15}, "chance": {"i2t": chance}, "seeds": [5, 6]},
     }  # fmt: skip
-    other = {**own, "pretrained": "x/other", "details": {"i2t": {**chance, "r@1": 0.75}, "others": {"mine": own}}}
-    write_report_json(tmp_path / "metrics.json", other)
+    other = {**own, "pretrained": "x/other", "details": {"i2t": {**chance, "r@1": 0.75}}}
+    write_report_json(tmp_path / "metrics.json", [other, own])
     training = {
         "loss": {"name": "siglip", "widths": [16, 8, 4]}, "optimizer": {"epochs": 3}, "seed": 5,
         "split": {"kind": "/home/me/study/split.parquet"}, "selection": "/home/me/chosen.parquet",

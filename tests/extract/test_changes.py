@@ -158,7 +158,7 @@ def test_extend_one_feature_then_the_other(tmp_path: Path) -> None:
     patches = Cache(tmp_path / "c").feature("image", "open_toy/patches")
     assert patches.valid.tolist() == [True] * 20 + [False]
     assert patches.failures == {20: "not extracted yet"}
-    assert summarize(tmp_path / "c").rows[1][5] == "0", "not extracted yet is no failure"
+    assert summarize(tmp_path / "c").sections[0].table[1][1][5] == "0", "not extracted yet is no failure"
     run(source, tmp_path / "c", features=("patches",))
     patches = Cache(tmp_path / "c").feature("image", "open_toy/patches")
     np.testing.assert_array_equal(patches.load()[20], patches.load()[0])

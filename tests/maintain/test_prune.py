@@ -96,10 +96,9 @@ def test_features_that_another_process_extracts_are_kept(tmp_path: Path) -> None
 
 def test_inspect_states_disk_use(made: Path) -> None:
     summary = summarize(made)
+    record = summary.record()
     files = [path for path in made.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)
-    assert summary.record["num_bytes"]["total"] == total
-    assert (
-        sum(feature["num_bytes"] for feature in summary.record["features"]) == summary.record["num_bytes"]["features"]
-    )
+    assert record["num_bytes"]["total"] == total
+    assert sum(feature["num_bytes"] for feature in record["features"]) == record["num_bytes"]["features"]
     assert "on disk: features" in summary.lines[1]

@@ -222,8 +222,8 @@ def test_new_encoder_knows_removed_samples(made: Path, removed: Path, tmp_path: 
     for line in (*(report.line() for report in extracted), derived.line()):
         assert line.endswith("reused 0, removed 2, failed 0"), line
     summary = summarize(cache)
-    assert {row[5] for row in summary.rows} == {"0"}
-    assert {(entry["num_failed"], entry["num_removed"]) for entry in summary.record["features"]} == {(0, 2)}
+    assert {row[5] for row in summary.sections[0].table[1]} == {"0"}
+    assert {(entry["num_failed"], entry["num_removed"]) for entry in summary.record()["features"]} == {(0, 2)}
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def quickstart_figures() -> Iterator[tuple[str, Any]]:
     """Iterate over the figures of all commands on the quickstart's cache, runs and index, in its folder."""
     yield from retrieval("retrieval", {"metrics": json.loads(Path("metrics.json").read_text())})
     one = report("evaluate", "retrieval", "cache", "runs/seed-0", "--control-run runs/shuffled-0")
-    yield from retrieval("retrieval of one run", one)
+    yield from retrieval("retrieval of one run", one[0])
 
     Path("groups.json").write_text(json.dumps(GROUPS))
     embedcache("extract", "prompts:groups.json", "groups", "--text-encoder st:all-MiniLM-L6-v2")

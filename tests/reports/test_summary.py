@@ -15,6 +15,7 @@ from embedcache.errors import ArtifactError, CorruptError, PathError
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from tests.edits import no_more_files
+from tests.reports.contract import check_report
 
 
 @pytest.mark.parametrize(
@@ -30,11 +31,10 @@ from tests.edits import no_more_files
 )
 def test_artifact_is_recognized(artifacts: Path, name: str, kind: str, line: str, row: str | None) -> None:
     summary = summarize(artifacts / name)
-    assert summary.kind == kind
+    page, record = check_report(summary), summary.record()
+    assert (summary.title, record["path"]) == (kind, str(artifacts / name))
     assert line in summary.lines[0]
-    assert row is None or any(row in cells for cells in summary.rows)
-    assert all(len(cells) == len(summary.columns) for cells in summary.rows)
-    assert json.loads(json.dumps(summary.record))["path"] == str(artifacts / name)
+    assert row is None or row in page
 
 
 def test_report_of_another_study_is_refused(artifacts: Path, tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_study_of_a_later_format_is_refused(tmp_path: Path) -> None:
 def test_settings_of_a_study_have_the_names_of_options(artifacts: Path) -> None:
     summary = summarize(artifacts / "study")
     assert summary.lines[1:3] == ["features: image open_toy/cls, text open_toy/mean", "searched: lr"]
-    assert all(row[2].startswith("lr 0.0") for row in summary.rows)
+    assert all(row[2].startswith("lr 0.0") for row in summary.sections[0].table[1])
 
 
 def test_columns_of_a_table_are_described(artifacts: Path, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_columns_of_a_table_are_described(artifacts: Path, tmp_path: Path) -> No
     write_selection(tmp_path / "s.parquet", cache, selection, {"method": "random"})
     summary = summarize(tmp_path / "s.parquet")
     counts = Counter(concepts[:-1])
-    assert summary.rows == [
+    assert summary.sections[0].table[1] == [
         *(["concept", concept, str(count)] for concept, count in counts.most_common(10)),
         ["concept", "and 3 other values", ""],
         ["cosine", "from 0 to 0.95, half of them above 0.475", "96"],

@@ -15,8 +15,8 @@ from embedcache.extract.extract import extract
 from embedcache.interop.importing import import_vectors
 from embedcache.interop.npy import open_npy_vectors
 from embedcache.registry import trust_files
-from embedcache.reports.base import QueryExample, Section, write_report
-from embedcache.reports.items import ItemRenderer, PageItem
+from embedcache.reports.items import ItemRenderer, PageItem, QueryExample
+from embedcache.reports.render import Presentation, Section
 from embedcache.sources import open_source, read_below
 from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
@@ -24,6 +24,7 @@ from tests.cli.run import TOY, embedcache
 from tests.images import write_images
 from tests.media_files import encode_video, moving_square, tone, wav
 from tests.media_toy import MEDIA
+from tests.reports.contract import check_report
 from tests.serve.test_untrusted import tamper
 from tests.toy import IMAGE
 
@@ -75,9 +76,9 @@ def test_source_that_holds_the_cache(inside: Path) -> None:
 def test_source_of_a_stranger(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(foreign / "cache")
     renderer = ItemRenderer(cache, "image")
-    (line,) = caplog.messages
-    assert line.startswith("images are not shown: the cache says that its source is "), "before anybody opens the page"
     assert shown(renderer) == [False, False]
+    (line,) = caplog.messages
+    assert line.startswith("images are not shown: the cache says that its source is ")
     (warning,) = renderer.warnings()
     assert warning.startswith("2 images are not shown: the cache says that its source is ")
     assert "you did not extract it on this machine; name its folder or URL with --image-folder, or" in warning
@@ -162,20 +163,21 @@ def test_players_of_a_page_are_limited(sounds: Cache, monkeypatch: pytest.Monkey
     assert renderer.warnings()[0].startswith("1 recording has no player on this page: ")
 
 
-def show(item: PageItem, path: Path) -> str:
-    """Write a page with one item; return it."""
-    section = Section(title="x", examples=[QueryExample(query=item, outcome="", is_correct=True, results=[])])
-    write_report(path, title="x", summary="", sections=[section])
-    return path.read_text()
+def show(item: PageItem) -> str:
+    """Return a page with one item."""
+    examples = [QueryExample(query=item, outcome="", is_correct=True, results=[])]
+    return check_report(
+        Presentation(lines=["x"], record=dict, sections=[Section(title="x", examples=lambda: examples)])
+    )
 
 
 @pytest.mark.slow
-def test_recording_on_a_page(sounds: Cache, tmp_path: Path) -> None:
+def test_recording_on_a_page(sounds: Cache) -> None:
     short, long = (ItemRenderer(sounds, "audio").render(row) for row in range(2))
-    page = show(short, tmp_path / "short.html")
+    page = show(short)
     assert f'<img src="{short.image_url}" alt="a"' in page
     assert f'<audio controls preload="none" src="{short.player_url}" aria-label="Recording a"></audio>' in page
-    page = show(long, tmp_path / "long.html")
+    page = show(long)
     assert f'<img src="{long.image_url}" alt="b"' in page
     assert "<audio" not in page
 
@@ -190,6 +192,6 @@ def test_interval_of_a_video_on_a_page(tmp_path: Path) -> None:
     assert item.player_url is not None
     assert item.player_url.startswith("data:video/mp4;base64,")
     assert item.player_url.endswith("#t=0.2,0.6")
-    page = show(item, tmp_path / "page.html")
+    page = show(item)
     assert f'<video controls preload="none" src="{item.player_url}"' in page
     assert 'aria-label="Video 0 · a.mp4"' in page

@@ -81,9 +81,9 @@ def read_all(folder: Path) -> Iterator[bytes]:
     yield repr(index.search_vectors(queries_QP, k=5)).encode()
     selection = read_selection_table(folder / SELECTION, [cache])
     yield repr((selection.rows.tolist(), selection.columns.to_pydict())).encode()
-    yield repr(summarize(folder / SELECTION).rows).encode()
+    yield repr(summarize(folder / SELECTION).sections).encode()
     summaries = [summarize(folder / name) for name in ("run", "index")]
-    yield repr([(summary.lines[:2], summary.rows) for summary in summaries]).encode()
+    yield repr([(summary.lines[:2], summary.sections) for summary in summaries]).encode()
 
 
 def damage(path: Path, other: Path, kind: str, rng: np.random.Generator) -> None:

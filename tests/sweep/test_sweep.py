@@ -18,6 +18,7 @@ from embedcache.extract.extract import extract
 from embedcache.outputs import replacing_files
 from embedcache.provenance import digest_file, read_json
 from embedcache.reports.summary import summarize
+from embedcache.reports.sweep import present_sweep
 from embedcache.runs import Run, is_finished
 from embedcache.settings import replace_fields
 from embedcache.store.arrays import file_checksum
@@ -34,6 +35,7 @@ from tests.crash import forked_workers, pause, start
 from tests.images import write_images
 from tests.media_toy import MEDIA
 from tests.recorded import RecordedProgress
+from tests.reports.contract import check_report
 from tests.sweep.conftest import FEATURES, RANDOM, SPACE
 from tests.toy import IMAGE, TEXT
 from tests.train.test_modalities import Sounds
@@ -81,6 +83,11 @@ def test_storage_is_closed(swept: Swept) -> None:
     study_path, _, _ = swept
     opened = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert study_path / "study.db" not in opened
+
+
+def test_report_is_presented(swept: Swept) -> None:
+    _, report, _ = swept
+    assert check_report(present_sweep(report.findings, report.json_path)).count("<svg") == 4
 
 
 def test_printed_command_gives_the_winners_weights(

@@ -45,7 +45,7 @@ def test_second_task_learns(cache_path: Path, finished: Path) -> None:
     assert accuracy == pytest.approx(run.info.report["measures"]["accuracy"])
     assert accuracy > 0.45  # chance is 0.25, with a standard error of 0.06
     assert run.input("image").feature == FEATURE
-    assert summarize(finished).rows == [["image", FEATURE, "3", "tests.toy:open_toy"]]
+    assert summarize(finished).sections[0].table[1] == [["image", FEATURE, "3", "tests.toy:open_toy"]]
     assert fit(cache_path, finished, epochs=25, seed=1).reused
     with pytest.raises(FingerprintError, match=r"settings\.optimizer\.lr: stored 0.01, requested 0.1"):
         fit(cache_path, finished, epochs=25, seed=1, lr=0.1)
