@@ -16,8 +16,7 @@ from embedcache.arrays import normalize
 from embedcache.cli.console import print_table
 from embedcache.dataset.vectors import Vectors
 from embedcache.neighbors.knn import knn_of_blocks
-from embedcache.search.card import read_card
-from embedcache.search.faiss_index import read_index
+from embedcache.search.card import open_row_index, read_card
 
 VARIABLE = "EMBEDCACHE_BENCH_VECTORS"
 WIDTH, NUM_QUERIES, K = 768, 1000, 10
@@ -37,11 +36,12 @@ def main(*, quick: bool) -> None:
             words = f"embedcache curate index cache {budget} --memory {budget}"
             usage = run_command(words.split(), folder=folder)
             path = folder / budget
-            index, card = read_index(path / "index.faiss"), read_card(path)
+            card = read_card(path)
+            index = open_row_index(path, card)
             _, found = index.search(queries, K, card.search)
             recall = float(np.mean((found[:, :, None] == truth[:, None, :]).any(axis=2)))
             single_ms, batch_ms = index.measure_latency_ms(queries, K, card.search)
-            size_mb = (path / "index.faiss").stat().st_size / 1e6
+            size_mb = card.file_bytes / 1e6
             kind = " ".join([card.factory, *(f"{name} {value}" for name, value in card.search.items())])
             costs = [f"{usage.seconds:.1f}", f"{size_mb:,.0f}", f"{usage.peak_gb:.2f}"]
             rows.append([budget, kind, f"{recall:.3f}", f"{single_ms:.2f}", f"{batch_ms:.3f}", *costs])

@@ -71,7 +71,7 @@ def verify(
         verify_index(Path(cache), card, progress=open_progress())
         return Presentation(
             lines=[f"{cache}: all bytes equal their checksums"],
-            record=lambda: {"index": cache, "compared": sorted(card.checksums)},
+            record=lambda: {"index": cache, "compared": sorted(card.files)},
         )
     from embedcache.extract.repair import verify_cache
 

@@ -226,7 +226,7 @@ def _summarize_index(path: Path) -> Presentation:
 def describe_index(path: Path, card: IndexCard) -> list[str]:
     """Return what an index holds, how well it finds it, and what it was built of, in one line each."""
     projected = f", projected by {card.run}" if card.run else ""
-    size = f"{format_bytes(card.file_bytes)}{' on disk' if card.lists else ''}"
+    size = f"{format_bytes(card.file_bytes)}{' on disk' if card.on_disk else ''}"
     return [
         f"{path}: {count_items(card.num_vectors, card.modality)}, width {card.width}, {card.factory}, {size}",
         f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries:,} queries, "

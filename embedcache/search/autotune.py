@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -83,8 +84,6 @@ def _coarse_quantizer(num_vectors: int, width: int) -> tuple[str, int]:
 
 _K = 10
 _NUM_QUERIES = 2000
-_NUM_SAMPLED = 100_000  # vectors that tell whether codes can reach the recall, before all are added
-_NUM_ASKED = 1000  # queries of that sample
 _NUM_TIMED = 200
 _NUM_TRUE = 100  # stored of the true ranking, so that results that tie with the k-th count as found too
 _ROUNDING = 1e-5  # two ways of summing one cosine in float32
@@ -126,18 +125,6 @@ class QuerySet:
         return float(hits.mean())
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndexQuality:
-    """Recall and latency of an index, on queries that tuned nothing; see `IndexCard`."""
-
-    search: Mapping[str, int]
-    recall_at_1: float
-    recall_at_10: float
-    num_queries: int
-    latency_ms: float
-    batch_latency_ms: float
-
-
 def draw_query_set(vectors: Vectors, progress: Progress) -> QuerySet:
     """Draw queries and find their true neighbors: items of the other modality if a run gives it, else the items' own.
 
@@ -148,27 +135,6 @@ def draw_query_set(vectors: Vectors, progress: Progress) -> QuerySet:
     own = rows if vectors.run_path is None and len(vectors.rows) > 1 else None
     searched = vectors.blocks("searching exactly", progress)
     return make_query_set(queries.read(rows), searched, own=own, device=vectors.device)
-
-
-def sampled_recall(index: RowIndex, vectors: Vectors) -> float:
-    """Measure the recall@10 of a trained, empty index on a sample, every list searched: 1 if that would take as long.
-
-    Among a hundred thousand vectors the neighbors of a query lie further apart than among more, so the codes confuse
-    fewer of them: an index that misses the recall on a sample also misses it on all vectors. Memory: the sample twice.
-    """
-    if not index.num_training or len(vectors.rows) < 10 * _NUM_SAMPLED:
-        return 1.0
-    sample_SP = vectors.sample(_NUM_SAMPLED, seed=2)
-    if vectors.other_modality is None:
-        is_query_S = np.arange(len(sample_SP)) % (_NUM_SAMPLED // _NUM_ASKED) == 0
-        queries_QP, sample_SP = sample_SP[is_query_S], sample_SP[~is_query_S]
-    else:
-        queries_QP = _queried(vectors).sample(_NUM_ASKED, seed=2)
-    rows = np.arange(len(sample_SP))
-    queries = make_query_set(queries_QP, [(rows, sample_SP)], own=None, device=vectors.device)
-    filled = index.copy()
-    filled.add(rows, sample_SP)
-    return queries.recall(queries.search(filled, parameter_choices(filled)[-1]), queries.k)
 
 
 def _queried(vectors: Vectors) -> Vectors:
@@ -208,21 +174,24 @@ def _own_last(rows_QK: Ints, own_Q: Ints) -> Ints:
 
 def measure_index(
     index: RowIndex, queries: QuerySet, min_recall: float, progress: Progress | None = None
-) -> IndexQuality:
-    """Tune on half of the queries to a little more than the requested recall, and measure on the other half."""
+) -> dict[str, Any]:
+    """Tune on half of the queries to a little more than the requested recall, and measure on the other half.
+
+    Returns the fields of `IndexCard` on recall and latency.
+    """
     progress = progress or NullProgress()
     parameters = tune_search(index, queries.half(0), min_recall + (1 - min_recall) / 4, progress)
     test = queries.half(1)
     rows_QK = test.search(index, parameters)
     single, batch = index.measure_latency_ms(test.vectors[:_NUM_TIMED], test.k, parameters)
-    return IndexQuality(
-        search=parameters,
-        recall_at_1=test.recall(rows_QK, 1),
-        recall_at_10=test.recall(rows_QK, test.k),
-        num_queries=len(test.vectors),
-        latency_ms=round(single, 4),
-        batch_latency_ms=round(batch, 4),
-    )
+    return {
+        "search": parameters,
+        "recall_at_1": test.recall(rows_QK, 1),
+        "recall_at_10": test.recall(rows_QK, test.k),
+        "num_queries": len(test.vectors),
+        "latency_ms": round(single, 4),
+        "batch_latency_ms": round(batch, 4),
+    }
 
 
 def tune_search(index: RowIndex, queries: QuerySet, target: float, progress: Progress | None = None) -> dict[str, int]:

@@ -3,12 +3,12 @@
 While an index is built or extended, `building.json` says what is done.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from embedcache.devices import AUTO, announce
-from embedcache.errors import CorruptError, UnfinishedError, quoted
+from embedcache.errors import CorruptError, quoted
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
@@ -18,21 +18,26 @@ from embedcache.provenance import (
     construct,
     read_json,
     read_manifest,
-    write_json,
     write_record,
 )
-from embedcache.search.faiss_index import RowIndex, is_whole, read_index
+from embedcache.search.faiss_index import RowIndex, read_index
 from embedcache.store.arrays import check_file, file_checksum
 from embedcache.store.cache import Cache
 
 CARD = "card.json"
-INDEX = "index.faiss"
 STATE = "building.json"
-"""See `BuildState`; there is none in a finished index."""
+"""See `BuildState`. A finished index has none."""
 
 _COMPARED_BYTES = 4 * 10**9
 _UNCHECKED = ("cache", "run")
 """Keys of a card that its digest leaves out: paths that may be corrected by hand when folders have moved."""
+
+
+class IndexFile(Manifest):
+    """A file of an index: its size, and the CRC-32C of all its bytes as 8 hex digits."""
+
+    num_bytes: int
+    checksum: str
 
 
 class IndexCard(Manifest):
@@ -61,11 +66,11 @@ class IndexCard(Manifest):
         recall_at_1: fraction of queries whose nearest neighbor is found first.
         batch_latency_ms: milliseconds per query in one batch, on its GPU if FAISS can search the index there.
         memory_bytes: memory while searching, by formula; None for a given factory string.
-        file_bytes: size of `index.faiss` and of the file of lists.
         num_training: number of vectors it was trained on.
         seconds: duration of this build; of an interrupted one, since it was resumed.
-        lists: file of inverted lists that stay on disk during search; None: all is in memory.
-        checksums: `index.faiss`, and the file of lists if there is one -> CRC-32C of its bytes.
+        on_disk: whether the inverted lists stay on disk during search.
+        files: FAISS indexes, `index-N.faiss`, and the row of each of their vectors, `index-N.rows.npy`. There is one
+            index, or with lists on disk several, each of which has a part of the vectors.
         format: version of the format on disk.
     """
 
@@ -88,12 +93,16 @@ class IndexCard(Manifest):
     recall_at_1: float
     batch_latency_ms: float
     memory_bytes: int | None
-    file_bytes: int
     num_training: int
     seconds: float
-    lists: str | None
-    checksums: Mapping[str, str]
+    on_disk: bool
+    files: Mapping[str, IndexFile]
     format: int = FORMAT
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.num_bytes for file in self.files.values())
 
 
 def read_card(index_path: Path) -> IndexCard:
@@ -109,7 +118,7 @@ def read_card(index_path: Path) -> IndexCard:
         path,
         kind="index",
         make=lambda: make,
-        next_step=f"restore it, or {_rebuild(index_path)}",
+        next_step=f"restore it, or {rebuild_step(index_path)}",
         unchecked=_UNCHECKED,
     )
     values.pop(DIGEST, None)
@@ -122,30 +131,19 @@ def write_card(index_path: Path, card: IndexCard) -> None:
 
 
 class BuildState(Manifest):
-    """Content of an index's `building.json`, which there is while it is built or extended.
+    """Content of `building.json`, the manifest of an index that is being built or extended.
 
     Args:
         source: what the index is built from, as fields of the card.
         factory: FAISS factory string of the kind that is being built; None: none yet, or it was rejected.
         rejected: recall of each kind that missed the requested one.
-        checksums: by file: as `lists`, of the lists that `index.faiss` will name; as `checksums`, of all files as the
-            card will state them.
+        files: as in the card, of the vectors that were added so far.
     """
 
     source: Mapping[str, Any]
     factory: str | None = None
     rejected: Mapping[str, float] = {}
-    checksums: Mapping[str, Mapping[str, str]] = {}
-
-    @property
-    def finished(self) -> Mapping[str, str]:
-        """Checksums of all files of an index that lacks nothing but its card; empty before."""
-        return self.checksums.get("checksums", {})
-
-    @property
-    def recorded(self) -> dict[str, str]:
-        """Checksums of all files that were recorded."""
-        return {**self.finished, **self.checksums.get("lists", {})}
+    files: Mapping[str, IndexFile] = {}
 
 
 def read_state(index_path: Path) -> BuildState:
@@ -154,9 +152,15 @@ def read_state(index_path: Path) -> BuildState:
     return construct(path, lambda: BuildState.model_validate(read_json(path)))
 
 
-def write_state(index_path: Path, state: BuildState) -> None:
-    """Write the state of an unfinished index."""
-    write_json(index_path / STATE, state.to_json())
+def describe_files(index_path: Path, names: Iterable[str]) -> dict[str, IndexFile]:
+    """Return the entries of files in a manifest."""
+    paths = [index_path / name for name in names]
+    return {path.name: IndexFile(num_bytes=path.stat().st_size, checksum=file_checksum(path)) for path in paths}
+
+
+def index_paths(index_path: Path, files: Iterable[str]) -> list[Path]:
+    """Return the paths of the FAISS indexes among the files of a manifest, in order."""
+    return [index_path / name for name in files if name.endswith(".faiss")]
 
 
 def may_hold_removed(card: IndexCard, cache: Cache) -> bool:
@@ -167,65 +171,39 @@ def may_hold_removed(card: IndexCard, cache: Cache) -> bool:
 def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> RowIndex:
     """Open the index that a card describes, whose files are compared with their checksums once in a process.
 
-    A file above 4 GB is compared by `verify_index` only, and a message says so.
+    An index above 4 GB is compared by `verify_index` only, and a message says so.
 
     Raises:
         PathError: a file is missing.
         CorruptError: a file has other bytes, or is not the index that the card describes.
-        UnfinishedError: an extension was killed, or is still running, between the index and its card.
     """
-    try:
-        index = _open(index_path, card.checksums, device)
-        found, expected = (len(index), index.width), (card.num_vectors, card.width)
-        if found != expected:
-            raise CorruptError(
-                f"{index_path / INDEX}: expected {expected[0]:,} vectors of width {expected[1]:,}, as its card "
-                f"states, got {found[0]:,} of {found[1]:,}; {_rebuild(index_path)}"
-            )
-    except CorruptError as error:
-        if not (index_path / STATE).is_file():
-            raise
-        finished = read_state(index_path).finished
-        if INDEX not in finished or file_checksum(index_path / INDEX) != finished[INDEX]:
-            if not is_whole(index_path / INDEX):
-                raise
-            raise UnfinishedError(
-                f"{index_path} is being extended, or was when a process ended; run the same embedcache curate index "
-                "again"
-            ) from error
-        return _open(index_path, finished, device)  # the longer index, whose card is not written yet
+    next_step = rebuild_step(index_path)
+    is_large = card.file_bytes > _COMPARED_BYTES
+    if is_large:
+        announce(f"{index_path} is large and not compared with its checksums; to do so: embedcache verify {index_path}")
+    for name, file in card.files.items():
+        path = index_path / name
+        if not is_large or not path.is_file():
+            check_file(path, file.checksum, next_step=next_step)
+        elif path.stat().st_size != file.num_bytes:
+            size = path.stat().st_size
+            raise CorruptError(f"{path}: expected {file.num_bytes:,} bytes, got {size:,}; {next_step}")
+
+    index = read_index(index_paths(index_path, card.files), is_mapped=card.on_disk, device=device)
+    found = (len(index), len(index.rows), index.width)
+    if found != (card.num_vectors, card.num_vectors, card.width):
+        raise CorruptError(
+            f"{index_path}: expected {card.num_vectors:,} vectors of width {card.width}, as its card states, got "
+            f"{found[0]:,} of {found[2]}, of {found[1]:,} rows; {next_step}"
+        )
     return index
 
 
 def verify_index(index_path: Path, card: IndexCard, *, progress: Progress | None = None) -> None:
-    """Compare all bytes of an index with their checksums, lists on disk too; raises what `open_row_index` raises."""
-    for name, checksum in card.checksums.items():
-        check_file(index_path / name, checksum, next_step=_rebuild(index_path), once=False, progress=progress)
+    """Compare all bytes of an index with their checksums; raises what `open_row_index` raises."""
+    for name, file in card.files.items():
+        check_file(index_path / name, file.checksum, next_step=rebuild_step(index_path), once=False, progress=progress)
     open_row_index(index_path, card, device="cpu")
-
-
-def check_lists(index_path: Path, index: RowIndex, checksums: Mapping[str, str]) -> None:
-    """Compare the lists that an index has on disk with their checksum; raises what `open_row_index` raises."""
-    if (name := index.lists_file) is not None:
-        check_file(index_path / name, checksums.get(name, ""), next_step=_rebuild(index_path))
-
-
-def _open(index_path: Path, checksums: Mapping[str, str], device: str) -> RowIndex:
-    for name, checksum in checksums.items():
-        path = index_path / name
-        if path.is_file() and path.stat().st_size > _COMPARED_BYTES:
-            announce(f"{path} is large and is not compared with its checksum; to do so: embedcache verify {index_path}")
-        else:
-            check_file(path, checksum, next_step=_rebuild(index_path))
-
-    has_lists = len(checksums) > 1
-    index = read_index(index_path / INDEX, is_mapped=False if has_lists else None, device=device)
-    if has_lists and index.lists_file not in checksums:
-        raise CorruptError(
-            f"{index_path / INDEX}: expected lists in {' or '.join({*checksums} - {INDEX})}, got {index.lists_file}; "
-            f"{_rebuild(index_path)}"
-        )
-    return index
 
 
 def check_card(index_path: Path, card: IndexCard, requested: Mapping[str, Any], *, next_step: str) -> None:
@@ -243,5 +221,6 @@ def check_card(index_path: Path, card: IndexCard, requested: Mapping[str, Any], 
         )
 
 
-def _rebuild(index_path: Path) -> str:
+def rebuild_step(index_path: Path) -> str:
+    """Return what to do about a damaged index."""
     return f"remove {index_path} and build it again: embedcache curate index CACHE {quoted(index_path)}"

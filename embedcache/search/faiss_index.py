@@ -5,25 +5,20 @@ batches on a copy of it.
 """
 
 import importlib
-import os
 import platform
 import re
-import shutil
-import sys
 import time
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Bools, Floats, Ints
+from embedcache.arrays import Bools, Floats, Ints, read_npy
 from embedcache.devices import AUTO, announce
-from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError, quoted
-from embedcache.files import disk_full_message, replacing
+from embedcache.errors import CorruptError, SettingError
+from embedcache.files import replacing
 from embedcache.progress import Progress
 from embedcache.registry import require
 
@@ -37,11 +32,10 @@ _CODES = r"(Flat|SQ4|SQ6|SQ8|SQfp16)"
 _FACTORY = re.compile(rf"{_CODES}|IVF(?P<lists>\d+)(_HNSW32)?,({_CODES}|PQ\d+(x4)?)|HNSW([2-9]|[1-9]\d\d?)")
 """Accepted factory strings: some others crash FAISS, and some have scores that are not cosines, or no filters."""
 
-_TRAINING_PER_LIST, _MIN_TRAINING = 50, 20_000
-_MAPPED_FRACTION = 0.5  # of the machine's memory
-_OWN = True  # FAISS takes no keyword
-_READ_BYTES, _ID_BYTES = 2**20, 8
-_END = b"crc32 %08x"
+_TRAINING_PER_LIST = 50
+_MIN_TRAINING = 20_000
+_WRITE_BYTES = 2**20
+_PREFETCH_THREADS = 32  # of FAISS, which read lists on disk before they are searched
 
 
 def import_faiss(module: str = "faiss") -> Any:
@@ -74,62 +68,56 @@ def _reason(error: Exception) -> str:
 
 
 class RowIndex:
-    """An inner-product index over vectors of length 1: a FAISS `IndexIDMap` whose ids are rows of the cache.
+    """A FAISS index over vectors of length 1, by inner product, whose ids are rows of a cache.
 
-    Unless the device is `cpu`, FAISS's GPUs train it, and the first of them searches large batches on a copy of it.
-    `lists_file` is the name of the file that its inverted lists stay in, None if all is in memory.
+    Inverted lists contain these ids; other kinds are wrapped in an `IndexIDMap`. Unless the device is `cpu`, FAISS's
+    GPUs train it, and the first of them searches large batches on a copy of it.
+
+    Args:
+        index: the FAISS index.
+        rows: (N,) row of each vector, in the order in which they were added.
+        device: FAISS uses GPUs unless it is `cpu`.
     """
 
-    def __init__(self, wrapped: Any, device: str = AUTO) -> None:
-        self.wrapped, self._device = wrapped, device
+    def __init__(self, index: Any, rows: Ints | None = None, device: str = AUTO) -> None:
+        self.index = index
+        self._device = device
         self._faiss = import_faiss()
-        self._inner = self._faiss.downcast_index(wrapped.index)
-        self._on_gpu: Any = None
-        self._rows: Ints | None = None
+        self._rows = [np.empty(0, np.int64) if rows is None else rows]
         self._order: Ints | None = None
+        self._on_gpu: Any = None
+        self._lists: Any = None  # of an index whose lists stay on disk
 
-        lists = self._faiss.try_extract_index_ivf(self._inner)
-        self.num_lists = 0 if lists is None else int(lists.nlist)
-        inverted = None if lists is None else self._faiss.downcast_InvertedLists(lists.invlists)
-        self.disk_lists: Any = inverted if isinstance(inverted, self._faiss.OnDiskInvertedLists) else None
+        self._has_id_map = isinstance(index, self._faiss.IndexIDMap)
+        self._inner = self._faiss.downcast_index(index.index) if self._has_id_map else index
+        self.num_lists = 0 if self._has_id_map else int(index.nlist)
         self.is_graph = isinstance(self._inner, self._faiss.IndexHNSW)
         self.is_exact = isinstance(self._inner, self._faiss.IndexFlat)  # float32 vectors are all compared
 
     def __len__(self) -> int:
-        return int(self.wrapped.ntotal)
-
-    @property
-    def lists_file(self) -> str | None:
-        """Name of the file of the inverted lists, which is beside that of the index."""
-        return None if self.disk_lists is None else Path(self.disk_lists.filename).name
+        return int(self.index.ntotal)
 
     @property
     def rows(self) -> Ints:
         """Rows in the order in which they were added: (N,)."""
-        if self._rows is None:
-            self._rows = np.asarray(self._faiss.vector_to_array(self.wrapped.id_map), np.int64)
-        return self._rows
+        if len(self._rows) > 1:
+            self._rows = [np.concatenate(self._rows)]
+        return self._rows[0]
 
     @property
     def width(self) -> int:
         """Number of dimensions of a vector."""
-        return int(self.wrapped.d)
+        return int(self.index.d)
 
     @property
-    def code_size(self) -> int:
-        """Bytes per vector in the inverted lists."""
-        return int(self._faiss.extract_index_ivf(self._inner).code_size)
-
-    @property
-    def first_position(self) -> int:
-        """Position of the first vector of a part, see `add_part`; lists are in the order in which they were filled."""
-        lists = self._faiss.extract_index_ivf(self._inner).invlists
-        return min(int(lists.get_single_id(number, 0)) for number in range(lists.nlist) if lists.list_size(number))
+    def num_bytes(self) -> int:
+        """Bytes of the codes in inverted lists; 0 for other kinds."""
+        return len(self) * int(self.index.code_size) if self.num_lists else 0
 
     @property
     def is_trained(self) -> bool:
         """Whether vectors can be added."""
-        return bool(self._inner.is_trained)
+        return bool(self.index.is_trained)
 
     @property
     def num_training(self) -> int:
@@ -139,31 +127,37 @@ class RowIndex:
 
     def train(self, vectors_SP: Floats) -> None:
         """Train on a sample; `SettingError` if there are too few vectors."""
-        lists, on_gpus = self._faiss.try_extract_index_ivf(self._inner), None
-        if lists is not None and num_gpus(self._device):
-            on_gpus = self._faiss.index_cpu_to_all_gpus(self._faiss.IndexFlatIP(lists.d))
-            lists.clustering_index = on_gpus  # FAISS keeps no reference
+        on_gpus = None
+        if self.num_lists and num_gpus(self._device):
+            on_gpus = self._faiss.index_cpu_to_all_gpus(self._faiss.IndexFlatIP(self.width))
+            self.index.clustering_index = on_gpus  # FAISS keeps no reference
         try:
-            self.wrapped.train(vectors_SP)
+            self.index.train(vectors_SP)
         except RuntimeError as error:
             raise SettingError(
                 f"factory: expected an index that FAISS can train, got an error: {_reason(error)}; try --factory Flat"
             ) from error
         finally:
             if on_gpus is not None:
-                lists.clustering_index = None
+                self.index.clustering_index = None
 
     def add(self, rows_B: Ints, vectors_BP: Floats) -> None:
         """Add vectors of length 1."""
-        self.wrapped.add_with_ids(np.ascontiguousarray(vectors_BP), rows_B)
-        self._rows = self._order = self._on_gpu = None
+        self.index.add_with_ids(np.ascontiguousarray(vectors_BP), rows_B)
+        self._rows.append(rows_B)
+        self._order = self._on_gpu = None
 
-    def add_part(self, rows_B: Ints, vectors_BP: Floats, first: int) -> None:
-        """Add vectors to a part of an inverted file that is merged later, at positions from `first` on."""
-        self._inner.add_with_ids(np.ascontiguousarray(vectors_BP), first + np.arange(len(rows_B)))
-        self._rows = np.concatenate([self.rows, rows_B])
-        self._faiss.copy_array_to_vector(self._rows, self.wrapped.id_map)
-        self.wrapped.ntotal = len(self._rows)
+    def reset(self) -> None:
+        """Remove all vectors; the training stays."""
+        self.index.reset()
+        self._rows = [np.empty(0, np.int64)]
+        self._order = self._on_gpu = None
+
+    def resume(self) -> None:
+        """Advance a graph's random levels to where they were, so that adding continues as without an interruption."""
+        if self.is_graph:
+            for _ in range(len(self)):
+                self._inner.hnsw.random_level()
 
     def read(self, rows: Ints) -> Floats | None:
         """Return the vectors of rows, (B, P) float32; None if the index holds codes of them, or lacks one.
@@ -192,36 +186,34 @@ class RowIndex:
     ) -> tuple[Floats, Ints]:
         """Return the k best rows of each query, best first: scores (Q, K) float32, rows (Q, K) int64 (-1: none found).
 
-        Of `nprobe` and `efSearch`, the parameter that the kind of index has is used. `is_allowed_N` says which vectors
-        may be returned, in the order of `rows`.
+        Of `nprobe` and `efSearch`, the parameter that the kind of index has is used. `is_allowed_N` says of each row of
+        the cache whether it may be returned.
         """
-        queries_QP, parameters = np.ascontiguousarray(queries_QP), parameters or {}
-        selector, found = None, None
-        if is_allowed_N is None:
-            found = self._search_on_gpu(queries_QP, k, min(parameters.get("nprobe", 1), max(1, self.num_lists)))
+        queries_QP = np.ascontiguousarray(queries_QP)
+        parameters = parameters or {}
+        chosen: dict[str, Any] = {}
+        if is_allowed_N is not None:
+            chosen["sel"] = self._faiss.IDSelectorBitmap(np.packbits(is_allowed_N, bitorder="little"))
         else:
-            selector = self._faiss.IDSelectorBitmap(np.packbits(is_allowed_N, bitorder="little"))
-        if found is None:
-            found = self._inner.search(queries_QP, k, params=self._search_parameters(parameters, selector))
+            nprobe = min(parameters.get("nprobe", 1), max(1, self.num_lists))
+            on_gpu = self._search_on_gpu(queries_QP, k, nprobe)
+            if on_gpu is not None:
+                return on_gpu
 
-        scores, positions = found
-        if not len(self):
-            return scores, positions
-        rows = self._faiss.rev_swig_ptr(self.wrapped.id_map.data(), len(self))  # `rows` is a copy: seconds for billions
-        return scores, np.where(positions < 0, -1, rows[positions])
-
-    def _search_parameters(self, parameters: Mapping[str, int], selector: Any) -> Any:
-        faiss, chosen = self._faiss, {} if selector is None else {"sel": selector}
         if self.num_lists:
-            return faiss.SearchParametersIVF(nprobe=parameters.get("nprobe", 1), **chosen)
-        if self.is_graph:
-            return faiss.SearchParametersHNSW(efSearch=parameters.get("efSearch", self._inner.hnsw.efSearch), **chosen)
-        return faiss.SearchParameters(**chosen) if chosen else None
+            params = self._faiss.SearchParametersIVF(nprobe=parameters.get("nprobe", 1), **chosen)
+        elif self.is_graph:
+            ef_search = parameters.get("efSearch", self._inner.hnsw.efSearch)
+            params = self._faiss.SearchParametersHNSW(efSearch=ef_search, **chosen)
+        else:
+            params = self._faiss.SearchParameters(**chosen) if chosen else None
+        found: tuple[Floats, Ints] = self.index.search(queries_QP, k, params=params)
+        return found
 
     def _search_on_gpu(self, queries_QP: Floats, k: int, nprobe: int) -> tuple[Floats, Ints] | None:
         """Search a large batch on a copy on the first GPU; None without a GPU, and where FAISS cannot do it."""
         is_large = len(queries_QP) >= GPU_BATCH and max(k, nprobe) <= MOST_SELECTED
-        if not is_large or self.disk_lists is not None or not num_gpus(self._device):
+        if not is_large or self._lists is not None or not num_gpus(self._device):
             return None
         faiss = self._faiss
         try:
@@ -233,12 +225,14 @@ class RowIndex:
                 number = int(self._device.partition(":")[2] or 0)
                 self._on_gpu = faiss.index_cpu_to_gpu(_gpu_resources(), number, self._inner, options)
             parameters = faiss.SearchParametersIVF(nprobe=nprobe) if self.num_lists else None
-            found: tuple[Floats, Ints] = self._on_gpu.search(queries_QP, k, params=parameters)
+            scores_QK, ids_QK = self._on_gpu.search(queries_QP, k, params=parameters)
         except RuntimeError as error:  # FAISS has no such index on GPUs, or too little memory there
             announce(f"FAISS: the index is searched on the CPU ({_reason(error)})")
             self._device = "cpu"
             return None
-        return found
+        if self._has_id_map and len(self):
+            ids_QK = np.where(ids_QK < 0, -1, self.rows[ids_QK])
+        return scores_QK, ids_QK
 
     def measure_latency_ms(self, queries_QP: Floats, k: int, parameters: Mapping[str, int]) -> tuple[float, float]:
         """Measure milliseconds per query: the median of single queries, and the mean of one batch."""
@@ -253,85 +247,25 @@ class RowIndex:
         return 1000 * float(np.median(seconds)), 1000 * (time.perf_counter() - started) / len(queries_QP)
 
     def write(self, path: Path) -> None:
-        """Write the index atomically with its checksum at the end, read back before it replaces a file.
+        """Write the index and beside it its rows, each atomically; `DiskFullError` on a full disk."""
+        with replacing(rows_path(path)) as temporary, temporary.open("wb") as file:
+            np.save(file, self.rows)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            # FAISS's own files only print that closing them failed.
+            self._faiss.write_index(self.index, self._faiss.PyCallbackIOWriter(file.write, _WRITE_BYTES))
 
-        FAISS does not read what follows an index. Lists on disk are looked up beside it when it is read again.
 
-        Raises:
-            OSError: a write failed; of a full disk, `DiskFullError`.
-            CorruptError: the file does not hold what was written.
-        """
-        if self.disk_lists is not None:
-            self.disk_lists.filename = self.lists_file
-        checksum = 0
-        with replacing(path) as temporary:
-            with temporary.open("wb") as file:  # FAISS's own files only print that closing them failed
-
-                def write(data: bytes) -> None:
-                    nonlocal checksum
-                    file.write(data)
-                    checksum = zlib.crc32(data, checksum)
-
-                self._faiss.write_index(self.wrapped, self._faiss.PyCallbackIOWriter(write, _READ_BYTES))
-                file.write(_END % checksum)
-            if not is_whole(temporary):
-                raise CorruptError(
-                    f"{path}: expected the bytes that were written, got others; check the disk, and rerun the same "
-                    "command"
-                )
-
-    def copy(self) -> "RowIndex":
-        """Return an independent copy. Memory: the index twice more for a moment."""
-        return RowIndex(self._faiss.clone_index(self.wrapped), self._device)
-
-    def emptied(self) -> "RowIndex":
-        """Return the same trained index without vectors; this object must not be used afterwards."""
-        lists = self._faiss.try_extract_index_ivf(self._inner)
-        if lists is None:
-            self.wrapped.reset()
-            return RowIndex(self.wrapped, self._device)
-        empty = self._faiss.ArrayInvertedLists(lists.nlist, lists.code_size)
-        lists.replace_invlists(empty, _OWN)
-        empty.this.disown()
-        lists.ntotal = self._inner.ntotal = self.wrapped.ntotal = 0
-        self._faiss.copy_array_to_vector(np.empty(0, np.int64), self.wrapped.id_map)
-        return RowIndex(self.wrapped, self._device)
-
-    def merge_on_disk(self, parts: Sequence["RowIndex"], path: Path) -> "RowIndex":
-        """Fill this trained, empty inverted file with the vectors of others; its lists become the file `path`.
-
-        `DiskFullError` if they do not fit: FAISS maps the file, and a full disk would kill the process.
-        """
-        faiss = self._faiss
-        inverted = faiss.extract_index_ivf(self._inner)
-        needed = sum(map(len, parts)) * (inverted.code_size + _ID_BYTES)
-        if shutil.disk_usage(path.parent).free < needed:
-            raise DiskFullError(disk_full_message(f" of {path}, which takes {needed:,} bytes"))
-        lists = faiss.OnDiskInvertedLists(inverted.nlist, inverted.code_size, str(path))
-        pointers = faiss.InvertedListsPtrVector()
-        for part in parts:
-            pointers.push_back(faiss.extract_index_ivf(part.wrapped.index).invlists)
-        with _silence_stdout():
-            total = lists.merge_from_multiple(pointers.data(), pointers.size())
-        inverted.replace_invlists(lists, _OWN)
-        lists.this.disown()
-        inverted.ntotal = self._inner.ntotal = self.wrapped.ntotal = total
-        faiss.copy_array_to_vector(np.concatenate([part.rows for part in parts]), self.wrapped.id_map)
-        return RowIndex(self.wrapped, self._device)
-
-    def resume(self) -> "RowIndex":
-        """Advance a graph's random levels to where they were, so that adding continues as without an interruption."""
-        if self.is_graph:
-            for _ in range(len(self)):
-                self._inner.hnsw.random_level()
-        return self
+def rows_path(path: Path) -> Path:
+    """Return the file of the rows beside the file of an index."""
+    return path.with_suffix(".rows.npy")
 
 
 def make_index(factory: str, width: int, *, device: str = AUTO) -> RowIndex:
     """Create an empty index; `SettingError` if FAISS does not accept the factory string for this width."""
     faiss = import_faiss()
+    with_ids = factory if factory.startswith("IVF") else f"IDMap,{factory}"
     try:
-        return RowIndex(faiss.IndexIDMap(faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)), device)
+        return RowIndex(faiss.index_factory(width, with_ids, faiss.METRIC_INNER_PRODUCT), device=device)
     except RuntimeError as error:
         raise SettingError(
             f"factory: expected one that FAISS builds for width {width}, got {factory!r}: {_reason(error)}"
@@ -354,40 +288,41 @@ def check_factory(factory: str, num_vectors: int) -> None:
         )
 
 
-def read_index(path: Path, *, is_mapped: bool | None = None, device: str = AUTO) -> RowIndex:
+def read_index(paths: Sequence[Path], *, is_mapped: bool = False, device: str = AUTO) -> RowIndex:
     """Read an index that `RowIndex.write` wrote; `CorruptError` if FAISS cannot read it.
 
-    A memory-mapped index can only be searched. By default, files larger than half of the machine's memory are mapped.
-    FAISS cannot map the file of an index whose lists are another file, which is always mapped.
+    Args:
+        paths: the file; of an index whose lists stay on disk, the files of all parts.
+        is_mapped: leave the inverted lists on disk; such an index can only be searched.
+        device: FAISS uses GPUs unless it is `cpu`.
     """
-    if not path.is_file():
-        raise PathError(
-            f"{path} does not exist; build an index with: embedcache curate index CACHE {quoted(path.parent)}"
-        )
-    if is_mapped is None:
-        machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        is_mapped = path.stat().st_size > _MAPPED_FRACTION * machine_bytes
     faiss = import_faiss()
+    rows = [np.asarray(read_npy(rows_path(path)), np.int64) for path in paths]
+    flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if is_mapped else 0
     try:
-        if is_mapped:
-            index = RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), device)
-            if index.num_lists:
-                index = RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP), device)
-        else:
-            with _silence_stdout():
-                flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
-                index = RowIndex(faiss.read_index(str(path), flags), device)
+        index = faiss.read_index(str(paths[0]), flags)
+        parts = [_take_lists(faiss.read_index(str(path), flags), len(paths)) for path in paths] if is_mapped else []
+        row_index = RowIndex(index, np.concatenate(rows), device)
     except (RuntimeError, AttributeError, MemoryError, ValueError) as error:
-        raise CorruptError(f"{path}: expected a FAISS index of rows, got an error: {_reason(error)}") from error
+        name = " or ".join(map(str, paths))
+        raise CorruptError(f"{name}: expected a FAISS index of rows, got an error: {_reason(error)}") from error
+    if parts:
+        pointers = faiss.InvertedListsPtrVector()
+        for part in parts:
+            pointers.push_back(part)
+        lists = faiss.HStackInvertedLists(pointers.size(), pointers.data())
+        index.replace_invlists(lists)
+        index.ntotal = sum(map(len, rows))
+        row_index._lists = lists  # FAISS keeps no reference
+    return row_index
 
-    # FAISS maps the file of the lists without a look at its size.
-    lists = index.disk_lists
-    if lists is not None and not is_mapped:
-        lists_path = path.with_name(Path(lists.filename).name)
-        size = lists_path.stat().st_size
-        if size != lists.totsize:
-            raise CorruptError(f"{lists_path}: expected {lists.totsize:,} bytes, as the index states, got {size:,}")
-    return index
+
+def _take_lists(index: Any, num_parts: int) -> Any:
+    """Return the inverted lists of an index, which is deleted with its centroids; they stay mapped until the end."""
+    lists = import_faiss().downcast_InvertedLists(index.invlists)
+    index.own_invlists = False
+    lists.prefetch_nthread = max(1, _PREFETCH_THREADS // num_parts)
+    return lists
 
 
 def spherical_kmeans(
@@ -417,26 +352,3 @@ def spherical_kmeans(
     progress.finish()
     centroids_KP: Floats = kmeans.centroids
     return centroids_KP
-
-
-@contextmanager
-def _silence_stdout() -> Iterator[None]:
-    """Silence what FAISS prints about lists on disk, for which it has no setting."""
-    sys.stdout.flush()
-    stdout, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 1)
-        yield
-    finally:
-        os.dup2(stdout, 1)
-        os.close(stdout)
-        os.close(nothing)
-
-
-def is_whole(path: Path) -> bool:
-    """Return whether a file that `RowIndex.write` wrote ends with its checksum. Memory: one block."""
-    left, checksum = path.stat().st_size - len(_END % 0), 0
-    with path.open("rb") as file:
-        while left > 0 and (block := file.read(min(left, _READ_BYTES))):
-            checksum, left = zlib.crc32(block, checksum), left - len(block)
-        return file.read() == _END % checksum

@@ -1,47 +1,62 @@
-"""Building an index over one feature of a cache: one kind after another until one reaches the recall."""
+"""Building an index over one feature of a cache: one kind after another until one reaches the recall.
+
+Vectors are added chunk by chunk. `building.json` names the files of what was added so far, and `card.json` the files of
+the finished index. A file never changes: an index that grows gets files of new names, and the rename of its card is the
+moment when these take the place of the old ones. A file that neither of the two names is deleted.
+"""
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from embedcache.arrays import Ints
+from embedcache.arrays import Ints, distinct, read_npy
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import FingerprintError, SettingError
 from embedcache.files import AnyPath, relative_location, writing
 from embedcache.locks import LOCK, locked
+from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import prepare_folder, record_stage
+from embedcache.provenance import check_same, prepare_folder, record_stage, write_json
 from embedcache.search.autotune import (
     Configuration,
-    IndexQuality,
+    QuerySet,
     draw_query_set,
     fit_memory,
     in_memory_configurations,
     measure_index,
     on_disk_configurations,
 )
-from embedcache.search.building import FILES, IndexBuilder, remove_leftovers
 from embedcache.search.card import (
     CARD,
-    INDEX,
     STATE,
+    BuildState,
     IndexCard,
+    IndexFile,
     check_card,
+    describe_files,
+    index_paths,
     may_hold_removed,
     read_card,
-    verify_index,
+    read_state,
+    rebuild_step,
     write_card,
 )
-from embedcache.search.faiss_index import RowIndex, check_factory, read_index
+from embedcache.search.faiss_index import RowIndex, check_factory, make_index, read_index, rows_path
 from embedcache.search.settings import IndexSettings
-from embedcache.settings import merge_settings
+from embedcache.settings import merge_settings, replace_fields
+from embedcache.store.arrays import check_file
 
 if TYPE_CHECKING:
     from embedcache.options import IndexOptions
+
+PART_BYTES = 1_000_000_000
+"""Codes of a part of an index on disk, which is in memory while vectors are added to it."""
+
+_FILES_OF_VECTORS = ("index-*", "partial-*")
+_REMOVED = "samples that the index holds were removed from the cache: adding all others again, without training"
 
 
 def build_index(
@@ -59,11 +74,11 @@ def build_index(
     the cache since is filled again without them, and kept whatever its recall. Any other that misses the requested
     recall is deleted.
 
-    Memory: the index, a chunk of the feature, and a sample to train on; with lists on disk, 256 MB of codes.
+    Memory: the index, a chunk of the feature, and a sample to train on; with lists on disk, 1 GB of codes.
 
     Args:
         cache: path or URL of the cache.
-        index: folder for `index.faiss` and `card.json`.
+        index: folder of the index, for its files and `card.json`.
         settings: what is indexed, and which kind of index is built.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
@@ -89,19 +104,17 @@ def build_index(
         _candidates(settings, len(vectors.rows), vectors.width)
         if settings.factory is not None:
             check_factory(settings.factory, len(vectors.rows))
-        allowed = [LOCK, CARD, *FILES]
+        allowed = [LOCK, CARD, STATE, "record.json", *_FILES_OF_VECTORS]
         prepare_folder(index, kind="an index", marker=LOCK, allowed=allowed)
     with locked(index):
         card = read_card(index) if (index / CARD).is_file() else None
         if card is not None:
             _check_reuse(index, card, vectors, settings)
         if card is None or _is_outdated(index, card, vectors):
-            is_started = (index / STATE).is_file()  # the index may be newer than its card
-            if card is not None and not is_started:
-                verify_index(index, card, progress=progress)
             card = _build(index, vectors, card, settings, progress)
             write_card(index, card)
-        remove_leftovers(index, lists=card.lists)
+        (index / STATE).unlink(missing_ok=True)
+        _remove_others(index, card.files)
     return card
 
 
@@ -109,14 +122,7 @@ def _is_outdated(index_path: Path, card: IndexCard, vectors: Vectors) -> bool:
     """Return whether items were added to the cache of an index, or removed from it."""
     if card.num_vectors != len(vectors.rows):
         return True
-    if not may_hold_removed(card, vectors.cache):
-        return False
-    is_started = (index_path / STATE).is_file()  # the files may be newer than the card
-    return is_started or not np.isin(_read_rows(index_path, card), vectors.rows).all()
-
-
-def _read_rows(index_path: Path, card: IndexCard) -> Ints:
-    return read_index(index_path / INDEX, is_mapped=card.lists is None).rows
+    return may_hold_removed(card, vectors.cache) and not np.isin(_read_rows(index_path, card.files), vectors.rows).all()
 
 
 def _candidates(settings: IndexSettings, num_vectors: int, width: int) -> list[Configuration]:
@@ -153,14 +159,13 @@ def _check_reuse(index_path: Path, card: IndexCard, vectors: Vectors, settings: 
 def _build(
     index_path: Path, vectors: Vectors, old: IndexCard | None, settings: IndexSettings, progress: Progress
 ) -> IndexCard:
-    """Build an index, write it and record how; a finished index keeps its configuration."""
-    source, num = _source(vectors, index_path), len(vectors.rows)
-    if vectors.width < vectors.full_width:  # an unfinished index of the whole width does not name it
-        source["width"] = vectors.width
+    """Build or extend an index up to its card, and record how."""
+    source = _source(vectors, index_path)
     record = {
         **source,
         "cache": str(vectors.cache.path),
         "run": str(vectors.run_path),
+        "width": vectors.width,
         "factory": settings.factory,
         "memory_bytes": settings.memory,
         "min_recall": settings.min_recall,
@@ -168,68 +173,229 @@ def _build(
     }
     started = time.perf_counter()
     with record_stage(index_path / "record.json", "index", record) as outcome, writing(index_path):
-        builder = IndexBuilder(
-            index_path,
-            source,
-            vectors.cache.info,
-            card=old,
-            device=vectors.device,
-        )
-        accepted = _find_index(builder, index_path, vectors, old, settings, progress)
-        card = _card(
-            vectors,
-            index_path,
-            accepted,
+        builder = _Builder(index_path, source, vectors, old, progress, checkpoint_s=settings.checkpoint_s)
+        kind, index, quality = _find_index(builder, settings)
+        card = IndexCard(
+            **source,
+            factory=kind.factory,
+            num_vectors=len(index),
+            width=vectors.width,
+            **quality,
             min_recall=settings.min_recall,
-            checksums=builder.write(accepted.index),
-            seconds=time.perf_counter() - started,
+            memory_bytes=kind.memory_bytes or None,
+            num_training=min(index.num_training, len(index)),
+            seconds=round(time.perf_counter() - started, 3),
+            on_disk=kind.is_on_disk,
+            files=builder.state.files,
         )
-        outcome.update({"recall_at_10": card.recall_at_10, "num_vectors": num})
+        outcome.update({"recall_at_10": card.recall_at_10, "num_vectors": card.num_vectors})
         if old is not None:
             outcome.update({"recall_at_10_before": old.recall_at_10, "num_vectors_before": old.num_vectors})
     return card
 
 
-@dataclass(frozen=True)
-class _AcceptedIndex:
-    """The index that reaches the recall, with the candidate it was built from and its measured quality."""
+def _find_index(builder: "_Builder", settings: IndexSettings) -> tuple[Configuration, RowIndex, dict[str, Any]]:
+    """Build one candidate after another until one reaches the recall; return it with its measured quality.
 
-    index: RowIndex
-    candidate: Configuration
-    quality: IndexQuality
-
-
-def _find_index(
-    builder: IndexBuilder,
-    index_path: Path,
-    vectors: Vectors,
-    old: IndexCard | None,
-    settings: IndexSettings,
-    progress: Progress,
-) -> _AcceptedIndex:
-    """Build one candidate after another until one reaches the recall.
-
-    A finished index, `old`, is the only candidate. It is filled before it is judged, and kept below the recall if its
-    files hold removed samples.
+    A finished index is the only candidate, and kept below the recall if its files contain removed samples.
     """
+    vectors = builder.vectors
+    old = builder.card
     num = len(vectors.rows)
-    left = _candidates(settings, num, vectors.width) if old is None else [_grown(old, num)]
+    candidates = _candidates(settings, num, vectors.width) if old is None else [_grown(old, num)]
     must_keep = old is not None and may_hold_removed(old, vectors.cache)
-    least, queries = settings.min_recall if old is None else 0.0, None
-    while left:
-        candidate, left = left[0], left[1:]
-        if builder.rejected.get(candidate.factory, 1) >= settings.min_recall:
-            index = builder.build(candidate, vectors, progress, checkpoint_s=settings.checkpoint_s, min_recall=least)
-            if index is not None:
-                queries = queries or draw_query_set(vectors, progress)
-                quality = measure_index(index, queries, settings.min_recall, progress)
-                if quality.recall_at_10 >= settings.min_recall or must_keep:
-                    return _AcceptedIndex(index, candidate, quality)
-                builder.reject(candidate.factory, quality.recall_at_10)
-                progress.note(f"{candidate.factory}: recall@10 {quality.recall_at_10:.3f} is too low, not kept")
+    queries: QuerySet | None = None
+    for candidate in candidates:
+        if builder.state.rejected.get(candidate.factory, 1) >= settings.min_recall:
+            index = builder.build(candidate)
+            queries = queries or draw_query_set(vectors, builder.progress)
+            quality = measure_index(index, queries, settings.min_recall, builder.progress)
+            recall = quality["recall_at_10"]
+            if recall >= settings.min_recall or must_keep:
+                return candidate, index, quality
+            builder.reject(candidate.factory, recall)
+            builder.progress.note(f"{candidate.factory}: recall@10 {recall:.3f} is too low, not kept")
         if not candidate.factory.startswith("HNSW"):  # the next ones have fewer bits, and miss more
             break
-    raise SettingError(_recall_error(builder.rejected, index_path, settings))
+    raise SettingError(_recall_error(builder.state.rejected, builder.folder, settings))
+
+
+class _Builder:
+    """The unfinished index in a folder, whose files `building.json` names.
+
+    Its last FAISS index is a part in memory, to which vectors are added. While it grows, checkpoints of it are
+    `partial-N.faiss`, with N vectors. Complete, it is `index-N.faiss`, with a number above those of the finished index.
+    With lists on disk, a part is complete with `PART_BYTES`, and another one begins; else all vectors are one part.
+
+    Args:
+        folder: folder of the index.
+        source: what the index is built from, as fields of the card.
+        vectors: the vectors of these items.
+        card: card of the finished index in the folder, which is extended; None if there is none.
+        progress: progress in items.
+        checkpoint_s: least seconds between checkpoints; more if writing takes longer than a tenth of that.
+
+    Raises:
+        FingerprintError: the folder holds an unfinished index of another source; the cache may have grown since.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: Mapping[str, Any],
+        vectors: Vectors,
+        card: IndexCard | None,
+        progress: Progress,
+        *,
+        checkpoint_s: float,
+    ) -> None:
+        self.folder = folder
+        self.vectors = vectors
+        self.card = card
+        self.progress = progress
+        self._checkpoint_s = checkpoint_s
+        self.state = BuildState(source={**source, "width": vectors.width})
+        self._complete: dict[str, IndexFile] = {}  # files of the parts before the last one
+        self._is_changed = False  # whether the last part has vectors that no file has
+        if not (folder / STATE).is_file():
+            return
+        state = read_state(folder)
+        stored = str(state.source.get("index_digest"))
+        same_rows = {"index_digest": stored} if vectors.cache.info.has_rows_of(stored) else {}
+        check_same(
+            f"the unfinished index {folder}",
+            state.source,
+            {**self.state.source, **same_rows},
+            next_step="give the path of a new folder",
+        )
+        self.state = replace_fields(state, source=self.state.source)
+
+    def build(self, kind: Configuration) -> RowIndex:
+        """Build an index of all valid rows, from where an interrupted build of the same kind ended.
+
+        Raises `SettingError` if FAISS rejects the factory string, has too few vectors to train, or has no lists that
+        can stay on disk.
+        """
+        part = self._start(kind)
+        missing = np.setdiff1d(self.vectors.rows, self._stored_rows(part), assume_unique=True)
+        is_missing_N = np.zeros(self.vectors.feature.num_items, bool)
+        is_missing_N[missing] = True
+        self.progress.start(f"indexing as {kind.factory}", len(missing), noun(self.vectors.modality))
+        last_checkpoint = time.monotonic()
+        writing_s = 0.0
+        for number in distinct(missing // self.vectors.cache.info.chunk_size):
+            if kind.is_on_disk and part.num_bytes >= PART_BYTES:
+                self._save(part, is_complete=True)
+                self._complete = dict(self.state.files)
+                part.reset()
+            rows, vectors_BP = self.vectors.chunk(int(number))
+            is_new = is_missing_N[rows]
+            part.add(rows[is_new], vectors_BP[is_new])
+            self._is_changed = True
+            self.progress.advance(int(is_new.sum()))
+
+            started = time.monotonic()
+            if started - last_checkpoint >= max(self._checkpoint_s, 10 * writing_s):
+                self._save(part, is_complete=False)
+                last_checkpoint = time.monotonic()
+                writing_s = last_checkpoint - started if self._checkpoint_s else 0.0
+        self.progress.finish()
+        self._save(part, is_complete=True)
+        if not kind.is_on_disk:
+            return part
+        return read_index(index_paths(self.folder, self.state.files), is_mapped=True, device=self.vectors.device)
+
+    def reject(self, factory: str, recall: float) -> None:
+        """Record that a kind of index missed the recall, and remove its files."""
+        self._write_state(factory=None, rejected={**self.state.rejected, factory: recall}, files={})
+
+    def _start(self, kind: Configuration) -> RowIndex:
+        """Return the last part that an earlier build left, or a new one that is trained and empty."""
+        device = self.vectors.device
+        paths = index_paths(self.folder, self.state.files)
+        if self.state.factory != kind.factory or (len(paths) > 1 and not kind.is_on_disk):
+            files = {} if self.card is None else self.card.files
+            paths = index_paths(self.folder, files)
+            if not paths:
+                make_index(kind.factory, self.vectors.width)  # an error of the factory string comes first
+            self._write_state(factory=kind.factory, files=files)
+
+        if not paths:
+            part = make_index(kind.factory, self.vectors.width, device=device)
+            self._check_lists(part, kind)
+            if not part.is_trained:
+                self.progress.note(f"training {kind.factory}")
+                part.train(self.vectors.sample(part.num_training, progress=self.progress))
+                self._save(part, is_complete=False)
+            return part
+
+        for name, file in self.state.files.items():
+            if name.endswith(".npy") or self.folder / name == paths[-1]:
+                check_file(self.folder / name, file.checksum, next_step=self._next_step(name))
+        part = read_index(paths[-1:], device=device)
+        self._check_lists(part, kind)
+        last = {paths[-1].name, rows_path(paths[-1]).name}
+        self._complete = {name: file for name, file in self.state.files.items() if name not in last}
+        self._is_changed = not paths[-1].name.startswith("index-")
+        if not np.isin(self._stored_rows(part), self.vectors.rows).all():
+            self.progress.note(_REMOVED)
+            self._complete = {}
+            self._is_changed = True
+            part.reset()
+        part.resume()
+        return part
+
+    def _check_lists(self, part: RowIndex, kind: Configuration) -> None:
+        if kind.is_on_disk and not part.num_lists:
+            raise SettingError(
+                f"factory: expected inverted lists to leave on disk, such as IVF4096,SQfp16, got {kind.factory!r}"
+            )
+
+    def _stored_rows(self, part: RowIndex) -> Ints:
+        """Return the rows of the complete parts and of the last one."""
+        return np.concatenate([_read_rows(self.folder, self._complete), part.rows])
+
+    def _save(self, part: RowIndex, *, is_complete: bool) -> None:
+        """Write the last part, unless its file is up to date, and record that in `building.json`."""
+        if is_complete and not self._is_changed:
+            return
+        name = f"partial-{len(part)}.faiss"
+        if is_complete:
+            old_files = {} if self.card is None else self.card.files
+            numbers = [
+                int(path.stem.partition("-")[2]) for path in index_paths(self.folder, {**old_files, **self._complete})
+            ]
+            name = f"index-{max(numbers, default=-1) + 1}.faiss"
+        part.write(self.folder / name)
+        files = describe_files(self.folder, (name, rows_path(Path(name)).name))
+        self._write_state(files={**self._complete, **files})
+        self._is_changed = not is_complete
+
+    def _write_state(self, **changes: Any) -> None:
+        """Write `building.json`, then delete the files that it and the card no longer name."""
+        self.state = replace_fields(self.state, **changes)
+        write_json(self.folder / STATE, self.state.to_json())
+        _remove_others(self.folder, [*self.state.files, *({} if self.card is None else self.card.files)])
+
+    def _next_step(self, name: str) -> str:
+        """Return what to do about a damaged file."""
+        if self.card is not None and name in self.card.files:
+            return rebuild_step(self.folder)
+        return f"delete {self.folder / STATE} to begin again"
+
+
+def _read_rows(index_path: Path, files: Iterable[str]) -> Ints:
+    """Return the rows of the parts of an index, in order."""
+    rows = [read_npy(rows_path(path)) for path in index_paths(index_path, files)]
+    return np.concatenate([np.empty(0, np.int64), *rows])
+
+
+def _remove_others(index_path: Path, names: Collection[str]) -> None:
+    """Remove the files of vectors that have other names."""
+    for pattern in _FILES_OF_VECTORS:
+        for path in index_path.glob(pattern):
+            if path.name not in names:
+                path.unlink()
 
 
 def _recall_error(rejected: Mapping[str, float], index_path: Path, settings: IndexSettings) -> str:
@@ -240,33 +406,6 @@ def _recall_error(rejected: Mapping[str, float], index_path: Path, settings: Ind
         f"min_recall: expected an index with recall@10 of at least {settings.min_recall:g}, got {recall:.3f} from the "
         f"best, {factory}, with its most thorough search{unchanged}; {larger}, or lower it to "
         "less than that with --min-recall"
-    )
-
-
-def _card(
-    vectors: Vectors,
-    index_path: Path,
-    accepted: _AcceptedIndex,
-    *,
-    min_recall: float,
-    seconds: float,
-    checksums: Mapping[str, str],
-) -> IndexCard:
-    """Return the card of an index whose files are written; `checksums` of each file."""
-    index, candidate = accepted.index, accepted.candidate
-    return IndexCard(
-        **_source(vectors, index_path),
-        factory=candidate.factory,
-        num_vectors=len(index),
-        width=vectors.width,
-        **asdict(accepted.quality),
-        min_recall=min_recall,
-        memory_bytes=candidate.memory_bytes or None,
-        file_bytes=sum((index_path / name).stat().st_size for name in checksums),
-        num_training=min(index.num_training, len(index)),
-        seconds=round(seconds, 3),
-        lists=index.lists_file,
-        checksums=checksums,
     )
 
 
@@ -287,4 +426,4 @@ def _source(vectors: Vectors, index_path: Path) -> dict[str, Any]:
 def _grown(card: IndexCard, num_vectors: int) -> Configuration:
     """Return an index's configuration for the present number of items."""
     memory_bytes = round((card.memory_bytes or 0) * num_vectors / card.num_vectors)
-    return Configuration(factory=card.factory, memory_bytes=memory_bytes, is_on_disk=card.lists is not None)
+    return Configuration(factory=card.factory, memory_bytes=memory_bytes, is_on_disk=card.on_disk)

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 _BATCH = 4096  # queries that are searched at once
 _DEFAULT_K = 10
 _COMPARE_ALL = 20_000  # up to this many filtered items, all are compared: fast, and a graph or lists would miss most
-_MOST_EQUAL = 1024  # items of one score at the end of the hits, beyond which FAISS chooses
 _OPTIONS = {"label": "label-value", "split": "part"}  # column -> option of `embedcache search`
 
 
@@ -76,10 +75,9 @@ def search(
 class OpenIndex:
     """An index that is opened once and searched many times, by one thread.
 
-    Encoders are opened when first needed. An index larger than half of the machine's memory is memory-mapped. Of the
-    cache's tables only the rows of hits are read, in blocks, and the columns of a filter. Memory: the index, those
-    blocks (see `RowReader`), and for each of the 8 filters used last one byte per vector, and the vectors that pass if
-    they are few.
+    Encoders are opened when first needed. Of the cache's tables only the rows of hits are read, in blocks, and the
+    columns of a filter. Memory: the index, those blocks (see `RowReader`), and for each of the 8 filters used last one
+    byte per item, and the vectors that pass if they are few.
 
     Args:
         index: index built by `build_index`.
@@ -131,8 +129,9 @@ class OpenIndex:
     @property
     def rows(self) -> Ints:
         """Rows of the items that a search finds, in the order of the index, without those removed since: (N,) int64."""
-        is_found_N = self._subset(Filter()).is_allowed_N
-        return self._index.rows if is_found_N is None else self._index.rows[is_found_N]
+        rows = self._index.rows
+        is_allowed_N = self._subset(Filter()).is_allowed_N
+        return rows if is_allowed_N is None else rows[is_allowed_N[rows]]
 
     def search(
         self,
@@ -164,7 +163,7 @@ class OpenIndex:
     ) -> list[list[Hit]]:
         """Search with vectors of the index's space, (Q, P) float32 rows of length 1; as `search` otherwise.
 
-        Hits of equal scores are in the order of their rows, and the first of them are returned.
+        Hits of equal scores are in the order of their rows.
         Raises `DataError` if they have another shape, or values that are no numbers.
         """
         queries_QP = np.asarray(queries_QP, np.float32)
@@ -174,7 +173,10 @@ class OpenIndex:
             raise DataError(f"queries: expected finite vectors for {self.path}, got NaN or infinite values")
         condition = condition or Filter()
         subset = self._subset(condition)
-        scores_QK, rows_QK = self._search_by_row(queries_QP, _choose_k(k, subset.num_items, len(self._index)), subset)
+        scores_QK, rows_QK = self._search_subset(queries_QP, _choose_k(k, subset.num_items, len(self._index)), subset)
+        order_QK = np.lexsort((rows_QK, -scores_QK))  # of equal scores, FAISS returns the last row first
+        scores_QK = np.take_along_axis(scores_QK, order_QK, axis=1)
+        rows_QK = np.take_along_axis(rows_QK, order_QK, axis=1)
         return [
             self.hits.read(scores_K, rows_K, condition.language)
             for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)
@@ -193,30 +195,18 @@ class OpenIndex:
         has_removed = may_hold_removed(self.card, self.cache)
         if not (condition or has_removed):
             return _Subset(is_allowed_N=None, num_items=len(self._index), vectors=None)
-        is_allowed_N = self.filters.mask(condition)[self._index.rows]
+        is_allowed_N = self.filters.mask(condition)
         if has_removed:
-            is_allowed_N &= ~self.cache.removed_items(self.card.modality)[self._index.rows]
-        num_items = int(is_allowed_N.sum())
+            is_allowed_N &= ~self.cache.removed_items(self.card.modality)
+        is_found_N = is_allowed_N[self._index.rows]
+        num_items = int(is_found_N.sum())
         if num_items == len(self._index):
             return _Subset(is_allowed_N=None, num_items=num_items, vectors=None)
         vectors = None
         if not self._index.is_exact and 0 < num_items <= _COMPARE_ALL:
-            rows = np.sort(self._index.rows[is_allowed_N])
-            vectors = rows, self.query_encoder.indexed.read(rows)
+            rows = np.sort(self._index.rows[is_found_N])
+            vectors = (rows, self.query_encoder.indexed.read(rows))
         return _Subset(is_allowed_N=is_allowed_N, num_items=num_items, vectors=vectors)
-
-    def _search_by_row(self, queries_QP: Floats, k: int, subset: "_Subset") -> tuple[Floats, Ints]:
-        """Search, with equal scores by row: FAISS keeps the last of them, so all of them are found first."""
-        num_found, most = min(k + 1, subset.num_items), min(max(_MOST_EQUAL, k + 1), subset.num_items)
-        while True:
-            scores_QK, rows_QK = self._search_subset(queries_QP, num_found, subset)
-            scores_QK = np.where(rows_QK < 0, -np.inf, scores_QK)
-            is_cut_Q = (scores_QK[:, -1] == scores_QK[:, k - 1]) & (rows_QK[:, -1] >= 0)
-            if num_found == most or not is_cut_Q.any():
-                break
-            num_found = min(2 * num_found, most)
-        order_QK = np.lexsort((rows_QK, -scores_QK))[:, :k]
-        return np.take_along_axis(scores_QK, order_QK, axis=1), np.take_along_axis(rows_QK, order_QK, axis=1)
 
     def _search_subset(self, queries_QP: Floats, k: int, subset: "_Subset") -> tuple[Floats, Ints]:
         """Search the items that pass a filter: exactly if they are few, and more thoroughly the fewer they are."""
@@ -334,7 +324,7 @@ class CacheFilters:
 class _Subset:
     """Items of an index that pass a filter."""
 
-    is_allowed_N: Bools | None  # which vectors, in the order of the index's rows; None: all
+    is_allowed_N: Bools | None  # which rows of the cache; None: all
     num_items: int
     vectors: tuple[Ints, Floats] | None  # rows and vectors, if all of them are to be compared
 

@@ -141,12 +141,12 @@ def test_verify_finds_damage_and_exits_with_1(folder: Path, tmp_path: Path) -> N
     assert "1 damaged chunk or table," in damaged.stdout
     assert succeed("verify", "index", cwd=folder) == "index: all bytes equal their checksums\n"
     shutil.copytree(folder / "index", tmp_path / "index")
-    with (tmp_path / "index" / "index.faiss").open("ab") as file:
+    with (tmp_path / "index" / "index-0.faiss").open("ab") as file:
         file.write(b"0")
     damaged = embedcache("verify", "index", cwd=tmp_path)
     shown, line = damaged.stderr.splitlines()
-    assert (damaged.code, shown.partition(" [")[0]) == (1, "checking index.faiss: 100% 1/1")
-    assert line.startswith("error: index/index.faiss: expected checksum")
+    assert (damaged.code, shown.partition(" [")[0]) == (1, "checking index-0.faiss: 100% 1/1")
+    assert line.startswith("error: index/index-0.faiss: expected checksum")
     refused = embedcache("verify", "index", "--repair", cwd=folder)
     assert (refused.code, refused.stderr.count("\n")) == (1, 1)
 

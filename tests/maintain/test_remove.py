@@ -29,8 +29,7 @@ from embedcache.interop.exporting import VectorExport
 from embedcache.maintain.copy import cut_cache
 from embedcache.maintain.remove import RemovalReport, count_named, remove_samples
 from embedcache.maintain.settings import RemoveSettings
-from embedcache.search.card import read_card
-from embedcache.search.faiss_index import read_index
+from embedcache.search.card import open_row_index, read_card
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex
 from embedcache.store.cache import Cache
@@ -104,7 +103,7 @@ def removed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_byte_is_left(made: Path, removed: Path) -> None:
     contents = contents_of(made / "c")
     assert {name for _, name in traces(made / "c", contents)} == {name for name in contents if "float32" not in name}
-    assert ("index/index.faiss", "image/open_toy/cls as float32") in traces(made, contents)
+    assert ("index/index-0.faiss", "image/open_toy/cls as float32") in traces(made, contents)
     assert list(traces(removed, contents)) == []
     assert verify(Cache(removed / "c")) == []
 
@@ -261,7 +260,7 @@ def test_index_of_any_kind(copy: Path, factory: str) -> None:
     index = make_index(copy / "c", copy / "other", factory)
     report = remove_samples(copy / "c", KEYS, RemoveSettings(indexes=(index,)))
     assert report.indexes[str(index)]["num_vectors"] == 10
-    assert sorted(read_index(index / "index.faiss").rows.tolist()) == [0, 1, 2, 4, 5, 6, 7, 8, 10, 11]
+    assert sorted(open_row_index(index, read_card(index)).rows.tolist()) == [0, 1, 2, 4, 5, 6, 7, 8, 10, 11]
     assert read_card(index).index_digest == Cache(copy / "c").info.index_digest
 
 
@@ -272,7 +271,7 @@ def test_index_that_was_not_named_hides_samples(copy: Path) -> None:
     assert len(hits) == 10
     assert {3, 9}.isdisjoint(hit.row for hit in hits)
     assert make_index(copy / "c", copy / "index")
-    assert len(read_index(copy / "index" / "index.faiss")) == 10
+    assert len(open_row_index(copy / "index", read_card(copy / "index"))) == 10
 
 
 @pytest.mark.slow

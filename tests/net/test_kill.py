@@ -26,6 +26,7 @@ TOYS = "--image-encoder tests.toy:open_toy --text-encoder tests.toy:open_toy --d
 VECTORS = "--feature image=open_toy/cls --feature text=open_toy/mean"
 TIME = re.compile(rb'\d{4}-\d\d-\d\dT[\d:.+]+|"\w*(?:_ms|seconds)": [\d.]+')
 PCA = "--rule pca --input image=open_toy/cls --name smaller --parameter width=3"
+INDEX = "--feature open_toy/cls --factory IVF2,Flat --min-recall 0"
 TRAIN = f"{VECTORS} --projector mlp --shared-width 8 --batch-size 2 --epochs 2 --split key --threads 1"
 
 
@@ -80,6 +81,13 @@ def maintained(source: Path, out: Path) -> None:
     listed(source, out)
 
 
+def indexed(source: Path, out: Path) -> None:
+    """Index a cache to which a sample is added afterwards."""
+    added(source, out / "cache")
+    run(f"curate index {out}/cache {out}/index {INDEX}")
+    run(f"extract {source} {out}/cache {TOYS} --extend")
+
+
 def listed(source: Path, out: Path) -> None:
     """Write a list of two keys; `out` stays as it is."""
     Path(f"{source}.keys").write_text("00001\n00004\n")
@@ -99,7 +107,9 @@ WRITERS = {
     "repair": Writer("verify {out} --repair --trust", damaged),
     "derive": Writer(f"derive {{out}} {PCA}", extracted),
     "train": Writer(f"train {{cache}} {{out}} {TRAIN}"),
-    "index": Writer("curate index {cache} {out} --feature open_toy/cls --factory IVF2,Flat --min-recall 0"),
+    "index": Writer(f"curate index {{cache}} {{out}} {INDEX}"),
+    "grow": Writer(f"curate index {{out}}/cache {{out}}/index {INDEX}", indexed),
+    "grow on disk": Writer(f"curate index {{out}}/cache {{out}}/index {INDEX} --on-disk", indexed),
     "merge": Writer("cache merge {cache} {cache}-copy {out} --prefix-keys"),
     "cut": Writer("cache cut {cache} {source}.keys {out}", listed),
     "prune": Writer("cache prune {out}/cache --feature open_toy/patches --yes", derived),

@@ -1,5 +1,10 @@
-"""Builds resume to the same bytes, and an index grows with its cache."""
+"""Builds resume to the same bytes, an index grows with its cache, and damage to its files is found.
 
+Kills at each rename of a build and of an extension are in `tests/net/test_kill.py`.
+"""
+
+import json
+import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,106 +15,66 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedcache.arrays import normalize
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import FingerprintError, SettingError
+from embedcache.devices import announce
+from embedcache.errors import CorruptError, FingerprintError, PathError, SettingError
 from embedcache.extract.extract import extract, retry_failed
 from embedcache.extract.settings import ExtractSettings
-from embedcache.files import partial_path
+from embedcache.files import partial_path, relative_location
 from embedcache.maintain.remove import remove_samples
 from embedcache.progress import NullProgress
-from embedcache.search import building
-from embedcache.search.card import read_card
-from embedcache.search.faiss_index import read_index
+from embedcache.provenance import read_json
+from embedcache.search import index as index_module
+from embedcache.search.card import IndexCard, open_row_index, read_card, verify_index
+from embedcache.search.faiss_index import RowIndex, read_index
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.sources import open_source
 from tests.crash import crash_function
-from tests.edits import edit_record
+from tests.edits import edit_record, exchange
 from tests.images import write_images
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE
 
 pytestmark = pytest.mark.slow
 
-KINDS = ("Flat", "HNSW8", "IVF4,SQ8", "IVF4,SQfp16")
 FEATURE: dict[str, Any] = {"feature": "open_toy/cls", "min_recall": 0.0}
+KINDS: dict[str, dict[str, Any]] = {
+    "exact": {"factory": "Flat"},
+    "graph": {"factory": "HNSW8"},
+    "codes": {"factory": "IVF4,SQ8"},
+    "on disk": {"factory": "IVF4,SQfp16", "on_disk": True},
+}
+PART_BYTES = 100 * 96
+"""Two chunks of 64 vectors a part."""
+
 Whole = Callable[[str], Path]
 
 
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "PART_BYTES", PART_BYTES)
+
+
 def write_cache(folder: Path, count: int, chunk_size: int = 16) -> Path:
+    """Extract images, or more of them."""
     source = open_source(write_images(folder / "source", count))
     settings = ExtractSettings(chunk_size=chunk_size, extend=(folder / "cache").exists())
     extract(source, folder / "cache", image_encoder=[IMAGE], settings=settings)
     return folder / "cache"
 
 
-def kill_at(moment: str, pattern: str, number: int, cache: Path, index: Path, factory: str) -> None:
-    crash_function(build, (cache, index, factory), moment, pattern, number)
+def build(cache: Path, index: Path, kind: str, progress: RecordedProgress | None = None, **options: Any) -> IndexCard:
+    settings: dict[str, Any] = {**FEATURE, "checkpoint_s": 0, **KINDS[kind], **options}
+    return build_index(cache, index, IndexSettings(**settings), progress=progress)
 
 
-def build(cache: Path, index: Path, factory: str) -> None:
-    settings: dict[str, Any] = {"factory": factory, "checkpoint_s": 0}
-    if factory == "on disk":
-        building.PART_BYTES = 100 * 96
-        settings = ON_DISK
-    build_index(cache, index, IndexSettings(**{**FEATURE, **settings}))
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "PART_BYTES", 100 * 96)  # two chunks of 64 a part
-
-
-@pytest.fixture(scope="module")
-def whole(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Build the index of a kind without an interruption, once. Not to be changed."""
-    folder = tmp_path_factory.mktemp("whole")
-
-    @cache
-    def build_whole(factory: str) -> Path:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(building, "PART_BYTES", 100 * 96)
-            build(cache_path, folder / factory, factory)
-        return folder / factory
-
-    return build_whole
-
-
-def bytes_of(index_path: Path) -> bytes:
-    return (index_path / "index.faiss").read_bytes()
-
-
-KILLS = [  # moment, file, how often, chunks that the checkpoint holds
-    ("before", r"index\.partial\.faiss", 3, 1),
-    ("after", r"index\.partial\.faiss", 3, 2),
-    ("before", r"/index\.faiss", 1, 5),
-    ("after", r"/index\.faiss", 1, 5),
-    ("before", r"record\.json", 1, 5),
-    ("before", r"card\.json", 1, 5),
-    ("after", r"card\.json", 1, 5),
-]
-RESUMES = [("Flat", *kill) for kill in KILLS] + [(kind, *kill) for kind in KINDS[1:] for kill in KILLS[1:3]]
-"""Only what checkpoints and finished files hold depends on the kind of index."""
-
-
-@pytest.mark.no_mutants
-@pytest.mark.parametrize(
-    ("factory", "moment", "pattern", "number", "num_in"), RESUMES, ids=lambda value: str(value).replace("\\", "")
-)
-def test_resume_after_kill_is_identical(
-    cache_path: Path, whole: Whole, tmp_path: Path, factory: str, moment: str, pattern: str, number: int, num_in: int
-) -> None:
-    kill_at(moment, pattern, number, cache_path, tmp_path / "index", factory)
-    if (tmp_path / "index" / "index.partial.faiss").is_file():
-        is_trained_first = factory.startswith("IVF")
-        in_it = len(read_index(tmp_path / "index" / "index.partial.faiss"))
-        assert in_it == min(300, 64 * (num_in + 1 - is_trained_first))
-    card = build_index(cache_path, tmp_path / "index", IndexSettings(factory=factory, **FEATURE))
-    assert card.num_vectors == 300
-    assert bytes_of(tmp_path / "index") == bytes_of(whole(factory))
-    names = {path.name for path in (tmp_path / "index").iterdir()}
-    assert names == {".lock", "index.faiss", "card.json", "record.json"} or pattern == r"card\.json"
+def build_small_parts(cache: Path, index: Path, kind: str) -> None:
+    index_module.PART_BYTES = PART_BYTES
+    build(cache, index, kind)
 
 
 class Stop(NullProgress):
@@ -126,226 +91,386 @@ class Stop(NullProgress):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF4,SQ8"])
-def test_unreadable_unfinished_index_is_absent(cache_path: Path, whole: Whole, tmp_path: Path, factory: str) -> None:
-    settings = IndexSettings(factory=factory, checkpoint_s=0, **FEATURE)
+def interrupt(cache: Path, index: Path, kind: str) -> None:
+    """Build an index of which two chunks are in a checkpoint."""
     with pytest.raises(KeyboardInterrupt):
-        build_index(cache_path, tmp_path / "index", settings, progress=Stop())
-    for name in ("index.partial.faiss", "index.faiss"):  # what a full disk once left
-        (tmp_path / "index" / name).write_bytes(bytes_of(whole(factory))[:-100])
-    assert build_index(cache_path, tmp_path / "index", settings).num_vectors == 300
-    assert bytes_of(tmp_path / "index") == bytes_of(whole(factory))
+        build(cache, index, kind, Stop())  # type: ignore[arg-type]
 
 
-@pytest.mark.usefixtures("small_parts")
+def interrupt_at(name: str, cache: Path, index: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build an index up to a call of `embedcache.search.index`."""
+
+    def stop(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(cache, index, kind)
+
+
+def contents(index_path: Path) -> dict[str, bytes]:
+    """Return the files of vectors."""
+    return {path.name: path.read_bytes() for path in index_path.glob("*-*")}
+
+
+def opened(path: Path) -> RowIndex:
+    return open_row_index(path, read_card(path), device="cpu")
+
+
+def check_rows(cache: Path, path: Path, rows: list[int]) -> None:
+    """Check that an index contains these rows, each with its own vector."""
+    index = opened(path)
+    tolerance = 0.2 if read_card(path).factory.endswith("SQ8") else 2e-3  # trained on the first samples
+    assert sorted(index.rows.tolist()) == rows
+    vectors = Vectors(cache, "image", "open_toy/cls").read(np.array(rows))
+    scores, found = index.search(vectors, 10, {"nprobe": 4, "efSearch": 100})
+    assert scores[:, 0] == pytest.approx(1, abs=tolerance)
+    assert (found == np.array(rows)[:, None]).any(axis=1).all()  # some images look alike
+
+
+@pytest.fixture(scope="module")
+def whole(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Build the index of a kind without an interruption, once. Not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def build_whole(kind: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(index_module, "PART_BYTES", PART_BYTES)
+            build(cache_path, folder / kind, kind)
+        return folder / kind
+
+    return build_whole
+
+
 @pytest.mark.no_mutants
+@pytest.mark.parametrize(("moment", "number"), [("before", 4), ("after", 5), ("after", 7)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_after_kill_is_identical(
+    cache_path: Path, whole: Whole, tmp_path: Path, kind: str, moment: str, number: int
+) -> None:
+    crash_function(build_small_parts, (cache_path, tmp_path / "index", kind), moment, r"building\.json", number)
+    progress = RecordedProgress()
+    assert build(cache_path, tmp_path / "index", kind, progress).num_vectors == 300
+    assert contents(tmp_path / "index") == contents(whole(kind))
+    names = {path.name for path in (tmp_path / "index").iterdir()} - set(contents(whole(kind)))
+    assert names == {".lock", "card.json", "record.json"}
+    assert progress.notes == []  # nothing is trained again
+    assert progress.started[0][1] < 300
+
+
 @pytest.mark.parametrize(
-    ("factory", "moment", "pattern", "number", "damaged"),
+    ("checkpoint_s", "times", "sizes"),
     [
-        ("Flat", "after", r"index\.partial\.faiss", 3, "index.partial.faiss"),
-        ("Flat", "after", r"/index\.faiss", 1, "index.faiss"),
-        ("on disk", "after", r"index\.part-.*", 2, "index.partial.faiss"),
-        ("on disk", "after", r"index\.part-.*", 2, "index.part-*.faiss"),
-        ("on disk", "after", r"/index\.faiss", 1, "lists-300.ivfdata"),
-        ("on disk", "before", r"card\.json", 1, "lists-300.ivfdata"),
+        # of each chunk when it is added, and of each checkpoint its end
+        (60, [0, 59, 60, 66, 125, 126, 127, 186], [128, 256, 300]),
+        (60, [0, 60, 70, 169, 170, 171, 230, 231, 232], [64, 192, 300, 300]),
+        (0, [0, 1, 9, 9, 9, 9, 9, 9, 9, 9, 9], [64, 128, 192, 256, 300, 300]),
     ],
 )
-def test_flipped_bit_in_an_unfinished_index_is_found(
-    cache_path: Path, whole: Whole, tmp_path: Path, factory: str, moment: str, pattern: str, number: int, damaged: str
+def test_checkpoints_are_rarer_where_writing_takes_long(
+    cache_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint_s: float,
+    times: list[int],
+    sizes: list[int],
 ) -> None:
-    kill_at(moment, pattern, number, cache_path, tmp_path / "index", factory)
-    for position in (0.02, 0.5, 0.97):  # FAISS reads all of these without an error
-        shutil.copytree(tmp_path / "index", tmp_path / f"index-{position}")
-        path = next((tmp_path / f"index-{position}").glob(damaged))
-        data = bytearray(path.read_bytes())
-        data[round(position * len(data))] ^= 1
-        path.write_bytes(data)
-        build(cache_path, tmp_path / f"index-{position}", factory)
-        assert files_of(tmp_path / f"index-{position}") == files_of(whole(factory))
+    clock = iter(times)
+    written: list[int] = []
+    write = RowIndex.write
+    monkeypatch.setattr(RowIndex, "write", lambda self, path: [written.append(len(self)), write(self, path)])
+    monkeypatch.setattr(index_module.time, "monotonic", lambda: next(clock))
+    build(cache_path, tmp_path, "exact", checkpoint_s=checkpoint_s)
+    assert written == sizes
 
 
-@pytest.mark.no_mutants
-@pytest.mark.parametrize("pattern", [r"index\.partial\.faiss", r"/index\.faiss", r"card\.json"])
-def test_kill_while_growing_keeps_old_index(tmp_path: Path, pattern: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_index_grows_with_its_cache(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = write_cache(tmp_path, 200)
+    index = tmp_path / "index"
+    build(cache, index, kind)
+    first = read_card(index)
+    before = search(index, Queries(keys=["00003"]), SearchSettings(k=1))
+    write_cache(tmp_path, 250)
+    interrupt_at("write_card", cache, index, kind, monkeypatch)
+    assert search(index, Queries(keys=["00003"]), SearchSettings(k=1)) == before  # the old files are there
+
+    progress = RecordedProgress()
+    card = build_index(cache, index, IndexSettings(**FEATURE), progress=progress)
+    assert progress.notes == []
+    assert [total for title, total, _ in progress.started if "indexing" in title] == [0]
+    assert read_card(index) == card
+    assert (card.num_vectors, card.index_digest != first.index_digest) == (250, True)
+    assert set(contents(index)) == set(card.files)
+    assert len(set(first.files) & set(card.files)) == (2 if kind == "on disk" else 0)  # of a part that is complete
+    check_rows(cache, index, list(range(250)))
+    outcome = read_json(index / "record.json")["outcome"]
+    assert (outcome["num_vectors_before"], outcome["num_vectors"]) == (200, 250)
+    assert build_index(cache, index, IndexSettings(**FEATURE)) == card  # nothing has changed
+    assert opened(index).rows[:200].tolist() == list(range(200))
+
+
+def test_interrupted_build_of_a_cache_that_has_grown(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, 40)
-    build_index(cache, tmp_path / "index", IndexSettings(factory="Flat", **FEATURE))
-    before = search(tmp_path / "index", Queries(keys=["00003"]), SearchSettings(k=1))
+    interrupt(cache, tmp_path / "index", "exact")
     write_cache(tmp_path, 70)
-    kill_at("before", pattern, 1, cache, tmp_path / "index", "Flat")
-    assert search(tmp_path / "index", Queries(keys=["00003"]), SearchSettings(k=1)) == before
-    assert build_index(cache, tmp_path / "index", IndexSettings(factory="Flat", **FEATURE)).num_vectors == 70
-    build_index(cache, tmp_path / "anew", IndexSettings(factory="Flat", **FEATURE))
-    assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "anew")
-
-
-@pytest.mark.no_mutants
-def test_unfinished_index_of_other_feature_raises(cache_path: Path, tmp_path: Path) -> None:
-    kill_at("after", r"index\.partial\.faiss", 2, cache_path, tmp_path / "index", "Flat")
-    with pytest.raises(FingerprintError, match="modality"):
-        build_index(cache_path, tmp_path / "index", IndexSettings(modality="text", feature="open_toy/mean"))
-
-
-@pytest.mark.parametrize("factory", KINDS)
-def test_new_samples_are_added(tmp_path: Path, factory: str) -> None:
-    cache = write_cache(tmp_path, 40)
-    before = build_index(cache, tmp_path / "index", IndexSettings(factory=factory, **FEATURE))
-    old = read_index(tmp_path / "index" / "index.faiss")
-    write_cache(tmp_path, 70)
-    after = build_index(cache, tmp_path / "index", IndexSettings(factory=factory, **FEATURE))
-    assert (before.num_vectors, after.num_vectors) == (40, 70)
-    assert after.index_digest != before.index_digest
-    assert read_card(tmp_path / "index") == after
-    new = read_index(tmp_path / "index" / "index.faiss")
-    assert new.rows[:40].tolist() == old.rows.tolist()
-    if factory in ("Flat", "HNSW8"):
-        vectors = Vectors(cache, "image", "open_toy/cls").read(np.array([65, 2]))
-        np.testing.assert_allclose(new.read(np.array([65, 2])), vectors, atol=1e-6)
-    assert sorted(new.rows.tolist()) == list(range(70))
-    found = search(tmp_path / "index", Queries(keys=["00065", "00003"]), SearchSettings(k=20))
-    assert [hits[0].score for hits in found] == pytest.approx([1, 1], abs=0.1)
-    assert "00065" in [hit.key for hit in found[0]]
-    if factory == "Flat":  # the others would be trained on more, or be given other blocks
-        build_index(cache, tmp_path / "anew", IndexSettings(factory=factory, **FEATURE))
-        assert bytes_of(tmp_path / "anew") == bytes_of(tmp_path / "index")
+    progress = RecordedProgress()
+    build(cache, tmp_path / "index", "exact", progress)
+    assert progress.started[0] == ("indexing as Flat", 38, "images")  # two chunks of 16 were there
+    build(cache, tmp_path / "anew", "exact")
+    assert contents(tmp_path / "index") == contents(tmp_path / "anew")
 
 
 def test_retried_item_is_added(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "source", 20)
     good = (folder / "00004.png").read_bytes()
     (folder / "00004.png").write_bytes(b"")
-    source = open_source(folder)
-    extract(source, tmp_path / "cache", image_encoder=[IMAGE], settings=ExtractSettings(chunk_size=8))
-    assert build_index(tmp_path / "cache", tmp_path / "index").num_vectors == 19
+    settings = ExtractSettings(chunk_size=8)
+    extract(open_source(folder), tmp_path / "cache", image_encoder=[IMAGE], settings=settings)
+    assert build(tmp_path / "cache", tmp_path / "index", "exact").num_vectors == 19
     (folder / "00004.png").write_bytes(good)
-    retry_failed(open_source(folder), tmp_path / "cache", image_encoder=[IMAGE], settings=ExtractSettings(chunk_size=8))
-    assert build_index(tmp_path / "cache", tmp_path / "index").num_vectors == 20
-    assert read_index(tmp_path / "index" / "index.faiss").rows[-1] == 4
-    (hits,) = search(tmp_path / "index", Queries(keys=["00004"]), SearchSettings(k=1))
-    assert hits[0].score == pytest.approx(1)
+    retry_failed(open_source(folder), tmp_path / "cache", image_encoder=[IMAGE], settings=settings)
+    assert build(tmp_path / "cache", tmp_path / "index", "exact").num_vectors == 20
+    assert opened(tmp_path / "index").rows[-1] == 4
+    check_rows(tmp_path / "cache", tmp_path / "index", list(range(20)))
 
 
-def test_low_recall_keeps_old_index(tmp_path: Path) -> None:
-    cache = write_cache(tmp_path, 40)
-    build_index(cache, tmp_path / "index", IndexSettings(factory="IVF1,PQ4x4", **FEATURE))
-    card_path = tmp_path / "index" / "card.json"
-    edit_record(card_path, recall_at_10=0.99)
-    before = (bytes_of(tmp_path / "index"), card_path.read_bytes())
+@pytest.mark.parametrize("kind", KINDS)
+def test_removed_samples_leave_the_index(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check one sample removed and one added, also while an index is being extended."""
+    cache = write_cache(tmp_path, 60)
+    index = tmp_path / "index"
+    build(cache, index, kind)
+    edit_record(index / "card.json", recall_at_10=1.0)
     write_cache(tmp_path, 70)
-    with pytest.raises(SettingError, match="unchanged"):
-        build_index(cache, tmp_path / "index", IndexSettings(feature="open_toy/cls"))
-    assert (bytes_of(tmp_path / "index"), card_path.read_bytes()) == before
-    assert len(search(tmp_path / "index", Queries(keys=["00001"]), SearchSettings(k=40))[0]) == 40
+    interrupt_at("measure_index", cache, index, kind, monkeypatch)
+    remove_samples(cache, ["00003"])
+    write_cache(tmp_path, 71)
+    progress = RecordedProgress()
+    card = build(cache, index, kind, progress, min_recall=1.0)  # kept whatever its recall
+    assert card.num_vectors == 70
+    assert ["removed" in note for note in progress.notes] == [True]  # not trained again
+    assert set(contents(index)) == set(card.files)
+    check_rows(cache, index, [*range(3), *range(4, 71)])
+    assert build(cache, index, kind, min_recall=0.0) == card
+
+
+def test_low_recall_keeps_the_old_index(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path, 40)
+    index = tmp_path / "index"
+    build(cache, index, "exact", factory="IVF1,PQ4x4")
+    edit_record(index / "card.json", recall_at_10=0.99)
+    before = [contents(index), read_card(index)]
+    write_cache(tmp_path, 70)
+    for _ in range(2):
+        with pytest.raises(SettingError, match="unchanged"):
+            build_index(cache, index, IndexSettings(feature="open_toy/cls"))
+        assert [contents(index), read_card(index)] == before
+    assert len(search(index, Queries(keys=["00001"]), SearchSettings(k=40))[0]) == 40
+    assert build_index(cache, index, IndexSettings(**FEATURE)).num_vectors == 70
+
+
+@pytest.mark.parametrize("first", ["exact", "codes"])
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_interrupted_index_is_not_taken_for_one_of_another_kind(
+    cache_path: Path, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, is_complete: bool
+) -> None:
+    if is_complete:
+        interrupt_at("write_card", cache_path, tmp_path, first, monkeypatch)
+    else:
+        interrupt(cache_path, tmp_path, first)
+    interrupt_at("measure_index", cache_path, tmp_path, "on disk", monkeypatch)
+    build(cache_path, tmp_path, "on disk")
+    assert contents(tmp_path) == contents(whole("on disk"))
+
+
+def test_index_on_disk_moves_to_memory(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at("write_card", cache_path, tmp_path / "index", "on disk", monkeypatch)
+    for name in ("index", "anew"):
+        build(cache_path, tmp_path / name, "codes", factory="IVF4,SQfp16")
+    assert contents(tmp_path / "index") == contents(tmp_path / "anew")
+
+
+def test_index_whose_card_was_deleted_is_built_again(cache_path: Path, whole: Whole, tmp_path: Path) -> None:
+    shutil.copytree(whole("exact"), tmp_path / "index")
+    (tmp_path / "index" / "card.json").unlink()
+    build(cache_path, tmp_path / "index", "codes")
+    assert contents(tmp_path / "index") == contents(whole("codes"))
+
+
+def test_unfinished_index_of_another_feature_raises(cache_path: Path, tmp_path: Path) -> None:
+    interrupt(cache_path, tmp_path, "exact")
+    with pytest.raises(FingerprintError, match="modality"):
+        build_index(cache_path, tmp_path, IndexSettings(modality="text", feature="open_toy/mean"))
+    with pytest.raises(FingerprintError, match="width"):
+        build_index(cache_path, tmp_path, IndexSettings(feature="open_toy/cls", width=5))
 
 
 def test_build_on_other_samples_raises(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, 20)
-    build_index(cache, tmp_path / "index", IndexSettings(**FEATURE))
+    build(cache, tmp_path / "index", "exact")
     shutil.rmtree(cache)
     shutil.rmtree(tmp_path / "source")
     write_images(tmp_path / "source", 30, seed=3)
     extract(open_source(tmp_path / "source"), cache, image_encoder=[IMAGE])
     with pytest.raises(FingerprintError, match="samples"):
-        build_index(cache, tmp_path / "index", IndexSettings(**FEATURE))
-
-
-ON_DISK: dict[str, Any] = {**FEATURE, "factory": "IVF4,SQfp16", "on_disk": True}
-
-
-def files_of(index_path: Path) -> dict[str, bytes]:
-    unlike = (".lock", "record.json", "card.json")
-    return {path.name: path.read_bytes() for path in index_path.iterdir() if path.name not in unlike}
-
-
-@pytest.mark.usefixtures("small_parts")
-def test_on_disk_equals_in_memory(cache_path: Path, whole: Whole, tmp_path: Path) -> None:
-    card = build_index(cache_path, tmp_path / "built", IndexSettings(**ON_DISK))
-    within = read_card(whole("IVF4,SQfp16"))
-    assert card.lists == "lists-300.ivfdata"
-    assert set(files_of(tmp_path / "built")) == {"index.faiss", "lists-300.ivfdata"}
-    assert (tmp_path / "built" / "index.faiss").stat().st_size < 0.5 * (within.file_bytes or 0)
-    shutil.move(tmp_path / "built", tmp_path / "moved")
-    one, other = (read_index(path / "index.faiss") for path in (tmp_path / "moved", whole("IVF4,SQfp16")))
-    assert one.rows.tolist() == other.rows.tolist()
-    queries = Vectors(cache_path, "image", "open_toy/cls").read(one.rows[:40])
-    here, there = (index.search(queries, 9, {"nprobe": 3})[0] for index in (one, other))
-    assert here == pytest.approx(there, abs=1e-6)
-    assert (
-        search(tmp_path / "moved", Queries(keys=["00007"]), SearchSettings(k=1, cache=cache_path))[0][0].key == "00007"
-    )
-
-
-def test_on_disk_new_samples_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "PART_BYTES", 20 * 96)
-    cache = write_cache(tmp_path, 40)
-    build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
-    write_cache(tmp_path, 70)
-    card = build_index(cache, tmp_path / "index", IndexSettings(**FEATURE))
-    assert (card.num_vectors, card.lists) == (70, "lists-70.ivfdata")
-    assert set(files_of(tmp_path / "index")) == {"index.faiss", "lists-70.ivfdata"}
-    index = read_index(tmp_path / "index" / "index.faiss")
-    assert sorted(index.rows.tolist()) == list(range(70))
-    vectors = Vectors(cache, "image", "open_toy/cls").read(index.rows)
-    scores, rows = index.search(vectors, 10, {"nprobe": 4})
-    assert (rows == index.rows[:, None]).any(axis=1).all()  # some images look alike
-    assert scores[:, 0] == pytest.approx(1, abs=2e-3)
-
-
-def test_on_disk_one_sample_removed_and_one_added(tmp_path: Path) -> None:
-    cache = write_cache(tmp_path, 40)
-    build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
-    before = files_of(tmp_path / "index")
-    remove_samples(cache, ["00003"])
-    write_cache(tmp_path, 41)
-    kill_at("before", r"card\.json", 1, cache, tmp_path / "index", "on disk")
-    assert files_of(tmp_path / "index")["lists-40.ivfdata"] == before["lists-40.ivfdata"]  # the old card needs them
-    card = build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
-    assert (card.num_vectors, card.lists) == (40, "lists-40-again.ivfdata")
-    assert "lists-40.ivfdata" not in files_of(tmp_path / "index")
-    (hits,) = search(tmp_path / "index", Queries(keys=["00040"]), SearchSettings(k=40))
-    assert sorted(hit.row for hit in hits) == [*range(3), *range(4, 41)]
-
-
-@pytest.mark.usefixtures("small_parts")
-@pytest.mark.no_mutants
-@pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize(
-    ("pattern", "number"),
-    [(r"index\.partial\.faiss", 1), (r"index\.part-.*", 2), (r"/index\.faiss", 1), (r"card\.json", 1)],
-)
-def test_on_disk_resume_after_kill_is_identical(
-    cache_path: Path, whole: Whole, tmp_path: Path, moment: str, pattern: str, number: int
-) -> None:
-    kill_at(moment, pattern, number, cache_path, tmp_path / "index", "on disk")
-    build_index(cache_path, tmp_path / "index", IndexSettings(**ON_DISK))
-    assert files_of(tmp_path / "index") == files_of(whole("on disk"))
+        build(cache, tmp_path / "index", "exact")
 
 
 def test_concurrent_builds_build_once(cache_path: Path, whole: Whole, tmp_path: Path) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        cards = pool.map(
-            lambda _: build_index(cache_path, tmp_path / "index", IndexSettings(factory="Flat", **FEATURE)), range(2)
-        )
-        first, second = list(cards)
-    assert first == second  # the seconds it took too: one was built
-    assert bytes_of(tmp_path / "index") == bytes_of(whole("Flat"))
-
-
-def test_build_ignores_file_that_another_process_writes(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     partial_path(tmp_path / "building.json").touch()  # of a living process, as in a concurrent build
-    assert build_index(cache_path, tmp_path, IndexSettings(factory="Flat", **FEATURE)).num_vectors == 300
+    with ThreadPoolExecutor(2) as pool:
+        first, second = list(pool.map(lambda _: build(cache_path, tmp_path, "exact"), range(2)))
+    assert first == second  # the seconds it took too: one was built
+    assert contents(tmp_path) == contents(whole("exact"))
 
 
-def test_on_disk_without_lists_raises(cache_path: Path, tmp_path: Path) -> None:
+def test_kinds_with_fewer_bits_are_not_tried(cache_path: Path, tmp_path: Path) -> None:
+    """Check 300 vectors of 48: of the kinds that fit, all have fewer bits than the first."""
+    settings = IndexSettings(feature="open_toy/cls", memory=28_000, min_recall=1.0)
+    for notes in (2, 0):  # the second time, the recall is known
+        progress = RecordedProgress()
+        with pytest.raises(SettingError, match="IVF7,SQ8"):
+            build_index(cache_path, tmp_path, settings, progress=progress)
+        assert len(progress.notes) == notes
+        assert contents(tmp_path) == {}
+    recalls = json.loads((tmp_path / "building.json").read_text())["rejected"]
+    assert list(recalls) == ["IVF7,SQ8"]
+    card = build_index(cache_path, tmp_path, settings, min_recall=recalls["IVF7,SQ8"])
+    assert (card.factory, card.recall_at_10) == ("IVF7,SQ8", recalls["IVF7,SQ8"])
+
+
+def test_index_on_disk_equals_one_in_memory(cache_path: Path, whole: Whole, tmp_path: Path) -> None:
+    build(cache_path, tmp_path / "memory", "codes", factory="IVF4,SQfp16")
+    shutil.copytree(whole("on disk"), tmp_path / "moved")
+    one = opened(tmp_path / "moved")
+    other = opened(tmp_path / "memory")
+    card = read_card(tmp_path / "moved")
+    assert (card.on_disk, len(card.files), len(one)) == (True, 6, 300)
+    assert one.rows.tolist() == other.rows.tolist()
+    queries = Vectors(cache_path, "image", "open_toy/cls").read(one.rows[:80])
+    is_allowed = np.arange(300) % 3 == 0
+    for options in ({}, {"is_allowed_N": is_allowed}):
+        here, there = (index.search(queries, 9, {"nprobe": 3}, **options)[0] for index in (one, other))
+        assert here == pytest.approx(there, abs=1e-6)
+    found = search(tmp_path / "moved", Queries(keys=["00007"]), SearchSettings(k=1, cache=cache_path))
+    assert found[0][0].key == "00007"
+
+
+def test_kinds_without_lists_do_not_go_to_disk(cache_path: Path, tmp_path: Path) -> None:
     for factory in ("Flat", "HNSW8", "SQ8"):
         with pytest.raises(SettingError, match="lists"):
-            build_index(cache_path, tmp_path / factory, factory=factory, on_disk=True, feature="open_toy/cls")
+            build(cache_path, tmp_path / factory, "exact", factory=factory, on_disk=True)
 
 
-@pytest.mark.parametrize("factory", KINDS)
-def test_mapped_index_searches_the_same(cache_path: Path, whole: Whole, factory: str) -> None:
-    card = read_card(whole(factory))
-    loaded, mapped = (read_index(whole(factory) / "index.faiss", is_mapped=is_mapped) for is_mapped in (False, True))
-    queries = Vectors(cache_path, "image", "open_toy/cls").read(loaded.rows[:20])
-    for one, other in zip(loaded.search(queries, 5, card.search), mapped.search(queries, 5, card.search), strict=True):
-        assert (one == other).all()
+def test_damage_is_found_when_an_index_is_opened(cache_path: Path, whole: Whole, tmp_path: Path) -> None:
+    for kind in ("exact", "on disk"):
+        for number, name in enumerate(read_card(whole(kind)).files):
+            copy = Path(shutil.copytree(whole(kind), tmp_path / f"{kind} {number}"))
+            data = bytearray((copy / name).read_bytes())
+            data[-1] ^= 1
+            exchange(copy / name, data)
+            for read in (opened, lambda path: verify_index(path, read_card(path))):
+                with pytest.raises(CorruptError, match=rf"{name}: expected checksum .* build it again"):
+                    read(copy)
+            (copy / name).unlink()
+            with pytest.raises(PathError, match=rf"{name} does not exist"):
+                opened(copy)
+    (copy / "card.json").unlink()
+    with pytest.raises(PathError, match="make one with"):
+        read_card(copy)
+
+
+def test_large_indexes_are_compared_by_verify_alone(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = Path(shutil.copytree(whole("on disk"), tmp_path / "index"))
+    name = list(read_card(copy).files)[2]
+    data = bytearray((copy / name).read_bytes())
+    data[-1] ^= 1
+    exchange(copy / name, data)
+    monkeypatch.setattr("embedcache.search.card._COMPARED_BYTES", read_card(copy).file_bytes - 1)
+    announce.cache_clear()
+    with caplog.at_level(logging.INFO, "embedcache.devices"):
+        opened(copy)
+    assert f"not compared with its checksums; to do so: embedcache verify {copy}" in caplog.text
+    with pytest.raises(CorruptError, match=name):
+        verify_index(copy, read_card(copy))
+    exchange(copy / name, data[:-1])  # mapped, its end would kill the process
+    with pytest.raises(CorruptError, match="bytes"):
+        opened(copy)
+
+
+@pytest.mark.parametrize("kind", ["exact", "on disk"])
+def test_damaged_files_are_not_extended(tmp_path: Path, kind: str) -> None:
+    cache = write_cache(tmp_path, 40)
+    build(cache, tmp_path / "index", kind)
+    write_cache(tmp_path, 70)
+    for number, path in enumerate(sorted((tmp_path / "index").glob("index-*"))):
+        copy = Path(shutil.copytree(tmp_path / "index", tmp_path / f"index {number}"))
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        (copy / path.name).write_bytes(data)
+        with pytest.raises(CorruptError, match="build it again"):
+            build(cache, copy, kind)
+
+
+@pytest.mark.parametrize("kind", ["exact", "on disk"])
+def test_damaged_checkpoint_is_named(cache_path: Path, whole: Whole, tmp_path: Path, kind: str) -> None:
+    interrupt(cache_path, tmp_path, kind)
+    for path in [*tmp_path.glob("*.faiss"), *tmp_path.glob("*.npy")]:
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(CorruptError, match=r"delete .*building\.json to begin again"):
+            build(cache_path, tmp_path, kind)
+        path.write_bytes(before)
+    (tmp_path / "building.json").unlink()
+    build(cache_path, tmp_path, kind)
+    assert contents(tmp_path) == contents(whole(kind))
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"source": {}, "files": 3}'])
+def test_damaged_state_of_an_unfinished_index_is_named(cache_path: Path, tmp_path: Path, content: str) -> None:
+    interrupt(cache_path, tmp_path, "exact")
+    (tmp_path / "building.json").write_text(content)
+    with pytest.raises(CorruptError, match=r"building\.json"):
+        build(cache_path, tmp_path, "exact")
+
+
+def test_card_of_another_index_is_refused(whole: Whole, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(whole("exact"), tmp_path / "index"))
+    for changed, word in (({"num_vectors": 301}, "301 vectors"), ({"num_vectors": 300, "width": 47}, "width 47")):
+        edit_record(copy / "card.json", **changed)
+        with pytest.raises(CorruptError, match=word):
+            opened(copy)
+
+
+def test_memory_and_recall_of_an_index_are_compared_with_the_limits(
+    cache_path: Path, whole: Whole, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(whole("exact"), tmp_path / "index"))
+    edit_record(copy / "card.json", cache=relative_location(cache_path, copy), recall_at_10=0.75)
+    for memory_bytes, counted in ((12_000, 12_000), (None, read_card(copy).file_bytes)):
+        edit_record(copy / "card.json", memory_bytes=memory_bytes)
+        settings = {**FEATURE, "min_recall": 0.75}
+        assert build_index(cache_path, copy, IndexSettings(**settings, memory=counted)).recall_at_10 == 0.75
+        with pytest.raises(SettingError, match=f"{counted:,}"):
+            build_index(cache_path, copy, IndexSettings(**settings, memory=counted - 1))
+    edit_record(copy / "card.json", memory_bytes=6000, num_vectors=150)  # which grows to 300
+    with pytest.raises(SettingError, match="at most 11,999 bytes, got 12,000 with 300 items"):
+        build_index(cache_path, copy, IndexSettings(**FEATURE, memory=11_999))
+    with pytest.raises(SettingError, match=r"0\.750"):
+        build_index(cache_path, copy, IndexSettings(**{**FEATURE, "min_recall": 0.76}))
+
+
+def test_one_image_has_no_neighbor(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path, 1)
+    card = build_index(cache, tmp_path / "index")
+    assert (card.num_vectors, card.num_queries, card.recall_at_1, card.recall_at_10) == (1, 1, 1, 1)
+    assert card.memory_bytes == 4 * 48 + 8
+    assert card.seconds == round(card.seconds, 3) < 600
+    vectors = normalize(Vectors(cache, "image").read(np.array([0])))
+    assert read_index([tmp_path / "index" / "index-0.faiss"]).search(vectors, 1)[1].tolist() == [[0]]

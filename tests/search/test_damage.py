@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from embedcache.dataset.selections import Selection, read_selection_table, write_selection
-from embedcache.errors import CorruptError, EmbedcacheError
+from embedcache.errors import EmbedcacheError
 from embedcache.evaluate.runs import load_runs, read_run_split
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -24,7 +24,6 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests.crash import start_call
-from tests.edits import flip
 from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
@@ -198,17 +197,6 @@ def test_other_types_in_json_are_a_clear_error(folder: Path, name: str, keys: tu
         path.write_bytes(before)
     assert path.name in str(raised.value)
     assert "changed since" not in str(raised.value)
-
-
-@pytest.mark.parametrize("state", ["[]", '{"checksums": 3}', '{"checksums": null}'])
-def test_state_of_another_type_beside_a_damaged_index_is_a_clear_error(
-    folder: Path, tmp_path: Path, state: str
-) -> None:
-    index = Path(shutil.copytree(folder / "index", tmp_path / "index"))
-    flip(index / "index.faiss", 100)
-    (index / "building.json").write_text(state)
-    with pytest.raises(CorruptError, match=r"building.json does not hold the fields"):
-        OpenIndex(index, run=folder / "run", cache=folder / "cache")
 
 
 PIPES = (

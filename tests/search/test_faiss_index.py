@@ -1,16 +1,14 @@
 """An index of rows by itself: sizes, defaults, latency, reading, and what it leaves of the process."""
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from embedcache.arrays import Floats, normalize
-from embedcache.errors import DiskFullError, SettingError
+from embedcache.errors import SettingError
 from embedcache.search import faiss_index
-from embedcache.search.faiss_index import RowIndex, check_factory, make_index, read_index
+from embedcache.search.faiss_index import RowIndex, check_factory, make_index
 
 VECTORS = normalize(np.random.default_rng(0).standard_normal((400, 16)))
 ROWS = 2 * np.arange(400) + 5
@@ -69,15 +67,15 @@ def test_vectors_are_read_in_the_order_asked_for(factory: str) -> None:
     "factory",
     ["Flat", "HNSW8", "SQ8", "IVF4,SQ8", "IVF4,PQ4x4"],
 )
-def test_emptied_index_keeps_its_training(factory: str) -> None:
+def test_reset_index_keeps_its_training(factory: str) -> None:
     index = filled(factory)
     parameters = {"nprobe": 4, "efSearch": 400}
     expected = index.search(VECTORS[:20], 5, parameters)
-    emptied = index.emptied()
-    assert (len(emptied), emptied.rows.tolist(), emptied.is_trained) == (0, [], True)
-    emptied.add(ROWS, VECTORS)
-    assert emptied.rows.tolist() == ROWS.tolist()
-    scores, rows = emptied.search(VECTORS[:20], 5, parameters)
+    index.reset()
+    assert (len(index), index.rows.tolist(), index.is_trained) == (0, [], True)
+    index.add(ROWS, VECTORS)
+    assert index.rows.tolist() == ROWS.tolist()
+    scores, rows = index.search(VECTORS[:20], 5, parameters)
     np.testing.assert_allclose(scores, expected[0], rtol=1e-6)  # graphs sum in the order in which they are walked
     np.testing.assert_array_equal(rows, expected[1])
 
@@ -86,35 +84,6 @@ def test_latency_is_the_median_of_single_queries_and_the_mean_of_a_batch(monkeyp
     times = iter([10, 10.001, 20, 20.006, 30, 30.002, 40, 40.03])
     monkeypatch.setattr(faiss_index, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     assert filled("Flat").measure_latency_ms(VECTORS[:3], 2, {}) == pytest.approx((2, 10))
-
-
-def test_lists_are_merged_where_the_disk_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = filled("IVF4,SQ8")
-    part.write(tmp_path / "trained")
-    free = 400 * (16 + 8)  # a code of a byte per number, and an id
-    for number, room in enumerate((free - 1, free)):
-        monkeypatch.setattr("shutil.disk_usage", lambda _, room=room: SimpleNamespace(free=room))
-        empty = read_index(tmp_path / "trained").emptied()
-        path = tmp_path / f"lists-{number}"
-        if room < free:
-            with pytest.raises(DiskFullError, match=r"lists-0, which takes 9,600 bytes"):
-                empty.merge_on_disk([part], path)
-            assert not path.exists()
-        else:
-            merged = empty.merge_on_disk([part], path)
-            assert (len(merged), merged.rows.tolist(), path.stat().st_size) == (400, ROWS.tolist(), free)
-
-
-def test_standard_output_is_left_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    filled("IVF4,SQ8").write(tmp_path / "index")
-    before = [os.fstat(number).st_ino for number in (1, 2)]
-    assert before[0] != before[1]
-    with faiss_index._silence_stdout():
-        os.write(1, b"out\n")
-        os.write(2, b"error\n")
-    assert [os.fstat(number).st_ino for number in (1, 2)] == before
-    os.write(1, b"after\n")
-    assert tuple(capfd.readouterr()) == ("after\n", "error\n")
 
 
 @pytest.mark.parametrize(

@@ -488,7 +488,7 @@ def test_start_errors(root: Path, places: dict[str, Any], error: type[Exception]
 
 def test_run_and_cache_may_have_moved(root: Path, tmp_path: Path) -> None:
     (tmp_path / "moved").mkdir()
-    for name in ("card.json", "index.faiss"):
+    for name in ("card.json", "index-0.faiss", "index-0.rows.npy"):
         (tmp_path / "moved" / name).write_bytes((root / "index" / name).read_bytes())
     with pytest.raises(PathError, match="--run"):
         start(index=tmp_path / "moved")
