@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from scipy.sparse import csr_array
 
-from embedcache.arrays import Array, Floats, Ints, Products, blocks, dot_products, normalize
+from embedcache.arrays import Floats, Ints, Products, blocks, dot_products, normalize
 from embedcache.neighbors.knn import knn
 from embedcache.registry import Registry, require
 
@@ -116,22 +116,15 @@ def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Classi
     ridge = Ridge(train, num_classes)
     if val is None:
         return Classifier(ridge.scores(_FEW_SHOT_SHRINKAGE), {"shrinkage": _FEW_SHOT_SHRINKAGE})
-    accuracies = {
-        strength: float(np.mean(_predict(ridge.scores(strength), val.vectors) == val.labels))
-        for strength in SHRINKAGE_GRID
-    }
-    best = max(accuracies, key=lambda strength: (accuracies[strength], strength))
-    chosen = {
-        "shrinkage": best,
-        "val_accuracy": _rounded(accuracies),
-        "at_the_edge": _is_at_the_edge(accuracies, SHRINKAGE_GRID),
-    }
-    return Classifier(Ridge(join_examples(train, val), num_classes).scores(best), chosen)
 
-
-def _predict(scores: Callable[[Floats], Floats], vectors_ND: Floats) -> Ints:
-    """Return the class of the highest score of each vector: (N,) int64. Memory: the scores of 8,192 vectors."""
-    return np.concatenate([scores(vectors_ND[block]).argmax(axis=1) for block in blocks(len(vectors_ND), _BLOCK)])
+    accuracies: dict[float, float] = {}
+    for shrinkage in SHRINKAGE_GRID:
+        scores = ridge.scores(shrinkage)
+        predicted = [scores(val.vectors[block]).argmax(axis=1) for block in blocks(len(val.labels), _BLOCK)]
+        accuracies[shrinkage] = float(np.mean(np.concatenate(predicted) == val.labels))
+    best = max(accuracies, key=lambda shrinkage: (accuracies[shrinkage], shrinkage))
+    scores = Ridge(join_examples(train, val), num_classes).scores(best)
+    return Classifier(scores, {"shrinkage": best, **_validation(accuracies, SHRINKAGE_GRID)})
 
 
 class Ridge:
@@ -142,17 +135,31 @@ class Ridge:
     """
 
     def __init__(self, train: Examples, num_classes: int) -> None:
-        self._scale, self._products = Scale.of(train.vectors), train.products
+        self._scale = Scale.of(train.vectors)
+        self._products = train.products
         x_MD = self._scale(train.vectors)
-        self._counts = np.bincount(train.labels, minlength=num_classes)
-        self._prior = self._counts / len(x_MD)
         self._num = len(x_MD)
+        self._counts = np.bincount(train.labels, minlength=num_classes)
+        self._prior = self._counts / self._num
+
         is_wide = x_MD.shape[0] < x_MD.shape[1]
-        values, self._vectors = np.linalg.eigh(_gram(x_MD.T if is_wide else x_MD, train.products))
-        self._values = np.maximum(values, 0)
         self._x_MD = x_MD if is_wide else None
-        sums = _class_sums(self._vectors if is_wide else x_MD, train.labels, num_classes)
-        target = sums.T - np.outer(sums.sum(axis=0), self._prior)  # the product with one-hot classes minus their mean
+        rows_RS = x_MD.T if is_wide else x_MD
+        gram_SS = np.zeros((rows_RS.shape[1], rows_RS.shape[1]))
+        for block in blocks(len(rows_RS), _BLOCK):
+            gram_SS += train.products(rows_RS[block].T, rows_RS[block].T)
+        values, self._vectors = np.linalg.eigh(gram_SS)
+        self._values = np.maximum(values, 0)
+
+        # The product of the rows with one-hot classes minus their mean.
+        projected = self._vectors if is_wide else x_MD
+        sums_CS = np.zeros((num_classes, projected.shape[1]))
+        for block in blocks(self._num, _BLOCK):
+            labels_B = train.labels[block]
+            places = (labels_B, np.arange(len(labels_B)))
+            is_class_CB = csr_array((np.ones(len(labels_B), projected.dtype), places), (num_classes, len(labels_B)))
+            sums_CS += is_class_CB @ projected[block]
+        target = sums_CS.T - np.outer(sums_CS.sum(axis=0), self._prior)
         self._target = target if is_wide else self._vectors.T @ target
 
     def scores(self, shrinkage: float) -> Callable[[Floats], Floats]:
@@ -168,20 +175,19 @@ def fit_logistic(train: Examples, val: Examples | None, num_classes: int) -> Cla
     """Fit multinomial logistic regression by L-BFGS; C, a power of ten, is chosen on validation.
 
     Each C starts from the solution of the smaller one. As large ones take longest, the search ends when two in a row
-    are no better, or one is worse by more than a standard error.
+    are no better.
     """
-    chosen: dict[str, Any]
-    if val is None:
-        both, chosen = train, {"C": FEW_SHOT_C}
-    else:
+    chosen: dict[str, Any] = {"C": FEW_SHOT_C}
+    if val is not None:
         accuracies = _validate_strengths(train, val)
         best = max(accuracies, key=lambda strength: (accuracies[strength], -strength))
-        both, chosen = join_examples(train, val), {"C": best, "val_accuracy": _rounded(accuracies)}
-    model, scale = _logistic_model(chosen["C"], both), Scale.of(both.vectors)
-    chosen["iterations"] = _fit_model(model, scale(both.vectors), both.labels)
+        chosen = {"C": best, **_validation(accuracies, C_GRID)}
+    both = join_examples(train, val)
+    scale = Scale.of(both.vectors)
+    model = _logistic_model(both)
+    chosen["iterations"] = _fit_model(model, chosen["C"], scale(both.vectors), both.labels)
     if val is not None:
         chosen["converged"] = chosen["iterations"] < _MAX_ITERATIONS
-        chosen["at_the_edge"] = _is_at_the_edge(accuracies, C_GRID)
 
     def scores(vectors_QD: Floats) -> Floats:
         decision = model.decision_function(scale(vectors_QD)).astype(np.float32)
@@ -194,38 +200,34 @@ def fit_logistic(train: Examples, val: Examples | None, num_classes: int) -> Cla
     return Classifier(scores, chosen)
 
 
-def _logistic_model(strength: float, train: Examples) -> Any:
-    """Create the model. Dimensions of scaled vectors have variance 1 / D, so gradients are smaller by its root."""
-    linear = require("sklearn.linear_model", package="scikit-learn")
-    tolerance = _TOLERANCE / float(np.sqrt(train.vectors.shape[1]))
-    return linear.LogisticRegression(C=strength, max_iter=_MAX_ITERATIONS, tol=tolerance, warm_start=True)
-
-
-def _fit_model(model: Any, vectors_MD: Floats, labels_M: Ints) -> int:
-    """Fit the model and return the number of iterations; the report says if they were too few."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="lbfgs failed to converge")
-        model.fit(vectors_MD, labels_M)
-    return int(model.n_iter_.max())
-
-
 def _validate_strengths(train: Examples, val: Examples) -> dict[float, float]:
-    model, scale = _logistic_model(C_GRID[0], train), Scale.of(train.vectors)
+    model = _logistic_model(train)
+    scale = Scale.of(train.vectors)
     train_MD, val_MD = scale(train.vectors), scale(val.vectors)
     accuracies: dict[float, float] = {}
     for strength in C_GRID:
-        model.set_params(C=strength)
-        _fit_model(model, train_MD, train.labels)
+        _fit_model(model, strength, train_MD, train.labels)
         accuracies[strength] = float(np.mean(model.predict(val_MD) == val.labels))
-        if _is_past_the_best(list(accuracies.values()), len(val.labels)):
+        tried = list(accuracies.values())
+        if tried.index(max(tried)) < len(tried) - 2:
             break
     return accuracies
 
 
-def _is_past_the_best(accuracies: Sequence[float], num_val: int) -> bool:
-    best = max(accuracies)
-    standard_error = np.sqrt(best * (1 - best) / num_val)
-    return accuracies.index(best) < len(accuracies) - 2 or accuracies[-1] < best - standard_error
+def _logistic_model(train: Examples) -> Any:
+    """Create the model. Dimensions of scaled vectors have variance 1 / D, so gradients are smaller by its root."""
+    linear = require("sklearn.linear_model", package="scikit-learn")
+    tolerance = _TOLERANCE / float(np.sqrt(train.vectors.shape[1]))
+    return linear.LogisticRegression(max_iter=_MAX_ITERATIONS, tol=tolerance, warm_start=True)
+
+
+def _fit_model(model: Any, strength: float, vectors_MD: Floats, labels_M: Ints) -> int:
+    """Fit the model and return the number of iterations; the report says if they were too few."""
+    model.set_params(C=strength)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lbfgs failed to converge")
+        model.fit(vectors_MD, labels_M)
+    return int(model.n_iter_.max())
 
 
 class Scale(NamedTuple):
@@ -237,13 +239,11 @@ class Scale(NamedTuple):
     @classmethod
     def of(cls, vectors_MD: Floats) -> "Scale":
         """Fit to training vectors; sums are in float64, block by block."""
-        total, squares = np.zeros(vectors_MD.shape[1]), 0.0
+        total = np.zeros(vectors_MD.shape[1])
         for block in blocks(len(vectors_MD), _BLOCK):
-            unit_BD = normalize(vectors_MD[block]).astype(np.float64)
-            total += unit_BD.sum(axis=0)
-            squares += float(np.square(unit_BD).sum())
+            total += normalize(vectors_MD[block]).sum(axis=0, dtype=np.float64)
         mean = total / len(vectors_MD)
-        variance = squares / len(vectors_MD) - float(mean @ mean)
+        variance = 1 - float(mean @ mean)
         return cls(mean.astype(np.float32), np.float32(np.sqrt(variance) if variance > _MIN_VARIANCE else 1))
 
     def __call__(self, vectors_ND: Floats) -> Floats:
@@ -263,30 +263,13 @@ def join_examples(train: Examples, val: Examples | None) -> Examples:
     )
 
 
-def _class_sums(x_MD: Array, labels_M: Ints, num_classes: int) -> Array:
-    """Compute the sum of the rows of each class, (C, D) float64, over blocks of rows."""
-    sums_CD = np.zeros((num_classes, x_MD.shape[1]))
-    for block in blocks(len(x_MD), _BLOCK):
-        labels_B = labels_M[block]
-        places = (labels_B, np.arange(len(labels_B)))
-        is_class_CB = csr_array((np.ones(len(labels_B), x_MD.dtype), places), (num_classes, len(labels_B)))
-        sums_CD += is_class_CB @ x_MD[block]
-    return sums_CD
+def _validation(accuracies: Mapping[float, float], grid: Sequence[float]) -> dict[str, Any]:
+    """Return the accuracy of each strength, and whether only the first or last of the grid is best.
 
-
-def _gram(x_MD: Floats, products: Products) -> Array:
-    """Compute x'x, (D, D) float64, summed over blocks of rows."""
-    gram_DD = np.zeros((x_MD.shape[1], x_MD.shape[1]))
-    for block in blocks(len(x_MD), _BLOCK):
-        gram_DD += products(x_MD[block].T, x_MD[block].T)
-    return gram_DD
-
-
-def _is_at_the_edge(accuracies: Mapping[float, float], grid: Sequence[float]) -> bool:
-    """Return whether the first or last strength of the grid alone is best, so that one beyond it may be better."""
+    One beyond the grid may then be better.
+    """
     best = [strength for strength in grid if accuracies.get(strength) == max(accuracies.values())]
-    return best in ([grid[0]], [grid[-1]])
-
-
-def _rounded(accuracies: Mapping[float, float]) -> dict[str, float]:
-    return {f"{strength:g}": round(accuracy, 5) for strength, accuracy in accuracies.items()}
+    return {
+        "val_accuracy": {f"{strength:g}": round(accuracy, 5) for strength, accuracy in accuracies.items()},
+        "at_the_edge": best in ([grid[0]], [grid[-1]]),
+    }

@@ -18,49 +18,12 @@ Doubles = npt.NDArray[np.float64]
 _ROUNDING = 1e-24  # of float64, squared
 
 
-def linear_cka(x_ND: Array, y_NE: Array) -> float:
-    """Compute linear centered kernel alignment, from 0 to 1.
-
-    ‖X'Y‖² / (‖X'X‖ ‖Y'Y‖) of centered columns, Frobenius norms: "Similarity of Neural Network Representations
-    Revisited" (ICML 2019). It grows with D / N even for independent features; `shuffled_cka`
-    is its value for shuffled rows. Memory: both in float64, and three D × D matrices.
-
-    Raises:
-        DataError: fewer than four rows, a different number of rows, NaN, or constant rows.
-    """
-    return float(cka(*(kernel_products(*pair).biased for pair in _feature_pairs(x_ND, y_NE)))[0])
-
-
-def debiased_cka(x_ND: Array, y_NE: Array) -> float:
-    """Compute linear CKA from unbiased estimates of each HSIC: about 0 for independent features, at most 1.
-
-    HSIC is estimator HSIC_1 of "Feature Selection via Dependence Maximization" (JMLR 2012); it may fall
-    below 0.
-    """
-    return float(cka(*(kernel_products(*pair).unbiased for pair in _feature_pairs(x_ND, y_NE)))[0])
-
-
-def shuffled_cka(x_ND: Array, y_NE: Array) -> float:
-    """Compute the expected linear CKA after shuffling the rows of one feature.
-
-    With centered Gram matrices K and L, the mean of tr(K P L P') over all permutations P is tr K tr L / (N - 1), so
-    this is exact.
-    """
-    (x, y), (_, _), (_, _) = _feature_pairs(x_ND, y_NE)
-    return shuffled_from_products(x, y, kernel_products(x, x), kernel_products(y, y))
-
-
-def mutual_knn(x_ND: Array, y_NE: Array, k: int) -> float:
-    """Compute the mean fraction of k nearest neighbors that both features agree on; chance is k / (N - 1).
-
-    By cosine, without the row itself: "The Platonic Representation Hypothesis" (ICML 2024).
-    """
-    _check_paired(x_ND, y_NE)
-    return float(neighbor_overlap(nearest_others(x_ND, k), nearest_others(y_NE, k)).mean())
-
-
 def nearest_others(rows_ND: Array, k: int, *, products: Products = dot_products) -> Ints:
-    """Find the k nearest other rows of each row by cosine: (N, K) int64. Memory and `products`: those of `knn`."""
+    """Find the k nearest other rows of each row by cosine: (N, K) int64. Memory and `products`: those of `knn`.
+
+    The mean overlap of the neighbors by two features is mutual kNN, whose chance level is k / (N - 1): "The Platonic
+    Representation Hypothesis" (ICML 2024).
+    """
     num_rows = len(rows_ND)
     if not 0 < k < num_rows:
         raise DataError(f"k: expected a number from 1 to {num_rows - 1} for {num_rows} rows, got {k}")
@@ -107,7 +70,12 @@ class CenteredRows:
 
 
 class KernelProducts(NamedTuple):
-    """Inner products of two centered kernels, HSIC up to a factor: (1 + G,) of all rows, then without each block."""
+    """Products of two centered linear kernels, HSIC up to a factor: (1 + G,) of all rows, then without each block.
+
+    With the biased ones, `cka` is linear CKA, ‖X'Y‖² / (‖X'X‖ ‖Y'Y‖) of centered columns: "Similarity of Neural Network
+    Representations Revisited" (ICML 2019). It grows with D / N even for independent features. With the unbiased ones,
+    HSIC_1 of "Feature Selection via Dependence Maximization" (JMLR 2012), it is about 0 for these, and may be below.
+    """
 
     biased: Doubles
     unbiased: Doubles
@@ -129,7 +97,11 @@ def cka(xy: Doubles, xx: Doubles, yy: Doubles) -> Doubles:
 
 
 def shuffled_from_products(x: CenteredRows, y: CenteredRows, xx: KernelProducts, yy: KernelProducts) -> float:
-    """Compute `shuffled_cka` from centered rows and their products."""
+    """Compute the expected linear CKA after shuffling the rows of one feature.
+
+    With centered Gram matrices K and L, the mean of tr(K P L P') over all permutations P is tr K tr L / (N - 1), so
+    this is exact.
+    """
     traces = x.squares_N.sum() * y.squares_N.sum() / (len(x.squares_N) - 1) ** 3  # on the scale of `KernelProducts`
     return float(cka(np.array([traces]), xx.biased[:1], yy.biased[:1])[0])
 
@@ -150,15 +122,3 @@ def _products_without(x: CenteredRows, y: CenteredRows, number: int, total_DE: D
     ) / (n * (n - 3))
     cross_DE -= np.outer(x.sums_GD[number], y.sums_GD[number] / n)
     return float(np.vdot(cross_DE, cross_DE)) / (n - 1) ** 2, float(unbiased)
-
-
-def _feature_pairs(x_ND: Array, y_NE: Array) -> list[tuple[CenteredRows, CenteredRows]]:
-    """Return the three pairs of features whose products CKA needs."""
-    _check_paired(x_ND, y_NE)
-    x, y = CenteredRows(x_ND), CenteredRows(y_NE)
-    return [(x, y), (x, x), (y, y)]
-
-
-def _check_paired(x_ND: Array, y_NE: Array) -> None:
-    if len(x_ND) != len(y_NE):
-        raise DataError(f"expected features of the same rows, got {len(x_ND)} and {len(y_NE)} rows")

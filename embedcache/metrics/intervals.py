@@ -68,7 +68,8 @@ def bootstrap_means(
     sum_GK = np.stack([np.bincount(cluster_M, weights=column.astype(np.float64)) for column in values_MK.T], axis=1)
     resamples = _resamples(len(size_G), num_draws, seed)
     means = [weight_BG @ sum_GK / (weight_BG @ size_G)[:, None] for weight_BG in resamples]
-    return _estimates(values_MK.mean(axis=0, dtype=np.float64), np.concatenate(means))
+    means_RK = np.concatenate([values_MK.mean(axis=0, dtype=np.float64)[None], *means])
+    return [interval_of(means_R) for means_R in means_RK.T]
 
 
 def bootstrap_median(values: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
@@ -173,8 +174,7 @@ def bootstrap(
     cluster_M, size_G = _clusters(clusters, num_values)
     resamples = _resamples(len(size_G), num_draws, seed)
     draws = [statistic(weight_G[cluster_M]) for weight_BG in resamples for weight_G in weight_BG]
-    value = statistic(np.ones(num_values))
-    return _estimates(np.array([value]), np.array(draws)[:, None])[0]
+    return interval_of(np.array([statistic(np.ones(num_values)), *draws]))
 
 
 def _clusters(clusters: Ints | None, num_values: int) -> tuple[Ints, Ints]:
@@ -195,11 +195,6 @@ def _resamples(num_clusters: int, num_draws: int, seed: int) -> Iterator[Ints]:
         drawn_BG = rng.integers(num_clusters, size=(count, num_clusters))
         places_BG = drawn_BG + num_clusters * np.arange(count)[:, None]
         yield np.bincount(places_BG.ravel(), minlength=places_BG.size).reshape(places_BG.shape)
-
-
-def _estimates(values_K: Array, means_RK: Array) -> list[Estimate]:
-    low_K, high_K = np.quantile(means_RK, [0.025, 0.975], axis=0)
-    return [Estimate(*map(float, values)) for values in zip(values_K, low_K, high_K, strict=True)]
 
 
 def chance_estimate(probability: float, num_queries: int) -> Estimate:

@@ -128,25 +128,11 @@ def recall_at(ranks_Q: Ints, k: int) -> float:
     return float(np.mean(ranks_Q <= k))
 
 
-def chance_recall(num_positives_Q: Ints, num_candidates: int, k: int) -> float:
-    """Compute the expected recall at k of a random order: the mean over queries of 1 - C(C - p, k) / C(C, k).
-
-    Example:
-        >>> round(chance_recall(np.array([1, 1]), 100, 10), 12)
-        0.1
-    """
-    misses_Q = np.ones(len(num_positives_Q))
-    for num_drawn in range(min(k, num_candidates)):
-        left = num_candidates - num_drawn
-        misses_Q *= np.maximum(left - num_positives_Q, 0) / left
-    return float(np.mean(1 - misses_Q))
-
-
 def tied_chance_recall(positives: tuple[Ints, Ints], contents_C: Ints, k: int) -> float:
     """Compute the expected recall at k of random vectors where equal candidates have equal vectors.
 
     Equal captions are ranked one after another, so that a query's best positive is reached later than if each caption
-    had a place of its own; without equal candidates it is `chance_recall`. All equal candidates of a positive must be
+    had a place of its own. All equal candidates of a positive must be
     positives, too. Memory: k numbers per query.
 
     Args:

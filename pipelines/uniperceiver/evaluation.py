@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from scipy.stats import hypergeom
 
 from embedcache.arrays import Bools, Ints, blocks, distinct
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError
 from embedcache.metrics.intervals import MetricValues
-from embedcache.metrics.ranking import chance_recall
 from embedcache.provenance import check_same
 from embedcache.runs import Run
 from pipelines.results import Measures, Result
@@ -214,7 +214,7 @@ def _chance(task: ExampleTask, examples: TaskExamples) -> dict[str, float]:
     (_, of_item_Q), (_, of_text_Q) = (np.unique(side, return_counts=True) for side in pairs)
     counts = {"item to text": (of_item_Q, len(of_text_Q)), "text to item": (of_text_Q, len(of_item_Q))}
     return {
-        f"{name} r@{k}": chance_recall(positives_Q, size, k)
+        f"{name} r@{k}": float(hypergeom.sf(0, size, positives_Q, min(k, size)).mean())
         for name, (positives_Q, size) in counts.items()
         for k in _KS
     }

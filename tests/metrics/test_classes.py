@@ -1,5 +1,4 @@
 import doctest
-from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -7,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
-from embedcache.errors import DataError
 from embedcache.metrics import ranking as classes
-from embedcache.metrics.intervals import bootstrap_class_mean, bootstrap_mean, bootstrap_means
+from embedcache.metrics.intervals import bootstrap_class_mean
 from embedcache.metrics.ranking import (
     class_means,
     count_confusion,
@@ -65,30 +63,6 @@ def test_the_first_class_is_the_true_one_where_it_ranks_first(seed: int, num_cla
     top, ranks = top_classes(scores, labels, k), rank_labels(scores, labels)
     assert ((top == labels[:, None]) == (ranks[:, None] == np.arange(1, k + 1))).all()
     assert (np.diff(np.take_along_axis(scores, top, axis=1), axis=1) <= 1e-6).all()
-
-
-@pytest.mark.slow
-def test_bootstrap_class_mean_coverage() -> None:
-    rng, hits = np.random.default_rng(0), 0
-    for trial in range(60):
-        labels = np.repeat([0, 1], [900, 100])
-        right = rng.random(1000) < np.where(labels == 0, 0.9, 0.3)
-        estimate = bootstrap_class_mean(right, labels, num_draws=200, seed=trial)
-        hits += estimate.low <= 0.6 <= estimate.high
-    assert hits >= 52  # of 60 intervals of 95%
-    assert astuple(bootstrap_class_mean(right, labels)) == astuple(bootstrap_class_mean(right, labels, seed=0))
-
-
-def test_bootstrap_means_share_resamples() -> None:
-    values = np.random.default_rng(1).random((40, 3))
-    clusters = np.arange(40) // 4
-    for column, estimate in enumerate(bootstrap_means(values, clusters)):
-        alone = bootstrap_mean(values[:, column], clusters)
-        assert astuple(estimate) == pytest.approx(astuple(alone))
-    with pytest.raises(DataError, match="at least one value"):
-        bootstrap_means(np.empty((0, 2)))
-    with pytest.raises(DataError, match="at least one value"):
-        bootstrap_class_mean(np.empty(0), np.empty(0, np.int64))
 
 
 @given(COUNTS)

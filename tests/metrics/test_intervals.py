@@ -102,8 +102,9 @@ def test_runs_and_clusters_are_resampled_together(of_runs: list[list[int]], monk
     assert means.shape == (1001, 2)
     assert (means == 0).all(axis=1).any()
     assert found(interval_of(means[:, 1])) == pytest.approx((means[0, 1], *np.quantile(means[1:, 1], [0.025, 0.975])))
-    with pytest.raises(DataError, match="expected at least one value, got none"):
-        resample_runs([], [])
+    for nothing in (lambda: resample_runs([], []), lambda: bootstrap_means(np.empty((0, 2)))):
+        with pytest.raises(DataError, match="at least one value"):
+            nothing()
 
 
 def test_ends_of_an_interval_with_infinite_values_are_values() -> None:
@@ -155,34 +156,3 @@ def test_jackknife_of_a_mean_is_known(sizes: list[int]) -> None:
     reach = t.ppf(0.975, len(sizes) - 1) * np.sqrt(variance)
     expected = (mean, mean - reach, mean + reach)
     assert found(jackknife(np.array([mean, *without]), count)) == pytest.approx(expected)
-
-
-def test_intervals_over_runs_are_wider() -> None:
-    rng = np.random.default_rng(0)
-    shares = np.array([0.2, 0.5, 0.8])[:, None]
-    values = rng.random((3, 400)) < shares
-    both = bootstrap_runs(values, np.arange(400))
-    items = bootstrap_mean(values.mean(axis=0))
-    assert both.value == pytest.approx(items.value)
-    assert both.low < items.low < items.high < both.high
-    same = bootstrap_runs(np.tile(values[1], (5, 1)), np.arange(400))
-    alone = bootstrap_mean(values[1])
-    assert (same.low, same.high) == pytest.approx((alone.low, alone.high), abs=0.01)
-    with pytest.raises(DataError, match="at least one value"):
-        bootstrap_runs(np.empty((0, 0)), np.empty(0, np.int64))
-
-
-def test_columns_are_compared_on_the_same_resamples() -> None:
-    rng = np.random.default_rng(0)
-    before = [rng.random(300) < 0.5, rng.random(200) < 0.6]  # each run has items of its own
-    clusters = [np.arange(300) // 2, np.arange(100, 300)]
-    after = [values | (rng.random(len(values)) < 0.1) for values in before]
-    means = resample_runs([np.stack(pair, axis=1) for pair in zip(before, after, strict=True)], clusters)
-    assert means.shape == (1001, 2)
-    assert means[0] == pytest.approx([np.concatenate(before).mean(), np.concatenate(after).mean()])
-    gain, alone = interval_of(means[:, 1] - means[:, 0]), interval_of(means[:, 0])
-    assert 0 < gain.low < gain.value < gain.high < 0.1
-    assert alone.high - alone.low > 2 * (gain.high - gain.low)
-    crossings = np.where(means[:, 1] > means[0, 1], 3.0, np.inf)
-    assert interval_of(crossings).high == np.inf
-    assert interval_of(crossings).low == 3

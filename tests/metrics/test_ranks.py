@@ -1,5 +1,4 @@
-import doctest
-from itertools import combinations, permutations
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -14,16 +13,11 @@ from embedcache.metrics.intervals import bootstrap_mean, over_seeds
 from embedcache.metrics.ranking import (
     average_precisions,
     best_ranks,
-    chance_recall,
     negatives_before,
     rank_labels,
     recall_at,
     tied_chance_recall,
 )
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(ranks_module).failed == 0
 
 
 @st.composite
@@ -74,20 +68,6 @@ def test_similarities_of_few_queries_are_held_at_once(
     assert sizes == expected
 
 
-@pytest.mark.slow
-def test_64_megabytes_of_similarities_are_held_at_once() -> None:
-    sizes = []
-
-    def products(queries_BP: np.ndarray, candidates_CP: np.ndarray) -> np.ndarray:
-        sizes.append(len(queries_BP))
-        return np.zeros((len(queries_BP), len(candidates_CP)), np.float32)
-
-    queries, candidates = np.zeros((3, 1), np.float32), np.zeros((2**23, 1), np.float32)
-    before = negatives_before(queries, candidates, (np.arange(3), np.arange(3)), products=products)
-    assert sizes == [2, 1]
-    assert before.tolist() == [2**23 - 1] * 3
-
-
 def test_constant_embedding_ranks_last() -> None:
     same = np.ones((50, 4), np.float32)
     ranks = best_ranks(same, same, (np.arange(50), np.arange(50)))
@@ -124,18 +104,6 @@ def test_query_without_positive_raises() -> None:
         best_ranks(four, four, (np.array([0, 3]), np.array([0, 3])))
 
 
-def test_no_query_has_no_rank() -> None:
-    nothing = np.empty(0, np.int64)
-    assert best_ranks(np.empty((0, 3), np.float32), np.empty((0, 3), np.float32), (nothing, nothing)).shape == (0,)
-
-
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(6, 9), st.integers(1, 11))
-def test_chance_recall_matches_enumeration(num_positives: list[int], num_candidates: int, k: int) -> None:
-    draws = list(combinations(range(num_candidates), min(k, num_candidates)))
-    counted = np.mean([np.mean([draw[0] < count for draw in draws]) for count in num_positives])  # the lowest is first
-    assert chance_recall(np.array(num_positives), num_candidates, k) == pytest.approx(counted)
-
-
 @pytest.mark.slow
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=6), st.integers(1, 8), st.integers(0, 1000))
 def test_tied_chance_matches_enumeration(sizes: list[int], k: int, seed: int) -> None:
@@ -158,13 +126,6 @@ def test_tied_chance_is_a_probability() -> None:
     assert min(chances) == pytest.approx(1)
 
 
-def test_tied_chance_of_distinct_candidates_is_chance() -> None:
-    query_M, candidate_M = np.array([0, 0, 1, 2]), np.array([0, 4, 7, 2])
-    for k in (1, 5, 10):
-        expected = chance_recall(np.bincount(query_M), 40, k)
-        assert tied_chance_recall((query_M, candidate_M), np.arange(40), k) == pytest.approx(expected)
-
-
 def test_interval_over_seeds_holds_chance_as_often_as_it_should() -> None:
     """The interval over items alone excludes the truth where seeds differ."""
     rng = np.random.default_rng(0)
@@ -177,29 +138,6 @@ def test_interval_over_seeds_holds_chance_as_often_as_it_should() -> None:
         inside["items"] += items.low <= 0.3 <= items.high
         inside["seeds"] += seeds.low <= 0.3 <= seeds.high
     assert inside["seeds"] >= 90 > inside["items"]
-
-
-def test_bootstrap_interval_coverage() -> None:
-    rng = np.random.default_rng(0)
-    inside = 0
-    for trial in range(100):
-        estimate = bootstrap_mean(rng.random(200) < 0.3, num_draws=300, seed=trial)
-        inside += estimate.low <= 0.3 <= estimate.high
-    assert 88 <= inside <= 100
-
-
-def test_bootstrap_by_cluster_is_wider() -> None:
-    rng = np.random.default_rng(1)
-    values = np.repeat(rng.random(100) < 0.5, 5)
-    alone = bootstrap_mean(values)
-    clustered = bootstrap_mean(values, np.repeat(np.arange(100), 5))
-    assert clustered.value == alone.value
-    assert clustered.high - clustered.low > 1.7 * (alone.high - alone.low)
-
-
-def test_bootstrap_of_nothing_raises() -> None:
-    with pytest.raises(DataError, match="at least one value"):
-        bootstrap_mean(np.array([]))
 
 
 @pytest.mark.slow
@@ -218,9 +156,3 @@ def test_average_precision_matches_sklearn(seed: int, num_queries: int, num_cand
     scores = queries @ candidates.T
     expected = [average_precision_score(own, row) for own, row in zip(relation, scores, strict=True)]
     assert found == pytest.approx(expected)
-
-
-def test_average_precision_with_ties() -> None:
-    same = np.ones((1, 4), np.float32)
-    positives = (np.array([0]), np.array([2]))
-    assert average_precisions(positives[0], negatives_before(same, np.ones((4, 4), np.float32), positives)) == [0.25]
