@@ -6,15 +6,15 @@ one group, connected by equal items or by near-duplicates, are never negatives o
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks, concatenated_ranges, distinct, number_values
+from embedcache.arrays import Bools, Floats, Ints, blocks, concatenated_ranges, distinct, number_values
 from embedcache.curate.settings import NegativesSettings
 from embedcache.dataset.inputs import NamedFeatures
 from embedcache.dataset.matches import near_duplicate_groups
-from embedcache.dataset.pairs import Pairs
+from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.selections import read_selection, write_negatives
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
@@ -49,7 +49,7 @@ class NegativesReport:
         num_with_negatives: samples that have at least one.
         num_negatives: negatives of all samples.
         num_groups: near-duplicate groups of these samples.
-        mean_score: mean cosine of the negatives; None without any.
+        mean_score: mean cosine of the negatives.
         mean_own_score: with a run, mean cosine of these samples' own pairs.
     """
 
@@ -57,16 +57,15 @@ class NegativesReport:
     num_with_negatives: int
     num_negatives: int
     num_groups: int
-    mean_score: float | None
+    mean_score: float
     mean_own_score: float | None
 
     def line(self) -> str:
         """Summarize the report in one line."""
         own = "" if self.mean_own_score is None else f", of their own pairs {self.mean_own_score:.3f}"
-        scores = "" if self.mean_score is None else f"; mean cosine {self.mean_score:.3f}{own}"
         return (
             f"{pluralize(self.num_negatives, 'hard negative')} of {self.num_with_negatives:,} of {self.num_samples:,} "
-            f"samples in {pluralize(self.num_groups, 'near-duplicate group')}{scores}"
+            f"samples in {pluralize(self.num_groups, 'near-duplicate group')}; mean cosine {self.mean_score:.3f}{own}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -107,157 +106,166 @@ def mine_negatives(
     settings = merge_settings(NegativesSettings, settings, options)
     out, progress = Path(out), to_progress(progress)
     check_table_output("negatives", out)
-    mining = _Mining(cache, settings, feature, progress)
-    negatives_MK, scores_MK = mining.mine()
-    is_some_MK = negatives_MK >= 0
-    num_negatives = int(is_some_MK.sum())
-    num_groups = len(distinct(mining.groups_S[mining.pairs.samples]))
-    if not num_negatives and num_groups == 1:
+    cache = Cache(cache)
+    run = None if settings.run is None else Run.open(settings.run, kind=PAIR)
+    if run is not None:
+        if feature is not None:
+            raise SettingError("feature: expected those of the run, got others; omit them, or --run")
+        feature = {name: side.feature for name, side in run.info.inputs.items()}
+    data = open_data(cache.path, feature, memory_bytes=_MEMORY_BYTES, progress=progress)
+    modality = settings.modality or next(iter(data.sides))
+    if modality not in data.sides:
+        raise SettingError(f"modality: expected {' or '.join(data.sides)}, got {modality}")
+    other = modality if run is None else next(name for name in data.sides if name != modality)
+
+    pairs = _choose_pairs(cache, data, run, settings, progress)
+    items = dict(zip(data.sides, (pairs.first, pairs.second), strict=True))
+    queries, candidates = (
+        _Side(items[name], Vectors(cache, name, data.features[name].name, settings.run, device=settings.device))
+        for name in (modality, other)
+    )
+    index = None if settings.index is None else _open_index(settings.index, candidates.vectors)
+    groups_S = np.full(len(cache), -1, np.int64)
+    groups_S[pairs.samples] = _group_samples(pairs, data, settings, progress)
+    num_groups = len(distinct(groups_S[pairs.samples]))
+
+    best, own_M = _mine(pairs.samples, queries, candidates, groups_S, index, settings, progress)
+    is_some_MK = best.numbers >= 0
+    if not is_some_MK.any():
         raise DataError(
-            "expected hard negatives, got none: all samples are near-duplicates of each other, or have equal "
-            "items; give a higher --cosine of near-duplicates, or other samples"
+            "expected hard negatives, got none; give a higher --cosine of near-duplicates, a larger --range-max or "
+            f"smaller --range-min, a smaller --relative-margin, or a higher --max-score; the {len(pairs.samples):,} "
+            f"samples are in {pluralize(num_groups, 'near-duplicate group')}"
         )
-    if not num_negatives:
-        raise DataError(
-            "expected hard negatives, got none; give a larger --range-max or smaller --range-min, a smaller "
-            "--relative-margin, a higher --max-score, or a higher --cosine of near-duplicates"
-        )
-    about = {"task": "negatives", **settings.to_json(), "sides": mining.names}
-    write_negatives(out, mining.cache, mining.groups_S, negatives_MK, scores_MK, about)
+    about = {
+        "task": "negatives",
+        **settings.to_json(),
+        "sides": {name: side.name for name, side in data.features.items()},
+    }
+    write_negatives(out, cache, groups_S, best.numbers, np.where(is_some_MK, best.scores, np.float32(0)), about)
     return NegativesReport(
-        num_samples=len(mining.pairs.samples),
+        num_samples=len(pairs.samples),
         num_with_negatives=int(is_some_MK.any(axis=1).sum()),
-        num_negatives=num_negatives,
+        num_negatives=int(is_some_MK.sum()),
         num_groups=num_groups,
-        mean_score=float(scores_MK[is_some_MK].mean(dtype=np.float64)),
-        mean_own_score=float(np.concatenate(own).mean(dtype=np.float64)) if (own := mining.own_scores) else None,
+        mean_score=float(best.scores[is_some_MK].mean(dtype=np.float64)),
+        mean_own_score=None if own_M is None else float(own_M.mean(dtype=np.float64)),
     )
 
 
-class _Mining:
-    """The samples that look for negatives, their near-duplicate groups, and the vectors that are compared."""
+class _Side(NamedTuple):
+    """Items of the samples that are compared, and vectors of their modality."""
 
-    def __init__(
-        self, cache_path: AnyPath, settings: NegativesSettings, feature: NamedFeatures, progress: Progress
-    ) -> None:
-        self.settings = settings
-        self.progress = progress
-        self.cache = Cache(cache_path)
-        run = None if settings.run is None else Run.open(settings.run, kind=PAIR)
-        if run is not None:
-            if feature is not None:
-                raise SettingError("feature: expected those of the run, got others; omit them, or --run")
-            feature = {name: side.feature for name, side in run.info.inputs.items()}
-        data = open_data(cache_path, feature, memory_bytes=_MEMORY_BYTES, progress=progress)
-        self.names = {name: feature.name for name, feature in data.features.items()}
-        modality = settings.modality or next(iter(data.sides))
-        if modality not in data.sides:
-            raise SettingError(f"modality: expected {' or '.join(data.sides)}, got {modality}")
-        other = modality if run is None else next(name for name in data.sides if name != modality)
+    items: Items
+    vectors: Vectors
 
-        self.pairs = self._choose_pairs(data, run)
-        items = dict(zip(data.sides, (self.pairs.first, self.pairs.second), strict=True))
-        self._queries = items[modality]
-        self._candidates = items[other]
-        self._query_vectors, self._vectors = (
-            Vectors(cache_path, name, self.names[name], settings.run, device=settings.device)
-            for name in (modality, other)
-        )
-        self._index = None if settings.index is None else _open_index(settings.index, self._vectors)
-        self.groups_S = np.full(self.cache.info.num_samples, -1, np.int64)
-        self.groups_S[self.pairs.samples] = _group_samples(self.pairs, data, settings, progress)
-        self.own_scores: list[Floats] = []  # with a run, the cosines of the samples' own pairs
 
-    def _choose_pairs(self, data: TrainData, run: Run | None) -> Pairs:
-        """Return the items of the samples of the selection, or of the run's training part, or of all samples."""
-        pairs = data.pairs(None, progress=self.progress)
-        if self.settings.selection is not None:
-            pairs = pairs.select(read_selection(self.settings.selection, [self.cache]))
-        elif run is not None and any(map(self.cache.info.has_rows_of, run.info.index_digest.split("+"))):
-            split = read_split(run.path / SPLIT, [self.cache])
-            pairs = pairs.select(split.rows("train"))
-        if len(pairs.samples) < 2:
-            raise DataError(
-                f"{self.cache.path}: expected at least two samples with both features, got {len(pairs.samples)}"
-            )
-        return pairs
+def _choose_pairs(
+    cache: Cache, data: TrainData, run: Run | None, settings: NegativesSettings, progress: Progress
+) -> Pairs:
+    """Return the items of the samples of the selection, or of the run's training part, or of all samples."""
+    pairs = data.pairs(None, progress=progress)
+    if settings.selection is not None:
+        pairs = pairs.select(read_selection(settings.selection, [cache]))
+    elif run is not None and any(map(cache.info.has_rows_of, run.info.index_digest.split("+"))):
+        pairs = pairs.select(read_split(run.path / SPLIT, [cache]).rows("train"))
+    if len(pairs.samples) < 2:
+        raise DataError(f"{cache.path}: expected at least two samples with both features, got {len(pairs.samples)}")
+    return pairs
 
-    def mine(self) -> tuple[Array, Floats]:
-        """Find the negatives of all samples of the pairs: (M, K) samples, -1: none, and their cosines, 0: none."""
-        samples = self.pairs.samples
-        candidates_CP = None
-        if self._index is None:
-            candidates_CP = self._vectors.read(self._candidates.rows, self.progress)
-        first_query = np.searchsorted(self._queries.samples, samples)  # items are in the order of their samples
-        best = KBest(len(samples), self.settings.num_negatives)
-        self.progress.start("mining hard negatives", len(samples), "samples")
-        for number, block in enumerate(blocks(self.cache.info.num_samples, _BLOCK)):
-            rng = np.random.default_rng([self.settings.seed, number])
-            places = np.arange(*np.searchsorted(samples, [block.start, block.stop]))
-            queries_BP = self._query_vectors.read(self._queries.rows[first_query[places]])
-            found_BK, scores_BK = self._search(samples[places], queries_BP, candidates_CP)
-            found_BK = self._choose(samples[places], queries_BP, found_BK, scores_BK, rng)
-            row, column = np.nonzero(found_BK >= 0)
-            best.add(places[row], found_BK[row, column], scores_BK[row, column])
-            self.progress.advance(len(places))
-        self.progress.finish()
-        return best.numbers, np.where(best.numbers < 0, np.float32(0), best.scores)
 
-    def _search(self, samples_B: Ints, queries_BP: Floats, candidates_CP: Floats | None) -> tuple[Ints, Floats]:
-        """Return the samples of the nearest items of other groups, best first, -1: none, and their cosines: (B, K).
+def _mine(
+    samples_M: Ints,
+    queries: _Side,
+    candidates: _Side,
+    groups_S: Ints,
+    index: tuple[RowIndex, IndexCard] | None,
+    settings: NegativesSettings,
+    progress: Progress,
+) -> tuple[KBest, Floats | None]:
+    """Find the negatives of samples, and, with a run, the largest cosine of each with an item of its own: (M,)."""
+    candidates_CP = None if index is not None else candidates.vectors.read(candidates.items.rows, progress)
+    first_M = np.searchsorted(queries.items.samples, samples_M)  # items are in the order of their samples
+    best = KBest(len(samples_M), settings.num_negatives)
+    own_M = None if settings.run is None else np.empty(len(samples_M), np.float32)
+    products = products_on(settings.device)
 
-        With an index, -1 is also between others, for items of the own group and those that are not selected.
-        """
-        rows_C = self._candidates.rows
-        samples_C = self._candidates.samples
-        groups_B = self.groups_S[samples_B]
+    progress.start("mining hard negatives", len(samples_M), "samples")
+    for number, block in enumerate(blocks(len(groups_S), _BLOCK)):
+        places = np.arange(*np.searchsorted(samples_M, [block.start, block.stop]))
+        groups_B = groups_S[samples_M[places]]
+        queries_BP = queries.vectors.read(queries.items.rows[first_M[places]])
         if candidates_CP is not None:
-            groups = (groups_B, self.groups_S[samples_C])
-            k = min(self.settings.last_rank, len(rows_C))
-            products = products_on(self.settings.device)
-            places_BK, scores_BK = knn(queries_BP, candidates_CP, k, groups=groups, products=products)
-            return np.where(places_BK < 0, -1, samples_C[places_BK]), scores_BK
+            groups = (groups_B, groups_S[candidates.items.samples])
+            k = min(settings.last_rank, len(candidates_CP))
+            found_BK, scores_BK = knn(
+                queries_BP, candidates_CP, k, groups=groups, products=products_on(settings.device)
+            )
+            found_BK = np.append(candidates.items.samples, -1)[found_BK]
+        else:
+            assert index is not None
+            found_BK, scores_BK = _search_index(*index, queries_BP, candidates.items, settings.last_rank)
+            found_BK[groups_S[found_BK] == groups_B[:, None]] = -1
 
-        assert self._index is not None
-        index, card = self._index
-        k = min(2 * self.settings.last_rank + 64, len(index))  # more than are needed
-        scores_BK, rows_BK = index.search(queries_BP, k, card.search)
-        places_BK = np.searchsorted(rows_C, rows_BK).clip(max=len(rows_C) - 1)
-        found_BK = samples_C[places_BK]
-        is_usable_BK = (rows_C[places_BK] == rows_BK) & (self.groups_S[found_BK] != groups_B[:, None])
-        return np.where(is_usable_BK, found_BK, -1), scores_BK
+        own_B = None
+        if own_M is not None:
+            own_B = _own_cosines(samples_M[places], queries_BP, candidates)
+            own_M[places] = own_B
+        rng = np.random.default_rng([settings.seed, number])
+        is_kept_BK = _choose(found_BK, scores_BK, own_B, settings, rng)
+        row, column = np.nonzero(is_kept_BK)
+        best.add(places[row], found_BK[row, column], scores_BK[row, column])
+        progress.advance(len(places))
+    progress.finish()
+    return best, own_M
 
-    def _choose(
-        self, samples_B: Ints, queries_BP: Floats, found_BK: Ints, scores_BK: Floats, rng: np.random.Generator
-    ) -> Ints:
-        """Choose negatives by the settings, the nearest or at random; the others become -1. A sample counts once."""
-        settings = self.settings
-        rank_BK = np.cumsum(found_BK >= 0, axis=1) - 1
-        is_kept_BK = (found_BK >= 0) & (rank_BK >= settings.range_min) & (rank_BK < settings.last_rank)
-        is_kept_BK &= _is_first(found_BK)
-        if settings.max_score is not None:
-            is_kept_BK &= scores_BK <= settings.max_score
-        if settings.run is not None:
-            own_B = self._own_scores(samples_B, queries_BP)
-            self.own_scores.append(own_B)
-            if settings.relative_margin is not None:
-                is_kept_BK &= scores_BK <= (own_B - np.abs(own_B) * settings.relative_margin)[:, None]
-        if settings.sampling == "random":
-            order_BK = np.argsort(np.where(is_kept_BK, rng.random(found_BK.shape), np.inf), axis=1, kind="stable")
-            is_drawn_BK = np.zeros(found_BK.shape, bool)
-            np.put_along_axis(is_drawn_BK, order_BK[:, : settings.num_negatives], values=True, axis=1)
-            is_kept_BK &= is_drawn_BK
-        return np.where(is_kept_BK, found_BK, -1)
 
-    def _own_scores(self, samples_B: Ints, queries_BP: Floats) -> Floats:
-        """Compute the largest cosine of each query with the items of its own sample: (B,)."""
-        starts = np.searchsorted(self._candidates.samples, samples_B)
-        counts = np.searchsorted(self._candidates.samples, samples_B, side="right") - starts
-        which, places = concatenated_ranges(starts, counts)
-        own_BP = self._vectors.read(self._candidates.rows[places])
-        scores_B = np.full(len(samples_B), -np.inf, np.float32)
-        np.maximum.at(scores_B, which, np.einsum("bp,bp->b", queries_BP[which], own_BP))
-        return scores_B
+def _search_index(
+    index: RowIndex, card: IndexCard, queries_BP: Floats, items: Items, last_rank: int
+) -> tuple[Ints, Floats]:
+    """Return samples of the nearest items of an index, best first, -1 of an item that is no candidate, and cosines."""
+    k = min(2 * last_rank + 64, len(index))  # more than are needed
+    scores_BK, rows_BK = index.search(queries_BP, k, card.search)
+    places_BK = np.searchsorted(items.rows, rows_BK).clip(max=len(items.rows) - 1)
+    return np.where(items.rows[places_BK] == rows_BK, items.samples[places_BK], -1), scores_BK
+
+
+def _choose(
+    found_BK: Ints, scores_BK: Floats, own_B: Floats | None, settings: NegativesSettings, rng: np.random.Generator
+) -> Bools:
+    """Return which of the nearest samples are negatives by the settings: all, or some at random. A sample counts once.
+
+    Args:
+        found_BK: samples, best first; -1 is none.
+        scores_BK: their cosines.
+        own_B: cosine of each query with its own pair; None without a run.
+        settings: which ranks and cosines are negatives.
+        rng: of random draws.
+    """
+    rank_BK = np.cumsum(found_BK >= 0, axis=1) - 1
+    is_kept_BK: Bools = (found_BK >= 0) & (rank_BK >= settings.range_min) & (rank_BK < settings.last_rank)
+    is_kept_BK &= _is_first(found_BK)
+    if settings.max_score is not None:
+        is_kept_BK &= scores_BK <= settings.max_score
+    if own_B is not None and settings.relative_margin is not None:
+        is_kept_BK &= scores_BK <= (own_B - np.abs(own_B) * settings.relative_margin)[:, None]
+    if settings.sampling == "random":
+        order_BK = np.argsort(np.where(is_kept_BK, rng.random(found_BK.shape), np.inf), axis=1, kind="stable")
+        is_drawn_BK = np.zeros(found_BK.shape, bool)
+        np.put_along_axis(is_drawn_BK, order_BK[:, : settings.num_negatives], values=True, axis=1)
+        is_kept_BK &= is_drawn_BK
+    return is_kept_BK
+
+
+def _own_cosines(samples_B: Ints, queries_BP: Floats, candidates: _Side) -> Floats:
+    """Compute the largest cosine of each query with the items of its own sample: (B,)."""
+    starts = np.searchsorted(candidates.items.samples, samples_B)
+    counts = np.searchsorted(candidates.items.samples, samples_B, side="right") - starts
+    which, places = concatenated_ranges(starts, counts)
+    own_BP = candidates.vectors.read(candidates.items.rows[places])
+    cosines_B = np.full(len(samples_B), -np.inf, np.float32)
+    np.maximum.at(cosines_B, which, np.einsum("bp,bp->b", queries_BP[which], own_BP))
+    return cosines_B
 
 
 def _open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
