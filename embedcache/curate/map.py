@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Floats, Ints, blocks
 from embedcache.curate.prevalence import estimate_background
-from embedcache.curate.select.cluster_methods import draw_balanced, find_centroids
+from embedcache.curate.select.methods import draw_balanced, find_centroids
 from embedcache.curate.settings import MapSettings
 from embedcache.dataset.vectors import Vectors
 from embedcache.derive.rules import principal_components

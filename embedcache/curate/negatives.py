@@ -198,9 +198,7 @@ def _mine(
         if candidates_CP is not None:
             groups = (groups_B, groups_S[candidates.items.samples])
             k = min(settings.last_rank, len(candidates_CP))
-            found_BK, scores_BK = knn(
-                queries_BP, candidates_CP, k, groups=groups, products=products_on(settings.device)
-            )
+            found_BK, scores_BK = knn(queries_BP, candidates_CP, k, groups=groups, products=products)
             found_BK = np.append(candidates.items.samples, -1)[found_BK]
         else:
             assert index is not None

@@ -14,8 +14,7 @@ import numpy as np
 from embedcache.arrays import Ints
 from embedcache.cli.console import open_progress, print_line
 from embedcache.curate.dedup import analyze
-from embedcache.curate.select.baselines import draw_rows
-from embedcache.curate.select.cluster_methods import default_levels
+from embedcache.curate.select.methods import default_levels, draw_rows
 from embedcache.curate.select.select import combine_selections, load_method, named_inputs, select
 from embedcache.curate.settings import DedupSettings, SelectSettings
 from embedcache.dataset.selections import Selection, read_selection, write_selection

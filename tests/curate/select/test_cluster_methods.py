@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.curate.select.cluster_methods import (
+from embedcache.curate.select.methods import (
     default_levels,
     divide_budget,
     draw_balanced,

@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats
-from embedcache.curate.select.baselines import find_above, find_highest
-from embedcache.curate.select.concept_methods import (
+from embedcache.curate.select.methods import (
     Matches,
     assign,
     best_samples,
     even_quotas,
+    find_above,
+    find_highest,
     lowest_heads,
     match_near,
     match_words,

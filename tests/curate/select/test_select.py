@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.curate.select.baselines import random_draw
+from embedcache.curate.select.methods import random_draw
 from embedcache.curate.select.select import combine_selections, select
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import read_selection
