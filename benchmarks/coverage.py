@@ -19,8 +19,7 @@ from benchmarks.data import RandomSource, write_random_cache
 from benchmarks.measure import median_rates, run_command
 from embedcache.arrays import Floats, normalize
 from embedcache.cli.console import print_line, print_table
-from embedcache.curate.coverage import CoverageCounter
-from embedcache.curate.prevalence import SAMPLE, estimate_background
+from embedcache.curate.coverage import SAMPLE, CoverageCounter, estimate_background
 from embedcache.dataset.vectors import Vectors
 from embedcache.neighbors.scan import scan
 from embedcache.search.concepts import open_concepts

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Floats, Ints, blocks
-from embedcache.curate.prevalence import estimate_background
+from embedcache.curate.coverage import estimate_background
 from embedcache.curate.select.methods import draw_balanced, find_centroids
 from embedcache.curate.settings import MapSettings
 from embedcache.dataset.vectors import Vectors

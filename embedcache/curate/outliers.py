@@ -11,7 +11,7 @@ import pyarrow as pa
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.curate.copies import Copies, choose_modality, compare, find_copies
 from embedcache.curate.score import best_per_sample
-from embedcache.curate.select.pool import Pool
+from embedcache.curate.select.select import Pool
 from embedcache.curate.settings import OutlierSettings, SelectSettings
 from embedcache.dataset import keytable
 from embedcache.dataset.labels import Labels, has_label, read_labels

@@ -8,8 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.curate.coverage import measure_coverage
-from embedcache.curate.prevalence import COUNTED, Scale, answers_path, read_answers, settle, write_answers
+from embedcache.curate.coverage import (
+    COUNTED,
+    Scale,
+    answers_path,
+    measure_coverage,
+    read_answers,
+    settle,
+    write_answers,
+)
 from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import DataError, FingerprintError, PathError, UnknownNameError, quoted
 from embedcache.modalities import noun

@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedcache.curate.select.pool import Pool
-from embedcache.curate.select.select import apply_method, load_method, named_inputs
+from embedcache.curate.select.select import Pool, apply_method, load_method, named_inputs
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.store.cache import Cache

@@ -31,8 +31,7 @@ from PIL import Image
 
 from embedcache.arrays import Array, Bools, Floats, Ints
 from embedcache.cli.console import print_line, print_table, run_program
-from embedcache.curate.coverage import CoverageReport, measure_coverage
-from embedcache.curate.prevalence import write_answers
+from embedcache.curate.coverage import CoverageReport, measure_coverage, write_answers
 from embedcache.errors import ItemError
 from embedcache.reports.render import Table
 from embedcache.samples import FileItem, Sample, TextItem

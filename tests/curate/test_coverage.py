@@ -17,14 +17,18 @@ from hypothesis import strategies as st
 from embedcache.arrays import Array, Inputs, normalize
 from embedcache.curate import coverage
 from embedcache.curate.coverage import (
+    POSSIBLE,
     ConceptCounts,
     CoverageCounter,
     CoverageReport,
+    Estimate,
     PartialCoverage,
+    estimate_background,
     measure_coverage,
     measure_coverage_by_modality,
+    strip_ranks,
+    write_answers,
 )
-from embedcache.curate.prevalence import POSSIBLE, Estimate, estimate_background, strip_ranks, write_answers
 from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from embedcache.arrays import Array, Floats
-from embedcache.curate.prevalence import (
+from embedcache.curate.coverage import (
     CERTAIN,
     COUNTED,
     POSSIBLE,

@@ -1,7 +1,7 @@
 """Methods of selection: baselines, clusters of vectors, and concepts."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypeAlias
@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks, distinct, normalize
-from embedcache.curate.select.pool import Pool, compute_cosines, whole_samples
+from embedcache.curate.select.select import Pool
 from embedcache.dataset.selections import Score, Selection
 from embedcache.dataset.vectors import Vectors
 from embedcache.devices import AUTO
@@ -554,3 +554,31 @@ def lowest_heads(matches: Matches, *, seed: int) -> tuple[Ints, Array]:
     _, starts_S = np.unique(matches.samples_M[order_M], return_index=True)
     first_matches_S: Ints = order_M[starts_S]
     return first_matches_S, heads_M[first_matches_S]
+
+
+def compute_cosines(left_QP: Floats, right_CP: Floats) -> Floats:
+    """Compute cosines of rows of length 1: (Q, C) float32, summed in float64.
+
+    Sums in float32 depend on the other rows of a block; in float64, equal vectors get equal cosines.
+    """
+    return (left_QP.astype(np.float64) @ right_CP.astype(np.float64).T).astype(np.float32)
+
+
+def whole_samples(blocks: Iterable[tuple[Ints, Floats]], size: int = 1) -> Iterator[tuple[Ints, Floats]]:
+    """Divide blocks of items anew: all items of a sample are in one block, which has at least `size`, but for the last.
+
+    Memory: `size` items, or a block.
+    """
+    pending: list[tuple[Ints, Floats]] = []
+    for samples, vectors in blocks:
+        pending.append((samples, vectors))
+        if sum(len(part) for part, _ in pending) <= size or not len(samples):
+            continue
+        samples_B, vectors_BP = map(np.concatenate, zip(*pending, strict=True))
+        last = int(np.searchsorted(samples_B, samples_B[-1]))
+        if last:
+            yield samples_B[:last], vectors_BP[:last]
+        pending = [(samples_B[last:], vectors_BP[last:])]
+    if pending:
+        samples_B, vectors_BP = map(np.concatenate, zip(*pending, strict=True))
+        yield samples_B, vectors_BP

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedcache.curate.select.pool import Pool
-from embedcache.curate.select.select import apply_method, load_method, named_inputs
+from embedcache.curate.select.select import Pool, apply_method, load_method, named_inputs
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset import keytable
 from embedcache.dataset.selections import Selection

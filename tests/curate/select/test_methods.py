@@ -17,6 +17,7 @@ from embedcache.curate.select.methods import (
     Matches,
     assign,
     best_samples,
+    compute_cosines,
     even_quotas,
     find_above,
     find_highest,
@@ -25,9 +26,9 @@ from embedcache.curate.select.methods import (
     match_words,
     rare_first,
     rarest_first,
+    whole_samples,
 )
-from embedcache.curate.select.pool import Pool, compute_cosines, whole_samples
-from embedcache.curate.select.select import SELECTORS
+from embedcache.curate.select.select import SELECTORS, Pool
 from embedcache.errors import DataError
 from embedcache.registry import plugin_name
 from embedcache.testing.selectors import SelectorContract
