@@ -263,7 +263,7 @@ def _find_rows(
             part = part.filter(pa.array(~is_removed))
             rows = part["row"].to_numpy()
             is_inside = bool(((rows >= 0) & (rows < len(cache))).all())
-            if not is_inside or not keys.take(rows)["key"].cast(pa.string()).equals(part["key"].cast(pa.string())):
+            if not is_inside or not keys.take(rows)["key"].equals(part["key"].cast(pa.large_string())):
                 raise DataError(
                     f"{path}: expected in each row the key of {cache.path}, got others; write it again, or without the "
                     "column row"

@@ -69,7 +69,7 @@ def _find_distinct(cache: Cache, samples: Ints, column: str, location: str) -> t
             "label them in the source and extract again, or choose another column"
         )
     if pa.types.is_boolean(values.type):
-        values = values.cast(pa.string())
+        values = values.cast(pa.large_string())
     encoded = values.dictionary_encode()
     which_M: Array = encoded.indices.to_numpy(zero_copy_only=False)
     return encoded.dictionary.to_pylist(), which_M.astype(np.int64)
@@ -79,7 +79,7 @@ def _read(cache: Cache, samples: Ints, column: str) -> pa.Array:
     """Read the labels of some samples: text, integers or booleans; an empty string, as in a CSV, is a missing label."""
     require_column(cache, column)
     values = cache.column(column).combine_chunks().take(pa.array(samples))
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+    if pa.types.is_large_string(values.type):
         return pc.if_else(pc.equal(values, ""), None, values)
     if pa.types.is_floating(values.type):
         return _to_integers(cache, column, values.to_numpy(zero_copy_only=False))

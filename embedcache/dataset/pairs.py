@@ -139,7 +139,7 @@ def pair_items(
 def caption_languages(caches: Sequence[Cache]) -> pa.ChunkedArray:
     """Return the language of each caption, or null: (T,) strings, counted across caches."""
     tables = (cache.items("text", columns=["language"]) for cache in caches)
-    return pa.chunked_array([chunk for table in tables for chunk in table["language"].chunks], pa.string())
+    return pa.chunked_array([chunk for table in tables for chunk in table["language"].chunks], pa.large_string())
 
 
 def choose_language(

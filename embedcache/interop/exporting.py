@@ -208,7 +208,7 @@ class VectorExport:
         if not root:
             return paths
         is_whole = pc.match_substring_regex(paths, f"^(/|$|{URL_PATTERN})")  # a removed sample has an empty path
-        return pc.if_else(is_whole, paths, pc.binary_join_element_wise(f"{root}/", paths, ""))
+        return pc.if_else(is_whole, paths, pc.utf8_replace_slice(paths, 0, 0, f"{root}/"))
 
 
 def _file_root(source: Mapping[str, Any]) -> str:

@@ -342,5 +342,5 @@ def _with_prefix(prefix: str, table: pa.Table, name: str) -> pa.Table:
     """Return a table with a prefix before the strings of a column."""
     if not prefix:
         return table
-    longer = pc.binary_join_element_wise(prefix, table[name].cast(pa.string()), "")
+    longer = pc.utf8_replace_slice(table[name], 0, 0, prefix)
     return table.set_column(table.schema.get_field_index(name), name, longer)

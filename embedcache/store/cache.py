@@ -33,7 +33,6 @@ from embedcache.store.tables import (
     Table,
     block_rows,
     read_removed,
-    widen,
 )
 
 if TYPE_CHECKING:
@@ -171,14 +170,14 @@ class Cache:
         return self.table(SAMPLES)
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Return one column of the sample table, which is read once, without the others; see `widen`.
+        """Return one column of the sample table, which is read once, without the others.
 
         Raises:
             KeyError: there is no such column; `columns` lists them.
             CorruptError: the table cannot be read, or the rows differ from their checksums.
         """
         if name not in self._sample_columns:
-            self._sample_columns[name] = widen(self.table(SAMPLES, [name])[name])
+            self._sample_columns[name] = self.table(SAMPLES, [name])[name]
         return self._sample_columns[name]
 
     @cached_property
@@ -330,10 +329,8 @@ class Cache:
 
 
 def _with_columns_of_samples(items: pa.Table, samples: pa.Table) -> pa.Table:
-    """Join the columns of each item's sample; those of a sample recur, so that its texts may exceed 2 GiB together."""
-    named = zip(samples.column_names, samples.columns, strict=True)
-    wide = {name: of.cast(pa.large_string()) if pa.types.is_string(of.type) else of for name, of in named}
-    of_sample = pa.table(wide).take(items["sample"].combine_chunks())
+    """Join the columns of each item's sample; those of a sample recur."""
+    of_sample = samples.take(items["sample"].combine_chunks())
     return pa.table({name: table[name] for table in (of_sample, items) for name in table.column_names})
 
 
@@ -387,11 +384,10 @@ class RowReader:
         """Read all rows, so that later calls read no file and are faster."""
         if self._whole is not None or not self._num_rows:
             return
-        table = self._cache.table(self._name, self._columns)
-        columns = {name: _contiguous(table[name]) for name in table.column_names}
-        if "sample" in columns:
-            self._samples_N = columns["sample"].to_numpy()
-        self._whole = pa.table(columns)
+        # In one chunk, a row is found without searching its chunk.
+        self._whole = self._cache.table(self._name, self._columns).combine_chunks()
+        if "sample" in self._whole.column_names:
+            self._samples_N = self._whole["sample"].to_numpy()
         self._block.cache_clear()
 
     def take(self, rows: Ints) -> pa.Table:
@@ -450,11 +446,6 @@ class RowReader:
         return last
 
 
-def _contiguous(column: pa.ChunkedArray) -> pa.Array:
-    """Join a column's chunks, so that a row is found without searching its chunk; text may exceed 2 GiB."""
-    return (column.cast(pa.large_string()) if pa.types.is_string(column.type) else column).combine_chunks()
-
-
 class Keys(Sequence[str]):
     """The keys of samples of some caches, one after another, which are read each time they are used.
 
@@ -484,7 +475,7 @@ class Keys(Sequence[str]):
             for block in blocks(len(cache), size):
                 first, last = np.searchsorted(self._rows, [start + block.start, start + block.stop])
                 if first < last:
-                    keys = cache.table(SAMPLES, ["key"], rows=block)["key"].cast(pa.large_string())
+                    keys = cache.table(SAMPLES, ["key"], rows=block)["key"]
                     places = self._rows[first:last] - start - block.start
                     yield keys.combine_chunks().take(pa.array(places))
             start += len(cache)

@@ -21,7 +21,7 @@ from embedcache.modalities import FILE_MODALITIES, MODALITIES
 from embedcache.samples import FileItem, Sample
 from embedcache.store.arrays import file_checksum
 from embedcache.store.layout import SAMPLES, Part, TableFile, next_revision, table_name
-from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table, block_rows, index_in, widen
+from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table, block_rows
 
 ALWAYS = ("image", "text")
 """Modalities that always have an item table, and a list in each line of JSON; others have them if there are items."""
@@ -251,7 +251,7 @@ class _SampleWriter:
                 writer.write_table(table, row_group_size=BATCH)
                 self._batch_path(number).unlink()
 
-        keys = widen(pq.read_table(self._path, columns=["key"], use_threads=False)["key"])
+        keys = pq.read_table(self._path, columns=["key"], use_threads=False)["key"].cast(pa.large_string())
         _check_unique(keys)
         if before is not None:
             _check_new(keys, before)
@@ -278,7 +278,7 @@ def _check_unique(keys: pa.ChunkedArray) -> None:
 def _check_new(keys: pa.ChunkedArray, before: Table) -> None:
     """Check that no key is one of those of earlier parts."""
     for number, rows in enumerate(before.blocks(_COMPARED_AT_ONCE, ["key"])):
-        places = np.flatnonzero(index_in(rows["key"], keys).is_valid())
+        places = np.flatnonzero(pc.is_in(rows["key"], value_set=keys))
         if len(places):
             key = rows["key"][int(places[0])].as_py()
             raise SourceError(
@@ -325,7 +325,7 @@ def without_samples(table: pa.Table, first_row: int, removed: Ints) -> pa.Table:
     is_removed[rows], keys[rows] = True, [removed_key(first_row + row) for row in rows.tolist()]
     mask, nulls = pa.array(is_removed), {field.name: pa.scalar(None, field.type) for field in table.schema}
     columns = {name: pc.if_else(mask, null, table[name]) for name, null in nulls.items() if name != "key"}
-    return pa.table({"key": pc.if_else(mask, pa.array(keys, pa.string()), table["key"]), **columns}, table.schema)
+    return pa.table({"key": pc.if_else(mask, pa.array(keys, pa.large_string()), table["key"]), **columns}, table.schema)
 
 
 def removed_key(row: int) -> str:

@@ -33,7 +33,6 @@ from embedcache.store.arrays import check_file
 from embedcache.store.layout import SAMPLES, CacheInfo, TableFile, removed_path
 
 T = TypeVar("T")
-_MAX_STRING_BYTES = 2**31 - 1
 
 
 class Column(Sequence[T]):
@@ -80,31 +79,12 @@ class Column(Sequence[T]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def to_array(values: Sequence[Any], kind: pa.DataType) -> "pa.Array | pa.ChunkedArray":
-    """Return values as one Arrow array; strings beyond the 2 GiB that one can hold stay in chunks."""
+def to_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Return values as one Arrow array."""
     if not isinstance(values, Column):
         return pa.array(values, kind)
-    array = values.array if values.array.type == kind else values.array.cast(kind)
-    if not isinstance(array, pa.ChunkedArray) or (pa.types.is_string(kind) and array.nbytes > _MAX_STRING_BYTES):
-        return array
-    return array.combine_chunks()
-
-
-def widen(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return texts that exceed the 2 GiB of one array of `string` as `large_string`.
-
-    Arrow joins the chunks of a column of `string` when rows are taken from it, and fails beyond that.
-    """
-    if pa.types.is_string(texts.type) and texts.nbytes > _MAX_STRING_BYTES:
-        return texts.cast(pa.large_string())
-    return texts
-
-
-def index_in(texts: "pa.Array | pa.ChunkedArray", known: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedArray":
-    """Return the first place of each text among known ones, null if it is not one of them; all may exceed 2 GiB."""
-    if texts.type != known.type:
-        texts, known = texts.cast(pa.large_string()), known.cast(pa.large_string())
-    return pc.index_in(texts, value_set=known)
+    array = values.array.cast(kind)
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
 
 def is_none(values: Sequence[Any]) -> Bools:
@@ -134,15 +114,18 @@ _CHECKSUM, _CHECKSUM_WORD = b"crc32c of the rest %08x", b"crc32c of the rest "
 _CHECKSUM_BYTES = len(_CHECKSUM % 0)
 _READ_BYTES = 2**20
 
-_FILES = [("sample", pa.int64()), ("path", pa.string()), ("offset", pa.int64()), ("length", pa.int64())]
+_TEXT = pa.large_string()
+"""Type of all texts that are read: an array of `string` holds 2 GiB, which keys and captions exceed."""
+
+_FILES = [("sample", pa.int64()), ("path", _TEXT), ("offset", pa.int64()), ("length", pa.int64())]
 _INTERVAL = [("start_s", pa.float64()), ("stop_s", pa.float64())]
-_TEXTS = [("sample", pa.int64()), ("text", pa.string()), ("language", pa.string())]
+_TEXTS = [("sample", pa.int64()), ("text", _TEXT), ("language", _TEXT)]
 ITEM_SCHEMAS = {
     name: pa.schema(_TEXTS if modality.kind == "texts" else _FILES + _INTERVAL * modality.has_interval)
     for name, modality in MODALITIES.items()
 }
 
-_SAMPLES_SCHEMA = pa.schema([("key", pa.string())])
+_SAMPLES_SCHEMA = pa.schema([("key", _TEXT)])
 
 
 @contextmanager
@@ -262,9 +245,9 @@ class Table:
         schemas = [_open_part(self._folder, file).schema for file in self._files]
         with reading(self._folder / self._files[0].name, RESTORE_TABLE):
             schema = pa.unify_schemas([_SAMPLES_SCHEMA, *schemas], promote_options="permissive")
-            if schema.field("key").type != pa.string():
+            if schema.field("key").type != _TEXT:
                 raise ValueError(f"expected keys of text, got {schema.field('key').type}")
-            return schema
+            return pa.schema([f.with_type(_TEXT) if pa.types.is_string(f.type) else f for f in schema])
 
     def read(self, start: int = 0, stop: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Return rows, which are read with the row groups that hold them; None is read where a part lacks a column.

@@ -12,7 +12,6 @@ import pytest
 from embedcache.dataset import keytable
 from embedcache.dataset.keytable import KeyTable
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError
-from embedcache.store import tables
 from embedcache.store.cache import Cache
 from tests.edits import no_more_files
 
@@ -125,16 +124,6 @@ def test_files_that_are_no_table_raise(caches: list[Cache], path: Path, kind: st
     path.write_text("no table")
     with pytest.raises(CorruptError, match="t.parquet"):
         keytable.read(path, caches, kind)
-
-
-def test_keys_beyond_what_one_array_holds(two_caches: list[Path], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrow's `string` holds 2 GiB, as 20 million keys of 108 characters take; here 100 bytes."""
-    monkeypatch.setattr(tables, "_MAX_STRING_BYTES", 100)
-    caches = [Cache(folder) for folder in two_caches]
-    keytable.write(path, caches, VALUES, "test", {}, rows=ROWS)
-    assert keytable.read(path, caches, "test").rows.tolist() == ROWS.tolist()
-    (path.parent / "keys.txt").write_text("00003\n00041")
-    assert keytable.read(path.parent / "keys.txt", caches, "selection").rows.tolist() == [3, 43, 81]
 
 
 def test_keys_of_a_text_file(caches: list[Cache], tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ OTHER_TYPES = [
     ("cache/cache.json", ("parts",), 1.5),
     ("cache/cache.json", ("source", "path"), []),
     ("cache/image/open_toy/zarr.json", ("attributes",), "x"),
-    ("cache/image/open_toy/zarr.json", ("attributes", "embedcache", "fingerprint", "preprocessing"), "x"),
+    ("cache/image/open_toy/zarr.json", ("attributes", "embedcache", "fingerprint"), "x"),
     ("cache/image/open_toy/zarr.json", ("attributes", "embedcache", "fingerprint", "family"), "\ud800"),
     ("cache/image/open_toy/cls/zarr.json", ("attributes", "embedcache", "dtype"), {}),
     ("run/run.json", ("arguments", "widths", "image"), 7),

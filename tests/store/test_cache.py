@@ -10,7 +10,7 @@ from embedcache.errors import DataError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import SourceSettings, open_source
-from embedcache.store.cache import Cache, _with_columns_of_samples
+from embedcache.store.cache import Cache
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
@@ -92,16 +92,3 @@ def test_samples_have_several_items_or_none(tmp_path: Path) -> None:
         ["c", "z", 3, 2],
     ]
     assert cache.to_pandas()["label"].tolist() == [1, 2, 3]
-
-
-def test_columns_of_samples_are_wide_enough_to_recur() -> None:
-    """Arrow's `string` holds 2 GiB, which labels exceed that recur for each caption."""
-    items = pa.table({"sample": pa.chunked_array([[0, 0], [2]]), "text": ["x", "y", "z"]})
-    samples = pa.table({"key": pa.chunked_array([["a"], ["b", "c"]]), "label": [1, 2, 3]})
-    joined = _with_columns_of_samples(items, samples)
-    assert {name: str(joined[name].type) for name in ("key", "label", "text")} == {
-        "key": "large_string",
-        "label": "int64",
-        "text": "string",
-    }
-    assert (joined["key"].to_pylist(), joined["label"].to_pylist()) == (["a", "a", "c"], [1, 1, 3])

@@ -1,16 +1,7 @@
 import numpy as np
 import pyarrow as pa
-import pytest
 
 from embedcache.store.tables import Column, is_none, to_array
-
-
-def test_strings_that_one_array_cannot_hold_stay_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    column = Column[str](pa.chunked_array([["ab", "cd"], ["ef"]]))
-    assert to_array(column, pa.string()).equals(pa.array(["ab", "cd", "ef"]))
-    monkeypatch.setattr("embedcache.store.tables._MAX_STRING_BYTES", 8)
-    assert to_array(column, pa.string()).num_chunks == 2
-    assert to_array(column, pa.large_string()).equals(pa.array(["ab", "cd", "ef"], pa.large_string()))
 
 
 def test_column_is_a_sequence() -> None:

@@ -79,7 +79,7 @@ def test_loaded_rows_have_the_same_keys(cache: Cache) -> None:
 
 def test_keys_of_bytes_raise(cache: Cache, tmp_path: Path) -> None:
     keys = pa.table({"key": cache.table(SAMPLES)["key"].cast(pa.binary())})
-    with pytest.raises(CorruptError, match="expected keys of text, got binary; restore the file"):
+    with pytest.raises(CorruptError, match="expected keys of text, got .*; restore the file"):
         write_cache(tmp_path, {SAMPLES: keys}).column("key")
 
 
