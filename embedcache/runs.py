@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from embedcache.devices import announce_device, torch_device
 from embedcache.errors import ArtifactError, DataError, EmbedcacheError, PathError, one_line, quoted
@@ -56,9 +56,6 @@ _FILES = (".claims", MANIFEST, CHECKPOINT, "tensorboard", *_LISTED)
 
 _UNCHECKED = ("caches",)
 """Keys that the digest leaves out: caches that have moved may be corrected by hand."""
-
-_GROUPS = ("loss", "machine", "model", "optimizer", "parts", "split")
-"""Groups among the settings of a training."""
 
 _RESTORE = "restore the file, or train again into a new folder"
 
@@ -114,13 +111,6 @@ class RunInfo(Manifest):
     record: Mapping[str, Any] = {}
     weights: str = ""
     files: Mapping[str, RunFile] = {}
-
-    @field_validator("settings")
-    @classmethod
-    def _check_groups(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        if not all(isinstance(settings.get(name, {}), Mapping) for name in _GROUPS):
-            raise ValueError(f"expected objects as {', '.join(_GROUPS)}")
-        return settings
 
     def build(self, **options: Any) -> "nn.Module":
         """Create the module, untrained. UnknownNameError or SettingError if its code is missing or not trusted."""

@@ -5,8 +5,8 @@ that it must pass.
 
 The backward pass takes the tiles of the forward pass if all of them fit into `HELD_BYTES`, and otherwise computes them
 again, to the same bits. Several processes divide the tiles. Under autocast the matrix products use its dtype,
-everything else float32. Memory: a few tiles of `TILE_ROWS` × `TILE_COLUMNS`, those that are held, and one gradient per
-modality.
+everything else float32. Memory: a few tiles of `TILE_ROWS` × `TILE_COLUMNS`, those that are held, the vectors of
+all positives, and one gradient per modality.
 """
 
 import math
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, softplus
 
-from embedcache.arrays import blocks
 from embedcache.errors import SettingError
 from embedcache.parameters import bind
 from embedcache.registry import Registry
@@ -45,7 +44,6 @@ TILE_COLUMNS = 2048
 HELD_BYTES = 2**26
 """Memory of each process for tiles of the forward pass: 4,096 × 4,096 values in float32."""
 
-_PAIRS_PER_PART = 65_536
 _MAX_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
 """Below it, e^logit neither vanishes nor overflows in float32, as logits of unit vectors lie in ± scale."""
 
@@ -200,8 +198,9 @@ def _softplus_sum(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor
 
 def _logits_of(left_BP: Tensor, right_MP: Tensor, scale: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
     """Compute the (E,) logits of pairs given as (E,) rows and (E,) columns."""
-    cosines_E: Tensor = _Cosines.apply(left_BP, right_MP, *pairs)  # type: ignore[no-untyped-call]
-    return scale * cosines_E
+    rows_E, columns_E = pairs
+    # The backward pass of `index_select` sums in the order of the pairs; that of indexing in any order.
+    return scale * (left_BP.index_select(0, rows_E) * right_MP.index_select(0, columns_E)).sum(dim=1)
 
 
 def _apply(function: type[torch.autograd.Function], left: Tensor, *others: Tensor) -> Any:
@@ -210,28 +209,6 @@ def _apply(function: type[torch.autograd.Function], left: Tensor, *others: Tenso
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else left.dtype
     with torch.autocast(device, enabled=False):
         return function.apply(left, *others, dtype)  # type: ignore[no-untyped-call]
-
-
-class _Cosines(torch.autograd.Function):
-    # The backward pass of indexing sums in any order with several threads, and keeps E × P values.
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        ctx.save_for_backward(left, right, rows, columns)
-        cosines = left.new_empty(len(rows))
-        for part in blocks(len(rows), _PAIRS_PER_PART):
-            cosines[part] = (left[rows[part]] * right[columns[part]]).sum(dim=1)
-        return cosines
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, rows, columns = ctx.saved_tensors
-        left_sum, right_sum = torch.zeros_like(left), torch.zeros_like(right)
-        for part in blocks(len(rows), _PAIRS_PER_PART):
-            weights = gradient[part, None]
-            left_sum.index_add_(0, rows[part], weights * right[columns[part]])
-            right_sum.index_add_(0, columns[part], weights * left[rows[part]])
-        return left_sum, right_sum, None, None
 
 
 class _LogSumExp(torch.autograd.Function):
