@@ -1,17 +1,50 @@
-"""The world of colored shapes."""
+"""Worlds of images and texts: shapes, questions about them, emoji, fashion and letters."""
 
 import subprocess
 import sys
 from collections import Counter
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
+from embedcache.errors import SettingError
 from embedcache.sources import FileItem, Source, open_source
 from embedcache.testing.sources import SourceContract
-from pipelines.worlds.shapes import (
+from pipelines.uniperceiver.evaluation import answer_blindly
+from pipelines.uniperceiver.examples import open_examples
+from pipelines.uniperceiver.words import Vocabulary, list_words
+from pipelines.worlds.easy_vqa import (
     KIND,
+    KINDS,
+    NUM_IMAGES,
+    NUM_VALID,
+    OPEN_KINDS,
+    _data_folder,
+    draw_answers,
+    load_questions,
+)
+from pipelines.worlds.examples import (
+    draw_examples,
+    in_split,
+    label_examples,
+    make_examples,
+)
+from pipelines.worlds.label_sets import (
+    EMOJI_KIND,
+    FASHION_FOLDER,
+    FASHION_KIND,
+    FASHION_LABELS,
+    LETTERS_KIND,
+    draw_labels,
+)
+from pipelines.worlds.shapes import (
+    KIND as SHAPES,
+)
+from pipelines.worlds.shapes import (
     UNSEEN,
     ShapesSource,
     check_caption,
@@ -19,6 +52,8 @@ from pipelines.worlds.shapes import (
     unseen_class_names,
     write_statements,
 )
+from pipelines.worlds.talking_recordings import RECORDINGS
+from pipelines.worlds.texts import CLASSES, collect_words, frequent_words, load_descriptions
 
 LOCATION = "seed=3,train=300,valid=30,test=40,unseen=60"
 
@@ -26,12 +61,12 @@ LOCATION = "seed=3,train=300,valid=30,test=40,unseen=60"
 class TestShapes(SourceContract):
     @pytest.fixture
     def source(self) -> Source:
-        return open_source("seed=3,train=5,valid=2,test=2,unseen=2", kind=KIND)
+        return open_source("seed=3,train=5,valid=2,test=2,unseen=2", kind=SHAPES)
 
 
 @pytest.fixture(scope="module")
 def world() -> ShapesSource:
-    source = open_source(LOCATION, kind=KIND)
+    source = open_source(LOCATION, kind=SHAPES)
     assert isinstance(source, ShapesSource)
     return source
 
@@ -40,15 +75,15 @@ def world() -> ShapesSource:
 def test_same_bytes_in_another_process() -> None:
     code = (
         "from hashlib import sha256; from embedcache.sources import open_source, FileItem\n"
-        f"source = open_source('seed=3', kind={KIND!r})\n"
+        f"source = open_source('seed=3', kind={SHAPES!r})\n"
         "keys = ('train/00004', 'unseen/00007')\n"
         "print(*(sha256(source.read(FileItem(path=f'{key}.png'))).hexdigest() for key in keys))"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    source = open_source("seed=3", kind=KIND)
+    source = open_source("seed=3", kind=SHAPES)
     keys = ("train/00004", "unseen/00007")
     assert [sha256(source.read(FileItem(path=f"{key}.png"))).hexdigest() for key in keys] == other
-    another = open_source("seed=4", kind=KIND).read(FileItem(path="train/00004.png"))
+    another = open_source("seed=4", kind=SHAPES).read(FileItem(path="train/00004.png"))
     assert sha256(another).hexdigest() != other[0]
 
 
@@ -118,3 +153,167 @@ def test_statements_are_true_of_what_is_present_and_absent() -> None:
         found.update(word for _, word in statements)
     assert set(found) == {"a", "no", "contains", "lacks", "present", "absent", "true", "false"}
     assert abs(found["true"] - found["false"]) < 0.1 * found["true"]
+
+
+pytest.importorskip("easy_vqa")
+
+
+class TestEasyVqa(SourceContract):
+    has_texts = False
+
+    @pytest.fixture
+    def source(self) -> Source:
+        return open_source("3", kind=KIND)
+
+
+@pytest.fixture(scope="module")
+def questions() -> pa.Table:
+    return load_questions()
+
+
+def accuracy(answered: pa.Table, asked: pa.Table) -> float:
+    texts = [text for table in (answered, asked) for name in ("text", "target") for text in table[name].to_pylist()]
+    vocabulary = Vocabulary(list_words(texts))
+    is_right_N = answer_blindly(open_examples(answered, vocabulary), open_examples(asked, vocabulary))
+    return 100 * float(is_right_N.mean())
+
+
+def test_numbers_are_those_published(questions: pa.Table) -> None:
+    splits = Counter(sample.columns["split"] for sample in open_source("all", kind=KIND).samples())
+    assert splits == {
+        "train": NUM_IMAGES["train"] - NUM_VALID,
+        "valid": NUM_VALID,
+        "test": NUM_IMAGES["test"],
+    }
+    assert len(in_split(questions, "train", "valid")) == 38_575
+    assert len(in_split(questions, "test")) == 9_673
+    answers = (_data_folder() / "answers.txt").read_text().split()
+    assert len(answers) == 13
+    assert set(questions["target"].to_pylist()) == set(answers)
+    is_yes_no = pc.is_in(questions["kind"], pa.array(["yes-no", "negated"]))
+    assert len(in_split(questions.filter(is_yes_no), "train", "valid")) == 28_407
+    assert set(questions["kind"].to_pylist()) == set(KINDS)
+
+
+def test_no_image_is_in_two_splits() -> None:
+    source = open_source("all", kind=KIND)
+    splits: dict[bytes, set[object]] = {}
+    for sample in source.samples():
+        splits.setdefault(source.read(sample.images[0]), set()).add(sample.columns["split"])
+    assert len(splits) == sum(NUM_IMAGES.values())
+    assert all(len(names) == 1 for names in splits.values())
+
+
+@pytest.mark.slow
+def test_blind_baseline_is_that_published(questions: pa.Table) -> None:
+    train, test = in_split(questions, "train", "valid"), in_split(questions, "test")
+    assert accuracy(train, test) == pytest.approx(67.0, abs=0.01)
+    opened = test.filter(pc.is_in(test["kind"], pa.array(OPEN_KINDS)))
+    assert accuracy(train, opened) == pytest.approx(23.3, abs=0.01)
+
+
+@pytest.mark.slow
+def test_draws_are_stratified_nested_and_seeded(questions: pa.Table) -> None:
+    total = in_split(questions, "train", "valid").num_rows
+    train = in_split(questions, "train")
+    strata = Counter(zip(train["kind"].to_pylist(), train["target"].to_pylist(), strict=True))
+    smaller: Counter[tuple[str, ...]] = Counter()
+    for fraction in (0.01, 0.05, 0.2, 1.0):
+        drawn = draw_answers(questions, fraction, seed=0)
+        assert drawn.num_rows == min(int(fraction * total), len(train))
+        assert set(drawn["split"].to_pylist()) == {"train"}
+        counts = Counter(zip(drawn["kind"].to_pylist(), drawn["target"].to_pylist(), strict=True))
+        assert all(abs(counts[name] - strata[name] * len(drawn) / len(train)) < 2 for name in strata)
+        rows = Counter(zip(*(drawn[name].to_pylist() for name in ("key", "text", "target")), strict=True))
+        assert smaller <= rows
+        smaller = rows
+    one, again, other = (draw_answers(questions, 0.01, seed=seed) for seed in (1, 1, 2))
+    assert one.equals(again)
+    assert not one.equals(other)
+
+
+HAS_LETTERS = Path(RECORDINGS["klettres-us"].folders["LETTERS"]).parent.is_dir()
+
+needs_fashion = pytest.mark.skipif(not FASHION_FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+
+needs_letters = pytest.mark.skipif(not HAS_LETTERS, reason="needs Debian's klettres-data")
+
+
+class TestEmoji(SourceContract):
+    @pytest.fixture
+    def source(self) -> Source:
+        return open_source("3", kind=EMOJI_KIND)
+
+
+@pytest.mark.slow
+@needs_fashion
+class TestFashion(SourceContract):
+    has_texts = False
+
+    @pytest.fixture
+    def source(self) -> Source:
+        return open_source("3+2", kind=FASHION_KIND)
+
+
+@pytest.mark.slow
+@needs_letters
+class TestLetters(SourceContract):
+    has_images = False
+
+    @pytest.fixture
+    def source(self) -> Source:
+        return open_source("klettres-us", kind=LETTERS_KIND)
+
+    def test_each_letter_is_there_once(self, source: Source) -> None:
+        samples = list(source.samples())
+        assert [sample.columns["label"] for sample in samples] == list("abcdefghijklmnopqrstuvwxyz")
+        assert source.read(samples[0].files["audio"][0])[:4] == b"RIFF"
+
+
+@pytest.mark.slow
+@needs_fashion
+def test_fashion_has_words_as_labels_and_a_validation_part() -> None:
+    examples = label_examples(open_source("100+50", kind=FASHION_KIND))
+    assert Counter(examples["split"].to_pylist()) == {"train": 90, "valid": 10, "test": 50}
+    assert set(examples["target"].to_pylist()) == set(FASHION_LABELS)
+    drawn = draw_labels(examples, 0.001, seed=0)  # of 60,000
+    assert len(drawn) == 60
+    assert set(drawn["split"].to_pylist()) == {"train"}
+    assert len(draw_labels(examples, 0.01, seed=0)) == 90  # all that are there
+
+
+@pytest.mark.slow
+def test_descriptions_do_not_name_what_is_to_be_found() -> None:
+    descriptions = load_descriptions()
+    texts = descriptions["text"].to_pylist()
+    assert len(set(texts)) == len(texts) > 2500
+    assert all(target not in text for text, target in zip(texts, descriptions["target"].to_pylist(), strict=True))
+    counts = Counter(zip(descriptions["target"].to_pylist(), descriptions["split"].to_pylist(), strict=True))
+    assert {name for name, _ in counts} == set(CLASSES)
+    for name in CLASSES:
+        total = sum(counts[name, part] for part in ("train", "valid", "test"))
+        assert all(abs(counts[name, part] - total / 10) <= 1 for part in ("valid", "test"))
+    assert descriptions.equals(load_descriptions())
+    assert Counter(load_descriptions(max_per_class=10)["split"].to_pylist()) == {"train": 384, "valid": 48, "test": 48}
+
+
+@pytest.mark.slow
+def test_word_list_begins_with_the_words_of_the_texts() -> None:
+    assert collect_words(["a red circle", "Red, or blue?"]) == ["red", "a", "blue", "circle", "or"]
+    words = collect_words(["zzyzx red"], num_words=50)
+    assert words[:2] == ["red", "zzyzx"]
+    assert len(set(words)) == len(words) == 50
+    assert words[2:] == [word for word in frequent_words() if word != "red"][:48]
+
+
+def test_draw_keeps_fractions_of_strata() -> None:
+    examples = make_examples(targets=["a"] * 60 + ["b"] * 30 + ["c"] * 10, columns={"kind": ["x", None] * 50})
+    for count in (1, 10, 35, 100):
+        drawn = draw_examples(examples, count, seed=0, by=("target", "kind"))
+        found = Counter(drawn["target"].to_pylist())
+        assert sum(found.values()) == count
+        assert all(abs(found[name] - count * whole / 100) <= 2 for name, whole in (("a", 60), ("b", 30), ("c", 10)))
+    assert draw_examples(examples, 100, seed=0).equals(examples)
+    for count, message in ((101, "1 to 100 examples to draw, got 101"), (0, "got 0")):
+        with pytest.raises(SettingError, match=message):
+            draw_examples(examples, count, seed=0)

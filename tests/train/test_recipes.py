@@ -1,4 +1,4 @@
-"""`train --recipe auto`: settings chosen by the number of training pairs."""
+"""Settings of training, also those that a recipe chooses by the number of pairs."""
 
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from tests.recorded import RecordedProgress
 from tests.train.runs import IMAGE, TEXT
 
 CLOSED_FORM = {"projector": "linear", "initialization": "ridge", "shrinkage": 10.0}
+
 TRAINED = {"projector": "linear", "initialization": "procrustes", "dropout": 0.5}
+
 FEATURES = {"feature": {"image": IMAGE, "text": TEXT}}
+
 SPLIT = {"split": "key", "shared_width": 16}
 
 
@@ -122,3 +125,37 @@ def test_training_pairs_are_counted(data: TrainData, cache_path: Path, tmp_path:
     selection = str(tmp_path / "s{seed}.parquet")
     assert count(selection=selection, split=split, seed=7) == 60
     assert count(selection=selection, seed=7) == round(60 * 0.65)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "refused", "word"),
+    [
+        ({"widths": (64, 256)}, {"widths": (64, 257)}, "widths"),
+        ({"negatives": ("n",)}, {"negatives": ("n",), "mixup": 0.5}, "hard negatives"),
+        ({"captions": "all"}, {"captions": "all", "mixup": 0.5}, "captions"),
+    ],
+)
+def test_settings_that_exclude_each_other(allowed: dict[str, Any], refused: dict[str, Any], word: str) -> None:
+    train_settings(allowed)
+    with pytest.raises(SettingError, match=word):
+        train_settings(refused)
+
+
+def test_options_that_ask_for_settings() -> None:
+    """Check that only values that differ from their defaults are asked for, one option per value."""
+    options = {"seed": 3, "epochs": 2, "widths": (8, 16), "shuffle_pairs": True}
+    asked = ["--widths", "8", "--widths", "16", "--epochs", "2", "--shuffle-pairs", "--seed", "3"]
+    assert command_line(train_settings(options)) == asked
+    assert command_line(train_settings({})) == ["--seed", "0"]
+
+
+def test_paths_have_the_seed_of_the_run() -> None:
+    settings = train_settings(
+        {"seed": 7, "selection": "s-{seed}.txt", "negatives": ("a", "b{seed}"), "device": "cuda:1"}
+    )
+    assert settings.selection_path == Path("s-7.txt")
+    assert settings.negatives_paths == [Path("a"), Path("b7")]
+    assert settings.to_json()["machine"]["device"] == "cuda"
+    assert settings.split.seed == 7
+    assert train_settings({"seed": 7, "split_seed": 1}).split.seed == 1
+    assert train_settings({}).selection_path is None

@@ -21,7 +21,6 @@ GAP, SPACE = ".", " "
 """Labels of frames between letters, a low tone and a wide bar, and between words, silence."""
 TONES_HZ = {"A": 300, "B": 600, "C": 1200, "D": 2400, GAP: 100}
 RATE_HZ, FRAME_S, FRAME_SAMPLES = 25, 0.04, 640
-WHISPER = {"audio": ("whisper:tiny.en", "tiny.en/states")}
 TOY = {"audio": (MEDIA, "open_media/frames")}
 PIXELS = {"video": ("frames:pipelines.avsr.pixels:open_pixels:12x8", "12x8/pixels")}
 TRAINING: Mapping[str, Any] = {"ctc_weight": 0.2, "longest_s": 60.0, "augmentation": {"missing": {}}}

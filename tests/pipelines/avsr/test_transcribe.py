@@ -1,28 +1,40 @@
-"""Recordings and videos to text: trained networks, windows, streams, subtitles, and published encoders."""
+"""Transcripts of recordings and of cached utterances, and their errors by noise."""
 
 import json
 import sys
-import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from embedcache.errors import DataError, PathError, SettingError
+from embedcache.metrics.intervals import MetricValues
 from embedcache.store.cache import Cache
 from pipelines.avsr import transcribe
 from pipelines.avsr.clips import WHOLE_FRAME, Clip, iter_windows, open_clip, parse_mouth
 from pipelines.avsr.ctc import WordTime
 from pipelines.avsr.decoding import Decoding
+from pipelines.avsr.evaluate import recognize_utterances
 from pipelines.avsr.lrs import KIND
 from pipelines.avsr.noise import VIEW
+from pipelines.avsr.results import gain_table, rate_table
 from pipelines.avsr.train import SpeechRecipe, train_speech
 from pipelines.avsr.transcribe import Recognizer, Transcript
-from pipelines.avsr.utterances import SpeechAugmentation, open_utterances
+from pipelines.avsr.utterances import (
+    SpeechAugmentation,
+    Utterances,
+    open_for_run,
+    open_utterances,
+    shuffle_videos,
+    take_utterances,
+    word_clusters,
+)
+from pipelines.results import Result, Results
 from tests.cli.run import succeed
 from tests.encoders.checkpoints import save_speech, save_timm
 from tests.media_files import encode_video, moving_square, tone, wav
-from tests.pipelines.avsr.cases import fit_settings
+from tests.pipelines.avsr.cases import QUIET, fit_settings, make_cache, recipe, utterances
 from tests.pipelines.avsr.speech import (
     PIXELS,
     SIZES,
@@ -35,9 +47,8 @@ from tests.pipelines.avsr.speech import (
 )
 from tests.sources.files import write
 
-pytestmark = pytest.mark.slow
-
 CTC = Decoding(decoder="ctc")
+
 BOTH = ("audio", "video")
 
 
@@ -59,6 +70,7 @@ def opened(path: Path, *, streams: tuple[str, ...] = BOTH) -> Clip:
     return open_clip(path, streams, (), WHOLE_FRAME)
 
 
+@pytest.mark.slow
 def test_long_recordings_are_cut_between_words_whose_times_are_known(trained: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     speech = say(random_text(rng, 12), rng, pause=18)
@@ -72,6 +84,7 @@ def test_long_recordings_are_cut_between_words_whose_times_are_known(trained: Pa
     np.testing.assert_allclose(times, [word[1:] for word in speech.words], atol=0.09)
 
 
+@pytest.mark.slow
 def test_windows_end_where_it_is_quiet(tmp_path: Path) -> None:
     samples = noise(20, (3.0, 3.7), (0.6, 1.5), (6.0, 6.7), (9.0, 9.7), (12.0, 12.7))  # not in [0.6, 1.5]: too early
     resting = moving_square(500)
@@ -90,17 +103,7 @@ def test_windows_end_where_it_is_quiet(tmp_path: Path) -> None:
     assert sum(len(window.items["video"].frames_THW3) for window in both) == 500  # type: ignore[union-attr]
 
 
-def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
-    write(tmp_path, {"a.wav": wav(noise(100.0))})
-    clip = opened(tmp_path / "a.wav")
-    tracemalloc.start()
-    num_windows = sum(1 for _ in iter_windows(clip, window_s=10.0, step_s=0.04))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert num_windows >= 10
-    assert peak < 4e6  # 100 s are 6.4 MB
-
-
+@pytest.mark.slow
 def test_files_that_do_not_fit_are_refused(trained: Path, tmp_path: Path) -> None:
     apart = encode_video(moving_square(125), samples=noise(9.0))
     write(tmp_path, {"apart.mp4": apart, "a.wav": wav(tone(1.0)), "text.mp4": b"no video at all" * 40})
@@ -121,6 +124,7 @@ def test_files_that_do_not_fit_are_refused(trained: Path, tmp_path: Path) -> Non
             parse_mouth(region)
 
 
+@pytest.mark.slow
 def test_subtitles_are_short() -> None:
     words = [WordTime(word, 1 + 0.5 * number, 1.4 + 0.5 * number) for number, word in enumerate(["BIN", "BLUE", "AT"])]
     words.append(WordTime("AGAIN", 3661.2345, 3661.9))
@@ -129,6 +133,7 @@ def test_subtitles_are_short() -> None:
     assert transcript.to_srt() == lines
 
 
+@pytest.mark.slow
 def test_published_encoders_and_clips_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,3 +161,87 @@ def test_published_encoders_and_clips_of_others(
         assert record["streams"] == streams
         assert record["text"]
         (tmp_path / "a.srt").unlink()
+
+
+VIEWS = ("plain", QUIET)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a cache of 20 utterances, and a run of each stream. Not to be changed."""
+    folder = tmp_path_factory.mktemp("speech")
+    cache = make_cache(folder / "test", 20, first=200, is_recorded=True)
+    for name in ("audio", "video"):
+        data = utterances(cache, name)
+        train_speech(data, data, folder / name, recipe(align_epochs=6), fit_settings(epochs=8, lr=1e-2, batch_size=4))
+    return folder
+
+
+def opened_run(folder: Path, run: str) -> Utterances:
+    return open_for_run(Cache(folder / "test"), folder / run, views=VIEWS)
+
+
+@pytest.mark.slow
+def test_transcripts_do_not_depend_on_other_utterances_or_views(folder: Path) -> None:
+    data = opened_run(folder, "audio")
+    whole = recognize_utterances(folder / "audio", data, VIEWS, decoding=CTC)
+    numbers = np.array([7, 2, 11])
+    part = recognize_utterances(folder / "audio", take_utterances(data, numbers), [QUIET], decoding=CTC)
+    assert part[QUIET] == [whole[QUIET][number] for number in numbers]
+    assert whole["plain"] != whole[QUIET]
+    lips = recognize_utterances(folder / "video", opened_run(folder, "video"), VIEWS, decoding=CTC)
+    assert lips["plain"] is lips[QUIET]
+
+
+@pytest.mark.slow
+def test_lips_of_another_utterance_are_recognized_as_that_one(folder: Path) -> None:
+    data = opened_run(folder, "video")
+    videos_of = shuffle_videos(data, seed=0)
+    own, shuffled = (
+        recognize_utterances(folder / "video", data, ["plain"], decoding=CTC, videos_of=of)["plain"]
+        for of in (None, videos_of)
+    )
+    assert shuffled == [own[other] for other in videos_of]
+    assert sorted(videos_of) == list(range(20))
+    assert all(data.texts[a] != data.texts[b] for a, b in enumerate(videos_of))
+    lengths = np.array([len(text) for text in data.texts])
+    assert np.abs(lengths - lengths[videos_of]).mean() < 0.6 * np.abs(lengths - lengths[::-1]).mean() + 0.5
+
+
+@pytest.mark.slow
+def test_words_of_one_recording_are_one_cluster(folder: Path) -> None:
+    data = opened_run(folder, "audio")
+    numbers = word_clusters(data)
+    words = [(key, word) for key, text in zip(data.keys, data.texts, strict=True) for word in text.split()]
+    names = [word if int(key) % 2 else key for key, word in words]
+    for first, second in pairwise(range(len(words))):
+        assert (numbers[first] == numbers[second]) == (names[first] == names[second])
+    assert len(np.unique(numbers)) == 10 + 3
+
+
+NOISY_VIEWS = ["plain", *(f"babble{level}dB" for level in (10, 5, 0, -5, -10))]
+
+RATES = {"audio": (5, 13, 22, 50, 86, 98), "video": (35,) * 6, "fusion": (3, 6, 10, 17, 30, 31)}
+
+"""Percent of wrong words per level."""
+
+
+def make_result(model: str, rates: tuple[float, ...], seed: int) -> Result:
+    """A result in which that percentage of 200 words is wrong at each level, and one point more with the next seed."""
+    places = np.arange(200) / 2
+    errors = {
+        view: MetricValues(places < rate + seed, np.arange(200) // 5)
+        for view, rate in zip(NOISY_VIEWS, rates, strict=True)
+    }
+    return Result(model=model, question="A", seed=seed, num_examples=40, measures=errors)
+
+
+def test_tables_are_means_over_seeds_by_the_level_of_noise() -> None:
+    results = Results(make_result(model, rates, seed) for model, rates in RATES.items() for seed in (1, 0))
+    columns, rows = rate_table(results, [*RATES, "missing"], "A")
+    assert columns == ["WER in %", "clean", "10 dB", "5 dB", "0 dB", "-5 dB", "-10 dB"]
+    assert [row[0] for row in rows] == [*RATES]
+    assert [cell.split()[0] for cell in rows[0][1:]] == ["5.5", "13.5", "22.5", "50.5", "86.5", "98.5"]
+    _, rows = gain_table(results, ["fusion"], ["audio", "video"], "A")
+    gains = [float(cell.split()[0]) for cell in rows[0][1:]]
+    assert gains == pytest.approx([-2, -7, -12, -18, -5, -4], abs=0.01)

@@ -1,4 +1,4 @@
-"""The rules of point segmentation on a cache: lift, outputs of runs, and pseudo-labels with their provenance."""
+"""Rules and encoders of point clouds."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ from embedcache.axis import Axis
 from embedcache.derive.derive import derive, derive_from_run
 from embedcache.derive.rules import Derivation, Rule
 from embedcache.encoders.base import EncoderSettings
+from embedcache.encoders.open import open_encoder
+from embedcache.errors import ItemError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings
 from embedcache.runs import Run, RunInfo, RunInput
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from pipelines.summit.encoders import FIELDS, GEOMETRY
+from embedcache.testing.encoders import PointsEncoderContract, example_points
+from pipelines.summit.encoders import CELL_SIZES_M, FIELDS, GEOMETRY, PER_SCALE, SCALES, eigen_features
 from pipelines.summit.networks import RUN_KIND, PointNetworks, predict_points
 from pipelines.summit.pseudo_labels import (
     CertaintyThresholds,
@@ -34,15 +37,18 @@ from pipelines.summit.pseudo_labels import (
 from pipelines.summit.rules import AGREE, CERTAIN, LIFT, RECOVER, WEIGHT_BY_ENTROPY, lift_parameters, sample_grid
 from pipelines.worlds.street import KIND
 
-pytestmark = pytest.mark.slow
-
 ENCODER = "lite:efficientnet-lite0,fit=128x64"
+
 LAYERS = ("layer3.patches", "layer5.patches")
+
 PATCHES = [f"efficientnet-lite0/{layer}" for layer in LAYERS]
+
 UV = ("points", "fields/uv")
+
 C = 7
 
 
+@pytest.mark.slow
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 1000))
 def test_sampling_matches_scipy(rows: int, columns: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -105,6 +111,7 @@ def values_of(path: Path, name: str) -> dict[int, np.ndarray]:
     return dict(zip(rows.tolist(), feature.gather_tokens(rows), strict=True))
 
 
+@pytest.mark.slow
 def test_lifted_features_are_those_of_the_pixels(cache: Path) -> None:
     lifted, uv = values_of(cache, "lifted/lifted"), values_of(cache, "fields/uv")
     samples = Cache(cache).samples
@@ -125,6 +132,7 @@ def test_lifted_features_are_those_of_the_pixels(cache: Path) -> None:
         )  # stored as float16
 
 
+@pytest.mark.slow
 def test_outputs_of_a_run_are_its_predictions(cache: Path) -> None:
     module = Run.open(cache.parent / "run").module
     assert isinstance(module, PointNetworks)
@@ -137,6 +145,7 @@ def test_outputs_of_a_run_are_its_predictions(cache: Path) -> None:
             np.testing.assert_allclose(hidden[row], expected.hidden_NP, atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_pseudo_labels_match_the_formulas(cache: Path) -> None:
     """Check the chain of rules, chunk by chunk, against the functions on all points at once."""
     names = ("image-prob", "image-hidden", "points-prob", "points-hidden")
@@ -182,3 +191,77 @@ def test_pseudo_labels_match_the_formulas(cache: Path) -> None:
     assert np.array_equal(labels_of(recovered), expected)
     assert Cache(cache).feature("points", "HT/label").dtype == "int16"
     assert verify_cache(cache).is_sound
+
+
+LINEARITY, PLANARITY, SCATTERING, VARIATION, VERTICALITY, LOG_RADIUS, Z_RANGE, Z_ABOVE = range(len(PER_SCALE))
+
+
+class TestGeometry(PointsEncoderContract):
+    has_weights = False
+
+    @pytest.fixture
+    def spec(self) -> str:
+        return GEOMETRY
+
+
+def test_height_above_the_ground() -> None:
+    """On a slope with a pole, the height of the pole's points is that above the ground near it."""
+    grid = np.stack(np.meshgrid(np.arange(0, 40, 0.5), np.arange(0, 10, 0.5)), axis=-1).reshape(-1, 2)
+    ground = np.column_stack([grid, 0.1 * grid[:, 0]])
+    pole = np.column_stack([np.full(41, 30.0), np.full(41, 5.0), 3 + np.linspace(0, 4, 41)])
+    features = eigen_features(np.concatenate([ground, pole]))
+    near, far = features[:, -2], features[:, -1]
+    assert CELL_SIZES_M == (2.0, 10.0)
+    assert near[: len(ground)].max() < 0.1 * 4 + 1e-4  # a cell and the one beside it
+    assert 4 <= near[-1] < 4.4
+    assert 4 <= far[-1] < 4 + 0.1 * 20
+
+
+def test_features_follow_their_definition() -> None:
+    xyz = np.random.default_rng(0).normal(size=(80, 3)) * (3, 2, 1)
+    point = 5
+    features = eigen_features(xyz)[point]
+    distances = np.linalg.norm(xyz - xyz[point], axis=1)
+    for number, size in enumerate(SCALES):
+        near = xyz[np.argsort(distances)[:size]]
+        values, vectors = np.linalg.eigh(np.cov(near.T, bias=True))
+        l3, l2, l1 = values
+        expected = [
+            (l1 - l2) / l1, (l2 - l3) / l1, l3 / l1, l3 / (l1 + l2 + l3), 1 - abs(vectors[2, 0]),
+            np.log10(np.sort(distances)[size - 1] + 1e-3), np.ptp(near[:, 2]), xyz[point, 2] - near[:, 2].mean(),
+        ]  # fmt: skip
+        np.testing.assert_allclose(features[number * 8 : number * 8 + 8], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("xyz", "reason"),
+    [
+        (np.zeros((39, 3), np.float32), "too few points: expected at least 40, got 39"),
+        (np.full((50, 3), np.nan, np.float32), "50 of 50 points have NaN or infinite coordinates"),
+        (np.eye(3, dtype=np.float32).repeat(20, axis=0) * 1e9, r"extend over 1e\+09 m"),
+    ],
+)
+def test_bad_points_fail_with_a_reason(xyz: np.ndarray, reason: str) -> None:
+    with pytest.raises(ItemError, match=reason):
+        open_encoder(GEOMETRY, modality="points").prepare([{"xyz": xyz}])
+
+
+class TestFields(PointsEncoderContract):
+    has_weights = False
+
+    @pytest.fixture
+    def spec(self) -> str:
+        return FIELDS
+
+
+def test_values_are_copied_to_the_bit() -> None:
+    encoder = open_encoder(FIELDS, modality="points")
+    assert encoder.features == {"xyz": (-1, 3), "uv": (-1, 2), "label": (-1, 1)}
+    items = example_points()
+    found = encoder.encode(encoder.prepare(items), ["label", "xyz", "uv"])
+    for number, item in enumerate(items):
+        for name in ("xyz", "uv"):
+            np.testing.assert_array_equal(found[name][number], item[name])
+            assert found[name][number].dtype == np.float32
+        np.testing.assert_array_equal(found["label"][number][:, 0], item["label"])
+        assert found["label"][number].dtype == np.int16

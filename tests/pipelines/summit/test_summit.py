@@ -30,15 +30,6 @@ def make_result(scenario: str, *, switch: float, oracle: float = 0.9, source: fl
     return Result(scenario=scenario, world=world, seed=0, gaps=gaps, counts=methods)
 
 
-def test_result_is_read_as_written(tmp_path: Path) -> None:
-    result = make_result("day", switch=0.7)
-    result.write(tmp_path / "result.json", {"epochs": 3, "domains": ("day", "night")})
-    found = Result.read(tmp_path / "result.json", {"epochs": 3, "domains": ("day", "night")})
-    assert found is not None
-    assert (found.scenario, found.gaps, found.gain("switch")) == ("day", result.gaps, result.gain("switch"))
-    assert found.line("switch") == result.line("switch")
-
-
 def test_norms_of_another_source_run_are_not_reused(tmp_path: Path) -> None:
     features = {"image": np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)}
     for name, seed in (("a", 0), ("b", 1)):

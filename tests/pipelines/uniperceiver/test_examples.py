@@ -1,4 +1,4 @@
-"""Tables of examples: items by key, words, draws and controls."""
+"""Examples of tasks, and words as numbers."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from pipelines.uniperceiver.examples import open_examples, open_media
-from pipelines.uniperceiver.words import BLANK, Vocabulary, with_blanks
+from pipelines.uniperceiver.words import BLANK, END, NUM_SPECIAL, UNKNOWN, Vocabulary, list_words, with_blanks
 from pipelines.worlds.examples import make_examples
 from tests.pipelines.uniperceiver.cases import COLORS, IMAGE_TOKENS, Squares, SquaresSource, colors_of
 from tests.toy import IMAGE, TEXT
@@ -103,3 +103,28 @@ def test_blanks_are_added_where_there_is_none() -> None:
     assert texts.padded()[0].tolist() == [[5, 6, BLANK], [3, BLANK, 4], [BLANK, 1, 1]]
     with pytest.raises(DataError, match="at most one blank, got 2 in example 1"):
         with_blanks(WORDS.encode(["a", "_ _"]))
+
+
+KNOWN_WORDS = Vocabulary(["a", "red", "circle", "isn't"])
+
+
+def test_texts_become_numbers_and_back() -> None:
+    lists = KNOWN_WORDS.encode(pa.chunked_array([["A red, RED circle!", None], ["", "isn't _ blue?"]]))
+    assert lists.lengths().tolist() == [4, 0, 0, 3]
+    assert lists.numbers_M.tolist() == [3, 4, 4, 5, 6, BLANK, UNKNOWN]
+    assert lists.numbers_M.dtype == np.int32
+    assert KNOWN_WORDS.decode(np.array([3, 4, 5, END, 3])) == "a red circle"
+    assert KNOWN_WORDS.decode(lists.take(np.array([3])).numbers_M) == "isn't _ ?"
+
+
+def test_words_are_listed_by_frequency() -> None:
+    assert list_words(["b a", "a _ c", "a b", "d"]) == ["a", "b", "c", "d"]
+    assert list_words([]) == []
+
+
+def test_candidates_need_known_words() -> None:
+    assert KNOWN_WORDS.require_known(["red circle"], "classes").numbers_M.tolist() == [NUM_SPECIAL + 1, NUM_SPECIAL + 2]
+    with pytest.raises(DataError, match=r"classes: .*'a blue circle'"):
+        KNOWN_WORDS.require_known(["red", "a blue circle"], "classes")
+    with pytest.raises(DataError, match="answers: .*words"):
+        KNOWN_WORDS.require_known(["?"], "answers")

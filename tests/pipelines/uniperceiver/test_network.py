@@ -1,19 +1,24 @@
-"""The shared transformer: what sees what, no leakage, prompts that change nothing, positions by axis."""
+"""The shared transformer: what sees what, prompts and positions; captions against computing each prefix anew."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from embedcache.axis import Axis
 from embedcache.errors import DataError
 from embedcache.train.initialization import freeze
+from pipelines.uniperceiver.captions import CaptionSteps, write_captions
 from pipelines.uniperceiver.layers import positions_of
 from pipelines.uniperceiver.network import SharedNetwork, Tokens, Words
-from pipelines.uniperceiver.words import BLANK, END, UNKNOWN
+from pipelines.uniperceiver.words import BLANK, END, NUM_SPECIAL, UNKNOWN
 
 GRID = {"kind": "grid", "rows": 2, "columns": 2, "box": [0, 0, 1, 1]}
+
 MODALITIES = {"image": {"width": 5, "axis": GRID}, "audio": {"width": 4, "axis": {"kind": "time", "rate_hz": 50.0}}}
+
 WORDS = ("a", "red", "blue", "circle", "square")
 
 
@@ -59,19 +64,6 @@ def test_a_padded_batch_is_its_items_one_by_one() -> None:
         torch.testing.assert_close(net.encode(one, words(text))[0], batch[row], atol=1e-5, rtol=1e-5)
         found = net.predict_words(one, words(text))[0]
         torch.testing.assert_close(found, predicted[row, : len(text) + 1], atol=1e-5, rtol=1e-5)
-
-
-def test_gradients_of_a_padded_batch_are_those_of_its_items() -> None:
-    net, tokens, targets = network(), images(), torch.randn(3, 16)
-
-    def gradients(rows: list[int]) -> torch.Tensor:
-        batch = {"image": Tokens(tokens["image"].values_BTD[rows])}
-        read = net.encode(batch, words(*[TEXTS[row] for row in rows]))
-        parameters = [value for name, value in net.named_parameters() if name.startswith(("layers", "words.linear"))]
-        found = torch.autograd.grad((read * targets[rows]).sum(), parameters)
-        return torch.cat([value.flatten() for value in found])
-
-    torch.testing.assert_close(gradients([0, 1, 2]), sum(gradients([row]) for row in range(3)), atol=1e-4, rtol=1e-4)
 
 
 def test_one_pass_predicts_what_each_prefix_alone_does() -> None:
@@ -135,3 +127,86 @@ def test_parts_cover_everything_but_the_word_vectors() -> None:
     trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
     assert {name.split(".")[0] for name in trained} == {"prompts", "layers", "embedding_norm", "final_norm"}
     assert all(name.split(".")[2].endswith("_norm") for name in trained if name.startswith("layers"))
+
+
+NUM_WORDS = 3
+
+
+def caption_network(**options: Any) -> SharedNetwork:
+    torch.manual_seed(0)
+    sizes = {"width": 16, "num_layers": 2, "num_heads": 2, "feed_forward": 32, "word_width": 6}
+    words = ["a", "red", "circle"]
+    net = SharedNetwork(modalities={"image": {"width": 5}}, words=words, families=["caption"], **sizes, **options)  # type: ignore[arg-type]
+    net.set_words(torch.randn(NUM_WORDS, 6).numpy())
+    with torch.no_grad():
+        for parameter in net.layers.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        net.likelihood("caption").log_scale.fill_(2.5)  # not too sure of anything
+    return net.eval()
+
+
+def padded_images(count: int) -> dict[str, Tokens]:
+    return {"image": Tokens(torch.randn(count, 4, 5), torch.tensor([4, 2, 3, 1][:count]))}
+
+
+def vocabulary(net: SharedNetwork) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words with their representations; that of the end is chosen such that captions have several lengths."""
+    numbers = torch.tensor([END, *range(NUM_SPECIAL, NUM_SPECIAL + NUM_WORDS)])
+    with torch.no_grad():
+        vectors = net.encode(words=Words(numbers[:, None], torch.ones_like(numbers)), side="target")
+    vectors[0] = torch.randn(net.width, generator=torch.Generator().manual_seed(9))
+    return numbers, vectors
+
+
+def one(tokens: dict[str, Tokens], item: int) -> dict[str, Tokens]:
+    values, lengths = tokens["image"]
+    assert lengths is not None
+    return {"image": Tokens(values[[item]], lengths[[item]])}
+
+
+@torch.no_grad()
+def log_probs(net: SharedNetwork, tokens: dict[str, Tokens], prefix: Sequence[int]) -> np.ndarray:
+    """Log-probabilities of the word after a prefix of one item, all of it computed anew."""
+    text = Words(torch.tensor([[*prefix, END]]), torch.tensor([len(prefix)]))
+    representation = net.predict_words(tokens, text)[:, len(prefix)]
+    logits = net.likelihood("caption").logits(representation, vocabulary(net)[1])
+    return logits[0].double().log_softmax(dim=0).numpy()
+
+
+@pytest.mark.parametrize("num_prompts", [0, 2])
+def test_steps_match_the_network_without_a_memory(num_prompts: int) -> None:
+    net, tokens = caption_network(num_prompts=num_prompts), padded_images(3)
+    steps = CaptionSteps(net, tokens)
+    texts: list[list[int]] = [[], [], []]
+    found = steps(None, torch.arange(3))
+    for numbers, parents in (([3, 4, 5, 3], [0, 2, 2, 1]), ([5, 5], [3, 1])):
+        texts = [[*texts[parent], number] for number, parent in zip(numbers, parents, strict=True)]
+        found = steps(torch.tensor(numbers), torch.tensor(parents))
+    expected = [
+        net.predict_words(one(tokens, item), Words(torch.tensor([text]), torch.tensor([2])))[0, 2]
+        for item, text in zip([1, 2], texts, strict=True)
+    ]
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def plain_beam(net: SharedNetwork, tokens: dict[str, Tokens], *, beam: int, max_length: int) -> tuple[int, ...]:
+    """Beam search on full re-computation."""
+    live: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    finished: dict[tuple[int, ...], float] = {}
+    for _ in range(max_length + 1):
+        grown = []
+        for text, log_prob in live:
+            following = log_prob + log_probs(net, tokens, text)
+            finished[text] = following[0]
+            grown += [((*text, NUM_SPECIAL + place), following[1 + place]) for place in range(NUM_WORDS)]
+        live = sorted(grown, key=lambda entry: -entry[1])[:beam]
+    return max(finished, key=lambda text: finished[text])
+
+
+@pytest.mark.slow
+def test_a_batch_gives_the_captions_of_a_plain_search_of_each_item() -> None:
+    net, tokens = caption_network(), padded_images(4)
+    found = write_captions(net, tokens, net.likelihood("caption"), vocabulary(net), beam=2, max_length=5)
+    expected = [plain_beam(net, one(tokens, item), beam=2, max_length=5) for item in range(4)]
+    assert [tuple(caption.numbers.tolist()) for caption in found] == expected
+    assert len({len(text) for text in expected}) > 1

@@ -35,7 +35,7 @@ from pipelines.worlds import easy_vqa
 from pipelines.worlds.examples import in_split
 from pipelines.worlds.label_sets import FASHION_FOLDER
 from tests.pipelines.one_core import run_tiny
-from tests.pipelines.test_texts import HAS_LETTERS
+from tests.pipelines.test_shapes import HAS_LETTERS
 
 PARTS = ("train", "valid", "test")
 
@@ -69,22 +69,6 @@ def test_joined_tokens_hold_the_cells_that_they_cover() -> None:
     assert JOIN_GRIDS.outputs([(64, 40), (16, 112)], {}) == {"tokens": (16, 272)}
     with pytest.raises(SettingError, match="a fraction of its side, got 49 and 16 cells"):
         JOIN_GRIDS.outputs([(49, 40), (16, 112)], {})
-
-
-def test_result_is_read_as_written(tmp_path: Path) -> None:
-    result = make_result("prompts", question_name(EASY_VQA, 0.01), 4)
-    result.write(tmp_path / "result.json")
-    found = Result.read(tmp_path / "result.json")
-    for measures, expected in [
-        (found.measures, result.measures),
-        (found.controls[SHUFFLED], result.controls[SHUFFLED]),
-    ]:
-        assert measures.keys() == expected.keys()
-        for name, (values, clusters) in measures.items():
-            np.testing.assert_array_equal(values, expected[name].values_M)
-            np.testing.assert_array_equal(clusters, expected[name].clusters_M)
-    plain = ("model", "question", "weights", "seed", "num_examples", "num_trained", "chance", "captions")
-    assert all(getattr(found, name) == getattr(result, name) for name in plain)
 
 
 def test_tables_hold_means_over_seeds_beside_controls() -> None:
