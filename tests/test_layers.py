@@ -57,7 +57,7 @@ HEAVY = {
     "tensorboard": {"train"},
     "wandb": {"train"},
     "jinja2": {"reports"},
-    "matplotlib": {"reports"},
+    "matplotlib": {"reports", "sweep"},
     "fastapi": {"serve"},
     "starlette": {"serve"},
     "uvicorn": {"serve"},

@@ -79,7 +79,7 @@ def sweep(
     Example: embedcache sweep cache/ space.toml study/ --trials 50
     """
     from embedcache.cli.console import open_progress
-    from embedcache.reports.sweep import present_sweep
+    from embedcache.sweep.report import present_sweep
     from embedcache.sweep.sweep import sweep as run
 
     report = run(caches, study, space, feature=feature, settings=settings, progress=open_progress())

@@ -13,8 +13,8 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import write_record
 from embedcache.registry import require
 from embedcache.reports.render import write_page
-from embedcache.reports.sweep import SweepConfig, SweepFindings, present_sweep
 from embedcache.settings import merge_settings
+from embedcache.sweep.report import SweepConfig, SweepFindings, present_sweep
 from embedcache.sweep.settings import SweepSettings
 from embedcache.train.data import Paths, TrainData, open_data
 from embedcache.train.recipes import choose_settings, count_training_pairs
@@ -71,7 +71,7 @@ def sweep(
         require(library, extra="sweep")
     from embedcache.sweep.space import read_space
     from embedcache.sweep.study import check_storage, make_grid_points, manifest_path, open_study
-    from embedcache.sweep.trials import StudyJob, collect_findings, findings_json, run_workers, work
+    from embedcache.sweep.trials import StudyJob, collect_findings, draw_study, findings_json, run_workers, work
 
     settings = merge_settings(SweepSettings, settings, options)
     folder, progress = Path(study), to_progress(progress)
@@ -92,10 +92,11 @@ def sweep(
                 data = job.mapped_data()
             work(job, data, trials, progress)
             findings = collect_findings(job, data, trials)
+            figures = draw_study(trials.optuna)
         report = SweepReport(findings=findings, page_path=folder / "report.html", json_path=folder / "report.json")
         with locked(folder):
             write_record(report.json_path, findings_json(job, findings))
-            write_page(report.page_path, present_sweep(findings, report.json_path))
+            write_page(report.page_path, present_sweep(findings, report.json_path, figures))
     return report
 
 

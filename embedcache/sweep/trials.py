@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalDistribution
+from matplotlib import pyplot, rc_context
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
+from optuna.visualization.matplotlib import plot_optimization_history, plot_parallel_coordinate
 
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DiskFullError, EmbedcacheError, SettingError, UnfinishedError, is_out_of_memory
@@ -23,10 +24,11 @@ from embedcache.processes import run_processes
 from embedcache.progress import Progress
 from embedcache.projectors.base import split_names
 from embedcache.registry import mark_as_read
+from embedcache.reports.figures import svg
 from embedcache.reports.retrieval import retrieval_json
-from embedcache.reports.sweep import State, SweepConfig, SweepFindings, SweepParameter, SweepTrial
 from embedcache.runs import Run
 from embedcache.settings import replace_fields
+from embedcache.sweep.report import State, SweepConfig, SweepFindings, SweepTrial
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, Value
 from embedcache.sweep.study import Study, Trials, get_reason, rank_complete, remove_run, split_path, trial_path
@@ -202,21 +204,11 @@ def collect_findings(job: StudyJob, data: TrainData, trials: Trials) -> SweepFin
     """
     finished = trials.finished()
     best, left_out = _evaluate_top(job, data, top_trials(trials, job.settings))
-    complete = next(trial for trial in finished if trial.state == TrialState.COMPLETE)
-    parameters = [
-        SweepParameter(
-            name=name,
-            choices=distribution.choices if isinstance(distribution, CategoricalDistribution) else None,
-            is_log=bool(getattr(distribution, "log", False)),
-        )
-        for name, distribution in complete.distributions.items()
-    ]
     return SweepFindings(
         features={modality: feature.name for modality, feature in data.features.items()},
         sampler=job.study.sampler,
         pruner=job.study.pruner,
         seed=job.study.seed,
-        parameters=parameters,
         trials=[_describe(trial) for trial in finished],
         best=best,
         left_out=left_out,
@@ -295,6 +287,20 @@ def _importance(trials: Trials) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_param_importances(trials.optuna, evaluator=FanovaImportanceEvaluator(seed=0))
+
+
+def draw_study(study: optuna.Study) -> list[str]:
+    """Draw the scores of all trials, and the settings of the complete ones, as SVG elements."""
+    figures = []
+    for draw in (plot_optimization_history, plot_parallel_coordinate):
+        with rc_context(), warnings.catch_warnings():  # Optuna sets a style, and says that it is experimental
+            warnings.simplefilter("ignore")
+            axes: Any = draw(study, target_name="validation recall")
+            axes.set_title("")
+            axes.figure.set_size_inches(9, 4)
+            figures.append(svg(axes.figure))
+            pyplot.close(axes.figure)
+    return figures
 
 
 def _command(job: StudyJob, data: TrainData, params: Mapping[str, Value]) -> str:

@@ -12,7 +12,6 @@ from optuna.trial import TrialState
 from embedcache.dataset.splits import read_split
 from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.files import make_folder
-from embedcache.reports.sweep import pareto_front
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import (
@@ -207,11 +206,6 @@ def test_study_without_complete_trials_raises(tmp_path: Path, space: Space) -> N
     trials.finish(trial, FAIL, reason="too few samples")
     with pytest.raises(SettingError, match="too few samples"):
         top_trials(trials, SweepSettings())
-
-
-def test_pareto_front() -> None:
-    points = [(5, 0.5), (1, 0.2), (1, 0.3), (2, 0.3), (9, 0.9), (7, 0.4)]
-    assert pareto_front(points) == [(1, 0.3), (5, 0.5), (9, 0.9)]
 
 
 def test_processes_together_open_one_study(cache_path: Path, tmp_path: Path, space: Space) -> None:
