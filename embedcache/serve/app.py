@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.metadata import version
-from importlib.resources import files
+from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
@@ -29,7 +30,6 @@ from embedcache.serve.schema import (
     ConceptAnswer,
     ConceptHits,
     CoverageOut,
-    ErrorOut,
     HitOut,
     ItemOut,
     MapOut,
@@ -47,22 +47,15 @@ _Rows = Annotated[list[Annotated[int, Field(ge=0, le=10**12)]], Query(min_length
 
 log = logging.getLogger("embedcache.serve")
 
+_PAGE = FilePath(__file__).parent / "page"
+"""The only files that can be requested."""
+
 _ABOUT = """Search one index of frozen embeddings with texts, images or indexed items.
 
 Responses are JSON; an error is {"error": "one line"}."""
 _NO_JSON = "the body: expected a JSON object in UTF-8, sent with the header Content-Type: application/json"
 _UNREADABLE_BODY = "There was an error parsing the body"
 """FastAPI's words for bytes that are no text, and for JSON that Python cannot hold."""
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorOut, "description": description}
-    for status, description in {
-        400: "the request cannot be answered",
-        404: "unknown name or row",
-        413: "the request is too large",
-        422: "the request has another form than described",
-        503: "too many requests, or a timeout",
-    }.items()
-}
 
 
 def make_app(service: SearchService) -> FastAPI:
@@ -88,18 +81,20 @@ def make_app(service: SearchService) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's own pages load scripts from elsewhere
         redoc_url=None,
-        responses=_ERRORS,
     )
-    _add_pages(app)
     _add_errors(app)
     _add_search(app, service, batcher, decoders)
     _add_items(app, service)
     for modality in PICTURED:
-        _add_images(app, modality, service, decoders)
-    for modality in PLAYED:
-        _add_player(app, modality, service, decoders)
+        _add_media(app, modality, service, decoders)
     _add_info(app, service)
     _add_map(app, service)
+
+    @app.get("/api", include_in_schema=False)
+    async def api_page() -> FileResponse:
+        return FileResponse(_PAGE / "api.html")
+
+    app.mount("/", StaticFiles(directory=_PAGE, html=True, follow_symlink=True))
     return app
 
 
@@ -161,44 +156,34 @@ _SHOWN = {"image": "an image", "video": "the middle frame of a video", "audio": 
 _PLAYED = {"video": "a video, as the file that it is stored in", "audio": "a recording, as a WAV of 16 kHz mono"}
 
 
-def _add_images(app: FastAPI, modality: str, service: SearchService, decoders: Decoders) -> None:
-    async def thumbnail(row: _Row) -> Response:
-        return webp(await decoders.run(_served(service, modality, row).thumbnail, row))
+def _add_media(app: FastAPI, modality: str, service: SearchService, decoders: Decoders) -> None:
+    path = f"/api/{noun(modality)}/{{row}}"
 
-    async def full(row: _Row) -> Response:
-        return webp(await decoders.run(_served(service, modality, row).image, row))
+    def served(row: int) -> ServedItems:
+        items = service.shown.get(modality)
+        if items is None or row >= items.num_items:
+            raise HTTPException(404, f"unknown {one_noun(modality)} {row}")
+        return items
 
     def webp(data: bytes) -> Response:
         return Response(data, media_type="image/webp", headers=KEPT)
 
-    for call, size_px in ((thumbnail, "224"), (full, "1,280")):
-        app.add_api_route(
-            f"/api/{noun(modality)}/{{row}}/{call.__name__}",
-            call,
-            response_class=Response,
-            name=f"{modality} {call.__name__}",
-            description=f"Return {_SHOWN[modality]}, as WebP of at most {size_px} pixels per side.",
-        )
+    describe = f"Return {_SHOWN[modality]}, as WebP of at most {{}} pixels per side.".format
 
+    @app.get(f"{path}/thumbnail", response_class=Response, description=describe("224"))
+    async def thumbnail(row: _Row) -> Response:
+        return webp(await decoders.run(served(row).thumbnail, row))
 
-def _add_player(app: FastAPI, modality: str, service: SearchService, decoders: Decoders) -> None:
-    async def play(row: _Row, part: _Range = None) -> Response:
-        return respond_with_part(await decoders.run(_served(service, modality, row).play, row), part)
+    @app.get(f"{path}/full", response_class=Response, description=describe("1,280"))
+    async def full(row: _Row) -> Response:
+        return webp(await decoders.run(served(row).image, row))
 
-    app.add_api_route(
-        f"/api/{noun(modality)}/{{row}}/play",
-        play,
-        response_class=Response,
-        name=f"{modality} play",
-        description=f"Return {_PLAYED[modality]}, or with the header Range up to 1 MiB of it.",
-    )
+    if modality in PLAYED:
+        description = f"Return {_PLAYED[modality]}, or with the header Range up to 1 MiB of it."
 
-
-def _served(service: SearchService, modality: str, row: int) -> ServedItems:
-    served = service.shown.get(modality)
-    if served is None or row >= served.num_items:
-        raise HTTPException(404, f"unknown {one_noun(modality)} {row}")
-    return served
+        @app.get(f"{path}/play", response_class=Response, description=description)
+        async def play(row: _Row, part: _Range = None) -> Response:
+            return respond_with_part(await decoders.run(served(row).play, row), part)
 
 
 def _add_info(app: FastAPI, service: SearchService) -> None:
@@ -294,23 +279,3 @@ def _add_errors(app: FastAPI) -> None:
 _IMAGE_BODY = {
     "requestBody": {"required": True, "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}
 }
-
-_PAGES = {"/": "index.html", "/api": "api.html"}
-_FILES = (
-    "page.css", "page.js", "search.js", "pane.js", "grid.js", "map.js", "points.js", "coverage.js", "cards.js",
-    "dom.js", "player.js", "api.js", "icon.svg",
-)  # fmt: skip
-_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
-
-
-def _add_pages(app: FastAPI) -> None:
-    folder = files("embedcache.serve") / "page"
-    for url, name in {**_PAGES, **{f"/{name}": name for name in _FILES}}.items():
-        _add_file(app, url, (folder / name).read_bytes(), _TYPES[name.rpartition(".")[2]])
-
-
-def _add_file(app: FastAPI, url: str, content: bytes, media_type: str) -> None:
-    async def send() -> Response:
-        return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
-
-    app.add_api_route(url, send, methods=["GET", "HEAD"], include_in_schema=False)

@@ -223,9 +223,3 @@ class CardOut(BaseModel):
 
     title: str
     rows: list[tuple[str, str]]
-
-
-class ErrorOut(BaseModel):
-    """An error message of one line."""
-
-    error: str

@@ -21,7 +21,6 @@ from embedcache.serve.settings import ServeSettings, parse_address
 
 _TOKEN_BYTES = 24
 _MAX_CONNECTIONS = 500
-"""Open connections; one more takes the place of the one that has waited longest for a request to be complete."""
 _IDLE_S = 15
 _SHUTDOWN_S = 3
 
@@ -87,7 +86,7 @@ def bind(settings: ServeSettings) -> socket.socket:
 
 
 def config(app: Any) -> uvicorn.Config:
-    """Return the configuration of uvicorn: no access log, which would hold tokens; one protocol with limits."""
+    """Return the configuration of uvicorn: no access log, which would hold tokens; a limit of idle time."""
     return uvicorn.Config(
         app,
         http=WaitingProtocol,
@@ -97,25 +96,21 @@ def config(app: Any) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
+        limit_concurrency=_MAX_CONNECTIONS,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=_SHUTDOWN_S,
     )
 
 
 class WaitingProtocol(H11Protocol):
-    """HTTP/1.1 that closes connections without a request: after 15 s, and the oldest of more than 500."""
+    """HTTP/1.1 that closes a connection on which no request begins for 15 s; uvicorn waits for the first for ever."""
 
     _waiting_since_s = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the idle timer, and make room."""
+        """Start the idle timer."""
         super().connection_made(transport)
         self._wait()
-        if len(self.connections) > _MAX_CONNECTIONS:
-            waiting = [each for each in self.connections if isinstance(each, WaitingProtocol) and each._is_waiting]
-            oldest = min(waiting, key=lambda each: each._waiting_since_s)  # this one, if all others are being answered
-            self.connections.discard(oldest)
-            oldest.transport.abort()
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
@@ -125,11 +120,6 @@ class WaitingProtocol(H11Protocol):
     def _wait(self) -> None:
         self._waiting_since_s = self.loop.time()
         self.loop.call_later(_IDLE_S, self._close_if_idle)
-
-    @property
-    def _is_waiting(self) -> bool:
-        """Whether the next step is the visitor's: there is no request, or not all of its body."""
-        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def _close_if_idle(self) -> None:
         """Close if no request began meanwhile; a request being answered has its own time limit."""

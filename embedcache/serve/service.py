@@ -12,7 +12,7 @@ from embedcache.arrays import Ints
 from embedcache.dataset.thumbnails import PICTURED, PLAYED, credit
 from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, MissingExtraError, PathError, SettingError, UnknownNameError
-from embedcache.modalities import count_items, noun
+from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.search.hits import Hit
 from embedcache.search.search import OpenIndex
@@ -24,7 +24,6 @@ from embedcache.serve.schema import SearchOptions
 from embedcache.serve.settings import ServeSettings
 from embedcache.store.cache import RowReader
 from embedcache.store.layout import SAMPLES
-from embedcache.units import format_bytes
 
 log = logging.getLogger("embedcache.serve")
 
@@ -302,53 +301,34 @@ def _open_items(index: OpenIndex) -> tuple[dict[str, ServedItems], str | None]:
 InfoTable: TypeAlias = dict[str, Any]
 """`title`, and `rows`: pairs of a name and a text."""
 
+_NOT_SHOWN = ("cache", "run", "fingerprint", "files")  # of the card
+
 
 def info_tables(index: OpenIndex) -> list[InfoTable]:
     """Return tables that describe an index, the run that projected it, and its cache; they contain no paths."""
-    card, info = index.card, index.cache.info
-    batch_ms = "" if card.batch_latency_ms is None else f"{card.batch_latency_ms:g}"
-    about_index = {
-        "title": "Index",
-        "rows": [
-            ["items", f"{count_items(card.num_vectors, card.modality)}"],
-            ["feature", card.feature],
-            ["encoder", card.spec],
-            ["FAISS factory", card.factory],
-            ["search settings", " ".join(f"{name} {value}" for name, value in card.search.items()) or "none"],
-            ["width", f"{card.width:,}"],
-            ["recall@10 against exact search", f"{card.recall_at_10:.3f} on {card.num_queries:,} queries"],
-            ["milliseconds per query when built", f"{card.latency_ms:g}"],
-            ["milliseconds per query in a batch", batch_ms],
-            ["on disk", format_bytes(card.file_bytes)],
-        ],
-    }
-    about_cache = {
-        "title": "Cache",
-        "rows": [
-            ["name", index.cache.path.resolve().name],
-            ["source", str(info.source.get("type"))],
-            ["samples", f"{info.num_samples:,}"],
-            *([noun(modality), f"{num:,}"] for modality, num in info.num_items.items()),
-            ["columns", ", ".join(index.cache.columns)],
-            ["rows (SHA-256)", info.index_digest],
-        ],
-    }
-    return [about_index, *_run_table(index), about_cache]
-
-
-def _run_table(index: OpenIndex) -> list[InfoTable]:
+    info = index.cache.info
     run = index.query_encoder.run
-    if run is None:
-        return []
-    rows = [
-        ["name", run.path.resolve().name],
-        ["projector", run.projector],
-        ["shared width", f"{run.shared_width:,}"],
-        *([f"{modality} feature", f"{side.feature} of {side.spec}"] for modality, side in run.info.inputs.items()),
-        ["weights (SHA-256)", run.info.weights],
-        *_flat("", run.info.report),
-    ]
-    return [{"title": "Run", "rows": rows}]
+    card = {name: value for name, value in index.card.to_json().items() if name not in _NOT_SHOWN}
+    tables = {"Index": card}
+    if run is not None:
+        inputs = {f"{modality} feature": f"{side.feature} of {side.spec}" for modality, side in run.info.inputs.items()}
+        tables["Run"] = {
+            "name": run.path.resolve().name,
+            "projector": run.projector,
+            "shared width": run.shared_width,
+            **inputs,
+            "weights": run.info.weights,
+            **run.info.report,
+        }
+    tables["Cache"] = {
+        "name": index.cache.path.resolve().name,
+        "source": info.source.get("type"),
+        "samples": info.num_samples,
+        **{noun(modality): num for modality, num in info.num_items.items()},
+        "columns": ", ".join(index.cache.columns),
+        "index_digest": info.index_digest,
+    }
+    return [{"title": title, "rows": _flat("", values)} for title, values in tables.items()]
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> list[list[str]]:

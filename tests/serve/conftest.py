@@ -38,9 +38,9 @@ ROWS = [
 ]
 
 
-def visit(served: SearchService, *, token: str | None = None, app: object = None) -> TestClient:
+def visit(served: SearchService, *, token: str | None = None) -> TestClient:
     """Open a client of the app behind its guard; use it with `with`."""
-    guard = RequestGuard(app or make_app(served), served.settings, token=token, port=PORT)  # type: ignore[arg-type]
+    guard = RequestGuard(make_app(served), served.settings, token=token, port=PORT)
     return TestClient(guard, base_url=f"http://127.0.0.1:{PORT}", follow_redirects=False)
 
 
