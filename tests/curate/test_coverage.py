@@ -32,7 +32,6 @@ from embedcache.curate.coverage import (
 from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
-from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.remove import remove_samples
 from embedcache.projectors.base import project
 from embedcache.reports.coverage import coverage_json
@@ -40,7 +39,6 @@ from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.curate.conftest import of_texts
-from tests.edits import read_rows, write_tables
 from tests.search.test_concepts import NAMES, labeled_cache, prompt_cache
 from tests.toy import TEXT
 
@@ -116,24 +114,6 @@ def test_items_of_related_concepts_count_for_both(clear: Path, tmp_path: Path) -
     found = of_texts(clear / "cache", tmp_path / "concepts", k=1).pool_counts
     assert found.above.tolist() == [50, 50]
     np.testing.assert_allclose(found.estimate.counts, np.sqrt([50 * 1, 50 * 49]), rtol=0.1)
-
-
-@pytest.mark.slow
-def test_chunk_size_changes_nothing(image_folder: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
-    settings = ExtractSettings(features=("mean",), chunk_size=7)
-    extract(open_source(image_folder), tmp_path / "small", text_encoder=[TEXT], settings=settings)
-    one = of_texts(cache_path, prompts, k=5)
-    other = measure_coverage(tmp_path / "small", prompts, CoverageSettings(modality="text", k=5))
-    for name in ("above", "best", "certain"):
-        assert np.array_equal(getattr(one.pool_counts, name), getattr(other.pool_counts, name)), name
-    np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
-
-
-def test_selection_reads_no_captions(cache_path: Path, prompts: Path, half: Path, tmp_path: Path) -> None:
-    cache = Path(shutil.copytree(cache_path, tmp_path / "cache"))
-    write_tables(cache, text=read_rows(cache, "text").drop_columns(["text"]))
-    report = of_texts(cache, prompts, selection=half, k=5)
-    assert [counts.num_items for counts in report.all_counts] == [300, 150]
 
 
 def test_selection_uses_thresholds_of_pool(clear: Path) -> None:

@@ -146,7 +146,7 @@ def test_report_is_shown_before_a_selection_of_nothing_is_refused(caches: tuple[
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("modalities", [("image", "text"), ("image",), ("text",)])
+@pytest.mark.parametrize("modalities", [("image", "text"), ("text",)])
 def test_training_samples_without_vectors_are_kept(
     caches: tuple[Path, Path], tmp_path: Path, modalities: tuple[str, ...]
 ) -> None:

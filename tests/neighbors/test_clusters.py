@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,12 +149,7 @@ def test_vectors_are_rounded_only_in_clusters(all_pairs: bool, dtype: type[np.fl
     ],
 )
 def test_scratch_space_is_checked(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    shape: tuple[int, int],
-    dtype: type[np.generic],
-    free: int,
-    message: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: Any, free: int, message: str
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     with pytest.raises(DiskFullError, match=message), scratch_matrix(tmp_path, shape, dtype):

@@ -33,9 +33,32 @@ from embedcache.errors import DataError
 from embedcache.registry import plugin_name
 from embedcache.testing.selectors import SelectorContract
 
+CASES = {
+    "random": 40,
+    "top-score": 40,
+    "clip-score": 40,
+    "clip-score:threshold=0.3": None,
+    "score": 40,
+    "rare-first": 40,
+    "rare-first:per_concept=6": None,
+    "metaclip": 40,
+    "metaclip:threshold=0.2": 40,
+    "metaclip:head=5": None,
+    "image-based:clusters=12": 40,
+    "image-based:clusters=30": None,
+    "hierarchical:clusters=20+4": 40,
+    "k-center": 40,
+}
+"""Method -> budget."""
 
-class Contract(SelectorContract):
+
+class TestSelectors(SelectorContract):
     """The contract on the session's caches."""
+
+    @pytest.fixture(autouse=True, params=CASES)
+    def case(self, request: pytest.FixtureRequest) -> None:
+        self.name = request.param
+        self.budget = CASES[request.param]
 
     @pytest.fixture
     def paths(self, around: dict[str, Path]) -> dict[str, Path]:
@@ -46,68 +69,8 @@ class Contract(SelectorContract):
         return lambda which="cache", **options: chosen(self.name, which, **{"budget": self.budget, **options})
 
 
-class TestRandom(Contract):
-    name = "random"
-
-
-class TestTopScore(Contract):
-    name = "top-score"
-
-
-class TestClipScore(Contract):
-    name = "clip-score"
-
-
-class TestClipScoreAbove(Contract):
-    name = "clip-score:threshold=0.3"
-    budget = None
-
-
-class TestScore(Contract):
-    name = "score"
-
-
-class TestRareFirst(Contract):
-    name = "rare-first"
-
-
-class TestRareFirstPerConcept(Contract):
-    name = "rare-first:per_concept=6"
-    budget = None
-
-
-class TestMetaclip(Contract):
-    name = "metaclip"
-
-
-class TestMetaclipNear(Contract):
-    name = "metaclip:threshold=0.2"
-
-
-class TestMetaclipHead(Contract):
-    name = "metaclip:head=5"
-    budget = None
-
-
-class TestImageBased(Contract):
-    name = "image-based:clusters=12"
-
-
-class TestImageBasedWhole(Contract):
-    name = "image-based:clusters=30"
-    budget = None
-
-
-class TestHierarchical(Contract):
-    name = "hierarchical:clusters=20+4"
-
-
-class TestKCenter(Contract):
-    name = "k-center"
-
-
 def test_every_selector_has_a_contract_test() -> None:
-    assert {plugin_name(kind.name) for kind in Contract.__subclasses__()} == set(SELECTORS.paths)
+    assert {plugin_name(name) for name in CASES} == set(SELECTORS.paths)
 
 
 def concept_cosines(pool: Pool) -> Floats:
@@ -314,13 +277,14 @@ def test_best_samples_equal_sorting(seed: int, size: int, k: int) -> None:
         assert list(zip(found.numbers[concept].tolist(), found.scores[concept].tolist(), strict=True)) == expected
 
 
-@given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 5))
-def test_whole_samples(samples: list[int], size: int) -> None:
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 5), st.integers(1, 8))
+def test_whole_samples(samples: list[int], size: int, least: int) -> None:
     ordered = np.array(sorted(samples), np.int64)
     cut = [
         (ordered[start : start + size], np.zeros((len(ordered[start : start + size]), 1), np.float32))
         for start in range(0, len(ordered), size)
     ]
-    found = [block.tolist() for block, _ in whole_samples(cut)]
+    found = [block.tolist() for block, _ in whole_samples(cut, least)]
+    assert all(len(block) >= least for block in found[:-1]) or max(Counter(samples).values()) > 1
     assert [sample for block in found for sample in block] == ordered.tolist()
     assert sum(len(set(block)) for block in found) == len(set(samples))
