@@ -54,11 +54,6 @@ if TYPE_CHECKING:
     from embedcache.extract.settings import VerifySettings as VerifySettings
     from embedcache.inference import Model as Model
     from embedcache.inference import load as load
-    from embedcache.interop.formats import export_vectors as export_vectors
-    from embedcache.interop.formats import open_vectors as open_vectors
-    from embedcache.interop.importing import import_vectors as import_vectors
-    from embedcache.interop.settings import ImportSettings as ImportSettings
-    from embedcache.interop.settings import VectorExportSettings as VectorExportSettings
     from embedcache.maintain.copy import cut_cache as cut_cache
     from embedcache.maintain.copy import merge_caches as merge_caches
     from embedcache.maintain.prune import plan_prune as plan_prune
@@ -88,6 +83,11 @@ if TYPE_CHECKING:
     from embedcache.train.settings import OptimizerSettings as OptimizerSettings
     from embedcache.train.settings import TrainSettings as TrainSettings
     from embedcache.train.train import train as train_projectors
+    from embedcache.vectors.exporting import export_vectors as export_vectors
+    from embedcache.vectors.importing import import_vectors as import_vectors
+    from embedcache.vectors.opening import open_vectors as open_vectors
+    from embedcache.vectors.settings import ImportSettings as ImportSettings
+    from embedcache.vectors.settings import VectorExportSettings as VectorExportSettings
 
     __version__: str
     # Type checkers export a name that differs from the imported one only if it is listed.

@@ -17,9 +17,9 @@ import embedcache
 from embedcache.dataset.inputs import open_input
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, SourceError, UnknownNameError
 from tests.edits import edit_record
-from tests.interop.runs import SIDES, cached_vectors, train_run
 from tests.options import STUB, write_stub
 from tests.toy import IMAGE, TEXT
+from tests.vectors.runs import SIDES, cached_vectors, train_run
 
 ROOT = Path(__file__).parents[1]
 

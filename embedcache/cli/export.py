@@ -9,7 +9,7 @@ from embedcache.cli.commands import command, new_group
 from embedcache.cli.options import CacheArgument, RunArgument, check_new_file
 from embedcache.errors import quoted
 from embedcache.export.settings import ExportSettings, HubSettings
-from embedcache.interop.settings import VectorExportSettings
+from embedcache.vectors.settings import VectorExportSettings
 
 app = new_group("Write a run, or vectors, for other tools.")
 
@@ -161,8 +161,8 @@ def hub(
 
 def _export_vectors(format_name: str, cache: str, out: Path, settings: VectorExportSettings) -> Any:
     from embedcache.cli.console import open_progress
-    from embedcache.interop.formats import export_vectors
     from embedcache.reports.render import Presentation, to_plain
+    from embedcache.vectors.exporting import export_vectors
 
     report = export_vectors(format_name, cache, out, settings, progress=open_progress())
     return Presentation(lines=[report.line()], record=lambda: {**to_plain(report), "format": format_name})

@@ -1,17 +1,14 @@
 """embedcache import"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from embedcache.cli.commands import command, new_group
 from embedcache.cli.options import by_modality
 from embedcache.errors import SettingError
-from embedcache.interop.settings import ImportSettings
-
-if TYPE_CHECKING:
-    from embedcache.interop.vector_files import VectorImport
+from embedcache.vectors.settings import ImportSettings
 
 app = new_group("Make a cache of vectors from other tools.")
 
@@ -35,9 +32,7 @@ def clip_retrieval(
 
     Example: embedcache import clip-retrieval embeddings/ cache/
     """
-    from embedcache.interop.clip_retrieval import open_clip_retrieval
-
-    return _import(open_clip_retrieval(folder), cache, settings)
+    return _import(cache, settings, "clip-retrieval", folder)
 
 
 @command(app, "datacomp", settings=ImportSettings, runs_named_code=False)
@@ -62,10 +57,8 @@ def datacomp(
 
     Example: embedcache import datacomp metadata/ cache/ --array image=l14_img --array text=l14_txt
     """
-    from embedcache.interop.npy import open_datacomp
-
-    vectors = open_datacomp(folder, arrays=by_modality("--array", array, "image=l14_img", metavar="NAME"))
-    return _import(vectors, cache, settings)
+    arrays = by_modality("--array", array, "image=l14_img", metavar="NAME")
+    return _import(cache, settings, "datacomp", folder, arrays=arrays)
 
 
 @command(app, "parquet", settings=ImportSettings, runs_named_code=False)
@@ -90,13 +83,8 @@ def parquet(
 
     Example: embedcache import parquet vectors.parquet cache/
     """
-    from embedcache.interop.parquet import open_parquet_vectors
-
-    vectors = open_parquet_vectors(
-        path,
-        vector_columns=by_modality("--vector-column", vector_column, "audio=clap", metavar="NAME"),
-    )
-    return _import(vectors, cache, settings)
+    columns = by_modality("--vector-column", vector_column, "audio=clap", metavar="NAME")
+    return _import(cache, settings, "parquet", path, vector_columns=columns)
 
 
 @command(app, "npy", settings=ImportSettings, runs_named_code=False)
@@ -121,19 +109,17 @@ def npy(
 
     Example: embedcache import npy cache/ --file image=images.npy --table rows.parquet
     """
-    from embedcache.interop.npy import open_npy_vectors
-
     named = by_modality("--file", file, "audio=clap.npy", metavar="FILE")
     for modality, paths in named.items():
         if len(paths) > 1:
             raise SettingError(f"--file: expected one file of {modality} vectors, got {' and '.join(paths)}; name one")
     files = {modality: Path(path) for modality, (path,) in named.items()}
-    vectors = open_npy_vectors(files, table=table)
-    return _import(vectors, cache, settings)
+    return _import(cache, settings, "npy", files=files, table=table)
 
 
-def _import(vectors: "VectorImport", cache: str, settings: ImportSettings) -> Any:
+def _import(cache: str, settings: ImportSettings, format_name: str, path: Path | None = None, **named: Any) -> Any:
     from embedcache.cli.console import open_progress
-    from embedcache.interop.importing import import_vectors
+    from embedcache.vectors.importing import import_vectors
+    from embedcache.vectors.opening import open_vectors
 
-    return import_vectors(vectors, cache, settings, progress=open_progress())
+    return import_vectors(open_vectors(format_name, path, **named), cache, settings, progress=open_progress())

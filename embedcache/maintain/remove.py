@@ -18,7 +18,6 @@ from embedcache.arrays import Ints
 from embedcache.curate.map import FILE as map_file
 from embedcache.errors import DataError, PathError, SettingError, UnfinishedError, pluralize
 from embedcache.files import TEXT_ENCODING, AnyPath, is_remote, open_path, reading, remove_partials
-from embedcache.interop.parquet import GET_AGAIN
 from embedcache.locks import locked
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, list_texts
@@ -34,6 +33,7 @@ from embedcache.store.cache import Cache, find_keys
 from embedcache.store.layout import INTERRUPTED_REMOVAL, read_info
 from embedcache.store.removal import erase, find_chunks, remove_rows
 from embedcache.store.tables import open_table, read_removed
+from embedcache.vectors.opening import GET_AGAIN
 
 if TYPE_CHECKING:
     from embedcache.options import RemoveOptions

@@ -45,7 +45,7 @@ SOURCES = Registry(
         "folder": "embedcache.sources.folder:FolderSource",
         "hf": "embedcache.sources.huggingface:HuggingfaceSource",
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
-        "imported": "embedcache.interop.vector_files:ImportedSource",
+        "imported": "embedcache.vectors.importing:ImportedSource",
         "openmoji": "embedcache.quickstart.openmoji:OpenmojiSource",
         "prompts": "embedcache.sources.texts:PromptsSource",
         "table": "embedcache.sources.table:TableSource",

@@ -15,9 +15,9 @@ from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.removal import erase, remove_rows
-from tests.interop.runs import SIDES, train_run
 from tests.search.test_concepts import NAMES, prompt_cache
 from tests.toy import TEXT
+from tests.vectors.runs import SIDES, train_run
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,11 @@ from embedcache.curate.pixels import NO_DISTANCE
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError
-from embedcache.interop.importing import import_vectors
-from embedcache.interop.npy import open_npy_vectors
 from embedcache.store.feature import create_group
 from embedcache.store.layout import write_info
 from embedcache.store.writer import add_feature, commit_chunk
+from embedcache.vectors.importing import import_vectors
+from embedcache.vectors.opening import open_vectors
 from tests.neighbors.made import brute, made_vectors
 from tests.store.features import made_info
 
@@ -166,7 +166,9 @@ def test_zero_vector_raises(tmp_path: Path) -> None:
     vectors[7] = 0
     np.save(tmp_path / "v.npy", vectors)
     (tmp_path / "t.csv").write_text("key\n" + "".join(f"k{row}\n" for row in range(20)))
-    import_vectors(open_npy_vectors({"image": tmp_path / "v.npy"}, table=tmp_path / "t.csv"), tmp_path / "cache")
+    import_vectors(
+        open_vectors("npy", files={"image": tmp_path / "v.npy"}, table=tmp_path / "t.csv"), tmp_path / "cache"
+    )
     with pytest.raises(DataError, match="k7"):
         find_near_duplicates(
             Vectors(tmp_path / "cache", "image"), np.arange(20), [LIMIT], DedupSettings(pixels=False, scratch=tmp_path)

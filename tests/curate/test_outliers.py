@@ -20,16 +20,16 @@ from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, PathError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.neighbors.knn import knn
 from embedcache.reports.scores import threshold_table
 from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.vectors.opening import open_vectors
 from tests.images import write_images
-from tests.interop.cases import import_files, write_tree
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
+from tests.vectors.cases import import_files, write_tree
 
 NUM = 240
 NOISE, COPY, FAILED, SWAPPED, RELABELED = (11, 47, 90), {60: 11}, 75, {20: 33, 33: 20}, (40, 105)
@@ -158,7 +158,9 @@ def test_typicality_is_the_mean_cosine_to_the_nearest_others(planted: Path) -> N
 @pytest.mark.parametrize("labels", [["a", None, "b", "a"], [None, "a", "b", "a"]])
 def test_a_copy_without_a_label_does_not_hide_that_of_the_other(labels: list[str | None], tmp_path: Path) -> None:
     vectors = np.array([[1, 0.1], [1, 0.1], [1, 0.2], [0, 1]], np.float16)
-    cache, _ = import_files(open_clip_retrieval(write_tree(tmp_path / "tree", vectors, label=labels)), tmp_path / "c")
+    cache, _ = import_files(
+        open_vectors("clip-retrieval", write_tree(tmp_path / "tree", vectors, label=labels)), tmp_path / "c"
+    )
     report = find_outliers(cache, tmp_path / "odd.parquet", k=1)
     assert report.scores[MARGIN][2:].tolist() == [-1, -1]
     assert pq.read_table(tmp_path / "odd.parquet")["suggested_label"].to_pylist()[2:] == ["a", "b"]
@@ -181,7 +183,7 @@ def test_labels_in_floating_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Check class numbers as pandas writes them if one is missing; other numbers are rejected before the comparison."""
     numbers, vectors = [0.0, 0.0, 1.0, math.nan, 0.0], np.eye(5, dtype=np.float16) + np.float16(0.5)
     tree = write_tree(tmp_path / "tree", vectors, label=numbers, price=[0.5, 1.0, 2.0, 3.0, 4.0])
-    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    cache, _ = import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
     labels = find_outliers(cache).labels
     assert labels is not None
     assert (labels.names, labels.numbers.tolist()) == (["0", "1"], [0, 0, 1, -1, 0])
@@ -195,7 +197,7 @@ def test_scores_that_no_sample_has_are_null(tmp_path: Path) -> None:
     """Check one labeled sample, which has no labeled neighbor: JSON knows no NaN."""
     vectors = np.eye(4, dtype=np.float16) + np.float16(0.5)
     tree = write_tree(tmp_path / "tree", vectors, label=["a", None, None, None])
-    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    cache, _ = import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
     report = find_outliers(cache, tmp_path / "odd.parquet")
     nothing = dict.fromkeys(map(str, outliers._QUANTILES))
     record = json.loads(json.dumps(report.to_json(), allow_nan=False))

@@ -13,11 +13,11 @@ from embedcache.derive.derive import derive
 from embedcache.derive.rules import Derivation
 from embedcache.errors import CorruptError, FingerprintError
 from embedcache.extract.repair import AGREEMENT_COSINE, measure_drift, repair
-from embedcache.interop.importing import import_vectors
-from embedcache.interop.npy import open_npy_vectors
 from embedcache.provenance import read_json
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
+from embedcache.vectors.importing import import_vectors
+from embedcache.vectors.opening import open_vectors
 from tests import toy
 from tests.edits import edit_record, write_rows
 from tests.extract.cases import FEATURES, run, tree
@@ -107,7 +107,7 @@ def test_texts_need_no_source(cache: Path, extracted: Path) -> None:
 
 def test_imported_vectors_are_not_compared(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.eye(6, dtype=np.float32))
-    import_vectors(open_npy_vectors({"image": tmp_path / "v.npy"}), tmp_path / "c")
+    import_vectors(open_vectors("npy", files={"image": tmp_path / "v.npy"}), tmp_path / "c")
     derive(tmp_path / "c", Derivation(name="small", inputs=[("image", "image/vector")], rule="concat"))
     imported, derived = measure_drift(Cache(tmp_path / "c"), 1)
     assert imported.line() == "image/vector: not compared: its vectors were imported, and their encoder is unknown"

@@ -25,7 +25,6 @@ from embedcache.errors import (
 from embedcache.evaluate.labeled import read_labeled
 from embedcache.evaluate.runs import read_part
 from embedcache.evaluate.settings import ProbeSettings
-from embedcache.interop.exporting import VectorExport
 from embedcache.maintain.copy import cut_cache
 from embedcache.maintain.remove import RemovalReport, count_named, remove_samples
 from embedcache.maintain.settings import RemoveSettings
@@ -37,6 +36,7 @@ from embedcache.store.commits import removed_hash
 from embedcache.store.feature import create_group
 from embedcache.store.verify import verify
 from embedcache.store.writer import add_feature, commit_chunk
+from embedcache.vectors.exporting import VectorExport
 from tests.cli.run import embedcache, succeed
 from tests.crash import crash_function
 from tests.extract.cases import tree

@@ -18,9 +18,9 @@ from embedcache.reports.retrieval import present_retrieval
 from embedcache.reports.zero_shot import present_zero_shot
 from embedcache.sources import open_source
 from tests.images import write_images
-from tests.interop.runs import SIDES, train_run
 from tests.reports.contract import check_report
 from tests.toy import IMAGE, TEXT
+from tests.vectors.runs import SIDES, train_run
 
 pytestmark = pytest.mark.slow
 

@@ -12,14 +12,14 @@ from PIL import Image
 from embedcache.dataset.thumbnails import Thumbnails
 from embedcache.errors import PathError
 from embedcache.extract.extract import extract
-from embedcache.interop.importing import import_vectors
-from embedcache.interop.npy import open_npy_vectors
 from embedcache.registry import trust_files
 from embedcache.reports.items import ItemRenderer, PageItem, QueryExample
 from embedcache.reports.render import Presentation, Section
 from embedcache.sources import open_source, read_below
 from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
+from embedcache.vectors.importing import import_vectors
+from embedcache.vectors.opening import open_vectors
 from tests.cli.run import TOY, embedcache
 from tests.images import write_images
 from tests.media_files import encode_video, moving_square, tone, wav
@@ -98,7 +98,7 @@ def test_a_table_that_holds_its_images_lies_beside_the_cache(tmp_path: Path) -> 
 
 def test_vectors_without_files_have_no_folder_to_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     np.save(tmp_path / "images.npy", np.eye(4, dtype=np.float32))
-    import_vectors(open_npy_vectors({"image": tmp_path / "images.npy"}), tmp_path / "cache")
+    import_vectors(open_vectors("npy", files={"image": tmp_path / "images.npy"}), tmp_path / "cache")
     renderer = ItemRenderer(Cache(tmp_path / "cache"), "image")
     assert shown(renderer) == [False, False]
     assert renderer.warnings() == ["2 images are not shown: the import named no file for this item"]

@@ -10,16 +10,16 @@ from embedcache.arrays import Inputs, normalize
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, EmbedcacheError, FingerprintError, UnknownNameError
 from embedcache.extract.extract import extract
-from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.projectors.base import project
 from embedcache.runs import Run
 from embedcache.search.concepts import open_concepts
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.vectors.opening import open_vectors
 from tests.images import COLORS, write_images
-from tests.interop.cases import import_files, write_tree
-from tests.interop.runs import SIDES, train_run
 from tests.toy import IMAGE, TEXT
+from tests.vectors.cases import import_files, write_tree
+from tests.vectors.runs import SIDES, train_run
 
 NAMES = sorted(COLORS)
 TEMPLATES = ("bar on {c}", "a {c} ground", "{c}")
@@ -170,7 +170,7 @@ def test_examples_that_cancel_and_missing_labels_raise(tmp_path: Path) -> None:
     unit[3] *= -1
     labels: list[object] = ["a", "a", "b", "b", None, ""]
     tree = write_tree(tmp_path / "tree", unit, label=labels, none=[None, "", None, "", None, ""])
-    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    cache, _ = import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
     with pytest.raises(DataError, match="zero"):
         open_concepts(cache, Vectors(cache.path, "image"))
     with pytest.raises(DataError, match="none"):

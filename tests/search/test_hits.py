@@ -12,7 +12,6 @@ import pytest
 
 from embedcache.errors import MissingExtraError
 from embedcache.extract.extract import extract
-from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.reports.items import ItemRenderer
 from embedcache.search import hits as hits_module
 from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
@@ -20,11 +19,12 @@ from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.vectors.opening import open_vectors
 from tests.images import write_images
-from tests.interop.cases import import_files, unit_rows, write_tree
 from tests.media_files import tone, wav
 from tests.media_toy import MEDIA
 from tests.toy import IMAGE
+from tests.vectors.cases import import_files, unit_rows, write_tree
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,9 @@ def test_hits_have_keys_files_labels_and_captions_of_one_language(captioned: Pat
 
 
 def test_hits_of_a_cache_without_captions_and_labels(tmp_path: Path) -> None:
-    cache, _ = import_files(open_clip_retrieval(write_tree(tmp_path / "tree", unit_rows(3))), tmp_path / "cache")
+    cache, _ = import_files(
+        open_vectors("clip-retrieval", write_tree(tmp_path / "tree", unit_rows(3))), tmp_path / "cache"
+    )
     found = HitReader(cache, "image").read(np.ones(2, np.float32), np.array([2, 0]))
     assert found == [Hit(score=1, row=row, key=f"k{row}", captions=[], languages=[]) for row in (2, 0)]
 

@@ -36,7 +36,6 @@ from embedcache.errors import (
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.inference import load
-from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.maintain.remove import remove_samples
 from embedcache.projectors.base import project
 from embedcache.runs import Run
@@ -52,12 +51,13 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
+from embedcache.vectors.opening import open_vectors
 from tests.edits import edit_record
 from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
-from tests.interop.cases import import_files, unit_rows, write_tree
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT, ToyTexts
+from tests.vectors.cases import import_files, unit_rows, write_tree
 
 
 def test_search_equals_brute_force(cache_path: Path, run_path: Path, index_path: Path) -> None:
@@ -601,7 +601,9 @@ def test_values_are_counted_with_those_that_no_item_has(captioned: Path, labeled
 
 
 def test_missing_columns_and_captions_are_named(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
-    cache, _ = import_files(open_clip_retrieval(write_tree(tmp_path / "tree", unit_rows(3))), tmp_path / "cache")
+    cache, _ = import_files(
+        open_vectors("clip-retrieval", write_tree(tmp_path / "tree", unit_rows(3))), tmp_path / "cache"
+    )
     without_languages = CacheFilters(Cache(cache_path), "image", run_path)
     for filters in (
         CacheFilters(cache, "image"),
@@ -701,7 +703,7 @@ def test_equal_items_are_found_in_the_order_of_their_rows(factory: str, tmp_path
     vectors[81] = np.nan  # a failed item, which no filter counts
     labels = [f"part {row // 40}" for row in range(120)]
     tree = write_tree(tmp_path / "tree", vectors, rows_per_file=120, label=labels)
-    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    cache, _ = import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
     build_index(cache, tmp_path / "i", IndexSettings(modality="image", factory=factory, min_recall=0.0))
     index = OpenIndex(tmp_path / "i")
     for condition, num in ((Filter(), 3), (Filter(label_value=("part 1", "part 2")), 2)):

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Bools, Floats, Ints, normalize
 from embedcache.dataset.vectors import Vectors
-from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.search.autotune import (
     QuerySet,
     draw_query_set,
@@ -21,8 +20,9 @@ from embedcache.search.autotune import (
     tune_search,
 )
 from embedcache.search.faiss_index import RowIndex, make_index
-from tests.interop.cases import import_files, unit_rows, write_tree
+from embedcache.vectors.opening import open_vectors
 from tests.recorded import RecordedProgress
+from tests.vectors.cases import import_files, unit_rows, write_tree
 
 
 def unit(count: int, width: int, seed: int) -> Floats:
@@ -87,7 +87,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Vectors:
     """2,100 vectors of width 8 in three chunks."""
     folder = tmp_path_factory.mktemp("many")
     tree = write_tree(folder / "tree", unit_rows(2100), rows_per_file=2100)
-    cache, _ = import_files(open_clip_retrieval(tree), folder / "cache", chunk_size=800)
+    cache, _ = import_files(open_vectors("clip-retrieval", tree), folder / "cache", chunk_size=800)
     return Vectors(cache.path, "image")
 
 

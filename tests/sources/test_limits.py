@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.interop.npy import open_npy
 from embedcache.sources import open_source
 from embedcache.sources.files import CAPTION_ERROR, read_sidecar
 from embedcache.sources.webdataset import expand_braces, iter_members
+from embedcache.vectors.opening import open_npy
 from tests.sources.files import jpeg, write
 
 

@@ -20,17 +20,17 @@ from embedcache.errors import FingerprintError, SettingError
 from embedcache.evaluate.runs import load_runs, run_input
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.interop.benchmarks import load_clip_benchmark as load
-from embedcache.interop.benchmarks import register
 from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.sources import open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
+from embedcache.vectors.benchmarks import load_clip_benchmark as load
+from embedcache.vectors.benchmarks import register
 from tests.conftest import FEATURES
 from tests.edits import edit_record
-from tests.interop.layout import write_layout
-from tests.interop.runs import SIDES, cached_vectors, train_run
 from tests.toy import IMAGE, TEXT
+from tests.vectors.layout import write_layout
+from tests.vectors.runs import SIDES, cached_vectors, train_run
 
 PHOTOS = Path(str(distribution("foolbox").locate_file("foolbox/data")))
 CLOSE = 1e-5  # features of float32; sums over batches of other sizes differ in their last bits

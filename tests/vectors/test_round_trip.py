@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,23 +12,28 @@ import pytest
 
 from embedcache.arrays import normalize
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
-from embedcache.interop.formats import export_vectors, open_vectors
 from embedcache.outputs import replacing_files
 from embedcache.store.cache import Cache
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import verify
-from tests.interop.cases import FORMATS, export_and_die, export_of, import_files, unit_rows
-from tests.interop.conftest import FAILED, NUM_SAMPLES
+from embedcache.vectors.exporting import export_vectors
+from embedcache.vectors.opening import open_vectors
 from tests.sources.files import reopen
+from tests.vectors.cases import FORMATS, export_and_die, import_files, reopen_vectors, unit_rows
+from tests.vectors.conftest import FAILED, NUM_SAMPLES
 
 KEPT = [row for row in range(NUM_SAMPLES) if row != FAILED]
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_export_then_import_is_identical(form: str, labeled: Path, tmp_path: Path) -> None:
-    write, read, features, name = FORMATS[form]
-    assert write(export_of(labeled), tmp_path / name) == len(KEPT)
-    there, back = Cache(labeled), import_files(read(tmp_path / name), tmp_path / "cache")[0]
+    features, name = FORMATS[form]
+    report = export_vectors(form, labeled, tmp_path / name)
+    assert (report.num_rows, report.left_out) == (
+        len(KEPT),
+        "1 sample without a vector, 1 caption beyond a sample's first",
+    )
+    there, back = Cache(labeled), import_files(reopen_vectors(form, tmp_path / name), tmp_path / "cache")[0]
 
     for column in ("key", "label", "split"):
         assert back.samples[column].to_pylist() == there.samples[column].take(KEPT).to_pylist()
@@ -73,11 +79,7 @@ def test_intervals_of_recordings(form: str, tmp_path: Path) -> None:
     out = tmp_path / ("out.parquet" if form == "parquet" else "out")
     report = export_vectors(form, once, out)
     assert (report.num_rows, report.left_out) == (20, "")
-    if form == "parquet":
-        again = open_vectors("parquet", out)
-    else:
-        again = open_vectors("npy", files={name: out / f"{name}.npy" for name in rows}, table=out / "rows.parquet")
-    twice, _ = import_files(again, tmp_path / "twice")
+    twice, _ = import_files(reopen_vectors(form, out, list(rows)), tmp_path / "twice")
     assert twice.samples.drop_columns("key").to_pydict() == {"image": columns["image"]}
     for name, values in rows.items():
         np.testing.assert_array_equal(twice.feature(name).load(), values, strict=True)
@@ -89,53 +91,49 @@ def test_intervals_of_recordings(form: str, tmp_path: Path) -> None:
 
 
 def test_selection_and_modality(labeled: Path, tmp_path: Path) -> None:
-    write, read, *_ = FORMATS["parquet"]
     chosen = [f"{row:032x}" for row in (5, 6, FAILED, 20)]
     (tmp_path / "chosen.txt").write_text("\n".join(chosen))
-    rows = export_of(labeled, selection=tmp_path / "chosen.txt", modality="image")
-    assert write(rows, tmp_path / "some.parquet") == 3
-    assert rows.left_out == "1 sample without a vector"
-    back = import_files(read(tmp_path / "some.parquet"), tmp_path / "cache")[0]
+    report = export_vectors(
+        "parquet", labeled, tmp_path / "some.parquet", selection=tmp_path / "chosen.txt", modality="image"
+    )
+    assert (report.num_rows, report.left_out) == (3, "1 sample without a vector")
+    back = import_files(open_vectors("parquet", tmp_path / "some.parquet"), tmp_path / "cache")[0]
     assert back.samples["key"].to_pylist() == [chosen[0], chosen[1], chosen[3]]
     assert not back.features("text")
     assert len(back.items("text")) == 3  # their captions came along
 
 
-def test_left_out(labeled: Path) -> None:
-    assert export_of(labeled).left_out == "1 sample without a vector, 1 caption beyond a sample's first"
-
-
 @pytest.mark.parametrize("form", FORMATS)
 def test_existing_output_is_not_overwritten(form: str, labeled: Path, tmp_path: Path) -> None:
-    write, _, _, name = FORMATS[form]
+    _, name = FORMATS[form]
     path = tmp_path / name
     path.mkdir() if form != "parquet" else None
     other = path if form == "parquet" else path / "other"
     other.write_text("mine")
     with replacing_files(False), pytest.raises(PathError, match="not empty|got one that exists"):
-        write(export_of(labeled), path)
+        export_vectors(form, labeled, path)
     assert other.read_text() == "mine"
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_failed_export_leaves_nothing(form: str, labeled: Path, tmp_path: Path) -> None:
-    write, read, _, name = FORMATS[form]
-    write(export_of(labeled), tmp_path / "out" / name)
-    back = import_files(read(tmp_path / "out" / name), tmp_path / "cache")[0]
+    _, name = FORMATS[form]
+    export_vectors(form, labeled, tmp_path / "out" / name)
+    back = import_files(reopen_vectors(form, tmp_path / "out" / name), tmp_path / "cache")[0]
     feature = back.features("image")[0]
     chunk = feature.group.path / feature.feature / "c" / "2" / "0"
     chunk.write_bytes(b"\1" * chunk.stat().st_size)
-    rows, before = export_of(back.path), sorted(path.name for path in tmp_path.iterdir())
+    before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(EmbedcacheError, match="checksum|bytes"):
-        write(rows, tmp_path / name)
+        export_vectors(form, back, tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["npy", "parquet"])  # a folder and a file
 def test_leftovers_of_killed_export_are_removed(form: str, labeled: Path, tmp_path: Path) -> None:
-    write, _, _, name = FORMATS[form]
+    _, name = FORMATS[form]
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=export_and_die, args=(form, labeled, tmp_path / name))
     process.start()
@@ -143,28 +141,36 @@ def test_leftovers_of_killed_export_are_removed(form: str, labeled: Path, tmp_pa
     assert process.exitcode == -signal.SIGKILL
     [left] = tmp_path.iterdir()
     assert left.name.endswith(".partial")
-    write(export_of(labeled), tmp_path / name)
+    export_vectors(form, labeled, tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "words"),
+    ("form", "options", "error", "words"),
     [
-        ({"features": ("nix",)}, UnknownNameError, "open_toy/cls"),
-        ({"language": "de"}, UnknownNameError, "known: en"),
-        ({"features": ("open_toy/cls",), "modality": "text"}, SettingError, "feature: expected features of text"),
-        ({"run": Path("nowhere")}, PathError, "nowhere does not exist"),
-        ({"selection": Path("nowhere.txt")}, PathError, "nowhere.txt: expected Parquet .* got nothing"),
+        ("csv", {}, UnknownNameError, "parquet"),
+        ("npy", {"projection": "pca"}, UnknownNameError, "projection"),
+        ("clip-retrieval", {"modality": "audio"}, SettingError, "modality"),
+        ("parquet", {}, PathError, "ends in .parquet"),
+        ("npy", {"feature": "nix"}, UnknownNameError, "open_toy/cls"),
+        ("npy", {"language": "de"}, UnknownNameError, "known: en"),
+        ("npy", {"feature": "open_toy/cls", "modality": "text"}, SettingError, "feature: expected features of text"),
+        ("npy", {"run": Path("nowhere")}, PathError, "nowhere does not exist"),
+        ("npy", {"selection": Path("nowhere.txt")}, PathError, "nowhere.txt: expected Parquet .* got nothing"),
+        ("npy", {"selection": "failed.txt"}, DataError, "expected samples with image and text vectors, got none"),
     ],
 )
-def test_invalid_settings_raise(
-    labeled: Path, settings: dict[str, object], error: type[EmbedcacheError], words: str
+def test_wrong_exports_raise(
+    labeled: Path,
+    form: str,
+    options: dict[str, Any],
+    error: type[EmbedcacheError],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("failed.txt").write_text(f"{FAILED:032x}\n")
     with pytest.raises(error, match=words):
-        export_of(labeled, **settings)
-
-
-def test_selection_without_vectors_raises(labeled: Path, tmp_path: Path) -> None:
-    (tmp_path / "failed.txt").write_text(f"{FAILED:032x}\n")
-    with pytest.raises(DataError, match="expected samples with image and text vectors, got none among 1"):
-        export_of(labeled, selection=tmp_path / "failed.txt")
+        export_vectors(form, labeled, "out", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["failed.txt"]

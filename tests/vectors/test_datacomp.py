@@ -11,10 +11,10 @@ from embedcache.arrays import Array
 from embedcache.curate.select.export import export_selection
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, UnknownNameError
-from embedcache.interop.npy import open_datacomp, open_npy
 from embedcache.store.cache import Cache
+from embedcache.vectors.opening import open_npy, open_vectors
 from tests.cli.run import succeed
-from tests.interop.cases import import_files, unit_rows
+from tests.vectors.cases import import_files, unit_rows
 
 UIDS = [f"{row * 0x9E3779B97F4A7C15 % 2**128:032x}" for row in range(1, 21)]
 
@@ -38,7 +38,9 @@ def write_metadata(folder: Path, *, compressed: bool = False) -> dict[str, Array
 @pytest.mark.parametrize("compressed", [False, True])
 def test_named_arrays_are_imported(tmp_path: Path, compressed: bool) -> None:
     arrays = write_metadata(tmp_path / "index", compressed=compressed)
-    vectors = open_datacomp(tmp_path / "index", arrays={"image": ["l14_img", "b32_img"], "text": ["l14_txt"]})
+    vectors = open_vectors(
+        "datacomp", tmp_path / "index", arrays={"image": ["l14_img", "b32_img"], "text": ["l14_txt"]}
+    )
     cache, _ = import_files(vectors, tmp_path / "cache", chunk_size=5)
     assert cache.samples["key"].to_pylist() == UIDS
     assert cache.samples["clip_l14_similarity_score"].to_pylist()[12] == 0
@@ -50,14 +52,15 @@ def test_named_arrays_are_imported(tmp_path: Path, compressed: bool) -> None:
     ("arrays", "error", "word"),
     [
         ({}, SettingError, "none"),
-        ({"image": ["l14_img"], "text": ["l14_img"]}, SettingError, "text=l14_img"),
+        ({"image": ["l14_img"], "text": ["l14_img"]}, SettingError, "l14_img as image and text"),
+        ({"sound": ["l14_img"]}, UnknownNameError, "audio"),
         ({"image": ["g14_img"]}, UnknownNameError, "b32_img, l14_img, l14_txt"),
     ],
 )
 def test_wrong_arrays_raise(tmp_path: Path, arrays: dict[str, list[str]], error: type[Exception], word: str) -> None:
     write_metadata(tmp_path / "index")
     with pytest.raises(error, match=word):
-        open_datacomp(tmp_path / "index", arrays=arrays)
+        open_vectors("datacomp", tmp_path / "index", arrays=arrays)
 
 
 def test_damaged_or_unpaired_files_raise(tmp_path: Path) -> None:
@@ -66,20 +69,22 @@ def test_damaged_or_unpaired_files_raise(tmp_path: Path) -> None:
     for data in (b"no zip", (tmp_path / "one.npy").read_bytes()):
         (tmp_path / "index" / "1abc.npz").write_bytes(data)
         with pytest.raises(CorruptError, match="1abc.npz"):
-            open_datacomp(tmp_path / "index", arrays={"image": ["l14_img"]})
+            open_vectors("datacomp", tmp_path / "index", arrays={"image": ["l14_img"]})
     with pytest.raises(CorruptError, match="0abc.npz"):
         open_npy(tmp_path / "index" / "0abc.npz")
     (tmp_path / "index" / "1abc.npz").unlink()
-    with pytest.raises(PathError, match=r"has 1abc.parquet and no 1abc.npz \(2 .parquet, 1 .npz\)"):
-        open_datacomp(tmp_path / "index", arrays={"image": ["l14_img"]})
+    with pytest.raises(DataError, match="npz lacks number 1abc"):
+        open_vectors("datacomp", tmp_path / "index", arrays={"image": ["l14_img"]})
     with pytest.raises(PathError, match="got no .npz file"):
-        open_datacomp(tmp_path, arrays={"image": ["l14_img"]})
+        open_vectors("datacomp", tmp_path, arrays={"image": ["l14_img"]})
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     write_metadata(tmp_path / "index")
-    return import_files(open_datacomp(tmp_path / "index", arrays={"image": ["l14_img"]}), tmp_path / "cache")[0]
+    return import_files(
+        open_vectors("datacomp", tmp_path / "index", arrays={"image": ["l14_img"]}), tmp_path / "cache"
+    )[0]
 
 
 def test_uids_are_a_selection(cache: Cache, tmp_path: Path) -> None:

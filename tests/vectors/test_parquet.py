@@ -13,13 +13,13 @@ import pytest
 from embedcache.errors import DataError, EmbedcacheError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.files import open_path
-from embedcache.interop import parquet
-from embedcache.interop.parquet import open_parquet_vectors, write_parquet
-from embedcache.progress import NullProgress
 from embedcache.sources import open_source
+from embedcache.vectors import exporting
+from embedcache.vectors.exporting import export_vectors
+from embedcache.vectors.opening import open_vectors
 from tests.images import write_images
-from tests.interop.cases import export_of, import_files, unit_rows
 from tests.toy import IMAGE
+from tests.vectors.cases import import_files, unit_rows
 
 
 def write(path: Path, lists: pa.Array, *, row_group_size: int | None = None) -> Path:
@@ -47,14 +47,12 @@ def test_list_types(tmp_path: Path, kind: pa.DataType, dtype: type, row_group_si
         pytest.skip("Arrow before 26 cannot read a null of this type")
     vectors = unit_rows(30).astype(dtype)
     path = write(tmp_path / "x.parquet", lists_of([*vectors[:-1], None], kind), row_group_size=row_group_size)
-    vectors_in = open_parquet_vectors(path, vector_columns={"image": "emb"})
+    vectors_in = open_vectors("parquet", path, vector_columns={"image": "emb"})
     cache, _ = import_files(vectors_in, tmp_path / "cache")
     found = cache.feature("image", "emb")
     np.testing.assert_array_equal(found.load()[:-1], vectors[:-1], strict=True)
     assert found.failures == {29: "NaN or infinity in the imported vector"}
     assert cache.samples["key"].to_pylist() == [f"{row}" for row in range(30)]
-    for first in (0, 6, 7, 13, 29):  # goes on from any row
-        assert len(np.concatenate(list(vectors_in.blocks("emb", first, 4)))) == 30 - first
 
 
 def test_folder_of_files(tmp_path: Path) -> None:
@@ -64,7 +62,7 @@ def test_folder_of_files(tmp_path: Path) -> None:
         table = pa.table({"emb": lists_of(vectors[rows], pa.list_(pa.float32()))})
         pq.write_table(table, tmp_path / "files" / f"{number}.parquet")
     cache, _ = import_files(
-        open_parquet_vectors(tmp_path / "files", vector_columns={"image": "emb"}), tmp_path / "cache"
+        open_vectors("parquet", tmp_path / "files", vector_columns={"image": "emb"}), tmp_path / "cache"
     )
     np.testing.assert_array_equal(cache.feature("image").load(), vectors)
     assert cache.samples["key"][19].as_py() == "000000019"
@@ -74,7 +72,7 @@ def test_columns_of_vectors_have_no_other_role(tmp_path: Path) -> None:
     """Vectors in columns named as those of images and captions usually are."""
     lists = lists_of(unit_rows(3), pa.list_(pa.float16()))
     pq.write_table(pa.table({"image": lists, "text": lists, "sentence": ["a", "b", "c"]}), tmp_path / "rows.parquet")
-    opened = open_parquet_vectors(tmp_path / "rows.parquet", vector_columns={"image": "image", "text": "text"})
+    opened = open_vectors("parquet", tmp_path / "rows.parquet", vector_columns={"image": "image", "text": "text"})
     cache, _ = import_files(opened, tmp_path / "cache")
     assert cache.items("text")["text"].to_pylist() == ["a", "b", "c"]
     assert [feature.name for feature in cache.features()] == ["image/vector", "text/vector"]
@@ -96,7 +94,7 @@ def test_columns_without_vectors_raise(
 ) -> None:
     path = write(tmp_path / "x.parquet", lists_of(lists, pa.list_(pa.float32())))
     with pytest.raises(error, match=word):
-        import_files(open_parquet_vectors(path, vector_columns=columns), tmp_path / "cache")
+        import_files(open_vectors("parquet", path, vector_columns=columns), tmp_path / "cache")
 
 
 def test_languages_that_begin_in_a_later_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +103,8 @@ def test_languages_that_begin_in_a_later_block(tmp_path: Path, monkeypatch: pyte
     (folder / "00005.txt").unlink()
     (folder / "00005.json").write_text('{"caption": "ein roter Balken", "language": "de"}')
     extract(open_source(folder), tmp_path / "cache", image_encoder=[IMAGE])
-    monkeypatch.setattr(parquet, "_BLOCK", 2)
-    export = export_of(tmp_path / "cache", features=("open_toy/cls",))
-    assert write_parquet(export, tmp_path / "rows.parquet", progress=NullProgress()) == 6
+    monkeypatch.setattr(exporting, "_BLOCK", 2)
+    export_vectors("parquet", tmp_path / "cache", tmp_path / "rows.parquet", feature="open_toy/cls")
     written = pq.read_table(tmp_path / "rows.parquet")
     assert written["language"].to_pylist() == [None] * 5 + ["de"]
     captions = [(folder / f"{row:05d}.txt").read_text().strip() for row in (0, 2, 3, 4)]
@@ -116,14 +113,14 @@ def test_languages_that_begin_in_a_later_block(tmp_path: Path, monkeypatch: pyte
 
 def test_flipped_vector_of_an_export_is_noticed(labeled: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
-    write_parquet(export_of(labeled, modality="image"), path, progress=NullProgress())
+    export_vectors("parquet", labeled, path, modality="image")
     group = pq.read_metadata(path).row_group(0)
     [column] = [group.column(i) for i in range(group.num_columns) if "image_vector" in group.column(i).path_in_schema]
     start, data = column.dictionary_page_offset or column.data_page_offset, path.read_bytes()
     place = start + column.total_compressed_size // 2
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     with pytest.raises(EmbedcacheError, match="x.parquet"):
-        import_files(open_parquet_vectors(path), tmp_path / "cache")
+        import_files(open_vectors("parquet", path), tmp_path / "cache")
 
 
 def test_image_paths_of_files_are_absolute_and_those_of_urls_unchanged(tmp_path: Path) -> None:
@@ -141,4 +138,5 @@ def test_image_paths_of_files_are_absolute_and_those_of_urls_unchanged(tmp_path:
     ):
         cache = tmp_path / location.replace("/", "-")
         extract(open_source(location), cache, image_encoder=[IMAGE])
-        assert export_of(cache, modality="image").table(slice(None))["image_path"].to_pylist() == expected
+        export_vectors("parquet", cache, f"{cache}.parquet", modality="image")
+        assert pq.read_table(f"{cache}.parquet")["image_path"].to_pylist() == expected

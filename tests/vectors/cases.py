@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,52 +11,33 @@ import pyarrow.parquet as pq
 
 from embedcache import files
 from embedcache.arrays import Array
-from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
-from embedcache.interop.exporting import VectorExport
-from embedcache.interop.importing import import_vectors
-from embedcache.interop.npy import open_npy_vectors, write_npy
-from embedcache.interop.parquet import open_parquet_vectors, write_parquet
-from embedcache.interop.settings import ImportSettings, VectorExportSettings
-from embedcache.interop.vector_files import VectorImport
-from embedcache.progress import NullProgress
 from embedcache.store.cache import Cache
 from embedcache.store.producer import FillReport
+from embedcache.vectors.exporting import export_vectors
+from embedcache.vectors.importing import import_vectors
+from embedcache.vectors.opening import VectorImport, open_vectors
+from embedcache.vectors.settings import ImportSettings
 
-Format = tuple[Callable[[VectorExport, Path], int], Callable[[Path], VectorImport], tuple[str, str], str]
-
-FORMATS: dict[str, Format] = {
-    "clip-retrieval": (
-        lambda rows, path: write_clip_retrieval(rows, path, rows_per_file=15, progress=NullProgress()),
-        open_clip_retrieval,
-        ("img_emb", "text_emb"),
-        "tree",
-    ),
-    "parquet": (
-        lambda rows, path: write_parquet(rows, path, progress=NullProgress()),
-        open_parquet_vectors,
-        ("image_vector", "text_vector"),
-        "rows.parquet",
-    ),
-    "npy": (
-        lambda rows, path: write_npy(rows, path, progress=NullProgress()),
-        lambda path: open_npy_vectors(
-            {"image": path / "image.npy", "text": path / "text.npy"}, table=path / "rows.parquet"
-        ),
-        ("image", "text"),
-        "arrays",
-    ),
+FORMATS: dict[str, tuple[tuple[str, str], str]] = {
+    "clip-retrieval": (("img_emb", "text_emb"), "tree"),
+    "parquet": (("image_vector", "text_vector"), "rows.parquet"),
+    "npy": (("image", "text"), "arrays"),
 }
-"""Name -> how it is written, how it is opened, what it names the features, and a name for it on disk."""
+"""Name -> what it names the features, and a name for it on disk."""
 
 
-def export_of(cache: Path, **settings: object) -> VectorExport:
-    return VectorExport(cache, VectorExportSettings(**settings))  # type: ignore[arg-type]
+def reopen_vectors(form: str, path: Path, modalities: Sequence[str] = ("image", "text")) -> VectorImport:
+    """Open what was exported in a format."""
+    if form == "npy":
+        files = {modality: path / f"{modality}.npy" for modality in modalities}
+        return open_vectors("npy", files=files, table=path / "rows.parquet")
+    return open_vectors(form, path)
 
 
 def export_and_die(form: str, cache: Path, path: Path) -> None:
     """Kill this process at the end of an export, before its result is flushed and renamed."""
     files.flush = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
-    FORMATS[form][0](export_of(cache), path)
+    export_vectors(form, cache, path)
 
 
 def write_tree(folder: Path, vectors: Array, *, rows_per_file: int = 10, **columns: list[object]) -> Path:

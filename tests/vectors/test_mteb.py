@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from embedcache.interop.benchmarks import MtebModel, load_mteb
+from embedcache.vectors.benchmarks import MtebModel, load_mteb
 
 if TYPE_CHECKING:
-    from tests.interop.mteb_task import Pairs
+    from tests.vectors.mteb_task import Pairs
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("mteb") is None, reason="needs mteb")]
 
@@ -26,7 +26,7 @@ class Counting(MtebModel):
 
 @pytest.fixture
 def task(image_folder: Path) -> "Pairs":
-    from tests.interop.mteb_task import Pairs
+    from tests.vectors.mteb_task import Pairs
 
     task = Pairs()
     task.folder = image_folder

@@ -1,0 +1,443 @@
+"""Write vectors of a cache for other tools: one row per sample, with its key, caption and columns."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial, reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.lib import format as npy_format
+
+from embedcache.arrays import Array, Bools, Ints, blocks, distinct, normalize
+from embedcache.dataset.inputs import features_by_modality
+from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
+from embedcache.dataset.selections import read_selection
+from embedcache.dataset.vectors import Vectors
+from embedcache.encoders.base import Modality
+from embedcache.errors import DataError, PathError, SettingError, pluralize
+from embedcache.files import URL_PATTERN, AnyPath, building, is_url
+from embedcache.modalities import MODALITIES, count_items
+from embedcache.outputs import check_output, new_output, to_metadata
+from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.provenance import add_digest
+from embedcache.registry import unknown_name
+from embedcache.runs import PAIR, Run
+from embedcache.samples import IMPORTED_SOURCE
+from embedcache.settings import merge_settings
+from embedcache.sources.open import SOURCES
+from embedcache.sources.table import INTERVAL_NAMES
+from embedcache.store.cache import Cache, RowReader
+from embedcache.store.layout import SAMPLES
+from embedcache.vectors.importing import has_length_one
+from embedcache.vectors.opening import ARRAYS, VECTOR_COLUMNS
+from embedcache.vectors.settings import VectorExportSettings
+
+if TYPE_CHECKING:
+    from embedcache.options import VectorExportOptions
+
+_OF_ONE_FILE = ("table", IMPORTED_SOURCE)  # or of a folder of files
+_ROWS_PER_FILE = 1_000_000
+_BLOCK = 2**15
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorExportReport:
+    """Result of an export of vectors.
+
+    Args:
+        num_rows: number of rows, one per sample.
+        left_out: what of the cache the rows do not hold, in a few words; empty if nothing.
+    """
+
+    path: Path
+    num_rows: int
+    left_out: str
+
+    def line(self) -> str:
+        """Return a summary in one line."""
+        left_out = f"; left out: {self.left_out}" if self.left_out else ""
+        return f"{self.path}: {pluralize(self.num_rows, 'row')}{left_out}"
+
+
+def export_vectors(
+    format_name: str,
+    cache: AnyPath,
+    out: AnyPath,
+    settings: VectorExportSettings | None = None,
+    *,
+    progress: AnyProgress = None,
+    **options: Unpack["VectorExportOptions"],
+) -> VectorExportReport:
+    """Write the vectors of a cache, with keys, captions and columns, for another tool; whole or not at all.
+
+    A row is a sample that has a vector of each exported modality, that of its first item. Memory: the sample of each
+    item, and a block of 32,768 rows.
+
+    Args:
+        format_name: `clip-retrieval`, `npy` or `parquet`.
+        cache: path or URL of the cache.
+        out: a new `.parquet` file for `parquet`, else a new folder.
+        settings: features, run, selection.
+        progress: progress in rows.
+        options: settings by their names on the command line, which replace those of `settings`.
+
+    Raises:
+        UnknownNameError: there is no such format, feature or language.
+        SettingError: a modality that the format does not have.
+        UnfinishedError: a feature has missing chunks.
+        FingerprintError: the run was trained on other features.
+        DataError: no sample has all requested vectors.
+        PathError: the file or folder exists.
+    """
+    writers: dict[str, Callable[[VectorExport, Path, Progress], None]] = {
+        "clip-retrieval": _write_clip_retrieval,
+        "npy": _write_npy,
+        "parquet": _write_parquet,
+    }
+    if format_name not in writers:
+        raise unknown_name("export format", format_name, writers)
+    allowed = ARRAYS if format_name == "clip-retrieval" else VECTOR_COLUMNS
+    settings = merge_settings(VectorExportSettings, settings, options)
+    export = VectorExport(cache, settings, allowed=tuple(allowed.values()))
+    num_rows, out = len(export.samples), Path(out)
+
+    progress = to_progress(progress)
+    progress.start("writing", num_rows, "rows")
+    writers[format_name](export, out, progress)
+    progress.finish()
+    return VectorExportReport(path=out, num_rows=num_rows, left_out=export.left_out)
+
+
+def _write_parquet(export: "VectorExport", path: Path, progress: Progress) -> None:
+    """Write one Parquet file with vectors as lists of one length, as they are in the cache."""
+    if path.suffix != ".parquet":
+        raise PathError(f"{path}: expected a name that ends in .parquet, got {path.suffix or 'no suffix'}")
+    check_output(path)
+
+    def tables() -> Iterator[pa.Table]:
+        for table, vectors in _rows(export, slice(0, len(export.samples)), progress):
+            for column, modality in VECTOR_COLUMNS.items():
+                if modality in vectors:
+                    values = pa.array(vectors[modality].reshape(-1))
+                    lists = pa.FixedSizeListArray.from_arrays(values, export.width(modality))
+                    # It replaces a column of the cache with this name.
+                    table = table.drop_columns([column] if column in table.column_names else [])
+                    table = table.append_column(column, lists)
+            yield table
+
+    with new_output(path) as temporary:
+        _write_tables(temporary, tables(), export.record)
+
+
+def _write_npy(export: "VectorExport", folder: Path, progress: Progress) -> None:
+    """Write a `.npy` per modality, as it is in the cache, and `rows.parquet`."""
+    with building(folder) as temporary:
+        arrays = {modality: temporary / f"{modality}.npy" for modality in export.modalities}
+        rows = slice(0, len(export.samples))
+        _write_arrays(export, temporary / "rows.parquet", arrays, _rows(export, rows, progress), len(export.samples))
+
+
+def _write_clip_retrieval(export: "VectorExport", folder: Path, progress: Progress) -> None:
+    """Write the folder of clip-retrieval, as its version 2.45 writes and reads it.
+
+        img_emb/img_emb_00.npy  text_emb/text_emb_00.npy  metadata/metadata_00.parquet
+
+    Row i of all files with one number describes one sample. Vectors have length 1: a row whose length differs by more
+    than 0.001 is scaled, others are kept as they are, so that an import of such files is exported bit for bit.
+    """
+    names = {modality: name for name, modality in ARRAYS.items() if modality in export.modalities}
+    parts = list(blocks(len(export.samples), _ROWS_PER_FILE))
+    digits = int(math.log10(len(parts))) + 1
+    with building(folder) as temporary:
+        for name in (*names.values(), "metadata"):
+            (temporary / name).mkdir()
+        for number, rows in enumerate(parts):
+            arrays = {mod: temporary / name / f"{name}_{number:0{digits}d}.npy" for mod, name in names.items()}
+            table = temporary / "metadata" / f"metadata_{number:0{digits}d}.parquet"
+            in_its_form = map(_to_clip_retrieval, _rows(export, rows, progress))
+            _write_arrays(export, table, arrays, in_its_form, rows.stop - rows.start)
+
+
+def _to_clip_retrieval(rows: "_Rows") -> "_Rows":
+    """Scale vectors to length 1; clip-retrieval's own columns have no nulls."""
+    table, vectors = rows
+    for name in ("image_path", "caption"):
+        if name in table.column_names:
+            table = table.set_column(table.schema.get_field_index(name), name, pc.fill_null(table[name], ""))
+    unit = {}
+    for modality, vectors_BD in vectors.items():
+        is_off_B = ~has_length_one(vectors_BD)
+        unit[modality] = vectors_BD.copy()
+        unit[modality][is_off_B] = normalize(vectors_BD[is_off_B])
+    return table, unit
+
+
+_Rows = tuple[pa.Table, dict[Modality, Array]]
+"""Keys, captions and columns of some rows, and their vectors."""
+
+
+def _rows(export: "VectorExport", rows: slice, progress: Progress) -> Iterator[_Rows]:
+    for block in blocks(rows.stop - rows.start, _BLOCK):
+        part = slice(rows.start + block.start, rows.start + block.stop)
+        yield export.table(part), {modality: export.vectors(modality, part) for modality in export.modalities}
+        progress.advance(part.stop - part.start)
+
+
+def _write_arrays(
+    export: "VectorExport", table: Path, arrays: Mapping[Modality, Path], rows: Iterator[_Rows], num_rows: int
+) -> None:
+    """Write a table, and `.npy` files in format 1.0: a header of 128 bytes, one line that other readers parse."""
+    with ExitStack() as stack:
+        files = {modality: stack.enter_context(path.open("wb")) for modality, path in arrays.items()}
+        for modality, file in files.items():
+            descr, shape = np.dtype(export.dtype(modality)).newbyteorder("<").str, (num_rows, export.width(modality))
+            npy_format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+
+        def tables() -> Iterator[pa.Table]:
+            for part, vectors in rows:
+                for modality, file in files.items():
+                    file.write(vectors[modality].tobytes())
+                yield part
+
+        _write_tables(table, tables(), export.record)
+
+
+def _write_tables(path: Path, tables: Iterator[pa.Table], record: Mapping[str, Any]) -> None:
+    """Write tables of one schema, one row group each, with checksums of pages."""
+    first = next(tables)
+    schema = first.schema.with_metadata(to_metadata(add_digest(record)))
+    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+        writer.write_table(first.cast(schema))
+        for table in tables:
+            writer.write_table(table.cast(schema))
+
+
+class VectorExport:
+    """The rows of an export, in the order of the cache: samples that have a vector of each exported modality.
+
+    A row holds a sample's first item of each modality; `left_out` describes what the rows do not hold. Memory: the
+    sample of each item, and a block of each table.
+
+    Args:
+        cache_path: path or URL of the cache.
+        settings: which vectors, and of which samples.
+        allowed: modalities that the format has.
+
+    Raises:
+        SettingError: the format does not have the requested modality.
+        UnknownNameError: there is no such feature or language, or several features and none is named.
+        UnfinishedError: a feature has missing chunks.
+        FingerprintError: the run was trained on other features.
+        DataError: the cache has no features, or no sample has all requested vectors.
+    """
+
+    def __init__(
+        self,
+        cache_path: AnyPath,
+        settings: VectorExportSettings | None = None,
+        *,
+        allowed: Sequence[Modality] = tuple(VECTOR_COLUMNS.values()),
+    ) -> None:
+        self.cache = Cache(cache_path)
+        self._settings = settings = settings or VectorExportSettings()
+        self._vectors = _open_exported(self.cache, settings, allowed)
+        self._items = {
+            modality: _first_items(self._samples_of[modality], self._is_usable(modality)) for modality in self._vectors
+        }
+        requested_S = np.setdiff1d(np.arange(len(self.cache)), self.cache.removed, assume_unique=True)
+        if settings.selection is not None:
+            requested_S = read_selection(settings.selection, [self.cache])
+        self._num_requested = len(requested_S)
+        self._chunk = lru_cache(len(self._vectors))(self._read_chunk)
+        with_vectors = [samples for samples, _ in self._items.values()]
+        self.samples: Ints = reduce(partial(np.intersect1d, assume_unique=True), with_vectors, requested_S)
+        """(S,) int64 rows of the cache's samples, ascending."""
+        if not len(self.samples):
+            raise DataError(
+                f"{self.cache.path}: expected samples with {' and '.join(self._vectors)} vectors, got none among "
+                f"{self._num_requested:,} requested samples"
+            )
+
+    @property
+    def modalities(self) -> list[Modality]:
+        """Modalities of the exported vectors, images first."""
+        return list(self._vectors)
+
+    @property
+    def left_out(self) -> str:
+        """What of the cache the rows do not hold, in a few words; empty if nothing."""
+        num_samples = self._num_requested - len(self.samples)
+        parts = [f"{pluralize(num_samples, 'sample')} without a vector"] * bool(num_samples)
+        for modality in self.modalities:
+            items = self._samples_of[modality][self._is_usable(modality)]
+            num_items = int(np.isin(items, self.samples).sum()) - len(self.samples)
+            counted = pluralize(num_items, "caption") if modality == "text" else count_items(num_items, modality)
+            parts += [f"{counted} beyond a sample's first"] * bool(num_items)
+        return ", ".join(parts)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Provenance as JSON values: the cache, its rows, and the encoder of each feature."""
+        features = {
+            modality: {
+                "feature": vectors.feature.name,
+                "spec": vectors.feature.spec,
+                "fingerprint": vectors.feature.fingerprint,
+            }
+            for modality, vectors in self._vectors.items()
+        }
+        run = self._settings.run
+        return {
+            "cache": str(self.cache.path),
+            "index_digest": self.cache.info.index_digest,
+            "features": features,
+            "run": None if run is None else str(run),
+        }
+
+    def width(self, modality: Modality) -> int:
+        """Return the number of dimensions of the vectors."""
+        return self._vectors[modality].width
+
+    def dtype(self, modality: Modality) -> str:
+        """Return the dtype of the vectors: as stored, or float16 if a run projects them."""
+        return "float16" if self._settings.run is not None else str(self._vectors[modality].feature.dtype)
+
+    def vectors(self, modality: Modality, rows: slice) -> Array:
+        """Return the vectors of some rows, checksums verified: (B, D). Fast for rows that ascend from call to call."""
+        wanted = self._item_rows(modality, rows)
+        size = self.cache.info.chunk_size
+        parts = []
+        for number in distinct(wanted // size).tolist():
+            chunk_rows, values = self._chunk(modality, number)
+            low, high = np.searchsorted(wanted, [number * size, (number + 1) * size])
+            parts.append(values[np.searchsorted(chunk_rows, wanted[low:high])])
+        return np.concatenate(parts).astype(self.dtype(modality), copy=False)
+
+    def table(self, rows: slice) -> pa.Table:
+        """Return `key`, and where they exist `image_path`, `caption`, `language`, and all columns of some rows.
+
+        Recordings are in `audio_path` and so on, with `start_s` and `stop_s`. Fast for rows that ascend from call to
+        call.
+        """
+        samples = self._readers[SAMPLES].take(self.samples[rows])
+        columns = {"key": samples["key"]}
+        for modality in self.modalities:
+            if MODALITIES[modality].kind == "files":
+                items = self._readers[modality].take(self._item_rows(modality, rows))
+                columns[f"{modality}_path"] = self._paths(items)
+                columns |= {name: items[name] for name in INTERVAL_NAMES if MODALITIES[modality].has_interval}
+        if "text" in self._readers:
+            captions = self._captions(rows)
+            columns["caption"] = captions["text"]
+            columns["language"] = captions["language"]
+        others = [name for name in samples.column_names if name not in columns]
+        return pa.table({**columns, **{name: samples[name] for name in others}})
+
+    @cached_property
+    def _readers(self) -> Mapping[str, RowReader]:
+        return {name: RowReader(self.cache, name, kept_rows=0) for name in (SAMPLES, *self.cache.info.num_items)}
+
+    @cached_property
+    def _samples_of(self) -> Mapping[str, Ints]:
+        """Sample of each item of a modality, ascending: (N,) int64."""
+        return {
+            modality: self.cache.items(modality, columns=["sample"])["sample"].to_numpy()
+            for modality in self.cache.info.num_items
+        }
+
+    def _is_usable(self, modality: str) -> Bools:
+        """Return which items have a vector and the requested language: (N,) bool."""
+        is_usable_N = np.ones(self.cache.info.num_items[modality], bool)
+        if modality in self._vectors:
+            is_usable_N &= self._vectors[modality].feature.valid
+        language = self._settings.language
+        if modality == "text" and language not in (None, ANY_LANGUAGE):
+            is_usable_N &= is_language([self.cache], str(language))
+        return is_usable_N
+
+    def _item_rows(self, modality: Modality, rows: slice) -> Ints:
+        """Return the row of the item of each of these samples: (B,) int64, ascending."""
+        samples, item_rows = self._items[modality]
+        return item_rows[np.searchsorted(samples, self.samples[rows])]
+
+    def _read_chunk(self, modality: Modality, number: int) -> tuple[Ints, Array]:
+        """Return the rows of a chunk that have a vector, and these vectors, as stored or projected."""
+        if self._settings.run is not None:
+            return self._vectors[modality].chunk(number)
+        rows, inputs = self._vectors[modality].feature.chunk(number)
+        return rows, inputs.values
+
+    def _captions(self, rows: slice) -> pa.Table:
+        """Return the caption of each row, null if the sample has none."""
+        samples, first = self._first_captions
+        position = np.minimum(np.searchsorted(samples, self.samples[rows]), len(samples) - 1)
+        has_caption = samples[position] == self.samples[rows]
+        captions = self._readers["text"].take(first[position][has_caption])
+        return captions.take(pa.array(np.cumsum(has_caption) - 1, mask=~has_caption))
+
+    @cached_property
+    def _first_captions(self) -> tuple[Ints, Ints]:
+        return self._items.get("text") or _first_items(self._samples_of["text"], self._is_usable("text"))
+
+    def _paths(self, items: pa.Table) -> pa.ChunkedArray:
+        """Return absolute paths where the items are files, URLs as they are; otherwise the stored paths."""
+        paths, root = items["path"], _file_root(self.cache.info.source)
+        if not root:
+            return paths
+        is_whole = pc.match_substring_regex(paths, f"^(/|$|{URL_PATTERN})")  # a removed sample has an empty path
+        return pc.if_else(is_whole, paths, pc.utf8_replace_slice(paths, 0, 0, f"{root}/"))
+
+
+def _file_root(source: Mapping[str, Any]) -> str:
+    """Return the local folder that a source's paths of files are relative to; empty if there is none."""
+    kind, path = str(source.get("type", "")), str(source.get("path", ""))
+    root = str(source.get("settings", {}).get("root", "")) if kind == "coco" else path
+    of_class = kind in SOURCES and getattr(SOURCES.load(kind), "items_are_files", False)
+    if not of_class or is_url(root):
+        return ""
+    is_file = Path(root).is_file() or (kind in _OF_ONE_FILE and not Path(root).is_dir())
+    return str(Path(root).parent) if is_file else root
+
+
+def _open_exported(
+    cache: Cache, settings: VectorExportSettings, allowed: Sequence[Modality]
+) -> dict[Modality, Vectors]:
+    """Open the vectors of the requested modalities that the cache has features of.
+
+    Raises:
+        SettingError: the requested modality is not one of those allowed.
+        DataError: the cache has no features of them.
+        UnknownNameError: there is no feature of a name.
+    """
+    if settings.modality not in (None, *allowed):
+        raise SettingError(f"modality: expected {' or '.join(allowed)} for this format, got {settings.modality}")
+    requested = [modality for modality in allowed if settings.modality in (None, modality)]
+    if settings.run is not None:
+        run = Run.open(settings.run, kind=PAIR)
+        requested = [modality for modality in requested if modality in run.modalities] or requested
+    modalities = [modality for modality in requested if cache.features(modality)]
+    if not modalities:
+        is_imported = cache.info.source.get("type") == IMPORTED_SOURCE
+        step = "import both into a new cache" if is_imported else "add some with embedcache extract"
+        raise DataError(f"{cache.path}: expected {' or '.join(requested)} features, got none; {step}")
+    features = {modality: "+".join(names) for modality, names in features_by_modality(cache, settings.features).items()}
+    for modality, name in features.items():
+        if modality not in modalities:
+            raise SettingError(f"feature: expected features of {' and '.join(modalities)}, got {name} of {modality}")
+    return {
+        modality: Vectors(cache, modality, features.get(modality), settings.run, device=settings.device)
+        for modality in modalities
+    }
+
+
+def _first_items(samples_N: Ints, is_usable_N: Bools) -> tuple[Ints, Ints]:
+    """Return the samples that have a usable item, ascending, and the row of the first of each: two (S,) int64."""
+    rows = np.flatnonzero(is_usable_N)
+    samples, first = np.unique(samples_N[rows], return_index=True)
+    return samples, rows[first]
