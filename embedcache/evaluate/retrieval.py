@@ -1,29 +1,41 @@
 """Retrieval between the two modalities of trained runs, such as images and texts, on cached features."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
-from embedcache.arrays import Ints
-from embedcache.evaluate.overlap import Overlap, largest_overlap
-from embedcache.evaluate.ranking import Ranking, rank, ranked_language
-from embedcache.evaluate.runs import RunPaths, iterate_recipes, load_runs, report_line
+from embedcache.arrays import Array, Floats, Ints, normalize
+from embedcache.dataset.matches import ItemSet
+from embedcache.dataset.pairs import ANY_LANGUAGE, Items, Pairs, number_items, pair_items
+from embedcache.devices import products_on
+from embedcache.errors import DataError, SettingError
+from embedcache.evaluate.overlap import Overlap, find_overlap, largest_overlap
+from embedcache.evaluate.runs import RunPaths, iterate_recipes, load_runs, read_eval_split, report_line, run_input
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.files import AnyPath
 from embedcache.metrics.intervals import (
     Estimate,
-    bootstrap_means,
+    bootstrap_mean,
     bootstrap_median,
     chance_estimate,
     effective_number,
+    hit_rates,
     over_seeds,
 )
-from embedcache.metrics.ranking import recall_at, tied_chance_recall
-from embedcache.modalities import directions, pair_nouns
-from embedcache.progress import AnyProgress, to_progress
+from embedcache.metrics.ranking import (
+    average_precisions,
+    first_ranks,
+    negatives_before,
+    recall_at,
+    tied_chance_recall,
+)
+from embedcache.modalities import directions, noun, pair_nouns
+from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
+from embedcache.projectors.base import project
+from embedcache.runs import Run
 from embedcache.settings import merge_settings, replace_fields
 from embedcache.store.cache import Cache
 
@@ -32,6 +44,51 @@ if TYPE_CHECKING:
 
 KS = (1, 5, 10)
 _MAX_K = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """The rank of every query of one part with one run, and the projected items.
+
+    Args:
+        part: description of the part.
+        groups: (S,) int64 number of the near-duplicate group of each sample of the cache.
+        modalities: modality of the first and the second items of the pairs.
+        first: (I, P) float32 rows of length 1, in the order of `pairs.first`.
+        second: (T, P) float32 rows of length 1, in the order of `pairs.second`.
+        positives: two (M,) arrays: first item i and second item j of each positive pair.
+        ranks: direction, such as `i2t` and `t2i`, -> (I,) or (T,): rank of the best positive among all candidates, 1 is
+            the top.
+        average_precisions: as `ranks`: average precision of each query.
+        by_width: smaller width -> `ranks` by that many first components of `first` and `second`, of length 1 again.
+    """
+
+    seed: int
+    part: str
+    pairs: Pairs
+    groups: Ints
+    modalities: tuple[str, ...]
+    first: Floats
+    second: Floats
+    positives: tuple[Ints, Ints]
+    ranks: Mapping[str, Ints]
+    average_precisions: Mapping[str, Array]
+    overlap: Overlap | None
+    by_width: Mapping[int, Mapping[str, Ints]] = field(default_factory=dict)
+
+    def is_forward(self, direction: str) -> bool:
+        """Return whether the first items are the queries."""
+        return direction == directions(self.modalities)[0]
+
+    def sides(self, direction: str) -> tuple[Items, Items]:
+        """Return the queries and the candidates of a direction."""
+        first, second = self.pairs.first, self.pairs.second
+        return (first, second) if self.is_forward(direction) else (second, first)
+
+    def clusters(self, direction: str) -> Ints:
+        """Return the near-duplicate group of each query, which intervals are over."""
+        clusters_Q: Ints = self.groups[self.sides(direction)[0].samples]
+        return clusters_Q
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +106,6 @@ class RetrievalReport:
         chance: as `recalls`, for random vectors, equal ones of equal items: the expectation, and the range of 95% of
             random orders.
         over_seeds: as `recalls`, with 95% intervals that hold the variance of seeds, too; empty for one run.
-        distinct: as `recalls`, with each image and each caption once; empty if none is repeated.
-        distinct_chance: as `chance`, with each once; empty if none is repeated.
         by_width: width -> as `recalls`, by the first components of the shared space, ascending and with the whole width
             last; empty if no smaller width was ranked.
         by_seed: mean recall over both directions and all k of each run, in the order of `seeds`.
@@ -62,19 +117,17 @@ class RetrievalReport:
 
     part: str
     language: str | None
-    recalls: dict[str, dict[str, Estimate]]
-    rank_metrics: dict[str, dict[str, Estimate]]
-    curves: dict[str, list[float]]
-    chance: dict[str, dict[str, Estimate]]
+    recalls: Mapping[str, Mapping[str, Estimate]]
+    rank_metrics: Mapping[str, Mapping[str, Estimate]]
+    curves: Mapping[str, list[float]]
+    chance: Mapping[str, Mapping[str, Estimate]]
+    over_seeds: Mapping[str, Mapping[str, Estimate]]
+    by_width: Mapping[int, Mapping[str, Mapping[str, Estimate]]]
     by_seed: list[float]
-    num_items: dict[str, list[int]]
+    num_items: Mapping[str, list[int]]
     seeds: list[int]
     overlap: Overlap | None
     run_paths: Sequence[Path] = ()
-    over_seeds: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    distinct: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    distinct_chance: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    by_width: dict[int, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Return `line`, and below it the recalls of each direction with those of chance, for notebooks and `print`."""
@@ -136,32 +189,35 @@ def evaluate_retrieval(
     """
     settings = merge_settings(RetrievalSettings, settings, options)
     progress = to_progress(progress)
-    cache, runs = Cache(cache), load_runs(run, is_control=is_control, device=settings.device)
+    cache = Cache(cache)
+    runs = load_runs(run, is_control=is_control, device=settings.device)
     rankings = [rank(cache, run, settings, progress=progress) for run in runs]
-    modalities = runs[0].modalities
-    both = directions(modalities)
+    first = rankings[0]
+    both = directions(first.modalities)
+
     recalls = {direction: _recalls(rankings, direction) for direction in both}
-    has_repeats = any(ranking.distinct for ranking in rankings)
-    distinct = [ranking.distinct or ranking for ranking in rankings] if has_repeats else []
+    over_runs = {direction: _over_seeds(rankings, direction, recalls[direction]) for direction in both if len(runs) > 1}
+    by_width = {
+        width: {direction: _recalls(rankings, direction, width) for direction in both} for width in first.by_width
+    }
+    num_items = ([len(ranking.first) for ranking in rankings], [len(ranking.second) for ranking in rankings])
     return RetrievalReport(
-        part=rankings[0].part,
+        part=first.part,
         language=ranked_language(runs[0], settings),
         recalls=recalls,
         rank_metrics={direction: _rank_metrics(rankings, direction) for direction in both},
         curves={direction: _recall_curve(rankings, direction) for direction in both},
-        chance=_chances(rankings, both),
-        by_seed=[_mean_recall(ranking) for ranking in rankings],
-        num_items={
-            modalities[0]: [len(ranking.first) for ranking in rankings],
-            modalities[1]: [len(ranking.second) for ranking in rankings],
-        },
+        chance={direction: _chances(rankings, direction) for direction in both},
+        over_seeds=over_runs,
+        by_width={**by_width, first.first.shape[1]: recalls} if by_width else {},
+        by_seed=[
+            float(np.mean([recall_at(ranks, k) for ranks in ranking.ranks.values() for k in KS]))
+            for ranking in rankings
+        ],
+        num_items=dict(zip(first.modalities, num_items, strict=True)),
         seeds=[ranking.seed for ranking in rankings],
         overlap=largest_overlap(ranking.overlap for ranking in rankings),
         run_paths=[run.path for run in runs],
-        over_seeds=_over_seeds(rankings, recalls) if len(rankings) > 1 else {},
-        distinct={direction: _recalls(distinct, direction) for direction in both if distinct},
-        distinct_chance=_chances(distinct, both if distinct else ()),
-        by_width=_recalls_by_width(rankings, recalls),
     )
 
 
@@ -204,80 +260,150 @@ def compare_retrieval(
     return reports
 
 
-def _ranks(rankings: Sequence[Ranking], direction: str) -> Ints:
-    """Concatenate the ranks of the queries of all runs: (Q,)."""
-    return np.concatenate([ranking.ranks[direction] for ranking in rankings])
+def _recalls(rankings: Sequence[Ranking], direction: str, width: int | None = None) -> dict[str, Estimate]:
+    """Estimate the recalls of all runs together, by the first components of the shared space if there is a width."""
+    ranks = [(ranking.ranks if width is None else ranking.by_width[width])[direction] for ranking in rankings]
+    return hit_rates(ranks, [ranking.clusters(direction) for ranking in rankings], {f"r@{k}": k for k in KS})
 
 
-def _recalls(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
-    hits_QK = _ranks(rankings, direction)[:, None] <= np.array(KS)
-    recalls = bootstrap_means(hits_QK, _groups(rankings, direction))
-    return {f"r@{k}": estimate for k, estimate in zip(KS, recalls, strict=True)}
+def _over_seeds(rankings: Sequence[Ranking], direction: str, recalls: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    by_run = {f"r@{k}": [recall_at(ranking.ranks[direction], k) for ranking in rankings] for k in KS}
+    return over_seeds(recalls, by_run, [ranking.clusters(direction) for ranking in rankings])
 
 
 def _rank_metrics(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
     """Estimate mean average precision and median rank over the queries of all runs."""
+    clusters = np.concatenate([ranking.clusters(direction) for ranking in rankings])
     precisions_Q = np.concatenate([ranking.average_precisions[direction] for ranking in rankings])
-    groups = _groups(rankings, direction)
-    return {
-        "map": bootstrap_means(precisions_Q[:, None], groups)[0],
-        "median_rank": bootstrap_median(_ranks(rankings, direction), groups),
-    }
+    ranks_Q = np.concatenate([ranking.ranks[direction] for ranking in rankings])
+    return {"map": bootstrap_mean(precisions_Q, clusters), "median_rank": bootstrap_median(ranks_Q, clusters)}
 
 
 def _recall_curve(rankings: Sequence[Ranking], direction: str) -> list[float]:
     """Compute recall@k for k from 1 to at most `_MAX_K`."""
-    ranks_Q = _ranks(rankings, direction)
-    num_candidates = max(ranking.num_candidates(direction) for ranking in rankings)
-    return [float(np.mean(ranks_Q <= k)) for k in range(1, min(_MAX_K, num_candidates) + 1)]
+    ranks_Q = np.concatenate([ranking.ranks[direction] for ranking in rankings])
+    num_candidates = max(len(ranking.sides(direction)[1].rows) for ranking in rankings)
+    return [recall_at(ranks_Q, k) for k in range(1, min(_MAX_K, num_candidates) + 1)]
 
 
-def _recalls_by_width(
-    rankings: Sequence[Ranking], recalls: Mapping[str, Mapping[str, Estimate]]
-) -> dict[int, dict[str, dict[str, Estimate]]]:
-    by_width = {
-        width: {
-            direction: _recalls([replace(ranking, ranks=ranking.by_width[width]) for ranking in rankings], direction)
-            for direction in recalls
-        }
-        for width in rankings[0].by_width
-    }
-    whole = {direction: dict(estimates) for direction, estimates in recalls.items()}
-    return {**by_width, rankings[0].first.shape[1]: whole} if by_width else {}
-
-
-def _groups(rankings: Sequence[Ranking], direction: str) -> Ints:
-    return np.concatenate([ranking.groups[ranking.queries(direction)] for ranking in rankings])
-
-
-def _over_seeds(
-    rankings: Sequence[Ranking], recalls: Mapping[str, Mapping[str, Estimate]]
-) -> dict[str, dict[str, Estimate]]:
-    estimates: dict[str, dict[str, Estimate]] = {}
-    for direction, over_items in recalls.items():
-        queries = [ranking.queries(direction) for ranking in rankings]
-        has_same_items = all(np.array_equal(queries[0], other) for other in queries[1:])
-        estimates[direction] = {}
-        for k in KS:
-            values = [recall_at(ranking.ranks[direction], k) for ranking in rankings]
-            estimates[direction][f"r@{k}"] = over_seeds(over_items[f"r@{k}"], values, has_same_items=has_same_items)
-    return estimates
-
-
-def _mean_recall(ranking: Ranking) -> float:
-    return float(np.mean([np.mean(ranking.ranks[direction] <= k) for direction in ranking.ranks for k in KS]))
-
-
-def _chances(rankings: Sequence[Ranking], both: Sequence[str]) -> dict[str, dict[str, Estimate]]:
-    return {direction: {f"r@{k}": _chance(rankings, direction, k) for k in KS} for direction in both}
-
-
-def _chance(rankings: Sequence[Ranking], direction: str, k: int) -> Estimate:
+def _chances(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
     num_queries = sum(effective_number(ranking.sides(direction)[0].contents) for ranking in rankings)
-    return chance_estimate(float(np.mean([chance_at(ranking, direction, k) for ranking in rankings])), num_queries)
+    return {
+        f"r@{k}": chance_estimate(float(np.mean([chance_at(each, direction, k) for each in rankings])), num_queries)
+        for k in KS
+    }
 
 
 def chance_at(ranking: Ranking, direction: str, k: int) -> float:
     """Compute the expected recall at k of random vectors, equal ones of equal items."""
     positives = ranking.positives if ranking.is_forward(direction) else ranking.positives[::-1]
     return tied_chance_recall(positives, ranking.sides(direction)[1].contents, k)
+
+
+def rank(
+    cache: Cache, run: Run, settings: RetrievalSettings | None = None, *, progress: Progress | None = None
+) -> Ranking:
+    """Project and rank one part of a cache with one run, in both directions."""
+    settings = settings or RetrievalSettings(check_overlap=False)
+    progress = progress or NullProgress()
+    modalities = run.modalities
+    features = [run_input(cache, run, modality) for modality in modalities]
+    split = read_eval_split(cache, run, settings.part)
+    language = ranked_language(run, settings)
+    pairs = pair_items(
+        [cache], *([feature] for feature in features), language=language, is_numbered=False, progress=progress
+    ).select(split.samples)
+    if not len(pairs.samples):
+        raise DataError(
+            f"{split.part} of {cache.path}: expected samples with both features, got none; check --language and --part"
+        )
+    pairs, part = _draw_samples(pairs, split.part, settings.max_samples)
+    pairs = Pairs(first=number_items(pairs.first, features[0]), second=number_items(pairs.second, features[1]))
+    item_sets = [ItemSet(*side) for side in zip(features, (pairs.first, pairs.second), strict=True)]
+
+    widths = _smaller_widths(run, settings)
+    vectors = [_project(run, item_set, progress) for item_set in item_sets]
+    positives = pairs.positives()
+    before = _count_before(run, "ranking", vectors, positives, progress)
+    by_width = {}
+    for width in widths:
+        narrow = [normalize(vectors_NP[:, :width]) for vectors_NP in vectors]
+        counts = _count_before(run, f"ranking by width {width}", narrow, positives, progress)
+        by_width[width] = {direction: first_ranks(*count) for direction, count in counts.items()}
+    return Ranking(
+        seed=run.seed,
+        part=part,
+        pairs=pairs,
+        groups=split.groups,
+        modalities=modalities,
+        first=vectors[0],
+        second=vectors[1],
+        positives=positives,
+        ranks={direction: first_ranks(*count) for direction, count in before.items()},
+        average_precisions={direction: average_precisions(*count) for direction, count in before.items()},
+        overlap=find_overlap(run, cache, dict(zip(modalities, item_sets, strict=True)), settings, progress=progress),
+        by_width=by_width,
+    )
+
+
+def ranked_language(run: Run, settings: RetrievalSettings) -> str | None:
+    """Return the language of the captions that are ranked: of the settings, or of the training; None: all."""
+    if len(settings.language) > 1:
+        languages = ", ".join(settings.language)
+        raise SettingError(f"language: expected one language, got {languages}; use compare_retrieval for several")
+    language: str | None = settings.language[0] if settings.language else run.info.settings.get("language")
+    return None if language == ANY_LANGUAGE else language
+
+
+def _draw_samples(pairs: Pairs, part: str, max_samples: int) -> tuple[Pairs, str]:
+    """Draw the samples to rank from a part that has more; return their pairs, and the part with how many they are."""
+    samples = pairs.samples
+    if not max_samples or len(samples) <= max_samples:
+        return pairs, part
+    drawn = np.sort(np.random.default_rng(0).choice(samples, max_samples, replace=False))
+    described = f"{part}, {max_samples:,} of {len(samples):,} samples drawn at random (--max-samples 0 ranks all)"
+    return pairs.select(drawn), described
+
+
+def _smaller_widths(run: Run, settings: RetrievalSettings) -> list[int]:
+    """Return the widths to rank by besides the whole, ascending: those of the settings, or of the training."""
+    whole = run.shared_width
+    if too_wide := [width for width in settings.widths if width > whole]:
+        raise SettingError(
+            f"widths: expected at most the width of the shared space of {run.path}, {whole}, got {too_wide[0]}"
+        )
+    widths = settings.widths or run.info.settings.get("loss", {}).get("widths", ())
+    return sorted(set(widths) - {whole})
+
+
+def _project(run: Run, items: ItemSet, progress: Progress) -> Floats:
+    """Project the items of one side: (N, P) float32."""
+    modality = items.feature.modality
+    progress.start(f"projecting {noun(modality)}", len(items.items.rows), noun(modality))
+    inputs = items.feature.read(items.items.rows)
+    projected_NP = project(run.pair.tower(modality), inputs, device=run.device, progress=progress)
+    progress.finish()
+    return projected_NP
+
+
+def _count_before(
+    run: Run, step: str, vectors: Sequence[Floats], positives: tuple[Ints, Ints], progress: Progress
+) -> dict[str, tuple[Ints, Ints]]:
+    """Return, by direction, the query of each positive pair and the number of negatives before the positive."""
+    first, second = vectors
+    first_M, second_M = positives
+    multiply = products_on(run.device)
+
+    def products(queries_QP: Floats, candidates_CP: Floats) -> Floats:
+        products_QC = multiply(queries_QP, candidates_CP)
+        progress.advance(len(queries_QP))
+        return products_QC
+
+    there, back = directions(run.modalities)
+    progress.start(step, len(first) + len(second), "queries")
+    counts = {
+        there: (first_M, negatives_before(first, second, (first_M, second_M), products=products)),
+        back: (second_M, negatives_before(second, first, (second_M, first_M), products=products)),
+    }
+    progress.finish()
+    return counts

@@ -1,7 +1,7 @@
 """Zero-shot classification of trained runs on two caches: the items, such as images, and the prompts of the classes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -26,7 +26,7 @@ from embedcache.evaluate.runs import (
 )
 from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.files import AnyPath
-from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate, over_seeds
+from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, chance_estimate, hit_rates, over_seeds
 from embedcache.metrics.ranking import class_means, count_confusion, rank_labels, recall_at, top_classes
 from embedcache.modalities import count_items, noun
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
@@ -97,20 +97,19 @@ class ZeroShotReport:
     num_prompts: tuple[int, int]
     num_items: int
     num_unlabeled: int
-    accuracies: dict[str, Estimate]
-    chance: dict[str, Estimate]
+    accuracies: Mapping[str, Estimate]
+    over_seeds: Mapping[str, Estimate]
+    chance: Mapping[str, Estimate]
     by_class: Array
     confusion: Ints
     by_seed: list[float]
     seeds: list[int]
     overlap: Overlap | None
     run_paths: Sequence[Path] = ()
-    over_seeds: dict[str, Estimate] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Return `line`, and below it the accuracies with those of chance, for notebooks and `print`."""
-        chances = {name: f"chance {chance.value:.3f}" for name, chance in self.chance.items()}
-        values = (f"{name} {accuracy}, {chances[name]}" for name, accuracy in self.accuracies.items())
+        values = (f"{name} {each}, chance {self.chance[name].value:.3f}" for name, each in self.accuracies.items())
         return "\n".join([self.line(), "; ".join(values)])
 
     def line(self) -> str:
@@ -164,12 +163,22 @@ def evaluate_zero_shot(
     runs = load_runs(run, is_control=is_control, device=settings.device)
     progress = to_progress(progress)
     predictions = [classify(cache, run, prompts, settings, progress=progress) for run in runs]
-    first, num_classes = predictions[0], len(predictions[0].names)
-    labels = np.concatenate([prediction.labels for prediction in predictions])
-    ranks = np.concatenate([prediction.ranks for prediction in predictions])
-    groups = np.concatenate([prediction.split.groups[prediction.items.samples] for prediction in predictions])
-    predicted = np.concatenate([prediction.predicted[:, 0] for prediction in predictions])
-    accuracies = _accuracies(ranks, labels, groups)
+    first = predictions[0]
+    num_classes = len(first.names)
+    ranks = [prediction.ranks for prediction in predictions]
+    clusters = [prediction.split.groups[prediction.items.samples] for prediction in predictions]
+    labels_N = np.concatenate([prediction.labels for prediction in predictions])
+    is_right_N = np.concatenate(ranks) == 1
+    predicted_N = np.concatenate([prediction.predicted[:, 0] for prediction in predictions])
+
+    accuracies = hit_rates(ranks, clusters, {f"acc{k}": k for k in KS})
+    accuracies["mean_per_class_recall"] = bootstrap_class_mean(is_right_N, labels_N, np.concatenate(clusters))
+    by_run = {f"acc{k}": [recall_at(ranks_N, k) for ranks_N in ranks] for k in KS}
+    by_run["mean_per_class_recall"] = [
+        float(np.nanmean(class_means(prediction.ranks == 1, prediction.labels, num_classes)))
+        for prediction in predictions
+    ]
+    chances = {"acc1": 1 / num_classes, "acc5": min(1, 5 / num_classes), "mean_per_class_recall": 1 / num_classes}
     return ZeroShotReport(
         part=first.split.part,
         modality=first.modality,
@@ -178,14 +187,14 @@ def evaluate_zero_shot(
         num_items=len(first.labels),
         num_unlabeled=first.num_unlabeled,
         accuracies=accuracies,
-        chance=_chances(num_classes, len(labels)),
-        by_class=class_means(ranks == 1, labels, num_classes),
-        confusion=count_confusion(labels, predicted, num_classes),
-        by_seed=[float(np.mean(prediction.ranks == 1)) for prediction in predictions],
+        over_seeds=over_seeds(accuracies, by_run, clusters) if len(runs) > 1 else {},
+        chance={name: chance_estimate(accuracy, len(labels_N)) for name, accuracy in chances.items()},
+        by_class=class_means(is_right_N, labels_N, num_classes),
+        confusion=count_confusion(labels_N, predicted_N, num_classes),
+        by_seed=by_run["acc1"],
         seeds=[prediction.seed for prediction in predictions],
         overlap=largest_overlap(prediction.overlap for prediction in predictions),
         run_paths=[run.path for run in runs],
-        over_seeds=_over_seeds(predictions, accuracies) if len(predictions) > 1 else {},
     )
 
 
@@ -244,7 +253,9 @@ def classify(
             f"{' and '.join(run.info.inputs)}; train one with texts"
         )
     modality = run.other_modality("text")
-    prompts, feature = _run_prompts(prompts_cache, run), run_input(cache, run, modality)
+    check_prompts(prompts_cache, run.input("text").spec)
+    prompts = read_prompts(prompts_cache, run_input(prompts_cache, run, "text"))
+    feature = run_input(cache, run, modality)
     split = read_eval_split(cache, run, settings.part)
     items = read_items([cache], [feature], is_numbered=False).select(split.samples)
     if not len(items.rows):
@@ -290,34 +301,3 @@ def _rank(
         progress.advance(len(scores_BC))
     progress.finish()
     return np.concatenate(ranks), np.concatenate(predicted)
-
-
-def _accuracies(ranks: Ints, labels: Ints, groups: Ints) -> dict[str, Estimate]:
-    estimates = bootstrap_means(ranks[:, None] <= np.array(KS), groups)
-    return {
-        **{f"acc{k}": estimate for k, estimate in zip(KS, estimates, strict=True)},
-        "mean_per_class_recall": bootstrap_class_mean(ranks == 1, labels, groups),
-    }
-
-
-def _over_seeds(predictions: Sequence[ZeroShotPredictions], accuracies: Mapping[str, Estimate]) -> dict[str, Estimate]:
-    rows = [prediction.items.rows for prediction in predictions]
-    has_same_items = all(np.array_equal(rows[0], other) for other in rows[1:])
-    num_classes = len(predictions[0].names)
-    values = {f"acc{k}": [recall_at(prediction.ranks, k) for prediction in predictions] for k in KS}
-    values["mean_per_class_recall"] = [
-        float(np.nanmean(class_means(prediction.ranks == 1, prediction.labels, num_classes)))
-        for prediction in predictions
-    ]
-    return {name: over_seeds(accuracies[name], values[name], has_same_items=has_same_items) for name in accuracies}
-
-
-def _chances(num_classes: int, num_items: int) -> dict[str, Estimate]:
-    expected = {"acc1": 1 / num_classes, "acc5": min(1, 5 / num_classes), "mean_per_class_recall": 1 / num_classes}
-    return {name: chance_estimate(accuracy, num_items) for name, accuracy in expected.items()}
-
-
-def _run_prompts(cache: Cache, run: Run) -> Prompts:
-    """Read the prompts that a run can project; errors are those of `evaluate_zero_shot`."""
-    check_prompts(cache, run.input("text").spec)
-    return read_prompts(cache, run_input(cache, run, "text"))

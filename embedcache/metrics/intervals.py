@@ -1,6 +1,6 @@
 """Estimates with 95% intervals: bootstrap by clusters, jackknife by blocks, chance levels."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -205,22 +205,40 @@ def chance_estimate(probability: float, num_queries: int) -> Estimate:
     return Estimate(probability, float(low), float(high))
 
 
-def over_seeds(items: Estimate, values_R: Sequence[float], *, has_same_items: bool) -> Estimate:
-    """Return the mean of a fraction over runs with a 95% interval that holds the variance of their seeds.
+def hit_rates(ranks: Sequence[Ints], clusters: Sequence[Ints], ks: Mapping[str, int]) -> dict[str, Estimate]:
+    """Estimate how many queries of all runs have their answer among the first k, by name, as by `bootstrap_mean`.
+
+    Args:
+        ranks: (Q,) rank of the answer of each query of a run.
+        clusters: (Q,) cluster of each query.
+        ks: name -> k.
+    """
+    hits_QK = np.concatenate(ranks)[:, None] <= np.array(list(ks.values()))
+    return dict(zip(ks, bootstrap_means(hits_QK, np.concatenate(clusters)), strict=True))
+
+
+def over_seeds(
+    estimates: Mapping[str, Estimate], values: Mapping[str, Sequence[float]], clusters: Sequence[Ints]
+) -> dict[str, Estimate]:
+    """Return means of fractions over runs with 95% intervals that hold the variance of their seeds.
 
     Student's t over the runs' own values. Runs on the same items share the choice of these, so that the half width of
     the interval over items is added, in quadrature; runs on items of their own differ by it already.
 
     Args:
-        items: the mean with its interval over items.
-        values_R: value of each run, at least two.
-        has_same_items: whether all runs were measured on the same items.
+        estimates: name -> mean with its interval over items.
+        values: name -> value of each run, at least two.
+        clusters: cluster of each item of each run.
     """
-    num_runs = len(values_R)
-    reach = float(_student(num_runs - 1) * np.std(values_R, ddof=1) / np.sqrt(num_runs))
-    below, above = (items.value - items.low, items.high - items.value) if has_same_items else (0, 0)
-    low, high = items.value - np.hypot(reach, below), items.value + np.hypot(reach, above)
-    return Estimate(items.value, max(0.0, float(low)), min(1.0, float(high)))
+    num_runs = len(clusters)
+    has_same_items = all(np.array_equal(clusters[0], others) for others in clusters[1:])
+    intervals = {}
+    for name, items in estimates.items():
+        reach = float(_student(num_runs - 1) * np.std(values[name], ddof=1) / np.sqrt(num_runs))
+        below, above = (items.value - items.low, items.high - items.value) if has_same_items else (0, 0)
+        low, high = items.value - np.hypot(reach, below), items.value + np.hypot(reach, above)
+        intervals[name] = Estimate(items.value, max(0.0, float(low)), min(1.0, float(high)))
+    return intervals
 
 
 def effective_number(contents: Ints) -> int:

@@ -7,8 +7,7 @@ from functools import cache as once
 from pathlib import Path
 from statistics import fmean
 
-from embedcache.evaluate.ranking import Ranking, rank
-from embedcache.evaluate.retrieval import RetrievalReport
+from embedcache.evaluate.retrieval import Ranking, RetrievalReport, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.provenance import read_json
 from embedcache.reports.figures import COLORS, INK, label, open_axes, svg

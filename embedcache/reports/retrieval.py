@@ -11,8 +11,7 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.dataset.thumbnails import PICTURED
-from embedcache.evaluate.ranking import Ranking, rank
-from embedcache.evaluate.retrieval import KS, RetrievalReport
+from embedcache.evaluate.retrieval import KS, Ranking, RetrievalReport, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.files import AnyPath
@@ -48,8 +47,7 @@ _EXAMPLES_NOTE = (
 def retrieval_table(reports: Mapping[str, RetrievalReport]) -> Table:
     """Return recalls with their 95% intervals: rows per report, and one for the first's chance level.
 
-    A report of several seeds has a second row, whose intervals hold the variance of seeds, too. If images or captions
-    are repeated, further rows count each once.
+    A report of several seeds has a second row, whose intervals hold the variance of seeds, too.
     """
     first = next(iter(reports.values()))
     columns = ["", *(f"{direction} R@{k}" for direction in first.directions for k in KS)]
@@ -59,9 +57,6 @@ def retrieval_table(reports: Mapping[str, RetrievalReport]) -> Table:
         if report.over_seeds:
             rows[f"{name}, over seeds"] = report.over_seeds
     rows["chance"] = first.chance
-    rows |= {f"{name}, distinct": report.distinct for name, report in reports.items() if report.distinct}
-    if first.distinct_chance:
-        rows["chance, distinct"] = first.distinct_chance
     return columns, [
         [name, *(str(recalls[direction][f"r@{k}"]) for direction in first.directions for k in KS)]
         for name, recalls in rows.items()
@@ -111,9 +106,9 @@ def _format_rank(rank: Estimate) -> str:
 def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) -> dict[str, Any]:
     """Return a report as JSON values: `i2t`, `t2i`, `chance`, one entry for each of `others`, counts and seeds.
 
-    Of several seeds also `over_seeds`, with intervals that hold their variance; if images or captions are repeated
-    `distinct`, with each once, and its `chance`; if smaller widths were ranked `widths`, by width. Each direction holds
-    `r@1`, `r@5`, `r@10`, the report's own also `map` and `median_rank`, and `intervals` with the 95% interval of each.
+    Of several seeds also `over_seeds`, with intervals that hold their variance; if smaller widths were ranked `widths`,
+    by width. Each direction holds `r@1`, `r@5`, `r@10`, the report's own also `map` and `median_rank`, and `intervals`
+    with the 95% interval of each.
     """
     return {
         **{
@@ -122,7 +117,6 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
         },
         "chance": _directions_json(report.chance),
         **({"over_seeds": _directions_json(report.over_seeds)} if report.over_seeds else {}),
-        **({"distinct": _distinct_json(report)} if report.distinct else {}),
         **({"widths": _widths_json(report)} if report.by_width else {}),
         **{name: _directions_json(other.recalls) for name, other in others.items() if other is not None},
         **{f"num_{noun(modality).replace(' ', '_')}": counts[0] for modality, counts in report.num_items.items()},
@@ -138,10 +132,6 @@ def _directions_json(recalls: _DirectionEstimates) -> dict[str, Any]:
     return {direction: estimates_json(estimates) for direction, estimates in recalls.items()}
 
 
-def _distinct_json(report: RetrievalReport) -> dict[str, Any]:
-    return {**_directions_json(report.distinct), "chance": _directions_json(report.distinct_chance)}
-
-
 def _widths_json(report: RetrievalReport) -> dict[str, Any]:
     return {str(width): _directions_json(recalls) for width, recalls in report.by_width.items()}
 
@@ -151,7 +141,6 @@ def present_retrieval(
 ) -> Presentation:
     """Return the presentation of reports on a cache, the main one first, with example queries of its first run."""
     cache, first = Cache(cache), next(iter(reports.values()))
-    one, other = (plural.removesuffix("s") for plural in pair_nouns(tuple(first.num_items)))
 
     @once
     def rank_first() -> Ranking:
@@ -162,8 +151,7 @@ def present_retrieval(
         title="Recall",
         notes=[
             "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the "
-            "range that holds 95% of random rankings, in which equal captions stay together. Distinct: each "
-            f"{one} and each {other} counted once."
+            "range that holds 95% of random rankings, in which equal captions stay together."
         ],
         table=retrieval_table(reports),
         figures=lambda: [

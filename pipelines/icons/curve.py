@@ -17,8 +17,7 @@ import numpy as np
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.splits import read_split
 from embedcache.devices import Precision
-from embedcache.evaluate.ranking import rank
-from embedcache.evaluate.retrieval import chance_at
+from embedcache.evaluate.retrieval import chance_at, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.evaluate.zero_shot import classify
@@ -151,7 +150,7 @@ class SeedRuns:
             ranking = rank(cache, run, RetrievalSettings(check_overlap=False, max_samples=_MAX_SAMPLES))
             for direction, ranks in ranking.ranks.items():
                 name = f"{direction} R@{_K}"
-                measures[name] = MetricValues(ranks <= _K, ranking.groups[ranking.queries(direction)])
+                measures[name] = MetricValues(ranks <= _K, ranking.clusters(direction))
                 chance[name] = chance_at(ranking, direction, _K)
         else:
             found = classify(cache, run, Cache(paths[1]), ZeroShotSettings(check_overlap=False))

@@ -10,8 +10,7 @@ from embedcache.dataset.pairs import read_items
 from embedcache.errors import CorruptError, DataError, SettingError
 from embedcache.evaluate import overlap
 from embedcache.evaluate.overlap import ItemSet, training_items
-from embedcache.evaluate.ranking import rank
-from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.evaluate.retrieval import evaluate_retrieval, rank
 from embedcache.evaluate.runs import Run, load_runs, read_eval_split, read_part, read_run_split, run_input
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract

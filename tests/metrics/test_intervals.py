@@ -131,12 +131,14 @@ def test_chance_has_the_interval_of_a_binomial_distribution() -> None:
 
 
 def test_interval_over_seeds_adds_items_in_quadrature() -> None:
-    items, runs = Estimate(0.5, 0.46, 0.53), [0.5, 0.51, 0.49]
+    items, runs = {"acc1": Estimate(0.5, 0.46, 0.53)}, {"acc1": [0.5, 0.51, 0.49]}
     reach = t.ppf(0.975, 2) * 0.01 / np.sqrt(3)
-    assert found(over_seeds(items, runs, has_same_items=False)) == pytest.approx((0.5, 0.5 - reach, 0.5 + reach))
+    others = over_seeds(items, runs, [np.array([0, 1]), np.array([0, 1]), np.array([0, 2])])
+    assert found(others["acc1"]) == pytest.approx((0.5, 0.5 - reach, 0.5 + reach))
     low, high = 0.5 - np.hypot(reach, 0.04), 0.5 + np.hypot(reach, 0.03)
-    assert found(over_seeds(items, runs, has_same_items=True)) == pytest.approx((0.5, low, high))
-    assert found(over_seeds(items, [0.1, 0.9], has_same_items=False)) == (0.5, 0, 1)  # a fraction
+    assert found(over_seeds(items, runs, [np.array([0, 1])] * 3)["acc1"]) == pytest.approx((0.5, low, high))
+    fraction = over_seeds(items, {"acc1": [0.1, 0.9]}, [np.array([0]), np.array([1])])
+    assert found(fraction["acc1"]) == (0.5, 0, 1)
 
 
 def test_effective_number_of_queries() -> None:

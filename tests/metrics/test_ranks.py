@@ -134,7 +134,7 @@ def test_interval_over_seeds_holds_chance_as_often_as_it_should() -> None:
         truth = np.clip(0.3 + 0.05 * rng.standard_normal(3), 0, 1)
         hits_RM = rng.random((3, 200)) < truth[:, None]
         items = bootstrap_mean(hits_RM.ravel(), np.tile(np.arange(200), 3), num_draws=200, seed=trial)
-        seeds = over_seeds(items, hits_RM.mean(axis=1).tolist(), has_same_items=True)
+        seeds = over_seeds({"": items}, {"": hits_RM.mean(axis=1).tolist()}, [np.arange(200)] * 3)[""]
         inside["items"] += items.low <= 0.3 <= items.high
         inside["seeds"] += seeds.low <= 0.3 <= seeds.high
     assert inside["seeds"] >= 90 > inside["items"]

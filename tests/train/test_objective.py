@@ -19,8 +19,7 @@ from embedcache.arrays import normalize as to_unit
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import SettingError
-from embedcache.evaluate.ranking import rank
-from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.evaluate.retrieval import evaluate_retrieval, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.metrics.ranking import best_ranks
