@@ -135,7 +135,6 @@ class PairsOptions(TypedDict, total=False):
     language: str | None
     num_samples: int | None
     k: int | None
-    resamples: int | None
     seed: int | None
     device: str | None
     split: str | PathLike[str] | None

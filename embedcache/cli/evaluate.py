@@ -86,7 +86,7 @@ def probe(cache: CacheArgument, *, settings: ProbeSettings) -> Any:
     "pairs",
     settings=PairsSettings,
     build={"settings": pairs_settings},
-    skip=("resamples", "test_fraction", "max_test"),
+    skip=("test_fraction", "max_test"),
     has_page=True,
 )
 def pairs(cache: CacheArgument, feature: Features = None, *, settings: PairsSettings) -> Any:

@@ -34,7 +34,6 @@ from embedcache.metrics.alignment import (
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, effective_number, jackknife
 from embedcache.metrics.ranking import best_ranks, tied_chance_recall
 from embedcache.modalities import MODALITIES, directions, noun, order_pair, pair_nouns
-from embedcache.modeling.features import FeatureName
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.settings import merge_settings, replace_fields, replace_flat
@@ -45,9 +44,12 @@ if TYPE_CHECKING:
 
 _MIN_SAMPLES = 20
 _NUM_BLOCKS = 50
+_RECALL_K = 10
+_SHARED_WIDTH, _SHRINKAGE = 256, 1.0  # the defaults of training
+_BLOCK = 1024
 
 
-def open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[list[InputFeature], list[str]]:
+def _open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[list[InputFeature], list[str]]:
     """Open the named features, or all complete ones that no run computed, and return a line for each one left out."""
     if names:
         named = {feature.name: feature for feature in (open_input(cache, modality, name) for name in names)}
@@ -76,17 +78,12 @@ def open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[li
     return complete, skipped
 
 
-def draw_samples(
-    cache: Cache,
-    first_features: Sequence[InputFeature],
-    second_features: Sequence[InputFeature],
-    settings: PairsSettings,
-) -> Pairs:
+def _draw_samples(cache: Cache, features: Sequence[Sequence[InputFeature]], settings: PairsSettings) -> Pairs:
     """Draw samples without replacement from those that have an item of each modality with all of its features."""
-    pairs = pair_items([cache], first_features[:1], second_features[:1], language=settings.language)
+    pairs = pair_items([cache], features[0][:1], features[1][:1], language=settings.language)
     first, second = (
-        items.where(np.logical_and.reduce([feature.valid for feature in features])[items.rows])
-        for items, features in ((pairs.first, first_features), (pairs.second, second_features))
+        items.where(np.logical_and.reduce([feature.valid for feature in side])[items.rows])
+        for items, side in zip((pairs.first, pairs.second), features, strict=True)
     )
     samples = np.intersect1d(distinct(first.samples), distinct(second.samples), assume_unique=True)
     if len(samples) < _MIN_SAMPLES:
@@ -99,28 +96,21 @@ def draw_samples(
     return Pairs(first=first.select(samples), second=second.select(samples))
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairSample:
+class _Sample(NamedTuple):
     """The compared samples: all pairs, those that the probe is fitted on, and those that it is measured on.
 
-    `groups` and `blocks` are (S,): the near-duplicate group and the jackknife block of each of `samples`.
+    Args:
+        samples: (S,) int64 rows of the sample table, ascending.
+        groups: (S,) near-duplicate group of each sample.
+        blocks: (S,) jackknife block of each sample.
     """
 
     pairs: Pairs
     train: Pairs
     val: Pairs
+    samples: Ints
     groups: Ints
     blocks: Ints
-
-    @property
-    def samples(self) -> Ints:
-        """(S,) int64 rows of the sample table, ascending."""
-        return self.pairs.samples
-
-    def groups_of(self, samples: Ints) -> Ints:
-        """Return the groups of some of the samples."""
-        groups: Ints = self.groups[np.searchsorted(self.samples, samples)]
-        return groups
 
     def positions(self, part: Pairs) -> tuple[Ints, Ints]:
         """Return the positions of the items of both modalities of a part among those of all samples."""
@@ -129,36 +119,37 @@ class PairSample:
             np.searchsorted(self.pairs.second.rows, part.second.rows),
         )
 
-    def chance(self, k: int) -> list[Estimate]:
-        """Compute the recall at k of a random order of the validation items, in both directions."""
+    def both_ways(self) -> list[tuple[tuple[Ints, Ints], Items, Items]]:
+        """Return the positives, queries and candidates of both directions of the validation part."""
         first_M, second_M = self.val.positives()
         first, second = self.val.first, self.val.second
-        return [
-            chance_estimate(tied_chance_recall(positives, candidates.contents, k), effective_number(queries.contents))
-            for positives, queries, candidates in (
-                ((first_M, second_M), first, second),
-                ((second_M, first_M), second, first),
-            )
-        ]
+        return [((first_M, second_M), first, second), ((second_M, first_M), second, first)]
 
 
-def split_samples(
+def _split_samples(
     pairs: Pairs, cache: Cache, features: Sequence[InputFeature], settings: SplitSettings, progress: Progress
-) -> PairSample:
+) -> _Sample:
     """Split samples into parts, without the test part; the two features decide near-duplicates of a strict split."""
-    split = make_split(
-        [cache], pairs, settings, {feature.modality: feature.read for feature in features}, progress=progress
-    )
+    reads = {feature.modality: feature.read for feature in features}
+    split = make_split([cache], pairs, settings, reads, progress=progress)
     train, val = pairs.select(split.rows("train")), pairs.select(split.rows("val"))
-    both = distinct(np.concatenate([train.samples, val.samples]))
-    if len(both) < _MIN_SAMPLES or not (len(train.samples) and len(val.samples)):
+    samples = distinct(np.concatenate([train.samples, val.samples]))
+    if len(samples) < _MIN_SAMPLES or not (len(train.samples) and len(val.samples)):
         raise DataError(
             f"expected at least {_MIN_SAMPLES} samples in the training and validation parts, some in each, got "
             f"{len(train.samples)} and {len(val.samples)} of {len(pairs.samples)} drawn samples of {cache.path}: draw "
             "more with --num-samples, compare fewer features, or use another split"
         )
-    groups = np.array(split.groups)[both]
-    return PairSample(pairs=pairs.select(both), train=train, val=val, groups=groups, blocks=_assign_blocks(groups))
+    num_candidates = min(len(val.first.rows), len(val.second.rows))
+    if num_candidates <= _RECALL_K:  # then any order of them has a recall of 1
+        raise DataError(
+            f"expected more than {_RECALL_K} {' and '.join(noun(feature.modality) for feature in features)} in the "
+            f"validation part, on which R@{_RECALL_K} of the probe is measured, got {num_candidates} of "
+            f"{len(samples):,} drawn samples: draw more with --num-samples, or use a split with a larger validation "
+            "part, as by --val-fraction 0.25"
+        )
+    groups = np.array(split.groups)[samples]
+    return _Sample(pairs.select(samples), train, val, samples, groups, _assign_blocks(groups))
 
 
 def _assign_blocks(groups: Ints) -> Ints:
@@ -172,10 +163,6 @@ def _assign_blocks(groups: Ints) -> Ints:
     block_S: Ints = block_G[group_S]
     return block_S
 
-
-_RECALL_K = 10
-_SHARED_WIDTH, _SHRINKAGE = 256, 1.0  # the defaults of training
-_BLOCK = 1024
 
 METRICS: Mapping[str, str] = {
     "probe": "probe R@10",
@@ -221,7 +208,6 @@ class PairsReport:
     """Metrics of all pairs of features of a cache, the best probe first.
 
     Args:
-        pooling: feature -> how its encoder pooled one vector, or several that were averaged.
         num_compared: of the drawn samples, those outside the test part of the split, which all metrics are of.
         num_trained: samples that the probe was fitted on.
         num_held: samples that the probe was measured on.
@@ -232,7 +218,6 @@ class PairsReport:
     """
 
     pairs: Sequence[PairMetrics]
-    pooling: Mapping[str, str]
     num_drawn: int
     num_compared: int
     num_trained: int
@@ -297,27 +282,20 @@ def evaluate_pairs(
     settings = replace_flat(settings, with_split_seed(options, settings))
     cache = Cache(cache)
     named = _name_features(cache, feature)
-    (first_features, skipped), (second_features, also_skipped) = (
-        open_features(cache, name, names) for name, names in named.items()
-    )
-    for line in (skipped := [*skipped, *also_skipped]):
+    opened = [_open_features(cache, name, names) for name, names in named.items()]
+    first_features, second_features = (features for features, _ in opened)
+    skipped = [line for _, lines in opened for line in lines]
+    for line in skipped:
         progress.note(line)
     settings = replace_fields(settings, language=choose_language([cache], named, settings.language, progress))
-    pairs = draw_samples(cache, first_features, second_features, settings)
-    sample = split_samples(pairs, cache, (first_features[0], second_features[0]), settings.split, progress)
-    num_candidates = min(len(sample.val.first.rows), len(sample.val.second.rows))
-    if num_candidates <= _RECALL_K:  # then any order of them has a recall of 1
-        raise DataError(
-            f"expected more than {_RECALL_K} {' and '.join(map(noun, named))} in the validation part, on which "
-            f"R@{_RECALL_K} of the probe is measured, got {num_candidates} of {len(sample.samples):,} drawn samples: "
-            "draw more with --num-samples, or use a split with a larger validation part, as by --val-fraction 0.25"
-        )
+
+    pairs = _draw_samples(cache, (first_features, second_features), settings)
+    sample = _split_samples(pairs, cache, (first_features[0], second_features[0]), settings.split, progress)
     if settings.k >= len(sample.samples):
         raise SettingError(f"k: expected less than the {len(sample.samples)} compared samples, got {settings.k}")
     metrics = _measure_pairs(sample, first_features, second_features, settings, progress)
     return PairsReport(
         pairs=sorted(metrics, key=lambda pair: -pair.probe),
-        pooling={feature.name: _pooling(feature) for feature in (*first_features, *second_features)},
         num_drawn=len(pairs.samples),
         num_compared=len(sample.samples),
         num_trained=len(sample.train.samples),
@@ -328,7 +306,7 @@ def evaluate_pairs(
         k=settings.k,
         seed=settings.seed,
         knn_chance=settings.k / (len(sample.samples) - 1),
-        chance=dict(zip(directions(tuple(named)), sample.chance(_RECALL_K), strict=True)),
+        chance=dict(zip(directions(tuple(named)), _chances(sample), strict=True)),
         skipped=skipped,
     )
 
@@ -353,8 +331,18 @@ def _split_line(settings: SplitSettings, first: InputFeature, second: InputFeatu
     return f"{settings.kind} by {first.name} and {second.name} (cosine above {limits})"
 
 
+def _chances(sample: _Sample) -> list[Estimate]:
+    """Compute the recall of a random order of the validation items, in both directions."""
+    return [
+        chance_estimate(
+            tied_chance_recall(positives, candidates.contents, _RECALL_K), effective_number(queries.contents)
+        )
+        for positives, queries, candidates in sample.both_ways()
+    ]
+
+
 def _measure_pairs(
-    sample: PairSample,
+    sample: _Sample,
     first_features: Sequence[InputFeature],
     second_features: Sequence[InputFeature],
     settings: PairsSettings,
@@ -368,7 +356,7 @@ def _measure_pairs(
     for feature in first_features:
         first = _prepare(feature, sample.pairs.first, sample, settings.k, products)
         for second in prepared:
-            metrics.append(_measure(sample, first, second, settings.resamples, products))
+            metrics.append(_measure(sample, first, second, products))
             progress.advance(1)
     progress.finish()
     return metrics
@@ -385,7 +373,7 @@ class _PreparedFeature(NamedTuple):
     own: KernelProducts
 
 
-def _prepare(feature: InputFeature, items: Items, sample: PairSample, k: int, products: Products) -> _PreparedFeature:
+def _prepare(feature: InputFeature, items: Items, sample: _Sample, k: int, products: Products) -> _PreparedFeature:
     parts = []
     for block in blocks(len(items.rows), _BLOCK):
         inputs = feature.read(items.rows[block])
@@ -405,26 +393,22 @@ def _prepare(feature: InputFeature, items: Items, sample: PairSample, k: int, pr
     return _PreparedFeature(feature.modality, feature.name, unit_ID, rows_SD, neighbors_SK, own)
 
 
-def _measure(
-    sample: PairSample, first: _PreparedFeature, second: _PreparedFeature, resamples: int, products: Products
-) -> PairMetrics:
+def _measure(sample: _Sample, first: _PreparedFeature, second: _PreparedFeature, products: Products) -> PairMetrics:
     x, y = CenteredRows(first.rows_SD, sample.blocks), CenteredRows(second.rows_SD, sample.blocks)
     both, sizes = kernel_products(x, y), np.bincount(sample.blocks)
     overlap_S = neighbor_overlap(first.neighbors_SK, second.neighbors_SK)
-    recalls = _probe(sample, first.items_ID, second.items_ID, resamples, products)
+    recalls = _probe(sample, first.items_ID, second.items_ID, products)
     return PairMetrics(
         features={first.modality: first.name, second.modality: second.name},
         recalls=dict(zip(directions((first.modality, second.modality)), recalls, strict=True)),
-        mutual_knn=bootstrap_mean(overlap_S, sample.groups, num_draws=resamples),
+        mutual_knn=bootstrap_mean(overlap_S, sample.groups),
         debiased_cka=jackknife(cka(both.unbiased, first.own.unbiased, second.own.unbiased), sizes),
         linear_cka=jackknife(cka(both.biased, first.own.biased, second.own.biased), sizes),
         shuffled_cka=shuffled_from_products(x, y, first.own, second.own),
     )
 
 
-def _probe(
-    sample: PairSample, first_ID: Floats, second_TE: Floats, resamples: int, products: Products
-) -> tuple[Estimate, Estimate]:
+def _probe(sample: _Sample, first_ID: Floats, second_TE: Floats, products: Products) -> list[Estimate]:
     """Fit CCA on all pairs of the training part, as training does, and rank the validation items both ways."""
     positions = sample.positions(sample.train)
     first_M, second_M = (position[joined] for position, joined in zip(positions, sample.train.all_pairs(), strict=True))
@@ -432,29 +416,15 @@ def _probe(
     for block in blocks(len(first_M), 8 * _BLOCK):
         moments.add(first_ID[first_M[block]], second_TE[second_M[block]])
     first_DP, second_EP = solve("cca", moments, _SHARED_WIDTH, shrinkage=_SHRINKAGE)
+
     val_first, val_second = sample.positions(sample.val)
     first_NP = normalize((first_ID[val_first] - moments.first_mean) @ first_DP)
     second_NP = normalize((second_TE[val_second] - moments.second_mean) @ second_EP)
-    first_M, second_M = sample.val.positives()
-
-    def recall(ranks: Ints, items: Items) -> Estimate:
-        return bootstrap_mean(ranks <= _RECALL_K, sample.groups_of(items.samples), num_draws=resamples)
-
-    there = recall(best_ranks(first_NP, second_NP, (first_M, second_M), products=products), sample.val.first)
-    return there, recall(best_ranks(second_NP, first_NP, (second_M, first_M), products=products), sample.val.second)
-
-
-def _pooling(feature: InputFeature) -> str:
-    """Describe how the encoder pooled its vectors, in the words of the fingerprint."""
-    pooling = feature.fingerprint.get("pooling", {})
-    words = " and ".join(_pooled(part.partition("/")[2], pooling) for part in feature.name.split("+"))
-    return words + (", mean of the tokens" if feature.has_tokens else "")
-
-
-def _pooled(name: str, pooling: Mapping[str, str]) -> str:
-    parsed = FeatureName.parse(name)
-    if name in pooling or parsed is None:
-        return pooling.get(name, name)
-    cells = "" if parsed.grid is None and parsed.clusters is None else f"{name.rpartition('.')[2]} of "
-    layer = "" if parsed.layer is None else f"after block {parsed.layer}: "
-    return f"{layer}{cells}{pooling.get(parsed.native, parsed.native)}"
+    recalls = []
+    for vectors, (positives, queries, _) in zip(
+        ((first_NP, second_NP), (second_NP, first_NP)), sample.both_ways(), strict=True
+    ):
+        ranks_Q = best_ranks(*vectors, positives, products=products)
+        groups_Q = sample.groups[np.searchsorted(sample.samples, queries.samples)]
+        recalls.append(bootstrap_mean(ranks_Q <= _RECALL_K, groups_Q))
+    return recalls

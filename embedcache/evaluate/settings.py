@@ -97,7 +97,6 @@ class PairsSettings(Settings):
     )
     num_samples: int = setting(5000, "Draw at most this many samples.", ge=20)
     k: int = setting(10, "Neighbors of mutual kNN.", ge=1)
-    resamples: int = setting(2000, "Bootstrap resamples of the 95% intervals.", ge=1)
     seed: int = setting(0, "Random seed of the draw.", ge=0, lt=2**32)
     device: str = device_setting()
     split: SplitSettings = group(_ProbeSplitSettings)

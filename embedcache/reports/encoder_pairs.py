@@ -49,9 +49,8 @@ def encoder_pairs_json(report: PairsReport) -> dict[str, Any]:
 
 
 def present_encoder_pairs(report: PairsReport) -> Presentation:
-    """Return the presentation of a comparison, with one heat map per metric, and how each encoder pools its vectors."""
+    """Return the presentation of a comparison, with one heat map per metric."""
     best = report.pairs[0]
-    pooling = [[feature, words] for feature, words in report.pooling.items()]
     return Presentation(
         title="Encoder pairs",
         lines=[
@@ -66,7 +65,6 @@ def present_encoder_pairs(report: PairsReport) -> Presentation:
                 Section(title=name, notes=[_NOTES[metric]], figures=partial(_heat_maps, report, metric))
                 for metric, name in METRICS.items()
             ),
-            Section(title="Pooling", table=(["feature", "pooling"], pooling), num_printed=0),
         ],
         record=lambda: {"pairs": encoder_pairs_json(report)},
     )

@@ -18,7 +18,6 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.settings import PairsSettings, RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.metrics.alignment import debiased_cka, linear_cka, mutual_knn, shuffled_cka
 from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table
 from embedcache.settings import replace_fields
 from embedcache.sources import open_source
@@ -26,6 +25,7 @@ from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.images import write_images
+from tests.metrics.test_alignment import debiased_cka, linear_cka, mutual_knn, shuffled_cka
 from tests.toy import IMAGE, TEXT
 
 SPLIT = SplitSettings(val_fraction=0.25, cosines={"image": 0.995, "text": 0.95})
@@ -52,7 +52,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(cache_path: Path) -> PairsReport:
-    return compare(cache_path, split=SPLIT, resamples=200)
+    return compare(cache_path, split=SPLIT)
 
 
 def trained_run(cache_path: Path, run_path: Path, split: SplitSettings) -> Path:
@@ -89,7 +89,7 @@ def unit_means(cache: Cache, modality: str, name: str, samples: Ints) -> Array:
 @pytest.mark.parametrize(("image", "text"), [(IMAGES[0], TEXTS[0]), (IMAGES[1], TEXTS[1])])
 def test_metrics_match_the_plain_formulas(captioned: Path, tmp_path: Path, image: str, text: str) -> None:
     split = replace_fields(SPLIT, kind="key")
-    report = compare(captioned, feature={"image": (image,), "text": (text,)}, split=split, k=5, resamples=20)
+    report = compare(captioned, feature={"image": (image,), "text": (text,)}, split=split, k=5)
     cut = read_split(trained_run(captioned, tmp_path / "run", split) / "split.parquet", [Cache(captioned)])
     samples = np.flatnonzero(np.isin(cut.parts, ["train", "val"]))
     assert (report.num_drawn, report.num_compared, report.num_held) == (80, 60, 20)
@@ -135,7 +135,7 @@ def test_pairs_are_sorted_by_probe(report: PairsReport) -> None:
 
 def test_order_of_names_does_not_matter(cache_path: Path) -> None:
     key = SplitSettings(kind="key", val_fraction=0.25)
-    report = compare(cache_path, feature={"image": IMAGES[::-1], "text": TEXTS[:1]}, split=key, resamples=20)
+    report = compare(cache_path, feature={"image": IMAGES[::-1], "text": TEXTS[:1]}, split=key)
     assert [pair.features["image"] for pair in report.pairs] == list(IMAGES)
 
 
@@ -149,7 +149,6 @@ def test_draw_is_bounded_and_seeded(cache_path: Path) -> None:
             num_samples=100,
             seed=seed,
             split=key,
-            resamples=20,
         )
 
     assert drawn(0).num_drawn == 100
@@ -158,12 +157,6 @@ def test_draw_is_bounded_and_seeded(cache_path: Path) -> None:
 
 
 def test_report_describes_the_comparison(report: PairsReport) -> None:
-    assert report.pooling == {
-        "open_toy/cls": "all colours",
-        "open_toy/patches": "one colour a cell, mean of the tokens",
-        "open_toy/mean": "mean of tokens",
-        "open_toy/tokens": "letters, mean of the tokens",
-    }
     assert 225 <= report.num_compared == report.num_trained + report.num_held < 235
     report_json = json.loads(json.dumps(encoder_pairs_json(report)))
     assert report_json["pairs"][0]["linear_cka"]["low"] == report.pairs[0].linear_cka.low
@@ -185,7 +178,7 @@ def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     extract(source, tmp_path / "c", image_encoder=[IMAGE, OTHER], text_encoder=[TEXT])
     next((tmp_path / "c" / "image" / "open_other" / "chunks").glob("*.json")).unlink()
     key = SplitSettings(kind="key", val_fraction=0.25)
-    report = compare(tmp_path / "c", split=key, resamples=20)
+    report = compare(tmp_path / "c", split=key)
     assert [pair.features["image"] for pair in report.pairs] == ["open_toy/cls"]
     assert "open_other/cls" in report.skipped[0]
     with pytest.raises(UnfinishedError, match="open_other/cls"):
@@ -200,10 +193,10 @@ def test_feature_of_a_run_is_compared_only_by_name(cache_path: Path, tmp_path: P
     shutil.copytree(cache_path, tmp_path / "c")
     split = SplitSettings(kind="key", val_fraction=0.25)
     derive_from_run(tmp_path / "c", trained_run(tmp_path / "c", tmp_path / "run", split))
-    report = compare(tmp_path / "c", feature={"text": TEXTS[0]}, split=split, resamples=20)
+    report = compare(tmp_path / "c", feature={"text": TEXTS[0]}, split=split)
     assert [pair.features["image"] for pair in report.pairs] == [*IMAGES]
     assert "run-projected/projected was computed by a run" in report.skipped[0]
-    named = compare(tmp_path / "c", feature={"image": "run-projected", "text": TEXTS[0]}, split=split, resamples=20)
+    named = compare(tmp_path / "c", feature={"image": "run-projected", "text": TEXTS[0]}, split=split)
     assert [pair.features["image"] for pair in named.pairs] == ["run-projected/projected"]
 
 

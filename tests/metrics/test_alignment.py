@@ -55,6 +55,11 @@ def debiased_cka(x: np.ndarray, y: np.ndarray) -> float:
     return float(cka(*(kernel_products(CenteredRows(a), CenteredRows(b)).unbiased for a, b in pairs))[0])
 
 
+def shuffled_cka(x: np.ndarray, y: np.ndarray) -> float:
+    rows = CenteredRows(x), CenteredRows(y)
+    return shuffled_from_products(*rows, *(kernel_products(side, side) for side in rows))
+
+
 def mutual_knn(x: np.ndarray, y: np.ndarray, k: int) -> float:
     return float(neighbor_overlap(nearest_others(x, k), nearest_others(y, k)).mean())
 
@@ -98,9 +103,7 @@ def test_shuffled_cka_is_mean_over_permutations() -> None:
     lengths = np.linalg.norm(one.T @ one) * np.linalg.norm(other.T @ other)
     drawn = np.square(one.T @ other[shuffled]).sum(axis=(1, 2)) / lengths
     assert drawn[0] == pytest.approx(linear_cka(x, y[shuffled[0]]))
-    rows = CenteredRows(x), CenteredRows(y)
-    found = shuffled_from_products(*rows, *(kernel_products(side, side) for side in rows))
-    assert found == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / np.sqrt(2000))
+    assert shuffled_cka(x, y) == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / np.sqrt(2000))
 
 
 @pytest.mark.slow
