@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from embedcache.errors import DataError, UnfinishedError, UnknownNameError
-from embedcache.evaluate.labeled import read_labeled
+from embedcache.evaluate.probe import read_labeled
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source

@@ -13,13 +13,13 @@ from embedcache.errors import SettingError, UnknownNameError
 from embedcache.evaluate import probe
 from embedcache.evaluate.classifiers import Classifier, Examples, Ridge, fit_ridge, join_examples
 from embedcache.evaluate.encoder_pairs import evaluate_pairs
-from embedcache.evaluate.labeled import read_labeled
 from embedcache.evaluate.probe import (
     ProbeReport,
     _control,
     _ranks,
     draw_shots,
     evaluate_probe,
+    read_labeled,
     shuffle_labels,
 )
 from embedcache.evaluate.settings import ProbeSettings

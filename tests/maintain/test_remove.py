@@ -22,7 +22,7 @@ from embedcache.errors import (
     PathError,
     UnfinishedError,
 )
-from embedcache.evaluate.labeled import read_labeled
+from embedcache.evaluate.probe import read_labeled
 from embedcache.evaluate.runs import read_part
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.maintain.copy import cut_cache
