@@ -510,7 +510,10 @@ def measure_coverage(
             settings, feature=choose_feature(cache, concepts, settings.modality, progress=progress)
         )
     pool = _open_pool(cache, settings)
-    is_selected_N = _is_selected(pool, settings.selection)
+    is_selected_N = None
+    if settings.selection is not None:
+        samples_N = pool.cache.items(pool.modality, columns=["sample"])["sample"].to_numpy()
+        is_selected_N = np.isin(samples_N, read_selection(settings.selection, [pool.cache]))
     answers = {} if settings.answers is None else read_answers(settings.answers, pool.cache, pool.modality)
     opened = open_concepts(Cache(concepts), pool, label=settings.label)
 
@@ -590,15 +593,6 @@ def _open_pool(cache_path: AnyPath, settings: CoverageSettings) -> Vectors:
             f"{pool.feature.name}, got {settings.k}"
         )
     return pool
-
-
-def _is_selected(pool: Vectors, selection: Path | str | None) -> Bools | None:
-    """Return whether each item of the cache is of a selected sample; None without a selection."""
-    if selection is None:
-        return None
-    samples_N = pool.cache.items(pool.modality, columns=["sample"])["sample"].to_numpy()
-    is_selected_N: Bools = np.isin(samples_N, read_selection(selection, [pool.cache]))
-    return is_selected_N
 
 
 def _concept_counts(

@@ -202,7 +202,10 @@ def find_leaks(
             f"{train.path} and {test.path}: expected features of one modality, and hashes of files or of vectors in "
             "both, got none in common"
         )
-    named = _named_features(train, feature, common)
+    named = features_by_modality(train, feature)
+    for modality in named:
+        if modality not in common:
+            raise SettingError(f"feature: expected a modality of both caches, {' or '.join(common)}, got {modality}")
     chosen = [_choose_features(train, test, name, named.get(name), settings) for name in common]  # all before the work
     leaks = [
         _find_leaks(_open_items(train, train_feature), _open_items(test, test_feature), reason, settings, progress)
@@ -227,17 +230,6 @@ def write_clean_selection(path: Path, report: LeakReport) -> int:
         )
     write_selection(path, report.train, clean, {"method": "leaks", **report.to_json()})
     return len(clean.rows)
-
-
-def _named_features(train: Cache, feature: NamedFeatures, common: Sequence[str]) -> dict[str, str]:
-    """Return modality -> the feature that is named for it; SettingError for another modality, or two names."""
-    named = features_by_modality(train, feature)
-    for modality, names in named.items():
-        if modality not in common:
-            raise SettingError(f"feature: expected a modality of both caches, {' or '.join(common)}, got {modality}")
-        if len(names) > 1:
-            raise SettingError(f"feature: expected one {modality} feature, got {' and '.join(names)}; omit one")
-    return {modality: names[0] for modality, names in named.items() if names}
 
 
 def _find_leaks(
@@ -284,28 +276,37 @@ def _find_leaks(
 
 
 def _choose_features(
-    train: Cache, test: Cache, modality: str, name: str | None, settings: LeakSettings
+    train: Cache, test: Cache, modality: str, names: Sequence[str] | None, settings: LeakSettings
 ) -> tuple[InputFeature, InputFeature, str | None]:
     """Open a feature of both caches; without a limit or of different encoders, return why only hashes are compared."""
+    has_limit = modality in settings.cosines
+    if has_limit and not names:
+        names = _common_features(train, test, modality)
+    if names and len(names) > 1:
+        raise SettingError(
+            f"feature: expected one {modality} feature of both caches, got {' and '.join(names)}; choose one with "
+            f"--feature {modality}=NAME"
+        )
+    name = names[0] if names else None
+    train_feature, test_feature = (
+        open_input(cache, modality, name or cache.features(modality)[0].name) for cache in (train, test)
+    )
+    if not has_limit:
+        return train_feature, test_feature, _NO_LIMIT
+
     reason = None
-    if modality not in settings.cosines:
-        reason = _NO_LIMIT
-    elif name is None:
-        name = _common_feature(train, test, modality)
-        if name is None:
-            names = [", ".join(feature.name for feature in cache.features(modality)) for cache in (train, test)]
-            reason = f"no encoder made {modality} features of both: {names[0]} in training, {names[1]} in test"
-    opened = [open_input(cache, modality, name or cache.features(modality)[0].name) for cache in (train, test)]
-    if reason is None:
-        differences = name_differences(opened[0].fingerprint, opened[1].fingerprint)
-        if differences or opened[0].name != opened[1].name:
-            names = [f"{feature.name} of {feature.spec}" for feature in opened]
-            differ = "; ".join(differences[:2]) or "the features differ"
-            reason = f"{names[0]} in training and {names[1]} in test are of different encoders ({differ})"
-    are_imported = all(cache.info.source.get("type") == IMPORTED_SOURCE for cache in (train, test))
-    if reason is not None and reason != _NO_LIMIT and are_imported:
+    differences = name_differences(train_feature.fingerprint, test_feature.fingerprint)
+    if name is None:
+        in_train, in_test = (", ".join(feature.name for feature in cache.features(modality)) for cache in (train, test))
+        reason = f"no encoder made {modality} features of both: {in_train} in training, {in_test} in test"
+    elif differences or train_feature.name != test_feature.name:
+        reason = (
+            f"{train_feature.name} of {train_feature.spec} in training and {test_feature.name} of {test_feature.spec} "
+            f"in test are of different encoders ({'; '.join(differences[:2]) or 'the features differ'})"
+        )
+    if reason is not None and all(cache.info.source.get("type") == IMPORTED_SOURCE for cache in (train, test)):
         reason += f"; {IMPORT_TOGETHER}"
-    return opened[0], opened[1], reason
+    return train_feature, test_feature, reason
 
 
 def _are_vectors_hashed(cache: Cache, modality: str) -> bool:
@@ -314,20 +315,14 @@ def _are_vectors_hashed(cache: Cache, modality: str) -> bool:
     return modality != "text" and (is_imported or any(group.is_imported for group in cache.encoders(modality)))
 
 
-def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:
-    """Return the only feature that both have by one encoder, derived ones aside; None if there is none."""
-    others = {feature.name: feature for feature in train.default_features(modality)}
-    both = [
+def _common_features(train: Cache, test: Cache, modality: str) -> list[str]:
+    """Return the features that both have by one encoder, derived ones aside."""
+    fingerprints = {feature.name: feature.fingerprint for feature in train.default_features(modality)}
+    return [
         feature.name
         for feature in test.default_features(modality)
-        if feature.name in others and not name_differences(others[feature.name].fingerprint, feature.fingerprint)
+        if feature.name in fingerprints and not name_differences(fingerprints[feature.name], feature.fingerprint)
     ]
-    if len(both) > 1:
-        raise SettingError(
-            f"feature: expected one of the several {modality} features of both caches, got none; choose one with "
-            f"--feature {modality}=NAME: {', '.join(both)}"
-        )
-    return both[0] if both else None
 
 
 def _open_items(cache: Cache, feature: InputFeature) -> ItemSet:

@@ -238,7 +238,7 @@ def test_mistakes_are_refused_before_anything_is_compared(
 ) -> None:
     monkeypatch.setattr("embedcache.curate.leaks.find_near", None)
     monkeypatch.setattr("embedcache.curate.leaks.MODALITIES", ("text", "image"))  # of which the second has several
-    with pytest.raises(SettingError, match="feature: expected one of the several"):
+    with pytest.raises(SettingError, match="feature: expected one"):
         find_leaks(*caches)
     done = embedcache("curate", "leaks", caches[0], caches[1], "clean.txt", cwd=tmp_path)
     assert done.stderr == "error: selection clean.txt: expected a path that ends in .parquet, got .txt\n"
