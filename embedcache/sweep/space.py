@@ -23,9 +23,9 @@ from embedcache.files import read_text
 from embedcache.projectors.base import bind_projector, split_names
 from embedcache.registry import unknown_name
 from embedcache.settings import flat_settings, with_underscores
-from embedcache.train.checkpoint import check_trackers
 from embedcache.train.losses import check_loss
 from embedcache.train.settings import TrainSettings, train_settings
+from embedcache.train.trainer import check_trackers
 
 Value: TypeAlias = str | int | float | bool
 """A value of a setting, as Optuna stores it; a list is text there, such as `4,8`."""

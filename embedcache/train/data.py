@@ -1,12 +1,13 @@
 """The input of a training run: two features of one or several caches, and their pairs, divided by the run's split."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -46,29 +47,20 @@ def parse_views(words: Sequence[str]) -> dict[str, dict[str, float]]:
     views: dict[str, dict[str, float]] = {}
     for word in words:
         modality, _, listed = word.partition("=")
-        if modality not in MODALITIES or not listed or modality in views:
-            reason = "one word per modality" if modality in views else f"a modality of {', '.join(MODALITIES)}"
-            raise SettingError(f"views: expected {reason}, as in image=plain:0.5,flip:0.5, got {word!r}")
-        weights: dict[str, float] = {}
-        for part in listed.split(","):
-            name, separator, number = part.partition(":")
-            weight = _parse_weight(number) if separator else 1.0
-            if not name or name in weights or weight is None:
-                raise SettingError(
-                    f"views: expected different views, with weights above 0, as in image=plain:1,flip:1, got {word!r}"
-                )
-            weights[name] = weight
+        parts = [part.partition(":") for part in listed.split(",")]
+        try:
+            weights = {name: float(weight or 1) for name, _, weight in parts}
+        except ValueError:
+            weights = {}
+        is_valid = len(weights) == len(parts) and all(name and 0 < weights[name] < math.inf for name in weights)
+        if modality not in MODALITIES or modality in views or not is_valid:
+            raise SettingError(
+                f"views: expected one word per modality of {', '.join(MODALITIES)}, of different views with weights "
+                f"above 0, as in image=plain:0.5,flip:0.5, got {word!r}"
+            )
         total = sum(weights.values())
         views[modality] = {name: weight / total for name, weight in weights.items()}
     return views
-
-
-def _parse_weight(text: str) -> float | None:
-    try:
-        weight = float(text)
-    except ValueError:
-        return None
-    return weight if 0 < weight < float("inf") else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,24 +90,21 @@ class DrawnViews:
 
     def read(self, rows: Ints, views: Ints) -> Inputs:
         """Read each row from the view of a number."""
-        return read_views(self.readers, rows, views)
+        return gather(self.readers.values(), rows, views)
 
 
-def read_views(readers: Mapping[str, Reader], rows: Ints, views: Ints) -> Inputs:
-    """Read each row from the view of a number, in the order of `readers`; padded to the longest."""
+def gather(readers: Iterable[Reader], rows: Ints, which: Ints) -> Inputs:
+    """Read each row with the reader of a number, in the order of `readers`; padded to the longest."""
     parts: list[tuple[Ints, Inputs]] = []
-    for number, read in enumerate(readers.values()):
-        positions = np.flatnonzero(views == number)
+    for number, read in enumerate(readers):
+        positions = np.flatnonzero(which == number)
         if len(positions):
             parts.append((positions, read(rows[positions])))
-    return merge_inputs(parts, len(rows), np.result_type(*(inputs.values.dtype for _, inputs in parts)))
 
-
-def merge_inputs(parts: Sequence[tuple[Ints, Inputs]], count: int, dtype: np.dtype[Any]) -> Inputs:
-    """Merge inputs that were read for some positions each into one, padded to the longest."""
     shape = np.max([inputs.values.shape[1:] for _, inputs in parts], axis=0)
-    values: Array = np.zeros((count, *shape), dtype)
-    lengths = None if parts[0][1].lengths is None else np.zeros(count, np.int64)
+    dtype = np.result_type(*(inputs.values.dtype for _, inputs in parts))
+    values: Array = np.zeros((len(rows), *shape), dtype)
+    lengths = None if parts[0][1].lengths is None else np.zeros(len(rows), np.int64)
     for positions, inputs in parts:
         values[positions, : inputs.values.shape[1]] = inputs.values
         if lengths is not None and inputs.lengths is not None:
@@ -309,20 +298,13 @@ def _reader(features: Sequence[InputFeature], memory_bytes: float, progress: Pro
     readers = [feature.load(progress=progress) if fits else feature.read for feature in features]
     if len(readers) == 1:
         return readers[0]
-    stops = np.cumsum([feature.num_items for feature in features])
-    dtype = np.result_type(*(feature.dtype for feature in features))
-    return lambda rows: _gather(readers, stops, rows, dtype)
+    starts = np.cumsum([0, *(feature.num_items for feature in features)])
 
+    def read(rows: Ints) -> Inputs:
+        which = np.searchsorted(starts, rows, side="right") - 1
+        return gather(readers, rows - starts[which], which)
 
-def _gather(readers: Sequence[Reader], stops: Ints, rows: Ints, dtype: np.dtype[Any]) -> Inputs:
-    """Read rows that are numbered across the readers."""
-    which = np.searchsorted(stops, rows, side="right")
-    parts: list[tuple[Ints, Inputs]] = []
-    for number, read in enumerate(readers):
-        positions = np.flatnonzero(which == number)
-        if len(positions):
-            parts.append((positions, read(rows[positions] - (stops[number - 1] if number else 0))))
-    return merge_inputs(parts, len(rows), dtype)
+    return read
 
 
 @dataclass(frozen=True, kw_only=True)

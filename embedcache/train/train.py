@@ -12,6 +12,7 @@ from embedcache.dataset.inputs import NamedFeatures
 from embedcache.dataset.pairs import Pairs, choose_language
 from embedcache.dataset.selections import HardNegatives, read_negatives
 from embedcache.dataset.settings import with_split_seed
+from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath, relative_location, writing
 from embedcache.metrics.ranking import metric_label
@@ -19,10 +20,9 @@ from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import bind_projector, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.provenance import Manifest
-from embedcache.runs import PAIR, SPLIT, Run, RunInfo
+from embedcache.runs import CHECKPOINT, MANIFEST, PAIR, SPLIT, Run, RunInfo, read_info
 from embedcache.settings import merge_settings, replace_fields, replace_flat
 from embedcache.train.batches import PairBatches
-from embedcache.train.checkpoint import check_trackers, name_device
 from embedcache.train.data import (
     DrawnViews,
     Paths,
@@ -45,8 +45,8 @@ from embedcache.train.initialization import (
 from embedcache.train.losses import check_loss
 from embedcache.train.pair import PairTask, Validation, has_batch_norm
 from embedcache.train.recipes import apply_recipe
-from embedcache.train.settings import FitSettings, ModelSettings, TrainSettings
-from embedcache.train.trainer import OnEpoch, Task, Trainer, network_of, seeded
+from embedcache.train.settings import FitSettings, MachineSettings, ModelSettings, TrainSettings
+from embedcache.train.trainer import OnEpoch, Task, Trainer, check_trackers, network_of, seeded
 
 if TYPE_CHECKING:
     from embedcache.options import TrainOptions
@@ -176,6 +176,24 @@ def train_task(
             if run is not None:  # the first process
                 run.finish(network, made.to_json())
     return made
+
+
+def name_device(machine: MachineSettings, run_path: Path, *, needs_float64: bool = False) -> MachineSettings:
+    """Return the settings with the device named: `auto` is that of the run in the folder, else the fastest.
+
+    So the same command reuses a finished run, and resumes an interrupted one, also on a machine with another GPU.
+
+    Raises:
+        SettingError: the run is not finished, and its device does not exist.
+    """
+    stored = read_info(run_path) if (run_path / MANIFEST).is_file() else None
+    is_finished = stored is not None and stored.is_finished
+    device = machine.device
+    if device == AUTO and stored is not None and (is_finished or (run_path / CHECKPOINT).is_file()):
+        device = str(stored.settings.get("machine", {}).get("device", AUTO))
+    if not is_finished or device == AUTO:
+        device = str(torch_device(device, needs_float64=needs_float64))
+    return replace_fields(machine, device=device)
 
 
 def train(

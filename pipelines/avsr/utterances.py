@@ -20,7 +20,7 @@ from embedcache.errors import DataError
 from embedcache.registry import unknown_name
 from embedcache.runs import Run
 from embedcache.store.cache import Cache
-from embedcache.train.data import read_views
+from embedcache.train.data import gather
 from embedcache.train.distributed import check_batches
 from pipelines.avsr.network import KIND
 from pipelines.avsr.transcripts import encode_transcript
@@ -72,7 +72,7 @@ class Stream:
 
     def read(self, rows_B: Ints, views_B: Ints) -> Inputs:
         """Read each row from the view of a number."""
-        return read_views(self.readers, rows_B, views_B)
+        return gather(self.readers.values(), rows_B, views_B)
 
 
 @dataclass(frozen=True, kw_only=True)

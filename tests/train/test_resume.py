@@ -17,9 +17,10 @@ import torch
 
 from embedcache.errors import CorruptError, FingerprintError, SettingError
 from embedcache.runs import CHECKPOINT, Run, is_finished
-from embedcache.train import checkpoint
-from embedcache.train.checkpoint import RunLog, load_checkpoint, name_device
+from embedcache.train import trainer
 from embedcache.train.settings import MachineSettings
+from embedcache.train.train import name_device
+from embedcache.train.trainer import RunLog, load_checkpoint
 from tests.cli.run import embedcache
 from tests.crash import start
 from tests.edits import edit_record
@@ -146,7 +147,7 @@ def test_wrong_checkpoint_is_refused(cache_path: Path, unfinished: Path) -> None
 
 def test_only_the_first_process_writes_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rank, size in ((0, 12), (1, 0)):
-        monkeypatch.setattr(checkpoint, "process_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(trainer, "process_rank", lambda rank=rank: rank)
         with RunLog(tmp_path, num_bytes=0, step=0) as log:
             log.write({"loss": rank}, 0, {})
             assert log.flush() == size

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from embedcache.errors import SettingError, UnknownNameError
-from embedcache.train.checkpoint import RunLog
+from embedcache.train.trainer import RunLog
 from tests.train.runs import interrupted_after, log_lines, run
 
 
