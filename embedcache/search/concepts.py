@@ -1,7 +1,8 @@
 """Concepts: named directions, from the cached prompts of a list or from labeled examples."""
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from embedcache.arrays import Array, Floats, Ints, blocks, normalize
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.prompts import CLASS, has_prompts, read_prompts
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.progress import Progress
@@ -18,6 +19,7 @@ from embedcache.sources.open import IMPORT_TOGETHER
 from embedcache.store.cache import Cache
 
 MAX_EXAMPLES = 128  # as "From Unimodal to Multimodal" (CVPR 2025) averages for its prototypes
+_SEED = 0
 _MAX_TEXTS = 8
 _BLOCK = 4096
 
@@ -42,15 +44,13 @@ def open_concepts(
     pool: Vectors,
     *,
     label: str = "label",
-    max_examples: int = MAX_EXAMPLES,
-    seed: int = 0,
     join_names: bool = False,
 ) -> Concepts:
     """Read concepts in the space of a pool's vectors.
 
     In a cache made from `prompts:…`, or of other texts with a column `class`, each sample is a concept, the mean of its
     prompts. In other caches, and where `label` is `class`, each value of the column `label` is a concept, the mean of
-    at most `max_examples` random examples (a prototype). Vectors are normalized, averaged and normalized again. If a
+    at most 128 random examples (a prototype). Vectors are normalized, averaged and normalized again. If a
     run projects the pool, its text tower projects prompts, and the tower of its first modality that the cache has
     projects examples (such as that of images, or, if there are none, of texts). If the pool is a plain feature, the
     concepts must have the same feature. `join_names` merges concepts with equal names, such as the two cranes of
@@ -62,19 +62,23 @@ def open_concepts(
         DataError: prompts for a plain feature of other items than texts, equal names, or a concept without a prompt or
             example.
     """
-    if max_examples < 1:
-        raise SettingError(f"max_examples: expected a whole number of at least 1, got {max_examples}")
     is_prompts = has_prompts(cache) and label != CLASS
     vectors = _open(cache, pool, is_prompts=is_prompts)
     if is_prompts:
         prompts = read_prompts(cache, vectors.feature)
-        names, rows, numbers = _Members(prompts.names, prompts.rows, prompts.classes)
+        names, rows, numbers = prompts.names, prompts.rows, prompts.classes
     else:
-        names, rows, numbers = _draw_examples(vectors, label, max_examples, np.random.default_rng(seed))
-    if join_names:  # concepts of equal names get the number of the first
-        unique = list(dict.fromkeys(names))
-        names, numbers = unique, np.array([unique.index(name) for name in names], np.int64)[numbers]
-    _check_unique(names, cache)
+        names, rows, numbers = _draw_examples(vectors, label)
+    unique = list(dict.fromkeys(names))
+    if len(unique) < len(names):
+        if not join_names:
+            name, count = Counter(names).most_common(1)[0]
+            raise DataError(
+                f"{cache.path}: expected each concept once, got {name!r} {count} times; extract a list with each name "
+                "once"
+            )
+        numbers = np.array([unique.index(name) for name in names], np.int64)[numbers]
+        names = unique
     sums_CP: Array = np.zeros((len(names), vectors.width), np.float64)  # `mean_directions` needs all vectors in memory
     for block in blocks(len(rows), _BLOCK):
         np.add.at(sums_CP, numbers[block], vectors.read(rows[block]))
@@ -98,7 +102,7 @@ def open_concepts(
         first = cache.items("text", columns=["text"])["text"].take(rows[numbers == 0])
         source |= {"texts": first.slice(0, _MAX_TEXTS).to_pylist()}
     else:
-        source |= {"label": label, "most_examples": max_examples, "seed": seed}
+        source |= {"label": label, "most_examples": MAX_EXAMPLES, "seed": _SEED}
     return Concepts(names=names, vectors=vectors_CP, counts=np.bincount(numbers, minlength=len(names)), source=source)
 
 
@@ -120,14 +124,6 @@ def choose_feature(cache: AnyPath, concepts: AnyPath, modality: str, *, progress
         f"{shared[0].name} is used: of the {modality} features of {cache}, {concepts} has no other one to compare with"
     )
     return shared[0].name
-
-
-class _Members(NamedTuple):
-    """The prompts or examples that concepts are the means of."""
-
-    names: list[str]  # of the C concepts
-    rows: Ints  # (M,) rows of the prompts or examples, ascending
-    numbers: Ints  # (M,) number of the concept of each
 
 
 def _open(cache: Cache, pool: Vectors, *, is_prompts: bool) -> Vectors:
@@ -167,8 +163,8 @@ def _projected_modality(cache: Cache, pool: Vectors, *, is_prompts: bool) -> str
     return "text"
 
 
-def _draw_examples(vectors: Vectors, label: str, max_examples: int, rng: np.random.Generator) -> _Members:
-    """Draw at most `max_examples` rows of each label, in order."""
+def _draw_examples(vectors: Vectors, label: str) -> tuple[list[str], Ints, Ints]:
+    """Draw at most `MAX_EXAMPLES` rows of each label: names, rows in order, and the number of the name of each."""
     cache = vectors.cache
     samples_N = cache.items(vectors.modality, columns=["sample"])["sample"].to_numpy()[vectors.rows]
     is_labeled_N = has_label(cache, samples_N, column=label)
@@ -186,22 +182,9 @@ def _draw_examples(vectors: Vectors, label: str, max_examples: int, rng: np.rand
             f"column {label!r} of {cache.path}: expected an encoded example of each of {num_labels:,} labels, got none "
             f"of {num_labels - len(labels.names):,}; retry with extract --retry-failed, or leave these labels out"
         )
-    shuffled = rng.permutation(len(rows_N))
+    shuffled = np.random.default_rng(_SEED).permutation(len(rows_N))
     order = shuffled[np.argsort(labels.numbers[shuffled], kind="stable")]
     counts_C = np.bincount(labels.numbers)
     ranks = np.arange(len(order)) - np.repeat(np.cumsum(counts_C) - counts_C, counts_C)
-    examples = np.sort(order[ranks < max_examples])
-    return _Members(labels.names, rows_N[examples], labels.numbers[examples])
-
-
-def _check_unique(names: list[str], cache: Cache) -> None:
-    numbers_of: dict[str, list[str]] = {}
-    for number, name in enumerate(names):
-        numbers_of.setdefault(name, []).append(str(number))
-    repeated = [(name, numbers) for name, numbers in numbers_of.items() if len(numbers) > 1]
-    if repeated:
-        shown = ", ".join(f"{name!r} (numbers {' and '.join(numbers)})" for name, numbers in repeated[:5])
-        raise DataError(
-            f"{cache.path}: expected each concept once, got {len(repeated):,} of {len(numbers_of):,} repeated, counted "
-            f"from 0: {shown}; extract a list with each name once"
-        )
+    examples = np.sort(order[ranks < MAX_EXAMPLES])
+    return labels.names, rows_N[examples], labels.numbers[examples]

@@ -9,7 +9,7 @@ import numpy as np
 
 from embedcache.arrays import Floats, Ints, concatenated_ranges
 from embedcache.dataset.labels import label_text
-from embedcache.dataset.thumbnails import PICTURED, Thumbnails, credit, not_shown
+from embedcache.dataset.thumbnails import PICTURED, Thumbnails, credit
 from embedcache.errors import EmbedcacheError, visible
 from embedcache.registry import require
 from embedcache.sources.files import file_name_beside_key
@@ -111,20 +111,18 @@ class SearchResults(list[Hits]):
 
 def _show(hits: Hits) -> list[str]:
     """Return the elements that show the hits of one query."""
-    shown, reason, cards = hits[:_MAX_HITS], "", []
     thumbnails: Thumbnails | None = None
-    try:
-        thumbnails = Thumbnails(hits.cache, hits.modality) if hits.modality in PICTURED else None
-    except EmbedcacheError as error:
-        reason = str(error)
-    for hit in shown:
+    reason = ""
+    cards = []
+    for hit in hits[:_MAX_HITS]:
         image = ""
         try:
-            if thumbnails is not None:
+            if hits.modality in PICTURED:
+                thumbnails = thumbnails or Thumbnails(hits.cache, hits.modality)
                 url = thumbnails.data_url(hit.row)
                 image = f'<img src="{url}" alt="{_text(hit.key)}" style="max-width: 100%"><br>'
         except EmbedcacheError as error:
-            reason = f"{not_shown(hits.modality)}{error}"
+            reason = str(error)
         file = file_name_beside_key(hit.path, hit.key)
         details = _text(" · ".join(filter(None, [hit.key, file, hit.label, *hit.captions])))
         words = _text(hit.captions[0] if hit.captions else hit.name)
@@ -133,14 +131,14 @@ def _show(hits: Hits) -> list[str]:
             f"{image}<small><b>{hit.score:.3f}</b> {words}</small></div>"
         )
     parts = [f"<b>{_text(hits.query)}</b>", f'<div style="display: flex; flex-wrap: wrap">{"".join(cards)}</div>']
-    if len(hits) > len(shown):
-        parts.append(f"<p>… and {len(hits) - len(shown):,} more</p>")
-    return [*parts, f"<p><small>{_text(reason, len(reason))}</small></p>"] if reason else parts
+    if len(hits) > _MAX_HITS:
+        parts.append(f"<p>… and {len(hits) - _MAX_HITS:,} more</p>")
+    return [*parts, f"<p><small>{escape(visible(reason))}</small></p>"] if reason else parts
 
 
-def _text(words: str, max_characters: int = _MAX_CHARACTERS) -> str:
+def _text(words: str) -> str:
     """Return text of a cache or a query as HTML: escaped, without control characters, cut if it is long."""
-    cut = f"{words[:max_characters]}…" if len(words) > max_characters else words
+    cut = f"{words[:_MAX_CHARACTERS]}…" if len(words) > _MAX_CHARACTERS else words
     return escape(visible(cut))
 
 

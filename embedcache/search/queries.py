@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -36,10 +36,6 @@ from embedcache.search.concepts import open_concepts
 from embedcache.search.faiss_index import RowIndex
 from embedcache.sources.images import ImageLike
 from embedcache.store.cache import Cache, RowReader, find_keys
-
-if TYPE_CHECKING:
-    pass
-
 
 _IN_FILES = tuple(modality.name for modality in FILE_MODALITIES)
 
@@ -76,10 +72,10 @@ class Queries:
     def __post_init__(self) -> None:
         for name in ("texts", "keys", "concepts"):
             object.__setattr__(self, name, list_texts(getattr(self, name), name))
-        object.__setattr__(self, "images", list_items(self.images))
         for name in self.items:
             if name not in _IN_FILES:
                 raise unknown_name("modality of items in files", name, _IN_FILES)
+        object.__setattr__(self, "images", list_items(self.images))
         object.__setattr__(self, "items", {name: list_items(items) for name, items in self.items.items()})
         object.__setattr__(self, "rows", tuple(to_rows(self.rows).tolist()))
         if self.vectors is not None:
@@ -94,13 +90,19 @@ class Queries:
             raise SettingError("query: expected at least one text, image, item, key, row, concept or vector, got none")
 
     @property
+    def named_items(self) -> dict[str, list[tuple[str, ItemLike]]]:
+        """The items to encode by modality, images first, each with its name."""
+        listed = {"image": [*list_items(self.images), *list_items(self.items.get("image", ()))]}
+        listed |= {modality: list_items(items) for modality, items in self.items.items() if modality != "image"}
+        return {
+            modality: [(item_name(item, modality, number), item) for number, item in enumerate(items)]
+            for modality, items in listed.items()
+        }
+
+    @property
     def names(self) -> list[str]:
         """A name of each query: its text, path, key or concept, or the number of its item, row or vector."""
-        items = [
-            item_name(item, modality, number)
-            for modality, listed in [("image", self.images), *self.items.items()]
-            for number, item in enumerate(list_items(listed))
-        ]
+        items = [name for named in self.named_items.values() for name, _ in named]
         rows = [f"row {row}" for row in self.rows]
         vectors = [f"vector {row}" for row in range(0 if self.vectors is None else len(np.atleast_2d(self.vectors)))]
         return [*self.texts, *items, *self.keys, *rows, *self.concepts, *vectors]
@@ -154,19 +156,15 @@ class QueryEncoder:
             )
         if self.run is not None and modality not in self.run.modalities:
             return f"expected one of the modalities of the run, {' and '.join(self.run.modalities)}"
-        next_step = "search with --query-key or --query-vectors"
-        if self.run is not None:
-            next_step = f"search with --query-key, or with --query-vectors and what {_project_call(modality)} returns"
-        return why_no_encoder(EncoderSpec.parse(self._tower_input(modality).spec), modality, next_step=next_step)
-
-    def _check_comparable(self, modality: Modality) -> None:
-        if (rejection := self.rejection(modality)) is not None:
-            raise DataError(f"{modality} query: {rejection}")
+        spec = EncoderSpec.parse(self._tower_input(modality).spec)
+        return why_no_encoder(spec, modality, next_step="search with --query-key or --query-vectors")
 
     def encoder(self, modality: Modality) -> FeatureEncoder:
         """Return the encoder of a modality, which must be the one that made the feature."""
         if modality not in self._encoders:
-            self._check_comparable(modality)
+            rejection = self.rejection(modality)
+            if rejection is not None:
+                raise DataError(f"{modality} query: {rejection}")
             source = self._tower_input(modality)
             if self.run is not None:
                 self.run.load()  # a damaged run is refused first
@@ -199,9 +197,9 @@ class QueryEncoder:
             texts = [text.strip() for text in queries.texts]  # as captions are
             encoder = self.encoder("text")
             parts.append(self._encode_batches("text", len(texts), lambda rows: encoder.prepare(texts[rows])))
-        for modality, items in [("image", queries.images), *queries.items.items()]:
+        for modality, items in queries.named_items.items():
             if items:
-                parts.append(self._encode_files(MODALITIES[modality].name, list_items(items)))
+                parts.append(self._encode_items(MODALITIES[modality].name, items))
         if queries.keys:
             parts.append(self._read_keys(queries.keys))
         if queries.rows:
@@ -212,12 +210,11 @@ class QueryEncoder:
             parts.append(self._check_vectors(np.atleast_2d(queries.vectors)))
         return np.concatenate(parts)
 
-    def _encode_files(self, modality: Modality, items: Sequence[ItemLike]) -> Floats:
-        """Encode items of any modality in files, or decoded."""
+    def _encode_items(self, modality: Modality, named: Sequence[tuple[str, ItemLike]]) -> Floats:
+        """Encode items in files, or decoded."""
         encoder = self.encoder(modality)
-        named = [(item, item_name(item, modality, number)) for number, item in enumerate(items)]
         return self._encode_batches(
-            modality, len(items), lambda rows: [prepare_item(*item, encoder) for item in named[rows]]
+            modality, len(named), lambda rows: [prepare_item(item, name, encoder) for name, item in named[rows]]
         )
 
     def _encode_batches(self, modality: Modality, count: int, prepare: Callable[[slice], list[Array]]) -> Floats:
@@ -274,23 +271,15 @@ class QueryEncoder:
 
     def _check_vectors(self, vectors_QP: Array) -> Floats:
         if vectors_QP.ndim != 2 or vectors_QP.shape[1] != self._card.width:
-            shape = f"query vectors: expected shape (Q, {self._card.width}), got {vectors_QP.shape}"
-            raise DataError(f"{shape}{self._how_to_project(vectors_QP)}")
+            raise DataError(
+                f"query vectors: expected shape (Q, {self._card.width}), got {vectors_QP.shape}; project vectors of a "
+                'feature first: embedcache.load(RUN).project(vectors, "image")'
+            )
         check_finite(vectors_QP, "the array of query vectors")
         is_zero = ~vectors_QP.any(axis=1)
         if is_zero.any():
             raise DataError(f"query vectors: expected rows with a direction, got zeros in row {is_zero.argmax()}")
         return normalize(vectors_QP)
-
-    def _how_to_project(self, vectors_QD: Array) -> str:
-        """Return the next step for vectors of the width of a feature of the run; empty for others."""
-        inputs = {} if self.run is None else self.run.info.inputs
-        calls = [_project_call(modality) for modality, side in inputs.items() if vectors_QD.shape[-1] == side.width]
-        return f"; project vectors of the run's feature first: {' or '.join(calls)}" if calls else ""
-
-
-def _project_call(modality: str) -> str:
-    return f'embedcache.load(RUN).project(vectors, "{modality}")'
 
 
 def read_vectors(path: Path) -> Array:

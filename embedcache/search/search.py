@@ -1,6 +1,5 @@
 """Searching an index: texts, images, samples, concepts or vectors in, the nearest items that pass a filter out."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 _BATCH = 4096  # queries that are searched at once
 _DEFAULT_K = 10
 _COMPARE_ALL = 20_000  # up to this many filtered items, all are compared: fast, and a graph or lists would miss most
-_OPTIONS = {"label": "label-value", "split": "part"}  # column -> option of `embedcache search`
+_OPTIONS = {"label": "label-value", "split": "part", "language": "language"}  # column -> option of `embedcache search`
 
 
 def search(
@@ -233,7 +232,6 @@ class CacheFilters:
         self._cache, self._modality, self._label = cache, modality, label
         self._run_path = run_path if run_path is not None and (run_path / SPLIT).is_file() else None
         self._column = lru_cache(maxsize=None)(self._read_column)
-        self._languages = lru_cache(maxsize=None)(self._read_languages)
         self._selected = lru_cache(maxsize=16)(self._read_selection)
 
     def mask(self, condition: Filter) -> Bools:
@@ -243,9 +241,9 @@ class CacheFilters:
         """
         mask_N = np.ones(self._cache.num_rows(self._modality), bool)
         if condition.label_value:
-            mask_N &= self._has_value(self._column("label"), condition.label_value, "label")[self._samples]
+            mask_N &= self._has_value("label", condition.label_value)[self._samples]
         if condition.part:
-            mask_N &= self._has_value(self._column("split"), condition.part, "part")[self._samples]
+            mask_N &= self._has_value("split", condition.part)[self._samples]
         if condition.language:
             mask_N &= self._has_language(condition.language)
         if condition.selection is not None:
@@ -254,12 +252,12 @@ class CacheFilters:
 
     def values(self, name: str, rows: Ints | slice = slice(None)) -> dict[str, int]:
         """Count items, by default all, by value of `label`, `split` or `language`: sorted; empty if there is none."""
-        if not self._has_column(name):
+        try:
+            column = self._column(name)
+        except UnknownNameError:
             return {}
         if name == "language":
-            column = self._languages()
             return {value: int(self._has_language([value])[rows].sum()) for value in sorted(column.names)}
-        column = self._column(name)
         counts = np.bincount(column.codes[self._samples[rows]] + 1, minlength=len(column.names) + 1)[1:]
         return dict(sorted(zip(column.names, counts.tolist(), strict=True)))
 
@@ -268,51 +266,37 @@ class CacheFilters:
         samples_N: Ints = self._cache.items(self._modality, columns=["sample"])["sample"].to_numpy()
         return samples_N
 
-    def _has_column(self, name: str) -> bool:
-        if name == "language":
-            return "text" in self._cache.info.num_items
-        return self._column_of(name) in self._cache.columns or (name == "split" and self._run_path is not None)
-
-    def _has_value(self, column: "_Column", values: Sequence[str], name: str) -> Bools:
+    def _has_value(self, name: str, values: Sequence[str]) -> Bools:
+        column = self._column(name)
         for value in values:
-            if not column.names:
-                option = _OPTIONS.get(name, name)
-                raise UnknownNameError(
-                    f"--{option}: {self._cache.path} names no {name}, expected {value!r}; search without --{option}"
-                )
             if value not in column.names:
-                raise unknown_name(name, value, column.names, where=f"in {self._cache.path}")
-        has_value_N: Bools = np.isin(column.codes, [column.names.index(value) for value in values])
-        return has_value_N
+                raise unknown_name(_OPTIONS[name], value, column.names, where=f"in {self._cache.path}")
+        has_value: Bools = np.isin(column.codes, [column.names.index(value) for value in values])
+        return has_value
 
     def _has_language(self, languages: Sequence[str]) -> Bools:
         """Return whether each item, or a caption of its sample, is in one of the languages: (N,)."""
-        is_in_language_T = self._has_value(self._languages(), languages, "language")
+        is_in_language_T = self._has_value("language", languages)
         if self._modality == "text":
             return is_in_language_T
         is_in_language_S = np.zeros(self._cache.info.num_samples, bool)
         is_in_language_S[self._cache.items("text", columns=["sample"])["sample"].to_numpy()[is_in_language_T]] = True
         return is_in_language_S[self._samples]
 
-    def _column_of(self, name: str) -> str:
-        """Return the column of the samples that holds their `label` or `split`."""
-        return self._label if name == "label" else name
-
     def _read_column(self, name: str) -> "_Column":
-        if self._column_of(name) in self._cache.columns:
-            return _encode(self._cache.column(self._column_of(name)))
+        """Read `language` of texts, or a column of the samples."""
+        if name == "language" and "text" in self._cache.info.num_items:
+            return _encode(self._cache.items("text", columns=["language"])["language"])
+        column = self._label if name == "label" else name
+        if name != "language" and column in self._cache.columns:
+            return _encode(self._cache.column(column))
         if name == "split" and self._run_path is not None:
             parts = to_array(read_split(self._run_path / SPLIT, [self._cache]).parts, pa.string())
             return _encode(pa.chunked_array([pc.if_else(pc.equal(parts, ""), None, parts)]))
         raise UnknownNameError(
-            f"--{_OPTIONS[name]}: expected a column {name!r} in {self._cache.path}, got the columns "
-            f"{', '.join(self._cache.columns)}{'; name another one with --label' if name == 'label' else ''}"
+            f"--{_OPTIONS[name]}: expected a column {column!r} in {self._cache.path}, got the columns "
+            f"{', '.join(self._cache.columns)}; leave the option out, or name the column of labels with --label"
         )
-
-    def _read_languages(self) -> "_Column":
-        if "text" not in self._cache.info.num_items:
-            raise UnknownNameError(f"--language: expected captions in {self._cache.path}, got none")
-        return _encode(self._cache.items("text", columns=["language"])["language"])
 
     def _read_selection(self, path: Path) -> Bools:
         is_selected = np.zeros(self._cache.info.num_samples, bool)
@@ -344,13 +328,12 @@ def _choose_k(k: int | None, num_allowed: int, num_items: int) -> int:
 
 
 def _require_file(path: Path, file: str, option: str) -> Path:
-    """Return a path that an index holds relative to itself, without `..` where no link is in between."""
+    """Return a path that an index names relative to itself."""
     if not (path / file).is_file():
         raise PathError(
             f"{option} {path}, which the index was built from, does not exist; if it has moved, give --{option}"
         )
-    short = Path(os.path.normpath(path))
-    return short if short.exists() and short.samefile(path) else path
+    return path.resolve()
 
 
 @dataclass(frozen=True, kw_only=True)
