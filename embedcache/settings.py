@@ -23,7 +23,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Le, Lt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from embedcache.errors import EmbedcacheError, SettingError
@@ -219,7 +219,7 @@ class FlatSetting:
         default_text: what `--help` shows as the default where the value is chosen at run time.
         metavar: placeholder of the value in `--help`; None: chosen from the type.
         panel: panel of `--help`; None: that of the group, such as `optimizer`.
-        parse: converts text from the command line or a TOML file, such as `4GB`; see `embedcache.units`.
+        parse: converts text from the command line or a TOML file, such as `4GB`; see `embedcache.settings`.
         commas: what becomes of commas in a text on the command line, or in a file of its options, of a setting of
             several values. `split`: they separate values. `split specs`: those before `name=` belong to a value, such
             as `mine:noise:5,tape=a.wav`; all others separate. `keep`: they belong to the value, as they do in paths.
@@ -368,3 +368,54 @@ def to_words(value: Any) -> list[str]:
     if isinstance(value, Mapping):
         return [f"{modality}={part}" for modality, part in value.items()]
     return [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+_SIZE = TypeAdapter(ByteSize)
+
+
+def parse_size(text: str) -> int:
+    """Parse a number of bytes, such as `4GB`, `500M` or `4096`; 1 GB is 1000³ bytes, 1 GiB is 1024³."""
+    try:
+        size = int(_SIZE.validate_python(text))
+    except (ValidationError, OverflowError):
+        size = 0
+    if not 0 < size < 2**63:
+        raise SettingError(f"invalid size {text!r}: expected a number of bytes such as 500MB, 4GB or 4096")
+    return size
+
+
+def format_bytes(count: float) -> str:
+    """Format a number of bytes in GB, or in MB below 1 GB, such as `1.50 GB`."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
+
+
+def parse_fraction(text: str) -> float:
+    """Parse a fraction of a whole, such as `0.1%` or `0.001`."""
+    try:
+        fraction = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        fraction = -1.0
+    if not 0 <= fraction <= 1:
+        raise SettingError(f"invalid fraction {text!r}: expected a number between 0 and 1 or a percentage such as 0.1%")
+    return fraction
+
+
+def _parse_count(text: str) -> int:
+    """Parse a whole number of at least 1, such as `1000` or `20,000`."""
+    try:
+        count = int(text.replace(",", ""))
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise SettingError(f"invalid count {text!r}: expected a whole number of at least 1 such as 1000")
+    return count
+
+
+def parse_count_or_fraction(text: str) -> int | float:
+    """Parse a number of things, `1000`, or a percentage of them, `10%`, which becomes the fraction 0.1."""
+    return parse_fraction(text) if text.endswith("%") else _parse_count(text)
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Parse whole numbers separated by commas, such as `1000,100`."""
+    return tuple(_parse_count(part) for part in text.split(","))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from embedcache.provenance import DIGEST, read_json, write_record
 from embedcache.store.layout import read_info, table_name
-from embedcache.store.table_writer import describe_file
+from embedcache.store.tables import describe_file
 
 _UNCHECKED = {
     "cache.json": ("source",),

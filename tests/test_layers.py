@@ -12,7 +12,7 @@ import embedcache
 PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"arrays", "registry", "progress", "units", "modalities", "samples", "modeling"},
+    {"arrays", "registry", "progress", "modalities", "samples", "modeling"},
     {"settings", "processes", "parameters"},
     {"devices", "files"},
     {"locks", "neighbors"},

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from embedcache.errors import SettingError
-from embedcache.units import parse_count_or_fraction, parse_counts, parse_fraction, parse_size
+from embedcache.settings import parse_count_or_fraction, parse_counts, parse_fraction, parse_size
 
 
 @pytest.mark.parametrize(

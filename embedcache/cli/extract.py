@@ -10,8 +10,8 @@ from embedcache.derive.settings import DeriveSettings
 from embedcache.errors import SettingError
 from embedcache.extract.settings import ExtractSettings
 from embedcache.modalities import noun
+from embedcache.settings import format_bytes
 from embedcache.sources.settings import SourceSettings
-from embedcache.units import format_bytes
 
 if TYPE_CHECKING:
     from embedcache.extract.plan import Plan

@@ -11,8 +11,7 @@ from embedcache.devices import address_setting, device_setting, engine_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES, ModalityName, noun, order_pair
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, MOVED_CACHE, MOVED_RUN, RUN_HELP
-from embedcache.settings import Settings, setting
-from embedcache.units import parse_count_or_fraction
+from embedcache.settings import Settings, parse_count_or_fraction, setting
 
 _COMPARED: dict[str, Any] = {
     "default": None,

@@ -13,12 +13,12 @@ from embedcache.arrays import Floats
 from embedcache.errors import ItemError, PathError
 from embedcache.modalities import noun
 from embedcache.samples import FileItem
+from embedcache.settings import format_bytes
 from embedcache.sources.images import decode_image
 from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio, decode_video, probe_media
 from embedcache.sources.open import reopen_source, source_credit
 from embedcache.store.cache import Cache, RowReader
 from embedcache.store.tables import ITEM_SCHEMAS
-from embedcache.units import format_bytes
 
 PICTURED = ("image", "video", "audio")
 """Modalities whose items can be shown."""

@@ -20,7 +20,7 @@ from embedcache.axis import Axis
 from embedcache.encoders.base import Encoder, EncoderSettings, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, open_encoder
 from embedcache.errors import ItemError, SettingError
-from embedcache.units import format_bytes
+from embedcache.settings import format_bytes
 
 RATE_HZ = 25.0
 """Default rate: half the 50 Hz of speech encoders, and that of most recordings of talking faces."""

@@ -9,10 +9,9 @@ import numpy as np
 
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.inputs import InputFeature
-from embedcache.dataset.labels import has_label, read_labels
+from embedcache.dataset.labels import Prompts, check_prompts, class_vectors, has_label, read_labels, read_prompts
 from embedcache.dataset.matches import ItemSet
 from embedcache.dataset.pairs import Items, read_items
-from embedcache.dataset.prompts import Prompts, check_prompts, class_vectors, read_prompts
 from embedcache.errors import DataError, pluralize
 from embedcache.evaluate.overlap import Overlap, find_overlap, largest_overlap
 from embedcache.evaluate.runs import (

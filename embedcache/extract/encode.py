@@ -25,12 +25,12 @@ from embedcache.modalities import MODALITIES
 from embedcache.processes import num_cores, prefetch_map
 from embedcache.progress import NullProgress, Progress
 from embedcache.samples import FileItem, Source
+from embedcache.settings import format_bytes
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, Commit, hash_item
 from embedcache.store.producer import ChunkTask, ComputedChunk, Target, Verb
 from embedcache.store.tables import to_file_item
 from embedcache.store.writer import ChunkFeatures, cast_item
-from embedcache.units import format_bytes
 
 _MAX_CHUNK_BYTES = 2**30
 """Outputs of one chunk that are kept in memory; those of two chunks are, while one is committed."""

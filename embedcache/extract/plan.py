@@ -18,10 +18,10 @@ from embedcache.files import AnyPath, is_remote, open_path
 from embedcache.modalities import MODALITIES
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.samples import Source
+from embedcache.settings import format_bytes
 from embedcache.store.cache import Cache
 from embedcache.store.producer import Target, add_features, find_unfinished
 from embedcache.store.writer import ChunkFeatures
-from embedcache.units import format_bytes
 
 if TYPE_CHECKING:
     from embedcache.options import ExtractOptions

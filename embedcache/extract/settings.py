@@ -11,8 +11,7 @@ from embedcache.encoders.base import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
 from embedcache.processes import num_cores
-from embedcache.settings import Settings, group, replace_fields, setting
-from embedcache.units import parse_fraction
+from embedcache.settings import Settings, group, parse_fraction, replace_fields, setting
 
 if TYPE_CHECKING:
     from embedcache.samples import Source

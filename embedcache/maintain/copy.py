@@ -31,8 +31,7 @@ from embedcache.store.feature import EncoderGroup, Feature, create_group, read_f
 from embedcache.store.indexing import index_tables
 from embedcache.store.layout import SAMPLES, SUBSET, Part, checked_fit_path, fit_path
 from embedcache.store.producer import FillReport, Output, Verb, fill
-from embedcache.store.table_writer import SampleTables, TableWriter
-from embedcache.store.tables import BLOCK, ITEM_SCHEMAS, Table
+from embedcache.store.tables import BLOCK, ITEM_SCHEMAS, SampleTables, Table, TableWriter
 from embedcache.store.writer import ChunkFeatures
 
 

@@ -11,11 +11,10 @@ from embedcache.files import AnyPath, folder_bytes, open_path, remove_folder, re
 from embedcache.locks import Leases, locked
 from embedcache.maintain.settings import PruneSettings
 from embedcache.registry import unknown_name
-from embedcache.settings import merge_settings
+from embedcache.settings import format_bytes, merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.feature import EncoderGroup
 from embedcache.store.writer import withdraw
-from embedcache.units import format_bytes
 
 if TYPE_CHECKING:
     from embedcache.options import PruneOptions

@@ -18,10 +18,10 @@ from embedcache.provenance import construct, read_json, read_study, recognize
 from embedcache.reports.render import Presentation, Section
 from embedcache.runs import PAIR, Run
 from embedcache.search.card import IndexCard, read_card
+from embedcache.settings import format_bytes
 from embedcache.store.cache import Cache, caption_error_lines
 from embedcache.store.commits import PENDING, REMOVED, has_failed
 from embedcache.store.feature import Feature
-from embedcache.units import format_bytes
 
 _FEATURE_COLUMNS = ("feature", "modality", "shape", "dtype", "chunks", "failed", "bytes")
 _MOST_VALUES = 10

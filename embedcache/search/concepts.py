@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, blocks, normalize
-from embedcache.dataset.labels import has_label, read_labels
-from embedcache.dataset.prompts import CLASS, has_prompts, read_prompts
+from embedcache.dataset.labels import CLASS, has_label, has_prompts, read_labels, read_prompts
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError
 from embedcache.files import AnyPath

@@ -7,8 +7,7 @@ from embedcache.dataset.settings import SELECTION_HELP
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
-from embedcache.settings import Settings, group, setting
-from embedcache.units import parse_size
+from embedcache.settings import Settings, group, parse_size, setting
 
 FEATURE_HELP = "Feature, as encoder/feature."
 FEATURE_DEFAULT = "the run's, or the only one of the modality"

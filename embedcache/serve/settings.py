@@ -5,8 +5,7 @@ import re
 
 from embedcache.errors import SettingError
 from embedcache.search.settings import LABEL
-from embedcache.settings import Settings, setting
-from embedcache.units import parse_size
+from embedcache.settings import Settings, parse_size, setting
 
 _MIN_TOKEN_LENGTH = 16
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")

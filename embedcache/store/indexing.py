@@ -46,16 +46,20 @@ from embedcache.store.layout import (
     read_info,
     write_info,
 )
-from embedcache.store.table_writer import (
+from embedcache.store.tables import (
     BATCH,
+    ITEM_SCHEMAS,
+    RemovedSamples,
+    Table,
     TableWriter,
     digest_input,
     put_tables,
+    read_removed,
     relocate,
     rewrite_table,
     scratch_folder,
+    to_file_item,
 )
-from embedcache.store.tables import ITEM_SCHEMAS, RemovedSamples, Table, read_removed, to_file_item
 
 _OWN_NAME = re.compile(rf"({SAMPLES}|removed)-.*\.parquet|.*\.partial")
 _CACHE_FILES = {"cache.json", "records", LOCK, *ITEM_SCHEMAS}

@@ -24,8 +24,16 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED
 from embedcache.store.feature import EncoderGroup, Feature
 from embedcache.store.layout import SAMPLES, Part, find_unlisted, removed_path, write_info
-from embedcache.store.table_writer import put_tables, rewrite_table, scratch_folder, without_items, without_samples
-from embedcache.store.tables import make_removed, read_removed, write_removed
+from embedcache.store.tables import (
+    make_removed,
+    put_tables,
+    read_removed,
+    rewrite_table,
+    scratch_folder,
+    without_items,
+    without_samples,
+    write_removed,
+)
 from embedcache.store.transaction import find_transactions, finish
 from embedcache.store.verify import check_tables
 from embedcache.store.writer import chunk_files, rewrite_chunk

@@ -15,11 +15,11 @@ from embedcache.settings import (
     from_flat,
     get_setting,
     group,
+    parse_size,
     setting,
     to_flat,
     to_words,
 )
-from embedcache.units import parse_size
 
 Initialization: TypeAlias = Literal["cca", "csa", "procrustes", "ridge", "random"]
 

@@ -8,7 +8,7 @@ import pytest
 
 from embedcache.arrays import normalize
 from embedcache.dataset.inputs import open_input
-from embedcache.dataset.prompts import check_prompts, class_vectors, has_prompts, read_prompts
+from embedcache.dataset.labels import check_prompts, class_vectors, has_prompts, read_prompts
 from embedcache.errors import DataError
 from embedcache.extract.extract import extract
 from embedcache.projectors.base import project

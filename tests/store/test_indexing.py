@@ -12,7 +12,7 @@ from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from embedcache.store.removal import erase, remove_rows
-from embedcache.store.table_writer import digest_input
+from embedcache.store.tables import digest_input
 from tests.recorded import RecordedProgress
 
 

@@ -10,8 +10,7 @@ import pytest
 from embedcache.errors import CorruptError
 from embedcache.store.cache import Cache, Keys, RowReader, find_keys, keys_at, match_keys
 from embedcache.store.layout import SAMPLES, table_name, write_info
-from embedcache.store.table_writer import describe_file
-from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table
+from embedcache.store.tables import BLOCK, ITEM_BLOCK, ITEM_SCHEMAS, Table, describe_file
 from tests.edits import write_tables
 from tests.store.features import made_info
 

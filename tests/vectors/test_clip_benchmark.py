@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from embedcache.cli.main import app
-from embedcache.dataset.prompts import class_vectors, read_prompts
+from embedcache.dataset.labels import class_vectors, read_prompts
 from embedcache.errors import FingerprintError, SettingError
 from embedcache.evaluate.runs import load_runs, run_input
 from embedcache.extract.extract import extract
