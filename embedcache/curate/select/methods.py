@@ -33,6 +33,7 @@ _RATIO = 10
 _BLOCK = 4096
 _CANDIDATES = 20_000  # of the coreset
 _CANDIDATES_PER_SAMPLE = 25
+_CONCEPTS_PER_BLOCK = 32
 _WORD = re.compile(r"\w+")
 
 
@@ -369,7 +370,7 @@ def rare_first(
     About n samples per concept, each sample once. As in the paper, a concept's candidates are the 25 n samples that
     match it best, and concepts choose one after another, the rarest first. Unlike in its code, a concept's rarity is
     its score at rank n and not that of the last candidate, whose rank depends on memory; and cosines are float32, not
-    in steps of .0027. Memory: 40 bytes for each of C x 25 n candidates.
+    in steps of .0027. Memory: 8 bytes for each of C x 25 n candidates, and 25 n vectors.
     """
     check_one(budget=budget, per_concept=per_concept)
     num_concepts = len(concepts.names)
@@ -396,18 +397,20 @@ def even_quotas(budget: int, num_concepts: int) -> Ints:
     return budget // num_concepts + (np.arange(num_concepts) < budget % num_concepts).astype(np.int64)
 
 
-def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: int) -> KBest:
+def best_samples(items: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: int) -> KBest:
     """Find the `k` best samples of each concept, by cosine. A sample counts once, by its best item.
 
     Exact, for any division of the items into blocks: the sample of each item (B,), ascending over all blocks, and its
-    vector (B, P). Memory: the products of `k` items or a block in float64, and 40 bytes for each of C x K candidates;
-    it does not grow with the items.
+    vector (B, P). Memory: 8 bytes for each of C x K candidates, and K vectors with their products with 32 concepts; it
+    does not grow with the items.
     """
     best = KBest(len(concepts_CP), k)
-    for samples_B, vectors_BP in whole_samples(blocks, k):
+    for samples_B, vectors_BP in whole_samples(items, k):
         samples_S, starts_S = np.unique(samples_B, return_index=True)
-        scores_CS = np.maximum.reduceat(compute_cosines(concepts_CP, vectors_BP), starts_S, axis=1)
-        best.add_block(np.arange(len(concepts_CP)), samples_S, scores_CS)
+        for block in blocks(len(concepts_CP), _CONCEPTS_PER_BLOCK):
+            cosines_CB = compute_cosines(concepts_CP[block], vectors_BP)
+            scores_CS = np.maximum.reduceat(cosines_CB, starts_S, axis=1)
+            best.add_block(np.arange(block.start, block.stop), samples_S, scores_CS)
     return best
 
 
