@@ -34,7 +34,6 @@ from embedcache.sources.open import SOURCES
 from embedcache.sources.table import INTERVAL_NAMES
 from embedcache.store.cache import Cache, RowReader
 from embedcache.store.layout import SAMPLES
-from embedcache.vectors.importing import has_length_one
 from embedcache.vectors.opening import ARRAYS, VECTOR_COLUMNS
 from embedcache.vectors.settings import VectorExportSettings
 
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 _OF_ONE_FILE = ("table", IMPORTED_SOURCE)  # or of a folder of files
 _ROWS_PER_FILE = 1_000_000
 _BLOCK = 2**15
+_UNIT_TOLERANCE = 1e-3  # rounding to float16 is half as much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,8 @@ def _to_clip_retrieval(rows: "_Rows") -> "_Rows":
             table = table.set_column(table.schema.get_field_index(name), name, pc.fill_null(table[name], ""))
     unit = {}
     for modality, vectors_BD in vectors.items():
-        is_off_B = ~has_length_one(vectors_BD)
+        lengths_B = np.linalg.norm(vectors_BD.astype(np.float32), axis=1)
+        is_off_B = np.abs(lengths_B - 1) > _UNIT_TOLERANCE
         unit[modality] = vectors_BD.copy()
         unit[modality][is_off_B] = normalize(vectors_BD[is_off_B])
     return table, unit

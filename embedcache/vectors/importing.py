@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 _FEATURE = "vector"
 _NO_VECTOR = "NaN or infinity in the imported vector"
 _EMPTY = "empty caption"
-_UNIT_TOLERANCE = 1e-3
 _KEY_FORMAT = "{:09d}"
 _NEXT_STEP = "restore the files and use the same options, or import into a new folder"
 
@@ -142,14 +141,12 @@ def _import_feature(
     in_file, in_cache = vectors.dtypes(name)
     if in_file != in_cache:
         progress.note(f"{name}: {in_file} is stored as {in_cache}")
-    first_blocks = (next(group.vectors[name].blocks(), None) for group in vectors.groups)
-    has_unit_length = all(has_length_one(block_BD).all() for block_BD in first_blocks if block_BD is not None)
     fingerprint = {
         "family": IMPORTED,
         "model": source["model"] or "unknown",
         "revision": None,
         "weights": source["files"],
-        "preprocessing": {"format": vectors.form, "array": name, "is_normalized": has_unit_length},
+        "preprocessing": {"format": vectors.form, "array": name},
         "pooling": {},
         "backend": None,
         "precision": None,
@@ -162,7 +159,7 @@ def _import_feature(
     report = fill(group, producer, progress=progress)
     if sum(report.failures.values()) == vectors.num_rows:
         raise SourceError(f"{vectors.path}: expected usable vectors, got none in {vectors.num_rows:,} rows of {name}")
-    return replace(report, note="normalized" if has_unit_length else "not normalized")
+    return report
 
 
 def _withdraw_damaged(group: EncoderGroup) -> None:
@@ -237,14 +234,6 @@ def _rechunk(blocks: Iterator[Array], size: int) -> Iterator[Array]:
             waiting = [joined[whole:].copy()]
     if sum(map(len, waiting)):
         yield np.concatenate(waiting)
-
-
-def has_length_one(vectors_ND: Array) -> Bools:
-    """Return which rows have length 1, within the precision of float16, or are not finite: (N,) bool."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        lengths_N = np.linalg.norm(np.asarray(vectors_ND, np.float32), axis=1)
-    is_finite_N = np.isfinite(vectors_ND).all(axis=1)
-    return np.asarray(~is_finite_N | (np.abs(lengths_N - 1) <= _UNIT_TOLERANCE))
 
 
 class ImportedSamples:

@@ -30,7 +30,7 @@ def test_golden_output_is_imported(tmp_path: Path) -> None:
         files = sorted((GOLDEN / name).glob("*.npy"))
         expected = np.concatenate([np.load(file) for file in files])
         np.testing.assert_array_equal(cache.feature(modality, name).load(), expected, strict=True)
-    assert [report.note for report in reports] == ["normalized"] * 2
+    assert [report.computed for report in reports] == [12, 12]
     fingerprint = cache.feature("image").fingerprint
     assert (fingerprint["family"], fingerprint["model"]) == ("imported", "a random CLIP")
 

@@ -1,6 +1,7 @@
 """An import becomes a normal cache, goes on after a stop, and says what is wrong with its files."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import embedcache
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import (
     DataError,
+    EmbedcacheError,
     FingerprintError,
     SettingError,
     SourceError,
@@ -21,7 +23,6 @@ from embedcache.extract.repair import repair
 from embedcache.maintain.copy import merge_caches
 from embedcache.maintain.remove import remove_samples
 from embedcache.progress import PlainProgress
-from embedcache.registry import trust_files
 from embedcache.reports.summary import failure_lines
 from embedcache.samples import FileItem
 from embedcache.search.index import build_index
@@ -35,8 +36,7 @@ from embedcache.train.settings import OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from embedcache.vectors.exporting import export_vectors
 from embedcache.vectors.importing import import_vectors
-from embedcache.vectors.opening import VectorImport, open_vectors
-from embedcache.vectors.settings import ImportSettings
+from embedcache.vectors.opening import open_vectors
 from tests.extract.cases import tree as files_of
 from tests.recorded import RecordedProgress
 from tests.sources.files import reopen
@@ -52,55 +52,36 @@ def tree(tmp_path: Path) -> Path:
     return write_tree(tmp_path / "tree", unit_rows(40), caption=CAPTIONS)
 
 
-def test_nan_vector_is_a_failed_item(tmp_path: Path) -> None:
+def test_bad_vectors_and_captions_are_failed_items(tmp_path: Path) -> None:
     vectors = unit_rows(40)
     vectors[3, 2], vectors[21] = np.nan, np.inf
-    cache, [report] = import_files(
-        open_vectors("clip-retrieval", write_tree(tmp_path / "tree", vectors)), tmp_path / "cache"
-    )
+    captions = [None if row == 5 else " " if row == 6 else f"{row}" for row in range(40)]
+    tree = write_tree(tmp_path / "tree", vectors, caption=captions)
+    cache, [report, _] = import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
     reason = "NaN or infinity in the imported vector"
     assert cache.feature("image").failures == dict.fromkeys((3, 21), reason)
+    assert cache.feature("text").failures == {3: reason, 5: "empty caption", 6: "empty caption", 21: reason}
     assert f"    row 3, key k3: {reason}" in failure_lines(cache, cache.feature("image"))
-    assert report.line() == (
-        "img_emb (vector): imported 40 images, reused 0, failed 2: 2 NaN or infinity in the imported vector; normalized"
-    )
+    assert report.line() == f"img_emb (vector): imported 40 images, reused 0, failed 2: 2 {reason}"
     assert not verify(cache)
 
 
 @pytest.mark.parametrize("form", ["npy", "parquet"])
 def test_float64_is_stored_as_float32(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     vectors = np.random.default_rng(0).standard_normal((20, 8))
-    vectors[3, 2] = np.nan
-
-    def opened() -> VectorImport:
-        if form == "npy":
-            np.save(tmp_path / "x.npy", vectors)
-            return open_vectors("npy", files={"image": tmp_path / "x.npy"})
+    vectors[3, 2], vectors[13, 1] = np.nan, -1e39
+    if form == "npy":
+        np.save(tmp_path / "x.npy", vectors)
+        opened = open_vectors("npy", files={"image": tmp_path / "x.npy"})
+    else:
         pq.write_table(pa.table({"image_vector": list(vectors)}), tmp_path / "x.parquet")
-        return open_vectors("parquet", tmp_path / "x.parquet")
-
-    settings = ImportSettings(chunk_size=8)
-    [report] = import_vectors(opened(), tmp_path / "cache", settings, progress=PlainProgress())
+        opened = open_vectors("parquet", tmp_path / "x.parquet")
+    import_vectors(opened, tmp_path / "cache", chunk_size=8, progress=PlainProgress())
     assert "float64 is stored as float32" in capsys.readouterr().err
     feature = Cache(tmp_path / "cache").feature("image")
-    assert (str(feature.dtype), list(feature.failures)) == ("float32", [3])
-    is_finite = np.isfinite(vectors).all(axis=1)
-    np.testing.assert_array_equal(feature.load()[is_finite], vectors[is_finite].astype(np.float32))
-    assert report.computed == 20
-    vectors[13, 1] = -1e39
-    with pytest.raises(DataError, match="row 13: expected numbers in the range of float32"):
-        import_vectors(opened(), tmp_path / "other", settings)
-
-
-def test_blank_caption_is_a_failed_item(tmp_path: Path) -> None:
-    captions = [None if row == 5 else " " if row == 6 else f"{row}" for row in range(40)]
-    cache, _ = import_files(
-        open_vectors("clip-retrieval", write_tree(tmp_path / "tree", unit_rows(40), caption=captions)),
-        tmp_path / "cache",
-    )
-    assert cache.feature("text").failures == {5: "empty caption", 6: "empty caption"}
-    assert not cache.feature("image").failures
-    assert not verify(cache)
+    assert (str(feature.dtype), list(feature.failures)) == ("float32", [3, 13])
+    is_stored = ~np.isin(np.arange(20), (3, 13))
+    np.testing.assert_array_equal(feature.load()[is_stored], vectors[is_stored].astype(np.float32))
 
 
 def test_second_import_reuses_or_rejects(tree: Path, tmp_path: Path) -> None:
@@ -117,7 +98,6 @@ def test_second_import_reuses_or_rejects(tree: Path, tmp_path: Path) -> None:
     np.save(tree / "img_emb" / "img_emb_2.npy", unit_rows(10, seed=1) * np.float16(2))
     with pytest.raises(FingerprintError, match="files: stored .*, requested .*; restore the files"):
         import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
-    assert import_files(open_vectors("clip-retrieval", tree), tmp_path / "other")[1][0].note == "not normalized"
     assert files_of(tmp_path / "cache") == before
 
 
@@ -134,11 +114,6 @@ def test_damaged_chunk_is_repaired(tree: Path, tmp_path: Path) -> None:
     _, reports = import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
     assert [report.computed for report in reports] == [8, 0]
     assert files_of(cache.path) == before
-
-
-@pytest.mark.slow
-def test_repaired_chunk_has_no_vectors_of_removed_samples(tree: Path, tmp_path: Path) -> None:
-    cache, _ = import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
     remove_samples(cache.path, cache.key(17))
     before = files_of(cache.path / "image")
     (cache.path / "image" / "img_emb" / "chunks" / "00002.json").unlink()
@@ -220,38 +195,6 @@ def test_paths_in_a_table_in_another_folder_than_the_array(tmp_path: Path) -> No
         assert Path(first).read_bytes() == b"sound"
 
 
-def test_encoded_captions_are_repaired_before_imported_vectors_end_the_repair(tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", unit_rows(4))
-    pq.write_table(pa.table({"caption": CAPTIONS[:4]}), tmp_path / "rows.parquet")
-    cache, _ = import_files(
-        open_vectors("npy", files={"image": tmp_path / "images.npy"}, table=tmp_path / "rows.parquet"),
-        tmp_path / "cache",
-    )
-    extract(cache.path, cache.path, text_encoder=TEXT)
-    before = files_of(cache.path / "text")
-    for path in (cache.path / "image/image/vector/c/0/0", cache.path / "text/open_toy/mean/c/0/0"):
-        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-    with trust_files(), pytest.raises(SettingError, match="same embedcache import again"):
-        repair(Cache(cache.path), verify(Cache(cache.path)))
-    assert files_of(cache.path / "text") == before
-    assert [(finding.modality, finding.chunk) for finding in verify(Cache(cache.path))] == [("image", 0)]
-
-
-@pytest.mark.parametrize(("form", "modality"), [("npy", "image"), ("parquet", "audio")])
-def test_column_of_paths_can_be_named(form: str, modality: str, tmp_path: Path) -> None:
-    paths = [f"{row}.bin" for row in range(4)]
-    table = {"where": paths, "vector": list(unit_rows(4))}
-    pq.write_table(pa.table(table if form == "parquet" else {"where": paths}), tmp_path / "rows.parquet")
-    np.save(tmp_path / "rows.npy", unit_rows(4))
-    files = {modality: tmp_path / "rows.npy"}
-    if form == "npy":
-        vectors = open_vectors("npy", files=files, table=tmp_path / "rows.parquet")
-    else:
-        vectors = open_vectors("parquet", tmp_path / "rows.parquet", vector_columns={modality: "vector"})
-    cache, _ = import_files(vectors, tmp_path / "cache", item_columns={modality: "where"})
-    assert cache.items(modality)["path"].to_pylist() == paths
-
-
 def test_merged_cache_takes_no_encoder_beside_imported_vectors(tmp_path: Path, image_folder: Path) -> None:
     np.save(tmp_path / "images.npy", unit_rows(4))
     paths = [str(path) for path in sorted(image_folder.glob("*.png"))[:4]]
@@ -270,44 +213,6 @@ def test_merged_cache_takes_no_encoder_beside_imported_vectors(tmp_path: Path, i
     with read_below(image_folder):
         (report,) = extract(tmp_path / "without", tmp_path / "without", image_encoder=IMAGE)
     assert (report.computed, report.failures) == (4, {})
-
-
-def test_text_vectors_need_captions(tmp_path: Path) -> None:
-    np.save(tmp_path / "texts.npy", unit_rows(4))
-    np.save(tmp_path / "images.npy", unit_rows(4))
-    both = open_vectors("npy", files={"image": tmp_path / "images.npy", "text": tmp_path / "texts.npy"})
-    progress = RecordedProgress()
-    with pytest.raises(SettingError, match="text vectors need a table"):
-        import_vectors(both, tmp_path / "cache", progress=progress)
-    assert not progress.started  # no file was read
-    pq.write_table(pa.table({"key": ["a", "b", "c", "d"], "said": ["1", "2", "3", "4"]}), tmp_path / "rows.parquet")
-    arrays = open_vectors("npy", files={"text": tmp_path / "texts.npy"}, table=tmp_path / "rows.parquet")
-    with pytest.raises(SourceError, match="need a column of captions; name one of key, said with --caption-column"):
-        import_files(arrays, tmp_path / "cache")
-    cache, _ = import_files(arrays, tmp_path / "cache", caption_columns=("said",))
-    assert cache.items("text")["text"].to_pylist() == ["1", "2", "3", "4"]
-    assert "image" not in cache.info.num_items
-
-
-@pytest.mark.parametrize(
-    ("settings", "word"),
-    [
-        ({"key_column": "id"}, "--key-column"),
-        ({"caption_columns": ("text",)}, "--caption-column"),
-        ({"caption_columns": ("caption", "more")}, "row 0"),
-        ({"key_column": "more"}, "unique"),
-    ],
-)
-def test_wrong_columns_raise(tmp_path: Path, settings: dict[str, object], word: str) -> None:
-    tree = write_tree(tmp_path / "tree", unit_rows(40), caption=CAPTIONS, more=["m"] * 40)
-    with pytest.raises(SourceError, match=word):
-        import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache", **settings)
-
-
-def test_damaged_table_raises(tree: Path, tmp_path: Path) -> None:
-    (tree / "metadata" / "metadata_3.parquet").write_bytes(b"no Parquet")
-    with pytest.raises(SourceError, match="metadata_3.parquet cannot be read"):
-        import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
 
 
 @pytest.mark.slow
@@ -350,3 +255,67 @@ def test_leaks_do_not_compare_hashes_of_vectors_with_those_of_files(tmp_path: Pa
     by = report.to_json()["by"]
     assert (list(by), by["text"]["num_samples_copied"], len(report.leaked_samples)) == (["text"], 4, 4)
     assert progress.notes[0].startswith("images are not compared: the hashes of imported vectors are not those of")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Four vectors of images and of texts, and their table."""
+    for name in ("images", "texts"):
+        np.save(tmp_path / f"{name}.npy", unit_rows(4))
+    table = {"name": list("abcd"), "said": list("1234"), "more": ["m"] * 4, "where": [f"{row}.bin" for row in range(4)]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"no Parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_columns_can_be_named(modality: str, files: Path) -> None:
+    vectors = {modality: files / "images.npy", "text": files / "texts.npy"}
+    opened = open_vectors("npy", files=vectors, table=files / "rows.parquet")
+    columns: dict[str, Any] = {"key_column": "name", "caption_columns": ("said",), "item_columns": {modality: "where"}}
+    cache, _ = import_files(opened, files / "cache", **columns)
+    assert cache.samples["key"].to_pylist() == list("abcd")
+    assert cache.items("text")["text"].to_pylist() == list("1234")
+    assert cache.items(modality)["path"].to_pylist() == [f"{row}.bin" for row in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("table", "settings", "error", "word"),
+    [
+        (None, {}, SettingError, "text vectors need a table"),
+        ("rows.parquet", {}, SourceError, "need a column of captions"),
+        ("rows.parquet", {"key_column": "id"}, SourceError, "--key-column"),
+        ("rows.parquet", {"caption_columns": ("text",)}, SourceError, "--caption-column"),
+        ("rows.parquet", {"caption_columns": ("said", "more")}, SourceError, "row 0"),
+        ("rows.parquet", {"caption_columns": ("said",), "key_column": "more"}, SourceError, "unique"),
+        ("rows.parquet", {"item_columns": {"audio": "where"}}, SettingError, "item_column"),
+        ("damaged.parquet", {}, SourceError, "damaged.parquet"),
+    ],
+)
+def test_wrong_tables_raise(
+    table: str | None, settings: dict[str, object], error: type[EmbedcacheError], word: str, files: Path
+) -> None:
+    opened = open_vectors("npy", files={"text": files / "texts.npy"}, table=table and files / table)
+    with pytest.raises(error, match=word):
+        import_files(opened, files / "cache", **settings)
+
+
+def test_columns_of_tables_need_a_table(files: Path) -> None:
+    opened = open_vectors("npy", files={"image": files / "images.npy"})
+    with pytest.raises(SettingError, match="key_column"):
+        import_files(opened, files / "cache", key_column="name")
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "error", "word"),
+    [
+        (("parket", "x"), {}, UnknownNameError, "parquet"),
+        (("npy",), {"files": {}}, SettingError, "none"),
+        (("npy",), {"files": {"sound": "x.npy"}}, UnknownNameError, "audio"),
+    ],
+)
+def test_vectors_that_cannot_be_opened_raise(
+    words: tuple[str, ...], options: dict[str, Any], error: type[EmbedcacheError], word: str
+) -> None:
+    with pytest.raises(error, match=word):
+        open_vectors(*words, **options)
