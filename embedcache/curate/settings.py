@@ -41,24 +41,16 @@ _SEED: dict[str, Any] = {
 class CoverageSettings(Settings):
     """Settings of coverage: which items are counted, what is known of them, and what is kept."""
 
-    modality: Literal[ModalityName, "both"] = setting(
-        "image", "Modality of the items to count; both of the run, or images and captions without one."
-    )
+    modality: Literal[ModalityName, "both"] = setting("image", "Modality of the items to count, or both.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")
     label: str = setting(**LABEL)
-    language: str | None = setting(
-        None, "Count only captions of this language; any counts all.", metavar="CODE", default_text="all"
-    )
-    answers: Path | str | None = setting(
-        None,
-        "Settle concepts by these answers about some of their items, which the page of serve saves.",
-        metavar="FILE",
-    )
+    language: str | None = setting(None, "Count only captions of this language.", metavar="CODE", default_text="all")
+    answers: Path | str | None = setting(None, "Answers about some items, saved by the page of serve.", metavar="FILE")
     k: int = setting(10, "Most similar items to keep per concept.", ge=1)
     min_count: int = setting(20, "Report a concept as a gap if even its upper bound is lower.", ge=1)
     selection: Path | str | None = setting(
-        None, f"Count the samples of this selection as well: {SELECTION_FORMAT}.", metavar="FILE"
+        None, f"Also count the samples of this selection: {SELECTION_FORMAT}.", metavar="FILE"
     )
     engine: Literal["local", "ray"] = engine_setting()
     address: str | None = address_setting()
@@ -74,19 +66,13 @@ class CoverageSettings(Settings):
 class DedupSettings(Settings):
     """Settings of deduplication: what counts as a duplicate, how duplicates are found, and which of them stay."""
 
-    cosine: float | None = setting(
-        None, "Remove near-duplicates at or above this cosine similarity; without it, only report.", gt=0, le=1
-    )
+    cosine: float | None = setting(None, "Remove near-duplicates at or above this cosine similarity.", gt=0, le=1)
     copies_only: bool = setting(False, "Remove copies only: equal bytes or texts, or one image.", flat_name="copies")
     pixels: bool = setting(True, "Read similar images again to find resized and re-compressed copies.")
     modality: ModalityName | None = setting(**_COMPARED)
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")
-    keep: str = setting(
-        "first",
-        "Which duplicate stays: first, or best:COLUMN (largest number).",
-        metavar="RULE",
-    )
+    keep: str = setting("first", "Duplicate that stays: first, or best:COLUMN (largest number).", metavar="RULE")
     selection: Path | str | None = setting(
         None, f"Compare only the samples of this selection: {SELECTION_FORMAT}.", metavar="FILE"
     )
@@ -121,44 +107,17 @@ class LeakSettings(Settings):
 class NegativesSettings(Settings):
     """Settings of hard negatives: what is compared, which neighbors count, and which are near-duplicates."""
 
-    run: Path | str | None = setting(
-        None,
-        "Run in whose shared space items are compared with those of the other modality.",
-        metavar="RUN",
-        default_text="compare items with those of their own modality",
-    )
-    modality: str | None = setting(
-        None, "Modality whose items look for negatives.", metavar="NAME", default_text="the first of the pair"
-    )
-    index: Path | str | None = setting(
-        None,
-        "Search this index of the items that are looked for, which may miss some.",
-        metavar="INDEX",
-        default_text="compare all",
-    )
+    run: Path | str | None = setting(None, "Run whose shared space compares the two modalities.", metavar="RUN")
+    modality: str | None = setting(None, "Modality that looks for negatives: the first by default.", metavar="NAME")
+    index: Path | str | None = setting(None, "Search this index of the candidates.", metavar="INDEX")
     num_negatives: int = setting(3, "Hard negatives per sample.", ge=1, le=1000)
     range_min: int = setting(0, "Skip this many of the nearest neighbors.", ge=0, le=2**20, panel="neighbor")
-    range_max: int | None = setting(
-        None,
-        "Consider neighbors up to this rank.",
-        ge=1,
-        le=2**20,
-        default_text="10 per negative beyond --range-min",
-        panel="neighbor",
-    )
-    max_score: float | None = setting(
-        None, "Skip neighbors above this cosine similarity.", ge=-1, le=1, panel="neighbor"
-    )
+    range_max: int | None = setting(None, "Last rank to consider, 10 per negative.", ge=1, le=2**20, panel="neighbor")
+    max_score: float | None = setting(None, "Skip neighbors above this cosine.", ge=-1, le=1, panel="neighbor")
     relative_margin: float | None = setting(
-        None,
-        "With --run: skip neighbors that are not this fraction less similar than the sample's own pair, such as 0.05.",
-        ge=0,
-        le=1,
-        panel="neighbor",
+        None, "Skip neighbors less than this fraction below the own pair, such as 0.05.", ge=0, le=1, panel="neighbor"
     )
-    sampling: Literal["top", "random"] = setting(
-        "top", "Take the nearest of the considered neighbors, or random ones.", panel="neighbor"
-    )
+    sampling: Literal["top", "random"] = setting("top", "Take the nearest neighbors or random ones.", panel="neighbor")
     cosines: Mapping[str, Cosine] = setting(
         NEAR_DUPLICATE_COSINES,
         "Items above this cosine similarity are near-duplicates, never negatives. May be repeated.",
@@ -166,12 +125,7 @@ class NegativesSettings(Settings):
         metavar="[MODALITY=]C",
         panel="near-duplicate",
     )
-    selection: Path | str | None = setting(
-        None,
-        SELECTION_HELP,
-        metavar="FILE",
-        default_text="the training part of the run, or all",
-    )
+    selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE", default_text="training part, or all")
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
     device: str = device_setting()
 
@@ -199,11 +153,7 @@ class OutlierSettings(Settings):
     label_neighbors: int = setting(10, "Nearest of these whose labels are compared; all if -k is less.", ge=1, le=1000)
     modality: ModalityName | None = setting(**_COMPARED)
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
-    run: Path | str | None = setting(
-        None,
-        "Run that projects the features, and compares the items of each pair, such as images with their captions.",
-        metavar="RUN",
-    )
+    run: Path | str | None = setting(None, "Run that projects features, and compares pairs.", metavar="RUN")
     label: str | None = setting(None, LABEL["help"], metavar="COLUMN", default_text="label, if it exists")
     all_pairs: bool | None = setting(**_ALL_PAIRS)
     scratch: Path | str | None = setting(**_SCRATCH)
@@ -216,12 +166,8 @@ class OutlierSettings(Settings):
 class ScoreSettings(Settings):
     """Settings of a score: a linear head or texts, and the items that are scored."""
 
-    weights: Path | None = setting(
-        None, "Linear head of one output: .npy, or .safetensors or .pth with weight and bias.", metavar="FILE"
-    )
-    fold_layers: bool = setting(
-        False, "Multiply the layers of the file into one; right only if there is no activation between them."
-    )
+    weights: Path | None = setting(None, "Linear head: .npy, .safetensors or .pth.", metavar="FILE")
+    fold_layers: bool = setting(False, "Multiply layers without activations between them into one.")
     prompts: tuple[str, ...] = setting(
         (),
         "Score by the cosine with this text, or with the mean of several.",
@@ -258,16 +204,9 @@ class ScoreSettings(Settings):
 class MapSettings(Settings):
     """Settings of the map of an index: how its items are placed on a plane, and what its clusters are called."""
 
-    projection: Literal["umap", "pca"] | None = setting(
-        None, "Projection of the vectors to the plane.", default_text="umap if umap-learn is installed, else pca"
-    )
+    projection: Literal["umap", "pca"] | None = setting(None, "Projection; umap if it is installed.")
     max_items: int = setting(100_000, "Most items on the map; of a larger index, a random sample.", ge=1, le=10**6)
-    concepts: str | Path | None = setting(
-        None,
-        "Cache of prompts, one sample per concept.",
-        metavar="CACHE",
-        default_text="clusters are named by their captions",
-    )
+    concepts: str | Path | None = setting(None, "Cache of prompts to name clusters by.", metavar="CACHE")
     run: Path | str | None = setting(**MOVED_RUN)
     cache: str | Path | None = setting(**MOVED_CACHE)
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
@@ -284,27 +223,12 @@ class SelectSettings(Settings):
         parse=parse_count_or_fraction,
         metavar="COUNT",
     )
-    scores: Path | str | None = setting(
-        None,
-        "score: Parquet with a column key and numbers, such as curate score writes.",
-        metavar="FILE",
-        panel="method",
-    )
-    score: str | None = setting(
-        None,
-        "score: column of the scores.",
-        metavar="COLUMN",
-        default_text="the only one that holds numbers",
-        panel="method",
-    )
-    concepts: str | Path | None = setting(
-        None, "Cache of prompts, one sample per concept.", metavar="CACHE", panel="method"
-    )
+    scores: Path | str | None = setting(None, "score: Parquet with keys and numbers.", metavar="FILE", panel="method")
+    score: str | None = setting(None, "score: column of the scores.", metavar="COLUMN", panel="method")
+    concepts: str | Path | None = setting(None, "Cache of prompts, one per concept.", metavar="CACHE", panel="method")
     join_names: bool = setting(False, "Merge concepts of the same name.", panel="method")
     label: str = setting(**LABEL, panel="method")
-    target: str | Path | None = setting(
-        None, "image-based: cache of the items to resemble.", metavar="CACHE", panel="method"
-    )
+    target: str | Path | None = setting(None, "image-based: items to resemble.", metavar="CACHE", panel="method")
     run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")
     modality: ModalityName | None = setting(
         None,
