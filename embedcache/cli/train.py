@@ -83,4 +83,4 @@ def sweep(
     from embedcache.sweep.sweep import sweep as run
 
     report = run(caches, study, space, feature=feature, settings=settings, progress=open_progress())
-    return present_sweep(report.findings, report.json_path)
+    return present_sweep(report)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Unpack
+from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 from embedcache.errors import PathError, SettingError, UnknownNameError, pluralize
 from embedcache.files import AnyPath, folder_bytes, open_path, remove_folder, remove_partials
@@ -18,6 +18,9 @@ from embedcache.store.writer import withdraw
 
 if TYPE_CHECKING:
     from embedcache.options import PruneOptions
+
+_Target: TypeAlias = tuple[EncoderGroup, str]
+"""A feature to delete, or the whole folder of an encoder if the name is empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,8 @@ def plan_prune(cache: AnyPath, settings: PruneSettings | None = None, **options:
 
     What a killed command had begun to delete is not listed: it does not exist for any reader.
     """
-    settings = merge_settings(PruneSettings, settings, options)
-    return _describe(_find_all(Cache(open_path(cache)), settings))
+    plan, _ = _plan(Cache(open_path(cache)), merge_settings(PruneSettings, settings, options))
+    return plan
 
 
 def prune_cache(cache: AnyPath, settings: PruneSettings | None = None, **options: Unpack["PruneOptions"]) -> PrunePlan:
@@ -72,50 +75,46 @@ def prune_cache(cache: AnyPath, settings: PruneSettings | None = None, **options
         UnknownNameError: there is no feature of a name, or there are several.
         PathError: another process extracts, derives, imports or repairs features of that encoder; nothing is deleted.
     """
-    settings = merge_settings(PruneSettings, settings, options)
     opened = Cache(open_path(cache))
-    targets = _find_all(opened, settings)
-    plan = _describe(targets)
+    plan, targets = _plan(opened, merge_settings(PruneSettings, settings, options))
     remove_partials(opened.path)
     with ExitStack() as stack:
-        for group in {target.group.path: target.group for target in targets}.values():
-            leases = Leases(group.path / "chunks")
+        for folder in {group.path for group, _ in targets}:
+            leases = Leases(folder / "chunks")
             if not leases.acquire(None):
                 raise PathError(
-                    f"{group.path}: another process computes features in this folder; wait until it has ended, then "
+                    f"{folder}: another process computes features in this folder; wait until it has ended, then "
                     "delete them; nothing was deleted"
                 )
             stack.callback(leases.release, None)
-        for target in targets:
-            if not target.feature:
-                remove_folder(target.path)
+
+        for group, feature in targets:
+            if not feature:
+                remove_folder(group.path)
                 continue
-            for chunk in range(opened.info.num_chunks(target.group.modality)):
-                withdraw(target.group, chunk, [target.feature])
+            for chunk in range(opened.info.num_chunks(group.modality)):
+                withdraw(group, chunk, [feature])
             with locked(opened.path):
-                remove_folder(target.path)
+                remove_folder(group.path / feature)
     return plan
 
 
-class _Target(NamedTuple):
-    """A feature to delete, or the whole folder of an encoder if the name is empty."""
-
-    group: EncoderGroup
-    feature: str
-
-    @property
-    def path(self) -> Path:
-        """What is deleted."""
-        return self.group.path / self.feature if self.feature else self.group.path
-
-
-def _find_all(cache: Cache, settings: PruneSettings) -> list[_Target]:
-    """Return what is to be deleted: features, then whole folders."""
+def _plan(cache: Cache, settings: PruneSettings) -> tuple[PrunePlan, list[_Target]]:
+    """Return what is to be deleted, once each: features, then whole folders."""
     if not settings.features:
         raise SettingError("expected something to delete, got nothing; name it with --feature")
-    found = [target for name in settings.features for target in _find(cache, name, settings.modality)]
-    by_path = {target.path: target for target in found}
-    return sorted(by_path.values(), key=lambda target: not target.feature)
+
+    entries = {}
+    targets = {}
+    for feature_name in settings.features:
+        for group, feature in _find(cache, feature_name, settings.modality):
+            path = group.path / feature
+            kind = "feature" if feature else "encoder"
+            name = f"{group.modality}/{group.name}{'/' * bool(feature)}{feature}"
+            entries[path] = PrunedEntry(name=name, kind=kind, path=path, num_bytes=folder_bytes(path))
+            targets[path] = group, feature
+    paths = sorted(entries, key=lambda path: not targets[path][1])
+    return PrunePlan(entries=[entries[path] for path in paths]), [targets[path] for path in paths]
 
 
 def _find(cache: Cache, name: str, modality: str | None) -> list[_Target]:
@@ -130,19 +129,10 @@ def _find(cache: Cache, name: str, modality: str | None) -> list[_Target]:
     if named:
         [group] = named
         is_whole = group.features == [feature]
-        return [_Target(group, "" if is_whole else feature)]
+        return [(group, "" if is_whole else feature)]
 
     places = [cache.path / each / name.rstrip("/") for each in modalities]
     if any(list(place.parent.glob(f".{place.name}.*.partial")) for place in places):
         return []
     known = [each for group in groups for each in (group.name, *(f"{group.name}/{f}" for f in group.features))]
     raise unknown_name("feature", name, list(dict.fromkeys(known)), where=f"of {cache.path}")
-
-
-def _describe(targets: Sequence[_Target]) -> PrunePlan:
-    entries = []
-    for target in targets:
-        kind = "feature" if target.feature else "encoder"
-        name = f"{target.group.modality}/{target.group.name}{'/' * bool(target.feature)}{target.feature}"
-        entries.append(PrunedEntry(name=name, kind=kind, path=target.path, num_bytes=folder_bytes(target.path)))
-    return PrunePlan(entries=entries)

@@ -1,39 +1,23 @@
-"""Findings of a sweep, and their presentation."""
+"""The report of a sweep, as JSON and as a page."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from embedcache.errors import pluralize
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.provenance import read_json
-from embedcache.reports.render import Presentation, Section, Table, format_count, format_fraction
-from embedcache.reports.retrieval import recall_tiles, retrieval_table
+from embedcache.reports.render import Presentation, Section, Table, format_count, format_fraction, round_json
+from embedcache.reports.retrieval import recall_tiles, retrieval_json, retrieval_table
+from embedcache.runs import Run
 
-State = Literal["complete", "pruned", "failed"]
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
-
-@dataclass(frozen=True, kw_only=True)
-class SweepTrial:
-    """A finished trial; only a complete one has counts, only a failed one a reason.
-
-    Args:
-        score: validation recall; the last one reported if it was pruned, None if there is none.
-        params: values of the swept settings.
-        num_parameters: number of trained parameters.
-        num_pairs: number of pairs seen in training.
-    """
-
-    number: int
-    state: State
-    score: float | None
-    params: Mapping[str, Any]
-    num_parameters: int = 0
-    num_pairs: int = 0
-    reason: str = ""
+_STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,29 +50,40 @@ class SweepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepFindings:
-    """All results of a sweep.
+class SweepReport:
+    """Result of a sweep.
 
     Args:
-        features: modality -> name of its feature.
+        path: folder of the study.
+        study: content of `study.json`.
+        trials: Optuna's finished trials, of which complete ones have their counts as attributes.
         best: the top configurations, the best one on validation first.
         left_out: number of a top trial whose configuration fails with another seed -> reason.
         importance: swept setting -> fraction of the variance of scores, the largest first; empty with too few trials.
         command: command that trains the winner again, to the same weights.
     """
 
-    features: Mapping[str, str]
-    sampler: str
-    pruner: str
-    seed: int
-    trials: Sequence[SweepTrial]
+    path: Path
+    study: Mapping[str, Any]
+    trials: Sequence["FrozenTrial"]
     best: Sequence[SweepConfig]
     left_out: Mapping[int, str]
     importance: Mapping[str, float]
     command: str
 
     @property
+    def page_path(self) -> Path:
+        """Path of the page."""
+        return self.path / "report.html"
+
+    @property
+    def json_path(self) -> Path:
+        """Path of the report."""
+        return self.path / "report.json"
+
+    @property
     def winner(self) -> SweepConfig:
+        """The best configuration on validation."""
         return self.best[0]
 
     @property
@@ -103,21 +98,68 @@ class SweepFindings:
 
     def counts(self) -> dict[str, int]:
         """Return the number of trials by state."""
-        counts = Counter(trial.state for trial in self.trials)
-        return {state: counts[state] for state in ("complete", "pruned", "failed")}
+        counts = Counter(trial.state.name for trial in self.trials)
+        return {state: counts[name] for name, state in _STATES.items()}
 
 
-def present_sweep(findings: SweepFindings, json_path: Path, figures: Sequence[str] = ()) -> Presentation:
-    """Return the presentation of a study, whose JSON values are in a file, with the figures of `draw_study`."""
-    winner, counts = findings.winner, findings.counts()
+def get_reason(trial: "FrozenTrial") -> str:
+    """Return the reason why a trial failed; one that is repeated no more has none of its own."""
+    return str(trial.user_attrs.get("reason", "its process was killed every time"))
+
+
+def sweep_json(report: SweepReport) -> dict[str, Any]:
+    """Return everything the page shows as JSON values."""
+    winner = report.winner
+    return {
+        "study": report.study,
+        "counts": report.counts(),
+        "winner": {
+            "trial": winner.number,
+            "run": str(winner.run_paths[0]),
+            "weights": Run.open(winner.run_paths[0]).info.weights,
+            "command": report.command,
+        },
+        "best": [
+            {
+                "trial": config.number,
+                "params": dict(config.params),
+                "score": round_json(config.score),
+                "mean_score": round_json(config.mean_score),
+                "scores": [round_json(score) for score in config.scores],
+                "num_parameters": config.num_parameters,
+                "num_pairs": config.num_pairs,
+                "runs": [str(run_path) for run_path in config.run_paths],
+                "test": {cache: retrieval_json(test) for cache, test in config.test.items()},
+            }
+            for config in report.best
+        ],
+        "left_out": {str(number): reason for number, reason in report.left_out.items()},
+        "importance": {name: round_json(fraction) for name, fraction in report.importance.items()},
+        "trials": [
+            {
+                "trial": trial.number,
+                "state": _STATES[trial.state.name],
+                "score": round_json(trial.value),
+                "params": trial.params,
+                **trial.user_attrs,
+            }
+            for trial in report.trials
+        ],
+    }
+
+
+def present_sweep(report: SweepReport, figures: Sequence[str] = ()) -> Presentation:
+    """Return the presentation of a study, with the figures of `draw_study`."""
+    winner, counts = report.winner, report.counts()
+    features = " and ".join(side["feature"] for side in report.study["sides"].values())
     num_seeds = pluralize(len(winner.scores), "seed")
     return Presentation(
         title="embedcache sweep",
         lines=[
-            f"{' and '.join(findings.features.values())}, aligned {len(findings.trials)} times; sampler "
-            f"{findings.sampler}, pruner {findings.pruner}, seed {findings.seed}"
+            f"{features}, aligned {len(report.trials)} times; sampler {report.study['sampler']}, pruner "
+            f"{report.study['pruner']}, seed {report.study['seed']}"
         ],
-        warnings=[findings.warning] if findings.warning else [],
+        warnings=[report.warning] if report.warning else [],
         tiles=[
             (str(counts["complete"]), f"trials complete, {counts['pruned']} pruned, {counts['failed']} failed"),
             (
@@ -126,32 +168,32 @@ def present_sweep(findings: SweepFindings, json_path: Path, figures: Sequence[st
             ),
             *recall_tiles(next(iter(winner.test.values()))),
         ],
-        sections=_sections(findings, num_seeds, figures),
-        record=lambda: read_json(json_path),
+        sections=_sections(report, num_seeds, figures),
+        record=lambda: read_json(report.json_path),
         notes=[
             f"best run: {winner.run_paths[0]}",
-            f"to train it again: {findings.command}",
-            f"results: {json_path}",
-            f"open {json_path.with_suffix('.html')} in a browser",
+            f"to train it again: {report.command}",
+            f"results: {report.json_path}",
+            f"open {report.page_path} in a browser",
         ],
     )
 
 
-def _sections(findings: SweepFindings, num_seeds: str, figures: Sequence[str]) -> list[Section]:
-    winner = findings.winner
-    failed = [[str(trial.number), trial.reason] for trial in findings.trials if trial.state == "failed"]
-    failed = [*([f"{number}, another seed", reason] for number, reason in findings.left_out.items()), *failed]
-    left_out = f", without {len(findings.left_out)} that another seed fails on" if findings.left_out else ""
+def _sections(report: SweepReport, num_seeds: str, figures: Sequence[str]) -> list[Section]:
+    winner = report.winner
+    failed = [[str(trial.number), get_reason(trial)] for trial in report.trials if trial.state.name == "FAIL"]
+    failed = [*([f"{number}, another seed", reason] for number, reason in report.left_out.items()), *failed]
+    left_out = f", without {len(report.left_out)} that another seed fails on" if report.left_out else ""
     best = Section(
         title="Best configurations",
         notes=[
-            f"The top {len(findings.best) + len(findings.left_out)} configurations by the score of their trial, "
+            f"The top {len(report.best) + len(report.left_out)} configurations by the score of their trial, "
             f"retrained with {num_seeds} on the same split and ordered by the mean of the seeds{left_out}. Scores are "
             "validation recall: the mean of R@1, R@5 and R@10 in both directions, at the best epoch. The score of a "
             "trial is the best of many attempts and therefore too high; the mean of the seeds is less biased, and the "
             "test part is not biased at all."
         ],
-        table=best_table(findings.best),
+        table=best_table(report.best),
     )
     tests = [
         Section(
@@ -163,22 +205,22 @@ def _sections(findings: SweepFindings, num_seeds: str, figures: Sequence[str]) -
             ],
             table=table,
         )
-        for cache, table in test_tables(findings.best).items()
+        for cache, table in test_tables(report.best).items()
     ]
     again = Section(
         title="Train the winner again",
         notes=[f"With its first seed; the weights are identical to those of {winner.run_paths[0]}."],
-        code=findings.command,
+        code=report.command,
     )
     importance = Section(
         title="Which settings matter",
         notes=[
             "How much of the variance of the complete trials' scores each setting explains (fANOVA). With few trials, "
             "this is only a hint."
-            if findings.importance
+            if report.importance
             else "There are too few complete trials, or their scores are too similar, to tell which setting matters."
         ],
-        table=(["setting", "fraction"], [[name, f"{each:.2f}"] for name, each in findings.importance.items()]),
+        table=(["setting", "fraction"], [[name, f"{each:.2f}"] for name, each in report.importance.items()]),
         num_printed=0,
     )
     trials = Section(

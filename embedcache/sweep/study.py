@@ -281,11 +281,6 @@ def rank_complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return ranked
 
 
-def get_reason(trial: FrozenTrial) -> str:
-    """Return the reason why a trial failed."""
-    return str(trial.user_attrs.get("reason", f"its process was killed {_MAX_ATTEMPTS} times"))
-
-
 def check_storage(url: str) -> None:
     """Open the storage of a URL, and close it; a `PathError` if it cannot be opened."""
     with storage_errors(url):

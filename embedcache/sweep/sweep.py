@@ -1,8 +1,7 @@
 """Sweeps: many training runs on one cache, the best configurations retrained and evaluated, and a report."""
 
-from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -14,7 +13,7 @@ from embedcache.provenance import write_record
 from embedcache.registry import require
 from embedcache.reports.render import write_page
 from embedcache.settings import merge_settings
-from embedcache.sweep.report import SweepConfig, SweepFindings, present_sweep
+from embedcache.sweep.report import SweepReport, present_sweep, sweep_json
 from embedcache.sweep.settings import SweepSettings
 from embedcache.train.data import Paths, TrainData, open_data
 from embedcache.train.recipes import choose_settings, count_training_pairs
@@ -22,20 +21,6 @@ from embedcache.train.recipes import choose_settings, count_training_pairs
 if TYPE_CHECKING:
     from embedcache.options import SweepOptions
     from embedcache.sweep.space import Space
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepReport:
-    """Result of a sweep, and the paths of its page and its report."""
-
-    findings: SweepFindings
-    page_path: Path
-    json_path: Path
-
-    @property
-    def best(self) -> Sequence[SweepConfig]:
-        """The top configurations, best first on validation."""
-        return self.findings.best
 
 
 def sweep(
@@ -71,7 +56,7 @@ def sweep(
         require(library, extra="sweep")
     from embedcache.sweep.space import read_space
     from embedcache.sweep.study import check_storage, make_grid_points, manifest_path, open_study
-    from embedcache.sweep.trials import StudyJob, collect_findings, draw_study, findings_json, run_workers, work
+    from embedcache.sweep.trials import StudyJob, collect_report, draw_study, run_workers, work
 
     settings = merge_settings(SweepSettings, settings, options)
     folder, progress = Path(study), to_progress(progress)
@@ -91,12 +76,11 @@ def sweep(
                 run_workers(job, progress)
                 data = job.mapped_data()
             work(job, data, trials, progress)
-            findings = collect_findings(job, data, trials)
+            report = collect_report(job, data, trials)
             figures = draw_study(trials.optuna)
-        report = SweepReport(findings=findings, page_path=folder / "report.html", json_path=folder / "report.json")
         with locked(folder):
-            write_record(report.json_path, findings_json(job, findings))
-            write_page(report.page_path, present_sweep(findings, report.json_path, figures))
+            write_record(report.json_path, sweep_json(report))
+            write_page(report.page_path, present_sweep(report, figures))
     return report
 
 

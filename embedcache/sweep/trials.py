@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,11 @@ from embedcache.progress import Progress
 from embedcache.projectors.base import split_names
 from embedcache.registry import mark_as_read
 from embedcache.reports.figures import svg
-from embedcache.reports.retrieval import retrieval_json
-from embedcache.runs import Run
 from embedcache.settings import replace_fields
-from embedcache.sweep.report import State, SweepConfig, SweepFindings, SweepTrial
+from embedcache.sweep.report import SweepConfig, SweepReport, get_reason
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, Value
-from embedcache.sweep.study import Study, Trials, get_reason, rank_complete, remove_run, split_path, trial_path
+from embedcache.sweep.study import Study, Trials, rank_complete, remove_run, split_path, trial_path
 from embedcache.train.data import TrainData, open_data
 from embedcache.train.settings import TrainSettings, command_line
 from embedcache.train.train import TrainReport, train_on
@@ -39,11 +37,6 @@ from embedcache.train.trainer import OnEpoch
 
 _AFTER_TRIALS = 2**40
 _MIN_TRIALS_FOR_IMPORTANCE = 4
-_STATES: dict[TrialState, State] = {
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +133,16 @@ def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Tri
         trials.finish(trial, TrialState.FAIL, reason=report)
         return f"failed: {report}"
 
-    outcome = {
-        "recalls": report.measures,
-        "best_epoch": report.best_epoch,
-        "num_parameters": report.num_parameters,
-        "num_pairs": last_epoch * report.num_samples["train"],  # seen in training, repetitions included
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-    trials.finish(trial, TrialState.COMPLETE, report.score, outcome=outcome)
+    trials.finish(
+        trial,
+        TrialState.COMPLETE,
+        report.score,
+        recalls=report.measures,
+        best_epoch=report.best_epoch,
+        num_parameters=report.num_parameters,
+        num_pairs=last_epoch * report.num_samples["train"],  # seen in training, repetitions included
+        seconds=round(time.perf_counter() - started, 3),
+    )
     return f"validation recall {report.score:.3f}"
 
 
@@ -196,7 +191,7 @@ def retrain(job: StudyJob, data: TrainData, trials: Sequence[FrozenTrial]) -> li
     return [[reports[run_path] for run_path, _ in job.retrained_runs(trial)] for trial in trials]
 
 
-def collect_findings(job: StudyJob, data: TrainData, trials: Trials) -> SweepFindings:
+def collect_report(job: StudyJob, data: TrainData, trials: Trials) -> SweepReport:
     """Retrain and evaluate the top configurations, and collect the results of a sweep.
 
     Raises:
@@ -204,12 +199,10 @@ def collect_findings(job: StudyJob, data: TrainData, trials: Trials) -> SweepFin
     """
     finished = trials.finished()
     best, left_out = _evaluate_top(job, data, top_trials(trials, job.settings))
-    return SweepFindings(
-        features={modality: feature.name for modality, feature in data.features.items()},
-        sampler=job.study.sampler,
-        pruner=job.study.pruner,
-        seed=job.study.seed,
-        trials=[_describe(trial) for trial in finished],
+    return SweepReport(
+        path=job.path,
+        study=job.study.to_json(),
+        trials=finished,
         best=best,
         left_out=left_out,
         importance=_importance(trials),
@@ -231,18 +224,18 @@ def _evaluate_top(
             continue
 
         run_paths = [run_path for run_path, _ in job.retrained_runs(trial)]
-        outcome = trial.user_attrs["outcome"]
+        about = trial.user_attrs
         best.append(
             SweepConfig(
                 number=trial.number,
                 params=trial.params,
                 score=trial.value or 0.0,
-                num_parameters=outcome["num_parameters"],
-                num_pairs=outcome["num_pairs"],
+                num_parameters=about["num_parameters"],
+                num_pairs=about["num_pairs"],
                 scores=[report.score for report in trained if report.score is not None],
                 run_paths=run_paths,
                 test={cache: evaluate_retrieval(cache, run_paths) for cache in caches},
-                kept_initialization=outcome["num_pairs"] > 0 and not any(report.best_epoch for report in trained),
+                kept_initialization=about["num_pairs"] > 0 and not any(report.best_epoch for report in trained),
             )
         )
     if not best:
@@ -264,19 +257,6 @@ def _caches_with_test(job: StudyJob, data: TrainData) -> list[str]:
             caches.append(str(cache.path))
         start = stop
     return caches
-
-
-def _describe(trial: FrozenTrial) -> SweepTrial:
-    outcome = trial.user_attrs.get("outcome", {})
-    return SweepTrial(
-        number=trial.number,
-        state=_STATES[trial.state],
-        score=trial.value,
-        params=trial.params,
-        num_parameters=outcome.get("num_parameters", 0),
-        num_pairs=outcome.get("num_pairs", 0),
-        reason=get_reason(trial) if trial.state == TrialState.FAIL else "",
-    )
 
 
 def _importance(trials: Trials) -> dict[str, float]:
@@ -311,46 +291,3 @@ def _command(job: StudyJob, data: TrainData, params: Mapping[str, Value]) -> str
         word for modality, feature in data.features.items() for word in ("--feature", f"{modality}={feature.name}")
     ]
     return shlex.join(["embedcache", "train", *caches, run, *features, *command_line(job.run_settings(params))])
-
-
-def findings_json(job: StudyJob, findings: SweepFindings) -> dict[str, Any]:
-    """Return everything the page shows as JSON values."""
-    winner = findings.winner
-    return {
-        "study": job.study.to_json(),
-        "counts": findings.counts(),
-        "winner": {
-            "trial": winner.number,
-            "run": str(winner.run_paths[0]),
-            "weights": Run.open(winner.run_paths[0]).info.weights,
-            "command": findings.command,
-        },
-        "best": [_config_json(config) for config in findings.best],
-        "left_out": {str(number): reason for number, reason in findings.left_out.items()},
-        "importance": {name: round(fraction, 5) for name, fraction in findings.importance.items()},
-        "trials": [_trial_json(trial) for trial in findings.trials],
-    }
-
-
-def _config_json(config: SweepConfig) -> dict[str, Any]:
-    return {
-        "trial": config.number,
-        "params": dict(config.params),
-        "score": round(config.score, 5),
-        "validation": {
-            "mean": round(config.mean_score, 5),
-            "lowest": round(min(config.scores), 5),
-            "highest": round(max(config.scores), 5),
-            "scores": [round(score, 5) for score in config.scores],
-        },
-        "num_parameters": config.num_parameters,
-        "num_pairs": config.num_pairs,
-        "runs": [str(run_path) for run_path in config.run_paths],
-        "test": {cache: retrieval_json(report) for cache, report in config.test.items()},
-    }
-
-
-def _trial_json(trial: SweepTrial) -> dict[str, Any]:
-    values = asdict(trial)
-    number = values.pop("number")
-    return {"trial": number, **values}

@@ -68,15 +68,14 @@ def test_report(swept: Swept) -> None:
         low, high = test["i2t"]["intervals"]["r@10"]
         assert low < test["i2t"]["r@10"] < high
         assert test["chance"]["i2t"]["r@10"] < low
-        validation = best["validation"]
-        assert validation["lowest"] <= validation["mean"] <= validation["highest"]
+        assert min(best["scores"]) <= best["mean_score"] <= max(best["scores"])
     assert report.best[0].number == found["winner"]["trial"]
     assert report.best[0].mean_score == max(best.mean_score for best in report.best)
     for best in report.best:  # the first seed is the trial's own
-        assert best.scores[0] == best.score == report.findings.trials[best.number].score
+        assert best.scores[0] == best.score == report.trials[best.number].value
         epochs = [Run.open(path).info.report["best_epoch"] for path in best.run_paths]
         assert best.kept_initialization == (not any(epochs))
-    assert bool(report.findings.warning) == report.best[0].kept_initialization
+    assert bool(report.warning) == report.best[0].kept_initialization
 
 
 def test_storage_is_closed(swept: Swept) -> None:
@@ -87,7 +86,7 @@ def test_storage_is_closed(swept: Swept) -> None:
 
 def test_report_is_presented(swept: Swept) -> None:
     _, report, _ = swept
-    check_report(present_sweep(report.findings, report.json_path))
+    check_report(present_sweep(report))
     assert report.page_path.read_text().count("<svg") == 2
 
 
@@ -113,7 +112,7 @@ def test_trials_share_one_split(swept: Swept) -> None:
     split_path = study_path.resolve() / "split.parquet"
     runs = [Run.open(study_path / "trials" / f"{number:05d}") for number in range(6)]
     assert {run.info.files["split.parquet"].checksum for run in runs} == {file_checksum(split_path)}
-    for trial in report.findings.trials:
+    for trial in report.trials:
         run = runs[trial.number]
         assert run.info.settings["optimizer"]["lr"] == trial.params["lr"]
         assert run.info.settings["split"]["kind"] == str(split_path)
@@ -132,10 +131,10 @@ def test_more_trials_extend_a_study(cache_path: Path, tmp_path: Path, space_path
     longer, notes = run(3)
     assert len(notes) == 1
     assert (tmp_path / "study/trials/00001/model.safetensors").stat().st_mtime_ns == written
-    whole = [(trial.params, trial.score) for trial in swept[1].findings.trials]
-    assert [(trial.params, trial.score) for trial in longer.findings.trials] == whole[:3]
-    assert [trial.number for trial in first.findings.trials] == [0, 1]
-    assert not first.findings.importance
+    whole = [(trial.params, trial.value) for trial in swept[1].trials]
+    assert [(trial.params, trial.value) for trial in longer.trials] == whole[:3]
+    assert [trial.number for trial in first.trials] == [0, 1]
+    assert not first.importance
 
 
 def test_study_of_an_extended_cache_says_so(tmp_path: Path, space_path: Path) -> None:
@@ -214,7 +213,7 @@ def test_failing_trials_and_seeds_are_reported(cache_path: Path, tmp_path: Path)
             assert not (tmp_path / f"study/trials/{trial['trial']:05d}").exists()
     assert [best.params["loss"] for best in report.best] == ["multi_positive"]
     ((number, reason),) = found["left_out"].items()
-    assert report.findings.trials[int(number)].params["loss"] == "tests.sweep.unlucky:Unlucky"
+    assert report.trials[int(number)].params["loss"] == "tests.sweep.unlucky:Unlucky"
     assert "the loss is nan at step 0" in reason
     settings = replace_fields(settings, trials=1, top_configs=1)
     space_path = write_space(
@@ -233,7 +232,7 @@ def test_underperforming_trials_are_pruned(cache_path: Path, tmp_path: Path) -> 
     settings = replace_fields(RANDOM, sampler="grid", trials=10, pruner="median", top_configs=1, seeds_per_config=1)
     progress = RecordedProgress()
     report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings, progress=progress)
-    pruned = [trial for trial in report.findings.trials if trial.state == "pruned"]
+    pruned = [trial for trial in report.trials if trial.state.name == "PRUNED"]
     assert pruned
     assert report.best[0].params["lr"] == 1e-2
     assert sum("pruned after epoch" in line for line in progress.notes) == len(pruned)
@@ -250,8 +249,8 @@ def test_recipe_is_fixed_for_all_trials(cache_path: Path, tmp_path: Path, monkey
     progress = RecordedProgress()
     report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings, progress=progress)
     assert progress.notes[0] == "recipe for 195 training pairs: projector linear, epochs 2, patience 3"
-    assert "--projector linear --shrinkage 0.5 --epochs 2 --patience 3" in report.findings.command
-    assert "--recipe" not in report.findings.command
+    assert "--projector linear --shrinkage 0.5 --epochs 2 --patience 3" in report.command
+    assert "--recipe" not in report.command
 
 
 def test_lists_are_tried_on_two_caches(
@@ -263,12 +262,12 @@ def test_lists_are_tried_on_two_caches(
     settings = replace_fields(RANDOM, trials=2, sampler="grid", top_configs=1, seeds_per_config=1)
     for _ in range(2):  # the study is opened again
         report = sweep(two_caches, tmp_path / "study", space_path, **FEATURES, settings=settings)
-    for trial in report.findings.trials:
+    for trial in report.trials:
         info = Run.open(tmp_path / "study/trials" / f"{trial.number:05d}").info
         assert ",".join(map(str, info.settings["loss"]["widths"])) == trial.params["widths"]
         assert len(info.index_digest.split("+")) == 2
-    assert {trial.params["widths"] for trial in report.findings.trials} == {"4", "2,4"}
-    assert f"--widths {report.best[0].params['widths']}" in report.findings.command
+    assert {trial.params["widths"] for trial in report.trials} == {"4", "2,4"}
+    assert f"--widths {report.best[0].params['widths']}" in report.command
     assert list(report.best[0].test) == [str(path) for path in two_caches]
     assert not [warning for warning in recwarn if "optuna" in str(warning.message).lower()]
 
