@@ -53,10 +53,9 @@ def bind(registry: Registry, text: str, *, given: Collection[str] = ()) -> parti
 
 def find_parameters(registry: Registry, plugin: Any, *, given: Collection[str] = ()) -> dict[str, inspect.Parameter]:
     """Return the parameters of a plug-in by name: its arguments but for those that the caller passes."""
-    arguments = list(inspect.signature(plugin).parameters.values())[registry.arguments or 0 :]
+    arguments = list(inspect.signature(plugin).parameters.values())[registry.arguments :]
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    passed = {*given, *registry.options}
-    return {item.name: item for item in arguments if item.kind in kinds and item.name not in passed}
+    return {item.name: item for item in arguments if item.kind in kinds and item.name not in given}
 
 
 def _type_hints(plugin: Any) -> Mapping[str, Any]:

@@ -15,10 +15,9 @@ that enters them, all else for the process; `embedcache.processes` passes both o
 """
 
 import importlib
-import inspect
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -132,8 +131,7 @@ class Registry:
         paths: name of each built-in plug-in -> `module:attribute`.
         group: entry-point group in which other packages declare plug-ins; None: built-in ones only.
         presets: names of combinations of plug-ins, to list in error messages.
-        arguments: number of positional arguments that a plug-in is called with; None: not checked.
-        options: names of the keyword arguments that it is called with.
+        arguments: number of positional arguments that a plug-in is called with.
         has_parameters: whether its other arguments are parameters that users name, see `embedcache.parameters`.
     """
 
@@ -141,8 +139,7 @@ class Registry:
     paths: Mapping[str, str]
     group: str | None = None
     presets: Collection[str] = ()
-    arguments: int | None = None
-    options: Sequence[str] = ()
+    arguments: int = 0
     has_parameters: bool = False
 
     def __contains__(self, name: str) -> bool:
@@ -165,8 +162,7 @@ class Registry:
 
         Raises:
             UnknownNameError: there is no such name, module or attribute.
-            SettingError: the name was read from a file whose author is not trusted, see `names_from`; or the object
-                cannot be called as a plug-in of this kind.
+            SettingError: the name was read from a file whose author is not trusted, see `names_from`.
             MissingExtraError: the module of the plug-in imports a package that is not installed.
         """
         if not isinstance(name, str):
@@ -185,9 +181,7 @@ class Registry:
                     "author, use --trust, or embedcache.registry.trust_files() in Python"
                 )
             sys.path.extend(folder for folder in _TRUST.folders if folder not in sys.path)
-        plugin = self._import(name, module, attribute)
-        self._check_call(name, plugin)
-        return plugin
+        return self._import(name, module, attribute)
 
     def _is_trusted(self, name: str) -> bool:
         """Return whether a `module:attribute` may be imported, as the top of this module says."""
@@ -210,23 +204,6 @@ class Registry:
             next_step = missing_plugin_hint(name) or "name a plug-in of yours as module:attribute"
             raise unknown_name(self.kind, name, self.names, hint=f"{reason}; {next_step}")
         return plugin
-
-    def _check_call(self, name: str, plugin: Any) -> None:
-        """Check that an object takes the arguments that plug-ins of this kind are called with."""
-        if self.arguments is None:
-            return
-        try:
-            if not callable(plugin) or inspect.isbuiltin(plugin):
-                raise TypeError(f"it is a {type(plugin).__name__}")
-            signature = inspect.signature(plugin)
-            bind = signature.bind_partial if self.has_parameters else signature.bind
-            bind(*[None] * self.arguments, **dict.fromkeys(self.options))
-        except (TypeError, ValueError) as error:  # ValueError: a class of C has no signature
-            takes = [f"{self.arguments} positional arguments", *self.options]
-            raise SettingError(
-                f"{name!r} is no {self.kind}: expected a class or function that takes {', '.join(takes)}, got one that "
-                f"does not: {error}"
-            ) from None
 
     def _declared(self) -> Mapping[str, str]:
         return {} if self.group is None else _installed(self.group)

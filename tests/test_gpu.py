@@ -10,7 +10,6 @@ import torch
 import embedcache
 from embedcache.arrays import dot_products
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.vectors import Vectors
 from embedcache.devices import products_on
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
 from embedcache.encoders.models import TorchGraph
@@ -145,12 +144,6 @@ def test_features_of_a_cpu_continue_there(specs: dict[Modality, str], tmp_path: 
     assert Cache(tmp_path / "cache").feature("image").valid.sum() == 12
 
 
-def test_products_match_cpu() -> None:
-    rng = np.random.default_rng(0)
-    left, right = (rng.normal(size=(count, 256)).astype(np.float32) for count in (70, 90))
-    np.testing.assert_allclose(products_on("cuda")(left, right), left @ right.T, rtol=1e-4, atol=1e-3)
-
-
 @pytest.mark.parametrize("fit", [fit_knn, fit_ridge])
 def test_classifiers_match_cpu(fit: Fit) -> None:
     rng = np.random.default_rng(0)
@@ -161,13 +154,6 @@ def test_classifiers_match_cpu(fit: Fit) -> None:
     found = fit(train, val, 5).scores(vectors[500:])
     expected = fit(replace(train, products=dot_products), val, 5).scores(vectors[500:])
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_projected_vectors_match_cpu(cache_path: Path, run_path: Path, device: str) -> None:
-    found = Vectors(cache_path, "image", run_path=run_path, device=device)
-    expected = Vectors(cache_path, "image", run_path=run_path, device="cpu")
-    np.testing.assert_allclose(found.read(found.rows), expected.read(expected.rows), atol=1e-4)
 
 
 def test_faiss_clusters_on_the_gpu() -> None:

@@ -169,14 +169,6 @@ def test_artifacts_of_plugins_that_are_not_installed(tmp_path: Path, cache_path:
         assert "install" in error
 
 
-@pytest.mark.usefixtures("installed")
-def test_help_lists_installed_plugins(tmp_path: Path) -> None:
-    shown = " ".join(succeed("extract", "--help", cwd=tmp_path).split())
-    listed = shown.rpartition("Plug-ins of installed packages: ")[2].partition(".")[0]
-    assert listed.count("plugged") == 3  # an encoder, a source and a view
-    assert "plugged" not in sys.modules
-
-
 def test_every_registry_is_tested_here() -> None:
     code = "".join(path.read_text() for path in (ROOT / "embedcache").rglob("*.py"))
     assert sorted(re.findall(r'group="embedcache\.(\w+)"', code)) == sorted(REGISTRIES)

@@ -5,7 +5,7 @@ import pytest
 
 from embedcache.errors import CorruptError, FingerprintError, PathError
 from embedcache.files import partial_path
-from embedcache.provenance import check_same, digest, prepare_folder, read_json, recognize
+from embedcache.provenance import check_same, prepare_folder, read_json, recognize
 from embedcache.runs import Run
 from embedcache.search.card import read_card
 from embedcache.store.layout import read_info
@@ -48,11 +48,6 @@ def test_recognize_other_path_raises(tmp_path: Path) -> None:
     for name in ("file/none", "a\0b"):
         with pytest.raises(PathError, match="does not exist"):
             recognize(tmp_path / name)
-
-
-def test_digest_of_equal_values() -> None:
-    assert digest({"a": 1, "b": [1.5, "é"]}) == digest({"b": [1.5, "é"], "a": 1})
-    assert digest({"a": 1}) != digest({"a": 2})
 
 
 def test_check_same_names_both_values() -> None:

@@ -1,11 +1,9 @@
 """A stranger's cache, run or index names code: none of it runs unless the user says so."""
 
-import math
 import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -143,18 +141,6 @@ def test_worker_processes_trust_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
             TABLE.load("math:e")
         adopt_trust(pickle.loads(sent))  # noqa: S301
         TABLE.load("math:e")
-
-
-def test_worker_processes_trust_all_files_as_well() -> None:
-    with trust_files():
-        sent = pickle.dumps(current_trust())
-
-    def load_in_worker() -> float:
-        adopt_trust(pickle.loads(sent))  # noqa: S301
-        with names_from("cache.json"):
-            return float(TABLE.load("math:e"))
-
-    assert copy_context().run(load_in_worker) == math.e
 
 
 def test_source_given_as_an_object_is_known(tmp_path: Path) -> None:

@@ -35,8 +35,6 @@ ENCODERS = Registry(
         "whisper": "embedcache.encoders.whisper:open_whisper",
     },
     group="embedcache.encoders",
-    arguments=1,
-    options=("modality", "settings"),
 )
 """Each is a function `open_mine(spec, *, modality, settings) -> Encoder`."""
 

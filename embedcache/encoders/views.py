@@ -28,7 +28,6 @@ VIEWS = Registry(
         "flip": "embedcache.encoders.views:open_flip",
     },
     group="embedcache.views",
-    arguments=1,
 )
 """Each is a function of the text after the colon that returns a `View`."""
 

@@ -66,7 +66,6 @@ METHODS = Registry(
         "ridge": "embedcache.evaluate.classifiers:fit_ridge",
     },
     group="embedcache.methods",
-    arguments=3,
 )
 
 

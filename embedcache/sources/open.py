@@ -53,7 +53,6 @@ SOURCES = Registry(
         "webdataset": "embedcache.sources.webdataset:WebdatasetSource",
     },
     group="embedcache.sources",
-    arguments=2,
 )
 
 IMPORT_TOGETHER = (

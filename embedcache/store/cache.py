@@ -19,12 +19,10 @@ from embedcache.errors import (
     UnfinishedError,
     UnknownNameError,
     pluralize,
-    quoted,
 )
 from embedcache.files import AnyPath, find_files, open_path, reading
 from embedcache.modalities import MODALITIES, count_items, encoder_option
 from embedcache.registry import require, unknown_name
-from embedcache.samples import IMPORTED_SOURCE
 from embedcache.store.feature import EncoderGroup, Feature, open_group
 from embedcache.store.layout import INTERRUPTED_REMOVAL, SAMPLES, CacheInfo, read_info
 from embedcache.store.tables import (
@@ -314,18 +312,9 @@ class Cache:
         """Return the message that the cache has no features of a modality, and what it has instead."""
         if modality not in MODALITIES:
             return f"unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
-        option = encoder_option(modality)
-        if self.info.source.get("type") == IMPORTED_SOURCE:
-            step = "import both into a new cache"
-            if modality == "text" and self.info.num_items.get("text"):
-                step = f"encode its captions: embedcache extract {quoted(self.path)} {quoted(self.path)} {option}"
-            return f"{self.path} has no {modality} features; {step}"
-        message = f"{self.path} has no {modality} features; extract some: embedcache extract {option}"
-        others = [(other, feature) for other in MODALITIES for feature in self.features(other)]
-        if all(other in ("image", "text") for other, _ in others):
-            return message
-        known = ", ".join(f"{other}={feature.name}" for other, feature in others)
-        return f"{message}; or name others with --modality, or --feature MODALITY=NAME, one of: {known}"
+        message = f"{self.path} has no {modality} features; extract some: embedcache extract {encoder_option(modality)}"
+        known = ", ".join(f"{feature.modality}={feature.name}" for feature in self.features())
+        return f"{message}; or name others with --feature MODALITY=NAME, one of: {known}" if known else message
 
 
 def _with_columns_of_samples(items: pa.Table, samples: pa.Table) -> pa.Table:
@@ -338,15 +327,13 @@ def caption_error_lines(cache: Cache) -> list[str]:
     """Return lines about the samples whose captions cannot be read; empty if there are none."""
     if "caption_error" not in cache.columns:
         return []
-    rows = np.flatnonzero(cache.column("caption_error").is_valid())
+    errors = cache.column("caption_error")
+    rows = np.flatnonzero(errors.is_valid())
     if not len(rows):
         return []
+    shown = [f"  key {cache.key(row)}: {errors[row].as_py()}" for row in rows[:_NUM_ERRORS_SHOWN].tolist()]
     samples = pluralize(len(rows), "sample has", "samples have")
-    count = "it counts as a sample" if len(rows) == 1 else "they count as samples"
-    lines = [f"{samples} captions that cannot be read; {count} without captions"]
-    errors = cache.column("caption_error")
-    lines += [f"  key {cache.key(row)}: {errors[row].as_py()}" for row in rows[:_NUM_ERRORS_SHOWN].tolist()]
-    return [*lines, f"  … and {len(rows) - _NUM_ERRORS_SHOWN:,} more"] if len(rows) > _NUM_ERRORS_SHOWN else lines
+    return [f"{samples} captions that cannot be read, and counts without captions, such as:", *shown]
 
 
 _KEPT_ROWS = 2**22

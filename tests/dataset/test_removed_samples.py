@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedcache.curate.select.select import combine_selections
 from embedcache.dataset import keytable
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.dataset.splits import read_split
@@ -76,15 +75,3 @@ def test_they_are_left_out_of_a_selection(
     with pytest.raises(DataError, match="got 'elsewhere'; 1 of 1 keys"):
         read_selection(tmp_path / "keys.txt", [after])
     assert not caplog.messages
-
-
-def test_a_selection_of_removed_samples_only_is_refused(before: Cache, after: Cache, tmp_path: Path) -> None:
-    gone, some = tmp_path / "gone.parquet", tmp_path / "some.parquet"
-    write_selection(gone, before, Selection(rows=np.array([3, 33])), {})
-    write_selection(some, before, Selection(rows=np.array([2, 3, 4])), {})
-    message = f"selection {gone}: expected samples of {after.path}, got only removed ones; make a new one"
-    with pytest.raises(DataError, match=message):
-        read_selection(gone, [after])
-    with pytest.raises(DataError, match=message):
-        combine_selections(after.path, tmp_path / "and.parquet", some, "and", gone)
-    assert combine_selections(after.path, tmp_path / "minus.parquet", some, "minus", gone) == 2

@@ -66,17 +66,6 @@ def test_extend_appends_new_samples(tmp_path_factory: pytest.TempPathFactory, pl
     assert index(Rows(longer), path) == cache.info, "the longer source is the cache's source now"
 
 
-def test_extend_keeps_stored_features(tmp_path: Path) -> None:
-    old = rows(6)
-    begin(tmp_path, old)
-    index(Rows([sample("a"), *old.rows]), tmp_path, extend=True)
-    feature = Cache(tmp_path).feature("image", "test/f")
-    assert feature.valid.tolist() == [True] * 6 + [False]
-    assert feature.gather(feature.valid.nonzero()[0])[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert not feature.group.has(feature.group.commit(1), "f")
-    assert feature.group.has(feature.group.commit(0), "f")
-
-
 def test_extend_repeatedly(tmp_path: Path) -> None:
     source = rows(3)
     begin(tmp_path, source)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,13 @@ from tests.edits import read_rows, table_file, write_rows, write_tables
 from tests.store.features import FINGERPRINT, made_info, random_items, write_feature, written
 
 
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [
-        ([0], True),
-        ([-1], False),
-        ([-1, 5], True),
-        ([-2, 5], False),
-        ([3, -1], False),
-        ([1, 2, 3], False),
-        ([True], False),
-        ([2**31], False),
-    ],
-)
-def test_shapes_of_items(shape: Any, expected: bool) -> None:
-    with nullcontext() if expected else pytest.raises(ValidationError):
-        FeatureAttributes(item_shape=shape, dtype="float16")
+def test_shapes_of_items() -> None:
+    shapes: list[Any] = [[-1], [-2, 5], [3, -1], [1, 2, 3], [True], [2**31]]
+    for shape in shapes:
+        with pytest.raises(ValidationError):
+            FeatureAttributes(item_shape=shape, dtype="float16")
+    for shape in ([0], [-1, 5]):
+        assert FeatureAttributes(item_shape=shape, dtype="float16").item_shape == tuple(shape)
 
 
 def test_commits_are_those_of_the_rows_that_were_opened(tmp_path: Path) -> None:
@@ -99,16 +89,6 @@ def test_groups_are_found_by_their_commits(tmp_path: Path) -> None:
     assert again.fingerprint == {"family": "p"}
     with pytest.raises(FingerprintError, match="encoder 'test' of cache .*family: stored 'test', requested 'p'"):
         create_group(tmp_path, "image", "test", info, spec="t:m", fingerprint={**FINGERPRINT, "family": "p"})
-    path = other.path / "zarr.json"
-    record = json.loads(path.read_text())
-    for name, value in (("spec", 3), ("fingerprint", "x"), ("view", 1)):
-        damaged = json.loads(json.dumps(record))
-        attributes = damaged["attributes"]["embedcache"] | {name: value}
-        del attributes["digest"]
-        damaged["attributes"]["embedcache"] = add_digest(attributes)  # as a stranger may
-        path.write_text(json.dumps(damaged))
-        with pytest.raises(CorruptError, match=name):
-            open_group(tmp_path, "image", "other", info)
 
 
 def test_features_with_commits_keep_their_metadata(tmp_path: Path) -> None:
@@ -123,11 +103,6 @@ def test_features_with_commits_keep_their_metadata(tmp_path: Path) -> None:
     add_feature(group, "g", (4,), "float16")
     add_feature(group, "g", (5,), "float32")  # no chunk of it is committed
     assert read_feature(group, "g") == FeatureAttributes(item_shape=(5,), dtype="float32")
-    path = group.path / "g" / "zarr.json"
-    for old, new in (('"float32"', '"complex64"'), ("5\n", "-1\n")):
-        path.write_text(path.read_text().replace(f'"dtype": {old}', f'"dtype": {new}'))
-    with pytest.raises(CorruptError, match="expected the item_shape and dtype of a feature, got .* and 'complex64'"):
-        read_feature(group, "g")
 
 
 @pytest.fixture(scope="module")

@@ -165,21 +165,3 @@ def test_metadata_that_follow_are_found_and_written_again(tmp_path: Path) -> Non
     assert all(name in finding.reason for name, finding in zip(METADATA, findings, strict=True))
     assert verify_cache(cache, VerifySettings(repair=True)).is_sound
     assert tree(cache) == whole
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "word"),
-    [
-        ('"tests.toy:open_toy"', '"tests.toy:open_tox"', "has changed since it was written"),
-        ('"tests.toy:open_toy"', '""', "has changed since it was written"),
-        ('"node_type": "group"', '"node_type": "grop"', "group"),
-    ],
-)
-def test_verify_finds_changed_metadata_of_an_encoder(copy: Path, old: str, new: str, word: str) -> None:
-    path = copy / "image/open_toy/zarr.json"
-    text = path.read_text()
-    path.write_text(text.replace(old, new, 1))
-    assert path.read_text() != text
-    findings = verify(Cache(copy))
-    assert findings
-    assert all((word in finding.line(), finding.can_repair) == (True, False) for finding in findings)

@@ -78,17 +78,6 @@ def test_commit_keeps_stored_rows(tmp_path: Path, shape: tuple[int, ...]) -> Non
     assert after.index_digest == "longer"
 
 
-def test_commit_overwrites_damaged_rows(tmp_path: Path) -> None:
-    group = group_of(tmp_path, 3)
-    add_feature(group, "f", (3,), "float16")
-    commit(group, [item(row, (3,)) for row in range(3)])
-    longer = group_of(tmp_path, 4, earlier=3)
-    add_feature(longer, "f", (3,), "float16")
-    (tmp_path / "image/test/f/c/0/0").unlink()
-    commit(longer, [item(10 + row, (3,)) for row in range(4)])
-    assert values(longer) == [10, 11, 12, 13]
-
-
 @SHAPES
 def test_commit_overwrites_only_failed_rows(tmp_path: Path, shape: tuple[int, ...]) -> None:
     group = group_of(tmp_path, 4)
