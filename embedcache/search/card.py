@@ -135,14 +135,12 @@ class BuildState(Manifest):
 
     Args:
         source: what the index is built from, as fields of the card.
-        factory: FAISS factory string of the kind that is being built; None: none yet, or it was rejected.
-        rejected: recall of each kind that missed the requested one.
+        factory: FAISS factory string of the kind that is being built; None before the first one.
         files: as in the card, of the vectors that were added so far.
     """
 
     source: Mapping[str, Any]
     factory: str | None = None
-    rejected: Mapping[str, float] = {}
     files: Mapping[str, IndexFile] = {}
 
 

@@ -204,20 +204,32 @@ def _find_index(builder: "_Builder", settings: IndexSettings) -> tuple[Configura
     num = len(vectors.rows)
     candidates = _candidates(settings, num, vectors.width) if old is None else [_grown(old, num)]
     must_keep = old is not None and may_hold_removed(old, vectors.cache)
+    factories = [candidate.factory for candidate in candidates]
+    if builder.state.factory in factories:  # the ones before it were rejected
+        candidates = candidates[factories.index(builder.state.factory) :]
     queries: QuerySet | None = None
+    recalls: dict[str, float] = {}
     for candidate in candidates:
-        if builder.state.rejected.get(candidate.factory, 1) >= settings.min_recall:
-            index = builder.build(candidate)
-            queries = queries or draw_query_set(vectors, builder.progress)
-            quality = measure_index(index, queries, settings.min_recall, builder.progress)
-            recall = quality["recall_at_10"]
-            if recall >= settings.min_recall or must_keep:
-                return candidate, index, quality
-            builder.reject(candidate.factory, recall)
-            builder.progress.note(f"{candidate.factory}: recall@10 {recall:.3f} is too low, not kept")
+        index = builder.build(candidate)
+        queries = queries or draw_query_set(vectors, builder.progress)
+        quality = measure_index(index, queries, settings.min_recall, builder.progress)
+        recall = quality["recall_at_10"]
+        if recall >= settings.min_recall or must_keep:
+            return candidate, index, quality
+        builder.progress.note(f"{candidate.factory}: recall@10 {recall:.3f} is too low, not kept")
+        recalls[candidate.factory] = recall
         if not candidate.factory.startswith("HNSW"):  # the next ones have fewer bits, and miss more
             break
-    raise SettingError(_recall_error(builder.state.rejected, builder.folder, settings))
+
+    builder.discard()
+    factory = max(recalls, key=recalls.__getitem__)
+    unchanged = "" if old is None else "; the old index is unchanged"
+    larger = "leave --factory out" if settings.factory else "give more --memory, or --on-disk"
+    raise SettingError(
+        f"min_recall: expected an index with recall@10 of at least {settings.min_recall:g}, got "
+        f"{recalls[factory]:.3f} from the best, {factory}, with its most thorough search{unchanged}; {larger}, or "
+        "lower it to less than that with --min-recall"
+    )
 
 
 class _Builder:
@@ -305,9 +317,10 @@ class _Builder:
             return part
         return read_index(index_paths(self.folder, self.state.files), is_mapped=True, device=self.vectors.device)
 
-    def reject(self, factory: str, recall: float) -> None:
-        """Record that a kind of index missed the recall, and remove its files."""
-        self._write_state(factory=None, rejected={**self.state.rejected, factory: recall}, files={})
+    def discard(self) -> None:
+        """Delete what was built; a finished index stays as it was."""
+        (self.folder / STATE).unlink()
+        _remove_others(self.folder, () if self.card is None else self.card.files)
 
     def _start(self, kind: Configuration) -> RowIndex:
         """Return the last part that an earlier build left, or a new one that is trained and empty."""
@@ -396,17 +409,6 @@ def _remove_others(index_path: Path, names: Collection[str]) -> None:
         for path in index_path.glob(pattern):
             if path.name not in names:
                 path.unlink()
-
-
-def _recall_error(rejected: Mapping[str, float], index_path: Path, settings: IndexSettings) -> str:
-    factory, recall = max(rejected.items(), key=lambda pair: pair[1])
-    unchanged = "; the old index is unchanged" if (index_path / CARD).is_file() else ""
-    larger = "leave --factory out" if settings.factory else "give more --memory, or --on-disk"
-    return (
-        f"min_recall: expected an index with recall@10 of at least {settings.min_recall:g}, got {recall:.3f} from the "
-        f"best, {factory}, with its most thorough search{unchanged}; {larger}, or lower it to "
-        "less than that with --min-recall"
-    )
 
 
 def _source(vectors: Vectors, index_path: Path) -> dict[str, Any]:
