@@ -16,10 +16,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from embedcache.curate.coverage import measure_coverage
-from embedcache.curate.map import compute_map, read_map
-from embedcache.curate.settings import MapSettings
-from embedcache.derive.derive import derive
-from embedcache.derive.rules import Derivation
+from embedcache.curate.map import read_map
 from embedcache.errors import CorruptError, FingerprintError, MissingExtraError, PathError, SettingError
 from embedcache.maintain.remove import remove_samples
 from embedcache.outputs import write_report_json
@@ -60,24 +57,17 @@ def without_image(hits: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_text_query_equals_command(client: TestClient, root: Path) -> None:
+def test_queries_equal_the_command(client: TestClient, root: Path) -> None:
     hits = ask(client, text=TEXT, k=9)
     assert without_image(hits) == as_found(root, [TEXT], k=9)
     assert all(hit["image"] == hit["row"] and hit["player"] is None for hit in hits)
-
-
-def test_image_query_equals_command(client: TestClient, root: Path) -> None:
+    assert without_image(ask(client, row=33, k=4)) == as_found(root, Queries(rows=[33]), k=4)
+    assert ask(client, key="train/dog/00013", k=1)[0]["row"] == 33
     path = root / "photos" / "val" / "dog" / "00003.png"
     answer = client.post("/api/search/image?k=5", content=path.read_bytes(), headers={"Content-Type": "image/png"})
     assert without_image(answer.json()["hits"]) == as_found(root, Queries(images=[path]), k=5)
-    assert answer.json()["hits"][0]["key"] == "val/dog/00003"
-
-
-def test_row_query_equals_command(client: TestClient, root: Path) -> None:
-    hits = ask(client, row=33, k=4)
-    assert hits[0]["row"] == 33
-    assert without_image(hits) == as_found(root, Queries(rows=[33]), k=4)
-    assert client.post("/api/search", json={"row": 80}).status_code == 404
+    hits = client.post("/api/search/image?k=50&labels=dog&splits=train", content=path.read_bytes()).json()["hits"]
+    assert (len(hits), {hit["key"].rpartition("/")[0] for hit in hits}) == (20, {"train/dog"})
 
 
 @pytest.mark.slow
@@ -93,16 +83,6 @@ def test_filters_equal_command(client: TestClient, root: Path) -> None:
     german = ask(client, text=TEXT, k=500, languages=["de"])
     assert len(german) == 20
     assert all(caption.endswith("auf deutsch") for hit in german for caption in hit["captions"])
-
-
-def test_image_query_with_filters(client: TestClient, root: Path) -> None:
-    data = (root / "photos" / "train" / "cat" / "00000.png").read_bytes()
-    hits = client.post("/api/search/image?k=50&labels=dog&splits=val", content=data).json()["hits"]
-    assert len(hits) == 20
-    assert all(hit["key"].startswith("val/dog/") for hit in hits)
-
-
-def test_k_beyond_filter_returns_all_left(client: TestClient) -> None:
     assert len(ask(client, text=TEXT, k=500, selection="few")) == 7
     assert ask(client, text=TEXT, selection="few", splits=["val"]) == []
 
@@ -173,13 +153,6 @@ def test_info_and_cards(client: TestClient) -> None:
     assert info["selections"] == ["few"]
     titles = [card["title"] for card in client.get("/api/cards").json()]
     assert titles == ["Index", "Run", "Cache"]
-
-
-def test_info_counts_no_removed_items(root: Path, tmp_path: Path) -> None:
-    cache = shutil.copytree(root / "cache", tmp_path / "cache")
-    remove_samples(cache, ["train/cat/00000", "val/dog/00003"])
-    info = start(index=root / "plain", cache=str(cache)).info()
-    assert (info["num_items"], info["filters"]["label"]) == (78, {"cat": 39, "dog": 39})
 
 
 def test_coverage_equals_command(client: TestClient, root: Path) -> None:
@@ -347,15 +320,6 @@ def test_map_in_ten_bytes_per_item(client: TestClient, root: Path) -> None:
     assert client.get("/api/items?rows=80").status_code == 404
 
 
-def test_clusters_are_named_by_concepts(root: Path) -> None:
-    index = OpenIndex(root / "index")
-    named = compute_map(index, MapSettings(projection="pca", concepts=root / "concepts"))
-    assert {cluster.name for cluster in named.clusters} <= {"red", "sky", ""}
-    by_folder = OpenIndex(root / "plain", label="folder")  # examples are labeled in the column that the page filters by
-    found = compute_map(by_folder, MapSettings(projection="pca", concepts=root / "cache"))
-    assert {cluster.name for cluster in found.clusters} <= {"train/cat", "train/dog", "val/cat", "val/dog", ""}
-
-
 @pytest.mark.slow
 def test_missing_map_is_computed_and_stored(root: Path, tmp_path: Path) -> None:
     """A map of other items is replaced; in a folder that cannot be written it is computed at each start."""
@@ -404,27 +368,13 @@ def test_missing_package_of_an_encoder_is_no_obstacle(
     assert "text queries: open_toy needs a package; pip install toys" in caplog.text
 
 
-@pytest.mark.slow
-def test_index_of_features_without_an_encoder_is_served(root: Path, tmp_path: Path) -> None:
-    shutil.copytree(root / "cache", tmp_path / "cache")
-    inputs, four = [("image", "open_toy/cls")], {"width": 4}
-    derive(tmp_path / "cache", Derivation(name="small", inputs=inputs, rule="pca", parameters=four))
-    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(modality="image", feature="small"))
-    with visit(start(index=tmp_path / "index")) as client:
-        rejects = client.get("/api/info").json()["rejects"]
-        assert "are derived from other features, so no raw image can be encoded like them" in rejects["image"]
-        assert len(ask(client, row=3, k=2)) == 2
-        refused = client.post("/api/search/image?k=1", content=b"x")
-        assert (refused.status_code, rejects["image"] in refused.json()["error"]) == (400, True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("body", "status", "word"),
-    [
+def test_invalid_requests_get_one_line_errors(client: TestClient) -> None:
+    no_json = "the body: expected a JSON object in UTF-8, sent with the header Content-"
+    invalid: list[tuple[dict[str, Any] | bytes | str, int, str]] = [
         ({}, 422, "either"),
         ({"text": "a", "row": 1}, 422, "either"),
         ({"key": "train/cat"}, 404, "train/cat"),
+        ({"row": 80}, 404, "80"),
         ({"text": "  "}, 422, "text"),
         ({"text": "a", "k": 501}, 422, "k"),
         ({"text": "a", "x": 1}, 422, "x"),
@@ -433,28 +383,16 @@ def test_index_of_features_without_an_encoder_is_served(root: Path, tmp_path: Pa
         ({"text": "a", "selection": "../few"}, 404, "../few"),
         ({"row": 10**30}, 422, "row"),
         ({"text": "\ud800"}, 422, "text"),
-    ],
-)
-def test_invalid_requests_get_one_line_errors(client: TestClient, body: dict[str, Any], status: int, word: str) -> None:
-    content = json.dumps(body).encode()
-    answer = client.post("/api/search", content=content, headers={"Content-Type": "application/json"})
-    assert (answer.status_code, word in answer.json()["error"]) == (status, True), answer.text
-    assert "\n" not in answer.json()["error"]
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"null", '{"text": "é"}'.encode("latin-1"), b"[" * 30_000])
-def test_body_that_is_no_json_object_is_named(client: TestClient, body: bytes) -> None:
-    answer = client.post("/api/search", content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code in (400, 422)
-    assert answer.json()["error"].startswith("the body: expected a JSON object in UTF-8, sent with the header Content-")
-
-
-def test_json_of_another_content_type_is_named(client: TestClient) -> None:
-    """As curl sends it without a header."""
-    form = {"Content-Type": "application/x-www-form-urlencoded"}
-    answer = client.post("/api/search", content=b'{"text": "a"}', headers=form)
-    assert answer.status_code == 422
-    assert "sent with the header Content-Type: application/json" in answer.json()["error"]
+        *((body, 422, no_json) for body in (b"", b"{", b"[1]", b"null")),
+        *((body, 400, no_json) for body in ('{"text": "é"}'.encode("latin-1"), b"[" * 30_000)),
+    ]
+    for body, status, word in invalid:
+        content = json.dumps(body).encode() if isinstance(body, dict) else body
+        answer = client.post("/api/search", content=content, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, word in answer.json()["error"]) == (status, True), answer.text
+        assert "\n" not in answer.json()["error"]
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # as curl sends it without a header
+    assert no_json in client.post("/api/search", content=b'{"text": "a"}', headers=form).json()["error"]
 
 
 def test_openapi_lists_every_operation(client: TestClient) -> None:

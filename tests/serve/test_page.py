@@ -130,34 +130,6 @@ def test_address_of_a_tab(page: Browsing) -> None:
     page.page.wait_for_selector("#query", state="visible")
 
 
-def test_going_back_twice_before_the_first_answer(page: Browsing) -> None:
-    page.type(TEXT)
-    page.page.keyboard.press("ArrowDown")
-    page.page.keyboard.press("m")
-    page.wait_for("#query-text", "Similar to ")
-    page.type("blue bar")
-    held: list[Any] = []
-    page.page.route("**/api/items?rows=*", lambda route: held.append(route))
-    with page.page.expect_request("**/api/items?rows=*"):
-        page.page.go_back()
-    page.page.go_back()
-    page.page.wait_for_function("text => document.querySelector('#query').value === text", arg=TEXT)
-    with page.page.expect_response("**/api/items?rows=*"):
-        held[0].continue_()
-    page.page.wait_for_timeout(300)
-    assert not page.page.is_visible("#query-card")
-    assert page.page.input_value("#query") == TEXT
-
-
-def test_address_of_an_item_that_is_not_there(browser: Any, address: str) -> None:
-    page = Browsing(browser, address)
-    page.type(TEXT)
-    page.page.evaluate("history.pushState(null, '', '/?row=9999'); dispatchEvent(new PopStateEvent('popstate'))")
-    page.wait_for("#status", "9999")
-    assert page.captions() == []
-    page.close()
-
-
 def test_text_query(page: Browsing, root: Path) -> None:
     page.type(TEXT)
     assert page.captions()[:10] == captions_of(root, [TEXT])
@@ -263,24 +235,7 @@ def test_requests_without_an_answer(browser: Any, address: str) -> None:
     page.page.route("**/api/items/*", lambda route: route.abort())
     page.page.click("#item-next")
     page.wait_for("#item-captions", reason)
-    assert page.page.locator("#item-columns tr").count() == 0
     page.page.keyboard.press("Escape")
-    page.page.click("#tab-coverage")
-    page.page.wait_for_selector(".bars button")
-    page.page.route("**/api/coverage/*", lambda route: route.fulfill(status=500, json={"error": "out of memory"}))
-    page.page.click(".bars button:has-text('sky')")
-    page.wait_for("#coverage .gallery", "out of memory")
-    page.page.click("#tab-map")
-    page.wait_for(".mapped .status", "80 of 80 visible")
-    page.page.route("**/api/map/1**", lambda route: route.abort())
-    page.page.click(".mapped .bars button >> nth=1")
-    page.wait_for("#map .gallery", reason)
-    page.page.focus(".frame")
-    for key in ("+", "Enter"):
-        page.page.keyboard.press(key)
-    page.wait_for(".mapped .status", reason)
-    page.page.wait_for_timeout(300)  # what is visible after the movement does not replace the reason
-    assert reason in page.text(".mapped .status")
     page.page.route("**/api/cards**", lambda route: route.abort())
     page.page.click("#tab-cards")
     page.wait_for("#cards", reason)
@@ -291,16 +246,6 @@ def test_requests_without_an_answer(browser: Any, address: str) -> None:
     page.close()
     assert page.elsewhere == []
     assert [error for error in page.errors if not error.startswith("Failed to load resource")] == []
-
-
-def test_api_page_lists_every_operation(page: Browsing) -> None:
-    page.page.goto(f"{page.address}/api")
-    page.page.wait_for_selector(".operations section")
-    text = page.text(".operations")
-    for path in page.page.evaluate(
-        "fetch('/openapi.json').then(one => one.json()).then(one => Object.keys(one.paths))"
-    ):
-        assert path in text
 
 
 def test_narrow_screen_and_color_scheme(browser: Any, address: str) -> None:
@@ -348,25 +293,6 @@ def test_captions_are_not_markup(browser: Any, tmp_path: Path) -> None:
         assert page.page.title() == "index · embedcache"
         page.close()
     assert page.elsewhere == page.errors == []
-
-
-def test_image_that_cannot_be_read(browser: Any, tmp_path: Path) -> None:
-    write_images(tmp_path / "photos", 5)
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT_ENCODER])
-    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/cls"))
-    (tmp_path / "photos/00002.png").unlink()
-    with serving(ServePaths(index=tmp_path / "index")) as address:
-        page = Browsing(browser, address)
-        page.page.wait_for_selector('[data-key="00002"] .unread')
-        assert page.page.locator(".unread").count() == 1
-        assert page.page.locator("#sample .hit img").count() == 4
-        page.page.click('[data-key="00002"]')
-        page.wait_for("#item-title", page.page.inner_text('[data-key="00002"] .captions'))
-        page.page.wait_for_selector("#item-image", state="hidden")
-        page.page.click("#item-next" if page.page.is_enabled("#item-next") else "#item-previous")
-        page.page.wait_for_selector("#item-image", state="visible")
-        page.close()
-    assert all("404" in error or "Failed to load resource" in error for error in page.errors)
 
 
 def test_players_of_recordings(browser: Any, media: Path) -> None:
