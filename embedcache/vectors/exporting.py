@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.lib import format as npy_format
 
-from embedcache.arrays import Array, Bools, Ints, blocks, distinct, normalize
+from embedcache.arrays import Array, Bools, Ints, blocks, normalize
 from embedcache.dataset.inputs import features_by_modality
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.dataset.selections import read_selection
@@ -121,15 +121,12 @@ def _write_parquet(export: "VectorExport", path: Path, progress: Progress) -> No
     check_output(path)
 
     def tables() -> Iterator[pa.Table]:
-        for table, vectors in _rows(export, slice(0, len(export.samples)), progress):
-            for column, modality in VECTOR_COLUMNS.items():
-                if modality in vectors:
-                    values = pa.array(vectors[modality].reshape(-1))
-                    lists = pa.FixedSizeListArray.from_arrays(values, export.width(modality))
-                    # It replaces a column of the cache with this name.
-                    table = table.drop_columns([column] if column in table.column_names else [])
-                    table = table.append_column(column, lists)
-            yield table
+        for table, vectors in export.rows(slice(0, len(export.samples)), progress):
+            columns = dict(zip(table.column_names, table.columns, strict=True))
+            for modality, vectors_BD in vectors.items():
+                components = pa.array(vectors_BD.reshape(-1))
+                columns[f"{modality}_vector"] = pa.FixedSizeListArray.from_arrays(components, vectors_BD.shape[1])
+            yield pa.table(columns)
 
     with new_output(path) as temporary:
         _write_tables(temporary, tables(), export.record)
@@ -137,10 +134,11 @@ def _write_parquet(export: "VectorExport", path: Path, progress: Progress) -> No
 
 def _write_npy(export: "VectorExport", folder: Path, progress: Progress) -> None:
     """Write a `.npy` per modality, as it is in the cache, and `rows.parquet`."""
+    num_rows = len(export.samples)
     with building(folder) as temporary:
         arrays = {modality: temporary / f"{modality}.npy" for modality in export.modalities}
-        rows = slice(0, len(export.samples))
-        _write_arrays(export, temporary / "rows.parquet", arrays, _rows(export, rows, progress), len(export.samples))
+        rows = export.rows(slice(0, num_rows), progress)
+        _write_arrays(temporary / "rows.parquet", arrays, rows, num_rows, export.record)
 
 
 def _write_clip_retrieval(export: "VectorExport", folder: Path, progress: Progress) -> None:
@@ -160,8 +158,8 @@ def _write_clip_retrieval(export: "VectorExport", folder: Path, progress: Progre
         for number, rows in enumerate(parts):
             arrays = {mod: temporary / name / f"{name}_{number:0{digits}d}.npy" for mod, name in names.items()}
             table = temporary / "metadata" / f"metadata_{number:0{digits}d}.parquet"
-            in_its_form = map(_to_clip_retrieval, _rows(export, rows, progress))
-            _write_arrays(export, table, arrays, in_its_form, rows.stop - rows.start)
+            in_its_form = map(_to_clip_retrieval, export.rows(rows, progress))
+            _write_arrays(table, arrays, in_its_form, rows.stop - rows.start, export.record)
 
 
 def _to_clip_retrieval(rows: "_Rows") -> "_Rows":
@@ -183,30 +181,25 @@ _Rows = tuple[pa.Table, dict[Modality, Array]]
 """Keys, captions and columns of some rows, and their vectors."""
 
 
-def _rows(export: "VectorExport", rows: slice, progress: Progress) -> Iterator[_Rows]:
-    for block in blocks(rows.stop - rows.start, _BLOCK):
-        part = slice(rows.start + block.start, rows.start + block.stop)
-        yield export.table(part), {modality: export.vectors(modality, part) for modality in export.modalities}
-        progress.advance(part.stop - part.start)
-
-
 def _write_arrays(
-    export: "VectorExport", table: Path, arrays: Mapping[Modality, Path], rows: Iterator[_Rows], num_rows: int
+    table: Path, arrays: Mapping[Modality, Path], rows: Iterator[_Rows], num_rows: int, record: Mapping[str, Any]
 ) -> None:
     """Write a table, and `.npy` files in format 1.0: a header of 128 bytes, one line that other readers parse."""
     with ExitStack() as stack:
         files = {modality: stack.enter_context(path.open("wb")) for modality, path in arrays.items()}
-        for modality, file in files.items():
-            descr, shape = np.dtype(export.dtype(modality)).newbyteorder("<").str, (num_rows, export.width(modality))
-            npy_format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
 
         def tables() -> Iterator[pa.Table]:
             for part, vectors in rows:
-                for modality, file in files.items():
-                    file.write(vectors[modality].tobytes())
+                for modality, vectors_BD in vectors.items():
+                    file = files[modality]
+                    if not file.tell():
+                        descr = vectors_BD.dtype.newbyteorder("<").str
+                        header = {"descr": descr, "fortran_order": False, "shape": (num_rows, vectors_BD.shape[1])}
+                        npy_format.write_array_header_1_0(file, header)
+                    file.write(vectors_BD.tobytes())
                 yield part
 
-        _write_tables(table, tables(), export.record)
+        _write_tables(table, tables(), record)
 
 
 def _write_tables(path: Path, tables: Iterator[pa.Table], record: Mapping[str, Any]) -> None:
@@ -255,7 +248,6 @@ class VectorExport:
         if settings.selection is not None:
             requested_S = read_selection(settings.selection, [self.cache])
         self._num_requested = len(requested_S)
-        self._chunk = lru_cache(len(self._vectors))(self._read_chunk)
         with_vectors = [samples for samples, _ in self._items.values()]
         self.samples: Ints = reduce(partial(np.intersect1d, assume_unique=True), with_vectors, requested_S)
         """(S,) int64 rows of the cache's samples, ascending."""
@@ -301,24 +293,19 @@ class VectorExport:
             "run": None if run is None else str(run),
         }
 
-    def width(self, modality: Modality) -> int:
-        """Return the number of dimensions of the vectors."""
-        return self._vectors[modality].width
+    def rows(self, rows: slice, progress: Progress) -> Iterator[_Rows]:
+        """Iterate over some rows in blocks: the table of each, and its vectors (B, D) of each modality, verified."""
+        for block in blocks(rows.stop - rows.start, _BLOCK):
+            part = slice(rows.start + block.start, rows.start + block.stop)
+            yield self.table(part), {modality: self._read(modality, part) for modality in self.modalities}
+            progress.advance(part.stop - part.start)
 
-    def dtype(self, modality: Modality) -> str:
-        """Return the dtype of the vectors: as stored, or float16 if a run projects them."""
-        return "float16" if self._settings.run is not None else str(self._vectors[modality].feature.dtype)
-
-    def vectors(self, modality: Modality, rows: slice) -> Array:
-        """Return the vectors of some rows, checksums verified: (B, D). Fast for rows that ascend from call to call."""
-        wanted = self._item_rows(modality, rows)
-        size = self.cache.info.chunk_size
-        parts = []
-        for number in distinct(wanted // size).tolist():
-            chunk_rows, values = self._chunk(modality, number)
-            low, high = np.searchsorted(wanted, [number * size, (number + 1) * size])
-            parts.append(values[np.searchsorted(chunk_rows, wanted[low:high])])
-        return np.concatenate(parts).astype(self.dtype(modality), copy=False)
+    def _read(self, modality: Modality, rows: slice) -> Array:
+        """Return vectors as stored, or float16 of length 1 if a run projects them."""
+        item_rows = self._item_rows(modality, rows)
+        if self._settings.run is None:
+            return self._vectors[modality].feature.read(item_rows).values
+        return self._vectors[modality].read(item_rows).astype(np.float16)
 
     def table(self, rows: slice) -> pa.Table:
         """Return `key`, and where they exist `image_path`, `caption`, `language`, and all columns of some rows.
@@ -366,13 +353,6 @@ class VectorExport:
         """Return the row of the item of each of these samples: (B,) int64, ascending."""
         samples, item_rows = self._items[modality]
         return item_rows[np.searchsorted(samples, self.samples[rows])]
-
-    def _read_chunk(self, modality: Modality, number: int) -> tuple[Ints, Array]:
-        """Return the rows of a chunk that have a vector, and these vectors, as stored or projected."""
-        if self._settings.run is not None:
-            return self._vectors[modality].chunk(number)
-        rows, inputs = self._vectors[modality].feature.chunk(number)
-        return rows, inputs.values
 
     def _captions(self, rows: slice) -> pa.Table:
         """Return the caption of each row, null if the sample has none."""

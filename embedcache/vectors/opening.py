@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.lib import format as npy_format
 
 from embedcache.arrays import Array, blocks
@@ -223,8 +222,8 @@ def _open_parquet(path: Path, *, vector_columns: Mapping[str, str | Sequence[str
     modalities = _assign_modalities(vector_columns, "vector columns") or usual
     if not modalities:
         raise SettingError(
-            f"{path}: expected a column such as image_vector, got none; name one of its columns of vectors with "
-            f"--vector-column MODALITY=NAME: {', '.join(_list_columns(schema)) or 'it has none'}"
+            f"{path}: expected a column such as image_vector, got {', '.join(schema.names)}; name columns of vectors "
+            "with --vector-column MODALITY=NAME"
         )
 
     # What the file records of the cache that it was exported from; nothing in other files.
@@ -305,13 +304,15 @@ def _open_column(path: Path, column: str) -> VectorFile:
     with reading(path, GET_AGAIN), open_parquet(path) as file:
         schema = file.schema_arrow
         if column not in schema.names:
-            raise unknown_name("column of vectors", column, _list_columns(schema), where=f"in {path}")
+            raise unknown_name("column of vectors", column, schema.names, where=f"in {path}")
         kind = schema.field(column).type
         if not _is_list(kind):
             raise DataError(f"{location}: expected lists of float16, float32 or float64, got {kind}")
         dtype = _check_dtype(np.dtype(kind.value_type.to_pandas_dtype()), location)
-        width = kind.list_size if pa.types.is_fixed_size_list(kind) else _first_length(file, column)
         num_rows = file.metadata.num_rows
+        batches = file.iter_batches(1024, columns=[column], use_threads=False)
+        lengths = (len(cell) for batch in batches for cell in batch.column(0).drop_null())
+        width = kind.list_size if pa.types.is_fixed_size_list(kind) else next(lengths, 0)
     if not width:
         raise DataError(f"{location}: expected vectors, got none in {num_rows:,} rows")
     read_blocks = partial(_read_column, path, column, width, dtype)
@@ -342,19 +343,6 @@ def _read_column(path: Path, column: str, width: int, dtype: str) -> Iterator[Ar
             values_BD[lists.is_valid().to_numpy(zero_copy_only=False)] = components.reshape(-1, width)
             yield values_BD
             row += len(lists)
-
-
-def _first_length(file: pq.ParquetFile, column: str) -> int:
-    for batch in file.iter_batches(1024, columns=[column], use_threads=False):
-        lengths = batch.column(0).value_lengths().drop_null()
-        if len(lengths):
-            return int(lengths[0].as_py())
-    return 0
-
-
-def _list_columns(schema: pa.Schema) -> list[str]:
-    """Return the columns that hold lists of floating-point numbers."""
-    return [each.name for each in schema if _is_list(each.type) and pa.types.is_floating(each.type.value_type)]
 
 
 def _is_list(kind: pa.DataType) -> bool:

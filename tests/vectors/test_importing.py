@@ -130,7 +130,7 @@ def test_train_and_index_on_import(tree: Path, tmp_path: Path) -> None:
     [hits] = search(tmp_path / "index", Queries(keys=["k7"]), SearchSettings(k=1))
     assert hits[0].key == "k7"
     for queries in (["a dog"], Queries(vectors=unit_rows(40))):
-        with pytest.raises(DataError, match="project"):
+        with pytest.raises(DataError, match="vectors"):
             search(tmp_path / "index", queries)
     model = embedcache.load(tmp_path / "run")
     projected = model.project(unit_rows(40).astype(np.float64), "image")
