@@ -192,25 +192,6 @@ def test_ridge_chooses_the_largest_best_shrinkage() -> None:
     np.testing.assert_array_equal(fitted.scores(test.vectors), expected)
 
 
-@pytest.mark.parametrize("method", METHODS.paths)
-def test_unseen_class_is_never_predicted(method: str) -> None:
-    train, val, test = blobs(0, 40), blobs(1, 40), blobs(2, 40)
-    fitted = METHODS.load(method)(train, val, CLASSES + 2)
-    scores = fitted.scores(test.vectors)
-    assert scores.shape == (40, CLASSES + 2)
-    assert scores.dtype == np.float32
-    assert set(scores.argmax(axis=1)) <= set(range(CLASSES))
-
-
-@pytest.mark.parametrize("method", METHODS.paths)
-def test_inputs_are_not_changed(method: str) -> None:
-    train, val = blobs(0, 40), blobs(1, 40)
-    METHODS.load(method)(train, val, CLASSES).scores(val.vectors)
-    for left, right in ((train, blobs(0, 40)), (val, blobs(1, 40))):
-        np.testing.assert_array_equal(left.vectors, right.vectors)
-        np.testing.assert_array_equal(left.labels, right.labels)
-
-
 def test_logistic_without_scikit_learn_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)

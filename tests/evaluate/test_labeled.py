@@ -85,19 +85,14 @@ def test_validation_part_is_used_or_tested(tmp_path: Path) -> None:
         (lambda n, c: {**color(n, c), "split": "test" if n else "train"}, DataError, "val: 0"),
         (lambda n, c: {**color(n, c), "split": "val" if n % 3 else "train"}, DataError, "--part val"),
         (lambda n, c: {**color(n, c), "split": f"fold {n % 2}"}, DataError, "fold 0"),
+        (lambda n, c: {"label": c.split()[0]}, DataError, "--part test"),
     ],
-    ids=["one class", "no label", "no column", "empty part", "no test", "no part at all"],
+    ids=["one class", "no label", "no column", "empty part", "no test", "no part at all", "no column split"],
 )
 def test_unusable_data_raise(tmp_path: Path, columns_of: ColumnsOf, error: type[Exception], word: str) -> None:
     path = make_cache(tmp_path, columns_of, count=40)
     with pytest.raises(error, match=word):
-        read_labeled(Cache(path), ProbeSettings(feature=FEATURE))
-
-
-def test_val_part_needs_a_column(tmp_path: Path) -> None:
-    path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=40)
-    with pytest.raises(DataError, match="split"):
-        read_labeled(Cache(path), ProbeSettings(feature=FEATURE, part="val"))
+        read_labeled(Cache(path), ProbeSettings(feature=FEATURE, part="val" if word == "--part test" else "test"))
 
 
 def test_unfinished_feature_is_refused(labeled_path: Path, tmp_path: Path) -> None:

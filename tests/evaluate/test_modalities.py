@@ -112,12 +112,11 @@ def test_items_are_classified_by_prompts(
     )
 
 
-@pytest.mark.parametrize(("modality", "noun"), [("audio", "recordings"), ("points", "point clouds")])
-def test_features_are_probed(things: Path, tmp_path: Path, modality: str, noun: str) -> None:
-    options = ["--modality", modality, "--feature", FEATURES[modality], "--classifier", "knn"]
+def test_features_are_probed(things: Path, tmp_path: Path) -> None:
+    options = ["--modality", "audio", "--feature", FEATURES["audio"], "--classifier", "knn"]
     shown = succeed("evaluate", "probe", things, *options, cwd=tmp_path)
-    assert f"test {noun}; parts by a hash" in " ".join(shown.split())
-    report = evaluate_probe(things, modality=modality, feature=FEATURES[modality], classifier="knn")
+    assert "test recordings; parts by a hash" in " ".join(shown.split())
+    report = evaluate_probe(things, modality="points", feature=FEATURES["points"], classifier="knn")
     assert report.scores[0].accuracy.value > 0.9
 
 

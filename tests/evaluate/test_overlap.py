@@ -7,7 +7,7 @@ import pytest
 
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import read_items
-from embedcache.errors import CorruptError, DataError, SettingError
+from embedcache.errors import CorruptError, DataError
 from embedcache.evaluate import overlap
 from embedcache.evaluate.overlap import ItemSet, training_items
 from embedcache.evaluate.retrieval import evaluate_retrieval, rank
@@ -18,7 +18,6 @@ from embedcache.provenance import read_json
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.cli.run import succeed
-from tests.edits import edit_record
 from tests.evaluate.conftest import make_cache
 from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
@@ -46,7 +45,7 @@ def unit(feature: object, rows: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_other_cache_uses_its_column_split(run: Run, other: Path) -> None:
+def test_other_cache_uses_its_column_split(run: Run, other: Path, two_caches: list[Path]) -> None:
     cache = Cache(other)
     assert read_eval_split(cache, run).samples.tolist() == [
         row for row, part in enumerate(cache.samples["split"].to_pylist()) if part == "test"
@@ -55,22 +54,8 @@ def test_other_cache_uses_its_column_split(run: Run, other: Path) -> None:
     assert evaluate_retrieval(other, [run.path]).num_items["image"] == [50]
     with pytest.raises(DataError, match="val"):
         read_eval_split(cache, run, "val")
-
-
-@pytest.mark.slow
-def test_run_that_records_no_settings_is_evaluated(run: Run, cache_path: Path, tmp_path: Path) -> None:
-    """But for its seed: all captions count, as they did in its training."""
-    path = Path(shutil.copytree(run.path, tmp_path / "run"))
-    edit_record(path / "run.json", settings={"seed": 0})
-    found, expected = (evaluate_retrieval(cache_path, [each]) for each in (path, run.path))
-    assert (found.recalls, found.overlap) == (expected.recalls, expected.overlap)
-    with pytest.raises(SettingError, match="control"):
-        load_runs([path], is_control=True)
-
-
-def test_cache_without_a_split_is_used_whole(run: Run, two_caches: list[Path]) -> None:
-    assert read_eval_split(Cache(two_caches[0]), run).part == "all samples"
-    assert len(read_eval_split(Cache(two_caches[0]), run).samples) == 40
+    whole = read_eval_split(Cache(two_caches[0]), run)  # which has no column
+    assert (whole.part, len(whole.samples)) == ("all samples", 40)
     with pytest.raises(DataError, match="test"):
         read_eval_split(Cache(two_caches[0]), run, "test")
 

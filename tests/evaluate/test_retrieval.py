@@ -2,12 +2,13 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from embedcache.dataset.settings import SplitSettings
-from embedcache.errors import CorruptError, FingerprintError, SettingError, UnknownNameError
+from embedcache.errors import CorruptError, EmbedcacheError, FingerprintError, SettingError, UnknownNameError
 from embedcache.evaluate.retrieval import _recalls, compare_retrieval, evaluate_retrieval, rank
 from embedcache.evaluate.runs import group_by_recipe, iterate_recipes, load_runs
 from embedcache.evaluate.settings import RetrievalSettings
@@ -69,6 +70,11 @@ def test_recall_matches_counting_by_hand(cache_path: Path, runs: list[Path]) -> 
         hits += int((scores[texts != caption] >= best).sum() < 5)
     assert report.recalls["i2t"]["r@5"].value == pytest.approx(hits / len(own))
     assert report.num_items["image"] == report.num_items["text"] == [75]
+    for direction, ranks in ranking.ranks.items():
+        metrics = report.rank_metrics[direction]
+        assert metrics["median_rank"].value == np.sort(ranks)[(len(ranks) - 1) // 2]
+        assert metrics["map"].value == pytest.approx(ranking.average_precisions[direction].mean())
+        assert report.curves[direction][4] == pytest.approx(report.recalls[direction]["r@5"].value)
 
 
 @pytest.mark.slow
@@ -80,13 +86,6 @@ def test_seeds_are_averaged(cache_path: Path, runs: list[Path]) -> None:
             assert estimate.value == pytest.approx(mean)
             assert estimate.low <= estimate.value <= estimate.high
     assert both.seeds == [0, 1]
-
-
-def test_seeds_may_come_from_other_devices(runs: list[Path], tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(runs[1], tmp_path / "on-a-gpu"))
-    edit_record(moved / "run.json", {'"device": "cpu"': '"device": "cuda"'})
-    assert len(load_runs([runs[0], moved])) == 2
-    assert len(group_by_recipe([runs[0], moved])) == 1
 
 
 @pytest.mark.slow
@@ -135,16 +134,6 @@ def page_item(position: int, *, is_correct: bool = False) -> PageItem:
     return PageItem(text=str(position), is_correct=is_correct)
 
 
-def test_several_languages_or_no_run_raise(cache_path: Path, runs: list[Path]) -> None:
-    for paths, language, word in (
-        ([], (), "run"),
-        (runs, ("de", "fr"), "de, fr"),
-        (runs, ("de", "fr", "de"), "once"),
-    ):
-        with pytest.raises(SettingError, match=word):
-            evaluate_retrieval(cache_path, paths, language=language)
-
-
 def test_control_does_not_take_the_name_of_a_run(runs: list[Path], tmp_path: Path) -> None:
     run, control = (
         Path(shutil.copytree(path, tmp_path / name)) for path, name in zip(runs, ("shuffled pairs", "c"), strict=True)
@@ -154,13 +143,11 @@ def test_control_does_not_take_the_name_of_a_run(runs: list[Path], tmp_path: Pat
     assert [recipe.name for recipe in iterate_recipes(runs[0], control)] == ["seed", "shuffled pairs"]
 
 
-def test_control_must_be_shuffled(cache_path: Path, runs: list[Path]) -> None:
-    with pytest.raises(SettingError, match="seed-0"):
-        compare_retrieval(cache_path, runs, control_run=runs)
+def test_controls_are_checked_before_anything_is_measured(cache_path: Path, runs: list[Path]) -> None:
     progress = RecordedProgress()
     with pytest.raises(SettingError, match="seed-1"):
         compare_retrieval(cache_path, runs[:1], control_run=runs[1:2], progress=progress)
-    assert progress.started == []  # nothing was measured before
+    assert progress.started == []
 
 
 @pytest.mark.slow
@@ -173,24 +160,21 @@ def test_run_of_another_encoder_is_refused(tmp_path: Path) -> None:
         evaluate_retrieval(tmp_path / "b", [run])
 
 
-def test_swapped_split_is_refused(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
-    run = shutil.copytree(runs[0], tmp_path / "run")
-    shutil.copy(runs[1] / "split.parquet", run)
-    with pytest.raises(CorruptError, match="split.parquet"):
-        evaluate_retrieval(cache_path, [run])
-
-
-def test_different_recipes_are_not_averaged(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
-    settings = TrainSettings(
-        model=ModelSettings(shared_width=16, projector="linear", shrinkage=0.01),
-        optimizer=OptimizerSettings(epochs=0),
-        split=SplitSettings(kind="key", seed=5),
-        shuffle_pairs=True,
-        seed=5,
-    )
-    train(cache_path, tmp_path / "run", feature={"image": "open_toy/cls", "text": "open_toy/mean"}, settings=settings)
-    with pytest.raises(FingerprintError, match="average only seeds of one recipe"):
-        evaluate_retrieval(cache_path, [*runs, tmp_path / "run"])
+def test_wrong_requests_raise(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
+    other = train_run(cache_path, tmp_path / "other", seed=5, shared_width=8)
+    swapped = Path(shutil.copytree(runs[0], tmp_path / "swapped"))
+    shutil.copy(runs[1] / "split.parquet", swapped)
+    wrong: list[tuple[list[Path], dict[str, Any], type[EmbedcacheError], str]] = [
+        ([], {}, SettingError, "run"),
+        (runs, {"language": ("de", "fr")}, SettingError, "de, fr"),
+        (runs, {"language": ("de", "fr", "de")}, SettingError, "once"),
+        ([*runs, other], {}, FingerprintError, "average only seeds of one recipe"),
+        ([swapped], {}, CorruptError, "split.parquet"),
+        (runs, {"is_control": True}, SettingError, "seed-0"),
+    ]
+    for paths, options, error, word in wrong:
+        with pytest.raises(error, match=word):
+            evaluate_retrieval(cache_path, paths, **options)
 
 
 @pytest.mark.slow
@@ -226,6 +210,7 @@ def test_recipes_are_named_and_compared(cache_path: Path, runs: list[Path], tmp_
 
 def test_runs_of_one_recipe_and_one_seed_are_compared(runs: list[Path], tmp_path: Path) -> None:
     again = Path(shutil.copytree(runs[0], tmp_path / "seed-2"))
+    edit_record(again / "run.json", {'"device": "cpu"': '"device": "cuda"'})  # which is no part of a recipe
     assert group_by_recipe([*runs, again]) == {"seed-0": [runs[0]], "seed-1": [runs[1]], "seed-2": [again]}
     assert list(group_by_recipe([runs[0], Path(shutil.copytree(again, tmp_path / "b"))])) == ["seed", "b"]
     same_name = Path(shutil.copytree(again, tmp_path / "other/seed-0"))
@@ -234,17 +219,6 @@ def test_runs_of_one_recipe_and_one_seed_are_compared(runs: list[Path], tmp_path
         group_by_recipe([*runs, runs[0]])
     with pytest.raises(SettingError, match="different seeds"):
         load_runs([runs[0], again])
-
-
-def test_median_ranks_and_curves(cache_path: Path, runs: list[Path]) -> None:
-    report, ranking = evaluate_retrieval(cache_path, runs[:1]), rank(Cache(cache_path), load_runs(runs[:1])[0])
-    for direction in ("i2t", "t2i"):
-        ranks = np.sort(ranking.ranks[direction])
-        assert report.rank_metrics[direction]["median_rank"].value == ranks[(len(ranks) - 1) // 2]
-        assert report.rank_metrics[direction]["map"].value == pytest.approx(
-            ranking.average_precisions[direction].mean()
-        )
-        assert report.curves[direction][4] == pytest.approx(report.recalls[direction]["r@5"].value)
 
 
 def test_intervals_are_over_near_duplicate_groups(cache_path: Path, runs: list[Path]) -> None:
