@@ -18,17 +18,24 @@ from typing import Any
 import pyarrow as pa
 
 from embedcache.arrays import Array
-from embedcache.encoders.base import Encoder, background_of
-from embedcache.encoders.views import View
-from embedcache.errors import FingerprintError, ItemError, SettingError
-from embedcache.modalities import MODALITIES
+from embedcache.axis import Axis
+from embedcache.devices import AUTO
+from embedcache.encoders.base import Encoder, EncoderSettings, Modality, background_of
+from embedcache.encoders.open import EncoderSpec, auto_precision, open_encoder, recorded_settings
+from embedcache.encoders.views import View, open_view, reopen_view
+from embedcache.errors import FingerprintError, ItemError, SettingError, SourceError, first_few
+from embedcache.extract.settings import ExtractJob, ExtractSettings
+from embedcache.modalities import MODALITIES, encoder_option
 from embedcache.processes import num_cores, prefetch_map
 from embedcache.progress import NullProgress, Progress
+from embedcache.registry import names_from, trust_files, unknown_name
 from embedcache.samples import FileItem, Source
-from embedcache.settings import format_bytes
+from embedcache.settings import format_bytes, replace_fields
+from embedcache.sources.open import open_below, reopen_source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, Commit, hash_item
-from embedcache.store.producer import ChunkTask, ComputedChunk, Target, Verb
+from embedcache.store.feature import EncoderGroup, Feature, create_group, find_group
+from embedcache.store.producer import ChunkTask, ComputedChunk, Output, Target, Verb
 from embedcache.store.tables import to_file_item
 from embedcache.store.writer import ChunkFeatures, cast_item
 
@@ -37,6 +44,142 @@ _MAX_CHUNK_BYTES = 2**30
 
 _FEW_CORES = 4
 """With more cores a model leaves some of them idle, and decoding uses those."""
+
+_DERIVED_FEATURES = (
+    "a model may also offer grid:K, K × K averages of its patches, kmeans:K, averages of K clusters of them, "
+    "and layerN.NAME, computed from the state after block N"
+)
+
+
+def open_encoders(job: ExtractJob, device: str) -> "list[Encoders]":
+    """Open the encoders of a job on a device, and create their folders: one producer per modality.
+
+    Raises:
+        SourceError: the source lacks a modality.
+        UnknownNameError: an encoder, feature or view is unknown.
+        FingerprintError: the cache holds features of another encoder of that name.
+    """
+    cache = Cache(job.cache)
+    settings = job.settings
+    source = job.opened
+    if source is None and any(MODALITIES[modality].kind == "files" for modality in job.encoders):
+        with trust_files():  # the process that made the job has opened this source
+            source = open_below(job.source, job.places)
+    for modality in job.encoders:
+        _check_has_items(cache, modality)
+
+    opened: dict[Modality, list[tuple[EncoderSpec, Encoder]]] = {}
+    for modality, texts in job.encoders.items():
+        opened[modality] = []
+        for spec in map(EncoderSpec.parse, texts):
+            encoder_settings = _encoder_settings(cache, settings, modality, spec, device)
+            opened[modality].append((spec, open_encoder(spec, modality=modality, settings=encoder_settings)))
+    known = {name for encoders in opened.values() for _, encoder in encoders for name in encoder.features}
+    for name in settings.features:
+        if name not in known:
+            raise unknown_name("feature", name, known, hint=_DERIVED_FEATURES)
+
+    views = [open_view(name) for name in settings.views]
+    gate = open_gate(device, settings.num_threads)
+    producers = []
+    for modality, encoders in opened.items():
+        folders = []
+        for spec, encoder in encoders:
+            executor = ThreadPoolExecutor(1, thread_name_prefix=spec.folder)
+            for view in [None, *(view for view in views if view.modality == modality)]:
+                target = _create_target(cache, spec, encoder, view, settings)
+                folders.append(FolderEncoder(encoder=encoder, target=target, view=view, executor=executor, gate=gate))
+        producers.append(
+            Encoders(
+                cache=cache,
+                modality=modality,
+                source=source if MODALITIES[modality].kind == "files" else None,
+                folders=folders,
+                threads=settings.num_threads,
+            )
+        )
+    return producers
+
+
+def _check_has_items(cache: Cache, modality: Modality) -> None:
+    if not cache.info.num_items.get(modality):
+        names = cache.columns[1:]
+        columns = f"; columns without a role are {first_few(names, 10)}" if names else ""
+        raise SourceError(
+            f"{cache.path} has no {modality} items; omit {encoder_option(modality)}, or check the source{columns}"
+        )
+
+
+def _encoder_settings(
+    cache: Cache, job_settings: ExtractSettings, modality: Modality, spec: EncoderSpec, device: str
+) -> EncoderSettings:
+    """Return how an encoder runs: what is `auto` is as recorded with its features, or else as the job says."""
+    settings = replace_fields(job_settings.encoder, device=device, features=job_settings.features)
+    stored = find_group(cache.path, modality, spec.folder, cache.info)
+    if stored is None:
+        recorded = {"backend": AUTO, "device": device, "precision": auto_precision(spec, device)}
+    else:
+        recorded = recorded_settings(stored.fingerprint, device)
+    if settings.backend == AUTO:
+        settings = replace_fields(settings, backend=recorded["backend"], device=recorded["device"])
+    return replace_fields(settings, precision=recorded["precision"]) if settings.precision == AUTO else settings
+
+
+def _create_target(
+    cache: Cache, spec: EncoderSpec, encoder: Encoder, view: View | None, settings: ExtractSettings
+) -> Target:
+    """Create an encoder's folder in a cache, or open it; a folder of another encoder raises a `FingerprintError`.
+
+    Its features are the requested ones that the encoder has, or else its first feature, or those it names as defaults.
+    """
+    group = create_group(
+        cache.path,
+        encoder.modality,
+        spec.folder + ("" if view is None else view.suffix),
+        cache.info,
+        spec=spec.absolute.text,
+        fingerprint=view_fingerprint(encoder, view),
+        view="" if view is None else view.location,
+    )
+    names = [name for name in dict.fromkeys(settings.features) if name in encoder.features]
+    outputs = {}
+    for name in names or getattr(encoder, "defaults", None) or [next(iter(encoder.features))]:
+        dtype: str = getattr(encoder, "dtypes", {}).get(name, settings.dtype)
+        axis: Axis | None = getattr(encoder, "axes", {}).get(name)
+        if axis is not None and view is not None:  # a crop or a flip: the grid no longer covers the stored box
+            axis = replace_fields(axis, box=None)
+        outputs[name] = Output(encoder.features[name], dtype, axis)
+    return Target(group=group, outputs=outputs)
+
+
+def reopen_encoders(
+    cache: Cache,
+    group: EncoderGroup,
+    features: Sequence[str],
+    *,
+    device: str,
+    allows_changes: bool = False,
+) -> "Encoders":
+    """Open the encoder and the view of an existing folder, with the precision and backend recorded there."""
+    is_text = MODALITIES[group.modality].kind == "texts"
+    source = None if is_text else reopen_source(cache.info.source, cache.info.index_digest)
+    fingerprint: Mapping[str, Any] = group.fingerprint
+    settings = EncoderSettings(**recorded_settings(fingerprint, device), features=tuple(features))
+    with names_from(group.path):
+        encoder = open_encoder(group.spec, modality=MODALITIES[group.modality].name, settings=settings)
+    view = reopen_view(fingerprint["view"], group.view) if "view" in fingerprint else None
+    target = Target(group=group, outputs={name: Output.of(Feature(group, name)) for name in features})
+    folder = FolderEncoder(
+        encoder=encoder, target=target, view=view, executor=ThreadPoolExecutor(1), gate=nullcontext()
+    )
+    return Encoders(
+        cache=cache,
+        modality=group.modality,
+        source=source,
+        folders=[folder],
+        threads=num_cores(),
+        allows_changes=allows_changes,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,30 +5,34 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
+from itertools import chain
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from embedcache.devices import torch_device
+from embedcache.devices import AUTO, all_devices, announce_device, torch_device
 from embedcache.encoders.open import EncoderSpec, check_spec
 from embedcache.encoders.views import open_view
-from embedcache.errors import PathError, SettingError, SourceError, quoted
-from embedcache.extract.engines import job_devices, open_encoders, run_job
+from embedcache.errors import PathError, SettingError, SourceError, UnfinishedError, quoted
+from embedcache.extract.encode import open_encoders
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.files import AnyPath, open_path, remove_partials
-from embedcache.locks import locked
+from embedcache.locks import has_locks, locked
 from embedcache.modalities import MODALITIES, ModalityName, noun
+from embedcache.processes import connected, num_cores, run_processes, run_ray_tasks
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import new_record_path, record_stage
 from embedcache.registry import require, trust_code, unknown_name
 from embedcache.samples import IMPORTED_SOURCE, Source
 from embedcache.settings import flat_settings, from_flat, merge_settings, replace_fields
-from embedcache.sources.open import RecordedSource, below_named, open_source, remember, reopen_source
+from embedcache.sources.open import RecordedSource, below_named, open_source, remember
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import has_failed
+from embedcache.store.feature import open_group
 from embedcache.store.indexing import index, open_indexed
 from embedcache.store.layout import SUBSET, CacheInfo, info_path, is_cache_at, is_description, read_info, write_info
-from embedcache.store.producer import FillReport, fill_all
+from embedcache.store.producer import FillReport, count_filled, fill_all
 
 if TYPE_CHECKING:
     from embedcache.options import ExtractOptions
@@ -292,29 +296,18 @@ def _check_has_a_source(cache_path: Path) -> None:
 
 
 def _record_location(described: Mapping[str, Any], cache_path: Path, info: CacheInfo, progress: Progress) -> None:
-    """Record where the source of a cache is now, if it is no longer where the cache says.
+    """Record where the source of a cache is now, if it is elsewhere than the cache says.
 
     Rows and digests stay as they are. A cache that cannot be written keeps the old place.
     """
     found = dict(described)
     stored = info.source
-    if found["type"] != stored.get("type") or found["path"] == stored.get("path") or not _is_gone(info):
+    if found["type"] != stored.get("type") or found["path"] == stored.get("path"):
         return
     with suppress(OSError), locked(cache_path):
         info = read_info(cache_path)  # read again: another process may have appended samples
         write_info(cache_path, replace_fields(info, source=found))
         progress.note(f"the source of {cache_path} is now {found['path']}; it was {stored.get('path')}")
-
-
-def _is_gone(info: CacheInfo) -> bool:
-    """Return whether a source that a cache recorded is no longer there, as a dataset in memory of an ended process."""
-    try:
-        reopen_source(info.source, info.index_digest)
-    except SourceError:
-        return True
-    except PathError:
-        return not Path(str(info.source.get("path"))).exists()  # one of somebody else is not read, but there
-    return False
 
 
 def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: ExtractSettings) -> None:
@@ -345,6 +338,97 @@ def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: Ex
                 f"{count} {modality} encoders or views would be stored as {folder}; name each once, and extract "
                 "the others into another cache"
             )
+
+
+def run_job(job: ExtractJob, progress: Progress) -> list[FillReport]:
+    """Encode all missing chunks: in this process, in one process per device, or as Ray tasks.
+
+    Each process opens the encoders and fills the cache, as several commands on one cache do. An error in one ends the
+    others; Ray repeats the tasks of a machine that was lost.
+
+    Raises:
+        UnfinishedError: all worker processes died, or one that had chunks of its own.
+        MissingExtraError: Ray is not installed.
+    """
+    if job.settings.engine == "ray":
+        return _run_ray(job, progress)
+    devices = job_devices(job.settings)
+    for device in devices:
+        announce_device(device)
+    return _fill_cache(job, devices[0], progress) if len(devices) == 1 else _run_devices(job, devices, progress)
+
+
+def job_devices(settings: ExtractSettings) -> tuple[str, ...]:
+    """Return the devices that share the work on this machine: those named, else all GPUs; onnxruntime is on the CPU."""
+    if settings.devices not in ((), (AUTO,)):
+        return settings.devices
+    return ("cpu",) if settings.encoder.backend == "onnxruntime" else all_devices()
+
+
+def _fill_cache(job: ExtractJob, device: str, progress: Progress) -> list[FillReport]:
+    """Encode the missing chunks of a shard on one device."""
+    return fill_all(open_encoders(job, device), shard=job.settings.shard_numbers, progress=progress)
+
+
+def _run_devices(job: ExtractJob, devices: Sequence[str], progress: Progress) -> list[FillReport]:
+    """Encode in one process per device.
+
+    They lease chunks one by one, and finish the chunks of one that was killed. Behind a URL, and where locks are
+    skipped, nothing can be leased, and each has a fixed part of the chunks instead.
+    """
+    count = len(devices)
+    threads = max(1, num_cores() // count)
+    is_split = not has_locks(open_path(job.cache))
+    parts = _split_job(job, count) if is_split else [replace(job, opened=None)] * count
+    tasks = [(part, device, threads) for part, device in zip(parts, devices, strict=True)]
+    reports, num_died = run_processes(_run_part, tasks, progress, is_shared=True)
+    if num_died and (is_split or not reports):
+        raise UnfinishedError(
+            f"{num_died} of {count} worker processes died; finished chunks are stored; run the same command again"
+        )
+    if num_died:
+        progress.note(f"{num_died} of {count} worker processes died; the others finished their chunks")
+    return _join_reports(job, reports)
+
+
+def _run_ray(job: ExtractJob, progress: Progress) -> list[FillReport]:
+    """Encode on a cluster whose machines all see the cache and the source; each task opens its own source."""
+    with connected(job.settings.address) as ray:
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+        num_nodes = max(1, len(nodes))
+        count = job.settings.actors or num_gpus or num_nodes
+
+        threads = max(1, num_cores() // ceil(count / num_nodes))
+        tasks = [(part, "cuda" if num_gpus else "cpu", threads) for part in _split_job(job, count)]
+        reports = run_ray_tasks(ray, _run_part, tasks, progress, num_gpus=min(num_gpus, 1))
+    return _join_reports(job, reports)
+
+
+def _split_job(job: ExtractJob, count: int) -> list[ExtractJob]:
+    return [replace(job, settings=job.settings.split_shard(number, count), opened=None) for number in range(count)]
+
+
+def _run_part(task: tuple[ExtractJob, str, int], progress: Progress) -> list[FillReport]:
+    """Run in another process: encode on one device with a fixed number of threads."""
+    import torch
+
+    job, device, threads = task
+    torch.set_num_threads(threads)  # also for encoders that stay on the CPU; Ray allows one per requested CPU
+    settings = replace_fields(job.settings, threads=job.settings.threads or threads)
+    return _fill_cache(replace(job, settings=settings), device, progress)
+
+
+def _join_reports(job: ExtractJob, reports: Iterable[Sequence[FillReport]]) -> list[FillReport]:
+    """Join the reports of several processes into one per folder."""
+    cache = Cache(job.cache)
+    num_computed = Counter[tuple[str, str, tuple[str, ...]]]()
+    for report in chain.from_iterable(reports):
+        num_computed[report.modality, report.encoder, tuple(report.features)] += report.computed
+    return [
+        count_filled(open_group(cache.path, modality, encoder, cache.info), "encoded", features, count)
+        for (modality, encoder, features), count in num_computed.items()
+    ]
 
 
 def _record(job: ExtractJob, stage: str) -> AbstractContextManager[dict[str, Any]]:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Unpack
 
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
-from embedcache.extract.encode import Encoders
-from embedcache.extract.engines import job_devices, open_encoders
-from embedcache.extract.extract import join_encoders, open_job
+from embedcache.extract.encode import Encoders, open_encoders
+from embedcache.extract.extract import job_devices, join_encoders, open_job
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import AnyPath, is_remote, open_path
 from embedcache.modalities import MODALITIES

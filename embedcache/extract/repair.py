@@ -12,8 +12,7 @@ from embedcache.arrays import Array, Floats, Ints, distinct, normalize
 from embedcache.derive.derive import derivation_depth, reopen_derivation
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, EmbedcacheError, ItemError, pluralize
-from embedcache.extract.encode import Encoders, view_fingerprint
-from embedcache.extract.engines import reopen_encoders
+from embedcache.extract.encode import Encoders, reopen_encoders, view_fingerprint
 from embedcache.extract.settings import VerifySettings
 from embedcache.files import AnyPath, remove_partials
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress

@@ -11,8 +11,7 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.thumbnails import Thumbnails
 from embedcache.errors import FingerprintError, PathError
 from embedcache.evaluate.retrieval import evaluate_retrieval
-from embedcache.extract.engines import run_job
-from embedcache.extract.extract import extract, open_job, retry_failed
+from embedcache.extract.extract import extract, open_job, retry_failed, run_job
 from embedcache.extract.plan import plan
 from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
@@ -189,8 +188,6 @@ def test_place_of_a_moved_source_is_recorded(tmp_path: Path) -> None:
     run(folder / "captions.csv", tmp_path / "c")
     cache_json = (tmp_path / "c/cache.json").read_text()
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    run(copy / "captions.csv", tmp_path / "c")
-    assert (tmp_path / "c/cache.json").read_text() == cache_json, "the recorded source still exists"
     shutil.rmtree(folder)
     moved = "does not exist; check the path; or run the same extract on the place where they are"
     with pytest.raises(PathError, match=f"^images are not shown: .*{moved}"):
