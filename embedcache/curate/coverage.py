@@ -588,10 +588,7 @@ def _open_pool(cache_path: AnyPath, settings: CoverageSettings) -> Vectors:
         device=settings.device,
     )
     if settings.k > len(pool.rows):
-        raise SettingError(
-            f"k: expected 1 to {len(pool.rows)}, the number of {noun(pool.modality)} of {pool.cache.path} with "
-            f"{pool.feature.name}, got {settings.k}"
-        )
+        raise SettingError(f"k: expected at most the {len(pool.rows)} {noun(pool.modality)}, got {settings.k}")
     return pool
 
 

@@ -16,7 +16,7 @@ from embedcache.dataset import keytable
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import DataError, SettingError, quoted
+from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.neighbors.pairs import PairCollector, Recall, cosine_limit, measure_recall, pair_keys
 from embedcache.outputs import check_output, check_table_output
@@ -195,10 +195,7 @@ def analyze(
     """
     settings = merge_settings(DedupSettings, settings, options)
     if settings.cosine is not None or settings.copies_only:
-        raise SettingError(
-            "OUT: expected a .parquet file for the samples that stay with --cosine or --copies, got none; add it after "
-            "the cache, or omit the option to get a report"
-        )
+        raise SettingError("OUT: expected a .parquet file with --cosine or --copies, got none; add it after the cache")
     return _compare(cache, settings, to_progress(progress))
 
 
@@ -273,10 +270,7 @@ def _compare(cache_path: AnyPath, settings: DedupSettings, progress: Progress) -
     copies = find_copies(cache, feature, samples)
     order = order_samples(settings.keep, copies, cache)
     if not len(copies.unique_rows):
-        raise DataError(
-            f"feature {feature.name}: expected encoded items of {len(samples):,} samples, got none; see: embedcache "
-            f"inspect {cache.path}"
-        )
+        raise DataError(f"feature {feature.name}: expected encoded items in {cache.path}, got none")
 
     near = None
     if vectors is not None:
@@ -287,8 +281,7 @@ def _compare(cache_path: AnyPath, settings: DedupSettings, progress: Progress) -
             near.pairs["distance"] = hash_distances(images, copies.unique_rows, *ends, settings.scratch, progress)
         if settings.cosine is not None and near.limit > settings.cosine:
             raise SettingError(
-                f"cosine: expected at most {MAX_PAIRS:,} pairs above it, got more with {settings.cosine}; give a "
-                f"higher one: embedcache curate dedup {quoted(cache.path)} helps to choose it"
+                f"cosine: expected at most {MAX_PAIRS:,} pairs, got more above {settings.cosine}; raise it"
             )
     return DedupAnalysis(
         cache=cache, feature=feature, samples=samples, copies=copies, order=order, near=near, settings=settings

@@ -14,7 +14,7 @@ from embedcache.dataset.inputs import InputFeature, NamedFeatures, features_by_m
 from embedcache.dataset.matches import ItemSet, NearItems, find_equal, find_near
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.errors import DataError, SettingError, quoted
+from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, noun, order_pair
 from embedcache.neighbors.pairs import cosine_limit
@@ -189,19 +189,13 @@ def find_leaks(
     progress = to_progress(progress)
     train, test = Cache(train), Cache(test)
     if train.info.has_rows_of(test.info.index_digest):
-        raise SettingError(
-            f"expected a training cache and another test cache, got {train.path} and {test.path}, which hold "
-            "the same samples"
-        )
+        raise SettingError(f"expected two caches, got {train.path} and {test.path}, which hold the same samples")
     common = [name for name in order_pair(MODALITIES) if train.features(name) and test.features(name)]
     for name in [name for name in common if _are_vectors_hashed(train, name) != _are_vectors_hashed(test, name)]:
         progress.note(f"{noun(name)} are not compared: {_OTHER_HASHES}")
         common.remove(name)
     if not common:
-        raise DataError(
-            f"{train.path} and {test.path}: expected features of one modality, and hashes of files or of vectors in "
-            "both, got none in common"
-        )
+        raise DataError(f"{train.path} and {test.path}: expected items of one modality to compare, got none in common")
     named = features_by_modality(train, feature)
     for modality in named:
         if modality not in common:
@@ -224,10 +218,7 @@ def write_clean_selection(path: Path, report: LeakReport) -> int:
     check_table_output("selection", path)
     clean = report.clean_selection()
     if not len(clean.rows):
-        raise DataError(
-            f"every sample of {report.train.path} has an item that is in {report.test.path}, so {path} is not written; "
-            "raise --cosine"
-        )
+        raise DataError(f"every sample of {report.train.path} has an item in {report.test.path}; raise --cosine")
     write_selection(path, report.train, clean, {"method": "leaks", **report.to_json()})
     return len(clean.rows)
 
@@ -283,10 +274,7 @@ def _choose_features(
     if has_limit and not names:
         names = _common_features(train, test, modality)
     if names and len(names) > 1:
-        raise SettingError(
-            f"feature: expected one {modality} feature of both caches, got {' and '.join(names)}; choose one with "
-            f"--feature {modality}=NAME"
-        )
+        raise SettingError(f"feature: expected one of {modality}, got {' and '.join(names)}; name it with --feature")
     name = names[0] if names else None
     train_feature, test_feature = (
         open_input(cache, modality, name or cache.features(modality)[0].name) for cache in (train, test)
@@ -328,7 +316,5 @@ def _common_features(train: Cache, test: Cache, modality: str) -> list[str]:
 def _open_items(cache: Cache, feature: InputFeature) -> ItemSet:
     items = read_items([cache], [feature], is_numbered=False)
     if not len(items.rows):
-        raise DataError(
-            f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {quoted(cache.path)}"
-        )
+        raise DataError(f"feature {feature.name} of {cache.path}: expected encoded items, got none")
     return ItemSet(feature, items)

@@ -133,9 +133,8 @@ def mine_negatives(
     is_some_MK = best.numbers >= 0
     if not is_some_MK.any():
         raise DataError(
-            "expected hard negatives, got none; give a higher --cosine of near-duplicates, a larger --range-max or "
-            f"smaller --range-min, a smaller --relative-margin, or a higher --max-score; the {len(pairs.samples):,} "
-            f"samples are in {pluralize(num_groups, 'near-duplicate group')}"
+            f"expected hard negatives in {pluralize(num_groups, 'near-duplicate group')}, got none; give a "
+            "higher --cosine, a larger --range-max, a smaller --relative-margin or a higher --max-score"
         )
     about = {
         "task": "negatives",

@@ -206,10 +206,7 @@ def _prompt_direction(vectors: Vectors, settings: ScoreSettings) -> Array:
 def _encode_texts(vectors: Vectors, texts: list[str], device: str) -> Floats:
     """Encode texts into the space of the vectors: (T, P) float32, rows of length 1."""
     if vectors.run is None and vectors.modality != "text":
-        raise SettingError(
-            f"prompt: expected --run RUN, whose text tower reads it, to score the plain {vectors.modality} feature "
-            f"{vectors.feature.name}, got none; train a run, or give --weights"
-        )
+        raise SettingError(f"prompt: expected --run RUN to compare {noun(vectors.modality)} with, got none")
     pair = None if vectors.run is None else vectors.run.pair
     source: Any = vectors.feature if vectors.run is None else vectors.run.input("text")
     name = vectors.feature.name if vectors.run is None else source.feature
@@ -241,17 +238,11 @@ def read_head(path: Path, width: int, *, fold_layers: bool = False) -> LinearHea
         raise PathError(f"weights: expected a .npy, .safetensors or .pth file that exists, got {path}")
     layers = [_read_array(path, width)] if path.suffix == ".npy" else _read_layers(path)
     if len(layers) > 1 and not fold_layers:
-        raise DataError(
-            f"{path}: expected one layer, got {len(layers)}; if there is no activation between them, as in LAION's "
-            "aesthetic predictor, add --fold-layers, which multiplies them into one"
-        )
+        raise DataError(f"{path}: expected one layer, got {len(layers)}; --fold-layers multiplies linear ones")
     weights_UP, bias_U = layers[0]
     for weight_TU, bias_T in layers[1:]:
         if weight_TU.shape[1] != len(weights_UP):
-            raise DataError(
-                f"{path}: expected a layer of {len(weights_UP)} inputs after one of as many outputs, got a weight of "
-                f"shape {weight_TU.shape}"
-            )
+            raise DataError(f"{path}: expected a layer of {len(weights_UP)} inputs, got a weight of {weight_TU.shape}")
         weights_UP = weight_TU @ weights_UP
         bias_U = weight_TU @ bias_U + bias_T
     if weights_UP.shape != (1, width):

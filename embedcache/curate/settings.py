@@ -130,15 +130,11 @@ class NegativesSettings(Settings):
     device: str = device_setting()
 
     def model_post_init(self, _context: object) -> None:
-        if self.range_max is not None and self.range_max < self.range_min + self.num_negatives:
-            raise SettingError(
-                f"range_max: expected at least range_min + num_negatives, {self.range_min + self.num_negatives}, got "
-                f"{self.range_max}"
-            )
+        least = self.range_min + self.num_negatives
+        if self.range_max is not None and self.range_max < least:
+            raise SettingError(f"range_max: expected at least range_min + num_negatives, {least}, got {self.range_max}")
         if self.run is None and self.relative_margin is not None:
-            raise SettingError(
-                "relative_margin: expected a run that compares the pair, got none; add --run, or omit it"
-            )
+            raise SettingError("relative_margin: expected a run that compares the pair, got none; add --run")
 
     @property
     def last_rank(self) -> int:

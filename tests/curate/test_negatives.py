@@ -86,7 +86,7 @@ def test_no_negatives_and_other_indexes_raise(cache_path: Path, run_path: Path, 
     build_index(cache_path, tmp_path / "small", IndexSettings(run=run_path, modality="text", width=3))
     calls: list[tuple[dict[str, Any], type[EmbedcacheError], str]] = [
         ({"max_score": -0.99}, DataError, "range-max"),
-        ({"cosines": {"image": -1.0, "text": 0.999}}, DataError, "near-duplicates"),
+        ({"cosines": {"image": -1.0, "text": 0.999}}, DataError, "1 near-duplicate group"),
         ({"modality": "audio"}, SettingError, "audio"),
         ({"index": tmp_path / "images"}, FingerprintError, "modality: stored 'image', requested 'text'"),
         ({"index": tmp_path / "small"}, FingerprintError, r"width: stored 3, requested \d+"),

@@ -57,9 +57,7 @@ def export_selection(
     if format_name == "keys":
         broken = keys.filter(pc.match_substring(keys, "\n"))
         if len(broken):
-            raise DataError(
-                f"expected keys without line breaks, got {len(broken):,} with one, first {broken[0].as_py()!r}"
-            )
+            raise DataError(f"expected keys without line breaks, got {len(broken):,}, first {broken[0].as_py()!r}")
         with new_output(out_path) as temporary, temporary.open("wb") as file:
             for block in blocks(len(keys), BLOCK):
                 file.write("".join(f"{key}\n" for key in keys[block].to_pylist()).encode())
@@ -76,8 +74,7 @@ def to_uids(keys: pa.ChunkedArray) -> Array:
     others = keys.filter(pc.invert(pc.match_substring_regex(keys, _UID)))
     if len(others):
         raise DataError(
-            f"expected DataComp's uids of 32 hexadecimal digits, got {len(others):,} other keys of {len(keys):,}, "
-            f"first {others[0].as_py()!r}; use --format keys, or extract with --key-column uid"
+            f"expected keys of 32 hexadecimal digits, got {len(others):,} others, first {others[0].as_py()!r}"
         )
     uids = np.empty(len(keys), np.dtype("u8,u8"))
     for block in blocks(len(keys), BLOCK):

@@ -16,7 +16,6 @@ from embedcache.dataset.selections import Score, Selection
 from embedcache.dataset.vectors import Vectors
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
-from embedcache.modalities import name_pair
 from embedcache.neighbors.knn import KBest, knn
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.concepts import Concepts
@@ -86,10 +85,7 @@ def clip_score(pool: Pool, *, run: Path | str, budget: int | None = None, thresh
         assert threshold is not None
         chosen = find_above(scores_M, threshold)
     elif budget > len(samples_M):
-        raise DataError(
-            f"budget: expected at most the {len(samples_M):,} samples that have both {name_pair(pool.pair)}, "
-            f"got {budget:,}"
-        )
+        raise DataError(f"budget: expected at most the {len(samples_M):,} samples with both, got {budget:,}")
     else:
         chosen = find_highest(scores_M, budget)
     return Selection(rows=samples_M[chosen], columns={"cosine": scores_M[chosen]})
@@ -249,9 +245,7 @@ def hierarchical(
     rows_S = pool.first_items()
     sizes = clusters or default_levels(len(rows_S))
     if any(finer <= coarser for finer, coarser in pairwise(sizes)):
-        raise SettingError(
-            f"clusters: expected fewer on each level than on the one before, got {'+'.join(map(str, sizes))}"
-        )
+        raise SettingError(f"clusters: expected fewer on each level, got {'+'.join(map(str, sizes))}")
     drawn = np.random.default_rng(seed).permutation(rows_S)[: _TRAINING_PER_CLUSTER * sizes[0]]
     vectors_NP = pool.vectors.read(np.sort(drawn), pool.progress)
     centroids = find_centroids(vectors_NP, sizes[0], seed=seed, progress=pool.progress, device=device)
