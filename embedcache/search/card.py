@@ -64,10 +64,7 @@ class IndexCard(Manifest):
         search: FAISS search parameters that tuning chose.
         min_recall: requested `recall_at_10`.
         recall_at_1: fraction of queries whose nearest neighbor is found first.
-        batch_latency_ms: milliseconds per query in one batch, on its GPU if FAISS can search the index there.
         memory_bytes: memory while searching, by formula; None for a given factory string.
-        num_training: number of vectors it was trained on.
-        seconds: duration of this build; of an interrupted one, since it was resumed.
         on_disk: whether the inverted lists stay on disk during search.
         files: FAISS indexes, `index-N.faiss`, and the row of each of their vectors, `index-N.rows.npy`. There is one
             index, or with lists on disk several, each of which has a part of the vectors.
@@ -91,10 +88,7 @@ class IndexCard(Manifest):
     search: Mapping[str, int]
     min_recall: float
     recall_at_1: float
-    batch_latency_ms: float
     memory_bytes: int | None
-    num_training: int
-    seconds: float
     on_disk: bool
     files: Mapping[str, IndexFile]
     format: int = FORMAT

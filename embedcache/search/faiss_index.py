@@ -7,7 +7,6 @@ batches on a copy of it.
 import importlib
 import platform
 import re
-import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -233,18 +232,6 @@ class RowIndex:
         if self._has_id_map and len(self):
             ids_QK = np.where(ids_QK < 0, -1, self.rows[ids_QK])
         return scores_QK, ids_QK
-
-    def measure_latency_ms(self, queries_QP: Floats, k: int, parameters: Mapping[str, int]) -> tuple[float, float]:
-        """Measure milliseconds per query: the median of single queries, and the mean of one batch."""
-        self.search(queries_QP[:1], k, parameters)  # the first search starts threads
-        seconds = []
-        for query in queries_QP:
-            started = time.perf_counter()
-            self.search(query[None], k, parameters)
-            seconds.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        self.search(queries_QP, k, parameters)
-        return 1000 * float(np.median(seconds)), 1000 * (time.perf_counter() - started) / len(queries_QP)
 
     def write(self, path: Path) -> None:
         """Write the index and beside it its rows, each atomically; `DiskFullError` on a full disk."""

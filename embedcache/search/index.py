@@ -171,7 +171,6 @@ def _build(
         "min_recall": settings.min_recall,
         "on_disk": settings.on_disk,
     }
-    started = time.perf_counter()
     with record_stage(index_path / "record.json", "index", record) as outcome, writing(index_path):
         builder = _Builder(index_path, source, vectors, old, progress, checkpoint_s=settings.checkpoint_s)
         kind, index, quality = _find_index(builder, settings)
@@ -183,8 +182,6 @@ def _build(
             **quality,
             min_recall=settings.min_recall,
             memory_bytes=kind.memory_bytes or None,
-            num_training=min(index.num_training, len(index)),
-            seconds=round(time.perf_counter() - started, 3),
             on_disk=kind.is_on_disk,
             files=builder.state.files,
         )

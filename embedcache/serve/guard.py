@@ -56,25 +56,39 @@ class RequestGuard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            response = _GuardedResponse(send)
-            await self._serve(scope, receive, response)
+            await self._serve(scope, receive, send)
 
-    async def _serve(self, scope: Scope, receive: Receive, response: "_GuardedResponse") -> None:
-        rejection = self._rejection(scope)
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_guarded(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                headers = MutableHeaders(scope=message)
+                headers.update(_HEADERS)
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        error: Response
         try:
             async with asyncio.timeout(self._settings.timeout):
+                rejection = self._rejection(scope)
                 if rejection is not None:
-                    await rejection(scope, receive, response.send)
+                    await rejection(scope, receive, send_guarded)
                 else:
-                    limited = _limited(receive, _max_bytes(scope, self._settings))
-                    await self._app(scope, limited, response.send)
-        except TimeoutError:
-            await response.send_error(scope, receive, _error(503, _TIMEOUT))
+                    await self._app(scope, _limited(receive, _max_bytes(scope, self._settings)), send_guarded)
+            return
         except ClientDisconnect:
             log.debug("%s %s was abandoned", scope["method"], scope["path"])
+            return
+        except TimeoutError:
+            error = _error(503, _TIMEOUT)
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"])
-            await response.send_error(scope, receive, _error(500, BUG))
+            error = _error(500, BUG)
+        if not has_begun:
+            await error(scope, receive, send_guarded)
 
     def _rejection(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
@@ -113,27 +127,6 @@ class RequestGuard:
         """Return whether a Host header names this server; foreign names are rejected against DNS rebinding."""
         name = _host_name(host)
         return name in self._names or parse_address(name) is not None
-
-
-class _GuardedResponse:
-    """A response with the headers that all responses have, which knows whether it has begun."""
-
-    def __init__(self, send: Send) -> None:
-        self._send, self._has_begun = send, False
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._has_begun = True
-            headers = MutableHeaders(scope=message)
-            for name, value in _HEADERS.items():
-                headers[name] = value
-            headers.setdefault("Cache-Control", "no-store")
-        await self._send(message)
-
-    async def send_error(self, scope: Scope, receive: Receive, error: Response) -> None:
-        """Send an error, unless another response has begun."""
-        if not self._has_begun:
-            await error(scope, receive, self.send)
 
 
 def _max_bytes(scope: Scope, settings: ServeSettings) -> int:

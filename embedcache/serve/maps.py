@@ -2,7 +2,6 @@
 
 import logging
 import threading
-from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +19,14 @@ log = logging.getLogger("embedcache.serve")
 _SAMPLE = 36
 _QUESTIONS = 6
 _LEVELS = 2**16 - 1
+_NO_MAP = IndexMap(
+    rows=np.empty(0, np.int64),
+    points=np.empty((0, 2), np.float32),
+    clusters_N=np.empty(0, np.int64),
+    clusters=(),
+    projection="",
+    seed=0,
+)
 
 
 class ServedMap:
@@ -32,7 +39,7 @@ class ServedMap:
 
     def __init__(self, index: OpenIndex, concepts: str | None = None) -> None:
         self._index, self._settings = index, MapSettings(projection="pca", concepts=concepts, device=index.device)
-        self._map: IndexMap | None = None
+        self.found = _NO_MAP
         self._stopped = threading.Event()
         self.state: MapState = "computing"
         self.reason = ""
@@ -42,7 +49,7 @@ class ServedMap:
         if self.state == "ready":
             return
         try:
-            self._map = read_map(self._index) or self._compute()
+            self.found = read_map(self._index) or self._compute()
             self.state = "ready"
         except _StoppedError:
             return
@@ -63,26 +70,10 @@ class ServedMap:
             log.info("the map is not stored: %s", error)
         return computed
 
-    @property
-    def clusters(self) -> Sequence[Cluster]:
-        """The clusters, largest first."""
-        return () if self._map is None else self._map.clusters
-
-    @property
-    def projection(self) -> str:
-        """`umap` or `pca`; empty without a map."""
-        return "" if self._map is None else self._map.projection
-
-    @property
-    def num_points(self) -> int:
-        """Number of items on the map."""
-        return 0 if self._map is None else len(self._map.rows)
-
     @cached_property
     def _points(self) -> bytes:
-        assert self._map is not None
-        xs, ys = (np.rint(self._map.points * _LEVELS)).astype("<u2").T
-        columns = (self._map.rows.astype("<u4"), xs, ys, self._map.clusters_N.astype("<u2"))
+        xs, ys = (np.rint(self.found.points * _LEVELS)).astype("<u2").T
+        columns = (self.found.rows.astype("<u4"), xs, ys, self.found.clusters_N.astype("<u2"))
         return b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
 
     def points(self) -> bytes:
@@ -90,23 +81,24 @@ class ServedMap:
 
         10 bytes per item, little-endian; rows ascend.
         """
-        if self._map is None:
+        if self.state != "ready":
             raise UnknownNameError("there is no map yet; GET /api/map says why")
         return self._points
 
     def sample(self) -> Ints:
         """Return rows of items from as many different clusters as there are: (S,) int64."""
-        return np.empty(0, np.int64) if self._map is None else self._map.sample(_SAMPLE)
+        return self.found.sample(_SAMPLE) if len(self.found.rows) else self.found.rows
 
     def questions(self) -> list[str]:
         """Return captions of items near the centers of some clusters, as examples of a query."""
-        return list(dict.fromkeys(cluster.question for cluster in self.clusters if cluster.question))[:_QUESTIONS]
+        questions = [cluster.question for cluster in self.found.clusters if cluster.question]
+        return list(dict.fromkeys(questions))[:_QUESTIONS]
 
     def cluster(self, number: int) -> Cluster:
         """Return a cluster, or raise an UnknownNameError."""
-        if number >= len(self.clusters):
+        if number >= len(self.found.clusters):
             raise UnknownNameError(f"unknown cluster {number}; GET /api/map lists the known ones")
-        return self.clusters[number]
+        return self.found.clusters[number]
 
 
 class _StoppedError(Exception):

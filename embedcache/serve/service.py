@@ -160,12 +160,14 @@ class SearchService:
 
     def describe_map(self) -> dict[str, Any]:
         """Return the fields of `MapOut`."""
+        state = self.map.state  # before what it says of the map, which may become ready meanwhile
+        found = self.map.found
         return {
-            "state": self.map.state,
+            "state": state,
             "reason": self.map.reason,
-            "projection": self.map.projection,
-            "num_points": self.map.num_points,
-            "clusters": [asdict(cluster) for cluster in self.map.clusters],
+            "projection": found.projection,
+            "num_points": len(found.rows),
+            "clusters": [asdict(cluster) for cluster in found.clusters],
         }
 
     def cluster(self, number: int) -> dict[str, Any]:

@@ -488,6 +488,5 @@ def test_one_image_has_no_neighbor(tmp_path: Path) -> None:
     card = build_index(cache, tmp_path / "index")
     assert (card.num_vectors, card.num_queries, card.recall_at_1, card.recall_at_10) == (1, 1, 1, 1)
     assert card.memory_bytes == 4 * 48 + 8
-    assert card.seconds == round(card.seconds, 3) < 600
     vectors = normalize(Vectors(cache, "image").read(np.array([0])))
     assert read_index([tmp_path / "index" / "index-0.faiss"]).search(vectors, 1)[1].tolist() == [[0]]

@@ -1,13 +1,10 @@
-"""An index of rows by itself: sizes, defaults, latency, reading, and what it leaves of the process."""
-
-from types import SimpleNamespace
+"""An index of rows by itself: sizes, defaults and reading."""
 
 import numpy as np
 import pytest
 
 from embedcache.arrays import Floats, normalize
 from embedcache.errors import SettingError
-from embedcache.search import faiss_index
 from embedcache.search.faiss_index import RowIndex, check_factory, make_index
 
 VECTORS = normalize(np.random.default_rng(0).standard_normal((400, 16)))
@@ -78,12 +75,6 @@ def test_reset_index_keeps_its_training(factory: str) -> None:
     scores, rows = index.search(VECTORS[:20], 5, parameters)
     np.testing.assert_allclose(scores, expected[0], rtol=1e-6)  # graphs sum in the order in which they are walked
     np.testing.assert_array_equal(rows, expected[1])
-
-
-def test_latency_is_the_median_of_single_queries_and_the_mean_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([10, 10.001, 20, 20.006, 30, 30.002, 40, 40.03])
-    monkeypatch.setattr(faiss_index, "time", SimpleNamespace(perf_counter=lambda: next(times)))
-    assert filled("Flat").measure_latency_ms(VECTORS[:3], 2, {}) == pytest.approx((2, 10))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Bools, Floats, Ints, normalize
 from embedcache.dataset.vectors import Vectors
+from embedcache.search import autotune
 from embedcache.search.autotune import (
     QuerySet,
     draw_query_set,
     drop_own,
     make_query_set,
     measure_index,
+    measure_latency_ms,
     parameter_choices,
     tune_search,
 )
@@ -144,10 +147,6 @@ class ScriptedIndex(RowIndex):
         places = np.arange(len(queries_QP) * k).reshape(-1, k)
         return np.zeros(places.shape, np.float32), np.where(places < num_found, np.arange(k), -1)
 
-    def measure_latency_ms(self, queries_QP: Floats, k: int, parameters: Mapping[str, int]) -> tuple[float, float]:
-        self.timed = len(queries_QP), k, parameters
-        return 1.23456, 0.98765
-
 
 def ten_neighbors(num_queries: int) -> QuerySet:
     """Return queries whose true neighbors are the rows from 0 to 9."""
@@ -180,9 +179,10 @@ def test_fastest_search_that_reaches_the_recall_is_chosen(
     assert index.searches == choices[:num_searches]
 
 
-def test_half_of_the_queries_tunes_to_a_little_more_and_the_other_measures() -> None:
+def test_half_of_the_queries_tunes_to_a_little_more_and_the_other_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check a target of 0.6 and a quarter of what is missing to 1: 0.7."""
     index = ScriptedIndex("IVF64,Flat", [1370, 1390, 1407, 1311])  # of 2,010
+    monkeypatch.setattr(autotune, "measure_latency_ms", lambda _, queries, *how: (len(queries), *how))
     quality = measure_index(index, ten_neighbors(402), 0.6)
     assert index.queries == 3 * [list(range(0, 402, 2))] + [list(range(1, 402, 2))]
     assert quality == {
@@ -190,7 +190,13 @@ def test_half_of_the_queries_tunes_to_a_little_more_and_the_other_measures() -> 
         "recall_at_1": 132 / 201,
         "recall_at_10": 1311 / 2010,
         "num_queries": 201,
-        "latency_ms": 1.2346,
-        "batch_latency_ms": 0.9877,
+        "latency_ms": (200, 10, {"nprobe": 4}),
     }
-    assert index.timed == (200, 10, {"nprobe": 4})
+
+
+def test_latency_is_the_median_of_single_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10, 10.001, 20, 20.006, 30, 30.002])
+    monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    index = make_index("Flat", 8)
+    index.add(np.arange(3), unit(3, 8, 0))
+    assert measure_latency_ms(index, unit(3, 8, 1), 2, {}) == 2
