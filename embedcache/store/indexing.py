@@ -15,6 +15,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from embedcache.errors import (
     FingerprintError,
     PathError,
@@ -56,7 +58,7 @@ from embedcache.store.tables import (
     put_tables,
     read_removed,
     relocate,
-    rewrite_table,
+    rewrite_parts,
     scratch_folder,
     to_file_item,
 )
@@ -341,25 +343,13 @@ def _update(
 
 def _relocated_parts(cache_path: Path, info: CacheInfo, changes: "SourceChanges", folder: Path) -> list[Part]:
     """Return the parts with the digests of their samples now; items of which other bytes are read get new files."""
+    changed = {modality: np.array(sorted(moved)) for modality, moved in changes.relocated.items()}
+    edits = {modality: partial(relocate, relocated=moved) for modality, moved in changes.relocated.items()}
     parts: list[Part] = []
-    first_rows = dict.fromkeys(info.num_items, 0)
-    for part, now in zip(info.parts, changes.digests, strict=True):
-        tables = dict(part.tables)
-        for modality in first_rows.keys() & tables.keys():
-            file, first_row = tables[modality], first_rows[modality]
-            first_rows[modality] += file.num_rows
-            moved = {
-                row: item
-                for row, item in changes.relocated.get(modality, {}).items()
-                if first_row <= row < first_row + file.num_rows
-            }
-            if moved:
-                table = Table(cache_path, info.files(modality), ITEM_SCHEMAS[modality])
-                edit = partial(relocate, relocated=moved)
-                tables[modality] = rewrite_table(folder, modality, table, file, first_row, edit)
+    for part, now in zip(rewrite_parts(cache_path, info, folder, changed, edits), changes.digests, strict=True):
         if info.is_partial:  # the source's samples may be more: the digest follows what was replaced
             now = digest([part.digest, now]) if changes.relocated else part.digest
-        parts.append(Part(digest=now, tables=tables))
+        parts.append(Part(digest=now, tables=part.tables))
     return parts
 
 
@@ -408,8 +398,9 @@ def find_changes(
     """
     removed = read_removed(cache_path, info)
     parts = [_PartReader(cache_path, info, number, removed) for number in range(len(info.parts))]
-    num_removed = 0
-    new = _DigestBuffer(on_new)
+    new_digest = hashlib.sha256()
+    new: list[Sample] = []
+    num_new = num_removed = 0
     relocated = defaultdict[str, dict[int, FileItem]](dict)
     progress.start("comparing samples", 0 if extend else info.num_samples, "samples")
     for sample in samples:
@@ -419,19 +410,25 @@ def find_changes(
                 relocated[modality] |= moved
         elif removed.row_of(sample.key) is not None:
             num_removed += 1
-        elif new.count != max_new:
-            new.add(sample)
+        elif num_new != max_new:
+            num_new += 1
+            new_digest.update(digest_input([sample]))
+            new.append(sample)
+            if len(new) == BATCH:
+                on_new(new)
+                new = []
         progress.advance(1)
-        if new.count == max_new and all(part.next is None for part in parts):
+        if num_new == max_new and all(part.next is None for part in parts):
             break
     progress.finish()
     digests = [part.close() for part in parts]
-    new.flush()
+    if new:
+        on_new(new)
     return SourceChanges(
         digests=digests,
         relocated={modality: moved for modality, moved in relocated.items() if moved},
-        num_new=new.count,
-        new_digest=new.digest.hexdigest(),
+        num_new=num_new,
+        new_digest=new_digest.hexdigest(),
         num_removed=num_removed,
     )
 
@@ -515,28 +512,6 @@ def _used_rows(cache_path: Path, info: CacheInfo, modality: str, rows: Sequence[
         yield from (row for row in chunk_rows if any(reasons[row % info.chunk_size] is None for reasons in failures))
 
 
-class _DigestBuffer:
-    """Buffer of samples that are hashed, and forwarded if somebody wants them, in batches."""
-
-    def __init__(self, forward: Callable[[list[Sample]], None] | None = None) -> None:
-        self.digest = hashlib.sha256()
-        self.count = 0
-        self._forward = forward
-        self._samples: list[Sample] = []
-
-    def add(self, sample: Sample) -> None:
-        self._samples.append(sample)
-        self.count += 1
-        if len(self._samples) == BATCH:
-            self.flush()
-
-    def flush(self) -> None:
-        self.digest.update(digest_input(self._samples))
-        if self._samples and self._forward is not None:
-            self._forward(self._samples)
-        self._samples = []
-
-
 class _IndexedSample(NamedTuple):
     """One sample of the tables of a cache; `files` are modality -> first row of its items, and the items."""
 
@@ -549,7 +524,7 @@ class _PartReader:
     """Reader of one part of a cache, in step with the samples of the source. Memory: one batch of each table."""
 
     def __init__(self, cache_path: Path, info: CacheInfo, number: int, removed: RemovedSamples) -> None:
-        self.hashed = _DigestBuffer()
+        self._digest = hashlib.sha256()
         self._cache_path, self._info, self._number = cache_path, info, number
         self._stored = self._read(set(removed.rows.tolist()))
         self.next: _IndexedSample | None = next(self._stored, None)
@@ -580,7 +555,7 @@ class _PartReader:
         """Compare the next sample; return modality -> row -> item for the items with other bytes."""
         assert self.next is not None
         stored, self.next = self.next, next(self._stored, None)
-        self.hashed.add(sample)
+        self._digest.update(digest_input([sample]))
         if [text.text for text in sample.texts] != stored.texts:
             step = (
                 f"{self._removal()}, then append the changed sample under another key with --extend; or extract into a "
@@ -604,8 +579,7 @@ class _PartReader:
             reason = f"sample {self.next.key!r} is missing or out of order"
             step = f"if it was deleted, {self._removal()}; or extract into a new folder"
             raise source_changed(self._cache_path, self._info, reason, next_step=step)
-        self.hashed.flush()
-        return self.hashed.digest.hexdigest()
+        return self._digest.hexdigest()
 
     def _removal(self) -> str:
         """Return the step that removes a sample from the cache."""

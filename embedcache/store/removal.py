@@ -28,7 +28,7 @@ from embedcache.store.tables import (
     make_removed,
     put_tables,
     read_removed,
-    rewrite_table,
+    rewrite_parts,
     scratch_folder,
     without_items,
     without_samples,
@@ -92,7 +92,7 @@ def remove_rows(cache: Cache, samples: Ints, keys: Sequence[str], *, progress: P
         cache = Cache(cache.path)
         before = read_removed(cache.path, cache.info)
         removed = before.merge(make_removed(samples, keys, before.salt))
-        parts = _parts_without(cache, samples, folder, progress)
+        parts = _parts_without(cache, samples, folder)
         put_tables(folder, cache.path, parts)
         record = {"num_samples": len(removed.rows), "is_erased": False}
         path = removed_path(cache.path, record)
@@ -124,28 +124,15 @@ def erase(cache_path: Path, *, progress: Progress | None = None) -> None:
         write_info(cache_path, replace_fields(cache.info, removed={**cache.info.removed, "is_erased": True}))
 
 
-def _parts_without(cache: Cache, removed: Ints, folder: Path, progress: Progress) -> list[Part]:
+def _parts_without(cache: Cache, removed: Ints, folder: Path) -> list[Part]:
     """Write the files of tables again that have rows of removed samples; return all parts."""
-    edits: dict[str, Callable[[pa.Table, int], pa.Table]] = {
-        SAMPLES: partial(without_samples, removed=removed),
-        **dict.fromkeys(cache.info.num_items, lambda rows, _: without_items(rows, removed)),
-    }
-    progress.start("writing tables", len(cache), "samples")
-    parts: list[Part] = []
-    first_rows = dict.fromkeys(edits, 0)
-    for part in cache.info.parts:
-        first_sample = first_rows[SAMPLES]
-        is_inside = (removed >= first_sample) & (removed < first_sample + part.num_samples)
-        tables = dict(part.tables)
-        for name, file in part.tables.items():
-            if is_inside.any():
-                table = cache.rows_of(name)
-                tables[name] = rewrite_table(folder, name, table, file, first_rows[name], edits[name])
-            first_rows[name] += file.num_rows
-        parts.append(Part(digest=part.digest, tables=tables))
-        progress.advance(part.num_samples)
-    progress.finish()
-    return parts
+    changed = {SAMPLES: removed}
+    edits: dict[str, Callable[[pa.Table, int], pa.Table]] = {SAMPLES: partial(without_samples, removed=removed)}
+    for modality in cache.info.num_items:
+        samples = cache.items(modality, columns=["sample"])["sample"].to_numpy()
+        changed[modality] = np.flatnonzero(np.isin(samples, removed))
+        edits[modality] = lambda rows, _: without_items(rows, removed)
+    return list(rewrite_parts(cache.path, cache.info, folder, changed, edits))
 
 
 def _erase(group: EncoderGroup, rows_by_chunk: Mapping[int, Sequence[int]], progress: Progress) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -586,26 +586,42 @@ def describe_file(folder: Path, name: str) -> TableFile:
     )
 
 
-def rewrite_table(
-    folder: Path, name: str, table: Table, file: TableFile, first_row: int, edit: Callable[[pa.Table, int], pa.Table]
-) -> TableFile:
-    """Write another version of a file of a table into a local folder.
+def rewrite_parts(
+    cache_path: Path,
+    info: CacheInfo,
+    folder: Path,
+    changed: Mapping[str, Ints],
+    edits: Mapping[str, Callable[[pa.Table, int], pa.Table]],
+) -> Iterator[Part]:
+    """Write other versions of the files of tables in which rows change; return all parts of a cache.
 
     Args:
-        folder: the local folder.
-        name: `samples` or a modality.
-        table: the whole table.
-        file: the file.
-        first_row: its first row in the table.
-        edit: changes a block of rows, the first of which has a number.
+        folder: local folder for the files.
+        changed: `samples` or a modality -> rows of its table that change.
+        edits: the same -> function that changes a block of rows, the first of which has a number.
     """
+    first_rows = Counter[str]()
+    for part in info.parts:
+        files = dict(part.tables)
+        for name, file in part.tables.items():
+            rows = range(first_rows[name], first_rows[name] + file.num_rows)
+            first_rows[name] = rows.stop
+            if name in changed and ((changed[name] >= rows.start) & (changed[name] < rows.stop)).any():
+                table = Table(cache_path, info.files(name), ITEM_SCHEMAS.get(name))
+                files[name] = _rewrite(folder, name, table, file, rows, edits[name])
+        yield Part(digest=part.digest, tables=files)
+
+
+def _rewrite(
+    folder: Path, name: str, table: Table, file: TableFile, rows: range, edit: Callable[[pa.Table, int], pa.Table]
+) -> TableFile:
     number = int(Path(file.name).stem.partition("-")[2].partition(".")[0])
     path = folder / table_name(name, number, next_revision(file))
     path.parent.mkdir(parents=True, exist_ok=True)
     with _TableFile(path, table.schema) as writer:
-        for rows in blocks(file.num_rows, BLOCK):
-            start = first_row + rows.start
-            writer.write_table(edit(table.read(start, first_row + rows.stop), start), row_group_size=block_rows(name))
+        for start in rows[::BLOCK]:
+            block = table.read(start, min(start + BLOCK, rows.stop))
+            writer.write_table(edit(block, start), row_group_size=block_rows(name))
     return describe_file(folder, str(path.relative_to(folder)))
 
 

@@ -54,7 +54,6 @@ def test_nothing_is_left_and_other_rows_are_the_same(two_caches: list[Path], cac
     assert progress.started == [
         ("checking tables", 120, "rows"),
         ("checking chunks", 4, "chunks"),
-        ("writing tables", 40, "samples"),
         ("writing chunks of images", 40, "images"),
         ("writing chunks of texts", 40, "texts"),
     ]

@@ -21,7 +21,7 @@ from embedcache.store.tables import (
     add_checksum,
     read_table,
     relocate,
-    rewrite_table,
+    rewrite_parts,
     without_items,
     without_samples,
 )
@@ -54,7 +54,7 @@ def test_files_do_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_rewritten_files_lack_what_was_removed_and_have_what_moved(tmp_path: Path) -> None:
     removed, info = np.array([0, 3, 4, 7, 9]), index(rows(10), tmp_path / "c", chunk_size=4)
-    cache, folder = Cache(tmp_path / "c"), tmp_path / "d"
+    folder = tmp_path / "d"
     item = FileItem(path="", offset=7, length=70)
     moved = partial(relocate, relocated={2: item, 8: item})
     edits: dict[str, Callable[[pa.Table, int], pa.Table]] = {
@@ -62,12 +62,12 @@ def test_rewritten_files_lack_what_was_removed_and_have_what_moved(tmp_path: Pat
         "image": lambda table, first_row: moved(without_items(table, removed), first_row),
         "text": lambda table, _: without_items(table, removed),
     }
-    written = {}
-    for name, edit in edits.items():
-        (file,) = info.files(name)
-        new = rewrite_table(folder, name, cache.rows_of(name), file, 0, edit)
-        assert new.name == file.name.replace("-0.", "-0.1.")
-        written[name] = read_table(folder / new.name).to_pydict()
+    changed = dict.fromkeys(edits, np.array([0, 2]))
+    (part,) = rewrite_parts(tmp_path / "c", info, folder, changed, edits)
+    assert [file.name.count("-0.1.") for file in part.tables.values()] == [1, 1, 1]
+    written = {name: read_table(folder / file.name).to_pydict() for name, file in part.tables.items()}
+    outside = dict.fromkeys(edits, np.array([10]))
+    assert list(rewrite_parts(tmp_path / "c", info, folder, outside, edits)) == [*info.parts]
 
     samples, images, texts = written["samples"], written["image"], written["text"]
     assert samples["key"] == [f"removed-{row}" if row in removed else f"k{row}" for row in range(10)]
