@@ -23,10 +23,9 @@ from embedcache.search.search import OpenIndex
 from embedcache.sources import open_source
 from embedcache.train.settings import train_settings
 from embedcache.train.train import train
-from tests.cli.run import embedcache, succeed
+from tests.cli.run import succeed
 from tests.media_files import encode_audio, encode_video, npz, tone, wav
 from tests.media_toy import MEDIA
-from tests.search.test_concepts import prompt_cache
 from tests.toy import TEXT
 
 NUM = 18
@@ -228,20 +227,6 @@ def test_pairs_of_a_run(made: Made, run: Path, tmp_path: Path) -> None:
     succeed(*SELECT, made.train, "some.parquet", "--method", "clip-score", "--run", run, "--budget", 20, cwd=tmp_path)
     cosines = pq.read_table(tmp_path / "odd.parquet")["pair_cosine"].to_pylist()
     assert pq.read_table(tmp_path / "some.parquet")["cosine"].to_pylist() == cosines
-
-
-@pytest.fixture(scope="module")
-def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prompt_cache(tmp_path_factory.mktemp("prompts"), ["item a", "item c"])
-
-
-@of_sounds
-def test_prompts_need_a_run(made: Made, concepts: Path, tmp_path: Path) -> None:
-    options = ("--method", "top-score", "--concepts", concepts, "--budget", 3, "--modality", made.case.modality)
-    done = embedcache(*SELECT, made.train, "some.parquet", *options, cwd=tmp_path)
-    assert done.code == 1
-    assert f"expected labeled {made.case.noun}, to compare with the plain {made.case.modality} feature" in done.stderr
-    assert "project both with --run RUN" in done.stderr
 
 
 def test_coverage_by_examples(made: Made, tmp_path: Path) -> None:

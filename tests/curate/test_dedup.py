@@ -120,21 +120,6 @@ def test_copies_need_no_vectors(cache_path: Path, copied: Path, tmp_path: Path) 
     assert dedup(cache_path, tmp_path / "a.parquet", settings).analysis.feature.name == "open_toy/patches"
 
 
-def test_copies_or_near_duplicates_suffice(copied: Path, tmp_path: Path) -> None:
-    distinct = np.delete(np.arange(NUM), [int(key) for key in COPIES])
-    cosines = unit(copied)[distinct] @ unit(copied)[distinct].T
-    near = distinct[np.argwhere(np.triu(cosines, 1) > 0.97)[0]].tolist()
-
-    def removed(rows: list[int]) -> list[int]:
-        (tmp_path / "keys.txt").write_text("\n".join(f"{row:05d}" for row in rows))
-        settings = DedupSettings(cosine=0.97, selection=tmp_path / "keys.txt")
-        return dedup(copied, tmp_path / "kept.parquet", settings).removed["sample"].tolist()
-
-    assert removed([3, 50]) == [50]
-    assert removed(near) == [near[1]]
-    assert removed([3]) == []
-
-
 def test_keep_rule(copied: Path, tmp_path: Path) -> None:
     done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(pixels=False, copies_only=True, keep="best:score"))
     rows = {row["key"]: row["kept_key"] for row in pq.read_table(done.removed_path).to_pylist()}
