@@ -80,12 +80,7 @@ def verify(
 
 
 @command(app, "prune", settings=PruneSettings)
-def prune(
-    cache: CacheArgument,
-    yes: Yes = False,
-    *,
-    settings: PruneSettings,
-) -> Any:
+def prune(cache: CacheArgument, yes: Yes = False, *, settings: PruneSettings) -> Any:
     """Delete features and views.
 
     Without --yes, print what would be deleted, and delete nothing.
@@ -147,12 +142,7 @@ def remove(
 
 
 @command(app, "cut")
-def cut(
-    cache: CacheArgument,
-    selection: SelectionArgument,
-    out: NewCache,
-    feature: CopiedFeatures = None,
-) -> Any:
+def cut(cache: CacheArgument, selection: SelectionArgument, out: NewCache, feature: CopiedFeatures = None) -> Any:
     """Write the samples of a selection into a cache of their own.
 
     Nothing is encoded. Run the same command again to finish an interrupted one.

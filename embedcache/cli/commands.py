@@ -21,7 +21,6 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 from embedcache.cli.options import (
     CONFIG_HELP,
     IMAGE_FOLDER,
-    OUTPUT_PANEL,
     TRUST,
     Html,
     Json,
@@ -47,8 +46,6 @@ _URL = re.compile(r"((?:.*::)?(?:s3|s3a|gs|gcs|az|abfss?|adl|https?|hf|file|memo
 _ALIASES = {"--learning-rate": "--lr", "--wd": "--weight-decay", "--top-k": "-k"}
 _HELP_ALL = "help_all"
 """Parameter of commands whose `--help` does not show all options."""
-_LAST = ("engine", "address", "device", "image_folder", "trust", "config", _HELP_ALL)
-"""Options without a panel that many commands share: the help shows them last."""
 
 
 def command(
@@ -108,7 +105,7 @@ def command(
                 values[key] = build[key](flat) if build else from_flat(kind, flat)
             _run(functools.partial(function, **values), **options)
 
-        _set_signature(run, [keyword("context", typer.Context), *sorted(parameters, key=_place_in_help)])
+        _set_signature(run, [keyword("context", typer.Context), *parameters])
         kind = type("DeclaredCommand", (Command,), {"plugins": plugins, "common": common and (*common, _HELP_ALL)})
         help = _help_text(function)
         app.command(name=name, help=help, short_help=help.partition("\n\n")[0], cls=kind)(run)
@@ -178,15 +175,6 @@ def _help_text(function: Callable[..., Any]) -> str:
 def _is_new_file(parameter: inspect.Parameter) -> bool:
     declared = getattr(parameter.annotation, "__metadata__", ())
     return any(getattr(option, "callback", None) is check_new_file for option in declared)
-
-
-def _place_in_help(parameter: inspect.Parameter) -> int:
-    """Return the place of an option: shared ones without a panel come last, and then those of outputs."""
-    declared = getattr(parameter.annotation, "__metadata__", ())
-    panels = [panel for option in declared if (panel := getattr(option, "rich_help_panel", None))]
-    if panels:
-        return len(_LAST) if OUTPUT_PANEL in panels else -1
-    return _LAST.index(parameter.name) if parameter.name in _LAST else -1
 
 
 def _show_all_options(context: typer.Context, is_asked: bool) -> None:

@@ -52,39 +52,32 @@ _NEXT_STEPS = {
 def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
     """Set what is printed beside results while a command runs."""
     level, started = log.level, time.monotonic()
+    verbose = verbose and not quiet
     handler = logging.StreamHandler()
-    devices, device_lines = logging.getLogger("embedcache.devices"), logging.StreamHandler()
-    warned = logging.StreamHandler()
-    warned.setLevel(logging.WARNING)
-    warned.setFormatter(_VisibleFormatter("warning: %(message)s"))
-    handler.setFormatter(_VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else None))
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else level)
+    devices = logging.getLogger("embedcache.devices")
+    devices.setLevel(logging.WARNING if quiet else logging.INFO)
     announce.cache_clear()  # a test runs several commands in one process
-    if verbose and not quiet:
-        log.addHandler(handler)
-        log.setLevel(logging.DEBUG)
-    else:
-        log.addHandler(warned)
-    if quiet:
-        log.setLevel(logging.WARNING)
-    elif not verbose:
-        devices.addHandler(device_lines)
-        devices.setLevel(logging.INFO)
     try:
         yield
     finally:
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         log.info("run time %.1f s, peak memory %.0f MB", time.monotonic() - started, peak_mb)
         log.removeHandler(handler)
-        log.removeHandler(warned)
         log.setLevel(level)
-        devices.removeHandler(device_lines)
         devices.setLevel(logging.NOTSET)
 
 
-class _VisibleFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Formatter of log lines with control characters as escapes; without a format, a warning is named as one."""
+
     def format(self, record: logging.LogRecord) -> str:
-        """Return the message with control characters as escapes."""
-        return visible(super().format(record))
+        """Return the line of a record."""
+        is_short = self._fmt == "%(message)s"
+        prefix = "warning: " if is_short and record.levelno >= logging.WARNING else ""
+        return visible(f"{prefix}{super().format(record)}")
 
 
 def open_progress() -> Progress:
@@ -181,7 +174,7 @@ def run_program(run: Callable[[], object]) -> None:
     EMBEDCACHE_DEBUG=1 prints the traceback of a user's error too.
     """
     show_faults()
-    _silence_libraries()
+    warnings.filterwarnings("ignore", "UPath '.*' filesystem not explicitly implemented", UserWarning)
     try:
         _check_arguments()
         run()
@@ -222,18 +215,6 @@ def _end_on_interrupt() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _silence_libraries() -> None:
-    """Silence what libraries print of errors that they raise too, and of kinds of URLs that they have not tested."""
-    logging.getLogger("gcsfs").addFilter(_is_not_raised)
-    warnings.filterwarnings("ignore", "UPath '.*' filesystem not explicitly implemented", UserWarning)
-
-
-def _is_not_raised(record: logging.LogRecord) -> bool:
-    """Return false for tracebacks that the module of retries logs before it raises, and for a step before an error."""
-    is_raised = record.module == "retry" and bool(record.exc_info)
-    return not (is_raised or record.getMessage().startswith("Could not determine bucket type"))
-
-
 def _check_arguments() -> None:
     """Check that names can be stored and printed; a name of other bytes has them as lone surrogates."""
     for word in sys.argv[1:]:
@@ -269,17 +250,8 @@ def _report_bug() -> NoReturn:
     line = "This is a bug in embedcache, not an error of yours: please report it with the text above."
     if used:
         line = (
-            f"This is a bug, maybe of a plug-in: run the contract test of {_plugin_names(used)}, see "
+            f"This is a bug, maybe of a plug-in: run the contract test of {' and '.join(used)}, see "
             "embedcache.testing; if it passes, please report the text above."
         )
     print(line, file=sys.stderr)
     sys.exit(_BUG)
-
-
-def _plugin_names(modules: Sequence[str]) -> str:
-    """Return the modules of plug-ins, each with the package that installed it and its version."""
-    from importlib.metadata import packages_distributions, version
-
-    owners = packages_distributions()
-    found = {module: [f"{name} {version(name)}" for name in sorted({*owners.get(module, ())})] for module in modules}
-    return " and ".join(f"{name} ({', '.join(packages)})" if packages else name for name, packages in found.items())

@@ -63,11 +63,7 @@ def index(
 
 
 @command(app, "map", settings=MapSettings)
-def map_index(
-    index: IndexArgument,
-    *,
-    settings: MapSettings,
-) -> Any:
+def map_index(index: IndexArgument, *, settings: MapSettings) -> Any:
     """Compute the map of an index that serve shows.
 
     The map is stored in the folder of the index. Without one, serve computes one with PCA when it starts.
@@ -292,12 +288,7 @@ def negatives(
 
 
 @command(app, "outliers", settings=OutlierSettings, has_page=True, reads_items=True)
-def outliers(
-    cache: CacheArgument,
-    out: Annotated[Path | None, SCORES_OUT] = None,
-    *,
-    settings: OutlierSettings,
-) -> Any:
+def outliers(cache: CacheArgument, out: Annotated[Path | None, SCORES_OUT] = None, *, settings: OutlierSettings) -> Any:
     """Find odd samples, likely mislabels and wrong captions.
 
     Each item is compared with its nearest neighbors, and with --run also with the other item of its pair, as an image
@@ -313,12 +304,7 @@ def outliers(
 
 
 @command(app, "score", settings=ScoreSettings, has_page=True, reads_items=True)
-def score(
-    cache: CacheArgument,
-    out: Annotated[Path, SCORES_OUT],
-    *,
-    settings: ScoreSettings,
-) -> Any:
+def score(cache: CacheArgument, out: Annotated[Path, SCORES_OUT], *, settings: ScoreSettings) -> Any:
     """Score the samples by a linear head or by texts.
 
     A head is, for example, LAION's aesthetic predictor on CLIP vectors. OUT is a table of scores for curate select

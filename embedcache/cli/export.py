@@ -18,12 +18,7 @@ NewParquet = Annotated[Path, typer.Argument(metavar="OUT", help="New .parquet fi
 
 
 @command(app, "transformers", settings=ExportSettings, skip=("towers",))
-def transformers(
-    run: RunArgument,
-    out: NewFolder,
-    *,
-    settings: ExportSettings,
-) -> Any:
+def transformers(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> Any:
     """Write a model for transformers.
 
     AutoModel, AutoProcessor and AutoTokenizer load the folder.
@@ -34,12 +29,7 @@ def transformers(
 
 
 @command(app, "open-clip", settings=ExportSettings, skip=("towers",))
-def open_clip(
-    run: RunArgument,
-    out: NewFolder,
-    *,
-    settings: ExportSettings,
-) -> Any:
+def open_clip(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> Any:
     """Write a model for open_clip.
 
     open_clip loads the folder as local-dir:OUT.
@@ -50,12 +40,7 @@ def open_clip(
 
 
 @command(app, "sentence-transformers", settings=ExportSettings, skip=("towers",))
-def sentence_transformers(
-    run: RunArgument,
-    out: NewFolder,
-    *,
-    settings: ExportSettings,
-) -> Any:
+def sentence_transformers(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> Any:
     """Write the text tower for sentence-transformers.
 
     Example: embedcache export sentence-transformers run/ model/
@@ -64,12 +49,7 @@ def sentence_transformers(
 
 
 @command(app, "onnx", settings=ExportSettings)
-def onnx(
-    run: RunArgument,
-    out: NewFolder,
-    *,
-    settings: ExportSettings,
-) -> Any:
+def onnx(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> Any:
     """Write ONNX graphs of the projectors or the towers.
 
     Example: embedcache export onnx run/ model/ --towers
@@ -91,12 +71,7 @@ def _export_model(format_name: str, run: Path, out: Path, settings: ExportSettin
 
 
 @command(app, "clip-retrieval", settings=VectorExportSettings)
-def clip_retrieval(
-    cache: CacheArgument,
-    out: NewFolder,
-    *,
-    settings: VectorExportSettings,
-) -> Any:
+def clip_retrieval(cache: CacheArgument, out: NewFolder, *, settings: VectorExportSettings) -> Any:
     """Write vectors of length 1 for clip-retrieval.
 
     Write the folders img_emb, text_emb and metadata, from which `clip-retrieval index` builds an index.
@@ -107,12 +82,7 @@ def clip_retrieval(
 
 
 @command(app, "parquet", settings=VectorExportSettings)
-def parquet(
-    cache: CacheArgument,
-    out: NewParquet,
-    *,
-    settings: VectorExportSettings,
-) -> Any:
+def parquet(cache: CacheArgument, out: NewParquet, *, settings: VectorExportSettings) -> Any:
     """Write vectors, keys and captions to Parquet.
 
     The columns are key, caption, those of the source, and image_vector, text_vector and so on as lists of fixed length.
@@ -123,12 +93,7 @@ def parquet(
 
 
 @command(app, "npy", settings=VectorExportSettings)
-def npy(
-    cache: CacheArgument,
-    out: NewFolder,
-    *,
-    settings: VectorExportSettings,
-) -> Any:
+def npy(cache: CacheArgument, out: NewFolder, *, settings: VectorExportSettings) -> Any:
     """Write vectors as NumPy arrays.
 
     Write image.npy, text.npy and so on, and rows.parquet, into a new folder.

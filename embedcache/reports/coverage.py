@@ -9,7 +9,7 @@ import numpy as np
 from embedcache.arrays import Array, Ints
 from embedcache.curate.coverage import ConceptCounts, CoverageReport
 from embedcache.modalities import noun, pair_nouns
-from embedcache.reports.figures import BAD, COLORS, INK, SOFT, label, legend_name, open_axes, svg
+from embedcache.reports.figures import BAD, COLORS, INK, label, legend_name, open_axes, svg
 from embedcache.reports.items import ItemRenderer, PageItem, QueryExample
 from embedcache.reports.render import (
     Presentation,
@@ -24,7 +24,6 @@ from embedcache.reports.render import (
 from embedcache.store.cache import keys_at
 
 _FRACTIONS = (0.01, 0.1)
-_MAX_BARS = 50
 _NUM_ENDS = 10
 _MAX_GAPS = 100
 _MAX_EXAMPLES = 100
@@ -144,9 +143,6 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
                 "covered": part.num_covered,
                 "gaps": [report.concepts.names[number] for number in part.gaps(report.settings.min_count)],
                 "gini": round_json(part.gini),
-                **{
-                    f"share_of_largest_{fraction:g}": round_json(part.top_fraction(fraction)) for fraction in _FRACTIONS
-                },
             }
             for part in report.all_counts
         ],
@@ -249,24 +245,15 @@ def _sections(report: CoverageReport, renderer: ItemRenderer) -> list[Section]:
     smallest = order[_NUM_ENDS:][-_NUM_ENDS:]
     return [
         Section(title="Summary", notes=notes, table=summary_table(report)),
-        _count_section(report),
+        Section(
+            title="Items per concept",
+            figures=lambda: [_coverage_curve(report.all_counts, report.settings.min_count)],
+        ),
         Section(title="Largest concepts", table=concept_table(report, order[:_NUM_ENDS])),
         *([Section(title="Smallest concepts", table=concept_table(report, smallest))] if len(smallest) else []),
         _gap_section(report),
         _concept_section(report, renderer),
     ]
-
-
-def _count_section(report: CoverageReport) -> Section:
-    parts, names, least = report.all_counts, report.concepts.names, report.settings.min_count
-    if len(names) <= _MAX_BARS:
-        return Section(title="Items per concept", figures=lambda: [_coverage_bars(names, parts, least)])
-    half = _MAX_BARS // 2
-    return Section(
-        title="Items per concept",
-        notes=[f"All concepts as a curve, then the {half} largest and the {half} smallest as bars."],
-        figures=lambda: [_coverage_curve(parts, least), _coverage_bars(names, parts, least)],
-    )
 
 
 def _gaps(report: CoverageReport) -> Ints:
@@ -316,44 +303,20 @@ def _concept_example(report: CoverageReport, renderer: ItemRenderer, number: int
 
 
 def _coverage_curve(parts: Sequence[ConceptCounts], min_count: int) -> str:
-    """Draw the items per concept, the largest first: one curve per part, dashed where gaps begin; an SVG element."""
+    """Draw the items per concept with their interval, the largest first, as an SVG element: one curve per part."""
     axes = open_axes(3.4)
     for part, color in zip(parts, COLORS, strict=False):
-        counts = np.sort(part.estimate.counts[part.can_tell])[::-1]
-        axes.plot(np.arange(1, len(counts) + 1), counts, color=color, label=legend_name(part.name), linewidth=2)
+        order = largest_first(part)[: int(part.can_tell.sum())]
+        counts, lows, highs = (bound[order] for bound in _bounds(part))
+        positions = np.arange(1, len(order) + 1)
+        axes.plot(positions, counts, ".-", color=color, label=legend_name(part.name))
+        axes.fill_between(positions, lows, highs, color=color, alpha=0.15, linewidth=0)
     axes.axhline(min_count, color=BAD, linestyle="--", linewidth=1)
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_COUNT)
     axes.legend(frameon=False, labelcolor=INK)
     label(axes, f"concepts, the largest first; dashed: {min_count:,}, gaps lie below", "estimated items")
-    return svg(axes.figure)
-
-
-def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], min_count: int) -> str:
-    """Draw one bar per concept and part as an SVG element; of many concepts the largest and the smallest."""
-    order = largest_first(parts[0])
-    if len(order) > _MAX_BARS:
-        order = np.concatenate([order[: _MAX_BARS // 2], order[-_MAX_BARS // 2 :]])
-    axes = open_axes(0.8 + (0.12 + 0.12 * len(parts)) * len(order))
-    height = 0.8 / len(parts)
-    for number, part in enumerate(parts):
-        positions = np.arange(len(order)) + (number - (len(parts) - 1) / 2) * height
-        counts, lows, highs = (np.nan_to_num(bound[order]) for bound in _bounds(part))
-        axes.barh(positions, counts, color=COLORS[number], height=height, label=legend_name(part.name))
-        axes.hlines(positions, lows, highs, color=INK, linewidth=0.8)
-    axes.axvline(min_count, color=BAD, linestyle="--", linewidth=1)
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(_COUNT)
-    axes.set_yticks(range(len(order)), [names[number] for number in order], fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    if len(order) < len(names):
-        axes.axhline(_MAX_BARS // 2 - 0.5, color=SOFT, linewidth=1)
-    if len(parts) > 1:
-        axes.legend(frameon=False, labelcolor=INK, loc="lower right")
-    label(axes, f"estimated items and their interval; no bar: cannot tell; dashed: {min_count:,}, gaps end below")
     return svg(axes.figure)
 
 

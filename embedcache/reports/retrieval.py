@@ -242,27 +242,8 @@ def _width_sections(reports: Mapping[str, RetrievalReport]) -> list[Section]:
             title="Recall by width",
             notes=["Ranked by the first components of the shared space alone, scaled to length 1 again."],
             table=width_table(reports),
-            figures=lambda: [recall_by_width({name: report.by_width for name, report in reports.items()})],
         )
     ]
-
-
-def recall_by_width(reports: Mapping[str, Mapping[int, _DirectionEstimates]]) -> str:
-    """Draw R@10 with its 95% interval by width in both directions, one line per name, as an SVG element."""
-    ways = next(iter(next(iter(reports.values())).values()))
-    for axes, direction in zip(open_axes(3.2, ncols=2, sharey=True), ways, strict=True):
-        for position, (name, by_width) in enumerate(reports.items()):
-            widths, color = list(by_width), COLORS[position % len(COLORS)]
-            recalls = [estimates[direction]["r@10"] for estimates in by_width.values()]
-            values = [recall.value for recall in recalls]
-            axes.plot(widths, values, "o-", color=color, markersize=4, label=legend_name(name))
-            axes.vlines(widths, [recall.low for recall in recalls], [recall.high for recall in recalls], color=color)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(widths, [str(width) for width in widths])
-        axes.set_ylim(bottom=0)
-        label(axes, "width", f"{direction} R@10 with its 95% interval")
-    axes.legend(frameon=False, labelcolor=INK, loc="lower right")
-    return svg(axes.figure)
 
 
 def query_sections(

@@ -12,7 +12,7 @@ from embedcache.dataset import keytable
 from embedcache.errors import CorruptError, PathError, pluralize
 from embedcache.files import folder_bytes, open_path
 from embedcache.metrics.ranking import metric_label
-from embedcache.modalities import MODALITIES, count_items
+from embedcache.modalities import count_items
 from embedcache.outputs import read_report_json
 from embedcache.provenance import construct, read_json, read_study, recognize
 from embedcache.reports.render import Presentation, Section
@@ -50,10 +50,12 @@ def _summarize_cache(path: Path) -> Presentation:
         notes += [f"{feature.name}: {origin}", *failure_lines(cache, feature)]
     num_bytes = [folder_bytes(feature.group.path / feature.feature) for feature in features]
     rows = [describe_feature(*described) for described in zip(features, num_bytes, strict=True)]
-    disk = _disk_use(cache, num_bytes)
+    total = folder_bytes(path)
+    in_features = sum(num_bytes)
+    disk_line = f"{format_bytes(total)} on disk, {format_bytes(in_features)} of them in features"
     return _present(
         "cache",
-        [describe_cache(cache), _disk_line(disk), *caption_error_lines(cache)],
+        [describe_cache(cache), disk_line, *caption_error_lines(cache)],
         {
             "path": str(path),
             "source": cache.info.source,
@@ -76,7 +78,7 @@ def _summarize_cache(path: Path) -> Presentation:
                 for feature, row, on_disk in zip(features, rows, num_bytes, strict=True)
             ],
             "num_removed": cache.info.removed.get("num_samples", 0),
-            "num_bytes": disk,
+            "num_bytes": {"features": in_features, "total": total},
         },
         Section(title="features", table=(_FEATURE_COLUMNS, rows)),
         notes or ["no features yet: add some with embedcache extract"],
@@ -169,28 +171,6 @@ def _describe_interval(item: Mapping[str, Any]) -> str:
         word if bound is None else f"{bound:g} s" for bound, word in zip(bounds, ("start", "end"), strict=True)
     )
     return f", {start} to {stop}"
-
-
-def _disk_use(cache: Cache, feature_bytes: Sequence[int]) -> dict[str, int]:
-    """Return the bytes of a cache on disk: features, commits with what else is beside them, tables, and records."""
-    groups = [group.path for modality in cache.info.num_items for group in cache.encoders(modality)]
-    parts = {
-        "features": sum(feature_bytes),
-        "commits": sum(folder_bytes(path / "chunks") + _files_bytes(path) for path in groups),
-        "tables": sum(map(_files_bytes, [cache.path, *(cache.path / modality for modality in MODALITIES)])),
-        "records": folder_bytes(cache.path / "records"),
-    }
-    return {**parts, "total": sum(parts.values())}
-
-
-def _files_bytes(folder: Path) -> int:
-    """Return the size of the files in a folder, without those in folders below it."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
-
-
-def _disk_line(num_bytes: Mapping[str, int]) -> str:
-    parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in num_bytes.items() if name != "total")
-    return f"{format_bytes(num_bytes['total'])} on disk: {parts}"
 
 
 def _summarize_run(path: Path) -> Presentation:

@@ -101,4 +101,4 @@ def test_inspect_states_disk_use(made: Path) -> None:
     total = sum(path.stat().st_size for path in files)
     assert record["num_bytes"]["total"] == total
     assert sum(feature["num_bytes"] for feature in record["features"]) == record["num_bytes"]["features"]
-    assert "on disk: features" in summary.lines[1]
+    assert "of them in features" in summary.lines[1]

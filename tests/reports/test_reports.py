@@ -75,7 +75,7 @@ def coverage(cache: Path, folder: Path) -> Presentation:
 
 
 REPORTS: dict[str, tuple[Callable[[Path, Path], Presentation], int, int]] = {
-    "retrieval": (retrieval, 3, 40),
+    "retrieval": (retrieval, 2, 40),
     "coverage": (coverage, 2, 20),
     "pairs": (lambda cache, _: present_encoder_pairs(evaluate_pairs(cache, split="key")), 4, 0),
     "thresholds": (lambda _, folder: present_thresholds(analyze(folder / "labeled")), 1, 2),
