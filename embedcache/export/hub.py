@@ -132,32 +132,29 @@ def _removed_patterns(folder: Path, remote: Collection[str]) -> list[str]:
     A folder that is gone, such as that of a pruned feature, is one pattern.
     """
     patterns = set()
-    for name in remote:
-        path = Path(name)
-        if path.parts[0] not in _FOLDERS or (folder / path).is_file():
-            continue
-        missing = [parent for parent in path.parents if not (folder / parent).exists()]
-        patterns.add(f"{glob.escape(str(missing[-1]))}/*" if missing else glob.escape(name))
+    for path in map(Path, remote):
+        if path.parts[0] in _FOLDERS and not (folder / path).is_file():
+            missing = [parent for parent in path.parents if not (folder / parent).exists()]
+            patterns.add(f"{glob.escape(str(missing[-1]))}/*" if missing else glob.escape(str(path)))
     return sorted(patterns)
 
 
 def _check_same_cache(api: Any, repository: str, cache: Cache, remote: Collection[str]) -> None:
     """Check that a repository has no other files, and no other cache."""
     name = info_path(cache.path).name
-    if name not in remote:
-        others = [path for path in remote if path.partition("/")[0] not in (*_FOLDERS, CARD, ".gitattributes")]
-        if others:
-            raise SettingError(
-                f"repository: expected a new one or one with this cache, got {repository} with other files, such as "
-                f"{others[0]}; name a new one"
+    if name in remote:
+        theirs = read_info(Path(api.hf_hub_download(repository, name, repo_type="dataset")).parent)
+        if not cache.info.has_rows_of(theirs.index_digest):
+            raise FingerprintError(
+                f"repository: expected a new one or one with the samples of {cache.path}, got {repository} with "
+                f"{theirs.num_samples:,} others; name a new one"
             )
         return
-    path = Path(api.hf_hub_download(repository, name, repo_type="dataset"))
-    theirs = read_info(path.parent)
-    if not cache.info.has_rows_of(theirs.index_digest):
-        raise FingerprintError(
-            f"repository: expected a new one or one with the samples of {cache.path}, got {repository} with the cache "
-            f"of {theirs.num_samples:,} others; name a new one"
+
+    others = [path for path in remote if path.partition("/")[0] not in (*_FOLDERS, CARD, ".gitattributes")]
+    if others:
+        raise SettingError(
+            f"repository: expected a new one or one with this cache, got {repository} with {others[0]}; name a new one"
         )
 
 

@@ -174,6 +174,7 @@ def test_card_of_an_initialization(run: Path, tmp_path: Path) -> None:
     assert "Matryoshka" not in card
 
 
+@pytest.mark.slow
 def test_run_of_other_modalities(sounds: Path, tmp_path: Path) -> None:
     for form, towers in (("open-clip", False), ("transformers", False), ("onnx", True)):
         with pytest.raises(SettingError, match="expected a run of image and text, got one of audio and text; use"):
@@ -187,12 +188,7 @@ def test_run_of_other_modalities(sounds: Path, tmp_path: Path) -> None:
     assert "- audio-text-retrieval\n" in card
     assert "| audio | `imported:unknown` | `vector` |" in card
     assert "for modality in ('audio', 'text'):" in card
-
-
-@pytest.mark.slow
-def test_texts_of_recordings_for_sentence_transformers(sounds: Path, tmp_path: Path) -> None:
-    report = export_run("sentence-transformers", sounds, tmp_path / "model")
-    assert report.differences["text"] < 1e-5
+    assert export_run("sentence-transformers", sounds, tmp_path / "model").differences["text"] < 1e-5
 
 
 def push_both(run: Path, folder: Path) -> tuple[str | None, str]:

@@ -66,7 +66,6 @@ def test_interrupted_upload_resumes(small_cache: Path, uploaded: tuple[Hub, list
     hub, lines, _ = uploaded
     assert lines[0].startswith("PathError cannot upload to me/vectors: ")
     assert "500" in lines[0]
-    assert lines[0].endswith("run `hf auth login`, check the name and the network, and run the same command again")
     assert re.fullmatch("hf://datasets/me/vectors@[0-9a-f]{40}", lines[1])
     assert lines[2] == lines[1]
     contents = Counter(hashlib.sha256((small_cache / name).read_bytes()).hexdigest() for name in files_of(small_cache))
@@ -79,7 +78,7 @@ def test_interrupted_upload_resumes(small_cache: Path, uploaded: tuple[Hub, list
 
 
 @pytest.mark.slow
-def test_uploaded_cache_is_read_back(small_cache: Path, uploaded: tuple[Hub, list[str], Path]) -> None:
+def test_uploaded_cache_is_read_back_and_updated(small_cache: Path, uploaded: tuple[Hub, list[str], Path]) -> None:
     hub, lines, folder = uploaded
     expected = Cache(small_cache).feature("image", "open_toy/cls").load()
     read = np.fromfile(folder / "other" / "cls", expected.dtype).reshape(expected.shape)
@@ -90,10 +89,6 @@ def test_uploaded_cache_is_read_back(small_cache: Path, uploaded: tuple[Hub, lis
     assert "  data_files: image/items-*.parquet\n" in card
     assert "| `open_toy/tokens` | text | `tests.toy:open_toy` | any × 32 | float16 |" in card
 
-
-@pytest.mark.slow
-def test_update_removes_what_the_cache_has_lost(uploaded: tuple[Hub, list[str], Path]) -> None:
-    hub, lines, folder = uploaded
     local = files_of(folder / "cache")
     assert set(hub.repositories["me/vectors"]) == local | {"README.md"}
     assert not any("tokens" in name for name in local)
@@ -104,24 +99,20 @@ def test_update_removes_what_the_cache_has_lost(uploaded: tuple[Hub, list[str], 
 @pytest.mark.slow
 def test_other_repositories_are_refused(uploaded: tuple[Hub, list[str], Path]) -> None:
     hub, lines, _ = uploaded
-    assert lines[5].startswith("FingerprintError repository: expected a new one or one with the samples of")
+    assert lines[5].startswith("FingerprintError repository")
     assert lines[6].startswith("PathError cannot upload to me/closed: ")
-    assert lines[7].startswith(
-        "SettingError repository: expected a new one or one with this cache, got you/models with"
-    )
+    assert lines[7].startswith("SettingError repository")
     assert hub.repositories["you/models"] == {"weights.bin": b"0"}
 
 
-def test_wrong_requests_raise(small_cache: Path) -> None:
-    with pytest.raises(SettingError, match="repository: expected OWNER/NAME of letters, .*, got 'vectors'"):
-        push_cache(small_cache, "vectors")
-    with pytest.raises(SettingError, match="license: expected a name such as cc-by-4.0 or unknown, got 'mine: all'"):
-        HubSettings(license="mine: all")
-    with pytest.raises(PathError, match="cannot upload to me/vectors: HF_HUB_OFFLINE is set; the cache is in"):
-        push_cache(small_cache, "me/vectors")
-
-
-def test_links_and_removed_samples_are_not_uploaded(small_cache: Path, tmp_path: Path) -> None:
+def test_wrong_requests_raise(small_cache: Path, tmp_path: Path) -> None:
+    for call, error, word in (
+        (lambda: push_cache(small_cache, "vectors"), SettingError, "OWNER/NAME"),
+        (lambda: HubSettings(license="mine: all"), SettingError, "license"),
+        (lambda: push_cache(small_cache, "me/vectors"), PathError, "HF_HUB_OFFLINE"),
+    ):
+        with pytest.raises(error, match=word):
+            call()
     cache = Path(shutil.copytree(small_cache, tmp_path / "cache"))
     secret = tmp_path / "secret"
     secret.write_text("mine")
