@@ -19,6 +19,7 @@ from embedcache.errors import (
     UnfinishedError,
     UnknownNameError,
     pluralize,
+    quoted,
 )
 from embedcache.files import AnyPath, find_files, open_path, reading
 from embedcache.modalities import MODALITIES, count_items, encoder_option
@@ -312,7 +313,8 @@ class Cache:
         """Return the message that the cache has no features of a modality, and what it has instead."""
         if modality not in MODALITIES:
             return f"unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
-        message = f"{self.path} has no {modality} features; extract some: embedcache extract {encoder_option(modality)}"
+        command = f"embedcache extract {quoted(self.path)} {quoted(self.path)} {encoder_option(modality)}"
+        message = f"{self.path} has no {modality} features; extract some: {command}"
         known = ", ".join(f"{feature.modality}={feature.name}" for feature in self.features())
         return f"{message}; or name others with --feature MODALITY=NAME, one of: {known}" if known else message
 

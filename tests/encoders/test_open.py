@@ -58,7 +58,6 @@ def test_spec_folder(text: str, folder: str) -> None:
         ("timm:", "image", SettingError, "family:model"),
         ("tim:vit", "image", UnknownNameError, "timm"),
         ("json:nonsense", "image", UnknownNameError, "nonsense"),
-        ("json:__name__", "image", SettingError, "class"),
         ("imported:clip-vit", "image", SettingError, "imported"),
         ("lite:efficientnet-lite7", "image", UnknownNameError, "efficientnet-lite0"),
         ("lite:efficientnet-lite0", "text", SettingError, "images"),

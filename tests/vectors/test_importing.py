@@ -158,7 +158,7 @@ def test_captions_of_imported_vectors_are_encoded(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": [f"k{row}" for row in range(40)], "caption": texts}), tmp_path / "rows.parquet")
     arrays = open_vectors("npy", files={"image": tmp_path / "images.npy"}, table=tmp_path / "rows.parquet")
     cache, _ = import_files(arrays, tmp_path / "cache", chunk_size=16)
-    with pytest.raises(UnknownNameError, match="no text features; encode its captions: embedcache extract .*cache --t"):
+    with pytest.raises(UnknownNameError, match="no text features; extract some: embedcache extract .*cache --t"):
         cache.feature("text")
     (tmp_path / "images.npy").rename(tmp_path / "moved.npy")  # captions are in the cache
     (report,) = extract(f"{tmp_path}/./cache/", tmp_path / "cache", text_encoder=TEXT, feature="mean")
