@@ -1,6 +1,8 @@
 """Exported caches are imported unchanged: vectors bit for bit, keys, captions, labels and splits."""
 
+import json
 import multiprocessing
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,19 @@ import pytest
 
 from embedcache.arrays import normalize
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.files import open_path
 from embedcache.outputs import replacing_files
+from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import verify
+from embedcache.vectors import exporting
 from embedcache.vectors.exporting import export_vectors
 from embedcache.vectors.opening import open_vectors
+from tests.images import write_images
 from tests.sources.files import reopen
+from tests.toy import IMAGE
 from tests.vectors.cases import FORMATS, export_and_die, import_files, reopen_vectors, unit_rows
 from tests.vectors.conftest import FAILED, NUM_SAMPLES
 
@@ -174,3 +182,69 @@ def test_wrong_exports_raise(
     with pytest.raises(error, match=words):
         export_vectors(form, labeled, "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["failed.txt"]
+
+
+def test_arrays_parse_as_in_embedding_reader(labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_ROWS_PER_FILE", 3)
+    export_vectors("clip-retrieval", labeled, tmp_path / "tree")
+    names = sorted(path.name for path in (tmp_path / "tree" / "img_emb").iterdir())
+    assert names == [f"img_emb_{number:02d}.npy" for number in range(13)]  # int(log10(13)) + 1 digits
+    for name in ("img_emb", "text_emb"):
+        for number, path in enumerate(sorted((tmp_path / "tree" / name).iterdir())):
+            first_line = path.read_bytes()[:300].split(b"\n")[0]
+            assert re.search(rb"'descr': '<f2'", first_line)
+            shape = re.search(rb"'shape': \((\d+), (\d+)\)", first_line)
+            assert shape is not None
+            rows, width = int(shape[1]), int(shape[2])
+            assert path.stat().st_size == len(first_line) + 1 + rows * width * 2
+            vectors = np.load(path)
+            assert vectors.flags.c_contiguous
+            np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=1e-3)
+            metadata = pq.read_table(tmp_path / "tree" / "metadata" / f"metadata_{number:02d}.parquet")
+            assert len(metadata) == rows
+            assert metadata["caption"].null_count == metadata["image_path"].null_count == 0
+
+
+def test_languages_that_begin_in_a_later_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_images(tmp_path / "photos", 6)
+    (folder / "00001.txt").unlink()
+    (folder / "00005.txt").unlink()
+    (folder / "00005.json").write_text('{"caption": "ein roter Balken", "language": "de"}')
+    extract(open_source(folder), tmp_path / "cache", image_encoder=[IMAGE])
+    monkeypatch.setattr(exporting, "_BLOCK", 2)
+    export_vectors("parquet", tmp_path / "cache", tmp_path / "rows.parquet", feature="open_toy/cls")
+    written = pq.read_table(tmp_path / "rows.parquet")
+    assert written["language"].to_pylist() == [None] * 5 + ["de"]
+    captions = [(folder / f"{row:05d}.txt").read_text().strip() for row in (0, 2, 3, 4)]
+    assert written["caption"].to_pylist() == [captions[0], None, *captions[1:], "ein roter Balken"]
+
+
+def test_flipped_vector_of_an_export_is_noticed(labeled: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    export_vectors("parquet", labeled, path, modality="image")
+    group = pq.read_metadata(path).row_group(0)
+    [column] = [group.column(i) for i in range(group.num_columns) if "image_vector" in group.column(i).path_in_schema]
+    start, data = column.dictionary_page_offset or column.data_page_offset, path.read_bytes()
+    place = start + column.total_compressed_size // 2
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    with pytest.raises(EmbedcacheError, match="x.parquet"):
+        import_files(open_vectors("parquet", path), tmp_path / "cache")
+
+
+def test_image_paths_of_files_are_absolute_and_those_of_urls_unchanged(tmp_path: Path) -> None:
+    folder, url = write_images(tmp_path / "images", 2), "memory://photos/00001.png"
+    open_path(url).parent.mkdir(parents=True, exist_ok=True)
+    open_path(url).write_bytes((folder / "00001.png").read_bytes())
+    (tmp_path / "rows.csv").write_text(f"image,caption\nimages/00000.png,a\n{url},b\n")
+    coco = {"images": [{"id": 0, "file_name": "00000.png"}, {"id": 1, "file_name": "00001.png"}], "annotations": []}
+    (tmp_path / "captions_images.json").write_text(json.dumps(coco))
+    files = [str(folder / f"0000{number}.png") for number in range(2)]
+    for location, expected in (
+        (f"{folder}", files),
+        (f"{tmp_path / 'captions_images.json'}", files),
+        (f"{tmp_path / 'rows.csv'}", [files[0], url]),
+    ):
+        cache = tmp_path / location.replace("/", "-")
+        extract(open_source(location), cache, image_encoder=[IMAGE])
+        export_vectors("parquet", cache, f"{cache}.parquet", modality="image")
+        assert pq.read_table(f"{cache}.parquet")["image_path"].to_pylist() == expected
