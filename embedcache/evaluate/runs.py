@@ -16,7 +16,7 @@ from embedcache.dataset.splits import Split, column_parts, read_split
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
 from embedcache.files import AnyPath, one_or_many
-from embedcache.provenance import check_same
+from embedcache.provenance import check_same, digest
 from embedcache.runs import PAIR, SPLIT, Run
 from embedcache.samples import IMPORTED_SOURCE
 from embedcache.sources.open import IMPORT_TOGETHER
@@ -69,18 +69,16 @@ def group_by_recipe(run_paths: RunPaths, *, is_control: bool = False) -> dict[st
     Raises:
         SettingError: a run is named twice.
     """
-    groups: list[list[Run]] = []
-    for run in _open_runs(run_paths, is_control=is_control):
-        group = next((group for group in groups if group[0].recipe == run.recipe), None)
-        if group is None:
-            groups.append([run])
-        elif any(run.path == other.path for other in group):
-            raise SettingError(f"expected each run once, got {run.path} twice")
-        else:
-            group.append(run)
+    runs = _open_runs(run_paths, is_control=is_control)
+    paths = [run.path for run in runs]
+    if len(set(paths)) < len(paths):
+        raise SettingError(f"expected each run once, got {', '.join(map(str, paths))}")
 
+    by_recipe: dict[str, list[Run]] = {}
+    for run in runs:
+        by_recipe.setdefault(digest(run.recipe), []).append(run)
     recipes: list[list[Path]] = []
-    for group in groups:
+    for group in by_recipe.values():
         is_averaged = len({run.seed for run in group}) == len(group)
         recipes += [[run.path for run in group]] if is_averaged else [[run.path] for run in group]
     return _name_recipes(recipes)

@@ -42,19 +42,7 @@ from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, Value
 from embedcache.train.data import TrainData, failed_digests
 
-_FILES = (
-    LOCK,
-    ".claims",
-    "best",
-    "report.html",
-    "report.json",
-    "split.parquet",
-    "study.db",
-    "study.db-journal",
-    "study.json",
-    "trials",
-    "winner",
-)
+_FILES = (LOCK, ".claims", "best", "report.*", "split.parquet", "study.*", "trials", "winner")
 _MAX_ATTEMPTS = 3
 _SQLITE_TIMEOUT_S = 60
 _MAX_GRID_POINTS = 100_000
@@ -112,9 +100,9 @@ def open_study(
         name="sweep" if settings.storage is None else f"sweep-{uuid4().hex[:12]}",
     )
     if not (path / LOCK).is_file():  # before a lock file is written into a folder that is not a study
-        _check_folder(path)
+        prepare_folder(path, kind="a study", marker=LOCK, allowed=_FILES)
     with locked(path):
-        _check_folder(path)
+        prepare_folder(path, kind="a study", marker=LOCK, allowed=_FILES)
         if manifest_path(path).is_file():
             return _reopen_study(path, requested)
 
@@ -136,15 +124,9 @@ def _reopen_study(path: Path, requested: Study) -> Study:
     stored = construct(manifest_path(path), lambda: Study.model_validate(values))
     expected = replace_fields(requested, name=stored.name, split_digest=stored.split_digest)
     next_step = "use a new folder, or request the same"
-    modalities = [{"modalities": list(study.sides)} for study in (stored, expected)]
-    check_same(f"study {path}", *modalities, next_step=next_step)  # else every field of their features differs
     check_same(f"study {path}", stored.to_json(), expected.to_json(), next_step=next_step)
     check_split(split_path(path))
     return stored
-
-
-def _check_folder(path: Path) -> None:
-    prepare_folder(path, kind="a study", marker=LOCK, allowed=_FILES)
 
 
 def manifest_path(path: Path) -> Path:

@@ -37,7 +37,7 @@ def names(cache: Path) -> list[str]:
 
 def test_feature_view_and_encoder(cache: Path) -> None:
     before = names(cache)
-    settings = PruneSettings(features=("open_toy/patches", "open_toy@flip", "open_toy/tokens"))
+    settings = PruneSettings(features=("open_toy/patches", "open_toy@flip", "open_toy@flip", "open_toy/tokens"))
     plan = plan_prune(cache, settings)
     assert [entry.kind for entry in plan.entries] == ["feature", "feature", "encoder"]
     assert names(cache) == before
@@ -47,15 +47,6 @@ def test_feature_view_and_encoder(cache: Path) -> None:
     assert not list(cache.rglob("*patches*"))
     prune_cache(cache, PruneSettings(features=("open_toy",), modality="text"))
     assert names(cache) == ["image/open_toy/cls", "image/small/pca"]
-
-
-def test_what_is_named_twice_is_deleted_once(cache: Path) -> None:
-    settings = PruneSettings(
-        features=("open_toy/patches", "open_toy/patches", "open_toy", "open_toy/cls"), modality="image"
-    )
-    assert [entry.name for entry in plan_prune(cache, settings).entries][-1] == "image/open_toy"
-    prune_cache(cache, settings)
-    assert [name for name in names(cache) if name.startswith("image/open_toy/")] == []
 
 
 def test_folders_that_a_kill_left_do_not_exist(cache: Path) -> None:

@@ -9,7 +9,6 @@ from sklearn.metrics import average_precision_score
 from embedcache.arrays import dot_products, normalize
 from embedcache.errors import DataError
 from embedcache.metrics import ranking as ranks_module
-from embedcache.metrics.intervals import bootstrap_mean, over_seeds
 from embedcache.metrics.ranking import (
     average_precisions,
     best_ranks,
@@ -46,26 +45,6 @@ def test_ranks_match_loop(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks_module, "_BLOCK_BYTES", block_bytes)  # any tiling gives the same
         assert best_ranks(queries, candidates, (query_M, candidate_M)).tolist() == ranks
-
-
-@pytest.mark.parametrize(
-    ("block_bytes", "num_candidates", "expected"),
-    [(4 * 7 * 2, 7, [2, 2, 1]), (4 * 7 * 2 - 1, 7, [1] * 5), (1, 7, [1] * 5), (4 * 3, 1, [3, 2])],
-)
-def test_similarities_of_few_queries_are_held_at_once(
-    monkeypatch: pytest.MonkeyPatch, block_bytes: int, num_candidates: int, expected: list[int]
-) -> None:
-    monkeypatch.setattr(ranks_module, "_BLOCK_BYTES", block_bytes)
-    sizes = []
-
-    def products(queries_BP: np.ndarray, candidates_CP: np.ndarray) -> np.ndarray:
-        sizes.append(len(queries_BP))
-        return queries_BP @ candidates_CP.T
-
-    rows = np.eye(7, dtype=np.float32)
-    own = np.arange(5), np.minimum(np.arange(5), num_candidates - 1)
-    assert not negatives_before(rows[:5], rows[:num_candidates], own, products=products).any()
-    assert sizes == expected
 
 
 def test_constant_embedding_ranks_last() -> None:
@@ -124,20 +103,6 @@ def test_tied_chance_is_a_probability() -> None:
     chances = [tied_chance_recall((np.arange(count),) * 2, np.arange(count), 10) for count in range(1, 11)]
     assert max(chances) == 1
     assert min(chances) == pytest.approx(1)
-
-
-def test_interval_over_seeds_holds_chance_as_often_as_it_should() -> None:
-    """The interval over items alone excludes the truth where seeds differ."""
-    rng = np.random.default_rng(0)
-    inside = {"items": 0, "seeds": 0}
-    for trial in range(100):
-        truth = np.clip(0.3 + 0.05 * rng.standard_normal(3), 0, 1)
-        hits_RM = rng.random((3, 200)) < truth[:, None]
-        items = bootstrap_mean(hits_RM.ravel(), np.tile(np.arange(200), 3), num_draws=200, seed=trial)
-        seeds = over_seeds({"": items}, {"": hits_RM.mean(axis=1).tolist()}, [np.arange(200)] * 3)[""]
-        inside["items"] += items.low <= 0.3 <= items.high
-        inside["seeds"] += seeds.low <= 0.3 <= seeds.high
-    assert inside["seeds"] >= 90 > inside["items"]
 
 
 @pytest.mark.slow

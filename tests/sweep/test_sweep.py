@@ -32,12 +32,11 @@ from embedcache.train.data import open_data
 from embedcache.train.recipes import Recipe, TrainingLength
 from tests.cli.run import embedcache
 from tests.crash import forked_workers, pause, start
-from tests.images import write_images
 from tests.media_toy import MEDIA
 from tests.recorded import RecordedProgress
 from tests.reports.contract import check_report
 from tests.sweep.conftest import FEATURES, RANDOM, SPACE
-from tests.toy import IMAGE, TEXT
+from tests.toy import TEXT
 from tests.train.test_modalities import Sounds
 
 pytestmark = pytest.mark.slow
@@ -135,22 +134,6 @@ def test_more_trials_extend_a_study(cache_path: Path, tmp_path: Path, space_path
     assert [(trial.params, trial.value) for trial in longer.trials] == whole[:3]
     assert [trial.number for trial in first.trials] == [0, 1]
     assert not first.importance
-
-
-def test_study_of_an_extended_cache_says_so(tmp_path: Path, space_path: Path) -> None:
-    source, cache, study = write_images(tmp_path / "source", 60), tmp_path / "cache", tmp_path / "study"
-    encoders = {"image_encoder": IMAGE, "text_encoder": TEXT}
-    study.mkdir()
-
-    def begin() -> None:
-        data = open_data(cache, {"image": "open_toy/cls", "text": "open_toy/mean"}, memory_bytes=1e9)
-        open_study(study, data, read_space(space_path), RANDOM)
-
-    extract(source, cache, **encoders, limit=48)
-    begin()
-    extract(source, cache, **encoders, extend=True)
-    with pytest.raises(FingerprintError, match="index_digest .*extended"):
-        begin()
 
 
 def test_study_that_was_killed_before_its_manifest_begins_again(
@@ -296,7 +279,7 @@ def test_sweep_of_recordings_and_texts(cache_path: Path, tmp_path: Path) -> None
     job = StudyJob(caches=(str(cache),), path=study_path, study=study, space=space, settings=settings)
     fingerprints = [feature.fingerprint for feature in data.features.values()]
     assert [feature.fingerprint for feature in job.mapped_data().features.values()] == fingerprints
-    with pytest.raises(FingerprintError, match="modalities"):
+    with pytest.raises(FingerprintError, match="sides"):
         sweep(cache_path, study_path, space_path, **FEATURES, settings=settings)
 
 
