@@ -103,7 +103,7 @@ def command(
             for key, kind in settings.items():
                 flat = given_settings(context, values, kind, skip)
                 values[key] = build[key](flat) if build else from_flat(kind, flat)
-            _run(functools.partial(function, **values), **options)
+            _run(functools.partial(function, **values), options)
 
         _set_signature(run, [keyword("context", typer.Context), *parameters])
         kind = type("DeclaredCommand", (Command,), {"plugins": plugins, "common": common and (*common, _HELP_ALL)})
@@ -114,34 +114,22 @@ def command(
     return declare
 
 
-def _run(
-    function: Callable[[], Any],
-    *,
-    image_folder: list[str] | None,
-    trust: bool | None,
-    as_json: bool | None,
-    output: Path | None,
-    html: Path | None,
-    overwrite: bool | None,
-    quiet: bool,
-    verbose: bool,
-    **_: Any,
-) -> None:
+def _run(function: Callable[[], Any], options: Mapping[str, Any]) -> None:
     """Call the function of a command, and publish its report; options that the command lacks are None."""
     from embedcache.cli.console import publish, verbosity
     from embedcache.outputs import replacing_files
 
     with ExitStack() as stack:
-        stack.enter_context(verbosity(quiet=quiet, verbose=verbose))
-        stack.enter_context(replacing_files(overwrite is not False))
-        stack.enter_context(trust_files(bool(trust)))
-        if image_folder:
+        stack.enter_context(verbosity(quiet=options["quiet"], verbose=options["verbose"]))
+        stack.enter_context(replacing_files(options["overwrite"] is not False))
+        stack.enter_context(trust_files(bool(options["trust"])))
+        if options["image_folder"]:
             from embedcache.sources.open import read_below
 
-            stack.enter_context(read_below(*image_folder))
+            stack.enter_context(read_below(*options["image_folder"]))
         report = function()
         if report is not None:
-            publish(report, as_json=bool(as_json), output=output, html=html)
+            publish(report, as_json=options["as_json"], output=options["output"], html=options["html"])
 
 
 def exit_with_findings() -> NoReturn:

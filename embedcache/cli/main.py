@@ -13,7 +13,6 @@ from typer.core import TyperGroup
 from embedcache.cli import cache, curate, evaluate, export, extract, import_, search, train
 from embedcache.cli.commands import CommandGroup, command
 from embedcache.cli.console import run_program
-from embedcache.errors import PathError
 from embedcache.registry import search_plugins_in
 
 app = typer.Typer(
@@ -95,12 +94,5 @@ def main() -> None:
 
 
 def _run() -> None:
-    search_plugins_in(str(_working_folder()))  # so that module:attribute finds a plug-in beside the data
+    search_plugins_in(str(Path.cwd()))  # so that module:attribute finds a plug-in beside the data
     root_command()(prog_name="embedcache")
-
-
-def _working_folder() -> Path:
-    try:
-        return Path.cwd()
-    except FileNotFoundError:
-        raise PathError("the working folder does not exist any more; change to another one") from None

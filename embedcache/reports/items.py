@@ -11,16 +11,13 @@ from embedcache.arrays import Bools
 from embedcache.dataset.thumbnails import PICTURED, PLAYED, Thumbnails, UnplayableError, credit, data_url, not_shown
 from embedcache.errors import EmbedcacheError, pluralize
 from embedcache.modalities import noun, one_noun
+from embedcache.settings import format_bytes
 from embedcache.sources.files import file_name_beside_key
 from embedcache.store.cache import Cache, RowReader
 
 _log = logging.getLogger(__name__)
 
 _PLAYER_BYTES, _PAGE_BYTES = 2**18, 2**22
-_LIMITS = {
-    "audio": "it holds recordings of up to 8 s each, 2 minutes in total",
-    "video": "it holds MP4 and WebM of up to 256 KiB each, 4 MiB in total",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +141,8 @@ class ItemRenderer:
         reason = (self._reason or "").removeprefix(not_shown(self._modality))
         lines = [f"{self._count(self._left_out, 'is', 'are')} not shown: {reason}"] if self._left_out else []
         if self._silent:
-            lines.append(
-                f"{self._count(self._silent, 'has', 'have')} no player on this page: {_LIMITS[self._modality]}"
-            )
+            limits = f"{format_bytes(_PLAYER_BYTES)} each, {format_bytes(_PAGE_BYTES)} in total"
+            lines.append(f"{self._count(self._silent, 'has', 'have')} no player: a page holds {limits}")
         return lines
 
     def _count(self, rows: set[int], one: str, several: str) -> str:

@@ -110,6 +110,7 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
     by width. Each direction holds `r@1`, `r@5`, `r@10`, the report's own also `map` and `median_rank`, and `intervals`
     with the 95% interval of each.
     """
+    widths = {str(width): _directions_json(recalls) for width, recalls in report.by_width.items()}
     return {
         **{
             direction: estimates_json({**report.recalls[direction], **report.rank_metrics[direction]})
@@ -117,7 +118,7 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
         },
         "chance": _directions_json(report.chance),
         **({"over_seeds": _directions_json(report.over_seeds)} if report.over_seeds else {}),
-        **({"widths": _widths_json(report)} if report.by_width else {}),
+        **({"widths": widths} if report.by_width else {}),
         **{name: _directions_json(other.recalls) for name, other in others.items() if other is not None},
         **{f"num_{noun(modality).replace(' ', '_')}": counts[0] for modality, counts in report.num_items.items()},
         "seeds": report.seeds,
@@ -130,10 +131,6 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
 
 def _directions_json(recalls: _DirectionEstimates) -> dict[str, Any]:
     return {direction: estimates_json(estimates) for direction, estimates in recalls.items()}
-
-
-def _widths_json(report: RetrievalReport) -> dict[str, Any]:
-    return {str(width): _directions_json(recalls) for width, recalls in report.by_width.items()}
 
 
 def present_retrieval(
@@ -159,7 +156,12 @@ def present_retrieval(
             recall_bars({**{name: report.recalls for name, report in reports.items()}, "chance": first.chance}),
         ],
     )
-    widths = _width_sections({name: report for name, report in reports.items() if report.by_width})
+    by_width = Section(
+        title="Recall by width",
+        notes=["Ranked by the first components of the shared space alone, scaled to length 1 again."],
+        table=width_table(reports),
+    )
+    widths = [by_width] if any(report.by_width for report in reports.values()) else []
     queries, renderers = query_sections(cache, tuple(first.num_items), rank_first)
     return Presentation(
         title=f"{'-'.join(first.num_items).capitalize()} retrieval",
@@ -231,19 +233,6 @@ def _recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
         label(axes, f"k of {direction} R@k", "recall")
     axes.legend(frameon=False, labelcolor=INK, loc="upper left")
     return svg(axes.figure)
-
-
-def _width_sections(reports: Mapping[str, RetrievalReport]) -> list[Section]:
-    """Return a section with recall by width, or none without reports."""
-    if not reports:
-        return []
-    return [
-        Section(
-            title="Recall by width",
-            notes=["Ranked by the first components of the shared space alone, scaled to length 1 again."],
-            table=width_table(reports),
-        )
-    ]
 
 
 def query_sections(
