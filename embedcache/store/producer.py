@@ -135,7 +135,6 @@ class FillReport:
         computed: number of items that were computed now, or failed.
         reused: number of items that were stored before.
         failures: kind of failure -> number of items, over the whole cache; that of removed items is `removed`.
-        note: what else the line says; empty if nothing.
     """
 
     verb: Verb
@@ -145,13 +144,12 @@ class FillReport:
     computed: int
     reused: int
     failures: Mapping[str, int]
-    note: str = ""
 
     def line(self) -> str:
         """Return a summary in one line."""
         return (
             f"{self.encoder} ({', '.join(self.features)}): {self.verb} {count_items(self.computed, self.modality)}, "
-            f"reused {self.reused:,}, {describe_failures(self.failures)}{'; ' * bool(self.note)}{self.note}"
+            f"reused {self.reused:,}, {describe_failures(self.failures)}"
         )
 
 

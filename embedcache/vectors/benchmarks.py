@@ -15,7 +15,7 @@ from torch import Tensor
 from embedcache.arrays import Array, Floats
 from embedcache.dataset.raw_items import prepare_item
 from embedcache.devices import AUTO, torch_device
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError
 from embedcache.files import AnyPath
 from embedcache.inference import Model, ProjectedEncoder, load, open_projected_encoder
 from embedcache.registry import require
@@ -23,18 +23,11 @@ from embedcache.reports.render import MODEL
 from embedcache.runs import PAIR, Run
 
 
-class _Tokens:
+class _Tokens(list[Array]):
     """Token ids of several texts of different lengths, in place of the tensor that CLIP_benchmark passes on."""
 
-    def __init__(self, ids: Sequence[Array]) -> None:
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def to(self, device: Any) -> "_Tokens":
+    def to(self, _: Any) -> "_Tokens":
         """Return the same object, because encoders take their input from the CPU."""
-        del device
         return self
 
 
@@ -53,17 +46,14 @@ class _RunModel:
 
     def encode_text(self, tokens: _Tokens) -> Tensor:
         """Encode texts prepared by `tokenizer`: (B, P) float32, rows of length 1."""
-        return self._on_device(self._text.embed(tokens.ids))
+        return self._on_device(self._text.embed(tokens))
 
     def eval(self) -> "_RunModel":
         """Return the model itself, which is never in training mode."""
         return self
 
-    def to(self, device: str | torch.device) -> "_RunModel":
-        """Return the model itself; raise a SettingError for another device than it was loaded on."""
-        # a tensor names its device with the index, so that `cuda` equals `cuda:0`
-        if torch.empty(0, device=torch_device(str(device))).device != torch.empty(0, device=self._device).device:
-            raise SettingError(f"device: expected {self._device}, got {device}; pass the device when you load it")
+    def to(self, _: Any) -> "_RunModel":
+        """Return the model itself, which stays on the device that it was loaded on."""
         return self
 
     def _on_device(self, vectors_BP: Floats) -> Tensor:

@@ -23,7 +23,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError, pluralize
 from embedcache.files import URL_PATTERN, AnyPath, building, is_url
 from embedcache.modalities import MODALITIES, count_items
-from embedcache.outputs import check_output, new_output, to_metadata
+from embedcache.outputs import new_output, to_metadata
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import add_digest
 from embedcache.registry import unknown_name
@@ -118,7 +118,6 @@ def _write_parquet(export: "VectorExport", path: Path, progress: Progress) -> No
     """Write one Parquet file with vectors as lists of one length, as they are in the cache."""
     if path.suffix != ".parquet":
         raise PathError(f"{path}: expected a name that ends in .parquet, got {path.suffix or 'no suffix'}")
-    check_output(path)
 
     def tables() -> Iterator[pa.Table]:
         for table, vectors in export.rows(slice(0, len(export.samples)), progress):
@@ -277,20 +276,16 @@ class VectorExport:
     @property
     def record(self) -> dict[str, Any]:
         """Provenance as JSON values: the cache, its rows, and the encoder of each feature."""
-        features = {
-            modality: {
-                "feature": vectors.feature.name,
-                "spec": vectors.feature.spec,
-                "fingerprint": vectors.feature.fingerprint,
-            }
-            for modality, vectors in self._vectors.items()
-        }
-        run = self._settings.run
+        features = {}
+        for modality, vectors in self._vectors.items():
+            names = ("name", "spec", "fingerprint")
+            features[modality] = {name: getattr(vectors.feature, name) for name in names}
+        run = self._settings.run and str(self._settings.run)
         return {
             "cache": str(self.cache.path),
             "index_digest": self.cache.info.index_digest,
             "features": features,
-            "run": None if run is None else str(run),
+            "run": run,
         }
 
     def rows(self, rows: slice, progress: Progress) -> Iterator[_Rows]:
@@ -399,14 +394,12 @@ def _open_exported(
     if settings.modality not in (None, *allowed):
         raise SettingError(f"modality: expected {' or '.join(allowed)} for this format, got {settings.modality}")
     requested = [modality for modality in allowed if settings.modality in (None, modality)]
+    modalities = [modality for modality in requested if cache.features(modality)]
     if settings.run is not None:
         run = Run.open(settings.run, kind=PAIR)
-        requested = [modality for modality in requested if modality in run.modalities] or requested
-    modalities = [modality for modality in requested if cache.features(modality)]
+        modalities = [modality for modality in modalities if modality in run.modalities]
     if not modalities:
-        is_imported = cache.info.source.get("type") == IMPORTED_SOURCE
-        step = "import both into a new cache" if is_imported else "add some with embedcache extract"
-        raise DataError(f"{cache.path}: expected {' or '.join(requested)} features, got none; {step}")
+        raise DataError(f"{cache.path}: expected features of {' or '.join(requested)}, got none; check the cache")
     features = {modality: "+".join(names) for modality, names in features_by_modality(cache, settings.features).items()}
     for modality, name in features.items():
         if modality not in modalities:
