@@ -1,6 +1,7 @@
-"""Settings that are declared once: validation, flat names, JSON records, command-line options and TOML files."""
+"""Settings that are declared once: validation, flat names, JSON records, command-line options, TOML files; units."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,10 @@ from embedcache.settings import (
     flat_settings,
     from_flat,
     group,
+    parse_count_or_fraction,
+    parse_counts,
+    parse_fraction,
+    parse_size,
     replace_flat,
     setting,
     to_flat,
@@ -296,3 +301,35 @@ def test_other_file_as_the_config_of_a_run_is_one_error(run_path: Path, tmp_path
         path.touch()
         with pytest.raises(error, match=path.name):
             read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (parse_size, "4096", 4096),
+        (parse_size, "2K", 2000),
+        (parse_size, "1.5MiB", 3 * 2**19),
+        (parse_size, "4GB", 4 * 10**9),
+        (parse_fraction, "0.1%", 0.001),
+        (parse_fraction, "1", 1.0),
+        (parse_count_or_fraction, "20,000", 20_000),
+        (parse_count_or_fraction, "10%", 0.1),
+        (parse_counts, "1000,100", (1000, 100)),
+    ],
+)
+def test_parse(parse: Callable[[str], Any], text: str, value: object) -> None:
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("parse", "texts"),
+    [
+        (parse_size, ("", "G", "-1M", "4X", "nan", "inf", "0")),
+        (parse_fraction, ("2", "-1%", "x", "nan")),
+        (parse_count_or_fraction, ("0", "1.5", "x")),
+    ],
+)
+def test_invalid_text_raises(parse: Callable[[str], Any], texts: tuple[str, ...]) -> None:
+    for text in texts:
+        with pytest.raises(SettingError, match="invalid"):
+            parse(text)

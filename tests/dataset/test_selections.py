@@ -1,19 +1,35 @@
-"""Selections: empty ones are not written, and a split serves as one of its training part."""
+"""Selections, scores, hard negatives: what is written is read, in its caches and others, also after a removal."""
 
+import logging
 import shutil
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from embedcache.dataset.selections import Selection, read_selected_keys, read_selection, write_selection
+from embedcache.arrays import Ints
+from embedcache.dataset import keytable
+from embedcache.dataset.selections import (
+    Selection,
+    read_negatives,
+    read_scores,
+    read_selected_keys,
+    read_selection,
+    write_negatives,
+    write_selection,
+)
 from embedcache.dataset.splits import read_split, write_split
-from embedcache.errors import CorruptError, DataError
+from embedcache.errors import CorruptError, DataError, SettingError, UnknownNameError
 from embedcache.provenance import write_record
 from embedcache.store.cache import Cache
+from embedcache.store.removal import erase, remove_rows
 
 
 def test_selection_of_nothing_is_not_written(cache_path: Path, tmp_path: Path) -> None:
@@ -45,3 +61,200 @@ def test_split_of_a_run_or_study_is_compared(run_path: Path, cache_path: Path, t
     write_record(run / "study.json", {"format": 1, "split_digest": "0" * 64})
     with pytest.raises(CorruptError, match="study.json"):
         read_split(path, [cache])
+
+
+@pytest.fixture(scope="module")
+def cache(two_caches: list[Path]) -> Cache:
+    return Cache(two_caches[0])
+
+
+def test_scores_that_are_written_are_read(cache: Cache, tmp_path: Path) -> None:
+    values, words = np.arange(40, dtype=np.float32), pa.array(["a"] * 40)
+    values[3] = np.nan
+    keytable.write(tmp_path / "s.parquet", [cache], {"light": values, "word": words}, "scores", {"method": "score"})
+    found = read_scores(tmp_path / "s.parquet", cache)
+    assert found.name == "light"
+    np.testing.assert_array_equal(found.values, values)
+    assert found.values.dtype == np.float32
+
+
+def test_scores_of_another_tool(cache: Cache, tmp_path: Path) -> None:
+    """Check a table of few of the keys in another order, with numbers of several kinds and nulls."""
+    keys = cache.column("key").to_pylist()
+    table = {
+        "row": [0, 1, 2, 3],
+        "key": [keys[9], "elsewhere", keys[4], keys[2]],
+        "nsfw": [True, False, False, None],
+        "count": [7, 8, 9, 2**40],
+        "aesthetic": [4.0, 9.0, 6.5, 5.0],
+        "price": [Decimal("1.5")] * 4,
+        "word": ["a"] * 4,
+    }
+    path = tmp_path / "theirs.parquet"
+    pq.write_table(pa.table(table), path)
+    for name, expected in (("aesthetic", [5, 6.5, 4]), ("nsfw", [np.nan, 0, 1]), ("count", [2**40, 9, 7])):
+        score = read_scores(path, cache, name)
+        assert score.name == name
+        np.testing.assert_array_equal(score.values[[2, 4, 9]], np.array(expected, np.float32))
+        assert np.isnan(np.delete(score.values, [2, 4, 9])).all()
+    assert read_scores(path, cache, "price").values[2] == 1.5
+    with pytest.raises(SettingError, match="got 4"):
+        read_scores(path, cache)
+    for name in ("aestetic", "word", "row"):
+        with pytest.raises(UnknownNameError):
+            read_scores(path, cache, name)
+
+
+def test_wrong_scores_raise(cache: Cache, tmp_path: Path) -> None:
+    keys = cache.column("key").to_pylist()
+    tables: list[tuple[dict[str, Any] | None, type[Exception], str]] = [
+        ({"uid": ["a"], "x": [1.0]}, CorruptError, "uid"),
+        ({"key": [keys[0]] * 3 + keys[1:2], "x": [1.0] * 4}, DataError, "2 repeated"),
+        ({"key": ["a", "b"], "x": [1.0, 2.0]}, DataError, "others"),
+        ({"key": [], "x": np.empty(0)}, DataError, "others"),
+        ({"key": keys, "word": ["a"] * 40}, SettingError, "none"),
+        ({"key": [[key] for key in keys], "x": np.ones(40)}, CorruptError, "list"),
+    ]
+    path = tmp_path / "t.parquet"
+    for table, error, word in tables:
+        pq.write_table(pa.table(table), path)
+        with pytest.raises(error, match=word):
+            read_scores(path, cache)
+
+
+@pytest.fixture(scope="module")
+def caches(two_caches: list[Path]) -> list[Cache]:
+    return [Cache(path) for path in two_caches]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("negatives")
+
+
+def made(count: int, width: int, seed: int) -> tuple[Ints, Ints]:
+    """Return (S, K) negatives, of which some are none, and (S,) groups, of which some are of no group."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(-1, count, (count, width)), rng.integers(-1, 5, count)
+
+
+def write(path: Path, cache: Cache, negatives_SK: Ints, groups_S: Ints) -> None:
+    path.unlink(missing_ok=True)
+    negatives_MK = negatives_SK[groups_S >= 0]
+    write_negatives(path, cache, groups_S, negatives_MK, (negatives_MK / 100).astype(np.float32), {"method": "test"})
+
+
+@pytest.mark.slow
+@settings(max_examples=10)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 999), st.booleans())
+def test_negatives_that_are_written_are_read(
+    caches: list[Cache], folder: Path, one: int, other: int, seed: int, is_reversed: bool
+) -> None:
+    """Check two tables of different widths, in any order."""
+    tables = [made(cache.info.num_samples, width, seed) for cache, width in zip(caches, (one, other), strict=True)]
+    paths = [folder / "a.parquet", folder / "b.parquet"]
+    for path, cache, (negatives_SK, groups_S) in zip(paths, caches, tables, strict=True):
+        write(path, cache, negatives_SK, groups_S)
+    found = read_negatives(paths[::-1] if is_reversed else paths, caches)
+    expected = [
+        [number + first for number in row if number >= 0 and group >= 0]
+        for first, (negatives_SK, groups_S) in zip((0, 40), tables, strict=True)
+        for row, group in zip(negatives_SK.tolist(), groups_S.tolist(), strict=True)
+    ]
+    assert [[number for number in row if number >= 0] for row in found.negatives_SK.tolist()] == expected
+    assert found.negatives_SK.shape == (120, max(map(len, expected)))
+    assert found.negatives_SK.dtype == np.int32
+    groups = np.concatenate([tables[0][1], tables[1][1]])
+    firsts = np.repeat([0, 40], [40, 80])
+    assert found.groups_S[groups >= 0].tolist() == (groups + firsts)[groups >= 0].tolist()
+    assert found.groups_S[groups < 0].tolist() == (-1 - np.arange(120))[groups < 0].tolist()
+
+
+def test_table_has_the_samples_that_were_looked_at(caches: list[Cache], tmp_path: Path) -> None:
+    negatives_SK, groups_S = made(40, 3, 0)
+    write(tmp_path / "a.parquet", caches[0], negatives_SK, groups_S)
+    rows = np.flatnonzero(groups_S >= 0)
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert table["row"].to_pylist() == rows.tolist()
+    assert table["group"].to_pylist() == groups_S[rows].tolist()
+    lists = zip(table["negatives"].to_pylist(), table["scores"].to_pylist(), strict=True)
+    for row, (listed, scores) in zip(rows.tolist(), lists, strict=True):
+        assert listed == [number for number in negatives_SK[row].tolist() if number >= 0]
+        assert scores == pytest.approx([number / 100 for number in listed])
+
+
+def test_samples_may_have_no_negatives_at_all(caches: list[Cache], tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", caches[0], np.full((40, 3), -1), np.zeros(40, np.int64))
+    found = read_negatives([tmp_path / "a.parquet"], caches[:1])
+    assert found.negatives_SK.shape == (40, 0)
+    assert found.groups_S.tolist() == [0] * 40
+
+
+def test_tables_that_do_not_belong_raise(caches: list[Cache], tmp_path: Path) -> None:
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for path, cache in zip(paths, caches, strict=True):
+        write(path, cache, *made(cache.info.num_samples, 1, 0))
+    for some in ([paths[0], paths[0]], [paths[1], paths[1]]):
+        with pytest.raises(DataError, match="second"):
+            read_negatives(some, caches)
+    with pytest.raises(DataError, match="got those of"):
+        read_negatives([paths[1]], caches[:1])
+    pq.write_table(pq.read_table(paths[0]).replace_schema_metadata(), paths[0])  # nothing says whose rows are in lists
+    with pytest.raises(DataError, match="another tool"):
+        read_negatives([paths[0]], caches[:1])
+
+
+REMOVED = np.array([3, 29, 30, 33])
+
+
+@pytest.fixture(scope="module")
+def after(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """The same cache without four of them."""
+    path = Path(shutil.copytree(cache.path, tmp_path_factory.mktemp("removed") / "cache"))
+    remove_rows(Cache(path), REMOVED, cache.column("key").take(pa.array(REMOVED)).to_pylist())
+    erase(path)
+    return Cache(path)
+
+
+@pytest.mark.parametrize(("count", "num_removed"), [(40, 4), (30, 2), (3, 0)])
+def test_they_are_in_no_part(
+    cache: Cache, after: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int, num_removed: int
+) -> None:
+    """Check splits of all samples, and of the first ones: the others were appended after it."""
+    path, parts = tmp_path / "split.parquet", [*["train", "val", "test"] * 13, "train"]
+    columns = {"part": parts[:count], "group": [*range(count)]}
+    keytable.write(path, [cache], columns, "split", {}, rows=np.arange(count))
+    with caplog.at_level(logging.WARNING):
+        found = read_split(path, [after])
+    message = f"split {path}: {num_removed} samples were removed from the cache, and left out"
+    assert caplog.messages == [message] * (num_removed > 0)
+    in_part = [row for row in range(count) if row not in REMOVED]
+    assert found.parts == [parts[row] if row in in_part else "" for row in range(40)]
+    assert [found.groups[row] for row in in_part] == in_part
+    assert len(set(found.groups)) == 40
+
+
+def test_they_are_left_out_of_a_selection(
+    cache: Cache, after: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "s.parquet"
+
+    def read(rows: list[int]) -> tuple[list[int], list[str]]:
+        write_selection(path, cache, Selection(rows=np.array(rows)), {})
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            return read_selection(path, [after]).tolist(), caplog.messages
+
+    assert read([2, 3, 4, 33]) == (
+        [2, 4],
+        [f"selection {path}: 2 samples were removed from the cache, and left out"],
+    )
+    assert read([2, 4]) == ([2, 4], [])
+    (tmp_path / "keys.txt").write_text("00003\n00002\nelsewhere\n")
+    with pytest.raises(DataError, match="got 'elsewhere'; 1 of 3 keys"):
+        read_selection(tmp_path / "keys.txt", [after])
+    (tmp_path / "keys.txt").write_text("elsewhere\n")
+    caplog.clear()
+    with pytest.raises(DataError, match="got 'elsewhere'; 1 of 1 keys"):
+        read_selection(tmp_path / "keys.txt", [after])
+    assert not caplog.messages
