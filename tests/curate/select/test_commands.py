@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from embedcache.cli.main import main
-from embedcache.dataset.selections import read_selection
-from embedcache.store.cache import Cache
 from tests.curate.select.conftest import FEATURES
 
 Command = Callable[[str], tuple[object, str, str]]
@@ -34,38 +32,6 @@ def command(
         return stopped.value.code, shown.out, shown.err
 
     return run
-
-
-@pytest.mark.slow
-def test_select_combine_and_export(command: Command, tmp_path: Path) -> None:
-    (tmp_path / "shards").mkdir()
-    for line, expected in (
-        (
-            "select cache a.parquet --method rare-first:per_concept=9 --concepts concepts --feature {text}",
-            "36 of 300",
-        ),
-        ("select cache b.parquet --method metaclip --concepts concepts --budget 20% --feature {text}", "60 of 300"),
-        ("select cache c.parquet --method hierarchical:clusters=20+4 --budget 50 --feature {image}", "50 of 300"),
-        (
-            "select cache d.parquet --method image-based:clusters=9 --target target --feature {image}",
-            "of 300 samples",
-        ),
-        ("select cache e.parquet --method clip-score:threshold=-1 --run run", "300 of 300 samples (100.0%)"),
-        ("combine cache e.parquet minus a.parquet f.parquet", "f.parquet: 264 samples"),
-        ("select cache g.parquet --method random --budget 5 --selection f.parquet --seed 2", "5 of 264 samples"),
-        ("export cache g.parquet keys.txt", "keys.txt: 5 samples"),
-        ("export cache g.parquet shards --format webdataset", "shards: 5 samples"),
-    ):
-        code, out, err = command(line)
-        assert code == 0, err
-        assert expected in out, line
-    kept = read_selection(tmp_path / "keys.txt", [Cache("cache")])
-    assert kept.tolist() == read_selection(tmp_path / "g.parquet", [Cache("cache")]).tolist()
-    assert (tmp_path / "shards" / "00000.tar").is_file()
-    for form, message in (("webdataset", "expected a new or empty folder"), ("keys", "expected a file, got a folder")):
-        code, _, err = command(f"export cache g.parquet shards --format {form}")
-        assert code == 1
-        assert message in err
 
 
 def test_feature_need_not_be_named(command: Command) -> None:
