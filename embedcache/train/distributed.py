@@ -142,22 +142,61 @@ def gather_rows(own_BD: Tensor, num_rows: int) -> Tensor:
     return gathered
 
 
-def sum_over_processes(*tensors: Tensor) -> None:
-    """Sum each tensor over all processes, in place."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+def divided(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Call a function that computes this process's part of sums; the gradients of its inputs are those of all parts."""
+    if not dist.is_initialized():
+        return function(*inputs)
+    outputs: tuple[Tensor, ...] = _Divided.apply(function, *inputs)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def sum_over_processes(part: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes; each process has the gradient of all of it."""
+    if not dist.is_initialized():
+        return part
+    total: Tensor = _Sum.apply(part)  # type: ignore[no-untyped-call]
+    return total
 
 
 def log_sum_over_processes(logs: Tensor) -> Tensor:
     """Return the elementwise log of the sum of e^logs over all processes; -inf adds nothing."""
     if not dist.is_initialized():
         return logs
-    highest = logs.clone()
+    highest = logs.detach().clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX)
-    sums = (logs - highest).exp()
-    dist.all_reduce(sums)
-    return sums.log() + highest
+    return sum_over_processes((logs - highest).exp()).log() + highest
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, part: Tensor) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Divided(torch.autograd.Function):
+    # One node for all inputs: the collective calls of processes, of which some may have no part, come in one order.
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            ctx.inputs = [each.detach().requires_grad_() for each in inputs]
+            ctx.outputs = function(*ctx.inputs)
+        return tuple(each.detach() for each in ctx.outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        results = [torch.zeros_like(each) for each in ctx.inputs]
+        if ctx.outputs[0].requires_grad:  # this process has a part
+            results = list(torch.autograd.grad(ctx.outputs, ctx.inputs, gradients))
+        for each in results:
+            dist.all_reduce(each)
+        return None, *results
 
 
 class _GatherRows(torch.autograd.Function):

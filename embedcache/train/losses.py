@@ -3,26 +3,32 @@
 A loss from a plug-in is a `torch.nn.Module` with the interface of `Loss`; `embedcache.testing.losses` has the tests
 that it must pass.
 
-The backward pass takes the tiles of the forward pass if all of them fit into `HELD_BYTES`, and otherwise computes them
+The backward pass keeps the tiles of the forward pass if all of them fit into `HELD_BYTES`, and otherwise computes them
 again, to the same bits. Several processes divide the tiles. Under autocast the matrix products use its dtype,
-everything else float32. Memory: a few tiles of `TILE_ROWS` × `TILE_COLUMNS`, those that are held, the vectors of
-all positives, and one gradient per modality.
+everything else float32. Memory: a few tiles of `TILE_ROWS` rows and all columns, the tiles that are kept, the vectors
+of all positives, and two gradients per modality.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, softplus
+from torch.utils.checkpoint import checkpoint
 
 from embedcache.errors import SettingError
 from embedcache.parameters import bind
 from embedcache.registry import Registry
-from embedcache.train.distributed import log_sum_over_processes, num_processes, process_rank, sum_over_processes
+from embedcache.train.distributed import (
+    divided,
+    log_sum_over_processes,
+    num_processes,
+    process_rank,
+    sum_over_processes,
+)
 
 LOSSES = Registry(
     "loss",
@@ -38,12 +44,12 @@ LOSSES = Registry(
 )
 
 TILE_ROWS = 512
-TILE_COLUMNS = 2048
-"""A float32 tile of this size stays in the cache of a core between its product and its sum."""
+"""Rows of a tile, which has all columns."""
 
 HELD_BYTES = 2**26
 """Memory of each process for tiles of the forward pass: 4,096 × 4,096 values in float32."""
 
+_LEFT_OUT = -1e30  # finite: of columns that a tile leaves out as a whole, too, the gradient is 0
 _MAX_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
 """Below it, e^logit neither vanishes nor overflows in float32, as logits of unit vectors lie in ± scale."""
 
@@ -178,24 +184,6 @@ class Sail(SigLip):
         return self._sum(first_BP, second_MP, scale, positives) / (len(first_BP) * len(second_MP))
 
 
-def _log_sum_exp(
-    left_BP: Tensor, right_MP: Tensor, scale: Tensor, masked: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Compute log Σ exp of the logits scale · left · right', over each row and over each column: (B,) and (M,).
-
-    `masked` are (E,) rows, ascending, and (E,) columns of logits that are left out; each row and column keeps one.
-    """
-    rows, columns = masked or (torch.empty(0, dtype=torch.int64, device=left_BP.device),) * 2
-    result: tuple[Tensor, Tensor] = _apply(_LogSumExp, left_BP, right_MP, scale, rows, columns)
-    return result
-
-
-def _softplus_sum(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Compute Σ log(1 + exp(logit + bias)) over all pairs, a scalar."""
-    result: Tensor = _apply(_SoftplusSum, left_BP, right_MP, scale, bias)
-    return result
-
-
 def _logits_of(left_BP: Tensor, right_MP: Tensor, scale: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
     """Compute the (E,) logits of pairs given as (E,) rows and (E,) columns."""
     rows_E, columns_E = pairs
@@ -203,157 +191,83 @@ def _logits_of(left_BP: Tensor, right_MP: Tensor, scale: Tensor, pairs: tuple[Te
     return scale * (left_BP.index_select(0, rows_E) * right_MP.index_select(0, columns_E)).sum(dim=1)
 
 
-def _apply(function: type[torch.autograd.Function], left: Tensor, *others: Tensor) -> Any:
-    """Apply a function whose last argument is the dtype of matrix products: under autocast that of autocast."""
-    device = left.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else left.dtype
-    with torch.autocast(device, enabled=False):
-        return function.apply(left, *others, dtype)  # type: ignore[no-untyped-call]
+def _log_sum_exp(
+    left_BP: Tensor, right_MP: Tensor, scale: Tensor, masked: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute log Σ exp of the logits scale · left · right', over each row and over each column: (B,) and (M,).
 
-
-class _LogSumExp(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, left: Tensor, right: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        tiles = _Tiles(left, right, scale, dtype, masked=(rows, columns), are_powers=_is_safe(scale))
-        over_rows, over_columns = (_sum_powers if tiles.are_powers else _sum_logs)(left, right, tiles)
-        ctx.save_for_backward(left, right, scale, rows, columns, over_rows, over_columns, *tiles.held)
-        ctx.dtype, ctx.are_powers = dtype, tiles.are_powers
-        return over_rows, over_columns
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, row_gradient: Tensor, column_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, scale, rows, columns, over_rows, over_columns, *held = ctx.saved_tensors
-        tiles = _Tiles(left, right, scale, ctx.dtype, masked=(rows, columns), are_powers=ctx.are_powers, held=held)
-        gradients = _Gradients(left, right, ctx.dtype)
-        by_row, by_column = row_gradient * (-over_rows).exp(), column_gradient * (-over_columns).exp()
-        for across, down, values in tiles:
-            if ctx.are_powers:
-                weights = (by_row[across, None] + by_column[down]).mul_(values)
-            else:
-                weights = (values - over_rows[across, None]).exp_().mul_(row_gradient[across, None])
-                weights += (values - over_columns[down]).exp_().mul_(column_gradient[down])
-            gradients.add(across, down, weights)
-        return (*gradients.result(scale), None, None, None)
-
-
-class _SoftplusSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        tiles, total = _Tiles(left, right, scale, dtype), left.new_zeros(())
-        for _, _, logits in tiles:
-            total += softplus(logits + bias).sum()
-        ctx.save_for_backward(left, right, scale, bias, *tiles.held)
-        ctx.dtype = dtype
-        sum_over_processes(total)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, scale, bias, *held = ctx.saved_tensors
-        gradients, bias_gradient = _Gradients(left, right, ctx.dtype), torch.zeros_like(bias)
-        for across, down, logits in _Tiles(left, right, scale, ctx.dtype, held=held):
-            weights = (logits + bias).sigmoid_().mul_(gradient)
-            bias_gradient += weights.sum()
-            gradients.add(across, down, weights)
-        sum_over_processes(bias_gradient)
-        return (*gradients.result(scale), bias_gradient, None)
-
-
-class _Gradients:
-    """Sum of the gradients of left, right and scale over tiles."""
-
-    def __init__(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
-        self._inputs, self._left, self._right = (left, right), left.to(dtype), right.to(dtype)
-        self._left_sum, self._right_sum = torch.zeros_like(left), torch.zeros_like(right)
-
-    def add(self, across: slice, down: slice, weights_TU: Tensor) -> None:
-        """Add the gradient of the logits of one tile."""
-        weights_TU = weights_TU.to(self._left.dtype)
-        _add_product(self._left_sum[across], weights_TU, self._right[down])
-        _add_product(self._right_sum[down], weights_TU.T, self._left[across])
-
-    def result(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of left, right and scale."""
-        sum_over_processes(self._left_sum, self._right_sum)
-        of_scale = (self._left_sum * self._inputs[0]).sum()
-        return self._left_sum.mul_(scale), self._right_sum.mul_(scale), of_scale
-
-
-class _Tiles:
-    """This process's tiles: rows, columns, and values in the inputs' dtype, which must not be changed.
-
-    Values are logits, or with `are_powers` e^logit; those of the `masked` rows and columns are left out, as in
-    `_log_sum_exp`. The first iteration computes them, and holds them if they fit.
+    `masked` are (E,) rows, ascending, and (E,) columns of logits that are left out; each row and column keeps one.
     """
+    is_safe = _is_safe(scale)
 
-    def __init__(
-        self,
-        left: Tensor,
-        right: Tensor,
-        scale: Tensor,
-        dtype: torch.dtype,
-        *,
-        masked: tuple[Tensor, Tensor] | None = None,
-        are_powers: bool = False,
-        held: Sequence[Tensor] = (),
-    ) -> None:
-        self._left, self._right, self._scale, self._dtype = left, right, scale, dtype
-        self._masked, self.are_powers, self.held = masked, are_powers, list(held)
+    def of_tile(left_TP: Tensor, right_MP: Tensor, scale: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        logits_TM = _products(left_TP * scale, right_MP)
+        if masked is not None and len(masked[0]):
+            _mask(logits_TM, *masked, start)
+        if not is_safe:
+            return logits_TM.logsumexp(dim=1), logits_TM.logsumexp(dim=0)
+        powers_TM = logits_TM.exp_()
+        return powers_TM.sum(dim=1), powers_TM.sum(dim=0)
 
-    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        starts = range(0, len(self._left), TILE_ROWS)[process_rank() :: num_processes()]
-        edges = [(start, first) for start in starts for first in range(0, len(self._right), TILE_COLUMNS)]
-        num_bytes = len(self._left) * len(self._right) * self._left.itemsize // num_processes()
-        is_held, fits = bool(self.held), num_bytes <= HELD_BYTES
-        for (start, first), values_TU in zip(edges, self.held if is_held else self._compute(edges), strict=True):
-            if fits and not is_held:
-                self.held.append(values_TU)
-            yield slice(start, start + TILE_ROWS), slice(first, first + TILE_COLUMNS), values_TU
+    def of_process(left_BP: Tensor, right_MP: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        empty = 0.0 if is_safe else -math.inf
+        over_rows_B = left_BP.new_full((len(left_BP),), empty)
+        over_columns_M = right_MP.new_full((len(right_MP),), empty)
+        for rows, (of_rows, of_columns) in _tiles(of_tile, left_BP, right_MP, scale):
+            over_rows_B[rows] = of_rows
+            over_columns_M = over_columns_M + of_columns if is_safe else torch.logaddexp(over_columns_M, of_columns)
+        return over_rows_B, over_columns_M
 
-    def _compute(self, edges: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
-        scaled, right = (self._left * self._scale).to(self._dtype), self._right.to(self._dtype)
-        for start, first in edges:
-            values = (scaled[start : start + TILE_ROWS] @ right[first : first + TILE_COLUMNS].T).to(self._left.dtype)
-            if self._masked is not None and len(self._masked[0]):
-                _mask(values, *self._masked, start, first)
-            yield values.exp_() if self.are_powers else values
+    parts = divided(of_process, left_BP, right_MP, scale)
+    over_rows, over_columns = (
+        sum_over_processes(part).log() if is_safe else log_sum_over_processes(part) for part in parts
+    )
+    return over_rows, over_columns
 
 
-def _mask(logits: Tensor, rows: Tensor, columns: Tensor, start: int, first: int) -> None:
-    """Set the logits of a tile at ascending rows, and columns, of the whole matrix to -inf."""
-    edges = torch.tensor([start, start + len(logits)], device=rows.device)
+def _softplus_sum(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Compute Σ log(1 + exp(logit + bias)) over all pairs, a scalar."""
+
+    def of_tile(left_TP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor, start: int) -> Tensor:
+        del start
+        logits_TM = _products(left_TP * scale, right_MP) + bias
+        return softplus(logits_TM, threshold=40.0).sum()  # the gradient is exact up to there
+
+    def of_process(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+        total = left_BP.new_zeros(())
+        for _, of_one in _tiles(of_tile, left_BP, right_MP, scale, bias):
+            total = total + of_one
+        return (total,)
+
+    (part,) = divided(of_process, left_BP, right_MP, scale, bias)
+    return sum_over_processes(part)
+
+
+def _tiles(
+    function: Callable[..., Any], left_BP: Tensor, right_MP: Tensor, *others: Tensor
+) -> Iterator[tuple[slice, Any]]:
+    """Iterate over this process's tiles of rows, and what a function returns for each.
+
+    The backward pass computes the tiles again, unless all of them fit into `HELD_BYTES`.
+    """
+    starts = range(0, len(left_BP), TILE_ROWS)[process_rank() :: num_processes()]
+    fits = len(left_BP) * len(right_MP) * left_BP.itemsize // num_processes() <= HELD_BYTES
+    for start in starts:
+        rows = slice(start, start + TILE_ROWS)
+        arguments = left_BP[rows], right_MP, *others, start
+        yield rows, function(*arguments) if fits else checkpoint(function, *arguments, use_reentrant=False)
+
+
+def _products(left_TP: Tensor, right_MP: Tensor) -> Tensor:
+    """Compute products in the dtype of autocast, if it is enabled: (T, M) in the dtype of the rows."""
+    return (left_TP @ right_MP.T).to(left_TP.dtype)
+
+
+def _mask(logits_TM: Tensor, rows: Tensor, columns: Tensor, start: int) -> None:
+    """Leave logits of a tile out, given ascending rows, and columns, of the whole matrix."""
+    edges = torch.tensor([start, start + len(logits_TM)], device=rows.device)
     part = slice(*torch.searchsorted(rows, edges).tolist())
-    rows, columns = rows[part] - start, columns[part] - first
-    is_here = (columns >= 0) & (columns < logits.shape[1])
-    logits[rows[is_here], columns[is_here]] = -math.inf
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += (left @ right).to(total.dtype)  # adding different dtypes takes twice as long
-
-
-def _sum_powers(left: Tensor, right: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
-    over_rows, over_columns = left.new_zeros(len(left)), left.new_zeros(len(right))
-    for across, down, powers in tiles:
-        over_rows[across] += powers.sum(dim=1)
-        over_columns[down] += powers.sum(dim=0)
-    sum_over_processes(over_rows, over_columns)
-    return over_rows.log_(), over_columns.log_()
-
-
-def _sum_logs(left: Tensor, right: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
-    over_rows, over_columns = (left.new_full((len(side),), -math.inf) for side in (left, right))
-    for across, down, logits in tiles:
-        over_rows[across] = torch.logaddexp(over_rows[across], logits.logsumexp(dim=1))
-        over_columns[down] = torch.logaddexp(over_columns[down], logits.logsumexp(dim=0))
-    return log_sum_over_processes(over_rows), log_sum_over_processes(over_columns)
+    logits_TM[rows[part] - start, columns[part]] = _LEFT_OUT
 
 
 def _is_safe(scale: Tensor) -> bool:

@@ -298,7 +298,6 @@ every_loss = pytest.mark.parametrize("name", PLAIN)
 def small_loss_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "TILE_ROWS", TILE_ROWS)
-        patch.setattr(losses, "TILE_COLUMNS", TILE_ROWS + 1)
         yield
 
 
@@ -440,7 +439,6 @@ def test_powers_are_summed_where_no_logit_overflows(
     scale: float, are_powers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "TILE_ROWS", 500)
-    monkeypatch.setattr(losses, "TILE_COLUMNS", 500)
     images, texts = (side.detach().float() for side in draw_batch(500, 4)[:2])
     logits = (images * scale) @ texts.T
     by_powers, by_logs = logits.exp().sum(dim=1).log(), logits.logsumexp(dim=1)
