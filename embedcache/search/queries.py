@@ -194,24 +194,28 @@ class QueryEncoder:
         """
         parts = [np.empty((0, self._card.width), np.float32)]
         if queries.texts:
-            texts = [text.strip() for text in queries.texts]  # as captions are
-            encoder = self.encoder("text")
-            parts.append(self._encode_batches("text", len(texts), lambda rows: encoder.prepare(texts[rows])))
+            parts.append(self.encode_texts(queries.texts))
         for modality, items in queries.named_items.items():
             if items:
-                parts.append(self._encode_items(MODALITIES[modality].name, items))
+                parts.append(self.encode_items(MODALITIES[modality].name, items))
         if queries.keys:
             parts.append(self._read_keys(queries.keys))
         if queries.rows:
-            parts.append(self._read_rows(queries.rows))
+            parts.append(self.read_rows(queries.rows))
         if queries.concepts and queries.concept_cache is not None:
             parts.append(self._read_concepts(queries.concepts, queries.concept_cache))
         if queries.vectors is not None:
             parts.append(self._check_vectors(np.atleast_2d(queries.vectors)))
         return np.concatenate(parts)
 
-    def _encode_items(self, modality: Modality, named: Sequence[tuple[str, ItemLike]]) -> Floats:
-        """Encode items in files, or decoded."""
+    def encode_texts(self, texts: Sequence[str]) -> Floats:
+        """Compute one vector per text; see `encode`."""
+        encoder = self.encoder("text")
+        stripped = [text.strip() for text in texts]  # as captions are
+        return self._encode_batches("text", len(stripped), lambda rows: encoder.prepare(stripped[rows]))
+
+    def encode_items(self, modality: Modality, named: Sequence[tuple[str, ItemLike]]) -> Floats:
+        """Compute one vector per item, in a file or decoded, with its name; see `encode`."""
         encoder = self.encoder(modality)
         return self._encode_batches(
             modality, len(named), lambda rows: [prepare_item(item, name, encoder) for name, item in named[rows]]
@@ -249,7 +253,8 @@ class QueryEncoder:
             )
         return self._read_items(rows[is_indexed][first])
 
-    def _read_rows(self, rows: Sequence[int]) -> Floats:
+    def read_rows(self, rows: Sequence[int]) -> Floats:
+        """Read the vectors of indexed items; see `encode`."""
         for row in rows:
             if not self.has_row(row):
                 raise UnknownNameError(

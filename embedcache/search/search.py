@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _BATCH = 4096  # queries that are searched at once
 _DEFAULT_K = 10
 _COMPARE_ALL = 20_000  # up to this many filtered items, all are compared: fast, and a graph or lists would miss most
+_NO_FILTER = Filter()
 _OPTIONS = {"label": "label-value", "split": "part", "language": "language"}  # column -> option of `embedcache search`
 
 
@@ -129,7 +130,7 @@ class OpenIndex:
     def rows(self) -> Ints:
         """Rows of the items that a search finds, in the order of the index, without those removed since: (N,) int64."""
         rows = self._index.rows
-        is_allowed_N = self._subset(Filter()).is_allowed_N
+        is_allowed_N = self._subset(_NO_FILTER).is_allowed_N
         return rows if is_allowed_N is None else rows[is_allowed_N[rows]]
 
     def search(
@@ -170,7 +171,7 @@ class OpenIndex:
             raise DataError(f"queries: expected (Q, {self.card.width}) vectors for {self.path}, got {queries_QP.shape}")
         if not np.isfinite(queries_QP).all():
             raise DataError(f"queries: expected finite vectors for {self.path}, got NaN or infinite values")
-        condition = condition or Filter()
+        condition = _NO_FILTER if condition is None else condition
         subset = self._subset(condition)
         scores_QK, rows_QK = self._search_subset(queries_QP, _choose_k(k, subset.num_items, len(self._index)), subset)
         order_QK = np.lexsort((rows_QK, -scores_QK))  # of equal scores, FAISS returns the last row first

@@ -14,7 +14,6 @@ from PIL.Image import Image
 from embedcache.arrays import Floats
 from embedcache.errors import EmbedcacheError
 from embedcache.search.hits import Hit
-from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex
 from embedcache.search.settings import Filter
 
@@ -152,8 +151,15 @@ def _encode(index: OpenIndex, queries: Sequence[SearchQuery]) -> Floats:
     texts = {position: query.text for position, query in enumerate(queries) if query.text is not None}
     images = {position: query.image for position, query in enumerate(queries) if query.image is not None}
     rows = {position: query.row for position, query in enumerate(queries) if query.row is not None}
-    by_kind = Queries(texts=[*texts.values()], images=[*images.values()], rows=[*rows.values()])
-    return index.query_encoder.encode(by_kind)[np.argsort([*texts, *images, *rows])]
+    encoder = index.query_encoder
+    parts = []
+    if texts:
+        parts.append(encoder.encode_texts([*texts.values()]))
+    if images:
+        parts.append(encoder.encode_items("image", [("image", image) for image in images.values()]))
+    if rows:
+        parts.append(encoder.read_rows([*rows.values()]))
+    return np.concatenate(parts)[np.argsort([*texts, *images, *rows])]
 
 
 def _search(index: OpenIndex, vectors_QP: Floats, k: int, keep: Filter) -> Sequence[Sequence[Hit]]:

@@ -27,6 +27,8 @@ from embedcache.store.layout import SAMPLES
 
 log = logging.getLogger("embedcache.serve")
 
+_NO_FILTER = Filter()
+
 
 class SearchService:
     """An index with its encoders, images, filters, map and coverage. Nothing but a missing map is written.
@@ -90,9 +92,15 @@ class SearchService:
 
     def filter(self, options: SearchOptions) -> Filter:
         """Return a filter of the values that a visitor names, or raise an UnknownNameError."""
-        labels, splits, languages = tuple(options.labels), tuple(options.splits), tuple(options.languages)
         selection = () if options.selection is None else (options.selection,)
-        named = {"label": labels, "split": splits, "language": languages, "selection": selection}
+        named = {
+            "label": tuple(options.labels),
+            "split": tuple(options.splits),
+            "language": tuple(options.languages),
+            "selection": selection,
+        }
+        if not any(named.values()):
+            return _NO_FILTER
         for name, values in named.items():
             known = self.selections if name == "selection" else self.values.get(name, {})
             for value in values:
@@ -101,7 +109,7 @@ class SearchService:
                 if value not in known:
                     raise UnknownNameError(f"unknown {name} {value!r}; GET /api/info lists the known ones")
         path = None if options.selection is None else self.selections[options.selection]
-        return Filter(label_value=labels, part=splits, language=languages, selection=path)
+        return Filter(label_value=named["label"], part=named["split"], language=named["language"], selection=path)
 
     def info(self) -> dict[str, Any]:
         """Return the fields of `ServerInfo` except `most_hits`."""

@@ -64,8 +64,7 @@ def file_name_beside_key(path: str | None, key: str) -> str | None:
 
     So it is for a file that holds many items, such as a table or a shard, and for one that the key is named after.
     """
-    path = path or ""
-    file = PurePosixPath(path.partition("?")[0] if is_url(path) else path)
+    file = PurePosixPath((path or "").partition("?")[0])  # of a URL, without its query
     is_single = file.suffix.lower() in _SINGLE_ITEM_SUFFIXES
     return file.name if is_single and file.stem != PurePosixPath(key).name else None
 

@@ -104,19 +104,19 @@ def test_concurrent_queries_get_own_results(client: TestClient, root: Path) -> N
 
 def test_concurrent_queries_form_batches(served: SearchService, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    encode, submit, have_come = served.index.query_encoder.encode, Batcher.submit, threading.Semaphore(0)
+    encode, submit, have_come = served.index.query_encoder.encode_texts, Batcher.submit, threading.Semaphore(0)
 
-    def counting(queries: Queries) -> Any:
+    def counting(texts: list[str]) -> Any:
         if not sizes:
             assert all(have_come.acquire(timeout=20) for _ in range(12))  # while the first is answered, others gather
-        sizes.append(len(queries.names))
-        return encode(queries)
+        sizes.append(len(texts))
+        return encode(texts)
 
     def submit_counted(batcher: Batcher[Any, Any], request: Any) -> Any:
         have_come.release()
         return submit(batcher, request)
 
-    monkeypatch.setattr(served.index.query_encoder, "encode", counting)
+    monkeypatch.setattr(served.index.query_encoder, "encode_texts", counting)
     monkeypatch.setattr(Batcher, "submit", submit_counted)
     with visit(served) as client, ThreadPoolExecutor(12) as threads:
         list(threads.map(lambda number: ask(client, text=f"red {number}", k=1), range(12)))

@@ -156,14 +156,14 @@ def test_bug_is_logged_and_hidden(
 def test_failed_search_does_not_stop_the_next(
     served: SearchService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = served.index.query_encoder.encode
+    real = served.index.query_encoder.encode_texts
 
-    def failing(queries: Any) -> Any:
-        if "fail" in queries.names:
+    def failing(texts: list[str]) -> Any:
+        if "fail" in texts:
             raise RuntimeError("a secret of the search")
-        return real(queries)
+        return real(texts)
 
-    monkeypatch.setattr(served.index.query_encoder, "encode", failing)
+    monkeypatch.setattr(served.index.query_encoder, "encode_texts", failing)
     with visit(served) as client, caplog.at_level(logging.ERROR):
         answer = client.post("/api/search", json={"text": "fail"})
         assert answer.status_code == 500
@@ -173,8 +173,8 @@ def test_failed_search_does_not_stop_the_next(
 
 
 def test_slow_requests_time_out(served: SearchService, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, go_on = served.index.query_encoder.encode, threading.Event()
-    monkeypatch.setattr(served.index.query_encoder, "encode", lambda queries: (go_on.wait(10), real(queries))[1])
+    real, go_on = served.index.query_encoder.encode_texts, threading.Event()
+    monkeypatch.setattr(served.index.query_encoder, "encode_texts", lambda texts: (go_on.wait(10), real(texts))[1])
     hasty = SearchService(served.index, ServeSettings(timeout=0.3))
     with visit(hasty) as client:
         answer = client.post("/api/search", json={"text": "red"})
