@@ -24,12 +24,11 @@ from embedcache.evaluate.settings import PairsSettings
 from embedcache.files import AnyPath
 from embedcache.metrics.alignment import (
     CenteredRows,
-    KernelProducts,
+    Doubles,
     cka,
     kernel_products,
     nearest_others,
     neighbor_overlap,
-    shuffled_from_products,
 )
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, effective_number, jackknife
 from embedcache.metrics.ranking import best_ranks, tied_chance_recall
@@ -168,7 +167,6 @@ METRICS: Mapping[str, str] = {
     "probe": "probe R@10",
     "mutual_knn": "mutual kNN",
     "debiased_cka": "debiased CKA",
-    "linear_cka": "linear CKA",
 }
 """Metric -> name in tables and plots."""
 
@@ -182,15 +180,12 @@ class PairMetrics:
         recalls: direction, such as `i2t` and `t2i` of images and texts -> R@10 of the probe.
         mutual_knn: fraction of nearest neighbors in common.
         debiased_cka: linear CKA from unbiased HSIC.
-        shuffled_cka: expectation of linear CKA for shuffled pairs.
     """
 
     features: Mapping[str, str]
     recalls: Mapping[str, Estimate]
     mutual_knn: Estimate
     debiased_cka: Estimate
-    linear_cka: Estimate
-    shuffled_cka: float
 
     @property
     def probe(self) -> float:
@@ -370,7 +365,7 @@ class _PreparedFeature(NamedTuple):
     items_ID: Floats
     rows_SD: Floats
     neighbors_SK: Ints
-    own: KernelProducts
+    own: Doubles
 
 
 def _prepare(feature: InputFeature, items: Items, sample: _Sample, k: int, products: Products) -> _PreparedFeature:
@@ -395,16 +390,13 @@ def _prepare(feature: InputFeature, items: Items, sample: _Sample, k: int, produ
 
 def _measure(sample: _Sample, first: _PreparedFeature, second: _PreparedFeature, products: Products) -> PairMetrics:
     x, y = CenteredRows(first.rows_SD, sample.blocks), CenteredRows(second.rows_SD, sample.blocks)
-    both, sizes = kernel_products(x, y), np.bincount(sample.blocks)
     overlap_S = neighbor_overlap(first.neighbors_SK, second.neighbors_SK)
     recalls = _probe(sample, first.items_ID, second.items_ID, products)
     return PairMetrics(
         features={first.modality: first.name, second.modality: second.name},
         recalls=dict(zip(directions((first.modality, second.modality)), recalls, strict=True)),
         mutual_knn=bootstrap_mean(overlap_S, sample.groups),
-        debiased_cka=jackknife(cka(both.unbiased, first.own.unbiased, second.own.unbiased), sizes),
-        linear_cka=jackknife(cka(both.biased, first.own.biased, second.own.biased), sizes),
-        shuffled_cka=shuffled_from_products(x, y, first.own, second.own),
+        debiased_cka=jackknife(cka(kernel_products(x, y), first.own, second.own), np.bincount(sample.blocks)),
     )
 
 

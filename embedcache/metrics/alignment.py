@@ -1,10 +1,9 @@
-"""How alike two features are: CKA with a linear kernel and mutual nearest neighbors.
+"""How alike two features are: debiased CKA with a linear kernel and mutual nearest neighbors.
 
 x is (N, D) and y is (N, E); row i of both is the same sample. No N × N matrix is made.
 """
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -62,63 +61,42 @@ class CenteredRows:
         self.rows_ND = self.rows_ND - mean_D
         bounds = np.concatenate([[0], np.cumsum(sizes)])
         self.slices = [slice(0, 0), *(slice(*pair) for pair in pairwise(bounds.tolist()))]
-        self.sums_GD = -np.stack([self.rows_ND[left_out].sum(axis=0) for left_out in self.slices])
+        sums_GD = -np.stack([self.rows_ND[left_out].sum(axis=0) for left_out in self.slices])
         self.squares_N: Doubles = np.einsum("nd,nd->n", self.rows_ND, self.rows_ND)
         if self.squares_N.sum() <= _ROUNDING * np.vdot(mean_D, mean_D) * len(rows):
             raise DataError("expected rows that differ, got equal rows")
-        self.others_NG: Doubles = self.rows_ND @ self.sums_GD.T - self.squares_N[:, None]
+        self.others_NG: Doubles = self.rows_ND @ sums_GD.T - self.squares_N[:, None]
 
 
-class KernelProducts(NamedTuple):
-    """Products of two centered linear kernels, HSIC up to a factor: (1 + G,) of all rows, then without each block.
+def kernel_products(x: CenteredRows, y: CenteredRows) -> Doubles:
+    """Compute unbiased HSIC of two features, with the same blocks, of all rows and without each block: (1 + G,).
 
-    With the biased ones, `cka` is linear CKA, ‖X'Y‖² / (‖X'X‖ ‖Y'Y‖) of centered columns: "Similarity of Neural Network
-    Representations Revisited" (ICML 2019). It grows with D / N even for independent features. With the unbiased ones,
-    HSIC_1 of "Feature Selection via Dependence Maximization" (JMLR 2012), it is about 0 for these, and may be below.
+    Of linear kernels, by HSIC_1 of "Feature Selection via Dependence Maximization" (JMLR 2012): about 0 for independent
+    features, and perhaps below. Memory: two D × E matrices.
     """
-
-    biased: Doubles
-    unbiased: Doubles
-
-
-def kernel_products(x: CenteredRows, y: CenteredRows) -> KernelProducts:
-    """Compute the products of two features with the same blocks. Memory: two D × E matrices."""
     total_DE = x.rows_ND.T @ y.rows_ND
-    products = [_products_without(x, y, number, total_DE) for number in range(len(x.slices))]
-    return KernelProducts(*np.array(products).T)
+    return np.array([_product_without(x, y, number, total_DE) for number in range(len(x.slices))])
 
 
 def cka(xy: Doubles, xx: Doubles, yy: Doubles) -> Doubles:
-    """Compute CKA from the products of both features and of each with itself: three (M,) -> (M,)."""
+    """Compute debiased linear CKA from the products of both features and of each with itself: three (M,) -> (M,)."""
     if min(xx.min(), yy.min()) <= 0:
         raise DataError("CKA: expected an unbiased HSIC above 0, got a feature of too few or too similar rows")
     ratio_M: Doubles = xy / np.sqrt(xx * yy)
     return ratio_M
 
 
-def shuffled_from_products(x: CenteredRows, y: CenteredRows, xx: KernelProducts, yy: KernelProducts) -> float:
-    """Compute the expected linear CKA after shuffling the rows of one feature.
-
-    With centered Gram matrices K and L, the mean of tr(K P L P') over all permutations P is tr K tr L / (N - 1), so
-    this is exact.
-    """
-    traces = x.squares_N.sum() * y.squares_N.sum() / (len(x.squares_N) - 1) ** 3  # on the scale of `KernelProducts`
-    return float(cka(np.array([traces]), xx.biased[:1], yy.biased[:1])[0])
-
-
-def _products_without(x: CenteredRows, y: CenteredRows, number: int, total_DE: Doubles) -> tuple[float, float]:
-    """Return the biased and the unbiased product without one block, on the same scale."""
+def _product_without(x: CenteredRows, y: CenteredRows, number: int, total_DE: Doubles) -> float:
     left_out, n = x.slices[number], int(x.num_rows[number])
     cross_DE = total_DE - x.rows_ND[left_out].T @ y.rows_ND[left_out]
     is_kept_N = np.ones(len(x.squares_N), bool)
     is_kept_N[left_out] = False
     diagonal = float(x.squares_N[is_kept_N] @ y.squares_N[is_kept_N])
     others_x, others_y = x.others_NG[is_kept_N, number], y.others_NG[is_kept_N, number]
-    unbiased = (
+    product = (
         np.vdot(cross_DE, cross_DE)
         - diagonal
         + others_x.sum() * others_y.sum() / ((n - 1) * (n - 2))
         - 2 * (others_x @ others_y) / (n - 2)
-    ) / (n * (n - 3))
-    cross_DE -= np.outer(x.sums_GD[number], y.sums_GD[number] / n)
-    return float(np.vdot(cross_DE, cross_DE)) / (n - 1) ** 2, float(unbiased)
+    )
+    return float(product) / (n * (n - 3))

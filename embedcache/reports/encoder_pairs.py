@@ -19,23 +19,20 @@ _NOTES = {
     "mutual_knn": "The fraction of a sample's nearest neighbors that both features share (The Platonic Representation "
     "Hypothesis, ICML 2024). It depends on k and on the number of samples.",
     "debiased_cka": "Linear CKA from unbiased estimates: 0 for features that have nothing in common, whatever their "
-    "width.",
-    "linear_cka": "CKA as it is usually reported. It grows with the width of the features over the number of samples; "
-    "the column 'shuffled' of the table is the value expected for shuffled pairs.",
+    "width and number, with which CKA as it is usually reported grows.",
 }
 
 
 def encoder_pairs_table(report: PairsReport) -> Table:
     """Return all metrics with their 95% intervals: one row per pair, best probe first, and a last row for chance."""
     probes = [f"probe {direction} R@10" for direction in report.chance]
-    columns = [" × ".join(report.pairs[0].features), *probes, "mutual kNN", "debiased CKA", "linear CKA", "shuffled"]
+    columns = [" × ".join(report.pairs[0].features), *probes, "mutual kNN", "debiased CKA"]
     rows = []
     for pair in report.pairs:
-        estimates = (*pair.recalls.values(), pair.mutual_knn, pair.debiased_cka, pair.linear_cka)
-        shuffled = format_fraction(pair.shuffled_cka)
-        rows.append([" × ".join(pair.features.values()), *map(str, estimates), shuffled])
+        estimates = (*pair.recalls.values(), pair.mutual_knn, pair.debiased_cka)
+        rows.append([" × ".join(pair.features.values()), *map(str, estimates)])
     chance = [*map(str, report.chance.values()), format_fraction(report.knn_chance)]
-    return columns, [*rows, ["chance", *chance, format_fraction(0.0), "as shuffled", ""]]
+    return columns, [*rows, ["chance", *chance, format_fraction(0.0)]]
 
 
 def encoder_pairs_json(report: PairsReport) -> dict[str, Any]:

@@ -34,6 +34,9 @@ FEATURES = {"audio": "open_media/mean", "points": "open_media/extent"}
 class Things:
     """A source of 120 recordings and point clouds, made from their number and label when they are read."""
 
+    def __init__(self, *_: object) -> None:
+        """Take no notice of a path and settings."""
+
     def describe(self) -> Mapping[str, Any]:
         return {"type": "tests.evaluate.test_modalities:Things", "path": "things", "settings": {}}
 
