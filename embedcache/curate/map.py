@@ -26,7 +26,7 @@ from embedcache.files import AnyPath, replacing
 from embedcache.modalities import noun
 from embedcache.neighbors.knn import knn
 from embedcache.outputs import read_metadata, to_metadata
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import NullProgress, Progress, watch
 from embedcache.projectors.closed_form import Moments
 from embedcache.provenance import FORMAT
 from embedcache.registry import is_installed, require
@@ -153,51 +153,42 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
     if projection == "umap":
         progress.note(f"fitting UMAP to {len(fitted_FP):,} {noun(vectors.modality)}")
     place = _fit(fitted_FP, projection, seed=settings.seed)
-    points_N2, clusters_N, cosines_N = _place_items(vectors, rows_N, place, centroids_CP, progress)
-    clusters_N = _largest_first(clusters_N, num_clusters)
-    nearest = [_nearest(rows_N, cosines_N, clusters_N == number) for number in range(clusters_N.max() + 1)]
+    if named is not None:
+        background = estimate_background(named.vectors, fitted_FP, 1)
+        thresholds_C = np.where(background.scale.separates, background.thresholds, np.inf)
+
+    points, numbers, cosines, concepts = [], [], [], []
+    parts = watch(blocks(len(rows_N), _BLOCK), progress, "placing on the map", len(rows_N), vectors.unit)
+    for block in parts:
+        vectors_BP = vectors.read(rows_N[block])
+        points.append(place(vectors_BP))
+        numbers_B1, cosines_B1 = knn(vectors_BP, centroids_CP, 1)
+        numbers.append(numbers_B1[:, 0])
+        cosines.append(cosines_B1[:, 0])
+        if named is not None:
+            concepts_B1, scores_B1 = knn(vectors_BP, named.vectors, 1)
+            concepts.append(np.where(scores_B1 > thresholds_C[concepts_B1], concepts_B1, -1)[:, 0])
+
+    points_N2 = _to_unit_square(np.concatenate(points))
+    clusters_N = _largest_first(np.concatenate(numbers), num_clusters)
+    members = [np.flatnonzero(clusters_N == number) for number in range(clusters_N.max() + 1)]
+    nearest = [_nearest(rows_N, np.concatenate(cosines), inside) for inside in members]
     hits = [index.hits.read(np.zeros(len(rows), np.float32), rows) for rows in nearest]
-    if named is None:
-        names = name_clusters(hits)
-    else:
-        names = _name_by_concepts(named, _find_concepts(named, vectors, rows_N, fitted_FP), clusters_N)
+    names = name_clusters(hits) if named is None else _name_by_concepts(named, np.concatenate(concepts), clusters_N)
+    clusters = []
+    for name, inside, rows, shown in zip(names, members, nearest, hits, strict=True):
+        x, y = np.median(points_N2[inside], axis=0).tolist()
+        clusters.append(
+            Cluster(name=name, size=len(inside), x=x, y=y, nearest=rows.tolist(), question=_question(shown))
+        )
     return IndexMap(
         rows=rows_N,
         points=points_N2,
         clusters_N=clusters_N,
-        clusters=_describe_clusters(points_N2, clusters_N, names, nearest, hits),
+        clusters=clusters,
         projection=projection,
         seed=settings.seed,
     )
-
-
-def _place_items(
-    vectors: Vectors, rows_N: Ints, place: Callable[[Floats], Floats], centroids_CP: Floats, progress: Progress
-) -> tuple[Floats, Ints, Floats]:
-    """Return the position of each item in the unit square, its cluster, and its cosine to the centroid of that."""
-    points, clusters, cosines = [], [], []
-    progress.start("placing on the map", len(rows_N), noun(vectors.modality))
-    for block in blocks(len(rows_N), _BLOCK):
-        vectors_BP = vectors.read(rows_N[block])
-        clusters_B1, cosines_B1 = knn(vectors_BP, centroids_CP, 1)
-        points.append(place(vectors_BP))
-        clusters.append(clusters_B1[:, 0])
-        cosines.append(cosines_B1[:, 0])
-        progress.advance(len(vectors_BP))
-    progress.finish()
-    return _to_unit_square(np.concatenate(points)), np.concatenate(clusters), np.concatenate(cosines)
-
-
-def _describe_clusters(
-    points_N2: Floats, clusters_N: Ints, names: Sequence[str], nearest: Sequence[Ints], hits: Sequence[Sequence[Hit]]
-) -> list[Cluster]:
-    """Return the clusters, given for each one its name, and the rows and hits of the items nearest its centroid."""
-    centers = [np.median(points_N2[clusters_N == number], axis=0).tolist() for number in range(len(names))]
-    sizes = np.bincount(clusters_N).tolist()
-    return [
-        Cluster(name=name, size=size, x=x, y=y, nearest=rows.tolist(), question=_question(shown))
-        for name, size, (x, y), rows, shown in zip(names, sizes, centers, nearest, hits, strict=True)
-    ]
 
 
 def write_map(index: OpenIndex, computed: IndexMap) -> None:
@@ -276,8 +267,8 @@ def _largest_first(clusters_N: Ints, num_clusters: int) -> Ints:
     return numbers_C[clusters_N]
 
 
-def _nearest(rows_N: Ints, cosines_N: Floats, is_inside_N: Any) -> Ints:
-    inside = np.flatnonzero(is_inside_N)
+def _nearest(rows_N: Ints, cosines_N: Floats, inside: Ints) -> Ints:
+    """Return the rows of some items that are nearest to the center of their cluster, nearest first."""
     return rows_N[inside[np.argsort(-cosines_N[inside], kind="stable")[:_NEAREST]]]
 
 
@@ -332,17 +323,6 @@ def _to_unit_square(points_N2: Floats) -> Floats:
     middle_N2 = np.full(points_N2.shape, 0.5, np.float32)
     unit_N2: Floats = np.divide(points_N2 - low, span, out=middle_N2, where=span > 0)
     return unit_N2
-
-
-def _find_concepts(concepts: Concepts, vectors: Vectors, rows_N: Ints, fitted_FP: Floats) -> Ints:
-    """Return the number of the best concept of each item, as far as it is above its threshold, else -1: (N,)."""
-    background = estimate_background(concepts.vectors, fitted_FP, 1)
-    thresholds_C = np.where(background.scale.separates, background.thresholds, np.inf)
-    found = []
-    for block in blocks(len(rows_N), _BLOCK):
-        concepts_B1, cosines_B1 = knn(vectors.read(rows_N[block]), concepts.vectors, 1)
-        found.append(np.where(cosines_B1 > thresholds_C[concepts_B1], concepts_B1, -1)[:, 0])
-    return np.concatenate(found)
 
 
 def _name_by_concepts(concepts: Concepts, concepts_N: Ints, clusters_N: Ints) -> list[str]:

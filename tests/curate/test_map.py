@@ -155,10 +155,10 @@ def test_questions_are_the_shortest_captions_of_the_nearest() -> None:
 
 def test_clusters_are_numbered_by_size() -> None:
     assert map_module._largest_first(np.array([3, 1, 1, 3, 0, 1]), 5).tolist() == [1, 0, 0, 1, 2, 0]
-    inside = np.array([True, False, True, True])
+    inside = np.array([0, 2, 3])
     rows, cosines = np.array([5, 6, 7, 8]), np.array([0.1, 0.9, 0.3, 0.3])
     assert map_module._nearest(rows, cosines, inside).tolist() == [7, 8, 5]
-    assert len(map_module._nearest(np.arange(30), np.zeros(30), np.ones(30, bool))) == 24
+    assert len(map_module._nearest(np.arange(30), np.zeros(30), np.arange(30))) == 24
 
 
 def test_points_fill_the_unit_square() -> None:
