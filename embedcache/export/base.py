@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,20 +34,18 @@ class ExportNotes:
     Args:
         library: the card's `library_name`.
         task: the card's `pipeline_tag`; None: no tag fits.
-        code: Python code that loads the export from its parent folder; `{folder}` stands for the export's name.
+        requirements: what `pip install` needs to load it.
         differences: modality -> largest difference from the run in one component of a unit vector.
         encoders: modalities whose encoder is included.
-        shorten: Python code that makes vectors of a smaller width, `{width}`; None: no call of the library does.
+        address: where open_clip finds the text tower's config.
     """
 
     library: str
     task: str | None
-    code: str
     requirements: Sequence[str]
-    differences: Mapping[str, float] = field(default_factory=dict)
-    notes: Sequence[str] = ()
+    differences: Mapping[str, float]
     encoders: Sequence[str] = MODALITIES
-    shorten: str | None = None
+    address: str = ""
 
 
 def projector_of(run: Run, modality: str) -> str:

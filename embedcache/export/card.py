@@ -54,7 +54,6 @@ def write_card(path: Path, run: Run, notes: ExportNotes, format_name: str, metri
         caches=[(run.path / name).resolve().name for name in run.info.caches],
         file_name=lambda file: Path(file).name,
         packages=shlex.join(notes.requirements),
-        code=notes.code.format(folder=path.parent.name),
     )
     write_atomic(path, f"{card}\n".encode())
 

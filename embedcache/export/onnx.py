@@ -30,38 +30,6 @@ from embedcache.projectors.base import project
 from embedcache.registry import require
 from embedcache.runs import Run
 
-_PROJECTORS_CODE = """\
-import numpy as np
-import onnxruntime
-
-for modality in {modalities}:
-    session = onnxruntime.InferenceSession(f"{folder}/{{modality}}_projector.onnx")
-    features, *lengths = session.get_inputs()  # features (B, D), or tokens (B, T, D) and lengths (B,)
-    shape = [size if isinstance(size, int) else 4 for size in features.shape]
-    inputs = {{"features": np.random.rand(*shape).astype(np.float32)}}
-    inputs |= {{"lengths": np.full(4, 4)}} if lengths else {{}}
-    print(modality, session.run(None, inputs)[0].shape, session.get_modelmeta().custom_metadata_map["feature"])
-"""
-_TOWERS_CODE = """\
-import numpy as np
-import onnxruntime
-from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer
-
-folder = "{folder}"
-pixels = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(
-    images=[Image.new("RGB", (320, 200), "red")], return_tensors="pt"
-)["pixel_values"].numpy()
-ids = AutoTokenizer.from_pretrained(folder)(
-    ["a red image", "two dogs on a hill"], padding=True, truncation=True, return_tensors="np"
-)
-image = onnxruntime.InferenceSession(f"{{folder}}/image.onnx").run(None, {{"pixel_values": pixels}})[0]
-names = ("input_ids", "attention_mask")
-tokens = {{name: ids[name].astype(np.int64) for name in names}}
-text = onnxruntime.InferenceSession(f"{{folder}}/text.onnx").run(None, tokens)[0]
-print(image @ text.T)
-"""
-
 
 def write_onnx(run: Run, folder: Path, *, towers: bool) -> ExportNotes:
     """Write ONNX graphs (opset 17, any number of items), and check them with onnxruntime."""
@@ -102,10 +70,8 @@ def _write_projectors(run: Run, folder: Path) -> ExportNotes:
     return ExportNotes(
         library="onnx",
         task=None,
-        code=_PROJECTORS_CODE.replace("{modalities}", str(run.modalities)),
         requirements=("onnxruntime", "numpy"),
         differences=differences,
-        notes=("The encoders are not included: `features` are the output of the encoders below, not normalized.",),
         encoders=(),
     )
 
@@ -169,13 +135,8 @@ def _write_towers(run: Run, folder: Path) -> ExportNotes:
     return ExportNotes(
         library="onnx",
         task="zero-shot-image-classification",
-        code=_TOWERS_CODE,
         requirements=("onnxruntime", *requirements),
         differences=differences,
-        notes=(
-            "`image.onnx` takes `pixel_values`, `text.onnx` takes `input_ids` and `attention_mask`; both "
-            "return `embeds`, rows of length 1. The processor and the tokenizer in this folder prepare their inputs.",
-        ),
     )
 
 

@@ -23,27 +23,6 @@ from embedcache.registry import require
 from embedcache.runs import Run
 
 _FORMAT = "open-clip"
-_CODE = """\
-import open_clip
-import torch
-from PIL import Image
-
-name = "local-dir:{folder}"  # the path of this folder, or hf-hub:OWNER/NAME
-model, _, preprocess = open_clip.create_model_and_transforms(name)
-tokenizer = open_clip.get_tokenizer(name)
-model.eval()
-images = torch.stack([preprocess(Image.new("RGB", (320, 200), "red"))])
-texts = tokenizer(["a red image", "two dogs on a hill"])
-with torch.inference_mode():
-    image = model.encode_image(images, normalize=True)
-    text = model.encode_text(texts, normalize=True)
-    print((model.logit_scale.exp() * image @ text.T).softmax(dim=-1))
-"""
-_RGB_NOTE = (
-    "open_clip's own transform prepares images, and only RGB images give the vectors of the run: it ignores the EXIF "
-    "orientation, drops transparency, clips 16-bit gray, and resizes other modes before it converts them. Convert such "
-    "images first: upright, transparent pixels on white."
-)
 _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
 _POOLS = {"pooled": "", "cls": "token", "patch_mean": "avg"}
 """Image feature -> how timm pools."""
@@ -127,16 +106,9 @@ def write_open_clip(run: Run, folder: Path, *, address: str) -> ExportNotes:
     return ExportNotes(
         library="open_clip",
         task="zero-shot-image-classification",
-        code=_CODE,
-        shorten="torch.nn.functional.normalize(model.encode_text(…)[:, :{width}], dim=-1)",
         requirements=("open_clip_torch>=3.3", "transformers"),
         differences=differences,
-        notes=(
-            _RGB_NOTE,
-            "open_clip cleans texts before it reads them: HTML entities, broken Unicode and runs of spaces.",
-            f"open_clip reads the text tower's config from `{name}`, named in `open_clip_config.json`; if that is this "
-            "folder and you move it, write its new path there.",
-        ),
+        address=name,
     )
 
 

@@ -23,13 +23,6 @@ _NEXT_STEP = (
     "embedcache export onnx for the projectors alone"
 )
 _UNSUPPORTED_OPTIONS = ("prompt", "prompt_name", "truncate_dim")
-_CODE = """\
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{folder}")  # this folder, or OWNER/NAME on the hub
-vectors = model.encode(["a red image", "two dogs on a hill"])
-print(vectors.shape)
-"""
 
 
 def write_sentence_transformers(run: Run, folder: Path) -> ExportNotes:
@@ -49,11 +42,8 @@ def write_sentence_transformers(run: Run, folder: Path) -> ExportNotes:
     return ExportNotes(
         library=_FORMAT,
         task="sentence-similarity",
-        code=_CODE,
-        shorten="model.encode(…, truncate_dim={width}, normalize_embeddings=True)",
         requirements=("sentence-transformers>=6",),
         differences=compare_examples(run, _FORMAT, {"text": vectors}),
-        notes=("The text tower only; `embedcache export transformers` includes both.",),
         encoders=("text",),
     )
 

@@ -32,23 +32,6 @@ from embedcache.runs import Run
 
 _FORMAT = "transformers"
 _PIPELINE = "AutoModelForZeroShotImageClassification"
-_CODE = """\
-import torch
-from PIL import Image
-from transformers import AutoModel, AutoProcessor
-
-folder = "{folder}"  # this folder, or OWNER/NAME on the hub
-model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-
-image = Image.new("RGB", (320, 200), "red")
-texts = ["a red image", "two dogs on a hill"]
-inputs = processor(text=texts, images=image, return_tensors="pt", padding=True, truncation=True)
-with torch.inference_mode():
-    print(model(**inputs).logits_per_image.softmax(dim=-1))
-    print(model.get_image_features(inputs["pixel_values"]).shape)
-    print(model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).shape)
-"""
 
 
 def write_transformers(run: Run, folder: Path) -> ExportNotes:
@@ -67,15 +50,8 @@ def write_transformers(run: Run, folder: Path) -> ExportNotes:
     return ExportNotes(
         library="transformers",
         task="zero-shot-image-classification",
-        code=_CODE,
-        shorten="torch.nn.functional.normalize(model.get_text_features(…)[:, :{width}], dim=-1)",
         requirements=("transformers>=4.57", "torch", "torchvision", "pillow", *(["timm"] if is_timm else [])),
         differences=differences,
-        notes=(
-            "Embeddings have length 1. Texts are padded on the right and truncated to the tokenizer's "
-            "`model_max_length`.",
-            "`trust_remote_code=True` runs the code in this folder: read it first, it is short.",
-        ),
     )
 
 
