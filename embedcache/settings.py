@@ -414,8 +414,3 @@ def _parse_count(text: str) -> int:
 def parse_count_or_fraction(text: str) -> int | float:
     """Parse a number of things, `1000`, or a percentage of them, `10%`, which becomes the fraction 0.1."""
     return parse_fraction(text) if text.endswith("%") else _parse_count(text)
-
-
-def parse_counts(text: str) -> tuple[int, ...]:
-    """Parse whole numbers separated by commas, such as `1000,100`."""
-    return tuple(_parse_count(part) for part in text.split(","))

@@ -25,7 +25,6 @@ from embedcache.settings import (
     from_flat,
     group,
     parse_count_or_fraction,
-    parse_counts,
     parse_fraction,
     parse_size,
     replace_flat,
@@ -314,7 +313,6 @@ def test_other_file_as_the_config_of_a_run_is_one_error(run_path: Path, tmp_path
         (parse_fraction, "1", 1.0),
         (parse_count_or_fraction, "20,000", 20_000),
         (parse_count_or_fraction, "10%", 0.1),
-        (parse_counts, "1000,100", (1000, 100)),
     ],
 )
 def test_parse(parse: Callable[[str], Any], text: str, value: object) -> None:

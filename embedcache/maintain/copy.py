@@ -83,7 +83,7 @@ def cut_cache(
 ) -> CopyReport:
     """Write the samples of a selection, with their features, into a cache of its own.
 
-    Other encoders are extracted with the new cache as its own source. Memory: some 90 bytes per sample, and a chunk of
+    Other encoders are extracted with the new cache as its own source. Memory: some 120 bytes per sample, and a chunk of
     each feature.
 
     Args:
@@ -118,7 +118,7 @@ def merge_caches(
 ) -> CopyReport:
     """Write the samples of several caches, with the features that all of them have, into one.
 
-    Memory: some 90 bytes per sample, and a chunk of each feature.
+    Memory: some 120 bytes per sample, and a chunk of each feature.
 
     Args:
         caches: caches of the same encoders, in the order of the new rows.

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.errors import CorruptError, PathError, SourceError
 from embedcache.files import check_regular, is_remote, partial_path, put_file, read_file, reading, replacing
-from embedcache.modalities import FILE_MODALITIES, MODALITIES
+from embedcache.modalities import MODALITIES
 from embedcache.provenance import digest_file
 from embedcache.samples import FileItem, Sample
 from embedcache.store.arrays import check_file, file_checksum
@@ -432,8 +432,6 @@ def write_removed(path: Path, removed: RemovedSamples) -> None:
 ALWAYS = ("image", "text")
 """Modalities that always have an item table, and a list in each line of JSON; others have them if there are items."""
 
-_OTHERS = tuple(modality.name for modality in FILE_MODALITIES if modality.name not in ALWAYS)
-
 _JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -447,13 +445,6 @@ class SampleTables(NamedTuple):
 
     samples: pa.Table
     items: Mapping[str, pa.Table]
-
-
-def to_tables(batch: Sequence[Sample]) -> SampleTables:
-    """Return samples as tables; a modality of which no sample has an item is left out, except image and text."""
-    named = {name for sample in batch for name, items in sample.files.items() if items}
-    modalities = (*ALWAYS, *(name for name in _OTHERS if name in named))
-    return SampleTables(_sample_table(batch), {name: _item_table(batch, name) for name in modalities})
 
 
 def _sample_table(batch: Sequence[Sample]) -> pa.Table:
@@ -479,11 +470,6 @@ def _item_table(batch: Sequence[Sample], modality: str) -> pa.Table:
     rows = [row for row, sample_items in enumerate(items) for _ in sample_items]
     columns = ([getattr(item, name) for group in items for item in group] for name in schema.names[1:])
     return pa.table([rows, *columns], schema=schema)
-
-
-def count_from(first: int, items: pa.Table) -> pa.Table:
-    """Return items with `first` added to their sample numbers."""
-    return items.set_column(0, items.schema.field("sample"), pc.add(items["sample"], first))
 
 
 def digest_input(batch: Sequence[Sample]) -> bytes:
@@ -540,7 +526,9 @@ class TableWriter:
 
     def add(self, batch: Sequence[Sample]) -> None:
         """Append samples."""
-        self.add_tables(to_tables(batch))
+        with_items = {*ALWAYS, *(name for sample in batch for name, items in sample.files.items() if items)}
+        items = {name: _item_table(batch, name) for name in MODALITIES if name in with_items}
+        self.add_tables(SampleTables(_sample_table(batch), items))
 
     def add_tables(self, tables: SampleTables) -> None:
         """Append the samples of tables."""
@@ -548,7 +536,8 @@ class TableWriter:
         self._samples.write(tables.samples)
         for modality, items in tables.items.items():
             if len(items):
-                self._writer(modality).write(count_from(first_row, items))
+                samples = pc.add(items["sample"], first_row)
+                self._writer(modality).write(items.set_column(0, items.schema.field("sample"), samples))
         self.num_samples += len(tables.samples)
 
     def _writer(self, modality: str) -> "_ItemWriter":
@@ -744,15 +733,10 @@ def without_samples(table: pa.Table, first_row: int, removed: Ints) -> pa.Table:
     if not len(rows):
         return table
     is_removed, keys = np.zeros(len(table), bool), np.full(len(table), None)
-    is_removed[rows], keys[rows] = True, [removed_key(first_row + row) for row in rows.tolist()]
+    is_removed[rows], keys[rows] = True, [f"removed-{first_row + row}" for row in rows.tolist()]
     mask, nulls = pa.array(is_removed), {field.name: pa.scalar(None, field.type) for field in table.schema}
     columns = {name: pc.if_else(mask, null, table[name]) for name, null in nulls.items() if name != "key"}
     return pa.table({"key": pc.if_else(mask, pa.array(keys, pa.large_string()), table["key"]), **columns}, table.schema)
-
-
-def removed_key(row: int) -> str:
-    """Return the key in the place of that of a removed sample."""
-    return f"removed-{row}"
 
 
 _NOTHING = {"path": "", "offset": 0, "length": 0, "text": ""}
