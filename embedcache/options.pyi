@@ -83,7 +83,6 @@ class IndexOptions(TypedDict, total=False):
     memory: int | str | None
     on_disk: bool | None
     min_recall: float | None
-    checkpoint_s: float | None
     device: str | None
 
 class LeakOptions(TypedDict, total=False):

@@ -34,7 +34,7 @@ from embedcache.search.settings import IndexSettings
 app = new_group("Index a cache, measure coverage and select samples.")
 
 
-@command(app, "index", settings=IndexSettings, skip=("checkpoint_s",))
+@command(app, "index", settings=IndexSettings)
 def index(
     cache: CacheArgument,
     out: Annotated[Path, typer.Argument(metavar="INDEX", help="Folder to write the index to.")],

@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 PART_BYTES = 1_000_000_000
 """Codes of a part of an index on disk, which is in memory while vectors are added to it."""
 
+CHECKPOINT_S = 60.0
+"""Least seconds between checkpoints."""
+
 _FILES_OF_VECTORS = ("index-*", "partial-*")
 _REMOVED = "samples that the index holds were removed from the cache: adding all others again, without training"
 
@@ -172,7 +175,7 @@ def _build(
         "on_disk": settings.on_disk,
     }
     with record_stage(index_path / "record.json", "index", record) as outcome, writing(index_path):
-        builder = _Builder(index_path, source, vectors, old, progress, checkpoint_s=settings.checkpoint_s)
+        builder = _Builder(index_path, source, vectors, old, progress)
         kind, index, quality = _find_index(builder, settings)
         card = IndexCard(
             **source,
@@ -242,7 +245,6 @@ class _Builder:
         vectors: the vectors of these items.
         card: card of the finished index in the folder, which is extended; None if there is none.
         progress: progress in items.
-        checkpoint_s: least seconds between checkpoints; more if writing takes longer than a tenth of that.
 
     Raises:
         FingerprintError: the folder holds an unfinished index of another source; the cache may have grown since.
@@ -255,14 +257,11 @@ class _Builder:
         vectors: Vectors,
         card: IndexCard | None,
         progress: Progress,
-        *,
-        checkpoint_s: float,
     ) -> None:
         self.folder = folder
         self.vectors = vectors
         self.card = card
         self.progress = progress
-        self._checkpoint_s = checkpoint_s
         self.state = BuildState(source={**source, "width": vectors.width})
         self._complete: dict[str, IndexFile] = {}  # files of the parts before the last one
         self._is_changed = False  # whether the last part has vectors that no file has
@@ -303,11 +302,12 @@ class _Builder:
             self._is_changed = True
             self.progress.advance(int(is_new.sum()))
 
+            # Writing takes at most a tenth of the time.
             started = time.monotonic()
-            if started - last_checkpoint >= max(self._checkpoint_s, 10 * writing_s):
+            if started - last_checkpoint >= max(CHECKPOINT_S, 10 * writing_s):
                 self._save(part, is_complete=False)
                 last_checkpoint = time.monotonic()
-                writing_s = last_checkpoint - started if self._checkpoint_s else 0.0
+                writing_s = last_checkpoint - started if CHECKPOINT_S else 0.0
         self.progress.finish()
         self._save(part, is_complete=True)
         if not kind.is_on_disk:

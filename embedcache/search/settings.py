@@ -57,7 +57,6 @@ class IndexSettings(Settings):
     min_recall: float = setting(
         0.95, "Reject an index that finds a smaller fraction of the true 10 nearest neighbors.", ge=0, le=1
     )
-    checkpoint_s: float = setting(60.0, "Seconds between checkpoints of the build.", ge=0, affects_result=False)
     device: str = device_setting()
 
     def model_post_init(self, _context: object) -> None:

@@ -57,6 +57,7 @@ Whole = Callable[[str], Path]
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(index_module, "CHECKPOINT_S", 0)
 
 
 def write_cache(folder: Path, count: int, chunk_size: int = 16) -> Path:
@@ -68,12 +69,13 @@ def write_cache(folder: Path, count: int, chunk_size: int = 16) -> Path:
 
 
 def build(cache: Path, index: Path, kind: str, progress: RecordedProgress | None = None, **options: Any) -> IndexCard:
-    settings: dict[str, Any] = {**FEATURE, "checkpoint_s": 0, **KINDS[kind], **options}
+    settings: dict[str, Any] = {**FEATURE, **KINDS[kind], **options}
     return build_index(cache, index, IndexSettings(**settings), progress=progress)
 
 
 def build_small_parts(cache: Path, index: Path, kind: str) -> None:
     index_module.PART_BYTES = PART_BYTES
+    index_module.CHECKPOINT_S = 0
     build(cache, index, kind)
 
 
@@ -190,7 +192,8 @@ def test_checkpoints_are_rarer_where_writing_takes_long(
     write = RowIndex.write
     monkeypatch.setattr(RowIndex, "write", lambda self, path: [written.append(len(self)), write(self, path)])
     monkeypatch.setattr(index_module.time, "monotonic", lambda: next(clock))
-    build(cache_path, tmp_path, "exact", checkpoint_s=checkpoint_s)
+    monkeypatch.setattr(index_module, "CHECKPOINT_S", checkpoint_s)
+    build(cache_path, tmp_path, "exact")
     assert written == sizes
 
 
