@@ -180,10 +180,8 @@ class Model:
         tower, side = self.run.pair.tower(modality), self.run.input(modality)
         values, has_tokens = np.atleast_2d(to_numbers(vectors, "vectors")), isinstance(tower, TokenTower)
         if values.shape[-1] != side.width or values.ndim > 2 + has_tokens:
-            raise DataError(
-                f"vectors: expected shape (N, {'T, ' * has_tokens}{side.width}), as {side.feature} has, got "
-                f"{values.shape}; give {modality} vectors of that feature"
-            )
+            shape = f"(N, {'T, ' * has_tokens}{side.width})"
+            raise DataError(f"vectors: expected shape {shape}, as {side.feature} has, got {values.shape}")
         with np.errstate(over="ignore"):  # float64 beyond the range of float32 is infinite
             values = values.astype(np.float32)
         check_finite(values, "the array of vectors")
@@ -254,10 +252,7 @@ class Model:
 
         vectors_NP = to_numbers(items, "vectors")
         if vectors_NP.shape[1] != self.width:
-            raise DataError(
-                f"vectors: expected shape (N, {self.width}), as encode returns, got {vectors_NP.shape}; project stored "
-                "features with project"
-            )
+            raise DataError(f"vectors: expected shape (N, {self.width}), as encode returns, got {vectors_NP.shape}")
         check_finite(vectors_NP, "the array of vectors")
         return normalize(vectors_NP)
 

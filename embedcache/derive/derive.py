@@ -336,11 +336,8 @@ class ChunkReader:
         counts_S = np.bincount(samples, minlength=len(self.cache))
         if counts_S.max() > 1:
             sample = int(np.argmax(counts_S > 1))
-            raise DataError(
-                f"expected one {modality} per sample, got {counts_S[sample]} in the sample {self.cache.key(sample)!r}: "
-                f"which of them belongs to its {self.modality} is not defined; make the {modality} the first input, "
-                "or use a cache with one per sample"
-            )
+            got = f"{counts_S[sample]} in the sample {self.cache.key(sample)!r}"
+            raise DataError(f"expected one {modality} per sample, got {got}; make the {modality} the first input")
         rows_S = np.full(len(self.cache), -1, np.int64)
         rows_S[samples] = np.arange(len(samples))
         return rows_S
@@ -359,10 +356,8 @@ def _read_samples(cache: Cache, modality: str) -> Ints:
 def _read_commit(feature: Feature, chunk: int) -> Commit:
     commit = feature.group.commit(chunk)
     if commit is None or not commit.is_complete(feature.feature):
-        raise UnfinishedError(
-            f"feature {feature.name} is not finished: chunk {chunk} is missing; run the same {feature.group.command} "
-            "again first"
-        )
+        step = f"run the same {feature.group.command} again first"
+        raise UnfinishedError(f"feature {feature.name} is not finished: chunk {chunk} is missing; {step}")
     return commit
 
 

@@ -108,9 +108,8 @@ class Rule:
                 raise unknown_name("parameter", name, defaults, where=f"of the rule {self.name!r}")
             default, value = defaults[name], value.item() if isinstance(value, np.generic) else value
             if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
-                raise SettingError(
-                    f"parameter {name} of the rule {self.name!r}: expected a value such as {default!r}, got {value!r}"
-                )
+                parameter = f"parameter {name} of the rule {self.name!r}"
+                raise SettingError(f"{parameter}: expected a value such as {default!r}, got {value!r}")
             values[name] = float(value) if isinstance(default, float) else value
         try:
             checked: dict[str, Any] = json.loads(canonical_json(values))
@@ -199,9 +198,7 @@ def to_items(name: str, output: Output, num_items: int) -> list[Array | ItemErro
     try:
         items = output.items() if isinstance(output, Block) else list(output)
     except TypeError:
-        raise DataError(
-            f"output {name}: expected a block, or an array or list with a value per item, got {type(output).__name__}"
-        ) from None
+        raise DataError(f"output {name}: expected a value per item, got {type(output).__name__}") from None
     if len(items) != num_items:
         raise DataError(f"output {name}: expected values for {num_items} items, got {len(items)}")
     return [item if isinstance(item, ItemError) else np.asarray(item) for item in items]
@@ -283,9 +280,7 @@ def principal_components(moments: Moments, width: int, *, whiten: bool) -> tuple
         if variances[-1] <= smallest:
             rank = int((variances > smallest).sum())
             next_step = f"use width={rank} or more items" if rank else "all vectors are equal, so use other items"
-            raise DataError(
-                f"whitening to {width} components: expected that many directions in the data, got {rank}; {next_step}"
-            )
+            raise DataError(f"whitening to {width} components: the data have {rank}; {next_step}")
         components = components / np.sqrt(variances)
     return moments.first_mean.astype(np.float32), components.astype(np.float32)
 

@@ -94,16 +94,11 @@ def _open_module(request: RunRequest, run: Run) -> Derivation:
     """
     module = run.module
     if not (hasattr(module, "output_shapes") and hasattr(module, "compute_outputs")):
-        raise SettingError(
-            f"{request.path}: the module {run.info.kind} offers no outputs; give it the methods of OutputModule in "
-            "embedcache/derive/runs.py"
-        )
+        raise SettingError(f"{request.path}: the module {run.info.kind} offers no outputs, as OutputModule does")
     output_module = cast(OutputModule, module)
     sides = [(side.modality, side) for side in _output_sides(output_module, run, request.output)]
     if request.modality not in (None, sides[0][0]):
-        raise SettingError(
-            f"modality: expected none for a run of {run.info.kind}, got {request.modality}; omit --modality"
-        )
+        raise SettingError(f"modality: expected none for a run of {run.info.kind}, got {request.modality}")
 
     def find_shape(shapes: Sequence[ItemShape]) -> ItemShape:
         offered = output_module.output_shapes(shapes)

@@ -150,10 +150,8 @@ def check_audio(item: Any, min_samples: int) -> Floats:
     if audio.ndim != 1 or audio.dtype != np.float32:
         raise ItemError(f"expected mono float32 samples, got {audio.dtype} of shape {audio.shape}")
     if len(audio) < min_samples:
-        raise ItemError(
-            f"too short: {len(audio)} samples, {len(audio) / SAMPLE_RATE_HZ:.3f} s; this encoder needs at least "
-            f"{min_samples} at {SAMPLE_RATE_HZ} Hz, {min_samples / SAMPLE_RATE_HZ:.3f} s"
-        )
+        length = f"{len(audio)} samples, {len(audio) / SAMPLE_RATE_HZ:.3f} s"
+        raise ItemError(f"too short: {length}; this encoder needs {min_samples / SAMPLE_RATE_HZ:.3f} s")
     if not np.isfinite(audio).all():
         raise ItemError(f"{np.count_nonzero(~np.isfinite(audio))} of {len(audio)} samples are NaN or infinite")
     return audio

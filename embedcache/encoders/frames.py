@@ -47,10 +47,7 @@ def open_frames(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetti
     check_modality(spec, modality, "video")
     rate_hz = _rate(spec)
     if spec.inner is None:
-        raise SettingError(
-            f"{spec.text}: expected frames:SPEC with the spec of an image encoder, such as "
-            "frames:lite:efficientnet-lite0"
-        )
+        raise SettingError(f"{spec.text}: expected frames:SPEC of an image encoder: frames:lite:efficientnet-lite0")
     return FrameEncoder(open_encoder(spec.inner, modality="image", settings=settings), rate_hz)
 
 
@@ -67,10 +64,7 @@ class FrameEncoder:
         self._encoder, self._rate_hz = encoder, rate_hz
         vectors = {name: shape for name, shape in encoder.features.items() if len(shape) == 1}
         if not vectors:
-            raise SettingError(
-                f"{encoder.fingerprint.model} has no feature of one vector per image, only "
-                f"{', '.join(encoder.features)}; choose another image encoder"
-            )
+            raise SettingError(f"{encoder.fingerprint.model} has no vectors, only {', '.join(encoder.features)}")
         self._default = next(iter(vectors))
         self.features: Mapping[str, ItemShape] = {
             "mean": vectors[self._default],
@@ -128,11 +122,8 @@ class FrameEncoder:
         """Check that the prepared frames of a video fit into memory, given those of its first steps."""
         num_expected = max(num_steps, round((video.duration_s or 0) * self._rate_hz))
         if num_expected * frame_bytes > _MAX_PREPARED_BYTES:
-            raise ItemError(
-                f"too many frames: {num_expected:,} at rate={self._rate_hz:g} take "
-                f"{format_bytes(num_expected * frame_bytes)} as inputs of the model, more than "
-                f"{format_bytes(_MAX_PREPARED_BYTES)}; choose a lower rate, or index intervals of it"
-            )
+            size = format_bytes(num_expected * frame_bytes)
+            raise ItemError(f"too many frames: {num_expected:,} at rate={self._rate_hz:g}, {size}; choose a lower rate")
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Run the image encoder on the frames of several videos, in batches of its own size."""

@@ -167,10 +167,7 @@ class TorchGraph:
 
     def _halve_batch(self, num_rows: int) -> None:
         if num_rows == 1:
-            raise SettingError(
-                f"the memory of {self._device} is too small for one item; use precision bfloat16 or float16, a smaller "
-                "model or another device"
-            )
+            raise SettingError(f"the memory of {self._device} is too small for one item; use precision bfloat16")
         self._max_rows = num_rows // 2
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -238,10 +235,7 @@ def build_graph(
     fits_onnx = torch_device(settings.device).type == "cpu" and settings.precision == "float32"
     if is_onnx and (export is None or not fits_onnx):
         given = "a model without an export" if export is None else f"{settings.precision} on {settings.device}"
-        raise SettingError(
-            f"backend onnxruntime: expected a model that exports to ONNX, in float32 on the device cpu, got {given}; "
-            "use backend torch"
-        )
+        raise SettingError(f"backend onnxruntime: expected float32 on the CPU, got {given}; use backend torch")
     if settings.backend == "auto":
         num_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
         is_onnx = fits_onnx and num_bytes < _MAX_ONNX_BYTES and is_installed("onnx") and is_installed("onnxruntime")
@@ -449,10 +443,7 @@ def _find_shapes(module: torch.nn.Module, input_size: Sequence[int]) -> dict[str
             del outputs[name]
             outputs.pop(name.replace("patches", "patch_mean"), None)
     if not all(_is_close(output, repeated[name]) for name, output in outputs.items()):
-        raise SettingError(
-            "expected a deterministic model, got one whose output differs between two runs on the same image, such as "
-            "one that masks random patches; choose another architecture"
-        )
+        raise SettingError("expected a deterministic model, got one whose output differs between two runs")
     pooled = outputs.get("pooled")
     others = [outputs[name] for name in native_features(outputs) if name != "pooled"]
     if pooled is not None and any(_is_close(pooled, other) for other in others):
@@ -525,10 +516,8 @@ def split_transform(
     expected = [whole(image) for image in images]
     shapes = {array.shape for array in expected}
     if len(shapes) != 1:
-        raise SettingError(
-            f"the image processor returns a different shape per image, {sorted(shapes)}, and a batch needs one: set "
-            "do_center_crop, or a size with height and width, in preprocessor_config.json"
-        )
+        step = "set do_center_crop, or a height and width, in preprocessor_config.json"
+        raise SettingError(f"the image processor returns a different shape per image, {sorted(shapes)}; {step}")
     try:
         split = [to_pixels(image) for image in images]
         is_exact = all(map(partial(_is_exact, scale), split, expected))
@@ -760,9 +749,7 @@ def _input_limit(requested: int | None, published: int | None, model: torch.nn.M
     """Return the maximum length of a text, given the requested one and the one that the model's files state."""
     positions = _num_positions(model)
     if requested is not None and positions is not None and requested > positions:
-        raise SettingError(
-            f"max_tokens: expected at most {positions}, the limit of the model in {folder}, got {requested}"
-        )
+        raise SettingError(f"max_tokens: expected at most {positions}, as the model in {folder} has, got {requested}")
     limits = [limit for limit in (published, positions) if limit and limit < _NO_LIMIT]
     if requested is None and not limits:
         raise SettingError(f"the model in {folder} states no maximum text length; add an option such as max_tokens=512")

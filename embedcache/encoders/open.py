@@ -8,7 +8,7 @@ with a space at an end, is a JSON string: `prompt="query, short: "`.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,8 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
         # What a model's own code does is no bug of ours.
         if not (has_trust() and spec.family in _OF_FOLDERS):
             raise
-        raise ArtifactError(
-            f"{spec.text} cannot be run: {type(error).__name__}: {one_line(error)}; its own code, if it has any, does "
-            "not fit the installed transformers or embedcache: choose another model"
-        ) from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ArtifactError(f"{spec.text} cannot be run: {reason}: choose another model") from error
     if modality == "image" and settings.background != "white":
         preprocessing = {**encoder.fingerprint.preprocessing, "background": settings.background}
         encoder.fingerprint = replace(encoder.fingerprint, preprocessing=preprocessing)
@@ -209,10 +207,8 @@ class EncoderSpec:
         name, *options = split_options(text)
         family, colon, model = name.strip().partition(":")
         if not (family and colon and model):
-            raise SettingError(
-                f"invalid encoder {text!r}: expected family:model, such as {_EXAMPLES}; "
-                f"families: {', '.join(ENCODERS.names)}"
-            )
+            families = ", ".join(ENCODERS.names)
+            raise SettingError(f"invalid encoder {text!r}: expected family:model: {_EXAMPLES}; families: {families}")
         if family not in ENCODERS and family not in (IMPORTED, DERIVED):
             attribute, _, model = model.partition(":")
             family = f"{family}:{attribute}"
@@ -272,13 +268,6 @@ class EncoderSpec:
             raise SettingError(f"option {name} in {self.text}: expected a whole number of at least 1, got {text!r}")
         return None if text is None else int(text)
 
-    def choice(self, name: str, expected: Sequence[str]) -> str:
-        """Return an option that is one of several words; the first if it is not given."""
-        text = self.options.get(name, expected[0])
-        if text not in expected:
-            raise SettingError(f"option {name} in {self.text}: expected {' or '.join(expected)}, got {text!r}")
-        return text
-
     def fingerprint(self, **fields: Any) -> Fingerprint:
         """Return the fingerprint of the model that the spec names; `fields` are the others of `Fingerprint`."""
         return Fingerprint(family=self.family, model=self.model_name, **fields)
@@ -299,7 +288,4 @@ def check_options(spec: EncoderSpec, known: Collection[str]) -> None:
 def check_modality(spec: EncoderSpec, modality: Modality, served: Modality) -> None:
     """Check that a family, or a model of it, serves the requested modality."""
     if modality != served:
-        raise SettingError(
-            f"{spec.text}: expected an encoder of {noun(modality)}, got one of {noun(served)}; use it as the {served} "
-            f"encoder, or choose another for {modality}"
-        )
+        raise SettingError(f"{spec.text}: expected an encoder of {noun(modality)}, got one of {noun(served)}")

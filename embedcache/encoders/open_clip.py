@@ -94,19 +94,15 @@ def _load_once(name: str, pretrained: str, _changed_ns: int | None, _device: str
     except (UnpicklingError, SafetensorError) as error:
         raise CorruptError(f"cannot read {pretrained} as weights; save the model's state_dict()") from error
     except (RuntimeError, AssertionError) as error:  # open_clip asserts some of the shapes
-        raise ArtifactError(
-            f"the weights {pretrained} do not fit {name}: {one_line(error)}; name the model that they belong to"
-        ) from error
+        raise ArtifactError(f"the weights {pretrained} do not fit {name}: {one_line(error)}") from error
     return model.eval(), preprocess, hash_weights(model.state_dict())
 
 
 def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
     tags = open_clip.list_pretrained_tags_by_model(spec.model)
     if "pretrained" not in spec.options:
-        raise SettingError(
-            f"{spec.text}: expected the option pretrained=, the path of a local file or one of: "
-            f"{', '.join(tags) or 'none is published'}"
-        )
+        expected = f"the path of a local file or one of: {', '.join(tags) or 'none is published'}"
+        raise SettingError(f"{spec.text}: expected the option pretrained=, {expected}")
     pretrained = spec.options["pretrained"]
     if pretrained in tags:
         return pretrained

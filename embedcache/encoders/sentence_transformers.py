@@ -199,10 +199,7 @@ def read_modules(folder: Path) -> SentenceModules:
 
 
 def _unsupported(folder: Path, found: str) -> SettingError:
-    return SettingError(
-        f"{folder} has {found}: expected the last hidden states of texts in Transformer, Pooling, Dense, Normalize; "
-        "choose another model"
-    )
+    return SettingError(f"{folder} has {found}: expected Transformer, Pooling, Dense and Normalize of texts")
 
 
 def _load_dense(folder: Path) -> Dense:

@@ -86,9 +86,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     except (RuntimeError, AssertionError, ValueError) as error:
         if size_px is None or isinstance(error, EmbedcacheError):
             raise
-        raise SettingError(
-            f"{spec.model} does not support image_size={size_px}: {one_line(error)}; try a multiple of its patch size"
-        ) from error
+        raise SettingError(f"{spec.model} does not support image_size={size_px}: {one_line(error)}") from error
 
 
 def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
@@ -165,9 +163,7 @@ def _load_file(name: str, path: Path) -> Any:
     try:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise ArtifactError(
-            f"the weights in {path} do not fit {name}: {one_line(error)}; name the model that they belong to"
-        ) from error
+        raise ArtifactError(f"the weights in {path} do not fit {name}: {one_line(error)}") from error
     model.reset_classifier(0)
     return model.eval()
 
@@ -221,10 +217,7 @@ def _whole_size(spec: EncoderSpec) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d{2,5})x(\d{2,5})", fit)
     if match is None or min(map(int, match.groups())) < 32:
-        raise SettingError(
-            f"option fit in {spec.text}: expected crop, or a width and height of at least 32 pixels such as 448x224, "
-            f"got {fit!r}"
-        )
+        raise SettingError(f"option fit in {spec.text}: expected crop, or WIDTHxHEIGHT from 32 pixels on, got {fit!r}")
     return int(match[1]), int(match[2])
 
 

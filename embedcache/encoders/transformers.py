@@ -112,10 +112,7 @@ def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
     if part is None:
         return config, find_model_class(config)
     if type(part) not in transformers.MODEL_MAPPING:
-        raise SettingError(
-            f"{folder} is a {config.model_type}, whose {modality} tower transformers cannot load alone; choose another "
-            "model"
-        )
+        raise SettingError(f"{folder} is a {config.model_type}, whose {modality} tower cannot be loaded alone")
     return part, transformers.AutoModel
 
 

@@ -86,9 +86,7 @@ def _from_function(name: str, apply: Callable[[Any], Any]) -> View:
     """Return the view of a function of an item; a digest of its source makes a changed function another view."""
     modality = getattr(apply, "modality", "image")
     if modality not in MODALITIES:
-        raise SettingError(
-            f"view {name}: expected its attribute modality to be one of {', '.join(MODALITIES)}, got {modality!r}"
-        )
+        raise SettingError(f"view {name}: expected a modality of {', '.join(MODALITIES)}, got {modality!r}")
     try:
         code = digest(inspect.getsource(apply))
     except (OSError, TypeError):

@@ -55,9 +55,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             return {str(name): tensor for name, tensor in state.items()}
     except (*_DAMAGED, RuntimeError, ValueError, KeyError, AttributeError):
         pass  # the reason that torch gives advises to execute the file
-    raise CorruptError(
-        f"cannot read {path} as the tensors of a model; save its state_dict(), or download the file again"
-    )
+    raise CorruptError(f"cannot read {path} as the tensors of a model; save its state_dict()")
 
 
 def load_weights(module: torch.nn.Module, path: Path, *, in_order: bool = False) -> str:
@@ -70,9 +68,7 @@ def load_weights(module: torch.nn.Module, path: Path, *, in_order: bool = False)
     try:
         module.load_state_dict(dict(zip(names, state.values(), strict=True)))
     except (RuntimeError, ValueError) as error:
-        raise ArtifactError(
-            f"the weights in {path} belong to another model: {one_line(error)}; name the model that they belong to"
-        ) from error
+        raise ArtifactError(f"the weights in {path} belong to another model: {one_line(error)}") from error
     return hash_weights(state)
 
 
@@ -143,10 +139,7 @@ def load_part(loader: Any, folder: Path, part: str, next_step: str) -> Any:
 
 def needs_trust(folder: Path) -> SettingError:
     """Create the error for a model with code of its own, which nobody said to trust."""
-    return SettingError(
-        f"{folder} has code of its own; if you trust its author, use --trust, or "
-        "embedcache.registry.trust_files() in Python"
-    )
+    return SettingError(f"{folder} has code of its own; if you trust its author, use --trust, or trust_files()")
 
 
 def find_model_class(config: Any) -> Any:

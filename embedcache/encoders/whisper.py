@@ -45,7 +45,9 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
     """Open the encoder of a Whisper model. Option: `padding=30s` pads with silence to 30 s, as in training."""
     check_options(spec, ("padding",))
     check_modality(spec, modality, "audio")
-    padding = spec.choice("padding", ("none", "30s"))
+    padding = spec.options.get("padding", "none")
+    if padding not in ("none", "30s"):
+        raise SettingError(f"option padding in {spec.text}: expected none or 30s, got {padding!r}")
     is_padded = padding == "30s"
     graph = _WhisperGraph(_find_folder(spec), settings)
 
@@ -145,10 +147,8 @@ class _WhisperGraph:
         try:
             precisions = self._library.get_supported_compute_types(kind)
             if settings.backend != "auto" or settings.precision not in precisions:
-                raise SettingError(
-                    f"whisper runs on CTranslate2: expected backend auto and precision float32, got {settings.backend} "
-                    f"and {settings.precision}"
-                )
+                got = f"{settings.backend} and {settings.precision}"
+                raise SettingError(f"whisper runs on CTranslate2: expected backend auto and float32, got {got}")
             self._model = self._library.models.Whisper(
                 str(folder),
                 device=kind,
@@ -160,10 +160,8 @@ class _WhisperGraph:
         except SettingError:
             raise
         except (RuntimeError, ValueError) as error:
-            raise CorruptError(
-                f"CTranslate2 cannot load the Whisper model in {folder} on {kind}: {one_line(error)}; convert it "
-                "again, or use the device cpu"
-            ) from error
+            reason = f"{one_line(error)}; convert it again, or use the device cpu"
+            raise CorruptError(f"CTranslate2 cannot load the Whisper model in {folder} on {kind}: {reason}") from error
         finally:
             torch.set_num_threads(torch_threads)  # CTranslate2 sets those of all libraries
         with weights.open("rb") as file:

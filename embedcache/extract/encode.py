@@ -105,9 +105,7 @@ def _check_has_items(cache: Cache, modality: Modality) -> None:
     if not cache.info.num_items.get(modality):
         names = cache.columns[1:]
         columns = f"; columns without a role are {first_few(names, 10)}" if names else ""
-        raise SourceError(
-            f"{cache.path} has no {modality} items; omit {encoder_option(modality)}, or check the source{columns}"
-        )
+        raise SourceError(f"{cache.path} has no {modality} items; omit {encoder_option(modality)}{columns}")
 
 
 def _encoder_settings(
@@ -318,11 +316,10 @@ class BatchBuffer:
         if num_items * item_bytes <= _MAX_CHUNK_BYTES or group.has_commits:
             return
         chunk_size = 2 ** int(log2(max(_MAX_CHUNK_BYTES / item_bytes, 1)))
-        raise SettingError(
-            f"chunk_size: expected a chunk of at most {format_bytes(_MAX_CHUNK_BYTES)} in memory, got "
-            f"{self._num_rows:,} items of {format_bytes(round(item_bytes))} of {group.name}; extract "
-            f"into a new folder with --chunk-size {min(chunk_size, self._num_rows)}"
-        )
+        size = min(chunk_size, self._num_rows)
+        got = f"{self._num_rows:,} items of {format_bytes(round(item_bytes))} of {group.name}"
+        step = f"extract into a new folder with --chunk-size {size}"
+        raise SettingError(f"chunk_size: expected at most {format_bytes(_MAX_CHUNK_BYTES)}, got {got}; {step}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -497,11 +494,9 @@ class Encoders:
     def _check_length(self, item: FileItem, num_bytes: int) -> None:
         """Check that a file is as long as when it was indexed, or raise a `FingerprintError` that names it."""
         if item.length and num_bytes != item.length and not self.allows_changes:
-            raise FingerprintError(
-                f"{self.modality} {item.path}: expected {item.length:,} bytes, as when the source was indexed, got "
-                f"{num_bytes:,}; put the old file back, or extract into a new folder; if all encoders had failed on "
-                "it, give its source, not the cache, with --retry-failed"
-            )
+            expected = f"{self.modality} {item.path}: expected {item.length:,} bytes, as when the source was indexed"
+            step = "put the old file back; if all encoders had failed on it, give its source with --retry-failed"
+            raise FingerprintError(f"{expected}, got {num_bytes:,}; {step}")
 
 
 def _finish(buffers: Sequence[BatchBuffer], loaded: Sequence[_Item]) -> dict[str, ChunkFeatures]:

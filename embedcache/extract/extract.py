@@ -148,9 +148,7 @@ def join_encoders(
     """Return modality -> encoders, in the order of the table of modalities, without modalities that have none."""
     named: dict[str, tuple[str, ...]] = {"image": _specs(image_encoder), "text": _specs(text_encoder)}
     if not isinstance(encoder, Mapping | None):
-        raise SettingError(
-            f"encoder: expected encoders by modality, such as {{'audio': 'whisper:tiny.en'}}, got {encoder!r}"
-        )
+        raise SettingError(f"encoder: expected encoders by modality, such as audio=SPEC, got {encoder!r}")
     for modality, specs in (encoder or {}).items():
         if modality not in MODALITIES:
             raise unknown_name("modality", modality, MODALITIES)
@@ -195,10 +193,7 @@ def open_job(
         source_settings = from_flat(SourceSettings, chosen)
         source = open_source_or_cache(source, cache, kind=options.get(_SOURCE_TYPE), settings=source_settings)
     elif of_source:
-        raise SettingError(
-            f"{min(of_source)}: expected a source that is not open, got a {type(source).__name__}; give its location, "
-            "or open it with settings of its own"
-        )
+        raise SettingError(f"{min(of_source)}: expected a location, got an open source; open it with settings")
     source = below_named(source)
     of_extract = {name: value for name, value in options.items() if name not in of_source}
     settings = merge_settings(ExtractSettings, settings, of_extract)
@@ -227,10 +222,7 @@ def _index(source: Source, path: Path, settings: ExtractSettings, *, accept_repl
     _check_has_a_source(path)
     described = source.describe()
     if not is_description(described):
-        raise SourceError(
-            f"{type(source).__name__}.describe: expected a text as the path of the type {described.get('type')!r}, got "
-            f"{described.get('path')!r}"
-        )
+        raise SourceError(f"{type(source).__name__}.describe: expected a type and a path, got {described!r}")
     trust_code(described["type"])  # the user gave it as an object, so this process may open it again
     info = index(
         source,
@@ -259,19 +251,14 @@ def _check_recorded(
     """Check that a cache has the items that the encoders ask for, as far as its source has to be read."""
     for name, is_given in (("extend", settings.extend), ("limit", settings.limit is not None)):
         if is_given:
-            raise SettingError(
-                f"{name}: expected a source with samples to append, got the cache itself; name the source it was "
-                "extracted from"
-            )
+            raise SettingError(f"{name}: expected a source of more samples, got the cache itself; name its source")
     info = open_indexed(path, chunk_size=settings.chunk_size)
     in_files = [each for each in encoders if MODALITIES[each].kind == "files" and info.num_items.get(each)]
     for modality in in_files:  # hashes of imported vectors and of files cannot be compared
         groups = Cache(path).encoders(modality)
         if info.source.get("type") == IMPORTED_SOURCE or any(group.is_imported for group in groups):
-            raise SettingError(
-                f"{path} has imported vectors of {noun(modality)}: expected encoders of its captions only, got one of "
-                f"{noun(modality)}; extract the files themselves into a new folder"
-            )
+            step = f"extract the {noun(modality)} into a new folder"
+            raise SettingError(f"{path} has imported vectors of {noun(modality)}: encode its captions only; {step}")
     if in_files:
         try:
             _ = source.opened
@@ -289,10 +276,8 @@ def _check_has_a_source(cache_path: Path) -> None:
     is_imported = source.get("type") == IMPORTED_SOURCE
     if is_imported or SUBSET in source:
         made, items = ("imported from", "captions") if is_imported else ("cut or merged from caches of", "samples")
-        raise SettingError(
-            f"{cache_path} was {made} {source['path']}, not from this source; to encode its {items}, give it as its "
-            f"own source: embedcache extract {quoted(cache_path)} {quoted(cache_path)}"
-        )
+        command = f"embedcache extract {quoted(cache_path)} {quoted(cache_path)}"
+        raise SettingError(f"{cache_path} was {made} {source['path']}; to encode its {items}: {command}")
 
 
 def _record_location(described: Mapping[str, Any], cache_path: Path, info: CacheInfo, progress: Progress) -> None:
@@ -316,9 +301,7 @@ def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: Ex
     Encoders that this process opens must be of known families, and their files exist.
     """
     if not encoders:
-        raise SettingError(
-            "expected at least one encoder, got none; name one such as --text-encoder st:all-MiniLM-L6-v2"
-        )
+        raise SettingError("expected at least one encoder, got none; name one: --text-encoder st:all-MiniLM-L6-v2")
     for spec in [spec for specs in encoders.values() for spec in specs if settings.engine == "local"]:
         check_spec(spec)
     for package in filter(None, (MODALITIES[modality].package for modality in encoders)):
@@ -334,10 +317,7 @@ def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: Ex
         folders = Counter(EncoderSpec.parse(spec).folder + suffix for spec in specs for suffix in suffixes)
         folder, count = max(folders.items(), key=lambda item: item[1], default=("", 0))
         if count > 1:
-            raise SettingError(
-                f"{count} {modality} encoders or views would be stored as {folder}; name each once, and extract "
-                "the others into another cache"
-            )
+            raise SettingError(f"{count} {modality} encoders or views would be stored as {folder}; name each once")
 
 
 def run_job(job: ExtractJob, progress: Progress) -> list[FillReport]:
@@ -383,9 +363,7 @@ def _run_devices(job: ExtractJob, devices: Sequence[str], progress: Progress) ->
     tasks = [(part, device, threads) for part, device in zip(parts, devices, strict=True)]
     reports, num_died = run_processes(_run_part, tasks, progress, is_shared=True)
     if num_died and (is_split or not reports):
-        raise UnfinishedError(
-            f"{num_died} of {count} worker processes died; finished chunks are stored; run the same command again"
-        )
+        raise UnfinishedError(f"{num_died} of {count} worker processes died; finished chunks are stored; run it again")
     if num_died:
         progress.note(f"{num_died} of {count} worker processes died; the others finished their chunks")
     return _join_reports(job, reports)
@@ -444,7 +422,5 @@ def _check_any_encoded(job: ExtractJob, reports: Sequence[FillReport]) -> None:
         if failures and sum(report.failures.values()) == cache.info.num_items[report.modality]:
             reasons = "; ".join(f"{count} {reason}" for reason, count in failures.items())
             items = f"{sum(failures.values())} {noun(report.modality)}"
-            raise SourceError(
-                f"all {items} failed: {reasons} (embedcache inspect {quoted(cache.path)} names them); repair the "
-                "source and extract into a new folder"
-            )
+            step = f"embedcache inspect {quoted(cache.path)} names them; extract into a new folder"
+            raise SourceError(f"all {items} failed: {reasons}; {step}")

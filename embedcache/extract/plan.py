@@ -89,11 +89,8 @@ class Plan:
     def check_space(self) -> None:
         """Check that the disk can hold the features, or raise a `DiskFullError`."""
         if self.free_bytes is not None and self.num_bytes > self.free_bytes:
-            raise DiskFullError(
-                f"{self.cache}: expected {format_bytes(self.num_bytes)} of free disk space, got "
-                f"{format_bytes(self.free_bytes)}; "
-                f"free {format_bytes(self.num_bytes - self.free_bytes)}, store fewer features, or use another disk"
-            )
+            needed, free = format_bytes(self.num_bytes), format_bytes(self.free_bytes)
+            raise DiskFullError(f"{self.cache}: expected {needed} of free disk space, got {free}; store fewer features")
 
 
 def plan(

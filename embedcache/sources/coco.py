@@ -77,10 +77,7 @@ class CocoSource:
         if is_remote(self._root) or not names:
             return
         if not any((self._root / name).exists() for name in islice(names, _LOOKED_FOR)):
-            raise SourceError(
-                f"{self._path}: expected its images in {self._root}, got no {names[0]} there; name their folder with "
-                "--root"
-            )
+            raise SourceError(f"{self._path}: expected images in {self._root}, got no {names[0]}; name it with --root")
 
 
 def _guess_root(path: Path) -> Path:
@@ -112,10 +109,7 @@ def _read_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]]
             columns=to_scalar_columns({**columns, "image_id": image_id}),
         )
     if captions_of:
-        raise SourceError(
-            f"{path}: expected annotations of its images only, got image_id {next(iter(captions_of))!r}; download the "
-            "file again"
-        )
+        raise SourceError(f"{path}: expected annotations of its images, got image_id {min(captions_of)!r}; repair it")
 
 
 def _image_name(image: Any, location: str) -> str:

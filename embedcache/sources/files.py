@@ -405,10 +405,8 @@ def join_captions(rows: Iterable[tuple[str, Sample]]) -> Iterator[Sample]:
         (place, first), *others = group
         for other_place, other in others:
             if replace(other, texts=first.texts) != first:
-                raise SourceError(
-                    f"{place} and {other_place}: expected rows of one key to differ in their captions only, got other "
-                    f"{_difference(first, other)} for {key!r}; correct or remove it, or name another --key-column"
-                )
+                difference = f"other {_difference(first, other)} for the key {key!r}"
+                raise SourceError(f"{place} and {other_place}: expected other captions only, got {difference}")
         texts = tuple(text for _, sample in ((place, first), *others) for text in sample.texts)
         yield replace(first, texts=texts) if others else first
 

@@ -94,10 +94,8 @@ class FolderSource:
             if suffix in SIDECAR_SUFFIXES:
                 sidecar_files[suffix] = self._read_sidecar_file(path)
             elif modality in items:
-                raise SourceError(
-                    f"{self._root / items[modality][0].path} and {PurePosixPath(path).name} are both {noun(modality)} "
-                    "of one sample; rename one of them"
-                )
+                both = f"{self._root / items[modality][0].path} and {PurePosixPath(path).name}"
+                raise SourceError(f"{both} are both {noun(modality)} of one sample; rename one of them")
             elif modality is not None:
                 items[modality] = (FileItem(path=path, length=self._size(path, size)),)
 

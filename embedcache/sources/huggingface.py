@@ -119,10 +119,8 @@ class _DatasetName:
     @classmethod
     def parse(cls, location: str) -> "_DatasetName":
         if location.startswith(_MEMORY):
-            raise SourceError(
-                f"the source was a dataset in memory ({location.removeprefix(_MEMORY)}) and cannot be reopened; pass it"
-                " to open_source(dataset) again, or save it with save_to_disk and use that folder"
-            )
+            place = f"in memory ({location.removeprefix(_MEMORY)})"
+            raise SourceError(f"the dataset was {place}: pass it to open_source(dataset), or save it with save_to_disk")
         if Path(location).exists():
             path = Path(location).absolute().as_posix()
             return cls(text=path, name=path)

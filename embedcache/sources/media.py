@@ -192,10 +192,8 @@ class Video:
             shape_HW3 = frame_HW3.shape
             if len(decoded) > 3 * MAX_VIDEO_PIXELS:
                 height, width, _ = shape_HW3
-                raise ItemError(
-                    f"too many pixels: more than {MAX_VIDEO_PIXELS:,} in frames of {width} x {height}; index "
-                    "intervals of it, or make it smaller"
-                )
+                size = f"frames of {width} x {height}"
+                raise ItemError(f"too many pixels: more than {MAX_VIDEO_PIXELS:,} in {size}; index intervals of it")
         return np.frombuffer(decoded, np.uint8).reshape(-1, *shape_HW3)
 
     def frames(self) -> Iterator[Frame]:

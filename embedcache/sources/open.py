@@ -107,10 +107,7 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
     if isinstance(path, str) and not path.strip():
         raise SourceError(f"the source is an empty string; {_ACCEPTED}")
     if kind is None and not (isinstance(path, str) or _is_dataset(path)):
-        raise SourceError(
-            f"expected a path, a URL or a dataset of Hugging Face, got an object of type {type(path).__name__}; save "
-            "texts as .txt, one per line, and rows as .parquet or .csv"
-        )
+        raise SourceError(f"expected a path, a URL or a dataset, got a {type(path).__name__}; save texts as .txt")
     if kind is None:
         kind, path = _detect_kind(path) if isinstance(path, str) else ("huggingface", path)
         if path == "" and kind in SOURCES.paths and kind not in WITHOUT_LOCATION:
@@ -157,10 +154,8 @@ def _folder_kind(folder: Path) -> str:
     Stops at the first image, recording or video, so that a folder of millions of them is not listed.
     """
     if (folder / "cache.json").is_file():
-        raise SourceError(
-            f"{folder} is a cache: to encode its samples with more encoders, give it as the cache, too: "
-            f"embedcache extract {quoted(folder)} {quoted(folder)}; or name the source it was extracted from"
-        )
+        command = f"embedcache extract {quoted(folder)} {quoted(folder)}"
+        raise SourceError(f"{folder} is a cache; to encode its samples with more encoders: {command}")
     for names in (("dataset_dict.json",), ("dataset_info.json", "state.json")):  # of a DatasetDict, of a Dataset
         if all((folder / name).is_file() for name in names):
             return "huggingface"
@@ -187,9 +182,7 @@ class MergedSource:
 
     def samples(self) -> Iterator[Sample]:
         """Raise a SourceError, because a cache of another source would be extended with these samples."""
-        raise SourceError(
-            f"{self._description['path']} are the sources of a merged cache; extract from each of them, and merge again"
-        )
+        raise SourceError(f"{self._description['path']} were merged: extract from each of them, and merge again")
 
     def read(self, item: FileItem) -> bytes:
         """Return the bytes of an item; the errors are those of its source."""
@@ -315,10 +308,8 @@ def allowed_places(description: Mapping[str, Any], index_digest: str) -> Sequenc
         locations = _locations(part)
         is_confined = kind in _READ_BELOW and locations and (kind != "huggingface" or Path(path).exists())
         if not (is_own or is_confined or kind in WITHOUT_LOCATION):
-            raise PathError(
-                f"the cache says that its source is {kind}:{path}, which may read and run anything, and you did not "
-                "extract it on this machine; use --trust if you trust the cache"
-            )
+            source = f"{kind}:{path}, which may read and run anything"
+            raise PathError(f"the cache says that its source is {source}; use --trust if you trust the cache")
         for location in locations:
             if not is_below(location if is_url(location) else Path(location).resolve(), places):
                 raise PathError(

@@ -71,9 +71,7 @@ class SourceSettings(Settings):
         if "text" in self.item_columns:
             raise SettingError(f"item_column: expected no text, got {self.item_columns['text']}; give --caption-column")
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in _NO_DELIMITERS):
-            raise SettingError(
-                f"delimiter: expected one character, such as '|' or $'\\t' for a tab, got {self.delimiter!r}"
-            )
+            raise SettingError(f"delimiter: expected one character, such as '|' or $'\\t', got {self.delimiter!r}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that were given, as JSON."""

@@ -362,10 +362,8 @@ def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     """Assign roles to the columns of a table, and check that one of them contains items or captions."""
     columns = assign_columns(file, settings)
     if not columns.items and not columns.captions:
-        raise SourceError(
-            f"{file.path} has no column with a usual name for images or captions; it has {_names(file)}; name them "
-            "with --item-column MODALITY=COLUMN and --caption-column"
-        )
+        step = "name them with --item-column MODALITY=COLUMN and --caption-column"
+        raise SourceError(f"{file.path} has no usual column of images or captions: {_names(file)}; {step}")
     return columns
 
 
@@ -410,10 +408,7 @@ def _check(file: TableFile, name: str, option: str, allowed: Collection[str]) ->
     if name not in file.columns:
         raise SourceError(f"{option} {name}: no such column in {file.path}; it has {_names(file)}")
     if name not in allowed:
-        raise SourceError(
-            f"column {name} of {file.path} holds values of another type; name another column with {option}; it has "
-            f"{_names(file)}"
-        )
+        raise SourceError(f"column {name} of {file.path} holds other values; {option} may be one of: {_names(file)}")
 
 
 def read_sample(
@@ -448,9 +443,7 @@ def _read_interval(columns: TableColumns, row: Row, location: str) -> tuple[floa
     except (TypeError, ValueError):
         start_s, stop_s = -1.0, None
     if not 0 <= (start_s or 0.0) < (inf if stop_s is None else stop_s) or stop_s == inf:
-        raise SourceError(
-            f"{location}: expected seconds of at least 0 in start_s and stop_s, which is after it, got {cells!r:.60}"
-        )
+        raise SourceError(f"{location}: expected seconds with 0 <= start_s < stop_s, got {cells!r:.60}")
     return start_s, stop_s
 
 

@@ -81,21 +81,6 @@ def test_derived_feature_is_the_default_only_without_another(cache: Path) -> Non
     assert Cache(cache).feature("text").name == "halved/half"
 
 
-def test_failed_item_of_the_other_modality_keeps_its_reason(cache: Path) -> None:
-    derive(cache, halved(TOKENS, CLS))
-    feature = Cache(cache).feature("text", "halved/half")
-    assert list(feature.failures) == [3]
-    assert feature.failures[3].startswith("not an image")
-    assert feature.item_shape == (-1, 32)
-
-
-def test_second_derivation_changes_nothing(cache: Path) -> None:
-    derive(cache, halved())
-    before = tree(cache)
-    assert derive(cache, halved()).computed == 0
-    assert tree(cache) == before
-
-
 def test_integer_output_and_reason_of_the_rule(cache: Path) -> None:
     cls = values(cache, "image", "open_toy/cls").astype(np.float32)
     least = float(np.nanmedian(cls.max(axis=1)))
@@ -270,17 +255,6 @@ def test_rule_of_the_users_own_needs_trust(cache: Path) -> None:
     with trust_files():
         repair(Cache(cache), [finding])
     assert tree(cache) == whole
-
-
-def test_repair_with_changed_rule_raises(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    derive(cache, halved())
-    damage(cache / "image/halved/half/c/1/0")
-    before = tree(cache)
-    changed = replace(HALVE, apply=lambda inputs, parameters: halve(inputs, parameters))
-    monkeypatch.setattr("tests.derive.cases.HALVE", changed)
-    with pytest.raises(FingerprintError, match="derived feature 'halved'.*code: stored"):
-        repair(Cache(cache), verify(Cache(cache)))
-    assert tree(cache) == before
 
 
 def test_changed_fit_is_damage_that_cannot_be_repaired(cache: Path) -> None:

@@ -78,15 +78,3 @@ def test_points_and_recordings_of_the_same_samples(cache: Path) -> None:
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found[:, 0], np.where(is_near, points["label"], -1))
     assert not verify(Cache(cache))
-
-
-@pytest.mark.slow
-def test_rules_keep_the_axis(cache: Path) -> None:
-    for rule in ("standardize", "pca"):
-        parameters = {"width": 2} if rule == "pca" else {}
-        derive(cache, Derivation(name=rule, inputs=[("points", "open_media/xyz")], rule=rule, parameters=parameters))
-        feature = Cache(cache).feature("points", rule)
-        assert feature.axis is not None
-        assert feature.axis.kind == "points"
-    derive(cache, Derivation(name="mean", inputs=[("points", "open_media/xyz")], rule="mean"))
-    assert Cache(cache).feature("points", "mean").axis is None

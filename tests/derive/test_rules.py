@@ -13,11 +13,11 @@ from hypothesis.extra.numpy import arrays
 from embedcache.dataset.splits import read_split
 from embedcache.derive.derive import derive
 from embedcache.derive.rules import MEAN as MEAN_RULE
-from embedcache.derive.rules import RULES, Block, Derivation, Rule, open_rule, to_items
+from embedcache.derive.rules import Block, Derivation, Rule, open_rule, to_items
 from embedcache.errors import DataError, ItemError, SettingError, UnknownNameError
 from embedcache.maintain.copy import cut_cache
 from embedcache.store.cache import Cache
-from tests.derive.cases import CLS, MEAN, PATCHES, TOKENS
+from tests.derive.cases import CLS, MEAN, PATCHES
 from tests.train.runs import run as train
 
 Lengths = st.lists(st.integers(0, 4), min_size=1, max_size=6)
@@ -35,10 +35,6 @@ def derived(cache: Path | str, rule: str, *inputs: tuple[str, str], **options: A
 
 def stored(cache: Path, feature: tuple[str, str]) -> np.ndarray:
     return Cache(cache).feature(*feature).load().astype(np.float64)
-
-
-def test_every_rule_is_a_rule() -> None:
-    assert all(open_rule(name).name == name for name in RULES.paths)
 
 
 @given(Lengths, st.integers(1, 3))
@@ -70,10 +66,6 @@ def test_mean_of_no_tokens_is_a_failure() -> None:
     np.testing.assert_array_equal(full, np.ones(3))  # type: ignore[arg-type]
 
 
-def test_mean_of_patches(cache: Path) -> None:
-    np.testing.assert_allclose(derived(cache, "mean", PATCHES), stored(cache, PATCHES).mean(axis=1), atol=1e-6)
-
-
 @pytest.mark.parametrize("is_normalized", [True, False])
 def test_concat_of_two_modalities(cache: Path, is_normalized: bool) -> None:
     found = derived(cache, "concat", CLS, MEAN, parameters={"normalize": is_normalized})
@@ -103,14 +95,6 @@ def test_pca_whitens_over_the_training_part(cache: Path, tmp_path: Path) -> None
     parts = np.array(read_split(tmp_path / "run/split.parquet", [Cache(cache)]).parts)
     np.testing.assert_allclose(np.cov(found[parts == "train"].T, bias=True), np.eye(4), atol=2e-3)
     assert not np.allclose(np.cov(found.T, bias=True), np.eye(4), atol=2e-3)
-
-
-def test_pca_of_varying_tokens(cache: Path) -> None:
-    derive(cache, Derivation(name="derived", inputs=[TOKENS], rule="pca", parameters={"width": 3}))
-    feature, tokens = Cache(cache).feature("text", "derived"), Cache(cache).feature(*TOKENS)
-    assert feature.item_shape == (-1, 3)
-    rows = np.arange(5)
-    assert [len(item) for item in feature.gather_tokens(rows)] == [len(item) for item in tokens.gather_tokens(rows)]
 
 
 def test_standardize(cache: Path) -> None:

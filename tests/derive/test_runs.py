@@ -10,13 +10,10 @@ import pytest
 
 from embedcache.dataset.vectors import Vectors
 from embedcache.derive.derive import derive_from_run
-from embedcache.errors import FingerprintError, PathError, SettingError, UnknownNameError
-from embedcache.export.base import check_plain
+from embedcache.errors import FingerprintError, PathError, UnknownNameError
 from embedcache.extract.repair import measure_drift, verify_cache
 from embedcache.extract.settings import VerifySettings
-from embedcache.inference import load
 from embedcache.provenance import read_json
-from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
 from tests.edits import edit_record
@@ -50,18 +47,6 @@ def test_projected_vectors_are_those_of_the_run(cache: Path, work: Path, run: st
         found = Cache(cache).feature(modality, f"{run}-projected").load()
         np.testing.assert_allclose(found, vectors.read(np.arange(300)), atol=1e-6)
     assert not any(drift.is_bad for drift in measure_drift(Cache(cache), 0.1))
-
-
-@pytest.mark.slow
-def test_train_on_projected_features(cache: Path, work: Path, tmp_path: Path) -> None:
-    derive_from_run(cache, work / "vectors")
-    name = "vectors-projected/projected"
-    report = train(cache, tmp_path / "second", image=name, text=name)
-    assert report.best_epoch is not None
-    with pytest.raises(SettingError, match="the onnx format .*run: the feature vectors-projected/projected is derived"):
-        check_plain(Run.open(tmp_path / "second").input("image"), "onnx")
-    with pytest.raises(SettingError, match="^features of derived:run are derived from other features, so"):
-        load(tmp_path / "second").encode_image([])
 
 
 @pytest.mark.slow

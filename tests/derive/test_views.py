@@ -25,7 +25,7 @@ from embedcache.runs import Run, RunInfo
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
-from embedcache.train.data import describe_input, open_data
+from embedcache.train.data import describe_input
 from pipelines.avsr.noise import VIEW
 from tests.extract.cases import tree
 from tests.media_files import encode_video, moving_square, tone, wav
@@ -169,22 +169,6 @@ def test_view_is_read_in_place_of_the_sides_of_its_modality(work: Path, cache: P
     assert group.inputs == [("video", f"open_media@{view}/frames"), ("audio", "open_media/frames")]
     with pytest.raises(UnknownNameError, match=r"open_media@babble5dB/frames.*known: .*backwards/frames"):
         derive_from_run(cache, tmp_path / "run", "length", view=("babble5dB",))  # a view of sound
-
-
-@pytest.mark.slow
-def test_views_of_derived_features_are_views(work: Path, cache: Path) -> None:
-    """Training draws them, and a run on derived features derives from them in its turn."""
-    derive_from_run(cache, work / "both", "audio-states", name="ao", view=("plain", "babble-5dB"))
-    data = open_data(cache, {"audio": "ao/audio-states", "video": VIDEO}, memory_bytes=1e6)
-    (opened,) = data.open_views("audio", ["babble-5dB"])["babble-5dB"]
-    assert opened.name == "ao@babble-5dB/audio-states"
-    fingerprint = dict(Cache(cache).feature("audio", opened.name).fingerprint)
-    assert fingerprint.pop("view")["inputs"][0]["feature"] == "open_media@babble-5dB/frames"
-    assert fingerprint == Cache(cache).feature("audio", "ao/audio-states").fingerprint
-    derive_from_run(cache, work / "noisy", "audio-states", name="other", view=("babble-5dB",))
-    (cache / "audio/other@babble-5dB").rename(cache / "audio/ao@other")
-    with pytest.raises(FingerprintError, match="ao@other/audio-states is no view of it"):
-        data.open_views("audio", ["other"])
 
 
 @pytest.mark.slow

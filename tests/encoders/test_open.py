@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,16 +127,6 @@ def test_onnxruntime_in_bfloat16_raises() -> None:
     settings = EncoderSettings(backend="onnxruntime", precision="bfloat16")
     with pytest.raises(SettingError, match="float32"):
         open_encoder("lite:efficientnet-lite0", modality="image", settings=settings)
-
-
-@pytest.mark.slow
-def test_family_from_module_attribute(test_vit: Path) -> None:
-    settings = EncoderSettings(backend="torch")
-    own, named = (
-        open_encoder(f"{family}:test_vit,weights={test_vit}", modality="image", settings=settings)
-        for family in ("embedcache.encoders.timm:open_timm", "timm")
-    )
-    assert replace(own.fingerprint, family="timm") == named.fingerprint
 
 
 @pytest.mark.slow

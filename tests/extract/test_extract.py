@@ -3,7 +3,6 @@
 import shutil
 import struct
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -76,13 +75,6 @@ def test_cache_holds_the_encoders_outputs(image_folder: Path, cache_path: Path) 
         np.testing.assert_array_equal(found, tokens.astype(np.float16))
 
 
-def test_second_run_encodes_nothing(source: Path, cache: Path) -> None:
-    assert lines(source, cache, features=("cls", "tokens")) == [
-        "open_toy (cls): encoded 0 images, reused 20, failed 0",
-        "open_toy (tokens): encoded 0 texts, reused 20, failed 0",
-    ]
-
-
 def test_adding_a_feature_keeps_the_others(source: Path, cache: Path) -> None:
     before = (cache / "image/open_toy/cls/c/2/0").stat().st_mtime_ns
     run(source, cache, features=("patches", "cls"))
@@ -130,18 +122,8 @@ def test_cache_as_its_own_source_has_no_options(extracted: Path, name: str, valu
 
 
 def test_cache_as_the_source_of_another_raises(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="is a cache: to encode its samples with more encoders, give it as the cache"):
+    with pytest.raises(SourceError, match="is a cache; to encode its samples with more encoders"):
         extract(cache, tmp_path / "new", text_encoder=TEXT)
-
-
-def test_equal_captions_have_equal_features(cache_path: Path) -> None:
-    cache = Cache(cache_path)
-    texts = cache.items("text")["text"].to_pylist()
-    caption, count = Counter(texts).most_common(1)[0]
-    assert count > 1
-    rows = np.flatnonzero(np.array(texts) == caption)
-    vectors = cache.feature("text", "open_toy/mean").gather(rows)
-    assert (vectors == vectors[0]).all()
 
 
 def png_of_size(width: int, height: int) -> bytes:
@@ -208,9 +190,7 @@ def test_source_without_readable_items_raises(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "s", 3)
     for path in folder.glob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(
-        SourceError, match=r"all 3 images failed: 3 empty file \(embedcache inspect .*/c names them\); repair"
-    ):
+    with pytest.raises(SourceError, match=r"all 3 images failed: 3 empty file; embedcache inspect .*/c names them"):
         run(folder, tmp_path / "c")
 
 
@@ -243,7 +223,7 @@ def test_captions_in_columns_of_unusual_names(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "s", 2)
     table = folder / "pairs.csv"
     table.write_text("image,alt,title\n00000.png,one,a\n00001.png,two,b\n")
-    with pytest.raises(SourceError, match="or check the source; columns without a role are alt, title$"):
+    with pytest.raises(SourceError, match="; columns without a role are alt, title$"):
         run(table, tmp_path / "c")
     named = open_source(table, settings=SourceSettings(caption_columns=("alt", "title")))
     extract(named, tmp_path / "c", text_encoder=[TEXT])
@@ -258,7 +238,7 @@ def test_source_without_captions_has_no_texts(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "s", 2)
     for path in folder.glob("*.txt"):
         path.unlink()
-    with pytest.raises(SourceError, match="has no text items; omit --text-encoder SPEC, or check the source"):
+    with pytest.raises(SourceError, match="has no text items; omit --text-encoder SPEC"):
         run(folder, tmp_path / "c")
     table = folder / "captions.csv"
     table.write_text("image,caption\n00000.png,one\n00001.png,two\n")

@@ -94,13 +94,12 @@ class WebServer:
     Args:
         folder: folder to serve.
         has_ranges: whether range requests are supported.
-        missing: status code for a missing file.
     """
 
-    def __init__(self, folder: Path, *, has_ranges: bool = True, missing: int = 404) -> None:
+    def __init__(self, folder: Path, *, has_ranges: bool = True) -> None:
         self.folder = folder
         self.sent: list[int] = []
-        handler = partial(_Handler, folder=folder, sent=self.sent, has_ranges=has_ranges, missing=missing)
+        handler = partial(_Handler, folder=folder, sent=self.sent, has_ranges=has_ranges)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
@@ -134,17 +133,13 @@ class _Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or each answer waits 0.04 s for the client to acknowledge its headers
 
-    def __init__(self, *arguments: Any, folder: Path, sent: list[int], has_ranges: bool, missing: int) -> None:
+    def __init__(self, *arguments: Any, folder: Path, sent: list[int], has_ranges: bool) -> None:
         self._sent = sent
-        self._missing = missing
         self._has_ranges = has_ranges
         super().__init__(*arguments, directory=str(folder))
 
     def log_message(self, *arguments: Any) -> None:
         pass
-
-    def send_error(self, code: int, *arguments: Any) -> None:
-        super().send_error(self._missing if code == 404 else code, *arguments)
 
     def do_GET(self) -> None:
         path = Path(self.directory) / unquote(self.path).lstrip("/")

@@ -116,15 +116,6 @@ def test_custom_source_opens_and_reopens() -> None:
     assert [sample.key for sample in reopen(source.describe()).samples()] == ["only"]
 
 
-def test_source_of_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "mine-1.0.dist-info", {"METADATA": "Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n"})
-    declared = f"[embedcache.sources]\nmine = {__name__}:CustomSource\n"
-    write(tmp_path / "mine-1.0.dist-info", {"entry_points.txt": declared})
-    monkeypatch.syspath_prepend(tmp_path)
-    assert [sample.key for sample in open_source("mine:anywhere").samples()] == ["only"]
-    assert source_credit({"type": "mine", "path": "anywhere"}) == "Images: mine"
-
-
 def test_reopening_with_unknown_setting_raises(tmp_path: Path) -> None:
     description = {"type": "table", "path": str(tmp_path), "settings": {"color": "red"}}
     with pytest.raises(UnknownNameError, match=r"'color'.*item_columns"):
