@@ -32,8 +32,17 @@ Value: TypeAlias = str | int | float | bool
 
 _SETTINGS = {item.name: item for item in flat_settings(TrainSettings)}
 _EXAMPLE = "lr = {low = 1e-4, high = 1e-2, log = true}, or projector = ['linear', 'mlp']"
-_COMPARED_BY = (*(item.name for item in flat_settings(SplitSettings)), "language", "shuffle_pairs")
-"""Settings that would give trials different validation samples."""
+_NO_EFFECT = "it cannot improve a trial"
+_FIXED_ONLY = {
+    **dict.fromkeys(
+        (*(item.name for item in flat_settings(SplitSettings)), "language", "shuffle_pairs"),
+        "all trials are compared on the same validation samples",
+    ),
+    "seed": "the best seed means nothing, and --seeds-per-config retrains the best configurations",
+    "recipe": "it chooses the settings of all trials that the file does not name",
+    "device": _NO_EFFECT,
+}
+"""Settings that are the same in all trials -> why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +138,11 @@ def _check_name(path: Path, name: str, fixed: Mapping[str, Any], swept: Mapping[
     if name not in swept:
         return
 
-    reason = None
     if name in fixed:
         raise SettingError(f"{path} has {name} both in [fixed] and in [space]; remove one of them")
-    if name in _COMPARED_BY:
-        reason = "all trials are compared on the same validation samples"
-    elif name == "seed":
-        reason = "the best seed means nothing, and --seeds-per-config retrains the best configurations"
-    elif name == "recipe":
-        reason = "it chooses the settings of all trials that the file does not name"
-    elif name == "device" or not _SETTINGS[name].affects_result:
-        reason = "it cannot improve a trial"
+    reason = _FIXED_ONLY.get(name)
+    if reason is None and not _SETTINGS[name].affects_result:
+        reason = _NO_EFFECT
     if reason is not None:
         raise SettingError(f"{path} has {name} in [space], but {reason}; move it to [fixed]")
 

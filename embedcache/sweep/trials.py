@@ -216,7 +216,8 @@ def _evaluate_top(
     """Evaluate retrained configurations on the test part; also return trial number -> reason why another seed fails."""
     best: list[SweepConfig] = []
     left_out: dict[int, str] = {}
-    caches = _caches_with_test(job, data)
+    split = split_path(job.path)
+    caches = [str(cache.path) for cache in data.caches if "test" in read_split(split, [cache]).parts]
     for trial, reports in zip(top, retrain(job, data, top), strict=True):
         trained = [report for report in reports if isinstance(report, TrainReport)]
         if len(trained) < len(reports):
@@ -245,18 +246,6 @@ def _evaluate_top(
             f"seeds; trial {number} failed: {reason}; use a larger --top-configs or a smaller --seeds-per-config"
         )
     return sorted(best, key=lambda config: (-config.mean_score, config.number)), left_out
-
-
-def _caches_with_test(job: StudyJob, data: TrainData) -> list[str]:
-    parts = read_split(split_path(job.path), data.caches).parts
-    caches = []
-    start = 0
-    for cache in data.caches:
-        stop = start + cache.info.num_samples
-        if "test" in parts[start:stop]:
-            caches.append(str(cache.path))
-        start = stop
-    return caches
 
 
 def _importance(trials: Trials) -> dict[str, float]:
