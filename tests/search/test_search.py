@@ -220,19 +220,16 @@ def test_search_after_move(cache_path: Path, tmp_path: Path) -> None:
     assert search(tmp_path / "index", ["red bar"], there) == before
 
 
-def test_index_of_another_format_raises(index_path: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(index_path, tmp_path / "index"))
-    card = json.loads((copy / "card.json").read_text())
-    (copy / "card.json").write_text(json.dumps({**card, "format": 9}))
-    with pytest.raises(ValueError, match="index format 9"):
-        search(copy, ["red"])
-
-
 def test_invalid_search_raises(index_path: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(index_path, tmp_path / "other"))
+    card = json.loads((other / "card.json").read_text())
+    (other / "card.json").write_text(json.dumps({**card, "format": 9}))
     for path, queries, error, word in (
         (index_path, [], SettingError, "query"),
         (index_path, ["red", " "], DataError, "empty"),
         (tmp_path / "no", ["red"], PathError, "exist"),
+        (other, ["red"], ValueError, "index format 9"),
+        (index_path, Queries(rows=[300]), UnknownNameError, "300"),
     ):
         with pytest.raises(error, match=word):
             search(path, queries)
@@ -242,8 +239,8 @@ def test_query_images_keys_and_vectors(cache_path: Path, image_folder: Path, run
     pair = Run.open(run_path).pair
     images = project(pair.tower("image"), Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
     paths = [image_folder / "00005.png", image_folder / "00012.png"]
-    queries = Queries(images=paths, keys=["00005", "00012"], vectors=3 * images[[5, 12]])
-    assert queries.names == [*map(str, paths), "00005", "00012", "vector 0", "vector 1"]
+    queries = Queries(images=paths, keys=["00005", "00012"], rows=[5, 12], vectors=3 * images[[5, 12]])
+    assert queries.names == [*map(str, paths), "00005", "00012", "row 5", "row 12", "vector 0", "vector 1"]
     found = search(index_path, queries, SearchSettings(k=4))
     for number, hits in enumerate(found):
         row = (5, 12)[number % 2]
@@ -413,33 +410,6 @@ def test_keys_without_an_indexed_item_are_named(tmp_path: Path) -> None:
         index.search(Queries(keys=["00000", "00002", "00001"]))
     with pytest.raises(UnknownNameError, match="got 2"):
         index.search(Queries(rows=[3, 2]))
-
-
-def test_search_beyond_first_lists(cache_path: Path, tmp_path: Path) -> None:
-    card = build_index(
-        cache_path, tmp_path / "i", IndexSettings(feature="open_toy/cls", factory="IVF7,Flat", min_recall=0.1)
-    )
-    assert card.search["nprobe"] < 7
-    (hits,) = search(tmp_path / "i", Queries(keys=["00000"]), SearchSettings(k=300))
-    assert len({hit.key for hit in hits}) == 300
-
-
-def test_open_index_keeps_encoder(index_path: Path) -> None:
-    index = OpenIndex(index_path)
-    encoder = index.query_encoder.encoder("text")
-    for texts in (["red bar left on white"], ["blue bar", "green bar"]):
-        assert index.search(Queries(texts=texts), k=4) == search(index_path, texts, SearchSettings(k=4))
-    assert index.query_encoder.encoder("text") is encoder
-
-
-def test_query_row_equals_key(index_path: Path) -> None:
-    index = OpenIndex(index_path)
-    queries = Queries(keys=["00005"], rows=[5])
-    assert queries.names == ["00005", "row 5"]
-    by_key, by_row = index.search(queries, k=3)
-    assert by_key == by_row
-    with pytest.raises(UnknownNameError, match="300"):
-        index.search(Queries(rows=[300]))
 
 
 @pytest.mark.slow
@@ -664,18 +634,6 @@ def test_vectors_are_read_only_of_few_items_of_an_index_of_codes(
         assert "indexed" not in vars(index.query_encoder)
         assert index.count(some) == 30
         assert ("indexed" in vars(index.query_encoder)) is is_read
-
-
-def test_last_eight_filters_are_kept(labeled_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = OpenIndex(labeled_index)
-    asked: list[Filter] = []
-    mask = index.filters.mask
-    monkeypatch.setattr(index.filters, "mask", lambda condition: [asked.append(condition), mask(condition)][1])
-    labels, parts = (("cat",), ("dog",), ("cat", "dog")), (("train",), ("val",), ("val", "train"))
-    nine = [Filter(label_value=label, part=part) for label in labels for part in parts]
-    for condition in (*nine[:8], *nine[:8], nine[8], nine[0]):
-        index.count(condition)
-    assert asked == [*nine, nine[0]]
 
 
 def test_samples_removed_since_are_not_found(labeled: Path, labeled_index: Path, tmp_path: Path) -> None:
