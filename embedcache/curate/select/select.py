@@ -371,18 +371,12 @@ def _record(method: str, bound: partial[Selection], pool: Pool, settings: Select
     known = find_parameters(SELECTORS, bound.func, given=_GIVEN)
     parameters = {name: item.default for name, item in known.items()} | bound.keywords
     has_scores = settings.scores is not None
-    values = settings.to_json()
-    names = ["budget", "seed"]
-    names += ["score"] if has_scores else []
-    names += ["label", "join_names"] if settings.concepts is not None else []
     return {
         "method": plugin_name(method),
-        "settings": {**{name: values[name] for name in names}, **to_jsonable_python(parameters)},
-        **({"scores": values["scores"]} if has_scores else {}),
+        "parameters": to_jsonable_python(parameters),
+        "settings": {name: value for name, value in settings.to_json().items() if value is not None},
         "modality": None if has_scores else pool.modality,
         "feature": None if has_scores else pool.feature,
-        "within": values["selection"],
-        **{name: values[name] for name in ("concepts", "target", "run")},
     }
 
 

@@ -218,7 +218,8 @@ def test_bounds_and_budget(cache_path: Path, tmp_path: Path, weights: Path) -> N
     table = pq.read_table(out)
     assert table["score"].to_pylist() == found[between].tolist()
     record = json.loads(table.schema.metadata[b"embedcache"])
-    assert (record["scores"], record["feature"], record["settings"]["at_most"]) == (str(scores), None, high)
+    assert (record["settings"]["scores"], record["feature"]) == (str(scores), None)
+    assert record["parameters"] == {"at_least": None, "at_most": high}
     (tmp_path / "some.txt").write_text("\n".join(Cache(cache_path).column("key").to_pylist()[:50]))
     some = chosen(cache_path, out, scores, budget=50, selection=tmp_path / "some.txt")
     assert some == list(range(50))

@@ -40,14 +40,13 @@ def test_selection_metadata(around: dict[str, Path], tmp_path: Path) -> None:
     record = json.loads(table.schema.metadata[b"embedcache"])
     assert len(rows) == 20
     assert (record["method"], record["modality"], record["feature"]) == ("rare-first", "text", TEXT_FEATURE)
-    expected = {"budget": None, "seed": 0, "label": "label", "join_names": False, "per_concept": 5}
-    assert record["settings"] == expected
+    assert record["parameters"] == {"per_concept": 5}
+    given = {"feature": TEXT_FEATURE, "concepts": str(around["concepts"])}
+    assert record["settings"] == {**given, "seed": 0, "label": "label", "join_names": False}
     assert table.column_names == ["row", "key", "concept", "cosine", "rank"]
-    inputs = (record["within"], record["concepts"], record["target"], record["run"])
-    assert inputs == (None, str(around["concepts"]), None, None)
     chosen(around, tmp_path / "b.parquet", budget=3, selection=tmp_path / "a.parquet")
     record = json.loads(pq.read_schema(tmp_path / "b.parquet").metadata[b"embedcache"])
-    assert (record["within"], record["concepts"]) == (str(tmp_path / "a.parquet"), None)
+    assert (record["settings"]["budget"], record["settings"]["selection"]) == (3, str(tmp_path / "a.parquet"))
 
 
 def test_budget_as_fraction(around: dict[str, Path], tmp_path: Path) -> None:
