@@ -169,7 +169,7 @@ def open_vectors(
 def _open_clip_retrieval(path: Path) -> VectorImport:
     """Open a folder with `img_emb`, `text_emb` and `metadata`, or those of them that exist."""
     files = {
-        name: {file.stem.removeprefix(f"{name}_"): file for file in sorted((path / name).glob(f"*{suffix}"))}
+        name: {file.stem.removeprefix(f"{name}_"): file for file in (path / name).glob(f"*{suffix}")}
         for name, suffix in (*((name, ".npy") for name in ARRAYS), ("metadata", ".parquet"))
     }
     files = {name: numbered for name, numbered in files.items() if numbered}
@@ -190,7 +190,7 @@ def _open_datacomp(path: Path, *, arrays: Mapping[str, str | Sequence[str]]) -> 
     modalities = _assign_modalities(arrays, "arrays")
     if not modalities:
         raise SettingError("arrays: expected one such as l14_img, got none; name one with --array image=l14_img")
-    files = {suffix: {file.stem: file for file in sorted(path.glob(f"*.{suffix}"))} for suffix in ("npz", "parquet")}
+    files = {suffix: {file.stem: file for file in path.glob(f"*.{suffix}")} for suffix in ("npz", "parquet")}
     if not files["npz"]:
         raise PathError(f"{path}: expected DataComp's metadata, NAME.parquet and NAME.npz, got no .npz file")
     groups = [

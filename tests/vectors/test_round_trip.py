@@ -34,7 +34,12 @@ KEPT = [row for row in range(NUM_SAMPLES) if row != FAILED]
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_export_then_import_is_identical(form: str, labeled: Path, tmp_path: Path) -> None:
+def test_export_then_import_is_identical(
+    form: str, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in several files, and in blocks that are smaller than a file."""
+    monkeypatch.setattr(exporting, "_ROWS_PER_FILE", 15)
+    monkeypatch.setattr(exporting, "_BLOCK", 7)
     features, name = FORMATS[form]
     report = export_vectors(form, labeled, tmp_path / name)
     assert (report.num_rows, report.left_out) == (
