@@ -70,8 +70,8 @@ if TYPE_CHECKING:
     from embedcache.search.settings import IndexSettings as IndexSettings
     from embedcache.search.settings import SearchSettings as SearchSettings
     from embedcache.sources.media import Video as Video
+    from embedcache.sources.open import SourceSettings as SourceSettings
     from embedcache.sources.open import open_source as open_source
-    from embedcache.sources.settings import SourceSettings as SourceSettings
     from embedcache.store.cache import Cache as Cache
     from embedcache.store.feature import Feature as Feature
     from embedcache.sweep.settings import SweepSettings as SweepSettings

@@ -11,7 +11,7 @@ from embedcache.errors import SettingError
 from embedcache.extract.settings import ExtractSettings
 from embedcache.modalities import noun
 from embedcache.settings import format_bytes
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 
 if TYPE_CHECKING:
     from embedcache.extract.plan import Plan

@@ -25,8 +25,7 @@ from embedcache.provenance import new_record_path, record_stage
 from embedcache.registry import require, trust_code, unknown_name
 from embedcache.samples import IMPORTED_SOURCE, Source
 from embedcache.settings import flat_settings, from_flat, merge_settings, replace_fields
-from embedcache.sources.open import RecordedSource, below_named, open_source, remember
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import RecordedSource, SourceSettings, below_named, open_source, remember
 from embedcache.store.cache import Cache
 from embedcache.store.commits import has_failed
 from embedcache.store.feature import open_group

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from embedcache.errors import ItemError, SettingError
 from embedcache.registry import require
 from embedcache.samples import FileItem, Sample, TextItem
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 
 _IMAGE_PX = 256
 _FIRST_CHARACTER = 0xF0000  # private-use character of glyph 0 in the copy of the font; glyph n has the n-th next one

@@ -1,8 +1,7 @@
 """Sources of raw samples: folders, tables, WebDataset shards, Hugging Face datasets, texts and prompts."""
 
 from embedcache.samples import FileItem, Sample, Source, TextItem
-from embedcache.sources.open import SOURCES, open_source, read_below, reopen_source
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SOURCES, SourceSettings, open_source, read_below, reopen_source
 
 __all__ = [
     "SOURCES",

@@ -23,7 +23,7 @@ from embedcache.sources.files import (
     to_scalar_columns,
     to_text_items,
 )
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 
 _LOOKED_FOR = 100  # images of which one must exist
 _EXPECTED = "expected the JSON of COCO's captions, with images and annotations"

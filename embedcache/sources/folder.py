@@ -25,7 +25,7 @@ from embedcache.sources.files import (
     split_from_path,
     walk_groups,
 )
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 
 _SUFFIXES = {suffix: modality for modality, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes}
 """Suffix -> modality."""

@@ -19,7 +19,7 @@ from embedcache.files import hub_errors
 from embedcache.registry import require
 from embedcache.samples import FileItem, Sample
 from embedcache.settings import replace_fields
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 from embedcache.sources.table import (
     BATCH_ROWS,
     COLUMN_MARK,

@@ -40,7 +40,7 @@ from embedcache.sources.files import (
     to_text_items,
     walk_files,
 )
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 
 Row: TypeAlias = Mapping[str, Any]
 BATCH_ROWS = 1024

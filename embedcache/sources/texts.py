@@ -13,7 +13,7 @@ from embedcache.files import TEXT_ENCODING, check_regular, open_path, read_text,
 from embedcache.registry import require, unknown_name
 from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.files import TEXT_SUFFIXES, has_suffix, parse_json, require_file, to_text_items
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 """Files of a dataset in CLIP_benchmark's layout."""

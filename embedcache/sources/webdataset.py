@@ -39,7 +39,7 @@ from embedcache.sources.files import (
     split_from_path,
     walk_files,
 )
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 
 BLOCK_BYTES = 512
 """Size of a block of a tar: a header is one, and content is padded to whole ones."""

@@ -19,8 +19,7 @@ from embedcache.provenance import IMPORTED, check_same, digest, digest_file, new
 from embedcache.samples import IMPORTED_SOURCE, FileItem, Sample, TextItem
 from embedcache.settings import merge_settings
 from embedcache.sources.files import read_item_file, resolve_item
-from embedcache.sources.open import remember
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings, remember
 from embedcache.sources.table import Row, TableColumns, TableFile, assign_columns, open_table_file, read_sample
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, hash_item

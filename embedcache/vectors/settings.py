@@ -8,7 +8,7 @@ from embedcache.devices import device_setting
 from embedcache.modalities import ModalityName
 from embedcache.search.settings import RUN_HELP
 from embedcache.settings import Settings, setting
-from embedcache.sources.settings import ITEM_COLUMNS
+from embedcache.sources.open import ITEM_COLUMNS
 
 _FEATURE_DEFAULT = "the run's, or the only one in the cache"
 

@@ -16,7 +16,7 @@ from embedcache.errors import PathError, SourceError
 from embedcache.files import reading
 from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.files import read_item_file
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 
 KIND = "pipelines.avsr.lrs:LrsSource"
 _SEPARATOR = "::"

@@ -35,7 +35,7 @@ from embedcache.curate.coverage import CoverageReport, measure_coverage, write_a
 from embedcache.errors import ItemError
 from embedcache.reports.render import Table
 from embedcache.samples import FileItem, Sample, TextItem
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.train.train import train
 from pipelines.common import TEXT_ENCODER, extract_source, markdown_table

@@ -18,7 +18,7 @@ from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import reading
 from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.files import check_read_allowed
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 from pipelines.icons.drawing import draw_png
 
 KIND = "pipelines.icons.source:IconifySource"

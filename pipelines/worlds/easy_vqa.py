@@ -19,7 +19,7 @@ import pyarrow as pa
 from embedcache.errors import ItemError, SettingError
 from embedcache.registry import require
 from embedcache.samples import FileItem, Sample
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 from pipelines.worlds.examples import draw_examples, in_split, make_examples
 
 KIND = "pipelines.worlds.easy_vqa:EasyVqaSource"

@@ -18,7 +18,7 @@ from embedcache.errors import ItemError, MissingExtraError, SettingError
 from embedcache.quickstart.openmoji import OpenmojiSource
 from embedcache.registry import unknown_name
 from embedcache.samples import FileItem, Sample, TextItem
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 from pipelines.worlds.examples import draw_examples, in_split
 from pipelines.worlds.idx import encode_png, read_idx
 from pipelines.worlds.talking_recordings import RECORDINGS, find_recordings, read_recording

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 from embedcache.errors import ItemError
 from embedcache.samples import FileItem, Sample, TextItem
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 from pipelines.worlds.locations import parse_location
 
 KIND = "pipelines.worlds.shapes:ShapesSource"

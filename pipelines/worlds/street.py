@@ -23,7 +23,7 @@ from PIL import Image
 from embedcache.errors import ItemError
 from embedcache.registry import unknown_name
 from embedcache.samples import FileItem, Sample
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 from pipelines.worlds.locations import parse_location
 from pipelines.worlds.ray_casting import Camera
 from pipelines.worlds.street_image import render

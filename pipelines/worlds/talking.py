@@ -39,7 +39,7 @@ from embedcache.registry import require
 from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.settings import Settings, setting
 from embedcache.sources.files import read_item_file
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 from pipelines.worlds.talking_mouth import VIDEO_RATE_HZ, Phone, draw_clip, draw_face
 from pipelines.worlds.talking_noise import write_tapes
 from pipelines.worlds.talking_recordings import join_recordings, load_recordings

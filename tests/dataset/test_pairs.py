@@ -12,7 +12,7 @@ from embedcache.dataset.pairs import Items, Pairs, choose_language, pair_items
 from embedcache.errors import DataError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 from embedcache.store.cache import Cache
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT

@@ -17,7 +17,7 @@ from embedcache.metrics.intervals import Estimate
 from embedcache.reports.items import PageItem
 from embedcache.reports.retrieval import query_examples, retrieval_json, retrieval_table
 from embedcache.sources import open_source
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train

@@ -20,7 +20,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.runs import Run
 from embedcache.sources import open_source
-from embedcache.sources.settings import SourceSettings
+from embedcache.sources.open import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.train.data import DrawnViews, TrainData, open_data, parse_views
 from tests.edits import edit_record
