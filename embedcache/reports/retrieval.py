@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.dataset.thumbnails import PICTURED
 from embedcache.evaluate.retrieval import KS, Ranking, RetrievalReport, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import RetrievalSettings
@@ -249,10 +248,7 @@ def query_sections(
     def show(direction: str) -> list[QueryExample]:
         ranking = get_ranking()
         sides = (ranking.pairs.first, ranking.pairs.second)
-        first, second = (
-            _item_view(cache, renderer, modality, items.rows)
-            for renderer, modality, items in zip(renderers, modalities, sides, strict=True)
-        )
+        first, second = (_item_view(renderer, items.rows) for renderer, items in zip(renderers, sides, strict=True))
         return query_examples(ranking, direction, *((first, second) if direction == there else (second, first)))
 
     sections = [
@@ -266,16 +262,12 @@ def query_sections(
     return sections, renderers
 
 
-def _item_view(cache: Cache, renderer: ItemRenderer, modality: str, rows: Ints) -> Callable[..., PageItem]:
-    """Return a function that shows the item at a position; of a modality that cannot be shown, its path."""
-    paths = None if modality in (*PICTURED, "text") else cache.items(modality, columns=["path"])["path"]
+def _item_view(renderer: ItemRenderer, rows: Ints) -> Callable[..., PageItem]:
+    """Return a function that shows the item at a position; an image without its key, since there are many."""
 
     def show(position: int, *, is_correct: bool = False) -> PageItem:
-        row = int(rows[position])
-        if paths is not None:
-            return PageItem(text=paths[row].as_py(), is_correct=is_correct)
-        item = renderer.render(row, is_correct=is_correct)
-        return replace(item, text="") if modality == "image" and item.image_url is not None else item
+        item = renderer.render(int(rows[position]), is_correct=is_correct)
+        return replace(item, text="") if item.modality == "image" and item.image_url is not None else item
 
     return show
 
