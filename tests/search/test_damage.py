@@ -166,7 +166,6 @@ OTHER_TYPES = [
     ("cache/image/open_toy/cls/zarr.json", ("attributes", "embedcache", "dtype"), {}),
     ("run/run.json", ("arguments", "widths", "image"), 7),
     ("run/run.json", ("arguments", "shared_width"), 2**80),
-    ("run/run.json", ("settings", "split"), 3),
     ("run/run.json", ("settings", "seed"), []),
     ("run/run.json", ("caches",), "x"),
     ("index/card.json", ("search",), {"nprobe": "x"}),
