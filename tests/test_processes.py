@@ -79,15 +79,16 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_error_is_raised_as_it_was() -> None:
-    with pytest.raises(SettingError, match="a mistake of the user"):
-        run_processes(work, ["error"], RecordedProgress())
-
-
-@pytest.mark.slow
-def test_bug_is_raised_with_its_traceback() -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)in work\n.*ZeroDivisionError: a bug"):
-        run_processes(work, ["bug"], RecordedProgress())
+@pytest.mark.parametrize(
+    ("task", "error", "words"),
+    [
+        ("error", SettingError, "a mistake of the user"),
+        ("bug", RuntimeError, r"(?s)in work\n.*ZeroDivisionError: a bug"),
+    ],
+)
+def test_error_is_raised_as_it_was(task: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        run_processes(work, [task], RecordedProgress())
 
 
 def test_processes_with_steps_of_their_own_are_parts() -> None:

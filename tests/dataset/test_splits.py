@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from embedcache.arrays import Inputs, Ints, normalize
-from embedcache.dataset import keytable, matches
+from embedcache.dataset import keytable
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import PARTS, Split, draw_groups, make_split, read_split, split_samples, write_split
@@ -18,7 +18,6 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.data import open_data
 from tests.images import write_images
-from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
@@ -42,20 +41,6 @@ def test_strict_split_separates_near_duplicates(cache_path: Path) -> None:
         for part in PARTS:
             across = vectors[parts == part] @ vectors[parts != part].T
             assert across.max() <= threshold + 1e-6
-
-
-@pytest.mark.slow
-def test_many_items_are_compared_within_clusters(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, split = opened(cache_path)
-    monkeypatch.setattr(matches, "MAX_COMPARED_ITEMS", 100)
-    data, progress = open_data(cache_path, FEATURES, memory_bytes=10**9), RecordedProgress()
-    settings = SplitSettings(cosines={"image": 0.995, "text": 0.95})
-    clustered = data.split(data.pairs(None), settings, progress=progress)
-    assert clustered == split
-    assert len(progress.notes) == 2
-    assert "300 image items compared within clusters" in progress.notes[0]
-    assert "1.0000 are in one group" in progress.notes[1]
-    assert data.split(data.pairs(None), settings) == split
 
 
 @pytest.mark.parametrize(

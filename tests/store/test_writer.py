@@ -119,18 +119,6 @@ def commit_ones(cache: Path, names: Sequence[str]) -> None:
         commit(group, [item(1, (3,))] * 4, feature=name)
 
 
-def test_commit_replaced_item_raises(tmp_path: Path) -> None:
-    group = group_of(tmp_path, 4)
-    add_feature(group, "f", (3,), "float16")
-    add_feature(group, "g", (3,), "float16")
-    commit(group, [item(0, (3,)), None, item(0, (3,)), item(0, (3,))])
-    new = [item(0, (3,))] * 4
-    reasons = {"g": [None] * 4}
-    commit_chunk(group, 0, {"g": new}, [bytes(16), b"1" * 16, bytes(16), bytes(16)], reasons)  # row 1 was never used
-    with pytest.raises(FingerprintError, match="image 2.png in row 2 has other bytes now than when test was extracted"):
-        commit_chunk(group, 0, {"g": new}, [bytes(16), b"1" * 16, b"1" * 16, bytes(16)], reasons, overwrite_failed=True)
-
-
 def test_commit_to_folder_of_another_encoder_raises(tmp_path: Path) -> None:
     group = group_of(tmp_path, 4)
     other = replace(group, fingerprint={**FINGERPRINT, "weights": "other"})
