@@ -12,8 +12,17 @@ from embedcache.dataset.matches import ItemSet
 from embedcache.dataset.pairs import ANY_LANGUAGE, Items, Pairs, number_items, pair_items
 from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError
-from embedcache.evaluate.overlap import Overlap, find_overlap, largest_overlap
-from embedcache.evaluate.runs import RunPaths, iterate_recipes, load_runs, read_eval_split, report_line, run_input
+from embedcache.evaluate.runs import (
+    Overlap,
+    RunPaths,
+    find_overlap,
+    iterate_recipes,
+    largest_overlap,
+    load_runs,
+    read_eval_split,
+    report_line,
+    run_input,
+)
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.files import AnyPath
 from embedcache.metrics.intervals import (

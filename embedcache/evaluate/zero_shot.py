@@ -13,11 +13,13 @@ from embedcache.dataset.labels import Prompts, check_prompts, class_vectors, has
 from embedcache.dataset.matches import ItemSet
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.errors import DataError, pluralize
-from embedcache.evaluate.overlap import Overlap, find_overlap, largest_overlap
 from embedcache.evaluate.runs import (
     EvalSplit,
+    Overlap,
     RunPaths,
+    find_overlap,
     iterate_recipes,
+    largest_overlap,
     load_runs,
     read_eval_split,
     report_line,

@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 
 from embedcache.dataset.inputs import InputFeature
+from embedcache.dataset.matches import ItemSet
 from embedcache.dataset.pairs import read_items
 from embedcache.errors import CorruptError, DataError
-from embedcache.evaluate import overlap
-from embedcache.evaluate.overlap import ItemSet, training_items
+from embedcache.evaluate import runs as overlap
 from embedcache.evaluate.retrieval import evaluate_retrieval, rank
-from embedcache.evaluate.runs import Run, load_runs, read_eval_split, read_part, read_run_split, run_input
+from embedcache.evaluate.runs import (
+    Run,
+    load_runs,
+    read_eval_split,
+    read_part,
+    read_run_split,
+    run_input,
+    training_items,
+)
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.provenance import read_json
