@@ -1,5 +1,6 @@
 """Properties of every export."""
 
+import json
 import re
 import shutil
 import sys
@@ -13,10 +14,12 @@ import torch
 
 from embedcache.arrays import Inputs
 from embedcache.encoders.models import OnnxGraph
+from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, PathError, SettingError, UnknownNameError
 from embedcache.export.base import check_parity
 from embedcache.export.export import export_run
 from embedcache.export.settings import ExportSettings
+from embedcache.export.towers import _check_exportable
 from embedcache.outputs import write_report_json
 from embedcache.projectors.base import project
 from embedcache.projectors.pair import AlignedPair
@@ -108,6 +111,24 @@ def test_wrong_requests_write_nothing(case: str, run: Path, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
 
 
+@pytest.mark.parametrize(
+    ("spec", "modality", "preprocessing", "layers", "word"),
+    [
+        ("open_clip:a", "image", {}, [], "family|open_clip"),
+        ("lite:a,fit=448x224", "image", {}, [], "crops"),
+        ("lite:a", "image", {"background": "black"}, [], "white"),
+        ("lite:a", "image", {}, [1], "layerN"),
+        ("st:a", "text", {"prefix": "query: "}, [], "prompt"),
+        ("st:a", "text", {"lower": True}, [], "lowercases"),
+    ],
+)
+def test_encoders_that_no_processor_prepares_for_are_refused(
+    spec: str, modality: Any, preprocessing: dict[str, Any], layers: list[int], word: str
+) -> None:
+    with pytest.raises(SettingError, match=word):
+        _check_exportable(EncoderSpec.parse(spec), modality, preprocessing, layers, "transformers")
+
+
 def test_failed_parity_writes_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ones = np.ones((2, 4), np.float32) / 2
     assert check_parity("x", ones + 5e-5, ones) == pytest.approx(5e-5, rel=0.1)
@@ -122,7 +143,7 @@ def test_failed_parity_writes_nothing(run: Path, tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
-def test_card_content(run: Path, tmp_path: Path) -> None:
+def test_card_content(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:
     """A card may become public: it names files without their folders."""
     chance = {"r@1": 0.01, "intervals": {"r@1": [0.1, 0.2]}}
     own = {
@@ -137,19 +158,24 @@ def test_card_content(run: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     report = {"best_epoch": 2, "num_samples": {"train": 4110, "val": 58, "test": 1310}}
-    edit_record(copy / "run.json", settings=training, report=report)
+    encoder = shutil.copytree(tiny["bert"].removeprefix("hf:"), tmp_path / "bert")
+    (Path(encoder) / "README.md").write_text("---\nlicense: mit\n---\n")
+    inputs = json.loads((copy / "run.json").read_text())["inputs"]
+    inputs["text"]["spec"] = f"hf:{encoder}"
+    edit_record(copy / "run.json", settings=training, report=report, inputs=inputs)
     export_run("sentence-transformers", copy, tmp_path / "out", metrics=tmp_path / "metrics.json")
     card = (tmp_path / "out" / "README.md").read_text()
     from huggingface_hub import ModelCard  # here: it reads the environment, which the uploading process changes
 
     data = ModelCard(card).data
-    assert (data.library_name, data.license) == ("sentence-transformers", "other")
+    assert (data.library_name, data.license) == ("sentence-transformers", "mit")
     assert data.tags == ["embedcache", "image-text-retrieval"]
     for words in (
         "| i2t r@1 | 0.15 | [0.1, 0.2] |",
         "| chance i2t r@1 | 0.01 | [0.1, 0.2] |",
         "means over the seeds 5, 6 of one recipe; this is seed 5",
-        "| text | `hf:bert` | `mean` | unknown: ask its authors | yes |",
+        "| image | `timm:xcit_nano_12_p16_224` | `cls` | unknown: ask its authors | no |",
+        "| text | `hf:bert` | `mean` | mit | yes |",
         "`zeroshot_retrieval` on `birds`",
         "- split: `split.parquet`, 4,110 for train, 58 for val, 1,310 for test\n",
         "- selection: `chosen.parquet`\n",
@@ -172,6 +198,7 @@ def test_card_of_an_initialization(run: Path, tmp_path: Path) -> None:
     assert "- the initialization, without training; seed 5\n" in card
     assert "- selection: none" in card
     assert "Matryoshka" not in card
+    assert "license: other\n" in card
 
 
 @pytest.mark.slow
