@@ -131,24 +131,19 @@ def draw_query_set(vectors: Vectors, progress: Progress) -> QuerySet:
 
     Memory: 2,000 queries, a chunk of the feature, and 8 bytes per vector.
     """
-    queries = _queried(vectors)
+    queries = vectors
+    if vectors.other_modality is not None:
+        queries = Vectors(
+            vectors.cache.path,
+            vectors.other_modality,
+            run_path=vectors.run_path,
+            width=vectors.width,
+            device=vectors.device,
+        )
     rows = np.random.default_rng(1).permutation(queries.rows)[:_NUM_QUERIES]
     own = rows if vectors.run_path is None and len(vectors.rows) > 1 else None
     searched = vectors.blocks("searching exactly", progress)
     return make_query_set(queries.read(rows), searched, own=own, device=vectors.device)
-
-
-def _queried(vectors: Vectors) -> Vectors:
-    """Return the items that queries are drawn from."""
-    if vectors.other_modality is None:
-        return vectors
-    return Vectors(
-        vectors.cache.path,
-        vectors.other_modality,
-        run_path=vectors.run_path,
-        width=vectors.width,
-        device=vectors.device,
-    )
 
 
 def make_query_set(
