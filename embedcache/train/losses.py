@@ -44,11 +44,12 @@ LOSSES = Registry(
 )
 
 TILE_ROWS = 512
-"""Rows of a tile, which has all columns."""
+"""Rows of a tile, which has all columns; fewer in a batch of more than 16,384."""
 
 HELD_BYTES = 2**26
 """Memory of each process for tiles of the forward pass: 4,096 × 4,096 values in float32."""
 
+_TILE_VALUES = 2**23
 _LEFT_OUT = -1e30  # finite: of columns that a tile leaves out as a whole, too, the gradient is 0
 _MAX_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
 """Below it, e^logit neither vanishes nor overflows in float32, as logits of unit vectors lie in ± scale."""
@@ -250,10 +251,11 @@ def _tiles(
 
     The backward pass computes the tiles again, unless all of them fit into `HELD_BYTES`.
     """
-    starts = range(0, len(left_BP), TILE_ROWS)[process_rank() :: num_processes()]
+    num_rows = max(1, min(TILE_ROWS, _TILE_VALUES // len(right_MP)))
+    starts = range(0, len(left_BP), num_rows)[process_rank() :: num_processes()]
     fits = len(left_BP) * len(right_MP) * left_BP.itemsize // num_processes() <= HELD_BYTES
     for start in starts:
-        rows = slice(start, start + TILE_ROWS)
+        rows = slice(start, start + num_rows)
         arguments = left_BP[rows], right_MP, *others, start
         yield rows, function(*arguments) if fits else checkpoint(function, *arguments, use_reentrant=False)
 
