@@ -30,7 +30,7 @@ from embedcache.store.commits import Commit
 from embedcache.store.feature import EncoderGroup, Feature, create_group, read_feature
 from embedcache.store.indexing import index_tables
 from embedcache.store.layout import SAMPLES, SUBSET, Part, checked_fit_path, fit_path
-from embedcache.store.producer import FillReport, Output, Verb, fill
+from embedcache.store.producer import Output, Verb, fill
 from embedcache.store.tables import BLOCK, ITEM_SCHEMAS, SampleTables, Table, TableWriter
 from embedcache.store.writer import ChunkFeatures
 
@@ -176,7 +176,21 @@ def _copy(
     request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}
     with record_stage(new_record_path(out.path, stage), stage, request) as outcome:
         named = [(groups, names) for groups, names in named if groups[0].modality in out.info.num_items]
-        reports = [_copy_group(out, origins, groups, names, progress) for groups, names in named]
+        reports = []
+        for groups, names in named:
+            first = groups[0]
+            group = create_group(
+                out.path,
+                first.modality,
+                first.name,
+                out.info,
+                spec=first.spec,
+                fingerprint=first.fingerprint,
+                view=first.view,
+            )  # refuses features of one name that were fitted to something else
+            if "fit" in first.fingerprint:
+                write_atomic(fit_path(group.path), checked_fit_path(first.path, first.fingerprint).read_bytes())
+            reports.append(fill(group, _CopiedFeatures(origins, groups, names), progress=progress))
         report = CopyReport(
             cache=out.path,
             num_samples=out.info.num_samples,
@@ -222,32 +236,15 @@ def _choose(
 
 
 def _check_same(groups: Sequence[EncoderGroup], names: Sequence[str]) -> None:
+    next_step = "merge caches of the same encoders, or name others with --feature"
     first = groups[0]
     for group in groups:
-        what, step = f"{group.name} of {group.path.parents[1]}", "merge caches of the same encoders, or name others"
-        check_same(what, group.fingerprint, first.fingerprint, next_step=f"{step} with --feature")
+        what = f"{group.name} of {group.path.parents[1]}"
+        check_same(what, group.fingerprint, first.fingerprint, next_step=next_step)
         for name in names:
             Feature(group, name).require_complete()
-            stored = read_feature(group, name).to_json()
-            expected = read_feature(first, name).to_json()
-            check_same(f"feature {name} of {what}", stored, expected, next_step=f"{step} with --feature")
-
-
-def _copy_group(
-    out: Cache,
-    origins: Sequence[_Origin],
-    groups: Sequence[EncoderGroup],
-    names: Sequence[str],
-    progress: Progress,
-) -> FillReport:
-    """Copy features of one encoder."""
-    first = groups[0]
-    group = create_group(
-        out.path, first.modality, first.name, out.info, spec=first.spec, fingerprint=first.fingerprint, view=first.view
-    )  # refuses features of one name that were fitted to something else
-    if "fit" in first.fingerprint:
-        write_atomic(fit_path(group.path), checked_fit_path(first.path, first.fingerprint).read_bytes())
-    return fill(group, _CopiedFeatures(origins, groups, names), progress=progress)
+            stored, expected = (read_feature(each, name).to_json() for each in (group, first))
+            check_same(f"feature {name} of {what}", stored, expected, next_step=next_step)
 
 
 class _CopiedFeatures:
