@@ -99,10 +99,6 @@ class RequestGuard:
             )
         if _is_cross_site(headers, host):
             return _error(403, "requests from pages of other sites are not accepted")
-        length = headers.get("content-length", "0")
-        limit = _max_bytes(scope, self._settings)
-        if not length.isdigit() or int(length) > limit:
-            return _error(413, f"the request has {length} bytes; expected at most {limit:,}")
         return None if self._token is None else self._token_rejection(scope, headers, self._token)
 
     def _token_rejection(self, scope: Scope, headers: Headers, token: str) -> Response | None:
