@@ -12,7 +12,7 @@ from embedcache.curate.negatives import mine_negatives
 from embedcache.dataset.selections import read_negatives
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
-from embedcache.runs import Run, is_finished
+from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from embedcache.train.batches import PairBatches
 from embedcache.train.initialization import find_sources
@@ -169,11 +169,3 @@ def test_closed_form_of_the_other_tower_is_kept_out(cache_path: Path, finished: 
     run(cache_path, tmp_path / "random", initialization="random", epochs=0)
     assert changed_parts(tmp_path / "run", finished) == {"text", "log_scale"}
     assert changed_parts(tmp_path / "run", tmp_path / "random") == {"image"}
-
-
-def test_run_with_other_shapes_is_refused(cache_path: Path, finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="part image"):
-        run(cache_path, tmp_path / "narrow", init_from=(f"image={finished}",), shared_width=8)
-    with pytest.raises(DataError, match="part text"):
-        run(cache_path, tmp_path / "glu", init_from=(f"text={finished}",), projector="mlp+glu", initialization="random")
-    assert not is_finished(tmp_path / "glu")

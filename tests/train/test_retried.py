@@ -19,7 +19,6 @@ from embedcache.train.data import open_data
 from tests.images import write_images
 from tests.sweep.conftest import FEATURES, SPACE
 from tests.toy import IMAGE, TEXT
-from tests.train import test_resume
 from tests.train.runs import run
 
 SETTINGS = ExtractSettings(chunk_size=16, views=("flip",))
@@ -61,12 +60,6 @@ def test_finished_run(before: Path, after: Path, tmp_path: Path) -> None:
         run(after, tmp_path / "run", **OPTIONS)
     with pytest.raises(FingerprintError, match="settings.optimizer.epochs: stored 0, req"):
         run(after, tmp_path / "run", epochs=1, batch_size=8)
-
-
-def test_unfinished_run(before: Path, after: Path, tmp_path: Path) -> None:
-    test_resume.run_interrupted(before, tmp_path / "run", 1, batch_size=8)
-    with pytest.raises(FingerprintError, match=f"the unfinished run .*{RETRIED}"):
-        test_resume.run(after, tmp_path / "run", batch_size=8)
 
 
 def test_study(before: Path, after: Path, tmp_path: Path) -> None:

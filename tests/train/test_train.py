@@ -22,19 +22,17 @@ from embedcache.errors import (
 )
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.inference import load
-from embedcache.modalities import noun
 from embedcache.projectors.base import project
 from embedcache.reports.summary import summarize
 from embedcache.runs import Run
 from embedcache.store.cache import Cache
 from embedcache.train import train as train_module
-from embedcache.train.batches import PairBatches, RowBatches
+from embedcache.train.batches import PairBatches
 from embedcache.train.initialization import initialize, source_digests
 from embedcache.train.pair import Validation
 from embedcache.train.settings import train_settings
 from tests.cli.run import embedcache
-from tests.recorded import RecordedProgress
-from tests.train.runs import IMAGE, TEXT, beats_chance, log_lines, run
+from tests.train.runs import IMAGE, beats_chance, log_lines, run
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +46,6 @@ def finished(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 RANDOM = {"initialization": "random", "epochs": 6, "lr": 1e-2}
 RECIPES: dict[str, dict[str, Any]] = {
     "cca mlp": {"initialization": "cca", "projector": "mlp"},
-    "procrustes linear": {"initialization": "procrustes", "projector": "linear"},
-    "ridge mlp": {"initialization": "ridge", "projector": "mlp"},
     "info_nce": {**RANDOM, "loss": "info_nce"},
     "multi_positive": {**RANDOM, "loss": "multi_positive", "projector": "linear"},
     "siglip": {**RANDOM, "loss": "siglip"},
@@ -65,13 +61,6 @@ def test_training_beats_chance(cache_path: Path, tmp_path: Path, recipe: str) ->
     assert beats_chance(evaluate_retrieval(cache_path, [tmp_path / "run"]))
     if RECIPES[recipe]["initialization"] == "random":
         assert report.best_epoch > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("projector", ["fusemix", "glu", "identity+sharelock:hidden=256"])
-def test_every_projector_beats_chance(cache_path: Path, tmp_path: Path, projector: str) -> None:
-    run(cache_path, tmp_path / "run", projector=projector, shared_width=48, shrinkage=0.01, epochs=8)
-    assert beats_chance(evaluate_retrieval(cache_path, [tmp_path / "run"]))
 
 
 @pytest.mark.slow
@@ -203,27 +192,6 @@ def test_split_of_another_run_is_used(cache_path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["key", "strict"])
-def test_progress_begins_before_the_first_step(cache_path: Path, tmp_path: Path, split: str) -> None:
-    progress, cache = RecordedProgress(), Cache(cache_path)
-    report = run(cache_path, tmp_path / "run", split=split, cosine=0.9999, progress=progress)
-    features = [cache.feature("image", IMAGE), cache.feature("text", TEXT)]
-    loading = [(f"loading {feature.name}", feature.num_items, noun(feature.modality)) for feature in features]
-    pairing, splitting = ("pairing", 2 * len(cache), "items"), ("splitting", len(cache), "samples")
-    sides = zip(("image", "text"), loading, strict=True)
-    comparing = [
-        (f"{verb} {name} items for the split", count, "items")
-        for name, (_, count, _) in sides
-        for verb in ("sorting", "comparing")
-    ]
-    steps = [splitting, *loading] if split == "key" else [*loading, *comparing, splitting]
-    assert progress.started[:-2] == [pairing, *steps]
-    assert [what for what, *_ in progress.started[-2:]] == ["initializing", "training"]
-    assert progress.started[-2][1] >= report.num_samples["train"]
-    assert progress.counts == {what: total for what, total, _ in progress.started}
-
-
-@pytest.mark.slow
 def test_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path) -> None:
     report = run(cache_path, tmp_path / "run", epochs=6, lr=0.5)  # far too high: recall falls at once
     scores = {line["epoch"]: line["validation"] for line in log_lines(tmp_path / "run") if "validation" in line}
@@ -246,25 +214,6 @@ def test_a_batch_has_1024_samples_or_all(count: int, given: int | None, expected
     settings = train_settings({"batch_size": given, "block_rows": 1})
     batches = train_module._make_batches(Pairs(first=items, second=items), settings, [None, None], None)
     assert [len(batch.samples) for batch in batches.epoch(0)] == expected
-
-
-def test_each_process_has_an_item_of_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = np.arange(9)
-    items = Items(rows=rows, samples=rows, contents=rows)
-    pairs = Pairs(first=items, second=items)
-    settings = train_settings({"batch_size": 3, "block_rows": 1})
-    for processes in (1, 3, 4):
-        monkeypatch.setattr("embedcache.train.distributed.num_processes", lambda processes=processes: processes)
-        plans: list[Callable[[], Any]] = [
-            lambda: train_module._make_batches(pairs, settings, [None, None], None),
-            lambda: RowBatches(rows, batch_size=3, seed=0),
-        ]
-        for plan in plans:
-            if processes <= 3:
-                assert plan().num_steps == 3
-                continue
-            with pytest.raises(SettingError, match="4 processes"):
-                plan()
 
 
 def test_towers_without_parameters_are_not_trained(cache_path: Path, tmp_path: Path) -> None:
