@@ -77,7 +77,7 @@ def coverage(cache: Path, folder: Path) -> Presentation:
 REPORTS: dict[str, tuple[Callable[[Path, Path], Presentation], int, int]] = {
     "retrieval": (retrieval, 2, 40),
     "coverage": (coverage, 2, 20),
-    "pairs": (lambda cache, _: present_encoder_pairs(evaluate_pairs(cache, split="key")), 4, 0),
+    "pairs": (lambda cache, _: present_encoder_pairs(evaluate_pairs(cache, split="key")), 3, 0),
     "thresholds": (lambda _, folder: present_thresholds(analyze(folder / "labeled")), 1, 2),
     "dedup": (lambda _, folder: present_dedup(dedup(folder / "labeled", folder / "kept.parquet", cosine=0.9)), 1, 2),
     "leaks": (lambda cache, folder: present_leaks(find_leaks(cache, folder / "labeled")), 0, 2),
