@@ -41,13 +41,6 @@ class PlaceClassifier(nn.Module):
         return scores
 
 
-class WiderClassifier(PlaceClassifier):
-    """The same network with another hidden width, as after a change of its code."""
-
-    def __init__(self, num_tokens: int, width: int) -> None:
-        super().__init__(num_tokens, width, hidden=96)
-
-
 class PlaceLoss(nn.Module):
     """Cross-entropy of a batch."""
 
