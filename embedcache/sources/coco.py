@@ -1,9 +1,10 @@
-"""Captions in COCO's JSON, as of COCO and nocaps."""
+"""Captions in COCO's JSON, as of COCO and nocaps, and in that of Karpathy's splits of COCO, Flickr8k and Flickr30k."""
 
 import posixpath
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,18 @@ from embedcache.sources.files import (
 from embedcache.sources.open import SourceSettings
 
 _LOOKED_FOR = 100  # images of which one must exist
-_EXPECTED = "expected the JSON of COCO's captions, with images and annotations"
+_EXPECTED = (
+    "expected the JSON of COCO's captions, with images and annotations, or of Karpathy's splits, whose images have "
+    "sentences"
+)
 
 
 class CocoSource:
     """One sample per image with all of its captions, in the order of the file.
 
     The key is the image's path without its suffix, such as `000000397133`. The fields of an image that are numbers or
-    texts become columns; its `id` becomes `image_id`. An image without captions is a sample without texts.
+    texts become columns; its `id` becomes `image_id`, and the split `restval` of Karpathy's COCO `train`. An image
+    without captions is a sample without texts.
 
     Paths of images are relative to the setting `root`. Without it, to the folder that is named like the end of
     the file (`annotations/captions_val2017.json`: `val2017`) beside that of the file or in it, as COCO is unpacked,
@@ -57,15 +62,16 @@ class CocoSource:
         """Iterate over the images. Memory holds the parsed file: 0.5 GB for the 592,000 captions of COCO's train2017.
 
         Raises:
-            SourceError: the file is no such JSON, contradicts itself, or none of its first images exists.
+            SourceError: the file is neither kind of JSON, contradicts itself, or none of its first images exists.
         """
         with reading(self._path):
             text = decode_text(read_bytes(self._path), str(self._path), SourceError)
         fields = parse_json_object(text, str(self._path))
         images = _field(fields, "images", list, self._path)
         names = [_image_name(image, f"{self._path}: image {number}") for number, image in enumerate(images)]
+        read = _karpathy_samples if images and "sentences" in images[0] else partial(_coco_samples, fields)
         self._check_images(names)
-        for sample in _read_samples(fields, images, self._path):
+        for sample in read(images, self._path):
             path = item_path(self._root_text, self._root_text, sample.images[0].path)
             yield replace(sample, images=(FileItem(path=path),))
 
@@ -89,7 +95,7 @@ def _guess_root(path: Path) -> Path:
     return next((folder for folder in folders if folder.is_dir()), path.parent)
 
 
-def _read_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Sample]:
+def _coco_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Sample]:
     captions_of = defaultdict(list)
     for number, annotation in enumerate(_field(fields, "annotations", list, path)):
         location = f"{path}: annotation {number}"
@@ -100,22 +106,37 @@ def _read_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]]
     if len(set(ids)) < len(ids):
         raise SourceError(f"{path}: expected images with different id, got one twice; download the file again")
     for image_id, image in zip(ids, images, strict=True):
-        columns = {name: value for name, value in image.items() if name not in ("id", "file_name", "key")}
-        name = _image_name(image, str(path))
-        yield Sample(
-            key=posixpath.splitext(name)[0],
-            images=(FileItem(path=name),),
-            texts=to_text_items(captions_of.pop(image_id, []), None),
-            columns=to_scalar_columns({**columns, "image_id": image_id}),
-        )
+        columns = {name: value for name, value in image.items() if name not in ("id", "file_name", "filename")}
+        yield _sample(_image_name(image, str(path)), captions_of.pop(image_id, []), {**columns, "image_id": image_id})
     if captions_of:
         raise SourceError(f"{path}: expected annotations of its images, got image_id {min(captions_of)!r}; repair it")
 
 
+def _karpathy_samples(images: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Sample]:
+    for number, image in enumerate(images):
+        location = f"{path}: image {number}"
+        captions = [_field(sentence, "raw", str, location) for sentence in _field(image, "sentences", list, location)]
+        columns = {name: value for name, value in image.items() if name not in ("filename", "filepath")}
+        if columns.get("split") == "restval":  # of COCO: the part of val2014 that everybody trains on
+            columns["split"] = "train"
+        yield _sample(_image_name(image, location), captions, columns)
+
+
+def _sample(name: str, captions: Sequence[str], columns: Mapping[str, Any]) -> Sample:
+    return Sample(
+        key=posixpath.splitext(name)[0],
+        images=(FileItem(path=name),),
+        texts=to_text_items(captions, None),
+        columns=to_scalar_columns({name: value for name, value in columns.items() if name != "key"}),
+    )
+
+
 def _image_name(image: Any, location: str) -> str:
     """Return the path of an image as written in the file."""
-    name: str = _field(image, "file_name", str, location)
-    return name
+    is_karpathy = isinstance(image, dict) and "filename" in image
+    name: str = _field(image, "filename" if is_karpathy else "file_name", str, location)
+    folder = image.get("filepath")
+    return f"{folder}/{name}" if folder and isinstance(folder, str) else name
 
 
 def _field(fields: Any, name: str, kind: Any, location: object) -> Any:

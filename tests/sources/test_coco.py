@@ -20,6 +20,20 @@ COCO = {
     "images": IMAGES,
     "annotations": ANNOTATIONS,
 }
+KARPATHY = {
+    "dataset": "coco",
+    "images": [
+        {
+            "filepath": "val2014",
+            "filename": f"{n}.jpg",
+            "imgid": n,
+            "split": split,
+            "sentids": [n],
+            "sentences": [{"tokens": ["a"], "raw": f"A {COLORS[n]} image.", "imgid": n, "sentid": n}],
+        }
+        for n, split in enumerate(["train", "restval", "val", "test", "test"])
+    ],
+}
 
 
 def write_coco(folder: Path, fields: object = COCO) -> Path:
@@ -29,10 +43,22 @@ def write_coco(folder: Path, fields: object = COCO) -> Path:
     return folder / "annotations/captions_val2017.json"
 
 
+def write_karpathy(folder: Path) -> Path:
+    write(folder / "val2014", {f"{n}.jpg": jpeg(color) for n, color in enumerate(COLORS)})
+    write(folder, {"dataset_coco.json": json.dumps(KARPATHY)})
+    return folder / "dataset_coco.json"
+
+
 class TestCoco(SourceContract):
     @pytest.fixture
     def source(self, tmp_path: Path) -> Source:
         return open_source(write_coco(tmp_path))
+
+
+class TestKarpathy(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(write_karpathy(tmp_path))
 
 
 def test_coco_samples_have_all_captions_and_columns(tmp_path: Path) -> None:
@@ -42,6 +68,20 @@ def test_coco_samples_have_all_captions_and_columns(tmp_path: Path) -> None:
     assert [text.text for text in samples[1].texts] == ["A green image, 0.", "A green image, 1."]
     assert samples[4].texts == ()
     assert samples[1].columns == {"license": 1, "width": 20, "height": 10, "image_id": 101}
+
+
+def test_name_of_an_image_may_be_spelled_as_by_karpathy(tmp_path: Path) -> None:
+    images = [{"id": 100, "filename": "000000000.jpg"}, *IMAGES[1:]]
+    first, *_ = open_source(write_coco(tmp_path, changed(images=images))).samples()
+    assert (first.key, len(first.texts), first.columns) == ("000000000", 2, {"image_id": 100})
+
+
+def test_karpathy_samples_have_the_parts_that_others_train_on(tmp_path: Path) -> None:
+    samples = list(open_source(write_karpathy(tmp_path)).samples())
+    assert [sample.key for sample in samples] == [f"val2014/{n}" for n in range(5)]
+    assert [sample.columns["split"] for sample in samples] == ["train", "train", "val", "test", "test"]
+    assert samples[1].columns == {"imgid": 1, "split": "train"}
+    assert [text.text for text in samples[2].texts] == ["A blue image."]
 
 
 @pytest.mark.parametrize("folder", ["annotations/val2017", "images/val2017", "annotations", "elsewhere"])
@@ -86,6 +126,8 @@ ONE = {"file_name": "000000000.jpg"}
         (changed(images=[ONE]), "expected id"),
         (changed(images=[IMAGES[0], IMAGES[0]]), "twice"),
         (changed(images=IMAGES[:3]), "103"),
+        ({"images": [{**ONE, "sentences": ["a"]}]}, "sentences"),
+        ({"images": [{**ONE, "sentences": [{"raw": 1}]}]}, "raw"),
     ],
 )
 def test_invalid_file_raises(tmp_path: Path, fields: Any, word: str) -> None:
