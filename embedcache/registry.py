@@ -162,7 +162,8 @@ class Registry:
 
         Raises:
             UnknownNameError: there is no such name, module or attribute.
-            SettingError: the name was read from a file whose author is not trusted, see `names_from`.
+            SettingError: the name was read from a file whose author is not trusted, see `names_from`; or the object is
+                neither a class nor a function.
             MissingExtraError: the module of the plug-in imports a package that is not installed.
         """
         if not isinstance(name, str):
@@ -181,7 +182,10 @@ class Registry:
                     "author, use --trust, or embedcache.registry.trust_files() in Python"
                 )
             sys.path.extend(folder for folder in _TRUST.folders if folder not in sys.path)
-        return self._import(name, module, attribute)
+        plugin = self._import(name, module, attribute)
+        if not callable(plugin):
+            raise SettingError(f"{name!r} is not a {self.kind}: expected a class or function, got {plugin!r:.60}")
+        return plugin
 
     def _is_trusted(self, name: str) -> bool:
         """Return whether a `module:attribute` may be imported, as the top of this module says."""

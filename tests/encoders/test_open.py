@@ -58,6 +58,7 @@ def test_spec_folder(text: str, folder: str) -> None:
         ("tim:vit", "image", UnknownNameError, "timm"),
         ("json:nonsense", "image", UnknownNameError, "nonsense"),
         ("imported:clip-vit", "image", SettingError, "imported"),
+        ("json:__name__", "image", SettingError, "class"),
         ("lite:efficientnet-lite7", "image", UnknownNameError, "efficientnet-lite0"),
         ("lite:efficientnet-lite0", "text", SettingError, "images"),
         ("lite:efficientnet-lite4", "image", EmbedcacheError, "pip install"),
