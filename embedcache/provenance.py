@@ -320,7 +320,7 @@ def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 RECORDED_PACKAGES = (
-    *("embedcache", "numpy", "scipy", "torch", "torchvision", "pyarrow", "pillow"),
+    *("embedcache", "numpy", "scipy", "torch", "torchvision", "zarr", "pyarrow", "pillow"),
     *("timm", "transformers", "tokenizers", "safetensors", "open_clip_torch", "sentence-transformers", "ctranslate2"),
     *("onnx", "onnxruntime", "onnxruntime-gpu", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs"),
     *("av", "datasets", "clip-benchmark", "scikit-learn", "optuna"),

@@ -36,6 +36,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {
     "google_crc32c": {"store"},
+    "zarr": {"store"},
     "upath": {"files"},
     "ray": {"processes"},
     "pandas": {"store", "search"},

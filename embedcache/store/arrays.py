@@ -1,9 +1,11 @@
 """Zarr v3 arrays whose chunks are raw little-endian rows and a CRC-32C, so that they can be memory-mapped.
 
-Any Zarr reader can read the arrays. They are written without zarr-python because chunks must be flushed before they are
-committed, and read without it because it reads a complete chunk for one row, where a memory map reads the row.
+zarr-python makes the metadata of arrays, and any Zarr reader reads them. Chunks are written here because they must be
+flushed before they are committed, and read from memory maps because zarr-python reads a complete chunk for one row.
+zarr-python is imported where metadata are written: readers do without it.
 """
 
+import json
 import math
 import mmap
 import os
@@ -11,7 +13,7 @@ import resource
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
@@ -21,6 +23,9 @@ from embedcache.errors import CorruptError, PathError, UnfinishedError
 from embedcache.files import check_regular, io_reason, is_remote, read_file, write_atomic
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import read_json, write_json
+
+if TYPE_CHECKING:
+    from zarr.core.buffer import Buffer
 
 CRC_BYTES = 4
 
@@ -32,6 +37,7 @@ _MAX_OPEN_FILES = 32_768
 _REMOTE_BYTES = 2**30
 _BLOCK_BYTES = 2**22
 _READ_BYTES = 2**20
+_OPTIONAL = ("storage_transformers", "dimension_names", "consolidated_metadata")
 
 
 def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,21 +49,25 @@ def array_metadata(
     shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, attributes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return the content of a Zarr array's `zarr.json`; the fill value is NaN, or -1 for integers."""
-    is_bytes = np.dtype(dtype).itemsize == 1
-    rows = {"name": "bytes"} if is_bytes else {"name": "bytes", "configuration": {"endian": "little"}}
-    chunk_shape = [max(size, 1) for size in chunks]  # Zarr has no chunk without values
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.storage import MemoryStore
 
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(shape),
-        "data_type": dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": -1 if np.dtype(dtype).kind == "i" else "NaN",
-        "codecs": [rows, {"name": "crc32c"}],
-        "attributes": dict(attributes or {}),
-    }
+    files: dict[str, Buffer] = {}
+    zarr.create_array(
+        MemoryStore(files),
+        shape=shape,
+        chunks=tuple(max(size, 1) for size in chunks),  # Zarr has no chunk without values
+        dtype=dtype,
+        filters=None,
+        serializer=BytesCodec(endian="little"),
+        compressors=Crc32cCodec(),
+        fill_value=fill_value(dtype),
+        attributes=dict(attributes or {}),
+    )
+    metadata = json.loads(files["zarr.json"].to_bytes())
+    # Versions of zarr-python differ in whether they write these when they are empty.
+    return {name: value for name, value in metadata.items() if value or name not in _OPTIONAL}
 
 
 def write_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
