@@ -7,7 +7,6 @@ from pydantic import Field
 
 from embedcache.errors import EmbedcacheError, SettingError, UnknownNameError
 from embedcache.parameters import bind
-from embedcache.projectors.base import bind_projector
 from embedcache.registry import Registry, plugin_name
 from embedcache.train.losses import check_loss
 
@@ -90,24 +89,6 @@ def test_a_parameter_without_a_default_is_required() -> None:
 def test_plain_names(text: str) -> None:
     assert plugin_name(text) == text
     assert plugin_name(f"{text}:hidden=4,path=a:b=c") == text
-
-
-@pytest.mark.parametrize(
-    ("projector", "attribute"),
-    [
-        ("mlp:hidden=7", "hidden.1"),
-        ("fusemix:num_blocks=2,expansion=3", "blocks.1"),
-        ("sharelock:hidden=5", "layers.0"),
-    ],
-)
-def test_projectors_have_parameters(projector: str, attribute: str) -> None:
-    assert bind_projector(projector)(6, 4).get_submodule(attribute) is not None
-
-
-@pytest.mark.parametrize(("text", "word"), [("token:dropout=0.5", "dropout"), ("linear:hidden=4", "hidden")])
-def test_projectors_refuse_other_parameters(text: str, word: str) -> None:
-    with pytest.raises(UnknownNameError, match=word):
-        bind_projector(text)
 
 
 def test_losses_have_parameters() -> None:

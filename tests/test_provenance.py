@@ -12,14 +12,6 @@ from embedcache.store.layout import read_info
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("cache", "cache"), ("run", "run"), ("index", "index"), ("study", "study"), ("selection.parquet", "selection")],
-)
-def test_recognize(artifacts: Path, name: str, kind: str) -> None:
-    assert recognize(artifacts / name) == kind
-
-
-@pytest.mark.parametrize(
     ("read", "folder", "word"),
     [(read_info, "run", "a run"), (Run.open, "study", "study/best"), (read_card, "cache", "a cache")],
 )

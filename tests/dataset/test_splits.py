@@ -8,7 +8,6 @@ import pyarrow as pa
 import pytest
 
 from embedcache.arrays import Inputs, Ints, normalize
-from embedcache.dataset import keytable
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import PARTS, Split, draw_groups, make_split, read_split, split_samples, write_split
@@ -105,15 +104,6 @@ def test_split_of_two_caches(cache_path: Path, two_caches: list[Path], tmp_path:
         read_split(tmp_path / "split.parquet", [first])
     with pytest.raises(PathError, match="nothing"):
         read_split(tmp_path / "no", caches)
-
-
-@pytest.mark.parametrize("groups", [[0] * 30, list(range(29, -1, -1)), [-1] * 30])
-def test_samples_that_were_appended_are_in_no_part(two_caches: list[Path], tmp_path: Path, groups: list[int]) -> None:
-    cache = Cache(two_caches[0])
-    parts, path = ["train", "val", "test"] * 10, tmp_path / "split.parquet"
-    keytable.write(path, [cache], {"part": parts, "group": groups}, "split", {}, rows=np.arange(30))
-    added = list(range(max(groups) + 1, max(groups) + 11))
-    assert read_split(path, [cache]) == Split(parts=parts + [""] * 10, groups=groups + added)
 
 
 def test_split_of_another_run_is_used(two_caches: list[Path], tmp_path: Path) -> None:

@@ -60,9 +60,3 @@ def same_bytes(one: Path, other: Path) -> bool:
         {name: sha for name, sha in tree(cache).items() if name != "image/open_toy/zarr.json"} for cache in (one, other)
     ]
     return trees[0] == trees[1]
-
-
-ALL_ENCODED = [
-    f"open_toy (cls, patches): encoded {NUM_IMAGES} images, reused 0, failed 0",
-    f"open_toy (tokens): encoded {NUM_IMAGES} texts, reused 0, failed 0",
-]

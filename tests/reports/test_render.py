@@ -2,13 +2,12 @@
 
 import html
 import re
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.figures import COLORS, SOFT, estimate_bars, histogram, legend_name, open_axes, svg
+from embedcache.reports.figures import estimate_bars, histogram, legend_name, open_axes, svg
 from embedcache.reports.items import PageItem, ranked_example
 from embedcache.reports.render import (
     Presentation,
@@ -20,7 +19,6 @@ from embedcache.reports.render import (
     format_percent,
     round_json,
 )
-from embedcache.reports.retrieval import recall_bars
 from tests.reports.contract import check_report
 
 
@@ -102,27 +100,3 @@ def test_letters_that_the_font_lacks_are_text(name: str, is_text: bool, recwarn:
 
 def test_legend_names_a_line_that_begins_with_an_underscore() -> None:
     assert legend_name("_run") == " _run"
-
-
-def test_ticks_of_gains_beside_each_other_do_not_overlap() -> None:
-    """Check panels as narrow as those of the pages of icons, whose ticks overlapped as fractions of three decimals."""
-    gains = {"a": Estimate(-0.04, -0.05, -0.03), "b": Estimate(0.077, 0.062, 0.092)}
-    axes_P = open_axes(2.0, width=11.8, ncols=3, sharey=True)
-    for axes in axes_P:
-        estimate_bars(axes, gains, height=0.6, is_gain=True)
-    figure = axes_P[0].figure
-    figure.canvas.draw()
-    for axes in axes_P:
-        low, high = axes.get_xlim()
-        labels = [label for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
-        assert {"-0.05", "0", "+0.05"} <= {label.get_text() for label in labels}
-        boxes = [label.get_window_extent() for label in labels]
-        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
-        assert [line.get_xdata()[0] for line in axes.lines].count(0) == 1
-
-
-def test_chance_is_gray_in_all_figures_of_recall() -> None:
-    recalls = {direction: {"r@10": Estimate(0.5, 0.4, 0.6)} for direction in ("i2t", "t2i")}
-    bars = recall_bars({"run": recalls, "chance": recalls})
-    fills = re.findall("fill: (#[0-9a-f]{6})", bars)
-    assert [color in fills for color in (*COLORS[:2], SOFT)] == [True, False, True]

@@ -50,12 +50,6 @@ def test_study_of_a_later_format_is_refused(tmp_path: Path) -> None:
         summarize(tmp_path)
 
 
-def test_settings_of_a_study_have_the_names_of_options(artifacts: Path) -> None:
-    summary = summarize(artifacts / "study")
-    assert summary.lines[1:3] == ["features: image open_toy/cls, text open_toy/mean", "searched: lr"]
-    assert all(row[2].startswith("lr 0.0") for row in summary.sections[0].table[1])
-
-
 def test_columns_of_a_table_are_described(artifacts: Path, tmp_path: Path) -> None:
     cache, rng = Cache(artifacts / "cache"), np.random.default_rng(0)
     concepts = [f"concept {rng.integers(13)}" for _ in range(95)] + [None]
@@ -81,8 +75,3 @@ def test_columns_of_a_table_are_described(artifacts: Path, tmp_path: Path) -> No
 def test_other_files_are_refused(artifacts: Path, name: str) -> None:
     with pytest.raises(PathError, match="expected a"):
         summarize(artifacts / name)
-
-
-def test_missing_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match="nowhere does not exist"):
-        summarize(tmp_path / "nowhere")

@@ -39,14 +39,6 @@ def hostile(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def inside(tmp_path: Path) -> Path:
-    """A cache in the folder of its source."""
-    write_images(tmp_path / "photos", 12)
-    assert embedcache("extract", "photos", "photos/cache", *TOY, cwd=tmp_path).code == 0
-    return tmp_path / "photos"
-
-
 def shown(renderer: ItemRenderer) -> list[bool]:
     return [renderer.render(row).image_url is not None for row in (0, 1)]
 
@@ -63,14 +55,12 @@ def test_images_below_the_folder_of_the_source(hostile: Path) -> None:
 
 
 @pytest.fixture
-def foreign(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same as somebody else has extracted it."""
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache in the folder of its source, which somebody else has extracted."""
+    write_images(tmp_path / "photos", 12)
+    assert embedcache("extract", "photos", "photos/cache", *TOY, cwd=tmp_path).code == 0
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
-    return inside
-
-
-def test_source_that_holds_the_cache(inside: Path) -> None:
-    assert shown(ItemRenderer(Cache(inside / "cache"), "image")) == [True, True]
+    return tmp_path / "photos"
 
 
 def test_source_of_a_stranger(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -103,30 +93,6 @@ def test_vectors_without_files_have_no_folder_to_name(tmp_path: Path, caplog: py
     assert shown(renderer) == [False, False]
     assert renderer.warnings() == ["2 images are not shown: the import named no file for this item"]
     assert "trust" not in caplog.text
-
-
-def test_source_that_is_gone(hostile: Path) -> None:
-    (hostile / "photos").rename(hostile / "moved")
-    renderer = ItemRenderer(Cache(hostile / "cache"), "image")
-    assert shown(renderer) == [False, False]
-    (warning,) = renderer.warnings()
-    assert (
-        "/photos, which does not exist; check the path; or run the same extract on the place where they are" in warning
-    )
-
-
-@pytest.mark.slow
-def test_page_says_how_many_images_are_left_out(foreign: Path) -> None:
-    words = ("curate", "dedup", "cache", "--feature", "open_toy/cls", "--html", "page.html", "--overwrite")
-    done = embedcache(*words, "-q", cwd=foreign)
-    assert done.code == 0, done.stderr
-    assert "images are not shown: the cache says" in (foreign / "page.html").read_text()
-    assert "warning: images are not shown: the cache says" in done.stderr, "also with -q"
-    done = embedcache(*words, "--image-folder", foreign, cwd=foreign)
-    assert done.code == 0, done.stderr
-    page = (foreign / "page.html").read_text()
-    assert "data:image/webp" in page
-    assert "not shown" not in page
 
 
 @pytest.fixture

@@ -76,12 +76,6 @@ def test_items_of_a_modality_without_any(cache: Cache) -> None:
     assert not len(cache.removed_items("points"))
 
 
-def test_repr_has_counts(cache: Cache) -> None:
-    assert repr(cache) == f"Cache({str(cache.path)!r}: 20 samples, 20 images, 20 texts)"
-    assert repr(cache.features()) == "[Feature(open_toy/cls: image, (20, 48) float16)]"
-    assert cache.features("text") == []
-
-
 def test_rows_are_samples(cache: Cache) -> None:
     assert len(cache) == 20
     texts = cache.items("text")["text"].to_pylist()

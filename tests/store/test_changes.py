@@ -109,24 +109,12 @@ def changed(source: Rows, row: int, **fields: object) -> Rows:
 @pytest.mark.parametrize(
     ("now", "words"),
     [
-        (
-            rows(5),
-            "'k5'",
-        ),
-        (
-            Rows([*rows(6).rows[:4], rows(6).rows[5], rows(6).rows[4]]),
-            "'k5'",
-        ),
+        (rows(5), "'k5'"),
+        (Rows([*rows(6).rows[:4], rows(6).rows[5], rows(6).rows[4]]), "'k5'"),
         (Rows([*rows(6).rows, sample("a")]), "--extend"),
-        (
-            changed(rows(6), 2, texts=(TextItem(text="other"),)),
-            "'k2'",
-        ),
+        (changed(rows(6), 2, texts=(TextItem(text="other"),)), "'k2'"),
         (changed(rows(6), 2, images=(FileItem(path="x.png", length=2),)), "'k2'"),
-        (
-            changed(rows(6), 2, images=(FileItem(path="2.png", length=9),)),
-            "row 2",
-        ),
+        (changed(rows(6), 2, images=(FileItem(path="2.png", length=9),)), "row 2"),
         (changed(rows(6), 2, columns={"label": 5}), "columns or languages of its samples differ"),
     ],
     ids=["gone", "reordered", "added", "caption", "image", "bytes", "columns"],

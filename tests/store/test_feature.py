@@ -174,10 +174,7 @@ def change_text(path: Path, old: str, new: str) -> None:
         (lambda cache: (cache / FIRST).replace(cache / SECOND), "chunk 0"),
         (lambda cache: (cache / SECOND).write_bytes(b"PAR1"), "repair"),
         (lambda cache: change_text(cache / "image/test/f/zarr.json", '"float16"', '"int16"'), "attributes"),
-        (
-            lambda cache: change_text(cache / "image/test/zarr.json", '"w"', '"other"'),
-            "has changed since it was written",
-        ),
+        (lambda cache: change_text(cache / "image/test/zarr.json", '"w"', '"other"'), "changed since"),
         (lambda cache: edit_record(cache / "cache.json", index_digest="other"), "other rows"),
     ],
 )

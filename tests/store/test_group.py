@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from embedcache.errors import CorruptError, FingerprintError, PathError, UnknownNameError
+from embedcache.errors import CorruptError, FingerprintError, PathError
 from embedcache.provenance import add_digest
 from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
@@ -105,24 +105,9 @@ def test_features_with_commits_keep_their_metadata(tmp_path: Path) -> None:
     assert read_feature(group, "g") == FeatureAttributes(item_shape=(5,), dtype="float32")
 
 
-@pytest.fixture(scope="module")
-def copied(two_caches: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(two_caches[0], tmp_path_factory.mktemp("copied") / "c"))
-
-
-def test_features_are_found_by_name_or_the_message_lists_them(copied: Path) -> None:
-    cache = Cache(copied)
-    assert cache.feature("image", "open_toy/cls").name == "open_toy/cls"
-    for name in ("", "open_toy"):
-        with pytest.raises(UnknownNameError, match="open_toy/cls, open_toy/patches"):
-            cache.feature("image", name)
-    assert len(cache.features()) == 4
-    assert [feature.modality for feature in cache.features("text")] == ["text", "text"]
-
-
-def test_damaged_tables_raise(copied: Path, tmp_path: Path) -> None:
+def test_damaged_tables_raise(two_caches: list[Path], tmp_path: Path) -> None:
     """Also one whose checksum is right, as in a cache of a stranger."""
-    path = Path(shutil.copytree(copied, tmp_path / "c"))
+    path = Path(shutil.copytree(two_caches[0], tmp_path / "c"))
     items, table = table_file(path, "text"), read_rows(path, "text")
     write_rows(items, table.slice(0, 39))
     for read in (lambda: Cache(path).items("text"), lambda: Cache(path).items("text", chunk=1)):

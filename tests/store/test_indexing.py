@@ -83,24 +83,6 @@ def test_index_again_without_features(tmp_path: Path) -> None:
     assert Cache(tmp_path / "c").items("image").num_rows == 11
 
 
-def test_index_changed_source_raises(tmp_path: Path) -> None:
-    index(rows(10), tmp_path / "c")
-    begin_a_feature(tmp_path / "c")
-    changed = rows(10)
-    changed.rows[3] = replace(changed.rows[3], texts=(TextItem(text="other"),))
-    for source in (rows(11), changed):
-        with pytest.raises(FingerprintError, match="has other samples.*rows nowhere.*new folder"):
-            index(source, tmp_path / "c")
-
-
-def test_index_duplicate_key_raises(tmp_path: Path) -> None:
-    source = rows(5)
-    source.rows[4] = replace(source.rows[4], key="k1")
-    with pytest.raises(SourceError, match="'k1' is the key of rows 1 and 4"):
-        index(source, tmp_path / "c")
-    assert [path.name for path in (tmp_path / "c").iterdir()] == [".lock"]
-
-
 def test_index_into_foreign_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(PathError, match=r"not a cache and not empty: it contains thesis\.tex"):
@@ -190,17 +172,6 @@ def test_limit_takes_a_prefix_and_reads_no_further(tmp_path: Path) -> None:
         index(source, tmp_path / "limited", limit=8)
     with pytest.raises(SettingError, match=r"limit: expected at least the 6 samples that cache .*limited has, got 5"):
         index(source, tmp_path / "limited", limit=5)
-
-
-def test_extend_grows_a_limited_cache(tmp_path: Path) -> None:
-    source = CountedRows(rows(10).rows)
-    index(source, tmp_path / "c", chunk_size=4, limit=3)
-    begin_a_feature(tmp_path / "c")
-    grown = index(source, tmp_path / "c", limit=7, extend=True)
-    assert ([part.num_samples for part in grown.parts], source.num_read) == ([3, 4], 7)
-    assert index(source, tmp_path / "c", limit=7) == grown
-    assert index(source, tmp_path / "c", limit=99, extend=True).num_samples == 10
-    assert Cache(tmp_path / "c").samples["key"].to_pylist() == [f"k{number}" for number in range(10)]
 
 
 def test_limit_counts_rows_of_the_cache(tmp_path: Path) -> None:

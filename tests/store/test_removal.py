@@ -12,7 +12,7 @@ from embedcache.progress import Progress
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, hash_item
 from embedcache.store.layout import commit_path, read_info
-from embedcache.store.removal import erase, find_chunks, remove_rows
+from embedcache.store.removal import erase, remove_rows
 from embedcache.store.tables import read_removed
 from embedcache.store.verify import verify
 from tests.recorded import RecordedProgress
@@ -34,12 +34,6 @@ def start(path: Path, samples: np.ndarray = SAMPLES, progress: Progress | None =
 def remove(path: Path, samples: np.ndarray = SAMPLES) -> None:
     start(path, samples)
     erase(path)
-
-
-def test_rows_of_the_chunks_are_counted_from_their_start(cache: Path) -> None:
-    found = find_chunks(Cache(cache), SAMPLES)
-    assert [group.modality for group, _ in found] == ["image", "text"]
-    assert all(rows == {0: [3, 9], 1: [1]} for _, rows in found)
 
 
 @pytest.mark.slow

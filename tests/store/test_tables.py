@@ -92,6 +92,7 @@ def test_keys_must_be_unique(tmp_path: Path, keys: str, words: str) -> None:
     with pytest.raises(SourceError) as raised:
         index(Rows([Sample(key=key) for key in keys]), tmp_path / "c")
     assert f"keys must be unique; {words}" in str(raised.value)
+    assert [path.name for path in (tmp_path / "c").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
