@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from embedcache.arrays import Array, Floats
-from embedcache.samples import FileItem, Sample, TextItem
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.sources import open_source
 from embedcache.store.feature import create_group
 from embedcache.store.indexing import index

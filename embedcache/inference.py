@@ -12,7 +12,6 @@ from torch import Tensor
 from embedcache.arrays import Array, Floats, Inputs, check_finite, normalize, to_numbers
 from embedcache.dataset.inputs import to_inputs
 from embedcache.dataset.raw_items import ItemLike, item_name, list_items, prepare_item
-from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Modality
 from embedcache.encoders.open import EncoderSpec, why_no_encoder
 from embedcache.encoders.views import FeatureEncoder, open_feature_encoder
@@ -20,6 +19,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import list_distinct, list_texts
 from embedcache.modeling.heads import AnyTower, TokenTower
+from embedcache.processes import AUTO, torch_device
 from embedcache.projectors.base import project
 from embedcache.runs import PAIR, Run
 from embedcache.sources.images import ImageLike

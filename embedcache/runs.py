@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Field
 
-from embedcache.devices import announce_device, torch_device
 from embedcache.errors import ArtifactError, DataError, EmbedcacheError, PathError, one_line, quoted
-from embedcache.files import AnyPath, replacing
-from embedcache.locks import Leases
+from embedcache.files import AnyPath, Leases, replacing
+from embedcache.processes import announce_device, torch_device
 from embedcache.provenance import (
     DIGEST,
     FORMAT,

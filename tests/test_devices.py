@@ -5,8 +5,8 @@ from typing import get_args
 import pytest
 import torch
 
-from embedcache import devices
-from embedcache.devices import Precision, all_devices, autocast, torch_device
+from embedcache import processes
+from embedcache.processes import Precision, all_devices, autocast, torch_device
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ def test_auto_is_the_fastest_device(cuda: int, mps: bool, expected: list[str], m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert devices._available() == expected
+    assert processes._available() == expected
     assert all_devices() == (("cuda:0", "cuda:1") if cuda else tuple(expected[:1]))
     if not cuda:
         assert torch_device(needs_float64=True) == torch.device("cpu")

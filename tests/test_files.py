@@ -15,6 +15,7 @@ from embedcache.errors import (
     UnfinishedError,
 )
 from embedcache.files import (
+    Leases,
     building,
     is_remote,
     make_folder,
@@ -24,7 +25,6 @@ from embedcache.files import (
     write_atomic,
     writing,
 )
-from embedcache.locks import Leases
 
 
 def test_failed_write_keeps_old_file(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_make_folder_at_file_raises(tmp_path: Path) -> None:
 OTHER = """
 import sys, time
 from pathlib import Path
-from embedcache.locks import Leases
+from embedcache.files import Leases
 leases = Leases(Path(sys.argv[1]))
 print([leases.acquire(number) for number in (0, 1, 2)], flush=True)
 sys.stdin.read()

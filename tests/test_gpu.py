@@ -10,7 +10,6 @@ import torch
 import embedcache
 from embedcache.arrays import dot_products
 from embedcache.dataset.settings import SplitSettings
-from embedcache.devices import products_on
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
 from embedcache.encoders.models import TorchGraph
 from embedcache.encoders.open import open_encoder
@@ -18,6 +17,7 @@ from embedcache.evaluate.classifiers import Examples, Fit, fit_knn, fit_ridge
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.processes import products_on
 from embedcache.progress import NullProgress
 from embedcache.runs import Run
 from embedcache.search.faiss_index import make_index, num_gpus, spherical_kmeans

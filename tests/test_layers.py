@@ -12,12 +12,12 @@ import embedcache
 PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"arrays", "registry", "progress", "modalities", "samples", "modeling"},
-    {"settings", "processes", "parameters"},
-    {"devices", "files"},
-    {"locks", "neighbors"},
+    {"arrays", "registry", "progress", "modalities", "modeling"},
+    {"settings"},
+    {"processes", "files"},
+    {"neighbors"},
     {"metrics", "provenance"},
-    {"outputs", "axis"},
+    {"axis"},
     {"store"},
     {"sources", "encoders", "projectors"},
     {"runs"},

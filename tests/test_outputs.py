@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from docs.hooks import leaves
 from embedcache.cli.main import root_command
 from embedcache.errors import CorruptError, PathError
-from embedcache.outputs import check_output, new_output, read_report_json, replacing_files, write_report_json
+from embedcache.provenance import check_output, new_output, read_report_json, replacing_files, write_report_json
 from tests.cli.run import embedcache, succeed
 
 

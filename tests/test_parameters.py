@@ -6,8 +6,7 @@ import pytest
 from pydantic import Field
 
 from embedcache.errors import EmbedcacheError, SettingError, UnknownNameError
-from embedcache.parameters import bind
-from embedcache.registry import Registry, plugin_name
+from embedcache.registry import Registry, bind, plugin_name
 from embedcache.train.losses import check_loss
 
 HERE = f"{__name__}:"

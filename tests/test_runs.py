@@ -219,7 +219,7 @@ def test_folder_of_a_kill_at_the_start_is_used(tmp_path: Path, left: list[str]) 
 def test_folder_of_another_process_is_refused(tmp_path: Path) -> None:
     Run.create(tmp_path, INFO).leases.release(0)  # type: ignore[union-attr]
     script = (
-        "import sys; from pathlib import Path; from embedcache.locks import Leases; leases = Leases(Path(sys.argv[1]));"
+        "import sys; from pathlib import Path; from embedcache.files import Leases; leases = Leases(Path(sys.argv[1]));"
         "print(leases.acquire(0), flush=True); input(); leases.release(0); print('released', flush=True); input();"
         "print(leases.acquire(0), flush=True)"
     )

@@ -117,7 +117,7 @@ def command(
 def _run(function: Callable[[], Any], options: Mapping[str, Any]) -> None:
     """Call the function of a command, and publish its report; options that the command lacks are None."""
     from embedcache.cli.console import publish, verbosity
-    from embedcache.outputs import replacing_files
+    from embedcache.provenance import replacing_files
 
     with ExitStack() as stack:
         stack.enter_context(verbosity(quiet=options["quiet"], verbose=options["verbose"]))

@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from embedcache.devices import announce
 from embedcache.errors import DataError, EmbedcacheError, PathError, is_out_of_memory, one_line, show_faults, visible
 from embedcache.files import disk_full_message, io_reason, is_io_error, read_text, split_lines
+from embedcache.processes import announce
 from embedcache.progress import Progress, close_bars, to_progress
 from embedcache.registry import used_plugins
 
@@ -57,7 +57,7 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else None))
     log.addHandler(handler)
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else level)
-    devices = logging.getLogger("embedcache.devices")
+    devices = logging.getLogger("embedcache.processes")
     devices.setLevel(logging.WARNING if quiet else logging.INFO)
     announce.cache_clear()  # a test runs several commands in one process
     try:
@@ -124,7 +124,7 @@ def publish(report: Any, *, as_json: bool, output: Path | None = None, html: Pat
         output: JSON file to write.
         html: page to write.
     """
-    from embedcache.outputs import write_output, write_report_json
+    from embedcache.provenance import write_output, write_report_json
     from embedcache.reports.render import Presentation, present, to_html
 
     shown = report if isinstance(report, Presentation) else present(report)

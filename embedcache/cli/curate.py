@@ -150,7 +150,7 @@ def leaks(
     """
     from embedcache.cli.console import open_progress
     from embedcache.curate.leaks import find_leaks
-    from embedcache.outputs import check_table_output
+    from embedcache.provenance import check_table_output
     from embedcache.reports.leaks import present_leaks
 
     if out is not None:

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 import typer
 
 from embedcache.dataset.settings import SELECTION_FORMAT
-from embedcache.devices import DEVICE_HELP
 from embedcache.errors import PathError, SettingError
 from embedcache.modalities import MODALITIES, split_modality
+from embedcache.processes import DEVICE_HELP
 from embedcache.registry import mark_as_read, unknown_name
 from embedcache.settings import FlatSetting, Settings, flat_settings, to_flat, to_words, with_underscores
 
@@ -32,7 +32,7 @@ def check_new_file(context: typer.Context, path: Path | None) -> Path | None:
     Raises:
         PathError: the path is a folder, a link or, without `--overwrite`, an existing file.
     """
-    from embedcache.outputs import check_output, replacing_files
+    from embedcache.provenance import check_output, replacing_files
 
     if path is None:
         return None

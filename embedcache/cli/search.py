@@ -15,9 +15,9 @@ from embedcache.cli.options import (
     IndexArgument,
     by_modality,
 )
-from embedcache.devices import AUTO
 from embedcache.errors import quoted
 from embedcache.modalities import FILE_MODALITIES
+from embedcache.processes import AUTO
 from embedcache.search.settings import MOVED_CACHE, MOVED_RUN, SearchSettings
 from embedcache.serve.settings import ServeSettings
 

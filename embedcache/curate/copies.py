@@ -12,10 +12,10 @@ from embedcache.curate.settings import DedupSettings, OutlierSettings
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import read_items
 from embedcache.dataset.vectors import Vectors
-from embedcache.devices import products_on
 from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, order_pair
 from embedcache.neighbors.clusters import Arranged, CosineTile, arrange, find_clusters
+from embedcache.processes import products_on
 from embedcache.progress import Progress
 from embedcache.runs import PAIR, Run
 from embedcache.search.faiss_index import spherical_kmeans

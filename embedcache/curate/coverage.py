@@ -30,10 +30,9 @@ from embedcache.metrics.ranking import gini, top_fraction
 from embedcache.modalities import count_items, noun
 from embedcache.neighbors.knn import KBest, knn
 from embedcache.neighbors.scan import scan
-from embedcache.outputs import read_report_json, write_report_json
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, to_progress
-from embedcache.provenance import construct
+from embedcache.provenance import construct, read_report_json, write_report_json
 from embedcache.runs import PAIR, Run
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.settings import merge_settings, replace_fields, replace_flat

@@ -19,9 +19,8 @@ from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.neighbors.pairs import PairCollector, Recall, cosine_limit, measure_recall, pair_keys
-from embedcache.outputs import check_output, check_table_output
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
-from embedcache.provenance import digest
+from embedcache.provenance import check_output, check_table_output, digest
 from embedcache.registry import unknown_name
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache, keys_at

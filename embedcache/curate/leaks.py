@@ -16,12 +16,10 @@ from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
-from embedcache.modalities import MODALITIES, noun, order_pair
+from embedcache.modalities import IMPORTED_SOURCE, MODALITIES, noun, order_pair
 from embedcache.neighbors.pairs import cosine_limit
-from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import name_differences
-from embedcache.samples import IMPORTED_SOURCE
+from embedcache.provenance import check_table_output, name_differences
 from embedcache.settings import merge_settings
 from embedcache.sources.open import IMPORT_TOGETHER
 from embedcache.store.cache import Cache

@@ -25,10 +25,9 @@ from embedcache.errors import CorruptError
 from embedcache.files import AnyPath, replacing
 from embedcache.modalities import noun
 from embedcache.neighbors.knn import knn
-from embedcache.outputs import read_metadata, to_metadata
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.projectors.closed_form import Moments
-from embedcache.provenance import FORMAT
+from embedcache.provenance import FORMAT, read_metadata, to_metadata
 from embedcache.registry import is_installed, require
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.hits import Hit

@@ -19,13 +19,13 @@ from embedcache.dataset.selections import read_selection, write_negatives
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
 from embedcache.dataset.vectors import Vectors
-from embedcache.devices import products_on
 from embedcache.errors import DataError, FingerprintError, SettingError, pluralize, quoted
 from embedcache.files import AnyPath
 from embedcache.neighbors.knn import KBest, knn
 from embedcache.neighbors.pairs import components
-from embedcache.outputs import check_table_output
+from embedcache.processes import products_on
 from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.provenance import check_table_output
 from embedcache.runs import PAIR, SPLIT, Run
 from embedcache.search.card import IndexCard, check_card, open_row_index, read_card
 from embedcache.search.faiss_index import RowIndex

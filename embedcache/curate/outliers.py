@@ -20,9 +20,8 @@ from embedcache.errors import DataError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.neighbors.pairs import NeighborCollector, Recall, measure_neighbor_recall
-from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import digest
+from embedcache.provenance import check_table_output, digest
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 

@@ -15,15 +15,14 @@ from embedcache.curate.settings import ScoreSettings
 from embedcache.dataset import keytable
 from embedcache.dataset.inputs import to_inputs
 from embedcache.dataset.vectors import Vectors
-from embedcache.devices import torch_device
 from embedcache.encoders.views import open_feature_encoder
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
-from embedcache.outputs import check_table_output
+from embedcache.processes import torch_device
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.base import project
-from embedcache.provenance import digest_file
+from embedcache.provenance import check_table_output, digest_file
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 

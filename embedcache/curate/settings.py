@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES, SELECTION_FORMAT, SELECTION_HELP, Cosine
-from embedcache.devices import address_setting, device_setting, engine_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES, ModalityName, noun, order_pair
+from embedcache.processes import address_setting, device_setting, engine_setting
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, MOVED_CACHE, MOVED_RUN, RUN_HELP
 from embedcache.settings import Settings, parse_count_or_fraction, setting
 

@@ -23,8 +23,8 @@ from embedcache.arrays import Ints, blocks
 from embedcache.dataset.pairs import name_caches
 from embedcache.errors import DataError, PathError, pluralize
 from embedcache.files import TEXT_ENCODING, read_file, reading
-from embedcache.outputs import check_table_output, new_output, read_metadata, to_metadata
 from embedcache.progress import NullProgress, Progress, watch
+from embedcache.provenance import check_table_output, new_output, read_metadata, to_metadata
 from embedcache.store.cache import Cache, Keys, RowReader, match_keys
 from embedcache.store.layout import SAMPLES
 from embedcache.store.tables import BLOCK, Column, add_checksum, iterate_table, open_table, read_removed, read_table

@@ -16,11 +16,11 @@ from embedcache.dataset.inputs import InputFeature, Reader, to_mean_vectors, to_
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.vectors import ItemVectors
-from embedcache.devices import products_on
 from embedcache.modalities import noun
 from embedcache.neighbors.clusters import Arranged, arrange, find_clusters
 from embedcache.neighbors.knn import KBest
 from embedcache.neighbors.pairs import GroupCollector, Recall, cosine_limit, draw_probes, measure_recall
+from embedcache.processes import products_on
 from embedcache.progress import NullProgress, Progress
 
 ALL_PAIRS_LIMIT = 4e12

@@ -11,8 +11,7 @@ from PIL import Image
 
 from embedcache.arrays import Floats
 from embedcache.errors import ItemError, PathError
-from embedcache.modalities import noun
-from embedcache.samples import FileItem
+from embedcache.modalities import FileItem, noun
 from embedcache.settings import format_bytes
 from embedcache.sources.images import decode_image
 from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio, decode_video, probe_media

@@ -11,10 +11,10 @@ import numpy as np
 from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, blocks, normalize
 from embedcache.dataset.inputs import InputFeature, Reader, open_input, to_unit_vectors
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
-from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError, quoted
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
+from embedcache.processes import AUTO, torch_device
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import project
 from embedcache.runs import PAIR, Run

@@ -20,11 +20,10 @@ from embedcache.dataset.splits import read_split, require_split
 from embedcache.derive.rules import Block, Derivation, DerivedView, Rule, open_rule, to_items
 from embedcache.derive.runs import RunRequest, open_run, reopen_run
 from embedcache.derive.settings import DeriveSettings
-from embedcache.devices import AUTO
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import DataError, ItemError, SettingError, UnfinishedError
-from embedcache.files import AnyPath, read_file, remove_partials, replacing
-from embedcache.locks import locked
+from embedcache.files import AnyPath, locked, read_file, remove_partials, replacing
+from embedcache.processes import AUTO
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import DERIVED, RUN, digest, digest_file, new_record_path, record_stage
 from embedcache.registry import names_from

@@ -13,10 +13,10 @@ from embedcache.arrays import Array, Inputs, blocks
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN, check_same_view, open_input, to_inputs, view_feature
 from embedcache.derive.rules import Block, Derivation, DerivedView, Output, Rule
-from embedcache.devices import torch_device
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import SettingError
 from embedcache.modeling.heads import AnyTower
+from embedcache.processes import torch_device
 from embedcache.projectors.base import project
 from embedcache.provenance import RUN
 from embedcache.registry import unknown_name

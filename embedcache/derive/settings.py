@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from embedcache.devices import device_setting
 from embedcache.errors import SettingError
+from embedcache.processes import device_setting
 from embedcache.settings import Settings, setting
 
 DTYPES = ("float16", "float32", "int16", "int32", "int64")

@@ -16,11 +16,10 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
-from embedcache.devices import torch_device
 from embedcache.encoders.base import EncoderSettings, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.models import Graph
 from embedcache.errors import ItemError
-from embedcache.processes import prefetch_map
+from embedcache.processes import prefetch_map, torch_device
 
 SAMPLE_RATE_HZ = 16_000
 """Rate of raw audio items."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from pydantic import Field, field_validator
 
-from embedcache.devices import AUTO
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
+from embedcache.processes import AUTO
 from embedcache.registry import unknown_name
 from embedcache.settings import Settings, setting
 

@@ -25,7 +25,6 @@ from PIL import Image
 
 from embedcache.arrays import Array, Floats, Ints, blocks
 from embedcache.axis import Axis
-from embedcache.devices import announce_device, autocast, torch_device
 from embedcache.encoders.base import Backend, EncoderSettings, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.weights import load_part
 from embedcache.errors import ArtifactError, PathError, SettingError, one_line
@@ -38,6 +37,7 @@ from embedcache.modeling.features import (
     patch_pools,
     requested_layers,
 )
+from embedcache.processes import announce_device, autocast, torch_device
 from embedcache.provenance import digest, digest_file, read_record, write_record
 from embedcache.registry import is_installed, require
 

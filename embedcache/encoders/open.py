@@ -13,14 +13,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from embedcache.devices import AUTO, Precision, torch_device
 from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality, background_of
 from embedcache.errors import ArtifactError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.files import expand_home
 from embedcache.modalities import noun
-from embedcache.parameters import parse_options, quote_option, split_options
+from embedcache.processes import AUTO, Precision, torch_device
 from embedcache.provenance import DERIVED, IMPORTED, check_same
-from embedcache.registry import Registry, has_trust, names_from, unknown_name
+from embedcache.registry import (
+    Registry,
+    has_trust,
+    names_from,
+    parse_options,
+    quote_option,
+    split_options,
+    unknown_name,
+)
 from embedcache.settings import replace_fields
 
 ENCODERS = Registry(

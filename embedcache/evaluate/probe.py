@@ -12,7 +12,6 @@ from embedcache.dataset.inputs import InputFeature, open_input, to_mean_vectors
 from embedcache.dataset.labels import Labels, has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.splits import PARTS, column_parts, draw_groups
-from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError, first_few, pluralize
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, load_method
 from embedcache.evaluate.settings import ProbeSettings
@@ -20,6 +19,7 @@ from embedcache.files import AnyPath
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
 from embedcache.metrics.ranking import class_means, rank_labels
 from embedcache.modalities import noun, one_noun
+from embedcache.processes import products_on
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache, Keys

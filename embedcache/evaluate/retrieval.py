@@ -10,7 +10,6 @@ import numpy as np
 from embedcache.arrays import Array, Floats, Ints, normalize
 from embedcache.dataset.matches import ItemSet
 from embedcache.dataset.pairs import ANY_LANGUAGE, Items, Pairs, number_items, pair_items
-from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.runs import (
     Overlap,
@@ -42,6 +41,7 @@ from embedcache.metrics.ranking import (
     tied_chance_recall,
 )
 from embedcache.modalities import directions, noun, pair_nouns
+from embedcache.processes import products_on
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import project
 from embedcache.runs import Run

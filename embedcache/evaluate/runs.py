@@ -22,14 +22,14 @@ from embedcache.dataset.pairs import pair_items
 from embedcache.dataset.selections import read_selection_table
 from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES
 from embedcache.dataset.splits import Split, column_parts, read_split
-from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.files import AnyPath, is_url, one_or_many
+from embedcache.modalities import IMPORTED_SOURCE
+from embedcache.processes import AUTO, torch_device
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, digest
 from embedcache.runs import PAIR, SPLIT, Run
-from embedcache.samples import IMPORTED_SOURCE
 from embedcache.sources.open import IMPORT_TOGETHER
 from embedcache.store.cache import Cache
 

@@ -6,9 +6,9 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 
 from embedcache.dataset.settings import LANGUAGE_DEFAULT, SplitSettings, with_split_seed
-from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
+from embedcache.processes import device_setting
 from embedcache.search.settings import FEATURE_HELP, LABEL
 from embedcache.settings import Settings, from_flat, group, setting
 

@@ -16,7 +16,7 @@ from embedcache.export.sentence_transformers import write_sentence_transformers
 from embedcache.export.settings import ExportSettings
 from embedcache.export.transformers import write_transformers
 from embedcache.files import AnyPath, building, remove_folder
-from embedcache.outputs import read_report_json
+from embedcache.provenance import read_report_json
 from embedcache.registry import unknown_name
 from embedcache.runs import PAIR, Run
 from embedcache.settings import merge_settings

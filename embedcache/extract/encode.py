@@ -19,17 +19,15 @@ import pyarrow as pa
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.devices import AUTO
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality, background_of
 from embedcache.encoders.open import EncoderSpec, auto_precision, open_encoder, recorded_settings
 from embedcache.encoders.views import View, open_view, reopen_view
 from embedcache.errors import FingerprintError, ItemError, SettingError, SourceError, first_few
 from embedcache.extract.settings import ExtractJob, ExtractSettings
-from embedcache.modalities import MODALITIES, encoder_option
-from embedcache.processes import num_cores, prefetch_map
+from embedcache.modalities import MODALITIES, FileItem, Source, encoder_option
+from embedcache.processes import AUTO, num_cores, prefetch_map
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import names_from, trust_files, unknown_name
-from embedcache.samples import FileItem, Source
 from embedcache.settings import format_bytes, replace_fields
 from embedcache.sources.open import open_below, reopen_source
 from embedcache.store.cache import Cache

@@ -10,20 +10,26 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from embedcache.devices import AUTO, all_devices, announce_device, torch_device
 from embedcache.encoders.open import EncoderSpec, check_spec
 from embedcache.encoders.views import open_view
 from embedcache.errors import PathError, SettingError, SourceError, UnfinishedError, quoted
 from embedcache.extract.encode import open_encoders
 from embedcache.extract.settings import ExtractJob, ExtractSettings
-from embedcache.files import AnyPath, open_path, remove_partials
-from embedcache.locks import has_locks, locked
-from embedcache.modalities import MODALITIES, ModalityName, noun
-from embedcache.processes import connected, num_cores, run_processes, run_ray_tasks
+from embedcache.files import AnyPath, has_locks, locked, open_path, remove_partials
+from embedcache.modalities import IMPORTED_SOURCE, MODALITIES, ModalityName, Source, noun
+from embedcache.processes import (
+    AUTO,
+    all_devices,
+    announce_device,
+    connected,
+    num_cores,
+    run_processes,
+    run_ray_tasks,
+    torch_device,
+)
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import new_record_path, record_stage
 from embedcache.registry import require, trust_code, unknown_name
-from embedcache.samples import IMPORTED_SOURCE, Source
 from embedcache.settings import flat_settings, from_flat, merge_settings, replace_fields
 from embedcache.sources.open import RecordedSource, SourceSettings, below_named, open_source, remember
 from embedcache.store.cache import Cache

@@ -14,9 +14,8 @@ from embedcache.extract.encode import Encoders, open_encoders
 from embedcache.extract.extract import job_devices, join_encoders, open_job
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import AnyPath, is_remote, open_path
-from embedcache.modalities import MODALITIES
+from embedcache.modalities import MODALITIES, Source
 from embedcache.progress import AnyProgress, to_progress
-from embedcache.samples import Source
 from embedcache.settings import format_bytes
 from embedcache.store.cache import Cache
 from embedcache.store.producer import Target, add_features, find_unfinished

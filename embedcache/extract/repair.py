@@ -10,11 +10,11 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, distinct, normalize
 from embedcache.derive.derive import derivation_depth, reopen_derivation
-from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, EmbedcacheError, ItemError, pluralize
 from embedcache.extract.encode import Encoders, reopen_encoders, view_fingerprint
 from embedcache.extract.settings import VerifySettings
 from embedcache.files import AnyPath, remove_partials
+from embedcache.processes import AUTO
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.provenance import check_same, name_differences
 from embedcache.settings import merge_settings

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
 
-from embedcache.devices import AUTO, address_setting, device_setting, engine_setting
 from embedcache.encoders.base import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
-from embedcache.processes import num_cores
+from embedcache.processes import AUTO, address_setting, device_setting, engine_setting, num_cores
 from embedcache.settings import Settings, group, parse_fraction, replace_fields, setting
 
 if TYPE_CHECKING:
-    from embedcache.samples import Source
+    from embedcache.modalities import Source
 
 
 class ExtractSettings(Settings):

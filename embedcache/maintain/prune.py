@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 from embedcache.errors import PathError, SettingError, UnknownNameError, pluralize
-from embedcache.files import AnyPath, folder_bytes, open_path, remove_folder, remove_partials
-from embedcache.locks import Leases, locked
+from embedcache.files import AnyPath, Leases, folder_bytes, locked, open_path, remove_folder, remove_partials
 from embedcache.maintain.settings import PruneSettings
 from embedcache.registry import unknown_name
 from embedcache.settings import format_bytes, merge_settings

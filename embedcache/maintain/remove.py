@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 from embedcache.arrays import Ints
 from embedcache.curate.map import FILE as map_file
 from embedcache.errors import DataError, PathError, SettingError, UnfinishedError, pluralize
-from embedcache.files import TEXT_ENCODING, AnyPath, is_remote, open_path, reading, remove_partials
-from embedcache.locks import locked
+from embedcache.files import TEXT_ENCODING, AnyPath, is_remote, locked, open_path, reading, remove_partials
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, list_texts
 from embedcache.progress import AnyProgress, Progress, to_progress

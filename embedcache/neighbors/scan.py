@@ -12,8 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 from threadpoolctl import threadpool_limits
 
 from embedcache.arrays import Floats, Ints
-from embedcache.devices import announce_device
-from embedcache.processes import connected, num_cores
+from embedcache.processes import announce_device, connected, num_cores
 from embedcache.progress import NullProgress, Progress
 
 Result = TypeVar("Result")

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
-from embedcache.devices import announce_device
-from embedcache.parameters import bind
+from embedcache.processes import announce_device
 from embedcache.progress import NullProgress, Progress
-from embedcache.registry import Registry
+from embedcache.registry import Registry, bind
 
 if TYPE_CHECKING:
     from torch import Tensor

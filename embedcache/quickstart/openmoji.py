@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from embedcache.errors import ItemError, SettingError
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.registry import require
-from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.open import SourceSettings
 
 _IMAGE_PX = 256

@@ -13,8 +13,7 @@ from embedcache.errors import CorruptError, PathError, pluralize
 from embedcache.files import folder_bytes, open_path
 from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import count_items
-from embedcache.outputs import read_report_json
-from embedcache.provenance import construct, read_json, read_study, recognize
+from embedcache.provenance import construct, read_json, read_report_json, read_study, recognize
 from embedcache.reports.render import Presentation, Section
 from embedcache.runs import PAIR, Run
 from embedcache.search.card import IndexCard, read_card

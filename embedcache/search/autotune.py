@@ -10,9 +10,9 @@ import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.dataset.vectors import Vectors
-from embedcache.devices import AUTO, products_on
 from embedcache.errors import SettingError
 from embedcache.neighbors.knn import knn_of_blocks
+from embedcache.processes import AUTO, products_on
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.faiss_index import RowIndex
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from embedcache.devices import AUTO, announce
 from embedcache.errors import CorruptError, quoted
+from embedcache.processes import AUTO, announce
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints, read_npy
-from embedcache.devices import AUTO, announce
 from embedcache.errors import CorruptError, SettingError
 from embedcache.files import replacing
+from embedcache.processes import AUTO, announce
 from embedcache.progress import Progress
 from embedcache.registry import require
 

@@ -15,8 +15,7 @@ import numpy as np
 from embedcache.arrays import Ints, distinct, read_npy
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import FingerprintError, SettingError
-from embedcache.files import AnyPath, relative_location, writing
-from embedcache.locks import LOCK, locked
+from embedcache.files import LOCK, AnyPath, locked, relative_location, writing
 from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, prepare_folder, record_stage, write_json

@@ -15,10 +15,10 @@ from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.dataset.labels import label_text, require_column
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
-from embedcache.devices import AUTO, products_on
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.files import AnyPath, is_url
 from embedcache.neighbors.knn import knn_of_blocks
+from embedcache.processes import AUTO, products_on
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress, watch
 from embedcache.registry import unknown_name
 from embedcache.runs import MANIFEST, SPLIT

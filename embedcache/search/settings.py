@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.dataset.settings import SELECTION_HELP
-from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
+from embedcache.processes import device_setting
 from embedcache.settings import Settings, group, parse_size, setting
 
 FEATURE_HELP = "Feature, as encoder/feature."

@@ -20,9 +20,8 @@ from embedcache.curate.coverage import (
 from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import DataError, FingerprintError, PathError, UnknownNameError, quoted
 from embedcache.modalities import noun
-from embedcache.outputs import read_report_json
 from embedcache.progress import Progress
-from embedcache.provenance import construct
+from embedcache.provenance import construct, read_report_json
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.search import OpenIndex
 from embedcache.settings import replace_flat

@@ -1,6 +1,6 @@
 """Sources of raw samples: folders, tables, WebDataset shards, Hugging Face datasets, texts and prompts."""
 
-from embedcache.samples import FileItem, Sample, Source, TextItem
+from embedcache.modalities import FileItem, Sample, Source, TextItem
 from embedcache.sources.open import SOURCES, SourceSettings, open_source, read_below, reopen_source
 
 __all__ = [

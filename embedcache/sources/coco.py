@@ -11,7 +11,7 @@ from typing import Any
 
 from embedcache.errors import SourceError
 from embedcache.files import decode_text, is_remote, open_path, reading
-from embedcache.samples import FileItem, Sample
+from embedcache.modalities import FileItem, Sample
 from embedcache.settings import replace_fields
 from embedcache.sources.files import (
     find_root,

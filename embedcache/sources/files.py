@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import decode_text, is_missing, is_remote, is_url, open_path, read_file, reading, split_lines
-from embedcache.samples import FileItem, Sample, Scalar, TextItem
+from embedcache.modalities import FileItem, Sample, Scalar, TextItem
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 

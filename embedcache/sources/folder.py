@@ -9,8 +9,7 @@ from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_remote, open_path, reading
-from embedcache.modalities import noun
-from embedcache.samples import FileItem, Sample
+from embedcache.modalities import FileItem, Sample, noun
 from embedcache.sources.files import (
     MEDIA_SUFFIXES,
     SIDECAR_SUFFIXES,

@@ -16,8 +16,8 @@ from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import hub_errors
+from embedcache.modalities import FileItem, Sample
 from embedcache.registry import require
-from embedcache.samples import FileItem, Sample
 from embedcache.settings import replace_fields
 from embedcache.sources.open import SourceSettings
 from embedcache.sources.table import (

@@ -18,9 +18,9 @@ from typing import Any
 
 from embedcache.errors import ItemError, PathError, SettingError, SourceError, quoted
 from embedcache.files import is_url, open_path
+from embedcache.modalities import IMPORTED_SOURCE, MERGED, PARTS, FileItem, Sample, Source
 from embedcache.provenance import digest
 from embedcache.registry import Registry, has_trust, names_from
-from embedcache.samples import IMPORTED_SOURCE, MERGED, PARTS, FileItem, Sample, Source
 from embedcache.settings import Settings, merge_settings, setting
 from embedcache.sources.files import (
     JSON_SUFFIXES,

@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.files import TEXT_ENCODING, open_path, reading
-from embedcache.modalities import MODALITIES
-from embedcache.samples import FileItem, Sample, TextItem
+from embedcache.modalities import MODALITIES, FileItem, Sample, TextItem
 from embedcache.settings import replace_fields
 from embedcache.sources.files import (
     TABLE_SUFFIXES,

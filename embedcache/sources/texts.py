@@ -10,8 +10,8 @@ from typing import Any
 
 from embedcache.errors import ItemError, SourceError
 from embedcache.files import TEXT_ENCODING, check_regular, open_path, read_text, reading, split_lines
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.registry import require, unknown_name
-from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.files import TEXT_SUFFIXES, has_suffix, parse_json, require_file, to_text_items
 from embedcache.sources.open import SourceSettings
 

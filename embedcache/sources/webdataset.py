@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_remote, open_path, reading
-from embedcache.samples import FileItem, Sample, Scalar
+from embedcache.modalities import FileItem, Sample, Scalar
 from embedcache.sources.files import (
     MEDIA_SUFFIXES,
     SHARD_SEPARATOR,

@@ -27,12 +27,21 @@ from embedcache.errors import (
     pluralize,
     quoted,
 )
-from embedcache.files import find_files, flush, is_remote, make_folder, reading, remove_file, remove_folder, writing
-from embedcache.locks import LOCK, locked
-from embedcache.modalities import FILE_MODALITIES, noun
+from embedcache.files import (
+    LOCK,
+    find_files,
+    flush,
+    is_remote,
+    locked,
+    make_folder,
+    reading,
+    remove_file,
+    remove_folder,
+    writing,
+)
+from embedcache.modalities import FILE_MODALITIES, FileItem, Sample, Source, noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, digest
-from embedcache.samples import FileItem, Sample, Source
 from embedcache.store.cache import Cache
 from embedcache.store.layout import (
     INTERRUPTED_REMOVAL,

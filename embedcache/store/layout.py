@@ -11,9 +11,8 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from embedcache.errors import CorruptError, quoted
-from embedcache.files import AnyPath, find_files, is_remote, is_url, open_path
-from embedcache.locks import LOCK
-from embedcache.modalities import MODALITIES
+from embedcache.files import LOCK, AnyPath, find_files, is_remote, is_url, open_path
+from embedcache.modalities import MERGED, MODALITIES, PARTS
 from embedcache.provenance import (
     DIGEST,
     Manifest,
@@ -23,7 +22,6 @@ from embedcache.provenance import (
     read_manifest,
     write_record,
 )
-from embedcache.samples import MERGED, PARTS
 from embedcache.settings import replace_fields
 
 FORMAT_VERSION = 1

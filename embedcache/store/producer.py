@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 import pyarrow as pa
 
 from embedcache.axis import Axis
-from embedcache.locks import Leases
+from embedcache.files import Leases
 from embedcache.modalities import count_items, noun
 from embedcache.progress import Progress
 from embedcache.store.commits import PENDING, Commit, describe_failures, has_failed

@@ -14,8 +14,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, PathError
-from embedcache.files import remove_partials, writing
-from embedcache.locks import locked
+from embedcache.files import locked, remove_partials, writing
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest_file

@@ -30,9 +30,8 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.errors import CorruptError, PathError, SourceError
 from embedcache.files import check_regular, is_remote, partial_path, put_file, read_file, reading, replacing
-from embedcache.modalities import MODALITIES
+from embedcache.modalities import MODALITIES, FileItem, Sample
 from embedcache.provenance import digest_file
-from embedcache.samples import FileItem, Sample
 from embedcache.store.arrays import check_file, file_checksum
 from embedcache.store.layout import SAMPLES, CacheInfo, Part, TableFile, next_revision, removed_path, table_name
 

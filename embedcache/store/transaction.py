@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from embedcache.files import is_remote, put_file, remove_folder, write_atomic
-from embedcache.locks import locked
+from embedcache.files import is_remote, locked, put_file, remove_folder, write_atomic
 
 _COMPLETE = "complete"
 """File of a transaction whose other files are all written."""

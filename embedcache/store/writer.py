@@ -12,8 +12,7 @@ import pyarrow as pa
 from embedcache.arrays import Array, blocks, fit_integers
 from embedcache.axis import Axis
 from embedcache.errors import ArtifactError, CorruptError, DataError, FingerprintError, PathError
-from embedcache.files import find_files
-from embedcache.locks import locked
+from embedcache.files import find_files, locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
 from embedcache.store.arrays import (

@@ -17,9 +17,9 @@ from optuna.distributions import (
 )
 
 from embedcache.dataset.settings import SplitSettings
-from embedcache.devices import torch_device
 from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.files import read_text
+from embedcache.processes import torch_device
 from embedcache.projectors.base import bind_projector, split_names
 from embedcache.registry import unknown_name
 from embedcache.settings import flat_settings, with_underscores

@@ -23,8 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from embedcache.dataset.pairs import choose_language
 from embedcache.dataset.splits import check_split, write_split
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, SettingError, one_line
-from embedcache.files import remove_folder
-from embedcache.locks import LOCK, Leases, locked
+from embedcache.files import LOCK, Leases, locked, remove_folder
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from embedcache.dataset.inputs import NamedFeatures
-from embedcache.files import AnyPath, writing
-from embedcache.locks import locked
+from embedcache.files import AnyPath, locked, writing
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import write_record
 from embedcache.registry import require

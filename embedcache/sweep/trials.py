@@ -18,8 +18,7 @@ from optuna.visualization.matplotlib import plot_optimization_history, plot_para
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DiskFullError, EmbedcacheError, SettingError, UnfinishedError, is_out_of_memory
 from embedcache.evaluate.retrieval import evaluate_retrieval
-from embedcache.files import is_remote
-from embedcache.locks import Leases
+from embedcache.files import Leases, is_remote
 from embedcache.processes import run_processes
 from embedcache.progress import Progress
 from embedcache.projectors.base import split_names

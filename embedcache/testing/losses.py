@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from embedcache.parameters import bind
+from embedcache.registry import bind
 from embedcache.train.losses import LOSSES, Positives
 
 

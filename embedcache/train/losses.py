@@ -20,8 +20,7 @@ from torch.nn.functional import logsigmoid, softplus
 from torch.utils.checkpoint import checkpoint
 
 from embedcache.errors import SettingError
-from embedcache.parameters import bind
-from embedcache.registry import Registry
+from embedcache.registry import Registry, bind
 from embedcache.train.distributed import (
     divided,
     log_sum_over_processes,

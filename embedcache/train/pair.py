@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from embedcache.arrays import blocks
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Pairs
-from embedcache.devices import autocast
 from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.modalities import directions
-from embedcache.parameters import bind
+from embedcache.processes import autocast
 from embedcache.projectors.base import project
 from embedcache.projectors.pair import AlignedPair
+from embedcache.registry import bind
 from embedcache.train.batches import Batch, BatchInput, PairBatches, PairTargets, load_pairs
 from embedcache.train.data import DrawnViews
 from embedcache.train.distributed import gather_rows

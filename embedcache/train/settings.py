@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeAlias
 from pydantic import PositiveInt, field_serializer
 
 from embedcache.dataset.settings import LANGUAGE_DEFAULT, SELECTION_HELP, SplitSettings, with_split_seed
-from embedcache.devices import AUTO, Precision
 from embedcache.errors import SettingError
+from embedcache.processes import AUTO, Precision
 from embedcache.settings import (
     Settings,
     flat_settings,

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from embedcache.arrays import check_finite
-from embedcache.devices import announce_device
 from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError, one_line
 from embedcache.files import replacing
+from embedcache.processes import announce_device
 from embedcache.progress import Progress
 from embedcache.registry import require, unknown_name
 from embedcache.runs import CHECKPOINT, LAST_WEIGHTS, LOG, read_info, save_weights

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from embedcache.arrays import Array, Floats
 from embedcache.dataset.raw_items import prepare_item
-from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError
 from embedcache.files import AnyPath
 from embedcache.inference import Model, ProjectedEncoder, load, open_projected_encoder
+from embedcache.processes import AUTO, torch_device
 from embedcache.registry import require
 from embedcache.reports.render import MODEL
 from embedcache.runs import PAIR, Run

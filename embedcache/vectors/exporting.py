@@ -22,13 +22,11 @@ from embedcache.dataset.vectors import Vectors
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError, pluralize
 from embedcache.files import URL_PATTERN, AnyPath, building, is_url
-from embedcache.modalities import MODALITIES, count_items
-from embedcache.outputs import new_output, to_metadata
+from embedcache.modalities import IMPORTED_SOURCE, MODALITIES, count_items
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import add_digest
+from embedcache.provenance import add_digest, new_output, to_metadata
 from embedcache.registry import unknown_name
 from embedcache.runs import PAIR, Run
-from embedcache.samples import IMPORTED_SOURCE
 from embedcache.settings import merge_settings
 from embedcache.sources.open import SOURCES
 from embedcache.sources.table import INTERVAL_NAMES

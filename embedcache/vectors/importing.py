@@ -13,10 +13,9 @@ from embedcache.arrays import Array, Bools
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import CorruptError, ItemError, SettingError, SourceError, UnfinishedError
 from embedcache.files import AnyPath, open_path, remove_partials
-from embedcache.modalities import MODALITIES
+from embedcache.modalities import IMPORTED_SOURCE, MODALITIES, FileItem, Sample, TextItem
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import IMPORTED, check_same, digest, digest_file, new_record_path, record_stage
-from embedcache.samples import IMPORTED_SOURCE, FileItem, Sample, TextItem
 from embedcache.settings import merge_settings
 from embedcache.sources.files import read_item_file, resolve_item
 from embedcache.sources.open import SourceSettings, remember

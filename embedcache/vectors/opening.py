@@ -15,8 +15,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError
 from embedcache.files import AnyPath, check_regular, one_or_many, reading
 from embedcache.modalities import MODALITIES
-from embedcache.outputs import read_metadata
-from embedcache.provenance import check_record
+from embedcache.provenance import check_record, read_metadata
 from embedcache.registry import unknown_name
 from embedcache.sources.table import open_parquet
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from embedcache.dataset.settings import SELECTION_HELP
-from embedcache.devices import device_setting
 from embedcache.modalities import ModalityName
+from embedcache.processes import device_setting
 from embedcache.search.settings import RUN_HELP
 from embedcache.settings import Settings, setting
 from embedcache.sources.open import ITEM_COLUMNS

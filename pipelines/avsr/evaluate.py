@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from embedcache.arrays import Ints
-from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError
+from embedcache.processes import AUTO, torch_device
 from pipelines.avsr.ctc import WordTime, word_times
 from pipelines.avsr.decoding import Decoding
 from pipelines.avsr.network import check_decoder, load_network, recognize, to_text

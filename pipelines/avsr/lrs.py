@@ -14,7 +14,7 @@ from typing import Any
 
 from embedcache.errors import PathError, SourceError
 from embedcache.files import reading
-from embedcache.samples import FileItem, Sample, TextItem
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.sources.files import read_item_file
 from embedcache.sources.open import SourceSettings
 

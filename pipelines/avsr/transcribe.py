@@ -19,12 +19,12 @@ import torch
 from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.cli.console import open_progress, print_line, run_program
-from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, ItemError, SettingError
-from embedcache.outputs import check_output, replacing_files, write_output
+from embedcache.processes import AUTO, torch_device
 from embedcache.progress import NullProgress, Progress
+from embedcache.provenance import check_output, replacing_files, write_output
 from pipelines.avsr.clips import MOUTH_FORM, Clip, Window, iter_windows, open_clip, parse_mouth
 from pipelines.avsr.ctc import WordTime, num_ctc_frames, word_times
 from pipelines.avsr.decoding import Decoding

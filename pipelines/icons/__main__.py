@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from embedcache.cli.console import print_table, run_program
-from embedcache.devices import Precision
+from embedcache.processes import Precision
 from embedcache.reports.render import Table, format_percent
 from pipelines.icons.ablation import NUM_PAIRS, run_ablation
 from pipelines.icons.curation import BUDGETS

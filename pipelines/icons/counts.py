@@ -33,8 +33,8 @@ from embedcache.arrays import Array, Bools, Floats, Ints
 from embedcache.cli.console import print_line, print_table, run_program
 from embedcache.curate.coverage import CoverageReport, measure_coverage, write_answers
 from embedcache.errors import ItemError
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.reports.render import Table
-from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.open import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.train.train import train

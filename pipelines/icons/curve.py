@@ -16,12 +16,12 @@ import numpy as np
 
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.splits import read_split
-from embedcache.devices import Precision
 from embedcache.evaluate.retrieval import chance_at, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.evaluate.zero_shot import classify
 from embedcache.metrics.intervals import MetricValues
+from embedcache.processes import Precision
 from embedcache.progress import Progress
 from embedcache.provenance import digest_file
 from embedcache.runs import PAIR, Run

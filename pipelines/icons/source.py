@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import reading
-from embedcache.samples import FileItem, Sample, TextItem
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.sources.files import check_read_allowed
 from embedcache.sources.open import SourceSettings
 from pipelines.icons.drawing import draw_png

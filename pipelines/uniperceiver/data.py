@@ -26,8 +26,8 @@ from embedcache.errors import SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import write_atomic
+from embedcache.modalities import Source
 from embedcache.progress import Progress
-from embedcache.samples import Source
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from pipelines.worlds import easy_vqa, label_sets, shapes, texts

@@ -9,9 +9,9 @@ import torch
 from scipy.stats import hypergeom
 
 from embedcache.arrays import Bools, Ints, blocks, distinct
-from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError
 from embedcache.metrics.intervals import MetricValues
+from embedcache.processes import AUTO, torch_device
 from embedcache.provenance import check_same
 from embedcache.runs import Run
 from pipelines.results import Measures, Result

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from embedcache.arrays import Floats, distinct
-from embedcache.devices import autocast
+from embedcache.processes import autocast
 from embedcache.progress import Progress
 from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.runs import Run, RunInfo

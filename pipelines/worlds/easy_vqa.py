@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow as pa
 
 from embedcache.errors import ItemError, SettingError
+from embedcache.modalities import FileItem, Sample
 from embedcache.registry import require
-from embedcache.samples import FileItem, Sample
 from embedcache.sources.open import SourceSettings
 from pipelines.worlds.examples import draw_examples, in_split, make_examples
 

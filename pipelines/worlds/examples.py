@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from embedcache.errors import SettingError
 from embedcache.files import replacing
-from embedcache.samples import Source
+from embedcache.modalities import Source
 
 
 def make_examples(

@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow as pa
 
 from embedcache.errors import ItemError, MissingExtraError, SettingError
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.quickstart.openmoji import OpenmojiSource
 from embedcache.registry import unknown_name
-from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.sources.open import SourceSettings
 from pipelines.worlds.examples import draw_examples, in_split
 from pipelines.worlds.idx import encode_png, read_idx

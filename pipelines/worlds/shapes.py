@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from embedcache.errors import ItemError
-from embedcache.samples import FileItem, Sample, TextItem
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.sources.open import SourceSettings
 from pipelines.worlds.locations import parse_location
 

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from embedcache.errors import ItemError
+from embedcache.modalities import FileItem, Sample
 from embedcache.registry import unknown_name
-from embedcache.samples import FileItem, Sample
 from embedcache.sources.open import SourceSettings
 from pipelines.worlds.locations import parse_location
 from pipelines.worlds.ray_casting import Camera

@@ -33,10 +33,10 @@ import numpy as np
 from embedcache.arrays import Array
 from embedcache.errors import DataError, SettingError, SourceError
 from embedcache.files import make_folder, partial_path, remove_partials, write_atomic
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.processes import num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import require
-from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.settings import Settings, setting
 from embedcache.sources.files import read_item_file
 from embedcache.sources.open import SourceSettings

@@ -20,7 +20,7 @@ from embedcache.curate.map import (
 )
 from embedcache.curate.settings import MapSettings
 from embedcache.maintain.remove import remove_samples
-from embedcache.outputs import to_metadata
+from embedcache.provenance import to_metadata
 from embedcache.search.concepts import Concepts
 from embedcache.search.hits import Hit
 from embedcache.search.index import build_index

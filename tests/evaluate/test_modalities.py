@@ -16,7 +16,7 @@ from embedcache.evaluate.zero_shot import evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.inference import load
-from embedcache.samples import FileItem, Sample, TextItem
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import train_settings

@@ -20,9 +20,9 @@ from embedcache.export.base import check_parity
 from embedcache.export.export import export_run
 from embedcache.export.settings import ExportSettings
 from embedcache.export.towers import _check_exportable
-from embedcache.outputs import write_report_json
 from embedcache.projectors.base import project
 from embedcache.projectors.pair import AlignedPair
+from embedcache.provenance import write_report_json
 from embedcache.runs import PAIR, Run, RunInfo, RunInput
 from tests.crash import call_elsewhere
 from tests.edits import edit_record

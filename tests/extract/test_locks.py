@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from embedcache import locks
 from embedcache.errors import PathError
-from embedcache.locks import Leases, has_locks, locked
+from embedcache.files import SKIP_LOCKS, Leases, has_locks, locked
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests.crash import call, start_call
@@ -32,7 +31,7 @@ def disable_locks(code: int) -> None:
 
 def extract_shard(code: int, source: Path, cache: Path, shard: str) -> None:
     disable_locks(code)
-    os.environ[locks.SKIP_LOCKS] = "1"
+    os.environ[SKIP_LOCKS] = "1"
     run(source, cache, shard=shard, **SETTINGS)
 
 
@@ -58,7 +57,7 @@ def test_missing_locks_are_one_line(code: int, tmp_path: Path, monkeypatch: pyte
         pass
     with pytest.raises(PathError, match=expected):
         Leases(tmp_path).acquire(3)
-    monkeypatch.setenv(locks.SKIP_LOCKS, "1")
+    monkeypatch.setenv(SKIP_LOCKS, "1")
     with locked(tmp_path):
         assert Leases(tmp_path).acquire(3)
     assert not has_locks(tmp_path)

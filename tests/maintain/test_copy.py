@@ -24,8 +24,8 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.copy import cut_cache, merge_caches
 from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.remove import remove_samples
+from embedcache.modalities import FileItem
 from embedcache.progress import NullProgress
-from embedcache.samples import FileItem
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.tables import to_file_item

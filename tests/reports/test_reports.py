@@ -20,7 +20,7 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
 from embedcache.extract.extract import extract
-from embedcache.outputs import write_report_json
+from embedcache.provenance import write_report_json
 from embedcache.reports.coverage import present_coverage
 from embedcache.reports.dedup import present_dedup, present_thresholds
 from embedcache.reports.encoder_pairs import present_encoder_pairs

@@ -16,12 +16,12 @@ import pytest
 
 from embedcache.arrays import normalize
 from embedcache.dataset.vectors import Vectors
-from embedcache.devices import announce
 from embedcache.errors import CorruptError, FingerprintError, PathError, SettingError
 from embedcache.extract.extract import extract, retry_failed
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import partial_path, relative_location
 from embedcache.maintain.remove import remove_samples
+from embedcache.processes import announce
 from embedcache.progress import NullProgress
 from embedcache.provenance import read_json
 from embedcache.search import index as index_module
@@ -414,7 +414,7 @@ def test_large_indexes_are_compared_by_verify_alone(
     exchange(copy / name, data)
     monkeypatch.setattr("embedcache.search.card._COMPARED_BYTES", read_card(copy).file_bytes - 1)
     announce.cache_clear()
-    with caplog.at_level(logging.INFO, "embedcache.devices"):
+    with caplog.at_level(logging.INFO, "embedcache.processes"):
         opened(copy)
     assert f"not compared with its checksums; to do so: embedcache verify {copy}" in caplog.text
     with pytest.raises(CorruptError, match=name):

@@ -12,8 +12,8 @@ from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.map import build_map
 from embedcache.curate.settings import MapSettings
 from embedcache.extract.extract import extract
-from embedcache.outputs import write_report_json
 from embedcache.progress import NullProgress
+from embedcache.provenance import write_report_json
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings

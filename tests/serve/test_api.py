@@ -19,8 +19,8 @@ from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.map import read_map
 from embedcache.errors import CorruptError, FingerprintError, MissingExtraError, PathError, SettingError
 from embedcache.maintain.remove import remove_samples
-from embedcache.outputs import write_report_json
 from embedcache.progress import NullProgress
+from embedcache.provenance import write_report_json
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries

@@ -15,8 +15,7 @@ import pytest
 from embedcache.cli.main import main
 from embedcache.errors import FingerprintError, PathError, SettingError
 from embedcache.extract.extract import extract
-from embedcache.outputs import replacing_files
-from embedcache.provenance import digest_file, read_json
+from embedcache.provenance import digest_file, read_json, replacing_files
 from embedcache.reports.summary import summarize
 from embedcache.runs import Run, is_finished
 from embedcache.settings import replace_fields

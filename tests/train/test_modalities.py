@@ -13,8 +13,8 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.inference import load
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.runs import PAIR, Run
-from embedcache.samples import FileItem, Sample, TextItem
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search

@@ -22,9 +22,9 @@ from embedcache.extract.extract import extract
 from embedcache.extract.repair import repair
 from embedcache.maintain.copy import merge_caches
 from embedcache.maintain.remove import remove_samples
+from embedcache.modalities import FileItem
 from embedcache.progress import PlainProgress
 from embedcache.reports.summary import failure_lines
-from embedcache.samples import FileItem
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search

@@ -16,7 +16,7 @@ from embedcache.arrays import normalize
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.files import open_path
-from embedcache.outputs import replacing_files
+from embedcache.provenance import replacing_files
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.tables import to_file_item

@@ -16,10 +16,9 @@ from embedcache.arrays import Array, Bools, Ints, blocks, distinct
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, ItemError, pluralize
 from embedcache.files import building
-from embedcache.modalities import FILE_MODALITIES, MODALITIES, one_noun
-from embedcache.outputs import check_output, new_output
+from embedcache.modalities import FILE_MODALITIES, MODALITIES, FileItem, Source, TextItem, one_noun
 from embedcache.progress import NullProgress, Progress
-from embedcache.samples import FileItem, Source, TextItem
+from embedcache.provenance import check_output, new_output
 from embedcache.sources.files import MEDIA_SUFFIXES, to_sidecar
 from embedcache.sources.open import reopen_source
 from embedcache.sources.table import INTERVAL_NAMES

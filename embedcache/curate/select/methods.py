@@ -14,9 +14,9 @@ from embedcache.arrays import Array, Bools, Floats, Ints, blocks, distinct, norm
 from embedcache.curate.select.select import Pool
 from embedcache.dataset.selections import Score, Selection
 from embedcache.dataset.vectors import Vectors
-from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
 from embedcache.neighbors.knn import KBest, knn
+from embedcache.processes import AUTO
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.concepts import Concepts
 from embedcache.search.faiss_index import spherical_kmeans

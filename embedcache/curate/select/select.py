@@ -26,10 +26,9 @@ from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, name_pair, noun, pair_nouns
-from embedcache.outputs import check_table_output
-from embedcache.parameters import bind, find_parameters
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress, watch
-from embedcache.registry import Registry, plugin_name
+from embedcache.provenance import check_table_output
+from embedcache.registry import Registry, bind, find_parameters, plugin_name
 from embedcache.runs import PAIR, Run
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.settings import merge_settings, replace_fields

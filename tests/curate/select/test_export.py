@@ -17,8 +17,8 @@ from embedcache.curate.select.export import _suffix, export_selection, to_uids, 
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.errors import DataError, PathError
 from embedcache.extract.extract import extract
-from embedcache.outputs import replacing_files
-from embedcache.samples import Scalar
+from embedcache.modalities import Scalar
+from embedcache.provenance import replacing_files
 from embedcache.sources import Sample, Source, SourceSettings, TextItem, open_source
 from embedcache.sources.open import remember
 from embedcache.store.cache import Cache

@@ -8,7 +8,7 @@ import numpy as np
 
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.samples import FileItem, Sample, TextItem
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.settings import from_flat
 from embedcache.store.cache import Cache
 from embedcache.train.settings import FitSettings

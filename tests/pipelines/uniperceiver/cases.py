@@ -12,7 +12,7 @@ from PIL import Image
 
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.samples import FileItem, Sample, TextItem
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.settings import from_flat
 from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache

@@ -11,7 +11,7 @@ import pytest
 from embedcache.errors import DataError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.samples import FileItem, Sample, TextItem
+from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from pipelines.uniperceiver.examples import open_examples, open_media
 from pipelines.uniperceiver.words import BLANK, END, NUM_SPECIAL, UNKNOWN, Vocabulary, list_words, with_blanks
