@@ -143,6 +143,7 @@ class Registry:
         presets: names of combinations of plug-ins, to list in error messages.
         arguments: number of positional arguments that a plug-in is called with.
         has_parameters: whether its other arguments are parameters that users name, see `bind`.
+        has_objects: whether its plug-ins are objects rather than classes and functions.
     """
 
     kind: str
@@ -151,6 +152,7 @@ class Registry:
     presets: Collection[str] = ()
     arguments: int = 0
     has_parameters: bool = False
+    has_objects: bool = False
 
     def __contains__(self, name: str) -> bool:
         """Return whether a name is built in or declared by an installed package."""
@@ -193,7 +195,7 @@ class Registry:
                 )
             sys.path.extend(folder for folder in _TRUST.folders if folder not in sys.path)
         plugin = self._import(name, module, attribute)
-        if not callable(plugin):
+        if not (self.has_objects or callable(plugin)):
             raise SettingError(f"{name!r} is not a {self.kind}: expected a class or function, got {plugin!r:.60}")
         return plugin
 

@@ -39,7 +39,7 @@ Path(__file__).with_name("pwned").touch()
 def open_it(*arguments, **options):
     raise ValueError("opened")
 """
-TABLE = Registry("number", {"pi": "math:pi"}, group="embedcache.numbers")
+TABLE = Registry("number", {"pi": "math:pi"}, group="embedcache.numbers", has_objects=True)
 
 pytestmark = pytest.mark.usefixtures("as_stranger")
 

@@ -127,6 +127,7 @@ RULES = Registry(
         "standardize": "embedcache.derive.rules:STANDARDIZE",
     },
     group="embedcache.rules",
+    has_objects=True,
 )
 """Each is a `Rule`."""
 

@@ -124,7 +124,7 @@ def test_config_of_a_run_trains_it_again(folder: Path) -> None:
         ("inspect cache --output photos", "photos"),
         ("evaluate retrieval cache run --html photos", "photos"),
         ("evaluate retrieval cache run --control-run run", "--shuffle-pairs"),
-        ("evaluate retrieval cache run run", "twice"),
+        ("evaluate retrieval cache run run", "once"),
         ("evaluate retrieval run cache", "order"),
         ("evaluate zero-shot cache run --prompts cache", "prompts"),
         ("evaluate probe cache --feature open_toy/cls --classifier rigde --label key", "ridge"),
