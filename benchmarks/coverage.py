@@ -21,7 +21,7 @@ from embedcache.arrays import Floats, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.curate.coverage import SAMPLE, CoverageCounter, estimate_background
 from embedcache.dataset.vectors import Vectors
-from embedcache.neighbors.scan import scan
+from embedcache.neighbors.knn import scan
 from embedcache.search.concepts import open_concepts
 from embedcache.store.cache import Cache
 

@@ -8,7 +8,7 @@ A settings class is a pydantic model whose fields are made by `setting`. From th
 - validation: type, bounds, finite numbers (`Settings`);
 - flat names for the command line, TOML files and sweeps (`flat_settings`, `from_flat`, `to_flat`);
 - the JSON record on disk (`Settings.to_json`);
-- the options of a command (`embedcache.cli.options`) and the tables of the reference documentation.
+- the options of a command (`embedcache.cli.commands`) and the tables of the reference documentation.
 
 A field that is itself a settings class is a group; its fields join those of the outer class.
 """

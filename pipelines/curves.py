@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from embedcache.metrics.intervals import Estimate
+from embedcache.metrics import Estimate
 from embedcache.reports.figures import COLORS, GRID, INK, SOFT, format_gain, label, legend_name, open_axes
 
 _MARKERS = "os^DvPX*"

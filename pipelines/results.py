@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from embedcache.arrays import Array
 from embedcache.errors import CorruptError, DataError
 from embedcache.files import write_atomic
-from embedcache.metrics.intervals import Estimate, MetricValues, interval_of, resample_runs
+from embedcache.metrics import Estimate, MetricValues, interval_of, resample_runs
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import DIGEST, add_digest, construct, read_record
 from embedcache.reports.figures import svg

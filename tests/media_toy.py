@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.axis import Axis
 from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ItemError
+from embedcache.store.layout import Axis
 
 MEDIA = "tests.media_toy:open_media"
 _HOP = 320  # samples per frame: 50 per second

@@ -17,7 +17,6 @@ LAYERS = [
     {"processes", "files"},
     {"neighbors"},
     {"metrics", "provenance"},
-    {"axis"},
     {"store"},
     {"sources", "encoders", "projectors"},
     {"runs"},

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import NonNegativeInt
 
-from embedcache.cli.commands import command
-from embedcache.cli.options import read_config
+from embedcache.cli.commands import command, read_config
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.errors import CorruptError, PathError, SettingError, UnknownNameError
 from embedcache.modalities import MODALITIES

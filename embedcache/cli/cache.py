@@ -5,8 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from embedcache.cli.commands import command, exit_with_findings, new_group
-from embedcache.cli.options import CacheArgument, SelectionArgument, split_at_commas
+from embedcache.cli.commands import (
+    CacheArgument,
+    SelectionArgument,
+    command,
+    exit_with_findings,
+    new_group,
+    split_at_commas,
+)
 from embedcache.errors import SettingError
 from embedcache.extract.settings import VerifySettings
 from embedcache.maintain.settings import PruneSettings, RemoveSettings

@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from embedcache.cli.commands import command, new_group
-from embedcache.cli.options import (
+from embedcache.cli.commands import (
     SCORES_OUT,
     CacheArgument,
     Features,
@@ -14,6 +13,8 @@ from embedcache.cli.options import (
     SelectionArgument,
     SelectionOutput,
     check_new_file,
+    command,
+    new_group,
     output_argument,
 )
 from embedcache.curate.settings import (

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedcache.cli.commands import command, new_group
-from embedcache.cli.options import CacheArgument, Features
+from embedcache.cli.commands import CacheArgument, Features, command, new_group
 from embedcache.evaluate.settings import (
     PairsSettings,
     ProbeSettings,

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedcache.cli.commands import command, new_group
-from embedcache.cli.options import CacheArgument, RunArgument, check_new_file
+from embedcache.cli.commands import CacheArgument, RunArgument, check_new_file, command, new_group
 from embedcache.errors import quoted
 from embedcache.export.settings import ExportSettings, HubSettings
 from embedcache.vectors.settings import VectorExportSettings

@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedcache.cli.commands import command, new_group
-from embedcache.cli.options import CacheArgument, by_modality
+from embedcache.cli.commands import CacheArgument, by_modality, command, new_group
 from embedcache.derive.settings import DeriveSettings
 from embedcache.errors import SettingError
 from embedcache.extract.settings import ExtractSettings

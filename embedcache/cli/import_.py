@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedcache.cli.commands import command, new_group
-from embedcache.cli.options import by_modality
+from embedcache.cli.commands import by_modality, command, new_group
 from embedcache.errors import SettingError
 from embedcache.vectors.settings import ImportSettings
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedcache.cli.commands import command, new_group
-from embedcache.cli.options import (
+from embedcache.cli.commands import (
     OUTPUT_PANEL,
     Concepts,
     Device,
     IndexArgument,
     by_modality,
+    command,
+    new_group,
 )
 from embedcache.errors import quoted
 from embedcache.modalities import FILE_MODALITIES

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedcache.cli.commands import command, new_group
-from embedcache.cli.options import Features
+from embedcache.cli.commands import Features, command, new_group
 from embedcache.sweep.settings import SweepSettings
 from embedcache.train.settings import TrainSettings, train_settings
 

@@ -14,7 +14,7 @@ from embedcache.dataset.pairs import read_items
 from embedcache.dataset.vectors import Vectors
 from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, order_pair
-from embedcache.neighbors.clusters import Arranged, CosineTile, arrange, find_clusters
+from embedcache.neighbors.pairs import Arranged, CosineTile, arrange, find_clusters
 from embedcache.processes import products_on
 from embedcache.progress import Progress
 from embedcache.runs import PAIR, Run

@@ -26,10 +26,9 @@ from embedcache.dataset.selections import read_selection
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, pluralize
 from embedcache.files import AnyPath
-from embedcache.metrics.ranking import gini, top_fraction
+from embedcache.metrics import gini, top_fraction
 from embedcache.modalities import count_items, noun
-from embedcache.neighbors.knn import KBest, knn
-from embedcache.neighbors.scan import scan
+from embedcache.neighbors.knn import KBest, knn, scan
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.provenance import construct, read_report_json, write_report_json

@@ -10,7 +10,7 @@ from PIL import Image
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.thumbnails import Thumbnails, not_shown
 from embedcache.errors import EmbedcacheError
-from embedcache.neighbors.clusters import scratch_matrix
+from embedcache.neighbors.pairs import scratch_matrix
 from embedcache.processes import num_cores
 from embedcache.progress import Progress, watch
 from embedcache.sources.images import decode_image

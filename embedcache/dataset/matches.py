@@ -17,9 +17,17 @@ from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.vectors import ItemVectors
 from embedcache.modalities import noun
-from embedcache.neighbors.clusters import Arranged, arrange, find_clusters
 from embedcache.neighbors.knn import KBest
-from embedcache.neighbors.pairs import GroupCollector, Recall, cosine_limit, draw_probes, measure_recall
+from embedcache.neighbors.pairs import (
+    Arranged,
+    GroupCollector,
+    Recall,
+    arrange,
+    cosine_limit,
+    draw_probes,
+    find_clusters,
+    measure_recall,
+)
 from embedcache.processes import products_on
 from embedcache.progress import NullProgress, Progress
 

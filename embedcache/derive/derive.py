@@ -14,7 +14,6 @@ import numpy as np
 from safetensors.numpy import load, save_file
 
 from embedcache.arrays import Array, Ints, distinct
-from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN
 from embedcache.dataset.splits import read_split, require_split
 from embedcache.derive.rules import Block, Derivation, DerivedView, Rule, open_rule, to_items
@@ -30,7 +29,7 @@ from embedcache.registry import names_from
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, Commit
 from embedcache.store.feature import EncoderGroup, Feature, create_group, find_group, open_group
-from embedcache.store.layout import checked_fit_path, encoder_path, fit_path
+from embedcache.store.layout import Axis, checked_fit_path, encoder_path, fit_path
 from embedcache.store.producer import FillReport, Output, Verb, fill
 from embedcache.store.writer import ChunkFeatures, cast_item
 

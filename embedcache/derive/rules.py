@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, normalize
-from embedcache.axis import Axis
 from embedcache.derive.settings import DTYPES
 from embedcache.encoders.base import ItemShape
 from embedcache.encoders.open import EncoderSpec
@@ -22,6 +21,7 @@ from embedcache.errors import DataError, ItemError, SettingError
 from embedcache.projectors.closed_form import Moments
 from embedcache.provenance import canonical_json, digest
 from embedcache.registry import Registry, unknown_name
+from embedcache.store.layout import Axis
 
 
 class Block(NamedTuple):

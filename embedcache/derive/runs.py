@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Inputs, blocks
-from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN, check_same_view, open_input, to_inputs, view_feature
 from embedcache.derive.rules import Block, Derivation, DerivedView, Output, Rule
 from embedcache.encoders.base import ItemShape
@@ -23,6 +22,7 @@ from embedcache.registry import unknown_name
 from embedcache.runs import PAIR, Run, RunInput
 from embedcache.store.cache import Cache
 from embedcache.store.feature import EncoderGroup
+from embedcache.store.layout import Axis
 
 _BLOCK = 256
 
@@ -58,8 +58,8 @@ class OutputModule(Protocol):
     in their order, unless the module has a method `output_sides(name)` that returns the names of the sides which an
     output reads. The derived features belong to the modality of the first of them.
 
-    A method `output_axis(name, axes)` may return the `embedcache.axis.Axis` of the tokens of an output, or None, given
-    those of its inputs.
+    A method `output_axis(name, axes)` may return the `embedcache.store.layout.Axis` of the tokens of an output, or
+    None, given those of its inputs.
     """
 
     def output_shapes(self, shapes: Sequence[ItemShape]) -> Mapping[str, ItemShape]:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array, Floats, blocks
-from embedcache.axis import Axis
 from embedcache.encoders.base import EncoderSettings, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.models import Graph
 from embedcache.errors import ItemError
 from embedcache.processes import prefetch_map, torch_device
+from embedcache.store.layout import Axis
 
 SAMPLE_RATE_HZ = 16_000
 """Rate of raw audio items."""

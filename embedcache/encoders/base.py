@@ -71,9 +71,9 @@ def background_of(preprocessing: Mapping[str, Any] | None) -> str:
 class Encoder(Protocol):
     """A frozen model of one modality.
 
-    It may have two more attributes, both mappings from feature names: `axes`, the `embedcache.axis.Axis` of a feature
-    of tokens, and `dtypes`, the dtype on disk of a feature that has one of its own, such as `int16` for labels and
-    `float32` for coordinates, whatever `--dtype` says.
+    It may have two more attributes, both mappings from feature names: `axes`, the `embedcache.store.layout.Axis` of a
+    feature of tokens, and `dtypes`, the dtype on disk of a feature that has one of its own, such as `int16` for labels
+    and `float32` for coordinates, whatever `--dtype` says.
 
     `prepare` is called from many threads at once and needs no device; `encode` is called from one thread.
     """

@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 
 from embedcache.arrays import Array, blocks
-from embedcache.axis import Axis
 from embedcache.encoders.base import Encoder, EncoderSettings, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, open_encoder
 from embedcache.errors import ItemError, SettingError
 from embedcache.settings import format_bytes
+from embedcache.store.layout import Axis
 
 RATE_HZ = 25.0
 """Default rate: half the 50 Hz of speech encoders, and that of most recordings of talking faces."""

@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 
 from embedcache.arrays import Array, Floats, Ints, blocks
-from embedcache.axis import Axis
 from embedcache.encoders.base import Backend, EncoderSettings, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.weights import load_part
 from embedcache.errors import ArtifactError, PathError, SettingError, one_line
@@ -40,6 +39,7 @@ from embedcache.modeling.features import (
 from embedcache.processes import announce_device, autocast, torch_device
 from embedcache.provenance import digest, digest_file, read_record, write_record
 from embedcache.registry import is_installed, require
+from embedcache.store.layout import Axis
 
 Transform: TypeAlias = Callable[[Image.Image], Array]
 """RGB image of any size -> (3, H, W): uint8 if the model normalizes pixels itself, else float32."""

@@ -13,7 +13,6 @@ import torch
 from PIL.Image import Image
 
 from embedcache.arrays import Array, Floats
-from embedcache.axis import Axis
 from embedcache.encoders.audio import SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
 from embedcache.encoders.models import (
@@ -44,6 +43,7 @@ from embedcache.modeling.features import (
     state_features,
     untie_last_state,
 )
+from embedcache.store.layout import Axis
 
 IMAGE_POOLING: Mapping[str, str] = {
     "pooled": "the model's own pooled output",

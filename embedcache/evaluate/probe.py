@@ -16,8 +16,14 @@ from embedcache.errors import DataError, SettingError, first_few, pluralize
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, load_method
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.files import AnyPath
-from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
-from embedcache.metrics.ranking import class_means, rank_labels
+from embedcache.metrics import (
+    Estimate,
+    bootstrap_class_mean,
+    bootstrap_mean,
+    bootstrap_runs,
+    class_means,
+    rank_labels,
+)
 from embedcache.modalities import noun, one_noun
 from embedcache.processes import products_on
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress

@@ -24,19 +24,17 @@ from embedcache.evaluate.runs import (
 )
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.files import AnyPath
-from embedcache.metrics.intervals import (
+from embedcache.metrics import (
     Estimate,
+    average_precisions,
     bootstrap_mean,
     bootstrap_median,
     chance_estimate,
     effective_number,
-    hit_rates,
-    over_seeds,
-)
-from embedcache.metrics.ranking import (
-    average_precisions,
     first_ranks,
+    hit_rates,
     negatives_before,
+    over_seeds,
     recall_at,
     tied_chance_recall,
 )

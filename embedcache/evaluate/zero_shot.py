@@ -27,8 +27,18 @@ from embedcache.evaluate.runs import (
 )
 from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.files import AnyPath
-from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, chance_estimate, hit_rates, over_seeds
-from embedcache.metrics.ranking import class_means, count_confusion, rank_labels, recall_at, top_classes
+from embedcache.metrics import (
+    Estimate,
+    bootstrap_class_mean,
+    chance_estimate,
+    class_means,
+    count_confusion,
+    hit_rates,
+    over_seeds,
+    rank_labels,
+    recall_at,
+    top_classes,
+)
 from embedcache.modalities import count_items, noun
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import project

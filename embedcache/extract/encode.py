@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow as pa
 
 from embedcache.arrays import Array
-from embedcache.axis import Axis
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality, background_of
 from embedcache.encoders.open import EncoderSpec, auto_precision, open_encoder, recorded_settings
 from embedcache.encoders.views import View, open_view, reopen_view
@@ -33,6 +32,7 @@ from embedcache.sources.open import open_below, reopen_source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, Commit, hash_item
 from embedcache.store.feature import EncoderGroup, Feature, create_group, find_group
+from embedcache.store.layout import Axis
 from embedcache.store.producer import ChunkTask, ComputedChunk, Output, Target, Verb
 from embedcache.store.tables import to_file_item
 from embedcache.store.writer import ChunkFeatures, cast_item

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.evaluate.encoder_pairs import METRICS, PairMetrics, PairsReport
-from embedcache.metrics.intervals import Estimate
+from embedcache.metrics import Estimate
 from embedcache.reports.figures import INK, open_axes, svg
 from embedcache.reports.render import Presentation, Section, Table, format_fraction
 

@@ -8,7 +8,7 @@ from warnings import catch_warnings, filterwarnings
 import numpy as np
 
 from embedcache.arrays import Floats
-from embedcache.metrics.intervals import Estimate
+from embedcache.metrics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ import numpy as np
 
 from embedcache.evaluate.classifiers import METHODS
 from embedcache.evaluate.probe import Control, ProbeReport, Score
-from embedcache.metrics.intervals import Estimate
+from embedcache.metrics import Estimate
 from embedcache.reports.figures import COLORS, GRID, INK, label, open_axes, svg
 from embedcache.reports.render import (
     Presentation,

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from embedcache.files import write_atomic
-from embedcache.metrics.intervals import Estimate
+from embedcache.metrics import Estimate
 from embedcache.reports.items import ItemRenderer, QueryExample
 
 Table: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]

@@ -14,7 +14,7 @@ from embedcache.evaluate.retrieval import KS, Ranking, RetrievalReport, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.files import AnyPath
-from embedcache.metrics.intervals import Estimate
+from embedcache.metrics import Estimate
 from embedcache.modalities import directions, noun, one_noun, pair_nouns
 from embedcache.reports.figures import COLORS, INK, SOFT, estimate_bars, label, legend_name, open_axes, svg
 from embedcache.reports.items import ItemRenderer, PageItem, QueryExample, ranked_example, sample_outcomes

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from embedcache.dataset import keytable
 from embedcache.errors import CorruptError, PathError, pluralize
 from embedcache.files import folder_bytes, open_path
-from embedcache.metrics.ranking import metric_label
+from embedcache.metrics import metric_label
 from embedcache.modalities import count_items
 from embedcache.provenance import construct, read_json, read_report_json, read_study, recognize
 from embedcache.reports.render import Presentation, Section

@@ -12,7 +12,7 @@ from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.evaluate.zero_shot import ZeroShotPredictions, ZeroShotReport, classify
 from embedcache.files import AnyPath
-from embedcache.metrics.intervals import Estimate
+from embedcache.metrics import Estimate
 from embedcache.modalities import noun
 from embedcache.reports.figures import COLORS, INK, SOFT, estimate_bars, label, open_axes, svg
 from embedcache.reports.items import ItemRenderer, PageItem, QueryExample, ranked_example, sample_outcomes

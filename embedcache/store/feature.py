@@ -19,7 +19,6 @@ import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from embedcache.arrays import Array, Bools, Ints, distinct, to_rows
-from embedcache.axis import Axis
 from embedcache.errors import CorruptError, DataError, PathError, UnfinishedError
 from embedcache.files import find_files
 from embedcache.progress import Progress
@@ -35,10 +34,9 @@ from embedcache.store.arrays import (
     read_metadata,
     write_metadata,
 )
-from embedcache.store.commits import HASH, Commit, read_commit
-from embedcache.store.layout import CacheInfo, encoder_path, read_info
+from embedcache.store.commits import HASH, Commit, finish, is_complete, read_commit
+from embedcache.store.layout import Axis, CacheInfo, encoder_path, read_info
 from embedcache.store.tables import Column, is_none, to_array
-from embedcache.store.transaction import finish, is_complete
 
 M = TypeVar("M", bound=Manifest)
 

@@ -10,14 +10,13 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import pyarrow as pa
 
-from embedcache.axis import Axis
 from embedcache.files import Leases
 from embedcache.modalities import count_items, noun
 from embedcache.progress import Progress
-from embedcache.store.commits import PENDING, Commit, describe_failures, has_failed
+from embedcache.store.commits import PENDING, Commit, describe_failures, find_transactions, finish, has_failed
 from embedcache.store.feature import EncoderGroup, Feature
+from embedcache.store.layout import Axis
 from embedcache.store.tables import to_array
-from embedcache.store.transaction import find_transactions, finish
 from embedcache.store.writer import ChunkFeatures, add_feature, commit_chunk
 
 Verb: TypeAlias = Literal["encoded", "derived", "imported", "copied"]

@@ -20,7 +20,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest_file
 from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
-from embedcache.store.commits import REMOVED
+from embedcache.store.commits import REMOVED, find_transactions, finish
 from embedcache.store.feature import EncoderGroup, Feature
 from embedcache.store.layout import SAMPLES, Part, find_unlisted, removed_path, write_info
 from embedcache.store.tables import (
@@ -33,7 +33,6 @@ from embedcache.store.tables import (
     without_samples,
     write_removed,
 )
-from embedcache.store.transaction import find_transactions, finish
 from embedcache.store.verify import check_tables
 from embedcache.store.writer import chunk_files, rewrite_chunk
 

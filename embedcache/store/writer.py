@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Array, blocks, fit_integers
-from embedcache.axis import Axis
 from embedcache.errors import ArtifactError, CorruptError, DataError, FingerprintError, PathError
 from embedcache.files import find_files, locked
 from embedcache.modalities import MODALITIES
@@ -25,11 +24,19 @@ from embedcache.store.arrays import (
     write_metadata,
 )
 from embedcache.store.cache import Cache
-from embedcache.store.commits import PENDING, REMOVED, Commit, remove_commit, removed_hash, write_commit
+from embedcache.store.commits import (
+    PENDING,
+    REMOVED,
+    Commit,
+    remove_commit,
+    removed_hash,
+    replacing_together,
+    roll_forward,
+    write_commit,
+)
 from embedcache.store.feature import ATTRIBUTE, EncoderGroup, Feature, FeatureAttributes, open_group, read_feature
-from embedcache.store.layout import read_info
+from embedcache.store.layout import Axis, read_info
 from embedcache.store.tables import read_removed
-from embedcache.store.transaction import replacing_together, roll_forward
 
 
 class ChunkFeatures(NamedTuple):

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from embedcache.arrays import Array
-from embedcache.axis import Axis
 from embedcache.encoders.base import NO_WEIGHTS, Encoder, EncoderSettings, Modality
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.errors import ItemError, SettingError, UnknownNameError
 from embedcache.provenance import canonical_json
 from embedcache.sources.media import Video
+from embedcache.store.layout import Axis
 
 TOLERANCE = 2e-5
 """Allowed difference, for values of about 1 that float32 sums in another order give."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from embedcache.arrays import blocks
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Pairs
-from embedcache.metrics.ranking import best_ranks, recall_at
+from embedcache.metrics import best_ranks, recall_at
 from embedcache.modalities import directions
 from embedcache.processes import autocast
 from embedcache.projectors.base import project

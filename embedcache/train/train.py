@@ -14,7 +14,7 @@ from embedcache.dataset.selections import HardNegatives, read_negatives
 from embedcache.dataset.settings import with_split_seed
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath, relative_location, writing
-from embedcache.metrics.ranking import metric_label
+from embedcache.metrics import metric_label
 from embedcache.processes import AUTO, torch_device
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import bind_projector, has_token_input, split_names

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import ctc_loss
 
 from embedcache.arrays import Floats, Ints
-from embedcache.axis import Axis
 from embedcache.errors import SettingError
 from embedcache.runs import Run
+from embedcache.store.layout import Axis
 from pipelines.avsr.attention import AttentionDecoder
 from pipelines.avsr.ctc import decode_ctc
 from pipelines.avsr.decoding import Decoding, decode_attention, decode_hybrid

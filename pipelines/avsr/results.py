@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from embedcache.dataset.inputs import PLAIN
-from embedcache.metrics.intervals import Estimate, interval_of
+from embedcache.metrics import Estimate, interval_of
 from embedcache.reports.render import Table
 from pipelines.results import Results
 

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from embedcache.arrays import Array, Floats, blocks
-from embedcache.axis import Axis
 from embedcache.derive.rules import principal_components
 from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.frames import RATE_HZ, FrameEncoder, RawVideo
@@ -25,6 +24,7 @@ from embedcache.encoders.weights import check_weights_file, hash_weights
 from embedcache.errors import CorruptError, DataError, SettingError, one_line
 from embedcache.files import expand_home, replacing
 from embedcache.projectors.closed_form import Moments
+from embedcache.store.layout import Axis
 from pipelines.avsr.pixels import PIXELS_SIZE, Pixels
 
 FAMILY = "pipelines.avsr.stacks:open_stacks"

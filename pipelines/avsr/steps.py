@@ -14,7 +14,7 @@ from embedcache.dataset.inputs import PLAIN
 from embedcache.derive.derive import derive_from_run
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.metrics.intervals import MetricValues
+from embedcache.metrics import MetricValues
 from embedcache.progress import Progress
 from embedcache.runs import Run
 from embedcache.settings import from_flat

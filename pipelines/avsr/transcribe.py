@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array
-from embedcache.axis import Axis
 from embedcache.cli.console import open_progress, print_line, run_program
 from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import feature_names, reopen_encoder
@@ -25,6 +24,7 @@ from embedcache.errors import DataError, ItemError, SettingError
 from embedcache.processes import AUTO, torch_device
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_output, replacing_files, write_output
+from embedcache.store.layout import Axis
 from pipelines.avsr.clips import MOUTH_FORM, Clip, Window, iter_windows, open_clip, parse_mouth
 from pipelines.avsr.ctc import WordTime, num_ctc_frames, word_times
 from pipelines.avsr.decoding import Decoding

@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 
 from embedcache.arrays import Array
 from embedcache.evaluate.encoder_pairs import METRICS, PairsReport
-from embedcache.metrics.intervals import Estimate
+from embedcache.metrics import Estimate
 from embedcache.reports.render import Table, format_fraction
 
 UNDEFINED = "all equal"

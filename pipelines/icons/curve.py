@@ -20,7 +20,7 @@ from embedcache.evaluate.retrieval import chance_at, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.evaluate.zero_shot import classify
-from embedcache.metrics.intervals import MetricValues
+from embedcache.metrics import MetricValues
 from embedcache.processes import Precision
 from embedcache.progress import Progress
 from embedcache.provenance import digest_file

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from embedcache.arrays import Array
 from embedcache.cli.console import print_line, print_table
-from embedcache.metrics.intervals import Estimate, MetricValues, interval_of
+from embedcache.metrics import Estimate, MetricValues, interval_of
 from embedcache.reports.render import Table, format_count, format_fraction, round_json
 from embedcache.runs import Run
 from pipelines.curves import Curves, estimate_curves

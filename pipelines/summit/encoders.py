@@ -16,10 +16,10 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from embedcache.arrays import Array, Floats
-from embedcache.axis import Axis
 from embedcache.encoders.base import NO_WEIGHTS, Encoder, EncoderSettings, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.errors import ItemError
+from embedcache.store.layout import Axis
 
 GEOMETRY, FIELDS = "pipelines.summit.encoders:open_geometry:eigen", "pipelines.summit.encoders:open_fields:fields"
 """Specs of both encoders."""

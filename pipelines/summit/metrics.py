@@ -7,7 +7,7 @@ Points whose label is -1 are not counted.
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints
-from embedcache.metrics.intervals import Estimate, bootstrap
+from embedcache.metrics import Estimate, bootstrap
 
 IGNORED = -1
 """Label of a point that has none."""

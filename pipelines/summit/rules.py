@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints
-from embedcache.axis import Axis
 from embedcache.derive.rules import Block, Output, Rule
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import DataError, ItemError, SettingError
 from embedcache.store.cache import Cache
+from embedcache.store.layout import Axis
 from pipelines.summit.metrics import IGNORED
 from pipelines.summit.pseudo_labels import (
     CertaintyThresholds,

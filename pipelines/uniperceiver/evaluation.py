@@ -10,7 +10,7 @@ from scipy.stats import hypergeom
 
 from embedcache.arrays import Bools, Ints, blocks, distinct
 from embedcache.errors import DataError
-from embedcache.metrics.intervals import MetricValues
+from embedcache.metrics import MetricValues
 from embedcache.processes import AUTO, torch_device
 from embedcache.provenance import check_same
 from embedcache.runs import Run

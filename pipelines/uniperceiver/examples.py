@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Floats, Ints
-from embedcache.axis import Axis
 from embedcache.dataset.inputs import InputFeature, Reader, open_input
 from embedcache.errors import DataError
 from embedcache.store.cache import Cache
+from embedcache.store.layout import Axis
 from pipelines.uniperceiver.words import Vocabulary, WordLists
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from embedcache.axis import Axis
 from embedcache.errors import DataError
+from embedcache.store.layout import Axis
 from pipelines.sequence import LayerSizes, StandardizedInput, sinusoids, sinusoids_at
 from pipelines.uniperceiver.words import NUM_SPECIAL
 

@@ -12,7 +12,7 @@ import numpy as np
 from embedcache.arrays import Bools, Floats, Ints, normalize
 from embedcache.dataset.inputs import to_unit_vectors
 from embedcache.evaluate import classifiers
-from embedcache.metrics.intervals import MetricValues
+from embedcache.metrics import MetricValues
 from embedcache.progress import Progress
 from embedcache.runs import Run
 from pipelines.results import Measures, Result, keep_result

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from embedcache.arrays import Floats
-from embedcache.axis import Axis
 from embedcache.errors import DataError, SettingError
+from embedcache.store.layout import Axis
 from pipelines.sequence import LayerSizes, sinusoids, valid_frames
 from pipelines.uniperceiver.candidates import Likelihood
 from pipelines.uniperceiver.layers import Adapter, KeysValues, Packing, SharedLayer, WordAdapter, positions_of

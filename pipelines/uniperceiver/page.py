@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from embedcache.metrics.intervals import Estimate
+from embedcache.metrics import Estimate
 from embedcache.reports.render import Table
 from pipelines import results as pages
 from pipelines.curves import Curves, estimate_curves

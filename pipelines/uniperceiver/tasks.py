@@ -26,7 +26,7 @@ from torch import Tensor
 
 from embedcache.arrays import Bools, Ints, blocks, distinct
 from embedcache.errors import DataError
-from embedcache.metrics.ranking import best_ranks, recall_at
+from embedcache.metrics import best_ranks, recall_at
 from embedcache.train.batches import Batch, BatchInput, to_device
 from pipelines.sequence import valid_frames
 from pipelines.uniperceiver.candidates import Positives, draw_candidates

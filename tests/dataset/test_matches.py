@@ -17,7 +17,7 @@ from embedcache.dataset.inputs import Reader
 from embedcache.dataset.matches import ItemSet, NearItems, find_equal, find_near, near_duplicate_groups
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
-from embedcache.neighbors import clusters
+from embedcache.neighbors import pairs as near_pairs
 from embedcache.progress import NullProgress
 from tests.curate.test_near_duplicates import write_vectors
 from tests.neighbors.made import made_vectors
@@ -73,7 +73,7 @@ def test_recall_is_that_of_drawn_items(tmp_path: Path) -> None:
     vectors = made_vectors(2700, 5, width=8, noise=0.12)
     sets = made_sets(tmp_path, vectors[:700], vectors[700:])
     cosines, is_probe = vectors[:700] @ vectors[700:].T, np.arange(700) % 7 != 0
-    with patch.object(clusters, "MAX_VISITS", 1):
+    with patch.object(near_pairs, "MAX_VISITS", 1):
         found = find(sets, all_pairs=False, is_probe=is_probe)
     assert found.recall is not None
     assert (found.recall.num_items, found.recall.num_pairs) == (
@@ -166,7 +166,7 @@ def test_groups_are_connected_components(seed: int, num_samples: int, block: int
     progress = RecordedProgress()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MAX_COMPARED_ITEMS", 1)
-        patch.setattr(clusters, "BLOCK", block)
+        patch.setattr(near_pairs, "BLOCK", block)
         found = near_duplicate_groups(pairs, COSINES, readers, progress)
     assert found.dtype == np.int64
     assert together(found) == expected  # so few clusters that every border is crossed

@@ -13,7 +13,7 @@ from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownN
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.remove import remove_samples
-from embedcache.neighbors.scan import scan
+from embedcache.neighbors.knn import scan
 from embedcache.sources import open_source
 from tests.images import write_images
 from tests.recorded import RecordedProgress

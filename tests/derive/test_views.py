@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from embedcache.arrays import Floats
-from embedcache.axis import Axis
 from embedcache.dataset.inputs import open_input
 from embedcache.derive.derive import derive_from_run
 from embedcache.derive.rules import Block
@@ -24,6 +23,7 @@ from embedcache.provenance import DIGEST, add_digest, read_json, write_json
 from embedcache.runs import Run, RunInfo
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.store.layout import Axis
 from embedcache.store.verify import verify
 from embedcache.train.data import describe_input
 from pipelines.avsr.noise import VIEW

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from embedcache.axis import Axis
 from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import SettingError
+from embedcache.store.layout import Axis
 from embedcache.testing.encoders import ImageEncoderContract, example_images
 
 VALUES = Path(__file__).with_name("lite.npz")

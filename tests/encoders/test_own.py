@@ -72,7 +72,7 @@ def save_convolution(path: Path, *, first: float) -> str:
 
 
 ENCODER = """
-from embedcache.axis import Axis
+from embedcache.store.layout import Axis
 from embedcache.encoders.base import NO_WEIGHTS, Fingerprint
 
 

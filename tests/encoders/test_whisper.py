@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from embedcache.arrays import Array, Floats
-from embedcache.axis import Axis
 from embedcache.encoders.audio import INPUT, AudioEncoder
 from embedcache.encoders.base import Backend, EncoderSettings, Fingerprint, Modality
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.whisper import log_mel
 from embedcache.errors import CorruptError, PathError, SettingError
+from embedcache.store.layout import Axis
 from embedcache.testing.encoders import TOLERANCE, AudioEncoderContract, example_audio
 from tests.encoders.checkpoints import save_whisper
 

@@ -13,7 +13,7 @@ from embedcache.evaluate.retrieval import _recalls, compare_retrieval, evaluate_
 from embedcache.evaluate.runs import group_by_recipe, iterate_recipes, load_runs
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
-from embedcache.metrics.intervals import Estimate
+from embedcache.metrics import Estimate
 from embedcache.reports.items import PageItem
 from embedcache.reports.retrieval import query_examples, retrieval_json, retrieval_table
 from embedcache.sources import open_source

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.axis import Axis
 from embedcache.errors import FingerprintError, MissingExtraError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.plan import plan
@@ -16,6 +15,7 @@ from embedcache.reports.summary import summarize
 from embedcache.sources import open_source
 from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
+from embedcache.store.layout import Axis
 from embedcache.store.producer import FillReport
 from embedcache.store.verify import verify
 from pipelines.avsr.pixels import FAMILY as PIXELS

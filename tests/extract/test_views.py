@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from embedcache.axis import Axis
 from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.views import open_view
@@ -14,6 +13,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
+from embedcache.store.layout import Axis
 from embedcache.store.verify import verify
 from tests.extract.cases import run
 from tests.images import write_images

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import coverage_error, top_k_accuracy_score
 
-from embedcache.metrics.ranking import best_ranks, recall_at
+from embedcache.metrics import best_ranks, recall_at
 
 
 def candidates_as_scores(scores_QC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

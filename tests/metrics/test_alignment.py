@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.errors import DataError
-from embedcache.metrics.alignment import (
+from embedcache.metrics import (
     CenteredRows,
+    best_ranks,
     cka,
     kernel_products,
     nearest_others,
     neighbor_overlap,
 )
-from embedcache.metrics.ranking import best_ranks
 from embedcache.neighbors import knn as neighbors
 
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
-from embedcache.metrics import ranking as classes
-from embedcache.metrics.intervals import bootstrap_class_mean
-from embedcache.metrics.ranking import (
+from embedcache import metrics as classes
+from embedcache.metrics import (
+    bootstrap_class_mean,
     class_means,
     count_confusion,
     gini,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
+from embedcache import metrics
 from embedcache.errors import DataError
-from embedcache.metrics import intervals
-from embedcache.metrics.intervals import (
+from embedcache.metrics import (
     Estimate,
     bootstrap,
     bootstrap_class_mean,
@@ -80,7 +80,7 @@ def test_intervals_are_quantiles_over_resamples(estimate, statistic, num_draws, 
     """Check the defaults, then clusters, another number of resamples and another seed, in blocks with a remainder."""
     alone = np.arange(len(VALUES))
     assert found(estimate(VALUES)) == pytest.approx(expect(statistic, resamples(alone, num_draws, 0)))
-    monkeypatch.setattr(intervals, "_DRAWS_PER_BLOCK", 9)  # two resamples of four clusters
+    monkeypatch.setattr(metrics, "_DRAWS_PER_BLOCK", 9)  # two resamples of four clusters
     expected = expect(statistic, resamples(CLUSTERS, 61, 5))
     assert found(estimate(VALUES, CLUSTERS, num_draws=61, seed=5)) == pytest.approx(expected)
 
@@ -88,7 +88,7 @@ def test_intervals_are_quantiles_over_resamples(estimate, statistic, num_draws, 
 @pytest.mark.parametrize("of_runs", [[[3, 3, 8], [5], [8, 3]], [[3], [5], [8]]])
 def test_runs_and_clusters_are_resampled_together(of_runs: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Check two columns of three runs, of which each has its own items, with a loop; some resamples hold no value."""
-    monkeypatch.setattr(intervals, "_DRAWS_PER_BLOCK", 9)
+    monkeypatch.setattr(metrics, "_DRAWS_PER_BLOCK", 9)
     rng = np.random.default_rng(0)
     clusters = [np.array(of_run) for of_run in of_runs]
     values = [rng.random((len(of_run), 2)) for of_run in clusters]

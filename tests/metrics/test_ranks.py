@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
+from embedcache import metrics as ranks_module
 from embedcache.arrays import dot_products, normalize
 from embedcache.errors import DataError
-from embedcache.metrics import ranking as ranks_module
-from embedcache.metrics.ranking import (
+from embedcache.metrics import (
     average_precisions,
     best_ranks,
     negatives_before,

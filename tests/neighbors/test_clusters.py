@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints, normalize
 from embedcache.errors import DiskFullError, PathError
-from embedcache.neighbors import clusters as module
-from embedcache.neighbors.clusters import Clusters, arrange, find_clusters, scratch_matrix, spherical_means
+from embedcache.neighbors import pairs as module
+from embedcache.neighbors.pairs import Clusters, arrange, find_clusters, scratch_matrix, spherical_means
 from embedcache.progress import NullProgress
 from tests.neighbors.made import brute, made_vectors, stored
 

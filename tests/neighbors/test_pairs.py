@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints
-from embedcache.neighbors import clusters
-from embedcache.neighbors.clusters import CosineTile, arrange, find_clusters
+from embedcache.neighbors import pairs as module
 from embedcache.neighbors.pairs import (
+    CosineTile,
     GroupCollector,
     NeighborCollector,
     PairCollector,
+    arrange,
     cosine_limit,
+    find_clusters,
     measure_neighbor_recall,
     measure_recall,
 )
@@ -102,7 +104,7 @@ def test_limit_of_equal_vectors_leaves_room_for_rounding() -> None:
 def test_recall_equals_brute_force(num_visits: int) -> None:
     """Without visits, as in SemDeDup, pairs that a border cuts are missed."""
     vectors = made_vectors(900, 5, width=8, noise=0.12)
-    with patch.object(clusters, "MAX_VISITS", num_visits):
+    with patch.object(module, "MAX_VISITS", num_visits):
         found = find_clusters(stored(vectors), LIMIT, seed=0, progress=PROGRESS)
     pairs, nearest = PairCollector(900, [LIMIT], 10**6), NeighborCollector(900, 3)
     with arrange(stored(vectors), found, progress=PROGRESS) as arranged:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from embedcache.metrics.intervals import Estimate
+from embedcache.metrics import Estimate
 from embedcache.reports.figures import estimate_bars, histogram, legend_name, open_axes, svg
 from embedcache.reports.items import PageItem, ranked_example
 from embedcache.reports.render import (

@@ -11,9 +11,9 @@ import pytest
 
 from embedcache.errors import UnfinishedError
 from embedcache.files import open_path, remove_partials
+from embedcache.store.commits import find_transactions, finish, is_complete, replacing_together
 from embedcache.store.feature import EncoderGroup, Feature, open_group
 from embedcache.store.layout import read_info
-from embedcache.store.transaction import find_transactions, finish, is_complete, replacing_together
 from embedcache.store.writer import add_feature, commit_chunk
 from tests.crash import start_call
 from tests.extract.cases import tree

@@ -11,14 +11,13 @@ import pyarrow as pa
 import pytest
 
 from embedcache.arrays import Array
-from embedcache.axis import Axis
 from embedcache.errors import FingerprintError, UnfinishedError
 from embedcache.provenance import IMPORTED
 from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING
 from embedcache.store.feature import EncoderGroup, Feature, create_group
-from embedcache.store.layout import TableVersion, read_info, write_info
+from embedcache.store.layout import Axis, TableVersion, read_info, write_info
 from embedcache.store.writer import add_feature, chunk_files, commit_chunk, withdraw
 from tests.crash import start_call
 from tests.edits import write_tables

@@ -22,7 +22,7 @@ from embedcache.errors import SettingError
 from embedcache.evaluate.retrieval import evaluate_retrieval, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import RetrievalSettings
-from embedcache.metrics.ranking import best_ranks
+from embedcache.metrics import best_ranks
 from embedcache.projectors.pair import AlignedPair
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.store.cache import Cache

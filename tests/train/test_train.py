@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from embedcache.arrays import Inputs
-from embedcache.cli.options import read_config as read_options
+from embedcache.cli.commands import read_config as read_options
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.splits import read_split
 from embedcache.errors import (

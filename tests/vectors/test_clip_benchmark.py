@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.metrics.ranking import best_ranks, recall_at
+from embedcache.metrics import best_ranks, recall_at
 from embedcache.modeling.images import rgb_image
 from embedcache.sources import open_source
 from embedcache.vectors.benchmarks import load_clip_benchmark as load

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.axis import Axis
 from embedcache.encoders.frames import RATE_HZ, FrameEncoder
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.views import open_view
@@ -17,6 +16,7 @@ from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.sources import Source, open_source
 from embedcache.sources.media import Video, decode_audio, decode_video
 from embedcache.store.cache import Cache
+from embedcache.store.layout import Axis
 from embedcache.testing.encoders import VideoEncoderContract
 from embedcache.testing.sources import SourceContract
 from pipelines.avsr.lrs import KIND

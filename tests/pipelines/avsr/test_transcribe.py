@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from embedcache.errors import DataError, PathError, SettingError
-from embedcache.metrics.intervals import MetricValues
+from embedcache.metrics import MetricValues
 from embedcache.store.cache import Cache
 from pipelines.avsr import transcribe
 from pipelines.avsr.clips import WHOLE_FRAME, Clip, iter_windows, open_clip, parse_mouth

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
 
-from embedcache.axis import Axis
 from embedcache.derive.derive import derive, derive_from_run
 from embedcache.derive.rules import Derivation, Rule
 from embedcache.encoders.base import EncoderSettings
@@ -22,6 +21,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.runs import Run, RunInfo, RunInput
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.store.layout import Axis
 from embedcache.testing.encoders import PointsEncoderContract, example_points
 from pipelines.summit.encoders import CELL_SIZES_M, FIELDS, GEOMETRY, PER_SCALE, SCALES, eigen_features
 from pipelines.summit.networks import RUN_KIND, PointNetworks, predict_points

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.axis import Axis
 from embedcache.errors import DataError
+from embedcache.store.layout import Axis
 from embedcache.train.initialization import freeze
 from pipelines.uniperceiver.captions import CaptionSteps, write_captions
 from pipelines.uniperceiver.layers import positions_of

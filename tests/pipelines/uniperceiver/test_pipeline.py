@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from embedcache.arrays import Array, Floats, normalize
-from embedcache.axis import Axis
 from embedcache.derive.rules import Block
 from embedcache.errors import DataError, EmbedcacheError, SettingError
-from embedcache.metrics.intervals import MetricValues
+from embedcache.metrics import MetricValues
 from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.store.layout import Axis
 from pipelines.results import Result, Results
 from pipelines.uniperceiver.answer import answer_question, compute_probabilities
 from pipelines.uniperceiver.data import AUDIO_TOKENS, IMAGE_TOKENS, JOIN_GRIDS, WORD_VECTORS, Data
