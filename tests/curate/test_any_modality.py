@@ -13,10 +13,9 @@ import pytest
 
 from embedcache.curate.dedup import dedup
 from embedcache.curate.outliers import find_outliers
-from embedcache.curate.select.select import SELECTORS, select
+from embedcache.curate.select.select import select
 from embedcache.errors import DataError, EmbedcacheError, PathError, UnknownNameError
 from embedcache.extract.extract import extract
-from embedcache.registry import plugin_name
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex
@@ -160,11 +159,6 @@ def test_outliers(made: Made, tmp_path: Path) -> None:
     assert {"typicality", "label_margin"} <= set(table.column_names)
 
 
-of_sounds = pytest.mark.parametrize("made", CASES[:1], ids=["audio"], indirect=True)
-"""Mark of a test for which one modality is enough."""
-
-
-SELECT = ("curate", "select")
 SELECTIONS = {
     "random": ["--budget", 5],
     "k-center": ["--budget", 5],
@@ -176,11 +170,6 @@ SELECTIONS = {
 """Method -> options; of these methods each compares the items alone, or with labeled ones."""
 
 
-def test_every_method_that_compares_items_is_tested() -> None:
-    others = {"clip-score", "metaclip", "score"}  # compare pairs of a run, captions, or no items
-    assert {plugin_name(name) for name in SELECTIONS} == SELECTORS.paths.keys() - others, "add it to SELECTIONS"
-
-
 @pytest.mark.parametrize("method", SELECTIONS)
 def test_select(made: Made, method: str, tmp_path: Path) -> None:
     values = {"TEST": made.test, "MODALITY": made.case.modality}
@@ -189,15 +178,6 @@ def test_select(made: Made, method: str, tmp_path: Path) -> None:
     record = succeed("inspect", "some.parquet", "--json", cwd=tmp_path)
     assert f'"modality": "{made.case.modality}"' in record
     assert f'"feature": "{made.feature}"' in record
-
-
-@pytest.fixture(scope="module")
-def run(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("run") / "run"
-    settings = train_settings({"projector": "linear", "epochs": 0, "split": "key", "shared_width": 2})
-    features = {made.case.modality: made.feature, "text": "open_toy/mean"}
-    train(made.train, path, feature=features, settings=settings)
-    return path
 
 
 def test_modality_of_a_run(tmp_path: Path) -> None:
@@ -221,14 +201,6 @@ def test_modality_of_a_run(tmp_path: Path) -> None:
     assert '"modality": "video"' in record
 
 
-@of_sounds
-def test_pairs_of_a_run(made: Made, run: Path, tmp_path: Path) -> None:
-    succeed("curate", "outliers", made.train, "odd.parquet", "-k", 3, "--run", run, cwd=tmp_path)
-    succeed(*SELECT, made.train, "some.parquet", "--method", "clip-score", "--run", run, "--budget", 20, cwd=tmp_path)
-    cosines = pq.read_table(tmp_path / "odd.parquet")["pair_cosine"].to_pylist()
-    assert pq.read_table(tmp_path / "some.parquet")["cosine"].to_pylist() == cosines
-
-
 def test_coverage_by_examples(made: Made, tmp_path: Path) -> None:
     options = ("--modality", made.case.modality, "-k", 2, "--json")
     record = json.loads(succeed("curate", "coverage", made.train, made.test, *options, cwd=tmp_path))
@@ -236,15 +208,6 @@ def test_coverage_by_examples(made: Made, tmp_path: Path) -> None:
     assert [(concept["name"], concept["examples"]) for concept in record["concepts"]] == [("high", 2), ("low", 2)]
     best = {found["key"] for found in record["concepts"][1]["nearest"]}
     assert best <= {f"{number:02d}" for number in (*range(9), 18, 19)}
-
-
-def test_leaks_of_copies(made: Made, tmp_path: Path) -> None:
-    succeed("curate", "leaks", made.train, made.test, "--output", "leaks.json", cwd=tmp_path)
-    found = json.loads((tmp_path / "leaks.json").read_text())["by"]
-    assert list(found) == [made.case.modality, "text"]
-    leak = found[made.case.modality]
-    assert (leak["num_samples_copied"], leak["num_samples_leaked"], leak["num_train_samples"]) == (1, 1, 2)
-    assert (leak["feature"], leak["cosine"], leak["highest_cosine"]) == (None, None, None)
 
 
 def test_leaks_of_near_duplicates(made: Made, tmp_path: Path) -> None:

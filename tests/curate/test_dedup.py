@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from embedcache.arrays import Floats, normalize
 from embedcache.curate.dedup import analyze, dedup
@@ -23,17 +22,6 @@ from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 NUM, COPIES = 60, {"00050": "00003", "00051": "00003", "00057": "00020"}
-
-
-@pytest.fixture(scope="module")
-def distinct(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of three images that have nothing in common."""
-    folder = tmp_path_factory.mktemp("distinct")
-    (folder / "source").mkdir()
-    for number, color in enumerate(("red", "lime", "blue")):
-        Image.new("RGB", (32, 32), color).save(folder / "source" / f"{number}.png")
-    extract(open_source(folder / "source"), folder / "cache", image_encoder=[IMAGE])
-    return folder / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +108,12 @@ def test_copies_need_no_vectors(cache_path: Path, copied: Path, tmp_path: Path) 
     assert dedup(cache_path, tmp_path / "a.parquet", settings).analysis.feature.name == "open_toy/patches"
 
 
+def test_cosine_that_no_pair_reaches_removes_nothing(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("00000\n00001\n00002\n")
+    settings = DedupSettings(cosine=0.99999, pixels=False, selection=tmp_path / "keys.txt")
+    assert not len(dedup(copied, tmp_path / "kept.parquet", settings).removed)
+
+
 def test_keep_rule(copied: Path, tmp_path: Path) -> None:
     done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(pixels=False, copies_only=True, keep="best:score"))
     rows = {row["key"]: row["kept_key"] for row in pq.read_table(done.removed_path).to_pylist()}
@@ -151,17 +145,13 @@ def test_too_many_pairs(copied: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=0.5))
 
 
-def test_dedup_texts_and_projected_images(cache_path: Path, run_path: Path, copied: Path, tmp_path: Path) -> None:
+def test_texts(copied: Path, tmp_path: Path) -> None:
     done = dedup(copied, tmp_path / "a.parquet", DedupSettings(pixels=False, copies_only=True, modality="text"))
     captions = Cache(copied).items("text")["text"].to_pylist()
     assert NUM - len(done.removed) == len(set(captions))
-    assert done.analysis.feature.modality == "text"
-    projected = analyze(cache_path, DedupSettings(run=run_path))
-    assert projected.feature.name == "open_toy/cls"
-    assert projected.to_json()["run"] == str(run_path)
 
 
-def test_invalid_settings_raise(copied: Path, tmp_path: Path) -> None:
+def test_invalid_settings_raise(copied: Path, cache_path: Path, tmp_path: Path) -> None:
     calls: list[tuple[Callable[[], object], type[Exception], str]] = [
         (lambda: dedup(copied, tmp_path / "kept.txt", DedupSettings(cosine=0.9)), PathError, ".parquet"),
         (lambda: dedup(copied, tmp_path / "x.parquet", DedupSettings()), SettingError, "neither"),
@@ -169,16 +159,11 @@ def test_invalid_settings_raise(copied: Path, tmp_path: Path) -> None:
         (lambda: analyze(copied, DedupSettings(keep="best:scoer")), UnknownNameError, "scoer"),
         (lambda: analyze(copied, DedupSettings(keep="best:key")), SettingError, "numbers"),
         (lambda: analyze(copied, DedupSettings(cosine=0.9)), SettingError, "OUT"),
+        (lambda: analyze(cache_path, DedupSettings(feature="open_toy/patches")), DataError, "patches"),
     ]
     for call, error, word in calls:
         with pytest.raises(error, match=word):
             call()
-
-
-def test_cosine_that_no_pair_reaches_removes_nothing(cache_path: Path, distinct: Path, tmp_path: Path) -> None:
-    assert not len(dedup(distinct, tmp_path / "kept.parquet", DedupSettings(cosine=0.5)).removed)
-    with pytest.raises(DataError, match="patches"):
-        analyze(cache_path, DedupSettings(feature="open_toy/patches"))
 
 
 def test_removed_samples_do_not_stay(without: Cache, tmp_path: Path) -> None:

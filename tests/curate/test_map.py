@@ -161,11 +161,6 @@ def test_clusters_are_numbered_by_size() -> None:
     assert len(map_module._nearest(np.arange(30), np.zeros(30), np.arange(30))) == 24
 
 
-def test_points_fill_the_unit_square() -> None:
-    points = np.array([[2, 7], [2.5, 7], [2.25, 7]], np.float32)
-    assert map_module._to_unit_square(points).tolist() == [[0, 0.5], [1, 0.5], [0.5, 0.5]]
-
-
 def test_placed_items_are_weighted_means_of_five_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     fitted = rng.standard_normal((9, 4)).astype(np.float32)

@@ -14,31 +14,20 @@ from embedcache.curate.pixels import NO_DISTANCE
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError
-from embedcache.store.feature import create_group
-from embedcache.store.layout import write_info
-from embedcache.store.writer import add_feature, commit_chunk
 from embedcache.vectors.importing import import_vectors
 from embedcache.vectors.opening import open_vectors
 from tests.neighbors.made import brute, made_vectors
-from tests.store.features import made_info
 
 LIMIT = 0.9
 
 
-def write_vectors(path: Path, vectors_NP: Floats, *, chunk_size: int = 64) -> Vectors:
-    """A cache of vectors, float32, without a source."""
-    count, width = vectors_NP.shape
-    info = made_info(count, {"image": count}, chunk_size=chunk_size, index_digest="made")
-    path.mkdir(parents=True)
-    write_info(path, info)
-    group = create_group(path, "image", "made", info, spec="made:m", fingerprint={"family": "made"})
-    add_feature(group, "f", (width,), "float32")
-    for chunk in range(info.num_chunks("image")):
-        rows = info.chunk_rows("image", chunk)
-        hashes = [row.to_bytes(16, "big") for row in range(rows.start, rows.stop)]
-        none = [None] * (rows.stop - rows.start)
-        commit_chunk(group, chunk, {"f": list(vectors_NP[rows])}, hashes, {"f": none})
-    return Vectors(path, "image")
+def write_vectors(folder: Path, vectors_NP: Floats, *, chunk_size: int = 64) -> Vectors:
+    """A cache of imported vectors, float32."""
+    np.save(folder / "vectors.npy", vectors_NP)
+    import_vectors(
+        open_vectors("npy", files={"image": folder / "vectors.npy"}), folder / "cache", chunk_size=chunk_size
+    )
+    return Vectors(folder / "cache", "image")
 
 
 def pairs_of(pairs: Array) -> set[tuple[int, int]]:
@@ -51,7 +40,7 @@ def pairs_of(pairs: Array) -> set[tuple[int, int]]:
 def test_clusters_equal_all_pairs_if_complete(count: int, seed: int) -> None:
     vectors = made_vectors(count, seed)
     with tempfile.TemporaryDirectory() as folder:
-        opened = write_vectors(Path(folder) / "cache", vectors, chunk_size=16)
+        opened = write_vectors(Path(folder), vectors, chunk_size=16)
         near = find_near_duplicates(
             opened, np.arange(count), [LIMIT], DedupSettings(pixels=False, all_pairs=False, scratch=folder)
         )
@@ -67,7 +56,7 @@ def test_clusters_equal_all_pairs_if_complete(count: int, seed: int) -> None:
 def test_all_pairs_equal_brute_force(tmp_path: Path) -> None:
     vectors = made_vectors(4200, 3, width=24, noise=0.15)
     near = find_near_duplicates(
-        write_vectors(tmp_path / "cache", vectors, chunk_size=2048),
+        write_vectors(tmp_path, vectors, chunk_size=2048),
         np.arange(4200),
         [LIMIT],
         DedupSettings(pixels=False, scratch=tmp_path),
@@ -81,7 +70,7 @@ def test_all_pairs_equal_brute_force(tmp_path: Path) -> None:
 
 def test_all_pairs_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "ALL_PAIRS_LIMIT", 200)
-    opened = write_vectors(tmp_path / "cache", made_vectors(201, 1))
+    opened = write_vectors(tmp_path, made_vectors(201, 1))
     for count, is_all_pairs in ((200, True), (201, False)):
         near = find_near_duplicates(opened, np.arange(count), [LIMIT], DedupSettings(pixels=False, scratch=tmp_path))
         assert (near.num_clusters == 1) == is_all_pairs
@@ -164,12 +153,6 @@ def test_partner_that_stays() -> None:
 def test_zero_vector_raises(tmp_path: Path) -> None:
     vectors = made_vectors(20, 0)
     vectors[7] = 0
-    np.save(tmp_path / "v.npy", vectors)
-    (tmp_path / "t.csv").write_text("key\n" + "".join(f"k{row}\n" for row in range(20)))
-    import_vectors(
-        open_vectors("npy", files={"image": tmp_path / "v.npy"}, table=tmp_path / "t.csv"), tmp_path / "cache"
-    )
-    with pytest.raises(DataError, match="k7"):
-        find_near_duplicates(
-            Vectors(tmp_path / "cache", "image"), np.arange(20), [LIMIT], DedupSettings(pixels=False, scratch=tmp_path)
-        )
+    opened = write_vectors(tmp_path, vectors)
+    with pytest.raises(DataError, match="000000007"):
+        find_near_duplicates(opened, np.arange(20), [LIMIT], DedupSettings(pixels=False, scratch=tmp_path))

@@ -1,6 +1,5 @@
 """Hard negatives: mined, written, read and drawn; near-duplicates are never among them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
-from tests.cli.run import embedcache
 from tests.evaluate.test_retrieval import train_run
 from tests.train.runs import IMAGE, TEXT
 
@@ -38,34 +36,10 @@ def own_run(two_caches: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
     return train_run(two_caches[0], tmp_path_factory.mktemp("own") / "run")
 
 
-@pytest.fixture(scope="module")
-def mined(cache_path: Path, run_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mined") / "negatives.parquet"
-    report = mine_negatives(cache_path, path, NegativesSettings(run=run_path, range_min=1, **LOOSE))
-    assert report.num_samples == len(read_split(run_path / "split.parquet", [Cache(cache_path)]).rows("train"))
-    assert 0 < report.num_with_negatives <= report.num_samples
-    assert report.mean_own_score is not None
-    assert f"{report.num_negatives:,} hard negatives of" in report.line()
-    return path
-
-
 def table_of(path: Path, cache_path: Path) -> pa.Table:
     """Return a table with a row per sample, group -1 for one that was not looked at."""
     table = keytable.read(path, [Cache(cache_path)], "test").align(len(Cache(cache_path)))
     return table.set_column(0, "group", pc.fill_null(table["group"], -1))
-
-
-def test_negatives_are_the_nearest_of_other_groups(cache_path: Path, run_path: Path, mined: Path) -> None:
-    cache, table = Cache(cache_path), table_of(mined, cache_path)
-    train = read_split(run_path / "split.parquet", [cache]).rows("train")
-    groups = table["group"].to_numpy()
-    assert (np.flatnonzero(groups >= 0) == train).all()
-    images = Vectors(cache_path, "image", IMAGE, run_path).read(train)
-    texts = Vectors(cache_path, "text", TEXT, run_path).read(train)  # one caption per image, in the same order
-    for number in range(0, len(train), 37):
-        scores = np.where(groups[train] == groups[train[number]], -np.inf, texts @ images[number])
-        expected = np.sort(scores)[::-1][1:4]
-        np.testing.assert_allclose(table["scores"][int(train[number])].as_py(), expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -146,15 +120,6 @@ def test_tables_of_several_caches_are_counted_across_them(two_caches: list[Path]
     negatives = read_negatives(paths[::-1], caches)
     assert negatives.negatives_SK[:40].max() < 40 <= negatives.negatives_SK[40:][negatives.negatives_SK[40:] >= 0].min()
     assert not set(negatives.groups_S[:40]) & set(negatives.groups_S[40:])
-
-
-def test_command(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
-    words = ("curate", "negatives", str(cache_path), "n.parquet", "--run", str(run_path))
-    refused = embedcache(*words, "--range-min", "10", "--range-max", "12", cwd=tmp_path)
-    assert "range-max: expected at least range_min + num_negatives, 13" in " ".join(refused.stderr.split())
-    done = embedcache(*words, "--json", "--cosine", "text=0.999", "--cosine", "image=0.999", cwd=tmp_path)
-    assert json.loads(done.stdout)["num_negatives"] > 0
-    assert "negatives" in embedcache("inspect", "n.parquet", cwd=tmp_path).stdout
 
 
 @pytest.mark.slow
@@ -243,22 +208,6 @@ def test_an_index_is_asked_for_twice_the_neighbors_and_64(cache_path: Path, run_
         near = np.argsort(-(images @ texts[row]), kind="stable")[:84].tolist()
         expected = [other for other in near if other in selected and groups[other] != groups[row]][:10]
         assert table["negatives"][row].as_py() == expected
-
-
-def test_settings_are_recorded(two_caches: list[Path], tmp_path: Path) -> None:
-    (tmp_path / "keys.txt").write_text("\n".join(Cache(two_caches[0]).column("key").to_pylist()))
-    settings = NegativesSettings(selection=tmp_path / "keys.txt", num_negatives=2, seed=3, **LOOSE)
-    mine_negatives(two_caches[0], tmp_path / "n.parquet", settings, feature=FEATURES)
-    record = json.loads(pq.read_schema(tmp_path / "n.parquet").metadata[b"embedcache"])
-    assert {name: record[name] for name in ("task", "selection", "num_negatives", "seed", "run", "sides")} == {
-        "task": "negatives",
-        "selection": str(tmp_path / "keys.txt"),
-        "num_negatives": 2,
-        "seed": 3,
-        "run": None,
-        "sides": FEATURES,
-    }
-    assert "device" not in record
 
 
 def test_few_samples_raise(two_caches: list[Path], tmp_path: Path) -> None:

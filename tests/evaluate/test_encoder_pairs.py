@@ -1,4 +1,3 @@
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.settings import PairsSettings, RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table
 from embedcache.settings import replace_fields
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -144,16 +142,6 @@ def test_draw_is_bounded_and_seeded(cache_path: Path) -> None:
     assert drawn(0).pairs == drawn(0).pairs != drawn(1).pairs
 
 
-def test_report_describes_the_comparison(report: PairsReport) -> None:
-    columns, rows = encoder_pairs_table(report)
-    assert [len(row) for row in rows] == [len(columns)] * 5
-    assert (rows[-1][0], rows[-1][3]) == ("chance", f"{10 / (report.num_compared - 1):.3f}")
-    assert 225 <= report.num_compared == report.num_trained + report.num_held < 235
-    report_json = json.loads(json.dumps(encoder_pairs_json(report)))
-    assert report_json["pairs"][0]["debiased_cka"]["low"] == report.pairs[0].debiased_cka.low
-    assert (report_json["k"], report_json["centred"], report_json["num_held"]) == (10, True, report.num_held)
-
-
 @pytest.mark.slow
 def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 60))
@@ -180,15 +168,6 @@ def test_feature_of_a_run_is_compared_only_by_name(cache_path: Path, tmp_path: P
     assert "run-projected/projected was computed by a run" in report.skipped[0]
     named = compare(tmp_path / "c", feature={"image": "run-projected", "text": TEXTS[0]}, split=split)
     assert [pair.features["image"] for pair in named.pairs] == ["run-projected/projected"]
-
-
-def test_cache_without_a_modality_raises(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
-    extract(open_source(tmp_path / "prompts.txt"), tmp_path / "text", text_encoder=[TEXT])
-    extract(open_source(write_images(tmp_path / "s", 30)), tmp_path / "image", image_encoder=[IMAGE])
-    for name, missing in (("text", "image"), ("image", "text")):
-        with pytest.raises(UnknownNameError, match=f"no {missing} features"):
-            compare(tmp_path / name)
 
 
 @pytest.mark.slow

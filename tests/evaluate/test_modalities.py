@@ -1,7 +1,6 @@
 """Evaluations of recordings and of point clouds, which each have a label and a caption."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,11 +95,8 @@ def test_items_are_classified_by_prompts(
     things: Path, prompts: Path, runs: Mapping[str, Path], tmp_path: Path, modality: str, noun: str
 ) -> None:
     words = ["evaluate", "zero-shot", things, runs[modality], "--prompts", prompts]
-    stdout = succeed(*words, "--output", "r.json", "--html", "p.html", cwd=tmp_path)
+    stdout = succeed(*words, cwd=tmp_path)
     assert f"30 {noun}, 4 classes of 1 prompt" in " ".join(stdout.split())
-    details = json.loads((tmp_path / "r.json").read_text())["details"]
-    assert details["num_images"] == 30
-    assert "images" not in re.sub("<[^>]*>", "", (tmp_path / "p.html").read_text().partition("<h1>")[2])
     report = evaluate_zero_shot(things, runs[modality], prompts, part="all")
     assert report.warning is not None
     assert report.warning.startswith("WARNING: seen in training: ")
@@ -135,20 +131,15 @@ def test_pairs_are_named_by_modality(
     things: Path, tmp_path: Path, features: list[str], first: str, second: str
 ) -> None:
     named = [word for name in features for word in ("--feature", name)]
-    outputs = ["--output", "p.json", "--html", "p.html"]
-    stdout = succeed("evaluate", "pairs", things, *named, "--split", "key", *outputs, cwd=tmp_path)
+    succeed("evaluate", "pairs", things, *named, "--split", "key", "--output", "p.json", cwd=tmp_path)
     directions = [f"{first[0]}2{second[0]}", f"{second[0]}2{first[0]}"]
-    nouns = {"audio": "recordings", "text": "captions", "points": "point clouds"}
-    assert f"mean over a sample's {nouns[first]} and over its {nouns[second]};" in " ".join(stdout.split())
     report = json.loads((tmp_path / "p.json").read_text())["pairs"]
     assert list(report["chance"]) == directions
     found = {f"{modality}={pair[modality]}" for pair in report["pairs"] for modality in (first, second)}
     assert found == set(features)
     assert len(report["pairs"]) == len(features) - 1
     for pair in report["pairs"]:
-        assert list(pair)[:4] == [first, second, *directions]
         assert all(pair[name]["value"] > report["chance"][name]["value"] for name in directions)
-    assert f"{first} × {second}" in (tmp_path / "p.html").read_text()
 
 
 @pytest.mark.slow

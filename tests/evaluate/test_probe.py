@@ -156,14 +156,3 @@ def test_untrained_classes_warn(tmp_path: Path) -> None:
     report = evaluate_probe(make_cache(tmp_path, columns_of), ProbeSettings(feature=FEATURE, classifiers=("knn",)))
     assert report.warnings() == ["WARNING: 1 class has test items and no training items: 'red'"]
     assert report.scores[0].recalls[report.labeled.names.index("red")] == 0
-
-
-@pytest.mark.slow
-def test_unlabeled_items_are_counted(tmp_path: Path) -> None:
-    def columns_of(number: int, caption: str) -> dict[str, object]:
-        return {"label": caption.split()[0] if number % 3 else None}
-
-    report = evaluate_probe(make_cache(tmp_path, columns_of), ProbeSettings(feature=FEATURE, classifiers=("ridge",)))
-    assert report.counts == {"train": 52, "val": 8, "test": 20}
-    assert report.line().endswith("; 40 without a label left out")
-    assert probe_json(report, "x")["details"]["num_unlabelled"] == 40

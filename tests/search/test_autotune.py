@@ -83,13 +83,6 @@ def test_number_of_lists() -> None:
         assert num_lists(num_vectors) == lists
 
 
-def test_on_disk_memory_excludes_codes() -> None:
-    (kind,) = fit_memory(on_disk_configurations(100_000_000, 768), 2 * GB)
-    assert (kind.factory, kind.is_on_disk) == ("IVF16384_HNSW32,SQfp16", True)
-    with pytest.raises(SettingError, match=r"1,6\d\d,"):
-        fit_memory(on_disk_configurations(100_000_000, 768), GB)
-
-
 def test_too_little_memory_names_the_smallest_in_whole_kilobytes() -> None:
     larger = Configuration(factory="SQ8", memory_bytes=9000)
     for memory_bytes, kilobytes in ((2048, "2K"), (2049, "3K")):

@@ -21,8 +21,6 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.vectors.opening import open_vectors
 from tests.images import write_images
-from tests.media_files import tone, wav
-from tests.media_toy import MEDIA
 from tests.toy import IMAGE
 from tests.vectors.cases import import_files, unit_rows, write_tree
 
@@ -90,10 +88,9 @@ def test_hits_name_files_that_keys_do_not_name(tmp_path: Path) -> None:
 
 def test_data_frame_has_a_row_per_hit(results: SearchResults) -> None:
     frame = results.to_pandas()
-    assert list(frame.columns) == ["query", "score", "row", "key", "path", "captions", "label", "languages"]
     assert frame["key"].tolist() == [hit.key for hits in results for hit in hits]
     assert frame["query"][:20].tolist() == ["<b>red</b>"] * 20
-    assert list(results[0].to_pandas().columns) == ["score", "row", "key", "path", "captions", "label", "languages"]
+    assert list(results[0].to_pandas().columns) == list(frame.columns)[1:]
     assert list(SearchResults().to_pandas().columns) == list(frame.columns)
 
 
@@ -108,11 +105,7 @@ def test_data_frame_needs_pandas(results: SearchResults, monkeypatch: pytest.Mon
 def test_notebook_shows_thumbnails_of_some(results: SearchResults) -> None:
     page = results._repr_html_()
     assert page.count("data:image/webp;base64,") == 8 * 12
-    assert page.count("… and 8 more") == 8
-    assert "… and 3 more queries" in page
-    assert "<b>&lt;b&gt;red&lt;/b&gt;</b>" in page
     assert results[0]._repr_html_().count("<img") == 12
-    assert len(page) < 400_000
 
 
 def test_strange_captions_are_text(results: SearchResults) -> None:
@@ -134,22 +127,3 @@ def test_images_of_a_stranger_are_not_read(
     assert "<img" not in page
     assert "images are not shown: " in page
     assert results[0][0].captions[0] in page
-
-
-def test_notebook_shows_spectrograms(tmp_path: Path) -> None:
-    (tmp_path / "sounds").mkdir()
-    (tmp_path / "sounds" / "a.wav").write_bytes(wav(tone(0.2)))
-    extract(open_source(tmp_path / "sounds"), tmp_path / "cache", encoder={"audio": [MEDIA]})
-    hits = Hits(
-        [Hit(score=1, row=0, key="a", captions=[])], query="q", cache=Cache(tmp_path / "cache"), modality="audio"
-    )
-    assert '<img src="data:image/webp;base64,' in hits.to_html()
-    (tmp_path / "sounds").rename(tmp_path / "moved")
-    assert "recordings are not shown: " in hits.to_html()
-
-
-def test_captions_have_no_images(results: SearchResults) -> None:
-    hits = results[0]
-    page = Hits(hits, query="q", cache=hits.cache, modality="text").to_html()
-    assert "<img" not in page
-    assert "not shown" not in page

@@ -14,8 +14,6 @@ from embedcache.errors import (
     PathError,
     SettingError,
 )
-from embedcache.extract.extract import extract
-from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.base import project
 from embedcache.runs import Run
 from embedcache.search import faiss_index
@@ -25,11 +23,8 @@ from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import IndexSettings, SearchSettings
-from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.edits import edit_record
-from tests.images import write_images
-from tests.toy import IMAGE, TEXT
 
 pytestmark = pytest.mark.slow
 
@@ -51,14 +46,6 @@ def test_card_content(cache_path: Path, index_path: Path) -> None:
     assert card.run_weights == Run.open(index_path / str(card.run)).info.weights
 
 
-def test_config_is_that_of_the_run(index_path: Path, cache_path: Path, tmp_path: Path) -> None:
-    config = OpenIndex(index_path).query_encoder.run
-    assert config is not None
-    assert config.info.weights == read_card(index_path).run_weights
-    build_index(cache_path, tmp_path / "plain", IndexSettings(feature="open_toy/cls"))
-    assert OpenIndex(tmp_path / "plain").query_encoder.run is None
-
-
 def test_same_index_is_reused(cache_path: Path, run_path: Path, index_path: Path, tmp_path: Path) -> None:
     before = (index_path / "index-0.faiss").stat().st_mtime_ns
     assert build_index(cache_path, index_path, IndexSettings(run=run_path)) == read_card(index_path)
@@ -72,14 +59,6 @@ def test_folder_with_other_files_raises(cache_path: Path, run_path: Path, tmp_pa
     with pytest.raises(PathError, match=r"is not an index and not empty: it holds thesis\.tex"):
         build_index(cache_path, tmp_path, IndexSettings(run=run_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_low_recall_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="recall@10"):
-        build_index(cache_path, tmp_path / "pq", IndexSettings(run=run_path, factory="IVF1,PQ1x4"))
-    assert {path.name for path in (tmp_path / "pq").iterdir()} == {".lock"}
-    card = build_index(cache_path, tmp_path / "pq", IndexSettings(run=run_path, factory="IVF1,PQ1x4", min_recall=0.0))
-    assert card.recall_at_10 < 0.6
 
 
 def test_index_of_a_smaller_width(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
@@ -110,71 +89,11 @@ def test_plain_index_of_a_smaller_width(cache_path: Path, tmp_path: Path) -> Non
     np.testing.assert_allclose([hit.score for hit in hits], np.sort(values @ values[4])[::-1][:4], atol=1e-5)
 
 
-def test_item_is_not_its_own_neighbor(cache_path: Path, tmp_path: Path) -> None:
-    card = build_index(
-        cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls", factory="IVF1,PQ1x4", min_recall=0.0)
-    )
-    assert card.recall_at_1 is not None
-    assert card.recall_at_1 < 0.5
-
-
-@pytest.mark.parametrize(
-    ("factory", "effort"),
-    [
-        ("HNSW8", {"efSearch"}),
-        ("IVF4,SQfp16", {"nprobe"}),
-        ("IVF4,SQ8", {"nprobe"}),
-    ],
-)
-def test_search_parameters_reach_recall(cache_path: Path, tmp_path: Path, factory: str, effort: set[str]) -> None:
-    options = {"feature": "open_toy/cls", "factory": factory}
-    low = build_index(cache_path, tmp_path / "low", IndexSettings(**options, min_recall=0.1))  # type: ignore[arg-type]
-    high = build_index(cache_path, tmp_path / "high", IndexSettings(**options, min_recall=0.7))  # type: ignore[arg-type]
-    assert set(low.search) == set(high.search) == effort
-    assert 0.1 <= low.recall_at_10 <= high.recall_at_10
-    assert high.recall_at_10 >= 0.7
-    assert all(low.search[name] <= high.search[name] for name in effort)
-
-
-def test_memory_and_recall_choose_index(cache_path: Path, tmp_path: Path) -> None:
-    path, feature = tmp_path / "index", "open_toy/cls"
-    with pytest.raises(SettingError, match="IVF7,SQ6"):
-        build_index(cache_path, path, IndexSettings(feature=feature, memory=1000))
-    card = build_index(cache_path, path, IndexSettings(feature=feature, memory=40_000, min_recall=0.9))
-    assert card.factory.startswith("IVF7,")
-    assert card.memory_bytes is not None
-    assert card.memory_bytes <= 40_000
-    assert card.recall_at_10 >= 0.9
-    assert build_index(cache_path, path, IndexSettings(feature=feature, min_recall=0.8)) == card
-
-
 def test_cache_of_an_index_may_be_a_url(cache_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls"))
     for url, given in ((f"file://{cache_path}", None), ("file:///nowhere", cache_path)):
         edit_record(tmp_path / "index" / "card.json", cache=url)
         assert str(OpenIndex(tmp_path / "index", cache=given).cache.path).endswith(str(cache_path))
-
-
-def test_failed_items_are_not_indexed(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "s", 30)
-    (folder / "00004.png").write_bytes(b"")
-    extract(
-        open_source(folder),
-        tmp_path / "c",
-        image_encoder=[IMAGE],
-        text_encoder=[TEXT],
-        settings=ExtractSettings(chunk_size=8),
-    )
-    card = build_index(tmp_path / "c", tmp_path / "texts", IndexSettings(modality="text"))
-    assert card.num_vectors == 30
-    assert build_index(tmp_path / "c", tmp_path / "index").num_vectors == 29
-    vectors = Cache(tmp_path / "c").feature("image").load()
-    index = read_index([tmp_path / "index" / "index-0.faiss"])
-    for row in (3, 5, 29):
-        _, found = index.search(normalize(vectors[row : row + 1]), 1, {})
-        assert found[0, 0] == row
-    _, found = index.search(normalize(vectors[:1]), 29, {})
-    assert 4 not in found
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")

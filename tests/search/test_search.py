@@ -164,15 +164,6 @@ def test_search_with_changed_encoder_raises(tmp_path: Path) -> None:
         search(tmp_path / "index", ["red"])
 
 
-def test_search_plain_texts(cache_path: Path, tmp_path: Path) -> None:
-    card = build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
-    assert card.run is None
-    caption = Cache(cache_path).items("text")["text"][5].as_py()
-    (hits,) = search(tmp_path / "index", [caption], SearchSettings(k=1))
-    assert hits[0].score == pytest.approx(1, abs=1e-3)
-    assert hits[0].captions == [caption]
-
-
 class WholeTexts(ToyTexts):
     """An encoder of texts for which the spaces around one matter."""
 
@@ -277,17 +268,6 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "concepts.json").write_text(json.dumps(prompts))
     extract(open_source(f"prompts:{folder / 'concepts.json'}"), folder / "cache", text_encoder=[TEXT])
     return folder / "cache"
-
-
-def test_query_concept_is_mean_of_prompts(cache_path: Path, run_path: Path, index_path: Path, concepts: Path) -> None:
-    pair = Run.open(run_path).pair
-    cache = Cache(concepts)
-    prompts = project(pair.tower("text"), Inputs(cache.feature("text", "open_toy/mean").load()))
-    mean = normalize(prompts[:2].mean(axis=0, keepdims=True))[0]
-    images = project(pair.tower("image"), Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
-    found = search(index_path, Queries(concepts=["red", "sky"], concept_cache=concepts), SearchSettings(k=3))
-    np.testing.assert_allclose([hit.score for hit in found[0]], -np.sort(-(images @ mean))[:3], atol=1e-5)
-    np.testing.assert_allclose([hit.score for hit in found[1]], -np.sort(-(images @ prompts[2]))[:3], atol=1e-5)
 
 
 def test_query_concept_of_other_encoder_raises(cache_path: Path, concepts: Path, tmp_path: Path) -> None:
@@ -461,17 +441,6 @@ def test_label_and_part(labeled: Path, tmp_path: Path, factory: str) -> None:
             np.testing.assert_allclose([hit.score for hit in hits], scores, atol=1e-5)
             assert all(hit.key.startswith(prefix) for hit in hits)
             assert all(hit.label == hit.key.split("/")[1] for hit in hits)
-
-
-def test_selection(labeled: Path, labeled_index: Path, tmp_path: Path) -> None:
-    cache = Cache(labeled)
-    selection = Selection(rows=np.array([3, 20, 44]))
-    write_selection(tmp_path / "s.parquet", cache, selection, {})
-    key = cache.samples["key"][0].as_py()
-    (hits,) = search(
-        labeled_index, Queries(keys=[key]), SearchSettings(filter=Filter(selection=tmp_path / "s.parquet"))
-    )
-    assert sorted(hit.row for hit in hits) == [3, 20, 44]
 
 
 def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 from embedcache.curate.coverage import measure_coverage
@@ -19,6 +22,7 @@ from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.app import make_app
 from embedcache.serve.guard import RequestGuard
+from embedcache.serve.server import bind, config
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
@@ -42,6 +46,21 @@ def visit(served: SearchService, *, token: str | None = None) -> TestClient:
     """Open a client of the app behind its guard; use it with `with`."""
     guard = RequestGuard(make_app(served), served.settings, token=token, port=PORT)
     return TestClient(guard, base_url=f"http://127.0.0.1:{PORT}", follow_redirects=False)
+
+
+@contextmanager
+def running(served: SearchService) -> Iterator[int]:
+    """Run a server in a thread; yield its port."""
+    with bind(ServeSettings(port=0)) as bound:
+        port = bound.getsockname()[1]
+        server = uvicorn.Server(config(RequestGuard(make_app(served), served.settings, token=None, port=port)))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        try:
+            yield port
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,29 +15,13 @@ import uvicorn
 from embedcache.processes import check_cancelled
 from embedcache.progress import NullProgress
 from embedcache.serve import server as server_module
-from embedcache.serve.app import make_app
-from embedcache.serve.guard import RequestGuard
 from embedcache.serve.media import Decoders
-from embedcache.serve.server import bind, config, serve
+from embedcache.serve.server import serve
 from embedcache.serve.service import SearchService, ServePaths
 from embedcache.serve.settings import ServeSettings
+from tests.serve.conftest import running
 
 _HEAD = "{} HTTP/1.1\r\nHost: localhost\r\n{}\r\n\r\n"
-
-
-@contextmanager
-def running(served: SearchService) -> Iterator[int]:
-    """Run a server in a thread; yield its port."""
-    with bind(ServeSettings(port=0)) as bound:
-        port = bound.getsockname()[1]
-        server = uvicorn.Server(config(RequestGuard(make_app(served), served.settings, token=None, port=port)))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-        thread.start()
-        try:
-            yield port
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")

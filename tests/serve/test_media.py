@@ -4,7 +4,6 @@ import asyncio
 import io
 import os
 import shutil
-import tarfile
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,22 +14,15 @@ from PIL import Image
 from starlette.testclient import TestClient
 from starlette.types import Message
 
-from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.thumbnails import PlayedFile
-from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
-from embedcache.search.index import build_index
-from embedcache.search.settings import IndexSettings
-from embedcache.serve.coverage import measure_served_coverage
 from embedcache.serve.media import respond_with_part
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
-from embedcache.sources import open_source
 from embedcache.sources.media import decode_audio
 from embedcache.sources.open import remember
 from embedcache.store.cache import Cache
 from tests.media_files import encode_audio, tone, wav
-from tests.media_toy import MEDIA
 from tests.serve.conftest import visit
 from tests.serve.test_untrusted import tamper
 
@@ -135,10 +127,6 @@ def test_hits_name_what_to_play(media: Path, client: TestClient) -> None:
     ]
 
 
-def test_index_that_texts_would_need_is_named(served: SearchService) -> None:
-    assert served.rejected_queries["text"].endswith("embedcache curate index CACHE INDEX --run RUN --modality audio")
-
-
 @pytest.mark.slow
 def test_images_of_recordings_and_videos(client: TestClient) -> None:
     for path, size in (
@@ -224,28 +212,3 @@ def test_recordings_that_have_moved(media: Path, caplog: pytest.LogCaptureFixtur
     assert gone.info()["missing_images"] == missing
     assert [hit["player"] for hit in gone.items(np.array([0]))] == [None]
     assert "videos are not shown: " in caplog.text
-
-
-@pytest.mark.slow
-def test_recordings_in_a_tar(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for number in range(3):
-            data = wav(tone(0.1 * (number + 1)))
-            info = tarfile.TarInfo(f"{number}.wav")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    extract(open_source(str(tmp_path / "a.tar")), tmp_path / "out" / "cache", encoder={"audio": [MEDIA]})
-    index = tmp_path / "out" / "index"
-    build_index(tmp_path / "out" / "cache", index, IndexSettings(feature="open_media/mean", modality="audio"))
-    with visit(open_index(index)) as client:
-        found = [client.get(f"/api/recordings/{row}/play").content for row in range(3)]
-    assert [len(samples_of(data)) for data in found] == [1600, 3200, 4800]
-
-
-def test_coverage_by_recordings(media: Path, served: SearchService, tmp_path: Path) -> None:
-    shutil.copy(media / "files" / "tone.flac", tmp_path / "tone.flac")
-    (tmp_path / "examples.csv").write_text("key,audio,kind\na,tone.flac,tones\n")
-    extract(open_source(tmp_path / "examples.csv"), tmp_path / "examples", encoder={"audio": [MEDIA]})
-    settings = CoverageSettings(k=2, label="kind")
-    found = measure_served_coverage(tmp_path / "examples", served.index, NullProgress(), settings=settings)
-    assert [(concept["name"], concept["counts"][0]["best"]) for concept in found.concepts()] == [("tones", 2)]

@@ -2,14 +2,12 @@
 
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
@@ -17,15 +15,13 @@ from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.search.settings import Filter, IndexSettings, SearchSettings
-from embedcache.serve.app import make_app
-from embedcache.serve.guard import RequestGuard
-from embedcache.serve.server import bind, config
 from embedcache.serve.service import ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
 from tests.crash import start
 from tests.images import write_images
 from tests.serve.browser import Browsing, open_browser
+from tests.serve.conftest import running
 from tests.toy import IMAGE
 from tests.toy import TEXT as TEXT_ENCODER
 
@@ -278,7 +274,7 @@ def test_captions_are_not_markup(browser: Any, tmp_path: Path) -> None:
         path.write_text(evil)
     extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT_ENCODER])
     build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
-    with serving(ServePaths(index=tmp_path / "index")) as address:
+    with serving(tmp_path / "index") as address:
         page = Browsing(browser, address)
         page.type("red")
         page.page.keyboard.press("ArrowDown")
@@ -297,7 +293,7 @@ def test_captions_are_not_markup(browser: Any, tmp_path: Path) -> None:
 
 def test_players_of_recordings(browser: Any, media: Path) -> None:
     """Each result plays its recording, by a key too, and one plays at a time."""
-    with serving(ServePaths(index=media / "audio")) as address:
+    with serving(media / "audio") as address:
         page = Browsing(browser, address)
         page.page.wait_for_selector("#sample audio")
         assert page.text("#holds") == "2 recordings"
@@ -326,7 +322,7 @@ def test_players_of_recordings(browser: Any, media: Path) -> None:
 
 def test_players_of_videos(browser: Any, media: Path) -> None:
     """An interval ends where it ends, also when it is played again; a format that browsers lack is named."""
-    with serving(ServePaths(index=media / "video")) as address:
+    with serving(media / "video") as address:
         page = Browsing(browser, address, viewport={"width": 360, "height": 740})
         page.page.wait_for_selector("#sample video[poster]")
         assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -356,16 +352,8 @@ def wait_for_player(page: Browsing, selector: str, condition: str) -> None:
 
 
 @contextmanager
-def serving(paths: ServePaths) -> Iterator[str]:
+def serving(index: Path) -> Iterator[str]:
     """Serve an index from a thread of this process; yield the address."""
-    service = open_service(paths, ServeSettings(), device="cpu", progress=NullProgress())
-    with bind(ServeSettings(port=0)) as bound:
-        port = bound.getsockname()[1]
-        server = uvicorn.Server(config(RequestGuard(make_app(service), ServeSettings(), token=None, port=port)))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.should_exit = True
-            thread.join()
+    service = open_service(ServePaths(index=index), ServeSettings(), device="cpu", progress=NullProgress())
+    with running(service) as port:
+        yield f"http://127.0.0.1:{port}"

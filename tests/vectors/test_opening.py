@@ -206,6 +206,8 @@ def cache(tmp_path: Path) -> Cache:
 def test_uids_are_a_selection(cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("\n".join(UIDS[3:9]))
     export_selection(cache.path, tmp_path / "some.txt", tmp_path / "uids.npy", "datacomp")
+    uids = [f"{high:016x}{low:016x}" for high, low in np.load(tmp_path / "uids.npy").tolist()]
+    assert uids == sorted(UIDS[3:9])
     assert read_selection(tmp_path / "uids.npy", [cache]).tolist() == [3, 4, 5, 6, 7, 8]
     words = ("export", "npy", cache.path, "out", "--selection", "uids.npy")
     assert "6 rows" in succeed(*words, cwd=tmp_path)

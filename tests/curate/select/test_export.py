@@ -1,6 +1,5 @@
 """Selections for other tools, and back."""
 
-import hashlib
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -77,18 +76,6 @@ def test_output_is_checked_first(made: tuple[Cache, Path], tmp_path: Path) -> No
     (tmp_path / "mine.txt").write_text("mine")
     with replacing_files(False), pytest.raises(PathError, match=r"mine\.txt"):
         export_selection(made[0].path, tmp_path / "none.parquet", tmp_path / "mine.txt", "keys")
-
-
-def test_export_datacomp(tmp_path: Path) -> None:
-    write_images(tmp_path / "p", 4)
-    uids = [hashlib.md5(str(number).encode()).hexdigest() for number in range(4)]
-    lines = [json.dumps({"uid": uid, "image": f"p/{number:05d}.png"}) for number, uid in enumerate(uids)]
-    (tmp_path / "table.jsonl").write_text("\n".join(lines))
-    source = open_source(tmp_path / "table.jsonl", settings=SourceSettings(key_column="uid"))
-    extract(source, tmp_path / "cache", image_encoder=[IMAGE])
-    (tmp_path / "keys.txt").write_text("\n".join(uids[:3]))
-    assert export_selection(tmp_path / "cache", tmp_path / "keys.txt", tmp_path / "uids.npy", "datacomp") == 3
-    assert [f"{high:016x}{low:016x}" for high, low in np.load(tmp_path / "uids.npy").tolist()] == sorted(uids[:3])
 
 
 def test_shards_roundtrip(made: tuple[Cache, Path], image_folder: Path, tmp_path: Path) -> None:

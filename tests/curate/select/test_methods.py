@@ -181,13 +181,6 @@ def test_clip_score_takes_up_to_all_pairs(pools: Any, chosen: Any) -> None:
 # MetaCLIP
 
 
-def test_concepts_of_the_same_words_match_the_same_captions() -> None:
-    names = ["C++", "C#", "cat", "Cat", "!!!"]
-    found = match_words([(np.arange(3), ["a C++ book", "the cat sat", "!!!"])], names)
-    pairs = list(zip(found.samples_M.tolist(), found.concepts_M.tolist(), strict=True))
-    assert pairs == [(0, 0), (0, 1), (1, 2), (1, 3)]
-
-
 WORDS = st.lists(st.sampled_from(["a", "B", "b", "É", "ΣΑΣ", "İ", "_1", "-", "\0", "\n", "'"]), max_size=6)
 
 

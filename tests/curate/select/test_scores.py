@@ -225,20 +225,6 @@ def test_bounds_and_budget(cache_path: Path, tmp_path: Path, weights: Path) -> N
     assert some == list(range(50))
 
 
-def test_scores_of_another_tool(cache_path: Path, tmp_path: Path) -> None:
-    """Check a table of few of the keys in another order, with several numbers and nulls."""
-    keys = Cache(cache_path).column("key").to_pylist()
-    table = {
-        "key": [keys[9], "elsewhere", keys[4], keys[2]],
-        "nsfw": [1, 0, 0, None],
-        "aesthetic": [4.0, 9.0, 6.5, 5.0],
-    }
-    pq.write_table(pa.table(table), tmp_path / "theirs.parquet")
-    scores, out = tmp_path / "theirs.parquet", tmp_path / "out.parquet"
-    assert chosen(cache_path, out, scores, "at_least=5", score="aesthetic") == [2, 4]
-    assert chosen(cache_path, out, scores, "at_most=0", score="nsfw") == [4]
-
-
 def test_scores_with_more_digits_than_float32_has(cache_path: Path, tmp_path: Path) -> None:
     keys = Cache(cache_path).column("key").to_pylist()[:3]
     table = {"key": keys, "time": [1_700_000_000, 1_700_000_001, 1_700_000_002], "loss": [1e300, 1 + 2**-40, 1.0]}

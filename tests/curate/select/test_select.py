@@ -13,15 +13,11 @@ from embedcache.curate.select.methods import random_draw
 from embedcache.curate.select.select import combine_selections, select
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
-from embedcache.evaluate.runs import group_by_recipe
+from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
-from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
-from embedcache.train.settings import train_settings
-from embedcache.train.train import train
 from tests.curate.select.conftest import FEATURES
 
 TEXT_FEATURE, IMAGE_FEATURE = FEATURES["text"], FEATURES["image"]
@@ -79,23 +75,6 @@ def test_select_is_deterministic(around: dict[str, Path], tmp_path: Path) -> Non
     numbers = table["number"].to_pylist()
     assert sorted(numbers) == list(range(1, 10))
     assert table["nearest_cosine"][numbers.index(1)].as_py() == -1
-
-
-@pytest.mark.slow
-def test_select_from_selection_and_train(around: dict[str, Path], tmp_path: Path) -> None:
-    fitting = tmp_path / "fit.parquet"
-    first = chosen(around, fitting, "clip-score", budget=150, run=around["run"], feature=None)
-    for seed in (0, 1):
-        second = chosen(around, tmp_path / f"some-{seed}.parquet", budget=90, selection=fitting, seed=seed)
-        assert set(second) < set(first)
-    pattern = f"{tmp_path}/some-{{seed}}.parquet"
-    recipe = {"projector": "linear", "epochs": 0, "split": "key", "selection": pattern}
-    runs = [tmp_path / f"run-{seed}" for seed in (0, 1)]
-    for seed, run in enumerate(runs):
-        settings = train_settings({**recipe, "seed": seed})
-        train(around["cache"], run, feature={"image": IMAGE_FEATURE, "text": TEXT_FEATURE}, settings=settings)
-    assert len({Run.open(run).info.digests["selection"] for run in runs}) == 2
-    assert list(group_by_recipe(runs).values()) == [runs]  # seeds of one recipe, each with a selection of its own
 
 
 def test_combine_and_sample(around: dict[str, Path], tmp_path: Path) -> None:
@@ -170,27 +149,6 @@ def test_invalid_settings_raise(
     with pytest.raises(error, match=word):
         chosen(around, tmp_path / "a.parquet", method, **{**options, **inputs})
     assert not (tmp_path / "a.parquet").exists()
-
-
-def test_incomparable_concepts_raise(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="prompts"):
-        chosen(
-            around,
-            tmp_path / "a.parquet",
-            "rare-first",
-            budget=3,
-            concepts=around["concepts"],
-            modality="image",
-            feature=IMAGE_FEATURE,
-        )
-    (tmp_path / "names.txt").write_text("red\nblue\nred\n")
-    extract(
-        open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "louder", text_encoder=["tests.toy:open_toy,scale=2"]
-    )
-    with pytest.raises(FingerprintError, match="encoder"):
-        chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts=tmp_path / "louder")
-    with pytest.raises(UnknownNameError, match="label"):
-        chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts=around["target"])
 
 
 def test_join_names(around: dict[str, Path], tmp_path: Path) -> None:
