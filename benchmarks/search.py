@@ -17,8 +17,8 @@ from embedcache.arrays import normalize
 from embedcache.cli.console import print_table
 from embedcache.dataset.vectors import Vectors
 from embedcache.neighbors.knn import knn_of_blocks
-from embedcache.search.autotune import measure_latency_ms
-from embedcache.search.card import open_row_index, read_card
+from embedcache.search.faiss_index import open_row_index, read_card
+from embedcache.search.index import measure_latency_ms
 
 VARIABLE = "EMBEDCACHE_BENCH_VECTORS"
 WIDTH, NUM_QUERIES, K = 768, 1000, 10

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from embedcache.export.export import export_run as export_run
     from embedcache.export.settings import ExportSettings as ExportSettings
     from embedcache.extract.extract import extract as extract_features
+    from embedcache.extract.extract import plan as plan_extraction
     from embedcache.extract.extract import retry_failed as retry_failed
-    from embedcache.extract.plan import plan as plan_extraction
     from embedcache.extract.repair import verify_cache as verify_cache
     from embedcache.extract.settings import ExtractSettings as ExtractSettings
     from embedcache.extract.settings import VerifySettings as VerifySettings

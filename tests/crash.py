@@ -30,7 +30,7 @@ _CONTEXT.set_forkserver_preload(
     [
         *("tests.crash", "tests.toy", "torch", "torch._dynamo", "zarr", "pandas", "PIL.PngImagePlugin"),
         *("pydantic.type_adapter", "scipy.sparse.csgraph", "torch.utils.flop_counter"),
-        *("embedcache.extract.plan", "embedcache.extract.repair", "embedcache.sources.folder"),
+        *("embedcache.extract.extract", "embedcache.extract.repair", "embedcache.sources.folder"),
         *("embedcache.search.index", "embedcache.train.train", "faiss"),
     ]
 )

@@ -7,7 +7,7 @@ from embedcache.errors import CorruptError, FingerprintError, PathError
 from embedcache.files import partial_path
 from embedcache.provenance import check_same, prepare_folder, read_json, recognize
 from embedcache.runs import Run
-from embedcache.search.card import read_card
+from embedcache.search.faiss_index import read_card
 from embedcache.store.layout import read_info
 
 

@@ -69,7 +69,7 @@ def verify(
     from embedcache.reports.render import Presentation, present
 
     if (Path(cache) / "card.json").is_file():
-        from embedcache.search.card import read_card, verify_index
+        from embedcache.search.faiss_index import read_card, verify_index
 
         if settings.repair or settings.reencode is not None:
             raise SettingError(f"--repair, --reencode: expected a cache, got {cache}, an index; leave the option out")

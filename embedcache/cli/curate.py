@@ -51,7 +51,7 @@ def index(
     from embedcache.cli.console import open_progress
     from embedcache.reports.render import Presentation
     from embedcache.reports.summary import describe_index
-    from embedcache.search.card import read_card
+    from embedcache.search.faiss_index import read_card
     from embedcache.search.index import build_index
 
     before = read_card(out) if (out / "card.json").is_file() else None

@@ -13,7 +13,7 @@ from embedcache.settings import format_bytes
 from embedcache.sources.open import SourceSettings
 
 if TYPE_CHECKING:
-    from embedcache.extract.plan import Plan
+    from embedcache.extract.extract import Plan
     from embedcache.reports.render import Presentation
 
 app = new_group()
@@ -100,8 +100,8 @@ def extract(
     from embedcache.cli.console import open_progress
     from embedcache.extract.extract import extract as extract_features
     from embedcache.extract.extract import open_source_or_cache
+    from embedcache.extract.extract import plan as make_plan
     from embedcache.extract.extract import retry_failed as retry
-    from embedcache.extract.plan import plan as make_plan
     from embedcache.reports.render import present
     from embedcache.store.cache import Cache, caption_error_lines
 

@@ -59,8 +59,8 @@ def quickstart(
     Example: embedcache quickstart
     """
     from embedcache.cli.console import open_progress
+    from embedcache.quickstart.quickstart import present_quickstart
     from embedcache.quickstart.quickstart import quickstart as run
-    from embedcache.quickstart.report import present_quickstart
 
     return present_quickstart(run(folder, progress=open_progress()))
 

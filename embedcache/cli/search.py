@@ -23,7 +23,7 @@ from embedcache.search.settings import MOVED_CACHE, MOVED_RUN, SearchSettings
 from embedcache.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from embedcache.search.hits import Hit
+    from embedcache.search.search import Hit
 
 app = new_group()
 _MODALITIES_OF_FILES = [modality.name for modality in FILE_MODALITIES]

@@ -26,12 +26,11 @@ from embedcache.files import AnyPath, replacing
 from embedcache.modalities import noun
 from embedcache.neighbors.knn import knn
 from embedcache.progress import NullProgress, Progress, watch
-from embedcache.projectors.closed_form import Moments
+from embedcache.projectors.base import Moments
 from embedcache.provenance import FORMAT, read_metadata, to_metadata
 from embedcache.registry import is_installed, require
 from embedcache.search.concepts import Concepts, open_concepts
-from embedcache.search.hits import Hit
-from embedcache.search.search import OpenIndex
+from embedcache.search.search import Hit, OpenIndex
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table, write_table

@@ -27,8 +27,7 @@ from embedcache.processes import products_on
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_table_output
 from embedcache.runs import PAIR, SPLIT, Run
-from embedcache.search.card import IndexCard, check_card, open_row_index, read_card
-from embedcache.search.faiss_index import RowIndex
+from embedcache.search.faiss_index import IndexCard, RowIndex, check_card, open_row_index, read_card
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.train.data import TrainData, open_data

@@ -16,8 +16,17 @@ from safetensors.numpy import load, save_file
 from embedcache.arrays import Array, Ints, distinct
 from embedcache.dataset.inputs import PLAIN
 from embedcache.dataset.splits import read_split, require_split
-from embedcache.derive.rules import Block, Derivation, DerivedView, Rule, open_rule, to_items
-from embedcache.derive.runs import RunRequest, open_run, reopen_run
+from embedcache.derive.rules import (
+    Block,
+    Derivation,
+    DerivedView,
+    Rule,
+    RunRequest,
+    open_rule,
+    open_run,
+    reopen_run,
+    to_items,
+)
 from embedcache.derive.settings import DeriveSettings
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import DataError, ItemError, SettingError, UnfinishedError
@@ -148,7 +157,7 @@ def derive_from_run(
         progress: shows the number of items.
 
     Returns:
-        One report per view and modality; errors are those of `derive` and `embedcache.derive.runs.open_run`.
+        One report per view and modality; errors are those of `derive` and `embedcache.derive.rules.open_run`.
     """
     run = Path(run)
     cache = Cache(cache)

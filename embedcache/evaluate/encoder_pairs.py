@@ -39,7 +39,7 @@ from embedcache.metrics import (
 from embedcache.modalities import MODALITIES, directions, noun, order_pair, pair_nouns
 from embedcache.processes import products_on
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.projectors.closed_form import Moments, solve
+from embedcache.projectors.base import Moments, solve
 from embedcache.settings import merge_settings, replace_fields, replace_flat
 from embedcache.store.cache import Cache
 

@@ -23,7 +23,7 @@ from embedcache.modalities import MODALITIES, list_texts
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import new_record_path, record_stage
 from embedcache.runs import Run
-from embedcache.search.card import IndexCard, read_card
+from embedcache.search.faiss_index import IndexCard, read_card
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.settings import merge_settings

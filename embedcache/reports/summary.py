@@ -16,7 +16,7 @@ from embedcache.modalities import count_items
 from embedcache.provenance import construct, read_json, read_report_json, read_study, recognize
 from embedcache.reports.render import Presentation, Section
 from embedcache.runs import PAIR, Run
-from embedcache.search.card import IndexCard, read_card
+from embedcache.search.faiss_index import IndexCard, read_card
 from embedcache.settings import format_bytes
 from embedcache.store.cache import Cache, caption_error_lines
 from embedcache.store.commits import PENDING, REMOVED, has_failed

@@ -31,9 +31,8 @@ from embedcache.modalities import FILE_MODALITIES, MODALITIES, list_texts, noun
 from embedcache.projectors.base import project
 from embedcache.registry import unknown_name
 from embedcache.runs import PAIR, Run, RunInput
-from embedcache.search.card import IndexCard
 from embedcache.search.concepts import open_concepts
-from embedcache.search.faiss_index import RowIndex
+from embedcache.search.faiss_index import IndexCard, RowIndex
 from embedcache.sources.images import ImageLike
 from embedcache.store.cache import Cache, RowReader, find_keys
 

@@ -13,8 +13,7 @@ from PIL.Image import Image
 
 from embedcache.arrays import Floats
 from embedcache.errors import EmbedcacheError
-from embedcache.search.hits import Hit
-from embedcache.search.search import OpenIndex
+from embedcache.search.search import Hit, OpenIndex
 from embedcache.search.settings import Filter
 
 _Input = TypeVar("_Input")

@@ -14,8 +14,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, MissingExtraError, PathError, SettingError, UnknownNameError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
-from embedcache.search.hits import Hit
-from embedcache.search.search import OpenIndex
+from embedcache.search.search import Hit, OpenIndex
 from embedcache.search.settings import Filter
 from embedcache.serve.coverage import ServedCoverage, measure_served_coverage, read_coverage
 from embedcache.serve.maps import ServedMap

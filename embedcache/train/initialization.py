@@ -21,8 +21,7 @@ from embedcache.dataset.pairs import Pairs
 from embedcache.errors import DataError, SettingError
 from embedcache.modeling.heads import AnyTower, RawTower, Tower
 from embedcache.progress import NullProgress, Progress
-from embedcache.projectors.base import HasAnchors, HasLinearBranch
-from embedcache.projectors.closed_form import Matrix, Moments, solve
+from embedcache.projectors.base import HasAnchors, HasLinearBranch, Matrix, Moments, solve
 from embedcache.projectors.pair import AlignedPair
 from embedcache.registry import unknown_name
 from embedcache.runs import WEIGHTS, Run

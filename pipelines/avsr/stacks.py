@@ -23,7 +23,7 @@ from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.weights import check_weights_file, hash_weights
 from embedcache.errors import CorruptError, DataError, SettingError, one_line
 from embedcache.files import expand_home, replacing
-from embedcache.projectors.closed_form import Moments
+from embedcache.projectors.base import Moments
 from embedcache.store.layout import Axis
 from pipelines.avsr.pixels import PIXELS_SIZE, Pixels
 

@@ -22,9 +22,8 @@ from embedcache.curate.settings import MapSettings
 from embedcache.maintain.remove import remove_samples
 from embedcache.provenance import to_metadata
 from embedcache.search.concepts import Concepts
-from embedcache.search.hits import Hit
 from embedcache.search.index import build_index
-from embedcache.search.search import OpenIndex
+from embedcache.search.search import Hit, OpenIndex
 from embedcache.search.settings import IndexSettings
 
 PCA = MapSettings(projection="pca")

@@ -11,8 +11,7 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.thumbnails import Thumbnails
 from embedcache.errors import FingerprintError, PathError
 from embedcache.evaluate.retrieval import evaluate_retrieval
-from embedcache.extract.extract import extract, open_job, retry_failed, run_job
-from embedcache.extract.plan import plan
+from embedcache.extract.extract import extract, open_job, plan, retry_failed, run_job
 from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
 from embedcache.reports.summary import summarize

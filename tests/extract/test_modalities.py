@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from embedcache.errors import FingerprintError, MissingExtraError, SettingError
-from embedcache.extract.extract import extract
-from embedcache.extract.plan import plan
+from embedcache.extract.extract import extract, plan
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.reports.summary import summarize

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from embedcache.errors import DiskFullError
-from embedcache.extract.plan import Plan, PlannedFeature, plan
+from embedcache.extract.extract import Plan, PlannedFeature, plan
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from tests.extract.cases import FEATURES, run, tree

@@ -28,7 +28,7 @@ from embedcache.evaluate.settings import ProbeSettings
 from embedcache.maintain.copy import cut_cache
 from embedcache.maintain.remove import RemovalReport, remove_samples
 from embedcache.maintain.settings import RemoveSettings
-from embedcache.search.card import open_row_index, read_card
+from embedcache.search.faiss_index import open_row_index, read_card
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex
 from embedcache.store.cache import Cache

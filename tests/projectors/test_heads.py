@@ -13,8 +13,7 @@ from torch.nn.functional import gelu, layer_norm
 
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.modeling.heads import AsifProjector, Dropout
-from embedcache.projectors.base import PROJECTORS, bind_projector
-from embedcache.projectors.closed_form import Moments, cca, ridge, solve
+from embedcache.projectors.base import PROJECTORS, Moments, bind_projector, cca, ridge, solve
 from embedcache.projectors.pair import AlignedPair
 from embedcache.testing.projectors import ProjectorContract, TokenProjectorContract
 

@@ -16,8 +16,7 @@ import pytest
 from embedcache.cli.main import main
 from embedcache.errors import PathError
 from embedcache.extract.extract import extract
-from embedcache.quickstart.quickstart import SOURCE, quickstart
-from embedcache.quickstart.report import QuickstartReport
+from embedcache.quickstart.quickstart import SOURCE, QuickstartReport, quickstart
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.blocks import TUTORIAL, VARIES, blocks_of, run_block

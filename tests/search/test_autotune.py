@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import normalize
 from embedcache.errors import SettingError
-from embedcache.search.autotune import (
+from embedcache.search.faiss_index import make_index
+from embedcache.search.index import (
     Configuration,
     fit_memory,
     in_memory_configurations,
     num_lists,
     on_disk_configurations,
 )
-from embedcache.search.faiss_index import make_index
 
 GB = 1024**3
 

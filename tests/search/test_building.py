@@ -25,10 +25,8 @@ from embedcache.processes import announce
 from embedcache.progress import NullProgress
 from embedcache.provenance import read_json
 from embedcache.search import index as index_module
-from embedcache.search.autotune import Configuration
-from embedcache.search.card import IndexCard, open_row_index, read_card, verify_index
-from embedcache.search.faiss_index import RowIndex, read_index
-from embedcache.search.index import build_index
+from embedcache.search.faiss_index import IndexCard, RowIndex, open_row_index, read_card, read_index, verify_index
+from embedcache.search.index import Configuration, build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
@@ -399,7 +397,7 @@ def test_large_indexes_are_compared_by_verify_alone(
     data = bytearray((copy / name).read_bytes())
     data[-1] ^= 1
     exchange(copy / name, data)
-    monkeypatch.setattr("embedcache.search.card._COMPARED_BYTES", read_card(copy).file_bytes - 1)
+    monkeypatch.setattr("embedcache.search.faiss_index._COMPARED_BYTES", read_card(copy).file_bytes - 1)
     announce.cache_clear()
     with caplog.at_level(logging.INFO, "embedcache.processes"):
         opened(copy)

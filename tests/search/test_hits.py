@@ -13,10 +13,9 @@ import pytest
 from embedcache.errors import MissingExtraError
 from embedcache.extract.extract import extract
 from embedcache.reports.items import ItemRenderer
-from embedcache.search import hits as hits_module
-from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
+from embedcache.search import search as hits_module
 from embedcache.search.queries import Queries
-from embedcache.search.search import OpenIndex, search
+from embedcache.search.search import Hit, HitReader, Hits, OpenIndex, SearchResults, search
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.vectors.opening import open_vectors

@@ -17,8 +17,7 @@ from embedcache.errors import (
 from embedcache.projectors.base import project
 from embedcache.runs import Run
 from embedcache.search import faiss_index
-from embedcache.search.card import read_card
-from embedcache.search.faiss_index import read_index
+from embedcache.search.faiss_index import read_card, read_index
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search

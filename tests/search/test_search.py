@@ -39,12 +39,10 @@ from embedcache.inference import load
 from embedcache.maintain.remove import remove_samples
 from embedcache.projectors.base import project
 from embedcache.runs import Run
-from embedcache.search.card import may_hold_removed, read_card
-from embedcache.search.faiss_index import make_index
-from embedcache.search.hits import HitReader
+from embedcache.search.faiss_index import make_index, may_hold_removed, read_card
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries, read_vectors
-from embedcache.search.search import CacheFilters, OpenIndex, search
+from embedcache.search.search import CacheFilters, HitReader, OpenIndex, search
 from embedcache.search.settings import Filter, IndexSettings, SearchSettings
 from embedcache.settings import replace_fields
 from embedcache.sources import open_source

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Bools, Floats, Ints, normalize
 from embedcache.dataset.vectors import Vectors
-from embedcache.search import autotune
-from embedcache.search.autotune import (
+from embedcache.search import index as autotune
+from embedcache.search.faiss_index import RowIndex, make_index
+from embedcache.search.index import (
     QuerySet,
     draw_query_set,
     drop_own,
@@ -22,7 +23,6 @@ from embedcache.search.autotune import (
     parameter_choices,
     tune_search,
 )
-from embedcache.search.faiss_index import RowIndex, make_index
 from embedcache.vectors.opening import open_vectors
 from tests.recorded import RecordedProgress
 from tests.vectors.cases import import_files, unit_rows, write_tree
