@@ -31,6 +31,7 @@ from embedcache.neighbors.knn import knn
 
 _BLOCK_BYTES = 64 * 2**20
 _DRAWS_PER_BLOCK = 1 << 18
+_MOST_CLUSTERS = 2**16  # resampling a million would take most of the time of an evaluation
 Doubles = npt.NDArray[np.float64]
 
 _ROUNDING = 1e-24  # of float64, squared
@@ -384,13 +385,21 @@ def bootstrap_class_mean(
 
     `labels` are (M,) int from 0, the class of each value; classes without a value are left out.
     """
-    values_M = values.astype(np.float64)
+    from scipy.sparse import csr_array
 
-    def class_mean(weights_M: Array) -> float:
-        sums, counts = np.bincount(labels, weights=weights_M * values_M), np.bincount(labels, weights=weights_M)
-        return float((sums[counts > 0] / counts[counts > 0]).mean())
+    cluster_M, size_G = _clusters(clusters, len(values))
+    shape = (int(labels.max()) + 1, len(size_G))
+    sum_CG = csr_array((values.astype(np.float64), (labels, cluster_M)), shape)
+    count_CG = csr_array((np.ones(len(values)), (labels, cluster_M)), shape)
 
-    return bootstrap(class_mean, len(values), clusters, num_draws=num_draws, seed=seed)
+    def class_means(weight_GB: Array) -> Array:
+        sum_CB, count_CB = sum_CG @ weight_GB, count_CG @ weight_GB
+        mean_CB = sum_CB / np.maximum(count_CB, 1)
+        return np.asarray(mean_CB.sum(axis=0) / (count_CB > 0).sum(axis=0))
+
+    resamples = _resamples(len(size_G), num_draws, seed)
+    means = [class_means(np.ones((len(size_G), 1))), *(class_means(weight_BG.T) for weight_BG in resamples)]
+    return interval_of(np.concatenate(means))
 
 
 def bootstrap_runs(values_RM: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
@@ -472,12 +481,17 @@ def bootstrap(
 
 
 def _clusters(clusters: Ints | None, num_values: int) -> tuple[Ints, Ints]:
-    """Return the number of each value's cluster, from 0, and the cluster sizes."""
+    """Return the number of each value's cluster, from 0, and the cluster sizes.
+
+    Of more than `_MOST_CLUSTERS`, groups of clusters are drawn together. As clusters are independent, so are the
+    groups, and the intervals have the same expected width.
+    """
     if not num_values:
         raise DataError("bootstrap: expected at least one value, got none")
     cluster_M: Ints = np.arange(num_values)
     if clusters is not None:
         _, cluster_M = np.unique(clusters, return_inverse=True)
+    cluster_M = cluster_M % _MOST_CLUSTERS
     return cluster_M, np.bincount(cluster_M)
 
 

@@ -125,6 +125,15 @@ def test_resamples_of_many_values_are_drawn_in_blocks(num_values: int, num_at_on
     assert peak < 8 * num_values * (3 + 5 * num_at_once)  # a few numbers per value of a resample
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_interval_of_many_clusters_is_that_of_the_normal_distribution(size: int) -> None:
+    num_clusters = 200_000  # more than are drawn one by one
+    value_G = np.random.default_rng(0).standard_normal(num_clusters)
+    estimate = bootstrap_mean(np.repeat(value_G, size), np.repeat(np.arange(num_clusters), size), num_draws=1000)
+    width = 2 * 1.96 / np.sqrt(num_clusters)
+    assert estimate.high - estimate.low == pytest.approx(width, rel=0.1)
+
+
 def test_chance_has_the_interval_of_a_binomial_distribution() -> None:
     assert found(chance_estimate(0.5, 100)) == (0.5, 0.4, 0.6)  # 40 to 60 of 100 flips of a coin
     assert found(chance_estimate(0.01, 10)) == (0.01, 0.0, 0.1)
