@@ -23,6 +23,7 @@ LIMIT = 0.9
 
 def write_vectors(folder: Path, vectors_NP: Floats, *, chunk_size: int = 64) -> Vectors:
     """A cache of imported vectors, float32."""
+    folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "vectors.npy", vectors_NP)
     import_vectors(
         open_vectors("npy", files={"image": folder / "vectors.npy"}), folder / "cache", chunk_size=chunk_size
