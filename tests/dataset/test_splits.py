@@ -9,13 +9,14 @@ import pytest
 
 from embedcache.arrays import Inputs, Ints, normalize
 from embedcache.dataset.inputs import Reader
-from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.dataset.splits import PARTS, Split, draw_groups, make_split, read_split, split_samples, write_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.data import open_data
+from embedcache.train.settings import TrainSettings
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
@@ -172,3 +173,10 @@ def test_column_of_several_caches(two_caches: list[Path]) -> None:
     caches[0]._sample_columns["split"] = pa.chunked_array([["Train", "x", None, "val"] * 10])
     with pytest.raises(SourceError, match="expected train"):
         split_samples(caches, samples, settings)
+
+
+def test_seed_of_the_training_is_that_of_the_split_unless_they_differed() -> None:
+    apart = TrainSettings(split=SplitSettings(seed=5), seed=3)
+    assert with_split_seed({"seed": 7, "lr": None}) == {"seed": 7, "split_seed": 7}
+    assert with_split_seed({"seed": 7}, TrainSettings())["split_seed"] == 7
+    assert with_split_seed({"seed": 7}, apart) == {"seed": 7}
