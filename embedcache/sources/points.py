@@ -6,6 +6,7 @@ under their names in the file.
 
 import io
 import struct
+import threading
 import zipfile
 import zlib
 
@@ -16,6 +17,7 @@ from embedcache.errors import ItemError
 
 MAX_POINTS = 10_000_000
 _MAX_BYTES = 2**30  # of all arrays of one item, uncompressed
+_PARSING = threading.Lock()  # NumPy parses headers by `ast`, which fails at times in threads of Python 3.11
 _MIN_RESOLUTION = 1e-4  # of the extent: float32 coordinates far from their origin are coarser
 _DAMAGE = (
     *(OSError, ValueError, TypeError, LookupError, EOFError, OverflowError, MemoryError, SyntaxError),
@@ -53,7 +55,7 @@ def decode_points(data: bytes) -> dict[str, Array]:
 
 
 def _read_npz(data: bytes) -> dict[str, Array]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+    with _PARSING, np.load(io.BytesIO(data), allow_pickle=False) as archive:
         num_bytes = sum(member.file_size for member in archive.zip.infolist())
         if num_bytes > _MAX_BYTES:
             raise ItemError(f"too large: {num_bytes:,} bytes uncompressed, more than {_MAX_BYTES:,}")
