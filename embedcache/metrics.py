@@ -31,7 +31,7 @@ from embedcache.neighbors.knn import knn
 
 _BLOCK_BYTES = 64 * 2**20
 _DRAWS_PER_BLOCK = 1 << 18
-_MOST_CLUSTERS = 2**16  # resampling a million would take most of the time of an evaluation
+_MOST_CLUSTERS = 2**14  # resampling a million would take most of the time of an evaluation
 Doubles = npt.NDArray[np.float64]
 
 _ROUNDING = 1e-24  # of float64, squared
