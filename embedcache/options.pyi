@@ -275,6 +275,9 @@ class TrainOptions(TypedDict, total=False):
     negatives: str | PathLike[str] | Iterable[str | PathLike[str]] | None
     num_negatives: int | None
     shuffle_pairs: bool | None
+    prototypes: str | PathLike[str] | None
+    prototype_weight: float | None
+    shuffle_prototypes: bool | None
     block_rows: int | None
     seed: int | None
     device: str | None

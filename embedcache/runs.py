@@ -46,8 +46,10 @@ NETWORKS = Registry("network", {PAIR: "embedcache.projectors.pair:AlignedPair"},
 
 MANIFEST, WEIGHTS, SPLIT, CHECKPOINT = "run.json", "model.safetensors", "split.parquet", "checkpoint.pt"
 LAST_WEIGHTS, LOG = "last.safetensors", "losses.jsonl"
+PROTOTYPES = "prototypes.txt"
+"""Names of the classes that joined the closed form, a line each."""
 
-_LISTED = (WEIGHTS, LAST_WEIGHTS, SPLIT, "selection.*", LOG)
+_LISTED = (WEIGHTS, LAST_WEIGHTS, SPLIT, "selection.*", PROTOTYPES, LOG)
 """Files that `run.json` lists, where a run has them."""
 
 _FILES = (".claims", MANIFEST, CHECKPOINT, "tensorboard", *_LISTED)

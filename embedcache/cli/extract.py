@@ -48,7 +48,8 @@ def extract(
         typer.Argument(
             metavar="SOURCE",
             help="Folder, table, WebDataset tars, Hugging Face dataset on disk or as hf:org/name, or a URL of these; "
-            "prompts:FILE for the names of classes; CACHE itself for more encoders of the samples that it has.",
+            "prompts:FILE for the names of classes; prototypes:ENCODER for the classes of a classifier; "
+            "CACHE itself for more encoders of the samples that it has.",
         ),
     ],
     cache: Annotated[

@@ -68,12 +68,37 @@ def background_of(preprocessing: Mapping[str, Any] | None) -> str:
     return str((preprocessing or {}).get("background", "white"))
 
 
+NO_HEAD = (
+    "use an encoder that was trained as a classifier, import vectors with names, or give this encoder a text tower "
+    "through a second image encoder (docs/howto/train.md)"
+)
+"""Next step where an encoder has no classifier."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The linear layer of a classifier, which has a vector per class in the space of a feature.
+
+    Args:
+        rows_CD: (C, D) float32 weights of the classes.
+        names: name of each class, synonyms separated by commas.
+        features: vector features of the encoder that the layer reads; several if they are equal.
+        origin: where the names are from, for the record.
+    """
+
+    rows_CD: "Array"
+    names: Sequence[str]
+    features: Collection[str]
+    origin: str
+
+
 class Encoder(Protocol):
     """A frozen model of one modality.
 
-    It may have two more attributes, both mappings from feature names: `axes`, the `embedcache.store.layout.Axis` of a
-    feature of tokens, and `dtypes`, the dtype on disk of a feature that has one of its own, such as `int16` for labels
-    and `float32` for coordinates, whatever `--dtype` says.
+    It may have three more attributes. Two are mappings from feature names: `axes`, the `embedcache.store.layout.Axis`
+    of a feature of tokens, and `dtypes`, the dtype on disk of a feature that has one of its own, such as `int16` for
+    labels and `float32` for coordinates, whatever `--dtype` says. `read_head` is a function without arguments that
+    returns the `Head` of a model that was trained as a classifier.
 
     `prepare` is called from many threads at once and needs no device; `encode` is called from one thread.
     """

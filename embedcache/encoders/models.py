@@ -24,7 +24,15 @@ import torch
 from PIL import Image
 
 from embedcache.arrays import Array, Floats, Ints, blocks
-from embedcache.encoders.base import Backend, EncoderSettings, Fingerprint, ItemShape, Modality, check_names
+from embedcache.encoders.base import (
+    Backend,
+    EncoderSettings,
+    Fingerprint,
+    Head,
+    ItemShape,
+    Modality,
+    check_names,
+)
 from embedcache.encoders.weights import load_part
 from embedcache.errors import ArtifactError, PathError, SettingError, one_line
 from embedcache.files import replacing, user_folder, write_atomic
@@ -80,6 +88,7 @@ class GraphEncoder:
         fingerprint: of the model; backend, precision and the list of native features are filled in here.
         settings: batch size, device and precision.
         axes: axis of each feature of tokens, where it is known.
+        read_head: reads the classifier of the model, if it may have one.
     """
 
     def __init__(
@@ -93,8 +102,10 @@ class GraphEncoder:
         fingerprint: Fingerprint,
         settings: EncoderSettings,
         axes: Mapping[str, Axis] | None = None,
+        read_head: Callable[[], Head] | None = None,
     ) -> None:
         self.axes: Mapping[str, Axis] = axes or {}
+        self.read_head = read_head
         self.graph, self._prepare, self._collate = graph, prepare, collate
         self.modality, self.features = modality, features
         on_cpu, on_gpu = (32, 128) if modality == "image" else (64, 512)
@@ -344,6 +355,7 @@ def build_image_encoder(
     *,
     config: Mapping[str, Any] | None = None,
     is_whole: bool = False,
+    read_head: Callable[[], Head] | None = None,
 ) -> GraphEncoder:
     """Create an encoder from a loaded model.
 
@@ -355,6 +367,7 @@ def build_image_encoder(
         config: JSON values that determine the ONNX graph together with the weights and the preprocessing. If None, the
             model runs on torch only.
         is_whole: whether the transform shows the model the whole image, not a part of it.
+        read_head: as of `GraphEncoder`.
     """
     model = ImageModel(module, pixels.scale, input_size=pixels.input_size, requested=settings.features)
     export = None
@@ -379,6 +392,7 @@ def build_image_encoder(
         fingerprint=replace(fingerprint, preprocessing=pixels.published),
         settings=settings,
         axes=model.axes(box=(0.0, 0.0, 1.0, 1.0) if is_whole else None),
+        read_head=read_head,
     )
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 from torch.nn.functional import pad
 
 from embedcache.arrays import Array
-from embedcache.encoders.base import Encoder, EncoderSettings, Modality
+from embedcache.encoders.base import NO_HEAD, Encoder, EncoderSettings, Head, Modality
 from embedcache.encoders.models import (
     PixelScale,
     PixelTransform,
@@ -80,6 +80,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
             spec.fingerprint(weights=hash_weights(model.state_dict()), pooling=POOLING, revision=revision),
             settings,
             config={"timm": version("timm")},
+            read_head=lambda: _read_timm_head(spec),
         )
     except TypeError as error:
         raise SettingError(f"{spec.model}: {one_line(error)}; choose another architecture") from error
@@ -93,7 +94,11 @@ def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
     """Load a model without its classifier, at its published size; return it and its commit on the hub, if any."""
     if not spec.model.startswith(HUB_PREFIXES):
         _check_name(spec.model, has_file=spec.weights is not None)
-    return _load_published(spec.model) if spec.weights is None else (_load_file(spec.model, spec.weights), None)
+    if spec.weights is None:
+        return _load_published(spec.model, num_classes=0)
+    model = _load_file(spec.model, spec.weights)
+    model.reset_classifier(0)
+    return model, None
 
 
 def fix_padding(model: Any) -> None:
@@ -143,7 +148,7 @@ def _check_name(name: str, *, has_file: bool) -> None:
         raise SettingError(f"timm publishes no weights for {name}; give a file of your own: timm:{name},weights=PATH")
 
 
-def _load_published(name: str) -> tuple[Any, str | None]:
+def _load_published(name: str, **options: Any) -> tuple[Any, str | None]:
     import timm
 
     is_on_hub = name.startswith(HUB_PREFIXES)
@@ -151,21 +156,70 @@ def _load_published(name: str) -> tuple[Any, str | None]:
     next_step = f"give a file: timm:{name},weights=PATH"
     revision = find_hub_commit(repository, model=name, next_step=next_step) if repository else None
     with translate_hub_errors(name, next_step=next_step):
-        return timm.create_model(name, pretrained=True, num_classes=0).eval(), revision
+        return timm.create_model(name, pretrained=True, **options).eval(), revision
 
 
 def _load_file(name: str, path: Path) -> Any:
+    """Load a model with its classifier."""
     import timm
 
     # The weights replace timm's download, so that timm renames those of older checkpoints. With the classifier, it
     # insists that every weight fits; without it, it would leave the others random.
     overlay = {"state_dict": read_weights(path)}
     try:
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
     except (RuntimeError, KeyError, ValueError) as error:
         raise ArtifactError(f"the weights in {path} do not fit {name}: {one_line(error)}") from error
-    model.reset_classifier(0)
-    return model.eval()
+
+
+def _read_timm_head(spec: EncoderSpec) -> Head:
+    from timm.data import resolve_model_data_config
+
+    model = _load_published(spec.model)[0] if spec.weights is None else _load_file(spec.model, spec.weights)
+    return _read_head(spec, model, TimmFeatures(model, ()), resolve_model_data_config(model)["input_size"])
+
+
+def _read_head(spec: EncoderSpec, model: Any, features: torch.nn.Module, input_size: Sequence[int]) -> Head:
+    """Read the classifier of a model, with the names of its classes, and find the features that it reads.
+
+    Raises:
+        SettingError: the model has no linear classifier of a vector feature, or nobody knows the names of its classes.
+    """
+    head = model.get_classifier()
+    if not isinstance(head, torch.nn.Linear):
+        raise SettingError(f"{spec.text}: expected a model with a linear classifier, got one without; {NO_HEAD}")
+
+    names, origin = _class_names(model, head.out_features)
+    if not names:
+        raise SettingError(
+            f"{spec.text}: expected a classifier of ImageNet, whose names timm knows, got one of {head.out_features:,} "
+            "other classes; import its rows with their names: embedcache import npy"
+        )
+
+    # The layer belongs to the features from which it computes what the model computes.
+    images = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        scores = model(images)
+        vectors = {name: values for name, values in features(images).items() if values.shape == (2, head.in_features)}
+        read = [name for name, values in vectors.items() if torch.allclose(head(values), scores, rtol=1e-3, atol=1e-3)]
+    if not read:
+        raise SettingError(
+            f"{spec.text}: expected a classifier of one of its features, got one of other values; {NO_HEAD}"
+        )
+    return Head(rows_CD=head.weight.detach().float().numpy(), names=names, features=read, origin=origin)
+
+
+def _class_names(model: Any, num_classes: int) -> tuple[Sequence[str], str]:
+    """Return the names of a model's classes and where they are from: the model itself, or timm's lists of ImageNet."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    config = model.pretrained_cfg
+    descriptions = config.get("label_descriptions") or {}
+    own_names = [str(descriptions.get(name, name)) for name in config.get("label_names") or ()]
+    if len(own_names) == num_classes:
+        return own_names, "the model's own"
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    return ([], "") if subset is None else (ImageNetInfo(subset).label_descriptions(), subset)
 
 
 def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
@@ -207,6 +261,7 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
         settings,
         config={},
         is_whole=whole_px is not None,
+        read_head=lambda: _read_lite_head(spec),
     )
 
 
@@ -231,6 +286,12 @@ def load_lite_model(spec: EncoderSpec) -> tuple[Any, str]:
     model = timm.create_model(lite_architecture(spec.model), num_classes=_NUM_CLASSES).eval()
     # The published files name the modules in another way, and have them in timm's order.
     return model, load_weights(model, spec.weights or _packaged_weights(spec.model), in_order=True)
+
+
+def _read_lite_head(spec: EncoderSpec) -> Head:
+    model, _ = load_lite_model(spec)
+    size_px = LITE_MODELS[spec.model]
+    return _read_head(spec, model, _LiteFeatures(model, ()), (3, size_px, size_px))
 
 
 def lite_architecture(model: str) -> str:

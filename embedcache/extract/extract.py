@@ -21,6 +21,7 @@ from embedcache.encoders.open import EncoderSpec, check_spec
 from embedcache.encoders.views import open_view
 from embedcache.errors import DiskFullError, PathError, SettingError, SourceError, UnfinishedError, quoted
 from embedcache.extract.encode import Encoders, open_encoders
+from embedcache.extract.prototypes import PrototypesSource, store_rows
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.files import AnyPath, has_locks, is_remote, locked, open_path, remove_partials
 from embedcache.modalities import IMPORTED_SOURCE, MODALITIES, ModalityName, Source, noun
@@ -101,6 +102,8 @@ def extract(
     remove_partials(open_path(job.cache))
     with _record(job, "extract") as outcome:
         reports = run_job(job, progress)
+        if isinstance(job.opened, PrototypesSource):
+            reports.append(store_rows(Cache(job.cache), job.opened, dtype=job.settings.dtype, progress=progress))
         if any(report.computed for report in reports):
             outcome["encoders"] = [vars(report) for report in reports]
     _check_any_encoded(job, reports)
@@ -216,6 +219,8 @@ def open_job(
     settings = merge_settings(ExtractSettings, settings, of_extract)
 
     _check_encoders(encoders, settings)
+    if isinstance(source, PrototypesSource) and (other := [name for name in encoders if name != "text"]):
+        raise SettingError(f"{other[0]}_encoder: expected none, as prototypes are rows of {source.spec.text}; omit it")
     for device in job_devices(settings) if settings.engine == "local" else settings.devices:
         torch_device(device)
     path = open_path(cache)

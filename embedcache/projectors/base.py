@@ -199,7 +199,7 @@ class Moments:
     second_width: int = 0
 
     def __post_init__(self) -> None:
-        self.num_rows = 0
+        self.num_rows: float = 0
         self._sum = np.zeros(self.first_width + self.second_width)
         self._products = np.zeros((len(self._sum), len(self._sum)))
 
@@ -215,6 +215,20 @@ class Moments:
         self.num_rows += len(rows)
         self._sum += rows.sum(axis=0)
         self._products += rows.T @ rows
+
+    def add_population(self, other: "Moments", weight: float) -> None:
+        """Add the rows of another population, each centered on its own mean; the means of these rows stay.
+
+        Args:
+            other: moments of features of the same widths.
+            weight: number of rows that one of the other population counts as.
+        """
+        count = weight * other.num_rows
+        mean = self._mean
+        deviations = other._products - other.num_rows * np.outer(other._mean, other._mean)
+        self._products += weight * deviations + count * np.outer(mean, mean)
+        self._sum += count * mean
+        self.num_rows += count
 
     @property
     def first_mean(self) -> Matrix:

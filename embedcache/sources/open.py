@@ -47,6 +47,7 @@ SOURCES = Registry(
         "imported": "embedcache.vectors.importing:ImportedSource",
         "openmoji": "embedcache.quickstart.openmoji:OpenmojiSource",
         "prompts": "embedcache.sources.texts:PromptsSource",
+        "prototypes": "embedcache.extract.prototypes:PrototypesSource",
         "table": "embedcache.sources.table:TableSource",
         "texts": "embedcache.sources.texts:TextsSource",
         "webdataset": "embedcache.sources.webdataset:WebdatasetSource",

@@ -35,7 +35,7 @@ _EXAMPLE = "lr = {low = 1e-4, high = 1e-2, log = true}, or projector = ['linear'
 _NO_EFFECT = "it cannot improve a trial"
 _FIXED_ONLY = {
     **dict.fromkeys(
-        (*(item.name for item in flat_settings(SplitSettings)), "language", "shuffle_pairs"),
+        (*(item.name for item in flat_settings(SplitSettings)), "language", "shuffle_pairs", "shuffle_prototypes"),
         "all trials are compared on the same validation samples",
     ),
     "seed": "the best seed means nothing, and --seeds-per-config retrains the best configurations",

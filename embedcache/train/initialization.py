@@ -25,6 +25,7 @@ from embedcache.projectors.base import HasAnchors, HasLinearBranch, Matrix, Mome
 from embedcache.projectors.pair import AlignedPair
 from embedcache.registry import unknown_name
 from embedcache.runs import WEIGHTS, Run
+from embedcache.train.prototypes import Prototypes
 from embedcache.train.settings import Initialization, ModelSettings
 
 Parts: TypeAlias = Mapping[str, Sequence[str]]
@@ -44,9 +45,13 @@ def initialize(
     settings: ModelSettings,
     *,
     seed: int,
+    prototypes: Prototypes | None = None,
+    prototype_weight: float = 1.0,
     progress: Progress | None = None,
 ) -> None:
     """Center both towers on the training pairs, and set their projectors to a closed form or to anchors.
+
+    Prototypes are pairs of another population: they are centered on their own means and join the closed form only.
 
     Takes one pass over the pairs of items of one sample, a million of them at most, and for a tower with raw input one
     more, for the root mean square length. A token tower is left as it is, and its feature is not read. Memory: a block
@@ -56,20 +61,18 @@ def initialize(
         SettingError: a projector that has no linear branch, or fewer pairs than anchors.
         DataError: a value is NaN or infinite, fewer than two pairs, or, with a closed form, one vector in all pairs.
     """
-    positions = [_thin_out(positions_M) for positions_M in pairs.all_pairs()]
-    first, second = (
-        _TowerRows(name=name, tower=pair.tower(name), read=readers[name], rows=items.rows[which])
-        for name, items, which in zip(pair.modalities, (pairs.first, pairs.second), positions, strict=True)
-    )
-    towers = (first, second)
+    towers = _tower_rows(pair, pairs, readers)
     form = settings.initialization or default_initialization(pair)
     _check(towers, form, settings)
-    moments, progress = Moments(first.width, second.width), progress or NullProgress()
+    if prototypes is not None and form == "random":
+        raise SettingError(
+            f"prototypes: expected a closed form, which they join, got projector {settings.projector} with random "
+            "weights; use --projector linear or mlp, or omit --prototypes"
+        )
+    progress = progress or NullProgress()
     num_passes = 1 + sum(isinstance(rows.tower, RawTower) for rows in towers)
-    progress.start("initializing", len(first.rows) * num_passes, "pairs")
-    for block in blocks(len(first.rows), _BLOCK):
-        moments.add(first.vectors(block), second.vectors(block))
-        progress.advance(len(first.rows[block]))
+    progress.start("initializing", len(towers[0].rows) * num_passes, "pairs")
+    moments = _sum_moments(towers, progress)
     covariances = moments.covariances()
     for rows, mean in zip(towers, (moments.first_mean, moments.second_mean), strict=True):
         if isinstance(rows.tower, RawTower):
@@ -79,6 +82,9 @@ def initialize(
     if form != "random":
         for rows, covariance in zip(towers, (covariances.first, covariances.second), strict=True):
             _check_directions(rows, covariance)
+        if prototypes is not None:
+            rows_of_classes = _tower_rows(pair, prototypes.pairs, prototypes.readers)
+            moments.add_population(_sum_moments(rows_of_classes, NullProgress()), prototype_weight)
         weights = solve(form, moments, settings.shared_width, shrinkage=settings.shrinkage)
         for rows, weights_DP, covariance in zip(towers, weights, (covariances.first, covariances.second), strict=True):
             # the root mean square length of the projected training rows: a learned branch expects about 1
@@ -87,6 +93,25 @@ def initialize(
     if any(tower.supports(HasAnchors) for tower in towers):
         _set_anchors(towers, settings.shared_width, seed)
     progress.finish()
+
+
+def _tower_rows(pair: AlignedPair, pairs: Pairs, readers: Mapping[str, Reader]) -> tuple["_TowerRows", "_TowerRows"]:
+    """Return the rows of both towers in all pairs of items, or in a million of them."""
+    positions = [_thin_out(positions_M) for positions_M in pairs.all_pairs()]
+    first, second = (
+        _TowerRows(name=name, tower=pair.tower(name), read=readers[name], rows=items.rows[which])
+        for name, items, which in zip(pair.modalities, (pairs.first, pairs.second), positions, strict=True)
+    )
+    return first, second
+
+
+def _sum_moments(towers: tuple["_TowerRows", "_TowerRows"], progress: Progress) -> Moments:
+    first, second = towers
+    moments = Moments(first.width, second.width)
+    for block in blocks(len(first.rows), _BLOCK):
+        moments.add(first.vectors(block), second.vectors(block))
+        progress.advance(len(first.rows[block]))
+    return moments
 
 
 def default_initialization(pair: AlignedPair) -> Initialization:

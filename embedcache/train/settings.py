@@ -211,6 +211,20 @@ class TrainSettings(Settings):
         ge=1,
     )
     shuffle_pairs: bool = setting(False, "Train on shuffled pairs, as a control that must stay at chance.")
+    prototypes: Path | None = setting(
+        None,
+        "Cache of prototypes, the classes of a classifier as further pairs of the closed form; see extract "
+        "prototypes:ENCODER.",
+        metavar="CACHE",
+        panel="prototypes",
+    )
+    prototype_weight: float = setting(
+        1.0,
+        "Training pairs that a prototype counts as.",
+        gt=0,
+        panel="prototypes",
+    )
+    shuffle_prototypes: bool = setting(False, "Shuffle the names of the prototypes, as a control.", panel="prototypes")
     block_rows: int | None = setting(
         None,
         "Shuffle blocks of this many neighboring samples; 1 shuffles single samples.",

@@ -13,14 +13,14 @@ from embedcache.dataset.pairs import Pairs, choose_language
 from embedcache.dataset.selections import HardNegatives, read_negatives
 from embedcache.dataset.settings import with_split_seed
 from embedcache.errors import DataError, SettingError
-from embedcache.files import AnyPath, relative_location, writing
+from embedcache.files import AnyPath, relative_location, write_atomic, writing
 from embedcache.metrics import metric_label
 from embedcache.processes import AUTO, torch_device
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import bind_projector, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.provenance import Manifest
-from embedcache.runs import CHECKPOINT, MANIFEST, PAIR, SPLIT, Run, RunInfo, read_info
+from embedcache.runs import CHECKPOINT, MANIFEST, PAIR, PROTOTYPES, SPLIT, Run, RunInfo, read_info
 from embedcache.settings import merge_settings, replace_fields, replace_flat
 from embedcache.train.batches import PairBatches
 from embedcache.train.data import (
@@ -44,6 +44,7 @@ from embedcache.train.initialization import (
 )
 from embedcache.train.losses import check_loss
 from embedcache.train.pair import PairTask, Validation, has_batch_norm
+from embedcache.train.prototypes import Prototypes, open_prototypes
 from embedcache.train.recipes import apply_recipe
 from embedcache.train.settings import FitSettings, MachineSettings, ModelSettings, TrainSettings
 from embedcache.train.trainer import OnEpoch, Task, Trainer, check_trackers, network_of, seeded
@@ -262,6 +263,11 @@ def train_on(
     _check_features(data, settings)
     if settings.negatives:  # a strict split may take hours: errors are found before
         read_negatives(settings.negatives_paths, data.caches)
+    prototypes = None
+    digests = digest_inputs(data, settings)
+    if settings.prototypes is not None:
+        prototypes = open_prototypes(settings.prototypes, data.features, settings, progress)
+        digests["prototypes"] = prototypes.digest
     info = RunInfo(
         kind=PAIR,
         arguments={
@@ -271,11 +277,11 @@ def train_on(
         },
         inputs={modality: describe_input(feature) for modality, feature in data.features.items()},
         index_digest=data.index_digest,
-        digests=digest_inputs(data, settings),
+        digests=digests,
         caches=[relative_location(cache.path, run_path) for cache in data.caches],
     )
     return train_task(
-        lambda device: _make_task(data, run_path, info, settings, device, progress),
+        lambda device: _make_task(data, run_path, info, settings, device, prototypes, progress),
         run_path,
         info,
         settings,
@@ -298,7 +304,13 @@ def _check_features(data: TrainData, settings: TrainSettings) -> None:
 
 
 def _make_task(
-    data: TrainData, run_path: Path, info: RunInfo, settings: TrainSettings, device: str, progress: Progress
+    data: TrainData,
+    run_path: Path,
+    info: RunInfo,
+    settings: TrainSettings,
+    device: str,
+    prototypes: Prototypes | None,
+    progress: Progress,
 ) -> PairTask:
     """Divide the pairs, and build the pair with its initialization on the training part."""
     settings = replace_fields(settings, machine=replace_fields(settings.machine, device=device))
@@ -314,7 +326,19 @@ def _make_task(
     if any(map(has_batch_norm, pair.towers)):
         check_batches(plan.smallest, least=2)
     model = _model_settings(pair, settings)
-    initialize(pair, divided.training, data.readers, model, seed=settings.seed, progress=progress)
+    initialize(
+        pair,
+        divided.training,
+        data.readers,
+        model,
+        seed=settings.seed,
+        prototypes=prototypes,
+        prototype_weight=settings.prototype_weight,
+        progress=progress,
+    )
+    if prototypes is not None:
+        names = "\n".join(prototypes.names)
+        run_on_first(lambda: write_atomic(run_path / PROTOTYPES, f"{names}\n".encode()))
     readers = [*data.readers.values()]
     return PairTask(
         network=pair,

@@ -10,6 +10,7 @@ from PIL import Image
 
 from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
+from embedcache.encoders.weights import read_weights
 from embedcache.errors import SettingError
 from embedcache.testing.encoders import ImageEncoderContract, example_images
 from tests.encoders.checkpoints import save_timm
@@ -112,3 +113,15 @@ def test_model_with_several_maps_raises(tmp_path: Path) -> None:
     path = save_timm("crossvit_tiny_240", tmp_path, seed=0)
     with pytest.raises(SettingError, match="CrossVit"):
         open_encoder(f"timm:crossvit_tiny_240,weights={path}", modality="image")
+
+
+@pytest.mark.parametrize(("name", "feature"), [("test_vit", "cls"), ("test_resnet", "patch_mean")])
+def test_head_of_a_classifier_belongs_to_a_feature(name: str, feature: str, tmp_path: Path) -> None:
+    path = save_timm(name, tmp_path, seed=0)
+    encoder = open_encoder(f"timm:{name},weights={path}", modality="image", settings=TORCH)
+    head = encoder.read_head()  # type: ignore[attr-defined]
+    weights = read_weights(path)
+    rows_CD = weights.get("head.weight", weights.get("fc.weight"))
+    np.testing.assert_array_equal(head.rows_CD, rows_CD)
+    assert feature in head.features
+    assert (head.names[0], len(head.names), head.origin) == ("tench, Tinca tinca", 1000, "imagenet-1k")

@@ -313,3 +313,16 @@ def test_constant_feature_is_projected_to_zero(name: str) -> None:
     ):
         np.testing.assert_allclose(image_DP, 0, atol=1e-6)
         np.testing.assert_allclose(text_DP, 0, atol=1e-6)
+
+
+def test_another_population_is_centered_on_its_own_mean() -> None:
+    rng = np.random.default_rng(0)
+    first = [rng.standard_normal((count, 11)) + count for count in (40, 30)]
+    ours, theirs = (moments(rows[:, :6], rows[:, 6:]) for rows in first)
+    mean = ours.first_mean.copy()
+    ours.add_population(theirs, 2.0)
+    centered = [rows - rows.mean(axis=0) for rows in first]
+    expected = (centered[0].T @ centered[0] + 2 * centered[1].T @ centered[1]) / (40 + 2 * 30)
+    np.testing.assert_allclose(ours.covariances().first, expected[:6, :6], atol=1e-9)
+    np.testing.assert_allclose(ours.covariances().cross, expected[:6, 6:], atol=1e-9)
+    np.testing.assert_allclose(ours.first_mean, mean)
