@@ -23,7 +23,6 @@ from embedcache.curate.coverage import SAMPLE, CoverageCounter, estimate_backgro
 from embedcache.dataset.vectors import Vectors
 from embedcache.neighbors.knn import scan
 from embedcache.search.concepts import open_concepts
-from embedcache.store.cache import Cache
 
 ROWS, WIDTH, NUM_CONCEPTS, CHUNK, K = 300_000, 512, 3_000, 2_048, 10
 
@@ -89,7 +88,7 @@ def _product_rate(num_rows: int, product: Callable[[], object], cpu: list[float]
 
 def _pass_rate(folder: Path, num_rows: int, cpu: list[float]) -> float:
     pool = Vectors(folder / "pool", "text")
-    concepts = open_concepts(Cache(folder / "concepts"), pool)
+    concepts = open_concepts(folder / "concepts", pool)
     background = estimate_background(concepts.vectors, pool.sample(SAMPLE), K)
     work = CoverageCounter(concepts.vectors, background, k=K)
 

@@ -76,7 +76,8 @@ SelectionOutput: TypeAlias = Annotated[Path, output_argument("Selection to write
 SCORES_OUT = output_argument("Table of the scores: a new .parquet file.")
 """Declaration of OUT where it is a table of scores, which a command may require or not."""
 Concepts: TypeAlias = Annotated[
-    str | None, typer.Option("--concepts", metavar="CACHE", help="Cache of prompts, one sample per concept.")
+    str | None,
+    typer.Option("--concepts", metavar="CACHE|FILE", help="A .txt with one name per line, or a cache of prompts."),
 ]
 Features: TypeAlias = Annotated[
     list[str] | None,

@@ -91,7 +91,10 @@ def map_index(index: IndexArgument, *, settings: MapSettings) -> Any:
 @command(app, "coverage", settings=CoverageSettings, has_page=True, reads_items=True)
 def coverage(
     cache: CacheArgument,
-    concepts: Annotated[str, typer.Argument(metavar="CONCEPTS", help="Cache of prompts, or of labeled examples.")],
+    concepts: Annotated[
+        str,
+        typer.Argument(metavar="CONCEPTS", help="A .txt with one name per line, or a cache of prompts or examples."),
+    ],
     *,
     settings: CoverageSettings,
 ) -> Any:
@@ -99,7 +102,7 @@ def coverage(
 
     Each estimate has a 95% interval; the largest and smallest concepts and the gaps are listed.
 
-    Example: embedcache curate coverage cache/ concepts/ --run run/ --html coverage.html
+    Example: embedcache curate coverage cache/ names.txt --run run/ --html coverage.html
     """
     from embedcache.cli.console import open_progress
     from embedcache.curate.coverage import measure_coverage_by_modality

@@ -44,7 +44,9 @@ def retrieval(cache: CacheArgument, run: Runs, control_run: ControlRuns = None, 
 def zero_shot(
     cache: CacheArgument,
     run: Runs,
-    prompts: Annotated[str, typer.Option(metavar="CACHE", help="Cache of prompts, written by extract prompts:FILE.")],
+    prompts: Annotated[
+        str, typer.Option(metavar="CACHE|FILE", help="A .txt with one class name per line, or a cache of prompts.")
+    ],
     control_run: ControlRuns = None,
     *,
     settings: ZeroShotSettings,
@@ -54,14 +56,14 @@ def zero_shot(
     Items are of the modality that the run pairs with texts, such as images. Accuracies have confidence intervals and
     the chance level beside them. A JSON report has the format of CLIP_benchmark; several recipes are a list.
 
-    Example: embedcache evaluate zero-shot labeled/ run/ --prompts prompts/
+    Example: embedcache evaluate zero-shot labeled/ run/ --prompts names.txt
     """
     from embedcache.cli.console import open_progress
     from embedcache.evaluate.zero_shot import compare_zero_shot
     from embedcache.reports.zero_shot import present_zero_shot
 
     reports = compare_zero_shot(cache, run, prompts, settings, control_run=control_run or [], progress=open_progress())
-    return present_zero_shot(reports, cache, prompts, settings)
+    return present_zero_shot(reports, cache, settings)
 
 
 @command(app, "probe", settings=ProbeSettings, has_page=True, plugins=("methods",))

@@ -489,7 +489,7 @@ def measure_coverage(
 
     Args:
         cache: cache of the items.
-        concepts: cache of prompts, or of labeled examples; see `open_concepts`.
+        concepts: cache of prompts or of labeled examples, or a `.txt` of names; see `open_concepts`.
         settings: modality, feature, answers, and what to keep.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
@@ -513,7 +513,7 @@ def measure_coverage(
         samples_N = pool.cache.items(pool.modality, columns=["sample"])["sample"].to_numpy()
         is_selected_N = np.isin(samples_N, read_selection(settings.selection, [pool.cache]))
     answers = {} if settings.answers is None else read_answers(settings.answers, pool.cache, pool.modality)
-    opened = open_concepts(Cache(concepts), pool, label=settings.label)
+    opened = open_concepts(concepts, pool, label=settings.label, progress=progress)
 
     sample_rows = np.random.default_rng(0).permutation(pool.rows)[: max(SAMPLE, settings.k)]
     background = estimate_background(opened.vectors, _read_shuffled(pool, sample_rows), settings.k)

@@ -32,7 +32,6 @@ from embedcache.registry import is_installed, require
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.search import Hit, OpenIndex
 from embedcache.settings import merge_settings
-from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table, write_table
 
 if TYPE_CHECKING:
@@ -140,7 +139,10 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
     vectors = Vectors(
         index.cache.path, card.modality, card.feature, index.run_path, width=card.width, device=settings.device
     )
-    named = None if settings.concepts is None else open_concepts(Cache(settings.concepts), vectors, label=index.label)
+    named = None
+    if settings.concepts is not None:
+        named = open_concepts(settings.concepts, vectors, label=index.label, progress=progress)
+
     rows_N = np.sort(rng.permutation(index.rows)[: settings.max_items])
     fitted_FP = vectors.read(np.sort(rng.permutation(rows_N)[:_MAX_FITTED]))
     num_clusters = max(1, min(_MAX_CLUSTERS, math.isqrt(len(rows_N)) // 2))

@@ -202,7 +202,9 @@ class MapSettings(Settings):
 
     projection: Literal["umap", "pca"] | None = setting(None, "Projection; umap if it is installed.")
     max_items: int = setting(100_000, "Most items on the map; of a larger index, a random sample.", ge=1, le=10**6)
-    concepts: str | Path | None = setting(None, "Cache of prompts to name clusters by.", metavar="CACHE")
+    concepts: str | Path | None = setting(
+        None, "Names for clusters: a .txt with one per line, or a cache of prompts.", metavar="CACHE|FILE"
+    )
     run: Path | str | None = setting(**MOVED_RUN)
     cache: str | Path | None = setting(**MOVED_CACHE)
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
@@ -221,7 +223,9 @@ class SelectSettings(Settings):
     )
     scores: Path | str | None = setting(None, "score: Parquet with keys and numbers.", metavar="FILE", panel="method")
     score: str | None = setting(None, "score: column of the scores.", metavar="COLUMN", panel="method")
-    concepts: str | Path | None = setting(None, "Cache of prompts, one per concept.", metavar="CACHE", panel="method")
+    concepts: str | Path | None = setting(
+        None, "Concepts: a .txt with one name per line, or a cache of prompts.", metavar="CACHE|FILE", panel="method"
+    )
     join_names: bool = setting(False, "Merge concepts of the same name.", panel="method")
     label: str = setting(**LABEL, panel="method")
     target: str | Path | None = setting(None, "image-based: items to resemble.", metavar="CACHE", panel="method")

@@ -43,6 +43,7 @@ from embedcache.modalities import count_items, noun
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import project
 from embedcache.runs import Run
+from embedcache.search.concepts import is_names, open_names
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 
@@ -100,6 +101,7 @@ class ZeroShotReport:
         seeds: random seed of each run.
         overlap: the largest overlap of a run with its training part; None if it was not checked.
         run_paths: folder of each run.
+        prompts_path: cache of the prompts.
     """
 
     part: str
@@ -116,7 +118,8 @@ class ZeroShotReport:
     by_seed: list[float]
     seeds: list[int]
     overlap: Overlap | None
-    run_paths: Sequence[Path] = ()
+    run_paths: Sequence[Path]
+    prompts_path: Path
 
     def __repr__(self) -> str:
         """Return `line`, and below it the accuracies with those of chance, for notebooks and `print`."""
@@ -156,7 +159,8 @@ def evaluate_zero_shot(
     Args:
         cache: cache with the runs' feature of that modality, and labels: names of classes, or their numbers from 0.
         run: one run, or seeds of one recipe.
-        prompts: cache with the text feature of the runs, written by `extract prompts:…`.
+        prompts: cache with the text feature of the runs, written by `extract prompts:…`, or a `.txt` with the name of a
+            class per line, see `open_names`.
         settings: label column, part and overlap check.
         options: settings by their names on the command line, which replace those of `settings`.
         is_control: require that the runs were trained on shuffled pairs.
@@ -170,10 +174,15 @@ def evaluate_zero_shot(
             no prompt.
     """
     settings = merge_settings(ZeroShotSettings, settings, options)
-    cache, prompts = Cache(cache), Cache(prompts)
+    cache = Cache(cache)
     runs = load_runs(run, is_control=is_control, device=settings.device)
     progress = to_progress(progress)
-    predictions = [classify(cache, run, prompts, settings, progress=progress) for run in runs]
+    if is_names(prompts):
+        text = runs[0].input("text")
+        prompts_cache = open_names(prompts, text.spec, text.feature, text.fingerprint, progress=progress)
+    else:
+        prompts_cache = Cache(prompts)
+    predictions = [classify(cache, run, prompts_cache, settings, progress=progress) for run in runs]
     first = predictions[0]
     num_classes = len(first.names)
     ranks = [prediction.ranks for prediction in predictions]
@@ -206,6 +215,7 @@ def evaluate_zero_shot(
         seeds=[prediction.seed for prediction in predictions],
         overlap=largest_overlap(prediction.overlap for prediction in predictions),
         run_paths=[run.path for run in runs],
+        prompts_path=prompts_cache.path,
     )
 
 
@@ -224,7 +234,7 @@ def compare_zero_shot(
     Args:
         cache: cache of labeled items.
         run: runs of any recipes.
-        prompts: cache of prompts.
+        prompts: cache of prompts, or a `.txt` of names.
         settings: label column, part and overlap check.
         options: settings by their names on the command line, which replace those of `settings`.
         control_run: runs trained on shuffled pairs.

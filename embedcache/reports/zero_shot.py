@@ -90,17 +90,17 @@ def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
 
 
 def present_zero_shot(
-    reports: Mapping[str, ZeroShotReport], cache: AnyPath, prompts: AnyPath, settings: ZeroShotSettings
+    reports: Mapping[str, ZeroShotReport], cache: AnyPath, settings: ZeroShotSettings
 ) -> Presentation:
     """Return the presentation of reports on a cache, with the classes of the first and example items of its first run.
 
     Args:
         reports: name of a recipe -> its report, the main one first.
         cache: cache of the items.
-        prompts: cache of the prompts.
         settings: settings of the evaluation.
     """
-    cache, prompts, first = Cache(cache), Cache(prompts), next(iter(reports.values()))
+    cache, first = Cache(cache), next(iter(reports.values()))
+    prompts = Cache(first.prompts_path)
     chance = first.chance["acc1"].value
     accuracy = Section(
         title="Accuracy",

@@ -1,20 +1,29 @@
 """Concepts: named directions, from the cached prompts of a list or from labeled examples."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, blocks, normalize
+from embedcache.dataset.inputs import open_input
 from embedcache.dataset.labels import CLASS, has_label, has_prompts, read_labels, read_prompts
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import DataError
-from embedcache.files import AnyPath
+from embedcache.encoders.open import EncoderSpec, feature_names, recorded_settings, why_no_encoder
+from embedcache.errors import DataError, PathError, UnfinishedError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.files import AnyPath, open_path
 from embedcache.modalities import noun
-from embedcache.progress import Progress
-from embedcache.provenance import check_same
-from embedcache.sources.open import IMPORT_TOGETHER
+from embedcache.processes import AUTO
+from embedcache.progress import NullProgress, Progress
+from embedcache.provenance import check_same, digest, digest_file
+from embedcache.registry import names_from
+from embedcache.sources.files import require_file
+from embedcache.sources.open import IMPORT_TOGETHER, open_source
+from embedcache.sources.texts import DEFAULT_TEMPLATES
 from embedcache.store.cache import Cache
 
 MAX_EXAMPLES = 128  # as "From Unimodal to Multimodal" (CVPR 2025) averages for its prototypes
@@ -39,13 +48,16 @@ class Concepts:
 
 
 def open_concepts(
-    cache: Cache,
+    path: AnyPath,
     pool: Vectors,
     *,
     label: str = "label",
     join_names: bool = False,
+    progress: Progress | None = None,
 ) -> Concepts:
-    """Read concepts in the space of a pool's vectors.
+    """Read concepts in the space of a pool's vectors, from a cache or a `.txt` with one name per line.
+
+    The names of a file are encoded once, by the text encoder of the pool, see `open_names`.
 
     In a cache made from `prompts:…`, or of other texts with a column `class`, each sample is a concept, the mean of its
     prompts. In other caches, and where `label` is `class`, each value of the column `label` is a concept, the mean of
@@ -56,11 +68,13 @@ def open_concepts(
     ImageNet, instead of raising an error. Memory: the concepts, and a block of items.
 
     Raises:
+        PathError: there is no such cache or file.
         FingerprintError: the concepts' feature is from another encoder than the pool's, or than the run was trained on.
         UnknownNameError: the cache has no such feature, or neither prompts nor a column of that name.
         DataError: prompts for a plain feature of other items than texts, equal names, or a concept without a prompt or
             example.
     """
+    cache = open_names(path, *_text_feature(path, pool), progress=progress) if is_names(path) else Cache(path)
     is_prompts = has_prompts(cache) and label != CLASS
     vectors = _open(cache, pool, is_prompts=is_prompts)
     if is_prompts:
@@ -105,6 +119,103 @@ def open_concepts(
     return Concepts(names=names, vectors=vectors_CP, counts=np.bincount(numbers, minlength=len(names)), source=source)
 
 
+def is_names(path: AnyPath) -> bool:
+    """Return whether a path is a `.txt` of names, not a cache of concepts."""
+    location = open_path(path)
+    return location.suffix == ".txt" and not location.is_dir()
+
+
+def open_names(
+    path: AnyPath, spec: str, feature: str, fingerprint: Mapping[str, Any], *, progress: Progress | None = None
+) -> Cache:
+    """Return a cache of the names in a `.txt`, one per line, with a text feature; they are encoded once.
+
+    The cache is a folder beside the file, `FILE-concepts-DIGEST`, with the prompts of `extract prompts:FILE`. The
+    digest is of the file's bytes and of the encoder, so that a folder is reused if both are equal, and never replaced.
+
+    Args:
+        path: the file.
+        spec: the encoder, as its features record it.
+        feature: `encoder/feature`, such as the text input of a run.
+        fingerprint: everything that determines the encoder's output.
+        progress: shows the folder when it is made, and the number of encoded texts.
+
+    Raises:
+        PathError: there is no such file.
+        SourceError: the file has no name, or a blank line.
+        DataError: the feature was imported or derived, so that no names can be encoded like it.
+        FingerprintError: the encoder is no longer the same.
+
+    Example:
+        >>> text = run.input("text")  # doctest: +SKIP
+        >>> open_names("names.txt", text.spec, text.feature, text.fingerprint)  # doctest: +SKIP
+    """
+    path, progress = open_path(path), progress or NullProgress()
+    require_file(path)
+    key = digest([digest_file(path), feature, dict(fingerprint)])
+    folder = path.with_name(f"{path.stem}-concepts-{key[:8]}")
+    if _has_feature(folder, feature):
+        return Cache(folder)
+
+    reason = why_no_encoder(EncoderSpec.parse(spec), "text")
+    if reason is not None:
+        raise DataError(f"{path}: {reason}")
+    prompts = " and ".join(repr(template.format(c="NAME")) for template in DEFAULT_TEMPLATES)
+    progress.note(f"encoding each name of {path} as {prompts} with {spec}; kept in {folder} for later commands")
+    source = open_source(str(path), kind="prompts")
+    recorded = recorded_settings(fingerprint, AUTO)
+    with names_from(f"the record of the feature {feature}"):
+        extract(
+            source,
+            folder,
+            text_encoder=spec,
+            feature=feature_names(feature),
+            backend=recorded["backend"],
+            precision=recorded["precision"],
+            device=(recorded["device"],),
+            progress=progress,
+        )
+    return Cache(folder)
+
+
+def _has_feature(folder: Path, feature: str) -> bool:
+    """Return whether there is a cache with all of a text feature."""
+    try:
+        open_input(Cache(folder), "text", feature).require_complete()
+    except (PathError, UnknownNameError, UnfinishedError):
+        return False
+    return True
+
+
+def _text_feature(path: AnyPath, pool: Vectors) -> tuple[str, str, Mapping[str, Any]]:
+    """Return the spec, name and fingerprint of the text feature by which names are compared with a pool."""
+    _check_takes_prompts(path, pool)
+    if pool.run is None:
+        return pool.feature.spec, pool.feature.name, pool.feature.fingerprint
+    text = pool.run.input("text")
+    return text.spec, text.feature, text.fingerprint
+
+
+def _check_takes_prompts(path: AnyPath, pool: Vectors) -> None:
+    """Check that prompts can be compared with a pool: the modality of its plain feature, or one of its run's, is text.
+
+    Raises:
+        DataError: it is not.
+    """
+    if pool.run is None and pool.modality != "text":
+        items = noun(pool.modality)
+        raise DataError(
+            f"{path}: expected labeled {items}, to compare with the plain {pool.modality} feature "
+            f"{pool.feature.name}, got prompts; project both with --run RUN, or give a cache of labeled {items}"
+        )
+    if pool.run is not None and "text" not in pool.run.modalities:
+        modalities = pool.run.modalities
+        raise DataError(
+            f"{path}: expected labeled {noun(modalities[0])}, as {pool.run_path} is a run of "
+            f"{' and '.join(map(noun, modalities))}, got prompts"
+        )
+
+
 def choose_feature(cache: AnyPath, concepts: AnyPath, modality: str, *, progress: Progress) -> str | None:
     """Return the feature to compare the items of a cache with concepts by, where none is named and no run projects.
 
@@ -112,7 +223,7 @@ def choose_feature(cache: AnyPath, concepts: AnyPath, modality: str, *, progress
     encoder, and a line says so; None otherwise.
     """
     features = Cache(cache).features(modality)
-    if len(features) < 2:
+    if len(features) < 2 or is_names(concepts):
         return None
     in_concepts = {feature.name: feature.fingerprint for feature in Cache(concepts).features(modality)}
     vectors = [feature for feature in features if len(feature.item_shape) == 1]
@@ -127,15 +238,13 @@ def choose_feature(cache: AnyPath, concepts: AnyPath, modality: str, *, progress
 
 def _open(cache: Cache, pool: Vectors, *, is_prompts: bool) -> Vectors:
     """Open the concepts' vectors that are in the pool's space."""
-    if pool.run_path is not None:
-        modality = _projected_modality(cache, pool, is_prompts=is_prompts)
+    if is_prompts:
+        _check_takes_prompts(cache.path, pool)
+    if pool.run is not None:
+        modalities = pool.run.modalities
+        with_items = (name for name in modalities if cache.info.num_items.get(name))
+        modality = "text" if is_prompts else next(with_items, modalities[-1])
         return Vectors(cache.path, modality, run_path=pool.run_path, width=pool.width, device=pool.device)
-    if is_prompts and pool.modality != "text":
-        items = noun(pool.modality)
-        raise DataError(
-            f"{cache.path}: expected labeled {items}, to compare with the plain {pool.modality} feature "
-            f"{pool.feature.name}, got prompts; project both with --run RUN, or give a cache of labeled {items}"
-        )
     vectors = Vectors(cache.path, pool.modality, pool.feature.name, width=pool.width)
     check_same(
         f"feature {vectors.feature.name} of {cache.path}",
@@ -146,20 +255,6 @@ def _open(cache: Cache, pool: Vectors, *, is_prompts: bool) -> Vectors:
         else f"extract the concepts with the pool's encoder: --{pool.modality}-encoder {pool.feature.spec}",
     )
     return vectors
-
-
-def _projected_modality(cache: Cache, pool: Vectors, *, is_prompts: bool) -> str:
-    """Return the modality of the run by which concepts are projected: that of prompts, or of the examples."""
-    assert pool.run is not None
-    modalities = pool.run.modalities
-    if not is_prompts:
-        return next((name for name in modalities if cache.info.num_items.get(name)), modalities[-1])
-    if "text" not in modalities:
-        raise DataError(
-            f"{cache.path}: expected labeled {noun(modalities[0])}, as {pool.run_path} is a run of "
-            f"{' and '.join(map(noun, modalities))}, got prompts"
-        )
-    return "text"
 
 
 def _draw_examples(vectors: Vectors, label: str) -> tuple[list[str], Ints, Ints]:

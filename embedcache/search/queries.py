@@ -28,6 +28,7 @@ from embedcache.encoders.open import EncoderSpec, why_no_encoder
 from embedcache.encoders.views import FeatureEncoder, open_feature_encoder
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, list_texts, noun
+from embedcache.progress import Progress
 from embedcache.projectors.base import project
 from embedcache.registry import unknown_name
 from embedcache.runs import PAIR, Run, RunInput
@@ -50,7 +51,8 @@ class Queries:
         keys: keys of samples in the index's cache: the stored vector of the first item of the index's modality.
         rows: rows of items of the index's modality: the stored vector.
         concepts: names in `concept_cache`: the mean vector of the prompts of each.
-        concept_cache: cache of prompts, one sample per concept, named by its column `class`, else by its key.
+        concept_cache: cache of prompts, one sample per concept, named by its column `class`, else by its key; or a
+            `.txt` of names, which are encoded once.
         vectors: (Q, P) or (P,) of any float type, an array or a tensor, in the space of the index.
 
     Raises:
@@ -81,7 +83,8 @@ class Queries:
             object.__setattr__(self, "vectors", to_numbers(self.vectors, "vectors"))
         if self.concepts and self.concept_cache is None:
             raise SettingError(
-                f"concept {self.concepts[0]!r}: expected a cache of prompts, got none; give --concepts CACHE"
+                f"concept {self.concepts[0]!r}: expected a list of concepts, got none; give --concepts with a .txt of "
+                "names, one per line"
             )
         if any(not text.strip() for text in self.texts):
             raise DataError("expected words in each query text, got an empty text")
@@ -185,7 +188,7 @@ class QueryEncoder:
         """Return whether an item is in the index."""
         return bool(self.indexed.has(np.array([row]))[0])
 
-    def encode(self, queries: Queries) -> Floats:
+    def encode(self, queries: Queries, *, progress: Progress | None = None) -> Floats:
         """Compute one vector per query: (Q, P) float32, rows of length 1; of a view's feature, through that view.
 
         Raises `DataError` for queries that cannot be compared with the index, `UnknownNameError` for a key, row or
@@ -202,7 +205,7 @@ class QueryEncoder:
         if queries.rows:
             parts.append(self.read_rows(queries.rows))
         if queries.concepts and queries.concept_cache is not None:
-            parts.append(self._read_concepts(queries.concepts, queries.concept_cache))
+            parts.append(self._read_concepts(queries.concepts, queries.concept_cache, progress))
         if queries.vectors is not None:
             parts.append(self._check_vectors(np.atleast_2d(queries.vectors)))
         return np.concatenate(parts)
@@ -266,8 +269,8 @@ class QueryEncoder:
         stored = self._index.read(rows)
         return self.indexed.read(rows) if stored is None else stored
 
-    def _read_concepts(self, names: Sequence[str], path: Path | str) -> Floats:
-        concepts = open_concepts(Cache(path), self.indexed)
+    def _read_concepts(self, names: Sequence[str], path: Path | str, progress: Progress | None) -> Floats:
+        concepts = open_concepts(path, self.indexed, progress=progress)
         for name in names:
             if name not in concepts.names:
                 raise unknown_name("concept", name, concepts.names, where=f"in {path}")

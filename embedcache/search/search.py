@@ -368,7 +368,7 @@ class OpenIndex:
         and the errors of `QueryEncoder.encode` and `CacheFilters.mask`.
         """
         _check_k(k, self.card.num_vectors, f"the index holds {self.card.num_vectors} items")
-        queries_QP, modality = self.query_encoder.encode(queries), self.card.modality
+        queries_QP, modality = self.query_encoder.encode(queries, progress=progress), self.card.modality
         parts = [queries_QP[part] for part in blocks(len(queries_QP), _BATCH)]
         shown = progress if progress is not None and len(parts) > 1 else NullProgress()
         watched = watch(parts, shown, "searching", len(queries_QP), "queries")

@@ -19,6 +19,9 @@ CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.tx
 """Files of a dataset in CLIP_benchmark's layout."""
 
 _SLOT = "{c}"
+DEFAULT_TEMPLATES = (_SLOT, f"a photo of a {_SLOT}.")
+"""How each class name becomes prompts where neither templates nor a dataset are named."""
+
 _TEMPLATES_OF_DATASETS = "zeroshot_classification_templates.json"
 
 
@@ -105,7 +108,7 @@ def _class_prompts(classes: str, templates: str, language: str) -> list[tuple[st
             raise SourceError(f"{classes} already holds prompts; remove the templates {templates}")
         return _json_prompts(path)
 
-    lines = [_SLOT, f"a photo of a {_SLOT}."]
+    lines: Sequence[str] = DEFAULT_TEMPLATES
     is_in_folder = path.is_dir() and (path / CLASS_NAMES).is_file()
     if is_in_folder:
         names = _read_lines(path / CLASS_NAMES)

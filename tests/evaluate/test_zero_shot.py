@@ -91,6 +91,14 @@ def test_items_of_classes_with_equal_prompts_are_in_no_table_as_right(
     assert (report.accuracies["acc1"].value, np.trace(report.confusion), report.confusion.sum()) == (0, 0, 100)
 
 
+def test_classes_may_be_the_names_of_a_file(labeled: Path, runs: list[Path], tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(COLOR_NAMES))
+    report = evaluate_zero_shot(labeled, runs[0], names)
+    expected = evaluate_zero_shot(labeled, runs[0], cached(f"prompts:{names}", tmp_path / "prompts", text=TEXT))
+    assert (report.accuracies, report.num_prompts) == (expected.accuracies, (2, 2))
+
+
 @pytest.mark.slow
 def test_seeds_are_averaged(labeled: Path, prompts: Path, runs: list[Path]) -> None:
     one, other = (evaluate_zero_shot(labeled, paths, prompts) for paths in (runs[:1], runs[1:]))
@@ -131,7 +139,7 @@ def test_json_and_page(labeled: Path, prompts: Path, runs: list[Path]) -> None:
     wrong = report.confusion.copy()
     np.fill_diagonal(wrong, 0)
     assert int(confusion_table(report)[1][0][2]) == wrong.max()
-    page = check_report(present_zero_shot({"run": report}, labeled, prompts, ZeroShotSettings()))
+    page = check_report(present_zero_shot({"run": report}, labeled, ZeroShotSettings()))
     assert page.count("<svg") == 3
     assert "first correct result at rank" in page
 

@@ -110,8 +110,7 @@ def test_accuracy_of_top_5_needs_5_classes(classified: ZeroShotReport, folder: P
         classified, names=classified.names[:4], by_class=classified.by_class[:4], confusion=classified.confusion[:4, :4]
     )
     for report, expected in ((classified, {"acc1", "acc5"}), (of_four, {"acc1"})):
-        places = folder / "labeled", folder / "prompts"
-        record = present_zero_shot({"run": report}, *places, ZeroShotSettings()).record()
+        record = present_zero_shot({"run": report}, folder / "labeled", ZeroShotSettings()).record()
         assert set(record["metrics"]) == {*expected, "mean_per_class_recall"}
         assert record["language"] == "en"
 
@@ -125,7 +124,7 @@ def test_clip_benchmark_build_reads_results(
     retrieved = evaluate_retrieval(cache_path, [folder / "run"], RETRIEVAL)
     probe = evaluate_probe(folder / "labeled", feature="open_toy/cls", classifier=("ridge",))
     shown = {
-        "a": present_zero_shot({"run": classified}, folder / "labeled", folder / "prompts", ZeroShotSettings()),
+        "a": present_zero_shot({"run": classified}, folder / "labeled", ZeroShotSettings()),
         "b": present_probe(probe, "labeled"),
         "c": present_retrieval({"run": retrieved}, cache_path, RETRIEVAL),
     }

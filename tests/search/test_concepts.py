@@ -8,8 +8,9 @@ import pytest
 
 from embedcache.arrays import Inputs, normalize
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import DataError, EmbedcacheError, FingerprintError, UnknownNameError
+from embedcache.errors import DataError, EmbedcacheError, FingerprintError, PathError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
+from embedcache.progress import to_progress
 from embedcache.projectors.base import project
 from embedcache.runs import Run
 from embedcache.search import concepts as concepts_module
@@ -64,7 +65,7 @@ def labeled_cache(folder: Path, count: int, *, broken: Sequence[str] = (), image
 
 
 def test_prompts_are_averaged(cache_path: Path, prompts: Path) -> None:
-    concepts = open_concepts(Cache(prompts), Vectors(cache_path, "text", "open_toy/mean"))
+    concepts = open_concepts(prompts, Vectors(cache_path, "text", "open_toy/mean"))
     texts = normalize(Cache(prompts).feature("text").load())
     expected = normalize(texts.reshape(len(NAMES), len(TEMPLATES), -1).mean(axis=1))
     np.testing.assert_allclose(concepts.vectors, expected, atol=1e-6)
@@ -75,7 +76,7 @@ def test_prompts_are_averaged(cache_path: Path, prompts: Path) -> None:
 
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_run_projects_prompts(cache_path: Path, prompts: Path, run_path: Path, modality: str) -> None:
-    concepts = open_concepts(Cache(prompts), Vectors(cache_path, modality, run_path=run_path))
+    concepts = open_concepts(prompts, Vectors(cache_path, modality, run_path=run_path))
     run = Run.open(run_path)
     texts = project(run.pair.tower("text"), Inputs(Cache(prompts).feature("text").load()))
     expected = normalize(texts.reshape(len(NAMES), len(TEMPLATES), -1).mean(axis=1))
@@ -84,7 +85,7 @@ def test_run_projects_prompts(cache_path: Path, prompts: Path, run_path: Path, m
 
 
 def test_prototypes_are_means_of_examples(cache_path: Path, labeled: Path) -> None:
-    concepts = open_concepts(Cache(labeled), Vectors(cache_path, "image", "open_toy/cls"))
+    concepts = open_concepts(labeled, Vectors(cache_path, "image", "open_toy/cls"))
     feature = Cache(labeled).feature("image", "open_toy/cls")
     labels = np.array(Cache(labeled).samples["label"].to_pylist())
     images = normalize(np.nan_to_num(feature.load()))
@@ -98,14 +99,14 @@ def test_prototypes_are_means_of_examples(cache_path: Path, labeled: Path) -> No
 
 def test_examples_are_a_sample(cache_path: Path, labeled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(concepts_module, "MAX_EXAMPLES", 3)
-    one, again = (open_concepts(Cache(labeled), Vectors(cache_path, "image", "open_toy/cls")) for _ in range(2))
+    one, again = (open_concepts(labeled, Vectors(cache_path, "image", "open_toy/cls")) for _ in range(2))
     assert one.counts.tolist() == [3] * len(NAMES)
     assert np.array_equal(one.vectors, again.vectors)
     np.testing.assert_allclose(np.linalg.norm(one.vectors, axis=1), 1, atol=1e-6)
 
 
 def test_run_projects_examples(cache_path: Path, labeled: Path, run_path: Path) -> None:
-    concepts = open_concepts(Cache(labeled), Vectors(cache_path, "text", run_path=run_path))
+    concepts = open_concepts(labeled, Vectors(cache_path, "text", run_path=run_path))
     feature = Cache(labeled).feature("image", "open_toy/cls")
     labels = np.array(Cache(labeled).samples["label"].to_pylist())
     rows = np.flatnonzero((labels == NAMES[0]) & feature.valid)
@@ -120,9 +121,9 @@ def test_labeled_images_may_have_a_column_class(tmp_path: Path) -> None:
         (tmp_path / "table.csv").write_text("".join([f"{header}\n", *rows]))
         path = tmp_path / header.replace(",", "-")
         extract(open_source(tmp_path / "table.csv"), path, image_encoder=[IMAGE], **encoders)  # type: ignore[arg-type]
-        concepts = open_concepts(Cache(path), Vectors(path, "image", "open_toy/cls"), label="class")
+        concepts = open_concepts(path, Vectors(path, "image", "open_toy/cls"), label="class")
         assert (concepts.names, concepts.counts.tolist(), concepts.source["of"]) == (["a", "b"], [2, 2], "examples")
-    assert open_concepts(Cache(path), Vectors(path, "image", "open_toy/cls")).names == ["x"]  # there are no prompts
+    assert open_concepts(path, Vectors(path, "image", "open_toy/cls")).names == ["x"]  # there are no prompts
 
 
 def test_incomparable_concepts_raise(
@@ -139,15 +140,53 @@ def test_incomparable_concepts_raise(
     ]
     for path, pool, options, error, word in wrong:
         with pytest.raises(error, match=word):
-            open_concepts(Cache(path), pool, **options)
+            open_concepts(path, pool, **options)
+
+
+def test_names_of_a_file_are_encoded_once(
+    cache_path: Path, run_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are the prompts of `extract prompts:FILE`; the same bytes reuse the folder, others have one of their own."""
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(NAMES))
+    extract(open_source(f"prompts:{names}"), tmp_path / "prompts", text_encoder=[TEXT])
+    pool = Vectors(cache_path, "image", run_path=run_path)
+
+    concepts = open_concepts(names, pool, progress=to_progress(True))
+    expected = open_concepts(tmp_path / "prompts", pool)
+    folder = Path(concepts.source["cache"])
+    assert concepts.names == expected.names == NAMES
+    np.testing.assert_array_equal(concepts.vectors, expected.vectors)
+    assert str(folder) in capsys.readouterr().err
+
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert open_concepts(names, Vectors(cache_path, "text", "open_toy/mean")).source["cache"] == str(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == files
+
+    names.write_text("\n".join(NAMES[1:]))
+    assert open_concepts(names, pool).names == NAMES[1:]
+    assert open_concepts(folder, pool).names == NAMES
+
+
+def test_names_that_cannot_be_compared_write_nothing(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("red\n\nblue")
+    wrong: list[tuple[str, Vectors, type[EmbedcacheError]]] = [
+        ("names.txt", Vectors(cache_path, "image", "open_toy/cls"), DataError),
+        ("names.txt", Vectors(cache_path, "image", run_path=run_path), SourceError),
+        ("none.txt", Vectors(cache_path, "image", run_path=run_path), PathError),
+    ]
+    for name, pool, error in wrong:
+        with pytest.raises(error, match=r"\.txt"):
+            open_concepts(tmp_path / name, pool)
+    assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
 
 
 def test_repeated_names_are_refused_or_joined(cache_path: Path, tmp_path: Path) -> None:
     names = ["red", "blue", "green", "white", "black", "yellow"]
     cache, pool = Cache(prompt_cache(tmp_path, names * 2)), Vectors(cache_path, "text", "open_toy/mean")
     with pytest.raises(DataError, match="'red' 2 times"):
-        open_concepts(cache, pool)
-    concepts = open_concepts(cache, pool, join_names=True)
+        open_concepts(cache.path, pool)
+    concepts = open_concepts(cache.path, pool, join_names=True)
     assert (concepts.names, concepts.counts.tolist()) == (names, [6] * 6)
     texts = normalize(cache.feature("text").load()).reshape(2, 6, 3, -1)
     np.testing.assert_allclose(concepts.vectors, normalize(texts.mean(axis=(0, 2))), atol=1e-6)
@@ -160,17 +199,17 @@ def test_examples_that_cancel_and_missing_labels_raise(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", unit, label=labels, none=[None, "", None, "", None, ""])
     cache, _ = import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
     with pytest.raises(DataError, match="zero"):
-        open_concepts(cache, Vectors(cache.path, "image"))
+        open_concepts(cache.path, Vectors(cache.path, "image"))
     with pytest.raises(DataError, match="none"):
-        open_concepts(cache, Vectors(cache.path, "image"), label="none")
+        open_concepts(cache.path, Vectors(cache.path, "image"), label="none")
 
 
 def test_concept_without_example_raises(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("class,caption\nred,red\nblue,\n")
     extract(open_source(tmp_path / "p.csv"), tmp_path / "prompts", text_encoder=[TEXT])
     with pytest.raises(DataError, match="blue"):
-        open_concepts(Cache(tmp_path / "prompts"), Vectors(cache_path, "text", "open_toy/mean"))
+        open_concepts(tmp_path / "prompts", Vectors(cache_path, "text", "open_toy/mean"))
     reds = [f"{number:05d}" for number in range(60)]
     broken = Cache(labeled_cache(tmp_path, 2, broken=reds[1:]))
     with pytest.raises(DataError, match="label"):
-        open_concepts(broken, Vectors(cache_path, "image", "open_toy/cls"))
+        open_concepts(broken.path, Vectors(cache_path, "image", "open_toy/cls"))

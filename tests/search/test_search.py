@@ -281,6 +281,13 @@ def test_query_concept_of_other_encoder_raises(cache_path: Path, concepts: Path,
         search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=tmp_path / "other"))
 
 
+def test_query_concept_may_be_a_name_of_a_file(index_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("red\nblue")
+    (hits,) = search(index_path, Queries(concepts=["red"], concept_cache=tmp_path / "names.txt"), SearchSettings(k=1))
+    (again,) = search(index_path, Queries(concepts=["red"], concept_cache=tmp_path / "names.txt"), SearchSettings(k=1))
+    assert list(hits) == list(again)
+
+
 def test_invalid_queries_raise(index_path: Path, concepts: Path, tmp_path: Path) -> None:
     index = OpenIndex(index_path)
     wrong: list[tuple[dict[str, Any], type[EmbedcacheError], str]] = [

@@ -63,7 +63,7 @@ It names what it needs as keyword arguments, required ones without a default: `b
 _NEEDED = {
     "budget": "--budget COUNT",
     "scores": "--scores FILE, of curate score, curate outliers or another tool",
-    "concepts": "--concepts CACHE, made by: embedcache extract prompts:concepts.txt CACHE --text-encoder SPEC",
+    "concepts": "--concepts FILE.txt, with one name per line",
     "target": "--target CACHE, with the features of the pool's encoder",
     "run": "--run RUN, a run of embedcache train",
 }
@@ -238,8 +238,14 @@ class Pool:
     def concepts(self) -> Concepts:
         """Concepts in the space of the vectors."""
         settings = self._settings
-        cache = Cache(str(settings.concepts))
-        return open_concepts(cache, self.vectors, label=settings.label, join_names=settings.join_names)
+        assert settings.concepts is not None  # which the method requires
+        return open_concepts(
+            settings.concepts,
+            self.vectors,
+            label=settings.label,
+            join_names=settings.join_names,
+            progress=self.progress,
+        )
 
     @cached_property
     def target(self) -> Vectors:
