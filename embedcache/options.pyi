@@ -188,6 +188,7 @@ class ScoreOptions(TypedDict, total=False):
 class SearchOptions(TypedDict, total=False):
     k: int | None
     label: str | None
+    where: str | None
     label_value: str | Iterable[str] | None
     part: str | Iterable[str] | None
     language: str | Iterable[str] | None
@@ -208,6 +209,7 @@ class SelectOptions(TypedDict, total=False):
     modality: Literal["image", "text", "audio", "video", "points"] | None
     feature: str | None
     selection: str | PathLike[str] | None
+    where: str | None
     seed: int | None
     device: str | None
 
@@ -272,6 +274,7 @@ class TrainOptions(TypedDict, total=False):
     captions: Literal["draw", "all"] | None
     views: str | Iterable[str] | None
     selection: str | PathLike[str] | None
+    where: str | None
     negatives: str | PathLike[str] | Iterable[str | PathLike[str]] | None
     num_negatives: int | None
     shuffle_pairs: bool | None
@@ -292,6 +295,7 @@ class VectorExportOptions(TypedDict, total=False):
     modality: Literal["image", "text", "audio", "video", "points"] | None
     run: str | PathLike[str] | None
     selection: str | PathLike[str] | None
+    where: str | None
     language: str | None
     device: str | None
 

@@ -177,6 +177,7 @@ def leaks(
         "label",
         "scores",
         "selection",
+        "where",
         "seed",
         "device",
         "config",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES, SELECTION_FORMAT, SELECTION_HELP, Cosine
+from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES, SELECTION_FORMAT, SELECTION_HELP, WHERE, Cosine
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES, ModalityName, noun, order_pair
 from embedcache.processes import address_setting, device_setting, engine_setting
@@ -237,6 +237,7 @@ class SelectSettings(Settings):
     )
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
+    where: str | None = setting(**WHERE)
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
     device: str = device_setting()
 

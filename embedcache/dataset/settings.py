@@ -13,6 +13,11 @@ from embedcache.settings import Settings, setting
 
 SELECTION_FORMAT = "Parquet, a text file with one key per line, or a .npy of DataComp's uids"
 LANGUAGE_DEFAULT = "that of the first caption if every sample has one in it, else any"
+WHERE: dict[str, Any] = {
+    "default": None,
+    "help": "Use only samples whose columns meet this condition, such as \"year > 2020 and license = 'MIT'\".",
+    "metavar": "CONDITION",
+}
 SELECTION_HELP = f"Use only the samples of this selection: {SELECTION_FORMAT}."
 Cosine: TypeAlias = Annotated[float, Field(ge=-1, le=1)]
 NEAR_DUPLICATE_COSINES: Mapping[str, float] = {**dict.fromkeys(MODALITIES, 0.9), "text": 0.7}

@@ -20,6 +20,7 @@ from embedcache.dataset.labels import label_text, require_column
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
 from embedcache.dataset.thumbnails import PICTURED, Thumbnails, credit
+from embedcache.dataset.where import rows_where
 from embedcache.errors import (
     DataError,
     EmbedcacheError,
@@ -304,6 +305,7 @@ class OpenIndex:
         run: where the run that projected the index is now, if it has moved.
         cache: where the cache is now, if it has moved.
         label: column of the labels that hits have and filters name.
+        filter_timeout_s: most seconds to compute a condition for. If None, any.
         device: device that encoders run on, and batches of 64 queries or more if FAISS can search the index there.
 
     Raises:
@@ -320,6 +322,7 @@ class OpenIndex:
         run: AnyPath | None = None,
         cache: AnyPath | None = None,
         label: str = LABEL["default"],
+        filter_timeout_s: float | None = None,
         device: str = AUTO,
     ) -> None:
         self.path = Path(index)
@@ -342,7 +345,9 @@ class OpenIndex:
         if label != LABEL["default"]:
             require_column(self.cache, label)
         self.label = label
-        self.filters = CacheFilters(self.cache, self.card.modality, self.run_path, label=label)
+        self.filters = CacheFilters(
+            self.cache, self.card.modality, self.run_path, label=label, timeout_s=filter_timeout_s
+        )
         self.hits = HitReader(self.cache, self.card.modality, label=label)
         self._subset = lru_cache(maxsize=8)(self._apply)
 
@@ -447,10 +452,20 @@ class CacheFilters:
     """Applies filters to the items of a cache; the columns they need are read on first use and kept.
 
     The split of the run at `run_path` is used if the samples have no column `split`. Labels are in the column `label`.
+    A condition is computed for `timeout_s` seconds at most.
     """
 
-    def __init__(self, cache: Cache, modality: str, run_path: Path | None = None, *, label: str = "label") -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        modality: str,
+        run_path: Path | None = None,
+        *,
+        label: str = "label",
+        timeout_s: float | None = None,
+    ) -> None:
         self._cache, self._modality, self._label = cache, modality, label
+        self._timeout_s = timeout_s
         self._run_path = run_path if run_path is not None and (run_path / SPLIT).is_file() else None
         self._column = lru_cache(maxsize=None)(self._read_column)
         self._selected = lru_cache(maxsize=16)(self._read_selection)
@@ -458,9 +473,12 @@ class CacheFilters:
     def mask(self, condition: Filter) -> Bools:
         """Return for each item of the modality whether it passes a filter: (N,) bool.
 
-        Raises `UnknownNameError` if the cache has no such column, label, part or language.
+        Raises `UnknownNameError` if the cache has no such column, label, part or language, and `SettingError` for a
+        condition that cannot be computed.
         """
         mask_N = np.ones(self._cache.num_rows(self._modality), bool)
+        if condition.where is not None:
+            mask_N &= self._passing(condition.where)[self._samples]
         if condition.label_value:
             mask_N &= self._has_value("label", condition.label_value)[self._samples]
         if condition.part:
@@ -518,6 +536,11 @@ class CacheFilters:
             f"--{_OPTIONS[name]}: expected a column {column!r} in {self._cache.path}, got the columns "
             f"{', '.join(self._cache.columns)}; leave the option out, or name the column of labels with --label"
         )
+
+    def _passing(self, where: str) -> Bools:
+        is_passing = np.zeros(self._cache.info.num_samples, bool)
+        is_passing[rows_where([self._cache], where, timeout_s=self._timeout_s)] = True
+        return is_passing
 
     def _read_selection(self, path: Path) -> Bools:
         is_selected = np.zeros(self._cache.info.num_samples, bool)

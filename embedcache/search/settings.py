@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from embedcache.dataset.settings import SELECTION_HELP
+from embedcache.dataset.settings import SELECTION_HELP, WHERE
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
 from embedcache.processes import device_setting
@@ -70,6 +70,7 @@ class IndexSettings(Settings):
 class Filter(Settings):
     """Filter of the items that a search may return; all conditions must hold."""
 
+    where: str | None = setting(**WHERE)
     label_value: tuple[str, ...] = setting(
         (), "Return only samples with this label. May be repeated.", metavar="VALUE", commas="keep"
     )
@@ -85,7 +86,7 @@ class Filter(Settings):
     selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
 
     def __bool__(self) -> bool:
-        return bool(self.label_value or self.part or self.language or self.selection)
+        return bool(self.where is not None or self.label_value or self.part or self.language or self.selection)
 
 
 class SearchSettings(Settings):

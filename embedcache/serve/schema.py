@@ -29,6 +29,11 @@ class SearchOptions(BaseModel):
     labels: _Values = Field([], description="Keep items with one of these labels.")
     splits: _Values = Field([], description="Keep items of one of these splits.")
     languages: _Values = Field([], description="Keep captions in one of these languages; others are not shown.")
+    where: str | None = Field(
+        None,
+        max_length=_MAX_TEXT_LENGTH,
+        description="Keep items whose columns meet this condition, such as year > 2020 and license = 'MIT'.",
+    )
     selection: str | None = Field(None, description="Keep items of this selection, which the server offers.")
 
 
@@ -115,6 +120,7 @@ class ServerInfo(BaseModel):
     has_players: bool = Field(description="Whether hits may have recordings or videos to play.")
     missing_images: str | None = Field(description="Why images, recordings or videos are missing, if they could exist.")
     credit: str = Field(description="Attribution that must be shown with the images.")
+    columns: list[str] = Field(description="Columns of samples, which a condition may name.")
     filters: dict[str, dict[str, int]] = Field(description="label, split or language -> value -> number of items.")
     selections: list[str]
     has_coverage: bool

@@ -27,6 +27,7 @@ from embedcache.store.layout import SAMPLES
 log = logging.getLogger("embedcache.serve")
 
 _NO_FILTER = Filter()
+_FILTER_TIMEOUT_S = 5.0  # for a visitor's condition, as all queries wait for it
 
 
 class SearchService:
@@ -98,7 +99,7 @@ class SearchService:
             "language": tuple(options.languages),
             "selection": selection,
         }
-        if not any(named.values()):
+        if not any(named.values()) and options.where is None:
             return _NO_FILTER
         for name, values in named.items():
             known = self.selections if name == "selection" else self.values.get(name, {})
@@ -108,7 +109,13 @@ class SearchService:
                 if value not in known:
                     raise UnknownNameError(f"unknown {name} {value!r}; GET /api/info lists the known ones")
         path = None if options.selection is None else self.selections[options.selection]
-        return Filter(label_value=named["label"], part=named["split"], language=named["language"], selection=path)
+        return Filter(
+            where=options.where,
+            label_value=named["label"],
+            part=named["split"],
+            language=named["language"],
+            selection=path,
+        )
 
     def info(self) -> dict[str, Any]:
         """Return the fields of `ServerInfo` except `most_hits`."""
@@ -126,6 +133,7 @@ class SearchService:
             "missing_images": self.missing_images,
             "credit": credit(self.index.cache),
             "filters": self.values,
+            "columns": self.index.cache.columns,
             "selections": list(self.selections),
             "has_coverage": self.coverage is not None,
             "max_upload_bytes": self.settings.max_upload,
@@ -271,7 +279,14 @@ def open_service(paths: ServePaths, settings: ServeSettings, *, device: str, pro
     """Open everything that is served; see `OpenIndex` and `SearchService` for the errors."""
     if paths.coverage is not None and paths.concepts is not None:
         raise SettingError("coverage: expected --coverage or --concepts, got both; omit one of them")
-    index = OpenIndex(paths.index, run=paths.run, cache=paths.cache, label=settings.label, device=device)
+    index = OpenIndex(
+        paths.index,
+        run=paths.run,
+        cache=paths.cache,
+        label=settings.label,
+        filter_timeout_s=_FILTER_TIMEOUT_S,
+        device=device,
+    )
     coverage = None
     if paths.coverage is not None:
         coverage = read_coverage(paths.coverage, index)

@@ -107,7 +107,7 @@ def open_study(
 
         fixed = space.settings({})
         language = choose_language(data.caches, data.sides, fixed.language, progress)
-        pairs = data.pairs(language, progress=progress)
+        pairs = data.pairs(language, where=fixed.where, progress=progress)
         split = data.split(pairs, fixed.split, progress=progress)
         split_path(path).unlink(missing_ok=True)  # of a process that was killed before it wrote the manifest
         write_split(split_path(path), data.caches, split)

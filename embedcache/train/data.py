@@ -26,6 +26,7 @@ from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import PARTS, Split, make_split, read_split, write_split
+from embedcache.dataset.where import samples_within
 from embedcache.errors import DataError, SettingError, pluralize
 from embedcache.files import AnyPath, one_or_many, read_file, write_atomic
 from embedcache.modalities import MODALITIES, order_pair
@@ -213,10 +214,17 @@ class TrainData:
         """Default size of shuffled blocks in rows: of more than one if a feature is read from disk."""
         return _MAPPED_BLOCK_ROWS if self.is_mapped else 1
 
-    def pairs(self, language: str | None, *, progress: Progress | None = None) -> Pairs:
-        """Pair the items; arguments and errors are those of `pair_items`."""
+    def pairs(self, language: str | None, *, where: str | None = None, progress: Progress | None = None) -> Pairs:
+        """Pair the items of the samples that meet a condition; see `pair_items` and `rows_where`."""
+        samples = samples_within(self.caches, None, where)  # an error of it comes before the hashes are read
         first, second = self.sides.values()
-        return pair_items(self.caches, first, second, language=language, progress=progress)
+        pairs = pair_items(self.caches, first, second, language=language, progress=progress)
+        if samples is None:
+            return pairs
+        pairs = pairs.select(samples)
+        if not len(pairs.samples):
+            raise DataError(f"where: expected samples with both features and {where}, got none; loosen the condition")
+        return pairs
 
     def open_views(self, modality: str, views: Iterable[str]) -> dict[str, list[InputFeature]]:
         """Open views of a side's feature in every cache: view -> features.
@@ -334,7 +342,7 @@ def divide_pairs(data: TrainData, run_path: Path, settings: TrainSettings, progr
     selected = None
     if settings.selection_path is not None:  # a strict split may take hours: a wrong key is found before
         selected = read_selection(settings.selection_path, data.caches)
-    pairs = data.pairs(settings.language, progress=progress)
+    pairs = data.pairs(settings.language, where=settings.where, progress=progress)
     made = run_on_first(lambda: _write_split(data, pairs, run_path, settings, progress))
     split = made or read_split(run_path / SPLIT, data.caches)
     training = _shuffle_pairs(_training_pairs(data, pairs, split, selected, settings), settings)

@@ -97,7 +97,7 @@ def count_training_pairs(data: TrainData, settings: TrainSettings) -> int:
 
     The training part of a strict split, or of one by key, is estimated from the fractions of the others.
     """
-    split, pairs = settings.split, data.pairs(settings.language)
+    split, pairs = settings.split, data.pairs(settings.language, where=settings.where)
     samples, fraction = pairs.samples, 1.0
     if split.kind in ("strict", "key"):
         num_val = min(len(samples) * split.val_fraction, split.max_val)

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import PositiveInt, field_serializer
 
-from embedcache.dataset.settings import LANGUAGE_DEFAULT, SELECTION_HELP, SplitSettings, with_split_seed
+from embedcache.dataset.settings import LANGUAGE_DEFAULT, SELECTION_HELP, WHERE, SplitSettings, with_split_seed
 from embedcache.errors import SettingError
 from embedcache.processes import AUTO, Precision
 from embedcache.settings import (
@@ -197,6 +197,9 @@ class TrainSettings(Settings):
         None,
         f"{SELECTION_HELP.removesuffix('.')}; {{seed}} stands for the seed.",
         metavar="FILE",
+    )
+    where: str | None = setting(
+        **{**WHERE, "help": WHERE["help"].replace("Use only", "Split, train and validate with only the")}
     )
     negatives: tuple[str, ...] = setting(
         (),

@@ -17,8 +17,8 @@ from numpy.lib import format as npy_format
 from embedcache.arrays import Array, Bools, Ints, blocks, normalize
 from embedcache.dataset.inputs import features_by_modality
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
-from embedcache.dataset.selections import read_selection
 from embedcache.dataset.vectors import Vectors
+from embedcache.dataset.where import samples_within
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError, pluralize
 from embedcache.files import URL_PATTERN, AnyPath, building, is_url
@@ -81,7 +81,7 @@ def export_vectors(
         format_name: `clip-retrieval`, `npy` or `parquet`.
         cache: path or URL of the cache.
         out: a new `.parquet` file for `parquet`, else a new folder.
-        settings: features, run, selection.
+        settings: features, run, selection, condition.
         progress: progress in rows.
         options: settings by their names on the command line, which replace those of `settings`.
 
@@ -242,8 +242,9 @@ class VectorExport:
             modality: _first_items(self._samples_of[modality], self._is_usable(modality)) for modality in self._vectors
         }
         requested_S = np.setdiff1d(np.arange(len(self.cache)), self.cache.removed, assume_unique=True)
-        if settings.selection is not None:
-            requested_S = read_selection(settings.selection, [self.cache])
+        chosen_S = samples_within([self.cache], settings.selection, settings.where)
+        if chosen_S is not None:
+            requested_S = chosen_S
         self._num_requested = len(requested_S)
         with_vectors = [samples for samples, _ in self._items.values()]
         self.samples: Ints = reduce(partial(np.intersect1d, assume_unique=True), with_vectors, requested_S)

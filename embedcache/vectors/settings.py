@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from embedcache.dataset.settings import SELECTION_HELP
+from embedcache.dataset.settings import SELECTION_HELP, WHERE
 from embedcache.modalities import ModalityName
 from embedcache.processes import device_setting
 from embedcache.search.settings import RUN_HELP
@@ -55,5 +55,6 @@ class VectorExportSettings(Settings):
     )
     run: Path | None = setting(None, RUN_HELP, metavar="RUN")
     selection: Path | None = setting(None, SELECTION_HELP, metavar="FILE")
+    where: str | None = setting(**WHERE)
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     device: str = device_setting()

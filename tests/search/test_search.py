@@ -433,6 +433,7 @@ def test_label_and_part(labeled: Path, tmp_path: Path, factory: str) -> None:
     for keep, prefix in (
         (Filter(selection=tmp_path / "one.parquet"), (str(keys[5]),)),
         (Filter(label_value=("cat",)), ("train/cat", "val/cat")),
+        (Filter(where="label = 'dog' and split != 'train'"), ("val/dog",)),
         (Filter(part=("val",)), ("val/",)),
         (Filter(label_value=("dog", "cat"), part=("train",)), ("train/",)),
         (Filter(label_value=("dog",), part=("val",)), ("val/dog",)),
@@ -493,6 +494,8 @@ def test_invalid_filters_raise(labeled: Path, labeled_index: Path, tmp_path: Pat
     (tmp_path / "s.txt").write_text(ask.keys[0] + "\n")
     wrong: list[tuple[Filter, type[EmbedcacheError], str]] = [
         (Filter(label_value=("cta",)), UnknownNameError, "cta"),
+        (Filter(where="lable = 'cat'"), UnknownNameError, "label"),
+        (Filter(where="label = 'cta'"), DataError, "none"),
         (Filter(label_value=("cat",), part=("val",)), SettingError, "15 of 60"),
         (Filter(part=("val",), selection=tmp_path / "s.txt"), DataError, "none"),
     ]

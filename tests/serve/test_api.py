@@ -77,6 +77,7 @@ def test_filters_equal_command(client: TestClient, root: Path) -> None:
         ({"splits": ["val"], "labels": ["cat", "dog"]}, Filter(part=("val",), label_value=("cat", "dog"))),
         ({"selection": "few"}, Filter(selection=root / "few.txt")),
         ({"languages": ["de"]}, Filter(language=("de",))),
+        ({"where": "label = 'dog'", "splits": ["val"]}, Filter(where="label = 'dog'", part=("val",))),
     ):
         hits = ask(client, text=TEXT, k=6, **options)
         assert without_image(hits) == as_found(root, [TEXT], k=6, filter=keep)
@@ -85,6 +86,7 @@ def test_filters_equal_command(client: TestClient, root: Path) -> None:
     assert all(caption.endswith("auf deutsch") for hit in german for caption in hit["captions"])
     assert len(ask(client, text=TEXT, k=500, selection="few")) == 7
     assert ask(client, text=TEXT, selection="few", splits=["val"]) == []
+    assert ask(client, text=TEXT, where="label = 'bird'") == []
 
 
 @pytest.mark.slow
@@ -381,6 +383,9 @@ def test_invalid_requests_get_one_line_errors(client: TestClient) -> None:
         ({"text": "a" * 2001}, 422, "2000"),
         ({"text": "a", "labels": ["bird"]}, 404, "bird"),
         ({"text": "a", "selection": "../few"}, 404, "../few"),
+        ({"text": "a", "where": "read_csv('/etc/passwd')"}, 400, "where: expected"),
+        ({"text": "a", "where": "x = 1"}, 404, "label"),
+        ({"text": "a", "where": "x" * 2001}, 422, "2000"),
         ({"row": 10**30}, 422, "row"),
         ({"text": "\ud800"}, 422, "text"),
         *((body, 422, no_json) for body in (b"", b"{", b"[1]", b"null")),

@@ -168,6 +168,15 @@ def test_filters(page: Browsing, root: Path) -> None:
     page.page.reload()
     page.wait_for("#status", "No item passes these filters")
     assert page.page.input_value("select[name=label]") == "dog"
+    page.page.fill("input[name=where]", "label is")
+    page.page.press("input[name=where]", "Enter")
+    page.wait_for("#status", "where: expected null")
+    page.page.select_option("select[name=selection]", "")
+    page.page.fill("input[name=where]", "key like '%3'")
+    page.page.press("input[name=where]", "Enter")
+    page.wait_for("#status", "2 results")
+    assert all("400" in error for error in page.errors)
+    page.errors.clear()
 
 
 def test_keyboard_navigation(page: Browsing, root: Path) -> None:

@@ -107,6 +107,20 @@ def test_selection_limits_the_training_part(cache_path: Path, tmp_path: Path) ->
     assert (whole_part.num_samples, whole_part.num_held_out) == (whole.num_samples, 0)
 
 
+@pytest.mark.slow
+def test_condition_limits_all_parts(cache_path: Path, tmp_path: Path) -> None:
+    condition = "key < '00200'"
+    report = run(cache_path, tmp_path / "run", where=condition, batch_size=32, epochs=1)
+    split = read_split(tmp_path / "run/split.parquet", [Cache(cache_path)])
+    assert all(split.parts[:200])
+    assert split.parts.count("") == report.num_samples["left out"] == 100
+    assert run(cache_path, tmp_path / "run", where=condition, batch_size=32, epochs=1).reused
+    with pytest.raises(FingerprintError, match="where"):
+        run(cache_path, tmp_path / "run", where="key < '00100'", batch_size=32, epochs=1)
+    with pytest.raises(DataError, match="got none"):
+        run(cache_path, tmp_path / "none", where="key > 'z'")
+
+
 @pytest.mark.parametrize("keys", ["00003\nb\n", "\n"])
 def test_selection_is_read_before_the_split_is_made(cache_path: Path, tmp_path: Path, keys: str) -> None:
     (tmp_path / "keys.txt").write_text(keys)

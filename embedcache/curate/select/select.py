@@ -18,11 +18,11 @@ from embedcache.dataset.selections import (
     Score,
     Selection,
     read_scores,
-    read_selection,
     read_selection_table,
     write_selection,
 )
 from embedcache.dataset.vectors import Vectors
+from embedcache.dataset.where import samples_within
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, name_pair, noun, pair_nouns
@@ -142,7 +142,7 @@ class Pool:
     Args:
         cache_path: path or URL of the cache.
         modality: modality of the compared items.
-        settings: feature, run, concepts, target, and the selection that limits the pool.
+        settings: feature, run, concepts, target, and the selection and the condition that limit the pool.
         progress: progress in items; methods report their own steps to it.
 
     Raises:
@@ -189,11 +189,12 @@ class Pool:
 
     @cached_property
     def _is_inside_S(self) -> Bools:
-        """Whether each sample of the cache is of the selection that limits the pool: (S,)."""
-        if self._settings.selection is None:
+        """Whether each sample of the cache is of the selection and meets the condition that limit the pool: (S,)."""
+        samples = samples_within([self.cache], self._settings.selection, self._settings.where)
+        if samples is None:
             return np.ones(len(self.cache), bool)
         is_inside_S = np.zeros(len(self.cache), bool)
-        is_inside_S[read_selection(self._settings.selection, [self.cache])] = True
+        is_inside_S[samples] = True
         return is_inside_S
 
     @cached_property

@@ -46,7 +46,7 @@ export class Pane {
     if (!file) return post("/api/search", { ...(text === undefined ? { row } : { text }), ...options }, signal);
     const values = new URLSearchParams({ k: options.k });
     for (const name of ["labels", "splits", "languages"]) for (const value of options[name]) values.append(name, value);
-    if (options.selection) values.set("selection", options.selection);
+    for (const name of ["where", "selection"]) if (options[name]) values.set(name, options[name]);
     return api(`/api/search/image?${values}`, {
       method: "POST", headers: { "Content-Type": file.type || "application/octet-stream" }, body: file, signal,
     });

@@ -41,6 +41,12 @@ export class Search {
       this.selects[name] = select;
       byId("filters").append(element("label", {}, NAMES[name], select));
     }
+    const where = element("input", {
+      name: "where", maxlength: 2000, spellcheck: "false", autocomplete: "off", placeholder: "year > 2020 and license = 'MIT'",
+      title: `Columns: ${this.info.columns.join(", ")}`, onchange: () => { this.k = DEFAULT_HITS; this.run({ saveAddress: true }); },
+    });
+    this.selects.where = where;
+    byId("filters").append(element("label", {}, "Where", where));
   }
 
   addInputs() {
@@ -173,7 +179,7 @@ export class Search {
     const chosen = (name) => (this.selects[name]?.value ? [this.selects[name].value] : []);
     return {
       k: this.k, labels: chosen("label"), splits: chosen("split"), languages: chosen("language"),
-      selection: this.selects.selection?.value || null,
+      where: this.selects.where.value.trim() || null, selection: this.selects.selection?.value || null,
     };
   }
 
