@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
+import pyarrow as pa
 
-from embedcache.arrays import Array, Floats, Ints, normalize
+from embedcache.arrays import Array, Bools, Floats, Ints, distinct, normalize
 from embedcache.dataset.matches import ItemSet
 from embedcache.dataset.pairs import ANY_LANGUAGE, Items, Pairs, number_items, pair_items
 from embedcache.errors import DataError, SettingError
@@ -18,6 +19,7 @@ from embedcache.evaluate.runs import (
     iterate_recipes,
     largest_overlap,
     load_runs,
+    read_class_names,
     read_eval_split,
     report_line,
     run_input,
@@ -68,6 +70,7 @@ class Ranking:
             the top.
         average_precisions: as `ranks`: average precision of each query.
         by_width: smaller width -> `ranks` by that many first components of `first` and `second`, of length 1 again.
+        named: rows of the samples whose captions name a class of the run's prototypes; None without prototypes.
     """
 
     seed: int
@@ -82,6 +85,7 @@ class Ranking:
     average_precisions: Mapping[str, Array]
     overlap: Overlap | None
     by_width: Mapping[int, Mapping[str, Ints]] = field(default_factory=dict)
+    named: Ints | None = None
 
     def is_forward(self, direction: str) -> bool:
         """Return whether the first items are the queries."""
@@ -96,6 +100,12 @@ class Ranking:
         """Return the near-duplicate group of each query, which intervals are over."""
         clusters_Q: Ints = self.groups[self.sides(direction)[0].samples]
         return clusters_Q
+
+    def is_unnamed(self, direction: str) -> Bools:
+        """Return whether each query is of a sample whose captions name no class of the prototypes: (Q,) bool."""
+        named = () if self.named is None else self.named
+        is_unnamed_Q: Bools = ~np.isin(self.sides(direction)[0].samples, named)
+        return is_unnamed_Q
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +130,10 @@ class RetrievalReport:
         seeds: random seed of each run.
         overlap: the largest overlap of a run with its training part; None if it was not checked.
         run_paths: folder of each run.
+        unnamed: as `recalls`, of queries whose samples' captions name no class of the runs' prototypes, among all
+            candidates; empty without prototypes, or if every sample names one.
+        named_samples: per run, samples whose captions name a class of the prototypes, and all samples; empty without
+            prototypes.
     """
 
     part: str
@@ -135,6 +149,8 @@ class RetrievalReport:
     seeds: list[int]
     overlap: Overlap | None
     run_paths: Sequence[Path] = ()
+    unnamed: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    named_samples: Sequence[tuple[int, int]] = ()
 
     def __repr__(self) -> str:
         """Return `line`, and below it the recalls of each direction with those of chance, for notebooks and `print`."""
@@ -150,8 +166,12 @@ class RetrievalReport:
         of_language = f" in {self.language}" if self.language else ""
         nouns = pair_nouns(tuple(self.num_items))
         counts = ", ".join(f"{num[0]:,} {name}" for num, name in zip(self.num_items.values(), nouns, strict=True))
+        named = ""
+        if self.named_samples:
+            num_named, num_samples = self.named_samples[0]
+            named = f", {num_named:,} of {num_samples:,} samples name a class of the prototypes"
         return report_line(
-            f"{self.part}: {counts}{of_language} per run", self.seeds, self.by_seed, "mean recall", self.warning
+            f"{self.part}: {counts}{of_language} per run{named}", self.seeds, self.by_seed, "mean recall", self.warning
         )
 
     @property
@@ -207,6 +227,8 @@ def evaluate_retrieval(
     by_width = {
         width: {direction: _recalls(rankings, direction, width) for direction in both} for width in first.by_width
     }
+    named_samples = [(len(each.named), len(each.pairs.samples)) for each in rankings if each.named is not None]
+    has_unnamed = bool(named_samples) and any(num_named < num_all for num_named, num_all in named_samples)
     num_items = ([len(ranking.first) for ranking in rankings], [len(ranking.second) for ranking in rankings])
     return RetrievalReport(
         part=first.part,
@@ -225,6 +247,8 @@ def evaluate_retrieval(
         seeds=[ranking.seed for ranking in rankings],
         overlap=largest_overlap(ranking.overlap for ranking in rankings),
         run_paths=[run.path for run in runs],
+        unnamed={direction: _unnamed_recalls(rankings, direction) for direction in both if has_unnamed},
+        named_samples=named_samples,
     )
 
 
@@ -271,6 +295,13 @@ def _recalls(rankings: Sequence[Ranking], direction: str, width: int | None = No
     """Estimate the recalls of all runs together, by the first components of the shared space if there is a width."""
     ranks = [(ranking.ranks if width is None else ranking.by_width[width])[direction] for ranking in rankings]
     return hit_rates(ranks, [ranking.clusters(direction) for ranking in rankings], {f"r@{k}": k for k in KS})
+
+
+def _unnamed_recalls(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
+    """Estimate the recalls of queries whose samples name no class of the prototypes."""
+    ranks = [ranking.ranks[direction][ranking.is_unnamed(direction)] for ranking in rankings]
+    clusters = [ranking.clusters(direction)[ranking.is_unnamed(direction)] for ranking in rankings]
+    return hit_rates(ranks, clusters, {f"r@{k}": k for k in KS})
 
 
 def _over_seeds(rankings: Sequence[Ranking], direction: str, recalls: Mapping[str, Estimate]) -> dict[str, Estimate]:
@@ -350,7 +381,18 @@ def rank(
         average_precisions={direction: average_precisions(*count) for direction, count in before.items()},
         overlap=find_overlap(run, cache, dict(zip(modalities, item_sets, strict=True)), settings, progress=progress),
         by_width=by_width,
+        named=_find_named(cache, run, pairs),
     )
+
+
+def _find_named(cache: Cache, run: Run, pairs: Pairs) -> Ints | None:
+    """Return the samples whose captions name a class of the run's prototypes; None without prototypes or captions."""
+    class_names = read_class_names(run)
+    if class_names is None or "text" not in run.modalities:
+        return None
+    captions = dict(zip(run.modalities, (pairs.first, pairs.second), strict=True))["text"]
+    texts = cache.items("text", columns=["text"])["text"].take(pa.array(captions.rows))
+    return distinct(captions.samples[class_names.are_in(texts.to_pylist())])
 
 
 def ranked_language(run: Run, settings: RetrievalSettings) -> str | None:

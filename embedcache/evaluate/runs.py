@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Ints, distinct
+from embedcache.arrays import Bools, Ints, distinct
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.matches import ItemSet, find_equal, find_near
 from embedcache.dataset.pairs import pair_items
@@ -29,7 +29,7 @@ from embedcache.modalities import IMPORTED_SOURCE
 from embedcache.processes import AUTO, torch_device
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, digest
-from embedcache.runs import PAIR, SPLIT, Run
+from embedcache.runs import PAIR, PROTOTYPES, SPLIT, Run
 from embedcache.sources.open import IMPORT_TOGETHER
 from embedcache.store.cache import Cache
 
@@ -225,6 +225,39 @@ def read_run_selection(run: Run, cache: Cache) -> Ints | None:
     return read_selection_table(path, [cache], can_be_others=True, can_be_removed=True).rows
 
 
+def read_class_names(run: Run) -> "ClassNames | None":
+    """Return the names of the classes that a run was trained with as prototypes; None of a run without prototypes."""
+    if PROTOTYPES not in run.info.files:
+        return None
+    return ClassNames(run.file(PROTOTYPES).read_text(encoding="utf-8").splitlines())
+
+
+class ClassNames:
+    """Names of classes, synonyms separated by commas, that are looked for in texts.
+
+    Example:
+        >>> ClassNames(["tabby, tabby cat", "bus"]).are_in(["Two tabby cats.", "a busy street"])
+        array([ True, False])
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.num_classes = len(lines)
+        self._names = {_words(name) for line in lines for name in line.split(",")} - {()}
+        self._lengths = sorted(set(map(len, self._names)))
+
+    def are_in(self, texts: Iterable[str]) -> Bools:
+        """Return whether each text contains a name as whole words, in any case, singular or plural: (T,) bool."""
+        return np.array([self._is_in(_words(text)) for text in texts], bool)
+
+    def _is_in(self, words: tuple[str, ...]) -> bool:
+        starts = range(len(words))
+        return any(words[start : start + length] in self._names for length in self._lengths for start in starts)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.removesuffix("s") for word in re.findall(r"\w+", text.lower()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
     """Numbers of evaluated samples that were seen in training.
@@ -285,6 +318,8 @@ def find_overlap(
     if not settings.check_overlap or (settings.part == "train" and was_trained_on(run, cache)):
         return None
     caches, missing = _open_training_caches(run, cache, settings.trained_on)
+    if not (caches or missing):  # no pair was trained on
+        return None
     trained = [items for cache in caches for items in [training_items(run, cache)] if items]
     samples = distinct(np.concatenate([items.items.samples for items in evaluated.values()]))
     count = min(len(samples), _num_affordable(evaluated, trained) if trained else 0)
@@ -322,7 +357,7 @@ def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple
                 f"{other.path}: expected a cache that run {run.path} was trained on, got another; name the caches it "
                 "was trained on"
             )
-    index_digests = run.info.index_digest.split("+")
+    index_digests = run.info.index_digest.split("+") if run.info.index_digest else []
     caches, missing = [], []
     recorded = run.info.caches[: len(index_digests)]
     for index_digest, path in zip_longest(index_digests, recorded, fillvalue="an unnamed cache"):

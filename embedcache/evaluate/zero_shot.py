@@ -1,13 +1,13 @@
 """Zero-shot classification of trained runs on two caches: the items, such as images, and the prompts of the classes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
-from embedcache.arrays import Array, Ints, blocks
+from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.labels import Prompts, check_prompts, class_vectors, has_label, read_labels, read_prompts
 from embedcache.dataset.matches import ItemSet
@@ -21,6 +21,7 @@ from embedcache.evaluate.runs import (
     iterate_recipes,
     largest_overlap,
     load_runs,
+    read_class_names,
     read_eval_split,
     report_line,
     run_input,
@@ -65,6 +66,7 @@ class ZeroShotPredictions:
         labels: (N,) true class of each item.
         ranks: (N,) rank of the true class, 1 is the top.
         predicted: (N, K) classes with the highest scores, best first.
+        is_named: (C,) whether a class of the run's prototypes has the name of each class; None without prototypes.
     """
 
     seed: int
@@ -78,6 +80,14 @@ class ZeroShotPredictions:
     ranks: Ints
     predicted: Ints
     overlap: Overlap | None
+    is_named: Bools | None = None
+
+    @property
+    def is_unnamed(self) -> Bools:
+        """Whether the class of each item is none that the run's prototypes name: (N,) bool."""
+        assert self.is_named is not None
+        is_unnamed_N: Bools = ~self.is_named[self.labels]
+        return is_unnamed_N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +112,9 @@ class ZeroShotReport:
         overlap: the largest overlap of a run with its training part; None if it was not checked.
         run_paths: folder of each run.
         prompts_path: cache of the prompts.
+        unnamed: as `accuracies`, of the items of classes whose name contains none of the runs' prototypes, among all
+            classes; empty without prototypes, or if there are no such items.
+        num_named: number of classes that are named by prototypes; None without prototypes.
     """
 
     part: str
@@ -120,6 +133,8 @@ class ZeroShotReport:
     overlap: Overlap | None
     run_paths: Sequence[Path]
     prompts_path: Path
+    unnamed: Mapping[str, Estimate] = field(default_factory=dict)
+    num_named: int | None = None
 
     def __repr__(self) -> str:
         """Return `line`, and below it the accuracies with those of chance, for notebooks and `print`."""
@@ -133,6 +148,7 @@ class ZeroShotReport:
         classes = pluralize(len(self.names), "class", "classes")
         counts = f"{count_items(self.num_items, self.modality)}, {classes} of {prompts}"
         counts += f" ({self.num_unlabeled:,} without a label left out)" if self.num_unlabeled else ""
+        counts += "" if self.num_named is None else f", {self.num_named:,} of the classes are named by prototypes"
         return report_line(f"{self.part}: {counts}", self.seeds, self.by_seed, "top-1", self.warning)
 
     @property
@@ -191,8 +207,15 @@ def evaluate_zero_shot(
     is_right_N = np.concatenate(ranks) == 1
     predicted_N = np.concatenate([prediction.predicted[:, 0] for prediction in predictions])
 
-    accuracies = hit_rates(ranks, clusters, {f"acc{k}": k for k in KS})
-    accuracies["mean_per_class_recall"] = bootstrap_class_mean(is_right_N, labels_N, np.concatenate(clusters))
+    accuracies = _accuracies(ranks, clusters, labels_N)
+    unnamed: Mapping[str, Estimate] = {}
+    if first.is_named is not None and not first.is_named[labels_N].all():
+        kept = [prediction.is_unnamed for prediction in predictions]
+        unnamed = _accuracies(
+            [ranks_N[mask] for ranks_N, mask in zip(ranks, kept, strict=True)],
+            [clusters_N[mask] for clusters_N, mask in zip(clusters, kept, strict=True)],
+            labels_N[np.concatenate(kept)],
+        )
     by_run = {f"acc{k}": [recall_at(ranks_N, k) for ranks_N in ranks] for k in KS}
     by_run["mean_per_class_recall"] = [
         float(np.nanmean(class_means(prediction.ranks == 1, prediction.labels, num_classes)))
@@ -216,7 +239,17 @@ def evaluate_zero_shot(
         overlap=largest_overlap(prediction.overlap for prediction in predictions),
         run_paths=[run.path for run in runs],
         prompts_path=prompts_cache.path,
+        unnamed=unnamed,
+        num_named=None if first.is_named is None else int(first.is_named.sum()),
     )
+
+
+def _accuracies(ranks: Sequence[Ints], clusters: Sequence[Ints], labels_N: Ints) -> dict[str, Estimate]:
+    """Estimate the accuracies of all runs together, given ranks and groups of the items of each run."""
+    accuracies = hit_rates(ranks, clusters, {f"acc{k}": k for k in KS})
+    is_right_N = np.concatenate(ranks) == 1
+    accuracies["mean_per_class_recall"] = bootstrap_class_mean(is_right_N, labels_N, np.concatenate(clusters))
+    return accuracies
 
 
 def compare_zero_shot(
@@ -291,6 +324,7 @@ def classify(
             f"{noun(modality)} of {split.part}; name another column with --label"
         )
     labels = read_labels(cache, items.samples, column=settings.label, classes=prompts.names).numbers
+    class_names = read_class_names(run)
     ranks, predicted = _rank(run, feature, items.rows, labels, prompts, progress or NullProgress())
     return ZeroShotPredictions(
         seed=run.seed,
@@ -304,6 +338,7 @@ def classify(
         ranks=ranks,
         predicted=predicted,
         overlap=find_overlap(run, cache, {modality: ItemSet(feature, items)}, settings, progress=progress),
+        is_named=None if class_names is None else class_names.are_in(prompts.names),
     )
 
 

@@ -35,6 +35,10 @@ from embedcache.store.cache import Cache
 _DirectionEstimates: TypeAlias = Mapping[str, Mapping[str, Estimate]]
 """Direction (`i2t`, `t2i`) -> metric (`r@1`) -> estimate."""
 
+NO_CLASS_NAMED = (
+    "No class named: only samples whose captions contain no name of a class that the run was trained with as a "
+    "prototype; they are ranked among all others."
+)
 _EXAMPLES_PER_OUTCOME = 5
 _NUM_RESULTS = 5
 _EXAMPLES_NOTE = (
@@ -46,7 +50,8 @@ _EXAMPLES_NOTE = (
 def retrieval_table(reports: Mapping[str, RetrievalReport]) -> Table:
     """Return recalls with their 95% intervals: rows per report, and one for the first's chance level.
 
-    A report of several seeds has a second row, whose intervals hold the variance of seeds, too.
+    A report of several seeds has a second row, whose intervals hold the variance of seeds, too; one of runs with
+    prototypes has a row without the samples whose captions name one of their classes.
     """
     first = next(iter(reports.values()))
     columns = ["", *(f"{direction} R@{k}" for direction in first.directions for k in KS)]
@@ -55,6 +60,8 @@ def retrieval_table(reports: Mapping[str, RetrievalReport]) -> Table:
         rows[name] = report.recalls
         if report.over_seeds:
             rows[f"{name}, over seeds"] = report.over_seeds
+        if report.unnamed:
+            rows[f"{name}, no class named"] = report.unnamed
     rows["chance"] = first.chance
     return columns, [
         [name, *(str(recalls[direction][f"r@{k}"]) for direction in first.directions for k in KS)]
@@ -118,6 +125,8 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
         "chance": _directions_json(report.chance),
         **({"over_seeds": _directions_json(report.over_seeds)} if report.over_seeds else {}),
         **({"widths": widths} if report.by_width else {}),
+        **({"no_class_named": _directions_json(report.unnamed)} if report.unnamed else {}),
+        **({"named_samples": [list(counts) for counts in report.named_samples]} if report.named_samples else {}),
         **{name: _directions_json(other.recalls) for name, other in others.items() if other is not None},
         **{f"num_{noun(modality).replace(' ', '_')}": counts[0] for modality, counts in report.num_items.items()},
         "seeds": report.seeds,
@@ -143,12 +152,15 @@ def present_retrieval(
         run = load_runs(first.run_paths[:1], device=settings.device)[0]
         return rank(cache, run, replace_fields(settings, language=settings.language[:1], check_overlap=False))
 
+    notes = [
+        "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the range "
+        "that holds 95% of random rankings, in which equal captions stay together."
+    ]
+    if any(report.unnamed for report in reports.values()):
+        notes.append(NO_CLASS_NAMED)
     recall = Section(
         title="Recall",
-        notes=[
-            "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the "
-            "range that holds 95% of random rankings, in which equal captions stay together."
-        ],
+        notes=notes,
         table=retrieval_table(reports),
         figures=lambda: [
             _recall_curves(reports),

@@ -45,6 +45,8 @@ def zero_shot_table(reports: Mapping[str, ZeroShotReport]) -> Table:
         rows[name] = report.accuracies
         if report.over_seeds:
             rows[f"{name}, over seeds"] = report.over_seeds
+        if report.unnamed:
+            rows[f"{name}, no class named"] = report.unnamed
     rows["chance"] = next(iter(reports.values())).chance
     return ["", *_COLUMNS.values()], [
         [name, *(str(accuracies[column]) for column in _COLUMNS)] for name, accuracies in rows.items()
@@ -77,6 +79,8 @@ def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
         **estimates_json(report.accuracies),
         "chance": estimates_json(report.chance),
         **({"over_seeds": estimates_json(report.over_seeds)} if report.over_seeds else {}),
+        **({"no_class_named": estimates_json(report.unnamed)} if report.unnamed else {}),
+        **({} if report.num_named is None else {"num_named_classes": report.num_named}),
         "by_class": dict(zip(unique, map(round_json, report.by_class), strict=True)),
         "acc1_by_seed": [round_json(accuracy) for accuracy in report.by_seed],
         "num_images": report.num_items,
@@ -102,12 +106,15 @@ def present_zero_shot(
     cache, first = Cache(cache), next(iter(reports.values()))
     prompts = Cache(first.prompts_path)
     chance = first.chance["acc1"].value
+    notes = [
+        "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the range "
+        "that holds 95% of random guesses."
+    ]
+    if any(report.unnamed for report in reports.values()):
+        notes.append("No class named: only items of classes whose name contains none of the run's prototypes.")
     accuracy = Section(
         title="Accuracy",
-        notes=[
-            "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the "
-            "range that holds 95% of random guesses."
-        ],
+        notes=notes,
         table=zero_shot_table(reports),
         figures=lambda: [accuracy_bars({name: each.accuracies["acc1"] for name, each in reports.items()}, chance)],
     )

@@ -172,12 +172,14 @@ class QuerySet:
 
 
 def draw_query_set(vectors: Vectors, progress: Progress) -> QuerySet:
-    """Draw queries and find their true neighbors: items of the other modality if a run gives it, else the items' own.
+    """Draw queries and find their true neighbors.
+
+    Queries are items of the other modality if a run gives it and the cache has it, or else the vectors themselves.
 
     Memory: 2,000 queries, a chunk of the feature, and 8 bytes per vector.
     """
     queries = vectors
-    if vectors.other_modality is not None:
+    if vectors.other_modality is not None and vectors.cache.features(vectors.other_modality):
         queries = Vectors(
             vectors.cache.path,
             vectors.other_modality,
@@ -186,7 +188,7 @@ def draw_query_set(vectors: Vectors, progress: Progress) -> QuerySet:
             device=vectors.device,
         )
     rows = np.random.default_rng(1).permutation(queries.rows)[:_NUM_QUERIES]
-    own = rows if vectors.run_path is None and len(vectors.rows) > 1 else None
+    own = rows if queries is vectors and len(vectors.rows) > 1 else None
     searched = vectors.blocks("searching exactly", progress)
     return make_query_set(queries.read(rows), searched, own=own, device=vectors.device)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from embedcache.arrays import Floats, Ints, blocks, check_finite, normalize
-from embedcache.dataset.inputs import Reader
+from embedcache.dataset.inputs import InputFeature, Reader
 from embedcache.dataset.pairs import Pairs
 from embedcache.errors import DataError, SettingError
 from embedcache.modeling.heads import AnyTower, RawTower, Tower
@@ -112,6 +112,17 @@ def _sum_moments(towers: tuple["_TowerRows", "_TowerRows"], progress: Progress) 
         moments.add(first.vectors(block), second.vectors(block))
         progress.advance(len(first.rows[block]))
     return moments
+
+
+def center_on(tower: AnyTower, feature: InputFeature) -> None:
+    """Center a tower on a feature of other items than it was solved for, a million of them at most."""
+    assert isinstance(tower, Tower)  # as all that have a closed form
+    valid_rows = _thin_out(np.flatnonzero(feature.valid))
+    rows = _TowerRows(name=feature.name, tower=tower, read=feature.read, rows=valid_rows)
+    total = np.zeros(rows.width)
+    for block in blocks(len(valid_rows), _BLOCK):
+        total += rows.vectors(block).sum(axis=0, dtype=np.float64)
+    tower.mean.copy_(torch.from_numpy(total / len(valid_rows)))
 
 
 def default_initialization(pair: AlignedPair) -> Initialization:

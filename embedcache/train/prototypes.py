@@ -6,13 +6,23 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.dataset.inputs import InputFeature, Reader, open_input
+from embedcache.dataset.inputs import (
+    InputFeature,
+    NamedFeatures,
+    Reader,
+    default_pair,
+    features_by_modality,
+    open_input,
+)
 from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.errors import DataError
 from embedcache.extract.prototypes import CLASSIFIER
+from embedcache.files import one_or_many
+from embedcache.modalities import MODALITIES, order_pair
 from embedcache.progress import Progress
 from embedcache.provenance import check_same, digest
 from embedcache.store.cache import Cache
+from embedcache.train.data import Paths
 from embedcache.train.settings import TrainSettings
 
 
@@ -21,12 +31,14 @@ class Prototypes:
     """The pairs of a cache of prototypes.
 
     Args:
+        features: modality -> its feature, in the order of the towers.
         pairs: the classes with their names.
         readers: modality -> reader of its feature.
         names: names of the classes, in their order.
         digest: SHA-256 of what they are: the samples and the fingerprints of both features.
     """
 
+    features: Mapping[str, InputFeature]
     pairs: Pairs
     readers: Mapping[str, Reader]
     names: list[str]
@@ -40,7 +52,7 @@ def open_prototypes(
 
     Args:
         path: cache of `extract prototypes:ENCODER`, or of vectors with names that were imported.
-        features: modality -> the feature that is trained on.
+        features: modality -> the feature that is trained on; of a modality that is left out, the prototypes have one.
 
     Raises:
         PathError: the path is not a cache.
@@ -49,7 +61,12 @@ def open_prototypes(
         DataError: widths differ.
     """
     cache = Cache(path)
-    opened = {modality: _open_side(cache, feature, progress) for modality, feature in features.items()}
+    opened = {
+        modality: _open_side(cache, features[modality], progress)
+        if modality in features
+        else open_input(cache, modality)
+        for modality in order_pair({*features, *default_pair(cache)} if len(features) < 2 else features)
+    }
     first, second = opened.values()
     pairs = pair_items([cache], [first], [second])
     if settings.shuffle_pairs or settings.shuffle_prototypes:
@@ -57,11 +74,26 @@ def open_prototypes(
         positions = np.searchsorted(pairs.samples, pairs.second.samples)
         pairs = Pairs(first=pairs.first, second=replace(pairs.second, samples=shuffled[positions]))
     return Prototypes(
+        features=opened,
         pairs=pairs,
         readers={modality: feature.load(progress=progress) for modality, feature in opened.items()},
         names=cache.items("text", columns=["text"])["text"].to_pylist(),
         digest=digest([cache.info.index_digest, *(dict(feature.fingerprint) for feature in opened.values())]),
     )
+
+
+def open_unpaired(caches: Paths, feature: NamedFeatures) -> InputFeature | None:
+    """Return the feature to train on of a cache that has features of one modality only; None of any other."""
+    paths = one_or_many(caches)
+    cache = Cache(paths[0]) if len(paths) == 1 else None
+    modalities = [name for name in MODALITIES if cache is not None and cache.features(name)]
+    if cache is None or len(modalities) != 1:
+        return None
+    (modality,) = modalities
+    names = features_by_modality(cache, feature).get(modality)
+    unpaired = open_input(cache, modality, "+".join(names) if names else None)
+    unpaired.require_complete()
+    return unpaired
 
 
 def _open_side(cache: Cache, trained: InputFeature, progress: Progress) -> InputFeature:

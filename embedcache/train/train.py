@@ -1,25 +1,27 @@
 """Train a module into a run folder: a pair of projectors on cached features, or the module of any task."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from embedcache.arrays import blocks
-from embedcache.dataset.inputs import NamedFeatures
+from embedcache.dataset.inputs import InputFeature, NamedFeatures
 from embedcache.dataset.pairs import Pairs, choose_language
 from embedcache.dataset.selections import HardNegatives, read_negatives
 from embedcache.dataset.settings import with_split_seed
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath, relative_location, write_atomic, writing
 from embedcache.metrics import metric_label
+from embedcache.modalities import noun
 from embedcache.processes import AUTO, torch_device
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import bind_projector, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
-from embedcache.provenance import Manifest
+from embedcache.provenance import Manifest, digest
 from embedcache.runs import CHECKPOINT, MANIFEST, PAIR, PROTOTYPES, SPLIT, Run, RunInfo, read_info
 from embedcache.settings import merge_settings, replace_fields, replace_flat
 from embedcache.train.batches import PairBatches
@@ -35,6 +37,7 @@ from embedcache.train.data import (
 )
 from embedcache.train.distributed import check_batches, process_group, process_rank, run_on_first
 from embedcache.train.initialization import (
+    center_on,
     find_sources,
     initialize,
     load_parts,
@@ -44,7 +47,7 @@ from embedcache.train.initialization import (
 )
 from embedcache.train.losses import check_loss
 from embedcache.train.pair import PairTask, Validation, has_batch_norm
-from embedcache.train.prototypes import Prototypes, open_prototypes
+from embedcache.train.prototypes import Prototypes, open_prototypes, open_unpaired
 from embedcache.train.recipes import apply_recipe
 from embedcache.train.settings import FitSettings, MachineSettings, ModelSettings, TrainSettings
 from embedcache.train.trainer import OnEpoch, Task, Trainer, check_trackers, network_of, seeded
@@ -91,7 +94,8 @@ class TrainReport(Manifest):
         if self.num_samples:
             counts = ", ".join(f"{count:,} {part}" for part, count in self.num_samples.items())
             parts.append(f"samples: {counts}")
-        return "; ".join([*parts, outcome, f"validation {measures}", *self._advice(run_path)])
+        validation = f"validation {measures}" if measures else "nothing to validate on"
+        return "; ".join([*parts, outcome, validation, *self._advice(run_path)])
 
     def _advice(self, run_path: Path) -> list[str]:
         lines = []
@@ -208,6 +212,9 @@ def train(
 ) -> TrainReport:
     """Train projectors on features of two modalities, such as an image and a text feature, of one or several caches.
 
+    With prototypes, a cache may lack one of the modalities, such as photos without captions. The run is then the closed
+    form of the prototypes, centered on the feature of the cache, and nothing is held out.
+
     The run folder gets `run.json`, `split.parquet`, `losses.jsonl`, `last.safetensors` and `model.safetensors`; while
     it is trained also `checkpoint.pt`, from which an interrupted run resumes. A finished run with the same settings is
     reused. Memory: the features, or `memory`, and about 270 bytes per pair. Under torchrun all processes must call it.
@@ -236,6 +243,8 @@ def train(
     settings = merge_settings(TrainSettings, settings, {})
     settings = replace_flat(settings, with_split_seed(options, settings))
     progress = to_progress(progress)
+    if settings.prototypes is not None and (unpaired := open_unpaired(caches, feature)) is not None:
+        return _align_prototypes(unpaired, Path(run), settings, progress)
     data = open_data(caches, feature, memory_bytes=settings.machine.memory, progress=progress)
     return train_on(data, run, settings, progress=progress)
 
@@ -270,11 +279,7 @@ def train_on(
         digests["prototypes"] = prototypes.digest
     info = RunInfo(
         kind=PAIR,
-        arguments={
-            "projector": settings.model.projector,
-            "widths": {modality: feature.width for modality, feature in data.features.items()},
-            "shared_width": settings.model.shared_width,
-        },
+        arguments=_pair_arguments(data.features, settings),
         inputs={modality: describe_input(feature) for modality, feature in data.features.items()},
         index_digest=data.index_digest,
         digests=digests,
@@ -288,6 +293,65 @@ def train_on(
         progress=progress,
         on_epoch=on_epoch,
     )
+
+
+def _pair_arguments(features: Mapping[str, InputFeature], settings: TrainSettings) -> dict[str, Any]:
+    return {
+        "projector": settings.model.projector,
+        "widths": {modality: feature.width for modality, feature in features.items()},
+        "shared_width": settings.model.shared_width,
+    }
+
+
+def _align_prototypes(
+    unpaired: InputFeature, run_path: Path, settings: TrainSettings, progress: Progress
+) -> TrainReport:
+    """Write the closed form of prototypes as a run, its tower of the unpaired feature centered on that feature."""
+    cache_path = unpaired.group.path.parents[1]
+    if settings.optimizer.epochs or settings.recipe is not None:
+        raise SettingError(
+            f"epochs: expected 0, as {cache_path} has {noun(unpaired.modality)} only and no pairs to train on; use "
+            "--epochs 0 without --recipe"
+        )
+    assert settings.prototypes is not None
+    prototypes = open_prototypes(settings.prototypes, {unpaired.modality: unpaired}, settings, progress)
+    features = {**prototypes.features, unpaired.modality: unpaired}
+    machine = replace_fields(settings.machine, device="cpu")
+    failed = hashlib.sha256(unpaired.failed_rows.tobytes()).hexdigest()
+    info = RunInfo(
+        kind=PAIR,
+        arguments=_pair_arguments(features, settings),
+        inputs={modality: describe_input(feature) for modality, feature in features.items()},
+        settings=replace_fields(settings, machine=machine).to_json(),
+        digests={"prototypes": prototypes.digest, "center": digest([unpaired.group.info.index_digest, failed])},
+    )
+    finished = Run.reuse(run_path, info)
+    if finished is not None:
+        return TrainReport.model_validate({**finished.info.report, "reused": True})
+
+    run = Run.create(run_path, info)
+    with writing(run_path), seeded(settings.seed, "cpu"):
+        pair = info.build()
+        assert isinstance(pair, AlignedPair)
+        initialize(pair, prototypes.pairs, prototypes.readers, settings.model, seed=settings.seed, progress=progress)
+        center_on(pair.tower(unpaired.modality), unpaired)
+        _write_names(prototypes, run_path)
+        report = TrainReport(
+            reused=False,
+            num_samples={"prototypes": len(prototypes.pairs.samples)},
+            num_parameters=sum(value.numel() for value in pair.parameters()),
+            best_epoch=0,
+            score=None,
+            measures={},
+            samples_per_s=0.0,
+        )
+        run.finish(pair, report.to_json())
+    return report
+
+
+def _write_names(prototypes: Prototypes, run_path: Path) -> None:
+    names = "\n".join(prototypes.names)
+    write_atomic(run_path / PROTOTYPES, f"{names}\n".encode())
 
 
 def _check_features(data: TrainData, settings: TrainSettings) -> None:
@@ -337,8 +401,7 @@ def _make_task(
         progress=progress,
     )
     if prototypes is not None:
-        names = "\n".join(prototypes.names)
-        run_on_first(lambda: write_atomic(run_path / PROTOTYPES, f"{names}\n".encode()))
+        run_on_first(lambda: _write_names(prototypes, run_path))
     readers = [*data.readers.values()]
     return PairTask(
         network=pair,

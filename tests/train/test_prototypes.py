@@ -1,5 +1,6 @@
 """Training with the classes of a classifier as pairs, on OpenMoji's animals and food encoded by EfficientNet-Lite0."""
 
+import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,10 +13,15 @@ from safetensors.torch import load_file
 
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
+from embedcache.evaluate.zero_shot import evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.modalities import Sample
 from embedcache.quickstart.openmoji import OpenmojiSource
+from embedcache.reports.retrieval import retrieval_table
 from embedcache.runs import PROTOTYPES, WEIGHTS
+from embedcache.search.index import build_index
+from embedcache.search.search import search
+from embedcache.search.settings import IndexSettings
 from embedcache.sources.open import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.train.train import train
@@ -60,6 +66,45 @@ def test_names_of_a_classifier_align_emoji_without_pairs(emoji: Path, prototypes
     chance = report.chance["t2i"]["r@10"]
     assert report.recalls["t2i"]["r@10"].value > chance.high > control.recalls["t2i"]["r@10"].value
     assert (tmp_path / "run" / PROTOTYPES).read_text().startswith("tench, Tinca tinca\n")
+
+
+def test_samples_that_name_a_class_are_counted_and_left_out(emoji: Path, prototypes: Path, tmp_path: Path) -> None:
+    report = evaluated(emoji, tmp_path / "run", prototypes=prototypes)
+    ((num_named, num_samples),) = report.named_samples
+    assert 0 < num_named < num_samples == report.num_items["image"][0]
+    assert report.unnamed["i2t"]["r@10"].value != report.recalls["i2t"]["r@10"].value
+    _, rows = retrieval_table({"run": report})
+    assert [row[0] for row in rows] == ["run", "run, no class named", "chance"]
+    assert f"{num_named} of {num_samples} samples name a class" in report.line()
+    assert not evaluated(emoji, tmp_path / "pairs").named_samples
+
+
+def test_photos_without_captions(emoji: Path, prototypes: Path, tmp_path: Path) -> None:
+    photos, run = tmp_path / "photos", tmp_path / "run"
+    extract(AnimalsAndFood("en", SourceSettings()), photos, image_encoder=ENCODER)
+    options: dict[str, Any] = {"projector": "linear", "prototypes": prototypes}
+    with pytest.raises(SettingError, match="--epochs 0"):
+        train(photos, run, **options)
+    assert not train(photos, run, epochs=0, **options).reused
+    assert train(photos, run, epochs=0, **options).reused
+    report = evaluate_retrieval(emoji, run, part="all")
+    assert report.recalls["t2i"]["r@10"].value > report.chance["t2i"]["r@10"].high
+    assert report.overlap is None
+    assert report.named_samples
+
+    build_index(photos, tmp_path / "index", IndexSettings(run=run))
+    assert len(search(tmp_path / "index", "a fish", k=3)[0]) == 3
+
+    names = {
+        "Animals & Nature": ["a wild animal", "a goldfish"],
+        "Food & Drink": ["something to eat"],
+        "goldfish": ["goldfish"],
+    }
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    extract(f"prompts:{tmp_path / 'names.json'}", tmp_path / "names", text_encoder=TEXT_ENCODER)
+    classified = evaluate_zero_shot(emoji, run, tmp_path / "names")
+    assert classified.num_named == 1
+    assert classified.unnamed["acc1"] == classified.accuracies["acc1"]
 
 
 def test_prototypes_change_the_directions_and_no_mean(emoji: Path, prototypes: Path, tmp_path: Path) -> None:
