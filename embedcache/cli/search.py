@@ -13,6 +13,7 @@ from embedcache.cli.commands import (
     Device,
     IndexArgument,
     by_modality,
+    check_new_file,
     command,
     new_group,
 )
@@ -102,6 +103,15 @@ def serve(
     selection: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Offer this selection as a filter on the page.")
     ] = None,
+    collect: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Let the page write the items that visitors collect to this new .parquet file; requires the token of "
+            "the printed link.",
+            callback=check_new_file,
+        ),
+    ] = None,
     device: Device = AUTO,
     as_json: Annotated[
         bool,
@@ -113,7 +123,7 @@ def serve(
     """Serve a search page and its JSON API.
 
     Visitors search the index with texts and images, filter by label and selection, see a map of its items and the
-    coverage of concepts.
+    coverage of concepts, and collect items into a selection.
 
     Example: embedcache serve index/ --port 8000
     """
@@ -128,7 +138,13 @@ def serve(
     from embedcache.serve.service import ServePaths
 
     paths = ServePaths(
-        index=index, run=run, cache=cache, selections=selection or (), coverage=coverage, concepts=concepts
+        index=index,
+        run=run,
+        cache=cache,
+        selections=selection or (),
+        coverage=coverage,
+        concepts=concepts,
+        collect=collect,
     )
     progress = open_progress()
 

@@ -31,7 +31,7 @@ from embedcache.modalities import count_items, noun
 from embedcache.neighbors.knn import KBest, knn, scan
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, to_progress
-from embedcache.provenance import construct, read_report_json, write_report_json
+from embedcache.provenance import construct, read_report_json, replacing_files, write_report_json
 from embedcache.runs import PAIR, Run
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.settings import merge_settings, replace_fields, replace_flat
@@ -300,7 +300,8 @@ def answers_path(report: Path) -> Path:
 def write_answers(path: Path, answers: Mapping[str, Mapping[int, bool]], cache: Cache, modality: str) -> None:
     """Write answers about the items of a cache, whole or not at all; earlier ones of the file are replaced."""
     by_name = {name: {str(row): shows for row, shows in rows.items()} for name, rows in answers.items() if rows}
-    write_report_json(path, {"index_digest": cache.info.index_digest, "modality": modality, "answers": by_name})
+    with replacing_files(is_allowed=True):  # --overwrite is about files that a user names
+        write_report_json(path, {"index_digest": cache.info.index_digest, "modality": modality, "answers": by_name})
 
 
 def read_answers(path: AnyPath, cache: Cache, modality: str) -> Answers:

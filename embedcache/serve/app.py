@@ -17,13 +17,16 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
+from embedcache.arrays import Ints
 from embedcache.dataset.thumbnails import PICTURED, PLAYED, UnplayableError
 from embedcache.errors import EmbedcacheError, ItemError, UnknownNameError
 from embedcache.modalities import noun, one_noun
 from embedcache.serve.batching import Batcher, BusyError, SearchQuery, SearchResult, search_batch
-from embedcache.serve.guard import BUG, IMAGE_SEARCH_PATH
+from embedcache.serve.collect import DOWNLOAD_NAME
+from embedcache.serve.guard import BUG, IMAGE_SEARCH_PATH, SELECTION_PATH
 from embedcache.serve.media import KEPT, Decoders, ServedItems, receive_image, respond_with_part
 from embedcache.serve.schema import (
+    MAX_COLLECTED,
     MAX_HITS,
     CardOut,
     ClusterHits,
@@ -34,6 +37,7 @@ from embedcache.serve.schema import (
     ItemOut,
     MapOut,
     OpeningOut,
+    SavedOut,
     SearchOptions,
     SearchRequest,
     SearchResponse,
@@ -89,6 +93,7 @@ def make_app(service: SearchService) -> FastAPI:
         _add_media(app, modality, service, decoders)
     _add_info(app, service)
     _add_map(app, service)
+    _add_selection(app, service)
 
     @app.get("/api", include_in_schema=False)
     async def api_page() -> FileResponse:
@@ -190,7 +195,7 @@ def _add_info(app: FastAPI, service: SearchService) -> None:
     @app.get("/api/info")
     async def info() -> ServerInfo:
         """Return what this server holds and accepts."""
-        return ServerInfo.model_validate({**service.info(), "most_hits": MAX_HITS})
+        return ServerInfo.model_validate({**service.info(), "most_hits": MAX_HITS, "most_collected": MAX_COLLECTED})
 
     @app.get("/api/cards", response_model=list[CardOut])
     async def index_and_run_cards() -> list[InfoTable]:
@@ -242,6 +247,32 @@ def _add_map(app: FastAPI, service: SearchService) -> None:
         return ClusterHits.model_validate(service.cluster(number))
 
 
+def _add_selection(app: FastAPI, service: SearchService) -> None:
+    async def read_rows(request: Request, version: str | None) -> Ints:
+        if version not in (None, service.version):
+            raise HTTPException(409, "the index has changed since these items were collected; reload the page")
+        data = await request.body()
+        if not data or len(data) % 4:
+            raise HTTPException(422, f"expected rows of 4 bytes each, got {len(data):,} bytes")
+        return np.frombuffer(data, "<u4").astype(np.int64)
+
+    @app.post(SELECTION_PATH, response_class=Response, openapi_extra=_ROWS_BODY)
+    async def encode_selection(request: Request, version: str | None = None) -> Response:
+        """Return a selection of the samples of some items, as Parquet: the body is their rows (uint32, little-endian).
+
+        With `version`, an index of another version refuses the rows.
+        """
+        data = await asyncio.to_thread(service.collected.encode, await read_rows(request, version))
+        headers = {"Content-Disposition": f'attachment; filename="{DOWNLOAD_NAME}"'}
+        return Response(data, media_type="application/vnd.apache.parquet", headers=headers)
+
+    @app.put(SELECTION_PATH, openapi_extra=_ROWS_BODY)
+    async def save_selection(request: Request, version: str | None = None) -> SavedOut:
+        """Write the same selection to the file of --collect."""
+        name, num_samples = await asyncio.to_thread(service.collected.save, await read_rows(request, version))
+        return SavedOut(name=name, num_samples=num_samples)
+
+
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:
@@ -276,6 +307,11 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse({"error": BUG}, 500)
 
 
-_IMAGE_BODY = {
-    "requestBody": {"required": True, "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}
-}
+def _binary_body(media_type: str) -> dict[str, Any]:
+    """Return the description of a request whose body is bytes."""
+    content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+_IMAGE_BODY = _binary_body("image/*")
+_ROWS_BODY = _binary_body("application/octet-stream")

@@ -13,12 +13,14 @@ from starlette.requests import ClientDisconnect, cookie_parser
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from embedcache.serve.schema import MAX_COLLECTED
 from embedcache.serve.settings import ServeSettings, parse_address
 
 log = logging.getLogger("embedcache.serve")
 
 _MAX_JSON_BYTES = 64 * 1024
 IMAGE_SEARCH_PATH = "/api/search/image"
+SELECTION_PATH = "/api/selection"
 BUG = "something went wrong; the server's log says what"
 _TIMEOUT = "this took too long; retry, or request fewer results"
 
@@ -126,7 +128,8 @@ class RequestGuard:
 
 
 def _max_bytes(scope: Scope, settings: ServeSettings) -> int:
-    return settings.max_upload if scope["path"] == IMAGE_SEARCH_PATH else _MAX_JSON_BYTES
+    limits = {IMAGE_SEARCH_PATH: settings.max_upload, SELECTION_PATH: 4 * MAX_COLLECTED}
+    return limits.get(scope["path"], _MAX_JSON_BYTES)
 
 
 def _limited(receive: Receive, limit: int) -> Receive:

@@ -8,6 +8,7 @@ from embedcache.modalities import MODALITIES
 
 _DEFAULT_HITS = 60
 MAX_HITS = 500
+MAX_COLLECTED = 1_000_000
 _MAX_TEXT_LENGTH = 2000
 _MAX_VALUES = 100
 
@@ -126,6 +127,15 @@ class ServerInfo(BaseModel):
     has_coverage: bool
     max_upload_bytes: int
     most_hits: int
+    most_collected: int = Field(description="Largest number of items of a selection.")
+    collect: str | None = Field(description="Name of the file that PUT /api/selection writes; null if there is none.")
+
+
+class SavedOut(BaseModel):
+    """A selection that was written to the file of --collect."""
+
+    name: str = Field(description="Name of the file.")
+    num_samples: int
 
 
 class ConceptCountOut(BaseModel):

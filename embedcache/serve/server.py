@@ -45,7 +45,9 @@ def serve(
     with bind(settings) as bound:
         port = bound.getsockname()[1]
         service = open_service(paths, settings, device=device, progress=progress)
-        token = settings.token or (None if settings.is_local else secrets.token_urlsafe(_TOKEN_BYTES))
+        # Other users of this machine can connect as well, so a server that writes a file requires a token.
+        is_open = settings.is_local and paths.collect is None
+        token = settings.token or (None if is_open else secrets.token_urlsafe(_TOKEN_BYTES))
         for line in _lines(service, settings, token, port):
             print_line(line)
         app = RequestGuard(make_app(service), settings, token=token, port=port)
@@ -145,5 +147,7 @@ def _lines(service: SearchService, settings: ServeSettings, token: str | None, p
         host = f"[{address}]" if address.version == 6 else str(address)
     lines.append(f"open http://{host}:{port}/" + (f"?token={token}" if token else ""))
     if token:
-        lines.append("anyone with this link can search here; traffic is not encrypted")
+        saved = service.collected.path
+        actions = "search here" if saved is None else f"search here and write {saved}"
+        lines.append(f"anyone with this link can {actions}; traffic is not encrypted")
     return lines

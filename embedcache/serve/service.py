@@ -16,6 +16,7 @@ from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.search.search import Hit, OpenIndex
 from embedcache.search.settings import Filter
+from embedcache.serve.collect import SelectionWriter
 from embedcache.serve.coverage import ServedCoverage, measure_served_coverage, read_coverage
 from embedcache.serve.maps import ServedMap
 from embedcache.serve.media import ServedItems
@@ -31,7 +32,9 @@ _FILTER_TIMEOUT_S = 5.0  # for a visitor's condition, as all queries wait for it
 
 
 class SearchService:
-    """An index with its encoders, images, filters, map and coverage. Nothing but a missing map is written.
+    """An index with its encoders, images, filters, map and coverage.
+
+    Only a missing map, answers about coverage and the file of collected items, if one is named, are written.
 
     Everything that a first request needs is loaded here, except keys and captions: those of the rows that are shown
     are read for each request, until `load` has read all. Visitors may filter by selections, each named by its file's
@@ -39,7 +42,8 @@ class SearchService:
 
     Raises:
         SettingError: two selections have the same name.
-        PathError, CorruptError, DataError: a selection cannot be read, or names other keys.
+        PathError, CorruptError, DataError: a selection cannot be read, or names other keys; or the errors of
+            `SelectionWriter`.
         FingerprintError: an installed encoder is not the one that made the index.
     """
 
@@ -51,8 +55,10 @@ class SearchService:
         selections: Sequence[Path] = (),
         coverage: ServedCoverage | None = None,
         concepts: str | None = None,
+        collect: Path | None = None,
     ) -> None:
         self.index, self.settings, self.coverage = index, settings, coverage
+        self.collected = SelectionWriter(index, collect)
         self.map = ServedMap(index, concepts)
         self.rejected_queries = _open_encoders(index)
         self.accepted_queries = [modality for modality in _QUERIES if modality not in self.rejected_queries]
@@ -117,11 +123,16 @@ class SearchService:
             selection=path,
         )
 
+    @property
+    def version(self) -> str:
+        """Version of the rows, which changes with the cache."""
+        return self.index.cache.info.index_digest[:16]
+
     def info(self) -> dict[str, Any]:
-        """Return the fields of `ServerInfo` except `most_hits`."""
+        """Return the fields of `ServerInfo` except its limits of this API."""
         return {
             "name": self.index.path.resolve().name,
-            "version": self.index.cache.info.index_digest[:16],
+            "version": self.version,
             "modality": self.index.card.modality,
             "num_items": self.index.count(Filter()),
             "run": None if self.index.run_path is None else self.index.run_path.resolve().name,
@@ -137,6 +148,7 @@ class SearchService:
             "selections": list(self.selections),
             "has_coverage": self.coverage is not None,
             "max_upload_bytes": self.settings.max_upload,
+            "collect": None if self.collected.path is None else self.collected.path.name,
         }
 
     def item(self, row: int) -> dict[str, Any]:
@@ -262,6 +274,7 @@ class ServePaths:
         selections: selections that visitors may filter by.
         coverage: report of `embedcache curate coverage --output`.
         concepts: cache of concepts whose coverage is measured at the start.
+        collect: new `.parquet` file, to which visitors with the token may write the items that they collect.
     """
 
     index: Path
@@ -270,6 +283,7 @@ class ServePaths:
     selections: Sequence[Path] = ()
     coverage: Path | None = None
     concepts: str | None = None
+    collect: Path | None = None
 
 
 _QUERIES: tuple[Modality, ...] = ("text", "image")
@@ -292,7 +306,14 @@ def open_service(paths: ServePaths, settings: ServeSettings, *, device: str, pro
         coverage = read_coverage(paths.coverage, index)
     elif paths.concepts is not None:
         coverage = measure_served_coverage(paths.concepts, index, progress)
-    return SearchService(index, settings, selections=paths.selections, coverage=coverage, concepts=paths.concepts)
+    return SearchService(
+        index,
+        settings,
+        selections=paths.selections,
+        coverage=coverage,
+        concepts=paths.concepts,
+        collect=paths.collect,
+    )
 
 
 def _open_encoders(index: OpenIndex) -> dict[str, str]:

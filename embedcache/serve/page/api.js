@@ -27,6 +27,7 @@ const contentOf = (holder) => Object.entries(holder?.content ?? {})[0] ?? [null,
 function example(method, path, operation, schemas) {
   const [kind, { schema }] = contentOf(operation.requestBody);
   const address = `${location.origin}${path.replace(/\{\w+\}/g, "0")}`;
+  if (kind === "application/octet-stream") return `curl -X ${method.toUpperCase()} ${address} --data-binary @rows.bin`;
   if (method !== "post") return `curl ${address}`;
   if (kind !== "application/json") return `curl --data-binary @image.jpg -H 'Content-Type: image/jpeg' '${address}?k=10'`;
   const known = schemas[nameOf(schema)]?.properties ?? {};
@@ -44,7 +45,7 @@ function section(path, method, operation, schemas) {
     element("h2", {}, element("span", { class: "method" }, method.toUpperCase()), " ", element("code", {}, path)),
     element("p", {}, operation.description ?? operation.summary),
     parameters.length ? element("div", { class: "scroll" }, table(parameters, { head: ["parameter", "in", "type", "description"] })) : null,
-    kind ? element("h3", {}, `Request body: ${request ? nameOf(schema) : "bytes of the file"}, ${kind}`) : null,
+    kind ? element("h3", {}, `Request body: ${request ? nameOf(schema) : "bytes"}, ${kind}`) : null,
     request ? element("div", { class: "scroll" }, fields(request)) : null,
     response ? element("h3", {}, `Response: ${answer.items ? "list of " : ""}${nameOf(answer) ?? nameOf(answer.items)}`) : null,
     response ? element("div", { class: "scroll" }, fields(response)) : null,

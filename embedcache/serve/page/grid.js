@@ -22,7 +22,7 @@ function folded(hit) {
   return element("span", { class: "folded", title: others.map(languageName).join(", ") }, `+${others.length} ${others.length === 1 ? "language" : "languages"}`);
 }
 
-function card(hit, place, { index, onOpen, onSimilar, threshold }) {
+function card(hit, place, { index, collection, onOpen, onSimilar, threshold }) {
   const isAbove = threshold !== undefined && hit.score > threshold;
   const score = hit.score === null ? null : hit.score.toFixed(3);
   const isFilm = hit.image === null && hit.player?.modality === "video"; // its player shows the frame
@@ -50,7 +50,11 @@ function card(hit, place, { index, onOpen, onSimilar, threshold }) {
   const like = element("button", {
     type: "button", class: "like", tabindex: -1, "aria-label": `More like ${caption(hit)}`, onclick: () => onSimilar(hit),
   }, "more like this");
-  return element("li", {}, ...(isFilm ? [media, open] : [open, media]), like);
+  const tick = element("label", { class: "tick" }, element("input", {
+    type: "checkbox", tabindex: place === 0 ? 0 : -1, "data-row": hit.row, "aria-label": `Collect ${caption(hit)}`,
+    checked: collection.has(hit.row), onchange: () => collection.toggle(hit),
+  }));
+  return element("li", {}, ...(isFilm ? [media, open] : [open, media]), tick, like);
 }
 
 function showHits(grid, hits, actions) {
@@ -64,7 +68,9 @@ export function focusCell(grid, place) {
   const all = cells(grid);
   const chosen = all[Math.max(0, Math.min(place, all.length - 1))];
   if (!chosen) return;
-  for (const cell of all) for (const one of [cell, mediaIn(cell.parentElement)]) if (one) one.tabIndex = cell === chosen ? 0 : -1;
+  for (const cell of all)
+    for (const one of [cell, mediaIn(cell.parentElement), cell.parentElement.querySelector(".tick input")])
+      if (one) one.tabIndex = cell === chosen ? 0 : -1;
   chosen.focus();
   chosen.scrollIntoView({ block: "nearest" });
 }
@@ -73,7 +79,7 @@ const mediaIn = (part) => part.querySelector("audio, video");
 
 const numColumns = (grid) => getComputedStyle(grid).gridTemplateColumns.split(" ").length;
 
-function moveInGrid(grid, event, { onSimilar, hits }) {
+function moveInGrid(grid, event, { collection, onSimilar, hits }) {
   const place = cells(grid).indexOf(document.activeElement);
   if (place < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
   const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -numColumns(grid), ArrowDown: numColumns(grid) };
@@ -84,6 +90,7 @@ function moveInGrid(grid, event, { onSimilar, hits }) {
   } else if (event.key === "Home") focusCell(grid, 0);
   else if (event.key === "End") focusCell(grid, last);
   else if (event.key === "m") onSimilar(hits()[place]);
+  else if (event.key === "c") collection.toggle(hits()[place]);
   else if (event.key === "p") play(mediaIn(cells(grid)[place].parentElement));
   else return;
   event.preventDefault();
@@ -97,13 +104,14 @@ export class Grid {
     this.search = search;
     this.hits = [];
     list.addEventListener("keydown", (event) =>
-      moveInGrid(list, event, { onSimilar: (hit) => search.searchSimilar(hit), hits: () => this.hits }));
+      moveInGrid(list, event, { collection: search.collection, onSimilar: (hit) => search.searchSimilar(hit), hits: () => this.hits }));
   }
 
   show(hits, threshold = undefined) {
     this.hits = hits;
     showHits(this.list, hits, {
       index: this.index,
+      collection: this.search.collection,
       threshold,
       onOpen: (place) => this.search.itemDialog.open(hits, place, (last) => focusCell(this.list, last)),
       onSimilar: (hit) => this.search.searchSimilar(hit),
@@ -113,8 +121,9 @@ export class Grid {
 
 export class ItemDialog {
   // Dialog that shows one hit in detail.
-  constructor(index, onSimilar) {
+  constructor(index, collection, onSimilar) {
     this.index = index;
+    this.collection = collection;
     this.hits = [];
     this.place = 0;
     this.dialog = byId("item");
@@ -122,6 +131,7 @@ export class ItemDialog {
     byId("item-previous").addEventListener("click", () => this.show(this.place - 1));
     byId("item-next").addEventListener("click", () => this.show(this.place + 1));
     byId("item-more").addEventListener("click", () => this.similar(onSimilar));
+    byId("item-collect").addEventListener("click", () => this.toggle());
     byId("item-image").addEventListener("error", (event) => { event.target.hidden = true; }); // its card says so
     this.dialog.addEventListener("click", (event) => { if (event.target === this.dialog) this.dialog.close(); });
     this.dialog.addEventListener("close", () => {
@@ -132,6 +142,7 @@ export class ItemDialog {
       const step = event.target.matches("audio, video") ? undefined : { ArrowLeft: -1, ArrowRight: 1 }[event.key]; // players have their own arrows
       if (step) this.show(this.place + step);
       else if (event.key === "m") this.similar(onSimilar);
+      else if (event.key === "c") this.toggle();
       else if (event.key === "p") play(mediaIn(byId("item-player")));
     });
   }
@@ -147,6 +158,15 @@ export class ItemDialog {
     this.onClose = null;
     this.dialog.close();
     onSimilar(this.hits[this.place]);
+  }
+
+  toggle() {
+    this.collection.toggle(this.hits[this.place]);
+    this.showCollected();
+  }
+
+  showCollected() {
+    byId("item-collect").setAttribute("aria-pressed", String(this.collection.has(this.hits[this.place].row)));
   }
 
   async show(place) {
@@ -165,6 +185,7 @@ export class ItemDialog {
     byId("item-shown").hidden = url === null && media === null;
     byId("item-title").textContent = caption(hit);
     byId("item-title").lang = hit.languages[0] ?? "";
+    this.showCollected();
     byId("item-previous").disabled = place === 0;
     byId("item-next").disabled = place === this.hits.length - 1;
     const item = await api(`/api/items/${hit.row}`).catch((error) => error);

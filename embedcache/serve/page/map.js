@@ -11,6 +11,7 @@ const MAX_WITH_IMAGES = 3000; // visible points below which images are shown
 const FEW = 150; // as MAX_WITH_IMAGES, where the map is not zoomed
 const MAX_IMAGES = 300; // kept
 const NEAR_PX = 14;
+const LASSO_PX = 4; // between two corners
 
 const nameOf = (cluster) => cluster.name || "no name";
 
@@ -25,6 +26,7 @@ export class MapView {
     this.captions = new Map(); // row -> text
     this.dark = matchMedia("(prefers-color-scheme: dark)");
     this.dark.addEventListener("change", () => this.redraw());
+    document.addEventListener("collected", () => this.markCollected());
   }
 
   async load() {
@@ -42,9 +44,34 @@ export class MapView {
       return;
     }
     this.selected = null;
+    this.marked = new Uint8Array(this.points.size); // 1 for each point that is collected
     this.view = { x: 0.5, y: 0.5, zoom: 1 };
     this.build();
     this.resize();
+    this.markCollected();
+  }
+
+  markCollected() {
+    if (!this.points) return;
+    const { collection } = this.search;
+    this.marked = this.points.rows.map((row) => Number(collection.has(row)));
+    this.redraw();
+  }
+
+  collect(corners) {
+    this.search.collection.setRows(this.points.inside(corners).map((i) => this.points.rows[i]), true);
+  }
+
+  collectVisible() {
+    const { left, top, right, bottom } = this.bounds();
+    this.collect([[left, top], [right, top], [right, bottom], [left, bottom]]);
+  }
+
+  setLasso(isOn) {
+    this.lassoButton.setAttribute("aria-pressed", String(isOn));
+    this.frame.classList.toggle("lasso", isOn);
+    this.corners = null; // of the polygon that is drawn now
+    this.redraw();
   }
 
   build() {
@@ -64,14 +91,17 @@ export class MapView {
     }, this.canvas, this.tip);
     this.bars = element("ul", { class: "bars", "aria-label": "Clusters" }, ...clusters.map((cluster, number) => this.bar(cluster, number)));
     this.gallery = element("div", { class: "gallery" });
+    this.lassoButton = button("Lasso", "Lasso: draw around items to collect them", () => this.setLasso(!this.hasLasso));
+    this.lassoButton.setAttribute("aria-pressed", "false");
     this.panel.replaceChildren(
       element("div", { class: "tools" },
         element("span", {}, `${count(this.points.size)} ${NOUNS[info.modality]}${drawn}`),
+        element("span", {}, this.lassoButton, " ", button("Collect visible", "Collect all items that are visible", () => this.collectVisible())),
         element("span", { class: "zoom" },
           button("+", "Zoom in", () => this.zoomBy(2)), button("−", "Zoom out", () => this.zoomBy(0.5)), button("All", "Show all", () => this.showAll()))),
       element("div", { class: "mapped" },
         element("div", {}, this.frame, this.where,
-          element("p", { id: "map-keys", class: "hints" }, "Drag to move, scroll or pinch to zoom, select an item to open it.",
+          element("p", { id: "map-keys", class: "hints" }, "Drag to move, scroll or pinch to zoom, select an item to open it. With Lasso, draw around items to collect them.",
             element("span", { class: "keys" }, " Keys: arrows, + and −, 0 for all, Enter for the item in the middle.")),
           element("p", { class: "hints" }, about)),
         this.bars),
@@ -122,6 +152,8 @@ export class MapView {
       ? element("button", { type: "button", onclick: () => this.search.searchText(name) }, `Search for “${name}”`) : null;
     this.gallery.replaceChildren(element("div", { class: "tools" }, element("h2", {}, nameOf(cluster)), asks), grid);
   }
+
+  get hasLasso() { return this.frame.classList.contains("lasso"); }
 
   // Where things are: the view's center is in the middle of the canvas; at zoom 1 all points are visible.
 
@@ -196,6 +228,7 @@ export class MapView {
     const isNear = this.numVisible <= (this.view.zoom < 2 ? FEW : MAX_WITH_IMAGES); // seen from afar, images would hide the points
     if (this.index.info.has_images && isNear) this.drawImages(pen, ranges, boxes);
     if (document.activeElement === this.frame) this.drawCross(pen);
+    if (this.corners) this.drawLasso(pen);
   }
 
   drawPoints(pen, ranges) {
@@ -204,6 +237,7 @@ export class MapView {
     const image = pen.createImageData(width, height);
     const pixels = new Uint32Array(image.data.buffer);
     const colors = this.palette();
+    const ink = colors[colors.length - 1];
     const side = Math.max(1, Math.round(this.ratio * (this.numVisible > 20_000 ? 2 : this.numVisible > MAX_WITH_IMAGES ? 3 : 6)));
     const half = side >> 1;
     const inset = Array.from({ length: side }, (_, line) => side < 5 ? 0 : Math.round(side / 2 - Math.sqrt((side / 2) ** 2 - (line + 0.5 - side / 2) ** 2)));
@@ -215,7 +249,7 @@ export class MapView {
         const left = (xs[i] * scaleX + shiftX) | 0;
         const top = (ys[i] * scaleY + shiftY) | 0;
         if (left < 0 || top < 0 || left + side > width || top + side > height) continue;
-        const color = colors[clusters[i]];
+        const color = this.marked[i] ? ink : colors[clusters[i]];
         for (let line = 0, start = top * width + left; line < side; line += 1, start += width)
           for (let pixel = start + inset[line], end = start + side - inset[line]; pixel < end; pixel += 1) pixels[pixel] = color;
       }
@@ -226,10 +260,11 @@ export class MapView {
     const key = `${this.dark.matches} ${this.selected}`;
     if (this.paletteKey === key) return this.colors;
     const pen = element("canvas", { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
-    this.colors = new Uint32Array(this.map.clusters.map((_, number) => {
+    const ink = getComputedStyle(this.frame).getPropertyValue("--ink"); // the last color, of collected points
+    this.colors = new Uint32Array([...this.map.clusters, null].map((cluster, number) => {
       pen.clearRect(0, 0, 1, 1);
-      pen.globalAlpha = this.selected === null || this.selected === number ? 0.9 : 0.15;
-      pen.fillStyle = this.color(number);
+      pen.globalAlpha = cluster === null || this.selected === null || this.selected === number ? 0.9 : 0.15;
+      pen.fillStyle = cluster === null ? ink : this.color(number);
       pen.fillRect(0, 0, 1, 1);
       return new Uint32Array(pen.getImageData(0, 0, 1, 1).data.buffer)[0];
     }));
@@ -293,8 +328,8 @@ export class MapView {
     const [x, y] = [left + (IMAGE_PX - width) / 2, top + (IMAGE_PX - height) / 2];
     pen.fillRect(x, y, width, height);
     pen.drawImage(image, x, y, width, height);
-    pen.lineWidth = 2;
-    pen.strokeStyle = this.color(cluster);
+    pen.lineWidth = this.marked[point] ? 4 : 2;
+    pen.strokeStyle = this.marked[point] ? getComputedStyle(this.frame).getPropertyValue("--ink") : this.color(cluster);
     pen.strokeRect(x - 1, y - 1, width + 2, height + 2);
   }
 
@@ -306,6 +341,19 @@ export class MapView {
     pen.lineTo(this.width / 2 + 9, this.height / 2);
     pen.moveTo(this.width / 2, this.height / 2 - 9);
     pen.lineTo(this.width / 2, this.height / 2 + 9);
+    pen.stroke();
+  }
+
+  drawLasso(pen) {
+    const style = getComputedStyle(this.frame);
+    pen.beginPath();
+    for (const [x, y] of this.corners) pen.lineTo(...this.toScreen(x, y));
+    pen.closePath();
+    pen.fillStyle = pen.strokeStyle = style.getPropertyValue("--main");
+    pen.lineWidth = 2;
+    pen.globalAlpha = 0.15;
+    pen.fill("evenodd");
+    pen.globalAlpha = 1;
     pen.stroke();
   }
 
@@ -356,6 +404,7 @@ export class MapView {
     else if (event.key === "-") this.zoomBy(0.5);
     else if (event.key === "0") this.showAll();
     else if (event.key === "Enter") this.openMiddle();
+    else if (event.key === "Escape") this.setLasso(false);
     else return;
     event.preventDefault();
   }
@@ -372,6 +421,9 @@ export class MapView {
       this.frame.setPointerCapture(event.pointerId);
       if (!down.size) moved = 0;
       down.set(event.pointerId, place(event));
+      this.corners = this.hasLasso && down.size === 1 ? [this.toMap(...place(event))] : null; // two fingers zoom
+      this.hovered = undefined;
+      this.tip.hidden = true;
     });
     this.frame.addEventListener("pointermove", (event) => {
       if (!down.has(event.pointerId)) {
@@ -384,16 +436,28 @@ export class MapView {
       const after = spread(down);
       const [dx, dy] = [(event.offsetX - x) / down.size, (event.offsetY - y) / down.size];
       moved += Math.abs(dx) + Math.abs(dy);
+      if (this.corners) return this.extendLasso(...place(event));
       this.moveTo(this.view.x - dx / this.scaleX, this.view.y - dy / this.scaleY, this.view.zoom);
       if (down.size === 2 && before.distance > 0) this.zoomBy(after.distance / before.distance, ...after.middle);
     });
     const up = (event) => {
       const isClick = event.type === "pointerup" && down.size === 1 && moved < 5;
       down.delete(event.pointerId);
-      if (isClick) this.openNear(...place(event));
+      const { corners } = this;
+      this.corners = null;
+      this.redraw();
+      if (corners && !isClick && event.type === "pointerup") this.collect(corners);
+      else if (isClick) this.openNear(...place(event));
     };
     for (const name of ["pointerup", "pointercancel"]) this.frame.addEventListener(name, up);
     this.frame.addEventListener("pointerleave", () => { this.tip.hidden = true; });
+  }
+
+  extendLasso(left, top) {
+    const [x, y] = this.toScreen(...this.corners[this.corners.length - 1]);
+    if (Math.hypot(left - x, top - y) < LASSO_PX) return;
+    this.corners.push(this.toMap(left, top));
+    this.redraw();
   }
 
   hover(left, top) {

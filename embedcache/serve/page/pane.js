@@ -11,6 +11,9 @@ export class Pane {
     this.more = byId("more");
     this.grid = new Grid(this.results, index, search);
     this.more.addEventListener("click", () => search.showMore());
+    this.collection = search.collection;
+    byId("collect-shown").addEventListener("change", (event) => this.collection.set(this.hits, event.target.checked));
+    document.addEventListener("collected", () => this.showCollected());
   }
 
   get hits() {
@@ -55,15 +58,24 @@ export class Pane {
   show(found, options, ms, keepPlace) {
     const before = this.hits.length;
     this.grid.show(found.hits);
+    this.showCollected();
     this.more.hidden = this.hits.length < options.k || options.k >= this.index.info.most_hits;
     const server = `search ${found.search_ms.toFixed(1)} ms, encoder ${found.encode_ms.toFixed(1)} ms, total ${ms.toFixed(0)} ms`;
     this.showStatus(this.hits.length ? `${count(this.hits.length)} results, best first · ${server}` : "No item passes these filters");
     if (keepPlace) focusCell(this.results, before);
   }
 
+  showCollected() {
+    const size = this.hits.filter((hit) => this.collection.has(hit.row)).length;
+    byId("collect-shown-label").hidden = !this.hits.length;
+    byId("collect-shown").checked = size === this.hits.length;
+    byId("collect-shown").indeterminate = size > 0 && size < this.hits.length;
+  }
+
   clear() {
     this.running?.abort();
     this.grid.show([]);
+    this.showCollected();
     this.results.classList.remove("busy");
     this.more.hidden = true;
     this.showStatus("");

@@ -43,6 +43,24 @@ export class Points {
     return found;
   }
 
+  inside(corners) {
+    // Points inside a polygon of [x, y] corners, by the even-odd rule.
+    const xs = Float64Array.from(corners, ([x]) => x);
+    const ys = Float64Array.from(corners, ([, y]) => y);
+    const [left, right, top, bottom] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+    const found = [];
+    for (const [start, stop] of this.ranges({ left, top, right, bottom }))
+      for (let i = start; i < stop; i += 1) {
+        const [x, y] = [this.xs[i], this.ys[i]];
+        if (x < left || x > right || y < top || y > bottom) continue;
+        let isInside = false;
+        for (let a = 0, b = xs.length - 1; a < xs.length; b = a, a += 1)
+          if ((ys[a] > y) !== (ys[b] > y) && x < xs[a] + (xs[b] - xs[a]) * (y - ys[a]) / (ys[b] - ys[a])) isInside = !isInside;
+        if (isInside) found.push(i);
+      }
+    return found;
+  }
+
   nearest(x, y, aspect, radius, limit) {
     // Points within a radius (of x; y is scaled by the aspect), nearest first.
     const found = [];

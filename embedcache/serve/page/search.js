@@ -1,5 +1,6 @@
 // Search with texts, images or items, with filters; the page's address stores the query and the tab.
 
+import { Collection } from "./collect.js";
 import { api, byId, count, element, ready } from "./dom.js";
 import { Grid, ItemDialog, caption, focusCell } from "./grid.js";
 import { Pane } from "./pane.js";
@@ -16,7 +17,8 @@ export class Search {
     this.view = "search"; // the tab that is shown
     this.query = null; // { text } or { row, name, image } or { file }
     this.k = DEFAULT_HITS;
-    this.itemDialog = new ItemDialog(index, (hit) => this.searchSimilar(hit));
+    this.collection = new Collection(index);
+    this.itemDialog = new ItemDialog(index, this.collection, (hit) => this.searchSimilar(hit));
     this.pane = new Pane(index, this);
     this.sample = new Grid(byId("sample"), index, this);
     this.addFilters();
@@ -96,7 +98,7 @@ export class Search {
       } else if (event.key === "Escape") byId("query").blur();
     });
     document.addEventListener("keydown", (event) => {
-      if (event.key !== "/" || event.target.closest("input, select, textarea, dialog") || !this.takes("text")) return;
+      if (event.key !== "/" || event.target.closest("input:not([type=checkbox]), select, textarea, dialog") || !this.takes("text")) return;
       event.preventDefault();
       this.showTab("search");
       byId("query").focus();
