@@ -4,9 +4,10 @@
 where weights are used, so that a run is opened in milliseconds.
 """
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -49,10 +50,13 @@ LAST_WEIGHTS, LOG = "last.safetensors", "losses.jsonl"
 PROTOTYPES = "prototypes.txt"
 """Names of the classes that joined the closed form, a line each."""
 
+RECIPES = "recipes"
+"""Folder of the runs that `--recipe auto` compares, until the best one is kept."""
+
 _LISTED = (WEIGHTS, LAST_WEIGHTS, SPLIT, "selection.*", PROTOTYPES, LOG)
 """Files that `run.json` lists, where a run has them."""
 
-_FILES = (".claims", MANIFEST, CHECKPOINT, "tensorboard", *_LISTED)
+_FILES = (".claims", MANIFEST, CHECKPOINT, RECIPES, "tensorboard", *_LISTED)
 """What the folder of a run may hold before it is finished."""
 
 _UNCHECKED = ("caches",)
@@ -176,11 +180,13 @@ class Run:
             run.file(name)
         if (path / CHECKPOINT).exists():  # nothing may be removed on a read-only disk
             (path / CHECKPOINT).unlink(missing_ok=True)
+        if (path / RECIPES).exists():
+            shutil.rmtree(path / RECIPES, ignore_errors=True)
         return run
 
     @classmethod
     def create(cls, path: Path, info: RunInfo) -> "Run":
-        """Start a run in a folder under a lease, or resume an interrupted one that has a checkpoint.
+        """Start a run in a folder under a lease, or resume an interrupted one that has a checkpoint or recipes.
 
         Raises:
             PathError: the folder holds other files, or another process trains into it.
@@ -195,7 +201,7 @@ class Run:
         if stored is not None and stored.is_finished:
             leases.release(0)
             raise PathError(f"another process has just finished the run {path}; run the same command again to reuse it")
-        if stored is not None and (path / CHECKPOINT).is_file():
+        if stored is not None and ((path / CHECKPOINT).is_file() or (path / RECIPES).is_dir()):
             next_step = "use the same settings to resume, or give the path of a new folder"
             check_same(f"the unfinished run {path}", _comparable(stored), _comparable(info), next_step=next_step)
         else:
@@ -207,6 +213,16 @@ class Run:
         """Write the weights, then complete `run.json`, which makes the run a finished one."""
         trust_code(self.info.kind)
         save_weights(self.path / WEIGHTS, module)
+        return self._complete(report)
+
+    def finish_as(self, run: "Run", info: RunInfo, report: Mapping[str, Any]) -> "Run":
+        """Copy the files of a finished run that trained on the same split, and finish this run with its settings."""
+        for name in run.info.files:
+            with replacing(self.path / name) as temporary:
+                shutil.copyfile(run.file(name), temporary)
+        return replace(self, info=info)._complete(report)
+
+    def _complete(self, report: Mapping[str, Any]) -> "Run":
         paths = sorted(found for pattern in _LISTED for found in self.path.glob(pattern))
         files = {path.name: RunFile(num_bytes=path.stat().st_size, checksum=file_checksum(path)) for path in paths}
         info = replace_fields(
@@ -223,6 +239,7 @@ class Run:
         )
         write_record(self.path / MANIFEST, info.to_json(), unchecked=_UNCHECKED)
         (self.path / CHECKPOINT).unlink(missing_ok=True)
+        shutil.rmtree(self.path / RECIPES, ignore_errors=True)
         if self.leases is not None:
             self.leases.release(0)
         return Run(self.path, info)

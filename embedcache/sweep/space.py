@@ -39,7 +39,6 @@ _FIXED_ONLY = {
         "all trials are compared on the same validation samples",
     ),
     "seed": "the best seed means nothing, and --seeds-per-config retrains the best configurations",
-    "recipe": "it chooses the settings of all trials that the file does not name",
     "device": _NO_EFFECT,
 }
 """Settings that are the same in all trials -> why."""
@@ -132,6 +131,8 @@ def _check_name(path: Path, name: str, fixed: Mapping[str, Any], swept: Mapping[
     """Check that a setting exists, and that it can be in its table."""
     if name == "feature":
         raise SettingError(f"{path}: expected settings of training, got the feature; give --feature to sweep instead")
+    if name == "recipe":
+        raise SettingError(f"{path}: expected settings to compare, got a recipe, which compares others; remove it")
     if name not in _SETTINGS:
         table = "fixed" if name in fixed else "space"
         raise unknown_name("training setting", name, _SETTINGS, where=f"in [{table}] of {path}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from embedcache.dataset.inputs import NamedFeatures
 from embedcache.files import AnyPath, locked, writing
-from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.progress import AnyProgress, to_progress
 from embedcache.provenance import write_record
 from embedcache.registry import require
 from embedcache.reports.render import write_page
@@ -15,7 +15,6 @@ from embedcache.settings import merge_settings
 from embedcache.sweep.report import SweepReport, present_sweep, sweep_json
 from embedcache.sweep.settings import SweepSettings
 from embedcache.train.data import Paths, TrainData, open_data
-from embedcache.train.recipes import choose_settings, count_training_pairs
 
 if TYPE_CHECKING:
     from embedcache.options import SweepOptions
@@ -65,7 +64,7 @@ def sweep(
         check_storage(settings.storage)
     memory = searched.settings({}).machine.memory
     data = open_data(caches, feature, memory_bytes=memory, progress=progress)
-    searched = _with_block_rows(_with_recipe(searched, data, progress), data)
+    searched = _with_block_rows(searched, data)
     with writing(folder):
         opened = open_study(folder, data, searched, settings, progress=progress)
         paths = tuple(str(cache.path) for cache in data.caches)
@@ -81,17 +80,6 @@ def sweep(
             write_record(report.json_path, sweep_json(report))
             write_page(report.page_path, present_sweep(report, figures))
     return report
-
-
-def _with_recipe(space: "Space", data: TrainData, progress: Progress) -> "Space":
-    """Fix what a recipe chooses, apart from settings of the space, so that all trials and pruners know it."""
-    settings = space.settings({})
-    if settings.recipe is None:
-        return space
-    given = {name: value for name, value in {**space.fixed, **space.ranges}.items() if name != "recipe"}
-    chosen = choose_settings(count_training_pairs(data, settings), given, progress)
-    fixed = {name: value for name, value in space.fixed.items() if name != "recipe"}
-    return replace(space, fixed={**fixed, **chosen})
 
 
 def _with_block_rows(space: "Space", data: TrainData) -> "Space":

@@ -343,7 +343,7 @@ def divide_pairs(data: TrainData, run_path: Path, settings: TrainSettings, progr
     if settings.selection_path is not None:  # a strict split may take hours: a wrong key is found before
         selected = read_selection(settings.selection_path, data.caches)
     pairs = data.pairs(settings.language, where=settings.where, progress=progress)
-    made = run_on_first(lambda: _write_split(data, pairs, run_path, settings, progress))
+    made = run_on_first(lambda: write_run_split(data, pairs, run_path, settings, progress))
     split = made or read_split(run_path / SPLIT, data.caches)
     training = _shuffle_pairs(_training_pairs(data, pairs, split, selected, settings), settings)
     validation = _shuffle_pairs(pairs.select(split.rows("val")), settings)
@@ -362,7 +362,7 @@ def divide_pairs(data: TrainData, run_path: Path, settings: TrainSettings, progr
     )
 
 
-def _write_split(
+def write_run_split(
     data: TrainData, pairs: Pairs, run_path: Path, settings: TrainSettings, progress: Progress
 ) -> Split | None:
     """Write the split of a run and a copy of its selection, and return the split; None if an interrupted run did."""

@@ -1,4 +1,4 @@
-"""Recipes of `train --recipe auto`: settings by the number of training pairs."""
+"""Recipes that `train --recipe auto` compares on the validation part."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import SettingError
-from embedcache.progress import Progress
+from embedcache.provenance import Manifest
 from embedcache.settings import replace_flat, to_flat
 from embedcache.train.data import TrainData
 from embedcache.train.settings import TrainSettings
@@ -30,66 +29,117 @@ class TrainingLength(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """Settings for at least `min_pairs` training pairs: options by name, and how long to train; None: not at all."""
+    """A recipe that `--recipe auto` may compare.
 
-    min_pairs: int
+    Args:
+        name: its name, also that of a folder.
+        options: settings by flat name.
+        length: how long to train; None for a closed form.
+        min_pairs: training pairs from which on it is compared.
+        has_prototypes: whether prototypes, if some are given, join its closed form.
+        starts_from_best: whether it starts from the best closed form.
+    """
+
+    name: str
     options: Mapping[str, Any]
     length: TrainingLength | None = None
+    min_pairs: int = 0
+    has_prototypes: bool = False
+    starts_from_best: bool = False
 
 
 RECIPES = (
-    Recipe(min_pairs=0, options={"projector": "linear", "shrinkage": 10.0}),
-    Recipe(min_pairs=550, options={"projector": "linear", "shrinkage": 1.0}),
+    Recipe("closed-form-3", {"projector": "linear", "shrinkage": 3.0}),
+    Recipe("closed-form-1", {"projector": "linear", "shrinkage": 1.0}),
+    Recipe("closed-form-0.3", {"projector": "linear", "shrinkage": 0.3}, min_pairs=1_750),
+    Recipe("closed-form-0.1", {"projector": "linear", "shrinkage": 0.1}, min_pairs=5_500),
+    Recipe("prototypes", {"projector": "linear", "shrinkage": 1.0}, has_prototypes=True),
     Recipe(
-        min_pairs=5_500,
-        options={"projector": "glu", "initialization": "random", "dropout": 0.3, "lr": 5e-4},
+        "mlp",
+        {"projector": "mlp", "dropout": 0.5, "lr": 1e-4},
+        length=TrainingLength(300_000, 10, 30),
+        starts_from_best=True,
+    ),
+    Recipe(
+        "glu",
+        {"projector": "glu", "initialization": "random", "dropout": 0.3, "lr": 5e-4},
         length=TrainingLength(2_000_000, 10, 100),
+        min_pairs=5_500,
     ),
 )
-"""Recipes in ascending order of pairs, chosen on icons: docs/about/results.md. They change halfway between the
-sizes that were measured, on a logarithmic axis.
+"""Recipes from the simplest on, chosen on icons, stamps and emoji: docs/about/results.md.
 
-A recipe leaves out `initialization` where it is the default, so that `--init-from` and other projectors keep theirs.
+`min_pairs` is halfway between sizes that were measured, on a logarithmic axis.
 """
 
 _REPLACED = ("projector", "initialization", "init_from", "trainable")
 """Settings that replace what a closed form consists of, so that training is needed."""
 
+_PROTOTYPES = ("prototypes", "prototype_weight", "shuffle_prototypes")
 
-def apply_recipe(settings: TrainSettings, data: TrainData, progress: Progress) -> TrainSettings:
-    """Return settings in which a recipe is replaced by the settings that it chooses, apart from those that were given.
-
-    Errors are those of `choose_settings`, and of reading the selection and the split.
-    """
-    chosen = choose_settings(count_training_pairs(data, settings), to_flat(settings), progress)
-    return replace_flat(settings, {**chosen, "recipe": None})
+_START = ("shrinkage", *_PROTOTYPES)
+"""Settings of a closed form that training starts from."""
 
 
-def choose_settings(num_pairs: int, given: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Return what the recipe for so many training pairs sets, by flat name, without settings that are given.
+class RecipeScore(Manifest):
+    """A recipe that was compared.
 
     Args:
-        num_pairs: number of training pairs.
-        given: settings that the user chose, by flat name.
-        progress: gets a note of what is chosen.
-
-    Raises:
-        SettingError: the recipe is a closed form, and what is given needs training.
+        name: its name.
+        options: what it sets, by flat name.
+        score: validation score, the mean of the recalls.
+        is_chosen: whether it is the run that was kept.
     """
-    recipe = [recipe for recipe in RECIPES if recipe.min_pairs <= num_pairs][-1]
-    settings = {**recipe.options, **(recipe.length.options(num_pairs) if recipe.length else {"epochs": 0})}
-    replaced = [name for name in _REPLACED if name in given and given[name] != settings.get(name)]
-    if replaced and recipe.length is None and "epochs" not in given:
-        raise SettingError(
-            f"{replaced[0]}: expected none with --recipe auto, whose recipe for {num_pairs:,} training pairs is a "
-            f"closed form, got {given[replaced[0]]}; give --epochs too, or omit one of them"
-        )
-    if replaced:
-        settings.pop("initialization", None)  # of the projector that is replaced
-    chosen = {name: value for name, value in settings.items() if name not in given}
-    words = ", ".join(f"{name} {value}" for name, value in chosen.items())
-    progress.note(f"recipe for {num_pairs:,} training pairs: {words or 'all of its settings are given'}")
-    return chosen
+
+    name: str
+    options: Mapping[str, Any]
+    score: float
+    is_chosen: bool = False
+
+
+def list_recipes(num_pairs: int, settings: TrainSettings) -> list[Recipe]:
+    """Return the recipes to compare on so many training pairs, the simplest first.
+
+    Settings that are given apply to all of them. So a closed form is left out if training is asked for, and training
+    with `epochs` 0.
+    """
+    given = to_flat(settings)
+    epochs = given.get("epochs")
+    needs_training = bool(epochs) or (epochs is None and any(name in given for name in _REPLACED))
+    return [
+        recipe
+        for recipe in RECIPES
+        if recipe.min_pairs <= num_pairs
+        and (not recipe.has_prototypes or settings.prototypes is not None)
+        and not (needs_training if recipe.length is None else epochs == 0)
+    ]
+
+
+def recipe_options(recipe: Recipe, num_pairs: int, settings: TrainSettings, best: RecipeScore | None) -> dict[str, Any]:
+    """Return what a recipe sets on so many training pairs, by flat name, without settings that are given.
+
+    Args:
+        recipe: the recipe.
+        num_pairs: number of training pairs.
+        settings: all that is given.
+        best: the best closed form, if some were compared.
+    """
+    given = to_flat(settings)
+    options = {**recipe.options, **(recipe.length.options(num_pairs) if recipe.length else {"epochs": 0})}
+    if any(name in given and given[name] != options.get(name) for name in _REPLACED):
+        options.pop("initialization", None)  # of the projector that is replaced
+    if recipe.starts_from_best and best is not None:
+        options |= {name: best.options[name] for name in _START if name in best.options}
+    elif settings.prototypes is not None and not recipe.has_prototypes:
+        options |= dict.fromkeys(_PROTOTYPES)
+    return {name: value for name, value in options.items() if name not in given or name in _PROTOTYPES}
+
+
+def with_recipe(settings: TrainSettings, options: Mapping[str, Any]) -> TrainSettings:
+    """Return settings with the options of a recipe in place of `recipe`; only prototypes are replaced if given."""
+    replaced = {name for name in _PROTOTYPES if name in options}
+    given = {name: value for name, value in to_flat(settings).items() if name not in replaced}
+    return replace_flat(settings, {**options, **given, "recipe": None})
 
 
 def count_training_pairs(data: TrainData, settings: TrainSettings) -> int:

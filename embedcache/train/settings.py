@@ -169,8 +169,8 @@ class TrainSettings(Settings):
 
     recipe: Literal["auto"] | None = setting(
         None,
-        "Choose projector, initialization, loss, dropout, shrinkage, epochs and patience by the number of training "
-        "pairs; options that are given take precedence.",
+        "Compare closed forms, with and without --prototypes, and trainings that suit the number of pairs, and keep "
+        "what validates best; options that are given apply to all of them.",
     )
     model: ModelSettings = group(ModelSettings)
     loss: LossSettings = group(LossSettings)

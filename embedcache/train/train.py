@@ -22,7 +22,7 @@ from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import bind_projector, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.provenance import Manifest, digest
-from embedcache.runs import CHECKPOINT, MANIFEST, PAIR, PROTOTYPES, SPLIT, Run, RunInfo, read_info
+from embedcache.runs import CHECKPOINT, MANIFEST, PAIR, PROTOTYPES, RECIPES, SPLIT, Run, RunInfo, read_info
 from embedcache.settings import merge_settings, replace_fields, replace_flat
 from embedcache.train.batches import PairBatches
 from embedcache.train.data import (
@@ -34,6 +34,7 @@ from embedcache.train.data import (
     divide_pairs,
     open_data,
     parse_views,
+    write_run_split,
 )
 from embedcache.train.distributed import check_batches, process_group, process_rank, run_on_first
 from embedcache.train.initialization import (
@@ -48,7 +49,7 @@ from embedcache.train.initialization import (
 from embedcache.train.losses import check_loss
 from embedcache.train.pair import PairTask, Validation, has_batch_norm
 from embedcache.train.prototypes import Prototypes, open_prototypes, open_unpaired
-from embedcache.train.recipes import apply_recipe
+from embedcache.train.recipes import RecipeScore, count_training_pairs, list_recipes, recipe_options, with_recipe
 from embedcache.train.settings import FitSettings, MachineSettings, ModelSettings, TrainSettings
 from embedcache.train.trainer import OnEpoch, Task, Trainer, check_trackers, network_of, seeded
 
@@ -73,6 +74,7 @@ class TrainReport(Manifest):
         measures: validation metrics at that epoch: of pairs recalls.
         samples_per_s: training samples per second, since the run started or resumed.
         num_held_out: samples of the selection that the split holds out; None without a selection.
+        recipes: recipes that were compared on the validation part, the simplest first; empty without `recipe`.
     """
 
     reused: bool
@@ -83,6 +85,7 @@ class TrainReport(Manifest):
     measures: dict[str, float]
     samples_per_s: float
     num_held_out: int | None = None
+    recipes: Sequence[RecipeScore] = ()
 
     def line(self, run_path: Path) -> str:
         """Summarize the report in one line, with what to change if the selection or the training fell short."""
@@ -94,6 +97,10 @@ class TrainReport(Manifest):
         if self.num_samples:
             counts = ", ".join(f"{count:,} {part}" for part, count in self.num_samples.items())
             parts.append(f"samples: {counts}")
+        if self.recipes:
+            chosen = next(score.name for score in self.recipes if score.is_chosen)
+            compared = ", ".join(f"{score.name} {score.score:.3f}" for score in self.recipes)
+            parts.append(f"recipe {chosen}, the best of {compared} by validation")
         validation = f"validation {measures}" if measures else "nothing to validate on"
         return "; ".join([*parts, outcome, validation, *self._advice(run_path)])
 
@@ -105,11 +112,11 @@ class TrainReport(Manifest):
                 f"WARNING: {self.num_held_out:,} of the selected samples are held out for validation and test; to "
                 f"train on a whole budget, select it with --selection {path} and train with --split {path}"
             )
-        if not self.best_epoch and self.samples_per_s and self.num_samples:
+        if not self.best_epoch and self.samples_per_s and not self.recipes and self.num_samples:
             lines.append(
-                "WARNING: no epoch was better on validation than the initialization; with "
-                f"{self.num_samples['train']:,} training samples, use a higher --dropout and a lower --lr than now "
-                "(0.5 and 0.0001 suit few samples), or keep the initialization with --epochs 0"
+                f"WARNING: no epoch was better on validation than the initialization, which was kept, with "
+                f"{self.num_samples['train']:,} training samples; --recipe auto compares closed forms and training by "
+                "validation"
             )
         return lines
 
@@ -264,10 +271,76 @@ def train_on(
     """
     run_path, progress = Path(run_path), progress or NullProgress()
     settings = replace_fields(settings, language=choose_language(data.caches, data.sides, settings.language, progress))
-    if settings.recipe is not None:
-        settings = apply_recipe(settings, data, progress)
     if settings.block_rows is None:
         settings = replace_fields(settings, block_rows=data.block_rows)
+    if settings.recipe is not None:
+        return _compare_recipes(data, run_path, settings, progress)
+    return _train_pair(data, run_path, settings, progress, on_epoch)
+
+
+def _compare_recipes(data: TrainData, run_path: Path, settings: TrainSettings, progress: Progress) -> TrainReport:
+    """Train with each recipe on the same split, and keep the run with the best validation score.
+
+    Of equal scores that of the simplest recipe is kept. The runs are in the folder until then, so that a command that
+    was killed goes on.
+    """
+    stored = read_info(run_path) if (run_path / MANIFEST).is_file() else None
+    if stored is not None and stored.is_finished:
+        chosen = [score for score in _read_scores(stored) if score.is_chosen]
+        same = with_recipe(settings, chosen[0].options) if chosen else settings
+        return _train_pair(data, run_path, same, progress)
+
+    num_pairs = count_training_pairs(data, settings)
+    machine = name_device(settings.machine, run_path)
+    with process_group(machine.device) as device, writing(run_path):
+        settings = replace_fields(settings, machine=replace_fields(machine, device=device))
+        info = _describe_run(data, run_path, settings, digest_inputs(data, settings))
+        info = replace_fields(info, settings=settings.to_json())
+        run = run_on_first(lambda: Run.create(run_path, info))
+        pairs = data.pairs(settings.language)
+        run_on_first(lambda: write_run_split(data, pairs, run_path, settings, progress))
+        on_split = replace_fields(settings, split=replace_fields(settings.split, kind=str(run_path / SPLIT)))
+
+        reports: list[TrainReport] = []
+        scores: list[RecipeScore] = []
+        for recipe in list_recipes(num_pairs, settings):
+            closed_forms = [score for score in scores if score.options.get("epochs") == 0]
+            options = recipe_options(recipe, num_pairs, settings, _best(closed_forms))
+            path = run_path / RECIPES / recipe.name
+            reports.append(_train_pair(data, path, with_recipe(on_split, options), progress))
+            score = -1.0 if reports[-1].score is None else reports[-1].score
+            scores.append(RecipeScore(name=recipe.name, options=options, score=score))
+            progress.note(f"recipe {recipe.name}: validation {score:.3f}")
+
+        best = _best(scores)
+        assert best is not None
+        scores = [replace_fields(score, is_chosen=score is best) for score in scores]
+        report = replace_fields(reports[[score.is_chosen for score in scores].index(True)], recipes=scores)
+        if run is not None:  # the first process
+            winner = Run.open(run_path / RECIPES / best.name)
+            digests = {name: value for name, value in winner.info.digests.items() if name != "split"}
+            kept = replace_fields(
+                info,
+                arguments=winner.info.arguments,
+                settings={**winner.info.settings, "split": info.settings["split"]},
+                digests={**info.digests, **digests},
+            )
+            run.finish_as(winner, kept, report.to_json())
+    return report
+
+
+def _best(scores: Sequence[RecipeScore]) -> RecipeScore | None:
+    """Return the first of the highest scores."""
+    return max(scores, key=lambda score: score.score, default=None)
+
+
+def _read_scores(info: RunInfo) -> list[RecipeScore]:
+    return [RecipeScore.model_validate(values) for values in info.report.get("recipes", ())]
+
+
+def _train_pair(
+    data: TrainData, run_path: Path, settings: TrainSettings, progress: Progress, on_epoch: OnEpoch | None = None
+) -> TrainReport:
     check_loss(settings.loss.name, settings.captions)
     _check_features(data, settings)
     if settings.negatives:  # a strict split may take hours: errors are found before
@@ -277,14 +350,7 @@ def train_on(
     if settings.prototypes is not None:
         prototypes = open_prototypes(settings.prototypes, data.features, settings, progress)
         digests["prototypes"] = prototypes.digest
-    info = RunInfo(
-        kind=PAIR,
-        arguments=_pair_arguments(data.features, settings),
-        inputs={modality: describe_input(feature) for modality, feature in data.features.items()},
-        index_digest=data.index_digest,
-        digests=digests,
-        caches=[relative_location(cache.path, run_path) for cache in data.caches],
-    )
+    info = _describe_run(data, run_path, settings, digests)
     return train_task(
         lambda device: _make_task(data, run_path, info, settings, device, prototypes, progress),
         run_path,
@@ -292,6 +358,17 @@ def train_on(
         settings,
         progress=progress,
         on_epoch=on_epoch,
+    )
+
+
+def _describe_run(data: TrainData, run_path: Path, settings: TrainSettings, digests: Mapping[str, str]) -> RunInfo:
+    return RunInfo(
+        kind=PAIR,
+        arguments=_pair_arguments(data.features, settings),
+        inputs={modality: describe_input(feature) for modality, feature in data.features.items()},
+        index_digest=data.index_digest,
+        digests=digests,
+        caches=[relative_location(cache.path, run_path) for cache in data.caches],
     )
 
 

@@ -83,6 +83,7 @@ INVALID: list[tuple[str, str]] = [
     ("[space]\ndropout = [0.1, 1.5]", "1.5"),
     ("[space]\nprojector = ['mlp', 'lineal']", "did you mean"),
     ("[space]\nrecipe = ['auto']", "recipe"),
+    ("[fixed]\nrecipe = 'auto'\n[space]\ndropout = [0.1]", "recipe"),
     ("[space]\nsplit_seed = [1, 2]", "split_seed"),
     ("[space]\nlanguage = ['en', 'de']", "language"),
     ("[space]\nseed = [1, 2]", "best seed"),

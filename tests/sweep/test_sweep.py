@@ -26,9 +26,7 @@ from embedcache.sweep.space import read_space
 from embedcache.sweep.study import open_study
 from embedcache.sweep.sweep import SweepReport, sweep
 from embedcache.sweep.trials import StudyJob
-from embedcache.train import recipes
 from embedcache.train.data import open_data
-from embedcache.train.recipes import Recipe, TrainingLength
 from tests.cli.run import embedcache
 from tests.crash import forked_workers, pause, start
 from tests.media_toy import MEDIA
@@ -221,18 +219,6 @@ def test_underperforming_trials_are_pruned(cache_path: Path, tmp_path: Path) -> 
     assert len(progress.started) == 4  # pairing, splitting and loading: once, and not in each of the trials
     for trial in pruned:
         assert not (tmp_path / f"study/trials/{trial.number:05d}").exists()
-
-
-def test_recipe_is_fixed_for_all_trials(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Recipe(min_pairs=0, options={"projector": "linear", "shrinkage": 10.0}, length=TrainingLength(400, 1, 9))
-    monkeypatch.setattr(recipes, "RECIPES", (made,))
-    space_path = write_space(tmp_path, "[fixed]\nrecipe = 'auto'\nsplit = 'key'\n[space]\nshrinkage = [0.5]")
-    settings = replace_fields(RANDOM, trials=1, sampler="grid", top_configs=1, seeds_per_config=1)
-    progress = RecordedProgress()
-    report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings, progress=progress)
-    assert progress.notes[0] == "recipe for 195 training pairs: projector linear, epochs 2, patience 3"
-    assert "--projector linear --shrinkage 0.5 --epochs 2 --patience 3" in report.command
-    assert "--recipe" not in report.command
 
 
 def test_lists_are_tried_on_two_caches(

@@ -6,27 +6,16 @@ from typing import Any
 import pytest
 
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.errors import SettingError
-from embedcache.progress import NullProgress
+from embedcache.errors import FingerprintError, SettingError
 from embedcache.runs import Run
+from embedcache.settings import to_flat
 from embedcache.store.cache import Cache
-from embedcache.train import recipes
 from embedcache.train.data import TrainData, open_data
-from embedcache.train.recipes import (
-    Recipe,
-    TrainingLength,
-    apply_recipe,
-    choose_settings,
-    count_training_pairs,
-)
+from embedcache.train.recipes import RecipeScore, count_training_pairs, list_recipes, recipe_options, with_recipe
 from embedcache.train.settings import command_line, train_settings
 from embedcache.train.train import train
 from tests.recorded import RecordedProgress
 from tests.train.runs import IMAGE, TEXT
-
-CLOSED_FORM = {"projector": "linear", "initialization": "ridge", "shrinkage": 10.0}
-
-TRAINED = {"projector": "linear", "initialization": "procrustes", "dropout": 0.5}
 
 FEATURES = {"feature": {"image": IMAGE, "text": TEXT}}
 
@@ -38,76 +27,89 @@ def data(cache_path: Path) -> TrainData:
     return open_data(cache_path, {"image": IMAGE, "text": TEXT}, memory_bytes=2**30)
 
 
-@pytest.fixture
-def _recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use a closed form below 100 pairs, of which half of the samples of the cache are more."""
-    made = (
-        Recipe(min_pairs=0, options=CLOSED_FORM),
-        Recipe(min_pairs=100, options=TRAINED, length=TrainingLength(400, 1, 9)),
-        Recipe(min_pairs=1_000, options={"projector": "mlp"}, length=TrainingLength(9_000, 1, 9)),
-    )
-    monkeypatch.setattr(recipes, "RECIPES", made)
-
-
-GLU = {"projector": "glu", "initialization": "random", "dropout": 0.3, "lr": 5e-4}
+CLOSED_FORMS = ["closed-form-3", "closed-form-1"]
 
 
 @pytest.mark.parametrize(
-    ("num_pairs", "chosen"),
+    ("num_pairs", "given", "names"),
     [
-        (0, {"projector": "linear", "shrinkage": 10.0, "epochs": 0}),
-        (549, {"projector": "linear", "shrinkage": 10.0, "epochs": 0}),
-        (550, {"projector": "linear", "shrinkage": 1.0, "epochs": 0}),
-        (5_499, {"projector": "linear", "shrinkage": 1.0, "epochs": 0}),
-        (5_500, {**GLU, "epochs": 100, "patience": 25}),
-        (70_000, {**GLU, "epochs": 29, "patience": 7}),
-        (160_000, {**GLU, "epochs": 12, "patience": 3}),
-        (10**6, {**GLU, "epochs": 10, "patience": 3}),
+        (100, {}, [*CLOSED_FORMS, "mlp"]),
+        (100, {"prototypes": "classes"}, [*CLOSED_FORMS, "prototypes", "mlp"]),
+        (2_000, {}, [*CLOSED_FORMS, "closed-form-0.3", "mlp"]),
+        (6_000, {}, [*CLOSED_FORMS, "closed-form-0.3", "closed-form-0.1", "mlp", "glu"]),
+        (100, {"epochs": 0, "projector": "mlp"}, CLOSED_FORMS),
+        (100, {"epochs": 2}, ["mlp"]),
+        (100, {"init_from": ["image=run"]}, ["mlp"]),
+        (6_000, {"projector": "mlp"}, ["mlp", "glu"]),
     ],
 )
-def test_recipes_by_the_number_of_pairs(num_pairs: int, chosen: dict[str, Any]) -> None:
-    progress = RecordedProgress()
-    assert choose_settings(num_pairs, {}, progress) == chosen
-    words = ", ".join(f"{name} {value}" for name, value in chosen.items())
-    assert progress.notes == [f"recipe for {num_pairs:,} training pairs: {words}"]
+def test_recipes_by_pairs_and_given_settings(num_pairs: int, given: dict[str, Any], names: list[str]) -> None:
+    found = list_recipes(num_pairs, train_settings({"recipe": "auto", **given}))
+    assert [recipe.name for recipe in found] == names
+
+
+def test_given_options_apply_to_all_recipes() -> None:
+    settings = train_settings({"recipe": "auto", "dropout": 0.1, "projector": "mlp", "prototypes": "classes"})
+    best = RecipeScore(name="prototypes", options={"shrinkage": 2.0, "prototypes": "classes"}, score=0.5)
+    mlp, glu = list_recipes(160_000, settings)
+    expected = train_settings(
+        {**to_flat(settings), "recipe": None, "lr": 1e-4, "shrinkage": 2.0, "epochs": 10, "patience": 3}
+    )
+    assert with_recipe(settings, recipe_options(mlp, 160_000, settings, best)) == expected
+    without = with_recipe(settings, recipe_options(glu, 160_000, settings, best))
+    assert (without.prototypes, without.model.initialization, without.optimizer.epochs) == (None, None, 12)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_recipes")
-def test_run_is_that_of_the_chosen_settings(cache_path: Path, tmp_path: Path) -> None:
-    chosen = {**TRAINED, "epochs": 2, "patience": 3}  # 400 / 195 pairs
+def test_best_validation_score_is_kept(cache_path: Path, tmp_path: Path) -> None:
     progress = RecordedProgress()
-    train(cache_path, tmp_path / "auto", **FEATURES, recipe="auto", **SPLIT, progress=progress)
-    assert "projector linear, initialization procrustes, dropout 0.5, epochs 2, patience 3" in progress.notes[0]
-    assert progress.notes[0].startswith("recipe for 195 training pairs: ")
-    assert train(cache_path, tmp_path / "auto", **FEATURES, **chosen, **SPLIT).reused
-    train(cache_path, tmp_path / "named", **FEATURES, **chosen, **SPLIT)
-    assert train(cache_path, tmp_path / "named", **FEATURES, recipe="auto", **SPLIT).reused
-    auto, named = (Run.open(tmp_path / name).info for name in ("auto", "named"))
-    assert (auto.settings, auto.weights, auto.settings["recipe"]) == (named.settings, named.weights, None)
+    report = train(cache_path, tmp_path / "auto", **FEATURES, recipe="auto", **SPLIT, progress=progress)
+    assert [score.name for score in report.recipes] == [*CLOSED_FORMS, "mlp"]
+    (chosen,) = [score for score in report.recipes if score.is_chosen]
+    assert chosen.score == report.score == max(score.score for score in report.recipes)
+    assert chosen.name in report.line(tmp_path / "auto")
+    assert not (tmp_path / "auto/recipes").exists()
+    assert train(cache_path, tmp_path / "auto", **FEATURES, recipe="auto", **SPLIT).recipes == report.recipes
+
+    options = {name: value for name, value in chosen.options.items() if value is not None}
+    assert train(cache_path, tmp_path / "auto", **FEATURES, **options, **SPLIT).reused
+    train(cache_path, tmp_path / "named", **FEATURES, **options, **SPLIT)
+    auto, named = (Run.open(tmp_path / name).load().info for name in ("auto", "named"))
+    assert (auto.settings, auto.weights, auto.caches) == (named.settings, named.weights, named.caches)
+    with pytest.raises(FingerprintError):
+        train(cache_path, tmp_path / "auto", **FEATURES, recipe="auto", **SPLIT, dropout=0.3)
+    with pytest.raises(FingerprintError, match="recipe"):  # other options chose that run
+        train(cache_path, tmp_path / "named", **FEATURES, recipe="auto", **SPLIT)
 
 
-@pytest.mark.usefixtures("_recipes")
-def test_given_options_win_where_they_are_the_default(data: TrainData) -> None:
-    for options in ({"dropout": 0.1, "projector": "mlp"}, {"dropout": 0.2, "projector": "mlp"}):
-        settings = train_settings({**SPLIT, "recipe": "auto", "epochs": 30, **options})
-        resolved = apply_recipe(settings, data, NullProgress())
-        assert resolved == train_settings({**SPLIT, "epochs": 30, "patience": 3, **options})  # its own initialization
-    assert command_line(train_settings({"recipe": "auto", "dropout": 0.1})) == [
-        *("--recipe", "auto", "--dropout", "0.1", "--seed", "0")
-    ]
+class _Killed(Exception):
+    pass
 
 
-@pytest.mark.usefixtures("_recipes")
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("projector", "mlp"), ("initialization", "cca"), ("init_from", ["image=run"]), ("trainable", "text")],
-)
-def test_closed_form_refuses_what_needs_training(data: TrainData, name: str, value: object) -> None:
-    asked = {**SPLIT, "recipe": "auto", "val_fraction": 0.7, "test_fraction": 0.05, name: value}
-    with pytest.raises(SettingError, match=name):
-        apply_recipe(train_settings(asked), data, NullProgress())
-    assert apply_recipe(train_settings({**asked, "epochs": 1}), data, NullProgress()).optimizer.epochs == 1
+class _KillsAfter(RecordedProgress):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        if self._name in text:
+            raise _Killed
+
+
+@pytest.mark.slow
+def test_killed_comparison_goes_on(cache_path: Path, tmp_path: Path) -> None:
+    asked = {**FEATURES, **SPLIT, "recipe": "auto"}
+    for name in ("closed-form-3", "mlp"):
+        with pytest.raises(_Killed):
+            train(cache_path, tmp_path / "killed", **asked, progress=_KillsAfter(f"recipe {name}"))
+    with pytest.raises(FingerprintError, match="recipe"):
+        train(cache_path, tmp_path / "killed", **FEATURES, **SPLIT)
+    found = train(cache_path, tmp_path / "killed", **asked)
+    expected = train(cache_path, tmp_path / "whole", **asked)
+    assert found.recipes == expected.recipes
+    for name in ("model.safetensors", "split.parquet", "losses.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_training_pairs_are_counted(data: TrainData, cache_path: Path, tmp_path: Path) -> None:
