@@ -187,6 +187,7 @@ class ScoreOptions(TypedDict, total=False):
 
 class SearchOptions(TypedDict, total=False):
     k: int | None
+    match: Literal["vectors", "words", "both"] | None
     label: str | None
     where: str | None
     label_value: str | Iterable[str] | None

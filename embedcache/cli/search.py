@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from embedcache.search.search import Hit
 
 app = new_group()
+_SCORES = {"vectors": "cosine", "words": "BM25", "both": "ranks"}
 _MODALITIES_OF_FILES = [modality.name for modality in FILE_MODALITIES]
 
 
@@ -86,7 +87,7 @@ def search(
     results = list(zip(all_queries.names, hit_lists, strict=True))
     return Presentation(
         lines=(),
-        sections=[Section(title=name, table=_hit_table(hits)) for name, hits in results],
+        sections=[Section(title=name, table=_hit_table(hits, _SCORES[settings.match])) for name, hits in results],
         record=lambda: [{"query": name, "hits": to_plain(hits)} for name, hits in results],
     )
 
@@ -171,13 +172,13 @@ def _file_option(path: str) -> str:
     return f"--query-image {quoted(path)}" if modality == "image" else f"--query-file {modality}={quoted(path)}"
 
 
-def _hit_table(hits: Sequence["Hit"]) -> tuple[list[str], list[list[str]]]:
+def _hit_table(hits: Sequence["Hit"], score: str) -> tuple[list[str], list[list[str]]]:
     """Return the columns and rows of a table of hits: files where keys do not name them, labels where there are any."""
     from embedcache.sources.files import is_key_of_file
 
     columns = {
         "captions": [" · ".join(hit.captions) for hit in hits],
-        "cosine": [f"{hit.score:.3f}" for hit in hits],
+        score: [f"{hit.score:.3f}" for hit in hits],
         "key": [hit.key for hit in hits],
     }
     if any(hit.path is not None and not is_key_of_file(hit.key, hit.path) for hit in hits):

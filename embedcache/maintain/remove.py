@@ -26,6 +26,7 @@ from embedcache.runs import Run
 from embedcache.search.faiss_index import IndexCard, read_card
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
+from embedcache.search.words import FILE as words_file
 from embedcache.settings import merge_settings
 from embedcache.sources.open import is_remembered, remember
 from embedcache.store.cache import Cache, find_keys
@@ -222,9 +223,10 @@ def _open_card(index_path: Path, cache_path: Path) -> IndexCard:
 
 
 def _purge(cache_path: Path, index_path: Path, card: IndexCard, progress: Progress) -> dict[str, float]:
-    """Fill an index again without the removed samples, and delete its map; return recall and size, before and after."""
+    """Fill an index again without the removed samples, delete its map and words, and return recall and size, twice."""
     remove_partials(index_path)
-    (index_path / map_file).unlink(missing_ok=True)  # clusters are named by captions
+    for name in (map_file, words_file):
+        (index_path / name).unlink(missing_ok=True)  # clusters are named by captions
     settings = IndexSettings(
         modality=MODALITIES[card.modality].name,
         feature=card.feature,

@@ -38,7 +38,8 @@ from embedcache.registry import require, unknown_name
 from embedcache.runs import MANIFEST, SPLIT
 from embedcache.search.faiss_index import may_hold_removed, open_row_index, read_card
 from embedcache.search.queries import Queries, QueryEncoder
-from embedcache.search.settings import LABEL, Filter, SearchSettings
+from embedcache.search.settings import LABEL, Filter, Match, SearchSettings
+from embedcache.search.words import Words, fuse, open_words
 from embedcache.settings import merge_settings
 from embedcache.sources.files import file_name_beside_key
 from embedcache.store.cache import Cache, RowReader
@@ -56,6 +57,7 @@ _MAX_CHARACTERS = 120
 
 _BATCH = 4096  # queries that are searched at once
 _DEFAULT_K = 10
+_FUSED_RANKS = 100
 _COMPARE_ALL = 20_000  # up to this many filtered items, all are compared: fast, and a graph or lists would miss most
 _NO_FILTER = Filter()
 _OPTIONS = {"label": "label-value", "split": "part", "language": "language"}  # column -> option of `embedcache search`
@@ -66,7 +68,8 @@ class Hit:
     """One search result.
 
     Args:
-        score: cosine similarity to the query, from -1 to 1; for an index of codes, its estimate.
+        score: cosine similarity to the query, from -1 to 1; for an index of codes, its estimate. Of a search by words,
+            the BM25 score of the best caption; by both, the sum of reciprocal ranks.
         row: row of the item in the table of its modality.
         key: key of its sample.
         path: file of the item as its source names it, relative to the source if it lies below it; for bytes in a shard
@@ -209,7 +212,7 @@ class HitReader:
 
     def read(self, scores_K: Floats, rows_K: Ints, languages: Sequence[str] = ()) -> list[Hit]:
         """Return the hits of one query, with captions in some languages (empty: all); rows of -1 are skipped."""
-        scores, rows = np.clip(scores_K[rows_K >= 0], -1, 1).tolist(), rows_K[rows_K >= 0]  # rounding exceeds 1
+        scores, rows = scores_K[rows_K >= 0].tolist(), rows_K[rows_K >= 0]
         found = self._samples.take(self.samples(rows))
         labels = found[self._label].to_pylist() if self._label in found.column_names else [None] * len(rows)
         keys, paths, captions_of = found["key"].to_pylist(), self.paths(rows), self._captions(rows)
@@ -290,7 +293,7 @@ def search(
         queries = Queries(texts=queries)
     if not isinstance(index, OpenIndex):
         index = OpenIndex(index, run=settings.run, cache=settings.cache, label=settings.label, device=settings.device)
-    return index.search(queries, k=settings.k, condition=settings.filter, progress=progress)
+    return index.search(queries, k=settings.k, condition=settings.filter, match=settings.match, progress=progress)
 
 
 class OpenIndex:
@@ -350,6 +353,7 @@ class OpenIndex:
         )
         self.hits = HitReader(self.cache, self.card.modality, label=label)
         self._subset = lru_cache(maxsize=8)(self._apply)
+        self._words: Words | None = None
 
     @property
     def rows(self) -> Ints:
@@ -364,31 +368,49 @@ class OpenIndex:
         *,
         k: int | None = None,
         condition: Filter | None = None,
+        match: Match = "vectors",
         progress: Progress | None = None,
     ) -> SearchResults:
         """Search for the items nearest to each query: a list of hits per query, best first.
 
         `progress` counts the queries if there are thousands. Raises `SettingError` if k is above what the index holds
-        and the filter passes, `DataError` if a query cannot be compared with the index or the filter passes nothing,
-        and the errors of `QueryEncoder.encode` and `CacheFilters.mask`.
+        and the filter passes, or a query other than a text is to match words, `DataError` if a query cannot be compared
+        with the index or the filter passes nothing, and the errors of `QueryEncoder.encode` and `CacheFilters.mask`.
         """
         _check_k(k, self.card.num_vectors, f"the index holds {self.card.num_vectors} items")
-        queries_QP, modality = self.query_encoder.encode(queries, progress=progress), self.card.modality
-        parts = [queries_QP[part] for part in blocks(len(queries_QP), _BATCH)]
+        names, texts, modality = queries.names, queries.texts, self.card.modality
+        if match != "vectors":
+            if len(texts) < len(names):
+                raise SettingError(f"match: expected text queries to match {match}, got others; use --match vectors")
+            self.load_words(progress)
+        queries_QP = None if match == "words" else self.query_encoder.encode(queries, progress=progress)
+
+        def search_part(part: slice) -> list[list[Hit]]:
+            if queries_QP is None:
+                return self.search_words(texts[part], k=k, condition=condition)
+            fused = texts[part] if match == "both" else None
+            return self.search_vectors(queries_QP[part], k=k, condition=condition, texts=fused)
+
+        parts = list(blocks(len(names), _BATCH))
         shown = progress if progress is not None and len(parts) > 1 else NullProgress()
-        watched = watch(parts, shown, "searching", len(queries_QP), "queries")
-        found = chain.from_iterable(self.search_vectors(part_BP, k=k, condition=condition) for part_BP in watched)
+        watched = watch(parts, shown, "searching", len(names), "queries")
+        found = chain.from_iterable(map(search_part, watched))
         return SearchResults(
-            Hits(hits, query=name, cache=self.cache, modality=modality)
-            for name, hits in zip(queries.names, found, strict=True)
+            Hits(hits, query=name, cache=self.cache, modality=modality) for name, hits in zip(names, found, strict=True)
         )
 
     def search_vectors(
-        self, queries_QP: Floats, *, k: int | None = None, condition: Filter | None = None
+        self,
+        queries_QP: Floats,
+        *,
+        k: int | None = None,
+        condition: Filter | None = None,
+        texts: Sequence[str] | None = None,
     ) -> list[list[Hit]]:
         """Search with vectors of the index's space, (Q, P) float32 rows of length 1; as `search` otherwise.
 
-        Hits of equal scores are in the order of their rows.
+        With the text of each query, its ranking is fused with that of `search_words` by their ranks, up to the 100th of
+        each. Hits of equal scores are in the order of their rows.
         Raises `DataError` if they have another shape, or values that are no numbers.
         """
         queries_QP = np.asarray(queries_QP, np.float32)
@@ -398,14 +420,58 @@ class OpenIndex:
             raise DataError(f"queries: expected finite vectors for {self.path}, got NaN or infinite values")
         condition = _NO_FILTER if condition is None else condition
         subset = self._subset(condition)
-        scores_QK, rows_QK = self._search_subset(queries_QP, _choose_k(k, subset.num_items, len(self._index)), subset)
+        k = _choose_k(k, subset.num_items, len(self._index))
+        depth = k if texts is None else min(max(k, _FUSED_RANKS), subset.num_items)
+        scores_QK, rows_QK = self._search_subset(queries_QP, depth, subset)
         order_QK = np.lexsort((rows_QK, -scores_QK))  # of equal scores, FAISS returns the last row first
         scores_QK = np.take_along_axis(scores_QK, order_QK, axis=1)
         rows_QK = np.take_along_axis(rows_QK, order_QK, axis=1)
-        return [
-            self.hits.read(scores_K, rows_K, condition.language)
-            for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)
-        ]
+        rankings = zip(np.clip(scores_QK, -1, 1), rows_QK, strict=True)  # rounding exceeds 1
+        if texts is None:
+            return [self.hits.read(scores_K, rows_K, condition.language) for scores_K, rows_K in rankings]
+        all_hits = []
+        for (scores_K, rows_K), text in zip(rankings, texts, strict=True):
+            is_found_K = rows_K >= 0
+            by_words = self._rank_words(text, depth, condition, subset)
+            fused = fuse([(scores_K[is_found_K], rows_K[is_found_K]), by_words], k)
+            all_hits.append(self.hits.read(*fused, condition.language))
+        return all_hits
+
+    def search_words(
+        self, texts: Sequence[str], *, k: int | None = None, condition: Filter | None = None
+    ) -> list[list[Hit]]:
+        """Search the captions of the items for words, by BM25; as `search` otherwise. No encoder is needed.
+
+        Hits have at least one word of the query in a caption, so that there may be fewer than k, or none.
+        """
+        condition = _NO_FILTER if condition is None else condition
+        subset = self._subset(condition)
+        k = _choose_k(k, subset.num_items, len(self._index))
+        all_hits = []
+        for text in texts:
+            scores, rows = self._rank_words(text, k, condition, subset)
+            all_hits.append(self.hits.read(scores[:k], rows[:k], condition.language))
+        return all_hits
+
+    def load_words(self, progress: Progress | None = None) -> Words:
+        """Read the words of the captions once, or count and store them; see `open_words`."""
+        if self._words is None:
+            self._words = open_words(self.path, self.cache, progress)
+        return self._words
+
+    def _rank_words(self, text: str, depth: int, condition: Filter, subset: "_Subset") -> tuple[Floats, Ints]:
+        """Return the BM25 scores, best first, of the items of the first ranks, ties included, and their rows."""
+        scores_T = self.load_words().scores(text)
+        scores_N = self.filters.best_captions(scores_T, condition.language)
+        rows = self._index.rows
+        rows = rows[scores_N[rows] > 0]
+        if subset.is_allowed_N is not None:
+            rows = rows[subset.is_allowed_N[rows]]
+        rows = rows[np.lexsort((rows, -scores_N[rows]))]
+        scores = scores_N[rows]
+        if len(rows) > depth:
+            rows = rows[scores >= scores[depth - 1]]
+        return scores[: len(rows)], rows
 
     def count(self, condition: Filter) -> int:
         """Count the items that pass a filter."""
@@ -500,6 +566,22 @@ class CacheFilters:
         counts = np.bincount(column.codes[self._samples[rows]] + 1, minlength=len(column.names) + 1)[1:]
         return dict(sorted(zip(column.names, counts.tolist(), strict=True)))
 
+    def best_captions(self, scores_T: Floats, languages: Sequence[str]) -> Floats:
+        """Return the best score of the captions of each item, in some languages (empty: all): (N,)."""
+        if languages:
+            scores_T = np.where(self._has_value("language", languages), scores_T, 0)
+        if self._modality == "text":
+            return scores_T
+        captions = np.flatnonzero(scores_T)
+        scores_S = np.zeros(self._cache.info.num_samples, np.float32)
+        np.maximum.at(scores_S, self._caption_samples[captions], scores_T[captions])
+        return scores_S[self._samples]
+
+    @cached_property
+    def _caption_samples(self) -> Ints:
+        samples_T: Ints = self._cache.items("text", columns=["sample"])["sample"].to_numpy()
+        return samples_T
+
     @cached_property
     def _samples(self) -> Ints:
         samples_N: Ints = self._cache.items(self._modality, columns=["sample"])["sample"].to_numpy()
@@ -519,7 +601,7 @@ class CacheFilters:
         if self._modality == "text":
             return is_in_language_T
         is_in_language_S = np.zeros(self._cache.info.num_samples, bool)
-        is_in_language_S[self._cache.items("text", columns=["sample"])["sample"].to_numpy()[is_in_language_T]] = True
+        is_in_language_S[self._caption_samples[is_in_language_T]] = True
         return is_in_language_S[self._samples]
 
     def _read_column(self, name: str) -> "_Column":

@@ -1,7 +1,7 @@
 """Settings of indexes and searches. Nothing heavy is imported here, so that the command line starts quickly."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from embedcache.dataset.settings import SELECTION_HELP, WHERE
 from embedcache.errors import SettingError
@@ -12,6 +12,7 @@ from embedcache.settings import Settings, group, parse_size, setting
 FEATURE_HELP = "Feature, as encoder/feature."
 FEATURE_DEFAULT = "the run's, or the only one of the modality"
 RUN_HELP = "Run that projects the features into the shared space."
+Match: TypeAlias = Literal["vectors", "words", "both"]
 LABEL: dict[str, Any] = {"default": "label", "help": "Column of class labels.", "metavar": "COLUMN"}
 MOVED_RUN: dict[str, Any] = {
     "default": None,
@@ -93,6 +94,10 @@ class SearchSettings(Settings):
     """Settings of a search: how many results it returns, which items they come from, and where encoders run."""
 
     k: int | None = setting(None, "Results per query.", ge=1, default_text="10, or all items if fewer")
+    match: Match = setting(
+        "vectors",
+        "What to compare with a text: vectors, the words of captions (BM25), or both rankings fused by ranks.",
+    )
     label: str = setting(**LABEL)
     filter: Filter = group(Filter)
     run: Path | str | None = setting(**MOVED_RUN)

@@ -120,13 +120,12 @@ def _add_search(
             raise HTTPException(422, "expected either text, row or key")
         if request.text is not None and not request.text.strip():
             raise HTTPException(422, "text: expected some words, got an empty text")
-        if request.text is not None and "text" not in service.accepted_queries:
-            raise HTTPException(400, f"this index does not accept texts: {service.rejected_queries['text']}")
+        service.check_match(request)
         if request.key is not None:
             row = await asyncio.to_thread(service.row_of, request.key)
         if row is not None and not service.index.query_encoder.has_row(row):
             raise HTTPException(404, f"row {row} is not in the index")
-        return await respond(request, text=request.text, row=row)
+        return await respond(request, text=request.text, row=row, match=request.match)
 
     @app.post(IMAGE_SEARCH_PATH, openapi_extra=_IMAGE_BODY)
     async def search_with_image(request: Request, options: Annotated[SearchOptions, Query()]) -> SearchResponse:

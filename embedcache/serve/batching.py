@@ -14,7 +14,7 @@ from PIL.Image import Image
 from embedcache.arrays import Floats
 from embedcache.errors import EmbedcacheError
 from embedcache.search.search import Hit, OpenIndex
-from embedcache.search.settings import Filter
+from embedcache.search.settings import Filter, Match
 
 _Input = TypeVar("_Input")
 _Output = TypeVar("_Output")
@@ -103,6 +103,7 @@ class SearchQuery:
     row: int | None = None
     k: int
     keep: Filter = field(default_factory=Filter)
+    match: Match = "vectors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,15 +128,16 @@ def search_batch(index: OpenIndex, queries: Sequence[SearchQuery]) -> list[Searc
     except EmbedcacheError as error:
         return [error] * len(queries) if len(queries) == 1 else [search_batch(index, [query])[0] for query in queries]
     encode_ms = 1000 * (time.perf_counter() - started)
-    positions: dict[Filter, list[int]] = defaultdict(list)
+    positions: dict[tuple[Filter, Match], list[int]] = defaultdict(list)
     for position, query in enumerate(queries):
-        positions[query.keep].append(position)
+        positions[query.keep, query.match].append(position)
     results: dict[int, SearchResult | EmbedcacheError] = {}
-    for keep, group in positions.items():
+    for (keep, match), group in positions.items():
         k = max(queries[position].k for position in group)
         try:
             started = time.perf_counter()
-            batch_hits = _search(index, vectors_QP[group], k, keep)
+            texts = None if match == "vectors" else [str(queries[position].text) for position in group]
+            batch_hits = _search(index, None if match == "words" else vectors_QP[group], texts, k, keep)
         except EmbedcacheError as error:
             results |= dict.fromkeys(group, error)
             continue
@@ -146,21 +148,28 @@ def search_batch(index: OpenIndex, queries: Sequence[SearchQuery]) -> list[Searc
 
 
 def _encode(index: OpenIndex, queries: Sequence[SearchQuery]) -> Floats:
-    """Return one vector per query, in order: (Q, P)."""
+    """Return one vector per query, in order: (Q, P); zeros for those that only match words."""
+    words = [position for position, query in enumerate(queries) if query.match == "words"]
     texts = {position: query.text for position, query in enumerate(queries) if query.text is not None}
+    texts = {position: text for position, text in texts.items() if position not in words}
     images = {position: query.image for position, query in enumerate(queries) if query.image is not None}
     rows = {position: query.row for position, query in enumerate(queries) if query.row is not None}
     encoder = index.query_encoder
-    parts = []
+    parts = [np.zeros((len(words), index.card.width), np.float32)]
     if texts:
         parts.append(encoder.encode_texts([*texts.values()]))
     if images:
         parts.append(encoder.encode_items("image", [("image", image) for image in images.values()]))
     if rows:
         parts.append(encoder.read_rows([*rows.values()]))
-    return np.concatenate(parts)[np.argsort([*texts, *images, *rows])]
+    return np.concatenate(parts)[np.argsort([*words, *texts, *images, *rows])]
 
 
-def _search(index: OpenIndex, vectors_QP: Floats, k: int, keep: Filter) -> Sequence[Sequence[Hit]]:
+def _search(
+    index: OpenIndex, vectors_QP: Floats | None, texts: Sequence[str] | None, k: int, keep: Filter
+) -> Sequence[Sequence[Hit]]:
+    """Search with vectors, with words if there are none, or with both."""
     k = min(k, index.count(keep))
-    return index.search_vectors(vectors_QP, k=k, condition=keep) if k else [[]] * len(vectors_QP)
+    if vectors_QP is None:
+        return index.search_words(texts or [], k=k, condition=keep) if k else [[]] * len(texts or [])
+    return index.search_vectors(vectors_QP, k=k, condition=keep, texts=texts) if k else [[]] * len(vectors_QP)

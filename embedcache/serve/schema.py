@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from embedcache.modalities import MODALITIES
+from embedcache.search.settings import Match
 
 _DEFAULT_HITS = 60
 MAX_HITS = 500
@@ -42,6 +43,7 @@ class SearchRequest(SearchOptions):
     """A query: a text, a row or a key."""
 
     text: str | None = Field(None, max_length=_MAX_TEXT_LENGTH, description="Text query.")
+    match: Match = Field("vectors", description="What to compare with a text: vectors, words of captions, or both.")
     row: int | None = Field(None, ge=0, le=10**12, description="Find items similar to the item in this row.")
     key: str | None = Field(
         None,
@@ -121,6 +123,7 @@ class ServerInfo(BaseModel):
     has_players: bool = Field(description="Whether hits may have recordings or videos to play.")
     missing_images: str | None = Field(description="Why images, recordings or videos are missing, if they could exist.")
     credit: str = Field(description="Attribution that must be shown with the images.")
+    matches: list[Match] = Field(description="What a text can be compared with, the default first.")
     columns: list[str] = Field(description="Columns of samples, which a condition may name.")
     filters: dict[str, dict[str, int]] = Field(description="label, split or language -> value -> number of items.")
     selections: list[str]

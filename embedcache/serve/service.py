@@ -15,12 +15,12 @@ from embedcache.errors import EmbedcacheError, MissingExtraError, PathError, Set
 from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.search.search import Hit, OpenIndex
-from embedcache.search.settings import Filter
+from embedcache.search.settings import Filter, Match
 from embedcache.serve.collect import SelectionWriter
 from embedcache.serve.coverage import ServedCoverage, measure_served_coverage, read_coverage
 from embedcache.serve.maps import ServedMap
 from embedcache.serve.media import ServedItems
-from embedcache.serve.schema import SearchOptions
+from embedcache.serve.schema import SearchOptions, SearchRequest
 from embedcache.serve.settings import ServeSettings
 from embedcache.store.cache import RowReader
 from embedcache.store.layout import SAMPLES
@@ -62,6 +62,9 @@ class SearchService:
         self.map = ServedMap(index, concepts)
         self.rejected_queries = _open_encoders(index)
         self.accepted_queries = [modality for modality in _QUERIES if modality not in self.rejected_queries]
+        self.matches: list[Match] = ["vectors"] if "text" in self.accepted_queries else []
+        if index.cache.num_rows("text"):
+            self.matches += ["words", "both"] if self.matches else ["words"]
         self.selections = {path.stem: path for path in selections}
         if len(self.selections) < len(selections):
             raise SettingError("selections: expected different file names, got the same name twice; rename one of them")
@@ -93,6 +96,8 @@ class SearchService:
                 self._images.load()
             for players in self._players.values():
                 players.load()
+            if "words" in self.matches:
+                self.index.load_words()
         except EmbedcacheError as error:  # the answers that need these rows are errors too
             log.warning("%s", error)
 
@@ -128,6 +133,14 @@ class SearchService:
         """Version of the rows, which changes with the cache."""
         return self.index.cache.info.index_digest[:16]
 
+    def check_match(self, request: SearchRequest) -> None:
+        """Raise a SettingError if the query of a request cannot be compared as it says."""
+        if request.text is None and request.match != "vectors":
+            raise SettingError(f"match: expected a text to match {request.match}, got another query")
+        if request.text is not None and request.match not in self.matches:
+            reason = self.rejected_queries.get("text", "its cache has no captions")
+            raise SettingError(f"this index does not accept texts to match {request.match}: {reason}")
+
     def info(self) -> dict[str, Any]:
         """Return the fields of `ServerInfo` except its limits of this API."""
         return {
@@ -144,6 +157,7 @@ class SearchService:
             "missing_images": self.missing_images,
             "credit": credit(self.index.cache),
             "filters": self.values,
+            "matches": self.matches,
             "columns": self.index.cache.columns,
             "selections": list(self.selections),
             "has_coverage": self.coverage is not None,
@@ -250,7 +264,7 @@ class SearchService:
         return {**concept, "hits": self._read_hits(nearest), "strip": asked}
 
     def _read_hits(self, items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        scores = np.array([item["cosine"] for item in items])
+        scores = np.clip([item["cosine"] for item in items], -1, 1)  # rounding exceeds 1
         rows = np.array([item["row"] for item in items], np.int64)
         return self.hits(self.index.hits.read(scores, rows))
 

@@ -84,6 +84,9 @@ def test_filters_equal_command(client: TestClient, root: Path) -> None:
     german = ask(client, text=TEXT, k=500, languages=["de"])
     assert len(german) == 20
     assert all(caption.endswith("auf deutsch") for hit in german for caption in hit["captions"])
+    for match in ("words", "both"):
+        hits = ask(client, text="red dog", k=6, match=match, labels=["dog"])
+        assert without_image(hits) == as_found(root, ["red dog"], k=6, match=match, filter=Filter(label_value=("dog",)))
     assert len(ask(client, text=TEXT, k=500, selection="few")) == 7
     assert ask(client, text=TEXT, selection="few", splits=["val"]) == []
     assert ask(client, text=TEXT, where="label = 'bird'") == []
@@ -385,6 +388,7 @@ def test_invalid_requests_get_one_line_errors(client: TestClient) -> None:
         ({"text": "a", "selection": "../few"}, 404, "../few"),
         ({"text": "a", "where": "read_csv('/etc/passwd')"}, 400, "where: expected"),
         ({"text": "a", "where": "x = 1"}, 404, "label"),
+        ({"row": 1, "match": "words"}, 400, "words"),
         ({"text": "a", "where": "x" * 2001}, 422, "2000"),
         ({"row": 10**30}, 422, "row"),
         ({"text": "\ud800"}, 422, "text"),

@@ -35,7 +35,7 @@ function card(hit, place, { index, collection, onOpen, onSimilar, threshold }) {
     tabindex: place === 0 ? 0 : -1,
     "data-row": hit.row,
     "data-key": hit.key,
-    "aria-label": [caption(hit), score === null ? null : `cosine ${score}`, isAbove ? "above the threshold" : null].filter(Boolean).join(", "),
+    "aria-label": [caption(hit), score === null ? null : `score ${score}`, isAbove ? "above the threshold" : null].filter(Boolean).join(", "),
     onclick: () => onOpen(place),
   },
     isFilm || url === null ? null : element("img", {
@@ -196,7 +196,7 @@ export class ItemDialog {
       return;
     }
     byId("item-captions").replaceChildren(...captionsByLanguage(item.captions));
-    const rows = [["cosine", hit.score?.toFixed(3) ?? null], ["key", item.key], ["path", item.path], ...Object.entries(item.columns)];
+    const rows = [["score", hit.score?.toFixed(3) ?? null], ["key", item.key], ["path", item.path], ...Object.entries(item.columns)];
     byId("item-columns").replaceChildren(...rows.filter(([, value]) => value !== null).map(([name, value]) =>
       element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, String(value)))));
   }

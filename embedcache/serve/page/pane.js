@@ -46,7 +46,8 @@ export class Pane {
 
   send(query, options, signal) {
     const { text, row, file } = query;
-    if (!file) return post("/api/search", { ...(text === undefined ? { row } : { text }), ...options }, signal);
+    const { match, ...filters } = options;
+    if (!file) return post("/api/search", { ...(text === undefined ? { row } : { text, match }), ...filters }, signal);
     const values = new URLSearchParams({ k: options.k });
     for (const name of ["labels", "splits", "languages"]) for (const value of options[name]) values.append(name, value);
     for (const name of ["where", "selection"]) if (options[name]) values.set(name, options[name]);

@@ -6,7 +6,7 @@ import { Grid, ItemDialog, caption, focusCell } from "./grid.js";
 import { Pane } from "./pane.js";
 
 const DEFAULT_HITS = 60;
-const NAMES = { split: "Split", label: "Label", language: "Language", selection: "Selection" };
+const NAMES = { split: "Split", label: "Label", language: "Language", selection: "Selection", match: "Match" };
 const KINDS = { text: "text", image: "an image" };
 
 export class Search {
@@ -34,10 +34,11 @@ export class Search {
   addFilters() {
     const choices = { ...this.info.filters };
     if (this.info.selections.length) choices.selection = Object.fromEntries(this.info.selections.map((name) => [name, null]));
+    if (this.info.matches.includes("both")) choices.match = { words: null, both: null };
     this.selects = {};
     for (const [name, values] of Object.entries(choices)) {
       const select = element("select", { name, onchange: () => { this.k = DEFAULT_HITS; this.run({ saveAddress: true }); } },
-        element("option", { value: "" }, "any"),
+        element("option", { value: "" }, name === "match" ? "meaning" : "any"),
         ...Object.entries(values).map(([value, number]) =>
           element("option", { value }, number === null ? value : `${value} (${count(number)})`)));
       this.selects[name] = select;
@@ -181,7 +182,7 @@ export class Search {
     const chosen = (name) => (this.selects[name]?.value ? [this.selects[name].value] : []);
     return {
       k: this.k, labels: chosen("label"), splits: chosen("split"), languages: chosen("language"),
-      where: this.selects.where.value.trim() || null, selection: this.selects.selection?.value || null,
+      match: this.selects.match?.value || "vectors", where: this.selects.where.value.trim() || null, selection: this.selects.selection?.value || null,
     };
   }
 
