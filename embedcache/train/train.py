@@ -85,7 +85,7 @@ class TrainReport(Manifest):
     measures: dict[str, float]
     samples_per_s: float
     num_held_out: int | None = None
-    recipes: Sequence[RecipeScore] = ()
+    recipes: tuple[RecipeScore, ...] = ()
 
     def line(self, run_path: Path) -> str:
         """Summarize the report in one line, with what to change if the selection or the training fell short."""

@@ -108,11 +108,9 @@ def test_controls_are_printed_as_escapes(capsys: pytest.CaptureFixture[str]) -> 
 )
 def test_help_of_many_options_shows_the_common_ones(command: str, expected: set[str], tmp_path: Path) -> None:
     """Check that a newcomer sees few options, and the way to all of them."""
+    name = re.compile(r"^│ (?:\*)? {0,3}(--[a-z-]+|-[a-z])", re.MULTILINE)  # not of a description that wraps
     short, full = (
-        set(
-            re.findall(r"^│ (?:\*)? *(--[a-z-]+|-[a-z])", succeed(*command.split(), option, cwd=tmp_path), re.MULTILINE)
-        )
-        for option in ("--help", "--help-all")
+        set(name.findall(succeed(*command.split(), option, cwd=tmp_path))) for option in ("--help", "--help-all")
     )
     assert expected | {"--help-all"} < short
     assert len(short) <= 15
