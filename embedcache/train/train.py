@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
+from pydantic import Field
 
 from embedcache.arrays import blocks
 from embedcache.dataset.inputs import InputFeature, NamedFeatures
@@ -85,7 +86,7 @@ class TrainReport(Manifest):
     measures: dict[str, float]
     samples_per_s: float
     num_held_out: int | None = None
-    recipes: tuple[RecipeScore, ...] = ()
+    recipes: list[RecipeScore] = Field(default_factory=list)
 
     def line(self, run_path: Path) -> str:
         """Summarize the report in one line, with what to change if the selection or the training fell short."""
