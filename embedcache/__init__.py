@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from embedcache.derive.rules import Derivation as Derivation
     from embedcache.encoders.base import EncoderSettings as EncoderSettings
     from embedcache.errors import EmbedcacheError as EmbedcacheError
+    from embedcache.evaluate.adapter import evaluate_adapter as evaluate_adapter
     from embedcache.evaluate.encoder_pairs import evaluate_pairs as evaluate_pairs
     from embedcache.evaluate.probe import evaluate_probe as evaluate_probe
     from embedcache.evaluate.retrieval import compare_retrieval as compare_retrieval
     from embedcache.evaluate.retrieval import evaluate_retrieval as evaluate_retrieval
+    from embedcache.evaluate.settings import AdapterEvalSettings as AdapterEvalSettings
     from embedcache.evaluate.settings import PairsSettings as PairsSettings
     from embedcache.evaluate.settings import ProbeSettings as ProbeSettings
     from embedcache.evaluate.settings import RetrievalSettings as RetrievalSettings
@@ -76,7 +78,9 @@ if TYPE_CHECKING:
     from embedcache.store.feature import Feature as Feature
     from embedcache.sweep.settings import SweepSettings as SweepSettings
     from embedcache.sweep.sweep import sweep as sweep_projectors
+    from embedcache.train.adapter import fit_adapter as fit_adapter
     from embedcache.train.pair_dataset import PairDataset as PairDataset
+    from embedcache.train.settings import AdapterSettings as AdapterSettings
     from embedcache.train.settings import LossSettings as LossSettings
     from embedcache.train.settings import MachineSettings as MachineSettings
     from embedcache.train.settings import ModelSettings as ModelSettings

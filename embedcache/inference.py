@@ -21,7 +21,7 @@ from embedcache.modalities import list_distinct, list_texts
 from embedcache.modeling.heads import AnyTower, TokenTower
 from embedcache.processes import AUTO, torch_device
 from embedcache.projectors.base import project
-from embedcache.runs import PAIR, Run
+from embedcache.runs import TOWERS, Run
 from embedcache.sources.images import ImageLike
 
 PairedItems: TypeAlias = ImageLike | ItemLike | Sequence[ImageLike | ItemLike]
@@ -30,7 +30,7 @@ _VECTOR_AXES = 2
 
 
 def load(run: AnyPath, *, device: str = AUTO) -> "Model":
-    """Load a trained run: an aligned pair of `train_projectors`.
+    """Load a trained run: an aligned pair of `train_projectors`, or an adapter of `fit_adapter`.
 
     Encoders are opened on first use, so a model that only embeds texts never loads the image encoder.
 
@@ -41,11 +41,11 @@ def load(run: AnyPath, *, device: str = AUTO) -> "Model":
 
     Raises:
         PathError: the folder is not a finished run.
-        DataError: the run is not an aligned pair.
+        DataError: the run is neither an aligned pair nor an adapter.
         CorruptError: the weights do not match the config.
         SettingError: the device does not exist.
     """
-    return Model(Run.open(run, kind=PAIR, device=str(torch_device(device))).load())
+    return Model(Run.open(run, kind=TOWERS, device=str(torch_device(device))).load())
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,22 @@ from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Literal, TypedDict
 
+class AdapterOptions(TypedDict, total=False):
+    split: str | PathLike[str] | None
+    val_fraction: float | None
+    test_fraction: float | None
+    max_val: int | None
+    max_test: int | None
+    cosine: float | str | Iterable[str] | Mapping[str, float] | None
+    split_seed: int | None
+    shuffle_pairs: bool | None
+    seed: int | None
+
+class AdapterEvalOptions(TypedDict, total=False):
+    part: Literal["train", "val", "test", "all"] | None
+    num_queries: int | None
+    device: str | None
+
 class CoverageOptions(TypedDict, total=False):
     modality: Literal["image", "text", "audio", "video", "points", "both"] | None
     feature: str | None
@@ -196,6 +212,7 @@ class SearchOptions(TypedDict, total=False):
     selection: str | PathLike[str] | None
     run: str | PathLike[str] | None
     cache: str | PathLike[str] | None
+    adapter: str | PathLike[str] | None
     device: str | None
 
 class SelectOptions(TypedDict, total=False):

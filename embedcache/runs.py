@@ -42,7 +42,15 @@ if TYPE_CHECKING:
 PAIR = "pair"
 """Kind of a run of an aligned pair."""
 
-NETWORKS = Registry("network", {PAIR: "embedcache.projectors.pair:AlignedPair"}, group="embedcache.networks")
+ADAPTER = "adapter"
+"""Kind of a run that maps a new encoder's feature into the space of an old one's: an aligned pair of one tower."""
+
+TOWERS = (PAIR, ADAPTER)
+"""Kinds of runs that project items by a tower."""
+
+_PAIR_CLASS = "embedcache.projectors.pair:AlignedPair"
+
+NETWORKS = Registry("network", dict.fromkeys(TOWERS, _PAIR_CLASS), group="embedcache.networks")
 """Modules by name. One of your own needs no entry: `module:attribute`."""
 
 MANIFEST, WEIGHTS, SPLIT, CHECKPOINT = "run.json", "model.safetensors", "split.parquet", "checkpoint.pt"
@@ -134,12 +142,12 @@ class Run:
     started: float = 0.0
 
     @classmethod
-    def open(cls, path: AnyPath, *, kind: str | None = None, device: str = "cpu") -> "Run":
+    def open(cls, path: AnyPath, *, kind: str | Sequence[str] | None = None, device: str = "cpu") -> "Run":
         """Open a finished run.
 
         Args:
             path: its folder.
-            kind: the kind that it must have; None: any.
+            kind: the kind that it must have, or several of which it must have one; None: any.
             device: torch device of the module, or `auto`.
 
         Raises:
@@ -154,8 +162,8 @@ class Run:
             raise PathError(
                 f"{path} is not a finished run: its training has not ended; run the same embedcache train again"
             )
-        if kind not in (None, info.kind):
-            expected = "an aligned pair" if kind == PAIR else f"a run of kind {kind}"
+        if kind is not None and info.kind not in ((kind,) if isinstance(kind, str) else kind):
+            expected = f"a run of kind {kind}" if isinstance(kind, str) and kind != PAIR else "an aligned pair"
             raise DataError(f"{path}: expected {expected}, got a run of kind {info.kind}; check the path")
         return cls(path, info, device)
 

@@ -7,6 +7,7 @@ import typer
 
 from embedcache.cli.commands import CacheArgument, Features, command, new_group
 from embedcache.evaluate.settings import (
+    AdapterEvalSettings,
     PairsSettings,
     ProbeSettings,
     RetrievalSettings,
@@ -64,6 +65,30 @@ def zero_shot(
 
     reports = compare_zero_shot(cache, run, prompts, settings, control_run=control_run or [], progress=open_progress())
     return present_zero_shot(reports, cache, settings)
+
+
+@command(app, "adapter", settings=AdapterEvalSettings, has_page=True)
+def adapter(
+    cache: CacheArgument,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter of a feature, written by adapt.")],
+    control_run: Annotated[
+        Path | None, typer.Option(metavar="ADAPTER", help="Adapter fitted with --shuffle-pairs, as a control.")
+    ] = None,
+    *,
+    settings: AdapterEvalSettings,
+) -> Any:
+    """Measure how much of a new encoder's search an adapter keeps.
+
+    Held-out items search the old encoder's vectors through the adapter. Their neighbors are compared with those among
+    the new encoder's own vectors, as if everything had been encoded again.
+
+    Example: embedcache evaluate adapter cache/ adapter/ --control-run shuffled/
+    """
+    from embedcache.cli.console import open_progress
+    from embedcache.evaluate.adapter import evaluate_adapter
+    from embedcache.reports.adapter import present_adapter
+
+    return present_adapter(evaluate_adapter(cache, adapter, settings, control=control_run, progress=open_progress()))
 
 
 @command(app, "probe", settings=ProbeSettings, has_page=True, plugins=("methods",))

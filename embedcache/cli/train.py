@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from embedcache.cli.commands import Features, command, new_group
+from embedcache.cli.commands import CacheArgument, Features, command, new_group
 from embedcache.sweep.settings import SweepSettings
-from embedcache.train.settings import TrainSettings, train_settings
+from embedcache.train.settings import AdapterSettings, TrainSettings, adapter_settings, train_settings
 
 app = new_group()
 
@@ -58,6 +58,37 @@ def train(
     progress = open_progress() if is_first else NullProgress()
     report = run_training(caches, run, feature=feature, settings=settings, progress=progress)
     return present(report, lines=[report.line(run)]) if is_first else None
+
+
+@command(app, "adapt", settings=AdapterSettings, build={"settings": adapter_settings})
+def adapt(
+    cache: CacheArgument,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder to write the adapter to, a run.")],
+    feature: Annotated[
+        str, typer.Option(metavar="[MODALITY=]NAME", help="Feature of the new encoder, as encoder/feature.")
+    ],
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|RUN", help="Feature of the old encoder, or run that was trained on it, to map vectors onto."
+        ),
+    ],
+    *,
+    settings: AdapterSettings,
+) -> Any:
+    """Map a new encoder's vectors into the space of an old one.
+
+    A sample encoded with both is enough: search an old index with a new encoder, or give an encoder without texts the
+    text tower of a run.
+
+    Example: embedcache adapt cache/ adapter/ --feature new-encoder/cls --target old-encoder/cls
+    """
+    from embedcache.cli.console import open_progress
+    from embedcache.reports.render import present
+    from embedcache.train.adapter import fit_adapter
+
+    report = fit_adapter(cache, adapter, feature=feature, target=target, settings=settings, progress=open_progress())
+    return present(report, lines=[report.line(adapter)])
 
 
 @command(app, "sweep", settings=SweepSettings, plugins=("projectors", "losses"))

@@ -46,7 +46,8 @@ class InputFeature:
             if other.group.name != first.group.name or other.item_shape[-1] != first.item_shape[-1]:
                 raise DataError(
                     f"expected features of one encoder and one width, got {first.name} of width "
-                    f"{first.item_shape[-1]} and {other.name} of width {other.item_shape[-1]}"
+                    f"{first.item_shape[-1]} and {other.name} of width {other.item_shape[-1]}; embedcache adapt maps "
+                    "one encoder's feature onto another's"
                 )
         self._features = list(features)
         self.name = "+".join(feature.name for feature in features)
@@ -209,7 +210,8 @@ def choose_pair(cache: Cache, feature: NamedFeatures) -> dict[str, str | None]:
         named = {modality: named.get(modality) for modality in pair}
     if len(named) != 2:
         raise SettingError(
-            f"feature: expected features of two modalities, such as image=NAME and text=NAME, got {', '.join(named)}"
+            f"feature: expected features of two modalities, such as image=NAME and text=NAME, got {', '.join(named)}; "
+            "embedcache adapt maps one encoder's feature onto another's"
         )
     return named
 

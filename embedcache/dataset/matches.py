@@ -169,7 +169,8 @@ def near_duplicate_groups(
 ) -> Ints:
     """Return the near-duplicate group of each sample: (S,) int64.
 
-    Groups only grow while items are compared. Once `are_useless` returns true for them, they are returned as they are.
+    With one reader, only the first items are compared. Groups only grow while items are compared. Once `are_useless`
+    returns true for them, they are returned as they are.
 
     Up to 200,000 items all pairs are compared. Of more items, those within 2 √N clusters and across the 16 nearest
     borders of each item are; how many of the pairs of a random sample of items are then in one group is reported.
@@ -179,7 +180,7 @@ def near_duplicate_groups(
     samples = pairs.samples
     groups = np.arange(len(samples))
     use_all_pairs = len(pairs.first.rows) + len(pairs.second.rows) <= MAX_COMPARED_ITEMS
-    for items, (modality, read) in zip((pairs.first, pairs.second), readers.items(), strict=True):
+    for items, (modality, read) in zip((pairs.first, pairs.second), readers.items(), strict=False):
         cosine = settings.cosines[modality]
         vectors = _open_items(items, read, f"{modality} items for the {purpose}")
         clusters = find_clusters(vectors, cosine, all_pairs=use_all_pairs, seed=settings.seed, progress=progress)

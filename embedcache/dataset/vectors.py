@@ -17,7 +17,7 @@ from embedcache.modalities import noun
 from embedcache.processes import AUTO, torch_device
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import project
-from embedcache.runs import PAIR, Run
+from embedcache.runs import TOWERS, Run
 from embedcache.store.cache import Cache, RowReader
 
 _BLOCK = 256
@@ -66,7 +66,7 @@ class Vectors:
         run = None if run_path is None else os.fspath(run_path)
         self._arguments = (str(self.cache.path), modality, feature, run, language, width, device)
         self.run_path = None if run is None else Path(run)
-        self.run = None if run is None else Run.open(run, kind=PAIR, device=device)
+        self.run = None if run is None else Run.open(run, kind=TOWERS, device=device)
         self._selected: Ints | None = None
         if self.run is not None and not on_demand:
             self.run.load()
@@ -100,8 +100,9 @@ class Vectors:
 
     @property
     def other_modality(self) -> str | None:
-        """The other modality of the run; None without a run."""
-        return None if self.run is None else self.run.other_modality(self.modality)
+        """The other modality of the run; None without a run, or with one that has a single tower."""
+        has_other = self.run is not None and len(self.run.modalities) > 1
+        return self.run.other_modality(self.modality) if self.run is not None and has_other else None
 
     @property
     def num_chunks(self) -> int:

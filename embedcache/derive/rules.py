@@ -28,7 +28,7 @@ from embedcache.processes import torch_device
 from embedcache.projectors.base import Moments, project
 from embedcache.provenance import RUN, canonical_json, digest
 from embedcache.registry import Registry, unknown_name
-from embedcache.runs import PAIR, Run, RunInput
+from embedcache.runs import PAIR, TOWERS, Run, RunInput
 from embedcache.store.cache import Cache
 from embedcache.store.feature import EncoderGroup
 from embedcache.store.layout import Axis
@@ -416,7 +416,7 @@ def open_run(request: RunRequest) -> list[Derivation]:
     run = Run.open(request.path)
     device = str(torch_device(request.device, needs_float64=run.info.kind != PAIR))
     run = Run.open(request.path, device=device)
-    return _open_pair(request, run) if run.info.kind == PAIR else [_open_module(request, run)]
+    return _open_pair(request, run) if run.info.kind in TOWERS else [_open_module(request, run)]
 
 
 def _open_module(request: RunRequest, run: Run) -> Derivation:

@@ -56,6 +56,14 @@ class ZeroShotSettings(Settings):
     device: str = device_setting()
 
 
+class AdapterEvalSettings(Settings):
+    """Settings of the evaluation of an adapter."""
+
+    part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
+    num_queries: int = setting(2_000, "Most queries, drawn at random from a larger part.", ge=1)
+    device: str = device_setting()
+
+
 class ProbeSettings(Settings):
     """Settings of classifiers on a frozen feature."""
 

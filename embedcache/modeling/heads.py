@@ -4,7 +4,7 @@ A tower prepares the input of a projector: normalization, centering, dropout. A 
 built as `Projector(input_width, output_width)` and maps a (B, D) float tensor x to (B, P) float32. Those with a linear
 branch can be initialized with a closed form (`set_linear_map`).
 
-    linear       W x
+    linear       W x, and W x + b as linear:bias=true
     identity     x
     mlp          W x + V gelu(U layernorm(x))
     glu          V (relu6(U x') * W x'),  x' = layernorm(x)             SAIL
@@ -103,11 +103,11 @@ AnyTower: TypeAlias = Tower | RawTower | TokenTower
 
 
 class LinearProjector(nn.Module):
-    """y = W x, without a bias."""
+    """y = W x, or y = W x + b with a bias."""
 
-    def __init__(self, input_width: int, output_width: int) -> None:
+    def __init__(self, input_width: int, output_width: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.linear = nn.Linear(input_width, output_width, bias=False)
+        self.linear = nn.Linear(input_width, output_width, bias=bias)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
         projected: Tensor = self.linear(vectors_BD)
@@ -116,6 +116,8 @@ class LinearProjector(nn.Module):
     @torch.no_grad()
     def set_linear_map(self, weights_DP: Tensor) -> None:
         self.linear.weight.copy_(weights_DP.T)
+        if self.linear.bias is not None:
+            self.linear.bias.zero_()
 
 
 class IdentityProjector(nn.Module):

@@ -22,7 +22,8 @@ class AlignedPair(nn.Module):
 
     Args:
         projector: name of the projector of both towers, or `FIRST+SECOND`.
-        widths: modality -> width of its feature, of two modalities; a tower is a submodule of that name.
+        widths: modality -> width of its feature, of two modalities, or of one for an adapter; a tower is a submodule of
+            that name.
         shared_width: width of the shared space.
         dropout: fraction of each tower's input set to zero in training.
     """
@@ -30,7 +31,7 @@ class AlignedPair(nn.Module):
     def __init__(self, projector: str, *, widths: Mapping[str, int], shared_width: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.modalities = tuple(widths)
-        for name, (modality, width) in zip(split_names(projector), widths.items(), strict=True):
+        for name, (modality, width) in zip(split_names(projector), widths.items(), strict=len(widths) > 1):
             self.add_module(modality, _tower(name, width, shared_width, dropout))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(_INITIAL_TEMPERATURE)))
 

@@ -27,11 +27,13 @@ from embedcache.encoders.base import Modality, background_of
 from embedcache.encoders.open import EncoderSpec, why_no_encoder
 from embedcache.encoders.views import FeatureEncoder, open_feature_encoder
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
+from embedcache.files import AnyPath
 from embedcache.modalities import FILE_MODALITIES, MODALITIES, list_texts, noun
 from embedcache.progress import Progress
 from embedcache.projectors.base import project
+from embedcache.provenance import check_same
 from embedcache.registry import unknown_name
-from embedcache.runs import PAIR, Run, RunInput
+from embedcache.runs import TOWERS, Run, RunInput
 from embedcache.search.concepts import open_concepts
 from embedcache.search.faiss_index import IndexCard, RowIndex
 from embedcache.sources.images import ImageLike
@@ -113,10 +115,20 @@ class Queries:
 class QueryEncoder:
     """Encodes queries into an index's vector space. The run and each encoder are opened once, when first needed.
 
-    Raises `FingerprintError` if the run is not the one that the index was built with.
+    Raises `FingerprintError` if the run is not the one that the index was built with, or if the adapter maps into
+    another space.
     """
 
-    def __init__(self, index: RowIndex, card: IndexCard, cache: Cache, run_path: Path | None, device: str) -> None:
+    def __init__(
+        self,
+        index: RowIndex,
+        card: IndexCard,
+        cache: Cache,
+        run_path: Path | None,
+        device: str,
+        *,
+        adapter: AnyPath | None = None,
+    ) -> None:
         self._index, self._card, self._cache, self._run_path, self._device = index, card, cache, run_path, device
         self.run: Run | None = None
         self._encoders: dict[Modality, FeatureEncoder] = {}
@@ -125,13 +137,15 @@ class QueryEncoder:
                 f"run: expected none for an index of the plain feature {card.feature}, got {run_path}; leave --run out"
             )
         if run_path is not None:
-            self.run = Run.open(run_path, kind=PAIR)
+            self.run = Run.open(run_path, kind=TOWERS)
             weights = self.run.info.weights
             if weights != card.run_weights:
                 raise FingerprintError(
                     f"run {run_path}: expected the weights of the index, {card.run_weights}, got {weights}; give the "
                     "run of the index, or build the index again: embedcache curate index CACHE INDEX --run RUN"
                 )
+
+        self._adapter = None if adapter is None else _open_adapter(Path(adapter), card)
 
     @cached_property
     def indexed(self) -> Vectors:
@@ -156,8 +170,9 @@ class QueryEncoder:
                 f"expected an index built with a run, got one of the plain {own} feature {self._card.feature}; "
                 f"build one with: embedcache curate index CACHE INDEX --run RUN{option}"
             )
-        if self.run is not None and modality not in self.run.modalities:
-            return f"expected one of the modalities of the run, {' and '.join(self.run.modalities)}"
+        run = self._run_of(modality)
+        if run is not None and modality not in run.modalities:
+            return f"expected one of the modalities of the run, {' and '.join(run.modalities)}"
         spec = EncoderSpec.parse(self._tower_input(modality).spec)
         return why_no_encoder(spec, modality, next_step="search with --query-key or --query-vectors")
 
@@ -168,8 +183,8 @@ class QueryEncoder:
             if rejection is not None:
                 raise DataError(f"{modality} query: {rejection}")
             source = self._tower_input(modality)
-            if self.run is not None:
-                self.run.load()  # a damaged run is refused first
+            if (run := self._run_of(modality)) is not None:
+                run.load()  # a damaged run is refused first
             self._encoders[modality] = open_feature_encoder(
                 source.spec,
                 modality=modality,
@@ -228,13 +243,20 @@ class QueryEncoder:
         parts = [self._project(modality, to_inputs(values)) for values in batches]
         return np.concatenate([np.empty((0, self._card.width), np.float32), *parts])
 
+    def _run_of(self, modality: Modality) -> Run | None:
+        """Return the run that projects queries of a modality: the adapter, if it has a tower for it."""
+        is_adapted = self._adapter is not None and modality in self._adapter.modalities
+        return self._adapter if is_adapted else self.run
+
     def _tower_input(self, modality: Modality) -> RunInput | IndexCard:
-        return self._card if self.run is None else self.run.input(modality)
+        run = self._run_of(modality)
+        return self._card if run is None else run.input(modality)
 
     def _project(self, modality: Modality, inputs: Inputs) -> Floats:
-        if self.run is None:
+        run = self._run_of(modality)
+        if run is None:
             return normalize(inputs.values[:, : self._card.width])
-        return project(self.run.pair.tower(modality), inputs, width=self._card.width)
+        return project(run.pair.tower(modality), inputs, width=self._card.width)
 
     def _read_keys(self, keys: Sequence[str]) -> Floats:
         samples = find_keys(self._cache, keys)
@@ -287,6 +309,21 @@ class QueryEncoder:
         if is_zero.any():
             raise DataError(f"query vectors: expected rows with a direction, got zeros in row {is_zero.argmax()}")
         return normalize(vectors_QP)
+
+
+def _open_adapter(path: Path, card: IndexCard) -> Run:
+    """Open an adapter that maps into the space of an index, or raise a `FingerprintError`."""
+    adapter = Run.open(path, kind=TOWERS)
+    target = adapter.info.settings.get("target", {})
+    own = {"feature": card.feature, "fingerprint": card.fingerprint}
+    space = own if card.run is None else {"feature": card.feature, "weights": card.run_weights}
+    next_step = f"fit one: embedcache adapt CACHE ADAPTER --feature NEW --target {card.run or card.feature}"
+    if target.keys() != space.keys():
+        kind = "a run of train" if not target else "one onto a run" if "weights" in target else "one onto a feature"
+        expected = f"onto the run {card.run}" if card.run else f"onto the plain feature {card.feature}"
+        raise FingerprintError(f"adapter {path}: expected one {expected} of the index, got {kind}; {next_step}")
+    check_same(f"the target of adapter {path}", target, space, next_step=next_step)
+    return adapter
 
 
 def read_vectors(path: Path) -> Array:

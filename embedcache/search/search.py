@@ -292,7 +292,14 @@ def search(
     if not isinstance(queries, Queries):
         queries = Queries(texts=queries)
     if not isinstance(index, OpenIndex):
-        index = OpenIndex(index, run=settings.run, cache=settings.cache, label=settings.label, device=settings.device)
+        index = OpenIndex(
+            index,
+            run=settings.run,
+            cache=settings.cache,
+            adapter=settings.adapter,
+            label=settings.label,
+            device=settings.device,
+        )
     return index.search(queries, k=settings.k, condition=settings.filter, match=settings.match, progress=progress)
 
 
@@ -307,13 +314,15 @@ class OpenIndex:
         index: index built by `build_index`.
         run: where the run that projected the index is now, if it has moved.
         cache: where the cache is now, if it has moved.
+        adapter: run of `fit_adapter` that maps queries of a new encoder into the space of the index.
         label: column of the labels that hits have and filters name.
         filter_timeout_s: most seconds to compute a condition for. If None, any.
         device: device that encoders run on, and batches of 64 queries or more if FAISS can search the index there.
 
     Raises:
         PathError: the index, its run or its cache does not exist.
-        FingerprintError: the run or the cache is not the one that the index was built from.
+        FingerprintError: the run or the cache is not the one that the index was built from, or the adapter maps into
+            another space.
         UnknownNameError: the cache has no column of that name, other than the default.
         CorruptError: the card or a file of the index has changed.
     """
@@ -324,6 +333,7 @@ class OpenIndex:
         *,
         run: AnyPath | None = None,
         cache: AnyPath | None = None,
+        adapter: AnyPath | None = None,
         label: str = LABEL["default"],
         filter_timeout_s: float | None = None,
         device: str = AUTO,
@@ -344,7 +354,7 @@ class OpenIndex:
         self.run_path = None if run is None else Path(run)
         self.device = device
         self._index = open_row_index(self.path, self.card, device=device)
-        self.query_encoder = QueryEncoder(self._index, self.card, self.cache, self.run_path, device)
+        self.query_encoder = QueryEncoder(self._index, self.card, self.cache, self.run_path, device, adapter=adapter)
         if label != LABEL["default"]:
             require_column(self.cache, label)
         self.label = label

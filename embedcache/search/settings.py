@@ -28,6 +28,13 @@ MOVED_CACHE: dict[str, Any] = {
 }
 
 
+ADAPTER: dict[str, Any] = {
+    "default": None,
+    "help": "Encode queries with the new encoder of this adapter, written by embedcache adapt.",
+    "metavar": "RUN",
+}
+
+
 class IndexSettings(Settings):
     """Settings of an index: what is indexed, and which kind of index is built."""
 
@@ -102,4 +109,5 @@ class SearchSettings(Settings):
     filter: Filter = group(Filter)
     run: Path | str | None = setting(**MOVED_RUN)
     cache: str | Path | None = setting(**MOVED_CACHE)
+    adapter: Path | str | None = setting(**ADAPTER)
     device: str = device_setting()

@@ -279,3 +279,16 @@ def command_line(settings: TrainSettings) -> list[str]:
             option = f"--{item.name.replace('_', '-')}"
             words += [option] if value is True else [word for part in to_words(value) for word in (option, part)]
     return words
+
+
+class AdapterSettings(Settings):
+    """Settings of an adapter."""
+
+    split: SplitSettings = group(SplitSettings)
+    shuffle_pairs: bool = setting(False, "Fit on shuffled rows, as a control that must stay at chance.")
+    seed: int = setting(0, "Random seed of the split, and of shuffled rows.", ge=0, lt=2**32)
+
+
+def adapter_settings(options: Mapping[str, Any]) -> AdapterSettings:
+    """Build settings from flat names; `split_seed` defaults to `seed`."""
+    return from_flat(AdapterSettings, with_split_seed(options))
