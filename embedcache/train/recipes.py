@@ -35,7 +35,8 @@ class Recipe(NamedTuple):
         name: its name, also that of a folder.
         options: settings by flat name.
         length: how long to train; None for a closed form.
-        min_pairs: training pairs from which on it is compared.
+        min_pairs: fewest training pairs with which it is compared.
+        max_pairs: training pairs from which on it is not compared; None: any number.
         has_prototypes: whether prototypes, if some are given, join its closed form.
         starts_from_best: whether it starts from the best closed form.
     """
@@ -44,20 +45,29 @@ class Recipe(NamedTuple):
     options: Mapping[str, Any]
     length: TrainingLength | None = None
     min_pairs: int = 0
+    max_pairs: int | None = None
     has_prototypes: bool = False
     starts_from_best: bool = False
 
 
 RECIPES = (
-    Recipe("closed-form-3", {"projector": "linear", "shrinkage": 3.0}),
-    Recipe("closed-form-1", {"projector": "linear", "shrinkage": 1.0}),
+    Recipe("closed-form-3", {"projector": "linear", "shrinkage": 3.0}, max_pairs=5_500),
+    Recipe("closed-form-1", {"projector": "linear", "shrinkage": 1.0}, max_pairs=5_500),
     Recipe("closed-form-0.3", {"projector": "linear", "shrinkage": 0.3}, min_pairs=1_750),
     Recipe("closed-form-0.1", {"projector": "linear", "shrinkage": 0.1}, min_pairs=5_500),
     Recipe("prototypes", {"projector": "linear", "shrinkage": 1.0}, has_prototypes=True),
     Recipe(
-        "mlp",
+        "mlp-1e-4",
         {"projector": "mlp", "dropout": 0.5, "lr": 1e-4},
         length=TrainingLength(300_000, 10, 30),
+        max_pairs=5_500,
+        starts_from_best=True,
+    ),
+    Recipe(
+        "mlp-1e-3",
+        {"projector": "mlp", "dropout": 0.5, "lr": 1e-3},
+        length=TrainingLength(2_000_000, 10, 100),
+        min_pairs=5_500,
         starts_from_best=True,
     ),
     Recipe(
@@ -69,7 +79,7 @@ RECIPES = (
 )
 """Recipes from the simplest on, chosen on icons, stamps and emoji: docs/about/results.md.
 
-`min_pairs` is halfway between sizes that were measured, on a logarithmic axis.
+They change halfway between sizes that were measured, on a logarithmic axis.
 """
 
 _REPLACED = ("projector", "initialization", "init_from", "trainable")
@@ -110,6 +120,7 @@ def list_recipes(num_pairs: int, settings: TrainSettings) -> list[Recipe]:
         recipe
         for recipe in RECIPES
         if recipe.min_pairs <= num_pairs
+        and (recipe.max_pairs is None or num_pairs < recipe.max_pairs)
         and (not recipe.has_prototypes or settings.prototypes is not None)
         and not (needs_training if recipe.length is None else epochs == 0)
     ]

@@ -33,14 +33,14 @@ CLOSED_FORMS = ["closed-form-3", "closed-form-1"]
 @pytest.mark.parametrize(
     ("num_pairs", "given", "names"),
     [
-        (100, {}, [*CLOSED_FORMS, "mlp"]),
-        (100, {"prototypes": "classes"}, [*CLOSED_FORMS, "prototypes", "mlp"]),
-        (2_000, {}, [*CLOSED_FORMS, "closed-form-0.3", "mlp"]),
-        (6_000, {}, [*CLOSED_FORMS, "closed-form-0.3", "closed-form-0.1", "mlp", "glu"]),
+        (100, {}, [*CLOSED_FORMS, "mlp-1e-4"]),
+        (100, {"prototypes": "classes"}, [*CLOSED_FORMS, "prototypes", "mlp-1e-4"]),
+        (2_000, {}, [*CLOSED_FORMS, "closed-form-0.3", "mlp-1e-4"]),
+        (6_000, {}, ["closed-form-0.3", "closed-form-0.1", "mlp-1e-3", "glu"]),
         (100, {"epochs": 0, "projector": "mlp"}, CLOSED_FORMS),
-        (100, {"epochs": 2}, ["mlp"]),
-        (100, {"init_from": ["image=run"]}, ["mlp"]),
-        (6_000, {"projector": "mlp"}, ["mlp", "glu"]),
+        (100, {"epochs": 2}, ["mlp-1e-4"]),
+        (100, {"init_from": ["image=run"]}, ["mlp-1e-4"]),
+        (6_000, {"projector": "mlp"}, ["mlp-1e-3", "glu"]),
     ],
 )
 def test_recipes_by_pairs_and_given_settings(num_pairs: int, given: dict[str, Any], names: list[str]) -> None:
@@ -53,7 +53,7 @@ def test_given_options_apply_to_all_recipes() -> None:
     best = RecipeScore(name="prototypes", options={"shrinkage": 2.0, "prototypes": "classes"}, score=0.5)
     mlp, glu = list_recipes(160_000, settings)
     expected = train_settings(
-        {**to_flat(settings), "recipe": None, "lr": 1e-4, "shrinkage": 2.0, "epochs": 10, "patience": 3}
+        {**to_flat(settings), "recipe": None, "lr": 1e-3, "shrinkage": 2.0, "epochs": 12, "patience": 3}
     )
     assert with_recipe(settings, recipe_options(mlp, 160_000, settings, best)) == expected
     without = with_recipe(settings, recipe_options(glu, 160_000, settings, best))
@@ -64,7 +64,7 @@ def test_given_options_apply_to_all_recipes() -> None:
 def test_best_validation_score_is_kept(cache_path: Path, tmp_path: Path) -> None:
     progress = RecordedProgress()
     report = train(cache_path, tmp_path / "auto", **FEATURES, recipe="auto", **SPLIT, progress=progress)
-    assert [score.name for score in report.recipes] == [*CLOSED_FORMS, "mlp"]
+    assert [score.name for score in report.recipes] == [*CLOSED_FORMS, "mlp-1e-4"]
     (chosen,) = [score for score in report.recipes if score.is_chosen]
     assert chosen.score == report.score == max(score.score for score in report.recipes)
     assert chosen.name in report.line(tmp_path / "auto")
@@ -100,7 +100,7 @@ class _KillsAfter(RecordedProgress):
 @pytest.mark.slow
 def test_killed_comparison_goes_on(cache_path: Path, tmp_path: Path) -> None:
     asked = {**FEATURES, **SPLIT, "recipe": "auto"}
-    for name in ("closed-form-3", "mlp"):
+    for name in ("closed-form-3", "mlp-1e-4"):
         with pytest.raises(_Killed):
             train(cache_path, tmp_path / "killed", **asked, progress=_KillsAfter(f"recipe {name}"))
     with pytest.raises(FingerprintError, match="recipe"):
