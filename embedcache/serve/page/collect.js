@@ -82,7 +82,9 @@ export class Collection {
   item(hit) {
     const url = this.index.image(hit, "thumbnail");
     return element("li", {},
-      url === null ? null : element("img", { src: url, alt: "", loading: "lazy", width: 112, height: 112 }),
+      url === null ? null : element("img", {
+        src: url, alt: "", loading: "lazy", width: 112, height: 112, onerror: (event) => event.target.remove(),
+      }),
       element("span", { class: "captions" }, caption(hit)),
       element("button", { type: "button", "aria-label": `Remove ${caption(hit)}`, onclick: (event) => this.remove(hit, event.target) }, "Remove"));
   }
