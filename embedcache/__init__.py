@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from embedcache.curate.negatives import mine_negatives as mine_negatives
     from embedcache.curate.outliers import find_outliers as find_outliers
     from embedcache.curate.score import score as score_samples
+    from embedcache.curate.select.select import combine_selections as combine_selections
     from embedcache.curate.select.select import select as select_samples
     from embedcache.curate.settings import CoverageSettings as CoverageSettings
     from embedcache.curate.settings import DedupSettings as DedupSettings

@@ -23,7 +23,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 V = TypeVar("V")
 
@@ -136,6 +136,20 @@ def pluralize(number: int, one: str, many: str | None = None) -> str:
         ('1 sample has', '2,000 samples')
     """
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def summary(report: Any) -> str:
+    """Return the lines of a report, of its method `lines` or else `line`; the `__repr__` of each of them.
+
+    Example:
+        >>> class Report:
+        ...     __repr__ = summary
+        ...     def line(self):
+        ...         return "12 samples"
+        >>> Report()
+        12 samples
+    """
+    return "\n".join(report.lines() if hasattr(report, "lines") else [report.line()])
 
 
 def show_faults() -> None:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from inspect import isfunction, signature
+from inspect import isclass, isfunction, signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import BaseModel
 
 import embedcache
 from embedcache.dataset.inputs import open_input
@@ -43,6 +44,18 @@ def test_options_have_the_types_of_their_settings() -> None:
     functions = [getattr(embedcache, name) for name in embedcache.__all__]
     parameters = [part for each in functions if isfunction(each) for part in signature(each).parameters.values()]
     assert {str(part) for part in parameters if part.kind is part.VAR_KEYWORD and "Options" not in str(part)} == set()
+
+
+def test_reports_print_as_their_summary() -> None:
+    """Check that no report has the `repr` of a dataclass or a model, which lists all of its arrays."""
+    functions = [getattr(embedcache, name) for name in embedcache.__all__]
+    results = {each.__annotations__["return"] for each in functions if isfunction(each)}
+    reports = [each for each in results if isclass(each) and each.__name__.endswith("Report")]
+    assert len(reports) > 10
+    # `dataclass` wraps the method that it makes
+    assert [
+        each for each in reports if hasattr(each.__repr__, "__wrapped__") or each.__repr__ is BaseModel.__repr__
+    ] == []
 
 
 @pytest.fixture(scope="module")

@@ -226,7 +226,8 @@ def combine(
     from embedcache.cli.console import open_progress
     from embedcache.curate.select.select import combine_selections
 
-    return _present_size(out, combine_selections(cache, out, first, operation, second, progress=open_progress()))
+    num_samples = combine_selections(cache, out, first, operation, second, progress=open_progress())
+    return _present_size(out, num_samples)
 
 
 def _present_size(path: Path, num_samples: int) -> Any:

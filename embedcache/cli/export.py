@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from embedcache.cli.commands import CacheArgument, RunArgument, check_new_file, command, new_group
-from embedcache.errors import quoted
 from embedcache.export.settings import ExportSettings, HubSettings
 from embedcache.vectors.settings import VectorExportSettings
 
@@ -61,11 +60,7 @@ def _export_model(format_name: str, run: Path, out: Path, settings: ExportSettin
     from embedcache.reports.render import Presentation, to_plain
 
     report = export_run(format_name, run, out, settings)
-    lines = [f"{out}: written"]
-    for modality, difference in report.differences.items():
-        lines.append(f"  {modality}: differs from the run by at most {difference:.1e}")
-    if report.url is not None:
-        lines.append(f"  {report.url}")
+    lines = [f"{out}: written", *(f"  {line}" for line in report.lines())]
     return Presentation(lines=lines, record=lambda: {"path": str(out), "format": format_name, **to_plain(report)})
 
 
@@ -117,10 +112,8 @@ def hub(
     Example: embedcache export hub cache/ me/my-embeddings
     """
     from embedcache.export.hub import push_cache
-    from embedcache.reports.render import present
 
-    report = push_cache(cache, repository, settings)
-    return present(report, lines=[report.url, f"read it with: embedcache inspect {quoted(report.location)}"])
+    return push_cache(cache, repository, settings)
 
 
 def _export_vectors(format_name: str, cache: str, out: Path, settings: VectorExportSettings) -> Any:

@@ -24,7 +24,7 @@ from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.pairs import ANY_LANGUAGE
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import DataError, FingerprintError, PathError, SettingError, pluralize
+from embedcache.errors import DataError, FingerprintError, PathError, SettingError, pluralize, summary
 from embedcache.files import AnyPath
 from embedcache.metrics import gini, top_fraction
 from embedcache.modalities import count_items, noun
@@ -416,6 +416,8 @@ class CoverageReport:
     strip_rows: Ints
     strip_weights: Floats
     answers: Mapping[str, Mapping[int, bool]]
+
+    __repr__ = summary
 
     def line(self) -> str:
         """Describe the measurement in one line."""

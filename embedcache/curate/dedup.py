@@ -16,8 +16,9 @@ from embedcache.dataset import keytable
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, SettingError, pluralize, summary
 from embedcache.files import AnyPath
+from embedcache.modalities import count_items
 from embedcache.neighbors.pairs import PairCollector, Recall, cosine_limit, measure_recall, pair_keys
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.provenance import check_output, check_table_output, digest
@@ -102,6 +103,23 @@ class DedupAnalysis:
             levels.append(DedupLevel(cosine=cosine, num_near=num_near, num_gone=num_gone))
         return levels
 
+    __repr__ = summary
+
+    def line(self) -> str:
+        """Return what was compared, and how completely, in one line."""
+        near, copies = self.near, self.copies
+        line = f"{count_items(len(copies.content_ids), self.feature.modality)} of {self.feature.name}; "
+        line += pluralize(copies.num_copies, "is a byte-identical copy", "are byte-identical copies")
+        if near is None:
+            return line
+        if self.num_same_picture is not None:
+            line += f"; {pluralize(self.num_same_picture, 'pair')} of others show the same picture"
+        if near.recall is None:
+            return f"{line}; every pair was compared"
+        recall = near.recall
+        pairs = f"found {recall.num_found:,} of the {recall.num_pairs:,} pairs of {recall.num_items:,} sampled items"
+        return f"{line}; {pluralize(near.num_clusters, 'cluster')} {pairs}"
+
     def to_json(self) -> dict[str, Any]:
         """Return what was compared, and how completely, as JSON values."""
         near = self.near
@@ -161,6 +179,22 @@ class DedupReport:
     removed: Array
     path: Path
     removed_path: Path
+
+    __repr__ = summary
+
+    def lines(self) -> list[str]:
+        """Return what was compared, and how many samples are kept and removed."""
+        num_removed, num_samples = len(self.removed), len(self.analysis.samples)
+        if num_removed:
+            copies = pluralize(int(self.removed["is_copy"].sum()), "is a copy", "are copies")
+            kept = (
+                f"kept {num_samples - num_removed:,} of {num_samples:,} samples; removed {num_removed:,}, of which "
+                f"{copies}; {self.removed_path} names what each one duplicates"
+            )
+        else:
+            kept = f"kept all {num_samples:,} samples; none is a copy"
+            kept += "" if self.cosine is None else f" or has a cosine of {self.cosine:g} or more to another"
+        return [self.analysis.line(), f"{self.path}: {kept}"]
 
     def to_json(self) -> dict[str, Any]:
         """Return what was compared, and how many samples are removed, as JSON values."""

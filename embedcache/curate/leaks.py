@@ -14,7 +14,7 @@ from embedcache.dataset.inputs import InputFeature, NamedFeatures, features_by_m
 from embedcache.dataset.matches import ItemSet, NearItems, find_equal, find_near
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, SettingError, summary
 from embedcache.files import AnyPath
 from embedcache.modalities import IMPORTED_SOURCE, MODALITIES, noun, order_pair
 from embedcache.neighbors.pairs import cosine_limit
@@ -125,6 +125,15 @@ class LeakReport:
     def leaked_samples(self) -> Ints:
         """Test samples of which an item is in training, ascending."""
         return distinct(np.concatenate([leak.leaked_samples for leak in self.leaks]))
+
+    __repr__ = summary
+
+    def line(self) -> str:
+        """Return how many test samples leaked, in one line."""
+        count, num_samples = len(self.leaked_samples), self.num_test_samples
+        is_or_are = "is" if count == 1 else "are"
+        leaked = f"{count:,} of {num_samples:,} samples of {self.test.path} ({count / max(1, num_samples):.1%})"
+        return f"{leaked} {is_or_are} in {self.train.path}"
 
     def clean_selection(self) -> Selection:
         """Select the training samples of which nothing is in test, with the largest cosine of each to a test item."""

@@ -48,7 +48,16 @@ _BLOCK = 4096
 _MAX_QUESTION = 80
 _NAMED_SHARE = 1 / 3  # of the items of a cluster
 _WORD = re.compile(r"[^\W\d_]{2,}")
-_FUNCTION_WORDS = frozenset(["an", "and", "at", "for", "from", "in", "is", "of", "on", "or", "the", "to", "with"])
+_STOP_WORDS = frozenset(
+    _WORD.findall(
+        "about above after again against all also am an and any are as at back be because been before behind being "
+        "below between both but by can could did do does down during each few for from front further had has have "
+        "having he her here hers him his how if in into is it its itself just like may me more most my near next "
+        "no nor not now of off on once one only onto or other our out over own same she side so some such than "
+        "that the their them then there these they this those through to too top two under until up upon us very "
+        "was we were what when where which while who whom why will with within without would you your "
+    )
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +349,8 @@ def name_clusters(hits: Sequence[Sequence[Hit]]) -> list[str]:
     """Return a name per cluster: one or two words that more of its captions have than those of other clusters.
 
     A word's weight is its term of the Kullback-Leibler divergence: p log (p / q), with the fractions p of the
-    cluster's and q of all captions that have it. Without captions, labels take the place of words.
+    cluster's and q of all captions that have it. Stop words of English are left out. Without captions, labels take the
+    place of words.
     """
     counts = [Counter(word for hit in cluster for word in _words(hit)) for cluster in hits]
     fractions = [
@@ -363,7 +373,7 @@ def name_clusters(hits: Sequence[Sequence[Hit]]) -> list[str]:
 def _words(hit: Hit) -> set[str]:
     """Return the words of an item's first caption, or its label."""
     if hit.captions:
-        return set(_WORD.findall(hit.captions[0].lower())) - _FUNCTION_WORDS
+        return set(_WORD.findall(hit.captions[0].lower())) - _STOP_WORDS
     return {hit.label} if hit.label else set()
 
 

@@ -19,7 +19,7 @@ from embedcache.dataset.selections import read_selection, write_negatives
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import DataError, FingerprintError, SettingError, pluralize, quoted
+from embedcache.errors import DataError, FingerprintError, SettingError, pluralize, quoted, summary
 from embedcache.files import AnyPath
 from embedcache.neighbors.knn import KBest, knn
 from embedcache.neighbors.pairs import components
@@ -58,6 +58,8 @@ class NegativesReport:
     num_groups: int
     mean_score: float
     mean_own_score: float | None
+
+    __repr__ = summary
 
     def line(self) -> str:
         """Summarize the report in one line."""

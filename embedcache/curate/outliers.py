@@ -16,9 +16,9 @@ from embedcache.curate.settings import OutlierSettings, SelectSettings
 from embedcache.dataset import keytable
 from embedcache.dataset.labels import Labels, has_label, read_labels
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import DataError
+from embedcache.errors import DataError, summary
 from embedcache.files import AnyPath
-from embedcache.modalities import noun
+from embedcache.modalities import count_items, noun
 from embedcache.neighbors.pairs import NeighborCollector, Recall, measure_neighbor_recall
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_table_output, digest
@@ -100,6 +100,18 @@ class OutlierReport:
         items = self.neighbors.items[content]
         rows: Ints = self.copies.unique_rows[items[items >= 0]]
         return rows
+
+    __repr__ = summary
+
+    def line(self) -> str:
+        """Return what was compared, and how completely, in one line."""
+        recall = self.neighbors.recall
+        items = f"{count_items(len(self.copies.content_ids), self.vectors.modality)} of {self.vectors.feature.name}"
+        num_contents = len(self.copies.unique_rows)
+        line = f"{items}, each with its {self.neighbors.items.shape[1]} nearest of {num_contents:,} different ones"
+        if recall is None:
+            return f"{line}; every pair was compared"
+        return f"{line}; {self.neighbors.num_clusters:,} clusters found {recall.value:.1%} of them for sampled items"
 
     def to_json(self) -> dict[str, Any]:
         """Return what was compared, and quantiles of the scores, as JSON values."""

@@ -16,7 +16,7 @@ from embedcache.dataset import keytable
 from embedcache.dataset.inputs import to_inputs
 from embedcache.dataset.vectors import Vectors
 from embedcache.encoders.views import open_feature_encoder
-from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
+from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line, summary
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.processes import torch_device
@@ -65,6 +65,8 @@ class ScoreReport:
     source: Mapping[str, Any]
     scores_S: Floats
     rows_S: Ints
+
+    __repr__ = summary
 
     def line(self) -> str:
         """Describe the scores in one line."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from embedcache.arrays import Floats, Ints
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, SettingError, summary
 from embedcache.evaluate.runs import read_eval_split
 from embedcache.evaluate.settings import AdapterEvalSettings
 from embedcache.files import AnyPath
@@ -50,6 +50,13 @@ class NeighborsReport:
     reencoded: Mapping[str, Estimate]
     old: Mapping[str, Estimate]
     own: Mapping[str, Estimate]
+
+    __repr__ = summary
+
+    def lines(self) -> list[str]:
+        """Summarize what was measured, with the fraction of neighbors that each kind of query finds."""
+        found = (f"{name} {fraction}" for name, fraction in self.reencoded.items())
+        return [self.line(), f"of the {_K} nearest by {self.feature}: {', '.join(found)}"]
 
     def line(self) -> str:
         """Summarize what was measured in one line."""

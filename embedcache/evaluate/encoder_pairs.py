@@ -18,7 +18,7 @@ from embedcache.dataset.inputs import (
 from embedcache.dataset.pairs import Items, Pairs, choose_language, pair_items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.dataset.splits import make_split
-from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize
+from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize, summary
 from embedcache.evaluate.settings import PairsSettings
 from embedcache.files import AnyPath
 from embedcache.metrics import (
@@ -236,6 +236,15 @@ class PairsReport:
         """How a sample becomes a row; the paper averages five captions too, and does not scale images first."""
         first, second = pair_nouns(tuple(self.pairs[0].features))
         return f"each item scaled to length 1, then the mean over a sample's {first} and over its {second}"
+
+    __repr__ = summary
+
+    def lines(self) -> list[str]:
+        """Summarize what was measured, and name the best pair."""
+        best = self.pairs[0]
+        names = " × ".join(best.features.values())
+        outcome = f"{names} has the best probe, R@{_RECALL_K} {best.probe:.3f}, of {len(self.pairs)} pairs"
+        return [self.line(), f"before any training: {outcome}"]
 
     def line(self) -> str:
         """Summarize what was measured in one line."""

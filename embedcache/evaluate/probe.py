@@ -12,7 +12,7 @@ from embedcache.dataset.inputs import InputFeature, open_input, to_mean_vectors
 from embedcache.dataset.labels import Labels, has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.splits import PARTS, column_parts, draw_groups
-from embedcache.errors import DataError, SettingError, first_few, pluralize
+from embedcache.errors import DataError, SettingError, first_few, pluralize, summary
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, load_method
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.files import AnyPath
@@ -128,6 +128,13 @@ class ProbeReport:
     def uniform(self) -> float:
         """Accuracy of predicting classes at random."""
         return 1 / len(self.labeled.names)
+
+    __repr__ = summary
+
+    def lines(self) -> list[str]:
+        """Summarize what was measured, with the accuracy of each method and that of chance."""
+        scores = [f"{score.method} {score.accuracy}" for score in self.scores]
+        return [self.line(), f"accuracy: {', '.join(scores)}; most frequent class {self.majority:.3f}"]
 
     def line(self) -> str:
         """Summarize what was measured in one line."""

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from embedcache.errors import SettingError
+from embedcache.errors import SettingError, summary
 from embedcache.export.base import MODALITIES, ExportNotes, check_modalities
 from embedcache.export.card import write_card
 from embedcache.export.hub import CARD, push_folder
@@ -36,6 +36,16 @@ class ExportReport:
 
     differences: Mapping[str, float]
     url: str | None
+
+    __repr__ = summary
+
+    def lines(self) -> list[str]:
+        """Return the differences, and where the model was uploaded to."""
+        lines = [
+            f"{modality}: differs from the run by at most {difference:.1e}"
+            for modality, difference in self.differences.items()
+        ]
+        return lines if self.url is None else [*lines, self.url]
 
 
 def export_run(

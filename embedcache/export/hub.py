@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from embedcache.errors import FingerprintError, PathError, SettingError, UnfinishedError, pluralize
+from embedcache.errors import FingerprintError, PathError, SettingError, UnfinishedError, pluralize, quoted, summary
 from embedcache.export.settings import HubSettings, check_repository
 from embedcache.files import AnyPath, hub_errors, is_remote
 from embedcache.modalities import MODALITIES, count_items
@@ -39,6 +39,12 @@ class HubReport:
 
     url: str
     location: str
+
+    __repr__ = summary
+
+    def lines(self) -> list[str]:
+        """Return the page, and the command that reads this version."""
+        return [self.url, f"read it with: embedcache inspect {quoted(self.location)}"]
 
 
 def push_cache(

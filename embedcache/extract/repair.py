@@ -10,7 +10,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, distinct, normalize
 from embedcache.derive.derive import derivation_depth, reopen_derivation
-from embedcache.errors import CorruptError, EmbedcacheError, ItemError, pluralize
+from embedcache.errors import CorruptError, EmbedcacheError, ItemError, pluralize, summary
 from embedcache.extract.encode import Encoders, reopen_encoders, view_fingerprint
 from embedcache.extract.settings import VerifySettings
 from embedcache.files import AnyPath, remove_partials
@@ -97,6 +97,8 @@ class VerifyReport:
         """Whether nothing is damaged and nothing drifted; missing chunks are no damage, but a repair leaves none."""
         num_wrong = len(self.findings) if self.was_repair else self.num_damaged
         return not num_wrong and not any(drift.is_bad for drift in self.drifts)
+
+    __repr__ = summary
 
     def lines(self) -> list[str]:
         """Return a summary: a line per problem, then the totals, then a line per drift."""

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Ints, blocks, concatenated_ranges
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, SourceError, UnfinishedError, pluralize
+from embedcache.errors import DataError, SourceError, UnfinishedError, pluralize, summary
 from embedcache.files import AnyPath, one_or_many, open_path, remove_partials, write_atomic
 from embedcache.modalities import MODALITIES
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -52,6 +52,8 @@ class CopyReport:
     left_out: Sequence[str]
     copied: int
     reused: int
+
+    __repr__ = summary
 
     def lines(self) -> list[str]:
         """Return the result as lines."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
-from embedcache.errors import PathError, SettingError, UnknownNameError, pluralize
+from embedcache.errors import PathError, SettingError, UnknownNameError, pluralize, summary
 from embedcache.files import AnyPath, Leases, folder_bytes, locked, open_path, remove_folder, remove_partials
 from embedcache.maintain.settings import PruneSettings
 from embedcache.registry import unknown_name
@@ -42,6 +42,8 @@ class PrunePlan:
     def num_bytes(self) -> int:
         """Bytes on disk of everything."""
         return sum(entry.num_bytes for entry in self.entries)
+
+    __repr__ = summary
 
     def lines(self) -> list[str]:
         """Return the plan as lines."""

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Ints
 from embedcache.curate.map import FILE as map_file
-from embedcache.errors import DataError, PathError, SettingError, UnfinishedError, pluralize
+from embedcache.errors import DataError, PathError, SettingError, UnfinishedError, pluralize, summary
 from embedcache.files import TEXT_ENCODING, AnyPath, is_remote, locked, open_path, reading, remove_partials
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, list_texts
@@ -65,6 +65,8 @@ class RemovalReport:
     named: Mapping[str, int]
     is_resumed: bool
     indexes: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    __repr__ = summary
 
     def lines(self) -> list[str]:
         """Return the report as lines."""

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from embedcache.dataset.settings import SplitSettings
-from embedcache.errors import PathError
+from embedcache.errors import PathError, summary
 from embedcache.evaluate.retrieval import Ranking, RetrievalReport, evaluate_retrieval, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.extract.extract import extract
@@ -81,6 +81,12 @@ class QuickstartReport:
     peak_memory_bytes: int
     page_path: Path
     metrics_path: Path
+
+    __repr__ = summary
+
+    def lines(self) -> list[str]:
+        """Return the result of each stage."""
+        return [f"{stage.name}: {stage.outcome}" for stage in self.stages]
 
 
 def present_quickstart(report: QuickstartReport) -> Presentation:

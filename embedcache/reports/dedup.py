@@ -10,8 +10,6 @@ import numpy as np
 from embedcache.arrays import Array, Ints, distinct
 from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupReport
 from embedcache.curate.pixels import NO_DISTANCE, SAME_PICTURE
-from embedcache.errors import pluralize
-from embedcache.modalities import count_items
 from embedcache.neighbors.pairs import cosine_limit
 from embedcache.reports.figures import histogram
 from embedcache.reports.items import ItemRenderer, QueryExample
@@ -39,32 +37,6 @@ def threshold_table(analysis: DedupAnalysis) -> Table:
     return ["cosine", "items with a near-duplicate", "removed", "kept", "removed of all"], rows
 
 
-def comparison_line(analysis: DedupAnalysis) -> str:
-    """Return what was compared, and how completely, in one line."""
-    near, item_copies = analysis.near, analysis.copies
-    items = f"{count_items(len(item_copies.content_ids), analysis.feature.modality)} of {analysis.feature.name}"
-    copies = pluralize(item_copies.num_copies, "is a byte-identical copy", "are byte-identical copies")
-    if near is None:
-        return f"{items}; {copies}"
-    if analysis.num_same_picture is not None:
-        copies += f"; {pluralize(analysis.num_same_picture, 'pair')} of others show the same picture"
-    if near.recall is None:
-        return f"{items}; {copies}; every pair was compared"
-    recall = near.recall
-    pairs = f"found {recall.num_found:,} of the {recall.num_pairs:,} pairs of {recall.num_items:,} sampled items"
-    return f"{items}; {copies}; {pluralize(near.num_clusters, 'cluster')} {pairs}"
-
-
-def dedup_line(result: DedupReport) -> str:
-    """Return how many samples are kept and removed, in one line."""
-    num_removed, num_samples = len(result.removed), len(result.analysis.samples)
-    copies = pluralize(int(result.removed["is_copy"].sum()), "is a copy", "are copies")
-    return (
-        f"{result.path}: kept {num_samples - num_removed:,} of {num_samples:,} samples; removed {num_removed:,}, of "
-        f"which {copies}; {result.removed_path} names what each one duplicates"
-    )
-
-
 def present_thresholds(analysis: DedupAnalysis) -> Presentation:
     """Return the presentation to choose a cosine by: similarities, what each would remove, and example pairs."""
     renderer = ItemRenderer(analysis.cache, analysis.feature.modality)
@@ -75,7 +47,7 @@ def present_thresholds(analysis: DedupAnalysis) -> Presentation:
     )
     return Presentation(
         title="Duplicates: choose a cosine",
-        lines=[comparison_line(analysis)],
+        lines=[analysis.line()],
         sections=[_similarity_section(analysis, None), thresholds, *_pair_sections(analysis, renderer)],
         record=lambda: {**analysis.to_json(), "levels": [asdict(level) for level in analysis.levels()]},
         notes=["choose a cosine, then: embedcache curate dedup CACHE OUT.parquet --cosine …"],
@@ -114,7 +86,7 @@ def present_dedup(result: DedupReport) -> Presentation:
     ]
     return Presentation(
         title="Duplicates",
-        lines=[comparison_line(analysis), dedup_line(result)],
+        lines=result.lines(),
         sections=sections,
         record=result.to_json,
         renderers=[renderer],

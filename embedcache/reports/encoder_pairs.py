@@ -47,14 +47,9 @@ def encoder_pairs_json(report: PairsReport) -> dict[str, Any]:
 
 def present_encoder_pairs(report: PairsReport) -> Presentation:
     """Return the presentation of a comparison, with one heat map per metric."""
-    best = report.pairs[0]
     return Presentation(
         title="Encoder pairs",
-        lines=[
-            report.line(),
-            f"before any training: {' × '.join(best.features.values())} has the best probe, R@10 "
-            f"{format_fraction(best.probe)}, of {len(report.pairs)} pairs",
-        ],
+        lines=report.lines(),
         warnings=report.skipped,
         sections=[
             Section(title="All pairs, best probe first", table=encoder_pairs_table(report)),

@@ -10,7 +10,7 @@ import numpy as np
 from embedcache.curate.leaks import LeakReport, ModalityLeaks, write_clean_selection
 from embedcache.modalities import noun, one_noun
 from embedcache.reports.items import ItemRenderer, QueryExample
-from embedcache.reports.render import Presentation, Section, Table, format_count, format_fraction, format_percent
+from embedcache.reports.render import Presentation, Section, Table, format_count, format_fraction
 from embedcache.store.cache import RowReader
 from embedcache.store.layout import SAMPLES
 
@@ -26,14 +26,6 @@ class LeakedPair:
     test: str
     train: str
     similarity: str
-
-
-def leak_line(leaks: LeakReport) -> str:
-    """Return how many test samples leaked, in one line."""
-    count, num_samples = len(leaks.leaked_samples), leaks.num_test_samples
-    percent = format_percent(count / max(1, num_samples))
-    is_or_are = "is" if count == 1 else "are"
-    return f"{count:,} of {num_samples:,} samples of {leaks.test.path} ({percent}) {is_or_are} in {leaks.train.path}"
 
 
 def leak_notes(leaks: LeakReport) -> list[str]:
@@ -109,7 +101,7 @@ def present_leaks(leaks: LeakReport, out: Path | None = None) -> Presentation:
     note = f"Samples with at least one such {such}. A copy has equal bytes, or equal text."
     return Presentation(
         title="Leaks",
-        lines=[leak_line(leaks), *leak_notes(leaks)],
+        lines=[leaks.line(), *leak_notes(leaks)],
         sections=[
             Section(title="Leaked samples", notes=[note], table=leak_table(leaks)),
             *(_pair_section(leaks, leak, *pair) for leak, pair in zip(leaks.leaks, renderers, strict=True)),

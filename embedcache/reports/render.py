@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from pydantic import BaseModel
 
+from embedcache.errors import summary
 from embedcache.files import write_atomic
 from embedcache.metrics import Estimate
 from embedcache.reports.items import ItemRenderer, QueryExample
@@ -94,7 +95,7 @@ def present(
     """
     if lines is None:
         reports = report if isinstance(report, list | tuple) else [report]
-        lines = [line for each in reports for line in (each.lines() if hasattr(each, "lines") else [each.line()])]
+        lines = [line for each in reports for line in summary(each).split("\n")]
     record = report.to_json if hasattr(report, "to_json") else partial(to_plain, report)
     return Presentation(lines=lines, record=record, notes=notes, finish=finish)
 

@@ -9,7 +9,7 @@ import numpy as np
 from embedcache.arrays import Floats, Ints
 from embedcache.curate.outliers import MARGIN, PAIR_COSINE, TYPICALITY, OutlierReport
 from embedcache.curate.score import ScoreReport
-from embedcache.modalities import count_items, name_pair, pair_nouns
+from embedcache.modalities import name_pair, pair_nouns
 from embedcache.reports.figures import histogram
 from embedcache.reports.items import ItemRenderer, PageItem, QueryExample
 from embedcache.reports.render import Presentation, Section, Table, format_count, format_part
@@ -83,16 +83,6 @@ def _bands(report: ScoreReport, renderer: ItemRenderer) -> Iterator[QueryExample
         )
 
 
-def outlier_line(report: OutlierReport) -> str:
-    """Return what was compared, and how completely, in one line."""
-    k, copies, recall = report.neighbors.items.shape[1], report.copies, report.neighbors.recall
-    items = f"{count_items(len(copies.content_ids), report.vectors.modality)} of {report.vectors.feature.name}"
-    text = f"{items}, each with its {k} nearest of {len(copies.unique_rows):,} different ones"
-    if recall is None:
-        return f"{text}; every pair was compared"
-    return f"{text}; {report.neighbors.num_clusters:,} clusters found {recall.value:.1%} of them for sampled items"
-
-
 def outlier_notes(report: OutlierReport) -> list[str]:
     """Return one line per score beside typicality."""
     notes = []
@@ -159,7 +149,7 @@ def present_outliers(report: OutlierReport, out: Path | None) -> Presentation:
     ]
     return Presentation(
         title="Outliers",
-        lines=[outlier_line(report), *outlier_notes(report)],
+        lines=[report.line(), *outlier_notes(report)],
         sections=[thresholds, *lowest],
         record=report.to_json,
         notes=[f"wrote {out}: {', '.join(report.scores)} of {report.num_samples:,} samples"] if out else [],

@@ -73,6 +73,7 @@ from embedcache.store.tables import (
 )
 
 _OWN_NAME = re.compile(rf"({SAMPLES}|removed)-.*\.parquet|.*\.partial")
+_MANY_CAPTIONS = 20  # per sample; the datasets of the field have up to ten
 _CACHE_FILES = {"cache.json", "records", LOCK, *ITEM_SCHEMAS}
 
 
@@ -262,7 +263,19 @@ def _index_anew(
             return None
         if info is not None:
             _discard(cache_path)
-        return _create(source.describe(), cache_path, chunk_size, write)
+        info = _create(source.describe(), cache_path, chunk_size, write)
+    _question_captions(info, progress)
+    return info
+
+
+def _question_captions(info: CacheInfo, progress: Progress) -> None:
+    """Note if samples with items have so many captions that lines of one text may have been taken for captions."""
+    num_captions = info.num_items.get("text", 0)
+    if num_captions > _MANY_CAPTIONS * info.num_samples and len(info.num_items) > 1:
+        progress.note(
+            f"WARNING: {num_captions:,} captions for {info.num_samples:,} samples; is each of them a caption? Each "
+            'line of a .txt is one: join the lines of longer texts, or write a .json such as {"caption": "a dog"}'
+        )
 
 
 def _discard(cache_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import pyarrow as pa
 
+from embedcache.errors import summary
 from embedcache.files import Leases
 from embedcache.modalities import count_items, noun
 from embedcache.progress import Progress
@@ -143,6 +144,8 @@ class FillReport:
     computed: int
     reused: int
     failures: Mapping[str, int]
+
+    __repr__ = summary
 
     def line(self) -> str:
         """Return a summary in one line."""

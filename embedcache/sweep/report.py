@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from embedcache.errors import pluralize
+from embedcache.errors import pluralize, summary
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.provenance import read_json
 from embedcache.reports.render import Presentation, Section, Table, format_count, format_fraction, round_json
@@ -96,6 +96,16 @@ class SweepReport:
             "so that settings of its training, such as lr, decided nothing"
         )
 
+    __repr__ = summary
+
+    def line(self) -> str:
+        """Summarize what was trained in one line."""
+        features = " and ".join(side["feature"] for side in self.study["sides"].values())
+        return (
+            f"{features}, aligned {len(self.trials)} times; sampler {self.study['sampler']}, pruner "
+            f"{self.study['pruner']}, seed {self.study['seed']}"
+        )
+
     def counts(self) -> dict[str, int]:
         """Return the number of trials by state."""
         counts = Counter(trial.state.name for trial in self.trials)
@@ -151,14 +161,10 @@ def sweep_json(report: SweepReport) -> dict[str, Any]:
 def present_sweep(report: SweepReport, figures: Sequence[str] = ()) -> Presentation:
     """Return the presentation of a study, with the figures of `draw_study`."""
     winner, counts = report.winner, report.counts()
-    features = " and ".join(side["feature"] for side in report.study["sides"].values())
     num_seeds = pluralize(len(winner.scores), "seed")
     return Presentation(
         title="embedcache sweep",
-        lines=[
-            f"{features}, aligned {len(report.trials)} times; sampler {report.study['sampler']}, pruner "
-            f"{report.study['pruner']}, seed {report.study['seed']}"
-        ],
+        lines=[report.line()],
         warnings=[report.warning] if report.warning else [],
         tiles=[
             (str(counts["complete"]), f"trials complete, {counts['pruned']} pruned, {counts['failed']} failed"),

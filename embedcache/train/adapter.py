@@ -21,7 +21,7 @@ from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import with_split_seed
 from embedcache.dataset.splits import PARTS, Split, make_split, write_split
 from embedcache.dataset.vectors import Vectors
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, SettingError, summary
 from embedcache.files import AnyPath, relative_location, writing
 from embedcache.metrics import best_ranks, nearest_others, neighbor_overlap, recall_at
 from embedcache.modalities import noun
@@ -71,7 +71,9 @@ class AdapterReport(Manifest):
     target: str
     kept: str | None
 
-    def line(self, adapter_path: Path) -> str:
+    __repr__ = __str__ = summary
+
+    def line(self, adapter_path: Path = Path("ADAPTER")) -> str:
         """Summarize the report in one line."""
         state = "reused" if self.reused else "fitted"
         counts = ", ".join(f"{count:,} {part}" for part, count in self.num_samples.items())

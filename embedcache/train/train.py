@@ -14,7 +14,7 @@ from embedcache.dataset.inputs import InputFeature, NamedFeatures
 from embedcache.dataset.pairs import Pairs, choose_language
 from embedcache.dataset.selections import HardNegatives, read_negatives
 from embedcache.dataset.settings import with_split_seed
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, SettingError, summary
 from embedcache.files import AnyPath, relative_location, write_atomic, writing
 from embedcache.metrics import metric_label
 from embedcache.modalities import noun
@@ -88,7 +88,9 @@ class TrainReport(Manifest):
     num_held_out: int | None = None
     recipes: list[RecipeScore] = Field(default_factory=list)
 
-    def line(self, run_path: Path) -> str:
+    __repr__ = __str__ = summary
+
+    def line(self, run_path: Path = Path("RUN")) -> str:
         """Summarize the report in one line, with what to change if the selection or the training fell short."""
         start = "the initialization was best and was kept" if self.samples_per_s else "the initialization, as it is"
         outcome = f"best epoch {self.best_epoch}" if self.best_epoch else start

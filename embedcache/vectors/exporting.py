@@ -20,7 +20,7 @@ from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.dataset.vectors import Vectors
 from embedcache.dataset.where import samples_within
 from embedcache.encoders.base import Modality
-from embedcache.errors import DataError, PathError, SettingError, pluralize
+from embedcache.errors import DataError, PathError, SettingError, pluralize, summary
 from embedcache.files import URL_PATTERN, AnyPath, building, is_url
 from embedcache.modalities import IMPORTED_SOURCE, MODALITIES, count_items
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -56,6 +56,8 @@ class VectorExportReport:
     path: Path
     num_rows: int
     left_out: str
+
+    __repr__ = summary
 
     def line(self) -> str:
         """Return a summary in one line."""

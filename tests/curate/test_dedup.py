@@ -111,7 +111,10 @@ def test_copies_need_no_vectors(cache_path: Path, copied: Path, tmp_path: Path) 
 def test_cosine_that_no_pair_reaches_removes_nothing(copied: Path, tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_text("00000\n00001\n00002\n")
     settings = DedupSettings(cosine=0.99999, pixels=False, selection=tmp_path / "keys.txt")
-    assert not len(dedup(copied, tmp_path / "kept.parquet", settings).removed)
+    done = dedup(copied, tmp_path / "kept.parquet", settings)
+    assert pq.read_table(done.path)["key"].to_pylist() == ["00000", "00001", "00002"]
+    assert not len(pq.read_table(done.removed_path))
+    assert "kept all 3 samples" in repr(done)
 
 
 def test_keep_rule(copied: Path, tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ def test_names_are_the_words_that_distinguish() -> None:
         ([[hit("red dog"), hit("red dog"), hit("dog")], [hit("cat")]], ["dog, red", "cat"]),
         ([[hit("red dog"), *[hit("dog")] * 3], [hit("cat")]], ["dog", "cat"]),
         ([[labeled], [hit("Cat, CAT!")]], ["bird", "cat"]),
+        ([[hit("There is his dog")], [hit("a cat")]], ["dog", "cat"]),
     ):
         assert name_clusters(clusters) == names
 

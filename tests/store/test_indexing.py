@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, SourceError
-from embedcache.sources import FileItem, Sample, TextItem
+from embedcache.sources import FileItem, Sample, TextItem, open_source
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from embedcache.store.removal import erase, remove_rows
 from embedcache.store.tables import digest_input
+from tests.images import write_images
 from tests.recorded import RecordedProgress
 
 
@@ -202,3 +203,14 @@ def test_skipped_files_are_counted_by_kind(tmp_path: Path) -> None:
     index(source, tmp_path / "c", progress=progress)
     (note,) = progress.notes
     assert note.endswith("28 files of kinds that samples do not have: 7 .7, 6 .6, 5 .5, 4 .4, 3 .3, and 2 more kinds")
+
+
+def test_lines_of_a_text_are_questioned(tmp_path: Path) -> None:
+    """Check that 21 captions per image are, and 20 are not."""
+    source = write_images(tmp_path / "source", 3)
+    for lines, num_notes in ((20, 0), (21, 1)):
+        for number in range(3):
+            (source / f"{number:05d}.txt").write_text("a line\n" * lines)
+        progress = RecordedProgress()
+        index(open_source(source), tmp_path / f"cache-{lines}", progress=progress)
+        assert len([note for note in progress.notes if "captions" in note]) == num_notes

@@ -23,7 +23,7 @@ from embedcache.dataset.selections import (
 )
 from embedcache.dataset.vectors import Vectors
 from embedcache.dataset.where import samples_within
-from embedcache.errors import DataError, SettingError, UnknownNameError
+from embedcache.errors import DataError, SettingError, UnknownNameError, summary
 from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, name_pair, noun, pair_nouns
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress, watch
@@ -84,6 +84,8 @@ class SelectReport:
     path: Path
     num_selected: int
     num_pool: int
+
+    __repr__ = summary
 
     def line(self) -> str:
         """Describe the selection in one line."""
@@ -387,11 +389,11 @@ def _record(method: str, bound: partial[Selection], pool: Pool, settings: Select
 
 
 def combine_selections(
-    cache_path: Path | str,
-    out_path: Path,
-    first: Path,
+    cache: AnyPath,
+    out: AnyPath,
+    first: AnyPath,
     operation: Literal["and", "minus"],
-    second: Path,
+    second: AnyPath,
     *,
     progress: AnyProgress = None,
 ) -> int:
@@ -400,12 +402,26 @@ def combine_selections(
     The columns are those of the first and, with `and`, of the second, with a `_2` after a name that both have. Progress
     is in samples.
 
-    Raises `DataError` if a key is not in the cache, or no sample is left.
+    Args:
+        cache: path or URL of the cache.
+        out: a new `.parquet` file.
+        first: a selection, or any list of keys that `read_selection` reads.
+        operation: `and` keeps the samples of both, `minus` those that the second lacks.
+        second: another selection.
+        progress: progress in samples.
+
+    Raises:
+        DataError: a key is not in the cache, or no sample is left.
+        PathError, CorruptError: see `read_selection` and `write_selection`.
+
+    Example:
+        >>> combine_selections("cache", "both.parquet", "first.parquet", "and", "second.parquet")  # doctest: +SKIP
+        412
     """
-    cache = Cache(cache_path)
+    cache = Cache(cache)
     is_and = operation == "and"
-    left = read_selection_table(first, [cache])
-    right = read_selection_table(second, [cache], can_be_removed=not is_and)
+    left = read_selection_table(str(first), [cache])
+    right = read_selection_table(str(second), [cache], can_be_removed=not is_and)
     is_both_L = np.isin(left.rows, right.rows, assume_unique=True)
     places = np.flatnonzero(is_both_L if is_and else ~is_both_L)
     rows = left.rows[places]
@@ -424,5 +440,5 @@ def combine_selections(
             columns[name] = values
     record = {"method": operation, "selections": [str(first), str(second)]}
     selection = Selection(rows=rows, columns=columns)
-    write_selection(out_path, cache, selection, record, progress=to_progress(progress))
+    write_selection(Path(out), cache, selection, record, progress=to_progress(progress))
     return len(rows)
