@@ -282,10 +282,15 @@ def test_query_concept_of_other_encoder_raises(cache_path: Path, concepts: Path,
 
 
 def test_query_concept_may_be_a_name_of_a_file(index_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("red\nblue")
-    (hits,) = search(index_path, Queries(concepts=["red"], concept_cache=tmp_path / "names.txt"), SearchSettings(k=1))
-    (again,) = search(index_path, Queries(concepts=["red"], concept_cache=tmp_path / "names.txt"), SearchSettings(k=1))
-    assert list(hits) == list(again)
+    names = tmp_path / "names.txt"
+    names.write_text("red\nblue")
+    extract(open_source(f"prompts:{names}"), tmp_path / "prompts", text_encoder=[TEXT])
+    hits, expected = (
+        search(index_path, Queries(concepts=["red", "blue"], concept_cache=path), SearchSettings(k=3))
+        for path in (names, tmp_path / "prompts")
+    )
+    assert [list(found) for found in hits] == [list(found) for found in expected]
+    assert list(hits[0]) != list(hits[1])
 
 
 def test_invalid_queries_raise(index_path: Path, concepts: Path, tmp_path: Path) -> None:
