@@ -6,7 +6,7 @@ where weights are used, so that a run is opened in milliseconds.
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -375,14 +375,19 @@ class Run:
     def recipe(self) -> Mapping[str, Any]:
         """All that decides the run except its seeds and where it was trained.
 
-        A split from a file counts as one of several, as a seed does.
+        A split from a file counts as one of several, as a seed does. With `--recipe auto` the compared recipes count,
+        and not the one that validation chose.
         """
-        settings = self.info.settings
+        recipes = self.info.report.get("recipes", [])
+        varied = {name for recipe in recipes for name in recipe["options"]} - {"shuffle_prototypes"}
+        arguments = _without(self.info.arguments, varied)
+        settings = _without(self.info.settings, varied)
         kind = "a file" if "split" in self.info.digests else settings.get("split", {}).get("kind")
         split = {**settings.get("split", {}), "seed": None, "kind": kind}
         machine = {**settings.get("machine", {}), "device": None}  # `auto` may have chosen another one for each seed
         return {
-            "arguments": self.info.arguments,
+            "recipes": [recipe["name"] for recipe in recipes],
+            "arguments": arguments,
             "inputs": {name: item.feature for name, item in self.info.inputs.items()},
             "index_digest": self.info.index_digest,
             "settings": {**settings, "seed": None, "split": split, "machine": machine},
@@ -407,6 +412,12 @@ def is_finished(path: Path) -> bool:
     return (path / MANIFEST).is_file() and read_info(path).is_finished
 
 
+def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return values without some names, also in groups of values."""
+    kept = {name: value for name, value in values.items() if name not in names}
+    return {name: _without(value, names) if isinstance(value, Mapping) else value for name, value in kept.items()}
+
+
 def _comparable(info: RunInfo) -> dict[str, Any]:
     """Return what equal runs have in common: not paths of files whose digests they have, which may have moved."""
     values = info.to_json()
@@ -415,6 +426,8 @@ def _comparable(info: RunInfo) -> dict[str, Any]:
         settings["split"] = {**settings["split"], "kind": "a file"}
     if "selection" in info.digests:
         settings["selection"] = "a file"
+    if "prototypes" in info.digests:
+        settings["prototypes"] = "a cache"
     names = ("kind", "arguments", "inputs", "index_digest", "digests")
     return {**{name: values[name] for name in names}, "settings": settings}
 

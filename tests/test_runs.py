@@ -177,12 +177,17 @@ def test_equal_settings_are_reused(tmp_path: Path) -> None:
     assert run is not None
     assert run.info.report == {"score": 0.5}
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    named = {"split": "s", "selection": "x"}
+    named = {"split": "s", "selection": "x", "prototypes": "p"}
     first, second = (
         replace_fields(
             INFO,
             digests=named,
-            settings={**INFO.settings, "split": {"kind": f"{place}/split.parquet"}, "selection": f"{place}/keys.txt"},
+            settings={
+                **INFO.settings,
+                "split": {"kind": f"{place}/split.parquet"},
+                "selection": f"{place}/keys.txt",
+                "prototypes": f"{place}/prototypes",
+            },
         )
         for place in ("here", "there")
     )
@@ -195,6 +200,13 @@ def test_recipe_leaves_out_seeds_and_device(tmp_path: Path) -> None:
     settings = {**INFO.settings, "seed": 4, "machine": {"device": "cuda"}, "split": {"kind": "key", "seed": 9}}
     assert write(tmp_path / "second", replace_fields(INFO, settings=settings)).recipe == first
     assert write(tmp_path / "third", replace_fields(INFO, settings={**settings, "lr": 1})).recipe != first
+
+
+def test_recipe_leaves_out_what_validation_chose(tmp_path: Path) -> None:
+    report = {"recipes": [{"name": "slow", "options": {"lr": 1}}, {"name": "fast", "options": {"lr": 2}}]}
+    slow, fast = (replace_fields(INFO, settings={**INFO.settings, "lr": lr}, report=report) for lr in (1, 2))
+    assert Run(tmp_path, fast).recipe == Run(tmp_path, slow).recipe
+    assert Run(tmp_path, replace_fields(slow, report={})).recipe != Run(tmp_path, slow).recipe
 
 
 @pytest.mark.parametrize("files", [("model.safetensors", "thesis.tex"), (".claims", "notes.txt"), ("config.json",)])

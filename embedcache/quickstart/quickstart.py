@@ -21,7 +21,15 @@ from embedcache.provenance import peak_memory_bytes, read_json, recognize, write
 from embedcache.reports.figures import COLORS, INK, label, open_axes, svg
 from embedcache.reports.items import ItemRenderer, PageItem, QueryExample
 from embedcache.reports.render import Presentation, Section, format_fraction, write_page
-from embedcache.reports.retrieval import query_sections, recall_bars, recall_tiles, retrieval_json, retrieval_table
+from embedcache.reports.retrieval import (
+    NO_CLASS_NAMED,
+    query_sections,
+    recall_bars,
+    recall_tiles,
+    retrieval_json,
+    retrieval_table,
+)
+from embedcache.runs import Run
 from embedcache.search.index import build_index
 from embedcache.search.search import Hit, search
 from embedcache.search.settings import IndexSettings, SearchSettings
@@ -39,17 +47,9 @@ SOURCE = "openmoji:en+de+es+fr"
 SEEDS = (0, 1, 2)
 QUERIES = ("an animal with feathers", "something sweet to eat", "a way to travel over water")
 NUM_HITS = 7
-# Chosen on strict validation splits of the training part: with 1,200 pairs, a higher learning rate or less dropout ends
-# below the closed form that training starts from (docs/about/results.md).
-TRAINED = TrainSettings(
-    model=ModelSettings(dropout=0.5),
-    optimizer=OptimizerSettings(epochs=10, batch_size=512, lr=1e-4),
-    language="en",
-)
-CLOSED_FORM = replace_fields(
-    TRAINED,
-    model=replace_fields(TRAINED.model, projector="linear"),
-    optimizer=replace_fields(TRAINED.optimizer, epochs=0),
+RECIPE = TrainSettings(recipe="auto", language="en")
+CLOSED_FORM = TrainSettings(
+    model=ModelSettings(projector="linear"), optimizer=OptimizerSettings(epochs=0), language="en"
 )
 
 
@@ -68,8 +68,8 @@ class QuickstartReport:
     """Results of the quickstart.
 
     Args:
-        retrieval: recalls of the trained runs, which come first, of the closed form and of the shuffled control.
-        run_paths: trained runs; the page shows queries of the first.
+        retrieval: recalls of the projectors, which come first, of the closed form and of the shuffled control.
+        run_paths: runs of the projectors; the page shows queries of the first.
         hits: query -> hits of the index.
     """
 
@@ -92,18 +92,7 @@ class QuickstartReport:
 def present_quickstart(report: QuickstartReport) -> Presentation:
     """Return the presentation of the quickstart: recalls, training, queries, hits and stages."""
     cache, trained = Cache(report.cache_path), next(iter(report.retrieval.values()))
-    recalls = {name: result.recalls for name, result in report.retrieval.items()}
     renderer = ItemRenderer(cache, "image")
-    retrieval = Section(
-        title="Retrieval on the test split",
-        notes=[
-            f"Evaluated: {trained.line()}. Near-duplicate groups are never divided between training and test. Training "
-            "starts from the closed form. The control is trained on shuffled pairs and must score at chance level. In "
-            "brackets the 95% interval; for chance, the range that holds 95% of random rankings."
-        ],
-        table=retrieval_table(report.retrieval),
-        figures=lambda: [recall_bars({**recalls, "chance": trained.chance})],
-    )
     queries, renderers = query_sections(cache, ("image", "text"), once(lambda: _rank_first(report, cache)))
     search = Section(
         title="Search",
@@ -120,8 +109,8 @@ def present_quickstart(report: QuickstartReport) -> Presentation:
             *recall_tiles(trained),
         ],
         sections=[
-            retrieval,
-            Section(title="Training", figures=lambda: [_training_curves(report.run_paths)]),
+            _retrieval_section(report),
+            *_training_sections(report.run_paths),
             *queries,
             search,
             Section(title="Stages", table=(["stage", "seconds", "command", "outcome"], stages), num_printed=0),
@@ -129,6 +118,48 @@ def present_quickstart(report: QuickstartReport) -> Presentation:
         record=lambda: read_json(report.metrics_path),
         notes=[f"metrics: {report.metrics_path}", f"open {report.page_path} in a browser"],
         renderers=[renderer, *renderers],
+    )
+
+
+def _retrieval_section(report: QuickstartReport) -> Section:
+    """Return the recalls, with the recipes that were compared and what validation chose."""
+    trained, closed_form, shuffled = report.retrieval.values()
+    infos = [Run.open(path).info for path in report.run_paths]
+    recipes = infos[0].report["recipes"]
+    compared = ", ".join(recipe["name"] for recipe in recipes)
+    chosen = [next(recipe["name"] for recipe in info.report["recipes"] if recipe["is_chosen"]) for info in infos]
+    choice = ", ".join(f"{name} ({chosen.count(name)} of {len(chosen)})" for name in dict.fromkeys(chosen))
+    notes = [
+        f"Evaluated: {trained.line()}. Near-duplicate groups are never divided between training and test. The control "
+        "is trained on shuffled pairs and must score at chance level. In brackets the 95% interval; for chance, the "
+        "range that holds 95% of random rankings.",
+        f"Compared: {compared}. Validation chose {choice}, each with its own split and seed. The closed form is "
+        "regularized CCA of the pairs alone.",
+    ]
+    if trained.unnamed:
+        notes.append(NO_CLASS_NAMED)
+    if _is_within_intervals(closed_form, trained):
+        num_pairs = infos[0].report["num_samples"]["train"]
+        notes.append(
+            "No recall of the closed form is outside the interval of the projectors: a linear map learns nearly all "
+            f"that {num_pairs:,} pairs can teach."
+        )
+    table = {f"projectors ({', '.join(dict.fromkeys(chosen))})": trained, "closed form": closed_form}
+    recalls = {name: result.recalls for name, result in report.retrieval.items()}
+    return Section(
+        title="Retrieval on the test split",
+        notes=notes,
+        table=retrieval_table({**table, "shuffled pairs": shuffled}),
+        figures=lambda: [recall_bars({**recalls, "chance": trained.chance})],
+    )
+
+
+def _is_within_intervals(report: RetrievalReport, other: RetrievalReport) -> bool:
+    """Return whether no recall of a report is outside the interval of another one."""
+    return all(
+        interval.low <= report.recalls[direction][name].value <= interval.high
+        for direction, intervals in other.recalls.items()
+        for name, interval in intervals.items()
     )
 
 
@@ -141,15 +172,27 @@ def _hits_example(query: str, hits: Sequence[Hit], renderer: ItemRenderer) -> Qu
     return QueryExample(query=PageItem(text=query), outcome="", is_correct=True, results=results)
 
 
-def _training_curves(run_paths: Sequence[Path]) -> str:
+def _training_sections(run_paths: Sequence[Path]) -> list[Section]:
+    """Return the section of the training curves; none of closed forms."""
+    logs = {path.name: _read_log(path / "losses.jsonl") for path in run_paths}
+    trained_logs = {name: lines for name, lines in logs.items() if any("loss" in line for line in lines)}
+    if not trained_logs:
+        return []
+    return [Section(title="Training", figures=lambda: [_training_curves(trained_logs)])]
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Draw training loss by step and validation recall by epoch, one line per run, as an SVG element."""
     loss_axes, recall_axes = open_axes(3, ncols=2)
-    for path, color in zip(run_paths, COLORS, strict=False):
-        lines = [json.loads(line) for line in (path / "losses.jsonl").read_text().splitlines()]
+    for (name, lines), color in zip(logs.items(), COLORS, strict=False):
         losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
         recalls = [(line["epoch"], fmean(line["validation"].values())) for line in lines if "validation" in line]
-        loss_axes.plot(*zip(*losses, strict=True), color=color, label=path.name)
-        recall_axes.plot(*zip(*recalls, strict=True), color=color, marker=".", label=path.name)
+        loss_axes.plot(*zip(*losses, strict=True), color=color, label=name)
+        recall_axes.plot(*zip(*recalls, strict=True), color=color, marker=".", label=name)
     label(loss_axes, "step", "training loss")
     label(recall_axes, "epoch (0: closed form)", "validation recall, mean of R@1, 5, 10")
     loss_axes.legend(frameon=False, labelcolor=INK)
@@ -167,12 +210,15 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
     workdir, stages = Path(workdir), _Stages(progress or NullProgress())
     _check_folder(workdir)
     cache_path = workdir / "cache"
-    _extract(stages, cache_path)
+    _extract(stages, "extract", SOURCE, cache_path, {"image": IMAGE_ENCODER, "text": TEXT_ENCODER})
+    prototypes = workdir / "prototypes"
+    _extract(stages, "extract prototypes", f"prototypes:{IMAGE_ENCODER}", prototypes, {"text": TEXT_ENCODER})
+    recipe = replace_fields(RECIPE, prototypes=prototypes)
     runs = {
-        "trained": _train(stages, cache_path, workdir / "runs" / "seed", TRAINED),
+        "projectors": _train(stages, cache_path, workdir / "runs" / "seed", recipe),
         "closed form": _train(stages, cache_path, workdir / "runs" / "closed-form", CLOSED_FORM),
         "shuffled pairs": _train(
-            stages, cache_path, workdir / "runs" / "shuffled", replace_fields(TRAINED, shuffle_pairs=True)
+            stages, cache_path, workdir / "runs" / "shuffled", replace_fields(recipe, shuffle_pairs=True)
         ),
     }
     retrieval = {
@@ -184,11 +230,11 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
         )
         for name, run_paths in runs.items()
     }
-    hits = _search(stages, cache_path, workdir / "index", runs["trained"][0])
+    hits = _search(stages, cache_path, workdir / "index", runs["projectors"][0])
     report = QuickstartReport(
         stages=stages.finished,
         retrieval=retrieval,
-        run_paths=runs["trained"],
+        run_paths=runs["projectors"],
         hits=hits,
         cache_path=cache_path,
         peak_memory_bytes=peak_memory_bytes(),
@@ -196,7 +242,7 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
         metrics_path=workdir / "metrics.json",
     )
     metrics = retrieval_json(
-        retrieval["trained"], closed_form=retrieval["closed form"], shuffled=retrieval["shuffled pairs"]
+        retrieval["projectors"], closed_form=retrieval["closed form"], shuffled=retrieval["shuffled pairs"]
     )
     write_record(report.metrics_path, {"retrieval": metrics})
     write_page(report.page_path, present_quickstart(report))
@@ -233,17 +279,12 @@ class _Stages:
         return result
 
 
-def _extract(stages: _Stages, cache_path: Path) -> None:
+def _extract(stages: _Stages, name: str, source: str, cache_path: Path, encoders: Mapping[str, str]) -> None:
+    words = [word for modality, spec in encoders.items() for word in (f"--{modality}-encoder", spec)]
     stages.run(
-        "extract",
-        ["extract", SOURCE, cache_path, "--image-encoder", IMAGE_ENCODER, "--text-encoder", TEXT_ENCODER],
-        lambda: extract(
-            open_source(SOURCE),
-            cache_path,
-            image_encoder=[IMAGE_ENCODER],
-            text_encoder=[TEXT_ENCODER],
-            progress=stages.progress,
-        ),
+        name,
+        ["extract", source, cache_path, *words],
+        lambda: extract(open_source(source), cache_path, encoder=encoders, progress=stages.progress),
         lambda reports: "; ".join(report.line() for report in reports),
     )
 

@@ -78,7 +78,15 @@ def test_page_is_self_contained(report: QuickstartReport) -> None:
     assert "<script" not in page
     assert page.count("<svg") == 2
     assert page.count("data:image/webp") > 60
-    for words in ("shuffled pairs", "closed form", "chance", "correct at rank 1", "Images: OpenMoji", ">0.313<"):
+    for words in (
+        "shuffled pairs",
+        "closed form",
+        "chance",
+        "correct at rank 1",
+        "Images: OpenMoji",
+        "Validation chose",
+        ">0.317<",
+    ):
         assert words in page
 
 
@@ -105,7 +113,7 @@ def test_printed_commands_reuse_the_results(
         if " train " in command:
             assert "reused, trained earlier with the same settings" in output
         if " extract " in command:
-            assert "encoded 0 images" in output
+            assert "encoded 0 images" in output or "imported 0 images" in output
             assert "encoded 0 texts" in output
 
 
