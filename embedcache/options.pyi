@@ -21,6 +21,7 @@ class AdapterOptions(TypedDict, total=False):
 class AdapterEvalOptions(TypedDict, total=False):
     part: Literal["train", "val", "test", "all"] | None
     num_queries: int | None
+    selection: str | PathLike[str] | None
     device: str | None
 
 class CoverageOptions(TypedDict, total=False):
@@ -151,6 +152,7 @@ class PairsOptions(TypedDict, total=False):
     num_samples: int | None
     k: int | None
     seed: int | None
+    selection: str | PathLike[str] | None
     device: str | None
     split: str | PathLike[str] | None
     val_fraction: float | None
@@ -170,6 +172,7 @@ class ProbeOptions(TypedDict, total=False):
     draws: int | None
     control: bool | None
     seed: int | None
+    selection: str | PathLike[str] | None
     device: str | None
 
 class PruneOptions(TypedDict, total=False):
@@ -187,6 +190,7 @@ class RetrievalOptions(TypedDict, total=False):
     check_overlap: bool | None
     widths: int | Iterable[int] | None
     max_samples: int | None
+    selection: str | PathLike[str] | None
     device: str | None
 
 class ScoreOptions(TypedDict, total=False):
@@ -327,4 +331,5 @@ class ZeroShotOptions(TypedDict, total=False):
     part: Literal["train", "val", "test", "all"] | None
     trained_on: str | PathLike[str] | Iterable[str | PathLike[str]] | None
     check_overlap: bool | None
+    selection: str | PathLike[str] | None
     device: str | None

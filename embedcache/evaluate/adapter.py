@@ -108,7 +108,7 @@ def evaluate_adapter(
         mapped["shuffled rows"] = Vectors(cache.path, modality, run_path=control, device=settings.device)
 
     rows = np.intersect1d(new.rows, old.rows, assume_unique=True)
-    split = read_eval_split(cache, run, settings.part)
+    split = read_eval_split(cache, run, settings.part, settings.selection)
     samples = cache.items(modality, columns=["sample"])["sample"].to_numpy()
     queries = rows[np.isin(samples[rows], split.samples)]
     if len(queries) > settings.num_queries:

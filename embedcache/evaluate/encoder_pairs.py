@@ -16,6 +16,7 @@ from embedcache.dataset.inputs import (
     to_unit_vectors,
 )
 from embedcache.dataset.pairs import Items, Pairs, choose_language, pair_items
+from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.dataset.splits import make_split
 from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize, summary
@@ -90,6 +91,8 @@ def _draw_samples(cache: Cache, features: Sequence[Sequence[InputFeature]], sett
         for items, side in zip((pairs.first, pairs.second), features, strict=True)
     )
     samples = np.intersect1d(distinct(first.samples), distinct(second.samples), assume_unique=True)
+    if settings.selection is not None:
+        samples = np.intersect1d(samples, read_selection(settings.selection, [cache]), assume_unique=True)
     if len(samples) < _MIN_SAMPLES:
         raise DataError(
             f"expected at least {_MIN_SAMPLES} samples of {cache.path} with all of the features, got {len(samples)}: "
@@ -230,6 +233,7 @@ class PairsReport:
     knn_chance: float
     chance: Mapping[str, Estimate]
     skipped: Sequence[str] = ()
+    selection: str | None = None
 
     @property
     def rows(self) -> str:
@@ -248,9 +252,10 @@ class PairsReport:
 
     def line(self) -> str:
         """Summarize what was measured in one line."""
+        within = "" if self.selection is None else f" within {self.selection}"
         language = "" if self.language is None else f" in {self.language}"
         return (
-            f"{pluralize(self.num_compared, 'sample')} outside the test part of {self.num_drawn:,} drawn "
+            f"{pluralize(self.num_compared, 'sample')} outside the test part of {self.num_drawn:,} drawn{within} "
             f"(seed {self.seed}), split {self.split}; rows: {self.rows}{language}; CKA centered; kNN by cosine, "
             f"k {self.k}; probe: CCA fitted on {self.num_trained:,} samples, ranked on {self.num_held:,} "
             f"others; 95% intervals over {pluralize(self.num_groups, 'near-duplicate group')}"
@@ -317,6 +322,7 @@ def evaluate_pairs(
         knn_chance=settings.k / (len(sample.samples) - 1),
         chance=dict(zip(directions(tuple(named)), _chances(sample), strict=True)),
         skipped=skipped,
+        selection=None if settings.selection is None else str(settings.selection),
     )
 
 

@@ -11,6 +11,7 @@ from embedcache.arrays import Array, Bools, Floats, Ints, blocks, distinct, numb
 from embedcache.dataset.inputs import InputFeature, open_input, to_mean_vectors
 from embedcache.dataset.labels import Labels, has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
+from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import PARTS, column_parts, draw_groups
 from embedcache.errors import DataError, SettingError, first_few, pluralize, summary
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, load_method
@@ -140,7 +141,8 @@ class ProbeReport:
         """Summarize what was measured in one line."""
         data, counts = self.labeled, self.counts
         pooled = " (mean of its tokens)" if data.feature.has_tokens else ""
-        rest = f"; {pluralize(data.num_left_out, 'item')} in no part or failed" if data.num_left_out else ""
+        reasons = "in no part or failed" if self.settings.selection is None else "not selected, in no part or failed"
+        rest = f"; {pluralize(data.num_left_out, 'item')} {reasons}" if data.num_left_out else ""
         rest += f"; {data.num_unlabeled:,} without a label left out" if data.num_unlabeled else ""
         return (
             f"{data.feature.name}{pooled}: {len(data.names):,} classes; {counts['train']:,} train, "
@@ -317,6 +319,8 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
     feature = open_input(cache, settings.modality, settings.feature)
     feature.require_complete()
     items = read_items([cache], [feature])
+    if settings.selection is not None:
+        items = items.select(read_selection(settings.selection, [cache]))
     is_labeled = has_label(cache, items.samples, column=settings.label)
     if not is_labeled.any():
         raise DataError(

@@ -346,7 +346,7 @@ def rank(
     progress = progress or NullProgress()
     modalities = run.modalities
     features = [run_input(cache, run, modality) for modality in modalities]
-    split = read_eval_split(cache, run, settings.part)
+    split = read_eval_split(cache, run, settings.part, settings.selection)
     language = ranked_language(run, settings)
     pairs = pair_items(
         [cache], *([feature] for feature in features), language=language, is_numbered=False, progress=progress

@@ -19,7 +19,7 @@ from embedcache.arrays import Bools, Ints, distinct
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.matches import ItemSet, find_equal, find_near
 from embedcache.dataset.pairs import pair_items
-from embedcache.dataset.selections import read_selection_table
+from embedcache.dataset.selections import read_selection, read_selection_table
 from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES
 from embedcache.dataset.splits import Split, column_parts, read_split
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
@@ -172,21 +172,32 @@ class EvalSplit(NamedTuple):
     groups: Ints
 
 
-def read_eval_split(cache: Cache, run: Run, part: str | None = None) -> EvalSplit:
-    """Select the samples of a cache to evaluate a run on.
+def read_eval_split(cache: Cache, run: Run, part: str | None = None, selection: Path | str | None = None) -> EvalSplit:
+    """Select the samples of a cache to evaluate a run on, only those of a selection if one is given.
 
     For a cache that the run was trained on, the run's split decides; for any other the column `split`, if there is
     one, or else all samples. The part None is `test`, or `all` of another cache without such a part.
 
     Raises:
         CorruptError: the run's split differs from the one it was trained on.
-        DataError: there is no such part.
+        DataError: there is no such part, or none of its samples is in the selection.
+        PathError: there is no such selection.
     """
     if was_trained_on(run, cache):
         split = read_run_split(run, cache)
         rows = np.arange(len(split.parts)) if part == "all" else split.rows(part or "test")
-        return EvalSplit(f"part {part or 'test'} of the run's split", rows, np.array(split.groups))
-    return read_part(cache, part)
+        evaluated = EvalSplit(f"part {part or 'test'} of the run's split", rows, np.array(split.groups))
+    else:
+        evaluated = read_part(cache, part)
+
+    if selection is None:
+        return evaluated
+    rows = np.intersect1d(evaluated.samples, read_selection(selection, [cache]), assume_unique=True)
+    if not len(rows):
+        raise DataError(
+            f"selection {selection}: expected samples of {evaluated.part}, got none; check --part, or select others"
+        )
+    return evaluated._replace(part=f"{evaluated.part}, within {selection}", samples=rows)
 
 
 def read_part(cache: Cache, part: str | None = None) -> EvalSplit:

@@ -1,11 +1,12 @@
 """Settings of evaluations. Nothing heavy is imported here, so that the command line starts quickly."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import PositiveInt
 
-from embedcache.dataset.settings import LANGUAGE_DEFAULT, SplitSettings, with_split_seed
+from embedcache.dataset.settings import LANGUAGE_DEFAULT, SELECTION_HELP, SplitSettings, with_split_seed
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
 from embedcache.processes import device_setting
@@ -39,6 +40,7 @@ class RetrievalSettings(Settings):
     max_samples: int = setting(
         50_000, "Rank at most this many samples, drawn at random from a larger part; 0 ranks all.", ge=0
     )
+    selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
     device: str = device_setting()
 
     def model_post_init(self, _context: object) -> None:
@@ -53,6 +55,7 @@ class ZeroShotSettings(Settings):
     part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
     trained_on: tuple[str, ...] = setting((), _TRAINED_ON_HELP, metavar="CACHE", commas="keep")
     check_overlap: bool = setting(True, _OVERLAP_HELP)
+    selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
     device: str = device_setting()
 
 
@@ -61,6 +64,7 @@ class AdapterEvalSettings(Settings):
 
     part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
     num_queries: int = setting(2_000, "Most queries, drawn at random from a larger part.", ge=1)
+    selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
     device: str = device_setting()
 
 
@@ -84,6 +88,7 @@ class ProbeSettings(Settings):
     draws: int = setting(5, "Number of few-shot draws, or of label shuffles for the control.", ge=1)
     control: bool = setting(False, "Also fit on shuffled labels, as a control that must stay at chance.")
     seed: int = setting(0, "Random seed of the split, the draws and the shuffles.", ge=0, lt=2**32)
+    selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
     device: str = device_setting()
 
     def model_post_init(self, _context: object) -> None:
@@ -106,6 +111,7 @@ class PairsSettings(Settings):
     num_samples: int = setting(5000, "Draw at most this many samples.", ge=20)
     k: int = setting(10, "Neighbors of mutual kNN.", ge=1)
     seed: int = setting(0, "Random seed of the draw.", ge=0, lt=2**32)
+    selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
     device: str = device_setting()
     split: SplitSettings = group(_ProbeSplitSettings)
 

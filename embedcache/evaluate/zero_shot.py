@@ -310,7 +310,7 @@ def classify(
     check_prompts(prompts_cache, run.input("text").spec)
     prompts = read_prompts(prompts_cache, run_input(prompts_cache, run, "text"))
     feature = run_input(cache, run, modality)
-    split = read_eval_split(cache, run, settings.part)
+    split = read_eval_split(cache, run, settings.part, settings.selection)
     items = read_items([cache], [feature], is_numbered=False).select(split.samples)
     if not len(items.rows):
         raise DataError(

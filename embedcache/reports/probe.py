@@ -92,6 +92,7 @@ def _details(report: ProbeReport) -> dict[str, Any]:
         "fingerprint": dict(data.feature.fingerprint),
         "label": settings.label,
         "part": settings.part,
+        "selection": None if settings.selection is None else str(settings.selection),
         "cut": data.split_rule,
         "seed": settings.seed,
         "num_items": report.counts,

@@ -45,6 +45,13 @@ def test_vectors_and_labels_match_rows(labeled_path: Path) -> None:
     assert [data.names[label] for label in data.examples.labels] == cache.samples["label"].to_pylist()
 
 
+def test_only_selected_items_are_read(labeled_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("".join(f"{number:05d}\n" for number in range(100)))
+    data = read_labeled(Cache(labeled_path), ProbeSettings(feature=FEATURE, selection=tmp_path / "keys.txt"))
+    assert data.items.samples.tolist() == list(range(100))
+    assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 67, "val": 8, "test": 25}
+
+
 @pytest.mark.slow
 def test_hash_split_keeps_copies_together(tmp_path: Path) -> None:
     path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=100, copies=60)

@@ -10,6 +10,7 @@ from embedcache.dataset.matches import ItemSet
 from embedcache.dataset.pairs import read_items
 from embedcache.errors import CorruptError, DataError
 from embedcache.evaluate import runs as overlap
+from embedcache.evaluate.encoder_pairs import evaluate_pairs
 from embedcache.evaluate.retrieval import evaluate_retrieval, rank
 from embedcache.evaluate.runs import (
     Run,
@@ -66,6 +67,18 @@ def test_other_cache_uses_its_column_split(run: Run, other: Path, two_caches: li
     assert (whole.part, len(whole.samples)) == ("all samples", 40)
     with pytest.raises(DataError, match="test"):
         read_eval_split(Cache(two_caches[0]), run, "test")
+
+
+def test_only_selected_samples_are_evaluated(run: Run, other: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("".join(f"test/{number:05d}\n" for number in range(12)) + "train/00003\n")
+    selection = tmp_path / "keys.txt"
+    report = evaluate_retrieval(other, run.path, selection=selection)
+    assert (report.num_items["image"], str(selection) in report.line()) == ([12], True)
+    with pytest.raises(DataError, match="got 13"):
+        evaluate_pairs(other, selection=selection)
+    (tmp_path / "keys.txt").write_text("train/00003\n")
+    with pytest.raises(DataError, match="selection"):
+        evaluate_retrieval(other, run.path, selection=selection)
 
 
 def test_column_split_may_write_parts_otherwise(tmp_path: Path) -> None:
