@@ -86,10 +86,7 @@ def open_concepts(
     if len(unique) < len(names):
         if not join_names:
             name, count = Counter(names).most_common(1)[0]
-            raise DataError(
-                f"{cache.path}: expected each concept once, got {name!r} {count} times; extract a list with each name "
-                "once"
-            )
+            raise DataError(f"{path}: expected each concept once, got {name!r} {count} times; list each name once")
         numbers = np.array([unique.index(name) for name in names], np.int64)[numbers]
         names = unique
     sums_CP: Array = np.zeros((len(names), vectors.width), np.float64)  # `mean_directions` needs all vectors in memory

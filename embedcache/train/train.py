@@ -25,6 +25,7 @@ from embedcache.projectors.pair import AlignedPair
 from embedcache.provenance import Manifest, digest
 from embedcache.runs import CHECKPOINT, MANIFEST, PAIR, PROTOTYPES, RECIPES, SPLIT, Run, RunInfo, read_info
 from embedcache.settings import merge_settings, replace_fields, replace_flat
+from embedcache.store.cache import Cache
 from embedcache.train.batches import PairBatches
 from embedcache.train.data import (
     DrawnViews,
@@ -337,6 +338,17 @@ def _best(scores: Sequence[RecipeScore]) -> RecipeScore | None:
     return max(scores, key=lambda score: score.score, default=None)
 
 
+def _check_prototypes(path: Path, data: TrainData) -> None:
+    """Raise unless prototypes are other samples than those of training, whose test part they would contain."""
+    prototypes = Cache(path).info
+    for cache in data.caches:
+        if prototypes.has_rows_of(cache.info.index_digest) or cache.info.has_rows_of(prototypes.index_digest):
+            raise DataError(
+                f"prototypes {path}: expected classes and their names, got samples of {cache.path}, which is trained "
+                "on; make some with: embedcache extract prototypes:ENCODER PROTOTYPES"
+            )
+
+
 def _read_scores(info: RunInfo) -> list[RecipeScore]:
     return [RecipeScore.model_validate(values) for values in info.report.get("recipes", ())]
 
@@ -351,6 +363,7 @@ def _train_pair(
     prototypes = None
     digests = digest_inputs(data, settings)
     if settings.prototypes is not None:
+        _check_prototypes(settings.prototypes, data)
         prototypes = open_prototypes(settings.prototypes, data.features, settings, progress)
         digests["prototypes"] = prototypes.digest
     info = _describe_run(data, run_path, settings, digests)

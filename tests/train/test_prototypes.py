@@ -140,6 +140,8 @@ def test_prototypes_of_another_encoder_or_projector_are_refused(
     extract("prototypes:lite:efficientnet-lite1", tmp_path / "lite1", text_encoder=TEXT_ENCODER)
     with pytest.raises(FingerprintError, match="efficientnet-lite1"):
         evaluated(emoji, tmp_path / "lite1-run", prototypes=tmp_path / "lite1")
+    with pytest.raises(DataError, match="trained on"):
+        train(emoji, tmp_path / "itself", prototypes=emoji)
     with pytest.raises(SettingError, match="closed form"):
         train(emoji, tmp_path / "glu", projector="linear", initialization="random", prototypes=prototypes)
 
