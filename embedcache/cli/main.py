@@ -15,6 +15,9 @@ from embedcache.cli.commands import CommandGroup, command
 from embedcache.cli.console import run_program
 from embedcache.registry import search_plugins_in
 
+_IMAGE_ENCODER = "lite:efficientnet-lite0"
+_TEXT_ENCODER = "st:all-MiniLM-L6-v2"
+
 app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
@@ -48,21 +51,33 @@ def embedcache(
 
 @command(app, "quickstart", runs_named_code=False)
 def quickstart(
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="DATA", help="Folder, table or tar of images with captions.", show_default="OpenMoji"),
+    ] = None,
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Folder for the cache, the run, the index and the report.")
-    ] = Path("embedcache-quickstart"),
+        Path | None, typer.Argument(metavar="FOLDER", help="New folder for the results; may be given without DATA.")
+    ] = None,
+    image_encoder: Annotated[str, typer.Option(metavar="SPEC", help="Encoder of images.")] = _IMAGE_ENCODER,
+    text_encoder: Annotated[str, typer.Option(metavar="SPEC", help="Encoder of captions.")] = _TEXT_ENCODER,
 ) -> Any:
-    """Run the whole system on packaged images.
+    """Run the whole system on your images, or on packaged ones.
 
-    Extract OpenMoji with two packaged encoders, train projectors, evaluate, index, search and write an HTML report.
+    Encode images and captions, train projectors, evaluate them beside a control, build an index and search it, measure
+    coverage, find duplicates, and write a page. Without DATA, the images are OpenMoji's.
 
-    Example: embedcache quickstart
+    Example: embedcache quickstart photos/ mine/
     """
     from embedcache.cli.console import open_progress
-    from embedcache.quickstart.quickstart import present_quickstart
+    from embedcache.quickstart.quickstart import SOURCE, present_quickstart
     from embedcache.quickstart.quickstart import quickstart as run
 
-    return present_quickstart(run(folder, progress=open_progress()))
+    if folder is None:
+        folder = Path(data or "embedcache-quickstart")
+        data = SOURCE
+    assert data is not None
+    report = run(data, folder, image_encoder=image_encoder, text_encoder=text_encoder, progress=open_progress())
+    return present_quickstart(report)
 
 
 for group in (extract.app, cache.top, train.app, search.app):

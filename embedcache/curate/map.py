@@ -48,16 +48,18 @@ _BLOCK = 4096
 _MAX_QUESTION = 80
 _NAMED_SHARE = 1 / 3  # of the items of a cluster
 _WORD = re.compile(r"[^\W\d_]{2,}")
-_STOP_WORDS = frozenset(
+STOP_WORDS = frozenset(
     _WORD.findall(
         "about above after again against all also am an and any are as at back be because been before behind being "
         "below between both but by can could did do does down during each few for from front further had has have "
         "having he her here hers him his how if in into is it its itself just like may me more most my near next "
         "no nor not now of off on once one only onto or other our out over own same she side so some such than "
         "that the their them then there these they this those through to too top two under until up upon us very "
-        "was we were what when where which while who whom why will with within without would you your "
+        "was we were what when where which while who whom why will with within without would you your kind made "
+        "many pair piece set type used "
     )
 )
+"""Words that name nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,7 +375,7 @@ def name_clusters(hits: Sequence[Sequence[Hit]]) -> list[str]:
 def _words(hit: Hit) -> set[str]:
     """Return the words of an item's first caption, or its label."""
     if hit.captions:
-        return set(_WORD.findall(hit.captions[0].lower())) - _STOP_WORDS
+        return set(_WORD.findall(hit.captions[0].lower())) - STOP_WORDS
     return {hit.label} if hit.label else set()
 
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from embedcache.arrays import Array, Ints
 from embedcache.curate.coverage import ConceptCounts, CoverageReport
+from embedcache.metrics import Estimate
 from embedcache.modalities import noun, pair_nouns
-from embedcache.reports.figures import BAD, COLORS, INK, label, legend_name, open_axes, svg
+from embedcache.reports.figures import BAD, COLORS, INK, estimate_bars, label, legend_name, open_axes, svg
 from embedcache.reports.items import ItemRenderer, PageItem, QueryExample
 from embedcache.reports.render import (
     Presentation,
@@ -220,6 +221,38 @@ def present_coverage(reports: Mapping[str, CoverageReport]) -> Presentation:
     )
 
 
+def concept_sections(
+    report: CoverageReport, renderer: ItemRenderer, *, num: int, notes: Sequence[str] = ()
+) -> list[Section]:
+    """Return the sections of the largest concepts: their estimates as bars, and their most similar items."""
+    part = report.pool_counts
+    order = [number for number in largest_first(part)[:num] if part.can_tell[number]]
+    estimates = {
+        report.concepts.names[number]: Estimate(*(float(bound[number]) for bound in _bounds(part))) for number in order
+    }
+    bars = Section(
+        title="Coverage",
+        notes=[
+            f"Estimated {noun(report.pool.modality)} of each concept. The 95% intervals are wide without labels: look "
+            "at the items below.",
+            *notes,
+            *report.warnings(),
+        ],
+        figures=lambda: [_estimate_figure(estimates)] if estimates else [],
+    )
+    return [bars, _concept_section(report, renderer, num=num)]
+
+
+def _estimate_figure(estimates: Mapping[str, Estimate]) -> str:
+    axes = open_axes(0.7 + 0.24 * len(estimates))
+    estimate_bars(axes, estimates, height=0.6, colors=COLORS[:1])
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(_COUNT)
+    label(axes, "estimated number")
+    return svg(axes.figure)
+
+
 def _difference_section(first: CoverageReport, second: CoverageReport) -> Section:
     items, others = nouns_of(first, second)
     return Section(
@@ -271,8 +304,8 @@ def _gap_section(report: CoverageReport) -> Section:
     return Section(title="Gaps", notes=notes, table=concept_table(report, gaps[:_MAX_GAPS]), num_printed=0)
 
 
-def _concept_section(report: CoverageReport, renderer: ItemRenderer) -> Section:
-    order = largest_first(report.pool_counts)
+def _concept_section(report: CoverageReport, renderer: ItemRenderer, *, num: int | None = None) -> Section:
+    order = largest_first(report.pool_counts)[:num]
     notes = ["The most similar items of each concept, best first; green: above its threshold."]
     if len(order) > _MAX_EXAMPLES:
         order = order[np.linspace(0, len(order) - 1, _MAX_EXAMPLES).round().astype(np.int64)]

@@ -93,6 +93,31 @@ def present_dedup(result: DedupReport) -> Presentation:
     )
 
 
+def duplicate_section(analysis: DedupAnalysis, renderer: ItemRenderer) -> Section:
+    """Return the section of all copies side by side, and below them the most similar of all other pairs."""
+    assert analysis.near is not None
+    removed = analysis.removed(None)
+    kept = distinct(removed["kept"])[:_NUM_GROUPS].tolist()
+    pairs = analysis.near.pairs
+    others = pairs[pairs["distance"] > SAME_PICTURE]
+    closest = others[np.argsort(-others["cosine"], kind="stable")[:_EXAMPLES_PER_BAND]]
+    shown = f" The first {len(kept)} of them are shown." if len(kept) == _NUM_GROUPS else ""
+    note = (
+        f"{analysis.line()}.{shown} Below: the most similar of all other pairs, which may be duplicates or "
+        "not. Left what would be kept, right what would be removed."
+    )
+    return Section(
+        title="Duplicates",
+        notes=[note],
+        table=threshold_table(analysis),
+        num_printed=0,
+        examples=lambda: [
+            *(_example(analysis, removed[removed["kept"] == sample], renderer) for sample in kept),
+            *_pair_examples(analysis, closest, renderer),
+        ],
+    )
+
+
 def _similarity_section(analysis: DedupAnalysis, limit: float | None) -> Section:
     return Section(
         title="Similarity",

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from embedcache.errors import summary
 from embedcache.files import write_atomic
 from embedcache.metrics import Estimate
-from embedcache.reports.items import ItemRenderer, QueryExample
+from embedcache.reports.items import ItemRenderer, PageItem, QueryExample
 
 Table: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Column names, and rows of text."""
@@ -39,6 +39,7 @@ class Section:
         num_printed: rows of the table that the terminal shows; None: all.
         code: command to copy from the page.
         figures: returns SVG elements; called for a page only.
+        items: returns items to show side by side; called for a page only.
         examples: returns examples with items; called for a page only.
     """
 
@@ -48,6 +49,7 @@ class Section:
     num_printed: int | None = None
     code: str = ""
     figures: Callable[[], Sequence[str]] = tuple
+    items: Callable[[], Sequence[PageItem]] = tuple
     examples: Callable[[], Sequence[QueryExample]] = tuple
 
 
@@ -128,7 +130,8 @@ def to_html(report: Presentation) -> str:
     )
     # Examples are made before the warnings are read: only then the renderers know which items they could not show.
     sections = [
-        (section, _find_numbers(section.table), section.figures(), section.examples()) for section in report.sections
+        (section, _find_numbers(section.table), section.figures(), section.items(), section.examples())
+        for section in report.sections
     ]
     warnings = [*report.warnings, *(warning for renderer in report.renderers for warning in renderer.warnings())]
     credits = dict.fromkeys(renderer.credit for renderer in report.renderers if renderer.credit)

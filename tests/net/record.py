@@ -7,7 +7,6 @@ import contextlib
 import json
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 
@@ -35,8 +34,7 @@ def record(folder: Path) -> None:
         for projector in commands.PROJECTORS:
             values.update(commands.projector_figures(projector))
 
-    with mock.patch("embedcache.quickstart.quickstart.SOURCE", "openmoji:en"):
-        quickstart(real)
+    quickstart("openmoji:en", real)
     with contextlib.chdir(real):
         quickstart_values = dict(commands.quickstart_figures())
 

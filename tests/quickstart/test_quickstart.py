@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,9 @@ def notes() -> RecordedProgress:
 
 
 @pytest.fixture(scope="module")
-def report(workdir: Path, notes: RecordedProgress) -> Iterator[QuickstartReport]:
+def report(workdir: Path, notes: RecordedProgress) -> QuickstartReport:
     """Run it on the English names alone: the others are not trained on, and take 9 seconds to encode."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("embedcache.quickstart.quickstart.SOURCE", ENGLISH)
-        yield quickstart(workdir, progress=notes)
+    return quickstart(ENGLISH, workdir, progress=notes)
 
 
 def test_figures_are_those_of_the_net(report: QuickstartReport, workdir: Path) -> None:
@@ -76,7 +73,7 @@ def test_page_is_self_contained(report: QuickstartReport) -> None:
     page = report.page_path.read_text()
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
     assert "<script" not in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert page.count("data:image/webp") > 60
     for words in (
         "shuffled pairs",
@@ -119,7 +116,7 @@ def test_printed_commands_reuse_the_results(
 
 def test_second_run_reuses_the_results(report: QuickstartReport, workdir: Path) -> None:
     notes = RecordedProgress()
-    again = quickstart(workdir, progress=notes)
+    again = quickstart(ENGLISH, workdir, progress=notes)
     output = "\n".join(notes.notes)
     assert "encoded 0 images, reused 1,893" in output
     assert output.count("reused, trained earlier") == 9
@@ -130,7 +127,7 @@ def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text("{}")
     (tmp_path / "report.html").write_text("of the study")
     with pytest.raises(PathError, match="expected a new folder, or that of .*, got a finished study"):
-        quickstart(tmp_path)
+        quickstart(ENGLISH, tmp_path)
     assert (tmp_path / "report.html").read_text() == "of the study"
 
 
