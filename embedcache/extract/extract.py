@@ -99,7 +99,6 @@ def extract(
     progress = to_progress(progress)
     encoders = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache, encoders, settings=settings, options=options, progress=progress)
-    remove_partials(open_path(job.cache))
     with _record(job, "extract") as outcome:
         reports = run_job(job, progress)
         if isinstance(job.opened, PrototypesSource):
@@ -123,8 +122,8 @@ def retry_failed(
 ) -> list[FillReport]:
     """Retry the files that failed, after one was replaced or a network came back; all other rows stay unchanged.
 
-    Captions that failed are blank and remain failed, because captions are part of the item table. The arguments and
-    errors are those of `extract`.
+    Chunks of files that are missing, as after a kill, are encoded too. Captions that failed are blank and remain
+    failed, because captions are part of the item table. The arguments and errors are those of `extract`.
     """
     progress = to_progress(progress)
     encoders = join_encoders(image_encoder, text_encoder, encoder)
@@ -228,6 +227,7 @@ def open_job(
         _check_recorded(source, path, encoders, settings)
     else:
         _index(source, path, settings, accept_replaced=accept_replaced, progress=progress)
+    remove_partials(path)
     reads_files = any(MODALITIES[modality].kind == "files" for modality in encoders)
     return ExtractJob(
         cache=str(path),

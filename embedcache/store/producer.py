@@ -24,7 +24,7 @@ Verb: TypeAlias = Literal["encoded", "derived", "imported", "copied"]
 """What a producer did with the items of a chunk."""
 
 Rows: TypeAlias = Literal["missing", "failed"]
-"""Which rows are computed: those that lack a feature, or those of complete chunks that failed."""
+"""Which rows are computed: those of chunks that lack a feature, or also those that failed in other chunks."""
 
 _STEPS: Mapping[Verb, str] = {
     "encoded": "encoding",
@@ -198,7 +198,7 @@ def fill_all(
 
     Args:
         producers: those of one cache.
-        rows: with `failed`, only the failed rows of complete chunks.
+        rows: with `failed`, also the failed rows of chunks that lack nothing.
         shard: `(i, n)`, only the chunks whose number modulo n is i.
         progress: shows the number of items.
 
@@ -260,10 +260,8 @@ def _find_state(producer: Producer, target: Target, chunk: int, rows: Rows) -> _
     names = list(target.outputs)
     commit = target.group.commit(chunk)
     missing = [name for name in names if not target.group.has(commit, name)]
-    if rows == "missing" and (commit is None or not producer.retries(commit)):
+    if commit is None or (missing if rows == "failed" else not producer.retries(commit)):
         return _State(commit, missing)
-    if commit is None or (rows == "failed" and missing):
-        return _State(commit, [])
 
     failed = {row for name in names for row, reason in enumerate(commit.failures.get(name, ())) if has_failed(reason)}
     return _State(commit, names if failed or rows == "missing" else [], failed)

@@ -36,8 +36,6 @@ class Writer:
 
     command: str
     prepare: Callable[[Path, Path], None] | None = None
-    finish: tuple[str, ...] = ()
-    """Further commands after the command was run again."""
 
 
 def run(command: str) -> None:
@@ -101,9 +99,7 @@ def vectors(source: Path, out: Path) -> None:
 WRITERS = {
     "extract": Writer(f"extract {{source}} {{out}} {TOYS} --feature cls,patches,tokens --chunk-size 4"),
     "extend": Writer(f"extract {{source}} {{out}} {TOYS} --extend", added),
-    "retry": Writer(
-        f"extract {{source}} {{out}} {TOYS} --retry-failed", extracted, (f"extract {{source}} {{out}} {TOYS}",)
-    ),
+    "retry": Writer(f"extract {{source}} {{out}} {TOYS} --retry-failed", extracted),
     "repair": Writer("verify {out} --repair --trust", damaged),
     "derive": Writer(f"derive {{out}} {PCA}", extracted),
     "train": Writer(f"train {{cache}} {{out}} {TRAIN}"),
@@ -131,7 +127,7 @@ def test_killed_before_and_after_each_rename(name: str, tmp_path: Path) -> None:
     place, template = tmp_path / "place", tmp_path / "template"
     if writer.prepare:
         writer.prepare(source, template)
-    lines = [line.format(source=source, cache=cache, out=place / "out") for line in (writer.command, *writer.finish)]
+    command = writer.command.format(source=source, cache=cache, out=place / "out")
 
     def start() -> None:
         """Put `out` into the state before the command."""
@@ -141,12 +137,11 @@ def test_killed_before_and_after_each_rename(name: str, tmp_path: Path) -> None:
             shutil.copytree(template, place / "out")
 
     def finish() -> dict[str, bytes]:
-        for line in lines:
-            run(line)
+        run(command)
         return read_tree(place)
 
     start()
-    states = killed_states(lines[0], place, tmp_path / "states")
+    states = killed_states(command, place, tmp_path / "states")
     whole = read_tree(place)
     start()
     again = finish()
