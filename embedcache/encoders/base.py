@@ -119,7 +119,8 @@ class Encoder(Protocol):
 
         Returns:
             One array per item. Image: (3, H, W), uint8 if the model normalizes pixels on its device, else float32.
-            Text: (T,) int64 token ids, truncated to the model's maximum input length. Others: any array.
+            Text: (T,) int64 token ids, truncated to the model's maximum input length, or any array of a model without
+            tokens. Others: any array.
 
         Raises:
             ItemError: an item is not fit for the model, such as a recording of 0 s; it fails with that reason.

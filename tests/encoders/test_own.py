@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.testing.encoders import AudioEncoderContract, ImageEncoderContract
+from embedcache.testing.encoders import AudioEncoderContract, ImageEncoderContract, TextEncoderContract
 from tests.blocks import ROOT, blocks_of
 from tests.crash import call_elsewhere
 
@@ -22,6 +22,7 @@ MODULES = {
     "my_module": (IMAGES, 0),
     "my_convolution": (IMAGES, 2),
     "test_convolution": (IMAGES, 3),
+    "my_letters": (IMAGES, 4),
 }
 """Module -> page, and which of its blocks of Python it is."""
 
@@ -64,6 +65,22 @@ class TestConvolution(ImageEncoderContract):
     @pytest.fixture
     def other_spec(self, tmp_path: Path) -> str:
         return save_convolution(tmp_path / "others.safetensors", first=1.0)
+
+
+class TestLetters(TextEncoderContract):
+    has_weights = False
+
+    @pytest.fixture
+    def spec(self) -> str:
+        return "my_letters:open_letters"
+
+
+def test_tolerance_is_relative_to_the_length() -> None:
+    contract = TextEncoderContract()
+    vector = np.full((3, 8), 1e3, np.float32)
+    contract._assert_close(vector + 0.01, vector)
+    with pytest.raises(AssertionError, match="differ by"):
+        contract._assert_close(vector / 1e6 + 1e-6, vector / 1e6)
 
 
 def save_convolution(path: Path, *, first: float) -> str:
