@@ -147,8 +147,8 @@ def leaks(
 ) -> Any:
     """Find test samples that are in a training cache.
 
-    These are exact copies, and near-duplicates by cosine similarity; of recordings, videos and point clouds with
-    --cosine, such as audio=0.995.
+    These are exact copies, and near-duplicates by cosine similarity, as a strict split and the overlap check of
+    evaluate retrieval define them.
 
     Example: embedcache curate leaks train/ test/ clean.parquet --html leaks.html
     """

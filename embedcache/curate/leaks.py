@@ -27,7 +27,6 @@ from embedcache.store.cache import Cache
 if TYPE_CHECKING:
     from embedcache.options import LeakOptions
 
-_NO_LIMIT = "their near-duplicates are found with --cosine; curate dedup shows which cosine suits the encoder"
 _OTHER_HASHES = (
     "the hashes of imported vectors are not those of files; extract the files of both, or import the vectors of both"
 )
@@ -40,7 +39,7 @@ class ModalityLeaks:
     modality: str
     feature: str | None  # that near-duplicates were searched with; None if only copies were
     reason: str | None  # why only copies were searched
-    cosine: float | None  # limit of near-duplicates; None: only copies are leaks
+    cosine: float  # limit of near-duplicates
     test: Items
     train: Items
     train_rows: Ints  # (Q,) row of the training item closest to each test item; -1 if unknown
@@ -71,7 +70,7 @@ class ModalityLeaks:
         return distinct(self.train.samples[self._leaked(self.train_is_copy, self.train_cosines)])
 
     def _leaked(self, is_copy: Bools, cosines: Floats) -> Bools:
-        return is_copy if self.cosine is None else is_copy | (cosines >= cosine_limit(self.cosine))
+        return is_copy | (cosines >= cosine_limit(self.cosine))
 
     @property
     def highest(self) -> float | None:
@@ -171,10 +170,11 @@ def find_leaks(
     """Find the items of a test cache that are in a training cache.
 
     Copies are found by the hashes of bytes and texts, for any encoders. Near-duplicates need one feature of one encoder
-    in both caches and, of recordings, videos and point clouds, `cosine`. Up to 4 × 10¹² multiplications, such as
-    those of 5,000 × 1,000,000 items of width 768, each test item is compared with each training item, in about a minute
-    on two cores; beyond that, or with `all_pairs=False`, only within clusters, and the recall is measured. Time, memory
-    and scratch space as in `find_near`.
+    in both caches. The default limits are those of a strict split and of the overlap check of evaluations.
+
+    Up to 4 × 10¹² multiplications, such as those of 5,000 × 1,000,000 items of width 768, each test item is compared
+    with each training item, in about a minute on two cores; beyond that, or with `all_pairs=False`, only within
+    clusters, and the recall is measured. Time, memory and scratch space as in `find_near`.
 
     Args:
         train: the training cache.
@@ -207,7 +207,7 @@ def find_leaks(
     for modality in named:
         if modality not in common:
             raise SettingError(f"feature: expected a modality of both caches, {' or '.join(common)}, got {modality}")
-    chosen = [_choose_features(train, test, name, named.get(name), settings) for name in common]  # all before the work
+    chosen = [_choose_features(train, test, name, named.get(name)) for name in common]  # all before the work
     leaks = [
         _find_leaks(_open_items(train, train_feature), _open_items(test, test_feature), reason, settings, progress)
         for train_feature, test_feature, reason in chosen
@@ -235,14 +235,14 @@ def _find_leaks(
 ) -> ModalityLeaks:
     """Compare the items of two features; with a reason, as of `_choose_features`, only their hashes."""
     modality = test_set.feature.modality
-    cosine = settings.cosines.get(modality)
+    cosine = settings.cosines[modality]
     copies, train_is_copy = find_equal(test_set, train_set)
     is_copy: Bools = copies >= 0
     train_rows = copies
     cosines: Floats = np.full(len(is_copy), -np.inf, np.float32)
     train_cosines: Floats = np.full(len(train_is_copy), -np.inf, np.float32)
     near = None
-    if reason is None and cosine is not None:
+    if reason is None:
         near = find_near(
             test_set,
             train_set,
@@ -274,11 +274,10 @@ def _find_leaks(
 
 
 def _choose_features(
-    train: Cache, test: Cache, modality: str, names: Sequence[str] | None, settings: LeakSettings
+    train: Cache, test: Cache, modality: str, names: Sequence[str] | None
 ) -> tuple[InputFeature, InputFeature, str | None]:
-    """Open a feature of both caches; without a limit or of different encoders, return why only hashes are compared."""
-    has_limit = modality in settings.cosines
-    if has_limit and not names:
+    """Open a feature of both caches; if they are of different encoders, return why only hashes are compared."""
+    if not names:
         names = _common_features(train, test, modality)
     if names and len(names) > 1:
         raise SettingError(f"feature: expected one of {modality}, got {' and '.join(names)}; name it with --feature")
@@ -286,9 +285,6 @@ def _choose_features(
     train_feature, test_feature = (
         open_input(cache, modality, name or cache.features(modality)[0].name) for cache in (train, test)
     )
-    if not has_limit:
-        return train_feature, test_feature, _NO_LIMIT
-
     reason = None
     differences = name_differences(train_feature.fingerprint, test_feature.fingerprint)
     if name is None:

@@ -92,9 +92,8 @@ class LeakSettings(Settings):
     """Settings of leak detection: the similarity from which on a test item counts as leaked, and the features."""
 
     cosines: Mapping[str, Annotated[float, Field(gt=0, le=1)]] = setting(
-        {"image": 0.95, "text": 0.95},
-        "Items at or above this cosine similarity are near-duplicates; of a modality without one, only copies are "
-        "found. May be repeated.",
+        NEAR_DUPLICATE_COSINES,
+        "Items at or above this cosine similarity are near-duplicates. May be repeated.",
         flat_name="cosine",
         metavar="[MODALITY=]C",
     )

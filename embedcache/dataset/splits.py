@@ -5,9 +5,9 @@ Whole groups are drawn in an order that depends only on the keys of their sample
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +18,10 @@ from embedcache.dataset import keytable
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.matches import near_duplicate_groups
 from embedcache.dataset.pairs import Pairs, name_caches
-from embedcache.dataset.settings import KINDS, SplitSettings
+from embedcache.dataset.settings import KINDS, NEAR_DUPLICATE_COSINES, SplitSettings
 from embedcache.errors import CorruptError, DataError, SettingError, SourceError
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import digest_file, read_study
+from embedcache.provenance import construct, digest_file, read_study
 from embedcache.registry import unknown_name
 from embedcache.runs import MANIFEST, SPLIT, read_info
 from embedcache.store.arrays import check_file
@@ -50,10 +50,21 @@ class Split:
     Args:
         parts: `train`, `val`, `test`, or an empty string for a sample that is left out.
         groups: near-duplicate group of each sample; a group is never divided.
+        rule: `strict`, `key` or `column`; empty if it is unknown.
+        compared: modalities whose near-duplicates are in one part; empty unless the split is strict.
+        cosines: modality -> cosine above which items are near-duplicates.
     """
 
     parts: Sequence[str]
     groups: Sequence[int]
+    rule: str = ""
+    compared: Sequence[str] = ()
+    cosines: Mapping[str, float] = field(default_factory=lambda: dict(NEAR_DUPLICATE_COSINES))
+
+    def line(self) -> str:
+        """Describe how it was made, such as `strict, cosine image > 0.9, text > 0.7`; empty if that is unknown."""
+        limits = ", ".join(f"{modality} > {self.cosines[modality]:g}" for modality in self.compared)
+        return f"{self.rule}, cosine {limits}" if limits else self.rule
 
     def mask(self, part: str) -> Bools:
         """Return whether each sample is in a part: (S,) bool."""
@@ -74,8 +85,12 @@ class Split:
 
 
 def write_split(path: Path, caches: Sequence[Cache], split: Split) -> None:
-    """Write a split of all samples of some caches: a keyed table with the columns `part` and `group`."""
-    keytable.write(path, caches, {"part": split.parts, "group": split.groups}, "split", {})
+    """Write a split of all samples of some caches: a keyed table with the columns `part` and `group`.
+
+    Its header says how the split was made.
+    """
+    about = {"rule": split.rule, "compared": list(split.compared), "cosines": dict(split.cosines)}
+    keytable.write(path, caches, {"part": split.parts, "group": split.groups}, "split", about)
 
 
 def check_split(path: Path) -> None:
@@ -125,12 +140,30 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     """
     require_split(path)
     num_samples = sum(map(len, caches))
-    table = keytable.read(path, caches, "split").align(num_samples)
+    split = keytable.read(path, caches, "split")
+    table = split.align(num_samples)
     parts = pc.fill_null(table["part"], "")
     is_other = table["group"].is_null().to_numpy()
     groups = pc.fill_null(table["group"], -1).to_numpy().copy()
     groups[is_other] = groups.max() + 1 + np.arange(np.count_nonzero(is_other))
-    return Split(parts=Column(parts), groups=Column(pa.array(groups)))
+    return Split(parts=Column(parts), groups=Column(pa.array(groups)), **_read_rule(path, split.about))
+
+
+def read_split_cosines(path: Path) -> Mapping[str, float]:
+    """Return modality -> cosine above which items are near-duplicates, by the header of a split; errors: `read_split`.
+
+    Those of a split that does not say are the defaults.
+    """
+    require_split(path)
+    cosines: Mapping[str, float] = _read_rule(path, keytable.read_header(path, "split"))["cosines"]
+    return cosines
+
+
+def _read_rule(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `Split` that the header of its file has."""
+    cosines = construct(path, lambda: SplitSettings(cosines=about.get("cosines", {})).cosines)
+    compared = construct(path, lambda: tuple(name for name in about.get("compared", ()) if name in cosines))
+    return {"rule": str(about.get("rule", "")), "compared": compared, "cosines": cosines}
 
 
 def column_parts(names: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedArray":
@@ -175,7 +208,7 @@ def make_split(
     )
     split = _by_groups(caches, pairs.samples, number_values(groups), settings, progress)
     _require_parts(split, groups, settings, readers)
-    return split
+    return replace(split, rule="strict", compared=tuple(readers), cosines=settings.cosines)
 
 
 def split_samples(
@@ -193,12 +226,13 @@ def split_samples(
         UnknownNameError, SettingError, SourceError: as in `make_split`.
     """
     if settings.kind == "column":
-        return _by_column(caches, samples, settings, progress)
+        split = _by_column(caches, samples, settings, progress)
+        return replace(split, rule="column", cosines=settings.cosines)
     if settings.kind == "key":
         groups = np.arange(len(samples))
         split = _by_groups(caches, samples, groups, settings, progress)
         _require_parts(split, groups, settings, ())
-        return split
+        return replace(split, rule="key", cosines=settings.cosines)
     if settings.path is None or not settings.path.is_file():
         raise unknown_name("split", settings.kind, KINDS, hint="or use the path of another run's split.parquet")
     return read_split(settings.path, caches)

@@ -20,8 +20,7 @@ from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.matches import ItemSet, find_equal, find_near
 from embedcache.dataset.pairs import pair_items
 from embedcache.dataset.selections import read_selection, read_selection_table
-from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES
-from embedcache.dataset.splits import Split, column_parts, read_split
+from embedcache.dataset.splits import Split, column_parts, read_split, read_split_cosines
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.files import AnyPath, is_url, one_or_many
@@ -35,9 +34,6 @@ from embedcache.store.cache import Cache
 
 RunPaths: TypeAlias = AnyPath | Sequence[AnyPath]
 """One run, or seeds of one recipe."""
-
-COSINES = {"image": 0.9, "text": 0.7}
-"""Items above these cosines are near-duplicates, as in the strict split; for other modalities the run names one."""
 
 _MAX_PRODUCTS = 2e10
 _MIN_CHECKED = 200
@@ -186,7 +182,8 @@ def read_eval_split(cache: Cache, run: Run, part: str | None = None, selection: 
     if was_trained_on(run, cache):
         split = read_run_split(run, cache)
         rows = np.arange(len(split.parts)) if part == "all" else split.rows(part or "test")
-        evaluated = EvalSplit(f"part {part or 'test'} of the run's split", rows, np.array(split.groups))
+        how = f" ({split.line()})" if split.line() else ""
+        evaluated = EvalSplit(f"part {part or 'test'} of the run's split{how}", rows, np.array(split.groups))
     else:
         evaluated = read_part(cache, part)
 
@@ -276,7 +273,7 @@ class Overlap:
     Args:
         exact: samples with an item that is in the training part, byte for byte.
         num_checked: samples that were compared by cosine, drawn at random if there are many.
-        near: of these, samples with an item above `COSINES` to one of the training part, or equal to one.
+        near: of these, samples with an item above `cosines` to one of the training part, or equal to one.
         not_compared: training caches that could not be opened.
         cosines: thresholds by modality.
     """
@@ -323,8 +320,9 @@ def find_overlap(
 ) -> Overlap | None:
     """Compare evaluated items of a cache, by modality, with those a run was trained on, if the settings enable it.
 
-    Of many samples, some are drawn at random (seed 0), so that it takes seconds. Memory: the compared vectors, and
-    tiles of their cosines. Progress is in items of the training part.
+    The run's split says from which cosine on items are near-duplicates. Of many samples, some are drawn at random
+    (seed 0), so that it takes seconds. Memory: the compared vectors, and tiles of their cosines. Progress is in items
+    of the training part.
     """
     if not settings.check_overlap or (settings.part == "train" and was_trained_on(run, cache)):
         return None
@@ -335,8 +333,8 @@ def find_overlap(
     samples = distinct(np.concatenate([items.items.samples for items in evaluated.values()]))
     count = min(len(samples), _num_affordable(evaluated, trained) if trained else 0)
     checked = np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
-    trained_cosines = run.info.settings.get("split", {}).get("cosines", NEAR_DUPLICATE_COSINES)
-    cosines = {modality: COSINES.get(modality, trained_cosines[modality]) for modality in evaluated}
+    split_cosines = read_split_cosines(run.path / SPLIT)
+    cosines = {modality: split_cosines[modality] for modality in evaluated}
     exact, near = set[int](), set[int]()
     for modality, item_set in evaluated.items():
         others = [items[modality] for items in trained]

@@ -50,7 +50,7 @@ def leak_table(leaks: LeakReport) -> Table:
         [
             f"{len(leak.test.rows):,} × {len(leak.train.rows):,} {noun(leak.modality)}",
             leak.feature or "hashes only",
-            f"{leak.cosine:g}" if leak.feature and leak.cosine is not None else "",
+            f"{leak.cosine:g}" if leak.feature else "",
             format_count(len(leak.copied_samples)),
             format_count(len(leak.leaked_samples)) if leak.feature else "unknown",
             format_count(len(leak.train_samples)),

@@ -88,9 +88,10 @@ def test_leaks_equal_brute_force(caches: tuple[Path, Path]) -> None:
 
 def test_clusters_are_recorded(caches: tuple[Path, Path], tmp_path: Path) -> None:
     train, test = caches
-    options = "--feature image=open_toy/cls --feature text=open_toy/mean --cosine image=0.99 --no-all-pairs --json"
+    options = "--feature image=open_toy/cls --feature text=open_toy/mean --no-all-pairs --json"
+    options += " --cosine image=0.99 --cosine text=0.95"
     by = json.loads(succeed("curate", "leaks", train, test, "clean.parquet", *options.split(), cwd=tmp_path))["by"]
-    exact = find_leaks(train, test, feature=BOTH, cosine="image=0.99")
+    exact = find_leaks(train, test, feature=BOTH, cosine={"image": 0.99, "text": 0.95})
     for modality, leak in zip(by, exact.leaks, strict=True):
         assert by[modality]["num_clusters"] > 1
         assert by[modality]["complete"] == 1

@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embedcache.curate.leaks import find_leaks, write_clean_selection
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.matches import ItemSet
 from embedcache.dataset.pairs import read_items
+from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES
 from embedcache.errors import CorruptError, DataError
 from embedcache.evaluate import runs as overlap
 from embedcache.evaluate.encoder_pairs import evaluate_pairs
@@ -102,12 +104,23 @@ def test_overlap_matches_comparing_all_pairs(cache_path: Path, run: Run, other: 
             found, seen = getattr(ranking.pairs, {"image": "first", "text": "second"}[modality]), trained[modality]
             own = type(seen.feature)([cache.feature(modality, name)])
             cosines = unit(own, found.rows) @ unit(seen.feature, seen.items.rows).T
-            near |= set(found.samples[(cosines > overlap.COSINES[modality]).any(axis=1)])
+            near |= set(found.samples[(cosines > NEAR_DUPLICATE_COSINES[modality]).any(axis=1)])
             hashes = {seen.feature.hashes[row] for row in seen.items.rows}
             exact |= {s for s, row in zip(found.samples, found.rows, strict=True) if own.hashes[row] in hashes}
         assert ranking.overlap is not None
         assert (ranking.overlap.exact, ranking.overlap.near) == (len(exact), len(near | exact))
         assert ranking.overlap.exact > 0
+
+
+def test_training_without_leaks_is_not_warned_of(cache_path: Path, run: Run, other: Path, tmp_path: Path) -> None:
+    cosines = {"image": 0.999, "text": 0.99}
+    report = find_leaks(cache_path, other, feature=["image=open_toy/cls", "text=open_toy/mean"], cosine=cosines)
+    assert 0 < write_clean_selection(tmp_path / "clean.parquet", report) < 300
+    clean = train_run(cache_path, tmp_path / "run", selection=str(tmp_path / "clean.parquet"), cosines=cosines)
+    for trained, is_clean in ((run.path, False), (clean, True)):
+        found = evaluate_retrieval(other, [trained], part="all").overlap
+        assert found is not None
+        assert (found.cosines == cosines, found.warning is None) == (is_clean, is_clean)
 
 
 def test_some_of_many_samples_are_checked(run: Run, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.settings import NEAR_DUPLICATE_COSINES, SplitSettings
 from embedcache.errors import CorruptError, EmbedcacheError, FingerprintError, SettingError, UnknownNameError
 from embedcache.evaluate.retrieval import _recalls, compare_retrieval, evaluate_retrieval, rank
 from embedcache.evaluate.runs import group_by_recipe, iterate_recipes, load_runs
@@ -37,11 +38,12 @@ def train_run(
     split: str = "key",
     selection: str | None = None,
     language: str | None = None,
+    cosines: Mapping[str, float] = NEAR_DUPLICATE_COSINES,
 ) -> Path:
     settings = TrainSettings(
         model=ModelSettings(shared_width=shared_width, projector="linear", shrinkage=0.01),
         optimizer=OptimizerSettings(epochs=0),
-        split=SplitSettings(kind=split, seed=seed),
+        split=SplitSettings(kind=split, seed=seed, cosines=cosines),
         selection=selection,
         language=language,
         seed=seed,
@@ -228,7 +230,7 @@ def test_intervals_are_over_near_duplicate_groups(cache_path: Path, runs: list[P
 def test_large_parts_are_drawn_from(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs, RetrievalSettings(max_samples=20))
     assert report.num_items["image"] == [20, 20]
-    assert "part test of the run's split, 20 of 75 samples drawn at random (--max-samples 0 ranks all)" in report.line()
+    assert "the run's split (key), 20 of 75 samples drawn at random (--max-samples 0 ranks all)" in report.line()
     exact = evaluate_retrieval(cache_path, runs, RetrievalSettings(max_samples=0))
     assert exact.recalls == evaluate_retrieval(cache_path, runs).recalls
     assert "drawn" not in exact.line()
