@@ -69,6 +69,9 @@ _OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE)  # too many open files
 _NOT_FOUND = 404
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)  # the only way to read it
+MANIFESTS = {"cache.json": "cache", "run.json": "run", "card.json": "index", "study.json": "study"}
+"""Files that mark a folder as an artifact -> the kind of artifact."""
+
 LOCK = ".lock"
 """File in a folder on which its locks are taken."""
 
@@ -382,6 +385,7 @@ def make_folder(path: Path) -> None:
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
         return
+    check_no_link(path)
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -395,9 +399,23 @@ def make_folder(path: Path) -> None:
         raise PathError(f"{path}: no permission to make this folder; give the path of one elsewhere") from error
 
 
+def check_no_link(folder: Path) -> None:
+    """Check that no link inside a cache or another artifact leads to a local folder that is written or deleted.
+
+    A stranger's artifact may have links to any folder. Links to an artifact, and above it, are followed.
+
+    Raises:
+        PathError: the folder, or one above it, is such a link.
+    """
+    for link in (folder, *folder.parents):
+        if link.is_symlink() and any((parent / name).is_file() for parent in link.parents for name in MANIFESTS):
+            raise PathError(f"{link}: expected a folder inside an artifact, got a link; put the folder there itself")
+
+
 def remove_file(path: Path, *, missing_ok: bool = False) -> None:
     """Remove a file. Behind a URL, `Path.unlink` would remove those that match the URL as a pattern."""
     if not is_remote(path):
+        check_no_link(path.parent)
         path.unlink(missing_ok=missing_ok)
     elif not (missing_ok and not path.exists()):
         path.fs.rm(glob.escape(path.path))  # type: ignore[attr-defined]
@@ -408,6 +426,7 @@ def remove_folder(path: Path) -> None:
     if is_remote(path):
         path.fs.rm(glob.escape(path.path), recursive=True)  # type: ignore[attr-defined]
     else:
+        check_no_link(path)
         shutil.rmtree(path.replace(partial_path(path)))
 
 
@@ -646,7 +665,7 @@ def _open_shared(path: Path) -> int:
         try:
             if path not in _SHARED:
                 make_folder(path.parent)
-                _SHARED[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                _SHARED[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except BaseException:
             _USERS[path] -= 1
             raise

@@ -19,9 +19,9 @@ from fnmatch import fnmatch
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embedcache.errors import (
     ArtifactError,
@@ -32,6 +32,7 @@ from embedcache.errors import (
     first_few,
 )
 from embedcache.files import (
+    MANIFESTS,
     check_regular,
     io_reason,
     is_remote,
@@ -79,6 +80,10 @@ class Manifest(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return self.model_dump(mode="json")
+
+
+FileName: TypeAlias = Annotated[str, Field(pattern=r"^[^./\x00][^/\x00]*(/[^./\x00][^/\x00]*)*$")]
+"""Path of a file below the folder of a manifest, which never leads out of it."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -211,13 +216,12 @@ def read_study(path: Path) -> dict[str, Any]:
     )
 
 
-_MANIFESTS = {"cache.json": "cache", "run.json": "run", "card.json": "index", "study.json": "study"}
-_ARTICLES = {kind: f"{'an' if kind == 'index' else 'a'} {kind}" for kind in _MANIFESTS.values()}
+_ARTICLES = {kind: f"{'an' if kind == 'index' else 'a'} {kind}" for kind in MANIFESTS.values()}
 
 
 def _check_kind(folder: Path, kind: str) -> None:
     """Raise the error for a folder that holds an artifact of another kind than is expected, if it holds one."""
-    found = next((other for name, other in _MANIFESTS.items() if other != kind and (folder / name).is_file()), None)
+    found = next((other for name, other in MANIFESTS.items() if other != kind and (folder / name).is_file()), None)
     if found is not None and kind in _ARTICLES:
         is_study = (kind, found) == ("run", "study")
         step = f"name one of its runs, in {folder / 'best'}" if is_study else "check the paths and their order"
@@ -229,7 +233,7 @@ def recognize(path: Path) -> str:
 
     A folder is recognized by its manifest, a selection by its suffix `.parquet`; neither is opened.
     """
-    for name, kind in _MANIFESTS.items():
+    for name, kind in MANIFESTS.items():
         if (path / name).is_file():
             return kind
     if path.suffix == ".parquet" and path.is_file():
@@ -237,7 +241,7 @@ def recognize(path: Path) -> str:
     if not path.exists():
         _check_reachable(path)
         raise PathError(f"{path} does not exist")
-    manifests = ", ".join(f"{kind} ({name})" for name, kind in _MANIFESTS.items())
+    manifests = ", ".join(f"{kind} ({name})" for name, kind in MANIFESTS.items())
     raise PathError(f"{path}: expected a finished {manifests} or a selection (.parquet)")
 
 
@@ -288,7 +292,8 @@ def prepare_folder(path: Path, *, kind: str, marker: str, allowed: Collection[st
     remove_partials(path)
     names = {entry.name for entry in path.iterdir() if not fnmatch(entry.name, ".*.partial")}  # left: of live processes
     is_resumed = marker in names or names <= _LOCKS  # a lock comes first
-    foreign = sorted(name for name in names if not (is_resumed and any(fnmatch(name, pattern) for pattern in allowed)))
+    own = {name for name in names if any(fnmatch(name, each) for each in allowed) and not (path / name).is_symlink()}
+    foreign = sorted(names - own if is_resumed else names)
     if foreign:
         raise PathError(
             f"{path} is not {kind} and not empty: it holds {first_few(foreign)}; give the path of a new folder"

@@ -21,6 +21,7 @@ from embedcache.processes import announce_device, torch_device
 from embedcache.provenance import (
     DIGEST,
     FORMAT,
+    FileName,
     Manifest,
     check_same,
     construct,
@@ -32,7 +33,7 @@ from embedcache.provenance import (
 )
 from embedcache.registry import Registry, names_from, trust_code
 from embedcache.settings import replace_fields
-from embedcache.store.arrays import check_file, file_checksum
+from embedcache.store.arrays import ListedFile, check_file, describe_files
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,13 +86,6 @@ class RunInput(Manifest):
     width: Width
 
 
-class RunFile(Manifest):
-    """A file of a run: its size, and the CRC-32C of all its bytes as 8 hex digits."""
-
-    num_bytes: int
-    checksum: str
-
-
 class RunInfo(Manifest):
     """The content of `run.json`.
 
@@ -123,7 +117,7 @@ class RunInfo(Manifest):
     report: Mapping[str, Any] = {}
     record: Mapping[str, Any] = {}
     weights: str = ""
-    files: Mapping[str, RunFile] = {}
+    files: Mapping[FileName, ListedFile] = {}
 
     def build(self, **options: Any) -> "nn.Module":
         """Create the module, untrained. UnknownNameError or SettingError if its code is missing or not trusted."""
@@ -231,8 +225,7 @@ class Run:
         return replace(self, info=info)._complete(report)
 
     def _complete(self, report: Mapping[str, Any]) -> "Run":
-        paths = sorted(found for pattern in _LISTED for found in self.path.glob(pattern))
-        files = {path.name: RunFile(num_bytes=path.stat().st_size, checksum=file_checksum(path)) for path in paths}
+        names = sorted(found.name for pattern in _LISTED for found in self.path.glob(pattern))
         info = replace_fields(
             self.info,
             is_finished=True,
@@ -243,7 +236,7 @@ class Run:
                 **describe_process(),
             },
             weights=digest_file(self.path / WEIGHTS),
-            files=files,
+            files=describe_files(self.path, names),
         )
         write_record(self.path / MANIFEST, info.to_json(), unchecked=_UNCHECKED)
         (self.path / CHECKPOINT).unlink(missing_ok=True)

@@ -45,6 +45,13 @@ def write(path: Path, info: RunInfo = INFO) -> Run:
     return run.finish(info.build(), {"score": 0.5})
 
 
+def test_lists_files_of_its_folder_only(tmp_path: Path) -> None:
+    write(tmp_path / "run")
+    edit_record(tmp_path / "run/run.json", {'"model.safetensors"': '"../model.safetensors"'})
+    with pytest.raises(CorruptError, match="model.safetensors"):
+        Run.open(tmp_path / "run")
+
+
 def test_what_is_written_is_opened(tmp_path: Path) -> None:
     written = write(tmp_path / "run")
     run = Run.open(tmp_path / "run", kind=PAIR)

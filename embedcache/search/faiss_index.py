@@ -25,6 +25,7 @@ from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
     FORMAT,
+    FileName,
     Manifest,
     check_same,
     construct,
@@ -33,7 +34,7 @@ from embedcache.provenance import (
     write_record,
 )
 from embedcache.registry import require
-from embedcache.store.arrays import check_file, file_checksum
+from embedcache.store.arrays import ListedFile, check_file
 from embedcache.store.cache import Cache
 
 GPU_BATCH = 64
@@ -364,13 +365,6 @@ def spherical_kmeans(
     return centroids_KP
 
 
-class IndexFile(Manifest):
-    """A file of an index: its size, and the CRC-32C of all its bytes as 8 hex digits."""
-
-    num_bytes: int
-    checksum: str
-
-
 class IndexCard(Manifest):
     """Content of an index's `card.json`, which is written after the index.
 
@@ -421,7 +415,7 @@ class IndexCard(Manifest):
     recall_at_1: float
     memory_bytes: int | None
     on_disk: bool
-    files: Mapping[str, IndexFile]
+    files: Mapping[FileName, ListedFile]
     format: int = FORMAT
 
     @property
@@ -466,19 +460,13 @@ class BuildState(Manifest):
 
     source: Mapping[str, Any]
     factory: str | None = None
-    files: Mapping[str, IndexFile] = {}
+    files: Mapping[FileName, ListedFile] = {}
 
 
 def read_state(index_path: Path) -> BuildState:
     """Read the state of an unfinished index; `CorruptError` if the file does not hold one."""
     path = index_path / STATE
     return construct(path, lambda: BuildState.model_validate(read_json(path)))
-
-
-def describe_files(index_path: Path, names: Iterable[str]) -> dict[str, IndexFile]:
-    """Return the entries of files in a manifest."""
-    paths = [index_path / name for name in names]
-    return {path.name: IndexFile(num_bytes=path.stat().st_size, checksum=file_checksum(path)) for path in paths}
 
 
 def index_paths(index_path: Path, files: Iterable[str]) -> list[Path]:

@@ -30,11 +30,9 @@ from embedcache.search.faiss_index import (
     STATE,
     BuildState,
     IndexCard,
-    IndexFile,
     RowIndex,
     check_card,
     check_factory,
-    describe_files,
     index_paths,
     make_index,
     may_hold_removed,
@@ -47,7 +45,7 @@ from embedcache.search.faiss_index import (
 )
 from embedcache.search.settings import IndexSettings
 from embedcache.settings import merge_settings, replace_fields
-from embedcache.store.arrays import check_file
+from embedcache.store.arrays import ListedFile, check_file, describe_files
 
 if TYPE_CHECKING:
     from embedcache.options import IndexOptions
@@ -487,7 +485,7 @@ class _Builder:
         self.card = card
         self.progress = progress
         self.state = BuildState(source={**source, "width": vectors.width})
-        self._complete: dict[str, IndexFile] = {}  # files of the parts before the last one
+        self._complete: dict[str, ListedFile] = {}  # files of the parts before the last one
         self._is_changed = False  # whether the last part has vectors that no file has
         if not (folder / STATE).is_file():
             return

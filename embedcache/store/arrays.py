@@ -22,7 +22,7 @@ from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, PathError, UnfinishedError
 from embedcache.files import check_regular, io_reason, is_remote, read_file, write_atomic
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import read_json, write_json
+from embedcache.provenance import FileName, Manifest, read_json, write_json
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
@@ -190,6 +190,19 @@ def file_checksum(path: Path, *, progress: Progress | None = None) -> str:
             progress.advance(1)
     progress.finish()
     return f"{crc:08x}"
+
+
+class ListedFile(Manifest):
+    """A file that a manifest lists: its size, and the CRC-32C of all its bytes as 8 hex digits."""
+
+    num_bytes: int
+    checksum: str
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> dict[FileName, ListedFile]:
+    """Return the entries of files in the manifest of their folder."""
+    paths = [folder / name for name in names]
+    return {path.name: ListedFile(num_bytes=path.stat().st_size, checksum=file_checksum(path)) for path in paths}
 
 
 def check_file(

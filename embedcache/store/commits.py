@@ -37,6 +37,7 @@ from pydantic import Strict, ValidationError
 from embedcache.arrays import Array, Ints, number_values
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, UnfinishedError, one_line
 from embedcache.files import (
+    check_no_link,
     flush,
     io_reason,
     is_remote,
@@ -48,7 +49,7 @@ from embedcache.files import (
     write_atomic,
 )
 from embedcache.modalities import MODALITIES
-from embedcache.provenance import Manifest, add_digest, canonical_json, check_record
+from embedcache.provenance import FileName, Manifest, add_digest, canonical_json, check_record
 from embedcache.settings import explain
 from embedcache.store.arrays import REPAIR
 from embedcache.store.layout import Count, commit_path
@@ -96,6 +97,8 @@ def replacing_together(root: Path, number: int) -> Iterator[Path]:
 def roll_forward(root: Path, number: int) -> None:
     """Finish a transaction, as `finish` does, for a caller that has locked it."""
     folder = _folder(root, number)
+    if not is_remote(folder):
+        check_no_link(folder)
     if is_complete(root, number):
         # The commit comes last: an old one beside a new array differs from its checksum, which readers notice.
         for name in sorted(_find_names(folder), key=lambda name: name.startswith("chunks/")):
@@ -236,7 +239,7 @@ class _Record(Manifest):
     encoder: str
     index_digest: str
     num_rows: Count
-    features: Mapping[str, Mapping[str, str]]
+    features: Mapping[FileName, Mapping[FileName, str]]
     attributes: Mapping[str, str]
     failures: Mapping[str, Sequence[Annotated[tuple[int, str], Strict(strict=False)]]]
     hashes: str

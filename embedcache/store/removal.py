@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, PathError
-from embedcache.files import locked, remove_partials, writing
+from embedcache.files import locked, remove_file, remove_partials, writing
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest_file
@@ -108,7 +108,7 @@ def erase(cache_path: Path, *, progress: Progress | None = None) -> None:
         remove_partials(cache_path)
         cache = Cache(cache_path)
         for file in find_unlisted(cache_path, cache.info):
-            file.unlink()
+            remove_file(file)
         if not cache.info.has_interrupted_removal:
             return
         chunks = find_chunks(cache, cache.removed)
@@ -141,7 +141,7 @@ def _erase(group: EncoderGroup, rows_by_chunk: Mapping[int, Sequence[int]], prog
         commit = group.commit(chunk)
         for name in set(group.features) - set(() if commit is None else commit.features):
             for path in chunk_files(group, name, chunk):  # of a process that was killed before it committed
-                path.unlink(missing_ok=True)
+                remove_file(path, missing_ok=True)
         if commit is not None and any(reasons[row] != REMOVED for reasons in commit.failures.values() for row in rows):
             rewrite_chunk(group, chunk)
         progress.advance(group.info.count_items(group.modality, [chunk]))

@@ -178,6 +178,70 @@ def test_source_elsewhere_is_not_asked(crafted: Path, name: str, path: str) -> N
     assert connections(events) == []
 
 
+@pytest.mark.parametrize("name", ["../secrets/00000.png", "/etc/passwd", "index/../../secrets/00000.png", "..", ""])
+@pytest.mark.parametrize(
+    ("manifest", "listed", "command"),
+    [
+        ("index/card.json", "index-0.faiss", ("search", "index", "--query-key", "k6")),
+        (
+            "copy/image/open_toy/chunks/00000.json",
+            "cls/0",
+            ("extract", "photos/t.csv", "copy", "--image-encoder", IMAGE),
+        ),
+    ],
+)
+def test_manifest_lists_files_of_its_folder_only(
+    crafted: Path, manifest: str, listed: str, command: tuple[str, ...], name: str
+) -> None:
+    content = (crafted / manifest).read_bytes()
+    edit_record(crafted / manifest, {f'"{listed}"': json.dumps(name)})
+    with recorded() as events:
+        done = embedcache(*command, cwd=crafted)
+    (crafted / manifest).write_bytes(content)
+    assert done.code == 1
+    assert repr(name)[1:-1] in done.stderr, done.stderr
+    assert opened_below(crafted / "secrets", events) == set()
+
+
+LINKS = ("image", "image/open_toy", "image/open_toy/cls", "image/open_toy/cls/c", "image/open_toy/chunks", "records")
+WRITERS = (
+    ("extract", "photos/t.csv", "copy", "--image-encoder", "tests.toy:open_other"),
+    ("extract", "photos/t.csv", "copy", "--image-encoder", IMAGE, "--retry-failed"),
+    ("verify", "copy", "--repair", "--image-folder", "photos"),
+    ("derive", "copy", "--rule", "pca", "--input", "image=open_toy/cls", "--name", "pca", "--parameter", "width=2"),
+    ("cache", "remove", "copy", "keys.txt", "--yes"),
+    ("cache", "prune", "copy", "--modality", "image", "--feature", "open_toy", "--yes"),
+)
+
+
+@pytest.mark.parametrize("place", [*LINKS, "image/open_toy/chunks/00000.txn", "image/open_toy/chunks/.lock"])
+def test_links_inside_a_cache_are_not_followed_by_writers(crafted: Path, tmp_path: Path, place: str) -> None:
+    """Each leads to a folder of the user's with all that the cache had there and files that the cache would delete."""
+    link, outside = crafted / "copy" / place, tmp_path / "outside"
+    if link.is_dir():
+        shutil.copytree(link, outside)
+        shutil.rmtree(link)
+    for name in ("complete", "items-9.parquet", "00007.txn/complete"):
+        (outside / name).parent.mkdir(parents=True, exist_ok=True)
+        (outside / name).write_text("the user's")
+    link.unlink(missing_ok=True)
+    link.symlink_to(outside / "new" if place.endswith(".lock") else outside)
+    (crafted / "keys.txt").write_text("k6\n")
+
+    def read_outside() -> dict[Path, bytes]:
+        return {path: path.read_bytes() if path.is_file() else b"" for path in outside.rglob("*")}
+
+    before = read_outside()
+
+    refusals = []
+    for words in WRITERS:
+        done = embedcache(*words, cwd=crafted)
+        assert "Traceback" not in done.stderr, done.stderr
+        assert read_outside() == before, words
+        refusals += [done.stderr] if done.code else []
+    assert any(f"{place}: " in refusal and "link" in refusal for refusal in refusals), refusals
+
+
 def test_source_of_yours_takes_the_place_of_one_that_is_not_asked(crafted: Path) -> None:
     """It has the same samples: nothing is encoded, and the cache is known from then on."""
     path = crafted / "copy/cache.json"
