@@ -343,7 +343,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return _read_run(path)
     try:
         values = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # invalid TOML, or a number of thousands of digits
         raise SettingError(f"{path}: expected TOML such as `lr = 0.001`, got an error: {error}") from error
     if swept := values.pop("space", None):
         raise SettingError(

@@ -173,6 +173,7 @@ def run_program(run: Callable[[], object]) -> None:
     with its traceback; 130 interrupted.
     EMBEDCACHE_DEBUG=1 prints the traceback of a user's error too.
     """
+    _open_closed_streams()
     show_faults()
     warnings.filterwarnings("ignore", "UPath '.*' filesystem not explicitly implemented", UserWarning)
     try:
@@ -198,6 +199,13 @@ def run_program(run: Callable[[], object]) -> None:
         _fail(f"a remote service failed: {io_reason(error)}; check the address and the network")
     finally:
         _end_on_interrupt()
+
+
+def _open_closed_streams() -> None:
+    """Open streams that are closed, as by `>&-`: a file of a cache would get their number, and what C code prints."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def end_interrupted() -> NoReturn:

@@ -21,10 +21,10 @@ from embedcache.errors import (
     pluralize,
     quoted,
 )
-from embedcache.files import AnyPath, find_files, open_path, reading
+from embedcache.files import AnyPath, open_path, reading
 from embedcache.modalities import MODALITIES, count_items, encoder_option
 from embedcache.registry import require, unknown_name
-from embedcache.store.feature import EncoderGroup, Feature, open_group
+from embedcache.store.feature import EncoderGroup, Feature, encoder_names, open_group
 from embedcache.store.layout import INTERRUPTED_REMOVAL, SAMPLES, CacheInfo, read_info
 from embedcache.store.tables import (
     BLOCK,
@@ -253,8 +253,8 @@ class Cache:
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
         """Return the encoders with features of a modality, sorted by name; none of a modality without items."""
-        paths = sorted(find_files(self.path / modality, "*/zarr.json")) if modality in self.info.num_items else []
-        return [open_group(self.path, modality, path.parent.name, self.info) for path in paths]
+        names = encoder_names(self.path / modality) if modality in self.info.num_items else []
+        return [open_group(self.path, modality, name, self.info) for name in names]
 
     def features(self, modality: str | None = None) -> list[Feature]:
         """Return all features, or those of a modality, complete or not, sorted by name.

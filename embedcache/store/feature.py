@@ -19,7 +19,7 @@ import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from embedcache.arrays import Array, Bools, Ints, distinct, to_rows
-from embedcache.errors import CorruptError, DataError, PathError, UnfinishedError
+from embedcache.errors import ArtifactError, CorruptError, DataError, PathError, UnfinishedError
 from embedcache.files import find_files
 from embedcache.progress import Progress
 from embedcache.provenance import DERIVED, IMPORTED, RUN, Manifest, add_digest, check_record, check_same, digest
@@ -35,7 +35,7 @@ from embedcache.store.arrays import (
     write_metadata,
 )
 from embedcache.store.commits import HASH, Commit, finish, is_complete, read_commit
-from embedcache.store.layout import Axis, CacheInfo, encoder_path, read_info
+from embedcache.store.layout import Axis, CacheInfo, commit_path, encoder_path, read_info
 from embedcache.store.tables import Column, is_none, to_array
 
 M = TypeVar("M", bound=Manifest)
@@ -107,8 +107,8 @@ class EncoderGroup:
 
     @property
     def features(self) -> list[str]:
-        """Names of the features that have metadata, complete or not."""
-        return sorted(path.parent.name for path in find_files(self.path, "*/zarr.json"))
+        """Names of the features, complete or not, also if their metadata are missing."""
+        return feature_names(self.path)
 
     @property
     def has_commits(self) -> bool:
@@ -185,6 +185,26 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
         fingerprint=attributes.fingerprint,
         view=attributes.view,
     )
+
+
+def encoder_names(folder: Path) -> list[str]:
+    """Return the encoders in the folder of a modality, also those whose metadata are missing."""
+    with_metadata = {path.parent.name for path in find_files(folder, "*/zarr.json")}
+    return sorted(with_metadata | {path.parents[1].name for path in find_files(folder, f"*/{commit_path(Path(), 0)}")})
+
+
+def feature_names(folder: Path) -> list[str]:
+    """Return the features in the folder of an encoder, also those whose metadata are missing."""
+    with_metadata = {path.parent.name for path in find_files(folder, "*/zarr.json")}
+    commit = first_commit(folder)
+    return sorted(with_metadata | (commit.features.keys() if commit else set()))
+
+
+def first_commit(folder: Path) -> Commit | None:
+    """Return the commit of the first chunk; None if there is none, or if it is damaged."""
+    with suppress(ArtifactError, PathError):
+        return read_commit(folder, 0)
+    return None
 
 
 def find_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> EncoderGroup | None:
@@ -264,6 +284,8 @@ def _read_attributes(path: Path) -> dict[str, Any]:
         attributes = read_metadata(path)
     except CorruptError as error:
         raise CorruptError(f"{error}; {_WRITE_AGAIN}") from error
+    except PathError as error:
+        raise PathError(f"{error}; run the same embedcache extract, derive or import again") from error
     for name in ("attributes", ATTRIBUTE):
         attributes = attributes.get(name) if isinstance(attributes, dict) else None
     if not isinstance(attributes, dict):

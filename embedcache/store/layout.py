@@ -52,7 +52,7 @@ class TableFile(Manifest):
     """
 
     name: str = Field(pattern=rf"^({SAMPLES}|({'|'.join(MODALITIES)})/items)-\d+(\.\d+)?\.parquet$")
-    num_rows: Count
+    num_rows: Annotated[Count, Field(ge=1)]
     num_bytes: Count
     checksum: str
 
@@ -215,7 +215,7 @@ def choose_chunk_size(parts: Sequence[Part]) -> int:
 
 def is_description(value: Mapping[str, Any]) -> bool:
     """Return whether a JSON object has the types of a source's `describe`."""
-    names = value.get("type", ""), value.get("path", "")
+    names = value.get("type"), value.get("path")
     are_texts = all(isinstance(name, str) and "\0" not in name for name in names)
     parts = value.get(PARTS) if value.get("type") == MERGED else []
     has_parts = isinstance(parts, list) and all(isinstance(part, Mapping) and is_description(part) for part in parts)

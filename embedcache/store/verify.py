@@ -1,7 +1,6 @@
 """Check every byte of a cache: missing, truncated, changed or foreign chunks, and changed tables and metadata."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,18 +8,16 @@ from typing import Any
 
 from embedcache.arrays import Array
 from embedcache.errors import ArtifactError, CorruptError, PathError, UnfinishedError
-from embedcache.files import find_files
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest
 from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_metadata
 from embedcache.store.cache import Cache
-from embedcache.store.commits import Commit, read_commit
-from embedcache.store.feature import Feature, open_group, read_feature
+from embedcache.store.commits import Commit
+from embedcache.store.feature import Feature, encoder_names, feature_names, first_commit, open_group, read_feature
 from embedcache.store.layout import (
     INTERRUPTED_REMOVAL,
     SAMPLES,
     checked_fit_path,
-    commit_path,
     fit_path,
     info_path,
     read_info,
@@ -28,8 +25,6 @@ from embedcache.store.layout import (
 )
 from embedcache.store.tables import check_table, read_removed
 from embedcache.store.writer import feature_metadata, token_metadata
-
-_FIRST_COMMIT = commit_path(Path(), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +76,7 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
     for modality in cache.info.num_items:
         if modality in without_rows:
             continue  # it may count rows, and so chunks, that do not exist
-        for encoder in _encoders(cache, modality):
+        for encoder in encoder_names(cache.path / modality):
             opened, damage = _open_features(cache, modality, encoder)
             features += opened
             findings += damage
@@ -124,26 +119,16 @@ def check_tables(cache: Cache, *, progress: Progress | None = None) -> Iterator[
     progress.finish()
 
 
-def _encoders(cache: Cache, modality: str) -> list[str]:
-    """Return the folders of encoders, also those that lost their metadata."""
-    folder = cache.path / modality
-    with_metadata = {path.parent.name for path in find_files(folder, "*/zarr.json")}
-    return sorted(with_metadata | {path.parents[1].name for path in find_files(folder, f"*/{_FIRST_COMMIT}")})
-
-
 def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feature], list[Finding]]:
     """Open the features of an encoder; return a finding for each with unreadable metadata."""
     path = cache.path / modality / encoder
     finding = partial(Finding, modality=modality, encoder=encoder, can_repair=False)
-    commit = None
-    names = {metadata.parent.name for metadata in find_files(path, "*/zarr.json")}
-    with suppress(ArtifactError, PathError):  # a damaged commit is reported with its chunk
-        commit = read_commit(path, 0)
-        names |= set() if commit is None else commit.features.keys()
+    names = feature_names(path)
+    commit = first_commit(path)  # a damaged one is reported with its chunk
     try:
         group = open_group(cache.path, modality, encoder, cache.info)
     except (ArtifactError, PathError) as error:
-        return [], [finding(name=name, reason=_reason(error)) for name in sorted(names or {""})]
+        return [], [finding(name=name, reason=str(error)) for name in names or [""]]
 
     opened: list[Feature] = []
     findings: list[Finding] = []
@@ -155,21 +140,15 @@ def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feat
             checked_fit_path(path, group.fingerprint)
         except CorruptError as error:
             findings.append(finding(name=fit_path(path).name, reason=str(error)))
-    for name in sorted(names):
+    for name in names:
         try:
             feature = Feature(group, name)
         except (ArtifactError, PathError) as error:
-            findings.append(finding(name=name, reason=_reason(error)))
+            findings.append(finding(name=name, reason=str(error)))
             continue
         opened.append(feature)
         findings += _check_metadata(feature, commit)
     return opened, findings
-
-
-def _reason(error: Exception) -> str:
-    """Return the reason of unreadable metadata; missing ones are written again."""
-    step = "; run the same embedcache extract, derive or import again" if isinstance(error, PathError) else ""
-    return f"{error}{step}"
 
 
 def _check_metadata(feature: Feature, commit: Commit | None) -> Iterator[Finding]:

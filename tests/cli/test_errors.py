@@ -37,6 +37,7 @@ def test_error_of_the_system_is_one_line(name: str, monkeypatch: pytest.MonkeyPa
     [
         (("train", "c", "r", "--precision", "x"), "--precision"),
         (("train", "c", "r", "--lr", "abc"), "--lr"),
+        (("train", "c", "r", "--config", "digits.toml"), "expected TOML"),
         (("curate", "combine", "c", "a", "or", "b", "o.parquet"), "minus"),
         (("inspect", "a\nb"), r"a\nb"),
         (("inspect", "x" * 300), "too long"),
@@ -58,6 +59,7 @@ def test_error_of_the_system_is_one_line(name: str, monkeypatch: pytest.MonkeyPa
 )
 def test_bad_argument_is_refused(words: tuple[str, ...], expected: str, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((2, 4), np.float32))
+    (tmp_path / "digits.toml").write_text("seed = " + 5000 * "9")
     done = embedcache(*words, cwd=tmp_path)
     assert done.code in (1, 2)
     assert "Traceback" not in done.stderr

@@ -55,6 +55,12 @@ def test_bug_of_embedcache_is_one(photos: Path, tmp_path: Path, monkeypatch: pyt
     assert (done.code, "This is a bug" in done.stderr) == (70, True)
 
 
+def test_closed_streams_are_opened(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m embedcache inspect . >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr.startswith("error: .")) == (1, True)
+
+
 @pytest.mark.slow
 def test_interrupt_of_an_extraction_is_one_line(photos: Path, tmp_path: Path) -> None:
     command = [*PROGRAM, "extract", str(photos), "c", "--chunk-size", "8"]

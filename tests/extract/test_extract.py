@@ -55,6 +55,8 @@ def test_unreadable_metadata_is_written_again_once_it_is_removed(source: Path, c
     with pytest.raises(CorruptError, match=f"{name} is not valid JSON: .* or remove it and run the same embedcache"):
         run(source, cache, **settings)
     path.unlink()
+    with pytest.raises(PathError, match=f"{name} does not exist; run the same"):  # no feature vanishes from a list
+        Cache(cache).features()
     assert [report.computed for report in run(source, cache, **settings)] == [0, 0]
     assert tree(cache) == before
 

@@ -107,7 +107,7 @@ def test_samples_have_several_items_or_none(tmp_path: Path) -> None:
     assert cache.to_pandas()["label"].tolist() == [1, 2, 3]
 
 
-EMPTY = made_info(0, {}, chunk_size=1)
+EMPTY = made_info(1, {}, chunk_size=1)
 
 
 def made_part(digest: str, number: int, **num_rows: int) -> Part:
@@ -120,7 +120,7 @@ def made_part(digest: str, number: int, **num_rows: int) -> Part:
 
 TWO = CacheInfo(
     chunk_size=4,
-    source={"type": "folder"},
+    source={"type": "folder", "path": "photos"},
     index_digest="new",
     parts=(made_part("a", 0, samples=4, image=7), made_part("b", 1, samples=5, image=3, audio=1)),
     earlier_versions=(TableVersion(index_digest="old", num_parts=1),),
@@ -145,7 +145,7 @@ def with_file(**values: Any) -> list[dict[str, Any]]:
     ("name", "value"),
     [
         ("chunk_size", 0),
-        ("parts", with_file(num_rows=-1)),
+        ("parts", with_file(num_rows=0)),
         ("parts", with_file(checksum=3)),
         ("parts", with_file(name="/etc/passwd")),
         ("parts", with_file(name="image/../items-0.parquet")),
@@ -153,6 +153,7 @@ def with_file(**values: Any) -> list[dict[str, Any]]:
         ("parts", [{"digest": "x", "tables": {"imag": with_file()[0]["tables"]["samples"]}}]),
         ("earlier_versions", [{"index_digest": "x", "num_parts": None}]),
         ("source", []),
+        ("source", {}),
         ("source", {"type": "folder", "path": ["a", "b"]}),
         ("source", {"type": "folder", "path": "/a\0"}),
         ("source", {"type": "folder", "path": "/a", "settings": [1]}),

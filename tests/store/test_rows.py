@@ -35,7 +35,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 def write_cache(folder: Path, tables: Mapping[str, pa.Table], **options: Any) -> Cache:
-    write_info(folder, made_info(0, {}, chunk_size=ITEM_BLOCK))
+    write_info(folder, made_info(1, {}, chunk_size=ITEM_BLOCK))
     write_tables(folder, **options, **tables)
     return Cache(folder)
 

@@ -33,7 +33,7 @@ def group_of(path: Path, num_items: int, *, earlier: int | None = None) -> Encod
     index_digest = "s" if earlier is None else "longer"
     versions = () if earlier is None else (TableVersion(index_digest="s", num_parts=1),)
     info = replace_fields(
-        made_info(0, {}, chunk_size=4), parts=parts, index_digest=index_digest, earlier_versions=versions
+        made_info(1, {}, chunk_size=4), parts=parts, index_digest=index_digest, earlier_versions=versions
     )
     write_info(path, info)
     if earlier is None:
