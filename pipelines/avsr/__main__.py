@@ -39,7 +39,8 @@ from pipelines.avsr.steps import (
 from pipelines.parallel import run_parallel
 from pipelines.results import Results
 
-GREEDY, AS_PUBLISHED = Decoding(decoder="ctc"), Decoding()
+GREEDY = Decoding(decoder="ctc")
+AS_PUBLISHED = Decoding()
 SHOWN = {"A": ("0003", "0011"), "R": ("0007",)}
 
 
@@ -52,49 +53,62 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a few utterances, to see that everything runs")
     options = parser.parse_args()
 
+    # One thread per process: the runs of a seed share the cores.
     torch.set_num_threads(1)
     run_all = partial(run_parallel, num_processes=1 if options.tiny else None)  # a new process imports for seconds
-    size, seeds, sets = (TINY, options.seeds[:1], ("A", "R")) if options.tiny else (Size(), options.seeds, tuple(SETS))
+    size = TINY if options.tiny else Size()
+    seeds = options.seeds[:1] if options.tiny else options.seeds
+    sets = ("A", "R") if options.tiny else tuple(SETS)
 
     caches = make_caches(options.workdir, size, sets)
     for seed in seeds:
         runs = Runs(folder=options.workdir / f"seed{seed}", caches=caches, seed=seed, size=size)
-        variants = {**FUSIONS, **(ABLATIONS if options.ablations and seed == seeds[0] else {})}
-        asked = [question for name in (AUDIO, VIDEO, *variants) for question in questions(name, sets)]
+        variants = dict(FUSIONS)
+        if options.ablations and seed == seeds[0]:
+            variants |= ABLATIONS
+        models = (AUDIO, VIDEO, *variants)
+        evaluations = {name: [(runs.evaluate, *question) for question in questions(name, sets)] for name in models}
 
         run_all([(runs.train_audio,), (runs.train_lips,)])
-        run_all([(runs.train_video,), *((runs.evaluate, *question) for question in asked if question[0] == AUDIO)])
-        of_video = [(runs.evaluate, *question) for question in asked if question[0] == VIDEO]
-        run_all([*((runs.train_fusion, *variant) for variant in variants.items()), *of_video])
-        run_all([(runs.evaluate, *question) for question in asked])
+
+        # The run on lips starts from the readouts of the run on sound, and each fusion from both.
+        run_all([(runs.train_video,), *evaluations[AUDIO]])
+        run_all([*((runs.train_fusion, *variant) for variant in variants.items()), *evaluations[VIDEO]])
+        run_all([step for steps in evaluations.values() for step in steps])
 
         results = Results.read(options.workdir, seed=seed)
-        print_table(*rate_table(results, [AUDIO, VIDEO, *variants], "A"), title=f"seed {seed}, set A, WER in %")
+        print_table(*rate_table(results, models, "A"), title=f"seed {seed}, set A, WER in %")
 
     runs = Runs(folder=options.workdir / f"seed{seeds[0]}", caches=caches, seed=seeds[0], size=size)
     rows = []
     for name in sets:
-        if keys := SHOWN.get(name) if not options.tiny else ("0001",):
-            shown = {model: runs.path(model) for model in (AUDIO, FUSION)}
+        keys = ("0001",) if options.tiny else SHOWN.get(name)
+        if keys:
+            models_shown = {model: runs.path(model) for model in (AUDIO, FUSION)}
             world = options.workdir / "world" / name
-            rows += show_utterances(world, caches[name], shown, keys, TEST_VIEWS[3], DECODING)
-    tried = list(ABLATIONS) if options.ablations else []
-    write_pages(options.workdir, Results.read(options.workdir), sets, tried, rows=rows)
+            rows += show_utterances(world, caches[name], models_shown, keys, TEST_VIEWS[3], DECODING)
+
+    ablations = list(ABLATIONS) if options.ablations else []
+    write_pages(options.workdir, Results.read(options.workdir), sets, ablations, rows=rows)
 
 
 def questions(name: str, sets: Sequence[str]) -> list[tuple[str, Question]]:
-    """Return what is measured of a run."""
+    """Return the questions that are asked of a run, each with the name of the run."""
     if name == DEEP:
         return [(name, Question(model=name, test_set="A", streams=("video",)))]
-    asked = [Question(model=name, test_set=of) for of in (sets if name in (AUDIO, VIDEO, FUSION) else ("A",))]
+
+    test_sets = sets if name in (AUDIO, VIDEO, FUSION) else ("A",)
+    items = [Question(model=name, test_set=test_set) for test_set in test_sets]
     if name in (AUDIO, FUSION):
-        asked.append(Question(model=f"{name}, greedy", test_set="A", decoding=GREEDY))
-        asked.append(Question(model=f"{name}, λ 0.1", test_set="A", decoding=AS_PUBLISHED))
+        items.append(Question(model=f"{name}, greedy", test_set="A", decoding=GREEDY))
+        items.append(Question(model=f"{name}, λ 0.1", test_set="A", decoding=AS_PUBLISHED))
+
+    # Controls: does the fusion use the lips of the speaker, and what does it lose with each stream?
     if name == FUSION:
-        asked.append(Question(model=f"{name}, lips of others", test_set="A", is_shuffled=True))
-        asked.append(Question(model=f"{name}, without video", test_set="A", streams=("audio",)))
-        asked.append(Question(model=f"{name}, without audio", test_set="A", streams=("video",)))
-    return [(name, question) for question in asked]
+        items.append(Question(model=f"{name}, lips of others", test_set="A", is_shuffled=True))
+        items.append(Question(model=f"{name}, without video", test_set="A", streams=("audio",)))
+        items.append(Question(model=f"{name}, without audio", test_set="A", streams=("video",)))
+    return [(name, question) for question in items]
 
 
 if __name__ == "__main__":

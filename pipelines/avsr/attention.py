@@ -35,6 +35,7 @@ class AttentionDecoder(nn.Module):
         """
         hidden_BLP = self.embed(symbols_BL, 0)
         mask_B11T = is_valid_BT[:, None, None]
+
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             keys, values = layer.own_keys(hidden_BLP)
@@ -53,27 +54,30 @@ class AttentionDecoder(nn.Module):
         return logits_BLC
 
     def steps(self, frames_BTP: Tensor, is_valid_BT: Tensor) -> "DecodingSteps":
-        """Return what scores hypotheses of B items step by step, see `pipelines.avsr.decoding.StepDecoder`."""
+        """Return a function that scores the hypotheses of B items step by step, see `pipelines.beam.StepDecoder`."""
         return DecodingSteps(self, frames_BTP, is_valid_BT)
 
 
 class DecoderLayer(nn.Module):
-    """Attention to earlier symbols, attention to frames, and a feed-forward block, each normalized before."""
+    """Attention to earlier symbols, attention to frames, and a feed-forward block, each after a normalization."""
 
     def __init__(self, width: int, sizes: LayerSizes) -> None:
         super().__init__()
-        self.num_heads, self.dropout = sizes.num_heads, sizes.dropout
-        self.own_norm, self.frame_norm, self.hidden_norm = (nn.LayerNorm(width) for _ in range(3))
-        self.own_query, self.own_key_value, self.own_output = (
-            nn.Linear(width, width),
-            nn.Linear(width, 2 * width),
-            nn.Linear(width, width),
-        )
-        self.frame_query, self.frame_key_value, self.frame_output = (
-            nn.Linear(width, width),
-            nn.Linear(width, 2 * width),
-            nn.Linear(width, width),
-        )
+        self.num_heads = sizes.num_heads
+        self.dropout = sizes.dropout
+
+        self.own_norm = nn.LayerNorm(width)
+        self.frame_norm = nn.LayerNorm(width)
+        self.hidden_norm = nn.LayerNorm(width)
+
+        self.own_query = nn.Linear(width, width)
+        self.own_key_value = nn.Linear(width, 2 * width)
+        self.own_output = nn.Linear(width, width)
+
+        self.frame_query = nn.Linear(width, width)
+        self.frame_key_value = nn.Linear(width, 2 * width)
+        self.frame_output = nn.Linear(width, width)
+
         self.hidden = nn.Sequential(
             nn.Linear(width, sizes.feed_forward),
             nn.ReLU(),
@@ -99,10 +103,12 @@ class DecoderLayer(nn.Module):
         *,
         is_causal: bool,
     ) -> Tensor:
-        """Compute the next hidden states of symbols, given keys and values of themselves and all before, and of frames.
+        """Compute the next hidden states of symbols, given keys and values.
 
         Args:
-            is_causal: the symbols are all that `own` has, so that each must not see those after it.
+            own: keys and values of these symbols and of all earlier ones.
+            frames: keys and values of the frames.
+            is_causal: `own` belongs to these symbols only, so a symbol must not see later ones.
         """
         hidden_BLP = self.attend_symbols(hidden_BLP, own, is_causal=is_causal)
         return self.transform(self.attend_frames(hidden_BLP, frames, mask_B11T))
@@ -113,7 +119,7 @@ class DecoderLayer(nn.Module):
         return hidden_BLP + self._attend(queries, own, None, self.own_output, is_causal=is_causal)
 
     def attend_frames(self, hidden_BLP: Tensor, frames: tuple[Tensor, Tensor], mask_B11T: Tensor) -> Tensor:
-        """Attend to frames: the second part of the layer. The L positions of an item do not see each other."""
+        """Attend to frames: the second part of the layer. The positions do not see each other."""
         queries = self._heads(self.frame_query(self.frame_norm(hidden_BLP)))
         return hidden_BLP + self._attend(queries, frames, mask_B11T, self.frame_output)
 
@@ -146,10 +152,11 @@ class DecoderLayer(nn.Module):
 
 
 class DecodingSteps:
-    """Hypotheses of B items and the keys and values of their symbols.
+    """The hypotheses of B items, with the keys and values of their symbols.
 
-    All hypotheses of an item attend to its frames together, which are neither copied per hypothesis nor kept for items
-    without hypotheses. Memory: the keys and values, and two (B, heads, T, P / heads) per layer, of the frames.
+    All hypotheses of an item attend to its frames together, so frames are not copied per hypothesis.
+    Frames of items without hypotheses are dropped. Memory: two (B, heads, T, P / heads) per layer for the frames, and
+    the keys and values of the symbols.
     """
 
     def __init__(self, decoder: AttentionDecoder, frames_BTP: Tensor, is_valid_BT: Tensor) -> None:
@@ -158,48 +165,54 @@ class DecodingSteps:
         self._frames = [layer.frame_keys(frames_BTP) for layer in self._layers]
         self._mask_B11T = is_valid_BT[:, None, None]
         self._items_N = torch.arange(len(frames_BTP), device=frames_BTP.device)
-        self._own: list[tuple[Tensor, Tensor]] = []
+        self._symbol_keys: list[tuple[Tensor, Tensor]] = []
         self._num_symbols = 0
 
     @torch.no_grad()
     def __call__(self, symbols_N: Tensor, parents_N: Tensor) -> Tensor:
-        """Append a symbol to N hypotheses, and return the log-probabilities of the next one: (N, C) float32.
+        """Append a symbol to N hypotheses and return the log-probabilities of the next one, (N, C) float32.
 
         Args:
             symbols_N: (N,) int64.
             parents_N: (N,) int64, the hypothesis of the previous call that each one extends; at first, its item.
         """
         self._keep_items(self._items_N[parents_N])
+
         ranks_N = _ranks(self._items_N)
         grid_shape = (len(self._mask_B11T), int(ranks_N.max()) + 1, self._decoder.width)
         hidden_N1P = self._decoder.embed(symbols_N[:, None], self._num_symbols)
-        own = []
+
+        symbol_keys = []
         for number, layer in enumerate(self._layers):
             keys, values = layer.own_keys(hidden_N1P)
-            if self._own:
-                earlier_keys, earlier_values = self._own[number]
+            if self._symbol_keys:
+                earlier_keys, earlier_values = self._symbol_keys[number]
                 keys = torch.cat([earlier_keys[parents_N], keys], dim=2)
                 values = torch.cat([earlier_values[parents_N], values], dim=2)
-            own.append((keys, values))
-            hidden_N1P = layer.attend_symbols(hidden_N1P, own[-1], is_causal=False)
+            symbol_keys.append((keys, values))
+            hidden_N1P = layer.attend_symbols(hidden_N1P, symbol_keys[-1], is_causal=False)
+
+            # The hypotheses of an item are queries of one attention, so that its frames are not copied for each.
             hidden_BKP = hidden_N1P.new_zeros(grid_shape)
             hidden_BKP[self._items_N, ranks_N] = hidden_N1P[:, 0]
             hidden_BKP = layer.attend_frames(hidden_BKP, self._frames[number], self._mask_B11T)
             hidden_N1P = layer.transform(hidden_BKP[self._items_N, ranks_N][:, None])
-        self._own, self._num_symbols = own, self._num_symbols + 1
+
+        self._symbol_keys = symbol_keys
+        self._num_symbols += 1
         log_probs_NC: Tensor = self._decoder.logits(hidden_N1P)[:, 0].float().log_softmax(dim=-1)
         return log_probs_NC
 
     def _keep_items(self, items_N: Tensor) -> None:
-        """Drop the frames of items without hypotheses, and number the others anew."""
-        kept_B, self._items_N = torch.unique(items_N, return_inverse=True)
-        if len(kept_B) < len(self._mask_B11T):
-            self._frames = [(keys[kept_B], values[kept_B]) for keys, values in self._frames]
-            self._mask_B11T = self._mask_B11T[kept_B]
+        """Drop the frames of items without hypotheses, and renumber the other items."""
+        used_B, self._items_N = torch.unique(items_N, return_inverse=True)
+        if len(used_B) < len(self._mask_B11T):
+            self._frames = [(keys[used_B], values[used_B]) for keys, values in self._frames]
+            self._mask_B11T = self._mask_B11T[used_B]
 
 
 def _ranks(items_N: Tensor) -> Tensor:
-    """Return the number of each hypothesis among those of its item, from 0: (N,)."""
+    """Return the number of each hypothesis among the hypotheses of its item, from 0: (N,)."""
     order_N = torch.argsort(items_N, stable=True)
     counts_B = torch.bincount(items_N)
     starts_B = counts_B.cumsum(0) - counts_B

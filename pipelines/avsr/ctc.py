@@ -1,7 +1,7 @@
 """Connectionist temporal classification (CTC): best path, scores of prefixes, alignment and times of words.
 
-Everywhere symbol 0 is the blank and the last one, END, ends a transcript. END is a symbol of the attention decoder
-only: what CTC's log-probabilities give to it counts as blank, so that the probabilities of all transcripts sum to 1.
+Symbol 0 is always the blank, and the last symbol, END, ends a transcript. Only the attention decoder has END: CTC's
+probability of it counts as blank, so that the probabilities of all transcripts sum to 1.
 
 "Connectionist Temporal Classification" (ICML 2006) and "Hybrid CTC/Attention Architecture for End-to-End Speech
 Recognition" (IEEE J. Sel. Top. Signal Process. 2017).
@@ -38,7 +38,7 @@ def decode_ctc(log_probs_BTC: Tensor, lengths_B: Tensor) -> list[Ints]:
 
 
 class CtcPrefixes:
-    """Scores of K prefixes of transcripts per item, extended symbol by symbol; starts with one empty prefix.
+    """Scores of K prefixes of transcripts per item, extended symbol by symbol from one empty prefix.
 
     For a prefix g extended by a symbol c to h, n_t(h) and b_t(h) are the log-probabilities of all paths over frames 1
     to t that read h and end in c or in a blank; ⊕ adds probabilities given as logarithms:
@@ -49,9 +49,9 @@ class CtcPrefixes:
         ψ(h)   = ⊕_t (φ_t + log p_t(c))             of all transcripts that begin with h
         ω(g)   = n_T(g) ⊕ b_T(g)                    of the transcript g alone
 
-    with b_0 = 0 for the empty prefix and -∞ for others, n_0 = -∞. ψ(h) needs n and b of g only, so it is one matrix
-    product per item for all C extensions; n and b are computed for those that are kept, all frames at once by a
-    parallel scan. Scores are in float64. An extension e⁷⁰⁰ times less probable than its prefix has probability 0.
+    with b_0 = 0 for the empty prefix and -∞ for others, n_0 = -∞. ψ(h) needs only n and b of g, so all C extensions are
+    one matrix product per item. Then n and b are computed for the extensions that are kept, for all frames at once, by
+    a parallel scan. Scores are in float64. An extension e⁷⁰⁰ times less probable than its prefix has probability 0.
 
     Memory: 2 B T C + 2 B K T values.
 
@@ -63,6 +63,7 @@ class CtcPrefixes:
     def __init__(self, log_probs_BTC: Tensor, lengths_B: Tensor) -> None:
         self._log_probs_BTC = _fold_end(log_probs_BTC, lengths_B)
         self._probs_BTC = self._log_probs_BTC.exp()
+
         paths_BT = self._log_probs_BTC[:, :, BLANK].cumsum(dim=1)
         self._blank_BKT = torch.nn.functional.pad(paths_BT, (1, 0))[:, None]  # column t: after t frames
         self._symbol_BKT = torch.full_like(self._blank_BKT, -torch.inf)
@@ -72,12 +73,18 @@ class CtcPrefixes:
         """Compute ψ of each prefix extended by each symbol: (B, K, C) float64; -inf for blank and END."""
         blank_BKT = self._blank_BKT[:, :, :-1]
         either_BKT = torch.logaddexp(blank_BKT, self._symbol_BKT[:, :, :-1])
-        before_BKT = torch.cat([either_BKT, blank_BKT], dim=1)  # of other symbols than the last; of the last
-        peak_BK = before_BKT.amax(dim=2, keepdim=True).clamp(min=torch.finfo(before_BKT.dtype).min)
-        scores_BKC = torch.bmm((before_BKT - peak_BK).exp(), self._probs_BTC).log() + peak_BK
+
+        earlier_BKT = torch.cat([either_BKT, blank_BKT], dim=1)  # of other symbols than the last; of the last
+
+        # Divide by the largest probability of each prefix, or those of long prefixes would underflow.
+        peak_BK = earlier_BKT.amax(dim=2, keepdim=True).clamp(min=torch.finfo(earlier_BKT.dtype).min)
+        scores_BKC = torch.bmm((earlier_BKT - peak_BK).exp(), self._probs_BTC).log() + peak_BK
+
+        # A symbol that repeats the last one needs a blank in between: its paths are the ones that end in a blank.
         other_BKC, same_BKC = scores_BKC.chunk(2, dim=1)
         last_BK1 = self._last_BK[:, :, None]
         extended_BKC = other_BKC.scatter(2, last_BK1, same_BKC.gather(2, last_BK1))
+
         extended_BKC[:, :, BLANK] = -torch.inf
         return extended_BKC
 
@@ -93,20 +100,27 @@ class CtcPrefixes:
             symbols_BK: (B, K) int64, appended symbol.
         """
         index_BKT = parents_BK[:, :, None].expand(-1, -1, self._blank_BKT.shape[2])
-        blank_BKT, symbol_BKT = self._blank_BKT.gather(1, index_BKT), self._symbol_BKT.gather(1, index_BKT)
+        blank_BKT = self._blank_BKT.gather(1, index_BKT)
+        symbol_BKT = self._symbol_BKT.gather(1, index_BKT)
+
+        # A repeated symbol needs a blank before it.
         is_same_BK1 = (self._last_BK.gather(1, parents_BK) == symbols_BK)[:, :, None]
-        before_BKT = torch.logaddexp(blank_BKT, symbol_BKT.masked_fill(is_same_BK1, -torch.inf))[:, :, :-1]
-        index_BTK = symbols_BK[:, None].expand(-1, before_BKT.shape[2], -1)
+        earlier_BKT = torch.logaddexp(blank_BKT, symbol_BKT.masked_fill(is_same_BK1, -torch.inf))[:, :, :-1]
+
+        index_BTK = symbols_BK[:, None].expand(-1, earlier_BKT.shape[2], -1)
         log_probs_BKT = self._log_probs_BTC.gather(2, index_BTK).mT
-        self._symbol_BKT = _recur(log_probs_BKT, before_BKT)
-        log_blank_BKT = self._log_probs_BTC[:, None, :, BLANK].expand_as(before_BKT)
+        self._symbol_BKT = _recur(log_probs_BKT, earlier_BKT)
+
+        log_blank_BKT = self._log_probs_BTC[:, None, :, BLANK].expand_as(earlier_BKT)
         self._blank_BKT = _recur(log_blank_BKT, self._symbol_BKT[:, :, :-1])
         self._last_BK = symbols_BK
 
     def select(self, rows: Tensor) -> None:
         """Keep some of the items: (B,) bool or (n,) int64."""
-        self._log_probs_BTC, self._probs_BTC = self._log_probs_BTC[rows], self._probs_BTC[rows]
-        self._blank_BKT, self._symbol_BKT = self._blank_BKT[rows], self._symbol_BKT[rows]
+        self._log_probs_BTC = self._log_probs_BTC[rows]
+        self._probs_BTC = self._probs_BTC[rows]
+        self._blank_BKT = self._blank_BKT[rows]
+        self._symbol_BKT = self._symbol_BKT[rows]
         self._last_BK = self._last_BK[rows]
 
 
@@ -132,13 +146,16 @@ def align_ctc(log_probs_TC: Tensor, symbols_L: Ints) -> Ints:
     """
     lengths_B = torch.tensor([len(log_probs_TC)], device=log_probs_TC.device)
     folded_TC: Array = _fold_end(log_probs_TC[None], lengths_B)[0].cpu().numpy()
+
     num_frames = len(folded_TC)
     num_needed = num_ctc_frames(symbols_L)
     if num_needed > num_frames:
         raise DataError(f"expected at least {num_needed} frames for {len(symbols_L)} symbols, got {num_frames}")
+
     states_S = np.full(2 * len(symbols_L) + 1, BLANK)  # blank, symbol, blank, …, symbol, blank
     states_S[1::2] = symbols_L
     path_T = _best_path(folded_TC[:, states_S], states_S)
+
     starts_L = np.searchsorted(path_T, 2 * np.arange(len(symbols_L)) + 1)
     stops_L = np.searchsorted(path_T, 2 * np.arange(len(symbols_L)) + 1, side="right")
     return np.stack([starts_L, stops_L], axis=1)
@@ -156,38 +173,47 @@ def word_times(log_probs_TC: Tensor, symbols_L: Ints, rate_hz: float) -> list[Wo
     """Compute when each word of a transcript is said, by `align_ctc`.
 
     A word lasts from the first frame of its first symbol to the last frame of its last one. CTC is trained without
-    times: they are those at which the network is certain of the letters.
+    times, so these are the times at which the network is certain of the letters.
 
     Args:
         log_probs_TC: (T, C) log-probabilities of each frame's symbols.
-        symbols_L: (L,) the transcript as it was decoded; a space at its ends has frames of its own.
+        symbols_L: (L,) the transcript as it was decoded. A space at its ends has separate frames.
         rate_hz: frames per second.
     """
     seconds_L2 = align_ctc(log_probs_TC, symbols_L) / rate_hz
-    ends = np.flatnonzero(symbols_L == _SPACE).tolist()
+    spaces = np.flatnonzero(symbols_L == _SPACE).tolist()
+
     times = []
-    for before, after in pairwise([-1, *ends, len(symbols_L)]):
-        if after - before > 1:
-            word = decode_symbols(symbols_L[before + 1 : after])
-            times.append(WordTime(word, float(seconds_L2[before + 1, 0]), float(seconds_L2[after - 1, 1])))
+    for space, next_space in pairwise([-1, *spaces, len(symbols_L)]):
+        if next_space - space > 1:
+            word = decode_symbols(symbols_L[space + 1 : next_space])
+            times.append(WordTime(word, float(seconds_L2[space + 1, 0]), float(seconds_L2[next_space - 1, 1])))
     return times
 
 
 def _best_path(log_probs_TS: Array, states_S: Array) -> Ints:
     """Return the number of the state at each frame on the most probable path from the start to the end: (T,)."""
-    may_skip_S: Array = np.zeros(len(states_S), bool)  # the blank before a symbol that differs from the one before it
+    # A path may skip the blank between two symbols that differ.
+    may_skip_S: Array = np.zeros(len(states_S), bool)
     may_skip_S[3::2] = states_S[3::2] != states_S[1:-2:2]
+
     num_steps_TS: Array = np.zeros(log_probs_TS.shape, np.int64)
     score_S = np.where(np.arange(len(states_S)) < 2, log_probs_TS[0], -np.inf)
+
+    # At each frame a path stays, or moves on by one or two states.
     for frame in range(1, len(log_probs_TS)):
         moves_3S = np.full((3, len(states_S)), -np.inf)
-        moves_3S[0], moves_3S[1, 1:] = score_S, score_S[:-1]
+        moves_3S[0] = score_S
+        moves_3S[1, 1:] = score_S[:-1]
         moves_3S[2, 2:] = np.where(may_skip_S[2:], score_S[:-2], -np.inf)
         num_steps_TS[frame] = moves_3S.argmax(axis=0)
         score_S = moves_3S.max(axis=0) + log_probs_TS[frame]
+
+    # A path ends in the last symbol or in the blank after it.
     state = max(range(max(0, len(states_S) - 2), len(states_S)), key=lambda state: score_S[state])
     if score_S[state] == -np.inf:
         raise DataError("expected a transcript that the log-probabilities allow, got one of probability 0")
+
     path_T: Ints = np.empty(len(log_probs_TS), np.int64)
     for frame in reversed(range(len(path_T))):
         path_T[frame] = state
@@ -200,6 +226,7 @@ def _fold_end(log_probs_BTC: Tensor, lengths_B: Tensor) -> Tensor:
     folded_BTC = log_probs_BTC.detach().double().clone()
     folded_BTC[:, :, BLANK] = torch.logaddexp(folded_BTC[:, :, BLANK], folded_BTC[:, :, -1])
     folded_BTC[:, :, -1] = -torch.inf
+
     is_padded_BT = torch.arange(folded_BTC.shape[1], device=lengths_B.device) >= lengths_B[:, None]
     folded_BTC[is_padded_BT] = -torch.inf
     folded_BTC[:, :, BLANK].masked_fill_(is_padded_BT, 0.0)
@@ -209,15 +236,19 @@ def _fold_end(log_probs_BTC: Tensor, lengths_B: Tensor) -> Tensor:
 def _recur(log_probs_BKT: Tensor, inputs_BKT: Tensor) -> Tensor:
     """Compute x_t = (x_{t-1} ⊕ input_t) + log p_t from x_0 = -∞: (B, K, T + 1).
 
-    A parallel scan: after the round with distance d, an entry sums what enters in the last 2 d frames. No differences
+    A parallel scan: after the round with distance d, an entry sums the inputs of the last 2 d frames. No differences
     are taken, so -∞ stays -∞.
     """
-    log_factors, sums = log_probs_BKT, inputs_BKT + log_probs_BKT
-    num_frames, distance = sums.shape[2], 1
+    log_factors = log_probs_BKT
+    sums = inputs_BKT + log_probs_BKT
+    num_frames = sums.shape[2]
+
+    distance = 1
     while distance < num_frames:
         later = log_factors[:, :, distance:]
         added = torch.logaddexp(sums[:, :, distance:], later + sums[:, :, :-distance])
         sums = torch.cat([sums[:, :, :distance], added], dim=2)
         log_factors = torch.cat([log_factors[:, :, :distance], later + log_factors[:, :, :-distance]], dim=2)
         distance *= 2
+
     return torch.nn.functional.pad(sums, (1, 0), value=-torch.inf)

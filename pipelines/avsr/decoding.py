@@ -1,7 +1,7 @@
-"""Decoding of transcripts from CTC and an attention decoder: one-pass hybrid beam search, attention greedy.
+"""Decoding of transcripts from CTC and an attention decoder: hybrid beam search in one pass, or attention greedily.
 
 The attention decoder is a function that extends hypotheses by one symbol, so that it can keep keys and values of the
-symbols before. Symbol 0 is the blank of CTC and in no transcript; the last symbol, END, starts and ends each.
+symbols before. Symbol 0 is CTC's blank, which no transcript contains. The last symbol, END, starts and ends each.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class Decoding:
     """How transcripts are decoded.
 
     Args:
-        decoder: `hybrid`, a beam search over CTC and attention; `ctc`, its best path; or `attention`, greedy.
+        decoder: `hybrid`, a beam search over CTC and attention; `ctc`, the best path of CTC; or `attention`, greedily.
         beam: hypotheses that the hybrid decoder keeps.
-        ctc_weight: weight of CTC in the hybrid decoder, 0.1 in the paper; attention has the rest.
+        ctc_weight: weight of CTC in the hybrid decoder, 0.1 in the paper. Attention has the rest.
     """
 
     decoder: Decoder = "hybrid"
@@ -41,7 +41,7 @@ def decode_hybrid(
     ctc_weight: float = 0.1,
     beam: int = 5,
 ) -> list[Hypothesis]:
-    """Search the most probable transcript of each item by CTC and an attention decoder in one pass, B items at once.
+    """Search the most probable transcript of each of B items by CTC and an attention decoder in one pass.
 
         argmax_y λ log p_ctc(y | X) + (1 - λ) log p_att(y | X)
 
@@ -50,9 +50,9 @@ def decode_hybrid(
 
     Args:
         log_probs_BTC: (B, T, C) log-probabilities of CTC per frame, any float, on any device that has float64.
-        lengths_B: (B,) int, number of frames of each item, from 1 to T; transcripts are not longer.
+        lengths_B: (B,) int, number of frames of each item, from 1 to T. Transcripts are not longer.
         step: the attention decoder, with log-probabilities on the same device; not called if `ctc_weight` is 1.
-        ctc_weight: λ, from 0, attention alone, where CTC is not computed, to 1, CTC alone.
+        ctc_weight: λ, from 0 (attention only, and CTC is not computed) to 1 (CTC only).
         beam: number of hypotheses kept per item.
 
     Returns:
@@ -67,7 +67,7 @@ def decode_hybrid(
 
 @torch.no_grad()
 def decode_attention(step: StepDecoder, lengths_B: Tensor, *, num_symbols: int) -> list[Hypothesis]:
-    """Decode B items with the attention decoder alone, taking the most probable symbol at each step.
+    """Decode B items with the attention decoder only: take the most probable symbol at each step.
 
     Args:
         step: the attention decoder, with log-probabilities on the device of the lengths.
@@ -75,26 +75,34 @@ def decode_attention(step: StepDecoder, lengths_B: Tensor, *, num_symbols: int) 
         num_symbols: C; symbol 0 is never chosen and C - 1 is END.
 
     Returns:
-        A hypothesis of each item, at its longest length ended by END whatever its probability.
+        A hypothesis of each item. At its longest length it is ended by END, whatever END's probability.
     """
-    end, device = num_symbols - 1, lengths_B.device
+    end = num_symbols - 1
+    device = lengths_B.device
     symbols_BL = torch.full((len(lengths_B), max(lengths_B.tolist(), default=0) + 1), end, device=device)
     score_B = torch.zeros(len(lengths_B), dtype=torch.float64, device=device)
+
     items_N = torch.arange(len(lengths_B), device=device)
-    symbols_N, parents_N = torch.full_like(items_N, end), items_N
-    is_blank_C, is_end_C = (torch.arange(num_symbols, device=device) == symbol for symbol in (BLANK, end))
+    symbols_N = torch.full_like(items_N, end)
+    parents_N = items_N
+    is_blank_C = torch.arange(num_symbols, device=device) == BLANK
+    is_end_C = torch.arange(num_symbols, device=device) == end
+
     for length in range(symbols_BL.shape[1]):
         is_last_N1 = lengths_B[items_N, None] <= length
         next_NC = step(symbols_N, parents_N).double().masked_fill(is_blank_C | (is_last_N1 & ~is_end_C), -torch.inf)
         best_N, symbols_N = next_NC.max(dim=1)
         score_B[items_N] += best_N
+
+        # Only hypotheses that go on are extended; the padding of finished ones is END already.
         parents_N = torch.nonzero((symbols_N != end) & (best_N > -torch.inf))[:, 0]
-        items_N, symbols_N = items_N[parents_N], symbols_N[parents_N]
+        items_N = items_N[parents_N]
+        symbols_N = symbols_N[parents_N]
         symbols_BL[items_N, length] = symbols_N
         if not len(items_N):
             break
-    symbols, num_symbols_B = symbols_BL.cpu().numpy(), (symbols_BL != end).sum(dim=1).tolist()
+    num_symbols_B = (symbols_BL != end).sum(dim=1).tolist()
     return [
         Hypothesis(row[:length].copy(), score, None, score)
-        for row, length, score in zip(symbols, num_symbols_B, score_B.tolist(), strict=True)
+        for row, length, score in zip(symbols_BL.cpu().numpy(), num_symbols_B, score_B.tolist(), strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Word errors of transcripts, by the word of the reference that each belongs to.
+"""Word errors of transcripts, counted for each word of the reference.
 
 Words are compared as they are: bring references and hypotheses to one case and spelling first.
 """
@@ -14,10 +14,10 @@ from embedcache.errors import DataError
 
 
 def align_words(references: Sequence[str], hypotheses: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """Return the words of each reference with the recognized one beside it; "" stands for none.
+    """Return the words of each reference paired with the recognized ones; "" stands for no word.
 
     Raises:
-        DataError: there are no references, one has no words, or there is another number of hypotheses.
+        DataError: there are no references, one has no words, or the number of hypotheses differs.
 
     Example:
         >>> align_words(["SET B AT"], ["SET D"])
@@ -28,7 +28,9 @@ def align_words(references: Sequence[str], hypotheses: Sequence[str]) -> list[li
             f"expected a hypothesis for each of one or more references with words, got {len(references)} references "
             f"and {len(hypotheses)} hypotheses; leave out utterances without speech"
         )
+
     output = jiwer.process_words(list(references), list(hypotheses))
+
     aligned = []
     for chunks, said, heard in zip(output.alignments, output.references, output.hypotheses, strict=True):
         pairs: list[tuple[str, str]] = []
@@ -41,10 +43,10 @@ def align_words(references: Sequence[str], hypotheses: Sequence[str]) -> list[li
 
 
 def count_word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Ints:
-    """Count the errors of each reference word, of one utterance after another: (M,) int64; their mean is the WER.
+    """Count the errors of each reference word, utterance by utterance: (M,) int64. Their mean is the WER.
 
-    A word that is substituted or deleted counts one error, and one more for each word that is inserted after it; those
-    before the first word count for the first. Raises as `align_words`.
+    A substituted or deleted word counts one error, and one more for each word that is inserted after it. Words inserted
+    before the first word count for the first word. Raises as `align_words`.
 
     Example:
         >>> count_word_errors(["SET B AT 2"], ["SET D AT 2 NOW"]).tolist()
@@ -53,13 +55,14 @@ def count_word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> I
     errors: list[int] = []
     for pairs in align_words(references, hypotheses):
         first = len(errors)
-        inserted_before = 0
+        num_leading = 0
         for said, heard in pairs:
             if said:
                 errors.append(int(said != heard))
             elif len(errors) > first:
                 errors[-1] += 1
             else:
-                inserted_before += 1
-        errors[first] += inserted_before
+                num_leading += 1
+
+        errors[first] += num_leading
     return np.array(errors, np.int64)

@@ -1,4 +1,4 @@
-"""What a run recognizes in the utterances of a cache, in views of their sound, and when it heard each word."""
+"""Recognize the utterances of a cache with a run, in views of their sound, and compute when it heard each word."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,16 +25,16 @@ def recognize_utterances(
     videos_of: Ints | None = None,
     device: str = AUTO,
 ) -> dict[str, list[str]]:
-    """Recognize utterances with a run, in views of their sound. The result does not depend on the batch size.
+    """Recognize utterances with a run, in views of their sound. The batch size does not change the result.
 
-    Memory: the features of a batch, and those that `utterances` has loaded.
+    Memory: the features of a batch, and the features that `utterances` has loaded.
 
     Args:
         run_path: a run of `train_speech`.
-        utterances: utterances with the streams to use, as by `open_for_run`; streams that they lack are missing.
-        views: views of the sound; without sound, all are the same.
+        utterances: utterances with the streams to use, as from `open_for_run`. Streams that they lack are missing.
+        views: views of the sound. Without sound, all views are the same.
         decoding: the decoder.
-        videos_of: (N,) utterance whose lips each one gets, as by `shuffle_videos`; None: its own.
+        videos_of: (N,) utterance whose lips each one gets, as from `shuffle_videos`. If None, its own lips.
         device: torch device.
 
     Returns:
@@ -42,7 +42,7 @@ def recognize_utterances(
 
     Raises:
         SettingError: a stream is missing in a run of one stream, or the decoder was not trained.
-        DataError: the run recognizes no speech, or streams of an utterance differ in length.
+        DataError: the run is not a speech recognizer, or streams of an utterance differ in length.
     """
     decoding = decoding or Decoding()
     device = str(torch_device(device, needs_float64=True))
@@ -51,12 +51,14 @@ def recognize_utterances(
 
     decoded = views if "audio" in utterances.streams else views[:1]
     texts: dict[str, list[str]] = {}
+
     for view in decoded:
         texts[view] = []
         for encoded in encode_utterances(
             network, utterances, views={"audio": view}, videos_of=videos_of, device=device
         ):
             texts[view] += [to_text(best.symbols) for best in recognize(network, encoded, decoding)]
+
     return {view: texts.get(view, texts[decoded[0]]) for view in views}
 
 
@@ -64,17 +66,17 @@ def recognize_utterances(
 def time_words(
     run_path: Path | str, utterances: Utterances, texts: Sequence[str], view: str, *, device: str = AUTO
 ) -> list[list[WordTime]]:
-    """Compute when the words that a run recognized were said, by its CTC.
+    """Compute by CTC when the words that a run recognized were said.
 
     Args:
         run_path: a run of `train_speech`.
         utterances: the utterances.
-        texts: what was recognized in each.
-        view: view of the sound that it was recognized in.
+        texts: text that was recognized in each utterance.
+        view: view of the sound in which it was recognized.
         device: torch device.
 
     Returns:
-        The words of each utterance; none where they have more letters than frames.
+        The words of each utterance; an empty list if they have more letters than frames.
     """
     device = str(torch_device(device, needs_float64=True))
     network, _ = load_network(run_path, device=device)

@@ -20,13 +20,14 @@ _GATE_FRAMES = 5  # frames that the gate sees around each frame, 0.2 s at 25 Hz
 
 
 class MaskedNorm(nn.Module):
-    """Layer normalization without scale and shift, over all channels of the valid frames of each item together."""
+    """Layer normalization without scale and shift, over all channels and valid frames of each item together."""
 
     def forward(self, values_BTD: Tensor, is_valid_BT: Tensor) -> Tensor:
         """Normalize each item to mean 0 and variance 1; frames of padding become 0: (B, T, D)."""
         is_valid_BT1 = is_valid_BT[..., None]
         count_B11 = (is_valid_BT.sum(dim=1) * values_BTD.shape[-1]).clamp(min=1)[:, None, None]
         mean_B11 = values_BTD.masked_fill(~is_valid_BT1, 0).sum(dim=(1, 2), keepdim=True) / count_B11
+
         centered_BTD = (values_BTD - mean_B11).masked_fill(~is_valid_BT1, 0)
         variance_B11 = centered_BTD.square().sum(dim=(1, 2), keepdim=True) / count_B11
         return centered_BTD * torch.rsqrt(variance_B11 + 1e-5)
@@ -61,7 +62,9 @@ class FrameAdapter(nn.Module):
 
     def __init__(self, input_width: int, width: int) -> None:
         super().__init__()
-        self.first, self.norm, self.second = nn.Linear(input_width, width), MaskedNorm(), nn.Linear(width, width)
+        self.first = nn.Linear(input_width, width)
+        self.norm = MaskedNorm()
+        self.second = nn.Linear(width, width)
 
     def forward(self, values_BTD: Tensor, is_valid_BT: Tensor) -> Tensor:
         """Map frames to the width of a transformer: (B, T, P)."""
@@ -74,9 +77,9 @@ class SequenceEncoder(StandardizedInput):
     """The encoder of one stream: standardized channels, stacked frames, a `FrameAdapter` and a `Transformer`.
 
     H = Enc(PE + W₂ · ReLU(MLN(W₁ · x))) with r frames side by side in x, as in "Leveraging Unimodal Self-Supervised
-    Learning for Multimodal Audio-Visual Speech Recognition" (ACL 2022). Unlike there, each encoder has a final
-    normalization of its own, so that it can be frozen, normalizes before its blocks, and standardizes the channels of
-    the feature first: CTC then learns to align in a third of the steps.
+    Learning for Multimodal Audio-Visual Speech Recognition" (ACL 2022). Unlike there, each encoder normalizes before
+    its blocks and ends with a separate normalization, so that it can be frozen. It also standardizes the channels of
+    the feature first, so that CTC learns to align in a third of the steps.
 
     Args:
         input_width: width of the feature.
@@ -104,10 +107,10 @@ class Fusion(nn.Module):
 
     `gated`: H = a · Enc(PE + W₂ · ReLU(MLN(W₁ · 2 [g_a · LN(H_a); g_v · LN(H_v)]))) + g_a · H_a + g_v · H_v, where
     (g_a, g_v), per frame, is a softmax over the streams of a small network that sees both streams around the frame, and
-    a, per channel, starts at 0.1. Readouts that start from a run of one stream therefore begin with what they know, and
-    where the gate closes a stream, those of the other one are left.
+    a, per channel, starts at 0.1. Readouts that start from a run of one stream therefore work from the beginning, and
+    a closed gate leaves them the states of the other stream.
 
-    Each stream has a normalization of its own. A missing stream is a learned vector, of weight 0 in the gate.
+    Each stream has a separate normalization. A learned vector of weight 0 in the gate replaces a missing stream.
 
     Args:
         streams: names of the streams, in the order of concatenation.
@@ -127,9 +130,11 @@ class Fusion(nn.Module):
         super().__init__()
         if kind not in ("concat", "gated"):
             raise SettingError(f"fusion: expected concat or gated, got {kind!r}")
-        self.streams, self.kind = streams, kind
+        self.streams = streams
+        self.kind = kind
         self.norms = nn.ModuleDict({name: nn.LayerNorm(width) for name in streams})
         self.missing = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in streams})
+
         joined = width * len(streams)
         if kind == "gated":
             padding = _GATE_FRAMES // 2
@@ -137,6 +142,7 @@ class Fusion(nn.Module):
                 nn.Conv1d(joined, width, _GATE_FRAMES, padding=padding), nn.ReLU(), nn.Conv1d(width, len(streams), 1)
             )
             self.gain = nn.Parameter(torch.full((width,), 0.1))
+
         self.adapter = FrameAdapter(joined, width)
         self.transformer = Transformer(width, num_layers, sizes)
 
@@ -146,45 +152,51 @@ class Fusion(nn.Module):
         """Join the streams: (B, T, P).
 
         Args:
-            encoded: stream -> (B, T, P); one that is absent is missing for all items.
+            encoded: stream -> (B, T, P); an absent stream is missing for all items.
             is_valid_BT: (B, T) bool.
             is_missing: stream -> (B,) bool, items that are treated as if they had no such stream.
         """
-        some = next(iter(encoded.values()))
-        parts, gone = [], []
+        any_BTP = next(iter(encoded.values()))
+        parts = []
+        absences = []
         for name in self.streams:
-            is_gone_B = torch.zeros(len(some), dtype=torch.bool, device=some.device)
+            is_absent_B = torch.zeros(len(any_BTP), dtype=torch.bool, device=any_BTP.device)
             if name not in encoded:
-                is_gone_B |= True
+                is_absent_B |= True
             elif is_missing is not None and name in is_missing:
-                is_gone_B = is_missing[name]
-            stand_in = self.missing[name].to(some.dtype)
-            normed = self.norms[name](encoded[name]) if name in encoded else torch.zeros_like(some)
-            parts.append(torch.where(is_gone_B[:, None, None], stand_in, normed))
-            gone.append(is_gone_B)
+                is_absent_B = is_missing[name]
+            stand_in = self.missing[name].to(any_BTP.dtype)
+            normed = self.norms[name](encoded[name]) if name in encoded else torch.zeros_like(any_BTP)
+            parts.append(torch.where(is_absent_B[:, None, None], stand_in, normed))
+            absences.append(is_absent_B)
         if self.kind == "concat":
             return self._attend(parts, is_valid_BT)
-        weights = self.weights(parts, is_valid_BT, torch.stack(gone, dim=1)).chunk(len(parts), dim=-1)
+
+        weights = self.weights(parts, is_valid_BT, torch.stack(absences, dim=1)).chunk(len(parts), dim=-1)
         weighted = [len(parts) * weight * part for weight, part in zip(weights, parts, strict=True)]
-        kept = [weight * encoded[name] for name, weight in zip(self.streams, weights, strict=True) if name in encoded]
-        return self.gain * self._attend(weighted, is_valid_BT) + torch.stack(kept).sum(dim=0)
+        residuals = [
+            weight * encoded[name] for name, weight in zip(self.streams, weights, strict=True) if name in encoded
+        ]
+        return self.gain * self._attend(weighted, is_valid_BT) + torch.stack(residuals).sum(dim=0)
 
     def _attend(self, parts: Sequence[Tensor], is_valid_BT: Tensor) -> Tensor:
         fused_BTP: Tensor = self.transformer(self.adapter(torch.cat(list(parts), dim=-1), is_valid_BT), is_valid_BT)
         return fused_BTP
 
-    def weights(self, parts: list[Tensor], is_valid_BT: Tensor, is_gone_BS: Tensor) -> Tensor:
-        """Compute the weight of each stream per frame: (B, T, number of streams), rows sum to 1."""
+    def weights(self, parts: list[Tensor], is_valid_BT: Tensor, is_absent_BS: Tensor) -> Tensor:
+        """Compute the weight of each stream per frame, (B, T, number of streams); rows sum to 1."""
         joined_BDT = torch.cat(parts, dim=-1).masked_fill(~is_valid_BT[..., None], 0).transpose(1, 2)
         logits_BTS: Tensor = self.gate(joined_BDT).transpose(1, 2)
-        is_gone_BS = is_gone_BS & ~is_gone_BS.all(dim=1, keepdim=True)
-        return logits_BTS.masked_fill(is_gone_BS[:, None], -torch.inf).softmax(dim=-1)
+
+        # Without any stream all would be -inf, and the softmax NaN.
+        is_absent_BS = is_absent_BS & ~is_absent_BS.all(dim=1, keepdim=True)
+        return logits_BTS.masked_fill(is_absent_BS[:, None], -torch.inf).softmax(dim=-1)
 
 
 class FrameReadout(nn.Module):
     """Four linear layers per frame with layer normalization and ReLU between them: widths P, P, P/2, P/2, C.
 
-    The paper normalizes those of CTC over all frames of an item, `MaskedNorm`; with that CTC learns more slowly.
+    The readout of CTC in the paper normalizes over all frames of an item (`MaskedNorm`). CTC learns more slowly then.
     """
 
     def __init__(self, width: int, num_symbols: int) -> None:

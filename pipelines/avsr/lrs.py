@@ -1,4 +1,4 @@
-"""Folders of talking faces in the layout of LRS2 and LRS3 as a source: clips with their transcripts beside them.
+"""Folders of talking faces in the layout of LRS2 and LRS3 as a source of clips and their transcripts.
 
     open_source("lrs2/main::lrs2/train.txt", kind="pipelines.avsr.lrs:LrsSource")
     open_source("lrs3/trainval", kind="pipelines.avsr.lrs:LrsSource")
@@ -24,18 +24,19 @@ _LABEL = "text:"
 
 
 class LrsSource:
-    """Clips below a folder, or those of a list. The location is `FOLDER` or `FOLDER::LIST`.
+    """Clips below a folder, or the clips of a list. The location is `FOLDER` or `FOLDER::LIST`.
 
-    A sample has one transcript in capitals, and the clip is both its recording and its video. Columns are `speaker`;
-    `split`, the list's name without its suffix; and `noise`, what follows a clip in the list; both None without a list.
-    Without a list, clips are sorted by path.
+    A sample has one transcript in capitals, and the clip is both its audio and its video. Columns are `speaker`;
+    `split`, the list's name without its suffix; and `noise`, the word after a clip in the list. The last two are None
+    without a list, and clips are then sorted by path.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("lrs")
-        folder, _, listed = str(location).partition(_SEPARATOR)
+        folder, _, list_path = str(location).partition(_SEPARATOR)
         self._folder = Path(folder).absolute()
-        self._list = Path(listed).absolute() if listed else None
+        self._list = Path(list_path).absolute() if list_path else None
+
         if not self._folder.is_dir():
             raise PathError(f"expected a folder of SPEAKER/CLIP.mp4, got {self._folder}, which does not exist")
         if self._list is not None and not self._list.is_file():
@@ -61,6 +62,7 @@ class LrsSource:
                     "noise": noise,
                 },
             )
+
         if is_empty:
             raise SourceError(f"expected SPEAKER/CLIP.mp4 below {self._folder}, got none; name the folder of speakers")
 
@@ -73,8 +75,10 @@ class LrsSource:
             for path in sorted(self._folder.glob("*/*.mp4")):
                 yield path.relative_to(self._folder).with_suffix("").as_posix(), None
             return
+
         with reading(self._list, error_class=SourceError):
             lines = self._list.read_text(encoding="utf-8").splitlines()
+
         for number, line in enumerate(lines, 1):
             key, *rest = line.split()[:2] or [""]
             if not key:
@@ -85,9 +89,14 @@ class LrsSource:
 
 
 def read_transcript(path: Path) -> str:
-    """Read the transcript of a clip: the first line of its file, in capitals; SourceError if it is not `Text: …`."""
+    """Read the transcript of a clip, in capitals, from the first line of its file.
+
+    Raises:
+        SourceError: the line is not `Text:` and words.
+    """
     with reading(path, error_class=SourceError), path.open(encoding="utf-8") as file:
         line = file.readline()
+
     text = " ".join(line[len(_LABEL) :].split()).upper()
     if not line.lower().startswith(_LABEL) or not text:
         raise SourceError(f"{path}: expected 'Text:' and words in its first line, got {line.strip()!r}")

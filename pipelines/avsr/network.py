@@ -1,9 +1,9 @@
 """A speech recognizer on frozen features of sound, lips or both: encoders per stream, fusion, CTC and attention.
 
 The network of "Leveraging Unimodal Self-Supervised Learning for Multimodal Audio-Visual Speech Recognition" (ACL 2022)
-on top of its frozen front-ends, in three stages: audio alone, video alone, and the fusion of both, whose encoders are
-those of the first two. Frames are those of the slowest stream, 25 per second in the paper.
-`recognize` returns what a trained network finds in utterances, by any of the decoders.
+on top of its frozen front-ends. It is trained in three stages: audio, video, then the fusion of both with the encoders
+of the first two stages. All streams have the frame rate of the slowest one, 25 per second in the paper.
+`recognize` decodes utterances with a trained network by any of the decoders.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ class EncodedSpeech(NamedTuple):
 
     Args:
         frames_BTP: encoded frames.
-        is_valid_BT: which of them belong to the item.
+        is_valid_BT: whether a frame belongs to the item or is padding.
     """
 
     frames_BTP: Tensor
@@ -70,12 +70,12 @@ class SpeechNetwork(nn.Module):
 
     Args:
         streams: name of a stream, `audio` or `video` -> `width` of its feature, and `stack`, the number of its frames
-            per frame of the network: 2 for features at 50 Hz beside lips at 25 Hz.
+            per frame of the network: 2 for features at 50 Hz with lips at 25 Hz.
         width: width of all encoded frames.
         num_layers: layers of the encoder of each stream.
         fusion: `concat` or `gated`; only used with two streams.
-        fusion_layers: layers after the fusion, at least one for two streams; with one stream, further layers after the
-            encoder: a control with equal depth.
+        fusion_layers: layers after the fusion, at least one for two streams. With one stream they are further layers
+            after the encoder, as a control with equal depth.
         decoder_layers: layers of the attention decoder.
     """
 
@@ -98,10 +98,12 @@ class SpeechNetwork(nn.Module):
                 f"expected one or two streams and a width that is a multiple of {2 * num_heads}, got {list(streams)} "
                 f"and {width}"
             )
+
         sizes = LayerSizes(num_heads, feed_forward, dropout)
         self.stacks = {name: int(stream["stack"]) for name, stream in streams.items()}
         self.widths = {name: int(stream["width"]) for name, stream in streams.items()}
         self.width = width
+
         self.encoders = nn.ModuleDict(
             {name: SequenceEncoder(self.widths[name], self.stacks[name], width, num_layers, sizes) for name in streams}
         )
@@ -110,6 +112,7 @@ class SpeechNetwork(nn.Module):
             if len(streams) > 1 or fusion_layers
             else None
         )
+
         self.ctc = FrameReadout(width, len(SYMBOLS))
         self.attention = AttentionDecoder(width, len(SYMBOLS), decoder_layers, sizes)
 
@@ -119,13 +122,13 @@ class SpeechNetwork(nn.Module):
         return tuple(self.stacks)
 
     def parts(self) -> dict[str, list[str]]:
-        """Return the parts that may be loaded or trained alone: each stream's encoder, `fusion`, `ctc`, `attention`."""
+        """Return the parts to load or train separately: each stream's encoder, `fusion`, `ctc` and `attention`."""
         parts = {name: [f"encoders.{name}"] for name in self.streams}
         parts |= {"fusion": ["fusion"]} if self.fusion is not None else {}
         return {**parts, "ctc": ["ctc"], "attention": ["attention"]}
 
     def standardize(self, name: str, frames_ND: Floats) -> None:
-        """Set the moments by which a stream's feature is standardized to those of some of its frames, (N, D)."""
+        """Standardize a stream's feature by the moments of some of its frames, (N, D)."""
         encoder = self.encoders[name]
         assert isinstance(encoder, SequenceEncoder)
         encoder.standardize(torch.from_numpy(frames_ND))
@@ -145,11 +148,11 @@ class SpeechNetwork(nn.Module):
     ) -> EncodedSpeech:
         """Encode and join the streams of B items.
 
-        Each stream is encoded at its own length. The items have the lengths of the first stream that is there; another
-        one is cut, or padded with its last frame.
+        Each stream is encoded at its own length. The items get the lengths of the first stream present; another stream
+        is cut, or padded with its last frame.
 
         Args:
-            streams: stream -> stacked frames; a stream that is absent is missing.
+            streams: stream -> stacked frames. An absent stream is missing.
             is_missing: stream -> (B,) bool, items that are treated as if they had no such stream.
             is_encoded: the streams are outputs of `encode_stream`.
 
@@ -159,12 +162,15 @@ class SpeechNetwork(nn.Module):
         unknown = [name for name in streams if name not in self.stacks]
         if unknown or not streams or (self.fusion is None and len(streams) < len(self.stacks)):
             raise SettingError(f"expected the streams {', '.join(self.streams)}, got {', '.join(streams) or 'none'}")
+
+        # The first stream decides the lengths; the others are cut or padded to them after their encoders.
         first = next(streams[name] for name in self.streams if name in streams)
         is_valid_BT = valid_frames(first.lengths_B, first.values_BTD.shape[1])
         encoded = {}
         for name, stream in streams.items():
             values_BTP = stream.values_BTD.float() if is_encoded else self.encode_stream(name, stream)
             encoded[name] = values_BTP if stream is first else _with_lengths(values_BTP, stream.lengths_B, is_valid_BT)
+
         if self.fusion is None:
             return EncodedSpeech(next(iter(encoded.values())), is_valid_BT)
         return EncodedSpeech(self.fusion(encoded, is_valid_BT, is_missing), is_valid_BT)
@@ -184,15 +190,17 @@ class SpeechNetwork(nn.Module):
         return [name.removesuffix("-states")]
 
     def output_axis(self, name: str, axes: Sequence[Axis | None]) -> Axis | None:
-        """Return the axis of the frames of an output: those of its stream, stacked."""
-        stack, axis = self.stacks[name.removesuffix("-states")], axes[0]
+        """Return the axis of the frames of an output, which are the stacked frames of its stream."""
+        stack = self.stacks[name.removesuffix("-states")]
+        axis = axes[0]
         if axis is None or axis.rate_hz is None:
             return None
+
         middle_s = (axis.start_s or 0.0) + (stack - 1) / 2 / axis.rate_hz
         return Axis(kind="time", rate_hz=axis.rate_hz / stack, start_s=middle_s)
 
     def compute_outputs(self, inputs: Sequence[Any], names: Sequence[str]) -> Mapping[str, Any]:
-        """Encode one stream of B items, one by one as their lengths differ.
+        """Encode one stream of B items, one at a time because their lengths differ.
 
         Args:
             inputs: one `embedcache.derive.rules.Block`, of the feature of that stream.
@@ -218,7 +226,7 @@ def load_network(run_path: Path | str, *, device: str = "cpu") -> tuple[SpeechNe
 
     Raises:
         PathError: the folder is not a finished run.
-        DataError: the run recognizes no speech.
+        DataError: the run is not a speech recognizer.
         CorruptError: the weights have other bytes than were written.
     """
     run = Run.open(run_path, kind=KIND, device=device)
@@ -243,15 +251,17 @@ def stack_frames(values_TD: np.ndarray, stack: int) -> np.ndarray:
 def recognize(network: SpeechNetwork, encoded: EncodedSpeech, decoding: Decoding | None = None) -> list[Hypothesis]:
     """Return the best hypothesis of each of B encoded utterances.
 
-    The score of the best path of CTC is the log-probability of its transcript, summed over all paths.
+    The score of CTC's best path is the log-probability of its transcript, summed over all paths.
     """
     decoding = decoding or Decoding()
+
     lengths_B = encoded.is_valid_BT.sum(dim=1)
     if decoding.decoder == "ctc":
         log_probs_BTC = network.ctc_log_probs(encoded)
-        found = decode_ctc(log_probs_BTC, lengths_B)
-        scores = _score_ctc(log_probs_BTC, lengths_B, found)
-        return [Hypothesis(symbols, score, score, None) for symbols, score in zip(found, scores, strict=True)]
+        best_paths = decode_ctc(log_probs_BTC, lengths_B)
+        scores = _score_ctc(log_probs_BTC, lengths_B, best_paths)
+        return [Hypothesis(symbols, score, score, None) for symbols, score in zip(best_paths, scores, strict=True)]
+
     steps = network.attention.steps(*encoded)
     if decoding.decoder == "attention":
         return decode_attention(steps, lengths_B, num_symbols=len(SYMBOLS))
@@ -261,9 +271,10 @@ def recognize(network: SpeechNetwork, encoded: EncodedSpeech, decoding: Decoding
 
 
 def _score_ctc(log_probs_BTC: Tensor, lengths_B: Tensor, transcripts: Sequence[Ints]) -> list[float]:
-    """Return the log-probability of each transcript; what CTC gives to END counts as blank, as in decoding."""
+    """Return the log-probability of each transcript. CTC's probability of END counts as blank, as in decoding."""
     folded_BTC = log_probs_BTC.double().clone()
     folded_BTC[..., BLANK] = torch.logaddexp(folded_BTC[..., BLANK], folded_BTC[..., END])
+
     losses_B = ctc_loss(
         folded_BTC.transpose(0, 1),
         torch.from_numpy(np.concatenate(transcripts)).to(folded_BTC.device),
@@ -281,18 +292,19 @@ def to_text(symbols: Ints) -> str:
 
 
 def check_decoder(training: Mapping[str, Any], decoding: Decoding) -> None:
-    """Check that the heads which a decoder needs had a weight in the loss.
+    """Check that the heads of a decoder had a weight in the loss.
 
     Args:
         training: settings of the run.
         decoding: the decoder.
 
     Raises:
-        SettingError: one had none.
+        SettingError: a head had no weight.
     """
     trained_weight = training["ctc_weight"]
     needs_ctc = decoding.decoder == "ctc" or (decoding.decoder == "hybrid" and decoding.ctc_weight > 0)
     needs_attention = decoding.decoder == "attention" or (decoding.decoder == "hybrid" and decoding.ctc_weight < 1)
+
     if (needs_ctc and trained_weight == 0) or (needs_attention and trained_weight == 1):
         trained = "ctc" if trained_weight else "attention"
         raise SettingError(

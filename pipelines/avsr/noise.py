@@ -1,4 +1,4 @@
-"""A view of recordings: noise from a tape, added before encoding at a signal-to-noise ratio.
+"""A view of audio: noise from a tape, added before encoding at a signal-to-noise ratio.
 
 embedcache extract … --view pipelines.avsr.noise:open_noise:5,tape=babble.wav
 """
@@ -18,22 +18,22 @@ from embedcache.sources.media import decode_audio
 
 VIEW = "pipelines.avsr.noise:open_noise"
 MAX_SNR_DB = 200.0
-"""Largest signal-to-noise ratio, and with a minus the smallest: float32 resolves 140 dB."""
+"""Largest signal-to-noise ratio, and the smallest with a minus sign; float32 resolves 140 dB."""
 
 
 def open_noise(argument: str) -> View:
     """Open a view of recordings with noise, such as `5,tape=babble.wav` at a signal-to-noise ratio of 5 dB.
 
-    The tape is any recording, such as babble of many talkers or the speech of one. Its name and the digest of its bytes
-    are in the fingerprint, the folder where it lies is not.
+    The tape is any recording, such as babble of many talkers or the speech of one. The fingerprint contains its name
+    and the digest of its bytes, but not its folder.
 
     Raises:
         SettingError: not a number of decibels, or a tape that is not a recording or silent.
         PathError: the tape does not exist.
     """
-    given, separator, tape_path = argument.partition(",tape=")
+    level_text, separator, tape_path = argument.partition(",tape=")
     try:
-        snr_db = float(given)
+        snr_db = float(level_text)
     except ValueError:
         snr_db = np.nan
     if not (separator and tape_path and abs(snr_db) <= MAX_SNR_DB):
@@ -41,10 +41,14 @@ def open_noise(argument: str) -> View:
             f"invalid view '{VIEW}:{argument}': expected SNR,tape=FILE with the signal-to-noise ratio in decibels "
             f"from -{MAX_SNR_DB:g} to {MAX_SNR_DB:g}, such as 5,tape=babble.wav"
         )
-    level = f"{snr_db + 0.0:g}"  # of -0.0 makes 0
+
+    # Adding 0 turns -0.0 into 0, so that both have one name.
+    level = f"{snr_db + 0.0:g}"
+
     path = expand_home(tape_path).absolute()
     if not path.is_file():
         raise PathError(f"tape {path}: expected a recording, got a path that is not a file")
+
     tape_M, sha256 = _read_tape(path, path.stat().st_mtime_ns)
 
     def mix(samples_N: Floats) -> Floats:
@@ -65,9 +69,9 @@ def open_noise(argument: str) -> View:
 def add_noise(samples_N: Floats, tape_M: Floats, snr_db: float) -> Floats:
     """Add noise from a tape to a recording x: x + n sqrt(Σx² / (10^(SNR/10) Σn²)), (N,) float32.
 
-    Where the noise n begins in the tape follows from the recording's own samples, so that it is the same at every level
-    and on every run. A shorter tape is repeated, without its silent stretches. Sums are over the whole recording.
-    Nothing is clipped: at low ratios values exceed 1.
+    The noise n begins at a place in the tape that follows from the recording's own samples, so that it is the same at
+    every level and in every run. A shorter tape is repeated, and its silent stretches are skipped. Sums are over the
+    whole recording. Nothing is clipped, so at low ratios values exceed 1.
 
     Raises:
         ItemError: the recording is silent, so that it has no signal-to-noise ratio.
@@ -75,10 +79,13 @@ def add_noise(samples_N: Floats, tape_M: Floats, snr_db: float) -> Floats:
     energy = _energy(samples_N)
     if not energy:
         raise ItemError("silent: noise cannot be added to it at a signal-to-noise ratio")
+
     content = hashlib.blake2b(np.ascontiguousarray(samples_N).data, digest_size=8)
     start = int.from_bytes(content.digest(), "little") % len(tape_M)
+
     noise_N = _play(tape_M, start, len(samples_N))
-    while not noise_N.any():  # ends: the tape is not silent
+    # A silent stretch of the tape cannot be scaled to a level; as the tape is not silent, the loop ends.
+    while not noise_N.any():
         start = (start + len(samples_N)) % len(tape_M)
         noise_N = _play(tape_M, start, len(samples_N))
 
@@ -94,7 +101,7 @@ def _energy(samples_N: Floats) -> float:
 
 
 def _play(tape_M: Floats, start: int, num_samples: int) -> Floats:
-    """Return a copy of a tape's samples from some place on, from its beginning again when it ends."""
+    """Return a copy of a tape's samples from a place on. The tape starts over when it ends."""
     num_repeats = -(-(start + num_samples) // len(tape_M))
     played_N: Floats = np.tile(tape_M, num_repeats)[start : start + num_samples] if num_repeats > 1 else tape_M[start:]
     return played_N[:num_samples].copy()

@@ -39,10 +39,11 @@ SETS: Mapping[str, str] = {
 """Test set -> its title."""
 
 _FRAME_PX = 144
-_SINGLE, _MODELS = (AUDIO, VIDEO), (AUDIO, VIDEO, *FUSIONS)
+_SINGLE = (AUDIO, VIDEO)
+_MODELS = (AUDIO, VIDEO, *FUSIONS)
 _DECODERS = [
     *(f"{name}{decoder}" for name in (AUDIO, FUSION) for decoder in ("", ", greedy", ", λ 0.1")),
-    *(f"{FUSION}, {how}" for how in ("without video", "without audio", "lips of others")),
+    *(f"{FUSION}, {control}" for control in ("without video", "without audio", "lips of others")),
 ]
 
 
@@ -50,7 +51,7 @@ def write_pages(
     folder: Path,
     results: Results,
     sets: Sequence[str],
-    tried: Sequence[str] = (),
+    ablations: Sequence[str] = (),
     *,
     rows: Sequence[UtteranceRow] = (),
 ) -> None:
@@ -60,11 +61,12 @@ def write_pages(
         folder: folder of the pages.
         results: results of all models, test sets and seeds.
         sets: names of `SETS` that were recognized.
-        tried: fusions besides the recommended one.
-        rows: utterances to draw in time, as by `show_utterances`.
+        ablations: fusions besides the recommended one.
+        rows: utterances to draw in time, as from `show_utterances`.
     """
-    curves = [*_MODELS, *(name for name in tried if name == NARROW_NOISE)]
+    curves = [*_MODELS, *(name for name in ablations if name == NARROW_NOISE)]
     titles = {name: SETS[name] for name in sets}
+
     parts = [
         Part(
             "Word error rate by noise",
@@ -87,12 +89,15 @@ def write_pages(
             f"{result.num_examples} utterances, {len(clusters_M):,} words. Intervals are over seeds and "
             f"{len(np.unique(clusters_M))} {'recordings' if name == 'R' else 'utterances'}."
         )
+
         parts.append(Part(f"Set {SETS[name]}", [note], rate_table(results, _MODELS, name)))
         gains = gain_table(results, list(FUSIONS), _SINGLE, name)
         parts.append(Part(f"Set {name}: gain over one stream", ["Negative: fewer errors."], gains))
+
     parts.append(Part("One stream, decoders, set A", [], rate_table(results, _DECODERS, "A")))
-    if tried:
-        parts.append(Part("What else was tried, set A", [], rate_table(results, [FUSION, *tried], "A")))
+    if ablations:
+        parts.append(Part("What else was ablations, set A", [], rate_table(results, [FUSION, *ablations], "A")))
+
     write_parts(folder / "avsr", TITLE, parts, notes=NOTES, summary=summarize(results, sets), credit=CREDIT)
 
 
@@ -105,6 +110,7 @@ def summarize(results: Results, sets: Sequence[str]) -> str:
             values = [word_error_rate(results, model, name, view).value for view in views_of(results, name)]
             rates.append(f"{model} " + " / ".join(f"{100 * value:.1f}" for value in values))
         lines.append(f"Set {name}: {'; '.join(rates)}.")
+
     levels = ", ".join(map(level_name, views_of(results, sets[0])))
     num_seeds = len(results.seeds(FUSION, sets[0]))
     averaged = "one seed" if num_seeds == 1 else f"means over {num_seeds} seeds"
@@ -143,7 +149,7 @@ def show_utterances(
                 samples_N=decode_audio((set_folder / record["audio"]).read_bytes()),
                 phones=[Phone(*phone) for phone in record["phones"]],
                 words=[WordTime(*word[:3]) for word in record["words"]],
-                found={name: of_run[number] for name, of_run in words.items()},
+                recognized={name: run_words[number] for name, run_words in words.items()},
             )
         )
     return rows

@@ -31,12 +31,14 @@ def open_pixels(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetti
 
 
 class Pixels:
-    """An image encoder whose vector is the gray image itself: the center of the size's aspect ratio, resized."""
+    """An image encoder whose vector is the gray image itself: its center, in the size's aspect ratio, resized."""
 
     modality: Modality = "image"
 
     def __init__(self, size: tuple[int, int], *, batch_size: int) -> None:
-        self._size, self.batch_size = size, batch_size
+        self._size = size
+        self.batch_size = batch_size
+
         self.features: Mapping[str, ItemShape] = {"pixels": (size[0] * size[1],)}
         self.fingerprint = Fingerprint(
             family="pixels",

@@ -18,12 +18,13 @@ _LEVEL = re.compile(r"(-?\d+(\.\d+)?)dB$")
 
 
 def snr_db(view: str) -> float:
-    """Return the signal-to-noise ratio of a view by its name, such as `plain`, infinite, or `babble-5dB`."""
+    """Return the signal-to-noise ratio of a view by its name, such as `babble-5dB`; infinite for `plain`."""
     if view == PLAIN:
         return np.inf
-    found = _LEVEL.search(view)
-    assert found is not None, view
-    return float(found[1])
+
+    match = _LEVEL.search(view)
+    assert match is not None, view
+    return float(match[1])
 
 
 def level_name(view: str) -> str:
@@ -39,9 +40,9 @@ def views_of(results: Results, test_set: str) -> list[str]:
 
 
 def measured(results: Results, models: Iterable[str], test_set: str) -> list[str]:
-    """Return those of some models that have results in a test set."""
-    known = results.models(test_set)
-    return [model for model in models if model in known]
+    """Return the models that have results in a test set."""
+    available = results.models(test_set)
+    return [model for model in models if model in available]
 
 
 def word_error_rate(results: Results, model: str, test_set: str, view: str) -> Estimate:
@@ -63,7 +64,7 @@ def rate_table(results: Results, models: Iterable[str], test_set: str) -> Table:
 
 
 def gain_table(results: Results, models: Iterable[str], singles: Sequence[str], test_set: str) -> Table:
-    """Return how many points better models are than the better one of two single streams at each level, paired."""
+    """Compare models with the better of two single streams at each level, paired, in points of the error rate."""
     views = views_of(results, test_set)
     rows = []
     for model in measured(results, models, test_set):
@@ -71,6 +72,8 @@ def gain_table(results: Results, models: Iterable[str], singles: Sequence[str], 
         for view in views:
             rates = {name: word_error_rate(results, name, test_set, view).value for name in singles}
             better = min(singles, key=lambda name: rates[name])
+
+            # Both models are evaluated on the same words, so the same draws compare them with less noise.
             means_R2 = results.resample([(model, test_set), (better, test_set)], view)
             gap = interval_of(means_R2[:, 0] - means_R2[:, 1])
             cells.append(f"{100 * gap.value:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]")

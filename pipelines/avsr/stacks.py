@@ -1,8 +1,8 @@
 """A video encoder, `pipelines.avsr.stacks:open_stacks:/path/FILE`: principal components of consecutive gray frames.
 
-A stack is a frame with the two before and the two after it, so that one vector says how things move. The mean and the
-whitened components in the file are fitted to unlabeled videos by `fit_stacks`. Made for videos of a mouth or a face
-that fills the frame: whatever the frame shows is described, and nothing is searched for in it.
+A stack is a frame with its two neighbors on each side, so that one vector describes motion. `fit_stacks`
+fits the mean and the whitened components in the file to unlabeled videos. The encoder is made for videos of a mouth or
+a face that fills the frame: it describes the whole frame, and searches for nothing in it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ from pipelines.avsr.pixels import PIXELS_SIZE, Pixels
 
 FAMILY = "pipelines.avsr.stacks:open_stacks"
 
-_MIN_DEVIATION = 1e-6  # below it, a video is the same frame throughout
+_MIN_DEVIATION = 1e-6  # below it, all frames of a video count as the same
 _STACKS_PER_BLOCK = 2_048
 
 
@@ -79,15 +79,17 @@ class StackWeights:
         }
 
     def project(self, frames_TD: Floats) -> Floats:
-        """Project the stack around each frame, (T, E) float32; beyond its ends a video stands still.
+        """Project the stack around each frame, (T, E) float32. Beyond its ends, a video repeats its last frame.
 
         Args:
             frames_TD: (T, D) gray pixels in [0, 1], T at least 1.
         """
         num_frames = len(self.mean_KD)
-        before = num_frames // 2
+        margin = num_frames // 2
         frames_TD = normalize_frames(frames_TD)
-        padded = np.pad(frames_TD, ((before, num_frames - 1 - before), (0, 0)), mode="edge")
+        padded = np.pad(frames_TD, ((margin, num_frames - 1 - margin), (0, 0)), mode="edge")
+
+        # One product for each place in the stack, so that the stacks are never in memory.
         projected_TE = np.zeros((len(frames_TD), self.components_KDE.shape[2]), np.float32)
         for place, (mean_D, components_DE) in enumerate(zip(self.mean_KD, self.components_KDE, strict=True)):
             projected_TE += (padded[place : place + len(frames_TD)] - mean_D) @ components_DE
@@ -97,8 +99,9 @@ class StackWeights:
 def fit_stacks(videos: Iterable[RawVideo], path: Path | str, *, width: int = 64, stack: int = 5) -> StackWeights:
     """Fit the encoder to videos and write its file; no labels are used.
 
-    The weights are the mean and the first whitened principal components of all stacks, from their second moments: one
-    pass, and as exact as if all stacks were in memory. Memory: one video, and 89 MB of moments for 5 frames.
+    The weights are the mean and the first whitened principal components of all stacks, computed from their second
+    moments in one pass. They are as exact as with all stacks in memory. Memory: one video, and 89 MB of moments for
+    5 frames.
 
     Args:
         videos: decoded videos, read once.
@@ -113,6 +116,7 @@ def fit_stacks(videos: Iterable[RawVideo], path: Path | str, *, width: int = 64,
     frames = FrameEncoder(Pixels(PIXELS_SIZE, batch_size=1), RATE_HZ)
     num_pixels = PIXELS_SIZE[0] * PIXELS_SIZE[1]
     moments = Moments(stack * num_pixels)
+
     for video in videos:
         for clip in frames.prepare([video]):
             frames_TD = normalize_frames(gray_pixels(clip))
@@ -136,9 +140,9 @@ def gray_pixels(frames_THW: Array) -> Floats:
 
 
 def normalize_frames(frames_TD: Floats) -> Floats:
-    """Subtract the mean frame of a video, and divide by the standard deviation of what is left; a still one becomes 0.
+    """Subtract the mean frame of a video, and divide by the standard deviation of the rest. A still video becomes 0.
 
-    This makes videos of other people and in other light alike.
+    This makes videos of different people and in different light comparable.
     """
     frames_TD = frames_TD - frames_TD.mean(axis=0)
     deviation = float(np.sqrt(np.mean(np.square(frames_TD), dtype=np.float64)))
@@ -147,13 +151,13 @@ def normalize_frames(frames_TD: Floats) -> Floats:
 
 def stack_frames(frames_TD: Floats, num_frames: int, steps: slice) -> Floats:
     """Return the stacks around some frames of a video, one row each: (B, K × D)."""
-    around = np.arange(len(frames_TD))[steps, None] + np.arange(num_frames) - num_frames // 2
-    stacked: Floats = frames_TD[around.clip(0, len(frames_TD) - 1)].reshape(len(around), -1)
+    frames_BK = np.arange(len(frames_TD))[steps, None] + np.arange(num_frames) - num_frames // 2
+    stacked: Floats = frames_TD[frames_BK.clip(0, len(frames_TD) - 1)].reshape(len(frames_BK), -1)
     return stacked
 
 
 def open_stacks(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open the encoder of a file of weights. It has no options: the file says all."""
+    """Open the encoder of a file of weights. It has no options, since the file has all settings."""
     check_options(spec, ())
     check_modality(spec, modality, "video")
     if settings.precision != "float32":
@@ -171,9 +175,11 @@ class StackEncoder:
         self._weights = weights
         self.batch_size = batch_size
         self._frames = FrameEncoder(Pixels(PIXELS_SIZE, batch_size=batch_size), RATE_HZ)
+
         width = weights.components_KDE.shape[2]
         self.features: Mapping[str, ItemShape] = {"mean": (width,), "states": (-1, width)}
         self.axes: Mapping[str, Axis] = {"states": self._frames.axes["pixels"]}
+
         self.fingerprint = Fingerprint(
             family="stacks",
             model=model,

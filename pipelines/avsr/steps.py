@@ -1,6 +1,6 @@
 """Steps of audio-visual speech recognition on cached features: a world, caches, runs of one stream, fusions, results.
 
-Every step leaves files that a second call finds again.
+Every step leaves files that a second call reuses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ from pipelines.worlds.talking import TINY as TINY_WORLD
 
 LEVELS_DB = (10, 5, 0, -5, -10)
 TALKER_DB = (5, 0, -5)
-"""Signal-to-noise ratios of babble, in training and tests, and of a single talker, in training."""
+"""Signal-to-noise ratios of babble, in training and tests, and of a single talker, in training only."""
 TRAINING_VIEWS = (
     PLAIN,
     *(f"babble{level}dB" for level in LEVELS_DB),
@@ -51,21 +51,22 @@ TRAINING_VIEWS = (
 )
 TEST_VIEWS = (PLAIN, *(f"babble-test{level}dB" for level in LEVELS_DB))
 FEATURES = {"audio": "tiny.en/states", "video": "mouth/states"}
-ENCODERS, READOUTS = ("audio", "video"), ("ctc", "attention")
+ENCODERS = ("audio", "video")
+READOUTS = ("ctc", "attention")
 PARTS = "fusion+ctc+attention"
 DECODING = Decoding(ctc_weight=0.5)
-"""The paper's 0.1 loses words here: an attention decoder trained on a thousand utterances ends too early. Of 0.1, 0.3,
-0.5 and 0.8, the weight with the fewest errors of the run on sound in the sets `valid` and K."""
+"""The paper's 0.1 loses words here: an attention decoder that was trained on a thousand utterances ends too early.
+0.5 had the fewest errors of 0.1, 0.3, 0.5 and 0.8, for the run on sound in the sets `valid` and K."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much of everything.
+    """Sizes of the world, the networks and the training.
 
     Args:
         world: settings of the world.
-        epochs: epochs of each stage: lips by CTC alone, audio, video, and each fusion.
-        align_epochs: first epochs of the run on sound, with CTC alone.
+        epochs: epochs of each stage: lips by CTC only, audio, video, and each fusion.
+        align_epochs: first epochs of the run on sound, with CTC only.
         batch_size: utterances per batch, of each stage.
         lr: peak learning rate of each stage.
         model: arguments of the networks.
@@ -87,11 +88,11 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A fusion: what it is and how it is trained.
+    """A fusion and its training.
 
     Args:
         kind: `concat` or `gated`.
-        readouts: stream whose run CTC and attention start from; None: random weights.
+        readouts: stream whose run CTC and attention start from. If None, they start from random weights.
         noise: view of the sound -> probability.
         missing: stream -> probability that it is missing.
         shift_s, swapped: as in `SpeechAugmentation`.
@@ -106,26 +107,30 @@ class Variant:
 
     @property
     def augmentation(self) -> SpeechAugmentation:
-        """What is changed in training."""
+        """Changes of the utterances in training."""
         views = {"audio": dict(self.noise)} if self.noise else {}
         return SpeechAugmentation(views=views, missing=self.missing, shift_s=self.shift_s, swapped=self.swapped)
 
 
 def _noise(plain: float, babble: Sequence[float], talker: float) -> dict[str, float]:
-    """Return view -> probability: no noise, babble at each of `LEVELS_DB`, a talker at all of `TALKER_DB` together."""
-    levels = {f"babble{level}dB": weight for level, weight in zip(LEVELS_DB, babble, strict=True)}
-    return {PLAIN: plain, **levels, **{f"talker{level}dB": talker / len(TALKER_DB) for level in TALKER_DB}}
+    """Return view -> probability: no noise, babble at each of `LEVELS_DB`, and a talker at any of `TALKER_DB`."""
+    babble_levels = {f"babble{level}dB": weight for level, weight in zip(LEVELS_DB, babble, strict=True)}
+    talker_levels = {f"talker{level}dB": talker / len(TALKER_DB) for level in TALKER_DB}
+    return {PLAIN: plain, **babble_levels, **talker_levels}
 
 
 WIDE = _noise(0.3, (0.1, 0.1, 0.1, 0.1, 0.1), 0.2)
 LOUD = _noise(0.25, (0.06, 0.08, 0.14, 0.14, 0.18), 0.15)
 NARROW = {PLAIN: 0.5, "babble5dB": 0.25, "babble0dB": 0.25}
-"""View of the sound -> probability in training: of the run on sound; of fusions, which have to learn where to leave the
-sound; and near those of the released recipe."""
+"""View of the sound -> probability in training. `WIDE` trains the run on sound. `LOUD` trains fusions, which have to
+learn when to leave the sound. `NARROW` is close to the released recipe."""
 
 
-AUDIO, VIDEO, DEEP = "audio", "video", "video, as deep as the fusion"
-FUSION, NARROW_NOISE = "both", "both, narrow noise"
+AUDIO = "audio"
+VIDEO = "video"
+DEEP = "video, as deep as the fusion"
+FUSION = "both"
+NARROW_NOISE = "both, narrow noise"
 MISSING = {"audio": 0.3, "video": 0.1}
 FUSIONS: Mapping[str, Variant] = {
     FUSION: Variant(noise=LOUD, missing=MISSING),
@@ -137,18 +142,22 @@ ABLATIONS: Mapping[str, Variant] = {
     "both, nothing missing": Variant(noise=LOUD),
     "both, lips swapped and shifted": Variant(noise=LOUD, missing=MISSING, swapped=0.1, shift_s=0.04),
 }
-"""Model -> how it is trained; the ablations with the first seed alone."""
+"""Model -> its training. The ablations run with the first seed only."""
 
 
 def make_caches(folder: Path, size: Size, sets: Sequence[str]) -> dict[str, Path]:
     """Write the world, fit the mouth encoder to training clips without their labels, and extract each set."""
-    world, progress = folder / "world", open_progress()
+    world = folder / "world"
+    progress = open_progress()
     write_world(world, size.world, progress, sets=("train", "valid", *sets))
+
+    # The mouth encoder sees only as many evenly spaced clips as it needs.
     mouth = folder / "mouth.safetensors"
     if not mouth.is_file():
         clips = sorted((world / "train").glob("*.mp4"))
         step = max(1, len(clips) // size.num_fitted)
         fit_stacks((decode_video(path.read_bytes()) for path in clips[::step]), mouth)
+
     caches = {}
     for name in ("train", "valid", *sets):
         caches[name] = folder / "caches" / name
@@ -163,17 +172,19 @@ def make_caches(folder: Path, size: Size, sets: Sequence[str]) -> dict[str, Path
 
 
 def noise_views(world: Path, name: str) -> tuple[str, ...]:
-    """Return the views of a set as `extract` names them; tests have the noise of other talkers."""
+    """Return the views of a set as `extract` names them. Test sets have the noise of other talkers."""
     tapes = world / "tapes"
     if name not in ("train", "valid"):
         return tuple(f"{VIEW}:{level},tape={tapes / 'babble-test.wav'}" for level in LEVELS_DB)
-    babble = [f"{VIEW}:{level},tape={tapes / 'babble.wav'}" for level in LEVELS_DB]
-    return (*babble, *(f"{VIEW}:{level},tape={tapes / 'talker.wav'}" for level in TALKER_DB))
+
+    babble = (f"{VIEW}:{level},tape={tapes / 'babble.wav'}" for level in LEVELS_DB)
+    talker = (f"{VIEW}:{level},tape={tapes / 'talker.wav'}" for level in TALKER_DB)
+    return (*babble, *talker)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """The runs of one seed and what they read.
+    """The runs of one seed, with the caches that they read.
 
     Args:
         folder: folder of the runs.
@@ -187,7 +198,7 @@ class Runs:
     size: Size
 
     def path(self, name: str) -> Path:
-        """Return the folder of a run; names may have spaces."""
+        """Return the folder of a run, whose name may have spaces."""
         return self.folder / name.replace(" ", "-").replace(",", "")
 
     def train_audio(self, *, progress: Progress | None = None) -> None:
@@ -202,44 +213,47 @@ class Runs:
         self._derive_states("audio", TRAINING_VIEWS, progress)
 
     def train_lips(self, *, progress: Progress | None = None) -> None:
-        """Train a recognizer of lips by CTC alone: beside an attention decoder it takes far longer to align."""
+        """Train a recognizer of lips by CTC only: with an attention decoder it takes far longer to align."""
         self._train_stream("lips", "video", self._lips_recipe(ctc_weight=1.0), progress)
 
     def train_video(self, *, progress: Progress | None = None) -> None:
-        """Train the recognizer of lips from that encoder and the readouts of the run on sound; derive its states.
+        """Train the recognizer of lips from that encoder and the readouts of the run on sound, and derive its states.
 
-        A decoder that can spell learns where to look in a few epochs; a new one may need more than all of them. And the
-        encoders of both streams become alike in what they tell the readouts, which a gated fusion adds up.
+        A decoder that can spell learns in a few epochs which frames to attend to; a new one may need more than all
+        epochs. The encoders of both streams also learn to give the readouts similar states, which a gated fusion sums.
         """
         starts = (f"video={self.path('lips')}", *(f"{part}={self.path('audio')}" for part in READOUTS))
         self._train_stream("video", "video", self._lips_recipe(), progress, init_from=starts)
         self._derive_states("video", (PLAIN,), progress)
 
     def train_fusion(self, name: str, variant: Variant, *, progress: Progress | None = None) -> None:
-        """Train a fusion that starts from both runs, complete and with their encoders frozen, on their states."""
+        """Train a fusion on the states of both finished runs, whose encoders are frozen."""
         recipe = SpeechRecipe(
             model={**self._model("fusion"), "fusion": variant.kind, "fusion_layers": 2},
             augmentation=variant.augmentation,
             measured=(PLAIN, "babble0dB", "babble-10dB"),
         )
+
         sources = {**dict.fromkeys(ENCODERS, ""), **dict.fromkeys(READOUTS, variant.readouts)}
         starts = tuple(f"{part}={self.path(run or part)}" for part, run in sources.items() if run is not None)
         settings = self._settings("fusion", init_from=starts, trainable=PARTS)
-        data = [self._utterances(part, ENCODERS) for part in ("train", "valid")]
+
+        train, valid = [self._utterances(part, ENCODERS) for part in ("train", "valid")]
         states = (self._states("train"), self._states("valid"))
-        train_speech(data[0], data[1], self.path(name), recipe, settings, states=states, progress=progress)
+        train_speech(train, valid, self.path(name), recipe, settings, states=states, progress=progress)
 
-    def evaluate(self, name: str, asked: "Question", *, progress: Progress | None = None) -> Result:
-        """Recognize a test set, unless the result of these weights is there already."""
+    def evaluate(self, name: str, question: "Question", *, progress: Progress | None = None) -> Result:
+        """Recognize a test set, unless there is a result of these weights already."""
         weights = Run.open(self.path(name)).info.weights
-        compute = partial(self._recognize, self.path(name), asked)
-        return keep_result(self.folder, asked.model, asked.test_set, weights, compute, progress)
+        compute = partial(self._recognize, self.path(name), question)
+        return keep_result(self.folder, question.model, question.test_set, weights, compute, progress)
 
-    def _recognize(self, run: Path, asked: "Question") -> Result:
-        cache = Cache(self.caches[asked.test_set])
-        utterances = open_for_run(cache, run, views=TEST_VIEWS, streams=asked.streams)
-        videos_of = shuffle_videos(utterances, seed=self.seed) if asked.is_shuffled else None
-        hypotheses = recognize_utterances(run, utterances, TEST_VIEWS, decoding=asked.decoding, videos_of=videos_of)
+    def _recognize(self, run: Path, question: "Question") -> Result:
+        cache = Cache(self.caches[question.test_set])
+        utterances = open_for_run(cache, run, views=TEST_VIEWS, streams=question.streams)
+
+        videos_of = shuffle_videos(utterances, seed=self.seed) if question.is_shuffled else None
+        hypotheses = recognize_utterances(run, utterances, TEST_VIEWS, decoding=question.decoding, videos_of=videos_of)
 
         references = [to_text(symbols) for symbols in utterances.symbols]
         clusters_M = word_clusters(utterances)
@@ -255,22 +269,24 @@ class Runs:
     def _train_stream(
         self, stage: str, stream: str, recipe: SpeechRecipe, progress: Progress | None, **options: Any
     ) -> None:
-        data = [self._utterances(part, (stream,)) for part in ("train", "valid")]
-        train_speech(data[0], data[1], self.path(stage), recipe, self._settings(stage, **options), progress=progress)
+        train, valid = [self._utterances(part, (stream,)) for part in ("train", "valid")]
+        train_speech(train, valid, self.path(stage), recipe, self._settings(stage, **options), progress=progress)
 
     def _lips_recipe(self, **options: Any) -> SpeechRecipe:
         return SpeechRecipe(model=self._model("video"), augmentation=SpeechAugmentation(masked=0.05), **options)
 
     def _derive_states(self, name: str, views: Sequence[str], progress: Progress | None) -> None:
+        output = f"{name}-states"
+        run_name = f"seed{self.seed}-{name}"
         for part in ("train", "valid"):
-            output, of_run = f"{name}-states", f"seed{self.seed}-{name}"
-            derive_from_run(self.caches[part], self.path(name), output, name=of_run, view=views, progress=progress)
+            derive_from_run(self.caches[part], self.path(name), output, name=run_name, view=views, progress=progress)
 
     def _model(self, stage: str) -> dict[str, Any]:
         return {**self.size.model, "dropout": self.size.dropout.get(stage, 0.0)}
 
     def _utterances(self, part: str, names: Sequence[str]) -> Utterances:
-        return open_utterances(Cache(self.caches[part]), {name: FEATURES[name] for name in names}, views=_views(names))
+        features = {name: FEATURES[name] for name in names}
+        return open_utterances(Cache(self.caches[part]), features, views=_views(names))
 
     def _states(self, part: str) -> Utterances:
         features = {name: f"seed{self.seed}-{name}/{name}-states" for name in ENCODERS}
@@ -283,14 +299,14 @@ class Runs:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is measured.
+    """A measurement of a run.
 
     Args:
         model: name of the row in tables.
         test_set: set to recognize.
-        streams: streams to use; None: all.
+        streams: streams to use (all if None).
         decoding: the decoder.
-        is_shuffled: with the lips of other utterances.
+        is_shuffled: whether each utterance gets the lips of another one.
     """
 
     model: str

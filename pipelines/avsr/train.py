@@ -39,27 +39,28 @@ from pipelines.avsr.utterances import (
 )
 from pipelines.sequence import valid_frames
 
-CTC_WEIGHT, SMOOTHING = 0.2, 0.01
+CTC_WEIGHT = 0.2
+SMOOTHING = 0.01
 """Weight of the CTC loss, and of the smoothing of both losses, in the paper."""
 _IGNORED = -100
 _BATCH_SIZE = 32
 _ROUNDING = 1e-6
 _NUM_SAMPLED = 256  # utterances whose frames standardize the channels of a feature
 FRAME_RATE_HZ = 25.0
-"""Frames per second of a network whose streams are all faster; else those of the slowest stream."""
+"""Frames per second of a network whose streams are all faster. Otherwise the slowest stream decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechRecipe:
-    """What decides a speech run beside its utterances and the settings of the loop.
+    """The settings of a speech run, besides its utterances and the settings of the loop.
 
     Args:
         model: arguments of `SpeechNetwork` other than its streams, such as `PAPER`.
-        augmentation: what is changed in training.
-        measured: views of the sound in which validation is measured.
-        ctc_weight: weight of the CTC loss; the rest is that of attention.
-        align_epochs: first epochs, with CTC as all of the loss and plain views alone. In noise, or beside an attention
-            decoder, which learns to spell before it attends to anything, CTC takes far longer to learn to align.
+        augmentation: changes of the utterances in training.
+        measured: views of the sound that are measured in validation.
+        ctc_weight: weight of the CTC loss; attention has the rest.
+        align_epochs: first epochs, in which CTC is the whole loss and all views are plain. In noise, or with an
+            attention decoder, which learns to spell before it attends, CTC takes far longer to learn to align.
         smoothing: smoothing of both losses.
     """
 
@@ -72,13 +73,13 @@ class SpeechRecipe:
 
 
 class SpeechTargets(NamedTuple):
-    """What the loss of a batch of utterances compares with.
+    """Targets of the loss of a batch of utterances.
 
     Args:
         symbols_BL: (B, L) int64, symbols of each transcript, then END, then padding of any value.
         lengths_B: (B,) int64, symbols of each transcript without END.
         is_missing: stream -> (B,) bool, utterances that are treated as if they had no such stream.
-        is_ctc_alone: whether CTC is all of the loss, as in the first epochs of training.
+        is_ctc_alone: whether CTC is the whole loss, as in the first epochs of training.
     """
 
     symbols_BL: Tensor
@@ -88,7 +89,7 @@ class SpeechTargets(NamedTuple):
 
 
 class SpeechObjective(nn.Module):
-    """Loss of a batch: `ctc_weight` of CTC, and the rest of the cross-entropy of the attention decoder, both smoothed.
+    """Loss of a batch: CTC with weight `ctc_weight`, the attention's cross-entropy with the rest, both smoothed.
 
     CTC: (1 - ε) · CTC + ε · KL(uniform ‖ p) over valid frames, up to a constant
     attention: (1 - ε) · NLL + ε · mean over symbols of -log p
@@ -106,7 +107,9 @@ class SpeechObjective(nn.Module):
         is_encoded: bool = False,
     ) -> None:
         super().__init__()
-        self.network, self.ctc_weight, self.smoothing = network, ctc_weight, smoothing
+        self.network = network
+        self.ctc_weight = ctc_weight
+        self.smoothing = smoothing
         self._is_encoded = is_encoded
 
     def loss(self, batch: Batch) -> Tensor:
@@ -137,6 +140,7 @@ class SpeechObjective(nn.Module):
             reduction="none",
             zero_infinity=True,
         )
+
         loss = (losses_B / targets.lengths_B.clamp(min=1)).mean()
         uniform = -log_probs_BTC[encoded.is_valid_BT].mean()
         return (1 - self.smoothing) * loss + self.smoothing * uniform
@@ -146,6 +150,8 @@ class SpeechObjective(nn.Module):
         logits_BLC = self.network.attention(
             torch.cat([starts_B1, targets.symbols_BL[:, :-1]], dim=1), encoded.frames_BTP, encoded.is_valid_BT
         )
+
+        # The symbols of the transcript and its END are predicted; padding is ignored.
         is_symbol_BL = valid_frames(targets.lengths_B + 1, targets.symbols_BL.shape[1])
         targets_BL = targets.symbols_BL.masked_fill(~is_symbol_BL, _IGNORED)
         return cross_entropy(
@@ -154,12 +160,12 @@ class SpeechObjective(nn.Module):
 
 
 def _no_loss(module: nn.Module) -> Tensor:
-    """Return 0 with a gradient of 0 for each parameter: `DistributedDataParallel` expects one of every parameter."""
+    """Return 0 with a gradient of 0 for each parameter: `DistributedDataParallel` expects one for every parameter."""
     return torch.stack([0.0 * parameter.sum() for parameter in module.parameters()]).sum()
 
 
 def pad_transcripts(transcripts: Sequence[Ints]) -> tuple[Ints, Ints]:
-    """Return transcripts as `SpeechTargets` holds them: (B, L) int64 with END after each, and lengths without it."""
+    """Return transcripts as in `SpeechTargets`: (B, L) int64 with END after each, and lengths without END."""
     lengths_B = np.array([len(symbols) for symbols in transcripts], np.int64)
     padded_BL = np.full((len(transcripts), int(lengths_B.max(initial=0)) + 1), END, np.int64)
     for row, symbols in enumerate(transcripts):
@@ -168,7 +174,7 @@ def pad_transcripts(transcripts: Sequence[Ints]) -> tuple[Ints, Ints]:
 
 
 class SpeechTask:
-    """A `Task`: a speech recognizer on utterances. The epoch with the lowest word error rate in validation is kept.
+    """A `Task` that trains a speech recognizer. It keeps the epoch with the lowest word error rate in validation.
 
     Args:
         network: the network.
@@ -176,7 +182,7 @@ class SpeechTask:
         validation: utterances of other speakers, recognized by the best path of CTC, or by attention if CTC has no
             weight.
         settings: batch size and seed.
-        recipe: weights of the losses, what is changed in training, and views that are measured.
+        recipe: weights of the losses, changes of the utterances, and measured views.
         is_encoded: the features are states of the encoders, derived from the runs that `module` starts from.
     """
 
@@ -191,32 +197,41 @@ class SpeechTask:
         is_encoded: bool = False,
         device: str = "cpu",
     ) -> None:
-        self.network, self._train, self._validation = network, train, validation
+        self.network = network
         self.module = SpeechObjective(
             network, ctc_weight=recipe.ctc_weight, smoothing=recipe.smoothing, is_encoded=is_encoded
         )
         self.keys = train.keys
-        self._recipe, self._is_encoded, self._device = recipe, is_encoded, device
+        self._train = train
+        self._validation = validation
+        self._recipe = recipe
+        self._is_encoded = is_encoded
+        self._device = device
+
         batch_size = settings.optimizer.batch_size or _BATCH_SIZE
         lengths_S = np.array([len(symbols) for symbols in train.symbols], np.int64)
         self._plan = UtteranceBatches(lengths_S, batch_size=batch_size, seed=settings.seed)
         self.num_steps = self._plan.num_steps
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """Iterate over the batches of an epoch, from a step on."""
+        """Iterate over the batches of an epoch, starting at a step."""
         for drawn in self._plan.epoch(epoch, first_step=first_step):
             yield self._load(drawn)
 
     def _load(self, drawn: DrawnBatch) -> Batch:
         numbers_B = drawn.numbers_B[own_slice(len(drawn.numbers_B))]
         rng = np.random.default_rng([drawn.seed, drawn.epoch, drawn.step, int(numbers_B[0])])
-        is_aligning, augmentation = drawn.epoch < self._recipe.align_epochs, self._recipe.augmentation
+        is_aligning = drawn.epoch < self._recipe.align_epochs
+        augmentation = self._recipe.augmentation
         if is_aligning:
             augmentation = replace(augmentation, views={})
+
+        # States of an encoder are stacked already.
         stacks = dict.fromkeys(self.network.stacks, 1) if self._is_encoded else self.network.stacks
         streams = read_augmented(self._train, numbers_B, stacks, augmentation, rng)
         missing = draw_missing(augmentation.missing, tuple(streams), len(numbers_B), rng)
         symbols_BL, lengths_B = pad_transcripts([self._train.symbols[number] for number in numbers_B])
+
         return Batch(
             samples=numbers_B,
             num_samples=len(drawn.numbers_B),
@@ -227,7 +242,7 @@ class SpeechTask:
             targets=SpeechTargets(
                 symbols_BL=to_device(symbols_BL, self._device),
                 lengths_B=to_device(lengths_B, self._device),
-                is_missing={name: to_device(is_gone_B, self._device) for name, is_gone_B in missing.items()},
+                is_missing={name: to_device(is_absent_B, self._device) for name, is_absent_B in missing.items()},
                 is_ctc_alone=is_aligning,
             ),
         )
@@ -235,8 +250,8 @@ class SpeechTask:
     def measure(self) -> dict[str, float]:
         """Compute the word error rates on the validation utterances, for each readout and each measured view.
 
-        Both decode greedily. The score is minus their mean: the best CTC may be that of an epoch in which the attention
-        decoder knows nothing, and the hybrid decoder needs both.
+        Both readouts decode greedily. The score is minus the mean of all rates: the best epoch of CTC may be one in
+        which the attention decoder knows nothing, and the hybrid decoder needs both.
         """
         rates: dict[str, float] = {}
         for view in self._recipe.measured:
@@ -248,15 +263,16 @@ class SpeechTask:
         decoders: dict[str, Decoder] = {f"WER {view}": "ctc"} if self._recipe.ctc_weight else {}
         if self._recipe.ctc_weight < 1:
             decoders[f"attention WER {view}"] = "attention"
-        found: dict[str, list[str]] = {name: [] for name in decoders}
+        texts: dict[str, list[str]] = {name: [] for name in decoders}
         for encoded in encode_utterances(
             self.network, self._validation, views={"audio": view}, is_encoded=self._is_encoded, device=self._device
         ):
             for name, decoder in decoders.items():
                 best = recognize(self.network, encoded, Decoding(decoder=decoder))
-                found[name] += [to_text(hypothesis.symbols) for hypothesis in best]
+                texts[name] += [to_text(hypothesis.symbols) for hypothesis in best]
+
         references = [to_text(symbols) for symbols in self._validation.symbols]
-        return {name: float(count_word_errors(references, texts).mean()) for name, texts in found.items()}
+        return {name: float(count_word_errors(references, recognized).mean()) for name, recognized in texts.items()}
 
 
 @torch.no_grad()
@@ -274,7 +290,7 @@ def encode_utterances(
 
     Args:
         views: stream -> view; others are plain.
-        videos_of: (S,) utterance whose lips each one gets, as a control; None: its own.
+        videos_of: (S,) utterance whose lips each one gets, as a control. If None, its own lips.
         is_encoded: the features are states of the encoders.
     """
     module.eval()
@@ -282,11 +298,14 @@ def encode_utterances(
         numbers_B = np.arange(rows.start, rows.stop)
         inputs = {}
         for name, stream in utterances.streams.items():
-            of_B = videos_of[numbers_B] if name == "video" and videos_of is not None else numbers_B
+            rows_B = videos_of[numbers_B] if name == "video" and videos_of is not None else numbers_B
             view = utterances.view_number(name, (views or {}).get(name, PLAIN))
-            inputs[name] = stream.read(stream.rows(of_B), np.full(len(of_B), view))
+            inputs[name] = stream.read(stream.rows(rows_B), np.full(len(rows_B), view))
+
+        # With the lips of another utterance, the lengths of the streams differ on purpose.
         if videos_of is None:
             utterances.require_close_lengths(inputs, numbers_B)
+
         stacked = {name: stack_inputs(inputs[name], 1 if is_encoded else module.stacks[name]) for name in inputs}
         yield module.encode(
             {name: Frames(*(to_device(array, device) for array in arrays)) for name, arrays in stacked.items()},
@@ -304,7 +323,7 @@ def train_speech(
     states: tuple[Utterances, Utterances] | None = None,
     progress: Progress | None = None,
 ) -> TrainReport:
-    """Train a speech recognizer into a run folder; resumed if interrupted, reused if finished.
+    """Train a speech recognizer into a run folder. An interrupted run is resumed, a finished one reused.
 
     To train a fusion, `settings.parts` starts both encoders from runs of one stream each, `audio=RUN` and `video=RUN`,
     and trains only `fusion+ctc+attention`.
@@ -313,10 +332,10 @@ def train_speech(
         train: utterances to train on.
         validation: utterances to choose the epoch by.
         states: the same utterances with states of the frozen encoders as features, derived from the runs that the
-            encoders start from; training reads them in place of the features, and skips the encoders.
+            encoders start from. Training reads them instead of the features, and skips the encoders.
 
     Raises:
-        FingerprintError: the folder holds a run with other settings, or states come from another run.
+        FingerprintError: the folder has a run with other settings, or states come from another run.
         DataError: a start run lacks weights of a part, or a loss is NaN or infinite.
         SettingError: streams have rates without a whole ratio, or states are given while encoders are trained.
     """
@@ -334,7 +353,7 @@ def train_speech(
         index_digest="+".join(item.cache.info.index_digest for item in (train, validation)),
         digests={"utterances": digest([train.keys, validation.keys])},
     )
-    trained, measured = states or (train, validation)
+    train_data, validation_data = states or (train, validation)
 
     def make_task(device: str) -> SpeechTask:
         """Build the network, with inputs standardized by the training utterances, and its task on a device."""
@@ -343,8 +362,8 @@ def train_speech(
             network.standardize(name, sample_frames(stream))
         return SpeechTask(
             network,
-            trained,
-            measured,
+            train_data,
+            validation_data,
             settings,
             recipe,
             is_encoded=states is not None,
@@ -355,7 +374,7 @@ def train_speech(
 
 
 def sample_frames(stream: Stream) -> Floats:
-    """Read frames of the plain view of some evenly spaced utterances: (N, D) float32."""
+    """Read the frames of evenly spaced utterances in the plain view: (N, D) float32."""
     rows = stream.order_M[np.linspace(0, len(stream.order_M) - 1, _NUM_SAMPLED).astype(np.int64)]
     parts = [stream.read(row[None], np.zeros(1, np.int64)).values[0] for row in np.unique(rows)]
     return np.concatenate(parts).astype(np.float32)
@@ -363,7 +382,8 @@ def sample_frames(stream: Stream) -> Floats:
 
 def _describe_streams(utterances: Utterances) -> dict[str, dict[str, int]]:
     slowest = min(stream.rate_hz for stream in utterances.streams.values())
-    described = {}
+
+    streams = {}
     for name, stream in utterances.streams.items():
         goal = min(slowest, FRAME_RATE_HZ)
         stack = round(stream.rate_hz / goal)
@@ -372,14 +392,14 @@ def _describe_streams(utterances: Utterances) -> dict[str, dict[str, int]]:
                 f"expected frame rates that are multiples of {goal:g} Hz, got {stream.rate_hz:g} Hz of {name}; extract "
                 "it at another rate"
             )
-        described[name] = {"width": stream.feature.width, "stack": stack}
-    return described
+        streams[name] = {"width": stream.feature.width, "stack": stack}
+    return streams
 
 
 def _describe_states(
     train: Utterances, states: tuple[Utterances, Utterances] | None, settings: FitSettings
 ) -> dict[str, str] | None:
-    """Return the digest of the weights that made each stream's states, after checking that they are the start runs'."""
+    """Check that states come from the start runs, and return the digest of the weights of each stream's encoder."""
     if states is None:
         return None
     if settings.parts.trainable is None or set(settings.parts.trainable.split("+")) & set(train.streams):
@@ -387,13 +407,15 @@ def _describe_states(
             f"trainable: expected parts without the encoders, as the states come from frozen ones, got "
             f"{settings.parts.trainable or 'all'}; use fusion+ctc+attention"
         )
-    started, found = source_digests(settings.parts.init_from), {}
+
+    start_weights = source_digests(settings.parts.init_from)
+    weights: dict[str, str] = {}
     for name in train.streams:
         for utterances in states:
-            found[name] = str(utterances.streams[name].feature.fingerprint.get("weights"))
-            if started.get(name) != found[name]:
+            weights[name] = str(utterances.streams[name].feature.fingerprint.get("weights"))
+            if start_weights.get(name) != weights[name]:
                 raise FingerprintError(
                     f"the {name} encoder: expected states that were derived from the run that it starts from, got "
                     f"{utterances.streams[name].feature.name} of another one; use init_from {name}=RUN with that run"
                 )
-    return found
+    return weights

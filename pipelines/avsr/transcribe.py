@@ -40,8 +40,10 @@ on utterances of 2 s, the longest of 5.1 s, made twice as many word errors in wi
 """
 _SHORTEST_WINDOW_S = 2.0
 _WINDOWS_PER_BATCH = 8
-_CUE_CHARACTERS, _CUE_S, _PAUSE_S = 42, 6.0, 1.0
-"""Of a subtitle: longest line, longest time on the screen, and silence after which a new one begins."""
+_CUE_CHARACTERS = 42
+_CUE_S = 6.0
+_PAUSE_S = 1.0
+"""Longest line of a subtitle, its longest time on the screen, and the silence after which a new one begins."""
 
 
 def main() -> None:
@@ -63,7 +65,7 @@ def main() -> None:
 
     with replacing_files(options.overwrite):
         if options.srt:
-            check_output(options.srt)  # before the work
+            check_output(options.srt)  # before the work, not after it
         _transcribe_files(options)
 
 
@@ -72,6 +74,7 @@ def _transcribe_files(options: argparse.Namespace) -> None:
     decoding = Decoding(decoder=options.decoder)
     mouth = None if options.mouth is None else parse_mouth(options.mouth)
     clips = [recognizer.open(path, streams=options.streams, mouth=mouth) for path in options.files]
+
     transcripts = []
     for clip in clips:
         transcript = recognizer.transcribe(clip, decoding, window_s=options.window_s, progress=open_progress())
@@ -94,10 +97,10 @@ class Transcript:
     """The transcript of a recording.
 
     Args:
-        text: words in capitals, with spaces between them; empty if none were found.
+        text: words in capitals, with spaces between them; empty if no speech was recognized.
         words: the words with the times at which CTC is certain of their letters, a little shorter than the sound. Words
             of a window with more letters than frames have the times of the window.
-        score: log-probability of the text, as its decoder weighs it; the sum over the windows.
+        score: log-probability of the text, as its decoder weighs it, summed over the windows.
         duration_s: length of the recording in seconds.
         streams: streams that were used, such as `audio` and `video`.
     """
@@ -115,7 +118,7 @@ class Transcript:
 
 
 class _PreparedWindow(NamedTuple):
-    """A window with what the encoder of its sound takes, and the features of its frames."""
+    """A window with the prepared input of the audio encoder and the features of its frames."""
 
     start_s: float
     stop_s: float
@@ -123,7 +126,7 @@ class _PreparedWindow(NamedTuple):
 
 
 class Recognizer:
-    """A trained run of `train_speech` with its frozen encoders. Views of the training, such as noise, do not matter.
+    """A trained run of `train_speech` with its frozen encoders. Views of the training, such as noise, are not used.
 
     Args:
         run_path: folder of the run.
@@ -131,7 +134,7 @@ class Recognizer:
 
     Raises:
         PathError: the folder is not a finished run.
-        DataError: the run recognizes no speech.
+        DataError: the run is not a speech recognizer.
         CorruptError: the weights have other bytes than were written.
     """
 
@@ -165,9 +168,9 @@ class Recognizer:
         """Transcribe a recording, several windows at a time.
 
         Args:
-            clip: the recording, as of `open`.
+            clip: the recording, from `open`.
             decoding: the decoder.
-            window_s: longest window in seconds; None: 20, or 0.6 of the longest training utterance if that is less.
+            window_s: longest window in seconds. If None, 20 or 0.6 of the longest training utterance, the smaller one.
             progress: progress in seconds of the recording.
 
         Raises:
@@ -178,6 +181,7 @@ class Recognizer:
         decoding = decoding or Decoding()
         progress = progress or NullProgress()
         check_decoder(self.run.info.settings, decoding)
+
         trained_s = TRAINED_FRACTION * float(self.run.info.settings["longest_s"])
         window_s = window_s or max(_SHORTEST_WINDOW_S, min(WINDOW_S, trained_s))
         if window_s < _SHORTEST_WINDOW_S:
@@ -185,19 +189,22 @@ class Recognizer:
 
         duration_s = next(iter(clip.streams.values())).duration_s
         progress.start("transcribe", round(duration_s or 0), "s of speech")
+
         parts: list[Transcript] = []
         batch: list[_PreparedWindow] = []
-        done_s = 0.0
+        transcribed_s = 0.0
         for window in iter_windows(clip, window_s=window_s, step_s=self._step_s(next(iter(clip.streams)))):
             batch.append(self._prepare(clip, window))
             if len(batch) == _WINDOWS_PER_BATCH:
                 parts += self._recognize(batch, decoding)
                 batch = []
-            progress.advance(round(window.stop_s) - round(done_s))
-            done_s = window.stop_s
+            progress.advance(round(window.stop_s) - round(transcribed_s))
+            transcribed_s = window.stop_s
+
         if batch:
             parts += self._recognize(batch, decoding)
         progress.finish()
+
         return Transcript(
             text=" ".join(part.text for part in parts if part.text),
             words=[word for part in parts for word in part.words],
@@ -229,12 +236,14 @@ class Recognizer:
             name: self._pad([stack_frames(item_TD, self._network.stacks[name]) for item_TD in items])
             for name, items in features.items()
         }
+
         encoded = self._network.encode(streams)
         hypotheses = recognize(self._network, encoded, decoding)
         log_probs_BTC = self._network.ctc_log_probs(encoded)
         lengths_B = encoded.is_valid_BT.sum(dim=1).tolist()
         step_s = self._step_s(next(iter(streams)))
 
+        # CTC times the words, if it was trained and the window has enough frames; else they get the window's times.
         for window, best, log_probs_TC, length in zip(batch, hypotheses, log_probs_BTC, lengths_B, strict=True):
             text = to_text(best.symbols)
             words = [WordTime(word, window.start_s, window.stop_s) for word in text.split()]
@@ -243,6 +252,7 @@ class Recognizer:
                     WordTime(word, *(round(min(window.start_s + time_s, window.stop_s), 3) for time_s in times))
                     for word, *times in word_times(log_probs_TC[:length], best.symbols, 1 / step_s)
                 ]
+
             duration_s = window.stop_s - window.start_s
             yield Transcript(
                 text=text, words=words, score=best.score, duration_s=duration_s, streams=tuple(window.streams)

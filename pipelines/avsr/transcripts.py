@@ -1,6 +1,6 @@
 """Transcripts of speech as sequences of 40 symbols: characters, the blank of CTC, and the end of a transcript.
 
-The order is that of CTC in PyTorch, blank first; the end comes last and is also what an attention decoder starts from.
+The order is that of CTC in PyTorch, blank first. The end comes last; an attention decoder also starts from it.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from embedcache.arrays import Ints
 from embedcache.errors import DataError
 
 SYMBOLS: tuple[str, ...] = ("<blank>", " ", *ascii_uppercase, *digits, "'", "<end>")
-"""Number of a symbol -> its character, or its name if it is none."""
+"""Number of a symbol -> its character, or its name in angle brackets."""
 BLANK = 0
 END = len(SYMBOLS) - 1
 
@@ -23,11 +23,11 @@ _APOSTROPHES = str.maketrans({"\u2019": "'"})
 def encode_transcript(text: str) -> Ints:
     """Return the symbols of a transcript: (L,) int64, without an end symbol.
 
-    Letters become upper-case, whitespace at both ends is removed and elsewhere becomes one space; a typographic
-    apostrophe is an apostrophe.
+    Letters become upper-case. Whitespace is removed at both ends and becomes one space elsewhere. A typographic
+    apostrophe becomes a plain one.
 
     Raises:
-        DataError: names the characters that have no symbol.
+        DataError: a character has no symbol.
 
     Example:
         >>> encode_transcript(" Bin  at 2").tolist()
@@ -44,12 +44,12 @@ def encode_transcript(text: str) -> Ints:
 
 
 def decode_symbols(numbers: Iterable[int]) -> str:
-    """Return the text of symbols up to the first end symbol, or up to their end; blanks are left out.
+    """Return the text of symbols up to the first end symbol, without blanks.
 
-    Repeated symbols stay: they are letters of a transcript, not frames.
+    Repeated symbols stay, because they are letters of a transcript and not frames.
 
     Raises:
-        DataError: a number of no symbol.
+        DataError: a number is not a symbol.
 
     Example:
         >>> decode_symbols([3, 10, 15, 1, 2, 21, 1, 30, 39])
