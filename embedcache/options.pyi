@@ -14,6 +14,11 @@ class AdapterOptions(TypedDict, total=False):
     max_val: int | None
     max_test: int | None
     cosine: float | str | Iterable[str] | Mapping[str, float] | None
+    split_by: (
+        Literal["image", "text", "audio", "video", "points"]
+        | Iterable[Literal["image", "text", "audio", "video", "points"]]
+        | None
+    )
     split_seed: int | None
     shuffle_pairs: bool | None
     seed: int | None
@@ -160,6 +165,11 @@ class PairsOptions(TypedDict, total=False):
     max_val: int | None
     max_test: int | None
     cosine: float | str | Iterable[str] | Mapping[str, float] | None
+    split_by: (
+        Literal["image", "text", "audio", "video", "points"]
+        | Iterable[Literal["image", "text", "audio", "video", "points"]]
+        | None
+    )
     split_seed: int | None
 
 class ProbeOptions(TypedDict, total=False):
@@ -252,6 +262,11 @@ class SplitOptions(TypedDict, total=False):
     max_val: int | None
     max_test: int | None
     cosine: float | str | Iterable[str] | Mapping[str, float] | None
+    split_by: (
+        Literal["image", "text", "audio", "video", "points"]
+        | Iterable[Literal["image", "text", "audio", "video", "points"]]
+        | None
+    )
     split_seed: int | None
 
 class SweepOptions(TypedDict, total=False):
@@ -291,6 +306,11 @@ class TrainOptions(TypedDict, total=False):
     max_val: int | None
     max_test: int | None
     cosine: float | str | Iterable[str] | Mapping[str, float] | None
+    split_by: (
+        Literal["image", "text", "audio", "video", "points"]
+        | Iterable[Literal["image", "text", "audio", "video", "points"]]
+        | None
+    )
     split_seed: int | None
     language: str | None
     captions: Literal["draw", "all"] | None

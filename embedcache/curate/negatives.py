@@ -13,7 +13,7 @@ import numpy as np
 from embedcache.arrays import Bools, Floats, Ints, blocks, concatenated_ranges, distinct, number_values
 from embedcache.curate.settings import NegativesSettings
 from embedcache.dataset.inputs import NamedFeatures
-from embedcache.dataset.matches import near_duplicate_groups
+from embedcache.dataset.matches import near_duplicate_groups, pair_sides
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.selections import read_selection, write_negatives
 from embedcache.dataset.settings import SplitSettings
@@ -303,7 +303,7 @@ def _group_samples(pairs: Pairs, data: TrainData, settings: NegativesSettings, p
     Samples are of one group if they are near-duplicates, as in a strict split, or have an equal item of a modality.
     """
     split = SplitSettings(cosines=settings.cosines, seed=settings.seed)
-    labels = near_duplicate_groups(pairs, split, data.readers, progress, purpose="negatives")
+    labels = near_duplicate_groups(pairs.samples, split, pair_sides(pairs, data.readers), progress, purpose="negatives")
     return join_equal(labels, pairs)
 
 

@@ -1,6 +1,6 @@
 """Input features: one stored feature of an encoder, or its vector and tokens read as one sequence."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -153,6 +153,38 @@ class InputFeature:
         readers = [(_load_ragged if feature.is_ragged else _load)(feature, progress) for feature in self._features]
         progress.finish()
         return lambda rows: _join([read(rows) for read in readers])
+
+
+def gather(readers: Iterable[Reader], rows: Ints, which: Ints) -> Inputs:
+    """Read each row with the reader of a number, in the order of `readers`; padded to the longest."""
+    parts: list[tuple[Ints, Inputs]] = []
+    for number, read in enumerate(readers):
+        positions = np.flatnonzero(which == number)
+        if len(positions):
+            parts.append((positions, read(rows[positions])))
+
+    shape = np.max([inputs.values.shape[1:] for _, inputs in parts], axis=0)
+    dtype = np.result_type(*(inputs.values.dtype for _, inputs in parts))
+    values: Array = np.zeros((len(rows), *shape), dtype)
+    lengths = None if parts[0][1].lengths is None else np.zeros(len(rows), np.int64)
+    for positions, inputs in parts:
+        values[positions, : inputs.values.shape[1]] = inputs.values
+        if lengths is not None and inputs.lengths is not None:
+            lengths[positions] = inputs.lengths
+    return Inputs(values, lengths)
+
+
+def join_readers(readers: Sequence[Reader], nums_items: Sequence[int]) -> Reader:
+    """Return a reader of the rows of several features, which are counted across them."""
+    if len(readers) == 1:
+        return readers[0]
+    starts = np.cumsum([0, *nums_items])
+
+    def read(rows: Ints) -> Inputs:
+        which = np.searchsorted(starts, rows, side="right") - 1
+        return gather(readers, rows - starts[which], which)
+
+    return read
 
 
 def features_by_modality(cache: Cache, feature: NamedFeatures) -> dict[str, list[str]]:

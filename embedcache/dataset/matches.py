@@ -155,13 +155,19 @@ def find_near(
 
 
 MAX_COMPARED_ITEMS = 200_000
-"""Up to this many items of both modalities all pairs are compared."""
+"""Up to this many items of all modalities together, all pairs are compared."""
+
+
+def pair_sides(pairs: Pairs, readers: Mapping[str, Reader]) -> dict[str, tuple[Items, Reader]]:
+    """Return modality -> items and their reader; with one reader, only of the first items."""
+    sides = zip((pairs.first, pairs.second), readers.items(), strict=False)
+    return {modality: (items, read) for items, (modality, read) in sides}
 
 
 def near_duplicate_groups(
-    pairs: Pairs,
+    samples: Ints,
     settings: SplitSettings,
-    readers: Mapping[str, Reader],
+    sides: Mapping[str, tuple[Items, Reader]],
     progress: Progress,
     *,
     purpose: str = "split",
@@ -169,18 +175,17 @@ def near_duplicate_groups(
 ) -> Ints:
     """Return the near-duplicate group of each sample: (S,) int64.
 
-    With one reader, only the first items are compared. Groups only grow while items are compared. Once `are_useless`
-    returns true for them, they are returned as they are.
+    Samples are of one group if they have near items of any modality. Groups only grow while items are compared. Once
+    `are_useless` returns true for them, they are returned as they are.
 
     Up to 200,000 items all pairs are compared. Of more items, those within 2 √N clusters and across the 16 nearest
     borders of each item are; how many of the pairs of a random sample of items are then in one group is reported.
     Memory: a tile of similarities; of more than 200,000 items about 200 bytes each. Scratch space in the system's
     folder for temporary files: as of `arrange`. Progress names `purpose`, what the groups are for.
     """
-    samples = pairs.samples
     groups = np.arange(len(samples))
-    use_all_pairs = len(pairs.first.rows) + len(pairs.second.rows) <= MAX_COMPARED_ITEMS
-    for items, (modality, read) in zip((pairs.first, pairs.second), readers.items(), strict=False):
+    use_all_pairs = sum(len(items.rows) for items, _ in sides.values()) <= MAX_COMPARED_ITEMS
+    for modality, (items, read) in sides.items():
         cosine = settings.cosines[modality]
         vectors = _open_items(items, read, f"{modality} items for the {purpose}")
         clusters = find_clusters(vectors, cosine, all_pairs=use_all_pairs, seed=settings.seed, progress=progress)

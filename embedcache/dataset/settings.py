@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import Field
 
 from embedcache.errors import SettingError
-from embedcache.modalities import MODALITIES
+from embedcache.modalities import MODALITIES, ModalityName
 from embedcache.settings import Settings, setting
 
 SELECTION_FORMAT = "Parquet, a text file with one key per line, or a .npy of DataComp's uids"
@@ -57,6 +57,12 @@ class SplitSettings(Settings):
         "Strict split: items above this cosine similarity are near-duplicates. May be repeated.",
         flat_name="cosine",
         metavar="[MODALITY=]C",
+    )
+    modalities: tuple[ModalityName, ...] = setting(
+        (),
+        "Strict split: compare only items of this modality. May be repeated.",
+        flat_name="split_by",
+        default_text="all that the samples have in the cache",
     )
     seed: int = setting(
         0,

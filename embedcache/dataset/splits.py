@@ -15,13 +15,14 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Ints, distinct, number_values
 from embedcache.dataset import keytable
-from embedcache.dataset.inputs import Reader
-from embedcache.dataset.matches import near_duplicate_groups
-from embedcache.dataset.pairs import Pairs, name_caches
+from embedcache.dataset.inputs import InputFeature, Reader, join_readers, open_input
+from embedcache.dataset.matches import near_duplicate_groups, pair_sides
+from embedcache.dataset.pairs import Items, Pairs, name_caches, read_items
 from embedcache.dataset.settings import KINDS, NEAR_DUPLICATE_COSINES, SplitSettings
-from embedcache.errors import CorruptError, DataError, SettingError, SourceError
+from embedcache.errors import CorruptError, DataError, SettingError, SourceError, UnfinishedError, UnknownNameError
+from embedcache.modalities import MODALITIES, noun
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import construct, digest_file, read_study
+from embedcache.provenance import construct, digest_file, name_differences, read_study
 from embedcache.registry import unknown_name
 from embedcache.runs import MANIFEST, SPLIT, read_info
 from embedcache.store.arrays import check_file
@@ -187,7 +188,9 @@ def make_split(
 ) -> Split:
     """Split the samples that have both features. The same features and settings give the same split.
 
-    Only a strict split reads the features; time and memory as in `near_duplicate_groups`.
+    Only a strict split reads the features: those of the readers, and one of each other modality that the samples have
+    in the caches, unless `settings.modalities` limits them. Time and memory as in `near_duplicate_groups`, and 24 bytes
+    per item of the other modalities.
 
     Args:
         caches: the caches.
@@ -203,12 +206,62 @@ def make_split(
     """
     if settings.kind != "strict":
         return split_samples(caches, pairs.samples, settings, progress=progress)
+    progress = progress or NullProgress()
+    samples = pairs.samples
+    sides = pair_sides(pairs, readers)
+    wanted: Sequence[str] = settings.modalities or tuple(MODALITIES)
+    sides = {modality: side for modality, side in sides.items() if modality in wanted}
+    others = [modality for modality in MODALITIES if modality in wanted and modality not in readers]
+    sides |= _open_sides(caches, samples, others, progress)
+    if settings.modalities and (missing := sorted(set(wanted) - set(sides))):
+        raise SettingError(
+            f"split_by: expected modalities with a complete feature in {name_caches(caches)}, got {', '.join(missing)}"
+        )
     groups = near_duplicate_groups(
-        pairs, settings, readers, progress or NullProgress(), are_useless=lambda groups: _lack_parts(groups, settings)
+        samples, settings, sides, progress, are_useless=lambda groups: _lack_parts(groups, settings)
     )
-    split = _by_groups(caches, pairs.samples, number_values(groups), settings, progress)
-    _require_parts(split, groups, settings, readers)
-    return replace(split, rule="strict", compared=tuple(readers), cosines=settings.cosines)
+    split = _by_groups(caches, samples, number_values(groups), settings, progress)
+    _require_parts(split, groups, settings, sides)
+    return replace(split, rule="strict", compared=tuple(sides), cosines=settings.cosines)
+
+
+def _open_sides(
+    caches: Sequence[Cache], samples: Ints, modalities: Iterable[str], progress: Progress
+) -> dict[str, tuple[Items, Reader]]:
+    """Return modality -> items of some samples and their reader, of the modalities that the caches have."""
+    sides: dict[str, tuple[Items, Reader]] = {}
+    for modality in modalities:
+        if not any(cache.features(modality) for cache in caches):
+            continue
+        features = _shared_feature(caches, modality)
+        if not features:
+            progress.note(f"the strict split does not compare {noun(modality)}: the caches have no complete feature")
+            continue
+        items = read_items(caches, features, is_numbered=False).select(samples)
+        if not len(items.rows):
+            continue
+        read = join_readers([feature.read for feature in features], [feature.num_items for feature in features])
+        sides[modality] = (items, read)
+        progress.note(f"the strict split also compares {noun(modality)}, by {features[0].name}; --split-by limits it")
+    return sides
+
+
+def _shared_feature(caches: Sequence[Cache], modality: str) -> list[InputFeature]:
+    """Return a complete feature of a modality in every cache, by one encoder; empty if there is none.
+
+    Vectors come before tokens, and the last layer before others.
+    """
+    found = []
+    for feature in caches[0].default_features(modality):
+        try:
+            opened = [open_input(cache, modality, feature.name) for cache in caches]
+            for other in opened:
+                other.require_complete()
+        except (UnknownNameError, UnfinishedError):
+            continue
+        if not any(name_differences(opened[0].fingerprint, other.fingerprint) for other in opened[1:]):
+            found.append(opened)
+    return min(found, key=lambda opened: (opened[0].has_tokens, "/layer" in opened[0].name), default=[])
 
 
 def split_samples(
@@ -290,8 +343,8 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings, modaliti
     named = " and ".join(f"--cosine {modality}={settings.cosines[modality]}" for modality in modalities)
     raise SettingError(
         f"--split {settings.kind} leaves no validation or test samples among {len(groups):,}: the largest "
-        f"near-duplicate group has at least {np.bincount(groups).max():,} samples; raise {named}, use captions in "
-        "one --language, or use --split key"
+        f"near-duplicate group has at least {np.bincount(groups).max():,} samples; raise {named}, compare fewer "
+        "modalities with --split-by, use captions in one --language, or use --split key"
     )
 
 

@@ -110,6 +110,7 @@ class _Sample(NamedTuple):
         samples: (S,) int64 rows of the sample table, ascending.
         groups: (S,) near-duplicate group of each sample.
         blocks: (S,) jackknife block of each sample.
+        split: how the split was made, or its file.
     """
 
     pairs: Pairs
@@ -118,6 +119,7 @@ class _Sample(NamedTuple):
     samples: Ints
     groups: Ints
     blocks: Ints
+    split: str
 
     def positions(self, part: Pairs) -> tuple[Ints, Ints]:
         """Return the positions of the items of both modalities of a part among those of all samples."""
@@ -136,7 +138,7 @@ class _Sample(NamedTuple):
 def _split_samples(
     pairs: Pairs, cache: Cache, features: Sequence[InputFeature], settings: SplitSettings, progress: Progress
 ) -> _Sample:
-    """Split samples into parts, without the test part; the two features decide near-duplicates of a strict split."""
+    """Split samples into parts, without the test part."""
     reads = {feature.modality: feature.read for feature in features}
     split = make_split([cache], pairs, settings, reads, progress=progress)
     train, val = pairs.select(split.rows("train")), pairs.select(split.rows("val"))
@@ -156,7 +158,8 @@ def _split_samples(
             "part, as by --val-fraction 0.25"
         )
     groups = np.array(split.groups)[samples]
-    return _Sample(pairs.select(samples), train, val, samples, groups, _assign_blocks(groups))
+    how = settings.kind if settings.path else split.line()
+    return _Sample(pairs.select(samples), train, val, samples, groups, _assign_blocks(groups), how)
 
 
 def _assign_blocks(groups: Ints) -> Ints:
@@ -278,7 +281,7 @@ def evaluate_pairs(
     Samples that have all features are drawn and split. Those of the test part are not used, so that a choice made here
     may be tested there. `PairsReport.rows` describes how a sample becomes a row; token features are averaged over
     tokens. The probe is the CCA that training starts from, fitted on the training part and ranked on the validation
-    part. A strict split is by the first feature of each modality.
+    part. A strict split is by the first feature of each of the two modalities, and by the others of the cache.
 
     Intervals of CKA are a jackknife over 50 blocks of whole near-duplicate groups, those of the others a bootstrap over
     the groups. Memory: all features of the second modality, which texts are, and one of the first, of the drawn samples
@@ -315,7 +318,7 @@ def evaluate_pairs(
         num_trained=len(sample.train.samples),
         num_held=len(sample.val.samples),
         num_groups=len(distinct(sample.groups)),
-        split=_split_line(settings.split, first_features[0], second_features[0]),
+        split=sample.split,
         language=settings.language,
         k=settings.k,
         seed=settings.seed,
@@ -337,13 +340,6 @@ def _name_features(cache: Cache, feature: NamedFeatures) -> dict[str, Sequence[s
             "some of both, such as audio=NAME and text=NAME"
         )
     return {name: named[name] for name in order_pair(named)}
-
-
-def _split_line(settings: SplitSettings, first: InputFeature, second: InputFeature) -> str:
-    if settings.kind != "strict":
-        return settings.kind
-    limits = " and ".join(f"{settings.cosines[feature.modality]:g}" for feature in (first, second))
-    return f"{settings.kind} by {first.name} and {second.name} (cosine above {limits})"
 
 
 def _chances(sample: _Sample) -> list[Estimate]:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Inputs, Ints, distinct
+from embedcache.arrays import Floats, Inputs, Ints, distinct
 from embedcache.dataset.inputs import (
     PLAIN,
     InputFeature,
@@ -19,6 +19,8 @@ from embedcache.dataset.inputs import (
     Reader,
     check_same_view,
     choose_pair,
+    gather,
+    join_readers,
     open_input,
     view_feature,
 )
@@ -92,25 +94,6 @@ class DrawnViews:
     def read(self, rows: Ints, views: Ints) -> Inputs:
         """Read each row from the view of a number."""
         return gather(self.readers.values(), rows, views)
-
-
-def gather(readers: Iterable[Reader], rows: Ints, which: Ints) -> Inputs:
-    """Read each row with the reader of a number, in the order of `readers`; padded to the longest."""
-    parts: list[tuple[Ints, Inputs]] = []
-    for number, read in enumerate(readers):
-        positions = np.flatnonzero(which == number)
-        if len(positions):
-            parts.append((positions, read(rows[positions])))
-
-    shape = np.max([inputs.values.shape[1:] for _, inputs in parts], axis=0)
-    dtype = np.result_type(*(inputs.values.dtype for _, inputs in parts))
-    values: Array = np.zeros((len(rows), *shape), dtype)
-    lengths = None if parts[0][1].lengths is None else np.zeros(len(rows), np.int64)
-    for positions, inputs in parts:
-        values[positions, : inputs.values.shape[1]] = inputs.values
-        if lengths is not None and inputs.lengths is not None:
-            lengths[positions] = inputs.lengths
-    return Inputs(values, lengths)
 
 
 Paths: TypeAlias = AnyPath | Sequence[AnyPath]
@@ -304,15 +287,7 @@ def _fits(features: Sequence[InputFeature], memory_bytes: float) -> bool:
 def _reader(features: Sequence[InputFeature], memory_bytes: float, progress: Progress) -> Reader:
     fits = _fits(features, memory_bytes)
     readers = [feature.load(progress=progress) if fits else feature.read for feature in features]
-    if len(readers) == 1:
-        return readers[0]
-    starts = np.cumsum([0, *(feature.num_items for feature in features)])
-
-    def read(rows: Ints) -> Inputs:
-        which = np.searchsorted(starts, rows, side="right") - 1
-        return gather(readers, rows - starts[which], which)
-
-    return read
+    return join_readers(readers, [feature.num_items for feature in features])
 
 
 @dataclass(frozen=True, kw_only=True)

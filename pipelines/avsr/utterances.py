@@ -14,13 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Inputs, Ints, blocks, distinct
-from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, check_same_view, open_input, view_feature
+from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, check_same_view, gather, open_input, view_feature
 from embedcache.dataset.pairs import read_items
 from embedcache.errors import DataError
 from embedcache.registry import unknown_name
 from embedcache.runs import Run
 from embedcache.store.cache import Cache
-from embedcache.train.data import gather
 from embedcache.train.distributed import check_batches
 from pipelines.avsr.network import KIND
 from pipelines.avsr.transcripts import encode_transcript

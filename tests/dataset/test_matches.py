@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from embedcache.arrays import Floats, Inputs, Ints, normalize
 from embedcache.dataset import matches as module
 from embedcache.dataset.inputs import Reader
-from embedcache.dataset.matches import ItemSet, NearItems, find_equal, find_near, near_duplicate_groups
+from embedcache.dataset.matches import ItemSet, NearItems, find_equal, find_near, near_duplicate_groups, pair_sides
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
 from embedcache.neighbors import pairs as near_pairs
@@ -161,13 +161,13 @@ def test_groups_are_connected_components(seed: int, num_samples: int, block: int
     pairs, readers, sides = made(seed, num_samples)
     expected = together(components(pairs, sides))
     progress = RecordedProgress()
-    assert together(near_duplicate_groups(pairs, COSINES, readers, progress)) == expected
+    assert together(near_duplicate_groups(pairs.samples, COSINES, pair_sides(pairs, readers), progress)) == expected
     assert progress.counts == {what: count for what, count, _ in progress.started}
     progress = RecordedProgress()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MAX_COMPARED_ITEMS", 1)
         patch.setattr(near_pairs, "BLOCK", block)
-        found = near_duplicate_groups(pairs, COSINES, readers, progress)
+        found = near_duplicate_groups(pairs.samples, COSINES, pair_sides(pairs, readers), progress)
     assert found.dtype == np.int64
     assert together(found) == expected  # so few clusters that every border is crossed
     assert progress.counts == {what: count for what, count, _ in progress.started}

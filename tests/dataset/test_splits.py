@@ -8,7 +8,9 @@ import pyarrow as pa
 import pytest
 
 from embedcache.arrays import Inputs, Ints, normalize
-from embedcache.dataset.inputs import Reader
+from embedcache.dataset.inputs import Reader, open_input
+from embedcache.dataset.matches import ItemSet
+from embedcache.dataset.pairs import Pairs, read_items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.dataset.splits import PARTS, Split, draw_groups, make_split, read_split, split_samples, write_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
@@ -137,6 +139,23 @@ def test_groups_that_are_too_large_are_refused_before_all_is_compared(two_caches
         readers = {"image": vectors_of(*groups)["image"], "text": read}
         with pytest.raises(SettingError, match=f"the largest near-duplicate group has at least {size} samples"):
             make_split(data.caches, pairs, SplitSettings(), readers)
+
+
+def test_other_modalities_of_the_samples_are_compared(cache_path: Path) -> None:
+    cache, cosines = Cache(cache_path), {"image": 0.9999, "text": 0.9999}
+    images, captions = open_input(cache, "image", "open_toy/cls"), open_input(cache, "text", "open_toy/mean")
+    items = read_items([cache], [images])
+    texts = ItemSet(captions, read_items([cache], [captions]).select(items.samples))
+    for modalities, compared in (((), ("image", "text")), (("image",), ("image",)), (("text",), ("text",))):
+        settings = SplitSettings(cosines=cosines, modalities=modalities)
+        split = make_split([cache], Pairs(first=items, second=items), settings, {"image": images.read})
+        assert (split.rule, split.compared) == ("strict", compared)
+        parts = np.array(split.parts)[texts.items.samples]
+        unit = texts.vectors().read(texts.items.rows)
+        closest = (unit @ unit.T)[parts[:, None] != parts[None]].max()
+        assert (closest < 0.9999) == ("text" in compared)
+    with pytest.raises(SettingError, match="split_by: .* got audio"):
+        make_split([cache], Pairs(first=items, second=items), SplitSettings(modalities=("audio",)), {})
 
 
 def test_parts_that_are_empty_raise(two_caches: list[Path]) -> None:
