@@ -161,6 +161,8 @@ class DecodingSteps:
 
     def __init__(self, decoder: AttentionDecoder, frames_BTP: Tensor, is_valid_BT: Tensor) -> None:
         self._decoder = decoder
+
+        # The keys and values of the frames are the same in every step, so they are computed once.
         self._layers = [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         self._frames = [layer.frame_keys(frames_BTP) for layer in self._layers]
         self._mask_B11T = is_valid_BT[:, None, None]

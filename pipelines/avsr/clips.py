@@ -269,6 +269,8 @@ class _Track:
         """Return the multiple of `step_s` between two times around which it is quietest. The latest one wins a tie."""
         margin_s = _QUIET_S / 2
         begin = max(self._first, round((first_s - margin_s) * self.rate_hz))
+
+        # A margin on both sides, so that the loudness around the first and last candidate is known.
         values = self._between(begin, round((last_s + margin_s) * self.rate_hz))
 
         levels, rate_hz = _levels(values, self.rate_hz)

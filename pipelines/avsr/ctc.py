@@ -228,6 +228,8 @@ def _fold_end(log_probs_BTC: Tensor, lengths_B: Tensor) -> Tensor:
     folded_BTC[:, :, -1] = -torch.inf
 
     is_padded_BT = torch.arange(folded_BTC.shape[1], device=lengths_B.device) >= lengths_B[:, None]
+
+    # Padding that is certainly blank changes neither paths nor scores.
     folded_BTC[is_padded_BT] = -torch.inf
     folded_BTC[:, :, BLANK].masked_fill_(is_padded_BT, 0.0)
     return folded_BTC

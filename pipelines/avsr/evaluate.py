@@ -49,6 +49,7 @@ def recognize_utterances(
     network, run = load_network(run_path, device=device)
     check_decoder(run.info.settings, decoding)
 
+    # Views change only the sound, so a run on lips decodes once for all of them.
     decoded = views if "audio" in utterances.streams else views[:1]
     texts: dict[str, list[str]] = {}
 

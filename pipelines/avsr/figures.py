@@ -121,6 +121,7 @@ def _duration_s(row: UtteranceRow) -> float:
 
 def _draw_frames(axes: Any, row: UtteranceRow) -> None:
     """Draw the middle frame of each interval."""
+    # Percentiles, so that a few bright pixels do not decide the contrast.
     low, high = np.percentile(row.frames, [0.5, 99.5])
     step_s = _frame_step_s(row)
 
@@ -161,6 +162,7 @@ def _draw_words(axes: Any, row: UtteranceRow) -> None:
     reference = " ".join(word.word for word in row.words)
     _draw_line(axes, 0, "said", row.words, [True] * len(row.words))
     for line, (name, words) in enumerate(row.recognized.items(), start=1):
+        # Substituted and inserted words are wrong; deleted words are not drawn.
         (pairs,) = align_words([reference], [" ".join(word.word for word in words)])
         is_right = [said == heard for said, heard in pairs if heard]
         _draw_line(axes, -line, name, words, is_right)

@@ -80,6 +80,7 @@ class LrsSource:
             lines = self._list.read_text(encoding="utf-8").splitlines()
 
         for number, line in enumerate(lines, 1):
+            # LRS2's list of test clips names the noise after the clip; empty lines are skipped.
             key, *rest = line.split()[:2] or [""]
             if not key:
                 continue

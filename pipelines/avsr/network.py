@@ -302,6 +302,8 @@ def check_decoder(training: Mapping[str, Any], decoding: Decoding) -> None:
         SettingError: a head had no weight.
     """
     trained_weight = training["ctc_weight"]
+
+    # A hybrid decoder with all weight on one head does not use the other.
     needs_ctc = decoding.decoder == "ctc" or (decoding.decoder == "hybrid" and decoding.ctc_weight > 0)
     needs_attention = decoding.decoder == "attention" or (decoding.decoder == "hybrid" and decoding.ctc_weight < 1)
 

@@ -80,6 +80,7 @@ def add_noise(samples_N: Floats, tape_M: Floats, snr_db: float) -> Floats:
     if not energy:
         raise ItemError("silent: noise cannot be added to it at a signal-to-noise ratio")
 
+    # A hash of the samples, because a random start would differ between levels and runs.
     content = hashlib.blake2b(np.ascontiguousarray(samples_N).data, digest_size=8)
     start = int.from_bytes(content.digest(), "little") % len(tape_M)
 

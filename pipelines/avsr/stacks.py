@@ -120,6 +120,8 @@ def fit_stacks(videos: Iterable[RawVideo], path: Path | str, *, width: int = 64,
     for video in videos:
         for clip in frames.prepare([video]):
             frames_TD = normalize_frames(gray_pixels(clip))
+
+            # Stacks repeat every frame five times, so only a block of them is in memory.
             for steps in blocks(len(frames_TD), _STACKS_PER_BLOCK):
                 moments.add(stack_frames(frames_TD, stack, steps))
     if moments.num_rows < 2:

@@ -234,6 +234,7 @@ class Runs:
             measured=(PLAIN, "babble0dB", "babble-10dB"),
         )
 
+        # Encoders start from the run of their own stream, readouts from the stream of the variant.
         sources = {**dict.fromkeys(ENCODERS, ""), **dict.fromkeys(READOUTS, variant.readouts)}
         starts = tuple(f"{part}={self.path(run or part)}" for part, run in sources.items() if run is not None)
         settings = self._settings("fusion", init_from=starts, trainable=PARTS)

@@ -121,6 +121,7 @@ class SpeechObjective(nn.Module):
             streams[name] = Frames(values, lengths)
         encoded = self.network.encode(streams, is_missing=targets.is_missing, is_encoded=self._is_encoded)
 
+        # A loss of weight 0 is not computed, but all parameters still need a gradient.
         loss = _no_loss(self.network.ctc) + _no_loss(self.network.attention)
         ctc_weight = 1.0 if targets.is_ctc_alone else self.ctc_weight
         if ctc_weight:
@@ -220,6 +221,8 @@ class SpeechTask:
 
     def _load(self, drawn: DrawnBatch) -> Batch:
         numbers_B = drawn.numbers_B[own_slice(len(drawn.numbers_B))]
+
+        # Seeded by step, so that a resumed run draws the same augmentation.
         rng = np.random.default_rng([drawn.seed, drawn.epoch, drawn.step, int(numbers_B[0])])
         is_aligning = drawn.epoch < self._recipe.align_epochs
         augmentation = self._recipe.augmentation
@@ -260,6 +263,7 @@ class SpeechTask:
 
     def _word_errors(self, view: str) -> dict[str, float]:
         """Return the word error rates of a view, by the name of the measure."""
+        # A readout without weight in the loss is not measured.
         decoders: dict[str, Decoder] = {f"WER {view}": "ctc"} if self._recipe.ctc_weight else {}
         if self._recipe.ctc_weight < 1:
             decoders[f"attention WER {view}"] = "attention"
@@ -375,6 +379,7 @@ def train_speech(
 
 def sample_frames(stream: Stream) -> Floats:
     """Read the frames of evenly spaced utterances in the plain view: (N, D) float32."""
+    # A few hundred utterances are enough for moments, and cheap to read.
     rows = stream.order_M[np.linspace(0, len(stream.order_M) - 1, _NUM_SAMPLED).astype(np.int64)]
     parts = [stream.read(row[None], np.zeros(1, np.int64)).values[0] for row in np.unique(rows)]
     return np.concatenate(parts).astype(np.float32)

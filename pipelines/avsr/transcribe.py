@@ -146,6 +146,8 @@ class Recognizer:
     def open(self, path: Path, *, streams: Sequence[str] = (), mouth: Sequence[float] | None = None) -> Clip:
         """Open a recording or video as `open_clip`; DataError if the network cannot do without a missing stream."""
         clip = open_clip(path, self._network.streams, streams, mouth)
+
+        # A network that always had both streams in training cannot be trusted with one.
         chances = self.run.info.settings["augmentation"]["missing"]
         for stream in self._network.streams:
             if stream not in clip.streams and not chances.get(stream):
@@ -229,6 +231,7 @@ class Recognizer:
         return self._encoder(stream).encode(inputs, [name])[name]
 
     def _recognize(self, batch: Sequence[_PreparedWindow], decoding: Decoding) -> Iterator[Transcript]:
+        # The sound is encoded in batches; the frames already were, window by window.
         features = {name: [window.streams[name] for window in batch] for name in batch[0].streams}
         if "audio" in features:
             features["audio"] = self._encode("audio", features["audio"])

@@ -247,6 +247,7 @@ def _open_stream(cache: Cache, name: str, views: Mapping[str, InputFeature], row
     if axis is None or axis.rate_hz is None:
         raise DataError(f"{plain.name}: expected a feature with an axis of time, such as states; name another one")
 
+    # Items of one utterance become neighbors, so that a position and a count describe them.
     order = np.argsort(samples_M, kind="stable")
     _, first_S, count_S = np.unique(samples_M[order], return_index=True, return_counts=True)
 
@@ -391,6 +392,8 @@ def draw_missing(
     """Draw the utterances that lose a stream: stream -> (B,) bool. No utterance loses all streams."""
     if len(streams) < 2:
         return {}
+
+    # One draw per utterance, so that at most one stream is lost.
     limits = np.cumsum([chances.get(name, 0.0) for name in streams])
     lost_B = np.searchsorted(limits, rng.random(count), side="right")
     return {name: lost_B == number for number, name in enumerate(streams)}

@@ -4,10 +4,10 @@
     python -m pipelines.summit work/ --worlds 1 --seeds 0
     python -m pipelines.summit work/ --tiny              # one scenario on a few frames
 
-Two models of single modalities are trained on unpaired data of a source domain: images with labeled points of some
-frames, point clouds of other frames. Only the two runs are left of the source. The target is unlabeled and paired.
-Results are kept in the folder; a second call goes on. The threshold and the other settings of the switch were chosen
-on worlds 10 and 11, without the scenarios of fog and of the camera on the roof.
+One model of images and one of point clouds are trained on unpaired data of a source domain: images with labeled points
+of some frames, point clouds of other frames. After that only the two runs remain of the source. The target is unlabeled
+and paired. Results are kept in the folder; a second call goes on. The threshold and the other settings of the switch
+were chosen on worlds 10 and 11, without the scenarios of fog and of the camera on the roof.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SCENARIOS = {
 }
 """Scenarios of the paper's shifts."""
 UNLIKE = {"day → fog": Domains("day", "day", "fog"), "day → camera on the roof": Domains("day", "day", "roof")}
-"""Scenarios of other shifts, which chose no setting."""
+"""Scenarios of other shifts, on which no setting was chosen."""
 ABLATIONS = {
     "norm statistics not replaced first": Adaptation(norms_first=False),
     "no weighting by the gap": Adaptation(gap_weighting=False),
@@ -61,22 +61,31 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="one scenario on a few frames")
     options = parser.parse_args()
+
     torch.set_num_threads(1)
     scenarios = {"day → night": SCENARIOS["day → night"]} if options.tiny else {**SCENARIOS, **UNLIKE}
-    worlds, seeds = (options.worlds[:1], options.seeds[:1]) if options.tiny else (options.worlds, options.seeds)
-    epochs, frames = (3, "frames=4,test=2") if options.tiny else (12, "frames=24,test=14")
-    results, folder = [], options.workdir
+    worlds = options.worlds[:1] if options.tiny else options.worlds
+    seeds = options.seeds[:1] if options.tiny else options.seeds
+    epochs = 3 if options.tiny else 12
+    frames = "frames=4,test=2" if options.tiny else "frames=24,test=14"
+
+    folder = options.workdir
+    results = []
     for world in worlds:
         for seed in seeds:
             for name, domains in scenarios.items():
                 results.append(run_scenario(folder / f"world{world}", name, domains, world, seed, epochs, frames))
                 print_line(f"world {world}, seed {seed}: {results[-1].line('switch')}")
-    ablated = []
-    for name, domains in {**ABLATED, **NOISES}.items() if options.ablations else ():
-        place = (folder / f"world{worlds[0]}", name, domains, worlds[0], seeds[0], epochs, frames)
-        ablated.append(run_scenario(*place, ablations=ABLATIONS if name in ABLATED else {}))
+
+    # The ablations run only in scenarios in which the switch moves; calibration noise needs no ablations.
+    ablation_results = []
+    if options.ablations:
+        for name, domains in {**ABLATED, **NOISES}.items():
+            place = (folder / f"world{worlds[0]}", name, domains, worlds[0], seeds[0], epochs, frames)
+            ablation_results.append(run_scenario(*place, ablations=ABLATIONS if name in ABLATED else {}))
+
     print_table(*summary_table([result for result in results if result.scenario not in UNLIKE], METHODS))
-    write_pages(folder, results, ablated, METHODS, scenarios, unlike=list(UNLIKE))
+    write_pages(folder, results, ablation_results, METHODS, scenarios, unlike=list(UNLIKE))
 
 
 def run_scenario(
@@ -89,13 +98,17 @@ def run_scenario(
     frames: str,
     ablations: Mapping[str, Adaptation] | None = None,
 ) -> Result:
-    """Adapt with every method and measure on the test frames, unless the result of these settings is there already."""
+    """Adapt with every method and measure on the test frames, unless there is a result of these settings already."""
     runs = folder / f"seed{seed}"
+
+    # A result is reused only with the settings it was computed with.
     path = runs / f"{'-'.join(domains)}{'-ablations' * bool(ablations)}.json"
     settings = {"domains": domains, "world": world, "seed": seed, "epochs": epochs, "frames": frames}
     settings["ablations"] = {method: asdict(options) for method, options in (ablations or {}).items()}
     if stored := Result.read(path, settings):
         return stored
+
+    # The scenarios share caches and source runs, which are made once.
     caches = {domain: steps.make_cache(f"world={world},{frames}", domain, folder / domain) for domain in set(domains)}
     sources = {
         modality: steps.train_source_run(
@@ -103,10 +116,13 @@ def run_scenario(
         )
         for modality, domain in (("image", domains.image), ("points", domains.points))
     }
+
     scenario = Scenario(sources, caches[domains.target], runs / "-".join(domains), seed=seed, epochs=epochs)
+
+    # Ablations change only the switch, so the other methods need not run again.
     switches = {"switch": Adaptation(), **(ablations or {})}
-    found = scenario.adapt_all(switches, baselines=ablations is None)
-    counts = {method: scenario.evaluate(run) for method, run in found.items()}
+    adapted_runs = scenario.adapt_all(switches, baselines=ablations is None)
+    counts = {method: scenario.evaluate(run) for method, run in adapted_runs.items()}
     result = Result(scenario=name, world=world, seed=seed, gaps=scenario.gaps, counts=counts)
     result.write(path, settings)
     return result

@@ -1,12 +1,12 @@
 """Encoders of points: the shape of their neighborhoods, and copies of arrays. Neither has a trained model.
 
-`pipelines.summit.encoders:open_geometry:eigen`: for the nearest 8, 20 and 40 points (the point itself is one of them)
-the eigenvalues of their covariance tell lines, planes and scattered points apart (Weinmann et al. 2015, Semantic point
+`pipelines.summit.encoders:open_geometry:eigen` describes the nearest 8, 20 and 40 points, including the point itself.
+The eigenvalues of their covariance tell lines, planes and scattered points apart (Weinmann et al. 2015, Semantic point
 cloud interpretation based on optimal neighborhoods, relevant features and efficient classifiers). Coordinates are in
-meters, z points up.
+meters, and z points up.
 
-`pipelines.summit.encoders:open_fields:fields`: coordinates, labels and links between points and pixels become features,
-with hashes, commits, failures and provenance like any other.
+`pipelines.summit.encoders:open_fields:fields` copies coordinates, labels and links between points and pixels into
+features, which then have hashes, commits, failures and provenance like any other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,8 @@ from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.errors import ItemError
 from embedcache.store.layout import Axis
 
-GEOMETRY, FIELDS = "pipelines.summit.encoders:open_geometry:eigen", "pipelines.summit.encoders:open_fields:fields"
+GEOMETRY = "pipelines.summit.encoders:open_geometry:eigen"
+FIELDS = "pipelines.summit.encoders:open_fields:fields"
 """Specs of both encoders."""
 SCALES = (8, 20, 40)
 """Numbers of nearest points."""
@@ -37,7 +38,7 @@ PER_SCALE = (
     "z range of the neighbors",
     "z above the mean of the neighbors",
 )
-"""Columns per scale, for the eigenvalues l1 >= l2 >= l3; then follows the height above the ground, per cell size."""
+"""Columns per scale, for the eigenvalues l1 >= l2 >= l3; the height above the ground follows, per cell size."""
 _MAX_EXTENT_M = 1e6
 _POINTS_PER_BLOCK = 16_384
 
@@ -52,8 +53,8 @@ def open_geometry(spec: EncoderSpec, *, modality: Modality, settings: EncoderSet
 def eigen_features(xyz_N3: Array) -> Floats:
     """Compute the features of each point: (N, 26) float32.
 
-    Points in another order have the same features in that order, up to rounding, unless neighbors are equally far.
-    Memory: 1 kB per point for 40 neighbors, in blocks of 16,384 points.
+    Reordered points have the same features, reordered, up to rounding, unless neighbors are equally far. Memory: 1 kB
+    per point for 40 neighbors, in blocks of 16,384 points.
 
     Args:
         xyz_N3: finite coordinates in meters; at least as many points as the largest scale.
@@ -61,6 +62,8 @@ def eigen_features(xyz_N3: Array) -> Floats:
     xyz_N3 = np.asarray(xyz_N3, np.float64)
     tree = cKDTree(xyz_N3)
     features_ND = np.empty((len(xyz_N3), len(PER_SCALE) * len(SCALES) + len(CELL_SIZES_M)))
+
+    # The neighbors of all points of a cloud would not fit into memory.
     for start in range(0, len(xyz_N3), _POINTS_PER_BLOCK):
         rows = slice(start, start + _POINTS_PER_BLOCK)
         distances_BK, neighbors_BK = tree.query(xyz_N3[rows], k=max(SCALES))
@@ -68,8 +71,10 @@ def eigen_features(xyz_N3: Array) -> Floats:
             columns = slice(number * len(PER_SCALE), (number + 1) * len(PER_SCALE))
             neighbors_BK3 = xyz_N3[neighbors_BK[:, :size]]
             features_ND[rows, columns] = _shape(xyz_N3[rows], neighbors_BK3, distances_BK[:, size - 1])
+
     for column, size_m in enumerate(CELL_SIZES_M, start=len(PER_SCALE) * len(SCALES)):
         features_ND[:, column] = xyz_N3[:, 2] - _ground_height(xyz_N3, size_m)
+
     return features_ND.astype(np.float32)
 
 
@@ -77,10 +82,14 @@ def _shape(points_B3: Array, neighbors_BK3: Array, radius_B: Array) -> Array:
     """Return the columns `PER_SCALE` of a block of points."""
     offsets_BK3 = neighbors_BK3 - neighbors_BK3.mean(axis=1, keepdims=True)
     covariance_B33 = offsets_BK3.transpose(0, 2, 1) @ offsets_BK3 / neighbors_BK3.shape[1]
+
+    # The eigenvectors come with ascending eigenvalues: the first one is the normal of a plane.
     values_B3, vectors_B33 = np.linalg.eigh(covariance_B33)
+
     l3, l2, l1 = np.maximum(values_B3, 0).T
-    largest = np.where(l1 > 0, l1, 1)  # neighbors that are all at one place have no shape: zeros
+    largest = np.where(l1 > 0, l1, 1)  # neighbors in one place have no shape, and get zeros
     z_BK = neighbors_BK3[:, :, 2]
+
     columns = (
         (l1 - l2) / largest,
         (l2 - l3) / largest,
@@ -99,13 +108,19 @@ def _ground_height(xyz_N3: Array, cell_m: float) -> Array:
     cells_N2 = np.floor((xyz_N3[:, :2] - xyz_N3[:, :2].min(axis=0)) / cell_m).astype(np.int64) + 1
     stride = int(cells_N2[:, 1].max()) + 2
     cells_F, cell_N = np.unique(cells_N2[:, 0] * stride + cells_N2[:, 1], return_inverse=True)
+
     lowest_F = np.full(len(cells_F), np.inf)
+
+    # `lowest_F[cell_N] = ...` would keep only one point of each cell.
     np.minimum.at(lowest_F, cell_N, xyz_N3[:, 2])
+
+    # Cells are numbered row by row with an empty margin, so that a neighbor is at a fixed offset of the number.
     ground_F = lowest_F.copy()
     for offset in (row * stride + column for row in (-1, 0, 1) for column in (-1, 0, 1)):
-        near = np.minimum(np.searchsorted(cells_F, cells_F + offset), len(cells_F) - 1)
-        is_occupied = cells_F[near] == cells_F + offset
-        ground_F = np.where(is_occupied, np.minimum(ground_F, lowest_F[near]), ground_F)
+        neighbor_F = np.minimum(np.searchsorted(cells_F, cells_F + offset), len(cells_F) - 1)
+        is_occupied_F = cells_F[neighbor_F] == cells_F + offset
+        ground_F = np.where(is_occupied_F, np.minimum(ground_F, lowest_F[neighbor_F]), ground_F)
+
     ground: Array = ground_F[cell_N]
     return ground
 
@@ -140,6 +155,8 @@ class _Geometry:
         if not np.isfinite(xyz_N3).all():
             num_bad = np.count_nonzero(~np.isfinite(xyz_N3).all(axis=1))
             raise ItemError(f"{num_bad} of {len(xyz_N3)} points have NaN or infinite coordinates")
+
+        # Squares of large offsets would lose the millimeters in the covariance.
         extent = float(np.ptp(xyz_N3.astype(np.float64), axis=0).max())
         if extent > _MAX_EXTENT_M:
             raise ItemError(f"points extend over {extent:.3g} m: expected at most 1,000 km; coordinates are in meters")
@@ -184,8 +201,10 @@ class _Fields:
         return {name: [np.ascontiguousarray(rows[name]) for rows in prepared] for name in names}
 
     def _copy(self, item: Mapping[str, Array]) -> Array:
+        # One record per point travels through the workers as a single array.
         kinds = [(name, _DTYPES[name], (width,)) for name, width in _WIDTHS.items()]
         rows = np.empty(len(item["xyz"]), np.dtype(kinds))
+
         for name, width in _WIDTHS.items():
             if name not in item:
                 raise ItemError(f"no array {name!r}: found {', '.join(sorted(item))}")

@@ -21,13 +21,13 @@ _JPEG_QUALITY = 82
 
 @dataclass(frozen=True, kw_only=True)
 class FrameRow:
-    """One frame, shown once without points and once per panel.
+    """A frame, drawn once without points and once per panel.
 
     Args:
         title: text on the left.
         image: (H, W, 3) uint8.
         uv_N2: (N, 2) positions of the points as fractions of width and height.
-        panels: name -> (N,) class of each point, such as the truth and predictions; -1 is white.
+        panels: name -> (N,) class of each point, such as the truth or predictions; -1 is white.
     """
 
     title: str
@@ -37,16 +37,20 @@ class FrameRow:
 
 
 def draw_frames(rows: Sequence[FrameRow], class_names: Sequence[str], *, width: float = 13.0) -> Figure:
-    """Draw frames, one per row; return the figure. The panels of all rows have the same names."""
+    """Draw frames, one per row, and return the figure. The panels of all rows have the same names."""
     names = list(rows[0].panels)
     height_px, width_px = rows[0].image.shape[:2]
     panel_width = width / (len(names) + 1)
     height = len(rows) * panel_width * height_px / width_px + 0.2 * len(rows) + 0.6
     axes = open_axes(height, width=width, nrows=len(rows), ncols=len(names) + 1, squeeze=False)
+
     for row, frame in enumerate(rows):
+        # As a JPEG first, because the noise of the rendering makes a PNG of megabytes.
         image = _compressed(frame.image)
         for column, name in enumerate(["image", *names]):
             panel = axes[row, column]
+
+            # Pale and grey, the image stays in the background of its points.
             panel.imshow(image if name == "image" else image // 3 + 160, aspect="auto", interpolation="antialiased")
             if name != "image":
                 _scatter(panel, frame, frame.panels[name])
@@ -56,10 +60,12 @@ def draw_frames(rows: Sequence[FrameRow], class_names: Sequence[str], *, width: 
             if row == 0:
                 panel.set_title(name, color=INK, fontsize=9)
         axes[row, 0].set_ylabel(frame.title, color=INK, fontsize=8)
+
     handles = [
         Line2D([], [], marker="o", linestyle="", color=color, label=legend_name(name))
         for name, color in zip(class_names, CLASS_COLORS, strict=False)
     ]
+
     figure: Figure = axes[0, 0].figure
     figure.legend(handles=handles, frameon=False, labelcolor=INK, loc="outside lower center", ncols=len(class_names))
     return figure
@@ -69,7 +75,9 @@ def _scatter(panel: object, frame: FrameRow, classes_N: Ints) -> None:
     height_px, width_px = frame.image.shape[:2]
     palette = np.array([*CLASS_COLORS, _IGNORED_COLOR])
     colors = palette[np.where(classes_N == IGNORED, len(CLASS_COLORS), classes_N)]
-    x, y = frame.uv_N2[:, 0] * width_px, frame.uv_N2[:, 1] * height_px
+    x = frame.uv_N2[:, 0] * width_px
+    y = frame.uv_N2[:, 1] * height_px
+
     # Thousands of points as vectors would make a page of megabytes.
     panel.scatter(x, y, s=4.5, c=list(colors), linewidths=0, rasterized=True)  # type: ignore[attr-defined]
 

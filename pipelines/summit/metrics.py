@@ -1,7 +1,7 @@
-"""Metrics of segmentation: confusion counts per frame, intersection over union (IoU), with intervals over frames.
+"""Metrics of segmentation: confusion counts per frame, and intersection over union (IoU) with intervals over frames.
 
-A frame is one image or point cloud; its pixels or points are not independent, so frames are resampled as a whole.
-Points whose label is -1 are not counted.
+A frame is one image or point cloud. Its pixels or points are not independent, so whole frames are resampled. Points
+whose label is -1 are not counted.
 """
 
 import numpy as np
@@ -10,14 +10,14 @@ from embedcache.arrays import Array, Floats, Ints
 from embedcache.metrics import Estimate, bootstrap
 
 IGNORED = -1
-"""Label of a point that has none."""
+"""Label of a point without a class."""
 
 
 def count_frames(labels_N: Ints, predicted_N: Ints, lengths_G: Ints, num_classes: int) -> Ints:
     """Count the points of each frame by true class (rows) and predicted class (columns): (G, C, C) int64.
 
     Args:
-        labels_N: (N,) int, true class of each point, the points of a frame one after another; -1 is not counted.
+        labels_N: (N,) int, true class of each point, frame by frame; -1 is not counted.
         predicted_N: (N,) int, predicted class, from 0.
         lengths_G: (G,) int, number of points of each frame.
         num_classes: C.
@@ -28,7 +28,10 @@ def count_frames(labels_N: Ints, predicted_N: Ints, lengths_G: Ints, num_classes
     """
     frame_N = np.repeat(np.arange(len(lengths_G)), lengths_G)
     is_labeled_N = labels_N != IGNORED
-    true, predicted = labels_N[is_labeled_N].astype(np.int64), predicted_N[is_labeled_N].astype(np.int64)
+    true = labels_N[is_labeled_N].astype(np.int64)
+    predicted = predicted_N[is_labeled_N].astype(np.int64)
+
+    # One number for each frame, true class and predicted class, so that one `bincount` counts all frames.
     flat = (frame_N[is_labeled_N] * num_classes + true) * num_classes + predicted
     counts: Ints = np.bincount(flat, minlength=len(lengths_G) * num_classes**2)
     return counts.reshape(len(lengths_G), num_classes, num_classes)
@@ -50,16 +53,16 @@ def class_iou(confusion_CC: Array) -> Array:
 
 
 def mean_iou(confusion_CC: Array) -> float:
-    """Compute the mean IoU over classes that occur among the labels or the predictions; NaN if none does."""
+    """Compute the mean IoU over the classes among the labels or predictions (NaN if there are none)."""
     iou_C = class_iou(confusion_CC)
-    is_found_C = ~np.isnan(iou_C)
-    return float(iou_C[is_found_C].mean()) if is_found_C.any() else float("nan")
+    is_present_C = ~np.isnan(iou_C)
+    return float(iou_C[is_present_C].mean()) if is_present_C.any() else float("nan")
 
 
 def bootstrap_iou_difference(counts_GCC: Ints, base_GCC: Ints, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
-    """Compute how much higher a mean IoU is than that of other predictions for the same frames.
+    """Compute the difference of the mean IoUs of two predictions for the same frames.
 
-    Both are computed on the same resamples of frames, so the interval is that of the paired difference.
+    Both are computed on the same resamples of frames, so the interval belongs to the paired difference.
     """
 
     def difference(weights_G: Array) -> float:

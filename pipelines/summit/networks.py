@@ -1,7 +1,8 @@
 """Segmentation of points on frozen features, and its adaptation to a target domain without source data.
 
-All points of a batch are one packed array, one row per point, without padding; frames play no role in the network.
-The normalizations keep the moments of the features they were trained on: the only trace of the source domain.
+All points of a batch are one packed array, one row per point, without padding; the network does not see frames. The
+normalizations keep the moments of the features that they were trained on, which are the only trace of the source
+domain.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +25,10 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "linear": ("linear",),
     "norms": ("input_norm", "hidden_norm"),
 }
-"""Parts of a `PointNetwork` that may be trained alone -> their submodules."""
+"""Parts of a `PointNetwork` that can be trained separately -> their submodules."""
 
 
-_BLOCK = 65_536  # points that are read at once outside training
+_BLOCK = 65_536  # points per block outside training
 _NUM_HALVINGS = 20
 
 
@@ -36,8 +37,8 @@ class PointOutput(NamedTuple):
 
     Args:
         hidden_NP: features under both heads, the penultimate features.
-        logits_NC: of the main head, which predicts.
-        mimic_NC: of the second head, which imitates the other modality in adaptation.
+        logits_NC: logits of the main head, which predicts.
+        mimic_NC: logits of the second head, which imitates the other modality in adaptation.
     """
 
     hidden_NP: Tensor
@@ -58,7 +59,10 @@ class PointNetwork(nn.Module):
 
     def __init__(self, width: int, num_classes: int, *, hidden: int = 64) -> None:
         super().__init__()
-        self.width, self.num_classes, self.hidden = width, num_classes, hidden
+        self.width = width
+        self.num_classes = num_classes
+        self.hidden = hidden
+
         self.input_norm = nn.BatchNorm1d(width)
         self.linear = nn.Linear(width, hidden)
         self.hidden_norm = nn.BatchNorm1d(hidden)
@@ -66,7 +70,7 @@ class PointNetwork(nn.Module):
         self.mimic_head = nn.Linear(hidden, num_classes)
 
     def forward(self, features_ND: Tensor) -> PointOutput:
-        """Compute both heads' logits of N points: (N, D) any float."""
+        """Compute the logits of both heads for N points: (N, D) any float."""
         hidden_NP = torch.relu(self.hidden_norm(self.linear(self.input_norm(features_ND.float()))))
         return PointOutput(hidden_NP, self.head(hidden_NP), self.mimic_head(hidden_NP))
 
@@ -95,9 +99,9 @@ class PointNetworks(nn.Module):
         return network
 
     def parts(self) -> dict[str, list[str]]:
-        """Return the parts that may be loaded or trained alone: each modality, and what it consists of.
+        """Return the parts that can be loaded or trained separately: each modality and its submodules.
 
-        For the modality `image` they are `image`, `image-heads`, `image-linear` and `image-norms`.
+        For the modality `image` these are `image`, `image-heads`, `image-linear` and `image-norms`.
         """
         parts: dict[str, list[str]] = {}
         for name in self.networks:
@@ -123,10 +127,10 @@ class PointNetworks(nn.Module):
         """
         outputs = {}
         for name in names:
-            modality, _, what = name.rpartition("-")
+            modality, _, output = name.rpartition("-")
             block = inputs[list(self.networks).index(modality)]
             prediction = predict_points(self[modality], block.rows())
-            outputs[name] = block.with_rows(prediction.prob_NC if what == "prob" else prediction.hidden_NP)
+            outputs[name] = block.with_rows(prediction.prob_NC if output == "prob" else prediction.hidden_NP)
         return outputs
 
 
@@ -137,9 +141,9 @@ class PointObjective(nn.Module):
 
         CE(head_m, label) + consistency · KL(softmax(head_o) ‖ softmax(mimic_head_m))
 
-    No gradient flows into head_o from the second term. A modality without class weights is not trained: it stays as it
-    is, to the bit, and teaches the other one. "SUMMIT: Source-Free Adaptation of Uni-Modal Models to Multi-Modal
-    Targets" (ICCV 2023), without the back-propagation into the encoders.
+    No gradient flows into head_o from the second term. A modality without class weights is not trained: it stays the
+    same to the bit, and teaches the other one. "SUMMIT: Source-Free Adaptation of Uni-Modal Models to Multi-Modal
+    Targets" (ICCV 2023), without back-propagation into the encoders.
 
     Args:
         network: the networks, of one or two modalities.
@@ -153,18 +157,21 @@ class PointObjective(nn.Module):
             raise SettingError(
                 f"expected one or two modalities and those to train, got {list(network.networks)} and {list(weights)}"
             )
+
         self.network = network
         self.trained = tuple(name for name in network.networks if name in weights)
         self.consistency = consistency
+
         if len(network.networks) == 1:
-            # there is nothing to imitate, and `DistributedDataParallel` refuses parameters without a gradient
+            # There is nothing to imitate, and `DistributedDataParallel` rejects parameters without a gradient.
             (name,) = network.networks
             network[name].mimic_head.requires_grad_(requires_grad=False)
+
         for name, weights_C in weights.items():
             self.register_buffer(f"weights_{name}", torch.from_numpy(weights_C))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Compute the loss of a batch: points of each modality, and labels or -1 of each one that is trained."""
+        """Compute the loss of a batch: points of each modality, and labels (or -1) of each trained modality."""
         outputs: dict[str, PointOutput] = {}
         for name in self.network.networks:
             with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained):
@@ -174,15 +181,17 @@ class PointObjective(nn.Module):
         for name in self.trained:
             weights_C: Tensor = getattr(self, f"weights_{name}")
             losses.append(labeled_loss(outputs[name].logits_NC, batch.targets[name], weights_C))
-            losses += [self.consistency * imitation_loss(outputs[name], outputs[o]) for o in outputs if o != name]
+            for other, output in outputs.items():
+                if other != name:
+                    losses.append(self.consistency * imitation_loss(outputs[name], output))
         return torch.stack(losses).sum()
 
 
 def class_weights(labels_N: Ints, num_classes: int) -> Floats:
-    """Compute weights of a loss: log(5 n / n_c), divided by the smallest: (C,) float32.
+    """Compute weights of a loss: log(5 n / n_c), divided by the smallest, (C,) float32.
 
-    A class without a label gets the weight of one with a single label. Frequent classes count least; the 5 keeps the
-    weight of a class that has all labels above 0.
+    A class without a label gets the weight of a class with a single label. Frequent classes count least. The 5 keeps
+    the weight of a class that has all labels above 0.
 
     Raises:
         DataError: there are no labels.
@@ -196,14 +205,14 @@ def class_weights(labels_N: Ints, num_classes: int) -> Floats:
 
 
 def labeled_loss(logits_NC: Tensor, labels_N: Tensor, weights_C: Tensor) -> Tensor:
-    """Compute the weighted mean cross-entropy over points with a label; 0 if there is none."""
+    """Compute the weighted mean cross-entropy over points with a label (0 if there are none)."""
     losses_N = cross_entropy(logits_NC, labels_N, weight=weights_C, ignore_index=IGNORED, reduction="none")
     total = weights_C[labels_N[labels_N != IGNORED]].sum()
     return losses_N.sum() / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def imitation_loss(output: PointOutput, other: PointOutput) -> Tensor:
-    """Compute KL(other's main head ‖ own second head), mean over points; no gradient flows into the other modality."""
+    """Compute the mean over points of KL(other's main head ‖ this second head), with no gradient for the other."""
     target_NC = softmax(other.logits_NC.detach(), dim=1)
     log_target_NC = log_softmax(other.logits_NC.detach(), dim=1)
     return (target_NC * (log_target_NC - log_softmax(output.mimic_NC, dim=1))).sum(dim=1).mean()
@@ -223,10 +232,12 @@ def predict_points(network: PointNetwork, features_ND: Floats) -> PointPredictio
     Blocks are computed on the network's device.
     """
     network.eval()
-    parts = [(torch.empty(0, network.num_classes), torch.empty(0, network.hidden))]
-    parts += [(part.logits_NC.cpu(), part.hidden_NP.cpu()) for part in _run_blocks(network, features_ND)]
-    logits_NC, hidden_NP = (torch.cat(blocks_N) for blocks_N in zip(*parts, strict=True))
-    return PointPrediction(softmax(logits_NC, dim=1).numpy(), hidden_NP.numpy())
+    logits = [torch.empty(0, network.num_classes)]
+    hidden = [torch.empty(0, network.hidden)]
+    for part in _run_blocks(network, features_ND):
+        logits.append(part.logits_NC.cpu())
+        hidden.append(part.hidden_NP.cpu())
+    return PointPrediction(softmax(torch.cat(logits), dim=1).numpy(), torch.cat(hidden).numpy())
 
 
 def _run_blocks(network: PointNetwork, features_ND: Floats) -> Iterator[PointOutput]:
@@ -236,22 +247,29 @@ def _run_blocks(network: PointNetwork, features_ND: Floats) -> Iterator[PointOut
 
 @torch.no_grad()
 def scale_entropy(network: PointNetwork, features_ND: Floats, entropy_nats: float) -> float:
-    """Divide the main head's logits by a temperature, so that the mean entropy of the predictions is the given one.
+    """Divide the main head's logits by a temperature, so that the predictions have the given mean entropy.
 
-    Training on pseudo-labels makes a network more certain than it was; in a sum of probabilities it then outvotes the
-    other modality. The temperature is folded into the head.
+    Training on pseudo-labels makes a network more certain than before, so that it would outvote the other modality in a
+    sum of probabilities. The temperature is folded into the head.
 
     Returns:
         The temperature, from 0.1 to 10.
     """
     network.eval()
+
     logits_NC = torch.cat([part.logits_NC.cpu() for part in _run_blocks(network, features_ND)])
-    low, high = -1.0, 1.0
-    for _ in range(_NUM_HALVINGS):  # the entropy grows with the temperature
+    # A binary search, as the entropy grows with the temperature.
+    low = -1.0
+    high = 1.0
+    for _ in range(_NUM_HALVINGS):
         middle = (low + high) / 2
         log_NC = log_softmax(logits_NC / 10**middle, dim=1)
         is_below = -(log_NC.exp() * log_NC).sum(dim=1).mean().item() < entropy_nats
-        low, high = (middle, high) if is_below else (low, middle)
+        if is_below:
+            low = middle
+        else:
+            high = middle
+
     temperature = 10 ** ((low + high) / 2)
     for parameter in network.head.parameters():
         parameter.div_(temperature)
@@ -259,10 +277,10 @@ def scale_entropy(network: PointNetwork, features_ND: Floats, entropy_nats: floa
 
 
 def norm_gaps(network: PointNetwork, features_ND: Floats) -> list[float]:
-    """Compute the gap between source and target at each normalization: stored moments against those of the target.
+    """Compute the gap between source and target at each normalization: stored moments against the target's moments.
 
-    The network stays as it is: the inputs of the second normalization are computed with the stored moments of the
-    first.
+    The network does not change: the inputs of the second normalization are computed with the stored moments of the
+    first one.
 
     Returns:
         The `domain_gap` at `input_norm` and at `hidden_norm`.
@@ -282,8 +300,8 @@ def norm_gaps(network: PointNetwork, features_ND: Floats) -> list[float]:
 def domain_gap(mean_D: Array, variance_D: Array, other_mean_D: Array, other_variance_D: Array) -> float:
     """Compute the gap between two domains: the median over channels of the symmetric divergence of their moments.
 
-    The moments of the source are those that a trained batch normalization keeps, so no source data are needed. The
-    median, because a few nearly constant channels would dominate a mean.
+    A trained batch normalization keeps the moments of the source, so no source data are needed. The median is used
+    because a few nearly constant channels would dominate a mean.
     """
     return float(np.median(symmetric_kl(mean_D, variance_D, other_mean_D, other_variance_D)))
 
@@ -292,25 +310,28 @@ def symmetric_kl(mean_D: Array, variance_D: Array, other_mean_D: Array, other_va
     """Compute the symmetric Kullback-Leibler divergence of two normal distributions per channel: (D,) float64.
 
     KL(p, q) + KL(q, p) = (v + d²) / 2w + (w + d²) / 2v - 1, with variances v and w and the difference d of the means.
-    The arguments are variances, not their roots. A constant channel in either is infinitely far from a varying one, and
+    The arguments are variances, not standard deviations. A constant channel is infinitely far from a varying one, and
     at distance 0 from an equal constant.
     """
     values = [np.asarray(value, np.float64) for value in (mean_D, variance_D, other_mean_D, other_variance_D)]
     mean_D, variance_D, other_mean_D, other_variance_D = values
+
     square_D = (mean_D - other_mean_D) ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
         forward_D = (variance_D + square_D) / other_variance_D
         backward_D = (other_variance_D + square_D) / variance_D
         divergence_D = (forward_D + backward_D) / 2 - 1
+
+    # Equal constants would be 0 / 0.
     both_constant_D = (variance_D == 0) & (other_variance_D == 0)
     divergence_D = np.where(both_constant_D, np.where(square_D > 0, np.inf, 0.0), divergence_D)
     return np.maximum(divergence_D, 0.0)
 
 
 def adapt_norms(network: PointNetwork, features_ND: Floats) -> None:
-    """Replace the stored moments of both normalizations by those of a target; needs no labels and no gradients.
+    """Replace the stored moments of both normalizations by the target's. This needs no labels and no gradients.
 
-    The second one gets those of its inputs after the first was adapted.
+    The second normalization gets the moments of its inputs after the first one was adapted.
 
     Args:
         network: the network, which changes in place.

@@ -31,7 +31,7 @@ NOTES = (
 def write_pages(
     folder: Path,
     results: Sequence[Result],
-    ablated: Sequence[Result],
+    ablation_results: Sequence[Result],
     methods: Sequence[str],
     scenarios: Mapping[str, Domains],
     *,
@@ -42,41 +42,46 @@ def write_pages(
     Args:
         folder: folder of the pages, with the caches and runs below it.
         results: results of all scenarios, worlds and seeds.
-        ablated: results of the ablations and of calibration noise.
+        ablation_results: results of the ablations and of calibration noise.
         methods: methods of the tables, in this order.
         scenarios: scenario -> its domains.
-        unlike: scenarios of `results` with shifts that chose no setting.
+        unlike: scenarios of `results` on whose shifts no setting was chosen.
     """
-    chosen = [result for result in results if result.scenario not in unlike]
-    others = [result for result in results if result.scenario in unlike]
-    worlds, seeds = ({getattr(result, name) for result in results} for name in ("world", "seed"))
+    similar = [result for result in results if result.scenario not in unlike]
+    dissimilar = [result for result in results if result.scenario in unlike]
+    worlds = {result.world for result in results}
+    seeds = {result.seed for result in results}
     num_frames = {len(result.counts[SOURCE][BOTH]) for result in results}
     runs = (
         f"worlds {_joined(worlds)}, seeds {_joined(seeds)}, {_joined(num_frames)} test frames per domain; "
         "settings were chosen on worlds 10 and 11"
     )
-    first = "The first test frame of each scenario that moves."
+    caption = "The first test frame of each scenario that moves."
     parts = [
-        Part("Frames", [first], figure=_frames(folder, results, scenarios), name="frames"),
-        Part("All scenarios but fog and roof", [runs], summary_table(chosen, methods)),
+        Part("Frames", [caption], figure=_frames(folder, results, scenarios), name="frames"),
+        Part("All scenarios but fog and roof", [runs], summary_table(similar, methods)),
     ]
-    if others:
-        parts.append(Part("Shifts unlike those for choosing", [runs], summary_table(others, methods)))
+    if dissimilar:
+        parts.append(Part("Shifts unlike those for choosing", [runs], summary_table(dissimilar, methods)))
+
     means = "2D / 3D / 2D+3D, means over worlds and seeds."
     parts.append(Part("Each scenario", [means], scenario_table(results, methods)))
-    switched = [result for result in ablated if len(result.counts) > len(_FEWEST)]
-    if switched:
+
+    ablated = [result for result in ablation_results if len(result.counts) > len(_FEWEST)]
+    if ablated:
         note = "The switch with one part off, in the scenarios in which it moves; one world and seed."
-        parts.append(Part("Ablations", [note], scenario_table(switched, list(switched[0].counts))))
-    noises = [result for result in ablated if len(result.counts) <= len(_FEWEST)]
+        parts.append(Part("Ablations", [note], scenario_table(ablated, list(ablated[0].counts))))
+
+    noises = [result for result in ablation_results if len(result.counts) <= len(_FEWEST)]
     if noises:
         note = "Points are projected with a wrong orientation, drawn per frame; 0 leaves the data as they are."
         parts.append(Part("Calibration noise", [note], scenario_table(noises, _FEWEST)))
-    write_parts(folder / "summit", TITLE, parts, notes=NOTES, summary=switch_line(chosen or results))
+
+    write_parts(folder / "summit", TITLE, parts, notes=NOTES, summary=switch_line(similar or results))
 
 
 def switch_line(results: Sequence[Result]) -> str:
-    """Return what the switch does over all results in a sentence."""
+    """Describe the effect of the switch over all results in a sentence."""
     columns, (row,) = summary_table(results, ["switch"])
     values = dict(zip(columns, row, strict=True))
     return (
@@ -88,28 +93,39 @@ def switch_line(results: Sequence[Result]) -> str:
 
 
 def _frames(folder: Path, results: Sequence[Result], scenarios: Mapping[str, Domains]) -> Any:
-    """Draw the first test frame of scenarios in which the switch moved, else of all."""
-    first = [result for result in results if (result.world, result.seed) == (results[0].world, results[0].seed)]
-    shown = [result for result in first if max(result.gaps.values()) > Adaptation.threshold] or first
-    rows = []
+    """Draw the first test frame of scenarios in which the switch moved, or of all if it moved in none."""
+    first_run = [result for result in results if (result.world, result.seed) == (results[0].world, results[0].seed)]
+    shown = [result for result in first_run if max(result.gaps.values()) > Adaptation.threshold] or first_run
+
+    rows: list[FrameRow] = []
     for result in shown[:5]:
-        domains, world = scenarios[result.scenario], folder / f"world{result.world}"
-        cache, runs = world / domains.target, world / f"seed{result.seed}"
+        domains = scenarios[result.scenario]
+        world = folder / f"world{result.world}"
+        cache = world / domains.target
+        runs = world / f"seed{result.seed}"
+
         data = read_points(cache, "test", list(FEATURES)).frames(0, 1)
         row = rows_of(cache, "test")[0]
         key = Cache(cache).samples["key"][int(row)].as_py()
         source = open_source(Cache(cache).info.source["path"], kind=KIND)
         assert isinstance(source, StreetSource)
+
         panels = {"truth": data.labels_N}
-        for name, run in (("source only", "source"), ("switch", "switch"), ("oracle", "oracle")):
-            path = runs / "-".join(domains) / run
+        for name, run_name in (("source only", "source"), ("switch", "switch"), ("oracle", "oracle")):
+            # A switch that moved nothing has no run; its predictions are the source's.
+            path = runs / "-".join(domains) / run_name
             module = Run.open(path if path.is_dir() else path.with_name("source")).module
             assert isinstance(module, PointNetworks)
-            prob = [predict_points(module[m], np.asarray(data.features[m], np.float32)).prob_NC for m in FEATURES]
-            panels[name] = predict_together(*prob)
+            probabilities = []
+            for modality in FEATURES:
+                values = np.asarray(data.features[modality], np.float32)
+                probabilities.append(predict_points(module[modality], values).prob_NC)
+            panels[name] = predict_together(*probabilities)
+
         target = DOMAINS[domains.target]
-        image, uv_N2 = source.render(key, target), source.scan(key, target)["uv"]
-        rows.append(FrameRow(title=result.scenario.replace(" → ", " →\n"), image=image, uv_N2=uv_N2, panels=panels))
+        title = result.scenario.replace(" → ", " →\n")
+        image = source.render(key, target)
+        rows.append(FrameRow(title=title, image=image, uv_N2=source.scan(key, target)["uv"], panels=panels))
     return draw_frames(rows, CLASSES)
 
 

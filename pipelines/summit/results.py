@@ -38,18 +38,18 @@ class Result:
 
     def write(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Write the result with the settings that it was computed with."""
-        counts = {m: {v: values.tolist() for v, values in views.items()} for m, views in self.counts.items()}
+        counts = {method: _to_lists(views) for method, views in self.counts.items()}
         write_step(path, settings, {**vars(self), "counts": counts})
 
     @classmethod
     def read(cls, path: Path, settings: Mapping[str, Any]) -> "Result | None":
-        """Read a result that `write` wrote; None if there is none, or one of other settings."""
+        """Read a result that `write` wrote. Returns None if there is none, or if its settings differ."""
         values = read_step(path, settings)
         return None if values is None else construct(path, partial(cls._from_values, values))
 
     @classmethod
     def _from_values(cls, values: Mapping[str, Any]) -> "Result":
-        counts = {m: {v: np.array(rows) for v, rows in views.items()} for m, views in values["counts"].items()}
+        counts = {method: _to_arrays(views) for method, views in values["counts"].items()}
         return cls(**{**values, "counts": counts})
 
     def iou(self, method: str, view: str = BOTH) -> float:
@@ -57,7 +57,7 @@ class Result:
         return mean_iou(self.counts[method][view].sum(axis=0))
 
     def gain(self, method: str, view: str = BOTH) -> float:
-        """Return how much higher the mean IoU is than that of the source models."""
+        """Return the gain in mean IoU over the source models."""
         return self.iou(method, view) - self.iou(SOURCE, view)
 
     def line(self, method: str) -> str:
@@ -67,13 +67,21 @@ class Result:
         return f"{self.scenario}: gaps {gaps}; 2D / 3D / 2D+3D from {ious}"
 
     def is_harmed(self, method: str, view: str) -> bool:
-        """Return whether the mean IoU is lower by more than 0.5 points, beyond the interval over frames."""
+        """Return whether the mean IoU falls by more than 0.5 points, even at the upper end of its interval."""
         counts = self.counts[method][view], self.counts[SOURCE][view]
         return self.gain(method, view) < -_MARGIN and bootstrap_iou_difference(*counts).high < -_MARGIN
 
 
+def _to_lists(views: Mapping[str, Ints]) -> dict[str, list[Any]]:
+    return {view: counts.tolist() for view, counts in views.items()}
+
+
+def _to_arrays(views: Mapping[str, Any]) -> dict[str, Ints]:
+    return {view: np.array(counts) for view, counts in views.items()}
+
+
 def summary_table(results: Sequence[Result], methods: Iterable[str]) -> Table:
-    """Return, per method, the change of 2D+3D against the source models over all results, and what it harms."""
+    """Return the change of 2D+3D by each method against the source models over all results, and the harm it does."""
     columns = [
         "",
         "2D+3D",
@@ -84,11 +92,15 @@ def summary_table(results: Sequence[Result], methods: Iterable[str]) -> Table:
         "beyond interval",
         "to oracle",
     ]
+
+    # Gains are summed before they are divided: single distances to the oracle can be near 0.
     distance = sum(result.gain(ORACLE) for result in results)
+
+    views = [(result, view) for result in results for view in VIEWS]
+
     rows = []
     for method in methods:
         gains = np.array([result.gain(method) for result in results])
-        views = [(result, view) for result in results for view in VIEWS]
         num_worse = sum(result.gain(method, view) < -_MARGIN for result, view in views)
         num_harmed = sum(result.is_harmed(method, view) for result, view in views)
         rows.append([
@@ -105,15 +117,15 @@ def summary_table(results: Sequence[Result], methods: Iterable[str]) -> Table:
 
 
 def scenario_table(results: Sequence[Result], methods: Sequence[str]) -> Table:
-    """Return the mean IoU of 2D / 3D / 2D+3D per scenario and method, and the gaps; means over worlds and seeds."""
+    """Return the mean IoU of 2D / 3D / 2D+3D per scenario and method, and the gaps, as means over worlds and seeds."""
     rows = []
     for scenario in dict.fromkeys(result.scenario for result in results):
-        own = [result for result in results if result.scenario == scenario]
-        gaps = [np.mean([result.gaps[name] for result in own]) for name in ("image", "points")]
-        cells = [
-            " / ".join(f"{100 * np.mean([result.iou(method, view) for result in own]):.0f}" for view in VIEWS)
-            for method in methods
-        ]
+        runs = [result for result in results if result.scenario == scenario]
+        gaps = [np.mean([result.gaps[name] for result in runs]) for name in ("image", "points")]
+        cells = []
+        for method in methods:
+            means = [np.mean([result.iou(method, view) for result in runs]) for view in VIEWS]
+            cells.append(" / ".join(f"{100 * mean:.0f}" for mean in means))
         rows.append([scenario, " / ".join(f"{gap:.2f}" for gap in gaps), *cells])
     return ["", "gap 2D / 3D", *(_SHORT.get(method, method) for method in methods)], rows
 

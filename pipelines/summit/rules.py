@@ -6,8 +6,8 @@
     WEIGHT_BY_ENTROPY  probabilities of two modalities -> probabilities (EW)
     RECOVER            labels, probabilities and penultimate features -> labels (HT, fitted on the training part)
 
-The formulas are those of `pipelines.summit.pseudo_labels`. Labels are int16 with one column, -1 for none; derive them
-with dtype `int16`. A rule of this file reads points of one cloud each, all with the same points in the same order.
+The formulas are in `pipelines.summit.pseudo_labels`. Labels are int16 with one column, -1 for none; derive them
+with dtype `int16`. Each input of a rule is one cloud, and all inputs have the same points in the same order.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,10 +35,10 @@ from pipelines.summit.pseudo_labels import (
 
 
 def lift_parameters(cache: Cache, patches: Sequence[str]) -> dict[str, Any]:
-    """Return the parameters of the rule `lift` for features of patches: where each grid lies in the image.
+    """Return the parameters of the rule `lift` for features of patches: the place of each grid in the image.
 
     Raises:
-        SettingError: it is not known where the patches lie, as after a crop.
+        SettingError: the place of the patches in the image is unknown, as after a crop.
     """
     grids = []
     for name in patches:
@@ -60,11 +60,14 @@ def _lift_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[
 def _lift(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str, Output]:
     axes = [Axis(**grid) for grid in parameters["grids"]]
     uv, *patches = (block.items() for block in inputs)
+
     lifted: list[Array | ItemError] = []
     for uv_N2, *grids in zip(uv, *patches, strict=True):
         if not np.isfinite(uv_N2).all():
             lifted.append(ItemError("NaN or infinity in uv"))
             continue
+
+        # Each layer has another grid, and all are sampled at the same points.
         parts = [sample_grid(values_TD, axis, uv_N2) for values_TD, axis in zip(grids, axes, strict=True)]
         lifted.append(np.concatenate(parts, axis=1))
     return {"lifted": lifted}
@@ -73,8 +76,8 @@ def _lift(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str
 def sample_grid(values_TD: Array, axis: Axis, uv_N2: Array) -> Floats:
     """Interpolate a feature on a grid of an image bilinearly at places in the image: (N, D) float32.
 
-    A cell's value is that of its center; beyond the outermost centers, the nearest ones count. The rule `lift` stores
-    the result, so that another order of the operations would change the bits of derived features.
+    The value of a cell belongs to its center. Beyond the outermost centers, the nearest cell counts. The rule `lift`
+    stores the result, so a reordering of the operations would change the bits of derived features.
 
     Args:
         values_TD: (T, D), one row per cell, row by row.
@@ -84,11 +87,14 @@ def sample_grid(values_TD: Array, axis: Axis, uv_N2: Array) -> Floats:
     assert axis.rows is not None  # both are checked by `Axis`
     assert axis.columns is not None
     x0, y0, x1, y1 = axis.box or (0.0, 0.0, 1.0, 1.0)
+
     corners = []
     for position_N, low, high, size in ((uv_N2[:, 1], y0, y1, axis.rows), (uv_N2[:, 0], x0, x1, axis.columns)):
         place_N = np.clip((position_N - low) / (high - low) * size - 0.5, 0, size - 1)
-        before_N = np.minimum(place_N.astype(np.int64), max(size - 2, 0))
-        corners.append((before_N, np.minimum(before_N + 1, size - 1), (place_N - before_N).astype(np.float32)[:, None]))
+        cell_N = np.minimum(place_N.astype(np.int64), max(size - 2, 0))
+        fraction_N1 = (place_N - cell_N).astype(np.float32)[:, None]
+        corners.append((cell_N, np.minimum(cell_N + 1, size - 1), fraction_N1))
+
     (top, bottom, down), (left, right, along) = corners
     grid_HWD = np.asarray(values_TD, np.float32).reshape(axis.rows, axis.columns, -1)
     upper_ND = (1 - along) * grid_HWD[top, left] + along * grid_HWD[top, right]
@@ -98,7 +104,7 @@ def sample_grid(values_TD: Array, axis: Axis, uv_N2: Array) -> Floats:
 
 
 LIFT = Rule(name=f"{__name__}:LIFT", apply=_lift, outputs=_lift_outputs, parameters={"grids": []}, keeps_axis=True)
-"""Features of image patches at the points that are projected into the image; inputs: `uv`, then the patches."""
+"""Features of image patches at the points that are projected into the image. Inputs are `uv`, then the patches."""
 
 
 def _label_outputs(_: Sequence[ItemShape], __: Mapping[str, Any]) -> Mapping[str, ItemShape]:
@@ -111,6 +117,7 @@ def _fit_certain(blocks: Iterator[Sequence[Block]], parameters: Mapping[str, Any
         prob_NC = block.rows()
         thresholds = thresholds or CertaintyThresholds(prob_NC.shape[1], cap=parameters["cap"])
         thresholds.add(prob_NC)
+
     if thresholds is None:
         raise DataError("expected points in the training part, got none")
     return {"thresholds": thresholds.thresholds()}
@@ -138,7 +145,7 @@ def _agree(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output
 
 
 AGREE = Rule(name=f"{__name__}:AGREE", apply=_agree, outputs=_label_outputs, parameters={}, keeps_axis=True)
-"""The labels that two modalities have in common."""
+"""The labels on which two modalities agree."""
 
 
 def _weight_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
@@ -162,36 +169,42 @@ WEIGHT_BY_ENTROPY = Rule(
 
 
 def _fit_recover(blocks: Iterator[Sequence[Block]], _: Mapping[str, Any]) -> dict[str, Array]:
-    """Fit the distributions of both modalities; the labeled points of the training part are in memory at once."""
+    """Fit the distributions of both modalities. The labeled points of the training part are in memory together."""
     labels: list[Ints] = []
-    kept: tuple[list[Array], list[Array]] = ([], [])
+    first_parts: list[Array] = []
+    second_parts: list[Array] = []
     num_classes = 0
     for label, first_prob, first_hidden, _second_prob, second_hidden in blocks:
         labels_N = _labels(label)
         num_classes = first_prob.values.shape[-1]
-        is_kept_N = labels_N != IGNORED
-        labels.append(labels_N[is_kept_N])
-        for hidden, found in zip((first_hidden, second_hidden), kept, strict=True):
-            found.append(hidden.values[is_kept_N])
+
+        is_labeled_N = labels_N != IGNORED
+        labels.append(labels_N[is_labeled_N])
+        first_parts.append(first_hidden.values[is_labeled_N])
+        second_parts.append(second_hidden.values[is_labeled_N])
     if not labels:
         raise DataError("expected points in the training part, got none")
+
     fitted: dict[str, Array] = {}
-    for name, found in zip(("first", "second"), kept, strict=True):
-        gaussians = fit_gaussians(np.concatenate(found), np.concatenate(labels), num_classes)
+    for name, parts in (("first", first_parts), ("second", second_parts)):
+        gaussians = fit_gaussians(np.concatenate(parts), np.concatenate(labels), num_classes)
         fitted |= {f"{name}_mean": gaussians.mean_CD, f"{name}_variance": gaussians.variance_CD}
         fitted["count"] = gaussians.count_C
     return fitted
 
 
 def _recover(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str, Output]:
-    label, *others = inputs
+    label, *predictions = inputs
     modalities = [
         ModalityPredictions(
             hidden.rows(),
             prob.rows().argmax(axis=1),
             Gaussians(parameters[f"{name}_mean"], parameters[f"{name}_variance"], parameters["count"]),
         )
-        for name, prob, hidden in (("first", others[0], others[1]), ("second", others[2], others[3]))
+        for name, prob, hidden in (
+            ("first", predictions[0], predictions[1]),
+            ("second", predictions[2], predictions[3]),
+        )
     ]
     return {"label": label.with_rows(recover_labels(_labels(label), *modalities, k=parameters["k"])[:, None])}
 
@@ -206,7 +219,7 @@ RECOVER = Rule(
 )
 """Labels for points without one on which two modalities disagree, by a hypothesis test in both feature spaces.
 
-Inputs: labels; probabilities and penultimate features of one modality; the same of the other.
+Inputs are labels, then probabilities and penultimate features of one modality, then the same of the other modality.
 """
 
 

@@ -1,6 +1,6 @@
 """Steps of source-free adaptation on cached features: caches of a street, source models, pseudo-labels, adaptation.
 
-Every step leaves files that a second call finds again: caches of features, derived features, runs, results.
+Every step leaves files that a second call reuses: caches of features, derived features, runs, results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,16 +44,17 @@ FEATURES = {"image": "lifted/lifted", "points": "eigen/points"}
 """Modality -> its feature of the points."""
 
 C = len(CLASSES)
-SOURCE, ORACLE = "source only", "oracle"
+SOURCE = "source only"
+ORACLE = "oracle"
 FUSED = {"AF": (AGREE, None), "EW": (WEIGHT_BY_ENTROPY, None), "EW+HT": (WEIGHT_BY_ENTROPY, 1.0)}
-"""Methods of the paper, which adapt both modalities with the same labels -> rule, and k of the hypothesis test."""
+"""Methods of the paper, which adapt both modalities with the same labels -> rule and k of the hypothesis test."""
 
 VIEWS = {"2D": ("image",), "3D": ("points",), "2D+3D": ("image", "points")}
-"""What predicts: one network, or the sum of both networks' probabilities."""
+"""View -> modalities whose probabilities are summed to predict."""
 
 
 class Domains(NamedTuple):
-    """Domains of a scenario: of the source of each modality, and of the target."""
+    """Domains of a scenario: the source of each modality, and the target."""
 
     image: str
     points: str
@@ -62,16 +63,16 @@ class Domains(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptation:
-    """Which parts of the adaptation are used; the defaults are what the switch does.
+    """Parts of the adaptation; the defaults are the recommended switch.
 
     Args:
         threshold: a modality is adapted if its gap exceeds this.
         norms_first: replace its norm statistics before the pseudo-labels are made.
         gap_weighting: lower the weight of a modality in the fused labels by its gap.
-        test_k: k of the hypothesis test; None: no test.
+        test_k: k of the hypothesis test; If None, no test is made.
         consistency: weight of the imitation of the other modality.
         entropy_matched: keep the mean entropy that the predictions had before training.
-        parts: parts of the network that are trained; None: all.
+        parts: parts of the network that are trained; If None, all are trained.
     """
 
     threshold: float = 0.3
@@ -84,20 +85,24 @@ class Adaptation:
 
 
 def make_cache(location: str, domain: str, path: Path) -> Path:
-    """Extract the features of one domain of a street and lift those of images to the points; return the path.
+    """Extract the features of one domain of a street and lift image features to the points; return the path.
 
     `dusk=0.5` is the domain `dusk` with a camera whose orientation is wrong by about 0.5 degrees.
     """
     name, _, calibration = domain.partition("=")
     location = f"{location},domains={name}" + f",calibration={calibration}" * bool(calibration)
+
     encoders = {"image": [IMAGE_ENCODER], "points": [GEOMETRY, FIELDS]}
     features = (*PATCHES, "points", "xyz", "uv", "label")
+
     extract(
         open_source(location, kind=KIND),
         path,
         encoder=encoders,
         settings=ExtractSettings(features=features, chunk_size=16),
     )
+
+    # Image features become features of points, so that both modalities have one row per point.
     patches = [f"efficientnet-lite0/{name}" for name in PATCHES]
     inputs = [("points", "fields/uv"), *(("image", name) for name in patches)]
     parameters = lift_parameters(Cache(path), patches)
@@ -106,23 +111,24 @@ def make_cache(location: str, domain: str, path: Path) -> Path:
 
 
 def rows_of(cache: Path, split: str) -> Ints:
-    """Return the rows of the frames of one split; every frame has one cloud of points."""
+    """Return the rows of the frames of one split; every frame has one point cloud."""
     return np.flatnonzero(np.array(Cache(cache).samples["split"].to_pylist()) == split)
 
 
 def read_points(cache: Path, split: str, modalities: Sequence[str]) -> PointData:
     """Read the features of all points of one split into memory."""
-    rows, opened = rows_of(cache, split), Cache(cache)
+    rows = rows_of(cache, split)
+    opened = Cache(cache)
     labels = opened.feature("points", "fields/label").gather_tokens(rows)
-    features = {
-        name: np.concatenate(opened.feature("points", FEATURES[name]).gather_tokens(rows)) for name in modalities
-    }
+    features = {}
+    for name in modalities:
+        features[name] = np.concatenate(opened.feature("points", FEATURES[name]).gather_tokens(rows))
     lengths_G = np.array([len(values) for values in labels])
     return PointData(features=features, labels_N=np.concatenate(labels)[:, 0].astype(np.int64), lengths_G=lengths_G)
 
 
 def inputs_of(cache: Path, modalities: Sequence[str], labels: str) -> SegmentationInputs:
-    """Describe what a run is trained on."""
+    """Describe the training data of a run."""
     features = {}
     for name in modalities:
         feature = Cache(cache).feature("points", FEATURES[name])
@@ -137,10 +143,16 @@ def inputs_of(cache: Path, modalities: Sequence[str], labels: str) -> Segmentati
 
 
 def train_source_run(cache: Path, modality: str, run: Path, *, seed: int, epochs: int) -> Path:
-    """Train a network of one modality on its split of a source domain; every sixth frame validates. Return the run."""
+    """Train a network of one modality on its split of a source domain, and return the run.
+
+    The last sixth of the frames is for validation.
+    """
     data = read_points(cache, modality, [modality])
+
+    # Whole frames validate, as the points of one frame are alike.
     num_train = len(data.lengths_G) - max(1, len(data.lengths_G) // 6)
     settings = from_flat(FitSettings, {"epochs": epochs, "lr": 3e-3, "batch_size": 2048, "seed": seed})
+
     train_source(
         data.frames(0, num_train),
         data.frames(num_train, len(data.lengths_G)),
@@ -153,19 +165,23 @@ def train_source_run(cache: Path, modality: str, run: Path, *, seed: int, epochs
 
 
 class Scenario:
-    """Two source runs and the cache of a target domain; results go into a folder.
+    """Two source runs and the cache of a target domain; runs go into a folder.
 
     Args:
         sources: modality -> source run.
         cache: cache of the target domain.
-        folder: for runs.
+        folder: folder of the runs.
         seed: random seed of the adaptation.
-        epochs: of the adaptation.
+        epochs: epochs of the adaptation.
     """
 
     def __init__(self, sources: Mapping[str, Path], cache: Path, folder: Path, *, seed: int, epochs: int) -> None:
-        self.cache, self.folder, self.seed, self.epochs = cache, folder, seed, epochs
-        self.target, self.test = (read_points(cache, name, list(sources)) for name in ("target", "test"))
+        self.cache = cache
+        self.folder = folder
+        self.seed = seed
+        self.epochs = epochs
+        self.target = read_points(cache, "target", list(sources))
+        self.test = read_points(cache, "test", list(sources))
         self.sources = self.adapt_norms(sources, [], "source")
 
     @cached_property
@@ -175,11 +191,12 @@ class Scenario:
 
     @cached_property
     def gaps(self) -> dict[str, float]:
-        """Modality -> gap between source and target, the mean over both normalizations; needs no labels."""
-        return {
-            name: float(np.mean(norm_gaps(self.module[name], np.asarray(self.target.features[name], np.float32))))
-            for name in FEATURES
-        }
+        """Modality -> gap between source and target, the mean over both normalizations. This needs no labels."""
+        gaps = {}
+        for name in FEATURES:
+            values = np.asarray(self.target.features[name], np.float32)
+            gaps[name] = float(np.mean(norm_gaps(self.module[name], values)))
+        return gaps
 
     @cached_property
     def split(self) -> Path:
@@ -193,7 +210,7 @@ class Scenario:
         return path
 
     def adapt_norms(self, sources: Mapping[str, Path], modalities: Sequence[str], name: str) -> Path:
-        """Join runs, replace the norm statistics of some modalities by those of the target; return the new run."""
+        """Join runs, replace the norm statistics of some modalities by the target's, and return the new run."""
         run = self.folder / name
         if not is_adapted(run, sources, modalities):
             save_adapted_norms(sources, self.target.features, modalities, run)
@@ -202,28 +219,33 @@ class Scenario:
     def labels(
         self, run: Path, *, rule: Rule, gaps: Mapping[str, float] | None = None, test_k: float | None = None
     ) -> dict[str, str]:
-        """Derive pseudo-labels from the predictions of a run; return modality -> feature.
+        """Derive pseudo-labels from the predictions of a run, and return modality -> feature.
 
         Args:
             run: a run of both modalities.
-            rule: `CERTAIN`: each modality's own labels; `AGREE` (AF) or `WEIGHT_BY_ENTROPY` (EW): one for both.
+            rule: `CERTAIN` gives each modality its own labels; `AGREE` (AF) and `WEIGHT_BY_ENTROPY` (EW) one for both.
             gaps: modality -> gap that lowers its weight in EW.
-            test_k: k of the hypothesis test for points that EW leaves out; None: no test.
+            test_k: k of the hypothesis test for points that EW leaves out; If None, no test is made.
         """
-        prob, hidden = ({m: self._output(run, f"{m}-{what}") for m in FEATURES} for what in ("prob", "hidden"))
+        prob = {name: self._output(run, f"{name}-prob") for name in FEATURES}
+        hidden = {name: self._output(run, f"{name}-hidden") for name in FEATURES}
+
         if rule is WEIGHT_BY_ENTROPY:
             weights = {"gap": gaps["image"], "other_gap": gaps["points"]} if gaps else {}
+
+            # Image first: `gap` is the gap of the first input of the rule.
             fused = self._derive(run, "fused" + "-gap" * bool(gaps), rule, list(prob.values()), "prob", weights)
             label = self._derive(run, f"{fused.split('/')[0]}-certain", CERTAIN, [fused], "label")
             if test_k is not None:
-                both = [feature for m in FEATURES for feature in (prob[m], hidden[m])]
-                name = f"{label.split('/')[0]}-test-{test_k:g}"
-                label = self._derive(run, name, RECOVER, [label, *both], "label", {"k": test_k})
+                predictions = [feature for name in FEATURES for feature in (prob[name], hidden[name])]
+                test_name = f"{label.split('/')[0]}-test-{test_k:g}"
+                label = self._derive(run, test_name, RECOVER, [label, *predictions], "label", {"k": test_k})
             return dict.fromkeys(FEATURES, label)
-        own = {m: self._derive(run, f"{m}-certain", CERTAIN, [prob[m]], "label") for m in FEATURES}
+
+        certain = {name: self._derive(run, f"{name}-certain", CERTAIN, [prob[name]], "label") for name in FEATURES}
         if rule is CERTAIN:
-            return own
-        return dict.fromkeys(FEATURES, self._derive(run, "agree", rule, list(own.values()), "label"))
+            return certain
+        return dict.fromkeys(FEATURES, self._derive(run, "agree", rule, list(certain.values()), "label"))
 
     def read_labels(self, feature: str) -> Ints:
         """Return the pseudo-labels of all points to adapt to."""
@@ -239,16 +261,17 @@ class Scenario:
         consistency: float = 0.1,
         parts: Sequence[str] | None = None,
     ) -> Path:
-        """Adapt the modalities that have labels, from a run of both; return the new run."""
-        words = [f"{m}-{part}" for m in labels for part in parts] if parts else list(labels)
+        """Adapt the modalities that have labels, starting from a run of both, and return the new run."""
+        trainable = [f"{name}-{part}" for name in labels for part in parts] if parts else list(labels)
         options = {
             "epochs": self.epochs,
             "lr": 1e-3,
             "batch_size": 2048,
             "seed": self.seed,
-            "init_from": tuple(f"{m}={start}" for m in FEATURES),
-            "trainable": "+".join(words),
+            "init_from": tuple(f"{name}={start}" for name in FEATURES),
+            "trainable": "+".join(trainable),
         }
+
         train_adaptation(
             self.target,
             labels,
@@ -261,31 +284,39 @@ class Scenario:
         return self.folder / name
 
     def switch(self, name: str, options: Adaptation) -> Path:
-        """Adapt the modalities whose gap exceeds the threshold; return the run."""
-        moved = [m for m in FEATURES if self.gaps[m] > options.threshold]
+        """Adapt the modalities whose gap exceeds the threshold, and return the run."""
+        moved = [name for name in FEATURES if self.gaps[name] > options.threshold]
         if not moved:
             return self.sources
+
+        # Norm statistics come first, so that the pseudo-labels already come from better predictions.
         start = self.sources
         if options.norms_first:
             start = self.adapt_norms(dict.fromkeys(FEATURES, self.sources), moved, f"norms-{'-'.join(moved)}")
+
         gaps = self.gaps if options.gap_weighting else None
         feature = self.labels(start, rule=WEIGHT_BY_ENTROPY, gaps=gaps, test_k=options.test_k)["image"]
         labels = dict.fromkeys(moved, self.read_labels(feature))
         run = self.train(f"{name}-trained", start, labels, consistency=options.consistency, parts=options.parts)
+
         if not options.entropy_matched:
             return run
         if not _is_matched(self.folder / name, run):
-            before = {m: _predict(_load(start), m, self.target.features[m]) for m in moved}
-            entropies = {m: float(entropy(prob_NC).mean()) for m, prob_NC in before.items()}
+            # Pseudo-labels make the moved networks more certain than the other one, which they would outvote.
+            source = _load(start)
+            entropies = {}
+            for modality in moved:
+                prob_NC = _predict(source, modality, self.target.features[modality])
+                entropies[modality] = float(entropy(prob_NC).mean())
             save_matched_entropy(run, self.target.features, entropies, self.folder / name)
         return self.folder / name
 
     def adapt_all(self, switches: Mapping[str, Adaptation], *, baselines: bool = True) -> dict[str, Path]:
-        """Adapt with every method; return method -> run.
+        """Adapt with every method, and return method -> run.
 
         Args:
             switches: name -> options of a switch.
-            baselines: whether to adapt with the methods that the switch is compared with.
+            baselines: whether to adapt with the methods that the switch is compared to.
         """
         runs = {SOURCE: self.sources}
         start = dict.fromkeys(FEATURES, self.sources)
@@ -293,23 +324,29 @@ class Scenario:
             for name, (rule, test_k) in FUSED.items():
                 feature = self.labels(self.sources, rule=rule, test_k=test_k)["image"]
                 runs[name] = self.train(name, self.sources, dict.fromkeys(FEATURES, self.read_labels(feature)))
-            own = self.labels(self.sources, rule=CERTAIN)
-            runs["certain"] = self.train("certain", self.sources, {m: self.read_labels(own[m]) for m in own})
-            by_gap = [m for m in FEATURES if self.gaps[m] > Adaptation.threshold]
+
+            certain = self.labels(self.sources, rule=CERTAIN)
+            labels = {name: self.read_labels(feature) for name, feature in certain.items()}
+            runs["certain"] = self.train("certain", self.sources, labels)
+
+            moved = [name for name in FEATURES if self.gaps[name] > Adaptation.threshold]
             runs["norm statistics"] = self.adapt_norms(start, list(FEATURES), "norms")
-            runs["norm statistics by the gap"] = self.adapt_norms(start, by_gap, "norms-by-gap")
+            runs["norm statistics by the gap"] = self.adapt_norms(start, moved, "norms-by-gap")
+
         for name, options in switches.items():
             runs[name] = self.switch(name.replace(" ", "-"), options)
+
+        # The oracle trains on the true labels of the target: an upper bound.
         runs[ORACLE] = self.train(ORACLE, self.sources, dict.fromkeys(FEATURES, self.target.labels_N))
         return runs
 
     def evaluate(self, run: Path) -> dict[str, Ints]:
         """Count the points of each test frame by true and predicted class: `2D`, `3D`, `2D+3D` -> (G, C, C)."""
         module = _load(run)
-        prob = {m: _predict(module, m, self.test.features[m]) for m in FEATURES}
+        prob = {name: _predict(module, name, self.test.features[name]) for name in FEATURES}
         counts = {}
         for view, modalities in VIEWS.items():
-            predicted_N = predict_together(*(prob[m] for m in modalities))
+            predicted_N = predict_together(*(prob[name] for name in modalities))
             counts[view] = count_frames(self.test.labels_N, predicted_N, self.test.lengths_G, C)
         return counts
 
@@ -341,12 +378,12 @@ class Scenario:
         return f"{name}/{output}"
 
     def _name(self, run: Path, what: str) -> str:
-        """Return a folder name in the cache of what is derived from a run."""
+        """Return the folder in the cache for features that are derived from a run."""
         return f"{self.folder.parent.name}-{self.folder.name}-{run.name}-{what}"
 
 
 def is_adapted(run: Path, sources: Mapping[str, Path], modalities: Sequence[str]) -> bool:
-    """Return whether a run joins these source runs, as they are now, with other norm statistics of these modalities."""
+    """Return whether a run joins these source runs as they are now, with these modalities' norm statistics replaced."""
     if not is_finished(run):
         return False
     weights = {f"init_from {name}": Run.open(source).info.weights for name, source in sources.items()}

@@ -53,15 +53,15 @@ class PointData:
 class SegmentationTask:
     """A `Task`: networks on points with labels, or with pseudo-labels per modality.
 
-    With validation frames the epoch with the best mean IoU is kept. Without, as in a target without labels, the last
-    one is: nothing there can be compared.
+    With validation frames the epoch with the best mean IoU is kept. An unlabeled target has none, so the last epoch is
+    kept: there is nothing to compare.
 
     Args:
         network: the networks.
         data: training points.
         labels: trained modality -> (N,) labels or pseudo-labels.
-        settings: batch size and seed; of the machine, the device.
-        consistency: weight of the imitation of the other modality; above 0, training starts with equal heads.
+        settings: batch size and seed.
+        consistency: weight of the imitation of the other modality; if above 0, training starts with equal heads.
         validation: labeled frames.
     """
 
@@ -77,15 +77,19 @@ class SegmentationTask:
         validation: PointData | None = None,
     ) -> None:
         self.network = network
-        self._data, self._labels, self._device = data, labels, device
-        self._consistency, self._validation = consistency, validation
+        self._data = data
+        self._labels = labels
+        self._device = device
+        self._consistency = consistency
+        self._validation = validation
+
         batch_size = settings.optimizer.batch_size or _BATCH_SIZE
         self._plan = RowBatches(np.arange(len(data.labels_N)), batch_size=batch_size, seed=settings.seed)
         self.num_steps = self._plan.num_steps
 
     @cached_property
     def module(self) -> PointObjective:
-        """The networks with their loss; made after the weights were loaded, so that the second heads are copies."""
+        """The networks with their loss, made after the weights were loaded so that the second heads are copies."""
         if self._consistency:
             for name in self._labels:
                 self.network[name].copy_head()
@@ -94,20 +98,22 @@ class SegmentationTask:
         return PointObjective(self.network, weights, consistency=self._consistency)
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """Iterate over the batches of an epoch, from a step on."""
+        """Iterate over the batches of an epoch, starting at a step."""
         for rows in self._plan.epoch(epoch, first_step=first_step):
-            own = rows[own_slice(len(rows))]
+            samples = rows[own_slice(len(rows))]
+
             inputs = {}
             for name in self.network.networks:
-                values = np.asarray(self._data.features[name][own], np.float32)
-                inputs[name] = BatchInput(to_device(values, self._device), rows=own)
-            targets = {name: to_device(labels_N[own], self._device) for name, labels_N in self._labels.items()}
-            yield Batch(samples=own, num_samples=len(rows), inputs=inputs, targets=targets)
+                values = np.asarray(self._data.features[name][samples], np.float32)
+                inputs[name] = BatchInput(to_device(values, self._device), rows=samples)
+
+            targets = {name: to_device(labels_N[samples], self._device) for name, labels_N in self._labels.items()}
+            yield Batch(samples=samples, num_samples=len(rows), inputs=inputs, targets=targets)
 
     def measure(self) -> dict[str, float]:
-        """Compute the mean IoU on the validation frames; the score is the mean over modalities.
+        """Compute the mean IoU on the validation frames; the score is their mean over modalities.
 
-        Without validation frames, it is the number of batches that the norms saw, and the last epoch is kept.
+        Without validation frames, count the batches that the norms saw; the last epoch is kept.
         """
         if self._validation is None:
             name = next(iter(self._labels))
@@ -127,11 +133,11 @@ def mean_iou_of(module: PointNetworks, modality: str, data: PointData) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationInputs:
-    """What a segmentation run is trained on, for its config.
+    """The training data of a segmentation run, for its config.
 
     Args:
         features: modality -> feature.
-        data_digest: digest of what decides the points and their labels beside the features.
+        data_digest: digest of everything besides the features that decides the points and their labels.
     """
 
     features: Mapping[str, RunInput]
@@ -147,7 +153,7 @@ def train_source(
     *,
     num_classes: int,
 ) -> TrainReport:
-    """Train a network of one modality on labeled points of its own domain, into a run folder."""
+    """Train a network of one modality on labeled points of its domain, into a run folder."""
     info = _describe(inputs, num_classes=num_classes)
     (modality,) = inputs.features
 
@@ -171,7 +177,7 @@ def train_adaptation(
 ) -> TrainReport:
     """Adapt networks to a target on pseudo-labels, into a run folder.
 
-    `settings.parts.init_from` names the source runs, `image=RUN`; only modalities in `labels` change. The true labels
+    `settings.parts.init_from` names the source runs, `image=RUN`. Only modalities in `labels` change. The true labels
     in `data` are not read.
     """
     info = _describe(inputs, num_classes=num_classes, consistency=consistency)
@@ -184,37 +190,42 @@ def train_adaptation(
 
 
 def save_adapted_norms(
-    run_paths: Mapping[str, Path], features: Mapping[str, Floats], adapted: Sequence[str], run_path: Path
+    run_paths: Mapping[str, Path], features: Mapping[str, Floats], modalities: Sequence[str], run_path: Path
 ) -> PointNetworks:
-    """Join source runs, replace the norm statistics of some modalities by those of the target, and save a run.
+    """Join source runs, replace the norm statistics of some modalities by the target's, and save a run.
 
     It needs no labels and no gradients; training can start from it.
 
     Args:
         run_paths: modality -> source run.
         features: modality -> (N, D) features of the target.
-        adapted: modalities whose statistics are replaced.
+        modalities: modalities whose statistics are replaced.
         run_path: folder of the new run.
     """
     runs = {name: Run.open(path) for name, path in run_paths.items()}
     arguments = [run.info.arguments for run in runs.values()]
+
+    # Each source run knows one modality; the joined run knows both.
     widths = {name: width for values in arguments for name, width in values["widths"].items()}
+
     info = RunInfo(
         kind=RUN_KIND,
         arguments={**arguments[0], "widths": widths},
         inputs={name: run.input(name) for name, run in runs.items()},
-        settings={"norm statistics": list(adapted)},
+        settings={"norm statistics": list(modalities)},
         digests={f"init_from {name}": run.info.weights for name, run in runs.items()},
         index_digest="+".join(dict.fromkeys(run.info.index_digest for run in runs.values())),
     )
+
     network = PointNetworks(**info.arguments)
     for name, run in runs.items():
         source = run.module
         assert isinstance(source, PointNetworks)
         network[name].load_state_dict(source[name].state_dict())
-    for name in adapted:
+
+    for name in modalities:
         adapt_norms(network[name], features[name])
-    shutil.rmtree(run_path, ignore_errors=True)  # of other runs
+    shutil.rmtree(run_path, ignore_errors=True)  # it may be a run of other sources
     Run.create(run_path, info).finish(network.eval(), {})
     return network
 
@@ -233,10 +244,12 @@ def save_matched_entropy(
     run = Run.open(run_path)
     module = run.module
     assert isinstance(module, PointNetworks)
+
     temperatures = {
         name: scale_entropy(module[name], np.asarray(features[name], np.float32), nats)
         for name, nats in entropies.items()
     }
+
     settings = {**run.info.settings, "entropy in nats": dict(entropies), "temperature": temperatures}
     info = RunInfo(
         kind=RUN_KIND,
@@ -246,7 +259,7 @@ def save_matched_entropy(
         digests={"scaled": run.info.weights},
         index_digest=run.info.index_digest,
     )
-    shutil.rmtree(matched_path, ignore_errors=True)  # of another run
+    shutil.rmtree(matched_path, ignore_errors=True)  # it may come from another run
     Run.create(matched_path, info).finish(module.eval(), {})
     return module
 
