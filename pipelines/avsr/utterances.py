@@ -157,7 +157,7 @@ def open_utterances(
     Args:
         cache: a cache with one transcript per utterance.
         features: stream, `audio` or `video` -> name of its feature, with an axis of time.
-        views: stream -> names of its views, such as `plain` and `babble-5dB`; If None, `plain`.
+        views: stream -> names of its views, such as `plain` and `babble-5dB`. If None, `plain`.
 
     Raises:
         UnknownNameError: there is no such feature or view.

@@ -69,10 +69,10 @@ class Adaptation:
         threshold: a modality is adapted if its gap exceeds this.
         norms_first: replace its norm statistics before the pseudo-labels are made.
         gap_weighting: lower the weight of a modality in the fused labels by its gap.
-        test_k: k of the hypothesis test; If None, no test is made.
+        test_k: k of the hypothesis test. If None, no test is made.
         consistency: weight of the imitation of the other modality.
         entropy_matched: keep the mean entropy that the predictions had before training.
-        parts: parts of the network that are trained; If None, all are trained.
+        parts: parts of the network that are trained. If None, all are trained.
     """
 
     threshold: float = 0.3
@@ -225,7 +225,7 @@ class Scenario:
             run: a run of both modalities.
             rule: `CERTAIN` gives each modality its own labels; `AGREE` (AF) and `WEIGHT_BY_ENTROPY` (EW) one for both.
             gaps: modality -> gap that lowers its weight in EW.
-            test_k: k of the hypothesis test for points that EW leaves out; If None, no test is made.
+            test_k: k of the hypothesis test for points that EW leaves out. If None, no test is made.
         """
         prob = {name: self._output(run, f"{name}-prob") for name in FEATURES}
         hidden = {name: self._output(run, f"{name}-hidden") for name in FEATURES}

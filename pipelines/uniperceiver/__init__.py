@@ -1,1 +1,1 @@
-"""One likelihood for every task on cached features: Uni-Perceiver as a pipeline. See README.md."""
+"""One network for every task on cached features: Uni-Perceiver as a pipeline. See README.md."""

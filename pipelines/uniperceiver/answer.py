@@ -2,7 +2,7 @@
 
     python -m pipelines.uniperceiver.answer work/seed0/prompts-easy-vqa-1 photo.png "what color is the shape?"
 
-The image passes the frozen encoder and the rule of the pipeline, as the images of its caches do.
+The image passes the frozen encoder and the rule of the pipeline, like the images of its caches.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run that was tuned on easy-VQA")
     parser.add_argument("image", type=Path)
-    parser.add_argument("question", help="`_` in it is the place of the answer, which else follows the question")
+    parser.add_argument("question", help="`_` marks the place of the answer, which otherwise follows the question")
     options = parser.parse_args()
 
     answers = answer_question(options.run, options.image, options.question)
@@ -50,7 +50,7 @@ def answer_question(run_path: Path, image: Path, question: str) -> dict[str, flo
     Raises:
         PathError: the run or the image does not exist.
         DataError: the run was not trained on answers, or the image cannot be decoded.
-        FingerprintError: the encoder is not the one that the run was trained on.
+        FingerprintError: the run was trained on another encoder.
     """
     network, run = load_shared(run_path)
     tasks = [task for task in run.info.settings["tasks"] if task["kind"] == "answer"]
@@ -60,6 +60,7 @@ def answer_question(run_path: Path, image: Path, question: str) -> dict[str, flo
         )
     names = tasks[0]["candidates"]
 
+    # The image goes through a cache, so that encoder, rule and fingerprint are those of the training.
     with TemporaryDirectory() as folder:
         media = _read_image(image, Path(folder))
         check_same(
@@ -87,8 +88,9 @@ def compute_probabilities(
     words = None if questions is None else load_words(with_blanks(network.vocabulary.encode(questions)), device=device)
     queries_NP = network.encode(tokens, words, read="task" if words is None else "blank")
 
+    # A word that the run never saw would be compared as an unknown word.
     candidates = network.vocabulary.require_known(names, "candidates")
-    logits_NC = network.likelihood(kind).logits(queries_NP, encode_texts(network, candidates, device=device))
+    logits_NC = network.classifier(kind).logits(queries_NP, encode_texts(network, candidates, device=device))
     return logits_NC.softmax(dim=1).cpu().numpy()
 
 
@@ -97,7 +99,7 @@ def _read_image(image: Path, folder: Path) -> Media:
     if not image.is_file():
         raise PathError(f"expected an image, got {image}, which is not a file; check the path")
     (folder / "images").mkdir()
-    shutil.copy(image, folder / "images" / "image.png")  # whatever it is: images are decoded by their content
+    shutil.copy(image, folder / "images" / "image.png")  # any format: images are decoded by their content
 
     try:
         extract_tokens(open_source(folder / "images"), folder / "cache", [], NullProgress())

@@ -1,8 +1,8 @@
-"""Candidate sets and one likelihood: every task asks which of some candidates belongs to an input.
+"""Candidate sets and the classifier over them: every task asks which candidate belongs to an input.
 
     p(y | x) = exp(scale · cosine(f(x), f(y))) / Σ over candidates z of exp(scale · cosine(f(x), f(z)))
 
-A classifier, a vocabulary and CLIP's loss differ in their candidates alone. "Uni-Perceiver: Pre-training Unified
+Classification, language modeling and CLIP's loss differ only in their candidates. "Uni-Perceiver: Pre-training Unified
 Architecture for Generic Perception for Zero-shot and Few-shot Tasks" (CVPR 2022).
 """
 
@@ -18,19 +18,20 @@ from torch.nn.functional import embedding, normalize
 from embedcache.arrays import Floats, Ints, blocks, distinct
 
 Positives: TypeAlias = tuple[Tensor, Tensor]
-"""Two (E,) int64, queries and candidates that belong together, where each query has at least one."""
+"""Two (E,) int64, queries and candidates that belong together. Each query has at least one candidate."""
 
 _BLOCK_LOGITS = 2**20
-_SCALE, _MAX_SCALE = 1 / 0.07, 100.0
+_SCALE = 1 / 0.07
+_MAX_SCALE = 100.0
 
 
 class CandidateSample(NamedTuple):
-    """Some of the candidates, in ascending order, and where M positives are among them.
+    """Some of the candidates, in ascending order, and the positions of M positives.
 
     Args:
         numbers_C: (C,) int64, number of each among all candidates.
         positives_M: (M,) int64, position of each positive in `numbers_C`.
-        log_weights_C: (C,) float32, added to their logits; None: all candidates are in the sample.
+        log_weights_C: (C,) float32, added to their logits. None if all candidates are in the sample.
     """
 
     numbers_C: Ints
@@ -39,35 +40,39 @@ class CandidateSample(NamedTuple):
 
 
 def draw_candidates(num_candidates: int, positives_M: Ints, *, limit: int, rng: np.random.Generator) -> CandidateSample:
-    """Draw candidates for one step if there are too many: all positives of the batch, and others at random.
+    """Draw candidates for one step if there are too many: all positives of the batch and random negatives.
 
-    A drawn negative stands for as many as were left out: its logit gets log(number of negatives / number drawn), so
-    that the sum over the candidates is that over all of them in the mean.
+    A drawn negative represents all negatives that were left out: its logit gets log(number of negatives / number
+    drawn), so that the expected sum over the drawn candidates is the sum over all candidates.
 
     Args:
         num_candidates: number of all candidates.
         positives_M: numbers of the positives of a batch.
-        limit: most candidates to use; more if there are more positives.
+        limit: largest number of candidates, unless there are more positives.
         rng: generator of the draw.
     """
-    kept = distinct(positives_M)
-    if num_candidates <= max(limit, len(kept)):
+    positives_U = distinct(positives_M)
+    if num_candidates <= max(limit, len(positives_U)):
         return CandidateSample(np.arange(num_candidates), positives_M, None)
 
-    num_negatives = num_candidates - len(kept)
-    drawn = rng.choice(num_negatives, size=max(1, limit - len(kept)), replace=False, shuffle=False)
-    # The i-th number that is not kept: as many kept ones come before it as have at most i other numbers below them.
-    negatives = drawn + np.searchsorted(kept - np.arange(len(kept)), drawn, side="right")
+    num_negatives = num_candidates - len(positives_U)
+    draws = rng.choice(num_negatives, size=max(1, limit - len(positives_U)), replace=False, shuffle=False)
 
-    numbers_C = np.sort(np.concatenate([kept, negatives]))
-    log_weights_C = np.where(np.isin(numbers_C, kept), 0.0, math.log(num_negatives / len(negatives)))
+    # A draw is a rank among the negatives. Its number is larger by the positives that are below it.
+    negatives = draws + np.searchsorted(positives_U - np.arange(len(positives_U)), draws, side="right")
+
+    numbers_C = np.sort(np.concatenate([positives_U, negatives]))
+
+    # Positives are all there, so only negatives stand for others.
+    log_weights_C = np.where(np.isin(numbers_C, positives_U), 0.0, math.log(num_negatives / len(negatives)))
     return CandidateSample(numbers_C, np.searchsorted(numbers_C, positives_M), log_weights_C.astype(np.float32))
 
 
-class Likelihood(nn.Module):
-    """The likelihood of candidates given inputs: a softmax over cosines, scaled by the inverse of a temperature.
+class CosineClassifier(nn.Module):
+    """A classifier over candidates: a softmax of cosine similarities, divided by a learned temperature.
 
-    The scale is learned as its logarithm, from 1 / 0.07, and clipped to 100, as in CLIP.
+    The scale is the inverse of the temperature. It is learned as its logarithm, starting at 1 / 0.07, and clipped to
+    100, as in CLIP.
     """
 
     def __init__(self) -> None:
@@ -78,6 +83,7 @@ class Likelihood(nn.Module):
     def scale(self) -> Tensor:
         """The factor of the cosines, a scalar."""
         highest = math.log(_MAX_SCALE)
+
         # The value is clipped and the gradient is not, so that a scale at its limit can fall again.
         clipped = self.log_scale + (self.log_scale.clamp(max=highest) - self.log_scale).detach()
         return clipped.exp()
@@ -95,21 +101,21 @@ class Likelihood(nn.Module):
 def cross_entropy_over(
     queries_BP: Tensor, candidates_CP: Tensor, positives: Positives, *, bias_C: Tensor | None = None
 ) -> Tensor:
-    """Compute the cross-entropy between targets and the softmax of query · candidate + bias, the mean over queries.
+    """Compute the cross-entropy between targets and the softmax of query · candidate + bias, averaged over queries.
 
-    The target of a query is uniform over its positives. The value and the gradients are those of
-    `torch.nn.functional.cross_entropy` on (B, C) logits, of which only a block of rows is ever in memory, about 2^20
-    logits; the backward pass recomputes it.
+    The target of a query is uniform over its positives. The value and the gradients equal
+    `torch.nn.functional.cross_entropy` on (B, C) logits. Only a block of rows of these logits, about 2^20 values, is
+    ever in memory; the backward pass recomputes it.
     """
-    of_query_E, of_candidate_E = positives
+    query_E, candidate_E = positives
     bias_C = candidates_CP.new_zeros(len(candidates_CP)) if bias_C is None else bias_C.to(candidates_CP.dtype)
     log_sums_B: Tensor = _LogSumExp.apply(queries_BP, candidates_CP, bias_C)  # type: ignore[no-untyped-call]
 
-    # `embedding` adds up gradients in one order; indexing does so in any order with several threads.
-    logits_E = (embedding(of_query_E, queries_BP) * embedding(of_candidate_E, candidates_CP)).sum(dim=1)
-    logits_E = logits_E + bias_C[of_candidate_E]
+    # `embedding` adds up gradients in one order; indexing adds them in any order with several threads.
+    logits_E = (embedding(query_E, queries_BP) * embedding(candidate_E, candidates_CP)).sum(dim=1)
+    logits_E = logits_E + bias_C[candidate_E]
 
-    weights_E = torch.bincount(of_query_E, minlength=len(queries_BP))[of_query_E].to(logits_E.dtype).reciprocal()
+    weights_E = torch.bincount(query_E, minlength=len(queries_BP))[query_E].to(logits_E.dtype).reciprocal()
     return log_sums_B.mean() - (weights_E * logits_E).sum() / len(queries_BP)
 
 
@@ -128,17 +134,18 @@ class _LogSumExp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         queries_BP, candidates_CP, bias_C, log_sums_B = ctx.saved_tensors
-        of_queries = torch.empty_like(queries_BP)
-        of_candidates = torch.zeros_like(candidates_CP)
-        of_bias = torch.zeros_like(bias_C)
+        query_gradients = torch.empty_like(queries_BP)
+        candidate_gradients = torch.zeros_like(candidates_CP)
+        bias_gradients = torch.zeros_like(bias_C)
 
         for rows in blocks(len(queries_BP), _block_rows(candidates_CP)):
+            # The logits of the forward pass were not kept; they are recomputed block by block.
             logits = torch.addmm(bias_C, queries_BP[rows], candidates_CP.T)
             weights = logits.sub_(log_sums_B[rows, None]).exp_().mul_(gradient_B[rows, None])
-            of_queries[rows] = weights @ candidates_CP
-            of_candidates.addmm_(weights.T, queries_BP[rows])
-            of_bias += weights.sum(dim=0)
-        return of_queries, of_candidates, of_bias
+            query_gradients[rows] = weights @ candidates_CP
+            candidate_gradients.addmm_(weights.T, queries_BP[rows])
+            bias_gradients += weights.sum(dim=0)
+        return query_gradients, candidate_gradients, bias_gradients
 
 
 def _block_rows(candidates_CP: Tensor) -> int:

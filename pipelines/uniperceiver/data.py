@@ -1,6 +1,6 @@
-"""The data of one likelihood for every task: worlds, caches and examples.
+"""Data for every task: worlds, caches and examples.
 
-Every step leaves files that a second call finds again.
+Every step leaves files that a second call reuses.
 """
 
 import math
@@ -35,15 +35,17 @@ from pipelines.worlds.examples import caption_examples, label_examples, make_exa
 
 IMAGE_ENCODER = "lite:efficientnet-lite0,fit=64x64"
 BLOCKS = ("layer5.patches", "layer11.patches")
-IMAGE_TOKENS, AUDIO_TOKENS, WORD_VECTORS = "tokens/tokens", "tiny.en/states", "all-MiniLM-L6-v2/mean"
+IMAGE_TOKENS = "tokens/tokens"
+AUDIO_TOKENS = "tiny.en/states"
+WORD_VECTORS = "all-MiniLM-L6-v2/mean"
 """Features that the shared module reads: 4 x 4 tokens of 272 numbers per image, 50 tokens of 384 numbers per second of
-a recording, and a vector of 384 numbers per word."""
+audio, and a vector of 384 numbers per word."""
 TEXT_ENCODER = "st:all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSize:
-    """How much data.
+    """Sizes of the data.
 
     Args:
         shapes: images of each split of the shapes world.
@@ -52,8 +54,8 @@ class DataSize:
         emoji: `all`, or the number of emoji.
         speakers: speakers of letters, joined by `+`.
         audio_encoder: encoder of the letters. It pads them, because they are shorter than a second.
-        descriptions: texts per class; None: all.
-        num_words: words of the word table; 0: only those of the examples.
+        descriptions: texts per class. If None, all are used.
+        num_words: words of the word table; if 0, only words of the examples.
     """
 
     shapes: str = "seed=0,train=9000,valid=600,test=1000,unseen=800"
@@ -84,13 +86,14 @@ def make_data(folder: Path, size: DataSize, *, caches: Sequence[str] | None = No
 
     Args:
         folder: folder of the caches and examples.
-        size: how much data.
-        caches: caches of items to extract, see `Data.cache`; None: all. That of the words is always extracted.
+        size: sizes of the data.
+        caches: caches of items to extract, see `Data.cache`. If None, all. `words` is always extracted.
 
     Raises:
         MissingExtraError: a package that holds data or weights is not installed; the message names it.
     """
-    data, progress = Data(folder), open_progress()
+    data = Data(folder)
+    progress = open_progress()
     sources = {
         "shapes": open_source(size.shapes, kind=shapes.KIND),
         "vqa": open_source(size.vqa, kind=easy_vqa.KIND),
@@ -99,37 +102,45 @@ def make_data(folder: Path, size: DataSize, *, caches: Sequence[str] | None = No
         "letters": open_source(size.speakers, kind=label_sets.LETTERS_KIND),
     }
     _write_tables(data, sources, size)
+
     for name in sources if caches is None else caches:
         source = sources[name]
         if name == "letters":
-            encoders, states = {"audio": [size.audio_encoder]}, ExtractSettings(features=("states",))
-            extract(source, data.cache(name), encoder=encoders, settings=states, progress=progress)
+            settings = ExtractSettings(features=("states",))
+            extract(
+                source, data.cache(name), encoder={"audio": [size.audio_encoder]}, settings=settings, progress=progress
+            )
         else:
-            texts_too = [TEXT_ENCODER] if name == "emoji" else []
-            extract_tokens(source, data.cache(name), texts_too, progress)
+            # Emoji are also retrieved and split by their captions, so that they need text features.
+            text_encoders = [TEXT_ENCODER] if name == "emoji" else []
+            extract_tokens(source, data.cache(name), text_encoders, progress)
+
     if data.cache("emoji").is_dir() and not data.split_path.is_file():
         emoji = Cache(data.cache("emoji"))
         write_split(data.split_path, [emoji], split_emoji(emoji))
+
     extract(open_source(data.words_path), data.cache("words"), text_encoder=[TEXT_ENCODER], progress=progress)
     return data
 
 
 def extract_tokens(source: Source, cache: Path, text_encoders: Sequence[str], progress: Progress) -> None:
-    """Extract two blocks of the image encoder and derive 16 tokens per image that hold both."""
+    """Extract two blocks of the image encoder and derive 16 tokens per image that join both."""
     settings = ExtractSettings(features=BLOCKS)
     encoders = {"image": [IMAGE_ENCODER], "text": text_encoders}
     extract(source, cache, encoder=encoders, settings=settings, progress=progress)
+
     inputs = [("image", f"efficientnet-lite0/{block}") for block in BLOCKS]
     derive(cache, Derivation(name="tokens", inputs=inputs, rule=JOIN_GRIDS), progress=progress)
 
 
 def split_emoji(cache: Cache) -> Split:
-    """Divide emoji into parts such that captions with a cosine similarity above 0.7 are in one part.
+    """Split emoji so that captions with a cosine similarity above 0.7 are in the same part.
 
-    `woman juggling` says what `man juggling` does. Images decide nothing, unless they are equal: the mean tokens of two
-    drawings are alike, whatever they show.
+    `woman juggling` says almost the same as `man juggling`. Only equal images decide the split, because the mean tokens
+    of two drawings are similar whatever they show.
     """
-    images, captions = open_input(cache, "image", IMAGE_TOKENS), open_input(cache, "text", WORD_VECTORS)
+    images = open_input(cache, "image", IMAGE_TOKENS)
+    captions = open_input(cache, "text", WORD_VECTORS)
     pairs = pair_items([cache], [images], [captions])
     readers = {"image": images.read, "text": captions.read}
     return make_split([cache], pairs, SplitSettings(cosines={"image": 1.0}), readers)
@@ -147,28 +158,34 @@ def _write_tables(data: "Data", sources: Mapping[str, Source], size: DataSize) -
         "letters-classes": lambda: label_examples(sources["letters"]),
         "descriptions": lambda: texts.load_descriptions(max_per_class=size.descriptions),
     }
+
+    # Tables are made only if they are missing: some take minutes to draw.
     for name, make in tables.items():
         if not data.examples_path(name).is_file():
             write_examples(data.examples_path(name), make())
+
     if not data.words_path.is_file():
-        found = [text for name in tables for column in ("text", "target") for text in data.distinct(name, column)]
-        words = texts.collect_words([*found, *shapes.class_names()], num_words=size.num_words)
+        # Words of the tables come first, then frequent words up to the size of the table.
+        strings = [text for name in tables for column in ("text", "target") for text in data.distinct(name, column)]
+        words = texts.collect_words([*strings, *shapes.class_names()], num_words=size.num_words)
         write_atomic(data.words_path, ("\n".join(words) + "\n").encode())
 
 
 def _statements(source: Source) -> pa.Table:
-    """Return statements of what is and what is not in each image of one shape, with the words that make them true.
+    """Return true and false statements about each image of one shape, with the words that complete them.
 
-    Whether a shape is among several takes far longer to learn.
+    Statements about one of several shapes take far longer to learn.
     """
     rng = np.random.default_rng(0)
-    rows = [
-        (sample.key, text, word, str(sample.columns["split"]))
-        for sample in source.samples()
-        if sample.columns["label"]
-        for text, word in shapes.write_statements(str(sample.columns["objects"]).split(","), rng)
-    ]
+    rows = []
+    for sample in source.samples():
+        if sample.columns["label"]:
+            objects = str(sample.columns["objects"]).split(",")
+            split = str(sample.columns["split"])
+            rows += [(sample.key, text, word, split) for text, word in shapes.write_statements(objects, rng)]
+
     keys, statements, targets, splits = zip(*rows, strict=True)
+
     return make_examples(keys=keys, texts=statements, targets=targets, columns={"split": splits})
 
 
@@ -195,21 +212,24 @@ class Data:
         return sorted(text for text in pc.unique(self.examples(name)[column]).to_pylist() if text is not None)
 
     def emoji_captions(self) -> pa.Table:
-        """Read the captions of emoji with their part, `train`, `valid` or `test`, in the column `split`."""
-        emoji, captions = Cache(self.cache("emoji")), self.examples("emoji-captions")
+        """Read the captions of emoji with their part (`train`, `valid` or `test`) in the column `split`."""
+        emoji = Cache(self.cache("emoji"))
+        captions = self.examples("emoji-captions")
         split = read_split(self.split_path, [emoji])
+
+        # The tables call the validation part `valid`.
         parts = pa.array(["valid" if part == "val" else part for part in split.parts])
         rows = pc.index_in(captions["key"], value_set=emoji.column("key"))
         return captions.set_column(captions.column_names.index("split"), "split", parts.take(rows))
 
     @property
     def split_path(self) -> Path:
-        """The parts of the emoji."""
+        """Path of the split of the emoji."""
         return self.folder / "emoji-split.parquet"
 
     @property
     def words_path(self) -> Path:
-        """The words of the word table, one per line, in the order of the cache `words`."""
+        """Path of the words of the word table, one per line, in the order of the cache `words`."""
         return self.folder / "words.txt"
 
 
@@ -224,8 +244,11 @@ def _join_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[
 def _join(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
     fine_BTD, coarse_BTD = (block.values for block in inputs)
     num_items, num_fine, width = fine_BTD.shape
+
     side = math.isqrt(coarse_BTD.shape[1])
     factor = math.isqrt(num_fine) // side
+
+    # Cut the fine grid into one square of cells for each coarse cell.
     cells = fine_BTD.reshape(num_items, side, factor, side, factor, width).swapaxes(2, 3)
     return {"tokens": np.concatenate([coarse_BTD, cells.reshape(num_items, side**2, -1)], axis=2)}
 
@@ -237,4 +260,4 @@ JOIN_GRIDS = Rule(
     parameters={},
     axis=lambda _, axes: axes[1],
 )
-"""Tokens of two square grids, a fine and a coarse one: each cell of the coarse one with all cells that it covers."""
+"""Tokens of a fine and a coarse square grid: each coarse cell, joined with all fine cells that it covers."""

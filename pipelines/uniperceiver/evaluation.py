@@ -22,18 +22,19 @@ from pipelines.uniperceiver.tasks import ExampleTask, encode_texts, predict, rea
 from pipelines.uniperceiver.training import KIND
 from pipelines.uniperceiver.words import WordLists
 
-SHUFFLED, BLIND = "items of others", "without items"
-"""Controls: each example with the item of another one, and with none."""
+SHUFFLED = "items of others"
+BLIND = "without items"
+"""Controls: each example with the item of another one, or without an item."""
 
 _KS = (1, 5, 10)
 _BLOCK = 64
 
 
 def load_shared(run_path: Path, *, device: str = AUTO) -> tuple[SharedNetwork, Run]:
-    """Load the network of a run of `train_likelihood` in evaluation mode.
+    """Load the network of a run of `train_multitask` in evaluation mode.
 
     Raises:
-        DataError: the run is of something else.
+        DataError: the run has another kind.
     """
     device = str(torch_device(device, needs_float64=True))
     run = Run.open(run_path, kind=KIND, device=device)
@@ -51,74 +52,78 @@ def evaluate_task(
     controls: Sequence[str] = (),
     groups: Mapping[str, Bools] | None = None,
 ) -> Result:
-    """Evaluate a run on examples of a task, which it need not have been trained on.
+    """Evaluate a run on examples of a task, which may be new to the run.
 
-    Metrics are `accuracy`, of classes and answers, also per group, as `accuracy: open`; `word accuracy`, after the true
-    words; `caption accuracy`, of whole captions; `item to text r@1` and the like.
+    Metrics are `accuracy` of classes and answers, also per group, as `accuracy: open`; `word accuracy`, the accuracy of
+    a word after the true earlier words; `caption accuracy` of whole captions; and `item to text r@1` and the like.
 
     Args:
-        run_path: a run of `train_likelihood`.
-        task: the task, with its candidates; its training examples are not read.
+        run_path: a run of `train_multitask`.
+        task: the task with its candidates. Its training examples are not read.
         examples: examples with the vocabulary of the run.
         seed: seed of the run.
-        controls: `SHUFFLED`, and `BLIND` of tasks with texts.
+        controls: `SHUFFLED`, and `BLIND` for tasks with texts.
         groups: name -> (N,) bool, examples whose accuracy is also measured separately.
 
     Raises:
-        DataError: the run is of something else, or has other words; or a target is not a candidate.
-        FingerprintError: the items have the feature of another encoder than the run was trained on.
+        DataError: the run has another kind or other words, or a target is not a candidate.
+        FingerprintError: the run was trained on features of another encoder.
     """
     network, device = _open_network(run_path, examples)
-    altered = {
-        control: examples.without_media() if control == BLIND else examples.shuffle_media(seed=0)
-        for control in controls
-    }
+    shuffled = {}
+    for control in controls:
+        shuffled[control] = examples.without_media() if control == BLIND else examples.shuffle_media(seed=0)
+
     measures, captions = _measure(network, task, examples, groups or {}, device)
     return Result(
         seed=seed,
         num_examples=len(examples),
         measures=measures,
-        controls={name: _measure(network, task, others, groups or {}, device)[0] for name, others in altered.items()},
+        controls={
+            name: _measure(network, task, changed, groups or {}, device)[0] for name, changed in shuffled.items()
+        },
         chance=_chance(task, examples),
         captions=captions,
     )
 
 
 def answer_blindly(train: TaskExamples, examples: TaskExamples) -> Bools:
-    """Return which examples are right if each gets the most frequent target of its text in training: (N,) bool.
+    """Return which examples are right if each gets the most frequent training target of its text: (N,) bool.
 
-    This is the baseline of what can be known without the items. A text that is not in training gets the most frequent
-    target of all. Of equally frequent targets, the first one in the training table wins.
+    This baseline shows how much can be known without the items. A text that is not in training gets the most frequent
+    target of all. If several targets are equally frequent, the first one in the training table wins.
     """
     assert train.text_words is not None
     assert examples.text_words is not None
     texts = _pad_alike(train.text_words, examples.text_words)
-    which = np.unique(texts, axis=0, return_inverse=True)[1].ravel()
-    of_train, of_examples = which[: len(train)], which[len(train) :]
+    text_numbers = np.unique(texts, axis=0, return_inverse=True)[1].ravel()
+    train_texts_M = text_numbers[: len(train)]
+    texts_N = text_numbers[len(train) :]
 
     num_targets = len(train.targets)
     best = int(np.bincount(train.target_N, minlength=num_targets).argmax())
-    answers = np.full(int(which.max()) + 1, best)
-    pairs, counts = np.unique(of_train * num_targets + train.target_N, return_counts=True)
-    order = np.lexsort((-pairs, counts))  # the most frequent of each text is written last
+    answers = np.full(int(text_numbers.max()) + 1, best)
+
+    pairs, counts = np.unique(train_texts_M * num_targets + train.target_N, return_counts=True)
+    order = np.lexsort((-pairs, counts))  # the most frequent target of each text is written last
     answers[pairs[order] // num_targets] = pairs[order] % num_targets
 
     place = pc.fill_null(pc.index_in(examples.targets, value_set=train.targets), -1).to_numpy(zero_copy_only=False)
-    is_right: Bools = answers[of_examples] == place[examples.target_N]
+    is_right: Bools = answers[texts_N] == place[examples.target_N]
     return is_right
 
 
 def _pad_alike(train: WordLists, examples: WordLists) -> Ints:
-    """Return the words of the texts of both, padded to one length, so that equal texts are equal rows: (N, L)."""
-    both = WordLists(
+    """Return the words of both sets of texts, padded to one length, so that equal texts are equal rows: (N, L)."""
+    joined = WordLists(
         np.concatenate([train.numbers_M, examples.numbers_M]),
         np.concatenate([train.offsets_N[:-1], train.offsets_N[-1] + examples.offsets_N]),
     )
-    return both.padded()[0]
+    return joined.padded()[0]
 
 
 def _open_network(run_path: Path, examples: TaskExamples) -> tuple[SharedNetwork, str]:
-    """Load a run, after checking that examples have its words and the feature that it was trained on."""
+    """Load a run, after checking that examples have its words and its feature."""
     network, run = load_shared(run_path)
     if examples.vocabulary.words != network.vocabulary.words:
         raise DataError(
@@ -143,18 +148,20 @@ def _measure(
     if task.kind == "retrieve":
         return _measure_retrieval(network, examples, device), {}
 
+    # Examples of one item are not independent; without items each text is separate.
     rows_N = np.arange(len(examples)) if examples.rows_N is None else examples.rows_N
-    found = predict(task, network, examples, device=device)
-    right = MetricValues(found.is_correct_M, rows_N[found.example_M])
+    predictions = predict(task, network, examples, device=device)
+    right = MetricValues(predictions.is_correct_M, rows_N[predictions.example_M])
+
     if task.kind in ("classify", "answer"):
-        of_groups = {
-            f"accuracy: {name}": MetricValues(right.values_M[is_in_N], right.clusters_M[is_in_N])
-            for name, is_in_N in groups.items()
-        }
-        return {"accuracy": right, **of_groups}, {}
+        measures = {"accuracy": right}
+        for name, is_in_N in groups.items():
+            measures[f"accuracy: {name}"] = MetricValues(right.values_M[is_in_N], right.clusters_M[is_in_N])
+        return measures, {}
     if task.kind == "masked":
         return {"word accuracy": right}, {}
 
+    # Captions are written once per item, however many captions it has in the examples.
     rows_I = distinct(rows_N)
     assert examples.media is not None
     captions = write_item_captions(network, task, examples.media, rows_I, device=device)
@@ -167,8 +174,11 @@ def _measure(
 
 def _measure_retrieval(network: SharedNetwork, examples: TaskExamples, device: str) -> Measures:
     assert examples.rows_N is not None
-    rows_I, first_T = np.unique(examples.rows_N), np.unique(examples.target_N, return_index=True)[1]
-    clusters = {"item to text": rows_I, "text to item": examples.rows_N[first_T]}  # a text of several: its first item
+    rows_I = np.unique(examples.rows_N)
+    first_T = np.unique(examples.target_N, return_index=True)[1]
+
+    # A caption of several items is counted with its first item.
+    clusters = {"item to text": rows_I, "text to item": examples.rows_N[first_T]}
     ranks = retrieval_ranks(network, examples, device=device)
     return {f"{name} r@{k}": MetricValues(ranks_Q <= k, clusters[name]) for name, ranks_Q in ranks.items() for k in _KS}
 
@@ -177,25 +187,27 @@ def _measure_retrieval(network: SharedNetwork, examples: TaskExamples, device: s
 def write_item_captions(
     network: SharedNetwork, task: ExampleTask, media: Media, rows_I: Ints, *, device: str
 ) -> dict[str, str]:
-    """Write a caption of each item in words of a task: key of its sample -> caption, in the order of the rows."""
+    """Write a caption of each item in the words of a task, and return key of its sample -> caption."""
     numbers_C = torch.from_numpy(task.candidate_words.numbers_M.astype(np.int64)).to(device)
     vocabulary = numbers_C, encode_texts(network, task.candidate_words, device=device)
 
     captions = []
     for part in blocks(len(rows_I), _BLOCK):
         tokens = read_tokens(media, rows_I[part], device=device)
-        captions += write_captions(network, tokens, network.likelihood("caption"), vocabulary)
+        captions += write_captions(network, tokens, network.classifier("caption"), vocabulary)
+
     decoded = [network.vocabulary.decode(caption.numbers) for caption in captions]
     return dict(zip(media.keys_of(rows_I), decoded, strict=True))
 
 
 def _references(examples: TaskExamples) -> dict[int, set[str]]:
-    """Return row of an item -> its captions in the examples, word by word."""
+    """Return row of an item -> its captions in the examples, as decoded words."""
     assert examples.rows_N is not None
     decoded = [
         examples.vocabulary.decode(examples.target_words.take(np.array([number])).numbers_M)
         for number in range(len(examples.targets))
     ]
+
     references: dict[int, set[str]] = {}
     for row, target in zip(examples.rows_N.tolist(), examples.target_N.tolist(), strict=True):
         references.setdefault(row, set()).add(decoded[target])
@@ -203,18 +215,26 @@ def _references(examples: TaskExamples) -> dict[int, set[str]]:
 
 
 def _chance(task: ExampleTask, examples: TaskExamples) -> dict[str, float]:
-    """Return the value of each metric for a random order of the candidates."""
+    """Return the expected value of each metric for a random order of the candidates."""
     if task.kind in ("classify", "answer"):
         return {"accuracy": 1 / len(task.names)}
     if task.kind != "retrieve":
         return {"word accuracy": 1 / task.candidate_words.num_texts}
 
     assert examples.rows_N is not None
+
+    # Equal pairs count once, as in the ranking.
     pairs = np.unique(np.stack([examples.rows_N, examples.target_N]), axis=1)
-    (_, of_item_Q), (_, of_text_Q) = (np.unique(side, return_counts=True) for side in pairs)
-    counts = {"item to text": (of_item_Q, len(of_text_Q)), "text to item": (of_text_Q, len(of_item_Q))}
-    return {
-        f"{name} r@{k}": float(hypergeom.sf(0, size, positives_Q, min(k, size)).mean())
-        for name, (positives_Q, size) in counts.items()
-        for k in _KS
+    items_per_text_T = np.unique(pairs[1], return_counts=True)[1]
+    texts_per_item_I = np.unique(pairs[0], return_counts=True)[1]
+    counts = {
+        "item to text": (texts_per_item_I, len(items_per_text_T)),
+        "text to item": (items_per_text_T, len(texts_per_item_I)),
     }
+
+    # The chance that at least one positive is among the first k of a random order.
+    chance = {}
+    for name, (positives_Q, size) in counts.items():
+        for k in _KS:
+            chance[f"{name} r@{k}"] = float(hypergeom.sf(0, size, positives_Q, min(k, size)).mean())
+    return chance

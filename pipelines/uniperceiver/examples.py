@@ -1,7 +1,7 @@
 """Examples of tasks: an item of a cache, an input text and a target text per row, as Arrow columns and numbers.
 
-A table of examples has the columns `key`, the sample in the cache; `text`, such as a question, null without one; and
-`target`: the class name, caption or answer.
+A table of examples has the columns `key`, the sample in the cache; `text`, such as a question, or null; and `target`,
+which is a class name, a caption or an answer.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from pipelines.uniperceiver.words import Vocabulary, WordLists
 
 @dataclass(frozen=True, kw_only=True)
 class WordTable:
-    """Words, and the vector of each one, encoded alone.
+    """Words and the vector of each one, encoded separately.
 
     Args:
         vocabulary: the words, in the order of the texts of the cache.
         vectors_VD: (V, D) float16 or float32.
-        feature: the feature that the vectors come from.
+        feature: feature of the vectors.
         index_digest: digest of the tables of its cache.
     """
 
@@ -38,7 +38,7 @@ class WordTable:
 
 
 def open_word_table(cache: Cache, feature: str) -> WordTable:
-    """Open a cache of texts, each of which is a word, such as `texts:words.txt` with the words of `list_words`."""
+    """Open a cache whose texts are single words, such as `texts:words.txt` with the words of `list_words`."""
     opened = open_input(cache, "text", feature)
     opened.require_complete()
     words = cache.items("text", columns=["text"])["text"].to_pylist()
@@ -52,13 +52,13 @@ def open_word_table(cache: Cache, feature: str) -> WordTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Media:
-    """The items that examples are about: one modality of a cache, by one feature.
+    """The items of the examples: one feature of one modality of a cache.
 
     Args:
         cache: the cache.
         feature: the feature.
-        read: reader of its rows, from memory.
-        axis: axis of its tokens; None: of no known kind.
+        read: reader of its rows in memory.
+        axis: axis of its tokens, or None if it is unknown.
     """
 
     cache: Cache
@@ -72,16 +72,16 @@ class Media:
         return self.feature.modality
 
     def find_rows(self, keys_N: pa.ChunkedArray) -> Ints:
-        """Return the row of the first item of each sample: (N,) int64, -1 for one without the feature.
+        """Return the row of the first item of each sample: (N,) int64, or -1 without the feature.
 
         Raises:
             DataError: a key is not in the cache.
         """
         samples_N = pc.index_in(keys_N, value_set=self.cache.column("key"))
         if samples_N.null_count:
-            missing = keys_N.filter(pc.is_null(samples_N))[0]
+            unknown = keys_N.filter(pc.is_null(samples_N))[0]
             raise DataError(
-                f"{self.cache.path}: expected keys of its samples, got {missing.as_py()!r}; use the cache that the "
+                f"{self.cache.path}: expected keys of its samples, got {unknown.as_py()!r}; use the cache that the "
                 "examples were made for"
             )
 
@@ -99,7 +99,7 @@ class Media:
 
 
 def open_media(cache: Cache, modality: str, feature: str) -> Media:
-    """Read the feature of a modality into memory, such as the tokens of images."""
+    """Read a feature into memory, such as the tokens of images."""
     opened = open_input(cache, modality, feature)
     opened.require_complete()
     return Media(cache=cache, feature=opened, read=opened.load(), axis=cache.feature(modality, feature).axis)
@@ -114,9 +114,9 @@ class TaskExamples:
         targets: the F distinct targets, a string array.
         target_N: (N,) int64, number of the target of each example.
         target_words: words of the F targets.
-        media: what the examples are about; None: they are texts alone.
+        media: items of the examples, or None if they are only texts.
         rows_N: (N,) int64, rows of the feature of `media`.
-        text_words: words of the N input texts; None: there are none.
+        text_words: words of the N input texts, or None if there are none.
     """
 
     vocabulary: Vocabulary
@@ -156,29 +156,31 @@ class TaskExamples:
         return self.take(np.linspace(0, len(self) - 1, limit).astype(np.int64))
 
     def without_media(self) -> "TaskExamples":
-        """Return the examples without their items: the control of a model that only reads."""
+        """Return the examples without their items, as a control that only reads the texts."""
         return replace(self, media=None, rows_N=None)
 
     def shuffle_media(self, *, seed: int) -> "TaskExamples":
-        """Assign another example's item to each example, the same to all that share an item: a control."""
+        """Assign another example's item to each example, as a control. Examples that share an item get the same one."""
         assert self.rows_N is not None
-        rows_I, which_N = np.unique(self.rows_N, return_inverse=True)
+        rows_I, item_N = np.unique(self.rows_N, return_inverse=True)
         if len(rows_I) < 2:
             raise DataError(f"expected examples about at least two items, got {len(rows_I)}")
 
         order_I = np.random.default_rng(seed).permutation(len(rows_I))
         next_I = np.empty_like(order_I)
+
+        # A cycle through all items in a random order, so that no item stays in its place.
         next_I[order_I] = np.roll(order_I, 1)
-        return replace(self, rows_N=rows_I[next_I[which_N]])
+        return replace(self, rows_N=rows_I[next_I[item_N]])
 
 
 def open_examples(table: pa.Table, vocabulary: Vocabulary, *, media: Media | None = None) -> TaskExamples:
-    """Read a table of examples; those whose item lacks the feature are left out.
+    """Read a table of examples. Examples whose item lacks the feature are left out.
 
     Args:
-        table: columns `key`, `text` and `target`; a text may contain one `_`, where the answer belongs.
+        table: columns `key`, `text` and `target`; a text may contain one `_` at the place of the answer.
         vocabulary: the words.
-        media: what the examples are about; None: keys are not read.
+        media: items of the examples. If None, keys are not read.
 
     Raises:
         DataError: a key is not in the cache, or no item has the feature.
@@ -191,6 +193,7 @@ def open_examples(table: pa.Table, vocabulary: Vocabulary, *, media: Media | Non
     if not len(table):
         raise DataError("examples: expected at least one whose item has the feature, got none")
 
+    # Targets repeat, so their words are stored once per distinct target.
     encoded = table["target"].combine_chunks().dictionary_encode()
     text = table["text"]
     return TaskExamples(

@@ -1,4 +1,4 @@
-"""Images with what runs say about them: their classes, a caption, and answers to questions."""
+"""Images with predictions of the runs: their classes, a caption, and answers to questions."""
 
 import io
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +27,7 @@ _ROW_IN = 1.35
 
 
 class Answer(NamedTuple):
-    """An answer to a question, and the right one."""
+    """An answer to a question, and the expected answer."""
 
     question: str
     answer: str
@@ -36,15 +36,15 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ShownImage:
-    """An image and what was found in it.
+    """An image with the predictions about it.
 
     Args:
         title: its key.
         pixels_HW3: uint8.
         classes: the most probable classes -> probability, in this order.
-        labels: the classes that are right.
+        labels: the correct classes.
         caption: a caption.
-        is_true: whether all that it says is true, and it mentions every shape.
+        is_true: whether the caption is true and mentions every shape.
         answers: answers to questions.
     """
 
@@ -58,9 +58,10 @@ class ShownImage:
 
 
 def show_images(runs: Runs, fraction: float) -> list[ShownImage]:
-    """Return test images of shapes, and of easy-VQA with answers of the prompts that a fraction of its answers tuned.
+    """Return test images of shapes and of easy-VQA with predictions.
 
-    Classes and captions are those of the pre-trained run.
+    Classes and captions come from the pre-trained run. The answers about easy-VQA come from prompts that were tuned on
+    a fraction of its answers.
     """
     network, _ = load_shared(runs.path(PRETRAINED))
     num_shapes, num_photos = runs.size.num_shown
@@ -71,20 +72,20 @@ def show_images(runs: Runs, fraction: float) -> list[ShownImage]:
     shown = _describe(runs, network, "shapes", files, objects)
 
     photos = open_source("all", kind=easy_vqa.KIND)
-    asked = _questions(runs)
-    objects = {
-        key: [f"{found['color'].expected} {found['shape'].expected}"]
-        for key, found in asked.items()
-        if {"color", "shape"} <= found.keys()
-    }
+    questions = _questions(runs)
+    # The color and the shape, which two questions ask for, are the objects of a photo.
+    objects = {}
+    for key, answers in questions.items():
+        if {"color", "shape"} <= answers.keys():
+            objects[key] = [f"{answers['color'].expected} {answers['shape'].expected}"]
     items = {sample.key: sample.images[0] for sample in photos.samples()}
     files = {key: photos.read(items[key]) for key in list(objects)[:num_photos]}
     described = _describe(runs, network, "vqa", files, objects)
 
     tuned_network, tuned = load_shared(runs.path(tuned_run("prompts", EASY_VQA, fraction)))
     (task,) = tuned.info.settings["tasks"]
-    answers = {key: _answer(runs, tuned_network, task["candidates"], key, asked[key]) for key in files}
-    return shown + [replace(image, answers=answers[image.title]) for image in described]
+    tuned_answers = {key: _answer(runs, tuned_network, task["candidates"], key, questions[key]) for key in files}
+    return shown + [replace(image, answers=tuned_answers[image.title]) for image in described]
 
 
 def _describe(
@@ -94,12 +95,15 @@ def _describe(
     files: Mapping[str, bytes],
     objects: Mapping[str, Sequence[str]],
 ) -> list[ShownImage]:
-    """Return images of a cache with their classes and captions, given the bytes and the objects of each by its key."""
-    media, device = runs.tables.media(cache_name), str(network.task_token.device)
+    """Return images of a cache with their classes and captions, given key -> bytes and key -> objects."""
+    media = runs.tables.media(cache_name)
+    device = str(network.task_token.device)
     rows_I = media.find_rows(pa.chunked_array([list(files)]))
     tokens = read_tokens(media, rows_I, device=device)
+
     names = shapes.class_names()
     probs_IC = compute_probabilities(network, tokens, names, kind="classify")
+
     (task,) = (task for task in runs.tables.pretraining() if task.kind == "caption")
     captions = write_item_captions(network, task, media, rows_I, device=device)
 
@@ -121,20 +125,22 @@ def _describe(
 
 
 def _questions(runs: Runs) -> dict[str, dict[str, Answer]]:
-    """Return key of a test image of easy-VQA -> kind of a question -> the first one about it, not answered."""
+    """Return key of a test image of easy-VQA -> kind of question -> its first question, without an answer."""
     table = in_split(runs.data.examples("vqa"), "test").select(["key", "kind", "text", "target"])
-    found: dict[str, dict[str, Answer]] = {}
+    questions: dict[str, dict[str, Answer]] = {}
     for key, kind, question, expected in zip(*table.to_pydict().values(), strict=True):
-        found.setdefault(key, {}).setdefault(kind, Answer(question, "", expected))
-    return found
+        questions.setdefault(key, {}).setdefault(kind, Answer(question, "", expected))
+    return questions
 
 
 def _answer(
-    runs: Runs, network: SharedNetwork, names: Sequence[str], key: str, asked: Mapping[str, Answer]
+    runs: Runs, network: SharedNetwork, names: Sequence[str], key: str, image_questions: Mapping[str, Answer]
 ) -> list[Answer]:
     """Answer a question of each kind about an image of easy-VQA."""
-    questions = [asked[kind] for kind in easy_vqa.KINDS if kind in asked]
+    questions = [image_questions[kind] for kind in easy_vqa.KINDS if kind in image_questions]
     media = runs.tables.media("vqa")
+
+    # One row per question, all of the same image.
     rows_N = media.find_rows(pa.chunked_array([[key] * len(questions)]))
     tokens = read_tokens(media, rows_N, device=str(network.task_token.device))
 
@@ -144,7 +150,7 @@ def _answer(
 
 
 def image_figure(images: Sequence[ShownImage]) -> Figure:
-    """Draw each image beside its classes as bars, its caption and its answers; what is wrong is red."""
+    """Draw each image, its classes as bars, its caption and its answers. Wrong predictions are red."""
     axes = open_axes(
         _ROW_IN * len(images),
         width=11,
@@ -157,20 +163,27 @@ def image_figure(images: Sequence[ShownImage]) -> Figure:
         picture.imshow(image.pixels_HW3, interpolation="nearest")
         picture.set_axis_off()
         picture.set_title(image.title, fontsize=7, color=INK, pad=2)
+
         names = list(image.classes)
-        best = [COLORS[1] if name in image.labels else BAD if not place else SOFT for place, name in enumerate(names)]
-        drawn = bars.barh(range(len(names)), list(image.classes.values()), color=best, height=0.7)
-        bars.bar_label(drawn, fmt="{:.0%}", padding=3, fontsize=7, color=INK)
+        colors = []
+        for place, name in enumerate(names):
+            wrong_color = SOFT if place else BAD  # only the best class counts as wrong
+            colors.append(COLORS[1] if name in image.labels else wrong_color)
+        rectangles = bars.barh(range(len(names)), list(image.classes.values()), color=colors, height=0.7)
+        bars.bar_label(rectangles, fmt="{:.0%}", padding=3, fontsize=7, color=INK)
         bars.set(xlim=(0, 1.15), xticks=[])
         bars.set_yticks(range(len(names)), names, fontsize=7, color=INK)
         bars.invert_yaxis()
         for side in ("top", "right", "bottom"):
             bars.spines[side].set_visible(False)
+
         texts.set_axis_off()
+
         lines = [(f"“{image.caption}”", image.is_true)]
         for question, answer, expected in image.answers:
             wrong = "" if answer == expected else f", not {expected}"
             lines.append((f"{question}  {answer}{wrong}", not wrong))
+
         for place, (text, is_right) in enumerate(lines):
             style = {"transform": texts.transAxes, "va": "top", "fontsize": 9, "color": INK if is_right else BAD}
             texts.text(0, 0.95 - 0.2 * place, "✓" if is_right else "✗", **style)

@@ -15,7 +15,8 @@ from pipelines.uniperceiver.words import NUM_SPECIAL
 KeysValues: TypeAlias = tuple[Tensor, Tensor]
 """Keys and values of S positions: two (B, heads, S, D / heads)."""
 
-_IMAGE_SIDE, _RATE_HZ = 16.0, 25.0  # positions per side of an image, and per second
+_IMAGE_SIDE = 16.0  # positions per side of an image
+_RATE_HZ = 25.0  # positions per second
 
 
 class Adapter(StandardizedInput):
@@ -32,7 +33,7 @@ class Adapter(StandardizedInput):
 
 
 class WordAdapter(Adapter):
-    """The adapter of words, given their numbers: vectors of a table, and learned ones of `BLANK`, `END`, `UNKNOWN`.
+    """The adapter of words by their numbers: vectors of a table, and learned ones for `BLANK`, `END` and `UNKNOWN`.
 
     Each distinct word of a batch passes the linear layer once.
     """
@@ -59,26 +60,29 @@ class WordAdapter(Adapter):
 
 
 def positions_of(axis: Axis | None, num_tokens: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """Compute the positions of tokens by their axis: (T, D) float32.
+    """Compute the position embeddings of tokens from their axis: (T, D) float32.
 
-    Cells of a grid have sinusoids of their row and of their column side by side, by where their centers are in the
-    image, so that grids of several sizes or boxes agree. Frames have sinusoids of their time. Others are counted.
+    A cell of a grid has the sinusoids of its row and its column. They depend on the place of its center in the image,
+    so that grids of different sizes or boxes agree. A frame has the sinusoids of its time. Other tokens are numbered.
 
     Raises:
-        DataError: a grid of another number of tokens.
+        DataError: a grid has another number of tokens.
     """
     if axis is not None and axis.rows is not None and axis.columns is not None:
         if axis.rows * axis.columns != num_tokens:
             raise DataError(
                 f"expected {axis.rows} x {axis.columns} tokens of a grid, got {num_tokens}; read that feature"
             )
+
         x0, y0, x1, y1 = axis.box or (0.0, 0.0, 1.0, 1.0)
         ys = _IMAGE_SIDE * (y0 + (y1 - y0) * (torch.arange(axis.rows, device=device) + 0.5) / axis.rows)
         xs = _IMAGE_SIDE * (x0 + (x1 - x0) * (torch.arange(axis.columns, device=device) + 0.5) / axis.columns)
+
         shape = (axis.rows, axis.columns, width // 2)
-        of_rows = sinusoids_at(ys, width // 2)[:, None].expand(shape)
-        of_columns = sinusoids_at(xs, width // 2)[None].expand(shape)
-        return torch.cat([of_rows, of_columns], dim=-1).flatten(0, 1)
+        rows_RCD = sinusoids_at(ys, width // 2)[:, None].expand(shape)
+        columns_RCD = sinusoids_at(xs, width // 2)[None].expand(shape)
+        return torch.cat([rows_RCD, columns_RCD], dim=-1).flatten(0, 1)
+
     if axis is not None and axis.rate_hz is not None:
         seconds = (axis.start_s or 0.0) + torch.arange(num_tokens, device=device) / axis.rate_hz
         return sinusoids_at(_RATE_HZ * seconds, width)
@@ -90,10 +94,15 @@ class SharedLayer(nn.Module):
 
     def __init__(self, width: int, sizes: LayerSizes) -> None:
         super().__init__()
-        self.num_heads, self.dropout = sizes.num_heads, sizes.dropout
-        self.attention_norm, self.hidden_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.num_heads = sizes.num_heads
+        self.dropout = sizes.dropout
+
+        self.attention_norm = nn.LayerNorm(width)
+        self.hidden_norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
+
         self.hidden = nn.Sequential(
             nn.Linear(width, sizes.feed_forward),
             nn.GELU(),
@@ -104,8 +113,8 @@ class SharedLayer(nn.Module):
 
     def key_values(self, hidden: Tensor, packing: "Packing | None" = None) -> KeysValues:
         """Compute the keys and values of positions, (B, S, D) or packed."""
-        both = self.key_value(self.attention_norm(hidden))
-        keys, values = (both if packing is None else packing.unpack(both)).chunk(2, dim=-1)
+        key_values = self.key_value(self.attention_norm(hidden))
+        keys, values = (key_values if packing is None else packing.unpack(key_values)).chunk(2, dim=-1)
         return self._heads(keys), self._heads(values)
 
     def forward(
@@ -121,27 +130,29 @@ class SharedLayer(nn.Module):
 
         Args:
             hidden: (B, S, D), or packed.
-            key_values: keys and values of all positions that they may see.
-            mask: bool, broadcast to (B, 1, S, number of keys), True where a position sees a key; None: everywhere.
-            prompts: keys and values of one item that all positions of all items see besides.
-            packing: how `hidden` is packed; None: it is not.
+            key_values: keys and values of all positions.
+            mask: bool, broadcast to (B, 1, S, number of keys), True if a position sees a key. If None, it sees all.
+            prompts: keys and values that all positions of all items see in addition.
+            packing: packing of `hidden`, or None if it is not packed.
         """
         keys, values = key_values
         packing = packing or Packing()
         if prompts is not None:
-            keys, values = (
-                torch.cat([prompt.expand(len(keys), -1, -1, -1), others], dim=2)
-                for prompt, others in zip(prompts, (keys, values), strict=True)
-            )
+            prompt_keys, prompt_values = prompts
+            keys = torch.cat([prompt_keys.expand(len(keys), -1, -1, -1), keys], dim=2)
+            values = torch.cat([prompt_values.expand(len(values), -1, -1, -1), values], dim=2)
             if mask is not None:
-                mask = torch.cat([mask.new_ones(*mask.shape[:3], prompts[0].shape[2]), mask], dim=3)
+                mask = torch.cat([mask.new_ones(*mask.shape[:3], prompt_keys.shape[2]), mask], dim=3)
+
         attended = scaled_dot_product_attention(
+            # Attention needs the padded form; everything else works on the packed positions.
             self._heads(packing.unpack(self.query(self.attention_norm(hidden)))),
             keys,
             values,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
         )
+
         hidden = hidden + self.drop(self.output(packing.pack(attended.transpose(1, 2).flatten(2))))
         return torch.as_tensor(hidden + self.drop(self.hidden(self.hidden_norm(hidden))))
 
@@ -151,10 +162,10 @@ class SharedLayer(nn.Module):
 
 
 class Packing(NamedTuple):
-    """The valid positions of a padded batch, one after another: all layers but attention skip the padding.
+    """The valid positions of a padded batch, one after another, so that all layers but attention skip the padding.
 
     Args:
-        rows_M: (M,) int64, numbers of the valid positions; None: all are, and nothing is moved.
+        rows_M: (M,) int64, numbers of the valid positions; None if all are valid, and nothing is moved.
         shape: B and S.
     """
 
@@ -163,13 +174,13 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, is_valid_BS: Tensor) -> "Packing":
-        """Return the packing of a batch with these valid positions."""
+        """Return the packing of a batch from its valid positions."""
         if bool(is_valid_BS.all()):
             return cls()
         return cls(torch.nonzero(is_valid_BS.flatten())[:, 0], (is_valid_BS.shape[0], is_valid_BS.shape[1]))
 
     def pack(self, values_BSD: Tensor) -> Tensor:
-        """Return the values of valid positions: (M, D), or (B, S, D) if all are."""
+        """Return the values of valid positions: (M, D), or (B, S, D) if all are valid."""
         if self.rows_M is None:
             return values_BSD
         packed_MD: Tensor = _Pack.apply(values_BSD.flatten(0, 1), self.rows_M)  # type: ignore[no-untyped-call]
@@ -185,7 +196,7 @@ class Packing(NamedTuple):
 
 
 class _Pack(torch.autograd.Function):
-    # The backward pass of indexing adds up, in any order with several threads; here each row is there once.
+    # The backward pass of indexing adds rows in any order with several threads. Here each row occurs once.
     @staticmethod
     def forward(ctx: Any, values_ND: Tensor, rows_M: Tensor) -> Tensor:
         ctx.save_for_backward(rows_M)

@@ -1,6 +1,6 @@
-"""What is measured on the runs of one likelihood: tasks of pre-training, downstream data, probes, blind answers.
+"""Measurements of the runs: tasks of pre-training, downstream data, linear probes, blind answers.
 
-Every result is a file, which is read again as long as the runs that it was measured on are the same.
+Every result is a file. It is reused as long as its runs are the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,20 +35,21 @@ from pipelines.uniperceiver.words import NUM_SPECIAL
 from pipelines.worlds.shapes import check_caption
 
 ZERO_SHOT = "pre-trained, not tuned"
-PROBE, BLIND_ANSWERS = "linear probe, cached features", "blind, all training answers"
+PROBE = "linear probe, cached features"
+BLIND_ANSWERS = "blind, all training answers"
 MODELS: Mapping[str, Sequence[str]] = {
     EASY_VQA: (*TUNINGS, PROBE, BLIND_ANSWERS),
     EMOJI: (*TUNINGS,),
     FASHION: (*TUNINGS, PROBE),
     LETTERS: (*ADAPTERS, PROBE),
 }
-"""Downstream data -> models that are measured on it, besides the pre-trained one as it is."""
-_NUM_CAPTIONS = 8  # that a result keeps
+"""Downstream data -> models that are measured on it, besides the untuned pre-trained run."""
+_NUM_CAPTIONS = 8  # captions that a result keeps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All that is measured on the runs of one seed."""
+    """All measurements of the runs of one seed."""
 
     runs: Runs
 
@@ -58,12 +59,12 @@ class Evaluation:
         return self.runs.folder
 
     def measure(self, name: str, run: str = PRETRAINED, *, progress: Progress | None = None) -> Result:
-        """Measure a run on a question of `MEASURED`."""
+        """Measure a run by a name of `MEASURED`."""
         compute = MEASURED[name].compute
         return self._keep(run, name, [run, NEVER], lambda: compute(self, run), progress)
 
     def test(self, model: str, data: str, fraction: float, *, progress: Progress | None = None) -> Result:
-        """Test a model on easy-VQA, Fashion-MNIST or OpenMoji, of which it has a fraction; `ZERO_SHOT` has none."""
+        """Test a model on easy-VQA, Fashion-MNIST or OpenMoji after tuning on a fraction (`ZERO_SHOT` is not tuned)."""
         run = tuned_run(model, data, fraction) if model in TUNINGS else PRETRAINED
         compute = self._retrieve_and_caption if data == EMOJI else self._answer
         tasks = self.runs.tables.tuning(data, fraction or None, seed=self.runs.seed)
@@ -75,7 +76,7 @@ class Evaluation:
         return self._keep(model, question_name(data, fraction), [run], answer, progress)
 
     def test_letters(self, model: str, *, progress: Progress | None = None) -> Result:
-        """Classify the recorded letters of each speaker by a model that was trained on the others."""
+        """Classify the recorded letters of each speaker by a model that was trained on the other speakers."""
         speakers = self.runs.tables.speakers()
         runs = [adapted_run(model, speaker) for speaker in speakers] if model in ADAPTERS else []
 
@@ -90,20 +91,25 @@ class Evaluation:
         return self._evaluate(run, task, task.train, [SHUFFLED])
 
     def retrieve(self, run: str) -> Result:
-        """Retrieve one caption per image and one image per caption; the control has the pairs of others."""
+        """Retrieve one caption per image and one image per caption; the control has shuffled pairs."""
         return self._evaluate(run, self._pretraining("retrieve"), self.runs.tables.captions(is_listed=True), [SHUFFLED])
 
     def caption(self, run: str) -> Result:
-        """Predict the words of captions, and write whole ones, which are parsed; also against the objects of others."""
+        """Predict the words of captions, and write and check captions. The control has the objects of other images."""
         result = self._evaluate(run, self._pretraining("caption"), self.runs.tables.captions(), [SHUFFLED])
+
         objects = self.runs.tables.objects()
         rows_I = result.measures["caption accuracy"].clusters_M
         keys = list(result.captions)
-        order = np.random.default_rng(0).permutation(len(keys))
-        others = {keys[place]: keys[other] for place, other in zip(order, np.roll(order, 1), strict=True)}
 
-        def judge(word_accuracy: MetricValues, shown: Mapping[str, str]) -> Measures:
-            verdicts = [check_caption(result.captions[key], objects[shown[key]]) for key in keys]
+        # A cycle in a random order gives every image the objects of another one.
+        order = np.random.default_rng(0).permutation(len(keys))
+        shuffled_keys = {
+            keys[place]: keys[next_place] for place, next_place in zip(order, np.roll(order, 1), strict=True)
+        }
+
+        def judge(word_accuracy: MetricValues, judged_keys: Mapping[str, str]) -> Measures:
+            verdicts = [check_caption(result.captions[key], objects[judged_keys[key]]) for key in keys]
             is_true = np.array([verdict.is_true for verdict in verdicts])
             is_whole = is_true & np.array([verdict.is_complete for verdict in verdicts])
             return {
@@ -113,7 +119,7 @@ class Evaluation:
             }
 
         measures = judge(result.measures["word accuracy"], {key: key for key in keys})
-        control = judge(result.controls[SHUFFLED]["word accuracy"], others)
+        control = judge(result.controls[SHUFFLED]["word accuracy"], shuffled_keys)
         return replace(result, measures=measures, controls={SHUFFLED: control})
 
     def fill_in(self, run: str) -> Result:
@@ -121,12 +127,12 @@ class Evaluation:
         return self._evaluate(run, self._pretraining("masked"), self.runs.tables.captions(), [SHUFFLED, BLIND])
 
     def complete(self, run: str) -> Result:
-        """Find the words that make statements true."""
+        """Predict the words that make statements true."""
         examples = self.runs.tables.open(self.runs.tables.test("shapes-statements"), "shapes")
         return self._evaluate(run, self._pretraining("statements"), examples, [SHUFFLED, BLIND])
 
     def describe(self, run: str) -> Result:
-        """Classify texts; the control has no items, as there are none, but the network that was never pre-trained."""
+        """Classify texts. They have no items to shuffle, so the control is the network that was never pre-trained."""
         task = self._pretraining("describe")
         examples = self.runs.tables.open(self.runs.tables.test("descriptions"), None)
         control = self._evaluate(NEVER, task, examples)
@@ -143,56 +149,62 @@ class Evaluation:
         controls: Sequence[str] = (),
         groups: Mapping[str, Bools] | None = None,
     ) -> Result:
-        path, seed = self.runs.path(run), self.runs.seed
+        path = self.runs.path(run)
+        seed = self.runs.seed
         return evaluate_task(path, task, examples, seed=seed, controls=controls, groups=groups)
 
     def _retrieve_and_caption(self, _: str, run: str, data: str, tasks: Sequence[ExampleTask]) -> Result:
         examples, _groups = self.runs.tables.test_of(data)
-        found, written = (self._evaluate(run, task, examples, [SHUFFLED]) for task in tasks)
+        retrieval, captions = [self._evaluate(run, task, examples, [SHUFFLED]) for task in tasks]
         return replace(
-            written,
-            measures={**found.measures, **written.measures},
-            controls={SHUFFLED: {**found.controls[SHUFFLED], **written.controls[SHUFFLED]}},
-            chance={**found.chance, **written.chance},
+            captions,
+            measures={**retrieval.measures, **captions.measures},
+            controls={SHUFFLED: {**retrieval.controls[SHUFFLED], **captions.controls[SHUFFLED]}},
+            chance={**retrieval.chance, **captions.chance},
         )
 
     def _answer(self, model: str, run: str, data: str, tasks: Sequence[ExampleTask]) -> Result:
         (task,) = tasks
         examples, groups = self.runs.tables.test_of(data)
+
         if model in TUNINGS or model == ZERO_SHOT:
             controls = [SHUFFLED, BLIND] if task.kind == "answer" else [SHUFFLED]
             return self._evaluate(run, task, examples, controls, groups)
+
+        # Models without a run: their answers come from counts or from a linear probe.
         if model == BLIND_ANSWERS:
             (all_answers,) = self.runs.tables.tuning(data, 1, seed=self.runs.seed)
             right = {"": answer_blindly(all_answers.train, examples)}
         else:
             right = self._probe(task, {"": examples, SHUFFLED: examples.shuffle_media(seed=0)})
-        return self._of_right(right, examples, groups)
+        return self._summarize(right, examples, groups)
 
     def _test_speaker(self, model: str, speaker: str) -> Result:
         tables = self.runs.tables
         task = tables.letters(*(name for name in tables.speakers() if name != speaker))
         examples = tables.letters(speaker).train
+
         if model in ADAPTERS:
             result = self._evaluate(adapted_run(model, speaker), task, examples, [SHUFFLED])
         else:
             tests = {"": examples, SHUFFLED: examples.shuffle_media(seed=0)}
-            result = self._of_right(self._probe(task, tests), examples, {})
+            result = self._summarize(self._probe(task, tests), examples, {})
         return replace(result, num_trained=len(task.train))
 
-    def _of_right(self, right: Mapping[str, Bools], examples: TaskExamples, groups: Mapping[str, Bools]) -> Result:
-        """Return the result of a model given which examples are right, under the name of each control."""
+    def _summarize(self, right: Mapping[str, Bools], examples: TaskExamples, groups: Mapping[str, Bools]) -> Result:
+        """Return the result of a model from control -> whether each example is right; "" is without a control."""
         assert examples.rows_N is not None
-        of_groups = {"accuracy": np.ones(len(examples), bool)}
-        of_groups |= {f"accuracy: {name}": is_in_N for name, is_in_N in groups.items()}
-        measures: dict[str, Measures] = {
-            control: {
-                name: MetricValues(is_right_N[is_in_N], examples.rows_N[is_in_N]) for name, is_in_N in of_groups.items()
-            }
-            for control, is_right_N in right.items()
-        }
-        own = measures.pop("")
-        return Result(seed=self.runs.seed, num_examples=len(examples), measures=own, controls=measures)
+        metrics = {"accuracy": np.ones(len(examples), bool)}
+        metrics |= {f"accuracy: {name}": is_in_N for name, is_in_N in groups.items()}
+
+        controls: dict[str, Measures] = {}
+        for control, is_right_N in right.items():
+            values = {}
+            for name, is_in_N in metrics.items():
+                values[name] = MetricValues(is_right_N[is_in_N], examples.rows_N[is_in_N])
+            controls[control] = values
+        measures = controls.pop("")
+        return Result(seed=self.runs.seed, num_examples=len(examples), measures=measures, controls=controls)
 
     def _probe(self, task: ExampleTask, tests: Mapping[str, TaskExamples]) -> dict[str, Bools]:
         """Fit logistic regression to the training examples, and return which test examples are right."""
@@ -202,10 +214,10 @@ class Evaluation:
 
         train = classifiers.Examples(vectors=read(task.train), labels=_labels(task, task.train))
         classifier = classifiers.fit_logistic(train, None, len(task.names))
-        return {
-            control: classifier.scores(read(examples)).argmax(axis=1) == _labels(task, examples)
-            for control, examples in tests.items()
-        }
+        is_right = {}
+        for control, examples in tests.items():
+            is_right[control] = classifier.scores(read(examples)).argmax(axis=1) == _labels(task, examples)
+        return is_right
 
     def _keep(
         self,
@@ -216,6 +228,7 @@ class Evaluation:
         progress: Progress | None,
     ) -> Result:
         """Read the result of these runs, or compute and write it."""
+        # The digests of the weights say whether a stored result still belongs to the runs.
         weights = "+".join(Run.open(self.runs.path(run)).info.weights for run in runs)
 
         def compute_and_cut() -> Result:
@@ -227,40 +240,45 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """A question about what was pre-trained: the task of pre-training that it asks, and how it is measured."""
+    """A measurement of a task of pre-training."""
 
     task: str
     compute: Callable[[Evaluation, str], Result]
 
 
 MEASURED: Mapping[str, Measure] = {
-    "classes of training": Measure(task="classify", compute=lambda on, run: on.classify(run, "test")),
-    "pairs that are never in training": Measure(task="classify", compute=lambda on, run: on.classify(run, "unseen")),
+    "classes of training": Measure(task="classify", compute=lambda evaluation, run: evaluation.classify(run, "test")),
+    "pairs that are never in training": Measure(
+        task="classify", compute=lambda evaluation, run: evaluation.classify(run, "unseen")
+    ),
     "retrieval": Measure(task="retrieve", compute=Evaluation.retrieve),
     "captions": Measure(task="caption", compute=Evaluation.caption),
     "masked words": Measure(task="masked", compute=Evaluation.fill_in),
     "statements": Measure(task="statements", compute=Evaluation.complete),
     "descriptions": Measure(task="describe", compute=Evaluation.describe),
 }
-"""What is measured on the pre-trained run, and on those of one task alone."""
+"""Name -> measurement of the pre-trained run and of the runs of one task."""
 
 
 def pool(examples: TaskExamples, vectors_VD: Floats) -> Floats:
-    """Return the mean token of each item, beside the mean vector of the words of its text, each of length 1.
+    """Return the mean token of each item, joined with the mean vector of the words of its text, each of length 1.
 
     Words without a vector are left out. Memory: the tokens of all distinct items.
     """
     assert examples.media is not None
     assert examples.rows_N is not None
-    distinct, which_N = np.unique(examples.rows_N, return_inverse=True)
-    items_ND = to_unit_vectors(examples.media.read(distinct))[which_N]
+    rows_I, item_N = np.unique(examples.rows_N, return_inverse=True)
+    items_ND = to_unit_vectors(examples.media.read(rows_I))[item_N]
     if examples.text_words is None:
         return items_ND
+
     padded_NL, lengths_N = examples.text_words.padded()
     is_word_NL = (np.arange(padded_NL.shape[1]) < lengths_N[:, None]) & (padded_NL >= NUM_SPECIAL)
-    texts, which_text_N = np.unique(np.where(is_word_NL, padded_NL, -1), axis=0, return_inverse=True)
+
+    # Many questions are the same text, so each text is averaged once.
+    texts, text_N = np.unique(np.where(is_word_NL, padded_NL, -1), axis=0, return_inverse=True)
     means = [vectors_VD[row[row >= 0] - NUM_SPECIAL].mean(axis=0) for row in texts]
-    return np.concatenate([items_ND, normalize(np.stack(means))[which_text_N.ravel()]], axis=1)
+    return np.concatenate([items_ND, normalize(np.stack(means))[text_N.ravel()]], axis=1)
 
 
 def _labels(task: ExampleTask, examples: TaskExamples) -> Ints:
@@ -272,13 +290,12 @@ def _labels(task: ExampleTask, examples: TaskExamples) -> Ints:
 def _join(parts: Sequence[Result]) -> Result:
     """Return the result of several folds on all of their examples."""
 
-    def join(of_parts: Sequence[Measures]) -> Measures:
-        return {
-            name: MetricValues(
-                *(np.concatenate(arrays) for arrays in zip(*(part[name] for part in of_parts), strict=True))
-            )
-            for name in of_parts[0]
-        }
+    def join(folds: Sequence[Measures]) -> Measures:
+        joined = {}
+        for name in folds[0]:
+            values, clusters = zip(*(fold[name] for fold in folds), strict=True)
+            joined[name] = MetricValues(np.concatenate(values), np.concatenate(clusters))
+        return joined
 
     controls = {name: join([part.controls[name] for part in parts]) for name in parts[0].controls}
     num_examples = sum(part.num_examples for part in parts)
@@ -287,24 +304,26 @@ def _join(parts: Sequence[Result]) -> Result:
 
 
 def evaluation_steps(
-    every: Sequence[Runs], fractions: Sequence[float], tasks_alone: Sequence[str] = ()
+    seed_runs: Sequence[Runs], fractions: Sequence[float], tasks_alone: Sequence[str] = ()
 ) -> list[tuple[object, ...]]:
-    """Return all that is measured as steps of `run_parallel`.
+    """Return all measurements as steps of `run_parallel`.
 
     Args:
-        every: the runs of each seed.
+        seed_runs: the runs of each seed.
         fractions: fractions of the answers of easy-VQA.
-        tasks_alone: tasks of pre-training whose runs of their own are measured, of the first seed.
+        tasks_alone: tasks of pre-training whose separate runs are measured, with the first seed.
     """
     steps: list[tuple[object, ...]] = []
-    for evaluation in (Evaluation(runs=runs) for runs in every):
-        others = evaluation.runs.size.other_fractions
+    for evaluation in (Evaluation(runs=runs) for runs in seed_runs):
+        other_fractions = evaluation.runs.size.other_fractions
         steps += [(evaluation.measure, name) for name in MEASURED]
-        steps += [(evaluation.test, ZERO_SHOT, data, 0) for data in (EASY_VQA, *others)]
-        asked = [*((EASY_VQA, fraction) for fraction in fractions), *others.items()]
-        steps += [(evaluation.test, model, *question) for question in asked for model in MODELS[question[0]]]
+        steps += [(evaluation.test, ZERO_SHOT, data, 0) for data in (EASY_VQA, *other_fractions)]
+
+        questions = [*((EASY_VQA, fraction) for fraction in fractions), *other_fractions.items()]
+        steps += [(evaluation.test, model, *question) for question in questions for model in MODELS[question[0]]]
         steps += [(evaluation.test_letters, model) for model in MODELS[LETTERS]]
-    first = Evaluation(runs=every[0])
+
+    first = Evaluation(runs=seed_runs[0])
     return steps + [
         (first.measure, name, run_alone(measure.task))
         for name, measure in MEASURED.items()

@@ -1,4 +1,4 @@
-"""The page of one likelihood for every task: tables over seeds, curves, and images with what runs say about them."""
+"""The page of the pipeline: tables over seeds, curves, and images with predictions of the runs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipelines.uniperceiver.measures import BLIND_ANSWERS, MEASURED, MODELS, ZER
 from pipelines.uniperceiver.runs import NEVER, PRETRAINED, TUNINGS, question_name, run_alone
 from pipelines.uniperceiver.tables import EASY_VQA, EMOJI, FASHION, LETTERS
 
-TITLE = "One likelihood for every task on cached features"
+TITLE = "One network for every task on cached features"
 CREDIT = (
     "Drawings: OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0. Recorded letters: "
     "Allison Smith, from Asterisk's core sounds (Debian package asterisk-core-sounds-en-g722), CC BY-SA 3.0; KLettres "
@@ -33,7 +33,7 @@ NOTES = (
 
 
 class Column(NamedTuple):
-    """A column of a table of models: a metric, or that of a control."""
+    """A column of a table of models: a metric, of the model or of a control."""
 
     title: str
     measure: str
@@ -70,7 +70,7 @@ def write_pages(
     folder: Path,
     results: Results,
     fractions: Sequence[float],
-    others: Mapping[str, float],
+    other_fractions: Mapping[str, float],
     images: Sequence[ShownImage] = (),
 ) -> None:
     """Write `uniperceiver.html`, and `uniperceiver.md` with its figures, into the folder.
@@ -79,10 +79,10 @@ def write_pages(
         folder: folder of the pages.
         results: results of all seeds.
         fractions: fractions of the answers of easy-VQA.
-        others: other downstream data -> its fraction.
-        images: images with what runs say about them.
+        other_fractions: other downstream data -> its fraction.
+        images: images with predictions of the runs.
     """
-    parts = _parts(results, fractions, others)
+    parts = _parts(results, fractions, other_fractions)
     if images:
         note = (
             "Test images of the world of shapes, then of easy-VQA. Bars are probabilities of classes, all 40 of the "
@@ -90,70 +90,70 @@ def write_pages(
             f"every shape. Questions are answered after tuning prompts on {100 * min(fractions):g} % of the answers."
         )
         parts.append(Part("What the runs say about images", [note], figure=image_figure(images), name="images"))
+
     pages.write_pages(folder / "uniperceiver", TITLE, parts, notes=NOTES, credit=CREDIT)
 
 
 def title_of(data: str, fraction: float) -> str:
-    """Return the title of the table of models that are tuned on a fraction of some downstream data."""
+    """Return the title of the table of models that are tuned on a fraction of downstream data."""
     if data == LETTERS:
         return "Letters of unknown speakers"
     return f"{data} with {100 * fraction:g} % of its training examples"
 
 
 def novel_table(results: Results, data: str, fraction: float) -> Table:
-    """Return the results of all models that have a fraction of some downstream data, in percent."""
+    """Return the results of all models that are trained on a fraction of downstream data, in percent."""
     return model_table(results, data, fraction, MODELS[data], COLUMNS[data])
 
 
 def answer_curves(results: Results, fractions: Sequence[float]) -> Figure:
     """Draw the accuracy of each model on easy-VQA, on all and on two kinds of questions, by the fraction of answers.
 
-    With none, models that start from the pre-trained run are that run, and others have no accuracy.
+    At 0 %, models that start from the pre-trained run are that run, and others have no accuracy.
     """
     places = sorted({0, *fractions})
 
     def line(model: str, measure: str) -> list[Estimate | None]:
         is_pretrained = model in TUNINGS and TUNINGS[model].start == PRETRAINED
-        asked = [
-            (ZERO_SHOT if is_pretrained and not place else model, question_name(EASY_VQA, place)) for place in places
-        ]
-        return [
-            results.estimate(name, question, measure) if name in results.models(question) else None
-            for name, question in asked
-        ]
+        estimates: list[Estimate | None] = []
+        for place in places:
+            name = ZERO_SHOT if is_pretrained and not place else model
+            question = question_name(EASY_VQA, place)
+            is_measured = name in results.models(question)
+            estimates.append(results.estimate(name, question, measure) if is_measured else None)
+        return estimates
 
     panels = {"all questions": "accuracy", "open": "accuracy: open", "yes-no": "accuracy: yes-no"}
-    return estimate_curves(
-        {
-            title: Curves(
-                [f"{100 * place:g} %" for place in places],
-                {model: line(model, measure) for model in MODELS[EASY_VQA]},
-            )
-            for title, measure in panels.items()
-        },
-        x="fraction of the training answers",
-        y="accuracy",
-        controls=[BLIND_ANSWERS, *(model for model, tuning in TUNINGS.items() if tuning.start == NEVER)],
-    )
+    labels = [f"{100 * place:g} %" for place in places]
+    curves = {}
+    for title, measure in panels.items():
+        curves[title] = Curves(labels, {model: line(model, measure) for model in MODELS[EASY_VQA]})
+
+    controls = [BLIND_ANSWERS, *(model for model, tuning in TUNINGS.items() if tuning.start == NEVER)]
+    return estimate_curves(curves, x="fraction of the training answers", y="accuracy", controls=controls)
 
 
-def _parts(results: Results, fractions: Sequence[float], others: Mapping[str, float]) -> list[Part]:
+def _parts(results: Results, fractions: Sequence[float], other_fractions: Mapping[str, float]) -> list[Part]:
     """Return the sections with tables, and the curves."""
     questions = list(MEASURED)
     seeds = [result.seed for result in results.seeds(PRETRAINED, questions[0])]
+
     averaged = (
         f"Seed {seeds[0]} alone, with 95% intervals over items."
         if len(seeds) == 1
         else f"Means over the seeds {', '.join(map(str, seeds))}, with 95% intervals over seeds and items."
     )
+
     parts = [Part("Tasks of pre-training", [averaged], pretraining_table(results, questions))]
-    for data, fraction in [*((EASY_VQA, fraction) for fraction in fractions), *others.items(), (LETTERS, 1)]:
+    for data, fraction in [*((EASY_VQA, fraction) for fraction in fractions), *other_fractions.items(), (LETTERS, 1)]:
         question = question_name(data, fraction)
         result = results.seeds(MODELS[data][0], question)[0]
-        about = f"{result.num_trained:,} examples to train on, {result.num_examples:,} to test."
-        parts.append(Part(title_of(data, fraction), [averaged, about], novel_table(results, data, fraction)))
+        counts = f"{result.num_trained:,} examples to train on, {result.num_examples:,} to test."
+        parts.append(Part(title_of(data, fraction), [averaged, counts], novel_table(results, data, fraction)))
+
     curves = answer_curves(results, fractions)
     parts.insert(1, Part("easy-VQA by the fraction of answers", [averaged], figure=curves, name="curves"))
+
     tasks_alone = {name: run_alone(measure.task) for name, measure in MEASURED.items()}
     columns, rows = interference_table(results, tasks_alone)
     if rows:
@@ -163,14 +163,15 @@ def _parts(results: Results, fractions: Sequence[float], others: Mapping[str, fl
 
 
 def pretraining_table(results: Results, questions: Sequence[str]) -> Table:
-    """Return each metric of the pre-trained run beside its controls and chance, in percent."""
+    """Return each metric of the pre-trained run with its controls and chance, in percent."""
     columns = ["in %", PRETRAINED, "control", "chance", "examples"]
+
     rows = []
     for question in questions:
         first = results.seeds(PRETRAINED, question)[0]
         for measure in first.measures:
             controls = {name: results.estimate(PRETRAINED, question, measure, control=name) for name in first.controls}
-            shown = [f"{name}: {100 * found.value:.1f}" for name, found in controls.items() if found is not None]
+            shown = [f"{name}: {100 * value.value:.1f}" for name, value in controls.items() if value is not None]
             chance = first.chance.get(measure)
             rows.append([
                 f"{question}: {measure}",
@@ -185,17 +186,19 @@ def pretraining_table(results: Results, questions: Sequence[str]) -> Table:
 def model_table(
     results: Results, data: str, fraction: float, models: Sequence[str], columns: Sequence[Column]
 ) -> Table:
-    """Return what models do with a fraction of some data, in percent; the first row has none of it, the last is chance.
+    """Return the results of models, in percent, after the untuned pre-trained run in the first row and before chance.
 
     Models without results are left out.
     """
     rows: list[list[str]] = []
     chance: dict[str, float] = {}
-    for question, model in [(question_name(data, 0), ZERO_SHOT), *((question_name(data, fraction), m) for m in models)]:
+    models_of_rows = [(question_name(data, 0), ZERO_SHOT), *((question_name(data, fraction), name) for name in models)]
+    for question, model in models_of_rows:
         if model in results.models(question):
             cells = [results.estimate(model, question, name, control=control) for _, name, control in columns]
             rows.append([model, *map(_percent, cells)])
             chance |= results.seeds(model, question)[0].chance
+
     values = [chance.get(name) if control is None else None for _, name, control in columns]
     if any(value is not None for value in values):
         rows.append(["chance", *("" if value is None else f"{100 * value:.1f}" for value in values)])
@@ -203,19 +206,22 @@ def model_table(
 
 
 def interference_table(results: Results, questions: Mapping[str, str]) -> Table:
-    """Return each metric of the run of all tasks, beside that of the run of its own task alone, in percent.
+    """Compare each metric of the run of all tasks with the run of that task only, in percent.
 
     Args:
-        questions: question -> model that was trained on its task alone; those without results are left out.
+        questions: question -> model that was trained only on its task. Models without results are left out.
     """
     rows = []
-    for question, alone in questions.items():
-        if alone not in results.models(question):
+    for question, model in questions.items():
+        if model not in results.models(question):
             continue
-        result = results.seeds(alone, question)[0]
-        together = next(found for found in results.seeds(PRETRAINED, question) if found.seed == result.seed)
+        result = results.seeds(model, question)[0]
+
+        # The ablation has one seed, so it is compared with the same seed of the joint run.
+        together = next(item for item in results.seeds(PRETRAINED, question) if item.seed == result.seed)
+
         for measure, values in result.measures.items():
-            pair = [found.estimate() for found in (together.measures[measure], values)]
+            pair = [metric.estimate() for metric in (together.measures[measure], values)]
             rows.append([f"{question}: {measure}", *map(_percent, pair)])
     return ["in %", "all tasks together", "one task alone"], rows
 

@@ -1,6 +1,6 @@
-"""Runs of one likelihood for every task: pre-training, tuning on downstream data, and adapters of recordings.
+"""Runs of the pipeline: pre-training, tuning on downstream data, and audio adapters.
 
-Every run that is finished is reused.
+Finished runs are reused.
 """
 
 from collections import Counter
@@ -16,13 +16,14 @@ from pipelines.results import file_name
 from pipelines.uniperceiver.data import Data
 from pipelines.uniperceiver.tables import EASY_VQA, LETTERS, Size, Tables
 from pipelines.uniperceiver.tasks import ExampleTask
-from pipelines.uniperceiver.training import Recipe, TaskMixture, start_from, train_likelihood
+from pipelines.uniperceiver.training import Recipe, TaskMixture, start_from, train_multitask
 
-PRETRAINED, NEVER = "pre-trained", "never pre-trained"
+PRETRAINED = "pre-trained"
+NEVER = "never pre-trained"
 
 
 class Tuning(NamedTuple):
-    """How a run is tuned: the run that it starts from, the parts that are trained, and what they are called."""
+    """A tuning: the run that it starts from, the parts that are trained, and the name of their settings."""
 
     start: str
     trainable: str
@@ -34,23 +35,23 @@ TUNINGS: Mapping[str, Tuning] = {
     "all weights": Tuning(PRETRAINED, "shared+image+scales", "all"),
     "prompts, never pre-trained": Tuning(NEVER, "prompts+norms+scales", "prompts"),
 }
-"""Model -> how it is tuned on images."""
+"""Model -> its tuning on images."""
 ADAPTERS: Mapping[str, Tuning] = {
     "new adapter": Tuning(PRETRAINED, "audio+scale-classify", "adapter"),
     "new adapter, never pre-trained": Tuning(NEVER, "audio+scale-classify", "adapter"),
 }
-"""Model -> how it is tuned on recordings, a modality that pre-training has never seen."""
+"""Model -> its tuning on audio, a modality that pre-training has never seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """The runs of one seed and what they read.
+    """The runs of one seed and their data.
 
     Args:
         folder: folder of the runs.
         data: the caches and tables of examples.
-        seed: seed of all trainings and of the draws of examples. The items of others are the same for all seeds.
-        size: how much of everything.
+        seed: seed of all trainings and of the draws of examples. The shuffled items are the same for all seeds.
+        size: sizes of data, network and training.
     """
 
     folder: Path
@@ -74,18 +75,22 @@ class Runs:
     def count_steps(self) -> dict[str, int]:
         """Return how often each task is drawn in pre-training."""
         tasks = self.tables.pretraining()
-        each = self.size.steps_per_epoch
-        mixture = TaskMixture([task.weight for task in tasks], num_steps=each, seed=self.seed)
-        drawn = Counter(step.number for epoch in range(self.size.steps // each) for step in mixture.epoch(epoch))
-        return {task.name: drawn[number] for number, task in enumerate(tasks)}
+        steps_per_epoch = self.size.steps_per_epoch
+
+        # Drawn as in training, so that the count is exact.
+        mixture = TaskMixture([task.weight for task in tasks], num_steps=steps_per_epoch, seed=self.seed)
+        counts = Counter(
+            step.number for epoch in range(self.size.steps // steps_per_epoch) for step in mixture.epoch(epoch)
+        )
+        return {task.name: counts[number] for number, task in enumerate(tasks)}
 
     def pretrain_alone(self, name: str, *, progress: Progress | None = None) -> None:
-        """Train one task alone, with its own batches as often as among all."""
+        """Train one task only, on as many of its batches as in pre-training."""
         tasks = [task for task in self.tables.pretraining() if task.name == name]
         self._pretrain(run_alone(name), tasks, self.count_steps()[name], progress)
 
     def train_controls(self, fractions: Sequence[float], *, progress: Progress | None = None) -> None:
-        """Tune what was never pre-trained: it does not wait for pre-training."""
+        """Tune the network that was never pre-trained, which does not have to wait for pre-training."""
         self._pretrain(NEVER, self.tables.pretraining(), 0, progress)
         for step, *arguments in tuning_steps([self], fractions, start=NEVER):
             step(*arguments, progress=progress)  # type: ignore[operator]
@@ -96,17 +101,20 @@ class Runs:
         self._tune(TUNINGS[model], tasks, tuned_run(model, data, fraction), self.size.tuning_steps[data], progress)
 
     def adapt(self, model: str, speaker: str, *, progress: Progress | None = None) -> None:
-        """Train the adapter of recordings on the letters of all speakers but one. The last epoch is kept."""
-        others = [name for name in self.tables.speakers() if name != speaker]
-        name, steps = adapted_run(model, speaker), self.size.tuning_steps[LETTERS]
-        self._tune(ADAPTERS[model], [self.tables.letters(*others)], name, steps, progress, num_epochs=1)
+        """Train the audio adapter on the letters of all speakers but one. The last epoch is kept."""
+        speakers = [name for name in self.tables.speakers() if name != speaker]
+        name = adapted_run(model, speaker)
+        steps = self.size.tuning_steps[LETTERS]
+        self._tune(ADAPTERS[model], [self.tables.letters(*speakers)], name, steps, progress, num_epochs=1)
 
     def _pretrain(self, name: str, tasks: Sequence[ExampleTask], steps: int, progress: Progress | None) -> None:
+        # Whole epochs, as the best of them is chosen by validation.
         epochs = max(1, round(steps / self.size.steps_per_epoch)) if steps else 0
-        each = round(steps / epochs) if epochs else self.size.steps_per_epoch
-        recipe = Recipe(model=self.size.model, steps_per_epoch=each)
+        steps_per_epoch = round(steps / epochs) if epochs else self.size.steps_per_epoch
+
+        recipe = Recipe(model=self.size.model, steps_per_epoch=steps_per_epoch)
         settings = self._settings(epochs, self.size.lr)
-        train_likelihood(tasks, self.tables.words, self.path(name), recipe, settings, progress=progress)
+        train_multitask(tasks, self.tables.words, self.path(name), recipe, settings, progress=progress)
 
     def _tune(
         self,
@@ -119,14 +127,16 @@ class Runs:
         num_epochs: int | None = None,
     ) -> None:
         epochs = num_epochs or max(1, steps // self.size.steps_per_epoch)
+
         recipe, parts = start_from(
             self.path(tuning.start),
             trainable=tuning.trainable,
             num_prompts=self.size.num_prompts if tuning.weights == "prompts" else 0,
             steps_per_epoch=steps // epochs,
         )
+
         settings = self._settings(epochs, self.size.tuning_lr[tuning.weights], parts)
-        train_likelihood(tasks, self.tables.words, self.path(name), recipe, settings, progress=progress)
+        train_multitask(tasks, self.tables.words, self.path(name), recipe, settings, progress=progress)
 
     def _settings(self, epochs: int, lr: float, parts: PartSettings | None = None) -> FitSettings:
         return FitSettings(
@@ -143,12 +153,12 @@ def question_name(data: str, fraction: float) -> str:
 
 
 def tuned_run(model: str, data: str, fraction: float) -> str:
-    """Return the name of the run of a model that was tuned on a fraction of some data."""
+    """Return the name of the run of a model that was tuned on a fraction of downstream data."""
     return f"{model} {question_name(data, fraction)}"
 
 
 def adapted_run(model: str, speaker: str) -> str:
-    """Return the name of the run of a model whose adapter has not heard a speaker."""
+    """Return the name of the run of a model whose adapter was trained without a speaker."""
     return f"{model} without {speaker}"
 
 
@@ -158,20 +168,21 @@ def run_alone(task: str) -> str:
 
 
 def tuning_steps(
-    every: Sequence[Runs], fractions: Sequence[float], *, start: str = PRETRAINED
+    seed_runs: Sequence[Runs], fractions: Sequence[float], *, start: str = PRETRAINED
 ) -> list[tuple[object, ...]]:
     """Return all tunings of the run `start` of each seed as steps of `run_parallel`.
 
     Args:
-        every: the runs of each seed.
+        seed_runs: the runs of each seed.
         fractions: fractions of the answers of easy-VQA.
-        start: the run that is tuned.
+        start: name of the run that is tuned.
     """
     steps: list[tuple[object, ...]] = []
-    for runs in every:
-        asked = [*((EASY_VQA, fraction) for fraction in fractions), *runs.size.other_fractions.items()]
+    for runs in seed_runs:
+        questions = [*((EASY_VQA, fraction) for fraction in fractions), *runs.size.other_fractions.items()]
         models = [model for model, tuning in TUNINGS.items() if tuning.start == start]
         adapters = [model for model, tuning in ADAPTERS.items() if tuning.start == start]
-        steps += [(runs.tune, model, *question) for question in asked for model in models]
+
+        steps += [(runs.tune, model, *question) for question in questions for model in models]
         steps += [(runs.adapt, model, speaker) for model in adapters for speaker in runs.tables.speakers()]
     return steps

@@ -1,4 +1,4 @@
-"""Tasks of one likelihood on the tables of `make_data`: those of pre-training, and those on downstream data.
+"""Tasks on the tables of `make_data`: tasks of pre-training, and tasks on downstream data.
 
 Pre-training has seen neither items nor texts of downstream data:
 
@@ -7,7 +7,7 @@ Pre-training has seen neither items nor texts of downstream data:
 | `EASY_VQA` | questions about images | prompts, or all weights |
 | `FASHION` | a new set of labels | prompts, or all weights |
 | `EMOJI` | retrieval and captions of drawings | prompts, or all weights |
-| `LETTERS` | recorded letters, by their names | the adapter of a new modality |
+| `LETTERS` | letters as audio, by their names | the adapter of a new modality |
 """
 
 from collections.abc import Mapping
@@ -29,15 +29,18 @@ from pipelines.worlds import easy_vqa, shapes
 from pipelines.worlds.examples import draw_examples, in_split
 from pipelines.worlds.label_sets import draw_labels
 
-EASY_VQA, FASHION, EMOJI, LETTERS = "easy-VQA", "Fashion-MNIST", "OpenMoji", "letters"
+EASY_VQA = "easy-VQA"
+FASHION = "Fashion-MNIST"
+EMOJI = "OpenMoji"
+LETTERS = "letters"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much of everything.
+    """Sizes of data, network, training and tests.
 
     Args:
-        data: how much data.
+        data: sizes of the data.
         model: sizes of the network, see `SharedNetwork`.
         steps: steps of pre-training.
         tuning_steps: data -> steps of each tuning on it.
@@ -48,7 +51,7 @@ class Size:
         batch_size: task -> examples per batch.
         num_items: images of the tests of retrieval and captions of shapes.
         num_shown: images of shapes, and of easy-VQA, that the page shows.
-        fractions: fractions of the answers of easy-VQA to tune on, unless others are asked for.
+        fractions: fractions of the answers of easy-VQA to tune on, by default.
         other_fractions: other data -> fraction of its labels or captions to tune on.
     """
 
@@ -100,7 +103,7 @@ TINY = Size(
 
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """The tables of examples with the items and words that they are about.
+    """The tables of examples with their items and words.
 
     Args:
         data: the caches and tables.
@@ -127,21 +130,21 @@ class Tables:
         return self._opened[cache_name]
 
     def open(self, table: pa.Table, cache_name: str | None) -> TaskExamples:
-        """Open a table about the items of a cache; None: about texts alone."""
+        """Open a table about the items of a cache, or only about texts if `cache_name` is None."""
         media = None if cache_name is None else self.media(cache_name)
         return open_examples(table, self.words.vocabulary, media=media)
 
     def pretraining(self) -> list[ExampleTask]:
         """Return the tasks that train together.
 
-        Statements of what an image has or lacks teach to compare an image with a text: the word that is left out, such
-        as `no`, `lacks` or `true`, depends on whether both agree. No other task asks that, and without statements
-        answers by yes or no ignore the image. They need the largest weight: their accuracy stays at that of chance for
-        about a thousand steps.
+        Statements about what an image has or lacks teach the network to compare an image with a text: the missing word,
+        such as `no`, `lacks` or `true`, depends on whether both agree. No other task teaches that; without statements,
+        answers by yes or no ignore the image. Statements have the largest weight because their accuracy stays at chance
+        for about a thousand steps.
         """
-        seen = sorted(set(shapes.class_names()) - set(shapes.unseen_class_names()))
+        class_names = sorted(set(shapes.class_names()) - set(shapes.unseen_class_names()))
         return [
-            self._task("classify", "classify", "shapes-classes", weight=1.0, candidates=tuple(seen)),
+            self._task("classify", "classify", "shapes-classes", weight=1.0, candidates=tuple(class_names)),
             self._task("retrieve", "retrieve", "shapes-captions", weight=1.0),
             self._task("caption", "caption", "shapes-captions", weight=2.0),
             self._task("masked", "masked", "shapes-captions", weight=1.0),
@@ -167,22 +170,25 @@ class Tables:
 
         Args:
             data: `EASY_VQA`, `FASHION` or `EMOJI`.
-            fraction: fraction of the training answers, labels or captions, of the first two of those that are
-                published; None: validation in place of training, where neither is used.
+            fraction: fraction of the training answers, labels or captions. If None, the validation examples take their
+                place, for callers that need only the candidates.
             seed: seed of the draw.
         """
         source = _DOWNSTREAM[data]
         table = self._table(data)
+
         valid = in_split(table, "valid")
-        drawn = valid if fraction is None else source.draw(table, fraction, seed=seed)
-        make = partial(ExampleTask, train=self.open(drawn, source.cache), validation=self.open(valid, source.cache))
+        train = valid if fraction is None else source.draw(table, fraction, seed=seed)
+        make = partial(ExampleTask, train=self.open(train, source.cache), validation=self.open(valid, source.cache))
+
         if data == EMOJI:
-            words = tuple(list_words(table["target"]))  # those of the test, too: some are in no other caption
+            words = tuple(list_words(table["target"]))  # also words of the test: some are in no other caption
             sizes = self.size.batch_size
             return (
                 make(name="retrieve", kind="retrieve", batch_size=sizes["retrieve"]),
                 make(name="caption", kind="caption", batch_size=sizes["caption"], candidates=words),
             )
+
         kind: Kind = "answer" if data == EASY_VQA else "classify"
         size = self.size.batch_size["answer" if data == EASY_VQA else "label"]
         names = tuple(self.data.distinct(source.table))
@@ -196,12 +202,14 @@ class Tables:
         table = in_split(self._table(data), "test")
         groups: dict[str, Bools] = {}
         if data == EASY_VQA:
+            # Open questions cannot be guessed as well as those by yes or no.
             kinds = np.array(table["kind"].to_pylist())
             groups = {
                 "open": np.isin(kinds, easy_vqa.OPEN_KINDS),
                 "yes-no": kinds == "yes-no",
                 "negated": kinds == "negated",
             }
+
         examples = self.open(table, _DOWNSTREAM[data].cache)
         return examples, {name: is_in_N for name, is_in_N in groups.items() if is_in_N.any()}
 
@@ -215,7 +223,7 @@ class Tables:
     def letters(self, *speakers: str) -> ExampleTask:
         """Return the classification of letters that some people recorded.
 
-        Validation has the same examples: there are too few voices to spare one.
+        Validation has the same examples: there are too few speakers to leave one out.
         """
         examples = self.open(in_split(self.data.examples("letters-classes"), *speakers), "letters")
         return ExampleTask(
@@ -239,9 +247,12 @@ class Tables:
         With `is_listed` it is the shortest one, so that images of the same shapes have the same text.
         """
         table = in_split(self.data.examples("shapes-captions"), "test")
+
         order = np.random.default_rng(0).permutation(len(table))
         if is_listed:
             order = np.array(pc.array_sort_indices(pc.utf8_length(table["target"].combine_chunks())))
+
+        # `unique` keeps the first caption of each image in the order.
         _, first = np.unique(np.array(table["key"].to_pylist())[order], return_index=True)
         return self.open(table.take(pa.array(order[first[: self.size.num_items]])), "shapes")
 
@@ -266,7 +277,7 @@ class _Draw(Protocol):
 
 
 class _Downstream(NamedTuple):
-    """Where the examples of downstream data are, and how a fraction of the training ones is drawn."""
+    """Table and cache of downstream data, and the function that draws a fraction of its training examples."""
 
     table: str
     cache: str

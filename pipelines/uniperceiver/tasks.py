@@ -1,17 +1,17 @@
-"""Tasks of one likelihood: what is read, what it is compared with, and which of that is right, batch by batch.
+"""Tasks of the shared network: their inputs, candidates and positives, batch by batch.
 
 | kind | input | read at | candidates |
 | --- | --- | --- | --- |
 | `classify` | items | SPE | class names |
-| `answer` | items and a text with a blank, or a text alone | the blank | answers, labels of texts |
+| `answer` | items and a text with a blank, or only a text | the blank | answers, labels of texts |
 | `retrieve` | items, and texts in turn | SPE | texts, and items, of the batch |
-| `caption` | items and the words before | a blank after each word | words of the captions, and the end |
-| `masked` | items and a text with words left out, or a text alone | these blanks | words of the texts |
+| `caption` | items and the earlier words | a blank after each word | words of the captions, and the end |
+| `masked` | items and a text with words left out, or only a text | these blanks | words of the texts |
 
-Candidates pass the whole network in each step, words too, each as a text of one word: so a word as an answer has the
-representation that it has as the next word of a caption. If there are more than `max_candidates`, a step uses those of
-its batch and others at random, weighted such that the loss is that of all in the mean, see `draw_candidates`;
-validation compares with all.
+Candidates pass the whole network in each step. A word passes it as a text of one word, so that it has the same
+representation as an answer and as the next word of a caption. If there are more than `max_candidates`, a step uses the
+positives of its batch and random negatives, weighted so that the expected loss is that of all candidates (see
+`draw_candidates`). Validation compares with all candidates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,16 +40,16 @@ _BLOCK_WORDS = 2048
 
 
 class TaskTargets(NamedTuple):
-    """What a batch of one task is compared with, on the device; its inputs are the tokens of the batch.
+    """Texts, candidates and positives of a batch of one task, on the device. The tokens are its inputs.
 
     Args:
         kind: kind of the task.
-        words: words of the inputs; None: none.
-        read: where inputs are read; `next`: after each word, in two streams.
+        words: words of the inputs, or None.
+        read: positions at which inputs are read. `next` is after each word, in two streams.
         candidates: words of the candidates.
-        positives: positions of inputs that were read, and of candidates, that belong together.
-        is_read: of `next`, (B, L + 1) bool, which blanks have a target.
-        log_weights_C: (C,) log-weights of the candidates, None: 0.
+        positives: numbers of read positions and of candidates that belong together.
+        is_read: for `next`, (B, L + 1) bool, whether a blank has a target.
+        log_weights_C: (C,) log-weights of the candidates (all 0 if None).
         is_symmetric: whether candidates are also compared with inputs, as in retrieval.
     """
 
@@ -64,12 +64,12 @@ class TaskTargets(NamedTuple):
 
 
 class InputTexts(NamedTuple):
-    """Texts of inputs, and the candidates that belong to the M places where they are read.
+    """Texts of inputs, and the candidates of the M positions at which they are read.
 
     Args:
-        words: words of each input; None: they have none.
+        words: words of each input, or None.
         targets_M: (M,) int64, number of the candidate; -1 if the right word is not a candidate.
-        is_read: of captions, (B, L + 1) bool, after which words they are read.
+        is_read: for captions, (B, L + 1) bool, whether a word is followed by a read position.
     """
 
     words: WordLists | None
@@ -83,12 +83,12 @@ class ExampleTask:
 
     Args:
         name: its name, without spaces and dots.
-        kind: see the table of the module. Tasks of one kind share the scale of their likelihood.
+        kind: see the table of the module. Tasks of one kind share a scale.
         train: examples to learn from.
-        validation: examples to be measured on, of which at most `max_validation`, evenly spaced, are used.
-        candidates: class names or answers, or the words of `caption` and `masked`; None: the distinct targets of
-            `train`, in alphabetical order, or their words.
-        weight: how often it is drawn, relative to other tasks.
+        validation: examples to validate on. At most `max_validation`, evenly spaced, are used.
+        candidates: class names or answers, or the words of `caption` and `masked`. If None, the distinct targets of
+            `train` in alphabetical order, or their words.
+        weight: frequency of its batches, relative to other tasks.
         batch_size: examples per batch.
         max_candidates: most candidates per step; validation compares with all.
         masked: fraction of the words of a text that are left out, at least one.
@@ -115,10 +115,12 @@ class ExampleTask:
 
     @cached_property
     def candidate_words(self) -> WordLists:
-        """The words of all candidates: of names, or single ones, the end first."""
-        vocabulary, what = self.train.vocabulary, f"{self.name}: candidates"
+        """The words of all candidates: of names, or single words with the end first."""
+        vocabulary = self.train.vocabulary
+        what = f"{self.name}: candidates"
         if self.names:
             return vocabulary.require_known(self.names, what)
+
         texts = self.train.target_words if self.candidates is None else vocabulary.require_known(self.candidates, what)
         return single_words(texts.numbers_M[texts.numbers_M >= NUM_SPECIAL])
 
@@ -130,23 +132,20 @@ class ExampleTask:
         return place_V
 
     def describe(self) -> Mapping[str, object]:
-        """Return all that decides the batches, as JSON values."""
+        """Return everything that decides the batches, as JSON values."""
         names = ("name", "kind", "weight", "batch_size", "max_candidates", "masked", "max_validation")
         digests = {"train": self.train.digest, "validation": self.validation.digest}
-        return (
-            {name: getattr(self, name) for name in names}
-            | digests
-            | {"candidates": list(self.candidates or self.names)}
-        )
+        settings = {name: getattr(self, name) for name in names}
+        return {**settings, **digests, "candidates": list(self.candidates or self.names)}
 
     def draw(self, rng: np.random.Generator, *, device: str) -> Batch:
-        """Draw a batch of different examples."""
+        """Draw a batch of distinct examples."""
         count = min(self.batch_size, len(self.train))
         positions_B = rng.choice(len(self.train), size=count, replace=False)
         return self.load(self.train.take(positions_B), rng, device=device)
 
     def load(self, examples: TaskExamples, rng: np.random.Generator | None, *, device: str) -> Batch:
-        """Return examples as a batch; without a generator all candidates are used, and masks are always the same."""
+        """Return examples as a batch; without a generator, all candidates are used and the masks are fixed."""
         if self.kind == "retrieve":
             return self._load_pairs(examples, device)
 
@@ -156,6 +155,7 @@ class ExampleTask:
         num_candidates = self.candidate_words.num_texts
         limit = num_candidates if rng is None else self.max_candidates
         sample = draw_candidates(num_candidates, targets_M, limit=limit, rng=draws)
+
         log_weights_C = sample.log_weights_C
         targets = TaskTargets(
             kind=self.kind,
@@ -169,7 +169,7 @@ class ExampleTask:
         return _batch(examples, examples.rows_N, targets, device)
 
     def read_texts(self, examples: TaskExamples, rng: np.random.Generator, *, is_training: bool) -> InputTexts:
-        """Return the texts of inputs, and the candidates that belong to the places where they are read."""
+        """Return the texts of inputs, and the candidates of the positions at which they are read."""
         if self.kind == "classify":
             return InputTexts(None, self._target_positions(examples))
         if self.kind == "answer":
@@ -182,45 +182,49 @@ class ExampleTask:
         return InputTexts(*self._mask(words, rng))
 
     def _load_pairs(self, examples: TaskExamples, device: str) -> Batch:
-        """Return the distinct items and the distinct texts of a batch; pairs of both are positives."""
+        """Return the distinct items and the distinct texts of a batch; their pairs are positives."""
         assert examples.rows_N is not None
-        rows_B, which_row_B = np.unique(examples.rows_N, return_inverse=True)
-        targets_C, which_target_B = np.unique(examples.target_N, return_inverse=True)
-        pairs_E = distinct(which_row_B * len(targets_C) + which_target_B)
-        of_item_E, of_text_E = np.divmod(pairs_E, len(targets_C))
+        rows_B, item_B = np.unique(examples.rows_N, return_inverse=True)
+        targets_C, text_B = np.unique(examples.target_N, return_inverse=True)
+
+        # An item and a text that occur twice together in the batch are one pair.
+        pairs_E = distinct(item_B * len(targets_C) + text_B)
+        item_E, text_E = np.divmod(pairs_E, len(targets_C))
+
         targets = TaskTargets(
             kind=self.kind,
             words=None,
             read="task",
             candidates=load_words(examples.target_words.take(targets_C), device=device),
-            positives=(to_device(of_item_E, device), to_device(of_text_E, device)),
+            positives=(to_device(item_E, device), to_device(text_E, device)),
             is_symmetric=True,
         )
         return _batch(examples, rows_B, targets, device)
 
     def _target_positions(self, examples: TaskExamples) -> Ints:
-        """Return the number of the candidate of each example.
+        """Return the candidate number of each example.
 
         Raises:
             DataError: a target is not a candidate.
         """
         places = {name: number for number, name in enumerate(self.names)}
-        numbers_U, which_N = np.unique(examples.target_N, return_inverse=True)
+        numbers_U, target_N = np.unique(examples.target_N, return_inverse=True)
         targets = examples.targets.take(pa.array(numbers_U)).to_pylist()
-        missing = [target for target in targets if target not in places]
-        if missing:
-            raise DataError(f"{self.name}: expected targets that are candidates, got {missing[0]!r}; pass all of them")
+        unknown = [target for target in targets if target not in places]
+        if unknown:
+            raise DataError(f"{self.name}: expected targets that are candidates, got {unknown[0]!r}; pass all of them")
 
         place_U: Ints = np.array([places[target] for target in targets], np.int64)
-        return place_U[which_N]
+        return place_U[target_N]
 
     def _next_words(self, texts: WordLists, *, is_training: bool) -> tuple[Ints, Bools]:
-        """Return the candidate after each prefix, and which prefixes are read; in training, only before a candidate.
+        """Return the candidate after each prefix, and whether each prefix is read.
 
-        In validation, words that are not candidates have the target -1, so that no prediction of them is right.
+        In training, only prefixes before a candidate are read. In validation, words that are not candidates have the
+        target -1, so that no prediction of them is correct.
         """
         numbers_NL, lengths_N = texts.padded()
-        following_NL = np.concatenate([numbers_NL, np.full((len(lengths_N), 1), END)], axis=1)  # padding is END, too
+        following_NL = np.concatenate([numbers_NL, np.full((len(lengths_N), 1), END)], axis=1)  # padding is also END
         place_NL = self._place_V[following_NL]
 
         is_read_NL = np.arange(following_NL.shape[1]) <= lengths_N[:, None]
@@ -229,20 +233,22 @@ class ExampleTask:
         return place_NL[is_read_NL], is_read_NL
 
     def _mask(self, texts: WordLists, rng: np.random.Generator) -> tuple[WordLists, Ints]:
-        """Replace some words of each text, which are candidates, by blanks, and return the candidates."""
+        """Replace some candidate words of each text by blanks, and return these candidates."""
+        # Blanks in the text itself are not to be predicted.
         numbers_M = np.where(texts.numbers_M == BLANK, UNKNOWN, texts.numbers_M)
         place_M = self._place_V[numbers_M]
-        of_text_M = np.repeat(np.arange(texts.num_texts), texts.lengths())
+        text_M = np.repeat(np.arange(texts.num_texts), texts.lengths())
 
+        # At least one word of each text is masked: the one with the lowest draw.
         draws_M = np.where(place_M >= 0, rng.random(len(numbers_M)), np.inf)
         lowest_N = np.full(texts.num_texts, np.inf)
-        np.minimum.at(lowest_N, of_text_M, draws_M)
-        is_masked_M = (draws_M < self.masked) | ((draws_M == lowest_N[of_text_M]) & (draws_M < np.inf))
+        np.minimum.at(lowest_N, text_M, draws_M)
+        is_masked_M = (draws_M < self.masked) | ((draws_M == lowest_N[text_M]) & (draws_M < np.inf))
         return WordLists(np.where(is_masked_M, BLANK, numbers_M), texts.offsets_N), place_M[is_masked_M]
 
     @torch.no_grad()
     def measure(self, network: SharedNetwork, *, device: str) -> dict[str, float]:
-        """Compute accuracy over all candidates, of words for `caption` and `masked`; or R@1 in both directions."""
+        """Compute the accuracy over all candidates (of words for `caption` and `masked`), or R@1 in both directions."""
         examples = self.validation.spread(self.max_validation)
         if self.kind == "retrieve":
             ranks = retrieval_ranks(network, examples, device=device)
@@ -251,7 +257,7 @@ class ExampleTask:
 
 
 def _batch(examples: TaskExamples, rows_B: Ints | None, targets: TaskTargets, device: str) -> Batch:
-    """Return the batch of some examples, which reads these rows."""
+    """Return the batch of examples, with the tokens of these rows."""
     tokens = read_tokens(examples.media, rows_B, device=device)
     return Batch(
         samples=np.arange(len(examples)) if rows_B is None else rows_B,
@@ -288,9 +294,10 @@ def read_inputs(network: SharedNetwork, batch: Batch) -> Tensor:
 
 
 def _examples_of(targets: TaskTargets) -> Ints:
-    """Return the number in its batch of the example of each input that was read."""
+    """Return the example of each position that was read, as a number in its batch."""
     if targets.words is None:
         return np.arange(len(targets.positives[0]))
+
     is_read = targets.is_read
     if is_read is None:
         numbers_BL, lengths_B = targets.words
@@ -302,20 +309,20 @@ def _examples_of(targets: TaskTargets) -> Ints:
 @torch.no_grad()
 def encode_texts(network: SharedNetwork, texts: WordLists, *, device: str) -> Tensor:
     """Encode texts as candidates, in blocks: (N, P)."""
-    parts = [
-        network.encode(words=load_words(texts.take(np.arange(rows.start, rows.stop)), device=device), side="target")
-        for rows in blocks(texts.num_texts, _BLOCK_WORDS)
-    ]
+    parts = []
+    for rows in blocks(texts.num_texts, _BLOCK_WORDS):
+        words = load_words(texts.take(np.arange(rows.start, rows.stop)), device=device)
+        parts.append(network.encode(words=words, side="target"))
     return torch.cat(parts)
 
 
 class Prediction(NamedTuple):
-    """What was predicted for M examples, or for M words of examples.
+    """Predictions for M examples, or for M words of examples.
 
     Args:
-        predicted_M: the best candidate.
-        target_M: the right one.
-        is_correct_M: whether both are the same.
+        predicted_M: best candidate.
+        target_M: target.
+        is_correct_M: whether both are equal.
         example_M: number of the example.
     """
 
@@ -327,53 +334,59 @@ class Prediction(NamedTuple):
 
 @torch.no_grad()
 def predict(task: ExampleTask, network: SharedNetwork, examples: TaskExamples, *, device: str) -> Prediction:
-    """Compare examples of any kind but `retrieve` with all candidates; words are predicted after the true ones."""
+    """Compare examples of any kind but `retrieve` with all candidates. Words follow the true earlier words."""
     network.eval()
     vectors_CP = encode_texts(network, task.candidate_words, device=device)
-    likelihood = network.likelihood(task.kind)
+    classifier = network.classifier(task.kind)
 
-    parts: list[tuple[Ints, Ints, Ints]] = []
+    predicted: list[Ints] = []
+    targets: list[Ints] = []
+    positions: list[Ints] = []
     for rows in blocks(len(examples), _BLOCK_ROWS):
         numbers_B = np.arange(rows.start, rows.stop)
         batch = task.load(examples.take(numbers_B), None, device=device)
-        queries_MP, candidates_CP = likelihood.scaled(read_inputs(network, batch), vectors_CP)
-        best = [
+        queries_MP, candidates_CP = classifier.scaled(read_inputs(network, batch), vectors_CP)
+
+        # In blocks, as a batch of captions has many words, and each has a logit per candidate.
+        predicted += [
             (queries_MP[part] @ candidates_CP.T).argmax(dim=1).cpu().numpy()
             for part in blocks(len(queries_MP), _BLOCK_ROWS)
         ]
-        parts.append(
-            (np.concatenate(best), batch.targets.positives[1].cpu().numpy(), numbers_B[_examples_of(batch.targets)])
-        )
+        targets.append(batch.targets.positives[1].cpu().numpy())
+        positions.append(numbers_B[_examples_of(batch.targets)])
 
-    predicted_M, target_M, example_M = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    predicted_M = np.concatenate(predicted)
+    target_M = np.concatenate(targets)
+    example_M = np.concatenate(positions)
     return Prediction(predicted_M, target_M, predicted_M == target_M, example_M)
 
 
 @torch.no_grad()
 def retrieval_ranks(network: SharedNetwork, examples: TaskExamples, *, device: str) -> dict[str, Ints]:
-    """Compute the rank of the best positive of each item among all distinct texts, and of each text among the items.
+    """Compute the rank of the best positive of each item among all distinct texts, and of each text among all items.
 
-    Texts of several items count once, and belong to all of them.
+    A text of several items counts once and belongs to all of them.
 
     Returns:
-        `item to text` and `text to item` -> (Q,) ranks, 1 is the best.
+        `item to text` and `text to item` -> (Q,) ranks, where 1 is the best.
     """
     network.eval()
     assert examples.rows_N is not None
-    rows_I, which_row_N = np.unique(examples.rows_N, return_inverse=True)
-    targets_T, which_target_N = np.unique(examples.target_N, return_inverse=True)
+    rows_I, item_N = np.unique(examples.rows_N, return_inverse=True)
+    targets_T, text_N = np.unique(examples.target_N, return_inverse=True)
 
     texts = encode_texts(network, examples.target_words.take(targets_T), device=device)
     item_blocks = [
         network.encode(read_tokens(examples.media, rows_I[rows], device=device))
         for rows in blocks(len(rows_I), _BLOCK_ROWS)
     ]
-    scaled = network.likelihood("retrieve").scaled(torch.cat(item_blocks), texts)
-    items_IP, texts_TP = (values.cpu().numpy() for values in scaled)
+    scaled = network.classifier("retrieve").scaled(torch.cat(item_blocks), texts)
+    items_IP = scaled[0].cpu().numpy()
+    texts_TP = scaled[1].cpu().numpy()
 
-    pairs_E = distinct(which_row_N * len(targets_T) + which_target_N)
-    of_item_E, of_text_E = np.divmod(pairs_E, len(targets_T))
+    pairs_E = distinct(item_N * len(targets_T) + text_N)
+    item_E, text_E = np.divmod(pairs_E, len(targets_T))
     return {
-        "item to text": best_ranks(items_IP, texts_TP, (of_item_E, of_text_E)),
-        "text to item": best_ranks(texts_TP, items_IP, (of_text_E, of_item_E)),
+        "item to text": best_ranks(items_IP, texts_TP, (item_E, text_E)),
+        "text to item": best_ranks(texts_TP, items_IP, (text_E, item_E)),
     }

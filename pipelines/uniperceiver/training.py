@@ -1,4 +1,4 @@
-"""Train tasks of one likelihood together, or tune a run by prompts, in all weights, or by a new adapter.
+"""Train several tasks together, or tune a run by prompts, in all weights, or by a new adapter.
 
 Each step uses a batch of one task, drawn by weight. "Uni-Perceiver: Pre-training Unified Architecture for Generic
 Perception for Zero-shot and Few-shot Tasks" (CVPR 2022) on features of frozen encoders.
@@ -34,17 +34,17 @@ _SIZES = ("width", "num_layers", "num_heads", "feed_forward")
 
 
 class DrawnTask(NamedTuple):
-    """The task of a step, and the generator of all that is drawn for its batch."""
+    """The task of a step, and the generator of its batch."""
 
     number: int
     rng: np.random.Generator
 
 
 class TaskMixture:
-    """Steps of an epoch, each of one task: which, and what is in its batch, follows from (seed, epoch, step).
+    """Steps of an epoch, each with one task. Seed, epoch and step decide the task and its batch.
 
     Args:
-        weights: how often each task is drawn.
+        weights: frequency of each task.
         num_steps: steps per epoch.
         seed: seed of the run.
     """
@@ -55,14 +55,15 @@ class TaskMixture:
         self.num_steps = num_steps
 
     def epoch(self, number: int, *, first_step: int = 0) -> Iterator[DrawnTask]:
-        """Iterate over the steps of one epoch, from a step on."""
+        """Iterate over the steps of one epoch, starting at a step."""
         for step in range(first_step, self.num_steps):
+            # A generator per step, so that a resumed run draws the same batches.
             rng = np.random.default_rng([self._seed, number, step])
             yield DrawnTask(int(rng.choice(len(self._chances), p=self._chances)), rng)
 
 
-class LikelihoodObjective(nn.Module):
-    """The negative log-likelihood of the right candidates of a batch, in both directions for retrieval."""
+class MultitaskObjective(nn.Module):
+    """The cross-entropy over the candidates of a batch, in both directions for retrieval."""
 
     def __init__(self, network: SharedNetwork, families: Sequence[str], *, precision: str = "float32") -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class LikelihoodObjective(nn.Module):
 
     def scalars(self) -> dict[str, float]:
         """Return the scale of each family of tasks, to be logged."""
-        return {f"{name} scale": self.network.likelihood(name).scale.item() for name in self._families}
+        return {f"{name} scale": self.network.classifier(name).scale.item() for name in self._families}
 
     def loss(self, batch: Batch) -> Tensor:
         """Compute the loss of a batch of one task, a scalar."""
@@ -81,22 +82,23 @@ class LikelihoodObjective(nn.Module):
             queries_BP = read_inputs(self.network, batch).float()
             vectors_CP = self.network.encode(words=targets.candidates, side="target").float()
 
-        likelihood = self.network.likelihood(targets.kind)
-        scaled = likelihood.scaled(queries_BP, vectors_CP)
+        classifier = self.network.classifier(targets.kind)
+        scaled = classifier.scaled(queries_BP, vectors_CP)
         loss = cross_entropy_over(*scaled, targets.positives, bias_C=targets.log_weights_C)
+
         if targets.is_symmetric:
-            turned = targets.positives[1], targets.positives[0]
-            loss = (loss + cross_entropy_over(*likelihood.scaled(vectors_CP, queries_BP), turned)) / 2
+            reverse = targets.positives[1], targets.positives[0]
+            loss = (loss + cross_entropy_over(*classifier.scaled(vectors_CP, queries_BP), reverse)) / 2
         return loss
 
 
 class MixtureTask:
-    """A `Task` of the training loop: several tasks of one likelihood. The epoch with the best mean score is kept.
+    """A `Task` of the training loop for several tasks. The epoch with the best mean score is kept.
 
     Args:
         network: the network.
         tasks: the tasks.
-        settings: seed and machine; batch sizes are those of the tasks.
+        settings: seed and machine. Batch sizes are set by the tasks.
         num_steps: steps per epoch.
     """
 
@@ -112,18 +114,19 @@ class MixtureTask:
         self.network = network
         self._tasks = tasks
         self._device = device
+
         families = list(dict.fromkeys(task.kind for task in tasks))
-        self.module = LikelihoodObjective(network, families, precision=settings.machine.precision)
+        self.module = MultitaskObjective(network, families, precision=settings.machine.precision)
         self._mixture = TaskMixture([task.weight for task in tasks], num_steps=num_steps, seed=settings.seed)
         self.num_steps = num_steps
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """Iterate over the batches of an epoch, from a step on."""
+        """Iterate over the batches of an epoch, starting at a step."""
         for number, rng in self._mixture.epoch(epoch, first_step=first_step):
             yield self._tasks[number].draw(rng, device=self._device)
 
     def measure(self) -> dict[str, float]:
-        """Compute the validation metrics of all tasks; the score is the mean over tasks of their mean."""
+        """Compute the validation metrics of all tasks; the score is the mean over tasks."""
         measures: dict[str, float] = {}
         scores = []
         for task in self._tasks:
@@ -135,14 +138,14 @@ class MixtureTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings of a run besides its tasks and those of the loop.
+    """Settings of a run besides its tasks and the settings of the loop.
 
     Args:
         model: sizes of `SharedNetwork`: width, num_layers, num_heads, feed_forward.
         num_prompts: prompts per layer, for prompt tuning.
         steps_per_epoch: steps between two validations.
-        modalities: adapters to have besides those of the tasks, as arguments of `SharedNetwork`.
-        families: families of tasks to have besides those of the tasks.
+        modalities: additional adapters besides those of the tasks, as arguments of `SharedNetwork`.
+        families: additional families of tasks.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -152,7 +155,7 @@ class Recipe:
     families: Sequence[str] = ()
 
 
-def train_likelihood(
+def train_multitask(
     tasks: Sequence[ExampleTask],
     words: WordTable,
     run_path: Path,
@@ -161,13 +164,13 @@ def train_likelihood(
     *,
     progress: Progress | None = None,
 ) -> TrainReport:
-    """Train tasks together into a run folder; resumed if interrupted, reused if finished.
+    """Train tasks together into a run folder. An interrupted run is resumed, a finished one reused.
 
-    There are `settings.optimizer.epochs` times `recipe.steps_per_epoch` steps. For prompt tuning, or for a new modality
-    through a new adapter only, see `start_from`.
+    Training has `settings.optimizer.epochs` times `recipe.steps_per_epoch` steps. See `start_from` for prompt tuning
+    and for a new modality.
 
     Raises:
-        DataError: as `train_task`.
+        DataError: as in `train_task`.
         FingerprintError: the folder contains a run with other settings, or features of one modality differ.
     """
     media = _media_of(tasks)
@@ -179,7 +182,10 @@ def train_likelihood(
         "num_prompts": recipe.num_prompts,
         **recipe.model,
     }
+
     inputs = {name: describe_input(item.feature) for name, item in media.items()}
+
+    # The tables decide the run as much as the settings do, so their digests are recorded.
     described = [dict(task.describe()) for task in tasks]
     indexes = [item.cache.info.index_digest for item in _all_media([task.train for task in tasks])]
     info = RunInfo(
@@ -206,12 +212,12 @@ def start_from(
 ) -> tuple[Recipe, PartSettings]:
     """Return the recipe and the parts of a run that starts from a finished one.
 
-    Prompt tuning: `trainable="prompts+norms+scales"`; the transformer and the adapters stay as they are. All weights:
-    `shared+image+scales`. A new modality through a new adapter only: its name, such as `audio`, and `scales` for a new
-    family of tasks.
+    For prompt tuning, `trainable` is `prompts+norms+scales`. The transformer and the adapters do not change then. To
+    tune all weights, it is `shared+image+scales`. To add a modality by a new adapter only, it is the name of the
+    modality, such as `audio`, and `scales` for a new family of tasks.
 
     Args:
-        run_path: the finished run, of `train_likelihood`.
+        run_path: a finished run of `train_multitask`.
         trainable: parts to train.
         num_prompts: prompts per layer.
         steps_per_epoch: steps between two validations.
@@ -224,19 +230,20 @@ def start_from(
         modalities=arguments["modalities"],
         families=arguments["families"],
     )
+
     names = ("shared", *recipe.modalities, *(f"scale-{family}" for family in recipe.families))
     return recipe, PartSettings(init_from=tuple(f"{name}={run_path}" for name in names), trainable=trainable)
 
 
 def sample_tokens(tasks: Sequence[ExampleTask], modality: str) -> Floats:
-    """Read the tokens of some evenly spaced training items of a modality, of each of its caches: (N, D) float32."""
+    """Read the tokens of evenly spaced training items from each cache of a modality: (N, D) float32."""
     parts = []
     for media in _all_media([task.train for task in tasks], modality):
-        rows_of = [task.train.rows_N for task in tasks if task.train.media is media]
-        rows = distinct(np.concatenate([rows_N for rows_N in rows_of if rows_N is not None]))
-        chosen = rows[np.unique(np.linspace(0, len(rows) - 1, _NUM_SAMPLED).astype(np.int64))]
+        row_lists = [task.train.rows_N for task in tasks if task.train.media is media]
+        rows = distinct(np.concatenate([rows_N for rows_N in row_lists if rows_N is not None]))
+        sample = rows[np.unique(np.linspace(0, len(rows) - 1, _NUM_SAMPLED).astype(np.int64))]
 
-        values, lengths = media.read(chosen)
+        values, lengths = media.read(sample)
         values = np.asarray(values, np.float32)
         is_token = np.arange(values.shape[1]) < lengths[:, None] if lengths is not None else np.True_
         parts.append(values[np.broadcast_to(is_token, values.shape[:-1])])
@@ -248,7 +255,7 @@ def _describe_media(media: Media) -> dict[str, Any]:
 
 
 def _all_media(examples: Sequence[TaskExamples], modality: str | None = None) -> list[Media]:
-    """Return the different media of examples, of one modality or of all."""
+    """Return the distinct media of examples, of one modality or of all."""
     media = {id(item.media): item.media for item in examples if item.media is not None}
     return [item for item in media.values() if modality in (None, item.modality)]
 
@@ -262,6 +269,6 @@ def _media_of(tasks: Sequence[ExampleTask]) -> dict[str, Media]:
             f"{media.feature.name} of {media.cache.path}",
             media.feature.fingerprint,
             first.feature.fingerprint,
-            next_step=f"extract the feature of {first.cache.path} there, too",
+            next_step=f"extract the feature of {first.cache.path} there as well",
         )
     return media_of

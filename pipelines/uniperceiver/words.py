@@ -1,7 +1,7 @@
-"""Words as numbers: what the network reads and writes of texts is the number of each word in a list.
+"""Words as numbers: the network reads and writes texts as the numbers of their words in a list.
 
-Behind each number stands a vector of that word alone. A network that reads numbers cannot see features that were
-computed from a whole text, which would tell it the words that it is to predict.
+Each number has the vector of that word only. A network that reads numbers cannot see features that were computed from a
+whole text, which would tell it the words that it has to predict.
 """
 
 from collections import Counter
@@ -15,11 +15,13 @@ import pyarrow.compute as pc
 from embedcache.arrays import Array, Ints, concatenated_ranges, distinct
 from embedcache.errors import DataError
 
-BLANK, END, UNKNOWN = 0, 1, 2
+BLANK = 0
+END = 1
+UNKNOWN = 2
 """Numbers that are not words: a word to be predicted, the end of a text, and a word that is not in the list."""
 NUM_SPECIAL = 3
 BLANK_WORD = "_"
-"""What stands for a blank in a text."""
+"""The blank in a text."""
 Texts: TypeAlias = pa.Array | pa.ChunkedArray | Sequence[str | None]
 _SEPARATORS = r"[^\p{L}\p{M}\p{N}_']+"
 
@@ -29,7 +31,7 @@ class WordLists(NamedTuple):
 
     Args:
         numbers_M: (M,) int32, numbers of words.
-        offsets_N: (N + 1,) int64, where each text begins in `numbers_M`, and the end of the last one.
+        offsets_N: (N + 1,) int64, start of each text in `numbers_M`, and the end of the last one.
     """
 
     numbers_M: Array
@@ -73,8 +75,8 @@ def with_blanks(texts: WordLists) -> WordLists:
         DataError: a text has several blanks.
     """
     lengths_N = texts.lengths()
-    of_text_M = np.repeat(np.arange(texts.num_texts), lengths_N)
-    blanks_N = np.bincount(of_text_M[texts.numbers_M == BLANK], minlength=texts.num_texts)
+    text_M = np.repeat(np.arange(texts.num_texts), lengths_N)
+    blanks_N = np.bincount(text_M[texts.numbers_M == BLANK], minlength=texts.num_texts)
     if (blanks_N > 1).any():
         row = int(blanks_N.argmax())
         raise DataError(f"text: expected at most one blank, got {blanks_N[row]} in example {row}")
@@ -85,10 +87,10 @@ def with_blanks(texts: WordLists) -> WordLists:
 
 
 class Vocabulary:
-    """A list of words and their numbers, which begin at `NUM_SPECIAL`.
+    """A list of words and their numbers, which start at `NUM_SPECIAL`.
 
     Args:
-        words: different words, as `list_words` returns them.
+        words: distinct words, as from `list_words`.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -100,11 +102,13 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, texts: Texts) -> WordLists:
-        """Return the numbers of the words of texts. A text that is null has none.
+        """Return the numbers of the words of texts. A null text has no words.
 
-        A word that is not listed becomes `UNKNOWN`; `_` alone becomes `BLANK`.
+        A word that is not in the list becomes `UNKNOWN`, and a separate `_` becomes `BLANK`.
         """
         lists = split_words(texts)
+
+        # All words of all texts are looked up together.
         flat = lists.flatten()
         places = pc.fill_null(pc.index_in(flat, value_set=self._words), UNKNOWN - NUM_SPECIAL)
 
@@ -123,10 +127,10 @@ class Vocabulary:
         return " ".join(words)
 
     def require_known(self, texts: Sequence[str], what: str) -> WordLists:
-        """Return the numbers of the words of candidates, all of which must be listed.
+        """Return the numbers of the words of candidates, all of which must be in the list.
 
         Raises:
-            DataError: a text without words, or with words that are not in the list.
+            DataError: a text has no words, or words that are not in the list.
         """
         lists = self.encode(texts)
         for row, text in enumerate(texts):
@@ -137,7 +141,7 @@ class Vocabulary:
 
 
 def split_words(texts: Texts) -> pa.ListArray:
-    """Split texts into words: runs of letters, digits, `_` and apostrophes, in lower case; null gives none.
+    """Split texts into words: runs of letters, digits, `_` and apostrophes, in lower case. Null gives no words.
 
     Example:
         >>> split_words(["A red circle, isn't it?", None]).to_pylist()
@@ -153,12 +157,12 @@ def split_words(texts: Texts) -> pa.ListArray:
     # An empty text is split into one empty word, which is left out.
     is_word_M = pc.not_equal(lists.flatten(), "").to_numpy(zero_copy_only=False)
     offsets_N = lists.offsets.to_numpy() - lists.offsets[0].as_py()
-    before_M = np.concatenate([[0], np.cumsum(is_word_M)])
-    return pa.ListArray.from_arrays(pa.array(before_M[offsets_N], pa.int32()), lists.flatten().filter(is_word_M))
+    num_words_M = np.concatenate([[0], np.cumsum(is_word_M)])
+    return pa.ListArray.from_arrays(pa.array(num_words_M[offsets_N], pa.int32()), lists.flatten().filter(is_word_M))
 
 
 def list_words(texts: Texts) -> list[str]:
-    """Return the distinct words of texts, the most frequent first, then in alphabetical order: for a word table."""
+    """Return the distinct words of texts for a word table: the most frequent first, then in alphabetical order."""
     counts: Counter[str] = Counter(split_words(texts).flatten().to_pylist())
     del counts[BLANK_WORD]
     return sorted(counts, key=lambda word: (-counts[word], word))

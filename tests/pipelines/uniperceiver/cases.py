@@ -19,7 +19,7 @@ from embedcache.store.cache import Cache
 from embedcache.train.settings import FitSettings
 from pipelines.uniperceiver.examples import TaskExamples, WordTable, open_examples, open_media, open_word_table
 from pipelines.uniperceiver.tasks import ExampleTask, Kind
-from pipelines.uniperceiver.training import Recipe, train_likelihood
+from pipelines.uniperceiver.training import Recipe, train_multitask
 from pipelines.uniperceiver.words import Vocabulary, list_words
 from pipelines.worlds.examples import make_examples
 from tests.media_files import tone, wav
@@ -177,5 +177,5 @@ def train_together(squares: Squares, path: Path) -> Path:
         squares.task("caption", "caption", "captions"),
         squares.task("masked", "masked", "captions"),
     ]
-    train_likelihood(tasks, squares.words, path, recipe(steps_per_epoch=100), fit_settings(lr=7e-3))
+    train_multitask(tasks, squares.words, path, recipe(steps_per_epoch=100), fit_settings(lr=7e-3))
     return path

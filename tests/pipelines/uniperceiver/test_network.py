@@ -141,7 +141,7 @@ def caption_network(**options: Any) -> SharedNetwork:
     with torch.no_grad():
         for parameter in net.layers.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-        net.likelihood("caption").log_scale.fill_(2.5)  # not too sure of anything
+        net.classifier("caption").log_scale.fill_(2.5)  # not too sure of anything
     return net.eval()
 
 
@@ -169,7 +169,7 @@ def log_probs(net: SharedNetwork, tokens: dict[str, Tokens], prefix: Sequence[in
     """Log-probabilities of the word after a prefix of one item, all of it computed anew."""
     text = Words(torch.tensor([[*prefix, END]]), torch.tensor([len(prefix)]))
     representation = net.predict_words(tokens, text)[:, len(prefix)]
-    logits = net.likelihood("caption").logits(representation, vocabulary(net)[1])
+    logits = net.classifier("caption").logits(representation, vocabulary(net)[1])
     return logits[0].double().log_softmax(dim=0).numpy()
 
 
@@ -206,7 +206,7 @@ def plain_beam(net: SharedNetwork, tokens: dict[str, Tokens], *, beam: int, max_
 @pytest.mark.slow
 def test_a_batch_gives_the_captions_of_a_plain_search_of_each_item() -> None:
     net, tokens = caption_network(), padded_images(4)
-    found = write_captions(net, tokens, net.likelihood("caption"), vocabulary(net), beam=2, max_length=5)
+    found = write_captions(net, tokens, net.classifier("caption"), vocabulary(net), beam=2, max_length=5)
     expected = [plain_beam(net, one(tokens, item), beam=2, max_length=5) for item in range(4)]
     assert [tuple(caption.numbers.tolist()) for caption in found] == expected
     assert len({len(text) for text in expected}) > 1

@@ -1,4 +1,4 @@
-"""The pipeline of one likelihood for every task: its results over seeds, and all of it from the data to its page."""
+"""The pipeline of one network for every task: its results over seeds, and all of it from the data to its page."""
 
 import importlib.util
 from pathlib import Path
@@ -235,8 +235,8 @@ def check_trained(runs: Runs) -> None:
     """A new adapter is all that is trained for recordings; the transformer stays as it was in prompt tuning."""
     start = load_weights(runs.path(PRETRAINED))
     for run, changed in [
-        (adapted_run("new adapter", runs.tables.speakers()[0]), ("adapters.audio.", "likelihoods.classify.")),
-        (tuned_run("prompts", EMOJI, 1), ("prompts.", "norm", "likelihoods.")),
+        (adapted_run("new adapter", runs.tables.speakers()[0]), ("adapters.audio.", "classifiers.classify.")),
+        (tuned_run("prompts", EMOJI, 1), ("prompts.", "norm", "classifiers.")),
     ]:
         weights = load_weights(runs.path(run))
         assert all(

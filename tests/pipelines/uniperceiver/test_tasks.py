@@ -13,11 +13,11 @@ from embedcache.errors import DataError
 from embedcache.train.losses import InfoNce, MultiPositive
 from embedcache.train.losses import Positives as LossPositives
 from pipelines.uniperceiver import candidates, tasks
-from pipelines.uniperceiver.candidates import Likelihood, cross_entropy_over, draw_candidates
+from pipelines.uniperceiver.candidates import CosineClassifier, cross_entropy_over, draw_candidates
 from pipelines.uniperceiver.evaluation import load_shared
 from pipelines.uniperceiver.network import SharedNetwork, Tokens
 from pipelines.uniperceiver.tasks import load_words, predict, read_tokens, retrieval_ranks
-from pipelines.uniperceiver.training import LikelihoodObjective
+from pipelines.uniperceiver.training import MultitaskObjective
 from pipelines.uniperceiver.words import BLANK, END, NUM_SPECIAL, WordLists
 from tests.pipelines.uniperceiver.cases import MODEL, Squares, colors_of
 
@@ -118,14 +118,14 @@ def test_loss_is_that_of_a_linear_layer() -> None:
 
 def test_candidates_of_the_batch_are_the_losses_of_pairs() -> None:
     images, texts = torch.randn(6, 4), torch.randn(6, 4)
-    likelihood = Likelihood()
-    scale = likelihood.scale.detach()
+    classifier = CosineClassifier()
+    scale = classifier.scale.detach()
     for contents, loss in ((np.arange(6), InfoNce()), (np.array([0, 1, 0, 2, 1, 0]), MultiPositive())):
         of_images, of_texts = map(torch.from_numpy, np.nonzero(contents[:, None] == contents))
         pairs = LossPositives(first=of_images, second=of_texts)
         expected = loss(normalize(images, dim=1), normalize(texts, dim=1), scale, pairs)
-        found = cross_entropy_over(*likelihood.scaled(images, texts), (of_images, of_texts))
-        found = (found + cross_entropy_over(*likelihood.scaled(texts, images), (of_texts, of_images))) / 2
+        found = cross_entropy_over(*classifier.scaled(images, texts), (of_images, of_texts))
+        found = (found + cross_entropy_over(*classifier.scaled(texts, images), (of_texts, of_images))) / 2
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -183,13 +183,13 @@ def test_the_loss_of_retrieval_is_the_mean_of_both_directions(squares: Squares, 
         squares.task("classify", "classify", max_candidates=6, batch_size=4),
         squares.task("retrieve", "retrieve", "captions", batch_size=12),
     ]
-    objective = LikelihoodObjective(network, ["classify", "retrieve"])
+    objective = MultitaskObjective(network, ["classify", "retrieve"])
     for number, task in enumerate(tasks):
         batch = task.draw(np.random.default_rng(0), device="cpu")
         targets = batch.targets
         tokens = {name: Tokens(values, lengths) for name, (values, lengths, _) in batch.inputs.items()}
         items, texts = network.encode(tokens), network.encode(words=targets.candidates, side="target")
-        family, (of_item, of_text) = network.likelihood(task.kind), targets.positives
+        family, (of_item, of_text) = network.classifier(task.kind), targets.positives
         logits = family.logits(items, texts)
         weighted = logits if targets.log_weights_C is None else logits + targets.log_weights_C
         expected = mean_cross_entropy(weighted, (of_item, of_text))
@@ -210,7 +210,7 @@ def test_ranks_are_those_of_the_best_positive_among_the_negatives(squares: Squar
     items = network.encode(read_tokens(captions.media, captions.rows_N[distinct[:6]], device="cpu"))
     words = captions.target_words.take(captions.target_N[distinct[:6]])
     vectors = network.encode(words=load_words(words, device="cpu"), side="target")
-    logits = network.likelihood("retrieve").logits(items, vectors).numpy()
+    logits = network.classifier("retrieve").logits(items, vectors).numpy()
     is_positive = np.zeros((6, 6), bool)
     is_positive[rows, texts] = True
 

@@ -16,7 +16,7 @@ from pipelines.uniperceiver.evaluation import BLIND, SHUFFLED, answer_blindly, e
 from pipelines.uniperceiver.examples import open_examples, open_media
 from pipelines.uniperceiver.network import SharedNetwork
 from pipelines.uniperceiver.tasks import predict
-from pipelines.uniperceiver.training import TaskMixture, start_from, train_likelihood
+from pipelines.uniperceiver.training import TaskMixture, start_from, train_multitask
 from pipelines.uniperceiver.words import Vocabulary
 from pipelines.worlds.examples import make_examples
 from tests.pipelines.uniperceiver.cases import Squares, SquaresSource, fit_settings, open_tones, recipe
@@ -49,7 +49,7 @@ def test_tasks_learn_together(squares: Squares, squares_run: Path) -> None:
 def train_two(squares: Squares, run: Path, *, checkpoint_s: float = 60.0) -> None:
     tasks = [squares.task("caption", "caption", "captions", max_candidates=8), squares.task("answer", "answer")]
     settings = fit_settings(checkpoint_s=checkpoint_s)
-    train_likelihood(tasks, squares.words, run, recipe(steps_per_epoch=4), settings)
+    train_multitask(tasks, squares.words, run, recipe(steps_per_epoch=4), settings)
 
 
 def test_an_interrupted_run_resumes_to_the_same_bytes(squares: Squares, tmp_path: Path) -> None:
@@ -80,12 +80,12 @@ def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, squares_run
     task = squares.task("answer", "answer")
     tuned_recipe, parts = start_from(squares_run, trainable="prompts+norms+scales", num_prompts=4, steps_per_epoch=100)
     settings = fit_settings(lr=1e-2, init_from=parts.init_from, trainable=parts.trainable)
-    report = train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
+    report = train_multitask([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
     before, after = (load_file(path / "model.safetensors") for path in (squares_run, tmp_path / "tuned"))
-    frozen = [key for key in before if "norm" not in key and not key.startswith("likelihoods")]
+    frozen = [key for key in before if "norm" not in key and not key.startswith("classifiers")]
     assert all(torch.equal(before[key], after[key]) for key in frozen)
     assert not torch.equal(before["layers.0.attention_norm.weight"], after["layers.0.attention_norm.weight"])
-    assert {key.partition(".")[0] for key in after.keys() - before.keys()} == {"prompts", "likelihoods"}
+    assert {key.partition(".")[0] for key in after.keys() - before.keys()} == {"prompts", "classifiers"}
     assert report.num_parameters == sum(
         value.numel() for key, value in after.items() if key not in frozen and "words" not in key
     )
@@ -99,7 +99,7 @@ def test_a_new_modality_is_learned_by_its_adapter_alone(squares: Squares, square
     tuned_recipe, parts = start_from(squares_run, trainable="audio", steps_per_epoch=30)
     settings = fit_settings(lr=1e-2, init_from=parts.init_from, trainable=parts.trainable)
     task = squares.task("tones", "classify", "classify", train=tones, validation=tones)
-    report = train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
+    report = train_multitask([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
     before, after = (load_file(path / "model.safetensors") for path in (squares_run, tmp_path / "tuned"))
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert {key.partition(".")[2].partition(".")[0] for key in after.keys() - before.keys()} == {"audio"}
