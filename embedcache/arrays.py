@@ -16,14 +16,16 @@ Shape letters: a suffix such as `vectors_BP` names the axes of an array, in orde
     M  pairs of rows; values under a statistic
 """
 
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import CorruptError, DataError, one_line
+from embedcache.errors import CorruptError, DataError, ItemError, one_line
+from embedcache.registry import unknown_name
 
 Array: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -145,6 +147,41 @@ def read_npy(path: Path) -> Array:
         got = str(values.dtype) if isinstance(values, np.ndarray) else "several arrays"
         raise CorruptError(f"{path}: expected a .npy file of numbers, got {got}")
     return values
+
+
+def read_npz(file: BinaryIO, name: str | None = None, *, max_bytes: int) -> dict[str, Array]:
+    """Read the arrays of an `.npz` file, by their names.
+
+    No more than `max_bytes` are decoded, whatever the compressed data holds: stored and deflated arrays are decoded
+    piece by piece and end at their size in the directory of the file.
+
+    Args:
+        file: file that can be read at any position.
+        name: the only array to read. If None, all.
+        max_bytes: allowed sum of the sizes of these arrays.
+
+    Raises:
+        UnknownNameError: there is no array of that name.
+        ItemError: the arrays are too large, or compressed by another method, such as bzip2 or LZMA.
+        ValueError, zipfile.BadZipFile, zlib.error: the file is damaged, or has objects, which are pickled.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = {entry.filename[:-4]: entry for entry in archive.infolist() if entry.filename.endswith(".npy")}
+        if name is not None and name not in members:
+            raise unknown_name("array", name, members)
+        chosen = members if name is None else {name: members[name]}
+
+        num_bytes = sum(entry.file_size for entry in chosen.values())
+        if num_bytes > max_bytes:
+            raise ItemError(f"too large: {num_bytes:,} bytes uncompressed, more than {max_bytes:,}")
+        if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in chosen.values()):
+            raise ItemError("unsupported compression: expected stored or deflated arrays; save them with np.savez")
+
+        arrays = {}
+        for name, entry in chosen.items():
+            with archive.open(entry) as stream:
+                arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+    return arrays
 
 
 def to_rows(rows: Any) -> Ints:

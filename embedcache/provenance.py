@@ -11,6 +11,7 @@ import platform
 import resource
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,6 +30,7 @@ from embedcache.errors import (
     EmbedcacheError,
     FingerprintError,
     PathError,
+    SettingError,
     first_few,
 )
 from embedcache.files import (
@@ -38,6 +40,7 @@ from embedcache.files import (
     is_remote,
     make_folder,
     read_limited,
+    read_text,
     remove_leftovers,
     remove_partials,
     replacing,
@@ -122,6 +125,25 @@ def read_json(path: Path) -> Any:
         raise CorruptError(f"{path} is not valid JSON: {error}") from error
     except OSError as error:
         raise PathError(f"cannot read {path}: {io_reason(error)}") from error
+
+
+def read_toml(path: Path, expected: str) -> dict[str, Any]:
+    """Read a TOML file that a user wrote.
+
+    Args:
+        path: the file.
+        expected: kind of file to pass, for the error.
+
+    Raises:
+        PathError: the file cannot be read.
+        SettingError: it is not TOML.
+    """
+    try:
+        return tomllib.loads(read_text(path, SettingError))
+    except OSError as error:
+        raise PathError(f"cannot read {path}: {io_reason(error)}; expected {expected}") from error
+    except (ValueError, RecursionError) as error:  # invalid TOML, other text, or a number of thousands of digits
+        raise SettingError(f"{path}: expected TOML such as `lr = 0.001`, got an error: {error}") from error
 
 
 def write_record(path: Path, record: Mapping[str, Any], *, unchecked: Collection[str] = ()) -> None:

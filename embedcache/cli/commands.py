@@ -14,7 +14,6 @@ option per setting; a group of settings becomes a panel of `--help`. A config is
 import functools
 import inspect
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -331,20 +330,11 @@ def read_config(path: Path) -> dict[str, Any]:
         PathError: the file cannot be read.
         SettingError: it is not TOML, or not JSON of a run, or has ranges of settings in a table `[space]`.
     """
-    from embedcache.files import io_reason, read_text
+    from embedcache.provenance import read_toml
 
-    try:
-        text = read_text(path, SettingError)
-    except OSError as error:
-        raise PathError(
-            f"cannot read {path}: {io_reason(error)}; pass a TOML file or a run's run.json to --config"
-        ) from error
     if path.suffix == ".json":
         return _read_run(path)
-    try:
-        values = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # invalid TOML, or a number of thousands of digits
-        raise SettingError(f"{path}: expected TOML such as `lr = 0.001`, got an error: {error}") from error
+    values = read_toml(path, "a TOML file or the run.json of a run")
     if swept := values.pop("space", None):
         raise SettingError(
             f"{path}: expected one value per option, got ranges and choices in [space]: {', '.join(swept)}; name one "

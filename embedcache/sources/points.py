@@ -5,25 +5,19 @@ under their names in the file.
 """
 
 import io
-import struct
 import threading
 import zipfile
-import zlib
 
 import numpy as np
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, read_npz
 from embedcache.errors import ItemError
+from embedcache.modeling.images import DAMAGE
 
 MAX_POINTS = 10_000_000
 _MAX_BYTES = 2**30  # of all arrays of one item, uncompressed
 _PARSING = threading.Lock()  # NumPy parses headers by `ast`, which fails at times in threads of Python 3.11
 _MIN_RESOLUTION = 1e-4  # of the extent: float32 coordinates far from their origin are coarser
-_DAMAGE = (
-    *(OSError, ValueError, TypeError, LookupError, EOFError, OverflowError, MemoryError, SyntaxError),
-    *(NotImplementedError, RuntimeError, UnicodeError, struct.error, zlib.error, zipfile.BadZipFile),
-)
-"""What reading raises on damaged bytes."""
 
 
 def decode_points(data: bytes) -> dict[str, Array]:
@@ -46,21 +40,14 @@ def decode_points(data: bytes) -> dict[str, Array]:
     if not data.startswith(b"PK\x03\x04"):
         raise ItemError("not a point cloud (npz)")
     try:
-        return _check(_read_npz(data))
+        with _PARSING:
+            arrays = read_npz(io.BytesIO(data), max_bytes=_MAX_BYTES)
+        return _check(arrays)
     except ItemError:
         raise
-    except _DAMAGE as error:
+    except (*DAMAGE, RuntimeError, zipfile.BadZipFile) as error:
         text = str(error).partition("\n")[0] or type(error).__name__
         raise ItemError(f"damaged point cloud: {text}") from None
-
-
-def _read_npz(data: bytes) -> dict[str, Array]:
-    with _PARSING, np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        num_bytes = sum(member.file_size for member in archive.zip.infolist())
-        if num_bytes > _MAX_BYTES:
-            raise ItemError(f"too large: {num_bytes:,} bytes uncompressed, more than {_MAX_BYTES:,}")
-        arrays = {name: archive[name] for name in archive.files}
-    return {name: values for name, values in arrays.items() if isinstance(values, np.ndarray)}
 
 
 def _check(arrays: dict[str, Array]) -> dict[str, Array]:

@@ -189,15 +189,15 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
 
 def encoder_names(folder: Path) -> list[str]:
     """Return the encoders in the folder of a modality, also those whose metadata are missing."""
-    with_metadata = {path.parent.name for path in find_files(folder, "*/zarr.json")}
-    return sorted(with_metadata | {path.parents[1].name for path in find_files(folder, f"*/{commit_path(Path(), 0)}")})
+    committed = {path.parents[1].name for path in find_files(folder, f"*/{commit_path(Path(), 0)}")}
+    return sorted(committed | {path.parent.name for path in find_files(folder, "*/zarr.json")})
 
 
 def feature_names(folder: Path) -> list[str]:
     """Return the features in the folder of an encoder, also those whose metadata are missing."""
-    with_metadata = {path.parent.name for path in find_files(folder, "*/zarr.json")}
     commit = first_commit(folder)
-    return sorted(with_metadata | (commit.features.keys() if commit else set()))
+    committed = commit.features.keys() if commit else set()
+    return sorted(committed | {path.parent.name for path in find_files(folder, "*/zarr.json")})
 
 
 def first_commit(folder: Path) -> Commit | None:

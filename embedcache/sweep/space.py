@@ -1,7 +1,6 @@
 """The search space of a sweep, read from TOML: fixed training settings, and ranges or choices of others."""
 
 import json
-import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ from optuna.distributions import (
 )
 
 from embedcache.dataset.settings import SplitSettings
-from embedcache.errors import EmbedcacheError, PathError, SettingError
-from embedcache.files import read_text
+from embedcache.errors import EmbedcacheError, SettingError
 from embedcache.processes import torch_device
 from embedcache.projectors.base import bind_projector, split_names
+from embedcache.provenance import read_toml
 from embedcache.registry import unknown_name
 from embedcache.settings import flat_settings, with_underscores
 from embedcache.train.losses import check_loss
@@ -111,14 +110,7 @@ def read_space(path: Path) -> Space:
 
 
 def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        text = read_text(path, SettingError)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise PathError(f"expected a TOML file with a table [space], got {path}, which is not a file") from error
-    try:
-        tables = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # invalid TOML, or a number of thousands of digits
-        raise SettingError(f"{path}: expected TOML, got an error: {error}") from error
+    tables = read_toml(path, "a TOML file with a table [space]")
     for name, table in tables.items():
         if name not in ("fixed", "space") or not isinstance(table, dict):
             raise SettingError(f"{path}: expected only the tables [fixed] and [space] at the top, got {name!r}")

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.lib import format as npy_format
 
-from embedcache.arrays import Array, blocks
+from embedcache.arrays import Array, blocks, read_npz
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError
 from embedcache.files import AnyPath, check_regular, one_or_many, reading
@@ -30,6 +30,7 @@ VECTOR_COLUMNS: Mapping[str, Modality] = {f"{each.name}_vector": each.name for e
 _DTYPES = {"float16": "float16", "float32": "float32", "float64": "float32"}
 """dtype in a file -> dtype in the cache."""
 _BLOCK = 8192
+_MAX_BYTES = 2**32  # of an array in an .npz file, uncompressed: 2.8 million rows of 768 numbers of float16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,11 +291,8 @@ def _load(path: Path, member: str | None) -> Array:
         if member is None:
             mapped: Array = npy_format.open_memmap(path, mode="r")
             return mapped
-        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
-            if member not in archive.files:
-                raise unknown_name("array", member, archive.files, hint=f"in {path}")
-            array: Array = archive[member]
-            return array
+        with path.open("rb") as file:
+            return read_npz(file, member, max_bytes=_MAX_BYTES)[member]
 
 
 def _open_column(path: Path, column: str) -> VectorFile:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import math
 import struct
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from embedcache.arrays import Array
 from embedcache.errors import SourceError
 
 _UNSIGNED_BYTES = 8  # data type code of the format
+_MAX_BYTES = 2**30  # of a file, uncompressed
 
 
 @cache
@@ -22,11 +24,13 @@ def read_idx(path: Path) -> Array:
     Raises:
         SourceError: it is not such a file.
     """
-    data = gzip.decompress(path.read_bytes())
-    num_dimensions = data[3]
-    shape = struct.unpack_from(f">{num_dimensions}I", data, 4)
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * num_dimensions)
-    if data[:3] != bytes([0, 0, _UNSIGNED_BYTES]) or len(values) != np.prod(shape):
+    with gzip.open(path) as file:
+        magic = file.read(4)
+        shape = struct.unpack(f">{magic[3]}I", file.read(4 * magic[3]))
+        num_values = math.prod(shape)
+        # A byte more than announced tells that the file is another; a bomb is not decoded further.
+        values = np.frombuffer(file.read(min(num_values, _MAX_BYTES) + 1), np.uint8)
+    if magic[:3] != bytes([0, 0, _UNSIGNED_BYTES]) or len(values) != num_values:
         raise SourceError(f"{path}: expected a whole IDX file of unsigned bytes, got another; copy it again")
     return values.reshape(shape)
 

@@ -1,7 +1,10 @@
 """Worlds of images and texts: shapes, questions about them, emoji, fashion and letters."""
 
+import gzip
+import struct
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from embedcache.errors import SettingError
+from embedcache.errors import SettingError, SourceError
 from embedcache.sources import FileItem, Source, open_source
 from embedcache.testing.sources import SourceContract
 from pipelines.uniperceiver.evaluation import answer_blindly
@@ -33,6 +36,7 @@ from pipelines.worlds.examples import (
     label_examples,
     make_examples,
 )
+from pipelines.worlds.idx import read_idx
 from pipelines.worlds.label_sets import (
     EMOJI_KIND,
     FASHION_FOLDER,
@@ -317,3 +321,13 @@ def test_draw_keeps_fractions_of_strata() -> None:
     for count, message in ((101, "1 to 100 examples to draw, got 101"), (0, "got 0")):
         with pytest.raises(SettingError, match=message):
             draw_examples(examples, count, seed=0)
+
+
+def test_idx_file_is_read_no_further_than_its_header_says(tmp_path: Path) -> None:
+    path = tmp_path / "images.gz"
+    path.write_bytes(gzip.compress(struct.pack(">4B2I", 0, 0, 8, 2, 3, 2) + bytes(2**24)))
+    tracemalloc.start()
+    with pytest.raises(SourceError, match="expected a whole IDX file"):
+        read_idx(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()

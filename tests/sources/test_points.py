@@ -1,6 +1,8 @@
 """Decoding of point clouds: values, limits, and damage."""
 
 import io
+import tracemalloc
+import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -72,6 +74,32 @@ def test_archive_bomb_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(bomb) < 2**14
     with pytest.raises(ItemError, match="too large: 1,572,992 bytes uncompressed, more than 1,048,576"):
         decode_points(bomb)
+
+
+def claiming(num_bytes: int, compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """Return an archive of 64 MiB of zeros whose directory states another size."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("xyz.npy", bytes(2**26))
+        archive.infolist()[0].file_size = num_bytes
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("compression", "reason"),
+    [
+        (zipfile.ZIP_DEFLATED, "damaged point cloud"),
+        (zipfile.ZIP_BZIP2, "unsupported compression"),
+        (zipfile.ZIP_LZMA, "unsupported compression"),
+    ],
+)
+def test_no_more_is_decoded_than_the_directory_states(compression: int, reason: str) -> None:
+    bomb = claiming(188, compression)
+    tracemalloc.start()
+    with pytest.raises(ItemError, match=reason):
+        decode_points(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_random_damage_never_crashes() -> None:

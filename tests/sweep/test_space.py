@@ -101,7 +101,7 @@ def test_invalid_space_raises(tmp_path: Path, text: str, word: str) -> None:
 
 def test_missing_file_raises(tmp_path: Path) -> None:
     for name in ("none.toml", ""):
-        with pytest.raises(PathError, match="not a file"):
+        with pytest.raises(PathError, match="a TOML file with"):
             read_space(tmp_path / name)
 
 
