@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -34,6 +35,9 @@ R = TypeVar("R")
 _CGROUP = Path("/sys/fs/cgroup")
 _SECONDS_BETWEEN_REPORTS = 0.2
 _IS_CLOSED: ContextVar[threading.Event | None] = ContextVar("is_closed", default=None)
+SMALL_FLOPS = 2e10
+"""Threads mostly wait for each other in a step of training, or between products of a factorization, of fewer
+floating-point operations. On two busy cores, two threads took 5 times as long as one."""
 AUTO = "auto"
 DEVICE_HELP = "Torch device, such as cpu, cuda or cuda:1; auto is the first of cuda, mps and cpu that this machine has."
 Precision: TypeAlias = Literal["float32", "float16", "bfloat16"]
@@ -56,6 +60,27 @@ def cgroup_cores(root: Path) -> int | None:
     except (OSError, ValueError):  # there are no control groups, or the quota is "max"
         return None
     return math.ceil(quota / period)
+
+
+def prefers_one_thread(flops: float) -> bool:
+    """Return whether products of so many operations are too small for threads, unless the user has chosen a number.
+
+    One is chosen by the environment variable `OMP_NUM_THREADS`, or by `torch.set_num_threads` if it differs from what
+    torch starts with, the number of hardware threads or of cores.
+    """
+    torch = sys.modules.get("torch")  # nobody has chosen a number of threads of torch before it is imported
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    is_default = torch is None or torch.get_num_threads() in (available, available // 2)
+    return flops < SMALL_FLOPS and is_default and "OMP_NUM_THREADS" not in os.environ
+
+
+@contextmanager
+def threads_for(flops: float) -> Iterator[None]:
+    """Limit the products of NumPy and SciPy to one thread if `prefers_one_thread`."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1 if prefers_one_thread(flops) else None, user_api="blas"):
+        yield
 
 
 def prefetch_map(

@@ -17,7 +17,7 @@ import scipy
 
 from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.errors import DataError, SettingError
-from embedcache.processes import announce_device
+from embedcache.processes import announce_device, threads_for
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import Registry, bind
 
@@ -172,7 +172,9 @@ def solve(name: str, moments: "Moments", width: int, *, shrinkage: float) -> tup
     if shrinkage <= 0:
         raise SettingError(f"shrinkage: expected a number above 0, got {shrinkage}")
     forms = {"cca": cca, "csa": _csa, "procrustes": _procrustes, "ridge": ridge}
-    return forms[name](moments, width, shrinkage=shrinkage)
+    widest = max(moments.first_width, moments.second_width)
+    with threads_for(2 * widest**3):
+        return forms[name](moments, width, shrinkage=shrinkage)
 
 
 class Covariances(NamedTuple):
@@ -200,6 +202,7 @@ class Moments:
 
     def __post_init__(self) -> None:
         self.num_rows: float = 0
+        self._few: list[Matrix] | None = []  # the rows, as long as they are few
         self._sum = np.zeros(self.first_width + self.second_width)
         self._products = np.zeros((len(self._sum), len(self._sum)))
 
@@ -215,6 +218,9 @@ class Moments:
         self.num_rows += len(rows)
         self._sum += rows.sum(axis=0)
         self._products += rows.T @ rows
+        if self._few is not None:
+            is_few = 2 * self.num_rows < max(self.first_width, self.second_width)
+            self._few = [*self._few, rows] if is_few else None
 
     def add_population(self, other: "Moments", weight: float) -> None:
         """Add the rows of another population, each centered on its own mean; the means of these rows stay.
@@ -229,6 +235,7 @@ class Moments:
         self._products += weight * deviations + count * np.outer(mean, mean)
         self._sum += count * mean
         self.num_rows += count
+        self._few = None
 
     @property
     def first_mean(self) -> Matrix:
@@ -239,6 +246,16 @@ class Moments:
     def second_mean(self) -> Matrix:
         """(E,) mean of the rows of the second feature."""
         return self._mean[self.first_width :]
+
+    def centered_rows(self) -> tuple[Matrix, Matrix] | None:
+        """Return the rows of both features less their means, or None if they are more than half of the larger width.
+
+        Their singular value decompositions are the covariances' eigenvalues then, at a fraction of the time.
+        """
+        if not self._few or self.num_rows < 2:
+            return None
+        rows = np.concatenate(self._few) - self._mean
+        return rows[:, : self.first_width], rows[:, self.first_width :]
 
     def covariances(self) -> Covariances:
         """Compute the covariances; DataError if there are fewer than two rows."""
@@ -300,6 +317,9 @@ def _procrustes(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matr
 
 
 def _canonical(moments: Moments, width: int, *, shrinkage: float, power: float) -> tuple[Matrix, Matrix]:
+    rows = moments.centered_rows()
+    if rows is not None:
+        return _thin_canonical(*rows, width, shrinkage=shrinkage, power=power)
     first, second, cross = moments.covariances()
     whiten_x, whiten_y = _whitener(first, shrinkage), _whitener(second, shrinkage)
     left, correlation, right = scipy.linalg.svd(whiten_x @ cross @ whiten_y, full_matrices=False)
@@ -309,6 +329,31 @@ def _canonical(moments: Moments, width: int, *, shrinkage: float, power: float) 
         _pad(whiten_x @ left[:, :rank] * weights, width),
         _pad(whiten_y @ right[:rank].T * weights, width),
     )
+
+
+def _thin_canonical(
+    first_ND: Matrix, second_NE: Matrix, width: int, *, shrinkage: float, power: float
+) -> tuple[Matrix, Matrix]:
+    """Solve the same in the spaces of the rows, at most N wide, outside of which the solution is zero."""
+    first_NR, whiten_DR = _whiten_rows(first_ND, shrinkage)
+    second_NR, whiten_ER = _whiten_rows(second_NE, shrinkage)
+    left, correlation, right = scipy.linalg.svd(first_NR.T @ second_NR / len(first_ND), full_matrices=False)
+    rank = min(width, len(correlation))
+    weights = correlation[:rank] ** power
+    return (
+        _pad(whiten_DR @ left[:, :rank] * weights, width),
+        _pad(whiten_ER @ right[:rank].T * weights, width),
+    )
+
+
+def _whiten_rows(rows_ND: Matrix, shrinkage: float) -> tuple[Matrix, Matrix]:
+    """Return the whitened rows in the basis of their space, (N, R), and the map of any vector to them, (D, R)."""
+    left, lengths, axes = scipy.linalg.svd(rows_ND, full_matrices=False)
+    variances = lengths**2 / len(rows_ND)
+    # the mean eigenvalue is over all D directions, most of which have none
+    penalty = shrinkage * variances.sum() / rows_ND.shape[1] + np.finfo(np.float64).tiny
+    scales = 1 / np.sqrt(variances + penalty)
+    return left * (lengths * scales), axes.T * scales
 
 
 def _whitener(covariance: Matrix, shrinkage: float) -> Matrix:

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from embedcache.arrays import check_finite
 from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError, one_line
 from embedcache.files import replacing
-from embedcache.processes import announce_device
+from embedcache.processes import announce_device, prefers_one_thread
 from embedcache.progress import Progress
 from embedcache.registry import require, unknown_name
 from embedcache.runs import CHECKPOINT, LAST_WEIGHTS, LOG, read_info, save_weights
@@ -42,8 +42,6 @@ OnEpoch: TypeAlias = Callable[[int, float], None]
 TRACKERS = ("tensorboard", "wandb")
 
 _GENERATORS = threading.RLock()
-_SMALL_STEP_FLOPS = 2e10
-"""Below this, threads mostly wait for each other: two were 5 times slower than one on busy cores."""
 
 
 class Task(Protocol):
@@ -235,7 +233,7 @@ class Trainer:
         vectors = [values.numel() // values.shape[-1] for values, *_ in batch.inputs.values()]
         num_vectors = sum(vectors) / len(vectors) if vectors else len(batch.samples)
         num_parameters = sum(parameter.numel() for parameter in self._module.parameters())
-        self._state.is_small = 6 * num_parameters * num_vectors < _SMALL_STEP_FLOPS
+        self._state.is_small = prefers_one_thread(6 * num_parameters * num_vectors)
         if self._state.is_small:
             torch.set_num_threads(1)
 

@@ -305,6 +305,20 @@ def test_two_pairs_are_enough() -> None:
 
 
 @pytest.mark.parametrize("name", ["cca", "csa"])
+def test_few_pairs_have_the_solution_of_their_covariances(name: str) -> None:
+    """Check against the same pairs repeated until they are many."""
+    rng = np.random.default_rng(0)
+    images, texts = rng.standard_normal((9, 40)), rng.standard_normal((9, 12))
+    solutions = [
+        solve(name, moments(np.tile(images, (count, 1)), np.tile(texts, (count, 1))), 16, shrinkage=0.3)
+        for count in (1, 50)
+    ]
+    for first, second in ((0, 0), (0, 1), (1, 1)):  # a direction may be negative on both sides
+        few, many = (solution[first] @ solution[second].T for solution in solutions)
+        np.testing.assert_allclose(few, many, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["cca", "csa"])
 def test_constant_feature_is_projected_to_zero(name: str) -> None:
     images, texts = aligned(20, seed=0)
     for image_DP, text_DP in (

@@ -1,6 +1,7 @@
 """The training loop with the smallest task, and its parts by themselves: processes, threads, rates, bad losses."""
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from embedcache import processes
 from embedcache.errors import DataError
 from embedcache.projectors.pair import AlignedPair
 from embedcache.settings import from_flat
@@ -154,16 +156,22 @@ def test_bad_loss_names_step_and_samples_or_feature(tmp_path: Path, value: float
         make(tmp_path, [0.1], task=LineTask([0.1], value=value)).fit()
 
 
-@pytest.mark.parametrize(("threads", "small", "expected"), [(None, 1e3, 1), (None, 0.0, 5), (3, 1e3, 3)])
+@pytest.mark.parametrize(
+    ("threads", "small", "chosen", "expected"),
+    [(None, 1e3, 8, 1), (None, 0.0, 8, 8), (3, 1e3, 8, 3), (None, 1e3, 5, 5)],
+)
 def test_small_steps_use_one_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None, small: float, expected: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None, small: float, chosen: int, expected: int
 ) -> None:
-    used = [5]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    """Check on a machine of eight cores, unless the settings or the caller of torch have chosen a number."""
+    used = [chosen]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen)
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    monkeypatch.setattr(trainer, "_SMALL_STEP_FLOPS", small)
+    monkeypatch.setattr(processes, "SMALL_FLOPS", small)
     make(tmp_path, [0.1, 0.2], epochs=1, threads=threads).fit()
-    assert used[-1] == 5  # as it was before
+    assert used[-1] == chosen  # as it was before
     assert used[-2 if len(used) > 2 else -1] == expected
 
 
