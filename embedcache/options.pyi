@@ -181,9 +181,22 @@ class ProbeOptions(TypedDict, total=False):
     shots: int | Iterable[int] | None
     draws: int | None
     control: bool | None
+    check_overlap: bool | None
     seed: int | None
     selection: str | PathLike[str] | None
     device: str | None
+    split: str | PathLike[str] | None
+    val_fraction: float | None
+    test_fraction: float | None
+    max_val: int | None
+    max_test: int | None
+    cosine: float | str | Iterable[str] | Mapping[str, float] | None
+    split_by: (
+        Literal["image", "text", "audio", "video", "points"]
+        | Iterable[Literal["image", "text", "audio", "video", "points"]]
+        | None
+    )
+    split_seed: int | None
 
 class PruneOptions(TypedDict, total=False):
     feature: str | Iterable[str] | None

@@ -13,6 +13,7 @@ from embedcache.evaluate.settings import (
     RetrievalSettings,
     ZeroShotSettings,
     pairs_settings,
+    probe_settings,
 )
 
 app = new_group("Measure runs and features.")
@@ -91,12 +92,12 @@ def adapter(
     return present_adapter(evaluate_adapter(cache, adapter, settings, control=control_run, progress=open_progress()))
 
 
-@command(app, "probe", settings=ProbeSettings, has_page=True, plugins=("methods",))
+@command(app, "probe", settings=ProbeSettings, build={"settings": probe_settings}, has_page=True, plugins=("methods",))
 def probe(cache: CacheArgument, *, settings: ProbeSettings) -> Any:
     """Train classifiers on a frozen feature.
 
-    These are nearest neighbors and linear probes, also on few examples per class, with the chance level. A JSON report
-    has the format of CLIP_benchmark.
+    These are nearest neighbors and linear probes, also on few examples per class, with the chance level. The column
+    split of the cache decides the parts, unless --split is given. A JSON report has the format of CLIP_benchmark.
 
     Example: embedcache evaluate probe labeled/ --feature resnet18/pooled --shots 1,2,4,8
     """

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks, distinct, number_values
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks, number_values
 from embedcache.dataset.inputs import InputFeature, open_input, to_mean_vectors
 from embedcache.dataset.labels import Labels, has_label, read_labels
-from embedcache.dataset.pairs import Items, read_items
+from embedcache.dataset.matches import ItemSet
+from embedcache.dataset.pairs import Items, Pairs, read_items
 from embedcache.dataset.selections import read_selection
-from embedcache.dataset.splits import PARTS, column_parts, draw_groups
+from embedcache.dataset.settings import with_split_seed
+from embedcache.dataset.splits import PARTS, column_parts, draw_groups, make_split
 from embedcache.errors import DataError, SettingError, first_few, pluralize, summary
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, load_method
+from embedcache.evaluate.runs import Overlap, measure_overlap
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.files import AnyPath
 from embedcache.metrics import (
@@ -25,10 +28,10 @@ from embedcache.metrics import (
     class_means,
     rank_labels,
 )
-from embedcache.modalities import noun, one_noun
+from embedcache.modalities import noun
 from embedcache.processes import products_on
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
-from embedcache.settings import merge_settings
+from embedcache.settings import merge_settings, replace_flat, to_flat
 from embedcache.store.cache import Cache, Keys
 
 if TYPE_CHECKING:
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
 
 _TOP = 5
 _BLOCK = 8192
-_TEST_FRACTION, _VAL_FRACTION = 0.25, 0.1
 _SPLIT = "split"
 
 
@@ -48,7 +50,9 @@ class LabeledFeature:
         names: names of the classes.
         examples: (M, D) vectors, the mean of the tokens of an item, and (M,) classes.
         parts: (M,) `train`, `val` or `test`.
+        groups: (M,) near-duplicate group of each item's sample, which intervals are over.
         split_rule: description of how the parts were made.
+        cosines: modality -> cosine above which items are near-duplicates.
         num_unlabeled: items without a label, left out.
         num_left_out: other items that failed or are in no part.
     """
@@ -58,7 +62,9 @@ class LabeledFeature:
     items: Items
     examples: Examples
     parts: Array
+    groups: Ints
     split_rule: str
+    cosines: Mapping[str, float]
     num_unlabeled: int
     num_left_out: int
 
@@ -66,18 +72,13 @@ class LabeledFeature:
         """Return the positions of the items of a part, ascending."""
         return np.flatnonzero(self.parts == part)
 
-    def overlap(self) -> int:
-        """Count the test items whose bytes or text are in training or validation too."""
-        is_test = self.parts == "test"
-        return int(np.isin(self.items.contents[is_test], self.items.contents[~is_test]).sum())
-
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """Accuracy of one method on the test items.
 
     Args:
-        accuracy: top-1 accuracy, with a 95% interval from resampling the samples.
+        accuracy: top-1 accuracy, with a 95% interval from resampling near-duplicate groups.
         top5: top-5 accuracy; None for five classes or fewer.
         mean_per_class: mean of `recalls` over the classes with test items, with its interval.
         recalls: (C,) float64 recall of each class; NaN for a class without test items.
@@ -94,7 +95,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class FewShot:
-    """Mean accuracy from a few training items per class, with an interval from resampling both draws and samples."""
+    """Mean accuracy from a few training items per class, with an interval from resampling both draws and groups."""
 
     method: str
     shots: int
@@ -120,6 +121,7 @@ class ProbeReport:
 
     labeled: LabeledFeature
     settings: ProbeSettings
+    overlap: Overlap | None
     scores: Sequence[Score]
     controls: Sequence[Control]
     few_shots: Sequence[FewShot]
@@ -157,10 +159,8 @@ class ProbeReport:
     def warnings(self) -> list[str]:
         """Return one line for each reason to doubt the results."""
         data, is_test, lines = self.labeled, self.labeled.parts == "test", []
-        if overlap := data.overlap():
-            one, many = one_noun(data.feature.modality), noun(data.feature.modality)
-            copies = pluralize(overlap, f"test {one} is a copy", f"test {many} are copies")
-            lines.append(f"{copies} of training or validation items")
+        if self.overlap is not None and self.overlap.warning:
+            lines.append(self.overlap.line())
         unseen = np.setdiff1d(data.examples.labels[is_test], data.examples.labels[~is_test])
         if len(unseen):
             names = first_few(unseen.tolist(), 5, show=lambda number: repr(data.names[number]))
@@ -195,7 +195,8 @@ def evaluate_probe(
         DataError: labels or parts are not usable.
         MissingExtraError: logistic regression, and scikit-learn is not installed.
     """
-    settings, progress = merge_settings(ProbeSettings, settings, options), to_progress(progress)
+    settings, progress = merge_settings(ProbeSettings, settings, {}), to_progress(progress)
+    settings = replace_flat(settings, with_split_seed(options, settings))
     methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
     data = read_labeled(Cache(cache), settings, progress=progress)
     data = replace(data, examples=replace(data.examples, products=products_on(settings.device)))
@@ -214,11 +215,21 @@ def evaluate_probe(
     return ProbeReport(
         labeled=data,
         settings=settings,
+        overlap=_find_overlap(data, progress) if settings.check_overlap else None,
         scores=scores,
         controls=controls,
         few_shots=few_shots,
         majority=float(np.mean(data.examples.labels[is_test] == most_frequent)),
     )
+
+
+def _find_overlap(data: LabeledFeature, progress: Progress) -> Overlap:
+    """Compare the test items with the items of training and validation, by the limits of the split."""
+    is_test = data.parts == "test"
+    tested, trained = (
+        {data.feature.modality: ItemSet(data.feature, data.items.where(mask))} for mask in (is_test, ~is_test)
+    )
+    return measure_overlap(tested, [trained], data.cosines, progress=progress)
 
 
 def _ranks(fitted: Classifier, test: Examples) -> Ints:
@@ -228,10 +239,10 @@ def _ranks(fitted: Classifier, test: Examples) -> Ints:
 
 
 def _score(name: str, fit: Fit, data: LabeledFeature, progress: Progress) -> Score:
-    """Fit a method on all training items, and measure it on the test items; intervals are over their samples."""
+    """Fit a method on all training items, and measure it on the test items; intervals are over groups."""
     fitted = _fit(fit, data, data.examples.labels)
     rows = data.rows("test")
-    test, clusters = data.examples.take(rows), data.items.samples[rows]
+    test, clusters = data.examples.take(rows), data.groups[rows]
     ranks_Q = _ranks(fitted, test)
     progress.advance(1)
     return Score(
@@ -269,14 +280,14 @@ def _few_shot(
 def _repeat(
     fit_draw: Callable[[int], Classifier], data: LabeledFeature, settings: ProbeSettings, progress: Progress
 ) -> tuple[Estimate, list[float]]:
-    """Compute the accuracy over draws, with an interval over draws and samples, and that of each draw."""
+    """Compute the accuracy over draws, with an interval over draws and groups, and that of each draw."""
     rows = data.rows("test")
     test = data.examples.take(rows)
     is_right_RQ = np.empty((settings.draws, len(test.labels)), bool)
     for draw in range(settings.draws):
         is_right_RQ[draw] = _ranks(fit_draw(draw), test) == 1
         progress.advance(1)
-    return bootstrap_runs(is_right_RQ, data.items.samples[rows]), is_right_RQ.mean(axis=1).tolist()
+    return bootstrap_runs(is_right_RQ, data.groups[rows]), is_right_RQ.mean(axis=1).tolist()
 
 
 def _fit(fit: Fit, data: LabeledFeature, labels_M: Ints) -> Classifier:
@@ -305,10 +316,10 @@ def draw_shots(labels_M: Ints, rows: Ints, shots: int, *, seed: Sequence[int]) -
 def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | None = None) -> LabeledFeature:
     """Read the vectors, labels and parts of a feature.
 
-    Parts are those of the column `split`, if the cache has one; if it names no validation part, one is taken from
-    training. Otherwise a hash of the keys selects 25% for test and 10% for validation. Copies of an item stay
-    together. Items without a label are left out. If the settings name `val` as the test part, validation is taken from
-    training, and the test part is left out. Memory: the vectors in float32.
+    Parts are those of the column `split`, if the cache has one and no split was given, or else those of the split: a
+    strict one by default, see `make_split`. Validation is taken from training if there is none. Items without a label
+    are left out. If the settings name `val` as the part to measure on, the test part is left out. Memory: the vectors
+    in float32.
 
     Raises:
         SettingError: more shots than a class has training items.
@@ -328,7 +339,7 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
             "another column with --label"
         )
     items, num_unlabeled = items.where(is_labeled), int((~is_labeled).sum())
-    part_S, rule = _parts(cache, items, settings.part, settings.seed)
+    part_S, group_S, rule, cosines = _parts(cache, feature, items, settings, progress or NullProgress())
     parts = part_S[items.samples]
     used_items = items.where(parts != "")
     parts = parts[parts != ""]
@@ -337,7 +348,7 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
         listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
         raise DataError(
             f"{cache.path}: expected {missing[0]} items with {feature.name} and a label, got none ({listed}; {rule}); "
-            f"label more items, or name their parts in a column {_SPLIT!r}"
+            "label more items, or use another --split"
         )
     labels = read_labels(cache, used_items.samples, column=settings.label)
     _check_classes(cache, settings, labels, is_training=parts == "train")
@@ -349,7 +360,9 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
             vectors=_read_vectors(feature, used_items.rows, progress or NullProgress()), labels=labels.numbers
         ),
         parts=parts,
+        groups=group_S[used_items.samples],
         split_rule=rule,
+        cosines=cosines,
         num_unlabeled=num_unlabeled,
         num_left_out=int((~cache.removed_items(feature.modality)).sum()) - num_unlabeled - len(used_items.rows),
     )
@@ -371,51 +384,47 @@ def _check_classes(cache: Cache, settings: ProbeSettings, labels: Labels, *, is_
         )
 
 
-def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) -> tuple[Array, str]:
-    """Return the (S,) part of each sample, or "", and the rule in words."""
-    if _SPLIT in cache.columns:
-        part_S = _read_parts(cache, part)
-        how = f"parts by column {_SPLIT!r}" + (f", {part} is held out" if part != "test" else "")
-        if (part_S == "val").any():
-            return part_S, how
-        train = items.where(part_S[items.samples] == "train")
-        samples, drawn = _draw(cache, train, [round(_VAL_FRACTION * len(distinct(train.samples)))], seed)
-        part_S[samples[drawn == 0]] = "val"
-        return part_S, f"{how}, {_VAL_FRACTION:.0%} of train for validation"
-    if part != "test":
-        raise DataError(
-            f"part: expected test, as the samples of {cache.path} have no column {_SPLIT!r}, got {part}; use "
-            "--part test"
-        )
-    part_S, num_samples = np.full(cache.info.num_samples, "", "<U5"), len(distinct(items.samples))
-    quotas = [round(fraction * num_samples) for fraction in (_TEST_FRACTION, _VAL_FRACTION)]
-    samples, drawn = _draw(cache, items, quotas, seed)
-    part_S[samples] = np.array(["train", "test", "val"])[drawn + 1]
-    return part_S, f"parts by a hash of the keys, {_TEST_FRACTION:.0%} for test and {_VAL_FRACTION:.0%} for validation"
+def _parts(
+    cache: Cache, feature: InputFeature, items: Items, settings: ProbeSettings, progress: Progress
+) -> tuple[Array, Ints, str, Mapping[str, float]]:
+    """Return the (S,) part of each sample, or "", its (S,) group, the rule in words, and near-duplicates' limits."""
+    split, part = settings.split, settings.part
+    is_default = split.kind == "strict" and "split" not in to_flat(settings)
+    group_S = np.arange(cache.info.num_samples)
+    if split.kind == "column" or (is_default and _SPLIT in cache.columns):
+        names = cache.column(_SPLIT)
+        part_S: Array = column_parts(names).to_numpy(zero_copy_only=False).astype("<U5")
+        values = sorted({str(value).lower() for value in pc.unique(names).to_pylist()})
+        group_S[items.samples[::-1]] = items.contents[::-1]  # the first items decide: copies are not divided
+        rule, cosines = f"column {_SPLIT!r}", split.cosines
+    else:
+        reader = {feature.modality: feature.read}
+        made = make_split([cache], Pairs(first=items, second=items), split, reader, progress=progress)
+        part_S = np.full(cache.info.num_samples, "", "<U5")
+        for name in PARTS:
+            part_S[made.mask(name)] = name
+        values = [name for name in PARTS if name in part_S]
+        group_S = np.array(made.groups)
+        rule, cosines = f"{split.path or 'split'} ({made.line()})".removesuffix(" ()"), made.cosines
 
-
-def _read_parts(cache: Cache, part: Literal["test", "val"]) -> Array:
-    """Read the part of each sample from the column `split`, (S,) texts; the part to measure on becomes `test`."""
-    part_S: Array = column_parts(cache.column(_SPLIT)).to_numpy(zero_copy_only=False).astype("<U5")
     found = set(np.unique(part_S).tolist())
     if not {"train", part} <= found:
         others = [name for name in ("test", "val") if {"train", name} <= found]
         next_step = f"; use another part: --part {others[0]}" if others else ""
-        values = sorted({str(value).lower() for value in pc.unique(cache.column(_SPLIT)).to_pylist()})
         raise DataError(
-            f"column {_SPLIT!r} of {cache.path}: expected train and {part} among its values, got "
-            f"{', '.join(values)}{next_step}"
+            f"parts of {cache.path} by {rule}: expected train and {part}, got {', '.join(values)}{next_step}"
         )
     if part != "test":
         part_S[part_S == "test"] = ""
         part_S[part_S == part] = "test"
-    return part_S
-
-
-def _draw(cache: Cache, items: Items, quotas: Sequence[int], seed: int) -> tuple[Ints, Ints]:
-    """Return the samples of some items, and what `draw_groups` returns: equal first items stay together."""
-    samples, first = np.unique(items.samples, return_index=True)
-    return samples, draw_groups(Keys([cache], samples), number_values(items.contents[first]), quotas, seed)
+        rule += f", {part} is held out"
+    if not (part_S == "val").any():
+        train = np.intersect1d(items.samples, np.flatnonzero(part_S == "train"))
+        quota = round(split.val_fraction * len(train))
+        drawn = draw_groups(Keys([cache], train), number_values(group_S[train]), [quota], split.seed)
+        part_S[train[drawn == 0]] = "val"
+        rule += f", {split.val_fraction:.0%} of train for validation"
+    return part_S, group_S, f"parts by {rule}", cosines
 
 
 def _read_vectors(feature: InputFeature, rows: Ints, progress: Progress) -> Floats:

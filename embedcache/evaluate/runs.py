@@ -330,11 +330,23 @@ def find_overlap(
     if not (caches or missing):  # no pair was trained on
         return None
     trained = [items for cache in caches for items in [training_items(run, cache)] if items]
+    cosines = read_split_cosines(run.path / SPLIT)
+    return measure_overlap(evaluated, trained, cosines, not_compared=missing, progress=progress)
+
+
+def measure_overlap(
+    evaluated: Mapping[str, ItemSet],
+    trained: Sequence[Mapping[str, ItemSet]],
+    cosines: Mapping[str, float],
+    *,
+    not_compared: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Overlap:
+    """Compare evaluated items, by modality, with those that were trained on, of each cache; see `find_overlap`."""
     samples = distinct(np.concatenate([items.items.samples for items in evaluated.values()]))
     count = min(len(samples), _num_affordable(evaluated, trained) if trained else 0)
     checked = np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
-    split_cosines = read_split_cosines(run.path / SPLIT)
-    cosines = {modality: split_cosines[modality] for modality in evaluated}
+    cosines = {modality: cosines[modality] for modality in evaluated}
     exact, near = set[int](), set[int]()
     for modality, item_set in evaluated.items():
         others = [items[modality] for items in trained]
@@ -349,7 +361,7 @@ def find_overlap(
         exact=len(exact),
         num_checked=len(checked),
         near=len(near | (exact & set(checked.tolist()))),
-        not_compared=missing,
+        not_compared=list(not_compared),
         cosines=cosines,
     )
 

@@ -81,19 +81,26 @@ class ProbeSettings(Settings):
         metavar="NAME",
         default_text="knn, logistic and ridge",
     )
-    part: Literal["test", "val"] = setting("test", "Part of the column split to measure on.")
+    part: Literal["test", "val"] = setting("test", "Part of the split to measure on.")
     shots: tuple[PositiveInt, ...] = setting(
         (), "Training items per class, such as 1,2,4,8,16, for a few-shot curve.", metavar="N,..."
     )
     draws: int = setting(5, "Number of few-shot draws, or of label shuffles for the control.", ge=1)
     control: bool = setting(False, "Also fit on shuffled labels, as a control that must stay at chance.")
-    seed: int = setting(0, "Random seed of the split, the draws and the shuffles.", ge=0, lt=2**32)
+    check_overlap: bool = setting(True, _OVERLAP_HELP)
+    seed: int = setting(0, "Random seed of the draws and the shuffles.", ge=0, lt=2**32)
     selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
     device: str = device_setting()
+    split: SplitSettings = group(SplitSettings)
 
     def model_post_init(self, _context: object) -> None:
         if not self.classifiers:
             raise SettingError("classifier: expected at least one classifier such as knn, got none; add --classifier")
+
+
+def probe_settings(options: Mapping[str, Any]) -> ProbeSettings:
+    """Build settings from flat names; `split_seed` defaults to `seed`."""
+    return from_flat(ProbeSettings, with_split_seed(options))
 
 
 class _ProbeSplitSettings(SplitSettings):

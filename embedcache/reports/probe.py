@@ -1,6 +1,7 @@
 """The presentation of a probe: accuracies beside chance, the few-shot curve, and each class."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def _details(report: ProbeReport) -> dict[str, Any]:
         "num_unlabelled": data.num_unlabeled,
         "num_left_out": data.num_left_out,
         "num_classes": len(data.names),
-        "overlap": data.overlap(),
+        "overlap": asdict(report.overlap) if report.overlap else None,
         "warnings": report.warnings(),
         "chance": {"majority_acc1": round_json(report.majority), "uniform_acc1": round_json(report.uniform)},
         "methods": {score.method: _score_json(score, data.names) for score in report.scores},

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, UnfinishedError, UnknownNameError
 from embedcache.evaluate.probe import read_labeled
 from embedcache.evaluate.settings import ProbeSettings
@@ -14,6 +16,7 @@ from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.evaluate.conftest import FEATURE, ColumnsOf, color, make_cache, write_colors
+from tests.evaluate.test_retrieval import train_run
 from tests.toy import IMAGE
 
 
@@ -25,7 +28,9 @@ def test_parts_follow_the_column_split(labeled_path: Path) -> None:
     assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 162, "val": 18, "test": 60}
     assert data.split_rule == "parts by column 'split', 10% of train for validation"
     np.testing.assert_array_equal(data.parts, read_labeled(cache, ProbeSettings(feature=FEATURE)).parts)
-    assert (data.parts != read_labeled(cache, ProbeSettings(feature=FEATURE, seed=1)).parts).any()
+    strict = SplitSettings(kind="strict", cosines={"image": 1, "text": 1})
+    assert "split (strict" in read_labeled(cache, ProbeSettings(feature=FEATURE, split=strict)).split_rule
+    assert (data.parts != read_labeled(cache, ProbeSettings(feature=FEATURE, split=SplitSettings(seed=1))).parts).any()
 
 
 @pytest.mark.slow
@@ -53,14 +58,23 @@ def test_only_selected_items_are_read(labeled_path: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_hash_split_keeps_copies_together(tmp_path: Path) -> None:
+def test_strict_split_is_the_default(tmp_path: Path) -> None:
+    """Near images or captions are in one part, and equal ones; a split that is given is followed, and its limits."""
     path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=100, copies=60)
-    data = read_labeled(Cache(path), ProbeSettings(feature=FEATURE))
-    assert data.split_rule == "parts by a hash of the keys, 25% for test and 10% for validation"
+    cache, limits = Cache(path), {"image": 0.9999, "text": 0.9999}
+    data = read_labeled(cache, ProbeSettings(feature=FEATURE, split=SplitSettings(cosines=limits)))
+    assert data.split_rule == "parts by split (strict, cosine image > 0.9999, text > 0.9999)"
     assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 104, "val": 16, "test": 40}
     for content in np.unique(data.items.contents):
         assert len(set(data.parts[data.items.contents == content].tolist())) == 1
-    assert data.overlap() == 0
+
+    train_run(path, tmp_path / "run", split="strict", seed=7, cosines=limits)
+    given = SplitSettings(kind=str(tmp_path / "run" / "split.parquet"))
+    held = read_labeled(cache, ProbeSettings(feature=FEATURE, split=given))
+    split = read_split(tmp_path / "run" / "split.parquet", [cache])
+    assert held.parts.tolist() == [split.parts[sample] for sample in held.items.samples]
+    assert held.cosines == data.cosines == split.cosines
+    assert held.split_rule == f"parts by {given.kind} (strict, cosine image > 0.9999, text > 0.9999)"
 
 
 @pytest.mark.slow
@@ -92,14 +106,13 @@ def test_validation_part_is_used_or_tested(tmp_path: Path) -> None:
         (lambda n, c: {**color(n, c), "split": "test" if n else "train"}, DataError, "val: 0"),
         (lambda n, c: {**color(n, c), "split": "val" if n % 3 else "train"}, DataError, "--part val"),
         (lambda n, c: {**color(n, c), "split": f"fold {n % 2}"}, DataError, "fold 0"),
-        (lambda n, c: {"label": c.split()[0]}, DataError, "--part test"),
     ],
-    ids=["one class", "no label", "no column", "empty part", "no test", "no part at all", "no column split"],
+    ids=["one class", "no label", "no column", "empty part", "no test", "no part at all"],
 )
 def test_unusable_data_raise(tmp_path: Path, columns_of: ColumnsOf, error: type[Exception], word: str) -> None:
     path = make_cache(tmp_path, columns_of, count=40)
     with pytest.raises(error, match=word):
-        read_labeled(Cache(path), ProbeSettings(feature=FEATURE, part="val" if word == "--part test" else "test"))
+        read_labeled(Cache(path), ProbeSettings(feature=FEATURE))
 
 
 def test_unfinished_feature_is_refused(labeled_path: Path, tmp_path: Path) -> None:

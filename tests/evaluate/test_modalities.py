@@ -112,10 +112,10 @@ def test_items_are_classified_by_prompts(
 
 
 def test_features_are_probed(things: Path, tmp_path: Path) -> None:
-    options = ["--modality", "audio", "--feature", FEATURES["audio"], "--classifier", "knn"]
+    options = ["--modality", "audio", "--feature", FEATURES["audio"], "--classifier", "knn", "--split", "key"]
     shown = succeed("evaluate", "probe", things, *options, cwd=tmp_path)
-    assert "test recordings; parts by a hash" in " ".join(shown.split())
-    report = evaluate_probe(things, modality="points", feature=FEATURES["points"], classifier="knn")
+    assert "test recordings; parts by split (key)" in " ".join(shown.split())
+    report = evaluate_probe(things, modality="points", feature=FEATURES["points"], classifier="knn", split="key")
     assert report.scores[0].accuracy.value > 0.9
 
 

@@ -86,8 +86,10 @@ def test_copies_of_training_items_warn(tmp_path: Path) -> None:
 
     path = make_cache(tmp_path, columns_of, count=80, copies=20)  # ten copies of test items, ten of training items
     report = evaluate_probe(path, ProbeSettings(feature=FEATURE, classifiers=("ridge",)))
-    assert report.warnings() == ["WARNING: 10 test images are copies of training or validation items"]
-    assert probe_json(report, "x")["details"]["overlap"] == 10
+    assert report.overlap is not None
+    assert (report.overlap.exact, report.overlap.num_samples) == (10, 30)
+    assert report.warnings() == [f"WARNING: {report.overlap.line()}"]
+    assert probe_json(report, "x")["details"]["overlap"]["exact"] == 10
 
 
 def test_figures_match_scikit_learn(labeled_path: Path) -> None:
@@ -153,6 +155,7 @@ def test_untrained_classes_warn(tmp_path: Path) -> None:
     def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0], "split": "test" if number % 4 == 0 or "red" in caption else "train"}
 
-    report = evaluate_probe(make_cache(tmp_path, columns_of), ProbeSettings(feature=FEATURE, classifiers=("knn",)))
+    settings = ProbeSettings(feature=FEATURE, classifiers=("knn",), check_overlap=False)
+    report = evaluate_probe(make_cache(tmp_path, columns_of), settings)
     assert report.warnings() == ["WARNING: 1 class has test items and no training items: 'red'"]
     assert report.scores[0].recalls[report.labeled.names.index("red")] == 0
