@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
 from embedcache.errors import DataError
-from embedcache.train.losses import InfoNce, MultiPositive
-from embedcache.train.losses import Positives as LossPositives
 from pipelines.uniperceiver import candidates, tasks
-from pipelines.uniperceiver.candidates import CosineClassifier, cross_entropy_over, draw_candidates
+from pipelines.uniperceiver.candidates import cross_entropy_over, draw_candidates
 from pipelines.uniperceiver.evaluation import load_shared
 from pipelines.uniperceiver.network import SharedNetwork, Tokens
 from pipelines.uniperceiver.tasks import load_words, predict, read_tokens, retrieval_ranks
@@ -114,19 +112,6 @@ def test_loss_is_that_of_a_linear_layer() -> None:
 
     gradients = [torch.autograd.grad(loss, [linear.weight, linear.bias]) for loss in (found, expected)]
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
-
-
-def test_candidates_of_the_batch_are_the_losses_of_pairs() -> None:
-    images, texts = torch.randn(6, 4), torch.randn(6, 4)
-    classifier = CosineClassifier()
-    scale = classifier.scale.detach()
-    for contents, loss in ((np.arange(6), InfoNce()), (np.array([0, 1, 0, 2, 1, 0]), MultiPositive())):
-        of_images, of_texts = map(torch.from_numpy, np.nonzero(contents[:, None] == contents))
-        pairs = LossPositives(first=of_images, second=of_texts)
-        expected = loss(normalize(images, dim=1), normalize(texts, dim=1), scale, pairs)
-        found = cross_entropy_over(*classifier.scaled(images, texts), (of_images, of_texts))
-        found = (found + cross_entropy_over(*classifier.scaled(texts, images), (of_texts, of_images))) / 2
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_blocks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
