@@ -153,12 +153,14 @@ class RetrievalReport:
     named_samples: Sequence[tuple[int, int]] = ()
 
     def __repr__(self) -> str:
-        """Return `line`, and below it the recalls of each direction with those of chance, for notebooks and `print`."""
+        """Return `line`, and below it the recalls of each direction, those of chance, and its ranks, for `print`."""
         lines = [self.line()]
         for direction, recalls in self.recalls.items():
             chances = self.chance[direction]
             values = (f"R@{k} {recalls[f'r@{k}']}, chance {chances[f'r@{k}'].value:.3f}" for k in KS)
-            lines.append(f"{direction}: {'; '.join(values)}")
+            ranks = self.rank_metrics[direction]
+            median = f"median rank {ranks['median_rank'].value:g}, mAP {ranks['map']}"
+            lines.append(f"{direction}: {'; '.join([*values, median])}")
         return "\n".join(lines)
 
     def line(self) -> str:

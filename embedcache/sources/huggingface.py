@@ -65,7 +65,8 @@ class HuggingfaceSource:
         self._cells = {}
         for split, dataset in splits.items():
             schema = dataset.features.arrow_schema
-            table = TableFile(path=Path(self._path, split), schema=schema, read=partial(_rows, dataset))
+            path = Path(self._path, split)
+            table = TableFile(path=path, schema=schema, read=partial(_rows, dataset), has_path_lists=False)
             columns = find_columns(table, _with_image(settings, dataset))
             self._tables[split] = table, columns
             cells = dataset.with_format("arrow")
@@ -94,7 +95,7 @@ class HuggingfaceSource:
 
 
 def _sample(split: str, columns: TableColumns, number: int, row: Row, place: str) -> Sample:
-    items = {modality: (f"{split}{COLUMN_MARK}{column}", number) for modality, column in columns.items.items()}
+    items = {modality: [(f"{split}{COLUMN_MARK}{column}", number)] for modality, column in columns.items.items()}
     sample = read_sample(columns, row, place, key=str(number), items=items)
     if not split:
         return sample

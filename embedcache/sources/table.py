@@ -75,10 +75,11 @@ class TableSource:
 
     Keys are the cells of the key column, else `<path of the file without suffix>/<row>`. A column of images,
     recordings, videos or point clouds holds bytes, a struct of `bytes` and `path` as Hugging Face writes it, or paths:
-    absolute, URLs, or relative to the setting `root`, without it to the folder of the table. One column may serve two
-    modalities, such as the audio and the video of an `.mp4`. Columns `start_s` and `stop_s` make each recording and
-    video an interval; an empty cell is the beginning or the end. Fields of a JSONL file may be missing in any row;
-    its columns are the fields of its first 100 rows. Iterating over the samples reads no item.
+    absolute, URLs, or relative to the setting `root`, without it to the folder of the table; in JSONL and Parquet also
+    a list of paths, the items of one sample. One column may serve two modalities, such as the audio and the video of an
+    `.mp4`. Columns `start_s` and `stop_s` make each recording and video an interval; an empty cell is the beginning or
+    the end. Fields of a JSONL file may be missing in any row; its columns are the fields of its first 100 rows.
+    Iterating over the samples reads no item.
 
     With the setting `key_column`, adjacent rows of one key that name the same items are one sample with the captions of
     all of them; see `join_captions`.
@@ -120,9 +121,11 @@ class TableSource:
                 items = {}
                 for modality, column in columns.items.items():
                     if column in columns.embedded:
-                        items[modality] = f"{table}{COLUMN_MARK}{column}", number
-                    elif row.get(column):
-                        items[modality] = item_path(self._root_text, folder, str(row[column])), 0
+                        items[modality] = [(f"{table}{COLUMN_MARK}{column}", number)]
+                        continue
+                    cell = row.get(column)
+                    paths = [str(path) for path in (cell if isinstance(cell, list) else [cell]) if path]
+                    items[modality] = [(item_path(self._root_text, folder, path), 0) for path in paths]
                 yield place, read_sample(columns, row, place, key=f"{stem}/{number}", items=items)
 
     def read(self, item: FileItem) -> bytes:
@@ -165,11 +168,13 @@ class TableFile:
         path: the file, for errors.
         schema: names and types of the columns.
         read: iterates over the rows with the given columns.
+        has_path_lists: whether a cell may hold a list of paths of items.
     """
 
     path: Path
     schema: pa.Schema
     read: Callable[[Sequence[str]], Iterator[Row]]
+    has_path_lists: bool = True
 
     def __post_init__(self) -> None:
         twice = [name for name, count in Counter(self.schema.names).items() if count > 1]
@@ -188,8 +193,12 @@ class TableFile:
 
     @cached_property
     def item_columns(self) -> tuple[str, ...]:
-        """Columns that may hold items: their bytes, or text, which may be their paths."""
-        return tuple(field.name for field in self.schema if _holds_bytes(field.type) or _is_text(field.type))
+        """Columns that may hold items: their bytes, or text or lists of text, which may be their paths."""
+        return tuple(field.name for field in self.schema if _holds_bytes(field.type) or self._holds_paths(field.type))
+
+    def _holds_paths(self, kind: pa.DataType) -> bool:
+        is_list = self.has_path_lists and (pa.types.is_list(kind) or pa.types.is_large_list(kind))
+        return _is_text(kind.value_type if is_list else kind)
 
     @cached_property
     def plain_columns(self) -> tuple[str, ...]:
@@ -411,20 +420,21 @@ def _check(file: TableFile, name: str, option: str, allowed: Collection[str]) ->
 
 
 def read_sample(
-    columns: TableColumns, row: Row, place: str, *, key: str, items: Mapping[str, tuple[str, int]]
+    columns: TableColumns, row: Row, place: str, *, key: str, items: Mapping[str, Sequence[tuple[str, int]]]
 ) -> Sample:
     """Return the sample of a row.
 
     Args:
         place: where the row is, for errors.
         key: key of the sample if there is no key column.
-        items: modality -> path and offset of its item.
+        items: modality -> path and offset of each of its items.
     """
     start_s, stop_s = _read_interval(columns, row, place)
     files = {}
-    for modality, (path, offset) in items.items():
-        interval = (start_s, stop_s) if MODALITIES[modality].has_interval else (None, None)
-        files[modality] = (FileItem(path=path, offset=offset, start_s=interval[0], stop_s=interval[1]),)
+    for modality, places in items.items():
+        start, stop = (start_s, stop_s) if MODALITIES[modality].has_interval else (None, None)
+        if places:
+            files[modality] = tuple(FileItem(path=path, offset=at, start_s=start, stop_s=stop) for path, at in places)
     return Sample(
         key=_read_key(columns, row, place) or key,
         images=files.pop("image", ()),

@@ -312,7 +312,7 @@ class ImportedSamples:
         items = {}
         for modality in self._in_files:
             path = row.get(columns.items.get(modality, ""))
-            items[modality] = (path if isinstance(path, str) else "", 0)
+            items[modality] = [(path if isinstance(path, str) else "", 0)]
         sample = read_sample(columns, row, place, key=_KEY_FORMAT.format(number), items=items)
         if "text" not in self._modalities:
             return sample

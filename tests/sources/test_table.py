@@ -47,6 +47,17 @@ class TestJsonlWithSettings(SourceContract):
         return open_source(tmp_path / "t.jsonl", settings=settings)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_cell_lists_the_items_of_a_sample(tmp_path: Path, suffix: str) -> None:
+    rows = [{"audio": ["a.wav", "b.wav"], "caption": "both"}, {"audio": [], "caption": "none"}]
+    write(tmp_path, {"a.wav": b"1", "b.wav": b"2", "t.jsonl": "\n".join(map(json.dumps, rows))})
+    write_parquet(tmp_path / "t.parquet", **{name: [row[name] for row in rows] for name in rows[0]})
+    source = open_source(tmp_path / f"t.{suffix}")
+    both, none = source.samples()
+    assert [source.read(item) for item in both.files["audio"]] == [b"1", b"2"]
+    assert none.files == {}
+
+
 def test_keys_without_key_column(tmp_path: Path) -> None:
     for name in ("b", "a"):
         write_parquet(tmp_path / f"{name}.parquet", caption=["x", "y"])
