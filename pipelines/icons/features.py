@@ -1,6 +1,6 @@
-"""Other features in the pipeline of icons: tokens by their bytes, and encoders chosen on 1,000 pairs, on 100,000 pairs.
+"""Other features in the pipeline of icons, on 100,000 pairs: tokens by their bytes, encoders chosen on 1,000 pairs.
 
-They are extracted for a cut of the icons: the pairs that the first seed trains, validates and tests on. Finished
+They are extracted for a cut of the icons: the training, validation and test pairs of the first seed. Finished
 caches, runs and results are reused.
 """
 
@@ -50,7 +50,9 @@ NUM_MEASURED = 1_000
 _VALIDATION = 0.25
 _DRAWS = (0, 1, 2)
 _LENGTH = TrainingLength(1_000_000, 10, 30)
-_LITE0, _LITE1, _MINI = "efficientnet-lite0", "efficientnet-lite1", "all-MiniLM-L6-v2"
+_LITE0 = "efficientnet-lite0"
+_LITE1 = "efficientnet-lite1"
+_MINI = "all-MiniLM-L6-v2"
 _TOKENS = {"initialization": "random", "dropout": 0.3, "precision": "bfloat16"}
 _TRAINED: Mapping[str, Recipe] = {
     "mlp": Recipe(options={"projector": "mlp", "initialization": "cca"}, length=_LENGTH),
@@ -65,11 +67,11 @@ class Compared:
     Args:
         image_encoders: encoder -> features to extract.
         text_encoders: encoder -> features to extract.
-        tokens: name -> image feature, of which the tokens of `+` are the second part.
+        tokens: name -> image feature. After a `+`, its tokens.
         images: image features whose pairs with all of `texts` are compared.
         texts: text features.
-        recipes: how pairs of features are trained.
-        length: how long tokens are trained.
+        recipes: recipes of pairs of features.
+        length: length of the training of tokens.
     """
 
     image_encoders: Mapping[str, Sequence[str]]
@@ -81,23 +83,24 @@ class Compared:
     length: TrainingLength = _LENGTH
 
     def token_recipes(self) -> dict[str, Recipe]:
-        """Return the paper's projectors of tokens for each token feature."""
-        return {
-            name: Recipe(
-                options={**_TOKENS, "projector": f"{'cls_token' if '+' in image else 'token'}+token_mlp"},
+        """Return a recipe with the paper's token projectors for each token feature."""
+        recipes = {}
+        for name, image in self.tokens.items():
+            projector = "cls_token" if "+" in image else "token"
+            recipes[name] = Recipe(
+                options={**_TOKENS, "projector": f"{projector}+token_mlp"},
                 length=self.length,
                 features={"image": image, "text": self.texts[0]},
             )
-            for name, image in self.tokens.items()
-        }
+        return recipes
 
     def pair_recipes(self) -> dict[str, Recipe]:
         """Return `mlp` and the closed form for each pair of features."""
-        return {
-            _pair_name(kind, image, text): replace(recipe, features={"image": image, "text": text})
-            for kind, recipe in self.recipes.items()
-            for image, text in product(self.images, self.texts)
-        }
+        recipes = {}
+        for kind, recipe in self.recipes.items():
+            for image, text in product(self.images, self.texts):
+                recipes[_pair_name(kind, image, text)] = replace(recipe, features={"image": image, "text": text})
+        return recipes
 
 
 COMPARED = Compared(
@@ -117,14 +120,14 @@ COMPARED = Compared(
 )
 TITLE = "Tokens by their bytes, and encoders chosen on 1,000 pairs"
 NOTES = [
-    "The pairs, split and tests of the learning curve, and other features. All train on the same pairs, ten epochs."
+    "The pairs, split and tests of the learning curve, with other features. All train on the same pairs, ten epochs."
 ]
 _TOKEN_NOTE = (
-    "R@10 over the queries of both directions, and what it gains over the first feature on the same items, with 95% "
-    "intervals over items and seeds. How tokens are projected: `pipelines/icons/README.md`."
+    "R@10 over the queries of both directions, and its gain over the first feature on the same items, with 95% "
+    "intervals over items and seeds. Token projectors are explained in `pipelines/icons/README.md`."
 )
 _PAIR_NOTE = (
-    "The metrics of `evaluate pairs` on 1,000 pairs, means of three draws, beside test R@10 on names never seen after "
+    "The metrics of `evaluate pairs` on 1,000 pairs, as means of three draws, and test R@10 on names never seen after "
     "training on all pairs. Intervals of rank correlations are too narrow, since pairs share encoders."
 )
 
@@ -134,78 +137,95 @@ def _pair_name(kind: str, image: str, text: str) -> str:
 
 
 def run_features(data: Data, seed: int, size: int = NUM_PAIRS, compared: Compared = COMPARED) -> dict[str, Any]:
-    """Extract, train and measure, but for what is finished; return the results as JSON values, with a page."""
+    """Run all unfinished extractions, trainings and tests, write a page, and return the results as JSON values."""
     folder = data.folder / "features"
     recipes = {**compared.token_recipes(), **compared.pair_recipes()}
     (runs,) = open_runs(data, folder, [seed], [size], recipes)
+
     selection = selection_path(runs.folder, size)
     caches = cut_caches(data, folder, seed, selection)
     write_pairs_split(folder, seed)
+
     encoders = {**compared.image_encoders, **compared.text_encoders}
-    made = {"pairs": digest_file(selection), "encoders": {name: list(features) for name, features in encoders.items()}}
-    data.step("features/encoders", made, lambda: _extract_all(compared, caches))
+    request = {
+        "pairs": digest_file(selection),
+        "encoders": {name: list(features) for name, features in encoders.items()},
+    }
+    data.step("features/encoders", request, lambda: _extract_all(compared, caches))
+
     tests = {name: [path] for name, path in caches.items()}
     runs = replace(runs, icons=caches[NAMES], tests=tests, split=f"{folder}/split-{{seed}}.parquet")
-    chosen = run_all([runs])
-    trained = [Run.open(runs.path(*key, choice)).info.weights for key, choice in chosen.items()]
+    choices = run_all([runs])
+    weights = [Run.open(runs.path(*key, choice)).info.weights for key, choice in choices.items()]
 
     def measure() -> dict[str, Any]:
-        values = features_json(runs, chosen, compared)
+        values = features_json(runs, choices, compared)
         outcomes = pair_outcomes(values, compared, [_measure_pairs(runs, compared, draw) for draw in _DRAWS])
-        ranked = correlation_table(outcomes)
-        write_feature_pages(folder, values, outcomes, ranked)
-        return {**values, "pairs": _table_json(pair_table(outcomes)), "rank": _table_json(ranked)}
+        correlations = correlation_table(outcomes)
+        write_feature_pages(folder, values, outcomes, correlations)
+        return {**values, "pairs": _table_json(pair_table(outcomes)), "rank": _table_json(correlations)}
 
-    made = {"runs": trained, "pairs": digest_file(folder / f"pairs-{seed}.parquet")}
-    values = data.step("features", made, measure)
+    request = {"runs": weights, "pairs": digest_file(folder / f"pairs-{seed}.parquet")}
+    values = data.step("features", request, measure)
     print_table(*token_table(values), title="tokens")
     print_line(f"{folder}.html; {folder}.json")
     return values
 
 
 def cut_caches(data: Data, folder: Path, seed: int, selection: Path) -> dict[str, Path]:
-    """Cut the icons of a selection with those of validation and test, and the caches of the other tests.
+    """Cut the icons of a selection, of validation and of the test, and the caches of the other tests.
 
     The split of the cut is `split-SEED.parquet` in the folder.
 
     Returns:
-        Test -> its cache; that of the names never seen has the training pairs too.
+        Test -> its cache. The cache of the names never seen also has the training pairs.
     """
     split = read_split(data.folder / f"split-{seed}.parquet", [data.icons])
+
+    # Only these icons need the other features, which would take hours for all.
     rows = [read_selection(selection, [data.icons]), split.rows("val"), split.rows("test")]
     used = Selection(rows=np.sort(np.concatenate(rows)))
     write_selection(folder / "used.parquet", data.icons, used, {"seed": seed})
+
     caches = {NAMES: folder / "icons", FAMILIES: folder / "families", EMOJI: folder / "emoji"}
     cut_cache(data.icons.path, folder / "used.parquet", caches[NAMES])
-    of_cut = Split(
+
+    split = Split(
         parts=np.array(split.parts)[used.rows].tolist(),
         groups=np.array(split.groups)[used.rows].tolist(),
     )
-    write_split(folder / f"split-{seed}.parquet", [Cache(caches[NAMES])], of_cut)
+    write_split(folder / f"split-{seed}.parquet", [Cache(caches[NAMES])], split)
+
     cut_cache(data.icons.path, data.folder / "families.parquet", caches[FAMILIES])
     cut_cache(data.workdir / "emoji", data.folder / "emoji.parquet", caches[EMOJI])
     return caches
 
 
 def write_pairs_split(folder: Path, seed: int) -> None:
-    """Write `pairs-SEED.parquet`, the split of the cut with a quarter of the pairs outside the test in validation.
+    """Write `pairs-SEED.parquet`, the split of the cut with a quarter of the other pairs in validation.
 
-    Few pairs are drawn of it: of a hundredth in validation there would be ten, on which any R@10 is 1.
+    Few pairs are drawn from it: a hundredth in validation would be ten pairs, on which any R@10 is 1.
     """
     icons = Cache(folder / "icons")
     split = read_split(folder / f"split-{seed}.parquet", [icons])
-    is_used, groups = np.array(split.parts) != "test", np.array(split.groups)
+    is_used = np.array(split.parts) != "test"
+    groups = np.array(split.groups)
+
     names = np.unique(groups[is_used])
+
+    # Whole names, as in the strict split.
     validation = np.random.default_rng(seed).choice(names, round(_VALIDATION * len(names)), replace=False)
+
     in_validation = is_used & np.isin(groups, validation)
     parts = np.where(in_validation, "val", np.where(is_used, "train", "test")).tolist()
     write_split(folder / f"pairs-{seed}.parquet", [icons], replace(split, parts=parts))
 
 
 def _extract_all(compared: Compared, caches: Mapping[str, Path]) -> dict[str, int]:
-    """Extract all features of all caches, which are cuts; return test -> number of samples."""
+    """Extract all features of all caches, and return test -> number of samples."""
     for path in caches.values():
         for encoder, features in compared.image_encoders.items():
+            # The caches are cuts, so that they are the source of their own items.
             settings = ExtractSettings(features=tuple(features))
             extract_source(path, path, images=[encoder], texts=[], settings=settings)
         for encoder, features in compared.text_encoders.items():
@@ -224,28 +244,33 @@ def _measure_pairs(runs: SeedRuns, compared: Compared, draw: int) -> PairsReport
     return evaluate_pairs(runs.icons, pairs_settings(settings), feature=feature, progress=open_progress())
 
 
-def features_json(runs: SeedRuns, chosen: Mapping[tuple[str, int], int], compared: Compared) -> dict[str, Any]:
+def features_json(runs: SeedRuns, choices: Mapping[tuple[str, int], int], compared: Compared) -> dict[str, Any]:
     """Return all results as JSON values.
 
-    `runs`: recipe -> its features, choice, validation recall, and what the training took. `num_bytes`: token feature ->
+    `runs`: recipe -> its features, choice, validation recall, and costs of the training. `num_bytes`: token feature ->
     bytes per image. `tests`: test -> `chance`, `values`, recipe -> R@10 of both directions, and `gains`, token feature
-    -> what it gains over the first one.
+    -> gain over the first one.
     """
     (size,) = runs.num_pairs
     results = Results(with_both(Result.read(path)) for path in sorted((runs.folder / "results").glob("*.json")))
-    icons, names = Cache(runs.icons), list(runs.recipes)
-    stored = {name: image.split("+") for name, image in compared.tokens.items()}
+    names = list(runs.recipes)
+
+    recipes = {}
+    for name in names:
+        cost = run_json([runs], name, size, choices[name, size])
+        recipes[name] = {**cost, "features": dict(runs.recipes[name].features)}
+
+    icons = Cache(runs.icons)
+    num_bytes = {}
+    for name, image in compared.tokens.items():
+        num_bytes[name] = sum(_bytes_per_item(icons.feature("image", feature)) for feature in image.split("+"))
+
+    tokens = list(compared.tokens)
     return {
         "seeds": [runs.seed],
-        "runs": {
-            name: {**run_json([runs], name, size, chosen[name, size]), "features": dict(runs.recipes[name].features)}
-            for name in names
-        },
-        "num_bytes": {
-            name: sum(_bytes_per_item(icons.feature("image", feature)) for feature in features)
-            for name, features in stored.items()
-        },
-        "tests": {test: _recalls_json(results, question(test, size), names, list(stored)) for test in runs.tests},
+        "runs": recipes,
+        "num_bytes": num_bytes,
+        "tests": {test: _recalls_json(results, question(test, size), names, tokens) for test in runs.tests},
     }
 
 
@@ -253,28 +278,26 @@ def _bytes_per_item(feature: Feature) -> int:
     return int(np.prod(feature.shape[1:])) * np.dtype(feature.dtype).itemsize
 
 
-def _recalls_json(results: Results, asked: str, names: Sequence[str], tokens: Sequence[str]) -> dict[str, Any]:
-    """Return the recalls of one test, and what each kind of tokens gains over the first, from the same resamples."""
-    means = results.resample([(name, asked) for name in names], _MEASURE)
+def _recalls_json(results: Results, question_name: str, names: Sequence[str], tokens: Sequence[str]) -> dict[str, Any]:
+    """Return the recalls of one test, and the gain of each kind of tokens over the first, from the same resamples."""
+    means = results.resample([(name, question_name) for name in names], _MEASURE)
     columns = dict(zip(names, means.T, strict=True))
     gains = {name: columns[name] - columns[tokens[0]] for name in tokens[1:]}
     return {
-        "chance": round_json(results.seeds(names[0], asked)[0].chance[_MEASURE]),
+        "chance": round_json(results.seeds(names[0], question_name)[0].chance[_MEASURE]),
         "values": estimates_json(columns),
         "gains": estimates_json(gains),
     }
 
 
 def pair_outcomes(values: Mapping[str, Any], compared: Compared, measured: Sequence[PairsReport]) -> Outcomes:
-    """Return the recalls of all pairs of features on names never seen, beside their metrics on few pairs."""
-    found = values["tests"][NAMES]["values"]
-    recalls = {
-        kind: {
-            (image, text): found[_pair_name(kind, image, text)]["value"]
-            for image, text in product(compared.images, compared.texts)
-        }
-        for kind in compared.recipes
-    }
+    """Return the recalls of all pairs of features on names never seen, and their metrics on few pairs."""
+    estimates = values["tests"][NAMES]["values"]
+    recalls: dict[str, dict[tuple[str, str], float]] = {}
+    for kind in compared.recipes:
+        recalls[kind] = {}
+        for image, text in product(compared.images, compared.texts):
+            recalls[kind][image, text] = estimates[_pair_name(kind, image, text)]["value"]
     return Outcomes(measured=measured, recalls=recalls)
 
 
@@ -283,28 +306,28 @@ def _table_json(table: Table) -> list[dict[str, str]]:
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def write_feature_pages(path: Path, values: Mapping[str, Any], outcomes: Outcomes, ranked: Table) -> None:
+def write_feature_pages(path: Path, values: Mapping[str, Any], outcomes: Outcomes, correlations: Table) -> None:
     """Write the page as HTML and Markdown, with the rank correlations of `correlation_table`."""
     parts = [
         Part("Tokens", [_TOKEN_NOTE], token_table(values)),
-        Part("Encoders", [_PAIR_NOTE], ranked),
+        Part("Encoders", [_PAIR_NOTE], correlations),
         Part("All pairs of features", ["Sorted by recall."], pair_table(outcomes)),
     ]
     write_pages(path, TITLE, parts, notes=NOTES, credit=CREDIT)
 
 
 def token_table(values: Mapping[str, Any]) -> Table:
-    """Return the recalls of each token feature by its bytes, with chance, and what it gains over the first one."""
-    rows, tests = [], values["tests"]
+    """Return the recalls of each token feature by its bytes, with chance, and its gain over the first one."""
+    tests = values["tests"]
+    rows = []
     for name, num_bytes in values["num_bytes"].items():
         run = values["runs"][name]
-        recalls = [
-            cell
-            for found in tests.values()
-            for cell in (str(estimate_of(found["values"][name])), _gain(found["gains"].get(name)))
-        ]
-        rows.append([name, format_count(num_bytes), *recalls, f"{run['seconds']:,.0f}", f"{run['flops'] / 1e12:,.1f}"])
-    chances = [cell for found in tests.values() for cell in (format_fraction(found["chance"]), "")]
+        cells = []
+        for estimates in tests.values():
+            cells += [str(estimate_of(estimates["values"][name])), _gain(estimates["gains"].get(name))]
+        rows.append([name, format_count(num_bytes), *cells, f"{run['seconds']:,.0f}", f"{run['flops'] / 1e12:,.1f}"])
+
+    chances = [cell for estimates in tests.values() for cell in (format_fraction(estimates["chance"]), "")]
     columns = [column for test in tests for column in (test, "gain")]
     return ["image feature", "bytes", *columns, "seconds", "TFLOP"], [*rows, ["chance", "", *chances, "", ""]]
 

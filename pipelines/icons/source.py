@@ -1,7 +1,7 @@
 """Iconify as a source plug-in: some 390,000 drawings of 230 families, each with its name as caption, in an npm package.
 
-`npm install @iconify/json` gets them. The package has a JSON file per family; an item is the place in it where the
-description of one icon begins, and is drawn when it is read.
+`npm install @iconify/json` gets them. The package has a JSON file per family. An item is the place in this file at which
+the description of an icon starts, and is drawn when it is read.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from pipelines.icons.drawing import draw_png
 KIND = "pipelines.icons.source:IconifySource"
 _IMAGE_PX = 256
 _MARGIN = 1 / 16  # of the image, on each side: encoders cut that much off
-_COLOR = "#1f2933"  # of what a family leaves to the page: currentColor
-_DEFAULT_SIZE = 16.0  # width and height of an icon that its family does not give, as in Iconify's own tools
+_COLOR = "#1f2933"  # of currentColor, which a family leaves to the page
+_DEFAULT_SIZE = 16.0  # width and height of an icon without its own, as in Iconify's tools
 _TRANSFORMS = {"rotate", "hFlip", "vFlip"}
 _ICONS = re.compile(r'"icons"\s*:\s*\{')
 _NAME = re.compile(r'\s*,?\s*"([^"\\]+)"\s*:\s*')
@@ -34,19 +34,21 @@ _READ_BYTES = 8192  # nearly all icons are shorter
 
 
 _Icon: TypeAlias = tuple[str, tuple[str, ...], int]
-"""Family, names, and where the description begins in the file of the family."""
+"""Family, names, and the offset of the description in the file of the family."""
 
 
 class IconifySource:
     """The icons of the npm package `@iconify/json`, drawn as images of 256 x 256 pixels on white.
 
-    One sample per icon; its captions are its name and its other names (aliases that are not turned or mirrored), with
-    spaces in place of hyphens. Columns: `family`, `palette` (`color` or `mono`), `licence` (SPDX) and `category`, as
-    the package states them. The order is drawn from the keys, so that the first N samples are of all families.
+    An icon is a sample. Its captions are its name and its other names, with spaces in place of hyphens; turned or
+    mirrored aliases do not count. Columns are `family`, `palette` (`color` or `mono`), `licence` (SPDX) and `category`,
+    as stated by the package. The order depends on hashes of the keys, so that the first N samples come from all
+    families.
 
-    The location is the folder of the package, or the one in which npm installed it, and after a comma the prefix of the
-    only family to use, if any. Else those that allow use are, without families of emoji, since they draw what OpenMoji
-    draws. `families` holds what the package says about each family that is used: its name, author, license and others.
+    The location is the folder of the package, or the folder in which npm installed it. After a comma follows the prefix
+    of the only family to use, if any. Otherwise all families that allow use are read, except for families of emoji,
+    which draw the same things as OpenMoji. `families` has the package's entry of each family that is used: its name,
+    author, license and others.
     """
 
     credit = "Icons: Iconify's collection (iconify.design); columns family and licence say whose and on which terms"
@@ -55,17 +57,17 @@ class IconifySource:
         settings.check_supported("iconify")
         path, _, self._only = location.partition(",")
         self._folder = _find_package(Path(path))
+
         about = json.loads((self._folder / "collections.json").read_text())
-        self.families = {
-            prefix: family
-            for prefix, family in sorted(about.items())
-            if (prefix == self._only if self._only else _is_used(prefix, family))
-        }
+        self.families = {}
+        for prefix, family in sorted(about.items()):
+            if prefix == self._only if self._only else _is_used(prefix, family):
+                self.families[prefix] = family
         if not self.families:
             raise SourceError(f"{location}: expected a family of icons, got none; check the prefix")
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source, with the versions of the icons and of what draws them."""
+        """Return the description that reopens the source, with the versions of the icons and of the renderer."""
         package = json.loads((self._folder / "package.json").read_text())
         return {
             "type": KIND,
@@ -78,9 +80,13 @@ class IconifySource:
         """Iterate over the icons in the order of the SHA-256 of their keys. Memory: some 300 bytes per icon."""
         icons = [icon for prefix in self.families for icon in _list_icons(self._folder, prefix)]
         icons.sort(key=_order)
+
         for prefix, names, offset in icons:
             family = self.families[prefix]
+
+            # Names that differ only in punctuation are one caption.
             captions = dict.fromkeys(name.replace("-", " ").replace("_", " ").strip() for name in names)
+
             yield Sample(
                 key=f"{prefix}:{names[0]}",
                 images=(FileItem(path=f"json/{prefix}.json", offset=offset),),
@@ -98,17 +104,22 @@ class IconifySource:
         path = self._folder / item.path
         with reading(path, error_class=ItemError):
             check_read_allowed(path)
+
         try:
-            icon, size = _read_icon(path, item.offset), _sizes(path)
+            icon = _read_icon(path, item.offset)
+            size = _sizes(path)
         except (OSError, ValueError) as error:
-            raise ItemError(f"{item.path} holds no icon at byte {item.offset}: {error}") from error
+            raise ItemError(f"{item.path} has no icon at byte {item.offset}: {error}") from error
+
         left, top, width, height = (float(icon.get(name, size[name])) for name in size)
-        margin, inner = _MARGIN * _IMAGE_PX, (1 - 2 * _MARGIN) * _IMAGE_PX
+        margin = _MARGIN * _IMAGE_PX
+        inner = (1 - 2 * _MARGIN) * _IMAGE_PX
         svg = (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="{_COLOR}" '
             f'width="{_IMAGE_PX}" height="{_IMAGE_PX}"><svg x="{margin:g}" y="{margin:g}" width="{inner:g}" '
             f'height="{inner:g}" viewBox="{left:g} {top:g} {width:g} {height:g}">{icon["body"]}</svg></svg>'
         )
+
         try:
             return draw_png(svg_string=svg, background="white", skip_system_fonts=True)
         except ValueError as error:
@@ -143,27 +154,31 @@ def _is_used(prefix: str, family: Mapping[str, Any]) -> bool:
 
 
 def _read_family(path: Path) -> tuple[dict[str, tuple[int, Mapping[str, Any]]], Mapping[str, Any]]:
-    """Read the file of a family: name -> first byte and content of each icon, and all that is not an icon.
+    """Read the file of a family: name -> first byte and content of each icon, and all other entries.
 
     Memory: twice its 20 MB at most.
     """
     text = path.read_bytes().decode("latin-1")  # one character per byte
-    found = _ICONS.search(text)
-    assert found is not None, f"{path} is no family of icons"
+    match = _ICONS.search(text)
+    assert match is not None, f"{path} is not a family of icons"
+
     icons: dict[str, tuple[int, Mapping[str, Any]]] = {}
-    position = found.end()
+    position = match.end()
     while name := _NAME.match(text, position):
+        # The decoder stops where an icon ends, which gives the offset of the next one.
         content, position = _DECODER.raw_decode(text, name.end())
         icons[name[1].encode("latin-1").decode()] = name.end(), content
-    others = json.loads((text[: found.end()] + text[position:]).encode("latin-1"))
-    return icons, others
+
+    rest = json.loads((text[: match.end()] + text[position:]).encode("latin-1"))
+    return icons, rest
 
 
 def _read_icon(path: Path, offset: int) -> Mapping[str, Any]:
-    """Read the JSON object that begins at a byte. An item has no length, which would be that of the drawing."""
+    """Read the JSON object that starts at a byte. Its length is unknown, since an item has only an offset."""
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read(_READ_BYTES)
+
         while True:
             try:
                 icon: Mapping[str, Any] = _DECODER.raw_decode(data.decode(errors="ignore"))[0]
@@ -178,8 +193,8 @@ def _read_icon(path: Path, offset: int) -> Mapping[str, Any]:
 
 def _list_icons(folder: Path, prefix: str) -> Iterator[_Icon]:
     """Iterate over the icons of a family that are not hidden."""
-    icons, others = _read_family(folder / "json" / f"{prefix}.json")
-    names = _other_names(others.get("aliases", {}))
+    icons, rest = _read_family(folder / "json" / f"{prefix}.json")
+    names = _other_names(rest.get("aliases", {}))
     for name, (offset, content) in icons.items():
         if not content.get("hidden"):
             yield prefix, (name, *names.get(name, ())), offset
@@ -189,10 +204,13 @@ def _other_names(aliases: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Seque
     """Return name of an icon -> its aliases that draw the same."""
     names = defaultdict(list)
     for alias, content in aliases.items():
-        parent, seen = content, {alias}
-        while parent["parent"] in aliases and parent["parent"] not in seen and not _TRANSFORMS & parent.keys():
-            seen.add(parent["parent"])
+        # An alias can name another alias; `ancestors` ends a circle of them.
+        parent = content
+        ancestors = {alias}
+        while parent["parent"] in aliases and parent["parent"] not in ancestors and not _TRANSFORMS & parent.keys():
+            ancestors.add(parent["parent"])
             parent = aliases[parent["parent"]]
+
         if not _TRANSFORMS & parent.keys() and not content.get("hidden"):
             names[parent["parent"]].append(alias)
     return names
@@ -200,7 +218,7 @@ def _other_names(aliases: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Seque
 
 @cache
 def _sizes(path: Path) -> dict[str, float]:
-    """Return what an icon of a family has if it gives no left, top, width or height of its own."""
-    _, others = _read_family(path)
+    """Return left, top, width and height of icons of a family that do not have their own."""
+    _, rest = _read_family(path)
     defaults = {"left": 0.0, "top": 0.0, "width": _DEFAULT_SIZE, "height": _DEFAULT_SIZE}
-    return {name: float(others.get(name, default)) for name, default in defaults.items()}
+    return {name: float(rest.get(name, default)) for name, default in defaults.items()}

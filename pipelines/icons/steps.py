@@ -1,6 +1,6 @@
-"""Data of the pipeline of icons: caches, what is left out, the split of each seed, and what curation says.
+"""Data of the pipeline of icons: caches, held-out icons, the split of each seed, and reports of curation.
 
-Each step is reused where its output is there for the same samples and settings.
+A step is reused if its output exists for the same samples and settings.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,22 +40,22 @@ from pipelines.worlds.label_sets import FASHION_FOLDER, FASHION_KIND, FASHION_LA
 PACKAGE = Path("node_modules/@iconify/json")
 FEATURES = {"image": IMAGE_FEATURE, "text": TEXT_FEATURE}
 _FASHION_TEST = 10_000
-_EMOJI_PER_ICON = 4  # with a limit: one emoji per so many icons
+_EMOJI_PER_ICON = 4  # icons per emoji, if there is a limit
 _FEWEST_CONCEPTS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holdout:
-    """What is kept from training: names, and whole families.
+    """Names and whole families that are held out of training.
 
     Args:
         test_fraction: fraction of the samples whose names are tested, at most `max_test`.
         val_fraction: fraction of the samples whose names are for validation, at most `max_val`.
-        family_fraction: fraction of the samples of each palette in families that are tested, at most `max_family`; the
-            smallest family of a palette is held out where this is less.
+        family_fraction: fraction of the samples of each palette whose families are tested, at most `max_family`. If the
+            smallest family of a palette is larger, it is held out.
         image_cosine: images above it are near-duplicates.
         text_cosine: names above it are near-duplicates.
-        min_families: a name in so many families is a concept; of too few, the names in most families are.
+        min_families: a name in so many families is a concept. If there are too few, the names in most families are.
     """
 
     test_fraction: float = 0.15
@@ -70,34 +70,38 @@ class Holdout:
 
 
 class Data:
-    """Caches of icons, emoji and clothes; splits and reports of as many icons are in a folder of their own.
+    """Caches of icons, emoji and clothes; the splits and reports of each number of icons are in a separate folder.
 
     Args:
         workdir: folder of everything.
         icons: folder of the npm package `@iconify/json`.
-        limit: number of icons; None: all. An interrupted extraction resumes, a larger limit appends.
-        holdout: what is kept from training.
+        limit: number of icons; If None, all. An interrupted extraction resumes, a larger limit appends.
+        holdout: names and families that are held out of training.
     """
 
     def __init__(self, workdir: Path, icons: Path, limit: int | None = None, holdout: Holdout | None = None) -> None:
-        self.workdir, self.icons_path, self.holdout = workdir, icons, holdout or Holdout()
+        self.workdir = workdir
+        self.icons_path = icons
+        self.holdout = holdout or Holdout()
         self._limit = limit
 
     def prepare(self) -> None:
-        """Extract all caches, and decide what is held out for all seeds."""
+        """Extract all caches, and hold out families and emoji for all seeds."""
         for step in (self.extract, self.find_leaks, self.hold_out_families, self.cut_emoji):
             step()
 
     def extract(self) -> None:
         """Extract icons and emoji, and clothes if Fashion-MNIST is installed."""
         self.workdir.mkdir(parents=True, exist_ok=True)
-        emoji = None if self._limit is None else -(-self._limit // _EMOJI_PER_ICON)
         settings = ExtractSettings(limit=self._limit, extend=True)
         extract_source(str(self.icons_path), self.workdir / "icons", settings=settings, kind=KIND)
-        settings = ExtractSettings(limit=emoji, extend=True)
+
+        num_emoji = None if self._limit is None else -(-self._limit // _EMOJI_PER_ICON)
+        settings = ExtractSettings(limit=num_emoji, extend=True)
         extract_source("openmoji:en", self.workdir / "emoji", settings=settings)
+
         if self.has_clothes:
-            clothes = _FASHION_TEST if emoji is None else min(emoji, _FASHION_TEST)
+            clothes = _FASHION_TEST if num_emoji is None else min(num_emoji, _FASHION_TEST)
             names = self._write_prompts("clothes", FASHION_LABELS)
             extract_source(f"0+{clothes}", self.folder / "clothes", texts=[], kind=FASHION_KIND)
             extract_source(names, self.folder / "clothes-names", images=[])
@@ -109,7 +113,7 @@ class Data:
 
     @cached_property
     def folder(self) -> Path:
-        """Folder of what depends on the number of icons."""
+        """Folder of everything that depends on the number of icons."""
         path = self.workdir / f"{self.icons.info.num_samples}-icons"
         path.mkdir(exist_ok=True)
         return path
@@ -120,17 +124,20 @@ class Data:
         return FASHION_FOLDER.is_dir()
 
     def step(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the values of a step, which `NAME.json` has if it was computed for the same samples and settings."""
-        path, request = self.folder / f"{name}.json", {"icons": self.icons.info.index_digest, **settings}
-        if (stored := read_step(path, request)) is not None:
+        """Return the values of a step, from `NAME.json` if it was computed for the same samples and settings."""
+        path = self.folder / f"{name}.json"
+        request = {"icons": self.icons.info.index_digest, **settings}
+        stored = read_step(path, request)
+        if stored is not None:
             print_line(f"{name}: reused")
             return stored
+
         values = dict(compute())
         write_step(path, request, values)
         return values
 
     def report_duplicates(self) -> dict[str, Any]:
-        """Report what deduplication of the icons at each cosine would remove, with a page."""
+        """Report the icons that deduplication would remove at each cosine, and write a page."""
 
         def compute() -> Mapping[str, Any]:
             analysis = analyze(self.icons.path, progress=open_progress())
@@ -142,20 +149,20 @@ class Data:
         return self.step("duplicates", {}, compute)
 
     def find_leaks(self) -> dict[str, Any]:
-        """Write the selection `clean` of the icons that are no emoji, by their drawing or their name, with a page."""
+        """Write the selection `clean` of the icons that are not an emoji by drawing or name, and write a page."""
 
         def compute() -> Mapping[str, Any]:
             report = find_leaks(self.icons.path, self.workdir / "emoji", progress=open_progress())
             write_clean_selection(self.folder / "clean.parquet", report)
-            shown = present_leaks(report)
-            write_page(self.folder / "leaks.html", shown)
-            print_line(f"leaks: {shown.lines[0]}")
+            presentation = present_leaks(report)
+            write_page(self.folder / "leaks.html", presentation)
+            print_line(f"leaks: {presentation.lines[0]}")
             return report.to_json()
 
         return self.step("leaks", {"emoji": Cache(self.workdir / "emoji").info.index_digest}, compute)
 
     def hold_out_families(self) -> dict[str, Any]:
-        """Draw families of each palette for the test of styles, and cut the cache `families` of their icons."""
+        """Draw families of each palette for the test of styles, and cut the cache `families` with their icons."""
 
         def compute() -> Mapping[str, Any]:
             rows = draw_families(self.icons, self.holdout)
@@ -171,7 +178,7 @@ class Data:
         return values
 
     def cut_emoji(self) -> dict[str, Any]:
-        """Cut the cache `emoji` of the test part of OpenMoji's strict split."""
+        """Cut the cache `emoji` with the test part of OpenMoji's strict split."""
         emoji = Cache(self.workdir / "emoji")
 
         def compute() -> Mapping[str, Any]:
@@ -185,13 +192,13 @@ class Data:
         return values
 
     def cut_target(self) -> None:
-        """Cut the cache `target` of the other parts of OpenMoji, which no test holds: selections may resemble them."""
-        emoji, path = Cache(self.workdir / "emoji"), self.folder / "target.parquet"
+        """Cut the cache `target` with the other parts of OpenMoji, which selections may resemble: no test has them."""
+        emoji = Cache(self.workdir / "emoji")
+        path = self.folder / "target.parquet"
 
         def compute() -> Mapping[str, Any]:
-            rows = np.setdiff1d(
-                np.arange(emoji.info.num_samples), read_selection(self.folder / "emoji.parquet", [emoji])
-            )
+            test = read_selection(self.folder / "emoji.parquet", [emoji])
+            rows = np.setdiff1d(np.arange(emoji.info.num_samples), test)
             write_selection(path, emoji, Selection(rows=rows), {})
             return {"num_samples": len(rows)}
 
@@ -199,13 +206,15 @@ class Data:
         cut_cache(emoji.path, path, self.folder / "target")
 
     def measure_coverage(self) -> dict[str, Any]:
-        """Estimate the captions of each name that many families have, with a page."""
+        """Estimate the number of captions of each name that many families share, and write a page."""
 
         def compute() -> Mapping[str, Any]:
             names = find_concepts(self.icons, self.holdout.min_families)
             extract_source(self._write_prompts("concepts", names), self.folder / "concepts", images=[])
+
             settings = CoverageSettings(modality="text")
             report = measure_coverage(self.icons.path, self.folder / "concepts", settings, progress=open_progress())
+
             write_page(self.folder / "coverage.html", present_coverage({settings.modality: report}))
             num_gaps = len(report.pool_counts.gaps(settings.min_count))
             print_line(f"coverage: {report.line()}; {num_gaps:,} gaps")
@@ -214,12 +223,11 @@ class Data:
         return self.step("coverage", asdict(self.holdout), compute)
 
     def split(self, seed: int) -> dict[str, Any]:
-        """Write the split of a seed, `split-SEED.parquet`; return the number of icons of each part and left out."""
+        """Write the split of a seed, `split-SEED.parquet`, and return the number of icons in each part and outside."""
 
         def compute() -> Mapping[str, Any]:
-            clean, families = (
-                read_selection(self.folder / f"{name}.parquet", [self.icons]) for name in ("clean", "families")
-            )
+            clean = read_selection(self.folder / "clean.parquet", [self.icons])
+            families = read_selection(self.folder / "families.parquet", [self.icons])
             split, counts = strict_split(self.icons, clean=clean, families=families, holdout=self.holdout, seed=seed)
             write_split(self.folder / f"split-{seed}.parquet", [self.icons], split)
             print_line(f"split {seed}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
@@ -228,7 +236,7 @@ class Data:
         return self.step(f"split-{seed}", {**asdict(self.holdout), "seed": seed}, compute)
 
     def _write_prompts(self, name: str, names: Iterable[str]) -> str:
-        """Write class names and a template of the bare name; return the location of the source of prompts."""
+        """Write class names and a template of the bare name, and return the location of the source of prompts."""
         texts = {f"{name}.txt": "\n".join(names), "name.txt": "{c}"}
         for file, text in texts.items():
             write_atomic(self.folder / file, text.encode())
@@ -236,19 +244,25 @@ class Data:
 
 
 def draw_families(cache: Cache, holdout: Holdout, *, seed: int = 0) -> Ints:
-    """Draw whole families of each palette until a fraction of its icons is held out: (M,) rows of samples, ascending.
+    """Draw whole families of each palette until a fraction of its icons is held out: (M,) ascending sample rows.
 
     A palette of a single family has none to hold out.
     """
-    keys, drawn = cache.column("key"), []
-    palettes, families = (np.array(cache.column(name).to_pylist()) for name in ("palette", "family"))
+    keys = cache.column("key")
+    palettes = np.array(cache.column("palette").to_pylist())
+    families = np.array(cache.column("family").to_pylist())
+
+    parts = []
     for palette in sorted(set(palettes.tolist())):
         rows = np.flatnonzero(palettes == palette)
         _, numbers, sizes = np.unique(families[rows], return_inverse=True, return_counts=True)
+
+        # At least one family is held out, even if the smallest is larger than the fraction.
         quota = max(min(round(holdout.family_fraction * len(rows)), holdout.max_family), int(sizes.min()))
         if len(sizes) > 1:
-            drawn.append(rows[draw_groups(keys.take(rows), numbers, [quota], seed) >= 0])
-    return np.sort(np.concatenate(drawn))
+            parts.append(rows[draw_groups(keys.take(rows), numbers, [quota], seed) >= 0])
+
+    return np.sort(np.concatenate(parts))
 
 
 def first_names(cache: Cache) -> Array:
@@ -259,9 +273,11 @@ def first_names(cache: Cache) -> Array:
 
 
 def find_concepts(cache: Cache, min_families: int) -> list[str]:
-    """Return the names that at least so many families have, or the 50 names that most have, sorted."""
+    """Return the names in at least so many families, or else the 50 most shared names, sorted."""
     pairs = set(zip(first_names(cache).tolist(), cache.column("family").to_pylist(), strict=True))
     names, counts = np.unique(np.array([name for name, _ in pairs], dtype=str), return_counts=True)
+
+    # A small collection has few shared names; the 50 most shared ones then stand in.
     order = np.argsort(-counts, kind="stable")
     count = max(int((counts >= min_families).sum()), min(_FEWEST_CONCEPTS, len(names)))
     return sorted(names[order[:count]].tolist())
@@ -272,9 +288,9 @@ def strict_split(
 ) -> tuple[Split, dict[str, int]]:
     """Split icons so that no name of the test, and no style of a held-out family, is in training.
 
-    All icons of a name are in one part. What is near the test part is dropped from the others, rather than moved to it:
-    near-duplicates chain, and at this size most icons would be one group. The same goes for validation, and for
-    drawings like those of a held-out family.
+    All icons of a name are in one part. Icons near the test part are dropped from the other parts, rather than moved to
+    it: near-duplicates form chains, and at this size most icons would be one group. The same applies to validation, and
+    to drawings like those of a held-out family.
 
     Args:
         cache: the icons.
@@ -284,12 +300,14 @@ def strict_split(
         seed: random seed.
 
     Returns:
-        The split, whose groups are names, and the number of samples of each part and of what was dropped.
+        The split, whose groups are names, and the number of samples of each part and each reason to drop samples.
     """
     features = {modality: open_input(cache, modality, name) for modality, name in FEATURES.items()}
     items = {modality: read_items([cache], [feature]) for modality, feature in features.items()}
+
     usable = shared_samples(items["image"], items["text"])
     pool = np.setdiff1d(np.intersect1d(usable, clean), families)
+
     name_S = np.unique(first_names(cache).astype(str), return_inverse=True)[1]
 
     def draw(rows: Ints, fraction: float, largest: int) -> Bools:
@@ -297,35 +315,42 @@ def strict_split(
         quota = min(round(fraction * len(pool)), largest)
         return draw_groups(cache.column("key").take(rows), numbers, [quota], seed) >= 0
 
-    def near(rows: Ints, others: Ints, modalities: Sequence[str]) -> Ints:
+    def near(rows: Ints, held_out: Ints, modalities: Sequence[str]) -> Ints:
         cosines = {"image": holdout.image_cosine, "text": holdout.text_cosine}
-        found = [_near(features[name], items[name], rows, others, cosines[name]) for name in modalities]
-        return np.unique(np.concatenate(found))
+        parts = [_near(features[name], items[name], rows, held_out, cosines[name]) for name in modalities]
+        return np.unique(np.concatenate(parts))
 
     is_test = draw(pool, holdout.test_fraction, holdout.max_test)
-    test, rest = pool[is_test], pool[~is_test]
+    test = pool[is_test]
+    rest = pool[~is_test]
+
+    # Names may repeat those of a held-out family, as it tests new styles; only its drawings must be new.
     near_test = near(rest, test, ["image", "text"])
     near_families = np.setdiff1d(near(rest, np.intersect1d(families, usable), ["image"]), near_test)
     rest = np.setdiff1d(rest, np.union1d(near_test, near_families))
+
     is_val = draw(rest, holdout.val_fraction, holdout.max_val)
-    val, train = rest[is_val], rest[~is_val]
-    near_val = near(train, val, ["image", "text"])
-    train = np.setdiff1d(train, near_val)
+    val = rest[is_val]
+    near_val = near(rest[~is_val], val, ["image", "text"])
+    train = np.setdiff1d(rest[~is_val], near_val)
+
     part_S = np.full(cache.info.num_samples, "", dtype=object)
     for part, rows in (("train", train), ("val", val), ("test", test)):
         part_S[rows] = part
+
     split = Split(parts=part_S.tolist(), groups=name_S.tolist())
     dropped = {"near the test": near_test, "like held-out families": near_families, "near validation": near_val}
     parts = {"train": train, "val": val, "test": test, "held-out families": families, **dropped}
     return split, {name: len(rows) for name, rows in parts.items()}
 
 
-def _near(feature: Any, items: Items, rows: Ints, others: Ints, cosine: float) -> Ints:
-    """Return the samples among `rows` with an item above a cosine to one of `others`, ascending."""
+def _near(feature: Any, items: Items, rows: Ints, held_out: Ints, cosine: float) -> Ints:
+    """Return the samples among `rows` with an item above a cosine to one of `held_out`, ascending."""
     queries = items.select(rows)
-    candidates_CP = to_unit_vectors(feature.read(items.select(others).rows))
-    found = []
+    candidates_CP = to_unit_vectors(feature.read(items.select(held_out).rows))
+    parts = []
     for block in blocks(len(queries.rows), 4096):
         _, closest_B1 = knn(to_unit_vectors(feature.read(queries.rows[block])), candidates_CP, 1)
-        found.append(queries.samples[block][closest_B1[:, 0] > cosine])
-    return np.unique(np.concatenate(found))
+        parts.append(queries.samples[block][closest_B1[:, 0] > cosine])
+
+    return np.unique(np.concatenate(parts))
