@@ -256,6 +256,7 @@ def verdict_table(values: Mapping[str, Any]) -> Table:
     """Return how often each method is better than random, undecided and worse on each test, and its mean gain."""
     means = {}
     for name in values["methods"]:
+        # A method that never filled half of a budget has no mean gain.
         gains = [gain["value"] for gain in iterate_gains(values, [name])]
         if gains:
             means[name] = fmean(gains)

@@ -293,6 +293,7 @@ def choose(draws: Sequence[SeedRuns]) -> dict[tuple[str, int], int]:
         name = recipes[name].control_of or name
         choices = range(len(recipes[name].choices))
 
+        # Averaged over draws, so that the choice does not depend on one of them.
         scores = [fmean(read_score(runs.path(name, size, choice)) for runs in draws) for choice in choices]
         return int(np.argmax(scores))
 

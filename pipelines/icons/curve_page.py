@@ -198,6 +198,7 @@ def halve(result: Result, choosing: str) -> Iterator[Result]:
     for is_choosing, name in enumerate((result.question, choosing)):
         measures = {}
         for measure, (value_M, cluster_M) in result.measures.items():
+            # Clusters are names, so their parity splits the queries by name.
             is_half_M = cluster_M % 2 == is_choosing
             measures[measure] = MetricValues(value_M[is_half_M], cluster_M[is_half_M])
 
@@ -424,6 +425,7 @@ def recommendation_table(values: Mapping[str, Any]) -> Table:
         gains = []
         for measures in values["tests"].values():
             for estimates in measures.values():
+                # A closed form has no gain over itself.
                 gain = estimates["gains"].get(name)
                 gains.append(str(estimate_of(gain[size])) if gain else "")
         rows.append([count, _with_choice(values, name, size), _with_choice(values, closed_form, size), *gains])

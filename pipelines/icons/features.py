@@ -160,6 +160,8 @@ def run_features(data: Data, seed: int, size: int = NUM_PAIRS, compared: Compare
 
     def measure() -> dict[str, Any]:
         values = features_json(runs, choices, compared)
+
+        # Metrics are averaged over draws, because 1,000 pairs are few.
         outcomes = pair_outcomes(values, compared, [_measure_pairs(runs, compared, draw) for draw in _DRAWS])
         correlations = correlation_table(outcomes)
         write_feature_pages(folder, values, outcomes, correlations)

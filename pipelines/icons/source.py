@@ -1,6 +1,6 @@
 """Iconify as a source plug-in: some 390,000 drawings of 230 families, each with its name as caption, in an npm package.
 
-`npm install @iconify/json` gets them. The package has a JSON file per family. An item is the place in this file at which
+`npm install @iconify/json` gets them. The package has a JSON file per family. An item is the place in this file where
 the description of an icon starts, and is drawn when it is read.
 """
 
