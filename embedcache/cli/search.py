@@ -123,7 +123,7 @@ def serve(
 ) -> None:
     """Serve a search page and its JSON API.
 
-    Visitors search the index with texts and images, filter by label and selection, see a map of its items and the
+    Visitors search the index with texts and files, filter by label and selection, see a map of its items and the
     coverage of concepts, and collect items into a selection.
 
     Example: embedcache serve index/ --port 8000

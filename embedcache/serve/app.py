@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.metadata import version
@@ -19,12 +19,13 @@ from starlette.exceptions import HTTPException
 
 from embedcache.arrays import Ints
 from embedcache.dataset.thumbnails import PICTURED, PLAYED, UnplayableError
+from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, ItemError, UnknownNameError
-from embedcache.modalities import noun, one_noun
+from embedcache.modalities import FILE_MODALITIES, MODALITIES, noun, one_noun
 from embedcache.serve.batching import Batcher, BusyError, SearchQuery, SearchResult, search_batch
 from embedcache.serve.collect import DOWNLOAD_NAME
-from embedcache.serve.guard import BUG, IMAGE_SEARCH_PATH, SELECTION_PATH
-from embedcache.serve.media import KEPT, Decoders, ServedItems, receive_image, respond_with_part
+from embedcache.serve.guard import BUG, FILE_SEARCH_PATH, SELECTION_PATH
+from embedcache.serve.media import KEPT, Decoders, ServedItems, receive_item, respond_with_part
 from embedcache.serve.schema import (
     MAX_COLLECTED,
     MAX_HITS,
@@ -44,6 +45,7 @@ from embedcache.serve.schema import (
     ServerInfo,
 )
 from embedcache.serve.service import InfoTable, SearchService, info_tables
+from embedcache.sources.files import MEDIA_SUFFIXES
 
 _Row = Annotated[int, Path(ge=0, le=10**12)]
 _Range = Annotated[str | None, Header(alias="Range")]
@@ -127,15 +129,31 @@ def _add_search(
             raise HTTPException(404, f"row {row} is not in the index")
         return await respond(request, text=request.text, row=row, match=request.match)
 
-    @app.post(IMAGE_SEARCH_PATH, openapi_extra=_IMAGE_BODY)
-    async def search_with_image(request: Request, options: Annotated[SearchOptions, Query()]) -> SearchResponse:
-        """Search with an image: the body is the file, JPEG, PNG, WebP, GIF, BMP or TIFF."""
-        if "image" not in service.accepted_queries:
-            raise HTTPException(400, f"this index does not accept images: {service.rejected_queries['image']}")
-        background = service.index.query_encoder.background
-        max_pixels = service.settings.max_pixels
-        async with receive_image(request.stream(), decoders, max_pixels=max_pixels, background=background) as image:
-            return await respond(options, image=image)
+    for each in FILE_MODALITIES:
+        _add_file_search(app, each.name, service, decoders, respond)
+
+
+def _add_file_search(
+    app: FastAPI,
+    modality: Modality,
+    service: SearchService,
+    decoders: Decoders,
+    respond: Callable[..., Awaitable[SearchResponse]],
+) -> None:
+    suffixes = ", ".join(sorted(MEDIA_SUFFIXES[modality]))
+    about = f"Search with {_KINDS[modality]}: the body is the file, {suffixes}."
+
+    @app.post(f"{FILE_SEARCH_PATH}{modality}", openapi_extra=_binary_body(_TYPES[modality]), description=about)
+    async def search_with_file(request: Request, options: Annotated[SearchOptions, Query()]) -> SearchResponse:
+        if modality in service.rejected_queries:
+            reason = service.rejected_queries[modality]
+            raise HTTPException(400, f"this index does not accept {noun(modality)}: {reason}")
+        decode = MODALITIES[modality].load_decoder()
+        if modality == "image":
+            background = service.index.query_encoder.background
+            decode = partial(decode, max_pixels=service.settings.max_pixels, background=background)
+        async with receive_item(request.stream(), decoders, decode) as item:
+            return await respond(options, item=(modality, item))
 
 
 def _add_items(app: FastAPI, service: SearchService) -> None:
@@ -312,5 +330,7 @@ def _binary_body(media_type: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-_IMAGE_BODY = _binary_body("image/*")
+_KINDS = {"image": "an image", "audio": "a recording", "video": "a video", "points": "a point cloud"}
+_TYPES = {"image": "image/*", "audio": "audio/*", "video": "video/*", "points": "application/zip"}
+"""Modality -> type of a file of a query."""
 _ROWS_BODY = _binary_body("application/octet-stream")

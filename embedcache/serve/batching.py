@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
-from PIL.Image import Image
 
 from embedcache.arrays import Floats
+from embedcache.dataset.raw_items import ItemLike
+from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError
 from embedcache.search.search import Hit, OpenIndex
 from embedcache.search.settings import Filter, Match
@@ -96,10 +97,14 @@ class Batcher(Generic[_Input, _Output]):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchQuery:
-    """One query, a text, an RGB image or the row of an indexed item, for `k` hits or as many as the filter leaves."""
+    """One query for `k` hits or as many as the filter leaves: a text, an item, or the row of an indexed item.
+
+    Args:
+        item: modality, and the decoded item.
+    """
 
     text: str | None = None
-    image: Image | None = None
+    item: tuple[Modality, ItemLike] | None = None
     row: int | None = None
     k: int
     keep: Filter = field(default_factory=Filter)
@@ -152,17 +157,22 @@ def _encode(index: OpenIndex, queries: Sequence[SearchQuery]) -> Floats:
     words = [position for position, query in enumerate(queries) if query.match == "words"]
     texts = {position: query.text for position, query in enumerate(queries) if query.text is not None}
     texts = {position: text for position, text in texts.items() if position not in words}
-    images = {position: query.image for position, query in enumerate(queries) if query.image is not None}
+    items: dict[Modality, dict[int, ItemLike]] = defaultdict(dict)
+    for position, query in enumerate(queries):
+        if query.item is not None:
+            modality, item = query.item
+            items[modality][position] = item
     rows = {position: query.row for position, query in enumerate(queries) if query.row is not None}
     encoder = index.query_encoder
     parts = [np.zeros((len(words), index.card.width), np.float32)]
     if texts:
         parts.append(encoder.encode_texts([*texts.values()]))
-    if images:
-        parts.append(encoder.encode_items("image", [("image", image) for image in images.values()]))
+    for modality, of_modality in items.items():
+        parts.append(encoder.encode_items(modality, [(modality, item) for item in of_modality.values()]))
     if rows:
         parts.append(encoder.read_rows([*rows.values()]))
-    return np.concatenate(parts)[np.argsort([*words, *texts, *images, *rows])]
+    in_files = [position for of_modality in items.values() for position in of_modality]
+    return np.concatenate(parts)[np.argsort([*words, *texts, *in_files, *rows])]
 
 
 def _search(

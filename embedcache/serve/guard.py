@@ -19,7 +19,8 @@ from embedcache.serve.settings import ServeSettings, parse_address
 log = logging.getLogger("embedcache.serve")
 
 _MAX_JSON_BYTES = 64 * 1024
-IMAGE_SEARCH_PATH = "/api/search/image"
+FILE_SEARCH_PATH = "/api/search/"
+"""Followed by the modality of the file."""
 SELECTION_PATH = "/api/selection"
 BUG = "something went wrong; the server's log says what"
 _TIMEOUT = "this took too long; retry, or request fewer results"
@@ -128,8 +129,9 @@ class RequestGuard:
 
 
 def _max_bytes(scope: Scope, settings: ServeSettings) -> int:
-    limits = {IMAGE_SEARCH_PATH: settings.max_upload, SELECTION_PATH: 4 * MAX_COLLECTED}
-    return limits.get(scope["path"], _MAX_JSON_BYTES)
+    if scope["path"].startswith(FILE_SEARCH_PATH):
+        return settings.max_upload
+    return 4 * MAX_COLLECTED if scope["path"] == SELECTION_PATH else _MAX_JSON_BYTES
 
 
 def _limited(receive: Receive, limit: int) -> Receive:

@@ -14,11 +14,9 @@ from typing import Any, TypeVar
 
 from fastapi import Response
 from fastapi.responses import StreamingResponse
-from PIL.Image import Image
 
 from embedcache.dataset.thumbnails import PLAYED, PlayedFile, Thumbnails
 from embedcache.processes import cancelled_by
-from embedcache.sources.images import WHITE, decode_image
 from embedcache.store.cache import Cache
 
 _T = TypeVar("_T")
@@ -83,7 +81,7 @@ class Decoders:
 
     def __init__(self) -> None:
         self._turn = asyncio.Semaphore(_NUM_DECODERS)
-        self.queries = asyncio.Semaphore(_NUM_DECODERS)  # decoded images that wait for their search
+        self.queries = asyncio.Semaphore(_NUM_DECODERS)  # decoded items that wait for their search
 
     async def run(self, call: Callable[..., _T], *arguments: Any) -> _T:
         """Return the result of a call on a thread; it ends early, as `check_cancelled` says, if this does."""
@@ -101,21 +99,17 @@ class Decoders:
 
 
 @asynccontextmanager
-async def receive_image(
-    parts: AsyncIterator[bytes], decoders: Decoders, *, max_pixels: int, background: str = WHITE
-) -> AsyncIterator[Image]:
-    """Receive an image file and decode it onto a color; `ItemError` if the bytes are not an image.
+async def receive_item(
+    parts: AsyncIterator[bytes], decoders: Decoders, decode: Callable[[bytes], _T]
+) -> AsyncIterator[_T]:
+    """Receive a file and decode it; `ItemError` if the bytes are not one of its modality.
 
-    An image is decoded only once all of its bytes have arrived, and what has arrived waits on disk: a slow sender holds
+    An item is decoded only once all of its bytes have arrived, and what has arrived waits on disk: a slow sender holds
     up nobody, and takes 1 MiB of memory.
     """
     with tempfile.SpooledTemporaryFile(max_size=_MAX_PART_BYTES) as file:
         async for part in parts:
             file.write(part)
         file.seek(0)
-
-        def decode() -> Image:
-            return decode_image(file.read(), background=background, max_pixels=max_pixels)
-
         async with decoders.queries:
-            yield await decoders.run(decode)
+            yield await decoders.run(lambda: decode(file.read()))

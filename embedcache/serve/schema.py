@@ -117,8 +117,8 @@ class ServerInfo(BaseModel):
     version: str = Field(description="Version of the rows; changes with the cache.")
     modality: str = Field(description=f"Modality of the hits: one of {', '.join(MODALITIES)}.")
     num_items: int
-    accepted_queries: list[str] = Field(alias="takes", description="Accepted queries besides rows: text, image.")
-    rejected_queries: dict[str, str] = Field(alias="rejects", description="text or image -> why it is not accepted.")
+    accepted_queries: list[str] = Field(alias="takes", description="Modalities of accepted queries, besides rows.")
+    rejected_queries: dict[str, str] = Field(alias="rejects", description="Modality -> why it is not accepted.")
     has_images: bool
     has_players: bool = Field(description="Whether hits may have recordings or videos to play.")
     missing_images: str | None = Field(description="Why images, recordings or videos are missing, if they could exist.")

@@ -12,7 +12,7 @@ from embedcache.arrays import Ints
 from embedcache.dataset.thumbnails import PICTURED, PLAYED, credit
 from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, MissingExtraError, PathError, SettingError, UnknownNameError
-from embedcache.modalities import noun
+from embedcache.modalities import FILE_MODALITIES, noun
 from embedcache.progress import Progress
 from embedcache.search.search import Hit, OpenIndex
 from embedcache.search.settings import Filter, Match
@@ -300,7 +300,7 @@ class ServePaths:
     collect: Path | None = None
 
 
-_QUERIES: tuple[Modality, ...] = ("text", "image")
+_QUERIES: tuple[Modality, ...] = ("text", *(modality.name for modality in FILE_MODALITIES))
 
 
 def open_service(paths: ServePaths, settings: ServeSettings, *, device: str, progress: Progress) -> SearchService:

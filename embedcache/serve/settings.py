@@ -26,7 +26,7 @@ class ServeSettings(Settings):
     )
     max_upload: int = setting(
         20 * 2**20,
-        "Largest query image in bytes.",
+        "Largest query file in bytes.",
         gt=0,
         metavar="SIZE",
         default_text="20MiB",

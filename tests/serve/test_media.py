@@ -16,6 +16,8 @@ from starlette.types import Message
 
 from embedcache.dataset.thumbnails import PlayedFile
 from embedcache.progress import NullProgress
+from embedcache.search.queries import Queries
+from embedcache.search.search import search
 from embedcache.serve.media import respond_with_part
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
@@ -67,6 +69,17 @@ def test_video_is_sent_as_it_is_stored(client: TestClient, media: Path) -> None:
     answer = client.get("/api/videos/0/play")
     path = media / "files" / "square.webm"
     assert (answer.headers["content-type"], answer.content) == ("video/webm", path.read_bytes())
+
+
+def test_files_are_queries_as_of_the_command(client: TestClient, media: Path) -> None:
+    path = media / "files" / "tone.flac"
+    (expected,) = search(media / "audio", Queries(items={"audio": path}), k=2)
+    answer = client.post("/api/search/audio?k=2", content=path.read_bytes())
+    assert [(hit["row"], hit["score"]) for hit in answer.json()["hits"]] == [(hit.row, hit.score) for hit in expected]
+    assert client.get("/api/info").json()["takes"] == ["audio"]
+    for modality, data, word in (("audio", b"x", "damaged recording"), ("video", b"x", "does not accept videos")):
+        answer = client.post(f"/api/search/{modality}", content=data)
+        assert (answer.status_code, word in answer.json()["error"]) == (400, True)
 
 
 @pytest.mark.slow

@@ -22,6 +22,8 @@ const fields = (schema) => table(
     field.description ?? "",
   ]), { head: ["field", "type", "", "description"] });
 
+const FILES = { "image/*": "image.jpg", "audio/*": "recording.wav", "video/*": "video.mp4", "application/zip": "points.npz" };
+
 const contentOf = (holder) => Object.entries(holder?.content ?? {})[0] ?? [null, {}];
 
 function example(method, path, operation, schemas) {
@@ -29,7 +31,7 @@ function example(method, path, operation, schemas) {
   const address = `${location.origin}${path.replace(/\{\w+\}/g, "0")}`;
   if (kind === "application/octet-stream") return `curl -X ${method.toUpperCase()} ${address} --data-binary @rows.bin`;
   if (method !== "post") return `curl ${address}`;
-  if (kind !== "application/json") return `curl --data-binary @image.jpg -H 'Content-Type: image/jpeg' '${address}?k=10'`;
+  if (kind !== "application/json") return `curl --data-binary @${FILES[kind]} '${address}?k=10'`;
   const known = schemas[nameOf(schema)]?.properties ?? {};
   const body = "text" in known ? { text: "an animal with feathers", k: 10 } : {};
   return `curl ${address} -H 'Content-Type: application/json' -d '${JSON.stringify(body)}'`;

@@ -49,6 +49,7 @@ export function table(rows, { head = null } = {}) {
 }
 
 export const NOUNS = { image: "images", text: "texts", audio: "recordings", video: "videos", points: "point clouds" };
+export const KINDS = { text: "text", image: "an image", audio: "a recording", video: "a video", points: "a point cloud" };
 
 export class Index {
   // What the server's index holds, and the addresses of its media.

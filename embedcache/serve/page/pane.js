@@ -1,6 +1,6 @@
 // The results of a query: their grid, status line and button for more.
 
-import { api, byId, count, post } from "./dom.js";
+import { KINDS, api, byId, count, post } from "./dom.js";
 import { Grid, focusCell } from "./grid.js";
 
 export class Pane {
@@ -22,11 +22,11 @@ export class Pane {
 
   async run(query, options, keepPlace) {
     this.running?.abort();
-    const kind = query.file ? "image" : query.text === undefined ? null : "text";
+    const kind = query.kind ?? (query.text === undefined ? null : "text");
     const rejection = this.index.info.rejects[kind];
     if (rejection) {
       this.clear();
-      this.showStatus(`This index cannot be searched by ${kind}: ${rejection}`);
+      this.showStatus(`This index cannot be searched by ${KINDS[kind]}: ${rejection}`);
       return;
     }
     const running = (this.running = new AbortController());
@@ -45,13 +45,13 @@ export class Pane {
   }
 
   send(query, options, signal) {
-    const { text, row, file } = query;
+    const { text, row, file, kind } = query;
     const { match, ...filters } = options;
     if (!file) return post("/api/search", { ...(text === undefined ? { row } : { text, match }), ...filters }, signal);
     const values = new URLSearchParams({ k: options.k });
     for (const name of ["labels", "splits", "languages"]) for (const value of options[name]) values.append(name, value);
     for (const name of ["where", "selection"]) if (options[name]) values.set(name, options[name]);
-    return api(`/api/search/image?${values}`, {
+    return api(`/api/search/${kind}?${values}`, {
       method: "POST", headers: { "Content-Type": file.type || "application/octet-stream" }, body: file, signal,
     });
   }

@@ -1,13 +1,19 @@
 // Search with texts, images or items, with filters; the page's address stores the query and the tab.
 
 import { Collection } from "./collect.js";
-import { api, byId, count, element, ready } from "./dom.js";
+import { KINDS, api, byId, count, element, ready } from "./dom.js";
 import { Grid, ItemDialog, caption, focusCell } from "./grid.js";
 import { Pane } from "./pane.js";
 
 const DEFAULT_HITS = 60;
 const NAMES = { split: "Split", label: "Label", language: "Language", selection: "Selection", match: "Match" };
-const KINDS = { text: "text", image: "an image" };
+const ONE = { image: "image", audio: "recording", video: "video", points: "point cloud" };
+const SUFFIXES = {
+  image: [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"],
+  video: [".mp4", ".mkv", ".webm", ".avi", ".mov"],
+  audio: [".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus"],
+  points: [".npz"],
+};
 
 export class Search {
   constructor(index, showTab) {
@@ -15,7 +21,7 @@ export class Search {
     this.info = index.info;
     this.showTab = showTab;
     this.view = "search"; // the tab that is shown
-    this.query = null; // { text } or { row, name, image } or { file }
+    this.query = null; // { text } or { row, name, image } or { file, kind }
     this.k = DEFAULT_HITS;
     this.collection = new Collection(index);
     this.itemDialog = new ItemDialog(index, this.collection, (hit) => this.searchSimilar(hit));
@@ -54,9 +60,12 @@ export class Search {
 
   addInputs() {
     byId("play-hint").hidden = !this.info.has_players;
-    const takesImages = this.takes("image");
-    byId("upload").hidden = !takesImages;
-    byId("drop-hint").hidden = !takesImages;
+    const kinds = Object.keys(SUFFIXES).filter((kind) => this.takes(kind));
+    byId("upload").hidden = !kinds.length;
+    byId("upload-name").textContent = kinds.length === 1 ? `${capitalized(ONE[kinds[0]])}…` : "File…";
+    byId("file").accept = kinds.flatMap((kind) => [...SUFFIXES[kind], ...(kind === "points" ? [] : [`${kind}/*`])]).join();
+    byId("drop-hint").hidden = !kinds.length;
+    byId("drop-hint").textContent = `Drop or paste ${kinds.map((kind) => KINDS[kind]).join(" or ")} anywhere to search with it.`;
     byId("form").addEventListener("submit", (event) => {
       event.preventDefault();
       const text = byId("query").value.trim();
@@ -66,8 +75,8 @@ export class Search {
     this.explainRejections();
     byId("file").addEventListener("change", (event) => this.withFile(event.target.files[0]));
     byId("clear").addEventListener("click", () => this.clear());
-    if (!takesImages) return;
-    document.addEventListener("paste", (event) => this.withFile(imageOf(event.clipboardData), event));
+    if (!kinds.length) return;
+    document.addEventListener("paste", (event) => this.withFile(fileOf(event.clipboardData), event));
     document.addEventListener("dragover", (event) => {
       if (![...event.dataTransfer.types].includes("Files")) return;
       event.preventDefault();
@@ -77,14 +86,14 @@ export class Search {
     document.addEventListener("drop", (event) => {
       byId("drop").hidden = true;
       event.preventDefault();
-      this.withFile(imageOf(event.dataTransfer), event);
+      this.withFile(fileOf(event.dataTransfer), event);
     });
   }
 
   explainRejections() {
-    // Images are missed only where texts are not accepted either, or in an index of images.
+    // Of files, only those are missed that the index holds.
     const lines = Object.entries(this.info.rejects)
-      .filter(([kind]) => kind === "text" || this.info.modality === "image")
+      .filter(([kind]) => kind === "text" || kind === this.info.modality)
       .map(([kind, reason]) => element("p", {}, element("strong", {}, `This index cannot be searched by ${KINDS[kind]}: `), reason));
     byId("rejections").replaceChildren(...lines);
     byId("rejections").hidden = !lines.length;
@@ -130,10 +139,12 @@ export class Search {
     this.showTab("search");
     if (file.size > this.info.max_upload_bytes) {
       byId("panes").hidden = false;
-      this.pane.showStatus(`the image has ${count(file.size)} bytes; at most ${count(this.info.max_upload_bytes)} are accepted`, true);
+      this.pane.showStatus(`the file has ${count(file.size)} bytes; at most ${count(this.info.max_upload_bytes)} are accepted`, true);
       return;
     }
-    this.search({ file });
+    const kind = kindOf(file) ?? "image";
+    // The sound of a video is a recording.
+    this.search({ file, kind: kind === "video" && !this.takes("video") && this.takes("audio") ? "audio" : kind });
   }
 
   searchSimilar(hit) {
@@ -198,14 +209,14 @@ export class Search {
   }
 
   showQuery() {
-    const { file, image, name, row } = this.query ?? {};
+    const { file, kind, image, name, row } = this.query ?? {};
     byId("query-card").hidden = !file && row === undefined;
     if (this.preview) URL.revokeObjectURL(this.preview);
-    this.preview = file ? URL.createObjectURL(file) : null;
+    this.preview = kind === "image" ? URL.createObjectURL(file) : null;
     const url = this.preview ?? image ?? null;
     byId("query-image").hidden = url === null;
     if (url) byId("query-image").src = url;
-    byId("query-text").textContent = file ? `Similar to your image ${file.name}` : row === undefined ? "" : `Similar to ${name}`;
+    byId("query-text").textContent = file ? `Similar to your ${ONE[kind]} ${file.name}` : row === undefined ? "" : `Similar to ${name}`;
   }
 
   storeAddress() {
@@ -244,4 +255,13 @@ export class Search {
   }
 }
 
-const imageOf = (data) => [...(data?.files ?? [])].find((file) => file.type.startsWith("image/"));
+const capitalized = (word) => word[0].toUpperCase() + word.slice(1);
+
+function kindOf(file) {
+  // By the suffix, as the command does; what is pasted may have a type only.
+  const name = file.name.toLowerCase();
+  return Object.keys(SUFFIXES).find((kind) => SUFFIXES[kind].some((suffix) => name.endsWith(suffix)))
+    ?? ["image", "audio", "video"].find((kind) => file.type.startsWith(`${kind}/`)) ?? null;
+}
+
+const fileOf = (data) => [...(data?.files ?? [])].find((file) => kindOf(file) !== null);
