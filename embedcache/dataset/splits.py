@@ -162,7 +162,10 @@ def read_split_cosines(path: Path) -> Mapping[str, float]:
 
 def _read_rule(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a `Split` that the header of its file has."""
-    cosines = construct(path, lambda: SplitSettings(cosines=about.get("cosines", {})).cosines)
+    try:
+        cosines = SplitSettings(cosines=about.get("cosines", {})).cosines
+    except SettingError as error:
+        raise CorruptError(f"{path} does not hold the limits of a split: {error}") from error
     compared = construct(path, lambda: tuple(name for name in about.get("compared", ()) if name in cosines))
     return {"rule": str(about.get("rule", "")), "compared": compared, "cosines": cosines}
 

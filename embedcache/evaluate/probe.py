@@ -172,7 +172,7 @@ class ProbeReport:
                 lines.append(f"{score.method} did not converge in {score.chosen['iterations']:,} iterations")
             elif score.chosen.get("at_the_edge"):
                 lines.append(f"the regularization chosen for {score.method} is at the edge of the grid")
-        return [f"WARNING: {line}" for line in lines]
+        return lines
 
 
 def evaluate_probe(
@@ -391,7 +391,7 @@ def _parts(
     split, part = settings.split, settings.part
     is_default = split.kind == "strict" and "split" not in to_flat(settings)
     group_S = np.arange(cache.info.num_samples)
-    if split.kind == "column" or (is_default and _SPLIT in cache.columns):
+    if _SPLIT in cache.columns and (split.kind == "column" or is_default):
         names = cache.column(_SPLIT)
         part_S: Array = column_parts(names).to_numpy(zero_copy_only=False).astype("<U5")
         values = sorted({str(value).lower() for value in pc.unique(names).to_pylist()})

@@ -8,12 +8,13 @@ import pyarrow as pa
 import pytest
 
 from embedcache.arrays import Inputs, Ints, normalize
+from embedcache.dataset import keytable
 from embedcache.dataset.inputs import Reader, open_input
 from embedcache.dataset.matches import ItemSet
 from embedcache.dataset.pairs import Pairs, read_items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.dataset.splits import PARTS, Split, draw_groups, make_split, read_split, split_samples, write_split
-from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
+from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -103,6 +104,11 @@ def test_split_of_two_caches(cache_path: Path, two_caches: list[Path], tmp_path:
     assert read_split(tmp_path / "split.parquet", [second, first]).parts == split.parts[40:] + split.parts[:40]
     assert read_split(tmp_path / "split.parquet", [second]).parts == split.parts[40:]
     write_split(tmp_path / "split.parquet", [Cache(cache_path)], Split(parts=["train"] * 300, groups=[0] * 300))
+    keytable.write(
+        tmp_path / "odd.parquet", caches, {"part": split.parts, "group": split.groups}, "split", {"cosines": 5}
+    )
+    with pytest.raises(CorruptError, match=r"odd\.parquet .*: cosine"):
+        read_split(tmp_path / "odd.parquet", caches)
     with pytest.raises(DataError, match="260 of 300 keys"):
         read_split(tmp_path / "split.parquet", [first])
     with pytest.raises(PathError, match="nothing"):

@@ -9,7 +9,7 @@ import pytest
 
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
-from embedcache.errors import DataError, UnfinishedError, UnknownNameError
+from embedcache.errors import DataError, SourceError, UnfinishedError, UnknownNameError
 from embedcache.evaluate.probe import read_labeled
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.extract.extract import extract
@@ -95,6 +95,12 @@ def test_validation_part_is_used_or_tested(tmp_path: Path) -> None:
         ("train", "train"), ("train", "val"), ("validation", "test"),
     }  # fmt: skip
     assert "val is held out" in held.split_rule
+
+
+def test_column_is_followed_only_if_there_is_one(tmp_path: Path) -> None:
+    path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=40)
+    with pytest.raises(SourceError, match="no column 'split'; use --split strict"):
+        read_labeled(Cache(path), ProbeSettings(feature=FEATURE, split=SplitSettings(kind="column")))
 
 
 @pytest.mark.parametrize(

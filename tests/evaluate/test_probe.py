@@ -88,7 +88,7 @@ def test_copies_of_training_items_warn(tmp_path: Path) -> None:
     report = evaluate_probe(path, ProbeSettings(feature=FEATURE, classifiers=("ridge",)))
     assert report.overlap is not None
     assert (report.overlap.exact, report.overlap.num_samples) == (10, 30)
-    assert report.warnings() == [f"WARNING: {report.overlap.line()}"]
+    assert report.warnings() == [report.overlap.line()]
     assert probe_json(report, "x")["details"]["overlap"]["exact"] == 10
 
 
@@ -157,5 +157,5 @@ def test_untrained_classes_warn(tmp_path: Path) -> None:
 
     settings = ProbeSettings(feature=FEATURE, classifiers=("knn",), check_overlap=False)
     report = evaluate_probe(make_cache(tmp_path, columns_of), settings)
-    assert report.warnings() == ["WARNING: 1 class has test items and no training items: 'red'"]
+    assert report.warnings() == ["1 class has test items and no training items: 'red'"]
     assert report.scores[0].recalls[report.labeled.names.index("red")] == 0
