@@ -1,7 +1,7 @@
 """Beam search over symbols by a decoder that extends hypotheses by one symbol, with or without the scores of CTC.
 
-The decoder is a function, so that it can keep keys and values of the symbols before. Symbol 0 is in no hypothesis; the
-last symbol, END, starts and ends each.
+The decoder is a function, so that it can keep keys and values of earlier symbols. No hypothesis contains symbol 0. The
+last symbol, END, starts and ends a hypothesis.
 """
 
 from typing import NamedTuple, Protocol
@@ -22,8 +22,8 @@ class StepDecoder(Protocol):
 
         Args:
             symbols_N: (N,) int64, symbol to append; END in the first call.
-            parents_N: (N,) int64, number of the hypothesis it is appended to, among those of the previous call; in the
-                first call, number of the item. Some hypotheses have several children and others none.
+            parents_N: (N,) int64, number of the extended hypothesis in the previous call, or of the item in the first
+                call. A hypothesis can be extended several times or not at all.
         """
         ...
 
@@ -45,7 +45,7 @@ class Hypothesis(NamedTuple):
 
 
 class PrefixScores(Protocol):
-    """Scores of K prefixes per item, such as those of `pipelines.avsr.ctc.CtcPrefixes`."""
+    """Scores of K prefixes per item, such as `pipelines.avsr.ctc.CtcPrefixes`."""
 
     def score_extensions(self) -> Tensor: ...
 
@@ -66,19 +66,19 @@ def search_beam(
     ctc: PrefixScores | None = None,
     ctc_weight: float = 0.0,
 ) -> list[Hypothesis]:
-    """Search the most probable hypothesis of each of B items, all at once.
+    """Search the most probable hypothesis of each of B items together.
 
-    At every length, each hypothesis is also taken as complete, and the `beam` best extensions are kept. No
-    log-probability can rise, so an item is finished once no hypothesis scores above its best completed one; a wide
-    enough beam is an exact search. Of equal scores, the shorter one wins, then the one with the lower symbols.
+    At every length, each hypothesis is also considered complete, and the `beam` best extensions are kept. No
+    log-probability can rise, so an item is finished once no hypothesis scores above its best completed one. A wide
+    enough beam is an exact search. If scores are equal, the shorter hypothesis wins, then the one with lower symbols.
 
     Args:
-        step: the decoder; not called if `ctc_weight` is 1.
+        step: the decoder, which is not called if `ctc_weight` is 1.
         caps_B: (B,) int64, longest hypothesis of each item.
         num_symbols: C.
         beam: hypotheses kept per item.
         ctc: scores of CTC.
-        ctc_weight: weight of CTC; the decoder has the rest.
+        ctc_weight: weight of CTC. The decoder has the rest.
     """
     search = _BeamSearch(ctc, step, caps_B, num_symbols, ctc_weight, beam)
     while search.is_running:
@@ -89,10 +89,10 @@ def search_beam(
 
 
 class _BeamSearch:
-    """State of a beam search over N items: the hypotheses of those that are not finished, and the best completed ones.
+    """State of a beam search over N items: hypotheses of unfinished items, and the best completed ones of all items.
 
-    B items are not finished, and each has up to K hypotheses, all of one length; an item with fewer has rows that are
-    not live. One step is `attend`, `complete`, `extend`.
+    B items are unfinished. Each has up to K hypotheses of one length; an item with fewer has rows that are not live.
+    One step is `attend`, `complete`, `extend`.
     """
 
     def __init__(
@@ -104,15 +104,23 @@ class _BeamSearch:
         ctc_weight: float,
         beam: int,
     ) -> None:
-        num_items, device = len(caps_B), caps_B.device
-        self._ctc, self._step, self._ctc_weight, self._beam = ctc, step, ctc_weight, beam
-        self._num_symbols, self._caps_B = num_symbols, caps_B
-        self._items_B = torch.arange(num_items, device=device)  # number of each among all N
+        num_items = len(caps_B)
+        device = caps_B.device
+        self._ctc = ctc
+        self._step = step
+        self._ctc_weight = ctc_weight
+        self._beam = beam
+        self._num_symbols = num_symbols
+        self._caps_B = caps_B
+
+        self._items_B = torch.arange(num_items, device=device)  # number of each item among all N
         self._prefixes_BKL = torch.full((num_items, 1, 1), num_symbols - 1, device=device)  # END first
         self._attention_BK = torch.zeros((num_items, 1), dtype=torch.float64, device=device)
         self._is_live_BK = torch.ones((num_items, 1), dtype=torch.bool, device=device)
-        # Number of the extended hypothesis in the attention decoder's last call, which has the live ones only.
+
+        # Number of the extended hypothesis in the attention decoder's last call, which has only live ones.
         self._parents_BK = self._items_B[:, None]
+
         # The best completed hypothesis of every item: score, score by CTC, score by attention; symbols; length.
         self._best_3N = torch.full((3, num_items), -torch.inf, dtype=torch.float64, device=device)
         self._best_NL = torch.zeros(
@@ -131,7 +139,7 @@ class _BeamSearch:
 
     @property
     def _best_score_B(self) -> Tensor:
-        """Score of the best completed hypothesis of each item that is not finished."""
+        """Score of the best completed hypothesis of each unfinished item."""
         return self._best_3N[0, self._items_B]
 
     def attend(self) -> Tensor:
@@ -139,6 +147,7 @@ class _BeamSearch:
         shape = (*self._is_live_BK.shape, self._num_symbols)
         if self._ctc_weight == 1 or self._step is None:
             return self._attention_BK.new_zeros(shape)
+
         symbols_N = self._prefixes_BKL[:, :, -1][self._is_live_BK]
         next_NC = self._step(symbols_N, self._parents_BK[self._is_live_BK])
         next_BKC = self._attention_BK.new_full(shape, -torch.inf)
@@ -146,35 +155,44 @@ class _BeamSearch:
         return next_BKC
 
     def complete(self, next_BKC: Tensor) -> None:
-        """Take each hypothesis as complete; keep it if it is better than the best one so far."""
+        """Consider each hypothesis complete, and keep it if it is better than the best one so far."""
         attention_BK = self._attention_BK + next_BKC[:, :, -1]
         ctc_BK = torch.zeros_like(attention_BK) if self._ctc is None else self._ctc.score_ends()
         score_BK = self._mix(ctc_BK, attention_BK).masked_fill(~self._is_live_BK, -torch.inf)
+
         score_B, rank_B = score_BK.max(dim=1)
         rows = torch.nonzero(score_B > self._best_score_B)[:, 0]
-        ranks, items = rank_B[rows], self._items_B[rows]
+        ranks = rank_B[rows]
+        items = self._items_B[rows]
         self._best_3N[:, items] = torch.stack([score_B[rows], ctc_BK[rows, ranks], attention_BK[rows, ranks]])
         self._best_NL[items, : self._length] = self._prefixes_BKL[rows, ranks, 1:]
         self._best_length_N[items] = self._length
 
     def extend(self, next_BKC: Tensor) -> None:
-        """Replace the hypotheses by their best extensions; drop those that cannot win, and finished items."""
+        """Replace the hypotheses by their best extensions, and drop hypotheses that cannot win and finished items."""
         attention_BKC = self._attention_BK[:, :, None] + next_BKC
         rows, best_BK, can_win_BK = self._find_best_extensions(attention_BKC)
-        parents_BK, symbols_BK = best_BK // self._num_symbols, best_BK % self._num_symbols
+        parents_BK = best_BK // self._num_symbols
+        symbols_BK = best_BK % self._num_symbols
+
+        # Before the flags change: they decide the numbers in the decoder's last call.
         self._parents_BK = self._number_live()[rows].gather(1, parents_BK)
         self._is_live_BK = can_win_BK
         self._attention_BK = attention_BKC[rows].flatten(1).gather(1, best_BK)
         self._prefixes_BKL = torch.cat([self._prefixes_BKL[rows[:, None], parents_BK], symbols_BK[:, :, None]], dim=2)
+
         if self._ctc is not None and len(rows):
             if len(rows) < len(self._items_B):
                 self._ctc.select(rows)
             self._ctc.extend(parents_BK, symbols_BK)
-        self._items_B, self._caps_B = self._items_B[rows], self._caps_B[rows]
+
+        self._items_B = self._items_B[rows]
+        self._caps_B = self._caps_B[rows]
 
     def results(self) -> list[Hypothesis]:
         """Return the best completed hypothesis of every item."""
-        symbols, lengths = self._best_NL.cpu().numpy(), self._best_length_N.tolist()
+        symbols = self._best_NL.cpu().numpy()
+        lengths = self._best_length_N.tolist()
         return [
             Hypothesis(
                 row[:length].copy(),
@@ -186,16 +204,18 @@ class _BeamSearch:
         ]
 
     def _find_best_extensions(self, attention_BKC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return which items remain, the best extensions of their hypotheses, and which of these can still win.
+        """Return the rows of remaining items, the best extensions of their hypotheses, and whether each can still win.
 
-        Extension k C + c appends symbol c to hypothesis k; of equal scores the lower number is first. An item is
+        Extension k C + c appends symbol c to hypothesis k; if scores are equal, the lower number is first. An item is
         finished once none scores above its best completed hypothesis.
         """
         score_BKC = self._score_extensions(attention_BKC)
-        score_BK, best_BK = (
-            ranked[:, : self._beam] for ranked in torch.sort(score_BKC.flatten(1), dim=1, descending=True, stable=True)
-        )
+        sorted_BK, order_BK = torch.sort(score_BKC.flatten(1), dim=1, descending=True, stable=True)
+        score_BK = sorted_BK[:, : self._beam]
+        best_BK = order_BK[:, : self._beam]
+
         can_win_BK = score_BK > self._best_score_B[:, None]
+
         rows = torch.nonzero(can_win_BK.any(dim=1))[:, 0]
         width = int(can_win_BK.sum(dim=1).max()) if len(can_win_BK) else 0
         return rows, best_BK[rows, :width], can_win_BK[rows, :width]
@@ -205,7 +225,7 @@ class _BeamSearch:
         return (self._is_live_BK.flatten().cumsum(0) - 1).view_as(self._is_live_BK)
 
     def _score_extensions(self, attention_BKC: Tensor) -> Tensor:
-        """Return the score of each hypothesis with one more symbol: (B, K, C); -inf where it must not be extended."""
+        """Return the score of each hypothesis with one more symbol: (B, K, C); -inf if it must not be extended."""
         ctc_BKC = torch.zeros_like(attention_BKC) if self._ctc is None else self._ctc.score_extensions()
         score_BKC = self._mix(ctc_BKC, attention_BKC).masked_fill(~self._is_live_BK[:, :, None], -torch.inf)
         score_BKC[:, :, [_UNUSED, self._num_symbols - 1]] = -torch.inf

@@ -12,8 +12,10 @@ from embedcache.files import replacing
 from embedcache.settings import to_flat
 from embedcache.train.settings import TrainSettings, train_settings
 
-IMAGE_ENCODER, TEXT_ENCODER = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
-IMAGE_FEATURE, TEXT_FEATURE = "efficientnet-lite0/patch_mean", "all-MiniLM-L6-v2/mean"
+IMAGE_ENCODER = "lite:efficientnet-lite0"
+TEXT_ENCODER = "st:all-MiniLM-L6-v2"
+IMAGE_FEATURE = "efficientnet-lite0/patch_mean"
+TEXT_FEATURE = "all-MiniLM-L6-v2/mean"
 
 
 def extract_source(
@@ -28,9 +30,10 @@ def extract_source(
     """Extract the features of a source, or of a cache itself, with encoders, and print a line per encoder."""
     source = open_source_or_cache(location, cache_path, kind=kind)
     progress = open_progress()
-    for report in extract(
+    reports = extract(
         source, cache_path, image_encoder=images, text_encoder=texts, settings=settings, progress=progress
-    ):
+    )
+    for report in reports:
         print_line(report.line())
 
 
@@ -40,19 +43,22 @@ def with_options(settings: TrainSettings, **options: object) -> TrainSettings:
 
 
 def save_figure(path: Path, figure: Figure) -> str:
-    """Save a figure beside a Markdown page, as SVG, or as JPEG if it holds images; return the name of its file.
+    """Save a figure next to a Markdown page, as JPEG if it contains images or else as SVG, and return its file name.
 
     Args:
-        path: its path without a suffix.
+        path: path of the file without a suffix.
         figure: the figure.
     """
+    # Images in an SVG would make it larger than a JPEG.
     has_images = any(axes.get_images() for axes in figure.axes)
     path = path.with_name(path.name + (".jpg" if has_images else ".svg"))
+
     with replacing(path) as temporary:
         if has_images:
             figure.savefig(temporary, format="jpg", dpi=110, facecolor="white", pil_kwargs={"quality": 82})
         else:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
+
     return path.name
 
 

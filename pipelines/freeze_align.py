@@ -1,9 +1,9 @@
 """The recipe of "From Unimodal to Multimodal" (CVPR 2025): DINOv2 ViT-L and All-RoBERTa-large-v1, on 20 M pairs.
 
     python -m pipelines.freeze_align work/ --captions laion.parquet --concepts prompts:names.txt   # work/chosen.parquet
-    img2dataset …                                       # download the images of its keys; and of CC3M, CC12M and SBU
+    img2dataset …                                       # download the images of its keys, and of CC3M, CC12M and SBU
     python -m pipelines.freeze_align work/ --pairs "laion/{00000..00559}.tar::cc/{00000..01250}.tar" --device cuda
-    python -m pipelines.freeze_align work/ --tiny       # all of it on 1,000 emoji, in a minute
+    python -m pipelines.freeze_align work/ --tiny       # everything on 1,000 emoji, in a minute
 
 docs/howto/paper.md has the size of each step, how to evaluate on the paper's datasets, the differences from the paper,
 and the paper's results. We have not run it on the full data.
@@ -65,11 +65,16 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tiny", action="store_true", help="run everything on 1,000 emoji, with small encoders")
     options = parser.parse_args()
-    recipe, workdir = TINY if options.tiny else FULL, options.workdir
-    captions, pairs = ("openmoji:en", "openmoji:en") if options.tiny else (options.captions, options.pairs)
+
+    recipe = TINY if options.tiny else FULL
+    workdir = options.workdir
+    captions = "openmoji:en" if options.tiny else options.captions
+    pairs = "openmoji:en" if options.tiny else options.pairs
+
     if captions:
         select_captions(workdir, captions, options.concepts, recipe, options.device)
     if pairs:
+        # The full pairs are already the selected ones.
         selection = str(workdir / "chosen.parquet") if options.tiny else None
         align(workdir, pairs, recipe, with_options(recipe.training, device=options.device, selection=selection))
 
@@ -79,6 +84,7 @@ def select_captions(workdir: Path, captions: str, concepts: str, recipe: Recipe,
     for name, location, limit in (("captions", captions, recipe.limit), ("concepts", concepts, None)):
         settings = embedcache.ExtractSettings(devices=(device,), limit=limit)
         extract_source(location, workdir / name, images=[], texts=[recipe.text_encoder], settings=settings)
+
     report = embedcache.select_samples(
         workdir / "captions",
         workdir / "chosen.parquet",
@@ -93,19 +99,25 @@ def select_captions(workdir: Path, captions: str, concepts: str, recipe: Recipe,
 
 def align(workdir: Path, pairs: str, recipe: Recipe, training: TrainSettings) -> None:
     """Extract features, train the paper's projectors and the shuffled control, and evaluate both on the test part."""
-    cache, images, texts = workdir / "pairs", [recipe.image_encoder], [recipe.text_encoder]
+    cache = workdir / "pairs"
+    images = [recipe.image_encoder]
+    texts = [recipe.text_encoder]
     settings = embedcache.ExtractSettings(
         features=recipe.features, devices=(training.machine.device,), limit=recipe.limit
     )
     extract_source(pairs, cache, images=images, texts=texts, settings=settings)
+
+    # The control of shuffled pairs shows the recall of the same training without the pairing.
     reports = {}
     for name, is_control in (("run", False), ("shuffled", True)):
-        run, options = workdir / name, with_options(training, shuffle_pairs=is_control)
+        run = workdir / name
+        options = with_options(training, shuffle_pairs=is_control)
         report = embedcache.train_projectors(
             cache, run, feature={"image": recipe.image_feature}, settings=options, progress=open_progress()
         )
         print_line(report.line(run))
         reports[name] = embedcache.evaluate_retrieval(cache, run, is_control=is_control)
+
     print_table(*retrieval_table(reports))
 
 

@@ -13,30 +13,38 @@ from embedcache.progress import Progress
 
 
 def run_parallel(steps: Sequence[tuple[Any, ...]], *, num_processes: int | None = None) -> None:
-    """Run steps in several processes, one thread each; a process that is free takes the next step.
+    """Run steps in several processes, one thread each. A free process gets the next step.
 
     Args:
-        steps: methods of objects with a `folder`, whose end is shown, and their arguments; each takes `progress` too.
-        num_processes: processes at once; None: one per core.
+        steps: tuples of a method and its arguments. The method's object has a `folder`, whose end is shown, and the
+            method also accepts `progress`.
+        num_processes: number of processes (one per core if None).
     """
-    progress, count = open_progress(), min(num_processes or num_cores(), len(steps))
+    progress = open_progress()
+    count = min(num_processes or num_cores(), len(steps))
+
+    # A shared counter hands out the steps.
     tasks = [(steps, multiprocessing.get_context("spawn").Value("i", 0))] * count
     if count == 1:
         _run_all(tasks[0], progress)
     elif run_processes(_run_all, tasks, progress)[1]:
-        raise EmbedcacheError("a process died; what is finished is kept: rerun the same command")
+        raise EmbedcacheError("a process died; finished steps are kept: rerun the same command")
 
 
 def _run_all(task: tuple[Sequence[tuple[Any, ...]], Any], progress: Progress) -> None:
-    steps, num_taken = task
+    steps, next_step = task
     torch.set_num_threads(1)
+
     while True:
-        with num_taken.get_lock():
-            number, num_taken.value = num_taken.value, num_taken.value + 1
+        with next_step.get_lock():
+            number = next_step.value
+            next_step.value += 1
         if number >= len(steps):
             return
+
         step, *arguments = steps[number]
-        shown = [str(argument) for argument in arguments if isinstance(argument, str | int | float)]
-        name = " ".join(["/".join(step.__self__.folder.parts[-2:]), step.__name__, *shown])
+        words = [str(argument) for argument in arguments if isinstance(argument, str | int | float)]
+        name = " ".join(["/".join(step.__self__.folder.parts[-2:]), step.__name__, *words])
         step(*arguments, progress=progress.part(name))
+        progress.note(f"{name}: done")
         progress.note(f"{name}: done")

@@ -47,14 +47,17 @@ def write_step(path: Path, settings: Mapping[str, Any], values: Mapping[str, Any
 
 
 def read_step(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the values of a step; None if it was not computed yet, or with other settings.
+    """Return the values of a step, or None if it was not computed with these settings.
 
     Raises:
         CorruptError: the file has changed since it was written.
     """
     if not path.is_file():
         return None
+
     record = read_values(path)
+
+    # JSON turns tuples into lists, so the settings are compared as they are stored.
     if record.get("settings") != json.loads(json.dumps(settings)):
         return None
     if not isinstance(record.get("values"), dict):
@@ -72,7 +75,7 @@ def file_name(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One model on one question with one seed.
+    """The result of one model on one question with one seed.
 
     Args:
         seed: seed of the run.
@@ -80,11 +83,11 @@ class Result:
         measures: metric -> its values.
         num_trained: number of examples that the model was tuned or fitted on.
         model: name of the row in tables.
-        question: what is measured.
-        weights: SHA-256 of the weights of the runs that it was measured on, joined by `+`.
+        question: name of the test.
+        weights: SHA-256 of the weights of the measured runs, joined by `+`.
         controls: control -> metric -> its values.
         chance: metric -> its value for a random order of the candidates.
-        captions: key of an image -> its caption, of some.
+        captions: key of an image -> its caption, for some images.
     """
 
     seed: int
@@ -122,7 +125,10 @@ def _to_json(measures: Measures) -> dict[str, list[list[int]]]:
 
 
 def _from_json(measures: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, MetricValues]:
-    return {name: MetricValues(*(np.array(row, np.int64) for row in rows)) for name, rows in measures.items()}
+    values = {}
+    for name, (values_M, clusters_M) in measures.items():
+        values[name] = MetricValues(np.array(values_M, np.int64), np.array(clusters_M, np.int64))
+    return values
 
 
 def keep_result(
@@ -130,11 +136,15 @@ def keep_result(
 ) -> Result:
     """Read the result of runs with these weights from the folder `results`, or compute and write it."""
     path = folder / "results" / f"{file_name(f'{question} {model}')}.json"
-    if path.is_file() and (found := Result.read(path)).weights == weights:
-        return found
+    if path.is_file():
+        stored = Result.read(path)
+        if stored.weights == weights:
+            return stored
+
     progress = progress or NullProgress()
     progress.start(f"measuring {question}", 1, "results")
     result = replace(compute(), model=model, question=question, weights=weights)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     result.write(path)
     progress.advance(1)
@@ -143,13 +153,19 @@ def keep_result(
 
 
 def with_both(result: Result) -> Result:
-    """Return a result with the metric of the queries of both directions before those of each, if there are two."""
+    """Return a result with the metric over both directions before those of each direction, if there are two."""
     if len(result.measures) == 1:
         return result
+
     values, clusters = zip(*result.measures.values(), strict=True)
     name = next(iter(result.measures)).split()[-1]
     both = MetricValues(np.concatenate(values), np.concatenate(clusters))
-    chance = np.average([result.chance[way] for way in result.measures], weights=[len(found) for found in values])
+
+    # Directions have different numbers of queries, and so different weights.
+    chance = np.average(
+        [result.chance[direction] for direction in result.measures], weights=[len(value) for value in values]
+    )
+
     return replace(result, measures={name: both, **result.measures}, chance={name: float(chance), **result.chance})
 
 
@@ -159,50 +175,51 @@ class Results:
     def __init__(self, results: Iterable[Result]) -> None:
         self._results: dict[tuple[str, str], list[Result]] = {}
         self._estimates: dict[tuple[str, str, str, str | None], Estimate | None] = {}
+
         for result in sorted(results, key=lambda result: result.seed):
             self._results.setdefault((result.question, result.model), []).append(result)
 
     @classmethod
     def read(cls, folder: Path, *, seed: int | None = None) -> "Results":
-        """Read the results of all seeds in the folder of the pipeline, or those of one."""
+        """Read the results of all seeds in the folder of the pipeline, or of one seed."""
         pattern = f"seed{'*' if seed is None else seed}/results/*.json"
         return cls(Result.read(path) for path in sorted(folder.glob(pattern)))
 
     def models(self, question: str) -> list[str]:
         """Return the models with results on a question."""
-        return [model for asked, model in self._results if asked == question]
+        return [model for name, model in self._results if name == question]
 
     def seeds(self, model: str, question: str) -> list[Result]:
         """Return the results of a model on a question, one per seed.
 
         Raises:
-            DataError: there are none.
+            DataError: there are no results.
         """
         if (question, model) not in self._results:
-            known = ", ".join(self.models(question)) or "nothing"
-            raise DataError(f"expected a result of {known} on {question}, got {model!r}")
+            available = ", ".join(self.models(question)) or "nothing"
+            raise DataError(f"expected a result of {available} on {question}, got {model!r}")
         return self._results[question, model]
 
     def estimate(self, model: str, question: str, measure: str, *, control: str | None = None) -> Estimate | None:
-        """Return the mean over seeds with a 95% interval over seeds and items; None if that was not measured."""
+        """Return the mean over seeds with a 95% interval over seeds and items, or None if it was not measured."""
         key = model, question, measure, control
         if key not in self._estimates:
             self._estimates[key] = self._estimate(*key)
         return self._estimates[key]
 
     def _estimate(self, model: str, question: str, measure: str, control: str | None) -> Estimate | None:
-        found = []
+        values = []
         for result in self.seeds(model, question):
             measures = result.measures if control is None else result.controls.get(control, {})
             if measure in measures:
-                found.append(measures[measure])
-        return interval_of(_resample([found])[:, 0]) if found else None
+                values.append(measures[measure])
+        return interval_of(_resample([values])[:, 0]) if values else None
 
-    def resample(self, asked: Sequence[tuple[str, str]], measure: str) -> Array:
-        """Return means over seeds of K models on questions that have the same items: of all, then of resamples.
+    def resample(self, models: Sequence[tuple[str, str]], measure: str) -> Array:
+        """Return means over seeds of K models on questions with the same items: of all items, then of resamples.
 
         Args:
-            asked: model and question of each column.
+            models: model and question of each column.
             measure: a metric of all of them.
 
         Returns:
@@ -211,14 +228,16 @@ class Results:
         Raises:
             DataError: columns have other seeds, or other items in a seed.
         """
-        columns = [self.seeds(*names) for names in asked]
+        columns = [self.seeds(*names) for names in models]
+
         seeds = [", ".join(str(result.seed) for result in column) for column in columns]
-        for (model, question), of_column in zip(asked, seeds, strict=True):
-            if of_column != seeds[0]:
+        for (model, question), column_seeds in zip(models, seeds, strict=True):
+            if column_seeds != seeds[0]:
                 raise DataError(
                     f"expected the same seeds for all models on {question}, "
-                    f"got {seeds[0]} of {asked[0][0]}, {of_column} of {model}; run the pipeline again for all seeds"
+                    f"got {seeds[0]} of {models[0][0]}, {column_seeds} of {model}; run the pipeline again for all seeds"
                 )
+
         return _resample([[result.measures[measure] for result in column] for column in columns])
 
 
@@ -233,17 +252,18 @@ def estimates_json(columns: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def _resample(columns: Sequence[Sequence[MetricValues]]) -> Array:
-    values, clusters = [], []
-    for of_seed in zip(*columns, strict=True):
-        if any(not np.array_equal(item.clusters_M, of_seed[0].clusters_M) for item in of_seed):
+    values = []
+    clusters = []
+    for seed_values in zip(*columns, strict=True):
+        if any(not np.array_equal(item.clusters_M, seed_values[0].clusters_M) for item in seed_values):
             raise DataError("expected the same items for all models of a seed, got different ones")
-        values.append(np.stack([item.values_M for item in of_seed], axis=1))
-        clusters.append(of_seed[0].clusters_M)
+        values.append(np.stack([item.values_M for item in seed_values], axis=1))
+        clusters.append(seed_values[0].clusters_M)
     return resample_runs(values, clusters)
 
 
 class Part(NamedTuple):
-    """A section of the page: paragraphs, then a table or a figure, whose file has the name."""
+    """A section of the page: paragraphs, then a table or a figure. The file of the figure has the name."""
 
     title: str
     notes: Sequence[str]
@@ -258,19 +278,21 @@ def write_pages(
     """Write a page as HTML and as Markdown.
 
     Args:
-        path: both files without their suffix; a figure is `PATH-NAME` with one.
+        path: path of both files without their suffix. A figure is `PATH-NAME` with a suffix.
         title: title of the page.
         parts: sections.
-        notes: what is compared, and how.
-        summary: what was found, in a few sentences.
-        credit: who made what is shown.
+        notes: explanations of the comparison.
+        summary: findings in a few sentences.
+        credit: authors and licenses of the data.
     """
     sections = [Section(title="What is compared", notes=_plain(notes))]
     for part in parts:
         figures = partial(_draw, part.figure) if part.figure else tuple
         sections.append(Section(title=part.title, notes=_plain(part.notes), table=part.table, figures=figures))
+
     if credit:
         sections.append(Section(title="Credits", notes=[credit]))
+
     page = Presentation(title=title, lines=[summary] if summary else [], sections=sections, record=dict)
     write_page(path.with_suffix(".html"), page)
 

@@ -1,4 +1,4 @@
-"""What networks on sequences share: valid frames of a padded batch, positions, layer sizes, standardized inputs."""
+"""Parts of networks on sequences: valid frames of a padded batch, positions, layer sizes, standardized inputs."""
 
 import math
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def valid_frames(lengths_B: Tensor, num_frames: int) -> Tensor:
-    """Return which frames of a padded batch belong to an item: (B, T) bool."""
+    """Return whether each frame of a padded batch belongs to its item: (B, T) bool."""
     return torch.arange(num_frames, device=lengths_B.device) < lengths_B[:, None]
 
 
@@ -54,6 +54,7 @@ class StandardizedInput(nn.Module):
         self.register_buffer("scale", torch.ones(input_width))
 
     def standardize(self, values_ND: Tensor) -> None:
-        """Set the mean and the standard deviation of each channel to those of some vectors of the feature."""
+        """Standardize each channel by its mean and standard deviation in some vectors of the feature."""
         deviation_D, mean_D = torch.std_mean(values_ND.float(), dim=0, correction=0)
-        self.mean, self.scale = mean_D, 1 / deviation_D.clamp(min=1e-5)
+        self.mean = mean_D
+        self.scale = 1 / deviation_D.clamp(min=1e-5)

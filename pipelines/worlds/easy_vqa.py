@@ -2,8 +2,8 @@
 
     open_source("all", kind="pipelines.worlds.easy_vqa:EasyVqaSource")
 
-The published split is kept: 4,000 images with 38,575 questions for training, 1,000 with 9,673 for testing. Training
-images are divided once more: 400 of them, always the same, are for validation. No test image equals a training image.
+The published split is kept: 4,000 images with 38,575 questions for training, 1,000 with 9,673 for testing. 400 of the
+training images, always the same, are for validation. No test image equals a training image.
 """
 
 import json
@@ -27,7 +27,7 @@ NUM_IMAGES: Mapping[str, int] = {"train": 4000, "test": 1000}
 """As published."""
 NUM_VALID = 400
 KINDS = ("yes-no", "negated", "color", "shape")
-"""Kinds of questions: answered by yes or no, without and with a negation; by a color; by a shape."""
+"""Kinds of questions: answered by yes or no, without and with a negation, by a color, or by a shape."""
 OPEN_KINDS = ("color", "shape")
 _SHAPES = frozenset({"circle", "rectangle", "triangle"})
 
@@ -35,7 +35,7 @@ _SHAPES = frozenset({"circle", "rectangle", "triangle"})
 class EasyVqaSource:
     """The images of easy-VQA, without their questions; column `split`: `train`, `valid` or `test`.
 
-    The location is `all`, or the number of images to keep of each published part, the first ones.
+    The location is `all`, or the number of first images to keep of each published part.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -46,7 +46,7 @@ class EasyVqaSource:
         self._folder = _data_folder()
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source, with the version of the package that holds the images."""
+        """Return the description that reopens the source, with the version of the package."""
         path = "all" if self._max_images is None else str(self._max_images)
         return {"type": KIND, "path": path, "settings": {}, "versions": {"easy-vqa": version("easy-vqa")}}
 
@@ -75,7 +75,12 @@ def load_questions(*, max_images: int | None = None) -> pa.Table:
     Args:
         max_images: keep only questions about the first images of each published part.
     """
-    keys, texts, targets, splits, kinds = [], [], [], [], []
+    keys: list[str] = []
+    texts: list[str] = []
+    targets: list[str] = []
+    splits: list[str] = []
+    kinds: list[str] = []
+
     for part in NUM_IMAGES:
         for question, answer, number in json.loads((_data_folder() / part / "questions.json").read_text()):
             if max_images is None or number < max_images:
@@ -84,6 +89,7 @@ def load_questions(*, max_images: int | None = None) -> pa.Table:
                 targets.append(answer)
                 splits.append(_split(part, number))
                 kinds.append(question_kind(question, answer))
+
     return make_examples(keys=keys, texts=texts, targets=targets, columns={"split": splits, "kind": kinds})
 
 
@@ -95,17 +101,20 @@ def question_kind(question: str, answer: str) -> str:
 
 
 def draw_answers(questions: pa.Table, fraction: float, *, seed: int) -> pa.Table:
-    """Draw a fraction of the training questions, stratified by kind and answer; 1 % are 385 of them.
+    """Draw a fraction of the training questions, stratified by kind and answer. 1 % are 385 questions.
 
-    The fraction is of all published training questions, and the draw is from those that are not for validation: 1.0
-    means all of these. Draws of one seed are nested.
+    The fraction is that of all published training questions, but validation questions are not drawn. 1.0 returns all
+    others. Draws with one seed are nested.
 
     Raises:
-        SettingError: a fraction not above 0, or above 1.
+        SettingError: the fraction is not above 0, or is above 1.
     """
     if not 0 < fraction <= 1:
         raise SettingError(f"fraction: expected a number above 0, up to 1, got {fraction}")
+
     train = in_split(questions, "train")
+
+    # The fraction is published as one of all training questions, validation included.
     total = len(in_split(questions, "train", "valid"))
     return draw_examples(train, min(len(train), max(1, int(fraction * total))), seed=seed, by=("kind", "target"))
 
@@ -120,8 +129,10 @@ def _split(part: str, number: int) -> str:
 
 @cache
 def _validation_numbers() -> frozenset[int]:
-    """Return the numbers of the validation images: those whose keys have the smallest checksums."""
+    """Return the numbers of the validation images: the ones with the smallest checksums of keys."""
     numbers = range(NUM_IMAGES["train"])
+
+    # A checksum, so that the choice needs no file and is the same everywhere.
     return frozenset(sorted(numbers, key=lambda number: zlib.crc32(_key("train", number).encode()))[:NUM_VALID])
 
 

@@ -1,10 +1,10 @@
-"""Tables of examples: what a task learns from, and draws of a fraction of them.
+"""Tables of examples of tasks, and draws of a fraction of them.
 
-A row is one example. Columns:
+A row is an example. Its columns are:
 
-- `key`: the sample of a cache that the example is about; null for tasks on text alone
-- `text`: words that are given, such as a question; null if there are none
-- `target`: the text to be found: a class, an answer, a caption
+- `key`: sample of a cache; null for tasks on text only
+- `text`: input words, such as a question; null if there are none
+- `target`: text to predict: a class, an answer, a caption
 - any others, for strata and for tables of results
 """
 
@@ -35,7 +35,7 @@ def make_examples(
 
 
 def write_examples(path: Path, examples: pa.Table) -> None:
-    """Write a table of examples as Parquet; the file appears complete or not at all."""
+    """Write a table of examples as Parquet, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         pq.write_table(examples, temporary)
@@ -43,28 +43,27 @@ def write_examples(path: Path, examples: pa.Table) -> None:
 
 def caption_examples(source: Source) -> pa.Table:
     """Return one example per caption of a source, with its column `split`."""
-    rows = [
-        (sample.key, text.text, str(sample.columns.get("split") or ""))
-        for sample in source.samples()
-        for text in sample.texts
-    ]
-    return _of_rows(rows)
+    rows = []
+    for sample in source.samples():
+        split = str(sample.columns.get("split") or "")
+        rows += [(sample.key, text.text, split) for text in sample.texts]
+    return _from_rows(rows)
 
 
 def label_examples(source: Source) -> pa.Table:
-    """Return one example per sample of a source whose column `label` has a text, with its column `split`."""
+    """Return one example per sample of a source that has a `label`, with its column `split`."""
     rows = [
         (sample.key, str(sample.columns["label"]), str(sample.columns.get("split") or ""))
         for sample in source.samples()
         if sample.columns.get("label") is not None
     ]
-    return _of_rows(rows)
+    return _from_rows(rows)
 
 
 def draw_examples(examples: pa.Table, count: int, *, seed: int, by: Sequence[str] = ("target",)) -> pa.Table:
-    """Draw examples such that each stratum keeps its fraction of them, up to one.
+    """Draw examples so that each stratum keeps its fraction of them, up to one example.
 
-    Draws of one seed are nested: a smaller one is part of a larger one. Rows keep their order.
+    Draws with one seed are nested: a larger draw contains the smaller ones. Rows keep their order.
 
     Args:
         examples: a table of examples.
@@ -77,19 +76,24 @@ def draw_examples(examples: pa.Table, count: int, *, seed: int, by: Sequence[str
     """
     if not 0 < count <= len(examples):
         raise SettingError(f"expected 1 to {len(examples):,} examples to draw, got {count:,}")
+
     strata_N = np.zeros(len(examples), np.int64)
     for name in by:
         codes = pc.dictionary_encode(examples[name].combine_chunks()).indices.fill_null(-1)
         strata_N = strata_N * (pc.max(codes).as_py() + 2) + codes.to_numpy(zero_copy_only=False) + 1
+
     rng = np.random.default_rng(seed)
+
+    # Sort a random order by stratum, so that the rows of each stratum stay in random order.
     order_N = rng.permutation(len(examples))
-    by_stratum_N = order_N[np.argsort(strata_N[order_N], kind="stable")]
-    _, first_S, size_S = np.unique(strata_N[by_stratum_N], return_index=True, return_counts=True)
+    sorted_N = order_N[np.argsort(strata_N[order_N], kind="stable")]
+    _, first_S, size_S = np.unique(strata_N[sorted_N], return_index=True, return_counts=True)
     rank_N = np.arange(len(examples)) - np.repeat(first_S, size_S)
+
     # Examples of each stratum are spread evenly over [0, 1); all of them below a bound are a stratified draw.
     place_N = (rank_N + np.repeat(rng.random(len(size_S)), size_S)) / np.repeat(size_S, size_S)
-    chosen = by_stratum_N[np.argsort(place_N, kind="stable")[:count]]
-    return examples.take(pa.array(np.sort(chosen)))
+    rows = sorted_N[np.argsort(place_N, kind="stable")[:count]]
+    return examples.take(pa.array(np.sort(rows)))
 
 
 def in_split(examples: pa.Table, *splits: str) -> pa.Table:
@@ -97,6 +101,7 @@ def in_split(examples: pa.Table, *splits: str) -> pa.Table:
     return examples.filter(pc.is_in(examples["split"], pa.array(splits)))
 
 
-def _of_rows(rows: Iterable[tuple[str, str, str]]) -> pa.Table:
-    keys, targets, splits = zip(*rows, strict=True) if (rows := list(rows)) else ((), (), ())
+def _from_rows(rows: Iterable[tuple[str, str, str]]) -> pa.Table:
+    rows = list(rows)
+    keys, targets, splits = zip(*rows, strict=True) if rows else ((), (), ())
     return make_examples(keys=keys, targets=targets, columns={"split": splits})

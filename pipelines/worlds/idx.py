@@ -22,7 +22,7 @@ def read_idx(path: Path) -> Array:
     """Read all values of a file: (N,) labels or (N, H, W) images, uint8. They stay in memory, 47 MB for 60,000 images.
 
     Raises:
-        SourceError: it is not such a file.
+        SourceError: it is not an IDX file of unsigned bytes.
     """
     with gzip.open(path) as file:
         magic = file.read(4)
@@ -30,6 +30,7 @@ def read_idx(path: Path) -> Array:
         num_values = math.prod(shape)
         # A byte more than announced tells that the file is another; a bomb is not decoded further.
         values = np.frombuffer(file.read(min(num_values, _MAX_BYTES) + 1), np.uint8)
+
     if magic[:3] != bytes([0, 0, _UNSIGNED_BYTES]) or len(values) != num_values:
         raise SourceError(f"{path}: expected a whole IDX file of unsigned bytes, got another; copy it again")
     return values.reshape(shape)

@@ -1,10 +1,10 @@
-"""Real images and recordings with words: emoji, Fashion-MNIST, and letters spoken by three people.
+"""Real images and audio with words: emoji, Fashion-MNIST, and letters spoken by three people.
 
 | source | package | license |
 | --- | --- | --- |
-| `EmojiSource` | those of `openmoji:` | CC BY-SA 4.0 |
+| `EmojiSource` | the packages of `openmoji:` | CC BY-SA 4.0 |
 | `FashionSource` | Debian `dataset-fashion-mnist` | MIT |
-| `LettersSource` | Debian `asterisk-core-sounds-en-g722` (CC BY-SA 3.0), `klettres-data` (GPL-2+) | beside each |
+| `LettersSource` | Debian `asterisk-core-sounds-en-g722` (CC BY-SA 3.0), `klettres-data` (GPL-2+) | in brackets |
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,13 +41,13 @@ FASHION_LABELS = (
 )
 """Word of each class number."""
 FASHION_TRAIN = 60_000
-"""Training images as published."""
+"""Number of published training images."""
 LETTERS_KIND = "pipelines.worlds.label_sets:LettersSource"
 _VALID_FRACTION = 0.1
 
 
 class EmojiSource:
-    """OpenMoji's images with their English names. The location is `all`, or the number of images, the first ones."""
+    """OpenMoji's images with their English names. The location is `all`, or the number of first images."""
 
     credit = OpenmojiSource.credit
 
@@ -89,11 +89,13 @@ class FashionSource:
         return {"type": FASHION_KIND, "path": "+".join(map(str, self._counts.values())), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
-        """Iterate over the images in the order of the files, those of the test first."""
+        """Iterate over the images in the order of the files, test images first."""
         num_valid = int(self._counts["train"] * _VALID_FRACTION)
         for name, split in (("t10k", "test"), ("train", "train")):
             labels = read_idx(FASHION_FOLDER / f"{name}-labels-idx1-ubyte.gz")[: self._counts[split]]
+
             for row, label in enumerate(labels.tolist()):
+                # The file is in random order, so its end is as good as a draw.
                 is_valid = split == "train" and len(labels) - row <= num_valid
                 yield Sample(
                     key=f"{name}/{row:05d}",
@@ -106,23 +108,23 @@ class FashionSource:
         try:
             return encode_png(read_idx(FASHION_FOLDER / item.path)[item.offset])
         except (OSError, IndexError) as error:
-            raise ItemError(f"{item.path} holds no image {item.offset}: {error}") from None
+            raise ItemError(f"{item.path} has no image {item.offset}: {error}") from None
 
 
 def draw_labels(labels: pa.Table, fraction: float, *, seed: int) -> pa.Table:
-    """Draw a fraction of the published training labels of Fashion-MNIST, stratified by class; 1 % are 600 of them.
+    """Draw a fraction of the published training labels of Fashion-MNIST, stratified by class. 1 % are 600 labels.
 
-    They are drawn from those that are there and not for validation: a fraction that is more than these means all.
+    Validation labels are not drawn. If the fraction is more than the other labels, all of them are returned.
     """
     train = in_split(labels, "train")
     return draw_examples(train, min(len(train), round(fraction * FASHION_TRAIN)), seed=seed)
 
 
 class LettersSource:
-    """The letters of the alphabet as three people say them, without the silence around each.
+    """The letters of the alphabet as three people say them, without the silence around them.
 
-    The location holds names of `RECORDINGS` joined by `+`. Keys are `SPEAKER/LETTER`; columns are `label`, the letter
-    in lower case, and `split`, the speaker: a test of unknown voices leaves one out.
+    The location is names of `RECORDINGS` joined by `+`. Keys are `SPEAKER/LETTER`. Columns are `label`, the letter in
+    lower case, and `split`, the speaker, so that a test can leave one voice out.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -131,8 +133,9 @@ class LettersSource:
         for speaker in location.split("+"):
             if speaker not in RECORDINGS:
                 raise unknown_name("speaker", speaker, RECORDINGS)
-            found = {f"{speaker}/{word.lower()}": path for word, path in find_recordings(speaker) if word in LETTERS}
-            self._paths |= found
+            for word, path in find_recordings(speaker):
+                if word in LETTERS:
+                    self._paths[f"{speaker}/{word.lower()}"] = path
         self._location = location
 
     def describe(self) -> Mapping[str, Any]:
@@ -150,7 +153,7 @@ class LettersSource:
             )
 
     def read(self, item: FileItem) -> bytes:
-        """Return a recording as a WAV file of 16 bits at 16 kHz."""
+        """Return the audio as a WAV file of 16 bits at 16 kHz."""
         path = self._paths.get(item.path.removesuffix(".wav"))
         if path is None:
             raise ItemError(f"expected SPEAKER/LETTER.wav, got {item.path}")

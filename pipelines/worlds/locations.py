@@ -11,17 +11,19 @@ def parse_location(source: str, location: str, defaults: Mapping[str, Any]) -> d
 
     Args:
         source: name of the source, for errors.
-        location: `name=value` joined by commas; what is not named has its default.
-        defaults: name -> default: a text, a float, or a whole number that is not negative.
+        location: `name=value` joined by commas; other names have their default.
+        defaults: name -> default: a string, a float, or a whole number that is not negative.
 
     Raises:
-        SourceError: an unknown name, or a value that is no number.
+        SourceError: a name is unknown, or a value is not a number.
     """
     values = dict(defaults)
     for word in filter(None, location.split(",")):
         name, separator, text = word.partition("=")
         if name not in values or not separator:
             raise SourceError(f"{source}: expected {', '.join(f'{name}=…' for name in values)}, got {word!r}")
+
+        # `int` would also accept signs, spaces and underscores.
         kind = type(values[name])
         if kind is int and not text.isdecimal():
             raise SourceError(f"{source}: expected a whole number for {name}, got {text!r}")

@@ -3,11 +3,11 @@
     open_source("seed=0,train=9000", kind="pipelines.worlds.shapes:ShapesSource")
 
 A sample is an image of one to three shapes. Its scene and its bytes follow from the key and the seed, so nothing is
-stored. Splits: `train`, `valid`, `test`, and `unseen`, each image of which has a shape of one of the six pairs of color
-and shape in `UNSEEN`; no other split has any. Nothing in this world is a question or an answer.
+stored. The splits are `train`, `valid`, `test` and `unseen`. Each image of `unseen` has one of the six pairs of color
+and shape in `UNSEEN`, which no other split has. Nothing in this world is a question or an answer.
 
-Captions describe all shapes of an image, by pair, count and order from left to right. `check_caption` parses a caption
-without the code that wrote it, and says whether it is true and complete.
+Captions describe all shapes of an image by pair, count and order from left to right. `check_caption` parses a caption
+without the code that wrote it, and returns whether it is true and complete.
 """
 
 import io
@@ -16,7 +16,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -42,8 +42,8 @@ COLORS: Mapping[str, tuple[RGB, RGB]] = {
     "orange": ((255, 165, 0), (240, 120, 25)),
     "purple": ((128, 0, 128), (150, 75, 205)),
 }
-"""Color -> two of its shades, the first of which is the web color of that name or close to it; a shape has one between
-them."""
+"""Color -> two of its shades, of which the first is the web color of that name or close to it. The color of a shape is
+between them."""
 SHAPES = ("circle", "rectangle", "triangle", "star")
 UNSEEN = (
     ("red", "triangle"),
@@ -77,11 +77,11 @@ _STATEMENTS: Sequence[tuple[str, str, str]] = (
     ("that the image does not contain {article} {thing} is _", "false", "true"),
     ("that no {thing} is present is _", "false", "true"),
 )
-"""Statements about one thing without a word, and this word if an image has the thing, and if it has not."""
+"""Statements with a missing word, the word if an image has the thing, and the word if it does not."""
 
 
 class Shape(NamedTuple):
-    """A shape: its pair, its center and bounding radius in pixels, and how it is drawn."""
+    """A shape: its pair, its center and bounding radius in pixels, and its drawing."""
 
     color: str
     shape: str
@@ -99,17 +99,17 @@ class Shape(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What is right about a caption: all that it says, and that it mentions every shape."""
+    """Whether a caption is true, and whether it mentions every shape."""
 
     is_true: bool
     is_complete: bool
 
 
 class ShapesSource:
-    """Images of shapes with captions. The location is `name=value,…`: `seed`, and the images of each split.
+    """Images of shapes with captions. The location is `name=value,…`: `seed`, and number of images of each split.
 
-    Columns: `split`; `label`, such as `a red circle`, of images of one shape, else None; `objects`, the names of all
-    shapes from left to right, joined by a comma.
+    Columns are `split`; `label`, such as `a red circle`, or None for images of several shapes; and `objects`, the names
+    of all shapes from left to right, joined by commas.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -143,6 +143,7 @@ class ShapesSource:
         split, _, number = key.partition("/")
         if suffix != "png" or split not in SPLITS or not number.isdecimal():
             raise ItemError(f"expected SPLIT/NUMBER.png with a split of {', '.join(SPLITS)}, got {item.path}")
+
         buffer = io.BytesIO()
         draw_scene(self.scene(key), self._rng(key, "paint")).save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
@@ -172,13 +173,14 @@ def unseen_class_names() -> list[str]:
 
 
 def build_scene(rng: np.random.Generator, count: int, *, is_unseen: bool) -> list[Shape]:
-    """Draw `count` shapes that do not overlap, from left to right; with `is_unseen`, one is of a pair of `UNSEEN`."""
+    """Draw `count` shapes that do not overlap, from left to right; with `is_unseen`, one has a pair of `UNSEEN`."""
     pairs = [pair for pair in product(COLORS, SHAPES) if pair not in UNSEEN]
     first = UNSEEN[rng.integers(len(UNSEEN))] if is_unseen else pairs[rng.integers(len(pairs))]
-    chosen = [first]
-    chosen += [first if rng.random() < _SAME else pairs[rng.integers(len(pairs))] for _ in range(1, count)]
+    shape_pairs = [first]
+    shape_pairs += [first if rng.random() < _SAME else pairs[rng.integers(len(pairs))] for _ in range(1, count)]
+
     places = _place(rng, count)
-    shapes = [_paint(rng, pair, place) for pair, place in zip(chosen, places, strict=True)]
+    shapes = [_paint(rng, pair, place) for pair, place in zip(shape_pairs, places, strict=True)]
     return sorted(shapes, key=lambda shape: shape.x)
 
 
@@ -196,19 +198,23 @@ def _place(rng: np.random.Generator, count: int) -> list[_Place]:
     while True:
         radii = rng.uniform(low, high, count)
         centers = rng.uniform(radii[:, None] + 1, SIZE_PX - 1 - radii[:, None], (count, 2))
-        if all(
+        is_apart = [
             abs(centers[a, 0] - centers[b, 0]) >= _APART_PX
             and math.dist(centers[a], centers[b]) > radii[a] + radii[b] + 2
             for a, b in combinations(range(count), 2)
-        ):
+        ]
+        if all(is_apart):
             return [_Place(float(x), float(y), float(r)) for (x, y), r in zip(centers, radii, strict=True)]
 
 
 def _paint(rng: np.random.Generator, pair: tuple[str, str], place: _Place) -> Shape:
     """Draw the shade, angle and aspect ratio of a shape of a color and a form."""
     color, shape = pair
-    one, other = (np.array(shade, float) for shade in COLORS[color])
-    red, green, blue = (round(float(value)) for value in one + rng.random() * (other - one))
+    first_shade, second_shade = (np.array(shade, float) for shade in COLORS[color])
+    rgb = first_shade + rng.random() * (second_shade - first_shade)
+    red, green, blue = (round(float(value)) for value in rgb)
+
+    # Only stars may point anywhere; other shapes are upright or turned a little.
     turn = 180.0 if shape == "star" else 15.0 * (rng.random() < 0.5)
     return Shape(
         color,
@@ -225,14 +231,18 @@ def draw_scene(scene: Sequence[Shape], rng: np.random.Generator) -> Image.Image:
     corner, far = rng.uniform(222, 255, (2, 3))
     ramp = np.linspace(0, rng.random(), SIZE_PX)[:, None, None]
     rows = np.broadcast_to(np.round(corner + (far - corner) * ramp), (SIZE_PX, SIZE_PX, 3))
+
+    # Larger first, as ImageDraw draws without antialiasing.
     image = Image.fromarray(rows.astype(np.uint8)).resize((SIZE_PX * _SCALE,) * 2, Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(image)
+
     for shape in scene:
         x, y, radius = (_SCALE * value for value in (shape.x, shape.y, shape.radius))
         if shape.shape == "circle":
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=shape.rgb)
         else:
             draw.polygon([(x + radius * a, y + radius * b) for a, b in _corners(shape)], fill=shape.rgb)
+
     return image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
 
 
@@ -252,11 +262,13 @@ def _corners(shape: Shape) -> list[tuple[float, float]]:
 
 
 def write_captions(objects: Sequence[str]) -> list[str]:
-    """Return the captions of an image whose objects are named from left to right; each mentions all of them."""
+    """Return the captions of an image from the names of its objects, from left to right. Each mentions all of them."""
     groups = Counter(objects)
     phrases = [_phrase(count, name) for name, count in groups.items()]
     listed = " and ".join(phrases)
     captions = [listed, f"there {'is' if groups[objects[0]] == 1 else 'are'} {listed}"]
+
+    # An order of the groups exists only if the objects of each group are neighbors.
     order = list(groups)
     is_sorted = list(objects) == [name for name in order for _ in range(groups[name])]
     if len(order) > 1 and is_sorted:
@@ -265,17 +277,19 @@ def write_captions(objects: Sequence[str]) -> list[str]:
 
 
 def write_statements(objects: Sequence[str], rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Return statements about an image, each with a word left out, and these words.
+    """Return statements about an image, each with a missing word, and the missing words.
 
-    There is one about each color and shape that it has, and as many about what it lacks.
+    There is one about each color and shape in the image, and as many about others.
     """
     used = set(" ".join(objects).split())
     things = {word: f"{word} shape" if word in COLORS else word for word in (*COLORS, *SHAPES)}
+
     present = [thing for word, thing in things.items() if word in used]
     absent = [thing for word, thing in things.items() if word not in used]
-    lacking = [absent[number] for number in rng.permutation(len(absent))[: len(present)]]
+    negatives = [absent[number] for number in rng.permutation(len(absent))[: len(present)]]
+
     statements = []
-    for thing, is_present in [*((thing, True) for thing in present), *((thing, False) for thing in lacking)]:
+    for thing, is_present in [*((thing, True) for thing in present), *((thing, False) for thing in negatives)]:
         text, *words = _STATEMENTS[int(rng.integers(len(_STATEMENTS)))]
         names = {"thing": thing, "article": class_name(thing).split()[0]}
         statements.append((text.format(**names), words[0 if is_present else 1].format(**names)))
@@ -293,24 +307,29 @@ _PHRASE = re.compile(rf"(?P<number>a|an|one|two|three) (?P<name>{_THING})(?P<plu
 def check_caption(caption: str, objects: Sequence[str]) -> Verdict:
     """Check a caption against the objects of an image, from left to right.
 
-    `a` and `an` mean at least one, number words exactly as many. `left of` and `right of` hold for some choice of the
-    objects that the phrases name. A text that is no caption of this world is neither true nor complete.
+    `a` and `an` mean at least one, number words an exact count. `left of` and `right of` are true for some choice of
+    the named objects. A text that is not a caption of this world is neither true nor complete.
     """
     parts = re.split(r" (and|left of|right of) ", re.sub(r"^there (is|are) ", "", caption))
-    choices, links = [_choices(phrase, objects) for phrase in parts[::2]], parts[1::2]
+    choices = [_choices(phrase, objects) for phrase in parts[::2]]
+    links = parts[1::2]
     if len(set(links)) > 1:
         return Verdict(is_true=False, is_complete=False)
-    used = [
-        sorted(row for rows in chosen for row in rows) for chosen in product(*choices) if _is_ordered(chosen, links)
-    ]
-    return Verdict(any(len(set(rows)) == len(rows) for rows in used), list(range(len(objects))) in used)
+
+    ordered = [reading for reading in product(*choices) if _is_ordered(reading, links)]
+    readings = [sorted(chain.from_iterable(reading)) for reading in ordered]
+
+    # A true caption counts no object twice; a complete one names each exactly once.
+    is_true = any(len(set(rows)) == len(rows) for rows in readings)
+    return Verdict(is_true, list(range(len(objects))) in readings)
 
 
 def _choices(phrase: str, objects: Sequence[str]) -> list[tuple[int, ...]]:
-    """Return the sets of objects that a phrase such as `two red circles` may mean; none if it is false."""
+    """Return the sets of objects that a phrase such as `two red circles` may mean, or none if it is false."""
     match = _PHRASE.fullmatch(phrase)
     if match is None or bool(match["plural"]) != (match["number"] in {"two", "three"}):
         return []
+
     rows = _matching(match["name"], objects)
     if match["number"] in {"a", "an"}:
         return [(row,) for row in rows]
@@ -322,9 +341,10 @@ def _matching(what: str, objects: Sequence[str]) -> list[int]:
     return [row for row, name in enumerate(objects) if all(word in name.split() for word in words)]
 
 
-def _is_ordered(chosen: Sequence[tuple[int, ...]], links: Sequence[str]) -> bool:
-    steps = zip(chosen[:-1], chosen[1:], links, strict=True)
-    return all(
-        link == "and" or (max(one) < min(other) if link == "left of" else min(one) > max(other))
-        for one, other, link in steps
-    )
+def _is_ordered(reading: Sequence[tuple[int, ...]], links: Sequence[str]) -> bool:
+    for first, second, link in zip(reading[:-1], reading[1:], links, strict=True):
+        if link == "left of" and max(first) >= min(second):
+            return False
+        if link == "right of" and min(first) <= max(second):
+            return False
+    return True

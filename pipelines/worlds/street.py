@@ -2,12 +2,12 @@
 
     open_source("world=0,domains=day+night", kind="pipelines.worlds.street:StreetSource")
 
-A sample is a frame. Its image and its points are computed when they are read, from the key and the number of the
-world, so nothing is stored: the same key gives the same bytes in every process of a machine. Samples have the columns
-`domain`, `split` and `world`. Splits:
+A sample is a frame. Its image and its points are computed from the key and the number of the world when they are
+read, so nothing is stored: the same key gives the same bytes in every process of a machine. Samples have the columns
+`domain`, `split` and `world`. The splits are:
 
-- `image`, of a source domain: frames on which an image model may be trained; points only as labels of pixels
-- `points`, of a source domain: other frames, without images, on which a model of points may be trained
+- `image`, of a source domain: frames to train an image model on; points are only labels of pixels
+- `points`, of a source domain: other frames, without images, to train a point model on
 - `target`, of a target domain: frames to adapt to, whose labels are only for the oracle and for reports
 - `test`, of a target domain: frames to measure on
 """
@@ -41,8 +41,8 @@ class StreetSource:
     - `world`: number of the world; other worlds have other frames
     - `domains`: names of `DOMAINS` joined by `+`
     - `frames`: frames of each domain for `image`, `points` and `target`; `test`: frames for `test`
-    - `calibration`: standard deviation of an error of the camera's orientation in degrees, drawn per frame; it moves
-      `uv` and nothing else
+    - `calibration`: standard deviation of an error of the camera's orientation in degrees, drawn per frame. It moves
+      only `uv`
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -76,11 +76,14 @@ class StreetSource:
         domain_name = key.partition("/")[0]
         if domain_name not in DOMAINS or suffix not in {"png", "npz"}:
             raise ItemError(f"expected DOMAIN/SPLIT/NUMBER.png or .npz, got {item.path}")
-        domain, buffer = DOMAINS[domain_name], io.BytesIO()
+
+        domain = DOMAINS[domain_name]
+        buffer = io.BytesIO()
         if suffix == "png":
             Image.fromarray(self.render(key, domain)).save(buffer, "PNG", compress_level=1)
         else:
-            np.savez(buffer, **self.scan(key, domain))  # type: ignore[arg-type]  # its stub has a named option too
+            np.savez(buffer, **self.scan(key, domain))  # type: ignore[arg-type]  # its stub also has a named option
+
         return buffer.getvalue()
 
     def render(self, key: str, domain: Domain) -> np.ndarray:
@@ -92,11 +95,13 @@ class StreetSource:
         """Return the points of a frame by name, one row per point."""
         scene, camera = self._open(key, domain)
         points = scan(domain.lidar, scene, camera, self._rng(key, "points"))
+
+        # Only the link to the pixels is wrong, as after a poor calibration of a real car.
         error_deg = float(self._values["calibration"])
         if error_deg:
             yaw, pitch = np.radians(error_deg) * self._rng(key, "calibration").standard_normal(2)
-            wrong = camera._replace(yaw=camera.yaw + yaw, pitch=camera.pitch + pitch)
-            points["uv"] = np.clip(wrong.project(points["xyz"])[0], 0, np.nextafter(np.float32(1), np.float32(0)))
+            shifted = camera._replace(yaw=camera.yaw + yaw, pitch=camera.pitch + pitch)
+            points["uv"] = np.clip(shifted.project(points["xyz"])[0], 0, np.nextafter(np.float32(1), np.float32(0)))
         return points
 
     def _open(self, key: str, domain: Domain) -> tuple[Scene, Camera]:

@@ -1,4 +1,4 @@
-"""A synthetic street: its solids, what a camera and a lidar see of it, in several domains.
+"""A synthetic street with the views of a camera and a lidar, in several domains.
 
 Everything is a function of a domain and a random generator. The street is coarse: boxes and ellipsoids with simple
 textures, no shadows. It serves to study shifts between domains, not to predict figures on real streets.
@@ -26,7 +26,8 @@ from pipelines.worlds.ray_casting import (
 
 CLASSES = ("road", "sidewalk", "vegetation", "building", "vehicle", "person", "pole")
 _NUMBERS = {name: number for number, name in enumerate(CLASSES)}
-WIDTH, HEIGHT = 448, 224
+WIDTH = 448
+HEIGHT = 224
 _FARTHEST_M = 75.0
 
 
@@ -47,7 +48,7 @@ class Light:
 
 @dataclass(frozen=True, kw_only=True)
 class Mount:
-    """How the camera is mounted on the car."""
+    """Position and direction of the camera on the car."""
 
     height: float = 1.6
     left: float = 0.0
@@ -71,7 +72,7 @@ class Lidar:
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """What kind of street it is. Left-hand traffic mirrors the street."""
+    """Kind of street. Left-hand traffic mirrors the street."""
 
     left_hand: bool = False
     vehicle_scale: float = 1.0
@@ -130,7 +131,7 @@ DOMAINS: Mapping[str, Domain] = {
     "roof": Domain(mount=Mount(height=2.9, left=-0.8, yaw=0.14, pitch=-0.24, fov=88.0)),
     "headlight": Domain(light=replace(_NIGHT, ambient=(0.0, 0.0, 0.0), sky=(0.0, 0.0, 0.0), lamps=0.0)),
 }  # fmt: skip
-"""Domains by name. `fog` and `roof` are unlike the others: no setting was chosen on them."""
+"""Domains by name. `fog` and `roof` differ from the others, and no setting was chosen on them."""
 
 
 class Material(NamedTuple):
@@ -143,7 +144,7 @@ class Material(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A street: its ground, its solids and their materials, where the car stands, and the positions of lamps."""
+    """A street: its ground, its solids and their materials, the lane of the car, and the positions of lamps."""
 
     ground: Ground
     solids: list[Solid]
@@ -161,6 +162,7 @@ def build_scene(style: Style, rng: np.random.Generator) -> Scene:
     builder.add_people()
     builder.add_poles()
     builder.add_plants()
+
     lane = -builder.ground.half_width / 2
     scene = Scene(
         builder.ground, builder.solids, builder.materials, builder.sidewalk, lane, np.array(builder.lamps, np.float32)
@@ -172,7 +174,8 @@ class _Builder:
     """Collects the solids of a street with right-hand traffic."""
 
     def __init__(self, style: Style, rng: np.random.Generator) -> None:
-        self.style, self.rng = style, rng
+        self.style = style
+        self.rng = rng
         self.ground = Ground(rng.uniform(*style.half_width), rng.uniform(14, 50), rng.uniform(3, 4.5))
         self.sidewalk = rng.uniform(1.6, 2.6)
         self.front = self.ground.half_width + self.sidewalk + rng.uniform(1.0, 4.0)
@@ -189,7 +192,7 @@ class _Builder:
         return Material(_NUMBERS[name], color, kind or name, int(self.rng.integers(1 << 30)))
 
     def is_free(self, x: float, margin: float) -> bool:
-        """Return whether something beside the road at x stays clear of the crossing road."""
+        """Return whether an object next to the road at x stays clear of the crossing road."""
         return abs(x - self.ground.crossing) > self.ground.crossing_half_width + margin
 
     def add_buildings(self) -> None:
@@ -197,7 +200,8 @@ class _Builder:
         for side in (-1, 1):
             x = -12.0 + self.rng.uniform(0, 6)
             while x < 75:
-                length, depth = self.rng.uniform(8, 18), self.rng.uniform(6, 10)
+                length = self.rng.uniform(8, 18)
+                depth = self.rng.uniform(6, 10)
                 height = self.rng.uniform(*self.style.building_height)
                 setback = self.rng.uniform(0, 2.5)
                 middle = x + length / 2
@@ -206,6 +210,7 @@ class _Builder:
                     center = (middle, side * (self.front + setback + depth / 2), height / 2)
                     self.add("box", center, (length / 2, depth / 2, height / 2), self.material("building", color))
                 x += length + self.rng.choice([0.0, 0.0, 1.5, 4.0])
+
             wall = (self.ground.crossing, side * 70.0, 5.0)  # closes the crossing road
             self.add("box", wall, (20.0, 2.0, 5.0), self.material("building", palette[1]))
 
@@ -217,8 +222,10 @@ class _Builder:
                 if self.rng.random() < 0.65 and self.is_free(x, 3):
                     self.add_vehicle(x, side * (half_width - 1.0), heading + self.rng.normal(0, 0.04))
                 x += self.rng.uniform(6, 16)
+
             if self.rng.random() < 0.8:
                 self.add_vehicle(self.rng.uniform(12, 55), side * half_width * 0.42, heading + self.rng.normal(0, 0.05))
+
         if self.rng.random() < 0.5:
             self.add_vehicle(self.ground.crossing, self.rng.uniform(-9, 9), np.pi / 2 + self.rng.normal(0, 0.1))
 
@@ -226,19 +233,23 @@ class _Builder:
         color = tuple(self.rng.choice([0.04, 0.12, 0.3, 0.55, 0.8]) * self.rng.uniform(0.6, 1.1, 3))
         if self.rng.random() < 0.35:
             color = ((0.55, 0.05, 0.04), (0.05, 0.12, 0.45), (0.05, 0.25, 0.12))[int(self.rng.integers(3))]
+
         scale = self.style.vehicle_scale * self.rng.uniform(0.92, 1.08)
         body = self.material("vehicle", (color[0], color[1], color[2]))
         is_van = self.rng.random() < 0.22
         half = (2.5 * scale, 1.0 * scale, 1.0 * scale) if is_van else (2.15 * scale, 0.9 * scale, 0.36 * scale)
         self.add("box", (x, y, 0.22 + half[2]), half, body, yaw)
+
         if not is_van:
-            cabin, back = (1.15 * scale, 0.78 * scale, 0.29 * scale), -0.25 * scale
+            cabin = (1.15 * scale, 0.78 * scale, 0.29 * scale)
+            back = -0.25 * scale
             center = (x + back * np.cos(yaw), y + back * np.sin(yaw), 0.22 + 2 * half[2] + cabin[2])
             self.add("box", center, cabin, body._replace(kind="cabin"), yaw)
 
     def add_people(self) -> None:
         for _ in range(int(self.rng.integers(4, 10))):
-            x, side = self.rng.uniform(4, 38), self.rng.choice([-1, 1])
+            x = self.rng.uniform(4, 38)
+            side = self.rng.choice([-1, 1])
             offset = self.rng.uniform(0.2, self.sidewalk) if self.rng.random() < 0.8 else -self.rng.uniform(0.3, 2.5)
             self.add_person(x, side * (self.ground.half_width + offset), 0.15 if offset > 0 else 0.0)
 
@@ -248,6 +259,7 @@ class _Builder:
         coat = self.material("person", (color[0], color[1], color[2]))
         legs = self.material("person", (0.06, 0.07, 0.12))
         skin = self.material("person", (0.6, 0.42, 0.32))
+
         self.add("ellipsoid", (x, y, floor + 0.45 * scale), (0.17 * scale, 0.17 * scale, 0.47 * scale), legs)
         self.add("ellipsoid", (x, y, floor + 1.15 * scale), (0.22 * scale, 0.27 * scale, 0.40 * scale), coat)
         self.add("ellipsoid", (x, y, floor + 1.65 * scale), (0.11 * scale, 0.11 * scale, 0.14 * scale), skin)
@@ -259,7 +271,8 @@ class _Builder:
             while x < 60:
                 if self.is_free(x, 0.5):
                     y = side * (self.ground.half_width + 0.35)
-                    radius, height = self.rng.uniform(0.06, 0.12), self.rng.uniform(3.0, 6.5)
+                    radius = self.rng.uniform(0.06, 0.12)
+                    height = self.rng.uniform(3.0, 6.5)
                     pole = self.material("pole", gray)
                     self.add("box", (x, y, height / 2), (radius, radius, height / 2), pole, self.rng.uniform(0, 1.5))
                     if height > 4.5:
@@ -272,18 +285,23 @@ class _Builder:
 
     def add_plants(self) -> None:
         for _ in range(int(self.rng.integers(*self.style.trees))):
-            x, side = self.rng.uniform(5, 50), self.rng.choice([-1, 1])
+            x = self.rng.uniform(5, 50)
+            side = self.rng.choice([-1, 1])
             if not self.is_free(x, 2):
                 continue
+
             y = side * (self.ground.half_width + self.sidewalk + self.rng.uniform(0.2, 0.9))
-            crown, height = self.rng.uniform(1.1, 2.1), self.rng.uniform(2.8, 4.2)
+            crown = self.rng.uniform(1.1, 2.1)
+            height = self.rng.uniform(2.8, 4.2)
             green = (0.07 * self.rng.uniform(0.6, 1.6), 0.2 * self.rng.uniform(0.7, 1.3), 0.05)
             trunk = self.material("vegetation", (0.2, 0.13, 0.08), "trunk")
             self.add("box", (x, y, height / 2), (0.13, 0.13, height / 2), trunk, self.rng.uniform(0, 1.5))
             leaves = self.material("vegetation", green)
             self.add("ellipsoid", (x, y, height + 0.6 * crown), (crown, crown, 0.9 * crown), leaves)
+
         for _ in range(int(self.rng.integers(2, 6))):
-            x, side = self.rng.uniform(4, 40), self.rng.choice([-1, 1])
+            x = self.rng.uniform(4, 40)
+            side = self.rng.choice([-1, 1])
             y = side * (self.front - self.rng.uniform(0.2, 0.8))
             bush = self.material("vegetation", (0.06, 0.17, 0.05))
             if self.is_free(x, 2):
@@ -299,22 +317,25 @@ def _mirrored(scene: Scene) -> Scene:
 
 
 def open_camera(mount: Mount, scene: Scene, rng: np.random.Generator) -> Camera:
-    """Return the camera in a scene; its pitch varies a little from frame to frame."""
+    """Return the camera in a scene; its pitch varies slightly from frame to frame."""
     position = (0.0, scene.lane + mount.left, mount.height)
     return Camera(position, mount.yaw, mount.pitch + float(rng.normal(0, 0.008)), mount.fov, WIDTH, HEIGHT)
 
 
 def label_hits(scene: Scene, hits: Hits, xyz: Floats) -> Ints:
-    """Return the class of each ray's surface, of the shape of `hits.distance`; -1 for the sky."""
+    """Return the class of each ray's surface, in the shape of `hits.distance`, or -1 for the sky."""
     numbers = np.array([scene.materials[solid.material].number for solid in scene.solids] or [0])
     ground = scene.ground
+
     beside = np.abs(xyz[..., 1]) - ground.half_width
     before_crossing = np.abs(xyz[..., 0] - ground.crossing) - ground.crossing_half_width
     is_sidewalk = np.minimum(beside, before_crossing) < scene.sidewalk
     raised = np.where(is_sidewalk, _NUMBERS["sidewalk"], _NUMBERS["vegetation"])
+
     labels = numbers[np.maximum(hits.surface, 0)]
     labels = np.where(hits.surface == ROAD, _NUMBERS["road"], labels)
     labels = np.where(hits.surface == RAISED, raised, labels)
+
     is_nothing = (hits.surface == NOTHING) | (hits.distance > _FARTHEST_M)
     is_solid = hits.surface >= 0
     result: Ints = np.where(is_nothing & ~is_solid, -1, labels).astype(np.int64)
@@ -322,7 +343,7 @@ def label_hits(scene: Scene, hits: Hits, xyz: Floats) -> Ints:
 
 
 def hit_points(origin: Vector, rays: Floats, hits: Hits) -> Floats:
-    """Return where each ray ends, (H, W, 3) float32; rays without a hit end at a large distance."""
+    """Return the end of each ray, (H, W, 3) float32. Rays without a hit end at a large distance."""
     distance = np.minimum(hits.distance, 500)[..., None]
     points: Floats = (np.array(origin, np.float32) + distance * rays).astype(np.float32)
     return points
@@ -332,21 +353,27 @@ def scan(lidar: Lidar, scene: Scene, camera: Camera, rng: np.random.Generator) -
     """Return the points that a lidar measures within the camera's image: `xyz`, `uv` and `label`."""
     origin = (-0.2, scene.lane, lidar.height)
     half = camera.fov / 2 + 3
+
+    # Slightly wider than the image, whose borders are then full of points.
     azimuth = np.radians(np.arange(-half, half, lidar.step)) + camera.yaw
     elevation = np.radians(np.linspace(lidar.highest, lidar.lowest, lidar.beams))
     azimuth, elevation = np.meshgrid(azimuth, elevation)
     cos = np.cos(elevation)
     rays = np.stack([cos * np.cos(azimuth), cos * np.sin(azimuth), np.sin(elevation)], axis=2).astype(np.float32)
+
     hits = cast_rays(origin, rays, scene.solids, scene.ground)
     xyz = hit_points(origin, rays, hits)
     labels = label_hits(scene, hits, xyz)
+
+    # Leaves scatter the beam more than walls; flat raised ground less.
     rough = np.where(labels == _NUMBERS["vegetation"], 0.12, 0.0)
     errors = rng.normal(size=labels.shape) * (lidar.noise_m + rough) * np.where(hits.surface == RAISED, 0.4, 1)
-    kept = rng.random(labels.shape) >= lidar.dropout
+    is_measured = rng.random(labels.shape) >= lidar.dropout
     xyz = xyz + (errors[..., None] * rays).astype(np.float32)
+
     uv, depth = camera.project(xyz.reshape(-1, 3))
     is_inside = (depth > 0.5) & (uv >= 0).all(axis=1) & (uv < 1).all(axis=1)
-    is_seen = is_inside & (labels.ravel() >= 0) & kept.ravel() & (hits.distance.ravel() < _FARTHEST_M)
+    is_seen = is_inside & (labels.ravel() >= 0) & is_measured.ravel() & (hits.distance.ravel() < _FARTHEST_M)
     return {
         "xyz": xyz.reshape(-1, 3)[is_seen].astype(np.float32),
         "uv": uv[is_seen].astype(np.float32),

@@ -12,11 +12,11 @@
 | `R` | recordings of Allison Smith, phones found by an aligner | five of GRID's 25 letters and 10 digits |
 | `K` | recordings of two other people, for development | five of GRID's 25 letters |
 
-Texts, times of speaking and faces are drawn anew for every utterance, so no set shares them with another. Each set is a
+Texts, times of speaking and faces are drawn anew for every utterance, so sets do not share them. Each set is a
 folder with `utterances.jsonl`, one WAV per utterance and one MP4 without sound per face. `tapes` holds noise: `babble`
-and `talker` from training voices, `babble-test` and `talker-test` from voices that are in no set.
+and `talker` from training voices; `babble-test` and `talker-test` from voices that are not in any set.
 
-Everything is synthetic but the recordings' sound: lips follow the same phones as the sound, cleaner and more
+Everything but the recorded sound is synthetic: lips follow the same phones as the sound, cleaner and more
 synchronous than those of real people. Nothing measured here estimates a figure of a corpus of real videos.
 """
 
@@ -53,14 +53,14 @@ TRAINING_VOICES = (
     "m1", "m2", "m3", "m5", "m6", "m8", "f1", "f2", "f4", "klatt", "klatt2", "klatt4", "croak", "Storm",
 )  # fmt: skip
 TRAINING_FLITE_VOICES = ("awb", "kal16")
-"""Voices of espeak-ng and of flite for training; set B has the other ones of flite."""
+"""Voices of espeak-ng and of flite for training; set B has the other voices of flite."""
 UNSEEN_VOICES = ("m4", "m7", "f3", "klatt3", "Annie")
 """Voices of espeak-ng for set A."""
 VALID_VOICES = ("f5", "Mike", "Andrea", "klatt5")
 SPEAKERS: Mapping[str, tuple[str, ...]] = {"R": ("allison",), "K": ("klettres-us", "klettres-gb")}
 
 _FORMAT = 1
-_FEW = 40  # utterances: less time than starting a process
+_FEW = 40  # utterances that take less time than starting a process
 
 
 class WorldSettings(Settings):
@@ -81,7 +81,7 @@ TINY = WorldSettings(train=6, valid=2, test=2, development=2, faces=2, tape_s=2)
 
 
 class Plan(NamedTuple):
-    """What an utterance will be, before it is spoken."""
+    """The plan of an utterance, before it is spoken."""
 
     set_name: str
     number: int
@@ -100,19 +100,19 @@ def write_world(
     progress: Progress | None = None,
     sets: Sequence[str] = SETS,
 ) -> None:
-    """Write sets and the noise tapes that go with them; files that are there are kept.
+    """Write sets and their noise tapes. Existing files are kept.
 
-    Tapes are written with the set `train`. A killed run continues: an utterance whose sound is there is not spoken
-    again, and a face that is missing is drawn as it was.
+    Tapes are written with the set `train`. A killed run continues: an utterance whose sound exists is not spoken again,
+    and a missing face is drawn as before.
 
     Args:
-        folder: folder of the world, new or begun with the same settings.
-        settings: what the world holds.
+        folder: folder of the world, new or started with the same settings.
+        settings: settings of the world.
         progress: receives progress.
         sets: names of `SETS` to write. `R` and `K` need no synthesizer.
 
     Raises:
-        SettingError: the folder holds a world of other settings.
+        SettingError: the folder has a world with other settings.
         MissingExtraError: a program is not installed; the message has the command that installs it.
     """
     progress = progress or NullProgress()
@@ -121,23 +121,25 @@ def write_world(
         if name not in SETS:
             raise SettingError(f"sets: expected names of {', '.join(SETS)}, got {name!r}")
         _write_set(folder / name, name, settings, progress)
+
     if "train" in sets:
         training = [folder / "train" / record["audio"] for record in read_manifest(folder / "train")]
         write_tapes(folder / "tapes", training, length_s=settings.tape_s, seed=settings.seed, progress=progress)
 
 
 def _check_world(folder: Path, settings: WorldSettings) -> None:
-    """Record the settings of a new world; compare those of an old one."""
+    """Record the settings of a new world, or compare the settings of an existing one."""
     path = folder / "world.json"
     record = json.loads(json.dumps({"format": _FORMAT, **settings.to_json()}))
     if not path.is_file():
         write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
         return
-    old = json.loads(path.read_text())
+
+    stored = json.loads(path.read_text())
     for name in record:
-        if old.get(name) != record[name]:
+        if stored.get(name) != record[name]:
             raise SettingError(
-                f"{folder}: its {name} is {old.get(name)!r}, requested {record[name]!r}; use a new folder"
+                f"{folder}: its {name} is {stored.get(name)!r}, requested {record[name]!r}; use a new folder"
             )
     remove_partials(folder)
 
@@ -146,34 +148,38 @@ def plan_set(name: str, settings: WorldSettings) -> list[Plan]:
     """Return the utterances of a set. Voices take turns."""
     training = [("espeak", voice) for voice in TRAINING_VOICES]
     training += [("flite", voice) for voice in TRAINING_FLITE_VOICES]
-    others = [("espeak", voice) for voice in VALID_VOICES]
+    valid_voices = [("espeak", voice) for voice in VALID_VOICES]
+
+    # Voices of training and validation alternate in `valid`.
     speakers: Mapping[str, tuple[int, list[tuple[str, str]]]] = {
         "train": (settings.train, training),
-        "valid": (settings.valid, list(chain(*zip(training, cycle(others), strict=False)))),
+        "valid": (settings.valid, list(chain(*zip(training, cycle(valid_voices), strict=False)))),
         "A": (settings.test, [("espeak", voice) for voice in UNSEEN_VOICES]),
         "B": (settings.test, [("flite", voice) for voice in FLITE_VOICES if voice not in TRAINING_FLITE_VOICES]),
         "R": (settings.test, [("recorded", voice) for voice in SPEAKERS["R"]]),
         "K": (settings.development, [("recorded", voice) for voice in SPEAKERS["K"]]),
     }
+
     count, voices = speakers[name]
     return [Plan(name, number, *voices[number % len(voices)]) for number in range(count)]
 
 
 def _write_set(folder: Path, name: str, settings: WorldSettings, progress: Progress) -> None:
-    """Write the utterances of a set that are missing, then its manifest."""
+    """Write the missing utterances of a set, then its manifest."""
     make_folder(folder)
     plans = plan_set(name, settings)
-    missing = [plan for plan in plans if not _is_complete(folder, plan)]
-    if missing:
+    incomplete = [plan for plan in plans if not _is_complete(folder, plan)]
+    if incomplete:
         (folder / MANIFEST).unlink(missing_ok=True)
         workers = num_cores()
-        parts = [missing[first::workers] for first in range(workers)] if len(missing) > _FEW else [missing]
+        parts = [incomplete[first::workers] for first in range(workers)] if len(incomplete) > _FEW else [incomplete]
         tasks = [(folder, settings, tuple(part)) for part in parts]
         if len(tasks) == 1:
             _write_utterances(tasks[0], progress)
             progress.finish()
         elif run_processes(_write_utterances, tasks, progress, is_shared=True)[1]:
             raise DataError(f"a process died while it wrote {folder}; finished files are kept: rerun the same command")
+
     if not (folder / MANIFEST).is_file():
         lines = [json.dumps(_read_record(folder, plan)) + "\n" for plan in plans]
         write_atomic(folder / MANIFEST, "".join(lines).encode())
@@ -181,7 +187,9 @@ def _write_set(folder: Path, name: str, settings: WorldSettings, progress: Progr
 
 def _is_complete(folder: Path, plan: Plan) -> bool:
     record = _read_record(folder, plan)
-    return record is not None and all((folder / name).is_file() for name in (record["audio"], *_videos(record)))
+    if record is None:
+        return False
+    return all((folder / name).is_file() for name in (record["audio"], *_videos(record)))
 
 
 def _read_record(folder: Path, plan: Plan) -> dict[str, Any] | None:
@@ -195,18 +203,22 @@ def _videos(record: Mapping[str, Any]) -> list[str]:
 
 
 def _write_utterances(task: tuple[Path, WorldSettings, tuple[Plan, ...]], progress: Progress) -> None:
-    """Write utterances in this process; the record of one, with its phones, follows its sound."""
+    """Write utterances in this process. The record of an utterance, with its phones, is written after its sound."""
     folder, settings, plans = task
     progress.start(f"write {folder.name}", len(plans), "utterances")
     for plan in plans:
         record = _read_record(folder, plan)
+
+        # Speech is not a function of its text, so new sound makes the old record and faces stale.
         if record is None or not (folder / record["audio"]).is_file():
             for stale in (f"{plan.key}.json", *(_videos(record) if record else ())):
                 (folder / stale).unlink(missing_ok=True)
+
             utterance = speak(plan, settings)
             record = _record(plan, settings, utterance)
             _put(folder / record["audio"], encode_wav(utterance.samples))
             _put(folder / f"{plan.key}.json", json.dumps(record).encode())
+
         for face in record["faces"]:
             if not (folder / face["video"]).is_file():
                 _put(folder / face["video"], encode_clip(draw_record(record, face)))
@@ -218,25 +230,30 @@ def speak(plan: Plan, settings: WorldSettings) -> Utterance:
     rng = _rng(settings, plan, "speech")
     if plan.engine == "recorded":
         recordings = [recording for recording in load_recordings(plan.voice) if recording.word in WORDS]  # no W
-        chosen = [recordings[number] for number in rng.permutation(len(recordings))[:NUM_WORDS]]
-        return join_recordings(chosen, rng=rng)
+        sample = [recordings[number] for number in rng.permutation(len(recordings))[:NUM_WORDS]]
+        return join_recordings(sample, rng=rng)
+
     words = [str(word) for word in rng.permutation(list(WORDS))[:NUM_WORDS]]
     is_training = plan.set_name in {"train", "valid"}
     has_pauses = is_training and rng.random() < settings.pauses
-    stretch = rng.uniform(0.9, settings.slowest if is_training else 1.25)  # of durations at 155 words per minute
+
+    # Durations are relative to 155 words per minute.
+    stretch = rng.uniform(0.9, settings.slowest if is_training else 1.25)
     if plan.engine == "espeak":
-        rate, pitch = round(155 / stretch), int(rng.integers(25, 76))
+        rate = round(155 / stretch)
+        pitch = int(rng.integers(25, 76))
         return espeak().speak(words, voice=plan.voice, rate=rate, pitch=pitch, has_pauses=has_pauses, rng=rng)
     return speak_flite(words, voice=plan.voice, stretch=stretch, has_pauses=has_pauses, rng=rng)
 
 
 def _record(plan: Plan, settings: WorldSettings, utterance: Utterance) -> dict[str, Any]:
-    """Return the line of the manifest: what was said, when, and by which faces."""
+    """Return the line of the manifest: words and phones with their times, and faces."""
     rng = _rng(settings, plan, "faces")
     faces = []
     for number in range(settings.faces if plan.set_name == "train" else 1):
         faces.append({"video": f"{plan.key}.face{number}.mp4", "seed": int(rng.integers(2**32))})
-        rng.random()  # decides nothing any more; without it, the faces would not be those of RESULTS.md
+        rng.random()  # the value is unused; without this draw, the faces would differ from those of RESULTS.md
+
     return {
         "key": plan.key,
         "set": plan.set_name,
@@ -253,11 +270,10 @@ def _record(plan: Plan, settings: WorldSettings, utterance: Utterance) -> dict[s
 
 
 def draw_record(record: Mapping[str, Any], face: Mapping[str, Any], **drawing: Any) -> Array:
-    """Draw a face of an utterance of a manifest: (T, H, W) uint8; `drawing` are other arguments of `draw_clip`."""
+    """Draw a face of an utterance of a manifest: (T, H, W) uint8; `drawing` contains other arguments of `draw_clip`."""
     rng = np.random.default_rng(face["seed"])
     phones = [Phone(*phone) for phone in record["phones"]]
-    own_face = draw_face(rng)
-    return draw_clip(phones, num_frames=record["num_frames"], face=own_face, rng=rng, **drawing)
+    return draw_clip(phones, num_frames=record["num_frames"], face=draw_face(rng), rng=rng, **drawing)
 
 
 def encode_clip(frames_THW: Array) -> bytes:
@@ -265,6 +281,7 @@ def encode_clip(frames_THW: Array) -> bytes:
     av = require("av", extra="media")
     file = io.BytesIO()
     height, width = frames_THW.shape[1:]
+
     with av.open(file, "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=VIDEO_RATE_HZ, width=width, height=height, pix_fmt="yuv420p")
         stream.options = {"preset": "superfast", "crf": "20"}
@@ -276,23 +293,22 @@ def encode_clip(frames_THW: Array) -> bytes:
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Write a file at once, without waiting for the disk as `write_atomic` does: there are thousands."""
+    """Write a file without waiting for the disk as `write_atomic` does, because there are thousands."""
     temporary = partial_path(path)
     temporary.write_bytes(data)
     temporary.replace(path)
 
 
 def _rng(settings: WorldSettings, plan: Plan, what: str) -> np.random.Generator:
-    return np.random.default_rng(
-        [settings.seed, zlib.crc32(plan.set_name.encode()), plan.number, zlib.crc32(what.encode())]
-    )
+    names = [zlib.crc32(name.encode()) for name in (plan.set_name, what)]
+    return np.random.default_rng([settings.seed, names[0], plan.number, names[1]])
 
 
 class TalkingSource:
     """Utterances of one set of a talking-mouth world. The location is the set's folder.
 
-    A sample has one transcript, one recording and one video per face. Its columns are `set`, `engine`, `voice`,
-    `is_training_voice`, `num_frames` and `recordings`: names joined by spaces, one per word, or None where speech was
+    A sample has one transcript, one audio file and one video per face. Its columns are `set`, `engine`, `voice`,
+    `is_training_voice`, `num_frames` and `recordings`: names joined by spaces, one per word, or None if speech was
     synthesized.
     """
 

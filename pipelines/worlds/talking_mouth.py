@@ -4,9 +4,9 @@
     face = draw_face(np.random.default_rng(7))
     frames_THW = draw_clip(phones, num_frames=15, face=face, rng=np.random.default_rng(8))
 
-Phones are those of CMU's dictionary (`PHONES`) whoever spoke: `espeak_phones` translates the names of espeak-ng,
-`cmu_phone` those of flite and pocketsphinx. A phone sets one or two of sixteen mouth shapes (visemes); the lips move
-linearly between them and are smoothed, which is all the coarticulation there is. Sounds that lips do not show share a
+Phones are those of CMU's dictionary (`PHONES`) for all voices. `espeak_phones` translates the names of espeak-ng, and
+`cmu_phone` the names of flite and pocketsphinx. A phone sets one or two of sixteen mouth shapes (visemes). The lips
+move linearly between them and are smoothed, which is the only coarticulation. Sounds that lips do not show share a
 shape: P, B and M; F and V; S and Z.
 """
 
@@ -19,12 +19,13 @@ import numpy as np
 from embedcache.arrays import Array, Floats
 from embedcache.errors import DataError
 
-WIDTH, HEIGHT = 48, 32
+WIDTH = 48
+HEIGHT = 32
 VIDEO_RATE_HZ = 25
 
 PARAMETERS = ("width", "height", "rounding", "teeth", "tongue", "press")
-"""Columns of a viseme target: width of the lips (1: at rest), height of the opening, rounding, how much of the teeth
-and of the tongue is seen, and how thin the lips are pressed; all but the width from 0 to 1."""
+"""Columns of a viseme target: width of the lips (1: at rest), height of the opening, rounding, the visible part of the
+teeth and of the tongue, and the pressure of the lips. All but the width are from 0 to 1."""
 VISEMES: Mapping[str, tuple[float, float, float, float, float, float]] = {
     "silence": (1.00, 0.00, 0.0, 0.0, 0.0, 0.0),
     "P": (0.98, 0.00, 0.1, 0.0, 0.0, 0.6),
@@ -84,7 +85,7 @@ _GRID_HZ = 200
 _SPREAD_S = 0.06
 """Width of the smoothing of the lips' movement."""
 _PLATEAU = (0.3, 0.7)
-"""Where in a phone its mouth shape begins and ends; a diphthong reaches its first and its second there."""
+"""Start and end of the mouth shape within a phone. A diphthong reaches its first and its second shape there."""
 
 
 class Phone(NamedTuple):
@@ -97,7 +98,7 @@ class Phone(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Face:
-    """How one person looks and speaks. Lengths are pixels of a frame of 48 × 32, tones 0 (black) to 255.
+    """The look and articulation of one person. Lengths are pixels of a frame of 48 × 32, tones 0 (black) to 255.
 
     Args:
         center: place of the mouth, x and y.
@@ -107,7 +108,7 @@ class Face:
         light: change of the skin's tone from the middle of the frame to its right edge and to its lower edge.
         lips: thickness of the upper and the lower lip.
         articulation: factor of all openings.
-        offsets_P6: what this person adds to each viseme, rows as `VISEMES` and columns as `PARAMETERS`.
+        offsets_P6: offsets of this person to each viseme, rows as `VISEMES` and columns as `PARAMETERS`.
         softness: width of edges; above 1 the image is out of focus.
         noise: standard deviation of the pixels.
         motion: amplitude of the head's slow movement.
@@ -130,7 +131,7 @@ class Face:
 
 
 def espeak_phones(name: str) -> tuple[str, ...]:
-    """Return the phones of CMU's dictionary for one of espeak-ng's, such as `'i@`; DataError if there are none."""
+    """Return the phones of CMU's dictionary for a phone of espeak-ng, such as `'i@`, or raise a `DataError`."""
     phones = _ESPEAK.get(name.strip(_STRESS))
     if phones is None:
         raise DataError(f"expected a phone of espeak-ng's American voice, got {name!r}; add it to the table")
@@ -150,6 +151,7 @@ def draw_face(rng: np.random.Generator) -> Face:
     skin = rng.uniform(95, 215)
     scale = np.array([0.03, 0.05, 0.08, 0.1, 0.1, 0.08])
     offsets_P6 = rng.standard_normal((len(VISEMES), len(PARAMETERS))) * scale
+
     offsets_P6[:2, 1] = 0  # everyone closes the lips
     lip = skin - rng.uniform(22, 65)
     return Face(
@@ -189,11 +191,12 @@ def draw_clip(
 def mouth_track(phones: Sequence[Phone], *, num_frames: int, face: Face | None = None) -> Floats:
     """Return the shape of the mouth in each frame: (T, 6), columns as `PARAMETERS`.
 
-    A frame shows the middle of its interval of 40 ms. Before the first phone and after the last the mouth is at rest.
+    A frame shows the middle of its interval of 40 ms. Before the first phone and after the last, the mouth is at rest.
     """
     rows = {name: row for row, name in enumerate(VISEMES)}
     table_P6 = np.array(list(VISEMES.values())) + (0 if face is None else face.offsets_P6)
     table_P6[:, 1] *= 1 if face is None else face.articulation
+
     times: list[float] = []
     shapes: list[int] = []
     for phone in phones:
@@ -201,17 +204,23 @@ def mouth_track(phones: Sequence[Phone], *, num_frames: int, face: Face | None =
         for place, viseme in zip(_PLATEAU, (visemes[0], visemes[-1]), strict=True):
             times.append(phone.start_s + place * (phone.stop_s - phone.start_s))
             shapes.append(rows[viseme])
-    rest = phones[0].start_s if phones else 0.0, phones[-1].stop_s if phones else 0.0
-    times = [rest[0] - _SPREAD_S, *times, rest[1] + _SPREAD_S]
+
+    first_s = phones[0].start_s if phones else 0.0
+    last_s = phones[-1].stop_s if phones else 0.0
+    times = [first_s - _SPREAD_S, *times, last_s + _SPREAD_S]
     shapes = [rows["silence"], *shapes, rows["silence"]]
+
+    # Smooth on a fine grid, as a frame of 40 ms is as long as some phones.
     grid_s = np.arange(-_GRID_HZ // 10, _GRID_HZ * (num_frames + 3) // VIDEO_RATE_HZ) / _GRID_HZ
     window = np.hanning(round(_SPREAD_S * 2 * _GRID_HZ) + 1)
+
     track_T6 = np.empty((num_frames, len(PARAMETERS)), np.float32)
     middles_s = (np.arange(num_frames) + 0.5) / VIDEO_RATE_HZ
     for column in range(len(PARAMETERS)):
         values = np.interp(grid_s, times, table_P6[shapes, column])
         smooth = np.convolve(np.pad(values, len(window) // 2, mode="edge"), window / window.sum(), mode="valid")
         track_T6[:, column] = np.interp(middles_s, grid_s, smooth)
+
     track_T6[:, 1:] = np.clip(track_T6[:, 1:], 0, 1.2)
     return track_T6
 
@@ -220,44 +229,52 @@ def draw_mouths(targets_T6: Floats, *, face: Face, rng: np.random.Generator, wid
     """Draw one frame per row of `targets_T6`: (T, H, W) uint8."""
     pixels = width / WIDTH
     height = round(HEIGHT * pixels)
-    across_T11, down_T11 = (_head(len(targets_T6), face, rng)[:, axis, None, None] for axis in (0, 1))
+    # Two draws: the head sways independently in both directions, and one draw would change every face.
+    across_T11 = _head(len(targets_T6), face, rng)[:, 0, None, None]
+    down_T11 = _head(len(targets_T6), face, rng)[:, 1, None, None]
     x_TW = (np.arange(width, dtype=np.float32)[None] + 0.5) / pixels - across_T11[:, 0]
     y_TH = (np.arange(height, dtype=np.float32)[None] + 0.5) / pixels - down_T11[:, 0]
+
     light_HW = face.light[0] * (np.linspace(-1, 1, width)) + face.light[1] * np.linspace(-1, 1, height)[:, None]
-    cos, sin = np.float32(np.cos(face.tilt)), np.float32(np.sin(face.tilt))
+    cos = np.float32(np.cos(face.tilt))
+    sin = np.float32(np.sin(face.tilt))
     x_THW = cos * x_TW[:, None, :] + sin * y_TH[:, :, None]
     y_THW = cos * y_TH[:, :, None] - sin * x_TW[:, None, :]
+
     soft = np.float32(face.softness)
     wide, open_, rounding, teeth, tongue, press = (targets_T6[:, column, None, None] for column in range(6))
 
     half = face.size * wide
-    gap = open_ * 0.62 * face.size  # height of the opening
+    gap = open_ * 0.62 * face.size
     upper = face.lips[0] * (1 - 0.75 * press) * (1 + 0.25 * rounding)
     lower = face.lips[1] * (1 - 0.75 * press) * (1 + 0.25 * rounding)
     y_THW -= 0.25 * gap - 0.5 * open_  # the jaw falls, the upper lip stays
+
     is_above = y_THW < 0
     lips = _inside(x_THW, y_THW, half, np.where(is_above, gap / 2 + upper, gap / 2 + lower), soft)
     mouth_half = half * (0.86 - 0.16 * rounding)
     hole = lips * _inside(x_THW, y_THW, mouth_half, np.maximum(gap / 2, 0.22), soft)
-    edge = -gap / 2  # of the upper lip, in the middle
-    teeth_seen = np.clip((edge + teeth * np.minimum(0.3 * face.size, 0.75 * gap) - y_THW) / soft + 0.5, 0, 1)
+
+    upper_edge = -gap / 2
+    teeth_seen = np.clip((upper_edge + teeth * np.minimum(0.3 * face.size, 0.75 * gap) - y_THW) / soft + 0.5, 0, 1)
     teeth_seen *= np.clip(gap, 0, 1)
     tongue_seen = _inside(x_THW, y_THW - gap / 2, 0.6 * mouth_half, np.maximum(tongue * 0.8 * gap, 0.05), soft)
     tongue_seen *= np.clip(2 * tongue, 0, 1)
     chin = _inside(x_THW, y_THW - gap / 2 - lower - 1.5, 0.6 * half, np.float32(1.6), 2 * soft)
 
+    # Layers from back to front: skin, lips, and the open mouth with teeth and tongue.
     frames: Any = np.float32(face.skin) + light_HW.astype(np.float32)[None] - 10 * chin
     frames += lips * (face.lip - face.skin)
     inner = face.opening + teeth_seen * (face.teeth - face.opening)
     inner += tongue_seen * (0.55 * face.lip + 0.45 * face.opening + 20 - inner)
     frames += hole * (inner - frames)
     frames += rng.standard_normal(frames.shape, dtype=np.float32) * np.float32(face.noise)
-    drawn: Array = np.clip(np.round(frames), 0, 255).astype(np.uint8)
-    return drawn
+    frames_THW: Array = np.clip(np.round(frames), 0, 255).astype(np.uint8)
+    return frames_THW
 
 
 def _head(num_frames: int, face: Face, rng: np.random.Generator) -> Floats:
-    """Return where the middle of the mouth is in each frame: (T, 2), x and y. Heads sway slowly."""
+    """Return the middle of the mouth in each frame, (T, 2), x and y. Heads sway slowly."""
     times_s = np.arange(num_frames) / VIDEO_RATE_HZ
     place_T2 = np.tile(np.array(face.center), (num_frames, 1))
     for hertz, phase in zip(rng.uniform(0.2, 1.2, (2, 2)), rng.uniform(0, 2 * np.pi, (2, 2)), strict=True):
@@ -266,6 +283,6 @@ def _head(num_frames: int, face: Face, rng: np.random.Generator) -> Floats:
 
 
 def _inside(x_THW: Any, y_THW: Any, half_width: Any, half_height: Any, soft: Any) -> Any:
-    """Return how much of each pixel an ellipse covers, with edges `soft` pixels wide."""
+    """Return the fraction of each pixel that an ellipse covers, with edges `soft` pixels wide."""
     radius = np.sqrt((x_THW / half_width) ** 2 + (y_THW / half_height) ** 2)
     return np.clip((1 - radius) * np.minimum(half_width, half_height) / soft + 0.5, 0, 1)

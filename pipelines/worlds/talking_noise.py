@@ -22,31 +22,37 @@ def write_tapes(
 ) -> None:
     """Write all noise tapes if any is missing, each `length_s` seconds long, as `NAME.wav`.
 
-    `babble` and `talker` are made of recordings of training utterances; `babble-test` and `talker-test` of voices that
-    are in no set.
+    `babble` and `talker` are made of training utterances. `babble-test` and `talker-test` are made of voices that are
+    not in any set.
     """
     progress = progress or NullProgress()
     if all((folder / f"{name}.wav").is_file() for name in TAPES):
         return
+
     progress.start("write tapes", len(TAPES), "tapes")
-    num_samples, num_spoken = length_s * AUDIO_RATE_HZ, max(24, 2 * length_s)
+    num_samples = length_s * AUDIO_RATE_HZ
+    num_spoken = max(24, 2 * length_s)
+
     for suffix in ("", "-test"):
         rng = np.random.default_rng([seed, len(suffix), 77])
         if suffix:
             spoken = [_tape_speech(number, rng) for number in range(num_spoken)]
         else:
-            chosen = rng.permutation(len(training))[:num_spoken]
-            spoken = [decode_audio(training[number].read_bytes()) for number in chosen]
+            sample = rng.permutation(len(training))[:num_spoken]
+            spoken = [decode_audio(training[number].read_bytes()) for number in sample]
+
         spoken = [_without_silence(samples) for samples in spoken]
         for name, mix in (("babble", mix_babble), ("talker", join_talkers)):
             write_atomic(folder / f"{name}{suffix}.wav", encode_wav(mix(spoken, num_samples, rng)))
             progress.advance(1)
+
     progress.finish()
 
 
 def _tape_speech(number: int, rng: np.random.Generator) -> Floats:
     words = [str(word) for word in rng.permutation(list(WORDS))[:8]]
-    voice, rate = TAPE_VOICES[number % len(TAPE_VOICES)], int(rng.integers(125, 176))
+    voice = TAPE_VOICES[number % len(TAPE_VOICES)]
+    rate = int(rng.integers(125, 176))
     return espeak().speak(words, voice=voice, rate=rate, pitch=int(rng.integers(25, 76)), rng=rng).samples
 
 
@@ -56,20 +62,25 @@ def mix_babble(spoken: Sequence[Floats], num_samples: int, rng: np.random.Genera
     for _ in range(_NUM_STREAMS):
         order = rng.permutation(len(spoken))
         stream = np.concatenate([spoken[number] for number in order])
+
+        # Rolled, so that the streams do not start their first words together.
         stream = np.resize(np.roll(stream, int(rng.integers(len(stream)))), num_samples)
         total += stream / np.sqrt(np.mean(stream**2))
+
     scaled: Floats = total * np.float32(0.9 / np.abs(total).max())
     return scaled
 
 
 def join_talkers(spoken: Sequence[Floats], num_samples: int, rng: np.random.Generator) -> Floats:
-    """Return pieces of one second, each of one voice and of equal power: (n,) float32 with a peak of 0.9."""
+    """Return pieces of one second, each with one voice and equal power: (n,) float32 with a peak of 0.9."""
     pieces = []
     for number in range(-(-num_samples // AUDIO_RATE_HZ)):
+        # Twice a second, so that a short recording also fills a piece.
         samples = np.resize(spoken[number % len(spoken)], 2 * AUDIO_RATE_HZ)
         first = int(rng.integers(AUDIO_RATE_HZ))
         piece = samples[first : first + AUDIO_RATE_HZ]
         pieces.append(piece / np.sqrt(np.mean(piece**2)))
+
     tape = np.concatenate(pieces)[:num_samples]
     scaled: Floats = (tape * np.float32(0.9 / np.abs(tape).max())).astype(np.float32)
     return scaled

@@ -1,4 +1,4 @@
-"""Recorded letters and digits: cut from the silence around them, aligned by pocketsphinx, and joined to utterances.
+"""Recorded letters and digits: without the silence around them, aligned by pocketsphinx, and joined to utterances.
 
 | what | package | license |
 | --- | --- | --- |
@@ -41,13 +41,13 @@ class Recording(NamedTuple):
 
 
 class Speaker(NamedTuple):
-    """Where the recordings of one person lie.
+    """The recordings of one person.
 
     Args:
         folders: `letters`, `LETTERS` if file names are in capitals, or `digits` -> path with `{}` for the letter or
             number.
         package: Debian package that installs them.
-        pronunciations: word -> its phones, where they differ from those of `LETTERS` and `DIGITS`.
+        pronunciations: word -> its phones, if they differ from `LETTERS` and `DIGITS`.
     """
 
     folders: Mapping[str, str]
@@ -69,38 +69,39 @@ RECORDINGS: Mapping[str, Speaker] = {
 _FADE_S = 0.005
 _MARGIN_S = 0.03
 _QUIET_S = 0.25
-_QUIET = 0.03  # of the loudest 10 ms: below, a recording has not begun
+_QUIET = 0.03  # fraction of the loudest 10 ms below which a recording has not started
 
 
 @cache
 def load_recordings(speaker: str) -> tuple[Recording, ...]:
-    """Load the letters and digits that a person recorded, each aligned once, without the silence around it."""
+    """Load the letters and digits that a person recorded, aligned once, without the silence around them."""
     place = RECORDINGS[speaker]
-    found = []
+    recordings = []
     for word, path in find_recordings(speaker):
         phones = place.pronunciations.get(word) or LETTERS.get(word) or DIGITS[word]
         samples = read_recording(path)
-        found.append(Recording(f"{speaker}/{word}", word, samples, tuple(align(samples, phones.split()))))
-    return tuple(found)
+        recordings.append(Recording(f"{speaker}/{word}", word, samples, tuple(align(samples, phones.split()))))
+    return tuple(recordings)
 
 
 def find_recordings(speaker: str) -> list[tuple[str, Path]]:
     """Return the letters and digits that a person recorded, each with its file.
 
     Raises:
-        MissingExtraError: a file is missing; the message names the package.
+        MissingExtraError: a file is missing. The message names the package.
     """
-    found = []
+    words = []
     place = RECORDINGS[speaker]
     for kind, pattern in place.folders.items():
-        words = [*LETTERS] if kind.lower() == "letters" else [*DIGITS]
-        for number, word in enumerate(words):
-            name = str(number) if kind == "digits" else word if kind == "LETTERS" else word.lower()
-            path = Path(pattern.format(name))
+        symbols = [*LETTERS] if kind.lower() == "letters" else [*DIGITS]
+        for number, word in enumerate(symbols):
+            names = {"digits": str(number), "LETTERS": word, "letters": word.lower()}
+            path = Path(pattern.format(names[kind]))
             if not path.is_file():
                 raise missing_program(f"the recording {path}", f"apt-get install {place.package}")
-            found.append((word, path))
-    return found
+            words.append((word, path))
+
+    return words
 
 
 def read_recording(path: Path) -> Floats:
@@ -109,7 +110,7 @@ def read_recording(path: Path) -> Floats:
 
 
 def _decode(path: Path) -> Floats:
-    """Decode a recording; G.722 has no header, so its bytes are put into a container that has one."""
+    """Decode a recording. G.722 has no header, so a container is opened for it."""
     if path.suffix != ".g722":
         return decode_audio(path.read_bytes())
     av = require("av", extra="media")
@@ -119,13 +120,17 @@ def _decode(path: Path) -> Floats:
 
 
 def _trim(samples: Floats) -> Floats:
-    """Cut what is quiet before and after speech, with a margin and a short fade, to a peak of `PEAK`."""
+    """Cut the silence before and after speech, with a margin and a short fade, and scale to a peak of `PEAK`."""
     step = AUDIO_RATE_HZ // 100
     power = np.sqrt(np.mean(np.reshape(samples[: len(samples) // step * step], (-1, step)) ** 2, axis=1))
+
+    # The noise of some recordings is louder than a fixed fraction of their peak.
     noise = min(2.5 * float(np.percentile(power, 10)), 0.15 * float(power.max()))
     loud = np.flatnonzero(power > max(_QUIET * float(power.max()), noise))
+
     margin = round(_MARGIN_S * AUDIO_RATE_HZ)
     cut = samples[max(0, loud[0] * step - margin) : (loud[-1] + 1) * step + margin].copy()
+
     ramp = np.linspace(0, 1, round(_FADE_S * AUDIO_RATE_HZ), dtype=np.float32)
     cut[: len(ramp)] *= ramp
     cut[-len(ramp) :] *= ramp[::-1]
@@ -133,14 +138,15 @@ def _trim(samples: Floats) -> Floats:
 
 
 def align(samples: Floats, phones: Sequence[str]) -> list[Phone]:
-    """Return when each phone of one recorded word is spoken, in steps of 10 ms.
+    """Return the time of each phone of one recorded word, in steps of 10 ms.
 
-    Inner boundaries are pocketsphinx's. The word reaches from margin to margin of `_trim`: the aligner takes the end of
-    a long vowel for silence.
+    Inner boundaries come from pocketsphinx. The word reaches from margin to margin of `_trim`, because the aligner
+    takes the end of a long vowel for silence.
     """
     decoder = _aligner()
     quiet = np.zeros(round(_QUIET_S * AUDIO_RATE_HZ), np.float32)  # models expect silence around an utterance
     data = (np.concatenate([quiet, samples, quiet]) * 32767).astype("<i2").tobytes()
+
     word = "_".join(phones)
     if decoder.lookup_word(word) is None:
         decoder.add_word(word, " ".join(phones))
@@ -151,15 +157,17 @@ def align(samples: Floats, phones: Sequence[str]) -> list[Phone]:
     except RuntimeError:
         raise DataError(f"pocketsphinx cannot align {' '.join(phones)} to {len(samples)} samples") from None
     _decode_utterance(decoder, data)
-    found = [phone for part in decoder.get_alignment() for phone in part if phone.name != "SIL"]
-    if [phone.name for phone in found] != list(phones):
-        names = " ".join(phone.name for phone in found)
+
+    aligned = [phone for part in decoder.get_alignment() for phone in part if phone.name != "SIL"]
+    if [phone.name for phone in aligned] != list(phones):
+        names = " ".join(phone.name for phone in aligned)
         raise DataError(f"expected the phones {' '.join(phones)} from pocketsphinx, got {names}")
+
     end_s = len(samples) / AUDIO_RATE_HZ - _MARGIN_S
-    starts_s = [_MARGIN_S, *(max(_MARGIN_S, phone.start / 100 - _QUIET_S) for phone in found[1:]), end_s]
+    starts_s = [_MARGIN_S, *(max(_MARGIN_S, phone.start / 100 - _QUIET_S) for phone in aligned[1:]), end_s]
     return [
         Phone(phone.name, min(start_s, end_s), min(stop_s, end_s))
-        for phone, (start_s, stop_s) in zip(found, pairwise(starts_s), strict=True)
+        for phone, (start_s, stop_s) in zip(aligned, pairwise(starts_s), strict=True)
     ]
 
 

@@ -1,15 +1,15 @@
 """Speech with the times of its phones: words of a corpus, spoken by espeak-ng and flite.
 
-Every function returns an `Utterance`: sound at 16 kHz, phones of CMU's dictionary, and where each word lies. Nothing is
-downloaded or packaged here; each program is a Debian or PyPI package that an error names if it is missing:
+Every function returns an `Utterance`: sound at 16 kHz, phones of CMU's dictionary, and the times of words. Nothing is
+downloaded or packaged here; each program is a Debian or PyPI package, which an error names if it is missing:
 
 | what | package | license |
 | --- | --- | --- |
 | `Espeak` | Debian `libespeak-ng1` | GPL-3 |
 | `speak_flite` | Debian `flite` | BSD-like |
 
-espeak-ng is no function of its text: the same words twice give other samples, even another length. So its speech is
-written once and never spoken again when it is read.
+The speech of espeak-ng is not a function of its text: the same words twice give other samples, even another length. So
+it is written once, and never spoken again when it is read.
 """
 
 import ctypes
@@ -65,7 +65,7 @@ _FRAME_S = 1 / 25
 
 
 class Word(NamedTuple):
-    """A word, its interval in seconds, and the recording that it comes from; empty if it was synthesized."""
+    """A word, its interval in seconds, and its recording, which is empty if it was synthesized."""
 
     text: str
     start_s: float
@@ -106,13 +106,19 @@ class _Event(ctypes.Structure):
 
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
-_SYNCHRONOUS, _PHONEME_EVENTS, _UTF8, _PHONEMES = 2, 1, 1, 0x100
-_END, _WORD, _PHONEME = 0, 1, 7
-_RATE, _PITCH = 1, 3
+_SYNCHRONOUS = 2
+_PHONEME_EVENTS = 1
+_UTF8 = 1
+_PHONEMES = 0x100
+_END = 0
+_WORD = 1
+_PHONEME = 7
+_RATE = 1
+_PITCH = 3
 
 
 class Espeak:
-    """espeak-ng's library, loaded once per process. Not thread-safe, as the library is not."""
+    """espeak-ng's library, loaded once per process. Like the library, it is not thread-safe."""
 
     def __init__(self) -> None:
         try:
@@ -124,7 +130,7 @@ class Espeak:
             raise missing_program("espeak-ng's data", "apt-get install espeak-ng-data")
         self._parts: list[bytes] = []
         self._events: list[tuple[int, float, str]] = []
-        self._callback = _CALLBACK(self._receive)  # kept: the library holds only its address
+        self._callback = _CALLBACK(self._receive)  # an attribute, as the library has only its address
         self._library.espeak_SetSynthCallback(self._callback)
 
     def speak(
@@ -140,39 +146,45 @@ class Espeak:
         """Speak words of `WORDS` with a variant of the American voice, such as `m3`.
 
         Args:
-            words: what to say.
-            voice: name of a variant; espeak-ng takes its plain voice for an unknown one, so it is looked up.
+            words: words to say.
+            voice: name of a variant; an unknown one is an error, for which espeak-ng would use its plain voice.
             rate: words per minute; about 80 to 300.
             pitch: 0 to 99.
             has_pauses: whether to pause between words.
-            rng: draws the silence before and after.
+            rng: generator of the silence before and after.
         """
         if voice not in espeak_variants():
             raise DataError(f"expected a variant of espeak-ng's voice, got {voice!r}; see: espeak-ng --voices=variant")
         self._library.espeak_SetVoiceByName(f"en-us+{voice}".encode())
         self._library.espeak_SetParameter(_RATE, rate, 0)
         self._library.espeak_SetParameter(_PITCH, pitch, 0)
-        self._parts, self._events = [], []
-        names = ["[['eI]]" if word == "A" else word if word in LETTERS else word.lower() for word in words]
+
+        self._parts = []
+        self._events = []
+        names = [_espeak_text(word) for word in words]
         text = (", " if has_pauses else " ").join(names)
         data = text.encode()
         self._library.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8 | _PHONEMES, None, None)
+
         samples = np.frombuffer(b"".join(self._parts), "<i2").astype(np.float32) / 2**15
         duration_s = len(samples) / self._rate_hz
+
+        # The library merges or splits some words, and then their times would be wrong.
         starts_s = [time_s for kind, time_s, _ in self._events if kind == _WORD]
         if len(starts_s) != len(words):
             raise DataError(f"expected {len(words)} words from espeak-ng for {text!r}, got {len(starts_s)}")
-        heard = [(time_s, name) for kind, time_s, name in self._events if kind == _PHONEME]
-        stops_s = [*(time_s for time_s, _ in heard[1:]), duration_s]
-        phones = [
-            phone
-            for (start_s, name), stop_s in zip(heard, stops_s, strict=True)
-            for phone in _split(espeak_phones(name), start_s, stop_s)
-        ]
+
+        events = [(time_s, name) for kind, time_s, name in self._events if kind == _PHONEME]
+        stops_s = [*(time_s for time_s, _ in events[1:]), duration_s]
+        phones = []
+        for (start_s, name), stop_s in zip(events, stops_s, strict=True):
+            phones += _split(espeak_phones(name), start_s, stop_s)
+
         spans = [
             Word(word, *_extent(phones, start_s, stop_s))
             for word, start_s, stop_s in zip(words, starts_s, [*starts_s[1:], duration_s], strict=True)
         ]
+
         samples = resample_poly(samples, AUDIO_RATE_HZ // 50, self._rate_hz // 50).astype(np.float32)
         return finish_utterance([(samples, phones, spans)], rng)
 
@@ -187,6 +199,13 @@ class Espeak:
         return 0
 
 
+def _espeak_text(word: str) -> str:
+    """Return the text that makes espeak-ng say a word; a plain A would be the article."""
+    if word == "A":
+        return "[['eI]]"
+    return word if word in LETTERS else word.lower()
+
+
 def _split(names: Sequence[str], start_s: float, stop_s: float) -> list[Phone]:
     """Return phones that share an interval equally."""
     bounds = np.linspace(start_s, stop_s, len(names) + 1)
@@ -194,7 +213,7 @@ def _split(names: Sequence[str], start_s: float, stop_s: float) -> list[Phone]:
 
 
 def _extent(phones: Sequence[Phone], start_s: float, stop_s: float) -> tuple[float, float]:
-    """Return where the phones that begin in an interval begin and end, without silence."""
+    """Return start and end of the phones that start in an interval, without silence."""
     inside = [phone for phone in phones if phone.name != "SIL" and start_s - 1e-6 <= phone.start_s < stop_s - 1e-6]
     return (inside[0].start_s, inside[-1].stop_s) if inside else (start_s, stop_s)
 
@@ -222,35 +241,44 @@ def speak_flite(
     """Speak words of `WORDS` with flite, a second synthesizer.
 
     Args:
-        words: what to say.
+        words: words to say.
         voice: name of `FLITE_VOICES`.
         stretch: factor of all durations.
         has_pauses: whether to pause between words.
-        rng: draws the silence before and after.
+        rng: generator of the silence before and after.
     """
     if shutil.which("flite") is None:
         raise missing_program("flite", "apt-get install flite")
+
+    # A comma makes a pause.
     text = (", " if has_pauses else " ").join("ay" if word == "A" else word.lower() for word in words)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "speech.wav")
         options = ["-voice", voice, "--setf", f"duration_stretch={stretch:g}", "-psdur"]
-        done = subprocess.run(["flite", *options, "-t", text, "-o", path], capture_output=True, text=True, check=True)
+        command = ["flite", *options, "-t", text, "-o", str(path)]
+        process = subprocess.run(command, capture_output=True, text=True, check=True)
         samples = decode_audio(path.read_bytes())
-    phones, start_s = [], 0.0
-    for entry in done.stdout.split():
+
+    phones = []
+    start_s = 0.0
+    for entry in process.stdout.split():
         name, _, stop = entry.rpartition(":")
         phones.append(Phone(cmu_phone(name), start_s, float(stop)))
         start_s = float(stop)
+
     return finish_utterance([(samples, phones, _find_words(words, phones))], rng)
 
 
 def _find_words(words: Sequence[str], phones: Sequence[Phone]) -> list[Word]:
-    """Return where words lie, by the number of phones of each."""
+    """Return the words with their times, by the number of phones of each."""
     spoken = [phone for phone in phones if phone.name != "SIL"]
+
+    # flite prints no word boundaries, but the dictionary says how many phones each word has.
     counts = [len(WORDS[word].split()) for word in words]
     if sum(counts) != len(spoken):
         names = " ".join(phone.name for phone in spoken)
         raise DataError(f"expected {sum(counts)} phones for {' '.join(words)!r}, got {len(spoken)}: {names}")
+
     bounds = np.cumsum([0, *counts])
     return [
         Word(word, spoken[first].start_s, spoken[last - 1].stop_s)
@@ -259,22 +287,29 @@ def _find_words(words: Sequence[str], phones: Sequence[Phone]) -> list[Word]:
 
 
 def finish_utterance(parts: Sequence[tuple[Floats, list[Phone], list[Word]]], rng: np.random.Generator) -> Utterance:
-    """Return parts in one utterance: silence around them, gaps between them, a peak of `PEAK`, whole frames."""
-    low, high = (round(bound * AUDIO_RATE_HZ) for bound in _SILENCE_S)
+    """Join parts into one utterance, with silence around them, gaps between them, a peak of `PEAK` and whole frames."""
+    low = round(_SILENCE_S[0] * AUDIO_RATE_HZ)
+    high = round(_SILENCE_S[1] * AUDIO_RATE_HZ)
+
     pieces: list[Floats] = []
     phones: list[Phone] = []
     words: list[Word] = []
     place = 0
-    for number, (samples, phones_of_part, words_of_part) in enumerate(parts):
+
+    for number, (samples, part_phones, part_words) in enumerate(parts):
         gap = int(rng.integers(low, high)) if number == 0 else int(rng.integers(800, 3200))
         start_s = (place + gap) / AUDIO_RATE_HZ
         pieces += [np.zeros(gap, np.float32), samples]
-        before_s = phones[-1].stop_s if phones else 0.0
-        moved = [Phone(name, a + start_s, b + start_s) for name, a, b in phones_of_part]
-        phones += [Phone("SIL", before_s, moved[0].start_s), *moved]
-        words += [Word(text, a + start_s, b + start_s, name) for text, a, b, name in words_of_part]
+
+        silence_s = phones[-1].stop_s if phones else 0.0
+        moved = [Phone(name, a + start_s, b + start_s) for name, a, b in part_phones]
+        phones += [Phone("SIL", silence_s, moved[0].start_s), *moved]
+        words += [Word(text, a + start_s, b + start_s, name) for text, a, b, name in part_words]
         place += gap + len(samples)
-    place += (gap := int(rng.integers(low, high)))
+
+    # The last gap also fills the last frame of the video.
+    gap = int(rng.integers(low, high))
+    place += gap
     frame = round(AUDIO_RATE_HZ * _FRAME_S)
     gap += -place % frame
     samples = np.concatenate([*pieces, np.zeros(gap, np.float32)])

@@ -1,8 +1,8 @@
-"""Texts with labels, and the words of all texts: descriptions of things from the PyPI package `clip-benchmark`.
+"""Descriptions of things with labels, and the words of all texts, from the PyPI package `clip-benchmark`.
 
 The texts are CuPL's (Pratt et al., ICCV 2023; MIT license): sentences that a language model wrote to describe the
-classes of ImageNet. No set of texts that people labeled was found in a package that this project depends on, so this
-one is derived: the name of the class is taken out of each sentence, and is what has to be found.
+classes of ImageNet. No set of texts with human labels was found in a package that this project depends on. So the label
+of a sentence is the name of its class, which is removed from the sentence.
 """
 
 import zlib
@@ -23,16 +23,17 @@ CLASSES = (
     "sock", "stethoscope", "submarine", "teapot", "tractor", "trombone", "umbrella", "violin", "wallet",
     "wombat", "zebra",
 )  # fmt: skip
-"""The labels: 48 of ImageNet's names of one word, of things that are unlike each other."""
-_MIN_WORDS, _MAX_WORDS = 6, 24
-_PARTS = (("test", 0.1), ("valid", 0.2), ("train", 1.0))  # up to which place among the texts of a class
+"""The labels: 48 names of ImageNet with one word, of dissimilar things."""
+_MIN_WORDS = 6
+_MAX_WORDS = 24
+_PARTS = (("test", 0.1), ("valid", 0.2), ("train", 1.0))  # part -> its end among the texts of a class
 
 
 def load_descriptions(*, max_per_class: int | None = None) -> pa.Table:
-    """Load descriptions as examples: words as `text`, the name that was taken out as `target`, the column `split`.
+    """Load descriptions as examples: words as `text`, the removed name as `target`, and the column `split`.
 
-    Descriptions have 6 to 24 words. Each is there once; one that fits two classes is left out. A tenth of each class is
-    for testing and a tenth for validation, by a checksum of the text.
+    Descriptions have 6 to 24 words. Duplicates are removed, and descriptions of two classes are left out. By a checksum
+    of the text, a tenth of each class is for testing and a tenth for validation.
 
     Args:
         max_per_class: keep the first descriptions of each class in the order of their checksums, before the split.
@@ -41,28 +42,33 @@ def load_descriptions(*, max_per_class: int | None = None) -> pa.Table:
         MissingExtraError: the package clip-benchmark is not installed.
     """
     prompts = clip_benchmark_file("cupl_prompts.json")["imagenet1k"]
-    found = {
-        name: dict.fromkeys(_without(name, words) for words in split_words(prompts[name]).to_pylist())
-        for name in CLASSES
-    }
-    times = Counter(text for texts in found.values() for text in texts)
+
+    descriptions: dict[str, list[str]] = {}
+    for name in CLASSES:
+        sentences = [_without(name, words) for words in split_words(prompts[name]).to_pylist()]
+        descriptions[name] = list(dict.fromkeys(sentences))
+    counts = Counter(text for class_texts in descriptions.values() for text in class_texts)
+
     rows = []
-    for name, distinct in found.items():
-        kept = [text for text in distinct if times[text] == 1 and _MIN_WORDS <= len(text.split()) <= _MAX_WORDS]
-        kept.sort(key=lambda text: zlib.crc32(text.encode()))
-        kept = kept[:max_per_class]
-        rows += [(text, name, _part((number + 0.5) / len(kept))) for number, text in enumerate(kept)]
+    for name, class_texts in descriptions.items():
+        unique = [text for text in class_texts if counts[text] == 1 and _MIN_WORDS <= len(text.split()) <= _MAX_WORDS]
+
+        # A checksum spreads similar descriptions over the parts, the same way on every machine.
+        unique.sort(key=lambda text: zlib.crc32(text.encode()))
+        unique = unique[:max_per_class]
+        rows += [(text, name, _part((number + 0.5) / len(unique))) for number, text in enumerate(unique)]
+
     texts, targets, splits = zip(*rows, strict=True)
     return make_examples(texts=texts, targets=targets, columns={"split": splits})
 
 
 def collect_words(texts: Sequence[str], *, num_words: int = 0) -> list[str]:
-    """Return all words of some texts, then frequent words of all descriptions up to `num_words` in all, if above 0."""
+    """Return all words of some texts, then frequent words of descriptions up to `num_words` in total, if above 0."""
     words = list_words(texts)
     if not num_words:
         return words
-    known = set(words)
-    words += [word for word in frequent_words() if word not in known]
+    included = set(words)
+    words += [word for word in frequent_words() if word not in included]
     return words[:num_words]
 
 
@@ -74,14 +80,14 @@ def frequent_words() -> list[str]:
 
 
 def _without(name: str, words: Sequence[str]) -> str:
-    """Return words without those that contain the name, and without their articles."""
-    kept: list[str] = []
+    """Return a text without the words that contain the name, and without their articles."""
+    text_words: list[str] = []
     for word in words:
         if name not in word:
-            kept.append(word)
-        elif kept and kept[-1] in {"a", "an", "the"}:
-            kept.pop()
-    return " ".join(kept)
+            text_words.append(word)
+        elif text_words and text_words[-1] in {"a", "an", "the"}:
+            text_words.pop()
+    return " ".join(text_words)
 
 
 def _part(place: float) -> str:
