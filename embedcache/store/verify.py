@@ -124,7 +124,6 @@ def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feat
     path = cache.path / modality / encoder
     finding = partial(Finding, modality=modality, encoder=encoder, can_repair=False)
     names = feature_names(path)
-    commit = first_commit(path)  # a damaged one is reported with its chunk
     try:
         group = open_group(cache.path, modality, encoder, cache.info)
     except (ArtifactError, PathError) as error:
@@ -147,7 +146,7 @@ def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feat
             findings.append(finding(name=name, reason=str(error)))
             continue
         opened.append(feature)
-        findings += _check_metadata(feature, commit)
+        findings += _check_metadata(feature, first_commit(path))  # a damaged commit is reported with its chunk
     return opened, findings
 
 

@@ -325,6 +325,11 @@ def test_players_of_recordings(browser: Any, media: Path) -> None:
         wait_for_player(page, "#item audio", "one.currentTime > 0")
         page.page.keyboard.press("Escape")
         page.page.wait_for_selector("#item audio", state="detached")
+        page.page.set_input_files("#file", media / "files" / "tone.flac")
+        page.wait_for("#query-text", "Similar to your recording tone.flac")
+        page.wait_for("#status", "2 results")
+        page.page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": b"x"})
+        page.wait_for("#status", "This index cannot be searched by an image")
         page.close()
     assert page.elsewhere == page.errors == []
 
