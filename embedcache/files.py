@@ -26,7 +26,7 @@ from typing import Any, TypeAlias, cast
 from uuid import uuid4
 
 from embedcache.errors import CorruptError, DiskFullError, EmbedcacheError, ItemError, PathError, one_line
-from embedcache.registry import require
+from embedcache.registry import has_trust, require
 
 AnyPath: TypeAlias = Path | str | os.PathLike[str]
 """A path or URL, or an object that knows where it is stored: a `Cache`, a `Model` or an `OpenIndex`."""
@@ -133,6 +133,27 @@ def is_remote(path: Path) -> bool:
 def relative_location(path: Path, folder: Path) -> str:
     """Return a path relative to a folder, so that both can move together; a URL stays as it is."""
     return str(path) if is_remote(path) else os.path.relpath(path.resolve(), folder.resolve())
+
+
+def find_named(name: str, folder: Path, option: str) -> AnyPath:
+    """Return the path or URL of an artifact that the one in a folder names; see `relative_location`.
+
+    Args:
+        name: path relative to the folder, or a URL.
+        folder: folder of the artifact that names it.
+        option: what names it on the command line, for errors.
+
+    Raises:
+        PathError: it does not exist; or it is a URL, which a stranger may have chosen, and files are not trusted.
+    """
+    if is_url(name) and has_trust():
+        return name
+    if is_url(name):
+        raise PathError(f"{option} {name}, which {folder} names, is a URL: give --{option}, or --trust to ask it")
+    path = folder / name
+    if not any((path / manifest).is_file() for manifest in MANIFESTS):
+        raise PathError(f"{option} {path}, which {folder} names, does not exist; if it has moved, give --{option}")
+    return path.resolve()
 
 
 def check_regular(path: Path) -> None:

@@ -23,7 +23,7 @@ from embedcache.dataset.selections import read_selection, read_selection_table
 from embedcache.dataset.splits import Split, column_parts, read_split, read_split_cosines
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
-from embedcache.files import AnyPath, is_url, one_or_many
+from embedcache.files import AnyPath, find_named, one_or_many
 from embedcache.modalities import IMPORTED_SOURCE
 from embedcache.processes import AUTO, torch_device
 from embedcache.progress import NullProgress, Progress
@@ -382,7 +382,7 @@ def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple
     caches, missing = [], []
     recorded = run.info.caches[: len(index_digests)]
     for index_digest, path in zip_longest(index_digests, recorded, fillvalue="an unnamed cache"):
-        candidates = chain([cache], named, _open_recorded(path if is_url(path) else str(run.path / path)))
+        candidates = chain([cache], named, _open_recorded(run, path))
         match = next((other for other in candidates if other.info.has_rows_of(index_digest)), None)
         if match is None:
             missing.append(path)
@@ -391,10 +391,10 @@ def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple
     return caches, missing
 
 
-def _open_recorded(path: str) -> Iterator[Cache]:
+def _open_recorded(run: Run, path: str) -> Iterator[Cache]:
     """Open a cache where it was when a run was trained on it, if it is still there."""
     with suppress(PathError):
-        yield Cache(path)
+        yield Cache(find_named(path, run.path, "cache"))
 
 
 def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:

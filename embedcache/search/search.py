@@ -25,17 +25,16 @@ from embedcache.errors import (
     DataError,
     EmbedcacheError,
     FingerprintError,
-    PathError,
     SettingError,
     UnknownNameError,
     visible,
 )
-from embedcache.files import AnyPath, is_url
+from embedcache.files import AnyPath, find_named
 from embedcache.neighbors.knn import knn_of_blocks
 from embedcache.processes import AUTO, products_on
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress, watch
 from embedcache.registry import require, unknown_name
-from embedcache.runs import MANIFEST, SPLIT
+from embedcache.runs import SPLIT
 from embedcache.search.faiss_index import may_hold_removed, open_row_index, read_card
 from embedcache.search.queries import Queries, QueryEncoder
 from embedcache.search.settings import LABEL, Filter, Match, SearchSettings
@@ -341,11 +340,9 @@ class OpenIndex:
         self.path = Path(index)
         self.card = read_card(self.path)
         if run is None and self.card.run is not None:
-            run = _require_file(self.path / self.card.run, MANIFEST, "run")
-        if cache is None and is_url(self.card.cache):
-            cache = self.card.cache
-        elif cache is None:
-            cache = _require_file(self.path / self.card.cache, "cache.json", "cache")
+            run = find_named(self.card.run, self.path, "run")
+        if cache is None:
+            cache = find_named(self.card.cache, self.path, "cache")
         self.cache = Cache(cache)
         if not self.cache.info.has_rows_of(self.card.index_digest):
             raise FingerprintError(
@@ -661,15 +658,6 @@ def _choose_k(k: int | None, num_allowed: int, num_items: int) -> int:
         )
     _check_k(k, num_allowed, f"{num_allowed} of {num_items} items pass the filter")
     return min(_DEFAULT_K, num_allowed) if k is None else k
-
-
-def _require_file(path: Path, file: str, option: str) -> Path:
-    """Return a path that an index names relative to itself."""
-    if not (path / file).is_file():
-        raise PathError(
-            f"{option} {path}, which the index was built from, does not exist; if it has moved, give --{option}"
-        )
-    return path.resolve()
 
 
 @dataclass(frozen=True, kw_only=True)

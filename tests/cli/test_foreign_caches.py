@@ -203,6 +203,19 @@ def test_manifest_lists_files_of_its_folder_only(
     assert opened_below(crafted / "secrets", events) == set()
 
 
+def test_url_that_an_index_names_is_not_asked(crafted: Path) -> None:
+    """A cache that the user names takes its place."""
+    edit_record(crafted / "index/card.json", cache="http://127.0.0.1:9/cache")
+    search = ("search", "index", "--query-key", "k6")
+    with recorded() as events:
+        refused = embedcache(*search, cwd=crafted)
+        named = embedcache(*search, "--cache", "cache", cwd=crafted)
+    edit_record(crafted / "index/card.json", cache="../cache")
+    assert connections(events) == []
+    assert (refused.code, named.code) == (1, 0)
+    assert "--cache" in refused.stderr
+
+
 LINKS = ("image", "image/open_toy", "image/open_toy/cls", "image/open_toy/cls/c", "image/open_toy/chunks", "records")
 WRITERS = (
     ("extract", "photos/t.csv", "copy", "--image-encoder", "tests.toy:open_other"),
