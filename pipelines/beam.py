@@ -143,7 +143,7 @@ class _BeamSearch:
         return self._best_3N[0, self._items_B]
 
     def attend(self) -> Tensor:
-        """Return the attention decoder's log-probabilities of the next symbol: (B, K, C), -inf where not needed."""
+        """Return the attention decoder's log-probabilities of the next symbol: (B, K, C), -inf if not needed."""
         shape = (*self._is_live_BK.shape, self._num_symbols)
         if self._ctc_weight == 1 or self._step is None:
             return self._attention_BK.new_zeros(shape)

@@ -107,6 +107,8 @@ def _draw_curve(
     is_control: bool,
 ) -> None:
     pairs = [(place, estimate) for place, estimate in zip(places, estimates, strict=True) if estimate is not None]
+
+    # A model may lack results at some places; its line joins the others.
     measured_places = [place for place, _ in pairs]
     measured = [estimate for _, estimate in pairs]
 

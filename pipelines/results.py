@@ -159,14 +159,12 @@ def with_both(result: Result) -> Result:
 
     values, clusters = zip(*result.measures.values(), strict=True)
     name = next(iter(result.measures)).split()[-1]
-    both = MetricValues(np.concatenate(values), np.concatenate(clusters))
+    joint = MetricValues(np.concatenate(values), np.concatenate(clusters))
 
     # Directions have different numbers of queries, and so different weights.
-    chance = np.average(
-        [result.chance[direction] for direction in result.measures], weights=[len(value) for value in values]
-    )
-
-    return replace(result, measures={name: both, **result.measures}, chance={name: float(chance), **result.chance})
+    num_queries = [len(value) for value in values]
+    chance = np.average([result.chance[direction] for direction in result.measures], weights=num_queries)
+    return replace(result, measures={name: joint, **result.measures}, chance={name: float(chance), **result.chance})
 
 
 class Results:

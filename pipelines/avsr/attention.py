@@ -74,6 +74,7 @@ class DecoderLayer(nn.Module):
         self.own_key_value = nn.Linear(width, 2 * width)
         self.own_output = nn.Linear(width, width)
 
+        # Attention to frames has its own projections, as its keys come from the encoder.
         self.frame_query = nn.Linear(width, width)
         self.frame_key_value = nn.Linear(width, 2 * width)
         self.frame_output = nn.Linear(width, width)

@@ -222,7 +222,7 @@ def _best_path(log_probs_TS: Array, states_S: Array) -> Ints:
 
 
 def _fold_end(log_probs_BTC: Tensor, lengths_B: Tensor) -> Tensor:
-    """Add END's probability to that of the blank, and fill padding with certain blanks: (B, T, C) float64."""
+    """Add END's probability to the blank's, and fill padding with certain blanks: (B, T, C) float64."""
     folded_BTC = log_probs_BTC.detach().double().clone()
     folded_BTC[:, :, BLANK] = torch.logaddexp(folded_BTC[:, :, BLANK], folded_BTC[:, :, -1])
     folded_BTC[:, :, -1] = -torch.inf

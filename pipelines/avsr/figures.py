@@ -35,12 +35,9 @@ def error_curves(
     panels = {}
     for test_set, title in titles.items():
         views = views_of(results, test_set)
-
-        lines = {
-            model: [word_error_rate(results, model, test_set, view) for view in views]
-            for model in measured(results, models, test_set)
-        }
-
+        lines = {}
+        for model in measured(results, models, test_set):
+            lines[model] = [word_error_rate(results, model, test_set, view) for view in views]
         panels[title] = Curves([level_name(view) for view in views], lines)
     return estimate_curves(panels, x="signal-to-noise ratio", y="word error rate", controls=controls)
 

@@ -156,6 +156,7 @@ class Fusion(nn.Module):
             is_valid_BT: (B, T) bool.
             is_missing: stream -> (B,) bool, items that are treated as if they had no such stream.
         """
+        # Any stream gives the shape, device and type of the ones that are missing.
         any_BTP = next(iter(encoded.values()))
         parts = []
         absences = []

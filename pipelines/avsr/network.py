@@ -107,6 +107,8 @@ class SpeechNetwork(nn.Module):
         self.encoders = nn.ModuleDict(
             {name: SequenceEncoder(self.widths[name], self.stacks[name], width, num_layers, sizes) for name in streams}
         )
+
+        # One stream needs no fusion, unless it gets as many layers as a fusion for comparison.
         self.fusion = (
             Fusion(tuple(streams), width, kind=fusion, num_layers=fusion_layers, sizes=sizes)
             if len(streams) > 1 or fusion_layers
@@ -242,7 +244,7 @@ def _with_lengths(values_BTP: Tensor, lengths_B: Tensor, is_valid_BT: Tensor) ->
 
 
 def stack_frames(values_TD: np.ndarray, stack: int) -> np.ndarray:
-    """Concatenate consecutive frames: (T, D) -> (⌈T / stack⌉, stack · D); the last frame fills what is missing."""
+    """Concatenate consecutive frames: (T, D) -> (⌈T / stack⌉, stack · D); the last frame fills the last row."""
     padding = np.repeat(values_TD[-1:], -len(values_TD) % stack, axis=0)
     return np.concatenate([values_TD, padding]).reshape(-1, stack * values_TD.shape[1])
 

@@ -83,6 +83,7 @@ def write_pages(
         parts.append(Part("Mouths and words in time", [note], figure=utterance_figure(rows), name="mouths"))
 
     for name in sets:
+        # All models of a set have the same utterances, so the first one describes them.
         result = results.seeds(AUDIO, name)[0]
         clusters_M = next(iter(result.measures.values())).clusters_M
         note = (
@@ -132,6 +133,7 @@ def show_utterances(
     """
     words: dict[str, list[list[WordTime]]] = {}
     for name, run_path in runs.items():
+        # Runs of different streams can have different utterances, so they are found by their keys.
         utterances = open_for_run(Cache(cache_path), run_path, views=[view])
         places = {key: number for number, key in enumerate(utterances.keys)}
         part = take_utterances(utterances, np.array([places[key] for key in keys]))

@@ -232,7 +232,7 @@ class SpeechTask:
         # States of an encoder are stacked already.
         stacks = dict.fromkeys(self.network.stacks, 1) if self._is_encoded else self.network.stacks
         streams = read_augmented(self._train, numbers_B, stacks, augmentation, rng)
-        missing = draw_missing(augmentation.missing, tuple(streams), len(numbers_B), rng)
+        absences = draw_missing(augmentation.missing, tuple(streams), len(numbers_B), rng)
         symbols_BL, lengths_B = pad_transcripts([self._train.symbols[number] for number in numbers_B])
 
         return Batch(
@@ -245,7 +245,7 @@ class SpeechTask:
             targets=SpeechTargets(
                 symbols_BL=to_device(symbols_BL, self._device),
                 lengths_B=to_device(lengths_B, self._device),
-                is_missing={name: to_device(is_absent_B, self._device) for name, is_absent_B in missing.items()},
+                is_missing={name: to_device(is_absent_B, self._device) for name, is_absent_B in absences.items()},
                 is_ctc_alone=is_aligning,
             ),
         )
@@ -310,11 +310,11 @@ def encode_utterances(
         if videos_of is None:
             utterances.require_close_lengths(inputs, numbers_B)
 
-        stacked = {name: stack_inputs(inputs[name], 1 if is_encoded else module.stacks[name]) for name in inputs}
-        yield module.encode(
-            {name: Frames(*(to_device(array, device) for array in arrays)) for name, arrays in stacked.items()},
-            is_encoded=is_encoded,
-        )
+        frames = {}
+        for name, values in inputs.items():
+            values_BTD, lengths_B = stack_inputs(values, 1 if is_encoded else module.stacks[name])
+            frames[name] = Frames(to_device(values_BTD, device), to_device(lengths_B, device))
+        yield module.encode(frames, is_encoded=is_encoded)
 
 
 def train_speech(
@@ -343,6 +343,7 @@ def train_speech(
         DataError: a start run lacks weights of a part, or a loss is NaN or infinite.
         SettingError: streams have rates without a whole ratio, or states are given while encoders are trained.
     """
+    # The utterances decide the streams, and the recipe the rest of the network.
     arguments = {"streams": _describe_streams(train), **recipe.model}
     training = {
         **asdict(recipe),
@@ -413,6 +414,7 @@ def _describe_states(
             f"{settings.parts.trainable or 'all'}; use fusion+ctc+attention"
         )
 
+    # States of another encoder would train the fusion on inputs that it never gets.
     start_weights = source_digests(settings.parts.init_from)
     weights: dict[str, str] = {}
     for name in train.streams:

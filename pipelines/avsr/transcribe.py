@@ -73,6 +73,8 @@ def _transcribe_files(options: argparse.Namespace) -> None:
     recognizer = Recognizer(options.run, device=options.device)
     decoding = Decoding(decoder=options.decoder)
     mouth = None if options.mouth is None else parse_mouth(options.mouth)
+
+    # All files are opened first, so that a missing one is reported before the work.
     clips = [recognizer.open(path, streams=options.streams, mouth=mouth) for path in options.files]
 
     transcripts = []
@@ -83,10 +85,10 @@ def _transcribe_files(options: argparse.Namespace) -> None:
             print_line(transcript.text if len(clips) == 1 else f"{clip.path}: {transcript.text}")
 
     if options.json:
-        records = [
-            {"file": str(clip.path), **asdict(transcript), "words": [word._asdict() for word in transcript.words]}
-            for clip, transcript in zip(clips, transcripts, strict=True)
-        ]
+        records = []
+        for clip, transcript in zip(clips, transcripts, strict=True):
+            words = [word._asdict() for word in transcript.words]
+            records.append({"file": str(clip.path), **asdict(transcript), "words": words})
         print_line(json.dumps(records, indent=2, ensure_ascii=False))
     if options.srt:
         write_output(options.srt, transcripts[0].to_srt().encode())
@@ -235,10 +237,9 @@ class Recognizer:
         features = {name: [window.streams[name] for window in batch] for name in batch[0].streams}
         if "audio" in features:
             features["audio"] = self._encode("audio", features["audio"])
-        streams = {
-            name: self._pad([stack_frames(item_TD, self._network.stacks[name]) for item_TD in items])
-            for name, items in features.items()
-        }
+        streams = {}
+        for name, items in features.items():
+            streams[name] = self._pad([stack_frames(item_TD, self._network.stacks[name]) for item_TD in items])
 
         encoded = self._network.encode(streams)
         hypotheses = recognize(self._network, encoded, decoding)
@@ -246,14 +247,13 @@ class Recognizer:
         lengths_B = encoded.is_valid_BT.sum(dim=1).tolist()
         step_s = self._step_s(next(iter(streams)))
 
-        # CTC times the words, if it was trained and the window has enough frames; else they get the window's times.
+        # CTC times the words if it was trained and the window has enough frames. Otherwise they get the window's times.
         for window, best, log_probs_TC, length in zip(batch, hypotheses, log_probs_BTC, lengths_B, strict=True):
             text = to_text(best.symbols)
             words = [WordTime(word, window.start_s, window.stop_s) for word in text.split()]
             if self.run.info.settings["ctc_weight"] > 0 and num_ctc_frames(best.symbols) <= length:
                 words = [
-                    WordTime(word, *(round(min(window.start_s + time_s, window.stop_s), 3) for time_s in times))
-                    for word, *times in word_times(log_probs_TC[:length], best.symbols, 1 / step_s)
+                    _move_word(word, window) for word in word_times(log_probs_TC[:length], best.symbols, 1 / step_s)
                 ]
 
             duration_s = window.stop_s - window.start_s
@@ -291,6 +291,13 @@ class Recognizer:
         if axis is None or axis.rate_hz is None:
             raise DataError(f"{self.run.info.inputs[stream].feature}: expected a feature with an axis of time")
         return self._network.stacks[stream] / axis.rate_hz
+
+
+def _move_word(word: WordTime, window: _PreparedWindow) -> WordTime:
+    """Return a word of a window with its times in the recording."""
+    start_s = round(min(window.start_s + word.start_s, window.stop_s), 3)
+    stop_s = round(min(window.start_s + word.stop_s, window.stop_s), 3)
+    return WordTime(word.word, start_s, stop_s)
 
 
 def _cues(words: Sequence[WordTime]) -> Iterator[list[WordTime]]:

@@ -1,6 +1,6 @@
 """Transcripts of speech as sequences of 40 symbols: characters, the blank of CTC, and the end of a transcript.
 
-The order is that of CTC in PyTorch, blank first. The end comes last; an attention decoder also starts from it.
+The order is as in PyTorch's CTC, blank first. The end comes last; an attention decoder also starts from it.
 """
 
 from collections.abc import Iterable

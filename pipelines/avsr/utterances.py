@@ -287,7 +287,7 @@ class SpeechAugmentation:
         missing: stream -> probability that an utterance is treated as if it had no such stream. At least one stream
             always stays.
         shift_s: lips are early or late by up to this many seconds.
-        swapped: probability that the lips are those of another utterance.
+        swapped: probability that the lips come from another utterance.
         masked: mean fraction of the frames of each stream that are replaced by their mean, in spans of up to 0.4 s.
     """
 
@@ -427,7 +427,7 @@ def word_clusters(utterances: Utterances) -> Ints:
     Words of one recording sound the same in every utterance, so they are not independent.
 
     Raises:
-        DataError: the number of recordings of an utterance is not that of its words.
+        DataError: an utterance has more or fewer recordings than words.
     """
     cache = utterances.cache
     recording_names = [None] * len(utterances)

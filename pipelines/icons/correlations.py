@@ -74,7 +74,9 @@ def pair_table(outcomes: Outcomes) -> Table:
     """Return the recall of each pair with each recipe, and its metrics before training."""
     columns = [*(f"test R@10, {recipe}" for recipe in outcomes.recalls), *METRICS.values()]
     measures = [*map(outcomes.recall, outcomes.recalls), *map(outcomes.metric, METRICS)]
-    rows = [[*pair, *(format_fraction(values[row]) for values in measures)] for row, pair in enumerate(outcomes.pairs)]
+    rows = []
+    for row, pair in enumerate(outcomes.pairs):
+        rows.append([*pair, *(format_fraction(values[row]) for values in measures)])
     return ["image", "text", *columns], rows
 
 

@@ -257,7 +257,7 @@ def _fonts() -> dict[str, Any]:
 def list_clip_art(folder: Path) -> Iterator[tuple[Path, str]]:
     """Iterate over random drawings of the Open Clip Art Library and their titles.
 
-    If more than five drawings share a title, it is that of a theme, and the name of the file replaces it.
+    If more than five drawings share a title, it is the title of a theme, and the name of the file replaces it.
     """
     titles = {path: _title(path) for path in sorted(folder.rglob("*.svg"))}
 

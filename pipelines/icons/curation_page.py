@@ -101,6 +101,7 @@ def gain_figure(values: Mapping[str, Any], test: str) -> Figure:
         sharey=True,
     )
 
+    # Recipes are rows and budgets are columns, with one axis of gains for all.
     for axes_P, (recipe, estimates) in zip(axes_RP, recipes.items(), strict=True):
         for axes, (size, count) in zip(axes_P, sizes.items(), strict=True):
             gains = {name: estimate_of(gain) for name, gain in estimates[size]["gains"].items()}
@@ -147,6 +148,7 @@ def curation_json(curation: Curation, choices: Mapping[tuple[str, int], int], re
     metric -> `num_examples`, `chance`, and `recipes` -> recipe -> budget -> `values` and `gains` over random of each
     method. `concept_methods`: methods that use the names of concepts.
     """
+    # Only the draws of the first seed chose settings.
     draws = [curation.runs[name][0] for name in DRAWS]
     methods = [name for name in curation.methods if name not in DRAWS]
     concept_methods = [name for name in methods if any("concepts" in step.inputs for step in curation.methods[name])]

@@ -43,7 +43,7 @@ CREDIT = (
 TITLE = "From how many pairs on training gains over a closed form"
 NOTES = (
     "The pairs of a size are a random draw of the training part. The closed form of a size is the one with the highest "
-    "mean validation recall; The recommended recipe has the highest R@10 on half of the names never seen, and figures "
+    "mean validation recall. The recommended recipe has the highest R@10 on half of the names never seen, and figures "
     "come from the other half. Recipes and tests are explained in `pipelines/icons/README.md`.",
 )
 INTERVALS = (
@@ -234,9 +234,9 @@ def curve_json(seed_runs: Sequence[SeedRuns], choices: _Choices, results: Result
     tests = {test: _curves_json(results, test, list(recipes), trained, closed_form) for test in seed_runs[0].tests}
 
     def recall(name: str, size: str) -> float:
-        values = [
-            item for result in results.seeds(name, question(CHOOSING, int(size))) for item in result.measures.values()
-        ]
+        values: list[MetricValues] = []
+        for result in results.seeds(name, question(CHOOSING, int(size))):
+            values += result.measures.values()
         return fmean(value.values_M.mean() for value in values)
 
     return {

@@ -262,6 +262,7 @@ def features_json(runs: SeedRuns, choices: Mapping[tuple[str, int], int], compar
         cost = run_json([runs], name, size, choices[name, size])
         recipes[name] = {**cost, "features": dict(runs.recipes[name].features)}
 
+    # A token feature of two parts stores both for every image.
     icons = Cache(runs.icons)
     num_bytes = {}
     for name, image in compared.tokens.items():

@@ -111,6 +111,7 @@ class IconifySource:
         except (OSError, ValueError) as error:
             raise ItemError(f"{item.path} has no icon at byte {item.offset}: {error}") from error
 
+        # The icon keeps a margin, because encoders crop the center of the image.
         left, top, width, height = (float(icon.get(name, size[name])) for name in size)
         margin = _MARGIN * _IMAGE_PX
         inner = (1 - 2 * _MARGIN) * _IMAGE_PX

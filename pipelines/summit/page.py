@@ -67,6 +67,7 @@ def write_pages(
     means = "2D / 3D / 2D+3D, means over worlds and seeds."
     parts.append(Part("Each scenario", [means], scenario_table(results, methods)))
 
+    # Results of ablations have more methods than results of calibration noise.
     ablated = [result for result in ablation_results if len(result.counts) > len(_FEWEST)]
     if ablated:
         note = "The switch with one part off, in the scenarios in which it moves; one world and seed."

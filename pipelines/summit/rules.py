@@ -95,11 +95,11 @@ def sample_grid(values_TD: Array, axis: Axis, uv_N2: Array) -> Floats:
         fraction_N1 = (place_N - cell_N).astype(np.float32)[:, None]
         corners.append((cell_N, np.minimum(cell_N + 1, size - 1), fraction_N1))
 
-    (top, bottom, down), (left, right, along) = corners
+    (top, bottom, v_N1), (left, right, u_N1) = corners
     grid_HWD = np.asarray(values_TD, np.float32).reshape(axis.rows, axis.columns, -1)
-    upper_ND = (1 - along) * grid_HWD[top, left] + along * grid_HWD[top, right]
-    lower_ND = (1 - along) * grid_HWD[bottom, left] + along * grid_HWD[bottom, right]
-    sampled_ND: Floats = ((1 - down) * upper_ND + down * lower_ND).astype(np.float32)
+    upper_ND = (1 - u_N1) * grid_HWD[top, left] + u_N1 * grid_HWD[top, right]
+    lower_ND = (1 - u_N1) * grid_HWD[bottom, left] + u_N1 * grid_HWD[bottom, right]
+    sampled_ND: Floats = ((1 - v_N1) * upper_ND + v_N1 * lower_ND).astype(np.float32)
     return sampled_ND
 
 
@@ -178,6 +178,7 @@ def _fit_recover(blocks: Iterator[Sequence[Block]], _: Mapping[str, Any]) -> dic
         labels_N = _labels(label)
         num_classes = first_prob.values.shape[-1]
 
+        # Only labeled points are kept, which are a part of all points.
         is_labeled_N = labels_N != IGNORED
         labels.append(labels_N[is_labeled_N])
         first_parts.append(first_hidden.values[is_labeled_N])

@@ -262,6 +262,7 @@ class Scenario:
         parts: Sequence[str] | None = None,
     ) -> Path:
         """Adapt the modalities that have labels, starting from a run of both, and return the new run."""
+        # A modality without labels is not trained, but teaches the other one.
         trainable = [f"{name}-{part}" for name in labels for part in parts] if parts else list(labels)
         options = {
             "epochs": self.epochs,

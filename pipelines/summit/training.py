@@ -34,7 +34,7 @@ class PointData:
 
     Args:
         features: modality -> (N, D) float16 or float32.
-        labels_N: (N,) int, true classes; -1 where unknown.
+        labels_N: (N,) int, true classes; -1 if unknown.
         lengths_G: (G,) int, number of points of each frame.
     """
 

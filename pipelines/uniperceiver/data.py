@@ -82,7 +82,7 @@ TINY_DATA = DataSize(
 
 
 def make_data(folder: Path, size: DataSize, *, caches: Sequence[str] | None = None) -> "Data":
-    """Extract caches and write all examples into a folder, except those that are there already.
+    """Extract caches and write all examples into a folder, except for existing ones.
 
     Args:
         folder: folder of the caches and examples.
@@ -90,7 +90,7 @@ def make_data(folder: Path, size: DataSize, *, caches: Sequence[str] | None = No
         caches: caches of items to extract, see `Data.cache`. If None, all. `words` is always extracted.
 
     Raises:
-        MissingExtraError: a package that holds data or weights is not installed; the message names it.
+        MissingExtraError: a package of data or weights is not installed. The message names it.
     """
     data = Data(folder)
     progress = open_progress()

@@ -101,6 +101,7 @@ def _describe(
     rows_I = media.find_rows(pa.chunked_array([list(files)]))
     tokens = read_tokens(media, rows_I, device=device)
 
+    # The few images are one batch.
     names = shapes.class_names()
     probs_IC = compute_probabilities(network, tokens, names, kind="classify")
 

@@ -87,6 +87,8 @@ class SharedNetwork(nn.Module):
         self.width = width
         self.vocabulary = Vocabulary(words)
         self.axes: dict[str, Axis | None] = {}
+
+        # Each modality has an adapter; everything after it is shared.
         adapters = {}
         for name, modality in modalities.items():
             self.axes[name] = Axis(**modality["axis"]) if modality.get("axis") else None
@@ -204,8 +206,8 @@ class SharedNetwork(nn.Module):
             mask = mask & torch.cat([is_valid_BS, is_stream_BS], dim=1)[:, None, None]
         is_valid_BS = torch.cat([is_valid_BS, is_word_BL, is_blank_BL], dim=1)
 
-        read = slice(num_context + num_words, None)
-        return self.read(self._transform(torch.cat(streams, dim=1), is_valid_BS, mask, "input", read))
+        blanks = slice(num_context + num_words, None)
+        return self.read(self._transform(torch.cat(streams, dim=1), is_valid_BS, mask, "input", blanks))
 
     def embed_context(self, tokens: Mapping[str, Tokens], *, num_items: int | None = None) -> tuple[Tensor, Tensor]:
         """Embed SPE and tokens: (B, 1 + T, D), and whether each belongs to the item: (B, 1 + T) bool."""

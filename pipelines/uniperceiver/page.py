@@ -147,6 +147,8 @@ def _parts(results: Results, fractions: Sequence[float], other_fractions: Mappin
     parts = [Part("Tasks of pre-training", [averaged], pretraining_table(results, questions))]
     for data, fraction in [*((EASY_VQA, fraction) for fraction in fractions), *other_fractions.items(), (LETTERS, 1)]:
         question = question_name(data, fraction)
+
+        # All models of a data set have the same examples.
         result = results.seeds(MODELS[data][0], question)[0]
         counts = f"{result.num_trained:,} examples to train on, {result.num_examples:,} to test."
         parts.append(Part(title_of(data, fraction), [averaged, counts], novel_table(results, data, fraction)))

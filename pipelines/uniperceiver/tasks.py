@@ -10,7 +10,7 @@
 
 Candidates pass the whole network in each step. A word passes it as a text of one word, so that it has the same
 representation as an answer and as the next word of a caption. If there are more than `max_candidates`, a step uses the
-positives of its batch and random negatives, weighted so that the expected loss is that of all candidates (see
+positives of its batch and random negatives, weighted so that the expected loss equals the loss over all candidates (see
 `draw_candidates`). Validation compares with all candidates.
 """
 
@@ -384,6 +384,7 @@ def retrieval_ranks(network: SharedNetwork, examples: TaskExamples, *, device: s
     items_IP = scaled[0].cpu().numpy()
     texts_TP = scaled[1].cpu().numpy()
 
+    # Equal pairs of several examples count once.
     pairs_E = distinct(item_N * len(targets_T) + text_N)
     item_E, text_E = np.divmod(pairs_E, len(targets_T))
     return {

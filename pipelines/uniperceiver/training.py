@@ -187,7 +187,8 @@ def train_multitask(
 
     # The tables decide the run as much as the settings do, so their digests are recorded.
     described = [dict(task.describe()) for task in tasks]
-    indexes = [item.cache.info.index_digest for item in _all_media([task.train for task in tasks])]
+    train_media = _all_media([task.train for task in tasks])
+    indexes = [item.cache.info.index_digest for item in train_media]
     info = RunInfo(
         kind=KIND,
         arguments=arguments,

@@ -103,7 +103,7 @@ def question_kind(question: str, answer: str) -> str:
 def draw_answers(questions: pa.Table, fraction: float, *, seed: int) -> pa.Table:
     """Draw a fraction of the training questions, stratified by kind and answer. 1 % are 385 questions.
 
-    The fraction is that of all published training questions, but validation questions are not drawn. 1.0 returns all
+    The fraction refers to all published training questions, but validation questions are not drawn. 1.0 returns all
     others. Draws with one seed are nested.
 
     Raises:

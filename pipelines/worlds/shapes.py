@@ -250,11 +250,14 @@ def _corners(shape: Shape) -> list[tuple[float, float]]:
     """Return the corners of a polygon whose bounding radius is 1."""
     if shape.shape == "rectangle":
         corner = math.atan2(1, shape.aspect)
-        angles, radii = [corner, math.pi - corner, math.pi + corner, -corner], [1.0] * 4
+        angles = [corner, math.pi - corner, math.pi + corner, -corner]
+        radii = [1.0] * 4
     elif shape.shape == "triangle":
-        angles, radii = [-math.pi / 2 + turn * math.tau / 3 for turn in range(3)], [1.0] * 3
+        angles = [-math.pi / 2 + turn * math.tau / 3 for turn in range(3)]
+        radii = [1.0] * 3
     else:
-        angles, radii = [-math.pi / 2 + turn * math.tau / 10 for turn in range(10)], [1.0, 0.42] * 5
+        angles = [-math.pi / 2 + turn * math.tau / 10 for turn in range(10)]
+        radii = [1.0, 0.42] * 5
     return [
         (radius * math.cos(angle + shape.angle), radius * math.sin(angle + shape.angle))
         for angle, radius in zip(angles, radii, strict=True)
@@ -338,7 +341,7 @@ def _choices(phrase: str, objects: Sequence[str]) -> list[tuple[int, ...]]:
 
 def _matching(what: str, objects: Sequence[str]) -> list[int]:
     words = [word for word in what.split() if word != "shape"]
-    return [row for row, name in enumerate(objects) if all(word in name.split() for word in words)]
+    return [row for row, name in enumerate(objects) if set(words) <= set(name.split())]
 
 
 def _is_ordered(reading: Sequence[tuple[int, ...]], links: Sequence[str]) -> bool:

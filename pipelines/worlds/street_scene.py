@@ -303,6 +303,7 @@ class _Builder:
             x = self.rng.uniform(4, 40)
             side = self.rng.choice([-1, 1])
             y = side * (self.front - self.rng.uniform(0.2, 0.8))
+
             bush = self.material("vegetation", (0.06, 0.17, 0.05))
             if self.is_free(x, 2):
                 self.add("ellipsoid", (x, y, 0.5), (self.rng.uniform(0.6, 1.6), 0.5, self.rng.uniform(0.5, 0.9)), bush)

@@ -13,7 +13,7 @@
 | `K` | recordings of two other people, for development | five of GRID's 25 letters |
 
 Texts, times of speaking and faces are drawn anew for every utterance, so sets do not share them. Each set is a
-folder with `utterances.jsonl`, one WAV per utterance and one MP4 without sound per face. `tapes` holds noise: `babble`
+folder with `utterances.jsonl`, one WAV per utterance and one MP4 without sound per face. `tapes` has noise: `babble`
 and `talker` from training voices; `babble-test` and `talker-test` from voices that are not in any set.
 
 Everything but the recorded sound is synthetic: lips follow the same phones as the sound, cleaner and more

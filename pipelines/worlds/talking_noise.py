@@ -34,6 +34,7 @@ def write_tapes(
     num_spoken = max(24, 2 * length_s)
 
     for suffix in ("", "-test"):
+        # The tapes of tests have other voices than the tapes of training.
         rng = np.random.default_rng([seed, len(suffix), 77])
         if suffix:
             spoken = [_tape_speech(number, rng) for number in range(num_spoken)]
