@@ -66,6 +66,6 @@ smoke workdir="embedcache-quickstart":
 bench *names:
     python -m benchmarks {{ names }}
 
-# Golden artifacts are written with the release of 0.1.0, with which the promise about formats begins (docs/reference/on_disk.md).
-golden:
-    @echo "nothing to write: the promise about formats begins with the release of 0.1.0"
+# Write golden artifacts of the present format into a new folder, as for the next format (docs/reference/on_disk.md)
+golden folder:
+    python -m tests.golden.make_artifacts {{ folder }}

@@ -182,8 +182,7 @@ class Run:
             run.file(name)
         if (path / CHECKPOINT).exists():  # nothing may be removed on a read-only disk
             (path / CHECKPOINT).unlink(missing_ok=True)
-        if (path / RECIPES).exists():
-            shutil.rmtree(path / RECIPES, ignore_errors=True)
+        shutil.rmtree(path / RECIPES, ignore_errors=True)
         return run
 
     @classmethod
