@@ -74,7 +74,7 @@ class CtcPrefixes:
         blank_BKT = self._blank_BKT[:, :, :-1]
         either_BKT = torch.logaddexp(blank_BKT, self._symbol_BKT[:, :, :-1])
 
-        earlier_BKT = torch.cat([either_BKT, blank_BKT], dim=1)  # of other symbols than the last; of the last
+        earlier_BKT = torch.cat([either_BKT, blank_BKT], dim=1)  # for other symbols than the last, then for the last
 
         # Divide by the largest probability of each prefix, or those of long prefixes would underflow.
         peak_BK = earlier_BKT.amax(dim=2, keepdim=True).clamp(min=torch.finfo(earlier_BKT.dtype).min)

@@ -28,8 +28,8 @@ CREDIT = (
     "of the GRID corpus."
 )
 NOTES = (
-    "All faces are drawn, and all speech but that of set R is synthetic: nothing here estimates an error rate on LRS2, "
-    "LRS3 or any real video. What is compared, and what cannot be concluded: `pipelines/avsr/RESULTS.md`.",
+    "All faces are drawn, and all speech except in set R is synthetic, so these figures do not estimate an error rate "
+    "on LRS2, LRS3 or any real video. The comparison and its limits are explained in `pipelines/avsr/RESULTS.md`.",
 )
 SETS: Mapping[str, str] = {
     "A": "A: unseen voices and faces",
@@ -97,7 +97,7 @@ def write_pages(
 
     parts.append(Part("One stream, decoders, set A", [], rate_table(results, _DECODERS, "A")))
     if ablations:
-        parts.append(Part("What else was ablations, set A", [], rate_table(results, [FUSION, *ablations], "A")))
+        parts.append(Part("Other fusions, set A", [], rate_table(results, [FUSION, *ablations], "A")))
 
     write_parts(folder / "avsr", TITLE, parts, notes=NOTES, summary=summarize(results, sets), credit=CREDIT)
 

@@ -22,9 +22,9 @@ from pipelines.worlds.street_scene import CLASSES, DOMAINS
 TITLE = "Adaptation of unimodal models to a multimodal target"
 _FEWEST = [SOURCE, "switch", ORACLE]
 NOTES = (
-    "mIoU in percent, over seven classes, of the test frames of a domain: 2D / 3D / 2D+3D, the sum of both "
-    "probabilities. The data are a synthetic street: nothing here estimates published figures. What is compared, and "
-    "what each method is: `pipelines/summit/RESULTS.md`.",
+    "mIoU in percent, over seven classes, of the test frames of a domain: 2D / 3D / 2D+3D, where the last one is the "
+    "sum of both probabilities. The data are a synthetic street, so these figures do not estimate published ones. "
+    "The methods are explained in `pipelines/summit/RESULTS.md`.",
 )
 
 

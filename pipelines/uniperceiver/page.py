@@ -26,8 +26,8 @@ CREDIT = (
     "the package clip-benchmark, MIT license."
 )
 NOTES = (
-    "Shapes, their captions and statements, and easy-VQA are drawn and written by programs; the descriptions were "
-    "written by a language model. No figure of the paper is repeated. What is compared, and how it is tuned: "
+    "Shapes, their captions and statements, and easy-VQA are drawn and written by programs. The descriptions were "
+    "written by a language model. No figure of the paper is repeated. The comparison is explained in "
     "`pipelines/uniperceiver/RESULTS.md`.",
 )
 
