@@ -73,7 +73,6 @@ class CtcPrefixes:
         """Compute ψ of each prefix extended by each symbol: (B, K, C) float64; -inf for blank and END."""
         blank_BKT = self._blank_BKT[:, :, :-1]
         either_BKT = torch.logaddexp(blank_BKT, self._symbol_BKT[:, :, :-1])
-
         earlier_BKT = torch.cat([either_BKT, blank_BKT], dim=1)  # for other symbols than the last, then for the last
 
         # Divide by the largest probability of each prefix, or those of long prefixes would underflow.

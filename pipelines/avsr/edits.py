@@ -34,6 +34,8 @@ def align_words(references: Sequence[str], hypotheses: Sequence[str]) -> list[li
     aligned = []
     for chunks, said, heard in zip(output.alignments, output.references, output.hypotheses, strict=True):
         pairs: list[tuple[str, str]] = []
+
+        # A chunk of substitutions has equally many words on both sides; insertions and deletions have none on one.
         for chunk in chunks:
             said_part = said[chunk.ref_start_idx : chunk.ref_end_idx]
             heard_part = heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
@@ -59,6 +61,8 @@ def count_word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> I
         for said, heard in pairs:
             if said:
                 errors.append(int(said != heard))
+
+            # An inserted word counts for the word before it, if there is one.
             elif len(errors) > first:
                 errors[-1] += 1
             else:

@@ -81,6 +81,8 @@ def time_words(
     """
     device = str(torch_device(device, needs_float64=True))
     network, _ = load_network(run_path, device=device)
+
+    # After stacking, all streams have one frame rate.
     first = next(iter(utterances.streams))
     rate_hz = utterances.streams[first].rate_hz / network.stacks[first]
 

@@ -136,6 +136,7 @@ def _draw_wave(axes: Any, row: UtteranceRow) -> None:
     axes.set_ylim(-1.05, 1.75)
     num_bins = 900
 
+    # The range of each bin, so that no peak is lost between two drawn samples.
     cells = np.array_split(row.samples_N, num_bins)
     times_s = (np.arange(num_bins) + 0.5) / num_bins * len(row.samples_N) / AUDIO_RATE_HZ
     peak = max(1e-9, float(np.abs(row.samples_N).max()))

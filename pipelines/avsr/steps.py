@@ -256,6 +256,7 @@ class Runs:
         videos_of = shuffle_videos(utterances, seed=self.seed) if question.is_shuffled else None
         hypotheses = recognize_utterances(run, utterances, TEST_VIEWS, decoding=question.decoding, videos_of=videos_of)
 
+        # References go through the symbols, so that both sides have the same spelling.
         references = [to_text(symbols) for symbols in utterances.symbols]
         clusters_M = word_clusters(utterances)
         return Result(

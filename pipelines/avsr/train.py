@@ -142,6 +142,7 @@ class SpeechObjective(nn.Module):
             zero_infinity=True,
         )
 
+        # Long transcripts have larger losses; each utterance counts the same.
         loss = (losses_B / targets.lengths_B.clamp(min=1)).mean()
         uniform = -log_probs_BTC[encoded.is_valid_BT].mean()
         return (1 - self.smoothing) * loss + self.smoothing * uniform
@@ -391,6 +392,7 @@ def _describe_streams(utterances: Utterances) -> dict[str, dict[str, int]]:
 
     streams = {}
     for name, stream in utterances.streams.items():
+        # The frame rate of the paper, unless a stream is slower.
         goal = min(slowest, FRAME_RATE_HZ)
         stack = round(stream.rate_hz / goal)
         if abs(stream.rate_hz / goal - stack) > _ROUNDING:

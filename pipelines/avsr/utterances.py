@@ -263,6 +263,7 @@ def _open_stream(cache: Cache, name: str, views: Mapping[str, InputFeature], row
 
 def _read_transcripts(table: pa.Table, samples_S: Ints, keys: Sequence[str]) -> list[str]:
     """Return the text of each sample from a table of text items. Raises `DataError` if a sample has several."""
+    # Texts are sorted by sample, so that a position and a count give the texts of a sample.
     owner_T = table["sample"].to_numpy()
     order_T = np.argsort(owner_T, kind="stable")
     first_S = np.searchsorted(owner_T[order_T], samples_S)
@@ -417,6 +418,8 @@ def mask_spans(values_BTD: Array, lengths_B: Ints, fraction: float, rng: np.rand
             is_masked_BT[row, start : min(start + span, length)] = True
 
     is_valid_BT1 = (np.arange(values_BTD.shape[1]) < lengths_B[:, None])[..., None]
+
+    # Padding has no part in the mean of an item.
     means_B1D = values_BTD.mean(axis=1, keepdims=True, dtype=np.float32, where=is_valid_BT1).astype(values_BTD.dtype)
     return np.where(is_masked_BT[..., None], means_B1D, values_BTD)
 
@@ -445,6 +448,7 @@ def word_clusters(utterances: Utterances) -> Ints:
                 f"{len(recordings)}"
             )
 
+        # Without recordings, the words of an utterance are one cluster.
         places = [(_RECORDINGS, name) for name in recordings] or [("utterances", key)] * len(words)
         clusters += [numbers.setdefault(place, len(numbers)) for place in places]
     return np.array(clusters, np.int64)

@@ -187,6 +187,8 @@ def gain_figure(values: Mapping[str, Any]) -> Figure:
     """Draw the gain of each variant over its base, one bar per variant, for each test with several measures."""
     tests = [test for test, measures in values["tests"].items() if len(measures) > 1]
     gains = main_measure(values, tests[0])["gains"]
+
+    # One color per setting, so that its variants belong together.
     colors = []
     for number, variants in enumerate(gains.values()):
         colors += [COLORS[number]] * len(variants)

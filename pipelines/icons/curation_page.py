@@ -62,6 +62,7 @@ def run_curation(
         write_curation_pages(data.folder / "curation", values)
         return values
 
+    # The digests of all runs decide whether the stored page is reused.
     weights = [Run.open(run.path).info.weights for run in curation.all_runs(choices)]
     values = data.step("curation", {"runs": weights, "clothes": data.has_clothes}, measure)
 

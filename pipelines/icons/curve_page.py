@@ -76,6 +76,8 @@ def run_curve(
     """
     seed_runs = open_runs(data, data.folder / name, seeds, curve_sizes(data, seeds[0], sizes), recipes)
     choices = run_all(seed_runs)
+
+    # The digests of all runs decide whether the stored page is reused.
     weights = [Run.open(runs.path(*key, choice)).info.weights for runs in seed_runs for key, choice in choices.items()]
 
     def measure() -> dict[str, Any]:

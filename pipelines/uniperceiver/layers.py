@@ -75,6 +75,8 @@ def positions_of(axis: Axis | None, num_tokens: int, width: int, *, device: torc
             )
 
         x0, y0, x1, y1 = axis.box or (0.0, 0.0, 1.0, 1.0)
+
+        # Positions of the centers of cells, in sixteenths of the image.
         ys = _IMAGE_SIDE * (y0 + (y1 - y0) * (torch.arange(axis.rows, device=device) + 0.5) / axis.rows)
         xs = _IMAGE_SIDE * (x0 + (x1 - x0) * (torch.arange(axis.columns, device=device) + 0.5) / axis.columns)
 

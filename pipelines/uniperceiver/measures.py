@@ -323,6 +323,7 @@ def evaluation_steps(
         steps += [(evaluation.test, model, *question) for question in questions for model in MODELS[question[0]]]
         steps += [(evaluation.test_letters, model) for model in MODELS[LETTERS]]
 
+    # Runs of one task exist only for the first seed.
     first = Evaluation(runs=seed_runs[0])
     return steps + [
         (first.measure, name, run_alone(measure.task))

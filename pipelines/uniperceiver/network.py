@@ -168,6 +168,7 @@ class SharedNetwork(nn.Module):
             hidden_BSD = torch.cat([hidden_BSD, self.embed_words(words.numbers_BL)], dim=1)
             is_valid_BS = torch.cat([is_valid_BS, is_word_BL], dim=1)
 
+        # Without padding no mask is needed, and attention is faster.
         mask = None if bool(is_valid_BS.all()) else is_valid_BS[:, None, None]
 
         if read == "task":
@@ -216,6 +217,8 @@ class SharedNetwork(nn.Module):
             raise DataError(f"expected tokens of the modalities {', '.join(self.adapters)}, got {unknown[0]}")
 
         count = num_items if num_items is not None else len(next(iter(tokens.values())).values_BTD)
+
+        # Prompt tuning also shifts SPE, which all tasks read.
         task_D = self.task_token + self.prompts["task"] if "task" in self.prompts else self.task_token
         hidden = [task_D.expand(count, 1, -1)]
         is_valid = [torch.ones(count, 1, dtype=torch.bool, device=task_D.device)]

@@ -68,6 +68,8 @@ def _paint_ground(scene: Scene, hits: Hits, xyz: Floats, labels: Ints, albedo: F
     is_raised = hits.surface == RAISED
 
     albedo[is_road] = _ROAD_COLOR
+
+    # Markings end at the crossing, and zebra stripes lie before it.
     ground = scene.ground
     before_crossing = np.abs(x - ground.crossing) - ground.crossing_half_width
     is_dash = (np.abs(y) < 0.09) & (x % 6 < 3) & (before_crossing > 0)

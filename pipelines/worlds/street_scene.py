@@ -275,6 +275,8 @@ class _Builder:
                     height = self.rng.uniform(3.0, 6.5)
                     pole = self.material("pole", gray)
                     self.add("box", (x, y, height / 2), (radius, radius, height / 2), pole, self.rng.uniform(0, 1.5))
+
+                    # Tall poles carry lamps, and short ones may carry a sign.
                     if height > 4.5:
                         self.lamps.append((x, y - side * 1.2, height))
                         self.add("box", (x, y - side * 0.6, height), (0.08, 0.65, 0.06), pole)
@@ -330,6 +332,8 @@ def label_hits(scene: Scene, hits: Hits, xyz: Floats) -> Ints:
 
     beside = np.abs(xyz[..., 1]) - ground.half_width
     before_crossing = np.abs(xyz[..., 0] - ground.crossing) - ground.crossing_half_width
+
+    # Raised ground near a road is sidewalk, and farther away grass.
     is_sidewalk = np.minimum(beside, before_crossing) < scene.sidewalk
     raised = np.where(is_sidewalk, _NUMBERS["sidewalk"], _NUMBERS["vegetation"])
 

@@ -130,6 +130,8 @@ def write_world(
 def _check_world(folder: Path, settings: WorldSettings) -> None:
     """Record the settings of a new world, or compare the settings of an existing one."""
     path = folder / "world.json"
+
+    # Through JSON, so that stored and requested values have the same types.
     record = json.loads(json.dumps({"format": _FORMAT, **settings.to_json()}))
     if not path.is_file():
         write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
@@ -170,6 +172,7 @@ def _write_set(folder: Path, name: str, settings: WorldSettings, progress: Progr
     plans = plan_set(name, settings)
     incomplete = [plan for plan in plans if not _is_complete(folder, plan)]
     if incomplete:
+        # The manifest says that a set is complete, so it is removed first and written last.
         (folder / MANIFEST).unlink(missing_ok=True)
         workers = num_cores()
         parts = [incomplete[first::workers] for first in range(workers)] if len(incomplete) > _FEW else [incomplete]
