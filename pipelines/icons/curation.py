@@ -335,7 +335,7 @@ class Curation:
         parameters = {**step.options, **options}
         budget = parameters.pop("budget", None)
 
-        # Clusters grow with the pool, up to a size that k-means handles in minutes.
+        # Clusters grow with the pool, up to a number that k-means can handle.
         if step.method in ("hierarchical", "image-based"):
             levels = default_levels(min(len(read_selection(pool, [self._data.icons])), _MOST_CLUSTERED))
             parameters["clusters"] = "+".join(map(str, levels)) if step.method == "hierarchical" else levels[0]

@@ -256,8 +256,8 @@ def scale_entropy(network: PointNetwork, features_ND: Floats, entropy_nats: floa
         The temperature, from 0.1 to 10.
     """
     network.eval()
-
     logits_NC = torch.cat([part.logits_NC.cpu() for part in _run_blocks(network, features_ND)])
+
     # A binary search, as the entropy grows with the temperature.
     low = -1.0
     high = 1.0

@@ -70,18 +70,18 @@ def evaluate_task(
         FingerprintError: the run was trained on features of another encoder.
     """
     network, device = _open_network(run_path, examples)
-    shuffled = {}
-    for control in controls:
-        shuffled[control] = examples.without_media() if control == BLIND else examples.shuffle_media(seed=0)
-
     measures, captions = _measure(network, task, examples, groups or {}, device)
+
+    control_measures = {}
+    for control in controls:
+        changed = examples.without_media() if control == BLIND else examples.shuffle_media(seed=0)
+        control_measures[control], _ = _measure(network, task, changed, groups or {}, device)
+
     return Result(
         seed=seed,
         num_examples=len(examples),
         measures=measures,
-        controls={
-            name: _measure(network, task, changed, groups or {}, device)[0] for name, changed in shuffled.items()
-        },
+        controls=control_measures,
         chance=_chance(task, examples),
         captions=captions,
     )

@@ -104,9 +104,9 @@ class Evaluation:
 
         # A cycle in a random order gives every image the objects of another one.
         order = np.random.default_rng(0).permutation(len(keys))
-        shuffled_keys = {
-            keys[place]: keys[next_place] for place, next_place in zip(order, np.roll(order, 1), strict=True)
-        }
+        shuffled_keys = {}
+        for place, next_place in zip(order, np.roll(order, 1), strict=True):
+            shuffled_keys[keys[place]] = keys[next_place]
 
         def judge(word_accuracy: MetricValues, judged_keys: Mapping[str, str]) -> Measures:
             verdicts = [check_caption(result.captions[key], objects[judged_keys[key]]) for key in keys]
