@@ -304,6 +304,7 @@ def connected(address: str | None) -> Iterator[Any]:
         yield ray
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster that is started here; Ray's default is 15
     try:
         ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False)
     except ConnectionError as error:
@@ -343,7 +344,8 @@ def run_ray_tasks(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=-1, scheduling_strategy="SPREAD")(_run_ray_task)
-    running = [remote.remote(work, task, number, mailbox, current_trust()) for number, task in enumerate(tasks)]
+    common = (mailbox, current_trust(), os.nice(0))
+    running = [remote.remote(work, task, number, *common) for number, task in enumerate(tasks)]
     current: dict[str, str] = {}
     parts = [_SharedProgress(progress, current, len(tasks)) for _ in tasks]
     results = []
@@ -365,8 +367,16 @@ def run_ray_tasks(
     return results
 
 
-def _run_ray_task(work: Callable[[T, Progress], R], task: T, number: int, mailbox: Any, trust: Trust) -> R:
+def _run_ray_task(
+    work: Callable[[T, Progress], R], task: T, number: int, mailbox: Any, trust: Trust, niceness: int
+) -> R:
     adopt_trust(trust)
+    if number == 0 and os.nice(0) > niceness:
+        line = (
+            f"WARNING: Ray's workers run at nice {os.nice(0)} and wait for all other processes of their machine; start "
+            "the cluster with RAY_worker_niceness=0 ray start …"
+        )
+        mailbox.put((number, ("note", line)))
     return work(task, _PipeProgress(lambda message: mailbox.put((number, message))))
 
 

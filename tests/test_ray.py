@@ -1,6 +1,8 @@
 """A Ray cluster of two machines computes what one process computes, and loses one of them."""
 
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import pytest
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import EmbedcacheError
 from embedcache.files import remove_partials
+from tests.blocks import ROOT
 from tests.dataset.test_vectors import scan_all
 from tests.extract.cases import FEATURES, NUM_IMAGES, extract_slowly, run, same_bytes
 from tests.images import write_images
@@ -38,6 +41,17 @@ def cluster() -> Iterator[Any]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def test_workers_of_an_own_cluster_are_as_nice_as_their_caller() -> None:
+    """Check before the cluster of the other tests runs, which this one would join."""
+    pytest.importorskip("ray")
+    code = (
+        "import os; from embedcache.processes import connected\n"
+        "with connected(None) as ray: print(ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "0"
 
 
 def test_pass_is_identical(cluster: Any, cache_path: Path) -> None:
@@ -71,6 +85,7 @@ def test_lost_machine_leaves_its_chunks_to_others(cluster: Any, tmp_path: Path) 
     assert [sum(map(int, count.groups())) for count in counts if count] == [NUM_IMAGES] * 2
     assert progress.counts["encoding images"] >= NUM_IMAGES - 2 * 8
     assert progress.counts["encoding texts"] >= NUM_IMAGES - 2 * 8
+    assert any("RAY_worker_niceness=0" in note for note in progress.notes)  # the cluster has Ray's default
     remove_partials(cache)  # as the next extraction does: the lost machine may have been writing a file
     assert same_bytes(tmp_path / "one", cache)
 
