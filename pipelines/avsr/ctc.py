@@ -41,7 +41,7 @@ class CtcPrefixes:
     """Scores of K prefixes of transcripts per item, extended symbol by symbol from one empty prefix.
 
     For a prefix g extended by a symbol c to h, n_t(h) and b_t(h) are the log-probabilities of all paths over frames 1
-    to t that read h and end in c or in a blank; ⊕ adds probabilities given as logarithms:
+    to t that read h and end in c or in a blank. ⊕ adds probabilities given as logarithms:
 
         φ_t    = b_{t-1}(g) ⊕ (-∞ if g ends in c else n_{t-1}(g))
         n_t(h) = (n_{t-1}(h) ⊕ φ_t) + log p_t(c)

@@ -86,10 +86,10 @@ def switch_line(results: Sequence[Result]) -> str:
     columns, (row,) = summary_table(results, ["switch"])
     values = dict(zip(columns, row, strict=True))
     return (
-        f"The switch changes the 2D+3D mIoU by {values['change']} on the mean of {len(results)} results: better by > 2 "
-        f"in {values['better by > 2']}, worse by > 0.5 in {values['worse by > 0.5']}; of all figures, "
-        f"{values['any view worse']} are worse by > 0.5, and {values['beyond interval']} beyond their "
-        f"interval; it closes {values['to oracle']} of the distance to the oracle."
+        f"The switch changes the mean 2D+3D mIoU of {len(results)} results by {values['change']}. It is better by > 2 "
+        f"in {values['better by > 2']} results, and worse by > 0.5 in {values['worse by > 0.5']}. In all views "
+        f"together, {values['any view worse']} figures are worse by > 0.5, and {values['beyond interval']} are worse "
+        f"beyond their interval. The switch closes {values['to oracle']} of the distance to the oracle."
     )
 
 
