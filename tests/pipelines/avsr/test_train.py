@@ -75,13 +75,12 @@ def train_fusion(caches: tuple[Path, Path], run: Path, runs: dict[str, Path], *,
 
 @pytest.mark.slow
 @pytest.mark.no_mutants
-def test_a_recognizer_learns_letters_from_sound_or_lips(caches: tuple[Path, Path], tmp_path: Path) -> None:
-    for name, epochs, seed in (("audio", 40, 0), ("video", 20, 2)):
-        data = [utterances(cache, name) for cache in caches]
-        settings = fit_settings(epochs=epochs, lr=1e-2, batch_size=4, seed=seed)
-        report = train_speech(*data, tmp_path / name, recipe(ctc_weight=1.0), settings)
-        assert report.measures["WER plain"] < 0.35
-        assert set(report.measures) == {"WER plain"}
+def test_a_recognizer_learns_letters_from_lips(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    data = [utterances(cache, "video") for cache in caches]
+    settings = fit_settings(epochs=20, lr=1e-2, batch_size=4, seed=2)
+    report = train_speech(*data, tmp_path / "run", recipe(ctc_weight=1.0), settings)
+    assert report.measures.keys() == {"WER plain"}
+    assert report.measures["WER plain"] < 0.35
 
 
 def train_with_views(caches: tuple[Path, Path], run: Path, checkpoint_s: float) -> None:
