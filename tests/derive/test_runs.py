@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -63,26 +62,17 @@ def test_repair_without_or_with_another_run_raises(cache: Path, work: Path, tmp_
         verify_cache(cache, VerifySettings(repair=True))
 
 
-@pytest.mark.parametrize(
-    ("words", "options", "error", "word"),
-    [
-        (("projekted",), {}, UnknownNameError, "projected"),
-        ((), {"modality": "audio"}, UnknownNameError, "audio"),
-    ],
-)
-def test_refusals(
-    cache: Path, work: Path, words: tuple[str, ...], options: dict[str, Any], error: type[Exception], word: str
-) -> None:
-    with pytest.raises(error, match=word):
-        derive_from_run(cache, work / "vectors", *words, **options)
-
-
-def test_run_on_another_encoder_is_refused(cache: Path, work: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(work / "vectors", tmp_path / "other")
+def test_refusals(cache: Path, work: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(work / "vectors", tmp_path / "other"))
     inputs = read_json(other / "run.json")["inputs"]
     inputs["image"]["fingerprint"]["weights"] = "other"
     edit_record(other / "run.json", inputs=inputs)
-    with pytest.raises(FingerprintError, match="the cache's open_toy/cls comes from another encoder"):
+    run = work / "vectors"
+    with pytest.raises(UnknownNameError, match="projected"):
+        derive_from_run(cache, run, "projekted")
+    with pytest.raises(UnknownNameError, match="audio"):
+        derive_from_run(cache, run, modality="audio")
+    with pytest.raises(FingerprintError, match="open_toy/cls"):
         derive_from_run(cache, other)
 
 
@@ -96,12 +86,12 @@ def test_command_line(cache: Path, work: Path, tmp_path: Path) -> None:
     assert "reused 300" in succeed(*words, cwd=tmp_path)
     refused = embedcache(*words, "--parameter", "whiten=true", cwd=tmp_path)
     assert refused.code == 1
-    assert "preprocessing.whiten: stored False, requested True" in refused.stderr
+    assert "whiten" in refused.stderr
     for more, message in (
-        ((), "--rule: expected either --run or --rule, got neither"),
-        (("--rule", "mean", "--run-output", "prob"), "--run-output: expected with --run only; omit it"),
-        (("--run", "r", "--input", "image=a"), "--input: expected with --rule only"),
-        (("--rule", "mean", "--input", "image"), "--input: expected MODALITY=NAME, such as image=dinov2/cls"),
+        ((), "neither"),
+        (("--rule", "mean", "--run-output", "prob"), "--run-output"),
+        (("--run", "r", "--input", "image=a"), "--input"),
+        (("--rule", "mean", "--input", "image"), "MODALITY=NAME"),
     ):
         refused = embedcache("derive", cache, *more, cwd=tmp_path)
         assert refused.code == 1
