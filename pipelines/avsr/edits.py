@@ -31,7 +31,7 @@ def align_words(references: Sequence[str], hypotheses: Sequence[str]) -> list[li
 
     output = jiwer.process_words(list(references), list(hypotheses))
 
-    aligned = []
+    word_pairs = []
     for chunks, said, heard in zip(output.alignments, output.references, output.hypotheses, strict=True):
         pairs: list[tuple[str, str]] = []
 
@@ -40,8 +40,8 @@ def align_words(references: Sequence[str], hypotheses: Sequence[str]) -> list[li
             said_part = said[chunk.ref_start_idx : chunk.ref_end_idx]
             heard_part = heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
             pairs += zip_longest(said_part, heard_part, fillvalue="")
-        aligned.append(pairs)
-    return aligned
+        word_pairs.append(pairs)
+    return word_pairs
 
 
 def count_word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Ints:

@@ -50,17 +50,17 @@ def recognize_utterances(
     check_decoder(run.info.settings, decoding)
 
     # Views change only the sound, so a run on lips decodes once for all of them.
-    decoded = views if "audio" in utterances.streams else views[:1]
+    decoded_views = views if "audio" in utterances.streams else views[:1]
     texts: dict[str, list[str]] = {}
 
-    for view in decoded:
+    for view in decoded_views:
         texts[view] = []
         for encoded in encode_utterances(
             network, utterances, views={"audio": view}, videos_of=videos_of, device=device
         ):
             texts[view] += [to_text(best.symbols) for best in recognize(network, encoded, decoding)]
 
-    return {view: texts.get(view, texts[decoded[0]]) for view in views}
+    return {view: texts.get(view, texts[decoded_views[0]]) for view in views}
 
 
 @torch.no_grad()

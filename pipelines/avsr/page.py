@@ -114,8 +114,8 @@ def summarize(results: Results, sets: Sequence[str]) -> str:
 
     levels = ", ".join(map(level_name, views_of(results, sets[0])))
     num_seeds = len(results.seeds(FUSION, sets[0]))
-    averaged = "one seed" if num_seeds == 1 else f"means over {num_seeds} seeds"
-    return f"Word error rates in percent at {levels}, {averaged}. " + " ".join(lines)
+    seeds_note = "one seed" if num_seeds == 1 else f"means over {num_seeds} seeds"
+    return f"Word error rates in percent at {levels}, {seeds_note}. " + " ".join(lines)
 
 
 def show_utterances(

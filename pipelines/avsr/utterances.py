@@ -165,8 +165,10 @@ def open_utterances(
         DataError: a feature has no axis of time, an utterance has several texts, a transcript has other characters than
             `SYMBOLS`, or no utterance has all of them.
     """
-    opened = {name: _open_views(cache, name, feature, (views or {}).get(name)) for name, feature in features.items()}
-    rows = {name: _rows_of_all_views(cache, view_features) for name, view_features in opened.items()}
+    view_features = {
+        name: _open_views(cache, name, feature, (views or {}).get(name)) for name, feature in features.items()
+    }
+    rows = {name: _rows_of_all_views(cache, stream_views) for name, stream_views in view_features.items()}
     owners = {name: cache.items(name, columns=["sample"])["sample"].to_numpy() for name in features}
 
     table = cache.items("text", columns=["sample", "text"])
@@ -180,9 +182,9 @@ def open_utterances(
         raise DataError(f"{cache.path}: expected utterances with a transcript and {' and '.join(features)}, got none")
 
     streams = {}
-    for name, view_features in opened.items():
+    for name, stream_views in view_features.items():
         rows_M = rows[name][np.isin(owners[name][rows[name]], samples_S)]
-        streams[name] = _open_stream(cache, name, view_features, rows_M, owners[name][rows_M])
+        streams[name] = _open_stream(cache, name, stream_views, rows_M, owners[name][rows_M])
 
     keys = cache.column("key").take(samples_S).to_pylist()
     texts = _read_transcripts(table, samples_S, keys)
@@ -212,11 +214,11 @@ def open_for_run(
     """
     inputs = Run.open(run_path, kind=KIND).info.inputs
     names = tuple(streams or inputs)
-    opened = {name: views if name == "audio" else (PLAIN,) for name in names}
+    stream_views = {name: views if name == "audio" else (PLAIN,) for name in names}
 
     # A view must come from the encoder of the training, or its features mean nothing to the run.
     for name in names:
-        for view in opened[name]:
+        for view in stream_views[name]:
             feature = open_input(cache, name, view_feature(inputs[name].feature, view))
             check_same_view(
                 f"the {name} feature of {run_path}",
@@ -227,7 +229,7 @@ def open_for_run(
             )
 
     features = {name: inputs[name].feature for name in names}
-    return open_utterances(cache, features, views=opened)
+    return open_utterances(cache, features, views=stream_views)
 
 
 def _open_views(cache: Cache, stream: str, feature: str, views: Sequence[str] | None) -> dict[str, InputFeature]:
@@ -335,9 +337,9 @@ class UtteranceBatches:
 
         # Utterances of similar lengths share a batch, so that little of it is padding.
         buckets = [order[rows] for rows in blocks(self.num_samples, self._batch_size * _BUCKET_BATCHES)]
-        ordered = np.concatenate([bucket[np.argsort(self._lengths_S[bucket], kind="stable")] for bucket in buckets])
+        order = np.concatenate([bucket[np.argsort(self._lengths_S[bucket], kind="stable")] for bucket in buckets])
 
-        parts = np.array_split(ordered, self.num_steps)
+        parts = np.array_split(order, self.num_steps)
         for step in rng.permutation(self.num_steps)[first_step:].tolist():
             yield DrawnBatch(parts[step], self._seed, number, step)
 

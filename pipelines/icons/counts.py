@@ -137,7 +137,7 @@ def measure(workdir: Path, collection: Collection, icons: Path) -> list[list[str
 
     answers_path = workdir / f"{collection.name}.answers.json"
     write_answers(answers_path, answers, cache, "image")
-    answered = measure_coverage(cache.path, concepts, run=report.pool.run_path, answers=answers_path)
+    answered_report = measure_coverage(cache.path, concepts, run=report.pool.run_path, answers=answers_path)
 
     # Estimates cover the pool, so the labels are cut to it.
     is_shown_NC = is_shown_NC[report.pool.rows]
@@ -147,7 +147,7 @@ def measure(workdir: Path, collection: Collection, icons: Path) -> list[list[str
 
     rows = [
         _estimated(title, report, sims_NC, is_shown_NC, can_tell_C),
-        _estimated("… with 24 answers each", answered, sims_NC, is_shown_NC, np.ones(len(names), bool)),
+        _estimated("… with 24 answers each", answered_report, sims_NC, is_shown_NC, np.ones(len(names), bool)),
     ]
 
     for method, is_marked_NC in _baselines(report, sims_NC).items():

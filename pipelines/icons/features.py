@@ -186,15 +186,15 @@ def cut_caches(data: Data, folder: Path, seed: int, selection: Path) -> dict[str
 
     # Only these icons need the other features, which would take hours for all.
     rows = [read_selection(selection, [data.icons]), split.rows("val"), split.rows("test")]
-    used = Selection(rows=np.sort(np.concatenate(rows)))
-    write_selection(folder / "used.parquet", data.icons, used, {"seed": seed})
+    cut = Selection(rows=np.sort(np.concatenate(rows)))
+    write_selection(folder / "used.parquet", data.icons, cut, {"seed": seed})
 
     caches = {NAMES: folder / "icons", FAMILIES: folder / "families", EMOJI: folder / "emoji"}
     cut_cache(data.icons.path, folder / "used.parquet", caches[NAMES])
 
     split = Split(
-        parts=np.array(split.parts)[used.rows].tolist(),
-        groups=np.array(split.groups)[used.rows].tolist(),
+        parts=np.array(split.parts)[cut.rows].tolist(),
+        groups=np.array(split.groups)[cut.rows].tolist(),
     )
     write_split(folder / f"split-{seed}.parquet", [Cache(caches[NAMES])], split)
 

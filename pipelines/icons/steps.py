@@ -339,8 +339,8 @@ def strict_split(
         part_S[rows] = part
 
     split = Split(parts=part_S.tolist(), groups=name_S.tolist())
-    dropped = {"near the test": near_test, "like held-out families": near_families, "near validation": near_val}
-    parts = {"train": train, "val": val, "test": test, "held-out families": families, **dropped}
+    dropped_parts = {"near the test": near_test, "like held-out families": near_families, "near validation": near_val}
+    parts = {"train": train, "val": val, "test": test, "held-out families": families, **dropped_parts}
     return split, {name: len(rows) for name, rows in parts.items()}
 
 

@@ -118,11 +118,11 @@ def rows_of(cache: Path, split: str) -> Ints:
 def read_points(cache: Path, split: str, modalities: Sequence[str]) -> PointData:
     """Read the features of all points of one split into memory."""
     rows = rows_of(cache, split)
-    opened = Cache(cache)
-    labels = opened.feature("points", "fields/label").gather_tokens(rows)
+    points = Cache(cache)
+    labels = points.feature("points", "fields/label").gather_tokens(rows)
     features = {}
     for name in modalities:
-        features[name] = np.concatenate(opened.feature("points", FEATURES[name]).gather_tokens(rows))
+        features[name] = np.concatenate(points.feature("points", FEATURES[name]).gather_tokens(rows))
     lengths_G = np.array([len(values) for values in labels])
     return PointData(features=features, labels_N=np.concatenate(labels)[:, 0].astype(np.int64), lengths_G=lengths_G)
 

@@ -196,21 +196,21 @@ def write_item_captions(
         tokens = read_tokens(media, rows_I[part], device=device)
         captions += write_captions(network, tokens, network.classifier("caption"), vocabulary)
 
-    decoded = [network.vocabulary.decode(caption.numbers) for caption in captions]
-    return dict(zip(media.keys_of(rows_I), decoded, strict=True))
+    texts = [network.vocabulary.decode(caption.numbers) for caption in captions]
+    return dict(zip(media.keys_of(rows_I), texts, strict=True))
 
 
 def _references(examples: TaskExamples) -> dict[int, set[str]]:
     """Return row of an item -> its captions in the examples, as decoded words."""
     assert examples.rows_N is not None
-    decoded = [
+    target_texts = [
         examples.vocabulary.decode(examples.target_words.take(np.array([number])).numbers_M)
         for number in range(len(examples.targets))
     ]
 
     references: dict[int, set[str]] = {}
     for row, target in zip(examples.rows_N.tolist(), examples.target_N.tolist(), strict=True):
-        references.setdefault(row, set()).add(decoded[target])
+        references.setdefault(row, set()).add(target_texts[target])
     return references
 
 

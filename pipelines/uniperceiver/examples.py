@@ -39,13 +39,13 @@ class WordTable:
 
 def open_word_table(cache: Cache, feature: str) -> WordTable:
     """Open a cache whose texts are single words, such as `texts:words.txt` with the words of `list_words`."""
-    opened = open_input(cache, "text", feature)
-    opened.require_complete()
+    input_feature = open_input(cache, "text", feature)
+    input_feature.require_complete()
     words = cache.items("text", columns=["text"])["text"].to_pylist()
     return WordTable(
         vocabulary=Vocabulary(words),
-        vectors_VD=opened.load()(np.arange(len(words))).values,
-        feature=opened,
+        vectors_VD=input_feature.load()(np.arange(len(words))).values,
+        feature=input_feature,
         index_digest=cache.info.index_digest,
     )
 
@@ -100,9 +100,11 @@ class Media:
 
 def open_media(cache: Cache, modality: str, feature: str) -> Media:
     """Read a feature into memory, such as the tokens of images."""
-    opened = open_input(cache, modality, feature)
-    opened.require_complete()
-    return Media(cache=cache, feature=opened, read=opened.load(), axis=cache.feature(modality, feature).axis)
+    input_feature = open_input(cache, modality, feature)
+    input_feature.require_complete()
+    return Media(
+        cache=cache, feature=input_feature, read=input_feature.load(), axis=cache.feature(modality, feature).axis
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,12 +80,12 @@ def show_images(runs: Runs, fraction: float) -> list[ShownImage]:
             objects[key] = [f"{answers['color'].expected} {answers['shape'].expected}"]
     items = {sample.key: sample.images[0] for sample in photos.samples()}
     files = {key: photos.read(items[key]) for key in list(objects)[:num_photos]}
-    described = _describe(runs, network, "vqa", files, objects)
+    photos_shown = _describe(runs, network, "vqa", files, objects)
 
     tuned_network, tuned = load_shared(runs.path(tuned_run("prompts", EASY_VQA, fraction)))
     (task,) = tuned.info.settings["tasks"]
     tuned_answers = {key: _answer(runs, tuned_network, task["candidates"], key, questions[key]) for key in files}
-    return shown + [replace(image, answers=tuned_answers[image.title]) for image in described]
+    return shown + [replace(image, answers=tuned_answers[image.title]) for image in photos_shown]
 
 
 def _describe(

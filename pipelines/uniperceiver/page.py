@@ -138,23 +138,23 @@ def _parts(results: Results, fractions: Sequence[float], other_fractions: Mappin
     questions = list(MEASURED)
     seeds = [result.seed for result in results.seeds(PRETRAINED, questions[0])]
 
-    averaged = (
+    seeds_note = (
         f"Seed {seeds[0]} alone, with 95% intervals over items."
         if len(seeds) == 1
         else f"Means over the seeds {', '.join(map(str, seeds))}, with 95% intervals over seeds and items."
     )
 
-    parts = [Part("Tasks of pre-training", [averaged], pretraining_table(results, questions))]
+    parts = [Part("Tasks of pre-training", [seeds_note], pretraining_table(results, questions))]
     for data, fraction in [*((EASY_VQA, fraction) for fraction in fractions), *other_fractions.items(), (LETTERS, 1)]:
         question = question_name(data, fraction)
 
         # All models of a data set have the same examples.
         result = results.seeds(MODELS[data][0], question)[0]
         counts = f"{result.num_trained:,} examples to train on, {result.num_examples:,} to test."
-        parts.append(Part(title_of(data, fraction), [averaged, counts], novel_table(results, data, fraction)))
+        parts.append(Part(title_of(data, fraction), [seeds_note, counts], novel_table(results, data, fraction)))
 
     curves = answer_curves(results, fractions)
-    parts.insert(1, Part("easy-VQA by the fraction of answers", [averaged], figure=curves, name="curves"))
+    parts.insert(1, Part("easy-VQA by the fraction of answers", [seeds_note], figure=curves, name="curves"))
 
     tasks_alone = {name: run_alone(measure.task) for name, measure in MEASURED.items()}
     columns, rows = interference_table(results, tasks_alone)

@@ -186,16 +186,16 @@ def train_multitask(
     inputs = {name: describe_input(item.feature) for name, item in media.items()}
 
     # The tables decide the run as much as the settings do, so their digests are recorded.
-    described = [dict(task.describe()) for task in tasks]
+    task_records = [dict(task.describe()) for task in tasks]
     train_media = _all_media([task.train for task in tasks])
     indexes = [item.cache.info.index_digest for item in train_media]
     info = RunInfo(
         kind=KIND,
         arguments=arguments,
         inputs={**inputs, "words": describe_input(words.feature)},
-        settings=json.loads(canonical_json({"steps_per_epoch": recipe.steps_per_epoch, "tasks": described})),
+        settings=json.loads(canonical_json({"steps_per_epoch": recipe.steps_per_epoch, "tasks": task_records})),
         index_digest="+".join(dict.fromkeys([*indexes, words.index_digest])),
-        digests={"examples": digest(described)},
+        digests={"examples": digest(task_records)},
     )
 
     def make_task(device: str) -> MixtureTask:

@@ -248,9 +248,9 @@ def _window(camera: Camera, solid: Solid) -> tuple[slice, slice] | None:
     sin = np.sin(solid.yaw)
     x = cos * corners[:, 0] - sin * corners[:, 1]
     y = sin * corners[:, 0] + cos * corners[:, 1]
-    turned = np.stack([x, y, corners[:, 2]], axis=1)
+    corners = np.stack([x, y, corners[:, 2]], axis=1)
 
-    uv, depth = camera.project((turned + np.array(solid.center)).astype(np.float32))
+    uv, depth = camera.project((corners + np.array(solid.center)).astype(np.float32))
     if depth.max() <= 0:
         return None
 

@@ -268,8 +268,8 @@ def write_captions(objects: Sequence[str]) -> list[str]:
     """Return the captions of an image from the names of its objects, from left to right. Each mentions all of them."""
     groups = Counter(objects)
     phrases = [_phrase(count, name) for name, count in groups.items()]
-    listed = " and ".join(phrases)
-    captions = [listed, f"there {'is' if groups[objects[0]] == 1 else 'are'} {listed}"]
+    phrase_list = " and ".join(phrases)
+    captions = [phrase_list, f"there {'is' if groups[objects[0]] == 1 else 'are'} {phrase_list}"]
 
     # An order of the groups exists only if the objects of each group are neighbors.
     order = list(groups)
@@ -284,11 +284,11 @@ def write_statements(objects: Sequence[str], rng: np.random.Generator) -> list[t
 
     There is one about each color and shape in the image, and as many about others.
     """
-    used = set(" ".join(objects).split())
+    object_words = set(" ".join(objects).split())
     things = {word: f"{word} shape" if word in COLORS else word for word in (*COLORS, *SHAPES)}
 
-    present = [thing for word, thing in things.items() if word in used]
-    absent = [thing for word, thing in things.items() if word not in used]
+    present = [thing for word, thing in things.items() if word in object_words]
+    absent = [thing for word, thing in things.items() if word not in object_words]
     negatives = [absent[number] for number in rng.permutation(len(absent))[: len(present)]]
 
     statements = []

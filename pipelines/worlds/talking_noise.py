@@ -37,14 +37,14 @@ def write_tapes(
         # The tapes of tests have other voices than the tapes of training.
         rng = np.random.default_rng([seed, len(suffix), 77])
         if suffix:
-            spoken = [_tape_speech(number, rng) for number in range(num_spoken)]
+            speech = [_tape_speech(number, rng) for number in range(num_spoken)]
         else:
             sample = rng.permutation(len(training))[:num_spoken]
-            spoken = [decode_audio(training[number].read_bytes()) for number in sample]
+            speech = [decode_audio(training[number].read_bytes()) for number in sample]
 
-        spoken = [_without_silence(samples) for samples in spoken]
+        speech = [_without_silence(samples) for samples in speech]
         for name, mix in (("babble", mix_babble), ("talker", join_talkers)):
-            write_atomic(folder / f"{name}{suffix}.wav", encode_wav(mix(spoken, num_samples, rng)))
+            write_atomic(folder / f"{name}{suffix}.wav", encode_wav(mix(speech, num_samples, rng)))
             progress.advance(1)
 
     progress.finish()
@@ -57,12 +57,12 @@ def _tape_speech(number: int, rng: np.random.Generator) -> Floats:
     return espeak().speak(words, voice=voice, rate=rate, pitch=int(rng.integers(25, 76)), rng=rng).samples
 
 
-def mix_babble(spoken: Sequence[Floats], num_samples: int, rng: np.random.Generator) -> Floats:
+def mix_babble(speech: Sequence[Floats], num_samples: int, rng: np.random.Generator) -> Floats:
     """Return the sum of twelve streams of speech of equal power: (n,) float32 with a peak of 0.9."""
     total = np.zeros(num_samples, np.float32)
     for _ in range(_NUM_STREAMS):
-        order = rng.permutation(len(spoken))
-        stream = np.concatenate([spoken[number] for number in order])
+        order = rng.permutation(len(speech))
+        stream = np.concatenate([speech[number] for number in order])
 
         # Rolled, so that the streams do not start their first words together.
         stream = np.resize(np.roll(stream, int(rng.integers(len(stream)))), num_samples)
@@ -72,12 +72,12 @@ def mix_babble(spoken: Sequence[Floats], num_samples: int, rng: np.random.Genera
     return scaled
 
 
-def join_talkers(spoken: Sequence[Floats], num_samples: int, rng: np.random.Generator) -> Floats:
+def join_talkers(speech: Sequence[Floats], num_samples: int, rng: np.random.Generator) -> Floats:
     """Return pieces of one second, each with one voice and equal power: (n,) float32 with a peak of 0.9."""
     pieces = []
     for number in range(-(-num_samples // AUDIO_RATE_HZ)):
         # Twice a second, so that a short recording also fills a piece.
-        samples = np.resize(spoken[number % len(spoken)], 2 * AUDIO_RATE_HZ)
+        samples = np.resize(speech[number % len(speech)], 2 * AUDIO_RATE_HZ)
         first = int(rng.integers(AUDIO_RATE_HZ))
         piece = samples[first : first + AUDIO_RATE_HZ]
         pieces.append(piece / np.sqrt(np.mean(piece**2)))

@@ -158,16 +158,16 @@ def align(samples: Floats, phones: Sequence[str]) -> list[Phone]:
         raise DataError(f"pocketsphinx cannot align {' '.join(phones)} to {len(samples)} samples") from None
     _decode_utterance(decoder, data)
 
-    aligned = [phone for part in decoder.get_alignment() for phone in part if phone.name != "SIL"]
-    if [phone.name for phone in aligned] != list(phones):
-        names = " ".join(phone.name for phone in aligned)
+    segments = [phone for part in decoder.get_alignment() for phone in part if phone.name != "SIL"]
+    if [phone.name for phone in segments] != list(phones):
+        names = " ".join(phone.name for phone in segments)
         raise DataError(f"expected the phones {' '.join(phones)} from pocketsphinx, got {names}")
 
     end_s = len(samples) / AUDIO_RATE_HZ - _MARGIN_S
-    starts_s = [_MARGIN_S, *(max(_MARGIN_S, phone.start / 100 - _QUIET_S) for phone in aligned[1:]), end_s]
+    starts_s = [_MARGIN_S, *(max(_MARGIN_S, phone.start / 100 - _QUIET_S) for phone in segments[1:]), end_s]
     return [
         Phone(phone.name, min(start_s, end_s), min(stop_s, end_s))
-        for phone, (start_s, stop_s) in zip(aligned, pairwise(starts_s), strict=True)
+        for phone, (start_s, stop_s) in zip(segments, pairwise(starts_s), strict=True)
     ]
 
 

@@ -271,17 +271,17 @@ def speak_flite(
 
 def _find_words(words: Sequence[str], phones: Sequence[Phone]) -> list[Word]:
     """Return the words with their times, by the number of phones of each."""
-    spoken = [phone for phone in phones if phone.name != "SIL"]
+    sounds = [phone for phone in phones if phone.name != "SIL"]
 
     # flite prints no word boundaries, but the dictionary says how many phones each word has.
     counts = [len(WORDS[word].split()) for word in words]
-    if sum(counts) != len(spoken):
-        names = " ".join(phone.name for phone in spoken)
-        raise DataError(f"expected {sum(counts)} phones for {' '.join(words)!r}, got {len(spoken)}: {names}")
+    if sum(counts) != len(sounds):
+        names = " ".join(phone.name for phone in sounds)
+        raise DataError(f"expected {sum(counts)} phones for {' '.join(words)!r}, got {len(sounds)}: {names}")
 
     bounds = np.cumsum([0, *counts])
     return [
-        Word(word, spoken[first].start_s, spoken[last - 1].stop_s)
+        Word(word, sounds[first].start_s, sounds[last - 1].stop_s)
         for word, first, last in zip(words, bounds[:-1], bounds[1:], strict=True)
     ]
 
@@ -302,8 +302,8 @@ def finish_utterance(parts: Sequence[tuple[Floats, list[Phone], list[Word]]], rn
         pieces += [np.zeros(gap, np.float32), samples]
 
         silence_s = phones[-1].stop_s if phones else 0.0
-        moved = [Phone(name, a + start_s, b + start_s) for name, a, b in part_phones]
-        phones += [Phone("SIL", silence_s, moved[0].start_s), *moved]
+        moved_phones = [Phone(name, a + start_s, b + start_s) for name, a, b in part_phones]
+        phones += [Phone("SIL", silence_s, moved_phones[0].start_s), *moved_phones]
         words += [Word(text, a + start_s, b + start_s, name) for text, a, b, name in part_words]
         place += gap + len(samples)
 
