@@ -365,12 +365,6 @@ def test_index_on_disk_equals_one_in_memory(cache_path: Path, whole: Whole, tmp_
     assert found[0][0].key == "00007"
 
 
-def test_kinds_without_lists_do_not_go_to_disk(cache_path: Path, tmp_path: Path) -> None:
-    for factory in ("Flat", "HNSW8", "SQ8"):
-        with pytest.raises(SettingError, match="lists"):
-            build(cache_path, tmp_path / factory, "exact", factory=factory, on_disk=True)
-
-
 def test_damage_is_found_when_an_index_is_opened(cache_path: Path, whole: Whole, tmp_path: Path) -> None:
     for kind in ("exact", "on disk"):
         for number, name in enumerate(read_card(whole(kind)).files):

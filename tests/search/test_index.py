@@ -120,6 +120,10 @@ def test_invalid_settings_raise(cache_path: Path, tmp_path: Path) -> None:
         ({"feature": "open_toy/cls", "factory": "HNS32"}, SettingError, "HNS32"),
         ({"feature": "open_toy/cls", "factory": "Flat", "memory": 10**6}, SettingError, "both"),
         ({"feature": "open_toy/patches"}, DataError, "patches"),
+        *(
+            ({"feature": "open_toy/cls", "factory": factory, "on_disk": True}, SettingError, "lists")
+            for factory in ("Flat", "HNSW8", "SQ8")
+        ),
     ):
         with pytest.raises(error, match=word):
             build_index(cache_path, tmp_path / "x", **options)

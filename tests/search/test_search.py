@@ -3,7 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from PIL import Image
 from embedcache.arrays import Array, Inputs, normalize
 from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split, write_split
 from embedcache.dataset.vectors import Vectors
 from embedcache.encoders.open import EncoderSpec
@@ -47,7 +46,6 @@ from embedcache.search.settings import Filter, IndexSettings, SearchSettings
 from embedcache.settings import replace_fields
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from embedcache.vectors.opening import open_vectors
 from tests.edits import edit_record
@@ -55,6 +53,7 @@ from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT, ToyTexts
+from tests.train.runs import run as train_small
 from tests.vectors.cases import import_files, unit_rows, write_tree
 
 
@@ -120,25 +119,14 @@ def test_vector_of_a_key_is_that_of_the_feature(cache_path: Path, run_path: Path
 
 @pytest.mark.slow
 def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
-    settings = TrainSettings(
-        model=ModelSettings(projector="token", shared_width=16),
-        optimizer=OptimizerSettings(epochs=2, batch_size=64),
-        split=SplitSettings(kind="key"),
-    )
-    train(
-        cache_path,
-        tmp_path / "run",
-        feature={"image": "open_toy/patches", "text": "open_toy/tokens"},
-        settings=settings,
-    )
+    train_small(cache_path, tmp_path / "run", image="open_toy/patches", text="open_toy/tokens", projector="token")
     assert build_index(cache_path, tmp_path / "index", IndexSettings(run=tmp_path / "run")).num_vectors == 300
-    cache = Cache(cache_path)
+    cache, rows = Cache(cache_path), np.arange(300)
     pair = Run.open(tmp_path / "run").pair
-    queries = cache.items("text")["text"].to_pylist()[:2]
-    rows = np.arange(300)
     images = project(pair.tower("image"), open_input(cache, "image", "open_toy/patches").read(rows))
     vectors = project(pair.tower("text"), open_input(cache, "text", "open_toy/tokens").read(rows[:2]))
-    for query, hits in zip(vectors, search(tmp_path / "index", queries, SearchSettings(k=3)), strict=True):
+    found = search(tmp_path / "index", cache.items("text")["text"].to_pylist()[:2], SearchSettings(k=3))
+    for query, hits in zip(vectors, found, strict=True):
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(images @ query)[::-1][:3], atol=2e-3)
 
 
@@ -188,12 +176,6 @@ def test_spaces_around_a_text_change_nothing(image_folder: Path, tmp_path: Path)
     np.testing.assert_array_equal(model.encode_text(f"  {caption}\n"), model.encode_text(caption))
 
 
-def test_search_with_other_run_raises(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
-    other = train_run(cache_path, tmp_path / "other", seed=1)
-    with pytest.raises(FingerprintError, match="weights"):
-        search(index_path, ["red"], SearchSettings(run=other))
-
-
 @pytest.mark.slow
 def test_search_after_move(cache_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "here" / "cache")
@@ -207,21 +189,6 @@ def test_search_after_move(cache_path: Path, tmp_path: Path) -> None:
         search(tmp_path / "index", ["red bar"])
     there = SearchSettings(k=3, run=tmp_path / "there" / "run", cache=tmp_path / "there" / "cache")
     assert search(tmp_path / "index", ["red bar"], there) == before
-
-
-def test_invalid_search_raises(index_path: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(index_path, tmp_path / "other"))
-    card = json.loads((other / "card.json").read_text())
-    (other / "card.json").write_text(json.dumps({**card, "format": 9}))
-    for path, queries, error, word in (
-        (index_path, [], SettingError, "query"),
-        (index_path, ["red", " "], DataError, "empty"),
-        (tmp_path / "no", ["red"], PathError, "exist"),
-        (other, ["red"], ValueError, "index format 9"),
-        (index_path, Queries(rows=[300]), UnknownNameError, "300"),
-    ):
-        with pytest.raises(error, match=word):
-            search(path, queries)
 
 
 def test_query_images_keys_and_vectors(cache_path: Path, image_folder: Path, run_path: Path, index_path: Path) -> None:
@@ -293,23 +260,56 @@ def test_query_concept_may_be_a_name_of_a_file(index_path: Path, tmp_path: Path)
     assert list(hits[0]) != list(hits[1])
 
 
-def test_invalid_queries_raise(index_path: Path, concepts: Path, tmp_path: Path) -> None:
+def test_wrong_requests_raise(
+    cache_path: Path, index_path: Path, labeled_index: Path, concepts: Path, run_path: Path, tmp_path: Path
+) -> None:
     index = OpenIndex(index_path)
-    wrong: list[tuple[dict[str, Any], type[EmbedcacheError], str]] = [
-        ({"keys": ["00001", "x"]}, UnknownNameError, "'x'"),
-        ({"images": [tmp_path / "no.png"]}, PathError, "no.png"),
-        ({"vectors": np.ones(15)}, DataError, r"\(1, 15\)"),
-        ({"vectors": np.ones((2, 16, 16))}, DataError, r"\(2, 16, 16\)"),
-        ({"vectors": np.eye(17, 16)}, DataError, "row 16"),
-        ({"vectors": np.full((2, 16), np.nan)}, DataError, "NaN"),
-        ({"concepts": ["rad"], "concept_cache": concepts}, UnknownNameError, "rad"),
+    other_run = train_run(cache_path, tmp_path / "run", seed=1)
+    later = Path(shutil.copytree(index_path, tmp_path / "later"))
+    card = json.loads((later / "card.json").read_text())
+    (later / "card.json").write_text(json.dumps({**card, "format": 9}))
+    red = Queries(concepts=["red"], concept_cache=concepts)
+
+    wrong: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (lambda: search(index_path, []), SettingError, "query"),
+        (lambda: search(index_path, ["red", " "]), DataError, "empty"),
+        (lambda: search(tmp_path / "no", ["red"]), PathError, "exist"),
+        (lambda: search(later, ["red"]), ValueError, "index format 9"),
+        (lambda: search(index_path, ["red"], SearchSettings(run=other_run)), FingerprintError, "weights"),
+        (lambda: OpenIndex(labeled_index, run=run_path), FingerprintError, "run"),
+        (lambda: search(labeled_index, Queries(texts=["red"])), DataError, "open_toy/cls"),
+        (lambda: search(labeled_index, red), DataError, "open_toy/cls"),
+        (lambda: index.search(red, k=0), SettingError, "got 0"),
+        (lambda: index.search(red, k=301), SettingError, "got 301"),
+        (lambda: index.search(Queries(rows=[300])), UnknownNameError, "300"),
+        (lambda: index.search(Queries(keys=["00001", "x"])), UnknownNameError, "'x'"),
+        (lambda: index.search(Queries(images=[tmp_path / "no.png"])), PathError, "no.png"),
+        (lambda: index.search(Queries(concepts=["rad"], concept_cache=concepts)), UnknownNameError, "rad"),
+        (lambda: index.search(Queries(vectors=np.ones(15))), DataError, r"\(1, 15\)"),
+        (lambda: index.search(Queries(vectors=np.ones((2, 16, 16)))), DataError, r"\(2, 16, 16\)"),
+        (lambda: index.search(Queries(vectors=np.eye(17, 16))), DataError, "row 16"),
+        (lambda: index.search(Queries(vectors=np.full((2, 16), np.nan))), DataError, "NaN"),
+        (lambda: index.search_vectors(np.ones(16)), DataError, "expected"),
+        (lambda: index.search_vectors(np.ones((2, 15))), DataError, "15"),
+        (lambda: index.search_vectors(np.full((2, 16), np.nan)), DataError, "finite"),
     ]
-    for options, error, word in wrong:
+    for call, error, word in wrong:
         with pytest.raises(error, match=word):
-            index.search(Queries(**options))
-    for vectors, word in ((np.ones(16), "expected"), (np.ones((2, 15)), "15"), (np.full((2, 16), np.nan), "finite")):
-        with pytest.raises(DataError, match=word):
-            index.search_vectors(vectors)
+            call()
+
+
+def test_modalities_that_can_be_compared(index_path: Path, labeled_index: Path) -> None:
+    projected, plain = OpenIndex(index_path).query_encoder, OpenIndex(labeled_index).query_encoder
+    assert [projected.rejection(name) for name in ("image", "text")] == [None, None]
+    assert "image and text" in str(projected.rejection("audio"))
+    assert plain.rejection("image") is None
+    assert "open_toy/cls" in str(plain.rejection("text"))
+
+
+@pytest.mark.parametrize(("k", "num_hits"), [(None, 10), (1, 1), (300, 300)])
+def test_number_of_results(index_path: Path, k: int | None, num_hits: int) -> None:
+    found = OpenIndex(index_path).search(Queries(keys=["00005", "00000"]), k=k)
+    assert [len(hits) for hits in found] == [num_hits] * 2
 
 
 def test_files_of_vectors(tmp_path: Path) -> None:
@@ -364,29 +364,6 @@ def test_queries_of_another_type_raise(options: dict[str, Any], word: str) -> No
         Queries(**options)
     with pytest.raises(SettingError, match="red"):
         Queries(concepts=["red", "sky"])
-
-
-@pytest.mark.slow
-def test_number_of_results(index_path: Path) -> None:
-    index, queries = OpenIndex(index_path), Queries(keys=["00005", "00000"])
-    for k, found in ((None, 10), (1, 1), (300, 300)):
-        assert [len(hits) for hits in index.search(queries, k=k)] == [found] * 2
-    for k in (0, 301):
-        with pytest.raises(SettingError, match=f"got {k}"):
-            index.search(queries, k=k)
-
-
-def test_modalities_that_can_be_compared(index_path: Path, labeled_index: Path, concepts: Path, run_path: Path) -> None:
-    projected, plain = OpenIndex(index_path).query_encoder, OpenIndex(labeled_index).query_encoder
-    assert [projected.rejection(name) for name in ("image", "text")] == [None, None]
-    assert "image and text" in str(projected.rejection("audio"))
-    assert plain.rejection("image") is None
-    assert "open_toy/cls" in str(plain.rejection("text"))
-    for queries in (Queries(texts=["red"]), Queries(concepts=["red"], concept_cache=concepts)):
-        with pytest.raises(DataError, match="open_toy/cls"):
-            search(labeled_index, queries)
-    with pytest.raises(FingerprintError, match="run"):
-        OpenIndex(labeled_index, run=run_path)
 
 
 def test_keys_without_an_indexed_item_are_named(tmp_path: Path) -> None:
@@ -472,26 +449,21 @@ def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path, t
 
 
 @pytest.mark.slow
-def test_language(tmp_path: Path) -> None:
-    write_images(tmp_path / "photos", 12)
-    for path in sorted((tmp_path / "photos").glob("*.txt"))[:4]:
-        path.with_suffix(".json").write_text(json.dumps({"caption": f"rot {path.stem}", "language": "de"}))
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
-    for modality in ("image", "text"):
-        build_index(tmp_path / "cache", tmp_path / modality, IndexSettings(modality=modality))
-    ask = Queries(keys=["00000"])
-    (hits,) = search(tmp_path / "image", ask, SearchSettings(filter=Filter(language=("de",))))
+def test_language(in_two_languages: Path) -> None:
+    ask, german = Queries(keys=["00000"]), SearchSettings(filter=Filter(language=("de",)))
+    (hits,) = search(in_two_languages / "image", ask, german)
     assert sorted(hit.row for hit in hits) == [0, 1, 2, 3]
     assert all(list(hit.captions) == [f"rot {hit.key}"] for hit in hits)
-    (hits,) = search(tmp_path / "text", ask, SearchSettings(filter=Filter(language=("de",))))
+    (hits,) = search(in_two_languages / "text", ask, german)
     assert sorted(hit.captions[0] for hit in hits) == [f"rot 0000{number}" for number in range(4)]
-    assert CacheFilters(Cache(tmp_path / "cache"), "image").values("language") == {"de": 4}
-    (hits,) = search(tmp_path / "image", ask)  # captions of other languages are folded
+    assert CacheFilters(Cache(in_two_languages / "cache"), "image").values("language") == {"de": 4}
+
+    (hits,) = search(in_two_languages / "image", ask)  # captions of other languages are folded
     assert hits[0].languages == ["de", None]
     assert hits[0].captions == ["rot 00000"]
     assert all(hit.languages == [None] and len(hit.captions) == 1 for hit in hits if hit.row > 3)
     with pytest.raises(UnknownNameError, match="fr"):
-        search(tmp_path / "image", ask, SearchSettings(filter=Filter(language=("fr",))))
+        search(in_two_languages / "image", ask, SearchSettings(filter=Filter(language=("fr",))))
 
 
 def test_invalid_filters_raise(labeled: Path, labeled_index: Path, tmp_path: Path) -> None:
@@ -553,23 +525,22 @@ def test_values_are_counted_with_those_that_no_item_has(captioned: Path, labeled
 
 
 def test_missing_columns_and_captions_are_named(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
-    cache, _ = import_files(
-        open_vectors("clip-retrieval", write_tree(tmp_path / "tree", unit_rows(3))), tmp_path / "cache"
-    )
-    without_languages = CacheFilters(Cache(cache_path), "image", run_path)
-    for filters in (
-        CacheFilters(cache, "image"),
-        CacheFilters(cache, "image", tmp_path),
+    tree = write_tree(tmp_path / "tree", unit_rows(3))
+    bare, _ = import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
+    for filters, missing in (
+        (CacheFilters(bare, "image"), {"label", "split", "language"}),
+        (CacheFilters(bare, "image", tmp_path), {"label", "split", "language"}),
+        (CacheFilters(Cache(cache_path), "image", run_path), {"label", "language"}),
     ):
-        assert [filters.values(name) for name in ("label", "split", "language")] == [{}, {}, {}]
-        for condition in (Filter(label_value=("cat",)), Filter(part=("val",)), Filter(language=("de",))):
+        conditions = {
+            "label": Filter(label_value=("cat",)),
+            "split": Filter(part=("val",)),
+            "language": Filter(language=("de",)),
+        }
+        for name in missing:
+            assert filters.values(name) == {}
             with pytest.raises(UnknownNameError):
-                filters.mask(condition)
-    assert without_languages.values("label") == {}
-    assert sum(without_languages.values("split").values()) == 300
-    for condition in (Filter(label_value=("cat",)), Filter(language=("en",))):
-        with pytest.raises(UnknownNameError):
-            without_languages.mask(condition)
+                filters.mask(conditions[name])
 
 
 def test_a_fraction_of_the_items_is_searched_more_thoroughly(
