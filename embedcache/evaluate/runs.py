@@ -138,7 +138,8 @@ def report_line(start: str, seeds: Sequence[int], scores: Sequence[float], name:
     line = f"{start}; {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
     if len(seeds) > 1:
         line += f" ({name} {', '.join(f'{score:.3f}' for score in scores)})"
-    return "; ".join([f"{line}; 95% intervals over near-duplicate groups", *filter(None, [warning])])
+    line += "; 95% intervals over near-duplicate groups"
+    return f"{line}; WARNING: {warning}" if warning else line
 
 
 def run_input(cache: Cache, run: Run, modality: str) -> InputFeature:
@@ -302,7 +303,7 @@ class Overlap:
     @property
     def warning(self) -> str | None:
         """Warning that the results are too high, or None."""
-        return f"WARNING: {self.line()}" if self.exact or self.near else None
+        return self.line() if self.exact or self.near else None
 
 
 def largest_overlap(overlaps: Iterable[Overlap | None]) -> Overlap | None:

@@ -99,7 +99,7 @@ def test_items_are_classified_by_prompts(
     assert f"30 {noun}, 4 classes of 1 prompt" in " ".join(stdout.split())
     report = evaluate_zero_shot(things, runs[modality], prompts, part="all")
     assert report.warning is not None
-    assert report.warning.startswith("WARNING: seen in training: ")
+    assert report.warning.startswith("seen in training: ")
     assert report.accuracies["acc1"].value > 2 * report.chance["acc1"].value
     model, items = load(runs[modality]), [Things().read(s.files[modality][0]) for s in Things().samples()]  # type: ignore[index]
     names = [name for name, _ in sorted(PITCHES.items())]
