@@ -37,17 +37,17 @@ class AudioEncoder:
 
     Args:
         graph: computes the states of a batch of windows of one shape, passed as `INPUT`.
-        prepare: checked waveform, (n,) float32 at 16 kHz -> model input; called from many threads at once.
+        prepare: checked waveform, (n,) float32 at 16 kHz -> model input; called from many threads concurrently.
         split: model input -> its windows.
         states: names of the outputs of the graph, (T, D) per window.
         width: D.
         min_samples: samples of the shortest recording that gives one token.
-        long_window: size of an input that runs alone on a CPU, where several of them at once need much more memory and
-            are hardly faster.
-        num_parallel: batches that the graph runs at once, each called from a thread of its own.
-        axis: of the tokens.
+        long_window: size of an input that runs alone on a CPU, where several inputs of this size need much more memory
+            and are hardly faster.
+        num_parallel: number of batches that the graph runs concurrently, each called from its own thread.
+        axis: axis of the tokens.
         num_tokens: model input -> number of tokens that belong to the recording, not to padding.
-        fingerprint: of the model; backend and precision are filled in here.
+        fingerprint: fingerprint of the model; backend and precision are filled in here.
     """
 
     modality: Modality = "audio"
@@ -73,7 +73,9 @@ class AudioEncoder:
         self._split = split
         self._min_samples = min_samples
         self._num_tokens = num_tokens
+
         self.axes = dict.fromkeys(states, axis)
+
         features: dict[str, ItemShape] = {}
         for name in states:
             features[name.removesuffix("states") + "mean"] = (width,)
@@ -83,18 +85,29 @@ class AudioEncoder:
         is_on_cpu = torch_device(settings.device).type == "cpu"
         self.batch_size = settings.batch_size or (max(8, 2 * num_parallel) if is_on_cpu else 32)
         self._long_window = long_window if is_on_cpu and settings.batch_size is None else None
+
         self._num_parallel = num_parallel
         self._threads = ThreadPoolExecutor(num_parallel, "audio")
         self.fingerprint = replace(fingerprint, backend=graph.backend, precision=settings.precision)
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
-        """Convert waveforms to model inputs; an `ItemError` names the reason why one of them cannot be encoded."""
+        """Convert waveforms to model inputs.
+
+        Raises:
+            ItemError: one of the waveforms cannot be encoded; the message says why.
+        """
         return [self._prepare(check_audio(item, self._min_samples)) for item in items]
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Compute the named features of one batch: name -> one float32 array per item, (D,) or (T, D)."""
         check_names(names, self.features)
-        windows = [(item, window) for item, inputs in enumerate(prepared) for window in self._split(inputs)]
+
+        # Windows of several items share batches, so that short items do not run one by one.
+        windows: list[tuple[int, Array]] = []
+        for item, inputs in enumerate(prepared):
+            windows += [(item, window) for window in self._split(inputs)]
+
+        # A mean is computed from the states of all windows, so that the graph computes states only.
         sources = sorted({_source(name) for name in names})
         parts: dict[tuple[int, str], list[Floats]] = defaultdict(list)
         for item, outputs in self._run(windows, sources):
@@ -105,8 +118,10 @@ class AudioEncoder:
         for item, inputs in enumerate(prepared):
             for name in names:
                 tokens_TD = np.concatenate(parts[item, _source(name)])[: self._num_tokens(inputs)]
+                # Sums of thousands of float32 rows lose digits that the batch size must not decide.
                 mean_D = tokens_TD.mean(axis=0, dtype=np.float64).astype(np.float32)
                 features[name].append(tokens_TD if name in self.axes else mean_D)
+
         return features
 
     def _run(
@@ -126,21 +141,24 @@ class AudioEncoder:
             results: Iterator[dict[str, Floats]] = map(run, batches)
         else:
             results = prefetch_map(self._threads, run, batches, window=self._num_parallel + 1)
+
         for batch, outputs in zip(batches, results, strict=True):
             for row, (item, _) in enumerate(batch):
                 yield item, {name: outputs[name][row] for name in names}
 
     def _batches(self, windows: Sequence[tuple[int, Array]]) -> Iterator[Sequence[tuple[int, Array]]]:
-        """Iterate over the batches of some windows; the windows of one shape are divided among the threads."""
+        """Iterate over batches of windows of one shape; the windows of each shape are divided among the threads."""
         by_shape: dict[tuple[int, ...], list[tuple[int, Array]]] = {}
         for item, window in windows:
             by_shape.setdefault(window.shape, []).append((item, window))
+
         for shape in sorted(by_shape, key=prod, reverse=True):
-            same = by_shape[shape]
+            shape_windows = by_shape[shape]
             is_alone = self._long_window is not None and prod(shape) >= self._long_window
-            size = 1 if is_alone else min(self.batch_size, -(-len(same) // self._num_parallel))
-            for rows in blocks(len(same), size):
-                yield same[rows]
+            size = 1 if is_alone else min(self.batch_size, -(-len(shape_windows) // self._num_parallel))
+
+            for rows in blocks(len(shape_windows), size):
+                yield shape_windows[rows]
 
 
 def check_audio(item: Any, min_samples: int) -> Floats:
@@ -148,11 +166,14 @@ def check_audio(item: Any, min_samples: int) -> Floats:
     audio = np.asarray(item)
     if audio.ndim != 1 or audio.dtype != np.float32:
         raise ItemError(f"expected mono float32 samples, got {audio.dtype} of shape {audio.shape}")
+
     if len(audio) < min_samples:
         length = f"{len(audio)} samples, {len(audio) / SAMPLE_RATE_HZ:.3f} s"
         raise ItemError(f"too short: {length}; this encoder needs {min_samples / SAMPLE_RATE_HZ:.3f} s")
+
     if not np.isfinite(audio).all():
         raise ItemError(f"{np.count_nonzero(~np.isfinite(audio))} of {len(audio)} samples are NaN or infinite")
+
     return audio
 
 

@@ -1,7 +1,7 @@
 """`frames:lite:efficientnet-lite0,rate=25`: any image encoder on each frame of a video.
 
 Videos differ in their rates, and a feature has one: each video is sampled at `rate` frames per second, so that the time
-axis holds for all of them. The frame shown at the middle of a step stands for it; frames are dropped or repeated, never
+axis fits all of them. The frame shown at the middle of a step stands for it; frames are dropped or repeated, never
 blended. Features are the image encoder's vectors, one row per frame, and `mean`, the mean over the first of them.
 """
 
@@ -30,7 +30,7 @@ _MAX_PREPARED_BYTES = 2**31
 
 
 class RawVideo(Protocol):
-    """What a video item has, see `embedcache.sources.media.Video`."""
+    """Attributes that a video item has; see `embedcache.sources.media.Video`."""
 
     @property
     def rate_hz(self) -> float: ...
@@ -46,6 +46,7 @@ def open_frames(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetti
     """
     check_modality(spec, modality, "video")
     rate_hz = _rate(spec)
+
     if spec.inner is None:
         raise SettingError(f"{spec.text}: expected frames:SPEC of an image encoder: frames:lite:efficientnet-lite0")
     return FrameEncoder(open_encoder(spec.inner, modality="image", settings=settings), rate_hz)
@@ -55,24 +56,30 @@ class FrameEncoder:
     """A video encoder that runs an image encoder on frames at a fixed rate.
 
     Args:
-        encoder: the image encoder; those of its features that are vectors are offered.
+        encoder: the image encoder; only its vector features are offered.
     """
 
     modality: Modality = "video"
 
     def __init__(self, encoder: Encoder, rate_hz: float) -> None:
-        self._encoder, self._rate_hz = encoder, rate_hz
+        self._encoder = encoder
+        self._rate_hz = rate_hz
+
         vectors = {name: shape for name, shape in encoder.features.items() if len(shape) == 1}
         if not vectors:
             raise SettingError(f"{encoder.fingerprint.model} has no vectors, only {', '.join(encoder.features)}")
+
         self._default = next(iter(vectors))
+        # `mean` is the video's own feature, so it replaces a feature of that name of the image encoder.
+        per_frame = [name for name in vectors if name != "mean"]
         self.features: Mapping[str, ItemShape] = {
             "mean": vectors[self._default],
-            **{name: (-1, *shape) for name, shape in vectors.items() if name != "mean"},
+            **{name: (-1, *vectors[name]) for name in per_frame},
         }
         axis = Axis(kind="time", rate_hz=rate_hz, start_s=0.5 / rate_hz)
-        self.axes = {name: axis for name in self.features if name != "mean"}
+        self.axes = dict.fromkeys(per_frame, axis)
         self.batch_size = _VIDEOS_PER_BATCH
+
         image = encoder.fingerprint
         self.fingerprint = replace(
             image,
@@ -81,7 +88,7 @@ class FrameEncoder:
             preprocessing={"rate_hz": rate_hz, "frame": "shown at the middle of a step", "image": image.preprocessing},
             pooling={
                 "mean": f"mean over the frames of {self._default}",
-                **{name: image.pooling[name] for name in vectors if name in image.pooling and name != "mean"},
+                **{name: image.pooling[name] for name in per_frame if name in image.pooling},
             },
         )
 
@@ -99,6 +106,7 @@ class FrameEncoder:
         """Prepare the frame of each step while frames are decoded; the last frame also stands for steps after it."""
         prepared: list[Array] = []
         number = -1
+
         for number, frame in enumerate(video.frames()):
             if number == self._frame_at(len(prepared), video):
                 image = self._prepare_frame(frame())
@@ -106,9 +114,11 @@ class FrameEncoder:
                     prepared.append(image)
                 self._check_size(video, len(prepared), image.nbytes)
 
+        # The number of frames is known only now: the file may state none, or a wrong one.
         num_steps = max(1, round((number + 1) * self._rate_hz / video.rate_hz))
         if len(prepared) < num_steps:
             prepared += [self._prepare_frame(frame())] * (num_steps - len(prepared))
+
         return np.stack(prepared[:num_steps])
 
     def _frame_at(self, step: int, video: RawVideo) -> int:
@@ -119,7 +129,7 @@ class FrameEncoder:
         return self._encoder.prepare([Image.fromarray(np.ascontiguousarray(frame_HW3))])[0]
 
     def _check_size(self, video: RawVideo, num_steps: int, frame_bytes: int) -> None:
-        """Check that the prepared frames of a video fit into memory, given those of its first steps."""
+        """Check that the prepared frames of a video fit into memory, given the size of its first frames."""
         num_expected = max(num_steps, round((video.duration_s or 0) * self._rate_hz))
         if num_expected * frame_bytes > _MAX_PREPARED_BYTES:
             size = format_bytes(num_expected * frame_bytes)
@@ -129,19 +139,24 @@ class FrameEncoder:
         """Run the image encoder on the frames of several videos, in batches of its own size."""
         check_names(names, self.features)
         sources = {name: self._default if name == "mean" else name for name in names}
+
+        # Frames of several videos share batches of the image encoder's own size.
         frames = list(chain.from_iterable(prepared))
         encoded: dict[str, list[Array]] = {source: [] for source in sources.values()}
+
         for rows in blocks(len(frames), self._encoder.batch_size):
             for source, vectors in self._encoder.encode(frames[rows], list(encoded)).items():
                 encoded[source] += vectors
 
         outputs: dict[str, list[Array]] = {name: [] for name in names}
         start = 0
+
         for video in prepared:
             for name, source in sources.items():
                 vectors_TD = np.stack(encoded[source][start : start + len(video)])
                 outputs[name].append(vectors_TD.mean(axis=0, dtype=np.float32) if name == "mean" else vectors_TD)
             start += len(video)
+
         return outputs
 
 
@@ -149,6 +164,7 @@ def _rate(spec: EncoderSpec) -> float:
     text = spec.options.get("rate")
     if text is None:
         return RATE_HZ
+
     if not re.fullmatch(r"\d+(\.\d+)?", text) or not 0 < float(text) <= 1000:
         raise SettingError(f"option rate in {spec.text}: expected frames per second, such as 25 or 0.5, got {text!r}")
     return float(text)

@@ -64,16 +64,18 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
     Args:
         spec: the spec, or its text.
         modality: what to encode; some families serve both.
-        settings: device, precision and backend; `auto` is the fastest device, in float32. None: all `auto`.
+        settings: device, precision and backend. `auto`, the default of each, is the fastest device, in float32.
 
     Raises:
-        EmbedcacheError: a subclass of it per kind of mistake in a spec: unknown family, model or option, a modality
-            that the family does not serve, a missing package, weights that are missing or do not fit.
+        EmbedcacheError: the spec is invalid. Each mistake has a subclass: an unknown family, model or option, a
+            modality that the family does not serve, a missing package, weights that are missing or do not fit.
     """
     if isinstance(spec, str):
         spec = EncoderSpec.parse(spec)
+
     if (reason := why_no_encoder(spec, modality)) is not None:
         raise SettingError(reason)
+
     settings = _without_auto(settings or EncoderSettings())
     open_family = ENCODERS.load(spec.family)
     try:
@@ -81,14 +83,17 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
     except EmbedcacheError:
         raise
     except Exception as error:
-        # What a model's own code does is no bug of ours.
+        # An error in a model's own code is not a bug of this package.
         if not (has_trust() and spec.family in _OF_FOLDERS):
             raise
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ArtifactError(f"{spec.text} cannot be run: {reason}: choose another model") from error
+
+    # White is the default, and fingerprints of caches with it do not record it.
     if modality == "image" and settings.background != "white":
         preprocessing = {**encoder.fingerprint.preprocessing, "background": settings.background}
         encoder.fingerprint = replace(encoder.fingerprint, preprocessing=preprocessing)
+
     return encoder
 
 
@@ -102,10 +107,14 @@ def check_spec(spec: str) -> None:
     parsed = EncoderSpec.parse(spec)
     if parsed.family in (IMPORTED, DERIVED):
         return
+
     for part in filter(None, (parsed, parsed.inner)):
         ENCODERS.load(part.family)
-        named = [expand_home(part.model)] if part.is_path and part.family in ENCODERS.paths else []
-        for path in [*named, *filter(None, [part.weights])]:
+        paths = [expand_home(part.model)] if part.is_path and part.family in ENCODERS.paths else []
+        if part.weights:
+            paths.append(part.weights)
+
+        for path in paths:
             if not path.exists():
                 raise PathError(f"encoder {spec}: expected the files of a model, got {path}, which does not exist")
 
@@ -116,7 +125,7 @@ def why_no_encoder(spec: "EncoderSpec", modality: Modality, *, next_step: str | 
     Args:
         spec: how the features were made.
         modality: modality of the items.
-        next_step: what to do instead; None: what applies to extraction and repair.
+        next_step: the step that the message suggests instead. If None, one that suits extraction and repair.
     """
     if spec.family == IMPORTED:
         next_step = next_step or (
@@ -127,11 +136,13 @@ def why_no_encoder(spec: "EncoderSpec", modality: Modality, *, next_step: str | 
             f"the vectors of {spec.model} were imported and their encoder is unknown, so no {modality} can be encoded "
             f"like them: {next_step}"
         )
+
     if spec.family == DERIVED:
         return (
             f"features of {DERIVED}:{spec.model} are derived from other features, so no raw {modality} can be encoded "
             f"like them: {next_step or 'use the features that they are derived from'}"
         )
+
     return None
 
 
@@ -164,13 +175,16 @@ def reopen_encoder(
     """
     settings = EncoderSettings(**recorded_settings(fingerprint, device), features=feature_names(feature))
     expected = {field: value for field, value in fingerprint.items() if field != "view"}
+
     if modality == "text" and fingerprint["backend"] == "onnxruntime":
         from embedcache.encoders.models import open_stored
 
         if (stored := open_stored(expected, _without_auto(settings))) is not None:
             return stored
+
     with names_from(f"the record of the feature {feature}"):
         encoder = open_encoder(spec, modality=modality, settings=settings)
+
     next_step = "use the weights and libraries that it was extracted with, or extract again"
     check_same(f"feature {feature}", expected, encoder.fingerprint.to_json(), next_step=next_step)
     return encoder
@@ -181,7 +195,7 @@ def recorded_settings(fingerprint: Mapping[str, Any], device: str) -> dict[str, 
 
     What ran on onnxruntime stays on the CPU; all else runs on the device.
     """
-    has_choice = fingerprint["backend"] in {"torch", "onnxruntime"}  # others run one way; imported vectors record none
+    has_choice = fingerprint["backend"] in {"torch", "onnxruntime"}  # other libraries are the only one of their family
     return {
         "device": "cpu" if fingerprint["backend"] == "onnxruntime" else device,
         "backend": fingerprint["backend"] if has_choice else "auto",
@@ -213,25 +227,33 @@ class EncoderSpec:
         """Parse `family:model[,option=value]…`."""
         name, *options = split_options(text)
         family, colon, model = name.strip().partition(":")
+
         if not (family and colon and model):
             families = ", ".join(ENCODERS.names)
             raise SettingError(f"invalid encoder {text!r}: expected family:model: {_EXAMPLES}; families: {families}")
+
         if family not in ENCODERS and family not in (IMPORTED, DERIVED):
             attribute, _, model = model.partition(":")
             family = f"{family}:{attribute}"
+
         return cls(family, model, parse_options(text, options, unstripped=_TEXTS))
 
     @property
     def text(self) -> str:
-        """The spec as text, with options sorted by name; `parse` reads it back."""
+        """The spec as a string, with options sorted by name; `parse` reads it back."""
         name = f"{self.family}:{self.model}" if self.model else self.family
-        return ",".join([name, *(f"{key}={quote_option(value)}" for key, value in sorted(self.options.items()))])
+        options = [f"{key}={quote_option(value)}" for key, value in sorted(self.options.items())]
+        return ",".join([name, *options])
 
     @property
     def absolute(self) -> "EncoderSpec":
         """The same spec with absolute local paths, so that it opens from any working directory."""
-        paths = {key: expand_home(value) for key, value in self.options.items() if key not in _TEXTS}
-        options = {**self.options, **{key: str(path.absolute()) for key, path in paths.items() if path.exists()}}
+        options = dict(self.options)
+        for key, value in self.options.items():
+            path = expand_home(value)
+            if key not in _TEXTS and path.exists():
+                options[key] = str(path.absolute())
+
         model = str(expand_home(self.model).absolute()) if self.is_path else self.model
         if self.inner is not None:
             model = EncoderSpec(self.inner.family, self.inner.absolute.model).text
@@ -247,7 +269,7 @@ class EncoderSpec:
 
     @property
     def is_path(self) -> bool:
-        """Whether the model is a path: it starts with `/`, `~` or a dot, or holds a `/` and is an existing folder."""
+        """Whether the model is a path: it starts with `/`, `~` or a dot, or has a `/` and is an existing folder."""
         is_folder = "/" in self.model and Path(self.model).is_dir()
         return is_folder or self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)
 

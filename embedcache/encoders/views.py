@@ -1,7 +1,7 @@
 """Views: items altered before encoding, by `crop:0.5`, `flip` or your own `my_module:blur`.
 
 A view is a deterministic function from one item, as its decoder returns it, to another of the same modality. Its
-features are stored in a folder of their own, `encoder@view`.
+features are stored in a separate folder, `encoder@view`.
 """
 
 import inspect
@@ -37,12 +37,13 @@ class View:
     """One way to alter items.
 
     Args:
-        name: name that opens it in the folder where its files are; no more than the names of these files.
+        name: name that opens the view in the folder that contains its files; a path is shortened to the file's name.
         modality: modality of the items.
-        apply: alters one item; called from many threads at once. An `ItemError` is the reason why an item fails.
+        apply: function that alters one item; called from many threads concurrently. An `ItemError` says why an item
+            fails.
         fingerprint: everything that decides its output, as JSON values; part of the features' fingerprint.
-        label: short name in that of the encoder's folder; empty: the name.
-        location: name that opens it from any folder, with the paths of its files; empty: the name does.
+        label: short name for the encoder's folder; the name if empty.
+        location: name that opens the view from any folder, with the paths of its files; the name if empty.
     """
 
     name: str
@@ -61,8 +62,8 @@ class View:
 def open_view(name: str) -> View:
     """Open a view by `name[:argument]`, or by `module:attribute[:argument]` of your own.
 
-    Without an argument, the attribute is the function of an item. It takes images, unless it has an attribute
-    `modality` that names another one. With an argument, it is a function of this text that returns a `View`.
+    Without an argument, the attribute is a function of one item. The item is an image unless the function has an
+    attribute `modality` that names another one. With an argument, the attribute maps this string to a `View`.
 
     Raises:
         UnknownNameError: there is no such view.
@@ -76,6 +77,7 @@ def open_view(name: str) -> View:
         apply = VIEWS.load(kind)
         if not colon:
             return _from_function(name, apply)
+
     view = VIEWS.load(kind)(argument)
     if not isinstance(view, View):
         raise SettingError(f"view {name}: expected a function that returns a View, got a {type(view).__name__}")
@@ -87,20 +89,22 @@ def _from_function(name: str, apply: Callable[[Any], Any]) -> View:
     modality = getattr(apply, "modality", "image")
     if modality not in MODALITIES:
         raise SettingError(f"view {name}: expected a modality of {', '.join(MODALITIES)}, got {modality!r}")
+
     try:
         code = digest(inspect.getsource(apply))
     except (OSError, TypeError):
         code = None
+
     return View(name=name, modality=MODALITIES[modality].name, apply=apply, fingerprint={"name": name, "code": code})
 
 
 def reopen_view(fingerprint: Mapping[str, Any], location: str = "") -> View:
-    """Open the view that a fingerprint records; a file that is no longer there is looked for in the current folder.
+    """Open the view that a fingerprint records. A file that no longer exists is looked for in the current folder.
 
     The caller compares the fingerprints.
 
     Raises:
-        PathError: the file is in neither.
+        PathError: the file exists in neither place.
     """
     with names_from("the cache"):
         try:
@@ -147,6 +151,7 @@ def open_feature_encoder(
     expected = fingerprint.get("view")
     if expected is None:
         return FeatureEncoder(encoder=encoder, view=lambda item: item, names=feature_names(feature))
+
     view = reopen_view(expected)
     next_step = "restore the function, or extract again"
     check_same(f"the view of feature {feature}", expected, view.fingerprint, next_step=next_step)
@@ -164,8 +169,9 @@ def open_crop(argument: str) -> View:
 
     def crop(image: Image) -> Image:
         width, height = (max(1, round(side * fraction)) for side in image.size)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return image.crop((left, top, left + width, top + height))
+        left_px = (image.width - width) // 2
+        top_px = (image.height - height) // 2
+        return image.crop((left_px, top_px, left_px + width, top_px + height))
 
     name = f"crop:{argument}"
     return View(name=name, modality="image", apply=crop, fingerprint={"name": name})

@@ -40,6 +40,7 @@ def check_weights_file(path: Path) -> None:
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
         raise PathError(f"expected a weights file, got {path}, which {reason}; give a .safetensors or .pth file")
+
     if not os.access(path, os.R_OK):  # safetensors would report that the file does not exist
         raise PathError(f"cannot read {path}: permission denied; change its permissions")
 
@@ -47,6 +48,7 @@ def check_weights_file(path: Path) -> None:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a `.safetensors` or torch file, without executing anything in it."""
     check_weights_file(path)
+
     try:
         is_torch = path.suffix != ".safetensors"
         state = torch.load(path, map_location="cpu", weights_only=True) if is_torch else load_file(path)
@@ -55,6 +57,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             return {str(name): tensor for name, tensor in state.items()}
     except (*_DAMAGED, RuntimeError, ValueError, KeyError, AttributeError):
         pass  # the reason that torch gives advises to execute the file
+
     raise CorruptError(f"cannot read {path} as the tensors of a model; save its state_dict()")
 
 
@@ -65,6 +68,7 @@ def load_weights(module: torch.nn.Module, path: Path, *, in_order: bool = False)
     """
     state = read_weights(path)
     names = list(module.state_dict()) if in_order else list(state)
+
     try:
         module.load_state_dict(dict(zip(names, state.values(), strict=True)))
     except (RuntimeError, ValueError) as error:
@@ -84,17 +88,23 @@ def find_model_folder(spec: EncoderSpec, *, next_step: str = USE_LOCAL_FOLDER) -
     path = expand_home(spec.model)
     if path.is_dir():
         return ModelFolder(path)
+
     if spec.is_path or path.exists():
         reason = "is a file" if path.exists() else "does not exist"
         raise PathError(f"expected a model folder, got {path}, which {reason}; give one with config.json and weights")
     from huggingface_hub import snapshot_download
 
     with translate_hub_errors(f"{spec.model!r} (not a local folder)", next_step=next_step):
+        # Weights in both formats are common; the second is downloaded only if the first is missing.
         for weights in ("*.safetensors", "*.bin"):
-            patterns = ["*.json", "*.txt", "*.model", "*.jinja", weights, *(["*.py"] if has_trust() else [])]
+            patterns = ["*.json", "*.txt", "*.model", "*.jinja", weights]
+            if has_trust():
+                patterns.append("*.py")
+
             path = Path(snapshot_download(spec.model, revision=spec.options.get("revision"), allow_patterns=patterns))
             if any(path.rglob(weights)):
                 return ModelFolder(path, revision=path.name)
+
     raise PathError(f"{spec.model!r} on the hub has no .safetensors or .bin weights; choose another, or {next_step}")
 
 
@@ -123,11 +133,11 @@ def load_config(folder: Path) -> Any:
 
 
 def load_part(loader: Any, folder: Path, part: str, next_step: str) -> Any:
-    """Call `loader.from_pretrained`, where code in the folder runs within `trust_files` only, and nobody is asked.
+    """Call `loader.from_pretrained`. Code in the folder runs only within `trust_files`; nobody is asked.
 
     Raises:
-        SettingError: it has code of its own.
-        PathError: it has no such part, which can be read.
+        SettingError: the folder has its own code.
+        PathError: the folder has no such part that can be read.
     """
     try:
         return loader.from_pretrained(folder, trust_remote_code=has_trust())
@@ -143,7 +153,7 @@ def needs_trust(folder: Path) -> SettingError:
 
 
 def find_model_class(config: Any) -> Any:
-    """Return the transformers class that loads a model, of an encoder-decoder such as T5 its encoder."""
+    """Return the transformers class that loads a model, or only the encoder of an encoder-decoder such as T5."""
     import transformers
 
     is_whole = not getattr(config, "is_encoder_decoder", False)
@@ -151,7 +161,7 @@ def find_model_class(config: Any) -> Any:
 
 
 def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Module, str]:
-    """Load a transformers model in float32 and eval mode, and hash those of its weights that the checkpoint holds."""
+    """Load a transformers model in float32 and eval mode, and hash the weights that the checkpoint contains."""
     try:
         with quiet_transformers():
             model, info = loader.from_pretrained(
@@ -167,10 +177,13 @@ def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Mo
         raise CorruptError(f"cannot read the weights in {folder}; download the folder again") from error
     except (RuntimeError, ValueError) as error:
         raise _misfit(folder, one_line(error)) from error
-    missing = set(info["missing_keys"])
-    if any(not name.startswith(_OPTIONAL_WEIGHTS) for name in missing):
-        raise _misfit(folder, f"{len(missing)} are missing, such as {min(missing)}")
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
+
+    # Random weights differ from run to run, so a missing weight is an error unless no feature depends on it.
+    missing_names = set(info["missing_keys"])
+    if any(not name.startswith(_OPTIONAL_WEIGHTS) for name in missing_names):
+        raise _misfit(folder, f"{len(missing_names)} are missing, such as {min(missing_names)}")
+
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing_names}
     return model.eval(), hash_weights(state)
 
 
@@ -183,9 +196,11 @@ def quiet_transformers() -> Iterator[None]:
     """Disable the progress bar, and the table of weights that a single tower leaves unused."""
     from transformers.utils import logging
 
-    had_progress_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    had_progress_bar = logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
     try:
         yield
     finally:
