@@ -337,9 +337,10 @@ def _train_all(
     stages: _Stages, cache_path: Path, folder: Path, prototypes: Path | None, *, is_demo: bool
 ) -> dict[str, list[Path]]:
     """Train by the recipe, a closed form of the pairs alone, and the control; return the runs of each."""
-    language = "en" if is_demo else None
-    settings = replace_fields(RECIPE, language=language, prototypes=prototypes)
-    closed_form = replace_fields(CLOSED_FORM, language=language)
+    # Only what is set appears in the printed commands.
+    language = {"language": "en"} if is_demo else {}
+    settings = replace_fields(RECIPE, prototypes=prototypes, **language)
+    closed_form = replace_fields(CLOSED_FORM, **language)
     shuffled = replace_fields(settings, shuffle_pairs=True)
     seeds = SEEDS if is_demo else SEEDS[:1]
     return {

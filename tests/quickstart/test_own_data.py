@@ -1,5 +1,6 @@
 """The quickstart on a folder of one's own: real images with names, and what goes wrong in such folders."""
 
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_second_run_reuses_everything(report: QuickstartReport, photos: Path) ->
     assert "encoded 0 images" in output
     assert output.count("reused, trained earlier") == 3
     assert again.retrieval == report.retrieval
+
+
+def test_printed_trainings_reuse_the_runs(
+    report: QuickstartReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = [stage.command for stage in report.stages if stage.name.startswith("train")]
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", shlex.split(command))
+        with pytest.raises(SystemExit):
+            main()
+    assert capsys.readouterr().out.count("reused, trained earlier") == len(commands) == 3
 
 
 def test_images_without_captions_are_indexed_and_compared(photos: Path, tmp_path: Path) -> None:
