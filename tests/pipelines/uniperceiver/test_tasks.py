@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from embedcache.errors import DataError
-from pipelines.uniperceiver import candidates, tasks
+from pipelines.uniperceiver import candidates
 from pipelines.uniperceiver.candidates import cross_entropy_over, draw_candidates
 from pipelines.uniperceiver.evaluation import load_shared
 from pipelines.uniperceiver.network import SharedNetwork, Tokens
@@ -32,19 +32,6 @@ def test_targets_are_candidates_and_texts_have_one_blank(squares: Squares) -> No
     with pytest.raises(DataError, match="at most one blank"):
         squares.task("texts", "answer").load(two, None, device="cpu")
     squares.task("masked", "masked", "texts").load(two, None, device="cpu")  # its texts are not read
-
-
-@pytest.mark.slow
-def test_blocks_do_not_change_predictions(squares: Squares, squares_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, _ = load_shared(squares_run)
-    task = squares.task("masked", "masked", "captions")
-    whole = predict(task, network, squares.valid["captions"], device="cpu")
-    assert whole.example_M.max() == len(squares.valid["captions"]) - 1
-    assert (np.diff(whole.example_M) >= 0).all()
-    monkeypatch.setattr(tasks, "_BLOCK_ROWS", 30)
-    few = predict(task, network, squares.valid["captions"], device="cpu")
-    assert len(few.predicted_M) == len(few.target_M) == len(few.example_M)
-    assert few.is_correct_M.tolist() == (few.predicted_M == few.target_M).tolist()
 
 
 def test_pairs_of_a_batch_count_equal_texts_and_items_once(squares: Squares) -> None:
